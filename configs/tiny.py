@@ -1,0 +1,37 @@
+"""Every architecture of the paper on one small backbone, for two CPU cores.
+
+    prmoe train --config=configs/tiny.py:prmoe --workdir=runs/prmoe
+
+The argument is a name below or an architecture string, '6 layers, E=8x2+16, residual'.
+All rows share the backbone, the data and the recipe, so that they compare.
+"""
+
+from prmoe_jax import architecture
+from prmoe_jax.config import default_config
+from prmoe_jax.errors import UserError
+
+ARCHITECTURES = {
+    "dense": "6 layers",
+    "moe": "6 layers, E=8",
+    "first_half": "6 layers, first half, E=8",
+    "second_half": "6 layers, second half, E=8",
+    "top2": "6 layers, E=8, top 2",
+    "residual": "6 layers, E=8, residual",
+    "pyramid": "6 layers, E=4x2+8",
+    "prmoe": "6 layers, E=4x2+8, residual",
+}
+
+
+def get_config(name: str = "prmoe"):
+    if name not in ARCHITECTURES and "layers" not in name:
+        known = ", ".join(ARCHITECTURES)
+        raise UserError(
+            f"configs/tiny.py has no '{name}'; use {known}, or a string such as '6 layers, E=8'"
+        )
+    config = default_config()
+    config.model.update(architecture.parse_fields(ARCHITECTURES.get(name, name)))
+    config.model.dtype = "float32"  # CPUs gain nothing from bfloat16
+    config.train.steps = 600
+    config.optimizer.warmup_tokens = 20 * 16 * 256
+    config.eval.every = 200
+    return config

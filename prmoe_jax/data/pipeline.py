@@ -1,0 +1,208 @@
+"""From a corpus to batches: fixed-length windows over the tokens and Grain's iterator."""
+
+import dataclasses
+import math
+import operator
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import grain
+import numpy as np
+
+from prmoe_jax.config import DataConfig
+from prmoe_jax.data.corpora import open_corpus
+from prmoe_jax.data.tokenizer import Tokenizer, check_fits, load_tokenizer
+from prmoe_jax.data.tokens import TokenCache, tokenise
+from prmoe_jax.errors import UserError
+
+
+class Batch(NamedTuple):
+    """Windows side by side; a single window has the same fields without the B axis.
+
+    tokens_BxL and targets_BxL are int32; mask_BxL is bool, False where there is nothing
+    to predict; segments_BxL is int32, 0 for padding and 1, 2, … for the documents of a
+    window. The target of a document's last token is the mark of the next document: it is
+    predicted in the segment of the document that ends.
+    """
+
+    tokens_BxL: np.ndarray
+    targets_BxL: np.ndarray
+    mask_BxL: np.ndarray
+    segments_BxL: np.ndarray
+
+
+_DTYPES = Batch(np.int32, np.int32, np.bool_, np.int32)
+
+
+class Windows:
+    """A token stream as a random-access source of windows of `length` predictions.
+
+    Window i reads stream[i*length : (i+1)*length + 1]; only the last one is padded.
+    With `cross_document_attention`, all tokens of a window are one segment.
+    """
+
+    def __init__(self, cache: TokenCache, length: int, cross_document_attention: bool):
+        self.cache = cache
+        self.length = length
+        self.cross_document_attention = cross_document_attention
+        # Plain views of the maps: slicing a np.memmap costs more than the read.
+        self._tokens_T = np.asarray(cache.tokens_T)
+        self._starts_N = np.asarray(cache.starts_N)
+
+    @property
+    def tokens(self) -> int:
+        """Predictions that all windows together ask for."""
+        return len(self.cache.tokens_T) - 1
+
+    def __len__(self) -> int:
+        return math.ceil(self.tokens / self.length)
+
+    def __getitem__(self, index: int) -> Batch:
+        """Window `index` as a Batch of arrays of shape L."""
+        first = range(len(self))[operator.index(index)] * self.length
+        stream = self._tokens_T[first : first + self.length + 1]
+        real = len(stream) - 1
+        window = Batch(*(np.zeros(self.length, dtype) for dtype in _DTYPES))
+        window.tokens_BxL[:real] = stream[:-1]
+        window.targets_BxL[:real] = stream[1:]
+        window.mask_BxL[:real] = True
+        window.segments_BxL[:real] = 1
+        if not self.cross_document_attention:
+            positions = np.arange(first, first + real)
+            documents = np.searchsorted(self._starts_N, positions, side="right")
+            window.segments_BxL[:real] += (documents - documents[0]).astype(np.int32)
+        return window
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """What a run needs to know of its text."""
+
+    tokenizer: Tokenizer
+    train: Windows
+    validation: Windows
+    validation_bytes: int  # UTF-8 bytes of the validation text, for bits per byte
+    corpus_fingerprint: str
+
+
+def load_data(
+    config: DataConfig, vocab_size: int, length: int, tokenizer_path: str | None = None
+) -> Data:
+    """Corpus, tokenizer and windows of `length`, from the caches where they are warm.
+
+    A run that is resumed or evaluated gives the `tokenizer_path` that it stored.
+
+    Raises:
+      UserError: anything wrong with the corpus, the tokenizer or the cache.
+    """
+    corpus = open_corpus(config)
+    if tokenizer_path is None:
+        tokenizer = load_tokenizer(config, vocab_size, corpus)
+    else:
+        tokenizer = Tokenizer.load(tokenizer_path)
+        check_fits(tokenizer, vocab_size)
+    train = tokenise(config, corpus, "train", tokenizer)
+    validation = tokenise(config, corpus, "validation", tokenizer)
+    return Data(
+        tokenizer=tokenizer,
+        train=Windows(train, length, config.cross_document_attention),
+        validation=Windows(validation, length, config.cross_document_attention),
+        validation_bytes=validation.bytes,
+        corpus_fingerprint=corpus.fingerprint,
+    )
+
+
+def pipeline_fingerprint(data: Data, batch_size: int, seed: int) -> dict[str, str | int]:
+    """All that decides which rows step i sees; compare it before restoring an iterator.
+
+    An iterator's state is only the number of the next step, which means something else
+    after any of these has changed. The process count is not among them.
+    """
+    return {
+        "corpus": data.corpus_fingerprint,
+        "tokenizer": data.tokenizer.fingerprint,
+        "length": data.train.length,
+        "batch_size": batch_size,
+        "seed": seed,
+        "cross_document_attention": int(data.train.cross_document_attention),
+        "windows": len(data.train),
+    }
+
+
+def train_iterator(
+    windows: Windows, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1
+) -> grain.DatasetIterator:
+    """Iterates for ever over this process's rows of shuffled global batches, as Batch.
+
+    Every epoch has an order of its own, and one epoch flows into the next within a batch.
+    The global batch of a step is the same whatever the process count, and process p has
+    its rows p*B/P to (p+1)*B/P. `get_state()` is the next step, the same on every process.
+
+    Raises:
+      UserError: no window at all, or a batch that the processes cannot share evenly.
+    """
+    if not len(windows):
+        raise UserError(
+            f"the training split has {len(windows.cache.starts_N)} documents and "
+            f"{len(windows.cache.tokens_T)} tokens, which make 0 windows of {windows.length}"
+        )
+    rows = _process_rows(batch_size, process_index, process_count)
+    # Grain shuffles epoch e with seed+e: hashed, or seed 1 would repeat seed 0 an epoch early.
+    shuffle_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    shuffled = grain.MapDataset.source(windows).shuffle(seed=shuffle_seed).repeat()
+    dataset = grain.MapDataset.source(_ProcessRows(shuffled, batch_size, rows)).batch(len(rows))
+    # Threads, not processes: reading a memory map is cheap, and needs no set-up in notebooks.
+    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)))
+
+
+def eval_batches(
+    windows: Windows,
+    batch_size: int,
+    limit: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[Batch]:
+    """This process's rows of every window once, in order; the first `limit` batches if not 0.
+
+    All batches have batch_size/process_count rows; rows beyond the last window are masked.
+
+    Raises:
+      UserError: a batch that the processes cannot share evenly.
+    """
+    rows = _process_rows(batch_size, process_index, process_count)
+    count = math.ceil(len(windows) / batch_size)
+    for start in range(0, (min(count, limit) if limit else count) * batch_size, batch_size):
+        batch = [_row_or_padding(windows, start + row) for row in rows]
+        yield Batch(*(np.stack(field) for field in zip(*batch, strict=True)))
+
+
+class _ProcessRows:
+    """The rows of every global batch that belong to one process, one batch after the other."""
+
+    def __init__(self, dataset: grain.MapDataset, batch_size: int, rows: range):
+        self._dataset = dataset
+        self._batch_size = batch_size
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._dataset) // self._batch_size * len(self._rows)
+
+    def __getitem__(self, index: int) -> Batch:
+        step, row = divmod(index, len(self._rows))
+        return self._dataset[step * self._batch_size + self._rows[row]]
+
+
+def _process_rows(batch_size: int, process_index: int, process_count: int) -> range:
+    if batch_size % process_count:
+        raise UserError(
+            f"batch_size {batch_size} is not divisible by the {process_count} processes; "
+            f"use {math.ceil(batch_size / process_count) * process_count}"
+        )
+    share = batch_size // process_count
+    return range(process_index * share, (process_index + 1) * share)
+
+
+def _row_or_padding(windows: Windows, index: int) -> Batch:
+    if index < len(windows):
+        return windows[index]
+    return Batch(*(np.zeros_like(field) for field in windows[0]))

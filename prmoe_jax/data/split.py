@@ -1,0 +1,48 @@
+"""Which documents are held out for validation, decided by their content alone."""
+
+import hashlib
+import logging
+import math
+from collections.abc import Iterable
+
+from prmoe_jax.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+def digest(text: str) -> bytes:
+    """What a document is ranked by."""
+    return hashlib.sha256(text.encode()).digest()
+
+
+def is_empty(text: str) -> bool:
+    """Whether a document holds nothing but white space; such documents are left out."""
+    return not text.strip()
+
+
+def held_out(documents: Iterable[str], fraction: float, corpus: str) -> frozenset[bytes]:
+    """The digests of the validation documents: the first `fraction` by rank, rounded up.
+
+    Ranking unique documents by digest keeps exact duplicates on one side, and makes the
+    choice independent of file names and order. Both sides get at least one document.
+
+    Raises:
+      UserError: fewer than two different documents.
+    """
+    digests, total, empty = set(), 0, 0
+    for text in documents:
+        total += 1
+        if is_empty(text):
+            empty += 1
+        else:
+            digests.add(digest(text))
+    if empty:
+        log.warning("corpus %s: %d of %d documents are empty; skipped", corpus, empty, total)
+    if len(digests) < 2:
+        raise UserError(
+            f"corpus {corpus!r} has {len(digests)} different non-empty documents "
+            f"(of {total}, {empty} empty); training and validation need at least 2: "
+            "split the text into several files or JSON lines"
+        )
+    count = min(math.ceil(fraction * len(digests)), len(digests) - 1)
+    return frozenset(sorted(digests)[:count])

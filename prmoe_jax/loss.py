@@ -1,0 +1,60 @@
+"""The training loss and its parts, as sums over tokens, so that portions of a batch add up."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from prmoe_jax.config import Config
+from prmoe_jax.data.pipeline import Batch
+from prmoe_jax.model import Transformer
+from prmoe_jax.moe.routing import RouterMetrics
+
+
+class Sums(NamedTuple):
+    """What one forward pass measured, summed."""
+
+    tokens: jax.Array  # targets that count
+    lm_loss: jax.Array  # cross-entropy in nats
+    z_loss: jax.Array  # log(Z)²
+    routers: list[RouterMetrics]  # one a MoE layer
+
+
+class Totals(NamedTuple):
+    """What the whole batch's means are divided by."""
+
+    tokens: jax.Array
+    groups: jax.Array  # routing groups that hold a token
+
+
+def totals(batch: Batch, config: Config) -> Totals:
+    """Counts a batch before it is cut into portions."""
+    groups_GxS = batch.segments_BxL.reshape(-1, config.group_size)
+    return Totals(
+        tokens=jnp.maximum(batch.mask_BxL.sum(), 1),
+        groups=jnp.maximum((groups_GxS > 0).any(1).sum(), 1),
+    )
+
+
+def forward(model: Transformer, batch: Batch, capacity_factor: float, keys_B=None) -> Sums:
+    """Runs the model over a batch; `keys_B` (one a sequence) switch training's noise on."""
+    x_BxLxD, routers = model(
+        batch.tokens_BxL, batch.segments_BxL, capacity_factor=capacity_factor, keys_B=keys_B
+    )
+    logits_BxLxV = model.logits(x_BxLxD)
+    log_z_BxL = jax.nn.logsumexp(logits_BxLxV, axis=-1)
+    target_BxL = jnp.take_along_axis(logits_BxLxV, batch.targets_BxL[..., None], -1)[..., 0]
+    return Sums(
+        tokens=batch.mask_BxL.sum(),
+        lm_loss=((log_z_BxL - target_BxL) * batch.mask_BxL).sum(),
+        z_loss=(jnp.square(log_z_BxL) * batch.mask_BxL).sum(),
+        routers=routers,
+    )
+
+
+def training_loss(sums: Sums, total: Totals, config: Config) -> jax.Array:
+    """CE + 0.01 · Σ over MoE layers of the auxiliary loss (+ z-loss); portions add up to it."""
+    auxiliary = sum((router.aux_loss for router in sums.routers), jnp.zeros(()))
+    return (
+        sums.lm_loss + config.train.z_loss * sums.z_loss
+    ) / total.tokens + config.moe.aux_loss_weight * auxiliary / total.groups

@@ -1,0 +1,193 @@
+"""The decoder: embeddings, pre-LayerNorm blocks scanned by stage, tied logits.
+
+A module is a typed pytree of float32 parameters: it goes through plain jax.jit, grad and scan.
+"""
+
+import dataclasses
+import logging
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from prmoe_jax import architecture
+from prmoe_jax.attention import Attention, resolve_attention
+from prmoe_jax.config import Config, ModelConfig, MoeConfig
+from prmoe_jax.moe.experts import MLP, normal
+from prmoe_jax.moe.layer import MoE
+from prmoe_jax.moe.routing import RouterMetrics
+
+log = logging.getLogger(__name__)
+
+# What the backward pass keeps instead of computing again.
+REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class LayerNorm(nnx.Module):
+    """Normalises to mean 0, variance 1, in float32, then scales and shifts; ε is 1e-5."""
+
+    def __init__(self, width: int):
+        self.scale = nnx.Param(jnp.ones(width))
+        self.shift = nnx.Param(jnp.zeros(width))
+
+    def __call__(self, x_D: jax.Array) -> jax.Array:
+        """Maps [..., D] to [..., D] in x's dtype."""
+        x32_D = x_D.astype(jnp.float32)
+        centred_D = x32_D - x32_D.mean(-1, keepdims=True)
+        variance = jnp.square(centred_D).mean(-1, keepdims=True)
+        y_D = centred_D * jax.lax.rsqrt(variance + 1e-5) * self.scale[...] + self.shift[...]
+        return y_D.astype(x_D.dtype)
+
+
+class Block(nnx.Module):
+    """One layer: x + attention(norm(x)), then x + feed_forward(norm(x))."""
+
+    def __init__(self, experts: int, model: ModelConfig, moe: MoeConfig, key: jax.Array):
+        key_attention, key_mlp = jax.random.split(key)
+        self.dropout = model.dropout
+        self.norm_attention = LayerNorm(model.d_model)
+        self.attention = Attention(model, key_attention)
+        self.norm_mlp = LayerNorm(model.d_model)
+        if experts:
+            self.mlp = MoE(experts, model, moe, key_mlp)
+        else:
+            std = model.init_std
+            std_out = std / (2 * model.layers) ** 0.5
+            self.mlp = MLP(model.d_model, model.d_ff, std, std_out, key_mlp)
+
+    def __call__(
+        self, x_BxLxD, segments_BxL, capacity_factor: float, keys_B=None
+    ) -> tuple[jax.Array, RouterMetrics | None]:
+        keys = [None] * 3 if keys_B is None else [fold_in(keys_B, i) for i in range(3)]
+        y_BxLxD = self.attention(self.norm_attention(x_BxLxD), segments_BxL)
+        x_BxLxD += dropout(y_BxLxD, self.dropout, keys[0])
+        y_BxLxD = self.norm_mlp(x_BxLxD)
+        metrics = None
+        if isinstance(self.mlp, MoE):
+            y_BxLxD, metrics = self.mlp(y_BxLxD, segments_BxL > 0, capacity_factor, keys[1])
+        else:
+            y_BxLxD = self.mlp(y_BxLxD)
+        return x_BxLxD + dropout(y_BxLxD, self.dropout, keys[2]), metrics
+
+
+class Stage(nnx.Module):
+    """A cell of layers and its repeats: each parameter is stacked over the N repeats."""
+
+    def __init__(self, stage: architecture.Stage, model: ModelConfig, moe: MoeConfig, key):
+        self.remat = model.remat
+
+        def stacked(experts: int, key: jax.Array) -> Block:
+            block = lambda key: Block(experts, model, moe, key)  # noqa: E731
+            return jax.vmap(block)(jax.random.split(key, stage.repeats))
+
+        keys = jax.random.split(key, len(stage.cell))
+        self.blocks = nnx.List([stacked(e, k) for e, k in zip(stage.cell, keys, strict=True)])
+
+    def __call__(self, x_BxLxD, segments_BxL, capacity_factor: float, keys_NxB=None):
+        """Returns the activations and, for each layer of the cell, metrics stacked over N."""
+
+        def cell(x_BxLxD, blocks_and_keys):
+            blocks, keys_B = blocks_and_keys
+            metrics = []
+            for i, block in enumerate(blocks):
+                keys = None if keys_B is None else fold_in(keys_B, i)
+                x_BxLxD, m = block(x_BxLxD, segments_BxL, capacity_factor, keys)
+                metrics.append(m)
+            return x_BxLxD, metrics
+
+        if self.remat != "none":
+            cell = jax.checkpoint(cell, policy=REMAT_POLICIES[self.remat])
+        return jax.lax.scan(cell, x_BxLxD, (self.blocks, keys_NxB))
+
+
+class Transformer(nnx.Module):
+    """A GPT-style decoder whose MLPs are dense or MoE as its placement schedule says."""
+
+    def __init__(self, model: ModelConfig, moe: MoeConfig, key: jax.Array):
+        stages = model.schedule.stages()
+        keys = jax.random.split(key, 2 + len(stages))
+        self.config = model
+        self.tokens = normal(keys[0], (model.vocab_size, model.d_model), model.init_std)
+        self.positions = normal(keys[1], (model.length, model.d_model), model.init_std)
+        self.stages = nnx.List(
+            [Stage(s, model, moe, k) for s, k in zip(stages, keys[2:], strict=True)]
+        )
+        self.norm = LayerNorm(model.d_model)
+
+    def __call__(
+        self,
+        tokens_BxL: jax.Array,
+        segments_BxL: jax.Array,
+        *,
+        capacity_factor: float,
+        keys_B: jax.Array | None = None,
+    ) -> tuple[jax.Array, list[RouterMetrics]]:
+        """Returns the final activations [B, L, D] and the router statistics of each MoE layer.
+
+        Args:
+          tokens_BxL: int32 token ids.
+          segments_BxL: document number within the row, 0 for padding. Attention stays inside a
+            document, and its positions start at 0.
+          capacity_factor: training's, evaluation's, or inf to drop no token.
+          keys_B: one key a sequence switches training's randomness on; None for evaluation.
+        """
+        dtype = jnp.dtype(self.config.dtype)
+        x_BxLxD = self.tokens[...][tokens_BxL] + self.positions[...][positions(segments_BxL)]
+        x_BxLxD = dropout(x_BxLxD.astype(dtype), self.config.dropout, keys_B)
+        metrics = []
+        schedule = self.config.schedule.stages()
+        for i, (stage, plan) in enumerate(zip(self.stages, schedule, strict=True)):
+            keys_NxB = None
+            if keys_B is not None:
+                repeats = jnp.arange(plan.repeats)
+                keys_NxB = jax.vmap(fold_in, (None, 0))(fold_in(keys_B, 1 + i), repeats)
+            x_BxLxD, by_cell = stage(x_BxLxD, segments_BxL, capacity_factor, keys_NxB)
+            for n in range(plan.repeats):
+                metrics += [jax.tree.map(lambda x: x[n], m) for m in by_cell if m is not None]  # noqa: B023
+        return self.norm(x_BxLxD), metrics
+
+    def logits(self, x_BxLxD: jax.Array) -> jax.Array:
+        """Scores of the next token, float32 [B, L, V]; the embedding is the output matrix."""
+        table_VxD = self.tokens[...].astype(x_BxLxD.dtype)
+        return jnp.einsum("...D,VD->...V", x_BxLxD, table_VxD, preferred_element_type=jnp.float32)
+
+
+def resolve_backends(config: Config, platform: str) -> Config:
+    """Replaces every 'auto' of the model by what this platform runs, and logs the choice.
+
+    Raises:
+      UserError: a kernel is forced that this platform cannot run.
+    """
+    attention = resolve_attention(config.model, platform)
+    backend = "gather" if config.moe.dispatch == "auto" else config.moe.dispatch
+    log.info("attention: %s, MoE dispatch: %s (%s)", attention, backend, platform)
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, attention=attention),
+        moe=dataclasses.replace(config.moe, dispatch=backend),
+    )
+
+
+def positions(segments_BxL: jax.Array) -> jax.Array:
+    """Each token's distance from the first token of its segment in its row."""
+    index_L = jnp.arange(segments_BxL.shape[1])
+    previous_BxL = jnp.pad(segments_BxL[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    starts_BxL = jnp.where(segments_BxL != previous_BxL, index_L, 0)
+    return index_L - jax.lax.cummax(starts_BxL, axis=1)
+
+
+def fold_in(keys_B: jax.Array, number) -> jax.Array:
+    """Folds one number into each key."""
+    return jax.vmap(jax.random.fold_in, (0, None))(keys_B, number)
+
+
+def dropout(x_BxLxD: jax.Array, rate: float, keys_B: jax.Array | None) -> jax.Array:
+    """Zeroes a share of the activations and rescales the rest; each row by its own key."""
+    if rate == 0 or keys_B is None:
+        return x_BxLxD
+    shape = x_BxLxD.shape[1:]
+    keep_BxLxD = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, shape))(keys_B)
+    return jnp.where(keep_BxLxD, x_BxLxD / (1 - rate), 0)

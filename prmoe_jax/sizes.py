@@ -1,0 +1,94 @@
+"""`prmoe params`: what a model weighs and costs, as JSON and as tables."""
+
+import importlib.util
+from pathlib import Path
+
+from prmoe_jax.architecture import cost
+from prmoe_jax.config import ModelConfig, resolve
+from prmoe_jax.errors import UserError
+
+
+def report(model: ModelConfig) -> dict:
+    """Counts of one model: total, active for a token, training FLOPs for a token, by layer."""
+    counted = cost(model)
+    layers = [
+        {
+            "layer": i,
+            "kind": "moe" if layer.experts else "dense",
+            "experts": layer.experts,
+            "params": layer.params,
+            "active_params": layer.active_params,
+            "train_flops_per_token": 3 * layer.forward_flops,
+        }
+        for i, layer in enumerate(counted.layers)
+    ]
+    return {
+        "architecture": str(model.schedule),
+        "total_params": counted.total_params,
+        "active_params": counted.active_params,
+        "train_flops_per_token": counted.train_flops_per_token,
+        "embedding_params": counted.embedding_params,
+        "layers": layers,
+    }
+
+
+def table(model: ModelConfig) -> str:
+    """The same as `report`, for people."""
+    counts = report(model)
+    lines = [
+        f"{counts['architecture']}; d_model {model.d_model}, d_ff {model.d_ff}, "
+        f"heads {model.heads}, context {model.length}, vocabulary {model.vocab_size}",
+        "",
+        f"{'layer':>12} {'experts':>8} {'params':>15} {'active':>13} {'train FLOPs/token':>18}",
+        f"{'embedding':>12} {'':>8} {counts['embedding_params']:>15,} "
+        f"{counts['embedding_params']:>13,} {3 * cost(model).logits_flops:>18,}",
+    ]
+    for layer in counts["layers"]:
+        lines.append(
+            f"{layer['layer']:>12} {layer['experts'] or 'dense':>8} {layer['params']:>15,} "
+            f"{layer['active_params']:>13,} {layer['train_flops_per_token']:>18,}"
+        )
+    lines.append(
+        f"{'total':>12} {'':>8} {counts['total_params']:>15,} {counts['active_params']:>13,} "
+        f"{counts['train_flops_per_token']:>18,}"
+    )
+    return "\n".join(lines)
+
+
+def paper_rows() -> list[dict]:
+    """The paper's nine models, each with the size the paper states (in parameters)."""
+    path = Path(__file__).parent.parent / "configs" / "paper.py"
+    if not path.exists():
+        raise UserError(f"--paper needs {path}, which a source checkout has")
+    spec = importlib.util.spec_from_file_location("paper", path)
+    paper = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(paper)
+    rows = []
+    for name, row in paper.ROWS.items():
+        counts = report(resolve(paper.get_config(name)).model)
+        rows.append(
+            {
+                "name": name,
+                "architecture": counts["architecture"],
+                "total_params": counts["total_params"],
+                "paper_params": row.params * 1e9,
+                "active_params": counts["active_params"],
+                "train_flops_per_token": counts["train_flops_per_token"],
+            }
+        )
+    return rows
+
+
+def paper_table(rows: list[dict]) -> str:
+    """`paper_rows` for people."""
+    lines = [
+        f"{'name':12} {'total':>8} {'paper':>7} {'active':>8} {'train FLOPs/token':>18}"
+        "  architecture"
+    ]
+    for row in rows:
+        lines.append(
+            f"{row['name']:12} {row['total_params'] / 1e9:>7.2f}B {row['paper_params'] / 1e9:>6g}B "
+            f"{row['active_params'] / 1e9:>7.3f}B {row['train_flops_per_token'] / 1e9:>17.2f}G"
+            f"  {row['architecture']}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,98 @@
+"""The compiled steps: initialise, train (with gradient accumulation), evaluate."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from prmoe_jax.config import Config
+from prmoe_jax.data.pipeline import Batch
+from prmoe_jax.loss import Sums, forward, totals, training_loss
+from prmoe_jax.metrics import summarise
+from prmoe_jax.model import Transformer
+from prmoe_jax.optimizer import learning_rate, make_optimizer
+
+
+class TrainState(NamedTuple):
+    """All that training changes."""
+
+    step: jax.Array  # int32, updates done
+    model: Transformer
+    optimizer: optax.OptState
+
+
+def init_model(config: Config) -> Transformer:
+    """The model at step 0; a function of the seed alone."""
+    return Transformer(config.model, config.moe, jax.random.key(config.seed))
+
+
+def init_state(config: Config) -> TrainState:
+    """The training state at step 0; call it under jit, or eval_shape for its shapes alone."""
+    model = init_model(config)
+    return TrainState(jnp.zeros((), jnp.int32), model, make_optimizer(config).init(model))
+
+
+def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
+    """A function of (state, batch) that makes one update and returns the metrics of it."""
+    optimizer = make_optimizer(config)
+    rate = learning_rate(config)
+    portions = config.train.accumulate
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
+        total = totals(batch, config)
+        # Randomness follows the row in the batch, so that portions don't change it.
+        key = jax.random.fold_in(jax.random.key(config.seed + 1), state.step)
+        rows = jnp.arange(config.train.batch_size)
+        keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
+
+        def loss(model, batch_and_keys):
+            batch, keys_B = batch_and_keys
+            sums = forward(model, batch, config.moe.capacity_factor, keys_B)
+            return training_loss(sums, total, config), sums
+
+        gradient_of = jax.grad(loss, has_aux=True)
+        if portions == 1:
+            gradient, sums = gradient_of(state.model, (batch, keys_B))
+        else:
+            group_rows = max(1, config.group_size // config.model.length)
+
+            def cut(x_BxL):
+                """[B, …] to [portions, B/portions, …]: routing groups stay whole, and each
+
+                portion takes from all over the batch, so that no device sits idle.
+                """
+                dims = x_BxL.shape[1:]
+                x = x_BxL.reshape(-1, portions, group_rows, *dims).swapaxes(0, 1)
+                return x.reshape(portions, -1, *dims)
+
+            def accumulate(carry, portion):
+                return jax.tree.map(jnp.add, carry, gradient_of(state.model, portion)), None
+
+            zeros = jax.tree.map(
+                lambda x: jnp.zeros(x.shape, x.dtype),
+                jax.eval_shape(
+                    gradient_of, state.model, jax.tree.map(lambda x: cut(x)[0], (batch, keys_B))
+                ),
+            )
+            (gradient, sums), _ = jax.lax.scan(
+                accumulate, zeros, jax.tree.map(cut, (batch, keys_B))
+            )
+
+        updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.model)
+        model = optax.apply_updates(state.model, updates)
+        metrics = {
+            "loss": training_loss(sums, total, config),
+            "grad_norm": optax.global_norm(gradient),
+            "learning_rate": rate(state.step),
+            **summarise(sums, config),
+        }
+        return TrainState(state.step + 1, model, optimizer_state), metrics
+
+    return train_step
+
+
+def make_eval_step(config: Config) -> Callable[[Transformer, Batch], Sums]:
+    """A function of (model, batch) that measures a batch, without noise or dropout."""
+    return lambda model, batch: forward(model, batch, config.moe.eval_capacity_factor)

@@ -1,0 +1,321 @@
+"""The one training loop: data, steps, metrics, evaluation, checkpoints, interruption."""
+
+import contextlib
+import logging
+import math
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from prmoe_jax import architecture
+from prmoe_jax import config as configs
+from prmoe_jax import workdir as workdirs
+from prmoe_jax.checkpoint import Checkpoints
+from prmoe_jax.config import Config
+from prmoe_jax.data.pipeline import (
+    Data,
+    eval_batches,
+    load_data,
+    pipeline_fingerprint,
+    train_iterator,
+)
+from prmoe_jax.errors import TrainingStopped, UserError
+from prmoe_jax.evaluate import evaluate_model
+from prmoe_jax.metrics import MetricsWriter, model_flops_utilisation, read_metrics, to_python
+from prmoe_jax.model import resolve_backends
+from prmoe_jax.parallel.mesh import data_mesh, replicated, split_batch
+from prmoe_jax.step import TrainState, init_state, make_eval_step, make_train_step
+
+log = logging.getLogger(__name__)
+
+
+def train(config: Config, workdir: Path, profile: tuple[int, int] | None = None) -> dict:
+    """Trains to the end of the config, resuming whatever the workdir holds.
+
+    Args:
+      config: from `config.resolve`.
+      workdir: the run's folder, created if needed; see `workdir` for what it holds.
+      profile: (first, last) step of which a profiler trace is written to workdir/profile.
+
+    Returns:
+      The last evaluation's metrics; for an interrupted run, those logged last.
+
+    Raises:
+      UserError: the settings cannot be used, or contradict the run in the workdir.
+      TrainingStopped: the loss or the gradient is no longer finite.
+    """
+    resolved = resolve_backends(config, jax.default_backend())
+    configs.check_devices(config, jax.device_count())
+    first = jax.process_index() == 0
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(workdirs.locked(workdir))
+        interrupted = stack.enter_context(interruption())
+        checkpoints = stack.enter_context(
+            contextlib.closing(Checkpoints(workdir, config.checkpoint.keep))
+        )
+        # Restore order. 1. The config: a resumed run must be the same run.
+        settings, stored = workdir / workdirs.CONFIG, workdir / workdirs.TOKENIZER
+        resuming = checkpoints.latest() is not None
+        if resuming:
+            configs.check_resume(configs.load(settings), config)
+        # 2. The tokenizer and the data, which must be the ones the run began with.
+        shape = config.model.vocab_size, config.model.length
+        data = load_data(config.data, *shape, stored if resuming else None)
+        fingerprint = pipeline_fingerprint(data, config.train.batch_size, config.seed)
+        batches = train_iterator(
+            data.train,
+            config.train.batch_size,
+            config.seed,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        mesh = data_mesh()
+        stack.enter_context(jax.set_mesh(mesh))
+        # 3. Model, optimizer and step. 4. The position in the data.
+        restored = checkpoints.restore(resolved, replicated(mesh)) if resuming else None
+        if restored:
+            step, state, record = restored
+            check_fingerprint(record["fingerprint"], fingerprint)
+            batches.set_state(record["iterator"])
+            log.info("resumed at step %d of %d", step, config.total_steps)
+        else:
+            step = 0
+            initialise = jax.jit(init_state, static_argnums=0, out_shardings=replicated(mesh))
+            state = initialise(resolved)
+        if first:
+            data.tokenizer.save(stored)
+            configs.save(config, settings)
+            workdirs.record_environment(workdir, jax.devices())
+        if step >= config.total_steps:
+            log.info("the run is complete: step %d of %d", step, config.total_steps)
+            return read_metrics(workdir / "metrics.jsonl")[-1]
+        # 5. The metrics: those of steps that are about to be repeated are taken out.
+        writer = MetricsWriter(workdir, step) if first else None
+        if writer:
+            stack.callback(writer.close)
+        progress = stack.enter_context(
+            tqdm(
+                total=config.total_steps,
+                initial=step,
+                unit="step",
+                disable=not (first and sys.stderr.isatty()),
+                leave=False,
+            )
+        )
+        run = Run(resolved, workdir, data, mesh, checkpoints, fingerprint, writer, progress)
+        return run.loop(step, state, batches, interrupted, profile)
+
+
+class Run:
+    """What the loop needs at every step, and what it does at the steps that are special."""
+
+    def __init__(
+        self,
+        config: Config,
+        workdir: Path,
+        data: Data,
+        mesh: Mesh,
+        checkpoints: Checkpoints,
+        fingerprint: dict,
+        writer: MetricsWriter | None,
+        progress: tqdm,
+    ):
+        self.config, self.workdir, self.data, self.mesh = config, workdir, data, mesh
+        self.checkpoints, self.fingerprint = checkpoints, fingerprint
+        self.writer, self.progress, self.clock = writer, progress, Clock()
+        self.train_step = jax.jit(make_train_step(config), donate_argnums=0)
+        self.eval_step = jax.jit(make_eval_step(config))
+        self.flops_per_token = architecture.cost(config.model).train_flops_per_token
+        self.last_metrics: dict = {}
+
+    def loop(self, step: int, state: TrainState, batches, interrupted, profile) -> dict:
+        """Runs from `step` to the end; returns the metrics written last."""
+        total = self.config.total_steps
+        pending = None  # the step just dispatched: its metrics are fetched one step later
+        while step < total and not interrupted:
+            if profile and step + 1 == profile[0]:
+                jax.profiler.start_trace(str(self.workdir / "profile"))
+            with self.clock.waiting():
+                batch = split_batch(next(batches), self.mesh)
+            state, metrics = self.train_step(state, batch)
+            step += 1
+            if pending:
+                self.report(*pending)
+            pending = step, metrics
+            if profile and step == profile[1]:
+                jax.block_until_ready(metrics)
+                jax.profiler.stop_trace()
+                log.info("profile written to %s", self.workdir / "profile")
+
+            checkpoint_due = self.due(self.config.checkpoint.every, step) or interrupted
+            eval_due = self.due(self.config.eval.every, step)
+            if checkpoint_due or eval_due:
+                self.report(*pending)  # a checkpoint is only written after its loss was seen
+                pending = None
+                if eval_due and not interrupted:
+                    self.evaluate(step, state)
+                if checkpoint_due:
+                    self.save(step, state, batches)
+                self.clock.restart()
+        if pending:  # the interruption came between a step and the next one
+            self.report(*pending)
+            self.save(step, state, batches)
+        self.checkpoints.wait()
+        if step < total:
+            log.info("interrupted: saved at step %d of %d; the same command resumes", step, total)
+        return self.last_metrics
+
+    def save(self, step: int, state: TrainState, batches) -> None:
+        record = {"fingerprint": self.fingerprint, "iterator": batches.get_state()}
+        self.checkpoints.save(step, state, record)
+
+    def due(self, every: int, step: int) -> bool:
+        return step == self.config.total_steps or (every > 0 and step % every == 0)
+
+    def report(self, step: int, metrics: dict) -> None:
+        """Waits for a step's metrics, stops the run if they aren't finite, logs them if due."""
+        vital = to_python({name: metrics[name] for name in ("loss", "grad_norm")})
+        for name, value in vital.items():
+            if not math.isfinite(value):
+                self.checkpoints.wait()
+                good = self.checkpoints.latest()
+                raise TrainingStopped(
+                    f"{name} is {value} at step {step}; the last good checkpoint is "
+                    + (f"step {good} in {self.workdir}" if good is not None else "none yet")
+                )
+        self.clock.step_done(self.config.tokens_per_step)
+        self.progress.update()
+        if not self.due(self.config.log.every, step):
+            return
+        metrics = to_python(metrics)
+        metrics["tokens"] = step * self.config.tokens_per_step
+        metrics |= self.clock.rates()
+        utilisation = model_flops_utilisation(metrics["tokens_per_second"] * self.flops_per_token)
+        if utilisation is not None:
+            metrics["model_flops_utilisation"] = utilisation
+        self.write(step, metrics)
+        line = f"loss {metrics['loss']:.4f}, {metrics['tokens_per_second']:,.0f} tokens/s"
+        if utilisation is not None:
+            line += f", MFU {utilisation:.1%}"
+        self.say(step, line)
+
+    def evaluate(self, step: int, state: TrainState) -> None:
+        """Evaluates on the validation split: all of it at the end, else as configured."""
+        limit = 0 if step == self.config.total_steps else self.config.eval.batches
+        batches = eval_batches(
+            self.data.validation,
+            self.config.train.batch_size,
+            limit,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        arguments = state.model, batches, self.config, self.data, self.mesh
+        metrics = evaluate_model(self.eval_step, *arguments)
+        self.write(step, {f"eval/{name}": value for name, value in metrics.items()})
+        self.say(
+            step,
+            f"validation loss {metrics['loss']:.4f}, perplexity {metrics['perplexity']:.1f}, "
+            f"{metrics['bits_per_byte']:.4f} bits/byte, {metrics['drop_fraction']:.1%} dropped",
+        )
+
+    def write(self, step: int, metrics: dict) -> None:
+        self.last_metrics = {"step": step, **metrics}
+        if self.writer:
+            self.writer.write(step, metrics)
+
+    def say(self, step: int, line: str) -> None:
+        """Shows a line: beside the progress bar on a terminal, as a log line elsewhere."""
+        if jax.process_index() != 0:
+            return
+        if self.progress.disable:
+            log.info("step %d/%d: %s", step, self.config.total_steps, line)
+        elif line.startswith("validation"):
+            self.progress.write(f"step {step}: {line}", file=sys.stderr)
+        else:
+            self.progress.set_postfix_str(line)
+
+
+class Clock:
+    """Throughput and the share of it lost waiting for input, since the last restart."""
+
+    def __init__(self):
+        # The first step compiles: it is not timed.
+        self.start: float | None = None
+        self.tokens, self.wait = 0, 0.0
+        self.last = {"tokens_per_second": 0.0, "input_wait_fraction": 0.0}
+
+    def restart(self) -> None:
+        self.start, self.tokens, self.wait = time.perf_counter(), 0, 0.0
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        begun = time.perf_counter()
+        yield
+        self.wait += time.perf_counter() - begun
+
+    def step_done(self, tokens: int) -> None:
+        if self.start is None:
+            self.restart()
+        else:
+            self.tokens += tokens
+
+    def rates(self) -> dict[str, float]:
+        """Of the time since the last call; of the last time, if no step was timed since."""
+        if self.tokens:
+            seconds = time.perf_counter() - self.start
+            self.last = {
+                "tokens_per_second": self.tokens / seconds,
+                "input_wait_fraction": self.wait / seconds,
+            }
+            self.restart()
+        return self.last
+
+
+class interruption:  # noqa: N801, reads as the statement it is
+    """While active, SIGTERM and Ctrl-C make this truthy instead of ending the process.
+
+    A second Ctrl-C ends it.
+    """
+
+    def __init__(self):
+        self.caught = False
+
+    def __bool__(self) -> bool:
+        return self.caught
+
+    def __enter__(self) -> "interruption":
+        self._before = {}
+        with contextlib.suppress(ValueError):  # only the main thread may catch signals
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._catch)
+        return self
+
+    def __exit__(self, *error) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _catch(self, number, frame) -> None:
+        if self.caught and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.caught = True
+
+
+def check_fingerprint(saved: dict, current: dict) -> None:
+    """Refuses to go on with other data than the run began with.
+
+    Raises:
+      UserError: names what differs.
+    """
+    changed = [name for name in current if saved.get(name) != current[name]]
+    if changed:
+        details = ", ".join(f"{n} was {saved.get(n)}, is {current[n]}" for n in changed)
+        raise UserError(
+            f"the data changed since the checkpoint was written: {details}; "
+            "restore the data, or give another --workdir to start afresh"
+        )

@@ -1,0 +1,91 @@
+"""A run's folder: its lock, its config, and the record of what produced it.
+
+config.json      the settings        environment.json  versions, devices, git revision
+tokenizer.json   the tokenizer       metrics.jsonl     one line a logged step
+checkpoints/     model, optimizer, position in the data; tensorboard/; profile/
+"""
+
+import contextlib
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from prmoe_jax.errors import UserError
+
+CONFIG = "config.json"
+TOKENIZER = "tokenizer.json"
+RECORDED_PACKAGES = (
+    "prmoe_jax jax jaxlib flax optax orbax-checkpoint grain tensorflow-datasets tokenizers numpy"
+)
+
+
+@contextlib.contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+    """Creates the folder and holds its lock; the kernel frees it when the process dies.
+
+    Raises:
+      UserError: the folder cannot be written, or another run holds the lock.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        handle = os.open(workdir / ".lock", os.O_RDWR | os.O_CREAT)
+    except OSError as error:
+        raise UserError(f"--workdir={workdir} cannot be written: {error.strerror}") from None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        holder = os.read(handle, 100).decode().strip() or "unknown"
+        os.close(handle)
+        raise UserError(
+            f"--workdir={workdir} is in use by another run (process {holder}); "
+            "wait for it, or give another --workdir"
+        ) from None
+    try:
+        os.truncate(handle, 0)
+        os.write(handle, str(os.getpid()).encode())
+        yield
+    finally:
+        os.close(handle)
+
+
+def record_environment(workdir: Path, devices: list) -> None:
+    """Adds this start of the run to environment.json."""
+    path = workdir / "environment.json"
+    starts = json.loads(path.read_text()) if path.exists() else []
+    starts.append(
+        {
+            "command": sys.argv,
+            "git_revision": _git("rev-parse", "HEAD"),
+            "git_changes": bool(_git("status", "--porcelain")),
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "device": devices[0].device_kind,
+            "device_count": len(devices),
+            "versions": {name: _version(name) for name in RECORDED_PACKAGES.split()},
+        }
+    )
+    replacement = path.with_suffix(".tmp")
+    replacement.write_text(json.dumps(starts, indent=2) + "\n")
+    replacement.replace(path)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git(*arguments: str) -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

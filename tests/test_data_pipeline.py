@@ -1,0 +1,291 @@
+"""Token streams, windows and iterators: every token predicted once, in a known order."""
+
+import dataclasses
+import json
+import resource
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prmoe_jax.config import DataConfig
+from prmoe_jax.data import pipeline, tokens
+from prmoe_jax.data.corpora import Corpus
+from prmoe_jax.data.pipeline import Batch, Windows, eval_batches, train_iterator
+from prmoe_jax.data.tokenizer import load_tokenizer
+from prmoe_jax.errors import UserError
+
+DOCUMENTS = ["the first", "é☃", "x", "a longer document than the others " * 3, "<|endoftext|>"]
+MARK = 256  # The end of text of the tokenizer 'bytes'.
+
+
+def corpus_of(train, validation=("held out",), fingerprint="fingerprint"):
+    return Corpus(fingerprint, lambda: {"train": list(train), "validation": list(validation)})
+
+
+@pytest.fixture
+def config(tmp_path):
+    return DataConfig(tokenizer="bytes", cache_dir=str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def token_cache(config):
+    corpus = corpus_of(DOCUMENTS)
+    return tokens.tokenise(config, corpus, "train", load_tokenizer(config, 257, corpus))
+
+
+def synthetic(lengths):
+    """A cache whose documents of the given lengths (mark included) hold distinct tokens."""
+    starts = np.cumsum([0, *lengths])
+    stream = np.arange(1, starts[-1] + 2, dtype=np.uint32)
+    return tokens.TokenCache(stream, starts[:-1].astype(np.int64), 0, "fingerprint")
+
+
+def stream_of(windows):
+    """The stream, put together again from inputs and targets."""
+    inputs = np.concatenate([window.tokens_BxL[window.mask_BxL] for window in windows])
+    targets = np.concatenate([window.targets_BxL[window.mask_BxL] for window in windows])
+    np.testing.assert_array_equal(inputs[1:], targets[:-1])
+    return np.concatenate([inputs[:1], targets])
+
+
+def assert_same(actual, expected):
+    for name, a, b in zip(Batch._fields, actual, expected, strict=True):
+        np.testing.assert_array_equal(a, b, err_msg=name)
+
+
+@pytest.mark.parametrize("length", [1, 7, 13, 1009])
+def test_windows_hold_the_exact_text(config, token_cache, length):
+    stream = stream_of(Windows(token_cache, length, False))
+    assert stream[0] == stream[-1] == MARK
+    ends = np.flatnonzero(stream == MARK)
+    assert len(ends) == len(DOCUMENTS) + 1
+    tokenizer = load_tokenizer(config, 257, corpus_of(DOCUMENTS))
+    texts = [tokenizer.decode(stream[a + 1 : b]) for a, b in zip(ends, ends[1:], strict=False)]
+    assert texts == DOCUMENTS
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=12), st.integers(1, 17))
+def test_each_token_is_a_target_once_in_its_documents_segment(lengths, window_length):
+    cache = synthetic(lengths)
+    targets, documents = [], []
+    for window in Windows(cache, window_length, False):
+        real = window.mask_BxL
+        targets.extend(window.targets_BxL[real])
+        np.testing.assert_array_equal(window.segments_BxL[~real], 0)
+        segments = window.segments_BxL[real]
+        assert segments[0] == 1
+        offset = documents[-1] if documents else 0
+        # A window goes on with the document of the one before, unless a mark starts it.
+        offset += window.tokens_BxL[0] - 1 in cache.starts_N
+        documents.extend(segments - 1 + offset)
+    np.testing.assert_array_equal(targets, cache.tokens_T[1:])
+    np.testing.assert_array_equal(documents, np.repeat(np.arange(len(lengths)) + 1, lengths))
+
+
+def test_segments_by_hand():
+    cache = synthetic([3, 1, 5, 2])  # Stream 1..12, documents starting at tokens 1, 4, 5, 10.
+    first, second = Windows(cache, 7, False)
+    assert_same(first, Batch([1, 2, 3, 4, 5, 6, 7], [2, 3, 4, 5, 6, 7, 8], [True] * 7,
+                             [1, 1, 1, 2, 3, 3, 3]))  # fmt: skip
+    assert_same(second, Batch([8, 9, 10, 11, 0, 0, 0], [9, 10, 11, 12, 0, 0, 0],
+                              [True] * 4 + [False] * 3, [1, 1, 2, 2, 0, 0, 0]))  # fmt: skip
+    first, second = Windows(cache, 7, True)
+    np.testing.assert_array_equal(first.segments_BxL, [1] * 7)
+    np.testing.assert_array_equal(second.segments_BxL, [1] * 4 + [0] * 3)
+
+
+def test_dtypes():
+    window = Windows(synthetic([5]), 3, False)[0]
+    assert [field.dtype for field in window] == [np.int32, np.int32, np.bool_, np.int32]
+
+
+def test_an_epoch_is_a_permutation_and_each_has_its_own():
+    windows = Windows(synthetic([37 * 5]), 5, False)
+    assert len(windows) == 37
+    iterator = train_iterator(windows, 37, seed=3)
+    epochs = [next(iterator).tokens_BxL[:, 0] for _ in range(4)]
+    for epoch in epochs:
+        np.testing.assert_array_equal(np.sort(epoch), 1 + 5 * np.arange(37))
+    # An order that comes back under the next seed would make seeds no independent runs.
+    epochs += [next(train_iterator(windows, 37, seed=4)).tokens_BxL[:, 0]]
+    assert len({tuple(epoch) for epoch in [*epochs, np.sort(epochs[0])]}) == 6
+
+
+@pytest.mark.parametrize("process_count", [2, 3, 6])
+def test_global_batch_does_not_depend_on_the_process_count(process_count):
+    windows = Windows(synthetic([11, 50, 3, 60]), 11, False)  # 12 windows: an epoch is 2 steps.
+    whole = train_iterator(windows, 6, seed=5)
+    parts = [train_iterator(windows, 6, 5, p, process_count) for p in range(process_count)]
+    for _ in range(5):
+        rows = [next(part) for part in parts]
+        assert_same([np.concatenate(field) for field in zip(*rows, strict=True)], next(whole))
+    assert len({json.dumps(part.get_state()) for part in [whole, *parts]}) == 1
+
+
+@pytest.mark.parametrize("step", [0, 1, 4, 9])
+def test_restored_iterator_goes_on_bit_for_bit(step):
+    windows = Windows(synthetic([11, 50, 3, 60]), 7, False)  # 18 windows: steps straddle epochs.
+    iterator = train_iterator(windows, 4, seed=5)
+    for _ in range(step):
+        next(iterator)
+    state = json.loads(json.dumps(iterator.get_state()))
+    expected = [next(iterator) for _ in range(7)]
+    restored = train_iterator(windows, 4, seed=5)
+    next(restored)  # What it did before must not matter.
+    restored.set_state(state)
+    for batch in expected:
+        assert_same(next(restored), batch)
+    second_half = train_iterator(windows, 4, 5, process_index=1, process_count=2)
+    second_half.set_state(state)
+    for batch in expected:
+        assert_same(next(second_half), [field[2:] for field in batch])
+
+
+def test_fewer_windows_than_a_batch_repeat():
+    batch = next(train_iterator(Windows(synthetic([9]), 5, False), 7, seed=0))
+    assert sorted(set(batch.tokens_BxL[:, 0])) == [1, 6]
+
+
+@pytest.mark.parametrize("process_count", [1, 2])
+def test_evaluation_sees_every_window_once_in_order(process_count):
+    windows = Windows(synthetic([7 * 7 - 2]), 7, False)
+    parts = [list(eval_batches(windows, 4, 0, p, process_count)) for p in range(process_count)]
+    batches = [
+        Batch(*(np.concatenate(field) for field in zip(*rows, strict=True)))
+        for rows in zip(*parts, strict=True)
+    ]
+    assert [batch.tokens_BxL.shape for batch in batches] == [(4, 7)] * 2
+    np.testing.assert_array_equal(
+        np.concatenate([batch.targets_BxL[batch.mask_BxL] for batch in batches]),
+        windows.cache.tokens_T[1:],
+    )
+    assert not batches[-1].mask_BxL[3].any() and not batches[-1].segments_BxL[3].any()
+    assert len(list(eval_batches(windows, 4, limit=1))) == 1
+    assert len(list(eval_batches(windows, 4, limit=99))) == 2
+
+
+def test_a_split_without_documents(config):
+    corpus = corpus_of([])
+    cache = tokens.tokenise(config, corpus, "train", load_tokenizer(config, 257, corpus))
+    windows = Windows(cache, 5, False)
+    with pytest.raises(UserError, match="0 documents and 1 tokens, which make 0 windows of 5"):
+        train_iterator(windows, 4, 0)
+    assert list(eval_batches(windows, 4)) == []
+
+
+def test_batch_must_be_divisible():
+    with pytest.raises(UserError, match="10 is not divisible by the 3 processes; use 12"):
+        train_iterator(Windows(synthetic([9]), 5, False), 10, 0, 0, 3)
+
+
+def test_tokenised_once_per_corpus_and_tokenizer(config, monkeypatch):
+    writes = []
+    write = tokens._write
+    monkeypatch.setattr(tokens, "_write", lambda *a, **k: writes.append(1) or write(*a, **k))
+    corpus = corpus_of(DOCUMENTS)
+    tokenizer = load_tokenizer(config, 257, corpus)
+    first = tokens.tokenise(config, corpus, "train", tokenizer)
+    again = tokens.tokenise(config, corpus, "train", tokenizer)
+    np.testing.assert_array_equal(first.tokens_T, again.tokens_T)
+    assert len(writes) == 1
+    other = corpus_of(["other", "documents"], fingerprint="other")
+    assert len(tokens.tokenise(config, other, "train", tokenizer).starts_N) == 2
+    bpe = load_tokenizer(dataclasses.replace(config, tokenizer="bpe"), 300, corpus)
+    tokens.tokenise(config, corpus, "train", bpe)
+    assert len(writes) == 3
+
+
+def test_cache_counts_and_dtypes(config, token_cache, monkeypatch):
+    assert token_cache.bytes == sum(len(text.encode()) for text in DOCUMENTS)
+    assert len(token_cache.tokens_T) == token_cache.bytes + len(DOCUMENTS) + 1
+    assert token_cache.tokens_T.dtype == np.uint16
+    corpus = corpus_of(DOCUMENTS, fingerprint="wide")
+    tokenizer = load_tokenizer(config, 257, corpus)
+    tokenizer.size = 65537
+    wide = tokens.tokenise(config, corpus, "train", tokenizer)
+    assert wide.tokens_T.dtype == np.uint32
+    np.testing.assert_array_equal(wide.tokens_T, token_cache.tokens_T)
+
+
+def test_chunks_do_not_change_the_stream(config, token_cache, monkeypatch):
+    monkeypatch.setattr(tokens, "_CHUNK_CHARACTERS", 3)
+    corpus = corpus_of(DOCUMENTS, fingerprint="again")
+    again = tokens.tokenise(config, corpus, "train", load_tokenizer(config, 257, corpus))
+    np.testing.assert_array_equal(again.tokens_T, token_cache.tokens_T)
+    np.testing.assert_array_equal(again.starts_N, token_cache.starts_N)
+
+
+def test_full_disk_leaves_nothing(config, tmp_path):
+    corpus = corpus_of(["x" * 100_000])
+    tokenizer = load_tokenizer(config, 257, corpus)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    try:
+        with pytest.raises(UserError, match="cannot write the cache .*File too large; make room"):
+            tokens.tokenise(config, corpus, "train", tokenizer)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.suffix for path in (tmp_path / "cache" / "tokens").iterdir()] == [".lock"]
+    assert len(tokens.tokenise(config, corpus, "train", tokenizer).tokens_T) == 100_002
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "corpus").mkdir()
+    for i in range(20):
+        (tmp_path / "corpus" / f"{i}.txt").write_text(f"document {i} of twenty: {'la ' * i}")
+    return str(tmp_path / "corpus")
+
+
+def test_load_data_from_files_to_batches(config, folder, tmp_path):
+    config = dataclasses.replace(config, corpus=folder, tokenizer="bpe")
+    data = pipeline.load_data(config, 300, 16)
+    text = data.tokenizer.decode(stream_of(data.train))
+    held_out = data.tokenizer.decode(stream_of(data.validation))
+    documents = text.split("<|endoftext|>")[1:-1]
+    assert len(documents) == 19
+    assert held_out == f"<|endoftext|>{held_out.split('<|endoftext|>')[1]}<|endoftext|>"
+    assert held_out.split("<|endoftext|>")[1] not in documents
+    assert data.validation_bytes == len(held_out.encode()) - 2 * len("<|endoftext|>")
+    assert next(train_iterator(data.train, 4, 0)).tokens_BxL.shape == (4, 16)
+
+    data.tokenizer.save(tmp_path / "tokenizer.json")
+    resumed = pipeline.load_data(
+        dataclasses.replace(config, tokenizer="gone"), 300, 16, str(tmp_path / "tokenizer.json")
+    )
+    assert pipeline.pipeline_fingerprint(resumed, 4, 0) == pipeline.pipeline_fingerprint(data, 4, 0)
+    with pytest.raises(UserError, match="model.vocab_size=100 is smaller"):
+        pipeline.load_data(config, 100, 16, str(tmp_path / "tokenizer.json"))
+
+
+def test_pipeline_fingerprint_tells_every_change(config, folder):
+    config = dataclasses.replace(config, corpus=folder)
+
+    def prints(batch_size=4, seed=0, length=16, **changes):
+        data = pipeline.load_data(dataclasses.replace(config, **changes), 300, length)
+        return json.dumps(pipeline.pipeline_fingerprint(data, batch_size, seed))
+
+    assert prints() == prints()
+    variants = [prints(), prints(batch_size=8), prints(seed=1), prints(length=15),
+                prints(cross_document_attention=True), prints(validation_fraction=0.5),
+                prints(tokenizer="bpe")]  # fmt: skip
+    assert len(set(variants)) == len(variants)
+
+
+def test_warm_start_needs_no_tfds(config, folder):
+    config = dataclasses.replace(config, corpus=folder)
+    data = pipeline.load_data(config, 257, 16)
+    code = (
+        "import sys; from prmoe_jax.config import DataConfig; from prmoe_jax.data import pipeline\n"
+        f"data = pipeline.load_data({config!r}, 257, 16)\n"
+        "assert 'tensorflow_datasets' not in sys.modules\n"
+        "print(len(data.train))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) == len(data.train)

