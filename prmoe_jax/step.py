@@ -84,7 +84,7 @@ def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[Train
         model = optax.apply_updates(state.model, updates)
         metrics = {
             "loss": training_loss(sums, total, config),
-            "grad_norm": optax.global_norm(gradient),
+            "grad_norm": optax.tree.norm(gradient),
             "learning_rate": rate(state.step),
             **summarise(sums, config),
         }

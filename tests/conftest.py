@@ -1,8 +1,15 @@
 """What every test needs."""
 
 import logging
+import os
+import tempfile
 
 import pytest
+
+# Many tests start the same small run anew, some in a process of their own: compile it once.
+# Set before JAX is imported; the workers of pytest-xdist and subprocesses inherit it.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="prmoe-tests-"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 
 @pytest.fixture(autouse=True)

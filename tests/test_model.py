@@ -1,0 +1,258 @@
+"""The decoder: an independent NumPy forward, causality, documents, stages, kernels, remat."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from prmoe_jax import architecture
+from prmoe_jax.attention import attend, resolve_attention, splash
+from prmoe_jax.config import ModelConfig, MoeConfig, resolve
+from prmoe_jax.errors import UserError
+from prmoe_jax.model import Transformer, dropout, positions
+
+SMALL = ModelConfig(
+    vocab_size=31, length=13, layers=3, d_model=10, heads=2, d_ff=11, dtype="float32",
+    init_std=0.3, attention="xla",
+)  # fmt: skip
+MOE = MoeConfig(dispatch="gather", min_capacity=1)
+
+
+def build(model, moe=MOE):
+    model = Transformer(model, moe, jax.random.key(0))
+    # Biases and norms start at constants that hide mistakes: move them.
+    rng = np.random.default_rng(1)
+    return jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(np.float32), model)
+
+
+def small(text="3 layers", **changes):
+    schedule = architecture.parse_fields(text)
+    return dataclasses.replace(SMALL, **schedule, **changes)
+
+
+@jax.jit
+def logits(model, tokens_BxL, segments_BxL):
+    return model.logits(model(tokens_BxL, segments_BxL, capacity_factor=1.0)[0])
+
+
+@pytest.fixture(scope="module")
+def batch():
+    tokens_BxL = jax.random.randint(jax.random.key(3), (2, 13), 0, 31)
+    segments_BxL = jnp.array([[1] * 5 + [2] * 8, [1] * 11 + [0] * 2])
+    return tokens_BxL, segments_BxL
+
+
+def numpy_forward(model, tokens_L):
+    """GPT-2 with the same weights, one document, loops and float64."""
+    config = model.config
+    p = jax.tree.map(lambda x: np.asarray(x, np.float64), model)
+
+    def norm(n, x):
+        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+        return x * n.scale[...] + n.shift[...]
+
+    def gelu(x):
+        return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+    x_LxD = p.tokens[...][tokens_L] + p.positions[...][: len(tokens_L)]
+    for stage, plan in zip(p.stages, config.schedule.stages(), strict=True):
+        for n in range(plan.repeats):
+            for stacked in stage.blocks:
+                block = jax.tree.map(lambda x: x[n], stacked)  # noqa: B023
+                a, y_LxD = block.attention, norm(block.norm_attention, x_LxD)
+                out_LxD = np.zeros_like(x_LxD)
+                for h in range(config.heads):
+                    q, k, v = (y_LxD @ a.w_qkv[...][:, i, h] + a.b_qkv[...][i, h] for i in range(3))
+                    for t in range(len(tokens_L)):
+                        score = np.exp(q[t] @ k[: t + 1].T / np.sqrt(q.shape[1]))
+                        out_LxD[t] += score / score.sum() @ v[: t + 1] @ a.w_out[...][h]
+                x_LxD = x_LxD + out_LxD + a.b_out[...]
+                m, y_LxD = block.mlp, norm(block.norm_mlp, x_LxD)
+                hidden = gelu(y_LxD @ m.w_in[...] + m.b_in[...])
+                x_LxD = x_LxD + hidden @ m.w_out[...] + m.b_out[...]
+    return norm(p.norm, x_LxD) @ p.tokens[...].T
+
+
+def test_dense_equals_an_independent_forward(batch):
+    model = build(small())
+    tokens_BxL, _ = batch
+    got = logits(model, tokens_BxL, jnp.ones_like(tokens_BxL))
+    for b in range(2):
+        expected = numpy_forward(model, np.asarray(tokens_BxL[b]))
+        np.testing.assert_allclose(got[b], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("text", ["3 layers", "3 layers, E=3, top 2", "3 layers, E=3, residual"])
+def test_causality(text):
+    """No logit up to position t depends on the embeddings after t: the gradient is exactly 0."""
+    model = build(small(text))
+    tokens_L = jnp.arange(13)  # each token once, so that its embedding stands for its position
+
+    def early_logits(table):
+        changed = jax.tree.unflatten(jax.tree.structure(model), jax.tree.leaves(model))
+        changed.tokens = type(model.tokens)(table)
+        x, _ = changed(tokens_L[None], jnp.ones((1, 13), jnp.int32), capacity_factor=1.0)
+        return jnp.square(x[0, :7]).sum()  # activations, since every logit sees the whole table
+
+    gradient_VxD = np.asarray(jax.jit(jax.grad(early_logits))(model.tokens[...]))
+    assert (gradient_VxD[7:] == 0).all()
+    assert (np.abs(gradient_VxD[:7]).max(1) > 0).all()
+
+
+def test_documents_do_not_see_each_other(batch):
+    """Without drops, a document gives the same logits packed as alone, padded or not."""
+    model = build(small("3 layers, E=3, residual"), dataclasses.replace(MOE, min_capacity=13))
+    tokens_BxL, segments_BxL = batch
+    packed = logits(model, tokens_BxL, segments_BxL)
+    for row, start, stop in ((0, 0, 5), (0, 5, 13), (1, 0, 11)):
+        width = stop - start
+        alone_1xL = jnp.zeros((1, 13), jnp.int32).at[0, :width].set(tokens_BxL[row, start:stop])
+        ones_1xL = (jnp.arange(13) < width).astype(jnp.int32)[None]
+        alone = logits(model, alone_1xL, ones_1xL)
+        np.testing.assert_allclose(packed[row, start:stop], alone[0, :width], rtol=1e-4, atol=1e-4)
+
+
+def test_padding_tokens_change_nothing(batch):
+    model = build(small("3 layers, E=3"))
+    tokens_BxL, segments_BxL = batch
+    other_BxL = jnp.where(segments_BxL == 0, (tokens_BxL + 1) % 31, tokens_BxL)
+    real = np.asarray(segments_BxL > 0)
+    np.testing.assert_array_equal(
+        np.asarray(logits(model, tokens_BxL, segments_BxL))[real],
+        np.asarray(logits(model, other_BxL, segments_BxL))[real],
+    )
+
+
+def test_positions():
+    segments = jnp.array([[1, 1, 1, 2, 2, 3, 0, 0], [1] * 8])
+    assert positions(segments).tolist() == [[0, 1, 2, 0, 1, 0, 0, 1], list(range(8))]
+
+
+def test_stages_equal_the_layers_one_by_one(batch):
+    """The scan over a pyramid's stages is the plain sequence of its blocks."""
+    model = build(small("7 layers, E=2x2+5, residual"))
+    tokens_BxL, segments_BxL = batch
+    x_BxLxD = model.tokens[...][tokens_BxL] + model.positions[...][positions(segments_BxL)]
+    apply = jax.jit(lambda block, x_BxLxD: block(x_BxLxD, segments_BxL, 1.0))
+    experts = []
+    for stage, plan in zip(model.stages, model.config.schedule.stages(), strict=True):
+        for n in range(plan.repeats):
+            for stacked in stage.blocks:
+                block = jax.tree.map(lambda x: x[n], stacked)  # noqa: B023
+                x_BxLxD, metrics = apply(block, x_BxLxD)
+                experts.append(0 if metrics is None else len(metrics.assigned_E))
+    got, routers = jax.jit(functools.partial(model, capacity_factor=1.0))(tokens_BxL, segments_BxL)
+    np.testing.assert_allclose(got, model.norm(x_BxLxD), rtol=1e-4, atol=1e-4)
+    assert tuple(experts) == model.config.schedule.experts == (0, 2, 0, 2, 0, 5, 0)
+    assert [len(router.assigned_E) for router in routers] == [2, 2, 5]
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_remat_recomputes_and_changes_no_gradient(batch, remat):
+    def gradient(model):
+        return jax.grad(lambda m: jnp.square(logits(m, *batch)).mean())
+
+    plain = build(small("3 layers, E=3"))
+    thrifty = build(small("3 layers, E=3", remat=remat))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+        jax.tree.leaves(gradient(plain)(plain)),
+        jax.tree.leaves(gradient(thrifty)(thrifty)),
+    )
+    count = [str(jax.make_jaxpr(gradient(m))(m)).count(" tanh ") for m in (plain, thrifty)]
+    assert count[1] > count[0]  # the activations are computed again
+
+
+def test_bfloat16_is_close_to_float32(batch):
+    exact = build(small())
+    rough = build(small(dtype="bfloat16"))
+    a, b = logits(exact, *batch), logits(rough, *batch)
+    assert b.dtype == jnp.float32
+    assert 0 < np.abs(a - b).max() < 0.05 * np.abs(a).max()
+
+
+def test_splash_equals_xla():
+    """The TPU kernel, interpreted, with documents and padding."""
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 256, 2, 16))
+    segments = jnp.array([[1] * 100 + [2] * 156, [1] * 200 + [0] * 56])
+    got = splash(q, k, v, segments, interpret=True)
+    expected = attend(q, k, v, segments, "xla")
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("attention", "platform", "changes", "expected"),
+    [
+        ("auto", "cpu", {}, "xla"),
+        ("auto", "gpu", {"dtype": "bfloat16"}, "cudnn"),
+        ("auto", "gpu", {"dtype": "float32"}, "xla"),
+        ("auto", "tpu", {"length": 256}, "splash"),
+        ("auto", "tpu", {"length": 250}, "xla"),
+        ("xla", "tpu", {"length": 256}, "xla"),
+        ("splash", "cpu", {"length": 256}, "needs a tpu, this is a cpu"),
+        ("splash", "tpu", {"length": 250}, "divisible by 128; use 256"),
+        ("cudnn", "cpu", {}, "needs a gpu, this is a cpu"),
+    ],
+)
+def test_attention_choice(attention, platform, changes, expected):
+    model = dataclasses.replace(SMALL, attention=attention, **changes)
+    if expected in ("xla", "cudnn", "splash"):
+        assert resolve_attention(model, platform) == expected
+    else:
+        with pytest.raises(UserError, match=expected):
+            resolve_attention(model, platform)
+
+
+def test_dropout():
+    """Keeps the mean, drops the stated share, each row by its own key, nothing in evaluation."""
+    x = jnp.ones((2, 200, 300))
+    keys = jax.random.split(jax.random.key(0), 2)
+    y = dropout(x, 0.25, keys)
+    assert abs(float((y == 0).mean()) - 0.25) < 0.01
+    np.testing.assert_allclose(y[y > 0], 1 / 0.75, rtol=1e-6)
+    assert (y[0] != y[1]).any()
+    np.testing.assert_array_equal(y[1:], dropout(x[1:], 0.25, keys[1:]))
+    assert dropout(x, 0.25, None) is x
+
+
+def test_dropout_differs_by_layer_and_repeat(batch):
+    """Two repeats of a stage and two layers of a cell draw different masks."""
+    model = build(small("4 layers", dropout=0.5))
+    tokens_BxL, segments_BxL = batch
+    keys_B = jax.random.split(jax.random.key(5), 2)
+    run = jax.jit(functools.partial(model, capacity_factor=1.0))
+    training = run(tokens_BxL, segments_BxL, keys_B=keys_B)[0]
+    evaluation = run(tokens_BxL, segments_BxL)[0]
+    assert np.abs(training - evaluation).max() > 0.01
+    # With identical blocks and a residual of 0, equal masks would give equal updates.
+    same = jax.tree.map(lambda x: jnp.broadcast_to(x[:1], x.shape), model.stages[0])
+    same.blocks[0].attention = jax.tree.map(jnp.zeros_like, same.blocks[0].attention)
+    same.blocks[0].mlp = jax.tree.map(jnp.zeros_like, same.blocks[0].mlp)
+    same.blocks[0].mlp.b_out = type(same.blocks[0].mlp.b_out)(jnp.ones((4, 10)))
+    keys_NxB = jax.vmap(jax.random.split, (0, None), 1)(keys_B, 4)
+    x_BxLxD = jnp.zeros((2, 13, 10))
+    y_BxLxD, _ = same(x_BxLxD, segments_BxL, 1.0, keys_NxB)
+    assert set(np.unique(y_BxLxD).tolist()) == {0, 2, 4, 6, 8}  # 4 independent draws of 0 or 2
+
+
+def test_compiled_size_does_not_grow_with_depth():
+    """A stage is compiled once: 24 layers and 8 layers give programs of equal length."""
+
+    def operations(layers):
+        settings = {
+            "model": {"layers": layers, "placement": "every 2", "experts": (4,), "attention": "xla"}
+        }
+        config = resolve(settings | {"train": {"steps": 1}})
+        model = jax.eval_shape(lambda: Transformer(config.model, MOE, jax.random.key(0)))
+        ids = jax.ShapeDtypeStruct((2, 256), jnp.int32)
+
+        def loss(model, ids):
+            return model(ids, ids, capacity_factor=1.0)[0].astype(jnp.float32).sum()
+
+        text = jax.jit(jax.grad(loss)).lower(model, ids).as_text()
+        return text.count("dot_general")
+
+    assert operations(24) == operations(8) > 0

@@ -1,0 +1,206 @@
+"""One update: accumulation changes nothing, AdamW against NumPy, schedule, decay rule, loss."""
+
+import dataclasses
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from prmoe_jax import architecture, config
+from prmoe_jax.data.pipeline import Batch
+from prmoe_jax.loss import forward, totals, training_loss
+from prmoe_jax.metrics import to_python
+from prmoe_jax.model import resolve_backends
+from prmoe_jax.optimizer import decay_mask, learning_rate, make_optimizer
+from prmoe_jax.step import init_model, init_state, make_train_step
+from prmoe_jax.tree import named_leaves
+
+# The gradient of a key's bias is 0 but for rounding, which Adam would scale up to a whole step.
+GENTLE = {"eps": 1e-3}
+
+
+def settings(text="2 layers, E=3, residual", batch_size=8, model=(), moe=(), **groups):
+    """A small config; keyword groups override theirs."""
+    shape = {"vocab_size": 384, "length": 8, "d_model": 12, "heads": 2, "d_ff": 10}
+    fields = architecture.parse_fields(text) | shape | {"dtype": "float32", "init_std": 0.2}
+    train = {"steps": 10, "batch_size": batch_size} | groups.pop("train", {})
+    moe = ({"min_capacity": 1} if fields["experts"] else {}) | dict(moe)
+    values = {"model": fields | dict(model), "moe": moe}
+    values |= {"data": {"tokenizer": "bytes"}, "train": train, **groups}
+    return resolve_backends(config.resolve(values), "cpu")
+
+
+def make_batch(seed=0, rows=8, length=8):
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, 384, (rows, length + 1)).astype(np.int32)
+    segments = np.sort(rng.integers(1, 3, (rows, length)), axis=1).astype(np.int32)
+    mask = np.ones((rows, length), bool)
+    # Portions of unequal weight: one row is half padding, one all padding.
+    segments[2, length // 2 :], mask[2, length // 2 :] = 0, False
+    segments[5], mask[5] = 0, False
+    return Batch(tokens[:, :-1], tokens[:, 1:], mask, segments)
+
+
+@pytest.mark.parametrize(
+    ("text", "model", "moe"),
+    [
+        ("2 layers, E=3, residual", {"dropout": 0.3}, {"random_token_selection": True}),
+        ("2 layers, E=3, top 2", {}, {"second_expert_sampling": True, "group_size": 4}),
+        ("2 layers, E=3", {}, {"group_size": 16, "random_token_selection": True}),
+        ("2 layers", {"dropout": 0.3}, {}),
+    ],
+)
+def test_accumulation_changes_nothing(text, model, moe):
+    """Parameters and every metric, with padding, dropout and random routing, in 1, 2, 4 parts."""
+    results = []
+    for portions in (1, 2, 4):
+        train = {"accumulate": portions, "z_loss": 0.01}
+        values = settings(text, model=model, moe=moe, train=train, optimizer=GENTLE)
+        state = init_state(values)
+        step = jax.jit(make_train_step(values))
+        for seed in range(2):
+            state, metrics = step(state, make_batch(seed))
+        results.append((named_leaves(state.model), metrics))
+    for model_leaves, metrics in results[1:]:
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5),
+            (model_leaves, metrics),
+            results[0],
+        )
+
+
+def test_adamw_equals_numpy():
+    """Two updates, clipped by the whole gradient's norm, decayed by name."""
+    values = settings(optimizer={"clip_norm": 0.5, "weight_decay": 0.3, "warmup_tokens": 200})
+    state = init_state(values)
+    optimizer, rate = make_optimizer(values), learning_rate(values)
+    params = {k: np.asarray(v, np.float64) for k, v in named_leaves(state.model).items()}
+    first = {k: np.zeros_like(v) for k, v in params.items()}
+    second = {k: np.zeros_like(v) for k, v in params.items()}
+    model, opt = state.model, state.optimizer
+    rng = np.random.default_rng(0)
+    for step in range(2):
+        gradient = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), model)
+        updates, opt = optimizer.update(gradient, opt, model)
+        model = jax.tree.map(jnp.add, model, updates)
+        named = {k: np.asarray(v, np.float64) for k, v in named_leaves(gradient).items()}
+        norm = np.sqrt(sum((g**2).sum() for g in named.values()))
+        for name, g in named.items():
+            g = g * min(1, 0.5 / norm)
+            first[name] = 0.9 * first[name] + 0.1 * g
+            second[name] = 0.95 * second[name] + 0.05 * g**2
+            m = first[name] / (1 - 0.9 ** (step + 1))
+            v = second[name] / (1 - 0.95 ** (step + 1))
+            decays = not name.rsplit(".", 1)[-1].startswith(("b_", "scale", "shift"))
+            update = m / (np.sqrt(v) + 1e-8) + 0.3 * decays * params[name]
+            params[name] = params[name] - float(rate(step)) * update
+    for name, leaf in named_leaves(model).items():
+        np.testing.assert_allclose(leaf, params[name], rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_decay_rule_names_every_parameter():
+    """Stacked biases and norms are matrices and yet don't decay; an unknown name is an error."""
+    model = init_model(settings("4 layers, E=2+3, residual"))
+    decided = named_leaves(decay_mask(model))
+    assert decided.keys() == named_leaves(model).keys()
+    spared = {name.rsplit(".", 1)[-1] for name, decays in decided.items() if not decays}
+    assert spared == {"b_qkv", "b_in", "b_out", "b_mix", "scale", "shift"}
+    with pytest.raises(KeyError, match="w_new"):
+        decay_mask({"w_new": jnp.zeros((3, 3))})
+
+
+def test_learning_rate_by_hand():
+    """Warm-up over 4 steps of 64 tokens, cosine to step 12, then flat."""
+    optimizer = {"warmup_tokens": 256, "decay_tokens": 12 * 64}
+    optimizer |= {"learning_rate": 1e-2, "min_learning_rate": 2e-3}
+    rate = learning_rate(settings(optimizer=optimizer, train={"steps": 30}))
+    assert [round(float(rate(s)), 6) for s in (0, 1, 3, 7, 11, 25)] == pytest.approx(
+        [0.0025, 0.005, 0.01, 0.006, 0.002, 0.002]
+    )
+
+
+def test_learning_rate_ends_with_the_run_by_default():
+    rate = learning_rate(settings(train={"steps": 7}))
+    assert float(rate(6)) == pytest.approx(1e-4)
+    assert float(rate(5)) > 1.1e-4
+
+
+def test_loss_is_the_sum_of_its_parts():
+    values = settings(train={"z_loss": 0.01}, moe={"aux_loss_weight": 0.5})
+    state = init_state(values)
+    _, metrics = jax.jit(make_train_step(values))(state, make_batch())
+    metrics = to_python(metrics)
+    parts = metrics["lm_loss"] + 0.01 * metrics["z_loss"] + 0.5 * metrics["aux_loss"]
+    assert metrics["loss"] == pytest.approx(parts, rel=1e-6)
+    assert metrics["aux_loss"] == pytest.approx(metrics["layers/01/aux_loss"])
+    assert sum(metrics["layers/01/expert_load"]) == pytest.approx(1)
+    assert 0 < metrics["layers/01/residual_coefficient"] < 1
+    assert metrics["grad_norm"] > 0
+
+
+def test_cross_entropy_and_mask_by_hand():
+    """Nats of the unmasked targets; what is masked, tokens and targets, doesn't matter."""
+    values = settings("2 layers")
+    model, batch = init_model(values), make_batch()
+    x, _ = model(batch.tokens_BxL, batch.segments_BxL, capacity_factor=1.0)
+    log_probs = jax.nn.log_softmax(model.logits(x).astype(np.float32))
+    rows, columns = np.nonzero(batch.mask_BxL)
+    nats = -np.asarray(log_probs)[rows, columns, batch.targets_BxL[rows, columns]]
+    sums = forward(model, batch, 1.0)
+    np.testing.assert_allclose(sums.lm_loss, nats.sum(), rtol=1e-5)
+    assert sums.tokens == len(nats) == batch.mask_BxL.sum() < batch.mask_BxL.size
+    other = batch._replace(targets_BxL=np.where(batch.mask_BxL, batch.targets_BxL, 7))
+    assert forward(model, other, 1.0).lm_loss == sums.lm_loss
+    total = totals(batch, values)
+    np.testing.assert_allclose(training_loss(sums, total, values), nats.mean(), rtol=1e-5)
+
+
+def test_evaluation_uses_its_own_capacity():
+    values = settings("2 layers, E=3", moe={"capacity_factor": 0.3})
+    batch, model = make_batch(), init_model(values)
+    tight, ample = forward(model, batch, 0.3), forward(model, batch, float("inf"))
+    assert tight.routers[0].dropped_E.sum() > 0
+    assert ample.routers[0].dropped_E.sum() == 0
+
+
+def test_eight_devices_equal_one():
+    """The same step on a mesh of 1 and of 8 devices: loss, gradient norm, parameters."""
+    program = """
+        import jax
+        jax.config.update("jax_num_cpu_devices", 8)
+        import numpy as np
+        from jax.sharding import AxisType, Mesh
+        from prmoe_jax.parallel.mesh import data_mesh, replicated, split_batch
+        from prmoe_jax.step import init_state, make_train_step
+        from tests.test_step import GENTLE, make_batch, settings
+
+        values = settings("4 layers, E=2+3, residual", optimizer=GENTLE)
+        results = []
+        for mesh in (Mesh(jax.devices()[:1], ("data",)), data_mesh()):
+            with jax.set_mesh(mesh):
+                state = jax.device_put(init_state(values), replicated(mesh))
+                step = jax.jit(make_train_step(values))
+                for seed in range(2):
+                    state, metrics = step(state, split_batch(make_batch(seed), mesh))
+                results.append(jax.device_get((state.model, metrics)))
+        compare = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+        jax.tree.map(compare, *results)
+        print("equal on", data_mesh().size)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "equal on 8", done.stderr
+
+
+def test_seed_decides_the_model():
+    values = settings()
+    same, other = init_model(values), init_model(dataclasses.replace(values, seed=1))
+    leaves = named_leaves(init_model(values))
+    for name, leaf in named_leaves(same).items():
+        np.testing.assert_array_equal(leaf, leaves[name])
+    assert (other.tokens[...] != same.tokens[...]).any()

@@ -1,0 +1,310 @@
+"""Whole runs: killed, interrupted, damaged and resumed ones equal an undisturbed one."""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from prmoe_jax.cli import main
+from prmoe_jax.config import load
+from prmoe_jax.evaluate import restore_run
+from prmoe_jax.metrics import read_metrics
+from prmoe_jax.tree import named_leaves
+
+REPOSITORY = Path(__file__).parent.parent
+ARCHITECTURES = "dense moe first_half second_half top2 residual pyramid prmoe".split()
+# What depends on the clock and not on the run.
+CLOCK = {"tokens_per_second", "input_wait_fraction"}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """A folder of documents with something to learn, and a cache beside it."""
+    folder = tmp_path_factory.mktemp("text")
+    rng = random.Random(0)
+    words = "the expert of a token is chosen by its router and so on".split()
+    for i in range(40):
+        (folder / f"{i}.txt").write_text(f"{i}: " + " ".join(rng.choices(words, k=300)))
+    return folder, tmp_path_factory.mktemp("cache")
+
+
+def arguments(text, workdir, name="prmoe", **overrides):
+    folder, cache = text
+    small = {
+        "data.corpus": folder,
+        "data.cache_dir": cache,
+        "data.tokenizer": "bytes",
+        "model.vocab_size": 384,
+        "model.length": 32,
+        "model.d_model": 16,
+        "model.d_ff": 32,
+        "model.heads": 2,
+        "train.batch_size": 8,
+        "train.steps": 12,
+        "eval.every": 0,
+        "log.every": 1,
+        "optimizer.warmup_tokens": 8 * 32 * 5,
+        "optimizer.learning_rate": 3e-3,
+    }
+    settings = [f"--config.{key}={value}" for key, value in (small | overrides).items()]
+    config = f"--config={REPOSITORY}/configs/tiny.py:{name}"
+    return ["train", config, *settings, f"--workdir={workdir}", "--json"]
+
+
+def start(*args, **environment):
+    return subprocess.Popen(
+        [sys.executable, "-m", "prmoe_jax", *args],
+        cwd=REPOSITORY,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process):
+    """Exit code, stdout, stderr; for errors a reader can act on."""
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def logged(workdir):
+    lines = read_metrics(Path(workdir) / "metrics.jsonl")
+    return [{k: v for k, v in line.items() if k not in CLOCK} for line in lines]
+
+
+def parameters(workdir):
+    _, step, model, _ = restore_run(Path(workdir))
+    return step, {name: np.asarray(leaf) for name, leaf in named_leaves(model).items()}
+
+
+def assert_same_run(workdir, reference):
+    assert logged(workdir) == logged(reference)
+    (step, model), (expected_step, expected) = parameters(workdir), parameters(reference)
+    assert step == expected_step
+    for name in expected:
+        np.testing.assert_array_equal(model[name], expected[name], err_msg=name)
+
+
+LONG = {
+    "train.steps": 400,
+    "checkpoint.every": 40,
+    "eval.every": 60,
+    "model.dropout": 0.1,
+    "moe.random_token_selection": True,
+}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(text, tmp_path_factory):
+    """A run of 400 steps, with all randomness on, that nothing interrupts."""
+    workdir = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert main(arguments(text, workdir, **LONG)) == 0
+    return workdir
+
+
+def wait_for_lines(workdir, count, process):
+    path = Path(workdir) / "metrics.jsonl"
+    while process.poll() is None:
+        with contextlib.suppress(FileNotFoundError):
+            if path.read_bytes().count(b"\n") >= count:
+                return
+        time.sleep(0.002)
+    raise AssertionError(f"the run ended before line {count}: {finish(process)}")
+
+
+def test_killed_five_times_equals_undisturbed(text, undisturbed, tmp_path):
+    """kill -9 at five random steps, the same command again each time."""
+    command = arguments(text, tmp_path / "run", **LONG)
+    kills = sorted(random.Random(1).sample(range(10, 380), 5))
+    for line in kills:
+        process = start(*command)
+        wait_for_lines(tmp_path / "run", line, process)
+        process.kill()
+        finish(process)
+    code, out, err = finish(start(*command))
+    assert code == 0, err
+    assert "resumed at step" in err
+    assert_same_run(tmp_path / "run", undisturbed)
+
+
+def test_sigterm_saves_and_resumes(text, undisturbed, tmp_path):
+    workdir = tmp_path / "run"
+    process = start(*arguments(text, workdir, **LONG))
+    wait_for_lines(workdir, 50, process)
+    process.terminate()
+    code, _, err = finish(process)
+    assert code == 0, err
+    step, _ = parameters(workdir)
+    assert f"interrupted: saved at step {step} of 400" in err
+    assert logged(workdir)[-1]["step"] == step
+    assert main(arguments(text, workdir, **LONG)) == 0
+    assert_same_run(workdir, undisturbed)
+
+
+@pytest.mark.parametrize("part", ["model", "optimizer", "data"])
+def test_truncated_checkpoint_falls_back(text, tmp_path, capsys, part):
+    """The newest checkpoint's files are cut: a warning, the one before, the same end."""
+    command = arguments(text, tmp_path / "run", "dense", **{"checkpoint.every": 5})
+    assert main(command) == 0
+    before = logged(tmp_path / "run"), parameters(tmp_path / "run")
+    newest = tmp_path / "run" / "checkpoints" / "12" / part
+    files = [f for f in newest.rglob("*") if f.is_file() and f.stat().st_size > 0]
+    assert files
+    for file in files:
+        os.truncate(file, file.stat().st_size // 2)
+    capsys.readouterr()
+    assert main(command) == 0
+    err = capsys.readouterr().err
+    assert "checkpoint 12 cannot be read" in err
+    assert "resumed at step 10 of 12" in err
+    assert (tmp_path / "run" / "damaged-12").is_dir()
+    assert logged(tmp_path / "run") == before[0]
+    jax.tree.map(np.testing.assert_array_equal, parameters(tmp_path / "run"), before[1])
+
+
+def test_only_checkpoint_damaged(text, tmp_path, capsys):
+    """Nothing to fall back on: one line that says so; the next start begins anew."""
+    command = arguments(text, tmp_path / "run", "dense", **{"train.steps": 3})
+    assert main(command) == 0
+    for file in (tmp_path / "run" / "checkpoints" / "3").rglob("*"):
+        if file.is_file():
+            os.truncate(file, 0)
+    assert main(command) == 2
+    assert "none of the checkpoints [3]" in capsys.readouterr().err
+    assert main(command) == 0
+    assert parameters(tmp_path / "run")[0] == 3
+
+
+def test_complete_run_is_left_alone(text, tmp_path, capsys):
+    command = arguments(text, tmp_path / "run", "dense", **{"train.steps": 3})
+    assert main(command) == 0
+    first = json.loads(capsys.readouterr().out)
+    assert main(command) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out) == first
+    assert "the run is complete: step 3 of 3" in captured.err
+
+
+def test_longer_run_on_the_same_schedule(text, tmp_path):
+    """With decay_tokens given, 4 steps and then 4 more are the run of 8 steps."""
+    schedule = {"optimizer.decay_tokens": 8 * 32 * 8}
+    assert main(arguments(text, tmp_path / "a", "dense", **schedule | {"train.steps": 4})) == 0
+    assert main(arguments(text, tmp_path / "a", "dense", **schedule | {"train.steps": 8})) == 0
+    assert main(arguments(text, tmp_path / "b", "dense", **schedule | {"train.steps": 8})) == 0
+    jax.tree.map(
+        np.testing.assert_array_equal, parameters(tmp_path / "a"), parameters(tmp_path / "b")
+    )
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_learns(text, tmp_path, name):
+    """50 steps lower the loss, metrics have their keys, eval repeats the last evaluation."""
+    assert main(arguments(text, tmp_path / "run", name, **{"train.steps": 50})) == 0
+    lines = logged(tmp_path / "run")
+    losses = [line["lm_loss"] for line in lines if "lm_loss" in line]
+    assert len(losses) == 50
+    assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 1
+    keys = "step loss lm_loss aux_loss grad_norm learning_rate tokens drop_fraction".split()
+    assert set(keys) <= lines[0].keys()
+    experts = load(tmp_path / "run" / "config.json").model.schedule.experts
+    for layer, count in enumerate(experts):
+        for metric in ("expert_load", "drop_fraction", "router_entropy", "aux_loss"):
+            assert (f"layers/{layer:02d}/{metric}" in lines[0]) == (count > 0)
+        if count:
+            assert len(lines[0][f"layers/{layer:02d}/expert_load"]) == count
+    assert "eval/bits_per_byte" in lines[-1]
+
+
+def test_eval_and_generate(text, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    assert main(arguments(text, workdir, **{"train.steps": 50})) == 0
+    capsys.readouterr()
+    assert main(["eval", f"--workdir={workdir}", "--json"]) == 0
+    metrics = json.loads(capsys.readouterr().out)
+    last = logged(workdir)[-1]
+    for name in ("loss", "perplexity", "bits_per_byte", "drop_fraction"):
+        assert metrics[name] == last[f"eval/{name}"]
+    assert metrics["perplexity"] == pytest.approx(np.exp(metrics["loss"]))
+    # Byte tokens: every byte and every document's end is one prediction.
+    documents = 2  # 5 % of 40
+    data_bytes = metrics["tokens"] - documents
+    nats = metrics["loss"] * metrics["tokens"]
+    assert metrics["bits_per_byte"] == pytest.approx(nats / np.log(2) / data_bytes)
+
+    command = ["generate", f"--workdir={workdir}", "--prompt=the ", "--tokens=20", "--json"]
+    outputs = []
+    for seed in (0, 0, 1):
+        assert main([*command, f"--seed={seed}"]) == 0
+        outputs.append(json.loads(capsys.readouterr().out)["text"])
+    assert outputs[0] == outputs[1] != outputs[2]
+    assert len(outputs[0]) > 0
+
+
+def test_nan_stops_with_the_last_good_checkpoint(text, tmp_path, capsys):
+    settings = {"optimizer.learning_rate": 1e30, "optimizer.clip_norm": "inf"}
+    settings |= {"checkpoint.every": 1, "optimizer.warmup_tokens": 0}
+    assert main(arguments(text, tmp_path / "run", "dense", **settings)) == 1
+    err = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "is nan at step" in err or "is inf at step" in err
+    good = parameters(tmp_path / "run")[0]
+    assert f"the last good checkpoint is step {good}" in err
+
+
+def test_devices_do_not_change_the_run(text, tmp_path):
+    """One device and eight log the same losses, and the same tokens are dropped."""
+    settings = {"train.steps": 5, "moe.random_token_selection": True}
+    one, eight = tmp_path / "one", tmp_path / "eight"
+    assert main(arguments(text, one, "residual", **settings)) == 0
+    process = start(
+        *arguments(text, eight, "residual", **settings),
+        XLA_FLAGS="--xla_force_host_platform_device_count=8",
+    )
+    code, _, err = finish(process)
+    assert code == 0, err
+    for a, b in zip(logged(one), logged(eight), strict=True):
+        assert a.get("drop_fraction") == b.get("drop_fraction")
+        for name in ("lm_loss", "grad_norm", "eval/loss"):
+            assert a.keys() == b.keys()
+            assert name not in a or a[name] == pytest.approx(b[name], rel=1e-4)
+
+
+def test_accumulation_logs_the_same_losses(text, tmp_path):
+    for accumulate in (1, 4):
+        settings = {"train.steps": 5, "train.accumulate": accumulate}
+        assert main(arguments(text, tmp_path / str(accumulate), **settings)) == 0
+    for a, b in zip(logged(tmp_path / "1"), logged(tmp_path / "4"), strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5), name
+
+
+def test_profile(text, tmp_path):
+    command = arguments(text, tmp_path / "run", **{"train.steps": 4})
+    assert main([*command, "--profile=2:3"]) == 0
+    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+
+
+def test_environment_is_recorded(text, tmp_path):
+    assert main(arguments(text, tmp_path / "run", **{"train.steps": 1})) == 0
+    (record,) = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert record["versions"]["jax"] == jax.__version__
+    assert record["device_count"] == 1
+
+
+def test_interrupt_is_handled_as_sigterm(text, tmp_path):
+    process = start(*arguments(text, tmp_path / "run", **LONG))
+    wait_for_lines(tmp_path / "run", 5, process)
+    process.send_signal(signal.SIGINT)
+    code, _, err = finish(process)
+    assert code == 0, err
+    assert "interrupted: saved at step" in err
