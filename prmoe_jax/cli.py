@@ -4,11 +4,15 @@ JAX is imported inside the verbs, so that help and mistakes are answered at once
 """
 
 import argparse
+import difflib
 import errno
 import json
 import logging
 import os
+import re
+import runpy
 import sys
+import traceback
 from pathlib import Path
 
 import prmoe_jax
@@ -19,7 +23,7 @@ settings:
   --config=FILE:NAME            a config file and the architecture in it, for example
                                 configs/tiny.py:prmoe, configs/paper.py:prmoe_1.3b or
                                 configs/tiny.py:'6 layers, E=8x2+16, residual'
-  --config.GROUP.NAME=VALUE     overrides any setting, after --config:
+  --config.GROUP.NAME=VALUE     overrides any setting:
                                 --config.train.steps=40 --config.model.experts=8,8,16
 """
 
@@ -27,12 +31,13 @@ settings:
 def main(arguments: list[str] | None = None) -> int:
     """Runs one verb; returns 0, 1 (the run failed) or 2 (the input cannot be used)."""
     _log_to_stderr()
-    parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
     try:
+        options, rest = _parser().parse_known_args(arguments)
         if rest and not options.takes_config:
             raise UserError(f"'{rest[0]}' is not understood; see prmoe {options.verb} --help")
-        return options.run(options, rest) or 0
+        options.run(options, rest)
+        sys.stdout.flush()  # a closed pipe is noticed here, not at Python's exit
+        return 0
     except UserError as error:
         return _fail(error, error.exit_code)
     except KeyboardInterrupt:
@@ -52,40 +57,97 @@ def parse_config(arguments: list[str]):
     Raises:
       UserError: no or no such config file, an unknown or mistyped setting, a failed check.
     """
-    from absl import flags
-    from ml_collections import config_flags
-
     from prmoe_jax.config import resolve
 
-    path, _ = _config_argument(arguments)
-    if not path.is_file():
-        raise UserError(f"--config={path} is not a file; for example configs/tiny.py:prmoe")
-    argv = ["prmoe", *arguments]
-    values = flags.FlagValues()
-    config = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
-    try:
-        leftover = values(argv)[1:]
-        settings = config.value.to_dict()  # a file that could not be loaded raises here
-    except UserError:
-        raise
-    except Exception as error:  # absl, ml_collections and the config file itself
-        cause = error.__cause__ if isinstance(error, OSError) else error
-        # An unknown key's text is a repr, with quotes and line breaks spelled out.
-        text = str(cause)[1:-1] if isinstance(cause, (KeyError, AttributeError)) else str(cause)
-        raise UserError(text.replace("\\n", " ").replace("\\'", "'")) from error
-    if leftover:
-        raise UserError(f"'{leftover[0]}' is not understood; settings look like --config.seed=1")
+    path, name, overrides = _config_argument(arguments)
+    settings = _load_settings(path, name)
+    _override(settings, overrides)
     return resolve(settings)
 
 
-def _config_argument(arguments: list[str]) -> tuple[Path, str]:
-    """The file and the name of --config=FILE:NAME."""
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
-        flag, _, value = argument.partition("=")
-        if flag == "--config":
-            file, _, name = (value or following).partition(":")
-            return Path(file), name
-    raise UserError("no --config; for example --config=configs/tiny.py:prmoe")
+def _config_argument(arguments: list[str]) -> tuple[Path, str, list[str]]:
+    """The file and the name of --config=FILE:NAME, and the other arguments."""
+    parser = _Parser(prog="prmoe", add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", default="")
+    options, rest = parser.parse_known_args(arguments)
+    file, _, name = options.config.partition(":")
+    if not file:
+        raise UserError("no --config; for example --config=configs/tiny.py:prmoe")
+    return Path(file), name, rest
+
+
+def _load_settings(path: Path, name: str):
+    """Calls get_config(name) of a config file, without the argument where there is no name."""
+    from ml_collections import ConfigDict
+
+    if not path.is_file():
+        raise UserError(f"--config={path} is not a file; for example configs/tiny.py:prmoe")
+    try:
+        get_config = runpy.run_path(str(path)).get("get_config")
+        if get_config is None:
+            raise UserError(f"--config={path} defines no function get_config")
+        settings = get_config(name) if name else get_config()
+    except UserError:
+        raise
+    except Exception as error:  # whatever the file does
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+        place = f" at line {lines[-1]}" if lines else ""
+        kind = type(error).__name__
+        raise UserError(f"--config={path} fails{place}: {kind}: {error}") from error
+    if not isinstance(settings, ConfigDict):
+        raise UserError(
+            f"--config={path}: get_config returns {type(settings).__name__}, not a ConfigDict; "
+            "start from prmoe_jax.config.default_config()"
+        )
+    return settings
+
+
+def _override(settings, arguments: list[str]) -> None:
+    """Changes `settings` as arguments like --config.train.steps=40 say."""
+    from absl import flags
+    from ml_collections import config_flags
+
+    from prmoe_jax.config import Config, leaves
+
+    known = leaves(Config())
+    for argument in arguments:
+        if not argument.startswith("--"):
+            continue  # the value of the flag before it, or else left over below
+        match = re.fullmatch(r"--(?:no)?config\.(.*)", argument.partition("=")[0])
+        if not match:
+            raise UserError(f"'{argument}' is not understood; settings look like --config.seed=1")
+        if match[1] not in known:
+            raise UserError(f"--config.{match[1]} is not a setting{_did_you_mean(match[1], known)}")
+
+    argv = ["prmoe", *arguments]
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_dict("config", settings, flag_values=values, sys_argv=argv)
+    try:
+        leftover = values(argv)[1:]
+    except flags.IllegalFlagValueError as error:
+        # 'flag --config.seed=x: invalid literal for int() with base 10'
+        given = str(error).removeprefix("flag ").removesuffix(f": {error.__context__}")
+        kind = type(known[given.partition("=")[0].removeprefix("--config.")])
+        wanted = "whole numbers such as 8,8,16" if kind is tuple else f"of type {kind.__name__}"
+        raise UserError(f"{given} must be {wanted}") from error
+    except (flags.Error, ValueError) as error:  # --noconfig.x=1 is a ValueError
+        raise UserError(str(error)) from error
+    if leftover:
+        raise UserError(f"'{leftover[0]}' is not understood; settings look like --config.seed=1")
+
+
+def _did_you_mean(name: str, known) -> str:
+    """A hint: what the group `name` holds, or the setting spelled most like it."""
+    members = [setting for setting in known if setting.startswith(f"{name}.")]
+    if members:
+        return f" but a group of them, such as --config.{members[0]}"
+    by_last_part = {setting.rpartition(".")[2]: setting for setting in known}
+    close = difflib.get_close_matches(name, known, 1)
+    for last_part in difflib.get_close_matches(name.rpartition(".")[2], by_last_part, 1):
+        close.append(by_last_part[last_part])
+    groups = ", ".join(dict.fromkeys(setting.partition(".")[0] for setting in known))
+    return f"; did you mean --config.{close[0]}?" if close else f"; there are {groups}"
 
 
 def _train(options, rest) -> None:
@@ -100,12 +162,14 @@ def _train(options, rest) -> None:
 
 
 def _eval(options, rest) -> None:
+    _check_run(options.workdir)
     from prmoe_jax.evaluate import evaluate
 
     _show(evaluate(options.workdir), options.json)
 
 
 def _generate(options, rest) -> None:
+    _check_run(options.workdir)
     from prmoe_jax.generate import generate
 
     arguments = options.prompt, options.tokens, options.temperature, options.seed
@@ -114,6 +178,14 @@ def _generate(options, rest) -> None:
         print(json.dumps({"prompt": options.prompt, "text": text}))
     else:
         print(options.prompt + text)
+
+
+def _check_run(workdir: Path) -> None:
+    """Fails where the folder holds no run, before JAX is imported."""
+    from prmoe_jax import config
+    from prmoe_jax.workdir import CONFIG
+
+    config.load(workdir / CONFIG)
 
 
 def _params(options, rest) -> None:
@@ -129,8 +201,15 @@ def _params(options, rest) -> None:
         print(json.dumps(sizes.report(model)) if options.json else sizes.table(model))
 
 
+class _Parser(argparse.ArgumentParser):
+    """Reports a mistake as everything else here does: on one line."""
+
+    def error(self, message: str):
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="prmoe",
         description="Parameter-efficient Mixture-of-Experts language models (PR-MoE) in JAX.",
         allow_abbrev=False,
@@ -174,7 +253,7 @@ def _profile_steps(text: str | None, config) -> tuple[int, int] | None:
     if text is None:
         return None
     first, _, last = text.partition(":")
-    if not (first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
+    if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
         raise UserError(f"--profile={text} must be FIRST:LAST, two steps such as 10:15")
     if int(last) > config.total_steps:
         raise UserError(f"--profile={text} ends after the run's {config.total_steps} steps")
@@ -183,7 +262,7 @@ def _profile_steps(text: str | None, config) -> tuple[int, int] | None:
 
 def _run_name(arguments: list[str]) -> str:
     """'tiny-prmoe' for --config=configs/tiny.py:prmoe."""
-    path, name = _config_argument(arguments)
+    path, name, _ = _config_argument(arguments)
     words = "".join(c if c.isalnum() or c in "._" else "-" for c in name)
     return f"{path.stem}-{words}".rstrip("-")
 

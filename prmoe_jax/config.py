@@ -24,9 +24,9 @@ class ModelConfig:
     vocab_size: int = 4096
     length: int = 256  # context, in tokens
     layers: int = 6
-    d_model: int = 192
-    heads: int = 6
-    d_ff: int = 768  # hidden width of the MLP and of each expert
+    d_model: int = 128
+    heads: int = 4
+    d_ff: int = 512  # hidden width of the MLP and of each expert
     placement: str = "none"  # which layers are MoE, see architecture.moe_layers
     experts: tuple[int, ...] = ()  # one count an MoE layer, or one for all
     top_k: int = 1
@@ -182,10 +182,25 @@ def load(path: Path) -> Config:
     """
     try:
         return resolve(json.loads(path.read_text()))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"no run in {path.parent}: {path.name} is missing") from None
-    except json.JSONDecodeError as error:
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:  # neither UTF-8 nor JSON
         raise UserError(f"{path} is damaged: {error}") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def leaves(config: Config) -> dict[str, object]:
+    """Every setting by its name on the command line, 'model.layers' and the like."""
+    named = {}
+    for group, values in dataclasses.asdict(config).items():
+        if isinstance(values, dict):
+            named |= {f"{group}.{name}": value for name, value in values.items()}
+        else:
+            named[group] = values
+    return named
 
 
 # What may differ when a run is resumed: none of it changes a parameter or a training loss.
@@ -198,7 +213,7 @@ def check_resume(saved: Config, given: Config) -> None:
     Raises:
       UserError: names each setting that differs, with both values.
     """
-    before, after = _leaves(saved), _leaves(given)
+    before, after = leaves(saved), leaves(given)
     changed = {k for k in before if before[k] != after[k] and not k.startswith(RESUMABLE)}
     if given.optimizer.decay_tokens and given.total_steps > saved.total_steps:
         changed -= {"train.steps", "train.tokens"}  # a longer run on the same schedule
@@ -254,23 +269,25 @@ def _convert(kind, value, path: str):
     return value
 
 
-def _leaves(config: Config) -> dict[str, object]:
-    leaves = {}
-    for group, values in dataclasses.asdict(config).items():
-        if isinstance(values, dict):
-            leaves |= {f"{group}.{name}": value for name, value in values.items()}
-        else:
-            leaves[group] = values
-    return leaves
-
-
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise UserError(message)
 
 
+# The settings that say "no limit" by inf.
+MAY_BE_INFINITE = ("moe.capacity_factor", "moe.eval_capacity_factor", "optimizer.clip_norm")
+
+
 def _check(config: Config) -> None:
-    _require(config.seed >= 0, f"seed={config.seed} must be 0 or more")
+    for name, value in leaves(config).items():
+        if isinstance(value, float) and name not in MAY_BE_INFINITE:
+            _require(math.isfinite(value), f"{name}={value} must be finite")
+    # JAX's keys have 32 bits of seed; training's own key is of seed + 1.
+    largest = 2**32 - 2
+    _require(
+        0 <= config.seed <= largest,
+        f"seed={config.seed} is out of range; use a value from 0 to {largest}",
+    )
     _check_model(config.model)
     _check_moe(config)
     _check_data(config)

