@@ -15,6 +15,7 @@ from prmoe_jax.architecture import cost
 from prmoe_jax.cli import main, parse_config
 
 TINY = f"--config={tiny.__file__}:prmoe"
+SHAPE = ["--config.model.d_model=30", "--config.model.heads=3", "--config.model.vocab_size=509"]
 VERBS = ("train", "eval", "generate", "params")
 
 
@@ -33,8 +34,8 @@ def exits(arguments) -> int:
 
 
 def test_params_as_json(capsys):
-    counts = json.loads(printed(capsys, "params", TINY, "--json"))
-    counted = cost(parse_config([TINY]).model)
+    counts = json.loads(printed(capsys, "params", TINY, *SHAPE, "--json"))
+    counted = cost(parse_config([TINY, *SHAPE]).model)
     assert counts["architecture"] == "6 layers, E=4x2+8, residual"
     assert counts["total_params"] == counted.total_params
     assert counts["active_params"] == counted.active_params
@@ -47,7 +48,7 @@ def test_params_as_json(capsys):
     embedding = counts["embedding_params"]
     assert embedding + sum(layer["params"] for layer in layers) == counts["total_params"]
     assert embedding + sum(layer["active_params"] for layer in layers) == counts["active_params"]
-    logits = 3 * 2 * 128 * 4096
+    logits = 3 * 2 * 30 * 509
     flops = sum(layer["train_flops_per_token"] for layer in layers)
     assert logits + flops == counts["train_flops_per_token"]
 
@@ -57,9 +58,10 @@ def numbers(line: str) -> list[int]:
 
 
 def test_params_for_people(capsys):
-    counts = json.loads(printed(capsys, "params", TINY, "--json"))
-    title, _, _, *rows, total = printed(capsys, "params", TINY).splitlines()
-    assert title.startswith("6 layers, E=4x2+8, residual; d_model 128, d_ff 512, heads 4, cont")
+    counts = json.loads(printed(capsys, "params", TINY, *SHAPE, "--json"))
+    title, _, _, *rows, total = printed(capsys, "params", TINY, *SHAPE).splitlines()
+    assert title.startswith("6 layers, E=4x2+8, residual; d_model 30, d_ff ")
+    assert "heads 3, " in title and title.endswith("vocabulary 509")
     names = "total_params", "active_params", "train_flops_per_token"
     assert total.split()[0] == "total" and numbers(total) == [counts[name] for name in names]
     # Each column adds up to its total.
@@ -120,7 +122,7 @@ QUICK = {
     "paper": ["params", "--paper"],
     "no config": ["train"],
     "misspelled setting": ["train", TINY, "--config.train.stepz=2"],
-    "wrong value": ["train", TINY, "--config.model.heads=5"],
+    "wrong value": ["train", TINY, "--config.model.heads=7", "--config.model.d_model=8"],
     "bad profile": ["train", TINY, "--profile=now"],
     "eval nothing": ["eval", "--workdir=/nowhere"],
     "generate nothing": ["generate", "--workdir=/nowhere"],

@@ -23,9 +23,9 @@ from prmoe_jax.errors import UserError
 
 # What the tests below count with, however the recipe in configs/tiny.py is tuned.
 BASE = """
-    model.vocab_size=4096 model.length=256 model.d_model=192 model.heads=6 model.d_ff=768
+    model.vocab_size=4096 model.length=256 model.d_model=128 model.heads=4 model.d_ff=512
     train.steps=600 train.batch_size=16
-    optimizer.learning_rate=1e-3 optimizer.min_learning_rate=1e-4 optimizer.warmup_tokens=81920
+    optimizer.learning_rate=4e-3 optimizer.min_learning_rate=1e-4 optimizer.warmup_tokens=81920
 """.split()
 
 
@@ -123,7 +123,7 @@ OTHER_VALUES = {
     "model.vocab_size": ("509", 509),
     "model.length": ("17", 17),
     "model.layers": ("7", 7),
-    "model.d_model": ("8", 8),
+    "model.d_model": ("6", 6),
     "model.heads": ("2", 2),
     "model.d_ff": ("11", 11),
     "model.placement": ("first half", "first half"),
@@ -235,7 +235,7 @@ RULES = {
     "d_ff": (["model.d_ff=-4"], "model.d_ff=-4 is out of range"),
     "heads divide": (
         ["model.heads=5"],
-        "model.d_model=128 is not divisible by model.heads=5; use d_model=130",
+        "model.d_model=192 is not divisible by model.heads=5; use d_model=195",
     ),
     "top_k 0": (["model.top_k=0"], "model.top_k=0 is out of range"),
     "top_k 3": (["model.top_k=3"], "model.top_k=3 is not available; use 1 or 2"),
@@ -335,7 +335,7 @@ RULES = {
     "rate nan": (["optimizer.learning_rate=nan"], "optimizer.learning_rate=nan must be finite"),
     "minimum": (
         ["optimizer.min_learning_rate=1"],
-        "optimizer.min_learning_rate=1.0 must be from 0 to learning_rate=0.004",
+        "optimizer.min_learning_rate=1.0 must be from 0 to learning_rate=0.001",
     ),
     "minimum below 0": (["optimizer.min_learning_rate=-1"], "min_learning_rate=-1.0 must be from"),
     "warm-up": (["optimizer.warmup_tokens=-1"], "optimizer.warmup_tokens=-1 is out of range"),

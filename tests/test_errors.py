@@ -16,8 +16,8 @@ import pytest
 from configs import paper, tiny
 from prmoe_jax.cli import main
 
-TINY = f"--config={tiny.__file__}:prmoe"
-DENSE = f"--config={tiny.__file__}:dense"
+TINY = f"--config={tiny.__file__}:6 layers, E=4x2+8, residual"
+DENSE = f"--config={tiny.__file__}:6 layers"
 # A run of seconds: one dense layer on bytes, in the working directory.
 SETTINGS = [
     f"--config={tiny.__file__}:1 layers",
@@ -239,13 +239,19 @@ CASES = {
         ),
     ),
     # Values that do not fit; test_config.py has every rule.
-    "heads": (params("model.heads=5"), "not divisible by model.heads=5; use d_model=130"),
-    "accumulate": (params("train.accumulate=3"), "not divisible by train.accumulate=3; use 1"),
-    "group size": (params("moe.group_size=100"), "moe.group_size=100 neither divides nor is a"),
+    "heads": (
+        params("model.d_model=192", "model.heads=5"),
+        "model.d_model=192 is not divisible by model.heads=5; use d_model=195",
+    ),
+    "accumulate": (
+        params("train.batch_size=16", "train.accumulate=3"),
+        "train.batch_size=16 is not divisible by train.accumulate=3; use 1",
+    ),
+    "group size": (params("moe.group_size=257"), "moe.group_size=257 neither divides nor is a"),
     "experts of layers": (params("model.experts=4,8"), "makes 3 MoE layers of 6 layers; give 3"),
     "dropout": (params("model.dropout=1"), "model.dropout=1.0 must be in [0, 1)"),
     "learning rate": (params("optimizer.learning_rate=-1"), "learning_rate=-1.0 must be above 0"),
-    "minimum rate": (params("optimizer.min_learning_rate=1"), "must be from 0 to learning_rate=0."),
+    "minimum rate": (params("optimizer.min_learning_rate=1"), "must be from 0 to learning_rate="),
     "steps": (params("train.steps=-2"), "train.steps=-2 is out of range; use 0 or more"),
     "batch": (params("train.batch_size=0"), "train.batch_size=0 is out of range; use 1 or more"),
     "decay": (params("optimizer.decay_tokens=5"), "decay_tokens=5 must be above warmup_tokens="),
