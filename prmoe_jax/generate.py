@@ -1,5 +1,6 @@
 """Text from a trained run: sampling with the whole context recomputed for each token."""
 
+import math
 from pathlib import Path
 
 import jax
@@ -24,8 +25,10 @@ def generate(
     """
     if tokens < 1:
         raise UserError(f"--tokens={tokens} must be 1 or more")
-    if temperature < 0:
-        raise UserError(f"--temperature={temperature} must be 0 or more")
+    if not 0 <= temperature < math.inf:
+        raise UserError(f"--temperature={temperature} must be 0 or more, and finite")
+    if not 0 <= seed < 2**32:
+        raise UserError(f"--seed={seed} is out of range; use a value from 0 to {2**32 - 1}")
     config, _, model, mesh = restore_run(workdir)
     tokenizer = Tokenizer.load(workdir / workdirs.TOKENIZER)
     length = config.model.length

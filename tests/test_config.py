@@ -23,9 +23,9 @@ from prmoe_jax.errors import UserError
 
 # What the tests below count with, however the recipe in configs/tiny.py is tuned.
 BASE = """
-    model.vocab_size=4096 model.length=256 model.d_model=128 model.heads=4 model.d_ff=512
+    model.vocab_size=4096 model.length=256 model.d_model=192 model.heads=6 model.d_ff=768
     train.steps=600 train.batch_size=16
-    optimizer.learning_rate=4e-3 optimizer.min_learning_rate=1e-4 optimizer.warmup_tokens=81920
+    optimizer.learning_rate=1e-3 optimizer.min_learning_rate=1e-4 optimizer.warmup_tokens=81920
 """.split()
 
 

@@ -360,6 +360,14 @@ CASES = {
         ["generate", "--workdir=run", "--temperature=-1"],
         "--temperature=-1.0 must be 0 or more",
     ),
+    "temperature nan": (
+        ["generate", "--workdir=run", "--temperature=nan"],
+        "--temperature=nan must be 0 or more, and finite",
+    ),
+    "seed of the sampling": (
+        ["generate", "--workdir=run", "--seed=4294967296"],
+        "--seed=4294967296 is out of range; use a value from 0 to 4294967295",
+    ),
     "prompt too long": (
         ["generate", "--workdir=run", "--prompt=0123456789", "--tokens=22"],
         "the prompt's 11 tokens and --tokens=22 exceed the context of 32; shorten the prompt or "
