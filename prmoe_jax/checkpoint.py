@@ -4,6 +4,7 @@ Arrays are stored under their names, whole, so that a checkpoint knows nothing o
 """
 
 import logging
+import shutil
 from pathlib import Path
 
 import jax
@@ -37,6 +38,13 @@ class Checkpoints:
         Raises:
           UserError: this or the checkpoint before it could not be written.
         """
+        self.wait()
+        # Orbax would notice a full disk as well, in many lines and after filling it.
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves((state.model, state.optimizer)))
+        free = shutil.disk_usage(self._directory).free
+        if free < needed:
+            error = OSError(f"it needs {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free")
+            raise self._cannot_write(error)
         items = ocp.args.Composite(
             model=ocp.args.StandardSave(named_leaves(state.model)),
             optimizer=ocp.args.StandardSave(named_leaves(state.optimizer)),

@@ -94,7 +94,7 @@ def train(config: Config, workdir: Path, profile: tuple[int, int] | None = None)
             workdirs.record_environment(workdir, jax.devices())
         if step >= config.total_steps:
             log.info("the run is complete: step %d of %d", step, config.total_steps)
-            return read_metrics(workdir / "metrics.jsonl")[-1]
+            return (read_metrics(workdir / "metrics.jsonl") or [{}])[-1]
         # 5. The metrics: those of steps that are about to be repeated are taken out.
         writer = MetricsWriter(workdir, step) if first else None
         if writer:

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -286,6 +287,22 @@ def test_accumulation_logs_the_same_losses(text, tmp_path):
         assert a.keys() == b.keys()
         for name in a:
             assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5), name
+
+
+def test_full_disk_stops_on_one_line_and_keeps_the_last_checkpoint(
+    text, tmp_path, capfd, monkeypatch
+):
+    command = arguments(text, tmp_path / "run", "dense", **{"checkpoint.every": 4})
+    sizes = iter([10**9, 10])  # room for the checkpoint of step 4, not for that of step 8
+    real = shutil.disk_usage
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: real(path)._replace(free=next(sizes)))
+    assert main(command) == 2
+    err = capfd.readouterr().err
+    assert "Traceback" not in err
+    assert "0.0 MB are free; the last good one is step 4" in err.splitlines()[-1]
+    monkeypatch.undo()
+    assert main(command) == 0
+    assert parameters(tmp_path / "run")[0] == 12
 
 
 def test_profile(text, tmp_path):
