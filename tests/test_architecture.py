@@ -271,8 +271,9 @@ def test_sizes_of_the_paper(name, billions, experts):
     model = resolve(paper.get_config(name)).model
     assert list(model.schedule.experts) == experts
     assert model.residual == name.startswith(("prmoe", "mos"))
-    # 2 % since what everyone calls 350 M are 356 M; all others are within 1.5 %.
-    assert cost(model).total_params == pytest.approx(billions * 1e9, rel=0.02)
+    # What everyone calls 350 M are 356 M, 1.7 % more; all others are within 1.5 %.
+    tolerance = 0.02 if billions == 0.35 else 0.015
+    assert cost(model).total_params == pytest.approx(billions * 1e9, rel=tolerance)
 
 
 def matrix_flops(jaxpr) -> int:
