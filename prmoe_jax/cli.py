@@ -283,8 +283,20 @@ def _log_to_stderr() -> None:
     logger.handlers = [handler]
     logger.setLevel(logging.INFO)
     logger.propagate = False
-    # Orbax and Grain report their own housekeeping here; what matters reaches us as an error.
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    # Orbax and Grain report their housekeeping and failures here, in many lines; a failure
+    # reaches us as an error as well, and is told in one.
+    for library in ("absl", "asyncio"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)
+    sys.unraisablehook = _report_unraisable
+
+
+def _report_unraisable(unraisable) -> None:
+    """Python's own report of an error in a callback, without the echo of a failed checkpoint.
+
+    When a write fails, each of Tensorstore's threads finds Orbax's event loop closed.
+    """
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def _fail(message, code: int) -> int:

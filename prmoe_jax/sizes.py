@@ -1,11 +1,79 @@
-"""`prmoe params`: what a model weighs and costs, as JSON and as tables."""
+"""What a model weighs and costs, without JAX and without a weight: `prmoe params`."""
 
+import dataclasses
 import importlib.util
 from pathlib import Path
 
-from prmoe_jax.architecture import cost
 from prmoe_jax.config import ModelConfig, resolve
 from prmoe_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerCost:
+    """One layer's parameters, those one token uses, and its forward FLOPs for one token."""
+
+    experts: int
+    params: int
+    active_params: int
+    forward_flops: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """A model's size and compute; `layers` first to last, the embedding and logits apart.
+
+    A token's active parameters are all but those of the experts it does not visit.
+    FLOPs are those of the matrix products, 2 per multiply-add; attention is counted over the
+    full square of the context, as PaLM (arXiv 2204.02311, appendix B) does.
+    """
+
+    layers: tuple[LayerCost, ...]
+    embedding_params: int
+    logits_flops: int
+
+    @property
+    def total_params(self) -> int:
+        return self.embedding_params + sum(layer.params for layer in self.layers)
+
+    @property
+    def active_params(self) -> int:
+        return self.embedding_params + sum(layer.active_params for layer in self.layers)
+
+    @property
+    def train_flops_per_token(self) -> int:
+        """Forward and backward; the backward pass costs two forwards."""
+        return 3 * (self.logits_flops + sum(layer.forward_flops for layer in self.layers))
+
+
+def cost(model: ModelConfig) -> Cost:
+    """Counts a model without building it, residual branch and router included."""
+    d, f = model.d_model, model.d_ff
+    attention = 4 * d * d + 4 * d
+    norms = 4 * d
+    mlp = 2 * d * f + f + d
+
+    def layer(experts: int) -> LayerCost:
+        params = active = norms + attention
+        flops = 8 * d * d + 4 * model.length * d
+        if not experts:
+            return LayerCost(0, params + mlp, active + mlp, flops + 4 * d * f)
+        router, visited = d * experts, model.top_k
+        shared, shared_flops = router, 2 * router
+        if model.residual:
+            shared += mlp + 2 * d + 2
+            shared_flops += 4 * d * f + 4 * d
+        return LayerCost(
+            experts,
+            params + shared + experts * mlp,
+            active + shared + visited * mlp,
+            flops + shared_flops + visited * 4 * d * f,
+        )
+
+    return Cost(
+        layers=tuple(layer(e) for e in model.schedule.experts),
+        embedding_params=(model.vocab_size + model.length) * d + 2 * d,
+        logits_flops=2 * d * model.vocab_size,
+    )
 
 
 def report(model: ModelConfig) -> dict:

@@ -13,7 +13,6 @@ import jax
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from prmoe_jax import architecture
 from prmoe_jax import config as configs
 from prmoe_jax import workdir as workdirs
 from prmoe_jax.checkpoint import Checkpoints
@@ -30,6 +29,7 @@ from prmoe_jax.evaluate import evaluate_model
 from prmoe_jax.metrics import MetricsWriter, model_flops_utilisation, read_metrics, to_python
 from prmoe_jax.model import resolve_backends
 from prmoe_jax.parallel.mesh import data_mesh, replicated, split_batch
+from prmoe_jax.sizes import cost
 from prmoe_jax.step import TrainState, init_state, make_eval_step, make_train_step
 
 log = logging.getLogger(__name__)
@@ -131,7 +131,7 @@ class Run:
         self.writer, self.progress, self.clock = writer, progress, Clock()
         self.train_step = jax.jit(make_train_step(config), donate_argnums=0)
         self.eval_step = jax.jit(make_eval_step(config))
-        self.flops_per_token = architecture.cost(config.model).train_flops_per_token
+        self.flops_per_token = cost(config.model).train_flops_per_token
         self.last_metrics: dict = {}
 
     def loop(self, step: int, state: TrainState, batches, interrupted, profile) -> dict:

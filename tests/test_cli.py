@@ -11,8 +11,8 @@ import pytest
 import prmoe_jax
 from configs import paper, tiny
 from prmoe_jax import cli
-from prmoe_jax.architecture import cost
 from prmoe_jax.cli import main, parse_config
+from prmoe_jax.sizes import cost
 
 TINY = f"--config={tiny.__file__}:prmoe"
 SHAPE = ["--config.model.d_model=30", "--config.model.heads=3", "--config.model.vocab_size=509"]

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -295,7 +296,12 @@ def test_full_disk_stops_on_one_line_and_keeps_the_last_checkpoint(
     command = arguments(text, tmp_path / "run", "dense", **{"checkpoint.every": 4})
     sizes = iter([10**9, 10])  # room for the checkpoint of step 4, not for that of step 8
     real = shutil.disk_usage
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: real(path)._replace(free=next(sizes)))
+
+    def disk_usage(path):  # TFDS asks as well, for the folder of its own
+        usage = real(path)
+        return usage._replace(free=next(sizes)) if Path(path).name == "checkpoints" else usage
+
+    monkeypatch.setattr(shutil, "disk_usage", disk_usage)
     assert main(command) == 2
     err = capfd.readouterr().err
     assert "Traceback" not in err
@@ -303,6 +309,23 @@ def test_full_disk_stops_on_one_line_and_keeps_the_last_checkpoint(
     monkeypatch.undo()
     assert main(command) == 0
     assert parameters(tmp_path / "run")[0] == 12
+
+
+def test_disk_full_in_the_middle_of_a_checkpoint(text, tmp_path):
+    """Orbax and Tensorstore fail in many threads; the user reads one line."""
+    settings = {"train.steps": 400, "checkpoint.every": 10, "model.d_model": 64}
+    process = start(*arguments(text, tmp_path / "run", "dense", **settings))
+    wait_for_lines(tmp_path / "run", 25, process)  # the checkpoint of step 10 is complete
+    soft, hard = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100_000, hard))
+    code, _, err = finish(process)
+    assert code == 2, err
+    assert "Traceback" not in err
+    assert "Event loop" not in err
+    last = err.splitlines()[-1]
+    assert last.startswith("prmoe: a checkpoint could not be written to")
+    step = int(last.rpartition("the last good one is step ")[2])
+    assert parameters(tmp_path / "run")[0] == step
 
 
 def test_profile(text, tmp_path):

@@ -17,11 +17,11 @@ from pathlib import Path
 
 import jax
 
-from prmoe_jax import architecture
 from prmoe_jax.cli import parse_config
 from prmoe_jax.data.pipeline import load_data, train_iterator
 from prmoe_jax.model import resolve_backends
 from prmoe_jax.parallel.mesh import data_mesh, split_batch
+from prmoe_jax.sizes import cost
 from prmoe_jax.step import init_state, make_train_step
 
 TRACED_STEPS = 3
@@ -64,7 +64,7 @@ def main():
             kinds[re.sub(r"[.\d]+$", "", name)] += t
     total = sum(spent.values())
     median = statistics.median(seconds)
-    flops = architecture.cost(config.model).train_flops_per_token * config.tokens_per_step
+    flops = cost(config.model).train_flops_per_token * config.tokens_per_step
     record = {
         "architecture": str(config.model.schedule),
         "device": jax.devices()[0].device_kind,
