@@ -33,7 +33,7 @@ setup(
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
         "eval": ["lm-eval"],
-        "interop": ["safetensors", "torch", "transformers"],
+        "interop": ["deepspeed", "safetensors", "torch", "transformers"],
         "dev": ["hypothesis", "pre-commit", "pytest", "pytest-xdist", "ruff"],
     },
     entry_points={"console_scripts": ["prmoe=prmoe_jax.cli:main"]},

@@ -68,7 +68,8 @@ def get_config(name: str = "prmoe_350m"):
     config.model.d_ff = 4 * row.d_model
     config.model.init_std = row.init_std
     config.model.remat = "full"
-    config.moe.random_token_selection = config.model.placement != "none"
+    if config.model.placement != "none":
+        config.moe.overflow = "random"  # DeepSpeed's default
     config.data.tokenizer = "gpt2"
     config.train.tokens = 300 * BILLION
     config.train.batch_size = row.batch_size

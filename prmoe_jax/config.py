@@ -31,6 +31,9 @@ class ModelConfig:
     experts: tuple[int, ...] = ()  # one count an MoE layer, or one for all
     top_k: int = 1
     residual: bool = False
+    # How the experts' branch and the residual MLP mix: by a learned softmax (the paper), as a
+    # sum, or half of each.
+    residual_mix: str = "learned"  # learned | sum | half
     # Applied to the embedding and to both branches of a layer. The paper's recipe had 0.1
     # here and on the attention weights (Megatron's default); 0 is the rule for one epoch.
     dropout: float = 0.0
@@ -49,15 +52,28 @@ class ModelConfig:
 class MoeConfig:
     """How tokens are routed (deepspeed-style capacity routing) and how experts are reached."""
 
+    # Tokens choose experts; or experts choose tokens, which is not causal: whether a token is
+    # chosen depends on the tokens after it.
+    router: str = "token_choice"  # token_choice | expert_choice
     capacity_factor: float = 1.0  # in training; inf never drops a token
     eval_capacity_factor: float = 1.0
     min_capacity: int = 4
     # Tokens that compete for the same capacity; 0 is one sequence. A property of the model:
     # it decides which tokens are dropped, and never depends on the devices.
     group_size: int = 0
-    aux_loss_weight: float = 0.01
-    random_token_selection: bool = False  # who overflows, in training: random, not the last
+    # Which choices a full expert keeps: the first; the most probable, which is not causal; or,
+    # in training, a random subset (DeepSpeed's Random Token Selection).
+    overflow: str = "position"  # position | probability | random
+    # Noise on the choice, in training: Gumbel noise on the scores (rsample, top 1 only), or the
+    # router's input times U(0.99, 1.01) (jitter).
+    noise: str = "none"  # none | rsample | jitter
     second_expert_sampling: bool = False  # top 2, in training: Gumbel noise on the second choice
+    aux_loss_weight: float = 0.01  # of the load-balancing loss, summed over layers
+    z_loss_weight: float = 0.0  # of the router's log(Z)² (ST-MoE used 1e-3), summed over layers
+    # Loss-free balancing (DeepSeek-V3): after every step an expert's bias, which counts in the
+    # choice alone, moves by this much towards even load; 0 is off.
+    bias_update_rate: float = 0.0
+    expert_init: str = "independent"  # independent | tied (all start as copies of one MLP)
     dispatch: str = "auto"  # auto | gather | einsum | ragged (dropless)
 
 
@@ -149,6 +165,13 @@ class Config:
     def group_size(self) -> int:
         """Tokens in a routing group."""
         return self.moe.group_size or self.model.length
+
+    @property
+    def causal(self) -> bool:
+        """Whether, in evaluation, no token's prediction depends on the tokens after it."""
+        by_position = self.moe.overflow != "probability"
+        drops = math.isfinite(self.moe.eval_capacity_factor)
+        return self.moe.router == "token_choice" and (by_position or not drops)
 
 
 def default_config() -> ConfigDict:
@@ -318,6 +341,7 @@ def _check_model(model: ModelConfig) -> None:
     _check_choice("model", model, "dtype", "bfloat16 float32")
     _check_choice("model", model, "remat", "none dots full")
     _check_choice("model", model, "attention", "auto xla cudnn splash")
+    _check_choice("model", model, "residual_mix", "learned sum half")
     _require(0 <= model.dropout < 1, f"model.dropout={model.dropout} must be in [0, 1)")
     _require(model.init_std > 0, f"model.init_std={model.init_std} must be above 0")
     _require(
@@ -335,7 +359,7 @@ def _check_model(model: ModelConfig) -> None:
     )
     experts = [e for e in model.schedule.experts if e]
     if not experts:
-        for name, default in (("top_k", 1), ("residual", False)):
+        for name, default in (("top_k", 1), ("residual", False), ("residual_mix", "learned")):
             value = getattr(model, name)
             _require(
                 value == default,
@@ -343,7 +367,10 @@ def _check_model(model: ModelConfig) -> None:
                 f"model.placement and model.experts, or model.{name}={default}",
             )
         return
-    _require(model.top_k <= 2, f"model.top_k={model.top_k} is not available; use 1 or 2")
+    _require(
+        model.residual or model.residual_mix == "learned",
+        f"model.residual_mix={model.residual_mix} has no effect without model.residual=true",
+    )
     _require(
         model.top_k <= min(experts),
         f"model.top_k={model.top_k} exceeds the {min(experts)} experts of the smallest MoE layer",
@@ -362,7 +389,12 @@ def _check_moe(config: Config) -> None:
             )
         return
     _check_choice("moe", moe, "dispatch", "auto gather einsum ragged")
-    _check_ranges("moe", moe, "min_capacity group_size aux_loss_weight", 0)
+    _check_choice("moe", moe, "router", "token_choice expert_choice")
+    _check_choice("moe", moe, "overflow", "position probability random")
+    _check_choice("moe", moe, "noise", "none rsample jitter")
+    _check_choice("moe", moe, "expert_init", "independent tied")
+    at_least_0 = "min_capacity group_size aux_loss_weight z_loss_weight bias_update_rate"
+    _check_ranges("moe", moe, at_least_0, 0)
     for name in ("capacity_factor", "eval_capacity_factor"):
         factor = getattr(moe, name)
         _require(factor > 0, f"moe.{name}={factor} must be above 0 (inf never drops)")
@@ -371,18 +403,29 @@ def _check_moe(config: Config) -> None:
             f"moe.{name}={factor} has no effect: moe.dispatch=ragged never drops; use "
             f"--config.moe.{name}=inf, or dispatch=gather",
         )
+    never_full = math.isinf(moe.capacity_factor) and math.isinf(moe.eval_capacity_factor)
+    if moe.overflow == "random":
+        never_full = math.isinf(moe.capacity_factor)
     _require(
-        not moe.random_token_selection or model.top_k == 1,
-        f"moe.random_token_selection has no effect with model.top_k={model.top_k}; switch it off",
+        moe.overflow == "position" or not never_full,
+        f"moe.overflow={moe.overflow} has no effect with moe.capacity_factor=inf; leave it at "
+        "position",
     )
+    for name, only in (("noise", 1), ("second_expert_sampling", 2)):
+        value = getattr(moe, name)
+        _require(
+            value not in ("rsample", True) or model.top_k == only,
+            f"moe.{name}={value} has no effect with model.top_k={model.top_k}; it is for "
+            f"top_k={only}",
+        )
+    sampled = moe.noise == "rsample" or moe.second_expert_sampling
     _require(
-        not (moe.random_token_selection and math.isinf(moe.capacity_factor)),
-        "moe.random_token_selection has no effect with moe.capacity_factor=inf; switch it off",
+        moe.bias_update_rate == 0 or not sampled,
+        "moe.bias_update_rate balances the router's own choice; switch moe.noise=rsample and "
+        "moe.second_expert_sampling off",
     )
-    _require(
-        not moe.second_expert_sampling or model.top_k == 2,
-        f"moe.second_expert_sampling has no effect with model.top_k={model.top_k}; switch it off",
-    )
+    if moe.router == "expert_choice":
+        _check_expert_choice(moe)
     group, length = config.group_size, model.length
     _require(
         length % group == 0 or group % length == 0,
@@ -395,6 +438,35 @@ def _check_moe(config: Config) -> None:
         f"moe.group_size={group} does not divide the {portion} tokens that are computed at once "
         f"(train.batch_size={train.batch_size} / train.accumulate={train.accumulate} x "
         f"model.length={length}); use {math.gcd(portion, group)}",
+    )
+
+
+def _check_expert_choice(moe: MoeConfig) -> None:
+    """Refuses what has a meaning only where tokens choose."""
+    for name in ("capacity_factor", "eval_capacity_factor"):
+        _require(
+            math.isfinite(getattr(moe, name)),
+            f"moe.{name}=inf lets every expert of moe.router=expert_choice take every token; "
+            "use a finite one",
+        )
+    for name, idle in (
+        ("overflow", "position"),
+        ("second_expert_sampling", False),
+        ("bias_update_rate", 0.0),
+    ):
+        value = getattr(moe, name)
+        _require(
+            value == idle,
+            f"moe.{name}={value} has no effect: with moe.router=expert_choice no expert "
+            f"overflows and the load is even; use moe.{name}={idle}",
+        )
+    _require(
+        moe.noise != "rsample",
+        "moe.noise=rsample has no effect with moe.router=expert_choice; use jitter or none",
+    )
+    _require(
+        moe.dispatch != "ragged",
+        "moe.dispatch=ragged is for token choice; moe.router=expert_choice needs gather",
     )
 
 

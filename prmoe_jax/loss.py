@@ -23,7 +23,8 @@ class Sums(NamedTuple):
 class Totals(NamedTuple):
     """What the whole batch's means are divided by."""
 
-    tokens: jax.Array
+    tokens: jax.Array  # targets that count
+    routed: jax.Array  # tokens that are not padding
     groups: jax.Array  # routing groups that hold a token
 
 
@@ -32,6 +33,7 @@ def totals(batch: Batch, config: Config) -> Totals:
     groups_GxS = batch.segments_BxL.reshape(-1, config.group_size)
     return Totals(
         tokens=jnp.maximum(batch.mask_BxL.sum(), 1),
+        routed=jnp.maximum((batch.segments_BxL > 0).sum(), 1),
         groups=jnp.maximum((groups_GxS > 0).any(1).sum(), 1),
     )
 
@@ -53,8 +55,12 @@ def forward(model: Transformer, batch: Batch, capacity_factor: float, keys_B=Non
 
 
 def training_loss(sums: Sums, total: Totals, config: Config) -> jax.Array:
-    """CE + 0.01 · Σ over MoE layers of the auxiliary loss (+ z-loss); portions add up to it."""
-    auxiliary = sum((router.aux_loss for router in sums.routers), jnp.zeros(()))
+    """CE (+ z-loss) + the routers' losses, summed over MoE layers; portions add up to it."""
+    zero = jnp.zeros(())
+    balance = sum((router.aux_loss for router in sums.routers), zero)
+    router_z = sum((router.z_loss for router in sums.routers), zero)
     return (
-        sums.lm_loss + config.train.z_loss * sums.z_loss
-    ) / total.tokens + config.moe.aux_loss_weight * auxiliary / total.groups
+        (sums.lm_loss + config.train.z_loss * sums.z_loss) / total.tokens
+        + config.moe.aux_loss_weight * balance / total.groups
+        + config.moe.z_loss_weight * router_z / total.routed
+    )

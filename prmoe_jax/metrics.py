@@ -31,31 +31,62 @@ def summarise(sums, config: Config) -> dict:
 
     Returns:
       lm_loss (nats a token), z_loss, aux_loss (summed over the MoE layers), drop_fraction
-      (choices lost to capacity), and for each MoE layer: aux_loss, drop_fraction,
-      expert_load (share of choices, [E]), router_entropy (nats), residual_coefficient (mean
-      weight of the experts' branch).
+      (choices lost to capacity), and for each MoE layer: aux_loss, router_z_loss,
+      drop_fraction, expert_load (share of choices, [E]), expert_drop_fraction (of each expert's
+      choices, [E]), position_drop_fraction (by the token's place in its routing group, in up to
+      16 equal parts), unserved_fraction (tokens that no expert kept), router_entropy (nats),
+      and with a residual the mean weight of the experts' branch: residual_coefficient, and
+      apart for tokens kept by an expert and for the others, residual_coefficient_kept and
+      residual_coefficient_dropped.
     """
-    tokens = jnp.maximum(sums.tokens, 1)
-    metrics = {"lm_loss": sums.lm_loss / tokens, "z_loss": sums.z_loss / tokens}
-    aux_loss, dropped, assigned = jnp.zeros(()), jnp.zeros(()), jnp.zeros(())
+    metrics = {
+        "lm_loss": _share(sums.lm_loss, sums.tokens),
+        "z_loss": _share(sums.z_loss, sums.tokens),
+        "aux_loss": jnp.zeros(()),
+    }
+    dropped, choices = jnp.zeros(()), jnp.zeros(())
     moe_layers = [i for i, experts in enumerate(config.model.schedule.experts) if experts]
     for i, router in zip(moe_layers, sums.routers, strict=True):
-        layer = f"layers/{i:02d}"
-        routed = jnp.maximum(router.tokens, 1)
-        choices = jnp.maximum(router.assigned_E.sum(), 1)
-        layer_aux = router.aux_loss / jnp.maximum(router.groups, 1)
-        metrics[f"{layer}/aux_loss"] = layer_aux
-        metrics[f"{layer}/drop_fraction"] = router.dropped_E.sum() / choices
-        metrics[f"{layer}/expert_load"] = router.assigned_E / choices
-        metrics[f"{layer}/router_entropy"] = router.entropy / routed
+        layer = {
+            "aux_loss": _share(router.aux_loss, router.groups),
+            "router_z_loss": _share(router.z_loss, router.tokens),
+            "drop_fraction": _share(router.dropped_S.sum(), router.choices_S.sum()),
+            "expert_load": _share(router.assigned_E, router.assigned_E.sum()),
+            "expert_drop_fraction": _share(router.dropped_E, router.assigned_E),
+            "position_drop_fraction": _share(
+                _in_parts(router.dropped_S), _in_parts(router.choices_S)
+            ),
+            "unserved_fraction": _share(router.unserved, router.tokens),
+            "router_entropy": _share(router.entropy, router.tokens),
+        }
         if config.model.residual:
-            metrics[f"{layer}/residual_coefficient"] = router.coefficient / routed
-        aux_loss += layer_aux
-        dropped += router.dropped_E.sum()
-        assigned += router.assigned_E.sum()
-    metrics["aux_loss"] = aux_loss
-    metrics["drop_fraction"] = dropped / jnp.maximum(assigned, 1)
+            served = router.tokens - router.unserved
+            coefficient_served = router.coefficient - router.coefficient_unserved
+            layer |= {
+                "residual_coefficient": _share(router.coefficient, router.tokens),
+                "residual_coefficient_kept": _share(coefficient_served, served),
+                "residual_coefficient_dropped": _share(
+                    router.coefficient_unserved, router.unserved
+                ),
+            }
+        metrics |= {f"layers/{i:02d}/{name}": value for name, value in layer.items()}
+        metrics["aux_loss"] += layer["aux_loss"]
+        dropped += router.dropped_S.sum()
+        choices += router.choices_S.sum()
+    metrics["drop_fraction"] = _share(dropped, choices)
     return metrics
+
+
+def _share(part, whole):
+    """part / whole, 0 where there is nothing."""
+    return part / jnp.maximum(whole, 1)
+
+
+def _in_parts(count_S: jax.Array) -> jax.Array:
+    """Sums over up to 16 equal parts of a routing group."""
+    tokens = len(count_S)
+    parts = min(16, tokens)
+    return jax.ops.segment_sum(count_S, jnp.arange(tokens) * parts // tokens, parts)
 
 
 def to_python(metrics: dict) -> dict:

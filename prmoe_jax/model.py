@@ -155,6 +155,23 @@ class Transformer(nnx.Module):
         return jnp.einsum("...D,VD->...V", x_BxLxD, table_VxD, preferred_element_type=jnp.float32)
 
 
+def balance(model: Transformer, routers: list[RouterMetrics], rate: float) -> None:
+    """Moves every router's bias by `rate` towards even load, in place (DeepSeek-V3, 2.1.2).
+
+    Args:
+      model: a fresh one, inside the train step.
+      routers: the statistics of a whole batch, one a MoE layer.
+      rate: `moe.bias_update_rate`.
+    """
+    remaining = iter(routers)
+    for stage, plan in zip(model.stages, model.config.schedule.stages(), strict=True):
+        mlps = [block.mlp for block in stage.blocks if isinstance(block.mlp, MoE)]
+        by_repeat = [[next(remaining).assigned_E for _ in mlps] for _ in range(plan.repeats)]
+        for mlp, load_NxE in zip(mlps, zip(*by_repeat, strict=True), strict=True):
+            load_NxE = jnp.stack(load_NxE)
+            mlp.bias_router[...] += rate * jnp.sign(load_NxE.mean(-1, keepdims=True) - load_NxE)
+
+
 def resolve_backends(config: Config, platform: str) -> Config:
     """Replaces every 'auto' of the model by what this platform runs, and logs the choice.
 
@@ -164,6 +181,11 @@ def resolve_backends(config: Config, platform: str) -> Config:
     attention = resolve_attention(config.model, platform)
     backend = "gather" if config.moe.dispatch == "auto" else config.moe.dispatch
     log.info("attention: %s, MoE dispatch: %s (%s)", attention, backend, platform)
+    if not config.causal:
+        log.warning(
+            "this router is not causal in evaluation: later tokens change earlier predictions, so "
+            "the loss is not that of a language model (moe.router, moe.overflow)"
+        )
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, attention=attention),

@@ -23,6 +23,7 @@ WEIGHT_DECAY = {
     "b_in": False,
     "b_out": False,
     "b_mix": False,
+    "bias_router": False,
     "scale": False,
     "shift": False,
 }

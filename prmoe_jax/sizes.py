@@ -60,8 +60,11 @@ def cost(model: ModelConfig) -> Cost:
         router, visited = d * experts, model.top_k
         shared, shared_flops = router, 2 * router
         if model.residual:
-            shared += mlp + 2 * d + 2
-            shared_flops += 4 * d * f + 4 * d
+            shared += mlp
+            shared_flops += 4 * d * f
+            if model.residual_mix == "learned":
+                shared += 2 * d + 2
+                shared_flops += 4 * d
         return LayerCost(
             experts,
             params + shared + experts * mlp,

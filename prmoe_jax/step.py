@@ -11,7 +11,7 @@ from prmoe_jax.config import Config
 from prmoe_jax.data.pipeline import Batch
 from prmoe_jax.loss import Sums, forward, totals, training_loss
 from prmoe_jax.metrics import summarise
-from prmoe_jax.model import Transformer
+from prmoe_jax.model import Transformer, balance
 from prmoe_jax.optimizer import learning_rate, make_optimizer
 
 
@@ -82,6 +82,8 @@ def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[Train
 
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.model)
         model = optax.apply_updates(state.model, updates)
+        if config.moe.bias_update_rate:
+            balance(model, sums.routers, config.moe.bias_update_rate)
         metrics = {
             "loss": training_loss(sums, total, config),
             "grad_norm": optax.tree.norm(gradient),

@@ -93,7 +93,7 @@ def test_recipe_of_the_paper(name, row):
     assert (optimizer.weight_decay, optimizer.clip_norm) == (0.1, 1.0)
     assert (moe.capacity_factor, moe.eval_capacity_factor, moe.min_capacity) == (1.0, 1.0, 4)
     assert (moe.aux_loss_weight, model.top_k) == (0.01, 1)
-    assert moe.random_token_selection == (not name.startswith("dense"))  # DeepSpeed's default
+    assert (moe.overflow == "random") == (not name.startswith("dense"))  # DeepSpeed's default
     assert config.total_steps == math.ceil(300e9 / (row[3] * 2048))
 
 
@@ -130,17 +130,23 @@ OTHER_VALUES = {
     "model.experts": ("3,5,7", (3, 5, 7)),
     "model.top_k": ("2", 2),
     "model.residual": ("false", False),
+    "model.residual_mix": ("half", "half"),
     "model.dropout": ("0.25", 0.25),
     "model.init_std": ("1", 1.0),
     "model.dtype": ("bfloat16", "bfloat16"),
     "model.remat": ("dots", "dots"),
     "model.attention": ("xla", "xla"),
+    "moe.router": ("expert_choice", "expert_choice"),
+    "moe.noise": ("jitter", "jitter"),
+    "moe.z_loss_weight": ("1e-3", 1e-3),
+    "moe.bias_update_rate": ("1e-3", 1e-3),
+    "moe.expert_init": ("tied", "tied"),
     "moe.capacity_factor": ("inf", math.inf),
     "moe.eval_capacity_factor": ("inf", math.inf),
     "moe.min_capacity": ("0", 0),
     "moe.group_size": ("64", 64),
     "moe.aux_loss_weight": ("0", 0.0),
-    "moe.random_token_selection": ("true", True),
+    "moe.overflow": ("random", "random"),
     "moe.second_expert_sampling": ("true", True),
     "moe.dispatch": ("einsum", "einsum"),
     "data.corpus": ("tfds:lm1b", "tfds:lm1b"),
@@ -238,7 +244,6 @@ RULES = {
         "model.d_model=192 is not divisible by model.heads=5; use d_model=195",
     ),
     "top_k 0": (["model.top_k=0"], "model.top_k=0 is out of range"),
-    "top_k 3": (["model.top_k=3"], "model.top_k=3 is not available; use 1 or 2"),
     "top_k above experts": (
         ["model.experts=1,4,4", "model.top_k=2"],
         "model.top_k=2 exceeds the 1 experts of the smallest MoE layer",
@@ -281,17 +286,52 @@ RULES = {
         ["moe.dispatch=ragged", "moe.capacity_factor=inf"],
         "moe.eval_capacity_factor=1.0 has no effect",
     ),
-    "random selection of two": (
-        ["moe.random_token_selection=true", "model.top_k=2"],
-        "moe.random_token_selection has no effect with model.top_k=2; switch it off",
-    ),
     "random selection of all": (
-        ["moe.random_token_selection=true", "moe.capacity_factor=inf"],
-        "moe.random_token_selection has no effect with moe.capacity_factor=inf",
+        ["moe.overflow=random", "moe.capacity_factor=inf"],
+        "moe.overflow=random has no effect with moe.capacity_factor=inf",
+    ),
+    "priority without overflow": (
+        ["moe.overflow=probability", "moe.capacity_factor=inf", "moe.eval_capacity_factor=inf"],
+        "moe.overflow=probability has no effect with moe.capacity_factor=inf",
     ),
     "second expert of one": (
         ["moe.second_expert_sampling=true"],
-        "moe.second_expert_sampling has no effect with model.top_k=1; switch it off",
+        "moe.second_expert_sampling=True has no effect with model.top_k=1; it is for top_k=2",
+    ),
+    "rsample of two": (
+        ["moe.noise=rsample", "model.top_k=2"],
+        "moe.noise=rsample has no effect with model.top_k=2; it is for top_k=1",
+    ),
+    "balanced noise": (
+        ["moe.noise=rsample", "moe.bias_update_rate=0.001"],
+        "moe.bias_update_rate balances the router's own choice; switch moe.noise=rsample",
+    ),
+    "router": (["moe.router=hash"], "moe.router='hash' is unknown; use one of token_choice"),
+    "overflow": (["moe.overflow=last"], "moe.overflow='last' is unknown; use one of position"),
+    "noise": (["moe.noise=gauss"], "moe.noise='gauss' is unknown; use one of none, rsample"),
+    "expert init": (["moe.expert_init=zero"], "moe.expert_init='zero' is unknown; use one of"),
+    "router z": (["moe.z_loss_weight=-1"], "moe.z_loss_weight=-1.0 is out of range; use 0 or"),
+    "bias": (["moe.bias_update_rate=-1"], "moe.bias_update_rate=-1.0 is out of range; use 0 or"),
+    "experts choose all": (
+        ["moe.router=expert_choice", "moe.capacity_factor=inf"],
+        "moe.capacity_factor=inf lets every expert of moe.router=expert_choice take every token",
+    ),
+    "experts overflow": (
+        ["moe.router=expert_choice", "moe.overflow=probability"],
+        "moe.overflow=probability has no effect: with moe.router=expert_choice no expert",
+    ),
+    "experts balanced": (
+        ["moe.router=expert_choice", "moe.bias_update_rate=0.001"],
+        "moe.bias_update_rate=0.001 has no effect: with moe.router=expert_choice",
+    ),
+    "experts sample": (
+        ["moe.router=expert_choice", "moe.noise=rsample"],
+        "moe.noise=rsample has no effect with moe.router=expert_choice; use jitter or none",
+    ),
+    "mix": (["model.residual_mix=max"], "model.residual_mix='max' is unknown; use one of learned"),
+    "mix of nothing": (
+        ["model.residual=false", "model.residual_mix=sum"],
+        "model.residual_mix=sum has no effect without model.residual=true",
     ),
     "group": (["moe.group_size=-1"], "moe.group_size=-1 is out of range"),
     "group in length": (
@@ -377,7 +417,8 @@ def test_rules(overrides, message):
         ("moe.min_capacity=8", "moe.min_capacity=8 has no effect"),
         ("moe.group_size=64", "moe.group_size=64 has no effect"),
         ("moe.aux_loss_weight=0.1", "moe.aux_loss_weight=0.1 has no effect"),
-        ("moe.random_token_selection=true", "leave it at False or choose model.placement"),
+        ("moe.overflow=random", "leave it at position or choose model.placement"),
+        ("model.residual_mix=sum", "model.residual_mix=sum has no effect: the architecture is"),
         ("moe.second_expert_sampling=true", "moe.second_expert_sampling=True has no effect"),
         ("moe.dispatch=einsum", "moe.dispatch=einsum has no effect: the architecture is dense"),
     ],

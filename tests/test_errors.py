@@ -262,8 +262,8 @@ CASES = {
     "placement": (params("model.placement=x"), "placement 'x' is unknown; use 'none', 'every 2'"),
     "steps and tokens": (params("train.tokens=9"), "exactly one must be above 0"),
     "random selection": (
-        params("moe.random_token_selection=true", "model.top_k=2"),
-        "moe.random_token_selection has no effect with model.top_k=2; switch it off",
+        params("moe.overflow=random", "moe.capacity_factor=inf"),
+        "moe.overflow=random has no effect with moe.capacity_factor=inf; leave it at position",
     ),
     "ragged": (params("moe.dispatch=ragged"), "no effect: moe.dispatch=ragged never drops; use"),
     "dense top": (params("model.top_k=2", config=DENSE), "model.top_k=2 has no effect: the arch"),

@@ -41,7 +41,7 @@ def test_backends_equal_the_oracle(backend, slots, top_k):
 
     def run(backend):
         def output(x_GxSxD, w_DxE, experts):
-            routing, _ = route(x_GxSxD @ w_DxE, valid_GxS, top_k=top_k, slots=slots)
+            routing, _ = route(x_GxSxD @ w_DxE, valid_GxS, MOE, top_k=top_k, slots=slots)
             y_GxSxD = BACKENDS[backend](x_GxSxD, routing, experts, slots)
             return (y_GxSxD * target_GxSxD).sum(), y_GxSxD
 
@@ -114,7 +114,7 @@ def test_groups_compete_among_themselves_only(group_size):
 @pytest.mark.parametrize("group_size", [4, 0, 24])
 def test_randomness_follows_the_rows_keys(group_size):
     """Random selection depends on the keys of the group's first row, not on the other rows."""
-    settings = {"group_size": group_size, "random_token_selection": True}
+    settings = {"group_size": group_size, "overflow": "random"}
     moe = layer(moe=dataclasses.replace(MOE, **settings))
     x_BxLxD, valid_BxL = inputs(4, 12)
     keys_B = jax.random.split(jax.random.key(7), 4)

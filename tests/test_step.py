@@ -48,9 +48,14 @@ def make_batch(seed=0, rows=8, length=8):
 @pytest.mark.parametrize(
     ("text", "model", "moe"),
     [
-        ("2 layers, E=3, residual", {"dropout": 0.3}, {"random_token_selection": True}),
+        ("2 layers, E=3, residual", {"dropout": 0.3}, {"overflow": "random"}),
         ("2 layers, E=3, top 2", {}, {"second_expert_sampling": True, "group_size": 4}),
-        ("2 layers, E=3", {}, {"group_size": 16, "random_token_selection": True}),
+        ("2 layers, E=3", {}, {"group_size": 16, "overflow": "random"}),
+        ("2 layers, E=4, top 3", {}, {"overflow": "probability", "z_loss_weight": 0.01}),
+        ("2 layers, E=3", {}, {"noise": "rsample", "expert_init": "tied"}),
+        ("4 layers, E=2+3, residual", {"residual_mix": "sum"}, {"bias_update_rate": 0.1}),
+        ("2 layers, E=3, residual", {"residual_mix": "half"}, {"router": "expert_choice"}),
+        ("2 layers, E=3", {}, {"noise": "jitter"}),
         ("2 layers", {"dropout": 0.3}, {}),
     ],
 )
@@ -129,12 +134,32 @@ def test_learning_rate_ends_with_the_run_by_default():
     assert float(rate(5)) > 1.1e-4
 
 
+def test_loss_free_balancing_moves_each_bias_towards_even_load():
+    """By hand, over stages and repeats; the bias changes who is chosen, and nothing else."""
+    moe = {"bias_update_rate": 0.25, "aux_loss_weight": 0.0}
+    values = settings("8 layers, E=2x3+5, residual", moe=moe)
+    state = init_state(values)
+    step = jax.jit(make_train_step(values))
+    biases = {layer: np.zeros(2 if layer < 7 else 5) for layer in (1, 3, 5, 7)}
+    for seed in range(3):
+        state, metrics = step(state, make_batch(seed))
+        for layer, bias in biases.items():
+            load = np.asarray(metrics[f"layers/{layer:02d}/expert_load"])
+            bias += 0.25 * np.sign(load.mean() - load)
+    first, second = (stage.blocks[1].mlp.bias_router[...] for stage in state.model.stages)
+    np.testing.assert_array_equal(first, [biases[1], biases[3], biases[5]])
+    np.testing.assert_array_equal(second, [biases[7]])
+    assert first.any()
+    assert second.any()
+
+
 def test_loss_is_the_sum_of_its_parts():
-    values = settings(train={"z_loss": 0.01}, moe={"aux_loss_weight": 0.5})
+    values = settings(train={"z_loss": 0.01}, moe={"aux_loss_weight": 0.5, "z_loss_weight": 0.1})
     state = init_state(values)
     _, metrics = jax.jit(make_train_step(values))(state, make_batch())
     metrics = to_python(metrics)
     parts = metrics["lm_loss"] + 0.01 * metrics["z_loss"] + 0.5 * metrics["aux_loss"]
+    parts += 0.1 * metrics["layers/01/router_z_loss"]
     assert metrics["loss"] == pytest.approx(parts, rel=1e-6)
     assert metrics["aux_loss"] == pytest.approx(metrics["layers/01/aux_loss"])
     assert sum(metrics["layers/01/expert_load"]) == pytest.approx(1)

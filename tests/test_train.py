@@ -102,7 +102,7 @@ LONG = {
     "checkpoint.every": 40,
     "eval.every": 60,
     "model.dropout": 0.1,
-    "moe.random_token_selection": True,
+    "moe.overflow": "random",
 }
 
 
@@ -264,7 +264,7 @@ def test_nan_stops_with_the_last_good_checkpoint(text, tmp_path, capsys):
 
 def test_devices_do_not_change_the_run(text, tmp_path):
     """One device and eight log the same losses, and the same tokens are dropped."""
-    settings = {"train.steps": 5, "moe.random_token_selection": True}
+    settings = {"train.steps": 5, "moe.overflow": "random"}
     one, eight = tmp_path / "one", tmp_path / "eight"
     assert main(arguments(text, one, "residual", **settings)) == 0
     process = start(

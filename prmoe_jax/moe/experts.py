@@ -29,16 +29,26 @@ class MLP(nnx.Module):
 
 
 class Experts(nnx.Module):
-    """E MLPs of equal shape, drawn independently."""
+    """E MLPs of equal shape, drawn independently or (tied) all as the `MLP` of the same key."""
 
     def __init__(
-        self, count: int, d_model: int, d_ff: int, std: float, std_out: float, key: jax.Array
+        self,
+        count: int,
+        d_model: int,
+        d_ff: int,
+        std: float,
+        std_out: float,
+        key: jax.Array,
+        tied: bool = False,
     ):
-        key_in, key_out = jax.random.split(key)
         self.count = count
-        self.w_in = normal(key_in, (count, d_model, d_ff), std)
+        drawn = 1 if tied else count
+        key_in, key_out = jax.random.split(key)
+        w_in = std * jax.random.normal(key_in, (drawn, d_model, d_ff))
+        w_out = std_out * jax.random.normal(key_out, (drawn, d_ff, d_model))
+        self.w_in = nnx.Param(jnp.tile(w_in, (count // drawn, 1, 1)))
         self.b_in = nnx.Param(jnp.zeros((count, d_ff)))
-        self.w_out = normal(key_out, (count, d_ff, d_model), std_out)
+        self.w_out = nnx.Param(jnp.tile(w_out, (count // drawn, 1, 1)))
         self.b_out = nnx.Param(jnp.zeros((count, d_model)))
 
     def __call__(self, x_ExGxCxD: jax.Array) -> jax.Array:

@@ -14,7 +14,7 @@ class MoE(nnx.Module):
     """Top-k routed experts, optionally mixed with a fixed MLP (paper, section 4.1.2).
 
     With the residual, y = c₀ · experts(x) + c₁ · mlp(x), c = softmax(W x + b): a token that
-    every expert dropped still gets its MLP.
+    every expert dropped still gets its MLP. `model.residual_mix` may fix c at (1, 1) or (½, ½).
     """
 
     def __init__(self, experts: int, model: ModelConfig, moe: MoeConfig, key: jax.Array):
@@ -27,12 +27,16 @@ class MoE(nnx.Module):
         def uniform(key, *dims):
             return nnx.Param(jax.random.uniform(key, dims, minval=-bound, maxval=bound))
 
-        self.top_k, self.moe = model.top_k, moe
+        self.top_k, self.moe, self.residual_mix = model.top_k, moe, model.residual_mix
         self.w_router = uniform(keys[0], d_model, experts)
-        self.experts = Experts(experts, *shape, keys[1])
-        self.mlp = MLP(*shape, keys[2]) if model.residual else None
-        self.w_mix = uniform(keys[3], d_model, 2) if model.residual else None
-        self.b_mix = uniform(keys[4], 2) if model.residual else None
+        tied = moe.expert_init == "tied"
+        self.experts = Experts(experts, *shape, keys[1], tied)
+        learned = model.residual and model.residual_mix == "learned"
+        self.mlp = MLP(*shape, keys[1] if tied else keys[2]) if model.residual else None
+        self.w_mix = uniform(keys[3], d_model, 2) if learned else None
+        self.b_mix = uniform(keys[4], 2) if learned else None
+        # Moved by the train step (`model.balance`); no gradient reaches it.
+        self.bias_router = nnx.Variable(jnp.zeros(experts)) if moe.bias_update_rate else None
 
     def __call__(
         self,
@@ -53,29 +57,64 @@ class MoE(nnx.Module):
         tokens = min(self.moe.group_size or length, batch * length)
         x_GxSxD = x_BxLxD.reshape(-1, tokens, width)
         valid_GxS = valid_BxL.reshape(-1, tokens)
-        keys = {}
+        keys_G = None
         if keys_B is not None:
             # A group inside a sequence folds its number into the sequence's key; a group of
             # several sequences goes by the first one's.
             within = jnp.arange(max(1, length // tokens))
             split = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
             keys_G = split(keys_B[:: max(1, tokens // length)], within).reshape(-1)
-            if self.moe.random_token_selection:
-                keys["random_selection_keys_G"] = keys_G
-            if self.moe.second_expert_sampling:
-                keys["sampling_keys_G"] = keys_G
 
-        experts = self.experts.count
-        slots = capacity(tokens, experts, capacity_factor, self.top_k, self.moe.min_capacity)
-        logits_GxSxE = x_GxSxD.astype(jnp.float32) @ self.w_router[...]
-        routing, metrics = route(logits_GxSxE, valid_GxS, top_k=self.top_k, slots=slots, **keys)
+        routing, metrics, slots = self._route(x_GxSxD, valid_GxS, capacity_factor, keys_G)
         y_GxSxD = dispatch.BACKENDS[self.moe.dispatch](x_GxSxD, routing, self.experts, slots)
         y_BxLxD = y_GxSxD.reshape(x_BxLxD.shape)
         if self.mlp is None:
             return y_BxLxD, metrics
 
-        mix_BxLx2 = jax.nn.softmax(x_BxLxD.astype(jnp.float32) @ self.w_mix[...] + self.b_mix[...])
-        coefficient = (mix_BxLx2[..., 0] * valid_BxL).sum()
+        mix_BxLx2 = self._mix(x_BxLxD)
+        unserved_BxL = valid_BxL & ~routing.kept_GxSxK.any(-1).reshape(batch, length)
+        metrics = metrics._replace(
+            coefficient=(mix_BxLx2[..., 0] * valid_BxL).sum(),
+            coefficient_unserved=(mix_BxLx2[..., 0] * unserved_BxL).sum(),
+        )
         mix_BxLx2 = mix_BxLx2.astype(x_BxLxD.dtype)
         y_BxLxD = y_BxLxD * mix_BxLx2[..., :1] + self.mlp(x_BxLxD) * mix_BxLx2[..., 1:]
-        return y_BxLxD, metrics._replace(coefficient=coefficient)
+        return y_BxLxD, metrics
+
+    def _route(self, x_GxSxD, valid_GxS, capacity_factor, keys_G):
+        """The decision, its statistics, and an expert's slots in each group."""
+        x_GxSxD = x_GxSxD.astype(jnp.float32)
+        if self.moe.noise == "jitter" and keys_G is not None:
+            x_GxSxD = jax.vmap(_jitter)(x_GxSxD, keys_G)
+        experts, tokens = self.experts.count, x_GxSxD.shape[1]
+        slots = capacity(tokens, experts, capacity_factor, self.top_k, self.moe.min_capacity)
+        bias_E = None if self.bias_router is None else jax.lax.stop_gradient(self.bias_router[...])
+        routing, metrics = route(
+            dot32(x_GxSxD, self.w_router[...]),
+            valid_GxS,
+            self.moe,
+            top_k=self.top_k,
+            slots=slots,
+            bias_E=bias_E,
+            keys_G=keys_G,
+        )
+        return routing, metrics, slots
+
+    def _mix(self, x_BxLxD: jax.Array) -> jax.Array:
+        """Weights of the experts' branch and of the MLP: float32 [B, L, 2]."""
+        if self.residual_mix == "learned":
+            x_BxLxD = x_BxLxD.astype(jnp.float32)
+            return jax.nn.softmax(dot32(x_BxLxD, self.w_mix[...]) + self.b_mix[...])
+        weight = {"sum": 1.0, "half": 0.5}[self.residual_mix]
+        return jnp.full((*x_BxLxD.shape[:-1], 2), weight)
+
+
+def _jitter(x_SxD: jax.Array, key: jax.Array) -> jax.Array:
+    """Each value times a number of its own from U(0.99, 1.01)."""
+    key = jax.random.fold_in(key, 1)  # `route` draws from the key itself
+    return x_SxD * jax.random.uniform(key, x_SxD.shape, minval=0.99, maxval=1.01)
+
+
+def dot32(x_D: jax.Array, w_DxN: jax.Array) -> jax.Array:
+    """A float32 product that is one: the default of TPUs and GPUs rounds its factors."""
+    return jnp.matmul(x_D, w_DxN, precision=jax.lax.Precision.HIGHEST)

@@ -1,8 +1,8 @@
 """Routing: from router scores to a decision (who goes where, in which slot, with what weight).
 
-Semantics are DeepSpeed's (`sharded_moe.py`, top1gating and top2gating), in float32, with two
-changes: tokens compete within a routing group that the model fixes, and masked tokens take no
-capacity and count in no statistic.
+Semantics are DeepSpeed's (`sharded_moe.py`: top1gating, top2gating, topkgating), in float32,
+with two changes: tokens compete within a routing group that the model fixes, and masked tokens
+take no capacity and count in no statistic.
 """
 
 import math
@@ -11,6 +11,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from prmoe_jax.config import MoeConfig
 
 
 class Routing(NamedTuple):
@@ -26,12 +28,17 @@ class RouterMetrics(NamedTuple):
     """One MoE layer's statistics as sums over its tokens, so that portions of a batch add up."""
 
     aux_loss: jax.Array  # summed over routing groups
+    z_loss: jax.Array  # log(Σ exp(logits))², summed over tokens
     groups: jax.Array  # routing groups that hold a token
     tokens: jax.Array  # tokens that are not masked
+    unserved: jax.Array  # of these, tokens that no expert kept
     entropy: jax.Array  # of the router's distribution, in nats, summed over tokens
     assigned_E: jax.Array  # choices of each expert before capacity
     dropped_E: jax.Array  # of these, choices lost to capacity
+    choices_S: jax.Array  # choices by the token's place in its group
+    dropped_S: jax.Array  # of these, choices lost
     coefficient: jax.Array  # weight of the experts' branch against the residual's, summed
+    coefficient_unserved: jax.Array  # the same over unserved tokens
 
 
 def capacity(tokens: int, experts: int, capacity_factor: float, top_k: int, minimum: int) -> int:
@@ -49,86 +56,187 @@ def capacity(tokens: int, experts: int, capacity_factor: float, top_k: int, mini
 def route(
     logits_GxSxE: jax.Array,
     valid_GxS: jax.Array,
+    moe: MoeConfig,
     *,
     top_k: int,
     slots: int,
-    random_selection_keys_G: jax.Array | None = None,
-    sampling_keys_G: jax.Array | None = None,
+    bias_E: jax.Array | None = None,
+    keys_G: jax.Array | None = None,
 ) -> tuple[Routing, RouterMetrics]:
-    """Chooses each token's experts and places it in their buffers.
-
-    Top 1 weighs by the raw probability; top 2 renormalises over the choices that were kept.
-    Within a group all first choices precede all second choices, each in token order; an
-    expert keeps the first `slots`. With `random_selection_keys_G` (top 1) it keeps a random
-    subset instead (Random Token Selection), still placed in token order. With
-    `sampling_keys_G` (top 2) Gumbel noise is added before the second expert is chosen.
+    """Decides by `moe.router` and its options, and measures the decision.
 
     Args:
       logits_GxSxE: float32 router scores.
       valid_GxS: False for padding, which is routed nowhere.
-      top_k: 1 or 2.
+      moe: the rules.
+      top_k: experts of a token; of expert choice, its mean number of experts.
       slots: capacity C of an expert.
-      random_selection_keys_G: one key a group, training only.
-      sampling_keys_G: one key a group, training only.
+      bias_E: added to the probabilities where experts are chosen, and only there.
+      keys_G: one key a group switches training's randomness on; None for evaluation.
     """
-    groups, tokens, experts = logits_GxSxE.shape
+    experts = logits_GxSxE.shape[-1]
     probs_GxSxE = jax.nn.softmax(logits_GxSxE)
-    valid_GxSx1 = valid_GxS[..., None]
+    if moe.router == "expert_choice":
+        routing = _experts_choose(probs_GxSxE, valid_GxS, slots)
+        return routing, _measure_expert_choice(routing, logits_GxSxE, valid_GxS)
 
-    first_GxS = jnp.argmax(logits_GxSxE, axis=-1)
-    first_GxSxE = jax.nn.one_hot(first_GxS, experts, dtype=jnp.int32) * valid_GxSx1
-    chosen = [first_GxS]
-    if top_k == 2:
-        others_GxSxE = logits_GxSxE
-        if sampling_keys_G is not None:
-            draw = lambda key: jax.random.gumbel(key, (tokens, experts))  # noqa: E731
-            others_GxSxE = others_GxSxE + jax.vmap(draw)(sampling_keys_G)
-        chosen.append(jnp.argmax(jnp.where(first_GxSxE > 0, -jnp.inf, others_GxSxE), axis=-1))
+    keys = {}
+    if keys_G is not None:
+        names = "rsample", "second", "random"
+        split_GxN = jax.vmap(lambda key: jax.random.split(key, len(names)))(keys_G)
+        keys = {name: split_GxN[:, i] for i, name in enumerate(names)}
+    expert_GxSxK = _choose(logits_GxSxE, probs_GxSxE, moe, top_k, bias_E, keys)
+    choice_GxSxKxE = jax.nn.one_hot(expert_GxSxK, experts) * valid_GxS[..., None, None]
+    prob_GxSxK = (probs_GxSxE[:, :, None] * choice_GxSxKxE).sum(-1)
 
-    # Choices in order of precedence: K-major, so that first choices come before second ones.
-    expert_GxKS = jnp.concatenate(chosen, axis=1)
-    valid_GxKS = jnp.tile(valid_GxS, (1, top_k))
-    onehot_GxKSxE = jax.nn.one_hot(expert_GxKS, experts, dtype=jnp.int32) * valid_GxKS[..., None]
+    priority_GxSxK = None
+    if moe.overflow == "probability":
+        priority_GxSxK = prob_GxSxK
+    elif moe.overflow == "random" and keys:
+        draw = lambda key: jax.random.uniform(key, prob_GxSxK.shape[1:])  # noqa: E731
+        priority_GxSxK = jax.vmap(draw)(keys["random"])
+    slot_GxSxK, kept_GxSxK = assign(choice_GxSxKxE, slots, priority_GxSxK)
 
-    def place(onehot_GxKSxE):
-        """How many earlier choices went to the same expert; -1 where there is no choice."""
-        return (jnp.cumsum(onehot_GxKSxE, axis=1) * onehot_GxKSxE).sum(-1) - 1
-
-    if random_selection_keys_G is None:
-        slot_GxKS = place(onehot_GxKSxE)
-        kept_GxKS = valid_GxKS & (slot_GxKS < slots)
-    else:
-        order_GxS = jax.vmap(lambda key: jax.random.permutation(key, tokens))(
-            random_selection_keys_G
-        )
-        shuffled_GxSxE = jnp.take_along_axis(onehot_GxKSxE, order_GxS[..., None], axis=1)
-        rank_GxS = jnp.take_along_axis(place(shuffled_GxSxE), jnp.argsort(order_GxS), axis=1)
-        kept_GxKS = valid_GxKS & (rank_GxS < slots)
-        slot_GxKS = place(onehot_GxKSxE * kept_GxKS[..., None])
-
-    def by_token(x_GxKS):
-        return x_GxKS.reshape(groups, top_k, tokens).swapaxes(1, 2)
-
-    expert_GxSxK, kept_GxSxK = by_token(expert_GxKS), by_token(kept_GxKS)
-    weight_GxSxK = jnp.take_along_axis(probs_GxSxE, expert_GxSxK, axis=-1) * kept_GxSxK
-    if top_k == 2:
+    weight_GxSxK = prob_GxSxK * kept_GxSxK
+    if top_k > 1:  # renormalised after dropping: a lone survivor has weight 1
         total_GxSx1 = weight_GxSxK.sum(-1, keepdims=True)
         weight_GxSxK /= jnp.maximum(total_GxSx1, jnp.finfo(jnp.float32).eps)
-    routing = Routing(expert_GxSxK, by_token(slot_GxKS), kept_GxSxK, weight_GxSxK)
+    routing = Routing(expert_GxSxK, slot_GxSxK, kept_GxSxK, weight_GxSxK)
+    return routing, _measure(routing, choice_GxSxKxE, logits_GxSxE, valid_GxS)
 
-    # Auxiliary loss E · Σ mean(probability) · mean(first choice), before capacity.
-    count_G = valid_GxS.sum(-1)
-    per_token_Gx1 = 1.0 / jnp.maximum(count_G, 1)[:, None]
-    mean_prob_GxE = (probs_GxSxE * valid_GxSx1).sum(1) * per_token_Gx1
-    mean_first_GxE = first_GxSxE.sum(1) * per_token_Gx1
-    log_probs_GxSxE = jax.nn.log_softmax(logits_GxSxE)
-    metrics = RouterMetrics(
-        aux_loss=experts * (mean_prob_GxE * mean_first_GxE).sum(),
-        groups=(count_G > 0).sum(),
-        tokens=count_G.sum(),
-        entropy=-(probs_GxSxE * log_probs_GxSxE * valid_GxSx1).sum(),
-        assigned_E=onehot_GxKSxE.sum((0, 1)),
-        dropped_E=(onehot_GxKSxE * ~kept_GxKS[..., None]).sum((0, 1)),
-        coefficient=jnp.zeros(()),
+
+def assign(
+    choice_GxSxKxE: jax.Array, slots: int, priority_GxSxK: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Who keeps a place in an expert's buffer: slot and kept, both [G, S, K].
+
+    An expert keeps its `slots` choices of highest priority, or else the first ones: for K ≤ 2
+    all first choices precede all second ones, for more K tokens come in order. Slots are given
+    in that order whatever the priority.
+
+    Args:
+      choice_GxSxKxE: 1 at the chosen expert, all 0 for padding.
+      slots: capacity C of an expert.
+      priority_GxSxK: highest first; ties go to the earlier choice.
+    """
+    groups, tokens, top_k, experts = choice_GxSxKxE.shape
+    k_major = 1 < top_k <= 2
+
+    def in_order(x_GxSxK):  # to [G, R, …]
+        x = x_GxSxK.swapaxes(1, 2) if k_major else x_GxSxK
+        return x.reshape(groups, tokens * top_k, *x.shape[3:])
+
+    def by_token(x_GxR):
+        x = x_GxR.reshape(groups, *((top_k, tokens) if k_major else (tokens, top_k)))
+        return x.swapaxes(1, 2) if k_major else x
+
+    choice_GxRxE = in_order(choice_GxSxKxE.astype(jnp.int32))
+    rank_GxR = _rank(choice_GxRxE)
+    if priority_GxSxK is None:
+        slot_GxR, kept_GxR = rank_GxR, (rank_GxR >= 0) & (rank_GxR < slots)
+    else:
+        order_GxR = jnp.argsort(-in_order(priority_GxSxK), axis=1)
+        sorted_GxRxE = jnp.take_along_axis(choice_GxRxE, order_GxR[..., None], axis=1)
+        rank_GxR = jnp.take_along_axis(_rank(sorted_GxRxE), jnp.argsort(order_GxR), axis=1)
+        kept_GxR = (rank_GxR >= 0) & (rank_GxR < slots)
+        slot_GxR = _rank(choice_GxRxE * kept_GxR[..., None])
+    return by_token(slot_GxR), by_token(kept_GxR)
+
+
+def _rank(choice_GxRxE: jax.Array) -> jax.Array:
+    """How many earlier choices went to the same expert; -1 where there is no choice."""
+    return (jnp.cumsum(choice_GxRxE, axis=1) * choice_GxRxE).sum(-1) - 1
+
+
+def _choose(logits_GxSxE, probs_GxSxE, moe: MoeConfig, top_k: int, bias_E, keys) -> jax.Array:
+    """The experts of each token, best first: int32 [G, S, K]."""
+
+    def noise(name):
+        draw = lambda key: jax.random.gumbel(key, logits_GxSxE.shape[1:])  # noqa: E731
+        return jax.vmap(draw)(keys[name])
+
+    score_GxSxE = logits_GxSxE if bias_E is None else probs_GxSxE + bias_E
+    if moe.noise == "rsample" and keys:
+        score_GxSxE = score_GxSxE + noise("rsample")
+    if top_k > 2:
+        return jax.lax.top_k(score_GxSxE, top_k)[1]
+    first_GxS = jnp.argmax(score_GxSxE, axis=-1)
+    if top_k == 1:
+        return first_GxS[..., None]
+    if moe.second_expert_sampling and keys:
+        score_GxSxE = score_GxSxE + noise("second")
+    is_first_GxSxE = jax.nn.one_hot(first_GxS, logits_GxSxE.shape[-1], dtype=bool)
+    second_GxS = jnp.argmax(jnp.where(is_first_GxSxE, -jnp.inf, score_GxSxE), axis=-1)
+    return jnp.stack([first_GxS, second_GxS], axis=-1)
+
+
+def _experts_choose(probs_GxSxE, valid_GxS, slots: int) -> Routing:
+    """Each expert takes the C tokens that want it most (Zhou et al., arXiv 2202.09368).
+
+    Written as E choices a token, of which the ones its experts made are kept.
+    """
+    groups, tokens, experts = probs_GxSxE.shape
+    wanted_GxExS = jnp.where(valid_GxS[..., None], probs_GxSxE, -1).swapaxes(1, 2)
+    token_GxExC = jax.lax.top_k(wanted_GxExS, slots)[1]
+    group, expert = jnp.arange(groups)[:, None, None], jnp.arange(experts)[:, None]
+    slot_GxSxE = jnp.full((groups, tokens, experts), -1, jnp.int32)
+    slot_GxSxE = slot_GxSxE.at[group, token_GxExC, expert].set(jnp.arange(slots))
+    kept_GxSxE = (slot_GxSxE >= 0) & valid_GxS[..., None]
+    expert_GxSxE = jnp.broadcast_to(jnp.arange(experts), kept_GxSxE.shape)
+    return Routing(expert_GxSxE, slot_GxSxE, kept_GxSxE, probs_GxSxE * kept_GxSxE)
+
+
+def _measure(routing: Routing, choice_GxSxKxE, logits_GxSxE, valid_GxS) -> RouterMetrics:
+    """Statistics, and the auxiliary loss E/k · Σ mean(probability) · mean(choice).
+
+    The loss is taken before capacity; for k = 2 it counts first choices only, as GShard does.
+    """
+    top_k, experts = choice_GxSxKxE.shape[2:]
+    lost_GxSxK = valid_GxS[..., None] & ~routing.kept_GxSxK
+    counted_GxSxE = choice_GxSxKxE[:, :, 0] if top_k == 2 else choice_GxSxKxE.sum(2) / top_k
+    probs_GxSxE = jax.nn.softmax(logits_GxSxE)
+    per_token_Gx1 = 1.0 / jnp.maximum(valid_GxS.sum(-1), 1)[:, None]
+    mean_prob_GxE = (probs_GxSxE * valid_GxS[..., None]).sum(1) * per_token_Gx1
+    mean_choice_GxE = counted_GxSxE.sum(1) * per_token_Gx1
+    return _metrics(
+        routing,
+        logits_GxSxE,
+        valid_GxS,
+        aux_loss=experts * (mean_prob_GxE * mean_choice_GxE).sum(),
+        assigned_E=choice_GxSxKxE.sum((0, 1, 2)).astype(jnp.int32),
+        dropped_E=(choice_GxSxKxE * lost_GxSxK[..., None]).sum((0, 1, 2)).astype(jnp.int32),
+        choices_S=valid_GxS.sum(0) * top_k,
+        dropped_S=lost_GxSxK.sum((0, 2)),
     )
-    return routing, metrics
+
+
+def _measure_expert_choice(routing: Routing, logits_GxSxE, valid_GxS) -> RouterMetrics:
+    """Statistics of expert choice: balanced by construction; a token may be left out."""
+    lost_GxS = valid_GxS & ~routing.kept_GxSxK.any(-1)
+    return _metrics(
+        routing,
+        logits_GxSxE,
+        valid_GxS,
+        aux_loss=jnp.zeros(()),
+        assigned_E=routing.kept_GxSxK.sum((0, 1)),
+        dropped_E=jnp.zeros(logits_GxSxE.shape[-1], jnp.int32),
+        choices_S=valid_GxS.sum(0),
+        dropped_S=lost_GxS.sum(0),
+    )
+
+
+def _metrics(routing: Routing, logits_GxSxE, valid_GxS, **decision) -> RouterMetrics:
+    """Adds to the statistics of a decision those of the scores."""
+    log_z_GxS = jax.nn.logsumexp(logits_GxSxE, axis=-1)
+    log_probs_GxSxE = logits_GxSxE - log_z_GxS[..., None]
+    entropy_GxS = -(jnp.exp(log_probs_GxSxE) * log_probs_GxSxE).sum(-1)
+    return RouterMetrics(
+        z_loss=(jnp.square(log_z_GxS) * valid_GxS).sum(),
+        groups=valid_GxS.any(-1).sum(),
+        tokens=valid_GxS.sum(),
+        unserved=(valid_GxS & ~routing.kept_GxSxK.any(-1)).sum(),
+        entropy=(entropy_GxS * valid_GxS).sum(),
+        coefficient=jnp.zeros(()),
+        coefficient_unserved=jnp.zeros(()),
+        **decision,
+    )
