@@ -16,6 +16,7 @@ import traceback
 from pathlib import Path
 
 import prmoe_jax
+from prmoe_jax.allocator import keep_freed_memory
 from prmoe_jax.errors import UserError
 
 CONFIG_HELP = """
@@ -28,9 +29,19 @@ settings:
 """
 
 
+# S, M, F, E of `prmoe bench moe`.
+BENCH_SIZES = (
+    (4096, 256, 1024, 32),
+    (4096, 512, 2048, 64),
+    (2048, 512, 2048, 128),
+    (8192, 256, 1024, 8),
+)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs one verb; returns 0, 1 (the run failed) or 2 (the input cannot be used)."""
     _log_to_stderr()
+    keep_freed_memory()
     try:
         options, rest = _parser().parse_known_args(arguments)
         if rest and not options.takes_config:
@@ -201,6 +212,26 @@ def _params(options, rest) -> None:
         print(json.dumps(sizes.report(model)) if options.json else sizes.table(model))
 
 
+def _bench(options, rest) -> None:
+    from prmoe_jax.bench import moe
+
+    rows = moe.bench_moe(
+        [moe.Size(*size) for size in options.sizes or BENCH_SIZES],
+        options.load or ["uniform"],
+        options.dtype,
+        options.repeats,
+    )
+    print(json.dumps(rows) if options.json else moe.table(rows))
+
+
+def _size(text: str) -> tuple[int, ...]:
+    """'4096,512,2048,64' as numbers."""
+    parts = text.split(",")
+    if len(parts) != 4 or not all(part.strip().isdecimal() for part in parts):
+        raise UserError(f"--sizes={text} must be four counts S,M,F,E such as 4096,512,2048,64")
+    return tuple(map(int, parts))
+
+
 class _Parser(argparse.ArgumentParser):
     """Reports a mistake as everything else here does: on one line."""
 
@@ -246,6 +277,24 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = verb("params", _params, "count a config's parameters and FLOPs, building nothing", True)
     sub.add_argument("--paper", action="store_true", help="all models of the paper, side by side")
+
+    sub = verb("bench", _bench, "time an MoE layer beside a dense MLP and other implementations")
+    sub.add_argument("what", choices=["moe"], help="moe: forward and backward of one layer")
+    sub.add_argument(
+        "--sizes",
+        type=_size,
+        action="append",
+        metavar="S,M,F,E",
+        help="tokens, width, hidden width, experts; may be repeated (default: four sizes)",
+    )
+    sub.add_argument(
+        "--load",
+        choices=["uniform", "zipf"],
+        action="append",
+        help="how tokens choose experts; may be repeated (default: uniform)",
+    )
+    sub.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    sub.add_argument("--repeats", type=int, default=15, help="timed runs (default: 15)")
     return parser
 
 

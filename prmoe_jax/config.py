@@ -74,7 +74,8 @@ class MoeConfig:
     # choice alone, moves by this much towards even load; 0 is off.
     bias_update_rate: float = 0.0
     expert_init: str = "independent"  # independent | tied (all start as copies of one MLP)
-    dispatch: str = "auto"  # auto | gather | einsum | ragged (dropless)
+    # auto | gather (buffers of slots) | einsum (the oracle) | ragged, blocked (runs of rows)
+    dispatch: str = "auto"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -388,7 +389,7 @@ def _check_moe(config: Config) -> None:
                 f"{field.default} or choose model.placement and model.experts",
             )
         return
-    _check_choice("moe", moe, "dispatch", "auto gather einsum ragged")
+    _check_choice("moe", moe, "dispatch", "auto gather einsum ragged blocked")
     _check_choice("moe", moe, "router", "token_choice expert_choice")
     _check_choice("moe", moe, "overflow", "position probability random")
     _check_choice("moe", moe, "noise", "none rsample jitter")
@@ -398,11 +399,6 @@ def _check_moe(config: Config) -> None:
     for name in ("capacity_factor", "eval_capacity_factor"):
         factor = getattr(moe, name)
         _require(factor > 0, f"moe.{name}={factor} must be above 0 (inf never drops)")
-        _require(
-            moe.dispatch != "ragged" or math.isinf(factor),
-            f"moe.{name}={factor} has no effect: moe.dispatch=ragged never drops; use "
-            f"--config.moe.{name}=inf, or dispatch=gather",
-        )
     never_full = math.isinf(moe.capacity_factor) and math.isinf(moe.eval_capacity_factor)
     if moe.overflow == "random":
         never_full = math.isinf(moe.capacity_factor)
@@ -463,10 +459,6 @@ def _check_expert_choice(moe: MoeConfig) -> None:
     _require(
         moe.noise != "rsample",
         "moe.noise=rsample has no effect with moe.router=expert_choice; use jitter or none",
-    )
-    _require(
-        moe.dispatch != "ragged",
-        "moe.dispatch=ragged is for token choice; moe.router=expert_choice needs gather",
     )
 
 

@@ -13,6 +13,7 @@ from flax import nnx
 from prmoe_jax import architecture
 from prmoe_jax.attention import Attention, resolve_attention
 from prmoe_jax.config import Config, ModelConfig, MoeConfig
+from prmoe_jax.moe import dispatch
 from prmoe_jax.moe.experts import MLP, normal
 from prmoe_jax.moe.layer import MoE
 from prmoe_jax.moe.routing import RouterMetrics
@@ -179,7 +180,7 @@ def resolve_backends(config: Config, platform: str) -> Config:
       UserError: a kernel is forced that this platform cannot run.
     """
     attention = resolve_attention(config.model, platform)
-    backend = "gather" if config.moe.dispatch == "auto" else config.moe.dispatch
+    backend = dispatch.resolve(config.moe.dispatch, platform)
     log.info("attention: %s, MoE dispatch: %s (%s)", attention, backend, platform)
     if not config.causal:
         log.warning(

@@ -271,21 +271,12 @@ RULES = {
     "dropout 1": (["model.dropout=1"], "model.dropout=1.0 must be in [0, 1)"),
     "dropout -1": (["model.dropout=-0.1"], "model.dropout=-0.1 must be in [0, 1)"),
     "std": (["model.init_std=0"], "model.init_std=0.0 must be above 0"),
-    "dispatch": (["moe.dispatch=scatter"], "use one of auto, gather, einsum, ragged"),
+    "dispatch": (["moe.dispatch=scatter"], "use one of auto, gather, einsum, ragged, blocked"),
     "capacity": (["moe.capacity_factor=0"], "moe.capacity_factor=0.0 must be above 0 (inf never"),
     "capacity nan": (["moe.capacity_factor=nan"], "moe.capacity_factor=nan must be above 0"),
     "eval capacity": (["moe.eval_capacity_factor=-1"], "moe.eval_capacity_factor=-1.0 must be"),
     "min capacity": (["moe.min_capacity=-1"], "moe.min_capacity=-1 is out of range; use 0 or"),
     "aux weight": (["moe.aux_loss_weight=-1"], "moe.aux_loss_weight=-1.0 is out of range"),
-    "ragged drops nothing": (
-        ["moe.dispatch=ragged"],
-        "moe.capacity_factor=1.0 has no effect: moe.dispatch=ragged never drops; use "
-        "--config.moe.capacity_factor=inf, or dispatch=gather",
-    ),
-    "ragged in evaluation": (
-        ["moe.dispatch=ragged", "moe.capacity_factor=inf"],
-        "moe.eval_capacity_factor=1.0 has no effect",
-    ),
     "random selection of all": (
         ["moe.overflow=random", "moe.capacity_factor=inf"],
         "moe.overflow=random has no effect with moe.capacity_factor=inf",

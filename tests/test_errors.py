@@ -265,7 +265,6 @@ CASES = {
         params("moe.overflow=random", "moe.capacity_factor=inf"),
         "moe.overflow=random has no effect with moe.capacity_factor=inf; leave it at position",
     ),
-    "ragged": (params("moe.dispatch=ragged"), "no effect: moe.dispatch=ragged never drops; use"),
     "dense top": (params("model.top_k=2", config=DENSE), "model.top_k=2 has no effect: the arch"),
     "dense residual": (params("model.residual=true", config=DENSE), "model.residual=True has no "),
     "dense experts": (params("model.experts=4", config=DENSE), "experts=4 has no effect: placeme"),

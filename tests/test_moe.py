@@ -1,6 +1,9 @@
 """The MoE layer: backends agree with the einsum oracle, the residual mix, groups, keys."""
 
 import dataclasses
+import subprocess
+import sys
+import textwrap
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +11,7 @@ import numpy as np
 import pytest
 
 from prmoe_jax.config import ModelConfig, MoeConfig
+from prmoe_jax.moe import dispatch
 from prmoe_jax.moe.dispatch import BACKENDS
 from prmoe_jax.moe.experts import Experts
 from prmoe_jax.moe.layer import MoE
@@ -29,31 +33,116 @@ def inputs(batch=5, length=13):
     return x_BxLxD, valid_BxL
 
 
-@pytest.mark.parametrize("top_k", [1, 2])
-@pytest.mark.parametrize("slots", [2, 13])
-@pytest.mark.parametrize("backend", ["gather", "ragged"])
-def test_backends_equal_the_oracle(backend, slots, top_k):
-    """Outputs and every gradient, with padding and overflow, at prime shapes."""
-    experts = Experts(3, 7, 11, 0.5, 0.5, jax.random.key(0))
-    x_GxSxD, valid_GxS = inputs()
-    w_DxE = jax.random.normal(jax.random.key(3), (7, 3))
+# These tests compile much and run little.
+QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+# Groups, tokens of one, experts, choices, capacity; how much the router prefers expert 0.
+SITUATIONS = {
+    "prime sizes": (3, 23, 5, 2, 7, 0),
+    "top 3": (3, 23, 5, 3, 11, 0),
+    "one hot expert": (2, 19, 3, 1, 19, 50),
+    "one hot expert overflows": (2, 19, 3, 2, 4, 50),
+    "empty experts": (1, 5, 31, 1, 3, 0),
+    "fewer tokens than experts": (3, 2, 7, 2, 2, 0),
+    "one token": (1, 1, 2, 1, 1, 0),
+    "capacity 1": (2, 17, 3, 1, 1, 0),
+    "no token": (2, 11, 3, 1, 5, 0),
+}
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("situation", SITUATIONS)
+def test_backends_equal_the_oracle(situation, dtype):
+    """Outputs and every gradient of every backend, padding included."""
+    groups, tokens, experts_count, top_k, slots, preference = SITUATIONS[situation]
+    experts = Experts(experts_count, 7, 11, 0.5, 0.5, jax.random.key(0))
+    for i, bias in enumerate((experts.b_in, experts.b_out)):
+        bias[...] = jax.random.normal(jax.random.key(10 + i), bias.shape)
+    x_GxSxD = jax.random.normal(jax.random.key(1), (groups, tokens, 7), dtype)
+    share = 0.0 if situation == "no token" else 0.8
+    valid_GxS = jax.random.bernoulli(jax.random.key(2), share, (groups, tokens))
+    w_DxE = jax.random.normal(jax.random.key(3), (7, experts_count))
     target_GxSxD = jax.random.normal(jax.random.key(4), x_GxSxD.shape)
 
     def run(backend):
         def output(x_GxSxD, w_DxE, experts):
-            routing, _ = route(x_GxSxD @ w_DxE, valid_GxS, MOE, top_k=top_k, slots=slots)
+            logits_GxSxE = x_GxSxD.astype(jnp.float32) @ w_DxE
+            logits_GxSxE = logits_GxSxE.at[..., 0].add(preference)
+            routing, _ = route(logits_GxSxE, valid_GxS, MOE, top_k=top_k, slots=slots)
             y_GxSxD = BACKENDS[backend](x_GxSxD, routing, experts, slots)
             return (y_GxSxD * target_GxSxD).sum(), y_GxSxD
 
-        return jax.jit(jax.value_and_grad(output, argnums=(0, 1, 2), has_aux=True))(
-            x_GxSxD, w_DxE, experts
+        gradient = jax.jit(jax.grad(output, argnums=(0, 1, 2), has_aux=True))
+        compiled = gradient.lower(x_GxSxD, w_DxE, experts).compile(QUICKLY)
+        return compiled(x_GxSxD, w_DxE, experts)
+
+    oracle = run("einsum")
+    if situation == "no token":
+        assert not any(np.asarray(leaf, np.float32).any() for leaf in jax.tree.leaves(oracle))
+    tolerance = 1e-5 if dtype == jnp.float32 else 2e-2
+
+    def close(ours, oracle):
+        ours, oracle = np.asarray(ours, np.float32), np.asarray(oracle, np.float32)
+        scale = max(1.0, np.abs(oracle).max())  # sums of many terms cancel
+        np.testing.assert_allclose(ours / scale, oracle / scale, atol=tolerance)
+
+    for backend in BACKENDS.keys() - {"einsum"}:
+        jax.tree.map(close, run(backend), oracle)
+
+
+@pytest.mark.parametrize("sizes", [(16, 7, 11, 5), (300, 5, 3, 2)])
+def test_blocks_of_rows_are_runs(sizes):
+    """Runs shorter than a block, longer than one, empty, and rows that belong to no expert."""
+    rows, d_model, d_ff, count = sizes
+    experts = Experts(count, d_model, d_ff, 0.5, 0.5, jax.random.key(0))
+    experts.b_out[...] = jax.random.normal(jax.random.key(1), experts.b_out.shape)
+    rows_E = jnp.array([rows // 2, 0, 3, 1, 2][:count] if count > 2 else [1, rows - 20])
+    expert_R = jnp.repeat(jnp.arange(count + 1), jnp.append(rows_E, rows - rows_E.sum()))
+    x_RxD = jax.random.normal(jax.random.key(2), (rows, d_model))
+    served_Rx1 = (expert_R < count)[:, None]
+
+    def loss(experts, x_RxD, apply):
+        y_RxD = apply(experts, x_RxD, rows_E, expert_R)
+        return (jnp.where(served_Rx1, y_RxD, 0) ** 2).sum()
+
+    def row_by_row(experts, x_RxD, rows_E, expert_R):
+        e_R = jnp.minimum(expert_R, count - 1)
+        h_RxF = jnp.einsum("RD,RDF->RF", x_RxD, experts.w_in[...][e_R]) + experts.b_in[...][e_R]
+        h_RxF = jax.nn.gelu(h_RxF, approximate=True)
+        return jnp.einsum("RF,RFD->RD", h_RxF, experts.w_out[...][e_R]) + experts.b_out[...][e_R]
+
+    for apply in (Experts.blocked, Experts.ragged):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
+            jax.value_and_grad(loss, argnums=(0, 1))(experts, x_RxD, apply),
+            jax.value_and_grad(loss, argnums=(0, 1))(experts, x_RxD, row_by_row),
         )
 
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
-        run(backend),
-        run("einsum"),
-    )
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_expert_choice_by_hand(backend):
+    """A token's output is the sum over the experts that took it, by any backend."""
+    moe = layer(moe=dataclasses.replace(MOE, router="expert_choice", dispatch=backend))
+    x_BxLxD, valid_BxL = inputs(2, 13)
+    y_BxLxD, metrics = moe(x_BxLxD, valid_BxL, 1.5)  # 7 of 13 tokens an expert
+    probs_BxLxE = jax.nn.softmax(x_BxLxD @ moe.w_router[...])
+    everything_ExBxLxD = moe.experts(jnp.broadcast_to(x_BxLxD, (3, 2, 13, 7)))
+    expected_BxLxD = np.zeros_like(y_BxLxD)
+    for b in range(2):
+        for e in range(3):
+            tokens = np.flatnonzero(valid_BxL[b])
+            for t in sorted(tokens, key=lambda t: -probs_BxLxE[b, t, e])[:7]:
+                expected_BxLxD[b, t] += probs_BxLxE[b, t, e] * everything_ExBxLxD[e, b, t]
+    np.testing.assert_allclose(y_BxLxD, expected_BxLxD, rtol=1e-4, atol=1e-5)
+    assert metrics.assigned_E.tolist() == [14, 14, 14]
+
+
+def test_dropless_and_capacity_may_have_backends_of_their_own():
+    assert dispatch.resolve("auto", "cpu") == "gather/blocked"
+    assert dispatch.resolve("auto", "tpu") == dispatch.resolve("auto", "gpu") == "gather/ragged"
+    assert dispatch.resolve("einsum", "tpu") == "einsum"
+    assert dispatch.backend("gather/blocked", dropless=False) is dispatch.gather
+    assert dispatch.backend("gather/blocked", dropless=True) is dispatch.blocked
+    assert dispatch.backend("einsum", dropless=True) is dispatch.einsum
 
 
 def test_experts_by_hand():
@@ -73,23 +162,67 @@ def test_experts_by_hand():
             np.testing.assert_allclose(y_BxLxD[b, t], y_D * valid_BxL[b, t], rtol=1e-4, atol=1e-5)
 
 
-def test_residual_mixes_and_serves_dropped_tokens():
-    model = dataclasses.replace(MODEL, residual=True)
+@pytest.mark.parametrize("kind", ["learned", "sum", "half"])
+def test_residual_mixes_and_serves_dropped_tokens(kind):
+    """The mix by hand, and its weight apart for tokens that an expert kept and for the others."""
+    model = dataclasses.replace(MODEL, residual=True, residual_mix=kind)
     moe, plain = layer(model), layer(MODEL)
     plain.w_router, plain.experts = moe.w_router, moe.experts
     x_BxLxD, valid_BxL = inputs()
     y_BxLxD, metrics = moe(x_BxLxD, valid_BxL, 0.5)
     branch_BxLxD, _ = plain(x_BxLxD, valid_BxL, 0.5)
-    mix_BxLx2 = jax.nn.softmax(x_BxLxD @ moe.w_mix[...] + moe.b_mix[...])
+    if kind == "learned":
+        mix_BxLx2 = jax.nn.softmax(x_BxLxD @ moe.w_mix[...] + moe.b_mix[...])
+    else:
+        assert moe.w_mix is moe.b_mix is None
+        mix_BxLx2 = jnp.full((5, 13, 2), {"sum": 1.0, "half": 0.5}[kind])
     expected = branch_BxLxD * mix_BxLx2[..., :1] + moe.mlp(x_BxLxD) * mix_BxLx2[..., 1:]
     np.testing.assert_allclose(y_BxLxD, expected, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(
-        metrics.coefficient, (mix_BxLx2[..., 0] * valid_BxL).sum(), rtol=1e-5
-    )
     dropped = np.asarray((branch_BxLxD == 0).all(-1))
+    weight = mix_BxLx2[..., 0]
+    np.testing.assert_allclose(metrics.coefficient, (weight * valid_BxL).sum(), rtol=1e-5)
+    np.testing.assert_allclose(
+        metrics.coefficient_unserved, (weight * (valid_BxL & dropped)).sum(), rtol=1e-5
+    )
+    assert metrics.unserved == (valid_BxL & dropped).sum() > 0
     assert metrics.dropped_E.sum() > 0
-    assert dropped.any()
     assert (np.abs(np.asarray(y_BxLxD))[dropped].max(-1) > 0).all()
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_the_language_model_trains_the_router(top_k):
+    """Without any auxiliary loss: through the gate, at k = 1 as well, by finite differences."""
+    moe = layer(dataclasses.replace(MODEL, top_k=top_k))
+    x_BxLxD, valid_BxL = inputs()
+    target_BxLxD = jax.random.normal(jax.random.key(4), x_BxLxD.shape)
+
+    def loss(moe):
+        return (moe(x_BxLxD, valid_BxL, float("inf"))[0] * target_BxLxD).sum()
+
+    gradient = jax.grad(loss)(moe).w_router[...]
+    direction = jax.random.normal(jax.random.key(5), gradient.shape)
+    w_router, values = moe.w_router[...], []
+    for step in (1e-3, -1e-3):
+        moe.w_router[...] = w_router + step * direction
+        values.append(loss(moe))
+    slope = (values[0] - values[1]) / 2e-3
+    assert abs(slope) > 0.1
+    np.testing.assert_allclose((gradient * direction).sum(), slope, rtol=0.02)
+
+
+def test_jitter_moves_the_router_alone():
+    """In training its scores change by a percent or so; evaluation and the experts don't."""
+    moe = layer(moe=dataclasses.replace(MOE, noise="jitter"))
+    x_BxLxD, valid_BxL = inputs()
+    keys_B = jax.random.split(jax.random.key(0), 5)
+    still, _ = moe(x_BxLxD, valid_BxL, float("inf"))
+    jittered, _ = moe(x_BxLxD, valid_BxL, float("inf"), keys_B)
+    again, _ = moe(x_BxLxD, valid_BxL, float("inf"), keys_B)
+    np.testing.assert_array_equal(jittered, again)
+    ratio = (jittered / still)[valid_BxL]  # of the gates' weights, where the expert is the same
+    same = np.asarray(ratio.std(-1) < 1e-3)
+    assert same.mean() > 0.9
+    assert 1e-4 < np.abs(ratio[same] - 1).max() < 0.05
 
 
 @pytest.mark.parametrize("group_size", [4, 12, 24])
@@ -142,6 +275,56 @@ def test_initialisation():
     for w in (moe.w_router, moe.w_mix, moe.b_mix):
         assert np.abs(w[...]).max() <= bound
     assert np.abs(moe.w_router[...]).max() > 0.9 * bound
+
+
+def test_tied_experts_start_as_copies_of_the_residual_mlp():
+    model = dataclasses.replace(MODEL, residual=True)
+    moe = layer(model, dataclasses.replace(MOE, expert_init="tied"))
+    for name in ("w_in", "b_in", "w_out", "b_out"):
+        for e in range(3):
+            np.testing.assert_array_equal(
+                getattr(moe.experts, name)[...][e], getattr(moe.mlp, name)[...]
+            )
+
+
+def test_routing_is_the_same_on_1_2_4_and_8_devices():
+    """The same tokens are dropped, and the same auxiliary loss results, whatever the mesh."""
+    script = """
+        import jax
+        jax.config.update("jax_num_cpu_devices", 8)
+        import jax.numpy as jnp, numpy as np
+        from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+        from prmoe_jax.config import ModelConfig, MoeConfig
+        from prmoe_jax.moe.layer import MoE
+
+        model = ModelConfig(
+            d_model=8, d_ff=12, heads=1, layers=1, placement="every 1", experts=(4,), top_k=2
+        )
+        moe = MoE(4, model, MoeConfig(min_capacity=1, dispatch="gather"), jax.random.key(0))
+        x = jax.random.normal(jax.random.key(1), (8, 16, 8))
+        keys = jax.random.split(jax.random.key(2), 8)
+        for n in (1, 2, 4, 8):
+            auto, devices = (AxisType.Auto,), jax.devices()[:n]
+            mesh = jax.make_mesh((n,), ("data",), axis_types=auto, devices=devices)
+            put = lambda a: jax.device_put(a, NamedSharding(mesh, P("data")))
+            run = jax.jit(lambda x, keys: moe(x, jnp.ones((8, 16), bool), 0.7, keys))
+            y, metrics = run(put(x), put(keys))
+            print(n, y.sharding.num_devices, float(metrics.aux_loss),
+                  metrics.dropped_S.tolist(), np.asarray(y == 0).all(-1).nonzero())
+    """
+    ran = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=True
+    )
+    seen = {}
+    for line in ran.stdout.strip().splitlines():
+        requested, used, aux_loss, rest = line.split(" ", 3)
+        assert requested == used
+        seen[int(requested)] = float(aux_loss), rest
+    assert list(seen) == [1, 2, 4, 8]
+    for aux_loss, rest in seen.values():
+        assert aux_loss == pytest.approx(seen[1][0], rel=1e-6)
+        assert rest == seen[1][1]
+    assert sum(eval(seen[1][1].partition("]")[0] + "]")) > 0
 
 
 def test_router_is_float32_under_bfloat16():

@@ -50,21 +50,58 @@ def gather(x_GxSxD: jax.Array, routing: Routing, experts: Experts, slots: int) -
 
 
 def ragged(x_GxSxD: jax.Array, routing: Routing, experts: Experts, slots: int) -> jax.Array:
-    """Sorts the choices by expert and multiplies runs of unequal length; drops nothing."""
-    groups, tokens, width = x_GxSxD.shape
+    """Sorts the kept choices by expert; one grouped product over runs of unequal length."""
+    return _by_runs(x_GxSxD, routing, experts, experts.ragged)
+
+
+def blocked(x_GxSxD: jax.Array, routing: Routing, experts: Experts, slots: int) -> jax.Array:
+    """As `ragged`, by loops over the experts and over blocks of a run: for CPUs.
+
+    XLA's grouped product multiplies every row by every expert there.
+    """
+    return _by_runs(x_GxSxD, routing, experts, experts.blocked)
+
+
+def _by_runs(x_GxSxD, routing: Routing, experts: Experts, apply) -> jax.Array:
+    """Rows in the order of their experts, through `apply`, and back.
+
+    No buffer limits a run, so that without a capacity the cost is that of the tokens there are.
+    """
     top_k = routing.expert_GxSxK.shape[-1]
-    # Padding is kept nowhere: it forms a last run that belongs to no expert.
+    # What isn't kept forms a last run that belongs to no expert.
     expert_R = jnp.where(routing.kept_GxSxK, routing.expert_GxSxK, experts.count).reshape(-1)
     order_R = jnp.argsort(expert_R)
-    x_RxD = x_GxSxD.reshape(-1, width)[order_R // top_k]
+    place_R = jnp.argsort(order_R)
     sorted_R = expert_R[order_R]
-    y_RxD = experts.ragged(x_RxD, jnp.bincount(expert_R, length=experts.count), sorted_R)
+    rows_E = jnp.bincount(expert_R, length=experts.count)
+
+    x_1xNxD = x_GxSxD.reshape(1, -1, x_GxSxD.shape[-1])
+    x_1xRxD = _take_rows(x_1xNxD, order_R[None] // top_k, place_R.reshape(1, -1, top_k))
+    y_RxD = apply(x_1xRxD[0], rows_E, sorted_R)
     y_RxD = jnp.where((sorted_R < experts.count)[:, None], y_RxD, 0)
-    y_GxSxKxD = y_RxD[jnp.argsort(order_R)].reshape(groups, tokens, top_k, width)
+    y_1xRxD = _take_rows(y_RxD[None], place_R[None], order_R[None, :, None])
+    y_GxSxKxD = y_1xRxD.reshape(*routing.expert_GxSxK.shape, -1)
     return jnp.einsum("GSKD,GSK->GSD", y_GxSxKxD, routing.weight_GxSxK.astype(x_GxSxD.dtype))
 
 
-BACKENDS: dict[str, Dispatch] = {"einsum": einsum, "gather": gather, "ragged": ragged}
+BACKENDS: dict[str, Dispatch] = {
+    "einsum": einsum,
+    "gather": gather,
+    "ragged": ragged,
+    "blocked": blocked,
+}
+
+
+def resolve(name: str, platform: str) -> str:
+    """What 'auto' means: 'A/B', A where experts have a capacity, B where nothing is dropped."""
+    if name != "auto":
+        return name
+    return "gather/blocked" if platform == "cpu" else "gather/ragged"
+
+
+def backend(resolved: str, dropless: bool) -> Dispatch:
+    """The backend of a resolved name."""
+    return BACKENDS[resolved.split("/")[-1 if dropless else 0]]
 
 
 def _invert(place_GxR: jax.Array, places: int) -> jax.Array:

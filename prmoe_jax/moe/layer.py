@@ -1,5 +1,7 @@
 """The MoE layer: route, dispatch, experts, combine, and the residual branch beside them."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -66,7 +68,8 @@ class MoE(nnx.Module):
             keys_G = split(keys_B[:: max(1, tokens // length)], within).reshape(-1)
 
         routing, metrics, slots = self._route(x_GxSxD, valid_GxS, capacity_factor, keys_G)
-        y_GxSxD = dispatch.BACKENDS[self.moe.dispatch](x_GxSxD, routing, self.experts, slots)
+        backend = dispatch.backend(self.moe.dispatch, dropless=math.isinf(capacity_factor))
+        y_GxSxD = backend(x_GxSxD, routing, self.experts, slots)
         y_BxLxD = y_GxSxD.reshape(x_BxLxD.shape)
         if self.mlp is None:
             return y_BxLxD, metrics

@@ -1,0 +1,266 @@
+"""`prmoe bench moe`: forward and backward of one MoE layer beside its rivals, in one run.
+
+The rivals take turns, so that a noisy machine is unfair to all of them alike.
+"""
+
+import contextlib
+import importlib.util
+import logging
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from prmoe_jax.config import ModelConfig, MoeConfig
+from prmoe_jax.errors import UserError
+from prmoe_jax.moe import dispatch
+from prmoe_jax.moe.experts import MLP
+from prmoe_jax.moe.layer import MoE
+from prmoe_jax.moe.routing import capacity, route
+
+log = logging.getLogger(__name__)
+
+LOADS = ("uniform", "zipf")
+
+
+class Size(NamedTuple):
+    """One layer: S tokens in one routing group, widths M and F, E experts."""
+
+    S: int
+    M: int
+    F: int
+    E: int
+
+
+class Rival(NamedTuple):
+    """Something that computes a layer's forward and backward pass."""
+
+    seconds: Callable[[], float]  # runs once, and says how long it took
+    peak_bytes: Callable[[], int]
+    bytes_moved: int = 0  # that it has to read and write in the weights and their gradients
+
+
+def bench_moe(sizes: list[Size], loads: list[str], dtype: str, repeats: int) -> list[dict]:
+    """Times every rival at every size and load: top 1, capacity factor 1.
+
+    The rivals: `dense`, an MLP with the same active FLOPs; our layer by dispatch backend; `no
+    experts`, routing, dispatch and combine alone; `copy`, which reads and writes as many bytes
+    as the experts' weights have; and where it is installed DeepSpeed's layer in a process of
+    its own, as it comes and with the allocator's setting of `allocator.keep_freed_memory`.
+
+    Returns:
+      One row a rival: backend, S, M, F, E, load, dtype, device, median_s, min_s, max_s,
+      peak_bytes (arguments, results and temporaries; for DeepSpeed the process's memory),
+      ratio_to_dense (of medians), drop_fraction, bytes_moved and gb_per_s.
+
+    Raises:
+      UserError: a size makes no layer.
+    """
+    rows = []
+    for size in sizes:
+        if min(size) < 1:
+            raise UserError(f"--sizes={','.join(map(str, size))} must be four counts above 0")
+        for load in loads:
+            log.info("S=%d M=%d F=%d E=%d, %s load", *size, load)
+            rows += _bench_one(size, load, dtype, repeats)
+    return rows
+
+
+def _bench_one(size: Size, load: str, dtype: str, repeats: int) -> list[dict]:
+    x_SxM, w_router_MxE = loaded_input(size, load)
+    with contextlib.ExitStack() as stack:
+        rivals, drop_fraction = _our_rivals(size, x_SxM, w_router_MxE, jnp.dtype(dtype))
+        if importlib.util.find_spec("deepspeed") and dtype == "float32":
+            for keep in (False, True):
+                name = "deepspeed, memory kept" if keep else "deepspeed"
+                rivals[name] = stack.enter_context(_deepspeed(size, x_SxM, w_router_MxE, keep))
+        times: dict[str, list[float]] = {name: [] for name in rivals}
+        for turn in range(-2, repeats):  # two turns to compile and to warm up
+            for name, rival in rivals.items():
+                seconds = rival.seconds()
+                if turn >= 0:
+                    times[name].append(seconds)
+        dense = statistics.median(times["dense"])
+        rows = []
+        for name, rival in rivals.items():
+            median = statistics.median(times[name])
+            rows.append(
+                {
+                    "backend": name,
+                    **size._asdict(),
+                    "load": load,
+                    "dtype": dtype,
+                    "device": jax.devices()[0].device_kind,
+                    "median_s": median,
+                    "min_s": min(times[name]),
+                    "max_s": max(times[name]),
+                    "peak_bytes": rival.peak_bytes(),
+                    "ratio_to_dense": median / dense,
+                    "drop_fraction": drop_fraction if rival.bytes_moved else 0.0,
+                    "bytes_moved": rival.bytes_moved,
+                    "gb_per_s": rival.bytes_moved / median / 1e9,
+                }
+            )
+    return rows
+
+
+def loaded_input(size: Size, load: str) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and a router that sends them to the experts as a load says.
+
+    `uniform` draws each token's expert evenly, `zipf` the n-th expert in proportion to 1/n.
+
+    Returns:
+      x [S, M] and w_router [M, E], float32.
+    """
+    rng = np.random.default_rng(0)
+    w_MxE = rng.normal(size=(size.M, size.E)).astype(np.float32) / size.M**0.5
+    share_E = np.ones(size.E) if load == "uniform" else 1 / np.arange(1, size.E + 1)
+    expert_S = rng.choice(size.E, size.S, p=share_E / share_E.sum())
+    x_SxM = rng.normal(size=(size.S, size.M)).astype(np.float32) + 8 * w_MxE.T[expert_S]
+    return x_SxM, w_MxE
+
+
+class _NoExperts:
+    """Gives back what it gets: what is left of a layer is routing, dispatch and combine."""
+
+    def __init__(self, count: int):
+        self.count = count
+
+    def __call__(self, x_ExGxCxD: jax.Array) -> jax.Array:
+        return x_ExGxCxD
+
+
+def _our_rivals(size: Size, x_SxM, w_router_MxE, dtype) -> tuple[dict[str, Rival], float]:
+    model = ModelConfig(
+        layers=1, d_model=size.M, d_ff=size.F, heads=1, placement="every 1", experts=(size.E,)
+    )
+    x_1xSxM = jnp.asarray(x_SxM, dtype)[None]
+    cotangent_1xSxM = jax.random.normal(jax.random.key(0), x_1xSxM.shape, dtype)
+    valid_1xS = jnp.ones((1, size.S), bool)
+    slots = capacity(size.S, size.E, 1.0, 1, MoeConfig().min_capacity)
+
+    def rival(loss, parameters, bytes_moved=0) -> Rival:
+        gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
+        compiled = gradient.lower(parameters, x_1xSxM).compile()
+        memory = compiled.memory_analysis()
+        peak = sum(
+            getattr(memory, f"{part}_size_in_bytes") for part in ("argument", "output", "temp")
+        )
+
+        def seconds():
+            begun = time.perf_counter()
+            jax.block_until_ready(compiled(parameters, x_1xSxM))
+            return time.perf_counter() - begun
+
+        return Rival(seconds, lambda: peak, bytes_moved)
+
+    def through(layer):
+        structure = jax.tree.structure(layer)
+
+        def loss(leaves, x_1xSxM):
+            layer = jax.tree.unflatten(structure, leaves)
+            y_1xSxM, metrics = layer(x_1xSxM, valid_1xS, 1.0)
+            return (y_1xSxM * cotangent_1xSxM).sum().astype(jnp.float32) + metrics.aux_loss
+
+        return loss
+
+    def without_experts(backend):
+        def loss(w_router_MxE, x_1xSxM):
+            logits_1xSxE = x_1xSxM.astype(jnp.float32) @ w_router_MxE
+            moe = MoeConfig(dispatch=backend)
+            routing, metrics = route(logits_1xSxE, valid_1xS, moe, top_k=1, slots=slots)
+            y_1xSxM = dispatch.BACKENDS[backend](x_1xSxM, routing, _NoExperts(size.E), slots)
+            return (y_1xSxM * cotangent_1xSxM).sum().astype(jnp.float32) + metrics.aux_loss
+
+        return loss
+
+    def dense(mlp, x_1xSxM):
+        return (mlp(x_1xSxM) * cotangent_1xSxM).sum().astype(jnp.float32)
+
+    key = jax.random.key(1)
+    mlp = MLP(size.M, size.F, 0.02, 0.02, key)
+    layer = MoE(size.E, model, MoeConfig(dispatch="gather"), key)
+    layer.w_router[...] = w_router_MxE
+    weights = 2 * size.E * size.M * size.F * layer.experts.w_in[...].itemsize
+    rivals = {"dense": rival(dense, mlp)}
+    backends = ["gather", "einsum"]
+    for backend in backends:
+        layer.moe = MoeConfig(dispatch=backend)
+        # The weights are read forward and backward, and their gradients written.
+        rivals[backend] = rival(through(layer), jax.tree.leaves(layer), 3 * weights)
+        rivals[f"{backend}, no experts"] = rival(
+            without_experts(backend), jnp.asarray(w_router_MxE)
+        )
+    copy = lambda experts, x: jax.tree.map(lambda w: w + 1.0, experts)  # noqa: E731
+    compiled_copy = jax.jit(copy).lower(layer.experts, 0).compile()
+
+    def copy_seconds():
+        begun = time.perf_counter()
+        jax.block_until_ready(compiled_copy(layer.experts, 0))
+        return time.perf_counter() - begun
+
+    rivals["copy"] = Rival(copy_seconds, lambda: 2 * weights, 2 * weights)
+    _, metrics = layer(x_1xSxM, valid_1xS, 1.0)
+    return rivals, float(metrics.dropped_E.sum() / size.S)
+
+
+@contextlib.contextmanager
+def _deepspeed(size: Size, x_SxM, w_router_MxE, keep_memory: bool) -> Iterator[Rival]:
+    """DeepSpeed's layer in a worker that runs once for every line it reads."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "input.npz"
+        np.savez(path, x=x_SxM, w_router=w_router_MxE)
+        command = [sys.executable, "-m", "prmoe_jax.bench.deepspeed_worker", path, str(size.F)]
+        worker = subprocess.Popen(
+            command + (["--keep-memory"] if keep_memory else []),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+        def ask(question: str) -> str:
+            worker.stdin.write(f"{question}\n")
+            worker.stdin.flush()
+            answer = worker.stdout.readline()
+            if not answer:
+                raise UserError("DeepSpeed's process ended; its message is above")
+            return answer
+
+        try:
+            yield Rival(
+                lambda: float(ask("run")),
+                lambda: int(ask("memory")),
+                3 * 2 * size.E * size.M * size.F * 4,
+            )
+        finally:
+            worker.kill()
+            worker.wait()
+
+
+def table(rows: list[dict]) -> str:
+    """The rows for people, one block a size and load."""
+    lines, block = [], None
+    for row in rows:
+        head = tuple(row[name] for name in ("S", "M", "F", "E", "load", "dtype"))
+        if head != block:
+            block = head
+            lines += ["", "S={} M={} F={} E={}, {} load, {}".format(*head)]
+            lines.append(
+                f"{'':24} {'median':>9} {'min':>9} {'max':>9} {'x dense':>8} {'peak':>9} "
+                f"{'GB/s':>6} {'dropped':>8}"
+            )
+        lines.append(
+            f"{row['backend']:24} {row['median_s']:8.4f}s {row['min_s']:8.4f}s "
+            f"{row['max_s']:8.4f}s {row['ratio_to_dense']:8.2f} "
+            f"{row['peak_bytes'] / 1e6:7.0f}MB {row['gb_per_s']:6.1f} "
+            f"{row['drop_fraction']:8.1%}"
+        )
+    return "\n".join(lines[1:])
