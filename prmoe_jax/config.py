@@ -61,8 +61,9 @@ class MoeConfig:
     # Tokens that compete for the same capacity; 0 is one sequence. A property of the model:
     # it decides which tokens are dropped, and never depends on the devices.
     group_size: int = 0
-    # Which choices a full expert keeps: the first; the most probable, which is not causal; or,
-    # in training, a random subset (DeepSpeed's Random Token Selection).
+    # Which choices a full expert keeps: the first in the order of the tokens (in training with
+    # top 2, all first choices before all second ones, as in GShard); the most probable, which is
+    # not causal; or, in training, a random subset (DeepSpeed's Random Token Selection).
     overflow: str = "position"  # position | probability | random
     # Noise on the choice, in training: Gumbel noise on the scores (rsample, top 1 only), or the
     # router's input times U(0.99, 1.01) (jitter).

@@ -67,10 +67,9 @@ def test_layer_equals_deepspeed(name, dispatch, monkeypatch):
     """Output, auxiliary loss, counts, who is kept, and the gradient of every tensor."""
     settings, golden = load(name)
     layer = build(settings, golden, dispatch)
-    keys_B = None
+    keys_B = jax.random.split(jax.random.key(0), 1) if settings["training"] else None
     if settings["priority"] == "random":
         # DeepSpeed draws for each token and expert; what counts is the draw at the chosen one.
-        keys_B = jax.random.split(jax.random.key(0), 1)
         expert_S = (golden["x"] @ golden["w_router"]).argmax(1)
         drawn_SxK = np.take_along_axis(golden["rts_uniform"], expert_S[:, None], 1)
         monkeypatch.setattr(routing.jax.random, "uniform", lambda key, shape: jnp.array(drawn_SxK))

@@ -11,14 +11,14 @@ from prmoe_jax.moe.routing import capacity, route
 DEFAULT = MoeConfig()
 
 
-def oracle(logits_SxE, valid_S, top_k, slots, overflow="position"):
+def oracle(logits_SxE, valid_S, top_k, slots, overflow, training):
     """One group, one choice after the other, in float64."""
     tokens, experts = logits_SxE.shape
     probs = np.exp(logits_SxE - logits_SxE.max(1, keepdims=True))
     probs /= probs.sum(1, keepdims=True)
     ranked = np.argsort(-logits_SxE, axis=1, kind="stable")
     by_choice = [(s, k) for k in range(top_k) for s in range(tokens)]
-    order = by_choice if top_k <= 2 else sorted(by_choice)
+    order = by_choice if training and top_k == 2 else sorted(by_choice)
     kept, slot, weight = (np.zeros((tokens, top_k)) for _ in range(3))
     asked = [[(s, k) for s, k in order if valid_S[s] and ranked[s, k] == e] for e in range(experts)]
     for expert, choices in enumerate(asked):
@@ -38,22 +38,24 @@ def oracle(logits_SxE, valid_S, top_k, slots, overflow="position"):
     return ranked[:, :top_k], slot, kept, weight, aux_loss, [len(choices) for choices in asked]
 
 
+@pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("overflow", ["position", "probability"])
 @pytest.mark.parametrize("top_k", [1, 2, 3, 5])
 @pytest.mark.parametrize("slots", [1, 3, 23])
-def test_equals_the_oracle_at_prime_shapes(top_k, slots, overflow):
+def test_equals_the_oracle_at_prime_shapes(top_k, slots, overflow, training):
     rng = np.random.default_rng(slots)
     logits = rng.normal(size=(3, 23, 5)).astype(np.float32)
     valid = rng.random((3, 23)) < 0.8
     valid[2] = False  # a group that is all padding
     moe = MoeConfig(overflow=overflow)
+    keys_G = jax.random.split(jax.random.key(0), 3) if training else None
     routing, metrics = jax.jit(route, static_argnames=("moe", "top_k", "slots"))(
-        logits, valid, moe=moe, top_k=top_k, slots=slots
+        logits, valid, moe=moe, top_k=top_k, slots=slots, keys_G=keys_G
     )
     aux_loss, assigned, dropped_S, unserved = 0, np.zeros(5), np.zeros(23), 0
     for g in range(3):
         expert, slot, kept, weight, aux, filled = oracle(
-            logits[g], valid[g], top_k, slots, overflow
+            logits[g], valid[g], top_k, slots, overflow, training
         )
         np.testing.assert_array_equal(routing.kept_GxSxK[g], kept)
         where = kept.astype(bool)
@@ -120,9 +122,10 @@ def test_top1_by_hand():
 
 
 def test_top2_by_hand():
-    """All first choices precede all second ones; a lone survivor has weight 1."""
+    """In training all first choices precede all second ones; a lone survivor has weight 1."""
     logits = jnp.log(jnp.array([[[5.0, 4, 1], [3, 6, 1], [6, 1, 3]]]))
-    routing, metrics = route(logits, jnp.ones((1, 3), bool), DEFAULT, top_k=2, slots=2)
+    keys, valid = jax.random.split(jax.random.key(0), 1), jnp.ones((1, 3), bool)
+    routing, metrics = route(logits, valid, DEFAULT, top_k=2, slots=2, keys_G=keys)
     assert routing.expert_GxSxK[0].tolist() == [[0, 1], [1, 0], [0, 2]]
     # Expert 0: tokens 0, 2 first, then token 1's second choice overflows.
     assert routing.kept_GxSxK[0].tolist() == [[True, True], [True, False], [True, True]]
@@ -130,6 +133,9 @@ def test_top2_by_hand():
     expected = [[5 / 9, 4 / 9], [1, 0], [6 / 9, 3 / 9]]
     np.testing.assert_allclose(routing.weight_GxSxK[0], expected, rtol=1e-6)
     assert metrics.dropped_E.tolist() == [1, 0, 0]
+    # In evaluation tokens come in order: it is token 2's first choice that finds expert 0 full.
+    routing, _ = route(logits, valid, DEFAULT, top_k=2, slots=2)
+    assert routing.kept_GxSxK[0].tolist() == [[True, True], [True, True], [False, True]]
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
 """Routing: from router scores to a decision (who goes where, in which slot, with what weight).
 
 Semantics are DeepSpeed's (`sharded_moe.py`: top1gating, top2gating, topkgating), in float32,
-with two changes: tokens compete within a routing group that the model fixes, and masked tokens
-take no capacity and count in no statistic.
+with three changes: tokens compete within a routing group that the model fixes; masked tokens
+take no capacity and count in no statistic; and evaluation is deterministic and causal unless
+the rules say otherwise.
 """
 
 import math
@@ -95,7 +96,9 @@ def route(
     elif moe.overflow == "random" and keys:
         draw = lambda key: jax.random.uniform(key, prob_GxSxK.shape[1:])  # noqa: E731
         priority_GxSxK = jax.vmap(draw)(keys["random"])
-    slot_GxSxK, kept_GxSxK = assign(choice_GxSxKxE, slots, priority_GxSxK)
+    # GShard's order lets a later token's first choice displace an earlier one's second.
+    firsts_first = top_k == 2 and keys_G is not None
+    slot_GxSxK, kept_GxSxK = assign(choice_GxSxKxE, slots, priority_GxSxK, firsts_first)
 
     weight_GxSxK = prob_GxSxK * kept_GxSxK
     if top_k > 1:  # renormalised after dropping: a lone survivor has weight 1
@@ -106,29 +109,32 @@ def route(
 
 
 def assign(
-    choice_GxSxKxE: jax.Array, slots: int, priority_GxSxK: jax.Array | None = None
+    choice_GxSxKxE: jax.Array,
+    slots: int,
+    priority_GxSxK: jax.Array | None = None,
+    firsts_first: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Who keeps a place in an expert's buffer: slot and kept, both [G, S, K].
 
-    An expert keeps its `slots` choices of highest priority, or else the first ones: for K ≤ 2
-    all first choices precede all second ones, for more K tokens come in order. Slots are given
-    in that order whatever the priority.
+    An expert keeps its `slots` choices of highest priority, or else the first ones in the order
+    of the tokens. Slots are given in the order of the tokens whatever the priority.
 
     Args:
       choice_GxSxKxE: 1 at the chosen expert, all 0 for padding.
       slots: capacity C of an expert.
       priority_GxSxK: highest first; ties go to the earlier choice.
+      firsts_first: in the order of the tokens, but all first choices before all second ones.
     """
-    groups, tokens, top_k, experts = choice_GxSxKxE.shape
-    k_major = 1 < top_k <= 2
+    groups, tokens, top_k, _ = choice_GxSxKxE.shape
 
     def in_order(x_GxSxK):  # to [G, R, …]
-        x = x_GxSxK.swapaxes(1, 2) if k_major else x_GxSxK
+        x = x_GxSxK.swapaxes(1, 2) if firsts_first else x_GxSxK
         return x.reshape(groups, tokens * top_k, *x.shape[3:])
 
     def by_token(x_GxR):
-        x = x_GxR.reshape(groups, *((top_k, tokens) if k_major else (tokens, top_k)))
-        return x.swapaxes(1, 2) if k_major else x
+        if firsts_first:
+            return x_GxR.reshape(groups, top_k, tokens).swapaxes(1, 2)
+        return x_GxR.reshape(groups, tokens, top_k)
 
     choice_GxRxE = in_order(choice_GxSxKxE.astype(jnp.int32))
     rank_GxR = _rank(choice_GxRxE)
