@@ -320,9 +320,14 @@ def _show(metrics: dict, as_json: bool) -> None:
     if as_json:
         print(json.dumps(metrics))
         return
+    from prmoe_jax.metrics import router_table
+
+    metrics = {name.removeprefix("eval/"): value for name, value in metrics.items()}
     for name, value in metrics.items():
-        if not isinstance(value, list):
-            print(f"{name:40} {value:.6g}" if isinstance(value, float) else f"{name:40} {value}")
+        if not (isinstance(value, list) or name.startswith("layers/")):
+            print(f"{name:24} {value:.6g}" if isinstance(value, float) else f"{name:24} {value}")
+    if table := router_table(metrics):
+        print(f"\n{table}")
 
 
 def _log_to_stderr() -> None:

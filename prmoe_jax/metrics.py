@@ -142,5 +142,43 @@ def read_metrics(path: Path) -> list[dict]:
     return [json.loads(line) for line in lines[:-1]]
 
 
+ROUTER_COLUMNS = (
+    "drop_fraction",
+    "unserved_fraction",
+    "router_entropy",
+    "expert_load",
+    "expert_drop_fraction",
+    "position_drop_fraction",
+)
+
+
+def router_table(metrics: dict) -> str:
+    """For people: where each MoE layer drops choices, by expert and by place in the group."""
+    layers = sorted({name.split("/")[1] for name in metrics if name.startswith("layers/")})
+    if not layers:
+        return ""
+    lines = [
+        f"{'layer':>5} {'dropped':>8} {'unserved':>9} {'entropy':>8} {'fullest expert':>15} "
+        f"{'experts drop':>15} {'first to last place in the group':>34}"
+    ]
+    for layer in layers:
+        value = {name: metrics[f"layers/{layer}/{name}"] for name in ROUTER_COLUMNS}
+        load, by_expert = value["expert_load"], value["expert_drop_fraction"]
+        by_place = value["position_drop_fraction"]
+        lines.append(
+            f"{layer:>5} {value['drop_fraction']:>8.1%} {value['unserved_fraction']:>9.1%} "
+            f"{value['router_entropy']:>8.3f} {max(load) * len(load):>8.2f}x even "
+            f"{min(by_expert):>6.1%} – {max(by_expert):>6.1%} "
+            f"{bars(by_place):>18} {by_place[0]:>6.1%} – {by_place[-1]:>6.1%}"
+        )
+    return "\n".join(lines)
+
+
+def bars(values: list[float]) -> str:
+    """A row of bars, as high as the values are against the largest."""
+    top = max(*values, 1e-9)
+    return "".join("▁▂▃▄▅▆▇█"[round(7 * value / top)] for value in values)
+
+
 def perplexity(nats_per_token: float) -> float:
     return math.exp(min(nats_per_token, 700.0))

@@ -19,7 +19,7 @@ import pytest
 from prmoe_jax.cli import main
 from prmoe_jax.config import load
 from prmoe_jax.evaluate import restore_run
-from prmoe_jax.metrics import read_metrics
+from prmoe_jax.metrics import ROUTER_COLUMNS, read_metrics
 from prmoe_jax.tree import named_leaves
 
 REPOSITORY = Path(__file__).parent.parent
@@ -242,6 +242,24 @@ def test_eval_and_generate(text, tmp_path, capsys):
     data_bytes = metrics["tokens"] - documents
     nats = metrics["loss"] * metrics["tokens"]
     assert metrics["bits_per_byte"] == pytest.approx(nats / np.log(2) / data_bytes)
+
+    assert metrics["drop_fraction"] > 0
+    for layer, experts in ((1, 4), (3, 4), (5, 8)):
+        of = {name: metrics[f"layers/{layer:02d}/{name}"] for name in ROUTER_COLUMNS}
+        load, by_expert = np.array(of["expert_load"]), np.array(of["expert_drop_fraction"])
+        assert len(load) == len(by_expert) == experts
+        assert (load * by_expert).sum() == pytest.approx(of["drop_fraction"])
+        # Windows are full but for the last: all places in a group have about as many tokens.
+        assert np.mean(of["position_drop_fraction"]) == pytest.approx(of["drop_fraction"], rel=0.1)
+        assert of["position_drop_fraction"][0] == 0  # an expert has room for the first
+        assert of["unserved_fraction"] == pytest.approx(of["drop_fraction"])  # top 1
+
+    assert main(["eval", f"--workdir={workdir}"]) == 0
+    *_, head, first, second, third = capsys.readouterr().out.splitlines()
+    assert head.split()[:2] == ["layer", "dropped"]
+    for row, layer in ((first, "01"), (second, "03"), (third, "05")):
+        dropped = f"{metrics[f'layers/{layer}/drop_fraction']:.1%}"
+        assert row.split()[:2] == [layer, dropped]
 
     command = ["generate", f"--workdir={workdir}", "--prompt=the ", "--tokens=20", "--json"]
     outputs = []
