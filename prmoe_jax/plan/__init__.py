@@ -1,0 +1,1 @@
+"""What a compiler says about a program before it runs."""
