@@ -62,12 +62,15 @@ def bench_moe(sizes: list[Size], loads: list[str], dtype: str, repeats: int) -> 
       ratio_to_dense (of medians), drop_fraction, bytes_moved and gb_per_s.
 
     Raises:
-      UserError: a size makes no layer.
+      UserError: a size makes no layer, or nothing is to be timed.
     """
-    rows = []
+    if repeats < 1:
+        raise UserError(f"--repeats={repeats} must be 1 or more")
     for size in sizes:
         if min(size) < 1:
             raise UserError(f"--sizes={','.join(map(str, size))} must be four counts above 0")
+    rows = []
+    for size in sizes:
         for load in loads:
             log.info("S=%d M=%d F=%d E=%d, %s load", *size, load)
             rows += _bench_one(size, load, dtype, repeats)

@@ -1,0 +1,66 @@
+"""`prmoe bench`: the rows' keys, the loads, and that every rival computes what it says."""
+
+import json
+
+import numpy as np
+import pytest
+
+from prmoe_jax.bench import moe
+from prmoe_jax.cli import main
+
+KEYS = """
+    backend S M F E load dtype device median_s min_s max_s peak_bytes ratio_to_dense
+    drop_fraction bytes_moved gb_per_s
+""".split()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rows(dtype, capsys):
+    command = ["bench", "moe", "--sizes=64,8,16,4", "--sizes=32,8,8,2", "--repeats=3", "--json"]
+    assert main([*command, "--load=zipf", f"--dtype={dtype}"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["S"] for row in rows] == sorted((row["S"] for row in rows), reverse=True)
+    for row in rows:
+        assert list(row) == KEYS
+        assert 0 < row["min_s"] <= row["median_s"] <= row["max_s"]
+        assert row["peak_bytes"] > 0
+        assert (row["load"], row["dtype"]) == ("zipf", dtype)
+    first = {row["backend"]: row for row in rows if row["S"] == 64}
+    assert {"dense", "gather", "einsum", "gather, no experts", "einsum, no experts"} <= set(first)
+    assert first["dense"]["ratio_to_dense"] == 1
+    assert first["gather"]["drop_fraction"] == first["einsum"]["drop_fraction"] > 0
+    assert first["gather"]["bytes_moved"] == 3 * 2 * 4 * 8 * 16 * 4
+
+
+def test_table(capsys):
+    assert main(["bench", "moe", "--sizes=32,8,8,2", "--repeats=1"]) == 0
+    head, columns, *lines = capsys.readouterr().out.splitlines()
+    assert head == "S=32 M=8 F=8 E=2, uniform load, float32"
+    assert columns.split() == ["median", "min", "max", "x", "dense", "peak", "GB/s", "dropped"]
+    assert [line.split()[0] for line in lines[:2]] == ["dense", "gather"]
+
+
+@pytest.mark.parametrize("load", moe.LOADS)
+def test_loads(load):
+    """The router sends its tokens where the load says, within sampling error."""
+    size = moe.Size(S=4000, M=64, F=8, E=8)
+    x_SxM, w_MxE = moe.loaded_input(size, load)
+    share_E = np.bincount((x_SxM @ w_MxE).argmax(1), minlength=8) / size.S
+    expected_E = np.ones(8) if load == "uniform" else 1 / np.arange(1, 9)
+    np.testing.assert_allclose(share_E, expected_E / expected_E.sum(), atol=0.03)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["moe", "--sizes=4096,512"], "--sizes=4096,512 must be four counts S,M,F,E such as"),
+        (["moe", "--sizes=a,b,c,d"], "--sizes=a,b,c,d must be four counts S,M,F,E such as"),
+        (["moe", "--sizes=64,8,16,0"], "--sizes=64,8,16,0 must be four counts above 0"),
+        (["moe", "--sizes=8,8,8,16", "--repeats=0"], "--repeats=0 must be 1 or more"),
+        (["attention"], "invalid choice: 'attention'"),
+    ],
+)
+def test_mistakes(arguments, message, capsys):
+    assert main(["bench", *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
