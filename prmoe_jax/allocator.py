@@ -5,7 +5,7 @@ import platform
 
 # From glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
-_NEVER = 2**31 - 1
+_NEVER = -1
 
 
 def keep_freed_memory() -> bool:
@@ -15,9 +15,10 @@ def keep_freed_memory() -> bool:
     ones from the kernel and gives them back, so every step pays for zeroed pages: for layers of
     many experts more than for the arithmetic. Threads share one arena, since the others cannot
     grow past 64 MB. Call it before JAX starts its threads; memory in use never falls again.
+    The command line does; a notebook may, first thing.
 
     Returns:
-      Whether it took effect; False without glibc.
+      Whether glibc took the settings; False without glibc.
     """
     if platform.libc_ver()[0] != "glibc":
         return False

@@ -30,6 +30,11 @@ def generate(
     if not 0 <= seed < 2**32:
         raise UserError(f"--seed={seed} is out of range; use a value from 0 to {2**32 - 1}")
     config, _, model, mesh = restore_run(workdir)
+    if config.moe.router == "expert_choice":
+        raise UserError(
+            "this run's experts choose their tokens (moe.router=expert_choice): whom they choose "
+            "depends on the tokens to come, so it cannot generate"
+        )
     tokenizer = Tokenizer.load(workdir / workdirs.TOKENIZER)
     length = config.model.length
     # Training starts every document with the end-of-text mark.

@@ -37,7 +37,7 @@ def summarise(sums, config: Config) -> dict:
       16 equal parts), unserved_fraction (tokens that no expert kept), router_entropy (nats),
       and with a residual the mean weight of the experts' branch: residual_coefficient, and
       apart for tokens kept by an expert and for the others, residual_coefficient_kept and
-      residual_coefficient_dropped.
+      residual_coefficient_dropped. Where experts choose, a lost choice is a token that none took.
     """
     metrics = {
         "lm_loss": _share(sums.lm_loss, sums.tokens),
@@ -167,7 +167,7 @@ def router_table(metrics: dict) -> str:
         by_place = value["position_drop_fraction"]
         lines.append(
             f"{layer:>5} {value['drop_fraction']:>8.1%} {value['unserved_fraction']:>9.1%} "
-            f"{value['router_entropy']:>8.3f} {max(load) * len(load):>8.2f}x even "
+            f"{value['router_entropy']:>8.3f} {max(load) * len(load):>9.2f}x even "
             f"{min(by_expert):>6.1%} – {max(by_expert):>6.1%} "
             f"{bars(by_place):>18} {by_place[0]:>6.1%} – {by_place[-1]:>6.1%}"
         )

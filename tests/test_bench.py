@@ -9,7 +9,7 @@ from prmoe_jax.bench import moe
 from prmoe_jax.cli import main
 
 KEYS = """
-    backend S M F E load dtype device median_s min_s max_s peak_bytes ratio_to_dense
+    backend S M F E load dtype device jax median_s min_s max_s peak_bytes ratio_to_dense
     drop_fraction bytes_moved gb_per_s
 """.split()
 
@@ -29,6 +29,8 @@ def test_rows(dtype, capsys):
     assert {"dense", "gather", "einsum", "gather, no experts", "einsum, no experts"} <= set(first)
     assert first["dense"]["ratio_to_dense"] == 1
     assert first["gather"]["drop_fraction"] == first["einsum"]["drop_fraction"] > 0
+    assert first["gather, no experts"]["drop_fraction"] == first["gather"]["drop_fraction"]
+    assert first["copy"]["drop_fraction"] == first["dense"]["drop_fraction"] == 0
     assert first["gather"]["bytes_moved"] == 3 * 2 * 4 * 8 * 16 * 4
 
 

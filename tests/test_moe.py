@@ -136,6 +136,22 @@ def test_expert_choice_by_hand(backend):
     assert metrics.assigned_E.tolist() == [14, 14, 14]
 
 
+def test_rows_of_no_run_are_never_read():
+    """A device may leave them as they were in memory: no NaN of theirs comes out, nor back."""
+    experts = Experts(2, 3, 5, 0.5, 0.5, jax.random.key(0))
+    rows_E, expert_R = jnp.array([3, 2]), jnp.array([0, 0, 0, 1, 1, 2, 2])
+    x_RxD = jax.random.normal(jax.random.key(1), (7, 3)).at[5:].set(jnp.nan)
+
+    def loss(experts, x_RxD):
+        y_RxD = experts.ragged(x_RxD, rows_E, expert_R)
+        return (y_RxD**2).sum(), y_RxD
+
+    gradient, y_RxD = jax.grad(loss, argnums=(0, 1), has_aux=True)(experts, x_RxD)
+    assert not y_RxD[5:].any()
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((y_RxD, gradient)))
+    assert not gradient[1][5:].any()
+
+
 def test_dropless_and_capacity_may_have_backends_of_their_own():
     assert dispatch.resolve("auto", "cpu") == "gather/blocked"
     assert dispatch.resolve("auto", "tpu") == dispatch.resolve("auto", "gpu") == "gather/ragged"

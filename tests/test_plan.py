@@ -57,6 +57,16 @@ def test_cycles_by_hand():
     ]
 
 
+def test_all_branches_count():
+    """An upper bound, in either way that a conditional is written."""
+    call = "conditional(%x), branch_computations={%outer_body, %inner_body}"
+    old = HLO.replace("all-to-all(%odd, %f), replica_groups={{0,1}}", call)
+    assert cycles(old).total == cycles(HLO).total + 11 + 5 * 7 + 7
+    call = "conditional(%x), true_computation=%inner_body, false_computation=%inner_body"
+    new = HLO.replace("all-to-all(%odd, %f), replica_groups={{0,1}}", call)
+    assert cycles(new).total == cycles(HLO).total + 2 * 7
+
+
 def test_a_loop_without_a_bound_is_an_error():
     with pytest.raises(ValueError, match="trip count"):
         cycles(HLO.replace("known_trip_count", "unknown"))

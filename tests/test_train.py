@@ -270,6 +270,15 @@ def test_eval_and_generate(text, tmp_path, capsys):
     assert len(outputs[0]) > 0
 
 
+def test_a_run_whose_experts_choose_cannot_generate(text, tmp_path, capsys):
+    settings = {"train.steps": 2, "moe.router": "expert_choice"}
+    assert main(arguments(text, tmp_path / "run", "moe", **settings)) == 0
+    assert "not causal" in capsys.readouterr().err
+    assert main(["generate", f"--workdir={tmp_path / 'run'}", "--prompt=the"]) == 2
+    (*_, line) = capsys.readouterr().err.splitlines()
+    assert "this run's experts choose their tokens (moe.router=expert_choice)" in line
+
+
 def test_nan_stops_with_the_last_good_checkpoint(text, tmp_path, capsys):
     settings = {"optimizer.learning_rate": 1e30, "optimizer.clip_norm": "inf"}
     settings |= {"checkpoint.every": 1, "optimizer.warmup_tokens": 0}

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import jax
 
+from prmoe_jax.allocator import keep_freed_memory
 from prmoe_jax.cli import parse_config
 from prmoe_jax.data.pipeline import load_data, train_iterator
 from prmoe_jax.model import resolve_backends
@@ -31,6 +32,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=20)
     options, rest = parser.parse_known_args()
+    keep_freed_memory()  # as `prmoe train` does
     config = resolve_backends(parse_config(rest), jax.default_backend())
     data = load_data(config.data, config.model.vocab_size, config.model.length)
     batches = train_iterator(data.train, config.train.batch_size, config.seed)

@@ -47,7 +47,7 @@ def layer(path: str, d_ff: int):
         torch.nn.GELU(approximate="tanh"),
         torch.nn.Linear(d_ff, d_model),
     )
-    moe = MoE(d_model, expert, num_experts=experts, k=1, capacity_factor=1.0).train()
+    moe = MoE(d_model, expert, num_experts=experts, k=1, capacity_factor=1.0, use_rts=False)
     with torch.no_grad():
         moe.deepspeed_moe.gate.wg.weight.copy_(w_MxE.T)
     cotangent_SxM = torch.randn_like(x_SxM)

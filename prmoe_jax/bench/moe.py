@@ -46,18 +46,20 @@ class Rival(NamedTuple):
     seconds: Callable[[], float]  # runs once, and says how long it took
     peak_bytes: Callable[[], int]
     bytes_moved: int = 0  # that it has to read and write in the weights and their gradients
+    drop_fraction: float = 0.0
 
 
 def bench_moe(sizes: list[Size], loads: list[str], dtype: str, repeats: int) -> list[dict]:
     """Times every rival at every size and load: top 1, capacity factor 1.
 
-    The rivals: `dense`, an MLP with the same active FLOPs; our layer by dispatch backend; `no
-    experts`, routing, dispatch and combine alone; `copy`, which reads and writes as many bytes
-    as the experts' weights have; and where it is installed DeepSpeed's layer in a process of
-    its own, as it comes and with the allocator's setting of `allocator.keep_freed_memory`.
+    The rivals: `dense`, an MLP with the same active FLOPs; our layer by `gather` and `einsum`;
+    `no experts`, routing, dispatch and combine alone; `copy`, which reads and writes as many
+    bytes as the experts' weights have; and in float32, where it is installed, DeepSpeed's layer
+    in a process of its own: as it comes, without random token selection, and again with the
+    allocator's setting of `allocator.keep_freed_memory`, which the command line also makes.
 
     Returns:
-      One row a rival: backend, S, M, F, E, load, dtype, device, median_s, min_s, max_s,
+      One row a rival: backend, S, M, F, E, load, dtype, device, jax, median_s, min_s, max_s,
       peak_bytes (arguments, results and temporaries; for DeepSpeed the process's memory),
       ratio_to_dense (of medians), drop_fraction, bytes_moved and gb_per_s.
 
@@ -80,7 +82,7 @@ def bench_moe(sizes: list[Size], loads: list[str], dtype: str, repeats: int) -> 
 def _bench_one(size: Size, load: str, dtype: str, repeats: int) -> list[dict]:
     x_SxM, w_router_MxE = loaded_input(size, load)
     with contextlib.ExitStack() as stack:
-        rivals, drop_fraction = _our_rivals(size, x_SxM, w_router_MxE, jnp.dtype(dtype))
+        rivals = _our_rivals(size, x_SxM, w_router_MxE, jnp.dtype(dtype))
         if importlib.util.find_spec("deepspeed") and dtype == "float32":
             for keep in (False, True):
                 name = "deepspeed, memory kept" if keep else "deepspeed"
@@ -102,12 +104,13 @@ def _bench_one(size: Size, load: str, dtype: str, repeats: int) -> list[dict]:
                     "load": load,
                     "dtype": dtype,
                     "device": jax.devices()[0].device_kind,
+                    "jax": jax.__version__,
                     "median_s": median,
                     "min_s": min(times[name]),
                     "max_s": max(times[name]),
                     "peak_bytes": rival.peak_bytes(),
                     "ratio_to_dense": median / dense,
-                    "drop_fraction": drop_fraction if rival.bytes_moved else 0.0,
+                    "drop_fraction": rival.drop_fraction,
                     "bytes_moved": rival.bytes_moved,
                     "gb_per_s": rival.bytes_moved / median / 1e9,
                 }
@@ -141,7 +144,22 @@ class _NoExperts:
         return x_ExGxCxD
 
 
-def _our_rivals(size: Size, x_SxM, w_router_MxE, dtype) -> tuple[dict[str, Rival], float]:
+def _timed(function, arguments, bytes_moved: int = 0, drop_fraction: float = 0.0) -> Rival:
+    """A rival that calls a compiled function and waits for what it returns."""
+    compiled = jax.jit(function).lower(*arguments).compile()
+    memory = compiled.memory_analysis()
+    parts = "argument", "output", "temp"
+    peak = sum(getattr(memory, f"{part}_size_in_bytes") for part in parts)
+
+    def seconds():
+        begun = time.perf_counter()
+        jax.block_until_ready(compiled(*arguments))
+        return time.perf_counter() - begun
+
+    return Rival(seconds, lambda: peak, bytes_moved, drop_fraction)
+
+
+def _our_rivals(size: Size, x_SxM, w_router_MxE, dtype) -> dict[str, Rival]:
     model = ModelConfig(
         layers=1, d_model=size.M, d_ff=size.F, heads=1, placement="every 1", experts=(size.E,)
     )
@@ -150,20 +168,10 @@ def _our_rivals(size: Size, x_SxM, w_router_MxE, dtype) -> tuple[dict[str, Rival
     valid_1xS = jnp.ones((1, size.S), bool)
     slots = capacity(size.S, size.E, 1.0, 1, MoeConfig().min_capacity)
 
-    def rival(loss, parameters, bytes_moved=0) -> Rival:
-        gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
-        compiled = gradient.lower(parameters, x_1xSxM).compile()
-        memory = compiled.memory_analysis()
-        peak = sum(
-            getattr(memory, f"{part}_size_in_bytes") for part in ("argument", "output", "temp")
-        )
-
-        def seconds():
-            begun = time.perf_counter()
-            jax.block_until_ready(compiled(parameters, x_1xSxM))
-            return time.perf_counter() - begun
-
-        return Rival(seconds, lambda: peak, bytes_moved)
+    def rival(loss, parameters, *costs) -> Rival:
+        # With its value: without it, the dense MLP's second product would be dead code.
+        forward_and_backward = jax.value_and_grad(loss, argnums=(0, 1))
+        return _timed(forward_and_backward, (parameters, x_1xSxM), *costs)
 
     def through(layer):
         structure = jax.tree.structure(layer)
@@ -189,30 +197,20 @@ def _our_rivals(size: Size, x_SxM, w_router_MxE, dtype) -> tuple[dict[str, Rival
         return (mlp(x_1xSxM) * cotangent_1xSxM).sum().astype(jnp.float32)
 
     key = jax.random.key(1)
-    mlp = MLP(size.M, size.F, 0.02, 0.02, key)
-    layer = MoE(size.E, model, MoeConfig(dispatch="gather"), key)
-    layer.w_router[...] = w_router_MxE
-    weights = 2 * size.E * size.M * size.F * layer.experts.w_in[...].itemsize
-    rivals = {"dense": rival(dense, mlp)}
-    backends = ["gather", "einsum"]
-    for backend in backends:
-        layer.moe = MoeConfig(dispatch=backend)
+    rivals = {"dense": rival(dense, MLP(size.M, size.F, 0.02, 0.02, key))}
+    for backend in ("gather", "einsum"):
+        layer = MoE(size.E, model, MoeConfig(dispatch=backend), key)
+        layer.w_router[...] = jnp.asarray(w_router_MxE)
+        _, metrics = layer(x_1xSxM, valid_1xS, 1.0)
+        dropped = float(metrics.dropped_E.sum() / size.S)
         # The weights are read forward and backward, and their gradients written.
-        rivals[backend] = rival(through(layer), jax.tree.leaves(layer), 3 * weights)
+        weights = 2 * layer.experts.w_in[...].nbytes
+        rivals[backend] = rival(through(layer), jax.tree.leaves(layer), 3 * weights, dropped)
         rivals[f"{backend}, no experts"] = rival(
-            without_experts(backend), jnp.asarray(w_router_MxE)
+            without_experts(backend), jnp.asarray(w_router_MxE), 0, dropped
         )
-    copy = lambda experts, x: jax.tree.map(lambda w: w + 1.0, experts)  # noqa: E731
-    compiled_copy = jax.jit(copy).lower(layer.experts, 0).compile()
-
-    def copy_seconds():
-        begun = time.perf_counter()
-        jax.block_until_ready(compiled_copy(layer.experts, 0))
-        return time.perf_counter() - begun
-
-    rivals["copy"] = Rival(copy_seconds, lambda: 2 * weights, 2 * weights)
-    _, metrics = layer(x_1xSxM, valid_1xS, 1.0)
-    return rivals, float(metrics.dropped_E.sum() / size.S)
+    add_one = lambda experts: jax.tree.map(lambda w: w + 1.0, experts)  # noqa: E731
+    return rivals | {"copy": _timed(add_one, (layer.experts,), 2 * weights)}
 
 
 @contextlib.contextmanager
@@ -230,9 +228,11 @@ def _deepspeed(size: Size, x_SxM, w_router_MxE, keep_memory: bool) -> Iterator[R
         )
 
         def ask(question: str) -> str:
-            worker.stdin.write(f"{question}\n")
-            worker.stdin.flush()
-            answer = worker.stdout.readline()
+            answer = ""
+            with contextlib.suppress(BrokenPipeError):
+                worker.stdin.write(f"{question}\n")
+                worker.stdin.flush()
+                answer = worker.stdout.readline()
             if not answer:
                 raise UserError("DeepSpeed's process ended; its message is above")
             return answer

@@ -78,8 +78,6 @@ def _by_runs(x_GxSxD, routing: Routing, experts: Experts, apply) -> jax.Array:
     x_1xNxD = x_GxSxD.reshape(1, -1, x_GxSxD.shape[-1])
     x_1xRxD = _take_rows(x_1xNxD, order_R[None] // top_k, place_R.reshape(1, -1, top_k))
     y_RxD = apply(x_1xRxD[0], rows_E, sorted_R)
-    # On some devices a grouped product leaves the rows of no run as they were in memory.
-    y_RxD = jnp.where((sorted_R < experts.count)[:, None], y_RxD, 0)
     y_1xRxD = _take_rows(y_RxD[None], place_R[None], order_R[None, :, None])
     y_GxSxKxD = y_1xRxD.reshape(*routing.expert_GxSxK.shape, -1)
     return jnp.einsum("GSKD,GSK->GSD", y_GxSxKxD, routing.weight_GxSxK.astype(x_GxSxD.dtype))

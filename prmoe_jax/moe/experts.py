@@ -65,12 +65,22 @@ class Experts(nnx.Module):
     def ragged(self, x_RxD: jax.Array, rows_E: jax.Array, expert_R: jax.Array) -> jax.Array:
         """Applies the experts to rows sorted by expert, `rows_E[e]` rows for expert e.
 
-        Rows of `expert_R` past the last expert belong to none; their output is meaningless.
+        Rows of `expert_R` past the last expert belong to none; their output is 0.
         """
         w_in, b_in, w_out, b_out = self._weights(x_RxD.dtype)
-        h_RxF = jax.lax.ragged_dot(x_RxD, w_in, rows_E) + b_in[expert_R]
-        h_RxF = jax.nn.gelu(h_RxF, approximate=True)
-        return jax.lax.ragged_dot(h_RxF, w_out, rows_E) + b_out[expert_R]
+        served_Rx1 = (expert_R < self.count)[:, None]
+
+        def grouped(x_R, w_E):
+            # A device may leave the rows of no run as they were in memory, here and in the
+            # derivative: masked on both sides, neither is ever read.
+            y_R = jax.lax.ragged_dot(jnp.where(served_Rx1, x_R, 0), w_E, rows_E)
+            return jnp.where(served_Rx1, y_R, 0)
+
+        def bias(b_E):
+            return b_E.at[expert_R].get(mode="fill", fill_value=0)
+
+        h_RxF = _gelu(grouped(x_RxD, w_in) + bias(b_in))
+        return grouped(h_RxF, w_out) + bias(b_out)
 
     def blocked(self, x_RxD: jax.Array, rows_E: jax.Array, expert_R: jax.Array) -> jax.Array:
         """The same as `ragged`, multiplying a block of rows at a time."""
@@ -117,7 +127,8 @@ def _blocked_forward(block: int, x_RxD, rows_E, weights):
     empty = jnp.zeros((len(x_QxD), d_ff), x_RxD.dtype), jnp.zeros_like(x_QxD)
     starts_E = jnp.cumsum(rows_E) - rows_E
     (pre_QxF, y_QxD), _ = jax.lax.scan(expert, empty, (starts_E, rows_E, weights))
-    return y_QxD[: len(x_RxD)], (x_QxD, pre_QxF, rows_E, weights)
+    served_Rx1 = (jnp.arange(len(x_RxD)) < rows_E.sum())[:, None]
+    return jnp.where(served_Rx1, y_QxD[: len(x_RxD)], 0), (x_QxD, pre_QxF, rows_E, weights)
 
 
 def _blocked_backward(block: int, saved, dy_RxD):
@@ -135,16 +146,15 @@ def _blocked_backward(block: int, saved, dy_RxD):
             h, through_gelu = jax.vjp(_gelu, _slice(pre_QxF, place, block))
             (dpre,) = through_gelu(dy @ w_out.T)
             dx_QxD = jax.lax.dynamic_update_slice_in_dim(dx_QxD, dpre @ w_in.T, place, 0)
-            gradient = (
-                dw_in + x.T @ dpre,
-                db_in + dpre.sum(0),
-                dw_out + h.T @ dy,
-                db_out + dy.sum(0),
-            )
-            return dx_QxD, gradient
+            dot = partial(jnp.matmul, preferred_element_type=jnp.float32)
+            dw_in, db_in = dw_in + dot(x.T, dpre), db_in + dpre.sum(0, dtype=jnp.float32)
+            dw_out, db_out = dw_out + dot(h.T, dy), db_out + dy.sum(0, dtype=jnp.float32)
+            return dx_QxD, (dw_in, db_in, dw_out, db_out)
 
-        zeros = jax.tree.map(jnp.zeros_like, (w_in, b_in, w_out, b_out))
-        return jax.lax.fori_loop(0, -(-rows // block), multiply, (dx_QxD, zeros))
+        # In float32: many blocks add up, and each would be rounded.
+        zeros = jax.tree.map(lambda w: jnp.zeros(w.shape), (w_in, b_in, w_out, b_out))
+        dx_QxD, sums = jax.lax.fori_loop(0, -(-rows // block), multiply, (dx_QxD, zeros))
+        return dx_QxD, jax.tree.map(lambda total: total.astype(x_QxD.dtype), sums)
 
     starts_E = jnp.cumsum(rows_E) - rows_E
     dx_QxD, gradients = jax.lax.scan(expert, jnp.zeros_like(x_QxD), (starts_E, rows_E, weights))

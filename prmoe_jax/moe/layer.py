@@ -17,6 +17,7 @@ class MoE(nnx.Module):
 
     With the residual, y = c₀ · experts(x) + c₁ · mlp(x), c = softmax(W x + b): a token that
     every expert dropped still gets its MLP. `model.residual_mix` may fix c at (1, 1) or (½, ½).
+    `moe.dispatch` must be a resolved name, see `dispatch.resolve`.
     """
 
     def __init__(self, experts: int, model: ModelConfig, moe: MoeConfig, key: jax.Array):
@@ -88,7 +89,8 @@ class MoE(nnx.Module):
         """The decision, its statistics, and an expert's slots in each group."""
         x_GxSxD = x_GxSxD.astype(jnp.float32)
         if self.moe.noise == "jitter" and keys_G is not None:
-            x_GxSxD = jax.vmap(_jitter)(x_GxSxD, keys_G)
+            keys_G, jitter_keys_G = jax.vmap(jax.random.split, out_axes=1)(keys_G)
+            x_GxSxD = jax.vmap(_jitter)(x_GxSxD, jitter_keys_G)
         experts, tokens = self.experts.count, x_GxSxD.shape[1]
         slots = capacity(tokens, experts, capacity_factor, self.top_k, self.moe.min_capacity)
         bias_E = None if self.bias_router is None else jax.lax.stop_gradient(self.bias_router[...])
@@ -114,7 +116,6 @@ class MoE(nnx.Module):
 
 def _jitter(x_SxD: jax.Array, key: jax.Array) -> jax.Array:
     """Each value times a number of its own from U(0.99, 1.01)."""
-    key = jax.random.fold_in(key, 1)  # `route` draws from the key itself
     return x_SxD * jax.random.uniform(key, x_SxD.shape, minval=0.99, maxval=1.01)
 
 

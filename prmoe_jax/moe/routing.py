@@ -36,6 +36,7 @@ class RouterMetrics(NamedTuple):
     entropy: jax.Array  # of the router's distribution, in nats, summed over tokens
     assigned_E: jax.Array  # choices of each expert before capacity
     dropped_E: jax.Array  # of these, choices lost to capacity
+    # Where experts choose, a token counts as one choice, lost if no expert took it.
     choices_S: jax.Array  # choices by the token's place in its group
     dropped_S: jax.Array  # of these, choices lost
     coefficient: jax.Array  # weight of the experts' branch against the residual's, summed

@@ -25,7 +25,7 @@ class Cycles(NamedTuple):
 
     total: int
     costed: list[Operation]  # dearest first
-    uncosted: list[Operation]  # collectives, SparseCore calls, custom calls
+    uncosted: list[Operation]  # without an estimate: collectives, custom calls, some small ones
 
 
 def cycles(hlo: str) -> Cycles:
@@ -49,8 +49,7 @@ def cycles(hlo: str) -> Cycles:
                 trips = _trip_count(text, computations[_attribute(text, "condition")])
                 visit(_attribute(text, "body"), runs * trips)
             elif opcode == "conditional":
-                branches = text.partition("branch_computations")[2].partition("}")[0]
-                for branch in re.findall(r"%([\w.\-]+)", branches):
+                for branch in _branches(text):
                     visit(branch, runs)
             elif opcode == "call":
                 visit(_attribute(text, "to_apply"), runs)
@@ -98,6 +97,12 @@ def _opcode(text: str) -> str:
 
 def _attribute(text: str, name: str) -> str:
     return re.search(rf"\b{name}=%?([\w.\-]+)", text)[1]
+
+
+def _branches(text: str) -> list[str]:
+    if listed := re.search(r"branch_computations=\{([^}]*)\}", text):
+        return [name.strip(" %") for name in listed[1].split(",")]
+    return [_attribute(text, f"{value}_computation") for value in ("true", "false")]
 
 
 def _trip_count(text: str, condition: list) -> int:
