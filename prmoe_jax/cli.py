@@ -322,11 +322,10 @@ def _show(metrics: dict, as_json: bool) -> None:
         return
     from prmoe_jax.metrics import router_table
 
-    metrics = {name.removeprefix("eval/"): value for name, value in metrics.items()}
     for name, value in metrics.items():
-        if not (isinstance(value, list) or name.startswith("layers/")):
+        if not (isinstance(value, list) or "layers/" in name):
             print(f"{name:24} {value:.6g}" if isinstance(value, float) else f"{name:24} {value}")
-    if table := router_table(metrics):
+    if table := router_table({name.removeprefix("eval/"): v for name, v in metrics.items()}):
         print(f"\n{table}")
 
 
