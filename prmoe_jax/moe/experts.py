@@ -27,7 +27,7 @@ class MLP(nnx.Module):
         w_in, b_in, w_out, b_out = (
             p[...].astype(x_D.dtype) for p in (self.w_in, self.b_in, self.w_out, self.b_out)
         )
-        return jax.nn.gelu(x_D @ w_in + b_in, approximate=True) @ w_out + b_out
+        return _gelu(x_D @ w_in + b_in) @ w_out + b_out
 
 
 class Experts(nnx.Module):
@@ -58,7 +58,7 @@ class Experts(nnx.Module):
         experts, groups, slots, width = x_ExGxCxD.shape
         w_in, b_in, w_out, b_out = self._weights(x_ExGxCxD.dtype)
         x_ExRxD = x_ExGxCxD.reshape(experts, groups * slots, width)
-        h_ExRxF = jax.nn.gelu(x_ExRxD @ w_in + b_in[:, None], approximate=True)
+        h_ExRxF = _gelu(x_ExRxD @ w_in + b_in[:, None])
         y_ExRxD = h_ExRxF @ w_out + b_out[:, None]
         return y_ExRxD.reshape(x_ExGxCxD.shape)
 
