@@ -1,14 +1,18 @@
 """What every test needs."""
 
+import atexit
 import logging
 import os
+import shutil
 import tempfile
 
 import pytest
 
 # Many tests start the same small run anew, some in a process of their own: compile it once.
 # Set before JAX is imported; the workers of pytest-xdist and subprocesses inherit it.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="prmoe-tests-"))
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    cache = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="prmoe-tests-")
+    atexit.register(shutil.rmtree, cache, ignore_errors=True)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 
