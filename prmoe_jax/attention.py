@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec
 from prmoe_jax.config import ModelConfig
 from prmoe_jax.errors import UserError
 from prmoe_jax.moe.experts import normal
+from prmoe_jax.parallel.mesh import batch_axes
 
 
 def resolve_attention(model: ModelConfig, platform: str) -> str:
@@ -56,8 +57,11 @@ def attend(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segments_BxL, implementation: str) -
 
 
 def splash(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segments_BxL, interpret: bool = False) -> jax.Array:
-    """The TPU's blockwise kernel; each device attends over its own part of the batch."""
+    """The TPU's blockwise kernel; each device attends over its own part of the batch and heads."""
+    mesh = jax.sharding.get_abstract_mesh()
     _, length, heads, width = q_BxLxHxK.shape
+    if not mesh.empty:
+        heads //= mesh.shape["tensor"]
     block = next(size for size in (512, 256, 128) if length % size == 0)
     kernel = splash_attention_kernel.make_splash_mha(
         splash_attention_mask.MultiHeadMask(
@@ -75,11 +79,13 @@ def splash(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segments_BxL, interpret: bool = Fals
         return kernel(*heads_first, segment_ids=ids).swapaxes(0, 1)
 
     batched = jax.vmap(sequence)
-    mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty:
-        # A kernel is opaque to the partitioner, so its part of the batch is spelled out.
-        spec = PartitionSpec(mesh.axis_names)
-        batched = jax.shard_map(batched, in_specs=(spec,) * 4, out_specs=spec, check_vma=False)
+        # A kernel is opaque to the partitioner, so its part is spelled out.
+        rows = PartitionSpec(batch_axes(mesh))
+        heads = PartitionSpec(batch_axes(mesh), None, "tensor")
+        batched = jax.shard_map(
+            batched, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False
+        )
     return batched(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segments_BxL)
 
 

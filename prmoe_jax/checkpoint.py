@@ -9,11 +9,13 @@ from pathlib import Path
 
 import jax
 import orbax.checkpoint as ocp
-from jax.sharding import Sharding
+from jax.sharding import Mesh, NamedSharding
 
 from prmoe_jax.config import Config
 from prmoe_jax.errors import UserError
 from prmoe_jax.model import Transformer
+from prmoe_jax.parallel import processes, rules
+from prmoe_jax.parallel.mesh import replicated
 from prmoe_jax.step import TrainState, init_model, init_state
 from prmoe_jax.tree import named_leaves
 
@@ -72,8 +74,8 @@ class Checkpoints:
         """The newest complete checkpoint's step."""
         return max(self._manager.all_steps(), default=None)
 
-    def restore(self, config: Config, sharding: Sharding) -> tuple[int, TrainState, dict] | None:
-        """The newest checkpoint that can be read: its step, state and data record.
+    def restore(self, config: Config, mesh: Mesh) -> tuple[int, TrainState, dict] | None:
+        """The newest checkpoint that can be read, placed on a mesh: step, state and data record.
 
         A damaged one is moved to the workdir's damaged-STEP with a warning, and the one before
         it is used. None if the run has no checkpoint.
@@ -85,8 +87,8 @@ class Checkpoints:
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:
             arguments = ocp.args.Composite(
-                model=_restore_arguments(shapes.model, sharding),
-                optimizer=_restore_arguments(shapes.optimizer, sharding),
+                model=_restore_arguments(shapes.model, mesh),
+                optimizer=_restore_arguments(shapes.optimizer, mesh),
                 data=ocp.args.JsonRestore(),
             )
             try:
@@ -97,7 +99,7 @@ class Checkpoints:
                 continue
             model = _unflatten(shapes.model, items["model"])
             optimizer = _unflatten(shapes.optimizer, items["optimizer"])
-            number = jax.device_put(jax.numpy.int32(step), sharding)
+            number = jax.device_put(jax.numpy.int32(step), replicated(mesh))
             return step, TrainState(number, model, optimizer), items["data"]
         if steps:
             raise UserError(
@@ -106,8 +108,8 @@ class Checkpoints:
             )
         return None
 
-    def restore_model(self, config: Config, sharding: Sharding) -> tuple[int, Transformer]:
-        """The newest checkpoint's step and model, without the optimizer.
+    def restore_model(self, config: Config, mesh: Mesh) -> tuple[int, Transformer]:
+        """The newest checkpoint's step and model, placed on a mesh, without the optimizer.
 
         Raises:
           UserError: there is none, or it cannot be read.
@@ -116,7 +118,7 @@ class Checkpoints:
         if step is None:
             raise UserError(f"no checkpoint in {self._directory}; train the run first")
         shapes = jax.eval_shape(lambda: init_model(config))
-        arguments = ocp.args.Composite(model=_restore_arguments(shapes, sharding))
+        arguments = ocp.args.Composite(model=_restore_arguments(shapes, mesh))
         try:
             items = self._manager.restore(step, args=arguments)
         except Exception as error:
@@ -134,6 +136,7 @@ class Checkpoints:
             target = self._directory.parent / f"damaged-{step}"
             (self._directory / str(step)).rename(target)
             log.warning("moved it to %s and go on with the checkpoint before it", target)
+        processes.barrier(f"checkpoint {step} set aside")
         self._manager.reload()
 
     def _cannot_write(self, error: Exception) -> UserError:
@@ -144,13 +147,13 @@ class Checkpoints:
         )
 
 
-def _restore_arguments(shapes, sharding: Sharding) -> ocp.args.StandardRestore:
-    return ocp.args.StandardRestore(
-        {
-            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-            for name, leaf in named_leaves(shapes).items()
-        }
-    )
+def _restore_arguments(shapes, mesh: Mesh) -> ocp.args.StandardRestore:
+    def place(name, leaf):
+        sharding = NamedSharding(mesh, rules.spec(name, leaf.shape, mesh))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    named = named_leaves(shapes).items()
+    return ocp.args.StandardRestore({name: place(name, leaf) for name, leaf in named})
 
 
 def _unflatten(shapes, arrays: dict[str, jax.Array]):

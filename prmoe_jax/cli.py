@@ -165,18 +165,36 @@ def _train(options, rest) -> None:
     config = parse_config(rest)
     profile = _profile_steps(options.profile, config)
     workdir = options.workdir or Path("runs") / _run_name(rest)
+    _join(options)
     from prmoe_jax.train import train
 
     metrics = train(config, workdir, profile)
-    _show(metrics, options.json)
-    print(f"run: {workdir}", file=sys.stderr)
+    if _is_first_process():
+        _show(metrics, options.json)
+        print(f"run: {workdir}", file=sys.stderr)
 
 
 def _eval(options, rest) -> None:
     _check_run(options.workdir)
+    _join(options)
     from prmoe_jax.evaluate import evaluate
 
-    _show(evaluate(options.workdir), options.json)
+    metrics = evaluate(options.workdir)
+    if _is_first_process():
+        _show(metrics, options.json)
+
+
+def _join(options) -> None:
+    if options.distributed:
+        from prmoe_jax.parallel import processes
+
+        processes.join()
+
+
+def _is_first_process() -> bool:
+    import jax
+
+    return jax.process_index() == 0
 
 
 def _generate(options, rest) -> None:
@@ -264,9 +282,12 @@ def _parser() -> argparse.ArgumentParser:
     sub = verb("train", _train, "train a config, or resume the run in its workdir", True)
     sub.add_argument("--workdir", type=Path, help="the run's folder (default: runs/NAME)")
     sub.add_argument("--profile", metavar="FIRST:LAST", help="trace these steps with the profiler")
+    distributed = "be one process of several: on a TPU pod, under SLURM or on GKE"
+    sub.add_argument("--distributed", action="store_true", help=distributed)
 
     sub = verb("eval", _eval, "evaluate a run on its validation split")
     sub.add_argument("--workdir", type=Path, required=True, help="the run's folder")
+    sub.add_argument("--distributed", action="store_true", help=distributed)
 
     sub = verb("generate", _generate, "continue a prompt with a trained run")
     sub.add_argument("--workdir", type=Path, required=True, help="the run's folder")

@@ -77,6 +77,20 @@ class MoeConfig:
     expert_init: str = "independent"  # independent | tied (all start as copies of one MLP)
     # auto | gather (buffers of slots) | einsum (the oracle) | ragged, blocked (runs of rows)
     dispatch: str = "auto"
+    # How rows reach experts on other devices, see parallel/exchange.py; all are equal in value.
+    exchange: str = "auto"  # auto | flat | hierarchical | coordinated
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices of each axis of the mesh (see parallel/mesh.py); -1, for one axis, is the rest."""
+
+    data: int = -1
+    fsdp: int = 1
+    expert: int = 1
+    expert_slice: int = 1
+    tensor: int = 1
+    expert_inner: int = 1  # of the expert devices, those of the inner stage of an exchange
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +162,7 @@ class Config:
     seed: int = 0
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     moe: MoeConfig = dataclasses.field(default_factory=MoeConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
@@ -228,8 +243,9 @@ def leaves(config: Config) -> dict[str, object]:
     return named
 
 
-# What may differ when a run is resumed: none of it changes a parameter or a training loss.
-RESUMABLE = ("eval.", "checkpoint.", "log.", "data.cache_dir")
+# What may differ when a run is resumed: none of it changes a parameter or a training loss (other
+# devices add up in another order).
+RESUMABLE = ("eval.", "checkpoint.", "log.", "data.cache_dir", "mesh.", "moe.exchange")
 
 
 def check_resume(saved: Config, given: Config) -> None:
@@ -248,21 +264,6 @@ def check_resume(saved: Config, given: Config) -> None:
             f"the run in this workdir has another config: {details}; "
             "give the same settings to resume it, or another --workdir to start afresh"
         )
-
-
-def check_devices(config: Config, devices: int) -> None:
-    """Checks that every device gets the same whole number of routing groups a step.
-
-    Raises:
-      UserError: with the numbers and a batch size that works.
-    """
-    rows = devices * config.train.accumulate * max(1, config.group_size // config.model.length)
-    _require(
-        config.train.batch_size % rows == 0,
-        f"train.batch_size={config.train.batch_size} is not divisible by {devices} devices x "
-        f"train.accumulate={config.train.accumulate} x routing groups of "
-        f"{config.group_size} tokens; use {max(1, config.train.batch_size // rows) * rows}",
-    )
 
 
 def _build(cls, values, path: str):
@@ -315,6 +316,7 @@ def _check(config: Config) -> None:
     )
     _check_model(config.model)
     _check_moe(config)
+    _check_mesh(config.mesh)
     _check_data(config)
     _check_training(config)
 
@@ -391,6 +393,7 @@ def _check_moe(config: Config) -> None:
             )
         return
     _check_choice("moe", moe, "dispatch", "auto gather einsum ragged blocked")
+    _check_choice("moe", moe, "exchange", "auto flat hierarchical coordinated")
     _check_choice("moe", moe, "router", "token_choice expert_choice")
     _check_choice("moe", moe, "overflow", "position probability random")
     _check_choice("moe", moe, "noise", "none rsample jitter")
@@ -461,6 +464,18 @@ def _check_expert_choice(moe: MoeConfig) -> None:
         moe.noise != "rsample",
         "moe.noise=rsample has no effect with moe.router=expert_choice; use jitter or none",
     )
+
+
+def _check_mesh(mesh: MeshConfig) -> None:
+    """What can be said without the devices; the rest is `parallel.mesh.axis_sizes`."""
+    sizes = dataclasses.asdict(mesh)
+    for name, size in sizes.items():
+        _require(
+            size >= 1 or (size == -1 and name != "expert_inner"),
+            f"mesh.{name}={size} is out of range; use 1 or more, or -1 for the rest of the devices",
+        )
+    rest = [f"mesh.{name}" for name, size in sizes.items() if size == -1]
+    _require(len(rest) < 2, f"{' and '.join(rest)} are both -1 (the rest); give all but one")
 
 
 def _check_data(config: Config) -> None:

@@ -1,7 +1,9 @@
 """Evaluation on the validation split: loss, perplexity, bits per byte, drops, expert load."""
 
+import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -9,32 +11,35 @@ from jax.sharding import Mesh
 
 from prmoe_jax import workdir as workdirs
 from prmoe_jax.checkpoint import Checkpoints
-from prmoe_jax.config import Config, check_devices, load
+from prmoe_jax.config import Config, MeshConfig, load
 from prmoe_jax.data.pipeline import Batch, Data, eval_batches, load_data
+from prmoe_jax.errors import UserError
 from prmoe_jax.loss import Sums
 from prmoe_jax.metrics import perplexity, summarise, to_python
 from prmoe_jax.model import Transformer, resolve_backends
-from prmoe_jax.parallel.mesh import data_mesh, replicated, split_batch
+from prmoe_jax.parallel.mesh import local_rows, make_mesh, replicated, split_batch
 from prmoe_jax.step import make_eval_step
+
+log = logging.getLogger(__name__)
 
 
 def evaluate_model(
     eval_step: Callable[[Transformer, Batch], Sums],
     model: Transformer,
-    batches: Iterable[Batch],
     config: Config,
     data: Data,
     mesh: Mesh,
+    limit: int = 0,
 ) -> dict:
-    """Measures a model on batches of the validation split, deterministically.
+    """Measures a model on the validation split, or its first `limit` batches, deterministically.
 
     Returns:
       loss (nats a token), perplexity, bits_per_byte (of the text, document ends included),
       tokens, drop_fraction, aux_loss and the per-layer statistics of `metrics.summarise`.
     """
-    sums = None
-    for batch in batches:
-        part = eval_step(model, split_batch(batch, mesh))
+    sums, batch_size = None, config.train.batch_size
+    for batch in eval_batches(data.validation, batch_size, limit, local_rows(mesh, batch_size)):
+        part = eval_step(model, split_batch(batch, mesh, batch_size))
         sums = part if sums is None else jax.tree.map(jax.numpy.add, sums, part)
     metrics = to_python(summarise(sums, config))
     loss = metrics.pop("lm_loss")
@@ -56,30 +61,37 @@ def evaluate(workdir: Path) -> dict:
       UserError: the folder holds no run or no checkpoint.
     """
     config, step, model, mesh = restore_run(workdir)
-    check_devices(config, jax.device_count())
     data = load_data(
         config.data, config.model.vocab_size, config.model.length, workdir / workdirs.TOKENIZER
     )
     with jax.set_mesh(mesh):
-        batches = eval_batches(
-            data.validation,
-            config.train.batch_size,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
-        eval_step = jax.jit(make_eval_step(config))
-        return {"step": step} | evaluate_model(eval_step, model, batches, config, data, mesh)
+        eval_step = jax.jit(make_eval_step(config), out_shardings=replicated(mesh))
+        return {"step": step} | evaluate_model(eval_step, model, config, data, mesh)
 
 
-def restore_run(workdir: Path) -> tuple[Config, int, Transformer, Mesh]:
-    """A run's config, step, model and a mesh to run it on.
+def restore_run(
+    workdir: Path, devices: Sequence[jax.Device] | None = None
+) -> tuple[Config, int, Transformer, Mesh]:
+    """A run's config, step, model and the mesh that holds it.
+
+    Where the run's mesh doesn't fit the devices there are, each of them holds the whole model.
+
+    Args:
+      workdir: the run's folder.
+      devices: those to use, all unless given.
 
     Raises:
       UserError: the folder holds no run or no readable checkpoint.
     """
-    config = resolve_backends(load(workdir / workdirs.CONFIG), jax.default_backend())
-    mesh = data_mesh()
+    config = load(workdir / workdirs.CONFIG)
+    try:
+        mesh = make_mesh(config, devices)
+    except UserError as error:
+        log.info("%s: here each device holds the whole model", error)
+        config = replace(config, mesh=MeshConfig(), moe=replace(config.moe, exchange="auto"))
+        mesh = make_mesh(config, devices)
+    config = resolve_backends(config, jax.default_backend(), mesh)
     checkpoints = Checkpoints(workdir)
-    step, model = checkpoints.restore_model(config, replicated(mesh))
+    step, model = checkpoints.restore_model(config, mesh)
     checkpoints.close()
     return config, step, model, mesh

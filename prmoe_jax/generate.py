@@ -29,7 +29,8 @@ def generate(
         raise UserError(f"--temperature={temperature} must be 0 or more, and finite")
     if not 0 <= seed < 2**32:
         raise UserError(f"--seed={seed} is out of range; use a value from 0 to {2**32 - 1}")
-    config, _, model, mesh = restore_run(workdir)
+    # One sequence is for one device, until inference has a layout of its own.
+    config, _, model, _ = restore_run(workdir, jax.local_devices()[:1])
     if config.moe.router == "expert_choice":
         raise UserError(
             "this run's experts choose their tokens (moe.router=expert_choice): whom they choose "
@@ -45,17 +46,16 @@ def generate(
             f"{length}; shorten the prompt or use --tokens={max(0, length - len(start))}"
         )
     tokens_L = jnp.zeros(length, jnp.int32).at[: len(start)].set(jnp.array(start))
-    with jax.set_mesh(mesh):
-        tokens_L = _sample(
-            model,
-            tokens_L,
-            jnp.int32(len(start)),
-            jnp.int32(len(start) + tokens),
-            jnp.float32(temperature),
-            jnp.int32(tokenizer.size),
-            jnp.int32(tokenizer.end_of_text),
-            jax.random.key(seed),
-        )
+    tokens_L = _sample(
+        model,
+        tokens_L,
+        jnp.int32(len(start)),
+        jnp.int32(len(start) + tokens),
+        jnp.float32(temperature),
+        jnp.int32(tokenizer.size),
+        jnp.int32(tokenizer.end_of_text),
+        jax.random.key(seed),
+    )
     generated = tokens_L[len(start) : len(start) + tokens].tolist()
     if tokenizer.end_of_text in generated:
         generated = generated[: generated.index(tokenizer.end_of_text)]

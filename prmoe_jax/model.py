@@ -9,6 +9,7 @@ import logging
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from prmoe_jax import architecture
 from prmoe_jax.attention import Attention, resolve_attention
@@ -17,9 +18,13 @@ from prmoe_jax.moe import dispatch
 from prmoe_jax.moe.experts import MLP, normal
 from prmoe_jax.moe.layer import MoE
 from prmoe_jax.moe.routing import RouterMetrics
+from prmoe_jax.parallel import rules
+from prmoe_jax.tree import named_leaves
 
 log = logging.getLogger(__name__)
 
+# Parameters that enter the arithmetic in the compute's dtype; the rest do in float32.
+CAST = {"w_qkv", "b_qkv", "w_in", "b_in", "w_out", "b_out"}
 # What the backward pass keeps instead of computing again.
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -92,8 +97,8 @@ class Stage(nnx.Module):
 
         def cell(x_BxLxD, blocks_and_keys):
             blocks, keys_B = blocks_and_keys
-            metrics = []
-            for i, block in enumerate(blocks):
+            x_BxLxD, metrics = rules.constrain_rows(x_BxLxD), []
+            for i, block in enumerate(rules.gathered(blocks)):
                 keys = None if keys_B is None else fold_in(keys_B, i)
                 x_BxLxD, m = block(x_BxLxD, segments_BxL, capacity_factor, keys)
                 metrics.append(m)
@@ -136,11 +141,14 @@ class Transformer(nnx.Module):
           keys_B: one key a sequence switches training's randomness on; None for evaluation.
         """
         dtype = jnp.dtype(self.config.dtype)
-        x_BxLxD = self.tokens[...][tokens_BxL] + self.positions[...][positions(segments_BxL)]
+        x_BxLxD = rules.look_up("tokens", self.tokens[...], tokens_BxL)
+        x_BxLxD += rules.look_up("positions", self.positions[...], positions(segments_BxL))
         x_BxLxD = dropout(x_BxLxD.astype(dtype), self.config.dropout, keys_B)
         metrics = []
         schedule = self.config.schedule.stages()
-        for i, (stage, plan) in enumerate(zip(self.stages, schedule, strict=True)):
+        # Once, and not in every layer: forward, and backward again, read half as much.
+        stages = cast(self.stages, dtype)
+        for i, (stage, plan) in enumerate(zip(stages, schedule, strict=True)):
             keys_NxB = None
             if keys_B is not None:
                 repeats = jnp.arange(plan.repeats)
@@ -152,7 +160,7 @@ class Transformer(nnx.Module):
 
     def logits(self, x_BxLxD: jax.Array) -> jax.Array:
         """Scores of the next token, float32 [B, L, V]; the embedding is the output matrix."""
-        table_VxD = self.tokens[...].astype(x_BxLxD.dtype)
+        table_VxD = rules.gathered({"tokens": self.tokens[...].astype(x_BxLxD.dtype)})["tokens"]
         return jnp.einsum("...D,VD->...V", x_BxLxD, table_VxD, preferred_element_type=jnp.float32)
 
 
@@ -173,15 +181,23 @@ def balance(model: Transformer, routers: list[RouterMetrics], rate: float) -> No
             mlp.bias_router[...] += rate * jnp.sign(load_NxE.mean(-1, keepdims=True) - load_NxE)
 
 
-def resolve_backends(config: Config, platform: str) -> Config:
-    """Replaces every 'auto' of the model by what this platform runs, and logs the choice.
+def resolve_backends(config: Config, platform: str, mesh: Mesh | None = None) -> Config:
+    """Replaces every 'auto' of the model by what this platform and mesh run, and logs the choice.
 
     Raises:
       UserError: a kernel is forced that this platform cannot run.
     """
     attention = resolve_attention(config.model, platform)
-    backend = dispatch.resolve(config.moe.dispatch, platform)
+    axes = {} if mesh is None else {name: n for name, n in mesh.shape.items() if n > 1}
+    spread = axes.keys() - {"data", "fsdp"} != set()
+    backend = dispatch.resolve(config.moe.dispatch, platform, spread)
+    exchange = config.moe.exchange
+    if exchange == "auto":
+        exchange = "coordinated" if "tensor" in axes else "flat"
     log.info("attention: %s, MoE dispatch: %s (%s)", attention, backend, platform)
+    if axes:
+        text = ", ".join(f"{name} {size}" for name, size in axes.items())
+        log.info("mesh: %s; exchange between experts: %s", text, exchange if spread else "none")
     if not config.causal:
         log.warning(
             "this router is not causal in evaluation: later tokens change earlier predictions, so "
@@ -190,8 +206,17 @@ def resolve_backends(config: Config, platform: str) -> Config:
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, attention=attention),
-        moe=dataclasses.replace(config.moe, dispatch=backend),
+        moe=dataclasses.replace(config.moe, dispatch=backend, exchange=exchange),
     )
+
+
+def cast(modules, dtype):
+    """The modules with the parameters that `CAST` names in another dtype."""
+    leaves = [
+        leaf.astype(dtype) if name.rsplit(".", 1)[-1] in CAST else leaf
+        for name, leaf in named_leaves(modules).items()
+    ]
+    return jax.tree.unflatten(jax.tree.structure(modules), leaves)
 
 
 def positions(segments_BxL: jax.Array) -> jax.Array:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from prmoe_jax.config import Config
 from prmoe_jax.data.pipeline import Batch
@@ -13,6 +14,8 @@ from prmoe_jax.loss import Sums, forward, totals, training_loss
 from prmoe_jax.metrics import summarise
 from prmoe_jax.model import Transformer, balance
 from prmoe_jax.optimizer import learning_rate, make_optimizer
+from prmoe_jax.parallel import rules
+from prmoe_jax.parallel.mesh import replicated
 
 
 class TrainState(NamedTuple):
@@ -76,10 +79,12 @@ def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[Train
                     gradient_of, state.model, jax.tree.map(lambda x: cut(x)[0], (batch, keys_B))
                 ),
             )
+            zeros = rules.constrain(zeros[0]), zeros[1]
             (gradient, sums), _ = jax.lax.scan(
                 accumulate, zeros, jax.tree.map(cut, (batch, keys_B))
             )
 
+        gradient = rules.constrain(gradient)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.model)
         model = optax.apply_updates(state.model, updates)
         if config.moe.bias_update_rate:
@@ -93,6 +98,20 @@ def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[Train
         return TrainState(state.step + 1, model, optimizer_state), metrics
 
     return train_step
+
+
+def sharded_state(config: Config, mesh: Mesh) -> TrainState:
+    """The training state at step 0, each device making its own part."""
+    places = rules.shardings(jax.eval_shape(lambda: init_state(config)), mesh)
+    return jax.jit(init_state, static_argnums=0, out_shardings=places)(config)
+
+
+def on_mesh(config: Config, mesh: Mesh) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
+    """`make_train_step` compiled for a mesh; the state it is given is used up."""
+    places = rules.shardings(jax.eval_shape(lambda: init_state(config)), mesh)
+    return jax.jit(
+        make_train_step(config), donate_argnums=0, out_shardings=(places, replicated(mesh))
+    )
 
 
 def make_eval_step(config: Config) -> Callable[[Transformer, Batch], Sums]:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from tqdm import tqdm
 
@@ -19,7 +20,6 @@ from prmoe_jax.checkpoint import Checkpoints
 from prmoe_jax.config import Config
 from prmoe_jax.data.pipeline import (
     Data,
-    eval_batches,
     load_data,
     pipeline_fingerprint,
     train_iterator,
@@ -28,9 +28,10 @@ from prmoe_jax.errors import TrainingStopped, UserError
 from prmoe_jax.evaluate import evaluate_model
 from prmoe_jax.metrics import MetricsWriter, model_flops_utilisation, read_metrics, to_python
 from prmoe_jax.model import resolve_backends
-from prmoe_jax.parallel.mesh import data_mesh, replicated, split_batch
+from prmoe_jax.parallel import processes
+from prmoe_jax.parallel.mesh import local_rows, make_mesh, replicated, split_batch
 from prmoe_jax.sizes import cost
-from prmoe_jax.step import TrainState, init_state, make_eval_step, make_train_step
+from prmoe_jax.step import TrainState, make_eval_step, on_mesh, sharded_state
 
 log = logging.getLogger(__name__)
 
@@ -50,11 +51,13 @@ def train(config: Config, workdir: Path, profile: tuple[int, int] | None = None)
       UserError: the settings cannot be used, or contradict the run in the workdir.
       TrainingStopped: the loss or the gradient is no longer finite.
     """
-    resolved = resolve_backends(config, jax.default_backend())
-    configs.check_devices(config, jax.device_count())
+    mesh = make_mesh(config)
+    resolved = resolve_backends(config, jax.default_backend(), mesh)
     first = jax.process_index() == 0
     with contextlib.ExitStack() as stack:
-        stack.enter_context(workdirs.locked(workdir))
+        if first:
+            stack.enter_context(workdirs.locked(workdir))
+        processes.barrier("the run's folder is there")
         interrupted = stack.enter_context(interruption())
         checkpoints = stack.enter_context(
             contextlib.closing(Checkpoints(workdir, config.checkpoint.keep))
@@ -66,19 +69,14 @@ def train(config: Config, workdir: Path, profile: tuple[int, int] | None = None)
             configs.check_resume(configs.load(settings), config)
         # 2. The tokenizer and the data, which must be the ones the run began with.
         shape = config.model.vocab_size, config.model.length
-        data = load_data(config.data, *shape, stored if resuming else None)
+        with processes.first_before_others("data"):
+            data = load_data(config.data, *shape, stored if resuming else None)
         fingerprint = pipeline_fingerprint(data, config.train.batch_size, config.seed)
-        batches = train_iterator(
-            data.train,
-            config.train.batch_size,
-            config.seed,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
-        mesh = data_mesh()
+        rows = local_rows(mesh, config.train.batch_size)
+        batches = train_iterator(data.train, config.train.batch_size, config.seed, rows)
         stack.enter_context(jax.set_mesh(mesh))
         # 3. Model, optimizer and step. 4. The position in the data.
-        restored = checkpoints.restore(resolved, replicated(mesh)) if resuming else None
+        restored = checkpoints.restore(resolved, mesh) if resuming else None
         if restored:
             step, state, record = restored
             check_fingerprint(record["fingerprint"], fingerprint)
@@ -86,8 +84,7 @@ def train(config: Config, workdir: Path, profile: tuple[int, int] | None = None)
             log.info("resumed at step %d of %d", step, config.total_steps)
         else:
             step = 0
-            initialise = jax.jit(init_state, static_argnums=0, out_shardings=replicated(mesh))
-            state = initialise(resolved)
+            state = sharded_state(resolved, mesh)
         if first:
             data.tokenizer.save(stored)
             configs.save(config, settings)
@@ -109,7 +106,8 @@ def train(config: Config, workdir: Path, profile: tuple[int, int] | None = None)
             )
         )
         run = Run(resolved, workdir, data, mesh, checkpoints, fingerprint, writer, progress)
-        return run.loop(step, state, batches, interrupted, profile)
+        with processes.ending_together():
+            return run.loop(step, state, batches, interrupted, profile)
 
 
 class Run:
@@ -129,8 +127,8 @@ class Run:
         self.config, self.workdir, self.data, self.mesh = config, workdir, data, mesh
         self.checkpoints, self.fingerprint = checkpoints, fingerprint
         self.writer, self.progress, self.clock = writer, progress, Clock()
-        self.train_step = jax.jit(make_train_step(config), donate_argnums=0)
-        self.eval_step = jax.jit(make_eval_step(config))
+        self.train_step = on_mesh(config, mesh)
+        self.eval_step = jax.jit(make_eval_step(config), out_shardings=replicated(mesh))
         self.flops_per_token = cost(config.model).train_flops_per_token
         self.last_metrics: dict = {}
 
@@ -138,13 +136,15 @@ class Run:
         """Runs from `step` to the end; returns the metrics written last."""
         total = self.config.total_steps
         pending = None  # the step just dispatched: its metrics are fetched one step later
-        while step < total and not interrupted:
+        stopping = bool(interrupted)
+        while step < total and not stopping:
             if profile and step + 1 == profile[0]:
                 jax.profiler.start_trace(str(self.workdir / "profile"))
             with self.clock.waiting():
-                batch = split_batch(next(batches), self.mesh)
+                batch = split_batch(next(batches), self.mesh, self.config.train.batch_size)
             state, metrics = self.train_step(state, batch)
             step += 1
+            stopping = interrupted.at(step)
             if pending:
                 self.report(*pending)
             pending = step, metrics
@@ -153,19 +153,16 @@ class Run:
                 jax.profiler.stop_trace()
                 log.info("profile written to %s", self.workdir / "profile")
 
-            checkpoint_due = self.due(self.config.checkpoint.every, step) or interrupted
+            checkpoint_due = self.due(self.config.checkpoint.every, step) or stopping
             eval_due = self.due(self.config.eval.every, step)
             if checkpoint_due or eval_due:
                 self.report(*pending)  # a checkpoint is only written after its loss was seen
                 pending = None
-                if eval_due and not interrupted:
+                if eval_due and not stopping:
                     self.evaluate(step, state)
                 if checkpoint_due:
                     self.save(step, state, batches)
                 self.clock.restart()
-        if pending:  # the interruption came between a step and the next one
-            self.report(*pending)
-            self.save(step, state, batches)
         self.checkpoints.wait()
         if step < total:
             log.info("interrupted: saved at step %d of %d; the same command resumes", step, total)
@@ -208,15 +205,8 @@ class Run:
     def evaluate(self, step: int, state: TrainState) -> None:
         """Evaluates on the validation split: all of it at the end, else as configured."""
         limit = 0 if step == self.config.total_steps else self.config.eval.batches
-        batches = eval_batches(
-            self.data.validation,
-            self.config.train.batch_size,
-            limit,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
-        arguments = state.model, batches, self.config, self.data, self.mesh
-        metrics = evaluate_model(self.eval_step, *arguments)
+        arguments = state.model, self.config, self.data, self.mesh
+        metrics = evaluate_model(self.eval_step, *arguments, limit)
         self.write(step, {f"eval/{name}": value for name, value in metrics.items()})
         self.say(
             step,
@@ -280,7 +270,8 @@ class Clock:
 class interruption:  # noqa: N801, reads as the statement it is
     """While active, SIGTERM and Ctrl-C make this truthy instead of ending the process.
 
-    A second Ctrl-C ends it.
+    A second Ctrl-C ends it. Where there are several processes JAX catches SIGTERM, and lets all of
+    them know of the step to stop at.
     """
 
     def __init__(self):
@@ -289,8 +280,16 @@ class interruption:  # noqa: N801, reads as the statement it is
     def __bool__(self) -> bool:
         return self.caught
 
+    def at(self, step: int) -> bool:
+        """Whether to stop after this step; to be asked at every step, by every process."""
+        if jax.process_count() > 1:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self.caught
+
     def __enter__(self) -> "interruption":
         self._before = {}
+        if jax.process_count() > 1:
+            return self
         with contextlib.suppress(ValueError):  # only the main thread may catch signals
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._before[number] = signal.signal(number, self._catch)

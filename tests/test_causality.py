@@ -9,6 +9,7 @@ from prmoe_jax import architecture
 from prmoe_jax.config import resolve
 from prmoe_jax.model import resolve_backends
 from prmoe_jax.step import init_model
+from tests.quick import jit
 
 LENGTH = 32
 # Options of moe.*, whether randomness is on, and whether the future leaks.
@@ -36,7 +37,7 @@ def model_of(text, **moe):
     moe = {"min_capacity": 1, "eval_capacity_factor": 0.7, "capacity_factor": 0.7} | moe
     values = {"model": fields, "moe": moe, "train": {"steps": 1}, "data": {"tokenizer": "bytes"}}
     config = resolve_backends(resolve(values), "cpu")
-    return config, init_model(config)
+    return config, jit(init_model, static_argnums=0)(config)
 
 
 def leak(text, training, **moe):
@@ -46,7 +47,7 @@ def leak(text, training, **moe):
     keys_B = jax.random.split(jax.random.key(7), 4) if training else None
     segments_BxL = jnp.ones((4, LENGTH), jnp.int32)
 
-    @jax.jit
+    @jit
     def run(tokens_BxL):
         x_BxLxD, metrics = model(tokens_BxL, segments_BxL, capacity_factor=factor, keys_B=keys_B)
         return x_BxLxD, sum(m.dropped_S.sum() for m in metrics)

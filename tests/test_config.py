@@ -11,7 +11,6 @@ from configs import paper, tiny
 from prmoe_jax import cli
 from prmoe_jax.config import (
     Config,
-    check_devices,
     check_resume,
     default_config,
     leaves,
@@ -20,6 +19,7 @@ from prmoe_jax.config import (
     save,
 )
 from prmoe_jax.errors import UserError
+from prmoe_jax.parallel.mesh import axis_sizes
 
 # What the tests below count with, however the recipe in configs/tiny.py is tuned.
 BASE = """
@@ -149,6 +149,13 @@ OTHER_VALUES = {
     "moe.overflow": ("random", "random"),
     "moe.second_expert_sampling": ("true", True),
     "moe.dispatch": ("einsum", "einsum"),
+    "moe.exchange": ("flat", "flat"),
+    "mesh.data": ("2", 2),
+    "mesh.fsdp": ("2", 2),
+    "mesh.expert": ("2", 2),
+    "mesh.expert_slice": ("2", 2),
+    "mesh.tensor": ("2", 2),
+    "mesh.expert_inner": ("2", 2),
     "data.corpus": ("tfds:lm1b", "tfds:lm1b"),
     "data.text_field": ("body", "body"),
     "data.tokenizer": ("bytes", "bytes"),
@@ -271,6 +278,10 @@ RULES = {
     "dropout 1": (["model.dropout=1"], "model.dropout=1.0 must be in [0, 1)"),
     "dropout -1": (["model.dropout=-0.1"], "model.dropout=-0.1 must be in [0, 1)"),
     "std": (["model.init_std=0"], "model.init_std=0.0 must be above 0"),
+    "exchange": (["moe.exchange=ring"], "use one of auto, flat, hierarchical, coordinated"),
+    "mesh 0": (["mesh.tensor=0"], "mesh.tensor=0 is out of range; use 1 or more, or -1 for the"),
+    "mesh -2": (["mesh.fsdp=-2"], "mesh.fsdp=-2 is out of range; use 1 or more, or -1 for the"),
+    "two rests": (["mesh.fsdp=-1"], "mesh.data and mesh.fsdp are both -1 (the rest); give all but"),
     "dispatch": (["moe.dispatch=scatter"], "use one of auto, gather, einsum, ragged, blocked"),
     "capacity": (["moe.capacity_factor=0"], "moe.capacity_factor=0.0 must be above 0 (inf never"),
     "capacity nan": (["moe.capacity_factor=nan"], "moe.capacity_factor=nan must be above 0"),
@@ -496,6 +507,8 @@ FREE = {
     "checkpoint.keep",
     "log.every",
     "data.cache_dir",
+    "moe.exchange",
+    *(name for name in OTHER_VALUES if name.startswith("mesh.")),
 }
 
 
@@ -559,11 +572,11 @@ def test_a_run_may_go_on_for_longer_on_the_same_schedule(schedule, length, refus
 def test_devices_share_a_batch_evenly(overrides, devices, use):
     config = tiny_config(*overrides)
     if use is None:
-        check_devices(config, devices)
+        axis_sizes(config, devices)
         return
     with pytest.raises(UserError, match=f"train.batch_size=16 is not .* {devices} dev.*use {use}$"):
-        check_devices(config, devices)
-    check_devices(tiny_config(*overrides, f"train.batch_size={use}"), devices)
+        axis_sizes(config, devices)
+    axis_sizes(tiny_config(*overrides, f"train.batch_size={use}"), devices)
 
 
 def test_a_saved_config_is_plain_json(tmp_path):

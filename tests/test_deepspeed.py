@@ -19,6 +19,7 @@ from prmoe_jax.config import ModelConfig, MoeConfig
 from prmoe_jax.moe import routing
 from prmoe_jax.moe.layer import MoE
 from prmoe_jax.moe.routing import assign, capacity
+from tests.quick import jit
 
 GOLDENS = Path(__file__).parent / "goldens" / "deepspeed"
 CASES = sorted(path.stem for path in GOLDENS.glob("top*.npz"))
@@ -79,7 +80,7 @@ def test_layer_equals_deepspeed(name, dispatch, monkeypatch):
         y_BxLxD, metrics = layer(x_SxD[None], valid_BxL, capacity_factor(settings), keys_B)
         return (y_BxLxD[0] * golden["cotangent"]).sum() + metrics.aux_loss, (y_BxLxD[0], metrics)
 
-    gradient = jax.grad(loss, argnums=(0, 1), has_aux=True)
+    gradient = jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
     (d_layer, d_x_SxD), (y_SxD, metrics) = gradient(layer, jnp.asarray(golden["x"]))
     close = lambda ours, theirs: np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)  # noqa: E731
     close(y_SxD, golden["y"])

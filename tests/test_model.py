@@ -13,6 +13,7 @@ from prmoe_jax.attention import attend, resolve_attention, splash
 from prmoe_jax.config import ModelConfig, MoeConfig, resolve
 from prmoe_jax.errors import UserError
 from prmoe_jax.model import Transformer, dropout, positions
+from tests.quick import jit
 
 SMALL = ModelConfig(
     vocab_size=31, length=13, layers=3, d_model=10, heads=2, d_ff=11, dtype="float32",
@@ -33,7 +34,7 @@ def small(text="3 layers", **changes):
     return dataclasses.replace(SMALL, **schedule, **changes)
 
 
-@jax.jit
+@jit
 def logits(model, tokens_BxL, segments_BxL):
     return model.logits(model(tokens_BxL, segments_BxL, capacity_factor=1.0)[0])
 
@@ -97,7 +98,7 @@ def test_causality(text):
         x, _ = changed(tokens_L[None], jnp.ones((1, 13), jnp.int32), capacity_factor=1.0)
         return jnp.square(x[0, :7]).sum()  # activations, since every logit sees the whole table
 
-    gradient_VxD = np.asarray(jax.jit(jax.grad(early_logits))(model.tokens[...]))
+    gradient_VxD = np.asarray(jit(jax.grad(early_logits))(model.tokens[...]))
     assert (gradient_VxD[7:] == 0).all()
     assert (np.abs(gradient_VxD[:7]).max(1) > 0).all()
 
@@ -136,7 +137,7 @@ def test_stages_equal_the_layers_one_by_one(batch):
     model = build(small("7 layers, E=2x2+5, residual"))
     tokens_BxL, segments_BxL = batch
     x_BxLxD = model.tokens[...][tokens_BxL] + model.positions[...][positions(segments_BxL)]
-    apply = jax.jit(lambda block, x_BxLxD: block(x_BxLxD, segments_BxL, 1.0))
+    apply = jit(lambda block, x_BxLxD: block(x_BxLxD, segments_BxL, 1.0))
     experts = []
     for stage, plan in zip(model.stages, model.config.schedule.stages(), strict=True):
         for n in range(plan.repeats):
@@ -144,7 +145,7 @@ def test_stages_equal_the_layers_one_by_one(batch):
                 block = jax.tree.map(lambda x: x[n], stacked)  # noqa: B023
                 x_BxLxD, metrics = apply(block, x_BxLxD)
                 experts.append(0 if metrics is None else len(metrics.assigned_E))
-    got, routers = jax.jit(functools.partial(model, capacity_factor=1.0))(tokens_BxL, segments_BxL)
+    got, routers = jit(functools.partial(model, capacity_factor=1.0))(tokens_BxL, segments_BxL)
     np.testing.assert_allclose(got, model.norm(x_BxLxD), rtol=1e-4, atol=1e-4)
     assert tuple(experts) == model.config.schedule.experts == (0, 2, 0, 2, 0, 5, 0)
     assert [len(router.assigned_E) for router in routers] == [2, 2, 5]
@@ -223,7 +224,7 @@ def test_dropout_differs_by_layer_and_repeat(batch):
     model = build(small("4 layers", dropout=0.5))
     tokens_BxL, segments_BxL = batch
     keys_B = jax.random.split(jax.random.key(5), 2)
-    run = jax.jit(functools.partial(model, capacity_factor=1.0))
+    run = jit(functools.partial(model, capacity_factor=1.0))
     training = run(tokens_BxL, segments_BxL, keys_B=keys_B)[0]
     evaluation = run(tokens_BxL, segments_BxL)[0]
     assert np.abs(training - evaluation).max() > 0.01
@@ -252,7 +253,7 @@ def test_compiled_size_does_not_grow_with_depth():
         def loss(model, ids):
             return model(ids, ids, capacity_factor=1.0)[0].astype(jnp.float32).sum()
 
-        text = jax.jit(jax.grad(loss)).lower(model, ids).as_text()
+        text = jit(jax.grad(loss)).lower(model, ids).as_text()
         return text.count("dot_general")
 
     assert operations(24) == operations(8) > 0

@@ -21,9 +21,9 @@ from prmoe_jax.allocator import keep_freed_memory
 from prmoe_jax.cli import parse_config
 from prmoe_jax.data.pipeline import load_data, train_iterator
 from prmoe_jax.model import resolve_backends
-from prmoe_jax.parallel.mesh import data_mesh, split_batch
+from prmoe_jax.parallel.mesh import make_mesh, split_batch
 from prmoe_jax.sizes import cost
-from prmoe_jax.step import init_state, make_train_step
+from prmoe_jax.step import on_mesh, sharded_state
 
 TRACED_STEPS = 3
 
@@ -33,19 +33,20 @@ def main():
     parser.add_argument("--steps", type=int, default=20)
     options, rest = parser.parse_known_args()
     keep_freed_memory()  # as `prmoe train` does
-    config = resolve_backends(parse_config(rest), jax.default_backend())
+    config = parse_config(rest)
+    mesh = make_mesh(config)
+    config = resolve_backends(config, jax.default_backend(), mesh)
     data = load_data(config.data, config.model.vocab_size, config.model.length)
     batches = train_iterator(data.train, config.train.batch_size, config.seed)
-    mesh = data_mesh()
-    state = jax.jit(init_state, static_argnums=0)(config)
-    step = jax.jit(make_train_step(config), donate_argnums=0)
-    batch = split_batch(next(batches), mesh)
-    compiled = step.lower(state, batch).compile()
+    with jax.set_mesh(mesh):
+        state = sharded_state(config, mesh)
+        batch = split_batch(next(batches), mesh, config.train.batch_size)
+        compiled = on_mesh(config, mesh).lower(state, batch).compile()
 
     seconds, waits = [], []
     for _ in range(options.steps + 1):
         begun = time.perf_counter()
-        batch = split_batch(next(batches), mesh)
+        batch = split_batch(next(batches), mesh, config.train.batch_size)
         waits.append(time.perf_counter() - begun)
         state, metrics = compiled(state, batch)
         jax.block_until_ready(metrics)

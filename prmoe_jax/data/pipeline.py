@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import grain
@@ -116,7 +116,7 @@ def pipeline_fingerprint(data: Data, batch_size: int, seed: int) -> dict[str, st
     """All that decides which rows step i sees; compare it before restoring an iterator.
 
     An iterator's state is only the number of the next step, which means something else
-    after any of these has changed. The process count is not among them.
+    after any of these has changed. Processes and devices are not among them.
     """
     return {
         "corpus": data.corpus_fingerprint,
@@ -130,56 +130,55 @@ def pipeline_fingerprint(data: Data, batch_size: int, seed: int) -> dict[str, st
 
 
 def train_iterator(
-    windows: Windows, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1
+    windows: Windows, batch_size: int, seed: int, rows: Sequence[int] | None = None
 ) -> grain.DatasetIterator:
-    """Iterates for ever over this process's rows of shuffled global batches, as Batch.
+    """Iterates for ever over shuffled batches, as Batch.
 
     Every epoch has an order of its own, and one epoch flows into the next within a batch.
-    The global batch of a step is the same whatever the process count, and process p has
-    its rows p*B/P to (p+1)*B/P. `get_state()` is the next step, the same on every process.
+    `get_state()` is the next step, the same on every process.
+
+    Args:
+      windows: the training split.
+      batch_size: rows of a step, all processes together.
+      seed: of the order.
+      rows: those of each batch that this process needs (`mesh.local_rows`), all unless given.
 
     Raises:
-      UserError: no window at all, or a batch that the processes cannot share evenly.
+      UserError: no window at all.
     """
     if not len(windows):
         raise UserError(
             f"the training split has {len(windows.cache.starts_N)} documents and "
             f"{len(windows.cache.tokens_T)} tokens, which make 0 windows of {windows.length}"
         )
-    rows = _process_rows(batch_size, process_index, process_count)
+    rows = range(batch_size) if rows is None else rows
     # Grain shuffles epoch e with seed+e: hashed, or seed 1 would repeat seed 0 an epoch early.
     shuffle_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
     shuffled = grain.MapDataset.source(windows).shuffle(seed=shuffle_seed).repeat()
-    dataset = grain.MapDataset.source(_ProcessRows(shuffled, batch_size, rows)).batch(len(rows))
+    dataset = grain.MapDataset.source(_LocalRows(shuffled, batch_size, rows)).batch(len(rows))
     # Threads, not processes: reading a memory map is cheap, and needs no set-up in notebooks.
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)))
 
 
 def eval_batches(
-    windows: Windows,
-    batch_size: int,
-    limit: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    windows: Windows, batch_size: int, limit: int = 0, rows: Sequence[int] | None = None
 ) -> Iterator[Batch]:
-    """This process's rows of every window once, in order; the first `limit` batches if not 0.
+    """Every window once, in order; the first `limit` batches if not 0.
 
-    All batches have batch_size/process_count rows; rows beyond the last window are masked.
-
-    Raises:
-      UserError: a batch that the processes cannot share evenly.
+    All batches have as many rows; those beyond the last window are masked. `rows` is as for
+    `train_iterator`.
     """
-    rows = _process_rows(batch_size, process_index, process_count)
+    rows = range(batch_size) if rows is None else rows
     count = math.ceil(len(windows) / batch_size)
     for start in range(0, (min(count, limit) if limit else count) * batch_size, batch_size):
         batch = [_row_or_padding(windows, start + row) for row in rows]
         yield Batch(*(np.stack(field) for field in zip(*batch, strict=True)))
 
 
-class _ProcessRows:
-    """The rows of every global batch that belong to one process, one batch after the other."""
+class _LocalRows:
+    """Some rows of every batch, one batch after the other."""
 
-    def __init__(self, dataset: grain.MapDataset, batch_size: int, rows: range):
+    def __init__(self, dataset: grain.MapDataset, batch_size: int, rows: Sequence[int]):
         self._dataset = dataset
         self._batch_size = batch_size
         self._rows = rows
@@ -190,16 +189,6 @@ class _ProcessRows:
     def __getitem__(self, index: int) -> Batch:
         step, row = divmod(index, len(self._rows))
         return self._dataset[step * self._batch_size + self._rows[row]]
-
-
-def _process_rows(batch_size: int, process_index: int, process_count: int) -> range:
-    if batch_size % process_count:
-        raise UserError(
-            f"batch_size {batch_size} is not divisible by the {process_count} processes; "
-            f"use {math.ceil(batch_size / process_count) * process_count}"
-        )
-    share = batch_size // process_count
-    return range(process_index * share, (process_index + 1) * share)
 
 
 def _row_or_padding(windows: Windows, index: int) -> Batch:

@@ -5,11 +5,11 @@ experts' outputs. `einsum` is the readable oracle; the others must equal it.
 """
 
 from collections.abc import Callable
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 
+from prmoe_jax.errors import UserError
 from prmoe_jax.moe.experts import Experts
 from prmoe_jax.moe.routing import Routing
 
@@ -18,6 +18,7 @@ Dispatch = Callable[[jax.Array, Routing, Experts, int], jax.Array]
 
 def einsum(x_GxSxD: jax.Array, routing: Routing, experts: Experts, slots: int) -> jax.Array:
     """One-hot products, cost S·E·C·D: what GShard writes down."""
+    groups, _, width = x_GxSxD.shape
     expert_GxSxKxE = jax.nn.one_hot(routing.expert_GxSxK, experts.count)
     slot_GxSxKxC = jax.nn.one_hot(routing.slot_GxSxK, slots)
     dispatch_GxSxExC = jnp.einsum(
@@ -27,26 +28,28 @@ def einsum(x_GxSxD: jax.Array, routing: Routing, experts: Experts, slots: int) -
         "GSKE,GSKC,GSK->GSEC", expert_GxSxKxE, slot_GxSxKxC, routing.weight_GxSxK
     ).astype(x_GxSxD.dtype)
     x_ExGxCxD = jnp.einsum("GSEC,GSD->EGCD", dispatch_GxSxExC, x_GxSxD)
-    return jnp.einsum("GSEC,EGCD->GSD", combine_GxSxExC, experts(x_ExGxCxD))
+    y_ExRxD = experts(x_ExGxCxD.reshape(experts.count, groups * slots, width))
+    return jnp.einsum("GSEC,EGCD->GSD", combine_GxSxExC, y_ExRxD.reshape(x_ExGxCxD.shape))
 
 
 def gather(x_GxSxD: jax.Array, routing: Routing, experts: Experts, slots: int) -> jax.Array:
     """A dense token-to-slot map each way (paper, section 5.4): rows are copied, not multiplied."""
-    groups, tokens, width = x_GxSxD.shape
-    places = experts.count * slots
-    # Slot e·C+c of a group's buffer for each choice; `places`, past the end, for a dropped one.
-    place_GxSxK = jnp.where(
-        routing.kept_GxSxK, routing.expert_GxSxK * slots + routing.slot_GxSxK, places
-    )
-    choice_GxP = _invert(place_GxSxK.reshape(groups, -1), places)
+    groups, _, width = x_GxSxD.shape
+    places = experts.count * groups * slots
+    # Slot (e·G + g)·C + c for each choice; `places`, past the end, for a dropped one.
+    group_Gx1x1 = jnp.arange(groups)[:, None, None]
+    slot_GxSxK = (routing.expert_GxSxK * groups + group_Gx1x1) * slots + routing.slot_GxSxK
+    place_GxSxK = jnp.where(routing.kept_GxSxK, slot_GxSxK, places)
     top_k = place_GxSxK.shape[-1]
+    place_R = place_GxSxK.reshape(-1)
+    choice_P = jnp.full(places, len(place_R), jnp.int32)
+    choice_P = choice_P.at[place_R].set(jnp.arange(len(place_R)), mode="drop")
 
-    x_GxPxD = _take_rows(x_GxSxD, choice_GxP // top_k, place_GxSxK)
-    x_ExGxCxD = x_GxPxD.reshape(groups, experts.count, slots, width).swapaxes(0, 1)
-    y_GxPxD = experts(x_ExGxCxD).swapaxes(0, 1).reshape(groups, places, width)
-    y_GxSKxD = _take_rows(y_GxPxD, place_GxSxK.reshape(groups, -1), choice_GxP[..., None])
-    y_GxSxKxD = y_GxSKxD.reshape(groups, tokens, top_k, width)
-    return jnp.einsum("GSKD,GSK->GSD", y_GxSxKxD, routing.weight_GxSxK.astype(x_GxSxD.dtype))
+    x_NxD = x_GxSxD.reshape(-1, width)
+    x_PxD = _take_rows(x_NxD, choice_P // top_k, place_R.reshape(-1, top_k))
+    y_PxD = experts(x_PxD.reshape(experts.count, groups * slots, width)).reshape(places, width)
+    y_RxD = _take_rows(y_PxD, place_R, choice_P[:, None])
+    return _weigh(y_RxD, routing)
 
 
 def ragged(x_GxSxD: jax.Array, routing: Routing, experts: Experts, slots: int) -> jax.Array:
@@ -75,12 +78,16 @@ def _by_runs(x_GxSxD, routing: Routing, experts: Experts, apply) -> jax.Array:
     sorted_R = expert_R[order_R]
     rows_E = jnp.bincount(expert_R, length=experts.count)
 
-    x_1xNxD = x_GxSxD.reshape(1, -1, x_GxSxD.shape[-1])
-    x_1xRxD = _take_rows(x_1xNxD, order_R[None] // top_k, place_R.reshape(1, -1, top_k))
-    y_RxD = apply(x_1xRxD[0], rows_E, sorted_R)
-    y_1xRxD = _take_rows(y_RxD[None], place_R[None], order_R[None, :, None])
-    y_GxSxKxD = y_1xRxD.reshape(*routing.expert_GxSxK.shape, -1)
-    return jnp.einsum("GSKD,GSK->GSD", y_GxSxKxD, routing.weight_GxSxK.astype(x_GxSxD.dtype))
+    x_NxD = x_GxSxD.reshape(-1, x_GxSxD.shape[-1])
+    x_RxD = _take_rows(x_NxD, order_R // top_k, place_R.reshape(-1, top_k))
+    y_RxD = _take_rows(apply(x_RxD, rows_E, sorted_R), place_R, order_R[:, None])
+    return _weigh(y_RxD, routing)
+
+
+def _weigh(y_RxD: jax.Array, routing: Routing) -> jax.Array:
+    """The weighted sum of each token's choices."""
+    weight_GxSxK = routing.weight_GxSxK.astype(y_RxD.dtype)
+    return jnp.einsum("GSKD,GSK->GSD", y_RxD.reshape(*weight_GxSxK.shape, -1), weight_GxSxK)
 
 
 BACKENDS: dict[str, Dispatch] = {
@@ -91,10 +98,26 @@ BACKENDS: dict[str, Dispatch] = {
 }
 
 
-def resolve(name: str, platform: str) -> str:
-    """What 'auto' means: 'A/B', A where experts have a capacity, B where nothing is dropped."""
+def resolve(name: str, platform: str, spread: bool = False) -> str:
+    """What 'auto' means: 'A/B', A where experts have a capacity, B where nothing is dropped.
+
+    Args:
+      name: `moe.dispatch`.
+      platform: cpu, gpu or tpu.
+      spread: whether experts, or parts of them, are on several devices.
+
+    Raises:
+      UserError: the named one has no buffers that devices could exchange.
+    """
+    if spread and name in ("ragged", "blocked"):
+        raise UserError(
+            f"moe.dispatch={name} does not reach experts on other devices; use auto or gather, or "
+            "mesh.expert=1, mesh.expert_slice=1 and mesh.tensor=1"
+        )
     if name != "auto":
         return name
+    if spread:
+        return "gather"
     return "gather/blocked" if platform == "cpu" else "gather/ragged"
 
 
@@ -103,37 +126,27 @@ def backend(resolved: str, dropless: bool) -> Dispatch:
     return BACKENDS[resolved.split("/")[-1 if dropless else 0]]
 
 
-def _invert(place_GxR: jax.Array, places: int) -> jax.Array:
-    """For each of `places` the row r that has it, and R where none has."""
-    groups, rows = place_GxR.shape
-    group_Gx1 = jnp.arange(groups)[:, None]
-    empty_GxP = jnp.full((groups, places), rows, jnp.int32)
-    return empty_GxP.at[group_Gx1, place_GxR].set(jnp.arange(rows), mode="drop")
-
-
-def _rows(x_GxNxD: jax.Array, index_GxM: jax.Array) -> jax.Array:
-    """x[g, index[g, m]], and zeros where the index is past the end."""
-    take = partial(jnp.take, axis=0, mode="fill", fill_value=0)
-    return jax.vmap(take)(x_GxNxD, index_GxM)
+def _rows(x_NxD: jax.Array, index_M: jax.Array) -> jax.Array:
+    """x[index[m]], and zeros where the index is past the end."""
+    return jnp.take(x_NxD, index_M, axis=0, mode="fill", fill_value=0)
 
 
 @jax.custom_vjp
-def _take_rows(x_GxNxD, index_GxM, inverse_GxNxJ):
+def _take_rows(x_NxD, index_M, inverse_NxJ):
     """`_rows`, with a gradient that gathers too: `inverse` lists the places each row went to.
 
     The derivative XLA would use, a scatter-add, is the slow part of a sparse dispatch.
     """
-    return _rows(x_GxNxD, index_GxM)
+    return _rows(x_NxD, index_M)
 
 
-def _take_rows_forward(x_GxNxD, index_GxM, inverse_GxNxJ):
-    return _rows(x_GxNxD, index_GxM), inverse_GxNxJ
+def _take_rows_forward(x_NxD, index_M, inverse_NxJ):
+    return _rows(x_NxD, index_M), inverse_NxJ
 
 
-def _take_rows_backward(inverse_GxNxJ, dy_GxMxD):
-    groups, rows, copies = inverse_GxNxJ.shape
-    dx_GxNJxD = _rows(dy_GxMxD, inverse_GxNxJ.reshape(groups, -1))
-    return dx_GxNJxD.reshape(groups, rows, copies, -1).sum(2), None, None
+def _take_rows_backward(inverse_NxJ, dy_MxD):
+    dx_NJxD = _rows(dy_MxD, inverse_NxJ.reshape(-1))
+    return dx_NJxD.reshape(*inverse_NxJ.shape, -1).sum(1), None, None
 
 
 _take_rows.defvjp(_take_rows_forward, _take_rows_backward)

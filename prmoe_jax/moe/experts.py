@@ -53,14 +53,14 @@ class Experts(nnx.Module):
         self.w_out = nnx.Param(jnp.tile(w_out, (count // drawn, 1, 1)))
         self.b_out = nnx.Param(jnp.zeros((count, d_model)))
 
-    def __call__(self, x_ExGxCxD: jax.Array) -> jax.Array:
+    def __call__(self, x_ExRxD: jax.Array) -> jax.Array:
         """Applies expert e to x[e]; same shape and dtype."""
-        experts, groups, slots, width = x_ExGxCxD.shape
-        w_in, b_in, w_out, b_out = self._weights(x_ExGxCxD.dtype)
-        x_ExRxD = x_ExGxCxD.reshape(experts, groups * slots, width)
-        h_ExRxF = _gelu(x_ExRxD @ w_in + b_in[:, None])
-        y_ExRxD = h_ExRxF @ w_out + b_out[:, None]
-        return y_ExRxD.reshape(x_ExGxCxD.shape)
+        return self.without_last_bias(x_ExRxD) + self.b_out[...].astype(x_ExRxD.dtype)[:, None]
+
+    def without_last_bias(self, x_ExRxD: jax.Array) -> jax.Array:
+        """The same but for b_out: where hidden units are split, these are the terms of a sum."""
+        w_in, b_in, w_out, _ = self._weights(x_ExRxD.dtype)
+        return _gelu(x_ExRxD @ w_in + b_in[:, None]) @ w_out
 
     def ragged(self, x_RxD: jax.Array, rows_E: jax.Array, expert_R: jax.Array) -> jax.Array:
         """Applies the experts to rows sorted by expert, `rows_E[e]` rows for expert e.

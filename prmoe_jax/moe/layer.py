@@ -1,15 +1,20 @@
 """The MoE layer: route, dispatch, experts, combine, and the residual branch beside them."""
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from prmoe_jax.config import ModelConfig, MoeConfig
 from prmoe_jax.moe import dispatch
 from prmoe_jax.moe.experts import MLP, Experts
 from prmoe_jax.moe.routing import RouterMetrics, capacity, route
+from prmoe_jax.parallel import rules
+from prmoe_jax.parallel.exchange import SpreadExperts, varying
+from prmoe_jax.parallel.mesh import batch_axes, expert_axes
 
 
 class MoE(nnx.Module):
@@ -56,6 +61,47 @@ class MoE(nnx.Module):
           capacity_factor: of an expert's even share of its group; inf drops nothing.
           keys_B: one key a sequence in training, None in evaluation.
         """
+        y_BxLxD, kept_BxL, metrics = self._spread(capacity_factor, x_BxLxD, valid_BxL, keys_B)
+        if self.mlp is None:
+            return y_BxLxD, metrics
+
+        mix_BxLx2 = self._mix(x_BxLxD)
+        unserved_BxL = valid_BxL & ~kept_BxL
+        metrics = metrics._replace(
+            coefficient=(mix_BxLx2[..., 0] * valid_BxL).sum(),
+            coefficient_unserved=(mix_BxLx2[..., 0] * unserved_BxL).sum(),
+        )
+        mix_BxLx2 = mix_BxLx2.astype(x_BxLxD.dtype)
+        y_BxLxD = y_BxLxD * mix_BxLx2[..., :1] + self.mlp(x_BxLxD) * mix_BxLx2[..., 1:]
+        return y_BxLxD, metrics
+
+    def _spread(self, capacity_factor: float, x_BxLxD, valid_BxL, keys_B):
+        """`_routed`, on a mesh by each device for its own rows."""
+        names = "w_router", "bias_router", "experts"
+        parts = {name: getattr(self, name) for name in names}
+        routed = partial(self._routed, capacity_factor)
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty:
+            return routed(parts, x_BxLxD, valid_BxL, keys_B)
+        axes = batch_axes(mesh)
+        rows = PartitionSpec(axes)
+
+        def local(parts, *inputs):
+            parts = varying(parts, axes)
+            if mesh.shape["data"] * mesh.shape["fsdp"] < mesh.size:
+                spread_over = expert_axes(mesh, self.experts.count)
+                parts["experts"] = SpreadExperts(parts["experts"], spread_over, self.moe.exchange)
+            y_BxLxD, kept_BxL, metrics = routed(parts, *inputs)
+            return y_BxLxD, kept_BxL, jax.lax.psum(varying(metrics, axes), axes)
+
+        return jax.shard_map(
+            local,
+            in_specs=(rules.specs(parts, mesh), rows, rows, keys_B if keys_B is None else rows),
+            out_specs=(rows, rows, PartitionSpec()),
+        )(parts, x_BxLxD, valid_BxL, keys_B)
+
+    def _routed(self, capacity_factor: float, parts: dict, x_BxLxD, valid_BxL, keys_B):
+        """The experts' branch, which tokens an expert kept, and the statistics of these rows."""
         batch, length, width = x_BxLxD.shape
         tokens = min(self.moe.group_size or length, batch * length)
         x_GxSxD = x_BxLxD.reshape(-1, tokens, width)
@@ -68,34 +114,24 @@ class MoE(nnx.Module):
             split = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
             keys_G = split(keys_B[:: max(1, tokens // length)], within).reshape(-1)
 
-        routing, metrics, slots = self._route(x_GxSxD, valid_GxS, capacity_factor, keys_G)
+        routing, metrics, slots = self._route(parts, x_GxSxD, valid_GxS, capacity_factor, keys_G)
         backend = dispatch.backend(self.moe.dispatch, dropless=math.isinf(capacity_factor))
-        y_GxSxD = backend(x_GxSxD, routing, self.experts, slots)
-        y_BxLxD = y_GxSxD.reshape(x_BxLxD.shape)
-        if self.mlp is None:
-            return y_BxLxD, metrics
+        y_GxSxD = backend(x_GxSxD, routing, parts["experts"], slots)
+        kept_BxL = routing.kept_GxSxK.any(-1).reshape(batch, length)
+        return y_GxSxD.reshape(x_BxLxD.shape), kept_BxL, metrics
 
-        mix_BxLx2 = self._mix(x_BxLxD)
-        unserved_BxL = valid_BxL & ~routing.kept_GxSxK.any(-1).reshape(batch, length)
-        metrics = metrics._replace(
-            coefficient=(mix_BxLx2[..., 0] * valid_BxL).sum(),
-            coefficient_unserved=(mix_BxLx2[..., 0] * unserved_BxL).sum(),
-        )
-        mix_BxLx2 = mix_BxLx2.astype(x_BxLxD.dtype)
-        y_BxLxD = y_BxLxD * mix_BxLx2[..., :1] + self.mlp(x_BxLxD) * mix_BxLx2[..., 1:]
-        return y_BxLxD, metrics
-
-    def _route(self, x_GxSxD, valid_GxS, capacity_factor, keys_G):
+    def _route(self, parts: dict, x_GxSxD, valid_GxS, capacity_factor, keys_G):
         """The decision, its statistics, and an expert's slots in each group."""
         x_GxSxD = x_GxSxD.astype(jnp.float32)
         if self.moe.noise == "jitter" and keys_G is not None:
             keys_G, jitter_keys_G = jax.vmap(jax.random.split, out_axes=1)(keys_G)
             x_GxSxD = jax.vmap(_jitter)(x_GxSxD, jitter_keys_G)
-        experts, tokens = self.experts.count, x_GxSxD.shape[1]
+        w_router_DxE, bias = parts["w_router"][...], parts["bias_router"]
+        experts, tokens = w_router_DxE.shape[-1], x_GxSxD.shape[1]
         slots = capacity(tokens, experts, capacity_factor, self.top_k, self.moe.min_capacity)
-        bias_E = None if self.bias_router is None else jax.lax.stop_gradient(self.bias_router[...])
+        bias_E = None if bias is None else jax.lax.stop_gradient(bias[...])
         routing, metrics = route(
-            dot32(x_GxSxD, self.w_router[...]),
+            dot32(x_GxSxD, w_router_DxE),
             valid_GxS,
             self.moe,
             top_k=self.top_k,

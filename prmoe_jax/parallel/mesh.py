@@ -1,22 +1,179 @@
-"""The device mesh: today one axis, over which every batch is split."""
+"""The device mesh: which axes there are, how many devices each has, and what it splits.
+
+From the outside in, neighbours last:
+
+  data      nothing: each of its devices holds all that the other axes leave it
+  fsdp      parameters that are not the experts' (ZeRO-3)
+  expert_…  experts; one with fewer experts than devices uses the inner axes alone
+  slice     every expert's hidden units, so that there may be more devices than experts
+  tensor    attention heads, hidden units and vocabulary
+
+All but `tensor` split the batch. All but `data` and `tensor` split the parameters that are not the
+experts'.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+from prmoe_jax.config import Config
+from prmoe_jax.errors import UserError
 
 
-def data_mesh() -> Mesh:
-    """All devices on one axis, 'data'."""
-    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh that `config.mesh` describes, of all devices or of those given.
+
+    Raises:
+      UserError: it does not fit the devices or the model; see `axis_sizes`.
+    """
+    sizes = axis_sizes(config, jax.device_count() if devices is None else len(devices))
+    kinds = (AxisType.Auto,) * len(sizes)
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=kinds, devices=devices)
+
+
+def axis_sizes(config: Config, devices: int) -> dict[str, int]:
+    """Devices of each axis of the mesh, outermost first.
+
+    Raises:
+      UserError: `config.mesh` does not fit the devices or the model; the line says what would.
+    """
+    sizes = dataclasses.asdict(config.mesh)
+    inner = sizes.pop("expert_inner")
+    given = math.prod(size for size in sizes.values() if size != -1)
+    rest = next((name for name, size in sizes.items() if size == -1), None)
+    if devices % given or (rest is None and given != devices):
+        text = " x ".join(f"mesh.{name}={size}" for name, size in sizes.items() if size > 1)
+        fix = "use sizes whose product divides it"
+        if rest is None:
+            fix = "leave one at -1, which means the rest"
+        raise UserError(
+            f"{text or 'a mesh of 1'} makes {given} devices, there are {devices}; {fix}"
+        )
+    if rest:
+        sizes[rest] = devices // given
+    _check_splits(config, sizes)
+    factors = _expert_factors(config, sizes["expert"], inner, devices)
+    _check_batch(config, devices // sizes["tensor"])
+    return {
+        "data": sizes["data"],
+        "fsdp": sizes["fsdp"],
+        **{f"expert_{i}": size for i, size in reversed(list(enumerate(factors)))},
+        "slice": sizes["expert_slice"],
+        "tensor": sizes["tensor"],
+    }
+
+
+def _expert_factors(config: Config, expert: int, inner: int, devices: int) -> list[int]:
+    """Sizes of the expert axes, inner first, so that every layer can use as many as it has use for.
+
+    A layer of E experts is spread over gcd(E, mesh.expert) devices, which must be a product of
+    inner axes: 32, 64 and 128 experts on 128 devices make axes of 32, 2 and 2.
+    """
+    counts = {e: i for i, e in enumerate(config.model.schedule.experts) if e}
+    problem = _problem(counts, expert, inner)
+    if problem:
+        divisors = [d for d in range(expert, 0, -1) if devices % d == 0]
+        works = next(d for d in divisors if not _problem(counts, d, 1))
+        fix = f"mesh.expert={works}"
+        if works == expert:
+            fix = (
+                f"mesh.expert_inner={next(d for d in divisors if not _problem(counts, expert, d))}"
+            )
+        raise UserError(f"mesh.expert={expert}: {problem}; use {fix}")
+    degrees = sorted({1, inner, *(math.gcd(count, expert) for count in counts)})
+    return [large // small for small, large in itertools.pairwise(degrees)] or [1]
+
+
+def _problem(counts: Mapping[int, int], expert: int, inner: int) -> str | None:
+    """Why layers of these counts (count -> a layer that has it) can't be spread, or None."""
+    degrees = {math.gcd(count, expert): count for count in counts}
+    for degree, count in degrees.items():
+        if degree == 1 < min(count, expert):
+            return f"the {count} experts of layer {counts[count]} share no divisor with it"
+    most = max(degrees, default=1)
+    if expert > most:
+        return f"no layer can spread its experts over more than {most} devices"
+    for small, large in itertools.pairwise(sorted({inner, *degrees})):
+        if large % small:
+            return f"its layers or stages spread over {small} and over {large} devices: not nested"
+    return None
+
+
+def _check_splits(config: Config, sizes: Mapping[str, int]) -> None:
+    """What is split must be divisible, and an exchange must have something to exchange."""
+    model, tensor = config.model, sizes["tensor"]
+    names = {"heads": tensor, "vocab_size": tensor, "d_ff": tensor * sizes["expert_slice"]}
+    for name, parts in names.items():
+        value = getattr(model, name)
+        if value % parts:
+            axes = "mesh.tensor" if parts == tensor else "mesh.tensor x mesh.expert_slice"
+            raise UserError(
+                f"model.{name}={value} is not divisible by {axes}={parts}; use "
+                f"{math.gcd(value, parts)} of them"
+            )
+    if config.moe.exchange == "coordinated" and tensor == 1:
+        raise UserError("moe.exchange=coordinated has no effect with mesh.tensor=1; use auto")
+    if config.moe.exchange == "hierarchical" and config.mesh.expert_inner == 1:
+        raise UserError(
+            "moe.exchange=hierarchical needs mesh.expert_inner, the devices of its inner stage "
+            "(those of one host, say)"
+        )
+
+
+def _check_batch(config: Config, devices: int) -> None:
+    """Every device must get the same whole number of routing groups a step."""
+    batch, group_rows = config.train.batch_size, max(1, config.group_size // config.model.length)
+    rows = devices * config.train.accumulate * group_rows
+    if batch % rows:
+        raise UserError(
+            f"train.batch_size={batch} is not divisible by {devices} devices x "
+            f"train.accumulate={config.train.accumulate} x routing groups of "
+            f"{config.group_size} tokens; use {max(1, batch // rows) * rows}"
+        )
+
+
+def batch_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+    """The axes that split a batch."""
+    return tuple(name for name in mesh.axis_names if name != "tensor")
+
+
+def expert_axes(mesh: Mesh | AbstractMesh, experts: int) -> tuple[str, ...]:
+    """The axes over which a layer of so many experts is spread, outermost first."""
+    axes, degree = [], 1
+    for name in reversed([name for name in mesh.axis_names if name.startswith("expert")]):
+        degree *= mesh.shape[name]
+        if experts % degree:
+            break
+        axes.insert(0, name)
+    return tuple(axes)
+
+
+def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
+    """The rows of a batch that this process's devices hold, whatever devices those are."""
+    places = _rows(mesh).addressable_devices_indices_map((batch_size,))
+    return sorted({row for (part,) in places.values() for row in range(batch_size)[part]})
+
+
+def split_batch(batch, mesh: Mesh, batch_size: int):
+    """Global arrays of `batch_size` rows from each process's `local_rows` of them."""
+
+    def place(x):
+        x = np.asarray(x)
+        shape = batch_size, *x.shape[1:]
+        return jax.make_array_from_process_local_data(_rows(mesh), x, shape)
+
+    return jax.tree.map(place, batch)
+
+
+def _rows(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec(batch_axes(mesh)))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
     """Every device holds the whole array."""
     return NamedSharding(mesh, PartitionSpec())
-
-
-def split_batch(batch, mesh: Mesh):
-    """Global arrays from each process's rows, their first dimension split over the devices."""
-    sharding = NamedSharding(mesh, PartitionSpec("data"))
-    place = lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x))  # noqa: E731
-    return jax.tree.map(place, batch)

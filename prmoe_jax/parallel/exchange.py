@@ -1,0 +1,111 @@
+"""Experts spread over devices: rows go to their expert's device and come back, inside shard_map.
+
+Flat is one all-to-all each way over all of the layer's axes. Hierarchical takes one axis after the
+other, so that devices of one host exchange first and hosts exchange larger pieces (paper, section
+5.3, "hierarchical all-to-all"). Coordinated is for rows that every device of `tensor` holds alike:
+each exchanges its share of them only, and what arrives is put together by an all-gather (section
+5.3, "parallelism coordinated communication"): 1/L of the bytes, L devices in `tensor`.
+
+X is the devices that exchange with each other, I the experts of one of them.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from prmoe_jax.moe.experts import Experts
+
+
+class SpreadExperts(NamedTuple):
+    """All experts of a layer, as one device of the mesh sees them; to be called as `Experts`."""
+
+    experts: Experts  # this device's part
+    axes: tuple[str, ...]  # of the mesh, over which the experts are spread, outermost first
+    exchange: str  # flat | hierarchical | coordinated
+
+    @property
+    def count(self) -> int:
+        """Experts of the layer."""
+        return self.experts.count
+
+    def __call__(self, x_ExRxD: jax.Array) -> jax.Array:
+        """Applies expert e to x[e], every device's rows; same shape and dtype."""
+        rows = x_ExRxD.shape[1]
+        coordinated = self.exchange == "coordinated"
+        if coordinated:
+            x_ExRxD = _own_rows(_pad_rows(x_ExRxD))
+        devices = jax.lax.axis_size(self.axes)
+        x_XxIxRxD = x_ExRxD.reshape(devices, -1, *x_ExRxD.shape[1:])
+        y_XxIxRxD = self._exchange(self._apply(self._exchange(x_XxIxRxD), coordinated))
+        y_ExRxD = y_XxIxRxD.reshape(x_ExRxD.shape)
+        if coordinated:
+            y_ExRxD = _all_rows(y_ExRxD)[:, :rows]
+        return y_ExRxD
+
+    def _exchange(self, x_XxIxRxD: jax.Array) -> jax.Array:
+        """Part x goes to device x; from device x comes part x."""
+        if self.exchange != "hierarchical":
+            return jax.lax.all_to_all(x_XxIxRxD, self.axes, 0, 0)
+        sizes = [jax.lax.axis_size(name) for name in self.axes]
+        x = x_XxIxRxD.reshape(*sizes, *x_XxIxRxD.shape[1:])
+        for i, name in reversed(list(enumerate(self.axes))):
+            x = jax.lax.all_to_all(x, name, i, i)
+        return x.reshape(x_XxIxRxD.shape)
+
+    def _apply(self, x_XxIxRxD: jax.Array, coordinated: bool) -> jax.Array:
+        """This device's experts on the rows of all; their hidden units may be split.
+
+        Every device of such a slice needs the rows of all of them, and gets back the sum for its
+        own.
+        """
+        devices, local, rows, width = x_XxIxRxD.shape
+        split = [name for name in ("slice", "tensor") if jax.lax.axis_size(name) > 1]
+        alike = ["tensor"] if "tensor" in split and not coordinated else []
+        others = tuple(name for name in split if name not in alike)
+        x_IxRxD = x_XxIxRxD.swapaxes(0, 1).reshape(local, -1, width)
+        if others:
+            x_IxRxD = jax.lax.all_gather(x_IxRxD, others, axis=1, tiled=True)
+        y_IxRxD = self.experts.without_last_bias(x_IxRxD)
+        if others:
+            y_IxRxD = jax.lax.psum_scatter(y_IxRxD, others, scatter_dimension=1, tiled=True)
+        if alike:
+            y_IxRxD = jax.lax.psum(y_IxRxD, "tensor")
+        y_IxRxD += self.experts.b_out[...].astype(y_IxRxD.dtype)[:, None]
+        return y_IxRxD.reshape(local, devices, rows, width).swapaxes(0, 1)
+
+
+def _pad_rows(x_ExRxD: jax.Array) -> jax.Array:
+    """As many rows as the devices of `tensor` can share evenly."""
+    missing = -x_ExRxD.shape[1] % jax.lax.axis_size("tensor")
+    return jnp.pad(x_ExRxD, ((0, 0), (0, missing), (0, 0)))
+
+
+@jax.custom_vjp
+def _own_rows(x_ExRxD: jax.Array) -> jax.Array:
+    """This device's share of rows that all of `tensor` hold alike.
+
+    In the gradient the shares are gathered: JAX would sum whole arrays that are mostly zeros.
+    """
+    rows = x_ExRxD.shape[1] // jax.lax.axis_size("tensor")
+    start = jax.lax.axis_index("tensor") * rows
+    return jax.lax.dynamic_slice_in_dim(x_ExRxD, start, rows, axis=1)
+
+
+def _all_rows(x_ExRxD: jax.Array) -> jax.Array:
+    """The rows of which every device of `tensor` has a share, alike on all of them."""
+    return jax.lax.all_gather(x_ExRxD, "tensor", axis=1, tiled=True, to="invarying")
+
+
+_own_rows.defvjp(lambda x: (_own_rows(x), None), lambda _, dy: (_all_rows(dy),))
+
+
+def varying(tree, axes: tuple[str, ...]):
+    """Marks what all devices hold alike as each one's own, so that its gradient is summed here."""
+
+    def mark(x):
+        already = jax.typeof(x).manual_axis_type.varying
+        missing = tuple(name for name in axes if name not in already)
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(mark, tree)

@@ -1,0 +1,159 @@
+"""Which axes of the mesh split which dimension of every parameter, and of its optimizer state."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from prmoe_jax.parallel.mesh import batch_axes, expert_axes
+from prmoe_jax.tree import named_leaves
+
+# By the end of a parameter's name, what each dimension after the stacked one is:
+#   T  heads, hidden units or vocabulary, split over `tensor`
+#   S  what FSDP splits, over all axes that split the batch but `data`
+#   E  experts, over as many expert axes as their number allows
+#   F  an expert's hidden units, over `slice` and `tensor`
+#   -  whole
+RULES = {
+    "tokens": "TS",
+    "positions": "-S",
+    "attention.w_qkv": "S-T-",
+    "attention.b_qkv": "-T-",
+    "attention.w_out": "T-S",
+    "attention.b_out": "-",
+    "mlp.w_in": "ST",
+    "mlp.b_in": "T",
+    "mlp.w_out": "TS",
+    "mlp.b_out": "-",
+    "experts.w_in": "E-F",
+    "experts.b_in": "EF",
+    "experts.w_out": "EF-",
+    "experts.b_out": "E-",
+    "w_router": "--",
+    "bias_router": "-",
+    "w_mix": "--",
+    "b_mix": "-",
+    "scale": "-",
+    "shift": "-",
+    "count": "",  # the optimizer's
+    "step": "",
+}
+
+
+def spec(
+    name: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh, in_use: bool = False
+) -> PartitionSpec:
+    """How the mesh splits a parameter, or a leaf of the optimizer's state, of this name.
+
+    Args:
+      name: as `tree.named_leaves` gives it.
+      shape: the whole array's.
+      mesh: from `mesh.make_mesh`.
+      in_use: what FSDP splits is together again.
+
+    Raises:
+      KeyError: no rule names it.
+    """
+    parts = name.split(".")
+    roles = RULES.get(".".join(parts[-2:]), RULES.get(parts[-1]))
+    if roles is None or len(shape) - len(roles) not in (0, 1):
+        raise KeyError(f"no rule in RULES for {name} of shape {shape}")
+    stacked = len(shape) - len(roles)
+
+    def axes(role: str, size: int) -> tuple[str, ...]:
+        names = {"T": ("tensor",), "F": ("slice", "tensor")}.get(role, ())
+        if role == "E":
+            names = expert_axes(mesh, size)
+        elif role == "S" and not in_use:
+            names = _most_axes(mesh, size)
+        return tuple(name for name in names if mesh.shape[name] > 1)
+
+    return PartitionSpec(*[None] * stacked, *map(axes, roles, shape[stacked:]))
+
+
+def _most_axes(mesh: Mesh | AbstractMesh, size: int) -> tuple[str, ...]:
+    """As many of the axes that split parameters, inner first, as divide a dimension."""
+    axes, parts = [], 1
+    for name in reversed([name for name in batch_axes(mesh) if name != "data"]):
+        parts *= mesh.shape[name]
+        if size % parts:
+            break
+        axes.insert(0, name)
+    return tuple(axes)
+
+
+def specs(tree, mesh: Mesh | AbstractMesh, in_use: bool = False):
+    """The tree with every leaf's partition in its place; takes shapes as well as arrays."""
+    leaves = [spec(name, leaf.shape, mesh, in_use) for name, leaf in named_leaves(tree).items()]
+    return jax.tree.unflatten(jax.tree.structure(tree), leaves)
+
+
+def shardings(tree, mesh: Mesh):
+    """The tree with every leaf's sharding in its place."""
+    return jax.tree.map(lambda parts: NamedSharding(mesh, parts), specs(tree, mesh))
+
+
+def constrain(tree):
+    """Holds gradients and the like to the partition of the parameters they belong to."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return tree
+    return jax.lax.with_sharding_constraint(tree, specs(tree, mesh))
+
+
+def constrain_rows(x_BxLxD: jax.Array) -> jax.Array:
+    """Holds activations to the partition of the batch."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x_BxLxD
+    return jax.lax.with_sharding_constraint(x_BxLxD, PartitionSpec(batch_axes(mesh)))
+
+
+def gathered(tree):
+    """Parameters about to be used: what FSDP splits is put together, nothing else moves.
+
+    The gradient is summed into the parts at once.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return tree
+    return jax.tree.map(_gather, specs(tree, mesh), specs(tree, mesh, in_use=True), tree)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _gather(parts: PartitionSpec, whole: PartitionSpec, w: jax.Array) -> jax.Array:
+    return jax.lax.with_sharding_constraint(w, whole)
+
+
+_gather.defvjp(
+    lambda parts, whole, w: (_gather(parts, whole, w), None),
+    lambda parts, whole, _, dw: (jax.lax.with_sharding_constraint(dw, parts),),
+)
+
+
+def look_up(name: str, table_VxD: jax.Array, ids_BxL: jax.Array) -> jax.Array:
+    """table[ids]; on a mesh each device for its own rows, with every gradient summed into its part.
+
+    Args:
+      name: the table's, in `RULES`.
+      table_VxD: split or not.
+      ids_BxL: below V.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return table_VxD[ids_BxL]
+    parts = spec(name, table_VxD.shape, mesh)
+    entries, width = parts
+
+    def local(table_VxD, ids_BxL):
+        if width:
+            table_VxD = jax.lax.all_gather(table_VxD, width, axis=1, tiled=True)
+        if not entries:
+            return table_VxD[ids_BxL]
+        ids_BxL -= jax.lax.axis_index(entries) * len(table_VxD)
+        here_BxLx1 = ((ids_BxL >= 0) & (ids_BxL < len(table_VxD)))[..., None]
+        return jax.lax.psum(jnp.where(here_BxLx1, table_VxD[ids_BxL], 0), entries)
+
+    rows = PartitionSpec(batch_axes(mesh))
+    return jax.shard_map(local, in_specs=(parts, rows), out_specs=rows)(table_VxD, ids_BxL)

@@ -1,0 +1,260 @@
+"""What test_parallel.py runs on eight devices: python -m tests.eight_devices CASE."""
+
+import dataclasses
+import re
+import sys
+from pathlib import Path
+
+import jax
+
+jax.config.update("jax_num_cpu_devices", 8)
+# Much is compiled here, and little run.
+jax.config.update("jax_disable_most_optimizations", True)
+
+import numpy as np  # noqa: E402
+
+from prmoe_jax import architecture, config  # noqa: E402
+from prmoe_jax.checkpoint import Checkpoints  # noqa: E402
+from prmoe_jax.config import Config, MeshConfig  # noqa: E402
+from prmoe_jax.data.pipeline import Batch  # noqa: E402
+from prmoe_jax.loss import forward, totals, training_loss  # noqa: E402
+from prmoe_jax.model import resolve_backends  # noqa: E402
+from prmoe_jax.parallel import rules  # noqa: E402
+from prmoe_jax.parallel.mesh import make_mesh, split_batch  # noqa: E402
+from prmoe_jax.step import init_state, make_train_step, sharded_state  # noqa: E402
+from prmoe_jax.tree import named_leaves  # noqa: E402
+
+ROWS, LENGTH = 8, 16
+ARCHITECTURES = {
+    "moe": ("2 layers, every 1, E=4", {}),
+    "top2": ("2 layers, E=4, top 2", {}),
+    "pyramid": ("4 layers, E=4+8, residual", {}),
+    "accumulate": ("4 layers, E=4+8, residual", {"batch_size": 4 * ROWS, "accumulate": 4}),
+}
+MESHES = {
+    "data": {},
+    "fsdp": {"data": 1, "fsdp": 8},
+    "expert": {"expert": 4},
+    "tensor": {"tensor": 4},
+    "sliced": {"expert": 4, "expert_slice": 2},
+    "data, fsdp, expert": {"fsdp": 2, "expert": 2},
+    "fsdp, expert, tensor": {"fsdp": 2, "expert": 2, "tensor": 2},
+    "expert, slice, tensor": {"expert": 2, "expert_slice": 2, "tensor": 2},
+    "expert, tensor, flat": {"expert": 4, "tensor": 2, "exchange": "flat"},
+    "expert, tensor, coordinated": {"expert": 4, "tensor": 2, "exchange": "coordinated"},
+    "two stages": {"expert": 4, "expert_inner": 2, "exchange": "hierarchical"},
+}
+
+
+def settings(text: str, train=(), **model) -> Config:
+    shape = {"vocab_size": 272, "length": LENGTH, "d_model": 24, "heads": 4, "d_ff": 40}
+    fields = architecture.parse_fields(text) | shape | {"dtype": "float32", "init_std": 0.2}
+    values = {
+        "model": fields | {"dropout": 0.1} | model,
+        "moe": {"min_capacity": 1, "overflow": "random", "aux_loss_weight": 0.1},
+        "train": {"steps": 10, "batch_size": ROWS} | dict(train),
+        # A first AdamW step is the gradient's sign unless epsilon matters.
+        "optimizer": {"eps": 1e-2, "clip_norm": 0.1},
+    }
+    return config.resolve(values)
+
+
+def spread(values: Config, mesh: dict) -> tuple[Config, jax.sharding.Mesh]:
+    """The config for one of `MESHES`, resolved, and the mesh."""
+    axes = {name: size for name, size in mesh.items() if name != "exchange"}
+    moe = dataclasses.replace(values.moe, exchange=mesh.get("exchange", "auto"))
+    values = dataclasses.replace(values, mesh=MeshConfig(**axes), moe=moe)
+    mesh = make_mesh(values)
+    return resolve_backends(values, "cpu", mesh), mesh
+
+
+def make_batch(rows: int) -> Batch:
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 272, (rows, LENGTH + 1)).astype(np.int32)
+    segments = np.sort(rng.integers(1, 3, (rows, LENGTH)), axis=1).astype(np.int32)
+    mask = np.ones((rows, LENGTH), bool)
+    segments[2, LENGTH // 2 :], mask[2, LENGTH // 2 :] = 0, False  # padding
+    segments[5], mask[5] = 0, False
+    return Batch(tokens[:, :-1], tokens[:, 1:], mask, segments)
+
+
+def gradient_of(values: Config):
+    """The loss and the gradient of the first step, with its randomness."""
+
+    def gradient(model, batch):
+        keys_B = jax.random.split(jax.random.key(3), len(batch.tokens_BxL))
+
+        def loss(model):
+            sums = forward(model, batch, values.moe.capacity_factor, keys_B)
+            return training_loss(sums, totals(batch, values), values)
+
+        loss, gradient = jax.value_and_grad(loss)(model)
+        return loss, rules.constrain(gradient)
+
+    return gradient
+
+
+def gradient_and_update(values: Config):
+    """The same, and what the step makes of it."""
+    gradient, update = gradient_of(values), make_train_step(values)
+    return jax.jit(lambda state, batch: (*gradient(state.model, batch), update(state, batch)))
+
+
+def compare(ours, expected, tolerance: float = 1e-5) -> float:
+    """The largest error of a leaf relative to the leaf's largest entry."""
+    worst = 0.0
+    for name, leaf in named_leaves(expected).items():
+        leaf = np.asarray(leaf, np.float64)
+        error = np.abs(np.asarray(named_leaves(ours)[name], np.float64) - leaf).max(initial=0)
+        scale = max(np.abs(leaf).max(initial=0), 1e-6)
+        assert error <= tolerance * scale, f"{name}: {error:.2e} of {scale:.2e}"
+        worst = max(worst, error / scale)
+    return worst
+
+
+def step(name: str) -> None:
+    """One device against every mesh: loss, gradient, and the state and metrics after a step."""
+    text, train = ARCHITECTURES[name]
+    values = settings(text, train)
+    batch = make_batch(values.train.batch_size)
+    alone = resolve_backends(values, "cpu")
+    state = jax.jit(init_state, static_argnums=0)(alone)
+    expected = gradient_and_update(alone)(state, batch)
+    metrics = expected[-1][1]
+    assert metrics["grad_norm"] > 0.1, "clipping does nothing"
+    assert metrics["drop_fraction"] > 0.05, "nothing is dropped"
+    some = ["data", "fsdp", "fsdp, expert, tensor", "expert, slice, tensor", "two stages"]
+    for label in some if name == "accumulate" else MESHES:
+        here, mesh = spread(values, MESHES[label])
+        with jax.set_mesh(mesh):
+            placed = jax.device_put(state, rules.shardings(state, mesh))
+            rows = split_batch(batch, mesh, len(batch.mask_BxL))
+            error = compare(gradient_and_update(here)(placed, rows), expected)
+        print(f"{label}: equal within {error:.1e}", flush=True)
+
+
+def drops() -> None:
+    """The same tokens are dropped, and the same auxiliary loss results, on 1, 2, 4, 8 devices."""
+    values = settings("2 layers, E=4, top 2", {"batch_size": ROWS})
+    seen = []
+    for count in (1, 2, 4, 8):
+        mesh = make_mesh(values, jax.devices()[:count])
+        here = resolve_backends(values, "cpu", mesh)
+        with jax.set_mesh(mesh):
+            model = sharded_state(here, mesh).model
+            rows = split_batch(make_batch(ROWS), mesh, ROWS)
+            keys_B = jax.random.split(jax.random.key(3), ROWS)
+            run = jax.jit(lambda model, *inputs: forward(model, inputs[0], 1.0, inputs[1]).routers)
+            (router,) = jax.device_get(run(model, rows, keys_B))
+            seen.append(router)
+        for field in ("assigned_E", "dropped_E", "dropped_S", "unserved"):
+            np.testing.assert_array_equal(getattr(seen[-1], field), getattr(seen[0], field))
+        np.testing.assert_allclose(seen[-1].aux_loss, seen[0].aux_loss, rtol=1e-6)
+        print(f"{count} devices drop", *seen[-1].dropped_S)
+    assert seen[0].dropped_S.sum() > 0
+
+
+def collectives(hlo: str, kind: str) -> list[tuple[int, str]]:
+    """(bytes of the result, groups of devices as written) of each collective of a kind."""
+    found = []
+    for line in hlo.splitlines():
+        if match := re.search(rf"= (.*?) {kind}(?:-start)?\(", line):
+            shapes = re.findall(r"(?:f32|s32|u32|pred)\[([\d,]*)\]", match[1])
+            count = sum(int(np.prod([int(d) for d in dims.split(",") if d])) for dims in shapes)
+            found.append((4 * count, re.search(r"replica_groups=(.*)", line)[1]))
+    return found
+
+
+def groups(text: str) -> frozenset:
+    """As XLA writes them: '{{0,1},{2,3}}', '[2,2]<=[2,2]T(1,0)' or "mesh['a'=2,'b'=2] {'a'}"."""
+    numbers = lambda text: [int(n) for n in text.split(",")]  # noqa: E731
+    if text.startswith("{"):
+        listed = re.match(r"{({[\d,{}]+})}", text)[1]
+        return frozenset(tuple(numbers(group)) for group in re.findall(r"{([\d,]+)}", listed))
+    if text.startswith("mesh"):
+        axes = dict(re.findall(r"'(\w+)'=(\d+)", text.partition("]")[0]))
+        inside = re.findall(r"'(\w+)'", re.search(r"\] {(.*?)}", text)[1])
+        ids = np.arange(8).reshape([int(size) for size in axes.values()])
+        ids = np.moveaxis(ids, [list(axes).index(name) for name in inside], range(-len(inside), 0))
+        shape = [-1, np.prod([int(axes[name]) for name in inside])]
+    else:
+        shape, source, order = re.match(r"\[(.*?)\]<=\[(.*?)\](?:T\((.*?)\))?", text).groups()
+        ids, shape = np.arange(8).reshape(numbers(source)), numbers(shape)
+        ids = ids.transpose(numbers(order)) if order else ids
+    return frozenset(tuple(group) for group in ids.reshape(shape).tolist())
+
+
+def exchanges() -> None:
+    """What the compiled gradient exchanges, and that no expert's weights are gathered."""
+    d_ff = 400
+    one_expert = 4 * 24 * d_ff
+    both_halves = {(0, 1, 2, 3), (4, 5, 6, 7)}
+
+    def compiled(text, label=None, **mesh):
+        values, mesh = spread(settings(text, d_ff=d_ff), MESHES[label] if label else mesh)
+        with jax.set_mesh(mesh):
+            state = jax.eval_shape(lambda: init_state(values))
+            places = rules.shardings(state.model, mesh)
+            model = jax.tree.map(
+                lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+                state.model,
+                places,
+            )
+            rows = split_batch(make_batch(ROWS), mesh, ROWS)
+            hlo = jax.jit(gradient_of(values)).lower(model, rows).compile().as_text()
+        for size, _ in collectives(hlo, "all-gather"):
+            assert size < one_expert, f"{size} bytes gathered"
+        return [(size, groups(text)) for size, text in collectives(hlo, "all-to-all")]
+
+    # A stage of 4 experts and one of 8 on 8 devices: forward there and back, backward the same.
+    found = compiled("4 layers, every 1, E=4x2+8x2", expert=8)
+    assert [g for _, g in found].count(frozenset(both_halves)) == 4, found
+    assert [g for _, g in found].count(frozenset({tuple(range(8))})) == 4, found
+    assert len(found) == 8, found
+    # Two stages: neighbours first, then one of each pair.
+    found = compiled("2 layers, every 1, E=8", expert=8, expert_inner=2, exchange="hierarchical")
+    inner = frozenset((i, i + 1) for i in range(0, 8, 2))
+    outer = frozenset({(0, 2, 4, 6), (1, 3, 5, 7)})
+    assert sorted([g for _, g in found], key=len) == [outer] * 4 + [inner] * 4, found
+    # Rows that two devices hold alike: each sends half of them.
+    flat = compiled("2 layers, every 1, E=4", "expert, tensor, flat")
+    coordinated = compiled("2 layers, every 1, E=4", "expert, tensor, coordinated")
+    assert len(flat) == len(coordinated) == 4
+    assert sum(size for size, _ in flat) == 2 * sum(size for size, _ in coordinated) > 0
+    assert {g for _, g in flat + coordinated} == {frozenset({(0, 2, 4, 6), (1, 3, 5, 7)})}
+    # FSDP beside experts: parameters are gathered, experts are not.
+    assert len(compiled("2 layers, every 1, E=4", "data, fsdp, expert")) == 4
+    print("checked")
+
+
+def checkpoints(folder: str) -> None:
+    values = settings("4 layers, E=4+8, residual")
+    chosen = ["data", "fsdp", "expert", "expert, slice, tensor", "two stages"]
+    record = {"fingerprint": {}, "iterator": {"position": 17}}
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: init_state(resolve_backends(values, "cpu")))
+    state = jax.tree.map(lambda x: rng.integers(0, 99, x.shape).astype(x.dtype), shapes)
+    state = state._replace(step=np.int32(1))
+    for source in chosen:
+        _, mesh = spread(values, MESHES[source])
+        store = Checkpoints(Path(folder) / source, keep=1)
+        store.save(1, jax.device_put(state, rules.shardings(state, mesh)), record)
+        store.wait()
+        store.close()
+        for target in chosen:
+            there, mesh = spread(values, MESHES[target])
+            store = Checkpoints(Path(folder) / source)
+            number, restored, data = store.restore(there, mesh)
+            store.close()
+            assert (number, data) == (1, record)
+            for name, leaf in named_leaves(restored).items():
+                expected = rules.spec(name, leaf.shape, mesh)
+                assert leaf.sharding.is_equivalent_to(
+                    jax.sharding.NamedSharding(mesh, expected), leaf.ndim
+                ), name
+                np.testing.assert_array_equal(leaf, named_leaves(state)[name], err_msg=name)
+            print(f"{source} -> {target}: restored")
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]](*sys.argv[2:])

@@ -1,0 +1,211 @@
+"""The mesh: its axes, its rules, and that what it splits is what one device computes.
+
+Eight devices are eight threads of a CPU, in a process of their own.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractMesh
+from jax.sharding import PartitionSpec as P
+
+from prmoe_jax import architecture, config
+from prmoe_jax.errors import UserError
+from prmoe_jax.parallel.mesh import axis_sizes, batch_axes, expert_axes
+from prmoe_jax.parallel.rules import RULES, spec, specs
+from prmoe_jax.step import init_state
+from prmoe_jax.tree import named_leaves
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+def settings(text, batch_size=8, model=(), moe=(), train=(), **mesh):
+    fields = architecture.parse_fields(text) | dict(model)
+    train = {"steps": 10, "batch_size": batch_size} | dict(train)
+    return config.resolve({"model": fields, "moe": dict(moe), "mesh": mesh, "train": train})
+
+
+def sizes(devices, text, **changes):
+    return axis_sizes(settings(text, **changes), devices)
+
+
+def test_the_rest_goes_to_the_open_axis():
+    assert sizes(8, "4 layers, E=4") == {
+        "data": 8, "fsdp": 1, "expert_0": 1, "slice": 1, "tensor": 1
+    }  # fmt: skip
+    assert sizes(8, "4 layers, E=4", data=1, fsdp=-1, expert=2)["fsdp"] == 4
+    assert sizes(8, "4 layers, E=4", data=2, fsdp=2, tensor=-1)["tensor"] == 2
+
+
+def test_every_layer_of_a_pyramid_uses_as_many_devices_as_it_can():
+    """The paper's example: 32, 64 and 128 experts on 128 devices: EP 32, 64, 128."""
+    shape = sizes(128, "6 layers, E=32+64+128", batch_size=128, expert=128)
+    assert list(shape.items())[2:5] == [("expert_2", 2), ("expert_1", 2), ("expert_0", 32)]
+    mesh = AbstractMesh(tuple(shape.values()), tuple(shape))
+    assert expert_axes(mesh, 32) == ("expert_0",)
+    assert expert_axes(mesh, 64) == ("expert_1", "expert_0")
+    assert expert_axes(mesh, 128) == ("expert_2", "expert_1", "expert_0")
+    assert batch_axes(mesh) == ("data", "fsdp", "expert_2", "expert_1", "expert_0", "slice")
+    # Fewer devices than experts: several on each.
+    assert sizes(16, "6 layers, E=32+64+128", batch_size=16, expert=16)["expert_0"] == 16
+    # An exchange in two stages: hosts of 8.
+    changes = {"batch_size": 128, "moe": {"exchange": "hierarchical"}}
+    shape = sizes(128, "6 layers, E=32+64+128", **changes, expert=128, expert_inner=8)
+    assert [shape[f"expert_{i}"] for i in range(4)] == [8, 4, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("text", "changes", "line"),
+    [
+        ("2 layers, E=4", {"data": 3}, "mesh.data=3 makes 3 devices, there are 8; leave one at -1"),
+        (
+            "2 layers, E=4",
+            {"expert": 3},
+            "mesh.expert=3 makes 3 devices, there are 8; use sizes whose product divides it",
+        ),
+        (
+            "2 layers, E=4",
+            {"expert": 8},
+            "mesh.expert=8: no layer can spread its experts over more than 4 devices; use "
+            "mesh.expert=4",
+        ),
+        (
+            "4 layers, E=3+8",
+            {"expert": 8},
+            "mesh.expert=8: the 3 experts of layer 1 share no divisor with it; use mesh.expert=1",
+        ),
+        ("2 layers", {"expert": 2}, "mesh.expert=2: no layer can spread its experts over more"),
+        (
+            "2 layers, E=4",
+            {"tensor": 8},
+            "model.heads=4 is not divisible by mesh.tensor=8; use 4 of them",
+        ),
+        (
+            "2 layers, E=4",
+            {"model": {"d_ff": 12}, "tensor": 4, "expert_slice": 2},
+            "model.d_ff=12 is not divisible by mesh.tensor x mesh.expert_slice=8; use 4 of them",
+        ),
+        (
+            "2 layers, E=4",
+            {"batch_size": 12},
+            "train.batch_size=12 is not divisible by 8 devices x train.accumulate=1 x routing "
+            "groups of 256 tokens; use 8",
+        ),
+        (
+            "2 layers, E=4",
+            {"moe": {"exchange": "coordinated"}},
+            "moe.exchange=coordinated has no effect with mesh.tensor=1; use auto",
+        ),
+        (
+            "2 layers, E=4",
+            {"moe": {"exchange": "hierarchical"}, "expert": 4},
+            "moe.exchange=hierarchical needs mesh.expert_inner",
+        ),
+        (
+            "2 layers, E=8",
+            {"moe": {"exchange": "hierarchical"}, "expert": 8, "expert_inner": 3},
+            "mesh.expert=8: its layers or stages spread over 3 and over 8 devices: not nested; "
+            "use mesh.expert_inner=8",
+        ),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_refused(text, changes, line):
+    with pytest.raises(UserError) as error:
+        sizes(8, text, **changes)
+    assert str(error.value).startswith(line)
+
+
+def test_proposals_work():
+    """Whatever number of experts and devices is asked for, the mesh proposed is accepted."""
+    proposed = 0
+    for experts in ("2", "6", "12", "3+6", "4+6", "4+8+12", "5+10"):
+        for asked in range(2, 25):
+            text = (
+                f"6 layers, E={experts}"
+                if "+" not in experts
+                else (f"{2 * (1 + experts.count('+'))} layers, E={experts}")
+            )
+            try:
+                sizes(24, text, batch_size=24, data=1, fsdp=-1, expert=asked)
+            except UserError as error:
+                if "use mesh.expert=" in str(error):
+                    works = int(str(error).rpartition("=")[2])
+                    sizes(24, text, batch_size=24, data=1, fsdp=-1, expert=works)
+                    proposed += 1
+    assert proposed > 20
+
+
+def mesh_of(**sizes):
+    return AbstractMesh(tuple(sizes.values()), tuple(sizes))
+
+
+def test_rules_by_hand():
+    mesh = mesh_of(data=2, fsdp=4, expert_1=2, expert_0=8, slice=3, tensor=2)
+    shards = "fsdp", "expert_1", "expert_0", "slice"
+    assert spec("tokens", (512, 192), mesh) == P(("tensor",), shards)
+    assert spec("tokens", (512, 192), mesh, in_use=True) == P(("tensor",), ())
+    w_in = "stages.0.blocks.1.mlp.experts.w_in"
+    spread = ("expert_1", "expert_0")
+    assert spec(w_in, (3, 32, 64, 96), mesh) == P(None, spread, (), ("slice", "tensor"))
+    assert spec(w_in, (3, 8, 64, 96), mesh)[1] == "expert_0"
+    assert spec("stages.0.blocks.1.mlp.mlp.w_out", (3, 96, 192), mesh)[1:] == ("tensor", shards)
+    # Where the width can't be split over all, over the inner ones.
+    assert spec("tokens", (512, 72), mesh)[1] == ("expert_0", "slice")
+    assert spec("0.mu.stages.0.blocks.0.attention.w_out", (3, 4, 8, 192), mesh)[3] == shards
+    # An axis of one device splits nothing.
+    alone = mesh_of(data=8, fsdp=1, expert_0=1, slice=1, tensor=1)
+    assert spec("tokens", (8, 8), alone) == P((), ())
+
+
+def test_rules_name_every_leaf():
+    """Parameters and optimizer state, with every option on; a new name is an error."""
+    everything = settings("8 layers, E=2x3+5, residual", moe={"bias_update_rate": 0.1})
+    state = jax.eval_shape(lambda: init_state(everything))
+    mesh = mesh_of(data=2, fsdp=2, expert_0=1, slice=1, tensor=2)
+    decided = named_leaves(specs(state, mesh))
+    assert decided.keys() == named_leaves(state).keys()
+    used = {next(r for r in RULES if name.endswith(r)) for name in decided}
+    assert used == RULES.keys()
+    for name, leaf in named_leaves(state).items():
+        partition = decided[name]
+        assert len(partition) == leaf.ndim
+        for size, axes in zip(leaf.shape, partition, strict=True):
+            for axis in [axes] if isinstance(axes, str) else axes or ():
+                assert size % mesh.shape[axis] == 0
+    with pytest.raises(KeyError, match="no rule in RULES for stages.0.w_new"):
+        specs({"stages": [{"w_new": jnp.zeros((3, 3))}]}, mesh)
+
+
+def on_eight_devices(case, *arguments):
+    """Runs `tests/eight_devices.py CASE …`; its checks are assertions."""
+    command = [sys.executable, "-m", "tests.eight_devices", case, *arguments]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "meshes"), [("moe", 11), ("top2", 11), ("pyramid", 11), ("accumulate", 5)]
+)
+def test_a_step_on_a_mesh_equals_one_on_one_device(name, meshes):
+    """Loss, every gradient, and the state after one clipped update."""
+    assert on_eight_devices("step", name).count("equal") == meshes
+
+
+def test_the_same_tokens_are_dropped_on_1_2_4_and_8_devices():
+    lines = on_eight_devices("drops").splitlines()
+    assert [line.split()[0] for line in lines] == ["1", "2", "4", "8"]
+
+
+def test_exchanges():
+    """The compiled program: all-to-alls, their groups and bytes, and no expert weight gathered."""
+    assert "checked" in on_eight_devices("exchanges")
+
+
+def test_checkpoints_between_meshes(tmp_path):
+    """Parameters, optimizer state and position, bit for bit between all pairs of five meshes."""
+    assert on_eight_devices("checkpoints", str(tmp_path)).count("restored") == 25

@@ -1,0 +1,73 @@
+"""Several processes as one run: the losses of one process, and no hanging when one is lost."""
+
+import json
+import socket
+import time
+from pathlib import Path
+
+import pytest
+
+from prmoe_jax.metrics import read_metrics
+from tests.test_train import REPOSITORY, arguments, finish, start, text, wait_for_lines  # noqa: F401
+
+FOUR_DEVICES = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+EIGHT_DEVICES = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+SETTINGS = {"mesh.expert": 4, "moe.overflow": "random", "train.steps": 6}
+
+
+def start_two(command):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    variables = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"} | FOUR_DEVICES
+    return [start(*command, "--distributed", JAX_PROCESS_ID=str(i), **variables) for i in range(2)]
+
+
+def losses(workdir):
+    lines = read_metrics(Path(workdir) / "metrics.jsonl")
+    return [(line["step"], line["loss"], line["drop_fraction"]) for line in lines if "loss" in line]
+
+
+def test_two_processes_of_four_devices_equal_one_of_eight(text, tmp_path):  # noqa: F811
+    one, two = tmp_path / "one", tmp_path / "two"
+    code, _, err = finish(start(*arguments(text, one, **SETTINGS), **EIGHT_DEVICES))
+    assert code == 0, err
+    results = [finish(process) for process in start_two(arguments(text, two, **SETTINGS))]
+    assert [code for code, _, _ in results] == [0, 0], results
+    assert losses(one) == [pytest.approx(line, rel=1e-5) for line in losses(two)]
+    # Gloo, the library of CPUs' collectives, greets on stdout.
+    first, second = (
+        [line for line in out.splitlines() if not line.startswith("[Gloo]")]
+        for _, out, _ in results
+    )
+    assert json.loads(*first)["eval/loss"] > 0
+    assert second == []  # process 0 speaks for all
+
+
+def test_a_lost_process_ends_the_other_and_one_process_resumes(text, tmp_path):  # noqa: F811
+    settings = SETTINGS | {"train.steps": 2000, "checkpoint.every": 5}
+    command = arguments(text, tmp_path / "run", **settings)
+    processes = start_two(command)
+    wait_for_lines(tmp_path / "run", 12, processes[0])
+    processes[1].kill()
+    killed = time.monotonic()
+    code, _, err = finish(processes[0])
+    assert time.monotonic() - killed < 60
+    assert code not in (0, 2)
+    # Ours, where a collective fails; JAX's own, where a heartbeat does.
+    assert "another process of this run was lost" in err or "another task died" in err
+    processes[1].communicate()
+    steps = [step for step, _, _ in losses(tmp_path / "run")]
+    # A run of one process and one device goes on where two with eight were.
+    process = start(*arguments(text, tmp_path / "run", **settings | {"mesh.expert": 1}))
+    wait_for_lines(tmp_path / "run", len(steps) + 5, process)
+    process.kill()
+    _, _, err = finish(process)
+    assert "resumed at step" in err
+
+
+def test_variables_are_given_together(text, tmp_path):  # noqa: F811
+    process = start("train", "--distributed", *arguments(text, tmp_path)[1:], JAX_PROCESS_ID="0")
+    code, _, err = finish(process)
+    assert code == 2
+    assert "JAX_PROCESS_ID given without JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES" in err
