@@ -43,9 +43,10 @@ def forward(model: Transformer, batch: Batch, capacity_factor: float, keys_B=Non
     x_BxLxD, routers = model(
         batch.tokens_BxL, batch.segments_BxL, capacity_factor=capacity_factor, keys_B=keys_B
     )
-    logits_BxLxV = model.logits(x_BxLxD)
-    log_z_BxL = jax.nn.logsumexp(logits_BxLxV, axis=-1)
-    target_BxL = jnp.take_along_axis(logits_BxLxV, batch.targets_BxL[..., None], -1)[..., 0]
+    with jax.named_scope("logits"):
+        logits_BxLxV = model.logits(x_BxLxD)
+        log_z_BxL = jax.nn.logsumexp(logits_BxLxV, axis=-1)
+        target_BxL = jnp.take_along_axis(logits_BxLxV, batch.targets_BxL[..., None], -1)[..., 0]
     return Sums(
         tokens=batch.mask_BxL.sum(),
         lm_loss=((log_z_BxL - target_BxL) * batch.mask_BxL).sum(),

@@ -68,14 +68,16 @@ class Block(nnx.Module):
         self, x_BxLxD, segments_BxL, capacity_factor: float, keys_B=None
     ) -> tuple[jax.Array, RouterMetrics | None]:
         keys = [None] * 3 if keys_B is None else [fold_in(keys_B, i) for i in range(3)]
-        y_BxLxD = self.attention(self.norm_attention(x_BxLxD), segments_BxL)
-        x_BxLxD += dropout(y_BxLxD, self.dropout, keys[0])
+        with jax.named_scope("attention"):
+            y_BxLxD = self.attention(self.norm_attention(x_BxLxD), segments_BxL)
+            x_BxLxD += dropout(y_BxLxD, self.dropout, keys[0])
         y_BxLxD = self.norm_mlp(x_BxLxD)
         metrics = None
         if isinstance(self.mlp, MoE):
             y_BxLxD, metrics = self.mlp(y_BxLxD, segments_BxL > 0, capacity_factor, keys[1])
         else:
-            y_BxLxD = self.mlp(y_BxLxD)
+            with jax.named_scope("mlp"):
+                y_BxLxD = self.mlp(y_BxLxD)
         return x_BxLxD + dropout(y_BxLxD, self.dropout, keys[2]), metrics
 
 
@@ -141,8 +143,9 @@ class Transformer(nnx.Module):
           keys_B: one key a sequence switches training's randomness on; None for evaluation.
         """
         dtype = jnp.dtype(self.config.dtype)
-        x_BxLxD = rules.look_up("tokens", self.tokens[...], tokens_BxL)
-        x_BxLxD += rules.look_up("positions", self.positions[...], positions(segments_BxL))
+        with jax.named_scope("embedding"):
+            x_BxLxD = rules.look_up("tokens", self.tokens[...], tokens_BxL)
+            x_BxLxD += rules.look_up("positions", self.positions[...], positions(segments_BxL))
         x_BxLxD = dropout(x_BxLxD.astype(dtype), self.config.dropout, keys_B)
         metrics = []
         schedule = self.config.schedule.stages()

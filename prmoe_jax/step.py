@@ -85,8 +85,9 @@ def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[Train
             )
 
         gradient = rules.constrain(gradient)
-        updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.model)
-        model = optax.apply_updates(state.model, updates)
+        with jax.named_scope("optimizer"):
+            updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.model)
+            model = optax.apply_updates(state.model, updates)
         if config.moe.bias_update_rate:
             balance(model, sums.routers, config.moe.bias_update_rate)
         metrics = {

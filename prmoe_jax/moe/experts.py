@@ -60,7 +60,8 @@ class Experts(nnx.Module):
     def without_last_bias(self, x_ExRxD: jax.Array) -> jax.Array:
         """The same but for b_out: where hidden units are split, these are the terms of a sum."""
         w_in, b_in, w_out, _ = self._weights(x_ExRxD.dtype)
-        return _gelu(x_ExRxD @ w_in + b_in[:, None]) @ w_out
+        with jax.named_scope("experts"):
+            return _gelu(x_ExRxD @ w_in + b_in[:, None]) @ w_out
 
     def ragged(self, x_RxD: jax.Array, rows_E: jax.Array, expert_R: jax.Array) -> jax.Array:
         """Applies the experts to rows sorted by expert, `rows_E[e]` rows for expert e.

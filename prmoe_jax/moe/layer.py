@@ -65,14 +65,17 @@ class MoE(nnx.Module):
         if self.mlp is None:
             return y_BxLxD, metrics
 
-        mix_BxLx2 = self._mix(x_BxLxD)
+        with jax.named_scope("routing"):
+            mix_BxLx2 = self._mix(x_BxLxD)
         unserved_BxL = valid_BxL & ~kept_BxL
         metrics = metrics._replace(
             coefficient=(mix_BxLx2[..., 0] * valid_BxL).sum(),
             coefficient_unserved=(mix_BxLx2[..., 0] * unserved_BxL).sum(),
         )
         mix_BxLx2 = mix_BxLx2.astype(x_BxLxD.dtype)
-        y_BxLxD = y_BxLxD * mix_BxLx2[..., :1] + self.mlp(x_BxLxD) * mix_BxLx2[..., 1:]
+        with jax.named_scope("mlp"):
+            residual_BxLxD = self.mlp(x_BxLxD)
+        y_BxLxD = y_BxLxD * mix_BxLx2[..., :1] + residual_BxLxD * mix_BxLx2[..., 1:]
         return y_BxLxD, metrics
 
     def _spread(self, capacity_factor: float, x_BxLxD, valid_BxL, keys_B):
@@ -114,9 +117,13 @@ class MoE(nnx.Module):
             split = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
             keys_G = split(keys_B[:: max(1, tokens // length)], within).reshape(-1)
 
-        routing, metrics, slots = self._route(parts, x_GxSxD, valid_GxS, capacity_factor, keys_G)
+        with jax.named_scope("routing"):
+            routing, metrics, slots = self._route(
+                parts, x_GxSxD, valid_GxS, capacity_factor, keys_G
+            )
         backend = dispatch.backend(self.moe.dispatch, dropless=math.isinf(capacity_factor))
-        y_GxSxD = backend(x_GxSxD, routing, parts["experts"], slots)
+        with jax.named_scope("dispatch"):
+            y_GxSxD = backend(x_GxSxD, routing, parts["experts"], slots)
         kept_BxL = routing.kept_GxSxK.any(-1).reshape(batch, length)
         return y_GxSxD.reshape(x_BxLxD.shape), kept_BxL, metrics
 

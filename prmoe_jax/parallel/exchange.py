@@ -1,10 +1,10 @@
 """Experts spread over devices: rows go to their expert's device and come back, inside shard_map.
 
 Flat is one all-to-all each way over all of the layer's axes. Hierarchical takes one axis after the
-other, so that devices of one host exchange first and hosts exchange larger pieces (paper, section
-5.3, "hierarchical all-to-all"). Coordinated is for rows that every device of `tensor` holds alike:
-each exchanges its share of them only, and what arrives is put together by an all-gather (section
-5.3, "parallelism coordinated communication"): 1/L of the bytes, L devices in `tensor`.
+other, so that devices of one host exchange first and hosts exchange larger pieces (the paper's
+hierarchical all-to-all). Coordinated is for rows that every device of `tensor` holds alike: each
+exchanges its share of them only, and what arrives is put together by an all-gather (the paper's
+parallelism-coordinated all-to-all): 1/L of the bytes, L devices in `tensor`.
 
 X is the devices that exchange with each other, I the experts of one of them.
 """
@@ -45,13 +45,14 @@ class SpreadExperts(NamedTuple):
 
     def _exchange(self, x_XxIxRxD: jax.Array) -> jax.Array:
         """Part x goes to device x; from device x comes part x."""
-        if self.exchange != "hierarchical":
-            return jax.lax.all_to_all(x_XxIxRxD, self.axes, 0, 0)
-        sizes = [jax.lax.axis_size(name) for name in self.axes]
-        x = x_XxIxRxD.reshape(*sizes, *x_XxIxRxD.shape[1:])
-        for i, name in reversed(list(enumerate(self.axes))):
-            x = jax.lax.all_to_all(x, name, i, i)
-        return x.reshape(x_XxIxRxD.shape)
+        with jax.named_scope("exchange"):
+            if self.exchange != "hierarchical":
+                return jax.lax.all_to_all(x_XxIxRxD, self.axes, 0, 0)
+            sizes = [jax.lax.axis_size(name) for name in self.axes]
+            x = x_XxIxRxD.reshape(*sizes, *x_XxIxRxD.shape[1:])
+            for i, name in reversed(list(enumerate(self.axes))):
+                x = jax.lax.all_to_all(x, name, i, i)
+            return x.reshape(x_XxIxRxD.shape)
 
     def _apply(self, x_XxIxRxD: jax.Array, coordinated: bool) -> jax.Array:
         """This device's experts on the rows of all; their hidden units may be split.

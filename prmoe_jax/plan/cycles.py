@@ -70,13 +70,14 @@ def _parse(hlo: str) -> tuple[dict[str, list[tuple[str, str, str]]], str]:
     """Each computation's operations as (name, opcode, line), and the entry's name."""
     computations: dict[str, list] = {}
     current = entry = None
-    for line in hlo.splitlines():
+    # A kernel's attributes go over several lines.
+    for line in re.sub(r"\n(?=[^\s}%E]|}[^\n])", "", hlo).splitlines():
         if current is None:
             if header := re.match(r"(ENTRY )?%?([\w.\-]+) .*->.*\{\s*$", line):
                 current = header[2]
                 computations[current] = []
                 entry = current if header[1] else entry
-        elif line.startswith("}"):
+        elif line == "}":
             current = None
         elif operation := re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*)$", line):
             computations[current].append((operation[1], _opcode(operation[2]), operation[2]))
