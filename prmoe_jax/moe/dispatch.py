@@ -48,8 +48,7 @@ def gather(x_GxSxD: jax.Array, routing: Routing, experts: Experts, slots: int) -
     x_NxD = x_GxSxD.reshape(-1, width)
     x_PxD = _take_rows(x_NxD, choice_P // top_k, place_R.reshape(-1, top_k))
     y_PxD = experts(x_PxD.reshape(experts.count, groups * slots, width)).reshape(places, width)
-    y_RxD = _take_rows(y_PxD, place_R, choice_P[:, None])
-    return _weigh(y_RxD, routing)
+    return _combine(y_PxD, routing.weight_GxSxK, place_R, choice_P)
 
 
 def ragged(x_GxSxD: jax.Array, routing: Routing, experts: Experts, slots: int) -> jax.Array:
@@ -80,14 +79,8 @@ def _by_runs(x_GxSxD, routing: Routing, experts: Experts, apply) -> jax.Array:
 
     x_NxD = x_GxSxD.reshape(-1, x_GxSxD.shape[-1])
     x_RxD = _take_rows(x_NxD, order_R // top_k, place_R.reshape(-1, top_k))
-    y_RxD = _take_rows(apply(x_RxD, rows_E, sorted_R), place_R, order_R[:, None])
-    return _weigh(y_RxD, routing)
-
-
-def _weigh(y_RxD: jax.Array, routing: Routing) -> jax.Array:
-    """The weighted sum of each token's choices."""
-    weight_GxSxK = routing.weight_GxSxK.astype(y_RxD.dtype)
-    return jnp.einsum("GSKD,GSK->GSD", y_RxD.reshape(*weight_GxSxK.shape, -1), weight_GxSxK)
+    y_RxD = apply(x_RxD, rows_E, sorted_R)
+    return _combine(y_RxD, routing.weight_GxSxK, place_R, order_R)
 
 
 BACKENDS: dict[str, Dispatch] = {
@@ -126,27 +119,54 @@ def backend(resolved: str, dropless: bool) -> Dispatch:
     return BACKENDS[resolved.split("/")[-1 if dropless else 0]]
 
 
-def _rows(x_NxD: jax.Array, index_M: jax.Array) -> jax.Array:
-    """x[index[m]], and zeros where the index is past the end."""
-    return jnp.take(x_NxD, index_M, axis=0, mode="fill", fill_value=0)
+# The derivative XLA would use for a gather, a scatter-add, is the slow part of a sparse dispatch:
+# both ways gather, by a map and its inverse. What an index past the end gives is never read, so
+# that it need not be zeroed; only gradients must be.
 
 
 @jax.custom_vjp
-def _take_rows(x_NxD, index_M, inverse_NxJ):
-    """`_rows`, with a gradient that gathers too: `inverse` lists the places each row went to.
+def _take_rows(x_NxD, index_P, inverse_NxK):
+    """x[index], and some row where the index is past the end; `inverse` lists a row's places."""
+    return jnp.take(x_NxD, index_P, axis=0, mode="clip")
 
-    The derivative XLA would use, a scatter-add, is the slow part of a sparse dispatch.
+
+def _take_rows_backward(inverse_NxK, dy_PxD):
+    dx_RxD = jnp.take(dy_PxD, inverse_NxK.reshape(-1), axis=0, mode="fill", fill_value=0)
+    return dx_RxD.reshape(*inverse_NxK.shape, -1).sum(1), None, None
+
+
+_take_rows.defvjp(
+    lambda x, index, inverse: (_take_rows(x, index, inverse), inverse), _take_rows_backward
+)
+
+
+@jax.custom_vjp
+def _combine(y_PxD, weight_GxSxK, place_R, choice_P):
+    """Each token's choices, at their places in y, times their weights: [G, S, D].
+
+    A choice without a place has weight 0; a place without a choice says R.
     """
-    return _rows(x_NxD, index_M)
+    return _combine_forward(y_PxD, weight_GxSxK, place_R, choice_P)[0]
 
 
-def _take_rows_forward(x_NxD, index_M, inverse_NxJ):
-    return _rows(x_NxD, index_M), inverse_NxJ
+def _combine_forward(y_PxD, weight_GxSxK, place_R, choice_P):
+    y_RxD = jnp.take(y_PxD, place_R, axis=0, mode="clip")
+    y_GxSxKxD = y_RxD.reshape(*weight_GxSxK.shape, -1)
+    combined = jnp.einsum("GSKD,GSK->GSD", y_GxSxKxD, weight_GxSxK.astype(y_PxD.dtype))
+    return combined, (y_GxSxKxD, weight_GxSxK, choice_P)
 
 
-def _take_rows_backward(inverse_NxJ, dy_MxD):
-    dx_NJxD = _rows(dy_MxD, inverse_NxJ.reshape(-1))
-    return dx_NJxD.reshape(*inverse_NxJ.shape, -1).sum(1), None, None
+def _combine_backward(residuals, dy_GxSxD):
+    y_GxSxKxD, weight_GxSxK, choice_P = residuals
+    top_k, width = y_GxSxKxD.shape[2:]
+    # The weight on the slot: 0 where there is no choice, which is all the masking there is.
+    weight_R = weight_GxSxK.reshape(-1).astype(dy_GxSxD.dtype)
+    weight_P = jnp.take(weight_R, choice_P, mode="fill", fill_value=0)
+    dy_PxD = jnp.take(dy_GxSxD.reshape(-1, width), choice_P // top_k, axis=0, mode="clip")
+    dweight_GxSxK = jnp.einsum(
+        "GSKD,GSD->GSK", y_GxSxKxD, dy_GxSxD, preferred_element_type=jnp.float32
+    )
+    return dy_PxD * weight_P[:, None], dweight_GxSxK, None, None
 
 
-_take_rows.defvjp(_take_rows_forward, _take_rows_backward)
+_combine.defvjp(_combine_forward, _combine_backward)

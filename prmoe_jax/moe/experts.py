@@ -63,6 +63,14 @@ class Experts(nnx.Module):
         with jax.named_scope("experts"):
             return _gelu(x_ExRxD @ w_in + b_in[:, None]) @ w_out
 
+    def one_by_one(self, x_XxExRxD: jax.Array) -> jax.Array:
+        """Applies expert e to x[:, e]; same shape and dtype.
+
+        Rows stay where an exchange put them and every product is as plain as a dense MLP's: for a
+        device that holds few experts.
+        """
+        return _one_by_one(x_XxExRxD, tuple(self._weights(x_XxExRxD.dtype)))
+
     def ragged(self, x_RxD: jax.Array, rows_E: jax.Array, expert_R: jax.Array) -> jax.Array:
         """Applies the experts to rows sorted by expert, `rows_E[e]` rows for expert e.
 
@@ -95,6 +103,53 @@ class Experts(nnx.Module):
 
 def _gelu(x):
     return jax.nn.gelu(x, approximate=True)
+
+
+def _join(parts: list[jax.Array], axis: int) -> jax.Array:
+    """`jnp.stack`, in a form that XLA fuses into the products that make the parts."""
+    shape = list(parts[0].shape)
+    shape.insert(axis, len(parts))
+    whole = jax.lax.empty(tuple(shape), parts[0].dtype)  # zeros would be written first
+    if axes := tuple(jax.typeof(parts[0]).manual_axis_type.varying):
+        whole = jax.lax.pcast(whole, axes, to="varying")
+    for i, part in enumerate(parts):
+        whole = jax.lax.dynamic_update_index_in_dim(whole, part, i, axis)
+    return whole
+
+
+@jax.custom_vjp
+def _one_by_one(x_XxExRxD, weights):
+    return _one_by_one_forward(x_XxExRxD, weights)[0]
+
+
+def _one_by_one_forward(x_XxExRxD, weights):
+    devices, experts, rows, width = x_XxExRxD.shape
+    outputs, saved = [], []
+    for e in range(experts):
+        w_in, b_in, w_out, b_out = (w[e] for w in weights)
+        x_QxD = x_XxExRxD[:, e].reshape(-1, width)
+        pre_QxF = x_QxD @ w_in + b_in
+        # The bias after the reshape, or the write into the result isn't fused.
+        outputs.append((_gelu(pre_QxF) @ w_out).reshape(devices, rows, width) + b_out)
+        saved.append((x_QxD, pre_QxF))
+    return _join(outputs, 1), (saved, weights)
+
+
+def _one_by_one_backward(residuals, dy_XxExRxD):
+    saved, weights = residuals
+    devices, _, rows, width = dy_XxExRxD.shape
+    inputs, gradients = [], []
+    for e, (x_QxD, pre_QxF) in enumerate(saved):
+        w_in, _, w_out, _ = (w[e] for w in weights)
+        dy_QxD = dy_XxExRxD[:, e].reshape(-1, width)
+        h_QxF, through_gelu = jax.vjp(_gelu, pre_QxF)  # h again, in the product that needs it
+        (dpre_QxF,) = through_gelu(dy_QxD @ w_out.T)
+        gradients.append((x_QxD.T @ dpre_QxF, dpre_QxF.sum(0), h_QxF.T @ dy_QxD, dy_QxD.sum(0)))
+        inputs.append((dpre_QxF @ w_in.T).reshape(devices, rows, width))
+    return _join(inputs, 1), tuple(_join(list(p), 0) for p in zip(*gradients, strict=True))
+
+
+_one_by_one.defvjp(_one_by_one_forward, _one_by_one_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -16,6 +16,9 @@ import jax.numpy as jnp
 
 from prmoe_jax.moe.experts import Experts
 
+# Experts of one device that are worth a program of their own each.
+FEW = 4
+
 
 class SpreadExperts(NamedTuple):
     """All experts of a layer, as one device of the mesh sees them; to be called as `Experts`."""
@@ -64,6 +67,8 @@ class SpreadExperts(NamedTuple):
         split = [name for name in ("slice", "tensor") if jax.lax.axis_size(name) > 1]
         alike = ["tensor"] if "tensor" in split and not coordinated else []
         others = tuple(name for name in split if name not in alike)
+        if not split and local <= FEW:
+            return self.experts.one_by_one(x_XxIxRxD)
         x_IxRxD = x_XxIxRxD.swapaxes(0, 1).reshape(local, -1, width)
         if others:
             x_IxRxD = jax.lax.all_gather(x_IxRxD, others, axis=1, tiled=True)
