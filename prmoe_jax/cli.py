@@ -242,6 +242,18 @@ def _bench(options, rest) -> None:
     print(json.dumps(rows) if options.json else moe.table(rows))
 
 
+def _plan(options, rest) -> None:
+    config = parse_config(rest)
+    # Before JAX is imported: its compiler for TPUs is asked for nothing but programs.
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    for name, value in (("TPU_SKIP_MDS_QUERY", "1"), ("TPU_MIN_LOG_LEVEL", "3")):
+        os.environ.setdefault(name, value)
+    from prmoe_jax.plan import report
+
+    result = report.plan(config, options.topology)
+    print(json.dumps(result) if options.json else report.table(result))
+
+
 def _size(text: str) -> tuple[int, ...]:
     """'4096,512,2048,64' as numbers."""
     parts = text.split(",")
@@ -298,6 +310,9 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = verb("params", _params, "count a config's parameters and FLOPs, building nothing", True)
     sub.add_argument("--paper", action="store_true", help="all models of the paper, side by side")
+
+    sub = verb("plan", _plan, "compile a config's train step for TPUs, and model its cost", True)
+    sub.add_argument("--topology", required=True, help="chips, such as v5p:4x4x8 or v5e:16x16")
 
     sub = verb("bench", _bench, "time an MoE layer beside a dense MLP and other implementations")
     sub.add_argument("what", choices=["moe"], help="moe: forward and backward of one layer")

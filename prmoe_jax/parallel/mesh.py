@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from prmoe_jax.config import Config
@@ -31,9 +32,13 @@ def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Me
     Raises:
       UserError: it does not fit the devices or the model; see `axis_sizes`.
     """
-    sizes = axis_sizes(config, jax.device_count() if devices is None else len(devices))
-    kinds = (AxisType.Auto,) * len(sizes)
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=kinds, devices=devices)
+    devices = jax.devices() if devices is None else devices
+    sizes = axis_sizes(config, len(devices))
+    # An axis may need part of a dimension of the torus: 64 of 4 x 4 x 8 chips.
+    placed = mesh_utils.create_device_mesh(
+        tuple(sizes.values()), devices, allow_split_physical_axes=True
+    )
+    return Mesh(placed, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
 def axis_sizes(config: Config, devices: int) -> dict[str, int]:

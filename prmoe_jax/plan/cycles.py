@@ -18,6 +18,7 @@ class Operation(NamedTuple):
     opcode: str
     cycles: int  # of all its runs; 0 without an estimate
     runs: int  # product of the trip counts of the loops around it
+    text: str  # as the program writes it: shape, opcode, operands, attributes
 
 
 class Cycles(NamedTuple):
@@ -57,9 +58,9 @@ def cycles(hlo: str) -> Cycles:
                 estimate = re.search(r'"estimated_cycles":"(\d+)"', text)
                 value = int(estimate[1]) if estimate else SENTINEL
                 if value < SENTINEL:
-                    costed.append(Operation(name, opcode, value * runs, runs))
+                    costed.append(Operation(name, opcode, value * runs, runs, text))
                 elif opcode not in FREE and not opcode.endswith(("-done", "-update")):
-                    uncosted.append(Operation(name, opcode, 0, runs))
+                    uncosted.append(Operation(name, opcode, 0, runs, text))
 
     visit(entry, 1)
     costed.sort(key=lambda operation: -operation.cycles)
