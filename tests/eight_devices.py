@@ -21,6 +21,7 @@ from prmoe_jax.loss import forward, totals, training_loss  # noqa: E402
 from prmoe_jax.model import resolve_backends  # noqa: E402
 from prmoe_jax.parallel import rules  # noqa: E402
 from prmoe_jax.parallel.mesh import make_mesh, split_batch  # noqa: E402
+from prmoe_jax.plan.collectives import groups  # noqa: E402
 from prmoe_jax.step import init_state, make_train_step, on_mesh, sharded_state  # noqa: E402
 from prmoe_jax.tree import named_leaves  # noqa: E402
 
@@ -165,25 +166,6 @@ def collectives(hlo: str, kind: str) -> list[tuple[int, str]]:
     return found
 
 
-def groups(text: str) -> frozenset:
-    """As XLA writes them: '{{0,1},{2,3}}', '[2,2]<=[2,2]T(1,0)' or "mesh['a'=2,'b'=2] {'a'}"."""
-    numbers = lambda text: [int(n) for n in text.split(",")]  # noqa: E731
-    if text.startswith("{"):
-        listed = re.match(r"{({[\d,{}]+})}", text)[1]
-        return frozenset(tuple(numbers(group)) for group in re.findall(r"{([\d,]+)}", listed))
-    if text.startswith("mesh"):
-        axes = dict(re.findall(r"'(\w+)'=(\d+)", text.partition("]")[0]))
-        inside = re.findall(r"'(\w+)'", re.search(r"\] {(.*?)}", text)[1])
-        ids = np.arange(8).reshape([int(size) for size in axes.values()])
-        ids = np.moveaxis(ids, [list(axes).index(name) for name in inside], range(-len(inside), 0))
-        shape = [-1, np.prod([int(axes[name]) for name in inside])]
-    else:
-        shape, source, order = re.match(r"\[(.*?)\]<=\[(.*?)\](?:T\((.*?)\))?", text).groups()
-        ids, shape = np.arange(8).reshape(numbers(source)), numbers(shape)
-        ids = ids.transpose(numbers(order)) if order else ids
-    return frozenset(tuple(group) for group in ids.reshape(shape).tolist())
-
-
 def exchanges() -> None:
     """What the compiled gradient exchanges, and that no expert's weights are gathered."""
     d_ff = 400
@@ -204,7 +186,8 @@ def exchanges() -> None:
             hlo = jax.jit(gradient_of(values)).lower(model, rows).compile().as_text()
         for size, _ in collectives(hlo, "all-gather"):
             assert size < one_expert, f"{size} bytes gathered"
-        return [(size, groups(text)) for size, text in collectives(hlo, "all-to-all")]
+        found = collectives(hlo, "all-to-all")
+        return [(size, frozenset(map(tuple, groups(text, 8).tolist()))) for size, text in found]
 
     # A stage of 4 experts and one of 8 on 8 devices: forward there and back, backward the same.
     found = compiled("4 layers, every 1, E=4x2+8x2", expert=8)

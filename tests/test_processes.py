@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from prmoe_jax.metrics import read_metrics
-from tests.test_train import REPOSITORY, arguments, finish, start, text, wait_for_lines  # noqa: F401
+from tests.test_train import arguments, finish, start, text, wait_for_lines  # noqa: F401
 
 # Much is compiled here, and little run.
 QUICKLY = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
