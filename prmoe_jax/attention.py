@@ -11,6 +11,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 from jax.sharding import PartitionSpec
 
+from prmoe_jax import remat
 from prmoe_jax.config import ModelConfig
 from prmoe_jax.errors import UserError
 from prmoe_jax.moe.experts import normal
@@ -71,6 +72,7 @@ def splash(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segments_BxL, interpret: bool = Fals
         head_shards=1,
         q_seq_shards=1,
         interpret=interpret,
+        residual_checkpoint_name=remat.PRODUCT,
     )
 
     def sequence(q_LxHxK, k_LxHxK, v_LxHxK, segments_L):
@@ -109,6 +111,6 @@ class Attention(nnx.Module):
             p[...].astype(x_BxLxD.dtype) for p in (self.w_qkv, self.b_qkv, self.w_out, self.b_out)
         )
         product = functools.partial(jnp.einsum, "BLD,DHK->BLHK", x_BxLxD)
-        q_k_v = (product(w_qkv[:, i]) + b_qkv[i] for i in range(3))
+        q_k_v = (remat.product(product(w_qkv[:, i]) + b_qkv[i]) for i in range(3))
         y_BxLxHxK = attend(*q_k_v, segments_BxL, self.implementation)
         return jnp.einsum("BLHK,HKD->BLD", y_BxLxHxK, w_out) + b_out

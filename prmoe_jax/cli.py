@@ -36,6 +36,7 @@ BENCH_SIZES = (
     (2048, 512, 2048, 128),
     (8192, 256, 1024, 8),
 )
+MODELLED_SIZES = ((4096, 2048, 8192, 128),)  # with --topology: S is a chip's
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -231,23 +232,37 @@ def _params(options, rest) -> None:
 
 
 def _bench(options, rest) -> None:
-    from prmoe_jax.bench import moe
+    if options.topology:
+        _compile_only()
+    from prmoe_jax.bench import modelled, moe
 
+    if options.topology:
+        given = [name for name in ("load", "repeats") if getattr(options, name) is not None]
+        if given:
+            raise UserError(f"--{given[0]} has no effect with --topology; leave one of them out")
+        sizes = [moe.Size(*size) for size in options.sizes or MODELLED_SIZES]
+        rows = modelled.model_moe(sizes, options.dtype or "bfloat16", options.topology)
+        print(json.dumps(rows) if options.json else modelled.table(rows))
+        return
     rows = moe.bench_moe(
         [moe.Size(*size) for size in options.sizes or BENCH_SIZES],
         options.load or ["uniform"],
-        options.dtype,
-        options.repeats,
+        options.dtype or "float32",
+        15 if options.repeats is None else options.repeats,
     )
     print(json.dumps(rows) if options.json else moe.table(rows))
 
 
-def _plan(options, rest) -> None:
-    config = parse_config(rest)
-    # Before JAX is imported: its compiler for TPUs is asked for nothing but programs.
+def _compile_only() -> None:
+    """Before JAX is imported: its compilers for devices that aren't there make programs only."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     for name, value in (("TPU_SKIP_MDS_QUERY", "1"), ("TPU_MIN_LOG_LEVEL", "3")):
         os.environ.setdefault(name, value)
+
+
+def _plan(options, rest) -> None:
+    config = parse_config(rest)
+    _compile_only()
     from prmoe_jax.plan import report
 
     result = report.plan(config, options.topology)
@@ -329,8 +344,17 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         help="how tokens choose experts; may be repeated (default: uniform)",
     )
-    sub.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    sub.add_argument("--repeats", type=int, default=15, help="timed runs (default: 15)")
+    sub.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        help="default: float32, with --topology bfloat16",
+    )
+    sub.add_argument("--repeats", type=int, help="timed runs (default: 15)")
+    sub.add_argument(
+        "--topology",
+        help="instead of timing, compile for TPU chips such as v5p:4x4x4 with S tokens each, and "
+        "show the compiler's cycles; needs the extra [tpu], no TPU",
+    )
     return parser
 
 

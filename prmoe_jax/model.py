@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from prmoe_jax import architecture
+from prmoe_jax import architecture, remat
 from prmoe_jax.attention import Attention, resolve_attention
 from prmoe_jax.config import Config, ModelConfig, MoeConfig
 from prmoe_jax.moe import dispatch
@@ -25,11 +25,6 @@ log = logging.getLogger(__name__)
 
 # Parameters that enter the arithmetic in the compute's dtype; the rest do in float32.
 CAST = {"w_qkv", "b_qkv", "w_in", "b_in", "w_out", "b_out"}
-# What the backward pass keeps instead of computing again.
-REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
 
 
 class LayerNorm(nnx.Module):
@@ -70,7 +65,7 @@ class Block(nnx.Module):
         keys = [None] * 3 if keys_B is None else [fold_in(keys_B, i) for i in range(3)]
         with jax.named_scope("attention"):
             y_BxLxD = self.attention(self.norm_attention(x_BxLxD), segments_BxL)
-            x_BxLxD += dropout(y_BxLxD, self.dropout, keys[0])
+            x_BxLxD = remat.product(x_BxLxD + dropout(y_BxLxD, self.dropout, keys[0]))
         y_BxLxD = self.norm_mlp(x_BxLxD)
         metrics = None
         if isinstance(self.mlp, MoE):
@@ -78,7 +73,7 @@ class Block(nnx.Module):
         else:
             with jax.named_scope("mlp"):
                 y_BxLxD = self.mlp(y_BxLxD)
-        return x_BxLxD + dropout(y_BxLxD, self.dropout, keys[2]), metrics
+        return remat.product(x_BxLxD + dropout(y_BxLxD, self.dropout, keys[2])), metrics
 
 
 class Stage(nnx.Module):
@@ -107,7 +102,7 @@ class Stage(nnx.Module):
             return x_BxLxD, metrics
 
         if self.remat != "none":
-            cell = jax.checkpoint(cell, policy=REMAT_POLICIES[self.remat])
+            cell = jax.checkpoint(cell, policy=remat.POLICIES[self.remat])
         return jax.lax.scan(cell, x_BxLxD, (self.blocks, keys_NxB))
 
 

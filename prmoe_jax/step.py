@@ -17,6 +17,10 @@ from prmoe_jax.optimizer import learning_rate, make_optimizer
 from prmoe_jax.parallel import rules
 from prmoe_jax.parallel.mesh import replicated
 
+# A TPU's compiler leaves most of the vector memory unused unless told; with half of it the matrix
+# products of a step take a tenth less.
+COMPILER_OPTIONS = {"tpu": {"xla_tpu_scoped_vmem_limit_kib": "65536"}}
+
 
 class TrainState(NamedTuple):
     """All that training changes."""
@@ -111,7 +115,10 @@ def on_mesh(config: Config, mesh: Mesh) -> Callable[[TrainState, Batch], tuple[T
     """`make_train_step` compiled for a mesh; the state it is given is used up."""
     places = rules.shardings(jax.eval_shape(lambda: init_state(config)), mesh)
     return jax.jit(
-        make_train_step(config), donate_argnums=0, out_shardings=(places, replicated(mesh))
+        make_train_step(config),
+        donate_argnums=0,
+        out_shardings=(places, replicated(mesh)),
+        compiler_options=COMPILER_OPTIONS.get(mesh.devices.flat[0].platform),
     )
 
 

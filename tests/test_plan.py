@@ -7,8 +7,8 @@ import pytest
 
 from configs import tiny
 from prmoe_jax.cli import main
-from prmoe_jax.plan.collectives import collectives, groups
-from prmoe_jax.plan.cycles import Operation, cycles
+from prmoe_jax.plan.collectives import collectives, groups, hosts, kind, torus
+from prmoe_jax.plan.program import Operation, operations
 from prmoe_jax.plan.report import component
 
 # As the compiler writes it, shortened: a loop of 3 around a loop of 5, a fusion whose inside must
@@ -50,17 +50,18 @@ ENTRY %main (x: f32[8]) -> f32[8] {
 """  # noqa: E501
 
 
+def cycles(hlo: str) -> int:
+    return sum((o.cycles or 0) * o.runs for o in operations(hlo))
+
+
 def test_cycles_by_hand():
-    counted = cycles(HLO)
-    assert counted.total == 100 + 3 * 11 + 3 * 5 * 7
-    assert [(o.name, o.cycles, o.runs) for o in counted.costed] == [
-        ("t", 105, 15),
-        ("f", 100, 1),
-        ("a", 33, 3),
-    ]
-    assert [(o.name, o.opcode) for o in counted.uncosted] == [
-        ("odd", "fusion"),
-        ("exchange", "all-to-all"),
+    assert cycles(HLO) == 100 + 3 * 11 + 3 * 5 * 7
+    assert [(o.name, o.opcode, o.cycles, o.runs) for o in operations(HLO)] == [
+        ("f", "fusion", 100, 1),
+        ("odd", "fusion", None, 1),
+        ("exchange", "all-to-all", None, 1),
+        ("a", "add", 11, 3),
+        ("t", "fusion", 7, 15),
     ]
 
 
@@ -68,15 +69,91 @@ def test_all_branches_count():
     """An upper bound, in either way that a conditional is written."""
     call = "conditional(%x), branch_computations={%outer_body, %inner_body}"
     old = HLO.replace("all-to-all(%odd, %f), replica_groups={{0,1}}", call)
-    assert cycles(old).total == cycles(HLO).total + 11 + 5 * 7 + 7
+    assert cycles(old) == cycles(HLO) + 11 + 5 * 7 + 7
     call = "conditional(%x), true_computation=%inner_body, false_computation=%inner_body"
     new = HLO.replace("all-to-all(%odd, %f), replica_groups={{0,1}}", call)
-    assert cycles(new).total == cycles(HLO).total + 2 * 7
+    assert cycles(new) == cycles(HLO) + 2 * 7
+
+
+# As the compilers write a stack of weights read and written by a loop, a product with an operand
+# of another computation, a library's product, work of a SparseCore, and a reduce-scatter.
+COSTS = """\
+HloModule jit_step, is_scheduled=true
+
+%read (p: bf16[5,7,11], i: s32[]) -> bf16[7,11] {
+  %p = bf16[5,7,11]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %s = bf16[1,7,11]{2,1,0} dynamic-slice(%p, %i), dynamic_slice_sizes={1,7,11}
+  ROOT %b = bf16[7,11]{1,0} bitcast(%s)
+}
+
+%write (q: f32[5,13], u: f32[1,13]) -> f32[5,13] {
+  %q = f32[5,13]{1,0} parameter(0)
+  %u = f32[1,13]{1,0} parameter(1)
+  ROOT %w = f32[5,13]{1,0} dynamic-update-slice(%q, %u)
+}
+
+%product (l: bf16[3,7], r: bf16[7,11]) -> bf16[3,11] {
+  %l = bf16[3,7]{1,0} parameter(0)
+  %r = bf16[7,11]{1,0} parameter(1)
+  ROOT %d = bf16[3,11]{1,0} dot(%l, %r), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+%offloaded (t: f32[17,19]) -> f32[2,19] {
+  %t = f32[17,19]{1,0} parameter(0)
+  ROOT %c = f32[2,19]{1,0} gather(%t)
+}, execution_thread="sparsecore"
+
+%all-reduce-scatter (g: bf16[8,6]) -> bf16[2,6] {
+  %g = bf16[8,6]{1,0} parameter(0)
+  %sum = bf16[8,6]{1,0} all-reduce(%g), replica_groups={{0,1,2,3}}
+  ROOT %own = bf16[2,6]{1,0} dynamic-slice(%sum), dynamic_slice_sizes={2,6}
+}
+
+ENTRY %main (x: bf16[5,7,11]) -> f32[8] {
+  %x = bf16[5,7,11]{2,1,0} parameter(0)
+  %n = s32[] parameter(1)
+  %stack = f32[5,13]{1,0} parameter(2)
+  %row = f32[1,13]{1,0} parameter(3)
+  %a = bf16[3,7]{1,0} parameter(4)
+  %reading = bf16[7,11]{1,0} fusion(%x, %n), calls=%read
+  %apart = ((bf16[5,7,11], s32[]), bf16[7,11], u32[]) fusion-start(%x, %n), calls=%read
+  %writing = f32[5,13]{1,0} fusion(%stack, %row), calls=%write
+  %fused = bf16[3,11]{1,0} fusion(%a, %reading), calls=%product
+  %plain = bf16[7,7]{1,0} dot(%a, %a), lhs_contracting_dims={0}, rhs_contracting_dims={0}
+  %gemm = (bf16[3,11]{1,0}, s8[64]{0}) custom-call(%a, %reading), custom_call_target="__cublas$gemm", backend_config={"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"]}}
+  %started = ((), (), (s32[1])) call-start(), to_apply=%offloaded
+  %ended = f32[2,19]{1,0} call-done(%started)
+  %buffer = f32[1000]{0} custom-call(), custom_call_target="AllocateBuffer"
+  ROOT %shard = bf16[2,6]{1,0} fusion(%g), kind=kCustom, calls=%all-reduce-scatter, metadata={op_name="x"}
+}
+"""  # noqa: E501
+
+
+def test_flops_and_bytes_by_hand():
+    found = {o.name: o for o in operations(COSTS)}
+    assert {name: o.flops for name, o in found.items() if o.flops} == {
+        "fused": 2 * 3 * 7 * 11,
+        "plain": 2 * 7 * 3 * 7,
+        "gemm": 2 * 3 * 7 * 11,
+    }
+    read = 2 * 2 * 7 * 11 + 4  # a slice of the stack, and its copy; the index
+    assert {name: o.bytes for name, o in found.items() if name not in ("shard", "gemm")} == {
+        "reading": read,
+        "apart": read,
+        "writing": 2 * 4 * 13,  # in place
+        "fused": 2 * (3 * 11 + 3 * 7 + 7 * 11),
+        "plain": 2 * (7 * 7 + 2 * 3 * 7),
+        "ended": 2 * 4 * 2 * 19,
+    }
+    assert (found["shard"].opcode, kind(found["shard"])) == ("reduce-scatter", "reduce-scatter")
+    (sent,) = collectives([found["shard"]], {"a": 1, "b": 4}, lambda kind, members, moved: moved)
+    assert (sent.kind, sent.axes, sent.bytes) == ("reduce-scatter", ("b",), 2 * 8 * 6)
 
 
 def test_a_loop_without_a_bound_is_an_error():
     with pytest.raises(ValueError, match="trip count"):
-        cycles(HLO.replace("known_trip_count", "unknown"))
+        operations(HLO.replace("known_trip_count", "unknown"))
 
 
 def test_attributes_over_several_lines():
@@ -86,9 +163,9 @@ def test_attributes_over_several_lines():
 "block_q": 512
 }}, metadata={op_name="jit(step)/attention/kernel"}
   %f = """
-    counted = cycles(HLO.replace("  %f = ", kernel))
-    assert counted.total == cycles(HLO).total
-    assert "k" in [operation.name for operation in counted.uncosted]
+    changed = HLO.replace("  %f = ", kernel)
+    assert cycles(changed) == cycles(HLO)
+    assert "k" in [operation.name for operation in operations(changed)]
 
 
 @pytest.mark.parametrize(
@@ -115,8 +192,8 @@ def test_collectives_by_hand():
 
     def one(opcode, result, replica_groups, runs=1):
         text = f"{result} {opcode}(%x), replica_groups={replica_groups}"
-        operation = Operation("x", opcode, 0, runs, text)
-        (found,) = collectives([operation], mesh, coordinates, 1e6)
+        operation = Operation("x", opcode, None, runs, text)
+        (found,) = collectives([operation], mesh, torus(coordinates, 1e6))
         return found
 
     inner, everyone = "{{0,1,2,3},{4,5,6,7}}", "[1,8]<=[8]"
@@ -135,9 +212,23 @@ def test_collectives_by_hand():
     assert (start.bytes, start.hidden) == (4_000_000, True)
 
 
+def test_hosts_by_hand():
+    """Two hosts of two GPUs: 1 GB/s to the switch, 0.1 GB/s a GPU to the network."""
+    seconds = hosts(np.array([0, 0, 1, 1]), 1e9, 1e8)
+    one, across, everyone = np.array([0, 1]), np.array([0, 2]), np.arange(4)
+    assert seconds("all-gather", one, 10**9) == pytest.approx(0.5)  # the other half, by the switch
+    assert seconds("all-gather", across, 10**9) == pytest.approx(5)
+    # A half comes over the network, each GPU bringing half of that; then the switch.
+    assert seconds("all-gather", everyone, 10**9) == pytest.approx(2.5 + 0.5)
+    assert seconds("all-reduce", everyone, 10**9) == pytest.approx(6)
+    # Of four parts one stays, one goes to the neighbour and two to the other host.
+    assert seconds("all-to-all", everyone, 10**9) == pytest.approx(5 + 0.25)
+    assert seconds("collective-permute", across, 10**9) == pytest.approx(10)
+
+
 def test_components_are_innermost_scopes():
     def of(name):
-        return component(Operation("x", "fusion", 1, 1, f"f32[] fusion(), metadata={{{name}}}"))
+        return component(Operation("x", "fusion", None, 1, f"f32[] fusion(), metadata={{{name}}}"))
 
     assert of('op_name="jit(step)/transpose(jvp())/while/body/dispatch/experts/dot"') == "experts"
     assert of('op_name="jit(step)/while/body/attention/add"') == "attention"

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from prmoe_jax import remat
+
 
 def normal(key: jax.Array, shape: tuple[int, ...], std: float) -> nnx.Param:
     """A float32 parameter drawn from N(0, std²)."""
@@ -27,7 +29,7 @@ class MLP(nnx.Module):
         w_in, b_in, w_out, b_out = (
             p[...].astype(x_D.dtype) for p in (self.w_in, self.b_in, self.w_out, self.b_out)
         )
-        return _gelu(x_D @ w_in + b_in) @ w_out + b_out
+        return _gelu(remat.product(x_D @ w_in + b_in)) @ w_out + b_out
 
 
 class Experts(nnx.Module):
@@ -61,7 +63,8 @@ class Experts(nnx.Module):
         """The same but for b_out: where hidden units are split, these are the terms of a sum."""
         w_in, b_in, w_out, _ = self._weights(x_ExRxD.dtype)
         with jax.named_scope("experts"):
-            return _product(_gelu(_product(x_ExRxD, w_in) + b_in[:, None]), w_out)
+            pre_ExRxF = remat.product(_product(x_ExRxD, w_in) + b_in[:, None])
+            return _product(_gelu(pre_ExRxF), w_out)
 
     def one_by_one(self, x_XxExRxD: jax.Array) -> jax.Array:
         """Applies expert e to x[:, e]; same shape and dtype.
@@ -69,7 +72,8 @@ class Experts(nnx.Module):
         Rows stay where an exchange put them and every product is as plain as a dense MLP's: for a
         device that holds few experts.
         """
-        return _one_by_one(x_XxExRxD, tuple(self._weights(x_XxExRxD.dtype)))
+        with jax.named_scope("experts"):
+            return _one_by_one(x_XxExRxD, tuple(self._weights(x_XxExRxD.dtype)))
 
     def ragged(self, x_RxD: jax.Array, rows_E: jax.Array, expert_R: jax.Array) -> jax.Array:
         """Applies the experts to rows sorted by expert, `rows_E[e]` rows for expert e.
@@ -160,7 +164,7 @@ def _one_by_one_forward(x_XxExRxD, weights):
     for e in range(experts):
         w_in, b_in, w_out, b_out = (w[e] for w in weights)
         x_QxD = x_XxExRxD[:, e].reshape(-1, width)
-        pre_QxF = x_QxD @ w_in + b_in
+        pre_QxF = remat.product(x_QxD @ w_in + b_in)
         # The bias after the reshape, or the write into the result isn't fused.
         outputs.append((_gelu(pre_QxF) @ w_out).reshape(devices, rows, width) + b_out)
         saved.append((x_QxD, pre_QxF))

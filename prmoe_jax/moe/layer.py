@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
+from prmoe_jax import remat
 from prmoe_jax.config import ModelConfig, MoeConfig
 from prmoe_jax.moe import dispatch
 from prmoe_jax.moe.experts import MLP, Experts
@@ -74,7 +75,7 @@ class MoE(nnx.Module):
         )
         mix_BxLx2 = mix_BxLx2.astype(x_BxLxD.dtype)
         with jax.named_scope("mlp"):
-            residual_BxLxD = self.mlp(x_BxLxD)
+            residual_BxLxD = remat.product(self.mlp(x_BxLxD))
         y_BxLxD = y_BxLxD * mix_BxLx2[..., :1] + residual_BxLxD * mix_BxLx2[..., 1:]
         return y_BxLxD, metrics
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from prmoe_jax import remat
 from prmoe_jax.moe.experts import Experts
 
 # Experts of one device that are worth a program of their own each.
@@ -50,12 +51,12 @@ class SpreadExperts(NamedTuple):
         """Part x goes to device x; from device x comes part x."""
         with jax.named_scope("exchange"):
             if self.exchange != "hierarchical":
-                return jax.lax.all_to_all(x_XxIxRxD, self.axes, 0, 0)
+                return remat.exchanged(jax.lax.all_to_all(x_XxIxRxD, self.axes, 0, 0))
             sizes = [jax.lax.axis_size(name) for name in self.axes]
             x = x_XxIxRxD.reshape(*sizes, *x_XxIxRxD.shape[1:])
             for i, name in reversed(list(enumerate(self.axes))):
                 x = jax.lax.all_to_all(x, name, i, i)
-            return x.reshape(x_XxIxRxD.shape)
+            return remat.exchanged(x.reshape(x_XxIxRxD.shape))
 
     def _apply(self, x_XxIxRxD: jax.Array, coordinated: bool) -> jax.Array:
         """This device's experts on the rows of all; their hidden units may be split.

@@ -1,5 +1,6 @@
 """Which axes of the mesh split which dimension of every parameter, and of its optimizer state."""
 
+import math
 from functools import partial
 
 import jax
@@ -11,7 +12,8 @@ from prmoe_jax.tree import named_leaves
 
 # By the end of a parameter's name, what each dimension after the stacked one is:
 #   T  heads, hidden units or vocabulary, split over `tensor`
-#   S  what FSDP splits, over all axes that split the batch but `data`
+#   S  what FSDP splits, over the axes that split the batch but `data`
+#   A  both of them
 #   E  experts, over as many expert axes as their number allows
 #   F  an expert's hidden units, over `slice` and `tensor`
 #   -  whole
@@ -24,7 +26,7 @@ RULES = {
     "attention.b_out": "-",
     "mlp.w_in": "ST",
     "mlp.b_in": "T",
-    "mlp.w_out": "TS",
+    "mlp.w_out": "A-",
     "mlp.b_out": "-",
     "experts.w_in": "E-F",
     "experts.b_in": "EF",
@@ -62,20 +64,28 @@ def spec(
     stacked = len(shape) - len(roles)
 
     def axes(role: str, size: int) -> tuple[str, ...]:
-        names = {"T": ("tensor",), "F": ("slice", "tensor")}.get(role, ())
+        names = {"T": ("tensor",), "F": ("slice", "tensor"), "A": ("tensor",)}.get(role, ())
         if role == "E":
             names = expert_axes(mesh, size)
-        elif role == "S" and not in_use:
-            names = _most_axes(mesh, size)
+        elif role in "AS" and not in_use:
+            parts = math.prod(mesh.shape[name] for name in names)
+            names += _most_axes(mesh, size // parts)
         return tuple(name for name in names if mesh.shape[name] > 1)
 
     return PartitionSpec(*[None] * stacked, *map(axes, roles, shape[stacked:]))
 
 
 def _most_axes(mesh: Mesh | AbstractMesh, size: int) -> tuple[str, ...]:
-    """As many of the axes that split parameters, inner first, as divide a dimension."""
+    """As many of the axes that split parameters, inner first, as divide a dimension.
+
+    Of several that are the whole mesh the outermost is left out: a 3-D torus gathers over all of
+    its chips by an all-reduce of whole arrays, which moves twice as much.
+    """
+    splitting = [name for name in batch_axes(mesh) if name != "data" and mesh.shape[name] > 1]
+    if len(splitting) > 1 and math.prod(mesh.shape[name] for name in splitting) == mesh.size:
+        splitting = splitting[1:]
     axes, parts = [], 1
-    for name in reversed([name for name in batch_axes(mesh) if name != "data"]):
+    for name in reversed(splitting):
         parts *= mesh.shape[name]
         if size % parts:
             break

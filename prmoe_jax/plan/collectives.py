@@ -1,15 +1,16 @@
 """What a compiled program sends between devices: kind, axes, bytes, and a model of the time."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from prmoe_jax.plan.cycles import Operation
+from prmoe_jax.plan.program import Operation, result, size
 
 KINDS = "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"
-BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
+# Seconds of one collective: kind, the devices of a group, bytes of its larger side.
+Network = Callable[[str, np.ndarray, int], float]
 
 
 class Collective(NamedTuple):
@@ -19,65 +20,105 @@ class Collective(NamedTuple):
     axes: tuple[str, ...]  # of the mesh, over which it goes
     hidden: bool  # starts and ends apart, so that computation can go on
     runs: int
-    bytes: int  # of a device's result, all runs together
+    bytes: int  # of a device's larger side, all runs together
     seconds: float
 
 
+def kind(operation: Operation) -> str | None:
+    """Which collective an operation is, if it is one."""
+    name = operation.opcode.removesuffix("-start")
+    return name if name in KINDS else None
+
+
 def collectives(
-    operations: Sequence[Operation],
-    mesh_shape: dict[str, int],
-    coordinates: np.ndarray,
-    link_bytes_per_s: float,
+    operations: Sequence[Operation], mesh_shape: dict[str, int], network: Network
 ) -> list[Collective]:
     """The collectives among a program's operations, dearest first.
 
-    The model of time: a ring in every dimension of the torus that the devices span, both ways at
-    once, at `link_bytes_per_s` a link and direction. An all-gather or reduce-scatter moves its
-    larger side once, an all-reduce twice; an all-to-all is bound by the middle of the longest
-    dimension, which a quarter of what it spans crosses. Nothing else shares the links.
-
     Args:
-      operations: of `cycles.cycles`.
+      operations: of `program.operations`.
       mesh_shape: axis -> devices, outermost first.
-      coordinates: [devices, dimensions] in the torus, in the order of the mesh.
-      link_bytes_per_s: of one link in one direction.
+      network: `torus` or `hosts`.
     """
+    devices = int(np.prod(list(mesh_shape.values())))
     found = []
-    for operation in operations:
-        kind = operation.opcode.removesuffix("-start")
-        if kind not in KINDS:
-            continue
-        members = groups(operation.text, len(coordinates))[0]
+    for operation in filter(kind, operations):
+        members = groups(operation.text, devices)[0]
         places = np.stack(np.unravel_index(members, list(mesh_shape.values())), 1)
         axes = tuple(
             name for name, column in zip(mesh_shape, places.T, strict=True) if len(set(column)) > 1
         )
-        extents = [len(set(column)) for column in coordinates[members].T]
-        size = _result_bytes(operation)
-        if kind == "reduce-scatter":
-            size *= len(members)
-        wires = 2 * link_bytes_per_s * max(1, sum(extent > 1 for extent in extents))
-        share = 1 - 1 / len(members)
-        seconds = {
-            "all-reduce": 2 * size * share / wires,
-            "all-to-all": size * max(extents) / 8 / link_bytes_per_s,
-            "collective-permute": size / (2 * link_bytes_per_s),
-        }.get(kind, size * share / wires)
-        hidden = operation.opcode.endswith("-start")
+        moved = _bytes(operation, len(members))
         runs = operation.runs
-        found.append(Collective(kind, axes, hidden, runs, size * runs, seconds * runs))
+        seconds = network(kind(operation), members, moved)
+        hidden = operation.opcode.endswith("-start")
+        found.append(Collective(kind(operation), axes, hidden, runs, moved * runs, seconds * runs))
     return sorted(found, key=lambda collective: -collective.seconds)
 
 
-def _result_bytes(operation: Operation) -> int:
-    """Of the result; a '-start' has its operands in it too: the largest part counts."""
-    result = operation.text[: operation.text.index(f" {operation.opcode}(")]
-    sizes = [
-        BYTES[kind] * int(np.prod([int(d) for d in dims.split(",") if d]))
-        for kind, dims in re.findall(r"\b(\w+)\[([\d,]*)\]", result)
-        if kind in BYTES
-    ]
-    return max(sizes) if operation.opcode.endswith("-start") else sum(sizes)
+def _bytes(operation: Operation, members: int) -> int:
+    """Of the larger side; the result of a '-start' has its operands in it too."""
+    shape = result(operation)
+    if operation.opcode.endswith("-start"):
+        return max(size(part) for part in re.findall(r"\w+\[[\d,]*\]", shape))
+    return size(shape) * (members if operation.opcode == "reduce-scatter" else 1)
+
+
+def torus(coordinates: np.ndarray, link_bytes_per_s: float) -> Network:
+    """Chips whose neighbours are linked, as TPUs are.
+
+    A ring in every dimension that a group spans, both ways at once. An all-gather or
+    reduce-scatter moves its larger side once, an all-reduce twice; an all-to-all is bound by the
+    middle of the longest dimension, which a quarter of what it spans crosses. Nothing else shares
+    the links.
+
+    Args:
+      coordinates: [devices, dimensions], in the order of the mesh.
+      link_bytes_per_s: of one link in one direction.
+    """
+
+    def seconds(kind: str, members: np.ndarray, moved: int) -> float:
+        extents = [len(set(column)) for column in coordinates[members].T]
+        wires = 2 * link_bytes_per_s * max(1, sum(extent > 1 for extent in extents))
+        share = 1 - 1 / len(members)
+        return {
+            "all-reduce": 2 * moved * share / wires,
+            "all-to-all": moved * max(extents) / 8 / link_bytes_per_s,
+            "collective-permute": moved / (2 * link_bytes_per_s),
+        }.get(kind, moved * share / wires)
+
+    return seconds
+
+
+def hosts(host: np.ndarray, link_bytes_per_s: float, network_bytes_per_s: float) -> Network:
+    """GPUs behind a switch in each host, every one with its share of the host's network.
+
+    What stays in a host goes by the switch, what leaves it by the network, one after the other
+    and each at full speed: all but 1/H of an array that H hosts gather, twice that of a sum, and
+    of an exchange what is for other hosts.
+
+    Args:
+      host: [devices], in the order of the mesh.
+      link_bytes_per_s: of a GPU to the switch, in one direction.
+      network_bytes_per_s: of a GPU's share of the network, in one direction.
+    """
+
+    def seconds(kind: str, members: np.ndarray, moved: int) -> float:
+        places = host[members]
+        spanned = len(set(places))
+        inside = len(members) / spanned  # of a group, on one host
+        if kind == "all-to-all":
+            away = 1 - inside / len(members)
+            within = (inside - 1) / len(members)
+            return moved * (away / network_bytes_per_s + within / link_bytes_per_s)
+        if kind == "collective-permute":
+            return moved / (link_bytes_per_s if spanned == 1 else network_bytes_per_s)
+        # Every GPU of a host brings its own part of the array over the network.
+        away = (1 - 1 / spanned) / inside / network_bytes_per_s
+        within = (1 - 1 / inside) / link_bytes_per_s
+        return (2 if kind == "all-reduce" else 1) * moved * (away + within)
+
+    return seconds
 
 
 def groups(text: str, devices: int) -> np.ndarray:

@@ -1,52 +1,44 @@
-"""`prmoe plan`: the whole train step, compiled for a TPU topology that isn't there, and its costs.
+"""`prmoe plan`: the whole train step, compiled for chips that aren't there, and what it costs.
 
-What is modelled: the TensorCore's time by the compiler's own cycle estimates, times the trips of
-the loops; attention kernels, which carry none, by their FLOPs at `KERNEL_EFFICIENCY` of the peak;
-and collectives by `collectives.collectives`, where those that the compiler starts and ends apart
-count as hidden behind computation. What is not: small operations without an estimate, the hosts,
-input, and whatever the chips do to each other's links.
+What is modelled. On TPUs, the compiler's own cycle estimates, times the trips of the loops;
+attention kernels, which have none, by their FLOPs at `KERNEL_EFFICIENCY` of the peak; what else
+has none by its bytes at the memory's speed. On GPUs, whose compiler estimates nothing, every
+operation by the larger of its FLOPs at the peak and its bytes at the memory's speed: a bound from
+below. Collectives by `collectives.torus` or `collectives.hosts`; those that a TPU's compiler starts
+and ends apart count as hidden behind computation. What is not modelled: the machines that feed the
+chips, input, and whatever collectives do to each other.
 """
 
 import math
 import re
 from collections import Counter
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from prmoe_jax.config import Config
 from prmoe_jax.data.pipeline import Batch
-from prmoe_jax.errors import UserError
 from prmoe_jax.model import resolve_backends
 from prmoe_jax.parallel import rules
 from prmoe_jax.parallel.mesh import batch_axes, make_mesh
-from prmoe_jax.plan.collectives import Collective, collectives
-from prmoe_jax.plan.cycles import Cycles, Operation, cycles
+from prmoe_jax.plan.chips import Chip, topology_devices
+from prmoe_jax.plan.collectives import Collective, Network, collectives, hosts, kind, torus
+from prmoe_jax.plan.program import Operation, operations
 from prmoe_jax.sizes import cost
 from prmoe_jax.step import init_state, on_mesh
 
 # The scopes of the model's code, innermost last in an operation's name.
 COMPONENTS = "attention mlp experts routing dispatch exchange embedding logits optimizer".split()
 KERNEL_EFFICIENCY = 0.5
-
-
-class Chip(NamedTuple):
-    """What a plan needs to know of one TPU chip, from its data sheet."""
-
-    flops_per_s: float  # bfloat16 peak
-    hertz: float  # of the TensorCore, from the peak and the matrix units
-    hbm_bytes: int
-    link_bytes_per_s: float  # of one ICI link in one direction
-
-
-CHIPS = {
-    "v4": Chip(275e12, 1.05e9, 32 * 2**30, 45e9),
-    "v5e": Chip(197e12, 1.5e9, 16 * 2**30, 45e9),
-    "v5p": Chip(459e12, 1.75e9, 95 * 2**30, 90e9),
+# Products of queries by keys and the like in each attention kernel, by the start of its name.
+KERNEL_PRODUCTS = {
+    "splash_mha_fwd": 2,
+    "splash_mha_dq": 3,
+    "splash_mha_dkv": 4,
+    "dot_product_attention_fwd": 2,  # cuDNN's
+    "dot_product_attention_bwd": 5,
 }
 
 
@@ -62,20 +54,25 @@ def plan(config: Config, topology: str) -> dict:
     Raises:
       UserError: the topology is unknown, the compiler is not installed, or the mesh does not fit.
     """
-    chip, devices = _devices(topology)
+    chip, devices = topology_devices(topology)
     mesh = make_mesh(config, devices)
-    resolved = resolve_backends(config, "tpu", mesh)
-    result = {
-        "topology": topology,
-        "mesh": {name: size for name, size in mesh.shape.items() if size > 1},
-        "chips": len(devices),
-    }
+    resolved = resolve_backends(config, chip.platform, mesh)
     state, batch = _arguments(resolved, mesh)
     held = {
         "parameters": _bytes_per_chip(state.model),
         "optimizer": _bytes_per_chip(state.optimizer),
         "batch": _bytes_per_chip(batch),
     }
+    result = {
+        "topology": topology,
+        "mesh": {name: size for name, size in mesh.shape.items() if size > 1},
+        "chips": len(devices),
+        "fits": False,
+        "hbm_bytes_per_chip": held,
+    }
+    if sum(held.values()) > chip.hbm_bytes:  # the compiler needn't say so
+        held["needed"] = sum(held.values())
+        return result
     try:
         with jax.set_mesh(mesh):
             compiled = on_mesh(resolved, mesh).lower(state, batch).compile()
@@ -84,21 +81,19 @@ def plan(config: Config, topology: str) -> dict:
             raise
         needed = re.search(r"Used ([\d.]+)G of", str(error))
         held["needed"] = round(float(needed[1]) * 2**30) if needed else None
-        return result | {"fits": False, "hbm_bytes_per_chip": held}
+        return result
     memory = compiled.memory_analysis()
     # Activations, gradients and what the compiler works with.
     held["temporaries"] = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
-    counted = cycles(compiled.as_text())
-    coordinates = np.array([device.coords for device in mesh.devices.flat])
-    sent = collectives(counted.uncosted, dict(mesh.shape), coordinates, chip.link_bytes_per_s)
-    components = _components(resolved, counted, sent, chip, len(devices))
+    program = operations(compiled.as_text())
+    sent = collectives(program, dict(mesh.shape), _network(chip, mesh))
+    components = _components(resolved, program, sent, chip, len(devices))
     step_s = sum(components.values())
     tokens_per_s = config.tokens_per_step / step_s
     flops_per_s = cost(config.model).train_flops_per_token * tokens_per_s / len(devices)
     tokens = config.total_steps * config.tokens_per_step
     return result | {
         "fits": sum(held.values()) <= chip.hbm_bytes,
-        "hbm_bytes_per_chip": held,
         "modelled_step_s": step_s,
         "modelled_mfu": flops_per_s / chip.flops_per_s,
         "components": components,
@@ -107,24 +102,6 @@ def plan(config: Config, topology: str) -> dict:
         "days": tokens / tokens_per_s / 86400,
         "chip_hours": tokens / tokens_per_s / 3600 * len(devices),
     }
-
-
-def _devices(topology: str) -> tuple[Chip, list]:
-    name, _, shape = topology.partition(":")
-    if name not in CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
-        raise UserError(
-            f"--topology={topology} is unknown; use one of {', '.join(CHIPS)} and the chips of "
-            "each dimension, such as v5p:4x4x8 or v5e:16x16"
-        )
-    try:
-        described = topologies.get_topology_desc(platform="tpu", topology_name=topology)
-    except Exception as error:  # whatever a missing or mistaken libtpu raises
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise UserError(
-            f"--topology={topology} cannot be compiled for ({reason}); the compiler comes with "
-            "pip install -e '.[tpu]'"
-        ) from error
-    return CHIPS[name], list(described.devices)
 
 
 def _arguments(config: Config, mesh: Mesh):
@@ -148,20 +125,36 @@ def _bytes_per_chip(tree) -> int:
     )
 
 
+def _network(chip: Chip, mesh: Mesh) -> Network:
+    if chip.platform == "tpu":
+        coordinates = np.array([device.coords for device in mesh.devices.flat])
+        return torus(coordinates, chip.link_bytes_per_s)
+    host = np.array([device.process_index for device in mesh.devices.flat])
+    return hosts(host, chip.link_bytes_per_s, chip.network_bytes_per_s)
+
+
 def _components(
-    config: Config, counted: Cycles, sent: list[Collective], chip: Chip, chips: int
+    config: Config, program: list[Operation], sent: list[Collective], chip: Chip, chips: int
 ) -> dict[str, float]:
     """Seconds of a step by part of the model; attention kernels and collectives apart."""
     seconds = Counter()
-    for operation in counted.costed:
-        seconds[component(operation)] += operation.cycles / chip.hertz
-    if config.model.attention == "splash":
-        # Half of the square, forward once (twice with rematerialisation), backward 2.5 times.
-        passes = 3.5 if config.model.remat == "none" else 4.5
-        flops = 2 * config.model.length * config.model.d_model * config.model.layers * passes
-        tokens = config.tokens_per_step / chips
-        seconds["attention kernels"] = flops * tokens / chip.flops_per_s / KERNEL_EFFICIENCY
-    seconds["collectives"] = sum(c.seconds for c in sent if not c.hidden)
+    tokens = config.tokens_per_step / chips
+    for operation in program:
+        part, once = component(operation), operation.bytes / chip.hbm_bytes_per_s
+        kernel = next((k for k in KERNEL_PRODUCTS if operation.name.startswith(k)), None)
+        if kind(operation):
+            continue
+        if kernel:
+            # Half of the square.
+            flops = KERNEL_PRODUCTS[kernel] * config.model.length * config.model.d_model * tokens
+            part, once = "attention kernels", flops / chip.flops_per_s / KERNEL_EFFICIENCY
+        elif operation.cycles is not None:
+            once = operation.cycles / chip.hertz
+        elif chip.platform == "gpu":
+            once = max(once, operation.flops / chip.flops_per_s)
+        seconds[part] += once * operation.runs
+    hidden = chip.platform == "tpu"
+    seconds["collectives"] = sum(c.seconds for c in sent if not (hidden and c.hidden))
     return dict(seconds.most_common())
 
 
@@ -209,7 +202,7 @@ def table(result: dict) -> str:
         f"{result['chip_hours']:,.0f} chip-hours"
     )
     lines.append(
-        "Modelled: the compiler's cycles; attention kernels at half the peak; rings for "
-        "collectives, hidden ones free."
+        "Modelled, not measured: the compiler's cycles on TPUs, a roofline on GPUs; attention "
+        "kernels at half the peak; collectives alone on their links, hidden ones free on TPUs."
     )
     return "\n".join(lines)

@@ -1,0 +1,143 @@
+"""`prmoe bench moe --topology=…`: one MoE layer over TPU chips that aren't there, in cycles.
+
+The TPU's own compiler estimates each operation of the library's program. Collectives and a few
+small operations carry no estimate, and come on top.
+"""
+
+import math
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from prmoe_jax import config
+from prmoe_jax.bench.moe import Size
+from prmoe_jax.config import Config
+from prmoe_jax.errors import UserError
+from prmoe_jax.model import cast, resolve_backends
+from prmoe_jax.moe.experts import MLP
+from prmoe_jax.moe.layer import MoE
+from prmoe_jax.parallel import rules
+from prmoe_jax.parallel.mesh import batch_axes, make_mesh
+from prmoe_jax.plan.chips import topology_devices
+from prmoe_jax.plan.program import Operation, operations
+
+
+def model_moe(sizes: list[Size], dtype: str, topology: str) -> list[dict]:
+    """Compiles a layer's forward and backward pass, exchanges and auxiliary loss included.
+
+    Every chip has S tokens in one routing group; the experts are spread over as many of the chips
+    as share a divisor with them. Top 1, capacity factor 1; weights are in `dtype`, to which the
+    model casts them once a step, the router in float32. `dense` is the MLP with the same active
+    FLOPs, one a chip, so that neither sums weight gradients over chips.
+
+    Returns:
+      One row a layer and size: backend, S, M, F, E, dtype, device, chips, jax, cycles,
+      modelled_s, ratio_to_dense, and without_estimate (operations by kind).
+
+    Raises:
+      UserError: the topology is unknown, its compiler is missing or estimates no cycles.
+    """
+    chip, devices = topology_devices(topology)
+    if not chip.hertz:
+        raise UserError(f"--topology={topology}: the compiler estimates cycles for TPUs only")
+    rows = []
+    for size in sizes:
+        dense = None
+        for backend in ("dense", "gather", "einsum"):
+            program = _compile(size, dtype, backend, devices)
+            cycles = sum((operation.cycles or 0) * operation.runs for operation in program)
+            uncosted = Counter(o.opcode for o in program if o.cycles is None)
+            dense = dense or cycles
+            rows.append(
+                {
+                    "backend": backend,
+                    **size._asdict(),
+                    "dtype": dtype,
+                    "device": topology,
+                    "chips": len(devices),
+                    "jax": jax.__version__,
+                    "cycles": cycles,
+                    "modelled_s": cycles / chip.hertz,
+                    "ratio_to_dense": cycles / dense,
+                    "without_estimate": dict(uncosted),
+                }
+            )
+    return rows
+
+
+def _config(size: Size, dtype: str, backend: str, devices: int) -> Config:
+    model = {
+        "layers": 1,
+        "d_model": size.M,
+        "d_ff": size.F,
+        "heads": 1,
+        "length": size.S,
+        "placement": "every 1",
+        "experts": (size.E,),
+        "dtype": dtype,
+    }
+    return config.resolve(
+        {
+            "model": model,
+            "moe": {"dispatch": "auto" if backend == "dense" else backend},
+            "mesh": {"expert": math.gcd(devices, size.E)},
+            "train": {"steps": 1, "batch_size": devices},
+        }
+    )
+
+
+def _compile(size: Size, dtype: str, backend: str, devices: list) -> list[Operation]:
+    values = _config(size, dtype, backend, len(devices))
+    mesh = make_mesh(values, devices)
+    values = resolve_backends(values, "tpu", mesh)
+    rows = PartitionSpec(batch_axes(mesh))
+
+    def new_layer():
+        key = jax.random.key(0)
+        if backend == "dense":
+            mlp = lambda key: MLP(size.M, size.F, 0.02, 0.02, key)  # noqa: E731
+            layer = jax.vmap(mlp)(jax.random.split(key, mesh.size))
+        else:
+            layer = MoE(size.E, values.model, values.moe, key)
+        return cast({"mlp": layer}, jnp.dtype(dtype))
+
+    def run(layer, x_BxLxD):
+        if backend == "dense":
+            return jax.vmap(MLP.__call__)(layer["mlp"], x_BxLxD), jnp.zeros(())
+        y_BxLxD, metrics = layer["mlp"](x_BxLxD, jnp.ones(x_BxLxD.shape[:2], bool), 1.0)
+        return y_BxLxD, metrics.aux_loss
+
+    def forward_and_backward(layer, x_BxLxD, dy_BxLxD):
+        (y_BxLxD, _), pull = jax.vjp(run, layer, x_BxLxD)
+        return y_BxLxD, pull((dy_BxLxD, jnp.ones(())))
+
+    def place(x, spec):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+    shapes = jax.eval_shape(new_layer)
+    specs = jax.tree.map(lambda _: rows, shapes)
+    if backend != "dense":
+        specs = rules.specs(shapes, mesh)
+    x_BxLxD = place(jax.ShapeDtypeStruct((mesh.size, size.S, size.M), jnp.dtype(dtype)), rows)
+    with jax.set_mesh(mesh):
+        step = jax.jit(forward_and_backward)
+        compiled = step.lower(jax.tree.map(place, shapes, specs), x_BxLxD, x_BxLxD).compile()
+    return operations(compiled.as_text())
+
+
+def table(rows: list[dict]) -> str:
+    """The rows for people, one block a size."""
+    lines = []
+    for row in rows:
+        if row["backend"] == "dense":
+            size = "S={S} a chip, M={M} F={F} E={E}, {dtype}, {chips} chips of {device}"
+            lines += ["", size.format(**row)]
+            lines.append(f"{'':10} {'cycles':>12} {'modelled':>11} {'x dense':>8}  not estimated")
+        uncosted = ", ".join(f"{count} {kind}" for kind, count in row["without_estimate"].items())
+        lines.append(
+            f"{row['backend']:10} {row['cycles']:12,} {row['modelled_s'] * 1e3:8.3f} ms "
+            f"{row['ratio_to_dense']:8.3f}  {uncosted or 'none'}"
+        )
+    return "\n".join(lines[1:])

@@ -1,0 +1,80 @@
+"""Chips a plan can be made for: what their data sheets say, and devices that aren't there."""
+
+import re
+from typing import NamedTuple
+
+from jax.experimental import topologies
+
+from prmoe_jax.errors import UserError
+
+
+class Chip(NamedTuple):
+    """What a plan needs to know of one chip, from its data sheet."""
+
+    platform: str  # tpu | gpu
+    flops_per_s: float  # bfloat16 peak
+    hbm_bytes: int
+    hbm_bytes_per_s: float
+    # Of one link in one direction: a TPU's to a neighbour in the torus, a GPU's to its host's
+    # switch (NVLink).
+    link_bytes_per_s: float
+    hertz: float = 0.0  # of the TensorCore, from the peak and the matrix units
+    network_bytes_per_s: float = 0.0  # a GPU's share of what leaves its host, in one direction
+
+
+CHIPS = {
+    "v4": Chip("tpu", 275e12, 32 * 2**30, 1.2e12, 45e9, hertz=1.05e9),
+    "v5e": Chip("tpu", 197e12, 16 * 2**30, 0.82e12, 45e9, hertz=1.5e9),
+    "v5p": Chip("tpu", 459e12, 95 * 2**30, 2.77e12, 90e9, hertz=1.75e9),
+    "v6e": Chip("tpu", 918e12, 32 * 2**30, 1.64e12, 90e9, hertz=1.75e9),
+    "h100": Chip("gpu", 989e12, 80 * 10**9, 3.35e12, 450e9, network_bytes_per_s=50e9),
+}
+
+# What XLA's compiler for GPUs asks of an H100 (SXM), as a GpuTargetConfig in text form.
+H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 3352000000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
+  device_memory_size: 84978434048 shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 } registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+}
+platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+
+def topology_devices(topology: str) -> tuple[Chip, list]:
+    """The chip and the devices of a topology such as 'v5p:4x4x8', which need not be there.
+
+    Raises:
+      UserError: it is unknown, or the compiler is not installed.
+    """
+    name, _, shape = topology.partition(":")
+    if name not in CHIPS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", shape):
+        raise UserError(
+            f"--topology={topology} is unknown; use one of {', '.join(CHIPS)} and the chips of "
+            "each dimension, such as v5p:4x4x8, v5e:16x16, or h100:16x8 for 16 hosts of 8"
+        )
+    chip = CHIPS[name]
+    if chip.platform == "gpu":
+        asked = ("cuda", "", {"topology": f"1x{shape}", "target_config": H100})
+    elif name == "v4":  # its two cores as one device, as everywhere else
+        asked = ("tpu", topology, {"chip_config_name": "megacore"})
+    else:
+        asked = ("tpu", topology, {})
+    platform, topology_name, options = asked
+    try:
+        described = topologies.get_topology_desc(
+            platform=platform, topology_name=topology_name, **options
+        )
+    except Exception as error:  # whatever a missing or mistaken compiler raises
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        extra = "tpu" if chip.platform == "tpu" else "cuda"
+        raise UserError(
+            f"--topology={topology} cannot be compiled for ({reason}); the compiler comes with "
+            f"pip install -e '.[{extra}]'"
+        ) from error
+    return chip, list(described.devices)

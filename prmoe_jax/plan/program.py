@@ -1,0 +1,231 @@
+"""Reading an optimized program: what runs, how often, what it reads and what it computes."""
+
+import math
+import re
+from typing import NamedTuple
+
+BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
+# Operations that take no time, or whose time is that of the work they wait for.
+FREE = frozenset(
+    "parameter constant bitcast tuple get-tuple-element copy-start copy-done partition-id "
+    "replica-id after-all opt-barrier iota call-start".split()
+)
+SENTINEL = 1 << 50  # "unknown" is written as a number near 2^64
+SPARSE_CORE = "call-done"  # the end of a gather or scatter that a TPU's SparseCore does
+# Of what these read, as many bytes count as they give.
+SLICES = "dynamic-slice", "gather", "slice", SPARSE_CORE
+UPDATES = ("dynamic-update-slice",)  # in place
+
+
+class Operation(NamedTuple):
+    """One operation of the optimized program."""
+
+    name: str
+    opcode: str
+    cycles: int | None  # of one run, as a TPU's compiler estimates it; None without an estimate
+    runs: int  # product of the trip counts of the loops around it
+    text: str  # as the program writes it: shape, opcode, operands, attributes
+    flops: int = 0  # of the matrix products in one run
+    bytes: int = 0  # read and written in one run
+
+
+class _Line(NamedTuple):
+    name: str
+    opcode: str
+    text: str
+    root: bool
+
+
+def operations(hlo: str) -> list[Operation]:
+    """What runs: the entry's operations, and those of loops, times their trip count.
+
+    A fusion is one operation, except that one around a collective is that collective: what the
+    TPU's compiler writes as a slice of an all-reduce is a reduce-scatter. Of a conditional all
+    branches run: an upper bound.
+
+    Args:
+      hlo: `compiled.as_text()`.
+
+    Raises:
+      ValueError: a loop's trip count isn't visible.
+    """
+    computations, entry = _parse(hlo)
+    shapes = {
+        name: {line.name: line.text.partition(f" {line.opcode}(")[0] for line in lines}
+        for name, lines in computations.items()
+    }
+    found = []
+
+    def visit(computation: str, runs: int) -> None:
+        for line in computations[computation]:
+            name, opcode, text, _ = line
+            if opcode == "while":
+                trips = _trip_count(text, computations[_attribute(text, "condition")])
+                visit(_attribute(text, "body"), runs * trips)
+            elif opcode == "conditional":
+                for branch in _branches(text):
+                    visit(branch, runs)
+            elif opcode == "call":
+                visit(_attribute(text, "to_apply"), runs)
+            elif not _is_free(opcode, text):
+                inside = computations[_attribute(text, "calls")] if "calls=" in text else []
+                collective = next((i for i in inside if i.opcode == "all-reduce"), None)
+                if collective:
+                    result = text.partition(f" {opcode}(")[0]
+                    attributes = collective.text.partition("all-reduce(")[2]
+                    opcode, text = "reduce-scatter", f"{result} reduce-scatter({attributes}"
+                estimate = re.search(r'"estimated_cycles":"(\d+)"', text)
+                cycles = int(estimate[1]) if estimate else SENTINEL
+                known = shapes[computation]
+                inner = shapes[_attribute(text, "calls")] if inside and not collective else {}
+                found.append(
+                    Operation(
+                        name,
+                        opcode,
+                        cycles if cycles < SENTINEL else None,
+                        runs,
+                        text,
+                        _flops(line, known) + sum(_flops(i, inner) for i in inside if inner),
+                        _bytes(line, known, inside if inner else [], inner),
+                    )
+                )
+
+    visit(entry, 1)
+    return found
+
+
+def _is_free(opcode: str, text: str) -> bool:
+    if opcode.endswith(("-done", "-update")):
+        return opcode != SPARSE_CORE
+    return opcode in FREE or 'custom_call_target="AllocateBuffer"' in text
+
+
+def size(shape: str) -> int:
+    """Bytes of 'bf16[2,3]{1,0}', or of a tuple of such."""
+    return sum(BYTES[kind] * _count(dims) for kind, dims in _arrays(shape))
+
+
+def result(operation: Operation) -> str:
+    """The shape of what an operation gives."""
+    return operation.text.partition(f" {operation.opcode}(")[0]
+
+
+def _arrays(shape: str) -> list[tuple[str, str]]:
+    return [found for found in re.findall(r"\b(\w+)\[([\d,]*)\]", shape) if found[0] in BYTES]
+
+
+def _count(dims: str) -> int:
+    return math.prod(int(d) for d in dims.split(",") if d)
+
+
+def _operands(line: _Line) -> list[str]:
+    """Names between the parentheses after the opcode."""
+    inside = line.text.partition(f" {line.opcode}(")[2]
+    depth = 1
+    for end, character in enumerate(inside):  # noqa: B007, read after the loop
+        depth += (character == "(") - (character == ")")
+        if depth == 0:
+            break
+    return re.findall(r"%([\w.\-]+)", inside[:end])
+
+
+def _flops(line: _Line, shapes: dict[str, str]) -> int:
+    """Of a matrix product: 2 for each term of each sum."""
+    contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", line.text)
+    if line.opcode == "custom-call" and "__cublas" in line.text:
+        listed = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', line.text)
+        contracted = re.search(r"([\d,]+)", listed[1].replace('"', "")) if listed else None
+    elif line.opcode != "dot":
+        return 0
+    left = _arrays(shapes.get(_operands(line)[0], ""))
+    output = _arrays(line.text.partition(f" {line.opcode}(")[0])
+    if not (contracted and left and output):
+        return 0
+    sides = left[0][1].split(",")
+    terms = math.prod(int(sides[int(i)]) for i in contracted[1].split(",") if i)
+    return 2 * terms * _count(output[0][1])
+
+
+def _bytes(line: _Line, shapes, inside: list[_Line], inner) -> int:
+    """Results and operands; of what is only sliced or updated in place, that part."""
+    whole = size(line.text.partition(f" {line.opcode}(")[0])
+    operands = [size(shapes.get(name, "")) for name in _operands(line)]
+    if not inside:
+        if line.opcode in SLICES:
+            return 2 * whole
+        if line.opcode in UPDATES:
+            return 2 * operands[1]
+        return whole + sum(operands)
+    # Of a fusion that starts and ends apart the shape holds its operands too.
+    whole = next(size(inner[i.name]) for i in inside if i.root)
+    uses: dict[str, list[_Line]] = {}
+    for i in inside:
+        for name in _operands(i):
+            uses.setdefault(name, []).append(i)
+    total = whole
+    for i in inside:
+        if i.opcode == "parameter":
+            number = int(re.search(r"parameter\((\d+)\)", i.text)[1])
+            using = uses.get(i.name, [])
+            if using and all(_starts_with(u, i.name, SLICES) for u in using):
+                total += sum(size(inner[u.name]) for u in using)
+            elif not (using and all(_starts_with(u, i.name, UPDATES) for u in using)):
+                total += operands[number]
+        elif i.opcode in UPDATES and size(inner[i.name]) <= whole:
+            total += size(inner[_operands(i)[1]]) - size(inner[i.name])
+    return max(total, 0)
+
+
+def _starts_with(line: _Line, name: str, opcodes: tuple[str, ...]) -> bool:
+    """Whether it is one of these operations, with `name` as what it slices or updates."""
+    return line.opcode in opcodes and _operands(line)[0] == name
+
+
+def _parse(hlo: str) -> tuple[dict[str, list[_Line]], str]:
+    """Each computation's operations, and the entry's name."""
+    computations: dict[str, list] = {}
+    current = entry = None
+    # A kernel's attributes go over several lines.
+    for line in re.sub(r"\n(?=[^\s}%E]|}(?!, execution_thread)[^\n])", "", hlo).splitlines():
+        if current is None:
+            if header := re.match(r"(ENTRY )?%?([\w.\-]+) .*->.*\{\s*$", line):
+                current = header[2]
+                computations[current] = []
+                entry = current if header[1] else entry
+        elif line.startswith("}"):  # of a SparseCore, "}, execution_thread=…"
+            current = None
+        elif found := re.match(r"\s+(ROOT )?%?([\w.\-]+) = (.*)$", line):
+            root, name, text = found.groups()
+            computations[current].append(_Line(name, _opcode(text), text, bool(root)))
+    return computations, entry
+
+
+def _opcode(text: str) -> str:
+    """The word after the result's shape, which may be a tuple with parentheses inside."""
+    end = text.find(" ")
+    if text.startswith("("):
+        depth = 0
+        for end, character in enumerate(text, 1):  # noqa: B007, read after the loop
+            depth += (character == "(") - (character == ")")
+            if depth == 0:
+                break
+    return re.match(r"\s*([\w\-]+)\(", text[end:])[1]
+
+
+def _attribute(text: str, name: str) -> str:
+    return re.search(rf"\b{name}=%?([\w.\-]+)", text)[1]
+
+
+def _branches(text: str) -> list[str]:
+    if listed := re.search(r"branch_computations=\{([^}]*)\}", text):
+        return [name.strip(" %") for name in listed[1].split(",")]
+    return [_attribute(text, f"{value}_computation") for value in ("true", "false")]
+
+
+def _trip_count(text: str, condition: list[_Line]) -> int:
+    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', text):
+        return int(known[1])
+    bounds = [int(v) for line in condition for v in re.findall(r"constant\((\d+)\)", line.text)]
+    if not bounds:
+        raise ValueError("a loop without a visible trip count")
+    return max(bounds)
