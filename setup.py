@@ -33,8 +33,9 @@ setup(
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
         "eval": ["lm-eval"],
+        "plot": ["matplotlib"],
         "interop": ["deepspeed", "safetensors", "torch", "transformers"],
-        "dev": ["hypothesis", "pre-commit", "pytest", "pytest-xdist", "ruff"],
+        "dev": ["hypothesis", "matplotlib", "pre-commit", "pytest", "pytest-xdist", "ruff"],
     },
     entry_points={"console_scripts": ["prmoe=prmoe_jax.cli:main"]},
 )

@@ -256,16 +256,24 @@ def _bench(options, rest) -> None:
 def _compile_only() -> None:
     """Before JAX is imported: its compilers for devices that aren't there make programs only."""
     os.environ["JAX_PLATFORMS"] = "cpu"
-    for name, value in (("TPU_SKIP_MDS_QUERY", "1"), ("TPU_MIN_LOG_LEVEL", "3")):
-        os.environ.setdefault(name, value)
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several may compile at a time
 
 
 def _plan(options, rest) -> None:
     config = parse_config(rest)
     _compile_only()
-    from prmoe_jax.plan import report
+    from prmoe_jax.plan import find, picture, report
 
-    result = report.plan(config, options.topology)
+    if (options.topology is None) == (options.find is None):
+        raise UserError("prmoe plan needs either --topology=v5p:4x4x8 or --find=v5p")
+    if options.find:
+        result = find.find(config, options.find)
+    else:
+        result = report.plan(config, options.topology)
+    if options.picture:
+        picture.draw({result["topology"]: result}, options.picture)
     print(json.dumps(result) if options.json else report.table(result))
 
 
@@ -326,8 +334,10 @@ def _parser() -> argparse.ArgumentParser:
     sub = verb("params", _params, "count a config's parameters and FLOPs, building nothing", True)
     sub.add_argument("--paper", action="store_true", help="all models of the paper, side by side")
 
-    sub = verb("plan", _plan, "compile a config's train step for TPUs, and model its cost", True)
-    sub.add_argument("--topology", required=True, help="chips, such as v5p:4x4x8 or v5e:16x16")
+    sub = verb("plan", _plan, "compile a config's train step for a pod, and model its cost", True)
+    sub.add_argument("--topology", help="chips, such as v5p:4x4x8, v5e:16x16 or h100:16x8")
+    sub.add_argument("--find", metavar="CHIP", help="instead, the smallest slice that fits")
+    sub.add_argument("--picture", type=Path, help="also draw the plan: a .png, .svg or .pdf")
 
     sub = verb("bench", _bench, "time an MoE layer beside a dense MLP and other implementations")
     sub.add_argument("what", choices=["moe"], help="moe: forward and backward of one layer")

@@ -39,7 +39,9 @@ class ModelConfig:
     dropout: float = 0.0
     init_std: float = 0.02
     dtype: str = "bfloat16"  # of the compute; parameters and router are float32
-    remat: str = "none"  # none | dots (keep matrix products) | full (keep nothing)
+    # What the backward pass computes again: nothing; all but what products, kernels and other
+    # devices made; or all but what other devices made.
+    remat: str = "none"  # none | dots | full
     attention: str = "auto"  # auto | xla | cudnn | splash
 
     @functools.cached_property

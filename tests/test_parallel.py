@@ -3,6 +3,8 @@
 Eight devices are eight threads of a CPU, in a process of their own.
 """
 
+import dataclasses
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from prmoe_jax import architecture, config
 from prmoe_jax.errors import UserError
-from prmoe_jax.parallel.mesh import axis_sizes, batch_axes, expert_axes
+from prmoe_jax.parallel.mesh import axis_sizes, batch_axes, expert_axes, propose
 from prmoe_jax.parallel.rules import RULES, spec, specs
 from prmoe_jax.step import init_state
 from prmoe_jax.tree import named_leaves
@@ -139,6 +141,18 @@ def test_proposals_work():
     assert proposed > 20
 
 
+@pytest.mark.parametrize(
+    ("text", "expert"),
+    [("4 layers", 1), ("6 layers, E=4", 4), ("6 layers, E=3+6+12", 12), ("4 layers, E=3+8", 1)],
+)
+def test_a_proposed_mesh_fits(text, expert):
+    for devices in (1, 2, 6, 8, 12, 64, 128, 96):
+        mesh = propose(settings(text), devices)
+        shape = sizes(devices, text, batch_size=devices, **dataclasses.asdict(mesh))
+        assert math.prod(shape.values()) == devices and shape["fsdp"] <= 16
+    assert mesh.expert == expert
+
+
 def mesh_of(**sizes):
     return AbstractMesh(tuple(sizes.values()), tuple(sizes))
 
@@ -152,10 +166,16 @@ def test_rules_by_hand():
     spread = ("expert_1", "expert_0")
     assert spec(w_in, (3, 32, 64, 96), mesh) == P(None, spread, (), ("slice", "tensor"))
     assert spec(w_in, (3, 8, 64, 96), mesh)[1] == "expert_0"
-    assert spec("stages.0.blocks.1.mlp.mlp.w_out", (3, 96, 192), mesh)[1:] == ("tensor", shards)
+    w_out = "stages.0.blocks.1.mlp.mlp.w_out"
+    assert spec(w_out, (3, 384, 192), mesh) == P(None, ("tensor", *shards), ())
+    assert spec(w_out, (3, 384, 192), mesh, in_use=True) == P(None, "tensor", ())
     # Where the width can't be split over all, over the inner ones.
     assert spec("tokens", (512, 72), mesh)[1] == ("expert_0", "slice")
     assert spec("0.mu.stages.0.blocks.0.attention.w_out", (3, 4, 8, 192), mesh)[3] == shards
+    # Not over all devices of the mesh, if there is a smaller choice.
+    whole = mesh_of(data=1, fsdp=1, expert_1=2, expert_0=8, slice=1, tensor=1)
+    assert spec("tokens", (512, 192), whole)[1] == "expert_0"
+    assert spec("tokens", (512, 192), mesh_of(data=1, fsdp=8, slice=1, tensor=1))[1] == "fsdp"
     # An axis of one device splits nothing.
     alone = mesh_of(data=8, fsdp=1, expert_0=1, slice=1, tensor=1)
     assert spec("tokens", (8, 8), alone) == P((), ())

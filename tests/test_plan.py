@@ -1,13 +1,22 @@
-"""Reading a compiled TPU program, without a TPU compiler."""
+"""Reading compiled programs, without the compilers; and one plan by the TPU's, where it is."""
 
+import dataclasses
+import importlib.util
+import json
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
-from configs import tiny
+from configs import paper, tiny
+from prmoe_jax import config
 from prmoe_jax.cli import main
+from prmoe_jax.errors import UserError
 from prmoe_jax.plan.collectives import collectives, groups, hosts, kind, torus
+from prmoe_jax.plan.find import find
+from prmoe_jax.plan.picture import draw
 from prmoe_jax.plan.program import Operation, operations
 from prmoe_jax.plan.report import component
 
@@ -236,9 +245,97 @@ def test_components_are_innermost_scopes():
     assert of("") == "other"
 
 
-def test_an_unknown_topology_is_refused(capsys, monkeypatch):
+CONFIG = f"--config={tiny.__file__}:prmoe"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--topology=v9:2x2"], "--topology=v9:2x2 is unknown; use one of v4, v5e"),
+        (["--topology=v5p"], "--topology=v5p is unknown; use one of v4, v5e"),
+        (["--topology=v5p:4by4"], "--topology=v5p:4by4 is unknown; use one of v4, v5e"),
+        (["--topology=v5p:0x4"], "--topology=v5p:0x4 is unknown; use one of v4, v5e"),
+        (["--find=v9"], "--find=v9 is unknown; use one of v4, v5e"),
+        ([], "prmoe plan needs either --topology=v5p:4x4x8 or --find=v5p"),
+        (["--find=v5p", "--topology=v5p:2x2x1"], "prmoe plan needs either"),
+    ],
+)
+def test_mistakes(arguments, line, capsys, monkeypatch):
     monkeypatch.setattr("os.environ", os.environ.copy())  # the verb sets some
-    config = f"--config={tiny.__file__}:prmoe"
-    for topology in ("v9:2x2", "v5p", "v5p:4by4"):
-        assert main(["plan", config, f"--topology={topology}"]) == 2
-        assert f"--topology={topology} is unknown; use one of v4, v5e" in capsys.readouterr().err
+    assert main(["plan", CONFIG, *arguments]) == 2
+    (told,) = capsys.readouterr().err.splitlines()
+    assert line in told
+
+
+def a_plan(topology, held, fits=True):
+    result = {"topology": topology, "mesh": {}, "chips": 4, "fits": fits}
+    result["hbm_bytes_per_chip"] = {"parameters": 1, "optimizer": 2, "temporaries": held}
+    parts = {"mlp": 0.25, "collectives": 0.5}
+    return result | {"modelled_step_s": 0.75, "modelled_mfu": 0.5, "components": parts}
+
+
+def test_find_takes_the_first_slice_that_fits(monkeypatch):
+    """What can't hold the state isn't compiled for; a mesh that doesn't fit is no plan."""
+    values = config.resolve(paper.get_config("prmoe_1.3b"))
+    asked = []
+
+    def plan(config, topology):
+        asked.append((topology, config.mesh))
+        if topology == "v5p:2x2x2":
+            raise UserError("the mesh does not fit")
+        return a_plan(topology, held=100 * 2**30, fits=topology == "v5p:2x4x4")
+
+    monkeypatch.setattr("prmoe_jax.plan.find.plan", plan)
+    found = find(values, "v5p")
+    # 31.4 B parameters of 12 bytes: 351 GiB, four chips of 95.
+    assert [topology for topology, _ in asked] == [
+        "v5p:2x2x1", "v5p:2x2x2", "v5p:2x2x4", "v5p:2x4x4"
+    ]  # fmt: skip
+    assert [mesh.expert for _, mesh in asked] == [4, 8, 16, 32]
+    assert found["topology"] == "v5p:2x4x4"
+    assert [reason for _, reason in found["tried"]] == [
+        "needs 100.0 GiB a chip", "the mesh does not fit", "needs 100.0 GiB a chip"
+    ]  # fmt: skip
+    asked.clear()
+    with pytest.raises(UserError, match="--find=h100: no slice fits; h100:128x8: needs 100.0"):
+        find(values, "h100")
+    assert asked[0][0] == "h100:1x8"  # 351 GiB on eight of 80 GB
+    asked.clear()
+    fixed = dataclasses.replace(values, mesh=config.MeshConfig(expert=2))
+    find(fixed, "v5p")
+    assert {mesh.expert for _, mesh in asked} == {2}
+
+
+def test_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    too_large = a_plan("v5e:2x2", 3, fits=False)
+    too_large["hbm_bytes_per_chip"]["needed"] = 40 * 2**30
+    del too_large["modelled_step_s"], too_large["components"]
+    path = tmp_path / "plans.svg"
+    draw({"fits": a_plan("v5p:2x2x1", 3), "too large": too_large}, path)
+    text = path.read_text()
+    for words in ("750 ms, 50% MFU", "does not fit", "GiB a chip", "too large", "collectives"):
+        assert f"<!-- {words}" in text or f"<!--  {words}" in text, words
+    with pytest.raises(UserError, match="plans.docx: .*docx"):
+        draw({"fits": a_plan("v5p:2x2x1", 3)}, tmp_path / "plans.docx")
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs the extra [tpu]")
+def test_a_plan_by_the_real_compiler(tmp_path):
+    """Two cells of a pyramid on eight chips: what it holds, exchanges, and takes."""
+    config = f"--config={tiny.__file__}:4 layers, E=4+8, residual"
+    changes = "dtype=bfloat16 length=512 d_model=256 d_ff=1024 heads=2".split()
+    command = [sys.executable, "-m", "prmoe_jax", "plan", "--json", "--topology=v5e:2x4", config]
+    command += ["--config.mesh.expert=8", *(f"--config.model.{change}" for change in changes)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["fits"] and result["chips"] == 8
+    assert result["mesh"] == {"expert_1": 2, "expert_0": 4}
+    assert {"experts", "mlp", "attention kernels", "routing"} <= result["components"].keys()
+    exchanged = [c for c in result["collectives"] if c["kind"] == "all-to-all"]
+    assert sorted(c["runs"] for c in exchanged) == [4, 4]
+    assert {tuple(c["axes"]) for c in exchanged} == {("expert_0",), ("expert_1", "expert_0")}
+    # 2 x 512 tokens a chip, bfloat16, once there and back, forward and backward; each layer's
+    # capacity is even.
+    assert [c["bytes"] for c in exchanged] == [4 * 2 * 512 * 256 * 2] * 2

@@ -73,7 +73,8 @@ class SpreadExperts(NamedTuple):
         x_IxRxD = x_XxIxRxD.swapaxes(0, 1).reshape(local, -1, width)
         if others:
             x_IxRxD = jax.lax.all_gather(x_IxRxD, others, axis=1, tiled=True)
-        y_IxRxD = self.experts.without_last_bias(x_IxRxD)
+        # Each device of a slice has its own part of the weights, and of the rows' gradient.
+        y_IxRxD = self.experts.without_last_bias(varying(x_IxRxD, tuple(split)))
         if others:
             y_IxRxD = jax.lax.psum_scatter(y_IxRxD, others, scatter_dimension=1, tiled=True)
         if alike:

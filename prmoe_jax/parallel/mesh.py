@@ -22,7 +22,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from prmoe_jax.config import Config
+from prmoe_jax.config import Config, MeshConfig
 from prmoe_jax.errors import UserError
 
 
@@ -71,6 +71,20 @@ def axis_sizes(config: Config, devices: int) -> dict[str, int]:
         "slice": sizes["expert_slice"],
         "tensor": sizes["tensor"],
     }
+
+
+# Devices over which FSDP is worth its gathers where no more are needed for memory.
+FSDP_DEVICES = 16
+
+
+def propose(config: Config, devices: int) -> MeshConfig:
+    """A mesh of so many devices: experts over as many as they can use, FSDP, then replicas."""
+    counts = {e: i for i, e in enumerate(config.model.schedule.experts) if e}
+    divisors = [d for d in range(devices, 0, -1) if devices % d == 0]
+    expert = next(d for d in divisors if not _problem(counts, d, 1))
+    rest = devices // expert
+    fsdp = next(d for d in divisors if rest % d == 0 and d <= FSDP_DEVICES)
+    return MeshConfig(data=rest // fsdp, fsdp=fsdp, expert=expert)
 
 
 def _expert_factors(config: Config, expert: int, inner: int, devices: int) -> list[int]:

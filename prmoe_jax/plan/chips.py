@@ -30,6 +30,17 @@ CHIPS = {
     "h100": Chip("gpu", 989e12, 80 * 10**9, 3.35e12, 450e9, network_bytes_per_s=50e9),
 }
 
+# Slices one can have, smallest first; of GPUs, hosts of eight.
+TORUS = "2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x16".split()
+PLANE = "1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16".split()
+SLICES = {
+    "v4": TORUS,
+    "v5e": PLANE,
+    "v5p": TORUS,
+    "v6e": PLANE,
+    "h100": [f"{1 << i}x8" for i in range(8)],
+}
+
 # What XLA's compiler for GPUs asks of an H100 (SXM), as a GpuTargetConfig in text form.
 H100 = """
 gpu_device_info {

@@ -80,7 +80,8 @@ def plan(config: Config, topology: str) -> dict:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         needed = re.search(r"Used ([\d.]+)G of", str(error))
-        held["needed"] = round(float(needed[1]) * 2**30) if needed else None
+        if needed:
+            held["needed"] = round(float(needed[1]) * 2**30)
         return result
     memory = compiled.memory_analysis()
     # Activations, gradients and what the compiler works with.
@@ -183,7 +184,7 @@ def table(result: dict) -> str:
     lines = [f"{result['topology']}: {result['chips']} chips, mesh {mesh}"]
     lines.append("fits" if result["fits"] else "does not fit")
     for name, size in result["hbm_bytes_per_chip"].items():
-        lines.append(f"  {name:20} {size / 2**30:9.2f} GiB a chip" if size else f"  {name}")
+        lines.append(f"  {name:20} {size / 2**30:9.2f} GiB a chip")
     if "modelled_step_s" not in result:
         return "\n".join(lines)
     step_s = result["modelled_step_s"]

@@ -1,0 +1,86 @@
+"""A picture of plans: where a step's time goes, and what holds the memory of a chip."""
+
+from pathlib import Path
+
+from prmoe_jax.errors import UserError
+from prmoe_jax.plan.chips import CHIPS
+
+# The parts of a step in the order of the bars, matrix products first.
+PARTS = {
+    "mlp": "#1b6ca8",
+    "experts": "#4a9fd8",
+    "attention": "#2f8f5b",
+    "attention kernels": "#7cc49a",
+    "logits": "#8a6bb1",
+    "embedding": "#c0a9d9",
+    "routing": "#d97b29",
+    "dispatch": "#f0b36d",
+    "exchange": "#f7d9b0",
+    "optimizer": "#999999",
+    "other": "#cccccc",
+    "collectives": "#b3282d",
+}
+HELD = {
+    "parameters": "#1b6ca8",
+    "optimizer": "#999999",
+    "temporaries": "#f0b36d",
+    "needed": "#b3282d",
+}
+
+
+def draw(plans: dict[str, dict], path: Path) -> None:
+    """Writes a figure with one bar a plan: milliseconds by part, and GiB a chip by use.
+
+    Args:
+      plans: label -> what `report.plan` returned.
+      path: of the picture; its suffix says the format.
+
+    Raises:
+      UserError: matplotlib is missing, or does not know the format.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("a picture needs matplotlib: pip install -e '.[plot]'") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (times, memory) = pyplot.subplots(
+        1, 2, figsize=(13, 1.6 + 0.42 * len(plans)), sharey=True, layout="constrained"
+    )
+    places = range(len(plans) - 1, -1, -1)  # the first on top
+    for place, result in zip(places, plans.values(), strict=True):
+        parts = result.get("components", {})
+        _bar(times, place, {part: parts.get(part, 0) * 1e3 for part in PARTS}, PARTS)
+        if "modelled_step_s" in result:
+            text = f" {result['modelled_step_s'] * 1e3:.0f} ms, {result['modelled_mfu']:.0%} MFU"
+            times.text(result["modelled_step_s"] * 1e3, place, text, va="center", fontsize=8)
+        else:
+            times.text(0, place, " does not fit", va="center", fontsize=8)
+        held = result["hbm_bytes_per_chip"]
+        uses = ["needed"] if "needed" in held else ["parameters", "optimizer", "temporaries"]
+        _bar(memory, place, {use: held[use] / 2**30 for use in uses}, HELD)
+        limit = CHIPS[result["topology"].partition(":")[0]].hbm_bytes / 2**30
+        memory.plot([limit, limit], [place - 0.45, place + 0.45], color="black", linewidth=2)
+    times.set_yticks(list(places), plans.keys(), fontsize=8)
+    times.set_xlabel("modelled milliseconds a step")
+    memory.set_xlabel("GiB a chip (black: what it has)")
+    times.margins(x=0.25)
+    for axes, colours in ((times, PARTS), (memory, HELD)):
+        axes.spines[["top", "right"]].set_visible(False)
+        handles = [pyplot.Rectangle((0, 0), 1, 1, color=colour) for colour in colours.values()]
+        axes.legend(handles, colours.keys(), fontsize=7, ncols=6, loc="lower left",
+                    bbox_to_anchor=(0, 1), frameon=False)  # fmt: skip
+    try:
+        figure.savefig(path, dpi=120)
+    except ValueError as error:
+        raise UserError(f"{path}: {str(error).splitlines()[0]}") from None
+    finally:
+        pyplot.close(figure)
+
+
+def _bar(axes, place: int, sizes: dict[str, float], colours: dict[str, str]) -> None:
+    left = 0.0
+    for name, size in sizes.items():
+        axes.barh(place, size, left=left, color=colours[name], height=0.7)
+        left += size
