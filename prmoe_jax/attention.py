@@ -1,6 +1,7 @@
 """Causal self-attention within documents, by the fastest kernel the device has."""
 
-import functools
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -91,6 +92,24 @@ def splash(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segments_BxL, interpret: bool = Fals
     return batched(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segments_BxL)
 
 
+class Past(NamedTuple):
+    """Keys and values of tokens already seen, of one layer or stacked over N repeats."""
+
+    k_BxTxHxK: jax.Array
+    v_BxTxHxK: jax.Array
+
+
+def attend_to_past(q_BxQxHxK, past: Past, place_BxQ) -> jax.Array:
+    """softmax(q kᵀ / √K) v over the keys up to each query's own place; [B, Q, H, K]."""
+    score_BxHxQxT = jnp.einsum(
+        "BQHK,BTHK->BHQT", q_BxQxHxK, past.k_BxTxHxK, preferred_element_type=jnp.float32
+    )
+    seen_BxQxT = jnp.arange(past.k_BxTxHxK.shape[1]) <= place_BxQ[..., None]
+    score_BxHxQxT *= q_BxQxHxK.shape[-1] ** -0.5
+    weight_BxHxQxT = jax.nn.softmax(jnp.where(seen_BxQxT[:, None], score_BxHxQxT, -jnp.inf))
+    return jnp.einsum("BHQT,BTHK->BQHK", weight_BxHxQxT.astype(q_BxQxHxK.dtype), past.v_BxTxHxK)
+
+
 class Attention(nnx.Module):
     """Multi-head attention with biases, as in GPT-2."""
 
@@ -105,12 +124,32 @@ class Attention(nnx.Module):
         self.w_out = normal(key_out, (model.heads, width, model.d_model), std_out)
         self.b_out = nnx.Param(jnp.zeros(model.d_model))
 
-    def __call__(self, x_BxLxD: jax.Array, segments_BxL: jax.Array) -> jax.Array:
-        """Maps [B, L, D] to [B, L, D] in x's dtype."""
+    def __call__(
+        self,
+        x_BxLxD: jax.Array,
+        segments_BxL: jax.Array,
+        past: Past | None = None,
+        place_BxL: jax.Array | None = None,
+    ) -> tuple[jax.Array, Past | None]:
+        """Maps [B, L, D] to [B, L, D] in x's dtype.
+
+        Args:
+          x_BxLxD: normalised activations.
+          segments_BxL: the document of each token; a token attends within its own.
+          past: instead, what came before; the tokens' own keys and values are added to it.
+          place_BxL: the places of the tokens in `past`, one after the other.
+        """
         w_qkv, b_qkv, w_out, b_out = (
             p[...].astype(x_BxLxD.dtype) for p in (self.w_qkv, self.b_qkv, self.w_out, self.b_out)
         )
-        product = functools.partial(jnp.einsum, "BLD,DHK->BLHK", x_BxLxD)
-        q_k_v = (remat.product(product(w_qkv[:, i]) + b_qkv[i]) for i in range(3))
-        y_BxLxHxK = attend(*q_k_v, segments_BxL, self.implementation)
-        return jnp.einsum("BLHK,HKD->BLD", y_BxLxHxK, w_out) + b_out
+        product = partial(jnp.einsum, "BLD,DHK->BLHK", x_BxLxD)
+        q, k, v = (remat.product(product(w_qkv[:, i]) + b_qkv[i]) for i in range(3))
+        if past is None:
+            y_BxLxHxK = attend(q, k, v, segments_BxL, self.implementation)
+        else:
+            write = jax.vmap(partial(jax.lax.dynamic_update_slice_in_dim, axis=0))
+            past = Past(
+                *(write(old, new, place_BxL[:, 0]) for old, new in zip(past, (k, v), strict=True))
+            )
+            y_BxLxHxK = attend_to_past(q, past, place_BxL)
+        return jnp.einsum("BLHK,HKD->BLD", y_BxLxHxK, w_out) + b_out, past

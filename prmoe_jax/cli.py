@@ -268,10 +268,12 @@ def _plan(options, rest) -> None:
 
     if (options.topology is None) == (options.find is None):
         raise UserError("prmoe plan needs either --topology=v5p:4x4x8 or --find=v5p")
+    if options.decode < 0:
+        raise UserError(f"--decode={options.decode} must be a number of sequences")
     if options.find:
-        result = find.find(config, options.find)
+        result = find.find(config, options.find, options.decode)
     else:
-        result = report.plan(config, options.topology)
+        result = report.plan(config, options.topology, options.decode)
     if options.picture:
         picture.draw({result["topology"]: result}, options.picture)
     print(json.dumps(result) if options.json else report.table(result))
@@ -337,6 +339,13 @@ def _parser() -> argparse.ArgumentParser:
     sub = verb("plan", _plan, "compile a config's train step for a pod, and model its cost", True)
     sub.add_argument("--topology", help="chips, such as v5p:4x4x8, v5e:16x16 or h100:16x8")
     sub.add_argument("--find", metavar="CHIP", help="instead, the smallest slice that fits")
+    sub.add_argument(
+        "--decode",
+        type=int,
+        default=0,
+        metavar="SEQUENCES",
+        help="instead of training, the next token of so many sequences of full context",
+    )
     sub.add_argument("--picture", type=Path, help="also draw the plan: a .png, .svg or .pdf")
 
     sub = verb("bench", _bench, "time an MoE layer beside a dense MLP and other implementations")

@@ -1,4 +1,4 @@
-"""Text from a trained run: sampling with the whole context recomputed for each token."""
+"""Text from a trained run: the prompt at once, then token by token from keys and values kept."""
 
 import math
 from pathlib import Path
@@ -67,21 +67,27 @@ def _sample(
     model: Transformer, tokens_L, start, stop, temperature, vocabulary, end_of_text, key
 ) -> jax.Array:
     """Fills tokens[start:stop]; ids from `vocabulary` on are padding and never drawn."""
+    prompt_1xL = (jnp.arange(tokens_L.size) < start)[None]
+    x_1xLxD, past = model.decode(
+        tokens_L[None], prompt_1xL, model.empty_past(1), jnp.zeros(1, jnp.int32)
+    )
 
     def unfinished(carry):
-        tokens_L, position = carry
+        tokens_L, position, *_ = carry
         return (position < stop) & ((position == start) | (tokens_L[position - 1] != end_of_text))
 
     def next_token(carry):
-        tokens_L, position = carry
-        segments_L = (jnp.arange(tokens_L.size) < position).astype(jnp.int32)
-        x_1xLxD, _ = model(tokens_L[None], segments_L[None], capacity_factor=jnp.inf)
-        logits_V = model.logits(x_1xLxD[0, position - 1])
+        tokens_L, position, x_D, past = carry
+        logits_V = model.logits(x_D)
         logits_V = jnp.where(jnp.arange(logits_V.size) < vocabulary, logits_V, -jnp.inf)
         drawn = jax.random.categorical(
             jax.random.fold_in(key, position), logits_V / jnp.maximum(temperature, 1e-6)
         )
-        token = jnp.where(temperature > 0, drawn, jnp.argmax(logits_V))
-        return tokens_L.at[position].set(token.astype(jnp.int32)), position + 1
+        token = jnp.where(temperature > 0, drawn, jnp.argmax(logits_V)).astype(jnp.int32)
+        x_1x1xD, past = model.decode(
+            token[None, None], jnp.ones((1, 1), bool), past, position[None]
+        )
+        return tokens_L.at[position].set(token), position + 1, x_1x1xD[0, 0], past
 
-    return jax.lax.while_loop(unfinished, next_token, (tokens_L, start))[0]
+    first = tokens_L, start, x_1xLxD[0, start - 1], past
+    return jax.lax.while_loop(unfinished, next_token, first)[0]

@@ -5,6 +5,7 @@ A module is a typed pytree of float32 parameters: it goes through plain jax.jit,
 
 import dataclasses
 import logging
+import math
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from prmoe_jax import architecture, remat
-from prmoe_jax.attention import Attention, resolve_attention
+from prmoe_jax.attention import Attention, Past, resolve_attention
 from prmoe_jax.config import Config, ModelConfig, MoeConfig
 from prmoe_jax.moe import dispatch
 from prmoe_jax.moe.experts import MLP, normal
@@ -60,11 +61,12 @@ class Block(nnx.Module):
             self.mlp = MLP(model.d_model, model.d_ff, std, std_out, key_mlp)
 
     def __call__(
-        self, x_BxLxD, segments_BxL, capacity_factor: float, keys_B=None
-    ) -> tuple[jax.Array, RouterMetrics | None]:
+        self, x_BxLxD, segments_BxL, capacity_factor: float, keys_B=None, past=None, place_BxL=None
+    ) -> tuple[jax.Array, RouterMetrics | None, Past | None]:
         keys = [None] * 3 if keys_B is None else [fold_in(keys_B, i) for i in range(3)]
         with jax.named_scope("attention"):
-            y_BxLxD = self.attention(self.norm_attention(x_BxLxD), segments_BxL)
+            normed_BxLxD = self.norm_attention(x_BxLxD)
+            y_BxLxD, past = self.attention(normed_BxLxD, segments_BxL, past, place_BxL)
             x_BxLxD = remat.product(x_BxLxD + dropout(y_BxLxD, self.dropout, keys[0]))
         y_BxLxD = self.norm_mlp(x_BxLxD)
         metrics = None
@@ -73,7 +75,7 @@ class Block(nnx.Module):
         else:
             with jax.named_scope("mlp"):
                 y_BxLxD = self.mlp(y_BxLxD)
-        return remat.product(x_BxLxD + dropout(y_BxLxD, self.dropout, keys[2])), metrics
+        return remat.product(x_BxLxD + dropout(y_BxLxD, self.dropout, keys[2])), metrics, past
 
 
 class Stage(nnx.Module):
@@ -89,21 +91,32 @@ class Stage(nnx.Module):
         keys = jax.random.split(key, len(stage.cell))
         self.blocks = nnx.List([stacked(e, k) for e, k in zip(stage.cell, keys, strict=True)])
 
-    def __call__(self, x_BxLxD, segments_BxL, capacity_factor: float, keys_NxB=None):
-        """Returns the activations and, for each layer of the cell, metrics stacked over N."""
+    def __call__(
+        self,
+        x_BxLxD,
+        segments_BxL,
+        capacity_factor: float,
+        keys_NxB=None,
+        past=None,
+        place_BxL=None,
+    ):
+        """Returns the activations and, for each layer of the cell, metrics and past over N."""
 
-        def cell(x_BxLxD, blocks_and_keys):
-            blocks, keys_B = blocks_and_keys
-            x_BxLxD, metrics = rules.constrain_rows(x_BxLxD), []
+        def cell(x_BxLxD, stacked):
+            blocks, keys_B, past = stacked
+            x_BxLxD, metrics, new_past = rules.constrain_rows(x_BxLxD), [], []
             for i, block in enumerate(rules.gathered(blocks)):
                 keys = None if keys_B is None else fold_in(keys_B, i)
-                x_BxLxD, m = block(x_BxLxD, segments_BxL, capacity_factor, keys)
+                x_BxLxD, m, p = block(
+                    x_BxLxD, segments_BxL, capacity_factor, keys, past and past[i], place_BxL
+                )
                 metrics.append(m)
-            return x_BxLxD, metrics
+                new_past.append(p)
+            return x_BxLxD, (metrics, new_past)
 
         if self.remat != "none":
             cell = jax.checkpoint(cell, policy=remat.POLICIES[self.remat])
-        return jax.lax.scan(cell, x_BxLxD, (self.blocks, keys_NxB))
+        return jax.lax.scan(cell, x_BxLxD, (self.blocks, keys_NxB, past))
 
 
 class Transformer(nnx.Module):
@@ -137,12 +150,47 @@ class Transformer(nnx.Module):
           capacity_factor: training's, evaluation's, or inf to drop no token.
           keys_B: one key a sequence switches training's randomness on; None for evaluation.
         """
+        place_BxL = positions(segments_BxL)
+        return self._run(tokens_BxL, segments_BxL, place_BxL, capacity_factor, keys_B)[:2]
+
+    def empty_past(self, batch: int) -> list[list[Past]]:
+        """Room for a context of keys and values of every layer, by stage and layer of its cell."""
+        config = self.config
+        shape = batch, config.length, config.heads, config.d_model // config.heads
+        return [
+            [Past(*(jnp.zeros((plan.repeats, *shape), config.dtype) for _ in range(2)))
+             for _ in plan.cell]
+            for plan in config.schedule.stages()
+        ]  # fmt: skip
+
+    def decode(
+        self, tokens_BxQ: jax.Array, valid_BxQ: jax.Array, past: list[list[Past]], length_B
+    ) -> tuple[jax.Array, list[list[Past]]]:
+        """Goes on from what was seen: the final activations [B, Q, D], and the past with them.
+
+        No token is dropped, so that no sequence depends on what shares its batch.
+
+        Args:
+          tokens_BxQ: the next tokens of each sequence: a prompt, or one a sequence.
+          valid_BxQ: False for padding, which stands at the end.
+          past: from `empty_past` or an earlier call.
+          length_B: tokens of each sequence in the past; these count from there.
+        """
+        place_BxQ = length_B[:, None] + jnp.arange(tokens_BxQ.shape[1])
+        x_BxQxD, _, past = self._run(
+            tokens_BxQ, valid_BxQ.astype(jnp.int32), place_BxQ, math.inf, past=past
+        )
+        return x_BxQxD, past
+
+    def _run(
+        self, tokens_BxL, segments_BxL, place_BxL, capacity_factor: float, keys_B=None, past=None
+    ):
         dtype = jnp.dtype(self.config.dtype)
         with jax.named_scope("embedding"):
             x_BxLxD = rules.look_up("tokens", self.tokens[...], tokens_BxL)
-            x_BxLxD += rules.look_up("positions", self.positions[...], positions(segments_BxL))
+            x_BxLxD += rules.look_up("positions", self.positions[...], place_BxL)
         x_BxLxD = dropout(x_BxLxD.astype(dtype), self.config.dropout, keys_B)
-        metrics = []
+        metrics, new_past = [], []
         schedule = self.config.schedule.stages()
         # Once, and not in every layer: forward, and backward again, read half as much.
         stages = cast(self.stages, dtype)
@@ -151,10 +199,13 @@ class Transformer(nnx.Module):
             if keys_B is not None:
                 repeats = jnp.arange(plan.repeats)
                 keys_NxB = jax.vmap(fold_in, (None, 0))(fold_in(keys_B, 1 + i), repeats)
-            x_BxLxD, by_cell = stage(x_BxLxD, segments_BxL, capacity_factor, keys_NxB)
+            x_BxLxD, (by_cell, p) = stage(
+                x_BxLxD, segments_BxL, capacity_factor, keys_NxB, past and past[i], place_BxL
+            )
+            new_past.append(p)
             for n in range(plan.repeats):
                 metrics += [jax.tree.map(lambda x: x[n], m) for m in by_cell if m is not None]  # noqa: B023
-        return self.norm(x_BxLxD), metrics
+        return self.norm(x_BxLxD), metrics, new_past
 
     def logits(self, x_BxLxD: jax.Array) -> jax.Array:
         """Scores of the next token, float32 [B, L, V]; the embedding is the output matrix."""
@@ -208,10 +259,10 @@ def resolve_backends(config: Config, platform: str, mesh: Mesh | None = None) ->
     )
 
 
-def cast(modules, dtype):
-    """The modules with the parameters that `CAST` names in another dtype."""
+def cast(modules, dtype, more: tuple[str, ...] = ()):
+    """The modules with the parameters that `CAST` and `more` name in another dtype."""
     leaves = [
-        leaf.astype(dtype) if name.rsplit(".", 1)[-1] in CAST else leaf
+        leaf.astype(dtype) if name.rsplit(".", 1)[-1] in CAST.union(more) else leaf
         for name, leaf in named_leaves(modules).items()
     ]
     return jax.tree.unflatten(jax.tree.structure(modules), leaves)

@@ -118,8 +118,13 @@ def on_mesh(config: Config, mesh: Mesh) -> Callable[[TrainState, Batch], tuple[T
         make_train_step(config),
         donate_argnums=0,
         out_shardings=(places, replicated(mesh)),
-        compiler_options=COMPILER_OPTIONS.get(mesh.devices.flat[0].platform),
+        compiler_options=compiler_options(mesh),
     )
+
+
+def compiler_options(mesh: Mesh) -> dict[str, str] | None:
+    """What to tell the compiler of this mesh's devices."""
+    return COMPILER_OPTIONS.get(mesh.devices.flat[0].platform)
 
 
 def make_eval_step(config: Config) -> Callable[[Transformer, Batch], Sums]:

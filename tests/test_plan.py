@@ -279,7 +279,7 @@ def test_find_takes_the_first_slice_that_fits(monkeypatch):
     values = config.resolve(paper.get_config("prmoe_1.3b"))
     asked = []
 
-    def plan(config, topology):
+    def plan(config, topology, decode):
         asked.append((topology, config.mesh))
         if topology == "v5p:2x2x2":
             raise UserError("the mesh does not fit")

@@ -108,6 +108,8 @@ class MoE(nnx.Module):
         """The experts' branch, which tokens an expert kept, and the statistics of these rows."""
         batch, length, width = x_BxLxD.shape
         tokens = min(self.moe.group_size or length, batch * length)
+        if math.isinf(capacity_factor) and batch * length % tokens:
+            tokens = length  # nothing is dropped: groups make no difference to a token
         x_GxSxD = x_BxLxD.reshape(-1, tokens, width)
         valid_GxS = valid_BxL.reshape(-1, tokens)
         keys_G = None

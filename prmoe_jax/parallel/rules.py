@@ -99,9 +99,9 @@ def specs(tree, mesh: Mesh | AbstractMesh, in_use: bool = False):
     return jax.tree.unflatten(jax.tree.structure(tree), leaves)
 
 
-def shardings(tree, mesh: Mesh):
+def shardings(tree, mesh: Mesh, in_use: bool = False):
     """The tree with every leaf's sharding in its place."""
-    return jax.tree.map(lambda parts: NamedSharding(mesh, parts), specs(tree, mesh))
+    return jax.tree.map(lambda parts: NamedSharding(mesh, parts), specs(tree, mesh, in_use))
 
 
 def constrain(tree):

@@ -16,11 +16,12 @@ log = logging.getLogger(__name__)
 STATE_BYTES = 12  # of a parameter and its two moments, in float32
 
 
-def find(config: Config, chip: str) -> dict:
+def find(config: Config, chip: str, decode: int = 0) -> dict:
     """Plans on one slice after the other until one fits.
 
     The mesh is the config's where it says anything of it, else `parallel.mesh.propose`'s. A slice
-    whose chips together can't hold the parameters and the optimizer's state isn't compiled for.
+    whose chips together can't hold the parameters, and in training the optimizer's state, isn't
+    compiled for. `decode` is that of `report.plan`.
 
     Returns:
       The plan of the first that fits, and `tried`: (topology, why not) of those before.
@@ -30,16 +31,16 @@ def find(config: Config, chip: str) -> dict:
     """
     if chip not in CHIPS:
         raise UserError(f"--find={chip} is unknown; use one of {', '.join(CHIPS)}")
-    state_bytes = STATE_BYTES * cost(config.model).total_params
+    state_bytes = (2 if decode else STATE_BYTES) * cost(config.model).total_params
     tried = []
     for shape in SLICES[chip]:
         topology, chips = f"{chip}:{shape}", math.prod(map(int, shape.split("x")))
         if state_bytes > chips * CHIPS[chip].hbm_bytes:
-            reason = f"{state_bytes / 2**30:,.0f} GiB of parameters and optimizer on {chips} chips"
+            reason = f"the model alone is {state_bytes / 2**30:,.0f} GiB"
         else:
             mesh = config.mesh if config.mesh != MeshConfig() else propose(config, chips)
             try:
-                result = plan(dataclasses.replace(config, mesh=mesh), topology)
+                result = plan(dataclasses.replace(config, mesh=mesh), topology, decode)
             except UserError as error:
                 if "cannot be compiled for" in str(error):
                     raise

@@ -23,6 +23,7 @@ PARTS = {
 HELD = {
     "parameters": "#1b6ca8",
     "optimizer": "#999999",
+    "past": "#7cc49a",
     "temporaries": "#f0b36d",
     "needed": "#b3282d",
 }
@@ -53,12 +54,14 @@ def draw(plans: dict[str, dict], path: Path) -> None:
         parts = result.get("components", {})
         _bar(times, place, {part: parts.get(part, 0) * 1e3 for part in PARTS}, PARTS)
         if "modelled_step_s" in result:
-            text = f" {result['modelled_step_s'] * 1e3:.0f} ms, {result['modelled_mfu']:.0%} MFU"
+            text = f" {result['modelled_step_s'] * 1e3:.4g} ms"
+            if "modelled_mfu" in result:
+                text += f", {result['modelled_mfu']:.0%} MFU"
             times.text(result["modelled_step_s"] * 1e3, place, text, va="center", fontsize=8)
         else:
             times.text(0, place, " does not fit", va="center", fontsize=8)
         held = result["hbm_bytes_per_chip"]
-        uses = ["needed"] if "needed" in held else ["parameters", "optimizer", "temporaries"]
+        uses = ["needed"] if "needed" in held else [use for use in HELD if use in held]
         _bar(memory, place, {use: held[use] / 2**30 for use in uses}, HELD)
         limit = CHIPS[result["topology"].partition(":")[0]].hbm_bytes / 2**30
         memory.plot([limit, limit], [place - 0.45, place + 0.45], color="black", linewidth=2)

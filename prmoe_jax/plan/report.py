@@ -1,4 +1,4 @@
-"""`prmoe plan`: the whole train step, compiled for chips that aren't there, and what it costs.
+"""`prmoe plan`: a whole step, compiled for chips that aren't there, and what it costs.
 
 What is modelled. On TPUs, the compiler's own cycle estimates, times the trips of the loops;
 attention kernels, which have none, by their FLOPs at `KERNEL_EFFICIENCY` of the peak; what else
@@ -9,6 +9,7 @@ and ends apart count as hidden behind computation. What is not modelled: the mac
 chips, input, and whatever collectives do to each other.
 """
 
+import dataclasses
 import math
 import re
 from collections import Counter
@@ -20,14 +21,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from prmoe_jax.config import Config
 from prmoe_jax.data.pipeline import Batch
-from prmoe_jax.model import resolve_backends
+from prmoe_jax.model import Transformer, cast, resolve_backends
 from prmoe_jax.parallel import rules
 from prmoe_jax.parallel.mesh import batch_axes, make_mesh
 from prmoe_jax.plan.chips import Chip, topology_devices
 from prmoe_jax.plan.collectives import Collective, Network, collectives, hosts, kind, torus
 from prmoe_jax.plan.program import Operation, operations
 from prmoe_jax.sizes import cost
-from prmoe_jax.step import init_state, on_mesh
+from prmoe_jax.step import TrainState, compiler_options, init_model, init_state, on_mesh
 
 # The scopes of the model's code, innermost last in an operation's name.
 COMPONENTS = "attention mlp experts routing dispatch exchange embedding logits optimizer".split()
@@ -42,27 +43,33 @@ KERNEL_PRODUCTS = {
 }
 
 
-def plan(config: Config, topology: str) -> dict:
+def plan(config: Config, topology: str, decode: int = 0) -> dict:
     """Compiles the train step for a topology such as 'v5p:4x4x8' and models what it costs.
+
+    Args:
+      config: the experiment; its mesh must fit the topology.
+      topology: of `chips.topology_devices`.
+      decode: instead of training, the next token of so many sequences whose context is full:
+        weights in the compute's dtype, none split by FSDP, no token dropped.
 
     Returns:
       topology, mesh, chips, fits; hbm_bytes_per_chip by use (and `needed` where it doesn't fit);
-      modelled_step_s, modelled_mfu, components (seconds by part of the model), collectives (kind,
-      axes, hidden, runs, bytes, seconds; summed by the first three), tokens_per_s, days (for the
-      config's tokens) and chip_hours. The times are missing where it doesn't fit.
+      modelled_step_s, components (seconds by part of the model), collectives (kind, axes, hidden,
+      runs, bytes, seconds; summed by the first three), tokens_per_s; of training modelled_mfu,
+      days (for the config's tokens) and chip_hours. The times are missing where it doesn't fit.
 
     Raises:
       UserError: the topology is unknown, the compiler is not installed, or the mesh does not fit.
     """
     chip, devices = topology_devices(topology)
+    if decode:
+        config = dataclasses.replace(
+            config, train=dataclasses.replace(config.train, batch_size=decode, accumulate=1)
+        )
     mesh = make_mesh(config, devices)
     resolved = resolve_backends(config, chip.platform, mesh)
-    state, batch = _arguments(resolved, mesh)
-    held = {
-        "parameters": _bytes_per_chip(state.model),
-        "optimizer": _bytes_per_chip(state.optimizer),
-        "batch": _bytes_per_chip(batch),
-    }
+    step, *arguments = (_decoding if decode else _training)(resolved, mesh)
+    held = {name: _bytes_per_chip(part) for part in arguments for name, part in _uses(part)}
     result = {
         "topology": topology,
         "mesh": {name: size for name, size in mesh.shape.items() if size > 1},
@@ -75,7 +82,7 @@ def plan(config: Config, topology: str) -> dict:
         return result
     try:
         with jax.set_mesh(mesh):
-            compiled = on_mesh(resolved, mesh).lower(state, batch).compile()
+            compiled = step.lower(*arguments).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -90,33 +97,70 @@ def plan(config: Config, topology: str) -> dict:
     sent = collectives(program, dict(mesh.shape), _network(chip, mesh))
     components = _components(resolved, program, sent, chip, len(devices))
     step_s = sum(components.values())
+    result |= {
+        "fits": sum(held.values()) <= chip.hbm_bytes,
+        "modelled_step_s": step_s,
+        "components": components,
+        "collectives": _summed(sent),
+    }
+    if decode:
+        return result | {"tokens_per_s": decode / step_s}
     tokens_per_s = config.tokens_per_step / step_s
     flops_per_s = cost(config.model).train_flops_per_token * tokens_per_s / len(devices)
     tokens = config.total_steps * config.tokens_per_step
     return result | {
-        "fits": sum(held.values()) <= chip.hbm_bytes,
-        "modelled_step_s": step_s,
         "modelled_mfu": flops_per_s / chip.flops_per_s,
-        "components": components,
-        "collectives": _summed(sent),
         "tokens_per_s": tokens_per_s,
         "days": tokens / tokens_per_s / 86400,
         "chip_hours": tokens / tokens_per_s / 3600 * len(devices),
     }
 
 
-def _arguments(config: Config, mesh: Mesh):
-    """State and batch of the train step, as shapes with their places."""
-
-    def place(leaf, sharding):
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
+def _training(config: Config, mesh: Mesh):
+    """The train step, and its state and batch as shapes with their places."""
     state = jax.eval_shape(lambda: init_state(config))
-    rows = NamedSharding(mesh, PartitionSpec(batch_axes(mesh)))
     shape = config.train.batch_size, config.model.length
     dtypes = Batch(jnp.int32, jnp.int32, bool, jnp.int32)
-    batch = Batch(*(jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for dtype in dtypes))
-    return jax.tree.map(place, state, rules.shardings(state, mesh)), batch
+    batch = Batch(*(_rows(mesh, shape, dtype) for dtype in dtypes))
+    return on_mesh(config, mesh), jax.tree.map(_place, state, rules.shardings(state, mesh)), batch
+
+
+def _decoding(config: Config, mesh: Mesh):
+    """The step that finds each sequence's next token, and what it needs, as shapes with places."""
+    batch, dtype = config.train.batch_size, jnp.dtype(config.model.dtype)
+    model = jax.eval_shape(lambda: cast(init_model(config), dtype, more=("tokens", "positions")))
+    places = rules.shardings(model, mesh, in_use=True)
+    rows = batch_axes(mesh)
+    by_head = NamedSharding(mesh, PartitionSpec(None, rows, None, "tensor"))
+    past = jax.eval_shape(lambda: model.empty_past(batch))
+    past = jax.tree.map(lambda leaf: _place(leaf, by_head), past)
+
+    def step(model, past, tokens_B):
+        length_B = jnp.full(batch, config.model.length - 1)
+        x_Bx1xD, past = model.decode(tokens_B[:, None], jnp.ones((batch, 1), bool), past, length_B)
+        with jax.named_scope("logits"):
+            return jnp.argmax(model.logits(x_Bx1xD[:, 0]), axis=-1), past
+
+    step = jax.jit(step, donate_argnums=1, compiler_options=compiler_options(mesh))
+    return step, jax.tree.map(_place, model, places), past, _rows(mesh, (batch,), jnp.int32)
+
+
+def _place(leaf, sharding):
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _rows(mesh: Mesh, shape: tuple[int, ...], dtype):
+    sharding = NamedSharding(mesh, PartitionSpec(batch_axes(mesh)))
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+
+def _uses(argument) -> list[tuple[str, object]]:
+    """What an argument of a step is, for people."""
+    if isinstance(argument, TrainState):
+        return [("parameters", argument.model), ("optimizer", argument.optimizer)]
+    if isinstance(argument, Transformer):
+        return [("parameters", argument)]
+    return [("past" if isinstance(argument, list) else "batch", argument)]
 
 
 def _bytes_per_chip(tree) -> int:
@@ -188,7 +232,8 @@ def table(result: dict) -> str:
     if "modelled_step_s" not in result:
         return "\n".join(lines)
     step_s = result["modelled_step_s"]
-    lines.append(f"modelled step {step_s * 1e3:.0f} ms, MFU {result['modelled_mfu']:.1%}")
+    mfu = f", MFU {result['modelled_mfu']:.1%}" if "modelled_mfu" in result else ""
+    lines.append(f"modelled step {step_s * 1e3:.4g} ms{mfu}")
     for name, seconds in result["components"].items():
         lines.append(f"  {name:20} {seconds * 1e3:9.1f} ms {seconds / step_s:6.1%}")
     lines.append("collectives, a chip and step")
@@ -198,10 +243,10 @@ def table(result: dict) -> str:
             f"  {row['kind']:20} {row['bytes'] / 1e6:9.0f} MB {row['runs']:5} x "
             f"{row['seconds'] * 1e3:7.1f} ms over {' '.join(row['axes']) or 'one device'} {hidden}"
         )
-    lines.append(
-        f"{result['tokens_per_s']:,.0f} tokens/s, {result['days']:.1f} days, "
-        f"{result['chip_hours']:,.0f} chip-hours"
-    )
+    cost_text = ""
+    if "days" in result:
+        cost_text = f", {result['days']:.1f} days, {result['chip_hours']:,.0f} chip-hours"
+    lines.append(f"{result['tokens_per_s']:,.0f} tokens/s{cost_text}")
     lines.append(
         "Modelled, not measured: the compiler's cycles on TPUs, a roofline on GPUs; attention "
         "kernels at half the peak; collectives alone on their links, hidden ones free on TPUs."
