@@ -256,6 +256,7 @@ CONFIG = f"--config={tiny.__file__}:prmoe"
         (["--topology=v5p:4by4"], "--topology=v5p:4by4 is unknown; use one of v4, v5e"),
         (["--topology=v5p:0x4"], "--topology=v5p:0x4 is unknown; use one of v4, v5e"),
         (["--find=v9"], "--find=v9 is unknown; use one of v4, v5e"),
+        (["--find=v5p", "--decode=-1"], "--decode=-1 must be a number of sequences"),
         ([], "prmoe plan needs either --topology=v5p:4x4x8 or --find=v5p"),
         (["--find=v5p", "--topology=v5p:2x2x1"], "prmoe plan needs either"),
     ],
@@ -339,3 +340,14 @@ def test_a_plan_by_the_real_compiler(tmp_path):
     # 2 x 512 tokens a chip, bfloat16, once there and back, forward and backward; each layer's
     # capacity is even.
     assert [c["bytes"] for c in exchanged] == [4 * 2 * 512 * 256 * 2] * 2
+    done = subprocess.run([*command, "--decode=8"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    # 4 layers' keys and values of a whole context, one sequence a chip, bfloat16.
+    assert result["hbm_bytes_per_chip"]["past"] == 4 * 2 * 512 * 256 * 2
+    assert result["tokens_per_s"] == pytest.approx(8 / result["modelled_step_s"])
+    # One token there and back, to a place of its own at every expert.
+    sent = {tuple(c["axes"]): c for c in result["collectives"] if c["kind"] == "all-to-all"}
+    assert {axes: c["runs"] for axes, c in sent.items()} == {
+        ("expert_0",): 2, ("expert_1", "expert_0"): 2
+    }  # fmt: skip
