@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from prmoe_jax import architecture, config
@@ -151,6 +151,15 @@ def test_a_proposed_mesh_fits(text, expert):
         shape = sizes(devices, text, batch_size=devices, **dataclasses.asdict(mesh))
         assert math.prod(shape.values()) == devices and shape["fsdp"] <= 16
     assert mesh.expert == expert
+
+
+def test_a_proposed_mesh_never_has_fsdp_over_all_devices():
+    text = "6 layers, E=128"
+    for devices in (32, 64, 128, 256):
+        mesh = propose(settings(text), devices)
+        shape = sizes(devices, text, batch_size=devices, **dataclasses.asdict(mesh))
+        split = NamedSharding(mesh_of(**shape), spec("tokens", (512, 4096), mesh_of(**shape)))
+        assert 16 <= 4096 // split.shard_shape((512, 4096))[1] < devices
 
 
 def mesh_of(**sizes):

@@ -84,7 +84,10 @@ def propose(config: Config, devices: int) -> MeshConfig:
     expert = next(d for d in divisors if not _problem(counts, d, 1))
     rest = devices // expert
     fsdp = next(d for d in divisors if rest % d == 0 and d <= FSDP_DEVICES)
-    return MeshConfig(data=rest // fsdp, fsdp=fsdp, expert=expert)
+    # Two axes of experts where one would be the whole mesh, for FSDP to leave out the outer one.
+    inner = [d for d in divisors if expert % d == 0 and d <= FSDP_DEVICES]
+    inner = 1 if rest > 1 else next(d for d in inner if not _problem(counts, expert, d))
+    return MeshConfig(data=rest // fsdp, fsdp=fsdp, expert=expert, expert_inner=inner)
 
 
 def _expert_factors(config: Config, expert: int, inner: int, devices: int) -> list[int]:
