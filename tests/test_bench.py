@@ -1,6 +1,9 @@
 """`prmoe bench`: the rows' keys, the loads, and that every rival computes what it says."""
 
+import importlib.util
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -60,9 +63,28 @@ def test_loads(load):
         (["moe", "--sizes=64,8,16,0"], "--sizes=64,8,16,0 must be four counts above 0"),
         (["moe", "--sizes=8,8,8,16", "--repeats=0"], "--repeats=0 must be 1 or more"),
         (["attention"], "invalid choice: 'attention'"),
+        (["moe", "--topology=v9:4x4"], "--topology=v9:4x4 is unknown; use one of"),
+        (["moe", "--topology=h100:1x8"], "--topology=h100:1x8: the compiler estimates cycles for"),
+        (["moe", "--topology=v5e:2x2", "--load=zipf"], "--load has no effect with --topology"),
+        (["moe", "--topology=v5e:2x2", "--repeats=3"], "--repeats has no effect with --topology"),
     ],
 )
 def test_mistakes(arguments, message, capsys):
     assert main(["bench", *arguments]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs the extra [tpu]")
+def test_cycles_by_the_real_compiler():
+    """A layer over four chips that aren't there: one-hot products cost more than slots."""
+    command = [sys.executable, "-m", "prmoe_jax", "bench", "moe", "--topology=v5e:2x2", "--json"]
+    done = subprocess.run(
+        [*command, "--sizes=1024,256,1024,16"], capture_output=True, text=True, check=True
+    )
+    dense, gather, einsum = json.loads(done.stdout)
+    assert [row["backend"] for row in (dense, gather, einsum)] == ["dense", "gather", "einsum"]
+    assert dense["ratio_to_dense"] == 1 < gather["ratio_to_dense"] < einsum["ratio_to_dense"]
+    # Six products of 1024 tokens by 256 x 1024, on four matrix units of 128 x 128.
+    assert dense["cycles"] > 6 * 1024 * 256 * 1024 / (4 * 128 * 128)
+    assert gather["modelled_s"] == gather["cycles"] / 1.5e9

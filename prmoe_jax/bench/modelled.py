@@ -39,9 +39,9 @@ def model_moe(sizes: list[Size], dtype: str, topology: str) -> list[dict]:
     Raises:
       UserError: the topology is unknown, its compiler is missing or estimates no cycles.
     """
-    chip, devices = topology_devices(topology)
-    if not chip.hertz:
+    if topology.startswith("h100"):
         raise UserError(f"--topology={topology}: the compiler estimates cycles for TPUs only")
+    chip, devices = topology_devices(topology)
     rows = []
     for size in sizes:
         dense = None
