@@ -68,6 +68,18 @@ def test_a_lost_process_ends_the_other_and_one_process_resumes(text, tmp_path): 
     assert "resumed at step" in err
 
 
+def test_sigterm_to_one_stops_both_at_the_same_step(text, tmp_path):  # noqa: F811
+    settings = SETTINGS | {"train.steps": 2000}
+    processes = start_two(arguments(text, tmp_path / "run", **settings))
+    wait_for_lines(tmp_path / "run", 5, processes[0])
+    processes[1].terminate()
+    results = [finish(process) for process in processes]
+    assert [code for code, _, _ in results] == [0, 0], results
+    steps = [step for step, _, _ in losses(tmp_path / "run")]
+    assert steps == list(range(1, steps[-1] + 1)) and 5 <= steps[-1] < 2000
+    assert f"interrupted: saved at step {steps[-1]} of 2000" in results[0][2]
+
+
 def test_variables_are_given_together(text, tmp_path):  # noqa: F811
     process = start("train", "--distributed", *arguments(text, tmp_path)[1:], JAX_PROCESS_ID="0")
     code, _, err = finish(process)
