@@ -70,6 +70,9 @@ def get_config(name: str = "prmoe_350m"):
     config.model.remat = "dots"
     if config.model.placement != "none":
         config.moe.overflow = "random"  # DeepSpeed's default
+    if name.startswith("mos"):
+        config.teacher.workdir = f"runs/pr{name.replace('mos', 'moe')}"
+        config.kd.stop = 0.7  # about 400,000 steps of the 350M run
     config.data.tokenizer = "gpt2"
     config.train.tokens = 300 * BILLION
     config.train.batch_size = row.batch_size

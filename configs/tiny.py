@@ -3,7 +3,8 @@
     prmoe train --config=configs/tiny.py:prmoe --workdir=runs/prmoe
 
 The argument is a name below or an architecture string, '6 layers, E=8x2+16, residual'.
-All rows share the backbone, the data and the recipe, so that they compare.
+All rows share the backbone, the data and the recipe, so that they compare. `mos` learns from the
+run in runs/prmoe, or another one that --config.teacher.workdir names.
 """
 
 from prmoe_jax import architecture
@@ -19,6 +20,7 @@ ARCHITECTURES = {
     "residual": "6 layers, E=8, residual",
     "pyramid": "6 layers, E=4x2+8",
     "prmoe": "6 layers, E=4x2+8, residual",
+    "mos": "5 layers, E=4+8, residual",  # the prmoe's student, an eighth of the depth less
 }
 
 
@@ -36,4 +38,6 @@ def get_config(name: str = "prmoe"):
     config.optimizer.min_learning_rate = 4e-4
     config.optimizer.warmup_tokens = 20 * 16 * 256
     config.eval.every = 100
+    if name == "mos":
+        config.teacher.workdir = "runs/prmoe"
     return config

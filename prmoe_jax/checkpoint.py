@@ -108,13 +108,22 @@ class Checkpoints:
             )
         return None
 
-    def restore_model(self, config: Config, mesh: Mesh) -> tuple[int, Transformer]:
-        """The newest checkpoint's step and model, placed on a mesh, without the optimizer.
+    def restore_model(
+        self, config: Config, mesh: Mesh, step: int | None = None
+    ) -> tuple[int, Transformer]:
+        """A checkpoint's step and model, placed on a mesh, without the optimizer.
+
+        Args:
+          config: the run's.
+          mesh: where to.
+          step: the newest one's unless given.
 
         Raises:
           UserError: there is none, or it cannot be read.
         """
-        step = self.latest()
+        if step is not None and step not in self._manager.all_steps():
+            raise UserError(f"checkpoint {step} is no longer in {self._directory}")
+        step = self.latest() if step is None else step
         if step is None:
             raise UserError(f"no checkpoint in {self._directory}; train the run first")
         shapes = jax.eval_shape(lambda: init_model(config))

@@ -231,6 +231,18 @@ def _params(options, rest) -> None:
         print(json.dumps(sizes.report(model)) if options.json else sizes.table(model))
 
 
+def _distil_plan(options, rest) -> None:
+    from prmoe_jax import config, student
+    from prmoe_jax.workdir import CONFIG
+
+    values = parse_config(rest)
+    if not values.teacher.workdir:
+        raise UserError("no run teaches; name one by --config.teacher.workdir")
+    taught_by = config.load(Path(values.teacher.workdir) / CONFIG)
+    rows = student.plan(taught_by.model, values.model, values.teacher.layers)
+    print(json.dumps(rows) if options.json else student.table(rows))
+
+
 def _bench(options, rest) -> None:
     if options.topology:
         _compile_only()
@@ -335,6 +347,8 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = verb("params", _params, "count a config's parameters and FLOPs, building nothing", True)
     sub.add_argument("--paper", action="store_true", help="all models of the paper, side by side")
+
+    verb("distil-plan", _distil_plan, "show which part of its teacher a student starts as", True)
 
     sub = verb("plan", _plan, "compile a config's train step for a pod, and model its cost", True)
     sub.add_argument("--topology", help="chips, such as v5p:4x4x8, v5e:16x16 or h100:16x8")

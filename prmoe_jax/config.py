@@ -139,6 +139,34 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class TeacherConfig:
+    """The run that teaches (MoS, paper section 4.2); without a workdir there is none."""
+
+    workdir: str = ""  # its newest checkpoint is restored, and frozen
+    # In evaluation's mode; or in training's, with dropout, noise and training's capacity, as
+    # Megatron-DeepSpeed's teacher.
+    mode: str = "eval"  # eval | train
+    capacity_factor: float = 0.0  # in mode eval: 0 is the teacher's own, inf drops nothing
+    # Whether the student starts as a part of its teacher, see student.py, and as which layers of
+    # it: '0 1 3', one for each of the student's; unless given, evenly by kind.
+    inherit: bool = False
+    layers: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class KdConfig:
+    """What is learnt from the teacher, and for how long: weight · T² · KL a token is added."""
+
+    kind: str = "forward"  # forward (KL(teacher ‖ student)) | reverse | top_k, see distill.py
+    top_k: int = 0  # of kind=top_k: the teacher's likeliest tokens
+    weight: float = 1.0
+    temperature: float = 1.0  # T
+    # Where it ends: up to 1 a share of the run, above 1 a number of tokens.
+    stop: float = 0.7
+    decay: str = "none"  # of the weight: none | linear (to 0 at `stop`)
+
+
+@dataclasses.dataclass(frozen=True)
 class EvalConfig:
     """Evaluation on the validation split during training; the end of a run always evaluates."""
 
@@ -168,6 +196,8 @@ class Config:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    teacher: TeacherConfig = dataclasses.field(default_factory=TeacherConfig)
+    kd: KdConfig = dataclasses.field(default_factory=KdConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     log: LogConfig = dataclasses.field(default_factory=LogConfig)
@@ -179,6 +209,15 @@ class Config:
     @property
     def total_steps(self) -> int:
         return self.train.steps or -(-self.train.tokens // self.tokens_per_step)
+
+    @property
+    def kd_steps(self) -> int:
+        """Steps in which the teacher teaches."""
+        if not self.teacher.workdir:
+            return 0
+        if self.kd.stop <= 1:
+            return round(self.kd.stop * self.total_steps)
+        return min(self.total_steps, -(-int(self.kd.stop) // self.tokens_per_step))
 
     @property
     def group_size(self) -> int:
@@ -258,7 +297,8 @@ def check_resume(saved: Config, given: Config) -> None:
     """
     before, after = leaves(saved), leaves(given)
     changed = {k for k in before if before[k] != after[k] and not k.startswith(RESUMABLE)}
-    if given.optimizer.decay_tokens and given.total_steps > saved.total_steps:
+    longer = given.total_steps > saved.total_steps and given.kd_steps == saved.kd_steps
+    if given.optimizer.decay_tokens and longer:
         changed -= {"train.steps", "train.tokens"}  # a longer run on the same schedule
     if changed:
         details = ", ".join(f"{k} was {before[k]!r}, is {after[k]!r}" for k in sorted(changed))
@@ -303,7 +343,12 @@ def _require(condition: bool, message: str) -> None:
 
 
 # The settings that say "no limit" by inf.
-MAY_BE_INFINITE = ("moe.capacity_factor", "moe.eval_capacity_factor", "optimizer.clip_norm")
+MAY_BE_INFINITE = (
+    "moe.capacity_factor",
+    "moe.eval_capacity_factor",
+    "optimizer.clip_norm",
+    "teacher.capacity_factor",
+)
 
 
 def _check(config: Config) -> None:
@@ -321,6 +366,7 @@ def _check(config: Config) -> None:
     _check_mesh(config.mesh)
     _check_data(config)
     _check_training(config)
+    _check_distillation(config)
 
 
 def _check_ranges(group: str, values, names: str, low: float, high: float = math.inf) -> None:
@@ -527,3 +573,42 @@ def _check_training(config: Config) -> None:
     _check_ranges("eval", config.eval, "every batches", 0)
     _check_ranges("checkpoint", config.checkpoint, "every keep", 1)
     _check_ranges("log", config.log, "every", 1)
+
+
+def _check_distillation(config: Config) -> None:
+    teacher, kd = config.teacher, config.kd
+    if not teacher.workdir:
+        defaults = leaves(Config())
+        for name, value in leaves(config).items():
+            _require(
+                not name.startswith(("teacher.", "kd.")) or value == defaults[name],
+                f"{name}={value} has no effect: no run teaches; name one by teacher.workdir or "
+                f"leave it at {defaults[name]}",
+            )
+        return
+    _check_choice("teacher", teacher, "mode", "eval train")
+    _check_choice("kd", kd, "kind", "forward reverse top_k")
+    _check_choice("kd", kd, "decay", "none linear")
+    _require(
+        teacher.mode == "eval" or teacher.capacity_factor == 0,
+        f"teacher.capacity_factor={teacher.capacity_factor} has no effect with teacher.mode="
+        "train, which has the teacher's own; leave it at 0",
+    )
+    _check_ranges("teacher", teacher, "capacity_factor", 0)
+    _require(
+        teacher.inherit or not teacher.layers,
+        f"teacher.layers={teacher.layers} has no effect without teacher.inherit=true",
+    )
+    for name in ("weight", "temperature", "stop"):
+        value = getattr(kd, name)
+        _require(value > 0, f"kd.{name}={value} must be above 0")
+    if kd.kind == "top_k":
+        _check_ranges("kd", kd, "top_k", 1, config.model.vocab_size - 1)
+    _require(
+        kd.kind == "top_k" or kd.top_k == 0,
+        f"kd.top_k={kd.top_k} has no effect with kd.kind={kd.kind}; use kind=top_k or top_k=0",
+    )
+    _require(
+        config.kd_steps > 0,
+        f"kd.stop={kd.stop} ends before the first of {config.total_steps} steps; use a larger one",
+    )

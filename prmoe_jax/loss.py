@@ -5,8 +5,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from prmoe_jax.config import Config
+from prmoe_jax.config import Config, KdConfig
 from prmoe_jax.data.pipeline import Batch
+from prmoe_jax.distill import Lesson, token_sums
 from prmoe_jax.model import Transformer
 from prmoe_jax.moe.routing import RouterMetrics
 
@@ -18,6 +19,7 @@ class Sums(NamedTuple):
     lm_loss: jax.Array  # cross-entropy in nats
     z_loss: jax.Array  # log(Z)²
     routers: list[RouterMetrics]  # one a MoE layer
+    kd_loss: jax.Array | None = None  # T² · KL from the teacher in nats, where one teaches
 
 
 class Totals(NamedTuple):
@@ -38,11 +40,22 @@ def totals(batch: Batch, config: Config) -> Totals:
     )
 
 
-def forward(model: Transformer, batch: Batch, capacity_factor: float, keys_B=None) -> Sums:
+def forward(
+    model: Transformer,
+    batch: Batch,
+    capacity_factor: float,
+    keys_B=None,
+    lesson: Lesson | None = None,
+    kd: KdConfig | None = None,
+) -> Sums:
     """Runs the model over a batch; `keys_B` (one a sequence) switch training's noise on."""
     x_BxLxD, routers = model(
         batch.tokens_BxL, batch.segments_BxL, capacity_factor=capacity_factor, keys_B=keys_B
     )
+    if lesson:
+        table_VxD = model.output_table(x_BxLxD.dtype)
+        sums = token_sums(x_BxLxD, table_VxD, lesson, batch, kd)
+        return Sums(tokens=batch.mask_BxL.sum(), routers=routers, **sums._asdict())
     with jax.named_scope("logits"):
         logits_BxLxV = model.logits(x_BxLxD)
         log_z_BxL = jax.nn.logsumexp(logits_BxLxV, axis=-1)
@@ -55,13 +68,17 @@ def forward(model: Transformer, batch: Batch, capacity_factor: float, keys_B=Non
     )
 
 
-def training_loss(sums: Sums, total: Totals, config: Config) -> jax.Array:
-    """CE (+ z-loss) + the routers' losses, summed over MoE layers; portions add up to it."""
+def training_loss(sums: Sums, total: Totals, config: Config, kd_weight=0.0) -> jax.Array:
+    """CE (+ z-loss, + what a teacher adds) + the routers' losses, summed over MoE layers.
+
+    Portions of a batch add up to it.
+    """
     zero = jnp.zeros(())
+    kd_loss = zero if sums.kd_loss is None else kd_weight * sums.kd_loss
     balance = sum((router.aux_loss for router in sums.routers), zero)
     router_z = sum((router.z_loss for router in sums.routers), zero)
     return (
-        (sums.lm_loss + config.train.z_loss * sums.z_loss) / total.tokens
+        (sums.lm_loss + config.train.z_loss * sums.z_loss + kd_loss) / total.tokens
         + config.moe.aux_loss_weight * balance / total.groups
         + config.moe.z_loss_weight * router_z / total.routed
     )

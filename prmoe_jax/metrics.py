@@ -30,20 +30,23 @@ def summarise(sums, config: Config) -> dict:
     """Means over tokens and layers from a `loss.Sums`; the per-layer ones under 'layers/NN/'.
 
     Returns:
-      lm_loss (nats a token), z_loss, aux_loss (summed over the MoE layers), drop_fraction
-      (choices lost to capacity), and for each MoE layer: aux_loss, router_z_loss,
-      drop_fraction, expert_load (share of choices, [E]), expert_drop_fraction (of each expert's
-      choices, [E]), position_drop_fraction (by the token's place in its routing group, in up to
-      16 equal parts), unserved_fraction (tokens that no expert kept), router_entropy (nats),
-      and with a residual the mean weight of the experts' branch: residual_coefficient, and
-      apart for tokens kept by an expert and for the others, residual_coefficient_kept and
-      residual_coefficient_dropped. Where experts choose, a lost choice is a token that none took.
+      lm_loss (nats a token), z_loss, aux_loss (summed over the MoE layers), kd_loss (T² · KL in
+      nats a token, before its weight; where a teacher teaches), drop_fraction (choices lost to
+      capacity), and for each MoE layer: aux_loss, router_z_loss, drop_fraction, expert_load
+      (share of choices, [E]), expert_drop_fraction (of each expert's choices, [E]),
+      position_drop_fraction (by the token's place in its routing group, in up to 16 equal parts),
+      unserved_fraction (tokens that no expert kept), router_entropy (nats), and with a residual
+      the mean weight of the experts' branch: residual_coefficient, and apart for tokens kept by
+      an expert and for the others, residual_coefficient_kept and residual_coefficient_dropped.
+      Where experts choose, a lost choice is a token that none took.
     """
     metrics = {
         "lm_loss": _share(sums.lm_loss, sums.tokens),
         "z_loss": _share(sums.z_loss, sums.tokens),
         "aux_loss": jnp.zeros(()),
     }
+    if sums.kd_loss is not None:
+        metrics["kd_loss"] = _share(sums.kd_loss, sums.tokens)
     dropped, choices = jnp.zeros(()), jnp.zeros(())
     moe_layers = [i for i, experts in enumerate(config.model.schedule.experts) if experts]
     for i, router in zip(moe_layers, sums.routers, strict=True):

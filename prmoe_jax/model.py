@@ -209,8 +209,12 @@ class Transformer(nnx.Module):
 
     def logits(self, x_BxLxD: jax.Array) -> jax.Array:
         """Scores of the next token, float32 [B, L, V]; the embedding is the output matrix."""
-        table_VxD = rules.gathered({"tokens": self.tokens[...].astype(x_BxLxD.dtype)})["tokens"]
+        table_VxD = self.output_table(x_BxLxD.dtype)
         return jnp.einsum("...D,VD->...V", x_BxLxD, table_VxD, preferred_element_type=jnp.float32)
+
+    def output_table(self, dtype) -> jax.Array:
+        """The output matrix [V, D] in a dtype, whole but for `tensor`."""
+        return rules.gathered({"tokens": self.tokens[...].astype(dtype)})["tokens"]
 
 
 def balance(model: Transformer, routers: list[RouterMetrics], rate: float) -> None:

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from prmoe_jax.config import Config
 from prmoe_jax.data.pipeline import Batch
+from prmoe_jax.distill import teach
 from prmoe_jax.loss import Sums, forward, totals, training_loss
 from prmoe_jax.metrics import summarise
 from prmoe_jax.model import Transformer, balance
@@ -41,14 +42,22 @@ def init_state(config: Config) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), model, make_optimizer(config).init(model))
 
 
-def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
-    """A function of (state, batch) that makes one update and returns the metrics of it."""
+def make_train_step(
+    config: Config, teacher: Config | None = None
+) -> Callable[..., tuple[TrainState, dict]]:
+    """A function of (state, batch) that makes one update and returns the metrics of it.
+
+    With a teacher's config it is one of (state, batch, the teacher's model).
+    """
     optimizer = make_optimizer(config)
     rate = learning_rate(config)
     portions = config.train.accumulate
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
+    def train_step(
+        state: TrainState, batch: Batch, teacher_model: Transformer | None = None
+    ) -> tuple[TrainState, dict]:
         total = totals(batch, config)
+        kd_weight = distillation_weight(config, state.step) if teacher else 0.0
         # Randomness follows the row in the batch, so that portions don't change it.
         key = jax.random.fold_in(jax.random.key(config.seed + 1), state.step)
         rows = jnp.arange(config.train.batch_size)
@@ -56,8 +65,11 @@ def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[Train
 
         def loss(model, batch_and_keys):
             batch, keys_B = batch_and_keys
-            sums = forward(model, batch, config.moe.capacity_factor, keys_B)
-            return training_loss(sums, total, config), sums
+            lesson = None
+            if teacher:
+                lesson = teach(teacher, teacher_model, batch, config.teacher, keys_B)
+            sums = forward(model, batch, config.moe.capacity_factor, keys_B, lesson, config.kd)
+            return training_loss(sums, total, config, kd_weight), sums
 
         gradient_of = jax.grad(loss, has_aux=True)
         if portions == 1:
@@ -95,14 +107,24 @@ def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[Train
         if config.moe.bias_update_rate:
             balance(model, sums.routers, config.moe.bias_update_rate)
         metrics = {
-            "loss": training_loss(sums, total, config),
+            "loss": training_loss(sums, total, config, kd_weight),
             "grad_norm": optax.tree.norm(gradient),
             "learning_rate": rate(state.step),
             **summarise(sums, config),
         }
+        if teacher:
+            metrics["kd_weight"] = kd_weight
         return TrainState(state.step + 1, model, optimizer_state), metrics
 
     return train_step
+
+
+def distillation_weight(config: Config, step: jax.Array) -> jax.Array:
+    """What the distance from the teacher counts for at a step."""
+    weight = jnp.float32(config.kd.weight)
+    if config.kd.decay == "linear":
+        weight *= 1 - step / config.kd_steps
+    return weight
 
 
 def sharded_state(config: Config, mesh: Mesh) -> TrainState:
@@ -111,11 +133,13 @@ def sharded_state(config: Config, mesh: Mesh) -> TrainState:
     return jax.jit(init_state, static_argnums=0, out_shardings=places)(config)
 
 
-def on_mesh(config: Config, mesh: Mesh) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
+def on_mesh(
+    config: Config, mesh: Mesh, teacher: Config | None = None
+) -> Callable[..., tuple[TrainState, dict]]:
     """`make_train_step` compiled for a mesh; the state it is given is used up."""
     places = rules.shardings(jax.eval_shape(lambda: init_state(config)), mesh)
     return jax.jit(
-        make_train_step(config),
+        make_train_step(config, teacher),
         donate_argnums=0,
         out_shardings=(places, replicated(mesh)),
         compiler_options=compiler_options(mesh),

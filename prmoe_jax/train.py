@@ -32,6 +32,7 @@ from prmoe_jax.parallel import processes
 from prmoe_jax.parallel.mesh import local_rows, make_mesh, replicated, split_batch
 from prmoe_jax.sizes import cost
 from prmoe_jax.step import TrainState, make_eval_step, on_mesh, sharded_state
+from prmoe_jax.teacher import Teacher, frozen, inherited, restore_teacher
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +86,13 @@ def train(config: Config, workdir: Path, profile: tuple[int, int] | None = None)
         else:
             step = 0
             state = sharded_state(resolved, mesh)
+        teacher = None
+        if step < config.kd_steps:
+            taught_by = record["teacher_step"] if restored else None
+            teacher = restore_teacher(resolved, mesh, data.tokenizer, taught_by)
+            if config.teacher.inherit and not restored:
+                state = state._replace(model=inherited(resolved, teacher, mesh))
+            teacher = frozen(teacher, mesh)
         if first:
             data.tokenizer.save(stored)
             configs.save(config, settings)
@@ -105,7 +113,10 @@ def train(config: Config, workdir: Path, profile: tuple[int, int] | None = None)
                 leave=False,
             )
         )
-        run = Run(resolved, workdir, data, mesh, checkpoints, fingerprint, writer, progress)
+        run = Run(
+            resolved, workdir, data, mesh, checkpoints, fingerprint, writer, progress, teacher
+        )
+        del teacher  # the run's alone, to be let go when it has taught
         with processes.ending_together():
             return run.loop(step, state, batches, interrupted, profile)
 
@@ -123,11 +134,14 @@ class Run:
         fingerprint: dict,
         writer: MetricsWriter | None,
         progress: tqdm,
+        teacher: Teacher | None = None,
     ):
         self.config, self.workdir, self.data, self.mesh = config, workdir, data, mesh
         self.checkpoints, self.fingerprint = checkpoints, fingerprint
         self.writer, self.progress, self.clock = writer, progress, Clock()
-        self.train_step = on_mesh(config, mesh)
+        self.teacher = teacher
+        self.taught_by = teacher.step if teacher else None
+        self.train_step = on_mesh(config, mesh, teacher and teacher.config)
         self.eval_step = jax.jit(make_eval_step(config), out_shardings=replicated(mesh))
         self.flops_per_token = cost(config.model).train_flops_per_token
         self.last_metrics: dict = {}
@@ -142,7 +156,11 @@ class Run:
                 jax.profiler.start_trace(str(self.workdir / "profile"))
             with self.clock.waiting():
                 batch = split_batch(next(batches), self.mesh, self.config.train.batch_size)
-            state, metrics = self.train_step(state, batch)
+            if self.teacher and step == self.config.kd_steps:
+                self.stop_distillation(step)
+            lesson = (self.teacher.model,) if self.teacher else ()
+            state, metrics = self.train_step(state, batch, *lesson)
+            del lesson
             step += 1
             stopping = interrupted.at(step)
             if pending:
@@ -168,8 +186,16 @@ class Run:
             log.info("interrupted: saved at step %d of %d; the same command resumes", step, total)
         return self.last_metrics
 
+    def stop_distillation(self, step: int) -> None:
+        """From here on the student learns from the text alone (the paper's staged distillation)."""
+        self.say(step, "distillation ends; the teacher's memory is free")
+        self.teacher = None
+        self.train_step = on_mesh(self.config, self.mesh)
+        self.clock.start = None  # the next step compiles
+
     def save(self, step: int, state: TrainState, batches) -> None:
         record = {"fingerprint": self.fingerprint, "iterator": batches.get_state()}
+        record["teacher_step"] = self.taught_by
         self.checkpoints.save(step, state, record)
 
     def due(self, every: int, step: int) -> bool:

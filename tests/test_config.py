@@ -40,12 +40,15 @@ def test_tiny_rows_differ_in_the_architecture_only(name):
     config, reference = resolve(tiny.get_config(name)), resolve(tiny.get_config("dense"))
     before, after = leaves(reference), leaves(config)
     changed = {setting for setting in before if before[setting] != after[setting]}
-    assert changed <= {"model.placement", "model.experts", "model.top_k", "model.residual"}
+    assert changed <= {
+        "model.placement", "model.experts", "model.top_k", "model.residual",
+        *(("model.layers", "teacher.workdir") if name == "mos" else ()),
+    }  # fmt: skip
     assert str(config.model.schedule) == tiny.ARCHITECTURES[name]
 
 
 def test_tiny_rows_are_all_different():
-    assert len({tiny_config(name=name) for name in tiny.ARCHITECTURES}) == 8
+    assert len({tiny_config(name=name) for name in tiny.ARCHITECTURES}) == 9
 
 
 def test_an_architecture_string_names_a_config():
@@ -118,6 +121,7 @@ def test_the_routing_group_is_a_sequence_unless_given():
 
 
 # Another valid value for every setting, as typed on the command line and as stored.
+TAUGHT = "teacher.workdir=runs/a"
 OTHER_VALUES = {
     "seed": ("4294967294", 2**32 - 2),
     "model.vocab_size": ("509", 509),
@@ -176,6 +180,17 @@ OTHER_VALUES = {
     "optimizer.eps": ("1e-6", 1e-6),
     "optimizer.weight_decay": ("0", 0.0),
     "optimizer.clip_norm": ("inf", math.inf),
+    "teacher.workdir": ("runs/a", "runs/a"),
+    "teacher.mode": ("train", "train"),
+    "teacher.capacity_factor": ("inf", math.inf),
+    "teacher.inherit": ("true", True),
+    "teacher.layers": ("0 1 2 3 4 5", "0 1 2 3 4 5"),
+    "kd.kind": ("reverse", "reverse"),
+    "kd.top_k": ("5", 5),
+    "kd.weight": ("0.5", 0.5),
+    "kd.temperature": ("2", 2.0),
+    "kd.stop": ("1e6", 1e6),
+    "kd.decay": ("linear", "linear"),
     "eval.every": ("0", 0),
     "eval.batches": ("5", 5),
     "checkpoint.every": ("7", 7),
@@ -187,6 +202,13 @@ COMPANIONS = {
     "model.top_k": ["model.residual=true"],
     "moe.second_expert_sampling": ["model.top_k=2"],
     "train.tokens": ["train.steps=0"],
+    "teacher.layers": ["teacher.workdir=runs/a", "teacher.inherit=true"],
+    "kd.top_k": ["teacher.workdir=runs/a", "kd.kind=top_k"],
+    **{
+        name: ["teacher.workdir=runs/a"]
+        for name in ("teacher.mode", "teacher.capacity_factor", "teacher.inherit", "kd.kind")
+        + ("kd.weight", "kd.temperature", "kd.stop", "kd.decay")
+    },
 }
 
 
@@ -279,6 +301,28 @@ RULES = {
     "dropout -1": (["model.dropout=-0.1"], "model.dropout=-0.1 must be in [0, 1)"),
     "std": (["model.init_std=0"], "model.init_std=0.0 must be above 0"),
     "exchange": (["moe.exchange=ring"], "use one of auto, flat, hierarchical, coordinated"),
+    "no teacher": (["kd.weight=2"], "kd.weight=2.0 has no effect: no run teaches; name one by"),
+    "no teacher 2": (["teacher.mode=train"], "teacher.mode=train has no effect: no run teaches"),
+    "teacher mode": (
+        [TAUGHT, "teacher.mode=asleep"],
+        "'asleep' is unknown; use one of eval, train",
+    ),
+    "teacher capacity": (
+        [TAUGHT, "teacher.mode=train", "teacher.capacity_factor=2"],
+        "teacher.capacity_factor=2.0 has no effect with teacher.mode=train",
+    ),
+    "teacher capacity -1": ([TAUGHT, "teacher.capacity_factor=-1"], "use 0 or more"),
+    "layers of no student": (
+        [TAUGHT, "teacher.layers=0 1"],
+        "teacher.layers=0 1 has no effect without teacher.inherit",
+    ),
+    "kd kind": ([TAUGHT, "kd.kind=l2"], "kd.kind='l2' is unknown; use one of forward, reverse"),
+    "kd decay": ([TAUGHT, "kd.decay=cosine"], "'cosine' is unknown; use one of none, linear"),
+    "kd weight": ([TAUGHT, "kd.weight=0"], "kd.weight=0.0 must be above 0"),
+    "kd temperature": ([TAUGHT, "kd.temperature=-1"], "kd.temperature=-1.0 must be above 0"),
+    "kd top 0": ([TAUGHT, "kd.kind=top_k"], "kd.top_k=0 is out of range; use a value from 1 to"),
+    "kd top k": ([TAUGHT, "kd.top_k=4"], "kd.top_k=4 has no effect with kd.kind=forward; use"),
+    "kd stop": ([TAUGHT, "kd.stop=1e-6"], "kd.stop=1e-06 ends before the first of 600 steps"),
     "mesh 0": (["mesh.tensor=0"], "mesh.tensor=0 is out of range; use 1 or more, or -1 for the"),
     "mesh -2": (["mesh.fsdp=-2"], "mesh.fsdp=-2 is out of range; use 1 or more, or -1 for the"),
     "two rests": (["mesh.fsdp=-1"], "mesh.data and mesh.fsdp are both -1 (the rest); give all but"),

@@ -61,7 +61,7 @@ def axis_sizes(config: Config, devices: int) -> dict[str, int]:
         )
     if rest:
         sizes[rest] = devices // given
-    _check_splits(config, sizes)
+    check_splits(config, sizes)
     factors = _expert_factors(config, sizes["expert"], inner, devices)
     _check_batch(config, devices // sizes["tensor"])
     return {
@@ -126,8 +126,16 @@ def _problem(counts: Mapping[int, int], expert: int, inner: int) -> str | None:
     return None
 
 
-def _check_splits(config: Config, sizes: Mapping[str, int]) -> None:
-    """What is split must be divisible, and an exchange must have something to exchange."""
+def check_splits(config: Config, sizes: Mapping[str, int]) -> None:
+    """What is split must be divisible, and an exchange must have something to exchange.
+
+    Args:
+      config: the experiment, or another one on the same mesh.
+      sizes: `tensor` and `expert_slice`.
+
+    Raises:
+      UserError: it isn't; the line says what would be.
+    """
     model, tensor = config.model, sizes["tensor"]
     names = {"heads": tensor, "vocab_size": tensor, "d_ff": tensor * sizes["expert_slice"]}
     for name, parts in names.items():

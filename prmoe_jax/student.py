@@ -1,0 +1,239 @@
+"""A student's first parameters, cut out of its teacher's: fewer layers, experts or channels.
+
+Layers are matched by kind, so that a pyramid shrinks as in the paper: 24 layers of 32×10 + 64×2
+experts become 21 of 32×8 + 64×2. Of more experts the most loaded stay, of more channels those of
+the largest weights: of an MLP or expert ‖w_in‖·‖w_out‖ of a hidden unit, of attention ‖w_v‖·‖w_out‖
+of a head, of the model's width ‖embedding‖ of a channel.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from prmoe_jax.config import ModelConfig
+from prmoe_jax.errors import UserError
+from prmoe_jax.model import Transformer
+from prmoe_jax.sizes import cost
+from prmoe_jax.tree import named_leaves
+
+# What each dimension of a parameter of one layer, or of none, is: D model, H heads, F hidden units,
+# E experts, L context, "-" whole. By the end of its name, as in parallel/rules.py.
+DIMENSIONS = {
+    "tokens": "-D",
+    "positions": "LD",
+    "attention.w_qkv": "D-H-",
+    "attention.b_qkv": "-H-",
+    "attention.w_out": "H-D",
+    "attention.b_out": "D",
+    "experts.w_in": "EDF",
+    "experts.b_in": "EF",
+    "experts.w_out": "EFD",
+    "experts.b_out": "ED",
+    "mlp.w_in": "DF",
+    "mlp.b_in": "F",
+    "mlp.w_out": "FD",
+    "mlp.b_out": "D",
+    "w_router": "DE",
+    "bias_router": "E",
+    "w_mix": "D-",
+    "b_mix": "-",
+    "scale": "D",
+    "shift": "D",
+}
+
+
+def layer_map(teacher: ModelConfig, student: ModelConfig, chosen: str = "") -> list[int]:
+    """The teacher's layer that each of the student's starts as.
+
+    Args:
+      teacher: the teacher's shape.
+      student: the student's.
+      chosen: '0 1 3', a layer of the teacher for each of the student's; unless given, those of a
+        kind (dense, or MoE of so many experts) are taken evenly and in order, the last one
+        included.
+
+    Raises:
+      UserError: a layer or a dimension of the student is in no layer of the teacher.
+    """
+    have, want = teacher.schedule.experts, student.schedule.experts
+    for name in ("d_model", "d_ff", "heads", "length"):
+        ours, theirs = getattr(student, name), getattr(teacher, name)
+        if ours > theirs:
+            raise UserError(
+                f"model.{name}={ours} is more than the teacher's, and a student that starts as a "
+                f"part of its teacher has no more; use {theirs} or less"
+            )
+    widths = [model.d_model // model.heads for model in (student, teacher)]
+    if widths[0] != widths[1]:
+        raise UserError(
+            f"model.d_model / model.heads is {widths[0]}, the teacher's {widths[1]}, and heads are "
+            f"kept whole; use d_model={student.heads * widths[1]} with {student.heads} heads"
+        )
+    for name in ("residual", "residual_mix"):
+        ours, theirs = getattr(student, name), getattr(teacher, name)
+        if any(want) and ours != theirs:
+            raise UserError(
+                f"model.{name}={ours}, the teacher's is {theirs}; a student that starts as a part "
+                "of its teacher needs the same"
+            )
+    if chosen:
+        return _chosen_layers(have, want, chosen)
+    found: dict[int, int] = {}
+    exact = all(have.count(count) >= want.count(count) for count in want)
+    kinds = [lambda e, count=count: e == count for count in sorted(set(want))]
+    if not exact:  # fewer experts, too: all MoE layers are of one kind
+        kinds = [lambda e: e == 0, lambda e: e > 0]
+    for kind in kinds:
+        from_, to = ([i for i, e in enumerate(experts) if kind(e)] for experts in (have, want))
+        if len(from_) < len(to):
+            what = "dense layers" if kind(0) else "MoE layers"
+            raise UserError(
+                f"the student has {len(to)} {what}, the teacher {len(from_)}; use as many or fewer"
+            )
+        found |= {s: from_[(i + 1) * len(from_) // len(to) - 1] for i, s in enumerate(to)}
+    layers = [found[i] for i in range(len(want))]
+    _check_experts(have, want, layers)
+    return layers
+
+
+def _chosen_layers(have: Sequence[int], want: Sequence[int], chosen: str) -> list[int]:
+    layers = [int(word) for word in chosen.split() if word.isdecimal()]
+    if len(layers) != len(want) or any(layer >= len(have) for layer in layers):
+        raise UserError(
+            f"teacher.layers='{chosen}' must be {len(want)} of the teacher's layers, 0 to "
+            f"{len(have) - 1}, one for each of the student's"
+        )
+    _check_experts(have, want, layers)
+    return layers
+
+
+def _check_experts(have: Sequence[int], want: Sequence[int], layers: list[int]) -> None:
+    for i, layer in enumerate(layers):
+        if bool(want[i]) != bool(have[layer]) or want[i] > have[layer]:
+            raise UserError(
+                f"layer {i} of the student has {want[i] or 'no'} experts, layer {layer} of the "
+                f"teacher {have[layer] or 'none'}; name other layers by teacher.layers"
+            )
+
+
+def plan(teacher: ModelConfig, student: ModelConfig, chosen: str = "") -> dict:
+    """`prmoe distil-plan`: the layers and what is saved, before anything is trained.
+
+    Returns:
+      layers (of the student: from, experts, parameters), total_params and active_params, each
+      (teacher's, student's), and saved, the share of the teacher's parameters left out.
+
+    Raises:
+      UserError: see `layer_map`.
+    """
+    layers = layer_map(teacher, student, chosen)
+    costs = cost(teacher), cost(student)
+    total = [c.total_params for c in costs]
+    return {
+        "layers": [
+            {"from": layer, "experts": c.experts, "params": c.params}
+            for layer, c in zip(layers, costs[1].layers, strict=True)
+        ],
+        "total_params": total,
+        "active_params": [c.active_params for c in costs],
+        "saved": 1 - total[1] / total[0],
+    }
+
+
+def table(plan: dict) -> str:
+    """A plan for people."""
+    lines = [f"{'layer':>5} {'from':>5} {'experts':>8} {'parameters':>14}"]
+    for i, row in enumerate(plan["layers"]):
+        lines.append(f"{i:5} {row['from']:5} {row['experts'] or '':>8} {row['params']:14,}")
+    (total, ours), (active, ours_active) = plan["total_params"], plan["active_params"]
+    lines.append(f"teacher {total:,} parameters, {active:,} of them active for a token")
+    lines.append(f"student {ours:,} parameters, {ours_active:,} active: {plan['saved']:.1%} fewer")
+    return "\n".join(lines)
+
+
+def cut(
+    teacher: Transformer, student: Transformer, layers: list[int], load: dict[int, list[float]]
+) -> Transformer:
+    """The student with the teacher's parameters; to be called under jit.
+
+    Args:
+      teacher: the teacher.
+      student: the student, or its shapes.
+      layers: from `layer_map`.
+      load: of the teacher's layer, each expert's share of the choices; where experts are left out.
+    """
+    theirs, ours = teacher.config, student.config
+    width_D = _largest(jnp.square(teacher.tokens[...]).sum(0), ours.d_model)
+    keep = {"D": width_D, "L": jnp.arange(ours.length)}
+    named, have = named_leaves(teacher), _places(theirs)
+    want = {place: i for i, place in enumerate(_places(ours))}
+    cut_layers: dict[int, dict] = {}
+
+    def of_layer(i: int) -> dict:
+        if i not in cut_layers:
+            stage, block, repeat = have[layers[i]]
+            prefix = f"stages.{stage}.blocks.{block}."
+            whole = {n.removeprefix(prefix): x[repeat] for n, x in named.items() if prefix in n}
+            experts, kept = ours.schedule.experts[i], dict(keep)
+            if experts < theirs.schedule.experts[layers[i]]:
+                kept["E"] = _largest(jnp.asarray(load[layers[i]]), experts)
+            cut_layers[i] = _cut_layer(whole, kept, ours)
+        return cut_layers[i]
+
+    leaves = []
+    for name, leaf in named_leaves(student).items():
+        parts = name.split(".")
+        if parts[0] != "stages":
+            leaves.append(_take(named[name], _dimensions(name), keep))
+            continue
+        stage, block, rest = int(parts[1]), int(parts[3]), ".".join(parts[4:])
+        repeats = [of_layer(want[stage, block, n])[rest] for n in range(len(leaf))]
+        leaves.append(jnp.stack(repeats))
+    return jax.tree.unflatten(jax.tree.structure(student), leaves)
+
+
+def _places(model: ModelConfig) -> list[tuple[int, int, int]]:
+    """Of each layer: stage, block of its cell, repeat."""
+    return [
+        (s, block, repeat)
+        for s, stage in enumerate(model.schedule.stages())
+        for repeat in range(stage.repeats)
+        for block in range(len(stage.cell))
+    ]
+
+
+def _cut_layer(whole: dict, keep: dict, student: ModelConfig) -> dict:
+    """One layer's parameters by name, cut to what to keep and to the student's heads and units."""
+    w_qkv, w_out = whole["attention.w_qkv"], whole["attention.w_out"]
+    head_H = jnp.square(w_qkv[:, 2]).sum((0, 2)) * jnp.square(w_out).sum((1, 2))
+    keep = keep | {"H": _largest(head_H, student.heads)}
+    parts = {}
+    for name, x in whole.items():
+        dimensions = _dimensions(name)
+        if "F" in dimensions:  # every MLP and expert has its own
+            of = name.rpartition(".")[0]
+            w_in, w_out = whole[f"{of}.w_in"], whole[f"{of}.w_out"]
+            units_F = _largest(jnp.square(w_in).sum(-2) * jnp.square(w_out).sum(-1), student.d_ff)
+            sizes = {"E": len(units_F), "F": student.d_ff}
+            index = units_F.reshape([sizes.get(role, 1) for role in dimensions])
+            x = jnp.take_along_axis(x, index, dimensions.index("F"))
+        parts[name] = _take(x, dimensions, keep)
+    return parts
+
+
+def _take(x: jax.Array, dimensions: str, keep: dict) -> jax.Array:
+    for axis, role in enumerate(dimensions):
+        if role in keep:
+            x = jnp.take(x, keep[role], axis)
+    return x
+
+
+def _dimensions(name: str) -> str:
+    parts = name.split(".")
+    return DIMENSIONS.get(".".join(parts[-2:]), DIMENSIONS.get(parts[-1]))
+
+
+def _largest(value: jax.Array, count: int) -> jax.Array:
+    """Where the largest of the last axis are, in order."""
+    return jnp.sort(jax.lax.top_k(value, count)[1], -1)

@@ -1,0 +1,399 @@
+"""Distillation: the loss against Megatron-DeepSpeed's, a teacher nothing changes, and its end."""
+
+import dataclasses
+import gc
+import importlib.util
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from prmoe_jax import distill, train
+from prmoe_jax.cli import main
+from prmoe_jax.config import KdConfig, TeacherConfig
+from prmoe_jax.data.pipeline import Batch
+from prmoe_jax.distill import Lesson, teach, token_sums
+from prmoe_jax.evaluate import restore_run
+from prmoe_jax.loss import forward, totals, training_loss
+from prmoe_jax.metrics import read_metrics, to_python
+from prmoe_jax.step import init_state, make_train_step
+from prmoe_jax.train import Run
+from prmoe_jax.tree import named_leaves
+from tests.quick import jit
+from tests.test_step import GENTLE, make_batch, settings
+from tests.test_train import (  # noqa: F401
+    arguments,
+    assert_same_run,
+    finish,
+    logged,
+    start,
+    text,
+    wait_for_lines,
+)
+
+GOLDENS = Path(__file__).parent / "goldens"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quickly():
+    """Much is compiled here, and little run; in processes of their own, too."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def batch_of(rows, length, vocabulary, masked=0.0):
+    rng = np.random.default_rng(1)
+    tokens, targets = rng.integers(0, vocabulary, (2, rows, length)).astype(np.int32)
+    mask = rng.random((rows, length)) >= masked
+    return Batch(tokens, targets, mask, np.ones((rows, length), np.int32))
+
+
+def random_lesson(rows=3, length=11, vocabulary=37, masked=0.0, seed=0):
+    """Activations and output matrices of a student and a teacher, and a batch."""
+    rng = np.random.default_rng(seed)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+    lesson = Lesson(draw(rows, length, 7), draw(vocabulary, 7))
+    return draw(rows, length, 6), draw(vocabulary, 6), lesson, batch_of(
+        rows, length, vocabulary, masked
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("chunk", [256, 11, 4])
+def test_loss_and_gradients_equal_megatron_deepspeed(temperature, chunk, monkeypatch):
+    """Without a mask; for whole sequences and for chunks that don't divide them."""
+    monkeypatch.setattr(distill, "CHUNK", chunk)
+    golden = np.load(GOLDENS / "mos.npz")
+    lesson = Lesson(jnp.asarray(golden["teacher_x"]), jnp.asarray(golden["teacher_table"]))
+    batch = batch_of(*golden["x"].shape[:2], len(golden["table"]))
+    kd = KdConfig(temperature=temperature)
+
+    def loss(x_BxLxD, table_VxD):
+        return token_sums(x_BxLxD, table_VxD, lesson, batch, kd).kd_loss / batch.mask_BxL.size
+
+    found, gradients = jax.value_and_grad(loss, (0, 1))(golden["x"], golden["table"])
+    np.testing.assert_allclose(found, golden[f"loss_{temperature}"], rtol=1e-6)
+    for gradient, name in zip(gradients, ("d_x", "d_table"), strict=True):
+        np.testing.assert_allclose(gradient, golden[f"{name}_{temperature}"], atol=1e-6)
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("torch"), reason="needs the extra [interop]")
+def test_goldens_made_anew(tmp_path):
+    script = GOLDENS / "generate_mos.py"
+    subprocess.run([sys.executable, script, "--out", tmp_path / "mos.npz"], check=True)
+    stored, anew = np.load(GOLDENS / "mos.npz"), np.load(tmp_path / "mos.npz")
+    assert set(stored) == set(anew)
+    for name in stored:
+        np.testing.assert_allclose(anew[name], stored[name], rtol=1e-9, err_msg=name)
+
+
+def expected_divergence(teacher, student, kd):
+    """By NumPy in float64, outcome by outcome."""
+
+    def probabilities(logits):
+        e = np.exp(np.float64(logits) / kd.temperature)
+        return e / e.sum()
+
+    p, q = probabilities(teacher), probabilities(student)
+    if kd.kind == "reverse":
+        p, q = q, p
+    if kd.kind == "top_k":
+        likeliest = np.argsort(-p)[: kd.top_k]
+        p, q = (np.append(x[likeliest], 1 - x[likeliest].sum()) for x in (p, q))
+    return kd.temperature**2 * sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+
+
+@pytest.mark.parametrize(
+    "kd",
+    [
+        KdConfig(),
+        KdConfig(kind="reverse", temperature=0.7),
+        KdConfig(kind="top_k", top_k=5, temperature=1.5),
+        KdConfig(kind="top_k", top_k=1),
+        KdConfig(kind="top_k", top_k=36),
+    ],
+)
+def test_divergences_by_hand(kd):
+    x, table, lesson, batch = random_lesson(masked=0.3)
+    sums = token_sums(x, table, lesson, batch, kd)
+    student, teacher = x @ table.T, lesson.x_BxLxD @ lesson.table_VxD.T
+    places = np.argwhere(batch.mask_BxL)
+    expected = sum(expected_divergence(teacher[b, i], student[b, i], kd) for b, i in places)
+    np.testing.assert_allclose(sums.kd_loss, expected, rtol=2e-5)
+    log_probs = jax.nn.log_softmax(student)
+    nats = -sum(log_probs[b, i, batch.targets_BxL[b, i]] for b, i in places)
+    np.testing.assert_allclose(sums.lm_loss, nats, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["forward", "reverse", "top_k"])
+def test_masked_tokens_contribute_nothing(kind):
+    """Whatever student and teacher say of them: the sums are the same to the last bit."""
+    x, table, lesson, batch = random_lesson(masked=0.5)
+    kd = KdConfig(kind=kind, top_k=3 if kind == "top_k" else 0)
+    keep = batch.mask_BxL[..., None]
+    other_lesson = lesson._replace(x_BxLxD=jnp.where(keep, lesson.x_BxLxD, 9.0))
+    sums = token_sums(x, table, lesson, batch, kd)
+    other = token_sums(jnp.where(keep, x, -3.0), table, other_lesson, batch, kd)
+    assert [float(a) for a in sums] == [float(b) for b in other]
+    gradient = jax.grad(lambda x: token_sums(x, table, lesson, batch, kd).kd_loss)(x)
+    assert not np.where(keep, 0, gradient).any()
+    assert np.where(keep, gradient, 1).all()
+
+
+def test_chunks_change_nothing_but_memory(monkeypatch):
+    """At GPT-2's vocabulary and the paper's context, forward and backward, as XLA compiled it."""
+    x = jax.ShapeDtypeStruct((1, 2048, 64), jnp.float32)
+    table = jax.ShapeDtypeStruct((50_304, 64), jnp.float32)
+    batch = batch_of(1, 2048, 50_304)
+    temporaries = []
+    for chunk in (distill.CHUNK, 2048):
+        monkeypatch.setattr(distill, "CHUNK", chunk)
+
+        def loss(x, table, lesson):
+            sums = token_sums(x, table, lesson, batch, KdConfig())
+            return sums.lm_loss + sums.kd_loss
+
+        compiled = jax.jit(jax.grad(loss, (0, 1))).lower(x, table, Lesson(x, table)).compile()
+        temporaries.append(compiled.memory_analysis().temp_size_in_bytes)
+    print("temporaries:", temporaries)
+    assert temporaries[0] <= 0.4 * temporaries[1]
+
+
+STUDENT = dict(text="2 layers, E=2, residual", teacher={"workdir": "any"})
+
+
+def classroom(student=(), **teacher):
+    """Configs of a student and a teacher, and the teacher's model."""
+    values = settings(**STUDENT | dict(student))
+    taught_by = settings("4 layers, E=3+5, residual", seed=7, **teacher)
+    return values, taught_by, init_state(taught_by).model
+
+
+@pytest.mark.parametrize("portions", [1, 4])
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_a_step_adds_the_weighted_divergence(mode, portions):
+    """Its metrics add up to the loss; portions of the batch change nothing, noise included."""
+    student = {
+        "teacher": {"workdir": "any", "mode": mode},
+        "kd": {"weight": 0.5, "decay": "linear", "stop": 1.0},
+        "train": {"accumulate": portions},
+        "optimizer": GENTLE,
+    }
+    noisy = {"model": {"dropout": 0.2}, "moe": {"overflow": "random"}}
+    values, taught_by, model = classroom(student=student, **noisy)
+    step = jit(make_train_step(values, taught_by))
+    state = init_state(values)
+    for number in range(3):
+        state, metrics = step(state, make_batch(number), model)
+        weight = 0.5 * (1 - number / 10)
+        metrics = to_python(metrics)
+        assert metrics["kd_weight"] == pytest.approx(weight)
+        parts = metrics["lm_loss"] + weight * metrics["kd_loss"] + 0.01 * metrics["aux_loss"]
+        assert metrics["loss"] == pytest.approx(parts, rel=1e-5)
+        assert metrics["kd_loss"] > 0.01
+    whole = dataclasses.replace(values, train=dataclasses.replace(values.train, accumulate=1))
+    _, expected = jit(make_train_step(whole, taught_by))(init_state(whole), make_batch(0), model)
+    _, first = step(init_state(values), make_batch(0), model)
+    for name, tolerance in (("kd_loss", 1e-5), ("grad_norm", 1e-4)):
+        assert float(first[name]) == pytest.approx(float(expected[name]), rel=tolerance)
+
+
+def test_modes_of_the_teacher():
+    """Evaluation's is the teacher's evaluation; training's has its noise and its capacity."""
+    moe = {"capacity_factor": 0.5, "eval_capacity_factor": 1.0}
+    _, taught_by, model = classroom(moe=moe)
+    batch, keys = make_batch(), jax.random.split(jax.random.key(0), 8)
+
+    def activations(**choices):
+        return teach(taught_by, model, batch, TeacherConfig("any", **choices), keys).x_BxLxD
+
+    evaluated = model(batch.tokens_BxL, batch.segments_BxL, capacity_factor=1.0)[0]
+    np.testing.assert_array_equal(activations(), evaluated)
+    ample = model(batch.tokens_BxL, batch.segments_BxL, capacity_factor=math.inf)[0]
+    np.testing.assert_array_equal(activations(capacity_factor=math.inf), ample)
+    assert (ample != evaluated).any()
+    tight = model(batch.tokens_BxL, batch.segments_BxL, capacity_factor=0.5)[0]
+    np.testing.assert_array_equal(activations(mode="train"), tight)
+    assert (tight != evaluated).any()
+
+
+def test_no_gradient_reaches_the_teacher_and_no_step_changes_it():
+    values, taught_by, model = classroom()
+    student, batch = init_state(values).model, make_batch()
+    keys = jax.random.split(jax.random.key(0), 8)
+
+    def loss(teacher_model):
+        lesson = teach(taught_by, teacher_model, batch, values.teacher, keys)
+        sums = forward(student, batch, 1.0, keys, lesson, values.kd)
+        return training_loss(sums, totals(batch, values), values, 1.0)
+
+    for name, gradient in named_leaves(jit(jax.grad(loss))(model)).items():
+        assert not np.asarray(gradient).any(), name
+    before = {name: np.array(leaf) for name, leaf in named_leaves(model).items()}
+    step, state = jit(make_train_step(values, taught_by)), init_state(values)
+    for seed in range(3):
+        state, _ = step(state, make_batch(seed), model)
+    for name, leaf in named_leaves(model).items():
+        np.testing.assert_array_equal(leaf, before[name])
+
+
+def test_a_copy_of_the_teacher_has_nothing_to_learn_from_it():
+    values = settings(**STUDENT, train={"accumulate": 2})
+    state = init_state(values)
+    _, metrics = jit(make_train_step(values, values))(state, make_batch(), state.model)
+    assert abs(metrics["kd_loss"]) < 1e-6
+
+
+# A run: taught for the first half of 200 steps.
+TAUGHT = {
+    "train.steps": 200,
+    "kd.stop": 0.5,
+    "checkpoint.every": 20,
+    "model.dropout": 0.1,
+}
+
+
+@pytest.fixture(scope="module")
+def teacher(text, tmp_path_factory):  # noqa: F811
+    workdir = tmp_path_factory.mktemp("teacher") / "run"
+    assert main(arguments(text, workdir, "prmoe")) == 0
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def student(text, teacher, tmp_path_factory):  # noqa: F811
+    """A run that nothing interrupts."""
+    workdir = tmp_path_factory.mktemp("student") / "run"
+    settings = TAUGHT | {"teacher.workdir": teacher}
+    assert main(arguments(text, workdir, "mos", **settings)) == 0
+    return workdir
+
+
+def test_the_teacher_goes_when_it_has_taught(text, teacher, tmp_path, monkeypatch):  # noqa: F811
+    """The arrays that live, and what the steps are given, before and after."""
+    live, given = {}, {}
+    report, on_mesh = Run.report, train.on_mesh
+
+    def measured(run, step, metrics):
+        report(run, step, metrics)
+        gc.collect()
+        live[step] = sum(array.nbytes for array in jax.live_arrays())
+
+    def watched(*arguments):
+        step = on_mesh(*arguments)
+
+        def run(*inputs):
+            if step not in given:
+                analysis = step.lower(*inputs).compile().memory_analysis()
+                given[step] = analysis.argument_size_in_bytes
+            return step(*inputs)
+
+        return run
+
+    monkeypatch.setattr(Run, "report", measured)
+    monkeypatch.setattr(train, "on_mesh", watched)
+    settings = TAUGHT | {"teacher.workdir": teacher, "train.steps": 16}
+    assert main(arguments(text, tmp_path / "run", "mos", **settings)) == 0
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [line["step"] for line in lines if "kd_loss" in line] == list(range(1, 9))
+    _, _, model, _ = restore_run(Path(teacher))
+    teacher_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(model))
+    del model
+    assert live[6] - live[12] == pytest.approx(teacher_bytes, rel=0.02)
+    taught, alone = given.values()
+    # Of the router's counts and the like the taught step may need none.
+    assert taught - alone == pytest.approx(teacher_bytes, rel=0.02)
+
+
+@pytest.mark.parametrize("line", [70, 170])
+def test_killed_on_either_side_of_the_stop_equals_undisturbed(
+    text, teacher, student, tmp_path, line  # noqa: F811
+):  # fmt: skip
+    command = arguments(text, tmp_path / "run", "mos", **TAUGHT | {"teacher.workdir": teacher})
+    process = start(*command)
+    wait_for_lines(tmp_path / "run", line, process)
+    process.kill()
+    finish(process)
+    code, _, err = finish(start(*command))
+    assert code == 0, err
+    assert "resumed at step" in err
+    assert ("teacher: step 12" in err) == (line < 100)
+    assert_same_run(tmp_path / "run", student)
+
+
+def test_a_teacher_spread_over_devices_teaches_the_same(text, teacher, student, tmp_path):  # noqa: F811
+    settings = TAUGHT | {"teacher.workdir": teacher, "mesh.expert": 4, "mesh.fsdp": 2}
+    settings |= {"train.steps": 12, "optimizer.decay_tokens": 200 * 8 * 32}
+    command = arguments(text, tmp_path / "run", "mos", **settings)
+    eight = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    code, _, err = finish(start(*command, **eight))
+    assert code == 0, err
+    ours, alone = logged(tmp_path / "run")[:6], logged(student)[:6]
+    for name in ("loss", "kd_loss"):
+        values = [[line[name] for line in run] for run in (ours, alone)]
+        assert values[0] == pytest.approx(values[1], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"teacher.workdir": "nowhere"}, "no run in nowhere: config.json is missing; --config"),
+        ({"data.tokenizer": "bpe", "model.vocab_size": 300}, "the teacher has another tokenizer"),
+        ({"model.vocab_size": 512}, "model.vocab_size=512 is not the teacher's; use 384"),
+        ({"model.length": 64}, "model.length=64 exceeds the teacher's context; use 32 or less"),
+    ],
+)  # fmt: skip
+def test_mistakes(text, teacher, tmp_path, changes, message, capsys):  # noqa: F811
+    settings = TAUGHT | {"teacher.workdir": teacher} | changes
+    assert main(arguments(text, tmp_path / "run", "mos", **settings)) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert message in line
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_the_checkpoint_that_taught_is_the_one_that_teaches_on(text, teacher, tmp_path, capsys):  # noqa: F811
+    """A teacher trained further in the meantime is read where it was; if that is gone, say so."""
+    command = arguments(text, tmp_path / "run", "mos", **TAUGHT | {"teacher.workdir": teacher})
+    process = start(*command)
+    wait_for_lines(tmp_path / "run", 60, process)
+    process.kill()
+    finish(process)
+    record = next((tmp_path / "run" / "checkpoints").glob("[0-9]*/data/metadata"), None)
+    assert record and json.loads(record.read_text())["teacher_step"] == 12
+    hidden = Path(teacher).parent / "hidden"
+    (Path(teacher) / "checkpoints" / "12").rename(hidden)
+    try:
+        assert main(command) == 2
+    finally:
+        hidden.rename(Path(teacher) / "checkpoints" / "12")
+    assert "checkpoint 12 is no longer in" in capsys.readouterr().err
+
+
+def test_a_student_starts_where_its_teacher_is(text, teacher, student, tmp_path, capsys):  # noqa: F811
+    """From the command line: the plan, and less to learn than for a student from scratch."""
+    changes = TAUGHT | {"teacher.workdir": teacher, "teacher.inherit": "true", "train.steps": 3}
+    changes |= {"model.experts": "3,7", "model.d_ff": 24}
+    _, *overrides, _, _ = arguments(text, "", "mos", **changes)
+    assert main(["distil-plan", *overrides, "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert [row["from"] for row in plan["layers"]] == [0, 1, 2, 5, 4]
+    assert 0.1 < plan["saved"] < 0.5
+    assert main(arguments(text, tmp_path / "run", "mos", **changes)) == 0
+    assert "the student starts as layers 0 1 2 5 4 of its teacher" in capsys.readouterr().err
+    assert logged(tmp_path / "run")[0]["kd_loss"] < logged(student)[0]["kd_loss"] / 2
+    metrics, hidden = Path(teacher) / "metrics.jsonl", Path(teacher) / "hidden.jsonl"
+    metrics.rename(hidden)
+    try:
+        assert main(arguments(text, tmp_path / "again", "mos", **changes)) == 2
+    finally:
+        hidden.rename(metrics)
+    assert "has no layers/01/expert_load, by which experts are" in capsys.readouterr().err

@@ -1,0 +1,180 @@
+"""What a student inherits: the right layers, experts and channels, and a function kept."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import paper
+from prmoe_jax import config
+from prmoe_jax.errors import UserError
+from prmoe_jax.step import init_model
+from prmoe_jax.student import cut, layer_map
+from prmoe_jax.tree import named_leaves
+from tests.quick import jit
+from tests.test_step import make_batch, settings
+
+
+def part(teacher, student, model=None, chosen="", load=()):
+    """The teacher's model and the student cut out of it."""
+    model = init_model(teacher) if model is None else model
+    layers = layer_map(teacher.model, student.model, chosen)
+    shapes = jax.eval_shape(lambda: init_model(student))
+    return model, jit(lambda model: cut(model, shapes, layers, dict(load)))(model), layers
+
+
+def layers_of(model):
+    """Each layer's parameters by name, first to last."""
+    named = named_leaves(model)
+    places = [
+        (f"stages.{s}.blocks.{b}.", n)
+        for s, stage in enumerate(model.config.schedule.stages())
+        for n in range(stage.repeats)
+        for b in range(len(stage.cell))
+    ]
+    return [
+        {name.removeprefix(at): np.asarray(x[n]) for name, x in named.items() if at in name}
+        for at, n in places
+    ]
+
+
+def activations(model, capacity_factor=math.inf):
+    batch = make_batch()
+    run = jit(lambda m: m(batch.tokens_BxL, batch.segments_BxL, capacity_factor=capacity_factor)[0])
+    return np.asarray(run(model))
+
+
+def test_the_whole_is_a_copy():
+    values = settings("6 layers, E=3x2+5, residual")
+    model, student, layers = part(values, values)
+    assert layers == [0, 1, 2, 3, 4, 5]
+    for name, leaf in named_leaves(student).items():
+        np.testing.assert_array_equal(leaf, named_leaves(model)[name], err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student", "expected"),
+    [
+        # By kind, in order, the last of each included.
+        ("6 layers, E=4x2+8", "5 layers, E=4+8", [0, 3, 2, 5, 4]),
+        ("6 layers", "2 layers", [2, 5]),
+        ("6 layers, every 1, E=4", "4 layers, every 1, E=4", [0, 2, 3, 5]),
+        # Fewer experts: all MoE layers are of one kind.
+        ("8 layers, E=4x2+8x2", "6 layers, E=2x2+6", [0, 1, 2, 3, 6, 7]),
+    ],
+)
+def test_layers_by_hand(teacher, student, expected):
+    assert layer_map(settings(teacher).model, settings(student).model) == expected
+
+
+def test_depth_takes_the_layers_named():
+    teacher = settings("6 layers, E=3x2+5, residual")
+    student = settings("5 layers, E=3+5, residual")
+    for chosen in ("", "2 1 0 5 4"):
+        model, smaller, layers = part(teacher, student, chosen=chosen)
+        assert chosen in ("", " ".join(map(str, layers)))
+        theirs = layers_of(model)
+        for layer, ours in zip(layers, layers_of(smaller), strict=True):
+            assert ours.keys() == theirs[layer].keys()
+            for name, leaf in ours.items():
+                np.testing.assert_array_equal(leaf, theirs[layer][name], err_msg=name)
+        for name in ("tokens", "positions", "norm.scale"):
+            np.testing.assert_array_equal(named_leaves(smaller)[name], named_leaves(model)[name])
+
+
+def with_leaves(model, change):
+    """The model with `change(name, array)` in place of each leaf."""
+    leaves = [jnp.asarray(change(n, np.array(x))) for n, x in named_leaves(model).items()]
+    return jax.tree.unflatten(jax.tree.structure(model), leaves)
+
+
+def test_hidden_units_that_do_nothing_are_the_ones_left_out():
+    """In each MLP and expert others; the function stays."""
+    teacher = settings("2 layers, E=3, residual")
+    student = settings("2 layers, E=3, residual", model={"d_ff": 7})
+    rng = np.random.default_rng(0)
+
+    def silence(name, x):
+        if name.endswith("mlp.w_out") or name.endswith("experts.w_out"):
+            flat = x.reshape(-1, *x.shape[-2:])
+            for matrix in flat:
+                matrix[rng.choice(10, 3, replace=False)] = 0
+        return x
+
+    model = with_leaves(init_model(teacher), silence)
+    _, smaller, _ = part(teacher, student, model)
+    assert named_leaves(smaller)["stages.0.blocks.1.mlp.experts.w_in"].shape == (1, 3, 12, 7)
+    np.testing.assert_allclose(activations(smaller), activations(model), rtol=1e-5, atol=1e-5)
+
+
+def test_width_by_hand():
+    """A narrower model: the same channels everywhere, whole heads, other experts' units apart."""
+    teacher = settings("2 layers, E=3, residual")
+    student = settings("2 layers, E=2, residual", model={"d_model": 6, "heads": 1, "d_ff": 4})
+    model, smaller, _ = part(teacher, student, load={1: [0.5, 0.1, 0.4]})
+    tokens = np.asarray(model.tokens[...])
+    channels = np.sort(np.argsort(-(tokens**2).sum(0))[:6])
+    np.testing.assert_array_equal(smaller.tokens[...], tokens[:, channels])
+    before, after = layers_of(model)[1], layers_of(smaller)[1]
+    np.testing.assert_array_equal(
+        after["mlp.w_router"], before["mlp.w_router"][channels][:, [0, 2]]
+    )
+    w_in, w_out = before["mlp.experts.w_in"], before["mlp.experts.w_out"]
+    for ours, e in enumerate((0, 2)):
+        value = (w_in[e] ** 2).sum(0) * (w_out[e] ** 2).sum(1)
+        units = np.sort(np.argsort(-value)[:4])
+        np.testing.assert_array_equal(
+            after["mlp.experts.w_in"][ours], w_in[e][np.ix_(channels, units)]
+        )
+        np.testing.assert_array_equal(
+            after["mlp.experts.w_out"][ours], w_out[e][np.ix_(units, channels)]
+        )
+        np.testing.assert_array_equal(
+            after["mlp.experts.b_in"][ours], before["mlp.experts.b_in"][e][units]
+        )
+    w_qkv, out = before["attention.w_qkv"], before["attention.w_out"]
+    value = (w_qkv[:, 2] ** 2).sum((0, 2)) * (out**2).sum((1, 2))
+    head = [int(value.argmax())]
+    np.testing.assert_array_equal(after["attention.w_qkv"], w_qkv[channels][:, :, head])
+    np.testing.assert_array_equal(after["attention.w_out"], out[head][:, :, channels])
+
+
+@pytest.mark.parametrize("size", ["350m", "1.3b"])
+def test_the_papers_students_are_parts_of_its_teachers(size):
+    """24 layers of 32x10+64x2 to 21 of 32x8+64x2, without a weight allocated."""
+    teacher, student = (
+        config.resolve(paper.get_config(f"{name}_{size}")) for name in ("prmoe", "mos")
+    )
+    layers = layer_map(teacher.model, student.model)
+    have = teacher.model.schedule.experts
+    assert tuple(have[layer] for layer in layers) == student.model.schedule.experts
+    assert len(set(layers)) == len(layers) == 21
+    model, shapes = (jax.eval_shape(lambda v=v: init_model(v)) for v in (teacher, student))
+    found = jax.eval_shape(lambda model: cut(model, shapes, layers, {}), model)
+    total = sum(leaf.size for leaf in jax.tree.leaves(found))
+    assert total / 1e9 == pytest.approx({"350m": 3.54, "1.3b": 26.94}[size], rel=2e-3)
+    for name, leaf in named_leaves(found).items():
+        assert leaf.shape == named_leaves(shapes)[name].shape
+
+
+@pytest.mark.parametrize(
+    ("student", "model", "chosen", "message"),
+    [
+        ("6 layers, E=3x3, residual", {"d_ff": 11}, "", "model.d_ff=11 is more than the teacher's"),
+        ("6 layers, E=3x3, residual", {"d_model": 8}, "", "is 4, the teacher's 6, and heads are"),
+        ("6 layers, E=3x3", {}, "", "model.residual=False, the teacher's is True; a student that"),
+        ("8 layers, E=3x2+5x2, residual", {}, "", "the student has 4 dense layers, the teacher 3"),
+        ("4 layers, every 1, E=3, residual", {}, "", "4 MoE layers, the teacher 3; use as many"),
+        ("4 layers, E=3+7, residual", {}, "", "has 7 experts, layer 5 of the teacher 5; name"),
+        ("4 layers, E=3+5, residual", {}, "0 1 2", "must be 4 of the teacher's layers, 0 to 5"),
+        ("4 layers, E=3+5, residual", {}, "0 1 2 9", "must be 4 of the teacher's layers, 0 to 5"),
+        ("4 layers, E=3+5, residual", {}, "0 2 1 5", "layer 1 of the student has 3 experts, layer"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_mapped_is_an_error(student, model, chosen, message):
+    teacher = settings("6 layers, E=3x2+5, residual").model
+    with pytest.raises(UserError) as error:
+        layer_map(teacher, settings(student, model=model).model, chosen)
+    assert message in str(error.value)
