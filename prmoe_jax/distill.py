@@ -72,49 +72,49 @@ def token_sums(x_BxLxD, table_VxD, lesson: Lesson, batch: Batch, kd: KdConfig) -
 
     @jax.checkpoint
     def add(sums, part):
-        x_BxCxD, taught_BxCxD, targets_BxC, mask_BxC = part
+        x_BxTxD, taught_BxTxD, targets_BxT, mask_BxT = part
         with jax.named_scope("logits"):
-            logits_BxCxV = product(x_BxCxD, table_VxD)
-            taught_BxCxV = product(taught_BxCxD, lesson.table_VxD)
-            log_z_BxC = jax.nn.logsumexp(logits_BxCxV, axis=-1)
-            target_BxC = jnp.take_along_axis(logits_BxCxV, targets_BxC[..., None], -1)[..., 0]
+            logits_BxTxV = product(x_BxTxD, table_VxD)
+            taught_BxTxV = product(taught_BxTxD, lesson.table_VxD)
+            log_z_BxT = jax.nn.logsumexp(logits_BxTxV, axis=-1)
+            target_BxT = jnp.take_along_axis(logits_BxTxV, targets_BxT[..., None], -1)[..., 0]
             found = (
-                log_z_BxC - target_BxC,
-                jnp.square(log_z_BxC),
-                divergence(taught_BxCxV, logits_BxCxV, kd),
+                log_z_BxT - target_BxT,
+                jnp.square(log_z_BxT),
+                divergence(taught_BxTxV, logits_BxTxV, kd),
             )
-        return TokenSums(*(s + (f * mask_BxC).sum() for s, f in zip(sums, found, strict=True))), ()
+        return TokenSums(*(s + (f * mask_BxT).sum() for s, f in zip(sums, found, strict=True))), ()
 
     parts = x_BxLxD, lesson.x_BxLxD, batch.targets_BxL, batch.mask_BxL
     return jax.lax.scan(add, TokenSums(*[jnp.zeros(())] * 3), jax.tree.map(cut, parts))[0]
 
 
-def product(x_BxCxD: jax.Array, table_VxD: jax.Array) -> jax.Array:
+def product(x_BxTxD: jax.Array, table_VxD: jax.Array) -> jax.Array:
     """Logits, float32."""
-    return jnp.einsum("BCD,VD->BCV", x_BxCxD, table_VxD, preferred_element_type=jnp.float32)
+    return jnp.einsum("BTD,VD->BTV", x_BxTxD, table_VxD, preferred_element_type=jnp.float32)
 
 
-def divergence(teacher_BxCxV, student_BxCxV, kd: KdConfig) -> jax.Array:
-    """T² times the divergence of softmax(student / T) from softmax(teacher / T); nats, [B, C].
+def divergence(teacher_BxTxV, student_BxTxV, kd: KdConfig) -> jax.Array:
+    """T² times the divergence of softmax(student / T) from softmax(teacher / T); nats, [B, T].
 
     'forward' is KL(teacher ‖ student), as in the paper, 'reverse' KL(student ‖ teacher), 'top_k'
     the forward one over the teacher's k likeliest tokens and all others as one more outcome.
     Logits are float32.
     """
     teacher, student = (
-        jax.nn.log_softmax(logits / kd.temperature) for logits in (teacher_BxCxV, student_BxCxV)
+        jax.nn.log_softmax(logits / kd.temperature) for logits in (teacher_BxTxV, student_BxTxV)
     )
     if kd.kind == "top_k":
-        teacher, tokens_BxCxK = jax.lax.top_k(teacher, kd.top_k)
-        student = jnp.take_along_axis(student, tokens_BxCxK, -1)
+        teacher, tokens_BxTxK = jax.lax.top_k(teacher, kd.top_k)
+        student = jnp.take_along_axis(student, tokens_BxTxK, -1)
         teacher, student = _with_the_rest(teacher), _with_the_rest(student)
     if kd.kind == "reverse":
         teacher, student = student, teacher
     return kd.temperature**2 * (jnp.exp(teacher) * (teacher - student)).sum(-1)
 
 
-def _with_the_rest(log_p_BxCxK: jax.Array) -> jax.Array:
+def _with_the_rest(log_p_BxTxK: jax.Array) -> jax.Array:
     """Log-probabilities, with that of none of them behind."""
-    some_BxCx1 = jax.nn.logsumexp(log_p_BxCxK, axis=-1, keepdims=True)
-    rest_BxCx1 = jnp.log(-jnp.expm1(jnp.minimum(some_BxCx1, -1e-7)))  # rounding may make it 0
-    return jnp.concatenate([log_p_BxCxK, rest_BxCx1], axis=-1)
+    some_BxTx1 = jax.nn.logsumexp(log_p_BxTxK, axis=-1, keepdims=True)
+    rest_BxTx1 = jnp.log(-jnp.expm1(jnp.minimum(some_BxTx1, -1e-7)))  # rounding may make it 0
+    return jnp.concatenate([log_p_BxTxK, rest_BxTx1], axis=-1)
