@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def train(changes: dict | None, seed: int, teacher: Path, workdir: Path) -> None:
-    overrides = {"seed": seed, "eval.every": 50, "eval.batches": 20}
+    overrides = {"seed": seed, "eval.every": 100, "eval.batches": 20}
     if changes:
         overrides |= {"teacher.workdir": teacher, **changes}
     command = [
