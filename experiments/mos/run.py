@@ -100,14 +100,16 @@ def draw(rows: list[dict]) -> None:
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    _, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    _, axes = pyplot.subplots(figsize=(7, 3), layout="constrained")
     for number, arm in enumerate(ARMS):
-        for row in (row for row in rows if row["arm"] == arm):
-            steps, losses = zip(*row["losses"], strict=True)
-            label = arm if row["seed"] == SEEDS[0] else None
-            axes.plot(steps[:-1], losses[:-1], color=f"C{number}", label=label, linewidth=1)
-    axes.set(xlabel="step", ylabel="validation loss, nats a token (the first batches)")
-    axes.legend(frameon=False)
+        losses = [row["loss"] for row in rows if row["arm"] == arm]
+        axes.plot(losses, [number] * len(losses), "o", alpha=0.7)
+    (teacher,) = (row["loss"] for row in rows if row["arm"] == "teacher")
+    axes.axvline(teacher, color="black", linewidth=1, label="teacher")
+    axes.set(xlabel="validation loss after 300 steps, nats a token")
+    axes.set_yticks(range(len(ARMS)), ARMS)
+    axes.invert_yaxis()
+    axes.legend(frameon=False, loc="lower right")
     pyplot.savefig(HERE / "students.png", dpi=120)
 
 
