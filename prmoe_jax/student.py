@@ -174,7 +174,9 @@ def cut(
         if i not in cut_layers:
             stage, block, repeat = have[layers[i]]
             prefix = f"stages.{stage}.blocks.{block}."
-            whole = {n.removeprefix(prefix): x[repeat] for n, x in named.items() if prefix in n}
+            whole = {
+                n.removeprefix(prefix): x[repeat] for n, x in named.items() if n.startswith(prefix)
+            }
             experts, kept = ours.schedule.experts[i], dict(keep)
             if experts < theirs.schedule.experts[layers[i]]:
                 kept["E"] = _largest(jnp.asarray(load[layers[i]]), experts)
@@ -231,7 +233,7 @@ def _take(x: jax.Array, dimensions: str, keep: dict) -> jax.Array:
 
 def _dimensions(name: str) -> str:
     parts = name.split(".")
-    return DIMENSIONS.get(".".join(parts[-2:]), DIMENSIONS.get(parts[-1]))
+    return DIMENSIONS.get(".".join(parts[-2:])) or DIMENSIONS[parts[-1]]
 
 
 def _largest(value: jax.Array, count: int) -> jax.Array:

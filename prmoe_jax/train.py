@@ -88,8 +88,9 @@ def train(config: Config, workdir: Path, profile: tuple[int, int] | None = None)
             state = sharded_state(resolved, mesh)
         teacher = None
         if step < config.kd_steps:
-            taught_by = record["teacher_step"] if restored else None
-            teacher = restore_teacher(resolved, mesh, data.tokenizer, taught_by)
+            # A resumed run goes on with the checkpoint that taught it before.
+            teacher_step = record["teacher_step"] if restored else None
+            teacher = restore_teacher(resolved, mesh, data.tokenizer, teacher_step)
             if config.teacher.inherit and not restored:
                 state = state._replace(model=inherited(resolved, teacher, mesh))
             teacher = frozen(teacher, mesh)
@@ -140,7 +141,6 @@ class Run:
         self.checkpoints, self.fingerprint = checkpoints, fingerprint
         self.writer, self.progress, self.clock = writer, progress, Clock()
         self.teacher = teacher
-        self.taught_by = teacher.step if teacher else None
         self.train_step = on_mesh(config, mesh, teacher and teacher.config)
         self.eval_step = jax.jit(make_eval_step(config), out_shardings=replicated(mesh))
         self.flops_per_token = cost(config.model).train_flops_per_token
@@ -158,9 +158,8 @@ class Run:
                 batch = split_batch(next(batches), self.mesh, self.config.train.batch_size)
             if self.teacher and step == self.config.kd_steps:
                 self.stop_distillation(step)
-            lesson = (self.teacher.model,) if self.teacher else ()
-            state, metrics = self.train_step(state, batch, *lesson)
-            del lesson
+            taught_by = (self.teacher.model,) if self.teacher else ()
+            state, metrics = self.train_step(state, batch, *taught_by)
             step += 1
             stopping = interrupted.at(step)
             if pending:
@@ -195,7 +194,7 @@ class Run:
 
     def save(self, step: int, state: TrainState, batches) -> None:
         record = {"fingerprint": self.fingerprint, "iterator": batches.get_state()}
-        record["teacher_step"] = self.taught_by
+        record["teacher_step"] = self.teacher and self.teacher.step
         self.checkpoints.save(step, state, record)
 
     def due(self, every: int, step: int) -> bool:

@@ -149,8 +149,9 @@ def test_masked_tokens_contribute_nothing(kind):
     assert np.where(keep, gradient, 1).all()
 
 
-def test_chunks_change_nothing_but_memory(monkeypatch):
-    """At GPT-2's vocabulary and the paper's context, forward and backward, as XLA compiled it."""
+def test_chunks_save_memory(monkeypatch):
+    """At GPT-2's vocabulary and the paper's context, forward and backward, as XLA compiles it."""
+    jax.config.update("jax_disable_most_optimizations", False)
     x = jax.ShapeDtypeStruct((1, 2048, 64), jnp.float32)
     table = jax.ShapeDtypeStruct((50_304, 64), jnp.float32)
     batch = batch_of(1, 2048, 50_304)
@@ -164,7 +165,7 @@ def test_chunks_change_nothing_but_memory(monkeypatch):
 
         compiled = jax.jit(jax.grad(loss, (0, 1))).lower(x, table, Lesson(x, table)).compile()
         temporaries.append(compiled.memory_analysis().temp_size_in_bytes)
-    print("temporaries:", temporaries)
+    jax.config.update("jax_disable_most_optimizations", True)
     assert temporaries[0] <= 0.4 * temporaries[1]
 
 
@@ -310,7 +311,6 @@ def test_the_teacher_goes_when_it_has_taught(text, teacher, tmp_path, monkeypatc
     del model
     assert live[6] - live[12] == pytest.approx(teacher_bytes, rel=0.02)
     taught, alone = given.values()
-    # Of the router's counts and the like the taught step may need none.
     assert taught - alone == pytest.approx(teacher_bytes, rel=0.02)
 
 

@@ -92,6 +92,9 @@ def report(rows: list[dict]) -> None:
         against = f"{statistics.mean(difference):+.4f} ± {margin:.4f}"
         against = "" if arm == "from scratch" else against
         print(f"| {arm} | {statistics.mean(values):.4f} ({each}) | {against} |")
+    staged = [loss["staged", seed] - loss["distilled throughout", seed] for seed in SEEDS]
+    margin = T_975 * statistics.stdev(staged) / len(SEEDS) ** 0.5
+    print(f"staged - distilled throughout {statistics.mean(staged):+.4f} ± {margin:.4f}")
 
 
 def draw(rows: list[dict]) -> None:

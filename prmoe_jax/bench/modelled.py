@@ -20,7 +20,7 @@ from prmoe_jax.moe.experts import MLP
 from prmoe_jax.moe.layer import MoE
 from prmoe_jax.parallel import rules
 from prmoe_jax.parallel.mesh import batch_axes, make_mesh
-from prmoe_jax.plan.chips import topology_devices
+from prmoe_jax.plan.chips import chip_of, topology_devices
 from prmoe_jax.plan.program import Operation, operations
 
 
@@ -39,7 +39,7 @@ def model_moe(sizes: list[Size], dtype: str, topology: str) -> list[dict]:
     Raises:
       UserError: the topology is unknown, its compiler is missing or estimates no cycles.
     """
-    if topology.startswith("h100"):
+    if not chip_of(topology).hertz:
         raise UserError(f"--topology={topology}: the compiler estimates cycles for TPUs only")
     chip, devices = topology_devices(topology)
     rows = []

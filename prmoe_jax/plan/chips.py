@@ -57,11 +57,11 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
 
-def topology_devices(topology: str) -> tuple[Chip, list]:
-    """The chip and the devices of a topology such as 'v5p:4x4x8', which need not be there.
+def chip_of(topology: str) -> Chip:
+    """The chip of a topology such as 'v5p:4x4x8'.
 
     Raises:
-      UserError: it is unknown, or the compiler is not installed.
+      UserError: it is unknown.
     """
     name, _, shape = topology.partition(":")
     if name not in CHIPS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", shape):
@@ -69,7 +69,17 @@ def topology_devices(topology: str) -> tuple[Chip, list]:
             f"--topology={topology} is unknown; use one of {', '.join(CHIPS)} and the chips of "
             "each dimension, such as v5p:4x4x8, v5e:16x16, or h100:16x8 for 16 hosts of 8"
         )
-    chip = CHIPS[name]
+    return CHIPS[name]
+
+
+def topology_devices(topology: str) -> tuple[Chip, list]:
+    """The chip and the devices of a topology, which need not be there.
+
+    Raises:
+      UserError: it is unknown, or the compiler is not installed.
+    """
+    chip = chip_of(topology)
+    name, _, shape = topology.partition(":")
     if chip.platform == "gpu":
         asked = ("cuda", "", {"topology": f"1x{shape}", "target_config": H100})
     elif name == "v4":  # its two cores as one device, as everywhere else
