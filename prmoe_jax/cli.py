@@ -233,14 +233,31 @@ def _params(options, rest) -> None:
 
 def _distil_plan(options, rest) -> None:
     from prmoe_jax import config, student
-    from prmoe_jax.workdir import CONFIG
 
-    values = parse_config(rest)
-    if not values.teacher.workdir:
-        raise UserError("no run teaches; name one by --config.teacher.workdir")
-    taught_by = config.load(Path(values.teacher.workdir) / CONFIG)
-    rows = student.plan(taught_by.model, values.model, values.teacher.layers)
+    values = _taught_config(rest)
+    rows = student.plan(config.teacher_of(values).model, values.model, values.teacher.layers)
     print(json.dumps(rows) if options.json else student.table(rows))
+
+
+def _teacher_cache(options, rest) -> None:
+    config = _taught_config(rest)
+    if config.kd.kind != "top_k":
+        raise UserError("the likeliest tokens are kept; use --config.kd.kind=top_k, with kd.top_k")
+    if config.teacher.mode != "eval" or config.teacher.lessons:
+        raise UserError("leave out teacher.lessons, and teacher.mode at eval")
+    from prmoe_jax.teacher import write_lessons
+
+    meta = write_lessons(config, options.out)
+    size = sum(file.stat().st_size for file in options.out.iterdir())
+    print(json.dumps(meta) if options.json else f"{options.out}: {size / 1e6:,.0f} MB")
+
+
+def _taught_config(rest):
+    """The config of a student, whose teacher is a run."""
+    config = parse_config(rest)
+    if not config.teacher.workdir:
+        raise UserError("no run teaches; name one by --config.teacher.workdir")
+    return config
 
 
 def _bench(options, rest) -> None:
@@ -349,6 +366,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--paper", action="store_true", help="all models of the paper, side by side")
 
     verb("distil-plan", _distil_plan, "show which part of its teacher a student starts as", True)
+
+    keep = "keep what a teacher expects of a student's training text, for many students"
+    sub = verb("teacher-cache", _teacher_cache, keep, True)
+    sub.add_argument("--out", type=Path, required=True, help="the folder to write, a new one")
 
     sub = verb("plan", _plan, "compile a config's train step for a pod, and model its cost", True)
     sub.add_argument("--topology", help="chips, such as v5p:4x4x8, v5e:16x16 or h100:16x8")

@@ -140,9 +140,11 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TeacherConfig:
-    """The run that teaches (MoS, paper section 4.2); without a workdir there is none."""
+    """The run that teaches (MoS, paper section 4.2); without workdir and lessons there is none."""
 
     workdir: str = ""  # its newest checkpoint is restored, and frozen
+    # A folder that `prmoe teacher-cache` wrote, which teaches instead of the run itself.
+    lessons: str = ""
     # In evaluation's mode; or in training's, with dropout, noise and training's capacity, as
     # Megatron-DeepSpeed's teacher.
     mode: str = "eval"  # eval | train
@@ -213,7 +215,7 @@ class Config:
     @property
     def kd_steps(self) -> int:
         """Steps in which the teacher teaches."""
-        if not self.teacher.workdir:
+        if not (self.teacher.workdir or self.teacher.lessons):
             return 0
         if self.kd.stop <= 1:
             return round(self.kd.stop * self.total_steps)
@@ -271,6 +273,39 @@ def load(path: Path) -> Config:
         raise UserError(f"{path} is damaged: {error}") from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+
+
+def teacher_of(config: Config) -> Config:
+    """The config of the run that teaches `config`, from its folder: on its student's mesh.
+
+    Raises:
+      UserError: no run there, or one that doesn't fit its student's vocabulary, context or batch.
+    """
+    workdir, model = Path(config.teacher.workdir), config.model
+    try:
+        teacher = load(workdir / "config.json")
+    except UserError as error:
+        raise UserError(f"{error}; --config.teacher.workdir names the run that teaches") from None
+    _require(
+        teacher.model.vocab_size == model.vocab_size,
+        f"model.vocab_size={model.vocab_size} is not the teacher's; use {teacher.model.vocab_size}",
+    )
+    _require(
+        teacher.model.length >= model.length,
+        f"model.length={model.length} exceeds the teacher's context; use {teacher.model.length} or "
+        "less",
+    )
+    moe = dataclasses.replace(teacher.moe, exchange=config.moe.exchange)
+    teacher = dataclasses.replace(teacher, mesh=config.mesh, moe=moe)
+    if teacher.moe.group_size:
+        shape = dataclasses.replace(teacher.model, length=model.length)
+        try:
+            _check_groups(dataclasses.replace(teacher, model=shape, train=config.train))
+        except UserError as error:
+            raise UserError(
+                f"the teacher in {workdir}, on its student's batches: {error}"
+            ) from None
+    return teacher
 
 
 def leaves(config: Config) -> dict[str, object]:
@@ -430,7 +465,7 @@ def _check_model(model: ModelConfig) -> None:
 
 
 def _check_moe(config: Config) -> None:
-    moe, model, train = config.moe, config.model, config.train
+    moe, model = config.moe, config.model
     if not any(model.schedule.experts):
         for field in dataclasses.fields(MoeConfig):
             value = getattr(moe, field.name)
@@ -474,7 +509,12 @@ def _check_moe(config: Config) -> None:
     )
     if moe.router == "expert_choice":
         _check_expert_choice(moe)
-    group, length = config.group_size, model.length
+    _check_groups(config)
+
+
+def _check_groups(config: Config) -> None:
+    """Routing groups must be made of whole sequences, or sequences of whole groups."""
+    train, group, length = config.train, config.group_size, config.model.length
     _require(
         length % group == 0 or group % length == 0,
         f"moe.group_size={group} neither divides nor is a multiple of model.length={length}; "
@@ -577,7 +617,7 @@ def _check_training(config: Config) -> None:
 
 def _check_distillation(config: Config) -> None:
     teacher, kd = config.teacher, config.kd
-    if not teacher.workdir:
+    if not (teacher.workdir or teacher.lessons):
         defaults = leaves(Config())
         for name, value in leaves(config).items():
             _require(
@@ -586,6 +626,19 @@ def _check_distillation(config: Config) -> None:
                 f"leave it at {defaults[name]}",
             )
         return
+    if teacher.lessons:
+        _require(kd.kind == "top_k", f"kd.kind={kd.kind} needs the run itself; lessons are top_k")
+        for name, idle in (("mode", "eval"), ("capacity_factor", 0.0)):
+            value = getattr(teacher, name)
+            _require(
+                value == idle,
+                f"teacher.{name}={value} has no effect on lessons that are written; leave it at "
+                f"{idle}",
+            )
+        _require(
+            bool(teacher.workdir) or not teacher.inherit,
+            "teacher.inherit=true needs the run itself, too; name it by teacher.workdir",
+        )
     _check_choice("teacher", teacher, "mode", "eval train")
     _check_choice("kd", kd, "kind", "forward reverse top_k")
     _check_choice("kd", kd, "decay", "none linear")

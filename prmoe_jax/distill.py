@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from prmoe_jax.config import Config, KdConfig, TeacherConfig
-from prmoe_jax.data.pipeline import Batch
+from prmoe_jax.data.pipeline import Batch, Likeliest
 from prmoe_jax.model import Transformer, fold_in
 
 # Tokens of a sequence whose logits are alive at once, the student's and the teacher's.
@@ -33,20 +33,21 @@ def teach(
       model: its parameters; no gradient reaches them.
       batch: the student's.
       settings: of the student's config: in which mode it teaches, with which capacity.
-      keys_B: the student's keys, from which a teacher in training mode makes its own.
+      keys_B: the student's keys, from which a teacher in mode train makes its own.
     """
     model = jax.lax.stop_gradient(model)
-    capacity_factor = settings.capacity_factor or teacher.moe.eval_capacity_factor
-    keys_B = fold_in(keys_B, 1 << 16)
+    inputs = batch.tokens_BxL, batch.segments_BxL
     if settings.mode == "train":
-        capacity_factor = teacher.moe.capacity_factor
-    x_BxLxD, _ = model(
-        batch.tokens_BxL,
-        batch.segments_BxL,
-        capacity_factor=capacity_factor,
-        keys_B=keys_B if settings.mode == "train" else None,
-    )
+        factor, keys_B = teacher.moe.capacity_factor, fold_in(keys_B, 1 << 16)
+        x_BxLxD, _ = model(*inputs, capacity_factor=factor, keys_B=keys_B)
+    else:
+        x_BxLxD, _ = model(*inputs, capacity_factor=evaluation_capacity(teacher, settings))
     return Lesson(x_BxLxD, model.output_table(x_BxLxD.dtype))
+
+
+def evaluation_capacity(teacher: Config, settings: TeacherConfig) -> float:
+    """The capacity factor of a teacher in mode eval."""
+    return settings.capacity_factor or teacher.moe.eval_capacity_factor
 
 
 class TokenSums(NamedTuple):
@@ -57,36 +58,50 @@ class TokenSums(NamedTuple):
     kd_loss: jax.Array  # T² · KL in nats
 
 
-def token_sums(x_BxLxD, table_VxD, lesson: Lesson, batch: Batch, kd: KdConfig) -> TokenSums:
+def token_sums(
+    x_BxLxD, table_VxD, lesson: Lesson | Likeliest, batch: Batch, kd: KdConfig
+) -> TokenSums:
     """Cross-entropy and distance from the teacher, `CHUNK` tokens of every sequence at a time.
 
     Neither model's logits are ever alive for more than those; the backward pass makes them again.
     """
-    length = x_BxLxD.shape[1]
-    chunk = min(CHUNK, length)
-
-    def cut(x_BxL):
-        """[B, L, …] to [chunks, B, chunk, …]; what is padded is masked."""
-        x = jnp.pad(x_BxL, [(0, 0), (0, -length % chunk)] + [(0, 0)] * (x_BxL.ndim - 2))
-        return x.reshape(x.shape[0], -1, chunk, *x.shape[2:]).swapaxes(0, 1)
 
     @jax.checkpoint
     def add(sums, part):
-        x_BxTxD, taught_BxTxD, targets_BxT, mask_BxT = part
+        x_BxTxD, taught, targets_BxT, mask_BxT = part
         with jax.named_scope("logits"):
             logits_BxTxV = product(x_BxTxD, table_VxD)
-            taught_BxTxV = product(taught_BxTxD, lesson.table_VxD)
+            if isinstance(lesson, Likeliest):
+                distance_BxT = from_likeliest(taught, logits_BxTxV, kd)
+            else:
+                distance_BxT = divergence(product(taught, lesson.table_VxD), logits_BxTxV, kd)
             log_z_BxT = jax.nn.logsumexp(logits_BxTxV, axis=-1)
             target_BxT = jnp.take_along_axis(logits_BxTxV, targets_BxT[..., None], -1)[..., 0]
-            found = (
-                log_z_BxT - target_BxT,
-                jnp.square(log_z_BxT),
-                divergence(taught_BxTxV, logits_BxTxV, kd),
-            )
+            found = log_z_BxT - target_BxT, jnp.square(log_z_BxT), distance_BxT
         return TokenSums(*(s + (f * mask_BxT).sum() for s, f in zip(sums, found, strict=True))), ()
 
-    parts = x_BxLxD, lesson.x_BxLxD, batch.targets_BxL, batch.mask_BxL
-    return jax.lax.scan(add, TokenSums(*[jnp.zeros(())] * 3), jax.tree.map(cut, parts))[0]
+    taught = lesson if isinstance(lesson, Likeliest) else lesson.x_BxLxD
+    parts = x_BxLxD, taught, batch.targets_BxL, batch.mask_BxL
+    return jax.lax.scan(add, TokenSums(*[jnp.zeros(())] * 3), jax.tree.map(_cut, parts))[0]
+
+
+def recorded(lesson: Lesson, kd: KdConfig) -> Likeliest:
+    """What to keep of a lesson for students to come, `CHUNK` tokens of a sequence at a time."""
+
+    def of_chunk(x_BxTxD):
+        return likeliest(product(x_BxTxD, lesson.table_VxD), kd)
+
+    batch, length = lesson.x_BxLxD.shape[:2]
+    chunks = jax.lax.map(of_chunk, _cut(lesson.x_BxLxD))
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(batch, -1, kd.top_k)[:, :length], chunks)
+
+
+def _cut(x_BxL):
+    """[B, L, …] to [chunks, B, T, …], the last chunk padded."""
+    length = x_BxL.shape[1]
+    chunk = min(CHUNK, length)
+    x = jnp.pad(x_BxL, [(0, 0), (0, -length % chunk)] + [(0, 0)] * (x_BxL.ndim - 2))
+    return x.reshape(x.shape[0], -1, chunk, *x.shape[2:]).swapaxes(0, 1)
 
 
 def product(x_BxTxD: jax.Array, table_VxD: jax.Array) -> jax.Array:
@@ -101,16 +116,30 @@ def divergence(teacher_BxTxV, student_BxTxV, kd: KdConfig) -> jax.Array:
     the forward one over the teacher's k likeliest tokens and all others as one more outcome.
     Logits are float32.
     """
-    teacher, student = (
+    if kd.kind == "top_k":
+        return from_likeliest(likeliest(teacher_BxTxV, kd), student_BxTxV, kd)
+    log_p, log_q = (
         jax.nn.log_softmax(logits / kd.temperature) for logits in (teacher_BxTxV, student_BxTxV)
     )
-    if kd.kind == "top_k":
-        teacher, tokens_BxTxK = jax.lax.top_k(teacher, kd.top_k)
-        student = jnp.take_along_axis(student, tokens_BxTxK, -1)
-        teacher, student = _with_the_rest(teacher), _with_the_rest(student)
-    if kd.kind == "reverse":
-        teacher, student = student, teacher
-    return kd.temperature**2 * (jnp.exp(teacher) * (teacher - student)).sum(-1)
+    return _kl(log_q, log_p, kd) if kd.kind == "reverse" else _kl(log_p, log_q, kd)
+
+
+def likeliest(teacher_BxTxV, kd: KdConfig) -> Likeliest:
+    """The `kd.top_k` likeliest tokens of softmax(teacher / T); log-probabilities in float32."""
+    log_p, tokens = jax.lax.top_k(jax.nn.log_softmax(teacher_BxTxV / kd.temperature), kd.top_k)
+    return Likeliest(tokens, log_p)
+
+
+def from_likeliest(teacher: Likeliest, student_BxTxV, kd: KdConfig) -> jax.Array:
+    """`divergence` of kind 'top_k', by what is known of the teacher."""
+    tokens_BxTxK, log_p_BxTxK = teacher
+    log_q_BxTxV = jax.nn.log_softmax(student_BxTxV / kd.temperature)
+    log_q_BxTxK = jnp.take_along_axis(log_q_BxTxV, tokens_BxTxK, -1)
+    return _kl(_with_the_rest(log_p_BxTxK), _with_the_rest(log_q_BxTxK), kd)
+
+
+def _kl(log_p, log_q, kd: KdConfig) -> jax.Array:
+    return kd.temperature**2 * (jnp.exp(log_p) * (log_p - log_q)).sum(-1)
 
 
 def _with_the_rest(log_p_BxTxK: jax.Array) -> jax.Array:

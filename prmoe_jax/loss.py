@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from prmoe_jax.config import Config, KdConfig
-from prmoe_jax.data.pipeline import Batch
+from prmoe_jax.data.pipeline import Batch, Likeliest
 from prmoe_jax.distill import Lesson, token_sums
 from prmoe_jax.model import Transformer
 from prmoe_jax.moe.routing import RouterMetrics
@@ -45,14 +45,14 @@ def forward(
     batch: Batch,
     capacity_factor: float,
     keys_B=None,
-    lesson: Lesson | None = None,
+    lesson: Lesson | Likeliest | None = None,
     kd: KdConfig | None = None,
 ) -> Sums:
     """Runs the model over a batch; `keys_B` (one a sequence) switch training's noise on."""
     x_BxLxD, routers = model(
         batch.tokens_BxL, batch.segments_BxL, capacity_factor=capacity_factor, keys_B=keys_B
     )
-    if lesson:
+    if lesson is not None:
         table_VxD = model.output_table(x_BxLxD.dtype)
         sums = token_sums(x_BxLxD, table_VxD, lesson, batch, kd)
         return Sums(tokens=batch.mask_BxL.sum(), routers=routers, **sums._asdict())

@@ -47,7 +47,8 @@ def make_train_step(
 ) -> Callable[..., tuple[TrainState, dict]]:
     """A function of (state, batch) that makes one update and returns the metrics of it.
 
-    With a teacher's config it is one of (state, batch, the teacher's model).
+    With a teacher's config it is one of (state, batch, the teacher's model). What a batch has of a
+    teacher's recorded predictions is learnt, too.
     """
     optimizer = make_optimizer(config)
     rate = learning_rate(config)
@@ -57,7 +58,8 @@ def make_train_step(
         state: TrainState, batch: Batch, teacher_model: Transformer | None = None
     ) -> tuple[TrainState, dict]:
         total = totals(batch, config)
-        kd_weight = distillation_weight(config, state.step) if teacher else 0.0
+        taught = teacher is not None or batch.taught is not None
+        kd_weight = distillation_weight(config, state.step) if taught else 0.0
         # Randomness follows the row in the batch, so that portions don't change it.
         key = jax.random.fold_in(jax.random.key(config.seed + 1), state.step)
         rows = jnp.arange(config.train.batch_size)
@@ -65,7 +67,7 @@ def make_train_step(
 
         def loss(model, batch_and_keys):
             batch, keys_B = batch_and_keys
-            lesson = None
+            lesson = batch.taught
             if teacher:
                 lesson = teach(teacher, teacher_model, batch, config.teacher, keys_B)
             sums = forward(model, batch, config.moe.capacity_factor, keys_B, lesson, config.kd)
@@ -112,7 +114,7 @@ def make_train_step(
             "learning_rate": rate(state.step),
             **summarise(sums, config),
         }
-        if teacher:
+        if taught:
             metrics["kd_weight"] = kd_weight
         return TrainState(state.step + 1, model, optimizer_state), metrics
 

@@ -1,23 +1,37 @@
-"""The run that teaches: restored onto the student's mesh; what the student inherits from it."""
+"""The run that teaches: restored onto its student's mesh; what students inherit; its lessons."""
 
 import dataclasses
 import logging
+import math
+import sys
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from tqdm import tqdm
 
 from prmoe_jax import workdir as workdirs
 from prmoe_jax.checkpoint import Checkpoints
-from prmoe_jax.config import Config, load
+from prmoe_jax.config import Config, teacher_of
+from prmoe_jax.data import lessons
+from prmoe_jax.data.pipeline import Batch, Likeliest, eval_batches, load_data
 from prmoe_jax.data.tokenizer import Tokenizer
+from prmoe_jax.distill import evaluation_capacity, recorded, teach
 from prmoe_jax.errors import UserError
 from prmoe_jax.metrics import read_metrics
 from prmoe_jax.model import Transformer, cast, resolve_backends
 from prmoe_jax.parallel import rules
-from prmoe_jax.parallel.mesh import check_splits
+from prmoe_jax.parallel.mesh import (
+    check_batch,
+    check_splits,
+    local_rows,
+    make_mesh,
+    replicated,
+    split_batch,
+)
 from prmoe_jax.sizes import cost
 from prmoe_jax.step import init_model
 from prmoe_jax.student import cut, layer_map
@@ -48,29 +62,18 @@ def restore_teacher(
       UserError: no run there, no such checkpoint, or one that cannot teach this student.
     """
     workdir = Path(config.teacher.workdir)
-    try:
-        settings = load(workdir / workdirs.CONFIG)
-    except UserError as error:
-        raise UserError(f"{error}; --config.teacher.workdir names the run that teaches") from None
-    _check_teaches(settings, config, tokenizer)
-    settings = dataclasses.replace(
-        settings,
-        mesh=config.mesh,
-        moe=dataclasses.replace(settings.moe, exchange=config.moe.exchange),
-    )
+    settings = teacher_of(config)
+    _check_tokenizer(workdir / workdirs.TOKENIZER, tokenizer)
     check_splits(settings, {"tensor": mesh.shape["tensor"], "expert_slice": mesh.shape["slice"]})
+    beside = dataclasses.replace(settings.model, length=config.model.length)
+    beside = dataclasses.replace(settings, model=beside, train=config.train)
+    check_batch(beside, mesh.size // mesh.shape["tensor"])
     log.info("teacher: %s, %s", workdir, settings.model.schedule)
     settings = resolve_backends(settings, jax.default_backend(), mesh)
     checkpoints = Checkpoints(workdir)
     step, model = checkpoints.restore_model(settings, mesh, step)
     checkpoints.close()
-    log.info(
-        "teacher: step %d, %.4g parameters; it teaches %d of %d steps",
-        step,
-        cost(settings.model).total_params,
-        config.kd_steps,
-        config.total_steps,
-    )
+    log.info("teacher: step %d, %.4g parameters", step, cost(settings.model).total_params)
     return Teacher(settings, step, model)
 
 
@@ -81,6 +84,54 @@ def frozen(teacher: Teacher, mesh: Mesh) -> Teacher:
     return teacher._replace(
         model=jax.jit(cast, static_argnums=1, out_shardings=places)(teacher.model, dtype)
     )
+
+
+def write_lessons(config: Config, folder: Path) -> dict:
+    """`prmoe teacher-cache`: what the teacher of `config` expects of its training split, for many.
+
+    Args:
+      config: a student's.
+      folder: a new one, for `config.teacher.lessons`; see `data/lessons.py`.
+
+    Returns:
+      the folder's meta.json.
+
+    Raises:
+      UserError: the teacher can't teach this student, or not window by window; the folder is there
+        or can't be written.
+    """
+    mesh = make_mesh(config)
+    data = load_data(config.data, config.model.vocab_size, config.model.length)
+    with jax.set_mesh(mesh):
+        teacher = frozen(restore_teacher(config, mesh, data.tokenizer), mesh)
+        _check_windows_apart(teacher.config, config)
+        batch_size = config.train.batch_size
+        batches = eval_batches(data.train, batch_size, rows=local_rows(mesh, batch_size))
+
+        @partial(jax.jit, out_shardings=replicated(mesh))
+        def predict(model: Transformer, batch: Batch) -> Likeliest:
+            lesson = teach(teacher.config, model, batch, config.teacher, None)
+            return recorded(lesson, config.kd)
+
+        def predictions():
+            count = -(-len(data.train) // batch_size)
+            for batch in tqdm(batches, total=count, unit="batch", disable=not sys.stderr.isatty()):
+                yield jax.device_get(predict(teacher.model, split_batch(batch, mesh, batch_size)))
+
+        described = {"workdir": config.teacher.workdir, "step": teacher.step}
+        described["capacity_factor"] = evaluation_capacity(teacher.config, config.teacher)
+        return lessons.write(folder, data, config, described, predictions())
+
+
+def _check_windows_apart(teacher: Config, student: Config) -> None:
+    """What a teacher says of a window must not depend on those that share its batch."""
+    drops = math.isfinite(evaluation_capacity(teacher, student.teacher))
+    if drops and teacher.moe.group_size > student.model.length:
+        raise UserError(
+            f"the teacher's moe.group_size={teacher.moe.group_size} lets several windows of "
+            f"{student.model.length} tokens compete, and training shuffles them; use "
+            "teacher.capacity_factor=inf"
+        )
 
 
 def inherited(config: Config, teacher: Teacher, mesh: Mesh) -> Transformer:
@@ -116,20 +167,6 @@ def _expert_load(workdir: Path, step: int, layer: int) -> list[float]:
     )
 
 
-def _check_teaches(teacher: Config, student: Config, tokenizer: Tokenizer) -> None:
-    path = Path(student.teacher.workdir) / workdirs.TOKENIZER
+def _check_tokenizer(path: Path, tokenizer: Tokenizer) -> None:
     if Tokenizer.load(path).fingerprint != tokenizer.fingerprint:
-        raise UserError(
-            f"the teacher has another tokenizer; use --config.data.tokenizer={path}, "
-            f"with --config.model.vocab_size={teacher.model.vocab_size}"
-        )
-    if teacher.model.vocab_size != student.model.vocab_size:
-        raise UserError(
-            f"model.vocab_size={student.model.vocab_size} is not the teacher's; use "
-            f"{teacher.model.vocab_size}"
-        )
-    if teacher.model.length < student.model.length:
-        raise UserError(
-            f"model.length={student.model.length} exceeds the teacher's context; use "
-            f"{teacher.model.length} or less"
-        )
+        raise UserError(f"the teacher has another tokenizer; use --config.data.tokenizer={path}")

@@ -18,6 +18,7 @@ from prmoe_jax import config as configs
 from prmoe_jax import workdir as workdirs
 from prmoe_jax.checkpoint import Checkpoints
 from prmoe_jax.config import Config
+from prmoe_jax.data import lessons
 from prmoe_jax.data.pipeline import (
     Data,
     load_data,
@@ -72,6 +73,8 @@ def train(config: Config, workdir: Path, profile: tuple[int, int] | None = None)
         shape = config.model.vocab_size, config.model.length
         with processes.first_before_others("data"):
             data = load_data(config.data, *shape, stored if resuming else None)
+        if config.teacher.lessons:
+            data = lessons.attach(data, config)
         fingerprint = pipeline_fingerprint(data, config.train.batch_size, config.seed)
         rows = local_rows(mesh, config.train.batch_size)
         batches = train_iterator(data.train, config.train.batch_size, config.seed, rows)
@@ -86,14 +89,16 @@ def train(config: Config, workdir: Path, profile: tuple[int, int] | None = None)
         else:
             step = 0
             state = sharded_state(resolved, mesh)
-        teacher = None
-        if step < config.kd_steps:
+        teacher, inherits = None, config.teacher.inherit and not restored
+        if inherits or (step < config.kd_steps and not config.teacher.lessons):
             # A resumed run goes on with the checkpoint that taught it before.
             teacher_step = record["teacher_step"] if restored else None
             teacher = restore_teacher(resolved, mesh, data.tokenizer, teacher_step)
-            if config.teacher.inherit and not restored:
+            if inherits:
                 state = state._replace(model=inherited(resolved, teacher, mesh))
-            teacher = frozen(teacher, mesh)
+            teacher = None if config.teacher.lessons else frozen(teacher, mesh)
+        if step < config.kd_steps:
+            log.info("distillation in %d of %d steps", config.kd_steps, config.total_steps)
         if first:
             data.tokenizer.save(stored)
             configs.save(config, settings)
@@ -150,14 +155,17 @@ class Run:
         """Runs from `step` to the end; returns the metrics written last."""
         total = self.config.total_steps
         pending = None  # the step just dispatched: its metrics are fetched one step later
+        taught = step < self.config.kd_steps
         stopping = bool(interrupted)
         while step < total and not stopping:
             if profile and step + 1 == profile[0]:
                 jax.profiler.start_trace(str(self.workdir / "profile"))
-            with self.clock.waiting():
-                batch = split_batch(next(batches), self.mesh, self.config.train.batch_size)
-            if self.teacher and step == self.config.kd_steps:
+            if taught and step == self.config.kd_steps:
+                taught = False
                 self.stop_distillation(step)
+            with self.clock.waiting():
+                batch = next(batches) if taught else next(batches)._replace(taught=None)
+                batch = split_batch(batch, self.mesh, self.config.train.batch_size)
             taught_by = (self.teacher.model,) if self.teacher else ()
             state, metrics = self.train_step(state, batch, *taught_by)
             step += 1

@@ -181,6 +181,7 @@ OTHER_VALUES = {
     "optimizer.weight_decay": ("0", 0.0),
     "optimizer.clip_norm": ("inf", math.inf),
     "teacher.workdir": ("runs/a", "runs/a"),
+    "teacher.lessons": ("runs/lessons", "runs/lessons"),
     "teacher.mode": ("train", "train"),
     "teacher.capacity_factor": ("inf", math.inf),
     "teacher.inherit": ("true", True),
@@ -203,6 +204,7 @@ COMPANIONS = {
     "moe.second_expert_sampling": ["model.top_k=2"],
     "train.tokens": ["train.steps=0"],
     "teacher.layers": ["teacher.workdir=runs/a", "teacher.inherit=true"],
+    "teacher.lessons": ["kd.kind=top_k", "kd.top_k=5"],
     "kd.top_k": ["teacher.workdir=runs/a", "kd.kind=top_k"],
     **{
         name: ["teacher.workdir=runs/a"]
@@ -301,6 +303,15 @@ RULES = {
     "dropout -1": (["model.dropout=-0.1"], "model.dropout=-0.1 must be in [0, 1)"),
     "std": (["model.init_std=0"], "model.init_std=0.0 must be above 0"),
     "exchange": (["moe.exchange=ring"], "use one of auto, flat, hierarchical, coordinated"),
+    "lessons": (["teacher.lessons=a"], "kd.kind=forward needs the run itself; lessons are top_k"),
+    "lessons mode": (
+        ["teacher.lessons=a", "kd.kind=top_k", "kd.top_k=3", "teacher.mode=train"],
+        "teacher.mode=train has no effect on lessons that are written; leave it at eval",
+    ),
+    "lessons part": (
+        ["teacher.lessons=a", "kd.kind=top_k", "kd.top_k=3", "teacher.inherit=true"],
+        "teacher.inherit=true needs the run itself, too; name it by teacher.workdir",
+    ),
     "no teacher": (["kd.weight=2"], "kd.weight=2.0 has no effect: no run teaches; name one by"),
     "no teacher 2": (["teacher.mode=train"], "teacher.mode=train has no effect: no run teaches"),
     "teacher mode": (

@@ -6,6 +6,7 @@ import resource
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from prmoe_jax.config import DataConfig
 from prmoe_jax.data import pipeline, tokens
 from prmoe_jax.data.corpora import Corpus
-from prmoe_jax.data.pipeline import Batch, Windows, eval_batches, train_iterator
+from prmoe_jax.data.pipeline import Batch, Likeliest, Windows, eval_batches, train_iterator
 from prmoe_jax.data.tokenizer import load_tokenizer
 from prmoe_jax.errors import UserError
 
@@ -55,6 +56,10 @@ def stream_of(windows):
 def assert_same(actual, expected):
     for name, a, b in zip(Batch._fields, actual, expected, strict=True):
         np.testing.assert_array_equal(a, b, err_msg=name)
+
+
+def rows_of(batch, rows):
+    return jax.tree.map(lambda field: field[rows], batch)
 
 
 @pytest.mark.parametrize("length", [1, 7, 13, 1009])
@@ -100,8 +105,9 @@ def test_segments_by_hand():
 
 
 def test_dtypes():
-    window = Windows(synthetic([5]), 3, False)[0]
-    assert [field.dtype for field in window] == [np.int32, np.int32, np.bool_, np.int32]
+    *fields, taught = Windows(synthetic([5]), 3, False)[0]
+    assert [field.dtype for field in fields] == [np.int32, np.int32, np.bool_, np.int32]
+    assert taught is None
 
 
 def test_an_epoch_is_a_permutation_and_each_has_its_own():
@@ -121,7 +127,7 @@ def test_a_process_reads_its_rows_of_the_same_batches(rows):
     windows = Windows(synthetic([11, 50, 3, 60]), 11, False)  # 12 windows: an epoch is 2 steps.
     whole, part = train_iterator(windows, 6, seed=5), train_iterator(windows, 6, 5, rows)
     for _ in range(5):
-        assert_same([field[rows] for field in next(whole)], next(part))
+        assert_same(rows_of(next(whole), rows), next(part))
     assert whole.get_state() == part.get_state()
 
 
@@ -141,7 +147,7 @@ def test_restored_iterator_goes_on_bit_for_bit(step):
     second_half = train_iterator(windows, 4, 5, rows=[2, 3])
     second_half.set_state(state)
     for batch in expected:
-        assert_same(next(second_half), [field[2:] for field in batch])
+        assert_same(next(second_half), rows_of(batch, slice(2, None)))
 
 
 def test_fewer_windows_than_a_batch_repeat():
@@ -149,12 +155,27 @@ def test_fewer_windows_than_a_batch_repeat():
     assert sorted(set(batch.tokens_BxL[:, 0])) == [1, 6]
 
 
+def test_what_was_recorded_of_a_window_comes_with_it():
+    """Shuffled, batched, and padded at the end of an evaluation."""
+    cache, places = synthetic([11, 50, 3, 60]), 18 * 7
+    said = np.arange(places * 2, dtype=np.uint16).reshape(18, 7, 2)
+    windows = Windows(cache, 7, False, Likeliest(said, -np.float32(said)))
+    for batch in [next(train_iterator(windows, 5, seed=1)), *eval_batches(windows, 5)]:
+        tokens, log_p = batch.taught
+        assert (tokens.dtype, log_p.dtype) == (np.int32, np.float32)
+        rows = batch.segments_BxL[:, 0] > 0
+        first = batch.tokens_BxL[rows, 0] - 1
+        np.testing.assert_array_equal(tokens[rows][:, 0, 0], 2 * first)
+        np.testing.assert_array_equal(log_p, -tokens)
+    assert rows.sum() == 3 and not tokens[3:].any()
+
+
 @pytest.mark.parametrize("processes", [[[0, 1, 2, 3]], [[0], [1, 2, 3]]])
 def test_evaluation_sees_every_window_once_in_order(processes):
     windows = Windows(synthetic([7 * 7 - 2]), 7, False)
     parts = [list(eval_batches(windows, 4, rows=rows)) for rows in processes]
     batches = [
-        Batch(*(np.concatenate(field) for field in zip(*rows, strict=True)))
+        jax.tree.map(lambda *field: np.concatenate(field), *rows)
         for rows in zip(*parts, strict=True)
     ]
     assert [batch.tokens_BxL.shape for batch in batches] == [(4, 7)] * 2

@@ -5,6 +5,7 @@ import gc
 import importlib.util
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,9 +17,10 @@ import pytest
 
 from prmoe_jax import distill, train
 from prmoe_jax.cli import main
-from prmoe_jax.config import KdConfig, TeacherConfig
+from prmoe_jax.config import KdConfig, TeacherConfig, save, teacher_of
 from prmoe_jax.data.pipeline import Batch
-from prmoe_jax.distill import Lesson, teach, token_sums
+from prmoe_jax.distill import Lesson, recorded, teach, token_sums
+from prmoe_jax.errors import UserError
 from prmoe_jax.evaluate import restore_run
 from prmoe_jax.loss import forward, totals, training_loss
 from prmoe_jax.metrics import read_metrics, to_python
@@ -132,6 +134,25 @@ def test_divergences_by_hand(kd):
     log_probs = jax.nn.log_softmax(student)
     nats = -sum(log_probs[b, i, batch.targets_BxL[b, i]] for b, i in places)
     np.testing.assert_allclose(sums.lm_loss, nats, rtol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [256, 4])
+def test_recorded_lessons_teach_the_same(chunk, monkeypatch):
+    """Loss and gradient, of all that was kept and of less, equal the teacher's own."""
+    x, table, lesson, batch = random_lesson(masked=0.3)
+    kept = recorded(lesson, KdConfig(kind="top_k", top_k=9, temperature=1.5))
+    assert (np.diff(kept.log_p_BxLxK) <= 0).all()
+    monkeypatch.setattr(distill, "CHUNK", chunk)
+    for top_k in (9, 4):
+        kd = KdConfig(kind="top_k", top_k=top_k, temperature=1.5)
+        part = jax.tree.map(lambda values: values[..., :top_k], kept)  # noqa: B023
+
+        def loss(x, lesson):
+            return token_sums(x, table, lesson, batch, kd).kd_loss  # noqa: B023
+
+        ours, theirs = (jax.value_and_grad(loss)(x, taught) for taught in (part, lesson))
+        np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-6)
+        np.testing.assert_allclose(ours[1], theirs[1], atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["forward", "reverse", "top_k"])
@@ -343,11 +364,105 @@ def test_a_teacher_spread_over_devices_teaches_the_same(text, teacher, student, 
         assert values[0] == pytest.approx(values[1], rel=1e-4)
 
 
+@pytest.fixture(scope="module")
+def recorded_teacher(text, teacher, tmp_path_factory):  # noqa: F811
+    """A folder by `prmoe teacher-cache`: the six likeliest tokens at each place."""
+    folder = tmp_path_factory.mktemp("lessons") / "top6"
+    settings = {"teacher.workdir": teacher, "kd.kind": "top_k", "kd.top_k": 6}
+    _, *overrides, _, _ = arguments(text, "", "mos", **settings)
+    assert main(["teacher-cache", *overrides, f"--out={folder}"]) == 0
+    return folder
+
+
+OFFLINE = {"kd.kind": "top_k", "kd.top_k": 5, "kd.stop": 0.5, "train.steps": 12}
+
+
+def test_a_recorded_teacher_teaches_the_same(text, teacher, recorded_teacher, tmp_path):  # noqa: F811
+    """Step by step, killed and resumed in the middle, and without the teacher's run."""
+    online = OFFLINE | {"teacher.workdir": teacher}
+    offline = OFFLINE | {"teacher.workdir": "", "teacher.lessons": recorded_teacher}
+    assert main(arguments(text, tmp_path / "online", "mos", **online)) == 0
+    assert main(arguments(text, tmp_path / "offline", "mos", **offline)) == 0
+    ours, theirs = logged(tmp_path / "offline"), logged(tmp_path / "online")
+    assert [sorted(line) for line in ours] == [sorted(line) for line in theirs]
+    for name in ("loss", "kd_loss", "kd_weight"):
+        values = [[line[name] for line in run if name in line] for run in (ours, theirs)]
+        assert len(values[0]) == (12 if name == "loss" else 6)
+        assert values[0] == pytest.approx(values[1], rel=1e-5)
+    changes = offline | {"checkpoint.every": 2}
+    with pytest.MonkeyPatch.context() as patch:
+
+        def stopped(run, step):
+            raise KeyboardInterrupt
+
+        patch.setattr(Run, "stop_distillation", stopped)
+        assert main(arguments(text, tmp_path / "again", "mos", **changes)) == 130
+    assert main(arguments(text, tmp_path / "again", "mos", **changes)) == 0
+    assert_same_run(tmp_path / "again", tmp_path / "offline")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kd.top_k": 7}, "kd.top_k=7 exceeds the 6 tokens that"),
+        ({"kd.temperature": 2}, "kd.temperature=2.0 is not that of"),
+        ({"model.length": 16}, "is about other windows: length was 32, is 16, windows was"),
+        ({"data.cross_document_attention": "true"}, "cross_document_attention was 0, is 1"),
+        ({"model.vocab_size": 512}, "vocab_size was 384, is 512"),
+        ({"teacher.lessons": "nowhere"}, "teacher.lessons=nowhere can't be read"),
+    ],
+)  # fmt: skip
+def test_lessons_that_do_not_fit(text, recorded_teacher, tmp_path, changes, message, capsys):  # noqa: F811
+    settings = OFFLINE | {"teacher.workdir": "", "teacher.lessons": recorded_teacher} | changes
+    assert main(arguments(text, tmp_path / "run", "mos", **settings)) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_damaged_lessons(text, recorded_teacher, tmp_path, capsys):  # noqa: F811
+    folder = tmp_path / "lessons"
+    shutil.copytree(recorded_teacher, folder)
+    with (folder / "log_p.npy").open("r+b") as file:
+        file.truncate(1000)
+    settings = OFFLINE | {"teacher.workdir": "", "teacher.lessons": folder}
+    command = arguments(text, tmp_path / "run", "mos", **settings)
+    assert main(command) == 2
+    assert "can't be read (" in capsys.readouterr().err.splitlines()[-1]
+    (folder / "meta.json").write_text("{}")
+    assert main(command) == 2
+    assert "can't be read ('windows')" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_lessons_are_written_once(text, teacher, recorded_teacher, capsys):  # noqa: F811
+    settings = {"teacher.workdir": teacher, "kd.kind": "top_k", "kd.top_k": 6}
+    for changes, message in (
+        ({}, f"--out={recorded_teacher} exists"),
+        ({"kd.kind": "forward", "kd.top_k": 0}, "use --config.kd.kind=top_k"),
+        ({"teacher.workdir": ""}, "no run teaches; name one by"),
+    ):
+        if changes.get("teacher.workdir") == "":
+            changes |= {"kd.kind": "forward", "kd.top_k": 0}
+        _, *overrides, _, _ = arguments(text, "", "mos", **settings | changes)
+        assert main(["teacher-cache", *overrides, f"--out={recorded_teacher}"]) == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_teacher_whose_groups_do_not_fit(tmp_path):
+    """What can be said from the configs alone is said before anything is read."""
+    values = settings("2 layers, E=3", moe={"group_size": 16, "dispatch": "gather"})
+    save(values, tmp_path / "config.json")
+    taught = {"teacher": {"workdir": str(tmp_path)}}
+    assert teacher_of(settings("2 layers, E=3", **taught)).moe.group_size == 16
+    with pytest.raises(UserError, match="on its student's batches: moe.group_size=16 does not div"):
+        teacher_of(settings("2 layers, E=3", batch_size=3, **taught))
+    with pytest.raises(UserError, match="moe.group_size=16 neither divides nor is a multiple of m"):
+        teacher_of(settings("2 layers, E=3", model={"length": 7}, **taught))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"teacher.workdir": "nowhere"}, "no run in nowhere: config.json is missing; --config"),
-        ({"data.tokenizer": "bpe", "model.vocab_size": 300}, "the teacher has another tokenizer"),
+        ({"data.tokenizer": "bpe"}, "the teacher has another tokenizer"),
         ({"model.vocab_size": 512}, "model.vocab_size=512 is not the teacher's; use 384"),
         ({"model.length": 64}, "model.length=64 exceeds the teacher's context; use 32 or less"),
     ],

@@ -20,18 +20,23 @@ def fingerprint(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
 
 
-def build_once(directory: pathlib.Path, build: Callable[[pathlib.Path], None]) -> pathlib.Path:
+def build_once(
+    directory: pathlib.Path,
+    build: Callable[[pathlib.Path], None],
+    setting: str = "--config.data.cache_dir",
+) -> pathlib.Path:
     """Returns `directory`, made by `build(temporary)` and a rename if it does not exist yet.
 
     Other processes that want the same directory wait for the first one. A build that
-    fails or is killed leaves nothing that a later one could take for finished.
+    fails or is killed leaves nothing that a later one could take for finished. `setting` is what
+    errors say would choose another directory.
 
     Raises:
       UserError: the directory cannot be written (permissions, a full disk).
     """
     if directory.is_dir():  # A complete cache may be read-only: take no lock.
         return directory
-    with locked(directory):
+    with locked(directory, setting):
         if not directory.is_dir():
             temporary = directory.with_name(directory.name + ".tmp")
             shutil.rmtree(temporary, ignore_errors=True)  # Left by a killed run.
@@ -46,7 +51,7 @@ def build_once(directory: pathlib.Path, build: Callable[[pathlib.Path], None]) -
 
 
 @contextlib.contextmanager
-def locked(directory: pathlib.Path) -> Iterator[None]:
+def locked(directory: pathlib.Path, setting: str = "--config.data.cache_dir") -> Iterator[None]:
     """Holds the exclusive lock that guards writing to `directory`, and makes its parent.
 
     Raises:
@@ -65,5 +70,5 @@ def locked(directory: pathlib.Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(
             f"cannot write the cache {directory}: {error.strerror or error}; "
-            "make room or set --config.data.cache_dir to another folder"
+            f"make room or set {setting} to another folder"
         ) from error

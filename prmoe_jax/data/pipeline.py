@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import grain
+import jax
 import numpy as np
 
 from prmoe_jax.config import DataConfig
@@ -16,35 +17,52 @@ from prmoe_jax.data.tokens import TokenCache, tokenise
 from prmoe_jax.errors import UserError
 
 
+class Likeliest(NamedTuple):
+    """What a teacher expects next: its K likeliest tokens, likeliest first, and ln p of each."""
+
+    tokens_BxLxK: np.ndarray
+    log_p_BxLxK: np.ndarray
+
+
 class Batch(NamedTuple):
     """Windows side by side; a single window has the same fields without the B axis.
 
     tokens_BxL and targets_BxL are int32; mask_BxL is bool, False where there is nothing
     to predict; segments_BxL is int32, 0 for padding and 1, 2, … for the documents of a
     window. The target of a document's last token is the mark of the next document: it is
-    predicted in the segment of the document that ends.
+    predicted in the segment of the document that ends. `taught` is there where a teacher's
+    predictions were recorded (see `lessons`).
     """
 
     tokens_BxL: np.ndarray
     targets_BxL: np.ndarray
     mask_BxL: np.ndarray
     segments_BxL: np.ndarray
+    taught: Likeliest | None = None
 
 
-_DTYPES = Batch(np.int32, np.int32, np.bool_, np.int32)
+_DTYPES = np.int32, np.int32, np.bool_, np.int32
 
 
 class Windows:
     """A token stream as a random-access source of windows of `length` predictions.
 
     Window i reads stream[i*length : (i+1)*length + 1]; only the last one is padded.
-    With `cross_document_attention`, all tokens of a window are one segment.
+    With `cross_document_attention`, all tokens of a window are one segment. `taught` has a
+    teacher's predictions of every window, where there are any.
     """
 
-    def __init__(self, cache: TokenCache, length: int, cross_document_attention: bool):
+    def __init__(
+        self,
+        cache: TokenCache,
+        length: int,
+        cross_document_attention: bool,
+        taught: Likeliest | None = None,
+    ):
         self.cache = cache
         self.length = length
         self.cross_document_attention = cross_document_attention
+        self.taught = taught
         # Plain views of the maps: slicing a np.memmap costs more than the read.
         self._tokens_T = np.asarray(cache.tokens_T)
         self._starts_N = np.asarray(cache.starts_N)
@@ -59,7 +77,8 @@ class Windows:
 
     def __getitem__(self, index: int) -> Batch:
         """Window `index` as a Batch of arrays of shape L."""
-        first = range(len(self))[operator.index(index)] * self.length
+        index = range(len(self))[operator.index(index)]
+        first = index * self.length
         stream = self._tokens_T[first : first + self.length + 1]
         real = len(stream) - 1
         window = Batch(*(np.zeros(self.length, dtype) for dtype in _DTYPES))
@@ -71,7 +90,10 @@ class Windows:
             positions = np.arange(first, first + real)
             documents = np.searchsorted(self._starts_N, positions, side="right")
             window.segments_BxL[:real] += (documents - documents[0]).astype(np.int32)
-        return window
+        if self.taught is None:
+            return window
+        tokens_LxK, log_p_LxK = (part[index] for part in self.taught)
+        return window._replace(taught=Likeliest(tokens_LxK.astype(np.int32), log_p_LxK))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +105,7 @@ class Data:
     validation: Windows
     validation_bytes: int  # UTF-8 bytes of the validation text, for bits per byte
     corpus_fingerprint: str
+    lessons_fingerprint: str | None = None  # of a teacher's recorded predictions
 
 
 def load_data(
@@ -112,21 +135,27 @@ def load_data(
     )
 
 
+def windows_fingerprint(data: Data) -> dict[str, str | int]:
+    """All that decides what window i of the training split is."""
+    return {
+        "corpus": data.corpus_fingerprint,
+        "tokenizer": data.tokenizer.fingerprint,
+        "length": data.train.length,
+        "cross_document_attention": int(data.train.cross_document_attention),
+        "windows": len(data.train),
+    }
+
+
 def pipeline_fingerprint(data: Data, batch_size: int, seed: int) -> dict[str, str | int]:
     """All that decides which rows step i sees; compare it before restoring an iterator.
 
     An iterator's state is only the number of the next step, which means something else
     after any of these has changed. Processes and devices are not among them.
     """
-    return {
-        "corpus": data.corpus_fingerprint,
-        "tokenizer": data.tokenizer.fingerprint,
-        "length": data.train.length,
-        "batch_size": batch_size,
-        "seed": seed,
-        "cross_document_attention": int(data.train.cross_document_attention),
-        "windows": len(data.train),
-    }
+    found = windows_fingerprint(data) | {"batch_size": batch_size, "seed": seed}
+    if data.lessons_fingerprint:
+        found["lessons"] = data.lessons_fingerprint
+    return found
 
 
 def train_iterator(
@@ -172,7 +201,7 @@ def eval_batches(
     count = math.ceil(len(windows) / batch_size)
     for start in range(0, (min(count, limit) if limit else count) * batch_size, batch_size):
         batch = [_row_or_padding(windows, start + row) for row in rows]
-        yield Batch(*(np.stack(field) for field in zip(*batch, strict=True)))
+        yield jax.tree.map(lambda *field: np.stack(field), *batch)
 
 
 class _LocalRows:
@@ -194,4 +223,4 @@ class _LocalRows:
 def _row_or_padding(windows: Windows, index: int) -> Batch:
     if index < len(windows):
         return windows[index]
-    return Batch(*(np.zeros_like(field) for field in windows[0]))
+    return jax.tree.map(np.zeros_like, windows[0])

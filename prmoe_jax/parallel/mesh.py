@@ -63,7 +63,7 @@ def axis_sizes(config: Config, devices: int) -> dict[str, int]:
         sizes[rest] = devices // given
     check_splits(config, sizes)
     factors = _expert_factors(config, sizes["expert"], inner, devices)
-    _check_batch(config, devices // sizes["tensor"])
+    check_batch(config, devices // sizes["tensor"])
     return {
         "data": sizes["data"],
         "fsdp": sizes["fsdp"],
@@ -155,7 +155,7 @@ def check_splits(config: Config, sizes: Mapping[str, int]) -> None:
         )
 
 
-def _check_batch(config: Config, devices: int) -> None:
+def check_batch(config: Config, devices: int) -> None:
     """Every device must get the same whole number of routing groups a step."""
     batch, group_rows = config.train.batch_size, max(1, config.group_size // config.model.length)
     rows = devices * config.train.accumulate * group_rows

@@ -120,7 +120,7 @@ def _training(config: Config, mesh: Mesh):
     """The train step, and its state and batch as shapes with their places."""
     state = jax.eval_shape(lambda: init_state(config))
     shape = config.train.batch_size, config.model.length
-    dtypes = Batch(jnp.int32, jnp.int32, bool, jnp.int32)
+    dtypes = jnp.int32, jnp.int32, bool, jnp.int32
     batch = Batch(*(_rows(mesh, shape, dtype) for dtype in dtypes))
     return on_mesh(config, mesh), jax.tree.map(_place, state, rules.shardings(state, mesh)), batch
 
