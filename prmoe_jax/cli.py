@@ -291,7 +291,16 @@ def _compile_only() -> None:
 
 
 def _plan(options, rest) -> None:
-    config = parse_config(rest)
+    config, teacher = parse_config(rest), None
+    if options.teacher:
+        from prmoe_jax.config import beside
+
+        if not config.kd_steps or options.decode:
+            raise UserError(
+                f"--teacher={options.teacher} has no effect: "
+                + ("nobody teaches in decoding" if config.kd_steps else "the config has no teacher")
+            )
+        teacher = beside(parse_config([f"--config={options.teacher}"]), config)
     _compile_only()
     from prmoe_jax.plan import find, picture, report
 
@@ -300,9 +309,9 @@ def _plan(options, rest) -> None:
     if options.decode < 0:
         raise UserError(f"--decode={options.decode} must be a number of sequences")
     if options.find:
-        result = find.find(config, options.find, options.decode)
+        result = find.find(config, options.find, options.decode, teacher)
     else:
-        result = report.plan(config, options.topology, options.decode)
+        result = report.plan(config, options.topology, options.decode, teacher)
     if options.picture:
         picture.draw({result["topology"]: result}, options.picture)
     print(json.dumps(result) if options.json else report.table(result))
@@ -380,6 +389,9 @@ def _parser() -> argparse.ArgumentParser:
         default=0,
         metavar="SEQUENCES",
         help="instead of training, the next token of so many sequences of full context",
+    )
+    sub.add_argument(
+        "--teacher", metavar="FILE:NAME", help="the config of the teacher, to plan its first stage"
     )
     sub.add_argument("--picture", type=Path, help="also draw the plan: a .png, .svg or .pdf")
 

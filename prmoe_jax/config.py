@@ -153,6 +153,7 @@ class TeacherConfig:
     # it: '0 1 3', one for each of the student's; unless given, evenly by kind.
     inherit: bool = False
     layers: str = ""
+    importance: str = "weights"  # of channels, heads and hidden units, see student.py: or taylor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,16 +277,25 @@ def load(path: Path) -> Config:
 
 
 def teacher_of(config: Config) -> Config:
-    """The config of the run that teaches `config`, from its folder: on its student's mesh.
+    """The config of the run that teaches `config`, from its folder: as it is beside its student.
 
     Raises:
-      UserError: no run there, or one that doesn't fit its student's vocabulary, context or batch.
+      UserError: no run there, or see `beside`.
     """
-    workdir, model = Path(config.teacher.workdir), config.model
     try:
-        teacher = load(workdir / "config.json")
+        teacher = load(Path(config.teacher.workdir) / "config.json")
     except UserError as error:
         raise UserError(f"{error}; --config.teacher.workdir names the run that teaches") from None
+    return beside(teacher, config)
+
+
+def beside(teacher: Config, student: Config) -> Config:
+    """A teacher's config on its student's mesh.
+
+    Raises:
+      UserError: it doesn't fit its student's vocabulary, context or batch.
+    """
+    model = student.model
     _require(
         teacher.model.vocab_size == model.vocab_size,
         f"model.vocab_size={model.vocab_size} is not the teacher's; use {teacher.model.vocab_size}",
@@ -295,16 +305,14 @@ def teacher_of(config: Config) -> Config:
         f"model.length={model.length} exceeds the teacher's context; use {teacher.model.length} or "
         "less",
     )
-    moe = dataclasses.replace(teacher.moe, exchange=config.moe.exchange)
-    teacher = dataclasses.replace(teacher, mesh=config.mesh, moe=moe)
+    moe = dataclasses.replace(teacher.moe, exchange=student.moe.exchange)
+    teacher = dataclasses.replace(teacher, mesh=student.mesh, moe=moe)
     if teacher.moe.group_size:
         shape = dataclasses.replace(teacher.model, length=model.length)
         try:
-            _check_groups(dataclasses.replace(teacher, model=shape, train=config.train))
+            _check_groups(dataclasses.replace(teacher, model=shape, train=student.train))
         except UserError as error:
-            raise UserError(
-                f"the teacher in {workdir}, on its student's batches: {error}"
-            ) from None
+            raise UserError(f"the teacher, on its student's batches: {error}") from None
     return teacher
 
 
@@ -648,10 +656,13 @@ def _check_distillation(config: Config) -> None:
         "train, which has the teacher's own; leave it at 0",
     )
     _check_ranges("teacher", teacher, "capacity_factor", 0)
-    _require(
-        teacher.inherit or not teacher.layers,
-        f"teacher.layers={teacher.layers} has no effect without teacher.inherit=true",
-    )
+    _check_choice("teacher", teacher, "importance", "weights taylor")
+    for name, idle in (("layers", ""), ("importance", "weights")):
+        value = getattr(teacher, name)
+        _require(
+            teacher.inherit or value == idle,
+            f"teacher.{name}={value} has no effect without teacher.inherit=true",
+        )
     for name in ("weight", "temperature", "stop"):
         value = getattr(kd, name)
         _require(value > 0, f"kd.{name}={value} must be above 0")

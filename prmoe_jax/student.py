@@ -1,9 +1,9 @@
 """A student's first parameters, cut out of its teacher's: fewer layers, experts or channels.
 
 Layers are matched by kind, so that a pyramid shrinks as in the paper: 24 layers of 32×10 + 64×2
-experts become 21 of 32×8 + 64×2. Of more experts the most loaded stay, of more channels those of
-the largest weights: of an MLP or expert ‖w_in‖·‖w_out‖ of a hidden unit, of attention ‖w_v‖·‖w_out‖
-of a head, of the model's width ‖embedding‖ of a channel.
+experts become 21 of 32×8 + 64×2. Of more experts the most loaded stay, of more channels, heads and
+hidden units those worth most: by their weights (`magnitudes`), or by what the loss is without them
+(`taylor`).
 """
 
 from collections.abc import Sequence
@@ -152,8 +152,50 @@ def table(plan: dict) -> str:
     return "\n".join(lines)
 
 
+def magnitudes(model: Transformer) -> dict[str, jax.Array]:
+    """What each part is worth by its weights, under the name of the parameter that it feeds.
+
+    Of a hidden unit ‖w_in‖²·‖w_out‖², of a head ‖w_v‖²·‖w_out‖², of a channel ‖embedding‖².
+    """
+    named = named_leaves(model)
+    worth = {"tokens": jnp.square(named["tokens"]).sum(0)}
+    for name, w_out in named.items():
+        if name.endswith("attention.w_out"):
+            w_v = named[name.replace("w_out", "w_qkv")][:, :, 2]
+            worth[name] = jnp.square(w_v).sum((1, 3)) * jnp.square(w_out).sum((2, 3))
+        elif name.endswith("w_out"):
+            w_in = named[name.replace("w_out", "w_in")]
+            worth[name] = jnp.square(w_in).sum(-2) * jnp.square(w_out).sum(-1)
+    return worth
+
+
+def taylor(model: Transformer, gradient: Transformer) -> dict[str, jax.Array]:
+    """What each part is worth by the loss, under the same names as `magnitudes`.
+
+    (Σ activation · gradient)² over a batch's tokens: the loss without the part, to first order
+    (Molchanov et al., arXiv 1906.10771). To be added up over batches.
+
+    Args:
+      model: the teacher.
+      gradient: of the mean loss of a batch.
+    """
+    found = {}
+    slopes = named_leaves(gradient)
+    for name, weight in named_leaves(model).items():
+        if name == "tokens":
+            found[name] = jnp.square((weight * slopes[name]).sum(0))
+        elif name.endswith("w_out"):
+            axes = (-2, -1) if name.endswith("attention.w_out") else -1
+            found[name] = jnp.square((weight * slopes[name]).sum(axes))
+    return found
+
+
 def cut(
-    teacher: Transformer, student: Transformer, layers: list[int], load: dict[int, list[float]]
+    teacher: Transformer,
+    student: Transformer,
+    layers: list[int],
+    load: dict[int, list[float]],
+    worth: dict[str, jax.Array],
 ) -> Transformer:
     """The student with the teacher's parameters; to be called under jit.
 
@@ -162,9 +204,10 @@ def cut(
       student: the student, or its shapes.
       layers: from `layer_map`.
       load: of the teacher's layer, each expert's share of the choices; where experts are left out.
+      worth: from `magnitudes` or `taylor`.
     """
     theirs, ours = teacher.config, student.config
-    width_D = _largest(jnp.square(teacher.tokens[...]).sum(0), ours.d_model)
+    width_D = _largest(worth["tokens"], ours.d_model)
     keep = {"D": width_D, "L": jnp.arange(ours.length)}
     named, have = named_leaves(teacher), _places(theirs)
     want = {place: i for i, place in enumerate(_places(ours))}
@@ -174,13 +217,14 @@ def cut(
         if i not in cut_layers:
             stage, block, repeat = have[layers[i]]
             prefix = f"stages.{stage}.blocks.{block}."
-            whole = {
-                n.removeprefix(prefix): x[repeat] for n, x in named.items() if n.startswith(prefix)
-            }
+            whole, valued = (
+                {n.removeprefix(prefix): x[repeat] for n, x in of.items() if n.startswith(prefix)}
+                for of in (named, worth)
+            )
             experts, kept = ours.schedule.experts[i], dict(keep)
             if experts < theirs.schedule.experts[layers[i]]:
                 kept["E"] = _largest(jnp.asarray(load[layers[i]]), experts)
-            cut_layers[i] = _cut_layer(whole, kept, ours)
+            cut_layers[i] = _cut_layer(whole, valued, kept, ours)
         return cut_layers[i]
 
     leaves = []
@@ -205,18 +249,14 @@ def _places(model: ModelConfig) -> list[tuple[int, int, int]]:
     ]
 
 
-def _cut_layer(whole: dict, keep: dict, student: ModelConfig) -> dict:
+def _cut_layer(whole: dict, worth: dict, keep: dict, student: ModelConfig) -> dict:
     """One layer's parameters by name, cut to what to keep and to the student's heads and units."""
-    w_qkv, w_out = whole["attention.w_qkv"], whole["attention.w_out"]
-    head_H = jnp.square(w_qkv[:, 2]).sum((0, 2)) * jnp.square(w_out).sum((1, 2))
-    keep = keep | {"H": _largest(head_H, student.heads)}
+    keep = keep | {"H": _largest(worth["attention.w_out"], student.heads)}
     parts = {}
     for name, x in whole.items():
         dimensions = _dimensions(name)
         if "F" in dimensions:  # every MLP and expert has its own
-            of = name.rpartition(".")[0]
-            w_in, w_out = whole[f"{of}.w_in"], whole[f"{of}.w_out"]
-            units_F = _largest(jnp.square(w_in).sum(-2) * jnp.square(w_out).sum(-1), student.d_ff)
+            units_F = _largest(worth[f"{name.rpartition('.')[0]}.w_out"], student.d_ff)
             sizes = {"E": len(units_F), "F": student.d_ff}
             index = units_F.reshape([sizes.get(role, 1) for role in dimensions])
             x = jnp.take_along_axis(x, index, dimensions.index("F"))

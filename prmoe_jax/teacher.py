@@ -1,6 +1,7 @@
 """The run that teaches: restored onto its student's mesh; what students inherit; its lessons."""
 
 import dataclasses
+import itertools
 import logging
 import math
 import sys
@@ -17,10 +18,11 @@ from prmoe_jax import workdir as workdirs
 from prmoe_jax.checkpoint import Checkpoints
 from prmoe_jax.config import Config, teacher_of
 from prmoe_jax.data import lessons
-from prmoe_jax.data.pipeline import Batch, Likeliest, eval_batches, load_data
+from prmoe_jax.data.pipeline import Batch, Data, Likeliest, eval_batches, load_data, train_iterator
 from prmoe_jax.data.tokenizer import Tokenizer
 from prmoe_jax.distill import evaluation_capacity, recorded, teach
 from prmoe_jax.errors import UserError
+from prmoe_jax.loss import forward
 from prmoe_jax.metrics import read_metrics
 from prmoe_jax.model import Transformer, cast, resolve_backends
 from prmoe_jax.parallel import rules
@@ -34,7 +36,7 @@ from prmoe_jax.parallel.mesh import (
 )
 from prmoe_jax.sizes import cost
 from prmoe_jax.step import init_model
-from prmoe_jax.student import cut, layer_map
+from prmoe_jax.student import cut, layer_map, magnitudes, taylor
 
 log = logging.getLogger(__name__)
 
@@ -134,8 +136,18 @@ def _check_windows_apart(teacher: Config, student: Config) -> None:
         )
 
 
-def inherited(config: Config, teacher: Teacher, mesh: Mesh) -> Transformer:
+# Batches of training text over which what a part of the teacher is worth is measured.
+MEASURED_BATCHES = 16
+
+
+def inherited(config: Config, teacher: Teacher, data: Data, mesh: Mesh) -> Transformer:
     """The student of `config` as the part of its teacher that `student.py` describes.
+
+    Args:
+      config: the student's.
+      teacher: in float32.
+      data: the student's, from which to see what parts of the teacher are worth.
+      mesh: of both.
 
     Raises:
       UserError: it isn't a part of it, or experts are left out whose load isn't known.
@@ -148,10 +160,39 @@ def inherited(config: Config, teacher: Teacher, mesh: Mesh) -> Transformer:
         if want[i] < have[layer]:
             load[layer] = _expert_load(Path(config.teacher.workdir), teacher.step, layer)
     log.info("the student starts as layers %s of its teacher", " ".join(map(str, layers)))
+    if config.teacher.importance == "taylor":
+        worth = _worth(config, teacher, data, mesh)
+    else:
+        worth = magnitudes(teacher.model)
+    part = partial(cut, student=shapes, layers=layers, load=load)
     places = rules.shardings(shapes, mesh)
-    return jax.jit(lambda model: cut(model, shapes, layers, load), out_shardings=places)(
-        teacher.model
+    return jax.jit(lambda model, worth: part(model, worth=worth), out_shardings=places)(
+        teacher.model, worth
     )
+
+
+def _worth(config: Config, teacher: Teacher, data: Data, mesh: Mesh) -> dict[str, jax.Array]:
+    """`student.taylor` over the run's first batches, in evaluation's mode."""
+    batch_size, capacity = (
+        config.train.batch_size,
+        evaluation_capacity(teacher.config, config.teacher),
+    )
+
+    @jax.jit
+    def measure(model: Transformer, batch: Batch) -> dict[str, jax.Array]:
+        def loss(model):
+            sums = forward(model, batch, capacity)
+            return sums.lm_loss / jnp.maximum(sums.tokens, 1)
+
+        return taylor(model, jax.grad(loss)(model))
+
+    total = None
+    batches = train_iterator(data.train, batch_size, config.seed, local_rows(mesh, batch_size))
+    for batch in itertools.islice(batches, MEASURED_BATCHES):
+        batch = split_batch(batch._replace(taught=None), mesh, batch_size)
+        found = measure(teacher.model, batch)
+        total = found if total is None else jax.tree.map(jnp.add, total, found)
+    return total
 
 
 def _expert_load(workdir: Path, step: int, layer: int) -> list[float]:

@@ -95,7 +95,7 @@ def train(config: Config, workdir: Path, profile: tuple[int, int] | None = None)
             teacher_step = record["teacher_step"] if restored else None
             teacher = restore_teacher(resolved, mesh, data.tokenizer, teacher_step)
             if inherits:
-                state = state._replace(model=inherited(resolved, teacher, mesh))
+                state = state._replace(model=inherited(resolved, teacher, data, mesh))
             teacher = None if config.teacher.lessons else frozen(teacher, mesh)
         if step < config.kd_steps:
             log.info("distillation in %d of %d steps", config.kd_steps, config.total_steps)

@@ -185,6 +185,7 @@ OTHER_VALUES = {
     "teacher.mode": ("train", "train"),
     "teacher.capacity_factor": ("inf", math.inf),
     "teacher.inherit": ("true", True),
+    "teacher.importance": ("taylor", "taylor"),
     "teacher.layers": ("0 1 2 3 4 5", "0 1 2 3 4 5"),
     "kd.kind": ("reverse", "reverse"),
     "kd.top_k": ("5", 5),
@@ -204,6 +205,7 @@ COMPANIONS = {
     "moe.second_expert_sampling": ["model.top_k=2"],
     "train.tokens": ["train.steps=0"],
     "teacher.layers": ["teacher.workdir=runs/a", "teacher.inherit=true"],
+    "teacher.importance": ["teacher.workdir=runs/a", "teacher.inherit=true"],
     "teacher.lessons": ["kd.kind=top_k", "kd.top_k=5"],
     "kd.top_k": ["teacher.workdir=runs/a", "kd.kind=top_k"],
     **{
@@ -317,6 +319,10 @@ RULES = {
     "teacher mode": (
         [TAUGHT, "teacher.mode=asleep"],
         "'asleep' is unknown; use one of eval, train",
+    ),
+    "teacher importance": (
+        [TAUGHT, "teacher.importance=taylor"],
+        "teacher.importance=taylor has no effect without teacher.inherit=true",
     ),
     "teacher capacity": (
         [TAUGHT, "teacher.mode=train", "teacher.capacity_factor=2"],

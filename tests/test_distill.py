@@ -496,7 +496,7 @@ def test_the_checkpoint_that_taught_is_the_one_that_teaches_on(text, teacher, tm
 def test_a_student_starts_where_its_teacher_is(text, teacher, student, tmp_path, capsys):  # noqa: F811
     """From the command line: the plan, and less to learn than for a student from scratch."""
     changes = TAUGHT | {"teacher.workdir": teacher, "teacher.inherit": "true", "train.steps": 3}
-    changes |= {"model.experts": "3,7", "model.d_ff": 24}
+    changes |= {"model.experts": "3,7", "model.d_ff": 24, "teacher.importance": "taylor"}
     _, *overrides, _, _ = arguments(text, "", "mos", **changes)
     assert main(["distil-plan", *overrides, "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)

@@ -259,6 +259,7 @@ CONFIG = f"--config={tiny.__file__}:prmoe"
         (["--find=v5p", "--decode=-1"], "--decode=-1 must be a number of sequences"),
         ([], "prmoe plan needs either --topology=v5p:4x4x8 or --find=v5p"),
         (["--find=v5p", "--topology=v5p:2x2x1"], "prmoe plan needs either"),
+        (["--find=v5p", "--teacher=configs/tiny.py:prmoe"], "the config has no teacher"),
     ],
 )
 def test_mistakes(arguments, line, capsys, monkeypatch):
@@ -280,7 +281,8 @@ def test_find_takes_the_first_slice_that_fits(monkeypatch):
     values = config.resolve(paper.get_config("prmoe_1.3b"))
     asked = []
 
-    def plan(config, topology, decode):
+    def plan(config, topology, decode, teacher):
+        assert teacher is None or teacher.mesh == config.mesh
         asked.append((topology, config.mesh))
         if topology == "v5p:2x2x2":
             raise UserError("the mesh does not fit")
@@ -305,6 +307,10 @@ def test_find_takes_the_first_slice_that_fits(monkeypatch):
     fixed = dataclasses.replace(values, mesh=config.MeshConfig(expert=2))
     find(fixed, "v5p")
     assert {mesh.expert for _, mesh in asked} == {2}
+    asked.clear()
+    student = config.resolve(paper.get_config("mos_1.3b"))
+    find(student, "v5p", teacher=config.beside(values, student))
+    assert [mesh.expert for _, mesh in asked] == [4, 8, 16, 32]
 
 
 def test_picture(tmp_path):
@@ -324,9 +330,10 @@ def test_picture(tmp_path):
 @pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs the extra [tpu]")
 def test_a_plan_by_the_real_compiler(tmp_path):
     """Two cells of a pyramid on eight chips: what it holds, exchanges, and takes."""
-    config = f"--config={tiny.__file__}:4 layers, E=4+8, residual"
+    config_name = f"{tiny.__file__}:4 layers, E=4+8, residual"
     changes = "dtype=bfloat16 length=512 d_model=256 d_ff=1024 heads=2".split()
-    command = [sys.executable, "-m", "prmoe_jax", "plan", "--json", "--topology=v5e:2x4", config]
+    command = [sys.executable, "-m", "prmoe_jax", "plan", "--json", "--topology=v5e:2x4"]
+    command += [f"--config={config_name}"]
     command += ["--config.mesh.expert=8", *(f"--config.model.{change}" for change in changes)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -340,6 +347,15 @@ def test_a_plan_by_the_real_compiler(tmp_path):
     # 2 x 512 tokens a chip, bfloat16, once there and back, forward and backward; each layer's
     # capacity is even.
     assert [c["bytes"] for c in exchanged] == [4 * 2 * 512 * 256 * 2] * 2
+    alone = result["modelled_step_s"]
+    taught = [f"--teacher={config_name}", "--config.teacher.workdir=any"]
+    done = subprocess.run([*command, *taught], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    # Parameters in float32, in the teacher those that it computes with in bfloat16.
+    parameters, teacher = (result["hbm_bytes_per_chip"][n] for n in ("parameters", "teacher"))
+    assert parameters / 2 < teacher < parameters
+    assert result["modelled_step_s"] > 1.2 * alone
     done = subprocess.run([*command, "--decode=8"], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)

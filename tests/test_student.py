@@ -1,6 +1,7 @@
 """What a student inherits: the right layers, experts and channels, and a function kept."""
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,19 +11,21 @@ import pytest
 from configs import paper
 from prmoe_jax import config
 from prmoe_jax.errors import UserError
+from prmoe_jax.loss import forward
 from prmoe_jax.step import init_model
-from prmoe_jax.student import cut, layer_map
+from prmoe_jax.student import cut, layer_map, magnitudes, taylor
 from prmoe_jax.tree import named_leaves
 from tests.quick import jit
 from tests.test_step import make_batch, settings
 
 
-def part(teacher, student, model=None, chosen="", load=()):
+def part(teacher, student, model=None, chosen="", load=(), worth=magnitudes):
     """The teacher's model and the student cut out of it."""
     model = init_model(teacher) if model is None else model
     layers = layer_map(teacher.model, student.model, chosen)
     shapes = jax.eval_shape(lambda: init_model(student))
-    return model, jit(lambda model: cut(model, shapes, layers, dict(load)))(model), layers
+    whole = lambda model: cut(model, shapes, layers, dict(load), worth(model))  # noqa: E731
+    return model, jit(whole)(model), layers
 
 
 def layers_of(model):
@@ -141,6 +144,39 @@ def test_width_by_hand():
     np.testing.assert_array_equal(after["attention.w_out"], out[head][:, :, channels])
 
 
+def test_worth_by_the_loss_is_what_scaling_a_part_away_does():
+    """Of a head, a hidden unit of an MLP and of an expert: finite differences; and it chooses."""
+    teacher = settings("2 layers, E=3, residual")
+    model, batch = init_model(teacher), make_batch()
+
+    def loss(model):
+        sums = forward(model, batch, math.inf)
+        return sums.lm_loss / sums.tokens
+
+    worth = taylor(model, jit(jax.grad(loss))(model))
+    loss = jit(loss)
+    for name in (
+        "stages.0.blocks.0.attention.w_out",
+        "stages.0.blocks.0.mlp.w_out",
+        "stages.0.blocks.1.mlp.experts.w_out",
+    ):
+        unit = np.unravel_index(np.argmax(worth[name]), worth[name].shape)
+
+        def scaled(n, x, by):
+            if n == name:  # noqa: B023
+                x[unit] *= by  # noqa: B023
+            return x
+
+        more, less = (with_leaves(model, partial(scaled, by=by)) for by in (1.01, 0.99))
+        slope = (loss(more) - loss(less)) / 0.02
+        assert float(worth[name][unit]) ** 0.5 == pytest.approx(abs(float(slope)), rel=0.05)
+    student = settings("2 layers, E=3, residual", model={"d_ff": 4})
+    _, smaller, _ = part(teacher, student, model, worth=lambda model: worth)
+    before, after = (named_leaves(m)["stages.0.blocks.0.mlp.w_in"][0] for m in (model, smaller))
+    best = np.sort(np.argsort(-worth["stages.0.blocks.0.mlp.w_out"][0])[:4])
+    np.testing.assert_array_equal(after, before[:, best])
+
+
 @pytest.mark.parametrize("size", ["350m", "1.3b"])
 def test_the_papers_students_are_parts_of_its_teachers(size):
     """24 layers of 32x10+64x2 to 21 of 32x8+64x2, without a weight allocated."""
@@ -152,7 +188,7 @@ def test_the_papers_students_are_parts_of_its_teachers(size):
     assert tuple(have[layer] for layer in layers) == student.model.schedule.experts
     assert len(set(layers)) == len(layers) == 21
     model, shapes = (jax.eval_shape(lambda v=v: init_model(v)) for v in (teacher, student))
-    found = jax.eval_shape(lambda model: cut(model, shapes, layers, {}), model)
+    found = jax.eval_shape(lambda m: cut(m, shapes, layers, {}, magnitudes(m)), model)
     total = sum(leaf.size for leaf in jax.tree.leaves(found))
     assert total / 1e9 == pytest.approx({"350m": 3.54, "1.3b": 26.94}[size], rel=2e-3)
     for name, leaf in named_leaves(found).items():

@@ -16,12 +16,12 @@ log = logging.getLogger(__name__)
 STATE_BYTES = 12  # of a parameter and its two moments, in float32
 
 
-def find(config: Config, chip: str, decode: int = 0) -> dict:
+def find(config: Config, chip: str, decode: int = 0, teacher: Config | None = None) -> dict:
     """Plans on one slice after the other until one fits.
 
     The mesh is the config's where it says anything of it, else `parallel.mesh.propose`'s. A slice
     whose chips together can't hold the parameters, and in training the optimizer's state, isn't
-    compiled for. `decode` is that of `report.plan`.
+    compiled for. `decode` and `teacher` are those of `report.plan`.
 
     Returns:
       The plan of the first that fits, and `tried`: (topology, why not) of those before.
@@ -40,7 +40,9 @@ def find(config: Config, chip: str, decode: int = 0) -> dict:
         else:
             mesh = config.mesh if config.mesh != MeshConfig() else propose(config, chips)
             try:
-                result = plan(dataclasses.replace(config, mesh=mesh), topology, decode)
+                student = dataclasses.replace(config, mesh=mesh)
+                taught_by = teacher and dataclasses.replace(teacher, mesh=mesh)
+                result = plan(student, topology, decode, taught_by)
             except UserError as error:
                 if "cannot be compiled for" in str(error):
                     raise

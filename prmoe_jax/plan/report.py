@@ -43,7 +43,7 @@ KERNEL_PRODUCTS = {
 }
 
 
-def plan(config: Config, topology: str, decode: int = 0) -> dict:
+def plan(config: Config, topology: str, decode: int = 0, teacher: Config | None = None) -> dict:
     """Compiles the train step for a topology such as 'v5p:4x4x8' and models what it costs.
 
     Args:
@@ -51,6 +51,7 @@ def plan(config: Config, topology: str, decode: int = 0) -> dict:
       topology: of `chips.topology_devices`.
       decode: instead of training, the next token of so many sequences whose context is full:
         weights in the compute's dtype, none split by FSDP, no token dropped.
+      teacher: the config of a model that teaches in the step, from `config.beside`.
 
     Returns:
       topology, mesh, chips, fits; hbm_bytes_per_chip by use (and `needed` where it doesn't fit);
@@ -68,8 +69,13 @@ def plan(config: Config, topology: str, decode: int = 0) -> dict:
         )
     mesh = make_mesh(config, devices)
     resolved = resolve_backends(config, chip.platform, mesh)
-    step, *arguments = (_decoding if decode else _training)(resolved, mesh)
-    held = {name: _bytes_per_chip(part) for part in arguments for name, part in _uses(part)}
+    model = "parameters" if decode else "teacher"
+    if decode:
+        step, arguments = _decoding(resolved, mesh)
+    else:
+        taught_by = teacher and resolve_backends(teacher, chip.platform, mesh)
+        step, arguments = _training(resolved, mesh, taught_by)
+    held = {name: _bytes_per_chip(p) for part in arguments for name, p in _uses(part, model)}
     result = {
         "topology": topology,
         "mesh": {name: size for name, size in mesh.shape.items() if size > 1},
@@ -116,13 +122,18 @@ def plan(config: Config, topology: str, decode: int = 0) -> dict:
     }
 
 
-def _training(config: Config, mesh: Mesh):
-    """The train step, and its state and batch as shapes with their places."""
+def _training(config: Config, mesh: Mesh, teacher: Config | None):
+    """The train step, and its state, batch and teacher as shapes with their places."""
     state = jax.eval_shape(lambda: init_state(config))
     shape = config.train.batch_size, config.model.length
     dtypes = jnp.int32, jnp.int32, bool, jnp.int32
     batch = Batch(*(_rows(mesh, shape, dtype) for dtype in dtypes))
-    return on_mesh(config, mesh), jax.tree.map(_place, state, rules.shardings(state, mesh)), batch
+    arguments = [jax.tree.map(_place, state, rules.shardings(state, mesh)), batch]
+    if teacher:
+        dtype = jnp.dtype(teacher.model.dtype)
+        model = jax.eval_shape(lambda: cast(init_model(teacher), dtype))
+        arguments.append(jax.tree.map(_place, model, rules.shardings(model, mesh)))
+    return on_mesh(config, mesh, teacher), arguments
 
 
 def _decoding(config: Config, mesh: Mesh):
@@ -142,7 +153,7 @@ def _decoding(config: Config, mesh: Mesh):
             return jnp.argmax(model.logits(x_Bx1xD[:, 0]), axis=-1), past
 
     step = jax.jit(step, donate_argnums=1, compiler_options=compiler_options(mesh))
-    return step, jax.tree.map(_place, model, places), past, _rows(mesh, (batch,), jnp.int32)
+    return step, [jax.tree.map(_place, model, places), past, _rows(mesh, (batch,), jnp.int32)]
 
 
 def _place(leaf, sharding):
@@ -154,12 +165,12 @@ def _rows(mesh: Mesh, shape: tuple[int, ...], dtype):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
 
-def _uses(argument) -> list[tuple[str, object]]:
-    """What an argument of a step is, for people."""
+def _uses(argument, model: str) -> list[tuple[str, object]]:
+    """What an argument of a step is, for people; `model` names a model on its own."""
     if isinstance(argument, TrainState):
         return [("parameters", argument.model), ("optimizer", argument.optimizer)]
     if isinstance(argument, Transformer):
-        return [("parameters", argument)]
+        return [(model, argument)]
     return [("past" if isinstance(argument, list) else "batch", argument)]
 
 
