@@ -17,6 +17,7 @@ from prmoe_jax.config import ModelConfig
 from prmoe_jax.errors import UserError
 from prmoe_jax.moe.experts import normal
 from prmoe_jax.parallel.mesh import batch_axes
+from prmoe_jax.weights import product
 
 
 def resolve_attention(model: ModelConfig, platform: str) -> str:
@@ -93,7 +94,7 @@ def splash(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segments_BxL, interpret: bool = Fals
 
 
 class Past(NamedTuple):
-    """Keys and values of tokens already seen, of one layer or stacked over N repeats."""
+    """Keys and values of tokens already seen."""
 
     k_BxTxHxK: jax.Array
     v_BxTxHxK: jax.Array
@@ -139,17 +140,18 @@ class Attention(nnx.Module):
           past: instead, what came before; the tokens' own keys and values are added to it.
           place_BxL: the places of the tokens in `past`, one after the other.
         """
-        w_qkv, b_qkv, w_out, b_out = (
-            p[...].astype(x_BxLxD.dtype) for p in (self.w_qkv, self.b_qkv, self.w_out, self.b_out)
-        )
-        product = partial(jnp.einsum, "BLD,DHK->BLHK", x_BxLxD)
-        q, k, v = (remat.product(product(w_qkv[:, i]) + b_qkv[i]) for i in range(3))
-        if past is None:
-            y_BxLxHxK = attend(q, k, v, segments_BxL, self.implementation)
-        else:
+        b_qkv, b_out = (p[...].astype(x_BxLxD.dtype) for p in (self.b_qkv, self.b_out))
+        if past is not None:
+            qkv_BxLx3xHxK = product(x_BxLxD, self.w_qkv[...]) + b_qkv
+            q, k, v = (qkv_BxLx3xHxK[:, :, i] for i in range(3))
             write = jax.vmap(partial(jax.lax.dynamic_update_slice_in_dim, axis=0))
             past = Past(
                 *(write(old, new, place_BxL[:, 0]) for old, new in zip(past, (k, v), strict=True))
             )
             y_BxLxHxK = attend_to_past(q, past, place_BxL)
-        return jnp.einsum("BLHK,HKD->BLD", y_BxLxHxK, w_out) + b_out, past
+            return product(y_BxLxHxK, self.w_out[...], axes=2) + b_out, past
+        w_qkv, w_out = (p[...].astype(x_BxLxD.dtype) for p in (self.w_qkv, self.w_out))
+        project = partial(jnp.einsum, "BLD,DHK->BLHK", x_BxLxD)
+        q, k, v = (remat.product(project(w_qkv[:, i]) + b_qkv[i]) for i in range(3))
+        y_BxLxHxK = attend(q, k, v, segments_BxL, self.implementation)
+        return jnp.einsum("BLHK,HKD->BLD", y_BxLxHxK, w_out) + b_out, None

@@ -29,6 +29,8 @@ settings:
 """
 
 
+WEIGHTS = "float32", "bfloat16", "int8"
+
 # S, M, F, E of `prmoe bench moe`.
 BENCH_SIZES = (
     (4096, 256, 1024, 32),
@@ -200,14 +202,53 @@ def _is_first_process() -> bool:
 
 def _generate(options, rest) -> None:
     _check_run(options.workdir)
-    from prmoe_jax.generate import generate
+    mesh = _mesh(options.mesh) if options.mesh else None
+    from prmoe_jax.generate import Generator, Sampling
 
-    arguments = options.prompt, options.tokens, options.temperature, options.seed
-    text = generate(options.workdir, *arguments)
-    if options.json:
-        print(json.dumps({"prompt": options.prompt, "text": text}))
-    else:
-        print(options.prompt + text)
+    if options.samples < 1:
+        raise UserError(f"--samples={options.samples} must be 1 or more")
+    prompts = [prompt for prompt in options.prompt or [""] for _ in range(options.samples)]
+    seeds = [options.seed + i % options.samples for i in range(len(prompts))]
+    generator = Generator.restore(options.workdir, options.weights or "", mesh)
+    streamed = len(prompts) == 1 and not options.json
+    lead = prompts[:1]
+
+    def show(_, text: str) -> None:
+        print(lead.pop() if lead else "", text, sep="", end="", flush=True)
+
+    texts = generator(
+        prompts,
+        options.tokens,
+        Sampling(options.temperature, options.top_k, options.top_p),
+        seeds,
+        options.stop or (),
+        show if streamed else None,
+    )
+    if streamed:
+        print(*lead)
+        return
+    for prompt, seed, text in zip(prompts, seeds, texts, strict=True):
+        answer = {"prompt": prompt, "seed": seed, "text": text}
+        print(json.dumps(answer) if options.json else f"{prompt}{text}\n")
+
+
+def _mesh(text: str):
+    """'expert:4,tensor:2' as the mesh's settings."""
+    import dataclasses
+
+    from prmoe_jax.config import MeshConfig
+
+    names = [field.name for field in dataclasses.fields(MeshConfig)]
+    sizes = {}
+    for part in text.split(","):
+        name, _, size = part.partition(":")
+        if name not in names or not size.isdecimal():
+            raise UserError(
+                f"--mesh={text} must be axes and their devices such as expert:4,tensor:2; there "
+                f"are {', '.join(names)}"
+            )
+        sizes[name] = int(size)
+    return MeshConfig(**sizes)
 
 
 def _check_run(workdir: Path) -> None:
@@ -260,7 +301,16 @@ def _taught_config(rest):
     return config
 
 
-def _bench(options, rest) -> None:
+def _bench_decode(options, rest) -> None:
+    config = parse_config(rest)
+    from prmoe_jax.bench import decode
+
+    batches, weights = options.batch or [1, 8], options.weights or ["float32", "int8"]
+    rows = decode.bench_decode(config, batches, weights, options.prompt, options.repeats)
+    print(json.dumps(rows) if options.json else decode.table(rows))
+
+
+def _bench_moe(options, rest) -> None:
     if options.topology:
         _compile_only()
     from prmoe_jax.bench import modelled, moe
@@ -341,8 +391,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=prmoe_jax.__version__)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
-    def verb(name: str, run, help: str, takes_config: bool = False):
-        sub = verbs.add_parser(
+    def verb(name: str, run, help: str, takes_config: bool = False, parsers=verbs):
+        sub = parsers.add_parser(
             name,
             help=help,
             description=help[0].upper() + help[1:] + ".",
@@ -366,10 +416,24 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = verb("generate", _generate, "continue a prompt with a trained run")
     sub.add_argument("--workdir", type=Path, required=True, help="the run's folder")
-    sub.add_argument("--prompt", default="", help="the text to continue (default: none)")
+    sub.add_argument(
+        "--prompt", action="append", help="a text to continue; may be repeated (default: none)"
+    )
     sub.add_argument("--tokens", type=int, default=100, help="at most this many (default: 100)")
     sub.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default: 0.8)")
-    sub.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
+    sub.add_argument("--top-k", type=int, default=0, help="draw from the K likeliest only")
+    sub.add_argument(
+        "--top-p", type=float, default=1.0, help="draw from the P likeliest share only"
+    )
+    sub.add_argument("--stop", action="append", help="a text to end before; may be repeated")
+    sub.add_argument("--samples", type=int, default=1, help="of each prompt (default: 1)")
+    sub.add_argument("--seed", type=int, default=0, help="of the first sample (default: 0)")
+    sub.add_argument(
+        "--weights",
+        choices=WEIGHTS,
+        help="what weights are held in (default: the run's dtype, on CPUs float32)",
+    )
+    sub.add_argument("--mesh", help="devices by axis, such as expert:4,tensor:2 (default: one)")
 
     sub = verb("params", _params, "count a config's parameters and FLOPs, building nothing", True)
     sub.add_argument("--paper", action="store_true", help="all models of the paper, side by side")
@@ -395,8 +459,24 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--picture", type=Path, help="also draw the plan: a .png, .svg or .pdf")
 
-    sub = verb("bench", _bench, "time an MoE layer beside a dense MLP and other implementations")
-    sub.add_argument("what", choices=["moe"], help="moe: forward and backward of one layer")
+    verb_of_bench = verbs.add_parser(
+        "bench", help="time parts of the library beside their rivals", allow_abbrev=False
+    ).add_subparsers(dest="what", required=True, metavar="WHAT")
+    kind = "time the next token of a config's model beside dense models and transformers"
+    sub = verb("decode", _bench_decode, kind, True, verb_of_bench)
+    sub.add_argument(
+        "--batch", type=int, action="append", help="sequences; may be repeated (default: 1 and 8)"
+    )
+    sub.add_argument(
+        "--weights",
+        choices=WEIGHTS,
+        action="append",
+        help="what weights are held in; may be repeated (default: float32 and int8)",
+    )
+    sub.add_argument("--prompt", type=int, default=64, help="tokens before (default: 64)")
+    sub.add_argument("--repeats", type=int, default=9, help="timed turns (default: 9)")
+    kind = "time an MoE layer, forward and backward, beside a dense MLP and other implementations"
+    sub = verb("moe", _bench_moe, kind, parsers=verb_of_bench)
     sub.add_argument(
         "--sizes",
         type=_size,

@@ -70,26 +70,35 @@ def evaluate(workdir: Path) -> dict:
 
 
 def restore_run(
-    workdir: Path, devices: Sequence[jax.Device] | None = None
+    workdir: Path,
+    devices: Sequence[jax.Device] | None = None,
+    layout: MeshConfig | None = None,
 ) -> tuple[Config, int, Transformer, Mesh]:
     """A run's config, step, model and the mesh that holds it.
-
-    Where the run's mesh doesn't fit the devices there are, each of them holds the whole model.
 
     Args:
       workdir: the run's folder.
       devices: those to use, all unless given.
+      layout: the mesh, for batches of any size; unless given it is the run's, or where that doesn't
+        fit the devices there are, each of them holds the whole model.
 
     Raises:
-      UserError: the folder holds no run or no readable checkpoint.
+      UserError: the folder holds no run or no readable checkpoint, or the layout doesn't fit.
     """
     config = load(workdir / workdirs.CONFIG)
-    try:
-        mesh = make_mesh(config, devices)
-    except UserError as error:
-        log.info("%s: here each device holds the whole model", error)
-        config = replace(config, mesh=MeshConfig(), moe=replace(config.moe, exchange="auto"))
-        mesh = make_mesh(config, devices)
+    anywhere = replace(config, moe=replace(config.moe, exchange="auto"))
+    if layout:
+        config = replace(anywhere, mesh=layout)
+        count = len(jax.devices() if devices is None else devices)
+        train = replace(config.train, batch_size=count * config.model.length, accumulate=1)
+        mesh = make_mesh(replace(config, train=train), devices)
+    else:
+        try:
+            mesh = make_mesh(config, devices)
+        except UserError as error:
+            log.info("%s: here each device holds the whole model", error)
+            config = replace(anywhere, mesh=MeshConfig())
+            mesh = make_mesh(config, devices)
     config = resolve_backends(config, jax.default_backend(), mesh)
     checkpoints = Checkpoints(workdir)
     step, model = checkpoints.restore_model(config, mesh)

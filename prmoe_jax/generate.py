@@ -1,93 +1,289 @@
-"""Text from a trained run: the prompt at once, then token by token from keys and values kept."""
+"""Text from a trained run: prompts piece by piece, then token by token, many at a time."""
 
+import dataclasses
+import logging
 import math
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
 
 from prmoe_jax import workdir as workdirs
+from prmoe_jax.attention import Past
+from prmoe_jax.config import MeshConfig
 from prmoe_jax.data.tokenizer import Tokenizer
+from prmoe_jax.decoder import Decoder, decoder
 from prmoe_jax.errors import UserError
 from prmoe_jax.evaluate import restore_run
-from prmoe_jax.model import Transformer
+from prmoe_jax.parallel.mesh import batch_axes
+
+log = logging.getLogger(__name__)
+
+# Tokens of each prompt that are read at once, and steps until the host looks at what came.
+PIECE = 64
+STEPS = 16
+WEIGHTS = "float32", "bfloat16", "int8"
 
 
-def generate(
-    workdir: Path, prompt: str, tokens: int, temperature: float = 0.8, seed: int = 0
-) -> str:
-    """Continues a prompt by up to `tokens` tokens, or to the document's end.
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn; what cuts off more applies."""
 
-    Temperature 0 takes the likeliest token. No token is dropped, whatever its expert's load.
+    temperature: float = 0.8  # 0 takes the likeliest
+    top_k: int = 0  # of the likeliest tokens only; 0 is all
+    top_p: float = 1.0  # of the fewest tokens that have this much of the probability
 
-    Raises:
-      UserError: no run in the folder, or prompt and continuation exceed the context.
+
+class State(NamedTuple):
+    """Sequences in the making."""
+
+    tokens_BxT: jax.Array  # prompt and continuation
+    length_B: jax.Array  # tokens so far
+    stop_B: jax.Array  # where each ends at the latest
+    x_BxD: jax.Array  # the last token's activations
+    past: list[Past]
+    key_B: jax.Array
+
+
+class Generator:
+    """A model, ready to continue prompts: restored once, compiled once a shape.
+
+    Attributes:
+      decoder: the model.
+      tokenizer: the model's.
+      mesh: which holds it.
     """
+
+    def __init__(self, decoder: Decoder, tokenizer: Tokenizer, mesh: Mesh):
+        self.decoder, self.tokenizer, self.mesh = decoder, tokenizer, mesh
+
+    @classmethod
+    def restore(
+        cls, workdir: Path, weights: str = "", mesh: MeshConfig | None = None
+    ) -> "Generator":
+        """Restores a run's newest checkpoint.
+
+        Args:
+          workdir: the run's folder.
+          weights: what the large weights are held in, one of `WEIGHTS`; unless given, what the
+            arithmetic is in: the run's dtype, on CPUs float32.
+          mesh: of all devices; unless given, one device.
+
+        Raises:
+          UserError: no run in the folder, one that can't generate, or a mesh that doesn't fit.
+        """
+        if weights not in ("", *WEIGHTS):
+            raise UserError(f"--weights={weights} is unknown; use one of {', '.join(WEIGHTS)}")
+        devices = None if mesh else jax.local_devices()[:1]
+        config, _, model, on = restore_run(workdir, devices, mesh or MeshConfig())
+        if config.moe.router == "expert_choice":
+            raise UserError(
+                "this run's experts choose their tokens (moe.router=expert_choice): whom they "
+                "choose depends on the tokens to come, so it cannot generate"
+            )
+        if jax.default_backend() == "cpu":  # bfloat16 is many times slower there
+            model.config = dataclasses.replace(model.config, dtype="float32")
+        tokenizer = Tokenizer.load(workdir / workdirs.TOKENIZER)
+        with jax.set_mesh(on):
+            return cls(decoder(model, weights or model.config.dtype, on), tokenizer, on)
+
+    def __call__(
+        self,
+        prompts: Sequence[str],
+        tokens: int,
+        sampling: Sampling = Sampling(),
+        seeds: Sequence[int] | None = None,
+        stop: Sequence[str] = (),
+        on_text: Callable[[int, str], None] | None = None,
+    ) -> list[str]:
+        """Continues prompts by up to `tokens` tokens each, or to the document's end.
+
+        A continuation depends on its prompt and its seed alone, not on what shares its batch; no
+        token is dropped, whatever its expert's load.
+
+        Args:
+          prompts: of any lengths.
+          tokens: at most this many a prompt.
+          sampling: how they are drawn.
+          seeds: one a prompt, 0 unless given.
+          stop: texts before which a continuation ends.
+          on_text: told of every piece of text as it comes, with the number of its prompt.
+
+        Raises:
+          UserError: a prompt and its continuation exceed the context, or a value is out of range.
+        """
+        seeds = [0] * len(prompts) if seeds is None else seeds
+        _check(tokens, sampling, seeds)
+        # Training starts every document with the end-of-text mark.
+        starts = [[self.tokenizer.end_of_text, *self.tokenizer.encode(p)] for p in prompts]
+        length = self.decoder.config.length
+        longest = max(map(len, starts))
+        if longest + tokens > length:
+            raise UserError(
+                f"the prompt's {longest} tokens and --tokens={tokens} exceed the context of "
+                f"{length}; shorten the prompt or use --tokens={max(0, length - longest)}"
+            )
+        written = [Written(self.tokenizer, stop) for _ in prompts]
+        with jax.set_mesh(self.mesh):
+            state = self._start(starts, seeds, tokens)
+            read = [len(start) for start in starts]
+            while True:
+                state = advance(
+                    self.decoder, state, sampling, self.tokenizer.size, self.tokenizer.end_of_text
+                )
+                lengths = np.asarray(state.length_B)
+                come = np.asarray(state.tokens_BxT)
+                ended = np.array(state.stop_B)
+                for i, text in enumerate(written):
+                    piece = text.add(come[i, read[i] : lengths[i]].tolist(), lengths[i] >= ended[i])
+                    if on_text and piece:
+                        on_text(i, piece)
+                    read[i] = lengths[i]
+                    if text.ended:
+                        ended[i] = lengths[i]
+                if (lengths >= ended).all():
+                    return [text.text for text in written]
+                state = state._replace(stop_B=jax.device_put(ended, state.stop_B.sharding))
+
+    def _start(self, starts: list[list[int]], seeds: Sequence[int], tokens: int) -> State:
+        """Reads the prompts; rows that fill up the batch have nothing to do."""
+        devices = math.prod(self.mesh.shape[name] for name in batch_axes(self.mesh))
+        batch = -(-len(starts) // devices) * devices
+        pieces = -(-max(map(len, starts)) // PIECE)
+        # A piece more, since a row that has ended goes on being written past its end.
+        room = pieces * PIECE + -(-tokens // PIECE) * PIECE
+        tokens_BxT = np.zeros((batch, room), np.int32)
+        lengths = np.ones(batch, np.int32)
+        for row, start in enumerate(starts):
+            tokens_BxT[row, : len(start)] = start
+            lengths[row] = len(start)
+        stops = lengths + np.where(np.arange(batch) < len(starts), tokens, 0).astype(np.int32)
+        seeds = jnp.array([*seeds, *[0] * (batch - len(starts))], jnp.uint32)
+        return read(
+            self.decoder, tokens_BxT, lengths, stops, jax.vmap(jax.random.key)(seeds), pieces
+        )
+
+
+class Written:
+    """The text of one continuation, as its tokens come."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]):
+        self._tokenizer, self._stop, self._ids = tokenizer, stop, []
+        self.text, self.ended = "", False
+
+    def add(self, ids: list[int], last: bool) -> str:
+        """Takes tokens; returns the text that is certain now and wasn't before.
+
+        Half a character, or what a stop text could begin with, waits for the next tokens.
+        """
+        if self.ended:
+            return ""
+        end = self._tokenizer.end_of_text
+        if end in ids:
+            ids, last = ids[: ids.index(end)], True
+        self._ids += ids
+        text = self._tokenizer.decode(self._ids)
+        found = [text.index(stop) for stop in self._stop if stop in text]
+        if found:
+            text, last = text[: min(found)], True
+        self.ended = last
+        if not last:
+            text = text.removesuffix("�")
+            text = text[: len(text) - _possible_stop(text, self._stop)]
+        new, self.text = text[len(self.text) :], text
+        return new
+
+
+def _possible_stop(text: str, stop: Sequence[str]) -> int:
+    """Characters at the end of a text that begin a stop text."""
+    sizes = [n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])]
+    return max(sizes, default=0)
+
+
+def _check(tokens: int, sampling: Sampling, seeds: Sequence[int]) -> None:
     if tokens < 1:
         raise UserError(f"--tokens={tokens} must be 1 or more")
-    if not 0 <= temperature < math.inf:
-        raise UserError(f"--temperature={temperature} must be 0 or more, and finite")
-    if not 0 <= seed < 2**32:
-        raise UserError(f"--seed={seed} is out of range; use a value from 0 to {2**32 - 1}")
-    # One sequence is for one device, until inference has a layout of its own.
-    config, _, model, _ = restore_run(workdir, jax.local_devices()[:1])
-    if config.moe.router == "expert_choice":
-        raise UserError(
-            "this run's experts choose their tokens (moe.router=expert_choice): whom they choose "
-            "depends on the tokens to come, so it cannot generate"
-        )
-    tokenizer = Tokenizer.load(workdir / workdirs.TOKENIZER)
-    length = config.model.length
-    # Training starts every document with the end-of-text mark.
-    start = [tokenizer.end_of_text, *tokenizer.encode(prompt)]
-    if len(start) + tokens > length:
-        raise UserError(
-            f"the prompt's {len(start)} tokens and --tokens={tokens} exceed the context of "
-            f"{length}; shorten the prompt or use --tokens={max(0, length - len(start))}"
-        )
-    tokens_L = jnp.zeros(length, jnp.int32).at[: len(start)].set(jnp.array(start))
-    tokens_L = _sample(
-        model,
-        tokens_L,
-        jnp.int32(len(start)),
-        jnp.int32(len(start) + tokens),
-        jnp.float32(temperature),
-        jnp.int32(tokenizer.size),
-        jnp.int32(tokenizer.end_of_text),
-        jax.random.key(seed),
-    )
-    generated = tokens_L[len(start) : len(start) + tokens].tolist()
-    if tokenizer.end_of_text in generated:
-        generated = generated[: generated.index(tokenizer.end_of_text)]
-    return tokenizer.decode(generated)
+    if not 0 <= sampling.temperature < math.inf:
+        raise UserError(f"--temperature={sampling.temperature} must be 0 or more, and finite")
+    if sampling.top_k < 0:
+        raise UserError(f"--top-k={sampling.top_k} must be 0 (all tokens) or more")
+    if not 0 < sampling.top_p <= 1:
+        raise UserError(f"--top-p={sampling.top_p} must be above 0, up to 1")
+    for seed in seeds:
+        if not 0 <= seed < 2**32:
+            raise UserError(f"--seed={seed} is out of range; use a value from 0 to {2**32 - 1}")
 
 
-@jax.jit
-def _sample(
-    model: Transformer, tokens_L, start, stop, temperature, vocabulary, end_of_text, key
-) -> jax.Array:
-    """Fills tokens[start:stop]; ids from `vocabulary` on are padding and never drawn."""
-    prompt_1xL = (jnp.arange(tokens_L.size) < start)[None]
-    x_1xLxD, past = model.decode(
-        tokens_L[None], prompt_1xL, model.empty_past(1), jnp.zeros(1, jnp.int32)
-    )
+@partial(jax.jit, static_argnums=5)
+def read(decoder: Decoder, tokens_BxT, length_B, stop_B, key_B, pieces: int) -> State:
+    """The prompts, a piece of each at a time."""
+    batch, room = tokens_BxT.shape
+    past = decoder.empty_past(batch, room)
+    x_BxD = jnp.zeros((batch, decoder.config.d_model), decoder.config.dtype)
+
+    def read(i, carry):
+        x_BxD, past = carry
+        begin = i * PIECE
+        piece_BxQ = jax.lax.dynamic_slice_in_dim(tokens_BxT, begin, PIECE, axis=1)
+        valid_BxQ = begin + jnp.arange(PIECE) < length_B[:, None]
+        x_BxQxD, past = decoder(piece_BxQ, valid_BxQ, past, jnp.full(batch, begin))
+        last_B = length_B - 1 - begin
+        found_BxD = jnp.take_along_axis(
+            x_BxQxD, jnp.clip(last_B, 0, PIECE - 1)[:, None, None], axis=1
+        )[:, 0]
+        here_Bx1 = ((last_B >= 0) & (last_B < PIECE))[:, None]
+        return jnp.where(here_Bx1, found_BxD, x_BxD), past
+
+    x_BxD, past = jax.lax.fori_loop(0, pieces, read, (x_BxD, past))
+    return State(tokens_BxT, length_B, stop_B, x_BxD, past, key_B)
+
+
+@partial(jax.jit, static_argnums=(2, 3, 4), donate_argnums=1)
+def advance(
+    decoder: Decoder, state: State, sampling: Sampling, vocabulary: int, end_of_text: int
+) -> State:
+    """Up to `STEPS` tokens more; ids from `vocabulary` on are padding and never drawn."""
+    rows = jnp.arange(len(state.length_B))
 
     def unfinished(carry):
-        tokens_L, position, *_ = carry
-        return (position < stop) & ((position == start) | (tokens_L[position - 1] != end_of_text))
+        step, state = carry
+        return (step < STEPS) & (state.length_B < state.stop_B).any()
 
     def next_token(carry):
-        tokens_L, position, x_D, past = carry
-        logits_V = model.logits(x_D)
-        logits_V = jnp.where(jnp.arange(logits_V.size) < vocabulary, logits_V, -jnp.inf)
-        drawn = jax.random.categorical(
-            jax.random.fold_in(key, position), logits_V / jnp.maximum(temperature, 1e-6)
-        )
-        token = jnp.where(temperature > 0, drawn, jnp.argmax(logits_V)).astype(jnp.int32)
-        x_1x1xD, past = model.decode(
-            token[None, None], jnp.ones((1, 1), bool), past, position[None]
-        )
-        return tokens_L.at[position].set(token), position + 1, x_1x1xD[0, 0], past
+        step, state = carry
+        logits_BxV = decoder.logits(state.x_BxD)
+        logits_BxV = jnp.where(jnp.arange(logits_BxV.shape[1]) < vocabulary, logits_BxV, -jnp.inf)
+        keys_B = jax.vmap(jax.random.fold_in)(state.key_B, state.length_B)
+        token_B = _draw(logits_BxV, sampling, keys_B)
+        active_B = state.length_B < state.stop_B
+        place_B = jnp.where(active_B, state.length_B, state.tokens_BxT.shape[1])
+        tokens_BxT = state.tokens_BxT.at[rows, place_B].set(token_B, mode="drop")
+        x_Bx1xD, past = decoder(token_B[:, None], active_B[:, None], state.past, state.length_B)
+        length_B = state.length_B + active_B
+        stop_B = jnp.where(active_B & (token_B == end_of_text), length_B, state.stop_B)
+        return step + 1, State(tokens_BxT, length_B, stop_B, x_Bx1xD[:, 0], past, state.key_B)
 
-    first = tokens_L, start, x_1xLxD[0, start - 1], past
-    return jax.lax.while_loop(unfinished, next_token, first)[0]
+    return jax.lax.while_loop(unfinished, next_token, (0, state))[1]
+
+
+def _draw(logits_BxV, sampling: Sampling, keys_B) -> jax.Array:
+    """A token for each row, int32."""
+    if sampling.temperature == 0:
+        return jnp.argmax(logits_BxV, axis=-1).astype(jnp.int32)
+    logits_BxV /= sampling.temperature
+    if 0 < sampling.top_k < logits_BxV.shape[1]:
+        least_B = jax.lax.top_k(logits_BxV, sampling.top_k)[0][:, -1]
+        logits_BxV = jnp.where(logits_BxV < least_B[:, None], -jnp.inf, logits_BxV)
+    if sampling.top_p < 1:
+        sorted_BxV = -jnp.sort(-logits_BxV)
+        p_BxV = jax.nn.softmax(sorted_BxV)
+        before_BxV = jnp.cumsum(p_BxV, axis=-1) - p_BxV
+        kept_B = (before_BxV < sampling.top_p).sum(-1)
+        least_Bx1 = jnp.take_along_axis(sorted_BxV, kept_B[:, None] - 1, axis=-1)
+        logits_BxV = jnp.where(logits_BxV < least_Bx1, -jnp.inf, logits_BxV)
+    return jax.vmap(jax.random.categorical)(keys_B, logits_BxV).astype(jnp.int32)

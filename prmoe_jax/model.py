@@ -5,7 +5,6 @@ A module is a typed pytree of float32 parameters: it goes through plain jax.jit,
 
 import dataclasses
 import logging
-import math
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +62,7 @@ class Block(nnx.Module):
     def __call__(
         self, x_BxLxD, segments_BxL, capacity_factor: float, keys_B=None, past=None, place_BxL=None
     ) -> tuple[jax.Array, RouterMetrics | None, Past | None]:
+        """Returns the activations, a MoE layer's statistics, and `past` with these tokens."""
         keys = [None] * 3 if keys_B is None else [fold_in(keys_B, i) for i in range(3)]
         with jax.named_scope("attention"):
             normed_BxLxD = self.norm_attention(x_BxLxD)
@@ -91,32 +91,21 @@ class Stage(nnx.Module):
         keys = jax.random.split(key, len(stage.cell))
         self.blocks = nnx.List([stacked(e, k) for e, k in zip(stage.cell, keys, strict=True)])
 
-    def __call__(
-        self,
-        x_BxLxD,
-        segments_BxL,
-        capacity_factor: float,
-        keys_NxB=None,
-        past=None,
-        place_BxL=None,
-    ):
-        """Returns the activations and, for each layer of the cell, metrics and past over N."""
+    def __call__(self, x_BxLxD, segments_BxL, capacity_factor: float, keys_NxB=None):
+        """Returns the activations and, for each layer of the cell, metrics over N."""
 
         def cell(x_BxLxD, stacked):
-            blocks, keys_B, past = stacked
-            x_BxLxD, metrics, new_past = rules.constrain_rows(x_BxLxD), [], []
+            blocks, keys_B = stacked
+            x_BxLxD, metrics = rules.constrain_rows(x_BxLxD), []
             for i, block in enumerate(rules.gathered(blocks)):
                 keys = None if keys_B is None else fold_in(keys_B, i)
-                x_BxLxD, m, p = block(
-                    x_BxLxD, segments_BxL, capacity_factor, keys, past and past[i], place_BxL
-                )
+                x_BxLxD, m, _ = block(x_BxLxD, segments_BxL, capacity_factor, keys)
                 metrics.append(m)
-                new_past.append(p)
-            return x_BxLxD, (metrics, new_past)
+            return x_BxLxD, metrics
 
         if self.remat != "none":
             cell = jax.checkpoint(cell, policy=remat.POLICIES[self.remat])
-        return jax.lax.scan(cell, x_BxLxD, (self.blocks, keys_NxB, past))
+        return jax.lax.scan(cell, x_BxLxD, (self.blocks, keys_NxB))
 
 
 class Transformer(nnx.Module):
@@ -151,46 +140,12 @@ class Transformer(nnx.Module):
           keys_B: one key a sequence switches training's randomness on; None for evaluation.
         """
         place_BxL = positions(segments_BxL)
-        return self._run(tokens_BxL, segments_BxL, place_BxL, capacity_factor, keys_B)[:2]
-
-    def empty_past(self, batch: int) -> list[list[Past]]:
-        """Room for a context of keys and values of every layer, by stage and layer of its cell."""
-        config = self.config
-        shape = batch, config.length, config.heads, config.d_model // config.heads
-        return [
-            [Past(*(jnp.zeros((plan.repeats, *shape), config.dtype) for _ in range(2)))
-             for _ in plan.cell]
-            for plan in config.schedule.stages()
-        ]  # fmt: skip
-
-    def decode(
-        self, tokens_BxQ: jax.Array, valid_BxQ: jax.Array, past: list[list[Past]], length_B
-    ) -> tuple[jax.Array, list[list[Past]]]:
-        """Goes on from what was seen: the final activations [B, Q, D], and the past with them.
-
-        No token is dropped, so that no sequence depends on what shares its batch.
-
-        Args:
-          tokens_BxQ: the next tokens of each sequence: a prompt, or one a sequence.
-          valid_BxQ: False for padding, which stands at the end.
-          past: from `empty_past` or an earlier call.
-          length_B: tokens of each sequence in the past; these count from there.
-        """
-        place_BxQ = length_B[:, None] + jnp.arange(tokens_BxQ.shape[1])
-        x_BxQxD, _, past = self._run(
-            tokens_BxQ, valid_BxQ.astype(jnp.int32), place_BxQ, math.inf, past=past
-        )
-        return x_BxQxD, past
-
-    def _run(
-        self, tokens_BxL, segments_BxL, place_BxL, capacity_factor: float, keys_B=None, past=None
-    ):
         dtype = jnp.dtype(self.config.dtype)
         with jax.named_scope("embedding"):
             x_BxLxD = rules.look_up("tokens", self.tokens[...], tokens_BxL)
             x_BxLxD += rules.look_up("positions", self.positions[...], place_BxL)
         x_BxLxD = dropout(x_BxLxD.astype(dtype), self.config.dropout, keys_B)
-        metrics, new_past = [], []
+        metrics = []
         schedule = self.config.schedule.stages()
         # Once, and not in every layer: forward, and backward again, read half as much.
         stages = cast(self.stages, dtype)
@@ -199,13 +154,10 @@ class Transformer(nnx.Module):
             if keys_B is not None:
                 repeats = jnp.arange(plan.repeats)
                 keys_NxB = jax.vmap(fold_in, (None, 0))(fold_in(keys_B, 1 + i), repeats)
-            x_BxLxD, (by_cell, p) = stage(
-                x_BxLxD, segments_BxL, capacity_factor, keys_NxB, past and past[i], place_BxL
-            )
-            new_past.append(p)
+            x_BxLxD, by_cell = stage(x_BxLxD, segments_BxL, capacity_factor, keys_NxB)
             for n in range(plan.repeats):
                 metrics += [jax.tree.map(lambda x: x[n], m) for m in by_cell if m is not None]  # noqa: B023
-        return self.norm(x_BxLxD), metrics, new_past
+        return self.norm(x_BxLxD), metrics
 
     def logits(self, x_BxLxD: jax.Array) -> jax.Array:
         """Scores of the next token, float32 [B, L, V]; the embedding is the output matrix."""

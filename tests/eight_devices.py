@@ -17,12 +17,15 @@ from prmoe_jax import architecture, config  # noqa: E402
 from prmoe_jax.checkpoint import Checkpoints  # noqa: E402
 from prmoe_jax.config import Config, MeshConfig  # noqa: E402
 from prmoe_jax.data.pipeline import Batch  # noqa: E402
+from prmoe_jax.data.tokenizer import _bytes  # noqa: E402
+from prmoe_jax.decoder import decoder  # noqa: E402
+from prmoe_jax.generate import Generator, Sampling  # noqa: E402
 from prmoe_jax.loss import forward, totals, training_loss  # noqa: E402
 from prmoe_jax.model import resolve_backends  # noqa: E402
 from prmoe_jax.parallel import rules  # noqa: E402
 from prmoe_jax.parallel.mesh import make_mesh, split_batch  # noqa: E402
 from prmoe_jax.plan.collectives import groups  # noqa: E402
-from prmoe_jax.step import init_state, make_train_step, on_mesh, sharded_state  # noqa: E402
+from prmoe_jax.step import init_model, init_state, make_train_step, on_mesh, sharded_state  # noqa: E402
 from prmoe_jax.tree import named_leaves  # noqa: E402
 
 ROWS, LENGTH = 8, 16
@@ -47,6 +50,9 @@ MESHES = {
 }
 
 
+INFERENCE = "data", "expert", "sliced", "expert, slice, tensor", "two stages"
+
+
 def settings(text: str, train=(), **model) -> Config:
     shape = {"vocab_size": 272, "length": LENGTH, "d_model": 24, "heads": 4, "d_ff": 40}
     fields = architecture.parse_fields(text) | shape | {"dtype": "float32", "init_std": 0.2}
@@ -60,12 +66,12 @@ def settings(text: str, train=(), **model) -> Config:
     return config.resolve(values)
 
 
-def spread(values: Config, mesh: dict) -> tuple[Config, jax.sharding.Mesh]:
+def spread(values: Config, mesh: dict, devices=None) -> tuple[Config, jax.sharding.Mesh]:
     """The config for one of `MESHES`, resolved, and the mesh."""
     axes = {name: size for name, size in mesh.items() if name != "exchange"}
     moe = dataclasses.replace(values.moe, exchange=mesh.get("exchange", "auto"))
     values = dataclasses.replace(values, mesh=MeshConfig(**axes), moe=moe)
-    mesh = make_mesh(values)
+    mesh = make_mesh(values, devices)
     return resolve_backends(values, "cpu", mesh), mesh
 
 
@@ -242,6 +248,23 @@ def checkpoints(folder: str) -> None:
                 ), name
                 np.testing.assert_array_equal(leaf, named_leaves(state)[name], err_msg=name)
             print(f"{source} -> {target}: restored")
+
+
+def generates() -> None:
+    """Every mesh continues prompts of different lengths as one device does, token by token."""
+    values = settings("4 layers, E=4+8, residual", length=64, init_std=0.3)
+    prompts, expected = ["a", "of the people", "we"], None
+    layouts = {"one": {}} | {name: MESHES[name] for name in INFERENCE}
+    for name, layout in layouts.items():
+        on, mesh = spread(values, layout, jax.devices()[:1] if name == "one" else None)
+        with jax.set_mesh(mesh):
+            model = init_model(on)
+            placed = jax.device_put(model, rules.shardings(model, mesh))
+            generator = Generator(decoder(placed, "float32", mesh), _bytes(), mesh)
+            texts = generator(prompts, 20, Sampling(1.0), [1, 2, 3])
+        expected = expected or texts
+        assert texts == expected, (name, texts, expected)
+        print(name, "equal")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 
+from configs import tiny
 from prmoe_jax.bench import moe
 from prmoe_jax.cli import main
 
@@ -43,6 +44,33 @@ def test_table(capsys):
     assert head == "S=32 M=8 F=8 E=2, uniform load, float32"
     assert columns.split() == ["median", "min", "max", "x", "dense", "peak", "GB/s", "dropped"]
     assert [line.split()[0] for line in lines[:2]] == ["dense", "gather"]
+
+
+def test_decode(capsys):
+    """A model, its dense base and a larger dense one; more where transformers is installed."""
+    settings = ["length=128", "d_model=16", "heads=4", "d_ff=24", "vocab_size=300"]
+    command = ["bench", "decode", f"--config={tiny.__file__}:4 layers, E=3+5, residual"]
+    command += [f"--config.model.{setting}" for setting in settings]
+    command += ["--config.data.tokenizer=bytes", "--repeats=2", "--batch=3", "--weights=int8"]
+    assert main([*command, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    ours = [row for row in rows if "transformers" not in row["model"]]
+    assert [row["model"] for row in ours] == [
+        "4 layers, E=3+5, residual", "dense base", "dense, 5 times as active"
+    ]  # fmt: skip
+    model, base, larger = ours
+    assert model["active_params"] > base["params"] == base["active_params"]
+    assert 1 < larger["params"] / (5 * model["active_params"]) < 1.6
+    for row in rows:
+        assert row["batch"] == 3
+        assert 0 < row["min_ms"] <= row["ms_per_token"] <= row["max_ms"]
+        assert row["tokens_per_s"] == pytest.approx(3000 / row["ms_per_token"])
+    assert main([*command, "--prompt=120"]) == 2
+    assert (
+        "and 16 tokens more must fit model.length=128; use --prompt=112" in capsys.readouterr().err
+    )
+    assert main([*command, "--batch=0"]) == 2
+    assert "--repeats and --batch must be 1 or more" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("load", moe.LOADS)

@@ -367,6 +367,14 @@ CASES = {
         ["generate", "--workdir=run", "--seed=4294967296"],
         "--seed=4294967296 is out of range; use a value from 0 to 4294967295",
     ),
+    "top k": (["generate", "--workdir=run", "--top-k=-1"], "--top-k=-1 must be 0 (all tokens) or"),
+    "top p": (["generate", "--workdir=run", "--top-p=0"], "--top-p=0.0 must be above 0, up to 1"),
+    "samples": (["generate", "--workdir=run", "--samples=0"], "--samples=0 must be 1 or more"),
+    "mesh axis": (
+        ["generate", "--workdir=run", "--mesh=experts:2"],
+        "--mesh=experts:2 must be axes and their devices such as expert:4,tensor:2; there are data",
+    ),
+    "mesh size": (["generate", "--workdir=run", "--mesh=tensor:3"], "mesh.tensor=3 makes 3 devic"),
     "prompt too long": (
         ["generate", "--workdir=run", "--prompt=0123456789", "--tokens=22"],
         "the prompt's 11 tokens and --tokens=22 exceed the context of 32; shorten the prompt or "

@@ -256,30 +256,3 @@ def test_compiled_size_does_not_grow_with_depth():
         return text.count("dot_general")
 
     assert operations(24) == operations(8) > 0
-
-
-ARCHITECTURES = ("3 layers", "3 layers, E=3", "3 layers, E=3, top 2", "5 layers, E=2+3, residual")
-
-
-@pytest.mark.parametrize("group_size", [0, 7])
-@pytest.mark.parametrize("text", ARCHITECTURES)
-def test_decoding_equals_the_whole_forward_at_every_place(text, group_size):
-    """Prompts of different lengths, padded, then one token at a time."""
-    model = build(small(text, length=14), dataclasses.replace(MOE, group_size=group_size))
-    tokens_BxL = jax.random.randint(jax.random.key(1), (3, 14), 0, 31)
-    expected_BxLxD, _ = model(tokens_BxL, jnp.ones((3, 14), jnp.int32), capacity_factor=jnp.inf)
-    length_B = jnp.array([5, 1, 3])
-    valid_BxQ = jnp.arange(5) < length_B[:, None]
-    decode = jit(model.decode)
-    zeros = jnp.zeros(3, jnp.int32)
-    x_BxQxD, past = decode(tokens_BxL[:, :5], valid_BxQ, model.empty_past(3), zeros)
-    np.testing.assert_allclose(
-        jnp.where(valid_BxQ[..., None], x_BxQxD - expected_BxLxD[:, :5], 0), 0, atol=1e-5
-    )
-    rows = jnp.arange(3)
-    for _ in range(9):
-        x_Bx1xD, past = decode(
-            tokens_BxL[rows, length_B][:, None], jnp.ones((3, 1), bool), past, length_B
-        )
-        np.testing.assert_allclose(x_Bx1xD[:, 0], expected_BxLxD[rows, length_B], atol=1e-5)
-        length_B += 1

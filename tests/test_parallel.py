@@ -235,6 +235,10 @@ def test_exchanges():
     assert "checked" in on_eight_devices("exchanges")
 
 
+def test_every_mesh_generates_what_one_device_does():
+    assert on_eight_devices("generates").count("equal") == 6
+
+
 def test_checkpoints_between_meshes(tmp_path):
     """Parameters, optimizer state and position, bit for bit between all pairs of five meshes."""
     assert on_eight_devices("checkpoints", str(tmp_path)).count("restored") == 25

@@ -261,13 +261,22 @@ def test_eval_and_generate(text, tmp_path, capsys):
         dropped = f"{metrics[f'layers/{layer}/drop_fraction']:.1%}"
         assert row.split()[:2] == [layer, dropped]
 
-    command = ["generate", f"--workdir={workdir}", "--prompt=the ", "--tokens=20", "--json"]
+    command = ["generate", f"--workdir={workdir}", "--prompt=the ", "--tokens=20"]
     outputs = []
     for seed in (0, 0, 1):
-        assert main([*command, f"--seed={seed}"]) == 0
+        assert main([*command, f"--seed={seed}", "--json"]) == 0
         outputs.append(json.loads(capsys.readouterr().out)["text"])
     assert outputs[0] == outputs[1] != outputs[2]
     assert len(outputs[0]) > 0
+    # As it comes; and several prompts at once, with several samples of each.
+    assert main(command) == 0
+    assert capsys.readouterr().out == f"the {outputs[0]}\n"
+    assert main([*command, "--prompt=expert", "--samples=2", "--json"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(row["prompt"], row["seed"]) for row in rows] == [
+        ("the ", 0), ("the ", 1), ("expert", 0), ("expert", 1)
+    ]  # fmt: skip
+    assert [row["text"] for row in rows[:2]] == [outputs[0], outputs[2]]
 
 
 def test_a_run_whose_experts_choose_cannot_generate(text, tmp_path, capsys):

@@ -7,8 +7,6 @@ import contextlib
 import importlib.util
 import logging
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from prmoe_jax.bench.worker import worker
 from prmoe_jax.config import ModelConfig, MoeConfig
 from prmoe_jax.errors import UserError
 from prmoe_jax.moe import dispatch
@@ -221,33 +220,11 @@ def _deepspeed(size: Size, x_SxM, w_router_MxE, keep_memory: bool) -> Iterator[R
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "input.npz"
         np.savez(path, x=x_SxM, w_router=w_router_MxE)
-        command = [sys.executable, "-m", "prmoe_jax.bench.deepspeed_worker", path, str(size.F)]
-        worker = subprocess.Popen(
-            command + (["--keep-memory"] if keep_memory else []),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-        def ask(question: str) -> str:
-            answer = ""
-            with contextlib.suppress(BrokenPipeError):
-                worker.stdin.write(f"{question}\n")
-                worker.stdin.flush()
-                answer = worker.stdout.readline()
-            if not answer:
-                raise UserError("DeepSpeed's process ended; its message is above")
-            return answer
-
-        try:
+        arguments = path, size.F, *(["--keep-memory"] if keep_memory else [])
+        with worker("deepspeed_worker", *arguments) as ask:
             yield Rival(
-                lambda: float(ask("run")),
-                lambda: int(ask("memory")),
-                3 * 2 * size.E * size.M * size.F * 4,
+                lambda: ask("run"), lambda: int(ask("memory")), 3 * 2 * size.E * size.M * size.F * 4
             )
-        finally:
-            worker.kill()
-            worker.wait()
 
 
 def table(rows: list[dict]) -> str:

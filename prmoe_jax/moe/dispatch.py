@@ -64,6 +64,18 @@ def blocked(x_GxSxD: jax.Array, routing: Routing, experts: Experts, slots: int) 
     return _by_runs(x_GxSxD, routing, experts, experts.blocked)
 
 
+def chosen(x_GxSxD: jax.Array, routing: Routing, experts: Experts, slots: int) -> jax.Array:
+    """Row by row, reading the weights of its expert alone: for no more choices than experts.
+
+    So few are the tokens of a step of decoding, whose cost is the reading of weights.
+    """
+    top_k = routing.expert_GxSxK.shape[-1]
+    x_RxD = jnp.repeat(x_GxSxD.reshape(-1, x_GxSxD.shape[-1]), top_k, axis=0)
+    y_RxD = experts.chosen(x_RxD, routing.expert_GxSxK.reshape(-1))
+    y_GxSxKxD = y_RxD.reshape(*routing.weight_GxSxK.shape, -1)
+    return jnp.einsum("GSKD,GSK->GSD", y_GxSxKxD, routing.weight_GxSxK.astype(y_RxD.dtype))
+
+
 def _by_runs(x_GxSxD, routing: Routing, experts: Experts, apply) -> jax.Array:
     """Rows in the order of their experts, through `apply`, and back.
 
@@ -114,8 +126,10 @@ def resolve(name: str, platform: str, spread: bool = False) -> str:
     return "gather/blocked" if platform == "cpu" else "gather/ragged"
 
 
-def backend(resolved: str, dropless: bool) -> Dispatch:
-    """The backend of a resolved name."""
+def backend(resolved: str, dropless: bool, few: bool = False) -> Dispatch:
+    """The backend of a resolved name; `few`: there are no more choices than experts."""
+    if few and dropless and "/" in resolved:
+        return chosen
     return BACKENDS[resolved.split("/")[-1 if dropless else 0]]
 
 

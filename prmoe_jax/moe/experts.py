@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from prmoe_jax import remat
+from prmoe_jax.weights import product, product_with_one, whole
 
 
 def normal(key: jax.Array, shape: tuple[int, ...], std: float) -> nnx.Param:
@@ -26,10 +27,9 @@ class MLP(nnx.Module):
 
     def __call__(self, x_D: jax.Array) -> jax.Array:
         """Maps [..., D] to [..., D] in x's dtype."""
-        w_in, b_in, w_out, b_out = (
-            p[...].astype(x_D.dtype) for p in (self.w_in, self.b_in, self.w_out, self.b_out)
-        )
-        return _gelu(remat.product(x_D @ w_in + b_in)) @ w_out + b_out
+        b_in, b_out = (p[...].astype(x_D.dtype) for p in (self.b_in, self.b_out))
+        h_F = _gelu(remat.product(product(x_D, self.w_in[...]) + b_in))
+        return product(h_F, self.w_out[...]) + b_out
 
 
 class Experts(nnx.Module):
@@ -101,8 +101,20 @@ class Experts(nnx.Module):
         block = min(256, max(16, 1 << (mean_rows - 1).bit_length()))
         return _blocked(block, x_RxD, rows_E, tuple(self._weights(x_RxD.dtype)))
 
+    def chosen(self, x_RxD: jax.Array, expert_R: jax.Array) -> jax.Array:
+        """Applies expert expert_R[r] to row r, reading no other weights: for few rows."""
+
+        def row(inputs):
+            x_D, e = inputs
+            b_in, b_out = (p[...].astype(x_D.dtype)[e] for p in (self.b_in, self.b_out))
+            h_1xF = _gelu(product_with_one(x_D[None], self.w_in[...], e) + b_in)
+            return (product_with_one(h_1xF, self.w_out[...], e) + b_out)[0]
+
+        with jax.named_scope("experts"):
+            return jax.lax.map(row, (x_RxD, expert_R))
+
     def _weights(self, dtype):
-        return (p[...].astype(dtype) for p in (self.w_in, self.b_in, self.w_out, self.b_out))
+        return (whole(p[...], dtype) for p in (self.w_in, self.b_in, self.w_out, self.b_out))
 
 
 def _gelu(x):
@@ -145,12 +157,16 @@ def _join(parts: list[jax.Array], axis: int) -> jax.Array:
     """`jnp.stack`, in a form that XLA fuses into the products that make the parts."""
     shape = list(parts[0].shape)
     shape.insert(axis, len(parts))
-    whole = jax.lax.empty(tuple(shape), parts[0].dtype)  # zeros would be written first
-    if axes := tuple(jax.typeof(parts[0]).manual_axis_type.varying):
-        whole = jax.lax.pcast(whole, axes, to="varying")
+    whole = _alike(jax.lax.empty(tuple(shape), parts[0].dtype), parts[0])  # zeros would be written
     for i, part in enumerate(parts):
         whole = jax.lax.dynamic_update_index_in_dim(whole, part, i, axis)
     return whole
+
+
+def _alike(fresh: jax.Array, x: jax.Array) -> jax.Array:
+    """A new array that may differ from device to device wherever x may, inside shard_map."""
+    axes = tuple(jax.typeof(x).manual_axis_type.varying)
+    return jax.lax.pcast(fresh, axes, to="varying") if axes else fresh
 
 
 @jax.custom_vjp
@@ -216,7 +232,8 @@ def _blocked_forward(block: int, x_RxD, rows_E, weights):
         return jax.lax.fori_loop(0, -(-rows // block), multiply, carry), None
 
     d_ff = weights[0].shape[-1]
-    empty = jnp.zeros((len(x_QxD), d_ff), x_RxD.dtype), jnp.zeros_like(x_QxD)
+    hidden_QxF = _alike(jnp.zeros((len(x_QxD), d_ff), x_RxD.dtype), x_RxD)
+    empty = hidden_QxF, jnp.zeros_like(x_QxD)
     starts_E = jnp.cumsum(rows_E) - rows_E
     (pre_QxF, y_QxD), _ = jax.lax.scan(expert, empty, (starts_E, rows_E, weights))
     served_Rx1 = (jnp.arange(len(x_RxD)) < rows_E.sum())[:, None]
@@ -244,7 +261,9 @@ def _blocked_backward(block: int, saved, dy_RxD):
             return dx_QxD, (dw_in, db_in, dw_out, db_out)
 
         # In float32: many blocks add up, and each would be rounded.
-        zeros = jax.tree.map(lambda w: jnp.zeros(w.shape), (w_in, b_in, w_out, b_out))
+        zeros = jax.tree.map(
+            lambda w: _alike(jnp.zeros(w.shape), dy_QxD), (w_in, b_in, w_out, b_out)
+        )
         dx_QxD, sums = jax.lax.fori_loop(0, -(-rows // block), multiply, (dx_QxD, zeros))
         return dx_QxD, jax.tree.map(lambda total: total.astype(x_QxD.dtype), sums)
 

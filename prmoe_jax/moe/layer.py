@@ -124,7 +124,8 @@ class MoE(nnx.Module):
             routing, metrics, slots = self._route(
                 parts, x_GxSxD, valid_GxS, capacity_factor, keys_G
             )
-        backend = dispatch.backend(self.moe.dispatch, dropless=math.isinf(capacity_factor))
+        few = batch * length * self.top_k <= self.experts.count
+        backend = dispatch.backend(self.moe.dispatch, math.isinf(capacity_factor), few)
         with jax.named_scope("dispatch"):
             y_GxSxD = backend(x_GxSxD, routing, parts["experts"], slots)
         kept_BxL = routing.kept_GxSxK.any(-1).reshape(batch, length)

@@ -9,6 +9,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from prmoe_jax.parallel.mesh import batch_axes, expert_axes
 from prmoe_jax.tree import named_leaves
+from prmoe_jax.weights import Narrow
 
 # By the end of a parameter's name, what each dimension after the stacked one is:
 #   T  heads, hidden units or vocabulary, split over `tensor`
@@ -57,13 +58,15 @@ def spec(
     Raises:
       KeyError: no rule names it.
     """
-    parts = name.split(".")
+    parts = name.removesuffix(".values").removesuffix(".units").split(".")
     roles = RULES.get(".".join(parts[-2:]), RULES.get(parts[-1]))
     if roles is None or len(shape) - len(roles) not in (0, 1):
         raise KeyError(f"no rule in RULES for {name} of shape {shape}")
     stacked = len(shape) - len(roles)
 
     def axes(role: str, size: int) -> tuple[str, ...]:
+        if size == 1:  # of units, along what is summed over
+            return ()
         names = {"T": ("tensor",), "F": ("slice", "tensor"), "A": ("tensor",)}.get(role, ())
         if role == "E":
             names = expert_axes(mesh, size)
@@ -142,7 +145,7 @@ _gather.defvjp(
 )
 
 
-def look_up(name: str, table_VxD: jax.Array, ids_BxL: jax.Array) -> jax.Array:
+def look_up(name: str, table_VxD: jax.Array | Narrow, ids_BxL: jax.Array) -> jax.Array:
     """table[ids]; on a mesh each device for its own rows, with every gradient summed into its part.
 
     Args:
@@ -151,6 +154,9 @@ def look_up(name: str, table_VxD: jax.Array, ids_BxL: jax.Array) -> jax.Array:
       ids_BxL: below V.
     """
     mesh = jax.sharding.get_abstract_mesh()
+    if isinstance(table_VxD, Narrow):
+        wide = look_up(name, table_VxD.values, ids_BxL).astype(jnp.float32)
+        return wide if table_VxD.units is None else wide * look_up(name, table_VxD.units, ids_BxL)
     if mesh.empty:
         return table_VxD[ids_BxL]
     parts = spec(name, table_VxD.shape, mesh)

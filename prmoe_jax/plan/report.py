@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from prmoe_jax.config import Config
 from prmoe_jax.data.pipeline import Batch
+from prmoe_jax.decoder import Decoder
 from prmoe_jax.model import Transformer, cast, resolve_backends
 from prmoe_jax.parallel import rules
 from prmoe_jax.parallel.mesh import batch_axes, make_mesh
@@ -138,19 +139,18 @@ def _training(config: Config, mesh: Mesh, teacher: Config | None):
 
 def _decoding(config: Config, mesh: Mesh):
     """The step that finds each sequence's next token, and what it needs, as shapes with places."""
-    batch, dtype = config.train.batch_size, jnp.dtype(config.model.dtype)
-    model = jax.eval_shape(lambda: cast(init_model(config), dtype, more=("tokens", "positions")))
+    batch = config.train.batch_size
+    model = jax.eval_shape(lambda: Decoder(init_model(config), config.model.dtype))
     places = rules.shardings(model, mesh, in_use=True)
     rows = batch_axes(mesh)
-    by_head = NamedSharding(mesh, PartitionSpec(None, rows, None, "tensor"))
-    past = jax.eval_shape(lambda: model.empty_past(batch))
+    by_head = NamedSharding(mesh, PartitionSpec(rows, None, "tensor"))
+    past = jax.eval_shape(lambda: model.empty_past(batch, config.model.length))
     past = jax.tree.map(lambda leaf: _place(leaf, by_head), past)
 
     def step(model, past, tokens_B):
         length_B = jnp.full(batch, config.model.length - 1)
-        x_Bx1xD, past = model.decode(tokens_B[:, None], jnp.ones((batch, 1), bool), past, length_B)
-        with jax.named_scope("logits"):
-            return jnp.argmax(model.logits(x_Bx1xD[:, 0]), axis=-1), past
+        x_Bx1xD, past = model(tokens_B[:, None], jnp.ones((batch, 1), bool), past, length_B)
+        return jnp.argmax(model.logits(x_Bx1xD[:, 0]), axis=-1), past
 
     step = jax.jit(step, donate_argnums=1, compiler_options=compiler_options(mesh))
     return step, [jax.tree.map(_place, model, places), past, _rows(mesh, (batch,), jnp.int32)]
@@ -169,7 +169,7 @@ def _uses(argument, model: str) -> list[tuple[str, object]]:
     """What an argument of a step is, for people; `model` names a model on its own."""
     if isinstance(argument, TrainState):
         return [("parameters", argument.model), ("optimizer", argument.optimizer)]
-    if isinstance(argument, Transformer):
+    if isinstance(argument, (Transformer, Decoder)):
         return [(model, argument)]
     return [("past" if isinstance(argument, list) else "batch", argument)]
 

@@ -1,0 +1,204 @@
+"""`prmoe bench decode`: the next token of a model beside that of its rivals, in one run.
+
+The rivals take turns, so that a noisy machine is unfair to all of them alike. Weights are random,
+which changes no cost.
+"""
+
+import contextlib
+import dataclasses
+import importlib.util
+import itertools
+import json
+import logging
+import os
+import statistics
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from prmoe_jax.bench.worker import worker
+from prmoe_jax.config import Config, ModelConfig, MoeConfig
+from prmoe_jax.decoder import Decoder, decoder
+from prmoe_jax.errors import UserError
+from prmoe_jax.generate import PIECE, STEPS, Sampling, advance, read
+from prmoe_jax.model import resolve_backends
+from prmoe_jax.parallel.mesh import make_mesh
+from prmoe_jax.sizes import cost
+from prmoe_jax.step import init_model
+
+log = logging.getLogger(__name__)
+
+GREEDY = Sampling(temperature=0)
+# Of the larger dense model, the parameters over those that a token uses of the model. In the paper
+# (section 5.5) a dense 6.7B is of a 1.3B + MoE-128's quality.
+LARGER = 5
+
+
+def bench_decode(
+    config: Config, batches: list[int], weights: list[str], prompt: int, repeats: int
+) -> list[dict]:
+    """Times each rival at each batch size, `generate.STEPS` tokens a turn.
+
+    The rivals: the config's model; its dense base, the same without experts; a dense model as deep,
+    of `LARGER` times the model's active parameters; and, on CPUs and where it is installed,
+    transformers' GPT-2 of the base's shape. Ours on one device, in float32 on CPUs.
+
+    Args:
+      config: the experiment.
+      batches: sequences that go on at a time.
+      weights: what weights are held in, of `generate.WEIGHTS`.
+      prompt: tokens in the past at the start.
+      repeats: timed turns.
+
+    Returns:
+      One row a rival: model, weights, batch, device, jax, params, active_params, ms_per_token (of
+      a sequence: median, min_ms, max_ms), tokens_per_s of the batch.
+
+    Raises:
+      UserError: the context is too short, or nothing is to be timed.
+    """
+    if repeats < 1 or min(batches) < 1:
+        raise UserError("--repeats and --batch must be 1 or more")
+    if prompt < 1 or prompt + STEPS > config.model.length:
+        raise UserError(
+            f"--prompt={prompt} and {STEPS} tokens more must fit model.length="
+            f"{config.model.length}; use --prompt={max(1, config.model.length - STEPS)} or less"
+        )
+    base = dense(config)
+    models = {"dense base": base, f"dense, {LARGER} times as active": larger(config)}
+    if any(config.model.schedule.experts):
+        models = {str(config.model.schedule): config} | models
+    rows = []
+    with contextlib.ExitStack() as stack:
+        ours = {
+            (name, kind): _ours(model, kind) for name, model in models.items() for kind in weights
+        }
+        theirs = {}
+        if importlib.util.find_spec("transformers") and jax.default_backend() == "cpu":
+            for dtype in ("float32", "bfloat16"):
+                theirs["transformers' GPT-2 as the base", dtype] = stack.enter_context(
+                    worker("transformers_worker", _as_gpt2(base.model), dtype, os.cpu_count())
+                )
+        for batch in batches:
+            log.info("batch %d", batch)
+            turns = {name: _turn(d, batch, prompt) for name, d in ours.items()}
+            for name, ask in theirs.items():
+                turns[name] = lambda ask=ask: ask(f"{batch} {prompt} {STEPS}")  # noqa: B023
+            for turn in turns.values():
+                turn()  # compiles
+            seconds = {name: [] for name in turns}
+            for _ in range(repeats):
+                for name, turn in turns.items():
+                    seconds[name].append(turn())
+            for (name, kind), values in seconds.items():
+                size = cost(models.get(name, base).model)
+                ms = sorted(value / STEPS * 1e3 for value in values)
+                rows.append(
+                    {
+                        "model": name,
+                        "weights": kind,
+                        "batch": batch,
+                        "device": jax.devices()[0].device_kind,
+                        "jax": jax.__version__,
+                        "params": size.total_params,
+                        "active_params": size.active_params,
+                        "ms_per_token": statistics.median(ms),
+                        "min_ms": ms[0],
+                        "max_ms": ms[-1],
+                        "tokens_per_s": batch / statistics.median(ms) * 1e3,
+                    }
+                )
+    return rows
+
+
+def dense(config: Config) -> Config:
+    """The same model without experts."""
+    model = dataclasses.replace(
+        config.model, placement="none", experts=(), top_k=1, residual=False, residual_mix="learned"
+    )
+    return dataclasses.replace(config, model=model, moe=MoeConfig())
+
+
+def larger(config: Config) -> Config:
+    """A dense model as deep, with heads as wide, of `LARGER` times the active parameters."""
+    base, active = dense(config), cost(config.model).active_params
+    model = base.model
+    for heads in itertools.count(model.heads):
+        wider = dataclasses.replace(
+            model,
+            heads=heads,
+            d_model=heads * model.d_model // model.heads,
+            d_ff=heads * model.d_ff // model.heads,
+        )
+        if cost(wider).total_params >= LARGER * active:
+            return dataclasses.replace(base, model=wider)
+
+
+def _ours(config: Config, kind: str) -> Decoder:
+    mesh = make_mesh(
+        dataclasses.replace(config, train=dataclasses.replace(config.train, accumulate=1)),
+        jax.devices()[:1],
+    )
+    if jax.default_backend() == "cpu":
+        model = dataclasses.replace(config.model, dtype="float32")
+        config = dataclasses.replace(config, model=model)
+    config = resolve_backends(config, jax.default_backend(), mesh)
+    model = jax.jit(init_model, static_argnums=0)(config)
+    return decoder(model, kind, mesh)
+
+
+def _turn(decoder: Decoder, batch: int, prompt: int) -> Callable[[], float]:
+    """Goes on from a prompt for `STEPS` tokens, and says how long it took."""
+    pieces = -(-prompt // PIECE)
+    vocabulary = decoder.config.vocab_size
+    tokens_BxT = np.zeros((batch, (pieces + 1) * PIECE), np.int32)
+    tokens_BxT[:, :prompt] = np.random.default_rng(0).integers(0, vocabulary, (batch, prompt))
+    lengths = np.full(batch, prompt, np.int32)
+    keys_B = jax.random.split(jax.random.key(0), batch)
+
+    def turn() -> float:
+        state = read(decoder, tokens_BxT, lengths, lengths + STEPS, keys_B, pieces)
+        jax.block_until_ready(state)
+        begun = time.perf_counter()
+        # No id ends the text.
+        jax.block_until_ready(advance(decoder, state, GREEDY, vocabulary, -1))
+        return time.perf_counter() - begun
+
+    return turn
+
+
+def _as_gpt2(model: ModelConfig) -> str:
+    """The shape of a dense model, for transformers' GPT2Config."""
+    return json.dumps(
+        {
+            "vocab_size": model.vocab_size,
+            "n_positions": model.length,
+            "n_embd": model.d_model,
+            "n_layer": model.layers,
+            "n_head": model.heads,
+            "n_inner": model.d_ff,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+        }
+    )
+
+
+def table(rows: list[dict]) -> str:
+    """The rows for people, one block a batch size."""
+    lines, batch = [], None
+    for row in rows:
+        if row["batch"] != batch:
+            batch = row["batch"]
+            lines += ["", f"batch {batch}"]
+            lines.append(
+                f"{'model':40} {'weights':9} {'params':>8} {'active':>8} {'ms/token':>9} "
+                f"{'min':>7} {'max':>7} {'tokens/s':>9}"
+            )
+        lines.append(
+            f"{row['model']:40} {row['weights']:9} {row['params'] / 1e6:7.1f}M "
+            f"{row['active_params'] / 1e6:7.1f}M {row['ms_per_token']:9.2f} {row['min_ms']:7.2f} "
+            f"{row['max_ms']:7.2f} {row['tokens_per_s']:9.1f}"
+        )
+    return "\n".join(lines[1:])

@@ -1,0 +1,129 @@
+"""Weights as inference holds them: in fewer bits than the arithmetic, or one expert's alone.
+
+A CPU reads a weight for each token anew, and that is what a token costs. What XLA makes of a narrow
+weight, or of one expert's slice of an array, is a whole copy in memory first; here it is read in
+blocks that stay in the cache.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+# Of a block of a weight; measured: a few times the cache next to a core.
+BLOCK = 1 << 19
+# Rows up to which a weight's reading is what costs.
+FEW_ROWS = 16
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Narrow:
+    """A weight in bfloat16, or in int8 in units of its own for each output."""
+
+    values: jax.Array
+    units: jax.Array | None = None  # float32, 1 along what is summed over
+
+    def __getitem__(self, everything) -> "Narrow":
+        """What an nnx.Param does for `[...]`."""
+        return self
+
+    def whole(self, dtype) -> jax.Array:
+        wide = self.values.astype(dtype)
+        return wide if self.units is None else wide * self.units.astype(dtype)
+
+
+def narrowed(w: jax.Array, kind: str, summed: tuple[int, ...]) -> Narrow:
+    """A weight as 'bfloat16' or 'int8'; `summed` are the axes that its product sums over."""
+    if kind == "bfloat16":
+        return Narrow(w.astype(jnp.bfloat16))
+    units = jnp.maximum(jnp.abs(w).max(summed, keepdims=True), 1e-30) / 127
+    return Narrow(jnp.round(w / units).astype(jnp.int8), units)
+
+
+def whole(w: jax.Array | Narrow, dtype) -> jax.Array:
+    """A weight in the dtype it is computed with."""
+    return w.whole(dtype) if isinstance(w, Narrow) else w.astype(dtype)
+
+
+def product(x: jax.Array, w: jax.Array | Narrow, axes: int = 1) -> jax.Array:
+    """Sums over the last axes of x and the first of w, as many as said; in x's dtype."""
+
+    def plain(x, w):
+        return jnp.tensordot(x, whole(w, x.dtype), axes)
+
+    rows = x.shape[: x.ndim - axes]
+    if not isinstance(w, Narrow) or math.prod(rows) > FEW_ROWS:
+        return plain(x, w)
+
+    def blocked(x, w):
+        depth = math.prod(x.shape[x.ndim - axes :])
+        y_RxF = _by_blocks(x.reshape(-1, depth), w.values.reshape(depth, -1))
+        y_RxF = y_RxF if w.units is None else y_RxF * w.units.reshape(1, -1)
+        return y_RxF.astype(x.dtype).reshape(*rows, *w.values.shape[axes:])
+
+    return jax.lax.platform_dependent(x, w, cpu=blocked, default=plain)
+
+
+def scores(x_BxD: jax.Array, table_VxD: jax.Array | Narrow) -> jax.Array:
+    """x @ tableᵀ, float32."""
+
+    def plain(x_BxD, table_VxD):
+        table_VxD = whole(table_VxD, x_BxD.dtype)
+        return jnp.einsum("BD,VD->BV", x_BxD, table_VxD, preferred_element_type=jnp.float32)
+
+    if not isinstance(table_VxD, Narrow) or len(x_BxD) > FEW_ROWS:
+        return plain(x_BxD, table_VxD)
+
+    def blocked(x_BxD, table_VxD):
+        vocabulary, width = table_VxD.values.shape
+        blocks = _blocks(vocabulary, width)
+
+        def some(block_VxD):
+            return x_BxD.astype(jnp.float32) @ block_VxD.astype(jnp.float32).T
+
+        y = jax.lax.map(some, table_VxD.values.reshape(blocks, -1, width))
+        y_BxV = y.swapaxes(0, 1).reshape(len(x_BxD), -1)
+        return y_BxV if table_VxD.units is None else y_BxV * table_VxD.units.T
+
+    return jax.lax.platform_dependent(x_BxD, table_VxD, cpu=blocked, default=plain)
+
+
+def product_with_one(x_1xD: jax.Array, w_ExDxF: jax.Array | Narrow, e: jax.Array) -> jax.Array:
+    """x @ w[e] in x's dtype, reading no other expert's weights."""
+    narrow = w_ExDxF if isinstance(w_ExDxF, Narrow) else Narrow(w_ExDxF)
+
+    def at(w):
+        return jax.lax.dynamic_index_in_dim(w, e, keepdims=False)
+
+    def plain(x_1xD, w, e):
+        return x_1xD @ jax.tree.map(at, w).whole(x_1xD.dtype)
+
+    def blocked(x_1xD, w, e):
+        y_1xF = _by_blocks(x_1xD, w.values, e)
+        return (y_1xF if w.units is None else y_1xF * at(w.units)).astype(x_1xD.dtype)
+
+    return jax.lax.platform_dependent(x_1xD, narrow, e, cpu=blocked, default=plain)
+
+
+def _blocks(rows: int, width: int) -> int:
+    """Into how many equal blocks of rows a weight is cut."""
+    return next(n for n in range(1, rows + 1) if rows % n == 0 and rows // n * width <= BLOCK)
+
+
+def _by_blocks(x_RxD: jax.Array, w: jax.Array, e: jax.Array | None = None) -> jax.Array:
+    """x @ w, or x @ w[e], float32, some rows of the weight at a time."""
+    depth, width = w.shape[-2:]
+    blocks = _blocks(depth, width)
+    size = depth // blocks
+
+    def part(i):
+        x = jax.lax.dynamic_slice_in_dim(x_RxD, i * size, size, axis=1)
+        if e is None:
+            block = jax.lax.dynamic_slice_in_dim(w, i * size, size)
+        else:
+            block = jax.lax.dynamic_slice(w, (e, i * size, 0), (1, size, width))[0]
+        return x.astype(jnp.float32) @ block.astype(jnp.float32)
+
+    return jax.lax.fori_loop(1, blocks, lambda i, y_RxF: y_RxF + part(i), part(0))

@@ -1,0 +1,266 @@
+"""Generation: cached decoding is the whole forward, whoever shares a batch; weights of few bits."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from prmoe_jax import architecture, config, generate
+from prmoe_jax.data.tokenizer import _bytes
+from prmoe_jax.decoder import Decoder
+from prmoe_jax.generate import Generator, Sampling, Written
+from prmoe_jax.model import resolve_backends
+from prmoe_jax.moe.experts import Experts
+from prmoe_jax.step import init_model
+from prmoe_jax.tree import named_leaves
+from prmoe_jax.weights import Narrow, narrowed, product, product_with_one, scores
+from tests.quick import jit
+
+
+def build(text, moe=(), **model):
+    """A small random model whose tokens are bytes."""
+    shape = {"vocab_size": 384, "length": 40, "d_model": 12, "heads": 2, "d_ff": 10}
+    fields = architecture.parse_fields(text) | shape | {"dtype": "float32", "init_std": 0.3}
+    moe = {"min_capacity": 1} | dict(moe) if fields["experts"] else {}
+    values = {"model": fields | model, "moe": moe, "train": {"steps": 1}}
+    return init_model(resolve_backends(config.resolve(values), "cpu"))
+
+
+def generator(model, weights="float32"):
+    mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1, 1, 1),
+                ("data", "fsdp", "expert_0", "slice", "tensor"))  # fmt: skip
+    return Generator(Decoder(model, weights), _bytes(), mesh)
+
+
+ARCHITECTURES = (
+    "3 layers",
+    "3 layers, E=3",
+    "3 layers, E=3, top 2",
+    "5 layers, E=2+7, residual",  # of 7 experts, 3 sequences read the chosen ones alone
+)
+
+
+@pytest.mark.parametrize("group_size", [0, 8])
+@pytest.mark.parametrize("text", ARCHITECTURES)
+def test_decoding_equals_the_whole_forward_at_every_place(text, group_size):
+    """Prompts of different lengths, padded, then one token at a time."""
+    moe = {"group_size": group_size} if "E" in text else {}
+    model = build(text, moe, length=16)
+    tokens_BxL = jax.random.randint(jax.random.key(1), (3, 16), 0, 384)
+    expected_BxLxD, _ = model(tokens_BxL, jnp.ones((3, 16), jnp.int32), capacity_factor=jnp.inf)
+    length_B = jnp.array([5, 1, 3])
+    valid_BxQ = jnp.arange(5) < length_B[:, None]
+    decoder = Decoder(model, "float32")
+    decode = jit(lambda decoder, *arguments: decoder(*arguments))
+    past = decoder.empty_past(3, 16)
+    x_BxQxD, past = decode(decoder, tokens_BxL[:, :5], valid_BxQ, past, jnp.zeros(3, jnp.int32))
+    np.testing.assert_allclose(
+        jnp.where(valid_BxQ[..., None], x_BxQxD - expected_BxLxD[:, :5], 0), 0, atol=1e-5
+    )
+    rows = jnp.arange(3)
+    for _ in range(11):
+        x_Bx1xD, past = decode(
+            decoder, tokens_BxL[rows, length_B][:, None], jnp.ones((3, 1), bool), past, length_B
+        )
+        np.testing.assert_allclose(x_Bx1xD[:, 0], expected_BxLxD[rows, length_B], atol=1e-5)
+        length_B += 1
+    np.testing.assert_allclose(
+        decoder.logits(x_Bx1xD[:, 0]), model.logits(x_Bx1xD)[:, 0], rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("text", ["3 layers, E=3, top 2", "5 layers, E=2+7, residual"])
+def test_greedy_text_is_the_likeliest_token_by_token(text, monkeypatch):
+    """Against the whole forward of every prefix; prompts longer and shorter than a piece."""
+    monkeypatch.setattr(generate, "PIECE", 8)
+    monkeypatch.setattr(generate, "STEPS", 5)
+    jax.clear_caches()  # the constants are part of what is compiled
+    model = build(text)
+    prompts = ["a sentence of 22 bytes", "", "the 8 by"]
+    texts = generator(model)(prompts, 12, Sampling(temperature=0))
+    tokenizer = _bytes()
+    forward = jit(
+        lambda tokens_1xL, valid_1xL: model.logits(
+            model(tokens_1xL, valid_1xL, capacity_factor=math.inf)[0]
+        )
+    )
+    for prompt, found in zip(prompts, texts, strict=True):
+        ids = [tokenizer.end_of_text, *tokenizer.encode(prompt)]
+        new = []
+        for _ in range(12):
+            tokens_1xL = np.zeros((1, 40), np.int32)
+            tokens_1xL[0, : len(ids)] = ids
+            logits_V = forward(tokens_1xL, np.int32(np.arange(40) < len(ids))[None])[
+                0, len(ids) - 1
+            ]
+            ids.append(int(logits_V[: tokenizer.size].argmax()))
+            if ids[-1] == tokenizer.end_of_text:
+                break
+            new.append(ids[-1])
+        assert found == tokenizer.decode(new)
+    jax.clear_caches()
+
+
+def test_a_text_does_not_depend_on_what_shares_its_batch():
+    """Other prompts, of other lengths, that end sooner or later: the same to the last bit."""
+    run = generator(build("5 layers, E=2+7, residual", init_std=0.1))
+    ours, others = "who shares", (["x", "y"], ["a much longer prompt", "by the other"], ["", "z"])
+    states = []
+    advance = generate.advance
+
+    def watched(*arguments):
+        states.append(advance(*arguments))
+        return states[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generate, "advance", watched)
+        for companions in others:
+            run([companions[0], ours, companions[1]], 16, Sampling(1.0), [5, 6, 7])
+    assert len(states) == 3
+    ends = {int(state.length_B[1]) for state in states}
+    assert len(ends) == 1
+    for state in states[1:]:
+        np.testing.assert_array_equal(state.x_BxD[1], states[0].x_BxD[1])
+        np.testing.assert_array_equal(state.tokens_BxT[1], states[0].tokens_BxT[1])
+    assert len({state.tokens_BxT[0].tobytes() for state in states}) == 3
+
+
+def test_seeds_and_samples():
+    run = generator(build("3 layers, E=3", init_std=0.1))
+    texts = run(["a", "a", "a"], 10, Sampling(1.0), [1, 2, 1])
+    assert texts[0] == texts[2] != texts[1]
+    assert run(["a"], 10, Sampling(1.0), [1]) == texts[:1]
+
+
+def draws(logits_V, sampling, count=2000):
+    keys_B = jax.random.split(jax.random.key(0), count)
+    logits_BxV = jnp.broadcast_to(jnp.asarray(logits_V), (count, len(logits_V)))
+    return np.bincount(generate._draw(logits_BxV, sampling, keys_B), minlength=len(logits_V))
+
+
+def test_what_is_drawn_by_hand():
+    """p = 0.5, 0.25, 0.125, 0.125 at temperature 1, in another order, and one id that isn't."""
+    logits_V = np.log([0.125, 0.5, 0.125, 0.25, 1e-30])
+    share = draws(logits_V, Sampling(1.0)) / 2000
+    np.testing.assert_allclose(share, [0.125, 0.5, 0.125, 0.25, 0], atol=0.04)
+    np.testing.assert_allclose(
+        draws(logits_V, Sampling(0.5))[[1, 3]] / 2000, [8 / 11, 2 / 11], atol=0.04
+    )
+    np.testing.assert_allclose(
+        draws(logits_V, Sampling(1.0, top_k=2)) / 2000, [0, 2 / 3, 0, 1 / 3, 0], atol=0.04
+    )
+    for top_p, kept in ((0.4, [1]), (0.5, [1]), (0.51, [1, 3]), (0.76, [0, 1, 2, 3])):
+        assert np.flatnonzero(draws(logits_V, Sampling(1.0, top_p=top_p))).tolist() == kept
+    assert draws(logits_V, Sampling(0)).tolist() == [0, 2000, 0, 0, 0]
+    assert np.flatnonzero(draws(logits_V, Sampling(1.0, top_k=3, top_p=0.3))).tolist() == [1]
+
+
+def test_text_as_it_comes():
+    """Stop texts, ends of documents and characters of several bytes, whatever the pieces."""
+    tokenizer = _bytes()
+    ids = tokenizer.encode("déjà vu STOP after")
+    for size in (1, 2, 3, 5, 40):
+        written, pieces = Written(tokenizer, ["STOP", "vux"]), []
+        for i in range(0, len(ids), size):
+            pieces.append(written.add(ids[i : i + size], i + size >= len(ids)))
+        assert "".join(pieces) == written.text == "déjà vu "
+        assert written.ended and not any("�" in piece or "S" in piece for piece in pieces)
+    written = Written(tokenizer, [])
+    assert written.add([*ids[:3], tokenizer.end_of_text, *ids], False) == "dé"
+    assert written.ended
+    written = Written(tokenizer, ["STOP"])
+    assert written.add(tokenizer.encode("a ST"), False) == "a "
+    assert written.add(tokenizer.encode("ILL"), True) == "STILL"
+
+
+def test_streaming_and_stops_in_a_batch():
+    run = generator(build("3 layers, E=3", init_std=0.1))
+    told = {0: "", 1: ""}
+
+    def on_text(i, piece):
+        assert piece
+        told[i] += piece
+
+    whole = run(["a", "b"], 30, Sampling(1.0), [1, 2])
+    stop = whole[0][5:7]
+    texts = run(["a", "b"], 30, Sampling(1.0), [1, 2], [stop], on_text)
+    assert list(told.values()) == texts
+    assert texts[0] == whole[0][: whole[0].index(stop)]
+    assert texts[1] == whole[1][: whole[1].find(stop) if stop in whole[1] else None]
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "int8"])
+def test_products_of_narrow_weights(kind, monkeypatch):
+    """By blocks and at once, they are those of the weights held; which are near the given ones."""
+    monkeypatch.setattr("prmoe_jax.weights.BLOCK", 40)
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(20, 3, 4)), jnp.float32)
+    w = jnp.asarray(rng.normal(size=(3, 4, 2, 5)), jnp.float32)
+    held = narrowed(w, kind, (0, 1))
+    wide = held.whole(jnp.float32)
+    error = {"bfloat16": jnp.abs(w) / 256, "int8": jnp.abs(w).max((0, 1)) / 254 * 1.001}[kind]
+    assert (jnp.abs(wide - w) <= error).all()
+    for rows in (1, 16, 20):
+        expected = np.einsum("rab,abcd->rcd", x[:rows], wide)
+        np.testing.assert_allclose(product(x[:rows], held, axes=2), expected, rtol=1e-5, atol=1e-5)
+        table = narrowed(jnp.asarray(rng.normal(size=(14, 12)), jnp.float32), kind, (-1,))
+        flat = x[:rows].reshape(rows, 12)
+        expected = flat @ table.whole(jnp.float32).T
+        np.testing.assert_allclose(scores(flat, table), expected, rtol=1e-5, atol=1e-5)
+    experts = narrowed(jnp.asarray(rng.normal(size=(3, 12, 7)), jnp.float32), kind, (-2,))
+    for e in range(3):
+        expected = flat[:1] @ experts.whole(jnp.float32)[e]
+        np.testing.assert_allclose(
+            product_with_one(flat[:1], experts, e), expected, rtol=1e-5, atol=1e-5
+        )  # noqa: E501
+
+
+def test_chosen_experts_are_the_experts():
+    """Row by row as in their own batch; weights of others are never read: they may be NaN."""
+    experts = Experts(5, 6, 8, 0.3, 0.3, jax.random.key(0))
+    x_RxD = jax.random.normal(jax.random.key(1), (4, 6))
+    expert_R = jnp.array([3, 0, 3, 1])
+    expected = experts(jnp.broadcast_to(x_RxD, (5, 4, 6)))[expert_R, jnp.arange(4)]
+    for name in ("w_in", "w_out"):
+        weight = getattr(experts, name)
+        weight[...] = weight[...].at[jnp.array([2, 4])].set(jnp.nan)
+    np.testing.assert_allclose(jit(experts.chosen)(x_RxD, expert_R), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("batch", "calls"), [(1, 2), (3, 1), (8, 0)])
+def test_steps_of_few_sequences_read_the_chosen_experts_alone(batch, calls, monkeypatch):
+    """Layers of 2 and of 7 experts: where there are no more choices than experts."""
+    counts, chosen = [], Experts.chosen
+
+    def watched(experts, *arguments):
+        counts.append(experts.count)
+        return chosen(experts, *arguments)
+
+    monkeypatch.setattr(Experts, "chosen", watched)
+    decoder = Decoder(build("4 layers, E=2+7, residual"), "float32")
+    ones = jnp.ones((batch, 1), jnp.int32)
+    jax.eval_shape(decoder, ones, ones > 0, decoder.empty_past(batch, 9), ones[:, 0])
+    assert len(counts) == calls
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "int8"])
+def test_a_model_of_narrow_weights(kind):
+    """Its large weights alone are held so, and it says nearly the same."""
+    model = build("5 layers, E=2+7, residual", init_std=0.1)
+    wide, narrow = (Decoder(model, weights) for weights in ("float32", kind))
+    tokens_BxQ = jax.random.randint(jax.random.key(1), (2, 9), 0, 256)
+    scored = []
+    for decoder in (wide, narrow):
+        arguments = tokens_BxQ, jnp.ones((2, 9), bool), decoder.empty_past(2, 9)
+        run = jit(lambda decoder, *arguments: decoder.logits(decoder(*arguments)[0][:, -1]))
+        scored.append(run(decoder, *arguments, jnp.zeros(2, jnp.int32)))
+    spread = float(jnp.std(scored[0]))
+    assert 0 < float(jnp.abs(scored[0] - scored[1]).max()) < 0.1 * spread
+    held = {name for name, leaf in named_leaves(narrow).items() if leaf.dtype != jnp.float32}
+    assert {name.removesuffix(".values").rpartition(".")[2] for name in held} == {
+        "tokens", "w_qkv", "w_out", "w_in"
+    }  # fmt: skip
+    assert isinstance(narrow.tokens[...], Narrow)
