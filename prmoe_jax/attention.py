@@ -94,21 +94,35 @@ def splash(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segments_BxL, interpret: bool = Fals
 
 
 class Past(NamedTuple):
-    """Keys and values of tokens already seen."""
+    """Keys and values of tokens already seen, in the order in which a CPU's products read them."""
 
-    k_BxTxHxK: jax.Array
-    v_BxTxHxK: jax.Array
+    k_BxHxKxT: jax.Array
+    v_BxHxTxK: jax.Array
+
+    @classmethod
+    def empty(cls, batch: int, heads: int, width: int, room: int, dtype) -> "Past":
+        """Room for so many tokens."""
+        shapes = (batch, heads, width, room), (batch, heads, room, width)
+        return cls(*(jnp.zeros(shape, dtype) for shape in shapes))
+
+    def extended(self, k_BxQxHxK: jax.Array, v_BxQxHxK: jax.Array, place_BxQ: jax.Array) -> "Past":
+        """With the keys and values of more tokens, each at its place, lost past the end."""
+        row_Bx1 = jnp.arange(len(place_BxQ))[:, None]
+        return Past(
+            self.k_BxHxKxT.at[row_Bx1, :, :, place_BxQ].set(k_BxQxHxK),
+            self.v_BxHxTxK.at[row_Bx1, :, place_BxQ].set(v_BxQxHxK),
+        )
 
 
 def attend_to_past(q_BxQxHxK, past: Past, place_BxQ) -> jax.Array:
     """softmax(q kᵀ / √K) v over the keys up to each query's own place; [B, Q, H, K]."""
     score_BxHxQxT = jnp.einsum(
-        "BQHK,BTHK->BHQT", q_BxQxHxK, past.k_BxTxHxK, preferred_element_type=jnp.float32
+        "BQHK,BHKT->BHQT", q_BxQxHxK, past.k_BxHxKxT, preferred_element_type=jnp.float32
     )
-    seen_BxQxT = jnp.arange(past.k_BxTxHxK.shape[1]) <= place_BxQ[..., None]
+    seen_BxQxT = jnp.arange(past.k_BxHxKxT.shape[-1]) <= place_BxQ[..., None]
     score_BxHxQxT *= q_BxQxHxK.shape[-1] ** -0.5
     weight_BxHxQxT = jax.nn.softmax(jnp.where(seen_BxQxT[:, None], score_BxHxQxT, -jnp.inf))
-    return jnp.einsum("BHQT,BTHK->BQHK", weight_BxHxQxT.astype(q_BxQxHxK.dtype), past.v_BxTxHxK)
+    return jnp.einsum("BHQT,BHTK->BQHK", weight_BxHxQxT.astype(q_BxQxHxK.dtype), past.v_BxHxTxK)
 
 
 class Attention(nnx.Module):
@@ -144,10 +158,8 @@ class Attention(nnx.Module):
         if past is not None:
             qkv_BxLx3xHxK = product(x_BxLxD, self.w_qkv[...]) + b_qkv
             q, k, v = (qkv_BxLx3xHxK[:, :, i] for i in range(3))
-            write = jax.vmap(partial(jax.lax.dynamic_update_slice_in_dim, axis=0))
-            past = Past(
-                *(write(old, new, place_BxL[:, 0]) for old, new in zip(past, (k, v), strict=True))
-            )
+            # Or XLA writes the new keys twice, once into a copy of the past for the product.
+            past = jax.lax.optimization_barrier(past.extended(k, v, place_BxL))
             y_BxLxHxK = attend_to_past(q, past, place_BxL)
             return product(y_BxLxHxK, self.w_out[...], axes=2) + b_out, past
         w_qkv, w_out = (p[...].astype(x_BxLxD.dtype) for p in (self.w_qkv, self.w_out))

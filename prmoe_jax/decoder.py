@@ -44,8 +44,8 @@ class Decoder(nnx.Module):
     def empty_past(self, batch: int, room: int) -> list[Past]:
         """Room for keys and values of so many tokens, of every layer."""
         config = self.config
-        shape = batch, room, config.heads, config.d_model // config.heads
-        return [Past(*(jnp.zeros(shape, config.dtype) for _ in range(2))) for _ in self.layers]
+        shape = batch, config.heads, config.d_model // config.heads, room
+        return [Past.empty(*shape, config.dtype) for _ in self.layers]
 
     def __call__(
         self, tokens_BxQ: jax.Array, valid_BxQ: jax.Array, past: list[Past], length_B: jax.Array

@@ -90,7 +90,8 @@ def restore_run(
     if layout:
         config = replace(anywhere, mesh=layout)
         count = len(jax.devices() if devices is None else devices)
-        train = replace(config.train, batch_size=count * config.model.length, accumulate=1)
+        rows = max(1, config.group_size // config.model.length)
+        train = replace(config.train, batch_size=count * rows, accumulate=1)
         mesh = make_mesh(replace(config, train=train), devices)
     else:
         try:

@@ -11,8 +11,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-# Of a block of a weight; measured: a few times the cache next to a core.
-BLOCK = 1 << 19
+# Elements of a block: of a narrow weight, and of one expert's. Measured.
+BLOCK, BLOCK_OF_ONE = 1 << 19, 1 << 16
 # Rows up to which a weight's reading is what costs.
 FEW_ROWS = 16
 
@@ -78,7 +78,7 @@ def scores(x_BxD: jax.Array, table_VxD: jax.Array | Narrow) -> jax.Array:
 
     def blocked(x_BxD, table_VxD):
         vocabulary, width = table_VxD.values.shape
-        blocks = _blocks(vocabulary, width)
+        blocks = _blocks(vocabulary, width, BLOCK)
 
         def some(block_VxD):
             return x_BxD.astype(jnp.float32) @ block_VxD.astype(jnp.float32).T
@@ -107,15 +107,16 @@ def product_with_one(x_1xD: jax.Array, w_ExDxF: jax.Array | Narrow, e: jax.Array
     return jax.lax.platform_dependent(x_1xD, narrow, e, cpu=blocked, default=plain)
 
 
-def _blocks(rows: int, width: int) -> int:
-    """Into how many equal blocks of rows a weight is cut."""
-    return next(n for n in range(1, rows + 1) if rows % n == 0 and rows // n * width <= BLOCK)
+def _blocks(rows: int, width: int, elements: int) -> int:
+    """Into how many equal blocks of rows a weight is cut, so that one has few enough elements."""
+    fits = (n for n in range(1, rows + 1) if rows % n == 0 and rows // n * width <= elements)
+    return next(fits, rows)
 
 
 def _by_blocks(x_RxD: jax.Array, w: jax.Array, e: jax.Array | None = None) -> jax.Array:
     """x @ w, or x @ w[e], float32, some rows of the weight at a time."""
     depth, width = w.shape[-2:]
-    blocks = _blocks(depth, width)
+    blocks = _blocks(depth, width, BLOCK if e is None else BLOCK_OF_ONE)
     size = depth // blocks
 
     def part(i):

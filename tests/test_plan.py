@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -348,8 +349,18 @@ def test_a_plan_by_the_real_compiler(tmp_path):
     # capacity is even.
     assert [c["bytes"] for c in exchanged] == [4 * 2 * 512 * 256 * 2] * 2
     alone = result["modelled_step_s"]
-    taught = [f"--teacher={config_name}", "--config.teacher.workdir=any"]
-    done = subprocess.run([*command, *taught], capture_output=True, text=True, cwd=tmp_path)
+    values = dict(change.split("=") for change in changes)
+    sizes = {name: int(size) for name, size in values.items() if size.isdecimal()}
+    (tmp_path / "teacher.py").write_text(
+        "from configs import tiny\n\n\ndef get_config():\n"
+        "    values = tiny.get_config('4 layers, E=4+8, residual')\n"
+        f"    values.model.update({sizes | {'dtype': 'bfloat16'}})\n    return values\n"
+    )
+    taught = [f"--teacher={tmp_path}/teacher.py", "--config.teacher.workdir=any"]
+    path = os.environ | {"PYTHONPATH": str(Path(tiny.__file__).parent.parent)}
+    done = subprocess.run(
+        [*command, *taught], capture_output=True, text=True, cwd=tmp_path, env=path
+    )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     # Parameters in float32, in the teacher those that it computes with in bfloat16.

@@ -143,7 +143,7 @@ def _decoding(config: Config, mesh: Mesh):
     model = jax.eval_shape(lambda: Decoder(init_model(config), config.model.dtype))
     places = rules.shardings(model, mesh, in_use=True)
     rows = batch_axes(mesh)
-    by_head = NamedSharding(mesh, PartitionSpec(rows, None, "tensor"))
+    by_head = NamedSharding(mesh, PartitionSpec(rows, "tensor"))
     past = jax.eval_shape(lambda: model.empty_past(batch, config.model.length))
     past = jax.tree.map(lambda leaf: _place(leaf, by_head), past)
 
