@@ -59,6 +59,19 @@ class Checkpoints:
         if not saved and step != self.latest():
             raise UserError(f"checkpoint {step} was not written to {self._directory}")
 
+    def save_model(self, step: int, model: Transformer) -> None:
+        """Writes a checkpoint of a model alone, with which no training goes on.
+
+        Raises:
+          UserError: it could not be written.
+        """
+        items = ocp.args.Composite(model=ocp.args.StandardSave(named_leaves(model)))
+        try:
+            self._manager.save(step, args=items)
+        except Exception as error:
+            raise self._cannot_write(error) from error
+        self.wait()
+
     def wait(self) -> None:
         """Returns when every checkpoint is complete on disk.
 
@@ -86,6 +99,11 @@ class Checkpoints:
         shapes = jax.eval_shape(lambda: init_state(config))
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:
+            if not (self._directory / str(step) / "optimizer").exists():
+                raise UserError(
+                    f"checkpoint {step} in {self._directory} holds a model alone; train another "
+                    "run that starts as it, by --config.init.workdir"
+                )
             arguments = ocp.args.Composite(
                 model=_restore_arguments(shapes.model, mesh),
                 optimizer=_restore_arguments(shapes.optimizer, mesh),

@@ -30,6 +30,7 @@ settings:
 
 
 WEIGHTS = "float32", "bfloat16", "int8"
+KINDS = "gpt2", "safetensors"
 
 # S, M, F, E of `prmoe bench moe`.
 BENCH_SIZES = (
@@ -259,6 +260,19 @@ def _check_run(workdir: Path) -> None:
     config.load(workdir / CONFIG)
 
 
+def _import(options, rest) -> None:
+    from prmoe_jax.interop.run import import_run
+
+    _show(import_run(options.kind, options.source, options.workdir), options.json)
+
+
+def _export(options, rest) -> None:
+    _check_run(options.workdir)
+    from prmoe_jax.interop.run import export_run
+
+    _show(export_run(options.kind, options.workdir, options.out), options.json)
+
+
 def _params(options, rest) -> None:
     from prmoe_jax import sizes
 
@@ -434,6 +448,17 @@ def _parser() -> argparse.ArgumentParser:
         help="what weights are held in (default: the run's dtype, on CPUs float32)",
     )
     sub.add_argument("--mesh", help="devices by axis, such as expert:4,tensor:2 (default: one)")
+
+    kinds = "gpt2: Hugging Face's GPT2LMHeadModel; safetensors: our own names, with a model card"
+    sub = verb("import", _import, "make a run's folder from another library's model")
+    sub.add_argument("--kind", choices=KINDS, required=True, help=kinds)
+    sub.add_argument("--source", type=Path, required=True, help="the folder to read")
+    sub.add_argument("--workdir", type=Path, required=True, help="the run's folder, a new one")
+
+    sub = verb("export", _export, "write a run's newest model for another library")
+    sub.add_argument("--kind", choices=KINDS, required=True, help=kinds)
+    sub.add_argument("--workdir", type=Path, required=True, help="the run's folder")
+    sub.add_argument("--out", type=Path, required=True, help="the folder to write, a new one")
 
     sub = verb("params", _params, "count a config's parameters and FLOPs, building nothing", True)
     sub.add_argument("--paper", action="store_true", help="all models of the paper, side by side")

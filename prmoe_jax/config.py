@@ -139,6 +139,14 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class InitConfig:
+    """The run to start as, see upcycle.py; without a workdir a run starts at random."""
+
+    workdir: str = ""  # its newest checkpoint
+    noise: float = 0.0  # on experts that start as copies, in standard deviations of the weight
+
+
+@dataclasses.dataclass(frozen=True)
 class TeacherConfig:
     """The run that teaches (MoS, paper section 4.2); without workdir and lessons there is none."""
 
@@ -199,6 +207,7 @@ class Config:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    init: InitConfig = dataclasses.field(default_factory=InitConfig)
     teacher: TeacherConfig = dataclasses.field(default_factory=TeacherConfig)
     kd: KdConfig = dataclasses.field(default_factory=KdConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
@@ -409,6 +418,7 @@ def _check(config: Config) -> None:
     _check_mesh(config.mesh)
     _check_data(config)
     _check_training(config)
+    _check_init(config)
     _check_distillation(config)
 
 
@@ -621,6 +631,19 @@ def _check_training(config: Config) -> None:
     _check_ranges("eval", config.eval, "every batches", 0)
     _check_ranges("checkpoint", config.checkpoint, "every keep", 1)
     _check_ranges("log", config.log, "every", 1)
+
+
+def _check_init(config: Config) -> None:
+    init = config.init
+    _check_ranges("init", init, "noise", 0)
+    _require(
+        bool(init.workdir) or init.noise == 0,
+        f"init.noise={init.noise} has no effect without init.workdir, the run to start as",
+    )
+    _require(
+        not (init.workdir and config.teacher.inherit),
+        "init.workdir and teacher.inherit=true: a run starts as one other; leave one of them out",
+    )
 
 
 def _check_distillation(config: Config) -> None:

@@ -209,8 +209,8 @@ def cut(
     theirs, ours = teacher.config, student.config
     width_D = _largest(worth["tokens"], ours.d_model)
     keep = {"D": width_D, "L": jnp.arange(ours.length)}
-    named, have = named_leaves(teacher), _places(theirs)
-    want = {place: i for i, place in enumerate(_places(ours))}
+    named, have = named_leaves(teacher), places(theirs)
+    want = {place: i for i, place in enumerate(places(ours))}
     cut_layers: dict[int, dict] = {}
 
     def of_layer(i: int) -> dict:
@@ -239,7 +239,7 @@ def cut(
     return jax.tree.unflatten(jax.tree.structure(student), leaves)
 
 
-def _places(model: ModelConfig) -> list[tuple[int, int, int]]:
+def places(model: ModelConfig) -> list[tuple[int, int, int]]:
     """Of each layer: stage, block of its cell, repeat."""
     return [
         (s, block, repeat)

@@ -34,6 +34,7 @@ from prmoe_jax.parallel.mesh import local_rows, make_mesh, replicated, split_bat
 from prmoe_jax.sizes import cost
 from prmoe_jax.step import TrainState, make_eval_step, on_mesh, sharded_state
 from prmoe_jax.teacher import Teacher, frozen, inherited, restore_teacher
+from prmoe_jax.upcycle import started
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +90,8 @@ def train(config: Config, workdir: Path, profile: tuple[int, int] | None = None)
         else:
             step = 0
             state = sharded_state(resolved, mesh)
+            if config.init.workdir:
+                state = state._replace(model=started(resolved, mesh, data.tokenizer))
         teacher, inherits = None, config.teacher.inherit and not restored
         if inherits or (step < config.kd_steps and not config.teacher.lessons):
             # A resumed run goes on with the checkpoint that taught it before.

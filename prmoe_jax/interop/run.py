@@ -1,0 +1,141 @@
+"""`prmoe import` and `prmoe export`: other libraries' files to a run's folder, and back."""
+
+import dataclasses
+import logging
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from prmoe_jax import config as configs
+from prmoe_jax import workdir as workdirs
+from prmoe_jax.checkpoint import Checkpoints
+from prmoe_jax.config import Config, resolve
+from prmoe_jax.data.tokenizer import Tokenizer, check_fits, from_vocabulary
+from prmoe_jax.errors import UserError
+from prmoe_jax.evaluate import restore_run
+from prmoe_jax.interop.gpt2 import check_dense, read_gpt2, write_gpt2
+from prmoe_jax.interop.tensors import check_coverage, read_json, read_tensors, write_tensors
+from prmoe_jax.metrics import read_metrics
+from prmoe_jax.sizes import cost
+from prmoe_jax.step import init_model
+from prmoe_jax.tree import named_leaves
+
+log = logging.getLogger(__name__)
+
+KINDS = "gpt2", "safetensors"
+
+
+def import_run(kind: str, source: Path, workdir: Path) -> dict:
+    """Makes a run's folder, at step 0, from another library's.
+
+    Args:
+      kind: 'gpt2', Hugging Face's GPT2LMHeadModel; 'safetensors', what `export_run` wrote.
+      source: the folder to read; nothing in it is executed.
+      workdir: the folder to make.
+
+    Returns:
+      workdir, parameters, vocab_size.
+
+    Raises:
+      UserError: the source doesn't fit, or the workdir holds a run.
+    """
+    if (workdir / workdirs.CONFIG).exists():
+        raise UserError(f"--workdir={workdir} holds a run; give another folder")
+    config, leaves = (read_gpt2 if kind == "gpt2" else _read_ours)(source)
+    stored = workdir / workdirs.TOKENIZER
+    data = dataclasses.replace(config.data, tokenizer=str(stored))
+    config = dataclasses.replace(config, data=data)
+    tokenizer = _tokenizer(source)
+    check_fits(tokenizer, config.model.vocab_size)
+    shapes = jax.eval_shape(lambda: init_model(config))
+    structure = jax.tree.structure(shapes)
+    model = jax.tree.unflatten(structure, [leaves[name] for name in named_leaves(shapes)])
+    with workdirs.locked(workdir):
+        checkpoints = Checkpoints(workdir, keep=1)
+        checkpoints.save_model(0, jax.tree.map(jax.numpy.asarray, model))
+        checkpoints.close()
+        tokenizer.save(stored)
+        configs.save(config, workdir / workdirs.CONFIG)
+    size = sum(leaf.size for leaf in leaves.values())
+    return {"workdir": str(workdir), "parameters": size, "vocab_size": config.model.vocab_size}
+
+
+def export_run(kind: str, workdir: Path, out: Path) -> dict:
+    """Writes a run's newest checkpoint for another library.
+
+    Args:
+      kind: 'gpt2', for Hugging Face's GPT2LMHeadModel; 'safetensors', our names, with the config
+        and a model card.
+      workdir: the run's folder.
+      out: the folder to make.
+
+    Returns:
+      out, step, parameters.
+
+    Raises:
+      UserError: no run there, one that the kind can't hold, or `out` exists.
+    """
+    if out.exists():
+        raise UserError(f"--out={out} exists; give another folder, or remove it")
+    config = configs.load(workdir / workdirs.CONFIG)  # with the backends' names still open
+    if kind == "gpt2":
+        check_dense(config.model)
+    _, step, model, _ = restore_run(workdir, jax.local_devices()[:1])
+    tokenizer = Tokenizer.load(workdir / workdirs.TOKENIZER)
+    leaves = {name: np.asarray(leaf) for name, leaf in named_leaves(model).items()}
+    out.mkdir(parents=True)
+    if kind == "gpt2":
+        write_gpt2(config, leaves, out)
+    else:
+        write_tensors(leaves, out)
+        configs.save(config, out / workdirs.CONFIG)
+        (out / "README.md").write_text(_card(config, step, workdir))
+    tokenizer.save(out / "tokenizer.json")
+    size = sum(leaf.size for leaf in leaves.values())
+    return {"out": str(out), "step": step, "parameters": size}
+
+
+def _read_ours(folder: Path) -> tuple[Config, dict[str, np.ndarray]]:
+    config = resolve(read_json(folder / workdirs.CONFIG))
+    tensors = read_tensors(folder)
+    shapes = named_leaves(jax.eval_shape(lambda: init_model(config)))
+    log.info("%s: %s", folder, check_coverage(tensors, set(shapes), folder))
+    for name, shape in shapes.items():
+        if tensors[name].shape != shape.shape:
+            raise UserError(f"{folder}: {name} has shape {tensors[name].shape}, not {shape.shape}")
+    return config, tensors
+
+
+def _tokenizer(source: Path) -> Tokenizer:
+    if (source / "tokenizer.json").is_file():
+        return Tokenizer.load(source / "tokenizer.json")
+    if (source / "vocab.json").is_file() and (source / "merges.txt").is_file():
+        return from_vocabulary(source / "vocab.json", source / "merges.txt")
+    raise UserError(f"{source} has no tokenizer.json, nor vocab.json with merges.txt")
+
+
+def _card(config: Config, step: int, workdir: Path) -> str:
+    """What the weights are, for whoever finds them."""
+    size, model = cost(config.model), config.model
+    lines = [line for line in read_metrics(workdir / "metrics.jsonl") if "eval/loss" in line]
+    measured = ""
+    if lines:
+        last = lines[-1]
+        measured = (
+            f"Validation loss {last['eval/loss']:.4f} nats a token, "
+            f"{last['eval/bits_per_byte']:.4f} bits a byte, after step {last['step']}.\n"
+        )
+    return f"""# {model.schedule}
+
+A decoder of {size.total_params:,} parameters, {size.active_params:,} of them active for a token.
+Width {model.d_model}, {model.heads} heads, hidden width {model.d_ff}, context {model.length},
+vocabulary {model.vocab_size}. Trained for {step * config.tokens_per_step:,} tokens of
+`{config.data.corpus}` by prmoe_jax, seed {config.seed}.
+{measured}
+`model.safetensors` holds the parameters under prmoe_jax's names, `config.json` its settings,
+`tokenizer.json` the tokenizer. To use it:
+
+    prmoe import --kind=safetensors --source=. --workdir=runs/imported
+    prmoe generate --workdir=runs/imported --prompt="…"
+"""

@@ -1,0 +1,138 @@
+"""A run that starts as another one: the same model, or with experts where it has none.
+
+Sparse upcycling (Komatsuzaki et al., arXiv 2212.05055): every expert, and the residual MLP, starts
+as the dense MLP of its layer, plus noise if wanted; routers and residual coefficients start anew.
+With top 2, whose weights add up to 1, and no noise the first loss is the dense model's; top 1
+weighs its expert by the router's probability, and starts higher.
+"""
+
+import dataclasses
+import logging
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from prmoe_jax import workdir as workdirs
+from prmoe_jax.checkpoint import Checkpoints
+from prmoe_jax.config import Config, ModelConfig, load
+from prmoe_jax.data.tokenizer import Tokenizer
+from prmoe_jax.errors import UserError
+from prmoe_jax.model import Transformer, resolve_backends
+from prmoe_jax.parallel import rules
+from prmoe_jax.step import init_model
+from prmoe_jax.student import places
+from prmoe_jax.tree import named_leaves
+
+log = logging.getLogger(__name__)
+
+# Of an MoE layer, what no dense layer has.
+STARTS_ANEW = {"w_router", "bias_router", "w_mix", "b_mix"}
+
+
+def started(config: Config, mesh: Mesh, tokenizer: Tokenizer) -> Transformer:
+    """The first model of a run with `config.init.workdir`.
+
+    Args:
+      config: the run's.
+      mesh: the run's.
+      tokenizer: the run's, which must be that of the one it starts as.
+
+    Raises:
+      UserError: no run there, or it doesn't fit.
+    """
+    workdir = Path(config.init.workdir)
+    try:
+        settings = load(workdir / workdirs.CONFIG)
+    except UserError as error:
+        raise UserError(f"{error}; --config.init.workdir names the run to start as") from None
+    check_fits(settings.model, config.model)
+    stored = workdir / workdirs.TOKENIZER
+    if Tokenizer.load(stored).fingerprint != tokenizer.fingerprint:
+        raise UserError(
+            f"the run in {workdir} has another tokenizer; use --config.data.tokenizer={stored}"
+        )
+    moe = dataclasses.replace(settings.moe, exchange=config.moe.exchange)
+    settings = dataclasses.replace(settings, mesh=config.mesh, moe=moe)
+    settings = resolve_backends(settings, jax.default_backend(), mesh)
+    checkpoints = Checkpoints(workdir)
+    step, model = checkpoints.restore_model(settings, mesh)
+    checkpoints.close()
+    log.info("starts as step %d of %s, %s", step, workdir, settings.model.schedule)
+
+    def start(model):
+        return upcycled(model, init_model(config), jax.random.key(config.seed), config.init.noise)
+
+    out = rules.shardings(jax.eval_shape(lambda: init_model(config)), mesh)
+    return jax.jit(start, out_shardings=out)(model)
+
+
+def check_fits(source: ModelConfig, model: ModelConfig) -> None:
+    """Refuses a model of which some part would silently start anew.
+
+    Raises:
+      UserError: names the setting, or the layer.
+    """
+    for name in ("layers", "d_model", "heads", "d_ff", "vocab_size"):
+        ours, theirs = getattr(model, name), getattr(source, name)
+        if ours != theirs:
+            raise UserError(f"model.{name}={ours}, the run to start as has {theirs}; use the same")
+    if model.length > source.length:
+        raise UserError(
+            f"model.length={model.length} exceeds the {source.length} positions of the run to "
+            f"start as; use {source.length} or less"
+        )
+    pairs = zip(source.schedule.experts, model.schedule.experts, strict=True)
+    for layer, (have, want) in enumerate(pairs):
+        if have not in (0, want):
+            raise UserError(
+                f"layer {layer} has {want or 'no'} experts, that of the run to start as {have}; an "
+                "MoE layer starts as a dense one or as one with as many experts"
+            )
+        mixes = [(m.residual, m.residual_mix) for m in (source, model)]
+        if have and mixes[0] != mixes[1]:
+            raise UserError(
+                f"model.residual={model.residual}, residual_mix={model.residual_mix}: the run to "
+                f"start as has {source.residual}, {source.residual_mix}; use the same"
+            )
+
+
+def upcycled(source: Transformer, fresh: Transformer, key: jax.Array, noise: float) -> Transformer:
+    """`fresh` with the parameters of `source`; to be called under jit.
+
+    Args:
+      source: the model to start as.
+      fresh: the model at step 0.
+      key: of the noise.
+      noise: its standard deviation, in that of the weight it is added to; experts only.
+    """
+    named, at = named_leaves(source), places(source.config)
+    layer_of = {place: layer for layer, place in enumerate(places(fresh.config))}
+
+    def part(layer: int, name: str, like, key):
+        stage, block, repeat = at[layer]
+        prefix = f"stages.{stage}.blocks.{block}."
+        if prefix + name in named:
+            return named[prefix + name][repeat]
+        if name.rpartition(".")[2] in STARTS_ANEW:
+            return like
+        dense = name.replace("mlp.experts.", "mlp.").replace("mlp.mlp.", "mlp.")
+        base = named[prefix + dense][repeat]
+        if not name.startswith("mlp.experts."):
+            return base
+        spread = noise * jnp.std(base)
+        return base + spread * jax.random.normal(key, like.shape)
+
+    leaves = []
+    for number, (name, leaf) in enumerate(named_leaves(fresh).items()):
+        words = name.split(".")
+        if words[0] != "stages":
+            leaves.append(named[name][: len(leaf)])  # positions may be fewer
+            continue
+        stage, block, rest = int(words[1]), int(words[3]), ".".join(words[4:])
+        keys = jax.random.split(jax.random.fold_in(key, number), len(leaf))
+        layers = [layer_of[stage, block, n] for n in range(len(leaf))]
+        parts = [part(i, rest, leaf[n], keys[n]) for n, i in enumerate(layers)]
+        leaves.append(jnp.stack(parts))
+    return jax.tree.unflatten(jax.tree.structure(fresh), leaves)

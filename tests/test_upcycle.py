@@ -1,0 +1,115 @@
+"""A run that starts as another: the same function, experts as copies, and nothing silently anew."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from prmoe_jax.cli import main
+from prmoe_jax.errors import UserError
+from prmoe_jax.step import init_model
+from prmoe_jax.tree import named_leaves
+from prmoe_jax.upcycle import check_fits, upcycled
+from tests.quick import jit
+from tests.test_step import make_batch, settings
+from tests.test_student import layers_of
+from tests.test_train import arguments, logged, text  # noqa: F401
+
+
+def started(source, target, noise=0.0):
+    """The source's model, and the target's that starts as it."""
+    check_fits(source.model, target.model)
+    model, fresh = init_model(source), init_model(target)
+    key = jax.random.key(5)
+    return model, jit(lambda model: upcycled(model, fresh, key, noise))(model)
+
+
+def activations(model):
+    """Those of tokens; padding isn't routed."""
+    batch = make_batch()
+    run = jit(lambda m: m(batch.tokens_BxL, batch.segments_BxL, capacity_factor=math.inf)[0])
+    return np.asarray(run(model))[batch.segments_BxL > 0]
+
+
+@pytest.mark.parametrize("text", ["4 layers, E=2+3, top 2", "4 layers, E=2+3, top 2, residual"])
+def test_top_2_computes_what_the_dense_model_did(text):  # noqa: F811
+    source = settings("4 layers", seed=3)
+    model, grown = started(source, settings(text, model={"length": 8}))
+    np.testing.assert_allclose(activations(grown), activations(model), rtol=1e-4, atol=1e-5)
+
+
+def test_every_part_by_hand():
+    """Experts and the residual MLP are the dense MLP, the router is the seed's, the rest stays."""
+    target = settings("4 layers, E=2+3, residual")
+    model, grown = started(settings("4 layers", seed=3), target)
+    fresh = layers_of(init_model(target))
+    for layer, (before, after) in enumerate(zip(layers_of(model), layers_of(grown), strict=True)):
+        for name, leaf in after.items():
+            if ".experts." in name:
+                expected = before[name.replace("experts.", "")]
+                assert len(leaf) == (0, 2, 0, 3)[layer]
+                for expert in leaf:
+                    np.testing.assert_array_equal(expert, expected)
+            elif name in ("mlp.w_router", "mlp.w_mix", "mlp.b_mix"):
+                np.testing.assert_array_equal(leaf, fresh[layer][name])
+            else:
+                np.testing.assert_array_equal(leaf, before[name.replace("mlp.mlp.", "mlp.")])
+    for name in ("tokens", "positions", "norm.scale"):
+        np.testing.assert_array_equal(named_leaves(grown)[name], named_leaves(model)[name])
+
+
+def test_noise_makes_experts_differ():
+    """By its share of the weight's spread, each its own; the residual MLP stays exact."""
+    target = settings("2 layers, E=3, residual", model={"d_ff": 40, "d_model": 24})
+    source = settings("2 layers", model={"d_ff": 40, "d_model": 24})
+    model, grown = started(source, target, noise=0.2)
+    before, after = layers_of(model)[1], layers_of(grown)[1]
+    noise = (after["mlp.experts.w_in"] - before["mlp.w_in"]) / before["mlp.w_in"].std()
+    np.testing.assert_allclose(noise.std((1, 2)), 0.2, rtol=0.1)
+    assert np.abs(np.corrcoef(noise.reshape(3, -1))[np.triu_indices(3, 1)]).max() < 0.15
+    np.testing.assert_array_equal(after["mlp.mlp.w_in"], before["mlp.w_in"])
+
+
+def test_the_same_model_is_a_copy():
+    values = settings("4 layers, E=2+3, residual", seed=3)
+    model, copy = started(values, settings("4 layers, E=2+3, residual"))
+    jax.tree.map(np.testing.assert_array_equal, model, copy)
+    assert (init_model(settings("4 layers, E=2+3, residual")).tokens[...] != copy.tokens[...]).any()
+    assert jnp.isfinite(copy.tokens[...]).all()
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "model", "message"),
+    [
+        ("4 layers", "6 layers, E=3", {}, "model.layers=6, the run to start as has 4"),
+        ("4 layers", "4 layers, E=3", {"d_ff": 12}, "model.d_ff=12, the run to start as has 10"),
+        ("4 layers", "4 layers, E=3", {"length": 9}, "exceeds the 8 positions of the run to start"),
+        ("4 layers, E=3", "4 layers", {}, "layer 1 has no experts, that of the run to start as 3"),
+        ("4 layers, E=3", "4 layers, E=3+4", {}, "layer 3 has 4 experts, that of the run to star"),
+        ("4 layers, E=3", "4 layers, E=3, residual", {}, "model.residual=True, residual_mix=learn"),
+    ],
+)
+def test_what_does_not_fit(source, target, model, message):
+    with pytest.raises(UserError) as error:
+        check_fits(settings(source).model, settings(target, model=model).model)
+    assert message in str(error.value)
+
+
+def test_a_run_goes_on_from_a_dense_one(text, tmp_path, capsys):  # noqa: F811
+    """From the command line; a resumed run doesn't start again, and needs the other no more."""
+    assert main(arguments(text, tmp_path / "dense", "dense", **{"train.steps": 40})) == 0
+    changes = {"init.workdir": tmp_path / "dense", "init.noise": 0.01}
+    changes |= {"optimizer.decay_tokens": 40 * 8 * 32, "optimizer.warmup_tokens": 10**4}
+    top2 = arguments(text, tmp_path / "run", "top2", **changes | {"train.steps": 3})
+    assert main(top2) == 0
+    assert "starts as step 40 of " in capsys.readouterr().err
+    assert main(arguments(text, tmp_path / "anew", "top2", **{"train.steps": 3})) == 0
+    first, anew = (logged(tmp_path / name)[0]["loss"] for name in ("run", "anew"))
+    assert first < anew - 0.5
+    (tmp_path / "dense").rename(tmp_path / "elsewhere")
+    assert main(arguments(text, tmp_path / "run", "top2", **changes | {"train.steps": 5})) == 0
+    assert "starts as step" not in capsys.readouterr().err
+    assert main(arguments(text, tmp_path / "again", "top2", **changes)) == 2
+    assert "--config.init.workdir names the run to start as" in capsys.readouterr().err
