@@ -180,6 +180,18 @@ def _train(options, rest) -> None:
 
 def _eval(options, rest) -> None:
     _check_run(options.workdir)
+    if options.limit is not None and not (options.tasks and options.limit > 0):
+        raise UserError(f"--limit={options.limit} is a number of examples, for --tasks")
+    if options.tasks:
+        from prmoe_jax.tasks.harness import evaluate_tasks
+
+        scores = evaluate_tasks(options.workdir, options.tasks.split(","), options.limit)
+        if options.json:
+            print(json.dumps(scores))
+        else:
+            for task, values in scores.items():
+                _show({f"{task} {name}": value for name, value in values.items()}, False)
+        return
     _join(options)
     from prmoe_jax.evaluate import evaluate
 
@@ -427,6 +439,12 @@ def _parser() -> argparse.ArgumentParser:
     sub = verb("eval", _eval, "evaluate a run on its validation split")
     sub.add_argument("--workdir", type=Path, required=True, help="the run's folder")
     sub.add_argument("--distributed", action="store_true", help=distributed)
+
+    sub.add_argument(
+        "--tasks",
+        help="instead, tasks of lm-evaluation-harness, or 'cloze', which needs no network",
+    )
+    sub.add_argument("--limit", type=int, help="examples of each task (default: all)")
 
     sub = verb("generate", _generate, "continue a prompt with a trained run")
     sub.add_argument("--workdir", type=Path, required=True, help="the run's folder")

@@ -1,0 +1,1 @@
+"""Tasks: what a model scores beside its loss, by lm-evaluation-harness."""

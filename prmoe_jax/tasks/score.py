@@ -1,0 +1,99 @@
+"""Log-probabilities of continuations: what scores in tasks are made of.
+
+No token is dropped and padding takes part in nothing, so that a score depends on its own text
+alone, whatever the batch size, the order and the other requests.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from prmoe_jax.config import MeshConfig
+from prmoe_jax.evaluate import restore_run
+from prmoe_jax.model import Transformer
+
+# Lengths are rounded up to multiples of this, so that few shapes are compiled.
+BUCKET = 64
+
+
+class Scorer:
+    """A run's newest model on one device, to score with.
+
+    Attributes:
+      length: its context.
+    """
+
+    def __init__(self, model: Transformer, batch_size: int):
+        """Takes a model; `batch_size` sequences are scored at once."""
+        self._model, self._batch_size = model, batch_size
+        self.length = model.config.length
+
+    @classmethod
+    def restore(cls, workdir: Path, batch_size: int) -> "Scorer":
+        """Restores a run.
+
+        Raises:
+          UserError: the folder holds no run or no readable checkpoint.
+        """
+        _, _, model, _ = restore_run(workdir, jax.local_devices()[:1], MeshConfig())
+        if jax.default_backend() == "cpu":  # bfloat16 is many times slower there
+            model.config = dataclasses.replace(model.config, dtype="float32")
+        return cls(model, batch_size)
+
+    def __call__(
+        self, contexts: Sequence[list[int]], continuations: Sequence[list[int]]
+    ) -> list[tuple[float, bool]]:
+        """Scores each continuation after its context.
+
+        Args:
+          contexts: tokens, at least one each; what exceeds the model's context is cut at its start.
+          continuations: tokens, at least one each and no more than the model's context.
+
+        Returns:
+          In the order given: ln p of the continuation, and whether each of its tokens is the
+          likeliest.
+        """
+        whole = [a + b for a, b in zip(contexts, continuations, strict=True)]
+        order = sorted(range(len(whole)), key=lambda i: -len(whole[i]))
+        scores: list[tuple[float, bool]] = [(0.0, True)] * len(whole)
+        for start in range(0, len(order), self._batch_size):
+            rows = order[start : start + self._batch_size]
+            longest = min(self.length, len(whole[rows[0]]) - 1)
+            width = min(self.length, -(-longest // BUCKET) * BUCKET)
+            tokens_BxL, targets_BxL = np.zeros((2, self._batch_size, width), np.int32)
+            counted_BxL = np.zeros((self._batch_size, width), bool)
+            valid_BxL = np.zeros((self._batch_size, width), np.int32)
+            for row, i in enumerate(rows):
+                kept = whole[i][-(self.length + 1) :]
+                size = len(kept) - 1
+                tokens_BxL[row, :size], targets_BxL[row, :size] = kept[:-1], kept[1:]
+                valid_BxL[row, :size] = 1
+                counted_BxL[row, max(0, size - len(continuations[i])) : size] = True
+            log_p_BxL, likeliest_BxL = map(
+                np.asarray, _score(self._model, tokens_BxL, valid_BxL, targets_BxL)
+            )
+            for row, i in enumerate(rows):
+                counted_L = counted_BxL[row]
+                total = float(log_p_BxL[row, counted_L].sum(dtype=np.float64))
+                scores[i] = total, bool(likeliest_BxL[row, counted_L].all())
+        return scores
+
+
+@jax.jit
+def _score(model: Transformer, tokens_BxL, valid_BxL, targets_BxL):
+    """ln p of each target, and whether it is the likeliest; one sequence's logits at a time."""
+    x_BxLxD, _ = model(tokens_BxL, valid_BxL, capacity_factor=math.inf)
+
+    def sequence(inputs):
+        x_LxD, targets_L = inputs
+        logits_LxV = model.logits(x_LxD)
+        target_L = jnp.take_along_axis(logits_LxV, targets_L[:, None], -1)[:, 0]
+        log_p_L = target_L - jax.nn.logsumexp(logits_LxV, axis=-1)
+        return log_p_L, targets_L == jnp.argmax(logits_LxV, axis=-1)
+
+    return jax.lax.map(sequence, (x_BxLxD, targets_BxL))
