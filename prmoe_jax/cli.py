@@ -30,7 +30,7 @@ settings:
 
 
 WEIGHTS = "float32", "bfloat16", "int8"
-KINDS = "gpt2", "safetensors"
+KINDS = "gpt2", "deepspeed", "safetensors"
 
 # S, M, F, E of `prmoe bench moe`.
 BENCH_SIZES = (
@@ -467,7 +467,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--mesh", help="devices by axis, such as expert:4,tensor:2 (default: one)")
 
-    kinds = "gpt2: Hugging Face's GPT2LMHeadModel; safetensors: our own names, with a model card"
+    kinds = (
+        "gpt2: Hugging Face's GPT2LMHeadModel; deepspeed: Megatron-DeepSpeed's GPT, dense, MoE or "
+        "PR-MoE; safetensors: our own names, with a model card"
+    )
     sub = verb("import", _import, "make a run's folder from another library's model")
     sub.add_argument("--kind", choices=KINDS, required=True, help=kinds)
     sub.add_argument("--source", type=Path, required=True, help="the folder to read")

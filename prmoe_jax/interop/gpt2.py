@@ -1,16 +1,14 @@
 """Hugging Face's GPT-2 and our dense model, which compute the same: one to the other and back."""
 
 import json
-import logging
 from pathlib import Path
 
 import numpy as np
 
 from prmoe_jax.config import Config, ModelConfig, default_config, resolve
 from prmoe_jax.errors import UserError
+from prmoe_jax.interop.layers import by_layer, by_stage
 from prmoe_jax.interop.tensors import check_coverage, read_json, read_tensors, write_tensors
-
-log = logging.getLogger(__name__)
 
 # Settings of GPT2Config that change what is computed, and the value that ours has.
 FIXED = {
@@ -47,8 +45,8 @@ REST = {
 IGNORED = ".attn.bias", ".attn.masked_bias"
 
 
-def read_gpt2(folder: Path) -> tuple[Config, dict[str, np.ndarray]]:
-    """A GPT2LMHeadModel's folder as a config and parameters by our names.
+def read_gpt2(folder: Path) -> tuple[Config, dict[str, np.ndarray], str]:
+    """A GPT2LMHeadModel's folder as a config, parameters by our names, and what was found.
 
     Raises:
       UserError: it isn't one that our dense model computes alike, or its tensors don't fit.
@@ -83,18 +81,17 @@ def read_gpt2(folder: Path) -> tuple[Config, dict[str, np.ndarray]]:
         raise UserError(f"{folder}: lm_head.weight is not wte.weight; ours are one matrix")
     layers = range(config.model.layers)
     expected = {f"h.{i}.{name}" for i in layers for name in LAYER} | REST.keys()
-    log.info("%s: %s", folder, check_coverage(tensors, expected, folder, IGNORED))
+    found = check_coverage(tensors, expected, folder, IGNORED)
     for name in sorted(expected):
         want = _theirs(name.split(".", 2)[2] if name.startswith("h.") else name, config.model)
         if tensors[name].shape != want:
             raise UserError(f"{folder}: {name} has shape {tensors[name].shape}, not {want}")
     leaves = {ours: tensors[name] for name, ours in REST.items()}
-    for name, ours in LAYER.items():
-        stacked = np.stack([tensors[f"h.{i}.{name}"] for i in layers])
-        leaves[f"stages.0.blocks.0.{ours}"] = stacked.reshape(
-            config.model.layers, *_ours(ours, config.model)
-        )
-    return config, leaves
+    for i in layers:
+        for name, ours in LAYER.items():
+            shape = _ours(ours, config.model)
+            leaves[f"layers.{i}.{ours}"] = tensors[f"h.{i}.{name}"].reshape(shape)
+    return config, by_stage(config.model, leaves), found
 
 
 def check_dense(model: ModelConfig) -> None:
@@ -108,10 +105,11 @@ def check_dense(model: ModelConfig) -> None:
 def write_gpt2(config: Config, leaves: dict[str, np.ndarray], folder: Path) -> None:
     """Writes a dense model as GPT2LMHeadModel reads it; the tensors keep every bit."""
     model = config.model
-    tensors = {f"transformer.{name}": leaves[ours] for name, ours in REST.items()}
+    named = by_layer(model, leaves)
+    tensors = {f"transformer.{name}": named[ours] for name, ours in REST.items()}
     for i in range(model.layers):
         for name, ours in LAYER.items():
-            layer = leaves[f"stages.0.blocks.0.{ours}"][i]
+            layer = named[f"layers.{i}.{ours}"]
             tensors[f"transformer.h.{i}.{name}"] = layer.reshape(_theirs(name, model))
     write_tensors(tensors, folder)
     settings = FIXED | {

@@ -14,6 +14,7 @@ from prmoe_jax.config import Config, resolve
 from prmoe_jax.data.tokenizer import Tokenizer, check_fits, from_vocabulary
 from prmoe_jax.errors import UserError
 from prmoe_jax.evaluate import restore_run
+from prmoe_jax.interop.deepspeed import check_exportable, read_deepspeed, write_deepspeed
 from prmoe_jax.interop.gpt2 import check_dense, read_gpt2, write_gpt2
 from prmoe_jax.interop.tensors import check_coverage, read_json, read_tensors, write_tensors
 from prmoe_jax.metrics import read_metrics
@@ -23,14 +24,13 @@ from prmoe_jax.tree import named_leaves
 
 log = logging.getLogger(__name__)
 
-KINDS = "gpt2", "safetensors"
-
 
 def import_run(kind: str, source: Path, workdir: Path) -> dict:
     """Makes a run's folder, at step 0, from another library's.
 
     Args:
-      kind: 'gpt2', Hugging Face's GPT2LMHeadModel; 'safetensors', what `export_run` wrote.
+      kind: 'gpt2', Hugging Face's GPT2LMHeadModel; 'deepspeed', Megatron-DeepSpeed's GPT, dense,
+        MoE or PR-MoE; 'safetensors', what `export_run` wrote.
       source: the folder to read; nothing in it is executed.
       workdir: the folder to make.
 
@@ -42,11 +42,13 @@ def import_run(kind: str, source: Path, workdir: Path) -> dict:
     """
     if (workdir / workdirs.CONFIG).exists():
         raise UserError(f"--workdir={workdir} holds a run; give another folder")
-    config, leaves = (read_gpt2 if kind == "gpt2" else _read_ours)(source)
+    tokenizer = _tokenizer(source)
+    read = {"gpt2": read_gpt2, "deepspeed": read_deepspeed, "safetensors": _read_ours}[kind]
+    config, leaves, found = read(source)
+    log.info("%s: %s", source, found)
     stored = workdir / workdirs.TOKENIZER
     data = dataclasses.replace(config.data, tokenizer=str(stored))
     config = dataclasses.replace(config, data=data)
-    tokenizer = _tokenizer(source)
     check_fits(tokenizer, config.model.vocab_size)
     shapes = jax.eval_shape(lambda: init_model(config))
     structure = jax.tree.structure(shapes)
@@ -65,8 +67,8 @@ def export_run(kind: str, workdir: Path, out: Path) -> dict:
     """Writes a run's newest checkpoint for another library.
 
     Args:
-      kind: 'gpt2', for Hugging Face's GPT2LMHeadModel; 'safetensors', our names, with the config
-        and a model card.
+      kind: 'gpt2', for Hugging Face's GPT2LMHeadModel; 'deepspeed', a checkpoint for
+        Megatron-DeepSpeed; 'safetensors', our names, with the config and a model card.
       workdir: the run's folder.
       out: the folder to make.
 
@@ -81,12 +83,16 @@ def export_run(kind: str, workdir: Path, out: Path) -> dict:
     config = configs.load(workdir / workdirs.CONFIG)  # with the backends' names still open
     if kind == "gpt2":
         check_dense(config.model)
+    if kind == "deepspeed":
+        check_exportable(config)
     _, step, model, _ = restore_run(workdir, jax.local_devices()[:1])
     tokenizer = Tokenizer.load(workdir / workdirs.TOKENIZER)
     leaves = {name: np.asarray(leaf) for name, leaf in named_leaves(model).items()}
     out.mkdir(parents=True)
     if kind == "gpt2":
         write_gpt2(config, leaves, out)
+    elif kind == "deepspeed":
+        write_deepspeed(config, leaves, out, step)
     else:
         write_tensors(leaves, out)
         configs.save(config, out / workdirs.CONFIG)
@@ -96,15 +102,15 @@ def export_run(kind: str, workdir: Path, out: Path) -> dict:
     return {"out": str(out), "step": step, "parameters": size}
 
 
-def _read_ours(folder: Path) -> tuple[Config, dict[str, np.ndarray]]:
+def _read_ours(folder: Path) -> tuple[Config, dict[str, np.ndarray], str]:
     config = resolve(read_json(folder / workdirs.CONFIG))
     tensors = read_tensors(folder)
     shapes = named_leaves(jax.eval_shape(lambda: init_model(config)))
-    log.info("%s: %s", folder, check_coverage(tensors, set(shapes), folder))
+    found = check_coverage(tensors, set(shapes), folder)
     for name, shape in shapes.items():
         if tensors[name].shape != shape.shape:
             raise UserError(f"{folder}: {name} has shape {tensors[name].shape}, not {shape.shape}")
-    return config, tensors
+    return config, tensors, found
 
 
 def _tokenizer(source: Path) -> Tokenizer:

@@ -1,0 +1,324 @@
+"""Megatron-DeepSpeed's GPT checkpoints, dense, MoE or PR-MoE, as DeepSpeed's engine writes them.
+
+A folder holds `latest`, which names a step's folder; that holds mp_rank_00_model_states.pt (all
+but the experts, with Megatron's arguments) and a file for each expert of each MoE layer.
+"""
+
+import math
+import re
+from argparse import Namespace
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from prmoe_jax.config import Config, default_config, resolve
+from prmoe_jax.errors import UserError
+from prmoe_jax.interop.layers import by_layer, by_stage
+from prmoe_jax.interop.tensors import check_coverage
+from prmoe_jax.interop.torch_files import Inert, read_torch, require_torch
+from prmoe_jax.step import init_model
+from prmoe_jax.tree import named_leaves
+
+MAIN = "mp_rank_00_model_states.pt"
+ENCODER = "language_model.encoder."
+EXPERT = "mlp.deepspeed_moe.experts.deepspeed_experts"
+# Their name, ours; of a layer, then of the rest.
+LAYER = {
+    "input_layernorm.weight": "norm_attention.scale",
+    "input_layernorm.bias": "norm_attention.shift",
+    "self_attention.query_key_value.weight": "attention.w_qkv",
+    "self_attention.query_key_value.bias": "attention.b_qkv",
+    "self_attention.dense.weight": "attention.w_out",
+    "self_attention.dense.bias": "attention.b_out",
+    "post_attention_layernorm.weight": "norm_mlp.scale",
+    "post_attention_layernorm.bias": "norm_mlp.shift",
+    "mlp.deepspeed_moe.gate.wg.weight": "mlp.w_router",
+    "mlp.coefficient.weight": "mlp.w_mix",
+    "mlp.coefficient.bias": "mlp.b_mix",
+}
+MLP = {
+    "dense_h_to_4h.weight": "w_in",
+    "dense_h_to_4h.bias": "b_in",
+    "dense_4h_to_h.weight": "w_out",
+    "dense_4h_to_h.bias": "b_out",
+}
+REST = {
+    "language_model.embedding.word_embeddings.weight": "tokens",
+    "language_model.embedding.position_embeddings.weight": "positions",
+    ENCODER + "final_layernorm.weight": "norm.scale",
+    ENCODER + "final_layernorm.bias": "norm.shift",
+}
+# Megatron's arguments that change what is computed, and the value that ours has.
+FIXED = {
+    "tensor_model_parallel_size": 1,
+    "pipeline_model_parallel_size": 1,
+    "layernorm_epsilon": 1e-5,
+    "normalization": "layernorm",
+    "apply_layernorm_1p": False,
+    "apply_residual_connection_post_layernorm": False,
+    "add_bias_linear": True,
+    "add_position_embedding": True,
+    "use_rotary_position_embeddings": False,
+    "untie_embeddings_and_output_weights": False,
+    "swiglu": False,
+    "squared_relu": False,
+    "onnx_safe": False,
+}
+CAPACITY = {
+    "capacity_factor": "moe_train_capacity_factor",
+    "eval_capacity_factor": "moe_eval_capacity_factor",
+}
+
+
+def read_deepspeed(source: Path) -> tuple[Config, dict[str, np.ndarray], str]:
+    """A checkpoint as a config, parameters by our names, and what was found, in words.
+
+    Args:
+      source: the folder with `latest`, or that of a step.
+
+    Raises:
+      UserError: it isn't one that ours computes alike, or its tensors don't fit.
+    """
+    folder = _step_folder(source)
+    main = read_torch(folder / MAIN)
+    if not isinstance(main.get("module"), dict) or not isinstance(main.get("args"), Inert):
+        raise UserError(f"{folder / MAIN} lacks the module or the args that Megatron stores")
+    tensors = _flat(main["module"])
+    for path in sorted(folder.glob("layer_*_expert_*_mp_rank_00_model_states.pt")):
+        tensors |= _flat(read_torch(path))
+    arrays = {name: tensor.float().numpy() for name, tensor in tensors.items()}
+    return converted(arrays, vars(main["args"]), folder)
+
+
+def converted(
+    arrays: dict[str, np.ndarray], args: dict, source: Path
+) -> tuple[Config, dict[str, np.ndarray], str]:
+    """See `read_deepspeed`; from a checkpoint's tensors by name and Megatron's arguments."""
+    heads = args.get("num_attention_heads")
+    for name, value in (FIXED | {"num_key_value_heads": heads}).items():
+        theirs = args.get(name)
+        if theirs not in (None, value):
+            raise UserError(f"{source}: {name}={theirs!r}, our model has {value!r}")
+    if not (args.get("openai_gelu") or args.get("bias_gelu_fusion", True)):
+        raise UserError(f"{source}: bias_gelu_fusion=False means the exact GELU, ours is tanh's")
+    config = _config(arrays, args, source)
+    shapes = _shapes(config)
+    expected = {theirs: (ours, which) for ours in shapes for theirs, which in _names(ours, config)}
+    found = check_coverage(arrays, set(expected), source)
+    named: dict[str, np.ndarray] = {}
+    for theirs, (ours, expert) in expected.items():
+        shape = shapes[ours] if expert is None else shapes[ours][1:]
+        want = jax.eval_shape(lambda x, n=ours: _turned(n, x), jax.ShapeDtypeStruct(shape, "f4"))
+        if arrays[theirs].shape != want.shape:
+            raise UserError(
+                f"{source}: {theirs} has shape {arrays[theirs].shape}, not {want.shape}"
+            )
+        if expert is None:
+            named[ours] = _turned_back(ours, arrays[theirs], shape)
+        else:
+            whole = named.setdefault(ours, np.empty(shapes[ours], np.float32))
+            whole[expert] = _turned_back(ours, arrays[theirs], shape)
+    return config, by_stage(config.model, named), found
+
+
+def write_deepspeed(config: Config, leaves: dict[str, np.ndarray], folder: Path, step: int) -> None:
+    """Writes a checkpoint that DeepSpeed's engine loads: the model, without an optimizer."""
+    import torch
+
+    out = folder / f"global_step{step}"
+    out.mkdir()
+    for file, arrays in files(config, leaves).items():
+        tensors = {name: torch.tensor(array) for name, array in arrays.items()}
+        content = tensors if file != MAIN else _main(config, tensors, step)
+        torch.save(content, out / file)
+    (folder / "latest").write_text(out.name)
+
+
+def files(config: Config, leaves: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
+    """Of each file of a checkpoint, the tensors by name."""
+    moe_layers = [i for i, experts in enumerate(config.model.schedule.experts) if experts]
+    contents: dict[str, dict] = {MAIN: {}}
+    for ours, array in by_layer(config.model, leaves).items():
+        for theirs, expert in _names(ours, config):
+            file = MAIN
+            if expert is not None:
+                number = moe_layers.index(int(ours.split(".")[1]))
+                file = f"layer_{number}_expert_{expert}_mp_rank_00_model_states.pt"
+            one = array if expert is None else array[expert]
+            contents.setdefault(file, {})[theirs] = np.ascontiguousarray(_turned(ours, one))
+    return contents
+
+
+def check_exportable(config: Config) -> None:
+    """Raises UserError if DeepSpeed's layer computes something else, or without torch."""
+    for name, value, theirs in (
+        ("model.residual_mix", config.model.residual_mix, "learned"),
+        ("moe.router", config.moe.router, "token_choice"),
+        ("moe.bias_update_rate", config.moe.bias_update_rate, 0.0),
+    ):
+        if value != theirs:
+            raise UserError(f"{name}={value}: DeepSpeed's layer knows only {theirs}")
+    factors = config.moe.capacity_factor, config.moe.eval_capacity_factor
+    if math.isfinite(factors[0]) != math.isfinite(factors[1]):
+        raise UserError(
+            f"moe.capacity_factor={factors[0]}, moe.eval_capacity_factor={factors[1]}: DeepSpeed's "
+            "layer drops tokens in both or in neither"
+        )
+    require_torch()
+
+
+def _shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """Our parameters' shapes, layer by layer."""
+    shapes = named_leaves(jax.eval_shape(lambda: init_model(config)))
+    whole = {name: np.broadcast_to(np.float32(0), leaf.shape) for name, leaf in shapes.items()}
+    return {name: array.shape for name, array in by_layer(config.model, whole).items()}
+
+
+def _step_folder(source: Path) -> Path:
+    latest = source / "latest"
+    if not latest.is_file():
+        return source
+    name = latest.read_text(errors="replace").strip()
+    if Path(name).name != name:
+        raise UserError(f"{latest} names {name[:80]!r}, which isn't beside it")
+    return source / name
+
+
+def _flat(state: dict, prefix: str = "") -> dict:
+    """Tensors by their whole names; Megatron nests some."""
+    import torch
+
+    flat = {}
+    for name, value in state.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        elif isinstance(value, torch.Tensor):
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def _config(arrays: dict[str, np.ndarray], args: dict, source: Path) -> Config:
+    """The architecture, which the tensors' names and shapes tell but for what `args` must."""
+    pattern = re.compile(re.escape(ENCODER) + r"layers\.(\d+)\.")
+    layers = sorted({int(match[1]) for match in map(pattern.match, arrays) if match})
+    if layers != list(range(len(layers))) or not layers:
+        raise UserError(f"{source} holds the layers {layers} of {ENCODER}layers")
+    gates = [arrays.get(f"{ENCODER}layers.{i}.mlp.deepspeed_moe.gate.wg.weight") for i in layers]
+    experts = {i: len(gate) for i, gate in enumerate(gates) if gate is not None}
+    settings = default_config()
+    model, moe = settings.model, settings.moe
+    try:
+        model.vocab_size, model.d_model = arrays[next(iter(REST))].shape
+        model.length = len(arrays[list(REST)[1]])
+        model.layers, model.heads = len(layers), int(args["num_attention_heads"])
+        model.d_ff = int(args.get("ffn_hidden_size") or 4 * model.d_model)
+        model.dropout = float(args.get("hidden_dropout", 0.0))
+        model.dtype = "float32"
+        if experts:
+            model.placement = "layers " + " ".join(map(str, experts))
+            model.experts = tuple(experts.values())
+            model.top_k = int(args["topk"])
+            model.residual = args["mlp_type"] == "residual"
+            drops = args.get("moe_token_dropping", True)
+            for ours, theirs in CAPACITY.items():
+                moe[ours] = float(args[theirs]) if drops else float("inf")
+            moe.min_capacity = int(args["moe_min_capacity"])
+            if model.top_k == 1 and drops:
+                moe.overflow = "random"  # what its gate does unless told otherwise
+            if model.top_k == 2:
+                moe.second_expert_sampling = bool(args.get("moe_top2_2nd_expert_sampling", True))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{source}: no usable {error}") from None
+    settings.data.tokenizer = "tokenizer.json"  # the one beside it
+    settings.train.steps = 1
+    return resolve(settings)
+
+
+def _names(ours: str, config: Config) -> list[tuple[str, int | None]]:
+    """Their names of one of our parameters, with the expert's number where they have one each."""
+    rest = {ours: theirs for theirs, ours in REST.items()}
+    if ours in rest:
+        return [(rest[ours], None)]
+    _, layer, name = ours.split(".", 2)
+    prefix = f"{ENCODER}layers.{layer}."
+    named = {ours: theirs for theirs, ours in LAYER.items()}
+    if name in named:
+        return [(prefix + named[name], None)]
+    kind = {ours: theirs for theirs, ours in MLP.items()}[name.rpartition(".")[2]]
+    if name.startswith("mlp.experts."):
+        count = config.model.schedule.experts[int(layer)]
+        return [(f"{prefix}{EXPERT}.{e}.{kind}", e) for e in range(count)]
+    return [(f"{prefix}{name.rpartition('.')[0]}.{kind}", None)]
+
+
+def _turned(name: str, x):
+    """A parameter of a layer of ours as theirs: torch's matrices are [out, in], and Megatron's
+    queries, keys and values lie head by head."""
+    if name.endswith("w_qkv"):
+        return x.transpose(2, 1, 3, 0).reshape(-1, x.shape[0])
+    if name.endswith("b_qkv"):
+        return x.transpose(1, 0, 2).reshape(-1)
+    if name.endswith("attention.w_out"):
+        return x.reshape(-1, x.shape[-1]).T
+    return x.T if name.startswith("layers.") and x.ndim == 2 else x
+
+
+def _turned_back(name: str, x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    if name.endswith("w_qkv"):
+        d_model, _, heads, width = shape
+        return x.reshape(heads, 3, width, d_model).transpose(3, 1, 0, 2)
+    if name.endswith("b_qkv"):
+        _, heads, width = shape
+        return x.reshape(heads, 3, width).transpose(1, 0, 2)
+    return (x.T if name.startswith("layers.") and x.ndim == 2 else x).reshape(shape)
+
+
+def _main(config: Config, tensors: dict, step: int) -> dict:
+    """The main file's content: nested as Megatron loads it, beside what the engine asks for."""
+    embedding = {
+        name.split(".")[2]: {"weight": tensors[name]} for name in REST if ".embedding." in name
+    }
+    encoder = {n.removeprefix(ENCODER): x for n, x in tensors.items() if n.startswith(ENCODER)}
+    model = config.model
+    experts = [count for count in model.schedule.experts if count]
+    return {
+        "module": {"language_model": {"embedding": embedding, "encoder": encoder}},
+        "num_experts": experts or [1],
+        "optimizer": None,
+        "lr_scheduler": None,
+        "global_steps": step,
+        "global_samples": step * config.train.batch_size,
+        "skipped_steps": 0,
+        "dp_world_size": 1,
+        "mp_world_size": 1,
+        "iteration": step,
+        "checkpoint_version": 3.0,
+        "args": _arguments(config, experts),
+    }
+
+
+def _arguments(config: Config, experts: list[int]) -> Namespace:
+    model, moe = config.model, config.moe
+    drops = math.isfinite(moe.capacity_factor)
+    return Namespace(
+        **FIXED,
+        bias_gelu_fusion=True,
+        openai_gelu=False,
+        num_layers=model.layers,
+        hidden_size=model.d_model,
+        ffn_hidden_size=model.d_ff,
+        num_attention_heads=model.heads,
+        max_position_embeddings=model.length,
+        seq_length=model.length,
+        padded_vocab_size=model.vocab_size,
+        hidden_dropout=model.dropout,
+        attention_dropout=0.0,
+        num_experts=experts or [1],
+        mlp_type="residual" if model.residual else "standard",
+        topk=model.top_k,
+        **{theirs: getattr(moe, ours) if drops else 1.0 for ours, theirs in CAPACITY.items()},
+        moe_min_capacity=moe.min_capacity,
+        moe_token_dropping=drops,
+        moe_top2_2nd_expert_sampling=moe.second_expert_sampling,
+    )
