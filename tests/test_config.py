@@ -20,6 +20,7 @@ from prmoe_jax.config import (
 )
 from prmoe_jax.errors import UserError
 from prmoe_jax.parallel.mesh import axis_sizes
+from prmoe_jax.sizes import cost
 
 # What the tests below count with, however the recipe in configs/tiny.py is tuned.
 BASE = """
@@ -72,6 +73,14 @@ PAPER = {
 
 def test_the_paper_has_nine_models():
     assert list(paper.ROWS) == list(PAPER)
+
+
+def test_a_trillion_parameters_to_serve():
+    """Within 2 % of what the paper says; a dense base of 24 billion."""
+    model = resolve(paper.get_config("moe_24b")).model
+    assert cost(model).total_params == pytest.approx(1_064.9e9, rel=0.02)
+    dense = dataclasses.replace(model, placement="none", experts=())
+    assert cost(dense).total_params == pytest.approx(24e9, rel=0.03)
 
 
 @pytest.mark.parametrize("name, row", PAPER.items(), ids=PAPER)

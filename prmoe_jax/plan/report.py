@@ -17,6 +17,7 @@ from collections import Counter
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from prmoe_jax.config import Config
@@ -145,15 +146,24 @@ def _decoding(config: Config, mesh: Mesh):
     rows = batch_axes(mesh)
     by_head = NamedSharding(mesh, PartitionSpec(rows, "tensor"))
     past = jax.eval_shape(lambda: model.empty_past(batch, config.model.length))
-    past = jax.tree.map(lambda leaf: _place(leaf, by_head), past)
+    tokens = _rows(mesh, (batch,), jnp.int32)
 
     def step(model, past, tokens_B):
         length_B = jnp.full(batch, config.model.length - 1)
         x_Bx1xD, past = model(tokens_B[:, None], jnp.ones((batch, 1), bool), past, length_B)
         return jnp.argmax(model.logits(x_Bx1xD[:, 0]), axis=-1), past
 
-    step = jax.jit(step, donate_argnums=1, compiler_options=compiler_options(mesh))
-    return step, [jax.tree.map(_place, model, places), past, _rows(mesh, (batch,), jnp.int32)]
+    # Laid out as the compiler likes it, as between the steps of `generate.advance`.
+    by_head = Format(Layout.AUTO, NamedSharding(mesh, PartitionSpec(rows, "tensor")))
+    step = jax.jit(
+        step,
+        donate_argnums=1,
+        in_shardings=(places, by_head, tokens.sharding),
+        out_shardings=(tokens.sharding, by_head),
+        compiler_options=compiler_options(mesh),
+    )
+    past = jax.tree.map(lambda leaf: _place(leaf, by_head.sharding), past)
+    return step, [jax.tree.map(_place, model, places), past, tokens]
 
 
 def _place(leaf, sharding):

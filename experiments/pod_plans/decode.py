@@ -1,0 +1,72 @@
+"""Plans of the next token, of the paper's models and of a trillion parameters, on TPU v5p.
+
+    pip install -e '.[tpu]'
+    python experiments/pod_plans/decode.py
+
+Writes decode.jsonl and prints the table. Weights are bfloat16, all contexts full, nothing dropped.
+"""
+
+import dataclasses
+import json
+import os
+import runpy
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
+
+import jax
+
+from prmoe_jax import config
+from prmoe_jax.plan.report import plan
+
+HERE = Path(__file__).parent
+PAPER = runpy.run_path(str(HERE.parent.parent / "configs" / "paper.py"))
+POD, LARGE = "v5p:4x4x8", "v5p:4x4x16"
+# Model, pod, sequences, mesh (the rest is data).
+PLANS = (
+    ("dense_1.3b", POD, 128, {}),
+    ("dense_1.3b", POD, 128, {"tensor": 8}),
+    ("dense_6.7b", POD, 128, {}),
+    ("dense_6.7b", POD, 128, {"tensor": 8}),
+    ("moe_1.3b", POD, 128, {"expert": 128}),
+    ("moe_1.3b", POD, 128, {"expert": 16, "tensor": 8}),
+    ("prmoe_1.3b", POD, 128, {"expert": 128}),
+    ("prmoe_1.3b", POD, 128, {"expert": 16, "tensor": 8}),
+    ("mos_1.3b", POD, 128, {"expert": 16, "tensor": 8}),
+    ("moe_24b", LARGE, 32, {"expert": 32, "tensor": 8}),
+    ("moe_24b", LARGE, 256, {"expert": 32, "tensor": 8}),
+    ("moe_24b", LARGE, 256, {"expert": 64, "tensor": 4}),
+    ("moe_24b", LARGE, 256, {"expert": 16, "tensor": 16}),
+    ("moe_24b", LARGE, 256, {"expert": 128, "expert_slice": 2}),
+)
+
+
+def main() -> None:
+    lines = [
+        "| | chips | sequences | mesh | HBM a chip | a token | attention | experts | collectives |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    rows = []
+    for name, topology, sequences, axes in PLANS:
+        values = config.resolve(PAPER["get_config"](name))
+        mesh = dataclasses.replace(values.mesh, **axes)
+        result = plan(dataclasses.replace(values, mesh=mesh), topology, sequences)
+        rows.append({"model": name, "sequences": sequences, "jax": jax.__version__} | result)
+        shape = ", ".join(f"{axis} {n}" for axis, n in (axes or {"data": result["chips"]}).items())
+        parts = [result["components"].get(p, 0) for p in ("attention", "experts", "collectives")]
+        lines.append(
+            f"| {name} | {result['chips']} | {sequences} | {shape} | "
+            f"{sum(result['hbm_bytes_per_chip'].values()) / 2**30:.1f} GiB | "
+            f"{result['modelled_step_s'] * 1e3:.1f} ms | "
+            + " | ".join(f"{part * 1e3:.1f} ms" for part in parts)
+            + " |"
+        )
+        print(lines[-1], flush=True)
+    (HERE / "decode.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
