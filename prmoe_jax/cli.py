@@ -182,6 +182,8 @@ def _eval(options, rest) -> None:
     _check_run(options.workdir)
     if options.limit is not None and not (options.tasks and options.limit > 0):
         raise UserError(f"--limit={options.limit} is a number of examples, for --tasks")
+    if options.tasks and options.teacher:
+        raise UserError("--teacher is for the validation split; leave it or --tasks out")
     if options.tasks:
         from prmoe_jax.tasks.harness import evaluate_tasks
 
@@ -195,7 +197,7 @@ def _eval(options, rest) -> None:
     _join(options)
     from prmoe_jax.evaluate import evaluate
 
-    metrics = evaluate(options.workdir)
+    metrics = evaluate(options.workdir, options.teacher)
     if _is_first_process():
         _show(metrics, options.json)
 
@@ -439,10 +441,11 @@ def _parser() -> argparse.ArgumentParser:
     sub = verb("eval", _eval, "evaluate a run on its validation split")
     sub.add_argument("--workdir", type=Path, required=True, help="the run's folder")
     sub.add_argument("--distributed", action="store_true", help=distributed)
-
+    sub.add_argument("--teacher", type=Path, help="another run, to compare its predictions with")
     sub.add_argument(
         "--tasks",
-        help="instead, tasks of lm-evaluation-harness, or 'cloze', which needs no network",
+        help="instead, tasks of lm-evaluation-harness, or ours, which need no network: cloze, "
+        "wiki, logiqa_local, quartz_local, socialiqa_local",
     )
     sub.add_argument("--limit", type=int, help="examples of each task (default: all)")
 

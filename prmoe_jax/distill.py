@@ -85,6 +85,36 @@ def token_sums(
     return jax.lax.scan(add, TokenSums(*[jnp.zeros(())] * 3), jax.tree.map(_cut, parts))[0]
 
 
+class Agreement(NamedTuple):
+    """How near a model is to its teacher: sums over the targets that count."""
+
+    tokens: jax.Array
+    kl: jax.Array  # KL(teacher ‖ model) in nats
+    same: jax.Array  # targets where both find the same token the likeliest
+    teacher_loss: jax.Array  # the teacher's cross-entropy in nats
+
+
+def agreement(x_BxLxD, table_VxD, lesson: Lesson, batch: Batch) -> Agreement:
+    """Compares a model's final activations with its teacher's, `CHUNK` tokens at a time."""
+
+    def add(sums, part):
+        x_BxTxD, taught_BxTxD, targets_BxT, mask_BxT = part
+        ours_BxTxV = product(x_BxTxD, table_VxD)
+        theirs_BxTxV = product(taught_BxTxD, lesson.table_VxD)
+        log_p_BxTxV = jax.nn.log_softmax(theirs_BxTxV)
+        target_BxT = jnp.take_along_axis(log_p_BxTxV, targets_BxT[..., None], -1)[..., 0]
+        found = (
+            jnp.ones_like(target_BxT),
+            divergence(theirs_BxTxV, ours_BxTxV, KdConfig()),
+            ours_BxTxV.argmax(-1) == theirs_BxTxV.argmax(-1),
+            -target_BxT,
+        )
+        return Agreement(*(s + (f * mask_BxT).sum() for s, f in zip(sums, found, strict=True))), ()
+
+    parts = x_BxLxD, lesson.x_BxLxD, batch.targets_BxL, batch.mask_BxL
+    return jax.lax.scan(add, Agreement(*[jnp.zeros(())] * 4), jax.tree.map(_cut, parts))[0]
+
+
 def recorded(lesson: Lesson, kd: KdConfig) -> Likeliest:
     """What to keep of a lesson for students to come, `CHUNK` tokens of a sequence at a time."""
 

@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -11,14 +12,16 @@ from jax.sharding import Mesh
 
 from prmoe_jax import workdir as workdirs
 from prmoe_jax.checkpoint import Checkpoints
-from prmoe_jax.config import Config, MeshConfig, load
+from prmoe_jax.config import Config, MeshConfig, TeacherConfig, load
 from prmoe_jax.data.pipeline import Batch, Data, eval_batches, load_data
+from prmoe_jax.distill import Agreement, agreement, teach
 from prmoe_jax.errors import UserError
 from prmoe_jax.loss import Sums
 from prmoe_jax.metrics import perplexity, summarise, to_python
 from prmoe_jax.model import Transformer, resolve_backends
 from prmoe_jax.parallel.mesh import local_rows, make_mesh, replicated, split_batch
 from prmoe_jax.step import make_eval_step
+from prmoe_jax.teacher import frozen, restore_teacher
 
 log = logging.getLogger(__name__)
 
@@ -54,11 +57,21 @@ def evaluate_model(
     }
 
 
-def evaluate(workdir: Path) -> dict:
+def evaluate(workdir: Path, teacher: Path | None = None) -> dict:
     """Evaluates a run's newest checkpoint on its whole validation split; see `evaluate_model`.
 
+    Args:
+      workdir: the run's folder.
+      teacher: another run's, to compare its predictions with; it need not have taught this one.
+
+    Returns:
+      step and what `evaluate_model` does; with a teacher also teacher/step, teacher/loss,
+      teacher/kl (KL(teacher ‖ run), nats a token) and teacher/agreement (tokens where both find
+      the same one the likeliest, a share).
+
     Raises:
-      UserError: the folder holds no run or no checkpoint.
+      UserError: a folder holds no run or no checkpoint, or the teacher's vocabulary or tokenizer is
+        another.
     """
     config, step, model, mesh = restore_run(workdir)
     data = load_data(
@@ -66,7 +79,35 @@ def evaluate(workdir: Path) -> dict:
     )
     with jax.set_mesh(mesh):
         eval_step = jax.jit(make_eval_step(config), out_shardings=replicated(mesh))
-        return {"step": step} | evaluate_model(eval_step, model, config, data, mesh)
+        metrics = {"step": step} | evaluate_model(eval_step, model, config, data, mesh)
+        if teacher:
+            metrics |= _beside_teacher(model, config, teacher, data, mesh)
+        return metrics
+
+
+def _beside_teacher(
+    model: Transformer, config: Config, workdir: Path, data: Data, mesh: Mesh
+) -> dict:
+    config = replace(config, teacher=TeacherConfig(workdir=str(workdir)))
+    teacher = frozen(restore_teacher(config, mesh, data.tokenizer), mesh)
+
+    @partial(jax.jit, out_shardings=replicated(mesh))
+    def compare(model: Transformer, taught_by: Transformer, batch: Batch) -> Agreement:
+        lesson = teach(teacher.config, taught_by, batch, config.teacher, None)
+        factor = config.moe.eval_capacity_factor
+        x_BxLxD, _ = model(batch.tokens_BxL, batch.segments_BxL, capacity_factor=factor)
+        return agreement(x_BxLxD, model.output_table(x_BxLxD.dtype), lesson, batch)
+
+    sums, batch_size = None, config.train.batch_size
+    for batch in eval_batches(data.validation, batch_size, 0, local_rows(mesh, batch_size)):
+        part = compare(model, teacher.model, split_batch(batch, mesh, batch_size))
+        sums = part if sums is None else jax.tree.map(jax.numpy.add, sums, part)
+    return {
+        "teacher/step": teacher.step,
+        "teacher/loss": float(sums.teacher_loss / sums.tokens),
+        "teacher/kl": float(sums.kl / sums.tokens),
+        "teacher/agreement": float(sums.same / sums.tokens),
+    }
 
 
 def restore_run(

@@ -19,7 +19,7 @@ from prmoe_jax import distill, train
 from prmoe_jax.cli import main
 from prmoe_jax.config import KdConfig, TeacherConfig, save, teacher_of
 from prmoe_jax.data.pipeline import Batch
-from prmoe_jax.distill import Lesson, recorded, teach, token_sums
+from prmoe_jax.distill import Lesson, agreement, recorded, teach, token_sums
 from prmoe_jax.errors import UserError
 from prmoe_jax.evaluate import restore_run
 from prmoe_jax.loss import forward, totals, training_loss
@@ -86,6 +86,25 @@ def test_loss_and_gradients_equal_megatron_deepspeed(temperature, chunk, monkeyp
     np.testing.assert_allclose(found, golden[f"loss_{temperature}"], rtol=1e-6)
     for gradient, name in zip(gradients, ("d_x", "d_table"), strict=True):
         np.testing.assert_allclose(gradient, golden[f"{name}_{temperature}"], atol=1e-6)
+
+
+def test_agreement_with_a_teacher(monkeypatch):
+    """Sums by NumPy over targets that count; in chunks that don't divide the sequence."""
+    monkeypatch.setattr(distill, "CHUNK", 4)
+    x_BxLxD, table_VxD, lesson, batch = random_lesson(masked=0.3)
+    found = agreement(x_BxLxD, table_VxD, lesson, batch)
+    ours, theirs = x_BxLxD @ table_VxD.T, lesson.x_BxLxD @ lesson.table_VxD.T
+    expected = np.zeros(4)
+    for place in np.argwhere(batch.mask_BxL):
+        ours_V, theirs_V = (np.asarray(logits[tuple(place)]) for logits in (ours, theirs))
+        expected += (
+            1,
+            expected_divergence(theirs_V, ours_V, KdConfig()),
+            ours_V.argmax() == theirs_V.argmax(),
+            -jax.nn.log_softmax(theirs_V)[batch.targets_BxL[tuple(place)]],
+        )
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert 0 < found.same < found.tokens < batch.mask_BxL.size
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("torch"), reason="needs the extra [interop]")
@@ -512,3 +531,20 @@ def test_a_student_starts_where_its_teacher_is(text, teacher, student, tmp_path,
     finally:
         hidden.rename(metrics)
     assert "has no layers/01/expert_load, by which experts are" in capsys.readouterr().err
+
+
+def test_evaluation_beside_a_teacher(teacher, student, tmp_path, capsys):
+    """A run agrees with itself; a student less, and as the command tells it beside the loss."""
+    evaluated = []
+    for run in (teacher, student):
+        assert main(["eval", f"--workdir={run}", f"--teacher={teacher}", "--json"]) == 0
+        evaluated.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
+    itself, other = evaluated
+    assert (itself["teacher/agreement"], itself["teacher/kl"]) == (1, pytest.approx(0, abs=1e-6))
+    assert itself["teacher/loss"] == pytest.approx(itself["loss"], rel=1e-6)
+    assert 0 < other["teacher/agreement"] < 1 and other["teacher/kl"] > 0.01
+    assert other["teacher/loss"] == itself["teacher/loss"] and other["loss"] != itself["loss"]
+    assert main(["eval", f"--workdir={student}", f"--teacher={tmp_path}"]) == 2
+    assert "no run in" in capsys.readouterr().err
+    assert main(["eval", f"--workdir={student}", "--teacher=x", "--tasks=cloze"]) == 2
+    assert "leave it or --tasks out" in capsys.readouterr().err

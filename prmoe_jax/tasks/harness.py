@@ -22,10 +22,8 @@ from prmoe_jax import workdir as workdirs
 from prmoe_jax.config import load
 from prmoe_jax.errors import UserError
 from prmoe_jax.generate import Generator, Sampling
-from prmoe_jax.tasks import cloze
+from prmoe_jax.tasks import local
 from prmoe_jax.tasks.score import Scorer
-
-LOCAL = {"cloze"}
 
 
 @register_model("prmoe")
@@ -101,7 +99,7 @@ def evaluate_tasks(
 
     Args:
       workdir: the run's folder.
-      tasks: names; 'cloze' needs no network.
+      tasks: names; those of `local.NAMES` need no network.
       limit: examples of each, all unless given.
       batch_size: of the forward passes; changes no score.
 
@@ -112,12 +110,13 @@ def evaluate_tasks(
       UserError: no such task, or no run.
     """
     config = load(workdir / workdirs.CONFIG)
-    folders = [cloze.prepare(config.data)] if LOCAL.intersection(tasks) else []
-    known = TaskManager(include_path=folders, include_defaults=not LOCAL.issuperset(tasks))
+    ours = set(local.NAMES)
+    folders = [str(local.prepare(name, config.data)) for name in tasks if name in ours]
+    known = TaskManager(include_path=folders, include_defaults=not ours.issuperset(tasks))
     unknown = [task for task in tasks if not known.match_tasks([task])]
     if unknown:
         raise UserError(
-            f"--tasks={unknown[0]} is unknown; use {', '.join(sorted(LOCAL))} or any of "
+            f"--tasks={unknown[0]} is unknown; use {', '.join(local.NAMES)} or any of "
             "lm-evaluation-harness"
         )
     logging.getLogger("lm_eval").setLevel(logging.ERROR)

@@ -1,0 +1,77 @@
+"""Tasks that need no network, written for lm-evaluation-harness to read."""
+
+import json
+from pathlib import Path
+
+from prmoe_jax.config import DataConfig
+from prmoe_jax.data import cache
+from prmoe_jax.data.corpora import open_corpus
+from prmoe_jax.errors import UserError
+from prmoe_jax.tasks import choices, cloze
+
+EXAMPLES = 1000  # of a task, at most; evenly from all there are
+RECIPE = 2  # of the tasks: other examples need another number
+
+HEAD = """\
+task: {name}
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {path}
+test_split: test
+metadata:
+  version: {recipe}
+"""
+CLOZE = """\
+output_type: loglikelihood
+doc_to_text: "{{context}}"
+doc_to_target: " {{word}}"
+metric_list:
+  - metric: acc
+    aggregation: mean
+    higher_is_better: true
+"""
+CHOICE = """\
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: "{{answer}}"
+metric_list:
+  - metric: acc
+    aggregation: mean
+    higher_is_better: true
+  - metric: acc_norm
+    aggregation: mean
+    higher_is_better: true
+"""
+NAMES = "cloze", *choices.SOURCES
+
+
+def prepare(name: str, config: DataConfig) -> Path:
+    """A folder with one of `NAMES` for the harness, made once for each corpus or package.
+
+    Raises:
+      UserError: the corpus can't be read or has no such passage, or the package isn't there.
+    """
+    if name == "cloze":
+        corpus = open_corpus(config)
+        source, rows = corpus.fingerprint, cloze.rows(corpus)
+    else:
+        path = choices.find(name)
+        source, rows = path.stat().st_size, choices.rows(name, path)
+    key = cache.fingerprint(name, RECIPE, source)
+    folder = Path(config.cache_dir).expanduser() / "tasks" / key
+
+    def build(temporary: Path) -> None:
+        found = list(rows)
+        if not found:
+            raise UserError(f"corpus {config.corpus!r} has no passage to make a cloze task of")
+        found = found[:: -(-len(found) // EXAMPLES)]
+        lines = "".join(json.dumps(row) + "\n" for row in found)
+        (temporary / "examples.jsonl").write_text(lines)
+        place = json.dumps(str(folder / "examples.jsonl"))
+        head = HEAD.format(name=name, path=place, recipe=RECIPE)
+        kind = CLOZE if name == "cloze" else CHOICE
+        (temporary / f"{name}.yaml").write_text(head + kind)
+
+    return cache.build_once(folder, build)
