@@ -11,8 +11,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-# Elements of a block: of a narrow weight, and of one expert's. Measured.
-BLOCK, BLOCK_OF_ONE = 1 << 19, 1 << 16
+# Elements of a block, and of one of the output matrix, which is read the other way. Measured.
+BLOCK, BLOCK_OF_TABLE = 1 << 16, 1 << 19
 # Rows up to which a weight's reading is what costs.
 FEW_ROWS = 16
 
@@ -78,7 +78,7 @@ def scores(x_BxD: jax.Array, table_VxD: jax.Array | Narrow) -> jax.Array:
 
     def blocked(x_BxD, table_VxD):
         vocabulary, width = table_VxD.values.shape
-        blocks = _blocks(vocabulary, width, BLOCK)
+        blocks = _blocks(vocabulary, width, BLOCK_OF_TABLE)
 
         def some(block_VxD):
             return x_BxD.astype(jnp.float32) @ block_VxD.astype(jnp.float32).T
@@ -116,7 +116,7 @@ def _blocks(rows: int, width: int, elements: int) -> int:
 def _by_blocks(x_RxD: jax.Array, w: jax.Array, e: jax.Array | None = None) -> jax.Array:
     """x @ w, or x @ w[e], float32, some rows of the weight at a time."""
     depth, width = w.shape[-2:]
-    blocks = _blocks(depth, width, BLOCK if e is None else BLOCK_OF_ONE)
+    blocks = _blocks(depth, width, BLOCK)
     size = depth // blocks
 
     def part(i):
