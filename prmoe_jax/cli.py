@@ -334,7 +334,8 @@ def _bench_decode(options, rest) -> None:
     from prmoe_jax.bench import decode
 
     batches, weights = options.batch or [1, 8], options.weights or ["float32", "int8"]
-    rows = decode.bench_decode(config, batches, weights, options.prompt, options.repeats)
+    layouts = {text: _mesh(text) for text in options.mesh or ()} or {"one device": None}
+    rows = decode.bench_decode(config, batches, weights, options.prompt, options.repeats, layouts)
     print(json.dumps(rows) if options.json else decode.table(rows))
 
 
@@ -521,6 +522,11 @@ def _parser() -> argparse.ArgumentParser:
         choices=WEIGHTS,
         action="append",
         help="what weights are held in; may be repeated (default: float32 and int8)",
+    )
+    sub.add_argument(
+        "--mesh",
+        action="append",
+        help="devices by axis, such as expert:4,tensor:2; may be repeated (default: one device)",
     )
     sub.add_argument("--prompt", type=int, default=64, help="tokens before (default: 64)")
     sub.add_argument("--repeats", type=int, default=9, help="timed turns (default: 9)")

@@ -116,7 +116,8 @@ def _blocks(rows: int, width: int, elements: int) -> int:
 def _by_blocks(x_RxD: jax.Array, w: jax.Array, e: jax.Array | None = None) -> jax.Array:
     """x @ w, or x @ w[e], float32, some rows of the weight at a time."""
     depth, width = w.shape[-2:]
-    blocks = _blocks(depth, width, BLOCK)
+    # A block is deeper than the rows are many, or the product's own work is too little.
+    blocks = _blocks(depth, width, max(BLOCK, 3 * len(x_RxD) * width))
     size = depth // blocks
 
     def part(i):

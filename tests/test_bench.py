@@ -71,6 +71,9 @@ def test_decode(capsys):
     )
     assert main([*command, "--batch=0"]) == 2
     assert "--repeats and --batch must be 1 or more" in capsys.readouterr().err
+    assert {row["mesh"] for row in rows} == {"one device"}
+    assert main([*command, "--mesh=expert:3"]) == 2
+    assert "mesh" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("load", moe.LOADS)

@@ -10,6 +10,7 @@ import importlib.util
 import itertools
 import json
 import logging
+import math
 import os
 import statistics
 import time
@@ -17,14 +18,16 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from prmoe_jax.bench.worker import worker
-from prmoe_jax.config import Config, ModelConfig, MoeConfig
+from prmoe_jax.config import Config, MeshConfig, ModelConfig, MoeConfig
 from prmoe_jax.decoder import Decoder, decoder
 from prmoe_jax.errors import UserError
 from prmoe_jax.generate import PIECE, STEPS, Sampling, advance, read
 from prmoe_jax.model import resolve_backends
-from prmoe_jax.parallel.mesh import make_mesh
+from prmoe_jax.parallel import rules
+from prmoe_jax.parallel.mesh import batch_axes, make_mesh
 from prmoe_jax.sizes import cost
 from prmoe_jax.step import init_model
 
@@ -37,13 +40,18 @@ LARGER = 5
 
 
 def bench_decode(
-    config: Config, batches: list[int], weights: list[str], prompt: int, repeats: int
+    config: Config,
+    batches: list[int],
+    weights: list[str],
+    prompt: int,
+    repeats: int,
+    layouts: dict[str, MeshConfig | None],
 ) -> list[dict]:
     """Times each rival at each batch size, `generate.STEPS` tokens a turn.
 
     The rivals: the config's model; its dense base, the same without experts; a dense model as deep,
     of `LARGER` times the model's active parameters; and, on CPUs and where it is installed,
-    transformers' GPT-2 of the base's shape. Ours on one device, in float32 on CPUs.
+    transformers' GPT-2 of the base's shape. Ours in float32 on CPUs.
 
     Args:
       config: the experiment.
@@ -51,13 +59,15 @@ def bench_decode(
       weights: what weights are held in, of `generate.WEIGHTS`.
       prompt: tokens in the past at the start.
       repeats: timed turns.
+      layouts: meshes of all devices for ours, by name; None is one device. What they have for
+        experts is for dense models more of `data`.
 
     Returns:
-      One row a rival: model, weights, batch, device, jax, params, active_params, ms_per_token (of
-      a sequence: median, min_ms, max_ms), tokens_per_s of the batch.
+      One row a rival and mesh: model, weights, mesh, batch, device, jax, params, active_params,
+      ms_per_token (of a sequence: median, min_ms, max_ms), tokens_per_s of the batch.
 
     Raises:
-      UserError: the context is too short, or nothing is to be timed.
+      UserError: the context is too short, a mesh doesn't fit, or nothing is to be timed.
     """
     if repeats < 1 or min(batches) < 1:
         raise UserError("--repeats and --batch must be 1 or more")
@@ -67,23 +77,28 @@ def bench_decode(
             f"{config.model.length}; use --prompt={max(1, config.model.length - STEPS)} or less"
         )
     base = dense(config)
-    models = {"dense base": base, f"dense, {LARGER} times as active": larger(config)}
+    sliced = max((layout.tensor for layout in layouts.values() if layout), default=1)
+    models = {"dense base": base, f"dense, {LARGER} times as active": larger(config, sliced)}
     if any(config.model.schedule.experts):
         models = {str(config.model.schedule): config} | models
     rows = []
     with contextlib.ExitStack() as stack:
         ours = {
-            (name, kind): _ours(model, kind) for name, model in models.items() for kind in weights
+            (name, kind, mesh): _ours(model, kind, layout)
+            for name, model in models.items()
+            for kind in weights
+            for mesh, layout in layouts.items()
         }
         theirs = {}
         if importlib.util.find_spec("transformers") and jax.default_backend() == "cpu":
             for dtype in ("float32", "bfloat16"):
-                theirs["transformers' GPT-2 as the base", dtype] = stack.enter_context(
+                name = "transformers' GPT-2 as the base", dtype, "one device"
+                theirs[name] = stack.enter_context(
                     worker("transformers_worker", _as_gpt2(base.model), dtype, os.cpu_count())
                 )
         for batch in batches:
             log.info("batch %d", batch)
-            turns = {name: _turn(d, batch, prompt) for name, d in ours.items()}
+            turns = {name: _turn(*held, batch, prompt) for name, held in ours.items()}
             for name, ask in theirs.items():
                 turns[name] = lambda ask=ask: ask(f"{batch} {prompt} {STEPS}")  # noqa: B023
             for turn in turns.values():
@@ -92,13 +107,14 @@ def bench_decode(
             for _ in range(repeats):
                 for name, turn in turns.items():
                     seconds[name].append(turn())
-            for (name, kind), values in seconds.items():
+            for (name, kind, mesh), values in seconds.items():
                 size = cost(models.get(name, base).model)
                 ms = sorted(value / STEPS * 1e3 for value in values)
                 rows.append(
                     {
                         "model": name,
                         "weights": kind,
+                        "mesh": mesh,
                         "batch": batch,
                         "device": jax.devices()[0].device_kind,
                         "jax": jax.__version__,
@@ -121,11 +137,14 @@ def dense(config: Config) -> Config:
     return dataclasses.replace(config, model=model, moe=MoeConfig())
 
 
-def larger(config: Config) -> Config:
-    """A dense model as deep, with heads as wide, of `LARGER` times the active parameters."""
+def larger(config: Config, sliced: int = 1) -> Config:
+    """A dense model as deep, with heads as wide, of `LARGER` times the active parameters.
+
+    Its heads are so many more that they can be sliced as the model's can.
+    """
     base, active = dense(config), cost(config.model).active_params
     model = base.model
-    for heads in itertools.count(model.heads):
+    for heads in itertools.count(model.heads, sliced):
         wider = dataclasses.replace(
             model,
             heads=heads,
@@ -136,35 +155,45 @@ def larger(config: Config) -> Config:
             return dataclasses.replace(base, model=wider)
 
 
-def _ours(config: Config, kind: str) -> Decoder:
-    mesh = make_mesh(
-        dataclasses.replace(config, train=dataclasses.replace(config.train, accumulate=1)),
-        jax.devices()[:1],
-    )
+def _ours(config: Config, kind: str, layout: MeshConfig | None) -> tuple[Decoder, Mesh]:
+    devices = jax.devices() if layout else jax.devices()[:1]
+    if layout and not any(config.model.schedule.experts):
+        layout = MeshConfig(fsdp=layout.fsdp, tensor=layout.tensor)
+    # As many rows as any mesh of them splits.
+    rows = len(devices) * max(1, config.group_size // config.model.length)
+    train = dataclasses.replace(config.train, batch_size=rows, accumulate=1)
+    config = dataclasses.replace(config, mesh=layout or MeshConfig(), train=train)
+    mesh = make_mesh(config, devices)
     if jax.default_backend() == "cpu":
         model = dataclasses.replace(config.model, dtype="float32")
         config = dataclasses.replace(config, model=model)
     config = resolve_backends(config, jax.default_backend(), mesh)
-    model = jax.jit(init_model, static_argnums=0)(config)
-    return decoder(model, kind, mesh)
+    with jax.set_mesh(mesh):
+        places = rules.shardings(jax.eval_shape(lambda: init_model(config)), mesh)
+        model = jax.jit(init_model, static_argnums=0, out_shardings=places)(config)
+        return decoder(model, kind, mesh), mesh
 
 
-def _turn(decoder: Decoder, batch: int, prompt: int) -> Callable[[], float]:
+def _turn(decoder: Decoder, mesh: Mesh, batch: int, prompt: int) -> Callable[[], float]:
     """Goes on from a prompt for `STEPS` tokens, and says how long it took."""
     pieces = -(-prompt // PIECE)
     vocabulary = decoder.config.vocab_size
-    tokens_BxT = np.zeros((batch, (pieces + 1) * PIECE), np.int32)
-    tokens_BxT[:, :prompt] = np.random.default_rng(0).integers(0, vocabulary, (batch, prompt))
-    lengths = np.full(batch, prompt, np.int32)
-    keys_B = jax.random.split(jax.random.key(0), batch)
+    devices = math.prod(mesh.shape[name] for name in batch_axes(mesh))
+    rows = -(-batch // devices) * devices  # those that fill up the batch have nothing to do
+    tokens_BxT = np.zeros((rows, (pieces + 1) * PIECE), np.int32)
+    tokens_BxT[:, :prompt] = np.random.default_rng(0).integers(0, vocabulary, (rows, prompt))
+    lengths = np.full(rows, prompt, np.int32)
+    stops = lengths + STEPS * (np.arange(rows) < batch).astype(np.int32)
+    keys_B = jax.random.split(jax.random.key(0), rows)
 
     def turn() -> float:
-        state = read(decoder, tokens_BxT, lengths, lengths + STEPS, keys_B, pieces)
-        jax.block_until_ready(state)
-        begun = time.perf_counter()
-        # No id ends the text.
-        jax.block_until_ready(advance(decoder, state, GREEDY, vocabulary, -1))
-        return time.perf_counter() - begun
+        with jax.set_mesh(mesh):
+            state = read(decoder, tokens_BxT, lengths, stops, keys_B, pieces)
+            jax.block_until_ready(state)
+            begun = time.perf_counter()
+            # No id ends the text.
+            jax.block_until_ready(advance(decoder, state, GREEDY, vocabulary, -1))
+            return time.perf_counter() - begun
 
     return turn
 
@@ -193,11 +222,11 @@ def table(rows: list[dict]) -> str:
             batch = row["batch"]
             lines += ["", f"batch {batch}"]
             lines.append(
-                f"{'model':40} {'weights':9} {'params':>8} {'active':>8} {'ms/token':>9} "
-                f"{'min':>7} {'max':>7} {'tokens/s':>9}"
+                f"{'model':40} {'weights':9} {'mesh':20} {'params':>8} {'active':>8} "
+                f"{'ms/token':>9} {'min':>7} {'max':>7} {'tokens/s':>9}"
             )
         lines.append(
-            f"{row['model']:40} {row['weights']:9} {row['params'] / 1e6:7.1f}M "
+            f"{row['model']:40} {row['weights']:9} {row['mesh']:20} {row['params'] / 1e6:7.1f}M "
             f"{row['active_params'] / 1e6:7.1f}M {row['ms_per_token']:9.2f} {row['min_ms']:7.2f} "
             f"{row['max_ms']:7.2f} {row['tokens_per_s']:9.1f}"
         )
