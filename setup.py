@@ -22,6 +22,7 @@ setup(
         "ml-collections>=1.1",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12",
+        "rich",
         "safetensors",
         "tensorboardX>=2.6",
         "tensorflow-datasets>=4.9.10",

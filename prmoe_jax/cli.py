@@ -10,12 +10,11 @@ import json
 import logging
 import os
 import re
-import runpy
 import sys
-import traceback
 from pathlib import Path
 
 import prmoe_jax
+from prmoe_jax import userfile
 from prmoe_jax.allocator import keep_freed_memory
 from prmoe_jax.errors import UserError
 
@@ -23,7 +22,8 @@ CONFIG_HELP = """
 settings:
   --config=FILE:NAME            a config file and the architecture in it, for example
                                 configs/tiny.py:prmoe, configs/paper.py:prmoe_1.3b or
-                                configs/tiny.py:'6 layers, E=8x2+16, residual'
+                                configs/tiny.py:'6 layers, E=8x2+16, residual'; or a run's
+                                own config.json
   --config.GROUP.NAME=VALUE     overrides any setting:
                                 --config.train.steps=40 --config.model.experts=8,8,16
 """
@@ -97,19 +97,14 @@ def _load_settings(path: Path, name: str):
 
     if not path.is_file():
         raise UserError(f"--config={path} is not a file; for example configs/tiny.py:prmoe")
-    try:
-        get_config = runpy.run_path(str(path)).get("get_config")
-        if get_config is None:
-            raise UserError(f"--config={path} defines no function get_config")
-        settings = get_config(name) if name else get_config()
-    except UserError:
-        raise
-    except Exception as error:  # whatever the file does
-        frames = traceback.extract_tb(error.__traceback__)
-        lines = [frame.lineno for frame in frames if frame.filename == str(path)]
-        place = f" at line {lines[-1]}" if lines else ""
-        kind = type(error).__name__
-        raise UserError(f"--config={path} fails{place}: {kind}: {error}") from error
+    if path.suffix == ".json":  # a run's own
+        import dataclasses
+
+        from prmoe_jax.config import load
+
+        return ConfigDict(dataclasses.asdict(load(path)))
+    arguments = [name] if name else []
+    settings = userfile.call(path, "get_config", *arguments, named=f"--config={path}")
     if not isinstance(settings, ConfigDict):
         raise UserError(
             f"--config={path}: get_config returns {type(settings).__name__}, not a ConfigDict; "
@@ -285,6 +280,17 @@ def _export(options, rest) -> None:
     from prmoe_jax.interop.run import export_run
 
     _show(export_run(options.kind, options.workdir, options.out), options.json)
+
+
+def _sweep(options, rest) -> None:
+    shard = re.fullmatch(r"(\d+)/(\d+)", options.shard)
+    if not shard:
+        raise UserError(f"--shard={options.shard} must be I/N, such as 1/4")
+    from prmoe_jax.sweep import run
+
+    root = options.workdir or Path("runs") / options.folder.resolve().name
+    records = run.sweep(options.folder, root, (int(shard[1]), int(shard[2])))
+    print(json.dumps(records) if options.json else run.table(records))
 
 
 def _params(options, rest) -> None:
@@ -470,6 +476,13 @@ def _parser() -> argparse.ArgumentParser:
         help="what weights are held in (default: the run's dtype, on CPUs float32)",
     )
     sub.add_argument("--mesh", help="devices by axis, such as expert:4,tensor:2 (default: one)")
+
+    sub = verb("sweep", _sweep, "train the runs that a folder's sweep.py names, and record them")
+    sub.add_argument("folder", type=Path, help="for example experiments/placement")
+    sub.add_argument("--workdir", type=Path, help="the runs' folder (default: runs/FOLDER)")
+    sub.add_argument(
+        "--shard", default="1/1", metavar="I/N", help="of N processes that share the runs, the I-th"
+    )
 
     kinds = (
         "gpt2: Hugging Face's GPT2LMHeadModel; deepspeed: Megatron-DeepSpeed's GPT, dense, MoE or "
