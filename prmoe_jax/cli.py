@@ -293,6 +293,21 @@ def _sweep(options, rest) -> None:
     print(json.dumps(records) if options.json else run.table(records))
 
 
+def _report(options, rest) -> None:
+    if (options.folder is None) == (options.workdir is None):
+        raise UserError("prmoe report needs a sweep's folder, or --workdir=DIR for one run")
+    if options.workdir:
+        _check_run(options.workdir)
+        from prmoe_jax.report import single
+
+        _show(single.report(options.workdir), options.json)
+        return
+    from prmoe_jax.report import experiment
+
+    result = experiment.report(options.folder)
+    print(json.dumps(result) if options.json else experiment.table(result))
+
+
 def _params(options, rest) -> None:
     from prmoe_jax import sizes
 
@@ -483,6 +498,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--shard", default="1/1", metavar="I/N", help="of N processes that share the runs, the I-th"
     )
+
+    sub = verb("report", _report, "draw what a sweep, or one run, came to, on a page of its own")
+    sub.add_argument("folder", type=Path, nargs="?", help="a sweep's, with results.jsonl")
+    sub.add_argument("--workdir", type=Path, help="instead, a run's; writes report/ there")
 
     kinds = (
         "gpt2: Hugging Face's GPT2LMHeadModel; deepspeed: Megatron-DeepSpeed's GPT, dense, MoE or "

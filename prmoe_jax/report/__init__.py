@@ -1,0 +1,1 @@
+"""What runs came to, in figures and on a page that needs no network."""

@@ -1,0 +1,78 @@
+"""The records of a sweep by arm: runs that differ in their seed alone, and how arms differ."""
+
+import csv
+import math
+import statistics
+from pathlib import Path
+from typing import NamedTuple
+
+from prmoe_jax.errors import UserError
+
+
+class Mean(NamedTuple):
+    """A mean and the half-width of its 95 % confidence interval; NaN from one value alone."""
+
+    value: float
+    margin: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.4f}" + ("" if math.isnan(self.margin) else f" ± {self.margin:.4f}")
+
+
+def mean(values: list[float]) -> Mean:
+    """By Student's t."""
+    from scipy import stats
+
+    if len(values) < 2:
+        return Mean(values[0], math.nan)
+    t = float(stats.t.ppf(0.975, len(values) - 1))
+    return Mean(statistics.fmean(values), t * statistics.stdev(values) / len(values) ** 0.5)
+
+
+def arms(records: list[dict]) -> dict[str, dict[int, dict]]:
+    """Records by arm and seed. The arm is the run's name up to the last '/'.
+
+    Raises:
+      UserError: the runs of an arm differ in more than their seed, or don't differ.
+    """
+    found: dict[str, dict[int, dict]] = {}
+    for record in records:
+        arm = record["run"].rpartition("/")[0] or record["run"]
+        rows = found.setdefault(arm, {})
+        for other in rows.values():
+            differing = {
+                name
+                for name in record["settings"].keys() | other["settings"].keys()
+                if record["settings"].get(name) != other["settings"].get(name)
+            }
+            if differing != {"seed"}:
+                raise UserError(
+                    f"{other['run']} and {record['run']} are of one arm, but differ in "
+                    f"{', '.join(sorted(differing)) or 'nothing'}; an arm's runs differ in seed"
+                )
+        rows[record["seed"]] = record
+    return found
+
+
+def difference(arm: dict[int, dict], base: dict[int, dict], of: str = "loss") -> Mean | None:
+    """By how much an arm is above another, seed by seed; None without two seeds in common."""
+    common = sorted(arm.keys() & base.keys())
+    if len(common) < 2:
+        return None
+    return mean([arm[seed][of] - base[seed][of] for seed in common])
+
+
+def write_csv(records: list[dict], path: Path) -> None:
+    """A line a run: what it came to, and the settings in which runs differ."""
+    names = sorted({name for record in records for name in record["settings"]})
+    varied = [
+        name for name in names if len({str(record["settings"].get(name)) for record in records}) > 1
+    ]
+    columns = "run seed loss bits_per_byte drop_fraction tokens total_params active_params".split()
+    columns += ["flops_per_token", "tokens_per_second", "device"]
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow([*columns, *varied])
+        for record in records:
+            settings = [record["settings"].get(name, "") for name in varied]
+            writer.writerow([*(record[name] for name in columns), *settings])

@@ -1,0 +1,114 @@
+"""`prmoe report experiments/NAME`: what a sweep's results.jsonl says."""
+
+import json
+from pathlib import Path
+
+from prmoe_jax.errors import UserError
+from prmoe_jax.report import figures, page
+from prmoe_jax.report.arms import arms, difference, mean, write_csv
+
+HEAD = (
+    "arm",
+    "seeds",
+    "validation loss",
+    "above the first",
+    "parameters",
+    "active",
+    "FLOPs/token",
+    "dropped",
+    "tokens/s",
+)
+
+
+def report(folder: Path) -> dict:
+    """Writes results.csv, figures and report.html beside results.jsonl.
+
+    Returns:
+      page, the path; arms: of each its seeds, loss and margin (of 95 %), and difference from the
+      first arm with its margin, paired by seed, where two seeds are in common.
+
+    Raises:
+      UserError: no results there, or matplotlib is missing.
+    """
+    path = folder / "results.jsonl"
+    if not path.is_file():
+        raise UserError(f"{path} is missing; prmoe sweep {folder} makes it")
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    if not records or "run" not in records[0]:
+        raise UserError(f"{path} holds no runs of prmoe sweep")
+    found = arms(records)
+    write_csv(records, folder / "results.csv")
+
+    base = next(iter(found))
+    rows, summary, apart = [], {}, {}
+    for arm, by_seed in found.items():
+        loss = mean([row["loss"] for row in by_seed.values()])
+        above = difference(by_seed, found[base]) if arm != base else None
+        rows.append([arm, len(by_seed), loss, above or "", *_costs(list(by_seed.values()))])
+        summary[arm] = {"seeds": len(by_seed), "loss": loss.value, "margin": loss.margin}
+        if above:
+            apart[arm] = above
+            summary[arm] |= {"difference": above.value, "difference_margin": above.margin}
+
+    pictures = {folder / "loss_tokens": "Validation loss against tokens; band: all seeds."}
+    figures.curves(found, folder / "loss_tokens", by_flops=False)
+    pictures[folder / "loss_flops"] = "The same against training FLOPs of the active parameters."
+    figures.curves(found, folder / "loss_flops", by_flops=True)
+    pictures[folder / "loss_parameters"] = "At the end: a line from active to all parameters."
+    figures.sizes(found, folder / "loss_parameters")
+    if apart:
+        pictures[folder / "differences"] = f"Differences from {base}, paired by seed."
+        figures.differences(apart, base, folder / "differences")
+
+    revisions = sorted({revision for row in records for revision in row["revisions"]})
+    devices = sorted({f"{row['device']}, jax {row['versions']['jax']}" for row in records})
+    parts = [
+        page.paragraph(
+            f"{len(records)} runs in {len(found)} arms. Losses are nats a token on the whole "
+            "validation split, ± half of a 95 % interval (Student's t); differences are paired by "
+            "seed."
+        ),
+        page.table(list(HEAD), rows),
+        page.figures(pictures),
+        page.heading("Runs"),
+        page.table(
+            ["run", "loss", "bits/byte", "tokens", "tokens/s"],
+            [
+                [
+                    row["run"],
+                    f"{row['loss']:.4f}",
+                    f"{row['bits_per_byte']:.4f}",
+                    f"{row['tokens']:,}",
+                    f"{row['tokens_per_second']:,.0f}",
+                ]
+                for row in records
+            ],
+        ),
+        page.paragraph(f"Made by revisions {', '.join(revisions)} on {'; '.join(devices)}."),
+    ]
+    out = folder / "report.html"
+    out.write_text(page.page(folder.resolve().name, parts))
+    return {"page": str(out), "arms": summary}
+
+
+def _costs(rows: list[dict]) -> list[str]:
+    row = rows[0]
+    return [
+        f"{row['total_params'] / 1e6:.2f} M",
+        f"{row['active_params'] / 1e6:.2f} M",
+        f"{row['flops_per_token'] / 1e6:.1f} M",
+        f"{mean([r['drop_fraction'] for r in rows]).value:.1%}",
+        f"{mean([r['tokens_per_second'] for r in rows]).value:,.0f}",
+    ]
+
+
+def table(result: dict) -> str:
+    """What `report` returned, for people."""
+    lines = [f"{'arm':28} {'seeds':>5} {'loss':>18} {'above the first':>20}"]
+    for arm, row in result["arms"].items():
+        loss = f"{row['loss']:.4f} ± {row['margin']:.4f}"
+        above = ""
+        if "difference" in row:
+            above = f"{row['difference']:+.4f} ± {row['difference_margin']:.4f}"
+        lines.append(f"{arm:28} {row['seeds']:5} {loss:>18} {above:>20}")
+    return "\n".join([*lines, result["page"]])

@@ -1,0 +1,115 @@
+"""Figures of sweeps and of single runs, each as PNG and SVG."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from prmoe_jax.errors import UserError
+from prmoe_jax.report.arms import mean
+
+# Told apart by people who don't see red and green alike (Okabe and Ito).
+COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000 #8C6D31".split()
+MARKS = "o s ^ D v P X *".split()
+
+
+@contextlib.contextmanager
+def figure(path: Path, height: float = 3.6, rows: int = 1) -> Iterator:
+    """Axes to draw on, saved as `path` with .png and .svg; the same bytes each time.
+
+    Raises:
+      UserError: matplotlib is missing.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("a report needs matplotlib: pip install 'prmoe_jax[plot]'") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    style = {"svg.hashsalt": path.name, "font.size": 9, "axes.grid": True, "grid.alpha": 0.3}
+    with pyplot.rc_context(style):
+        shape = {"nrows": rows, "squeeze": False, "layout": "constrained", "sharex": rows > 1}
+        drawing, axes = pyplot.subplots(figsize=(6.4, height), **shape)
+        for one in axes.flat:
+            one.spines[["top", "right"]].set_visible(False)
+        try:
+            yield axes[0, 0] if rows == 1 else list(axes[:, 0])
+            drawing.savefig(path.with_suffix(".svg"), metadata={"Date": None, "Creator": None})
+            drawing.savefig(path.with_suffix(".png"), dpi=140, metadata={"Software": None})
+        finally:
+            pyplot.close(drawing)
+
+
+def curves(arms: dict[str, dict[int, dict]], path: Path, by_flops: bool) -> None:
+    """Validation loss against tokens or training FLOPs: mean of the seeds, band from least to most.
+
+    The evaluation at the end is of the whole split, those before it of as much as the runs say.
+    """
+    with figure(path) as axes:
+        for number, (arm, rows) in enumerate(arms.items()):
+            records = list(rows.values())
+            points = [np.array(record["evaluations"]) for record in records]
+            x = points[0][:, 0] * (records[0]["flops_per_token"] if by_flops else 1)
+            losses = np.stack([p[:, 1] for p in points])
+            colour = COLOURS[number % len(COLOURS)]
+            marker = MARKS[number % len(MARKS)]
+            axes.plot(x, losses.mean(0), color=colour, marker=marker, markersize=4, label=arm)
+            axes.fill_between(x, losses.min(0), losses.max(0), color=colour, alpha=0.2, linewidth=0)
+        axes.set(xlabel="training FLOPs" if by_flops else "tokens", ylabel="validation loss, nats")
+        axes.legend(frameon=False)
+
+
+def sizes(arms: dict[str, dict[int, dict]], path: Path) -> None:
+    """The last validation loss against all parameters and those a token uses."""
+    with figure(path) as axes:
+        for number, (arm, rows) in enumerate(arms.items()):
+            record = next(iter(rows.values()))
+            loss = mean([row["loss"] for row in rows.values()])
+            colour = COLOURS[number % len(COLOURS)]
+            x = [record["active_params"], record["total_params"]]
+            axes.plot(x, [loss.value] * 2, color=colour, linewidth=1)
+            axes.errorbar(
+                x[1], loss.value, yerr=np.nan_to_num(loss.margin), color=colour, capsize=3,
+                marker=MARKS[number % len(MARKS)], label=arm,
+            )  # fmt: skip
+        axes.set(xlabel="parameters, active to all", ylabel="validation loss, nats", xscale="log")
+        axes.legend(frameon=False)
+
+
+def differences(found: dict[str, tuple[float, float]], base: str, path: Path) -> None:
+    """Each arm's difference from the first one, with its 95 % interval."""
+    with figure(path, 1.2 + 0.4 * len(found)) as axes:
+        for number, (value, margin) in enumerate(found.values()):
+            axes.errorbar(value, number, xerr=margin, fmt="o", color=COLOURS[0], capsize=4)
+        axes.axvline(0, color="black", linewidth=1)
+        axes.set_yticks(range(len(found)), list(found))
+        axes.set_ylim(-0.6, len(found) - 0.4)
+        axes.invert_yaxis()
+        axes.set(xlabel=f"validation loss above {base}, nats (95 %)")
+
+
+def lines(series: dict[str, tuple[list, list]], label: str, path: Path) -> None:
+    """Named series against the step."""
+    with figure(path, 3.0) as axes:
+        for number, (name, (x, y)) in enumerate(series.items()):
+            axes.plot(x, y, color=COLOURS[number % len(COLOURS)], label=name, linewidth=1.2)
+        axes.set(xlabel="step", ylabel=label)
+        if len(series) > 1:
+            axes.legend(frameon=False, ncols=min(4, len(series)))
+
+
+def heat(layers: dict[str, np.ndarray], steps: list[int], label: str, path: Path) -> None:
+    """A map a layer: experts up, steps along, colour for how much; the highest 1 % look alike."""
+    with figure(path, 0.8 + 1.3 * len(layers), len(layers)) as axes:
+        axes = axes if isinstance(axes, list) else [axes]
+        top = float(np.quantile(np.concatenate([v.ravel() for v in layers.values()]), 0.99))
+        for one, (layer, values_SxE) in zip(axes, layers.items(), strict=True):
+            edges = [*steps, steps[-1] + (steps[-1] - steps[0]) / max(1, len(steps) - 1)]
+            experts = np.arange(values_SxE.shape[1] + 1) - 0.5
+            mesh = one.pcolormesh(edges, experts, values_SxE.T, vmin=0, vmax=top, rasterized=True)
+            one.grid(False)
+            one.set(ylabel=f"layer {layer}")
+        one.set(xlabel="step")
+        one.figure.colorbar(mesh, ax=axes, label=label, extend="max")

@@ -1,0 +1,71 @@
+"""One HTML file: text, tables and pictures inside it, for any browser and any width."""
+
+import base64
+import html
+from pathlib import Path
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+:root {{ color-scheme: light; }}
+body {{ font: 16px/1.5 system-ui, sans-serif; color: #222; margin: 0 auto; max-width: 1180px;
+  padding: 1rem; }}
+h1 {{ font-size: 1.6rem; line-height: 1.2; overflow-wrap: anywhere; }}
+h2 {{ font-size: 1.15rem; margin: 1.6rem 0 .4rem; }}
+p {{ max-width: 44rem; }}
+.wide {{ overflow-x: auto; margin-bottom: 1rem; }}
+table {{ border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }}
+th, td {{ padding: .25rem .7rem; text-align: right; white-space: nowrap;
+  border-bottom: 1px solid #ddd; }}
+th:first-child, td:first-child {{ text-align: left; padding-left: 0; }}
+.figures {{ display: grid; gap: 1rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); }}
+figure {{ margin: 0; }}
+img {{ width: 100%; height: auto; }}
+figcaption {{ font-size: .9rem; color: #555; }}
+</style>
+</head>
+<body>
+<h1>{title}</h1>
+{body}
+</body>
+</html>
+"""
+
+
+def page(title: str, parts: list[str]) -> str:
+    """A whole page of parts that the functions below make."""
+    return PAGE.format(title=html.escape(title), body="\n".join(parts))
+
+
+def heading(text: str) -> str:
+    return f"<h2>{html.escape(text)}</h2>"
+
+
+def paragraph(text: str) -> str:
+    return f"<p>{html.escape(text)}</p>"
+
+
+def table(head: list[str], rows: list[list]) -> str:
+    """Cells are shown as they print."""
+
+    def line(cells, tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(str(c))}</{tag}>" for c in cells) + "</tr>"
+
+    body = "\n".join(line(row, "td") for row in rows)
+    return f'<div class="wide"><table>\n{line(head, "th")}\n{body}\n</table></div>'
+
+
+def figures(pictures: dict[Path, str]) -> str:
+    """SVG files with a caption each."""
+    parts = []
+    for path, caption in pictures.items():
+        data = base64.b64encode(path.with_suffix(".svg").read_bytes()).decode()
+        text = html.escape(caption)
+        image = f'<img alt="{text}" src="data:image/svg+xml;base64,{data}">'
+        parts.append(f"<figure>{image}<figcaption>{text}</figcaption></figure>")
+    return '<div class="figures">\n' + "\n".join(parts) + "\n</div>"
