@@ -336,6 +336,12 @@ def leaves(config: Config) -> dict[str, object]:
     return named
 
 
+def changed(config: Config) -> dict[str, object]:
+    """The settings that differ from the defaults, as `leaves` names them."""
+    defaults = leaves(Config())
+    return {name: value for name, value in leaves(config).items() if value != defaults[name]}
+
+
 # What may differ when a run is resumed: none of it changes a parameter or a training loss (other
 # devices add up in another order).
 RESUMABLE = ("eval.", "checkpoint.", "log.", "data.cache_dir", "mesh.", "moe.exchange")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -40,10 +41,7 @@ def evaluate_model(
       loss (nats a token), perplexity, bits_per_byte (of the text, document ends included),
       tokens, drop_fraction, aux_loss and the per-layer statistics of `metrics.summarise`.
     """
-    sums, batch_size = None, config.train.batch_size
-    for batch in eval_batches(data.validation, batch_size, limit, local_rows(mesh, batch_size)):
-        part = eval_step(model, split_batch(batch, mesh, batch_size))
-        sums = part if sums is None else jax.tree.map(jax.numpy.add, sums, part)
+    sums = _summed(lambda batch: eval_step(model, batch), config, data, mesh, limit)
     metrics = to_python(summarise(sums, config))
     loss = metrics.pop("lm_loss")
     # Exact over the whole split; of a part, its tokens stand for their share of the bytes.
@@ -55,6 +53,17 @@ def evaluate_model(
         "tokens": int(sums.tokens),
         **metrics,
     }
+
+
+def _summed(
+    measure: Callable[[Batch], Any], config: Config, data: Data, mesh: Mesh, limit: int = 0
+):
+    """Adds up what a function measures of each batch of the validation split, or its first ones."""
+    sums, batch_size = None, config.train.batch_size
+    for batch in eval_batches(data.validation, batch_size, limit, local_rows(mesh, batch_size)):
+        part = measure(split_batch(batch, mesh, batch_size))
+        sums = part if sums is None else jax.tree.map(jax.numpy.add, sums, part)
+    return sums
 
 
 def evaluate(workdir: Path, teacher: Path | None = None) -> dict:
@@ -98,10 +107,7 @@ def _beside_teacher(
         x_BxLxD, _ = model(batch.tokens_BxL, batch.segments_BxL, capacity_factor=factor)
         return agreement(x_BxLxD, model.output_table(x_BxLxD.dtype), lesson, batch)
 
-    sums, batch_size = None, config.train.batch_size
-    for batch in eval_batches(data.validation, batch_size, 0, local_rows(mesh, batch_size)):
-        part = compare(model, teacher.model, split_batch(batch, mesh, batch_size))
-        sums = part if sums is None else jax.tree.map(jax.numpy.add, sums, part)
+    sums = _summed(lambda batch: compare(model, teacher.model, batch), config, data, mesh)
     return {
         "teacher/step": teacher.step,
         "teacher/loss": float(sums.teacher_loss / sums.tokens),

@@ -19,7 +19,7 @@ from prmoe_jax.checkpoint import Checkpoints
 from prmoe_jax.config import Config, teacher_of
 from prmoe_jax.data import lessons
 from prmoe_jax.data.pipeline import Batch, Data, Likeliest, eval_batches, load_data, train_iterator
-from prmoe_jax.data.tokenizer import Tokenizer
+from prmoe_jax.data.tokenizer import Tokenizer, check_same
 from prmoe_jax.distill import evaluation_capacity, recorded, teach
 from prmoe_jax.errors import UserError
 from prmoe_jax.loss import forward
@@ -65,7 +65,7 @@ def restore_teacher(
     """
     workdir = Path(config.teacher.workdir)
     settings = teacher_of(config)
-    _check_tokenizer(workdir / workdirs.TOKENIZER, tokenizer)
+    check_same(workdir / workdirs.TOKENIZER, tokenizer, "the teacher")
     check_splits(settings, {"tensor": mesh.shape["tensor"], "expert_slice": mesh.shape["slice"]})
     beside = dataclasses.replace(settings.model, length=config.model.length)
     beside = dataclasses.replace(settings, model=beside, train=config.train)
@@ -206,8 +206,3 @@ def _expert_load(workdir: Path, step: int, layer: int) -> list[float]:
         f"{workdir}/metrics.jsonl has no {name}, by which experts are left out; give the student "
         "as many experts as its teacher"
     )
-
-
-def _check_tokenizer(path: Path, tokenizer: Tokenizer) -> None:
-    if Tokenizer.load(path).fingerprint != tokenizer.fingerprint:
-        raise UserError(f"the teacher has another tokenizer; use --config.data.tokenizer={path}")

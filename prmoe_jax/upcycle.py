@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from prmoe_jax import workdir as workdirs
 from prmoe_jax.checkpoint import Checkpoints
 from prmoe_jax.config import Config, ModelConfig, load
-from prmoe_jax.data.tokenizer import Tokenizer
+from prmoe_jax.data.tokenizer import Tokenizer, check_same
 from prmoe_jax.errors import UserError
 from prmoe_jax.model import Transformer, resolve_backends
 from prmoe_jax.parallel import rules
@@ -48,11 +48,7 @@ def started(config: Config, mesh: Mesh, tokenizer: Tokenizer) -> Transformer:
     except UserError as error:
         raise UserError(f"{error}; --config.init.workdir names the run to start as") from None
     check_fits(settings.model, config.model)
-    stored = workdir / workdirs.TOKENIZER
-    if Tokenizer.load(stored).fingerprint != tokenizer.fingerprint:
-        raise UserError(
-            f"the run in {workdir} has another tokenizer; use --config.data.tokenizer={stored}"
-        )
+    check_same(workdir / workdirs.TOKENIZER, tokenizer, f"the run in {workdir}")
     moe = dataclasses.replace(settings.moe, exchange=config.moe.exchange)
     settings = dataclasses.replace(settings, mesh=config.mesh, moe=moe)
     settings = resolve_backends(settings, jax.default_backend(), mesh)

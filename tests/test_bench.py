@@ -73,7 +73,7 @@ def test_decode(capsys):
     assert "--repeats and --batch must be 1 or more" in capsys.readouterr().err
     assert {row["mesh"] for row in rows} == {"one device"}
     assert main([*command, "--mesh=expert:3"]) == 2
-    assert "mesh" in capsys.readouterr().err
+    assert "mesh.expert=3 makes 3 devices, there are 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("load", moe.LOADS)

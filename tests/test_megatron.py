@@ -181,6 +181,10 @@ HOSTILE = {
         lambda step: saved(step / MAIN, lambda x: x | {"args": None}),
         f"{MAIN} lacks the module or the args that Megatron stores",
     ),
+    "old": (
+        lambda step: saved(step / MAIN, lambda x: x | {"checkpoint_version": 1.0}),
+        f"{MAIN}: checkpoint_version=1.0; before 2 queries, keys and values",
+    ),
     "lost": (lambda step: (step / EXPERT_FILE).unlink(), f" lacks {PREFIX}3.mlp.deepspeed_moe"),
     "no main file": (lambda step: (step / MAIN).unlink(), f"{MAIN} is missing"),
     "elsewhere": (

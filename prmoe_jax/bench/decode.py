@@ -21,10 +21,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from prmoe_jax.bench.worker import worker
-from prmoe_jax.config import Config, MeshConfig, ModelConfig, MoeConfig
+from prmoe_jax.config import Config, MeshConfig, MoeConfig
 from prmoe_jax.decoder import Decoder, decoder
 from prmoe_jax.errors import UserError
 from prmoe_jax.generate import PIECE, STEPS, Sampling, advance, read
+from prmoe_jax.interop.gpt2 import gpt2_sizes
 from prmoe_jax.model import resolve_backends
 from prmoe_jax.parallel import rules
 from prmoe_jax.parallel.mesh import batch_axes, make_mesh
@@ -91,10 +92,11 @@ def bench_decode(
         }
         theirs = {}
         if importlib.util.find_spec("transformers") and jax.default_backend() == "cpu":
+            shape = json.dumps(gpt2_sizes(base.model) | {"bos_token_id": 0, "eos_token_id": 0})
             for dtype in ("float32", "bfloat16"):
                 name = "transformers' GPT-2 as the base", dtype, "one device"
                 theirs[name] = stack.enter_context(
-                    worker("transformers_worker", _as_gpt2(base.model), dtype, os.cpu_count())
+                    worker("transformers_worker", shape, dtype, os.cpu_count())
                 )
         for batch in batches:
             log.info("batch %d", batch)
@@ -196,22 +198,6 @@ def _turn(decoder: Decoder, mesh: Mesh, batch: int, prompt: int) -> Callable[[],
             return time.perf_counter() - begun
 
     return turn
-
-
-def _as_gpt2(model: ModelConfig) -> str:
-    """The shape of a dense model, for transformers' GPT2Config."""
-    return json.dumps(
-        {
-            "vocab_size": model.vocab_size,
-            "n_positions": model.length,
-            "n_embd": model.d_model,
-            "n_layer": model.layers,
-            "n_head": model.heads,
-            "n_inner": model.d_ff,
-            "bos_token_id": 0,
-            "eos_token_id": 0,
-        }
-    )
 
 
 def table(rows: list[dict]) -> str:

@@ -112,6 +112,12 @@ def load_tokenizer(config: DataConfig, vocab_size: int, corpus: Corpus) -> Token
     return tokenizer
 
 
+def check_same(path: pathlib.Path, tokenizer: Tokenizer, whose: str) -> None:
+    """Raises UserError unless the tokenizer stored at a path, somebody's, is this one."""
+    if Tokenizer.load(path).fingerprint != tokenizer.fingerprint:
+        raise UserError(f"{whose} has another tokenizer; use --config.data.tokenizer={path}")
+
+
 def check_fits(tokenizer: Tokenizer, vocab_size: int) -> None:
     """Raises UserError if the model's vocabulary is smaller than the tokenizer's."""
     if tokenizer.size > vocab_size:

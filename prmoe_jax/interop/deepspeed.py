@@ -15,7 +15,7 @@ import numpy as np
 from prmoe_jax.config import Config, default_config, resolve
 from prmoe_jax.errors import UserError
 from prmoe_jax.interop.layers import by_layer, by_stage
-from prmoe_jax.interop.tensors import check_coverage
+from prmoe_jax.interop.tensors import check_coverage, check_shape
 from prmoe_jax.interop.torch_files import Inert, read_torch, require_torch
 from prmoe_jax.step import init_model
 from prmoe_jax.tree import named_leaves
@@ -23,31 +23,31 @@ from prmoe_jax.tree import named_leaves
 MAIN = "mp_rank_00_model_states.pt"
 ENCODER = "language_model.encoder."
 EXPERT = "mlp.deepspeed_moe.experts.deepspeed_experts"
-# Their name, ours; of a layer, then of the rest.
+# Our name, theirs: of a layer; of an MLP in it; of the rest.
 LAYER = {
-    "input_layernorm.weight": "norm_attention.scale",
-    "input_layernorm.bias": "norm_attention.shift",
-    "self_attention.query_key_value.weight": "attention.w_qkv",
-    "self_attention.query_key_value.bias": "attention.b_qkv",
-    "self_attention.dense.weight": "attention.w_out",
-    "self_attention.dense.bias": "attention.b_out",
-    "post_attention_layernorm.weight": "norm_mlp.scale",
-    "post_attention_layernorm.bias": "norm_mlp.shift",
-    "mlp.deepspeed_moe.gate.wg.weight": "mlp.w_router",
-    "mlp.coefficient.weight": "mlp.w_mix",
-    "mlp.coefficient.bias": "mlp.b_mix",
+    "norm_attention.scale": "input_layernorm.weight",
+    "norm_attention.shift": "input_layernorm.bias",
+    "attention.w_qkv": "self_attention.query_key_value.weight",
+    "attention.b_qkv": "self_attention.query_key_value.bias",
+    "attention.w_out": "self_attention.dense.weight",
+    "attention.b_out": "self_attention.dense.bias",
+    "norm_mlp.scale": "post_attention_layernorm.weight",
+    "norm_mlp.shift": "post_attention_layernorm.bias",
+    "mlp.w_router": "mlp.deepspeed_moe.gate.wg.weight",
+    "mlp.w_mix": "mlp.coefficient.weight",
+    "mlp.b_mix": "mlp.coefficient.bias",
 }
 MLP = {
-    "dense_h_to_4h.weight": "w_in",
-    "dense_h_to_4h.bias": "b_in",
-    "dense_4h_to_h.weight": "w_out",
-    "dense_4h_to_h.bias": "b_out",
+    "w_in": "dense_h_to_4h.weight",
+    "b_in": "dense_h_to_4h.bias",
+    "w_out": "dense_4h_to_h.weight",
+    "b_out": "dense_4h_to_h.bias",
 }
 REST = {
-    "language_model.embedding.word_embeddings.weight": "tokens",
-    "language_model.embedding.position_embeddings.weight": "positions",
-    ENCODER + "final_layernorm.weight": "norm.scale",
-    ENCODER + "final_layernorm.bias": "norm.shift",
+    "tokens": "language_model.embedding.word_embeddings.weight",
+    "positions": "language_model.embedding.position_embeddings.weight",
+    "norm.scale": ENCODER + "final_layernorm.weight",
+    "norm.shift": ENCODER + "final_layernorm.bias",
 }
 # Megatron's arguments that change what is computed, and the value that ours has.
 FIXED = {
@@ -84,6 +84,12 @@ def read_deepspeed(source: Path) -> tuple[Config, dict[str, np.ndarray], str]:
     main = read_torch(folder / MAIN)
     if not isinstance(main.get("module"), dict) or not isinstance(main.get("args"), Inert):
         raise UserError(f"{folder / MAIN} lacks the module or the args that Megatron stores")
+    version = main.get("checkpoint_version", 0)
+    if not isinstance(version, (int, float)) or version < 2:
+        raise UserError(
+            f"{folder / MAIN}: checkpoint_version={version!r}; before 2 queries, keys and values "
+            "lie in another order: load and save it with a newer Megatron-DeepSpeed"
+        )
     tensors = _flat(main["module"])
     for path in sorted(folder.glob("layer_*_expert_*_mp_rank_00_model_states.pt")):
         tensors |= _flat(read_torch(path))
@@ -110,10 +116,7 @@ def converted(
     for theirs, (ours, expert) in expected.items():
         shape = shapes[ours] if expert is None else shapes[ours][1:]
         want = jax.eval_shape(lambda x, n=ours: _turned(n, x), jax.ShapeDtypeStruct(shape, "f4"))
-        if arrays[theirs].shape != want.shape:
-            raise UserError(
-                f"{source}: {theirs} has shape {arrays[theirs].shape}, not {want.shape}"
-            )
+        check_shape(theirs, arrays[theirs], want.shape, source)
         if expert is None:
             named[ours] = _turned_back(ours, arrays[theirs], shape)
         else:
@@ -209,8 +212,8 @@ def _config(arrays: dict[str, np.ndarray], args: dict, source: Path) -> Config:
     settings = default_config()
     model, moe = settings.model, settings.moe
     try:
-        model.vocab_size, model.d_model = arrays[next(iter(REST))].shape
-        model.length = len(arrays[list(REST)[1]])
+        model.vocab_size, model.d_model = arrays[REST["tokens"]].shape
+        model.length = len(arrays[REST["positions"]])
         model.layers, model.heads = len(layers), int(args["num_attention_heads"])
         model.d_ff = int(args.get("ffn_hidden_size") or 4 * model.d_model)
         model.dropout = float(args.get("hidden_dropout", 0.0))
@@ -237,15 +240,13 @@ def _config(arrays: dict[str, np.ndarray], args: dict, source: Path) -> Config:
 
 def _names(ours: str, config: Config) -> list[tuple[str, int | None]]:
     """Their names of one of our parameters, with the expert's number where they have one each."""
-    rest = {ours: theirs for theirs, ours in REST.items()}
-    if ours in rest:
-        return [(rest[ours], None)]
+    if ours in REST:
+        return [(REST[ours], None)]
     _, layer, name = ours.split(".", 2)
     prefix = f"{ENCODER}layers.{layer}."
-    named = {ours: theirs for theirs, ours in LAYER.items()}
-    if name in named:
-        return [(prefix + named[name], None)]
-    kind = {ours: theirs for theirs, ours in MLP.items()}[name.rpartition(".")[2]]
+    if name in LAYER:
+        return [(prefix + LAYER[name], None)]
+    kind = MLP[name.rpartition(".")[2]]
     if name.startswith("mlp.experts."):
         count = config.model.schedule.experts[int(layer)]
         return [(f"{prefix}{EXPERT}.{e}.{kind}", e) for e in range(count)]
@@ -277,7 +278,7 @@ def _turned_back(name: str, x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray
 def _main(config: Config, tensors: dict, step: int) -> dict:
     """The main file's content: nested as Megatron loads it, beside what the engine asks for."""
     embedding = {
-        name.split(".")[2]: {"weight": tensors[name]} for name in REST if ".embedding." in name
+        n.split(".")[2]: {"weight": tensors[n]} for n in REST.values() if ".embedding." in n
     }
     encoder = {n.removeprefix(ENCODER): x for n, x in tensors.items() if n.startswith(ENCODER)}
     model = config.model

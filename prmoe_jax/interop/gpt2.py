@@ -8,7 +8,13 @@ import numpy as np
 from prmoe_jax.config import Config, ModelConfig, default_config, resolve
 from prmoe_jax.errors import UserError
 from prmoe_jax.interop.layers import by_layer, by_stage
-from prmoe_jax.interop.tensors import check_coverage, read_json, read_tensors, write_tensors
+from prmoe_jax.interop.tensors import (
+    check_coverage,
+    check_shape,
+    read_json,
+    read_tensors,
+    write_tensors,
+)
 
 # Settings of GPT2Config that change what is computed, and the value that ours has.
 FIXED = {
@@ -19,6 +25,14 @@ FIXED = {
     "scale_attn_by_inverse_layer_idx": False,
     "add_cross_attention": False,
     "tie_word_embeddings": True,
+}
+# Our setting, theirs.
+SIZES = {
+    "vocab_size": "vocab_size",
+    "length": "n_positions",
+    "layers": "n_layer",
+    "d_model": "n_embd",
+    "heads": "n_head",
 }
 # Of a layer: their name, ours. Their linear maps are stored as ours, input first.
 LAYER = {
@@ -58,15 +72,8 @@ def read_gpt2(folder: Path) -> tuple[Config, dict[str, np.ndarray], str]:
                 f"{folder}/config.json: {name}={theirs[name]!r}, our dense model has {value!r}"
             )
     settings = default_config()
-    sizes = {
-        "vocab_size": "vocab_size",
-        "length": "n_positions",
-        "layers": "n_layer",
-        "d_model": "n_embd",
-        "heads": "n_head",
-    }
     try:
-        settings.model.update({ours: int(theirs[name]) for ours, name in sizes.items()})
+        settings.model.update({ours: int(theirs[name]) for ours, name in SIZES.items()})
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{folder}/config.json: no usable {error}") from None
     settings.model.d_ff = int(theirs.get("n_inner") or 4 * settings.model.d_model)
@@ -84,8 +91,7 @@ def read_gpt2(folder: Path) -> tuple[Config, dict[str, np.ndarray], str]:
     found = check_coverage(tensors, expected, folder, IGNORED)
     for name in sorted(expected):
         want = _theirs(name.split(".", 2)[2] if name.startswith("h.") else name, config.model)
-        if tensors[name].shape != want:
-            raise UserError(f"{folder}: {name} has shape {tensors[name].shape}, not {want}")
+        check_shape(name, tensors[name], want, folder)
     leaves = {ours: tensors[name] for name, ours in REST.items()}
     for i in layers:
         for name, ours in LAYER.items():
@@ -102,6 +108,13 @@ def check_dense(model: ModelConfig) -> None:
         )
 
 
+def gpt2_sizes(model: ModelConfig) -> dict[str, int]:
+    """The shape of a dense model as GPT2Config has it."""
+    return {theirs: getattr(model, ours) for ours, theirs in SIZES.items()} | {
+        "n_inner": model.d_ff
+    }
+
+
 def write_gpt2(config: Config, leaves: dict[str, np.ndarray], folder: Path) -> None:
     """Writes a dense model as GPT2LMHeadModel reads it; the tensors keep every bit."""
     model = config.model
@@ -114,12 +127,7 @@ def write_gpt2(config: Config, leaves: dict[str, np.ndarray], folder: Path) -> N
     write_tensors(tensors, folder)
     settings = FIXED | {
         "architectures": ["GPT2LMHeadModel"],
-        "vocab_size": model.vocab_size,
-        "n_positions": model.length,
-        "n_embd": model.d_model,
-        "n_layer": model.layers,
-        "n_head": model.heads,
-        "n_inner": model.d_ff,
+        **gpt2_sizes(model),
         "attn_pdrop": 0.0,
         "embd_pdrop": model.dropout,
         "resid_pdrop": model.dropout,

@@ -16,7 +16,13 @@ from prmoe_jax.errors import UserError
 from prmoe_jax.evaluate import restore_run
 from prmoe_jax.interop.deepspeed import check_exportable, read_deepspeed, write_deepspeed
 from prmoe_jax.interop.gpt2 import check_dense, read_gpt2, write_gpt2
-from prmoe_jax.interop.tensors import check_coverage, read_json, read_tensors, write_tensors
+from prmoe_jax.interop.tensors import (
+    check_coverage,
+    check_shape,
+    read_json,
+    read_tensors,
+    write_tensors,
+)
 from prmoe_jax.metrics import read_metrics
 from prmoe_jax.sizes import cost
 from prmoe_jax.step import init_model
@@ -108,8 +114,7 @@ def _read_ours(folder: Path) -> tuple[Config, dict[str, np.ndarray], str]:
     shapes = named_leaves(jax.eval_shape(lambda: init_model(config)))
     found = check_coverage(tensors, set(shapes), folder)
     for name, shape in shapes.items():
-        if tensors[name].shape != shape.shape:
-            raise UserError(f"{folder}: {name} has shape {tensors[name].shape}, not {shape.shape}")
+        check_shape(name, tensors[name], shape.shape, folder)
     return config, tensors, found
 
 

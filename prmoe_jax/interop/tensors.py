@@ -83,6 +83,12 @@ def write_tensors(tensors: dict[str, np.ndarray], folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
+def check_shape(name: str, array: np.ndarray, shape: tuple[int, ...], source: Path) -> None:
+    """Raises UserError unless an array has this shape."""
+    if array.shape != shape:
+        raise UserError(f"{source}: {name} has shape {array.shape}, not {shape}")
+
+
 def check_coverage(found: dict, expected: set[str], source: Path, ignored=()) -> str:
     """Compares names; returns what to tell the user.
 

@@ -1,6 +1,7 @@
 """`prmoe report experiments/NAME`: what a sweep's results.jsonl says."""
 
 import json
+import statistics
 from pathlib import Path
 
 from prmoe_jax.errors import UserError
@@ -97,8 +98,8 @@ def _costs(rows: list[dict]) -> list[str]:
         f"{row['total_params'] / 1e6:.2f} M",
         f"{row['active_params'] / 1e6:.2f} M",
         f"{row['flops_per_token'] / 1e6:.1f} M",
-        f"{mean([r['drop_fraction'] for r in rows]).value:.1%}",
-        f"{mean([r['tokens_per_second'] for r in rows]).value:,.0f}",
+        f"{statistics.fmean(r['drop_fraction'] for r in rows):.1%}",
+        f"{statistics.fmean(r['tokens_per_second'] for r in rows):,.0f}",
     ]
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from prmoe_jax import workdir as workdirs
-from prmoe_jax.config import leaves, load
+from prmoe_jax.config import changed, load
 from prmoe_jax.errors import UserError
 from prmoe_jax.metrics import read_metrics
 from prmoe_jax.report import figures, page
@@ -82,14 +82,12 @@ def report(workdir: Path) -> dict:
         rows.append(["choices dropped", f"{last['eval/drop_fraction']:.1%}"])
     rows.append(["parameters", f"{size.total_params:,}"])
     rows.append(["active for a token", f"{size.active_params:,}"])
-    defaults = leaves(type(config)())
-    settings = [[n, v] for n, v in leaves(config).items() if v != defaults[n]]
     parts = [
         page.paragraph(f"{config.model.schedule}, seed {config.seed}."),
         page.table(["", ""], rows),
         page.figures(pictures),
         page.heading("Settings that differ from the defaults"),
-        page.table(["setting", "value"], settings),
+        page.table(["setting", "value"], [list(item) for item in changed(config).items()]),
     ]
     path = out / "report.html"
     path.write_text(page.page(str(workdir), parts))

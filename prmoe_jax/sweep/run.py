@@ -16,7 +16,7 @@ from pathlib import Path
 
 from prmoe_jax import userfile
 from prmoe_jax import workdir as workdirs
-from prmoe_jax.config import RESUMABLE, Config, check_resume, leaves, load, resolve, save
+from prmoe_jax.config import RESUMABLE, Config, changed, check_resume, load, resolve, save
 from prmoe_jax.errors import UserError
 from prmoe_jax.metrics import read_metrics
 from prmoe_jax.sizes import cost
@@ -186,11 +186,10 @@ def _finished(config: Config, workdir: Path) -> bool:
 
 def _settings(config: Config) -> dict:
     """Those that differ from the defaults and make the run what it is."""
-    defaults = leaves(Config())
     return {
         name: list(value) if isinstance(value, tuple) else value
-        for name, value in leaves(config).items()
-        if value != defaults[name] and not name.startswith(RESUMABLE)
+        for name, value in changed(config).items()
+        if not name.startswith(RESUMABLE)
     }
 
 

@@ -3,6 +3,7 @@
 python -m prmoe_jax.tasks.harness --model prmoe --model_args workdir=DIR --tasks lambada_openai
 """
 
+import functools
 import logging
 import os
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ except ImportError:
 
 from prmoe_jax import workdir as workdirs
 from prmoe_jax.config import load
+from prmoe_jax.data.tokenizer import Tokenizer
 from prmoe_jax.errors import UserError
 from prmoe_jax.generate import Generator, Sampling
 from prmoe_jax.tasks import local
@@ -33,10 +35,14 @@ class PrmoeLM(TemplateLM):
     def __init__(self, workdir: str, batch_size: int = 16, **ignored):
         """Restores the run; what else the harness passes (device, max_batch_size) has no use."""
         super().__init__()
-        self._scorer = Scorer.restore(Path(workdir), int(batch_size))
-        self._generator = Generator.restore(Path(workdir))
-        self._tokenizer = self._generator.tokenizer
+        self._workdir = Path(workdir)
+        self._scorer = Scorer.restore(self._workdir, int(batch_size))
+        self._tokenizer = Tokenizer.load(self._workdir / workdirs.TOKENIZER)
         self._batch_size = int(batch_size)
+
+    @functools.cached_property
+    def _generator(self) -> Generator:
+        return Generator.restore(self._workdir)  # a second model, which few tasks need
 
     @property
     def eot_token_id(self) -> int:
