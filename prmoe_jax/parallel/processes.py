@@ -35,6 +35,7 @@ def join() -> None:
             "num_processes": int(os.environ[VARIABLES[1]]),
             "process_id": int(os.environ[VARIABLES[2]]),
         }
+    _keep_output_ours()
     try:
         jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     except (RuntimeError, ValueError) as error:
@@ -43,6 +44,18 @@ def join() -> None:
             f"--distributed: the processes of this run were not found ({reason}); start it on a "
             f"TPU pod, under SLURM or on GKE, or give {', '.join(VARIABLES)}"
         ) from error
+
+
+def _keep_output_ours() -> None:
+    """Sends to standard error what libraries write on standard output.
+
+    Gloo, the collectives of CPUs, greets there, from several threads at once; a reader of --json
+    wants JSON.
+    """
+    sys.stdout.flush()
+    ours = os.dup(sys.stdout.fileno())
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    sys.stdout = open(ours, "w", buffering=1, encoding=sys.stdout.encoding)
 
 
 def barrier(name: str) -> None:
