@@ -192,31 +192,40 @@ def test_streaming_and_stops_in_a_batch():
     assert texts[1] == whole[1][: whole[1].find(stop) if stop in whole[1] else None]
 
 
-@pytest.mark.parametrize("kind", ["bfloat16", "int8"])
-def test_products_of_narrow_weights(kind, monkeypatch):
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
+def test_products_of_few_rows(kind, monkeypatch):
     """By blocks and at once, they are those of the weights held; which are near the given ones."""
     monkeypatch.setattr("prmoe_jax.weights.BLOCK", 40)
     monkeypatch.setattr("prmoe_jax.weights.BLOCK_OF_TABLE", 30)
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(20, 3, 4)), jnp.float32)
     w = jnp.asarray(rng.normal(size=(3, 4, 2, 5)), jnp.float32)
-    held = narrowed(w, kind, (0, 1))
-    wide = held.whole(jnp.float32)
-    error = {"bfloat16": jnp.abs(w) / 256, "int8": jnp.abs(w).max((0, 1)) / 254 * 1.001}[kind]
-    assert (jnp.abs(wide - w) <= error).all()
+
+    def hold(w, summed):
+        return w if kind == "float32" else narrowed(w, kind, summed)
+
+    def wide(held):
+        return held.whole(jnp.float32) if isinstance(held, Narrow) else held
+
+    held = hold(w, (0, 1))
+    error = {
+        "float32": 0,
+        "bfloat16": jnp.abs(w) / 256,
+        "int8": jnp.abs(w).max((0, 1)) / 254 * 1.001,
+    }[kind]
+    assert (jnp.abs(wide(held) - w) <= error).all()
+    table = hold(jnp.asarray(rng.normal(size=(14, 12)), jnp.float32), (-1,))
     for rows in (1, 16, 20):
-        expected = np.einsum("rab,abcd->rcd", x[:rows], wide)
+        expected = np.einsum("rab,abcd->rcd", x[:rows], wide(held))
         np.testing.assert_allclose(product(x[:rows], held, axes=2), expected, rtol=1e-5, atol=1e-5)
-        table = narrowed(jnp.asarray(rng.normal(size=(14, 12)), jnp.float32), kind, (-1,))
         flat = x[:rows].reshape(rows, 12)
-        expected = flat @ table.whole(jnp.float32).T
+        expected = flat @ wide(table).T
         np.testing.assert_allclose(scores(flat, table), expected, rtol=1e-5, atol=1e-5)
-    experts = narrowed(jnp.asarray(rng.normal(size=(3, 12, 7)), jnp.float32), kind, (-2,))
+    experts = hold(jnp.asarray(rng.normal(size=(3, 12, 7)), jnp.float32), (-2,))
     for e in range(3):
-        expected = flat[:1] @ experts.whole(jnp.float32)[e]
-        np.testing.assert_allclose(
-            product_with_one(flat[:1], experts, e), expected, rtol=1e-5, atol=1e-5
-        )  # noqa: E501
+        expected = flat[:1] @ wide(experts)[e]
+        y_1xF = product_with_one(flat[:1], experts, e)
+        np.testing.assert_allclose(y_1xF, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_chosen_experts_are_the_experts():
