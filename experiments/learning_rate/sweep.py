@@ -1,0 +1,19 @@
+"""Which learning rate is best for each architecture of `configs/prose.py`? One seed, three rates.
+
+prmoe sweep experiments/learning_rate
+"""
+
+import runpy
+from pathlib import Path
+
+PROSE = runpy.run_path(str(Path(__file__).parents[2] / "configs/prose.py"))
+RATES = 2e-3, 4e-3, 8e-3
+
+
+def runs():
+    for name in PROSE["ARCHITECTURES"]:
+        for rate in RATES:
+            config = PROSE["get_config"](name)
+            config.optimizer.learning_rate = rate
+            config.optimizer.min_learning_rate = rate / 10
+            yield f"{name}_{rate:g}/0", config
