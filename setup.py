@@ -37,7 +37,17 @@ setup(
         "eval": ["lm-eval"],
         "plot": ["matplotlib"],
         "interop": ["deepspeed", "torch", "transformers"],
-        "dev": ["hypothesis", "matplotlib", "pre-commit", "pytest", "pytest-xdist", "ruff"],
+        "dev": [
+            "hypothesis",
+            "ipykernel",
+            "jupytext",
+            "matplotlib",
+            "nbclient",
+            "pre-commit",
+            "pytest",
+            "pytest-xdist",
+            "ruff",
+        ],
     },
     entry_points={"console_scripts": ["prmoe=prmoe_jax.cli:main"]},
 )

@@ -6,7 +6,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -39,13 +39,19 @@ from prmoe_jax.upcycle import started
 log = logging.getLogger(__name__)
 
 
-def train(config: Config, workdir: Path, profile: tuple[int, int] | None = None) -> dict:
+def train(
+    config: Config,
+    workdir: Path,
+    profile: tuple[int, int] | None = None,
+    on_metrics: Callable[[dict], None] | None = None,
+) -> dict:
     """Trains to the end of the config, resuming whatever the workdir holds.
 
     Args:
       config: from `config.resolve`.
       workdir: the run's folder, created if needed; see `workdir` for what it holds.
       profile: (first, last) step of which a profiler trace is written to workdir/profile.
+      on_metrics: is told of every line of metrics.jsonl as it is written, for a live plot.
 
     Returns:
       The last evaluation's metrics; for an interrupted run, those logged last.
@@ -123,7 +129,9 @@ def train(config: Config, workdir: Path, profile: tuple[int, int] | None = None)
             )
         )
         run = Run(
-            resolved, workdir, data, mesh, checkpoints, fingerprint, writer, progress, teacher
+            *(resolved, workdir, data, mesh, checkpoints, fingerprint, writer, progress),
+            teacher,
+            on_metrics,
         )
         del teacher  # the run's alone, to be let go when it has taught
         with processes.ending_together():
@@ -144,11 +152,12 @@ class Run:
         writer: MetricsWriter | None,
         progress: tqdm,
         teacher: Teacher | None = None,
+        on_metrics: Callable[[dict], None] | None = None,
     ):
         self.config, self.workdir, self.data, self.mesh = config, workdir, data, mesh
         self.checkpoints, self.fingerprint = checkpoints, fingerprint
         self.writer, self.progress, self.clock = writer, progress, Clock()
-        self.teacher = teacher
+        self.teacher, self.on_metrics = teacher, on_metrics
         self.train_step = on_mesh(config, mesh, teacher and teacher.config)
         self.eval_step = jax.jit(make_eval_step(config), out_shardings=replicated(mesh))
         self.flops_per_token = cost(config.model).train_flops_per_token
@@ -254,6 +263,8 @@ class Run:
         self.last_metrics = {"step": step, **metrics}
         if self.writer:
             self.writer.write(step, metrics)
+            if self.on_metrics:
+                self.on_metrics(self.last_metrics)
 
     def say(self, step: int, line: str) -> None:
         """Shows a line: beside the progress bar on a terminal, as a log line elsewhere."""
