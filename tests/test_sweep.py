@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -140,3 +141,19 @@ def test_a_runs_own_config_is_a_config(tmp_path):
     assert parse_config([stored]) == given
     changed = parse_config([stored, "--config.model.experts=8,8,16", "--config.seed=3"])
     assert (changed.model.experts, changed.seed) == ((8, 8, 16), 3)
+
+
+SWEEPS = sorted((Path(__file__).parent.parent / "experiments").glob("*/sweep.py"))
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.parent.name)
+def test_committed_sweeps(path):
+    """They can be planned, their arms' runs differ in seed alone, and records are of their runs."""
+    runs = run.planned(path.parent)
+    arms = {}
+    for name, config in runs.items():
+        same = dataclasses.replace(config, seed=0)
+        assert arms.setdefault(name.rpartition("/")[0], same) == same, name
+    results = path.with_name("results.jsonl")
+    for row in map(json.loads, results.read_text().splitlines() if results.exists() else []):
+        assert row["run"] in runs

@@ -14,6 +14,5 @@ def runs():
     for name in PROSE["ARCHITECTURES"]:
         for rate in RATES:
             config = PROSE["get_config"](name)
-            config.optimizer.learning_rate = rate
-            config.optimizer.min_learning_rate = rate / 10
+            PROSE["set_rate"](config, rate)
             yield f"{name}_{rate:g}/0", config
