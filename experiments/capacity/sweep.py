@@ -8,9 +8,8 @@ from math import inf
 from pathlib import Path
 
 PROSE = runpy.run_path(str(Path(__file__).parents[2] / "configs/prose.py"))
-SEEDS = 1, 2, 3
 # A model is evaluated by the rules it was trained with.
-ARMS = {
+CHANGES = {
     "moe": {},  # a capacity factor of 1, groups of one sequence, first come first served
     "capacity_0.5": {"moe.capacity_factor": 0.5, "moe.eval_capacity_factor": 0.5},
     "capacity_2": {"moe.capacity_factor": 2.0, "moe.eval_capacity_factor": 2.0},
@@ -19,12 +18,8 @@ ARMS = {
     "groups_of_64": {"moe.group_size": 64},
     "groups_of_4_sequences": {"moe.group_size": 1024},
 }
+ARMS = {arm: ("moe", changes) for arm, changes in CHANGES.items()}
 
 
 def runs():
-    for name, changes in ARMS.items():
-        for seed in SEEDS:
-            config = PROSE["get_config"]("moe")
-            config.update_from_flattened_dict(changes)
-            config.seed = seed
-            yield f"{name}/{seed}", config
+    return PROSE["runs"](ARMS)

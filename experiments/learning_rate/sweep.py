@@ -7,12 +7,11 @@ import runpy
 from pathlib import Path
 
 PROSE = runpy.run_path(str(Path(__file__).parents[2] / "configs/prose.py"))
-RATES = 2e-3, 4e-3, 8e-3
 
 
 def runs():
     for name in PROSE["ARCHITECTURES"]:
-        for rate in RATES:
+        for rate in PROSE["RATES"]:
             config = PROSE["get_config"](name)
             PROSE["set_rate"](config, rate)
             yield f"{name}_{rate:g}/0", config

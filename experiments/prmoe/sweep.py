@@ -7,17 +7,10 @@ import runpy
 from pathlib import Path
 
 PROSE = runpy.run_path(str(Path(__file__).parents[2] / "configs/prose.py"))
-SEEDS = 1, 2, 3
-ARMS = "dense", "dense_5x", "moe", "prmoe", "student", "mos"
-TEACHER = "runs/prose/prmoe/1"
+TEACHER = {"teacher.workdir": "runs/prose/prmoe/1", "kd.stop": 0.7}
+ARMS = {name: (name, {}) for name in ("dense", "dense_5x", "moe", "prmoe", "student")}
+ARMS["mos"] = "student", TEACHER
 
 
 def runs():
-    for name in ARMS:
-        for seed in SEEDS:
-            config = PROSE["get_config"]("student" if name == "mos" else name)
-            config.seed = seed
-            if name == "mos":
-                config.teacher.workdir = TEACHER
-                config.kd.stop = 0.7
-            yield f"{name}/{seed}", config
+    return PROSE["runs"](ARMS)

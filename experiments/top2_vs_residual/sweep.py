@@ -7,20 +7,14 @@ import runpy
 from pathlib import Path
 
 PROSE = runpy.run_path(str(Path(__file__).parents[2] / "configs/prose.py"))
-SEEDS = 1, 2, 3
 ARMS = {
-    "moe": {},
-    "top2": {},
-    "residual": {},
-    "residual_sum": {"model.residual_mix": "sum"},
-    "residual_half": {"model.residual_mix": "half"},
+    "moe": ("moe", {}),
+    "top2": ("top2", {}),
+    "residual": ("residual", {}),
+    "residual_sum": ("residual", {"model.residual_mix": "sum"}),
+    "residual_half": ("residual", {"model.residual_mix": "half"}),
 }
 
 
 def runs():
-    for name, changes in ARMS.items():
-        for seed in SEEDS:
-            config = PROSE["get_config"](name.partition("_")[0])
-            config.update_from_flattened_dict(changes)
-            config.seed = seed
-            yield f"{name}/{seed}", config
+    return PROSE["runs"](ARMS)
