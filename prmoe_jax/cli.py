@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import sys
+import warnings
 from pathlib import Path
 
 import prmoe_jax
@@ -634,6 +635,8 @@ def _log_to_stderr() -> None:
     for library in ("absl", "asyncio"):
         logging.getLogger(library).setLevel(logging.CRITICAL)
     sys.unraisablehook = _report_unraisable
+    # A failed checkpoint ends before all of Orbax's coroutines have begun.
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
 
 
 def _report_unraisable(unraisable) -> None:
