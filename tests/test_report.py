@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from prmoe_jax.cli import main
+from prmoe_jax.config import load
 from prmoe_jax.report.arms import Mean, arms, difference, mean
+from prmoe_jax.sweep.run import record as recorded
 from tests.test_train import arguments, text  # noqa: F401
 
 # Of three arms, the last with a seed of its own.
@@ -22,6 +24,7 @@ def record(arm, seed, loss, **changes):
         "bits_per_byte": loss / 2, "drop_fraction": 0.1, "tokens": 2000,
         "total_params": 3_000_000 + len(arm), "active_params": 1_000_000,
         "flops_per_token": 6_000_000, "tokens_per_second": 500.0, "device": "cpu",
+        "layers": {"01": {"position_drop_fraction": [0.0, 0.2]}},
         "evaluations": [[1000, loss + 1], [2000, loss]], "losses": [[10, 9.0]],
         "revisions": ["abc"], "versions": {"jax": "0.1"},
     } | changes  # fmt: skip
@@ -57,13 +60,13 @@ def test_report_of_a_sweep(folder, capsys):
     assert lines[3]["loss"] == "2.9" and lines[0]["seed"] == "1"
     assert "model.layers" not in lines[0]  # all the same
     names = {f"{name}.{kind}" for name in ("loss_tokens", "loss_flops", "loss_parameters",
-             "differences") for kind in ("png", "svg")}  # fmt: skip
+             "differences", "drops") for kind in ("png", "svg")}  # fmt: skip
     made = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert made.keys() == names | {"results.csv", "results.jsonl", "report.html"}
     html = made["report.html"].decode()
     assert "<td>3.1000 ± 0.2484</td>" in html and "<td>-0.2000 ± 0.2484</td>" in html
     assert "&lt;b&gt;" in html and "<b>" not in html
-    assert html.count("data:image/svg+xml;base64,") == 4
+    assert html.count("data:image/svg+xml;base64,") == 5
     assert not re.search(r"https?:|src=\"(?!data:)|<script|<link", html)
     assert main(["report", str(folder)]) == 0
     assert "two                              3    2.9000 ± 0.2484     -0.2000 ± 0.2484" in (
@@ -86,6 +89,9 @@ def test_report_of_a_run(text, tmp_path, capsys):  # noqa: F811
                        "expert_load", "expert_drop_fraction"}  # fmt: skip
     assert html.count("<figure>") == len(figures)
     assert "<td>model.experts</td><td>(4, 4, 8)</td>" in html
+    layers = recorded("prmoe/0", load(run / "config.json"), run)["layers"]
+    assert list(layers) == ["01", "03", "05"]
+    assert len(layers["05"]["position_drop_fraction"]) == 16
 
 
 @pytest.mark.parametrize(

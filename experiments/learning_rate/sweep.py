@@ -1,6 +1,6 @@
 """Which learning rate is best for each architecture of `configs/prose.py`?
 
-One seed, three rates, a third of the experiments' steps: two cores then tune for two hours.
+One seed, three rates, 300 steps instead of the experiments' 800.
 
 prmoe sweep experiments/learning_rate
 """
@@ -16,5 +16,5 @@ def runs():
         for rate in PROSE["RATES"]:
             config = PROSE["get_config"](name)
             PROSE["set_rate"](config, rate)
-            config.train.steps = 100
+            config.train.steps = 300
             yield f"{name}_{rate:g}/0", config

@@ -61,6 +61,10 @@ def report(folder: Path) -> dict:
         pictures[folder / "differences"] = f"Differences from {base}, paired by seed."
         figures.differences(apart, base, folder / "differences")
 
+    if dropping := {arm: rows for arm, rows in found.items() if _drops(rows)}:
+        pictures[folder / "drops"] = "Who is dropped, in the last evaluation."
+        figures.drops(dropping, folder / "drops")
+
     revisions = sorted({revision for row in records for revision in row["revisions"]})
     devices = sorted({f"{row['device']}, jax {row['versions']['jax']}" for row in records})
     parts = [
@@ -90,6 +94,10 @@ def report(folder: Path) -> dict:
     out = folder / "report.html"
     out.write_text(page.page(folder.resolve().name, parts))
     return {"page": str(out), "arms": summary}
+
+
+def _drops(rows: dict[int, dict]) -> bool:
+    return any(row["drop_fraction"] for row in rows.values())
 
 
 def _costs(rows: list[dict]) -> list[str]:

@@ -90,6 +90,19 @@ def differences(found: dict[str, tuple[float, float]], base: str, path: Path) ->
         axes.set(xlabel=f"validation loss above {base}, nats (95 %)")
 
 
+def drops(arms: dict[str, dict[int, dict]], path: Path) -> None:
+    """The share of choices dropped by a token's place in its group, mean of layers and seeds."""
+    with figure(path) as axes:
+        for number, (arm, rows) in enumerate(arms.items()):
+            layers = [layer for record in rows.values() for layer in record["layers"].values()]
+            share_P = np.mean([layer["position_drop_fraction"] for layer in layers], 0)
+            places_P = (np.arange(len(share_P)) + 0.5) / len(share_P)
+            colour, marker = COLOURS[number % len(COLOURS)], MARKS[number % len(MARKS)]
+            axes.plot(places_P, share_P, color=colour, marker=marker, markersize=4, label=arm)
+        axes.set(xlabel="place in the routing group, first to last", ylabel="choices dropped, share")
+        axes.legend(frameon=False)
+
+
 def lines(series: dict[str, tuple[list, list]], label: str, path: Path) -> None:
     """Named series against the step."""
     with figure(path, 3.0) as axes:

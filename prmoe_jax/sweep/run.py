@@ -106,15 +106,20 @@ def record(name: str, config: Config, workdir: Path) -> dict:
 
     Returns:
       run, settings (that differ from the defaults), seed; total_params, active_params,
-      flops_per_token (of training); tokens, loss, bits_per_byte and drop_fraction at the end;
-      evaluations and losses, [tokens, nats a token] each; tokens_per_second; revisions, versions
-      and device.
+      flops_per_token (of training); tokens, loss, bits_per_byte and drop_fraction at the end, and
+      layers, by number what `metrics.summarise` says of each MoE layer then; evaluations and
+      losses, [tokens, nats a token] each; tokens_per_second; revisions, versions and device.
     """
     lines, size = read_metrics(workdir / "metrics.jsonl"), cost(config.model)
     evaluated = [line for line in lines if "eval/loss" in line]
     trained = [line for line in lines if "loss" in line]
     last, a_step = evaluated[-1], config.tokens_per_step
     starts = json.loads((workdir / "environment.json").read_text())
+    layers: dict[str, dict] = {}
+    for key, value in last.items():
+        if key.startswith("eval/layers/"):
+            _, _, layer, of = key.split("/")
+            layers.setdefault(layer, {})[of] = value
     return {
         "run": name,
         "settings": _settings(config),
@@ -126,6 +131,7 @@ def record(name: str, config: Config, workdir: Path) -> dict:
         "loss": last["eval/loss"],
         "bits_per_byte": last["eval/bits_per_byte"],
         "drop_fraction": last["eval/drop_fraction"],
+        "layers": layers,
         "evaluations": [[line["step"] * a_step, line["eval/loss"]] for line in evaluated],
         "losses": [
             [line["tokens"], line["loss"]] for line in trained[:: -(-len(trained) // POINTS)]
