@@ -131,8 +131,16 @@ def distillation_weight(config: Config, step: jax.Array) -> jax.Array:
 
 def sharded_state(config: Config, mesh: Mesh) -> TrainState:
     """The training state at step 0, each device making its own part."""
-    places = rules.shardings(jax.eval_shape(lambda: init_state(config)), mesh)
-    return jax.jit(init_state, static_argnums=0, out_shardings=places)(config)
+    return made(lambda: init_state(config), mesh)
+
+
+def made(make: Callable, mesh: Mesh, *arguments):
+    """What `make` makes of random numbers, each device its own part; placed by the rules."""
+    places = rules.shardings(jax.eval_shape(make, *arguments), mesh)
+    on_cpus = mesh.devices.flat[0].platform == "cpu"
+    # Of a draw, LLVM's last two levels make the same code in seven times the time.
+    options = {"xla_backend_optimization_level": 1} if on_cpus else None
+    return jax.jit(make, out_shardings=places, compiler_options=options)(*arguments)
 
 
 def on_mesh(

@@ -20,8 +20,7 @@ from prmoe_jax.config import Config, ModelConfig, load
 from prmoe_jax.data.tokenizer import Tokenizer, check_same
 from prmoe_jax.errors import UserError
 from prmoe_jax.model import Transformer, resolve_backends
-from prmoe_jax.parallel import rules
-from prmoe_jax.step import init_model
+from prmoe_jax.step import init_model, made
 from prmoe_jax.student import places
 from prmoe_jax.tree import named_leaves
 
@@ -60,8 +59,7 @@ def started(config: Config, mesh: Mesh, tokenizer: Tokenizer) -> Transformer:
     def start(model):
         return upcycled(model, init_model(config), jax.random.key(config.seed), config.init.noise)
 
-    out = rules.shardings(jax.eval_shape(lambda: init_model(config)), mesh)
-    return jax.jit(start, out_shardings=out)(model)
+    return made(start, mesh, model)
 
 
 def check_fits(source: ModelConfig, model: ModelConfig) -> None:

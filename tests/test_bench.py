@@ -49,14 +49,14 @@ def test_table(capsys):
 def test_decode(capsys):
     """A model, its dense base and a larger dense one; more where transformers is installed."""
     settings = ["length=128", "d_model=16", "heads=4", "d_ff=24", "vocab_size=300"]
-    command = ["bench", "decode", f"--config={tiny.__file__}:4 layers, E=3+5, residual"]
+    command = ["bench", "decode", f"--config={tiny.__file__}:2 layers, E=3, residual"]
     command += [f"--config.model.{setting}" for setting in settings]
     command += ["--config.data.tokenizer=bytes", "--repeats=2", "--batch=3", "--weights=int8"]
     assert main([*command, "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     ours = [row for row in rows if "transformers" not in row["model"]]
     assert [row["model"] for row in ours] == [
-        "4 layers, E=3+5, residual", "dense base", "dense, 5 times as active"
+        "2 layers, E=3, residual", "dense base", "dense, 5 times as active"
     ]  # fmt: skip
     model, base, larger = ours
     assert model["active_params"] > base["params"] == base["active_params"]

@@ -294,6 +294,7 @@ def test_a_copy_of_the_teacher_has_nothing_to_learn_from_it():
     assert abs(metrics["kd_loss"]) < 1e-6
 
 
+TEACHER, LEARNER = "4 layers, E=4+8, residual", "2 layers, E=8, residual"
 # A run: taught for the first half of 200 steps.
 TAUGHT = {
     "train.steps": 200,
@@ -306,7 +307,7 @@ TAUGHT = {
 @pytest.fixture(scope="module")
 def teacher(text, tmp_path_factory):  # noqa: F811
     workdir = tmp_path_factory.mktemp("teacher") / "run"
-    assert main(arguments(text, workdir, "prmoe")) == 0
+    assert main(arguments(text, workdir, TEACHER)) == 0
     return workdir
 
 
@@ -315,7 +316,7 @@ def student(text, teacher, tmp_path_factory):  # noqa: F811
     """A run that nothing interrupts."""
     workdir = tmp_path_factory.mktemp("student") / "run"
     settings = TAUGHT | {"teacher.workdir": teacher}
-    assert main(arguments(text, workdir, "mos", **settings)) == 0
+    assert main(arguments(text, workdir, LEARNER, **settings)) == 0
     return workdir
 
 
@@ -343,7 +344,7 @@ def test_the_teacher_goes_when_it_has_taught(text, teacher, tmp_path, monkeypatc
     monkeypatch.setattr(Run, "report", measured)
     monkeypatch.setattr(train, "on_mesh", watched)
     settings = TAUGHT | {"teacher.workdir": teacher, "train.steps": 16}
-    assert main(arguments(text, tmp_path / "run", "mos", **settings)) == 0
+    assert main(arguments(text, tmp_path / "run", LEARNER, **settings)) == 0
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [line["step"] for line in lines if "kd_loss" in line] == list(range(1, 9))
     _, _, model, _ = restore_run(Path(teacher))
@@ -358,7 +359,7 @@ def test_the_teacher_goes_when_it_has_taught(text, teacher, tmp_path, monkeypatc
 def test_killed_on_either_side_of_the_stop_equals_undisturbed(
     text, teacher, student, tmp_path, line  # noqa: F811
 ):  # fmt: skip
-    command = arguments(text, tmp_path / "run", "mos", **TAUGHT | {"teacher.workdir": teacher})
+    command = arguments(text, tmp_path / "run", LEARNER, **TAUGHT | {"teacher.workdir": teacher})
     process = start(*command)
     wait_for_lines(tmp_path / "run", line, process)
     process.kill()
@@ -373,7 +374,7 @@ def test_killed_on_either_side_of_the_stop_equals_undisturbed(
 def test_a_teacher_spread_over_devices_teaches_the_same(text, teacher, student, tmp_path):  # noqa: F811
     settings = TAUGHT | {"teacher.workdir": teacher, "mesh.expert": 4, "mesh.fsdp": 2}
     settings |= {"train.steps": 12, "optimizer.decay_tokens": 200 * 8 * 32}
-    command = arguments(text, tmp_path / "run", "mos", **settings)
+    command = arguments(text, tmp_path / "run", LEARNER, **settings)
     eight = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     code, _, err = finish(start(*command, **eight))
     assert code == 0, err
@@ -388,7 +389,7 @@ def recorded_teacher(text, teacher, tmp_path_factory):  # noqa: F811
     """A folder by `prmoe teacher-cache`: the six likeliest tokens at each place."""
     folder = tmp_path_factory.mktemp("lessons") / "top6"
     settings = {"teacher.workdir": teacher, "kd.kind": "top_k", "kd.top_k": 6}
-    _, *overrides, _, _ = arguments(text, "", "mos", **settings)
+    _, *overrides, _, _ = arguments(text, "", LEARNER, **settings)
     assert main(["teacher-cache", *overrides, f"--out={folder}"]) == 0
     return folder
 
@@ -400,8 +401,8 @@ def test_a_recorded_teacher_teaches_the_same(text, teacher, recorded_teacher, tm
     """Step by step, killed and resumed in the middle, and without the teacher's run."""
     online = OFFLINE | {"teacher.workdir": teacher}
     offline = OFFLINE | {"teacher.workdir": "", "teacher.lessons": recorded_teacher}
-    assert main(arguments(text, tmp_path / "online", "mos", **online)) == 0
-    assert main(arguments(text, tmp_path / "offline", "mos", **offline)) == 0
+    assert main(arguments(text, tmp_path / "online", LEARNER, **online)) == 0
+    assert main(arguments(text, tmp_path / "offline", LEARNER, **offline)) == 0
     ours, theirs = logged(tmp_path / "offline"), logged(tmp_path / "online")
     assert [sorted(line) for line in ours] == [sorted(line) for line in theirs]
     for name in ("loss", "kd_loss", "kd_weight"):
@@ -415,8 +416,8 @@ def test_a_recorded_teacher_teaches_the_same(text, teacher, recorded_teacher, tm
             raise KeyboardInterrupt
 
         patch.setattr(Run, "stop_distillation", stopped)
-        assert main(arguments(text, tmp_path / "again", "mos", **changes)) == 130
-    assert main(arguments(text, tmp_path / "again", "mos", **changes)) == 0
+        assert main(arguments(text, tmp_path / "again", LEARNER, **changes)) == 130
+    assert main(arguments(text, tmp_path / "again", LEARNER, **changes)) == 0
     assert_same_run(tmp_path / "again", tmp_path / "offline")
 
 
@@ -433,7 +434,7 @@ def test_a_recorded_teacher_teaches_the_same(text, teacher, recorded_teacher, tm
 )  # fmt: skip
 def test_lessons_that_do_not_fit(text, recorded_teacher, tmp_path, changes, message, capsys):  # noqa: F811
     settings = OFFLINE | {"teacher.workdir": "", "teacher.lessons": recorded_teacher} | changes
-    assert main(arguments(text, tmp_path / "run", "mos", **settings)) == 2
+    assert main(arguments(text, tmp_path / "run", LEARNER, **settings)) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
@@ -443,7 +444,7 @@ def test_damaged_lessons(text, recorded_teacher, tmp_path, capsys):  # noqa: F81
     with (folder / "log_p.npy").open("r+b") as file:
         file.truncate(1000)
     settings = OFFLINE | {"teacher.workdir": "", "teacher.lessons": folder}
-    command = arguments(text, tmp_path / "run", "mos", **settings)
+    command = arguments(text, tmp_path / "run", LEARNER, **settings)
     assert main(command) == 2
     assert "can't be read (" in capsys.readouterr().err.splitlines()[-1]
     (folder / "meta.json").write_text("{}")
@@ -460,7 +461,7 @@ def test_lessons_are_written_once(text, teacher, recorded_teacher, capsys):  # n
     ):
         if changes.get("teacher.workdir") == "":
             changes |= {"kd.kind": "forward", "kd.top_k": 0}
-        _, *overrides, _, _ = arguments(text, "", "mos", **settings | changes)
+        _, *overrides, _, _ = arguments(text, "", LEARNER, **settings | changes)
         assert main(["teacher-cache", *overrides, f"--out={recorded_teacher}"]) == 2
         assert message in capsys.readouterr().err.splitlines()[-1]
 
@@ -488,7 +489,7 @@ def test_a_teacher_whose_groups_do_not_fit(tmp_path):
 )  # fmt: skip
 def test_mistakes(text, teacher, tmp_path, changes, message, capsys):  # noqa: F811
     settings = TAUGHT | {"teacher.workdir": teacher} | changes
-    assert main(arguments(text, tmp_path / "run", "mos", **settings)) == 2
+    assert main(arguments(text, tmp_path / "run", LEARNER, **settings)) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert message in line
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
@@ -496,7 +497,7 @@ def test_mistakes(text, teacher, tmp_path, changes, message, capsys):  # noqa: F
 
 def test_the_checkpoint_that_taught_is_the_one_that_teaches_on(text, teacher, tmp_path, capsys):  # noqa: F811
     """A teacher trained further in the meantime is read where it was; if that is gone, say so."""
-    command = arguments(text, tmp_path / "run", "mos", **TAUGHT | {"teacher.workdir": teacher})
+    command = arguments(text, tmp_path / "run", LEARNER, **TAUGHT | {"teacher.workdir": teacher})
     process = start(*command)
     wait_for_lines(tmp_path / "run", 60, process)
     process.kill()
@@ -515,22 +516,22 @@ def test_the_checkpoint_that_taught_is_the_one_that_teaches_on(text, teacher, tm
 def test_a_student_starts_where_its_teacher_is(text, teacher, student, tmp_path, capsys):  # noqa: F811
     """From the command line: the plan, and less to learn than for a student from scratch."""
     changes = TAUGHT | {"teacher.workdir": teacher, "teacher.inherit": "true", "train.steps": 3}
-    changes |= {"model.experts": "3,7", "model.d_ff": 24, "teacher.importance": "taylor"}
-    _, *overrides, _, _ = arguments(text, "", "mos", **changes)
+    changes |= {"model.experts": "7", "model.d_ff": 24, "teacher.importance": "taylor"}
+    _, *overrides, _, _ = arguments(text, "", LEARNER, **changes)
     assert main(["distil-plan", *overrides, "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
-    assert [row["from"] for row in plan["layers"]] == [0, 1, 2, 5, 4]
+    assert [row["from"] for row in plan["layers"]] == [2, 3]
     assert 0.1 < plan["saved"] < 0.5
-    assert main(arguments(text, tmp_path / "run", "mos", **changes)) == 0
-    assert "the student starts as layers 0 1 2 5 4 of its teacher" in capsys.readouterr().err
+    assert main(arguments(text, tmp_path / "run", LEARNER, **changes)) == 0
+    assert "the student starts as layers 2 3 of its teacher" in capsys.readouterr().err
     assert logged(tmp_path / "run")[0]["kd_loss"] < logged(student)[0]["kd_loss"] / 2
     metrics, hidden = Path(teacher) / "metrics.jsonl", Path(teacher) / "hidden.jsonl"
     metrics.rename(hidden)
     try:
-        assert main(arguments(text, tmp_path / "again", "mos", **changes)) == 2
+        assert main(arguments(text, tmp_path / "again", LEARNER, **changes)) == 2
     finally:
         hidden.rename(metrics)
-    assert "has no layers/01/expert_load, by which experts are" in capsys.readouterr().err
+    assert "has no layers/03/expert_load, by which experts are" in capsys.readouterr().err
 
 
 def test_evaluation_beside_a_teacher(teacher, student, tmp_path, capsys):

@@ -194,36 +194,39 @@ def test_hostile_files(name, source, tmp_path, monkeypatch, capsys):
     assert not Path("run/config.json").exists()
 
 
+RESIDUAL = "2 layers, E=8, residual"
+
+
 @pytest.fixture(scope="module")
 def runs(text, tmp_path_factory):  # noqa: F811
     """Trained runs by name."""
     folder = tmp_path_factory.mktemp("runs")
-    for name in ("dense", "residual"):
+    for name in ("dense", RESIDUAL):
         assert main(arguments(text, folder / name, name)) == 0
     return folder
 
 
 def test_our_own_tensors_with_a_card(runs, tmp_path, capsys):
     """A model with experts, out and in again: every parameter; and what the card says."""
-    command = ["export", "--kind=safetensors", f"--workdir={runs / 'residual'}"]
+    command = ["export", "--kind=safetensors", f"--workdir={runs / RESIDUAL}"]
     assert main([*command, f"--out={tmp_path / 'out'}"]) == 0
     card = (tmp_path / "out" / "README.md").read_text()
-    loss = logged(runs / "residual")[-1]["eval/loss"]
-    assert card.startswith("# 6 layers, E=8, residual\n")
+    loss = logged(runs / RESIDUAL)[-1]["eval/loss"]
+    assert card.startswith(f"# {RESIDUAL}\n")
     assert f"Validation loss {loss:.4f} nats a token" in card
     assert imported(tmp_path / "out", tmp_path / "run", "safetensors") == 0
-    (_, step, ours, _), (_, _, theirs, _) = map(restore_run, (tmp_path / "run", runs / "residual"))
+    (_, step, ours, _), (_, _, theirs, _) = map(restore_run, (tmp_path / "run", runs / RESIDUAL))
     assert step == 0
     for name, leaf in named_leaves(theirs).items():
         np.testing.assert_array_equal(named_leaves(ours)[name], leaf, err_msg=name)
     command = [
         "export",
         "--kind=gpt2",
-        f"--workdir={runs / 'residual'}",
+        f"--workdir={runs / RESIDUAL}",
         f"--out={tmp_path / 'no'}",
     ]
     assert main(command) == 2
-    assert "GPT-2 has no experts, and this run is 6 layers" in capsys.readouterr().err
+    assert "GPT-2 has no experts, and this run is 2 layers" in capsys.readouterr().err
     assert not (tmp_path / "no").exists()
     assert imported(tmp_path / "out", tmp_path / "run", "safetensors") == 2
     assert "holds a run; give another folder" in capsys.readouterr().err

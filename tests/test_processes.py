@@ -14,7 +14,12 @@ from tests.test_train import arguments, finish, start, text, wait_for_lines  # n
 QUICKLY = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 FOUR_DEVICES = QUICKLY | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
 EIGHT_DEVICES = QUICKLY | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-SETTINGS = {"mesh.expert": 4, "moe.overflow": "random", "train.steps": 4}
+SETTINGS = {
+    "name": "2 layers, E=4, residual",
+    "mesh.expert": 4,
+    "moe.overflow": "random",
+    "train.steps": 4,
+}
 
 
 def start_two(command):

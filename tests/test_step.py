@@ -48,13 +48,10 @@ def make_batch(seed=0, rows=8, length=8):
     [
         ("2 layers, E=3, residual", {"dropout": 0.3}, {"overflow": "random"}),
         ("2 layers, E=3, top 2", {}, {"second_expert_sampling": True, "group_size": 4}),
-        ("2 layers, E=3", {}, {"group_size": 16, "overflow": "random"}),
         ("2 layers, E=4, top 3", {}, {"overflow": "probability", "z_loss_weight": 0.01}),
-        ("2 layers, E=3", {}, {"noise": "rsample", "expert_init": "tied"}),
         ("4 layers, E=2+3, residual", {"residual_mix": "sum"}, {"bias_update_rate": 0.1}),
         ("2 layers, E=3, residual", {"residual_mix": "half"}, {"router": "expert_choice"}),
-        ("2 layers, E=3", {}, {"noise": "jitter"}),
-        ("2 layers", {"dropout": 0.3}, {}),
+        ("2 layers, E=3", {}, {"noise": "jitter", "group_size": 16, "overflow": "random"}),
     ],
 )
 def test_accumulation_changes_nothing(text, model, moe):
@@ -131,18 +128,18 @@ def test_learning_rate_ends_with_the_run_by_default():
 def test_loss_free_balancing_moves_each_bias_towards_even_load():
     """By hand, over stages and repeats; the bias changes who is chosen, and nothing else."""
     moe = {"bias_update_rate": 0.25, "aux_loss_weight": 0.0}
-    values = settings("8 layers, E=2x3+5, residual", moe=moe)
+    values = settings("6 layers, E=2x2+5, residual", moe=moe)
     state = init_state(values)
     step = jit(make_train_step(values))
-    biases = {layer: np.zeros(2 if layer < 7 else 5) for layer in (1, 3, 5, 7)}
+    biases = {layer: np.zeros(2 if layer < 5 else 5) for layer in (1, 3, 5)}
     for seed in range(3):
         state, metrics = step(state, make_batch(seed))
         for layer, bias in biases.items():
             load = np.asarray(metrics[f"layers/{layer:02d}/expert_load"])
             bias += 0.25 * np.sign(load.mean() - load)
     first, second = (stage.blocks[1].mlp.bias_router[...] for stage in state.model.stages)
-    np.testing.assert_array_equal(first, [biases[1], biases[3], biases[5]])
-    np.testing.assert_array_equal(second, [biases[7]])
+    np.testing.assert_array_equal(first, [biases[1], biases[3]])
+    np.testing.assert_array_equal(second, [biases[5]])
     assert first.any()
     assert second.any()
 

@@ -16,6 +16,7 @@ from prmoe_jax.tasks.score import Scorer
 from tests.test_generate import build
 from tests.test_train import arguments, text  # noqa: F401
 
+SMALL = "2 layers, E=4, residual"
 with_harness = pytest.mark.skipif(
     not importlib.util.find_spec("lm_eval"), reason="needs the extra [eval]"
 )
@@ -165,7 +166,7 @@ def test_the_harness(text, tmp_path, capsys):  # noqa: F811
     from prmoe_jax.tasks.harness import PrmoeLM
 
     run = tmp_path / "run"
-    assert main(arguments(text, run, "prmoe", **{"train.steps": 40})) == 0
+    assert main(arguments(text, run, SMALL, **{"train.steps": 40})) == 0
     lm = PrmoeLM(str(run), batch_size=2)
     mark, model = lm.eot_token_id, lm._scorer._model
 
@@ -216,7 +217,7 @@ def test_a_cloze_in_one_command(tmp_path, capsys):
     for steps in (1, 150):
         run = tmp_path / str(steps)
         changes = settings | {"train.steps": steps}
-        assert main(arguments((folder, cache), run, "prmoe", **changes)) == 0
+        assert main(arguments((folder, cache), run, SMALL, **changes)) == 0
         capsys.readouterr()
         assert main(["eval", f"--workdir={run}", "--tasks=cloze", "--json"]) == 0
         scores.append(json.loads(capsys.readouterr().out.splitlines()[-1])["cloze"])

@@ -27,10 +27,9 @@ from prmoe_jax.errors import UserError
 from prmoe_jax.generate import PIECE, STEPS, Sampling, advance, read
 from prmoe_jax.interop.gpt2 import gpt2_sizes
 from prmoe_jax.model import resolve_backends
-from prmoe_jax.parallel import rules
 from prmoe_jax.parallel.mesh import batch_axes, make_mesh
 from prmoe_jax.sizes import cost
-from prmoe_jax.step import init_model
+from prmoe_jax.step import init_model, made
 
 log = logging.getLogger(__name__)
 
@@ -171,8 +170,7 @@ def _ours(config: Config, kind: str, layout: MeshConfig | None) -> tuple[Decoder
         config = dataclasses.replace(config, model=model)
     config = resolve_backends(config, jax.default_backend(), mesh)
     with jax.set_mesh(mesh):
-        places = rules.shardings(jax.eval_shape(lambda: init_model(config)), mesh)
-        model = jax.jit(init_model, static_argnums=0, out_shardings=places)(config)
+        model = made(lambda: init_model(config), mesh)
         return decoder(model, kind, mesh), mesh
 
 

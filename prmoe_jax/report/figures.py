@@ -99,7 +99,7 @@ def drops(arms: dict[str, dict[int, dict]], path: Path) -> None:
             places_P = (np.arange(len(share_P)) + 0.5) / len(share_P)
             colour, marker = COLOURS[number % len(COLOURS)], MARKS[number % len(MARKS)]
             axes.plot(places_P, share_P, color=colour, marker=marker, markersize=4, label=arm)
-        axes.set(xlabel="place in the routing group, first to last", ylabel="choices dropped, share")
+        axes.set(xlabel="place in the routing group, from 0 to 1", ylabel="choices dropped, share")
         axes.legend(frameon=False)
 
 
