@@ -67,6 +67,11 @@ def get_config(name: str = "prmoe"):
     return config
 
 
+def rates(name: str) -> list[float]:
+    """Those that are tried for an architecture; a wider one wants lower ones."""
+    return [rate / 2 if name == "dense_5x" else rate for rate in RATES]
+
+
 def set_rate(config, rate: float) -> None:
     config.optimizer.learning_rate = rate
     config.optimizer.min_learning_rate = rate / 10

@@ -13,7 +13,7 @@ PROSE = runpy.run_path(str(Path(__file__).parents[2] / "configs/prose.py"))
 
 def runs():
     for name in PROSE["ARCHITECTURES"]:
-        for rate in PROSE["RATES"]:
+        for rate in PROSE["rates"](name):
             config = PROSE["get_config"](name)
             PROSE["set_rate"](config, rate)
             config.train.steps = 300
