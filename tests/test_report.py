@@ -53,7 +53,8 @@ def test_report_of_a_sweep(folder, capsys):
     """The table, what is in the files, and the same bytes again."""
     assert main(["report", str(folder), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["arms"]
-    assert found["two"]["difference"] == pytest.approx(-0.2) and "difference" not in found["<b>"]
+    assert found["two"]["difference"] == pytest.approx(-0.2)
+    assert found["<b>"] == {"seeds": 1, "loss": 2.0}
     lines = list(csv.DictReader((folder / "results.csv").open()))
     assert [line["run"] for line in lines] == ["one/1", "one/2", "one/3", "two/1", "two/2",
                                                "two/3", "<b>/4"]  # fmt: skip

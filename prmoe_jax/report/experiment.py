@@ -25,8 +25,9 @@ def report(folder: Path) -> dict:
     """Writes results.csv, figures and report.html beside results.jsonl.
 
     Returns:
-      page, the path; arms: of each its seeds, loss and margin (of 95 %), and difference from the
-      first arm with its margin, paired by seed, where two seeds are in common.
+      page, the path; arms: of each its seeds, loss and, of two seeds or more, margin (of 95 %);
+      and difference from the first arm with its margin, paired by seed, where two seeds are in
+      common.
 
     Raises:
       UserError: no results there, or matplotlib is missing.
@@ -46,7 +47,9 @@ def report(folder: Path) -> dict:
         loss = mean([row["loss"] for row in by_seed.values()])
         above = difference(by_seed, found[base]) if arm != base else None
         rows.append([arm, len(by_seed), loss, above or "", *_costs(list(by_seed.values()))])
-        summary[arm] = {"seeds": len(by_seed), "loss": loss.value, "margin": loss.margin}
+        summary[arm] = {"seeds": len(by_seed), "loss": loss.value}
+        if len(by_seed) > 1:
+            summary[arm]["margin"] = loss.margin
         if above:
             apart[arm] = above
             summary[arm] |= {"difference": above.value, "difference_margin": above.margin}
@@ -115,7 +118,7 @@ def table(result: dict) -> str:
     """What `report` returned, for people."""
     lines = [f"{'arm':28} {'seeds':>5} {'loss':>18} {'above the first':>20}"]
     for arm, row in result["arms"].items():
-        loss = f"{row['loss']:.4f} ± {row['margin']:.4f}"
+        loss = f"{row['loss']:.4f}" + (f" ± {row['margin']:.4f}" if "margin" in row else "")
         above = ""
         if "difference" in row:
             above = f"{row['difference']:+.4f} ± {row['difference_margin']:.4f}"

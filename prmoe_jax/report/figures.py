@@ -28,7 +28,7 @@ def figure(path: Path, height: float = 3.6, rows: int = 1) -> Iterator:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    style = {"svg.hashsalt": path.name, "font.size": 9, "axes.grid": True, "grid.alpha": 0.3}
+    style = {"svg.hashsalt": path.name, "font.size": 11, "axes.grid": True, "grid.alpha": 0.3}
     with pyplot.rc_context(style):
         shape = {"nrows": rows, "squeeze": False, "layout": "constrained", "sharex": rows > 1}
         drawing, axes = pyplot.subplots(figsize=(6.4, height), **shape)

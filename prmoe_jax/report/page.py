@@ -16,7 +16,7 @@ body {{ font: 16px/1.5 system-ui, sans-serif; color: #222; margin: 0 auto; max-w
   padding: 1rem; }}
 h1 {{ font-size: 1.6rem; line-height: 1.2; overflow-wrap: anywhere; }}
 h2 {{ font-size: 1.15rem; margin: 1.6rem 0 .4rem; }}
-p {{ max-width: 44rem; }}
+p {{ max-width: 44rem; overflow-wrap: anywhere; }}
 .wide {{ overflow-x: auto; margin-bottom: 1rem; }}
 table {{ border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }}
 th, td {{ padding: .25rem .7rem; text-align: right; white-space: nowrap;
