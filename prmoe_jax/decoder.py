@@ -12,7 +12,7 @@ from prmoe_jax.attention import Past
 from prmoe_jax.model import Transformer
 from prmoe_jax.moe.layer import MoE
 from prmoe_jax.parallel import rules
-from prmoe_jax.weights import narrowed, scores
+from prmoe_jax.weights import SUMMED, narrowed, scores
 
 
 class Decoder(nnx.Module):
@@ -79,18 +79,18 @@ class Decoder(nnx.Module):
     def _narrow(self, kind: str) -> None:
         """Holds the large weights in another type."""
 
-        def hold(module, name: str, summed: tuple[int, ...]) -> None:
-            weight = narrowed(getattr(module, name)[...], kind, summed)
+        def hold(module, name: str, rule: str) -> None:
+            weight = narrowed(getattr(module, name)[...], kind, SUMMED[rule])
             setattr(module, name, nnx.Param(weight))
 
-        hold(self, "tokens", (-1,))
+        hold(self, "tokens", "tokens")
         for layer in self.layers:
-            hold(layer.attention, "w_qkv", (0,))
-            hold(layer.attention, "w_out", (0, 1))
+            hold(layer.attention, "w_qkv", "attention.w_qkv")
+            hold(layer.attention, "w_out", "attention.w_out")
             moe = isinstance(layer.mlp, MoE)
             for mlp in (layer.mlp.experts, layer.mlp.mlp) if moe else (layer.mlp,):
                 for name in ("w_in", "w_out") if mlp else ():
-                    hold(mlp, name, (-2,))
+                    hold(mlp, name, f"mlp.{name}")
 
 
 def decoder(model: Transformer, weights: str, mesh: Mesh) -> Decoder:

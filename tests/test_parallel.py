@@ -236,7 +236,7 @@ def test_exchanges():
 
 
 def test_every_mesh_generates_what_one_device_does():
-    assert on_eight_devices("generates").count("equal") == 6
+    assert on_eight_devices("generates").count("equal") == 8
 
 
 def test_checkpoints_between_meshes(tmp_path):

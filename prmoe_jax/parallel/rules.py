@@ -9,7 +9,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from prmoe_jax.parallel.mesh import batch_axes, expert_axes
 from prmoe_jax.tree import named_leaves
-from prmoe_jax.weights import Narrow
+from prmoe_jax.weights import SUMMED, Narrow
 
 # By the end of a parameter's name, what each dimension after the stacked one is:
 #   T  heads, hidden units or vocabulary, split over `tensor`
@@ -58,10 +58,16 @@ def spec(
     Raises:
       KeyError: no rule names it.
     """
-    parts = name.removesuffix(".values").removesuffix(".units").split(".")
-    roles = RULES.get(".".join(parts[-2:]), RULES.get(parts[-1]))
+    weight = name.removesuffix(".values").removesuffix(".units")
+    parts = weight.split(".")
+    rule = next((end for end in (".".join(parts[-2:]), parts[-1]) if end in RULES), None)
+    roles = RULES.get(rule)
     if roles is None or len(shape) - len(roles) not in (0, 1):
         raise KeyError(f"no rule in RULES for {name} of shape {shape}")
+    if weight != name:  # held narrow, with the axes that are summed over last
+        summed = [len(roles) + axis for axis in SUMMED[rule]]
+        others = [axis for axis in range(len(roles)) if axis not in summed]
+        roles = "".join(roles[axis] for axis in others + summed)
     stacked = len(shape) - len(roles)
 
     def axes(role: str, size: int) -> tuple[str, ...]:
