@@ -69,7 +69,7 @@ def get_config(name: str = "prmoe"):
 
 def rates(name: str) -> list[float]:
     """Those that are tried for an architecture; a wider one wants lower ones."""
-    return [rate / 2 if name == "dense_5x" else rate for rate in RATES]
+    return [rate / 4 if name == "dense_5x" else rate for rate in RATES]
 
 
 def set_rate(config, rate: float) -> None:
