@@ -35,7 +35,7 @@ SUMMED = {
 class Narrow:
     """A weight in bfloat16, or in int8 in units of its own for each output.
 
-    What its product sums over comes last: products of few rows are up to twice as fast so.
+    What its product sums over comes last: a CPU's products of few rows are faster so.
     """
 
     values: jax.Array

@@ -256,7 +256,8 @@ def generates() -> None:
     layouts = {"one": {}} | {name: MESHES[name] for name in INFERENCE}
     for name, layout in layouts.items():
         on, mesh = spread(values, layout, jax.devices()[:1] if name == "one" else None)
-        for kind in ("float32", "int8") if "one" in name or "slice," in name else ("float32",):
+        narrow_too = name in ("one", "expert, slice, tensor")
+        for kind in ("float32", "int8") if narrow_too else ("float32",):
             with jax.set_mesh(mesh):
                 model = init_model(on)
                 placed = jax.device_put(model, rules.shardings(model, mesh))
