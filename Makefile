@@ -20,7 +20,7 @@ demo: $(READY)
 	@echo "The run is in $(RUN): config.json, metrics.jsonl, tokenizer.json, checkpoints/, tensorboard/"
 
 test: $(READY)
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist worksteal
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -31,7 +31,7 @@ from prmoe_jax.evaluate import restore_run
 from prmoe_jax.generate import Generator, Sampling
 from prmoe_jax.train import train
 
-STEPS = 60  # a taste; with 300 it begins to make sense
+STEPS = 40  # a taste; with 300 it begins to make sense
 
 settings = default_config()
 settings.model.update(architecture.parse_fields("4 layers, E=4+8, residual"))

@@ -54,7 +54,8 @@ def learning_rate(config: Config):
         rising = high * seen / max(warmup, 1.0)
         progress = jnp.clip((seen - warmup) / max(end - warmup, 1.0), 0.0, 1.0)
         falling = low + 0.5 * (high - low) * (1 + jnp.cos(jnp.pi * progress))
-        return jnp.where(seen < warmup, rising, falling)
+        # One number: a compiler would work it out anew in the update of every parameter.
+        return jax.lax.optimization_barrier(jnp.where(seen < warmup, rising, falling))
 
     return rate
 

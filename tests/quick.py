@@ -1,6 +1,7 @@
-"""jit for tests, which compile much and run little."""
+"""jit for tests, which compile much and run little; op by op a model compiles even more."""
 
 import functools
+import math
 
 import jax
 
@@ -11,3 +12,16 @@ jit = functools.partial(
         "xla_llvm_disable_expensive_passes": True,
     },
 )
+
+
+@jit
+def forward(model, tokens_BxL, segments_BxL):
+    """A model's final activations [B, L, D] and logits [B, L, V]; nothing is dropped."""
+    x_BxLxD, _ = model(tokens_BxL, segments_BxL, capacity_factor=math.inf)
+    return x_BxLxD, model.logits(x_BxLxD)
+
+
+@functools.partial(jit, static_argnums=3)
+def routed(moe, x_BxLxD, valid_BxL, capacity_factor, keys_B=None):
+    """A MoE layer's output and metrics."""
+    return moe(x_BxLxD, valid_BxL, capacity_factor, keys_B)

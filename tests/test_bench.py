@@ -18,17 +18,16 @@ KEYS = """
 """.split()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_rows(dtype, capsys):
+def test_rows(capsys):
     command = ["bench", "moe", "--sizes=64,8,16,4", "--sizes=32,8,8,2", "--repeats=3", "--json"]
-    assert main([*command, "--load=zipf", f"--dtype={dtype}"]) == 0
+    assert main([*command, "--load=zipf"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert [row["S"] for row in rows] == sorted((row["S"] for row in rows), reverse=True)
     for row in rows:
         assert list(row) == KEYS
         assert 0 < row["min_s"] <= row["median_s"] <= row["max_s"]
         assert row["peak_bytes"] > 0
-        assert (row["load"], row["dtype"]) == ("zipf", dtype)
+        assert (row["load"], row["dtype"]) == ("zipf", "float32")
     first = {row["backend"]: row for row in rows if row["S"] == 64}
     assert {"dense", "gather", "einsum", "gather, no experts", "einsum, no experts"} <= set(first)
     assert first["dense"]["ratio_to_dense"] == 1

@@ -16,6 +16,7 @@ from prmoe_jax.cli import main
 from prmoe_jax.data.tokenizer import _bytes
 from prmoe_jax.evaluate import restore_run
 from prmoe_jax.tree import named_leaves
+from tests.quick import forward
 from tests.test_train import arguments, logged, text  # noqa: F401
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -38,8 +39,7 @@ def logits_of(workdir):
     _, _, model, _ = restore_run(workdir)
     golden = np.load(GOLDENS / "gpt2" / "logits.npz")
     ids = golden["ids"].astype(np.int32)
-    x_BxLxD, _ = model(ids, np.ones_like(ids), capacity_factor=1.0)
-    return np.asarray(model.logits(x_BxLxD)), golden["logits"]
+    return np.asarray(forward(model, ids, np.ones_like(ids))[1]), golden["logits"]
 
 
 def test_gpt2_in_and_out_again(source, tmp_path, capsys):

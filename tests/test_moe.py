@@ -1,6 +1,7 @@
 """The MoE layer: backends agree with the einsum oracle, the residual mix, groups, keys."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from prmoe_jax.moe.dispatch import BACKENDS
 from prmoe_jax.moe.experts import Experts
 from prmoe_jax.moe.layer import MoE
 from prmoe_jax.moe.routing import route
-from tests.quick import jit
+from tests.quick import jit, routed
 
 MODEL = ModelConfig(
     d_model=7, d_ff=11, heads=1, layers=2, placement="every 2", experts=(3,), init_std=0.5
@@ -45,8 +46,10 @@ SITUATIONS = {
 }
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("situation", SITUATIONS)
+@pytest.mark.parametrize(
+    ("situation", "dtype"),
+    [*itertools.product(SITUATIONS, [jnp.float32]), ("prime sizes", jnp.bfloat16)],
+)
 def test_backends_equal_the_oracle(situation, dtype):
     """Outputs and every gradient of every backend, padding included."""
     groups, tokens, experts_count, top_k, slots, preference = SITUATIONS[situation]
@@ -105,11 +108,12 @@ def test_blocks_of_rows_are_runs(sizes):
         h_RxF = jax.nn.gelu(h_RxF, approximate=True)
         return jnp.einsum("RF,RFD->RD", h_RxF, experts.w_out[...][e_R]) + experts.b_out[...][e_R]
 
+    gradient = jit(jax.value_and_grad(loss, argnums=(0, 1)), static_argnums=2)
     for apply in (Experts.blocked, Experts.ragged):
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
-            jax.value_and_grad(loss, argnums=(0, 1))(experts, x_RxD, apply),
-            jax.value_and_grad(loss, argnums=(0, 1))(experts, x_RxD, row_by_row),
+            gradient(experts, x_RxD, apply),
+            gradient(experts, x_RxD, row_by_row),
         )
 
 
@@ -118,7 +122,7 @@ def test_expert_choice_by_hand(backend):
     """A token's output is the sum over the experts that took it, by any backend."""
     moe = layer(moe=dataclasses.replace(MOE, router="expert_choice", dispatch=backend))
     x_BxLxD, valid_BxL = inputs(2, 13)
-    y_BxLxD, metrics = moe(x_BxLxD, valid_BxL, 1.5)  # 7 of 13 tokens an expert
+    y_BxLxD, metrics = routed(moe, x_BxLxD, valid_BxL, 1.5)  # 7 of 13 tokens an expert
     probs_BxLxE = jax.nn.softmax(x_BxLxD @ moe.w_router[...])
     x_ExRxD = jnp.broadcast_to(x_BxLxD.reshape(-1, 7), (3, 26, 7))
     everything_ExBxLxD = moe.experts(x_ExRxD).reshape(3, 2, 13, 7)
@@ -172,7 +176,7 @@ def test_experts_of_few_rows_and_of_many_have_the_same_gradients(rows):
 
     def gradient(apply):
         loss = lambda experts, x: (apply(experts, x) * weight_ExRxD).sum()  # noqa: E731
-        return jax.value_and_grad(loss, argnums=(0, 1))(experts, x_ExRxD)
+        return jit(jax.value_and_grad(loss, argnums=(0, 1)))(experts, x_ExRxD)
 
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
@@ -187,7 +191,7 @@ def test_experts_by_hand():
     moe.experts.b_in[...] = jax.random.normal(jax.random.key(5), (3, 11))
     moe.experts.b_out[...] = jax.random.normal(jax.random.key(6), (3, 7))
     x_BxLxD, valid_BxL = inputs(2, 5)
-    y_BxLxD, _ = moe(x_BxLxD, valid_BxL, float("inf"))
+    y_BxLxD, _ = routed(moe, x_BxLxD, valid_BxL, float("inf"))
     for b in range(2):
         for t in range(5):
             probs = jax.nn.softmax(x_BxLxD[b, t] @ moe.w_router[...])
@@ -205,8 +209,8 @@ def test_residual_mixes_and_serves_dropped_tokens(kind):
     moe, plain = layer(model), layer(MODEL)
     plain.w_router, plain.experts = moe.w_router, moe.experts
     x_BxLxD, valid_BxL = inputs()
-    y_BxLxD, metrics = moe(x_BxLxD, valid_BxL, 0.5)
-    branch_BxLxD, _ = plain(x_BxLxD, valid_BxL, 0.5)
+    y_BxLxD, metrics = routed(moe, x_BxLxD, valid_BxL, 0.5)
+    branch_BxLxD, _ = routed(plain, x_BxLxD, valid_BxL, 0.5)
     if kind == "learned":
         mix_BxLx2 = jax.nn.softmax(x_BxLxD @ moe.w_mix[...] + moe.b_mix[...])
     else:
@@ -251,9 +255,9 @@ def test_jitter_moves_the_router_alone():
     moe = layer(moe=dataclasses.replace(MOE, noise="jitter"))
     x_BxLxD, valid_BxL = inputs()
     keys_B = jax.random.split(jax.random.key(0), 5)
-    still, _ = moe(x_BxLxD, valid_BxL, float("inf"))
-    jittered, _ = moe(x_BxLxD, valid_BxL, float("inf"), keys_B)
-    again, _ = moe(x_BxLxD, valid_BxL, float("inf"), keys_B)
+    still, _ = routed(moe, x_BxLxD, valid_BxL, float("inf"))
+    jittered, _ = routed(moe, x_BxLxD, valid_BxL, float("inf"), keys_B)
+    again, _ = routed(moe, x_BxLxD, valid_BxL, float("inf"), keys_B)
     np.testing.assert_array_equal(jittered, again)
     ratio = (jittered / still)[valid_BxL]  # of the gates' weights, where the expert is the same
     same = np.asarray(ratio.std(-1) < 1e-3)
@@ -266,13 +270,13 @@ def test_groups_compete_among_themselves_only(group_size):
     """A group's output is the same alone as beside others, for parts and multiples of a row."""
     moe = layer(moe=dataclasses.replace(MOE, group_size=group_size))
     x_BxLxD, valid_BxL = inputs(4, 12)
-    y_BxLxD, metrics = moe(x_BxLxD, valid_BxL, 1.0)
+    y_BxLxD, metrics = routed(moe, x_BxLxD, valid_BxL, 1.0)
     alone = layer(moe=dataclasses.replace(MOE, group_size=0))
     x_GxSxD = x_BxLxD.reshape(-1, group_size, 7)
     valid_GxS = valid_BxL.reshape(-1, group_size)
     dropped = 0
     for g in range(len(x_GxSxD)):
-        y_1xSxD, m = alone(x_GxSxD[g : g + 1], valid_GxS[g : g + 1], 1.0)
+        y_1xSxD, m = routed(alone, x_GxSxD[g : g + 1], valid_GxS[g : g + 1], 1.0)
         np.testing.assert_allclose(
             y_BxLxD.reshape(-1, group_size, 7)[g], y_1xSxD[0], rtol=1e-5, atol=1e-6
         )
@@ -287,13 +291,13 @@ def test_randomness_follows_the_rows_keys(group_size):
     moe = layer(moe=dataclasses.replace(MOE, **settings))
     x_BxLxD, valid_BxL = inputs(4, 12)
     keys_B = jax.random.split(jax.random.key(7), 4)
-    y_BxLxD, _ = moe(x_BxLxD, valid_BxL, 0.5, keys_B)
-    y_last, _ = moe(x_BxLxD[2:], valid_BxL[2:], 0.5, keys_B[2:])
+    y_BxLxD, _ = routed(moe, x_BxLxD, valid_BxL, 0.5, keys_B)
+    y_last, _ = routed(moe, x_BxLxD[2:], valid_BxL[2:], 0.5, keys_B[2:])
     np.testing.assert_allclose(y_BxLxD[2:], y_last, rtol=1e-5, atol=1e-6)
-    y_other, _ = moe(x_BxLxD, valid_BxL, 0.5, jax.random.split(jax.random.key(8), 4))
+    y_other, _ = routed(moe, x_BxLxD, valid_BxL, 0.5, jax.random.split(jax.random.key(8), 4))
     assert np.abs(y_BxLxD - y_other).max() > 1e-3
-    y_evaluation, _ = moe(x_BxLxD, valid_BxL, 0.5)
-    y_again, _ = moe(x_BxLxD, valid_BxL, 0.5)
+    y_evaluation, _ = routed(moe, x_BxLxD, valid_BxL, 0.5)
+    y_again, _ = routed(moe, x_BxLxD, valid_BxL, 0.5)
     np.testing.assert_array_equal(y_evaluation, y_again)
 
 
@@ -328,8 +332,8 @@ def test_router_is_float32_under_bfloat16():
     moe = layer()
     x_BxLxD, valid_BxL = inputs()
     low_BxLxD = x_BxLxD.astype(jnp.bfloat16)
-    y_BxLxD, metrics = moe(low_BxLxD, valid_BxL, float("inf"))
-    _, exact = moe(low_BxLxD.astype(jnp.float32), valid_BxL, float("inf"))
+    y_BxLxD, metrics = routed(moe, low_BxLxD, valid_BxL, float("inf"))
+    _, exact = routed(moe, low_BxLxD.astype(jnp.float32), valid_BxL, float("inf"))
     assert y_BxLxD.dtype == jnp.bfloat16
     np.testing.assert_array_equal(metrics.assigned_E, exact.assigned_E)
     np.testing.assert_array_equal(metrics.entropy, exact.entropy)

@@ -6,9 +6,16 @@ import numpy as np
 import pytest
 
 from prmoe_jax.config import MoeConfig
-from prmoe_jax.moe.routing import capacity, route
+from prmoe_jax.moe import routing as decisions
+from prmoe_jax.moe.routing import capacity
+from tests.quick import jit
 
 DEFAULT = MoeConfig()
+_route = jit(decisions.route, static_argnames=("moe", "top_k", "slots"))
+
+
+def route(logits, valid, moe, **choices):
+    return _route(logits, valid, moe=moe, **choices)
 
 
 def oracle(logits_SxE, valid_S, top_k, slots, overflow, training):
@@ -49,9 +56,7 @@ def test_equals_the_oracle_at_prime_shapes(top_k, slots, overflow, training):
     valid[2] = False  # a group that is all padding
     moe = MoeConfig(overflow=overflow)
     keys_G = jax.random.split(jax.random.key(0), 3) if training else None
-    routing, metrics = jax.jit(route, static_argnames=("moe", "top_k", "slots"))(
-        logits, valid, moe=moe, top_k=top_k, slots=slots, keys_G=keys_G
-    )
+    routing, metrics = route(logits, valid, moe, top_k=top_k, slots=slots, keys_G=keys_G)
     aux_loss, assigned, dropped_S, unserved = 0, np.zeros(5), np.zeros(23), 0
     for g in range(3):
         expert, slot, kept, weight, aux, filled = oracle(
@@ -243,15 +248,16 @@ def test_gradient_reaches_the_router_through_weights_and_auxiliary_loss():
     valid = jnp.ones((1, 7), bool)
 
     def weights(logits):
-        return route(logits, valid, DEFAULT, top_k=1, slots=7)[0].weight_GxSxK.sum()
+        routing, _ = decisions.route(logits, valid, DEFAULT, top_k=1, slots=7)
+        return routing.weight_GxSxK.sum()
 
     def auxiliary(logits):
-        return route(logits, valid, DEFAULT, top_k=1, slots=7)[1].aux_loss
+        return decisions.route(logits, valid, DEFAULT, top_k=1, slots=7)[1].aux_loss
 
     probs = jax.nn.softmax(logits)
     chosen = jax.nn.one_hot(logits.argmax(-1), 3)
     top = (probs * chosen).sum(-1, keepdims=True)
-    np.testing.assert_allclose(jax.grad(weights)(logits), top * (chosen - probs), atol=1e-6)
+    np.testing.assert_allclose(jit(jax.grad(weights))(logits), top * (chosen - probs), atol=1e-6)
     share = chosen.mean(1, keepdims=True)
     by_hand = 3 / 7 * probs * (share - (probs * share).sum(-1, keepdims=True))
-    np.testing.assert_allclose(jax.grad(auxiliary)(logits), by_hand, atol=1e-6)
+    np.testing.assert_allclose(jit(jax.grad(auxiliary))(logits), by_hand, atol=1e-6)

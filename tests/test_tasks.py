@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import math
 
 import jax
 import numpy as np
@@ -13,6 +12,7 @@ from prmoe_jax.config import DataConfig
 from prmoe_jax.errors import UserError
 from prmoe_jax.tasks import choices, cloze, local, score
 from prmoe_jax.tasks.score import Scorer
+from tests.quick import forward
 from tests.test_generate import build
 from tests.test_train import arguments, text  # noqa: F401
 
@@ -34,12 +34,18 @@ def requests(count, length=40, seed=0):
     return [draw(1, length + 9) for _ in range(count)], [draw(1, 9) for _ in range(count)]
 
 
+def logits(model, ids):
+    """Of the whole text, [L, V]; padding behind it."""
+    tokens_1xL = np.zeros((1, model.config.length), np.int32)
+    tokens_1xL[0, : len(ids)] = ids
+    valid_1xL = np.arange(model.config.length)[None] < len(ids)
+    return np.asarray(forward(model, tokens_1xL, valid_1xL.astype(np.int32))[1][0])
+
+
 def directly(model, context, continuation):
     """Token by token, from the whole forward of the text alone."""
     kept = (context + continuation)[-(model.config.length + 1) :]
-    tokens_1xL = np.array([kept[:-1]], np.int32)
-    x_1xLxD, _ = model(tokens_1xL, np.ones_like(tokens_1xL), capacity_factor=math.inf)
-    log_p_LxV = jax.nn.log_softmax(model.logits(x_1xLxD)[0])
+    log_p_LxV = jax.nn.log_softmax(logits(model, kept[:-1]))
     places = range(len(kept) - 1 - len(continuation), len(kept) - 1)
     total = sum(float(log_p_LxV[p, kept[p + 1]]) for p in places)
     return total, all(int(log_p_LxV[p].argmax()) == kept[p + 1] for p in places)
@@ -52,10 +58,8 @@ def test_scores_equal_a_direct_computation(model, bucket, monkeypatch):
     contexts, continuations = requests(7)
     # One that the model would have said itself.
     likely = contexts[0][:5]
-    tokens_1xL = np.array([likely], np.int32)
-    x_1xLxD, _ = model(tokens_1xL, np.ones_like(tokens_1xL), capacity_factor=math.inf)
     contexts.append(likely)
-    continuations.append([int(model.logits(x_1xLxD)[0, -1].argmax())])
+    continuations.append([int(logits(model, likely)[4].argmax())])
     found = Scorer(model, 3)(contexts, continuations)
     for ours, pair in zip(found, zip(contexts, continuations, strict=True), strict=True):
         expected = directly(model, *pair)

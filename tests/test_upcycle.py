@@ -101,7 +101,7 @@ def test_a_run_goes_on_from_a_dense_one(text, tmp_path, capsys):  # noqa: F811
     """From the command line; a resumed run doesn't start again, and needs the other no more."""
     assert main(arguments(text, tmp_path / "dense", "dense", **{"train.steps": 40})) == 0
     changes = {"init.workdir": tmp_path / "dense", "init.noise": 0.01}
-    changes |= {"optimizer.decay_tokens": 40 * 8 * 32, "optimizer.warmup_tokens": 10**4}
+    changes |= {"optimizer.warmup_tokens": 10**4}
     top2 = arguments(text, tmp_path / "run", "top2", **changes | {"train.steps": 3})
     assert main(top2) == 0
     assert "starts as step 40 of " in capsys.readouterr().err
