@@ -241,7 +241,7 @@ def test_no_training_goes_on_with_a_model_alone(runs, text, tmp_path, capsys):  
     again = {"data.tokenizer": run / "tokenizer.json"}
     assert main(arguments(text, run, "dense", **again)) == 2
     assert "holds a model alone; train another run" in capsys.readouterr().err
-    settings = {"init.workdir": run, "train.steps": 2, "optimizer.warmup_tokens": 10**6}
+    settings = {"init.workdir": run, "train.steps": 2, "optimizer.warmup_tokens": 10**5}
     assert main(arguments(text, tmp_path / "more", "dense", **settings)) == 0
     trained = logged(runs / "dense")
     assert logged(tmp_path / "more")[0]["loss"] < trained[0]["loss"] - 0.5
