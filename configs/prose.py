@@ -62,8 +62,8 @@ def get_config(name: str = "prmoe"):
     lines = TUNED.read_text().splitlines() if TUNED.exists() else []
     tried = [row for row in map(json.loads, lines) if row["run"].rpartition("_")[0] == name]
     if len(tried) == len(RATES):
-        best = min(tried, key=lambda row: row["loss"])
-        set_rate(config, best["settings"]["optimizer.learning_rate"])
+        best = min(tried, key=lambda row: row["loss"])["run"]  # NAME_RATE/SEED
+        set_rate(config, float(best.rpartition("_")[2].partition("/")[0]))
     return config
 
 
