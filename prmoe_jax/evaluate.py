@@ -18,7 +18,7 @@ from prmoe_jax.data.pipeline import Batch, Data, eval_batches, load_data
 from prmoe_jax.distill import Agreement, agreement, teach
 from prmoe_jax.errors import UserError
 from prmoe_jax.loss import Sums
-from prmoe_jax.metrics import perplexity, summarise, to_python
+from prmoe_jax.metrics import perplexity, summarise
 from prmoe_jax.model import Transformer, resolve_backends
 from prmoe_jax.parallel.mesh import local_rows, make_mesh, replicated, split_batch
 from prmoe_jax.step import make_eval_step
@@ -42,7 +42,7 @@ def evaluate_model(
       tokens, drop_fraction, aux_loss and the per-layer statistics of `metrics.summarise`.
     """
     sums = _summed(lambda batch: eval_step(model, batch), config, data, mesh, limit)
-    metrics = to_python(summarise(sums, config))
+    metrics = summarise(sums, config)
     loss = metrics.pop("lm_loss")
     # Exact over the whole split; of a part, its tokens stand for their share of the bytes.
     tokens_per_byte = data.validation.tokens / data.validation_bytes

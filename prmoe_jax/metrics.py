@@ -5,7 +5,6 @@ import math
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from prmoe_jax.config import Config
@@ -29,25 +28,28 @@ PEAK_FLOPS = {
 def summarise(sums, config: Config) -> dict:
     """Means over tokens and layers from a `loss.Sums`; the per-layer ones under 'layers/NN/'.
 
+    On the host: as part of a step they would be many small kernels, compiled with it.
+
     Returns:
-      lm_loss (nats a token), z_loss, aux_loss (summed over the MoE layers), kd_loss (T² · KL in
-      nats a token, before its weight; where a teacher teaches), drop_fraction (choices lost to
-      capacity), and for each MoE layer: aux_loss, router_z_loss, drop_fraction, expert_load
-      (share of choices, [E]), expert_drop_fraction (of each expert's choices, [E]),
-      position_drop_fraction (by the token's place in its routing group, in up to 16 equal parts),
-      unserved_fraction (tokens that no expert kept), router_entropy (nats), and with a residual
-      the mean weight of the experts' branch: residual_coefficient, and apart for tokens kept by
-      an expert and for the others, residual_coefficient_kept and residual_coefficient_dropped.
-      Where experts choose, a lost choice is a token that none took.
+      plain numbers and lists: lm_loss (nats a token), z_loss, aux_loss (summed over the MoE
+      layers), kd_loss (T² · KL in nats a token, before its weight; where a teacher teaches),
+      drop_fraction (choices lost to capacity), and for each MoE layer: aux_loss, router_z_loss,
+      drop_fraction, expert_load (share of choices, [E]), expert_drop_fraction (of each expert's
+      choices, [E]), position_drop_fraction (by the token's place in its routing group, in up to 16
+      equal parts), unserved_fraction (tokens that no expert kept), router_entropy (nats), and with
+      a residual the mean weight of the experts' branch: residual_coefficient, and apart for tokens
+      kept by an expert and for the others, residual_coefficient_kept and
+      residual_coefficient_dropped. Where experts choose, a lost choice is a token that none took.
     """
+    sums = jax.device_get(sums)
     metrics = {
         "lm_loss": _share(sums.lm_loss, sums.tokens),
         "z_loss": _share(sums.z_loss, sums.tokens),
-        "aux_loss": jnp.zeros(()),
+        "aux_loss": np.float32(0),
     }
     if sums.kd_loss is not None:
         metrics["kd_loss"] = _share(sums.kd_loss, sums.tokens)
-    dropped, choices = jnp.zeros(()), jnp.zeros(())
+    dropped = choices = 0
     moe_layers = [i for i, experts in enumerate(config.model.schedule.experts) if experts]
     for i, router in zip(moe_layers, sums.routers, strict=True):
         layer = {
@@ -77,24 +79,26 @@ def summarise(sums, config: Config) -> dict:
         dropped += router.dropped_S.sum()
         choices += router.choices_S.sum()
     metrics["drop_fraction"] = _share(dropped, choices)
-    return metrics
+    return {name: value.tolist() for name, value in metrics.items()}
 
 
-def _share(part, whole):
-    """part / whole, 0 where there is nothing."""
-    return part / jnp.maximum(whole, 1)
+def _share(part, whole) -> np.ndarray:
+    """part / whole in float32, 0 where there is nothing."""
+    return np.asarray(part, np.float32) / np.asarray(np.maximum(whole, 1), np.float32)
 
 
-def _in_parts(count_S: jax.Array) -> jax.Array:
+def _in_parts(count_S: np.ndarray) -> np.ndarray:
     """Sums over up to 16 equal parts of a routing group."""
     tokens = len(count_S)
     parts = min(16, tokens)
-    return jax.ops.segment_sum(count_S, jnp.arange(tokens) * parts // tokens, parts)
+    return np.bincount(np.arange(tokens) * parts // tokens, count_S, parts)
 
 
-def to_python(metrics: dict) -> dict:
-    """Device arrays as plain numbers and lists; waits for the computation that makes them."""
-    return {name: np.asarray(x).tolist() for name, x in jax.device_get(metrics).items()}
+def to_python(metrics: dict, config: Config) -> dict:
+    """A step's metrics as plain numbers and lists; waits for the computation that makes them."""
+    metrics = jax.device_get(metrics)
+    sums = metrics.pop("sums")
+    return {name: value.tolist() for name, value in metrics.items()} | summarise(sums, config)
 
 
 def model_flops_utilisation(flops_per_second: float) -> float | None:

@@ -12,7 +12,6 @@ from prmoe_jax.config import Config
 from prmoe_jax.data.pipeline import Batch
 from prmoe_jax.distill import teach
 from prmoe_jax.loss import Sums, forward, totals, training_loss
-from prmoe_jax.metrics import summarise
 from prmoe_jax.model import Transformer, balance
 from prmoe_jax.optimizer import learning_rate, make_optimizer
 from prmoe_jax.parallel import rules
@@ -45,7 +44,10 @@ def init_state(config: Config) -> TrainState:
 def make_train_step(
     config: Config, teacher: Config | None = None
 ) -> Callable[..., tuple[TrainState, dict]]:
-    """A function of (state, batch) that makes one update and returns the metrics of it.
+    """A function of (state, batch) that makes one update; returns the state and its metrics.
+
+    Those are loss, grad_norm, learning_rate, kd_weight where something teaches, and sums, of which
+    `metrics.summarise` makes means.
 
     With a teacher's config it is one of (state, batch, the teacher's model). What a batch has of a
     teacher's recorded predictions is learnt, too.
@@ -112,7 +114,7 @@ def make_train_step(
             "loss": training_loss(sums, total, config, kd_weight),
             "grad_norm": optax.tree.norm(gradient),
             "learning_rate": rate(state.step),
-            **summarise(sums, config),
+            "sums": sums,
         }
         if taught:
             metrics["kd_weight"] = kd_weight

@@ -222,9 +222,8 @@ class Run:
 
     def report(self, step: int, metrics: dict) -> None:
         """Waits for a step's metrics, stops the run if they aren't finite, logs them if due."""
-        vital = to_python({name: metrics[name] for name in ("loss", "grad_norm")})
-        for name, value in vital.items():
-            if not math.isfinite(value):
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(value := float(metrics[name])):
                 self.checkpoints.wait()
                 good = self.checkpoints.latest()
                 raise TrainingStopped(
@@ -235,7 +234,7 @@ class Run:
         self.progress.update()
         if not self.due(self.config.log.every, step):
             return
-        metrics = to_python(metrics)
+        metrics = to_python(metrics, self.config)
         metrics["tokens"] = step * self.config.tokens_per_step
         metrics |= self.clock.rates()
         utilisation = model_flops_utilisation(metrics["tokens_per_second"] * self.flops_per_token)

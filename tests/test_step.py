@@ -136,6 +136,7 @@ def test_loss_free_balancing_moves_each_bias_towards_even_load():
     biases = {layer: np.zeros(2 if layer < 5 else 5) for layer in (1, 3, 5)}
     for seed in range(3):
         state, metrics = step(state, make_batch(seed))
+        metrics = to_python(metrics, values)
         for layer, bias in biases.items():
             load = np.asarray(metrics[f"layers/{layer:02d}/expert_load"])
             bias += 0.25 * np.sign(load.mean() - load)
@@ -150,7 +151,7 @@ def test_loss_is_the_sum_of_its_parts():
     values = settings(train={"z_loss": 0.01}, moe={"aux_loss_weight": 0.5, "z_loss_weight": 0.1})
     state = init_state(values)
     _, metrics = jit(make_train_step(values))(state, make_batch())
-    metrics = to_python(metrics)
+    metrics = to_python(metrics, values)
     parts = metrics["lm_loss"] + 0.01 * metrics["z_loss"] + 0.5 * metrics["aux_loss"]
     parts += 0.1 * metrics["layers/01/router_z_loss"]
     assert metrics["loss"] == pytest.approx(parts, rel=1e-6)
