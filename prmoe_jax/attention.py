@@ -17,7 +17,7 @@ from prmoe_jax.config import ModelConfig
 from prmoe_jax.errors import UserError
 from prmoe_jax.moe.experts import normal
 from prmoe_jax.parallel.mesh import batch_axes
-from prmoe_jax.weights import product, whole
+from prmoe_jax.weights import product
 
 
 def resolve_attention(model: ModelConfig, platform: str) -> str:
@@ -162,7 +162,7 @@ class Attention(nnx.Module):
             past = jax.lax.optimization_barrier(past.extended(k, v, place_BxL))
             y_BxLxHxK = attend_to_past(q, past, place_BxL)
             return product(y_BxLxHxK, self.w_out[...], axes=2) + b_out, past
-        w_qkv, w_out = (whole(p[...], x_BxLxD.dtype) for p in (self.w_qkv, self.w_out))
+        w_qkv, w_out = (p[...].astype(x_BxLxD.dtype) for p in (self.w_qkv, self.w_out))
         project = partial(jnp.einsum, "BLD,DHK->BLHK", x_BxLxD)
         q, k, v = (remat.product(project(w_qkv[:, i]) + b_qkv[i]) for i in range(3))
         y_BxLxHxK = attend(q, k, v, segments_BxL, self.implementation)

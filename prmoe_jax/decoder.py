@@ -12,7 +12,7 @@ from prmoe_jax.attention import Past
 from prmoe_jax.model import Transformer
 from prmoe_jax.moe.layer import MoE
 from prmoe_jax.parallel import rules
-from prmoe_jax.weights import SUMMED, held, scores
+from prmoe_jax.weights import SUMMED, narrowed, scores
 
 
 class Decoder(nnx.Module):
@@ -38,7 +38,8 @@ class Decoder(nnx.Module):
         self.config = config
         self.tokens, self.positions, self.norm = model.tokens, model.positions, model.norm
         self.layers = nnx.List(layers)
-        self._hold(weights)
+        if weights != "float32":
+            self._narrow(weights)
 
     def empty_past(self, batch: int, room: int) -> list[Past]:
         """Room for keys and values of so many tokens, of every layer."""
@@ -75,14 +76,11 @@ class Decoder(nnx.Module):
         with jax.named_scope("logits"):
             return scores(x_BxD, self.tokens[...])
 
-    def _hold(self, kind: str) -> None:
-        """Turns the large weights for products of few rows, and narrows them.
-
-        Experts in float32 stay as they are, in the order in which a prompt's many rows need them.
-        """
+    def _narrow(self, kind: str) -> None:
+        """Holds the large weights in another type."""
 
         def hold(module, name: str, rule: str) -> None:
-            weight = held(getattr(module, name)[...], kind, SUMMED[rule])
+            weight = narrowed(getattr(module, name)[...], kind, SUMMED[rule])
             setattr(module, name, nnx.Param(weight))
 
         hold(self, "tokens", "tokens")
@@ -90,10 +88,8 @@ class Decoder(nnx.Module):
             hold(layer.attention, "w_qkv", "attention.w_qkv")
             hold(layer.attention, "w_out", "attention.w_out")
             moe = isinstance(layer.mlp, MoE)
-            for name in "w_in", "w_out":
-                if moe and kind != "float32":
-                    hold(layer.mlp.experts, name, f"experts.{name}")
-                if mlp := layer.mlp.mlp if moe else layer.mlp:
+            for mlp in (layer.mlp.experts, layer.mlp.mlp) if moe else (layer.mlp,):
+                for name in ("w_in", "w_out") if mlp else ():
                     hold(mlp, name, f"mlp.{name}")
 
 

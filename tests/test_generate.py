@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from prmoe_jax import architecture, config, generate, weights
+from prmoe_jax import architecture, config, generate
 from prmoe_jax.data.tokenizer import _bytes
 from prmoe_jax.decoder import Decoder
 from prmoe_jax.generate import Generator, Sampling, Written
@@ -16,7 +16,7 @@ from prmoe_jax.model import resolve_backends
 from prmoe_jax.moe.experts import Experts
 from prmoe_jax.step import init_model
 from prmoe_jax.tree import named_leaves
-from prmoe_jax.weights import Held, product, product_with_one, scores
+from prmoe_jax.weights import Narrow, narrowed, product, product_with_one, scores
 from tests.quick import forward, jit
 
 
@@ -29,14 +29,14 @@ def build(text, moe=(), **model):
     return init_model(resolve_backends(config.resolve(values), "cpu"))
 
 
-def held(model, kind="float32"):
-    return jit(partial(Decoder, weights=kind))(model)
+def held(model, weights="float32"):
+    return jit(partial(Decoder, weights=weights))(model)
 
 
-def generator(model):
+def generator(model, weights="float32"):
     mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1, 1, 1),
                 ("data", "fsdp", "expert_0", "slice", "tensor"))  # fmt: skip
-    return Generator(held(model), _bytes(), mesh)
+    return Generator(held(model, weights), _bytes(), mesh)
 
 
 ARCHITECTURES = (
@@ -194,33 +194,36 @@ def test_streaming_and_stops_in_a_batch():
 def test_products_of_few_rows(kind, monkeypatch):
     """By blocks and at once, they are those of the weights held; which are near the given ones."""
     monkeypatch.setattr("prmoe_jax.weights.BLOCK", 40)
-    monkeypatch.setattr("prmoe_jax.weights.BLOCK_OF_ONE_ROW", 30)
+    monkeypatch.setattr("prmoe_jax.weights.BLOCK_OF_NARROW", 30)
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(20, 3, 4)), jnp.float32)
     w = jnp.asarray(rng.normal(size=(3, 4, 2, 5)), jnp.float32)
 
-    as_held = weights.held(w, kind, (-4, -3))
+    def hold(w, summed):
+        return w if kind == "float32" else narrowed(w, kind, summed)
+
+    def wide(held):
+        return held.whole(jnp.float32) if isinstance(held, Narrow) else held
+
+    held = hold(w, (-4, -3))
     error = {
         "float32": 0,
         "bfloat16": jnp.abs(w) / 256,
         "int8": jnp.abs(w).max((0, 1)) / 254 * 1.001,
     }[kind]
-    assert (jnp.abs(as_held.whole(jnp.float32) - w) <= error).all()
-    table = weights.held(jnp.asarray(rng.normal(size=(14, 12)), jnp.float32), kind, (-1,))
+    assert (jnp.abs(wide(held) - w) <= error).all()
+    table = hold(jnp.asarray(rng.normal(size=(14, 12)), jnp.float32), (-1,))
     for rows in (1, 16, 20):
-        expected = np.einsum("rab,abcd->rcd", x[:rows], as_held.whole(jnp.float32))
-        y = product(x[:rows], as_held, axes=2)
-        np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+        expected = np.einsum("rab,abcd->rcd", x[:rows], wide(held))
+        np.testing.assert_allclose(product(x[:rows], held, axes=2), expected, rtol=1e-5, atol=1e-5)
         flat = x[:rows].reshape(rows, 12)
-        expected = flat @ table.whole(jnp.float32).T
+        expected = flat @ wide(table).T
         np.testing.assert_allclose(scores(flat, table), expected, rtol=1e-5, atol=1e-5)
-    wide = jnp.asarray(rng.normal(size=(3, 12, 7)), jnp.float32)
-    experts = weights.held(wide, kind, (-2,))
+    experts = hold(jnp.asarray(rng.normal(size=(3, 12, 7)), jnp.float32), (-2,))
     for e in range(3):
-        expected = flat[:1] @ experts.whole(jnp.float32)[e]
-        for array in (experts, wide) if kind == "float32" else (experts,):
-            y_1xF = product_with_one(flat[:1], array, e)
-            np.testing.assert_allclose(y_1xF, expected, rtol=1e-5, atol=1e-5)
+        expected = flat[:1] @ wide(experts)[e]
+        y_1xF = product_with_one(flat[:1], experts, e)
+        np.testing.assert_allclose(y_1xF, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_chosen_experts_are_the_experts():
@@ -255,7 +258,7 @@ def test_steps_of_few_sequences_read_the_chosen_experts_alone(batch, calls, monk
 def test_a_model_of_narrow_weights(kind):
     """Its large weights alone are held so, and it says nearly the same."""
     model = build("5 layers, E=2+7, residual", init_std=0.1)
-    wide, narrow = (held(model, w) for w in ("float32", kind))
+    wide, narrow = (held(model, weights) for weights in ("float32", kind))
     tokens_BxQ = jax.random.randint(jax.random.key(1), (2, 9), 0, 256)
     scored = []
     for decoder in (wide, narrow):
@@ -268,4 +271,4 @@ def test_a_model_of_narrow_weights(kind):
     assert {name.removesuffix(".values").rpartition(".")[2] for name in few_bits} == {
         "tokens", "w_qkv", "w_out", "w_in"
     }  # fmt: skip
-    assert isinstance(narrow.tokens[...], Held)
+    assert isinstance(narrow.tokens[...], Narrow)

@@ -9,7 +9,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from prmoe_jax.parallel.mesh import batch_axes, expert_axes
 from prmoe_jax.tree import named_leaves
-from prmoe_jax.weights import SUMMED, Held
+from prmoe_jax.weights import SUMMED, Narrow
 
 # By the end of a parameter's name, what each dimension after the stacked one is:
 #   T  heads, hidden units or vocabulary, split over `tensor`
@@ -64,7 +64,7 @@ def spec(
     roles = RULES.get(rule)
     if roles is None or len(shape) - len(roles) not in (0, 1):
         raise KeyError(f"no rule in RULES for {name} of shape {shape}")
-    if weight != name:  # held with the axes that are summed over last
+    if weight != name:  # held narrow, with the axes that are summed over last
         summed = [len(roles) + axis for axis in SUMMED[rule]]
         others = [axis for axis in range(len(roles)) if axis not in summed]
         roles = "".join(roles[axis] for axis in others + summed)
@@ -151,7 +151,7 @@ _gather.defvjp(
 )
 
 
-def look_up(name: str, table_VxD: jax.Array | Held, ids_BxL: jax.Array) -> jax.Array:
+def look_up(name: str, table_VxD: jax.Array | Narrow, ids_BxL: jax.Array) -> jax.Array:
     """table[ids]; on a mesh each device for its own rows, with every gradient summed into its part.
 
     Args:
@@ -160,7 +160,7 @@ def look_up(name: str, table_VxD: jax.Array | Held, ids_BxL: jax.Array) -> jax.A
       ids_BxL: below V.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if isinstance(table_VxD, Held):
+    if isinstance(table_VxD, Narrow):
         wide = look_up(name, table_VxD.values, ids_BxL).astype(jnp.float32)
         return wide if table_VxD.units is None else wide * look_up(name, table_VxD.units, ids_BxL)
     if mesh.empty:
