@@ -38,9 +38,9 @@ def test_rows(capsys):
 
 
 def test_table(capsys):
-    assert main(["bench", "moe", "--sizes=32,8,8,2", "--repeats=1"]) == 0
+    assert main(["bench", "moe", "--sizes=32,8,8,2", "--repeats=1", "--dtype=bfloat16"]) == 0
     head, columns, *lines = capsys.readouterr().out.splitlines()
-    assert head == "S=32 M=8 F=8 E=2, uniform load, float32"
+    assert head == "S=32 M=8 F=8 E=2, uniform load, bfloat16"
     assert columns.split() == ["median", "min", "max", "x", "dense", "peak", "GB/s", "dropped"]
     assert [line.split()[0] for line in lines[:2]] == ["dense", "gather"]
 

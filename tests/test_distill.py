@@ -373,7 +373,7 @@ def test_killed_on_both_sides_of_the_stop_equals_undisturbed(text, teacher, stud
 
 def test_a_teacher_spread_over_devices_teaches_the_same(text, teacher, student, tmp_path):  # noqa: F811
     settings = TAUGHT | {"teacher.workdir": teacher, "mesh.expert": 4, "mesh.fsdp": 2}
-    settings |= {"train.steps": 12}
+    settings["train.steps"] = 12
     command = arguments(text, tmp_path / "run", LEARNER, **settings)
     eight = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     code, _, err = finish(start(*command, **eight))

@@ -6,16 +6,12 @@ import numpy as np
 import pytest
 
 from prmoe_jax.config import MoeConfig
-from prmoe_jax.moe import routing as decisions
 from prmoe_jax.moe.routing import capacity
+from prmoe_jax.moe.routing import route as decide
 from tests.quick import jit
 
 DEFAULT = MoeConfig()
-_route = jit(decisions.route, static_argnames=("moe", "top_k", "slots"))
-
-
-def route(logits, valid, moe, **choices):
-    return _route(logits, valid, moe=moe, **choices)
+route = jit(decide, static_argnames=("moe", "top_k", "slots"))
 
 
 def oracle(logits_SxE, valid_S, top_k, slots, overflow, training):
@@ -248,11 +244,11 @@ def test_gradient_reaches_the_router_through_weights_and_auxiliary_loss():
     valid = jnp.ones((1, 7), bool)
 
     def weights(logits):
-        routing, _ = decisions.route(logits, valid, DEFAULT, top_k=1, slots=7)
+        routing, _ = decide(logits, valid, DEFAULT, top_k=1, slots=7)
         return routing.weight_GxSxK.sum()
 
     def auxiliary(logits):
-        return decisions.route(logits, valid, DEFAULT, top_k=1, slots=7)[1].aux_loss
+        return decide(logits, valid, DEFAULT, top_k=1, slots=7)[1].aux_loss
 
     probs = jax.nn.softmax(logits)
     chosen = jax.nn.one_hot(logits.argmax(-1), 3)

@@ -1,7 +1,5 @@
 """A run that starts as another: the same function, experts as copies, and nothing silently anew."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +10,7 @@ from prmoe_jax.errors import UserError
 from prmoe_jax.step import init_model
 from prmoe_jax.tree import named_leaves
 from prmoe_jax.upcycle import check_fits, upcycled
-from tests.quick import jit
+from tests.quick import forward, jit
 from tests.test_step import make_batch, settings
 from tests.test_student import layers_of
 from tests.test_train import arguments, logged, text  # noqa: F401
@@ -29,8 +27,8 @@ def started(source, target, noise=0.0):
 def activations(model):
     """Those of tokens; padding isn't routed."""
     batch = make_batch()
-    run = jit(lambda m: m(batch.tokens_BxL, batch.segments_BxL, capacity_factor=math.inf)[0])
-    return np.asarray(run(model))[batch.segments_BxL > 0]
+    x_BxLxD, _ = forward(model, batch.tokens_BxL, batch.segments_BxL)
+    return np.asarray(x_BxLxD)[batch.segments_BxL > 0]
 
 
 @pytest.mark.parametrize("text", ["4 layers, E=2+3, top 2", "4 layers, E=2+3, top 2, residual"])
