@@ -1,23 +1,27 @@
 """Weights as inference holds them: in fewer bits than the arithmetic, or one expert's alone.
 
 A CPU reads a weight for each token anew, and that is what a token costs. XLA's product of few rows
-reads it with one core; here slices of it are read by all. What XLA makes of a narrow weight, or of
-one expert's slice of an array, is a whole copy in memory first; here it is read in blocks that stay
-in the cache.
+reads it with one core; here slices of it are read by all. What XLA makes of one expert's slice of a
+float32 array is a whole copy in memory first; here it is read in blocks that stay in the cache. A
+narrow weight is never widened: the few rows are split into parts as narrow as it is.
 """
 
 import dataclasses
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 
-# Elements of a block, and of a narrow weight's in a product of one row. Measured.
-BLOCK, BLOCK_OF_NARROW = 1 << 16, 1 << 19
+# Elements of a block. Measured.
+BLOCK = 1 << 16
 # Rows up to which a weight's reading is what costs.
 FEW_ROWS = 16
-# Of a float32 weight, into which its product with few rows is cut, for as many cores. Measured.
+# Of a weight, into which its product with few rows is cut, for as many cores. Measured.
 SLICES = 8
+# Of a float32 number: three of bfloat16 have all its bits, three of int8 those that a row's largest
+# number leaves it.
+PARTS = 3
 # The weights that are held narrow, by the end of their names, and the axes their products sum over.
 SUMMED = {
     "tokens": (-1,),
@@ -82,7 +86,7 @@ def product(x: jax.Array, w: jax.Array | Narrow, axes: int = 1) -> jax.Array:
     def of_few(x, w):
         x_RxD = x.reshape(-1, depth)
         if narrow:
-            y_RxF = _narrow(x_RxD, w.values.reshape(-1, depth), w.units)
+            y_RxF = _by_parts(x_RxD, w.values.reshape(-1, depth), w.units)
             return y_RxF.astype(x.dtype).reshape(*rows, *w.values.shape[:-axes])
         return _by_slices(x_RxD, w.reshape(depth, -1)).reshape(*rows, *w.shape[axes:])
 
@@ -102,7 +106,7 @@ def scores(x_BxD: jax.Array, table_VxD: jax.Array | Narrow) -> jax.Array:
 
     def of_few(x_BxD, table_VxD):
         if narrow:
-            return _narrow(x_BxD, table_VxD.values, table_VxD.units)
+            return _by_parts(x_BxD, table_VxD.values, table_VxD.units)
         slices = math.gcd(len(table_VxD), SLICES)
         table_NxVxD = table_VxD.reshape(slices, -1, table_VxD.shape[1])
         y_NxBxV = jnp.einsum("BD,NVD->NBV", x_BxD, table_NxVxD)
@@ -114,45 +118,42 @@ def scores(x_BxD: jax.Array, table_VxD: jax.Array | Narrow) -> jax.Array:
 def product_with_one(x_1xD: jax.Array, w_ExDxF: jax.Array | Narrow, e: jax.Array) -> jax.Array:
     """x @ w[e] in x's dtype, reading no other expert's weights."""
 
-    def at(w):
-        return jax.lax.dynamic_index_in_dim(w, e, keepdims=False)
+    def at(w, e):
+        return jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, e, keepdims=False), w)
 
     def plain(x_1xD, w, e):
-        return x_1xD @ whole(jax.tree.map(at, w), x_1xD.dtype)
+        return x_1xD @ whole(at(w, e), x_1xD.dtype)
 
     def of_one(x_1xD, w, e):
         if isinstance(w, Narrow):
-            units = None if w.units is None else at(w.units)
-            return _narrow(x_1xD, w.values, units, e).astype(x_1xD.dtype)
+            one = at(w, e)
+            return _by_parts(x_1xD, one.values, one.units).astype(x_1xD.dtype)
         return _by_blocks(x_1xD, w, e).astype(x_1xD.dtype)
 
     return jax.lax.platform_dependent(x_1xD, w_ExDxF, e, cpu=of_one, default=plain)
 
 
-def _blocks(rows: int, width: int, elements: int) -> int:
-    """Into how many equal blocks of rows a weight is cut, so that one has few enough elements."""
-    fits = (n for n in range(1, rows + 1) if rows % n == 0 and rows // n * width <= elements)
-    return next(fits, rows)
-
-
-def _narrow(x_RxD: jax.Array, w: jax.Array, units, e: jax.Array | None = None) -> jax.Array:
-    """x @ wᵀ, or x @ w[e]ᵀ, times units; float32, some outputs at a time."""
-    outputs, depth = w.shape[-2:]
-    one = len(x_RxD) == 1
-    blocks = _blocks(outputs, depth, BLOCK_OF_NARROW if one else BLOCK)
-    size = outputs // blocks
-
-    def some(i):
-        at, shape = (i * size, 0), (size, depth)
-        if e is not None:
-            at, shape = (e, *at), (1, *shape)
-        block_fxD = jax.lax.dynamic_slice(w, at, shape).reshape(size, depth).astype(jnp.float32)
-        x = x_RxD.astype(jnp.float32)
-        # Several rows come second: first, they have XLA turn the block before it is multiplied.
-        return (x @ block_fxD.T).T if one else block_fxD @ x.T
-
-    y_RxF = jax.lax.map(some, jnp.arange(blocks)).reshape(outputs, -1).T
-    return y_RxF if units is None else y_RxF * units.reshape(1, -1)
+def _by_parts(x_RxD: jax.Array, w_FxD: jax.Array, units: jax.Array | None) -> jax.Array:
+    """x @ wᵀ times units, float32, each row of x as a sum of `PARTS` in w's type."""
+    rest_RxD = x_RxD.astype(jnp.float32)
+    if units is None:
+        finer, kind = 1, jnp.float32
+        # A cast there and back may be left out by XLA.
+        nearest = functools.partial(jax.lax.reduce_precision, exponent_bits=8, mantissa_bits=7)
+    else:
+        finer, kind, nearest = 254, jnp.int32, jnp.round
+        units_Rx1 = jnp.maximum(jnp.abs(rest_RxD).max(-1, keepdims=True), 1e-30) / 127
+        rest_RxD /= units_Rx1
+    parts = []
+    for _ in range(PARTS):
+        parts.append(nearest(rest_RxD))
+        rest_RxD = (rest_RxD - parts[-1]) * finer
+    x_SxD = jnp.concatenate(parts).astype(w_FxD.dtype)
+    w_NxfxD = w_FxD.reshape(math.gcd(len(w_FxD), SLICES), -1, w_FxD.shape[1])
+    y_NxSxf = jnp.einsum("SD,NfD->NSf", x_SxD, w_NxfxD, preferred_element_type=kind)
+    y_PxRxF = y_NxSxf.swapaxes(0, 1).reshape(PARTS, len(x_RxD), -1)
+    y_RxF = sum(y_RxF.astype(jnp.float32) / finer**p for p, y_RxF in enumerate(y_PxRxF))
+    return y_RxF if units is None else y_RxF * units_Rx1 * units.reshape(1, -1)
 
 
 def _by_slices(x_RxD: jax.Array, w_DxF: jax.Array) -> jax.Array:
@@ -166,7 +167,8 @@ def _by_slices(x_RxD: jax.Array, w_DxF: jax.Array) -> jax.Array:
 def _by_blocks(x_1xD: jax.Array, w_ExDxF: jax.Array, e: jax.Array) -> jax.Array:
     """x @ w[e], float32, some rows of the weight at a time."""
     _, depth, width = w_ExDxF.shape
-    blocks = _blocks(depth, width, BLOCK)
+    fits = (n for n in range(1, depth + 1) if depth % n == 0 and depth // n * width <= BLOCK)
+    blocks = next(fits, depth)
     size = depth // blocks
 
     def part(i):

@@ -194,7 +194,6 @@ def test_streaming_and_stops_in_a_batch():
 def test_products_of_few_rows(kind, monkeypatch):
     """By blocks and at once, they are those of the weights held; which are near the given ones."""
     monkeypatch.setattr("prmoe_jax.weights.BLOCK", 40)
-    monkeypatch.setattr("prmoe_jax.weights.BLOCK_OF_NARROW", 30)
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(20, 3, 4)), jnp.float32)
     w = jnp.asarray(rng.normal(size=(3, 4, 2, 5)), jnp.float32)
