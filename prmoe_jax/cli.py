@@ -298,6 +298,8 @@ def _report(options, rest) -> None:
     if (options.folder is None) == (options.workdir is None):
         raise UserError("prmoe report needs a sweep's folder, or --workdir=DIR for one run")
     if options.workdir:
+        if options.base:
+            raise UserError("--base is for a sweep's folder; a run of its own has no arms")
         _check_run(options.workdir)
         from prmoe_jax.report import single
 
@@ -305,7 +307,7 @@ def _report(options, rest) -> None:
         return
     from prmoe_jax.report import experiment
 
-    result = experiment.report(options.folder)
+    result = experiment.report(options.folder, options.base)
     print(json.dumps(result) if options.json else experiment.table(result))
 
 
@@ -502,6 +504,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = verb("report", _report, "draw what a sweep, or one run, came to, on a page of its own")
     sub.add_argument("folder", type=Path, nargs="?", help="a sweep's, with results.jsonl")
+    sub.add_argument("--base", help="the arm the others are compared with; default: the first")
     sub.add_argument("--workdir", type=Path, help="instead, a run's; writes report/ there")
 
     kinds = (

@@ -74,6 +74,12 @@ def test_report_of_a_sweep(folder, capsys):
         capsys.readouterr().out
     )
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == made
+    assert main(["report", str(folder), "--base=two"]) == 0
+    out = capsys.readouterr().out
+    assert "above two" in out
+    assert "one                              3    3.1000 ± 0.2484     +0.2000 ± 0.2484" in out
+    assert main(["report", str(folder), "--base=three"]) == 2
+    assert "no arm 'three'; --base is one of one, two, <b>" in capsys.readouterr().err
 
 
 def test_report_of_a_run(text, tmp_path, capsys):  # noqa: F811
@@ -116,5 +122,7 @@ def test_mistakes(change, message, folder, tmp_path, capsys):
     for command in (["report"], ["report", str(folder), f"--workdir={tmp_path}"]):
         assert main(command) == 2
         assert "needs a sweep's folder, or --workdir=DIR" in capsys.readouterr().err
+    assert main(["report", f"--workdir={tmp_path}", "--base=one"]) == 2
+    assert "--base is for a sweep's folder" in capsys.readouterr().err
     assert main(["report", f"--workdir={tmp_path}"]) == 2
     assert "no run in" in capsys.readouterr().err

@@ -7,9 +7,8 @@ import runpy
 from pathlib import Path
 
 PROSE = runpy.run_path(str(Path(__file__).parents[2] / "configs/prose.py"))
-TEACHER = {"teacher.workdir": "runs/prose/prmoe/1", "kd.stop": 0.7}
 ARMS = {name: (name, {}) for name in ("dense", "dense_5x", "moe", "prmoe", "student")}
-ARMS["mos"] = "student", TEACHER
+ARMS["mos"] = "student", PROSE["TAUGHT"]
 
 
 def runs():

@@ -12,7 +12,7 @@ HEAD = (
     "arm",
     "seeds",
     "validation loss",
-    "above the first",
+    "above {base}",
     "parameters",
     "active",
     "FLOPs/token",
@@ -21,16 +21,20 @@ HEAD = (
 )
 
 
-def report(folder: Path) -> dict:
+def report(folder: Path, base: str | None = None) -> dict:
     """Writes results.csv, figures and report.html beside results.jsonl.
 
+    Args:
+      folder: holds results.jsonl.
+      base: the arm that the others are compared with; the first one unless given.
+
     Returns:
-      page, the path; arms: of each its seeds, loss and, of two seeds or more, margin (of 95 %);
-      and difference from the first arm with its margin, paired by seed, where two seeds are in
+      page, the path; base; arms: of each its seeds, loss and, of two seeds or more, margin (of
+      95 %); and difference from the base with its margin, paired by seed, where two seeds are in
       common.
 
     Raises:
-      UserError: no results there, or matplotlib is missing.
+      UserError: no results there, no such arm, or matplotlib is missing.
     """
     path = folder / "results.jsonl"
     if not path.is_file():
@@ -41,7 +45,9 @@ def report(folder: Path) -> dict:
     found = arms(records)
     write_csv(records, folder / "results.csv")
 
-    base = next(iter(found))
+    base = base or next(iter(found))
+    if base not in found:
+        raise UserError(f"{path} has no arm {base!r}; --base is one of {', '.join(found)}")
     rows, summary, apart = [], {}, {}
     for arm, by_seed in found.items():
         loss = mean([row["loss"] for row in by_seed.values()])
@@ -76,7 +82,7 @@ def report(folder: Path) -> dict:
             "validation split, ± half of a 95 % interval (Student's t); differences are paired by "
             "seed."
         ),
-        page.table(list(HEAD), rows),
+        page.table([name.format(base=base) for name in HEAD], rows),
         page.figures(pictures),
         page.heading("Runs"),
         page.table(
@@ -96,7 +102,7 @@ def report(folder: Path) -> dict:
     ]
     out = folder / "report.html"
     out.write_text(page.page(folder.resolve().name, parts))
-    return {"page": str(out), "arms": summary}
+    return {"page": str(out), "base": base, "arms": summary}
 
 
 def _drops(rows: dict[int, dict]) -> bool:
@@ -116,7 +122,8 @@ def _costs(rows: list[dict]) -> list[str]:
 
 def table(result: dict) -> str:
     """What `report` returned, for people."""
-    lines = [f"{'arm':28} {'seeds':>5} {'loss':>18} {'above the first':>20}"]
+    above = f"above {result['base']}"
+    lines = [f"{'arm':28} {'seeds':>5} {'loss':>18} {above:>20}"]
     for arm, row in result["arms"].items():
         loss = f"{row['loss']:.4f}" + (f" ± {row['margin']:.4f}" if "margin" in row else "")
         above = ""

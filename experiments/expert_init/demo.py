@@ -1,8 +1,8 @@
 """Trains tied and independent experts side by side; a second call goes on where it stopped.
 
-    python experiments/expert_init/run.py [--workdir=runs/expert_init]
+    python experiments/expert_init/demo.py [--workdir=runs/expert_init]
 
-Writes results.jsonl beside this file and prints the table of the README.
+Writes demo.jsonl beside this file and prints the table of the README.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def main() -> None:
                 metrics = train(workdir, architecture, init, seed)
                 rows.append({"architecture": architecture, "init": init, "seed": seed, **metrics})
                 print(json.dumps(rows[-1]), flush=True)
-    (HERE / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (HERE / "demo.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for architecture in ("moe", "prmoe"):
         report(architecture, [row for row in rows if row["architecture"] == architecture])
 

@@ -1,9 +1,9 @@
 """Trains students of one PR-MoE in four ways; a second call goes on where the first one stopped.
 
     prmoe train --config=configs/tiny.py:prmoe --workdir=runs/prmoe     # the teacher, once
-    python experiments/mos/run.py [--teacher=runs/prmoe] [--workdir=runs/mos]
+    python experiments/mos/demo.py [--teacher=runs/prmoe] [--workdir=runs/mos]
 
-Appends to results.jsonl beside this file, prints the table of the README and draws students.png.
+Appends to demo.jsonl beside this file, prints the table of the README and draws students.png.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--teacher", type=Path, default=Path("runs/prmoe"))
     parser.add_argument("--workdir", type=Path, default=Path("runs/mos"))
     options = parser.parse_args()
-    results = HERE / "results.jsonl"
+    results = HERE / "demo.jsonl"
     rows = (
         [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
     )
@@ -78,7 +78,7 @@ def record(rows: list[dict], arm: str, seed: int, workdir: Path) -> None:
     }
     rows.append(row)
     print(json.dumps(row), flush=True)
-    with (HERE / "results.jsonl").open("a") as file:
+    with (HERE / "demo.jsonl").open("a") as file:
         file.write(json.dumps(row) + "\n")
 
 
