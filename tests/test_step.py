@@ -75,7 +75,7 @@ def test_adamw_equals_numpy():
     """Two updates, clipped by the whole gradient's norm, decayed by name."""
     values = settings(optimizer={"clip_norm": 0.5, "weight_decay": 0.3, "warmup_tokens": 200})
     state = init_state(values)
-    optimizer, rate = make_optimizer(values), learning_rate(values)
+    update, rate = jit(make_optimizer(values).update), learning_rate(values)
     params = {k: np.asarray(v, np.float64) for k, v in named_leaves(state.model).items()}
     first = {k: np.zeros_like(v) for k, v in params.items()}
     second = {k: np.zeros_like(v) for k, v in params.items()}
@@ -83,7 +83,7 @@ def test_adamw_equals_numpy():
     rng = np.random.default_rng(0)
     for step in range(2):
         gradient = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), model)
-        updates, opt = optimizer.update(gradient, opt, model)
+        updates, opt = update(gradient, opt, model)
         model = jax.tree.map(jnp.add, model, updates)
         named = {k: np.asarray(v, np.float64) for k, v in named_leaves(gradient).items()}
         norm = np.sqrt(sum((g**2).sum() for g in named.values()))
@@ -94,8 +94,8 @@ def test_adamw_equals_numpy():
             m = first[name] / (1 - 0.9 ** (step + 1))
             v = second[name] / (1 - 0.95 ** (step + 1))
             decays = not name.rsplit(".", 1)[-1].startswith(("b_", "scale", "shift"))
-            update = m / (np.sqrt(v) + 1e-8) + 0.3 * decays * params[name]
-            params[name] = params[name] - float(rate(step)) * update
+            change = m / (np.sqrt(v) + 1e-8) + 0.3 * decays * params[name]
+            params[name] = params[name] - float(rate(step)) * change
     for name, leaf in named_leaves(model).items():
         np.testing.assert_allclose(leaf, params[name], rtol=1e-5, atol=1e-6, err_msg=name)
 
