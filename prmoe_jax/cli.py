@@ -46,7 +46,6 @@ MODELLED_SIZES = ((4096, 2048, 8192, 128),)  # with --topology: S is a chip's
 def main(arguments: list[str] | None = None) -> int:
     """Runs one verb; returns 0, 1 (the run failed) or 2 (the input cannot be used)."""
     _log_to_stderr()
-    keep_freed_memory()
     try:
         options, rest = _parser().parse_known_args(arguments)
         if rest and not options.takes_config:
@@ -162,6 +161,7 @@ def _did_you_mean(name: str, known) -> str:
 
 
 def _train(options, rest) -> None:
+    keep_freed_memory()
     config = parse_config(rest)
     profile = _profile_steps(options.profile, config)
     workdir = options.workdir or Path("runs") / _run_name(rest)
@@ -175,6 +175,7 @@ def _train(options, rest) -> None:
 
 
 def _eval(options, rest) -> None:
+    keep_freed_memory()
     _check_run(options.workdir)
     if options.limit is not None and not (options.tasks and options.limit > 0):
         raise UserError(f"--limit={options.limit} is a number of examples, for --tasks")
@@ -333,6 +334,7 @@ def _distil_plan(options, rest) -> None:
 
 
 def _teacher_cache(options, rest) -> None:
+    keep_freed_memory()
     config = _taught_config(rest)
     if config.kd.kind != "top_k":
         raise UserError("the likeliest tokens are kept; use --config.kd.kind=top_k, with kd.top_k")
@@ -364,6 +366,7 @@ def _bench_decode(options, rest) -> None:
 
 
 def _bench_moe(options, rest) -> None:
+    keep_freed_memory()
     if options.topology:
         _compile_only()
     from prmoe_jax.bench import modelled, moe

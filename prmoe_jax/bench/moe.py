@@ -55,7 +55,7 @@ def bench_moe(sizes: list[Size], loads: list[str], dtype: str, repeats: int) -> 
     `no experts`, routing, dispatch and combine alone; `copy`, which reads and writes as many
     bytes as the experts' weights have; and in float32, where it is installed, DeepSpeed's layer
     in a process of its own: as it comes, without random token selection, and again with the
-    allocator's setting of `allocator.keep_freed_memory`, which the command line also makes.
+    allocator's setting of `allocator.keep_freed_memory`, which `prmoe bench moe` also makes.
 
     Returns:
       One row a rival: backend, S, M, F, E, load, dtype, device, jax, median_s, min_s, max_s,
