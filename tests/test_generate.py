@@ -192,7 +192,7 @@ def test_streaming_and_stops_in_a_batch():
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
 def test_products_of_few_rows(kind, monkeypatch):
-    """By blocks and at once, they are those of the weights held; which are near the given ones."""
+    """By parts, slices or blocks and at once, they are the held weights'; those near the given."""
     monkeypatch.setattr("prmoe_jax.weights.BLOCK", 40)
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(20, 3, 4)), jnp.float32)
