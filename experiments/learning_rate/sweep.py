@@ -16,5 +16,5 @@ def runs():
         for rate in PROSE["rates"](name):
             config = PROSE["get_config"](name)
             PROSE["set_rate"](config, rate)
-            config.train.steps = 300
+            config.update_from_flattened_dict(PROSE["of_steps"](300))
             yield f"{name}_{rate:g}/0", config
