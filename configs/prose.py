@@ -71,7 +71,7 @@ def get_config(name: str = "prmoe"):
 
 
 def of_steps(steps: int) -> dict[str, int]:
-    """Settings of a run so long. It warms up for 4/15: after less one seed in five is left behind."""
+    """Settings of a run so long. It warms up for 4/15: after a tenth some seeds are left behind."""
     return {"train.steps": steps, "optimizer.warmup_tokens": steps * BATCH * 256 * 4 // 15}
 
 

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from prmoe_jax.attention import Past
 from prmoe_jax.model import Transformer
+from prmoe_jax.moe.experts import SeparateExperts
 from prmoe_jax.moe.layer import MoE
 from prmoe_jax.parallel import rules
 from prmoe_jax.weights import SUMMED, narrowed, scores
@@ -97,4 +98,8 @@ def decoder(model: Transformer, weights: str, mesh: Mesh) -> Decoder:
     """A model on the mesh that decodes, nothing split by FSDP."""
     shapes = jax.eval_shape(partial(Decoder, weights=weights), model)
     places = rules.shardings(shapes, mesh, in_use=True)
-    return jax.jit(partial(Decoder, weights=weights), out_shardings=places)(model)
+    held = jax.jit(partial(Decoder, weights=weights), out_shardings=places)(model)
+    for layer in held.layers:
+        if isinstance(layer.mlp, MoE) and layer.mlp.moe.dispatch == "gather/blocked":  # a CPU's
+            layer.mlp.experts = SeparateExperts(layer.mlp.experts)
+    return held

@@ -57,7 +57,7 @@ class Block(nnx.Module):
         else:
             std = model.init_std
             std_out = std / (2 * model.layers) ** 0.5
-            self.mlp = MLP(model.d_model, model.d_ff, std, std_out, key_mlp)
+            self.mlp = MLP.drawn(model.d_model, model.d_ff, std, std_out, key_mlp)
 
     def __call__(
         self, x_BxLxD, segments_BxL, capacity_factor: float, keys_B=None, past=None, place_BxL=None

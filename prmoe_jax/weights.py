@@ -1,9 +1,8 @@
-"""Weights as inference holds them: in fewer bits than the arithmetic, or one expert's alone.
+"""Weights as inference holds them, in as many bits as the arithmetic or fewer, and their products.
 
 A CPU reads a weight for each token anew, and that is what a token costs. XLA's product of few rows
-reads it with one core; here slices of it are read by all. What XLA makes of one expert's slice of a
-float32 array is a whole copy in memory first; here it is read in blocks that stay in the cache. A
-narrow weight is never widened: the few rows are split into parts as narrow as it is.
+reads it with one core; here slices of it are read by all. A narrow weight is never widened: the few
+rows are split into parts as narrow as it is.
 """
 
 import dataclasses
@@ -13,8 +12,6 @@ import math
 import jax
 import jax.numpy as jnp
 
-# Elements of a block. Measured.
-BLOCK = 1 << 16
 # Rows up to which a weight's reading is what costs.
 FEW_ROWS = 16
 # Of a weight, into which its product with few rows is cut, for as many cores. Measured.
@@ -31,6 +28,8 @@ SUMMED = {
     "mlp.w_out": (-2,),
     "experts.w_in": (-2,),
     "experts.w_out": (-2,),
+    "each.w_in": (-2,),  # of an expert by itself
+    "each.w_out": (-2,),
 }
 
 
@@ -107,30 +106,9 @@ def scores(x_BxD: jax.Array, table_VxD: jax.Array | Narrow) -> jax.Array:
     def of_few(x_BxD, table_VxD):
         if narrow:
             return _by_parts(x_BxD, table_VxD.values, table_VxD.units)
-        slices = math.gcd(len(table_VxD), SLICES)
-        table_NxVxD = table_VxD.reshape(slices, -1, table_VxD.shape[1])
-        y_NxBxV = jnp.einsum("BD,NVD->NBV", x_BxD, table_NxVxD)
-        return y_NxBxV.swapaxes(0, 1).reshape(len(x_BxD), -1)
+        return _by_outputs(x_BxD, table_VxD, jnp.float32)
 
     return jax.lax.platform_dependent(x_BxD, table_VxD, cpu=of_few, default=plain)
-
-
-def product_with_one(x_1xD: jax.Array, w_ExDxF: jax.Array | Narrow, e: jax.Array) -> jax.Array:
-    """x @ w[e] in x's dtype, reading no other expert's weights."""
-
-    def at(w, e):
-        return jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, e, keepdims=False), w)
-
-    def plain(x_1xD, w, e):
-        return x_1xD @ whole(at(w, e), x_1xD.dtype)
-
-    def of_one(x_1xD, w, e):
-        if isinstance(w, Narrow):
-            one = at(w, e)
-            return _by_parts(x_1xD, one.values, one.units).astype(x_1xD.dtype)
-        return _by_blocks(x_1xD, w, e).astype(x_1xD.dtype)
-
-    return jax.lax.platform_dependent(x_1xD, w_ExDxF, e, cpu=of_one, default=plain)
 
 
 def _by_parts(x_RxD: jax.Array, w_FxD: jax.Array, units: jax.Array | None) -> jax.Array:
@@ -148,32 +126,22 @@ def _by_parts(x_RxD: jax.Array, w_FxD: jax.Array, units: jax.Array | None) -> ja
     for _ in range(PARTS):
         parts.append(nearest(rest_RxD))
         rest_RxD = (rest_RxD - parts[-1]) * finer
-    x_SxD = jnp.concatenate(parts).astype(w_FxD.dtype)
-    w_NxfxD = w_FxD.reshape(math.gcd(len(w_FxD), SLICES), -1, w_FxD.shape[1])
-    y_NxSxf = jnp.einsum("SD,NfD->NSf", x_SxD, w_NxfxD, preferred_element_type=kind)
-    y_PxRxF = y_NxSxf.swapaxes(0, 1).reshape(PARTS, len(x_RxD), -1)
+    y_SxF = _by_outputs(jnp.concatenate(parts).astype(w_FxD.dtype), w_FxD, kind)
+    y_PxRxF = y_SxF.reshape(PARTS, len(x_RxD), -1)
     y_RxF = sum(y_RxF.astype(jnp.float32) / finer**p for p, y_RxF in enumerate(y_PxRxF))
     return y_RxF if units is None else y_RxF * units_Rx1 * units.reshape(1, -1)
 
 
+def _by_outputs(x_RxD: jax.Array, w_FxD: jax.Array, kind) -> jax.Array:
+    """x @ wᵀ in the type `kind`, by slices of the outputs, which XLA gives to different cores."""
+    w_NxfxD = w_FxD.reshape(math.gcd(len(w_FxD), SLICES), -1, w_FxD.shape[1])
+    y_NxRxf = jnp.einsum("RD,NfD->NRf", x_RxD, w_NxfxD, preferred_element_type=kind)
+    return y_NxRxf.swapaxes(0, 1).reshape(len(x_RxD), -1)
+
+
 def _by_slices(x_RxD: jax.Array, w_DxF: jax.Array) -> jax.Array:
-    """x @ w by slices of the depth, which XLA's batched product gives to different cores."""
+    """x @ w by slices of the depth, for the same reason."""
     slices = math.gcd(len(w_DxF), SLICES)
     x_NxRxd = x_RxD.reshape(len(x_RxD), slices, -1).swapaxes(0, 1)
     w_NxdxF = w_DxF.reshape(slices, -1, w_DxF.shape[1])
     return jnp.einsum("NRd,NdF->NRF", x_NxRxd, w_NxdxF).sum(0)
-
-
-def _by_blocks(x_1xD: jax.Array, w_ExDxF: jax.Array, e: jax.Array) -> jax.Array:
-    """x @ w[e], float32, some rows of the weight at a time."""
-    _, depth, width = w_ExDxF.shape
-    fits = (n for n in range(1, depth + 1) if depth % n == 0 and depth // n * width <= BLOCK)
-    blocks = next(fits, depth)
-    size = depth // blocks
-
-    def part(i):
-        x = jax.lax.dynamic_slice_in_dim(x_1xD, i * size, size, axis=1)
-        block = jax.lax.dynamic_slice(w_ExDxF, (e, i * size, 0), (1, size, width))[0]
-        return x.astype(jnp.float32) @ block.astype(jnp.float32)
-
-    return jax.lax.fori_loop(1, blocks, lambda i, y_1xF: y_1xF + part(i), part(0))

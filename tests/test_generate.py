@@ -1,7 +1,5 @@
 """Generation: cached decoding is the whole forward, whoever shares a batch; weights of few bits."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,14 +7,14 @@ import pytest
 from jax.sharding import Mesh
 
 from prmoe_jax import architecture, config, generate
+from prmoe_jax import decoder as decoders
 from prmoe_jax.data.tokenizer import _bytes
-from prmoe_jax.decoder import Decoder
 from prmoe_jax.generate import Generator, Sampling, Written
 from prmoe_jax.model import resolve_backends
-from prmoe_jax.moe.experts import Experts
+from prmoe_jax.moe.experts import Experts, SeparateExperts
 from prmoe_jax.step import init_model
 from prmoe_jax.tree import named_leaves
-from prmoe_jax.weights import Narrow, narrowed, product, product_with_one, scores
+from prmoe_jax.weights import Narrow, narrowed, product, scores
 from tests.quick import forward, jit
 
 
@@ -30,15 +28,17 @@ def build(text, moe=(), **model):
 
 
 def held(model, weights="float32"):
-    return jit(partial(Decoder, weights=weights))(model)
+    return decoders.decoder(model, weights, MESH)
 
 
 def generator(model, weights="float32"):
-    mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1, 1, 1),
-                ("data", "fsdp", "expert_0", "slice", "tensor"))  # fmt: skip
-    return Generator(held(model, weights), _bytes(), mesh)
+    return Generator(held(model, weights), _bytes(), MESH)
 
 
+MESH = Mesh(
+    np.array(jax.devices()[:1]).reshape(1, 1, 1, 1, 1),
+    ("data", "fsdp", "expert_0", "slice", "tensor"),
+)
 ARCHITECTURES = (
     "3 layers",
     "3 layers, E=3",
@@ -191,9 +191,8 @@ def test_streaming_and_stops_in_a_batch():
 
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
-def test_products_of_few_rows(kind, monkeypatch):
-    """By parts, slices or blocks and at once, they are the held weights'; those near the given."""
-    monkeypatch.setattr("prmoe_jax.weights.BLOCK", 40)
+def test_products_of_few_rows(kind):
+    """By parts, by slices and at once, they are the held weights'; those near the given."""
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(20, 3, 4)), jnp.float32)
     w = jnp.asarray(rng.normal(size=(3, 4, 2, 5)), jnp.float32)
@@ -218,11 +217,6 @@ def test_products_of_few_rows(kind, monkeypatch):
         flat = x[:rows].reshape(rows, 12)
         expected = flat @ wide(table).T
         np.testing.assert_allclose(scores(flat, table), expected, rtol=1e-5, atol=1e-5)
-    experts = hold(jnp.asarray(rng.normal(size=(3, 12, 7)), jnp.float32), (-2,))
-    for e in range(3):
-        expected = flat[:1] @ wide(experts)[e]
-        y_1xF = product_with_one(flat[:1], experts, e)
-        np.testing.assert_allclose(y_1xF, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_chosen_experts_are_the_experts():
@@ -234,20 +228,36 @@ def test_chosen_experts_are_the_experts():
     for name in ("w_in", "w_out"):
         weight = getattr(experts, name)
         weight[...] = weight[...].at[jnp.array([2, 4])].set(jnp.nan)
-    np.testing.assert_allclose(jit(experts.chosen)(x_RxD, expert_R), expected, rtol=1e-5, atol=1e-6)
+    for held in (experts, SeparateExperts(experts)):
+        y_RxD = jit(held.chosen)(x_RxD, expert_R)
+        np.testing.assert_allclose(y_RxD, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [(0, 37, 2, 0, 20), (59, 0, 0, 0, 0), (0, 0, 0, 0, 0)])
+def test_separate_experts_by_blocks(rows):
+    """What one array's are: runs longer than a block, empty ones, and rows of none, which are 0."""
+    experts = Experts(5, 6, 8, 0.3, 0.3, jax.random.key(0))
+    experts.b_out[...] = jax.random.normal(jax.random.key(2), (5, 6))
+    expert_R = jnp.repeat(jnp.arange(6), jnp.array([*rows, 61 - sum(rows)]))
+    x_RxD = jax.random.normal(jax.random.key(1), (61, 6))
+    each_ExRxD = experts(jnp.broadcast_to(x_RxD, (5, 61, 6)))
+    expected = jnp.where((expert_R < 5)[:, None], each_ExRxD[expert_R % 5, jnp.arange(61)], 0)
+    for held in (experts, SeparateExperts(experts)):
+        y_RxD = jit(held.blocked)(x_RxD, jnp.array(rows), expert_R)
+        np.testing.assert_allclose(y_RxD, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("batch", "calls"), [(1, 2), (3, 1), (8, 0)])
 def test_steps_of_few_sequences_read_the_chosen_experts_alone(batch, calls, monkeypatch):
     """Layers of 2 and of 7 experts: where there are no more choices than experts."""
-    counts, chosen = [], Experts.chosen
+    counts, chosen = [], SeparateExperts.chosen
 
     def watched(experts, *arguments):
         counts.append(experts.count)
         return chosen(experts, *arguments)
 
-    monkeypatch.setattr(Experts, "chosen", watched)
-    decoder = Decoder(build("4 layers, E=2+7, residual"), "float32")
+    monkeypatch.setattr(SeparateExperts, "chosen", watched)
+    decoder = held(build("4 layers, E=2+7, residual"))
     ones = jnp.ones((batch, 1), jnp.int32)
     jax.eval_shape(decoder, ones, ones > 0, decoder.empty_past(batch, 9), ones[:, 0])
     assert len(counts) == calls

@@ -97,7 +97,7 @@ def _compile(size: Size, dtype: str, backend: str, devices: list) -> list[Operat
     def new_layer():
         key = jax.random.key(0)
         if backend == "dense":
-            mlp = lambda key: MLP(size.M, size.F, 0.02, 0.02, key)  # noqa: E731
+            mlp = lambda key: MLP.drawn(size.M, size.F, 0.02, 0.02, key)  # noqa: E731
             layer = jax.vmap(mlp)(jax.random.split(key, mesh.size))
         else:
             layer = MoE(size.E, values.model, values.moe, key)

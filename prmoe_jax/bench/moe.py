@@ -198,7 +198,7 @@ def _our_rivals(size: Size, x_SxM, w_router_MxE, dtype) -> dict[str, Rival]:
         return (mlp(x_1xSxM) * cotangent_1xSxM).sum().astype(jnp.float32)
 
     key = jax.random.key(1)
-    rivals = {"dense": rival(dense, MLP(size.M, size.F, 0.02, 0.02, key))}
+    rivals = {"dense": rival(dense, MLP.drawn(size.M, size.F, 0.02, 0.02, key))}
     for backend in ("gather", "einsum"):
         layer = MoE(size.E, model, MoeConfig(dispatch=backend), key)
         layer.w_router[...] = jnp.asarray(w_router_MxE)

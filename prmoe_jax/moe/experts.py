@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from prmoe_jax import remat
-from prmoe_jax.weights import product, product_with_one, whole
+from prmoe_jax.weights import product, whole
 
 
 def normal(key: jax.Array, shape: tuple[int, ...], std: float) -> nnx.Param:
@@ -18,12 +18,17 @@ def normal(key: jax.Array, shape: tuple[int, ...], std: float) -> nnx.Param:
 class MLP(nnx.Module):
     """W_out · gelu_tanh(W_in x + b_in) + b_out."""
 
-    def __init__(self, d_model: int, d_ff: int, std: float, std_out: float, key: jax.Array):
+    def __init__(self, w_in: jax.Array, b_in: jax.Array, w_out: jax.Array, b_out: jax.Array):
+        self.w_in, self.b_in = nnx.Param(w_in), nnx.Param(b_in)
+        self.w_out, self.b_out = nnx.Param(w_out), nnx.Param(b_out)
+
+    @classmethod
+    def drawn(cls, d_model: int, d_ff: int, std: float, std_out: float, key: jax.Array) -> "MLP":
+        """Weights from N(0, std²), biases 0."""
         key_in, key_out = jax.random.split(key)
-        self.w_in = normal(key_in, (d_model, d_ff), std)
-        self.b_in = nnx.Param(jnp.zeros(d_ff))
-        self.w_out = normal(key_out, (d_ff, d_model), std_out)
-        self.b_out = nnx.Param(jnp.zeros(d_model))
+        w_in = std * jax.random.normal(key_in, (d_model, d_ff))
+        w_out = std_out * jax.random.normal(key_out, (d_ff, d_model))
+        return cls(w_in, jnp.zeros(d_ff), w_out, jnp.zeros(d_model))
 
     def __call__(self, x_D: jax.Array) -> jax.Array:
         """Maps [..., D] to [..., D] in x's dtype."""
@@ -97,8 +102,7 @@ class Experts(nnx.Module):
 
     def blocked(self, x_RxD: jax.Array, rows_E: jax.Array, expert_R: jax.Array) -> jax.Array:
         """The same as `ragged`, multiplying a block of rows at a time."""
-        mean_rows = len(x_RxD) // self.count
-        block = min(256, max(16, 1 << (mean_rows - 1).bit_length()))
+        block = _block(len(x_RxD), self.count)
         return _blocked(block, x_RxD, rows_E, tuple(self._weights(x_RxD.dtype)))
 
     def chosen(self, x_RxD: jax.Array, expert_R: jax.Array) -> jax.Array:
@@ -106,15 +110,72 @@ class Experts(nnx.Module):
 
         def row(inputs):
             x_D, e = inputs
-            b_in, b_out = (p[...].astype(x_D.dtype)[e] for p in (self.b_in, self.b_out))
-            h_1xF = _gelu(product_with_one(x_D[None], self.w_in[...], e) + b_in)
-            return (product_with_one(h_1xF, self.w_out[...], e) + b_out)[0]
+            return self.alone(e)(x_D[None])[0]
 
         with jax.named_scope("experts"):
             return jax.lax.map(row, (x_RxD, expert_R))
 
+    def alone(self, e) -> MLP:
+        """One of the experts."""
+        weights = self.w_in[...], self.b_in[...], self.w_out[...], self.b_out[...]
+        return MLP(*jax.tree.map(lambda w: w[e], weights))
+
     def _weights(self, dtype):
         return (whole(p[...], dtype) for p in (self.w_in, self.b_in, self.w_out, self.b_out))
+
+
+class SeparateExperts(nnx.Module):
+    """The same with arrays of its own for each expert, and without derivatives: as a CPU decodes.
+
+    XLA would copy an expert's part of an array, on one core, and multiply by the copy; an array it
+    reads where it is, on all cores. In return it compiles an MLP for each expert.
+    """
+
+    def __init__(self, experts: Experts):
+        self.count = experts.count
+        self.each = nnx.List([experts.alone(e) for e in range(experts.count)])
+
+    def blocked(self, x_RxD: jax.Array, rows_E: jax.Array, expert_R: jax.Array) -> jax.Array:
+        """As `Experts.blocked`."""
+        block = _block(len(x_RxD), self.count)
+        blocks_E = -(-rows_E // block)
+        ends_E, starts_E = jnp.cumsum(blocks_E), jnp.cumsum(rows_E) - rows_E
+        x_QxD = jnp.pad(x_RxD, ((0, block), (0, 0)))
+
+        def multiply(i, y_QxD):
+            e = jnp.searchsorted(ends_E, i, side="right")
+            place = starts_E[e] + (i - ends_E[e] + blocks_E[e]) * block
+            y = self._apply(e, _slice(x_QxD, place, block))
+            return jax.lax.dynamic_update_slice_in_dim(y_QxD, y, place, 0)
+
+        with jax.named_scope("experts"):
+            # A run's last block reaches into the next run, which is written later.
+            y_QxD = jax.lax.fori_loop(0, ends_E[-1], multiply, jnp.zeros_like(x_QxD))
+        served_Rx1 = (jnp.arange(len(x_RxD)) < rows_E.sum())[:, None]
+        return jnp.where(served_Rx1, y_QxD[: len(x_RxD)], 0)
+
+    def chosen(self, x_RxD: jax.Array, expert_R: jax.Array) -> jax.Array:
+        """As `Experts.chosen`."""
+
+        def row(inputs):
+            x_D, e = inputs
+            return self._apply(e, x_D[None])[0]
+
+        with jax.named_scope("experts"):
+            return jax.lax.map(row, (x_RxD, expert_R))
+
+    def _apply(self, e: jax.Array, x_RxD: jax.Array) -> jax.Array:
+        return jax.lax.switch(e, [partial(_traced_once, mlp) for mlp in self.each], x_RxD)
+
+
+@jax.jit
+def _traced_once(mlp: MLP, x_RxD: jax.Array) -> jax.Array:
+    return mlp(x_RxD)
+
+
+def _block(rows: int, experts: int) -> int:
+    """Rows that are multiplied at a time, of a run for each expert."""
+    return min(256, max(16, 1 << (rows // experts - 1).bit_length()))
 
 
 def _gelu(x):

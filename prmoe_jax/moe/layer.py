@@ -41,7 +41,7 @@ class MoE(nnx.Module):
         tied = moe.expert_init == "tied"
         self.experts = Experts(experts, *shape, keys[1], tied)
         learned = model.residual and model.residual_mix == "learned"
-        self.mlp = MLP(*shape, keys[1] if tied else keys[2]) if model.residual else None
+        self.mlp = MLP.drawn(*shape, keys[1] if tied else keys[2]) if model.residual else None
         self.w_mix = uniform(keys[3], d_model, 2) if learned else None
         self.b_mix = uniform(keys[4], 2) if learned else None
         # Moved by the train step (`model.balance`); no gradient reaches it.

@@ -33,6 +33,10 @@ RULES = {
     "experts.b_in": "EF",
     "experts.w_out": "EF-",
     "experts.b_out": "E-",
+    "each.w_in": "-F",  # of an expert by itself
+    "each.b_in": "F",
+    "each.w_out": "F-",
+    "each.b_out": "-",
     "w_router": "--",
     "bias_router": "-",
     "w_mix": "--",
@@ -59,7 +63,7 @@ def spec(
       KeyError: no rule names it.
     """
     weight = name.removesuffix(".values").removesuffix(".units")
-    parts = weight.split(".")
+    parts = [part for part in weight.split(".") if not part.isdigit()]
     rule = next((end for end in (".".join(parts[-2:]), parts[-1]) if end in RULES), None)
     roles = RULES.get(rule)
     if roles is None or len(shape) - len(roles) not in (0, 1):
