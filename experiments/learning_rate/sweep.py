@@ -1,6 +1,6 @@
 """Which learning rate is best for each architecture of `configs/prose.py`?
 
-One seed, three rates, 300 steps instead of the experiments' 800.
+One seed, three rates, 450 steps instead of the experiments' 1,200.
 
 prmoe sweep experiments/learning_rate
 """
@@ -16,5 +16,5 @@ def runs():
         for rate in PROSE["rates"](name):
             config = PROSE["get_config"](name)
             PROSE["set_rate"](config, rate)
-            config.update_from_flattened_dict(PROSE["of_steps"](300))
+            config.update_from_flattened_dict(PROSE["of_steps"](450))
             yield f"{name}_{rate:g}/0", config

@@ -11,7 +11,7 @@ PROSE = runpy.run_path(str(Path(__file__).parents[2] / "configs/prose.py"))
 TAUGHT = PROSE["TAUGHT"]
 ARMS = {
     "student": ("student", {}),
-    "student_1600": ("student", PROSE["of_steps"](1600)),
+    "student_2400": ("student", PROSE["of_steps"](2400)),
     "mos_throughout": ("student", TAUGHT | {"kd.stop": 1.0}),
     "mos": ("student", TAUGHT),
     "mos_inherited": ("student", TAUGHT | {"teacher.inherit": True}),
