@@ -1,6 +1,6 @@
 """Which learning rate is best for each architecture of `configs/prose.py`?
 
-One seed, three rates, 450 steps instead of the experiments' 1,200. `configs/prose.py` has the answer.
+One seed, three rates, 450 steps instead of the experiments' 1,200; the answer is the README's.
 
 prmoe sweep experiments/learning_rate
 """
