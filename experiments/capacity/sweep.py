@@ -16,7 +16,6 @@ CHANGES = {
     "dropless": {"moe.capacity_factor": inf, "moe.eval_capacity_factor": inf},
     "random_selection": {"moe.overflow": "random"},  # in training only
     "groups_of_64": {"moe.group_size": 64},
-    "groups_of_4_sequences": {"moe.group_size": 1024},
 }
 ARMS = {arm: ("moe", changes) for arm, changes in CHANGES.items()}
 
