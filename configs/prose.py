@@ -50,7 +50,7 @@ except UserError as error:
 def get_config(name: str = "prmoe"):
     architecture = ARCHITECTURES.get(name, name)
     config = runpy.run_path(str(HERE / "tiny.py"))["get_config"](architecture)
-    # Two cores see a million tokens in a run of minutes: too few for a wider model to be better.
+    # A run of minutes sees a million tokens, too few for more parameters to help one 128 wide.
     config.model.d_model, config.model.heads, config.model.d_ff = 64, 2, 256
     if name == "dense_5x":  # 5 times the FLOPs of a token, the output matrix included
         config.model.d_model, config.model.heads, config.model.d_ff = 184, 4, 736

@@ -107,13 +107,7 @@ class Experts(nnx.Module):
 
     def chosen(self, x_RxD: jax.Array, expert_R: jax.Array) -> jax.Array:
         """Applies expert expert_R[r] to row r, reading no other weights: for few rows."""
-
-        def row(inputs):
-            x_D, e = inputs
-            return self.alone(e)(x_D[None])[0]
-
-        with jax.named_scope("experts"):
-            return jax.lax.map(row, (x_RxD, expert_R))
+        return _row_by_row(lambda e, x_1xD: self.alone(e)(x_1xD), x_RxD, expert_R)
 
     def alone(self, e) -> MLP:
         """One of the experts."""
@@ -156,16 +150,21 @@ class SeparateExperts(nnx.Module):
 
     def chosen(self, x_RxD: jax.Array, expert_R: jax.Array) -> jax.Array:
         """As `Experts.chosen`."""
-
-        def row(inputs):
-            x_D, e = inputs
-            return self._apply(e, x_D[None])[0]
-
-        with jax.named_scope("experts"):
-            return jax.lax.map(row, (x_RxD, expert_R))
+        return _row_by_row(self._apply, x_RxD, expert_R)
 
     def _apply(self, e: jax.Array, x_RxD: jax.Array) -> jax.Array:
         return jax.lax.switch(e, [partial(_traced_once, mlp) for mlp in self.each], x_RxD)
+
+
+def _row_by_row(apply, x_RxD: jax.Array, expert_R: jax.Array) -> jax.Array:
+    """`apply(e, x)` of each row and its expert, one after the other."""
+
+    def row(inputs):
+        x_D, e = inputs
+        return apply(e, x_D[None])[0]
+
+    with jax.named_scope("experts"):
+        return jax.lax.map(row, (x_RxD, expert_R))
 
 
 @jax.jit
