@@ -7,6 +7,7 @@ import dataclasses
 import math
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -17,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from prmoe_jax import architecture, config
 from prmoe_jax.errors import UserError
+from prmoe_jax.moe.experts import Experts, SeparateExperts
 from prmoe_jax.parallel.mesh import axis_sizes, batch_axes, expert_axes, propose
 from prmoe_jax.parallel.rules import RULES, spec, specs
 from prmoe_jax.step import init_state
@@ -191,13 +193,15 @@ def test_rules_by_hand():
 
 
 def test_rules_name_every_leaf():
-    """Parameters and optimizer state, with every option on; a new name is an error."""
+    """Of the state with every option on, and of experts apart; a new name is an error."""
     everything = settings("8 layers, E=2x3+5, residual", moe={"bias_update_rate": 0.1})
-    state = jax.eval_shape(lambda: init_state(everything))
+    experts = partial(Experts, 3, 8, 16, 0.1, 0.1, jax.random.key(0))
+    state = jax.eval_shape(lambda: (init_state(everything), SeparateExperts(experts())))
     mesh = mesh_of(data=2, fsdp=2, expert_0=1, slice=1, tensor=2)
     decided = named_leaves(specs(state, mesh))
     assert decided.keys() == named_leaves(state).keys()
-    used = {next(r for r in RULES if name.endswith(r)) for name in decided}
+    words = [".".join(p for p in name.split(".") if not p.isdigit()) for name in decided]
+    used = {next(r for r in RULES if name.endswith(r)) for name in words}
     assert used == RULES.keys()
     for name, leaf in named_leaves(state).items():
         partition = decided[name]
