@@ -15,8 +15,8 @@ def keep_freed_memory() -> bool:
     ones from the kernel and gives them back, so every step pays for zeroed pages: for layers of
     many experts more than for the arithmetic. Threads share one arena, since the others cannot
     grow past 64 MB. Call it before JAX starts its threads. Memory in use never falls again, so this
-    is for what runs the same steps over and over: `prmoe train` does it, and a
-    notebook may, first thing.
+    is for what runs the same steps over and over. The command line does it; a notebook may, first
+    thing.
 
     Returns:
       Whether glibc took the settings; False without glibc.

@@ -7,7 +7,6 @@ import dataclasses
 import math
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -195,8 +194,10 @@ def test_rules_by_hand():
 def test_rules_name_every_leaf():
     """Of the state with every option on, and of experts apart; a new name is an error."""
     everything = settings("8 layers, E=2x3+5, residual", moe={"bias_update_rate": 0.1})
-    experts = partial(Experts, 3, 8, 16, 0.1, 0.1, jax.random.key(0))
-    state = jax.eval_shape(lambda: (init_state(everything), SeparateExperts(experts())))
+    key = jax.random.key(0)
+    state = jax.eval_shape(
+        lambda: (init_state(everything), SeparateExperts(Experts(3, 8, 16, 0.1, 0.1, key)))
+    )
     mesh = mesh_of(data=2, fsdp=2, expert_0=1, slice=1, tensor=2)
     decided = named_leaves(specs(state, mesh))
     assert decided.keys() == named_leaves(state).keys()
