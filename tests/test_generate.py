@@ -191,8 +191,9 @@ def test_streaming_and_stops_in_a_batch():
 
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
-def test_products_of_few_rows(kind):
+def test_products_of_few_rows(kind, monkeypatch):
     """By parts, by slices and at once, they are the held weights'; those near the given."""
+    monkeypatch.setattr("prmoe_jax.weights.LARGEST", 100)
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(20, 3, 4)), jnp.float32)
     w = jnp.asarray(rng.normal(size=(3, 4, 2, 5)), jnp.float32)
