@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from prmoe_jax import files
 from prmoe_jax.architecture import Schedule
 from prmoe_jax.errors import UserError
 
@@ -264,7 +265,7 @@ def resolve(settings: ConfigDict | Mapping) -> Config:
 
 def save(config: Config, path: Path) -> None:
     """Writes a config as JSON; `load` reads it back to an equal one."""
-    path.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    files.replace(path, json.dumps(dataclasses.asdict(config), indent=2) + "\n")
 
 
 def load(path: Path) -> Config:
@@ -274,7 +275,7 @@ def load(path: Path) -> Config:
       UserError: the file is missing or is not a valid config.
     """
     try:
-        return resolve(json.loads(path.read_text()))
+        return resolve(files.parse_json(path.read_bytes()))
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"no run in {path.parent}: {path.name} is missing") from None
     except OSError as error:

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from prmoe_jax import files
 from prmoe_jax.config import Config
 
 # Dense bfloat16 peak of one device in FLOP/s, from the vendors' data sheets.
@@ -120,18 +121,23 @@ class MetricsWriter:
         self._path = workdir / "metrics.jsonl"
         kept = [json.dumps(m) + "\n" for m in read_metrics(self._path) if m["step"] <= resume_step]
         if self._path.exists():
-            rewritten = self._path.with_suffix(".tmp")
-            rewritten.write_text("".join(kept))
-            rewritten.replace(self._path)
+            files.replace(self._path, "".join(kept))
         self._file = self._path.open("a")
         self._tensorboard = SummaryWriter(
             str(workdir / "tensorboard"), purge_step=resume_step + 1, write_to_disk=True
         )
 
     def write(self, step: int, metrics: dict) -> None:
-        """Writes one line and flushes it."""
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self._file.flush()
+        """Writes one line and flushes it.
+
+        Raises:
+          UserError: it cannot be written; half a line is left out when the file is read.
+        """
+        try:
+            self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise files.cannot_write(self._path, error) from error
         for name, value in metrics.items():
             if isinstance(value, (int, float)):
                 self._tensorboard.add_scalar(name, value, step)
@@ -142,11 +148,12 @@ class MetricsWriter:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The lines of a metrics.jsonl; a last line torn by a crash is left out."""
-    if not path.exists():
-        return []
-    lines = path.read_text().split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    """The lines of a metrics.jsonl; a last line torn by a crash is left out, with a warning.
+
+    Raises:
+      UserError: it cannot be read, or a line is damaged.
+    """
+    return files.read_json_lines(path, ["step"], "delete that line, or restore a copy of the file")
 
 
 ROUTER_COLUMNS = (

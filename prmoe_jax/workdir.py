@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from prmoe_jax import files
 from prmoe_jax.errors import UserError
 
 CONFIG = "config.json"
@@ -40,7 +41,8 @@ def locked(workdir: Path) -> Iterator[None]:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        holder = os.read(handle, 100).decode().strip() or "unknown"
+        holder = os.read(handle, 100).decode("ascii", "replace").strip()
+        holder = holder if holder.isdecimal() else "unknown"
         os.close(handle)
         raise UserError(
             f"--workdir={workdir} is in use by another run (process {holder}); "
@@ -57,7 +59,8 @@ def locked(workdir: Path) -> Iterator[None]:
 def record_environment(workdir: Path, devices: list) -> None:
     """Adds this start of the run to environment.json."""
     path = workdir / "environment.json"
-    starts = json.loads(path.read_text()) if path.exists() else []
+    fix = "delete it (it only records how the run was started), or restore a copy"
+    starts = files.read_json(path, list, fix) if path.exists() else []
     starts.append(
         {
             "command": sys.argv,
@@ -70,9 +73,7 @@ def record_environment(workdir: Path, devices: list) -> None:
             "versions": {name: _version(name) for name in RECORDED_PACKAGES.split()},
         }
     )
-    replacement = path.with_suffix(".tmp")
-    replacement.write_text(json.dumps(starts, indent=2) + "\n")
-    replacement.replace(path)
+    files.replace(path, json.dumps(starts, indent=2) + "\n")
 
 
 def _version(package: str) -> str | None:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from prmoe_jax import files
 from prmoe_jax.config import DataConfig
 from prmoe_jax.data import cache, sources
 from prmoe_jax.data.corpora import Corpus
@@ -71,7 +72,7 @@ class Tokenizer:
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the tokenizer.json that `load` turns into this same tokenizer."""
-        pathlib.Path(path).write_text(self._description, encoding="utf-8")
+        files.replace(pathlib.Path(path), self._description)
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without any mark."""

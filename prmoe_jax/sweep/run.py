@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from prmoe_jax import userfile
+from prmoe_jax import files, userfile
 from prmoe_jax import workdir as workdirs
 from prmoe_jax.config import RESUMABLE, Config, changed, check_resume, load, resolve, save
 from prmoe_jax.errors import UserError
@@ -219,8 +219,6 @@ def _write(folder: Path, runs: dict[str, Config], new: dict[str, dict]) -> None:
         fcntl.flock(handle, fcntl.LOCK_EX)
         known = {row["run"]: row for row in _recorded(folder, runs)} | new
         lines = [json.dumps(known[name]) + "\n" for name in runs if name in known]
-        replacement = path.with_suffix(".tmp")
-        replacement.write_text("".join(lines))
-        replacement.replace(path)
+        files.replace(path, "".join(lines))
     finally:
         os.close(handle)  # which frees the lock

@@ -1,0 +1,134 @@
+"""Files of a run: replaced whole, so that none is ever half written, and checked when read back."""
+
+import json
+import logging
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from prmoe_jax.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+def replace(path: Path, content: str | bytes) -> None:
+    """Writes a file by way of a temporary one beside it and a rename.
+
+    A crash, `kill -9` or a full disk at any moment leaves the old content or the new one. A file
+    that holds the content already is not touched.
+
+    Raises:
+      UserError: it cannot be written; what was there before is still there.
+    """
+    data = content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        if path.is_file() and path.read_bytes() == data:
+            return
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        _remove(temporary)
+        raise cannot_write(path, error) from error
+    except BaseException:
+        _remove(temporary)
+        raise
+
+
+def cannot_write(path: Path, error: OSError) -> UserError:
+    """What to raise where a file could not be written."""
+    return UserError(f"{path} cannot be written: {error.strerror or error}")
+
+
+def read_json(path: Path, kind: type = dict, fix: str = "restore a copy of it") -> Any:
+    """The value that a JSON file holds.
+
+    Args:
+      path: the file.
+      kind: the type that the value must have.
+      fix: what a user can do about a damaged file, for the message.
+
+    Raises:
+      UserError: the file cannot be read, is not UTF-8 JSON, or holds another type.
+    """
+    try:
+        value = parse_json(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}; {fix}") from None
+    if not isinstance(value, kind):
+        found = type(value).__name__
+        raise UserError(f"{path} is damaged: it holds {found}, not {kind.__name__}; {fix}")
+    return value
+
+
+def read_json_lines(path: Path, required: Iterable[str], fix: str) -> list[dict]:
+    """The objects of a file that holds one a line; none where there is no file.
+
+    A last line without its end was torn by a crash: it is left out, with a warning.
+
+    Args:
+      path: the file.
+      required: names that every object must have.
+      fix: what a user can do about a damaged line, for the message.
+
+    Raises:
+      UserError: the file cannot be read, or a line is not such an object; says which.
+    """
+    try:
+        *lines, torn = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    if torn:
+        log.warning("%s: its last line was torn by a crash and is left out", path)
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = parse_json(line)
+            if not isinstance(row, dict):
+                raise ValueError(f"not an object but {type(row).__name__}")
+            if missing := [name for name in required if name not in row]:
+                raise ValueError(f"it has no {', '.join(missing)}")
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}, is damaged: {error}; {fix}") from None
+        rows.append(row)
+    return rows
+
+
+def parse_json(data: bytes) -> Any:
+    """The value of UTF-8 JSON; ValueError for whatever else it is, also if nested too deeply."""
+    try:
+        return json.loads(data.decode("utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def sync(path: Path) -> None:
+    """Returns when a file's content, or a folder's entries, would survive a power failure."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sync_folder(folder: Path) -> None:
+    try:
+        sync(folder)
+    except OSError:  # some file systems can't; the rename itself has happened
+        log.debug("%s cannot be synchronised", folder)
+
+
+def _remove(temporary: Path) -> None:
+    try:
+        temporary.unlink(missing_ok=True)
+    except OSError:
+        log.debug("%s stays", temporary)
