@@ -3,21 +3,27 @@
 Arrays are stored under their names, whole, so that a checkpoint knows nothing of devices.
 """
 
+import contextlib
+import itertools
+import json
 import logging
 import shutil
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding
 
 from prmoe_jax.config import Config
-from prmoe_jax.errors import UserError
+from prmoe_jax.data.tokenizer import Tokenizer
+from prmoe_jax.errors import TrainingStopped, UserError, first_line, is_out_of_memory
 from prmoe_jax.model import Transformer
-from prmoe_jax.parallel import processes, rules
+from prmoe_jax.parallel import rules
 from prmoe_jax.parallel.mesh import replicated
 from prmoe_jax.step import TrainState, init_model, init_state
 from prmoe_jax.tree import named_leaves
+from prmoe_jax.workdir import TOKENIZER
 
 log = logging.getLogger(__name__)
 
@@ -41,16 +47,18 @@ class Checkpoints:
           UserError: this or the checkpoint before it could not be written.
         """
         self.wait()
+        named = {"model": named_leaves(state.model), "optimizer": named_leaves(state.optimizer)}
         # Orbax would notice a full disk as well, in many lines and after filling it.
-        needed = sum(leaf.nbytes for leaf in jax.tree.leaves((state.model, state.optimizer)))
+        needed = sum(leaf.nbytes for leaves in named.values() for leaf in leaves.values())
         free = shutil.disk_usage(self._directory).free
         if free < needed:
             error = OSError(f"it needs {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free")
             raise self._cannot_write(error)
+        record = data | {"checksums": {part: checksums(named[part]) for part in named}}
         items = ocp.args.Composite(
-            model=ocp.args.StandardSave(named_leaves(state.model)),
-            optimizer=ocp.args.StandardSave(named_leaves(state.optimizer)),
-            data=ocp.args.JsonSave(data),
+            model=ocp.args.StandardSave(named["model"]),
+            optimizer=ocp.args.StandardSave(named["optimizer"]),
+            data=ocp.args.JsonSave(record),
         )
         try:
             saved = self._manager.save(step, args=items)
@@ -91,40 +99,43 @@ class Checkpoints:
         """The newest checkpoint that can be read, placed on a mesh: step, state and data record.
 
         A damaged one is moved to the workdir's damaged-STEP with a warning, and the one before
-        it is used. None if the run has no checkpoint.
+        it is used. What fails for another reason (memory, permissions, a network) moves nothing.
+        None if the run never had a checkpoint.
 
         Raises:
-          UserError: there are checkpoints, and none can be read.
+          UserError: there are checkpoints, and none can be read; or all were set aside before.
         """
         shapes = jax.eval_shape(lambda: init_state(config))
         steps = sorted(self._manager.all_steps(), reverse=True)
-        for step in steps:
-            if not (self._directory / str(step) / "optimizer").exists():
-                raise UserError(
-                    f"checkpoint {step} in {self._directory} holds a model alone; train another "
-                    "run that starts as it, by --config.init.workdir"
-                )
-            arguments = ocp.args.Composite(
-                model=_restore_arguments(shapes.model, mesh),
-                optimizer=_restore_arguments(shapes.optimizer, mesh),
-                data=ocp.args.JsonRestore(),
+        if steps and all(self._is_model_alone(step) for step in steps):
+            raise UserError(
+                f"checkpoint {steps[0]} in {self._directory} holds a model alone; train another "
+                "run that starts as it, by --config.init.workdir"
             )
+        for step in steps:
+            parts = {"model": shapes.model, "optimizer": shapes.optimizer}
+            arguments = {part: _restore_arguments(tree, mesh) for part, tree in parts.items()}
             try:
-                items = self._manager.restore(step, args=arguments)
-            except Exception as error:  # whatever a truncated file makes its reader raise
-                log.warning("checkpoint %d cannot be read: %s", step, _first_line(error))
-                self._set_aside(step)
+                items = self._read(step, data=ocp.args.JsonRestore(), **arguments)
+                _verify({part: items[part] for part in parts}, items["data"])
+            except Damaged as damage:
+                self._set_aside(step, damage)
                 continue
-            model = _unflatten(shapes.model, items["model"])
-            optimizer = _unflatten(shapes.optimizer, items["optimizer"])
+            model, optimizer = (_unflatten(tree, items[part]) for part, tree in parts.items())
             number = jax.device_put(jax.numpy.int32(step), replicated(mesh))
             return step, TrainState(number, model, optimizer), items["data"]
-        if steps:
-            raise UserError(
-                f"none of the checkpoints {steps} in {self._directory} can be read; they were "
-                "moved beside it as damaged-*; run again to start from step 0, or restore a copy"
-            )
+        self.check_new()
         return None
+
+    def check_new(self) -> None:
+        """Raises UserError if the run has lost checkpoints: it must not begin anew by itself."""
+        aside = sorted(path.name for path in self._directory.parent.glob("damaged-*"))
+        if aside and self.latest() is None:
+            raise UserError(
+                f"none of this run's checkpoints in {self._directory} can be read; they are beside "
+                f"it as {', '.join(aside)}: put a copy of one back, or, to start from step 0, move "
+                "these folders away"
+            )
 
     def restore_model(
         self, config: Config, mesh: Mesh, step: int | None = None
@@ -137,41 +148,164 @@ class Checkpoints:
           step: the newest one's unless given.
 
         Raises:
-          UserError: there is none, or it cannot be read.
+          UserError: there is none, it cannot be read, or the run's tokenizer.json is not the one
+            that the model was trained with.
         """
-        if step is not None and step not in self._manager.all_steps():
-            raise UserError(f"checkpoint {step} is no longer in {self._directory}")
+        steps = sorted(self._manager.all_steps())
+        if step is not None and step not in steps:
+            raise UserError(
+                f"checkpoint {step} is no longer in {self._directory}, which holds "
+                f"{', '.join(map(str, steps)) or 'none'}"
+            )
         step = self.latest() if step is None else step
         if step is None:
             raise UserError(f"no checkpoint in {self._directory}; train the run first")
         shapes = jax.eval_shape(lambda: init_model(config))
-        arguments = ocp.args.Composite(model=_restore_arguments(shapes, mesh))
         try:
-            items = self._manager.restore(step, args=arguments)
-        except Exception as error:
+            record = self.record(step) if self._has(step, "data") else {}
+            items = self._read(step, model=_restore_arguments(shapes, mesh))
+            _verify({"model": items["model"]}, record)
+        except Damaged as damage:
             raise UserError(
-                f"checkpoint {step} in {self._directory} cannot be read ({_first_line(error)}); "
+                f"checkpoint {step} in {self._directory} cannot be read ({damage}); "
                 "resume the training, which falls back to the one before it"
-            ) from error
+            ) from damage
+        self._check_tokenizer(step, record)
         return step, _unflatten(shapes, items["model"])
+
+    def record(self, step: int) -> dict:
+        """What was saved beside a checkpoint's arrays.
+
+        Raises:
+          Damaged: it cannot be read.
+        """
+        return self._read(step, data=ocp.args.JsonRestore())["data"]
 
     def close(self) -> None:
         self._manager.close()
 
-    def _set_aside(self, step: int) -> None:
-        if jax.process_index() == 0:
-            target = self._directory.parent / f"damaged-{step}"
+    def _has(self, step: int, item: str) -> bool:
+        return (self._directory / str(step) / item).is_dir()
+
+    def _is_model_alone(self, step: int) -> bool:
+        """Whether no training wrote it: it has no place in the data, as `save_model` leaves it."""
+        if self._has(step, "optimizer") or not self._has(step, "model"):
+            return False
+        try:
+            return not self._has(step, "data") or "iterator" not in self.record(step)
+        except Damaged:
+            return False
+
+    def _read(self, step: int, **arguments) -> ocp.args.Composite:
+        """Reads items of a checkpoint.
+
+        Raises:
+          Damaged: its files are not what was written.
+          UserError: they cannot be read now.
+        """
+        for item in arguments:
+            if not self._has(step, item):
+                raise Damaged(f"it has no {item}")
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**arguments))
+        except Exception as error:  # whatever a truncated file makes its reader raise
+            cause = _first_cause(error)
+            if _is_damage(cause):
+                raise Damaged(first_line(cause)) from error
+            if is_out_of_memory(cause):
+                raise
+            raise UserError(
+                f"checkpoint {step} in {self._directory} cannot be read now "
+                f"({first_line(cause)}); it was left as it is: mend that, and start again"
+            ) from error
+
+    def _check_tokenizer(self, step: int, record: dict) -> None:
+        path = self._directory.parent / TOKENIZER
+        expected = record.get("fingerprint", {}).get("tokenizer")
+        if expected and Tokenizer.load(path).fingerprint != expected:
+            raise UserError(
+                f"{path} is not the tokenizer of checkpoint {step}; restore a copy of the run's own"
+            )
+
+    def _set_aside(self, step: int, damage: "Damaged") -> None:
+        """Moves a damaged checkpoint out of the way.
+
+        Raises:
+          TrainingStopped: there are several processes, of which others may have read it well.
+        """
+        log.warning("checkpoint %d cannot be read: %s", step, damage)
+        parent = self._directory.parent
+        names = (f"damaged-{step}{f'-{n}' if n else ''}" for n in itertools.count())
+        target = next(parent / name for name in names if not (parent / name).exists())
+        with contextlib.suppress(FileNotFoundError):  # another process was faster
             (self._directory / str(step)).rename(target)
-            log.warning("moved it to %s and go on with the checkpoint before it", target)
-        processes.barrier(f"checkpoint {step} set aside")
+        if jax.process_count() > 1:
+            raise TrainingStopped(
+                f"checkpoint {step} in {self._directory} is damaged ({damage}) and was moved to "
+                f"{target}; the same command goes on with the one before it"
+            )
+        log.warning("moved it to %s and go on with the checkpoint before it", target)
         self._manager.reload()
 
     def _cannot_write(self, error: Exception) -> UserError:
         good = self.latest()
         return UserError(
-            f"a checkpoint could not be written to {self._directory}: {_first_line(error)}; "
+            f"a checkpoint could not be written to {self._directory}: {first_line(error)}; "
             + (f"the last good one is step {good}" if good is not None else "there is none yet")
         )
+
+
+class Damaged(Exception):
+    """A checkpoint whose files are not what was written."""
+
+
+def checksums(named: dict[str, jax.Array]) -> dict[str, int]:
+    """A number for each array, which another value anywhere in it changes.
+
+    They are sums modulo 2³² of the elements' bits times odd numbers that follow from their
+    positions, and so the same on every mesh.
+    """
+    return {name: int(value) for name, value in jax.device_get(_checksums(named)).items()}
+
+
+@jax.jit
+def _checksums(named: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    def one(x: jax.Array) -> jax.Array:
+        bits = jax.lax.bitcast_convert_type(x, f"uint{x.dtype.itemsize * 8}").astype(jnp.uint32)
+        position = jnp.zeros(x.shape, jnp.uint32)
+        for axis in range(x.ndim):
+            along = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+            position = position * jnp.uint32(2654435761) + along
+        return (bits * (2 * position + 1)).sum(dtype=jnp.uint32)
+
+    return jax.tree.map(one, named)
+
+
+def _verify(found: dict[str, dict[str, jax.Array]], record: dict) -> None:
+    """Raises Damaged unless arrays have the checksums that were saved with them, if any were."""
+    for part, named in found.items():
+        expected = record.get("checksums", {}).get(part)
+        if expected is None:  # a checkpoint of before
+            continue
+        now = checksums(named)
+        changed = [name for name in now if now[name] != expected.get(name)]
+        if changed:
+            raise Damaged(f"{part}: the numbers of {changed[0]} are not those that were saved")
+
+
+# What a reader of damaged files says: Orbax in Python's errors, Tensorstore in codes.
+_DAMAGE = FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError
+_DAMAGE_CODES = "DATA_LOSS", "OUT_OF_RANGE", "NOT_FOUND", "FAILED_PRECONDITION"
+
+
+def _is_damage(cause: BaseException) -> bool:
+    return isinstance(cause, _DAMAGE) or str(cause).startswith(_DAMAGE_CODES)
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def _restore_arguments(shapes, mesh: Mesh) -> ocp.args.StandardRestore:
@@ -187,7 +321,3 @@ def _unflatten(shapes, arrays: dict[str, jax.Array]):
     return jax.tree.unflatten(
         jax.tree.structure(shapes), [arrays[name] for name in named_leaves(shapes)]
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

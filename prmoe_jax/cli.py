@@ -4,8 +4,8 @@ JAX is imported inside the verbs, so that help and mistakes are answered at once
 """
 
 import argparse
+import contextlib
 import difflib
-import errno
 import json
 import logging
 import os
@@ -15,7 +15,7 @@ import warnings
 from pathlib import Path
 
 import prmoe_jax
-from prmoe_jax import userfile
+from prmoe_jax import boundary, userfile
 from prmoe_jax.allocator import keep_freed_memory
 from prmoe_jax.errors import UserError
 
@@ -45,25 +45,35 @@ MODELLED_SIZES = ((4096, 2048, 8192, 128),)  # with --topology: S is a chip's
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one verb; returns 0, 1 (the run failed) or 2 (the input cannot be used)."""
+    boundary.prepare()
     _log_to_stderr()
-    try:
-        options, rest = _parser().parse_known_args(arguments)
-        if rest and not options.takes_config:
-            raise UserError(f"'{rest[0]}' is not understood; see prmoe {options.verb} --help")
-        options.run(options, rest)
-        sys.stdout.flush()  # a closed pipe is noticed here, not at Python's exit
-        return 0
-    except UserError as error:
-        return _fail(error, error.exit_code)
-    except KeyboardInterrupt:
-        return _fail("interrupted", 130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG):
-            raise
-        return _fail(f"{error.filename or 'a file'} cannot be written: {error.strerror}", 2)
+    given = sys.argv[1:] if arguments is None else arguments
+    options = argparse.Namespace()
+
+    def command() -> None:
+        nonlocal options
+        for argument in given:
+            try:
+                argument.encode()
+            except UnicodeEncodeError:
+                raise UserError(f"the argument {argument!a} is not UTF-8 text") from None
+        with _processes(given):
+            options, rest = _parser().parse_known_args(given)
+            if rest and not options.takes_config:
+                raise UserError(f"'{rest[0]}' is not understood; see prmoe {options.verb} --help")
+            options.run(options, rest)
+
+    return boundary.guard(command, lambda: getattr(options, "workdir", None))
+
+
+def _processes(arguments: list[str]):
+    """The run's other processes; joined before anything else, so that a mistake ends all."""
+    if arguments[:1] not in (["train"], ["eval"]) or "--distributed" not in arguments:
+        return contextlib.nullcontext()
+    keep_freed_memory()
+    from prmoe_jax.parallel import processes
+
+    return processes.joined()
 
 
 def parse_config(arguments: list[str]):
@@ -165,7 +175,6 @@ def _train(options, rest) -> None:
     config = parse_config(rest)
     profile = _profile_steps(options.profile, config)
     workdir = options.workdir or Path("runs") / _run_name(rest)
-    _join(options)
     from prmoe_jax.train import train
 
     metrics = train(config, workdir, profile)
@@ -191,19 +200,11 @@ def _eval(options, rest) -> None:
             for task, values in scores.items():
                 _show({f"{task} {name}": value for name, value in values.items()}, False)
         return
-    _join(options)
     from prmoe_jax.evaluate import evaluate
 
     metrics = evaluate(options.workdir, options.teacher)
     if _is_first_process():
         _show(metrics, options.json)
-
-
-def _join(options) -> None:
-    if options.distributed:
-        from prmoe_jax.parallel import processes
-
-        processes.join()
 
 
 def _is_first_process() -> bool:
@@ -423,6 +424,13 @@ def _plan(options, rest) -> None:
     print(json.dumps(result) if options.json else report.table(result))
 
 
+def _path(text: str) -> Path:
+    """A path that an option names."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty; if it was a shell variable, it isn't set")
+    return Path(text)
+
+
 def _size(text: str) -> tuple[int, ...]:
     """'4096,512,2048,64' as numbers."""
     parts = text.split(",")
@@ -461,15 +469,15 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     sub = verb("train", _train, "train a config, or resume the run in its workdir", True)
-    sub.add_argument("--workdir", type=Path, help="the run's folder (default: runs/NAME)")
+    sub.add_argument("--workdir", type=_path, help="the run's folder (default: runs/NAME)")
     sub.add_argument("--profile", metavar="FIRST:LAST", help="trace these steps with the profiler")
     distributed = "be one process of several: on a TPU pod, under SLURM or on GKE"
     sub.add_argument("--distributed", action="store_true", help=distributed)
 
     sub = verb("eval", _eval, "evaluate a run on its validation split")
-    sub.add_argument("--workdir", type=Path, required=True, help="the run's folder")
+    sub.add_argument("--workdir", type=_path, required=True, help="the run's folder")
     sub.add_argument("--distributed", action="store_true", help=distributed)
-    sub.add_argument("--teacher", type=Path, help="another run, to compare its predictions with")
+    sub.add_argument("--teacher", type=_path, help="another run, to compare its predictions with")
     sub.add_argument(
         "--tasks",
         help="instead, tasks of lm-evaluation-harness, or ours, which need no network: cloze, "
@@ -478,7 +486,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--limit", type=int, help="examples of each task (default: all)")
 
     sub = verb("generate", _generate, "continue a prompt with a trained run")
-    sub.add_argument("--workdir", type=Path, required=True, help="the run's folder")
+    sub.add_argument("--workdir", type=_path, required=True, help="the run's folder")
     sub.add_argument(
         "--prompt", action="append", help="a text to continue; may be repeated (default: none)"
     )
@@ -499,16 +507,16 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--mesh", help="devices by axis, such as expert:4,tensor:2 (default: one)")
 
     sub = verb("sweep", _sweep, "train the runs that a folder's sweep.py names, and record them")
-    sub.add_argument("folder", type=Path, help="for example experiments/placement")
-    sub.add_argument("--workdir", type=Path, help="the runs' folder (default: runs/FOLDER)")
+    sub.add_argument("folder", type=_path, help="for example experiments/placement")
+    sub.add_argument("--workdir", type=_path, help="the runs' folder (default: runs/FOLDER)")
     sub.add_argument(
         "--shard", default="1/1", metavar="I/N", help="of N processes that share the runs, the I-th"
     )
 
     sub = verb("report", _report, "draw what a sweep, or one run, came to, on a page of its own")
-    sub.add_argument("folder", type=Path, nargs="?", help="a sweep's, with results.jsonl")
+    sub.add_argument("folder", type=_path, nargs="?", help="a sweep's, with results.jsonl")
     sub.add_argument("--base", help="the arm the others are compared with; default: the first")
-    sub.add_argument("--workdir", type=Path, help="instead, a run's; writes report/ there")
+    sub.add_argument("--workdir", type=_path, help="instead, a run's; writes report/ there")
 
     kinds = (
         "gpt2: Hugging Face's GPT2LMHeadModel; deepspeed: Megatron-DeepSpeed's GPT, dense, MoE or "
@@ -516,13 +524,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub = verb("import", _import, "make a run's folder from another library's model")
     sub.add_argument("--kind", choices=KINDS, required=True, help=kinds)
-    sub.add_argument("--source", type=Path, required=True, help="the folder to read")
-    sub.add_argument("--workdir", type=Path, required=True, help="the run's folder, a new one")
+    sub.add_argument("--source", type=_path, required=True, help="the folder to read")
+    sub.add_argument("--workdir", type=_path, required=True, help="the run's folder, a new one")
 
     sub = verb("export", _export, "write a run's newest model for another library")
     sub.add_argument("--kind", choices=KINDS, required=True, help=kinds)
-    sub.add_argument("--workdir", type=Path, required=True, help="the run's folder")
-    sub.add_argument("--out", type=Path, required=True, help="the folder to write, a new one")
+    sub.add_argument("--workdir", type=_path, required=True, help="the run's folder")
+    sub.add_argument("--out", type=_path, required=True, help="the folder to write, a new one")
 
     sub = verb("params", _params, "count a config's parameters and FLOPs, building nothing", True)
     sub.add_argument("--paper", action="store_true", help="all models of the paper, side by side")
@@ -531,7 +539,7 @@ def _parser() -> argparse.ArgumentParser:
 
     keep = "keep what a teacher expects of a student's training text, for many students"
     sub = verb("teacher-cache", _teacher_cache, keep, True)
-    sub.add_argument("--out", type=Path, required=True, help="the folder to write, a new one")
+    sub.add_argument("--out", type=_path, required=True, help="the folder to write, a new one")
 
     sub = verb("plan", _plan, "compile a config's train step for a pod, and model its cost", True)
     sub.add_argument("--topology", help="chips, such as v5p:4x4x8, v5e:16x16 or h100:16x8")
@@ -546,7 +554,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--teacher", metavar="FILE:NAME", help="the config of the teacher, to plan its first stage"
     )
-    sub.add_argument("--picture", type=Path, help="also draw the plan: a .png, .svg or .pdf")
+    sub.add_argument("--picture", type=_path, help="also draw the plan: a .png, .svg or .pdf")
 
     verb_of_bench = verbs.add_parser(
         "bench", help="time parts of the library beside their rivals", allow_abbrev=False
@@ -640,20 +648,5 @@ def _log_to_stderr() -> None:
     # reaches us as an error as well, and is told in one.
     for library in ("absl", "asyncio"):
         logging.getLogger(library).setLevel(logging.CRITICAL)
-    sys.unraisablehook = _report_unraisable
     # A failed checkpoint ends before all of Orbax's coroutines have begun.
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
-
-
-def _report_unraisable(unraisable) -> None:
-    """Python's own report of an error in a callback, without the echo of a failed checkpoint.
-
-    When a write fails, each of Tensorstore's threads finds Orbax's event loop closed.
-    """
-    if str(unraisable.exc_value) != "Event loop is closed":
-        sys.__unraisablehook__(unraisable)
-
-
-def _fail(message, code: int) -> int:
-    print(f"prmoe: {' '.join(str(message).split())}", file=sys.stderr)
-    return code

@@ -1,4 +1,7 @@
-"""The errors a user is meant to read: one line on stderr, no traceback."""
+"""The errors a user is meant to read, and what is said about all others: one line each."""
+
+import errno
+from typing import NamedTuple
 
 
 class UserError(Exception):
@@ -18,3 +21,65 @@ class TrainingStopped(UserError):
     """
 
     exit_code = 1
+
+
+class Failure(NamedTuple):
+    """How a command ends."""
+
+    line: str  # for the user
+    exit_code: int
+    foreseen: bool  # else it is a defect, whose traceback is worth keeping
+
+
+def describe(error: BaseException) -> Failure:
+    """What to tell a user about any exception, on one line."""
+    if isinstance(error, UserError):
+        return Failure(_one_line(error), error.exit_code, True)
+    if isinstance(error, KeyboardInterrupt):
+        return Failure("interrupted", 130, True)
+    if is_out_of_memory(error):
+        return Failure(
+            f"out of memory ({first_line(error)}); lower train.batch_size, raise train.accumulate, "
+            "set model.remat=dots or full, or split the model over more devices by mesh.fsdp, "
+            "mesh.expert or mesh.tensor",
+            2,
+            True,
+        )
+    if isinstance(error, OSError) and (error.filename or error.errno in _NO_ROOM):
+        name = error.filename if error.filename else "a file or standard output"
+        return Failure(_one_line(f"{name}: {error.strerror or error}"), 2, True)
+    if isinstance(error, RuntimeError) and "Unable to initialize backend" in str(error):
+        return Failure(
+            f"JAX finds no device to run on ({first_line(error)}); set JAX_PLATFORMS to one that "
+            "is there, or unset it",
+            2,
+            True,
+        )
+    kind = type(error).__name__
+    return Failure(f"internal error: {kind}: {first_line(error)}", 1, False)
+
+
+# Writing where there is no room, or where nobody may; such errors can come without a file's name.
+_NO_ROOM = errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG, errno.EIO
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether Python or a device ran out of memory."""
+    text = _text(error)
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text or "bad_alloc" in text
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type where it has none."""
+    return (_text(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def _one_line(message: object) -> str:
+    return " ".join(_text(message).split())
+
+
+def _text(value: object) -> str:
+    try:
+        return str(value)
+    except Exception:  # an exception of a user's file may fail even here
+        return f"{type(value).__name__} without a message"

@@ -1,7 +1,10 @@
 """From sums to the numbers people read, and to the files that keep them."""
 
+import contextlib
 import json
 import math
+import os
+import time
 from pathlib import Path
 
 import jax
@@ -108,6 +111,9 @@ def model_flops_utilisation(flops_per_second: float) -> float | None:
     return flops_per_second / (peak * jax.device_count()) if peak else None
 
 
+METRICS = "metrics.jsonl"
+
+
 class MetricsWriter:
     """Appends to metrics.jsonl, one line a step, and to TensorBoard; process 0 only."""
 
@@ -115,17 +121,19 @@ class MetricsWriter:
         """Opens the files; what an interrupted run logged after `resume_step` is taken out.
 
         It will be logged again, equal to the last bit.
-        """
-        from tensorboardX import SummaryWriter
 
-        self._path = workdir / "metrics.jsonl"
-        kept = [json.dumps(m) + "\n" for m in read_metrics(self._path) if m["step"] <= resume_step]
+        Raises:
+          UserError: metrics.jsonl is damaged, or a file cannot be written.
+        """
+        self._path = workdir / METRICS
+        kept = [m for m in read_metrics(self._path) if m["step"] <= resume_step]
         if self._path.exists():
-            files.replace(self._path, "".join(kept))
-        self._file = self._path.open("a")
-        self._tensorboard = SummaryWriter(
-            str(workdir / "tensorboard"), purge_step=resume_step + 1, write_to_disk=True
-        )
+            files.replace(self._path, "".join(json.dumps(m) + "\n" for m in kept))
+        try:
+            self._file = self._path.open("a")
+            self._events = _EventFile(workdir / "tensorboard", resume_step + 1)
+        except OSError as error:
+            raise files.cannot_write(self._path, error) from error
 
     def write(self, step: int, metrics: dict) -> None:
         """Writes one line and flushes it.
@@ -136,15 +144,48 @@ class MetricsWriter:
         try:
             self._file.write(json.dumps({"step": step, **metrics}) + "\n")
             self._file.flush()
+            self._events.add(step, metrics)
         except OSError as error:
             raise files.cannot_write(self._path, error) from error
-        for name, value in metrics.items():
-            if isinstance(value, (int, float)):
-                self._tensorboard.add_scalar(name, value, step)
 
     def close(self) -> None:
-        self._file.close()
-        self._tensorboard.close()
+        for file in (self._file, self._events):
+            with contextlib.suppress(OSError):  # the disk is full, and that was told
+                file.close()
+
+
+class _EventFile:
+    """A file for TensorBoard, written at once.
+
+    tensorboardX's own writer has a thread, and waits for ever once that has failed.
+    """
+
+    def __init__(self, folder: Path, purge_step: int):
+        """Opens a new file; what others in the folder hold from `purge_step` on is not shown."""
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import SessionLog
+
+        folder.mkdir(exist_ok=True)
+        # The library names a file by the second.
+        self._writer = EventsWriter(str(folder / "events"), f".{os.getpid()}.{purge_step}")
+        self._append(purge_step, session_log=SessionLog(status=SessionLog.START))
+
+    def add(self, step: int, metrics: dict) -> None:
+        """Appends the numbers among a step's metrics."""
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        numbers = {name: v for name, v in metrics.items() if isinstance(v, (int, float))}
+        values = [Summary.Value(tag=name, simple_value=v) for name, v in numbers.items()]
+        self._append(step, summary=Summary(value=values))
+
+    def close(self) -> None:
+        self._writer.close()
+
+    def _append(self, step: int, **content) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        self._writer.write_event(Event(wall_time=time.time(), step=step, **content))
+        self._writer.flush()
 
 
 def read_metrics(path: Path) -> list[dict]:

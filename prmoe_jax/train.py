@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import math
+import os
 import signal
 import sys
 import time
@@ -27,7 +28,13 @@ from prmoe_jax.data.pipeline import (
 )
 from prmoe_jax.errors import TrainingStopped, UserError
 from prmoe_jax.evaluate import evaluate_model
-from prmoe_jax.metrics import MetricsWriter, model_flops_utilisation, read_metrics, to_python
+from prmoe_jax.metrics import (
+    METRICS,
+    MetricsWriter,
+    model_flops_utilisation,
+    read_metrics,
+    to_python,
+)
 from prmoe_jax.model import resolve_backends
 from prmoe_jax.parallel import processes
 from prmoe_jax.parallel.mesh import local_rows, make_mesh, replicated, split_batch
@@ -57,16 +64,19 @@ def train(
       The last evaluation's metrics; for an interrupted run, those logged last.
 
     Raises:
-      UserError: the settings cannot be used, or contradict the run in the workdir.
+      UserError: the settings cannot be used, contradict the run in the workdir, or are not the
+        same in all processes.
       TrainingStopped: the loss or the gradient is no longer finite.
     """
+    processes.agree("the settings", lambda: _shared_settings(config))
     mesh = make_mesh(config)
     resolved = resolve_backends(config, jax.default_backend(), mesh)
     first = jax.process_index() == 0
     with contextlib.ExitStack() as stack:
         if first:
             stack.enter_context(workdirs.locked(workdir))
-        processes.barrier("the run's folder is there")
+        processes.barrier()  # the run's folder is there
+        processes.check_folders(workdir, Path(config.data.cache_dir).expanduser())
         interrupted = stack.enter_context(interruption())
         checkpoints = stack.enter_context(
             contextlib.closing(Checkpoints(workdir, config.checkpoint.keep))
@@ -76,13 +86,16 @@ def train(
         resuming = checkpoints.latest() is not None
         if resuming:
             configs.check_resume(configs.load(settings), config)
+        else:
+            checkpoints.check_new()
         # 2. The tokenizer and the data, which must be the ones the run began with.
         shape = config.model.vocab_size, config.model.length
-        with processes.first_before_others("data"):
+        with processes.first_before_others():
             data = load_data(config.data, *shape, stored if resuming else None)
         if config.teacher.lessons:
             data = lessons.attach(data, config)
         fingerprint = pipeline_fingerprint(data, config.train.batch_size, config.seed)
+        processes.agree("the text", lambda: fingerprint)
         rows = local_rows(mesh, config.train.batch_size)
         batches = train_iterator(data.train, config.train.batch_size, config.seed, rows)
         stack.enter_context(jax.set_mesh(mesh))
@@ -111,11 +124,16 @@ def train(
         if first:
             data.tokenizer.save(stored)
             configs.save(config, settings)
-            workdirs.record_environment(workdir, jax.devices())
-        if step >= config.total_steps:
-            log.info("the run is complete: step %d of %d", step, config.total_steps)
-            return (read_metrics(workdir / "metrics.jsonl") or [{}])[-1]
         # 5. The metrics: those of steps that are about to be repeated are taken out.
+        lines = read_metrics(workdir / METRICS) if first else []
+        evaluated = processes.of_first(
+            any(line["step"] == step and "eval/loss" in line for line in lines)
+        )
+        if step >= config.total_steps and evaluated:
+            log.info("the run is complete: step %d of %d", step, config.total_steps)
+            return lines[-1] if first else {}
+        if first:
+            workdirs.record_environment(workdir, jax.devices())
         writer = MetricsWriter(workdir, step) if first else None
         if writer:
             stack.callback(writer.close)
@@ -134,8 +152,7 @@ def train(
             on_metrics,
         )
         del teacher  # the run's alone, to be let go when it has taught
-        with processes.ending_together():
-            return run.loop(step, state, batches, interrupted, profile)
+        return run.loop(step, state, batches, interrupted, profile, evaluated)
 
 
 class Run:
@@ -163,15 +180,29 @@ class Run:
         self.flops_per_token = cost(config.model).train_flops_per_token
         self.last_metrics: dict = {}
 
-    def loop(self, step: int, state: TrainState, batches, interrupted, profile) -> dict:
-        """Runs from `step` to the end; returns the metrics written last."""
+    def loop(
+        self,
+        step: int,
+        state: TrainState,
+        batches,
+        interrupted,
+        profile: tuple[int, int] | None,
+        evaluated: bool,
+    ) -> dict:
+        """Runs from `step`, which was `evaluated` or not, to the end.
+
+        Returns:
+          The metrics written last.
+        """
         total = self.config.total_steps
         pending = None  # the step just dispatched: its metrics are fetched one step later
         taught = step < self.config.kd_steps
         stopping = bool(interrupted)
+        trace = Trace(profile, step, self.workdir / "profile")
+        if step and not evaluated and not stopping and self.due(self.config.eval.every, step):
+            self.evaluate(step, state)  # the run was interrupted before it could
         while step < total and not stopping:
-            if profile and step + 1 == profile[0]:
-                jax.profiler.start_trace(str(self.workdir / "profile"))
+            trace.before(step + 1)
             if taught and step == self.config.kd_steps:
                 taught = False
                 self.stop_distillation(step)
@@ -185,10 +216,7 @@ class Run:
             if pending:
                 self.report(*pending)
             pending = step, metrics
-            if profile and step == profile[1]:
-                jax.block_until_ready(metrics)
-                jax.profiler.stop_trace()
-                log.info("profile written to %s", self.workdir / "profile")
+            trace.after(step, metrics, stopping)
 
             checkpoint_due = self.due(self.config.checkpoint.every, step) or stopping
             eval_due = self.due(self.config.eval.every, step)
@@ -199,10 +227,15 @@ class Run:
                     self.evaluate(step, state)
                 if checkpoint_due:
                     self.save(step, state, batches)
+                if stopping and step == total:  # saved first, since there may be little time
+                    self.checkpoints.wait()
+                    self.evaluate(step, state)
                 self.clock.restart()
         self.checkpoints.wait()
-        if step < total:
+        if 0 < step < total:
             log.info("interrupted: saved at step %d of %d; the same command resumes", step, total)
+        elif step < total:
+            log.info("interrupted before the first step; the same command starts the run")
         return self.last_metrics
 
     def stop_distillation(self, step: int) -> None:
@@ -277,6 +310,31 @@ class Run:
             self.progress.set_postfix_str(line)
 
 
+class Trace:
+    """The profiler's trace of some steps, from `profile[0]` to `profile[1]`."""
+
+    def __init__(self, profile: tuple[int, int] | None, step: int, folder: Path):
+        """Takes the steps to trace and the step that is done; a resumed run may be past them."""
+        self.first, self.last = profile or (0, 0)
+        self.folder, self.running = folder, False
+        if profile and step >= self.last:
+            log.warning("--profile=%d:%d: those steps are done, nothing is traced", *profile)
+
+    def before(self, step: int) -> None:
+        """To be called before a step is started."""
+        if self.first <= step <= self.last and not self.running:
+            jax.profiler.start_trace(str(self.folder))
+            self.running = True
+
+    def after(self, step: int, metrics: dict, stopping: bool) -> None:
+        """To be called after it was started; writes the trace where it was the last one."""
+        if self.running and (step == self.last or stopping):
+            jax.block_until_ready(metrics)
+            jax.profiler.stop_trace()
+            self.running = False
+            log.info("profile written to %s", self.folder)
+
+
 class Clock:
     """Throughput and the share of it lost waiting for input, since the last restart."""
 
@@ -317,27 +375,27 @@ class interruption:  # noqa: N801, reads as the statement it is
     """While active, SIGTERM and Ctrl-C make this truthy instead of ending the process.
 
     A second Ctrl-C ends it. Where there are several processes JAX catches SIGTERM, and lets all of
-    them know of the step to stop at.
+    them know of the step to stop at; Ctrl-C at one counts as SIGTERM to it.
     """
 
     def __init__(self):
         self.caught = False
+        self._several = jax.process_count() > 1
 
     def __bool__(self) -> bool:
-        return self.caught
+        return self.caught and not self._several
 
     def at(self, step: int) -> bool:
         """Whether to stop after this step; to be asked at every step, by every process."""
-        if jax.process_count() > 1:
+        if self._several:
             return multihost_utils.reached_preemption_sync_point(step)
         return self.caught
 
     def __enter__(self) -> "interruption":
         self._before = {}
-        if jax.process_count() > 1:
-            return self
+        numbers = [signal.SIGINT] if self._several else [signal.SIGTERM, signal.SIGINT]
         with contextlib.suppress(ValueError):  # only the main thread may catch signals
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in numbers:
                 self._before[number] = signal.signal(number, self._catch)
         return self
 
@@ -349,6 +407,15 @@ class interruption:  # noqa: N801, reads as the statement it is
         if self.caught and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.caught = True
+        if self._several:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _shared_settings(config: Config) -> dict:
+    """All that processes of one run must agree on before they start."""
+    # Every host may have a cache of its own.
+    settings = {k: v for k, v in configs.leaves(config).items() if k != "data.cache_dir"}
+    return settings | workdirs.versions()
 
 
 def check_fingerprint(saved: dict, current: dict) -> None:

@@ -7,6 +7,7 @@ checkpoints/     model, optimizer, position in the data; tensorboard/; profile/
 
 import contextlib
 import fcntl
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -74,6 +75,16 @@ def record_environment(workdir: Path, devices: list) -> None:
         }
     )
     files.replace(path, json.dumps(starts, indent=2) + "\n")
+
+
+def versions() -> dict[str, str | None]:
+    """What computes: a digest of this package's code, and the versions of the packages it uses."""
+    code = hashlib.sha256()
+    folder = Path(__file__).parent
+    for file in sorted(folder.rglob("*.py")):
+        code.update(f"{file.relative_to(folder)}\n".encode() + file.read_bytes())
+    packages = {name: _version(name) for name in RECORDED_PACKAGES.split()}
+    return packages | {"prmoe_jax": f"{_version('prmoe_jax')}, code {code.hexdigest()[:12]}"}
 
 
 def _version(package: str) -> str | None:

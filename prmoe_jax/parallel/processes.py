@@ -1,92 +1,362 @@
-"""Several processes as one run: how they find each other, and how they end together."""
+"""Several processes as one run: how they find each other, agree, and end together.
+
+They talk through the key-value store of JAX's coordination service, which process 0 runs. Nobody
+waits in it for longer than a moment, so that a process that fails can end all others.
+"""
 
 import contextlib
+import ctypes
+import itertools
+import json
+import logging
 import os
+import re
+import signal
 import sys
-from collections.abc import Iterator
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import jax
-from jax.experimental import multihost_utils
+from jax._src import distributed  # the store has no public name
 
-from prmoe_jax.errors import UserError
+from prmoe_jax import boundary, files
+from prmoe_jax.errors import Failure, UserError, first_line, is_out_of_memory
 
-# A process that says nothing for so long is lost, and the others end.
-HEARTBEAT_SECONDS = 30
+# Processes that aren't all there by then are not waited for.
+JOIN_SECONDS = 40
+# A process that is silent for so long is lost, and the others end.
+HEARTBEAT_SECONDS = 20
+# How often a process looks whether another one has ended.
+POLL_SECONDS = 0.5
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
+log = logging.getLogger(__name__)
 
-def join() -> None:
+_ENDED = "prmoe/ended/"
+_calls = itertools.count()  # the same on all processes, which make the same calls
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[None]:
     """Makes this process one of a run's, before JAX is used for anything else.
 
     Cloud TPU pods, GKE, SLURM and Open MPI say who belongs together; elsewhere the environment
-    must, by all of `VARIABLES`.
+    must, by all of `VARIABLES`. Inside, all processes end when one does: within two seconds and
+    with its reason if it could give one, else as soon as it is missed.
 
     Raises:
       UserError: nothing says so, or the processes don't find each other.
     """
-    given = [name for name in VARIABLES if name in os.environ]
-    arguments = {}
-    if given:
-        if len(given) < len(VARIABLES):
-            missing = ", ".join(name for name in VARIABLES if name not in given)
-            raise UserError(f"{', '.join(given)} given without {missing}; give all or none")
-        arguments = {
-            "coordinator_address": os.environ[VARIABLES[0]],
-            "num_processes": int(os.environ[VARIABLES[1]]),
-            "process_id": int(os.environ[VARIABLES[2]]),
-        }
+    arguments = _arguments()
     _keep_output_ours()
+    _end_in_one_line_on_abort()
     try:
-        jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+        jax.distributed.initialize(
+            **arguments,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            initialization_timeout=JOIN_SECONDS,
+        )
     except (RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"--distributed: the processes of this run were not found ({reason}); start it on a "
-            f"TPU pod, under SLURM or on GKE, or give {', '.join(VARIABLES)}"
+            f"--distributed: the processes of this run were not found ({first_line(error)}); "
+            f"start it on a TPU pod, under SLURM or on GKE, or give {', '.join(VARIABLES)}"
         ) from error
-
-
-def _keep_output_ours() -> None:
-    """Sends to standard error what libraries write on standard output.
-
-    Gloo, the collectives of CPUs, greets there, from several threads at once; a reader of --json
-    wants JSON.
-    """
-    sys.stdout.flush()
-    ours = os.dup(sys.stdout.fileno())
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    sys.stdout = open(ours, "w", buffering=1, encoding=sys.stdout.encoding)
-
-
-def barrier(name: str) -> None:
-    """Waits until all processes are here."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
-
-
-@contextlib.contextmanager
-def first_before_others(name: str) -> Iterator[None]:
-    """Process 0 runs the block alone, then the others do, who find what it left on disk."""
-    if jax.process_index() != 0:
-        barrier(name)
-    yield
-    if jax.process_index() == 0:
-        barrier(name)
-
-
-@contextlib.contextmanager
-def ending_together() -> Iterator[None]:
-    """Ends this process with one line where another one was lost.
-
-    At once, since any clean-up would wait for the lost one.
-    """
+    boundary.on_failure.append(_tell_others)
+    watch = threading.Thread(target=_watch, daemon=True)
+    watch.start()
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
+        if is_out_of_memory(error):
             raise
-        reason = str(error).strip().splitlines()[0][:200]
-        message = "another process of this run was lost; start the run again to resume it"
-        print(f"prmoe: process {jax.process_index()}: {message} ({reason})", file=sys.stderr)
+        # A process is gone in the middle of a collective. Who, and why, is known a little later.
+        time.sleep(2 * HEARTBEAT_SECONDS)
+        _end(f"another process of this run was lost ({first_line(error)}); {_AGAIN}", 1)
+    barrier()
+    _finished.set()
+    watch.join()
+
+
+def _arguments() -> dict:
+    """What the environment says of this process, for jax.distributed.initialize."""
+    given = [name for name in VARIABLES if name in os.environ]
+    if not given:
+        return {}
+    if len(given) < len(VARIABLES):
+        missing = ", ".join(name for name in VARIABLES if name not in given)
+        raise UserError(f"{', '.join(given)} given without {missing}; give all or none")
+    address, count, number = (os.environ[name] for name in VARIABLES)
+    if not re.fullmatch(r"\S+:\d{1,5}", address, re.ASCII):
+        raise UserError(f"{VARIABLES[0]}={address} must be HOST:PORT, where process 0 runs")
+    for name, value in ((VARIABLES[1], count), (VARIABLES[2], number)):
+        if not re.fullmatch(r"\d{1,6}", value, re.ASCII):
+            raise UserError(f"{name}={value} must be a whole number")
+    if int(number) >= int(count):
+        raise UserError(
+            f"{VARIABLES[2]}={number} must be below {VARIABLES[1]}={count}; they count from 0"
+        )
+    return {
+        "coordinator_address": address,
+        "num_processes": int(count),
+        "process_id": int(number),
+    }
+
+
+# --- What processes tell each other
+
+
+def agree(what: str, values: Callable[[], dict]) -> None:
+    """Compares values with those of process 0; where there is one process, does nothing.
+
+    Args:
+      what: they are, for the message.
+      values: makes this process's, by name; JSON can hold them.
+
+    Raises:
+      UserError: some differ; says which.
+    """
+    if _count() == 1:
+        return
+    ours = json.loads(json.dumps(values()))
+    theirs = of_first(ours)
+    differing = [name for name in theirs | ours if theirs.get(name) != ours.get(name)]
+    if differing:
+        details = ", ".join(
+            f"{name} is {ours.get(name)!r} in process {_number()}, {theirs.get(name)!r} in "
+            "process 0"
+            for name in differing
+        )
+        raise UserError(f"processes of one run must have {what} in common: {details}")
+
+
+def of_first(value):
+    """Process 0's value, on all processes; JSON can hold it."""
+    if _count() == 1:
+        return value
+    key = f"prmoe/{next(_calls)}/first"
+    if _number() == 0:
+        _client().key_value_set(key, json.dumps(value))
+        return value
+    return json.loads(_wait(key))
+
+
+def barrier() -> None:
+    """Waits until all processes are here."""
+    if _count() == 1:
+        return
+    name = f"prmoe/{next(_calls)}/"
+    _client().key_value_set(f"{name}here/{_number()}", "")
+    if _number() == 0:
+        while len(_client().key_value_dir_get(f"{name}here/")) < _count():
+            time.sleep(POLL_SECONDS / 5)
+        _client().key_value_set(f"{name}all", "")
+    _wait(f"{name}all")
+
+
+@contextlib.contextmanager
+def first_before_others() -> Iterator[None]:
+    """Process 0 runs the block alone, then the others do, who find what it left on disk."""
+    if jax.process_index() != 0:
+        barrier()
+    yield
+    if jax.process_index() == 0:
+        barrier()
+
+
+def check_folders(workdir: Path, cache: Path) -> None:
+    """Every process must see the run's folder, and be able to write there and to its cache.
+
+    Where there is one process, does nothing: it finds out.
+
+    Args:
+      workdir: which process 0 has made.
+      cache: need not be shared; one that nobody may write is fine if it holds the text already.
+
+    Raises:
+      UserError: this process can't.
+    """
+    if _count() == 1:
+        return
+    mark = workdir / ".shared"
+    if _number() == 0:
+        files.replace(mark, f"{os.getpid()} {time.time_ns()}")
+    expected = of_first(mark.read_text() if _number() == 0 else None)
+    tries = iter(range(50))  # a network's file system may need a moment
+    while not (mark.is_file() and mark.read_text() == expected):
+        if next(tries, None) is None:
+            raise UserError(
+                f"--workdir={workdir} is not shared: process {_number()} doesn't find there what "
+                "process 0 wrote; name a folder that all processes see"
+            )
+        time.sleep(0.2)
+    _probe(workdir, "--workdir")
+    if not (cache / "tokens").is_dir() or os.access(cache / "tokens", os.W_OK):
+        _probe(cache, "--config.data.cache_dir")
+    barrier()
+    if _number() == 0:
+        mark.unlink()
+
+
+def _probe(folder: Path, setting: str) -> None:
+    """Raises UserError unless this process can write a file into a folder."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"x")
+    except OSError as error:
+        raise UserError(
+            f"{setting}={folder} cannot be written by process {_number()}: {error.strerror}"
+        ) from None
+
+
+def _count() -> int:
+    if distributed.global_state.client is None and jax.process_count() > 1:
+        raise UserError(
+            "there are several processes, and jax.distributed.initialize() was not called; use "
+            "--distributed, or call it first"
+        )
+    return distributed.global_state.num_processes
+
+
+def _number() -> int:
+    return distributed.global_state.process_id
+
+
+def _client():
+    return distributed.global_state.client
+
+
+def _wait(key: str) -> str:
+    """The value of a key, once it is there."""
+    folder = key.rpartition("/")[0] + "/"
+    while key not in (found := dict(_client().key_value_dir_get(folder))):
+        time.sleep(POLL_SECONDS / 5)
+    return found[key]
+
+
+# --- How they end
+
+_AGAIN = "start the run again to resume it"
+_finished = threading.Event()
+_ending = threading.Lock()  # held by whoever tells why this process ends
+
+
+def _watch() -> None:
+    """Ends this process as soon as another one has said that it ends."""
+    while not _finished.wait(POLL_SECONDS):
+        try:
+            ended = [json.loads(value) for _, value in _client().key_value_dir_get(_ENDED)]
+        except Exception:  # process 0 is gone: JAX notices, and aborts this process
+            return
+        if causes := [end for end in ended if end["cause"]]:
+            cause = min(causes, key=lambda end: end["process"])
+            _publish(cause=False)
+            _end(f"process {cause['process']} ended: {cause['line']}", cause["code"])
+
+
+def _tell_others(failure: Failure) -> None:
+    """Ends this process after a failure that was printed; the others end with its reason."""
+    if not _ending.acquire(blocking=False):  # it is being ended already
+        time.sleep(60)
+    _publish(cause=True, line=failure.line, code=failure.exit_code)
+    _leave(failure.exit_code)
+
+
+def _publish(cause: bool, line: str = "", code: int = 1) -> None:
+    end = {"process": _number(), "cause": cause, "line": line, "code": code}
+    with contextlib.suppress(Exception):  # process 0 is gone, or it was said already
+        _client().key_value_set(f"{_ENDED}{_number()}", json.dumps(end))
+
+
+def _end(line: str, code: int) -> None:
+    """Ends this process with one line. At once: any clean-up would wait for other processes."""
+    if not _ending.acquire(blocking=False):
+        time.sleep(60)
+    boundary.say(f"process {_number()}: {line}")
+    _leave(code)
+
+
+def _leave(code: int) -> None:
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(1)
+    # The end of process 0 would hide the reason from those that haven't read it.
+    if _number() == 0 and _tell_others in boundary.on_failure:
+        with contextlib.suppress(Exception):
+            for _ in range(50):
+                if len(_client().key_value_dir_get(_ENDED)) >= _count():
+                    break
+                time.sleep(POLL_SECONDS / 2)
+    os._exit(code)
+
+
+def _keep_output_ours() -> None:
+    """Keeps what libraries print apart from what we do.
+
+    Gloo, the collectives of CPUs, greets on standard output, where a reader of --json wants JSON:
+    that goes to standard error. Standard error of compiled code goes to a file, from which
+    `_aborted` reads why JAX ends this process.
+    """
+    global _native
+    sys.stdout.flush()
+    sys.stderr.flush()
+    old = sys.stderr
+    encoding = {"buffering": 1, "encoding": old.encoding, "errors": "backslashreplace"}
+    output, error = os.dup(1), os.dup(2)
+    os.dup2(2, 1)
+    _native = tempfile.TemporaryFile()  # noqa: SIM115, as long as the process
+    os.dup2(_native.fileno(), 2)
+    sys.stdout, sys.stderr = open(output, "w", **encoding), open(error, "w", **encoding)  # noqa: SIM115
+    for handler in logging.getLogger("prmoe_jax").handlers:
+        if getattr(handler, "stream", None) is old:
+            handler.setStream(sys.stderr)
+
+
+_native = None  # the file that has compiled code's standard error
+_ABORT = ctypes.CFUNCTYPE(None, ctypes.c_int)
+
+
+def _end_in_one_line_on_abort() -> None:
+    """JAX's way to end a process whose others are lost is abort(), after a stack of C++."""
+    signal_of_libc = ctypes.CDLL(None).signal
+    signal_of_libc.restype = ctypes.c_void_p
+    signal_of_libc(int(signal.SIGABRT), _aborted)
+
+
+@_ABORT
+def _aborted(number: int) -> None:
+    """Runs inside abort(), on the thread that called it."""
+    _end(*explain(_native_text()))
+
+
+def _native_text() -> str:
+    _native.flush()
+    return os.pread(_native.fileno(), 1 << 20, 0).decode(errors="replace")
+
+
+def explain(text: str) -> tuple[str, int]:
+    """Why JAX aborted, from what it printed: a line, and the exit code."""
+    silent = re.search(r"stopped sending heartbeats\):\s*([\d,\s]*\d)", text)
+    if silent:
+        numbers = re.findall(r"\d+", silent[1])
+        who = f"process{'es' * (len(numbers) > 1)} {', '.join(numbers)}"
+        why = f"nothing was heard of {who} for {HEARTBEAT_SECONDS} s"
+        return f"another process of this run was lost: {why}; {_AGAIN}", 1
+    if "RegisterTask" in text or "Barrier timed out" in text and "REGISTER" in text.upper():
+        count = os.environ.get(VARIABLES[1], "all")
+        return (
+            f"the {count} processes of this run did not find each other within {JOIN_SECONDS} s; "
+            f"see whether each was started, what it printed, and that {VARIABLES[0]} is the same "
+            "everywhere and can be reached",
+            1,
+        )
+    if "UNAVAILABLE" in text or "DEADLINE_EXCEEDED" in text:
+        return f"another process of this run was lost: process 0 cannot be reached; {_AGAIN}", 1
+    path = Path(tempfile.gettempdir()) / f"prmoe-abort-{os.getpid()}.txt"
+    with contextlib.suppress(UserError):
+        files.replace(path, text)
+    reason = next((line for line in text.splitlines() if line.startswith("F")), "without a word")
+    return f"internal error: a library aborted: {reason[:200]}; all it printed is in {path}", 1

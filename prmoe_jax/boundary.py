@@ -1,0 +1,135 @@
+"""Where a command meets the world: its standard streams, and what becomes of every exception."""
+
+import contextlib
+import io
+import logging
+import os
+import platform
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import prmoe_jax
+from prmoe_jax import files
+from prmoe_jax.errors import Failure, UserError, describe
+
+# Called with a failure after it was printed and before the process ends, to tell other processes.
+on_failure: list[Callable[[Failure], None]] = []
+
+
+def prepare() -> None:
+    """Makes the standard streams usable whatever they are, and reports failures in threads.
+
+    A closed stream is opened on the null device: or else the next file that is opened would take
+    its number, and libraries' output would end up in that file. Characters that a stream's
+    encoding lacks are written as escapes.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, this one
+        stream = getattr(sys, name)
+        if stream is None:
+            stream = open(number, "r" if name == "stdin" else "w", closefd=False)  # noqa: SIM115
+            setattr(sys, name, stream)
+        if isinstance(stream, io.TextIOWrapper) and name != "stdin":
+            stream.reconfigure(errors="backslashreplace")
+    logging.raiseExceptions = False
+    threading.excepthook = _thread_failed
+    sys.unraisablehook = _report_unraisable
+
+
+def guard(task: Callable[[], None], folder: Callable[[], Path | None]) -> int:
+    """Runs a command to its end.
+
+    What is foreseen ends in one line on standard error. What isn't ends in one line as well, and
+    leaves its traceback in a file; with PRMOE_TRACEBACK=1 it is printed.
+
+    Args:
+      task: the command.
+      folder: where a traceback may be kept, the run's folder; asked when one is.
+
+    Returns:
+      The exit code.
+    """
+    try:
+        try:
+            task()
+        finally:
+            sys.stdout.flush()  # a closed pipe is noticed here, not at Python's exit
+        return 0
+    except BrokenPipeError:
+        _silence(sys.stdout)
+        return 0
+    except BaseException as error:
+        if isinstance(error, SystemExit) and error.code == 0:  # --help or --version was shown
+            raise
+        failure = describe(error)
+        if not failure.foreseen:
+            failure = _with_traceback(failure, error, folder())
+        say(failure.line)
+        for tell in on_failure:
+            tell(failure)
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+            return failure.exit_code
+        _silence(sys.stdout)
+        return failure.exit_code
+
+
+def say(line: str) -> None:
+    """Prints a line about the command on standard error, if that can be written."""
+    with contextlib.suppress(OSError, ValueError):
+        print(f"prmoe: {line}", file=sys.stderr, flush=True)
+
+
+def _with_traceback(failure: Failure, error: BaseException, folder: Path | None) -> Failure:
+    """Prints or keeps the traceback of an unforeseen error; the failure says where it is."""
+    text = "".join(traceback.format_exception(error))
+    if os.environ.get("PRMOE_TRACEBACK") == "1":
+        print(text, file=sys.stderr)
+        where = "the lines above"
+    else:
+        where = _kept(text, folder)
+    line = f"{failure.line}; the traceback is in {where}, please report it"
+    return failure._replace(line=line)
+
+
+def _kept(text: str, folder: Path | None) -> str:
+    """Writes a traceback beside the run, or else to the temporary folder; returns where."""
+    head = f"prmoe_jax {prmoe_jax.__version__}, Python {platform.python_version()}\n{sys.argv}\n\n"
+    name = f"error-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
+    for place in (folder, Path(tempfile.gettempdir())):
+        if place and place.is_dir():
+            with contextlib.suppress(UserError):
+                files.replace(place / name, head + text)
+                return str(place / name)
+    print(text, file=sys.stderr)  # no room for a file anywhere
+    return "the lines above"
+
+
+def _thread_failed(failed: threading.ExceptHookArgs) -> None:
+    """A thread of a library ended by an exception: one line, and the traceback in a file."""
+    error = failed.exc_value or failed.exc_type()
+    failure = describe(error)
+    say((failure if failure.foreseen else _with_traceback(failure, error, None)).line)
+
+
+def _report_unraisable(unraisable) -> None:
+    """Python's own report of an error in a callback, without the echo of a failed checkpoint.
+
+    When a write fails, each of Tensorstore's threads finds Orbax's event loop closed.
+    """
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
+
+
+def _silence(stream) -> None:
+    """Sends what is left in a stream that cannot be written to the null device."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
