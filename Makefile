@@ -1,14 +1,16 @@
 # `make demo` and `make test` set themselves up: they need only Python and pip.
 #
 #   PYTHON=python3.13 make test     chooses the interpreter; .venv follows it
+#   make test-extras                the tests that need torch, lm-eval and a TPU's compiler (7.6 GB)
 
 PYTHON ?= python3
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 READY := .venv/ready-$(VERSION)
 RUN ?= runs/demo
 BIN := .venv/bin
+EXTRAS := .venv-extras/ready-$(VERSION)
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-extras lint clean
 
 demo: $(READY)
 	$(BIN)/prmoe train --config=configs/tiny.py:prmoe --workdir=$(RUN)
@@ -22,16 +24,25 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/pytest -n 2 --dist worksteal
 
+test-extras: $(EXTRAS)
+	.venv-extras/bin/pytest -n 2 --dist worksteal -m extra
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv .venv-extras build *.egg-info
 
-# Another interpreter, or changed requirements, make the environment anew.
+# Another interpreter, or changed requirements, make an environment anew.
 $(READY): setup.py
 	rm -rf .venv
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[data,dev]'
+	touch $@
+
+$(EXTRAS): setup.py
+	rm -rf .venv-extras
+	$(PYTHON) -m venv .venv-extras
+	.venv-extras/bin/pip install --quiet --disable-pip-version-check -e '.[data,dev,eval,interop,tpu]'
 	touch $@

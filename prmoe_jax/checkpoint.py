@@ -213,7 +213,7 @@ class Checkpoints:
             if _is_damage(cause):
                 raise Damaged(first_line(cause)) from error
             if is_out_of_memory(cause):
-                raise
+                raise cause from None
             raise UserError(
                 f"checkpoint {step} in {self._directory} cannot be read now "
                 f"({first_line(cause)}); it was left as it is: mend that, and start again"

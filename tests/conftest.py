@@ -14,8 +14,18 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     cache = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="prmoe-tests-")
     atexit.register(shutil.rmtree, cache, ignore_errors=True)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+# What the command line would keep in a file is shown.
+os.environ["PRMOE_TRACEBACK"] = "1"
 # Random draws compile in a seventh of the time; see `step.made`.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
+
+
+def pytest_collection_modifyitems(items):
+    """Marks what needs an extra by what it says when it is skipped: `pytest -m extra` runs those."""
+    for item in items:
+        reasons = [mark.kwargs.get("reason", "") for mark in item.iter_markers("skipif")]
+        if any(reason.startswith("needs the extra [") for reason in reasons):
+            item.add_marker("extra")
 
 
 @pytest.fixture(autouse=True)

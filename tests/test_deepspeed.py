@@ -134,7 +134,7 @@ def test_priority_decides_who_is_kept():
 
 
 @pytest.mark.skipif(
-    importlib.util.find_spec("deepspeed") is None, reason="needs the interop extra (DeepSpeed)"
+    importlib.util.find_spec("deepspeed") is None, reason="needs the extra [interop]"
 )
 def test_goldens_are_deepspeeds(tmp_path):
     script = GOLDENS.parent / "generate_deepspeed.py"

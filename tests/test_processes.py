@@ -1,14 +1,28 @@
-"""Several processes as one run: the losses of one process, and no hanging when one is lost."""
+"""Several processes as one run: the losses of one process; they agree first, and end together."""
 
 import json
+import os
+import shutil
+import signal
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from prmoe_jax.cli import main
 from prmoe_jax.metrics import read_metrics
-from tests.test_train import arguments, finish, start, text, wait_for_lines  # noqa: F401
+from prmoe_jax.parallel import processes
+from tests.test_train import (  # noqa: F401
+    REPOSITORY,
+    arguments,
+    finish,
+    start,
+    text,
+    wait_for_lines,
+)
 
 # Much is compiled here, and little run.
 QUICKLY = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
@@ -28,6 +42,50 @@ def start_two(command):
         address = f"localhost:{free.getsockname()[1]}"
     variables = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"} | FOUR_DEVICES
     return [start(*command, "--distributed", JAX_PROCESS_ID=str(i), **variables) for i in range(2)]
+
+
+# Those that wait for others wait for a fifth of the time.
+HURRIED = """
+import sys
+from prmoe_jax.parallel import processes
+
+processes.JOIN_SECONDS, processes.HEARTBEAT_SECONDS = 10, 5
+from prmoe_jax.cli import main
+
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def start_hurried(commands, folders=(REPOSITORY, REPOSITORY)):
+    """A process for each command, in its folder; None for one that never comes."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    variables = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(len(commands))}
+    return [
+        command
+        and subprocess.Popen(
+            [sys.executable, "-c", HURRIED, *command, "--distributed"],
+            cwd=folder,
+            env=os.environ
+            | variables
+            | FOUR_DEVICES
+            | {"JAX_PROCESS_ID": str(number), "PYTHONPATH": str(REPOSITORY)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number, (command, folder) in enumerate(zip(commands, folders, strict=True))
+    ]
+
+
+def ends(process, code, line):
+    """A process ends with one line of ours, this one, and nothing of C++ or Python."""
+    found, out, err = finish(process)
+    ours = [part for part in err.splitlines() if part.startswith("prmoe: ")]
+    assert (found, len(ours)) == (code, 1) and line in ours[0], err
+    assert "Traceback" not in err and "@ 0x" not in err and "external/" not in err, err
+    assert out == ""
 
 
 def losses(workdir):
@@ -82,6 +140,133 @@ def test_sigterm_to_one_stops_both_at_the_same_step(text, tmp_path):  # noqa: F8
     steps = [step for step, _, _ in losses(tmp_path / "run")]
     assert steps == list(range(1, steps[-1] + 1)) and 5 <= steps[-1] < 2000
     assert f"interrupted: saved at step {steps[-1]} of 2000" in results[0][2]
+
+
+# What process 1 is given otherwise than process 0, and what it says; process 0 tells it, too.
+MISTAKES = {
+    "another seed": (
+        {"seed": 3},
+        "processes of one run must have the settings in common: seed is 3 in process 1, 0 in pro",
+    ),
+    "other evaluations": ({"eval.every": 2}, "eval.every is 2 in process 1, 0 in process 0"),
+    "a misspelled setting": (
+        {"train.stepz": 2},
+        "--config.train.stepz is not a setting; did you mean --config.train.steps?",
+    ),
+    "no cache": (
+        {"data.cache_dir": "/proc/cache"},
+        "--config.data.cache_dir=/proc/cache cannot be written by process 1: No such file",
+    ),
+    "another folder": (
+        {"workdir": "elsewhere"},
+        "elsewhere is not shared: process 1 doesn't find there what process 0 wrote",
+    ),
+    "no folder": ({"workdir": "file/run"}, "file/run is not shared: process 1 doesn't find there"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_of_one_process_ends_all(name, text, tmp_path):  # noqa: F811
+    changes, line = MISTAKES[name]
+    settings = SETTINGS | changes
+    (tmp_path / "file").write_text("")
+    workdir = tmp_path / settings.pop("workdir", "run")
+    good = arguments(text, tmp_path / "run", **SETTINGS)
+    first, second = start_hurried([good, arguments(text, workdir, **settings)])
+    ends(first, 2, "process 0: process 1 ended: ")
+    ends(second, 2, line)
+
+
+def test_processes_must_read_the_same_text(text, tmp_path):  # noqa: F811
+    """A copy on each host's own disk, under the same name, one of which was changed."""
+    for host in "ab":
+        shutil.copytree(text[0], tmp_path / host / "text")
+    (tmp_path / "b" / "text" / "0.txt").write_text("another document")
+    command = arguments(("text", tmp_path / "cache"), tmp_path / "run", **SETTINGS)
+    first, second = start_hurried([command] * 2, [tmp_path / "a", tmp_path / "b"])
+    ends(first, 2, "process 0: process 1 ended: processes of one run must have the text in common")
+    ends(second, 2, "the text in common: corpus is '")
+
+
+def test_a_process_that_never_comes_is_not_waited_for(text, tmp_path):  # noqa: F811
+    command = arguments(text, tmp_path / "run", **SETTINGS)
+    first, _ = start_hurried([command, None])
+    ends(first, 1, "the 2 processes of this run did not find each other within 10 s; see whether")
+    _, second = start_hurried([None, command])
+    ends(second, 1, "process 1: the 2 processes of this run did not find each other within 10 s")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_process_killed_before_the_first_step_ends_the_other(number, text, tmp_path):  # noqa: F811
+    command = arguments(text, tmp_path / "run", **SETTINGS)
+    both = start_hurried([command] * 2)
+    while not (tmp_path / "run" / ".lock").exists():
+        assert both[0].poll() is None, finish(both[0])
+        time.sleep(0.01)
+    both[number].kill()
+    both[number].communicate()
+    why = "process 0 cannot be reached" if number == 0 else "nothing was heard of process 1 for 5 s"
+    ends(both[1 - number], 1, f"another process of this run was lost: {why}; start the run again")
+
+
+def test_a_stopped_process_ends_the_other_and_then_itself(text, tmp_path):  # noqa: F811
+    command = arguments(text, tmp_path / "run", **SETTINGS | {"train.steps": 100_000})
+    first, second = start_hurried([command] * 2)
+    wait_for_lines(tmp_path / "run", 3, first)
+    second.send_signal(signal.SIGSTOP)
+    ends(first, 1, "another process of this run was lost: nothing was heard of process 1 for 5 s")
+    second.send_signal(signal.SIGCONT)
+    ends(second, 1, "another process of this run was lost: process 0 cannot be reached")
+
+
+def test_ctrl_c_at_one_stops_both(text, tmp_path):  # noqa: F811
+    command = arguments(text, tmp_path / "run", **SETTINGS | {"train.steps": 100_000})
+    both = start_hurried([command] * 2)
+    wait_for_lines(tmp_path / "run", 3, both[0])
+    both[1].send_signal(signal.SIGINT)
+    results = [finish(process) for process in both]
+    assert [code for code, _, _ in results] == [0, 0], results
+    step = losses(tmp_path / "run")[-1][0]
+    assert f"interrupted: saved at step {step} of 100000" in results[0][2]
+
+
+@pytest.mark.parametrize(
+    ("printed", "line"),
+    [
+        (
+            "UNAVAILABLE: The following tasks are unhealthy (stopped sending heartbeats):\n1, 3\n"
+            "The tasks have crashed.",
+            "another process of this run was lost: nothing was heard of processes 1, 3 for 20 s;",
+        ),
+        ("UNAVAILABLE: Stream removed (Socket closed)", "lost: process 0 cannot be reached; start"),
+        ("F1126 x.cc:1] Check failed: a == b\n", "a library aborted: F1126 x.cc:1] Check failed"),
+        ("", "a library aborted: without a word; all it printed is in "),
+    ],
+)
+def test_what_jax_prints_is_explained(printed, line, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    found, code = processes.explain(printed)
+    assert line in found and "\n" not in found and code == 1
+
+
+@pytest.mark.parametrize(
+    ("variables", "line"),
+    [
+        (("localhost", "2", "0"), "JAX_COORDINATOR_ADDRESS=localhost must be HOST:PORT"),
+        (("a:1", "two", "0"), "JAX_NUM_PROCESSES=two must be a whole number"),
+        (("a:1", "2", "-1"), "JAX_PROCESS_ID=-1 must be a whole number"),
+        (("a:1", "2", "²"), "JAX_PROCESS_ID=² must be a whole number"),
+        (("a:1", "2", "2"), "JAX_PROCESS_ID=2 must be below JAX_NUM_PROCESSES=2; they count fr"),
+    ],
+)
+def test_variables_are_checked(variables, line, monkeypatch, capsys):
+    for name, value in zip(processes.VARIABLES, variables, strict=True):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("prmoe_jax.cli.keep_freed_memory", lambda: False)
+    assert main(["train", "--distributed", "--config=x.py"]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert line in said
 
 
 def test_variables_are_given_together(text, tmp_path):  # noqa: F811

@@ -1,0 +1,193 @@
+"""Whatever a command meets ends in one line: streams, memory, devices, and our own defects."""
+
+import errno
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from configs import tiny
+from prmoe_jax import boundary, errors, sizes
+from prmoe_jax.cli import main
+
+REPOSITORY = Path(__file__).parent.parent
+TINY = f"--config={tiny.__file__}:prmoe"
+
+
+def failing(monkeypatch, error):
+    """`prmoe params --paper` that meets an error."""
+
+    def fail():
+        raise error
+
+    monkeypatch.setattr(sizes, "paper_rows", fail)
+    return ["params", "--paper"]
+
+
+class Speechless(Exception):
+    def __str__(self):
+        raise ValueError("no words")
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (TypeError("two\nlines"), "TypeError: two"),
+        (AssertionError(), "AssertionError: AssertionError"),
+        (RuntimeError("x" * 1000), f"RuntimeError: {'x' * 200};"),
+        (SystemExit("a library gave up"), "SystemExit: a library gave up"),
+        (GeneratorExit(), "GeneratorExit"),
+        (Speechless(), "Speechless: Speechless without a message"),
+        (OSError("no number, no file"), "OSError: no number, no file"),
+    ],
+)
+def test_the_unforeseen_is_one_line_and_a_file(error, line, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PRMOE_TRACEBACK", "0")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert main(failing(monkeypatch, error)) == 1
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("prmoe: internal error: ") and line in said
+    assert said.endswith(", please report it")
+    (file,) = tmp_path.iterdir()
+    assert f"the traceback is in {file}" in said
+    assert "in fail" in file.read_text() and type(error).__name__ in file.read_text()
+
+
+def test_the_traceback_is_in_the_runs_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PRMOE_TRACEBACK", "0")
+    monkeypatch.setattr("prmoe_jax.cli._check_run", lambda workdir: 1 / 0)
+    assert main(["eval", f"--workdir={tmp_path}"]) == 1
+    (file,) = tmp_path.iterdir()
+    assert str(file) in capsys.readouterr().err and "ZeroDivisionError" in file.read_text()
+
+
+def test_the_traceback_is_printed_on_demand(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PRMOE_TRACEBACK", "1")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert main(failing(monkeypatch, TypeError("x"))) == 1
+    assert "Traceback (most recent call last)" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (
+            MemoryError("16 GiB"),
+            2,
+            "out of memory (16 GiB); lower train.batch_size, raise train.ac",
+        ),
+        (
+            RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 7 bytes"),
+            2,
+            "allocating 7 bytes); lower train.batch_size, raise train.accumulate, set model.remat",
+        ),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "nnn"), 2, "nnn: File name too long"),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "standard output: No space left on"),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "run/x"),
+            2,
+            "run/x: Permission denied",
+        ),
+        (
+            RuntimeError("Unable to initialize backend 'tpux': not in the list"),
+            2,
+            "set JAX_PLATFORMS to one that is there, or unset it",
+        ),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_the_foreseen_is_one_line(error, code, line, monkeypatch, capsys):
+    assert main(failing(monkeypatch, error)) == code
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("prmoe: ") and line in said
+
+
+def test_other_processes_are_told(monkeypatch, capsys):
+    told = []
+    monkeypatch.setattr(boundary, "on_failure", [told.append])
+    assert main(failing(monkeypatch, errors.UserError("one\ntwo"))) == 2
+    assert told == [errors.Failure("one two", 2, True)]
+
+
+def test_a_failed_thread_is_one_line(monkeypatch, tmp_path, capsys):
+    import threading
+
+    monkeypatch.setenv("PRMOE_TRACEBACK", "0")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    boundary.prepare()
+    thread = threading.Thread(target=lambda: 1 / 0)
+    thread.start()
+    thread.join()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("prmoe: internal error: ZeroDivisionError: division by zero; the tra")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "--workdir=", TINY],
+        ["eval", "--workdir="],
+        ["report", ""],
+        ["sweep", ""],
+        ["export", "--kind=gpt2", "--workdir=x", "--out="],
+    ],
+)
+def test_an_empty_path_is_refused(arguments, capsys):
+    assert main(arguments) == 2
+    assert "is empty; if it was a shell variable, it isn't set" in capsys.readouterr().err
+
+
+def test_an_argument_that_is_no_text_is_refused(capsys):
+    assert main(["generate", "--workdir=x", f"--prompt={os.fsdecode(bytes([255]))}"]) == 2
+    assert r"the argument '--prompt=\udcff' is not UTF-8 text" in capsys.readouterr().err
+
+
+# How a shell starts it, its exit code, and what is on standard error.
+SHELL = {
+    "no stdout": (">&-", 0, ""),
+    "no streams": ("<&- >&- 2>&-", 0, ""),
+    "full stdout": (">/dev/full", 2, "prmoe: a file or standard output: No space left on device\n"),
+    "full stderr": (">/dev/full 2>/dev/full", 2, ""),
+}
+
+
+@pytest.mark.parametrize("name", SHELL)
+def test_standard_streams(name):
+    redirection, code, said = SHELL[name]
+    done = subprocess.run(
+        ["sh", "-c", f'"{sys.executable}" -m prmoe_jax params --paper {redirection}'],
+        capture_output=True, text=True, cwd=REPOSITORY,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (code, said)
+
+
+def test_an_ascii_stream_gets_escapes():
+    done = subprocess.run(
+        [sys.executable, "-m", "prmoe_jax", "params", f"--config={tiny.__file__}:é"],
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+    )
+    assert done.returncode == 2 and r"has no '\xe9'" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_platform_that_is_not_there(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "prmoe_jax", "train", TINY, f"--workdir={tmp_path / 'run'}"],
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        env=os.environ | {"JAX_PLATFORMS": "tpux"},
+    )
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("prmoe: JAX finds no device to run on (Unable to initialize backend")
+    assert not (tmp_path / "run").exists()
