@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -403,7 +404,7 @@ for count in [*range(first, last, stride)]:
         die_at(count)
         os._exit(main(command))
     _, status = os.waitpid(child, 0)
-    print(count, os.waitstatus_to_exitcode(status), flush=True)
+    print("start", os.waitstatus_to_exitcode(status), flush=True)
     if os.waitstatus_to_exitcode(status) != -signal.SIGKILL:
         break
 """
@@ -418,7 +419,7 @@ def killed_at_each_operation(workdir, command, first, last, stride=1):
         capture_output=True,
         text=True,
     )
-    codes = [int(line.split()[1]) for line in done.stdout.splitlines() if line.split()[1:]]
+    codes = [int(code) for code in re.findall(r"^start (-?\d+)$", done.stdout, re.M)]
     assert codes, done.stderr
     return codes, done.stderr
 
