@@ -285,7 +285,7 @@ def _export(options, rest) -> None:
 
 
 def _sweep(options, rest) -> None:
-    shard = re.fullmatch(r"(\d+)/(\d+)", options.shard)
+    shard = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", options.shard)
     if not shard:
         raise UserError(f"--shard={options.shard} must be I/N, such as 1/4")
     from prmoe_jax.sweep import run
@@ -299,7 +299,7 @@ def _report(options, rest) -> None:
     if (options.folder is None) == (options.workdir is None):
         raise UserError("prmoe report needs a sweep's folder, or --workdir=DIR for one run")
     if options.workdir:
-        if options.base:
+        if options.base is not None:
             raise UserError("--base is for a sweep's folder; a run of its own has no arms")
         _check_run(options.workdir)
         from prmoe_jax.report import single
@@ -431,6 +431,13 @@ def _size(text: str) -> tuple[int, ...]:
     return tuple(map(int, parts))
 
 
+def _folder(text: str) -> Path:
+    """A folder that must be named: Path('') would be the current one."""
+    if not text:
+        raise UserError("the folder's name is empty; give '.' for the current one")
+    return Path(text)
+
+
 class _Parser(argparse.ArgumentParser):
     """Reports a mistake as everything else here does: on one line."""
 
@@ -499,14 +506,14 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--mesh", help="devices by axis, such as expert:4,tensor:2 (default: one)")
 
     sub = verb("sweep", _sweep, "train the runs that a folder's sweep.py names, and record them")
-    sub.add_argument("folder", type=Path, help="for example experiments/placement")
+    sub.add_argument("folder", type=_folder, help="for example experiments/placement")
     sub.add_argument("--workdir", type=Path, help="the runs' folder (default: runs/FOLDER)")
     sub.add_argument(
         "--shard", default="1/1", metavar="I/N", help="of N processes that share the runs, the I-th"
     )
 
     sub = verb("report", _report, "draw what a sweep, or one run, came to, on a page of its own")
-    sub.add_argument("folder", type=Path, nargs="?", help="a sweep's, with results.jsonl")
+    sub.add_argument("folder", type=_folder, nargs="?", help="a sweep's, with results.jsonl")
     sub.add_argument("--base", help="the arm the others are compared with; default: the first")
     sub.add_argument("--workdir", type=Path, help="instead, a run's; writes report/ there")
 
