@@ -286,7 +286,7 @@ def _export(options, rest) -> None:
 
 
 def _sweep(options, rest) -> None:
-    shard = re.fullmatch(r"(\d+)/(\d+)", options.shard)
+    shard = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", options.shard)
     if not shard:
         raise UserError(f"--shard={options.shard} must be I/N, such as 1/4")
     from prmoe_jax.sweep import run
@@ -300,7 +300,7 @@ def _report(options, rest) -> None:
     if (options.folder is None) == (options.workdir is None):
         raise UserError("prmoe report needs a sweep's folder, or --workdir=DIR for one run")
     if options.workdir:
-        if options.base:
+        if options.base is not None:
             raise UserError("--base is for a sweep's folder; a run of its own has no arms")
         _check_run(options.workdir)
         from prmoe_jax.report import single

@@ -373,7 +373,7 @@ def _build(cls, values, path: str):
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for name in values:
         if name not in fields:
-            close = difflib.get_close_matches(name, fields, 1)
+            close = difflib.get_close_matches(str(name), fields, 1)
             hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(fields)}"
             raise UserError(f"{path}.{name} is not a setting; {hint}")
     return cls(

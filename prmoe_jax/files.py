@@ -3,7 +3,7 @@
 import json
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,7 @@ def read_json(path: Path, kind: type = dict, fix: str = "restore a copy of it") 
 def read_json_lines(path: Path, required: Iterable[str], fix: str) -> list[dict]:
     """The objects of a file that holds one a line; none where there is no file.
 
-    A last line without its end was torn by a crash: it is left out, with a warning.
+    A last line without a newline is left out, with a warning, unless it is a complete object.
 
     Args:
       path: the file.
@@ -87,7 +87,9 @@ def read_json_lines(path: Path, required: Iterable[str], fix: str) -> list[dict]
         return []
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
-    if torn:
+    if torn and _is_object(torn):
+        lines.append(torn)  # complete: some editors leave out the last newline
+    elif torn:
         log.warning("%s: its last line was torn by a crash and is left out", path)
     rows = []
     for number, line in enumerate(lines, 1):
@@ -103,12 +105,40 @@ def read_json_lines(path: Path, required: Iterable[str], fix: str) -> list[dict]
     return rows
 
 
+def require(row: Any, kinds: Mapping[str, type | tuple[type, ...]], where: str, fix: str) -> None:
+    """Checks the fields of an object that was read from a file.
+
+    Args:
+      row: the value; must be a dict.
+      kinds: the type, or types, of each name that it must have.
+      where: the file and the place in it, for the message.
+      fix: what a user can do about it, for the message.
+
+    Raises:
+      UserError: a name is missing, or its value is of another type.
+    """
+    if not isinstance(row, dict):
+        raise UserError(f"{where} is damaged: not an object but {type(row).__name__}; {fix}")
+    if missing := [name for name in kinds if name not in row]:
+        raise UserError(f"{where} is damaged: it has no {', '.join(missing)}; {fix}")
+    for name, kind in kinds.items():
+        if not isinstance(row[name], kind):
+            raise UserError(f"{where} is damaged: {name} is {row[name]!r:.60}; {fix}")
+
+
 def parse_json(data: bytes) -> Any:
     """The value of UTF-8 JSON; ValueError for whatever else it is, also if nested too deeply."""
     try:
         return json.loads(data.decode("utf-8"))
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(parse_json(line), dict)
+    except ValueError:
+        return False
 
 
 def sync(path: Path) -> None:

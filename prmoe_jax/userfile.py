@@ -1,7 +1,10 @@
-"""Calling a function of a Python file that a user wrote, whose mistakes are the user's."""
+"""Running a Python file that a user wrote, whose mistakes are the user's."""
 
+import contextlib
 import runpy
+import sys
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 
 from prmoe_jax.errors import UserError
@@ -9,6 +12,8 @@ from prmoe_jax.errors import UserError
 
 def call(path: Path, function: str, *arguments, named: str):
     """Runs a file, and returns what a function in it returns.
+
+    A generator that is returned has not run yet: go through it inside `mistakes`.
 
     Args:
       path: the file.
@@ -19,17 +24,38 @@ def call(path: Path, function: str, *arguments, named: str):
     Raises:
       UserError: there is no such function, or the file fails: says how, and at which line.
     """
-    try:
+    with mistakes(path, named):
         found = runpy.run_path(str(path)).get(function)
         if found is None:
             raise UserError(f"{named} defines no function {function}")
-        result = found(*arguments)
-        return list(result) if hasattr(result, "__next__") else result
-    except UserError:
+        return found(*arguments)
+
+
+@contextlib.contextmanager
+def mistakes(path: Path, named: str) -> Iterator[None]:
+    """Surrounds whatever may run code of a user's file; see `call` for the arguments.
+
+    What the code prints goes to stderr: stdout belongs to the command's own result.
+
+    Raises:
+      UserError: the code raised anything, SystemExit included, but not KeyboardInterrupt, which
+        is the user's Ctrl-C.
+    """
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    except (UserError, KeyboardInterrupt):
         raise
-    except Exception as error:  # whatever the file does
+    except BaseException as error:
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == str(path)]
         place = f" at line {lines[-1]}" if lines else ""
         kind = type(error).__name__
-        raise UserError(f"{named} fails{place}: {kind}: {error}") from error
+        raise UserError(f"{named} fails{place}: {kind}: {_message(error)}") from error
+
+
+def _message(error: BaseException) -> str:
+    try:
+        return str(error)
+    except BaseException:  # the exception's class is the user's code too
+        return "(its message cannot be shown)"

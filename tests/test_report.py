@@ -1,15 +1,20 @@
 """Reports: statistics by hand, figures that are the same each time, pages that need no network."""
 
+import contextlib
 import csv
+import io
 import json
 import re
+import resource
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from prmoe_jax.cli import main
-from prmoe_jax.config import load
-from prmoe_jax.report.arms import Mean, arms, difference, mean
+from prmoe_jax.config import load, resolve, save
+from prmoe_jax.report import figures
+from prmoe_jax.report.arms import Mean, arms, difference, mean, write_csv
 from prmoe_jax.sweep.run import record as recorded
 from tests.test_train import arguments, text  # noqa: F401
 
@@ -78,6 +83,8 @@ def test_report_of_a_sweep(folder, capsys):
     out = capsys.readouterr().out
     assert "above two" in out
     assert "one                              3    3.1000 ± 0.2484     +0.2000 ± 0.2484" in out
+    assert main(["report", str(folder), "--base="]) == 2
+    assert "no arm ''; --base is one of one, two, <b>" in capsys.readouterr().err
     assert main(["report", str(folder), "--base=three"]) == 2
     assert "no arm 'three'; --base is one of one, two, <b>" in capsys.readouterr().err
 
@@ -85,7 +92,14 @@ def test_report_of_a_sweep(folder, capsys):
 def test_report_of_a_run(text, tmp_path, capsys):  # noqa: F811
     """What a run logged, drawn by layer."""
     run = tmp_path / "run"
-    assert main(arguments(text, run, "4 layers, E=4+8, residual", **{"eval.every": 6})) == 0
+    assert (
+        main(
+            arguments(
+                text, run, "4 layers, E=4+8, residual", **{"eval.every": 4, "eval.batches": 2}
+            )
+        )
+        == 0
+    )
     trained = json.loads(capsys.readouterr().out)
     assert main(["report", f"--workdir={run}", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -96,9 +110,148 @@ def test_report_of_a_run(text, tmp_path, capsys):  # noqa: F811
                        "expert_load", "expert_drop_fraction"}  # fmt: skip
     assert html.count("<figure>") == len(figures)
     assert "<td>model.experts</td><td>(4, 8)</td>" in html
+    # The evaluations of two batches are joined; that of the whole split is apart, as its record is.
+    svg = (run / "report" / "loss.svg").read_text()
+    assert "<!-- validation, whole split -->" in svg
+    part, again, whole = recorded("prmoe/0", load(run / "config.json"), run)["evaluated_tokens"]
+    assert part == again < whole and f"<!-- validation, {part:,} tokens -->" in svg
+    assert f"<td>tokens of the validation split</td><td>{whole:,}</td>" in html
     layers = recorded("prmoe/0", load(run / "config.json"), run)["layers"]
     assert list(layers) == ["01", "03"]
     assert len(layers["03"]["position_drop_fraction"]) == 16
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The axes that are drawn on, and instead of pictures nearly empty files."""
+    found = []
+
+    @contextlib.contextmanager
+    def figure(path, *size):
+        found.append(Figure().subplots(size[1] if size[1:] else 1))
+        yield found[-1]
+        if path.name:
+            path.with_suffix(".svg").write_text("<svg/>")
+
+    monkeypatch.setattr(figures, "figure", figure)
+    return found
+
+
+def shown(line):
+    """A drawn line's points, and what marks and joins them."""
+    return line.get_xydata().tolist(), line.get_marker(), line.get_linestyle()
+
+
+def test_a_curve_joins_evaluations_of_one_kind(drawn):
+    """Of 80 and 80 and, at the end, all 700 tokens of the validation split; means of two seeds."""
+    rows = {
+        seed: record(
+            "one", seed, 2.5, flops_per_token=3,
+            evaluations=[[10, 5.0 + seed], [20, 4.0 + seed], [30, 4.5 + seed]],
+            evaluated_tokens=counts,
+        )
+        for seed, counts in ((1, [80, 80, 700]), (2, [80, 80, 700]))
+    }  # fmt: skip
+    assert figures.curves({"one": rows}, Path(), by_flops=False)
+    last, joined, legend = drawn.pop().lines
+    assert shown(joined) == ([[10, 6.5], [20, 5.5]], "o", "-")
+    assert shown(last) == ([[30, 6.0]], "o", "None") and last.get_markerfacecolor() == "none"
+    assert (joined.get_label(), legend.get_label()) == ("one", "whole split")
+    # The same of old records, which do not have the counts.
+    for row in rows.values():
+        del row["evaluated_tokens"]
+    assert figures.curves({"one": rows}, Path(), by_flops=True)
+    last, joined, _ = drawn.pop().lines
+    assert shown(joined) == ([[30, 6.5], [60, 5.5]], "o", "-")
+    # All of the whole split: one line. A seed that was evaluated less often is no reason to fail.
+    for row in rows.values():
+        row["evaluated_tokens"] = [700, 700, 700]
+    rows[2]["evaluations"], rows[2]["evaluated_tokens"] = [[20, 6.0], [30, 6.5]], [700, 700]
+    assert not figures.curves({"one": rows}, Path(), by_flops=False)
+    (joined,) = drawn.pop().lines
+    assert shown(joined) == ([[20, 5.5], [30, 6.0]], "o", "-")
+
+
+def plain(label):
+    """What a reader sees of a label."""
+    return label.get_text().replace("\\$", "$").removeprefix(" ")
+
+
+def test_names_are_shown_as_they_are(folder, drawn):
+    """Whatever they would mean to matplotlib: hidden from legends, mathematics, a style."""
+    names = ["_x", "$x", "$x$", "$\\frac{$", "a_b^", "\\alpha", "50%", "{}", "__", "\\$x$"]
+    found = arms([record(name, 1, 2.0, run=f"{name}/1") for name in names])
+    assert list(found) == names
+    figures.curves(found, Path(), by_flops=False)
+    figures.sizes(found, Path())
+    figures.drops(found, Path())
+    figures.lines({name: ([1, 2], [3.0, 4.0]) for name in names}, "nats", Path())
+    figures.differences(dict.fromkeys(names, (0.1, 0.2)), "$x_$", Path())
+    for axes in drawn:
+        axes.figure.savefig(io.BytesIO())  # where bad mathematics raises
+    *legends, ticks = drawn
+    for axes in legends:
+        assert list(map(plain, axes.get_legend().get_texts()))[: len(names)] == names
+    assert list(map(plain, ticks.get_yticklabels())) == names
+    assert figures.label("a") == "a"
+
+
+def test_no_cell_is_a_formula(tmp_path):
+    """Text that a spreadsheet would compute has an apostrophe before it; numbers stay numbers."""
+    odd = ["=1+1", "+1", "-1", "@a", "\t=1", "\r=1", "a=1", "1-1"]
+    rows = [
+        record(name, -3, -2.5, run=f"{name}/1", settings={"a": name, "b": -i, "=c": [-i]})
+        for i, name in enumerate(odd)
+    ]
+    write_csv(rows, tmp_path / "results.csv")
+    with (tmp_path / "results.csv").open(newline="") as file:
+        found = list(csv.DictReader(file))
+    safe = ["'=1+1", "'+1", "'-1", "'@a", "'\t=1", "'\n=1", "a=1", "1-1"]
+    assert [row["run"] for row in found] == [f"{name}/1" for name in safe]
+    assert [row["a"] for row in found] == safe
+    assert [row["b"] for row in found] == [f"{-i}" for i in range(len(odd))]
+    assert found[1]["'=c"] == "[-1]"
+    assert {(row["loss"], row["seed"]) for row in found} == {("-2.5", "-3")}
+
+
+def test_a_full_disk_leaves_the_old_report(folder, capsys):
+    """Each file is the old one or the new one; one line says which cannot be written."""
+    assert main(["report", str(folder)]) == 0
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    lines = (folder / "results.jsonl").read_text().splitlines()
+    (folder / "results.jsonl").write_text("\n".join(lines[:-2]) + "\n")  # other figures
+    capsys.readouterr()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # bytes a file may have
+    try:
+        assert main(["report", str(folder)]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{folder}/loss_tokens.svg cannot be written: File too large" in line
+    after = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert after.keys() == before.keys()
+    assert {name for name in after if after[name] != before[name]} == {
+        "results.jsonl", "results.csv",
+    }  # fmt: skip
+
+
+def test_a_report_shows_all_records(folder, drawn, capsys):
+    """Whatever sweep.py names today, which is not run."""
+    (folder / "sweep.py").write_text("raise SystemExit")
+    assert main(["report", str(folder), "--json"]) == 0
+    assert list(json.loads(capsys.readouterr().out)["arms"]) == list(LOSSES)
+
+
+def damaged(**changes):
+    """A folder's preparation: a record with other values, or without where they are None."""
+
+    def change(folder):
+        row = record("a", 1, 2.0) | changes
+        row = {name: value for name, value in row.items() if value is not None}
+        (folder / "results.jsonl").write_text(json.dumps(row) + "\n")
+
+    return change
 
 
 @pytest.mark.parametrize(
@@ -113,6 +266,22 @@ def test_report_of_a_run(text, tmp_path, capsys):  # noqa: F811
             ),
             "a/1 and a/2 are of one arm, but differ in model.layers, seed; an arm's runs differ in",
         ),
+        (
+            lambda f: (f / "results.jsonl").write_text("garbage\n"),
+            "results.jsonl, line 1, is damaged: Expecting value",
+        ),
+        (
+            lambda f: (f / "results.jsonl").write_text('{"run": "a", "settings": {}}\n'),
+            "results.jsonl: the record of a is damaged: it has no seed, total_params, activ",
+        ),
+        (damaged(loss="2"), "the record of a/1 is damaged: loss is '2'; delete that line"),
+        (damaged(evaluations=[]), "the record of a/1 is damaged: evaluations is []; delete that"),
+        (damaged(evaluations=[[1]]), "the record of a/1 is damaged: evaluations is [[1]]; delete"),
+        (damaged(evaluated_tokens=[7]), "is damaged: evaluated_tokens is [7]; delete that line"),
+        (damaged(losses=[7]), "the record of a/1 is damaged: losses is [7]; delete that line"),
+        (damaged(layers={"1": 7}), "the record of a/1 is damaged: layers is {'1': 7}; delete that"),
+        (damaged(revisions=[7]), "the record of a/1 is damaged: revisions is [7]; delete that"),
+        (damaged(versions=7), "the record of a/1 is damaged: versions is 7; delete that line"),
     ],
 )  # fmt: skip
 def test_mistakes(change, message, folder, tmp_path, capsys):
@@ -122,7 +291,52 @@ def test_mistakes(change, message, folder, tmp_path, capsys):
     for command in (["report"], ["report", str(folder), f"--workdir={tmp_path}"]):
         assert main(command) == 2
         assert "needs a sweep's folder, or --workdir=DIR" in capsys.readouterr().err
-    assert main(["report", f"--workdir={tmp_path}", "--base=one"]) == 2
+    for base in "one", "":
+        assert main(["report", f"--workdir={tmp_path}", f"--base={base}"]) == 2
     assert "--base is for a sweep's folder" in capsys.readouterr().err
     assert main(["report", f"--workdir={tmp_path}"]) == 2
     assert "no run in" in capsys.readouterr().err
+
+
+def step(number, **changes):
+    return {
+        "step": number, "tokens": 7, "loss": 5.0, "lm_loss": 5.0, "tokens_per_second": 7.0,
+        "layers/01/drop_fraction": 0.1,
+        "layers/01/expert_load": [0.25, 0.75], "layers/01/expert_drop_fraction": [0.1, 0.0],
+    } | changes  # fmt: skip
+
+
+def test_a_runs_damaged_metrics(tmp_path, drawn, capsys):
+    """One line, and the report of before stays; what an older version didn't log is left out."""
+    save(resolve({"train": {"steps": 3}}), tmp_path / "config.json")
+
+    def reported(*lines):
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+        return main(["report", f"--workdir={tmp_path}"]), capsys.readouterr().err
+
+    older = {name: value for name, value in step(1).items() if "layers" not in name}
+    assert reported(older, step(2), step(3)) == (0, "")
+    before = (tmp_path / "report" / "report.html").read_bytes()
+    for lines, message in (
+        ([], "metrics.jsonl holds no step yet"),
+        ([{"step": 1, "loss": 2}], "the line of step 1 is damaged: it has no tokens, lm_loss, tok"),
+        ([step("1")], "the line of step 1 is damaged: step is '1'; delete that line"),
+        ([step(1, lm_loss="5")], "the line of step 1 is damaged: lm_loss is '5'; delete that line"),
+        ([step(1), {"step": 1, "eval/loss": 2.0}], "step 1 is damaged: it has no eval/tokens, e"),
+        (
+            [step(1), step(2, **{"layers/01/expert_load": [1]})],
+            "metrics.jsonl is damaged: odd values of layers/01/expert_load",
+        ),
+    ):
+        code, err = reported(*lines)
+        assert (code, err.count("\n")) == (2, 1) and message in err, message
+        assert (tmp_path / "report" / "report.html").read_bytes() == before
+
+
+def test_a_run_whose_report_cannot_be_written(tmp_path, capsys):
+    save(resolve({"train": {"steps": 3}}), tmp_path / "config.json")
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(step(1)) + "\n")
+    (tmp_path / "report").touch()
+    assert main(["report", f"--workdir={tmp_path}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"prmoe: {tmp_path}/report cannot be written: File exists"

@@ -1,16 +1,27 @@
 """Sweeps: what is recorded, whatever was killed, failed or done before."""
 
+import contextlib
 import dataclasses
+import fcntl
+import io
 import json
+import logging
 import os
+import resource
 import signal
+import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from prmoe_jax.cli import main, parse_config
 from prmoe_jax.config import resolve, save
-from prmoe_jax.sweep import run
+from prmoe_jax.sweep import records, run
+from prmoe_jax.sweep.board import Board
+from tests.test_report import record
 from tests.test_train import arguments, finish, start, text, wait_for_lines  # noqa: F401
 
 FILE = """
@@ -22,6 +33,15 @@ def runs():
     yield from json.loads((Path(__file__).parent / "runs.json").read_text()).items()
 """
 TWICE = "def runs():\n    for _ in 1, 2:\n        yield 'a', {'train': {'steps': 1}}"
+SILENT = """class Silent(Exception):
+    def __str__(self):
+        exit()
+raise Silent"""
+HIDDEN = """class Hidden:
+    def __repr__(self):
+        return 1 / 0
+def runs():
+    yield Hidden()"""
 # What depends on the machine and not on the runs.
 MACHINE = {"tokens_per_second", "revisions", "versions", "device"}
 
@@ -122,6 +142,20 @@ def test_another_config_is_another_run(text, tmp_path, capsys):  # noqa: F811
         ("def runs():\n    yield '../a', {}", "'../a' can't name a folder"),
         ("def runs():\n    yield 'a', {'sed': 1}", "a: config.sed is not a setting; did you"),
         (TWICE, "sweep.py yields 'a' twice"),
+        ("def runs():\n    pass", "runs() returns NoneType; it must yield (name, settings)"),
+        ("def runs():\n    return 7", "runs() returns int; it must yield (name, settings)"),
+        ("runs = 7", "sweep.py fails: TypeError: 'int' object is not callable"),
+        ("def runs():\n    yield None", "runs() yields None, not (name, settings)"),
+        ("def runs():\n    yield 7, {}", "runs() yields (7, {}), not (name, settings)"),
+        ("def runs():\n    yield 'a', None", "the settings of a are NoneType, not a dict or Conf"),
+        ("def runs():\n    yield 'a', {7: 7}", "a: config.7 is not a setting; known: seed, model"),
+        ("def runs():\n    yield 'a/.', {}", "'a/.' can't name a folder"),
+        ("def runs():\n    yield 'é' * 128, {}", "has 256 bytes, a folder's has at most 255; shor"),
+        ("def runs():\n    exit('no')", "sweep.py fails at line 2: SystemExit: no"),
+        ("def runs():\n    yield 'a', {}\n    raise SystemExit(0)", "at line 3: SystemExit: 0"),
+        ("raise BaseException('\\n')", "sweep.py fails at line 1: BaseException:"),
+        (SILENT, "sweep.py fails at line 4: Silent: (its message cannot be shown)"),
+        (HIDDEN, "sweep.py fails at line 3: ZeroDivisionError: division by zero"),
     ],
 )  # fmt: skip
 def test_mistakes(code, message, tmp_path, capsys):
@@ -131,6 +165,376 @@ def test_mistakes(code, message, tmp_path, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
     assert not (tmp_path / "runs").exists()
+
+
+def finished_run(folder, name, given):
+    """A run's folder as training leaves it, with one step and one evaluation."""
+    workdir, config = folder / "runs" / name, resolve(given)
+    workdir.mkdir(parents=True)
+    save(config, workdir / "config.json")
+    lines = [
+        {"step": 12, "tokens": 12 * 256, "loss": 5.5, "lm_loss": 5.0, "tokens_per_second": 7.0},
+        {
+            "step": 12, "eval/loss": 4.5, "eval/bits_per_byte": 2.5, "eval/drop_fraction": 0.0,
+            "eval/tokens": 31,
+        },
+    ]  # fmt: skip
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    start = {"git_revision": "abc", "versions": {"jax": "0.1"}, "device": "cpu"}
+    (workdir / "environment.json").write_text(json.dumps([start]))
+    return workdir
+
+
+def lines_of(folder):
+    return list(map(json.loads, (folder / "results.jsonl").read_text().splitlines()))
+
+
+def put_rows(folder, *rows, end="\n"):
+    lines = "\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows)
+    (folder / "results.jsonl").write_text(lines + end)
+
+
+@pytest.fixture
+def given(text):  # noqa: F811
+    return settings(text)
+
+
+@pytest.fixture
+def untrained(monkeypatch):
+    """Nothing is trained: the names of the runs that would have been."""
+    asked = []
+    monkeypatch.setattr(run, "_train", lambda name, *rest: asked.append(name) or "")
+    return asked
+
+
+def test_records_of_other_runs_are_kept(given, tmp_path, untrained, capsys):
+    """Of arms that sweep.py doesn't yield any more, and of other settings, until replaced."""
+    folder = write(tmp_path / "sweep", {"b": given, "a": given})
+    gone, old = record("gone", 1, 2.0), record("a", 1, 3.0, run="a")
+    put_rows(folder, gone, old)
+    finished_run(folder, "b", given)
+    assert main(sweep(folder)) == 1  # a is nowhere
+    assert untrained == ["a"]
+    b, *others = lines_of(folder)
+    assert (b["run"], b["loss"], b["tokens"], b["evaluated_tokens"]) == ("b", 4.5, 12 * 256, [31])
+    assert others == [old, gone]
+    err = capsys.readouterr().err
+    assert err.count("results.jsonl: keeps 2 records of other runs or settings") == 1
+    finished_run(folder, "a", given)
+    assert main(sweep(folder)) == 0
+    assert [row["run"] for row in json.loads(capsys.readouterr().out)] == ["b", "a"]
+    assert [row["loss"] for row in lines_of(folder)] == [4.5, 4.5, 2.0]
+
+
+def test_records_that_are_added_at_the_same_time_are_all_kept(tmp_path):
+    names = [f"run-{i}" for i in range(7)]
+    rows = [record(name, 1, 2.0, run=name) for name in names]
+    threads = [threading.Thread(target=records.add, args=(tmp_path, r, names)) for r in rows]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert lines_of(tmp_path) == rows
+
+
+@pytest.mark.parametrize("torn", ['{"run": "c', '{"run": "c"}  {', "\x00"])
+def test_a_torn_record_is_left_out(torn, given, tmp_path, untrained, caplog):
+    folder = write(tmp_path / "sweep", {"b": given})
+    put_rows(folder, record("a", 1, 2.0), torn, end="")
+    finished_run(folder, "b", given)
+    with caplog.at_level(logging.WARNING):
+        assert main(sweep(folder)) == 0
+    assert [row["run"] for row in lines_of(folder)] == ["b", "a/1"]
+
+
+def test_a_complete_record_needs_no_newline(given, tmp_path, untrained):
+    """Some editors leave it out."""
+    folder = write(tmp_path / "sweep", {"b": given})
+    put_rows(folder, record("a", 1, 2.0), record("a", 2, 2.0), end="")
+    finished_run(folder, "b", given)
+    assert main(sweep(folder)) == 0
+    assert [row["run"] for row in lines_of(folder)] == ["b", "a/1", "a/2"]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("garbage", "line 2, is damaged: Expecting value"),
+        ("[]", "line 2, is damaged: not an object but list; delete that line"),
+        ('{"settings": {}}', "line 2, is damaged: it has no run; delete that line"),
+        ('{"run": "b"}', "line 2, is damaged: it has no settings; delete that line"),
+        ('{"run": ["b"], "settings": {}}', "line 2, is damaged: run is ['b']; delete that line"),
+        ('{"run": "b\\n", "settings": {}}', "line 2, is damaged: run is 'b\\n'; delete that line"),
+        ('{"run": "b", "settings": 7}', "line 2, is damaged: settings is 7; delete that line"),
+    ],
+)  # fmt: skip
+def test_a_damaged_record(row, message, given, tmp_path, untrained, capsys):
+    """Nothing is trained, and the file stays as it is, until that line is deleted."""
+    folder = write(tmp_path / "sweep", {"b": given})
+    put_rows(folder, record("a", 1, 2.0), row)
+    before = (folder / "results.jsonl").read_bytes()
+    assert main(sweep(folder)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{folder}/results.jsonl, {message}" in line
+    assert untrained == [] and (folder / "results.jsonl").read_bytes() == before
+
+
+def test_an_incomplete_record(given, tmp_path, untrained, capsys):
+    folder = write(tmp_path / "sweep", {"b": given})
+    put_rows(folder, {"run": "b", "settings": run._settings(resolve(given)), "seed": 0})
+    assert main(sweep(folder)) == 2
+    *_, line = capsys.readouterr().err.splitlines()
+    assert "results.jsonl: the record of b is damaged: it has no total_params, active_p" in line
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("environment.json", "[{", "environment.json is damaged: Expecting"),
+        ("environment.json", "{}", "environment.json is damaged: it holds dict, not list; delete"),
+        ("environment.json", "[7]", "environment.json is damaged: not an object but int; delete"),
+        ("environment.json", '[{"device": 7}]', "is damaged: it has no git_revision, versions; d"),
+        ("metrics.jsonl", "garbage\n", "metrics.jsonl, line 1, is damaged: Expecting value"),
+        (
+            "metrics.jsonl",
+            '{"step": 12, "eval/loss": 1, "eval/tokens": 3, "eval/bits_per_byte": 1, '
+            '"eval/drop_fraction": 0}\n',
+            "metrics.jsonl holds no step, or no evaluation",
+        ),
+        (
+            "metrics.jsonl",
+            '{"step": 3, "loss": 1}\n{"step": 12, "eval/loss": 1}\n',
+            "metrics.jsonl: the line of step 3 is damaged: it has no tokens, lm_loss, tokens_per_s",
+        ),
+        (
+            "metrics.jsonl",
+            '{"step": 3, "tokens": 1, "loss": 1, "lm_loss": 1, "tokens_per_second": 1}\n'
+            '{"step": 12, "eval/loss": "1", "eval/tokens": 3, "eval/bits_per_byte": 1, '
+            '"eval/drop_fraction": 0}\n',
+            "metrics.jsonl: the line of step 12 is damaged: eval/loss is '1'; delete that line",
+        ),
+    ],
+)  # fmt: skip
+def test_a_damaged_finished_run(
+    file,
+    content,
+    message,
+    given,
+    tmp_path,
+    untrained,
+    capsys,
+):
+    """One line; the other runs are recorded."""
+    folder = write(tmp_path / "sweep", {"a": given, "b": given})
+    for name in "ab":
+        finished_run(folder, name, given)
+    (folder / "runs" / "a" / file).write_text(content)
+    assert main(sweep(folder)) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if message in line]
+    assert line.startswith("a: ") and untrained == []
+    assert [row["run"] for row in lines_of(folder)] == ["b"]
+
+
+def test_a_lost_environment_is_unknown(given, tmp_path, untrained):
+    folder = write(tmp_path / "sweep", {"a": given})
+    (finished_run(folder, "a", given) / "environment.json").unlink()
+    assert main(sweep(folder)) == 0
+    (row,) = lines_of(folder)
+    assert (row["revisions"], row["versions"], row["device"]) == (["unknown"], {}, "unknown")
+
+
+def test_a_run_without_its_last_evaluation_is_trained(given, tmp_path, untrained):
+    folder = write(tmp_path / "sweep", {"a": given})
+    metrics = finished_run(folder, "a", given) / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().splitlines(keepends=True)[0])
+    assert main(sweep(folder)) == 1
+    assert untrained == ["a"]
+
+
+@pytest.mark.parametrize("file", ["sweep.json", "log.txt", ".lock", ""])
+def test_a_folder_that_cannot_be_written_fails_one_run(
+    file,
+    given,
+    tmp_path,
+    capsys,
+):
+    """The others go on; that a folder is in the file's place stops even an administrator."""
+    folder = write(tmp_path / "sweep", {"a": given, "b": given})
+    finished_run(folder, "b", given)
+    if file:
+        (folder / "runs" / "a" / file).mkdir(parents=True)
+    else:
+        (folder / "runs" / "a").touch()
+    assert main(sweep(folder)) == 1
+    err = capsys.readouterr().err
+    place = (folder / "runs" / "a" / file).resolve()
+    why = "Is a directory" if file else "File exists"
+    assert f"\na: {place} cannot be written: {why}\n" in f"\n{err}" and "Traceback" not in err
+    assert [row["run"] for row in lines_of(folder)] == ["b"]
+
+
+def test_where_nothing_can_be_written_nothing_is_trained(
+    given,
+    tmp_path,
+    untrained,
+    capsys,
+):
+    folder = write(tmp_path / "sweep", {"a": given})
+    (folder / "file").touch()
+    for root in "file", "file/runs", "x" * 256:
+        assert main(["sweep", str(folder), f"--workdir={folder / root}"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"{folder / root} cannot be written: " in line
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # as a full disk
+    try:
+        assert main(sweep(folder)) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{folder}/results.jsonl cannot be written: File too large" in line
+    (folder / ".results.lock").unlink(missing_ok=True)
+    (folder / ".results.lock").mkdir()
+    assert main(sweep(folder)) == 2
+    assert ".results.lock cannot be written: Is a directory" in capsys.readouterr().err
+    assert untrained == []
+
+
+def hold(workdir):
+    """Holds a run's folder as process 4711; to be closed."""
+    workdir.mkdir(parents=True)
+    file = (workdir / ".lock").open("w")
+    fcntl.flock(file, fcntl.LOCK_EX)
+    file.write("4711")
+    file.flush()
+    return file
+
+
+def free(lock):
+    with contextlib.suppress(BlockingIOError):
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return True
+
+
+def test_a_held_folder_is_waited_for(given, tmp_path, monkeypatch, capsys):
+    """The run of a killed sweep saves itself, and leaves; another's run doesn't."""
+    folder = write(tmp_path / "sweep", dict.fromkeys("ab", given))
+    fake = tmp_path / "python"
+    fake.write_text("#!/bin/sh\nexit 1\n")
+    fake.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(fake))
+    with hold(folder / "runs" / "b") as file:
+        timer = threading.Timer(0.5, file.close)
+        timer.start()
+        assert main(sweep(folder, "--shard=2/2")) == 1
+        timer.join()
+    err = capsys.readouterr().err
+    assert err.count("b: waits up to 60 s for process 4711, which holds its folder\n") == 1
+    assert "b: failed after 0 s: it said nothing" in err  # so it was started
+    monkeypatch.setattr(run, "PATIENCE", 0.2)
+    with hold(folder / "runs" / "a"):
+        assert main(sweep(folder)) == 1
+    err = capsys.readouterr().err
+    assert f"a: {folder}/runs/a is in use by process 4711; wait for it, or stop it\n" in err
+    assert "b: failed after" in err and not (folder / "runs" / "a" / "log.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        ("exit 3", "failed after 0 s: it said nothing"),
+        ("echo one >&2; echo 'prmoe: two' >&2; echo three >&2; exit 2", "failed after 0 s: two"),
+        ("echo one >&2; kill -9 $$", "was ended by signal 9 after 0 s: one"),
+        (
+            "echo saved >&2; echo run: a >&2; exit 0",
+            "stopped before its last evaluation after 0 s: saved",
+        ),
+    ],
+)
+def test_why_a_run_failed(script, reason, given, tmp_path, monkeypatch, capsys):
+    """Only what it says itself, this time."""
+    folder = write(tmp_path / "sweep", {"a": given})
+    (folder / "runs" / "a").mkdir(parents=True)
+    log = folder / "runs" / "a" / "log.txt"
+    log.write_text("of another start\nprmoe: and why it failed\n")
+    fake = tmp_path / "python"
+    fake.write_text(f"#!/bin/sh\n{script}\n")
+    fake.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(fake))
+    assert main(sweep(folder)) == 1
+    assert f"\na: {reason}\n" in capsys.readouterr().err
+    assert log.read_text().startswith("of another start\n")
+
+
+def test_a_run_does_not_outlive_its_sweep(text, tmp_path):  # noqa: F811
+    """After kill -9 of the sweep, its run saves itself and leaves its folder."""
+    folder = write(tmp_path / "sweep", {"a": settings(text, **{"train.steps": 100_000})})
+    process = start(*sweep(folder), PYTHONUNBUFFERED="1")
+    workdir = folder / "runs" / "a"
+    wait_for_lines(workdir, 3, process)
+    process.kill()
+    finish(process)
+    with (workdir / ".lock").open() as file:
+        child, end = int(file.read()), time.monotonic() + 60
+        while not free(file) and time.monotonic() < end:
+            time.sleep(0.1)
+        if not free(file):
+            os.kill(child, signal.SIGKILL)
+            pytest.fail("its run goes on")
+    assert "of 100000; the same command resumes" in (workdir / "log.txt").read_text()
+    assert any((workdir / "checkpoints").iterdir())
+
+
+def test_the_board_shows_states_as_they_are(given, tmp_path, caplog):
+    """What looks like a style in brackets, and a file to which a run adds at this moment."""
+    config = resolve(given)
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 3, "loss": 5.5, "tokens_per_second": 7.0}\n{"step": 5, "eval/loss": 4.5}\n{"st'
+    )
+    board = Board({"a": (tmp_path, config), "b": (tmp_path / "nowhere", config)})
+    board._states |= {"a": "failed: [/no] [bold]", "b": "running"}
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(board.table())
+    shown = console.export_text()
+    assert "failed: [/no] [bold]" in shown and "5/12" in shown and "4.5000" in shown
+    assert caplog.records == []
+    for damage in "garbage\n", "7\n", '{"step": 3, "loss": null}\n', '{"loss": 3}\n':
+        (tmp_path / "metrics.jsonl").write_text(damage)
+        assert board._cells("a") == []
+
+
+def test_what_sweep_py_prints_is_no_result(given, tmp_path, capsys):
+    folder = write(tmp_path / "sweep", {"a": given})
+    (folder / "sweep.py").write_text("print('read')\n" + FILE + "    print('yielded')\n")
+    finished_run(folder, "a", given)
+    assert main(sweep(folder)) == 0
+    out, err = capsys.readouterr()
+    assert [row["run"] for row in json.loads(out)] == ["a"]
+    assert "read\nyielded\n" in err
+
+
+@pytest.mark.parametrize(
+    "shard", ["1/1" + "0" * 20, "0/1", "2/1", "1/0", "1", "٣/٤", "1/²", "-1/2"]
+)
+def test_odd_shards(shard, given, tmp_path, untrained, capsys):
+    folder = write(tmp_path / "sweep", {"a": given})
+    assert main(sweep(folder, f"--shard={shard}")) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"--shard={shard} must be I/N" in line and untrained == []
+
+
+@pytest.mark.parametrize("verb", ["sweep", "report"])
+def test_odd_folders(verb, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    file = {"sweep": "sweep.py", "report": "results.jsonl"}[verb]
+    for folder, message in (
+        ("", "the folder's name is empty; give '.' for the current one"),
+        ("x" * 300, f"{'x' * 300}/{file} cannot be read: File name too long"),
+        ("nowhere", f"nowhere/{file} is missing"),
+    ):
+        assert main([verb, folder]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message in line
 
 
 def test_a_runs_own_config_is_a_config(tmp_path):

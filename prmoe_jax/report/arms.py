@@ -1,11 +1,13 @@
 """The records of a sweep by arm: runs that differ in their seed alone, and how arms differ."""
 
 import csv
+import io
 import math
 import statistics
 from pathlib import Path
 from typing import NamedTuple
 
+from prmoe_jax import files
 from prmoe_jax.errors import UserError
 
 
@@ -48,7 +50,8 @@ def arms(records: list[dict]) -> dict[str, dict[int, dict]]:
             if differing != {"seed"}:
                 raise UserError(
                     f"{other['run']} and {record['run']} are of one arm, but differ in "
-                    f"{', '.join(sorted(differing)) or 'nothing'}; an arm's runs differ in seed"
+                    f"{', '.join(sorted(differing)) or 'nothing'}; an arm's runs differ in seed "
+                    "alone: delete the older record's line in results.jsonl"
                 )
         rows[record["seed"]] = record
     return found
@@ -63,16 +66,29 @@ def difference(arm: dict[int, dict], base: dict[int, dict], of: str = "loss") ->
 
 
 def write_csv(records: list[dict], path: Path) -> None:
-    """A line a run: what it came to, and the settings in which runs differ."""
+    """A line a run: what it came to, and the settings in which runs differ.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
     names = sorted({name for record in records for name in record["settings"]})
     varied = [
         name for name in names if len({str(record["settings"].get(name)) for record in records}) > 1
     ]
     columns = "run seed loss bits_per_byte drop_fraction tokens total_params active_params".split()
     columns += ["flops_per_token", "tokens_per_second", "device"]
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([*columns, *varied])
-        for record in records:
-            settings = [record["settings"].get(name, "") for name in varied]
-            writer.writerow([*(record[name] for name in columns), *settings])
+    rows = [[*columns, *varied]]
+    for record in records:
+        settings = [record["settings"].get(name, "") for name in varied]
+        rows.append([*(record[name] for name in columns), *settings])
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([map(_cell, row) for row in rows])
+    files.replace(path, text.getvalue())
+
+
+def _cell(value):
+    """Text that a spreadsheet would run as a formula gets an apostrophe before it."""
+    if not isinstance(value, str):
+        return value
+    value = value.replace("\r", "\n")  # the one line end that the csv module may leave unquoted
+    return f"'{value}" if value.startswith(("=", "+", "-", "@", "\t", "\n")) else value

@@ -1,12 +1,13 @@
 """`prmoe report experiments/NAME`: what a sweep's results.jsonl says."""
 
-import json
 import statistics
 from pathlib import Path
 
+from prmoe_jax import files
 from prmoe_jax.errors import UserError
 from prmoe_jax.report import figures, page
 from prmoe_jax.report.arms import arms, difference, mean, write_csv
+from prmoe_jax.sweep.records import RESULTS, complete, read
 
 HEAD = (
     "arm",
@@ -24,6 +25,8 @@ HEAD = (
 def report(folder: Path, base: str | None = None) -> dict:
     """Writes results.csv, figures and report.html beside results.jsonl.
 
+    Shows every record that results.jsonl holds, whether or not sweep.py still names its run.
+
     Args:
       folder: holds results.jsonl.
       base: the arm that the others are compared with; the first one unless given.
@@ -34,20 +37,20 @@ def report(folder: Path, base: str | None = None) -> dict:
       common.
 
     Raises:
-      UserError: no results there, no such arm, or matplotlib is missing.
+      UserError: no results there or damaged ones, no such arm, matplotlib is missing, or a file
+        cannot be written, which is then as it was.
     """
-    path = folder / "results.jsonl"
-    if not path.is_file():
-        raise UserError(f"{path} is missing; prmoe sweep {folder} makes it")
-    records = [json.loads(line) for line in path.read_text().splitlines()]
-    if not records or "run" not in records[0]:
+    path = folder / RESULTS
+    records = complete(folder, read(folder))
+    if not records:
+        if not path.exists():
+            raise UserError(f"{path} is missing; prmoe sweep {folder} makes it")
         raise UserError(f"{path} holds no runs of prmoe sweep")
     found = arms(records)
-    write_csv(records, folder / "results.csv")
-
-    base = base or next(iter(found))
+    base = next(iter(found)) if base is None else base
     if base not in found:
         raise UserError(f"{path} has no arm {base!r}; --base is one of {', '.join(found)}")
+    write_csv(records, folder / "results.csv")
     rows, summary, apart = [], {}, {}
     for arm, by_seed in found.items():
         loss = mean([row["loss"] for row in by_seed.values()])
@@ -60,8 +63,10 @@ def report(folder: Path, base: str | None = None) -> dict:
             apart[arm] = above
             summary[arm] |= {"difference": above.value, "difference_margin": above.margin}
 
-    pictures = {folder / "loss_tokens": "Validation loss against tokens; band: all seeds."}
-    figures.curves(found, folder / "loss_tokens", by_flops=False)
+    caption = "Validation loss against tokens; band: all seeds."
+    if figures.curves(found, folder / "loss_tokens", by_flops=False):
+        caption += " Hollow marks: the whole validation split; lines: a part of it."
+    pictures = {folder / "loss_tokens": caption}
     pictures[folder / "loss_flops"] = "The same against training FLOPs of the active parameters."
     figures.curves(found, folder / "loss_flops", by_flops=True)
     pictures[folder / "loss_parameters"] = "At the end: a line from active to all parameters."
@@ -75,7 +80,7 @@ def report(folder: Path, base: str | None = None) -> dict:
         figures.drops(dropping, folder / "drops")
 
     revisions = sorted({revision for row in records for revision in row["revisions"]})
-    devices = sorted({f"{row['device']}, jax {row['versions']['jax']}" for row in records})
+    devices = sorted({f"{row['device']}, jax {row['versions'].get('jax', '?')}" for row in records})
     parts = [
         page.paragraph(
             f"{len(records)} runs in {len(found)} arms. Losses are nats a token on the whole "
@@ -101,12 +106,13 @@ def report(folder: Path, base: str | None = None) -> dict:
         page.paragraph(f"Made by revisions {', '.join(revisions)} on {'; '.join(devices)}."),
     ]
     out = folder / "report.html"
-    out.write_text(page.page(folder.resolve().name, parts))
+    files.replace(out, page.page(folder.resolve().name, parts))
     return {"page": str(out), "base": base, "arms": summary}
 
 
 def _drops(rows: dict[int, dict]) -> bool:
-    return any(row["drop_fraction"] for row in rows.values())
+    known = all(row.get("layers") for row in rows.values())
+    return known and any(row["drop_fraction"] for row in rows.values())
 
 
 def _costs(rows: list[dict]) -> list[str]:

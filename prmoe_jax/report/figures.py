@@ -1,17 +1,24 @@
 """Figures of sweeps and of single runs, each as PNG and SVG."""
 
 import contextlib
+import io
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
+from prmoe_jax import files
 from prmoe_jax.errors import UserError
 from prmoe_jax.report.arms import mean
 
 # Told apart by people who don't see red and green alike (Okabe and Ito).
 COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000 #8C6D31".split()
 MARKS = "o s ^ D v P X *".split()
+# Resolution of each kind of file, and what it says of itself that is not to change with the day.
+KINDS = {
+    "svg": {"dpi": "figure", "metadata": {"Date": None, "Creator": None}},
+    "png": {"dpi": 140, "metadata": {"Software": None}},
+}
 
 
 @contextlib.contextmanager
@@ -19,7 +26,7 @@ def figure(path: Path, height: float = 3.6, rows: int = 1) -> Iterator:
     """Axes to draw on, saved as `path` with .png and .svg; the same bytes each time.
 
     Raises:
-      UserError: matplotlib is missing.
+      UserError: matplotlib is missing, or a file cannot be written, which is then as it was.
     """
     try:
         import matplotlib
@@ -29,6 +36,7 @@ def figure(path: Path, height: float = 3.6, rows: int = 1) -> Iterator:
     from matplotlib import pyplot
 
     style = {"svg.hashsalt": path.name, "font.size": 11, "axes.grid": True, "grid.alpha": 0.3}
+    style["text.usetex"] = False  # whatever a user's own style says
     with pyplot.rc_context(style):
         shape = {"nrows": rows, "squeeze": False, "layout": "constrained", "sharex": rows > 1}
         drawing, axes = pyplot.subplots(figsize=(6.4, height), **shape)
@@ -36,29 +44,77 @@ def figure(path: Path, height: float = 3.6, rows: int = 1) -> Iterator:
             one.spines[["top", "right"]].set_visible(False)
         try:
             yield axes[0, 0] if rows == 1 else list(axes[:, 0])
-            drawing.savefig(path.with_suffix(".svg"), metadata={"Date": None, "Creator": None})
-            drawing.savefig(path.with_suffix(".png"), dpi=140, metadata={"Software": None})
+            for kind, options in KINDS.items():
+                content = io.BytesIO()
+                drawing.savefig(content, format=kind, **options)
+                files.replace(path.with_suffix(f".{kind}"), content.getvalue())
         finally:
             pyplot.close(drawing)
 
 
-def curves(arms: dict[str, dict[int, dict]], path: Path, by_flops: bool) -> None:
+def label(name: str) -> str:
+    """A name that matplotlib shows as it is.
+
+    Matplotlib sets text between dollar signs as mathematics, and leaves names that start with an
+    underscore out of legends.
+    """
+    name = name.replace("$", r"\$")
+    return f" {name}" if name.startswith("_") else name
+
+
+def curves(arms: dict[str, dict[int, dict]], path: Path, by_flops: bool) -> bool:
     """Validation loss against tokens or training FLOPs: mean of the seeds, band from least to most.
 
-    The evaluation at the end is of the whole split, those before it of as much as the runs say.
+    The last evaluation is of the whole split, and earlier ones may be of a part of it. Lines join
+    one kind only: where there are partial ones, those of the whole split are single, hollow marks.
+
+    Returns:
+      Whether there are partial ones.
     """
+    hollow = {"linestyle": "none", "markersize": 9, "markerfacecolor": "none"}
+    any_partial = False
     with figure(path) as axes:
         for number, (arm, rows) in enumerate(arms.items()):
             records = list(rows.values())
-            points = [np.array(record["evaluations"]) for record in records]
-            x = points[0][:, 0] * (records[0]["flops_per_token"] if by_flops else 1)
-            losses = np.stack([p[:, 1] for p in points])
+            by_seed = [_evaluations(record) for record in records]
+            scale = records[0]["flops_per_token"] if by_flops else 1
             colour = COLOURS[number % len(COLOURS)]
-            marker = MARKS[number % len(MARKS)]
-            axes.plot(x, losses.mean(0), color=colour, marker=marker, markersize=4, label=arm)
+            style = {"color": colour, "marker": MARKS[number % len(MARKS)]}
+
+            def points(whole: bool, by_seed=by_seed, scale=scale):
+                """x [points] and losses [seeds, points] of the evaluations that all seeds have."""
+                common = set.intersection(*(set(losses[whole]) for losses in by_seed))
+                tokens = sorted(common)
+                return np.array(tokens) * scale, np.array(
+                    [[losses[whole][t] for t in tokens] for losses in by_seed]
+                )
+
+            x, losses = points(whole=False)
+            if len(x):
+                any_partial = True
+                end, last = points(whole=True)
+                axes.vlines(end, last.min(0), last.max(0), color=colour)
+                axes.plot(end, last.mean(0), **style, **hollow)
+            else:
+                x, losses = points(whole=True)
+            axes.plot(x, losses.mean(0), **style, markersize=4, label=label(arm))
             axes.fill_between(x, losses.min(0), losses.max(0), color=colour, alpha=0.2, linewidth=0)
+        if any_partial:
+            axes.plot([], [], color="grey", marker="o", **hollow, label="whole split")
         axes.set(xlabel="training FLOPs" if by_flops else "tokens", ylabel="validation loss, nats")
         axes.legend(frameon=False)
+    return any_partial
+
+
+def _evaluations(record: dict) -> tuple[dict[int, float], dict[int, float]]:
+    """Loss by trained tokens, twice: evaluations on a part of the split, and on all of it."""
+    evaluations = record["evaluations"]
+    # Old records do not have the counts: only their last evaluation is known to be of the whole.
+    counts = record.get("evaluated_tokens") or range(len(evaluations))
+    partial, whole = {}, {}
+    for (tokens, loss), count in zip(evaluations, counts, strict=True):
+        (whole if count == counts[-1] else partial)[tokens] = loss
+    return partial, whole
 
 
 def sizes(arms: dict[str, dict[int, dict]], path: Path) -> None:
@@ -72,7 +128,7 @@ def sizes(arms: dict[str, dict[int, dict]], path: Path) -> None:
             axes.plot(x, [loss.value] * 2, color=colour, linewidth=1)
             axes.errorbar(
                 x[1], loss.value, yerr=np.nan_to_num(loss.margin), color=colour, capsize=3,
-                marker=MARKS[number % len(MARKS)], label=arm,
+                marker=MARKS[number % len(MARKS)], label=label(arm),
             )  # fmt: skip
         axes.set(xlabel="parameters, active to all", ylabel="validation loss, nats", xscale="log")
         axes.legend(frameon=False)
@@ -84,10 +140,10 @@ def differences(found: dict[str, tuple[float, float]], base: str, path: Path) ->
         for number, (value, margin) in enumerate(found.values()):
             axes.errorbar(value, number, xerr=margin, fmt="o", color=COLOURS[0], capsize=4)
         axes.axvline(0, color="black", linewidth=1)
-        axes.set_yticks(range(len(found)), list(found))
+        axes.set_yticks(range(len(found)), list(map(label, found)))
         axes.set_ylim(-0.6, len(found) - 0.4)
         axes.invert_yaxis()
-        axes.set(xlabel=f"validation loss above {base}, nats (95 %)")
+        axes.set(xlabel=f"validation loss above {label(base)}, nats (95 %)")
 
 
 def drops(arms: dict[str, dict[int, dict]], path: Path) -> None:
@@ -98,22 +154,27 @@ def drops(arms: dict[str, dict[int, dict]], path: Path) -> None:
             share_P = np.mean([layer["position_drop_fraction"] for layer in layers], 0)
             places_P = (np.arange(len(share_P)) + 0.5) / len(share_P)
             colour, marker = COLOURS[number % len(COLOURS)], MARKS[number % len(MARKS)]
-            axes.plot(places_P, share_P, color=colour, marker=marker, markersize=4, label=arm)
+            axes.plot(
+                places_P, share_P, color=colour, marker=marker, markersize=4, label=label(arm)
+            )
         axes.set(xlabel="place in the routing group, from 0 to 1", ylabel="choices dropped, share")
         axes.legend(frameon=False)
 
 
-def lines(series: dict[str, tuple[list, list]], label: str, path: Path) -> None:
-    """Named series against the step."""
+def lines(series: dict[str, tuple[list, list]], quantity: str, path: Path) -> None:
+    """Named series against the step; one of a single point is a mark."""
     with figure(path, 3.0) as axes:
         for number, (name, (x, y)) in enumerate(series.items()):
-            axes.plot(x, y, color=COLOURS[number % len(COLOURS)], label=name, linewidth=1.2)
-        axes.set(xlabel="step", ylabel=label)
+            style = {"color": COLOURS[number % len(COLOURS)], "linewidth": 1.2}
+            if len(x) == 1:
+                style["marker"] = MARKS[number % len(MARKS)]
+            axes.plot(x, y, label=label(name), **style)
+        axes.set(xlabel="step", ylabel=quantity)
         if len(series) > 1:
             axes.legend(frameon=False, ncols=min(4, len(series)))
 
 
-def heat(layers: dict[str, np.ndarray], steps: list[int], label: str, path: Path) -> None:
+def heat(layers: dict[str, np.ndarray], steps: list[int], quantity: str, path: Path) -> None:
     """A map a layer: experts up, steps along, colour for how much; the highest 1 % look alike."""
     with figure(path, 0.8 + 1.3 * len(layers), len(layers)) as axes:
         axes = axes if isinstance(axes, list) else [axes]
@@ -123,6 +184,6 @@ def heat(layers: dict[str, np.ndarray], steps: list[int], label: str, path: Path
             experts = np.arange(values_SxE.shape[1] + 1) - 0.5
             mesh = one.pcolormesh(edges, experts, values_SxE.T, vmin=0, vmax=top, rasterized=True)
             one.grid(False)
-            one.set(ylabel=f"layer {layer}")
+            one.set(ylabel=label(f"layer {layer}"))
         one.set(xlabel="step")
-        one.figure.colorbar(mesh, ax=axes, label=label, extend="max")
+        one.figure.colorbar(mesh, ax=axes, label=quantity, extend="max")

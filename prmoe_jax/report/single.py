@@ -4,12 +4,14 @@ from pathlib import Path
 
 import numpy as np
 
+from prmoe_jax import files
 from prmoe_jax import workdir as workdirs
 from prmoe_jax.config import changed, load
 from prmoe_jax.errors import UserError
-from prmoe_jax.metrics import read_metrics
 from prmoe_jax.report import figures, page
 from prmoe_jax.sizes import cost
+from prmoe_jax.sweep.records import NUMBER
+from prmoe_jax.sweep.run import logged
 
 # Of a MoE layer: what is drawn by layer against the step.
 BY_LAYER = {
@@ -26,16 +28,19 @@ def report(workdir: Path) -> dict:
       page, the path; step, loss and validation_loss as logged last.
 
     Raises:
-      UserError: no run there, or none that has logged anything.
+      UserError: no run there, one that has logged nothing yet or whose metrics are damaged, or a
+        file cannot be written, which is then as it was.
     """
     config = load(workdir / workdirs.CONFIG)
-    lines = read_metrics(workdir / "metrics.jsonl")
-    trained = [line for line in lines if "loss" in line]
-    evaluated = [line for line in lines if "eval/loss" in line]
+    trained, evaluated = logged(workdir)
     if not trained:
         raise UserError(f"{workdir}/metrics.jsonl holds no step yet")
+    step = max(lines[-1]["step"] for lines in (trained, evaluated) if lines)
     out = workdir / "report"
-    out.mkdir(exist_ok=True)
+    try:
+        out.mkdir(exist_ok=True)
+    except OSError as error:
+        raise files.cannot_write(out, error) from error
     steps = [line["step"] for line in trained]
 
     def drawn(name: str, caption: str, draw, *arguments) -> None:
@@ -44,40 +49,57 @@ def report(workdir: Path) -> dict:
 
     pictures: dict[Path, str] = {}
     losses = {"training": (steps, [line["lm_loss"] for line in trained])}
-    if evaluated:
-        whole = [line["step"] for line in evaluated], [line["eval/loss"] for line in evaluated]
-        losses["validation"] = whole
+    # A line of its own for evaluations of fewer tokens: they are of a part of the split.
+    counts = sorted({line["eval/tokens"] for line in evaluated})
+    whole = {line["eval/tokens"] for line in evaluated if line["step"] == config.total_steps}
+    for count in counts:
+        kind = ", whole split" if count in whole else f", {count:,} tokens"
+        points = [line for line in evaluated if line["eval/tokens"] == count]
+        losses["validation" + (kind if len(counts) > 1 else "")] = (
+            [line["step"] for line in points],
+            [line["eval/loss"] for line in points],
+        )
     drawn("loss", "Cross-entropy.", figures.lines, losses, "nats a token")
     speed = {"": (steps, [line["tokens_per_second"] for line in trained])}
     drawn("speed", "Throughput.", figures.lines, speed, "tokens/s")
 
     layers = sorted({name.split("/")[1] for name in trained[-1] if name.startswith("layers/")})
     for name, label in BY_LAYER.items():
-        key = f"layers/{{}}/{name}"
-        series = {
-            f"layer {layer}": (steps, [line[key.format(layer)] for line in trained])
-            for layer in layers
-            if key.format(layer) in trained[-1]
-        }
+        series = {}
+        for layer in layers:
+            key = f"layers/{layer}/{name}"
+            # Lines that an older version logged may lack it.
+            having = [line for line in trained if isinstance(line.get(key), NUMBER)]
+            if having:
+                points = [line["step"] for line in having], [line[key] for line in having]
+                series[f"layer {layer}"] = points
         if series:
             drawn(name, f"{label.capitalize()}, by layer.", figures.lines, series, label)
     for name, label in (("expert_load", "× even load"), ("expert_drop_fraction", "dropped")):
+        keys = {layer: f"layers/{layer}/{name}" for layer in layers}
+        having = [line for line in trained if all(key in line for key in keys.values())]
         maps = {}
-        for layer in layers:
-            values = np.array([line[f"layers/{layer}/{name}"] for line in trained])
-            maps[layer] = values * (values.shape[1] if name == "expert_load" else 1)
+        for layer, key in keys.items() if having else ():
+            try:
+                values_SxE = np.array([line[key] for line in having], float)
+                maps[layer] = values_SxE * (values_SxE.shape[1] if name == "expert_load" else 1)
+            except (IndexError, TypeError, ValueError):
+                raise UserError(
+                    f"{workdir}/metrics.jsonl is damaged: odd values of {key}"
+                ) from None
         if maps:
             caption = {
                 "expert_load": "Choices of each expert, in shares of an even load.",
                 "expert_drop_fraction": "Share of each expert's choices that it dropped.",
             }[name]
-            drawn(name, caption, figures.heat, maps, steps, label)
+            drawn(name, caption, figures.heat, maps, [line["step"] for line in having], label)
 
     size = cost(config.model)
-    rows = [["step", f"{lines[-1]['step']} of {config.total_steps}"]]
+    rows = [["step", f"{step} of {config.total_steps}"]]
     if evaluated:
         last = evaluated[-1]
         rows.append(["validation loss, nats a token", f"{last['eval/loss']:.4f}"])
+        rows.append(["tokens of the validation split", f"{last['eval/tokens']:,}"])
         rows.append(["bits a byte", f"{last['eval/bits_per_byte']:.4f}"])
         rows.append(["choices dropped", f"{last['eval/drop_fraction']:.1%}"])
     rows.append(["parameters", f"{size.total_params:,}"])
@@ -90,6 +112,6 @@ def report(workdir: Path) -> dict:
         page.table(["setting", "value"], [list(item) for item in changed(config).items()]),
     ]
     path = out / "report.html"
-    path.write_text(page.page(str(workdir), parts))
-    found = {"page": str(path), "step": lines[-1]["step"], "loss": trained[-1]["loss"]}
+    files.replace(path, page.page(str(workdir), parts))
+    found = {"page": str(path), "step": step, "loss": trained[-1]["loss"]}
     return found | ({"validation_loss": evaluated[-1]["eval/loss"]} if evaluated else {})

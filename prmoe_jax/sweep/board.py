@@ -2,14 +2,16 @@
 
 import logging
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
+from prmoe_jax import files
 from prmoe_jax.config import Config
-from prmoe_jax.metrics import read_metrics
 
 log = logging.getLogger(__name__)
 
@@ -48,16 +50,31 @@ class Board:
         """All runs, as far as they have come."""
         table = Table("run", "state", *COLUMNS)
         for name, state in self._states.items():
-            table.add_row(name, state, *self._cells(name))
+            # As text: what a message has in brackets would be taken for a style.
+            table.add_row(*map(Text, (name, state, *self._cells(name))))
         return table
 
     def _cells(self, name: str) -> list[str]:
         workdir, config = self._runs[name]
-        lines = read_metrics(workdir / "metrics.jsonl")
-        if not lines or self._states[name] == "waiting":
+        if self._states[name] == "waiting":
             return []
-        loss = next(
-            (x for x in (m.get("eval/loss", m.get("loss")) for m in reversed(lines)) if x), 0
-        )
-        speed = next((m["tokens_per_second"] for m in reversed(lines) if "loss" in m), 0)
-        return [f"{lines[-1]['step']}/{config.total_steps}", f"{loss:.4f}", f"{speed:,.0f}"]
+        found: dict = {}  # by name, the newest value
+        for line in _newest_first(workdir / "metrics.jsonl"):
+            found = line | found
+            if "tokens_per_second" in found:
+                break
+        try:
+            loss = found.get("eval/loss", found.get("loss", 0))
+            speed = found.get("tokens_per_second", 0)
+            return [f"{found['step']}/{config.total_steps}", f"{loss:.4f}", f"{speed:,.0f}"]
+        except (KeyError, TypeError, ValueError):  # nothing yet, or damaged: the run will tell
+            return []
+
+
+def _newest_first(path: Path) -> Iterator[dict]:
+    """The complete lines of a file to which a run adds at this moment, up to a damaged one."""
+    try:
+        for line in reversed(path.read_bytes().split(b"\n")[:-1]):
+            yield dict(files.parse_json(line))
+    except (OSError, TypeError, ValueError):
+        return

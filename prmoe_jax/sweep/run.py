@@ -5,14 +5,17 @@ stopped; one that is recorded, by the same settings, isn't done again.
 """
 
 import fcntl
-import json
-import os
+import logging
 import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+
+from ml_collections import ConfigDict
 
 from prmoe_jax import files, userfile
 from prmoe_jax import workdir as workdirs
@@ -20,11 +23,34 @@ from prmoe_jax.config import RESUMABLE, Config, changed, check_resume, load, res
 from prmoe_jax.errors import UserError
 from prmoe_jax.metrics import read_metrics
 from prmoe_jax.sizes import cost
+from prmoe_jax.sweep import records
 from prmoe_jax.sweep.board import Board
 
-RESULTS = "results.jsonl"
+log = logging.getLogger(__name__)
+
 # Points of a run's training loss that its record keeps.
 POINTS = 100
+# Seconds to wait for a run that another process holds, such as one whose sweep was killed and which
+# saves itself.
+PATIENCE = 60.0
+LONGEST_NAME = 255  # bytes, on every common file system
+# The fields that are used here: of a step and an evaluation in metrics.jsonl, and of a start in
+# environment.json.
+TRAINED = {
+    "step": int,
+    "tokens": int,
+    "loss": records.NUMBER,
+    "lm_loss": records.NUMBER,
+    "tokens_per_second": records.NUMBER,
+}
+EVALUATED = {
+    "step": int,
+    "eval/tokens": int,
+    "eval/loss": records.NUMBER,
+    "eval/bits_per_byte": records.NUMBER,
+    "eval/drop_fraction": records.NUMBER,
+}
+START = {"git_revision": (str, type(None)), "versions": dict, "device": str}
 
 
 class RunsFailed(UserError):
@@ -40,17 +66,41 @@ def planned(folder: Path) -> dict[str, Config]:
       UserError: no such file, or something else in it; nothing has run then.
     """
     path = folder / "sweep.py"
-    if not path.is_file():
+    try:
+        there = path.is_file()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    if not there:
         raise UserError(f"{path} is missing; it must define runs(), which yields (name, settings)")
+    with userfile.mistakes(path, str(path)):
+        return _checked(path, userfile.call(path, "runs", named=str(path)))
+
+
+def _checked(path: Path, items) -> dict[str, Config]:
+    if not isinstance(items, Iterable):
+        raise UserError(
+            f"{path}: runs() returns {type(items).__name__}; it must yield (name, settings)"
+        )
     found: dict[str, Config] = {}
-    for item in userfile.call(path, "runs", named=str(path)):
+    for item in list(items):
         if not (isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str)):
             raise UserError(f"{path}: runs() yields {item!r:.80}, not (name, settings)")
         name, settings = item
-        if not re.fullmatch(r"[\w.+=-]+(/[\w.+=-]+)*", name) or ".." in name:
-            raise UserError(f"{path}: {name!r} can't name a folder; use letters, digits, '-', '/'")
+        parts = name.split("/")
+        if not re.fullmatch(r"[\w.+=-]+(/[\w.+=-]+)*", name) or ".." in name or "." in parts:
+            raise UserError(
+                f"{path}: {name!r:.80} can't name a folder; use letters, digits, '-', '/'"
+            )
+        if (longest := max(len(part.encode()) for part in parts)) > LONGEST_NAME:
+            raise UserError(
+                f"{path}: the name {name:.40}… has {longest} bytes, a folder's has at most "
+                f"{LONGEST_NAME}; shorten it"
+            )
         if name in found:
             raise UserError(f"{path} yields {name!r} twice")
+        if not isinstance(settings, (Mapping, ConfigDict)):
+            kind = type(settings).__name__
+            raise UserError(f"{path}: the settings of {name} are {kind}, not a dict or ConfigDict")
         try:
             found[name] = resolve(settings)
         except UserError as error:
@@ -80,25 +130,46 @@ def sweep(folder: Path, root: Path, shard: tuple[int, int] = (1, 1)) -> list[dic
     if not 1 <= number <= count:
         raise UserError(f"--shard={number}/{count} must be I/N, with I from 1 to N")
     mine = {name: runs[name] for name in list(runs)[number - 1 :: count]}
+    rows = records.read(folder)
+    if others := len(rows) - len(_recorded(rows, runs)):
+        log.info("%s: keeps %d records of other runs or settings", folder / records.RESULTS, others)
+    if len(_recorded(rows, mine)) < len(mine):
+        _prepare(folder, root)
     failed = []
     with Board({name: (root / name, config) for name, config in mine.items()}) as board:
         for name, config in mine.items():
-            if _recorded(folder, {name: config}):
-                board.put(name, "recorded")
-                continue
-            why = _train(name, config, root / name, board)
-            if why:
+            try:
+                state = _done(folder, name, config, root / name, list(runs), board)
+            except (UserError, OSError) as error:
                 failed.append(name)
-                board.put(name, why)
-                continue
-            _write(folder, runs, {name: record(name, config, root / name)})
-            board.put(name, "finished")
+                state = _one_line(error)
+            board.put(name, state)
     if failed:
         raise RunsFailed(
             f"{len(failed)} of {len(mine)} runs failed: {', '.join(failed)}; the same command "
             "tries them again"
         )
-    return _recorded(folder, runs)
+    return records.complete(folder, _recorded(records.read(folder), runs))
+
+
+def _done(
+    folder: Path, name: str, config: Config, workdir: Path, order: list[str], board: Board
+) -> str:
+    """Trains and records a run, unless it is recorded; returns 'finished' or else 'recorded'.
+
+    Raises:
+      UserError: the run cannot be trained, or its record cannot be written; says why.
+      OSError: a file in the run's folder cannot be written.
+    """
+    if _recorded(records.read(folder), {name: config}):
+        return "recorded"
+    begun = (workdir / workdirs.CONFIG).exists()
+    if begun:
+        check_resume(load(workdir / workdirs.CONFIG), config)
+    if not (begun and _finished(config, workdir)):
+        _train(name, config, workdir, board)
+    records.add(folder, record(name, config, workdir), order)
+    return "finished"
 
 
 def record(name: str, config: Config, workdir: Path) -> dict:
@@ -108,17 +179,21 @@ def record(name: str, config: Config, workdir: Path) -> dict:
       run, settings (that differ from the defaults), seed; total_params, active_params,
       flops_per_token (of training); tokens, loss, bits_per_byte and drop_fraction at the end, and
       layers, by number what `metrics.summarise` says of each MoE layer then; evaluations and
-      losses, [tokens, nats a token] each; tokens_per_second; revisions, versions and device.
+      losses, [tokens, nats a token] each; evaluated_tokens, of how many tokens of the validation
+      split each evaluation was; tokens_per_second; revisions, versions and device.
+
+    Raises:
+      UserError: metrics.jsonl or environment.json cannot be read, or lacks what is needed here.
     """
-    lines, size = read_metrics(workdir / "metrics.jsonl"), cost(config.model)
-    evaluated = [line for line in lines if "eval/loss" in line]
-    trained = [line for line in lines if "loss" in line]
+    (trained, evaluated), size = logged(workdir), cost(config.model)
+    if not (trained and evaluated):
+        raise UserError(f"{workdir}/metrics.jsonl holds no step, or no evaluation")
     last, a_step = evaluated[-1], config.tokens_per_step
-    starts = json.loads((workdir / "environment.json").read_text())
+    starts = _starts(workdir / "environment.json")
     layers: dict[str, dict] = {}
     for key, value in last.items():
         if key.startswith("eval/layers/"):
-            _, _, layer, of = key.split("/")
+            layer, _, of = key.removeprefix("eval/layers/").partition("/")
             layers.setdefault(layer, {})[of] = value
     return {
         "run": name,
@@ -133,6 +208,7 @@ def record(name: str, config: Config, workdir: Path) -> dict:
         "drop_fraction": last["eval/drop_fraction"],
         "layers": layers,
         "evaluations": [[line["step"] * a_step, line["eval/loss"]] for line in evaluated],
+        "evaluated_tokens": [line["eval/tokens"] for line in evaluated],
         "losses": [
             [line["tokens"], line["loss"]] for line in trained[:: -(-len(trained) // POINTS)]
         ],
@@ -141,6 +217,23 @@ def record(name: str, config: Config, workdir: Path) -> dict:
         "versions": starts[-1]["versions"],
         "device": starts[-1]["device"],
     }
+
+
+def logged(workdir: Path) -> tuple[list[dict], list[dict]]:
+    """The lines of a run's metrics.jsonl: those of steps, and those of evaluations.
+
+    Raises:
+      UserError: the file cannot be read, or a line lacks what it should hold; says which.
+    """
+    path = workdir / "metrics.jsonl"
+    lines = read_metrics(path)
+    trained = [line for line in lines if "loss" in line]
+    evaluated = [line for line in lines if "eval/loss" in line]
+    for kind, some in (TRAINED, trained), (EVALUATED, evaluated):
+        for line in some:
+            where = f"{path}: the line of step {line['step']}"
+            files.require(line, kind, where, "delete that line, or restore a copy of the file")
+    return trained, evaluated
 
 
 def table(records: list[dict]) -> str:
@@ -155,39 +248,95 @@ def table(records: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def _train(name: str, config: Config, workdir: Path, board: Board) -> str:
-    """Trains, or goes on with, one run in a process of its own; returns what went wrong."""
-    if (workdir / workdirs.CONFIG).exists():
-        try:
-            check_resume(load(workdir / workdirs.CONFIG), config)
-        except UserError as error:
-            return f"{error}"
-        if _finished(config, workdir):
-            return ""
+def _train(name: str, config: Config, workdir: Path, board: Board) -> None:
+    """Trains, or goes on with, one run in a process of its own.
+
+    Raises:
+      UserError: it did not come to its end; says why.
+      OSError: a file in its folder cannot be written.
+    """
     workdir.mkdir(parents=True, exist_ok=True)
-    settings = workdir / "sweep.json"
+    _wait_until_free(name, workdir, board)
+    settings, told = workdir / "sweep.json", workdir / "log.txt"
     save(config, settings)
-    log = workdir / "log.txt"
-    command = [sys.executable, "-m", "prmoe_jax", "train", "--json"]
+    command = [sys.executable, "-m", "prmoe_jax.sweep.child", "train", "--json"]
     command += [f"--config={settings}", f"--workdir={workdir}"]
     begun = time.monotonic()
-    board.put(name, "running")
-    with log.open("a") as output:
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=output)
+    with told.open("ab") as output:
+        before = output.tell()
+        board.put(name, "running")
+        # The child reads from the pipe until this process ends.
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=output
+        )
         try:
             process.wait()
         except BaseException:  # Ctrl-C reaches the run as well, which saves itself
             process.wait()
             raise
-    if process.returncode or not _finished(config, workdir):
-        lines = log.read_text(errors="replace").splitlines() or ["it said nothing"]
-        return f"failed after {time.monotonic() - begun:.0f} s: {lines[-1][:300]}"
-    return ""
+        finally:
+            process.stdin.close()
+    if process.returncode == 0 and _finished(config, workdir):
+        return
+    how = "failed" if process.returncode else "stopped before its last evaluation"
+    if process.returncode < 0:
+        how = f"was ended by signal {-process.returncode}"
+    lines = told.read_bytes()[before:].decode("utf-8", "replace").split("\n")
+    # The last line of a run that ended well only names its folder.
+    said = [line for line in lines if line.strip() and not line.startswith("run: ")]
+    errors = [line.removeprefix("prmoe: ") for line in said if line.startswith("prmoe: ")]
+    seconds = time.monotonic() - begun
+    raise UserError(
+        f"{how} after {seconds:.0f} s: {(errors or said or ['it said nothing'])[-1]:.300}"
+    )
+
+
+def _wait_until_free(name: str, workdir: Path, board: Board) -> None:
+    """Returns when no process holds a run's folder.
+
+    A run whose sweep was killed stops by itself, but not at once.
+
+    Raises:
+      UserError: a process still holds it after `PATIENCE` seconds.
+    """
+    begun, waiting = time.monotonic(), False
+    while holder := _holder(workdir / ".lock"):
+        if time.monotonic() - begun > PATIENCE:
+            raise UserError(f"{workdir} is in use by process {holder}; wait for it, or stop it")
+        if not waiting:
+            board.put(
+                name, f"waits up to {PATIENCE:.0f} s for process {holder}, which holds its folder"
+            )
+            waiting = True
+        time.sleep(0.1)
+
+
+def _holder(lock: Path) -> str:
+    """The number of the process that holds a lock file, 'unknown' or, where none does, ''."""
+    try:
+        with lock.open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                return ""
+            except BlockingIOError:
+                number = file.read(20).decode("ascii", "replace").strip()
+                return number if number.isdecimal() else "unknown"
+    except FileNotFoundError:
+        return ""
 
 
 def _finished(config: Config, workdir: Path) -> bool:
     lines = read_metrics(workdir / "metrics.jsonl")
     return bool(lines) and "eval/loss" in lines[-1] and lines[-1]["step"] == config.total_steps
+
+
+def _starts(path: Path) -> list[dict]:
+    """The starts of a run in its environment.json, oldest first; where it has none, an unknown."""
+    fix = "delete it (the record then says 'unknown'), or restore a copy"
+    starts = files.read_json(path, list, fix) if path.exists() else []
+    for start in starts:
+        files.require(start, START, str(path), fix)
+    return starts or [{"git_revision": None, "versions": {}, "device": "unknown"}]
 
 
 def _settings(config: Config) -> dict:
@@ -199,26 +348,36 @@ def _settings(config: Config) -> dict:
     }
 
 
-def _recorded(folder: Path, runs: dict[str, Config]) -> list[dict]:
-    """The records that there are of these runs, in their order."""
-    path = folder / RESULTS
-    lines = path.read_text().splitlines() if path.exists() else []
-    rows = {row["run"]: row for row in map(json.loads, lines)}
-    return [
-        rows[name]
-        for name, config in runs.items()
-        if name in rows and rows[name]["settings"] == _settings(config)
-    ]
+def _recorded(rows: list[dict], runs: dict[str, Config]) -> list[dict]:
+    """The records whose run is one of `runs`, with the same settings, in the order of `runs`."""
+    known = {
+        row["run"]: row
+        for row in rows
+        if row["run"] in runs and row["settings"] == _settings(runs[row["run"]])
+    }
+    return [known[name] for name in runs if name in known]
 
 
-def _write(folder: Path, runs: dict[str, Config], new: dict[str, dict]) -> None:
-    """Adds records, in the sweep's order, whoever else adds some at the same time."""
-    path = folder / RESULTS
-    handle = os.open(folder, os.O_RDONLY)
+def _prepare(folder: Path, root: Path) -> None:
+    """Creates the runs' folder, and checks before hours of training that results can be written.
+
+    Raises:
+      UserError: one of them cannot be written, or the disk is full.
+    """
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        known = {row["run"]: row for row in _recorded(folder, runs)} | new
-        lines = [json.dumps(known[name]) + "\n" for name in runs if name in known]
-        files.replace(path, "".join(lines))
-    finally:
-        os.close(handle)  # which frees the lock
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise files.cannot_write(root, error) from error
+    with records.locked(folder):
+        try:
+            with tempfile.TemporaryFile(dir=folder) as file:
+                file.write(bytes(4096))
+                file.flush()
+        except OSError as error:
+            raise files.cannot_write(folder / records.RESULTS, error) from error
+
+
+def _one_line(error: UserError | OSError) -> str:
+    if isinstance(error, OSError) and error.filename:
+        error = files.cannot_write(Path(error.filename), error)
+    return " ".join(str(error).split())

@@ -1,0 +1,26 @@
+"""One run of a sweep, in a process of its own that does not outlive the sweep.
+
+    python -m prmoe_jax.sweep.child ARGUMENTS         # as prmoe ARGUMENTS
+
+The sweep holds the other end of this process's standard input and never writes to it. The input
+ends when the sweep does, also by `kill -9`; the run then saves itself and stops, as on SIGTERM.
+"""
+
+import os
+import signal
+import sys
+import threading
+
+from prmoe_jax.cli import main
+
+
+def stop_with_the_sweep() -> None:
+    """Waits until standard input ends, then sends this process SIGTERM."""
+    while os.read(0, 1):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    threading.Thread(target=stop_with_the_sweep, daemon=True).start()
+    sys.exit(main())

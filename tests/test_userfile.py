@@ -1,0 +1,58 @@
+"""Files that users wrote: whatever they do is told in one line, and stdout stays clean."""
+
+import json
+
+import pytest
+
+from prmoe_jax import userfile
+from prmoe_jax.cli import main
+from prmoe_jax.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("exit()", "c.py fails at line 1: SystemExit: None"),
+        ("def get_config():\n    raise SystemExit(7)", "c.py fails at line 2: SystemExit: 7"),
+        ("raise GeneratorExit", "c.py fails at line 1: GeneratorExit:"),
+        ("raise StopIteration(7)", "c.py fails at line 1: StopIteration: 7"),
+        ("class Own(BaseException): pass\nraise Own('a\\nb')", "at line 2: Own: a b"),
+        (
+            "class Silent(Exception):\n    def __str__(self):\n        exit()\nraise Silent",
+            "c.py fails at line 4: Silent: (its message cannot be shown)",
+        ),
+        (
+            "class Odd(Exception):\n    def __str__(self):\n        return 7\nraise Odd",
+            "c.py fails at line 4: Odd: (its message cannot be shown)",
+        ),
+        ("def get_config():\n    return get_config()", "c.py fails at line 2: RecursionError: "),
+    ],
+)
+def test_a_config_file_that_fails(code, message, tmp_path, capsys):
+    (tmp_path / "c.py").write_text(code)
+    assert main(["params", f"--config={tmp_path / 'c.py'}"]) == 2
+    out, err = capsys.readouterr()
+    (line,) = err.splitlines()
+    assert message in line and line.startswith("prmoe: --config=") and out == ""
+
+
+def test_ctrl_c_in_a_users_file_is_no_mistake(tmp_path):
+    (tmp_path / "c.py").write_text("raise KeyboardInterrupt")
+    with pytest.raises(KeyboardInterrupt):
+        userfile.call(tmp_path / "c.py", "f", named="c.py")
+    with pytest.raises(UserError, match="its own words"):
+        with userfile.mistakes(tmp_path / "c.py", "c.py"):
+            raise UserError("its own words")
+
+
+def test_what_a_config_file_prints_is_no_result(tmp_path, capsys):
+    (tmp_path / "c.py").write_text(
+        "from prmoe_jax.config import default_config\nprint('read')\n"
+        "def get_config():\n    print('called')\n    config = default_config()\n"
+        "    config.train.steps = 3\n    return config\n"
+    )
+    assert main(["params", f"--config={tmp_path / 'c.py'}", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out) and err == "read\ncalled\n"
+    print("afterwards")
+    assert capsys.readouterr().out == "afterwards\n"
