@@ -21,7 +21,7 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
 
 
 def pytest_collection_modifyitems(items):
-    """Marks what needs an extra by what it says when it is skipped: `pytest -m extra` runs those."""
+    """Marks the tests that say they need an extra: `pytest -m extra` runs them."""
     for item in items:
         reasons = [mark.kwargs.get("reason", "") for mark in item.iter_markers("skipif")]
         if any(reason.startswith("needs the extra [") for reason in reasons):
