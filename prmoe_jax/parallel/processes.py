@@ -271,24 +271,23 @@ def _publish(cause: bool, line: str = "", code: int = 1) -> None:
         _client().key_value_set(f"{_ENDED}{_number()}", json.dumps(end))
 
 
-def _end(line: str, code: int) -> None:
+def _end(line: str, code: int, others_must_read: bool = True) -> None:
     """Ends this process with one line. At once: any clean-up would wait for other processes."""
     if not _ending.acquire(blocking=False):
         time.sleep(60)
     boundary.say(f"process {_number()}: {line}")
-    _leave(code)
+    _leave(code, others_must_read)
 
 
-def _leave(code: int) -> None:
+def _leave(code: int, others_must_read: bool = True) -> None:
+    threading.Timer(HEARTBEAT_SECONDS, os._exit, [code]).start()  # whatever happens here
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
         sys.stderr.flush()
-    # The end of process 0 would hide the reason from those that haven't read it.
-    if _number() == 0 and _tell_others in boundary.on_failure:
+    # With process 0 ends the store, and those that haven't read the reason would not find it.
+    if others_must_read and _number() == 0:
         with contextlib.suppress(Exception):
-            for _ in range(50):
-                if len(_client().key_value_dir_get(_ENDED)) >= _count():
-                    break
+            while len(_client().key_value_dir_get(_ENDED)) < _count():
                 time.sleep(POLL_SECONDS / 2)
     os._exit(code)
 
@@ -328,8 +327,8 @@ def _end_in_one_line_on_abort() -> None:
 
 @_ABORT
 def _aborted(number: int) -> None:
-    """Runs inside abort(), on the thread that called it."""
-    _end(*explain(_native_text()))
+    """Runs inside abort(), on the thread that called it, where the store would not answer."""
+    _end(*explain(_native_text()), others_must_read=False)
 
 
 def _native_text() -> str:
