@@ -25,7 +25,7 @@ except ImportError:
     ) from None
 
 from prmoe_jax import workdir as workdirs
-from prmoe_jax.config import load
+from prmoe_jax.config import check_runs_without_limit, load
 from prmoe_jax.data.tokenizer import Tokenizer
 from prmoe_jax.errors import UserError
 from prmoe_jax.generate import Generator, Sampling
@@ -141,6 +141,7 @@ def evaluate_tasks(
       UserError: no such task, no run, or one that cannot be scored.
     """
     config = load(workdir / workdirs.CONFIG)
+    check_runs_without_limit(config)
     ours = set(local.NAMES)
     folders = [str(local.prepare(name, config.data)) for name in tasks if name in ours]
     known = TaskManager(include_path=folders, include_defaults=not ours.issuperset(tasks))
