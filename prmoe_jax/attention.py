@@ -1,5 +1,6 @@
 """Causal self-attention within documents, by the fastest kernel the device has."""
 
+import logging
 from functools import partial
 from typing import NamedTuple
 
@@ -19,6 +20,11 @@ from prmoe_jax.moe.experts import normal
 from prmoe_jax.parallel.mesh import batch_axes
 from prmoe_jax.weights import product
 
+log = logging.getLogger(__name__)
+
+# The lengths that a kernel accepts are multiples of this number.
+LENGTH_MULTIPLE = {"splash": 128, "cudnn": 2}
+
 
 def resolve_attention(model: ModelConfig, platform: str) -> str:
     """The implementation that `model.attention` names; 'auto' chooses by platform and shape.
@@ -26,11 +32,16 @@ def resolve_attention(model: ModelConfig, platform: str) -> str:
     Raises:
       UserError: the named one cannot run on this platform or at these sizes.
     """
-    splash_fits = model.length % 128 == 0
+    splash_fits = model.length % LENGTH_MULTIPLE["splash"] == 0
     if model.attention == "auto":
         if platform == "tpu" and splash_fits:
             return "splash"
-        return "cudnn" if platform == "gpu" and model.dtype == "bfloat16" else "xla"
+        if platform == "gpu" and model.dtype == "bfloat16":
+            refusal = _cudnn_refusal(model)
+            if not refusal:
+                return "cudnn"
+            log.info("cuDNN's attention cannot run this model (%s)", refusal)
+        return "xla"
     needed = {"splash": "tpu", "cudnn": "gpu"}.get(model.attention, platform)
     if needed != platform:
         raise UserError(
@@ -41,11 +52,50 @@ def resolve_attention(model: ModelConfig, platform: str) -> str:
             f"model.attention=splash needs model.length={model.length} divisible by 128; use "
             f"{-(-model.length // 128) * 128} or attention=xla"
         )
+    if model.attention == "cudnn" and (refusal := _cudnn_refusal(model)):
+        raise UserError(
+            f"model.attention=cudnn cannot run model.length={model.length} with heads of "
+            f"{model.d_model // model.heads} (model.d_model / model.heads): {refusal}; use auto"
+        )
     return model.attention
 
 
+def _cudnn_refusal(model: ModelConfig) -> str:
+    """Why cuDNN's attention cannot train this model here; empty where it can.
+
+    JAX checks shapes and dtypes when it traces the kernel, so a trace of the gradient tells.
+    """
+    shape = 1, model.length, model.heads, model.d_model // model.heads
+    q_BxLxHxK = jax.ShapeDtypeStruct(shape, model.dtype)
+    segments_BxL = jax.ShapeDtypeStruct(shape[:2], jnp.int32)
+
+    def total(q_BxLxHxK, segments_BxL):
+        return attend(*[q_BxLxHxK] * 3, segments_BxL, "cudnn").astype(jnp.float32).sum()
+
+    try:
+        jax.eval_shape(jax.grad(total), q_BxLxHxK, segments_BxL)
+    except (NotImplementedError, RuntimeError, ValueError) as error:
+        return " ".join(str(error).split()).rstrip(".")
+    capability = getattr(jax.local_devices()[0], "compute_capability", "8.0")
+    if float(capability) < 8:
+        return f"it needs compute capability 8.0, this GPU has {capability}"
+    return ""
+
+
 def attend(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segments_BxL, implementation: str) -> jax.Array:
-    """softmax(q kᵀ / √K) v over earlier tokens of the same segment; [B, L, H, K]."""
+    """softmax(q kᵀ / √K) v over earlier tokens of the same segment; [B, L, H, K].
+
+    Any length: where the kernel accepts multiples only, the sequences are padded at their end,
+    which no token of theirs attends to.
+    """
+    length = segments_BxL.shape[1]
+    padding = -length % LENGTH_MULTIPLE.get(implementation, 1)
+    if padding:
+        padded = [
+            jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
+            for x in (q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segments_BxL)
+        ]
+        return attend(*padded, implementation)[:, :length]
     if implementation == "splash":
         return splash(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segments_BxL)
     same_Bx1xLxL = (segments_BxL[:, :, None] == segments_BxL[:, None, :])[:, None]
@@ -60,7 +110,10 @@ def attend(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segments_BxL, implementation: str) -
 
 
 def splash(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segments_BxL, interpret: bool = False) -> jax.Array:
-    """The TPU's blockwise kernel; each device attends over its own part of the batch and heads."""
+    """The TPU's blockwise kernel; each device attends over its own part of the batch and heads.
+
+    The length must be a multiple of 128.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     _, length, heads, width = q_BxLxHxK.shape
     if not mesh.empty:

@@ -32,6 +32,7 @@ settings:
 
 WEIGHTS = "float32", "bfloat16", "int8"
 KINDS = "gpt2", "deepspeed", "safetensors"
+MOST_SAMPLES = 1_000_000  # of `prmoe generate`, which makes all of them at once
 
 # S, M, F, E of `prmoe bench moe`.
 BENCH_SIZES = (
@@ -186,14 +187,19 @@ def _train(options, rest) -> None:
 def _eval(options, rest) -> None:
     keep_freed_memory()
     _check_run(options.workdir)
-    if options.limit is not None and not (options.tasks and options.limit > 0):
-        raise UserError(f"--limit={options.limit} is a number of examples, for --tasks")
-    if options.tasks and options.teacher:
+    tasks = options.tasks.split(",") if options.tasks is not None else []
+    if not all(task.strip() for task in tasks):
+        raise UserError(f"--tasks={options.tasks} has an empty name; use names such as cloze,wiki")
+    if options.limit is not None and not (tasks and 0 < options.limit <= sys.maxsize):
+        raise UserError(
+            f"--limit={options.limit} is a number of examples, for --tasks: from 1 to {sys.maxsize}"
+        )
+    if tasks and options.teacher:
         raise UserError("--teacher is for the validation split; leave it or --tasks out")
-    if options.tasks:
+    if tasks:
         from prmoe_jax.tasks.harness import evaluate_tasks
 
-        scores = evaluate_tasks(options.workdir, options.tasks.split(","), options.limit)
+        scores = evaluate_tasks(options.workdir, tasks, options.limit)
         if options.json:
             print(json.dumps(scores))
         else:
@@ -218,8 +224,9 @@ def _generate(options, rest) -> None:
     mesh = _mesh(options.mesh) if options.mesh else None
     from prmoe_jax.generate import Generator, Sampling
 
-    if options.samples < 1:
-        raise UserError(f"--samples={options.samples} must be 1 or more")
+    if not 1 <= options.samples <= MOST_SAMPLES:
+        raise UserError(f"--samples={options.samples} must be 1 or more, up to {MOST_SAMPLES}")
+    sampling = Sampling(options.temperature, options.top_k, options.top_p)
     prompts = [prompt for prompt in options.prompt or [""] for _ in range(options.samples)]
     seeds = [options.seed + i % options.samples for i in range(len(prompts))]
     generator = Generator.restore(options.workdir, options.weights or "", mesh)
@@ -232,7 +239,7 @@ def _generate(options, rest) -> None:
     texts = generator(
         prompts,
         options.tokens,
-        Sampling(options.temperature, options.top_k, options.top_p),
+        sampling,
         seeds,
         options.stop or (),
         show if streamed else None,

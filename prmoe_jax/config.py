@@ -303,9 +303,15 @@ def beside(teacher: Config, student: Config) -> Config:
     """A teacher's config on its student's mesh.
 
     Raises:
-      UserError: it doesn't fit its student's vocabulary, context or batch.
+      UserError: it doesn't fit its student's vocabulary, context, batch or capacity factor.
     """
     model = student.model
+    _require(
+        teacher.moe.router == "token_choice" or math.isfinite(student.teacher.capacity_factor),
+        "teacher.capacity_factor=inf lets every expert of this teacher (moe.router=expert_choice) "
+        f"take every token; use 0, for its own {teacher.moe.eval_capacity_factor:g}, or a finite "
+        "one",
+    )
     _require(
         teacher.model.vocab_size == model.vocab_size,
         f"model.vocab_size={model.vocab_size} is not the teacher's; use {teacher.model.vocab_size}",
@@ -324,6 +330,19 @@ def beside(teacher: Config, student: Config) -> Config:
         except UserError as error:
             raise UserError(f"the teacher, on its student's batches: {error}") from None
     return teacher
+
+
+def check_runs_without_limit(config: Config) -> None:
+    """What generation and tasks need: a run that predicts the same where no token is dropped.
+
+    Raises:
+      UserError: its experts choose tokens, and without a limit every expert takes every token.
+    """
+    _require(
+        config.moe.router == "token_choice",
+        "this run's experts choose their tokens (moe.router=expert_choice): whom they choose "
+        "depends on the tokens to come, so it can neither generate nor be scored in tasks",
+    )
 
 
 def leaves(config: Config) -> dict[str, object]:

@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import math
+import os.path
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from jax.sharding import Mesh
 
 from prmoe_jax import workdir as workdirs
 from prmoe_jax.attention import Past
-from prmoe_jax.config import MeshConfig
+from prmoe_jax.config import MeshConfig, check_runs_without_limit
 from prmoe_jax.data.tokenizer import Tokenizer
 from prmoe_jax.decoder import Decoder, decoder
 from prmoe_jax.errors import UserError
@@ -28,15 +29,35 @@ log = logging.getLogger(__name__)
 PIECE = 64
 STEPS = 16
 WEIGHTS = "float32", "bfloat16", "int8"
+# Below the first temperature only the likeliest token has a chance, above the second all have the
+# same. Logits divided by numbers beyond them could exceed what float32 holds.
+COLDEST, HOTTEST = 1e-30, 1e30
+LARGEST_TOP_K = 2**31 - 1
+# What a decoder writes for bytes that are not UTF-8, such as half a character.
+NOT_UTF8 = "\ufffd"
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn; what cuts off more applies."""
+    """How the next token is drawn; what cuts off more applies.
 
-    temperature: float = 0.8  # 0 takes the likeliest
+    Raises:
+      UserError: a value is out of range.
+    """
+
+    temperature: float = 0.8  # below COLDEST, such as 0, takes the likeliest
     top_k: int = 0  # of the likeliest tokens only; 0 is all
     top_p: float = 1.0  # of the fewest tokens that have this much of the probability
+
+    def __post_init__(self):
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(f"--temperature={self.temperature} must be 0 or more, and finite")
+        if not 0 <= self.top_k <= LARGEST_TOP_K:
+            raise UserError(
+                f"--top-k={self.top_k} must be 0 (all tokens) or more, up to {LARGEST_TOP_K}"
+            )
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"--top-p={self.top_p} must be above 0, up to 1")
 
 
 class State(NamedTuple):
@@ -81,11 +102,7 @@ class Generator:
             raise UserError(f"--weights={weights} is unknown; use one of {', '.join(WEIGHTS)}")
         devices = None if mesh else jax.local_devices()[:1]
         config, _, model, on = restore_run(workdir, devices, mesh or MeshConfig())
-        if config.moe.router == "expert_choice":
-            raise UserError(
-                "this run's experts choose their tokens (moe.router=expert_choice): whom they "
-                "choose depends on the tokens to come, so it cannot generate"
-            )
+        check_runs_without_limit(config)
         if jax.default_backend() == "cpu":  # bfloat16 is many times slower there
             model.config = dataclasses.replace(model.config, dtype="float32")
         tokenizer = Tokenizer.load(workdir / workdirs.TOKENIZER)
@@ -94,7 +111,7 @@ class Generator:
 
     def __call__(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[str | Sequence[int]],
         tokens: int,
         sampling: Sampling = Sampling(),
         seeds: Sequence[int] | None = None,
@@ -107,7 +124,7 @@ class Generator:
         token is dropped, whatever its expert's load.
 
         Args:
-          prompts: of any lengths.
+          prompts: texts, or their token ids without the mark that starts a document.
           tokens: at most this many a prompt.
           sampling: how they are drawn.
           seeds: one a prompt, 0 unless given.
@@ -118,9 +135,9 @@ class Generator:
           UserError: a prompt and its continuation exceed the context, or a value is out of range.
         """
         seeds = [0] * len(prompts) if seeds is None else seeds
-        _check(tokens, sampling, seeds)
+        _check(tokens, seeds, stop)
         # Training starts every document with the end-of-text mark.
-        starts = [[self.tokenizer.end_of_text, *self.tokenizer.encode(p)] for p in prompts]
+        starts = [[self.tokenizer.end_of_text, *self._ids(prompt)] for prompt in prompts]
         length = self.decoder.config.length
         longest = max(map(len, starts))
         if longest + tokens > length:
@@ -128,7 +145,7 @@ class Generator:
                 f"the prompt's {longest} tokens and --tokens={tokens} exceed the context of "
                 f"{length}; shorten the prompt or use --tokens={max(0, length - longest)}"
             )
-        written = [Written(self.tokenizer, stop) for _ in prompts]
+        written = [Written(self.tokenizer, stop, start[1:]) for start in starts]
         with jax.set_mesh(self.mesh):
             state = self._start(starts, seeds, tokens)
             read = [len(start) for start in starts]
@@ -150,6 +167,19 @@ class Generator:
                     return [text.text for text in written]
                 state = state._replace(stop_B=jax.device_put(ended, state.stop_B.sharding))
 
+    def _ids(self, prompt: str | Sequence[int]) -> list[int]:
+        """A prompt's token ids, checked where they are given."""
+        if isinstance(prompt, str):
+            _check_text("--prompt", prompt)
+            return self.tokenizer.encode(prompt)
+        for token in prompt:
+            if not 0 <= token < self.tokenizer.size:
+                raise UserError(
+                    f"the prompt's token {token} is out of range; the tokenizer's are from 0 to "
+                    f"{self.tokenizer.size - 1}"
+                )
+        return list(prompt)
+
     def _start(self, starts: list[list[int]], seeds: Sequence[int], tokens: int) -> State:
         """Reads the prompts; rows that fill up the batch have nothing to do."""
         devices = math.prod(self.mesh.shape[name] for name in batch_axes(self.mesh))
@@ -170,11 +200,21 @@ class Generator:
 
 
 class Written:
-    """The text of one continuation, as its tokens come."""
+    """The text of one continuation, as its tokens come.
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]):
-        self._tokenizer, self._stop, self._ids = tokenizer, stop, []
+    What a decoder writes for a token can depend on the tokens before it: a space between words,
+    or a character whose bytes are several tokens. New tokens are therefore decoded together with
+    the ones just before them, at first with the prompt's.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], prompt: Sequence[int] = ()):
+        """Takes the texts to end before and the tokens of the prompt, without its mark."""
+        self._tokenizer, self._stop = tokenizer, stop
+        self._before, self._ids = list(prompt), []  # the tokens before; those to decode
+        self._decoded = ""  # the text of all tokens that need not be decoded again
         self.text, self.ended = "", False
+        if tokenizer.decode(self._before).startswith(NOT_UTF8):
+            self._drop_rest_of_a_character()
 
     def add(self, ids: list[int], last: bool) -> str:
         """Takes tokens; returns the text that is certain now and wasn't before.
@@ -187,16 +227,39 @@ class Written:
         if end in ids:
             ids, last = ids[: ids.index(end)], True
         self._ids += ids
-        text = self._tokenizer.decode(self._ids)
-        found = [text.index(stop) for stop in self._stop if stop in text]
+        self._decode(last)
+        text = self._decoded
+        found = [text.find(stop, len(self.text)) for stop in self._stop]
+        found = [place for place in found if place >= 0]
         if found:
             text, last = text[: min(found)], True
         self.ended = last
         if not last:
-            text = text.removesuffix("�")
             text = text[: len(text) - _possible_stop(text, self._stop)]
         new, self.text = text[len(self.text) :], text
         return new
+
+    def _drop_rest_of_a_character(self) -> None:
+        """Where a prompt was cut within a character, some decoders write all its bytes as none."""
+        for lost in range(1, 4):
+            text = self._tokenizer.decode(self._before[lost:])
+            if text and not text.startswith(NOT_UTF8):
+                del self._before[:lost]
+                return
+
+    def _decode(self, last: bool) -> None:
+        """Adds to the decoded text, up to the last whole character unless these are all tokens."""
+        before = self._tokenizer.decode(self._before)
+        count = len(self._ids)
+        # A character has at most four bytes, so that its rest is missing to three tokens at most.
+        for size in (count,) if last else range(count, max(count - 4, 0), -1):
+            text = self._tokenizer.decode(self._before + self._ids[:size])
+            new = text[len(os.path.commonprefix([before, text])) :]
+            if last or (new and not new.endswith(NOT_UTF8)):
+                self._decoded += new
+                kept = self._before if before.endswith(NOT_UTF8) else []
+                self._before, self._ids = kept + self._ids[:size], self._ids[size:]
+                return
 
 
 def _possible_stop(text: str, stop: Sequence[str]) -> int:
@@ -205,18 +268,24 @@ def _possible_stop(text: str, stop: Sequence[str]) -> int:
     return max(sizes, default=0)
 
 
-def _check(tokens: int, sampling: Sampling, seeds: Sequence[int]) -> None:
+def _check(tokens: int, seeds: Sequence[int], stop: Sequence[str]) -> None:
     if tokens < 1:
         raise UserError(f"--tokens={tokens} must be 1 or more")
-    if not 0 <= sampling.temperature < math.inf:
-        raise UserError(f"--temperature={sampling.temperature} must be 0 or more, and finite")
-    if sampling.top_k < 0:
-        raise UserError(f"--top-k={sampling.top_k} must be 0 (all tokens) or more")
-    if not 0 < sampling.top_p <= 1:
-        raise UserError(f"--top-p={sampling.top_p} must be above 0, up to 1")
     for seed in seeds:
         if not 0 <= seed < 2**32:
             raise UserError(f"--seed={seed} is out of range; use a value from 0 to {2**32 - 1}")
+    for text in stop:
+        if not text:
+            raise UserError("--stop= is empty, and would end every text at once; leave it out")
+        _check_text("--stop", text)
+
+
+def _check_text(option: str, text: str) -> None:
+    """What a command line holds that isn't UTF-8 reaches Python as lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{option} is not UTF-8 text (character {error.start})") from None
 
 
 @partial(jax.jit, static_argnums=5)
@@ -273,9 +342,9 @@ def advance(
 
 def _draw(logits_BxV, sampling: Sampling, keys_B) -> jax.Array:
     """A token for each row, int32."""
-    if sampling.temperature == 0:
+    if sampling.temperature < COLDEST:
         return jnp.argmax(logits_BxV, axis=-1).astype(jnp.int32)
-    logits_BxV /= sampling.temperature
+    logits_BxV /= min(sampling.temperature, HOTTEST)
     if 0 < sampling.top_k < logits_BxV.shape[1]:
         least_B = jax.lax.top_k(logits_BxV, sampling.top_k)[0][:, -1]
         logits_BxV = jnp.where(logits_BxV < least_B[:, None], -jnp.inf, logits_BxV)
@@ -283,7 +352,7 @@ def _draw(logits_BxV, sampling: Sampling, keys_B) -> jax.Array:
         sorted_BxV = -jnp.sort(-logits_BxV)
         p_BxV = jax.nn.softmax(sorted_BxV)
         before_BxV = jnp.cumsum(p_BxV, axis=-1) - p_BxV
-        kept_B = (before_BxV < sampling.top_p).sum(-1)
+        kept_B = jnp.maximum((before_BxV < sampling.top_p).sum(-1), 1)
         least_Bx1 = jnp.take_along_axis(sorted_BxV, kept_B[:, None] - 1, axis=-1)
         logits_BxV = jnp.where(logits_BxV < least_Bx1, -jnp.inf, logits_BxV)
     return jax.vmap(jax.random.categorical)(keys_B, logits_BxV).astype(jnp.int32)

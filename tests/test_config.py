@@ -17,6 +17,7 @@ from prmoe_jax.config import (
     load,
     resolve,
     save,
+    teacher_of,
 )
 from prmoe_jax.errors import UserError
 from prmoe_jax.parallel.mesh import axis_sizes
@@ -569,6 +570,21 @@ def test_a_damaged_config_is_named(tmp_path, content, message):
     path.write_bytes(content)
     with pytest.raises(UserError, match=re.escape(message)):
         load(path)
+
+
+def test_a_teacher_whose_experts_choose_needs_a_limit(tmp_path):
+    """Without one each of its experts takes every token: another model than was trained."""
+    teacher = tiny_config("moe.router=expert_choice", "moe.eval_capacity_factor=1.5")
+    save(teacher, tmp_path / "config.json")
+    taught = f"teacher.workdir={tmp_path}"
+    message = "teacher.capacity_factor=inf lets every expert of this teacher (moe.router=expert_"
+    with pytest.raises(UserError, match=re.escape(message)) as refused:
+        teacher_of(tiny_config(taught, "teacher.capacity_factor=inf"))
+    assert "use 0, for its own 1.5, or a finite one" in str(refused.value)
+    for factor in (0, 3):
+        assert teacher_of(tiny_config(taught, f"teacher.capacity_factor={factor}"))
+    save(tiny_config(), tmp_path / "config.json")
+    assert teacher_of(tiny_config(taught, "teacher.capacity_factor=inf"))
 
 
 def test_a_missing_config_means_no_run(tmp_path):

@@ -29,6 +29,7 @@ SETTINGS = [
     """.split(),
 ]
 NEW = ["train", "--workdir=new", *SETTINGS]
+HUGE = 10**20
 RESUME = ["train", "--workdir=run", *SETTINGS]
 
 
@@ -88,6 +89,10 @@ def empty_folder(monkeypatch):
 
 def one_document(monkeypatch):
     write("single/a.txt", "one document")(monkeypatch)
+
+
+def no_tokenizer(monkeypatch):
+    Path("run/tokenizer.json").unlink()
 
 
 def no_network(monkeypatch):
@@ -370,6 +375,68 @@ CASES = {
     "top k": (["generate", "--workdir=run", "--top-k=-1"], "--top-k=-1 must be 0 (all tokens) or"),
     "top p": (["generate", "--workdir=run", "--top-p=0"], "--top-p=0.0 must be above 0, up to 1"),
     "samples": (["generate", "--workdir=run", "--samples=0"], "--samples=0 must be 1 or more"),
+    "too many samples": (
+        ["generate", "--workdir=run", f"--samples={HUGE}"],
+        f"--samples={HUGE} must be 1 or more, up to 1000000",
+    ),
+    "too many tokens": (
+        ["generate", "--workdir=run", f"--tokens={HUGE}"],
+        f"the prompt's 1 tokens and --tokens={HUGE} exceed the context of 32",
+    ),
+    "seed of many digits": (
+        ["generate", "--workdir=run", f"--seed={HUGE}"],
+        f"--seed={HUGE} is out of range; use a value from 0 to 4294967295",
+    ),
+    "huge top k": (
+        ["generate", "--workdir=run", f"--top-k={HUGE}"],
+        f"--top-k={HUGE} must be 0 (all tokens) or more, up to 2147483647",
+    ),
+    "top p nan": (
+        ["generate", "--workdir=run", "--top-p=nan"],
+        "--top-p=nan must be above 0, up to 1",
+    ),
+    "top p inf": (
+        ["generate", "--workdir=run", "--top-p=inf"],
+        "--top-p=inf must be above 0, up to 1",
+    ),
+    "empty stop": (
+        ["generate", "--workdir=run", "--stop=."] + ["--stop="],
+        "--stop= is empty, and would end every text at once; leave it out",
+    ),
+    "prompt not UTF-8": (
+        ["generate", "--workdir=run", "--prompt=caf\udce9"],
+        "--prompt is not UTF-8 text (character 3)",
+    ),
+    "stop not UTF-8": (
+        ["generate", "--workdir=run", "--stop=\udce9"],
+        "--stop is not UTF-8 text (character 0)",
+    ),
+    "generate without tokenizer": (
+        ["generate", "--workdir=run"],
+        "run/tokenizer.json: cannot be read: ",
+        no_tokenizer,
+    ),
+    "generate with a torn tokenizer": (
+        ["generate", "--workdir=run"],
+        "run/tokenizer.json: not a tokenizer.json: ",
+        write("run/tokenizer.json", '{"version": "1.0", "mod'),
+    ),
+    "generate with an empty tokenizer": (
+        ["generate", "--workdir=run"],
+        "run/tokenizer.json: not a tokenizer.json: ",
+        write("run/tokenizer.json", ""),
+    ),
+    "generate with a binary tokenizer": (
+        ["generate", "--workdir=run"],
+        "run/tokenizer.json: not UTF-8 text (byte 0); convert it",
+        write("run/tokenizer.json", b"\xff\xfe"),
+    ),
+    "no tasks": (["eval", "--workdir=run", "--tasks="], "--tasks= has an empty name; use names su"),
+    "no task between": (["eval", "--workdir=run", "--tasks=a,,b"], "--tasks=a,,b has an empty na"),
+    "limit of many digits": (
+        ["eval", "--workdir=run", "--tasks=cloze", f"--limit={HUGE}"],
+        f"--limit={HUGE} is a number of examples, for --tasks: from 1 to 9223372036854775807",
+    ),
     "mesh axis": (
         ["generate", "--workdir=run", "--mesh=experts:2"],
         "--mesh=experts:2 must be axes and their devices such as expert:4,tensor:2; there are data",

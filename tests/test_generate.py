@@ -1,14 +1,20 @@
 """Generation: cached decoding is the whole forward, whoever shares a batch; weights of few bits."""
 
+import os.path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 from jax.sharding import Mesh
+from tokenizers import decoders as token_decoders
+from tokenizers import models, normalizers, pre_tokenizers
 
 from prmoe_jax import architecture, config, generate
 from prmoe_jax import decoder as decoders
-from prmoe_jax.data.tokenizer import _bytes
+from prmoe_jax.data.tokenizer import Tokenizer, _bytes
+from prmoe_jax.errors import UserError
 from prmoe_jax.generate import Generator, Sampling, Written
 from prmoe_jax.model import resolve_backends
 from prmoe_jax.moe.experts import Experts, SeparateExperts
@@ -31,8 +37,39 @@ def held(model, weights="float32"):
     return decoders.decoder(model, weights, MESH)
 
 
-def generator(model, weights="float32"):
-    return Generator(held(model, weights), _bytes(), MESH)
+def generator(model, weights="float32", tokenizer=None):
+    return Generator(held(model, weights), tokenizer or _bytes(), MESH)
+
+
+def sentencepiece(byte_fallback=False):
+    """Letters and pairs, where a space is the first character of the word behind it.
+
+    With `byte_fallback`, as Llama's: other characters are one token a byte.
+    """
+    pairs = [("t", "h"), ("th", "e"), ("▁", "the"), ("▁", "e")]
+    letters = ["▁", *"abcdefghijklmnopqrstuvwxyz"] + ["".join(pair) for pair in pairs]
+    pieces = ["<unk>"] + [f"<0x{i:02X}>" for i in range(256 * byte_fallback)] + letters
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    model = models.BPE(vocabulary, pairs, unk_token="<unk>", byte_fallback=byte_fallback)
+    tokenizer = tokenizers.Tokenizer(model)
+    if byte_fallback:
+        replaced = normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")
+        tokenizer.normalizer = normalizers.Sequence(list(replaced))
+        spaced, joined = token_decoders.Replace("▁", " "), token_decoders.Strip(" ", 1, 0)
+        parts = [spaced, token_decoders.ByteFallback(), token_decoders.Fuse(), joined]
+        tokenizer.decoder = token_decoders.Sequence(parts)
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+        tokenizer.decoder = token_decoders.Metaspace()
+    tokenizer.add_special_tokens(["</s>"])
+    return Tokenizer(tokenizer.to_str(), "sentencepiece")
+
+
+TOKENIZERS = {
+    "bytes": _bytes,
+    "metaspace": sentencepiece,
+    "llama": lambda: sentencepiece(byte_fallback=True),
+}
 
 
 MESH = Mesh(
@@ -153,7 +190,109 @@ def test_what_is_drawn_by_hand():
     for top_p, kept in ((0.4, [1]), (0.5, [1]), (0.51, [1, 3]), (0.76, [0, 1, 2, 3])):
         assert np.flatnonzero(draws(logits_V, Sampling(1.0, top_p=top_p))).tolist() == kept
     assert draws(logits_V, Sampling(0)).tolist() == [0, 2000, 0, 0, 0]
+    assert draws(logits_V, Sampling(1.0, top_p=1e-46)).tolist() == [0, 2000, 0, 0, 0]
     assert np.flatnonzero(draws(logits_V, Sampling(1.0, top_k=3, top_p=0.3))).tolist() == [1]
+
+
+@pytest.mark.parametrize("temperature", [1e-46, 1e-40, 1e-38, 1e-31, 1e-29])
+def test_next_to_temperature_0_is_greedy(temperature):
+    """Where float32 has no such number, or no quotient; also for logits that are equal."""
+    sampling = Sampling(temperature)
+    assert draws([90.0, -80.0, 91.0, 90.5], sampling, 50).tolist() == [0, 0, 50, 0]
+    assert draws([-1e3, -np.inf, -1e3, -1e3 + 1], sampling, 50).tolist() == [0, 0, 0, 50]
+    if temperature < generate.COLDEST:
+        assert draws([1.0, 3.0, 3.0, 2.0], sampling, 50).tolist() == [0, 50, 0, 0]
+
+
+@pytest.mark.parametrize("temperature", [1e30, 3e38, 1e39, 1e308])
+def test_the_hottest_temperatures_draw_no_padding(temperature):
+    count_V = draws([5.0, -5.0, -np.inf], Sampling(temperature), 500)
+    assert count_V[2] == 0 and count_V[:2].min() > 200
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@pytest.mark.parametrize("size", [1, 3, 7, 50])
+def test_a_continuation_is_decoded_after_its_prompt(kind, size):
+    """Prompt and continuation are the whole text, wherever it is cut into them and into pieces."""
+    tokenizer = TOKENIZERS[kind]()
+    texts = ["the expert the", " e  the", "", "x"]
+    if kind != "metaspace":  # the others have tokens for every character
+        texts += ["thé “expert” 日本語 😀€", "日本語"]
+    for text in texts:
+        ids = tokenizer.encode(text)
+        for cut in range(len(ids) + 1):
+            written, new, pieces = Written(tokenizer, [], ids[:cut]), ids[cut:], []
+            for i in range(0, len(new) or 1, size):
+                pieces.append(written.add(new[i : i + size], i + size >= len(new)))
+            whole = tokenizer.decode(ids)
+            prompt = os.path.commonprefix([tokenizer.decode(ids[:cut]), whole])
+            assert "".join(pieces) == written.text == whole[len(prompt) :], (text, cut)
+
+
+def test_spaces_between_prompt_and_continuation_by_hand():
+    tokenizer = sentencepiece()
+    the, e, space = (tokenizer.encode(text) for text in ("the", "e", " "))
+    assert [len(ids) for ids in (the, e, space)] == [1, 1, 1]
+    for prompt, new, expected in (
+        (the, the, " the"), ([], the, "the"), (the, e + the, " e the"), (the, space, " "),
+        (the + space, the, " the"),
+    ):  # fmt: skip
+        written = Written(tokenizer, [], prompt)
+        assert written.add(new, True) == expected
+
+
+def test_a_prompt_that_was_cut_within_a_character():
+    """Its first bytes are no text, which must not spoil what comes after them."""
+    tokenizer = sentencepiece(byte_fallback=True)
+    prompt, new = tokenizer.encode("日本語を話す")[1:], tokenizer.encode("日本語")[1:]
+    for lost in range(4):
+        written = Written(tokenizer, [], prompt[lost:])
+        assert written.add(new[:4], False) == "日" and written.add(new[4:], True) == "本語"
+
+
+def test_random_bytes_are_decoded_as_at_once():
+    tokenizer, rng = _bytes(), np.random.default_rng(0)
+    for _ in range(100):
+        ids = rng.integers(0, 256, rng.integers(1, 40)).tolist()
+        size = int(rng.integers(1, 9))
+        written = Written(tokenizer, [])
+        for i in range(0, len(ids), size):
+            written.add(ids[i : i + size], i + size >= len(ids))
+        assert written.text == tokenizer.decode(ids)
+
+
+def test_each_token_is_decoded_a_few_times(monkeypatch):
+    """However long the text is: what was decoded stays so."""
+    tokenizer, decoded = _bytes(), []
+    decode = tokenizer.decode
+    monkeypatch.setattr(tokenizer, "decode", lambda ids: decoded.append(len(ids)) or decode(ids))
+    ids = tokenizer.encode("“Déjà vu”, said the expert. " * 200)
+    written = Written(tokenizer, ["never there"], ids[:100])
+    for i in range(0, len(ids), generate.STEPS):
+        written.add(ids[i : i + generate.STEPS], i + generate.STEPS >= len(ids))
+    assert written.text == decode(ids)
+    assert sum(decoded) < 10 * len(ids)
+
+
+def test_prompts_of_ids_and_of_text_are_the_same():
+    """With a tokenizer whose words begin with their space, which the continuation keeps."""
+    tokenizer = sentencepiece()
+    run = generator(build("2 layers", init_std=0.2), tokenizer=tokenizer)
+    prompts, seeds = ["the", "", "e the"], [3, 4, 5]
+    states, advance = [], generate.advance
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generate, "advance", lambda *a: states.append(advance(*a)) or states[-1])
+        texts = run(prompts, 20, Sampling(1.0), seeds)
+    ids = [tokenizer.encode(prompt) for prompt in prompts]
+    assert run(ids, 20, Sampling(1.0), seeds) == texts
+    for row, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
+        whole = states[-1].tokens_BxT[row, 1 : states[-1].length_B[row]].tolist()
+        whole = [i for i in whole if i != tokenizer.end_of_text]
+        assert prompt + text == tokenizer.decode(whole)
+    with pytest.raises(UserError, match="token 33 is out of range; the tokenizer's are from 0 to"):
+        run([[5, tokenizer.size]], 3)
+    with pytest.raises(UserError, match="the prompt's token -1 is out of range"):
+        run([[-1]], 3)
 
 
 def test_text_as_it_comes():

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prmoe_jax import architecture
+from prmoe_jax import architecture, attention
 from prmoe_jax.attention import attend, resolve_attention, splash
 from prmoe_jax.config import ModelConfig, MoeConfig, resolve
 from prmoe_jax.errors import UserError
@@ -183,11 +183,75 @@ def test_splash_equals_xla():
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_splash_at_a_length_that_is_padded_equals_xla(monkeypatch):
+    monkeypatch.setattr(attention, "splash", functools.partial(splash, interpret=True))
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 61, 1, 8))
+    segments = jnp.array([[1] * 61, [1] * 20 + [2] * 30 + [0] * 11])
+    got, expected = (
+        jit(functools.partial(attend, implementation=kind))(q, k, v, segments)
+        for kind in ("splash", "xla")
+    )
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def cudnn(monkeypatch):
+    """Lets JAX find the cuDNN that this machine lacks, so that it checks shapes as on a GPU."""
+    module = "jax._src.cudnn.fused_attention_stablehlo"
+    monkeypatch.setattr(f"{module}.check_cudnn_version", lambda: 91000)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"d_model": 16}, ""),
+        ({"d_model": 256, "length": 14}, ""),
+        ({"d_model": 10}, "multiple of 8, but got 5"),
+        ({"d_model": 272}, "<= 128 and a multiple of 8, but got 136"),
+    ],
+)
+def test_cudnn_only_where_it_accepts_the_shape(changes, expected, cudnn, caplog):
+    caplog.set_level("INFO")
+    model = dataclasses.replace(SMALL, attention="auto", dtype="bfloat16", **changes)
+    forced = dataclasses.replace(model, attention="cudnn")
+    assert resolve_attention(model, "gpu") == ("xla" if expected else "cudnn")
+    assert expected in caplog.text and bool(expected) == bool(caplog.records)
+    if expected:
+        with pytest.raises(UserError, match=f"attention=cudnn cannot run .*{expected}"):
+            resolve_attention(forced, "gpu")
+    else:
+        assert resolve_attention(forced, "gpu") == "cudnn"
+
+
+def test_cudnn_on_older_and_newer_gpus(cudnn, monkeypatch):
+    """Heads of up to 256 from Hopper on; none before Ampere; none where cuDNN is missing."""
+    wide = dataclasses.replace(SMALL, attention="auto", dtype="bfloat16", d_model=512)
+    narrow = dataclasses.replace(wide, d_model=16)
+
+    class Device:
+        compute_capability = "9.0"
+
+    monkeypatch.setattr(jax, "local_devices", lambda: [Device])
+    module = "jax._src.cudnn.fused_attention_stablehlo"
+    monkeypatch.setattr(f"{module}.check_compute_capability", lambda least: least <= "9.0")
+    assert resolve_attention(wide, "gpu") == "cudnn"
+    monkeypatch.setattr(f"{module}.check_compute_capability", lambda least: False)
+    assert resolve_attention(wide, "gpu") == "xla"
+    Device.compute_capability = "7.5"
+    assert resolve_attention(narrow, "gpu") == "xla"
+    with pytest.raises(UserError, match="needs compute capability 8.0, this GPU has 7.5"):
+        resolve_attention(dataclasses.replace(narrow, attention="cudnn"), "gpu")
+    Device.compute_capability = "8.0"
+    assert resolve_attention(narrow, "gpu") == "cudnn"
+    monkeypatch.undo()
+    assert resolve_attention(narrow, "gpu") == "xla"
+
+
 @pytest.mark.parametrize(
     ("attention", "platform", "changes", "expected"),
     [
         ("auto", "cpu", {}, "xla"),
-        ("auto", "gpu", {"dtype": "bfloat16"}, "cudnn"),
+        ("auto", "gpu", {"dtype": "bfloat16", "d_model": 16}, "cudnn"),
         ("auto", "gpu", {"dtype": "float32"}, "xla"),
         ("auto", "tpu", {"length": 256}, "splash"),
         ("auto", "tpu", {"length": 250}, "xla"),
@@ -197,7 +261,7 @@ def test_splash_equals_xla():
         ("cudnn", "cpu", {}, "needs a gpu, this is a cpu"),
     ],
 )
-def test_attention_choice(attention, platform, changes, expected):
+def test_attention_choice(attention, platform, changes, expected, cudnn):
     model = dataclasses.replace(SMALL, attention=attention, **changes)
     if expected in ("xla", "cudnn", "splash"):
         assert resolve_attention(model, platform) == expected

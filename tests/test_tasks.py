@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from prmoe_jax.cli import main
 from prmoe_jax.config import DataConfig
 from prmoe_jax.errors import UserError
+from prmoe_jax.generate import Sampling
 from prmoe_jax.tasks import choices, cloze, local, score
 from prmoe_jax.tasks.score import Scorer
 from tests.quick import forward
@@ -143,6 +145,75 @@ def test_articles_by_hand():
     assert {row["answer"] for row in rows} == {0, 1, 2, 3}
 
 
+QUESTION = {"input": [{"content": "How? A: so B: not so"}], "ideal": "B"}
+ARTICLE = {"extract": "One.", "topic": "Arts", "description": "a thing"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("wiki", "{", "JSONDecodeError: Expecting property name"),
+        ("wiki", b"\xff", "'utf-8' codec can't decode byte 0xff"),
+        ("wiki", "[]", "'list' object has no attribute 'values'"),
+        ("wiki", {"a": 1}, "'int' object is not subscriptable"),
+        ("wiki", {"a": ARTICLE | {"topic": None}}, "TypeError: topic is None, not a text"),
+        ("wiki", {"a": {"topic": "Arts"}}, "KeyError: 'description'"),
+        ("wiki", "[" * 10**5, "it is nested too deeply"),
+        ("quartz_local", "{}", "KeyError: 'input'"),
+        ("quartz_local", "null", "'NoneType' object is not subscriptable"),
+        ("quartz_local", QUESTION | {"input": []}, "IndexError: list index out of range"),
+        ("quartz_local", QUESTION | {"ideal": "C"}, "ValueError: "),
+        ("quartz_local", QUESTION | {"ideal": 1}, "TypeError: "),
+        ("quartz_local", json.dumps(QUESTION)[:-20], "JSONDecodeError: "),
+        (
+            "socialiqa_local",
+            QUESTION,
+            "'How? A: so B: not so' is not a question with its answers",
+        ),
+    ],
+)
+def test_damaged_packages_are_named(name, content, expected, tmp_path, monkeypatch):
+    path = tmp_path / "data"
+    content = content if isinstance(content, str | bytes) else json.dumps(content)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    monkeypatch.setattr(choices, "find", lambda name: path)
+    with pytest.raises(UserError) as error:
+        local.prepare(name, DataConfig(cache_dir=str(tmp_path / "cache")))
+    start = f"{path} is damaged ("
+    assert str(error.value).startswith(start) and expected in str(error.value)
+    assert "; pip install --force-reinstall --no-deps " in str(error.value)
+
+
+def test_damaged_examples_are_named(tmp_path, monkeypatch):
+    """Those that were made before, in the cache: whatever was changed in them."""
+    path = tmp_path / "data"
+    path.write_text(json.dumps(QUESTION) + "\n" + json.dumps(QUESTION | {"ideal": "A"}))
+    monkeypatch.setattr(choices, "find", lambda name: path)
+    config = DataConfig(cache_dir=str(tmp_path / "cache"))
+    folder = local.prepare("quartz_local", config)
+    examples = folder / "examples.jsonl"
+    made = examples.read_text()
+    rows = [json.loads(line) for line in made.splitlines()]
+    question = {"question": "How?\nAnswer:", "choices": ["so", "not so"]}
+    assert rows == [question | {"answer": 1}, question | {"answer": 0}]
+    assert local.prepare("quartz_local", config) == folder
+    described = folder / "quartz_local.yaml"
+    description = described.read_text()
+    for damage in (
+        lambda: examples.write_text(made[:-3]),
+        lambda: examples.write_text(made.replace("How", "Who", 1)),
+        examples.unlink,
+        lambda: described.write_text(description.replace("acc", "exact_match")),
+        described.unlink,
+    ):
+        examples.write_text(made)
+        described.write_text(description)
+        assert local.prepare("quartz_local", config) == folder
+        damage()
+        with pytest.raises(UserError, match=f"{folder} is damaged; delete it, and it is made"):
+            local.prepare("quartz_local", config)
+
+
 @pytest.mark.parametrize("name", choices.SOURCES)
 def test_the_packages_that_hold_questions(name, tmp_path):
     """Every example has as many answers, one of them right; without the package, how to get it."""
@@ -162,20 +233,34 @@ def test_the_packages_that_hold_questions(name, tmp_path):
     np.testing.assert_allclose(share, 1 / answers, atol=0.1)
 
 
-@with_harness
-def test_the_harness(text, tmp_path, capsys):  # noqa: F811
-    """Log-probabilities of both kinds, text until a stop, and a task in one command."""
-    from lm_eval.api.instance import Instance
+@pytest.fixture(scope="module")
+def run(text, tmp_path_factory):  # noqa: F811
+    workdir = tmp_path_factory.mktemp("run")
+    assert main(arguments(text, workdir, SMALL, **{"train.steps": 40})) == 0
+    return workdir
 
+
+@pytest.fixture(scope="module")
+def lm(run):
     from prmoe_jax.tasks.harness import PrmoeLM
 
-    run = tmp_path / "run"
-    assert main(arguments(text, run, SMALL, **{"train.steps": 40})) == 0
-    lm = PrmoeLM(str(run), batch_size=2)
-    mark, model = lm.eot_token_id, lm._scorer._model
+    return PrmoeLM(str(run), batch_size=2)
 
-    def asked(kind, *arguments):
-        return [Instance(kind, {}, args, i) for i, args in enumerate(arguments)]
+
+def asked(kind, *arguments):
+    from lm_eval.api.instance import Instance
+
+    return [Instance(kind, {}, args, i) for i, args in enumerate(arguments)]
+
+
+def continued(lm, *requests):
+    return lm.generate_until(asked("generate_until", *requests))
+
+
+@with_harness
+def test_the_harness(run, lm, capsys):
+    """Log-probabilities of both kinds, text until a stop, and a task in one command."""
+    mark, model = lm.eot_token_id, lm._scorer._model
 
     pairs = [("the expert", " of"), ("", "token"), ("of a ", "router")]
     for (context, continuation), found in zip(
@@ -187,15 +272,17 @@ def test_the_harness(text, tmp_path, capsys):  # noqa: F811
         assert found[0] == pytest.approx(expected[0], rel=1e-5) and found[1] == expected[1]
 
     long = "the expert of a token is chosen by its router and so on " * 2
-    (rolling,) = lm.loglikelihood_rolling(asked("loglikelihood_rolling", (long,)))
+    rolled = lm.loglikelihood_rolling(asked("loglikelihood_rolling", ("",), (long,), ("",)))
+    assert rolled[0] == rolled[2] == 0
+    rolling = rolled[1]
     ids = lm.tok_encode(long)
     first = directly(model, [mark], ids[:32])[0]
     assert rolling < first < 0
     assert rolling / len(ids) == pytest.approx(first / 32, rel=0.5)
 
     until = {"until": ["e"], "max_gen_toks": 9}
-    texts = lm.generate_until(asked("generate_until", ("the exp", until), (long, until)))
-    assert all("e" not in text for text in texts)
+    texts = continued(lm, ("the exp", until), (long, until))
+    assert all("e" not in each for each in texts)
 
     capsys.readouterr()
     command = ["eval", f"--workdir={run}", "--tasks"]
@@ -203,6 +290,95 @@ def test_the_harness(text, tmp_path, capsys):  # noqa: F811
     assert "--tasks=nothing-of-this-name is unknown; use cloze, wiki," in capsys.readouterr().err
     assert main([*command, "cloze"]) == 2
     assert "has no passage to make a cloze task of" in capsys.readouterr().err
+
+
+@with_harness
+def test_long_prompts_are_cut_by_their_tokens(lm):
+    """Wherever they are cut: half a quotation mark, decoded and encoded, is longer than it was."""
+    prompts = ["”" * 20 + "x" * rest for rest in range(6)] + ["日本語" * 9, "of a token " * 9]
+    # No more than half of the context of 32 is continued.
+    for asked_for, tokens in ((9, 9), (256, 16)):
+        until = {"until": [], "max_gen_toks": asked_for}
+        found = continued(lm, *((prompt, until) for prompt in prompts))
+        kept = [lm.tok_encode(prompt)[-(32 - tokens - 1) :] for prompt in prompts]
+        assert lm._generator(kept, tokens, Sampling(0)) == found
+
+
+@with_harness
+def test_repeats_are_drawn_differently(lm):
+    """By their number among equal requests: whatever the batch and the order are."""
+    hot = {"until": [], "do_sample": True, "temperature": 1.0, "max_gen_toks": 12}
+    a, b, c = ("the ", hot), ("of ", hot), ("the ", hot | {"temperature": 1.1})
+    texts = continued(lm, a, a, a, b, b, c)
+    assert len(set(texts[:3])) == 3 and texts[3] != texts[4]
+    again = continued(lm, b, a, c, a, b, a)
+    assert [again[i] for i in (1, 3, 5, 0, 4, 2)] == texts
+    assert texts[:3] == lm._generator(["the "] * 3, 12, Sampling(1.0), [0, 1, 2])
+    cold = hot | {"do_sample": False}
+    assert len(set(continued(lm, ("the ", cold), ("the ", cold)))) == 1
+
+
+@with_harness
+def test_settings_of_generation_are_the_harness_s(lm, caplog):
+    """Its aliases and its rules: a temperature alone samples, and do_sample=False is greedy."""
+
+    def found(**settings):
+        return continued(lm, ("the ", {"until": []} | settings))[0]
+
+    def directly(tokens, *sampling):
+        return lm._generator(["the "], tokens, Sampling(*sampling))[0]
+
+    greedy, sampled = directly(12, 0.0), directly(12, 2.0)
+    assert greedy != sampled
+    for alias in ("max_gen_toks", "max_new_tokens", "max_tokens"):
+        assert found(**{alias: 12}) == greedy
+        assert found(**{alias: 3}) == directly(3, 0.0) != greedy
+        assert found(**{alias: 12}, temperature=2.0) == sampled
+    assert found(max_tokens=12, temperature=2.0, do_sample=False) == greedy
+    assert found(max_tokens=12, temperature=2.0, top_k=1) == greedy
+    assert found(max_tokens=12, temperature=2.0, top_k=-1) == sampled
+    assert found(max_tokens=12, temperature=2.0, top_p=1e-6) == greedy
+    assert found(max_tokens=12, until=["", greedy[2:4]]) == greedy[: greedy.index(greedy[2:4])]
+    assert "without effect" not in caplog.text
+    assert found(max_tokens=12, num_beams=3, min_p=0.1) == greedy
+    assert "generation_kwargs without effect: min_p, num_beams" in caplog.text
+
+
+@with_harness
+def test_repeats_of_a_task(lm, tmp_path):
+    """Asked for in a task's own file, as the harness hands them on."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    (tmp_path / "rows.jsonl").write_text('{"question": "the "}\n{"question": "of "}\n')
+    (tmp_path / "drawn.yaml").write_text(
+        "task: drawn\ndataset_path: json\ntest_split: test\noutput_type: generate_until\n"
+        f"dataset_kwargs:\n  data_files:\n    test: {tmp_path}/rows.jsonl\n"
+        'doc_to_text: "{{question}}"\ndoc_to_target: "x"\nrepeats: 4\n'
+        "generation_kwargs:\n  until: []\n  temperature: 1.0\n  max_tokens: 9\n"
+        "filter_list:\n- name: all\n  filter:\n  - function: take_first_k\n    k: 4\n"
+        "metric_list:\n- metric: bypass\n"
+    )
+    known = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    found = simple_evaluate(lm, tasks=["drawn"], task_manager=known, bootstrap_iters=0)
+    for sample in found["samples"]["drawn"]:
+        assert len(set(sample["resps"][0])) == 4
+
+
+@with_harness
+def test_a_run_whose_experts_choose_is_not_scored(run, tmp_path, capsys):
+    """The weights have the same shapes, so that its config alone makes it another model."""
+    from prmoe_jax.tasks.harness import PrmoeLM
+
+    other = shutil.copytree(run, tmp_path / "run")
+    config = json.loads((other / "config.json").read_text())
+    config["moe"]["router"] = "expert_choice"
+    (other / "config.json").write_text(json.dumps(config))
+    capsys.readouterr()
+    assert main(["eval", f"--workdir={other}", "--tasks=cloze"]) == 2
+    assert "can neither generate nor be scored in tasks" in capsys.readouterr().err
+    with pytest.raises(UserError, match="can neither generate nor be scored in tasks"):
+        PrmoeLM(str(other))
 
 
 @with_harness

@@ -19,8 +19,10 @@ import pytest
 
 from prmoe_jax.cli import main
 from prmoe_jax.config import load
+from prmoe_jax.errors import UserError
 from prmoe_jax.evaluate import restore_run
 from prmoe_jax.metrics import ROUTER_COLUMNS, read_metrics
+from prmoe_jax.tasks.score import Scorer
 from prmoe_jax.tree import named_leaves
 
 REPOSITORY = Path(__file__).parent.parent
@@ -536,6 +538,9 @@ def test_a_run_whose_experts_choose_cannot_generate(text, tmp_path, capsys):
     assert main(["generate", f"--workdir={tmp_path / 'run'}", "--prompt=the"]) == 2
     (*_, line) = capsys.readouterr().err.splitlines()
     assert "this run's experts choose their tokens (moe.router=expert_choice)" in line
+    # Nor be scored in tasks, by the same rule.
+    with pytest.raises(UserError, match="it can neither generate nor be scored in tasks"):
+        Scorer.restore(tmp_path / "run", batch_size=2)
 
 
 def test_nan_stops_with_the_last_good_checkpoint(text, tmp_path, capsys):

