@@ -30,7 +30,7 @@ from prmoe_jax.evaluate import evaluate_model
 from prmoe_jax.metrics import MetricsWriter, model_flops_utilisation, read_metrics, to_python
 from prmoe_jax.model import resolve_backends
 from prmoe_jax.parallel import processes
-from prmoe_jax.parallel.mesh import local_rows, make_mesh, replicated, split_batch
+from prmoe_jax.parallel.mesh import choose_mesh, local_rows, make_mesh, replicated, split_batch
 from prmoe_jax.sizes import cost
 from prmoe_jax.step import TrainState, make_eval_step, on_mesh, sharded_state
 from prmoe_jax.teacher import Teacher, frozen, inherited, restore_teacher
@@ -60,8 +60,9 @@ def train(
       UserError: the settings cannot be used, or contradict the run in the workdir.
       TrainingStopped: the loss or the gradient is no longer finite.
     """
-    mesh = make_mesh(config)
-    resolved = resolve_backends(config, jax.default_backend(), mesh)
+    placed = choose_mesh(config, jax.device_count())
+    mesh = make_mesh(placed)
+    resolved = resolve_backends(placed, jax.default_backend(), mesh)
     first = jax.process_index() == 0
     with contextlib.ExitStack() as stack:
         if first:
