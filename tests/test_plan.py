@@ -161,6 +161,53 @@ def test_flops_and_bytes_by_hand():
     assert (sent.kind, sent.axes, sent.bytes) == ("reduce-scatter", ("b",), 2 * 8 * 6)
 
 
+# Attention kernels as the TPU's compiler writes them, [B, H, L, K], in a loop of 5 portions; and
+# cuDNN's, [B, L, H, K]. What comes before the queries has no heads, or is no float.
+KERNELS = """\
+HloModule jit_step, is_scheduled=true
+
+%portion (s: (s32[], bf16[2,3,7,11])) -> (s32[], bf16[2,3,7,11]) {
+  %s = (s32[], bf16[2,3,7,11]{3,2,1,0}) parameter(0)
+  %mask = s8[1,1,1]{2,1,0} constant(0)
+  %scale = f32[7]{0} constant(0)
+  %q = bf16[2,3,7,11]{3,2,1,0:T(8,128)(2,1)S(1)} get-tuple-element(%s), index=1
+  %splash_mha_fwd_segmented_residuals.1 = (f32[2,7,128]{2,1,0}, bf16[2,3,7,11]{3,2,1,0}) custom-call(%mask, %scale, %q, %q, /*index=4*/%q), custom_call_target="tpu_custom_call"
+  %splash_mha_dq_segmented_no_residuals.1 = (f32[2,7,128]{2,1,0}, bf16[2,3,7,11]{3,2,1,0}) custom-call(%mask, %q, %q, %q), custom_call_target="tpu_custom_call"
+  %splash_mha_dkv_segmented_no_residuals.1 = (f32[2,7,128]{2,1,0}, bf16[2,3,7,11]{3,2,1,0}) custom-call(%mask, %q, %q, %q), custom_call_target="tpu_custom_call"
+  ROOT %t = (s32[], bf16[2,3,7,11]{3,2,1,0}) tuple(%scale, %q)
+}
+
+%condition (s: (s32[], bf16[2,3,7,11])) -> pred[] {
+  ROOT %less = pred[] compare(%s, %s), direction=LT
+}
+
+ENTRY %main (x: bf16[2,3,7,11]) -> bf16[2,3,7,11] {
+  %x = bf16[2,13,3,11]{3,2,1,0} parameter(0)
+  %dot_product_attention_fwd.1 = (bf16[2,3,13,11]{3,1,2,0}, u8[0]{0}) custom-call(%x, %x, %x), custom_call_target="__cudnn$fmhaSoftmax"
+  %dot_product_attention_bwd.1 = (bf16[2,3,13,11]{3,1,2,0}, u8[0]{0}) custom-call(%x, %x, %x), custom_call_target="__cudnn$fmhaSoftmaxBackward"
+  ROOT %w = (s32[], bf16[2,3,7,11]{3,2,1,0}) while(%x), condition=%condition, body=%portion, backend_config={"known_trip_count":{"n":"5"}}
+}
+"""  # noqa: E501
+
+
+def test_attention_kernels_by_hand():
+    """A causal product of B x H queries and keys, L by L of width K: half of 2 BHL²K FLOPs.
+
+    The sizes are the kernel's own: a portion's, and those of whichever model it is of.
+    """
+    found = {o.name.partition(".")[0]: (o.flops, o.runs) for o in operations(KERNELS)}
+    one, cudnn = 2 * 3 * 7 * 7 * 11, 2 * 3 * 13 * 13 * 11
+    assert found == {
+        "splash_mha_fwd_segmented_residuals": (2 * one, 5),
+        "splash_mha_dq_segmented_no_residuals": (3 * one, 5),
+        "splash_mha_dkv_segmented_no_residuals": (4 * one, 5),
+        "dot_product_attention_fwd": (2 * cudnn, 1),
+        "dot_product_attention_bwd": (5 * cudnn, 1),
+    }
+    with pytest.raises(ValueError, match="splash_mha_dq.* has no visible queries"):
+        operations(KERNELS.replace("custom-call(%mask, %q, %q, %q)", "custom-call(%mask)"))
+
+
 def test_a_loop_without_a_bound_is_an_error():
     with pytest.raises(ValueError, match="trip count"):
         operations(HLO.replace("known_trip_count", "unknown"))
