@@ -88,13 +88,13 @@ def bench_decode(
     models = {"dense base": base, f"dense, {LARGER} times as active": larger(config, sliced)}
     if any(config.model.schedule.experts):
         models = {str(config.model.schedule): config} | models
+    _check_memory(config, max(batches), prompt)
     # All of them before the first model is made, which may take long.
     placed = {
         (name, mesh): _placed(model, layout)
         for name, model in models.items()
         for mesh, layout in layouts.items()
     }
-    _check_memory(config, max(batches), prompt)
     rows = []
     with contextlib.ExitStack() as stack:
         ours = {
