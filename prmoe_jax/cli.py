@@ -262,7 +262,7 @@ def _mesh(text: str):
     sizes = {}
     for part in text.split(","):
         name, _, size = part.partition(":")
-        if name not in names or not size.isdecimal():
+        if name not in names or name in sizes or not re.fullmatch("[1-9][0-9]{0,8}", size):
             raise UserError(
                 f"--mesh={text} must be axes and their devices such as expert:4,tensor:2; there "
                 f"are {', '.join(names)}"
@@ -365,21 +365,22 @@ def _taught_config(rest):
 
 def _bench_decode(options, rest) -> None:
     config = parse_config(rest)
+    layouts = {text: _mesh(text) for text in options.mesh or ()} or {"one device": None}
     from prmoe_jax.bench import decode
 
     batches, weights = options.batch or [1, 8], options.weights or ["float32", "int8"]
-    layouts = {text: _mesh(text) for text in options.mesh or ()} or {"one device": None}
     rows = decode.bench_decode(config, batches, weights, options.prompt, options.repeats, layouts)
     print(json.dumps(rows) if options.json else decode.table(rows))
 
 
 def _bench_moe(options, rest) -> None:
     keep_freed_memory()
-    if options.topology:
+    modelled_only = options.topology is not None
+    if modelled_only:
         _compile_only()
     from prmoe_jax.bench import modelled, moe
 
-    if options.topology:
+    if modelled_only:
         given = [name for name in ("load", "repeats") if getattr(options, name) is not None]
         if given:
             raise UserError(f"--{given[0]} has no effect with --topology; leave one of them out")
@@ -415,17 +416,19 @@ def _plan(options, rest) -> None:
                 + ("nobody teaches in decoding" if config.kd_steps else "the config has no teacher")
             )
         teacher = beside(parse_config([f"--config={options.teacher}"]), config)
+    if (options.topology is None) == (options.find is None):
+        raise UserError("prmoe plan needs either --topology=v5p:4x4x8 or --find=v5p")
+    if not 0 <= options.decode < 1 << 31:
+        raise UserError(f"--decode={options.decode} must be a number of sequences, below 2^31")
     _compile_only()
     from prmoe_jax.plan import find, picture, report
 
-    if (options.topology is None) == (options.find is None):
-        raise UserError("prmoe plan needs either --topology=v5p:4x4x8 or --find=v5p")
-    if options.decode < 0:
-        raise UserError(f"--decode={options.decode} must be a number of sequences")
-    if options.find:
+    if options.picture:
+        picture.check(options.picture)
+    if options.find is not None:
         result = find.find(config, options.find, options.decode, teacher)
     else:
-        result = report.plan(config, options.topology, options.decode, teacher)
+        result = find.fit(config, options.topology, options.decode, teacher)
     if options.picture:
         picture.draw({result["topology"]: result}, options.picture)
     print(json.dumps(result) if options.json else report.table(result))
@@ -440,8 +443,8 @@ def _path(text: str) -> Path:
 
 def _size(text: str) -> tuple[int, ...]:
     """'4096,512,2048,64' as numbers."""
-    parts = text.split(",")
-    if len(parts) != 4 or not all(part.strip().isdecimal() for part in parts):
+    parts = [part.strip() for part in text.split(",")]
+    if len(parts) != 4 or not all(re.fullmatch("[0-9]{1,9}", part) for part in parts):
         raise UserError(f"--sizes={text} must be four counts S,M,F,E such as 4096,512,2048,64")
     return tuple(map(int, parts))
 

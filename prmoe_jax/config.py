@@ -602,9 +602,11 @@ def _check_mesh(mesh: MeshConfig) -> None:
     """What can be said without the devices; the rest is `parallel.mesh.axis_sizes`."""
     sizes = dataclasses.asdict(mesh)
     for name, size in sizes.items():
+        may_be_rest = name != "expert_inner"
         _require(
-            size >= 1 or (size == -1 and name != "expert_inner"),
-            f"mesh.{name}={size} is out of range; use 1 or more, or -1 for the rest of the devices",
+            size >= 1 or (size == -1 and may_be_rest),
+            f"mesh.{name}={size} is out of range; use 1 or more"
+            + (", or -1 for the rest of the devices" if may_be_rest else ""),
         )
     rest = [f"mesh.{name}" for name, size in sizes.items() if size == -1]
     _require(len(rest) < 2, f"{' and '.join(rest)} are both -1 (the rest); give all but one")

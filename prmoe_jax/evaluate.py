@@ -20,7 +20,7 @@ from prmoe_jax.errors import UserError
 from prmoe_jax.loss import Sums
 from prmoe_jax.metrics import perplexity, summarise
 from prmoe_jax.model import Transformer, resolve_backends
-from prmoe_jax.parallel.mesh import local_rows, make_mesh, replicated, split_batch
+from prmoe_jax.parallel.mesh import choose_mesh, local_rows, make_mesh, replicated, split_batch
 from prmoe_jax.step import make_eval_step
 from prmoe_jax.teacher import frozen, restore_teacher
 
@@ -134,14 +134,15 @@ def restore_run(
     """
     config = load(workdir / workdirs.CONFIG)
     anywhere = replace(config, moe=replace(config.moe, exchange="auto"))
+    count = len(jax.devices() if devices is None else devices)
     if layout:
         config = replace(anywhere, mesh=layout)
-        count = len(jax.devices() if devices is None else devices)
         rows = max(1, config.group_size // config.model.length)
         train = replace(config.train, batch_size=count * rows, accumulate=1)
         mesh = make_mesh(replace(config, train=train), devices)
     else:
         try:
+            config = choose_mesh(config, count)
             mesh = make_mesh(config, devices)
         except UserError as error:
             log.info("%s: here each device holds the whole model", error)

@@ -29,6 +29,7 @@ from prmoe_jax.parallel import rules
 from prmoe_jax.parallel.mesh import (
     check_batch,
     check_splits,
+    choose_mesh,
     local_rows,
     make_mesh,
     replicated,
@@ -102,6 +103,7 @@ def write_lessons(config: Config, folder: Path) -> dict:
       UserError: the teacher can't teach this student, or not window by window; the folder is there
         or can't be written.
     """
+    config = choose_mesh(config, jax.device_count())
     mesh = make_mesh(config)
     data = load_data(config.data, config.model.vocab_size, config.model.length)
     with jax.set_mesh(mesh):

@@ -37,7 +37,7 @@ from prmoe_jax.metrics import (
 )
 from prmoe_jax.model import resolve_backends
 from prmoe_jax.parallel import processes
-from prmoe_jax.parallel.mesh import local_rows, make_mesh, replicated, split_batch
+from prmoe_jax.parallel.mesh import choose_mesh, local_rows, make_mesh, replicated, split_batch
 from prmoe_jax.sizes import cost
 from prmoe_jax.step import TrainState, make_eval_step, on_mesh, sharded_state
 from prmoe_jax.teacher import Teacher, frozen, inherited, restore_teacher
@@ -69,8 +69,9 @@ def train(
       TrainingStopped: the loss or the gradient is no longer finite.
     """
     processes.agree("the settings", lambda: _shared_settings(config))
-    mesh = make_mesh(config)
-    resolved = resolve_backends(config, jax.default_backend(), mesh)
+    placed = choose_mesh(config, jax.device_count())
+    mesh = make_mesh(placed)
+    resolved = resolve_backends(placed, jax.default_backend(), mesh)
     first = jax.process_index() == 0
     with contextlib.ExitStack() as stack:
         if first:

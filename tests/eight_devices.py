@@ -1,6 +1,7 @@
 """What test_parallel.py runs on eight devices: python -m tests.eight_devices CASE."""
 
 import dataclasses
+import json
 import re
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np  # noqa: E402
 
 from prmoe_jax import architecture, config  # noqa: E402
 from prmoe_jax.checkpoint import Checkpoints  # noqa: E402
+from prmoe_jax.cli import main  # noqa: E402
 from prmoe_jax.config import Config, MeshConfig  # noqa: E402
 from prmoe_jax.data.pipeline import Batch  # noqa: E402
 from prmoe_jax.data.tokenizer import _bytes  # noqa: E402
@@ -265,6 +267,12 @@ def generates() -> None:
                 texts = generator(prompts, 20, Sampling(1.0), [1, 2, 3])
             assert texts == expected.setdefault(kind, texts), (name, kind, texts, expected)
             print(name, kind, "equal", flush=True)
+
+
+def verbs(commands: str) -> None:
+    """Runs a JSON list of command lines."""
+    for command in json.loads(commands):
+        assert main(command) == 0
 
 
 if __name__ == "__main__":

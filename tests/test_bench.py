@@ -75,6 +75,9 @@ def test_decode(capsys):
     assert "mesh.expert=3 makes 3 devices, there are 1" in capsys.readouterr().err
 
 
+DECODE = ["decode", f"--config={tiny.__file__}:2 layers, E=3", "--config.model.length=128"]
+
+
 @pytest.mark.parametrize("load", moe.LOADS)
 def test_loads(load):
     """The router sends its tokens where the load says, within sampling error."""
@@ -91,6 +94,38 @@ def test_loads(load):
         (["moe", "--sizes=4096,512"], "--sizes=4096,512 must be four counts S,M,F,E such as"),
         (["moe", "--sizes=a,b,c,d"], "--sizes=a,b,c,d must be four counts S,M,F,E such as"),
         (["moe", "--sizes=64,8,16,0"], "--sizes=64,8,16,0 must be four counts above 0"),
+        (["moe", f"--sizes=64,8,16,{10**20}"], f"{10**20} must be four counts S,M,F,E such as"),
+        (["moe", "--sizes=64,8,16,٤"], "--sizes=64,8,16,٤ must be four counts S,M,F,E such as"),
+        (
+            ["moe", "--sizes=64,99999999,99999999,2"],
+            "--sizes=64,99999999,99999999,2 needs 149,011,633 GiB or more, there are",
+        ),
+        (["moe", "--sizes=99999999,8,8,2"], "--sizes=99999999,8,8,2 needs 37,252,906 GiB or more"),
+        (["moe", "--repeats=-3"], "--repeats=-3 must be 1 or more"),
+        (["moe", "--topology="], "--topology= is unknown; use one of"),
+        ([*DECODE, "--repeats=0"], "--repeats and --batch must be 1 or more"),
+        ([*DECODE, "--batch=8", "--batch=-1"], "--repeats and --batch must be 1 or more"),
+        ([*DECODE, f"--batch={10**20}"], f"--batch={10**20} needs "),
+        ([*DECODE, "--prompt=0"], "--prompt=0 and 16 tokens more must fit model.length=128; use"),
+        ([*DECODE, f"--prompt={10**20}"], f"--prompt={10**20} and 16 tokens more must fit model"),
+        (
+            [*DECODE, "--config.model.length=16"],
+            "model.length=16 has no room for 16 tokens after a prompt; use 17 or more",
+        ),
+        ([*DECODE, "--mesh="], "--mesh= must be axes and their devices such as expert:4,tensor:2"),
+        ([*DECODE, "--mesh=expert:0"], "--mesh=expert:0 must be axes and their devices"),
+        ([*DECODE, "--mesh=expert:-1"], "--mesh=expert:-1 must be axes and their devices"),
+        ([*DECODE, "--mesh=expert:٢"], "--mesh=expert:٢ must be axes and their devices"),
+        ([*DECODE, "--mesh=data:1,data:1"], "--mesh=data:1,data:1 must be axes and their devices"),
+        ([*DECODE, f"--mesh=expert:{10**20}"], f"--mesh=expert:{10**20} must be axes"),
+        (
+            [*DECODE, "--mesh=expert_inner:999999999"],
+            "mesh.expert=1: mesh.expert_inner=999999999 exceeds it; use mesh.expert_inner=1",
+        ),
+        (
+            [*DECODE, "--mesh=data:999999999,tensor:999999999"],
+            "mesh.data=999999999 x mesh.tensor=999999999 makes 999999998000000001 devices, there",
+        ),
         (["moe", "--sizes=8,8,8,16", "--repeats=0"], "--repeats=0 must be 1 or more"),
         (["attention"], "invalid choice: 'attention'"),
         (["moe", "--topology=v9:4x4"], "--topology=v9:4x4 is unknown; use one of"),
@@ -99,10 +134,20 @@ def test_loads(load):
         (["moe", "--topology=v5e:2x2", "--repeats=3"], "--repeats has no effect with --topology"),
     ],
 )
-def test_mistakes(arguments, message, capsys):
+def test_mistakes(arguments, message, capsys, monkeypatch):
+    """Before any model is made."""
+    monkeypatch.setattr("prmoe_jax.bench.decode.made", lambda *_: pytest.fail("a model was made"))
     assert main(["bench", *arguments]) == 2
     (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("prmoe: ")
     assert message in line
+
+
+def test_every_mesh_is_checked_before_a_model_is_made(capsys, monkeypatch):
+    monkeypatch.setattr("prmoe_jax.bench.decode.made", lambda *_: pytest.fail("a model was made"))
+    assert main(["bench", *DECODE, "--mesh=data:1", "--mesh=data:3"]) == 2
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line.startswith("prmoe: mesh.data=3 makes 3 devices, there are 1;")
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs the extra [tpu]")

@@ -4,7 +4,9 @@ Eight devices are eight threads of a CPU, in a process of their own.
 """
 
 import dataclasses
+import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,12 +18,24 @@ from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from prmoe_jax import architecture, config
+from prmoe_jax.cli import main
 from prmoe_jax.errors import UserError
 from prmoe_jax.moe.experts import Experts, SeparateExperts
-from prmoe_jax.parallel.mesh import axis_sizes, batch_axes, expert_axes, propose
+from prmoe_jax.parallel import rules
+from prmoe_jax.parallel.mesh import (
+    axis_sizes,
+    batch_axes,
+    choose_mesh,
+    expert_axes,
+    flags,
+    leaner,
+    propose,
+)
 from prmoe_jax.parallel.rules import RULES, spec, specs
 from prmoe_jax.step import init_state
 from prmoe_jax.tree import named_leaves
+from tests.test_train import arguments, logged
+from tests.test_train import text as documents  # noqa: F401
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -114,6 +128,22 @@ def test_every_layer_of_a_pyramid_uses_as_many_devices_as_it_can():
             "mesh.expert=8: its layers or stages spread over 3 and over 8 devices: not nested; "
             "use mesh.expert_inner=8",
         ),
+        (
+            "2 layers, E=8",
+            {"expert": 4, "expert_inner": 8},
+            "mesh.expert=4: mesh.expert_inner=8 exceeds it; use mesh.expert_inner=4",
+        ),
+        (
+            "2 layers",
+            {"expert_inner": 10**20},
+            f"mesh.expert=1: mesh.expert_inner={10**20} exceeds it; use mesh.expert_inner=1",
+        ),
+        ("2 layers", {"data": 10**20}, f"mesh.data={10**20} makes {10**20} devices, there are 8"),
+        (
+            "2 layers, E=4",
+            {"expert": 10**20, "tensor": 10**20},
+            f"mesh.expert={10**20} x mesh.tensor={10**20} makes {10**40} devices, there are 8",
+        ),
     ],
 )
 def test_a_mesh_that_does_not_fit_is_refused(text, changes, line):
@@ -161,6 +191,73 @@ def test_a_proposed_mesh_never_has_fsdp_over_all_devices():
         shape = sizes(devices, text, batch_size=devices, **dataclasses.asdict(mesh))
         split = NamedSharding(mesh_of(**shape), spec("tokens", (512, 4096), mesh_of(**shape)))
         assert 16 <= 4096 // split.shard_shape((512, 4096))[1] < devices
+
+
+@pytest.mark.parametrize(
+    ("text", "batch_size", "devices", "expected"),
+    [
+        ("4 layers", 8, 1, {}),
+        ("4 layers", 8, 8, {"fsdp": 8}),
+        ("4 layers", 64, 64, {"data": 4, "fsdp": 16}),
+        ("6 layers, E=4", 24, 24, {"fsdp": 6, "expert": 4}),
+        ("6 layers, E=4+8+8", 16, 8, {"expert": 8, "expert_inner": 8}),
+        # The batch is for 4 of 8 devices, 4 of 16 and, of 24, for 8: the rest slices heads.
+        ("6 layers, E=4", 4, 8, {"expert": 4, "tensor": 2}),
+        ("4 layers", 12, 16, {"fsdp": 4, "tensor": 4}),
+    ],
+)
+def test_a_config_without_a_mesh_gets_one_that_fits(text, batch_size, devices, expected, caplog):
+    """The log names it; its flags, on the command line, make the same mesh."""
+    values = settings(text, batch_size=batch_size)
+    with caplog.at_level("INFO"):
+        chosen = choose_mesh(values, devices)
+    sizes = {"data": 1} | expected
+    assert chosen == dataclasses.replace(values, mesh=config.MeshConfig(**sizes))
+    given = flags(chosen.mesh)
+    asked = dict(re.findall(r"--config\.mesh\.(\w+)=(\d+)", given))
+    again = settings(text, batch_size=batch_size, **{name: int(n) for name, n in asked.items()})
+    assert axis_sizes(again, devices) == axis_sizes(chosen, devices)
+    assert math.prod(axis_sizes(chosen, devices).values()) == devices
+    line = f"mesh: suggested: {given}; give other sizes for another"
+    assert caplog.messages == ([line] if devices > 1 else [])
+
+
+def test_a_mesh_of_ones_own_is_kept(caplog):
+    """So is one of replicas alone. Where no mesh fits the batch, the line says which would."""
+    for mesh in ({"data": 8}, {"fsdp": -1, "data": 1}, {"expert": 2}, {"expert_inner": 2}):
+        values = settings("4 layers, E=4", **mesh)
+        assert choose_mesh(values, 8) is values
+    assert not caplog.messages
+    with pytest.raises(
+        UserError, match="train.batch_size=3 is not divisible by 8 devices .* use 8"
+    ):
+        choose_mesh(settings("4 layers", batch_size=3), 8)
+    # What only some meshes allow.
+    coordinated = settings("4 layers, E=4", moe={"exchange": "coordinated"})
+    assert choose_mesh(coordinated, 8).mesh.tensor == 2
+
+
+@pytest.mark.parametrize("text", ["4 layers", "6 layers, E=4", "6 layers, E=3+6+12"])
+@pytest.mark.parametrize(("devices", "batch_size"), [(8, 8), (32, 32), (32, 16)])
+def test_leaner_meshes_hold_less(text, devices, batch_size):
+    """Each fits. The first holds no more than the suggested one, the leanest an even share."""
+    values = settings(text, batch_size=batch_size)
+    state = jax.eval_shape(lambda: init_state(values))
+
+    def numbers(mesh):
+        """Numbers of the state that one device holds."""
+        shape = axis_sizes(dataclasses.replace(values, mesh=mesh), devices)
+        assert math.prod(shape.values()) == devices
+        places = rules.shardings(state, mesh_of(**shape))
+        parts = jax.tree.map(lambda x, p: math.prod(p.shard_shape(x.shape)), state, places)
+        return sum(jax.tree.leaves(parts))
+
+    meshes = list(leaner(values, devices))
+    assert len(meshes) == len(set(meshes))
+    assert [mesh.tensor for mesh in meshes] == sorted(mesh.tensor for mesh in meshes)
+    assert numbers(meshes[0]) <= numbers(choose_mesh(values, devices).mesh)
+    whole = sum(math.prod(x.shape) for x in jax.tree.leaves(state))
+    assert whole / devices <= min(map(numbers, meshes)) < 1.2 * whole / devices
 
 
 def mesh_of(**sizes):
@@ -254,3 +351,37 @@ def test_every_mesh_generates_what_one_device_does():
 def test_checkpoints_between_meshes(tmp_path):
     """Parameters, optimizer state and position, bit for bit between all pairs of five meshes."""
     assert on_eight_devices("checkpoints", str(tmp_path)).count("restored") == 25
+
+
+def test_a_run_without_a_mesh_of_its_own_goes_on_anywhere(documents, tmp_path):  # noqa: F811
+    """Three steps on the mesh suggested for eight devices, evaluated there; three more on one.
+
+    The losses are those of one device alone.
+    """
+
+    def command(workdir, steps):
+        schedule = {"optimizer.decay_tokens": 8 * 32 * 12, "train.steps": steps}
+        return arguments(documents, tmp_path / workdir, "1 layers, layers 0, E=4", **schedule)
+
+    evaluation = ["eval", f"--workdir={tmp_path / 'run'}", "--json"]
+    verbs = json.dumps([command("run", 3), evaluation])
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.eight_devices", "verbs", verbs],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    suggested = "--config.mesh.fsdp=2 --config.mesh.expert=4"
+    assert done.stderr.count(f"mesh: suggested: {suggested}; give other sizes") == 2
+    assert done.stderr.count("mesh: fsdp 2, expert_0 4; exchange between experts: flat") == 2
+    trained, evaluated = map(json.loads, done.stdout.splitlines())
+    assert evaluated["loss"] == pytest.approx(trained["eval/loss"], rel=1e-6)
+    assert main(command("run", 6)) == 0
+    assert config.load(tmp_path / "run" / "config.json").mesh == config.MeshConfig()
+    assert main(command("alone", 6)) == 0
+    ours, alone = (
+        [r["loss"] for r in logged(tmp_path / w) if "loss" in r] for w in ("run", "alone")
+    )
+    assert len(ours) == 6
+    assert ours == pytest.approx(alone, rel=1e-5)

@@ -10,16 +10,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh
 
 from configs import paper, tiny
-from prmoe_jax import config
+from prmoe_jax import architecture, config
 from prmoe_jax.cli import main
 from prmoe_jax.errors import UserError
+from prmoe_jax.parallel.mesh import axis_sizes
+from prmoe_jax.plan.chips import chip_count, chip_of
 from prmoe_jax.plan.collectives import collectives, groups, hosts, kind, torus
-from prmoe_jax.plan.find import find
+from prmoe_jax.plan.find import find, fit
 from prmoe_jax.plan.picture import draw
 from prmoe_jax.plan.program import Operation, operations
-from prmoe_jax.plan.report import component
+from prmoe_jax.plan.report import component, held_bytes, needed_bytes, table
 
 # As the compiler writes it, shortened: a loop of 3 around a loop of 5, a fusion whose inside must
 # not count again, an unknown estimate, and a collective, which has none.
@@ -161,6 +164,53 @@ def test_flops_and_bytes_by_hand():
     assert (sent.kind, sent.axes, sent.bytes) == ("reduce-scatter", ("b",), 2 * 8 * 6)
 
 
+# Attention kernels as the TPU's compiler writes them, [B, H, L, K], in a loop of 5 portions; and
+# cuDNN's, [B, L, H, K]. What comes before the queries has no heads, or is no float.
+KERNELS = """\
+HloModule jit_step, is_scheduled=true
+
+%portion (s: (s32[], bf16[2,3,7,11])) -> (s32[], bf16[2,3,7,11]) {
+  %s = (s32[], bf16[2,3,7,11]{3,2,1,0}) parameter(0)
+  %mask = s8[1,1,1]{2,1,0} constant(0)
+  %scale = f32[7]{0} constant(0)
+  %q = bf16[2,3,7,11]{3,2,1,0:T(8,128)(2,1)S(1)} get-tuple-element(%s), index=1
+  %splash_mha_fwd_segmented_residuals.1 = (f32[2,7,128]{2,1,0}, bf16[2,3,7,11]{3,2,1,0}) custom-call(%mask, %scale, %q, %q, /*index=4*/%q), custom_call_target="tpu_custom_call"
+  %splash_mha_dq_segmented_no_residuals.1 = (f32[2,7,128]{2,1,0}, bf16[2,3,7,11]{3,2,1,0}) custom-call(%mask, %q, %q, %q), custom_call_target="tpu_custom_call"
+  %splash_mha_dkv_segmented_no_residuals.1 = (f32[2,7,128]{2,1,0}, bf16[2,3,7,11]{3,2,1,0}) custom-call(%mask, %q, %q, %q), custom_call_target="tpu_custom_call"
+  ROOT %t = (s32[], bf16[2,3,7,11]{3,2,1,0}) tuple(%scale, %q)
+}
+
+%condition (s: (s32[], bf16[2,3,7,11])) -> pred[] {
+  ROOT %less = pred[] compare(%s, %s), direction=LT
+}
+
+ENTRY %main (x: bf16[2,3,7,11]) -> bf16[2,3,7,11] {
+  %x = bf16[2,13,3,11]{3,2,1,0} parameter(0)
+  %dot_product_attention_fwd.1 = (bf16[2,3,13,11]{3,1,2,0}, u8[0]{0}) custom-call(%x, %x, %x), custom_call_target="__cudnn$fmhaSoftmax"
+  %dot_product_attention_bwd.1 = (bf16[2,3,13,11]{3,1,2,0}, u8[0]{0}) custom-call(%x, %x, %x), custom_call_target="__cudnn$fmhaSoftmaxBackward"
+  ROOT %w = (s32[], bf16[2,3,7,11]{3,2,1,0}) while(%x), condition=%condition, body=%portion, backend_config={"known_trip_count":{"n":"5"}}
+}
+"""  # noqa: E501
+
+
+def test_attention_kernels_by_hand():
+    """A causal product of B x H queries and keys, L by L of width K: half of 2 BHL²K FLOPs.
+
+    The sizes are the kernel's own: a portion's, and those of whichever model it is of.
+    """
+    found = {o.name.partition(".")[0]: (o.flops, o.runs) for o in operations(KERNELS)}
+    one, cudnn = 2 * 3 * 7 * 7 * 11, 2 * 3 * 13 * 13 * 11
+    assert found == {
+        "splash_mha_fwd_segmented_residuals": (2 * one, 5),
+        "splash_mha_dq_segmented_no_residuals": (3 * one, 5),
+        "splash_mha_dkv_segmented_no_residuals": (4 * one, 5),
+        "dot_product_attention_fwd": (2 * cudnn, 1),
+        "dot_product_attention_bwd": (5 * cudnn, 1),
+    }
+    with pytest.raises(ValueError, match="splash_mha_dq.* has no visible queries"):
+        operations(KERNELS.replace("custom-call(%mask, %q, %q, %q)", "custom-call(%mask)"))
+
+
 def test_a_loop_without_a_bound_is_an_error():
     with pytest.raises(ValueError, match="trip count"):
         operations(HLO.replace("known_trip_count", "unknown"))
@@ -256,8 +306,19 @@ CONFIG = f"--config={tiny.__file__}:prmoe"
         (["--topology=v5p"], "--topology=v5p is unknown; use one of v4, v5e"),
         (["--topology=v5p:4by4"], "--topology=v5p:4by4 is unknown; use one of v4, v5e"),
         (["--topology=v5p:0x4"], "--topology=v5p:0x4 is unknown; use one of v4, v5e"),
+        (["--topology="], "--topology= is unknown; use one of v4, v5e"),
+        (["--topology=v5p:0x0x0"], "--topology=v5p:0x0x0 is unknown; use one of v4, v5e"),
+        (["--topology=v5p:4x4x8x2"], "--topology=v5p:4x4x8x2 is unknown; use one of v4, v5e"),
+        (["--topology=v5e:2x2x2"], "--topology=v5e:2x2x2 is unknown; use one of v4, v5e"),
+        (["--topology=v5e:٤x٤"], "--topology=v5e:٤x٤ is unknown; use one of v4, v5e"),
+        (["--topology=v5e:4x" + "9" * 9999], "9 is unknown; use one of v4, v5e"),
+        (["--topology=v5p:64x64x64"], "v5p:64x64x64 has 262,144 chips; use 16,384 or fewer"),
+        (["--topology=h100:999999x8"], "h100:999999x8 has 7,999,992 chips; use 16,384 or fewer"),
+        (["--find="], "--find= is unknown; use one of v4, v5e"),
         (["--find=v9"], "--find=v9 is unknown; use one of v4, v5e"),
         (["--find=v5p", "--decode=-1"], "--decode=-1 must be a number of sequences"),
+        (["--find=v5p", f"--decode={10**20}"], f"--decode={10**20} must be a number of sequences"),
+        (["--find=v5p", f"--decode={'9' * 9999}"], "argument --decode: invalid int value: "),
         ([], "prmoe plan needs either --topology=v5p:4x4x8 or --find=v5p"),
         (["--find=v5p", "--topology=v5p:2x2x1"], "prmoe plan needs either"),
         (["--find=v5p", "--teacher=configs/tiny.py:prmoe"], "the config has no teacher"),
@@ -270,10 +331,31 @@ def test_mistakes(arguments, line, capsys, monkeypatch):
     assert line in told
 
 
+@pytest.mark.parametrize(
+    ("picture", "line"),
+    [
+        ("plan.docx", "plan.docx: '.docx' is no format of a picture; use .png, .svg or .pdf"),
+        ("plan", "plan: '' is no format of a picture; use .png, .svg or .pdf"),
+        ("no/such/plan.png", "no/such/plan.png cannot be written: name a file in a folder that"),
+        ("folder.png", "folder.png cannot be written: name a file in a folder that takes one"),
+    ],
+)
+def test_a_picture_is_refused_before_the_plan_is_made(picture, line, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.png").mkdir()
+    monkeypatch.setattr("os.environ", os.environ.copy())
+    monkeypatch.setattr("prmoe_jax.plan.find.plan", lambda *_: pytest.fail("a plan was made"))
+    assert main(["plan", CONFIG, "--topology=v5p:2x2x1", f"--picture={picture}"]) == 2
+    *_, told = capsys.readouterr().err.splitlines()
+    assert told.startswith(f"prmoe: {line}")
+
+
 def a_plan(topology, held, fits=True):
     result = {"topology": topology, "mesh": {}, "chips": 4, "fits": fits}
     result["hbm_bytes_per_chip"] = {"parameters": 1, "optimizer": 2, "temporaries": held}
     parts = {"mlp": 0.25, "collectives": 0.5}
+    result |= {"collectives": [], "tokens_per_s": 1.0}
     return result | {"modelled_step_s": 0.75, "modelled_mfu": 0.5, "components": parts}
 
 
@@ -314,6 +396,138 @@ def test_find_takes_the_first_slice_that_fits(monkeypatch):
     assert [mesh.expert for _, mesh in asked] == [4, 8, 16, 32]
 
 
+def large(text="2 layers", batch_size=8, mesh=(), **model):
+    """A config of 6.51 B parameters in two layers; nothing of it is ever made."""
+    sizes = {"d_model": 16384, "d_ff": 65536, "heads": 64, "dtype": "bfloat16"}
+    fields = architecture.parse_fields(text) | sizes | model
+    train = {"steps": 1, "batch_size": batch_size}
+    return config.resolve({"model": fields, "mesh": dict(mesh), "train": train})
+
+
+GIB = 2**30
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Plans without a compiler; the list has (topology, mesh) of each.
+
+    A step takes its state, the gradient and, over all chips, `activations` GiB.
+    """
+    asked = []
+
+    def set_up(activations):
+        def plan(values, topology, decode, teacher):
+            asked.append((topology, values.mesh))
+            chips = chip_count(topology)
+            sizes = axis_sizes(values, chips)
+            mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+            held = held_bytes(values, mesh, decode, teacher)
+            held["temporaries"] = activations * GIB // chips
+            held["temporaries"] += 0 if decode else held["parameters"]
+            result = a_plan(topology, 0, sum(held.values()) <= chip_of(topology).hbm_bytes)
+            return result | {"chips": chips, "hbm_bytes_per_chip": held}
+
+        monkeypatch.setattr("prmoe_jax.plan.find.plan", plan)
+        return asked
+
+    return set_up
+
+
+def test_a_mesh_that_does_not_fit_names_one_that_does(compiled):
+    """97 GiB with the gradient in each of eight replicas; one mesh more is compiled for."""
+    asked = compiled(activations=8)
+    values = large(mesh={"data": 8})
+    result = fit(values, "v5p:2x2x2")
+    assert not result["fits"] and "flags" not in result
+    assert result["instead"]["fits"]
+    assert result["instead"]["flags"] == "--config.mesh.fsdp=8"
+    assert asked == [("v5p:2x2x2", m) for m in (values.mesh, config.MeshConfig(1, fsdp=8))]
+    assert result["tried"] == [("v5p:2x2x2", "needs 98.1 GiB a chip")]
+    assert "this fits: --topology=v5p:2x2x2 --config.mesh.fsdp=8 (13.14 GiB" in table(result)
+    asked.clear()
+    # Without a mesh of its own it has that one.
+    result = fit(large(), "v5p:2x2x2")
+    assert result["fits"] and result["flags"] == "--config.mesh.fsdp=8"
+    assert "the mesh is the suggested one: --config.mesh.fsdp=8" in table(result)
+    assert len(asked) == 1
+
+
+def test_more_fsdp_than_is_suggested_where_it_is_needed(compiled):
+    """97 GiB and 356 of activations: on 32 chips of 16 GiB, 97 / 16 + 11 or 97 / 32 + 11."""
+    asked = compiled(activations=356)
+    values = large(batch_size=32)
+    result = fit(values, "v5e:4x8")
+    assert result["flags"] == "--config.mesh.data=2 --config.mesh.fsdp=16"
+    assert result["tried"] == [("v5e:4x8", "needs 17.2 GiB a chip")]
+    assert result["instead"]["flags"] == "--config.mesh.fsdp=32"
+    assert [mesh.fsdp for _, mesh in asked] == [16, 32]
+    asked.clear()
+    # So with --find this slice is the smallest; on smaller ones no mesh can help.
+    result = find(values, "v5e")
+    assert (result["topology"], result["flags"]) == ("v5e:4x8", "--config.mesh.fsdp=32")
+    assert [(topology, mesh.fsdp) for topology, mesh in asked] == [
+        ("v5e:2x4", 8), ("v5e:4x4", 16), ("v5e:4x8", 16), ("v5e:4x8", 32)
+    ]  # fmt: skip
+    assert [reason for _, reason in result["tried"]] == [
+        "the model alone is 73 GiB", "the model alone is 73 GiB", "needs 56.6 GiB a chip",
+        "needs 28.3 GiB a chip", "needs 17.2 GiB a chip",
+    ]  # fmt: skip
+
+
+def test_slices_of_experts_where_replicas_do_not_fit(compiled):
+    """Four experts of 32 GiB on 32 chips of 16: over 4 of them, over 8 in halves, or quartered."""
+    asked = compiled(activations=1)
+    result = fit(large("2 layers, E=4", batch_size=32), "v5e:4x8")
+    assert result["flags"] == "--config.mesh.fsdp=8 --config.mesh.expert=4"
+    assert not result["fits"]
+    assert result["instead"]["flags"] == (
+        "--config.mesh.fsdp=2 --config.mesh.expert=4 --config.mesh.expert_slice=4"
+    )
+    assert len(asked) == 2
+
+
+def test_the_slice_that_is_needed(compiled):
+    asked = compiled(activations=600)
+    values = large(batch_size=64)
+    result = fit(values, "v5e:2x4")
+    assert result["instead"]["topology"] == "v5e:8x8"
+    assert "this fits: --topology=v5e:8x8 --config.mesh.data=4 --config.mesh.fsdp=16" in table(
+        result
+    )
+    assert {topology for topology, _ in asked} == {"v5e:2x4", "v5e:4x4", "v5e:4x8", "v5e:8x8"}
+    # None is large enough, as JSON says, too.
+    asked = compiled(activations=10**6)
+    result = fit(values, "v5e:8x16")
+    assert result["instead"] is None
+    assert [topology for topology, _ in result["tried"]] == ["v5e:8x16", "v5e:16x16"]
+    assert "nothing that was tried fits: no mesh of these chips, no slice of v5e" in table(result)
+    with pytest.raises(UserError, match="no slice fits; v5e:16x16: .*; leave --config.mesh"):
+        find(large(batch_size=64, mesh={"fsdp": 4}), "v5e")
+
+
+def test_decoding_names_a_mesh_that_fits(compiled):
+    """12 GiB of weights in bfloat16 and 16 of past: each of four chips holds all, or a quarter."""
+    asked = compiled(activations=0)
+    result = fit(large(length=2048), "v5e:2x2", decode=64)
+    assert result["flags"] == "--config.mesh.fsdp=4"  # which splits no weight that is in use
+    assert not result["fits"]
+    assert result["instead"]["flags"] == "--config.mesh.fsdp=2 --config.mesh.tensor=2"
+    assert len(asked) == 2
+    # A batch for two of four chips: the rest slices the model.
+    assert fit(large(length=2048), "v5e:2x2", decode=2)["flags"].endswith("mesh.tensor=2")
+
+
+def test_what_the_compiler_says_it_needs():
+    """Both of its messages; held are 3 GiB of 16."""
+    total = "Ran out of memory in memory space hbm. Used 25.5G of 15.75G hbm. Exceeded hbm"
+    beside = (
+        "Ran out of memory on HBM, the total memory required for HLO temporaries (26.10G) exceed"
+    )
+    assert needed_bytes(total, 3 * GIB, 16 * GIB) == 25.5 * GIB
+    assert needed_bytes(beside, 3 * GIB, 16 * GIB) == round(26.1 * GIB) + 3 * GIB
+    assert needed_bytes("RESOURCE_EXHAUSTED", 3 * GIB, 16 * GIB) == 16 * GIB
+
+
 def test_picture(tmp_path):
     pytest.importorskip("matplotlib")
     too_large = a_plan("v5e:2x2", 3, fits=False)
@@ -328,7 +542,62 @@ def test_picture(tmp_path):
         draw({"fits": a_plan("v5p:2x2x1", 3)}, tmp_path / "plans.docx")
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs the extra [tpu]")
+needs_tpu_compiler = pytest.mark.skipif(
+    not importlib.util.find_spec("libtpu"), reason="needs the extra [tpu]"
+)
+
+
+def planned(text, *arguments, folder, **model):
+    """`prmoe plan` in a process of its own, of a model of 128 tokens of context in bfloat16."""
+    sizes = {"length": 128, "d_model": 256, "d_ff": 512, "heads": 2, "dtype": "bfloat16"} | model
+    settings = [f"--config.model.{name}={value}" for name, value in sizes.items()]
+    command = [sys.executable, "-m", "prmoe_jax", "plan", "--json", *settings, *arguments]
+    path = os.environ | {"PYTHONPATH": str(Path(tiny.__file__).parent.parent)}
+    config_name = f"--config={tiny.__file__}:{text}"
+    done = subprocess.run(
+        [*command, config_name], capture_output=True, text=True, cwd=folder, env=path
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout), done.stderr
+
+
+@needs_tpu_compiler
+def test_attention_kernels_of_portions_and_of_a_teacher(tmp_path):
+    """In two portions a step's kernels take what they take in one; a wider teacher's, its own."""
+    (tmp_path / "teacher.py").write_text(
+        "from configs import tiny\n\n\ndef get_config():\n"
+        "    values = tiny.get_config('3 layers')\n"
+        "    values.model.update(length=128, d_model=384, d_ff=512, heads=3, dtype='bfloat16')\n"
+        "    return values\n"
+    )
+    arguments = ["--topology=v5e:2x2", "--config.train.batch_size=8", "--config.train.accumulate=2"]
+    arguments += [f"--teacher={tmp_path}/teacher.py", "--config.teacher.workdir=any"]
+    result, _ = planned("2 layers", *arguments, folder=tmp_path)
+    # Of 8 / 4 rows a chip: 2 products forward, 7 backward in the student; 2 in the teacher. Half of
+    # the square, at half the peak.
+    product = 8 // 4 * 128 * 128 / (197e12 * 0.5)
+    expected = (9 * 2 * 256 + 2 * 3 * 384) * product
+    assert result["components"]["attention kernels"] == pytest.approx(expected, rel=1e-9)
+    assert result["flags"] == "--config.mesh.fsdp=4"
+
+
+@needs_tpu_compiler
+def test_what_fits_by_the_real_compiler(tmp_path):
+    """18 GiB of state don't fit each of four chips of 16; spread over them they do."""
+    deep = {"d_model": 1024, "d_ff": 4096, "heads": 8, "remat": "full"}
+    arguments = ["--topology=v5e:2x2", "--config.mesh.data=4", "--config.train.batch_size=4"]
+    result, said = planned("128 layers", *arguments, folder=tmp_path, **deep)
+    assert not result["fits"]
+    other = result["instead"]
+    assert (other["topology"], other["flags"]) == ("v5e:2x2", "--config.mesh.fsdp=4")
+    assert sum(other["hbm_bytes_per_chip"].values()) < 16 * GIB
+    assert other["modelled_step_s"] > 0
+    assert said.count("compiling the step") == 1  # the replicas' state alone is too large
+    result, _ = planned("1 layers", "--find=v5e", folder=tmp_path)
+    assert (result["topology"], result["chips"], result["tried"]) == ("v5e:1x1", 1, [])
+
+
+@needs_tpu_compiler
 def test_a_plan_by_the_real_compiler(tmp_path):
     """Two cells of a pyramid on eight chips: what it holds, exchanges, and takes."""
     config_name = f"{tiny.__file__}:4 layers, E=4+8, residual"

@@ -20,6 +20,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from prmoe_jax.bench import memory
 from prmoe_jax.bench.worker import worker
 from prmoe_jax.config import Config, MeshConfig, MoeConfig
 from prmoe_jax.decoder import Decoder, decoder
@@ -67,27 +68,40 @@ def bench_decode(
       ms_per_token (of a sequence: median, min_ms, max_ms), tokens_per_s of the batch.
 
     Raises:
-      UserError: the context is too short, a mesh doesn't fit, or nothing is to be timed.
+      UserError: the context is too short, a mesh or a batch doesn't fit, or nothing is to be timed.
     """
     if repeats < 1 or min(batches) < 1:
         raise UserError("--repeats and --batch must be 1 or more")
-    if prompt < 1 or prompt + STEPS > config.model.length:
+    length = config.model.length
+    if length <= STEPS:
+        raise UserError(
+            f"model.length={length} has no room for {STEPS} tokens after a prompt; use "
+            f"{STEPS + 1} or more"
+        )
+    if prompt < 1 or prompt + STEPS > length:
         raise UserError(
             f"--prompt={prompt} and {STEPS} tokens more must fit model.length="
-            f"{config.model.length}; use --prompt={max(1, config.model.length - STEPS)} or less"
+            f"{length}; use --prompt={length - STEPS} or less"
         )
     base = dense(config)
     sliced = max((layout.tensor for layout in layouts.values() if layout), default=1)
     models = {"dense base": base, f"dense, {LARGER} times as active": larger(config, sliced)}
     if any(config.model.schedule.experts):
         models = {str(config.model.schedule): config} | models
+    _check_memory(config, max(batches), prompt)
+    # All of them before the first model is made, which may take long.
+    placed = {
+        (name, mesh): _placed(model, layout)
+        for name, model in models.items()
+        for mesh, layout in layouts.items()
+    }
     rows = []
     with contextlib.ExitStack() as stack:
         ours = {
-            (name, kind, mesh): _ours(model, kind, layout)
-            for name, model in models.items()
+            (name, kind, mesh): _ours(*placed[name, mesh], kind)
+            for name in models
             for kind in weights
-            for mesh, layout in layouts.items()
+            for mesh in layouts
         }
         theirs = {}
         if importlib.util.find_spec("transformers") and jax.default_backend() == "cpu":
@@ -156,7 +170,8 @@ def larger(config: Config, sliced: int = 1) -> Config:
             return dataclasses.replace(base, model=wider)
 
 
-def _ours(config: Config, kind: str, layout: MeshConfig | None) -> tuple[Decoder, Mesh]:
+def _placed(config: Config, layout: MeshConfig | None) -> tuple[Config, Mesh]:
+    """The config as it decodes here, and its mesh."""
     devices = jax.devices() if layout else jax.devices()[:1]
     if layout and not any(config.model.schedule.experts):
         layout = MeshConfig(fsdp=layout.fsdp, tensor=layout.tensor)
@@ -168,10 +183,25 @@ def _ours(config: Config, kind: str, layout: MeshConfig | None) -> tuple[Decoder
     if jax.default_backend() == "cpu":
         model = dataclasses.replace(config.model, dtype="float32")
         config = dataclasses.replace(config, model=model)
-    config = resolve_backends(config, jax.default_backend(), mesh)
+    return resolve_backends(config, jax.default_backend(), mesh), mesh
+
+
+def _ours(config: Config, mesh: Mesh, kind: str) -> tuple[Decoder, Mesh]:
     with jax.set_mesh(mesh):
         model = made(lambda: init_model(config), mesh)
         return decoder(model, kind, mesh), mesh
+
+
+def _room(prompt: int) -> int:
+    """Tokens of a sequence that there is room for: a prompt in whole pieces, and a piece more."""
+    return (-(-prompt // PIECE) + 1) * PIECE
+
+
+def _check_memory(config: Config, batch: int, prompt: int) -> None:
+    """Refuses a batch whose keys and values are more than a CPU's memory, in float32."""
+    if jax.default_backend() == "cpu":
+        a_token = 2 * 4 * config.model.layers * config.model.d_model
+        memory.check(f"--batch={batch}", batch * _room(prompt) * a_token)
 
 
 def _turn(decoder: Decoder, mesh: Mesh, batch: int, prompt: int) -> Callable[[], float]:
@@ -180,7 +210,7 @@ def _turn(decoder: Decoder, mesh: Mesh, batch: int, prompt: int) -> Callable[[],
     vocabulary = decoder.config.vocab_size
     devices = math.prod(mesh.shape[name] for name in batch_axes(mesh))
     rows = -(-batch // devices) * devices  # those that fill up the batch have nothing to do
-    tokens_BxT = np.zeros((rows, (pieces + 1) * PIECE), np.int32)
+    tokens_BxT = np.zeros((rows, _room(prompt)), np.int32)
     tokens_BxT[:, :prompt] = np.random.default_rng(0).integers(0, vocabulary, (rows, prompt))
     lengths = np.full(rows, prompt, np.int32)
     stops = lengths + STEPS * (np.arange(rows) < batch).astype(np.int32)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from prmoe_jax import config
-from prmoe_jax.bench.moe import Size
+from prmoe_jax.bench.moe import Size, check_size, flag
 from prmoe_jax.config import Config
 from prmoe_jax.errors import UserError
 from prmoe_jax.model import cast, resolve_backends
@@ -37,11 +37,17 @@ def model_moe(sizes: list[Size], dtype: str, topology: str) -> list[dict]:
       modelled_s, ratio_to_dense, and without_estimate (operations by kind).
 
     Raises:
-      UserError: the topology is unknown, its compiler is missing or estimates no cycles.
+      UserError: the topology is unknown, its compiler is missing or estimates no cycles; a size
+        makes no layer, or one that doesn't fit a chip.
     """
     if not chip_of(topology).hertz:
         raise UserError(f"--topology={topology}: the compiler estimates cycles for TPUs only")
     chip, devices = topology_devices(topology)
+    for size in sizes:
+        # The dense MLP's weights and tokens, in two bytes each; the experts' of a chip.
+        experts = size.E // math.gcd(len(devices), size.E)
+        numbers = 2 * size.M * size.F * experts + size.S * size.M
+        check_size(size, 2 * numbers, chip.hbm_bytes)
     rows = []
     for size in sizes:
         dense = None
@@ -123,8 +129,15 @@ def _compile(size: Size, dtype: str, backend: str, devices: list) -> list[Operat
     x_BxLxD = place(jax.ShapeDtypeStruct((mesh.size, size.S, size.M), jnp.dtype(dtype)), rows)
     with jax.set_mesh(mesh):
         step = jax.jit(forward_and_backward)
-        compiled = step.lower(jax.tree.map(place, shapes, specs), x_BxLxD, x_BxLxD).compile()
-    return operations(compiled.as_text())
+        lowered = step.lower(jax.tree.map(place, shapes, specs), x_BxLxD, x_BxLxD)
+        try:
+            return operations(lowered.compile().as_text())
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise UserError(
+                f"{flag(size)}: the {backend} layer needs more than a chip has"
+            ) from error
 
 
 def table(rows: list[dict]) -> str:

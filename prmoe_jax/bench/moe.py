@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from prmoe_jax.bench import memory
 from prmoe_jax.bench.worker import worker
 from prmoe_jax.config import ModelConfig, MoeConfig
 from prmoe_jax.errors import UserError
@@ -63,19 +64,32 @@ def bench_moe(sizes: list[Size], loads: list[str], dtype: str, repeats: int) -> 
       ratio_to_dense (of medians), drop_fraction, bytes_moved and gb_per_s.
 
     Raises:
-      UserError: a size makes no layer, or nothing is to be timed.
+      UserError: a size makes no layer or can't fit, or nothing is to be timed.
     """
     if repeats < 1:
         raise UserError(f"--repeats={repeats} must be 1 or more")
     for size in sizes:
-        if min(size) < 1:
-            raise UserError(f"--sizes={','.join(map(str, size))} must be four counts above 0")
+        # Weights, tokens and scores, and the one-hot products' tokens by slots.
+        floats = 2 * size.E * size.M * size.F + size.S * (size.M + size.E) + size.S**2
+        check_size(size, 4 * floats)
     rows = []
     for size in sizes:
         for load in loads:
             log.info("S=%d M=%d F=%d E=%d, %s load", *size, load)
             rows += _bench_one(size, load, dtype, repeats)
     return rows
+
+
+def check_size(size: Size, needed: int, room: int | None = None) -> None:
+    """Refuses what makes no layer, or one that can't fit; see `memory.check`."""
+    if min(size) < 1:
+        raise UserError(f"{flag(size)} must be four counts above 0")
+    memory.check(flag(size), needed, room)
+
+
+def flag(size: Size) -> str:
+    """A size as it is given on the command line."""
+    return f"--sizes={','.join(map(str, size))}"
 
 
 def _bench_one(size: Size, load: str, dtype: str, repeats: int) -> list[dict]:

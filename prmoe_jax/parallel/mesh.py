@@ -14,8 +14,9 @@ experts'.
 
 import dataclasses
 import itertools
+import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -24,6 +25,40 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from prmoe_jax.config import Config, MeshConfig
 from prmoe_jax.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+def choose_mesh(config: Config, devices: int) -> Config:
+    """The config with the mesh to run it on: its own, or a suggested one where it has none.
+
+    A config has no mesh of its own where every size is at its default. The suggestion is
+    `propose`'s, with as few devices on the `tensor` axis as the batch allows. It depends on the
+    config and the number of devices alone, and the log shows it.
+
+    Raises:
+      UserError: no mesh of so many devices fits the batch; the line says which batch would.
+    """
+    if config.mesh != MeshConfig():
+        return config
+    problem = None
+    for tensor in _divisors(devices):
+        suggested = dataclasses.replace(config, mesh=propose(config, devices, tensor))
+        try:
+            axis_sizes(suggested, devices)
+        except UserError as error:
+            problem = problem or error
+            continue
+        if devices > 1:
+            log.info("mesh: suggested: %s; give other sizes for another", flags(suggested.mesh))
+        return suggested
+    raise problem
+
+
+def flags(mesh: MeshConfig) -> str:
+    """What gives a mesh on the command line: '--config.mesh.data=8 --config.mesh.fsdp=16'."""
+    sizes = dataclasses.asdict(mesh).items()
+    return " ".join(f"--config.mesh.{name}={size}" for name, size in sizes if size > 1)
 
 
 def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -77,17 +112,59 @@ def axis_sizes(config: Config, devices: int) -> dict[str, int]:
 FSDP_DEVICES = 16
 
 
-def propose(config: Config, devices: int) -> MeshConfig:
-    """A mesh of so many devices: experts over as many as they can use, FSDP, then replicas."""
+def propose(
+    config: Config,
+    devices: int,
+    tensor: int = 1,
+    expert_slice: int = 1,
+    fsdp_devices: int = FSDP_DEVICES,
+) -> MeshConfig:
+    """A mesh of so many devices: experts over as many as they can use, FSDP, then replicas.
+
+    Args:
+      config: the experiment; only the numbers of its experts count.
+      devices: all of them.
+      tensor: devices on this axis, a divisor of them.
+      expert_slice: devices on this axis, a divisor of the rest.
+      fsdp_devices: at most so many for FSDP.
+    """
     counts = {e: i for i, e in enumerate(config.model.schedule.experts) if e}
-    divisors = [d for d in range(devices, 0, -1) if devices % d == 0]
-    expert = next(d for d in divisors if not _problem(counts, d, 1))
-    rest = devices // expert
-    fsdp = next(d for d in divisors if rest % d == 0 and d <= FSDP_DEVICES)
-    # Two axes of experts where one would be the whole mesh, for FSDP to leave out the outer one.
-    inner = [d for d in divisors if expert % d == 0 and d <= FSDP_DEVICES]
-    inner = 1 if rest > 1 else next(d for d in inner if not _problem(counts, expert, d))
-    return MeshConfig(data=rest // fsdp, fsdp=fsdp, expert=expert, expert_inner=inner)
+    rest = devices // tensor // expert_slice
+    expert = next(d for d in reversed(_divisors(rest)) if not _problem(counts, d, 1))
+    rest //= expert
+    fsdp = max(d for d in _divisors(rest) if d <= fsdp_devices)
+    inner = 1
+    if expert == devices:
+        # Two axes of experts where one would be the whole mesh, for FSDP to leave out the outer.
+        fits = (d for d in _divisors(expert) if not _problem(counts, expert, d))
+        inner = max(d for d in fits if d <= FSDP_DEVICES)
+    return MeshConfig(rest // fsdp, fsdp, expert, expert_slice, tensor, inner)
+
+
+def leaner(config: Config, devices: int) -> Iterator[MeshConfig]:
+    """Meshes on which a device holds less than on `propose`'s, those that cost least first.
+
+    More devices for FSDP, then slices of experts, then `tensor`. Each fits the config's sizes and
+    batch; not all of them hold less than those before.
+    """
+    moe = any(config.model.schedule.experts)
+    for tensor in _divisors(devices):
+        for expert_slice in _divisors(devices // tensor) if moe else [1]:
+            found = set()
+            for fsdp in (d for d in _divisors(devices) if d >= FSDP_DEVICES or d == devices):
+                mesh = propose(config, devices, tensor, expert_slice, fsdp)
+                if mesh in found:
+                    continue
+                found.add(mesh)
+                try:
+                    axis_sizes(dataclasses.replace(config, mesh=mesh), devices)
+                except UserError:
+                    continue
+                yield mesh
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
 
 
 def _expert_factors(config: Config, expert: int, inner: int, devices: int) -> list[int]:
@@ -99,7 +176,7 @@ def _expert_factors(config: Config, expert: int, inner: int, devices: int) -> li
     counts = {e: i for i, e in enumerate(config.model.schedule.experts) if e}
     problem = _problem(counts, expert, inner)
     if problem:
-        divisors = [d for d in range(expert, 0, -1) if devices % d == 0]
+        divisors = [d for d in reversed(_divisors(devices)) if d <= expert]
         works = next(d for d in divisors if not _problem(counts, d, 1))
         fix = f"mesh.expert={works}"
         if works == expert:
@@ -123,6 +200,8 @@ def _problem(counts: Mapping[int, int], expert: int, inner: int) -> str | None:
     for small, large in itertools.pairwise(sorted({inner, *degrees})):
         if large % small:
             return f"its layers or stages spread over {small} and over {large} devices: not nested"
+    if inner > most:
+        return f"mesh.expert_inner={inner} exceeds it"
     return None
 
 

@@ -1,5 +1,6 @@
 """Chips a plan can be made for: what their data sheets say, and devices that aren't there."""
 
+import math
 import re
 from typing import NamedTuple
 
@@ -41,6 +42,8 @@ SLICES = {
     "h100": [f"{1 << i}x8" for i in range(8)],
 }
 
+LARGEST = 16_384  # chips of a topology; no pod has as many
+
 # What XLA's compiler for GPUs asks of an H100 (SXM), as a GpuTargetConfig in text form.
 H100 = """
 gpu_device_info {
@@ -61,31 +64,45 @@ def chip_of(topology: str) -> Chip:
     """The chip of a topology such as 'v5p:4x4x8'.
 
     Raises:
-      UserError: it is unknown.
+      UserError: it is unknown, or larger than any.
     """
     name, _, shape = topology.partition(":")
-    if name not in CHIPS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", shape):
+    dimensions = SLICES[name][0].count("x") + 1 if name in CHIPS else 0
+    if not re.fullmatch(r"[1-9][0-9]{0,5}(x[1-9][0-9]{0,5}){1,2}", shape) or (
+        shape.count("x") >= dimensions
+    ):
         raise UserError(
             f"--topology={topology} is unknown; use one of {', '.join(CHIPS)} and the chips of "
             "each dimension, such as v5p:4x4x8, v5e:16x16, or h100:16x8 for 16 hosts of 8"
         )
+    if chip_count(topology) > LARGEST:
+        raise UserError(
+            f"--topology={topology} has {chip_count(topology):,} chips; use {LARGEST:,} or fewer"
+        )
     return CHIPS[name]
+
+
+def chip_count(topology: str) -> int:
+    """The chips of a topology that `chip_of` knows."""
+    return math.prod(map(int, topology.partition(":")[2].split("x")))
 
 
 def topology_devices(topology: str) -> tuple[Chip, list]:
     """The chip and the devices of a topology, which need not be there.
 
     Raises:
-      UserError: it is unknown, or the compiler is not installed.
+      UserError: it is unknown, it is no slice of a pod, or the compiler is not installed.
     """
     chip = chip_of(topology)
     name, _, shape = topology.partition(":")
     if chip.platform == "gpu":
         asked = ("cuda", "", {"topology": f"1x{shape}", "target_config": H100})
-    elif name == "v4":  # its two cores as one device, as everywhere else
-        asked = ("tpu", topology, {"chip_config_name": "megacore"})
     else:
-        asked = ("tpu", topology, {})
+        # A v4's two cores count as one device, as everywhere else.
+        options = {"chip_config_name": "megacore"} if name == "v4" else {}
+        if chip_count(topology) == 1:  # of a host that has no more
+            options["chips_per_host_bounds"] = (1, 1, 1)
+        asked = ("tpu", topology, options)
     platform, topology_name, options = asked
     try:
         described = topologies.get_topology_desc(
@@ -93,6 +110,11 @@ def topology_devices(topology: str) -> tuple[Chip, list]:
         )
     except Exception as error:  # whatever a missing or mistaken compiler raises
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        if "INVALID_ARGUMENT" in reason:
+            raise UserError(
+                f"--topology={topology} is no slice of a pod ({reason}); use one of "
+                f"{', '.join(f'{name}:{shape}' for shape in SLICES[name])}"
+            ) from error
         extra = "tpu" if chip.platform == "tpu" else "cuda"
         raise UserError(
             f"--topology={topology} cannot be compiled for ({reason}); the compiler comes with "

@@ -1,7 +1,10 @@
 """A picture of plans: where a step's time goes, and what holds the memory of a chip."""
 
+import io
+import os
 from pathlib import Path
 
+from prmoe_jax import files
 from prmoe_jax.errors import UserError
 from prmoe_jax.plan.chips import CHIPS
 
@@ -29,6 +32,24 @@ HELD = {
 }
 
 
+def check(path: Path) -> None:
+    """Fails where `draw` would, before a plan is made.
+
+    Raises:
+      UserError: matplotlib is missing or does not know the format, or the folder isn't there.
+    """
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError:
+        raise UserError("a picture needs matplotlib: pip install -e '.[plot]'") from None
+    if path.suffix[1:].lower() not in FigureCanvasBase.get_supported_filetypes():
+        raise UserError(
+            f"{path}: '{path.suffix}' is no format of a picture; use .png, .svg or .pdf"
+        )
+    if not os.access(path.parent, os.W_OK) or path.is_dir():
+        raise UserError(f"{path} cannot be written: name a file in a folder that takes one")
+
+
 def draw(plans: dict[str, dict], path: Path) -> None:
     """Writes a figure with one bar a plan: milliseconds by part, and GiB a chip by use.
 
@@ -37,12 +58,11 @@ def draw(plans: dict[str, dict], path: Path) -> None:
       path: of the picture; its suffix says the format.
 
     Raises:
-      UserError: matplotlib is missing, or does not know the format.
+      UserError: see `check`, or the file cannot be written.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("a picture needs matplotlib: pip install -e '.[plot]'") from None
+    check(path)
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -74,12 +94,10 @@ def draw(plans: dict[str, dict], path: Path) -> None:
         handles = [pyplot.Rectangle((0, 0), 1, 1, color=colour) for colour in colours.values()]
         axes.legend(handles, colours.keys(), fontsize=7, ncols=6, loc="lower left",
                     bbox_to_anchor=(0, 1), frameon=False)  # fmt: skip
-    try:
-        figure.savefig(path, dpi=120)
-    except ValueError as error:
-        raise UserError(f"{path}: {str(error).splitlines()[0]}") from None
-    finally:
-        pyplot.close(figure)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=path.suffix[1:].lower(), dpi=120)
+    pyplot.close(figure)
+    files.replace(path, drawn.getvalue())
 
 
 def _bar(axes, place: int, sizes: dict[str, float], colours: dict[str, str]) -> None:

@@ -15,6 +15,15 @@ SPARSE_CORE = "call-done"  # the end of a gather or scatter that a TPU's SparseC
 # Of what these read, as many bytes count as they give.
 SLICES = "dynamic-slice", "gather", "slice", SPARSE_CORE
 UPDATES = ("dynamic-update-slice",)  # in place
+# Attention kernels by the start of their names: products of queries by keys and the like, and the
+# dimension of the queries that is the length.
+KERNELS = {
+    "splash_mha_fwd": (2, -2),
+    "splash_mha_dq": (3, -2),
+    "splash_mha_dkv": (4, -2),
+    "dot_product_attention_fwd": (2, -3),  # cuDNN's
+    "dot_product_attention_bwd": (5, -3),
+}
 
 
 class Operation(NamedTuple):
@@ -25,7 +34,7 @@ class Operation(NamedTuple):
     cycles: int | None  # of one run, as a TPU's compiler estimates it; None without an estimate
     runs: int  # product of the trip counts of the loops around it
     text: str  # as the program writes it: shape, opcode, operands, attributes
-    flops: int = 0  # of the matrix products in one run
+    flops: int = 0  # of the matrix products in one run, an attention kernel's included
     bytes: int = 0  # read and written in one run
 
 
@@ -118,6 +127,11 @@ def _count(dims: str) -> int:
     return math.prod(int(d) for d in dims.split(",") if d)
 
 
+def is_kernel(name: str) -> bool:
+    """Whether an operation of this name is an attention kernel."""
+    return name.startswith(tuple(KERNELS))
+
+
 def _operands(line: _Line) -> list[str]:
     """Names between the parentheses after the opcode."""
     inside = line.text.partition(f" {line.opcode}(")[2]
@@ -130,7 +144,15 @@ def _operands(line: _Line) -> list[str]:
 
 
 def _flops(line: _Line, shapes: dict[str, str]) -> int:
-    """Of a matrix product: 2 for each term of each sum."""
+    """Of a matrix product: 2 for each term of each sum. Of a causal kernel: half of the square."""
+    if is_kernel(line.name):
+        products, length = next(v for k, v in KERNELS.items() if line.name.startswith(k))
+        arrays = [a for name in _operands(line) for a in _arrays(shapes.get(name, ""))]
+        # The first operands with heads are the queries.
+        queries = next((s for kind, s in arrays if "f" in kind and s.count(",") > 1), None)
+        if queries is None:
+            raise ValueError(f"the attention kernel {line.name} has no visible queries")
+        return products * _count(queries) * int(queries.split(",")[length])
     contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", line.text)
     if line.opcode == "custom-call" and "__cublas" in line.text:
         listed = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', line.text)

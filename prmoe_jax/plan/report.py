@@ -10,6 +10,8 @@ chips, input, and whatever collectives do to each other.
 """
 
 import dataclasses
+import functools
+import logging
 import math
 import re
 from collections import Counter
@@ -18,31 +20,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.layout import Format, Layout
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from prmoe_jax.config import Config
+from prmoe_jax.config import Config, MeshConfig
 from prmoe_jax.data.pipeline import Batch
 from prmoe_jax.decoder import Decoder
 from prmoe_jax.model import Transformer, cast, resolve_backends
 from prmoe_jax.parallel import rules
-from prmoe_jax.parallel.mesh import batch_axes, make_mesh
+from prmoe_jax.parallel.mesh import batch_axes, check_splits, make_mesh
 from prmoe_jax.plan.chips import Chip, topology_devices
 from prmoe_jax.plan.collectives import Collective, Network, collectives, hosts, kind, torus
-from prmoe_jax.plan.program import Operation, operations
+from prmoe_jax.plan.program import Operation, is_kernel, operations
 from prmoe_jax.sizes import cost
 from prmoe_jax.step import TrainState, compiler_options, init_model, init_state, on_mesh
 
 # The scopes of the model's code, innermost last in an operation's name.
 COMPONENTS = "attention mlp experts routing dispatch exchange embedding logits optimizer".split()
 KERNEL_EFFICIENCY = 0.5
-# Products of queries by keys and the like in each attention kernel, by the start of its name.
-KERNEL_PRODUCTS = {
-    "splash_mha_fwd": 2,
-    "splash_mha_dq": 3,
-    "splash_mha_dkv": 4,
-    "dot_product_attention_fwd": 2,  # cuDNN's
-    "dot_product_attention_bwd": 5,
-}
+
+log = logging.getLogger(__name__)
 
 
 def plan(config: Config, topology: str, decode: int = 0, teacher: Config | None = None) -> dict:
@@ -65,19 +61,12 @@ def plan(config: Config, topology: str, decode: int = 0, teacher: Config | None 
       UserError: the topology is unknown, the compiler is not installed, or the mesh does not fit.
     """
     chip, devices = topology_devices(topology)
-    if decode:
-        config = dataclasses.replace(
-            config, train=dataclasses.replace(config.train, batch_size=decode, accumulate=1)
-        )
+    config = decoding(config, decode) if decode else config
     mesh = make_mesh(config, devices)
     resolved = resolve_backends(config, chip.platform, mesh)
-    model = "parameters" if decode else "teacher"
-    if decode:
-        step, arguments = _decoding(resolved, mesh)
-    else:
-        taught_by = teacher and resolve_backends(teacher, chip.platform, mesh)
-        step, arguments = _training(resolved, mesh, taught_by)
-    held = {name: _bytes_per_chip(p) for part in arguments for name, p in _uses(part, model)}
+    teacher = teacher and resolve_backends(teacher, chip.platform, mesh)
+    arguments = _arguments(resolved, mesh, decode, teacher)
+    held = _held(arguments, decode)
     result = {
         "topology": topology,
         "mesh": {name: size for name, size in mesh.shape.items() if size > 1},
@@ -88,22 +77,22 @@ def plan(config: Config, topology: str, decode: int = 0, teacher: Config | None 
     if sum(held.values()) > chip.hbm_bytes:  # the compiler needn't say so
         held["needed"] = sum(held.values())
         return result
+    step = _decode_step(resolved, mesh) if decode else on_mesh(resolved, mesh, teacher)
+    log.info("compiling the step for %s", topology)
     try:
         with jax.set_mesh(mesh):
             compiled = step.lower(*arguments).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        needed = re.search(r"Used ([\d.]+)G of", str(error))
-        if needed:
-            held["needed"] = round(float(needed[1]) * 2**30)
+        held["needed"] = needed_bytes(str(error), sum(held.values()), chip.hbm_bytes)
         return result
     memory = compiled.memory_analysis()
     # Activations, gradients and what the compiler works with.
     held["temporaries"] = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
     program = operations(compiled.as_text())
     sent = collectives(program, dict(mesh.shape), _network(chip, mesh))
-    components = _components(resolved, program, sent, chip, len(devices))
+    components = _components(program, sent, chip)
     step_s = sum(components.values())
     result |= {
         "fits": sum(held.values()) <= chip.hbm_bytes,
@@ -124,28 +113,88 @@ def plan(config: Config, topology: str, decode: int = 0, teacher: Config | None 
     }
 
 
-def _training(config: Config, mesh: Mesh, teacher: Config | None):
-    """The train step, and its state, batch and teacher as shapes with their places."""
-    state = jax.eval_shape(lambda: init_state(config))
+def needed_bytes(message: str, held: int, room: int) -> int:
+    """Bytes a chip of a step that doesn't fit: what the compiler says, or all there is at least.
+
+    Args:
+      message: the compiler's.
+      held: bytes of the step's arguments, which some messages leave out.
+      room: bytes of a chip.
+    """
+    if used := re.search(r"Used ([\d.]+)G of", message):
+        return round(float(used[1]) * 2**30)
+    if temporaries := re.search(r"temporaries \(([\d.]+)G\)", message):
+        return held + round(float(temporaries[1]) * 2**30)
+    return max(held, room)
+
+
+def held_bytes(
+    config: Config, mesh: Mesh | AbstractMesh, decode: int = 0, teacher: Config | None = None
+) -> dict[str, int]:
+    """Bytes a chip by use, before anything is compiled: what the step's arguments take.
+
+    Args:
+      config, decode, teacher: as in `plan`.
+      mesh: which need not have devices.
+    """
+    config = decoding(config, decode) if decode else config
+    return _held(_arguments(config, mesh, decode, teacher), decode)
+
+
+def decoding(config: Config, sequences: int) -> Config:
+    """The config with that many sequences as its batch."""
+    train = dataclasses.replace(config.train, batch_size=sequences, accumulate=1)
+    return dataclasses.replace(config, train=train)
+
+
+def _arguments(
+    config: Config, mesh: Mesh | AbstractMesh, decode: int, teacher: Config | None
+) -> list:
+    """What a step is given, as shapes with their places: model or state, batch, teacher."""
+    if decode:
+        model, past = _decode_shapes(_off_mesh(config))
+        places = rules.shardings(model, mesh, in_use=True)
+        by_head = NamedSharding(mesh, PartitionSpec(batch_axes(mesh), "tensor"))
+        past = jax.tree.map(lambda leaf: _place(leaf, by_head), past)
+        return [jax.tree.map(_place, model, places), past, _rows(mesh, (decode,), jnp.int32)]
+    state = _state_shapes(_off_mesh(config))
     shape = config.train.batch_size, config.model.length
     dtypes = jnp.int32, jnp.int32, bool, jnp.int32
     batch = Batch(*(_rows(mesh, shape, dtype) for dtype in dtypes))
     arguments = [jax.tree.map(_place, state, rules.shardings(state, mesh)), batch]
     if teacher:
-        dtype = jnp.dtype(teacher.model.dtype)
-        model = jax.eval_shape(lambda: cast(init_model(teacher), dtype))
+        check_splits(teacher, {"tensor": mesh.shape["tensor"], "expert_slice": mesh.shape["slice"]})
+        model = _teacher_shapes(_off_mesh(teacher))
         arguments.append(jax.tree.map(_place, model, rules.shardings(model, mesh)))
-    return on_mesh(config, mesh, teacher), arguments
+    return arguments
 
 
-def _decoding(config: Config, mesh: Mesh):
-    """The step that finds each sequence's next token, and what it needs, as shapes with places."""
-    batch = config.train.batch_size
+def _off_mesh(config: Config) -> Config:
+    """Shapes don't depend on the mesh; what they are cached by doesn't, either."""
+    return dataclasses.replace(config, mesh=MeshConfig())
+
+
+@functools.lru_cache(maxsize=4)
+def _state_shapes(config: Config) -> TrainState:
+    return jax.eval_shape(lambda: init_state(config))
+
+
+@functools.lru_cache(maxsize=4)
+def _teacher_shapes(config: Config) -> Transformer:
+    return jax.eval_shape(lambda: cast(init_model(config), jnp.dtype(config.model.dtype)))
+
+
+@functools.lru_cache(maxsize=4)
+def _decode_shapes(config: Config):
     model = jax.eval_shape(lambda: Decoder(init_model(config), config.model.dtype))
-    places = rules.shardings(model, mesh, in_use=True)
-    rows = batch_axes(mesh)
-    by_head = NamedSharding(mesh, PartitionSpec(rows, "tensor"))
-    past = jax.eval_shape(lambda: model.empty_past(batch, config.model.length))
+    batch, length = config.train.batch_size, config.model.length
+    return model, jax.eval_shape(lambda: model.empty_past(batch, length))
+
+
+def _decode_step(config: Config, mesh: Mesh):
+    """The step that finds each sequence's next token."""
+    batch = config.train.batch_size
+    model, _ = _decode_shapes(_off_mesh(config))
     tokens = _rows(mesh, (batch,), jnp.int32)
 
     def step(model, past, tokens_B):
@@ -154,16 +203,14 @@ def _decoding(config: Config, mesh: Mesh):
         return jnp.argmax(model.logits(x_Bx1xD[:, 0]), axis=-1), past
 
     # Laid out as the compiler likes it, as between the steps of `generate.advance`.
-    by_head = Format(Layout.AUTO, NamedSharding(mesh, PartitionSpec(rows, "tensor")))
-    step = jax.jit(
+    by_head = Format(Layout.AUTO, NamedSharding(mesh, PartitionSpec(batch_axes(mesh), "tensor")))
+    return jax.jit(
         step,
         donate_argnums=1,
-        in_shardings=(places, by_head, tokens.sharding),
+        in_shardings=(rules.shardings(model, mesh, in_use=True), by_head, tokens.sharding),
         out_shardings=(tokens.sharding, by_head),
         compiler_options=compiler_options(mesh),
     )
-    past = jax.tree.map(lambda leaf: _place(leaf, by_head.sharding), past)
-    return step, [jax.tree.map(_place, model, places), past, tokens]
 
 
 def _place(leaf, sharding):
@@ -173,6 +220,12 @@ def _place(leaf, sharding):
 def _rows(mesh: Mesh, shape: tuple[int, ...], dtype):
     sharding = NamedSharding(mesh, PartitionSpec(batch_axes(mesh)))
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+
+def _held(arguments: list, decode: int) -> dict[str, int]:
+    """Bytes a chip of a step's arguments, by use."""
+    model = "parameters" if decode else "teacher"
+    return {use: _bytes_per_chip(part) for a in arguments for use, part in _uses(a, model)}
 
 
 def _uses(argument, model: str) -> list[tuple[str, object]]:
@@ -199,21 +252,16 @@ def _network(chip: Chip, mesh: Mesh) -> Network:
     return hosts(host, chip.link_bytes_per_s, chip.network_bytes_per_s)
 
 
-def _components(
-    config: Config, program: list[Operation], sent: list[Collective], chip: Chip, chips: int
-) -> dict[str, float]:
+def _components(program: list[Operation], sent: list[Collective], chip: Chip) -> dict[str, float]:
     """Seconds of a step by part of the model; attention kernels and collectives apart."""
     seconds = Counter()
-    tokens = config.tokens_per_step / chips
     for operation in program:
         part, once = component(operation), operation.bytes / chip.hbm_bytes_per_s
-        kernel = next((k for k in KERNEL_PRODUCTS if operation.name.startswith(k)), None)
         if kind(operation):
             continue
-        if kernel:
-            # Half of the square.
-            flops = KERNEL_PRODUCTS[kernel] * config.model.length * config.model.d_model * tokens
-            part, once = "attention kernels", flops / chip.flops_per_s / KERNEL_EFFICIENCY
+        if is_kernel(operation.name):
+            part = "attention kernels"
+            once = operation.flops / chip.flops_per_s / KERNEL_EFFICIENCY
         elif operation.cycles is not None:
             once = operation.cycles / chip.hertz
         elif chip.platform == "gpu":
@@ -243,13 +291,30 @@ def _summed(sent: list[Collective]) -> list[dict]:
     ]
 
 
+def _instead(result: dict) -> str:
+    """What fits where a plan doesn't, on one line."""
+    other = result["instead"]
+    if not other:
+        chip = result["topology"].partition(":")[0]
+        return f"nothing that was tried fits: no mesh of these chips, no slice of {chip}"
+    held = sum(other["hbm_bytes_per_chip"].values()) / 2**30
+    return (
+        f"this fits: {' '.join(['--topology=' + other['topology'], *other['flags'].split()])} "
+        f"({held:.2f} GiB a chip, modelled step {other['modelled_step_s'] * 1e3:.4g} ms)"
+    )
+
+
 def table(result: dict) -> str:
     """The plan for people."""
     mesh = ", ".join(f"{name} {size}" for name, size in result["mesh"].items()) or "one chip"
     lines = [f"{result['topology']}: {result['chips']} chips, mesh {mesh}"]
+    if result.get("flags"):
+        lines.append(f"the mesh is the suggested one: {result['flags']}")
     lines.append("fits" if result["fits"] else "does not fit")
     for name, size in result["hbm_bytes_per_chip"].items():
         lines.append(f"  {name:20} {size / 2**30:9.2f} GiB a chip")
+    if "instead" in result:
+        lines.append(_instead(result))
     if "modelled_step_s" not in result:
         return "\n".join(lines)
     step_s = result["modelled_step_s"]
