@@ -120,7 +120,8 @@ class TrainConfig:
     steps: int = 0
     tokens: int = 0
     batch_size: int = 16  # sequences a step, all devices together
-    accumulate: int = 1  # portions a batch is computed in; changes memory, nothing else
+    # Portions a batch is computed in, in evaluation too; changes memory, nothing else.
+    accumulate: int = 1
     z_loss: float = 0.0  # weight of log(Z)² of the logits
 
 
@@ -326,7 +327,7 @@ def beside(teacher: Config, student: Config) -> Config:
     if teacher.moe.group_size:
         shape = dataclasses.replace(teacher.model, length=model.length)
         try:
-            _check_groups(dataclasses.replace(teacher, model=shape, train=student.train))
+            _check_groups(dataclasses.replace(teacher, model=shape, train=student.train), student)
         except UserError as error:
             raise UserError(f"the teacher, on its student's batches: {error}") from None
     return teacher
@@ -343,6 +344,17 @@ def check_runs_without_limit(config: Config) -> None:
         "this run's experts choose their tokens (moe.router=expert_choice): whom they choose "
         "depends on the tokens to come, so it can neither generate nor be scored in tasks",
     )
+
+
+def group_rows(config: Config, teacher: Config | None = None) -> int:
+    """Neighbouring sequences of a batch that are computed together.
+
+    Routing groups that span sequences stay whole: the model's, and where there is a teacher, its
+    groups on the same batch.
+    """
+    length = config.model.length
+    groups = [one.moe.group_size or length for one in (config, teacher) if one]
+    return math.lcm(*(max(1, group // length) for group in groups))
 
 
 def leaves(config: Config) -> dict[str, object]:
@@ -556,20 +568,31 @@ def _check_moe(config: Config) -> None:
     _check_groups(config)
 
 
-def _check_groups(config: Config) -> None:
-    """Routing groups must be made of whole sequences, or sequences of whole groups."""
+def _check_groups(config: Config, student: Config | None = None) -> None:
+    """Routing groups must be made of whole sequences, or sequences of whole groups.
+
+    A teacher's group size is given: what doesn't fit it is the batch of its student.
+    """
     train, group, length = config.train, config.group_size, config.model.length
+    fits = max(d for d in range(1, length + 1) if length % d == 0 and d <= group)
+    if student:
+        longest = max(d for d in range(1, length + 1) if d % group == 0 or group % d == 0)
+        fits = f"model.length={longest}"
     _require(
         length % group == 0 or group % length == 0,
         f"moe.group_size={group} neither divides nor is a multiple of model.length={length}; "
-        f"use {max(d for d in range(1, length + 1) if length % d == 0 and d <= group)}",
+        f"use {fits}",
     )
     portion = train.batch_size // max(1, train.accumulate) * length
+    fits = math.gcd(portion, group)
+    if student:
+        rows = train.accumulate * group_rows(student, config)
+        fits = f"train.batch_size={-(-train.batch_size // rows) * rows}"
     _require(
         portion % group == 0,
         f"moe.group_size={group} does not divide the {portion} tokens that are computed at once "
         f"(train.batch_size={train.batch_size} / train.accumulate={train.accumulate} x "
-        f"model.length={length}); use {math.gcd(portion, group)}",
+        f"model.length={length}); use {fits}",
     )
 
 

@@ -1,5 +1,6 @@
 """Evaluation on the validation split: loss, perplexity, bits per byte, drops, expert load."""
 
+import itertools
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -9,17 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from prmoe_jax import workdir as workdirs
 from prmoe_jax.checkpoint import Checkpoints
-from prmoe_jax.config import Config, MeshConfig, TeacherConfig, load
-from prmoe_jax.data.pipeline import Batch, Data, eval_batches, load_data
+from prmoe_jax.config import Config, MeshConfig, TeacherConfig, group_rows, leaves, load
+from prmoe_jax.data.pipeline import Batch, Data, eval_batches, load_data, windows_fingerprint
 from prmoe_jax.distill import Agreement, agreement, teach
 from prmoe_jax.errors import UserError
 from prmoe_jax.loss import Sums
 from prmoe_jax.metrics import perplexity, summarise
 from prmoe_jax.model import Transformer, resolve_backends
+from prmoe_jax.parallel import processes
 from prmoe_jax.parallel.mesh import choose_mesh, local_rows, make_mesh, replicated, split_batch
 from prmoe_jax.step import make_eval_step
 from prmoe_jax.teacher import frozen, restore_teacher
@@ -40,8 +43,18 @@ def evaluate_model(
     Returns:
       loss (nats a token), perplexity, bits_per_byte (of the text, document ends included),
       tokens, drop_fraction, aux_loss and the per-layer statistics of `metrics.summarise`.
+
+    Raises:
+      UserError: the split has no text.
     """
-    sums = _summed(lambda batch: eval_step(model, batch), config, data, mesh, limit)
+    if not (data.validation.tokens and data.validation_bytes):
+        raise UserError(
+            f"the validation split of data.corpus={config.data.corpus} has no text "
+            f"({len(data.validation.cache.starts_N)} documents); use a corpus with some in it"
+        )
+    rows = _rows(config, mesh)
+    limit = -(-limit * config.train.batch_size // rows)
+    sums = _summed(lambda batch: eval_step(model, batch), rows, data, mesh, limit)
     metrics = summarise(sums, config)
     loss = metrics.pop("lm_loss")
     # Exact over the whole split; of a part, its tokens stand for their share of the bytes.
@@ -55,15 +68,36 @@ def evaluate_model(
     }
 
 
+def _rows(config: Config, mesh: Mesh, teacher: Config | None = None) -> int:
+    """Windows that are evaluated at once: a portion of training's batch.
+
+    Rounded up, so that every device gets as many and no routing group is cut, a teacher's neither.
+    """
+    portion = config.train.batch_size // config.train.accumulate
+    shared = mesh.size // mesh.shape["tensor"] * group_rows(config, teacher)
+    return -(-portion // shared) * shared
+
+
 def _summed(
-    measure: Callable[[Batch], Any], config: Config, data: Data, mesh: Mesh, limit: int = 0
-):
-    """Adds up what a function measures of each batch of the validation split, or its first ones."""
-    sums, batch_size = None, config.train.batch_size
-    for batch in eval_batches(data.validation, batch_size, limit, local_rows(mesh, batch_size)):
-        part = measure(split_batch(batch, mesh, batch_size))
-        sums = part if sums is None else jax.tree.map(jax.numpy.add, sums, part)
-    return sums
+    measure: Callable[[Batch], Any], rows: int, data: Data, mesh: Mesh, limit: int = 0
+) -> Any:
+    """Adds up what a function measures of the validation split, `rows` windows at a time.
+
+    The sums are those of the whole split, or of its first `limit` batches, in int64 and float64:
+    a device's int32 ends at 2.1 billion tokens, and its float32 counts exactly to 17 million.
+    """
+    total = None
+    batches = eval_batches(data.validation, rows, limit, local_rows(mesh, rows))
+    parts = (measure(split_batch(batch, mesh, rows)) for batch in batches)
+    # The next batch is dispatched before the sums of this one are waited for.
+    for part, _ in itertools.pairwise(itertools.chain(parts, [None])):
+        part = jax.tree.map(_widened, jax.device_get(part))
+        total = part if total is None else jax.tree.map(np.add, total, part)
+    return total
+
+
+def _widened(x: np.ndarray) -> np.ndarray:
+    return x.astype(np.int64 if np.issubdtype(x.dtype, np.integer) else np.float64)
 
 
 def evaluate(workdir: Path, teacher: Path | None = None) -> dict:
@@ -79,13 +113,18 @@ def evaluate(workdir: Path, teacher: Path | None = None) -> dict:
       the same one the likeliest, a share).
 
     Raises:
-      UserError: a folder holds no run or no checkpoint, or the teacher's vocabulary or tokenizer is
-        another.
+      UserError: a folder holds no run or no checkpoint, the teacher's vocabulary or tokenizer is
+        another, or the validation split can't be read or has no text.
     """
+    processes.agree(
+        "the run that is evaluated",
+        lambda: shared_settings(load(workdir / workdirs.CONFIG)) | {"--teacher": str(teacher)},
+    )
     config, step, model, mesh = restore_run(workdir)
     data = load_data(
         config.data, config.model.vocab_size, config.model.length, workdir / workdirs.TOKENIZER
     )
+    processes.agree("the text", lambda: windows_fingerprint(data))
     with jax.set_mesh(mesh):
         eval_step = jax.jit(make_eval_step(config), out_shardings=replicated(mesh))
         metrics = {"step": step} | evaluate_model(eval_step, model, config, data, mesh)
@@ -97,7 +136,9 @@ def evaluate(workdir: Path, teacher: Path | None = None) -> dict:
 def _beside_teacher(
     model: Transformer, config: Config, workdir: Path, data: Data, mesh: Mesh
 ) -> dict:
-    config = replace(config, teacher=TeacherConfig(workdir=str(workdir)))
+    rows = _rows(config, mesh, load(workdir / workdirs.CONFIG))
+    train = replace(config.train, batch_size=rows, accumulate=1)
+    config = replace(config, train=train, teacher=TeacherConfig(workdir=str(workdir)))
     teacher = frozen(restore_teacher(config, mesh, data.tokenizer), mesh)
 
     @partial(jax.jit, out_shardings=replicated(mesh))
@@ -107,7 +148,7 @@ def _beside_teacher(
         x_BxLxD, _ = model(batch.tokens_BxL, batch.segments_BxL, capacity_factor=factor)
         return agreement(x_BxLxD, model.output_table(x_BxLxD.dtype), lesson, batch)
 
-    sums = _summed(lambda batch: compare(model, teacher.model, batch), config, data, mesh)
+    sums = _summed(lambda batch: compare(model, teacher.model, batch), rows, data, mesh)
     return {
         "teacher/step": teacher.step,
         "teacher/loss": float(sums.teacher_loss / sums.tokens),
@@ -126,8 +167,8 @@ def restore_run(
     Args:
       workdir: the run's folder.
       devices: those to use, all unless given.
-      layout: the mesh, for batches of any size; unless given it is the run's, or where that doesn't
-        fit the devices there are, each of them holds the whole model.
+      layout: the mesh; unless given it is the run's, or where that doesn't fit the devices there
+        are, each of them holds the whole model. Batches may have any size that `_rows` gives.
 
     Raises:
       UserError: the folder holds no run or no readable checkpoint, or the layout doesn't fit.
@@ -137,19 +178,31 @@ def restore_run(
     count = len(jax.devices() if devices is None else devices)
     if layout:
         config = replace(anywhere, mesh=layout)
-        rows = max(1, config.group_size // config.model.length)
-        train = replace(config.train, batch_size=count * rows, accumulate=1)
-        mesh = make_mesh(replace(config, train=train), devices)
+        mesh = make_mesh(_with_any_batch(config, count), devices)
     else:
         try:
-            config = choose_mesh(config, count)
-            mesh = make_mesh(config, devices)
+            chosen = choose_mesh(_with_any_batch(config, count), count).mesh
+            config = replace(config, mesh=chosen)
+            mesh = make_mesh(_with_any_batch(config, count), devices)
         except UserError as error:
             log.info("%s: here each device holds the whole model", error)
             config = replace(anywhere, mesh=MeshConfig())
-            mesh = make_mesh(config, devices)
+            mesh = make_mesh(_with_any_batch(config, count), devices)
     config = resolve_backends(config, jax.default_backend(), mesh)
     checkpoints = Checkpoints(workdir)
     step, model = checkpoints.restore_model(config, mesh)
     checkpoints.close()
     return config, step, model, mesh
+
+
+def shared_settings(config: Config) -> dict:
+    """All that processes of one run must agree on before they start."""
+    # Every host may have a cache of its own.
+    settings = {name: value for name, value in leaves(config).items() if name != "data.cache_dir"}
+    return settings | workdirs.versions()
+
+
+def _with_any_batch(config: Config, devices: int) -> Config:
+    """With a batch that fits any mesh: evaluation and decoding have batches of their own."""
+    train = replace(config.train, batch_size=devices * group_rows(config), accumulate=1)
+    return replace(config, train=train)

@@ -1,14 +1,15 @@
 """The compiled steps: initialise, train (with gradient accumulation), evaluate."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from prmoe_jax.config import Config
+from prmoe_jax.config import Config, group_rows
 from prmoe_jax.data.pipeline import Batch
 from prmoe_jax.distill import teach
 from prmoe_jax.loss import Sums, forward, totals, training_loss
@@ -54,7 +55,6 @@ def make_train_step(
     """
     optimizer = make_optimizer(config)
     rate = learning_rate(config)
-    portions = config.train.accumulate
 
     def train_step(
         state: TrainState, batch: Batch, teacher_model: Transformer | None = None
@@ -75,35 +75,13 @@ def make_train_step(
             sums = forward(model, batch, config.moe.capacity_factor, keys_B, lesson, config.kd)
             return training_loss(sums, total, config, kd_weight), sums
 
-        gradient_of = jax.grad(loss, has_aux=True)
-        if portions == 1:
-            gradient, sums = gradient_of(state.model, (batch, keys_B))
-        else:
-            group_rows = max(1, config.group_size // config.model.length)
-
-            def cut(x_BxL):
-                """[B, …] to [portions, B/portions, …]: routing groups stay whole, and each
-
-                portion takes from all over the batch, so that no device sits idle.
-                """
-                dims = x_BxL.shape[1:]
-                x = x_BxL.reshape(-1, portions, group_rows, *dims).swapaxes(0, 1)
-                return x.reshape(portions, -1, *dims)
-
-            def accumulate(carry, portion):
-                return jax.tree.map(jnp.add, carry, gradient_of(state.model, portion)), None
-
-            zeros = jax.tree.map(
-                lambda x: jnp.zeros(x.shape, x.dtype),
-                jax.eval_shape(
-                    gradient_of, state.model, jax.tree.map(lambda x: cut(x)[0], (batch, keys_B))
-                ),
-            )
-            zeros = rules.constrain(zeros[0]), zeros[1]
-            (gradient, sums), _ = jax.lax.scan(
-                accumulate, zeros, jax.tree.map(cut, (batch, keys_B))
-            )
-
+        gradient, sums = add_up(
+            partial(jax.grad(loss, has_aux=True), state.model),
+            (batch, keys_B),
+            config.train.accumulate,
+            group_rows(config, teacher),
+            lambda sums: (rules.constrain(sums[0]), sums[1]),
+        )
         gradient = rules.constrain(gradient)
         with jax.named_scope("optimizer"):
             updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.model)
@@ -121,6 +99,43 @@ def make_train_step(
         return TrainState(state.step + 1, model, optimizer_state), metrics
 
     return train_step
+
+
+def add_up(
+    measure: Callable[[Any], Any],
+    batch: Any,
+    portions: int,
+    rows_together: int,
+    place: Callable[[Any], Any] = lambda sums: sums,
+) -> Any:
+    """Adds up `measure(portion)` over the portions of a batch, computed one after the other.
+
+    Every portion takes rows from all over the batch, so that no device sits idle.
+
+    Args:
+      measure: maps the rows of a portion to sums over them, a pytree of arrays.
+      batch: a pytree of arrays [B, …].
+      portions: how many; 1 calls `measure` on the whole batch.
+      rows_together: neighbours that stay in one portion, see `config.group_rows`; B is a multiple
+        of portions · rows_together.
+      place: holds the sums to their partition of the mesh.
+    """
+    if portions == 1:
+        return measure(batch)
+
+    def cut(x_BxL):
+        """[B, …] to [portions, B/portions, …]."""
+        dims = x_BxL.shape[1:]
+        x = x_BxL.reshape(-1, portions, rows_together, *dims).swapaxes(0, 1)
+        return x.reshape(portions, -1, *dims)
+
+    def add(sums, portion):
+        return jax.tree.map(jnp.add, sums, measure(portion)), None
+
+    parts = jax.tree.map(cut, batch)
+    shapes = jax.eval_shape(measure, jax.tree.map(lambda x: x[0], parts))
+    zeros = place(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))
+    return jax.lax.scan(add, zeros, parts)[0]
 
 
 def distillation_weight(config: Config, step: jax.Array) -> jax.Array:

@@ -5,6 +5,7 @@ import itertools
 import logging
 import math
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from tqdm import tqdm
 
 from prmoe_jax import workdir as workdirs
 from prmoe_jax.checkpoint import Checkpoints
-from prmoe_jax.config import Config, teacher_of
+from prmoe_jax.config import Config, group_rows, teacher_of
 from prmoe_jax.data import lessons
 from prmoe_jax.data.pipeline import Batch, Data, Likeliest, eval_batches, load_data, train_iterator
 from prmoe_jax.data.tokenizer import Tokenizer, check_same
@@ -36,7 +37,7 @@ from prmoe_jax.parallel.mesh import (
     split_batch,
 )
 from prmoe_jax.sizes import cost
-from prmoe_jax.step import init_model
+from prmoe_jax.step import add_up, init_model
 from prmoe_jax.student import cut, layer_map, magnitudes, taylor
 
 log = logging.getLogger(__name__)
@@ -109,8 +110,9 @@ def write_lessons(config: Config, folder: Path) -> dict:
     with jax.set_mesh(mesh):
         teacher = frozen(restore_teacher(config, mesh, data.tokenizer), mesh)
         _check_windows_apart(teacher.config, config)
-        batch_size = config.train.batch_size
-        batches = eval_batches(data.train, batch_size, rows=local_rows(mesh, batch_size))
+        # A portion of training's batch at once: windows apart, others in a batch change nothing.
+        rows = config.train.batch_size // config.train.accumulate
+        batches = eval_batches(data.train, rows, rows=local_rows(mesh, rows))
 
         @partial(jax.jit, out_shardings=replicated(mesh))
         def predict(model: Transformer, batch: Batch) -> Likeliest:
@@ -118,9 +120,9 @@ def write_lessons(config: Config, folder: Path) -> dict:
             return recorded(lesson, config.kd)
 
         def predictions():
-            count = -(-len(data.train) // batch_size)
+            count = -(-len(data.train) // rows)
             for batch in tqdm(batches, total=count, unit="batch", disable=not sys.stderr.isatty()):
-                yield jax.device_get(predict(teacher.model, split_batch(batch, mesh, batch_size)))
+                yield jax.device_get(predict(teacher.model, split_batch(batch, mesh, rows)))
 
         described = {"workdir": config.teacher.workdir, "step": teacher.step}
         described["capacity_factor"] = evaluation_capacity(teacher.config, config.teacher)
@@ -175,19 +177,7 @@ def inherited(config: Config, teacher: Teacher, data: Data, mesh: Mesh) -> Trans
 
 def _worth(config: Config, teacher: Teacher, data: Data, mesh: Mesh) -> dict[str, jax.Array]:
     """`student.taylor` over the run's first batches, in evaluation's mode."""
-    batch_size, capacity = (
-        config.train.batch_size,
-        evaluation_capacity(teacher.config, config.teacher),
-    )
-
-    @jax.jit
-    def measure(model: Transformer, batch: Batch) -> dict[str, jax.Array]:
-        def loss(model):
-            sums = forward(model, batch, capacity)
-            return sums.lm_loss / jnp.maximum(sums.tokens, 1)
-
-        return taylor(model, jax.grad(loss)(model))
-
+    measure, batch_size = jax.jit(measure_worth(config, teacher.config)), config.train.batch_size
     total = None
     batches = train_iterator(data.train, batch_size, config.seed, local_rows(mesh, batch_size))
     for batch in itertools.islice(batches, MEASURED_BATCHES):
@@ -195,6 +185,29 @@ def _worth(config: Config, teacher: Teacher, data: Data, mesh: Mesh) -> dict[str
         found = measure(teacher.model, batch)
         total = found if total is None else jax.tree.map(jnp.add, total, found)
     return total
+
+
+def measure_worth(
+    config: Config, teacher: Config
+) -> Callable[[Transformer, Batch], dict[str, jax.Array]]:
+    """A function of (the teacher's model, batch): `student.taylor` of the batch's mean loss.
+
+    Squares are of the whole batch's gradient, which is added up over the portions of training.
+    """
+    capacity = evaluation_capacity(teacher, config.teacher)
+
+    def measure(model: Transformer, batch: Batch) -> dict[str, jax.Array]:
+        tokens = jnp.maximum(batch.mask_BxL.sum(), 1)
+
+        def loss(model, portion):
+            return forward(model, portion, capacity).lm_loss / tokens
+
+        rows = group_rows(config, teacher)
+        gradient = partial(jax.grad(loss), model)
+        gradient = add_up(gradient, batch, config.train.accumulate, rows, rules.constrain)
+        return taylor(model, gradient)
+
+    return measure
 
 
 def _expert_load(workdir: Path, step: int, layer: int) -> list[float]:

@@ -27,7 +27,7 @@ from prmoe_jax.data.pipeline import (
     train_iterator,
 )
 from prmoe_jax.errors import TrainingStopped, UserError
-from prmoe_jax.evaluate import evaluate_model
+from prmoe_jax.evaluate import evaluate_model, shared_settings
 from prmoe_jax.metrics import (
     METRICS,
     MetricsWriter,
@@ -68,7 +68,7 @@ def train(
         same in all processes.
       TrainingStopped: the loss or the gradient is no longer finite.
     """
-    processes.agree("the settings", lambda: _shared_settings(config))
+    processes.agree("the settings", lambda: shared_settings(config))
     placed = choose_mesh(config, jax.device_count())
     mesh = make_mesh(placed)
     resolved = resolve_backends(placed, jax.default_backend(), mesh)
@@ -410,13 +410,6 @@ class interruption:  # noqa: N801, reads as the statement it is
         self.caught = True
         if self._several:
             os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _shared_settings(config: Config) -> dict:
-    """All that processes of one run must agree on before they start."""
-    # Every host may have a cache of its own.
-    settings = {k: v for k, v in configs.leaves(config).items() if k != "data.cache_dir"}
-    return settings | workdirs.versions()
 
 
 def check_fingerprint(saved: dict, current: dict) -> None:

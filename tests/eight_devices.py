@@ -1,10 +1,12 @@
 """What test_parallel.py runs on eight devices: python -m tests.eight_devices CASE."""
 
 import dataclasses
+import functools
 import json
 import re
 import sys
 from pathlib import Path
+from unittest import mock
 
 import jax
 
@@ -14,13 +16,14 @@ jax.config.update("jax_disable_most_optimizations", True)
 
 import numpy as np  # noqa: E402
 
-from prmoe_jax import architecture, config  # noqa: E402
+from prmoe_jax import architecture, config, evaluate  # noqa: E402
 from prmoe_jax.checkpoint import Checkpoints  # noqa: E402
 from prmoe_jax.cli import main  # noqa: E402
 from prmoe_jax.config import Config, MeshConfig  # noqa: E402
 from prmoe_jax.data.pipeline import Batch  # noqa: E402
 from prmoe_jax.data.tokenizer import _bytes  # noqa: E402
 from prmoe_jax.decoder import decoder  # noqa: E402
+from prmoe_jax.evaluate import restore_run  # noqa: E402
 from prmoe_jax.generate import Generator, Sampling  # noqa: E402
 from prmoe_jax.loss import forward, totals, training_loss  # noqa: E402
 from prmoe_jax.metrics import to_python  # noqa: E402
@@ -173,6 +176,34 @@ def collectives(hlo: str, kind: str) -> list[tuple[int, str]]:
     return found
 
 
+def lowered(values: Config, mesh: jax.sharding.Mesh):
+    """The gradient of the first step on a mesh, not compiled yet."""
+    with jax.set_mesh(mesh):
+        model = jax.eval_shape(lambda: init_model(values))
+        model = jax.tree.map(
+            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+            model,
+            rules.shardings(model, mesh),
+        )
+        rows = split_batch(make_batch(ROWS), mesh, ROWS)
+        return jax.jit(gradient_of(values)).lower(model, rows)
+
+
+def replicas() -> None:
+    """Gradients of experts held in bfloat16 are summed over their replicas in float32.
+
+    As the program asks for it: a CPU's compiler would make a sum in bfloat16 one in float32.
+    """
+    text = "2 layers, every 1, E=4"
+    for label, experts, d_ff in (("data", 4, 40), ("data, fsdp, expert", 2, 40), ("sliced", 1, 20)):
+        program = lowered(*spread(settings(text, dtype="bfloat16"), MESHES[label])).as_text()
+        sums = r'"stablehlo.all_reduce".*?\}\) : \(tensor<([\dx]*)x(\w+)>\)'
+        found = {dims: kind for dims, kind in re.findall(sums, program, re.DOTALL)}
+        for dims in (f"{experts}x24x{d_ff}", f"{experts}x{d_ff}", f"{experts}x{d_ff}x24"):
+            assert found[dims] == "f32", (label, dims, found)
+    print("checked")
+
+
 def exchanges() -> None:
     """What the compiled gradient exchanges, and that no expert's weights are gathered."""
     d_ff = 400
@@ -182,16 +213,7 @@ def exchanges() -> None:
     def compiled(text, label=None, remat="none", **mesh):
         changes = {"d_ff": d_ff, "remat": remat}
         values, mesh = spread(settings(text, **changes), MESHES[label] if label else mesh)
-        with jax.set_mesh(mesh):
-            state = jax.eval_shape(lambda: init_state(values))
-            places = rules.shardings(state.model, mesh)
-            model = jax.tree.map(
-                lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-                state.model,
-                places,
-            )
-            rows = split_batch(make_batch(ROWS), mesh, ROWS)
-            hlo = jax.jit(gradient_of(values)).lower(model, rows).compile().as_text()
+        hlo = lowered(values, mesh).compile().as_text()
         for size, _ in collectives(hlo, "all-gather"):
             assert size < one_expert, f"{size} bytes gathered"
         found = collectives(hlo, "all-to-all")
@@ -249,6 +271,40 @@ def checkpoints(folder: str) -> None:
                 ), name
                 np.testing.assert_array_equal(leaf, named_leaves(state)[name], err_msg=name)
             print(f"{source} -> {target}: restored")
+
+
+def evaluates(folder: str) -> None:
+    """A run of 6 sequences a step, on 8 devices and on one: the same, a teacher's part too.
+
+    Its routing groups are two windows: 16 are evaluated at once. The teacher's are three: 48.
+    """
+    root = Path(folder)
+    words = "the expert of a token is chosen by its router and so on".split()
+    for i in range(30):
+        (root / f"{i}.txt").write_text(" ".join(words[j * i % 12] for j in range(400)))
+    data = {"corpus": f"{root}/*.txt", "tokenizer": "bytes", "cache_dir": str(root / "cache")}
+    for name, windows in (("run", 2), ("teacher", 3)):
+        values = settings("2 layers, E=4, residual", {"batch_size": 6}, init_std=0.3)
+        moe = dataclasses.replace(values.moe, group_size=windows * LENGTH, overflow="position")
+        values = dataclasses.replace(values, moe=moe, data=config.DataConfig(**data), seed=windows)
+        (root / name).mkdir()
+        config.save(config.resolve(dataclasses.asdict(values)), root / name / "config.json")
+        _bytes().save(root / name / "tokenizer.json")
+        store = Checkpoints(root / name, keep=1)
+        store.save_model(1, init_model(resolve_backends(values, "cpu")))
+        store.close()
+
+    def evaluated(**where):
+        restore = functools.partial(restore_run, **where)
+        with mock.patch.object(evaluate, "restore_run", restore):
+            return evaluate.evaluate(root / "run", root / "teacher")
+
+    alone, spread_out = evaluated(devices=jax.devices()[:1]), evaluated()
+    assert alone.keys() == spread_out.keys()
+    assert 0.05 < alone["drop_fraction"] < 0.95 and alone["teacher/kl"] > 0.01
+    for name, value in alone.items():
+        np.testing.assert_allclose(spread_out[name], value, rtol=1e-6, atol=1e-7, err_msg=name)
+    print(f"equal over {alone['tokens']} tokens")
 
 
 def generates() -> None:

@@ -5,6 +5,7 @@ import gc
 import importlib.util
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 
 from prmoe_jax import distill, train
+from prmoe_jax import teacher as teachers
 from prmoe_jax.cli import main
 from prmoe_jax.config import KdConfig, TeacherConfig, save, teacher_of
 from prmoe_jax.data.pipeline import Batch
@@ -24,7 +26,7 @@ from prmoe_jax.errors import UserError
 from prmoe_jax.evaluate import restore_run
 from prmoe_jax.loss import forward, totals, training_loss
 from prmoe_jax.metrics import read_metrics, to_python
-from prmoe_jax.step import init_state, make_train_step
+from prmoe_jax.step import init_model, init_state, make_train_step
 from prmoe_jax.train import Run
 from prmoe_jax.tree import named_leaves
 from tests.quick import jit
@@ -248,6 +250,23 @@ def test_a_step_adds_the_weighted_divergence(mode, portions):
         assert first[name] == pytest.approx(expected[name], rel=tolerance)
 
 
+def test_portions_keep_the_teachers_routing_groups_whole():
+    """They span three windows, the student's two: six are computed together."""
+    taught = {"text": "1 layers, every 1, E=3", "batch_size": 12}
+    taught_by = settings(**taught, seed=7, moe={"group_size": 24})
+    taught |= {"teacher": {"workdir": "any"}, "moe": {"group_size": 16}}
+    state, model = jit(lambda: (init_state(settings(**taught)), init_model(taught_by)))()
+    found = []
+    for portions in (1, 2):
+        values = settings(**taught, train={"accumulate": portions})
+        _, metrics = jit(make_train_step(values, taught_by))(state, make_batch(rows=12), model)
+        found.append(to_python(metrics, values))
+    whole, parts = found
+    assert whole["kd_loss"] > 0.01
+    for name in ("kd_loss", "loss", "aux_loss", "drop_fraction"):
+        assert parts[name] == pytest.approx(whole[name], rel=1e-5), name
+
+
 def test_modes_of_the_teacher():
     """Evaluation's is the teacher's evaluation; training's has its noise and its capacity."""
     moe = {"capacity_factor": 0.5, "eval_capacity_factor": 1.0}
@@ -394,6 +413,31 @@ def recorded_teacher(text, teacher, tmp_path_factory):  # noqa: F811
     return folder
 
 
+def test_a_recorded_teacher_takes_the_portions_of_training(
+    text,  # noqa: F811
+    teacher,
+    recorded_teacher,
+    tmp_path,
+    monkeypatch,
+):
+    """Two windows at a time instead of eight: the same folder but for rounding."""
+    rows, teach = [], teachers.teach
+
+    def watched(config, model, batch, *more):
+        rows.append(len(batch.tokens_BxL))
+        return teach(config, model, batch, *more)
+
+    monkeypatch.setattr(teachers, "teach", watched)
+    changes = {"teacher.workdir": teacher, "kd.kind": "top_k", "kd.top_k": 6, "train.accumulate": 4}
+    _, *overrides, _, _ = arguments(text, "", LEARNER, **changes)
+    assert main(["teacher-cache", *overrides, f"--out={tmp_path / 'top6'}"]) == 0
+    assert rows == [2]
+    ours, theirs = (
+        np.load(folder / "log_p.npy") for folder in (tmp_path / "top6", recorded_teacher)
+    )
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
 OFFLINE = {"kd.kind": "top_k", "kd.top_k": 5, "kd.stop": 0.5, "train.steps": 12}
 
 
@@ -476,6 +520,32 @@ def test_a_teacher_whose_groups_do_not_fit(tmp_path):
         teacher_of(settings("2 layers, E=3", batch_size=3, **taught))
     with pytest.raises(UserError, match="moe.group_size=16 neither divides nor is a multiple of m"):
         teacher_of(settings("2 layers, E=3", model={"length": 7}, **taught))
+
+
+@pytest.mark.parametrize(
+    ("changes", "group", "fix"),
+    [
+        ({"train": {"accumulate": 8}}, 16, "train.batch_size=16"),
+        # The student's groups are three windows, the teacher's four.
+        (
+            {"batch_size": 18, "train": {"accumulate": 3}, "moe": {"group_size": 24}},
+            32,
+            "train.batch_size=36",
+        ),
+        ({"model": {"length": 7}}, 16, "model.length=4"),
+    ],
+)
+def test_what_to_change_for_a_teachers_groups(tmp_path, changes, group, fix):
+    """The group size of a trained run is given: the fix is a setting of the student, and works."""
+    moe = {"group_size": group, "dispatch": "gather"}
+    save(settings("2 layers, E=3", batch_size=12, moe=moe), tmp_path / "config.json")
+    student = settings("2 layers, E=3", teacher={"workdir": str(tmp_path)}, **changes)
+    with pytest.raises(UserError, match="the teacher, on its student's batches") as error:
+        teacher_of(student)
+    assert str(error.value).endswith(f"; use {fix}")
+    group_of, name, value = re.split("[.=]", fix)
+    part = dataclasses.replace(getattr(student, group_of), **{name: int(value)})
+    assert teacher_of(dataclasses.replace(student, **{group_of: part})).moe.group_size == group
 
 
 @pytest.mark.parametrize(

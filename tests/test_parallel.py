@@ -344,6 +344,14 @@ def test_exchanges():
     assert "checked" in on_eight_devices("exchanges")
 
 
+def test_gradients_of_experts_are_summed_in_float32():
+    assert "checked" in on_eight_devices("replicas")
+
+
+def test_evaluation_on_devices_that_the_batch_does_not_divide(tmp_path):
+    assert "equal over" in on_eight_devices("evaluates", str(tmp_path))
+
+
 def test_every_mesh_generates_what_one_device_does():
     assert on_eight_devices("generates").count("equal") == 8
 

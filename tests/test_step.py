@@ -8,12 +8,16 @@ import numpy as np
 import pytest
 
 from prmoe_jax import architecture, config
-from prmoe_jax.data.pipeline import Batch
-from prmoe_jax.loss import forward, totals, training_loss
+from prmoe_jax.data.pipeline import Batch, Data, Windows
+from prmoe_jax.data.tokens import TokenCache
+from prmoe_jax.errors import UserError
+from prmoe_jax.evaluate import evaluate_model
+from prmoe_jax.loss import Sums, forward, totals, training_loss
 from prmoe_jax.metrics import to_python
 from prmoe_jax.model import resolve_backends
 from prmoe_jax.optimizer import decay_mask, learning_rate, make_optimizer
-from prmoe_jax.step import init_model, init_state, make_train_step
+from prmoe_jax.parallel.mesh import make_mesh
+from prmoe_jax.step import add_up, init_model, init_state, make_eval_step, make_train_step
 from prmoe_jax.tree import named_leaves
 from tests.quick import jit
 
@@ -184,6 +188,106 @@ def test_evaluation_uses_its_own_capacity():
     tight, ample = forward(model, batch, 0.3), forward(model, batch, float("inf"))
     assert tight.routers[0].dropped_E.sum() > 0
     assert ample.routers[0].dropped_E.sum() == 0
+
+
+@pytest.mark.parametrize(("portions", "together"), [(1, 1), (3, 1), (2, 3), (5, 2)])
+def test_a_batch_is_cut_into_portions(portions, together):
+    """Every row is in one portion, beside its neighbours, and portions reach over the batch."""
+    rows, seen = jnp.arange(30), []
+
+    def measure(row_B):
+        jax.debug.callback(lambda row_B: seen.append(row_B.tolist()), row_B)
+        return row_B.sum(), (row_B**2).sum()
+
+    assert [int(x) for x in add_up(measure, rows, portions, together)] == [435, 8555]
+    jax.effects_barrier()
+    assert sorted(sum(seen, [])) == list(range(30))
+    assert len(seen) == portions
+    for portion in seen:
+        starts = portion[::together]
+        assert portion == [start + i for start in starts for i in range(together)]
+        assert all(start % together == 0 for start in starts)
+        assert max(portion) - min(portion) >= 30 - portions * together
+
+
+def validation(windows, length=8, seed=0):
+    """Data whose validation split has so many windows, the last one half full."""
+    tokens = windows * length - length // 2
+    stream = np.random.default_rng(seed).integers(0, 384, tokens + 1).astype(np.uint16)
+    cache = TokenCache(stream, np.arange(0, tokens, 11), bytes=tokens, fingerprint="")
+    return Data(None, None, Windows(cache, length, False), cache.bytes, "")
+
+
+def evaluated(values, data, run, model=None, limit=0):
+    """`evaluate_model` on one device."""
+    return evaluate_model(run, model, values, data, make_mesh(values, jax.devices()[:1]), limit)
+
+
+@pytest.mark.parametrize("limit", [0, 1])
+def test_evaluation_in_portions_measures_the_same_with_less_memory(limit):
+    """As XLA compiles it; routing groups of two windows stay what they are."""
+    found, temporaries, model = [], [], init_model(settings())
+    for portions in (1, 4):
+        values = settings(train={"accumulate": portions}, moe={"group_size": 16})
+        step = jit(make_eval_step(values))
+
+        def run(model, batch):
+            memory = step.lower(model, batch).compile().memory_analysis()  # noqa: B023
+            temporaries.append(memory.temp_size_in_bytes)
+            return step(model, batch)  # noqa: B023
+
+        found.append(evaluated(values, validation(11), run, model, limit))
+    assert max(temporaries[-4:]) < 0.5 * temporaries[0]
+    whole, parts = found
+    assert whole.keys() == parts.keys()
+    assert whole["tokens"] == parts["tokens"] == (64 if limit else 84)
+    assert whole["drop_fraction"] > 0.05
+    for name, value in whole.items():
+        np.testing.assert_allclose(parts[name], value, rtol=1e-6, atol=1e-7, err_msg=name)
+
+
+def test_sums_of_an_evaluation_have_64_bits():
+    """Three batches of 2,147,483,647 targets each, of which int32 holds one."""
+    values = settings("2 layers", batch_size=2)
+    count, loss = np.int32(2**31 - 1), np.float32(2**31)
+
+    def run(model, batch):
+        return Sums(jnp.asarray(count), jnp.asarray(loss), jnp.zeros(()), [])
+
+    found = evaluated(values, validation(5), run)
+    assert found["tokens"] == 3 * (2**31 - 1)
+    assert found["loss"] == pytest.approx(1.0, rel=1e-7)
+
+
+def test_the_next_batch_runs_while_the_sums_of_the_one_before_are_fetched():
+    events = []
+
+    class Later:
+        """A number that a device is computing."""
+
+        def __init__(self, batch):
+            self.batch = batch
+
+        def __array__(self, dtype=None, copy=None):
+            events.append(f"fetched {self.batch}")
+            return np.asarray(1, np.int32)
+
+    def run(model, batch):
+        number = sum("ran" in event for event in events)
+        events.append(f"ran {number}")
+        return Sums(Later(number), np.float32(1), np.float32(1), [])
+
+    assert evaluated(settings("2 layers", batch_size=2), validation(5), run)["tokens"] == 3
+    assert events == ["ran 0", "ran 1", "fetched 0", "ran 2", "fetched 1", "fetched 2"]
+
+
+@pytest.mark.parametrize("stream", [[256], [256, 256]])
+def test_a_validation_split_without_text(stream):
+    """No document, and one that is empty."""
+    cache = TokenCache(np.array(stream), np.arange(len(stream) - 1), bytes=0, fingerprint="")
+    data = Data(None, None, Windows(cache, 8, False), 0, "")
+    with pytest.raises(UserError, match=rf"=sotu has no text \({len(stream) - 1} documents"):
+        evaluated(settings("2 layers"), data, run=None)
 
 
 def test_seed_decides_the_model():

@@ -14,6 +14,7 @@ from prmoe_jax.errors import UserError
 from prmoe_jax.loss import forward
 from prmoe_jax.step import init_model
 from prmoe_jax.student import cut, layer_map, magnitudes, taylor
+from prmoe_jax.teacher import measure_worth
 from prmoe_jax.tree import named_leaves
 from tests.quick import jit
 from tests.test_step import make_batch, settings
@@ -175,6 +176,30 @@ def test_worth_by_the_loss_is_what_scaling_a_part_away_does():
     before, after = (named_leaves(m)["stages.0.blocks.0.mlp.w_in"][0] for m in (model, smaller))
     best = np.sort(np.argsort(-worth["stages.0.blocks.0.mlp.w_out"][0])[:4])
     np.testing.assert_array_equal(after, before[:, best])
+
+
+def test_worth_is_that_of_the_whole_batch_whatever_its_portions():
+    """Squares of one gradient, not a sum of squares; with less memory, as XLA compiles it."""
+    teacher = settings("2 layers, E=3, residual", moe={"group_size": 16})
+    model, batch = init_model(teacher), make_batch()
+    found, temporaries = [], []
+    for portions in (1, 4):
+        student = settings("2 layers", teacher={"workdir": "any"}, train={"accumulate": portions})
+        measure = jit(measure_worth(student, teacher)).lower(model, batch).compile()
+        temporaries.append(measure.memory_analysis().temp_size_in_bytes)
+        found.append(measure(model, batch))
+
+    def loss(model):
+        sums = forward(model, batch, teacher.moe.eval_capacity_factor)
+        return sums.lm_loss / sums.tokens
+
+    expected = taylor(model, jit(jax.grad(loss))(model))
+    for worth in found:
+        assert worth.keys() == expected.keys()
+        for name, value in worth.items():
+            scale = np.abs(expected[name]).max()
+            np.testing.assert_allclose(value / scale, expected[name] / scale, atol=1e-5)
+    assert temporaries[1] < 0.6 * temporaries[0]
 
 
 @pytest.mark.parametrize("size", ["350m", "1.3b"])
