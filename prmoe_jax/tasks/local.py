@@ -60,7 +60,7 @@ def prepare(name: str, config: DataConfig) -> Path:
         path = choices.find(name)
         source, rows = path.stat().st_size, choices.rows(name, path)
     key = cache.fingerprint(name, RECIPE, source)
-    folder = Path(config.cache_dir).expanduser() / "tasks" / key
+    folder = cache.root(config) / "tasks" / key
 
     def build(temporary: Path) -> None:
         found = list(rows)
