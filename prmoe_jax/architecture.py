@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from prmoe_jax.errors import UserError
 
-_TERM = r"[1-9]\d*(x[1-9]\d*)?"  # of an 'E=': a count of experts, and of layers that have it
+_TERM = r"[1-9]\d*(x[1-9]\d{0,3})?"  # of an 'E=': a count of experts, and of layers that have it
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ import difflib
 import functools
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -357,6 +358,24 @@ def group_rows(config: Config, teacher: Config | None = None) -> int:
     return math.lcm(*(max(1, group // length) for group in groups))
 
 
+def expand(name: str, text: str) -> Path:
+    """The path that a setting holds, with the home directory in the place of `~`.
+
+    Args:
+      name: the setting's name, for the message.
+      text: its value.
+
+    Raises:
+      UserError: the home directory is not known.
+    """
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise UserError(
+            f"{name}={text}: the home directory is not known; set HOME or give a path without ~"
+        ) from None
+
+
 def leaves(config: Config) -> dict[str, object]:
     """Every setting by its name on the command line, 'model.layers' and the like."""
     named = {}
@@ -419,12 +438,23 @@ def _convert(kind, value, path: str):
         value = (value,) if isinstance(value, int) else value
         if isinstance(value, (tuple, list)) and all(type(v) is int for v in value):
             return tuple(value)
-        raise UserError(f"{path}={value!r} must be whole numbers such as 8,8,16")
+        raise UserError(f"{path}={_text(value)} must be whole numbers such as 8,8,16")
     if kind is float and type(value) is int:
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise UserError(f"{path}={_text(value)} is too large") from None
     if type(value) is not kind:
-        raise UserError(f"{path}={value!r} must be of type {kind.__name__}")
+        raise UserError(f"{path}={_text(value)} must be of type {kind.__name__}")
     return value
+
+
+def _text(value) -> str:
+    """A value for a message; Python prints no number of more than 4,300 digits."""
+    try:
+        return repr(value)
+    except ValueError:
+        return "a number of thousands of digits"
 
 
 def _require(condition: bool, message: str) -> None:
@@ -441,16 +471,32 @@ MAY_BE_INFINITE = (
 )
 
 
+# The largest whole numbers. JAX counts steps and the tokens of a step in 32 bits.
+LARGEST = 2**31 - 1
+LARGEST_OF = {
+    "seed": 2**32 - 2,  # JAX's keys have 32 bits of seed; training's own key is of seed + 1
+    "model.layers": 1000,  # finding the stages takes time cubic in it
+    "model.vocab_size": 2**24,  # a tokenizer's trainer reserves memory for that many
+    "train.batch_size": 2**20,  # a list names every row
+    "train.tokens": 2**53,  # up to here a float is exact
+    "optimizer.warmup_tokens": 2**53,
+    "optimizer.decay_tokens": 2**53,
+}
+# The normal numbers of float32: it turns larger ones into inf, and smaller ones into 0.
+FLOAT32 = 2.0**-126, 2.0**128 - 2.0**104
+# Elements of the largest array. XLA aborts the process where their bytes overflow 63 bits.
+LARGEST_ARRAY = 2**60
+
+
 def _check(config: Config) -> None:
-    for name, value in leaves(config).items():
-        if isinstance(value, float) and name not in MAY_BE_INFINITE:
-            _require(math.isfinite(value), f"{name}={value} must be finite")
-    # JAX's keys have 32 bits of seed; training's own key is of seed + 1.
-    largest = 2**32 - 2
+    largest = LARGEST_OF["seed"]
     _require(
         0 <= config.seed <= largest,
-        f"seed={config.seed} is out of range; use a value from 0 to {largest}",
+        f"seed={_text(config.seed)} is out of range; use a value from 0 to {largest}",
     )
+    _check_paths(config)
+    for name, value in leaves(config).items():
+        _check_value(name, value)
     _check_model(config.model)
     _check_moe(config)
     _check_mesh(config.mesh)
@@ -458,6 +504,7 @@ def _check(config: Config) -> None:
     _check_training(config)
     _check_init(config)
     _check_distillation(config)
+    _check_arrays(config)
 
 
 def _check_ranges(group: str, values, names: str, low: float, high: float = math.inf) -> None:
@@ -467,6 +514,57 @@ def _check_ranges(group: str, values, names: str, low: float, high: float = math
             low <= value <= high,
             f"{group}.{name}={value} is out of range; use "
             + (f"{low} or more" if high == math.inf else f"a value from {low} to {high}"),
+        )
+
+
+def _check_value(name: str, value) -> None:
+    """Refuses values that no setting of this type can have."""
+    if isinstance(value, str):  # Python reads no number of more than 4,300 digits
+        _require(len(value) < 4096, f"{name} is too long: {len(value)} characters of at most 4095")
+    elif isinstance(value, float):
+        finite, (low, high) = math.isfinite(value), FLOAT32
+        _require(finite or name in MAY_BE_INFINITE, f"{name}={value} must be finite")
+        fix = (
+            "0" if abs(value) < low else "inf" if name in MAY_BE_INFINITE else f"{high:.6g} or less"
+        )
+        _require(
+            not finite or value == 0 or low <= abs(value) <= high,
+            f"{name}={value} is out of float32's range; use {fix}",
+        )
+    else:
+        largest = LARGEST_OF.get(name, LARGEST)
+        _require(
+            all(abs(n) <= largest for n in (value if isinstance(value, tuple) else (value,))),
+            f"{name}={_text(value)} is out of range; the largest is {largest}",
+        )
+
+
+# The settings that name files or folders.
+PATHS = (
+    "data.corpus",
+    "data.tokenizer",
+    "data.cache_dir",
+    "init.workdir",
+    "teacher.workdir",
+    "teacher.lessons",
+)
+
+
+def _check_paths(config: Config) -> None:
+    """Refuses paths that no file system can hold; whether one exists is seen when it is used."""
+    settings = leaves(config)
+    for name in PATHS:
+        value = settings[name]
+        try:
+            encoded = os.fsencode(value)
+        except UnicodeEncodeError:
+            raise UserError(f"{name}={value!r} is not a path: half of a surrogate pair") from None
+        _require(b"\0" not in encoded, f"{name}={value!r} is not a path: it holds a NUL character")
+        longest = max(len(part) for part in encoded.split(b"/"))
+        _require(
+            longest <= 255 and len(encoded) < 4096,
+            f"{name} is too long: a path has up to 4095 bytes, and 255 from one / to the next; "
+            f"this one has {len(encoded)} and {longest}",
         )
 
 
@@ -542,6 +640,7 @@ def _check_moe(config: Config) -> None:
     for name in ("capacity_factor", "eval_capacity_factor"):
         factor = getattr(moe, name)
         _require(factor > 0, f"moe.{name}={factor} must be above 0 (inf never drops)")
+        _check_factor(f"moe.{name}", factor)
     never_full = math.isinf(moe.capacity_factor) and math.isinf(moe.eval_capacity_factor)
     if moe.overflow == "random":
         never_full = math.isinf(moe.capacity_factor)
@@ -568,15 +667,23 @@ def _check_moe(config: Config) -> None:
     _check_groups(config)
 
 
+def _check_factor(name: str, factor: float) -> None:
+    """Refuses numbers that overflow when they are multiplied by tokens, as inf would not."""
+    _require(
+        factor <= LARGEST or factor == math.inf,
+        f"{name}={factor} is out of range; use inf, which never drops",
+    )
+
+
 def _check_groups(config: Config, student: Config | None = None) -> None:
     """Routing groups must be made of whole sequences, or sequences of whole groups.
 
     A teacher's group size is given: what doesn't fit it is the batch of its student.
     """
     train, group, length = config.train, config.group_size, config.model.length
-    fits = max(d for d in range(1, length + 1) if length % d == 0 and d <= group)
+    fits = _largest_divisor(length, group)
     if student:
-        longest = max(d for d in range(1, length + 1) if d % group == 0 or group % d == 0)
+        longest = length // group * group or _largest_divisor(group, length)
         fits = f"model.length={longest}"
     _require(
         length % group == 0 or group % length == 0,
@@ -594,6 +701,12 @@ def _check_groups(config: Config, student: Config | None = None) -> None:
         f"(train.batch_size={train.batch_size} / train.accumulate={train.accumulate} x "
         f"model.length={length}); use {fits}",
     )
+
+
+def _largest_divisor(number: int, limit: int) -> int:
+    """The largest divisor of a number that doesn't exceed a limit."""
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return max(d for d in [*small, *(number // d for d in small)] if d <= limit)
 
 
 def _check_expert_choice(moe: MoeConfig) -> None:
@@ -664,6 +777,11 @@ def _check_training(config: Config) -> None:
         f"train.batch_size={train.batch_size} is not divisible by train.accumulate="
         f"{train.accumulate}; use {math.gcd(train.batch_size, train.accumulate)}",
     )
+    _require(
+        config.total_steps <= LARGEST,
+        f"train.tokens={train.tokens} makes {config.total_steps} steps of "
+        f"{config.tokens_per_step} tokens; use at most {LARGEST * config.tokens_per_step}",
+    )
     _check_ranges("optimizer", optimizer, "warmup_tokens decay_tokens weight_decay", 0)
     _check_ranges("optimizer", optimizer, "b1 b2", 0, 0.99999)
     for name in ("learning_rate", "eps", "clip_norm"):
@@ -730,6 +848,7 @@ def _check_distillation(config: Config) -> None:
         "train, which has the teacher's own; leave it at 0",
     )
     _check_ranges("teacher", teacher, "capacity_factor", 0)
+    _check_factor("teacher.capacity_factor", teacher.capacity_factor)
     _check_choice("teacher", teacher, "importance", "weights taylor")
     for name, idle in (("layers", ""), ("importance", "weights")):
         value = getattr(teacher, name)
@@ -750,3 +869,26 @@ def _check_distillation(config: Config) -> None:
         config.kd_steps > 0,
         f"kd.stop={kd.stop} ends before the first of {config.total_steps} steps; use a larger one",
     )
+
+
+def _check_arrays(config: Config) -> None:
+    """Refuses sizes that are possible one by one, and impossible together."""
+    model, tokens = config.model, config.tokens_per_step
+    _require(
+        tokens <= LARGEST,
+        f"train.batch_size={config.train.batch_size} x model.length={model.length} are {tokens} "
+        f"tokens a step; use at most {LARGEST // model.length} sequences",
+    )
+    width = max(model.d_model, model.d_ff)
+    parameters = model.layers * max(1, *model.schedule.experts) * model.d_model * width
+    for names, elements in (
+        ("model.vocab_size and model.d_model", model.vocab_size * model.d_model),
+        ("model.layers, model.experts, model.d_model and model.d_ff", parameters),
+        ("train.batch_size, model.length and model.d_ff", tokens * width),
+        ("train.batch_size, model.length and model.vocab_size", tokens * model.vocab_size),
+        ("train.batch_size, model.length and model.heads", tokens * model.length * model.heads),
+    ):
+        _require(
+            elements <= LARGEST_ARRAY,
+            f"{names} make an array of {elements:.2g} numbers, which no machine holds; use less",
+        )

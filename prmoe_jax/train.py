@@ -19,7 +19,7 @@ from prmoe_jax import config as configs
 from prmoe_jax import workdir as workdirs
 from prmoe_jax.checkpoint import Checkpoints
 from prmoe_jax.config import Config
-from prmoe_jax.data import lessons
+from prmoe_jax.data import cache, lessons
 from prmoe_jax.data.pipeline import (
     Data,
     load_data,
@@ -77,7 +77,7 @@ def train(
         if first:
             stack.enter_context(workdirs.locked(workdir))
         processes.barrier()  # the run's folder is there
-        processes.check_folders(workdir, Path(config.data.cache_dir).expanduser())
+        processes.check_folders(workdir, cache.root(config.data))
         interrupted = stack.enter_context(interruption())
         checkpoints = stack.enter_context(
             contextlib.closing(Checkpoints(workdir, config.checkpoint.keep))

@@ -1,14 +1,22 @@
 """Corpora: which documents there are, how they are split, and what is refused."""
 
+import contextlib
 import dataclasses
+import errno
 import gzip
 import json
 import logging
+import os
+import pathlib
+import re
+import shutil
+import socket
 import threading
 import time
 import urllib.error
 import urllib.request
 
+import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
@@ -16,6 +24,7 @@ from prmoe_jax.config import DataConfig
 from prmoe_jax.data import builders, cache, sources, split
 from prmoe_jax.data.corpora import open_corpus
 from prmoe_jax.errors import UserError
+from tests.test_data_cache import altered, at_most
 
 TEXTS = [f"Document {i}: {'na ' * i}ünï\r\n" for i in range(17)]
 
@@ -148,6 +157,27 @@ def write(name, content):
     return lambda folder: (folder / name).write_bytes(content)
 
 
+def make_pipe(name):
+    return lambda folder: os.mkfifo(folder / name)
+
+
+def make_socket(name):
+    def prepare(folder):
+        with contextlib.chdir(folder), socket.socket(socket.AF_UNIX) as end:
+            end.bind(name)  # a short name: a path may be too long for it
+
+    return prepare
+
+
+def link(*arrows):
+    def prepare(folder):
+        (folder / "text.txt").write_text("a text")
+        for name, target in (arrow.split(" -> ") for arrow in arrows):
+            (folder / name).symlink_to(target)
+
+    return prepare
+
+
 ERRORS = {
     "missing path": ("nowhere", None, "'nowhere' does not exist; give 'sotu', 'tfds:NAME'"),
     "empty folder": ("{}", None, "no .txt, .jsonl, .jsonl.gz, .jsonl.zst file in the folder"),
@@ -157,6 +187,9 @@ ERRORS = {
     "binary": ("{}", write("a.txt", b"a\0b"), "a.txt: not a text file"),
     "bad line": ("{}", write("a.jsonl", b'{"text": "a"}\n{"te\n'), "a.jsonl:2: not a line of"),
     "line not UTF-8": ("{}", write("a.jsonl", b'{"text": "\xe9"}'), "a.jsonl:1: not a line of"),
+    "deep line": ("{}", write("a.jsonl", b"[" * 9999), "a.jsonl:1: not a line of UTF-8 JSON: it is "
+                  "nested too deeply"),
+    "long number": ("{}", write("a.jsonl", b'{"text": ' + b"9" * 9999 + b"}"), "a.jsonl:1: not"),
     "no object": ("{}", write("a.jsonl", b"[1]\n"), "a.jsonl:1: not a JSON object but list"),
     "no field": ("{}", write("a.jsonl", jsonl("ab", "body")), "a.jsonl:1: no field 'text'; it has "
                  "id, body; set --config.data.text_field"),
@@ -165,6 +198,17 @@ ERRORS = {
     "bad gzip": ("{}", write("a.jsonl.gz", b"plain"), "a.jsonl.gz: cannot be read"),
     "cut gzip": ("{}", write("a.jsonl.gz", gzip.compress(jsonl(TEXTS))[:-20]), "a.jsonl.gz: canno"),
     "bad zstd": ("{}", write("a.jsonl.zst", b"plain"), "a.jsonl.zst: cannot be read"),
+    "pipe": ("{}", make_pipe("a.txt"), "a.txt: a pipe, a socket or a device, not a file; leav"),
+    "pipe by its name": ("{}/a.txt", make_pipe("a.txt"), "a.txt: a pipe, a socket or a device"),
+    "pipe by a glob": ("{}/*.txt", make_pipe("a.txt"), "a.txt: a pipe, a socket or a device"),
+    "socket": ("{}", make_socket("a.txt"), "a.txt: a pipe, a socket or a device"),
+    "device": ("{}", link("a.jsonl.gz -> /dev/zero"), "a.jsonl.gz: a pipe, a socket or a"),
+    "device by its name": ("{}/a.txt", link("a.txt -> /dev/zero"), "a.txt: a pipe, a socket or a"),
+    "link to itself": ("{}", link("a.txt -> a.txt"), "a.txt: cannot be read: [Errno 40] T"),
+    "link to nothing": ("{}", link("a.txt -> gone.txt"), "a.txt: cannot be read: [Errno 2] No"),
+    "loop": ("{}/**/*.txt", link("a -> ."), "/a: a link back to a folder above it, which **"),
+    "two loops": ("{}/**/*.txt", link("a -> .", "b -> ."), "a link back to a folder above it"),
+    "loop from above": ("{}/**/*.txt", link("a -> ../.."), "a link back to a folder above it"),
     "all empty": ("{}", write("a.jsonl", jsonl(["", " "])), "has 0 different non-empty"),
     "one document": ("{}", write("a.jsonl", jsonl(["a"] * 5)), "has 1 different non-empty"),
     "tfds typo": ("tfds:lm1c", None, "TFDS has no dataset 'lm1c'; did you mean lm1b?"),
@@ -179,11 +223,101 @@ def test_errors_say_what_and_where(config, tmp_path, corpus, prepare, message):
     if prepare:
         prepare(tmp_path / "corpus")
     config = dataclasses.replace(config, corpus=corpus.format(tmp_path / "corpus"))
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError) as error, at_most(30):
         open_corpus(config).train  # noqa: B018
     assert message in str(error.value)
     assert "\n" not in str(error.value)
     assert not list(tmp_path.glob("cache/corpora/*[!k]")), "a failed build left something behind"
+
+
+def test_a_loop_of_links_without_text_ends(tmp_path):
+    """Each link doubles the paths of `**`; a link beside is none."""
+    link("a -> .", "b -> .", "c -> ..")(tmp_path)
+    with at_most(30), pytest.raises(UserError, match="a link back to a folder above it"):
+        sources.find_files(f"{tmp_path}/**/*.jsonl")
+    for name in "abc":
+        (tmp_path / name).unlink()
+    write_folder(tmp_path / "deep" / "er", ["one"])
+    (tmp_path / "beside").symlink_to("deep")
+    names = [str(file.relative_to(tmp_path)) for file in sources.find_files(f"{tmp_path}/**/0*")]
+    assert names == ["beside/er/000.txt", "deep/er/000.txt"]
+
+
+def test_a_folder_that_cannot_be_read_is_left_out_with_a_warning(tmp_path, monkeypatch, caplog):
+    write_folder(tmp_path / "closed", ["hidden"])
+    write_folder(tmp_path / "open", ["seen"])
+    scan = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert [file.parent.name for file in sources.find_files(str(tmp_path))] == ["open"]
+    assert f"{tmp_path}/closed cannot be read (Permission denied); it is left out" in caplog.text
+
+
+@pytest.mark.parametrize("checksum", [True, False])
+def test_zstd_is_read_to_its_end(tmp_path, checksum):
+    """One frame or several; a file that was cut anywhere is refused."""
+    zstandard = pytest.importorskip("zstandard")
+    file = tmp_path / "a.jsonl.zst"
+    compress = zstandard.ZstdCompressor(write_checksum=checksum).compress
+    parts = [compress(jsonl(TEXTS[:5])[:-1]), compress(b"\n" + jsonl(TEXTS[5:]))]
+    whole = b"".join(parts)
+    for size in (7, 1 << 16):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sources, "_CHUNK_BYTES", size)
+            file.write_bytes(whole)
+            assert list(sources.read_documents([file], "text")) == TEXTS
+            for end in (1, len(parts[0]) - 1, len(parts[0]) + 3, len(whole) - 1):
+                file.write_bytes(whole[:end])
+                with pytest.raises(UserError, match="a.jsonl.zst: cannot be read: the file ends"):
+                    list(sources.read_documents([file], "text"))
+            file.write_bytes(whole + b"more")
+            with pytest.raises(UserError, match="a.jsonl.zst: cannot be read: "):
+                list(sources.read_documents([file], "text"))
+
+
+def spoiled(content, rng):
+    """The content with a piece missing, or with another piece in it."""
+    junk = [b"\0", b"\xff", rb"\ud800", rb"\u0000", b"9" * 5000, b"[" * 5000, b'"', b"\n", b"1e999"]
+    start, end = sorted(rng.integers(0, len(content) + 1, 2))
+    kind = rng.integers(0, 4)
+    if kind == 0:
+        return content[:start]
+    if kind == 1:
+        return content[:start] + content[end:]
+    if kind == 2:
+        return content[:start] + junk[rng.integers(0, len(junk))] + content[start:]
+    return content[:start] + bytes(rng.integers(0, 256, 2, np.uint8)) + content[start + 2 :]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.jsonl.gz", "a.jsonl.zst"])
+def test_whatever_a_file_holds_is_read_or_refused(tmp_path, name):
+    content = jsonl(TEXTS)
+    if name.endswith(".gz"):
+        content = gzip.compress(content)
+    if name.endswith(".zst"):
+        zstandard = pytest.importorskip("zstandard")
+        content = zstandard.ZstdCompressor(write_checksum=True).compress(content)
+    rng = np.random.default_rng(0)
+    read = refused = 0
+    for _ in range(300):
+        (tmp_path / name).write_bytes(spoiled(content, rng))
+        try:
+            found = list(sources.read_documents([tmp_path / name], "text"))
+        except UserError as error:
+            assert str(error).startswith(str(tmp_path / name)) and "\n" not in str(error)
+            refused += 1
+        else:
+            assert all(isinstance(text, str) for text in found)
+            # A checksum leaves no other text; an empty file has none.
+            empty = not (tmp_path / name).stat().st_size
+            assert found == TEXTS or empty or name in ("a.txt", "a.jsonl")
+            read += 1
+    assert read and refused
 
 
 def test_unwritable_cache(config, tmp_path):
@@ -237,6 +371,76 @@ def test_tfds_by_name(config, monkeypatch, splits, train, validation):
     assert not set(corpus.train) & set(corpus.validation)
 
 
+@pytest.fixture
+def tiny_text(config, monkeypatch):
+    """The settings of a prepared dataset, and its folder."""
+    monkeypatch.setattr(builders, "_check_network", lambda *a: None)
+    config = dataclasses.replace(config, corpus="tfds:prmoe_tiny_text", text_field="body")
+    list(open_corpus(config).train)
+    return config, pathlib.Path(config.cache_dir) / "tfds" / "prmoe_tiny_text" / "1.0.0"
+
+
+@pytest.mark.parametrize(
+    ("name", "sealed"),
+    [
+        ("dataset_info.json", True),
+        ("dataset_info.json", False),
+        ("*train.array_record*", True),
+        ("*train.array_record*", False),
+        ("features.json", True),  # which nobody reads
+    ],
+)
+def test_a_damaged_tfds_dataset_is_refused_and_made_again(tiny_text, name, sealed):
+    config, folder = tiny_text
+    before = [*open_corpus(config).train]
+    file = next(folder.glob(name))
+    if sealed:
+        file.write_bytes(altered(file.read_bytes()))
+    else:
+        (folder / cache.DIGESTS).unlink()
+        file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(UserError) as error:
+        list(open_corpus(config).train)
+    message = str(error.value)
+    assert "\n" not in message and re.search("delete .*, it is made again$", message)
+    assert str(folder.parent) in message
+    shutil.rmtree(folder)
+    assert [*open_corpus(config).train] == before
+
+
+def test_a_tfds_dataset_from_before_is_sealed(tiny_text):
+    config, folder = tiny_text
+    known = (folder / cache.DIGESTS).read_bytes()
+    (folder / cache.DIGESTS).unlink()
+    list(open_corpus(config).train)
+    assert (folder / cache.DIGESTS).read_bytes() == known
+
+
+def test_a_tfds_text_that_is_not_utf8_is_named(config, monkeypatch):
+    def generate(self, name):
+        yield 0, {"body": b"caf\xe9"}
+
+    monkeypatch.setattr(PrmoeTinyText, "_generate_examples", generate)
+    monkeypatch.setattr(builders, "_check_network", lambda *a: None)
+    config = dataclasses.replace(config, corpus="tfds:prmoe_tiny_text", text_field="body")
+    with pytest.raises(UserError, match=r"document 0 of .* is not UTF-8 text \(byte 3\)$"):
+        list(open_corpus(config).train)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_full_disk_while_tfds_writes(config, monkeypatch, number):
+    """Its writers raise errors of other types, with the system's words in them."""
+
+    def fail(self, name):
+        raise RuntimeError(f"write() failed: {os.strerror(number)}; writing somewhere")
+
+    monkeypatch.setattr(PrmoeTinyText, "_generate_examples", fail)
+    monkeypatch.setattr(builders, "_check_network", lambda *a: None)
+    config = dataclasses.replace(config, corpus="tfds:prmoe_tiny_text", text_field="body")
+    with pytest.raises(UserError, match=f"cannot write .*: {os.strerror(number)}; make room or"):
+        open_corpus(config).train  # noqa: B018
+
+
 def test_tfds_that_fails_says_so_on_one_line(config, monkeypatch):
     def fail(self, name):
         raise ConnectionError("the server hung up\nat length")
@@ -285,5 +489,5 @@ def test_build_once_leaves_no_half(tmp_path):
     (tmp_path / "thing.tmp").mkdir()  # As a run that was killed outright leaves it.
     (tmp_path / "thing.tmp" / "half").touch()
     cache.build_once(tmp_path / "thing", lambda temporary: (temporary / "whole").touch())
-    assert [file.name for file in (tmp_path / "thing").iterdir()] == ["whole"]
+    assert {file.name for file in (tmp_path / "thing").iterdir()} == {"whole", cache.DIGESTS}
     assert not (tmp_path / "thing.tmp").exists()

@@ -175,3 +175,37 @@ def test_tokenizer_errors(config, corpus, tmp_path):
             load_tokenizer(dataclasses.replace(config, tokenizer=name), 100, corpus)
         assert message in str(error.value)
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        models.WordLevel({"a": 0, "</s>": 1}, unk_token="?"),
+        models.WordPiece({"a": 0, "</s>": 1}, unk_token="?"),
+        models.Unigram([("a", -1.0), ("</s>", -2.0)], unk_id=None),
+    ],
+    ids=lambda model: type(model).__name__,
+)
+def test_a_tokenizer_without_an_id_for_other_words(tmp_path, model):
+    """Its own error, of no particular type, is told on one line."""
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "few.json"))
+    with pytest.raises(UserError, match="few.json: cannot encode a text: [^\n]*$"):
+        Tokenizer.load(tmp_path / "few.json").encode("a b")
+
+
+class Panic(BaseException):
+    """As the library's own are, no Exception."""
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected"), [(Panic, UserError), (KeyboardInterrupt, KeyboardInterrupt)]
+)
+def test_a_tokenizer_that_makes_the_library_panic(monkeypatch, raised, expected):
+    def fail(description):
+        raise raised("range end index 14 out of range")
+
+    monkeypatch.setattr(tokenizers.Tokenizer, "from_str", fail)
+    with pytest.raises(expected, match="range end index 14"):
+        Tokenizer("{}", "bad.json")

@@ -2,9 +2,11 @@
 
 import contextlib
 import difflib
+import errno
 import io
 import logging
 import math
+import os
 import pathlib
 import sys
 import urllib.error
@@ -26,23 +28,36 @@ _READ_AHEAD = 64
 
 
 class Documents(Sequence[str]):
-    """The documents of one prepared split, read from disk when asked for."""
+    """The documents of one prepared split, read from disk when asked for.
 
-    def __init__(self, examples: Sequence[dict], text_field: str):
+    Reading raises a UserError where a file turns out to be damaged, or a text is not UTF-8.
+    """
+
+    def __init__(self, examples: Sequence[dict], text_field: str, directory: pathlib.Path):
         self._examples = examples
         self._field = text_field
+        self._directory = directory
 
     def __len__(self) -> int:
         return len(self._examples)
 
     def __getitem__(self, index: int) -> str:
-        return self._examples[range(len(self))[index]][self._field].decode()
+        return next(self._read([range(len(self))[index]]))
 
     def __iter__(self) -> Iterator[str]:
         for start in range(0, len(self), _READ_AHEAD):  # One read for many examples.
-            indices = range(start, min(start + _READ_AHEAD, len(self)))
-            for example in self._examples.__getitems__(list(indices)):
+            yield from self._read(range(start, min(start + _READ_AHEAD, len(self))))
+
+    def _read(self, indices: Sequence[int]) -> Iterator[str]:
+        with cache.reading(self._directory):
+            examples = self._examples.__getitems__(list(indices))
+        for index, example in zip(indices, examples, strict=True):
+            try:
                 yield example[self._field].decode()
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f"document {index} of {self._directory} is not UTF-8 text (byte {error.start})"
+                ) from error
 
 
 class TextFiles(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -101,10 +116,12 @@ def prepare_files(
         return kind(files=files, settings=config, data_dir=data_dir)
 
     cache.build_once(directory, lambda temporary: _prepare(builder(temporary), config.corpus))
-    prepared = builder(directory)
-    return {
-        name: Documents(prepared.as_data_source(name), "text") for name in ("train", "validation")
-    }
+    with cache.reading(directory):
+        prepared = builder(directory)
+        return {
+            name: Documents(prepared.as_data_source(name), "text", directory)
+            for name in ("train", "validation")
+        }
 
 
 def prepare_named(config: DataConfig, directory: pathlib.Path) -> dict[str, Documents]:
@@ -119,19 +136,30 @@ def prepare_named(config: DataConfig, directory: pathlib.Path) -> dict[str, Docu
     name = config.corpus.removeprefix("tfds:")
     builder = _find_builder(name, directory)
     _check_text_field(builder, config)
-    if not builder.data_path.exists():
+    prepared = pathlib.Path(builder.data_path)
+    if prepared.exists():
+        with cache.reading(prepared):
+            cache.check(prepared)
+    else:
         _check_network(name, directory)
-        with cache.locked(builder.data_path):
+        with cache.locked(prepared):
             _prepare(builder, config.corpus)
+            cache.seal(prepared)
     splits = _named_splits(builder.info.splits, config)
-    return {
-        part: Documents(builder.as_data_source(instruction), config.text_field)
-        for part, instruction in splits.items()
-    }
+    with cache.reading(prepared):
+        return {
+            part: Documents(builder.as_data_source(instruction), config.text_field, prepared)
+            for part, instruction in splits.items()
+        }
 
 
 def _prepare(builder: tfds.core.DatasetBuilder, corpus: str) -> None:
-    """Prepares a dataset; whatever fails in it is the user's to read on one line."""
+    """Prepares a dataset.
+
+    Raises:
+      UserError: whatever fails in it, on one line.
+      OSError: a full disk.
+    """
     log.info("preparing the corpus %s in %s", corpus, builder.data_path)
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()
@@ -142,6 +170,9 @@ def _prepare(builder: tfds.core.DatasetBuilder, corpus: str) -> None:
     except UserError:
         raise
     except Exception as error:
+        for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # a writer may quote the system
+            if os.strerror(number) in str(error):
+                raise OSError(number, os.strerror(number)) from error
         raise UserError(
             f"cannot prepare {corpus!r} in {builder.data_path}: {_first_line(error)}"
         ) from error
@@ -162,7 +193,9 @@ def _find_builder(name: str, directory: pathlib.Path) -> tfds.core.DatasetBuilde
     try:
         return tfds.builder(name, data_dir=directory, file_format=_FORMAT)
     except Exception as error:  # Datasets of 400 authors: anything may be raised.
-        raise UserError(f"cannot open TFDS dataset {name!r}: {_first_line(error)}") from error
+        prepared = directory / dataset
+        fix = f"; if {prepared} is damaged, delete it, it is made again" * prepared.exists()
+        raise UserError(f"cannot open TFDS dataset {name!r}: {_first_line(error)}{fix}") from error
 
 
 def _check_text_field(builder: tfds.core.DatasetBuilder, config: DataConfig) -> None:

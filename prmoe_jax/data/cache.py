@@ -1,18 +1,38 @@
-"""Directories that are built once: by one process at a time, whole or not at all."""
+"""Directories that are built once, whole or not at all, and checked when they are used again."""
 
 import contextlib
 import fcntl
 import hashlib
 import json
 import logging
+import os
 import pathlib
 import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from prmoe_jax import files
+from prmoe_jax.config import DataConfig, expand
 from prmoe_jax.errors import UserError
 
 log = logging.getLogger(__name__)
+
+# In every directory: size, modification time and digest of each of its files.
+DIGESTS = "digests.json"
+
+
+def root(config: DataConfig) -> pathlib.Path:
+    """The folder of all caches.
+
+    Raises:
+      UserError: its name is not UTF-8, or it is in a home directory that is not known.
+    """
+    folder = expand("data.cache_dir", config.cache_dir)
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:  # array_record writes to no such path
+        raise UserError(f"data.cache_dir={folder} is not UTF-8; give another folder") from None
+    return folder
 
 
 def fingerprint(*parts: Any) -> str:
@@ -28,13 +48,15 @@ def build_once(
     """Returns `directory`, made by `build(temporary)` and a rename if it does not exist yet.
 
     Other processes that want the same directory wait for the first one. A build that
-    fails or is killed leaves nothing that a later one could take for finished. `setting` is what
-    errors say would choose another directory.
+    fails or is killed leaves nothing that a later one could take for finished. A directory that
+    exists is checked. `setting` is what errors say would choose another directory.
 
     Raises:
-      UserError: the directory cannot be written (permissions, a full disk).
+      UserError: the directory is damaged, or cannot be written (permissions, a full disk).
     """
     if directory.is_dir():  # A complete cache may be read-only: take no lock.
+        with reading(directory):
+            check(directory)
         return directory
     with locked(directory, setting):
         if not directory.is_dir():
@@ -43,11 +65,84 @@ def build_once(
             try:
                 temporary.mkdir()
                 build(temporary)
+                seal(temporary)
                 temporary.rename(directory)
             except BaseException:
                 shutil.rmtree(temporary, ignore_errors=True)
                 raise
     return directory
+
+
+def seal(directory: pathlib.Path) -> None:
+    """Writes every file to the disk, and a record of them that `check` compares them with.
+
+    Raises:
+      OSError: a file cannot be read, or the record cannot be written.
+    """
+    record = _describe(directory)
+    for name in record:
+        files.sync(directory / name)
+    (directory / DIGESTS).write_text(json.dumps(record, indent=2) + "\n")
+    files.sync(directory / DIGESTS)
+
+
+def check(directory: pathlib.Path) -> None:
+    """Compares the files of a directory with what `seal` recorded; other files are ignored.
+
+    Sizes are always compared. Content is compared only where a file's modification time differs:
+    the file was altered or copied. A directory without a record, from before there were any, gets
+    one.
+
+    Raises:
+      ValueError, OSError: a file is missing, altered or unreadable; see `reading`.
+    """
+    path = directory / DIGESTS
+    if not path.exists():
+        if os.access(directory, os.W_OK):
+            log.info("recording the digests of %s", directory)
+            _record(path, _describe(directory))
+        return
+    try:
+        record, copied = files.parse_json(path.read_bytes()), False
+        for name, known in record.items():
+            found = (directory / name).stat()
+            if found.st_size != known["bytes"]:
+                raise ValueError(f"{name} has {found.st_size} bytes, not {known['bytes']}")
+            if found.st_mtime_ns != known["mtime_ns"]:
+                log.info("comparing the content of %s with its digest", directory / name)
+                if _digest(directory / name) != known["sha256"]:
+                    raise ValueError(f"{name} is not as it was written")
+                known["mtime_ns"], copied = found.st_mtime_ns, True
+    except (AttributeError, KeyError, TypeError):
+        raise ValueError(f"{DIGESTS} is not as it was written") from None
+    if copied:
+        _record(path, record)
+
+
+@contextlib.contextmanager
+def reading(
+    directory: pathlib.Path,
+    named: str = "the cache {}",
+    fix: str = "delete the folder, it is made again",
+) -> Iterator[None]:
+    """Turns whatever goes wrong in reading a directory into a UserError.
+
+    Args:
+      directory: the directory.
+      named: what errors call it.
+      fix: what a user can do about a damaged one.
+    """
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:  # Readers of damaged files raise anything.
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        message = f"{named.format(directory)} can't be read ({reason})"
+        gone = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+        if isinstance(error, OSError) and not isinstance(error, gone):
+            raise UserError(message) from error  # Not damaged: no permission, for example.
+        raise UserError(f"{message}; {fix}") from error
 
 
 @contextlib.contextmanager
@@ -72,3 +167,31 @@ def locked(directory: pathlib.Path, setting: str = "--config.data.cache_dir") ->
             f"cannot write the cache {directory}: {error.strerror or error}; "
             f"make room or set {setting} to another folder"
         ) from error
+
+
+def _describe(directory: pathlib.Path) -> dict[str, dict[str, int | str]]:
+    """Size, modification time and digest of each file, by its path in the directory."""
+    record = {}
+    for file in sorted(directory.rglob("*")):
+        if file.is_file() and file != directory / DIGESTS:
+            found = file.stat()
+            record[str(file.relative_to(directory))] = {
+                "bytes": found.st_size,
+                "mtime_ns": found.st_mtime_ns,
+                "sha256": _digest(file),
+            }
+    return record
+
+
+def _digest(file: pathlib.Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _record(path: pathlib.Path, record: dict) -> None:
+    """Replaces the record of a finished directory, where that can be written."""
+    try:
+        with locked(path.parent):
+            files.replace(path, json.dumps(record, indent=2) + "\n")
+    except UserError as error:
+        log.debug("%s", error)

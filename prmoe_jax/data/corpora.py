@@ -51,7 +51,7 @@ def open_corpus(config: DataConfig) -> Corpus:
     if config.corpus.startswith("tfds:"):
         content = config.corpus
     else:
-        content = _content(sources.files(config.corpus, _cache_dir(config)))
+        content = _content(sources.files(config.corpus, cache.root(config)))
     fingerprint = cache.fingerprint(_RECIPE, content, config.text_field, config.validation_fraction)
     return Corpus(fingerprint, functools.partial(_prepare, config, fingerprint))
 
@@ -60,14 +60,10 @@ def _prepare(config: DataConfig, fingerprint: str) -> dict[str, Sequence[str]]:
     # TFDS takes a second to import; with a warm token cache this is never called.
     from prmoe_jax.data import builders
 
-    cache_dir = _cache_dir(config)
+    cache_dir = cache.root(config)
     if config.corpus.startswith("tfds:"):
         return builders.prepare_named(config, cache_dir / "tfds")
     return builders.prepare_files(config, cache_dir, cache_dir / "corpora" / fingerprint)
-
-
-def _cache_dir(config: DataConfig) -> pathlib.Path:
-    return pathlib.Path(config.cache_dir).expanduser()
 
 
 def _content(files: list[pathlib.Path]) -> list[list[str]]:

@@ -4,7 +4,9 @@ A folder holds tokens.npy and log_p.npy, [windows, L, K] each (`pipeline.Likelie
 of which windows, by which teacher, at which temperature.
 """
 
+import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -13,14 +15,20 @@ from pathlib import Path
 
 import numpy as np
 
-from prmoe_jax.config import Config
+from prmoe_jax import files
+from prmoe_jax.config import Config, expand
 from prmoe_jax.data import cache
+from prmoe_jax.data.arrays import ArrayWriter, open_array
 from prmoe_jax.data.pipeline import Data, Likeliest, Windows, windows_fingerprint
 from prmoe_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
-PARTS = "tokens.npy", "log_p.npy"
+
+def _parts(config: Config) -> tuple[tuple[str, type], ...]:
+    """Name and dtype of each file, in the order of `Likeliest`."""
+    token_type = np.uint16 if config.model.vocab_size <= 1 << 16 else np.uint32
+    return ("tokens.npy", token_type), ("log_p.npy", np.float32)
 
 
 def write(
@@ -44,7 +52,6 @@ def write(
     if folder.exists():
         raise UserError(f"--out={folder} exists; give another folder, or remove it")
     shape = len(data.train), data.train.length, config.kd.top_k
-    token_type = np.uint16 if config.model.vocab_size <= 1 << 16 else np.uint32
     meta = {
         "windows": windows_fingerprint(data) | {"vocab_size": config.model.vocab_size},
         "teacher": teacher,
@@ -53,19 +60,17 @@ def write(
     }
 
     def build(temporary: Path) -> None:
-        files = [
-            np.lib.format.open_memmap(temporary / name, "w+", dtype, shape)
-            for name, dtype in zip(PARTS, (token_type, np.float32), strict=True)
-        ]
-        digest, done = hashlib.sha256(), 0
-        for part in predictions:
-            rows = slice(done, min(done + len(part.tokens_BxLxK), len(data.train)))
-            for file, values in zip(files, part, strict=True):
-                file[rows] = values[: rows.stop - done]
-                digest.update(file[rows].tobytes())
-            done = rows.stop
-        for file in files:
-            file.flush()
+        digest = hashlib.sha256()
+        with contextlib.ExitStack() as stack:
+            writers = [
+                stack.enter_context(ArrayWriter(temporary / name, dtype, shape[1:]))
+                for name, dtype in _parts(config)
+            ]
+            for writer in writers:
+                writer.reserve(shape[0])
+            for part in predictions:
+                for writer, rows in zip(writers, part, strict=True):
+                    digest.update(writer.append(rows[: shape[0] - writer.rows]))
         meta["fingerprint"] = digest.hexdigest()[:24]
         (temporary / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
 
@@ -77,19 +82,22 @@ def attach(data: Data, config: Config) -> Data:
     """The data with what `config.teacher.lessons` holds about its training split.
 
     Raises:
-      UserError: no such folder, or one of other windows, of fewer tokens or another temperature.
+      UserError: no such folder; a damaged one; or one of other windows, of fewer tokens or another
+        temperature.
     """
-    folder, kd = Path(config.teacher.lessons).expanduser(), config.kd
-    try:
-        meta = json.loads((folder / "meta.json").read_text())
-        known = meta["windows"]
-        top_k, temperature = meta["top_k"], meta["temperature"]
-        parts = [np.load(folder / name, mmap_mode="r") for name in PARTS]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"teacher.lessons={folder} can't be read ({error}); prmoe teacher-cache writes such a "
-            "folder"
-        ) from None
+    folder, kd = expand("teacher.lessons", config.teacher.lessons), config.kd
+    reading = functools.partial(
+        cache.reading,
+        folder,
+        named="teacher.lessons={}",
+        fix="delete it, and write it again by prmoe teacher-cache",
+    )
+    with reading():
+        meta = files.parse_json((folder / "meta.json").read_bytes())
+        known, top_k, temperature = meta["windows"], meta["top_k"], meta["temperature"]
+        fingerprint = str(meta["fingerprint"])
+        if type(known) is not dict or type(top_k) is not int:
+            raise ValueError("meta.json is not as it was written")
     current = windows_fingerprint(data) | {"vocab_size": config.model.vocab_size}
     changed = [name for name in current if known.get(name) != current[name]]
     if changed:
@@ -105,12 +113,15 @@ def attach(data: Data, config: Config) -> Data:
         )
     if kd.temperature != temperature:
         raise UserError(f"kd.temperature={kd.temperature} is not that of {folder}: {temperature}")
-    log.info("lessons of %s: the %d likeliest tokens", meta["teacher"], kd.top_k)
-    # Plain views of the maps, as in Windows.
-    taught = Likeliest(*(np.asarray(part)[..., : kd.top_k] for part in parts))
+    with reading():
+        cache.check(folder)
+        shape = len(data.train), data.train.length, top_k
+        parts = [open_array(folder / name, dtype, shape) for name, dtype in _parts(config)]
+    log.info("lessons of %s: the %d likeliest tokens", meta.get("teacher"), kd.top_k)
+    taught = Likeliest(*(part[..., : kd.top_k] for part in parts))
     train = data.train
     return dataclasses.replace(
         data,
         train=Windows(train.cache, train.length, train.cross_document_attention, taught),
-        lessons_fingerprint=meta["fingerprint"],
+        lessons_fingerprint=fingerprint,
     )

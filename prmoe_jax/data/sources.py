@@ -5,14 +5,20 @@ import csv
 import glob
 import gzip
 import importlib.util
-import io
-import json
+import logging
+import os
 import pathlib
 import zlib
+from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator
 
+from prmoe_jax.config import expand
 from prmoe_jax.errors import UserError
+from prmoe_jax.files import parse_json
 
+log = logging.getLogger(__name__)
+
+_CHUNK_BYTES = 1 << 16
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst")
 
 
@@ -70,18 +76,20 @@ def find_files(corpus: str) -> list[pathlib.Path]:
     """The text files of a folder (recursively, hidden ones left out), a glob or one path.
 
     Raises:
-      UserError: nothing is there, or a glob matches a file that is no text format.
+      UserError: nothing is there, a glob matches a file that is no text format, or its `**` would
+        follow a loop of links.
     """
     kinds = ", ".join(SUFFIXES)
-    path = pathlib.Path(corpus).expanduser()
+    path = expand("data.corpus", corpus)
     if path.is_dir():
-        files = [file for file in path.rglob("*") if _is_text(file) and _is_visible(file, path)]
+        files = list(_text_files(path))
         if not files:
             raise UserError(f"no {kinds} file in the folder {corpus!r}")
         return sorted(files)
     if path.exists():
         files = [path]
     else:
+        _check_loops(str(path))
         files = [pathlib.Path(name) for name in glob.glob(str(path), recursive=True)]
         files = [file for file in files if not file.is_dir()]
     if not files and glob.has_magic(corpus):
@@ -92,7 +100,7 @@ def find_files(corpus: str) -> list[pathlib.Path]:
             f"or a glob of {kinds} files"
         )
     for file in files:
-        if not _is_text(file):
+        if not file.name.endswith(SUFFIXES):
             raise UserError(f"{file}: unsupported kind of file; use {kinds}")
     return sorted(files)
 
@@ -115,8 +123,13 @@ def read_documents(files: Iterable[pathlib.Path], text_field: str) -> Iterator[s
 
 @contextlib.contextmanager
 def reading(file: pathlib.Path) -> Iterator[None]:
-    """Turns a failure to read or decode `file` into a UserError that names it."""
+    """Turns a failure to read or decode `file` into a UserError that names it.
+
+    A pipe, a socket or a device is refused: reading it may never end.
+    """
     try:
+        if file.exists() and not (file.is_file() or file.is_dir()):
+            raise UserError(f"{file}: a pipe, a socket or a device, not a file; leave it out")
         yield
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: not UTF-8 text (byte {error.start}); convert it") from error
@@ -124,12 +137,30 @@ def reading(file: pathlib.Path) -> Iterator[None]:
         raise UserError(f"{file}: cannot be read: {error}") from error
 
 
-def _is_text(file: pathlib.Path) -> bool:
-    return file.name.endswith(SUFFIXES) and not file.is_dir()
+def _text_files(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """The text files of a folder; hidden ones are left out, links to folders are not followed."""
+
+    def left_out(error: OSError) -> None:
+        log.warning("%s cannot be read (%s); it is left out", error.filename, error.strerror)
+
+    for place, folders, names in os.walk(folder, onerror=left_out):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            if name.endswith(SUFFIXES) and not name.startswith("."):
+                yield pathlib.Path(place, name)
 
 
-def _is_visible(file: pathlib.Path, folder: pathlib.Path) -> bool:
-    return not any(part.startswith(".") for part in file.relative_to(folder).parts)
+def _check_loops(pattern: str) -> None:
+    """Refuses a glob whose `**` would follow a link back to a folder that it came from."""
+    base, stars, _ = pattern.partition("**")
+    for top in glob.glob(base or ".") if stars else ():
+        above = {top: [os.path.realpath(top)]}  # the real paths of a folder and of those above it
+        for place, folders, _ in os.walk(top, followlinks=True):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            for path in (os.path.join(place, name) for name in folders):
+                above[path] = [*above[place], os.path.realpath(path)]
+                if above[path][-1] in above[place]:
+                    raise UserError(f"{path}: a link back to a folder above it, which ** follows")
 
 
 def _read_text(file: pathlib.Path) -> str:
@@ -152,16 +183,25 @@ def _zstd_lines(file: pathlib.Path) -> Iterator[bytes]:
         import zstandard
     except ImportError as error:
         raise UserError(f"{file}: .zst files need zstandard; pip install zstandard") from error
+    rest = b""
     try:
-        with zstandard.open(file, "rb") as stream:
-            yield from io.BufferedReader(stream)
+        with open(file, "rb") as stream:
+            decoder = zstandard.ZstdDecompressor().decompressobj()
+            while content := decoder.unused_data or stream.read(_CHUNK_BYTES):
+                if decoder.eof:  # a file may hold several frames, one behind the other
+                    decoder = zstandard.ZstdDecompressor().decompressobj()
+                *lines, rest = (rest + decoder.decompress(content)).split(b"\n")
+                yield from lines
     except zstandard.ZstdError as error:
         raise UserError(f"{file}: cannot be read: {error}") from error
+    if not decoder.eof and file.stat().st_size:
+        raise EOFError("the file ends before its compressed data does")
+    yield rest
 
 
 def _parse_line(line: bytes, text_field: str, place: str) -> str:
     try:
-        example = json.loads(line.decode("utf-8-sig"))
+        example = parse_json(line.removeprefix(BOM_UTF8))
     except ValueError as error:  # Both what is not UTF-8 and what is not JSON.
         raise UserError(f"{place}: not a line of UTF-8 JSON: {error}") from error
     if not isinstance(example, dict):

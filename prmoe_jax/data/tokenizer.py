@@ -11,7 +11,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from prmoe_jax import files
-from prmoe_jax.config import DataConfig
+from prmoe_jax.config import DataConfig, expand
 from prmoe_jax.data import cache, sources
 from prmoe_jax.data.corpora import Corpus
 from prmoe_jax.errors import UserError
@@ -31,7 +31,8 @@ class Tokenizer:
     Attributes:
       size: number of ids, all below it.
       end_of_text: the id that starts every document; no text encodes to it.
-      fingerprint: digest of the tokenizer.json.
+      description: the content of the tokenizer.json.
+      fingerprint: digest of the description.
     """
 
     def __init__(self, description: str, name: str):
@@ -42,9 +43,12 @@ class Tokenizer:
         """
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(description)
-        except Exception as error:  # The library raises nothing more specific.
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # The library's own errors are Exceptions, its panics not.
             raise UserError(f"{name}: not a tokenizer.json: {error}") from error
-        self._description = description
+        self._name = name
+        self.description = description
         vocabulary = self._tokenizer.get_vocab()
         mark = next((mark for mark in _END_MARKS if mark in vocabulary), None)
         if mark is None:
@@ -66,21 +70,28 @@ class Tokenizer:
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Tokenizer":
         """Reads a tokenizer.json; UserError if it cannot serve."""
-        file = pathlib.Path(path).expanduser()
+        file = expand("tokenizer", str(path))
         with sources.reading(file):
             return cls(file.read_text(encoding="utf-8"), str(file))
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the tokenizer.json that `load` turns into this same tokenizer."""
-        files.replace(pathlib.Path(path), self._description)
+        files.replace(pathlib.Path(path), self.description)
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without any mark."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of each text, computed in parallel."""
-        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        """The ids of each text, computed in parallel.
+
+        Raises:
+          UserError: the tokenizer has no id for a part of a text.
+        """
+        try:
+            encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        except Exception as error:  # The library raises nothing more specific.
+            raise UserError(f"{self._name}: cannot encode a text: {error}") from error
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -103,7 +114,7 @@ def load_tokenizer(config: DataConfig, vocab_size: int, corpus: Corpus) -> Token
         tokenizer = _gpt2()
     elif config.tokenizer == "bytes":
         tokenizer = _bytes()
-    elif pathlib.Path(config.tokenizer).expanduser().is_file():
+    elif expand("data.tokenizer", config.tokenizer).is_file():
         tokenizer = Tokenizer.load(config.tokenizer)
     else:
         raise UserError(
@@ -144,13 +155,16 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> Tokenizer:
 
 def _bpe(config: DataConfig, vocab_size: int, corpus: Corpus) -> Tokenizer:
     key = cache.fingerprint("bpe", corpus.fingerprint, vocab_size)
-    directory = pathlib.Path(config.cache_dir).expanduser() / "tokenizers" / key
+    directory = cache.root(config) / "tokenizers" / key
 
     def build(temporary: pathlib.Path) -> None:
         log.info("training a BPE of %d entries on %s", vocab_size, config.corpus)
-        train_bpe(corpus.train, vocab_size).save(temporary / "tokenizer.json")
+        description = train_bpe(corpus.train, vocab_size).description
+        (temporary / "tokenizer.json").write_text(description, encoding="utf-8")
 
-    tokenizer = Tokenizer.load(cache.build_once(directory, build) / "tokenizer.json")
+    cache.build_once(directory, build)
+    with cache.reading(directory):
+        tokenizer = Tokenizer.load(directory / "tokenizer.json")
     if tokenizer.size < vocab_size:
         log.warning(
             "corpus %s is too small for a BPE of %d entries; it has %d",

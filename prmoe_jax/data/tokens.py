@@ -11,8 +11,10 @@ from typing import Literal
 import numpy as np
 import tqdm
 
+from prmoe_jax import files
 from prmoe_jax.config import DataConfig
 from prmoe_jax.data import cache
+from prmoe_jax.data.arrays import ArrayWriter, open_array
 from prmoe_jax.data.corpora import Corpus
 from prmoe_jax.data.tokenizer import Tokenizer
 
@@ -37,15 +39,22 @@ class TokenCache:
     fingerprint: str
 
     @classmethod
-    def open(cls, directory: pathlib.Path) -> "TokenCache":
-        """Maps the files of a finished cache; nothing is read yet."""
-        meta = json.loads((directory / "meta.json").read_text())
-        return cls(
-            tokens_T=np.load(directory / "tokens.npy", mmap_mode="r"),
-            starts_N=np.load(directory / "starts.npy", mmap_mode="r"),
-            bytes=meta["bytes"],
-            fingerprint=meta["fingerprint"],
-        )
+    def open(cls, directory: pathlib.Path, tokenizer: Tokenizer) -> "TokenCache":
+        """Maps the files of a finished cache of this tokenizer; no token is read yet.
+
+        Raises:
+          UserError: a file is missing or damaged.
+        """
+        with cache.reading(directory):
+            meta = files.parse_json((directory / "meta.json").read_bytes())
+            if type(meta["bytes"]) is not int or type(meta["fingerprint"]) is not str:
+                raise ValueError("meta.json is not as it was written")
+            return cls(
+                tokens_T=open_array(directory / "tokens.npy", _dtype(tokenizer), (meta["tokens"],)),
+                starts_N=open_array(directory / "starts.npy", np.int64, (meta["documents"],)),
+                bytes=meta["bytes"],
+                fingerprint=meta["fingerprint"],
+            )
 
 
 def tokenise(
@@ -60,7 +69,7 @@ def tokenise(
       UserError: the corpus cannot be prepared, or the cache cannot be written.
     """
     fingerprint = cache.fingerprint(corpus.fingerprint, split, tokenizer.fingerprint)
-    directory = pathlib.Path(config.cache_dir).expanduser() / "tokens" / fingerprint
+    directory = cache.root(config) / "tokens" / fingerprint
 
     def build(temporary: pathlib.Path) -> None:
         documents = getattr(corpus, split)
@@ -70,29 +79,32 @@ def tokenise(
         (temporary / "meta.json").write_text(json.dumps(meta))
         log.info("%s: %s", split, meta)
 
-    return TokenCache.open(cache.build_once(directory, build))
+    return TokenCache.open(cache.build_once(directory, build), tokenizer)
 
 
 def _write(
     documents: Sequence[str], tokenizer: Tokenizer, directory: pathlib.Path, description: str
 ) -> dict[str, int]:
-    dtype = np.uint16 if tokenizer.size <= 1 << 16 else np.uint32
     size = 0
     with (
-        _NpyWriter(directory / "tokens.npy", dtype) as tokens,
-        _NpyWriter(directory / "starts.npy", np.int64) as starts,
+        ArrayWriter(directory / "tokens.npy", _dtype(tokenizer)) as tokens,
+        ArrayWriter(directory / "starts.npy", np.int64) as starts,
         tqdm.tqdm(
             total=len(documents), desc=description, unit="doc", disable=not sys.stderr.isatty()
         ) as progress,
     ):
         for texts in _chunks(documents):
             for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
-                starts.append([tokens.length])
+                starts.append([tokens.rows])
                 tokens.append([tokenizer.end_of_text, *ids])
                 size += len(text.encode())
             progress.update(len(texts))
         tokens.append([tokenizer.end_of_text])
-        return {"documents": starts.length, "tokens": tokens.length, "bytes": size}
+        return {"documents": starts.rows, "tokens": tokens.rows, "bytes": size}
+
+
+def _dtype(tokenizer: Tokenizer) -> type:
+    return np.uint16 if tokenizer.size <= 1 << 16 else np.uint32
 
 
 def _chunks(documents: Sequence[str]) -> Iterator[list[str]]:
@@ -105,32 +117,3 @@ def _chunks(documents: Sequence[str]) -> Iterator[list[str]]:
             chunk, characters = [], 0
     if chunk:
         yield chunk
-
-
-class _NpyWriter:
-    """Writes a one-dimensional .npy file whose length is known only at the end."""
-
-    def __init__(self, path: pathlib.Path, dtype: type):
-        self._file = open(path, "wb")
-        self._dtype = np.dtype(dtype)
-        self.length = 0
-        self._write_header()
-
-    def append(self, values: list[int]) -> None:
-        self._file.write(np.asarray(values, self._dtype).tobytes())
-        self.length += len(values)
-
-    def _write_header(self) -> None:
-        # NumPy pads the header so that a longer first axis still fits in its place.
-        description = np.lib.format.dtype_to_descr(self._dtype)
-        header = {"descr": description, "fortran_order": False, "shape": (self.length,)}
-        np.lib.format.write_array_header_1_0(self._file, header)
-
-    def __enter__(self) -> "_NpyWriter":
-        return self
-
-    def __exit__(self, error_type, error, traceback) -> None:
-        with self._file:
-            if error_type is None:
-                self._file.seek(0)
-                self._write_header()

@@ -1,0 +1,215 @@
+"""Settings that nothing can compute with or no file system can hold: one line each, at once."""
+
+import math
+import os
+
+import numpy as np
+import pytest
+
+from configs import paper, tiny
+from prmoe_jax.cli import main
+from prmoe_jax.config import (
+    LARGEST,
+    LARGEST_OF,
+    PATHS,
+    Config,
+    default_config,
+    expand,
+    leaves,
+    load,
+    resolve,
+)
+from prmoe_jax.errors import UserError
+from tests.test_config import OTHER_VALUES, tiny_config
+from tests.test_data_cache import at_most
+
+VALUES = leaves(Config())
+WHOLE = [name for name, value in VALUES.items() if type(value) in (int, tuple)]
+FLOATS = [name for name, value in VALUES.items() if type(value) is float]
+
+
+def refused(build, *expected):
+    """One line, in no time."""
+    with at_most(20), pytest.raises(UserError) as error:
+        build()
+    message = str(error.value)
+    assert "\n" not in message and len(message) < 500
+    for text in expected:
+        assert text in message
+
+
+def nested(name, value):
+    """Settings as a config file has them."""
+    group, _, setting = name.rpartition(".")
+    inner = {setting: value}
+    return {group: inner} if group else inner
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_whole_numbers_have_a_largest_value(name):
+    for value in (10**20, LARGEST_OF.get(name, LARGEST) + 1):
+        refused(lambda: resolve(nested(name, value)), f"{name}=", "is out of range")  # noqa: B023
+    refused(lambda: resolve(nested(name, -(10**20))), f"{name}=", "is out of range")
+    refused(lambda: resolve(nested(name, 10**5000)), "a number of thousands of digits")
+
+
+def test_each_of_several_numbers_has_a_largest_value():
+    refused(
+        lambda: tiny_config(f"model.experts=4,{2**31},8"), "model.experts=(4, 2147483648, 8) is"
+    )
+
+
+@pytest.mark.parametrize("name", sorted(LARGEST_OF))
+def test_the_largest_values_are_settings(name):
+    assert name in WHOLE
+
+
+def test_sizes_that_are_possible_one_by_one():
+    small = ["model.d_model=1", "model.heads=1", "model.d_ff=1", "model.vocab_size=257"]
+    refused(
+        lambda: tiny_config("train.batch_size=131072", "model.length=16384"),
+        "train.batch_size=131072 x model.length=16384 are 2147483648 tokens a step; use at most "
+        "131071 sequences",
+    )
+    tiny_config("train.batch_size=131071", "model.length=16384", *small)
+    big = f"{2**30}"
+    refused(
+        lambda: tiny_config(f"model.d_model={big}", "model.heads=1", f"model.d_ff={big}"),
+        "model.layers, model.experts, model.d_model and model.d_ff make an array of",
+    )
+    refused(
+        lambda: tiny_config(f"model.experts={LARGEST}", f"model.d_ff={big}"), "model.experts, mod"
+    )
+    refused(
+        lambda: tiny_config("model.length=2147483646", "train.batch_size=1", f"model.d_ff={big}"),
+        "which no machine holds; use less",
+    )
+
+
+def test_steps_are_counted_in_32_bits():
+    few = ["train.batch_size=1", "model.length=2", "train.steps=0"]
+    assert tiny_config(*few, f"train.tokens={2**32 - 2}").total_steps == LARGEST
+    refused(
+        lambda: tiny_config(*few, f"train.tokens={2**32 - 1}"),
+        "train.tokens=4294967295 makes 2147483648 steps of 2 tokens; use at most 4294967294",
+    )
+
+
+@pytest.mark.parametrize(
+    ("length", "group", "use"), [(2147483647, 5, 1), (2**30, 3 * 2**20, 2**21)]
+)
+def test_a_divisor_of_a_long_context_is_found_at_once(length, group, use):
+    batch = ["train.batch_size=1", f"model.length={length}", f"moe.group_size={group}"]
+    refused(lambda: tiny_config(*batch), f"nor is a multiple of model.length={length}; use {use}")
+
+
+@pytest.mark.parametrize("name", FLOATS)
+def test_floats_that_float32_has_no_number_for(name):
+    for value in (1e39, -1e300, 1e-39, -1e-300):
+        refused(lambda: resolve(nested(name, value)), f"{name}={value} is out of fl")  # noqa: B023
+
+
+def test_the_bounds_are_those_of_float32():
+    for value in (np.finfo(np.float32).max, np.finfo(np.float32).tiny):
+        config = tiny_config(f"model.init_std={float(value)!r}")
+        assert np.float32(config.model.init_std) == value
+    for value in (np.finfo(np.float32).max, np.finfo(np.float32).tiny):
+        beyond = float(value) * (2 if value > 1 else 0.5)
+        refused(lambda: tiny_config(f"model.init_std={beyond!r}"), "is out of float32")  # noqa: B023
+    refused(
+        lambda: resolve({"optimizer": {"eps": 10**400}}), "config.optimizer.eps=1000", "too larg"
+    )
+
+
+@pytest.mark.parametrize("name", ["moe.capacity_factor", "moe.eval_capacity_factor"])
+def test_a_capacity_is_a_number_or_no_limit(name):
+    refused(lambda: tiny_config(f"{name}=1e10"), f"{name}=10000000000.0 is out of range; use inf")
+    assert leaves(tiny_config(f"{name}=inf"))[name] == math.inf
+    refused(lambda: tiny_config(f"{name}=-inf"), "must be above 0")
+
+
+def test_what_the_paper_and_every_other_value_of_the_tests_need_is_in_bounds():
+    for name in paper.ROWS:
+        resolve(paper.get_config(name))
+    for name, (_, value) in OTHER_VALUES.items():
+        largest = LARGEST_OF.get(name, LARGEST)
+        for number in value if isinstance(value, tuple) else (value,):
+            assert not isinstance(number, int) or number <= largest
+
+
+def with_path(name, value):
+    settings = default_config()
+    settings.train.steps = 1
+    settings.teacher.workdir = "runs/a"
+    group, setting = name.split(".")
+    settings[group][setting] = value
+    if name == "teacher.lessons":
+        settings.kd.kind, settings.kd.top_k = "top_k", 3
+    return settings
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_paths_that_no_file_system_holds(name):
+    for value, reason in (
+        ("a\0b", r"='a\x00b' is not a path: it holds a NUL character"),
+        ("a\ud800b", r"='a\ud800b' is not a path: half of a surrogate pair"),
+        ("x" * 256, " is too long: a path has up to 4095 bytes, and 255 from one / to the next"),
+        ("a/" + "é" * 128 + "/b", "this one has 260 and 256"),
+        ("a/" * 2048, "this one has 4096 and 1"),
+    ):
+        refused(lambda: resolve(with_path(name, value)), name, reason)  # noqa: B023
+    for value in ("x" * 255, "é" * 127, "a/" * 2047, os.fsdecode(b"caf\xe9")):
+        assert leaves(resolve(with_path(name, value)))[name] == value
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_the_command_line_tells_of_a_path_that_is_too_long(name, capsys):
+    arguments = [f"--config={tiny.__file__}:prmoe", f"--config.{name}={'x' * 300}"]
+    assert main(["params", *arguments]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"prmoe: {name} is too long: ")
+
+
+@pytest.mark.parametrize("name", [name for name, value in VALUES.items() if type(value) is str])
+def test_no_text_is_longer_than_a_path(name):
+    """Some are read as numbers, of which Python reads 4,300 digits."""
+    text = "every " + "9" * 5000
+    refused(lambda: resolve(nested(name, text)), f"{name} is too long: ")
+
+
+def test_an_architecture_of_more_layers_than_can_be_listed(capsys):
+    for text in ("2 layers, E=8x99999999999", f"{'9' * 5000} layers", f"2 layers, E={'9' * 5000}"):
+        with at_most(20):
+            assert main(["params", f"--config={tiny.__file__}:{text}"]) == 2
+        assert capsys.readouterr().err.splitlines()[-1].startswith("prmoe: ")
+
+
+def test_settings_nested_too_deeply(tmp_path, capsys):
+    path = tmp_path / "config.json"
+    for content in ("[" * 99999, '{"model":' * 99999):
+        path.write_text(content)
+        refused(lambda: load(path), "config.json is damaged: it is nested too deeply")
+        assert main(["params", f"--config={path}"]) == 2
+        assert "is damaged: it is nested too deeply" in capsys.readouterr().err
+    path.write_text('{"seed": ' + "9" * 5000 + "}")
+    refused(lambda: load(path), "config.json is damaged: Exceeds the limit")
+
+
+def test_a_home_directory_that_is_not_known(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert str(expand("data.corpus", "~/a/~b")) == "/home/someone/a/~b"
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
+    assert str(expand("data.corpus", "a/~")) == "a/~"
+    refused(
+        lambda: expand("data.corpus", "~/a"), "data.corpus=~/a: the home directory is not known"
+    )
+    refused(
+        lambda: expand("data.corpus", "~nobody-of-this-name/a"), "the home directory is not known"
+    )
+
+
+def test_settings_do_not_need_a_home_directory(monkeypatch):
+    """Only what uses a folder in it does."""
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
+    assert tiny_config("data.corpus=~/x").data.cache_dir == "~/.cache/prmoe_jax"

@@ -1,0 +1,251 @@
+"""Recorded teachers: what is written comes back, and no altered number teaches."""
+
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from prmoe_jax.config import Config, DataConfig, KdConfig, ModelConfig, TeacherConfig
+from prmoe_jax.data import cache, lessons, pipeline
+from prmoe_jax.data.pipeline import Likeliest
+from prmoe_jax.errors import UserError
+from tests.test_data_cache import altered, file_size_limit
+
+TOP_K = 3
+
+
+def data_of(folder, words=40):
+    (folder / "corpus").mkdir(parents=True, exist_ok=True)
+    for i in range(5):
+        (folder / "corpus" / f"{i}.txt").write_text(f"document {i}: {'na ' * words}")
+    config = DataConfig(
+        corpus=str(folder / "corpus"), tokenizer="bytes", cache_dir=str(folder / "cache")
+    )
+    return pipeline.load_data(config, 384, 13)
+
+
+def config_of(folder):
+    return Config(
+        model=ModelConfig(vocab_size=384, length=13),
+        teacher=TeacherConfig(lessons=str(folder)),
+        kd=KdConfig(kind="top_k", top_k=TOP_K),
+    )
+
+
+def predictions_of(data, batch_size=7):
+    """Of every window in its order; the last batch has rows past the last window."""
+    rng = np.random.default_rng(0)
+    for _ in range(0, len(data.train), batch_size):
+        shape = batch_size, 13, TOP_K
+        yield Likeliest(rng.integers(0, 384, shape), -rng.random(shape, np.float32))
+
+
+def write(folder, data, predictions=None):
+    predictions = predictions_of(data) if predictions is None else predictions
+    return lessons.write(folder, data, config_of(folder), {"step": 5}, predictions)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lessons")
+    data = data_of(folder)
+    write(folder / "lessons", data)
+    return folder / "lessons", data
+
+
+@pytest.fixture
+def copy(written, tmp_path):
+    source, data = written
+    return shutil.copytree(source, tmp_path / "lessons"), data
+
+
+def refused(folder, data, *expected):
+    with pytest.raises(UserError) as error:
+        lessons.attach(data, config_of(folder))
+    message = str(error.value)
+    assert message.startswith(f"teacher.lessons={folder} can't be read (") and "\n" not in message
+    assert message.endswith("); delete it, and write it again by prmoe teacher-cache")
+    for text in expected:
+        assert text in message
+
+
+def test_what_was_recorded_comes_back(written):
+    folder, data = written
+    assert len(data.train) % 7 and len(data.train) > 14
+    taught = lessons.attach(data, config_of(folder)).train.taught
+    tokens, log_p = (np.concatenate(part) for part in zip(*predictions_of(data), strict=True))
+    np.testing.assert_array_equal(taught.tokens_BxLxK, tokens[: len(data.train)])
+    np.testing.assert_array_equal(taught.log_p_BxLxK, log_p[: len(data.train)])
+    assert taught.tokens_BxLxK.dtype == np.uint16 and taught.log_p_BxLxK.dtype == np.float32
+
+
+def test_the_fingerprint_is_that_of_the_numbers(written, tmp_path):
+    """A run that was taught by one folder goes on with another of the same content."""
+    folder, data = written
+    known = lessons.attach(data, config_of(folder)).lessons_fingerprint
+    assert write(tmp_path / "again", data)["fingerprint"] == known
+    left, digest = len(data.train), hashlib.sha256()
+    for tokens, log_p in predictions_of(data):
+        digest.update(tokens[:left].astype(np.uint16).tobytes() + log_p[:left].tobytes())
+        left -= len(tokens)
+    assert known == digest.hexdigest()[:24]
+
+
+@pytest.mark.parametrize("name", ["tokens.npy", "log_p.npy", "meta.json"])
+def test_altered_numbers_do_not_teach(copy, name):
+    folder, data = copy
+    content = (folder / name).read_bytes()
+    if name == "meta.json":
+        (folder / name).write_bytes(content.replace(b'"step": 5', b'"step": 7'))
+    else:
+        (folder / name).write_bytes(altered(content))
+    refused(folder, data, f"{name} is not as it was written")
+    if name != "meta.json":
+        (folder / name).write_bytes(content[:-4])
+        refused(folder, data, f"{name} has {len(content) - 4} bytes, not {len(content)}")
+    (folder / name).unlink()
+    refused(folder, data, "No such file or directory", name)
+
+
+def test_a_copy_teaches_and_other_files_are_ignored(written, tmp_path):
+    source, data = written
+    folder = shutil.copytree(source, tmp_path / "lessons", copy_function=shutil.copyfile)
+    (folder / "notes.txt").write_text("mine")
+    lessons.attach(data, config_of(folder))
+    record = json.loads((folder / cache.DIGESTS).read_text())
+    assert set(record) == {"tokens.npy", "log_p.npy", "meta.json"}
+    for name, known in record.items():
+        assert known["mtime_ns"] == (folder / name).stat().st_mtime_ns
+
+
+def other_array(name, change):
+    def damage(folder):
+        np.save(folder / name, change(np.load(folder / name)))
+
+    return damage
+
+
+def meta(content):
+    return lambda folder: (folder / "meta.json").write_text(content)
+
+
+# Damage in folders that hold no digests.
+BEFORE = {
+    "fewer windows": other_array("log_p.npy", lambda p: p[1:]),
+    "shorter windows": other_array("log_p.npy", lambda p: p[:, 1:]),
+    "fewer tokens": other_array("tokens.npy", lambda p: p[..., 1:]),
+    "flat": other_array("tokens.npy", lambda p: p.ravel()),
+    "doubles": other_array("log_p.npy", lambda p: p.astype(np.float64)),
+    "signed": other_array("tokens.npy", lambda p: p.astype(np.int16)),
+    "wide": other_array("tokens.npy", lambda p: p.astype(np.uint32)),
+    "no array": lambda folder: (folder / "tokens.npy").write_bytes(b"tokens"),
+    "garbage": meta("{"),
+    "list": meta("[]"),
+    "text": meta('"meta"'),
+    "nothing": meta("{}"),
+    "windows": meta('{"windows": 3, "top_k": 3, "temperature": 1.0, "fingerprint": "a"}'),
+    "top_k": meta('{"windows": {}, "top_k": "3", "temperature": 1.0, "fingerprint": "a"}'),
+    "deep": meta("[" * 9999),
+}
+
+
+@pytest.mark.parametrize("name", BEFORE)
+def test_damage_is_found_without_digests(copy, name):
+    folder, data = copy
+    (folder / cache.DIGESTS).unlink()
+    BEFORE[name](folder)
+    refused(folder, data)
+
+
+def test_lessons_from_before_are_sealed_by_their_first_use(copy):
+    folder, data = copy
+    (folder / cache.DIGESTS).unlink()
+    lessons.attach(data, config_of(folder))
+    content = (folder / "log_p.npy").read_bytes()
+    (folder / "log_p.npy").write_bytes(altered(content))
+    refused(folder, data, "log_p.npy is not as it was written")
+
+
+def test_a_disk_without_room_is_told_of_before_the_teacher_is_asked(written, tmp_path, monkeypatch):
+    def no_room(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def predictions():
+        raise AssertionError("asked")
+        yield
+
+    _, data = written
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", no_room)
+        with pytest.raises(
+            UserError, match="lessons: No space left on device; make room or set --o"
+        ):
+            write(tmp_path / "lessons", data, predictions())
+    assert [path.name for path in tmp_path.iterdir()] == ["lessons.lock"]
+    write(tmp_path / "lessons", data)
+
+
+@pytest.mark.parametrize("size", [1, 50, 128, 211, 1009, 2003, 4001])
+def test_every_write_to_a_full_disk_is_one_line(written, tmp_path, size):
+    _, data = written
+    with (
+        file_size_limit(size),
+        pytest.raises(UserError, match="write the cache .*: File too large"),
+    ):
+        write(tmp_path / "lessons", data)
+    assert [path.name for path in tmp_path.iterdir()] == ["lessons.lock"]
+    write(tmp_path / "lessons", data)
+    lessons.attach(data, config_of(tmp_path / "lessons"))
+
+
+FULL = """
+import sys
+from pathlib import Path
+from prmoe_jax.errors import UserError
+from tests.test_data_lessons import data_of, write
+try:
+    write(Path(sys.argv[2]), data_of(Path(sys.argv[1]), words=1000))
+except UserError as error:
+    print(error)
+"""
+
+
+def test_a_small_disk_does_not_end_the_process(tmp_path):
+    """SIGBUS ends a process that writes to a memory map where the disk is full."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("file systems cannot be mounted here")
+    try:
+        found = subprocess.run(
+            [sys.executable, "-c", FULL, tmp_path, disk / "lessons"],
+            capture_output=True,
+            text=True,
+            cwd=Path(__file__).parent.parent,
+        )
+        assert found.returncode == 0, found.stderr
+        assert "lessons: No space left on device; make room or set --out" in found.stdout
+        assert [path.name for path in disk.iterdir()] == ["lessons.lock"]
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_a_folder_in_an_unknown_home_directory(written, monkeypatch):
+    _, data = written
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
+    config = config_of("~/lessons")
+    with pytest.raises(UserError, match="teacher.lessons=~/lessons: the home directory is not kno"):
+        lessons.attach(data, config)
+    config = dataclasses.replace(config, teacher=TeacherConfig(lessons="lessons"))
+    with pytest.raises(UserError, match="teacher.lessons=lessons can't be read"):
+        lessons.attach(data, config)
