@@ -91,9 +91,13 @@ class Checkpoints:
         except Exception as error:
             raise self._cannot_write(error) from error
 
+    def steps(self) -> list[int]:
+        """The steps of all complete checkpoints, in their order."""
+        return sorted(self._manager.all_steps())
+
     def latest(self) -> int | None:
         """The newest complete checkpoint's step."""
-        return max(self._manager.all_steps(), default=None)
+        return max(self.steps(), default=None)
 
     def restore(self, config: Config, mesh: Mesh) -> tuple[int, TrainState, dict] | None:
         """The newest checkpoint that can be read, placed on a mesh: step, state and data record.
@@ -106,7 +110,7 @@ class Checkpoints:
           UserError: there are checkpoints, and none can be read; or all were set aside before.
         """
         shapes = jax.eval_shape(lambda: init_state(config))
-        steps = sorted(self._manager.all_steps(), reverse=True)
+        steps = self.steps()[::-1]
         if steps and all(self._is_model_alone(step) for step in steps):
             raise UserError(
                 f"checkpoint {steps[0]} in {self._directory} holds a model alone; train another "
@@ -151,11 +155,10 @@ class Checkpoints:
           UserError: there is none, it cannot be read, or the run's tokenizer.json is not the one
             that the model was trained with.
         """
-        steps = sorted(self._manager.all_steps())
-        if step is not None and step not in steps:
+        if step is not None and step not in self.steps():
             raise UserError(
                 f"checkpoint {step} is no longer in {self._directory}, which holds "
-                f"{', '.join(map(str, steps)) or 'none'}"
+                f"{', '.join(map(str, self.steps())) or 'none'}"
             )
         step = self.latest() if step is None else step
         if step is None:

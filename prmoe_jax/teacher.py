@@ -75,6 +75,13 @@ def restore_teacher(
     log.info("teacher: %s, %s", workdir, settings.model.schedule)
     settings = resolve_backends(settings, jax.default_backend(), mesh)
     checkpoints = Checkpoints(workdir)
+    if step is not None and step not in checkpoints.steps():
+        raise UserError(
+            f"checkpoint {step} is no longer in the teacher {workdir}, which holds "
+            f"{', '.join(map(str, checkpoints.steps())) or 'none'}, and it taught this run: put a "
+            "copy of it back, or let another run start as this one, by --config.init.workdir (a "
+            "larger --config.checkpoint.keep of the teacher keeps its steps)"
+        )
     step, model = checkpoints.restore_model(settings, mesh, step)
     checkpoints.close()
     log.info("teacher: step %d, %.4g parameters", step, cost(settings.model).total_params)

@@ -580,7 +580,9 @@ def test_the_checkpoint_that_taught_is_the_one_that_teaches_on(text, teacher, tm
         assert main(command) == 2
     finally:
         hidden.rename(Path(teacher) / "checkpoints" / "12")
-    assert "checkpoint 12 is no longer in" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "checkpoint 12 is no longer in" in err
+    assert "put a copy of it back, or let another run start as this one, by --config.init" in err
 
 
 def test_a_student_starts_where_its_teacher_is(text, teacher, student, tmp_path, capsys):  # noqa: F811

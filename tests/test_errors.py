@@ -116,6 +116,14 @@ def locked(monkeypatch):
     return file
 
 
+def locked_by_garbage(monkeypatch):
+    file = open("run/.lock", "wb+")
+    fcntl.flock(file, fcntl.LOCK_SH)
+    file.write(b"\xff\0\n4711")
+    file.flush()
+    return file
+
+
 def another_tokenizer(monkeypatch):
     path = Path("run/tokenizer.json")
     path.write_text(json.dumps(json.loads(path.read_text()), indent=1))
@@ -336,6 +344,7 @@ CASES = {
         "--workdir=corpus/0.txt cannot be written: File exists",
     ),
     "workdir in use": (RESUME, "--workdir=run is in use by another run (process 4711);", locked),
+    "lock of garbage": (RESUME, "in use by another run (process unknown);", locked_by_garbage),
     "eval nothing": (["eval", "--workdir=no"], "no run in no: config.json is missing"),
     "eval a file": (["eval", "--workdir=corpus/0.txt"], "no run in corpus/0.txt: config.json is "),
     "eval no checkpoint": (
