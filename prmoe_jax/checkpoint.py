@@ -67,18 +67,24 @@ class Checkpoints:
         if not saved and step != self.latest():
             raise UserError(f"checkpoint {step} was not written to {self._directory}")
 
-    def save_model(self, step: int, model: Transformer) -> None:
+    def save_model(self, step: int, model: Transformer, data: dict) -> None:
         """Writes a checkpoint of a model alone, with which no training goes on.
 
         Raises:
           UserError: it could not be written.
         """
-        items = ocp.args.Composite(model=ocp.args.StandardSave(named_leaves(model)))
+        named = named_leaves(model)
+        record = data | {"checksums": {"model": checksums(named)}}
+        items = ocp.args.Composite(
+            model=ocp.args.StandardSave(named), data=ocp.args.JsonSave(record)
+        )
         try:
-            self._manager.save(step, args=items)
+            saved = self._manager.save(step, args=items)
         except Exception as error:
             raise self._cannot_write(error) from error
         self.wait()
+        if not saved:
+            raise UserError(f"checkpoint {step} was not written to {self._directory}")
 
     def wait(self) -> None:
         """Returns when every checkpoint is complete on disk.

@@ -1,9 +1,11 @@
 """Files of a run: replaced whole, so that none is ever half written, and checked when read back."""
 
+import fcntl
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping
+import shutil
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +42,71 @@ def replace(path: Path, content: str | bytes) -> None:
         raise
 
 
+def build_folder(folder: Path, build: Callable[[Path], None]) -> None:
+    """Makes a folder by `build(temporary)` and a rename, so that it is there whole or not at all.
+
+    The temporary folder lies beside it under a hidden name. What a killed process left there is
+    removed first. An empty folder in the target's place is replaced.
+
+    Args:
+      folder: the folder to make.
+      build: writes the content into the folder that it is given.
+
+    Raises:
+      UserError: another process is building the same folder.
+      OSError: it cannot be written, or its place is taken.
+    """
+    folder = Path(os.path.realpath(folder))
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    temporary.mkdir(parents=True, exist_ok=True)
+    with open(temporary / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is writing {folder}; wait for it to end") from None
+        try:
+            for left in temporary.iterdir():
+                if left.is_dir() and not left.is_symlink():
+                    shutil.rmtree(left)
+                elif left.name != ".lock":
+                    left.unlink()
+            build(temporary)
+            for path in [*temporary.rglob("*"), temporary]:
+                if path.is_dir():
+                    _sync_folder(path)
+                else:
+                    sync(path)
+            temporary.rename(folder)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        # Not before the rename: another process could lock a new file, and empty the folder.
+        (folder / ".lock").unlink(missing_ok=True)
+        _sync_folder(folder.parent)
+
+
 def cannot_write(path: Path, error: OSError) -> UserError:
     """What to raise where a file could not be written."""
     return UserError(f"{path} cannot be written: {error.strerror or error}")
+
+
+def regular(path: Path, hint: str = "") -> Path:
+    """The path of a file that has an end: reading a pipe or a device might never return.
+
+    Args:
+      path: the file.
+      hint: what else to tell where it is missing.
+
+    Raises:
+      UserError: it is missing, or no regular file.
+    """
+    try:
+        if path.is_file():
+            return path
+        found = path.exists()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    raise UserError(f"{path} is not a regular file" if found else f"{path} is missing{hint}")
 
 
 def read_json(path: Path, kind: type = dict, fix: str = "restore a copy of it") -> Any:

@@ -6,14 +6,17 @@ With top 2, whose weights add up to 1, and no noise the first loss is the dense 
 weighs its expert by the router's probability, and starts higher.
 """
 
+import contextlib
 import dataclasses
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from prmoe_jax import files
 from prmoe_jax import workdir as workdirs
 from prmoe_jax.checkpoint import Checkpoints
 from prmoe_jax.config import Config, ModelConfig, load
@@ -42,24 +45,33 @@ def started(config: Config, mesh: Mesh, tokenizer: Tokenizer) -> Transformer:
       UserError: no run there, or it doesn't fit.
     """
     workdir = Path(config.init.workdir)
-    try:
+    with _reading():
+        if (workdir / workdirs.CONFIG).exists():
+            files.regular(workdir / workdirs.CONFIG)
         settings = load(workdir / workdirs.CONFIG)
-    except UserError as error:
-        raise UserError(f"{error}; --config.init.workdir names the run to start as") from None
+        files.regular(workdir / workdirs.TOKENIZER)
     check_fits(settings.model, config.model)
     check_same(workdir / workdirs.TOKENIZER, tokenizer, f"the run in {workdir}")
     moe = dataclasses.replace(settings.moe, exchange=config.moe.exchange)
     settings = dataclasses.replace(settings, mesh=config.mesh, moe=moe)
     settings = resolve_backends(settings, jax.default_backend(), mesh)
-    checkpoints = Checkpoints(workdir)
-    step, model = checkpoints.restore_model(settings, mesh)
-    checkpoints.close()
+    with _reading(), contextlib.closing(Checkpoints(workdir)) as checkpoints:
+        step, model = checkpoints.restore_model(settings, mesh)
     log.info("starts as step %d of %s, %s", step, workdir, settings.model.schedule)
 
     def start(model):
         return upcycled(model, init_model(config), jax.random.key(config.seed), config.init.noise)
 
     return made(start, mesh, model)
+
+
+@contextlib.contextmanager
+def _reading() -> Iterator[None]:
+    """Adds to an error about another run which setting names that run."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{error}; --config.init.workdir names the run to start as") from error
 
 
 def check_fits(source: ModelConfig, model: ModelConfig) -> None:

@@ -6,6 +6,7 @@ DeepSpeed is installed, its files themselves are read, and it reads ours.
 
 import importlib.util
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -27,6 +28,8 @@ from prmoe_jax.tree import named_leaves
 
 SCRIPT = Path(__file__).parent / "goldens" / "generate_megatron.py"
 PREFIX = "language_model.encoder.layers."
+TOKENS = "language_model.embedding.word_embeddings.weight"
+GATE = PREFIX + "3.mlp.deepspeed_moe.gate.wg.weight"
 EXPERT = PREFIX + "3.mlp.deepspeed_moe.experts.deepspeed_experts.4.dense_h_to_4h.weight"
 
 
@@ -83,6 +86,39 @@ REFUSED = {
     "shape": ({}, {EXPERT: np.ones((20, 15))}, f"{EXPERT} has shape (20, 15), not (20, 16)"),
     "extra": ({}, {PREFIX + "0.mlp.more": np.ones(1)}, "has what this architecture doesn't: "),
     "hole": ({}, {PREFIX + "7.mlp.more": np.ones(1)}, "holds the layers [0, 1, 2, 3, 7] of"),
+    # Arguments of other types and sizes.
+    **{
+        f"{name}={value!r:.20}": ({name: value}, {}, f"there: no usable {name}: it is ")
+        for name, values in {
+            "topk": ("a", 0, 1.5, True, [1]),
+            "mlp_type": (["residual"], 1, None),
+            "ffn_hidden_size": (0, -20, "x", 20.0),
+            "moe_train_capacity_factor": ("x", math.nan, math.inf, -1.0, 10**400),
+            "moe_min_capacity": (None, 4.5),
+            "moe_token_dropping": ("no", 0),
+            "hidden_dropout": ("x", [0.1]),
+            "bias_gelu_fusion": ("x", [True]),
+        }.items()
+        for value in values
+    },
+    "heads in a list": ({"num_attention_heads": [2]}, {}, "num_key_value_heads=2, our model has ["),
+    "all heads": (
+        {"num_attention_heads": 10**20, "num_key_value_heads": None}, {}, "there: no usable num_att"
+    ),
+    "digits": ({"moe_min_capacity": 10**5000}, {}, "no usable moe_min_capacity: it is int, not a"),
+    "kind of MLP": ({"mlp_type": "resid"}, {}, "mlp_type='resid' is not standard or residual"),
+    "hidden width": ({"ffn_hidden_size": 10**18}, {}, "there: d_ff is 1000000000000000000, a size"),
+    "too many": ({"topk": 4}, {}, "model.top_k=4 exceeds the 3 experts of the smallest MoE layer"),
+    "epsilon": ({"layernorm_epsilon": np.ones(2)}, {}, "layernorm_epsilon=array([1., 1.]), our mo"),
+    # Tensors of other shapes.
+    "gate of 0-d": ({}, {GATE: np.float32(1)}, f"{GATE}: its shape is (), not a matrix's"),
+    "gate of 1-d": ({}, {GATE: np.ones(5)}, f"{GATE}: its shape is (5,), not a matrix's"),
+    "gate of 3-d": ({}, {GATE: np.ones((1, 5, 16))}, "its shape is (1, 5, 16), not a matrix's"),
+    "gate of nothing": ({}, {GATE: np.ones((10**9, 0))}, "its shape is (1000000000, 0), not a mat"),
+    "gate of others": ({}, {GATE: np.ones((4, 16))}, "has what this architecture doesn't: "),
+    "tokens of 1-d": ({}, {TOKENS: np.ones(300)}, f"{TOKENS}: its shape is (300,), not a matrix's"),
+    "no tokens": ({}, {TOKENS: None}, f"there lacks {TOKENS}"),
+    "long number": ({}, {PREFIX + "9" * 5000 + ".x": np.ones(1)}, "has what this architecture doe"),
 }  # fmt: skip
 
 
@@ -102,6 +138,58 @@ def test_torch_is_asked_for(tmp_path, monkeypatch, capsys):
     command = ["import", "--kind=deepspeed", f"--source={tmp_path}", f"--workdir={tmp_path / 'r'}"]
     assert main(command) == 2
     assert "DeepSpeed's checkpoints are torch files: pip install torch" in capsys.readouterr().err
+
+
+def cyclic(torch):
+    state = {"x": torch.ones(2)}
+    return state | {"again": state, "more": {"again": state}}
+
+
+# What a file may hold that is no weight, and the message.
+TENSORS = {
+    "NaN": (lambda t: {"a": {"b": t.tensor([1, math.nan])}}, "'a.b' holds NaN, infinity or number"),
+    "infinity": (lambda t: {"a": t.tensor(math.inf).bfloat16()}, "'a' holds NaN, infinity or numb"),
+    "beyond float32": (lambda t: {"a": t.tensor(1e39, dtype=t.float64)}, "'a' holds NaN, infinity"),
+    "int64": (lambda t: {"a": t.ones(2, dtype=t.int64)}, "'a' holds torch.int64; weights are torc"),
+    "complex": (lambda t: {"a": t.ones(2, dtype=t.complex64)}, "'a' holds torch.complex64; weight"),
+    "bool": (lambda t: {"a": t.ones(2, dtype=t.bool)}, "'a' holds torch.bool; weights are"),
+    "fp8": (lambda t: {"a": t.ones(2).to(t.float8_e4m3fn)}, "'a' holds torch.float8_e4m3fn; weigh"),
+    "huge": (lambda t: {"a": t.ones(1).expand(10**12)}, "'a' is larger than the file"),
+    "sparse": (lambda t: {"a": t.eye(3).to_sparse()}, "'a' is no plain tensor: "),
+    "no numbers": (lambda t: {"a": t.ones(3, device="meta")}, "'a' is no plain tensor: "),
+    "shared": (cyclic, "holds 'again.' twice"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_tensors_that_are_no_weights(name, tmp_path):
+    torch = pytest.importorskip("torch")
+    make, message = TENSORS[name]
+    path = tmp_path / "state.pt"
+    torch.save(make(torch), path)
+    with pytest.raises(UserError) as error:
+        torch_files.flat_arrays(torch_files.read_torch(path), path)
+    assert f"{path}" in str(error.value) and message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_tensors_of_other_precision(tmp_path):
+    """Parameters and every floating type that weights have, nested as deep as it gets."""
+    torch = pytest.importorskip("torch")
+    values = [0.5, -3.0, 2.0**-14]
+    state = {
+        "half": torch.tensor(values).half(),
+        "brain": torch.nn.Parameter(torch.tensor(values).bfloat16()),
+        "double": torch.tensor(values, dtype=torch.float64),
+        "text": "no tensor",
+    }
+    for _ in range(3000):
+        state = {"part": state}
+    arrays = torch_files.flat_arrays(state, SCRIPT)
+    assert {name.rpartition(".")[2] for name in arrays} == {"half", "brain", "double"}
+    for array in arrays.values():
+        assert array.dtype == np.float32
+        np.testing.assert_array_equal(array, np.float32(values))
 
 
 needs_deepspeed = pytest.mark.skipif(
@@ -190,6 +278,27 @@ HOSTILE = {
     "elsewhere": (
         lambda step: (step.parent / "latest").write_text("../other"),
         "names '../other', which isn't beside it",
+    ),
+    "above": (
+        lambda step: (step.parent / "latest").write_text(".."),
+        "names '..', which isn't beside it",
+    ),
+    "garbage": (
+        lambda step: (step.parent / "latest").write_bytes(bytes(range(256)) * 99),
+        "latest names ",
+    ),
+    "no step": (lambda step: (step.parent / "latest").write_text("step9"), f"{MAIN} is missing"),
+    "pipe": (
+        lambda step: ((step.parent / "latest").unlink(), os.mkfifo(step.parent / "latest")),
+        "latest is not a regular file",
+    ),
+    "folder": (
+        lambda step: ((step / MAIN).unlink(), (step / MAIN).mkdir()),
+        f"{MAIN} is not a regular file",
+    ),
+    "version": (
+        lambda step: saved(step / MAIN, lambda x: x | {"checkpoint_version": math.nan}),
+        f"{MAIN}: checkpoint_version=nan; before 2",
     ),
 }
 

@@ -1,12 +1,22 @@
 """A run that starts as another: the same function, experts as copies, and nothing silently anew."""
 
+import contextlib
+import dataclasses
+import os
+import shutil
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from prmoe_jax import config, upcycle
+from prmoe_jax.checkpoint import Checkpoints
 from prmoe_jax.cli import main
+from prmoe_jax.data.tokenizer import _bytes
 from prmoe_jax.errors import UserError
+from prmoe_jax.parallel.mesh import make_mesh
 from prmoe_jax.step import init_model
 from prmoe_jax.tree import named_leaves
 from prmoe_jax.upcycle import check_fits, upcycled
@@ -111,3 +121,88 @@ def test_a_run_goes_on_from_a_dense_one(text, tmp_path, capsys):  # noqa: F811
     assert "starts as step" not in capsys.readouterr().err
     assert main(arguments(text, tmp_path / "again", "top2", **changes)) == 2
     assert "--config.init.workdir names the run to start as" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    """The folder of a dense run, to spoil copies of."""
+    run = tmp_path_factory.mktemp("dense")
+    values, tokenizer = settings("2 layers"), _bytes()
+    with contextlib.closing(Checkpoints(run, keep=1)) as checkpoints:
+        record = {"fingerprint": {"tokenizer": tokenizer.fingerprint}}
+        checkpoints.save_model(2, jit(lambda: init_model(values))(), record)
+    tokenizer.save(run / "tokenizer.json")
+    save_config(values, run)
+    return run
+
+
+def save_config(values, run):
+    """With the backends' names left open, as a run's own."""
+    config.save(dataclasses.replace(values, moe=config.MoeConfig()), run / "config.json")
+
+
+def written(name, content):
+    return lambda run: (run / name).write_text(content)
+
+
+def removed(name):
+    return lambda run: shutil.rmtree(run / name)
+
+
+def in_place(name, make):
+    return lambda run: ((run / name).unlink(), make(run / name))
+
+
+def truncated(run):
+    """Every array file of the checkpoint loses its end."""
+    for path in (run / "checkpoints" / "2" / "model").rglob("d/*"):
+        os.truncate(path, 20)
+
+
+def other_config(run):
+    save_config(settings("2 layers", model={"length": 37}), run)
+
+
+# Damage, and what is told before the setting's name.
+DAMAGED = {
+    "no folder": (shutil.rmtree, "no run in copy: config.json is missing"),
+    "a file": (lambda run: (shutil.rmtree(run), run.touch()), "no run in copy: config.json is mis"),
+    "no config": (lambda run: (run / "config.json").unlink(), "no run in copy: config.json is mis"),
+    "half a config": (written("config.json", "{"), "copy/config.json is damaged: Expecting"),
+    "deep config": (written("config.json", "[" * 10**5), "config.json is damaged: it is nested to"),
+    "list as config": (written("config.json", "[]"), "config must be a group of settings, not []"),
+    "config is a folder": (
+        in_place("config.json", Path.mkdir),
+        "config.json is not a regular file",
+    ),
+    "config is a pipe": (in_place("config.json", os.mkfifo), "config.json is not a regular file"),
+    "no tokenizer": (lambda run: (run / "tokenizer.json").unlink(), "tokenizer.json is missing"),
+    "tokenizer is a pipe": (
+        in_place("tokenizer.json", os.mkfifo),
+        "tokenizer.json is not a regula",
+    ),
+    "no checkpoints": (removed("checkpoints"), "no checkpoint in "),
+    "empty step": (
+        lambda run: (removed("checkpoints/2")(run), (run / "checkpoints" / "2").mkdir()),
+        "copy/checkpoints",
+    ),
+    "no model": (removed("checkpoints/2/model"), "copy/checkpoints"),
+    "truncated": (truncated, "copy/checkpoints"),
+    "another length": (other_config, "copy/checkpoints"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_or_foreign_folder(name, dense, tmp_path, monkeypatch):
+    """One line that names the damage and the setting, and nothing hangs."""
+    monkeypatch.chdir(tmp_path)
+    damage, message = DAMAGED[name]
+    shutil.copytree(dense, "copy")
+    target = settings("2 layers, E=3", init={"workdir": "copy"})
+    mesh = make_mesh(target, jax.devices()[:1])
+    damage(Path("copy"))
+    with pytest.raises(UserError) as error:
+        upcycle.started(target, mesh, _bytes())
+    line = str(error.value)
+    assert message in line and "\n" not in line
+    assert line.endswith("; --config.init.workdir names the run to start as")

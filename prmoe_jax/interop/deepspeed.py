@@ -14,9 +14,11 @@ import numpy as np
 
 from prmoe_jax.config import Config, default_config, resolve
 from prmoe_jax.errors import UserError
+from prmoe_jax.files import regular
 from prmoe_jax.interop.layers import by_layer, by_stage
+from prmoe_jax.interop.settings import check_sizes, differs, setting, shown
 from prmoe_jax.interop.tensors import check_coverage, check_shape
-from prmoe_jax.interop.torch_files import Inert, read_torch, require_torch
+from prmoe_jax.interop.torch_files import Inert, flat_arrays, read_torch, require_torch
 from prmoe_jax.step import init_model
 from prmoe_jax.tree import named_leaves
 
@@ -85,15 +87,14 @@ def read_deepspeed(source: Path) -> tuple[Config, dict[str, np.ndarray], str]:
     if not isinstance(main.get("module"), dict) or not isinstance(main.get("args"), Inert):
         raise UserError(f"{folder / MAIN} lacks the module or the args that Megatron stores")
     version = main.get("checkpoint_version", 0)
-    if not isinstance(version, (int, float)) or version < 2:
+    if not isinstance(version, (int, float)) or not version >= 2:
         raise UserError(
-            f"{folder / MAIN}: checkpoint_version={version!r}; before 2 queries, keys and values "
-            "lie in another order: load and save it with a newer Megatron-DeepSpeed"
+            f"{folder / MAIN}: checkpoint_version={shown(version)}; before 2 queries, keys and "
+            "values lie in another order: load and save it with a newer Megatron-DeepSpeed"
         )
-    tensors = _flat(main["module"])
+    arrays = flat_arrays(main["module"], folder / MAIN)
     for path in sorted(folder.glob("layer_*_expert_*_mp_rank_00_model_states.pt")):
-        tensors |= _flat(read_torch(path))
-    arrays = {name: tensor.float().numpy() for name, tensor in tensors.items()}
+        arrays |= flat_arrays(read_torch(path), path)
     return converted(arrays, vars(main["args"]), folder)
 
 
@@ -104,9 +105,10 @@ def converted(
     heads = args.get("num_attention_heads")
     for name, value in (FIXED | {"num_key_value_heads": heads}).items():
         theirs = args.get(name)
-        if theirs not in (None, value):
-            raise UserError(f"{source}: {name}={theirs!r}, our model has {value!r}")
-    if not (args.get("openai_gelu") or args.get("bias_gelu_fusion", True)):
+        if theirs is not None and differs(theirs, value):
+            raise UserError(f"{source}: {name}={shown(theirs)}, our model has {shown(value)}")
+    openai_gelu = setting(args, "openai_gelu", bool, source, False)
+    if not (openai_gelu or setting(args, "bias_gelu_fusion", bool, source, True)):
         raise UserError(f"{source}: bias_gelu_fusion=False means the exact GELU, ours is tanh's")
     config = _config(arrays, args, source)
     shapes = _shapes(config)
@@ -134,7 +136,11 @@ def write_deepspeed(config: Config, leaves: dict[str, np.ndarray], folder: Path,
     for file, arrays in files(config, leaves).items():
         tensors = {name: torch.tensor(array) for name, array in arrays.items()}
         content = tensors if file != MAIN else _main(config, tensors, step)
-        torch.save(content, out / file)
+        try:
+            with open(out / file, "wb") as opened:
+                torch.save(content, opened)
+        except RuntimeError as error:  # torch's, about what a full disk made the file raise
+            raise (error.__context__ or error) from None
     (folder / "latest").write_text(out.name)
 
 
@@ -180,62 +186,63 @@ def _shapes(config: Config) -> dict[str, tuple[int, ...]]:
 
 def _step_folder(source: Path) -> Path:
     latest = source / "latest"
-    if not latest.is_file():
+    if not latest.exists():
         return source
-    name = latest.read_text(errors="replace").strip()
-    if Path(name).name != name:
-        raise UserError(f"{latest} names {name[:80]!r}, which isn't beside it")
+    name = regular(latest).read_text(errors="replace").strip()
+    if Path(name).name != name or name == ".." or len(name) > 255:
+        raise UserError(f"{latest} names {shown(name)}, which isn't beside it")
     return source / name
-
-
-def _flat(state: dict, prefix: str = "") -> dict:
-    """Tensors by their whole names; Megatron nests some."""
-    import torch
-
-    flat = {}
-    for name, value in state.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
-        elif isinstance(value, torch.Tensor):
-            flat[f"{prefix}{name}"] = value
-    return flat
 
 
 def _config(arrays: dict[str, np.ndarray], args: dict, source: Path) -> Config:
     """The architecture, which the tensors' names and shapes tell but for what `args` must."""
-    pattern = re.compile(re.escape(ENCODER) + r"layers\.(\d+)\.")
+    pattern = re.compile(re.escape(ENCODER) + r"layers\.([0-9]{1,9})\.")
     layers = sorted({int(match[1]) for match in map(pattern.match, arrays) if match})
     if layers != list(range(len(layers))) or not layers:
-        raise UserError(f"{source} holds the layers {layers} of {ENCODER}layers")
-    gates = [arrays.get(f"{ENCODER}layers.{i}.mlp.deepspeed_moe.gate.wg.weight") for i in layers]
-    experts = {i: len(gate) for i, gate in enumerate(gates) if gate is not None}
+        raise UserError(f"{source} holds the layers {shown(layers)} of {ENCODER}layers")
+    names = {i: f"{ENCODER}layers.{i}.mlp.deepspeed_moe.gate.wg.weight" for i in layers}
+    experts = {i: _matrix(arrays, n, source)[0] for i, n in names.items() if n in arrays}
     settings = default_config()
     model, moe = settings.model, settings.moe
-    try:
-        model.vocab_size, model.d_model = arrays[REST["tokens"]].shape
-        model.length = len(arrays[REST["positions"]])
-        model.layers, model.heads = len(layers), int(args["num_attention_heads"])
-        model.d_ff = int(args.get("ffn_hidden_size") or 4 * model.d_model)
-        model.dropout = float(args.get("hidden_dropout", 0.0))
-        model.dtype = "float32"
-        if experts:
-            model.placement = "layers " + " ".join(map(str, experts))
-            model.experts = tuple(experts.values())
-            model.top_k = int(args["topk"])
-            model.residual = args["mlp_type"] == "residual"
-            drops = args.get("moe_token_dropping", True)
-            for ours, theirs in CAPACITY.items():
-                moe[ours] = float(args[theirs]) if drops else float("inf")
-            moe.min_capacity = int(args["moe_min_capacity"])
-            if model.top_k == 1 and drops:
-                moe.overflow = "random"  # what its gate does unless told otherwise
-            if model.top_k == 2:
-                moe.second_expert_sampling = bool(args.get("moe_top2_2nd_expert_sampling", True))
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{source}: no usable {error}") from None
+    model.vocab_size, model.d_model = _matrix(arrays, REST["tokens"], source)
+    model.length, _ = _matrix(arrays, REST["positions"], source)
+    model.layers = len(layers)
+    model.heads = setting(args, "num_attention_heads", int, source, low=1)
+    model.d_ff = setting(args, "ffn_hidden_size", int, source, 4 * model.d_model, low=1)
+    model.dropout = setting(args, "hidden_dropout", float, source, 0.0)
+    model.dtype = "float32"
+    if experts:
+        model.placement = "layers " + " ".join(map(str, experts))
+        model.experts = tuple(experts.values())
+        model.top_k = setting(args, "topk", int, source, low=1)
+        mlp_type = setting(args, "mlp_type", str, source)
+        if mlp_type not in ("standard", "residual"):
+            raise UserError(f"{source}: mlp_type={shown(mlp_type)} is not standard or residual")
+        model.residual = mlp_type == "residual"
+        drops = setting(args, "moe_token_dropping", bool, source, True)
+        for ours, theirs in CAPACITY.items():
+            moe[ours] = setting(args, theirs, float, source) if drops else math.inf
+        moe.min_capacity = setting(args, "moe_min_capacity", int, source)
+        if model.top_k == 1 and drops:
+            moe.overflow = "random"  # what its gate does unless told otherwise
+        if model.top_k == 2:
+            name = "moe_top2_2nd_expert_sampling"
+            moe.second_expert_sampling = setting(args, name, bool, source, True)
     settings.data.tokenizer = "tokenizer.json"  # the one beside it
     settings.train.steps = 1
-    return resolve(settings)
+    config = resolve(settings)
+    check_sizes(config.model, arrays, source)
+    return config
+
+
+def _matrix(arrays: dict[str, np.ndarray], name: str, source: Path) -> tuple[int, int]:
+    """The shape of a tensor that must be a matrix."""
+    if name not in arrays:
+        raise UserError(f"{source} lacks {name}")
+    shape = arrays[name].shape
+    if len(shape) != 2 or 0 in shape:
+        raise UserError(f"{source}: no usable {name}: its shape is {shape}, not a matrix's")
+    return shape
 
 
 def _names(ours: str, config: Config) -> list[tuple[str, int | None]]:

@@ -8,6 +8,7 @@ import numpy as np
 from prmoe_jax.config import Config, ModelConfig, default_config, resolve
 from prmoe_jax.errors import UserError
 from prmoe_jax.interop.layers import by_layer, by_stage
+from prmoe_jax.interop.settings import LARGEST, check_sizes, differs, setting, shown
 from prmoe_jax.interop.tensors import (
     check_coverage,
     check_shape,
@@ -65,24 +66,27 @@ def read_gpt2(folder: Path) -> tuple[Config, dict[str, np.ndarray], str]:
     Raises:
       UserError: it isn't one that our dense model computes alike, or its tensors don't fit.
     """
-    theirs = read_json(folder / "config.json")
+    path = folder / "config.json"
+    theirs = read_json(path)
     for name, value in FIXED.items():
-        if theirs.get(name, value) != value:
-            raise UserError(
-                f"{folder}/config.json: {name}={theirs[name]!r}, our dense model has {value!r}"
-            )
+        if differs(theirs.get(name, value), value):
+            raise UserError(f"{path}: {name}={shown(theirs[name])}, our dense model has {value!r}")
+    stored = read_tensors(folder, IGNORED)
+    tensors = {name.removeprefix("transformer."): x for name, x in stored.items()}
+    if len(tensors) < len(stored):
+        raise UserError(f"{folder} holds tensors with and without 'transformer.' before their name")
     settings = default_config()
-    try:
-        settings.model.update({ours: int(theirs[name]) for ours, name in SIZES.items()})
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{folder}/config.json: no usable {error}") from None
-    settings.model.d_ff = int(theirs.get("n_inner") or 4 * settings.model.d_model)
-    settings.model.dtype = "float32"
+    model = settings.model
+    for ours, name in SIZES.items():
+        high = len(tensors) if ours == "layers" else LARGEST
+        model[ours] = setting(theirs, name, int, path, low=1, high=high)
+    model.d_ff = setting(theirs, "n_inner", int, path, 4 * model.d_model, low=1)
+    model.dtype = "float32"
     settings.data.tokenizer = "tokenizer.json"  # the one beside it
     settings.train.steps = 1
     config = resolve(settings)
+    check_sizes(config.model, tensors, path)
 
-    tensors = {n.removeprefix("transformer."): x for n, x in read_tensors(folder).items()}
     head = tensors.pop("lm_head.weight", None)
     if head is not None and not np.array_equal(head, tensors.get("wte.weight")):
         raise UserError(f"{folder}: lm_head.weight is not wte.weight; ours are one matrix")
@@ -115,8 +119,17 @@ def gpt2_sizes(model: ModelConfig) -> dict[str, int]:
     }
 
 
-def write_gpt2(config: Config, leaves: dict[str, np.ndarray], folder: Path) -> None:
-    """Writes a dense model as GPT2LMHeadModel reads it; the tensors keep every bit."""
+def write_gpt2(
+    config: Config, leaves: dict[str, np.ndarray], end_of_text: int, folder: Path
+) -> None:
+    """Writes a dense model as GPT2LMHeadModel reads it; the tensors keep every bit.
+
+    Args:
+      config: the run's.
+      leaves: its parameters by our names.
+      end_of_text: the id that starts and ends a document.
+      folder: the folder to write into.
+    """
     model = config.model
     named = by_layer(model, leaves)
     tensors = {f"transformer.{name}": named[ours] for name, ours in REST.items()}
@@ -131,6 +144,8 @@ def write_gpt2(config: Config, leaves: dict[str, np.ndarray], folder: Path) -> N
         "attn_pdrop": 0.0,
         "embd_pdrop": model.dropout,
         "resid_pdrop": model.dropout,
+        "bos_token_id": end_of_text,
+        "eos_token_id": end_of_text,
     }
     (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
 

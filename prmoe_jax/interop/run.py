@@ -1,21 +1,26 @@
 """`prmoe import` and `prmoe export`: other libraries' files to a run's folder, and back."""
 
+import contextlib
 import dataclasses
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import numpy as np
+from safetensors import SafetensorError
 
 from prmoe_jax import config as configs
+from prmoe_jax import files
 from prmoe_jax import workdir as workdirs
 from prmoe_jax.checkpoint import Checkpoints
-from prmoe_jax.config import Config, resolve
+from prmoe_jax.config import Config, ModelConfig, resolve
 from prmoe_jax.data.tokenizer import Tokenizer, check_fits, from_vocabulary
 from prmoe_jax.errors import UserError
 from prmoe_jax.evaluate import restore_run
 from prmoe_jax.interop.deepspeed import check_exportable, read_deepspeed, write_deepspeed
 from prmoe_jax.interop.gpt2 import check_dense, read_gpt2, write_gpt2
+from prmoe_jax.interop.settings import check_sizes, differs, shown
 from prmoe_jax.interop.tensors import (
     check_coverage,
     check_shape,
@@ -44,10 +49,13 @@ def import_run(kind: str, source: Path, workdir: Path) -> dict:
       workdir, parameters, vocab_size.
 
     Raises:
-      UserError: the source doesn't fit, or the workdir holds a run.
+      UserError: the source doesn't fit, the workdir holds something, or it cannot be written.
     """
     if (workdir / workdirs.CONFIG).exists():
         raise UserError(f"--workdir={workdir} holds a run; give another folder")
+    _check_free("workdir", workdir)
+    if not source.is_dir():
+        raise UserError(f"--source={source} is not a folder")
     tokenizer = _tokenizer(source)
     read = {"gpt2": read_gpt2, "deepspeed": read_deepspeed, "safetensors": _read_ours}[kind]
     config, leaves, found = read(source)
@@ -59,12 +67,16 @@ def import_run(kind: str, source: Path, workdir: Path) -> dict:
     shapes = jax.eval_shape(lambda: init_model(config))
     structure = jax.tree.structure(shapes)
     model = jax.tree.unflatten(structure, [leaves[name] for name in named_leaves(shapes)])
-    with workdirs.locked(workdir):
-        checkpoints = Checkpoints(workdir, keep=1)
-        checkpoints.save_model(0, jax.tree.map(jax.numpy.asarray, model))
-        checkpoints.close()
-        tokenizer.save(stored)
-        configs.save(config, workdir / workdirs.CONFIG)
+    model = jax.tree.map(jax.numpy.asarray, model)
+
+    def build(folder: Path) -> None:
+        with contextlib.closing(Checkpoints(folder, keep=1)) as checkpoints:
+            data = {"fingerprint": {"tokenizer": tokenizer.fingerprint}}
+            checkpoints.save_model(0, model, data)
+        tokenizer.save(folder / workdirs.TOKENIZER)
+        configs.save(config, folder / workdirs.CONFIG)
+
+    _write("workdir", workdir, build)
     size = sum(leaf.size for leaf in leaves.values())
     return {"workdir": str(workdir), "parameters": size, "vocab_size": config.model.vocab_size}
 
@@ -82,10 +94,10 @@ def export_run(kind: str, workdir: Path, out: Path) -> dict:
       out, step, parameters.
 
     Raises:
-      UserError: no run there, one that the kind can't hold, or `out` exists.
+      UserError: no run there, one that the kind can't hold, or `out` holds something or cannot be
+        written.
     """
-    if out.exists():
-        raise UserError(f"--out={out} exists; give another folder, or remove it")
+    _check_free("out", out)
     config = configs.load(workdir / workdirs.CONFIG)  # with the backends' names still open
     if kind == "gpt2":
         check_dense(config.model)
@@ -94,23 +106,55 @@ def export_run(kind: str, workdir: Path, out: Path) -> dict:
     _, step, model, _ = restore_run(workdir, jax.local_devices()[:1])
     tokenizer = Tokenizer.load(workdir / workdirs.TOKENIZER)
     leaves = {name: np.asarray(leaf) for name, leaf in named_leaves(model).items()}
-    out.mkdir(parents=True)
-    if kind == "gpt2":
-        write_gpt2(config, leaves, out)
-    elif kind == "deepspeed":
-        write_deepspeed(config, leaves, out, step)
-    else:
-        write_tensors(leaves, out)
-        configs.save(config, out / workdirs.CONFIG)
-        (out / "README.md").write_text(_card(config, step, workdir))
-    tokenizer.save(out / "tokenizer.json")
+
+    def build(folder: Path) -> None:
+        if kind == "gpt2":
+            write_gpt2(config, leaves, tokenizer.end_of_text, folder)
+        elif kind == "deepspeed":
+            write_deepspeed(config, leaves, folder, step)
+        else:
+            write_tensors(leaves, folder)
+            configs.save(config, folder / workdirs.CONFIG)
+            (folder / "README.md").write_text(_card(config, step, workdir))
+        tokenizer.save(folder / "tokenizer.json")
+
+    _write("out", out, build)
     size = sum(leaf.size for leaf in leaves.values())
     return {"out": str(out), "step": step, "parameters": size}
 
 
+def _check_free(option: str, folder: Path) -> None:
+    """Raises UserError unless a folder can be made here, or an empty one replaced."""
+    if folder.is_dir() and folder.samefile(Path.cwd()):
+        raise UserError(f"--{option}={folder} is the current folder; give one that is not there")
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"--{option}={folder} exists; give another folder, or remove it")
+
+
+def _write(option: str, folder: Path, build: Callable[[Path], None]) -> None:
+    """`files.build_folder`; what the libraries that write there raise becomes one line, too."""
+    try:
+        files.build_folder(folder, build)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        line = str(getattr(error, "strerror", None) or error).partition("\n")[0][:200]
+        raise UserError(f"--{option}={folder} cannot be written: {line}") from error
+
+
 def _read_ours(folder: Path) -> tuple[Config, dict[str, np.ndarray], str]:
-    config = resolve(read_json(folder / workdirs.CONFIG))
-    tensors = read_tensors(folder)
+    path = folder / workdirs.CONFIG
+    settings, tensors = read_json(path), read_tensors(folder)
+    # A layer has one norm before its MLP. Counted first, since each layer that is resolved costs.
+    norms = (x for name, x in tensors.items() if name.endswith(".norm_mlp.scale") and x.ndim)
+    layers = sum(map(len, norms))
+    model = settings.get("model")
+    given = model.get("layers", ModelConfig.layers) if isinstance(model, dict) else layers
+    if differs(given, layers):
+        raise UserError(f"{path}: model.layers={shown(given)}, the tensors are of {layers} layers")
+    try:
+        config = resolve(settings)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    check_sizes(config.model, tensors, path)
     shapes = named_leaves(jax.eval_shape(lambda: init_model(config)))
     found = check_coverage(tensors, set(shapes), folder)
     for name, shape in shapes.items():

@@ -7,58 +7,71 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from prmoe_jax import files
 from prmoe_jax.errors import UserError
+from prmoe_jax.interop.settings import shown
 
 # Of one file of an export; Hugging Face's own default.
 SHARD_BYTES = 5_000_000_000
+# What weights may be stored as. Numbers of 8 bits or fewer mean nothing without their scales.
+DTYPES = "F16", "BF16", "F32", "F64"
 
 
-def read_tensors(folder: Path) -> dict[str, np.ndarray]:
+def read_tensors(folder: Path, ignored: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
     """All arrays of model.safetensors, or of the files that its index names; float32.
 
+    Args:
+      folder: where they are.
+      ignored: ends of names of tensors that are no weights, and may hold anything.
+
     Raises:
-      UserError: no such file, or one that is not what it says.
+      UserError: no such file, one that is not what it says, or numbers that are no weights.
     """
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
-    if index.is_file():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
-    tensors = {}
+    if index.exists():
+        places = read_json(index).get("weight_map")
+        if not isinstance(places, dict) or not all(isinstance(n, str) for n in places.values()):
+            raise UserError(f"{index} has no weight_map from names of tensors to names of files")
+        names = sorted(set(places.values()))
+    tensors: dict[str, np.ndarray] = {}
     for name in names:
         if Path(name).name != name:
-            raise UserError(f"{index} names {name!r}, which isn't beside it")
-        tensors |= _read_file(folder / name)
+            raise UserError(f"{index} names {shown(name)}, which isn't beside it")
+        part = _read_file(folder / name, ignored)
+        if twice := sorted(part.keys() & tensors):
+            raise UserError(f"{folder / name} holds {shown(twice[0])}, as another file does")
+        tensors |= part
     return tensors
 
 
-def _read_file(path: Path) -> dict[str, np.ndarray]:
-    if not path.is_file():
-        other = sorted(p.name for p in path.parent.glob("*.bin"))
-        hint = f"; {other[0]} may run code when it is read: convert it" if other else ""
-        raise UserError(f"{path} is missing{hint}")
+def _read_file(path: Path, ignored: tuple[str, ...]) -> dict[str, np.ndarray]:
+    other = sorted(p.name for p in path.parent.glob("*.bin"))
+    hint = f"; {other[0]} may run code when it is read: convert it" if other else ""
+    files.regular(path, hint)
+    tensors = {}
     try:
         # By way of JAX's arrays, since NumPy has no bfloat16 of its own.
-        with safe_open(path, framework="flax") as file:
-            return {name: np.asarray(file.get_tensor(name), np.float32) for name in file.keys()}
+        with safe_open(path, framework="flax") as file, np.errstate(over="ignore"):
+            for name in file.keys():
+                weights = not name.endswith(ignored)
+                if weights:
+                    check_dtype(name, file.get_slice(name).get_dtype(), DTYPES, path)
+                tensors[name] = np.asarray(file.get_tensor(name), np.float32)
+                if weights:
+                    check_finite(name, tensors[name], path)
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path} can't be read as safetensors: {error}") from None
+    return tensors
 
 
 def read_json(path: Path) -> dict:
-    """An object from a JSON file.
+    """The object in a JSON file of somebody else's.
 
     Raises:
       UserError: no such file, or something else in it.
     """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} can't be read: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds no JSON object")
-    return value
+    return files.read_json(files.regular(path), fix="copy it from its source again")
 
 
 def write_tensors(tensors: dict[str, np.ndarray], folder: Path) -> None:
@@ -81,6 +94,20 @@ def write_tensors(tensors: dict[str, np.ndarray], folder: Path) -> None:
     total = sum(array.nbytes for array in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": places}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def check_dtype(name: str, dtype: str, allowed: tuple[str, ...], path: Path) -> None:
+    """Raises UserError unless a tensor is of a type that weights have."""
+    if dtype not in allowed:
+        raise UserError(f"{path}: {shown(name)} holds {dtype}; weights are {', '.join(allowed)}")
+
+
+def check_finite(name: str, array: np.ndarray, path: Path) -> None:
+    """Raises UserError if a weight is NaN, infinite or, stored in float64, beyond float32."""
+    if not np.isfinite(array).all():
+        raise UserError(
+            f"{path}: {shown(name)} holds NaN, infinity or numbers too large for float32"
+        )
 
 
 def check_shape(name: str, array: np.ndarray, shape: tuple[int, ...], source: Path) -> None:

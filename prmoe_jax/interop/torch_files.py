@@ -3,8 +3,15 @@
 import importlib.util
 from pathlib import Path
 
-from prmoe_jax.errors import UserError
+import numpy as np
 
+from prmoe_jax import files
+from prmoe_jax.errors import UserError
+from prmoe_jax.interop.settings import shown
+from prmoe_jax.interop.tensors import check_dtype, check_finite
+
+# What weights may be stored as.
+DTYPES = "torch.float16", "torch.bfloat16", "torch.float32", "torch.float64"
 # Modules of what a training script keeps beside its tensors: settings and states of random numbers.
 # None of it is imported: an `Inert` takes its place.
 HARMLESS = "_codecs", "argparse", "deepspeed", "megatron", "numpy"
@@ -41,8 +48,7 @@ def read_torch(path: Path) -> dict:
     import torch
     from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-    if not path.is_file():
-        raise UserError(f"{path} is missing")
+    files.regular(path)
     try:
         foreign = get_unsafe_globals_in_checkpoint(path)
         for name in foreign:
@@ -60,3 +66,39 @@ def read_torch(path: Path) -> dict:
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no dict")
     return content
+
+
+def flat_arrays(state: dict, path: Path) -> dict[str, np.ndarray]:
+    """The tensors of a file by their whole names, since Megatron nests some; float32.
+
+    Raises:
+      UserError: one isn't of weights, or a part holds itself.
+    """
+    import torch
+
+    arrays, parts, seen = {}, [("", state)], set()
+    while parts:
+        prefix, part = parts.pop()
+        if id(part) in seen:
+            raise UserError(f"{path} holds {shown(prefix)} twice")
+        seen.add(id(part))
+        for name, value in part.items():
+            name = f"{prefix}{name}"
+            if isinstance(value, dict):
+                parts.append((f"{name}.", value))
+            elif isinstance(value, torch.Tensor):
+                arrays[name] = _array(name, value, path)
+    return arrays
+
+
+def _array(name: str, tensor, path: Path) -> np.ndarray:
+    check_dtype(name, str(tensor.dtype), DTYPES, path)
+    # A tensor of a stride of 0 is as large as it likes.
+    if tensor.numel() * tensor.element_size() > path.stat().st_size:
+        raise UserError(f"{path}: {shown(name)} is larger than the file")
+    try:
+        array = tensor.detach().float().numpy()
+    except Exception as error:  # sparse ones, and whatever else has no numbers of its own
+        raise UserError(f"{path}: {shown(name)} is no plain tensor: {error}") from None
+    check_finite(name, array, path)
+    return array
