@@ -45,9 +45,11 @@ def describe(error: BaseException) -> Failure:
             2,
             True,
         )
-    if isinstance(error, OSError) and (error.filename or error.errno in _NO_ROOM):
-        name = error.filename if error.filename else "a file or standard output"
-        return Failure(_one_line(f"{name}: {error.strerror or error}"), 2, True)
+    if isinstance(error, OSError) and error.errno in _NO_ROOM:
+        name = error.filename or "a file or standard output"
+        return Failure(_one_line(f"{name} cannot be written: {error.strerror}"), 2, True)
+    if isinstance(error, OSError) and error.filename:
+        return Failure(_one_line(f"{error.filename}: {error.strerror or error}"), 2, True)
     if isinstance(error, RuntimeError) and "Unable to initialize backend" in str(error):
         return Failure(
             f"JAX finds no device to run on ({first_line(error)}); set JAX_PLATFORMS to one that "
@@ -60,7 +62,7 @@ def describe(error: BaseException) -> Failure:
 
 
 # Writing where there is no room, or where nobody may; such errors can come without a file's name.
-_NO_ROOM = errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG, errno.EIO
+_NO_ROOM = errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -86,7 +86,7 @@ def test_the_traceback_is_printed_on_demand(tmp_path, monkeypatch, capsys):
             "allocating 7 bytes); lower train.batch_size, raise train.accumulate, set model.remat",
         ),
         (OSError(errno.ENAMETOOLONG, "File name too long", "nnn"), 2, "nnn: File name too long"),
-        (OSError(errno.ENOSPC, "No space left on device"), 2, "standard output: No space left on"),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "output cannot be written: No space"),
         (
             PermissionError(errno.EACCES, "Permission denied", "run/x"),
             2,
@@ -148,11 +148,12 @@ def test_an_argument_that_is_no_text_is_refused(capsys):
     assert r"the argument '--prompt=\udcff' is not UTF-8 text" in capsys.readouterr().err
 
 
+NO_ROOM = "prmoe: a file or standard output cannot be written: No space left on device\n"
 # How a shell starts it, its exit code, and what is on standard error.
 SHELL = {
     "no stdout": (">&-", 0, ""),
     "no streams": ("<&- >&- 2>&-", 0, ""),
-    "full stdout": (">/dev/full", 2, "prmoe: a file or standard output: No space left on device\n"),
+    "full stdout": (">/dev/full", 2, NO_ROOM),
     "full stderr": (">/dev/full 2>/dev/full", 2, ""),
 }
 
