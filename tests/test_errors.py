@@ -414,11 +414,11 @@ CASES = {
     ),
     "prompt not UTF-8": (
         ["generate", "--workdir=run", "--prompt=caf\udce9"],
-        "--prompt is not UTF-8 text (character 3)",
+        r"the argument '--prompt=caf\udce9' is not UTF-8 text",
     ),
     "stop not UTF-8": (
         ["generate", "--workdir=run", "--stop=\udce9"],
-        "--stop is not UTF-8 text (character 0)",
+        r"the argument '--stop=\udce9' is not UTF-8 text",
     ),
     "generate without tokenizer": (
         ["generate", "--workdir=run"],
