@@ -266,9 +266,9 @@ HOSTILE = {
         for value in values
     },
     "one layer too many": (lambda folder: change(folder, n_layer=4), "lacks h.3.attn.c_attn.bias"),
-    "width": (lambda folder: change(folder, n_embd=10**9), "d_model is 1000000000, a size that no"),
+    "width": (lambda folder: change(folder, n_embd=10**9), "config.json: model.d_ff=4000000000 is"),
     "hidden width": (lambda folder: change(folder, n_inner=97), "d_ff is 97, a size that no tenso"),
-    "context": (lambda folder: change(folder, n_positions=10**18), "length is 1000000000000000000"),
+    "context": (lambda folder: change(folder, n_positions=10**6), "length is 1000000, a size that"),
     "all heads": (lambda folder: change(folder, n_head=10**9), "is not divisible by model.heads=1"),
     "list": (lambda folder: change(folder, model_type=["gpt2"]), "model_type=['gpt2'], our dense"),
     "null": (lambda folder: change(folder, scale_attn_weights=None), "scale_attn_weights=None, ou"),
@@ -462,7 +462,7 @@ def test_the_record_of_the_tokenizer(source, tmp_path):
     assert imported(source, run) == 0
     (record,) = (run / "checkpoints" / "0" / "data").rglob("metadata")
     fingerprint = Tokenizer.load(run / "tokenizer.json").fingerprint
-    assert json.loads(record.read_text()) == {"fingerprint": {"tokenizer": fingerprint}}
+    assert json.loads(record.read_text())["fingerprint"] == {"tokenizer": fingerprint}
     shutil.rmtree(run / "checkpoints" / "0" / "data")
     np.testing.assert_array_equal(*positions(source, run))
 
@@ -575,7 +575,8 @@ def test_an_export_killed_half_way(runs, tmp_path, monkeypatch):
 OURS = {
     "layers": ({"layers": 10**9}, "config.json: model.layers=1000000000, the tensors are of 2 la"),
     "layers in words": ({"layers": "two"}, "config.json: model.layers='two', the tensors are of 2"),
-    "hidden width": ({"d_ff": 10**18}, "config.json: d_ff is 1000000000000000000, a size that no"),
+    "hidden width": ({"d_ff": 10**9}, "config.json: d_ff is 1000000000, a size that no tensor has"),
+    "hidden width of 10^18": ({"d_ff": 10**18}, "config.json: model.d_ff=1000000000000000000 is o"),
     "vocabulary": ({"vocab_size": -1}, "config.json: model.vocab_size=-1 is out of range"),
     "type": ({"dropout": "x"}, "config.json: config.model.dropout='x' must be of type float"),
     "heads": ({"heads": 3}, "config.json: model.d_model=16 is not divisible by model.heads=3"),

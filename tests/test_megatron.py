@@ -107,7 +107,7 @@ REFUSED = {
     ),
     "digits": ({"moe_min_capacity": 10**5000}, {}, "no usable moe_min_capacity: it is int, not a"),
     "kind of MLP": ({"mlp_type": "resid"}, {}, "mlp_type='resid' is not standard or residual"),
-    "hidden width": ({"ffn_hidden_size": 10**18}, {}, "there: d_ff is 1000000000000000000, a size"),
+    "hidden width": ({"ffn_hidden_size": 10**9}, {}, "there: d_ff is 1000000000, a size that no t"),
     "too many": ({"topk": 4}, {}, "model.top_k=4 exceeds the 3 experts of the smallest MoE layer"),
     "epsilon": ({"layernorm_epsilon": np.ones(2)}, {}, "layernorm_epsilon=array([1., 1.]), our mo"),
     # Tensors of other shapes.

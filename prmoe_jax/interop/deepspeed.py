@@ -12,11 +12,11 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from prmoe_jax.config import Config, default_config, resolve
+from prmoe_jax.config import Config, default_config
 from prmoe_jax.errors import UserError
 from prmoe_jax.files import regular
 from prmoe_jax.interop.layers import by_layer, by_stage
-from prmoe_jax.interop.settings import check_sizes, differs, setting, shown
+from prmoe_jax.interop.settings import check_sizes, differs, resolved, setting, shown
 from prmoe_jax.interop.tensors import check_coverage, check_shape
 from prmoe_jax.interop.torch_files import Inert, flat_arrays, read_torch, require_torch
 from prmoe_jax.step import init_model
@@ -230,7 +230,7 @@ def _config(arrays: dict[str, np.ndarray], args: dict, source: Path) -> Config:
             moe.second_expert_sampling = setting(args, name, bool, source, True)
     settings.data.tokenizer = "tokenizer.json"  # the one beside it
     settings.train.steps = 1
-    config = resolve(settings)
+    config = resolved(settings, source)
     check_sizes(config.model, arrays, source)
     return config
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
-from prmoe_jax.config import Config, ModelConfig, default_config, resolve
+from prmoe_jax.config import Config, ModelConfig, default_config
 from prmoe_jax.errors import UserError
 from prmoe_jax.interop.layers import by_layer, by_stage
-from prmoe_jax.interop.settings import LARGEST, check_sizes, differs, setting, shown
+from prmoe_jax.interop.settings import LARGEST, check_sizes, differs, resolved, setting, shown
 from prmoe_jax.interop.tensors import (
     check_coverage,
     check_shape,
@@ -84,7 +84,7 @@ def read_gpt2(folder: Path) -> tuple[Config, dict[str, np.ndarray], str]:
     model.dtype = "float32"
     settings.data.tokenizer = "tokenizer.json"  # the one beside it
     settings.train.steps = 1
-    config = resolve(settings)
+    config = resolved(settings, path)
     check_sizes(config.model, tensors, path)
 
     head = tensors.pop("lm_head.weight", None)

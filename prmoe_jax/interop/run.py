@@ -14,13 +14,13 @@ from prmoe_jax import config as configs
 from prmoe_jax import files
 from prmoe_jax import workdir as workdirs
 from prmoe_jax.checkpoint import Checkpoints
-from prmoe_jax.config import Config, ModelConfig, resolve
+from prmoe_jax.config import Config, ModelConfig
 from prmoe_jax.data.tokenizer import Tokenizer, check_fits, from_vocabulary
 from prmoe_jax.errors import UserError
 from prmoe_jax.evaluate import restore_run
 from prmoe_jax.interop.deepspeed import check_exportable, read_deepspeed, write_deepspeed
 from prmoe_jax.interop.gpt2 import check_dense, read_gpt2, write_gpt2
-from prmoe_jax.interop.settings import check_sizes, differs, shown
+from prmoe_jax.interop.settings import check_sizes, differs, resolved, shown
 from prmoe_jax.interop.tensors import (
     check_coverage,
     check_shape,
@@ -150,10 +150,7 @@ def _read_ours(folder: Path) -> tuple[Config, dict[str, np.ndarray], str]:
     given = model.get("layers", ModelConfig.layers) if isinstance(model, dict) else layers
     if differs(given, layers):
         raise UserError(f"{path}: model.layers={shown(given)}, the tensors are of {layers} layers")
-    try:
-        config = resolve(settings)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+    config = resolved(settings, path)
     check_sizes(config.model, tensors, path)
     shapes = named_leaves(jax.eval_shape(lambda: init_model(config)))
     found = check_coverage(tensors, set(shapes), folder)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from prmoe_jax.config import ModelConfig
+from prmoe_jax.config import Config, ModelConfig, resolve
 from prmoe_jax.errors import UserError
 
 # No setting is a number above this.
@@ -62,6 +62,14 @@ def shown(value: Any) -> str:
         return _REPR.repr(value)
     except Exception:  # a number of too many digits, or whatever a foreign object raises
         return type(value).__name__
+
+
+def resolved(settings: Any, source: Any) -> Config:
+    """`config.resolve`, whose errors name the file that the settings come from."""
+    try:
+        return resolve(settings)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
 
 
 def check_sizes(model: ModelConfig, tensors: Mapping[str, np.ndarray], source: Any) -> None:
