@@ -451,6 +451,22 @@ CASES = {
         "--mesh=experts:2 must be axes and their devices such as expert:4,tensor:2; there are data",
     ),
     "mesh size": (["generate", "--workdir=run", "--mesh=tensor:3"], "mesh.tensor=3 makes 3 devic"),
+    "mesh of none": (
+        ["generate", "--workdir=run", "--mesh=expert:0,tensor:2"],
+        "--mesh=expert:0,tensor:2 must be axes and their devices such as expert:4,tensor:2",
+    ),
+    "mesh twice": (
+        ["generate", "--workdir=run", "--mesh=expert:1,expert:1"],
+        "--mesh=expert:1,expert:1 must be axes and their devices",
+    ),
+    "mesh of very many": (
+        ["generate", "--workdir=run", f"--mesh=expert_inner:{10**20}"],
+        f"--mesh=expert_inner:{10**20} must be axes and their devices",
+    ),
+    "inner stage": (
+        ["generate", "--workdir=run", "--mesh=expert_inner:8"],
+        "mesh.expert=1: mesh.expert_inner=8 exceeds it; use mesh.expert_inner=1",
+    ),
     "prompt too long": (
         ["generate", "--workdir=run", "--prompt=0123456789", "--tokens=22"],
         "the prompt's 11 tokens and --tokens=22 exceed the context of 32; shorten the prompt or "

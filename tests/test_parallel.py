@@ -152,6 +152,13 @@ def test_a_mesh_that_does_not_fit_is_refused(text, changes, line):
     assert str(error.value).startswith(line)
 
 
+def test_the_inner_stage_is_no_axis_that_takes_the_rest():
+    """What is wrong isn't what is proposed."""
+    with pytest.raises(UserError) as error:
+        settings("2 layers, E=4", expert_inner=-1)
+    assert str(error.value) == "mesh.expert_inner=-1 is out of range; use 1 or more"
+
+
 def test_proposals_work():
     """Whatever number of experts and devices is asked for, the mesh proposed is accepted."""
     proposed = 0

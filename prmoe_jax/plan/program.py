@@ -56,7 +56,7 @@ def operations(hlo: str) -> list[Operation]:
       hlo: `compiled.as_text()`.
 
     Raises:
-      ValueError: a loop's trip count isn't visible.
+      ValueError: a loop's trip count or an attention kernel's queries aren't visible.
     """
     computations, entry = _parse(hlo)
     shapes = {
@@ -127,9 +127,9 @@ def _count(dims: str) -> int:
     return math.prod(int(d) for d in dims.split(",") if d)
 
 
-def is_kernel(name: str) -> bool:
-    """Whether an operation of this name is an attention kernel."""
-    return name.startswith(tuple(KERNELS))
+def is_kernel(operation: Operation | _Line) -> bool:
+    """Whether an operation is an attention kernel."""
+    return operation.opcode == "custom-call" and operation.name.startswith(tuple(KERNELS))
 
 
 def _operands(line: _Line) -> list[str]:
@@ -145,7 +145,7 @@ def _operands(line: _Line) -> list[str]:
 
 def _flops(line: _Line, shapes: dict[str, str]) -> int:
     """Of a matrix product: 2 for each term of each sum. Of a causal kernel: half of the square."""
-    if is_kernel(line.name):
+    if is_kernel(line):
         products, length = next(v for k, v in KERNELS.items() if line.name.startswith(k))
         arrays = [a for name in _operands(line) for a in _arrays(shapes.get(name, ""))]
         # The first operands with heads are the queries.

@@ -259,7 +259,7 @@ def _components(program: list[Operation], sent: list[Collective], chip: Chip) ->
         part, once = component(operation), operation.bytes / chip.hbm_bytes_per_s
         if kind(operation):
             continue
-        if is_kernel(operation.name):
+        if is_kernel(operation):
             part = "attention kernels"
             once = operation.flops / chip.flops_per_s / KERNEL_EFFICIENCY
         elif operation.cycles is not None:
