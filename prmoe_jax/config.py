@@ -348,10 +348,9 @@ def check_runs_without_limit(config: Config) -> None:
 
 
 def group_rows(config: Config, teacher: Config | None = None) -> int:
-    """Neighbouring sequences of a batch that are computed together.
+    """How many neighbouring sequences of a batch must be computed together.
 
-    Routing groups that span sequences stay whole: the model's, and where there is a teacher, its
-    groups on the same batch.
+    So the routing groups that span several sequences stay whole, a teacher's as well.
     """
     length = config.model.length
     groups = [one.moe.group_size or length for one in (config, teacher) if one]
@@ -681,25 +680,25 @@ def _check_groups(config: Config, student: Config | None = None) -> None:
     A teacher's group size is given: what doesn't fit it is the batch of its student.
     """
     train, group, length = config.train, config.group_size, config.model.length
-    fits = _largest_divisor(length, group)
+    fix = _largest_divisor(length, group)
     if student:
         longest = length // group * group or _largest_divisor(group, length)
-        fits = f"model.length={longest}"
+        fix = f"model.length={longest if longest > 1 else group}"
     _require(
         length % group == 0 or group % length == 0,
         f"moe.group_size={group} neither divides nor is a multiple of model.length={length}; "
-        f"use {fits}",
+        f"use {fix}",
     )
     portion = train.batch_size // max(1, train.accumulate) * length
-    fits = math.gcd(portion, group)
+    fix = math.gcd(portion, group)
     if student:
         rows = train.accumulate * group_rows(student, config)
-        fits = f"train.batch_size={-(-train.batch_size // rows) * rows}"
+        fix = f"train.batch_size={-(-train.batch_size // rows) * rows}"
     _require(
         portion % group == 0,
         f"moe.group_size={group} does not divide the {portion} tokens that are computed at once "
         f"(train.batch_size={train.batch_size} / train.accumulate={train.accumulate} x "
-        f"model.length={length}); use {fits}",
+        f"model.length={length}); use {fix}",
     )
 
 

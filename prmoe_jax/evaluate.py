@@ -69,9 +69,9 @@ def evaluate_model(
 
 
 def _rows(config: Config, mesh: Mesh, teacher: Config | None = None) -> int:
-    """Windows that are evaluated at once: a portion of training's batch.
+    """How many windows are evaluated at once: a portion of training's batch, or a few more.
 
-    Rounded up, so that every device gets as many and no routing group is cut, a teacher's neither.
+    Rounded up, so that all devices get the same number and no routing group is cut.
     """
     portion = config.train.batch_size // config.train.accumulate
     shared = mesh.size // mesh.shape["tensor"] * group_rows(config, teacher)
@@ -83,8 +83,8 @@ def _summed(
 ) -> Any:
     """Adds up what a function measures of the validation split, `rows` windows at a time.
 
-    The sums are those of the whole split, or of its first `limit` batches, in int64 and float64:
-    a device's int32 ends at 2.1 billion tokens, and its float32 counts exactly to 17 million.
+    `limit` is the number of such batches, 0 for all. Sums over batches are int64 and float64 on
+    the host: int32 ends at 2.1 billion tokens, and float32 counts exactly only to 17 million.
     """
     total = None
     batches = eval_batches(data.validation, rows, limit, local_rows(mesh, rows))
@@ -168,7 +168,7 @@ def restore_run(
       workdir: the run's folder.
       devices: those to use, all unless given.
       layout: the mesh; unless given it is the run's, or where that doesn't fit the devices there
-        are, each of them holds the whole model. Batches may have any size that `_rows` gives.
+        are, each of them holds the whole model. It need not suit the run's batch size.
 
     Raises:
       UserError: the folder holds no run or no readable checkpoint, or the layout doesn't fit.

@@ -147,9 +147,11 @@ class Transformer(nnx.Module):
         x_BxLxD = dropout(x_BxLxD.astype(dtype), self.config.dropout, keys_B)
         metrics = []
         schedule = self.config.schedule.stages()
-        # Once, and not in every layer: forward, and backward again, read half as much.
-        stages = cast(self.stages, dtype)
-        for i, (stage, plan) in enumerate(zip(stages, schedule, strict=True)):
+        for i, (stage, plan) in enumerate(zip(self.stages, schedule, strict=True)):
+            # Once, and not in every layer: forward, and backward again, read half as much. Experts
+            # that have replicas are cast in their layer: so their gradients are summed in float32.
+            replicas = any(e and rules.expert_replicas(e) > 1 for e in plan.cell)
+            stage = cast(stage, dtype, apart="experts" if replicas else "")
             keys_NxB = None
             if keys_B is not None:
                 repeats = jnp.arange(plan.repeats)
@@ -215,12 +217,16 @@ def resolve_backends(config: Config, platform: str, mesh: Mesh | None = None) ->
     )
 
 
-def cast(modules, dtype, more: tuple[str, ...] = ()):
-    """The modules with the parameters that `CAST` and `more` name in another dtype."""
-    leaves = [
-        leaf.astype(dtype) if name.rsplit(".", 1)[-1] in CAST.union(more) else leaf
-        for name, leaf in named_leaves(modules).items()
-    ]
+def cast(modules, dtype, more: tuple[str, ...] = (), apart: str = ""):
+    """The modules with the parameters that `CAST` and `more` name in another dtype.
+
+    Parameters of submodules called `apart` stay as they are.
+    """
+    leaves = []
+    for name, leaf in named_leaves(modules).items():
+        *path, last = name.split(".")
+        cast_too = last in CAST.union(more) and apart not in path
+        leaves.append(leaf.astype(dtype) if cast_too else leaf)
     return jax.tree.unflatten(jax.tree.structure(modules), leaves)
 
 

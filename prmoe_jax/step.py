@@ -113,12 +113,12 @@ def add_up(
     Every portion takes rows from all over the batch, so that no device sits idle.
 
     Args:
-      measure: maps the rows of a portion to sums over them, a pytree of arrays.
+      measure: maps a portion of the batch to sums over its rows, a pytree of arrays.
       batch: a pytree of arrays [B, …].
-      portions: how many; 1 calls `measure` on the whole batch.
-      rows_together: neighbours that stay in one portion, see `config.group_rows`; B is a multiple
-        of portions · rows_together.
-      place: holds the sums to their partition of the mesh.
+      portions: their number; with 1, `measure` is called once, on the batch as it is.
+      rows_together: neighbouring rows that share a portion, see `config.group_rows`. B is a
+        multiple of portions · rows_together.
+      place: constrains the sums to their partition of the mesh.
     """
     if portions == 1:
         return measure(batch)

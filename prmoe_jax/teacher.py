@@ -117,7 +117,7 @@ def write_lessons(config: Config, folder: Path) -> dict:
     with jax.set_mesh(mesh):
         teacher = frozen(restore_teacher(config, mesh, data.tokenizer), mesh)
         _check_windows_apart(teacher.config, config)
-        # A portion of training's batch at once: windows apart, others in a batch change nothing.
+        # A portion of training's batch at a time: what a window gets doesn't depend on the others.
         rows = config.train.batch_size // config.train.accumulate
         batches = eval_batches(data.train, rows, rows=local_rows(mesh, rows))
 
@@ -199,7 +199,7 @@ def measure_worth(
 ) -> Callable[[Transformer, Batch], dict[str, jax.Array]]:
     """A function of (the teacher's model, batch): `student.taylor` of the batch's mean loss.
 
-    Squares are of the whole batch's gradient, which is added up over the portions of training.
+    The gradient of the whole batch is added up over `train.accumulate` portions, then squared.
     """
     capacity = evaluation_capacity(teacher, config.teacher)
 

@@ -194,13 +194,25 @@ def replicas() -> None:
 
     As the program asks for it: a CPU's compiler would make a sum in bfloat16 one in float32.
     """
-    text = "2 layers, every 1, E=4"
-    for label, experts, d_ff in (("data", 4, 40), ("data, fsdp, expert", 2, 40), ("sliced", 1, 20)):
-        program = lowered(*spread(settings(text, dtype="bfloat16"), MESHES[label])).as_text()
-        sums = r'"stablehlo.all_reduce".*?\}\) : \(tensor<([\dx]*)x(\w+)>\)'
-        found = {dims: kind for dims, kind in re.findall(sums, program, re.DOTALL)}
-        for dims in (f"{experts}x24x{d_ff}", f"{experts}x{d_ff}", f"{experts}x{d_ff}x24"):
-            assert found[dims] == "f32", (label, dims, found)
+    sums = r'"stablehlo.all_reduce".*?\}\) : \(tensor<([\dx]*)x(\w+)>\)'
+    # Two layers of 4 experts and two of 8: how many of each a device holds, and their hidden units.
+    values = settings("4 layers, every 1, E=4x2+8x2", dtype="bfloat16")
+    for mesh, first, second, d_ff in (
+        ({}, 4, 8, 40),
+        ({"fsdp": 2, "expert": 2}, 2, 4, 40),
+        ({"expert": 2, "expert_slice": 2}, 2, 4, 20),
+        ({"expert": 8}, 1, 1, 40),
+    ):
+        program = lowered(*spread(values, mesh)).as_text()
+        kinds = {}
+        for dims, kind in re.findall(sums, program, re.DOTALL):
+            kinds.setdefault(dims, set()).add(kind)
+        # Eight experts on eight devices have no replicas, and are cast before their layer.
+        expected = {"f32", "bf16"} if second == 1 else {"f32"}
+        for experts in (first, second):
+            for dims in ("24x{}", "{}", "{}x24"):
+                dims = f"{experts}x{dims.format(d_ff)}"
+                assert kinds[dims] == expected, (mesh, dims, kinds)
     print("checked")
 
 

@@ -528,7 +528,7 @@ def test_odd_folders(verb, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     file = {"sweep": "sweep.py", "report": "results.jsonl"}[verb]
     for folder, message in (
-        ("", "the folder's name is empty; give '.' for the current one"),
+        ("", "argument folder: is empty; if it was a shell variable, it isn't set"),
         ("x" * 300, f"{'x' * 300}/{file} cannot be read: File name too long"),
         ("nowhere", f"nowhere/{file} is missing"),
     ):

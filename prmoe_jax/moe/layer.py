@@ -14,7 +14,7 @@ from prmoe_jax.moe import dispatch
 from prmoe_jax.moe.experts import MLP, Experts
 from prmoe_jax.moe.routing import RouterMetrics, capacity, route
 from prmoe_jax.parallel import rules
-from prmoe_jax.parallel.exchange import SpreadExperts, own_parameters, varying
+from prmoe_jax.parallel.exchange import SpreadExperts, varying
 from prmoe_jax.parallel.mesh import batch_axes, expert_axes
 
 
@@ -91,7 +91,7 @@ class MoE(nnx.Module):
         rows = PartitionSpec(axes)
 
         def local(parts, *inputs):
-            parts = own_parameters(parts, axes)
+            parts = varying(parts, axes)
             if mesh.shape["data"] * mesh.shape["fsdp"] < mesh.size:
                 spread_over = expert_axes(mesh, self.experts.count)
                 parts["experts"] = SpreadExperts(parts["experts"], spread_over, self.moe.exchange)

@@ -133,10 +133,20 @@ def constrain_rows(x_BxLxD: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x_BxLxD, PartitionSpec(batch_axes(mesh)))
 
 
+def expert_replicas(experts: int) -> int:
+    """How many devices of the mesh in use hold the same part of a layer of so many experts."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return 1
+    splitting = *expert_axes(mesh, experts), "slice", "tensor"
+    return mesh.size // math.prod(mesh.shape[name] for name in splitting)
+
+
 def gathered(tree):
     """Parameters about to be used: what FSDP splits is put together, nothing else moves.
 
-    The gradient is summed into the parts at once.
+    The gradient is summed into the parts at once, in the dtype that the parameters come in: in
+    float32 a reduce-scatter would move twice as much.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
