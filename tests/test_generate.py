@@ -277,8 +277,8 @@ def test_each_token_is_decoded_a_few_times(monkeypatch):
 def test_prompts_of_ids_and_of_text_are_the_same():
     """With a tokenizer whose words begin with their space, which the continuation keeps."""
     tokenizer = sentencepiece()
-    run = generator(build("2 layers", init_std=0.2), tokenizer=tokenizer)
-    prompts, seeds = ["the", "", "e the"], [3, 4, 5]
+    run = generator(build("1 layers", init_std=0.1), tokenizer=tokenizer)
+    prompts, seeds = ["", "e the", *["the"] * 29], range(31)
     states, advance = [], generate.advance
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(generate, "advance", lambda *a: states.append(advance(*a)) or states[-1])
@@ -289,6 +289,7 @@ def test_prompts_of_ids_and_of_text_are_the_same():
         whole = states[-1].tokens_BxT[row, 1 : states[-1].length_B[row]].tolist()
         whole = [i for i in whole if i != tokenizer.end_of_text]
         assert prompt + text == tokenizer.decode(whole)
+    assert not texts[0].startswith(" ") and any(text.startswith(" ") for text in texts)
     with pytest.raises(UserError, match="token 33 is out of range; the tokenizer's are from 0 to"):
         run([[5, tokenizer.size]], 3)
     with pytest.raises(UserError, match="the prompt's token -1 is out of range"):
