@@ -221,7 +221,7 @@ def _is_first_process() -> bool:
 
 def _generate(options, rest) -> None:
     _check_run(options.workdir)
-    mesh = _mesh(options.mesh) if options.mesh else None
+    mesh = _mesh(options.mesh) if options.mesh is not None else None
     from prmoe_jax.generate import Generator, Sampling
 
     if not 1 <= options.samples <= MOST_SAMPLES:
