@@ -134,13 +134,14 @@ class Checkpoints:
             model, optimizer = (_unflatten(tree, items[part]) for part, tree in parts.items())
             number = jax.device_put(jax.numpy.int32(step), replicated(mesh))
             return step, TrainState(number, model, optimizer), items["data"]
-        self.check_new()
+        if steps:  # whatever the manager remembers of those that were moved
+            self.check_new()
         return None
 
     def check_new(self) -> None:
-        """Raises UserError if the run has lost checkpoints: it must not begin anew by itself."""
+        """For a run without a checkpoint: UserError if it has lost some, and would begin anew."""
         aside = sorted(path.name for path in self._directory.parent.glob("damaged-*"))
-        if aside and self.latest() is None:
+        if aside:
             raise UserError(
                 f"none of this run's checkpoints in {self._directory} can be read; they are beside "
                 f"it as {', '.join(aside)}: put a copy of one back, or, to start from step 0, move "
