@@ -127,13 +127,14 @@ class Checkpoints:
             arguments = {part: _restore_arguments(tree, mesh) for part, tree in parts.items()}
             try:
                 items = self._read(step, data=ocp.args.JsonRestore(), **arguments)
-                _verify({part: items[part] for part in parts}, items["data"])
+                _verify({part: items[part] for part in parts}, record := dict(items["data"]))
             except Damaged as damage:
                 self._set_aside(step, damage)
                 continue
             model, optimizer = (_unflatten(tree, items[part]) for part, tree in parts.items())
             number = jax.device_put(jax.numpy.int32(step), replicated(mesh))
-            return step, TrainState(number, model, optimizer), items["data"]
+            record.pop("checksums", None)
+            return step, TrainState(number, model, optimizer), record
         if steps:  # whatever the manager remembers of those that were moved
             self.check_new()
         return None

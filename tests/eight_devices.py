@@ -303,7 +303,7 @@ def evaluates(folder: str) -> None:
         config.save(config.resolve(dataclasses.asdict(values)), root / name / "config.json")
         _bytes().save(root / name / "tokenizer.json")
         store = Checkpoints(root / name, keep=1)
-        store.save_model(1, init_model(resolve_backends(values, "cpu")))
+        store.save_model(1, init_model(resolve_backends(values, "cpu")), {})
         store.close()
 
     def evaluated(**where):

@@ -217,7 +217,14 @@ def test_a_stopped_process_ends_the_other_and_then_itself(text, tmp_path):  # no
     second.send_signal(signal.SIGSTOP)
     ends(first, 1, "another process of this run was lost: nothing was heard of process 1 for 5 s")
     second.send_signal(signal.SIGCONT)
-    ends(second, 1, "another process of this run was lost: process 0 cannot be reached")
+    code, _, printed = finish(second)
+    # Which, depends on whether process 0 could still tell it.
+    reasons = (
+        "process 1: another process of this run was lost: process 0 cannot be reached; start",
+        "process 1: the other processes of this run ended without this one: nothing was heard of it",
+    )
+    line = printed.strip().splitlines()[-1]
+    assert code == 1 and line.startswith(tuple(f"prmoe: {reason}" for reason in reasons)), printed
 
 
 def test_ctrl_c_at_one_stops_both(text, tmp_path):  # noqa: F811
@@ -234,6 +241,10 @@ def test_ctrl_c_at_one_stops_both(text, tmp_path):  # noqa: F811
 @pytest.mark.parametrize(
     ("printed", "line"),
     [
+        (
+            "UNAVAILABLE: The following tasks are unhealthy (stopped sending heartbeats):\n0\n",
+            "the other processes of this run ended without this one: nothing was heard of it for",
+        ),
         (
             "UNAVAILABLE: The following tasks are unhealthy (stopped sending heartbeats):\n1, 3\n"
             "The tasks have crashed.",

@@ -341,6 +341,9 @@ def explain(text: str) -> tuple[str, int]:
     silent = re.search(r"stopped sending heartbeats\):\s*([\d,\s]*\d)", text)
     if silent:
         numbers = re.findall(r"\d+", silent[1])
+        if str(_number()) in numbers:
+            why = f"nothing was heard of it for {HEARTBEAT_SECONDS} s"
+            return f"the other processes of this run ended without this one: {why}; {_AGAIN}", 1
         who = f"process{'es' * (len(numbers) > 1)} {', '.join(numbers)}"
         why = f"nothing was heard of {who} for {HEARTBEAT_SECONDS} s"
         return f"another process of this run was lost: {why}; {_AGAIN}", 1
