@@ -11,8 +11,7 @@ paper's own text isn't public: point `data.corpus` at yours.
 
 import dataclasses
 
-from prmoe_jax import architecture
-from prmoe_jax.config import default_config
+from prmoe_jax.config import architecture, default_config
 from prmoe_jax.errors import UserError
 
 BILLION = 1_000_000_000

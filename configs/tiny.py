@@ -7,8 +7,7 @@ All rows share the backbone, the data and the recipe, so that they compare. `mos
 run in runs/prmoe, or another one that --config.teacher.workdir names.
 """
 
-from prmoe_jax import architecture
-from prmoe_jax.config import default_config
+from prmoe_jax.config import architecture, default_config
 from prmoe_jax.errors import UserError
 
 ARCHITECTURES = {

@@ -18,9 +18,9 @@ if importlib.util.find_spec("prmoe_jax") is None:
 # %%
 import matplotlib.pyplot as plt
 
-from prmoe_jax.architecture import Schedule, parse_fields
+from prmoe_jax.config.architecture import Schedule, parse_fields
 from prmoe_jax.config import ModelConfig, MoeConfig
-from prmoe_jax.sizes import cost
+from prmoe_jax.model.sizes import cost
 
 # %% [markdown]
 # ## The string

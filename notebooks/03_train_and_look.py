@@ -24,12 +24,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 from IPython.display import display
 
-from prmoe_jax import architecture
+from prmoe_jax.config import architecture
 from prmoe_jax.config import default_config, resolve
 from prmoe_jax.data.tokenizer import Tokenizer
-from prmoe_jax.evaluate import restore_run
-from prmoe_jax.generate import Generator, Sampling
-from prmoe_jax.train import train
+from prmoe_jax.run.restore import restore_run
+from prmoe_jax.inference.generate import Generator, Sampling
+from prmoe_jax.training.loop import train
 
 STEPS = 40  # a taste; with 300 it begins to make sense
 
@@ -124,7 +124,7 @@ for number, experts_L in chosen.items():
 # shallow layer. The loads, from the same file that `prmoe report --workdir=…` draws:
 
 # %%
-from prmoe_jax.metrics import read_metrics
+from prmoe_jax.run.metrics import read_metrics
 
 lines = [line for line in read_metrics(workdir / "metrics.jsonl") if "loss" in line]
 figure, both = plt.subplots(1, 2, figsize=(8, 2.6), layout="constrained")

@@ -20,11 +20,12 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from prmoe_jax import architecture, student
+from prmoe_jax.config import architecture
+from prmoe_jax.distill import student
 from prmoe_jax.config import default_config, resolve
-from prmoe_jax.evaluate import evaluate
-from prmoe_jax.metrics import read_metrics
-from prmoe_jax.train import train
+from prmoe_jax.training.evaluate import evaluate
+from prmoe_jax.run.metrics import read_metrics
+from prmoe_jax.training.loop import train
 
 STEPS = 40  # a taste; experiments/mos has the real thing, with seeds
 folder = Path(tempfile.mkdtemp())

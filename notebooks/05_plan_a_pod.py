@@ -22,9 +22,9 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 from prmoe_jax.config import ModelConfig, default_config, resolve
-from prmoe_jax.architecture import parse_fields
+from prmoe_jax.config.architecture import parse_fields
 from prmoe_jax.plan.chips import CHIPS
-from prmoe_jax.sizes import cost
+from prmoe_jax.model.sizes import cost
 
 
 def model_of(architecture, **sizes):

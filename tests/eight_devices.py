@@ -16,23 +16,29 @@ jax.config.update("jax_disable_most_optimizations", True)
 
 import numpy as np  # noqa: E402
 
-from prmoe_jax import architecture, config, evaluate  # noqa: E402
-from prmoe_jax.checkpoint import Checkpoints  # noqa: E402
+from prmoe_jax import config  # noqa: E402
 from prmoe_jax.cli import main  # noqa: E402
-from prmoe_jax.config import Config, MeshConfig  # noqa: E402
+from prmoe_jax.config import (  # noqa: E402
+    Config,
+    MeshConfig,
+    architecture,  # noqa: E402
+)
 from prmoe_jax.data.pipeline import Batch  # noqa: E402
 from prmoe_jax.data.tokenizer import _bytes  # noqa: E402
-from prmoe_jax.decoder import decoder  # noqa: E402
-from prmoe_jax.evaluate import restore_run  # noqa: E402
-from prmoe_jax.generate import Generator, Sampling  # noqa: E402
-from prmoe_jax.loss import forward, totals, training_loss  # noqa: E402
-from prmoe_jax.metrics import to_python  # noqa: E402
-from prmoe_jax.model import resolve_backends  # noqa: E402
-from prmoe_jax.parallel import rules  # noqa: E402
+from prmoe_jax.inference.decoder import decoder  # noqa: E402
+from prmoe_jax.inference.generate import Generator, Sampling  # noqa: E402
+from prmoe_jax.model.backends import resolve_backends  # noqa: E402
+from prmoe_jax.model.loss import forward, totals, training_loss  # noqa: E402
+from prmoe_jax.model.transformer import init_model  # noqa: E402
+from prmoe_jax.nn.parameters import named_leaves  # noqa: E402
+from prmoe_jax.parallel import sharding  # noqa: E402
 from prmoe_jax.parallel.mesh import make_mesh, split_batch  # noqa: E402
 from prmoe_jax.plan.collectives import groups  # noqa: E402
-from prmoe_jax.step import init_model, init_state, make_train_step, on_mesh, sharded_state  # noqa: E402
-from prmoe_jax.tree import named_leaves  # noqa: E402
+from prmoe_jax.run.checkpoint import Checkpoints  # noqa: E402
+from prmoe_jax.run.metrics import to_python  # noqa: E402
+from prmoe_jax.run.restore import restore_run  # noqa: E402
+from prmoe_jax.training import evaluate  # noqa: E402
+from prmoe_jax.training.step import init_state, make_train_step, on_mesh, sharded_state  # noqa: E402
 
 ROWS, LENGTH = 8, 16
 ARCHITECTURES = {
@@ -101,7 +107,7 @@ def gradient_of(values: Config):
             return training_loss(sums, totals(batch, values), values)
 
         loss, gradient = jax.value_and_grad(loss)(model)
-        return loss, rules.constrain(gradient)
+        return loss, sharding.constrain(gradient)
 
     return gradient
 
@@ -138,7 +144,7 @@ def step(name: str, *meshes: str) -> None:
             # The same numbers in a state whose modules know of this mesh's exchange.
             empty = jax.eval_shape(lambda: init_state(here))  # noqa: B023
             same = jax.tree.unflatten(jax.tree.structure(empty), jax.tree.leaves(state))
-            placed = jax.device_put(same, rules.shardings(empty, mesh))
+            placed = jax.device_put(same, sharding.shardings(empty, mesh))
             rows = split_batch(batch, mesh, len(batch.mask_BxL))
             error = compare(on_mesh(here, mesh)(placed, rows), expected)
         print(f"{label}: equal within {error:.1e}", flush=True)
@@ -183,7 +189,7 @@ def lowered(values: Config, mesh: jax.sharding.Mesh):
         model = jax.tree.map(
             lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
             model,
-            rules.shardings(model, mesh),
+            sharding.shardings(model, mesh),
         )
         rows = split_batch(make_batch(ROWS), mesh, ROWS)
         return jax.jit(gradient_of(values)).lower(model, rows)
@@ -267,17 +273,17 @@ def checkpoints(folder: str) -> None:
     for source in chosen:
         _, mesh = spread(values, MESHES[source])
         store = Checkpoints(Path(folder) / source, keep=1)
-        store.save(1, jax.device_put(state, rules.shardings(state, mesh)), record)
+        store.save(1, jax.device_put(state, sharding.shardings(state, mesh)), record)
         store.wait()
         store.close()
         for target in chosen:
             there, mesh = spread(values, MESHES[target])
             store = Checkpoints(Path(folder) / source)
-            number, restored, data = store.restore(there, mesh)
+            number, restored, data = store.restore(shapes, mesh)
             store.close()
             assert (number, data) == (1, record)
             for name, leaf in named_leaves(restored).items():
-                expected = rules.spec(name, leaf.shape, mesh)
+                expected = sharding.spec(name, leaf.shape, mesh)
                 assert leaf.sharding.is_equivalent_to(
                     jax.sharding.NamedSharding(mesh, expected), leaf.ndim
                 ), name
@@ -330,7 +336,7 @@ def generates() -> None:
         for kind in ("float32", "int8") if narrow_too else ("float32",):
             with jax.set_mesh(mesh):
                 model = init_model(on)
-                placed = jax.device_put(model, rules.shardings(model, mesh))
+                placed = jax.device_put(model, sharding.shardings(model, mesh))
                 generator = Generator(decoder(placed, kind, mesh), _bytes(), mesh)
                 texts = generator(prompts, 20, Sampling(1.0), [1, 2, 3])
             assert texts == expected.setdefault(kind, texts), (name, kind, texts, expected)

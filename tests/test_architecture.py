@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from jax.extend.core import jaxprs_in_params
 
 from configs import paper, tiny
-from prmoe_jax.architecture import Schedule, Stage, moe_layers
 from prmoe_jax.config import ModelConfig, resolve
+from prmoe_jax.config.architecture import Schedule, Stage, moe_layers
 from prmoe_jax.errors import UserError
-from prmoe_jax.model import resolve_backends
-from prmoe_jax.sizes import cost
-from prmoe_jax.step import init_model
+from prmoe_jax.model.backends import resolve_backends
+from prmoe_jax.model.sizes import cost
+from prmoe_jax.model.transformer import init_model
 
 # One row of the paper's comparison each: the string, and the experts layer by layer.
 SCHEDULES = {

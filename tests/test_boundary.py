@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from configs import tiny
-from prmoe_jax import boundary, errors, sizes
+from prmoe_jax import boundary, errors
 from prmoe_jax.cli import main
+from prmoe_jax.model import sizes
 
 REPOSITORY = Path(__file__).parent.parent
 TINY = f"--config={tiny.__file__}:prmoe"

@@ -5,10 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prmoe_jax import architecture
-from prmoe_jax.config import resolve
-from prmoe_jax.model import resolve_backends
-from prmoe_jax.step import init_model
+from prmoe_jax.config import architecture, resolve
+from prmoe_jax.model.backends import resolve_backends
+from prmoe_jax.model.transformer import init_model
 from tests.quick import jit
 
 LENGTH = 32

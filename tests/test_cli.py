@@ -12,7 +12,7 @@ import prmoe_jax
 from configs import paper, tiny
 from prmoe_jax import cli
 from prmoe_jax.cli import main, parse_config
-from prmoe_jax.sizes import cost
+from prmoe_jax.model.sizes import cost
 
 TINY = f"--config={tiny.__file__}:prmoe"
 SHAPE = ["--config.model.d_model=30", "--config.model.heads=3", "--config.model.vocab_size=509"]
@@ -211,7 +211,7 @@ def test_profiled_steps(text, steps):
 
 def test_train_goes_where_it_is_told(monkeypatch, capsys):
     """The verb hands over the config, the folder and the profile, and prints the metrics."""
-    import prmoe_jax.train
+    import prmoe_jax.training.loop
 
     calls = []
 
@@ -219,7 +219,7 @@ def test_train_goes_where_it_is_told(monkeypatch, capsys):
         calls.append(arguments)
         return {"step": 600, "eval/loss": 0.123456789, "loads": [1, 2]}
 
-    monkeypatch.setattr(prmoe_jax.train, "train", train)
+    monkeypatch.setattr(prmoe_jax.training.loop, "train", train)
     arguments = ["train", TINY, "--workdir=here", "--profile=2:3", "--config.seed=5"]
     assert main(arguments) == 0
     assert calls == [(parse_config([TINY, "--config.seed=5"]), Path("here"), (2, 3))]
@@ -236,7 +236,7 @@ def test_train_goes_where_it_is_told(monkeypatch, capsys):
 
 
 def test_a_stopped_run_and_a_keyboard_interrupt_have_their_own_codes(monkeypatch, capsys):
-    import prmoe_jax.train
+    import prmoe_jax.training.loop
     from prmoe_jax.errors import TrainingStopped
 
     for error, code, line in (
@@ -248,6 +248,6 @@ def test_a_stopped_run_and_a_keyboard_interrupt_have_their_own_codes(monkeypatch
         def train(*arguments, error=error):
             raise error
 
-        monkeypatch.setattr(prmoe_jax.train, "train", train)
+        monkeypatch.setattr(prmoe_jax.training.loop, "train", train)
         assert main(["train", TINY, "--workdir=here"]) == code
         assert capsys.readouterr().err == line

@@ -20,8 +20,8 @@ from prmoe_jax.config import (
     teacher_of,
 )
 from prmoe_jax.errors import UserError
+from prmoe_jax.model.sizes import cost
 from prmoe_jax.parallel.mesh import axis_sizes
-from prmoe_jax.sizes import cost
 
 # What the tests below count with, however the recipe in configs/tiny.py is tuned.
 BASE = """

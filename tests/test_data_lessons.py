@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from prmoe_jax.config import Config, DataConfig, KdConfig, ModelConfig, TeacherConfig
-from prmoe_jax.data import cache, lessons, pipeline
+from prmoe_jax.data import cache, pipeline
 from prmoe_jax.data.pipeline import Likeliest
+from prmoe_jax.distill import teacher_cache as lessons
 from prmoe_jax.errors import UserError
 from tests.test_data_cache import altered, file_size_limit
 

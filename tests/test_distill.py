@@ -16,19 +16,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prmoe_jax import distill, train
-from prmoe_jax import teacher as teachers
 from prmoe_jax.cli import main
 from prmoe_jax.config import KdConfig, TeacherConfig, save, teacher_of
 from prmoe_jax.data.pipeline import Batch
-from prmoe_jax.distill import Lesson, agreement, recorded, teach, token_sums
+from prmoe_jax.distill import loss as distill
+from prmoe_jax.distill import teacher as teachers
+from prmoe_jax.distill.distiller import Distiller
+from prmoe_jax.distill.loss import Lesson, agreement, recorded, teach, token_sums
 from prmoe_jax.errors import UserError
-from prmoe_jax.evaluate import restore_run
-from prmoe_jax.loss import forward, totals, training_loss
-from prmoe_jax.metrics import read_metrics, to_python
-from prmoe_jax.step import init_model, init_state, make_train_step
-from prmoe_jax.train import Run
-from prmoe_jax.tree import named_leaves
+from prmoe_jax.model.loss import forward, totals, training_loss
+from prmoe_jax.model.transformer import init_model
+from prmoe_jax.nn.parameters import named_leaves
+from prmoe_jax.run.metrics import read_metrics, to_python
+from prmoe_jax.run.restore import restore_run
+from prmoe_jax.training import loop as train
+from prmoe_jax.training.loop import Run
+from prmoe_jax.training.step import init_state, make_train_step
 from tests.quick import jit
 from tests.test_step import GENTLE, make_batch, settings
 from tests.test_train import (  # noqa: F401
@@ -232,7 +235,7 @@ def test_a_step_adds_the_weighted_divergence(mode, portions):
     }
     noisy = {"model": {"dropout": 0.2}, "moe": {"overflow": "random"}}
     values, taught_by, model = classroom(student=student, **noisy)
-    step = jit(make_train_step(values, taught_by))
+    step = jit(make_train_step(values, Distiller(values, taught_by)))
     state = init_state(values)
     for number in range(3):
         state, metrics = step(state, make_batch(number), model)
@@ -243,7 +246,9 @@ def test_a_step_adds_the_weighted_divergence(mode, portions):
         assert metrics["loss"] == pytest.approx(parts, rel=1e-5)
         assert metrics["kd_loss"] > 0.01
     whole = dataclasses.replace(values, train=dataclasses.replace(values.train, accumulate=1))
-    _, expected = jit(make_train_step(whole, taught_by))(init_state(whole), make_batch(0), model)
+    _, expected = jit(make_train_step(whole, Distiller(whole, taught_by)))(
+        init_state(whole), make_batch(0), model
+    )
     _, first = step(init_state(values), make_batch(0), model)
     first, expected = to_python(first, values), to_python(expected, values)
     for name, tolerance in (("kd_loss", 1e-5), ("grad_norm", 1e-4)):
@@ -259,7 +264,9 @@ def test_portions_keep_the_teachers_routing_groups_whole():
     found = []
     for portions in (1, 2):
         values = settings(**taught, train={"accumulate": portions})
-        _, metrics = jit(make_train_step(values, taught_by))(state, make_batch(rows=12), model)
+        _, metrics = jit(make_train_step(values, Distiller(values, taught_by)))(
+            state, make_batch(rows=12), model
+        )
         found.append(to_python(metrics, values))
     whole, parts = found
     assert whole["kd_loss"] > 0.01
@@ -292,14 +299,14 @@ def test_no_gradient_reaches_the_teacher_and_no_step_changes_it():
     keys = jax.random.split(jax.random.key(0), 8)
 
     def loss(teacher_model):
-        lesson = teach(taught_by, teacher_model, batch, values.teacher, keys)
-        sums = forward(student, batch, 1.0, keys, lesson, values.kd)
+        measure = Distiller(values, taught_by).measure(teacher_model, keys)
+        sums = forward(student, batch, 1.0, keys, measure)
         return training_loss(sums, totals(batch, values), values, 1.0)
 
     for name, gradient in named_leaves(jit(jax.grad(loss))(model)).items():
         assert not np.asarray(gradient).any(), name
     before = {name: np.array(leaf) for name, leaf in named_leaves(model).items()}
-    step, state = jit(make_train_step(values, taught_by)), init_state(values)
+    step, state = jit(make_train_step(values, Distiller(values, taught_by))), init_state(values)
     for seed in range(3):
         state, _ = step(state, make_batch(seed), model)
     for name, leaf in named_leaves(model).items():
@@ -309,7 +316,9 @@ def test_no_gradient_reaches_the_teacher_and_no_step_changes_it():
 def test_a_copy_of_the_teacher_has_nothing_to_learn_from_it():
     values = settings(**STUDENT, train={"accumulate": 2})
     state = init_state(values)
-    _, metrics = jit(make_train_step(values, values))(state, make_batch(), state.model)
+    _, metrics = jit(make_train_step(values, Distiller(values, values)))(
+        state, make_batch(), state.model
+    )
     assert abs(to_python(metrics, values)["kd_loss"]) < 1e-6
 
 

@@ -11,16 +11,18 @@ from jax.sharding import Mesh
 from tokenizers import decoders as token_decoders
 from tokenizers import models, normalizers, pre_tokenizers
 
-from prmoe_jax import architecture, config, generate
-from prmoe_jax import decoder as decoders
+from prmoe_jax import config
+from prmoe_jax.config import architecture
 from prmoe_jax.data.tokenizer import Tokenizer, _bytes
 from prmoe_jax.errors import UserError
-from prmoe_jax.generate import Generator, Sampling, Written
-from prmoe_jax.model import resolve_backends
+from prmoe_jax.inference import decoder as decoders
+from prmoe_jax.inference import generate
+from prmoe_jax.inference.generate import Generator, Sampling, Written
+from prmoe_jax.model.backends import resolve_backends
+from prmoe_jax.model.transformer import init_model
 from prmoe_jax.moe.experts import Experts, SeparateExperts
-from prmoe_jax.step import init_model
-from prmoe_jax.tree import named_leaves
-from prmoe_jax.weights import Narrow, narrowed, product, scores
+from prmoe_jax.nn.matmul import Narrow, narrowed, product, scores
+from prmoe_jax.nn.parameters import named_leaves
 from tests.quick import forward, jit
 
 
@@ -333,7 +335,7 @@ def test_streaming_and_stops_in_a_batch():
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
 def test_products_of_few_rows(kind, monkeypatch):
     """By parts, by slices and at once, they are the held weights'; those near the given."""
-    monkeypatch.setattr("prmoe_jax.weights.LARGEST", 100)
+    monkeypatch.setattr("prmoe_jax.nn.matmul.LARGEST", 100)
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(20, 3, 4)), jnp.float32)
     w = jnp.asarray(rng.normal(size=(3, 4, 2, 5)), jnp.float32)

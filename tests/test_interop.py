@@ -18,13 +18,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from prmoe_jax import config as configs
-from prmoe_jax.checkpoint import Checkpoints
 from prmoe_jax.cli import main
 from prmoe_jax.data.tokenizer import Tokenizer, _bytes
 from prmoe_jax.errors import UserError
-from prmoe_jax.evaluate import restore_run
 from prmoe_jax.interop.run import export_run, import_run
-from prmoe_jax.tree import named_leaves
+from prmoe_jax.nn.parameters import named_leaves
+from prmoe_jax.run.checkpoint import Checkpoints
+from prmoe_jax.run.restore import restore_run
 from tests.quick import forward
 from tests.test_train import arguments, logged, text  # noqa: F401
 

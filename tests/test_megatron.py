@@ -20,11 +20,11 @@ import pytest
 from prmoe_jax.cli import main
 from prmoe_jax.data.tokenizer import _bytes
 from prmoe_jax.errors import UserError
-from prmoe_jax.evaluate import restore_run
 from prmoe_jax.interop import deepspeed, torch_files
-from prmoe_jax.model import Transformer, resolve_backends
-from prmoe_jax.step import init_model
-from prmoe_jax.tree import named_leaves
+from prmoe_jax.model.backends import resolve_backends
+from prmoe_jax.model.transformer import Transformer, init_model
+from prmoe_jax.nn.parameters import named_leaves
+from prmoe_jax.run.restore import restore_run
 
 SCRIPT = Path(__file__).parent / "goldens" / "generate_megatron.py"
 PREFIX = "language_model.encoder.layers."

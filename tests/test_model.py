@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prmoe_jax import architecture, attention
-from prmoe_jax.attention import attend, resolve_attention, splash
-from prmoe_jax.config import ModelConfig, MoeConfig, resolve
+from prmoe_jax.config import ModelConfig, MoeConfig, architecture, resolve
 from prmoe_jax.errors import UserError
-from prmoe_jax.model import Transformer, dropout, positions
+from prmoe_jax.model import attention
+from prmoe_jax.model.attention import attend, splash
+from prmoe_jax.model.backends import resolve_attention
+from prmoe_jax.model.transformer import Transformer, dropout, positions
 from tests.quick import jit
 
 SMALL = ModelConfig(

@@ -17,11 +17,13 @@ import pytest
 from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from prmoe_jax import architecture, config
+from prmoe_jax import config
 from prmoe_jax.cli import main
+from prmoe_jax.config import architecture
 from prmoe_jax.errors import UserError
 from prmoe_jax.moe.experts import Experts, SeparateExperts
-from prmoe_jax.parallel import rules
+from prmoe_jax.nn.parameters import named_leaves
+from prmoe_jax.parallel import sharding
 from prmoe_jax.parallel.mesh import (
     axis_sizes,
     batch_axes,
@@ -31,9 +33,8 @@ from prmoe_jax.parallel.mesh import (
     leaner,
     propose,
 )
-from prmoe_jax.parallel.rules import RULES, spec, specs
-from prmoe_jax.step import init_state
-from prmoe_jax.tree import named_leaves
+from prmoe_jax.parallel.sharding import RULES, spec, specs
+from prmoe_jax.training.step import init_state
 from tests.test_train import arguments, logged
 from tests.test_train import text as documents  # noqa: F401
 
@@ -255,7 +256,7 @@ def test_leaner_meshes_hold_less(text, devices, batch_size):
         """Numbers of the state that one device holds."""
         shape = axis_sizes(dataclasses.replace(values, mesh=mesh), devices)
         assert math.prod(shape.values()) == devices
-        places = rules.shardings(state, mesh_of(**shape))
+        places = sharding.shardings(state, mesh_of(**shape))
         parts = jax.tree.map(lambda x, p: math.prod(p.shard_shape(x.shape)), state, places)
         return sum(jax.tree.leaves(parts))
 

@@ -13,8 +13,9 @@ import pytest
 from jax.sharding import AbstractMesh
 
 from configs import paper, tiny
-from prmoe_jax import architecture, config
+from prmoe_jax import config
 from prmoe_jax.cli import main
+from prmoe_jax.config import architecture
 from prmoe_jax.errors import UserError
 from prmoe_jax.parallel.mesh import axis_sizes
 from prmoe_jax.plan.chips import chip_count, chip_of

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from prmoe_jax.cli import main
-from prmoe_jax.metrics import read_metrics
 from prmoe_jax.parallel import processes
+from prmoe_jax.run.metrics import read_metrics
 from tests.test_train import (  # noqa: F401
     REPOSITORY,
     arguments,

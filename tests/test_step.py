@@ -7,18 +7,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prmoe_jax import architecture, config
+from prmoe_jax import config
+from prmoe_jax.config import architecture
 from prmoe_jax.data.pipeline import Batch, Data, Windows
 from prmoe_jax.data.tokens import TokenCache
 from prmoe_jax.errors import UserError
-from prmoe_jax.evaluate import evaluate_model
-from prmoe_jax.loss import Sums, forward, totals, training_loss
-from prmoe_jax.metrics import to_python
-from prmoe_jax.model import resolve_backends
-from prmoe_jax.optimizer import decay_mask, learning_rate, make_optimizer
+from prmoe_jax.model.backends import resolve_backends
+from prmoe_jax.model.loss import Sums, forward, totals, training_loss
+from prmoe_jax.model.transformer import init_model
+from prmoe_jax.nn.parameters import named_leaves
 from prmoe_jax.parallel.mesh import make_mesh
-from prmoe_jax.step import add_up, init_model, init_state, make_eval_step, make_train_step
-from prmoe_jax.tree import named_leaves
+from prmoe_jax.parallel.portions import add_up
+from prmoe_jax.run.metrics import to_python
+from prmoe_jax.training.evaluate import evaluate_model
+from prmoe_jax.training.optimizer import decay_mask, learning_rate, make_optimizer
+from prmoe_jax.training.step import init_state, make_eval_step, make_train_step
 from tests.quick import jit
 
 # The gradient of a key's bias is 0 but for rounding, which Adam would scale up to a whole step.

@@ -10,12 +10,12 @@ import pytest
 
 from configs import paper
 from prmoe_jax import config
+from prmoe_jax.distill.student import cut, layer_map, magnitudes, taylor
+from prmoe_jax.distill.teacher import measure_worth
 from prmoe_jax.errors import UserError
-from prmoe_jax.loss import forward
-from prmoe_jax.step import init_model
-from prmoe_jax.student import cut, layer_map, magnitudes, taylor
-from prmoe_jax.teacher import measure_worth
-from prmoe_jax.tree import named_leaves
+from prmoe_jax.model.loss import forward
+from prmoe_jax.model.transformer import init_model
+from prmoe_jax.nn.parameters import named_leaves
 from tests.quick import jit
 from tests.test_step import make_batch, settings
 

@@ -11,7 +11,7 @@ import pytest
 from prmoe_jax.cli import main
 from prmoe_jax.config import DataConfig
 from prmoe_jax.errors import UserError
-from prmoe_jax.generate import Sampling
+from prmoe_jax.inference.generate import Sampling
 from prmoe_jax.tasks import choices, cloze, local, score
 from prmoe_jax.tasks.score import Scorer
 from tests.quick import forward

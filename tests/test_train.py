@@ -20,10 +20,10 @@ import pytest
 from prmoe_jax.cli import main
 from prmoe_jax.config import load
 from prmoe_jax.errors import UserError
-from prmoe_jax.evaluate import restore_run
-from prmoe_jax.metrics import ROUTER_COLUMNS, read_metrics
+from prmoe_jax.nn.parameters import named_leaves
+from prmoe_jax.run.metrics import ROUTER_COLUMNS, read_metrics
+from prmoe_jax.run.restore import restore_run
 from prmoe_jax.tasks.score import Scorer
-from prmoe_jax.tree import named_leaves
 
 REPOSITORY = Path(__file__).parent.parent
 ARCHITECTURES = "dense top2 prmoe".split()
@@ -291,7 +291,7 @@ def test_another_tokenizer_than_the_models_is_refused(copied, capsys):
 
 def stop_at(monkeypatch, step):
     """A signal in the middle of a step."""
-    monkeypatch.setattr("prmoe_jax.train.interruption.at", lambda self, done: done >= step)
+    monkeypatch.setattr("prmoe_jax.training.loop.interruption.at", lambda self, done: done >= step)
 
 
 @pytest.mark.parametrize("step", [8, 12])

@@ -11,15 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prmoe_jax import config, upcycle
-from prmoe_jax.checkpoint import Checkpoints
+from prmoe_jax import config
 from prmoe_jax.cli import main
 from prmoe_jax.data.tokenizer import _bytes
 from prmoe_jax.errors import UserError
+from prmoe_jax.model.transformer import init_model
+from prmoe_jax.nn.parameters import named_leaves
 from prmoe_jax.parallel.mesh import make_mesh
-from prmoe_jax.step import init_model
-from prmoe_jax.tree import named_leaves
-from prmoe_jax.upcycle import check_fits, upcycled
+from prmoe_jax.run.checkpoint import Checkpoints
+from prmoe_jax.training import upcycle
+from prmoe_jax.training.upcycle import check_fits, upcycled
 from tests.quick import forward, jit
 from tests.test_step import make_batch, settings
 from tests.test_student import layers_of

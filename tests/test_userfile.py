@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from prmoe_jax import userfile
 from prmoe_jax.cli import main
+from prmoe_jax.config import userfile
 from prmoe_jax.errors import UserError
 
 

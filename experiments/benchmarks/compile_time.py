@@ -13,10 +13,11 @@ import time
 import jax
 import jax.numpy as jnp
 
-from prmoe_jax import architecture, config
+from prmoe_jax import config
+from prmoe_jax.config import architecture
 from prmoe_jax.data.pipeline import Batch
-from prmoe_jax.model import resolve_backends
-from prmoe_jax.step import init_state, make_train_step
+from prmoe_jax.model.backends import resolve_backends
+from prmoe_jax.training.step import init_state, make_train_step
 
 DEPTHS = {
     "dense": ("8 layers", "24 layers"),

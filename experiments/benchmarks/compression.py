@@ -11,8 +11,8 @@ from pathlib import Path
 
 from prmoe_jax import config
 from prmoe_jax.data.corpora import open_corpus
-from prmoe_jax.evaluate import evaluate
-from prmoe_jax.workdir import CONFIG
+from prmoe_jax.run.directory import CONFIG
+from prmoe_jax.training.evaluate import evaluate
 
 
 def main():

@@ -20,10 +20,10 @@ import jax
 from prmoe_jax.allocator import keep_freed_memory
 from prmoe_jax.cli import parse_config
 from prmoe_jax.data.pipeline import load_data, train_iterator
-from prmoe_jax.model import resolve_backends
+from prmoe_jax.model.backends import resolve_backends
+from prmoe_jax.model.sizes import cost
 from prmoe_jax.parallel.mesh import make_mesh, split_batch
-from prmoe_jax.sizes import cost
-from prmoe_jax.step import on_mesh, sharded_state
+from prmoe_jax.training.step import on_mesh, sharded_state
 
 TRACED_STEPS = 3
 

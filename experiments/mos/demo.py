@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from prmoe_jax.metrics import read_metrics
+from prmoe_jax.run.metrics import read_metrics
 
 HERE = Path(__file__).parent
 SEEDS = (1, 2, 3)

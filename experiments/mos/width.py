@@ -12,11 +12,11 @@ import jax
 
 from prmoe_jax.cli import parse_config
 from prmoe_jax.data.pipeline import load_data
-from prmoe_jax.evaluate import evaluate_model
-from prmoe_jax.model import resolve_backends
+from prmoe_jax.distill.teacher import inherited, restore_teacher
+from prmoe_jax.model.backends import resolve_backends
 from prmoe_jax.parallel.mesh import make_mesh, replicated
-from prmoe_jax.step import make_eval_step
-from prmoe_jax.teacher import inherited, restore_teacher
+from prmoe_jax.training.evaluate import evaluate_model
+from prmoe_jax.training.step import make_eval_step
 
 TINY = Path(__file__).parent.parent.parent / "configs" / "tiny.py"
 CUTS = {

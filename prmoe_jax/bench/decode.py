@@ -23,14 +23,15 @@ from jax.sharding import Mesh
 from prmoe_jax.bench import memory
 from prmoe_jax.bench.worker import worker
 from prmoe_jax.config import Config, MeshConfig, MoeConfig
-from prmoe_jax.decoder import Decoder, decoder
 from prmoe_jax.errors import UserError
-from prmoe_jax.generate import PIECE, STEPS, Sampling, advance, read
+from prmoe_jax.inference.decoder import Decoder, decoder
+from prmoe_jax.inference.generate import PIECE, STEPS, Sampling, advance, read
 from prmoe_jax.interop.gpt2 import gpt2_sizes
-from prmoe_jax.model import resolve_backends
+from prmoe_jax.model.backends import resolve_backends
+from prmoe_jax.model.sizes import cost
+from prmoe_jax.model.transformer import init_model
 from prmoe_jax.parallel.mesh import batch_axes, make_mesh
-from prmoe_jax.sizes import cost
-from prmoe_jax.step import init_model, made
+from prmoe_jax.parallel.sharding import made
 
 log = logging.getLogger(__name__)
 

@@ -15,10 +15,11 @@ from prmoe_jax import config
 from prmoe_jax.bench.moe import Size, check_size, flag
 from prmoe_jax.config import Config
 from prmoe_jax.errors import UserError
-from prmoe_jax.model import cast, resolve_backends
-from prmoe_jax.moe.experts import MLP
+from prmoe_jax.model.backends import resolve_backends
+from prmoe_jax.model.transformer import cast
 from prmoe_jax.moe.layer import MoE
-from prmoe_jax.parallel import rules
+from prmoe_jax.nn.mlp import MLP
+from prmoe_jax.parallel import sharding
 from prmoe_jax.parallel.mesh import batch_axes, make_mesh
 from prmoe_jax.plan.chips import chip_of, topology_devices
 from prmoe_jax.plan.program import Operation, operations
@@ -125,7 +126,7 @@ def _compile(size: Size, dtype: str, backend: str, devices: list) -> list[Operat
     shapes = jax.eval_shape(new_layer)
     specs = jax.tree.map(lambda _: rows, shapes)
     if backend != "dense":
-        specs = rules.specs(shapes, mesh)
+        specs = sharding.specs(shapes, mesh)
     x_BxLxD = place(jax.ShapeDtypeStruct((mesh.size, size.S, size.M), jnp.dtype(dtype)), rows)
     with jax.set_mesh(mesh):
         step = jax.jit(forward_and_backward)

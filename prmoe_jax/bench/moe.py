@@ -22,9 +22,9 @@ from prmoe_jax.bench.worker import worker
 from prmoe_jax.config import ModelConfig, MoeConfig
 from prmoe_jax.errors import UserError
 from prmoe_jax.moe import dispatch
-from prmoe_jax.moe.experts import MLP
 from prmoe_jax.moe.layer import MoE
 from prmoe_jax.moe.routing import capacity, route
+from prmoe_jax.nn.mlp import MLP
 
 log = logging.getLogger(__name__)
 

@@ -15,12 +15,12 @@ import numpy as np
 from prmoe_jax.config import Config, default_config
 from prmoe_jax.errors import UserError
 from prmoe_jax.files import regular
-from prmoe_jax.interop.layers import by_layer, by_stage
 from prmoe_jax.interop.settings import check_sizes, differs, resolved, setting, shown
 from prmoe_jax.interop.tensors import check_coverage, check_shape
 from prmoe_jax.interop.torch_files import Inert, flat_arrays, read_torch, require_torch
-from prmoe_jax.step import init_model
-from prmoe_jax.tree import named_leaves
+from prmoe_jax.model.layout import by_layer, by_stage
+from prmoe_jax.model.transformer import init_model
+from prmoe_jax.nn.parameters import named_leaves
 
 MAIN = "mp_rank_00_model_states.pt"
 ENCODER = "language_model.encoder."

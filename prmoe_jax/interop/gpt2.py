@@ -7,7 +7,6 @@ import numpy as np
 
 from prmoe_jax.config import Config, ModelConfig, default_config
 from prmoe_jax.errors import UserError
-from prmoe_jax.interop.layers import by_layer, by_stage
 from prmoe_jax.interop.settings import LARGEST, check_sizes, differs, resolved, setting, shown
 from prmoe_jax.interop.tensors import (
     check_coverage,
@@ -16,6 +15,7 @@ from prmoe_jax.interop.tensors import (
     read_tensors,
     write_tensors,
 )
+from prmoe_jax.model.layout import by_layer, by_stage
 
 # Settings of GPT2Config that change what is computed, and the value that ours has.
 FIXED = {

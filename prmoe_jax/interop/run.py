@@ -12,12 +12,9 @@ from safetensors import SafetensorError
 
 from prmoe_jax import config as configs
 from prmoe_jax import files
-from prmoe_jax import workdir as workdirs
-from prmoe_jax.checkpoint import Checkpoints
 from prmoe_jax.config import Config, ModelConfig
 from prmoe_jax.data.tokenizer import Tokenizer, check_fits, from_vocabulary
 from prmoe_jax.errors import UserError
-from prmoe_jax.evaluate import restore_run
 from prmoe_jax.interop.deepspeed import check_exportable, read_deepspeed, write_deepspeed
 from prmoe_jax.interop.gpt2 import check_dense, read_gpt2, write_gpt2
 from prmoe_jax.interop.settings import check_sizes, differs, resolved, shown
@@ -28,10 +25,13 @@ from prmoe_jax.interop.tensors import (
     read_tensors,
     write_tensors,
 )
-from prmoe_jax.metrics import read_metrics
-from prmoe_jax.sizes import cost
-from prmoe_jax.step import init_model
-from prmoe_jax.tree import named_leaves
+from prmoe_jax.model.sizes import cost
+from prmoe_jax.model.transformer import init_model
+from prmoe_jax.nn.parameters import named_leaves
+from prmoe_jax.run import directory as workdirs
+from prmoe_jax.run.checkpoint import Checkpoints
+from prmoe_jax.run.metrics import read_metrics
+from prmoe_jax.run.restore import restore_run
 
 log = logging.getLogger(__name__)
 

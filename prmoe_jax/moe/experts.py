@@ -6,35 +6,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from prmoe_jax import remat
-from prmoe_jax.weights import product, whole
-
-
-def normal(key: jax.Array, shape: tuple[int, ...], std: float) -> nnx.Param:
-    """A float32 parameter drawn from N(0, std²)."""
-    return nnx.Param(std * jax.random.normal(key, shape))
-
-
-class MLP(nnx.Module):
-    """W_out · gelu_tanh(W_in x + b_in) + b_out."""
-
-    def __init__(self, w_in: jax.Array, b_in: jax.Array, w_out: jax.Array, b_out: jax.Array):
-        self.w_in, self.b_in = nnx.Param(w_in), nnx.Param(b_in)
-        self.w_out, self.b_out = nnx.Param(w_out), nnx.Param(b_out)
-
-    @classmethod
-    def drawn(cls, d_model: int, d_ff: int, std: float, std_out: float, key: jax.Array) -> "MLP":
-        """Weights from N(0, std²), biases 0."""
-        key_in, key_out = jax.random.split(key)
-        w_in = std * jax.random.normal(key_in, (d_model, d_ff))
-        w_out = std_out * jax.random.normal(key_out, (d_ff, d_model))
-        return cls(w_in, jnp.zeros(d_ff), w_out, jnp.zeros(d_model))
-
-    def __call__(self, x_D: jax.Array) -> jax.Array:
-        """Maps [..., D] to [..., D] in x's dtype."""
-        b_in, b_out = (p[...].astype(x_D.dtype) for p in (self.b_in, self.b_out))
-        h_F = _gelu(remat.product(product(x_D, self.w_in[...]) + b_in))
-        return product(h_F, self.w_out[...]) + b_out
+from prmoe_jax.nn import remat
+from prmoe_jax.nn.matmul import whole
+from prmoe_jax.nn.mlp import MLP, gelu
 
 
 class Experts(nnx.Module):
@@ -69,7 +43,7 @@ class Experts(nnx.Module):
         w_in, b_in, w_out, _ = self._weights(x_ExRxD.dtype)
         with jax.named_scope("experts"):
             pre_ExRxF = remat.product(_product(x_ExRxD, w_in) + b_in[:, None])
-            return _product(_gelu(pre_ExRxF), w_out)
+            return _product(gelu(pre_ExRxF), w_out)
 
     def one_by_one(self, x_XxExRxD: jax.Array) -> jax.Array:
         """Applies expert e to x[:, e]; same shape and dtype.
@@ -97,7 +71,7 @@ class Experts(nnx.Module):
         def bias(b_E):
             return b_E.at[expert_R].get(mode="fill", fill_value=0)
 
-        h_RxF = _gelu(grouped(x_RxD, w_in) + bias(b_in))
+        h_RxF = gelu(grouped(x_RxD, w_in) + bias(b_in))
         return grouped(h_RxF, w_out) + bias(b_out)
 
     def blocked(self, x_RxD: jax.Array, rows_E: jax.Array, expert_R: jax.Array) -> jax.Array:
@@ -177,10 +151,6 @@ def _block(rows: int, experts: int) -> int:
     return min(256, max(16, 1 << (rows // experts - 1).bit_length()))
 
 
-def _gelu(x):
-    return jax.nn.gelu(x, approximate=True)
-
-
 @jax.custom_vjp
 def _product(x_ExRxD: jax.Array, w_ExDxF: jax.Array) -> jax.Array:
     """x @ w. On CPUs the gradient is written for experts of few rows, as many experts have.
@@ -242,7 +212,7 @@ def _one_by_one_forward(x_XxExRxD, weights):
         x_QxD = x_XxExRxD[:, e].reshape(-1, width)
         pre_QxF = remat.product(x_QxD @ w_in + b_in)
         # The bias after the reshape, or the write into the result isn't fused.
-        outputs.append((_gelu(pre_QxF) @ w_out).reshape(devices, rows, width) + b_out)
+        outputs.append((gelu(pre_QxF) @ w_out).reshape(devices, rows, width) + b_out)
         saved.append((x_QxD, pre_QxF))
     return _join(outputs, 1), (saved, weights)
 
@@ -254,7 +224,7 @@ def _one_by_one_backward(residuals, dy_XxExRxD):
     for e, (x_QxD, pre_QxF) in enumerate(saved):
         w_in, _, w_out, _ = (w[e] for w in weights)
         dy_QxD = dy_XxExRxD[:, e].reshape(-1, width)
-        h_QxF, through_gelu = jax.vjp(_gelu, pre_QxF)  # h again, in the product that needs it
+        h_QxF, through_gelu = jax.vjp(gelu, pre_QxF)  # h again, in the product that needs it
         (dpre_QxF,) = through_gelu(dy_QxD @ w_out.T)
         gradients.append((x_QxD.T @ dpre_QxF, dpre_QxF.sum(0), h_QxF.T @ dy_QxD, dy_QxD.sum(0)))
         inputs.append((dpre_QxF @ w_in.T).reshape(devices, rows, width))
@@ -286,7 +256,7 @@ def _blocked_forward(block: int, x_RxD, rows_E, weights):
             pre_QxF, y_QxD = carry
             place = start + i * block
             pre = _slice(x_QxD, place, block) @ w_in + b_in
-            y = _gelu(pre) @ w_out + b_out
+            y = gelu(pre) @ w_out + b_out
             return write(pre_QxF, pre, place, 0), write(y_QxD, y, place, 0)
 
         return jax.lax.fori_loop(0, -(-rows // block), multiply, carry), None
@@ -312,7 +282,7 @@ def _blocked_backward(block: int, saved, dy_RxD):
             place = start + i * block
             x, dy = _slice(x_QxD, place, block), _slice(dy_QxD, place, block)
             dy = jnp.where((jnp.arange(block) < rows - i * block)[:, None], dy, 0)
-            h, through_gelu = jax.vjp(_gelu, _slice(pre_QxF, place, block))
+            h, through_gelu = jax.vjp(gelu, _slice(pre_QxF, place, block))
             (dpre,) = through_gelu(dy @ w_out.T)
             dx_QxD = jax.lax.dynamic_update_slice_in_dim(dx_QxD, dpre @ w_in.T, place, 0)
             dot = partial(jnp.matmul, preferred_element_type=jnp.float32)

@@ -8,13 +8,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from prmoe_jax import remat
 from prmoe_jax.config import ModelConfig, MoeConfig
 from prmoe_jax.moe import dispatch
-from prmoe_jax.moe.experts import MLP, Experts
+from prmoe_jax.moe.exchange import SpreadExperts, varying
+from prmoe_jax.moe.experts import Experts
 from prmoe_jax.moe.routing import RouterMetrics, capacity, route
-from prmoe_jax.parallel import rules
-from prmoe_jax.parallel.exchange import SpreadExperts, varying
+from prmoe_jax.nn import remat
+from prmoe_jax.nn.mlp import MLP
+from prmoe_jax.parallel import sharding
 from prmoe_jax.parallel.mesh import batch_axes, expert_axes
 
 
@@ -100,7 +101,7 @@ class MoE(nnx.Module):
 
         return jax.shard_map(
             local,
-            in_specs=(rules.specs(parts, mesh), rows, rows, keys_B if keys_B is None else rows),
+            in_specs=(sharding.specs(parts, mesh), rows, rows, keys_B if keys_B is None else rows),
             out_specs=(rows, rows, PartitionSpec()),
         )(parts, x_BxLxD, valid_BxL, keys_B)
 

@@ -8,10 +8,10 @@ from jax.sharding import AbstractMesh
 
 from prmoe_jax.config import Config, MeshConfig
 from prmoe_jax.errors import UserError
+from prmoe_jax.model.sizes import cost
 from prmoe_jax.parallel.mesh import axis_sizes, choose_mesh, flags, leaner
 from prmoe_jax.plan.chips import CHIPS, SLICES, chip_count, chip_of
 from prmoe_jax.plan.report import decoding, held_bytes, plan
-from prmoe_jax.sizes import cost
 
 log = logging.getLogger(__name__)
 

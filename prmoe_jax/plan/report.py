@@ -24,15 +24,18 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from prmoe_jax.config import Config, MeshConfig
 from prmoe_jax.data.pipeline import Batch
-from prmoe_jax.decoder import Decoder
-from prmoe_jax.model import Transformer, cast, resolve_backends
-from prmoe_jax.parallel import rules
+from prmoe_jax.distill.distiller import Distiller
+from prmoe_jax.inference.decoder import Decoder
+from prmoe_jax.model.backends import resolve_backends
+from prmoe_jax.model.sizes import cost
+from prmoe_jax.model.transformer import Transformer, cast, init_model
+from prmoe_jax.parallel import sharding
 from prmoe_jax.parallel.mesh import batch_axes, check_splits, make_mesh
 from prmoe_jax.plan.chips import Chip, topology_devices
 from prmoe_jax.plan.collectives import Collective, Network, collectives, hosts, kind, torus
 from prmoe_jax.plan.program import Operation, is_kernel, operations
-from prmoe_jax.sizes import cost
-from prmoe_jax.step import TrainState, compiler_options, init_model, init_state, on_mesh
+from prmoe_jax.run.checkpoint import TrainState
+from prmoe_jax.training.step import compiler_options, init_state, on_mesh
 
 # The scopes of the model's code, innermost last in an operation's name.
 COMPONENTS = "attention mlp experts routing dispatch exchange embedding logits optimizer".split()
@@ -65,6 +68,7 @@ def plan(config: Config, topology: str, decode: int = 0, teacher: Config | None 
     mesh = make_mesh(config, devices)
     resolved = resolve_backends(config, chip.platform, mesh)
     teacher = teacher and resolve_backends(teacher, chip.platform, mesh)
+    distiller = Distiller(resolved, teacher) if teacher else None
     arguments = _arguments(resolved, mesh, decode, teacher)
     held = _held(arguments, decode)
     result = {
@@ -77,7 +81,7 @@ def plan(config: Config, topology: str, decode: int = 0, teacher: Config | None 
     if sum(held.values()) > chip.hbm_bytes:  # the compiler needn't say so
         held["needed"] = sum(held.values())
         return result
-    step = _decode_step(resolved, mesh) if decode else on_mesh(resolved, mesh, teacher)
+    step = _decode_step(resolved, mesh) if decode else on_mesh(resolved, mesh, distiller)
     log.info("compiling the step for %s", topology)
     try:
         with jax.set_mesh(mesh):
@@ -153,7 +157,7 @@ def _arguments(
     """What a step is given, as shapes with their places: model or state, batch, teacher."""
     if decode:
         model, past = _decode_shapes(_off_mesh(config))
-        places = rules.shardings(model, mesh, in_use=True)
+        places = sharding.shardings(model, mesh, in_use=True)
         by_head = NamedSharding(mesh, PartitionSpec(batch_axes(mesh), "tensor"))
         past = jax.tree.map(lambda leaf: _place(leaf, by_head), past)
         return [jax.tree.map(_place, model, places), past, _rows(mesh, (decode,), jnp.int32)]
@@ -161,11 +165,11 @@ def _arguments(
     shape = config.train.batch_size, config.model.length
     dtypes = jnp.int32, jnp.int32, bool, jnp.int32
     batch = Batch(*(_rows(mesh, shape, dtype) for dtype in dtypes))
-    arguments = [jax.tree.map(_place, state, rules.shardings(state, mesh)), batch]
+    arguments = [jax.tree.map(_place, state, sharding.shardings(state, mesh)), batch]
     if teacher:
         check_splits(teacher, {"tensor": mesh.shape["tensor"], "expert_slice": mesh.shape["slice"]})
         model = _teacher_shapes(_off_mesh(teacher))
-        arguments.append(jax.tree.map(_place, model, rules.shardings(model, mesh)))
+        arguments.append(jax.tree.map(_place, model, sharding.shardings(model, mesh)))
     return arguments
 
 
@@ -207,7 +211,7 @@ def _decode_step(config: Config, mesh: Mesh):
     return jax.jit(
         step,
         donate_argnums=1,
-        in_shardings=(rules.shardings(model, mesh, in_use=True), by_head, tokens.sharding),
+        in_shardings=(sharding.shardings(model, mesh, in_use=True), by_head, tokens.sharding),
         out_shardings=(tokens.sharding, by_head),
         compiler_options=compiler_options(mesh),
     )

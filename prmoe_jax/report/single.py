@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 
 from prmoe_jax import files
-from prmoe_jax import workdir as workdirs
 from prmoe_jax.config import changed, load
 from prmoe_jax.errors import UserError
+from prmoe_jax.model.sizes import cost
 from prmoe_jax.report import figures, page
-from prmoe_jax.sizes import cost
+from prmoe_jax.run import directory as workdirs
 from prmoe_jax.sweep.records import NUMBER
 from prmoe_jax.sweep.run import logged
 

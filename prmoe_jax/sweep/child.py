@@ -7,11 +7,9 @@ ends when the sweep does, also by `kill -9`; the run then saves itself and stops
 """
 
 import os
+import runpy
 import signal
-import sys
 import threading
-
-from prmoe_jax.cli import main
 
 
 def stop_with_the_sweep() -> None:
@@ -23,4 +21,4 @@ def stop_with_the_sweep() -> None:
 
 if __name__ == "__main__":
     threading.Thread(target=stop_with_the_sweep, daemon=True).start()
-    sys.exit(main())
+    runpy.run_module("prmoe_jax", run_name="__main__")

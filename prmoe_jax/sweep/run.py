@@ -17,12 +17,12 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from prmoe_jax import files, userfile
-from prmoe_jax import workdir as workdirs
-from prmoe_jax.config import RESUMABLE, Config, changed, check_resume, load, resolve, save
+from prmoe_jax import files
+from prmoe_jax.config import RESUMABLE, Config, changed, check_resume, load, resolve, save, userfile
 from prmoe_jax.errors import UserError
-from prmoe_jax.metrics import read_metrics
-from prmoe_jax.sizes import cost
+from prmoe_jax.model.sizes import cost
+from prmoe_jax.run import directory as workdirs
+from prmoe_jax.run.metrics import read_metrics
 from prmoe_jax.sweep import records
 from prmoe_jax.sweep.board import Board
 

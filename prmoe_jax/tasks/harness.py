@@ -24,11 +24,11 @@ except ImportError:
         "tasks need lm-evaluation-harness 0.4.10 or newer; pip install 'prmoe_jax[eval]'"
     ) from None
 
-from prmoe_jax import workdir as workdirs
 from prmoe_jax.config import check_runs_without_limit, load
 from prmoe_jax.data.tokenizer import Tokenizer
 from prmoe_jax.errors import UserError
-from prmoe_jax.generate import Generator, Sampling
+from prmoe_jax.inference.generate import Generator, Sampling
+from prmoe_jax.run import directory as workdirs
 from prmoe_jax.tasks import local
 from prmoe_jax.tasks.score import Scorer
 

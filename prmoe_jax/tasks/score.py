@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from prmoe_jax.config import MeshConfig, check_runs_without_limit
-from prmoe_jax.evaluate import restore_run
-from prmoe_jax.model import Transformer
+from prmoe_jax.model.transformer import Transformer
+from prmoe_jax.run.restore import restore_run
 
 # Lengths are rounded up to multiples of this, so that few shapes are compiled.
 BUCKET = 64

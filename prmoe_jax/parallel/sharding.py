@@ -1,15 +1,16 @@
 """Which axes of the mesh split which dimension of every parameter, and of its optimizer state."""
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from prmoe_jax.nn.matmul import SUMMED, Narrow
+from prmoe_jax.nn.parameters import named_leaves
 from prmoe_jax.parallel.mesh import batch_axes, expert_axes
-from prmoe_jax.tree import named_leaves
-from prmoe_jax.weights import SUMMED, Narrow
 
 # By the end of a parameter's name, what each dimension after the stacked one is:
 #   T  heads, hidden units or vocabulary, split over `tensor`
@@ -193,3 +194,12 @@ def look_up(name: str, table_VxD: jax.Array | Narrow, ids_BxL: jax.Array) -> jax
 
     rows = PartitionSpec(batch_axes(mesh))
     return jax.shard_map(local, in_specs=(parts, rows), out_specs=rows)(table_VxD, ids_BxL)
+
+
+def made(make: Callable, mesh: Mesh, *arguments):
+    """What `make` makes of random numbers, each device its own part; placed by the rules."""
+    places = shardings(jax.eval_shape(make, *arguments), mesh)
+    on_cpus = mesh.devices.flat[0].platform == "cpu"
+    # Of a draw, LLVM's last two levels make the same code in seven times the time.
+    options = {"xla_backend_optimization_level": 1} if on_cpus else None
+    return jax.jit(make, out_shardings=places, compiler_options=options)(*arguments)

@@ -1,14 +1,14 @@
 """The training loss and its parts, as sums over tokens, so that portions of a batch add up."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from prmoe_jax.config import Config, KdConfig
-from prmoe_jax.data.pipeline import Batch, Likeliest
-from prmoe_jax.distill import Lesson, token_sums
-from prmoe_jax.model import Transformer
+from prmoe_jax.config import Config
+from prmoe_jax.data.pipeline import Batch
+from prmoe_jax.model.transformer import Transformer
 from prmoe_jax.moe.routing import RouterMetrics
 
 
@@ -40,32 +40,41 @@ def totals(batch: Batch, config: Config) -> Totals:
     )
 
 
-def forward(
-    model: Transformer,
-    batch: Batch,
-    capacity_factor: float,
-    keys_B=None,
-    lesson: Lesson | Likeliest | None = None,
-    kd: KdConfig | None = None,
-) -> Sums:
-    """Runs the model over a batch; `keys_B` (one a sequence) switch training's noise on."""
-    x_BxLxD, routers = model(
-        batch.tokens_BxL, batch.segments_BxL, capacity_factor=capacity_factor, keys_B=keys_B
-    )
-    if lesson is not None:
-        table_VxD = model.output_table(x_BxLxD.dtype)
-        sums = token_sums(x_BxLxD, table_VxD, lesson, batch, kd)
-        return Sums(tokens=batch.mask_BxL.sum(), routers=routers, **sums._asdict())
+Measure = Callable[[Transformer, jax.Array, Batch], dict[str, jax.Array]]
+
+
+def cross_entropy(model: Transformer, x_BxLxD: jax.Array, batch: Batch) -> dict[str, jax.Array]:
+    """`Sums.lm_loss` and `z_loss` of final activations."""
     with jax.named_scope("logits"):
         logits_BxLxV = model.logits(x_BxLxD)
         log_z_BxL = jax.nn.logsumexp(logits_BxLxV, axis=-1)
         target_BxL = jnp.take_along_axis(logits_BxLxV, batch.targets_BxL[..., None], -1)[..., 0]
-    return Sums(
-        tokens=batch.mask_BxL.sum(),
-        lm_loss=((log_z_BxL - target_BxL) * batch.mask_BxL).sum(),
-        z_loss=(jnp.square(log_z_BxL) * batch.mask_BxL).sum(),
-        routers=routers,
+    return {
+        "lm_loss": ((log_z_BxL - target_BxL) * batch.mask_BxL).sum(),
+        "z_loss": (jnp.square(log_z_BxL) * batch.mask_BxL).sum(),
+    }
+
+
+def forward(
+    model: Transformer,
+    batch: Batch,
+    capacity_factor: float,
+    keys_B: jax.Array | None = None,
+    measure: Measure = cross_entropy,
+) -> Sums:
+    """Runs the model over a batch.
+
+    Args:
+      model: the model.
+      batch: a portion of a batch, or all of it.
+      capacity_factor: training's or evaluation's.
+      keys_B: one a sequence, which switch training's noise on.
+      measure: sums the losses of the final activations [B, L, D]; a distiller's adds `kd_loss`.
+    """
+    x_BxLxD, routers = model(
+        batch.tokens_BxL, batch.segments_BxL, capacity_factor=capacity_factor, keys_B=keys_B
     )
+    return Sums(tokens=batch.mask_BxL.sum(), routers=routers, **measure(model, x_BxLxD, batch))
 
 
 def training_loss(sums: Sums, total: Totals, config: Config, kd_weight=0.0) -> jax.Array:

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from prmoe_jax import files
+from prmoe_jax.config import Config, leaves
 from prmoe_jax.errors import UserError
 
 CONFIG = "config.json"
@@ -101,3 +102,10 @@ def _git(*arguments: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
+
+
+def shared_settings(config: Config) -> dict:
+    """All that processes of one run must agree on before they start."""
+    # Every host may have a cache of its own.
+    settings = {name: value for name, value in leaves(config).items() if name != "data.cache_dir"}
+    return settings | versions()

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from prmoe_jax.config import Config, KdConfig, TeacherConfig
 from prmoe_jax.data.pipeline import Batch, Likeliest
-from prmoe_jax.model import Transformer, fold_in
+from prmoe_jax.model.transformer import Transformer, fold_in
 
 # Tokens of a sequence whose logits are alive at once, the student's and the teacher's.
 CHUNK = 256

@@ -3,7 +3,16 @@
 import numpy as np
 
 from prmoe_jax.config import ModelConfig
-from prmoe_jax.student import places
+
+
+def places(model: ModelConfig) -> list[tuple[int, int, int]]:
+    """Of each layer: stage, block of its cell, repeat."""
+    return [
+        (s, block, repeat)
+        for s, stage in enumerate(model.schedule.stages())
+        for repeat in range(stage.repeats)
+        for block in range(len(stage.cell))
+    ]
 
 
 def by_layer(model: ModelConfig, leaves: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

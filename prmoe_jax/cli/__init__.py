@@ -15,8 +15,9 @@ import warnings
 from pathlib import Path
 
 import prmoe_jax
-from prmoe_jax import boundary, userfile
+from prmoe_jax import boundary
 from prmoe_jax.allocator import keep_freed_memory
+from prmoe_jax.config import userfile
 from prmoe_jax.errors import UserError
 
 CONFIG_HELP = """
@@ -176,7 +177,7 @@ def _train(options, rest) -> None:
     config = parse_config(rest)
     profile = _profile_steps(options.profile, config)
     workdir = options.workdir or Path("runs") / _run_name(rest)
-    from prmoe_jax.train import train
+    from prmoe_jax.training.loop import train
 
     metrics = train(config, workdir, profile)
     if _is_first_process():
@@ -206,7 +207,7 @@ def _eval(options, rest) -> None:
             for task, values in scores.items():
                 _show({f"{task} {name}": value for name, value in values.items()}, False)
         return
-    from prmoe_jax.evaluate import evaluate
+    from prmoe_jax.training.evaluate import evaluate
 
     metrics = evaluate(options.workdir, options.teacher)
     if _is_first_process():
@@ -222,7 +223,7 @@ def _is_first_process() -> bool:
 def _generate(options, rest) -> None:
     _check_run(options.workdir)
     mesh = _mesh(options.mesh) if options.mesh is not None else None
-    from prmoe_jax.generate import Generator, Sampling
+    from prmoe_jax.inference.generate import Generator, Sampling
 
     if not 1 <= options.samples <= MOST_SAMPLES:
         raise UserError(f"--samples={options.samples} must be 1 or more, up to {MOST_SAMPLES}")
@@ -274,7 +275,7 @@ def _mesh(text: str):
 def _check_run(workdir: Path) -> None:
     """Fails where the folder holds no run, before JAX is imported."""
     from prmoe_jax import config
-    from prmoe_jax.workdir import CONFIG
+    from prmoe_jax.run.directory import CONFIG
 
     config.load(workdir / CONFIG)
 
@@ -321,7 +322,7 @@ def _report(options, rest) -> None:
 
 
 def _params(options, rest) -> None:
-    from prmoe_jax import sizes
+    from prmoe_jax.model import sizes
 
     if options.paper:
         if rest:
@@ -334,7 +335,8 @@ def _params(options, rest) -> None:
 
 
 def _distil_plan(options, rest) -> None:
-    from prmoe_jax import config, student
+    from prmoe_jax import config
+    from prmoe_jax.distill import student
 
     values = _taught_config(rest)
     rows = student.plan(config.teacher_of(values).model, values.model, values.teacher.layers)
@@ -348,7 +350,7 @@ def _teacher_cache(options, rest) -> None:
         raise UserError("the likeliest tokens are kept; use --config.kd.kind=top_k, with kd.top_k")
     if config.teacher.mode != "eval" or config.teacher.lessons:
         raise UserError("leave out teacher.lessons, and teacher.mode at eval")
-    from prmoe_jax.teacher import write_lessons
+    from prmoe_jax.distill.teacher import write_lessons
 
     meta = write_lessons(config, options.out)
     size = sum(file.stat().st_size for file in options.out.iterdir())
@@ -638,7 +640,7 @@ def _show(metrics: dict, as_json: bool) -> None:
     if as_json:
         print(json.dumps(metrics))
         return
-    from prmoe_jax.metrics import router_table
+    from prmoe_jax.run.metrics import router_table
 
     for name, value in metrics.items():
         if not (isinstance(value, list) or "layers/" in name):

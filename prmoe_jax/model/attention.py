@@ -13,73 +13,16 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 from jax.sharding import PartitionSpec
 
-from prmoe_jax import remat
 from prmoe_jax.config import ModelConfig
-from prmoe_jax.errors import UserError
-from prmoe_jax.moe.experts import normal
+from prmoe_jax.nn import remat
+from prmoe_jax.nn.matmul import product
+from prmoe_jax.nn.parameters import normal
 from prmoe_jax.parallel.mesh import batch_axes
-from prmoe_jax.weights import product
 
 log = logging.getLogger(__name__)
 
 # The lengths that a kernel accepts are multiples of this number.
 LENGTH_MULTIPLE = {"splash": 128, "cudnn": 2}
-
-
-def resolve_attention(model: ModelConfig, platform: str) -> str:
-    """The implementation that `model.attention` names; 'auto' chooses by platform and shape.
-
-    Raises:
-      UserError: the named one cannot run on this platform or at these sizes.
-    """
-    splash_fits = model.length % LENGTH_MULTIPLE["splash"] == 0
-    if model.attention == "auto":
-        if platform == "tpu" and splash_fits:
-            return "splash"
-        if platform == "gpu" and model.dtype == "bfloat16":
-            refusal = _cudnn_refusal(model)
-            if not refusal:
-                return "cudnn"
-            log.info("cuDNN's attention cannot run this model (%s)", refusal)
-        return "xla"
-    needed = {"splash": "tpu", "cudnn": "gpu"}.get(model.attention, platform)
-    if needed != platform:
-        raise UserError(
-            f"model.attention={model.attention} needs a {needed}, this is a {platform}; use auto"
-        )
-    if model.attention == "splash" and not splash_fits:
-        raise UserError(
-            f"model.attention=splash needs model.length={model.length} divisible by 128; use "
-            f"{-(-model.length // 128) * 128} or attention=xla"
-        )
-    if model.attention == "cudnn" and (refusal := _cudnn_refusal(model)):
-        raise UserError(
-            f"model.attention=cudnn cannot run model.length={model.length} with heads of "
-            f"{model.d_model // model.heads} (model.d_model / model.heads): {refusal}; use auto"
-        )
-    return model.attention
-
-
-def _cudnn_refusal(model: ModelConfig) -> str:
-    """Why cuDNN's attention cannot train this model here; empty where it can.
-
-    JAX checks shapes and dtypes when it traces the kernel, so a trace of the gradient tells.
-    """
-    shape = 1, model.length, model.heads, model.d_model // model.heads
-    q_BxLxHxK = jax.ShapeDtypeStruct(shape, model.dtype)
-    segments_BxL = jax.ShapeDtypeStruct(shape[:2], jnp.int32)
-
-    def total(q_BxLxHxK, segments_BxL):
-        return attend(*[q_BxLxHxK] * 3, segments_BxL, "cudnn").astype(jnp.float32).sum()
-
-    try:
-        jax.eval_shape(jax.grad(total), q_BxLxHxK, segments_BxL)
-    except (NotImplementedError, RuntimeError, ValueError) as error:
-        return " ".join(str(error).split()).rstrip(".")
-    capability = getattr(jax.local_devices()[0], "compute_capability", "8.0")
-    if float(capability) < 8:
-        return f"it needs compute capability 8.0, this GPU has {capability}"
-    return ""
 
 
 def attend(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segments_BxL, implementation: str) -> jax.Array:

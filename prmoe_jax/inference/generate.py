@@ -14,14 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from prmoe_jax import workdir as workdirs
-from prmoe_jax.attention import Past
 from prmoe_jax.config import MeshConfig, check_runs_without_limit
 from prmoe_jax.data.tokenizer import Tokenizer
-from prmoe_jax.decoder import Decoder, decoder
 from prmoe_jax.errors import UserError
-from prmoe_jax.evaluate import restore_run
+from prmoe_jax.inference.decoder import Decoder, decoder
+from prmoe_jax.model.attention import Past
 from prmoe_jax.parallel.mesh import batch_axes
+from prmoe_jax.run import directory as workdirs
+from prmoe_jax.run.restore import restore_run
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from prmoe_jax.config import Config
-from prmoe_jax.tree import named_leaves
+from prmoe_jax.nn.parameters import named_leaves
 
 # By the last part of a parameter's name; the number of dimensions says nothing, since
 # stacked layers give a bias two and an expert's bias three.

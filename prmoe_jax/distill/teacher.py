@@ -15,18 +15,18 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from prmoe_jax import workdir as workdirs
-from prmoe_jax.checkpoint import Checkpoints
 from prmoe_jax.config import Config, group_rows, teacher_of
-from prmoe_jax.data import lessons
 from prmoe_jax.data.pipeline import Batch, Data, Likeliest, eval_batches, load_data, train_iterator
 from prmoe_jax.data.tokenizer import Tokenizer, check_same
-from prmoe_jax.distill import evaluation_capacity, recorded, teach
+from prmoe_jax.distill import teacher_cache as lessons
+from prmoe_jax.distill.loss import evaluation_capacity, recorded, teach
+from prmoe_jax.distill.student import cut, layer_map, magnitudes, taylor
 from prmoe_jax.errors import UserError
-from prmoe_jax.loss import forward
-from prmoe_jax.metrics import read_metrics
-from prmoe_jax.model import Transformer, cast, resolve_backends
-from prmoe_jax.parallel import rules
+from prmoe_jax.model.backends import resolve_backends
+from prmoe_jax.model.loss import forward
+from prmoe_jax.model.sizes import cost
+from prmoe_jax.model.transformer import Transformer, cast, init_model
+from prmoe_jax.parallel import sharding
 from prmoe_jax.parallel.mesh import (
     check_batch,
     check_splits,
@@ -36,9 +36,10 @@ from prmoe_jax.parallel.mesh import (
     replicated,
     split_batch,
 )
-from prmoe_jax.sizes import cost
-from prmoe_jax.step import add_up, init_model
-from prmoe_jax.student import cut, layer_map, magnitudes, taylor
+from prmoe_jax.parallel.portions import add_up
+from prmoe_jax.run import directory as workdirs
+from prmoe_jax.run.checkpoint import Checkpoints
+from prmoe_jax.run.metrics import read_metrics
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +91,7 @@ def restore_teacher(
 
 def frozen(teacher: Teacher, mesh: Mesh) -> Teacher:
     """The teacher in the dtype it computes in, which changes nothing that it says."""
-    places = rules.shardings(teacher.model, mesh)
+    places = sharding.shardings(teacher.model, mesh)
     dtype = jnp.dtype(teacher.config.model.dtype)
     return teacher._replace(
         model=jax.jit(cast, static_argnums=1, out_shardings=places)(teacher.model, dtype)
@@ -176,7 +177,7 @@ def inherited(config: Config, teacher: Teacher, data: Data, mesh: Mesh) -> Trans
     else:
         worth = magnitudes(teacher.model)
     part = partial(cut, student=shapes, layers=layers, load=load)
-    places = rules.shardings(shapes, mesh)
+    places = sharding.shardings(shapes, mesh)
     return jax.jit(lambda model, worth: part(model, worth=worth), out_shardings=places)(
         teacher.model, worth
     )
@@ -211,7 +212,7 @@ def measure_worth(
 
         rows = group_rows(config, teacher)
         gradient = partial(jax.grad(loss), model)
-        gradient = add_up(gradient, batch, config.train.accumulate, rows, rules.constrain)
+        gradient = add_up(gradient, batch, config.train.accumulate, rows, sharding.constrain)
         return taylor(model, gradient)
 
     return measure

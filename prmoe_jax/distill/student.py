@@ -13,9 +13,10 @@ import jax.numpy as jnp
 
 from prmoe_jax.config import ModelConfig
 from prmoe_jax.errors import UserError
-from prmoe_jax.model import Transformer
-from prmoe_jax.sizes import cost
-from prmoe_jax.tree import named_leaves
+from prmoe_jax.model.layout import places
+from prmoe_jax.model.sizes import cost
+from prmoe_jax.model.transformer import Transformer
+from prmoe_jax.nn.parameters import named_leaves
 
 # What each dimension of a parameter of one layer, or of none, is: D model, H heads, F hidden units,
 # E experts, L context, "-" whole. By the end of its name, as in parallel/rules.py.
@@ -237,16 +238,6 @@ def cut(
         repeats = [of_layer(want[stage, block, n])[rest] for n in range(len(leaf))]
         leaves.append(jnp.stack(repeats))
     return jax.tree.unflatten(jax.tree.structure(student), leaves)
-
-
-def places(model: ModelConfig) -> list[tuple[int, int, int]]:
-    """Of each layer: stage, block of its cell, repeat."""
-    return [
-        (s, block, repeat)
-        for s, stage in enumerate(model.schedule.stages())
-        for repeat in range(stage.repeats)
-        for block in range(len(stage.cell))
-    ]
 
 
 def _cut_layer(whole: dict, worth: dict, keep: dict, student: ModelConfig) -> dict:

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from prmoe_jax.attention import Past
-from prmoe_jax.model import Transformer
+from prmoe_jax.model.attention import Past
+from prmoe_jax.model.transformer import Transformer
 from prmoe_jax.moe.experts import SeparateExperts
 from prmoe_jax.moe.layer import MoE
-from prmoe_jax.parallel import rules
-from prmoe_jax.weights import SUMMED, narrowed, scores
+from prmoe_jax.nn.matmul import SUMMED, narrowed, scores
+from prmoe_jax.parallel import sharding
 
 
 class Decoder(nnx.Module):
@@ -61,9 +61,9 @@ class Decoder(nnx.Module):
         """
         place_BxQ = length_B[:, None] + jnp.arange(tokens_BxQ.shape[1])
         with jax.named_scope("embedding"):
-            x_BxQxD = rules.look_up("tokens", self.tokens[...], tokens_BxQ)
-            x_BxQxD += rules.look_up("positions", self.positions[...], place_BxQ)
-        x_BxQxD = rules.constrain_rows(x_BxQxD.astype(self.config.dtype))
+            x_BxQxD = sharding.look_up("tokens", self.tokens[...], tokens_BxQ)
+            x_BxQxD += sharding.look_up("positions", self.positions[...], place_BxQ)
+        x_BxQxD = sharding.constrain_rows(x_BxQxD.astype(self.config.dtype))
         after = []
         for block, p in zip(self.layers, past, strict=True):
             x_BxQxD, _, p = block(
@@ -97,7 +97,7 @@ class Decoder(nnx.Module):
 def decoder(model: Transformer, weights: str, mesh: Mesh) -> Decoder:
     """A model on the mesh that decodes, nothing split by FSDP."""
     shapes = jax.eval_shape(partial(Decoder, weights=weights), model)
-    places = rules.shardings(shapes, mesh, in_use=True)
+    places = sharding.shardings(shapes, mesh, in_use=True)
     held = jax.jit(partial(Decoder, weights=weights), out_shardings=places)(model)
     for layer in held.layers:
         if isinstance(layer.mlp, MoE) and layer.mlp.moe.dispatch == "gather/blocked":  # a CPU's

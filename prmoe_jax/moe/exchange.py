@@ -14,8 +14,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from prmoe_jax import remat
 from prmoe_jax.moe.experts import Experts
+from prmoe_jax.nn import remat
 
 # Experts of one device that are worth a program of their own each.
 FEW = 4

@@ -15,7 +15,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from prmoe_jax import files
-from prmoe_jax.architecture import Schedule
+from prmoe_jax.config.architecture import Schedule
 from prmoe_jax.errors import UserError
 
 

@@ -3,23 +3,20 @@
 A module is a typed pytree of float32 parameters: it goes through plain jax.jit, grad and scan.
 """
 
-import dataclasses
 import logging
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
 
-from prmoe_jax import architecture, remat
-from prmoe_jax.attention import Attention, Past, resolve_attention
-from prmoe_jax.config import Config, ModelConfig, MoeConfig
-from prmoe_jax.moe import dispatch
-from prmoe_jax.moe.experts import MLP, normal
+from prmoe_jax.config import Config, ModelConfig, MoeConfig, architecture
+from prmoe_jax.model.attention import Attention, Past
 from prmoe_jax.moe.layer import MoE
 from prmoe_jax.moe.routing import RouterMetrics
-from prmoe_jax.parallel import rules
-from prmoe_jax.tree import named_leaves
+from prmoe_jax.nn import remat
+from prmoe_jax.nn.mlp import MLP
+from prmoe_jax.nn.parameters import named_leaves, normal
+from prmoe_jax.parallel import sharding
 
 log = logging.getLogger(__name__)
 
@@ -96,8 +93,8 @@ class Stage(nnx.Module):
 
         def cell(x_BxLxD, stacked):
             blocks, keys_B = stacked
-            x_BxLxD, metrics = rules.constrain_rows(x_BxLxD), []
-            for i, block in enumerate(rules.gathered(blocks)):
+            x_BxLxD, metrics = sharding.constrain_rows(x_BxLxD), []
+            for i, block in enumerate(sharding.gathered(blocks)):
                 keys = None if keys_B is None else fold_in(keys_B, i)
                 x_BxLxD, m, _ = block(x_BxLxD, segments_BxL, capacity_factor, keys)
                 metrics.append(m)
@@ -142,15 +139,15 @@ class Transformer(nnx.Module):
         place_BxL = positions(segments_BxL)
         dtype = jnp.dtype(self.config.dtype)
         with jax.named_scope("embedding"):
-            x_BxLxD = rules.look_up("tokens", self.tokens[...], tokens_BxL)
-            x_BxLxD += rules.look_up("positions", self.positions[...], place_BxL)
+            x_BxLxD = sharding.look_up("tokens", self.tokens[...], tokens_BxL)
+            x_BxLxD += sharding.look_up("positions", self.positions[...], place_BxL)
         x_BxLxD = dropout(x_BxLxD.astype(dtype), self.config.dropout, keys_B)
         metrics = []
         schedule = self.config.schedule.stages()
         for i, (stage, plan) in enumerate(zip(self.stages, schedule, strict=True)):
             # Once, and not in every layer: forward, and backward again, read half as much. Experts
             # that have replicas are cast in their layer: so their gradients are summed in float32.
-            replicas = any(e and rules.expert_replicas(e) > 1 for e in plan.cell)
+            replicas = any(e and sharding.expert_replicas(e) > 1 for e in plan.cell)
             stage = cast(stage, dtype, apart="experts" if replicas else "")
             keys_NxB = None
             if keys_B is not None:
@@ -168,7 +165,7 @@ class Transformer(nnx.Module):
 
     def output_table(self, dtype) -> jax.Array:
         """The output matrix [V, D] in a dtype, whole but for `tensor`."""
-        return rules.gathered({"tokens": self.tokens[...].astype(dtype)})["tokens"]
+        return sharding.gathered({"tokens": self.tokens[...].astype(dtype)})["tokens"]
 
 
 def balance(model: Transformer, routers: list[RouterMetrics], rate: float) -> None:
@@ -186,35 +183,6 @@ def balance(model: Transformer, routers: list[RouterMetrics], rate: float) -> No
         for mlp, load_NxE in zip(mlps, zip(*by_repeat, strict=True), strict=True):
             load_NxE = jnp.stack(load_NxE)
             mlp.bias_router[...] += rate * jnp.sign(load_NxE.mean(-1, keepdims=True) - load_NxE)
-
-
-def resolve_backends(config: Config, platform: str, mesh: Mesh | None = None) -> Config:
-    """Replaces every 'auto' of the model by what this platform and mesh run, and logs the choice.
-
-    Raises:
-      UserError: a kernel is forced that this platform cannot run.
-    """
-    attention = resolve_attention(config.model, platform)
-    axes = {} if mesh is None else {name: n for name, n in mesh.shape.items() if n > 1}
-    spread = axes.keys() - {"data", "fsdp"} != set()
-    backend = dispatch.resolve(config.moe.dispatch, platform, spread)
-    exchange = config.moe.exchange
-    if exchange == "auto":
-        exchange = "coordinated" if "tensor" in axes else "flat"
-    log.info("attention: %s, MoE dispatch: %s (%s)", attention, backend, platform)
-    if axes:
-        text = ", ".join(f"{name} {size}" for name, size in axes.items())
-        log.info("mesh: %s; exchange between experts: %s", text, exchange if spread else "none")
-    if not config.causal:
-        log.warning(
-            "this router is not causal in evaluation: later tokens change earlier predictions, so "
-            "the loss is not that of a language model (moe.router, moe.overflow)"
-        )
-    return dataclasses.replace(
-        config,
-        model=dataclasses.replace(config.model, attention=attention),
-        moe=dataclasses.replace(config.moe, dispatch=backend, exchange=exchange),
-    )
 
 
 def cast(modules, dtype, more: tuple[str, ...] = (), apart: str = ""):
@@ -250,3 +218,8 @@ def dropout(x_BxLxD: jax.Array, rate: float, keys_B: jax.Array | None) -> jax.Ar
     shape = x_BxLxD.shape[1:]
     keep_BxLxD = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, shape))(keys_B)
     return jnp.where(keep_BxLxD, x_BxLxD / (1 - rate), 0)
+
+
+def init_model(config: Config) -> Transformer:
+    """The model at step 0; a function of the seed alone."""
+    return Transformer(config.model, config.moe, jax.random.key(config.seed))

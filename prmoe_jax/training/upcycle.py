@@ -17,15 +17,16 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from prmoe_jax import files
-from prmoe_jax import workdir as workdirs
-from prmoe_jax.checkpoint import Checkpoints
 from prmoe_jax.config import Config, ModelConfig, load
 from prmoe_jax.data.tokenizer import Tokenizer, check_same
 from prmoe_jax.errors import UserError
-from prmoe_jax.model import Transformer, resolve_backends
-from prmoe_jax.step import init_model, made
-from prmoe_jax.student import places
-from prmoe_jax.tree import named_leaves
+from prmoe_jax.model.backends import resolve_backends
+from prmoe_jax.model.layout import places
+from prmoe_jax.model.transformer import Transformer, init_model
+from prmoe_jax.nn.parameters import named_leaves
+from prmoe_jax.parallel.sharding import made
+from prmoe_jax.run import directory as workdirs
+from prmoe_jax.run.checkpoint import Checkpoints
 
 log = logging.getLogger(__name__)
 

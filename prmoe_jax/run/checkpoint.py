@@ -9,23 +9,32 @@ import json
 import logging
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding
 
 from prmoe_jax.config import Config
 from prmoe_jax.data.tokenizer import Tokenizer
 from prmoe_jax.errors import TrainingStopped, UserError, first_line, is_out_of_memory
-from prmoe_jax.model import Transformer
-from prmoe_jax.parallel import rules
+from prmoe_jax.model.transformer import Transformer, init_model
+from prmoe_jax.nn.parameters import named_leaves
+from prmoe_jax.parallel import sharding
 from prmoe_jax.parallel.mesh import replicated
-from prmoe_jax.step import TrainState, init_model, init_state
-from prmoe_jax.tree import named_leaves
-from prmoe_jax.workdir import TOKENIZER
+from prmoe_jax.run.directory import TOKENIZER
 
 log = logging.getLogger(__name__)
+
+
+class TrainState(NamedTuple):
+    """All that training changes."""
+
+    step: jax.Array  # int32, updates done
+    model: Transformer
+    optimizer: optax.OptState
 
 
 class Checkpoints:
@@ -105,17 +114,20 @@ class Checkpoints:
         """The newest complete checkpoint's step."""
         return max(self.steps(), default=None)
 
-    def restore(self, config: Config, mesh: Mesh) -> tuple[int, TrainState, dict] | None:
+    def restore(self, shapes: TrainState, mesh: Mesh) -> tuple[int, TrainState, dict] | None:
         """The newest checkpoint that can be read, placed on a mesh: step, state and data record.
 
         A damaged one is moved to the workdir's damaged-STEP with a warning, and the one before
         it is used. What fails for another reason (memory, permissions, a network) moves nothing.
         None if the run never had a checkpoint.
 
+        Args:
+          shapes: the state's, of arrays that need not exist.
+          mesh: where to.
+
         Raises:
           UserError: there are checkpoints, and none can be read; or all were set aside before.
         """
-        shapes = jax.eval_shape(lambda: init_state(config))
         steps = self.steps()[::-1]
         if steps and all(self._is_model_alone(step) for step in steps):
             raise UserError(
@@ -321,8 +333,8 @@ def _first_cause(error: BaseException) -> BaseException:
 
 def _restore_arguments(shapes, mesh: Mesh) -> ocp.args.StandardRestore:
     def place(name, leaf):
-        sharding = NamedSharding(mesh, rules.spec(name, leaf.shape, mesh))
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        placed = NamedSharding(mesh, sharding.spec(name, leaf.shape, mesh))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed)
 
     named = named_leaves(shapes).items()
     return ocp.args.StandardRestore({name: place(name, leaf) for name, leaf in named})

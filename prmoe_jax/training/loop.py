@@ -16,32 +16,30 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from prmoe_jax import config as configs
-from prmoe_jax import workdir as workdirs
-from prmoe_jax.checkpoint import Checkpoints
 from prmoe_jax.config import Config
-from prmoe_jax.data import cache, lessons
-from prmoe_jax.data.pipeline import (
-    Data,
-    load_data,
-    pipeline_fingerprint,
-    train_iterator,
-)
+from prmoe_jax.data import cache
+from prmoe_jax.data.pipeline import Data, load_data, pipeline_fingerprint, train_iterator
+from prmoe_jax.distill import teacher_cache as lessons
+from prmoe_jax.distill.distiller import Distiller
+from prmoe_jax.distill.teacher import Teacher, frozen, inherited, restore_teacher
 from prmoe_jax.errors import TrainingStopped, UserError
-from prmoe_jax.evaluate import evaluate_model, shared_settings
-from prmoe_jax.metrics import (
+from prmoe_jax.model.backends import resolve_backends
+from prmoe_jax.model.sizes import cost
+from prmoe_jax.parallel import processes
+from prmoe_jax.parallel.mesh import choose_mesh, local_rows, make_mesh, replicated, split_batch
+from prmoe_jax.run import directory as workdirs
+from prmoe_jax.run.checkpoint import Checkpoints, TrainState
+from prmoe_jax.run.directory import shared_settings
+from prmoe_jax.run.metrics import (
     METRICS,
     MetricsWriter,
     model_flops_utilisation,
     read_metrics,
     to_python,
 )
-from prmoe_jax.model import resolve_backends
-from prmoe_jax.parallel import processes
-from prmoe_jax.parallel.mesh import choose_mesh, local_rows, make_mesh, replicated, split_batch
-from prmoe_jax.sizes import cost
-from prmoe_jax.step import TrainState, make_eval_step, on_mesh, sharded_state
-from prmoe_jax.teacher import Teacher, frozen, inherited, restore_teacher
-from prmoe_jax.upcycle import started
+from prmoe_jax.training.evaluate import evaluate_model
+from prmoe_jax.training.step import init_state, make_eval_step, on_mesh, sharded_state
+from prmoe_jax.training.upcycle import started
 
 log = logging.getLogger(__name__)
 
@@ -100,8 +98,9 @@ def train(
         rows = local_rows(mesh, config.train.batch_size)
         batches = train_iterator(data.train, config.train.batch_size, config.seed, rows)
         stack.enter_context(jax.set_mesh(mesh))
+        shapes = jax.eval_shape(lambda: init_state(resolved))
         # 3. Model, optimizer and step. 4. The position in the data.
-        restored = checkpoints.restore(resolved, mesh) if resuming else None
+        restored = checkpoints.restore(shapes, mesh) if resuming else None
         if restored:
             step, state, record = restored
             check_fingerprint(record["fingerprint"], fingerprint)
@@ -149,6 +148,7 @@ def train(
         )
         run = Run(
             *(resolved, workdir, data, mesh, checkpoints, fingerprint, writer, progress),
+            Distiller(resolved, teacher and teacher.config) if step < config.kd_steps else None,
             teacher,
             on_metrics,
         )
@@ -169,6 +169,7 @@ class Run:
         fingerprint: dict,
         writer: MetricsWriter | None,
         progress: tqdm,
+        distiller: Distiller | None = None,
         teacher: Teacher | None = None,
         on_metrics: Callable[[dict], None] | None = None,
     ):
@@ -176,7 +177,7 @@ class Run:
         self.checkpoints, self.fingerprint = checkpoints, fingerprint
         self.writer, self.progress, self.clock = writer, progress, Clock()
         self.teacher, self.on_metrics = teacher, on_metrics
-        self.train_step = on_mesh(config, mesh, teacher and teacher.config)
+        self.train_step = on_mesh(config, mesh, distiller)
         self.eval_step = jax.jit(make_eval_step(config), out_shardings=replicated(mesh))
         self.flops_per_token = cost(config.model).train_flops_per_token
         self.last_metrics: dict = {}

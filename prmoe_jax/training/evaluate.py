@@ -3,7 +3,7 @@
 import itertools
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,19 +13,20 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from prmoe_jax import workdir as workdirs
-from prmoe_jax.checkpoint import Checkpoints
-from prmoe_jax.config import Config, MeshConfig, TeacherConfig, group_rows, leaves, load
+from prmoe_jax.config import Config, TeacherConfig, group_rows, load
 from prmoe_jax.data.pipeline import Batch, Data, eval_batches, load_data, windows_fingerprint
-from prmoe_jax.distill import Agreement, agreement, teach
+from prmoe_jax.distill.loss import Agreement, agreement, teach
+from prmoe_jax.distill.teacher import frozen, restore_teacher
 from prmoe_jax.errors import UserError
-from prmoe_jax.loss import Sums
-from prmoe_jax.metrics import perplexity, summarise
-from prmoe_jax.model import Transformer, resolve_backends
+from prmoe_jax.model.loss import Sums
+from prmoe_jax.model.transformer import Transformer
 from prmoe_jax.parallel import processes
-from prmoe_jax.parallel.mesh import choose_mesh, local_rows, make_mesh, replicated, split_batch
-from prmoe_jax.step import make_eval_step
-from prmoe_jax.teacher import frozen, restore_teacher
+from prmoe_jax.parallel.mesh import local_rows, replicated, split_batch
+from prmoe_jax.run import directory as workdirs
+from prmoe_jax.run.directory import shared_settings
+from prmoe_jax.run.metrics import perplexity, summarise
+from prmoe_jax.run.restore import restore_run
+from prmoe_jax.training.step import make_eval_step
 
 log = logging.getLogger(__name__)
 
@@ -155,54 +156,3 @@ def _beside_teacher(
         "teacher/kl": float(sums.kl / sums.tokens),
         "teacher/agreement": float(sums.same / sums.tokens),
     }
-
-
-def restore_run(
-    workdir: Path,
-    devices: Sequence[jax.Device] | None = None,
-    layout: MeshConfig | None = None,
-) -> tuple[Config, int, Transformer, Mesh]:
-    """A run's config, step, model and the mesh that holds it.
-
-    Args:
-      workdir: the run's folder.
-      devices: those to use, all unless given.
-      layout: the mesh; unless given it is the run's, or where that doesn't fit the devices there
-        are, each of them holds the whole model. It need not suit the run's batch size.
-
-    Raises:
-      UserError: the folder holds no run or no readable checkpoint, or the layout doesn't fit.
-    """
-    config = load(workdir / workdirs.CONFIG)
-    anywhere = replace(config, moe=replace(config.moe, exchange="auto"))
-    count = len(jax.devices() if devices is None else devices)
-    if layout:
-        config = replace(anywhere, mesh=layout)
-        mesh = make_mesh(_with_any_batch(config, count), devices)
-    else:
-        try:
-            chosen = choose_mesh(_with_any_batch(config, count), count).mesh
-            config = replace(config, mesh=chosen)
-            mesh = make_mesh(_with_any_batch(config, count), devices)
-        except UserError as error:
-            log.info("%s: here each device holds the whole model", error)
-            config = replace(anywhere, mesh=MeshConfig())
-            mesh = make_mesh(_with_any_batch(config, count), devices)
-    config = resolve_backends(config, jax.default_backend(), mesh)
-    checkpoints = Checkpoints(workdir)
-    step, model = checkpoints.restore_model(config, mesh)
-    checkpoints.close()
-    return config, step, model, mesh
-
-
-def shared_settings(config: Config) -> dict:
-    """All that processes of one run must agree on before they start."""
-    # Every host may have a cache of its own.
-    settings = {name: value for name, value in leaves(config).items() if name != "data.cache_dir"}
-    return settings | workdirs.versions()
-
-
-def _with_any_batch(config: Config, devices: int) -> Config:
-    """With a batch that fits any mesh: evaluation and decoding have batches of their own."""
-    train = replace(config.train, batch_size=devices * group_rows(config), accumulate=1)
-    return replace(config, train=train)

@@ -1,0 +1,50 @@
+"""What a train step needs of distillation: a term of the loss, and what it counts for."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from prmoe_jax import config as configs
+from prmoe_jax.config import Config
+from prmoe_jax.data.pipeline import Batch
+from prmoe_jax.distill.loss import teach, token_sums
+from prmoe_jax.model.loss import Measure
+from prmoe_jax.model.transformer import Transformer
+
+
+@dataclasses.dataclass(frozen=True)
+class Distiller:
+    """How a student learns from a teacher that runs beside it, or from recorded predictions."""
+
+    config: Config  # the student's
+    teacher: Config | None = None  # of one that runs; None where the batches hold its predictions
+
+    @property
+    def group_rows(self) -> int:
+        """How many neighbouring sequences must be computed together; see `config.group_rows`."""
+        return configs.group_rows(self.config, self.teacher)
+
+    def weight(self, step: jax.Array) -> jax.Array:
+        """What the distance from the teacher counts for at a step."""
+        weight = jnp.float32(self.config.kd.weight)
+        if self.config.kd.decay == "linear":
+            weight *= 1 - step / self.config.kd_steps
+        return weight
+
+    def measure(self, teacher_model: Transformer | None, keys_B: jax.Array | None) -> Measure:
+        """What `loss.forward` sums: cross-entropy, and the distance from the teacher (kd_loss).
+
+        Args:
+          teacher_model: of a teacher that runs; no gradient reaches it.
+          keys_B: the student's keys; see `loss.teach`.
+        """
+
+        def measure(model: Transformer, x_BxLxD: jax.Array, batch: Batch) -> dict[str, jax.Array]:
+            lesson = batch.taught
+            if self.teacher:
+                lesson = teach(self.teacher, teacher_model, batch, self.config.teacher, keys_B)
+            table_VxD = model.output_table(x_BxLxD.dtype)
+            return token_sums(x_BxLxD, table_VxD, lesson, batch, self.config.kd)._asdict()
+
+        return measure

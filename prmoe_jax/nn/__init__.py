@@ -1,0 +1,1 @@
+"""What models are made of: parameters, matrix products, MLPs, what the backward pass keeps."""

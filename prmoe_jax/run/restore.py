@@ -1,0 +1,63 @@
+"""A run restored from its folder, for everything but training on."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from prmoe_jax.config import Config, MeshConfig, group_rows, load
+from prmoe_jax.errors import UserError
+from prmoe_jax.model.backends import resolve_backends
+from prmoe_jax.model.transformer import Transformer
+from prmoe_jax.parallel.mesh import choose_mesh, make_mesh
+from prmoe_jax.run import directory as workdirs
+from prmoe_jax.run.checkpoint import Checkpoints
+
+log = logging.getLogger(__name__)
+
+
+def restore_run(
+    workdir: Path,
+    devices: Sequence[jax.Device] | None = None,
+    layout: MeshConfig | None = None,
+) -> tuple[Config, int, Transformer, Mesh]:
+    """A run's config, step, model and the mesh that holds it.
+
+    Args:
+      workdir: the run's folder.
+      devices: those to use, all unless given.
+      layout: the mesh; unless given it is the run's, or where that doesn't fit the devices there
+        are, each of them holds the whole model. It need not suit the run's batch size.
+
+    Raises:
+      UserError: the folder holds no run or no readable checkpoint, or the layout doesn't fit.
+    """
+    config = load(workdir / workdirs.CONFIG)
+    anywhere = replace(config, moe=replace(config.moe, exchange="auto"))
+    count = len(jax.devices() if devices is None else devices)
+    if layout:
+        config = replace(anywhere, mesh=layout)
+        mesh = make_mesh(_with_any_batch(config, count), devices)
+    else:
+        try:
+            chosen = choose_mesh(_with_any_batch(config, count), count).mesh
+            config = replace(config, mesh=chosen)
+            mesh = make_mesh(_with_any_batch(config, count), devices)
+        except UserError as error:
+            log.info("%s: here each device holds the whole model", error)
+            config = replace(anywhere, mesh=MeshConfig())
+            mesh = make_mesh(_with_any_batch(config, count), devices)
+    config = resolve_backends(config, jax.default_backend(), mesh)
+    checkpoints = Checkpoints(workdir)
+    step, model = checkpoints.restore_model(config, mesh)
+    checkpoints.close()
+    return config, step, model, mesh
+
+
+def _with_any_batch(config: Config, devices: int) -> Config:
+    """With a batch that fits any mesh: evaluation and decoding have batches of their own."""
+    train = replace(config.train, batch_size=devices * group_rows(config), accumulate=1)
+    return replace(config, train=train)

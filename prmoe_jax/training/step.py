@@ -1,0 +1,113 @@
+"""The compiled steps: initialise, train (with gradient accumulation), evaluate."""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from prmoe_jax.config import Config, group_rows
+from prmoe_jax.data.pipeline import Batch
+from prmoe_jax.distill.distiller import Distiller
+from prmoe_jax.model.loss import Sums, cross_entropy, forward, totals, training_loss
+from prmoe_jax.model.transformer import Transformer, balance, init_model
+from prmoe_jax.parallel import sharding
+from prmoe_jax.parallel.mesh import replicated
+from prmoe_jax.parallel.portions import add_up
+from prmoe_jax.parallel.sharding import made
+from prmoe_jax.run.checkpoint import TrainState
+from prmoe_jax.training.optimizer import learning_rate, make_optimizer
+
+# A TPU's compiler leaves most of the vector memory unused unless told; with half of it the matrix
+# products of a step take a tenth less.
+COMPILER_OPTIONS = {"tpu": {"xla_tpu_scoped_vmem_limit_kib": "65536"}}
+
+
+def init_state(config: Config) -> TrainState:
+    """The training state at step 0; call it under jit, or eval_shape for its shapes alone."""
+    model = init_model(config)
+    return TrainState(jnp.zeros((), jnp.int32), model, make_optimizer(config).init(model))
+
+
+def make_train_step(
+    config: Config, distiller: Distiller | None = None
+) -> Callable[..., tuple[TrainState, dict]]:
+    """A function of (state, batch) that makes one update; returns the state and its metrics.
+
+    Those are loss, grad_norm, learning_rate, kd_weight with a distiller, and sums, of which
+    `metrics.summarise` makes means. A distiller whose teacher runs beside its student needs the
+    teacher's model as a third argument.
+    """
+    optimizer = make_optimizer(config)
+    rate = learning_rate(config)
+
+    def train_step(
+        state: TrainState, batch: Batch, teacher_model: Transformer | None = None
+    ) -> tuple[TrainState, dict]:
+        total = totals(batch, config)
+        kd_weight = distiller.weight(state.step) if distiller else 0.0
+        # Randomness follows the row in the batch, so that portions don't change it.
+        key = jax.random.fold_in(jax.random.key(config.seed + 1), state.step)
+        rows = jnp.arange(config.train.batch_size)
+        keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
+
+        def loss(model, batch_and_keys):
+            batch, keys_B = batch_and_keys
+            measure = distiller.measure(teacher_model, keys_B) if distiller else cross_entropy
+            sums = forward(model, batch, config.moe.capacity_factor, keys_B, measure)
+            return training_loss(sums, total, config, kd_weight), sums
+
+        gradient, sums = add_up(
+            partial(jax.grad(loss, has_aux=True), state.model),
+            (batch, keys_B),
+            config.train.accumulate,
+            distiller.group_rows if distiller else group_rows(config),
+            lambda sums: (sharding.constrain(sums[0]), sums[1]),
+        )
+        gradient = sharding.constrain(gradient)
+        with jax.named_scope("optimizer"):
+            updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.model)
+            model = optax.apply_updates(state.model, updates)
+        if config.moe.bias_update_rate:
+            balance(model, sums.routers, config.moe.bias_update_rate)
+        metrics = {
+            "loss": training_loss(sums, total, config, kd_weight),
+            "grad_norm": optax.tree.norm(gradient),
+            "learning_rate": rate(state.step),
+            "sums": sums,
+        }
+        if distiller:
+            metrics["kd_weight"] = kd_weight
+        return TrainState(state.step + 1, model, optimizer_state), metrics
+
+    return train_step
+
+
+def sharded_state(config: Config, mesh: Mesh) -> TrainState:
+    """The training state at step 0, each device making its own part."""
+    return made(lambda: init_state(config), mesh)
+
+
+def on_mesh(
+    config: Config, mesh: Mesh, distiller: Distiller | None = None
+) -> Callable[..., tuple[TrainState, dict]]:
+    """`make_train_step` compiled for a mesh; the state it is given is used up."""
+    places = sharding.shardings(jax.eval_shape(lambda: init_state(config)), mesh)
+    return jax.jit(
+        make_train_step(config, distiller),
+        donate_argnums=0,
+        out_shardings=(places, replicated(mesh)),
+        compiler_options=compiler_options(mesh),
+    )
+
+
+def compiler_options(mesh: Mesh) -> dict[str, str] | None:
+    """What to tell the compiler of this mesh's devices."""
+    return COMPILER_OPTIONS.get(mesh.devices.flat[0].platform)
+
+
+def make_eval_step(config: Config) -> Callable[[Transformer, Batch], Sums]:
+    """A function of (model, batch) that measures a batch, without noise or dropout."""
+    return lambda model, batch: forward(model, batch, config.moe.eval_capacity_factor)
