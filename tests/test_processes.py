@@ -221,7 +221,7 @@ def test_a_stopped_process_ends_the_other_and_then_itself(text, tmp_path):  # no
     # Which, depends on whether process 0 could still tell it.
     reasons = (
         "process 1: another process of this run was lost: process 0 cannot be reached; start",
-        "process 1: the other processes of this run ended without this one: nothing was heard of it",
+        "process 1: the other processes of this run ended without this one: nothing was heard of",
     )
     line = printed.strip().splitlines()[-1]
     assert code == 1 and line.startswith(tuple(f"prmoe: {reason}" for reason in reasons)), printed
