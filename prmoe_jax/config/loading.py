@@ -1,0 +1,124 @@
+"""Settings from a ConfigDict or a run's config.json to a checked `Config`, and back."""
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from prmoe_jax import files
+from prmoe_jax.config.schema import Config, leaves
+from prmoe_jax.config.validation import check, show
+from prmoe_jax.errors import UserError
+
+
+def resolve(settings: ConfigDict | Mapping) -> Config:
+    """Freezes settings into a `Config` and checks them.
+
+    Raises:
+      UserError: an unknown key, a wrong type, or values that do not fit together; one line.
+    """
+    if isinstance(settings, ConfigDict):
+        settings = settings.to_dict()
+    config = _build(Config, settings, "config")
+    check(config)
+    return config
+
+
+def save(config: Config, path: Path) -> None:
+    """Writes a config as JSON; `load` reads it back to an equal one."""
+    files.replace(path, json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+
+
+def load(path: Path) -> Config:
+    """Reads what `save` wrote.
+
+    Raises:
+      UserError: the file is missing or is not a valid config.
+    """
+    try:
+        return resolve(files.parse_json(path.read_bytes()))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"no run in {path.parent}: {path.name} is missing") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:  # neither UTF-8 nor JSON
+        raise UserError(f"{path} is damaged: {error}") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def expand(name: str, text: str) -> Path:
+    """The path that a setting holds, with the home directory in the place of `~`.
+
+    Args:
+      name: the setting's name, for the message.
+      text: its value.
+
+    Raises:
+      UserError: the home directory is not known.
+    """
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise UserError(
+            f"{name}={text}: the home directory is not known; set HOME or give a path without ~"
+        ) from None
+
+
+# What may differ when a run is resumed: none of it changes a parameter or a training loss (other
+# devices add up in another order).
+RESUMABLE = ("eval.", "checkpoint.", "log.", "data.cache_dir", "mesh.", "moe.exchange")
+
+
+def check_resume(saved: Config, given: Config) -> None:
+    """Refuses a resumed run whose settings would make it another run.
+
+    Raises:
+      UserError: names each setting that differs, with both values.
+    """
+    before, after = leaves(saved), leaves(given)
+    changed = {k for k in before if before[k] != after[k] and not k.startswith(RESUMABLE)}
+    longer = given.total_steps > saved.total_steps and given.kd_steps == saved.kd_steps
+    if given.optimizer.decay_tokens and longer:
+        changed -= {"train.steps", "train.tokens"}  # a longer run on the same schedule
+    if changed:
+        details = ", ".join(f"{k} was {before[k]!r}, is {after[k]!r}" for k in sorted(changed))
+        raise UserError(
+            f"the run in this workdir has another config: {details}; "
+            "give the same settings to resume it, or another --workdir to start afresh"
+        )
+
+
+def _build(cls, values, path: str):
+    if not isinstance(values, Mapping):
+        raise UserError(f"{path} must be a group of settings, not {values!r}")
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for name in values:
+        if name not in fields:
+            close = difflib.get_close_matches(str(name), fields, 1)
+            hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(fields)}"
+            raise UserError(f"{path}.{name} is not a setting; {hint}")
+    return cls(
+        **{name: _convert(fields[name].type, v, f"{path}.{name}") for name, v in values.items()}
+    )
+
+
+def _convert(kind, value, path: str):
+    if dataclasses.is_dataclass(kind):
+        return _build(kind, value, path)
+    if kind == tuple[int, ...]:
+        value = (value,) if isinstance(value, int) else value
+        if isinstance(value, (tuple, list)) and all(type(v) is int for v in value):
+            return tuple(value)
+        raise UserError(f"{path}={show(value)} must be whole numbers such as 8,8,16")
+    if kind is float and type(value) is int:
+        try:
+            return float(value)
+        except OverflowError:
+            raise UserError(f"{path}={show(value)} is too large") from None
+    if type(value) is not kind:
+        raise UserError(f"{path}={show(value)} must be of type {kind.__name__}")
+    return value

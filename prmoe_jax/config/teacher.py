@@ -1,0 +1,56 @@
+"""The config of a teacher, on the mesh and the batches of its student."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+from prmoe_jax.config.loading import load
+from prmoe_jax.config.schema import Config
+from prmoe_jax.config.validation import check_groups, require
+from prmoe_jax.errors import UserError
+
+
+def teacher_of(config: Config) -> Config:
+    """The config of the run that teaches `config`, from its folder: as it is beside its student.
+
+    Raises:
+      UserError: no run there, or see `beside`.
+    """
+    try:
+        teacher = load(Path(config.teacher.workdir) / "config.json")
+    except UserError as error:
+        raise UserError(f"{error}; --config.teacher.workdir names the run that teaches") from None
+    return beside(teacher, config)
+
+
+def beside(teacher: Config, student: Config) -> Config:
+    """A teacher's config on its student's mesh.
+
+    Raises:
+      UserError: it doesn't fit its student's vocabulary, context, batch or capacity factor.
+    """
+    model = student.model
+    require(
+        teacher.moe.router == "token_choice" or math.isfinite(student.teacher.capacity_factor),
+        "teacher.capacity_factor=inf lets every expert of this teacher (moe.router=expert_choice) "
+        f"take every token; use 0, for its own {teacher.moe.eval_capacity_factor:g}, or a finite "
+        "one",
+    )
+    require(
+        teacher.model.vocab_size == model.vocab_size,
+        f"model.vocab_size={model.vocab_size} is not the teacher's; use {teacher.model.vocab_size}",
+    )
+    require(
+        teacher.model.length >= model.length,
+        f"model.length={model.length} exceeds the teacher's context; use {teacher.model.length} or "
+        "less",
+    )
+    moe = dataclasses.replace(teacher.moe, exchange=student.moe.exchange)
+    teacher = dataclasses.replace(teacher, mesh=student.mesh, moe=moe)
+    if teacher.moe.group_size:
+        shape = dataclasses.replace(teacher.model, length=model.length)
+        try:
+            check_groups(dataclasses.replace(teacher, model=shape, train=student.train), student)
+        except UserError as error:
+            raise UserError(f"the teacher, on its student's batches: {error}") from None
+    return teacher
