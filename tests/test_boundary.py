@@ -59,7 +59,7 @@ def test_the_unforeseen_is_one_line_and_a_file(error, line, tmp_path, monkeypatc
 
 def test_the_traceback_is_in_the_runs_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PRMOE_TRACEBACK", "0")
-    monkeypatch.setattr("prmoe_jax.cli._check_run", lambda workdir: 1 / 0)
+    monkeypatch.setattr("prmoe_jax.cli.eval.check_run", lambda workdir: 1 / 0)
     assert main(["eval", f"--workdir={tmp_path}"]) == 1
     (file,) = tmp_path.iterdir()
     assert str(file) in capsys.readouterr().err and "ZeroDivisionError" in file.read_text()

@@ -10,8 +10,8 @@ import pytest
 
 import prmoe_jax
 from configs import paper, tiny
-from prmoe_jax import cli
 from prmoe_jax.cli import main, parse_config
+from prmoe_jax.cli.train import profile_steps, run_name
 from prmoe_jax.model.sizes import cost
 
 TINY = f"--config={tiny.__file__}:prmoe"
@@ -193,7 +193,7 @@ def test_a_closed_pipe_is_no_error():
     ],
 )
 def test_a_run_is_named_after_its_config(arguments, name):
-    assert cli._run_name(arguments) == name
+    assert run_name(arguments) == name
 
 
 def test_a_config_string_may_be_an_architecture(capsys):
@@ -206,7 +206,7 @@ def test_a_config_string_may_be_an_architecture(capsys):
     "text, steps", [(None, None), ("1:1", (1, 1)), ("2:7", (2, 7)), ("9:20", (9, 20))]
 )
 def test_profiled_steps(text, steps):
-    assert cli._profile_steps(text, parse_config([TINY, "--config.train.steps=20"])) == steps
+    assert profile_steps(text, parse_config([TINY, "--config.train.steps=20"])) == steps
 
 
 def test_train_goes_where_it_is_told(monkeypatch, capsys):

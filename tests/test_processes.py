@@ -274,7 +274,7 @@ def test_what_jax_prints_is_explained(printed, line, tmp_path, monkeypatch):
 def test_variables_are_checked(variables, line, monkeypatch, capsys):
     for name, value in zip(processes.VARIABLES, variables, strict=True):
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("prmoe_jax.cli.keep_freed_memory", lambda: False)
+    monkeypatch.setattr("prmoe_jax.allocator.keep_freed_memory", lambda: False)
     assert main(["train", "--distributed", "--config=x.py"]) == 2
     (said,) = capsys.readouterr().err.splitlines()
     assert line in said

@@ -1,0 +1,47 @@
+"""`prmoe distil-plan` and `prmoe teacher-cache`: what a student takes from its teacher."""
+
+import json
+
+from prmoe_jax import allocator
+from prmoe_jax.cli.options import parse_config, path
+from prmoe_jax.errors import UserError
+
+
+def add(verb) -> None:
+    """Declares the verbs and their options."""
+    verb("distil-plan", _distil_plan, "show which part of its teacher a student starts as", True)
+
+    keep = "keep what a teacher expects of a student's training text, for many students"
+    sub = verb("teacher-cache", _teacher_cache, keep, True)
+    sub.add_argument("--out", type=path, required=True, help="the folder to write, a new one")
+
+
+def _distil_plan(options, rest) -> None:
+    from prmoe_jax import config
+    from prmoe_jax.distill import student
+
+    values = _taught_config(rest)
+    rows = student.plan(config.teacher_of(values).model, values.model, values.teacher.layers)
+    print(json.dumps(rows) if options.json else student.table(rows))
+
+
+def _teacher_cache(options, rest) -> None:
+    allocator.keep_freed_memory()
+    config = _taught_config(rest)
+    if config.kd.kind != "top_k":
+        raise UserError("the likeliest tokens are kept; use --config.kd.kind=top_k, with kd.top_k")
+    if config.teacher.mode != "eval" or config.teacher.lessons:
+        raise UserError("leave out teacher.lessons, and teacher.mode at eval")
+    from prmoe_jax.distill.teacher import write_lessons
+
+    meta = write_lessons(config, options.out)
+    size = sum(file.stat().st_size for file in options.out.iterdir())
+    print(json.dumps(meta) if options.json else f"{options.out}: {size / 1e6:,.0f} MB")
+
+
+def _taught_config(rest):
+    """The config of a student, whose teacher is a run."""
+    config = parse_config(rest)
+    if not config.teacher.workdir:
+        raise UserError("no run teaches; name one by --config.teacher.workdir")
+    return config

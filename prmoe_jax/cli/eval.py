@@ -1,0 +1,53 @@
+"""`prmoe eval`: the loss on a run's validation split, or its scores in tasks."""
+
+import json
+import sys
+
+from prmoe_jax import allocator
+from prmoe_jax.cli.options import check_run, path
+from prmoe_jax.cli.output import is_first_process, show
+from prmoe_jax.errors import UserError
+
+
+def add(verb) -> None:
+    """Declares the verb and its options."""
+    sub = verb("eval", run, "evaluate a run on its validation split")
+    sub.add_argument("--workdir", type=path, required=True, help="the run's folder")
+    distributed = "be one process of several: on a TPU pod, under SLURM or on GKE"
+    sub.add_argument("--distributed", action="store_true", help=distributed)
+    sub.add_argument("--teacher", type=path, help="another run, to compare its predictions with")
+    sub.add_argument(
+        "--tasks",
+        help="instead, tasks of lm-evaluation-harness, or ours, which need no network: cloze, "
+        "wiki, logiqa_local, quartz_local, socialiqa_local",
+    )
+    sub.add_argument("--limit", type=int, help="examples of each task (default: all)")
+
+
+def run(options, rest) -> None:
+    allocator.keep_freed_memory()
+    check_run(options.workdir)
+    tasks = options.tasks.split(",") if options.tasks is not None else []
+    if not all(task.strip() for task in tasks):
+        raise UserError(f"--tasks={options.tasks} has an empty name; use names such as cloze,wiki")
+    if options.limit is not None and not (tasks and 0 < options.limit <= sys.maxsize):
+        raise UserError(
+            f"--limit={options.limit} is a number of examples, for --tasks: from 1 to {sys.maxsize}"
+        )
+    if tasks and options.teacher:
+        raise UserError("--teacher is for the validation split; leave it or --tasks out")
+    if tasks:
+        from prmoe_jax.tasks.harness import evaluate_tasks
+
+        scores = evaluate_tasks(options.workdir, tasks, options.limit)
+        if options.json:
+            print(json.dumps(scores))
+        else:
+            for task, values in scores.items():
+                show({f"{task} {name}": value for name, value in values.items()}, False)
+        return
+    from prmoe_jax.training.evaluate import evaluate
+
+    metrics = evaluate(options.workdir, options.teacher)
+    if is_first_process():
+        show(metrics, options.json)

@@ -1,0 +1,65 @@
+"""`prmoe generate`: continue prompts with a trained run."""
+
+import json
+
+from prmoe_jax.cli.options import WEIGHTS, check_run, parse_mesh, path
+from prmoe_jax.errors import UserError
+
+MOST_SAMPLES = 1_000_000  # of `prmoe generate`, which makes all of them at once
+
+
+def add(verb) -> None:
+    """Declares the verb and its options."""
+    sub = verb("generate", run, "continue a prompt with a trained run")
+    sub.add_argument("--workdir", type=path, required=True, help="the run's folder")
+    sub.add_argument(
+        "--prompt", action="append", help="a text to continue; may be repeated (default: none)"
+    )
+    sub.add_argument("--tokens", type=int, default=100, help="at most this many (default: 100)")
+    sub.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default: 0.8)")
+    sub.add_argument("--top-k", type=int, default=0, help="draw from the K likeliest only")
+    sub.add_argument(
+        "--top-p", type=float, default=1.0, help="draw from the P likeliest share only"
+    )
+    sub.add_argument("--stop", action="append", help="a text to end before; may be repeated")
+    sub.add_argument("--samples", type=int, default=1, help="of each prompt (default: 1)")
+    sub.add_argument("--seed", type=int, default=0, help="of the first sample (default: 0)")
+    sub.add_argument(
+        "--weights",
+        choices=WEIGHTS,
+        help="what weights are held in (default: the run's dtype, on CPUs float32)",
+    )
+    sub.add_argument("--mesh", help="devices by axis, such as expert:4,tensor:2 (default: one)")
+
+
+def run(options, rest) -> None:
+    check_run(options.workdir)
+    mesh = parse_mesh(options.mesh) if options.mesh is not None else None
+    from prmoe_jax.inference.generate import Generator, Sampling
+
+    if not 1 <= options.samples <= MOST_SAMPLES:
+        raise UserError(f"--samples={options.samples} must be 1 or more, up to {MOST_SAMPLES}")
+    sampling = Sampling(options.temperature, options.top_k, options.top_p)
+    prompts = [prompt for prompt in options.prompt or [""] for _ in range(options.samples)]
+    seeds = [options.seed + i % options.samples for i in range(len(prompts))]
+    generator = Generator.restore(options.workdir, options.weights or "", mesh)
+    streamed = len(prompts) == 1 and not options.json
+    lead = prompts[:1]
+
+    def show(_, text: str) -> None:
+        print(lead.pop() if lead else "", text, sep="", end="", flush=True)
+
+    texts = generator(
+        prompts,
+        options.tokens,
+        sampling,
+        seeds,
+        options.stop or (),
+        show if streamed else None,
+    )
+    if streamed:
+        print(*lead)
+        return
+    for prompt, seed, text in zip(prompts, seeds, texts, strict=True):
+        answer = {"prompt": prompt, "seed": seed, "text": text}
+        print(json.dumps(answer) if options.json else f"{prompt}{text}\n")

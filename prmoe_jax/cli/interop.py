@@ -1,0 +1,36 @@
+"""`prmoe import` and `prmoe export`: models from and for other libraries."""
+
+from prmoe_jax.cli.options import check_run, path
+from prmoe_jax.cli.output import show
+
+KINDS = "gpt2", "deepspeed", "safetensors"
+
+
+def add(verb) -> None:
+    """Declares the verbs and their options."""
+    kinds = (
+        "gpt2: Hugging Face's GPT2LMHeadModel; deepspeed: Megatron-DeepSpeed's GPT, dense, MoE or "
+        "PR-MoE; safetensors: our own names, with a model card"
+    )
+    sub = verb("import", _import, "make a run's folder from another library's model")
+    sub.add_argument("--kind", choices=KINDS, required=True, help=kinds)
+    sub.add_argument("--source", type=path, required=True, help="the folder to read")
+    sub.add_argument("--workdir", type=path, required=True, help="the run's folder, a new one")
+
+    sub = verb("export", _export, "write a run's newest model for another library")
+    sub.add_argument("--kind", choices=KINDS, required=True, help=kinds)
+    sub.add_argument("--workdir", type=path, required=True, help="the run's folder")
+    sub.add_argument("--out", type=path, required=True, help="the folder to write, a new one")
+
+
+def _import(options, rest) -> None:
+    from prmoe_jax.interop.run import import_run
+
+    show(import_run(options.kind, options.source, options.workdir), options.json)
+
+
+def _export(options, rest) -> None:
+    check_run(options.workdir)
+    from prmoe_jax.interop.run import export_run
+
+    show(export_run(options.kind, options.workdir, options.out), options.json)

@@ -1,0 +1,165 @@
+"""What verbs share of their arguments: --config and its overrides, paths, meshes."""
+
+import argparse
+import difflib
+import os
+import re
+from pathlib import Path
+
+from prmoe_jax.config import userfile
+from prmoe_jax.errors import UserError
+
+CONFIG_HELP = """
+settings:
+  --config=FILE:NAME            a config file and the architecture in it, for example
+                                configs/tiny.py:prmoe, configs/paper.py:prmoe_1.3b or
+                                configs/tiny.py:'6 layers, E=8x2+16, residual'; or a run's
+                                own config.json
+  --config.GROUP.NAME=VALUE     overrides any setting:
+                                --config.train.steps=40 --config.model.experts=8,8,16
+"""
+
+WEIGHTS = "float32", "bfloat16", "int8"
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a mistake as everything else here does: on one line."""
+
+    def error(self, message: str):
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def parse_config(arguments: list[str]):
+    """The `Config` that --config and its overrides describe.
+
+    Raises:
+      UserError: no or no such config file, an unknown or mistyped setting, a failed check.
+    """
+    from prmoe_jax.config import resolve
+
+    path, name, overrides = config_argument(arguments)
+    settings = _load_settings(path, name)
+    _override(settings, overrides)
+    return resolve(settings)
+
+
+def config_argument(arguments: list[str]) -> tuple[Path, str, list[str]]:
+    """The file and the name of --config=FILE:NAME, and the other arguments."""
+    parser = Parser(prog="prmoe", add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", default="")
+    options, rest = parser.parse_known_args(arguments)
+    file, _, name = options.config.partition(":")
+    if not file:
+        raise UserError("no --config; for example --config=configs/tiny.py:prmoe")
+    return Path(file), name, rest
+
+
+def _load_settings(path: Path, name: str):
+    """Calls get_config(name) of a config file, without the argument where there is no name."""
+    from ml_collections import ConfigDict
+
+    if not path.is_file():
+        raise UserError(f"--config={path} is not a file; for example configs/tiny.py:prmoe")
+    if path.suffix == ".json":  # a run's own
+        import dataclasses
+
+        from prmoe_jax.config import load
+
+        return ConfigDict(dataclasses.asdict(load(path)))
+    arguments = [name] if name else []
+    settings = userfile.call(path, "get_config", *arguments, named=f"--config={path}")
+    if not isinstance(settings, ConfigDict):
+        raise UserError(
+            f"--config={path}: get_config returns {type(settings).__name__}, not a ConfigDict; "
+            "start from prmoe_jax.config.default_config()"
+        )
+    return settings
+
+
+def _override(settings, arguments: list[str]) -> None:
+    """Changes `settings` as arguments like --config.train.steps=40 say."""
+    from absl import flags
+    from ml_collections import config_flags
+
+    from prmoe_jax.config import Config, leaves
+
+    known = leaves(Config())
+    for argument in arguments:
+        if not argument.startswith("--"):
+            continue  # the value of the flag before it, or else left over below
+        match = re.fullmatch(r"--(?:no)?config\.(.*)", argument.partition("=")[0])
+        if not match:
+            raise UserError(f"'{argument}' is not understood; settings look like --config.seed=1")
+        if match[1] not in known:
+            raise UserError(f"--config.{match[1]} is not a setting{_did_you_mean(match[1], known)}")
+
+    argv = ["prmoe", *arguments]
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_dict("config", settings, flag_values=values, sys_argv=argv)
+    try:
+        leftover = values(argv)[1:]
+    except flags.IllegalFlagValueError as error:
+        # 'flag --config.seed=x: invalid literal for int() with base 10'
+        given = str(error).removeprefix("flag ").removesuffix(f": {error.__context__}")
+        kind = type(known[given.partition("=")[0].removeprefix("--config.")])
+        wanted = "whole numbers such as 8,8,16" if kind is tuple else f"of type {kind.__name__}"
+        raise UserError(f"{given} must be {wanted}") from error
+    except (flags.Error, ValueError) as error:  # --noconfig.x=1 is a ValueError
+        raise UserError(str(error)) from error
+    if leftover:
+        raise UserError(f"'{leftover[0]}' is not understood; settings look like --config.seed=1")
+
+
+def _did_you_mean(name: str, known) -> str:
+    """A hint: what the group `name` holds, or the setting spelled most like it."""
+    members = [setting for setting in known if setting.startswith(f"{name}.")]
+    if members:
+        return f" but a group of them, such as --config.{members[0]}"
+    by_last_part = {setting.rpartition(".")[2]: setting for setting in known}
+    close = difflib.get_close_matches(name, known, 1)
+    for last_part in difflib.get_close_matches(name.rpartition(".")[2], by_last_part, 1):
+        close.append(by_last_part[last_part])
+    groups = ", ".join(dict.fromkeys(setting.partition(".")[0] for setting in known))
+    return f"; did you mean --config.{close[0]}?" if close else f"; there are {groups}"
+
+
+def path(text: str) -> Path:
+    """A path that an option names."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty; if it was a shell variable, it isn't set")
+    return Path(text)
+
+
+def parse_mesh(text: str):
+    """'expert:4,tensor:2' as the mesh's settings."""
+    import dataclasses
+
+    from prmoe_jax.config import MeshConfig
+
+    names = [field.name for field in dataclasses.fields(MeshConfig)]
+    sizes = {}
+    for part in text.split(","):
+        name, _, size = part.partition(":")
+        if name not in names or name in sizes or not re.fullmatch("[1-9][0-9]{0,8}", size):
+            raise UserError(
+                f"--mesh={text} must be axes and their devices such as expert:4,tensor:2; there "
+                f"are {', '.join(names)}"
+            )
+        sizes[name] = int(size)
+    return MeshConfig(**sizes)
+
+
+def check_run(workdir: Path) -> None:
+    """Fails where the folder holds no run, before JAX is imported."""
+    from prmoe_jax import config
+    from prmoe_jax.run.directory import CONFIG
+
+    config.load(workdir / CONFIG)
+
+
+def compile_only() -> None:
+    """Before JAX is imported: its compilers for devices that aren't there make programs only."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several may compile at a time

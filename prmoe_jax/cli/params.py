@@ -1,0 +1,25 @@
+"""`prmoe params`: parameters and FLOPs, counted without building a model."""
+
+import json
+
+from prmoe_jax.cli.options import parse_config
+from prmoe_jax.errors import UserError
+
+
+def add(verb) -> None:
+    """Declares the verb and its options."""
+    sub = verb("params", run, "count a config's parameters and FLOPs, building nothing", True)
+    sub.add_argument("--paper", action="store_true", help="all models of the paper, side by side")
+
+
+def run(options, rest) -> None:
+    from prmoe_jax.model import sizes
+
+    if options.paper:
+        if rest:
+            raise UserError(f"--paper shows fixed configs; leave out {rest[0]}")
+        rows = sizes.paper_rows()
+        print(json.dumps(rows) if options.json else sizes.paper_table(rows))
+    else:
+        model = parse_config(rest).model
+        print(json.dumps(sizes.report(model)) if options.json else sizes.table(model))

@@ -1,0 +1,53 @@
+"""`prmoe plan`: a train step compiled for a pod that is not there, and its cost."""
+
+import json
+
+from prmoe_jax.cli.options import compile_only, parse_config, path
+from prmoe_jax.errors import UserError
+
+
+def add(verb) -> None:
+    """Declares the verb and its options."""
+    sub = verb("plan", run, "compile a config's train step for a pod, and model its cost", True)
+    sub.add_argument("--topology", help="chips, such as v5p:4x4x8, v5e:16x16 or h100:16x8")
+    sub.add_argument("--find", metavar="CHIP", help="instead, the smallest slice that fits")
+    sub.add_argument(
+        "--decode",
+        type=int,
+        default=0,
+        metavar="SEQUENCES",
+        help="instead of training, the next token of so many sequences of full context",
+    )
+    sub.add_argument(
+        "--teacher", metavar="FILE:NAME", help="the config of the teacher, to plan its first stage"
+    )
+    sub.add_argument("--picture", type=path, help="also draw the plan: a .png, .svg or .pdf")
+
+
+def run(options, rest) -> None:
+    config, teacher = parse_config(rest), None
+    if options.teacher:
+        from prmoe_jax.config import beside
+
+        if not config.kd_steps or options.decode:
+            raise UserError(
+                f"--teacher={options.teacher} has no effect: "
+                + ("nobody teaches in decoding" if config.kd_steps else "the config has no teacher")
+            )
+        teacher = beside(parse_config([f"--config={options.teacher}"]), config)
+    if (options.topology is None) == (options.find is None):
+        raise UserError("prmoe plan needs either --topology=v5p:4x4x8 or --find=v5p")
+    if not 0 <= options.decode < 1 << 31:
+        raise UserError(f"--decode={options.decode} must be a number of sequences, below 2^31")
+    compile_only()
+    from prmoe_jax.plan import find, picture, report
+
+    if options.picture:
+        picture.check(options.picture)
+    if options.find is not None:
+        result = find.find(config, options.find, options.decode, teacher)
+    else:
+        result = find.fit(config, options.topology, options.decode, teacher)
+    if options.picture:
+        picture.draw({result["topology"]: result}, options.picture)
+    print(json.dumps(result) if options.json else report.table(result))

@@ -1,0 +1,32 @@
+"""`prmoe report`: a page of figures about a sweep or one run."""
+
+import json
+
+from prmoe_jax.cli.options import check_run, path
+from prmoe_jax.cli.output import show
+from prmoe_jax.errors import UserError
+
+
+def add(verb) -> None:
+    """Declares the verb and its options."""
+    sub = verb("report", run, "draw what a sweep, or one run, came to, on a page of its own")
+    sub.add_argument("folder", type=path, nargs="?", help="a sweep's, with results.jsonl")
+    sub.add_argument("--base", help="the arm the others are compared with; default: the first")
+    sub.add_argument("--workdir", type=path, help="instead, a run's; writes report/ there")
+
+
+def run(options, rest) -> None:
+    if (options.folder is None) == (options.workdir is None):
+        raise UserError("prmoe report needs a sweep's folder, or --workdir=DIR for one run")
+    if options.workdir:
+        if options.base is not None:
+            raise UserError("--base is for a sweep's folder; a run of its own has no arms")
+        check_run(options.workdir)
+        from prmoe_jax.report import single
+
+        show(single.report(options.workdir), options.json)
+        return
+    from prmoe_jax.report import experiment
+
+    result = experiment.report(options.folder, options.base)
+    print(json.dumps(result) if options.json else experiment.table(result))

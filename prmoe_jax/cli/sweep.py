@@ -1,0 +1,29 @@
+"""`prmoe sweep`: the runs that a folder's sweep.py names."""
+
+import json
+import re
+from pathlib import Path
+
+from prmoe_jax.cli.options import path
+from prmoe_jax.errors import UserError
+
+
+def add(verb) -> None:
+    """Declares the verb and its options."""
+    sub = verb("sweep", run, "train the runs that a folder's sweep.py names, and record them")
+    sub.add_argument("folder", type=path, help="for example experiments/placement")
+    sub.add_argument("--workdir", type=path, help="the runs' folder (default: runs/FOLDER)")
+    sub.add_argument(
+        "--shard", default="1/1", metavar="I/N", help="of N processes that share the runs, the I-th"
+    )
+
+
+def run(options, rest) -> None:
+    shard = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", options.shard)
+    if not shard:
+        raise UserError(f"--shard={options.shard} must be I/N, such as 1/4")
+    from prmoe_jax.sweep import run
+
+    root = options.workdir or Path("runs") / options.folder.resolve().name
+    records = run.sweep(options.folder, root, (int(shard[1]), int(shard[2])))
+    print(json.dumps(records) if options.json else run.table(records))

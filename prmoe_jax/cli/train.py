@@ -1,0 +1,49 @@
+"""`prmoe train`: train a config, or resume the run in its folder."""
+
+import sys
+from pathlib import Path
+
+from prmoe_jax import allocator
+from prmoe_jax.cli.options import config_argument, parse_config, path
+from prmoe_jax.cli.output import is_first_process, show
+from prmoe_jax.errors import UserError
+
+
+def add(verb) -> None:
+    """Declares the verb and its options."""
+    sub = verb("train", run, "train a config, or resume the run in its workdir", True)
+    sub.add_argument("--workdir", type=path, help="the run's folder (default: runs/NAME)")
+    sub.add_argument("--profile", metavar="FIRST:LAST", help="trace these steps with the profiler")
+    distributed = "be one process of several: on a TPU pod, under SLURM or on GKE"
+    sub.add_argument("--distributed", action="store_true", help=distributed)
+
+
+def run(options, rest) -> None:
+    allocator.keep_freed_memory()
+    config = parse_config(rest)
+    profile = profile_steps(options.profile, config)
+    workdir = options.workdir or Path("runs") / run_name(rest)
+    from prmoe_jax.training.loop import train
+
+    metrics = train(config, workdir, profile)
+    if is_first_process():
+        show(metrics, options.json)
+        print(f"run: {workdir}", file=sys.stderr)
+
+
+def profile_steps(text: str | None, config) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    first, _, last = text.partition(":")
+    if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+        raise UserError(f"--profile={text} must be FIRST:LAST, two steps such as 10:15")
+    if int(last) > config.total_steps:
+        raise UserError(f"--profile={text} ends after the run's {config.total_steps} steps")
+    return int(first), int(last)
+
+
+def run_name(arguments: list[str]) -> str:
+    """'tiny-prmoe' for --config=configs/tiny.py:prmoe."""
+    path, name, _ = config_argument(arguments)
+    words = "".join(c if c.isalnum() or c in "._" else "-" for c in name)
+    return f"{path.stem}-{words}".rstrip("-")
