@@ -1,15 +1,19 @@
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
+PACKAGE = Path(__file__).with_name("prmoe_jax") / "__init__.py"
+
 setup(
     name="prmoe_jax",
-    version="0.1.0",
+    version=re.search(r'__version__ = "(.+)"', PACKAGE.read_text())[1],
     description="Parameter-efficient Mixture-of-Experts language models (PR-MoE, MoS) in JAX",
     long_description=Path(__file__).with_name("README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=find_packages(include=["prmoe_jax", "prmoe_jax.*"]),
+    packages=[*find_packages(include=["prmoe_jax", "prmoe_jax.*"]), "prmoe_jax.configs"],
+    package_dir={"prmoe_jax.configs": "configs"},  # so that --config=tiny:prmoe works from anywhere
     python_requires=">=3.11",
     install_requires=[
         "absl-py",

@@ -13,8 +13,9 @@ CONFIG_HELP = """
 settings:
   --config=FILE:NAME            a config file and the architecture in it, for example
                                 configs/tiny.py:prmoe, configs/paper.py:prmoe_1.3b or
-                                configs/tiny.py:'6 layers, E=8x2+16, residual'; or a run's
-                                own config.json
+                                configs/tiny.py:'6 layers, E=8x2+16, residual'; tiny, paper
+                                and prose name the files that come with prmoe_jax
+                                (tiny:prmoe); or a run's own config.json
   --config.GROUP.NAME=VALUE     overrides any setting:
                                 --config.train.steps=40 --config.model.experts=8,8,16
 """
@@ -58,6 +59,8 @@ def _load_settings(path: Path, name: str):
     """Calls get_config(name) of a config file, without the argument where there is no name."""
     from ml_collections import ConfigDict
 
+    if re.fullmatch(r"\w+", str(path)) and not path.exists():
+        path = userfile.shipped(str(path))
     if not path.is_file():
         raise UserError(f"--config={path} is not a file; for example configs/tiny.py:prmoe")
     if path.suffix == ".json":  # a run's own

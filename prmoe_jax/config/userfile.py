@@ -1,4 +1,4 @@
-"""Running a Python file that a user wrote, whose mistakes are the user's."""
+"""Config and sweep files: Python that a user wrote, whose mistakes are the user's, or ours."""
 
 import contextlib
 import runpy
@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
+import prmoe_jax
 from prmoe_jax.errors import UserError
 
 
@@ -29,6 +30,24 @@ def call(path: Path, function: str, *arguments, named: str):
         if found is None:
             raise UserError(f"{named} defines no function {function}")
         return found(*arguments)
+
+
+def shipped(name: str) -> Path:
+    """The path of a config file that comes with this package, such as 'tiny'.
+
+    Raises:
+      UserError: there is none of that name.
+    """
+    package = Path(prmoe_jax.__file__).parent
+    # Installed from a wheel they are inside the package; in a checkout they are beside it.
+    folder = next(f for f in (package / "configs", package.parent / "configs") if f.is_dir())
+    names = sorted(file.stem for file in folder.glob("*.py") if file.stem != "__init__")
+    if name not in names:
+        raise UserError(
+            f"--config={name} is neither a file nor one of the configs that come with prmoe_jax: "
+            f"{', '.join(names)}; for example --config=tiny:prmoe"
+        )
+    return folder / f"{name}.py"
 
 
 @contextlib.contextmanager

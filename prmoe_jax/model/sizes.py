@@ -1,11 +1,10 @@
 """What a model weighs and costs, without JAX and without a weight: `prmoe params`."""
 
 import dataclasses
-import importlib.util
-from pathlib import Path
+import runpy
 
 from prmoe_jax.config import ModelConfig, resolve
-from prmoe_jax.errors import UserError
+from prmoe_jax.config.userfile import shipped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,15 +127,10 @@ def table(model: ModelConfig) -> str:
 
 def paper_rows() -> list[dict]:
     """The paper's nine models, each with the size the paper states (in parameters)."""
-    path = Path(__file__).parent.parent / "configs" / "paper.py"
-    if not path.exists():
-        raise UserError(f"--paper needs {path}, which a source checkout has")
-    spec = importlib.util.spec_from_file_location("paper", path)
-    paper = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(paper)
+    paper = runpy.run_path(str(shipped("paper")))
     rows = []
-    for name, row in paper.ROWS.items():
-        counts = report(resolve(paper.get_config(name)).model)
+    for name, row in paper["ROWS"].items():
+        counts = report(resolve(paper["get_config"](name)).model)
         rows.append(
             {
                 "name": name,

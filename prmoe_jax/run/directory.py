@@ -17,6 +17,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import prmoe_jax
 from prmoe_jax import files
 from prmoe_jax.config import Config, leaves
 from prmoe_jax.errors import UserError
@@ -81,7 +82,7 @@ def record_environment(workdir: Path, devices: list) -> None:
 def versions() -> dict[str, str | None]:
     """What computes: a digest of this package's code, and the versions of the packages it uses."""
     code = hashlib.sha256()
-    folder = Path(__file__).parent
+    folder = Path(prmoe_jax.__file__).parent
     for file in sorted(folder.rglob("*.py")):
         code.update(f"{file.relative_to(folder)}\n".encode() + file.read_bytes())
     packages = {name: _version(name) for name in RECORDED_PACKAGES.split()}
@@ -96,7 +97,7 @@ def _version(package: str) -> str | None:
 
 
 def _git(*arguments: str) -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    command = ["git", "-C", str(Path(prmoe_jax.__file__).parent), *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
