@@ -22,7 +22,7 @@ from prmoe_jax.cli import main
 from prmoe_jax.config import architecture
 from prmoe_jax.errors import UserError
 from prmoe_jax.moe.experts import Experts, SeparateExperts
-from prmoe_jax.nn.parameters import named_leaves
+from prmoe_jax.nn.parameters import PARAMETERS, named_leaves
 from prmoe_jax.parallel import sharding
 from prmoe_jax.parallel.mesh import (
     axis_sizes,
@@ -33,7 +33,7 @@ from prmoe_jax.parallel.mesh import (
     leaner,
     propose,
 )
-from prmoe_jax.parallel.sharding import RULES, spec, specs
+from prmoe_jax.parallel.sharding import spec, specs
 from prmoe_jax.training.step import init_state
 from tests.test_train import arguments, logged
 from tests.test_train import text as documents  # noqa: F401
@@ -296,7 +296,7 @@ def test_rules_by_hand():
     assert spec("tokens", (8, 8), alone) == P((), ())
 
 
-def test_rules_name_every_leaf():
+def test_every_leaf_is_declared():
     """Of the state with every option on, and of experts apart; a new name is an error."""
     everything = settings("8 layers, E=2x3+5, residual", moe={"bias_update_rate": 0.1})
     key = jax.random.key(0)
@@ -307,15 +307,15 @@ def test_rules_name_every_leaf():
     decided = named_leaves(specs(state, mesh))
     assert decided.keys() == named_leaves(state).keys()
     words = [".".join(p for p in name.split(".") if not p.isdigit()) for name in decided]
-    used = {next(r for r in RULES if name.endswith(r)) for name in words}
-    assert used == RULES.keys()
+    used = {next(end for end in PARAMETERS if name.endswith(end)) for name in words}
+    assert used == PARAMETERS.keys()
     for name, leaf in named_leaves(state).items():
         partition = decided[name]
         assert len(partition) == leaf.ndim
         for size, axes in zip(leaf.shape, partition, strict=True):
             for axis in [axes] if isinstance(axes, str) else axes or ():
                 assert size % mesh.shape[axis] == 0
-    with pytest.raises(KeyError, match="no rule in RULES for stages.0.w_new"):
+    with pytest.raises(KeyError, match="declares no stages.0.w_new"):
         specs({"stages": [{"w_new": jnp.zeros((3, 3))}]}, mesh)
 
 

@@ -13,35 +13,10 @@ import jax.numpy as jnp
 
 from prmoe_jax.config import ModelConfig
 from prmoe_jax.errors import UserError
-from prmoe_jax.model.layout import places
+from prmoe_jax.model.layout import of_layer, stack_layers, unstack_layers
 from prmoe_jax.model.sizes import cost
 from prmoe_jax.model.transformer import Transformer
-from prmoe_jax.nn.parameters import named_leaves
-
-# What each dimension of a parameter of one layer, or of none, is: D model, H heads, F hidden units,
-# E experts, L context, "-" whole. By the end of its name, as in parallel/rules.py.
-DIMENSIONS = {
-    "tokens": "-D",
-    "positions": "LD",
-    "attention.w_qkv": "D-H-",
-    "attention.b_qkv": "-H-",
-    "attention.w_out": "H-D",
-    "attention.b_out": "D",
-    "experts.w_in": "EDF",
-    "experts.b_in": "EF",
-    "experts.w_out": "EFD",
-    "experts.b_out": "ED",
-    "mlp.w_in": "DF",
-    "mlp.b_in": "F",
-    "mlp.w_out": "FD",
-    "mlp.b_out": "D",
-    "w_router": "DE",
-    "bias_router": "E",
-    "w_mix": "D-",
-    "b_mix": "-",
-    "scale": "D",
-    "shift": "D",
-}
+from prmoe_jax.nn.parameters import declaration, named_leaves
 
 
 def layer_map(teacher: ModelConfig, student: ModelConfig, chosen: str = "") -> list[int]:
@@ -208,35 +183,23 @@ def cut(
       worth: from `magnitudes` or `taylor`.
     """
     theirs, ours = teacher.config, student.config
-    width_D = _largest(worth["tokens"], ours.d_model)
-    keep = {"D": width_D, "L": jnp.arange(ours.length)}
-    named, have = named_leaves(teacher), places(theirs)
-    want = {place: i for i, place in enumerate(places(ours))}
-    cut_layers: dict[int, dict] = {}
-
-    def of_layer(i: int) -> dict:
-        if i not in cut_layers:
-            stage, block, repeat = have[layers[i]]
-            prefix = f"stages.{stage}.blocks.{block}."
-            whole, valued = (
-                {n.removeprefix(prefix): x[repeat] for n, x in of.items() if n.startswith(prefix)}
-                for of in (named, worth)
-            )
-            experts, kept = ours.schedule.experts[i], dict(keep)
-            if experts < theirs.schedule.experts[layers[i]]:
-                kept["E"] = _largest(jnp.asarray(load[layers[i]]), experts)
-            cut_layers[i] = _cut_layer(whole, valued, kept, ours)
-        return cut_layers[i]
-
-    leaves = []
-    for name, leaf in named_leaves(student).items():
-        parts = name.split(".")
-        if parts[0] != "stages":
-            leaves.append(_take(named[name], _dimensions(name), keep))
-            continue
-        stage, block, rest = int(parts[1]), int(parts[3]), ".".join(parts[4:])
-        repeats = [of_layer(want[stage, block, n])[rest] for n in range(len(leaf))]
-        leaves.append(jnp.stack(repeats))
+    keep = {"D": _largest(worth["tokens"], ours.d_model), "L": jnp.arange(ours.length)}
+    teacher_layers = unstack_layers(theirs, named_leaves(teacher))
+    worth_layers = unstack_layers(theirs, worth)
+    named = {
+        name: _take(x, declaration(name).dims, keep)
+        for name, x in teacher_layers.items()
+        if not name.startswith("layers.")
+    }
+    for i, layer in enumerate(layers):
+        experts, kept = ours.schedule.experts[i], dict(keep)
+        if experts < theirs.schedule.experts[layer]:
+            kept["E"] = _largest(jnp.asarray(load[layer]), experts)
+        whole, valued = of_layer(teacher_layers, layer), of_layer(worth_layers, layer)
+        parts = _cut_layer(whole, valued, kept, ours)
+        named |= {f"layers.{i}.{name}": x for name, x in parts.items()}
+    stacked = stack_layers(ours, named)
+    leaves = [stacked[name] for name in named_leaves(student)]
     return jax.tree.unflatten(jax.tree.structure(student), leaves)
 
 
@@ -245,7 +208,7 @@ def _cut_layer(whole: dict, worth: dict, keep: dict, student: ModelConfig) -> di
     keep = keep | {"H": _largest(worth["attention.w_out"], student.heads)}
     parts = {}
     for name, x in whole.items():
-        dimensions = _dimensions(name)
+        dimensions = declaration(name).dims
         if "F" in dimensions:  # every MLP and expert has its own
             units_F = _largest(worth[f"{name.rpartition('.')[0]}.w_out"], student.d_ff)
             sizes = {"E": len(units_F), "F": student.d_ff}
@@ -260,11 +223,6 @@ def _take(x: jax.Array, dimensions: str, keep: dict) -> jax.Array:
         if role in keep:
             x = jnp.take(x, keep[role], axis)
     return x
-
-
-def _dimensions(name: str) -> str:
-    parts = name.split(".")
-    return DIMENSIONS.get(".".join(parts[-2:])) or DIMENSIONS[parts[-1]]
 
 
 def _largest(value: jax.Array, count: int) -> jax.Array:

@@ -12,7 +12,8 @@ from prmoe_jax.model.attention import Past
 from prmoe_jax.model.transformer import Transformer
 from prmoe_jax.moe.experts import SeparateExperts
 from prmoe_jax.moe.layer import MoE
-from prmoe_jax.nn.matmul import SUMMED, narrowed, scores
+from prmoe_jax.nn.matmul import narrowed, scores
+from prmoe_jax.nn.parameters import PARAMETERS
 from prmoe_jax.parallel import sharding
 
 
@@ -80,9 +81,14 @@ class Decoder(nnx.Module):
     def _narrow(self, kind: str) -> None:
         """Holds the large weights in another type."""
 
-        def hold(module, name: str, rule: str) -> None:
-            weight = narrowed(getattr(module, name)[...], kind, SUMMED[rule])
-            setattr(module, name, nnx.Param(weight))
+        def hold(module, name: str, declared: str) -> None:
+            parameter = PARAMETERS[declared]
+            summed = tuple(
+                axis - len(parameter.dims)
+                for axis, letter in enumerate(parameter.dims)
+                if letter in parameter.contracted
+            )
+            setattr(module, name, nnx.Param(narrowed(getattr(module, name)[...], kind, summed)))
 
         hold(self, "tokens", "tokens")
         for layer in self.layers:

@@ -18,7 +18,7 @@ from prmoe_jax.files import regular
 from prmoe_jax.interop.settings import check_sizes, differs, resolved, setting, shown
 from prmoe_jax.interop.tensors import check_coverage, check_shape
 from prmoe_jax.interop.torch_files import Inert, flat_arrays, read_torch, require_torch
-from prmoe_jax.model.layout import by_layer, by_stage
+from prmoe_jax.model.layout import stack_layers, unstack_layers
 from prmoe_jax.model.transformer import init_model
 from prmoe_jax.nn.parameters import named_leaves
 
@@ -124,7 +124,7 @@ def converted(
         else:
             whole = named.setdefault(ours, np.empty(shapes[ours], np.float32))
             whole[expert] = _turned_back(ours, arrays[theirs], shape)
-    return config, by_stage(config.model, named), found
+    return config, stack_layers(config.model, named), found
 
 
 def write_deepspeed(config: Config, leaves: dict[str, np.ndarray], folder: Path, step: int) -> None:
@@ -148,7 +148,7 @@ def files(config: Config, leaves: dict[str, np.ndarray]) -> dict[str, dict[str, 
     """Of each file of a checkpoint, the tensors by name."""
     moe_layers = [i for i, experts in enumerate(config.model.schedule.experts) if experts]
     contents: dict[str, dict] = {MAIN: {}}
-    for ours, array in by_layer(config.model, leaves).items():
+    for ours, array in unstack_layers(config.model, leaves).items():
         for theirs, expert in _names(ours, config):
             file = MAIN
             if expert is not None:
@@ -181,7 +181,7 @@ def _shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """Our parameters' shapes, layer by layer."""
     shapes = named_leaves(jax.eval_shape(lambda: init_model(config)))
     whole = {name: np.broadcast_to(np.float32(0), leaf.shape) for name, leaf in shapes.items()}
-    return {name: array.shape for name, array in by_layer(config.model, whole).items()}
+    return {name: array.shape for name, array in unstack_layers(config.model, whole).items()}
 
 
 def _step_folder(source: Path) -> Path:

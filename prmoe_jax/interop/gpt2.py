@@ -15,7 +15,7 @@ from prmoe_jax.interop.tensors import (
     read_tensors,
     write_tensors,
 )
-from prmoe_jax.model.layout import by_layer, by_stage
+from prmoe_jax.model.layout import stack_layers, unstack_layers
 
 # Settings of GPT2Config that change what is computed, and the value that ours has.
 FIXED = {
@@ -101,7 +101,7 @@ def read_gpt2(folder: Path) -> tuple[Config, dict[str, np.ndarray], str]:
         for name, ours in LAYER.items():
             shape = _ours(ours, config.model)
             leaves[f"layers.{i}.{ours}"] = tensors[f"h.{i}.{name}"].reshape(shape)
-    return config, by_stage(config.model, leaves), found
+    return config, stack_layers(config.model, leaves), found
 
 
 def check_dense(model: ModelConfig) -> None:
@@ -131,7 +131,7 @@ def write_gpt2(
       folder: the folder to write into.
     """
     model = config.model
-    named = by_layer(model, leaves)
+    named = unstack_layers(model, leaves)
     tensors = {f"transformer.{name}": named[ours] for name, ours in REST.items()}
     for i in range(model.layers):
         for name, ours in LAYER.items():

@@ -1,8 +1,15 @@
-"""Our parameters layer by layer, as other libraries name theirs, and stacked by stage again."""
+"""Layers one by one, and stacked by stage as a model holds them."""
 
+from collections.abc import Mapping
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from prmoe_jax.config import ModelConfig
+
+Array = TypeVar("Array", jax.Array, np.ndarray)
 
 
 def places(model: ModelConfig) -> list[tuple[int, int, int]]:
@@ -15,7 +22,7 @@ def places(model: ModelConfig) -> list[tuple[int, int, int]]:
     ]
 
 
-def by_layer(model: ModelConfig, leaves: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def unstack_layers(model: ModelConfig, leaves: Mapping[str, Array]) -> dict[str, Array]:
     """'stages.0.blocks.1.mlp.w_in' [N, …] as 'layers.3.mlp.w_in' […]; other names stay."""
     layer_of = {place: layer for layer, place in enumerate(places(model))}
     named = {}
@@ -24,13 +31,14 @@ def by_layer(model: ModelConfig, leaves: dict[str, np.ndarray]) -> dict[str, np.
             named[name] = leaf
             continue
         _, stage, _, block, rest = name.split(".", 4)
-        for repeat, part in enumerate(leaf):
-            named[f"layers.{layer_of[int(stage), int(block), repeat]}.{rest}"] = part
+        for repeat in range(len(leaf)):
+            layer = layer_of[int(stage), int(block), repeat]
+            named[f"layers.{layer}.{rest}"] = leaf[repeat]
     return named
 
 
-def by_stage(model: ModelConfig, named: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """What `by_layer` took apart, whole again."""
+def stack_layers(model: ModelConfig, named: Mapping[str, Array]) -> dict[str, Array]:
+    """What `unstack_layers` took apart, whole again."""
     at, leaves = places(model), {}
     parts: dict[str, list] = {}
     for name, array in named.items():
@@ -41,5 +49,12 @@ def by_stage(model: ModelConfig, named: dict[str, np.ndarray]) -> dict[str, np.n
         stage, block, repeat = at[int(layer)]
         parts.setdefault(f"stages.{stage}.blocks.{block}.{rest}", []).append((repeat, array))
     for name, numbered in parts.items():
-        leaves[name] = np.stack([array for _, array in sorted(numbered, key=lambda p: p[0])])
+        arrays = [array for _, array in sorted(numbered, key=lambda part: part[0])]
+        leaves[name] = (jnp if isinstance(arrays[0], jax.Array) else np).stack(arrays)
     return leaves
+
+
+def of_layer(named: Mapping[str, Array], layer: int) -> dict[str, Array]:
+    """One layer's arrays of what `unstack_layers` gives, by the rest of their names."""
+    prefix = f"layers.{layer}."
+    return {n.removeprefix(prefix): x for n, x in named.items() if n.startswith(prefix)}

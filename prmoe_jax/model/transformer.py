@@ -15,13 +15,10 @@ from prmoe_jax.moe.layer import MoE
 from prmoe_jax.moe.routing import RouterMetrics
 from prmoe_jax.nn import remat
 from prmoe_jax.nn.mlp import MLP
-from prmoe_jax.nn.parameters import named_leaves, normal
+from prmoe_jax.nn.parameters import declaration, named_leaves, normal
 from prmoe_jax.parallel import sharding
 
 log = logging.getLogger(__name__)
-
-# Parameters that enter the arithmetic in the compute's dtype; the rest do in float32.
-CAST = {"w_qkv", "b_qkv", "w_in", "b_in", "w_out", "b_out"}
 
 
 class LayerNorm(nnx.Module):
@@ -186,14 +183,14 @@ def balance(model: Transformer, routers: list[RouterMetrics], rate: float) -> No
 
 
 def cast(modules, dtype, more: tuple[str, ...] = (), apart: str = ""):
-    """The modules with the parameters that `CAST` and `more` name in another dtype.
+    """The modules with the parameters that compute in it, and those of `more`, in a dtype.
 
     Parameters of submodules called `apart` stay as they are.
     """
     leaves = []
     for name, leaf in named_leaves(modules).items():
         *path, last = name.split(".")
-        cast_too = last in CAST.union(more) and apart not in path
+        cast_too = (declaration(name).cast or last in more) and apart not in path
         leaves.append(leaf.astype(dtype) if cast_too else leaf)
     return jax.tree.unflatten(jax.tree.structure(modules), leaves)
 

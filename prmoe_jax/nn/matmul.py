@@ -22,18 +22,6 @@ LARGEST = 1 << 23
 # Of a float32 number: three of bfloat16 have all its bits, three of int8 those that a row's largest
 # number leaves it.
 PARTS = 3
-# The weights that are held narrow, by the end of their names, and the axes their products sum over.
-SUMMED = {
-    "tokens": (-1,),
-    "attention.w_qkv": (-4,),
-    "attention.w_out": (-3, -2),
-    "mlp.w_in": (-2,),
-    "mlp.w_out": (-2,),
-    "experts.w_in": (-2,),
-    "experts.w_out": (-2,),
-    "each.w_in": (-2,),  # of an expert by itself
-    "each.w_out": (-2,),
-}
 
 
 @jax.tree_util.register_dataclass

@@ -8,45 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from prmoe_jax.nn.matmul import SUMMED, Narrow
-from prmoe_jax.nn.parameters import named_leaves
+from prmoe_jax.nn.matmul import Narrow
+from prmoe_jax.nn.parameters import declaration, named_leaves
 from prmoe_jax.parallel.mesh import batch_axes, expert_axes
-
-# By the end of a parameter's name, what each dimension after the stacked one is:
-#   T  heads, hidden units or vocabulary, split over `tensor`
-#   S  what FSDP splits, over the axes that split the batch but `data`
-#   A  both of them
-#   E  experts, over as many expert axes as their number allows
-#   F  an expert's hidden units, over `slice` and `tensor`
-#   -  whole
-RULES = {
-    "tokens": "TS",
-    "positions": "-S",
-    "attention.w_qkv": "S-T-",
-    "attention.b_qkv": "-T-",
-    "attention.w_out": "T-S",
-    "attention.b_out": "-",
-    "mlp.w_in": "ST",
-    "mlp.b_in": "T",
-    "mlp.w_out": "A-",
-    "mlp.b_out": "-",
-    "experts.w_in": "E-F",
-    "experts.b_in": "EF",
-    "experts.w_out": "EF-",
-    "experts.b_out": "E-",
-    "each.w_in": "-F",  # of an expert by itself
-    "each.b_in": "F",
-    "each.w_out": "F-",
-    "each.b_out": "-",
-    "w_router": "--",
-    "bias_router": "-",
-    "w_mix": "--",
-    "b_mix": "-",
-    "scale": "-",
-    "shift": "-",
-    "count": "",  # the optimizer's
-    "step": "",
-}
 
 
 def spec(
@@ -61,18 +25,18 @@ def spec(
       in_use: what FSDP splits is together again.
 
     Raises:
-      KeyError: no rule names it.
+      KeyError: it is not declared, or with other dimensions.
     """
     weight = name.removesuffix(".values").removesuffix(".units")
-    parts = [part for part in weight.split(".") if not part.isdigit()]
-    rule = next((end for end in (".".join(parts[-2:]), parts[-1]) if end in RULES), None)
-    roles = RULES.get(rule)
-    if roles is None or len(shape) - len(roles) not in (0, 1):
-        raise KeyError(f"no rule in RULES for {name} of shape {shape}")
-    if weight != name:  # held narrow, with the axes that are summed over last
-        summed = [len(roles) + axis for axis in SUMMED[rule]]
-        others = [axis for axis in range(len(roles)) if axis not in summed]
-        roles = "".join(roles[axis] for axis in others + summed)
+    declared = declaration(weight)
+    roles = declared.split
+    if len(shape) - len(roles) not in (0, 1):
+        raise KeyError(f"{name} of shape {shape} is declared with dimensions {declared.dims}")
+    if weight != name:  # quantized, with the axes that are summed over last
+        order = sorted(
+            range(len(roles)), key=lambda axis: declared.dims[axis] in declared.contracted
+        )
+        roles = "".join(roles[axis] for axis in order)
     stacked = len(shape) - len(roles)
 
     def axes(role: str, size: int) -> tuple[str, ...]:
@@ -170,7 +134,7 @@ def look_up(name: str, table_VxD: jax.Array | Narrow, ids_BxL: jax.Array) -> jax
     """table[ids]; on a mesh each device for its own rows, with every gradient summed into its part.
 
     Args:
-      name: the table's, in `RULES`.
+      name: the table's, as it is declared.
       table_VxD: split or not.
       ids_BxL: below V.
     """

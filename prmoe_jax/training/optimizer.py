@@ -1,4 +1,4 @@
-"""AdamW with a token-based schedule and a weight-decay rule that names every parameter."""
+"""AdamW with a schedule by tokens; weight decay as each parameter is declared."""
 
 import math
 
@@ -7,35 +7,16 @@ import jax.numpy as jnp
 import optax
 
 from prmoe_jax.config import Config
-from prmoe_jax.nn.parameters import named_leaves
-
-# By the last part of a parameter's name; the number of dimensions says nothing, since
-# stacked layers give a bias two and an expert's bias three.
-WEIGHT_DECAY = {
-    "tokens": True,
-    "positions": True,
-    "w_qkv": True,
-    "w_in": True,
-    "w_out": True,
-    "w_router": True,
-    "w_mix": True,
-    "b_qkv": False,
-    "b_in": False,
-    "b_out": False,
-    "b_mix": False,
-    "bias_router": False,
-    "scale": False,
-    "shift": False,
-}
+from prmoe_jax.nn.parameters import declaration, named_leaves
 
 
 def decay_mask(params):
     """True where weight decay applies.
 
     Raises:
-      KeyError: a parameter that `WEIGHT_DECAY` doesn't name.
+      KeyError: a parameter that is not declared.
     """
-    decisions = [WEIGHT_DECAY[name.rsplit(".", 1)[-1]] for name in named_leaves(params)]
+    decisions = [declaration(name).decays for name in named_leaves(params)]
     return jax.tree.unflatten(jax.tree.structure(params), decisions)
 
 

@@ -21,17 +21,14 @@ from prmoe_jax.config import Config, ModelConfig, load
 from prmoe_jax.data.tokenizer import Tokenizer, check_same
 from prmoe_jax.errors import UserError
 from prmoe_jax.model.backends import resolve_backends
-from prmoe_jax.model.layout import places
+from prmoe_jax.model.layout import of_layer, places, unstack_layers
 from prmoe_jax.model.transformer import Transformer, init_model
-from prmoe_jax.nn.parameters import named_leaves
+from prmoe_jax.nn.parameters import declaration, named_leaves
 from prmoe_jax.parallel.sharding import made
 from prmoe_jax.run import directory as workdirs
 from prmoe_jax.run.checkpoint import Checkpoints
 
 log = logging.getLogger(__name__)
-
-# Of an MoE layer, what no dense layer has.
-STARTS_ANEW = {"w_router", "bias_router", "w_mix", "b_mix"}
 
 
 def started(config: Config, mesh: Mesh, tokenizer: Tokenizer) -> Transformer:
@@ -114,18 +111,16 @@ def upcycled(source: Transformer, fresh: Transformer, key: jax.Array, noise: flo
       key: of the noise.
       noise: its standard deviation, in that of the weight it is added to; experts only.
     """
-    named, at = named_leaves(source), places(source.config)
+    named = unstack_layers(source.config, named_leaves(source))
     layer_of = {place: layer for layer, place in enumerate(places(fresh.config))}
 
     def part(layer: int, name: str, like, key):
-        stage, block, repeat = at[layer]
-        prefix = f"stages.{stage}.blocks.{block}."
-        if prefix + name in named:
-            return named[prefix + name][repeat]
-        if name.rpartition(".")[2] in STARTS_ANEW:
+        whole = of_layer(named, layer)
+        if name in whole:
+            return whole[name]
+        if declaration(name).only_moe:
             return like
-        dense = name.replace("mlp.experts.", "mlp.").replace("mlp.mlp.", "mlp.")
-        base = named[prefix + dense][repeat]
+        base = whole[name.replace("mlp.experts.", "mlp.").replace("mlp.mlp.", "mlp.")]
         if not name.startswith("mlp.experts."):
             return base
         spread = noise * jnp.std(base)
