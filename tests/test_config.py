@@ -21,7 +21,7 @@ from prmoe_jax.config import (
 )
 from prmoe_jax.errors import UserError
 from prmoe_jax.model.sizes import cost
-from prmoe_jax.parallel.mesh import axis_sizes
+from prmoe_jax.parallel.mesh import check_fits
 
 # What the tests below count with, however the recipe in configs/tiny.py is tuned.
 BASE = """
@@ -670,11 +670,11 @@ def test_a_run_may_go_on_for_longer_on_the_same_schedule(schedule, length, refus
 def test_devices_share_a_batch_evenly(overrides, devices, use):
     config = tiny_config(*overrides)
     if use is None:
-        axis_sizes(config, devices)
+        check_fits(config, devices)
         return
     with pytest.raises(UserError, match=f"train.batch_size=16 is not .* {devices} dev.*use {use}$"):
-        axis_sizes(config, devices)
-    axis_sizes(tiny_config(*overrides, f"train.batch_size={use}"), devices)
+        check_fits(config, devices)
+    check_fits(tiny_config(*overrides, f"train.batch_size={use}"), devices)
 
 
 def test_a_saved_config_is_plain_json(tmp_path):

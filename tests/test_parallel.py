@@ -27,6 +27,7 @@ from prmoe_jax.parallel import sharding
 from prmoe_jax.parallel.mesh import (
     axis_sizes,
     batch_axes,
+    check_fits,
     choose_mesh,
     expert_axes,
     flags,
@@ -48,7 +49,9 @@ def settings(text, batch_size=8, model=(), moe=(), train=(), **mesh):
 
 
 def sizes(devices, text, **changes):
-    return axis_sizes(settings(text, **changes), devices)
+    values = settings(text, **changes)
+    check_fits(values, devices)
+    return axis_sizes(values, devices)
 
 
 def test_the_rest_goes_to_the_open_axis():

@@ -29,6 +29,7 @@ from prmoe_jax.model.transformer import Transformer, cast, init_model
 from prmoe_jax.parallel import sharding
 from prmoe_jax.parallel.mesh import (
     check_batch,
+    check_fits,
     check_splits,
     choose_mesh,
     local_rows,
@@ -113,6 +114,7 @@ def write_lessons(config: Config, folder: Path) -> dict:
         or can't be written.
     """
     config = choose_mesh(config, jax.device_count())
+    check_fits(config, jax.device_count())
     mesh = make_mesh(config)
     data = load_data(config.data, config.model.vocab_size, config.model.length)
     with jax.set_mesh(mesh):

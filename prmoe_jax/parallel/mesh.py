@@ -29,12 +29,17 @@ from prmoe_jax.errors import UserError
 log = logging.getLogger(__name__)
 
 
-def choose_mesh(config: Config, devices: int) -> Config:
+def choose_mesh(config: Config, devices: int, any_batch: bool = False) -> Config:
     """The config with the mesh to run it on: its own, or a suggested one where it has none.
 
     A config has no mesh of its own where every size is at its default. The suggestion is
     `propose`'s, with as few devices on the `tensor` axis as the batch allows. It depends on the
     config and the number of devices alone, and the log shows it.
+
+    Args:
+      config: the experiment.
+      devices: their number.
+      any_batch: the mesh is not for training, and need not suit the config's batch.
 
     Raises:
       UserError: no mesh of so many devices fits the batch; the line says which batch would.
@@ -45,7 +50,7 @@ def choose_mesh(config: Config, devices: int) -> Config:
     for tensor in _divisors(devices):
         suggested = dataclasses.replace(config, mesh=propose(config, devices, tensor))
         try:
-            axis_sizes(suggested, devices)
+            (axis_sizes if any_batch else check_fits)(suggested, devices)
         except UserError as error:
             problem = problem or error
             continue
@@ -98,7 +103,6 @@ def axis_sizes(config: Config, devices: int) -> dict[str, int]:
         sizes[rest] = devices // given
     check_splits(config, sizes)
     factors = _expert_factors(config, sizes["expert"], inner, devices)
-    check_batch(config, devices // sizes["tensor"])
     return {
         "data": sizes["data"],
         "fsdp": sizes["fsdp"],
@@ -106,6 +110,15 @@ def axis_sizes(config: Config, devices: int) -> dict[str, int]:
         "slice": sizes["expert_slice"],
         "tensor": sizes["tensor"],
     }
+
+
+def check_fits(config: Config, devices: int) -> None:
+    """Refuses a mesh on which the config can't be trained.
+
+    Raises:
+      UserError: it does not fit the devices, the model or the batch; the line says what would.
+    """
+    check_batch(config, devices // axis_sizes(config, devices)["tensor"])
 
 
 # Devices over which FSDP is worth its gathers where no more are needed for memory.
@@ -157,7 +170,7 @@ def leaner(config: Config, devices: int) -> Iterator[MeshConfig]:
                     continue
                 found.add(mesh)
                 try:
-                    axis_sizes(dataclasses.replace(config, mesh=mesh), devices)
+                    check_fits(dataclasses.replace(config, mesh=mesh), devices)
                 except UserError:
                     continue
                 yield mesh

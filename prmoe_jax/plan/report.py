@@ -30,7 +30,7 @@ from prmoe_jax.model.backends import resolve_backends
 from prmoe_jax.model.sizes import cost
 from prmoe_jax.model.transformer import Transformer, cast, init_model
 from prmoe_jax.parallel import sharding
-from prmoe_jax.parallel.mesh import batch_axes, check_splits, make_mesh
+from prmoe_jax.parallel.mesh import batch_axes, check_fits, check_splits, make_mesh
 from prmoe_jax.plan.chips import Chip, topology_devices
 from prmoe_jax.plan.collectives import Collective, Network, collectives, hosts, kind, torus
 from prmoe_jax.plan.program import Operation, is_kernel, operations
@@ -65,6 +65,7 @@ def plan(config: Config, topology: str, decode: int = 0, teacher: Config | None 
     """
     chip, devices = topology_devices(topology)
     config = decoding(config, decode) if decode else config
+    check_fits(config, len(devices))
     mesh = make_mesh(config, devices)
     resolved = resolve_backends(config, chip.platform, mesh)
     teacher = teacher and resolve_backends(teacher, chip.platform, mesh)

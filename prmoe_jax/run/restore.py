@@ -8,11 +8,11 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from prmoe_jax.config import Config, MeshConfig, group_rows, load
+from prmoe_jax.config import Config, MeshConfig, load
 from prmoe_jax.errors import UserError
 from prmoe_jax.model.backends import resolve_backends
 from prmoe_jax.model.transformer import Transformer
-from prmoe_jax.parallel.mesh import choose_mesh, make_mesh
+from prmoe_jax.parallel.mesh import axis_sizes, choose_mesh, make_mesh
 from prmoe_jax.run import directory as workdirs
 from prmoe_jax.run.checkpoint import Checkpoints
 
@@ -40,24 +40,16 @@ def restore_run(
     count = len(jax.devices() if devices is None else devices)
     if layout:
         config = replace(anywhere, mesh=layout)
-        mesh = make_mesh(_with_any_batch(config, count), devices)
     else:
         try:
-            chosen = choose_mesh(_with_any_batch(config, count), count).mesh
-            config = replace(config, mesh=chosen)
-            mesh = make_mesh(_with_any_batch(config, count), devices)
+            config = choose_mesh(config, count, any_batch=True)
+            axis_sizes(config, count)
         except UserError as error:
             log.info("%s: here each device holds the whole model", error)
             config = replace(anywhere, mesh=MeshConfig())
-            mesh = make_mesh(_with_any_batch(config, count), devices)
+    mesh = make_mesh(config, devices)
     config = resolve_backends(config, jax.default_backend(), mesh)
     checkpoints = Checkpoints(workdir)
     step, model = checkpoints.restore_model(config, mesh)
     checkpoints.close()
     return config, step, model, mesh
-
-
-def _with_any_batch(config: Config, devices: int) -> Config:
-    """With a batch that fits any mesh: evaluation and decoding have batches of their own."""
-    train = replace(config.train, batch_size=devices * group_rows(config), accumulate=1)
-    return replace(config, train=train)

@@ -26,7 +26,14 @@ from prmoe_jax.errors import TrainingStopped, UserError
 from prmoe_jax.model.backends import resolve_backends
 from prmoe_jax.model.sizes import cost
 from prmoe_jax.parallel import processes
-from prmoe_jax.parallel.mesh import choose_mesh, local_rows, make_mesh, replicated, split_batch
+from prmoe_jax.parallel.mesh import (
+    check_fits,
+    choose_mesh,
+    local_rows,
+    make_mesh,
+    replicated,
+    split_batch,
+)
 from prmoe_jax.run import directory as workdirs
 from prmoe_jax.run.checkpoint import Checkpoints, TrainState
 from prmoe_jax.run.directory import shared_settings
@@ -68,6 +75,7 @@ def train(
     """
     processes.agree("the settings", lambda: shared_settings(config))
     placed = choose_mesh(config, jax.device_count())
+    check_fits(placed, jax.device_count())
     mesh = make_mesh(placed)
     resolved = resolve_backends(placed, jax.default_backend(), mesh)
     first = jax.process_index() == 0
