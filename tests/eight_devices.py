@@ -38,7 +38,7 @@ from prmoe_jax.run.checkpoint import Checkpoints  # noqa: E402
 from prmoe_jax.run.metrics import to_python  # noqa: E402
 from prmoe_jax.run.restore import restore_run  # noqa: E402
 from prmoe_jax.training import evaluate  # noqa: E402
-from prmoe_jax.training.step import init_state, make_train_step, on_mesh, sharded_state  # noqa: E402
+from prmoe_jax.training.step import compile_train_step, init_state, make_train_step, sharded_state  # noqa: E402
 
 ROWS, LENGTH = 8, 16
 ARCHITECTURES = {
@@ -146,7 +146,7 @@ def step(name: str, *meshes: str) -> None:
             same = jax.tree.unflatten(jax.tree.structure(empty), jax.tree.leaves(state))
             placed = jax.device_put(same, sharding.shardings(empty, mesh))
             rows = split_batch(batch, mesh, len(batch.mask_BxL))
-            error = compare(on_mesh(here, mesh)(placed, rows), expected)
+            error = compare(compile_train_step(here, mesh)(placed, rows), expected)
         print(f"{label}: equal within {error:.1e}", flush=True)
 
 

@@ -136,7 +136,9 @@ def test_loads(load):
 )
 def test_mistakes(arguments, message, capsys, monkeypatch):
     """Before any model is made."""
-    monkeypatch.setattr("prmoe_jax.bench.decode.made", lambda *_: pytest.fail("a model was made"))
+    monkeypatch.setattr(
+        "prmoe_jax.bench.decode.init_sharded", lambda *_: pytest.fail("a model was made")
+    )
     assert main(["bench", *arguments]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("prmoe: ")
@@ -144,7 +146,9 @@ def test_mistakes(arguments, message, capsys, monkeypatch):
 
 
 def test_every_mesh_is_checked_before_a_model_is_made(capsys, monkeypatch):
-    monkeypatch.setattr("prmoe_jax.bench.decode.made", lambda *_: pytest.fail("a model was made"))
+    monkeypatch.setattr(
+        "prmoe_jax.bench.decode.init_sharded", lambda *_: pytest.fail("a model was made")
+    )
     assert main(["bench", *DECODE, "--mesh=data:1", "--mesh=data:3"]) == 2
     *_, line = capsys.readouterr().err.splitlines()
     assert line.startswith("prmoe: mesh.data=3 makes 3 devices, there are 1;")

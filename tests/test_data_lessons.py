@@ -15,7 +15,7 @@ import pytest
 
 from prmoe_jax.config import Config, DataConfig, KdConfig, ModelConfig, TeacherConfig
 from prmoe_jax.data import cache, pipeline
-from prmoe_jax.data.pipeline import Likeliest
+from prmoe_jax.data.pipeline import TopKLogProbs
 from prmoe_jax.distill import teacher_cache as lessons
 from prmoe_jax.errors import UserError
 from tests.test_data_cache import altered, file_size_limit
@@ -46,7 +46,7 @@ def predictions_of(data, batch_size=7):
     rng = np.random.default_rng(0)
     for _ in range(0, len(data.train), batch_size):
         shape = batch_size, 13, TOP_K
-        yield Likeliest(rng.integers(0, 384, shape), -rng.random(shape, np.float32))
+        yield TopKLogProbs(rng.integers(0, 384, shape), -rng.random(shape, np.float32))
 
 
 def write(folder, data, predictions=None):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from prmoe_jax.config import DataConfig
 from prmoe_jax.data import pipeline, tokens
 from prmoe_jax.data.corpora import Corpus
-from prmoe_jax.data.pipeline import Batch, Likeliest, Windows, eval_batches, train_iterator
+from prmoe_jax.data.pipeline import Batch, TopKLogProbs, Windows, eval_batches, train_iterator
 from prmoe_jax.data.tokenizer import load_tokenizer
 from prmoe_jax.errors import UserError
 
@@ -159,7 +159,7 @@ def test_what_was_recorded_of_a_window_comes_with_it():
     """Shuffled, batched, and padded at the end of an evaluation."""
     cache, places = synthetic([11, 50, 3, 60]), 18 * 7
     said = np.arange(places * 2, dtype=np.uint16).reshape(18, 7, 2)
-    windows = Windows(cache, 7, False, Likeliest(said, -np.float32(said)))
+    windows = Windows(cache, 7, False, TopKLogProbs(said, -np.float32(said)))
     for batch in [next(train_iterator(windows, 5, seed=1)), *eval_batches(windows, 5)]:
         tokens, log_p = batch.taught
         assert (tokens.dtype, log_p.dtype) == (np.int32, np.float32)

@@ -22,7 +22,7 @@ from prmoe_jax.data.pipeline import Batch
 from prmoe_jax.distill import loss as distill
 from prmoe_jax.distill import teacher as teachers
 from prmoe_jax.distill.distiller import Distiller
-from prmoe_jax.distill.loss import Lesson, agreement, recorded, teach, token_sums
+from prmoe_jax.distill.loss import TeacherOutput, agreement, recorded, run_teacher, token_sums
 from prmoe_jax.errors import UserError
 from prmoe_jax.model.loss import forward, totals, training_loss
 from prmoe_jax.model.transformer import init_model
@@ -68,7 +68,7 @@ def random_lesson(rows=3, length=11, vocabulary=37, masked=0.0, seed=0):
     """Activations and output matrices of a student and a teacher, and a batch."""
     rng = np.random.default_rng(seed)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
-    lesson = Lesson(draw(rows, length, 7), draw(vocabulary, 7))
+    lesson = TeacherOutput(draw(rows, length, 7), draw(vocabulary, 7))
     return draw(rows, length, 6), draw(vocabulary, 6), lesson, batch_of(
         rows, length, vocabulary, masked
     )  # fmt: skip
@@ -80,7 +80,7 @@ def test_loss_and_gradients_equal_megatron_deepspeed(temperature, chunk, monkeyp
     """Without a mask; for whole sequences and for chunks that don't divide them."""
     monkeypatch.setattr(distill, "CHUNK", chunk)
     golden = np.load(GOLDENS / "mos.npz")
-    lesson = Lesson(jnp.asarray(golden["teacher_x"]), jnp.asarray(golden["teacher_table"]))
+    lesson = TeacherOutput(jnp.asarray(golden["teacher_x"]), jnp.asarray(golden["teacher_table"]))
     batch = batch_of(*golden["x"].shape[:2], len(golden["table"]))
     kd = KdConfig(temperature=temperature)
 
@@ -208,7 +208,9 @@ def test_chunks_save_memory(monkeypatch):
             sums = token_sums(x, table, lesson, batch, KdConfig())
             return sums.lm_loss + sums.kd_loss
 
-        compiled = jax.jit(jax.grad(loss, (0, 1))).lower(x, table, Lesson(x, table)).compile()
+        compiled = (
+            jax.jit(jax.grad(loss, (0, 1))).lower(x, table, TeacherOutput(x, table)).compile()
+        )
         temporaries.append(compiled.memory_analysis().temp_size_in_bytes)
     jax.config.update("jax_disable_most_optimizations", True)
     assert temporaries[0] <= 0.4 * temporaries[1]
@@ -281,7 +283,7 @@ def test_modes_of_the_teacher():
     batch, keys = make_batch(), jax.random.split(jax.random.key(0), 8)
 
     def activations(**choices):
-        return teach(taught_by, model, batch, TeacherConfig("any", **choices), keys).x_BxLxD
+        return run_teacher(taught_by, model, batch, TeacherConfig("any", **choices), keys).x_BxLxD
 
     evaluated = model(batch.tokens_BxL, batch.segments_BxL, capacity_factor=1.0)[0]
     np.testing.assert_array_equal(activations(), evaluated)
@@ -351,7 +353,7 @@ def student(text, teacher, tmp_path_factory):  # noqa: F811
 def test_the_teacher_goes_when_it_has_taught(text, teacher, tmp_path, monkeypatch):  # noqa: F811
     """The arrays that live, and what the steps are given, before and after."""
     live, given = {}, {}
-    report, on_mesh = Run.report, train.on_mesh
+    report, compile_train_step = Run.report, train.compile_train_step
 
     def measured(run, step, metrics):
         report(run, step, metrics)
@@ -359,7 +361,7 @@ def test_the_teacher_goes_when_it_has_taught(text, teacher, tmp_path, monkeypatc
         live[step] = sum(array.nbytes for array in jax.live_arrays())
 
     def watched(*arguments):
-        step = on_mesh(*arguments)
+        step = compile_train_step(*arguments)
 
         def run(*inputs):
             if step not in given:
@@ -370,7 +372,7 @@ def test_the_teacher_goes_when_it_has_taught(text, teacher, tmp_path, monkeypatc
         return run
 
     monkeypatch.setattr(Run, "report", measured)
-    monkeypatch.setattr(train, "on_mesh", watched)
+    monkeypatch.setattr(train, "compile_train_step", watched)
     settings = TAUGHT | {"teacher.workdir": teacher, "train.steps": 16}
     assert main(arguments(text, tmp_path / "run", LEARNER, **settings)) == 0
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
@@ -430,13 +432,13 @@ def test_a_recorded_teacher_takes_the_portions_of_training(
     monkeypatch,
 ):
     """Two windows at a time instead of eight: the same folder but for rounding."""
-    rows, teach = [], teachers.teach
+    rows, run_teacher = [], teachers.run_teacher
 
     def watched(config, model, batch, *more):
         rows.append(len(batch.tokens_BxL))
-        return teach(config, model, batch, *more)
+        return run_teacher(config, model, batch, *more)
 
-    monkeypatch.setattr(teachers, "teach", watched)
+    monkeypatch.setattr(teachers, "run_teacher", watched)
     changes = {"teacher.workdir": teacher, "kd.kind": "top_k", "kd.top_k": 6, "train.accumulate": 4}
     _, *overrides, _, _ = arguments(text, "", LEARNER, **changes)
     assert main(["teacher-cache", *overrides, f"--out={tmp_path / 'top6'}"]) == 0

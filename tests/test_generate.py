@@ -17,12 +17,12 @@ from prmoe_jax.data.tokenizer import Tokenizer, _bytes
 from prmoe_jax.errors import UserError
 from prmoe_jax.inference import decoder as decoders
 from prmoe_jax.inference import generate
-from prmoe_jax.inference.generate import Generator, Sampling, Written
+from prmoe_jax.inference.generate import Generator, Sampling, TextStream
 from prmoe_jax.model.backends import resolve_backends
 from prmoe_jax.model.transformer import init_model
-from prmoe_jax.moe.experts import Experts, SeparateExperts
-from prmoe_jax.nn.matmul import Narrow, narrowed, product, scores
+from prmoe_jax.moe.experts import Experts, UnstackedExperts
 from prmoe_jax.nn.parameters import named_leaves
+from prmoe_jax.nn.quantized import QuantizedWeight, product, quantize, scores
 from tests.quick import forward, jit
 
 
@@ -98,7 +98,7 @@ def test_decoding_equals_the_whole_forward_at_every_place(text, group_size):
     valid_BxQ = jnp.arange(5) < length_B[:, None]
     decoder = held(model)
     decode = jit(lambda decoder, *arguments: decoder(*arguments))
-    past = decoder.empty_past(3, 16)
+    past = decoder.empty_cache(3, 16)
     x_BxQxD, past = decode(decoder, tokens_BxL[:, :5], valid_BxQ, past, jnp.zeros(3, jnp.int32))
     np.testing.assert_allclose(
         jnp.where(valid_BxQ[..., None], x_BxQxD - expected_BxLxD[:, :5], 0), 0, atol=1e-5
@@ -118,7 +118,7 @@ def test_decoding_equals_the_whole_forward_at_every_place(text, group_size):
 @pytest.mark.parametrize("text", ["3 layers, E=3, top 2", "5 layers, E=2+7, residual"])
 def test_greedy_text_is_the_likeliest_token_by_token(text, monkeypatch):
     """Against the whole forward of every prefix; prompts longer and shorter than a piece."""
-    monkeypatch.setattr(generate, "PIECE", 8)
+    monkeypatch.setattr(generate, "PREFILL_CHUNK", 8)
     monkeypatch.setattr(generate, "STEPS", 5)
     jax.clear_caches()  # the constants are part of what is compiled
     model = build(text)
@@ -223,7 +223,7 @@ def test_a_continuation_is_decoded_after_its_prompt(kind, size):
     for text in texts:
         ids = tokenizer.encode(text)
         for cut in range(len(ids) + 1):
-            written, new, pieces = Written(tokenizer, [], ids[:cut]), ids[cut:], []
+            written, new, pieces = TextStream(tokenizer, [], ids[:cut]), ids[cut:], []
             for i in range(0, len(new) or 1, size):
                 pieces.append(written.add(new[i : i + size], i + size >= len(new)))
             whole = tokenizer.decode(ids)
@@ -239,7 +239,7 @@ def test_spaces_between_prompt_and_continuation_by_hand():
         (the, the, " the"), ([], the, "the"), (the, e + the, " e the"), (the, space, " "),
         (the + space, the, " the"),
     ):  # fmt: skip
-        written = Written(tokenizer, [], prompt)
+        written = TextStream(tokenizer, [], prompt)
         assert written.add(new, True) == expected
 
 
@@ -248,7 +248,7 @@ def test_a_prompt_that_was_cut_within_a_character():
     tokenizer = sentencepiece(byte_fallback=True)
     prompt, new = tokenizer.encode("日本語を話す")[1:], tokenizer.encode("日本語")[1:]
     for lost in range(4):
-        written = Written(tokenizer, [], prompt[lost:])
+        written = TextStream(tokenizer, [], prompt[lost:])
         assert written.add(new[:4], False) == "日" and written.add(new[4:], True) == "本語"
 
 
@@ -257,7 +257,7 @@ def test_random_bytes_are_decoded_as_at_once():
     for _ in range(100):
         ids = rng.integers(0, 256, rng.integers(1, 40)).tolist()
         size = int(rng.integers(1, 9))
-        written = Written(tokenizer, [])
+        written = TextStream(tokenizer, [])
         for i in range(0, len(ids), size):
             written.add(ids[i : i + size], i + size >= len(ids))
         assert written.text == tokenizer.decode(ids)
@@ -269,7 +269,7 @@ def test_each_token_is_decoded_a_few_times(monkeypatch):
     decode = tokenizer.decode
     monkeypatch.setattr(tokenizer, "decode", lambda ids: decoded.append(len(ids)) or decode(ids))
     ids = tokenizer.encode("“Déjà vu”, said the expert. " * 200)
-    written = Written(tokenizer, ["never there"], ids[:100])
+    written = TextStream(tokenizer, ["never there"], ids[:100])
     for i in range(0, len(ids), generate.STEPS):
         written.add(ids[i : i + generate.STEPS], i + generate.STEPS >= len(ids))
     assert written.text == decode(ids)
@@ -303,15 +303,15 @@ def test_text_as_it_comes():
     tokenizer = _bytes()
     ids = tokenizer.encode("déjà vu STOP after")
     for size in (1, 2, 3, 5, 40):
-        written, pieces = Written(tokenizer, ["STOP", "vux"]), []
+        written, pieces = TextStream(tokenizer, ["STOP", "vux"]), []
         for i in range(0, len(ids), size):
             pieces.append(written.add(ids[i : i + size], i + size >= len(ids)))
         assert "".join(pieces) == written.text == "déjà vu "
         assert written.ended and not any("�" in piece or "S" in piece for piece in pieces)
-    written = Written(tokenizer, [])
+    written = TextStream(tokenizer, [])
     assert written.add([*ids[:3], tokenizer.end_of_text, *ids], False) == "dé"
     assert written.ended
-    written = Written(tokenizer, ["STOP"])
+    written = TextStream(tokenizer, ["STOP"])
     assert written.add(tokenizer.encode("a ST"), False) == "a "
     assert written.add(tokenizer.encode("ILL"), True) == "STILL"
 
@@ -341,10 +341,10 @@ def test_products_of_few_rows(kind, monkeypatch):
     w = jnp.asarray(rng.normal(size=(3, 4, 2, 5)), jnp.float32)
 
     def hold(w, summed):
-        return w if kind == "float32" else narrowed(w, kind, summed)
+        return w if kind == "float32" else quantize(w, kind, summed)
 
     def wide(held):
-        return held.whole(jnp.float32) if isinstance(held, Narrow) else held
+        return held.dequantize(jnp.float32) if isinstance(held, QuantizedWeight) else held
 
     held = hold(w, (-4, -3))
     error = {
@@ -371,7 +371,7 @@ def test_chosen_experts_are_the_experts():
     for name in ("w_in", "w_out"):
         weight = getattr(experts, name)
         weight[...] = weight[...].at[jnp.array([2, 4])].set(jnp.nan)
-    for held in (experts, SeparateExperts(experts)):
+    for held in (experts, UnstackedExperts(experts)):
         y_RxD = jit(held.chosen)(x_RxD, expert_R)
         np.testing.assert_allclose(y_RxD, expected, rtol=1e-5, atol=1e-6)
 
@@ -385,7 +385,7 @@ def test_separate_experts_by_blocks(rows):
     x_RxD = jax.random.normal(jax.random.key(1), (61, 6))
     each_ExRxD = experts(jnp.broadcast_to(x_RxD, (5, 61, 6)))
     expected = jnp.where((expert_R < 5)[:, None], each_ExRxD[expert_R % 5, jnp.arange(61)], 0)
-    for held in (experts, SeparateExperts(experts)):
+    for held in (experts, UnstackedExperts(experts)):
         y_RxD = jit(held.blocked)(x_RxD, jnp.array(rows), expert_R)
         np.testing.assert_allclose(y_RxD, expected, rtol=1e-5, atol=1e-6)
 
@@ -393,16 +393,16 @@ def test_separate_experts_by_blocks(rows):
 @pytest.mark.parametrize(("batch", "calls"), [(1, 2), (3, 1), (8, 0)])
 def test_steps_of_few_sequences_read_the_chosen_experts_alone(batch, calls, monkeypatch):
     """Layers of 2 and of 7 experts: where there are no more choices than experts."""
-    counts, chosen = [], SeparateExperts.chosen
+    counts, chosen = [], UnstackedExperts.chosen
 
     def watched(experts, *arguments):
         counts.append(experts.count)
         return chosen(experts, *arguments)
 
-    monkeypatch.setattr(SeparateExperts, "chosen", watched)
+    monkeypatch.setattr(UnstackedExperts, "chosen", watched)
     decoder = held(build("4 layers, E=2+7, residual"))
     ones = jnp.ones((batch, 1), jnp.int32)
-    jax.eval_shape(decoder, ones, ones > 0, decoder.empty_past(batch, 9), ones[:, 0])
+    jax.eval_shape(decoder, ones, ones > 0, decoder.empty_cache(batch, 9), ones[:, 0])
     assert len(counts) == calls
 
 
@@ -414,7 +414,7 @@ def test_a_model_of_narrow_weights(kind):
     tokens_BxQ = jax.random.randint(jax.random.key(1), (2, 9), 0, 256)
     scored = []
     for decoder in (wide, narrow):
-        arguments = tokens_BxQ, jnp.ones((2, 9), bool), decoder.empty_past(2, 9)
+        arguments = tokens_BxQ, jnp.ones((2, 9), bool), decoder.empty_cache(2, 9)
         run = jit(lambda decoder, *arguments: decoder.logits(decoder(*arguments)[0][:, -1]))
         scored.append(run(decoder, *arguments, jnp.zeros(2, jnp.int32)))
     spread = float(jnp.std(scored[0]))
@@ -423,4 +423,4 @@ def test_a_model_of_narrow_weights(kind):
     assert {name.removesuffix(".values").rpartition(".")[2] for name in few_bits} == {
         "tokens", "w_qkv", "w_out", "w_in"
     }  # fmt: skip
-    assert isinstance(narrow.tokens[...], Narrow)
+    assert isinstance(narrow.tokens[...], QuantizedWeight)

@@ -21,7 +21,7 @@ from prmoe_jax import config
 from prmoe_jax.cli import main
 from prmoe_jax.config import architecture
 from prmoe_jax.errors import UserError
-from prmoe_jax.moe.experts import Experts, SeparateExperts
+from prmoe_jax.moe.experts import Experts, UnstackedExperts
 from prmoe_jax.nn.parameters import PARAMETERS, named_leaves
 from prmoe_jax.parallel import sharding
 from prmoe_jax.parallel.mesh import (
@@ -32,7 +32,7 @@ from prmoe_jax.parallel.mesh import (
     expert_axes,
     flags,
     leaner,
-    propose,
+    suggest_mesh,
 )
 from prmoe_jax.parallel.sharding import spec, specs
 from prmoe_jax.training.step import init_state
@@ -189,7 +189,7 @@ def test_proposals_work():
 )
 def test_a_proposed_mesh_fits(text, expert):
     for devices in (1, 2, 6, 8, 12, 64, 128, 96):
-        mesh = propose(settings(text), devices)
+        mesh = suggest_mesh(settings(text), devices)
         shape = sizes(devices, text, batch_size=devices, **dataclasses.asdict(mesh))
         assert math.prod(shape.values()) == devices and shape["fsdp"] <= 16
     assert mesh.expert == expert
@@ -198,7 +198,7 @@ def test_a_proposed_mesh_fits(text, expert):
 def test_a_proposed_mesh_never_has_fsdp_over_all_devices():
     text = "6 layers, E=128"
     for devices in (32, 64, 128, 256):
-        mesh = propose(settings(text), devices)
+        mesh = suggest_mesh(settings(text), devices)
         shape = sizes(devices, text, batch_size=devices, **dataclasses.asdict(mesh))
         split = NamedSharding(mesh_of(**shape), spec("tokens", (512, 4096), mesh_of(**shape)))
         assert 16 <= 4096 // split.shard_shape((512, 4096))[1] < devices
@@ -304,7 +304,7 @@ def test_every_leaf_is_declared():
     everything = settings("8 layers, E=2x3+5, residual", moe={"bias_update_rate": 0.1})
     key = jax.random.key(0)
     state = jax.eval_shape(
-        lambda: (init_state(everything), SeparateExperts(Experts(3, 8, 16, 0.1, 0.1, key)))
+        lambda: (init_state(everything), UnstackedExperts(Experts(3, 8, 16, 0.1, 0.1, key)))
     )
     mesh = mesh_of(data=2, fsdp=2, expert_0=1, slice=1, tensor=2)
     decided = named_leaves(specs(state, mesh))

@@ -11,7 +11,7 @@ import pytest
 from configs import paper
 from prmoe_jax import config
 from prmoe_jax.distill.student import cut, layer_map, magnitudes, taylor
-from prmoe_jax.distill.teacher import measure_worth
+from prmoe_jax.distill.teacher import measure_importance
 from prmoe_jax.errors import UserError
 from prmoe_jax.model.loss import forward
 from prmoe_jax.model.transformer import init_model
@@ -185,7 +185,7 @@ def test_worth_is_that_of_the_whole_batch_whatever_its_portions():
     found, temporaries = [], []
     for portions in (1, 4):
         student = settings("2 layers", teacher={"workdir": "any"}, train={"accumulate": portions})
-        measure = jit(measure_worth(student, teacher)).lower(model, batch).compile()
+        measure = jit(measure_importance(student, teacher)).lower(model, batch).compile()
         temporaries.append(measure.memory_analysis().temp_size_in_bytes)
         found.append(measure(model, batch))
 

@@ -291,7 +291,9 @@ def test_another_tokenizer_than_the_models_is_refused(copied, capsys):
 
 def stop_at(monkeypatch, step):
     """A signal in the middle of a step."""
-    monkeypatch.setattr("prmoe_jax.training.loop.interruption.at", lambda self, done: done >= step)
+    monkeypatch.setattr(
+        "prmoe_jax.training.preemption.PreemptionGuard.at", lambda self, done: done >= step
+    )
 
 
 @pytest.mark.parametrize("step", [8, 12])

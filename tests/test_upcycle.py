@@ -27,7 +27,7 @@ from tests.test_student import layers_of
 from tests.test_train import arguments, logged, text  # noqa: F401
 
 
-def started(source, target, noise=0.0):
+def init_from_run(source, target, noise=0.0):
     """The source's model, and the target's that starts as it."""
     check_fits(source.model, target.model)
     model, fresh = init_model(source), init_model(target)
@@ -45,14 +45,14 @@ def activations(model):
 @pytest.mark.parametrize("text", ["4 layers, E=2+3, top 2", "4 layers, E=2+3, top 2, residual"])
 def test_top_2_computes_what_the_dense_model_did(text):  # noqa: F811
     source = settings("4 layers", seed=3)
-    model, grown = started(source, settings(text, model={"length": 8}))
+    model, grown = init_from_run(source, settings(text, model={"length": 8}))
     np.testing.assert_allclose(activations(grown), activations(model), rtol=1e-4, atol=1e-5)
 
 
 def test_every_part_by_hand():
     """Experts and the residual MLP are the dense MLP, the router is the seed's, the rest stays."""
     target = settings("4 layers, E=2+3, residual")
-    model, grown = started(settings("4 layers", seed=3), target)
+    model, grown = init_from_run(settings("4 layers", seed=3), target)
     fresh = layers_of(init_model(target))
     for layer, (before, after) in enumerate(zip(layers_of(model), layers_of(grown), strict=True)):
         for name, leaf in after.items():
@@ -73,7 +73,7 @@ def test_noise_makes_experts_differ():
     """By its share of the weight's spread, each its own; the residual MLP stays exact."""
     target = settings("2 layers, E=3, residual", model={"d_ff": 40, "d_model": 24})
     source = settings("2 layers", model={"d_ff": 40, "d_model": 24})
-    model, grown = started(source, target, noise=0.2)
+    model, grown = init_from_run(source, target, noise=0.2)
     before, after = layers_of(model)[1], layers_of(grown)[1]
     noise = (after["mlp.experts.w_in"] - before["mlp.w_in"]) / before["mlp.w_in"].std()
     np.testing.assert_allclose(noise.std((1, 2)), 0.2, rtol=0.1)
@@ -83,7 +83,7 @@ def test_noise_makes_experts_differ():
 
 def test_the_same_model_is_a_copy():
     values = settings("4 layers, E=2+3, residual", seed=3)
-    model, copy = started(values, settings("4 layers, E=2+3, residual"))
+    model, copy = init_from_run(values, settings("4 layers, E=2+3, residual"))
     jax.tree.map(np.testing.assert_array_equal, model, copy)
     assert (init_model(settings("4 layers, E=2+3, residual")).tokens[...] != copy.tokens[...]).any()
     assert jnp.isfinite(copy.tokens[...]).all()

@@ -23,7 +23,7 @@ from prmoe_jax.data.pipeline import load_data, train_iterator
 from prmoe_jax.model.backends import resolve_backends
 from prmoe_jax.model.sizes import cost
 from prmoe_jax.parallel.mesh import make_mesh, split_batch
-from prmoe_jax.training.step import on_mesh, sharded_state
+from prmoe_jax.training.step import compile_train_step, sharded_state
 
 TRACED_STEPS = 3
 
@@ -41,7 +41,7 @@ def main():
     with jax.set_mesh(mesh):
         state = sharded_state(config, mesh)
         batch = split_batch(next(batches), mesh, config.train.batch_size)
-        compiled = on_mesh(config, mesh).lower(state, batch).compile()
+        compiled = compile_train_step(config, mesh).lower(state, batch).compile()
 
     seconds, waits = [], []
     for _ in range(options.steps + 1):

@@ -12,7 +12,7 @@ import jax
 
 from prmoe_jax.cli import parse_config
 from prmoe_jax.data.pipeline import load_data
-from prmoe_jax.distill.teacher import inherited, restore_teacher
+from prmoe_jax.distill.teacher import init_from_teacher, restore_teacher
 from prmoe_jax.model.backends import resolve_backends
 from prmoe_jax.parallel.mesh import make_mesh, replicated
 from prmoe_jax.training.evaluate import evaluate_model
@@ -47,7 +47,7 @@ def student_loss(teacher: Path, changes: list[str], importance: str) -> float:
     data = load_data(config.data, config.model.vocab_size, config.model.length)
     with jax.set_mesh(mesh):
         taught_by = restore_teacher(config, mesh, data.tokenizer)
-        model = inherited(config, taught_by, data, mesh)
+        model = init_from_teacher(config, taught_by, data, mesh)
         step = jax.jit(make_eval_step(config), out_shardings=replicated(mesh))
         return evaluate_model(step, model, config, data, mesh)["loss"]
 

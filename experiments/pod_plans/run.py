@@ -27,7 +27,7 @@ import jax
 from prmoe_jax import config
 from prmoe_jax.config import Config
 from prmoe_jax.errors import UserError
-from prmoe_jax.parallel.mesh import propose
+from prmoe_jax.parallel.mesh import suggest_mesh
 from prmoe_jax.plan.chips import CHIPS, topology_devices
 from prmoe_jax.plan.picture import draw
 from prmoe_jax.plan.report import plan
@@ -57,7 +57,7 @@ def models(topology: str) -> dict[str, Config]:
 def planned(values: Config, topology: str) -> dict:
     """The plan with the mesh that `propose` makes, and the least rematerialisation that fits."""
     chips = len(topology_devices(topology)[1])
-    mesh = propose(values, chips)
+    mesh = suggest_mesh(values, chips)
     for remat in ("dots", "full"):
         model = dataclasses.replace(values.model, remat=remat)
         result = plan(dataclasses.replace(values, model=model, mesh=mesh), topology)

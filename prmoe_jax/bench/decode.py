@@ -25,13 +25,13 @@ from prmoe_jax.bench.worker import worker
 from prmoe_jax.config import Config, MeshConfig, MoeConfig
 from prmoe_jax.errors import UserError
 from prmoe_jax.inference.decoder import Decoder, decoder
-from prmoe_jax.inference.generate import PIECE, STEPS, Sampling, advance, read
+from prmoe_jax.inference.generate import PREFILL_CHUNK, STEPS, Sampling, advance, read
 from prmoe_jax.interop.gpt2 import gpt2_sizes
 from prmoe_jax.model.backends import resolve_backends
 from prmoe_jax.model.sizes import cost
 from prmoe_jax.model.transformer import init_model
 from prmoe_jax.parallel.mesh import batch_axes, make_mesh
-from prmoe_jax.parallel.sharding import made
+from prmoe_jax.parallel.sharding import init_sharded
 
 log = logging.getLogger(__name__)
 
@@ -189,13 +189,13 @@ def _placed(config: Config, layout: MeshConfig | None) -> tuple[Config, Mesh]:
 
 def _ours(config: Config, mesh: Mesh, kind: str) -> tuple[Decoder, Mesh]:
     with jax.set_mesh(mesh):
-        model = made(lambda: init_model(config), mesh)
+        model = init_sharded(lambda: init_model(config), mesh)
         return decoder(model, kind, mesh), mesh
 
 
 def _room(prompt: int) -> int:
     """Tokens of a sequence that there is room for: a prompt in whole pieces, and a piece more."""
-    return (-(-prompt // PIECE) + 1) * PIECE
+    return (-(-prompt // PREFILL_CHUNK) + 1) * PREFILL_CHUNK
 
 
 def _check_memory(config: Config, batch: int, prompt: int) -> None:
@@ -207,7 +207,7 @@ def _check_memory(config: Config, batch: int, prompt: int) -> None:
 
 def _turn(decoder: Decoder, mesh: Mesh, batch: int, prompt: int) -> Callable[[], float]:
     """Goes on from a prompt for `STEPS` tokens, and says how long it took."""
-    pieces = -(-prompt // PIECE)
+    pieces = -(-prompt // PREFILL_CHUNK)
     vocabulary = decoder.config.vocab_size
     devices = math.prod(mesh.shape[name] for name in batch_axes(mesh))
     rows = -(-batch // devices) * devices  # those that fill up the batch have nothing to do

@@ -32,9 +32,9 @@ def _teacher_cache(options, rest) -> None:
         raise UserError("the likeliest tokens are kept; use --config.kd.kind=top_k, with kd.top_k")
     if config.teacher.mode != "eval" or config.teacher.lessons:
         raise UserError("leave out teacher.lessons, and teacher.mode at eval")
-    from prmoe_jax.distill.teacher import write_lessons
+    from prmoe_jax.distill.teacher import write_teacher_cache
 
-    meta = write_lessons(config, options.out)
+    meta = write_teacher_cache(config, options.out)
     size = sum(file.stat().st_size for file in options.out.iterdir())
     print(json.dumps(meta) if options.json else f"{options.out}: {size / 1e6:,.0f} MB")
 

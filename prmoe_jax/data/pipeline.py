@@ -17,7 +17,7 @@ from prmoe_jax.data.tokens import TokenCache, tokenise
 from prmoe_jax.errors import UserError
 
 
-class Likeliest(NamedTuple):
+class TopKLogProbs(NamedTuple):
     """What a teacher expects next: its K likeliest tokens, likeliest first, and ln p of each."""
 
     tokens_BxLxK: np.ndarray
@@ -38,7 +38,7 @@ class Batch(NamedTuple):
     targets_BxL: np.ndarray
     mask_BxL: np.ndarray
     segments_BxL: np.ndarray
-    taught: Likeliest | None = None
+    taught: TopKLogProbs | None = None
 
 
 _DTYPES = np.int32, np.int32, np.bool_, np.int32
@@ -57,7 +57,7 @@ class Windows:
         cache: TokenCache,
         length: int,
         cross_document_attention: bool,
-        taught: Likeliest | None = None,
+        taught: TopKLogProbs | None = None,
     ):
         self.cache = cache
         self.length = length
@@ -93,7 +93,7 @@ class Windows:
         if self.taught is None:
             return window
         tokens_LxK, log_p_LxK = (part[index] for part in self.taught)
-        return window._replace(taught=Likeliest(tokens_LxK.astype(np.int32), log_p_LxK))
+        return window._replace(taught=TopKLogProbs(tokens_LxK.astype(np.int32), log_p_LxK))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from prmoe_jax import config as configs
 from prmoe_jax.config import Config
 from prmoe_jax.data.pipeline import Batch
-from prmoe_jax.distill.loss import teach, token_sums
+from prmoe_jax.distill.loss import run_teacher, token_sums
 from prmoe_jax.model.loss import Measure
 from prmoe_jax.model.transformer import Transformer
 
@@ -43,7 +43,9 @@ class Distiller:
         def measure(model: Transformer, x_BxLxD: jax.Array, batch: Batch) -> dict[str, jax.Array]:
             lesson = batch.taught
             if self.teacher:
-                lesson = teach(self.teacher, teacher_model, batch, self.config.teacher, keys_B)
+                lesson = run_teacher(
+                    self.teacher, teacher_model, batch, self.config.teacher, keys_B
+                )
             table_VxD = model.output_table(x_BxLxD.dtype)
             return token_sums(x_BxLxD, table_VxD, lesson, batch, self.config.kd)._asdict()
 

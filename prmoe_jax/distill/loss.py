@@ -9,23 +9,23 @@ import jax
 import jax.numpy as jnp
 
 from prmoe_jax.config import Config, KdConfig, TeacherConfig
-from prmoe_jax.data.pipeline import Batch, Likeliest
+from prmoe_jax.data.pipeline import Batch, TopKLogProbs
 from prmoe_jax.model.transformer import Transformer, fold_in
 
 # Tokens of a sequence whose logits are alive at once, the student's and the teacher's.
 CHUNK = 256
 
 
-class Lesson(NamedTuple):
+class TeacherOutput(NamedTuple):
     """What a teacher says of a batch: its final activations, and its output matrix."""
 
     x_BxLxD: jax.Array
     table_VxD: jax.Array
 
 
-def teach(
+def run_teacher(
     teacher: Config, model: Transformer, batch: Batch, settings: TeacherConfig, keys_B
-) -> Lesson:
+) -> TeacherOutput:
     """Runs a frozen teacher over a batch.
 
     Args:
@@ -42,7 +42,7 @@ def teach(
         x_BxLxD, _ = model(*inputs, capacity_factor=factor, keys_B=keys_B)
     else:
         x_BxLxD, _ = model(*inputs, capacity_factor=evaluation_capacity(teacher, settings))
-    return Lesson(x_BxLxD, model.output_table(x_BxLxD.dtype))
+    return TeacherOutput(x_BxLxD, model.output_table(x_BxLxD.dtype))
 
 
 def evaluation_capacity(teacher: Config, settings: TeacherConfig) -> float:
@@ -59,7 +59,7 @@ class TokenSums(NamedTuple):
 
 
 def token_sums(
-    x_BxLxD, table_VxD, lesson: Lesson | Likeliest, batch: Batch, kd: KdConfig
+    x_BxLxD, table_VxD, lesson: TeacherOutput | TopKLogProbs, batch: Batch, kd: KdConfig
 ) -> TokenSums:
     """Cross-entropy and distance from the teacher, `CHUNK` tokens of every sequence at a time.
 
@@ -71,8 +71,8 @@ def token_sums(
         x_BxTxD, taught, targets_BxT, mask_BxT = part
         with jax.named_scope("logits"):
             logits_BxTxV = product(x_BxTxD, table_VxD)
-            if isinstance(lesson, Likeliest):
-                distance_BxT = from_likeliest(taught, logits_BxTxV, kd)
+            if isinstance(lesson, TopKLogProbs):
+                distance_BxT = divergence_from_top_k(taught, logits_BxTxV, kd)
             else:
                 distance_BxT = divergence(product(taught, lesson.table_VxD), logits_BxTxV, kd)
             log_z_BxT = jax.nn.logsumexp(logits_BxTxV, axis=-1)
@@ -80,7 +80,7 @@ def token_sums(
             found = log_z_BxT - target_BxT, jnp.square(log_z_BxT), distance_BxT
         return TokenSums(*(s + (f * mask_BxT).sum() for s, f in zip(sums, found, strict=True))), ()
 
-    taught = lesson if isinstance(lesson, Likeliest) else lesson.x_BxLxD
+    taught = lesson if isinstance(lesson, TopKLogProbs) else lesson.x_BxLxD
     parts = x_BxLxD, taught, batch.targets_BxL, batch.mask_BxL
     return jax.lax.scan(add, TokenSums(*[jnp.zeros(())] * 3), jax.tree.map(_cut, parts))[0]
 
@@ -94,7 +94,7 @@ class Agreement(NamedTuple):
     teacher_loss: jax.Array  # the teacher's cross-entropy in nats
 
 
-def agreement(x_BxLxD, table_VxD, lesson: Lesson, batch: Batch) -> Agreement:
+def agreement(x_BxLxD, table_VxD, lesson: TeacherOutput, batch: Batch) -> Agreement:
     """Compares a model's final activations with its teacher's, `CHUNK` tokens at a time."""
 
     def add(sums, part):
@@ -115,7 +115,7 @@ def agreement(x_BxLxD, table_VxD, lesson: Lesson, batch: Batch) -> Agreement:
     return jax.lax.scan(add, Agreement(*[jnp.zeros(())] * 4), jax.tree.map(_cut, parts))[0]
 
 
-def recorded(lesson: Lesson, kd: KdConfig) -> Likeliest:
+def recorded(lesson: TeacherOutput, kd: KdConfig) -> TopKLogProbs:
     """What to keep of a lesson for students to come, `CHUNK` tokens of a sequence at a time."""
 
     def of_chunk(x_BxTxD):
@@ -147,20 +147,20 @@ def divergence(teacher_BxTxV, student_BxTxV, kd: KdConfig) -> jax.Array:
     Logits are float32.
     """
     if kd.kind == "top_k":
-        return from_likeliest(likeliest(teacher_BxTxV, kd), student_BxTxV, kd)
+        return divergence_from_top_k(likeliest(teacher_BxTxV, kd), student_BxTxV, kd)
     log_p, log_q = (
         jax.nn.log_softmax(logits / kd.temperature) for logits in (teacher_BxTxV, student_BxTxV)
     )
     return _kl(log_q, log_p, kd) if kd.kind == "reverse" else _kl(log_p, log_q, kd)
 
 
-def likeliest(teacher_BxTxV, kd: KdConfig) -> Likeliest:
+def likeliest(teacher_BxTxV, kd: KdConfig) -> TopKLogProbs:
     """The `kd.top_k` likeliest tokens of softmax(teacher / T); log-probabilities in float32."""
     log_p, tokens = jax.lax.top_k(jax.nn.log_softmax(teacher_BxTxV / kd.temperature), kd.top_k)
-    return Likeliest(tokens, log_p)
+    return TopKLogProbs(tokens, log_p)
 
 
-def from_likeliest(teacher: Likeliest, student_BxTxV, kd: KdConfig) -> jax.Array:
+def divergence_from_top_k(teacher: TopKLogProbs, student_BxTxV, kd: KdConfig) -> jax.Array:
     """`divergence` of kind 'top_k', by what is known of the teacher."""
     tokens_BxTxK, log_p_BxTxK = teacher
     log_q_BxTxV = jax.nn.log_softmax(student_BxTxV / kd.temperature)

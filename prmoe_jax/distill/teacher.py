@@ -16,10 +16,17 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from prmoe_jax.config import Config, group_rows, teacher_of
-from prmoe_jax.data.pipeline import Batch, Data, Likeliest, eval_batches, load_data, train_iterator
+from prmoe_jax.data.pipeline import (
+    Batch,
+    Data,
+    TopKLogProbs,
+    eval_batches,
+    load_data,
+    train_iterator,
+)
 from prmoe_jax.data.tokenizer import Tokenizer, check_same
 from prmoe_jax.distill import teacher_cache as lessons
-from prmoe_jax.distill.loss import evaluation_capacity, recorded, teach
+from prmoe_jax.distill.loss import evaluation_capacity, recorded, run_teacher
 from prmoe_jax.distill.student import cut, layer_map, magnitudes, taylor
 from prmoe_jax.errors import UserError
 from prmoe_jax.model.backends import resolve_backends
@@ -90,7 +97,7 @@ def restore_teacher(
     return Teacher(settings, step, model)
 
 
-def frozen(teacher: Teacher, mesh: Mesh) -> Teacher:
+def cast_to_compute_dtype(teacher: Teacher, mesh: Mesh) -> Teacher:
     """The teacher in the dtype it computes in, which changes nothing that it says."""
     places = sharding.shardings(teacher.model, mesh)
     dtype = jnp.dtype(teacher.config.model.dtype)
@@ -99,7 +106,7 @@ def frozen(teacher: Teacher, mesh: Mesh) -> Teacher:
     )
 
 
-def write_lessons(config: Config, folder: Path) -> dict:
+def write_teacher_cache(config: Config, folder: Path) -> dict:
     """`prmoe teacher-cache`: what the teacher of `config` expects of its training split, for many.
 
     Args:
@@ -118,15 +125,15 @@ def write_lessons(config: Config, folder: Path) -> dict:
     mesh = make_mesh(config)
     data = load_data(config.data, config.model.vocab_size, config.model.length)
     with jax.set_mesh(mesh):
-        teacher = frozen(restore_teacher(config, mesh, data.tokenizer), mesh)
+        teacher = cast_to_compute_dtype(restore_teacher(config, mesh, data.tokenizer), mesh)
         _check_windows_apart(teacher.config, config)
         # A portion of training's batch at a time: what a window gets doesn't depend on the others.
         rows = config.train.batch_size // config.train.accumulate
         batches = eval_batches(data.train, rows, rows=local_rows(mesh, rows))
 
         @partial(jax.jit, out_shardings=replicated(mesh))
-        def predict(model: Transformer, batch: Batch) -> Likeliest:
-            lesson = teach(teacher.config, model, batch, config.teacher, None)
+        def predict(model: Transformer, batch: Batch) -> TopKLogProbs:
+            lesson = run_teacher(teacher.config, model, batch, config.teacher, None)
             return recorded(lesson, config.kd)
 
         def predictions():
@@ -154,7 +161,7 @@ def _check_windows_apart(teacher: Config, student: Config) -> None:
 MEASURED_BATCHES = 16
 
 
-def inherited(config: Config, teacher: Teacher, data: Data, mesh: Mesh) -> Transformer:
+def init_from_teacher(config: Config, teacher: Teacher, data: Data, mesh: Mesh) -> Transformer:
     """The student of `config` as the part of its teacher that `student.py` describes.
 
     Args:
@@ -175,7 +182,7 @@ def inherited(config: Config, teacher: Teacher, data: Data, mesh: Mesh) -> Trans
             load[layer] = _expert_load(Path(config.teacher.workdir), teacher.step, layer)
     log.info("the student starts as layers %s of its teacher", " ".join(map(str, layers)))
     if config.teacher.importance == "taylor":
-        worth = _worth(config, teacher, data, mesh)
+        worth = _importance(config, teacher, data, mesh)
     else:
         worth = magnitudes(teacher.model)
     part = partial(cut, student=shapes, layers=layers, load=load)
@@ -185,9 +192,12 @@ def inherited(config: Config, teacher: Teacher, data: Data, mesh: Mesh) -> Trans
     )
 
 
-def _worth(config: Config, teacher: Teacher, data: Data, mesh: Mesh) -> dict[str, jax.Array]:
+def _importance(config: Config, teacher: Teacher, data: Data, mesh: Mesh) -> dict[str, jax.Array]:
     """`student.taylor` over the run's first batches, in evaluation's mode."""
-    measure, batch_size = jax.jit(measure_worth(config, teacher.config)), config.train.batch_size
+    measure, batch_size = (
+        jax.jit(measure_importance(config, teacher.config)),
+        config.train.batch_size,
+    )
     total = None
     batches = train_iterator(data.train, batch_size, config.seed, local_rows(mesh, batch_size))
     for batch in itertools.islice(batches, MEASURED_BATCHES):
@@ -197,7 +207,7 @@ def _worth(config: Config, teacher: Teacher, data: Data, mesh: Mesh) -> dict[str
     return total
 
 
-def measure_worth(
+def measure_importance(
     config: Config, teacher: Config
 ) -> Callable[[Transformer, Batch], dict[str, jax.Array]]:
     """A function of (the teacher's model, batch): `student.taylor` of the batch's mean loss.

@@ -1,7 +1,7 @@
-"""A teacher's predictions of a training split, written once: many students learn from one reading.
+"""A teacher's predictions of a training split, recorded once for many students.
 
-A folder holds tokens.npy and log_p.npy, [windows, L, K] each (`pipeline.Likeliest`), and meta.json:
-of which windows, by which teacher, at which temperature.
+A folder holds tokens.npy and log_p.npy, [windows, L, K] each (`pipeline.TopKLogProbs`), and
+meta.json, which says of which windows, by which teacher and at which temperature.
 """
 
 import contextlib
@@ -19,20 +19,20 @@ from prmoe_jax import files
 from prmoe_jax.config import Config, expand
 from prmoe_jax.data import cache
 from prmoe_jax.data.arrays import ArrayWriter, open_array
-from prmoe_jax.data.pipeline import Data, Likeliest, Windows, windows_fingerprint
+from prmoe_jax.data.pipeline import Data, TopKLogProbs, Windows, windows_fingerprint
 from prmoe_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
 
 def _parts(config: Config) -> tuple[tuple[str, type], ...]:
-    """Name and dtype of each file, in the order of `Likeliest`."""
+    """Name and dtype of each file, in the order of `TopKLogProbs`."""
     token_type = np.uint16 if config.model.vocab_size <= 1 << 16 else np.uint32
     return ("tokens.npy", token_type), ("log_p.npy", np.float32)
 
 
 def write(
-    folder: Path, data: Data, config: Config, teacher: dict, predictions: Iterable[Likeliest]
+    folder: Path, data: Data, config: Config, teacher: dict, predictions: Iterable[TopKLogProbs]
 ) -> dict:
     """Writes a folder, whole or not at all.
 
@@ -118,7 +118,7 @@ def attach(data: Data, config: Config) -> Data:
         shape = len(data.train), data.train.length, top_k
         parts = [open_array(folder / name, dtype, shape) for name, dtype in _parts(config)]
     log.info("lessons of %s: the %d likeliest tokens", meta.get("teacher"), kd.top_k)
-    taught = Likeliest(*(part[..., : kd.top_k] for part in parts))
+    taught = TopKLogProbs(*(part[..., : kd.top_k] for part in parts))
     train = data.train
     return dataclasses.replace(
         data,

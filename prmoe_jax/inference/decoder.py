@@ -8,12 +8,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from prmoe_jax.model.attention import Past
+from prmoe_jax.model.attention import KVCache
 from prmoe_jax.model.transformer import Transformer
-from prmoe_jax.moe.experts import SeparateExperts
+from prmoe_jax.moe.experts import UnstackedExperts
 from prmoe_jax.moe.layer import MoE
-from prmoe_jax.nn.matmul import narrowed, scores
+from prmoe_jax.nn.matmul import scores
 from prmoe_jax.nn.parameters import PARAMETERS
+from prmoe_jax.nn.quantized import quantize
 from prmoe_jax.parallel import sharding
 
 
@@ -43,28 +44,28 @@ class Decoder(nnx.Module):
         if weights != "float32":
             self._narrow(weights)
 
-    def empty_past(self, batch: int, room: int) -> list[Past]:
+    def empty_cache(self, batch: int, room: int) -> list[KVCache]:
         """Room for keys and values of so many tokens, of every layer."""
         config = self.config
         shape = batch, config.heads, config.d_model // config.heads, room
-        return [Past.empty(*shape, config.dtype) for _ in self.layers]
+        return [KVCache.empty(*shape, config.dtype) for _ in self.layers]
 
     def __call__(
-        self, tokens_BxQ: jax.Array, valid_BxQ: jax.Array, past: list[Past], length_B: jax.Array
-    ) -> tuple[jax.Array, list[Past]]:
+        self, tokens_BxQ: jax.Array, valid_BxQ: jax.Array, past: list[KVCache], length_B: jax.Array
+    ) -> tuple[jax.Array, list[KVCache]]:
         """Goes on from what was seen: the final activations [B, Q, D], and the past with them.
 
         Args:
           tokens_BxQ: the next tokens of each sequence: of a prompt, or one a sequence.
           valid_BxQ: False for padding, which stands at the end.
-          past: from `empty_past` or an earlier call.
+          past: from `empty_cache` or an earlier call.
           length_B: tokens of each sequence in the past; these count from there.
         """
         place_BxQ = length_B[:, None] + jnp.arange(tokens_BxQ.shape[1])
         with jax.named_scope("embedding"):
-            x_BxQxD = sharding.look_up("tokens", self.tokens[...], tokens_BxQ)
-            x_BxQxD += sharding.look_up("positions", self.positions[...], place_BxQ)
-        x_BxQxD = sharding.constrain_rows(x_BxQxD.astype(self.config.dtype))
+            x_BxQxD = sharding.embed("tokens", self.tokens[...], tokens_BxQ)
+            x_BxQxD += sharding.embed("positions", self.positions[...], place_BxQ)
+        x_BxQxD = sharding.constrain_batch(x_BxQxD.astype(self.config.dtype))
         after = []
         for block, p in zip(self.layers, past, strict=True):
             x_BxQxD, _, p = block(
@@ -88,7 +89,7 @@ class Decoder(nnx.Module):
                 for axis, letter in enumerate(parameter.dims)
                 if letter in parameter.contracted
             )
-            setattr(module, name, nnx.Param(narrowed(getattr(module, name)[...], kind, summed)))
+            setattr(module, name, nnx.Param(quantize(getattr(module, name)[...], kind, summed)))
 
         hold(self, "tokens", "tokens")
         for layer in self.layers:
@@ -107,5 +108,5 @@ def decoder(model: Transformer, weights: str, mesh: Mesh) -> Decoder:
     held = jax.jit(partial(Decoder, weights=weights), out_shardings=places)(model)
     for layer in held.layers:
         if isinstance(layer.mlp, MoE) and layer.mlp.moe.dispatch == "gather/blocked":  # a CPU's
-            layer.mlp.experts = SeparateExperts(layer.mlp.experts)
+            layer.mlp.experts = UnstackedExperts(layer.mlp.experts)
     return held

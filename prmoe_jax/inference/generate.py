@@ -18,7 +18,7 @@ from prmoe_jax.config import MeshConfig, check_runs_without_limit
 from prmoe_jax.data.tokenizer import Tokenizer
 from prmoe_jax.errors import UserError
 from prmoe_jax.inference.decoder import Decoder, decoder
-from prmoe_jax.model.attention import Past
+from prmoe_jax.model.attention import KVCache
 from prmoe_jax.parallel.mesh import batch_axes
 from prmoe_jax.run import directory as workdirs
 from prmoe_jax.run.restore import restore_run
@@ -26,7 +26,7 @@ from prmoe_jax.run.restore import restore_run
 log = logging.getLogger(__name__)
 
 # Tokens of each prompt that are read at once, and steps until the host looks at what came.
-PIECE = 64
+PREFILL_CHUNK = 64
 STEPS = 16
 WEIGHTS = "float32", "bfloat16", "int8"
 # Below the first temperature only the likeliest token has a chance, above the second all have the
@@ -67,7 +67,7 @@ class State(NamedTuple):
     length_B: jax.Array  # tokens so far
     stop_B: jax.Array  # where each ends at the latest
     x_BxD: jax.Array  # the last token's activations
-    past: list[Past]
+    past: list[KVCache]
     key_B: jax.Array
 
 
@@ -145,7 +145,7 @@ class Generator:
                 f"the prompt's {longest} tokens and --tokens={tokens} exceed the context of "
                 f"{length}; shorten the prompt or use --tokens={max(0, length - longest)}"
             )
-        written = [Written(self.tokenizer, stop, start[1:]) for start in starts]
+        written = [TextStream(self.tokenizer, stop, start[1:]) for start in starts]
         with jax.set_mesh(self.mesh):
             state = self._start(starts, seeds, tokens)
             read = [len(start) for start in starts]
@@ -184,9 +184,9 @@ class Generator:
         """Reads the prompts; rows that fill up the batch have nothing to do."""
         devices = math.prod(self.mesh.shape[name] for name in batch_axes(self.mesh))
         batch = -(-len(starts) // devices) * devices
-        pieces = -(-max(map(len, starts)) // PIECE)
+        pieces = -(-max(map(len, starts)) // PREFILL_CHUNK)
         # A piece more, since a row that has ended goes on being written past its end.
-        room = pieces * PIECE + -(-tokens // PIECE) * PIECE
+        room = pieces * PREFILL_CHUNK + -(-tokens // PREFILL_CHUNK) * PREFILL_CHUNK
         tokens_BxT = np.zeros((batch, room), np.int32)
         lengths = np.ones(batch, np.int32)
         for row, start in enumerate(starts):
@@ -199,7 +199,7 @@ class Generator:
         )
 
 
-class Written:
+class TextStream:
     """The text of one continuation, as its tokens come.
 
     What a decoder writes for a token can depend on the tokens before it: a space between words,
@@ -292,20 +292,20 @@ def _check_text(option: str, text: str) -> None:
 def read(decoder: Decoder, tokens_BxT, length_B, stop_B, key_B, pieces: int) -> State:
     """The prompts, a piece of each at a time."""
     batch, room = tokens_BxT.shape
-    past = decoder.empty_past(batch, room)
+    past = decoder.empty_cache(batch, room)
     x_BxD = jnp.zeros((batch, decoder.config.d_model), decoder.config.dtype)
 
     def read(i, carry):
         x_BxD, past = carry
-        begin = i * PIECE
-        piece_BxQ = jax.lax.dynamic_slice_in_dim(tokens_BxT, begin, PIECE, axis=1)
-        valid_BxQ = begin + jnp.arange(PIECE) < length_B[:, None]
+        begin = i * PREFILL_CHUNK
+        piece_BxQ = jax.lax.dynamic_slice_in_dim(tokens_BxT, begin, PREFILL_CHUNK, axis=1)
+        valid_BxQ = begin + jnp.arange(PREFILL_CHUNK) < length_B[:, None]
         x_BxQxD, past = decoder(piece_BxQ, valid_BxQ, past, jnp.full(batch, begin))
         last_B = length_B - 1 - begin
         found_BxD = jnp.take_along_axis(
-            x_BxQxD, jnp.clip(last_B, 0, PIECE - 1)[:, None, None], axis=1
+            x_BxQxD, jnp.clip(last_B, 0, PREFILL_CHUNK - 1)[:, None, None], axis=1
         )[:, 0]
-        here_Bx1 = ((last_B >= 0) & (last_B < PIECE))[:, None]
+        here_Bx1 = ((last_B >= 0) & (last_B < PREFILL_CHUNK))[:, None]
         return jnp.where(here_Bx1, found_BxD, x_BxD), past
 
     x_BxD, past = jax.lax.fori_loop(0, pieces, read, (x_BxD, past))

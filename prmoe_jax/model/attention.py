@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 
 from prmoe_jax.config import ModelConfig
 from prmoe_jax.nn import remat
-from prmoe_jax.nn.matmul import product
+from prmoe_jax.nn.matmul import matmul
 from prmoe_jax.nn.parameters import normal
 from prmoe_jax.parallel.mesh import batch_axes
 
@@ -89,28 +89,30 @@ def splash(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segments_BxL, interpret: bool = Fals
     return batched(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segments_BxL)
 
 
-class Past(NamedTuple):
+class KVCache(NamedTuple):
     """Keys and values of tokens already seen, in the order in which a CPU's products read them."""
 
     k_BxHxKxT: jax.Array
     v_BxHxTxK: jax.Array
 
     @classmethod
-    def empty(cls, batch: int, heads: int, width: int, room: int, dtype) -> "Past":
+    def empty(cls, batch: int, heads: int, width: int, room: int, dtype) -> "KVCache":
         """Room for so many tokens."""
         shapes = (batch, heads, width, room), (batch, heads, room, width)
         return cls(*(jnp.zeros(shape, dtype) for shape in shapes))
 
-    def extended(self, k_BxQxHxK: jax.Array, v_BxQxHxK: jax.Array, place_BxQ: jax.Array) -> "Past":
+    def extended(
+        self, k_BxQxHxK: jax.Array, v_BxQxHxK: jax.Array, place_BxQ: jax.Array
+    ) -> "KVCache":
         """With the keys and values of more tokens, each at its place, lost past the end."""
         row_Bx1 = jnp.arange(len(place_BxQ))[:, None]
-        return Past(
+        return KVCache(
             self.k_BxHxKxT.at[row_Bx1, :, :, place_BxQ].set(k_BxQxHxK),
             self.v_BxHxTxK.at[row_Bx1, :, place_BxQ].set(v_BxQxHxK),
         )
 
 
-def attend_to_past(q_BxQxHxK, past: Past, place_BxQ) -> jax.Array:
+def attend_to_cache(q_BxQxHxK, past: KVCache, place_BxQ) -> jax.Array:
     """softmax(q kᵀ / √K) v over the keys up to each query's own place; [B, Q, H, K]."""
     score_BxHxQxT = jnp.einsum(
         "BQHK,BHKT->BHQT", q_BxQxHxK, past.k_BxHxKxT, preferred_element_type=jnp.float32
@@ -139,9 +141,9 @@ class Attention(nnx.Module):
         self,
         x_BxLxD: jax.Array,
         segments_BxL: jax.Array,
-        past: Past | None = None,
+        past: KVCache | None = None,
         place_BxL: jax.Array | None = None,
-    ) -> tuple[jax.Array, Past | None]:
+    ) -> tuple[jax.Array, KVCache | None]:
         """Maps [B, L, D] to [B, L, D] in x's dtype.
 
         Args:
@@ -152,14 +154,14 @@ class Attention(nnx.Module):
         """
         b_qkv, b_out = (p[...].astype(x_BxLxD.dtype) for p in (self.b_qkv, self.b_out))
         if past is not None:
-            qkv_BxLx3xHxK = product(x_BxLxD, self.w_qkv[...]) + b_qkv
+            qkv_BxLx3xHxK = matmul(x_BxLxD, self.w_qkv[...]) + b_qkv
             q, k, v = (qkv_BxLx3xHxK[:, :, i] for i in range(3))
             # Or XLA writes the new keys twice, once into a copy of the past for the product.
             past = jax.lax.optimization_barrier(past.extended(k, v, place_BxL))
-            y_BxLxHxK = attend_to_past(q, past, place_BxL)
-            return product(y_BxLxHxK, self.w_out[...], axes=2) + b_out, past
+            y_BxLxHxK = attend_to_cache(q, past, place_BxL)
+            return matmul(y_BxLxHxK, self.w_out[...], axes=2) + b_out, past
         w_qkv, w_out = (p[...].astype(x_BxLxD.dtype) for p in (self.w_qkv, self.w_out))
         project = partial(jnp.einsum, "BLD,DHK->BLHK", x_BxLxD)
-        q, k, v = (remat.product(project(w_qkv[:, i]) + b_qkv[i]) for i in range(3))
+        q, k, v = (remat.save_matmul(project(w_qkv[:, i]) + b_qkv[i]) for i in range(3))
         y_BxLxHxK = attend(q, k, v, segments_BxL, self.implementation)
         return jnp.einsum("BLHK,HKD->BLD", y_BxLxHxK, w_out) + b_out, None

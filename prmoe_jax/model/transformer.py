@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from prmoe_jax.config import Config, ModelConfig, MoeConfig, architecture
-from prmoe_jax.model.attention import Attention, Past
+from prmoe_jax.model.attention import Attention, KVCache
 from prmoe_jax.moe.layer import MoE
 from prmoe_jax.moe.routing import RouterMetrics
 from prmoe_jax.nn import remat
@@ -55,13 +55,13 @@ class Block(nnx.Module):
 
     def __call__(
         self, x_BxLxD, segments_BxL, capacity_factor: float, keys_B=None, past=None, place_BxL=None
-    ) -> tuple[jax.Array, RouterMetrics | None, Past | None]:
+    ) -> tuple[jax.Array, RouterMetrics | None, KVCache | None]:
         """Returns the activations, a MoE layer's statistics, and `past` with these tokens."""
         keys = [None] * 3 if keys_B is None else [fold_in(keys_B, i) for i in range(3)]
         with jax.named_scope("attention"):
             normed_BxLxD = self.norm_attention(x_BxLxD)
             y_BxLxD, past = self.attention(normed_BxLxD, segments_BxL, past, place_BxL)
-            x_BxLxD = remat.product(x_BxLxD + dropout(y_BxLxD, self.dropout, keys[0]))
+            x_BxLxD = remat.save_matmul(x_BxLxD + dropout(y_BxLxD, self.dropout, keys[0]))
         y_BxLxD = self.norm_mlp(x_BxLxD)
         metrics = None
         if isinstance(self.mlp, MoE):
@@ -69,7 +69,7 @@ class Block(nnx.Module):
         else:
             with jax.named_scope("mlp"):
                 y_BxLxD = self.mlp(y_BxLxD)
-        return remat.product(x_BxLxD + dropout(y_BxLxD, self.dropout, keys[2])), metrics, past
+        return remat.save_matmul(x_BxLxD + dropout(y_BxLxD, self.dropout, keys[2])), metrics, past
 
 
 class Stage(nnx.Module):
@@ -90,8 +90,8 @@ class Stage(nnx.Module):
 
         def cell(x_BxLxD, stacked):
             blocks, keys_B = stacked
-            x_BxLxD, metrics = sharding.constrain_rows(x_BxLxD), []
-            for i, block in enumerate(sharding.gathered(blocks)):
+            x_BxLxD, metrics = sharding.constrain_batch(x_BxLxD), []
+            for i, block in enumerate(sharding.all_gather_params(blocks)):
                 keys = None if keys_B is None else fold_in(keys_B, i)
                 x_BxLxD, m, _ = block(x_BxLxD, segments_BxL, capacity_factor, keys)
                 metrics.append(m)
@@ -136,8 +136,8 @@ class Transformer(nnx.Module):
         place_BxL = positions(segments_BxL)
         dtype = jnp.dtype(self.config.dtype)
         with jax.named_scope("embedding"):
-            x_BxLxD = sharding.look_up("tokens", self.tokens[...], tokens_BxL)
-            x_BxLxD += sharding.look_up("positions", self.positions[...], place_BxL)
+            x_BxLxD = sharding.embed("tokens", self.tokens[...], tokens_BxL)
+            x_BxLxD += sharding.embed("positions", self.positions[...], place_BxL)
         x_BxLxD = dropout(x_BxLxD.astype(dtype), self.config.dropout, keys_B)
         metrics = []
         schedule = self.config.schedule.stages()
@@ -162,10 +162,10 @@ class Transformer(nnx.Module):
 
     def output_table(self, dtype) -> jax.Array:
         """The output matrix [V, D] in a dtype, whole but for `tensor`."""
-        return sharding.gathered({"tokens": self.tokens[...].astype(dtype)})["tokens"]
+        return sharding.all_gather_params({"tokens": self.tokens[...].astype(dtype)})["tokens"]
 
 
-def balance(model: Transformer, routers: list[RouterMetrics], rate: float) -> None:
+def update_router_bias(model: Transformer, routers: list[RouterMetrics], rate: float) -> None:
     """Moves every router's bias by `rate` towards even load, in place (DeepSeek-V3, 2.1.2).
 
     Args:

@@ -21,7 +21,7 @@ from prmoe_jax.nn import remat
 FEW = 4
 
 
-class SpreadExperts(NamedTuple):
+class ExpertParallel(NamedTuple):
     """All experts of a layer, as one device of the mesh sees them; to be called as `Experts`."""
 
     experts: Experts  # this device's part
@@ -51,12 +51,12 @@ class SpreadExperts(NamedTuple):
         """Part x goes to device x; from device x comes part x."""
         with jax.named_scope("exchange"):
             if self.exchange != "hierarchical":
-                return remat.exchanged(jax.lax.all_to_all(x_XxIxRxD, self.axes, 0, 0))
+                return remat.save_collective(jax.lax.all_to_all(x_XxIxRxD, self.axes, 0, 0))
             sizes = [jax.lax.axis_size(name) for name in self.axes]
             x = x_XxIxRxD.reshape(*sizes, *x_XxIxRxD.shape[1:])
             for i, name in reversed(list(enumerate(self.axes))):
                 x = jax.lax.all_to_all(x, name, i, i)
-            return remat.exchanged(x.reshape(x_XxIxRxD.shape))
+            return remat.save_collective(x.reshape(x_XxIxRxD.shape))
 
     def _apply(self, x_XxIxRxD: jax.Array, coordinated: bool) -> jax.Array:
         """This device's experts on the rows of all; their hidden units may be split.
@@ -69,12 +69,12 @@ class SpreadExperts(NamedTuple):
         alike = ["tensor"] if "tensor" in split and not coordinated else []
         others = tuple(name for name in split if name not in alike)
         if not split and local <= FEW:
-            return self.experts.one_by_one(x_XxIxRxD)
+            return self.experts.unrolled(x_XxIxRxD)
         x_IxRxD = x_XxIxRxD.swapaxes(0, 1).reshape(local, -1, width)
         if others:
             x_IxRxD = jax.lax.all_gather(x_IxRxD, others, axis=1, tiled=True)
         # Each device of a slice has its own part of the weights, and of the rows' gradient.
-        y_IxRxD = self.experts.without_last_bias(varying(x_IxRxD, tuple(split)))
+        y_IxRxD = self.experts.without_last_bias(mark_varying(x_IxRxD, tuple(split)))
         if others:
             y_IxRxD = jax.lax.psum_scatter(y_IxRxD, others, scatter_dimension=1, tiled=True)
         if alike:
@@ -108,7 +108,7 @@ def _all_rows(x_ExRxD: jax.Array) -> jax.Array:
 _own_rows.defvjp(lambda x: (_own_rows(x), None), lambda _, dy: (_all_rows(dy),))
 
 
-def varying(tree, axes: tuple[str, ...]):
+def mark_varying(tree, axes: tuple[str, ...]):
     """Marks what all devices hold alike as each one's own, so that its gradient is summed here."""
 
     def mark(x):

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from prmoe_jax.nn import remat
-from prmoe_jax.nn.matmul import whole
 from prmoe_jax.nn.mlp import MLP, gelu
+from prmoe_jax.nn.quantized import to_dtype
 
 
 class Experts(nnx.Module):
@@ -42,17 +42,17 @@ class Experts(nnx.Module):
         """The same but for b_out: where hidden units are split, these are the terms of a sum."""
         w_in, b_in, w_out, _ = self._weights(x_ExRxD.dtype)
         with jax.named_scope("experts"):
-            pre_ExRxF = remat.product(_product(x_ExRxD, w_in) + b_in[:, None])
+            pre_ExRxF = remat.save_matmul(_product(x_ExRxD, w_in) + b_in[:, None])
             return _product(gelu(pre_ExRxF), w_out)
 
-    def one_by_one(self, x_XxExRxD: jax.Array) -> jax.Array:
+    def unrolled(self, x_XxExRxD: jax.Array) -> jax.Array:
         """Applies expert e to x[:, e]; same shape and dtype.
 
         Rows stay where an exchange put them and every product is as plain as a dense MLP's: for a
         device that holds few experts.
         """
         with jax.named_scope("experts"):
-            return _one_by_one(x_XxExRxD, tuple(self._weights(x_XxExRxD.dtype)))
+            return _unrolled(x_XxExRxD, tuple(self._weights(x_XxExRxD.dtype)))
 
     def ragged(self, x_RxD: jax.Array, rows_E: jax.Array, expert_R: jax.Array) -> jax.Array:
         """Applies the experts to rows sorted by expert, `rows_E[e]` rows for expert e.
@@ -89,10 +89,10 @@ class Experts(nnx.Module):
         return MLP(*jax.tree.map(lambda w: w[e], weights))
 
     def _weights(self, dtype):
-        return (whole(p[...], dtype) for p in (self.w_in, self.b_in, self.w_out, self.b_out))
+        return (to_dtype(p[...], dtype) for p in (self.w_in, self.b_in, self.w_out, self.b_out))
 
 
-class SeparateExperts(nnx.Module):
+class UnstackedExperts(nnx.Module):
     """The same with arrays of its own for each expert, and without derivatives: as a CPU decodes.
 
     XLA would copy an expert's part of an array, on one core, and multiply by the copy; an array it
@@ -200,24 +200,24 @@ def _alike(fresh: jax.Array, x: jax.Array) -> jax.Array:
 
 
 @jax.custom_vjp
-def _one_by_one(x_XxExRxD, weights):
-    return _one_by_one_forward(x_XxExRxD, weights)[0]
+def _unrolled(x_XxExRxD, weights):
+    return _unrolled_forward(x_XxExRxD, weights)[0]
 
 
-def _one_by_one_forward(x_XxExRxD, weights):
+def _unrolled_forward(x_XxExRxD, weights):
     devices, experts, rows, width = x_XxExRxD.shape
     outputs, saved = [], []
     for e in range(experts):
         w_in, b_in, w_out, b_out = (w[e] for w in weights)
         x_QxD = x_XxExRxD[:, e].reshape(-1, width)
-        pre_QxF = remat.product(x_QxD @ w_in + b_in)
+        pre_QxF = remat.save_matmul(x_QxD @ w_in + b_in)
         # The bias after the reshape, or the write into the result isn't fused.
         outputs.append((gelu(pre_QxF) @ w_out).reshape(devices, rows, width) + b_out)
         saved.append((x_QxD, pre_QxF))
     return _join(outputs, 1), (saved, weights)
 
 
-def _one_by_one_backward(residuals, dy_XxExRxD):
+def _unrolled_backward(residuals, dy_XxExRxD):
     saved, weights = residuals
     devices, _, rows, width = dy_XxExRxD.shape
     inputs, gradients = [], []
@@ -231,7 +231,7 @@ def _one_by_one_backward(residuals, dy_XxExRxD):
     return _join(inputs, 1), tuple(_join(list(p), 0) for p in zip(*gradients, strict=True))
 
 
-_one_by_one.defvjp(_one_by_one_forward, _one_by_one_backward)
+_unrolled.defvjp(_unrolled_forward, _unrolled_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 
 from prmoe_jax.config import ModelConfig, MoeConfig
 from prmoe_jax.moe import dispatch
-from prmoe_jax.moe.exchange import SpreadExperts, varying
+from prmoe_jax.moe.exchange import ExpertParallel, mark_varying
 from prmoe_jax.moe.experts import Experts
 from prmoe_jax.moe.routing import RouterMetrics, capacity, route
 from prmoe_jax.nn import remat
@@ -76,7 +76,7 @@ class MoE(nnx.Module):
         )
         mix_BxLx2 = mix_BxLx2.astype(x_BxLxD.dtype)
         with jax.named_scope("mlp"):
-            residual_BxLxD = remat.product(self.mlp(x_BxLxD))
+            residual_BxLxD = remat.save_matmul(self.mlp(x_BxLxD))
         y_BxLxD = y_BxLxD * mix_BxLx2[..., :1] + residual_BxLxD * mix_BxLx2[..., 1:]
         return y_BxLxD, metrics
 
@@ -92,12 +92,12 @@ class MoE(nnx.Module):
         rows = PartitionSpec(axes)
 
         def local(parts, *inputs):
-            parts = varying(parts, axes)
+            parts = mark_varying(parts, axes)
             if mesh.shape["data"] * mesh.shape["fsdp"] < mesh.size:
                 spread_over = expert_axes(mesh, self.experts.count)
-                parts["experts"] = SpreadExperts(parts["experts"], spread_over, self.moe.exchange)
+                parts["experts"] = ExpertParallel(parts["experts"], spread_over, self.moe.exchange)
             y_BxLxD, kept_BxL, metrics = routed(parts, *inputs)
-            return y_BxLxD, kept_BxL, jax.lax.psum(varying(metrics, axes), axes)
+            return y_BxLxD, kept_BxL, jax.lax.psum(mark_varying(metrics, axes), axes)
 
         return jax.shard_map(
             local,

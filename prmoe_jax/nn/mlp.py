@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from prmoe_jax.nn import remat
-from prmoe_jax.nn.matmul import product
+from prmoe_jax.nn.matmul import matmul
 
 
 def gelu(x: jax.Array) -> jax.Array:
@@ -31,5 +31,5 @@ class MLP(nnx.Module):
     def __call__(self, x_D: jax.Array) -> jax.Array:
         """Maps [..., D] to [..., D] in x's dtype."""
         b_in, b_out = (p[...].astype(x_D.dtype) for p in (self.b_in, self.b_out))
-        h_F = gelu(remat.product(product(x_D, self.w_in[...]) + b_in))
-        return product(h_F, self.w_out[...]) + b_out
+        h_F = gelu(remat.save_matmul(matmul(x_D, self.w_in[...]) + b_in))
+        return matmul(h_F, self.w_out[...]) + b_out

@@ -48,7 +48,7 @@ def choose_mesh(config: Config, devices: int, any_batch: bool = False) -> Config
         return config
     problem = None
     for tensor in _divisors(devices):
-        suggested = dataclasses.replace(config, mesh=propose(config, devices, tensor))
+        suggested = dataclasses.replace(config, mesh=suggest_mesh(config, devices, tensor))
         try:
             (axis_sizes if any_batch else check_fits)(suggested, devices)
         except UserError as error:
@@ -125,7 +125,7 @@ def check_fits(config: Config, devices: int) -> None:
 FSDP_DEVICES = 16
 
 
-def propose(
+def suggest_mesh(
     config: Config,
     devices: int,
     tensor: int = 1,
@@ -165,7 +165,7 @@ def leaner(config: Config, devices: int) -> Iterator[MeshConfig]:
         for expert_slice in _divisors(devices // tensor) if moe else [1]:
             found = set()
             for fsdp in (d for d in _divisors(devices) if d >= FSDP_DEVICES or d == devices):
-                mesh = propose(config, devices, tensor, expert_slice, fsdp)
+                mesh = suggest_mesh(config, devices, tensor, expert_slice, fsdp)
                 if mesh in found:
                     continue
                 found.add(mesh)

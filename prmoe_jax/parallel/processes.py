@@ -40,7 +40,7 @@ _calls = itertools.count()  # the same on all processes, which make the same cal
 
 
 @contextlib.contextmanager
-def joined() -> Iterator[None]:
+def initialize_distributed() -> Iterator[None]:
     """Makes this process one of a run's, before JAX is used for anything else.
 
     Cloud TPU pods, GKE, SLURM and Open MPI say who belongs together; elsewhere the environment
@@ -157,7 +157,7 @@ def barrier() -> None:
 
 
 @contextlib.contextmanager
-def first_before_others() -> Iterator[None]:
+def main_process_first() -> Iterator[None]:
     """Process 0 runs the block alone, then the others do, who find what it left on disk."""
     if jax.process_index() != 0:
         barrier()

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from prmoe_jax.nn.matmul import Narrow
 from prmoe_jax.nn.parameters import declaration, named_leaves
+from prmoe_jax.nn.quantized import QuantizedWeight
 from prmoe_jax.parallel.mesh import batch_axes, expert_axes
 
 
@@ -27,7 +27,7 @@ def spec(
     Raises:
       KeyError: it is not declared, or with other dimensions.
     """
-    weight = name.removesuffix(".values").removesuffix(".units")
+    weight = name.removesuffix(".values").removesuffix(".scales")
     declared = declaration(weight)
     roles = declared.split
     if len(shape) - len(roles) not in (0, 1):
@@ -40,7 +40,7 @@ def spec(
     stacked = len(shape) - len(roles)
 
     def axes(role: str, size: int) -> tuple[str, ...]:
-        if size == 1:  # of units, along what is summed over
+        if size == 1:  # a scale, along a contracted axis
             return ()
         names = {"T": ("tensor",), "F": ("slice", "tensor"), "A": ("tensor",)}.get(role, ())
         if role == "E":
@@ -90,7 +90,7 @@ def constrain(tree):
     return jax.lax.with_sharding_constraint(tree, specs(tree, mesh))
 
 
-def constrain_rows(x_BxLxD: jax.Array) -> jax.Array:
+def constrain_batch(x_BxLxD: jax.Array) -> jax.Array:
     """Holds activations to the partition of the batch."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -107,7 +107,7 @@ def expert_replicas(experts: int) -> int:
     return mesh.size // math.prod(mesh.shape[name] for name in splitting)
 
 
-def gathered(tree):
+def all_gather_params(tree):
     """Parameters about to be used: what FSDP splits is put together, nothing else moves.
 
     The gradient is summed into the parts at once, in the dtype that the parameters come in: in
@@ -130,7 +130,7 @@ _gather.defvjp(
 )
 
 
-def look_up(name: str, table_VxD: jax.Array | Narrow, ids_BxL: jax.Array) -> jax.Array:
+def embed(name: str, table_VxD: jax.Array | QuantizedWeight, ids_BxL: jax.Array) -> jax.Array:
     """table[ids]; on a mesh each device for its own rows, with every gradient summed into its part.
 
     Args:
@@ -139,9 +139,9 @@ def look_up(name: str, table_VxD: jax.Array | Narrow, ids_BxL: jax.Array) -> jax
       ids_BxL: below V.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if isinstance(table_VxD, Narrow):
-        wide = look_up(name, table_VxD.values, ids_BxL).astype(jnp.float32)
-        return wide if table_VxD.units is None else wide * look_up(name, table_VxD.units, ids_BxL)
+    if isinstance(table_VxD, QuantizedWeight):
+        wide = embed(name, table_VxD.values, ids_BxL).astype(jnp.float32)
+        return wide if table_VxD.scales is None else wide * embed(name, table_VxD.scales, ids_BxL)
     if mesh.empty:
         return table_VxD[ids_BxL]
     parts = spec(name, table_VxD.shape, mesh)
@@ -160,7 +160,7 @@ def look_up(name: str, table_VxD: jax.Array | Narrow, ids_BxL: jax.Array) -> jax
     return jax.shard_map(local, in_specs=(parts, rows), out_specs=rows)(table_VxD, ids_BxL)
 
 
-def made(make: Callable, mesh: Mesh, *arguments):
+def init_sharded(make: Callable, mesh: Mesh, *arguments):
     """What `make` makes of random numbers, each device its own part; placed by the rules."""
     places = shardings(jax.eval_shape(make, *arguments), mesh)
     on_cpus = mesh.devices.flat[0].platform == "cpu"

@@ -35,7 +35,7 @@ from prmoe_jax.plan.chips import Chip, topology_devices
 from prmoe_jax.plan.collectives import Collective, Network, collectives, hosts, kind, torus
 from prmoe_jax.plan.program import Operation, is_kernel, operations
 from prmoe_jax.run.checkpoint import TrainState
-from prmoe_jax.training.step import compiler_options, init_state, on_mesh
+from prmoe_jax.training.step import compile_train_step, compiler_options, init_state
 
 # The scopes of the model's code, innermost last in an operation's name.
 COMPONENTS = "attention mlp experts routing dispatch exchange embedding logits optimizer".split()
@@ -82,7 +82,7 @@ def plan(config: Config, topology: str, decode: int = 0, teacher: Config | None 
     if sum(held.values()) > chip.hbm_bytes:  # the compiler needn't say so
         held["needed"] = sum(held.values())
         return result
-    step = _decode_step(resolved, mesh) if decode else on_mesh(resolved, mesh, distiller)
+    step = _decode_step(resolved, mesh) if decode else compile_train_step(resolved, mesh, distiller)
     log.info("compiling the step for %s", topology)
     try:
         with jax.set_mesh(mesh):
@@ -193,7 +193,7 @@ def _teacher_shapes(config: Config) -> Transformer:
 def _decode_shapes(config: Config):
     model = jax.eval_shape(lambda: Decoder(init_model(config), config.model.dtype))
     batch, length = config.train.batch_size, config.model.length
-    return model, jax.eval_shape(lambda: model.empty_past(batch, length))
+    return model, jax.eval_shape(lambda: model.empty_cache(batch, length))
 
 
 def _decode_step(config: Config, mesh: Mesh):

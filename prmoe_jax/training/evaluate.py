@@ -15,8 +15,8 @@ from jax.sharding import Mesh
 
 from prmoe_jax.config import Config, TeacherConfig, group_rows, load
 from prmoe_jax.data.pipeline import Batch, Data, eval_batches, load_data, windows_fingerprint
-from prmoe_jax.distill.loss import Agreement, agreement, teach
-from prmoe_jax.distill.teacher import frozen, restore_teacher
+from prmoe_jax.distill.loss import Agreement, agreement, run_teacher
+from prmoe_jax.distill.teacher import cast_to_compute_dtype, restore_teacher
 from prmoe_jax.errors import UserError
 from prmoe_jax.model.loss import Sums
 from prmoe_jax.model.transformer import Transformer
@@ -140,11 +140,11 @@ def _beside_teacher(
     rows = _rows(config, mesh, load(workdir / workdirs.CONFIG))
     train = replace(config.train, batch_size=rows, accumulate=1)
     config = replace(config, train=train, teacher=TeacherConfig(workdir=str(workdir)))
-    teacher = frozen(restore_teacher(config, mesh, data.tokenizer), mesh)
+    teacher = cast_to_compute_dtype(restore_teacher(config, mesh, data.tokenizer), mesh)
 
     @partial(jax.jit, out_shardings=replicated(mesh))
     def compare(model: Transformer, taught_by: Transformer, batch: Batch) -> Agreement:
-        lesson = teach(teacher.config, taught_by, batch, config.teacher, None)
+        lesson = run_teacher(teacher.config, taught_by, batch, config.teacher, None)
         factor = config.moe.eval_capacity_factor
         x_BxLxD, _ = model(batch.tokens_BxL, batch.segments_BxL, capacity_factor=factor)
         return agreement(x_BxLxD, model.output_table(x_BxLxD.dtype), lesson, batch)

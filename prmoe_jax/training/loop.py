@@ -3,15 +3,11 @@
 import contextlib
 import logging
 import math
-import os
-import signal
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from tqdm import tqdm
 
@@ -21,7 +17,12 @@ from prmoe_jax.data import cache
 from prmoe_jax.data.pipeline import Data, load_data, pipeline_fingerprint, train_iterator
 from prmoe_jax.distill import teacher_cache as lessons
 from prmoe_jax.distill.distiller import Distiller
-from prmoe_jax.distill.teacher import Teacher, frozen, inherited, restore_teacher
+from prmoe_jax.distill.teacher import (
+    Teacher,
+    cast_to_compute_dtype,
+    init_from_teacher,
+    restore_teacher,
+)
 from prmoe_jax.errors import TrainingStopped, UserError
 from prmoe_jax.model.backends import resolve_backends
 from prmoe_jax.model.sizes import cost
@@ -45,8 +46,10 @@ from prmoe_jax.run.metrics import (
     to_python,
 )
 from prmoe_jax.training.evaluate import evaluate_model
-from prmoe_jax.training.step import init_state, make_eval_step, on_mesh, sharded_state
-from prmoe_jax.training.upcycle import started
+from prmoe_jax.training.preemption import PreemptionGuard
+from prmoe_jax.training.step import compile_train_step, init_state, make_eval_step, sharded_state
+from prmoe_jax.training.timing import Clock, Trace
+from prmoe_jax.training.upcycle import init_from_run
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +87,7 @@ def train(
             stack.enter_context(workdirs.locked(workdir))
         processes.barrier()  # the run's folder is there
         processes.check_folders(workdir, cache.root(config.data))
-        interrupted = stack.enter_context(interruption())
+        interrupted = stack.enter_context(PreemptionGuard())
         checkpoints = stack.enter_context(
             contextlib.closing(Checkpoints(workdir, config.checkpoint.keep))
         )
@@ -97,7 +100,7 @@ def train(
             checkpoints.check_new()
         # 2. The tokenizer and the data, which must be the ones the run began with.
         shape = config.model.vocab_size, config.model.length
-        with processes.first_before_others():
+        with processes.main_process_first():
             data = load_data(config.data, *shape, stored if resuming else None)
         if config.teacher.lessons:
             data = lessons.attach(data, config)
@@ -118,15 +121,15 @@ def train(
             step = 0
             state = sharded_state(resolved, mesh)
             if config.init.workdir:
-                state = state._replace(model=started(resolved, mesh, data.tokenizer))
+                state = state._replace(model=init_from_run(resolved, mesh, data.tokenizer))
         teacher, inherits = None, config.teacher.inherit and not restored
         if inherits or (step < config.kd_steps and not config.teacher.lessons):
             # A resumed run goes on with the checkpoint that taught it before.
             teacher_step = record["teacher_step"] if restored else None
             teacher = restore_teacher(resolved, mesh, data.tokenizer, teacher_step)
             if inherits:
-                state = state._replace(model=inherited(resolved, teacher, data, mesh))
-            teacher = None if config.teacher.lessons else frozen(teacher, mesh)
+                state = state._replace(model=init_from_teacher(resolved, teacher, data, mesh))
+            teacher = None if config.teacher.lessons else cast_to_compute_dtype(teacher, mesh)
         if step < config.kd_steps:
             log.info("distillation in %d of %d steps", config.kd_steps, config.total_steps)
         if first:
@@ -185,7 +188,7 @@ class Run:
         self.checkpoints, self.fingerprint = checkpoints, fingerprint
         self.writer, self.progress, self.clock = writer, progress, Clock()
         self.teacher, self.on_metrics = teacher, on_metrics
-        self.train_step = on_mesh(config, mesh, distiller)
+        self.train_step = compile_train_step(config, mesh, distiller)
         self.eval_step = jax.jit(make_eval_step(config), out_shardings=replicated(mesh))
         self.flops_per_token = cost(config.model).train_flops_per_token
         self.last_metrics: dict = {}
@@ -252,7 +255,7 @@ class Run:
         """From here on the student learns from the text alone (the paper's staged distillation)."""
         self.say(step, "distillation ends; the teacher's memory is free")
         self.teacher = None
-        self.train_step = on_mesh(self.config, self.mesh)
+        self.train_step = compile_train_step(self.config, self.mesh)
         self.clock.start = None  # the next step compiles
 
     def save(self, step: int, state: TrainState, batches) -> None:
@@ -318,107 +321,6 @@ class Run:
             self.progress.write(f"step {step}: {line}", file=sys.stderr)
         else:
             self.progress.set_postfix_str(line)
-
-
-class Trace:
-    """The profiler's trace of some steps, from `profile[0]` to `profile[1]`."""
-
-    def __init__(self, profile: tuple[int, int] | None, step: int, folder: Path):
-        """Takes the steps to trace and the step that is done; a resumed run may be past them."""
-        self.first, self.last = profile or (0, 0)
-        self.folder, self.running = folder, False
-        if profile and step >= self.last:
-            log.warning("--profile=%d:%d: those steps are done, nothing is traced", *profile)
-
-    def before(self, step: int) -> None:
-        """To be called before a step is started."""
-        if self.first <= step <= self.last and not self.running:
-            jax.profiler.start_trace(str(self.folder))
-            self.running = True
-
-    def after(self, step: int, metrics: dict, stopping: bool) -> None:
-        """To be called after it was started; writes the trace where it was the last one."""
-        if self.running and (step == self.last or stopping):
-            jax.block_until_ready(metrics)
-            jax.profiler.stop_trace()
-            self.running = False
-            log.info("profile written to %s", self.folder)
-
-
-class Clock:
-    """Throughput and the share of it lost waiting for input, since the last restart."""
-
-    def __init__(self):
-        # The first step compiles: it is not timed.
-        self.start: float | None = None
-        self.tokens, self.wait = 0, 0.0
-        self.last = {"tokens_per_second": 0.0, "input_wait_fraction": 0.0}
-
-    def restart(self) -> None:
-        self.start, self.tokens, self.wait = time.perf_counter(), 0, 0.0
-
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        begun = time.perf_counter()
-        yield
-        self.wait += time.perf_counter() - begun
-
-    def step_done(self, tokens: int) -> None:
-        if self.start is None:
-            self.restart()
-        else:
-            self.tokens += tokens
-
-    def rates(self) -> dict[str, float]:
-        """Of the time since the last call; of the last time, if no step was timed since."""
-        if self.tokens:
-            seconds = time.perf_counter() - self.start
-            self.last = {
-                "tokens_per_second": self.tokens / seconds,
-                "input_wait_fraction": self.wait / seconds,
-            }
-            self.restart()
-        return self.last
-
-
-class interruption:  # noqa: N801, reads as the statement it is
-    """While active, SIGTERM and Ctrl-C make this truthy instead of ending the process.
-
-    A second Ctrl-C ends it. Where there are several processes JAX catches SIGTERM, and lets all of
-    them know of the step to stop at; Ctrl-C at one counts as SIGTERM to it.
-    """
-
-    def __init__(self):
-        self.caught = False
-        self._several = jax.process_count() > 1
-
-    def __bool__(self) -> bool:
-        return self.caught and not self._several
-
-    def at(self, step: int) -> bool:
-        """Whether to stop after this step; to be asked at every step, by every process."""
-        if self._several:
-            return multihost_utils.reached_preemption_sync_point(step)
-        return self.caught
-
-    def __enter__(self) -> "interruption":
-        self._before = {}
-        numbers = [signal.SIGINT] if self._several else [signal.SIGTERM, signal.SIGINT]
-        with contextlib.suppress(ValueError):  # only the main thread may catch signals
-            for number in numbers:
-                self._before[number] = signal.signal(number, self._catch)
-        return self
-
-    def __exit__(self, *error) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _catch(self, number, frame) -> None:
-        if self.caught and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.caught = True
-        if self._several:
-            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def check_fingerprint(saved: dict, current: dict) -> None:

@@ -12,11 +12,11 @@ from prmoe_jax.config import Config, group_rows
 from prmoe_jax.data.pipeline import Batch
 from prmoe_jax.distill.distiller import Distiller
 from prmoe_jax.model.loss import Sums, cross_entropy, forward, totals, training_loss
-from prmoe_jax.model.transformer import Transformer, balance, init_model
+from prmoe_jax.model.transformer import Transformer, init_model, update_router_bias
 from prmoe_jax.parallel import sharding
 from prmoe_jax.parallel.mesh import replicated
 from prmoe_jax.parallel.portions import add_up
-from prmoe_jax.parallel.sharding import made
+from prmoe_jax.parallel.sharding import init_sharded
 from prmoe_jax.run.checkpoint import TrainState
 from prmoe_jax.training.optimizer import learning_rate, make_optimizer
 
@@ -71,7 +71,7 @@ def make_train_step(
             updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.model)
             model = optax.apply_updates(state.model, updates)
         if config.moe.bias_update_rate:
-            balance(model, sums.routers, config.moe.bias_update_rate)
+            update_router_bias(model, sums.routers, config.moe.bias_update_rate)
         metrics = {
             "loss": training_loss(sums, total, config, kd_weight),
             "grad_norm": optax.tree.norm(gradient),
@@ -87,10 +87,10 @@ def make_train_step(
 
 def sharded_state(config: Config, mesh: Mesh) -> TrainState:
     """The training state at step 0, each device making its own part."""
-    return made(lambda: init_state(config), mesh)
+    return init_sharded(lambda: init_state(config), mesh)
 
 
-def on_mesh(
+def compile_train_step(
     config: Config, mesh: Mesh, distiller: Distiller | None = None
 ) -> Callable[..., tuple[TrainState, dict]]:
     """`make_train_step` compiled for a mesh; the state it is given is used up."""

@@ -24,14 +24,14 @@ from prmoe_jax.model.backends import resolve_backends
 from prmoe_jax.model.layout import of_layer, places, unstack_layers
 from prmoe_jax.model.transformer import Transformer, init_model
 from prmoe_jax.nn.parameters import declaration, named_leaves
-from prmoe_jax.parallel.sharding import made
+from prmoe_jax.parallel.sharding import init_sharded
 from prmoe_jax.run import directory as workdirs
 from prmoe_jax.run.checkpoint import Checkpoints
 
 log = logging.getLogger(__name__)
 
 
-def started(config: Config, mesh: Mesh, tokenizer: Tokenizer) -> Transformer:
+def init_from_run(config: Config, mesh: Mesh, tokenizer: Tokenizer) -> Transformer:
     """The first model of a run with `config.init.workdir`.
 
     Args:
@@ -60,7 +60,7 @@ def started(config: Config, mesh: Mesh, tokenizer: Tokenizer) -> Transformer:
     def start(model):
         return upcycled(model, init_model(config), jax.random.key(config.seed), config.init.noise)
 
-    return made(start, mesh, model)
+    return init_sharded(start, mesh, model)
 
 
 @contextlib.contextmanager

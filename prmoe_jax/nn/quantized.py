@@ -1,0 +1,50 @@
+"""Weights that inference holds in fewer bits than the arithmetic."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class QuantizedWeight:
+    """A weight in bfloat16, or in int8 with a scale for each output.
+
+    The axes that its product sums over come last, because CPUs multiply few rows faster so.
+    """
+
+    values: jax.Array
+    scales: jax.Array | None  # float32, of size 1 along the contracted axes
+    contracted: tuple[int, ...] = dataclasses.field(metadata={"static": True})  # before the move
+
+    def __getitem__(self, everything) -> "QuantizedWeight":
+        """Lets `w[...]` work as on an nnx.Param."""
+        return self
+
+    def dequantize(self, dtype) -> jax.Array:
+        """The weight in a floating-point dtype, with its axes in their original order."""
+        wide = self.values.astype(dtype)
+        wide = wide if self.scales is None else wide * self.scales.astype(dtype)
+        return jnp.moveaxis(wide, range(-len(self.contracted), 0), self.contracted)
+
+
+def quantize(w: jax.Array, kind: str, contracted: tuple[int, ...]) -> QuantizedWeight:
+    """Rounds a weight to fewer bits.
+
+    Args:
+      w: the weight, float32.
+      kind: 'bfloat16' or 'int8'.
+      contracted: the axes that its product sums over, counted from the end (below 0).
+    """
+    last = tuple(range(-len(contracted), 0))
+    w = jnp.moveaxis(w, contracted, last)
+    if kind == "bfloat16":
+        return QuantizedWeight(w.astype(jnp.bfloat16), None, contracted)
+    scales = jnp.maximum(jnp.abs(w).max(last, keepdims=True), 1e-30) / 127
+    return QuantizedWeight(jnp.round(w / scales).astype(jnp.int8), scales, contracted)
+
+
+def to_dtype(w: jax.Array | QuantizedWeight, dtype) -> jax.Array:
+    """A weight in the dtype it is computed with."""
+    return w.dequantize(dtype) if isinstance(w, QuantizedWeight) else w.astype(dtype)
