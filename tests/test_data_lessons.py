@@ -81,7 +81,7 @@ def refused(folder, data, *expected):
 def test_what_was_recorded_comes_back(written):
     folder, data = written
     assert len(data.train) % 7 and len(data.train) > 14
-    taught = lessons.attach(data, config_of(folder)).train.taught
+    taught = lessons.attach(data, config_of(folder)).train.teacher_top_k
     tokens, log_p = (np.concatenate(part) for part in zip(*predictions_of(data), strict=True))
     np.testing.assert_array_equal(taught.tokens_BxLxK, tokens[: len(data.train)])
     np.testing.assert_array_equal(taught.log_p_BxLxK, log_p[: len(data.train)])

@@ -161,7 +161,7 @@ def test_what_was_recorded_of_a_window_comes_with_it():
     said = np.arange(places * 2, dtype=np.uint16).reshape(18, 7, 2)
     windows = Windows(cache, 7, False, TopKLogProbs(said, -np.float32(said)))
     for batch in [next(train_iterator(windows, 5, seed=1)), *eval_batches(windows, 5)]:
-        tokens, log_p = batch.taught
+        tokens, log_p = batch.teacher_top_k
         assert (tokens.dtype, log_p.dtype) == (np.int32, np.float32)
         rows = batch.segments_BxL[:, 0] > 0
         first = batch.tokens_BxL[rows, 0] - 1

@@ -22,7 +22,7 @@ from prmoe_jax.data.pipeline import Batch
 from prmoe_jax.distill import loss as distill
 from prmoe_jax.distill import teacher as teachers
 from prmoe_jax.distill.distiller import Distiller
-from prmoe_jax.distill.loss import TeacherOutput, agreement, recorded, run_teacher, token_sums
+from prmoe_jax.distill.loss import TeacherOutput, agreement, record_top_k, run_teacher, token_sums
 from prmoe_jax.errors import UserError
 from prmoe_jax.model.loss import forward, totals, training_loss
 from prmoe_jax.model.transformer import init_model
@@ -164,7 +164,7 @@ def test_divergences_by_hand(kd):
 def test_recorded_lessons_teach_the_same(chunk, monkeypatch):
     """Loss and gradient, of all that was kept and of less, equal the teacher's own."""
     x, table, lesson, batch = random_lesson(masked=0.3)
-    kept = recorded(lesson, KdConfig(kind="top_k", top_k=9, temperature=1.5))
+    kept = record_top_k(lesson, KdConfig(kind="top_k", top_k=9, temperature=1.5))
     assert (np.diff(kept.log_p_BxLxK) <= 0).all()
     monkeypatch.setattr(distill, "CHUNK", chunk)
     for top_k in (9, 4):

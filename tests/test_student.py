@@ -10,7 +10,7 @@ import pytest
 
 from configs import paper
 from prmoe_jax import config
-from prmoe_jax.distill.student import cut, layer_map, magnitudes, taylor
+from prmoe_jax.distill.student import layer_map, magnitudes, prune, taylor
 from prmoe_jax.distill.teacher import measure_importance
 from prmoe_jax.errors import UserError
 from prmoe_jax.model.loss import forward
@@ -20,12 +20,12 @@ from tests.quick import jit
 from tests.test_step import make_batch, settings
 
 
-def part(teacher, student, model=None, chosen="", load=(), worth=magnitudes):
+def part(teacher, student, model=None, chosen="", load=(), importance=magnitudes):
     """The teacher's model and the student cut out of it."""
     model = init_model(teacher) if model is None else model
     layers = layer_map(teacher.model, student.model, chosen)
     shapes = jax.eval_shape(lambda: init_model(student))
-    whole = lambda model: cut(model, shapes, layers, dict(load), worth(model))  # noqa: E731
+    whole = lambda model: prune(model, shapes, layers, dict(load), importance(model))  # noqa: E731
     return model, jit(whole)(model), layers
 
 
@@ -154,14 +154,14 @@ def test_worth_by_the_loss_is_what_scaling_a_part_away_does():
         sums = forward(model, batch, math.inf)
         return sums.lm_loss / sums.tokens
 
-    worth = taylor(model, jit(jax.grad(loss))(model))
+    importance = taylor(model, jit(jax.grad(loss))(model))
     loss = jit(loss)
     for name in (
         "stages.0.blocks.0.attention.w_out",
         "stages.0.blocks.0.mlp.w_out",
         "stages.0.blocks.1.mlp.experts.w_out",
     ):
-        unit = np.unravel_index(np.argmax(worth[name]), worth[name].shape)
+        unit = np.unravel_index(np.argmax(importance[name]), importance[name].shape)
 
         def scaled(n, x, by):
             if n == name:  # noqa: B023
@@ -170,11 +170,11 @@ def test_worth_by_the_loss_is_what_scaling_a_part_away_does():
 
         more, less = (with_leaves(model, partial(scaled, by=by)) for by in (1.01, 0.99))
         slope = (loss(more) - loss(less)) / 0.02
-        assert float(worth[name][unit]) ** 0.5 == pytest.approx(abs(float(slope)), rel=0.05)
+        assert float(importance[name][unit]) ** 0.5 == pytest.approx(abs(float(slope)), rel=0.05)
     student = settings("2 layers, E=3, residual", model={"d_ff": 4})
-    _, smaller, _ = part(teacher, student, model, worth=lambda model: worth)
+    _, smaller, _ = part(teacher, student, model, importance=lambda model: importance)
     before, after = (named_leaves(m)["stages.0.blocks.0.mlp.w_in"][0] for m in (model, smaller))
-    best = np.sort(np.argsort(-worth["stages.0.blocks.0.mlp.w_out"][0])[:4])
+    best = np.sort(np.argsort(-importance["stages.0.blocks.0.mlp.w_out"][0])[:4])
     np.testing.assert_array_equal(after, before[:, best])
 
 
@@ -208,7 +208,7 @@ def test_the_papers_students_are_parts_of_its_teachers(size):
     assert tuple(have[layer] for layer in layers) == student.model.schedule.experts
     assert len(set(layers)) == len(layers) == 21
     model, shapes = (jax.eval_shape(lambda v=v: init_model(v)) for v in (teacher, student))
-    found = jax.eval_shape(lambda m: cut(m, shapes, layers, {}, magnitudes(m)), model)
+    found = jax.eval_shape(lambda m: prune(m, shapes, layers, {}, magnitudes(m)), model)
     total = sum(leaf.size for leaf in jax.tree.leaves(found))
     assert total / 1e9 == pytest.approx({"350m": 3.54, "1.3b": 26.94}[size], rel=2e-3)
     for name, leaf in named_leaves(found).items():

@@ -30,7 +30,7 @@ class Batch(NamedTuple):
     tokens_BxL and targets_BxL are int32; mask_BxL is bool, False where there is nothing
     to predict; segments_BxL is int32, 0 for padding and 1, 2, … for the documents of a
     window. The target of a document's last token is the mark of the next document: it is
-    predicted in the segment of the document that ends. `taught` is there where a teacher's
+    predicted in the segment of the document that ends. `teacher_top_k` is there where a teacher's
     predictions were recorded (see `lessons`).
     """
 
@@ -38,7 +38,7 @@ class Batch(NamedTuple):
     targets_BxL: np.ndarray
     mask_BxL: np.ndarray
     segments_BxL: np.ndarray
-    taught: TopKLogProbs | None = None
+    teacher_top_k: TopKLogProbs | None = None
 
 
 _DTYPES = np.int32, np.int32, np.bool_, np.int32
@@ -48,7 +48,7 @@ class Windows:
     """A token stream as a random-access source of windows of `length` predictions.
 
     Window i reads stream[i*length : (i+1)*length + 1]; only the last one is padded.
-    With `cross_document_attention`, all tokens of a window are one segment. `taught` has a
+    With `cross_document_attention`, all tokens of a window are one segment. `teacher_top_k` has a
     teacher's predictions of every window, where there are any.
     """
 
@@ -57,12 +57,12 @@ class Windows:
         cache: TokenCache,
         length: int,
         cross_document_attention: bool,
-        taught: TopKLogProbs | None = None,
+        teacher_top_k: TopKLogProbs | None = None,
     ):
         self.cache = cache
         self.length = length
         self.cross_document_attention = cross_document_attention
-        self.taught = taught
+        self.teacher_top_k = teacher_top_k
         # Plain views of the maps: slicing a np.memmap costs more than the read.
         self._tokens_T = np.asarray(cache.tokens_T)
         self._starts_N = np.asarray(cache.starts_N)
@@ -90,10 +90,10 @@ class Windows:
             positions = np.arange(first, first + real)
             documents = np.searchsorted(self._starts_N, positions, side="right")
             window.segments_BxL[:real] += (documents - documents[0]).astype(np.int32)
-        if self.taught is None:
+        if self.teacher_top_k is None:
             return window
-        tokens_LxK, log_p_LxK = (part[index] for part in self.taught)
-        return window._replace(taught=TopKLogProbs(tokens_LxK.astype(np.int32), log_p_LxK))
+        tokens_LxK, log_p_LxK = (part[index] for part in self.teacher_top_k)
+        return window._replace(teacher_top_k=TopKLogProbs(tokens_LxK.astype(np.int32), log_p_LxK))
 
 
 @dataclasses.dataclass(frozen=True)

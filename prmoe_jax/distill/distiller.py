@@ -41,12 +41,12 @@ class Distiller:
         """
 
         def measure(model: Transformer, x_BxLxD: jax.Array, batch: Batch) -> dict[str, jax.Array]:
-            lesson = batch.taught
+            output = batch.teacher_top_k
             if self.teacher:
-                lesson = run_teacher(
+                output = run_teacher(
                     self.teacher, teacher_model, batch, self.config.teacher, keys_B
                 )
             table_VxD = model.output_table(x_BxLxD.dtype)
-            return token_sums(x_BxLxD, table_VxD, lesson, batch, self.config.kd)._asdict()
+            return token_sums(x_BxLxD, table_VxD, output, batch, self.config.kd)._asdict()
 
         return measure

@@ -1,4 +1,4 @@
-"""Distillation (MoS, paper section 4.2): what a teacher says of a batch, and how far a student is.
+"""The distillation loss (MoS, paper section 4.2): a student's distance from its teacher.
 
 The teacher is any model with the student's vocabulary; `teacher.py` restores it.
 """
@@ -17,7 +17,7 @@ CHUNK = 256
 
 
 class TeacherOutput(NamedTuple):
-    """What a teacher says of a batch: its final activations, and its output matrix."""
+    """A teacher's final activations for a batch, and its output matrix."""
 
     x_BxLxD: jax.Array
     table_VxD: jax.Array
@@ -59,7 +59,7 @@ class TokenSums(NamedTuple):
 
 
 def token_sums(
-    x_BxLxD, table_VxD, lesson: TeacherOutput | TopKLogProbs, batch: Batch, kd: KdConfig
+    x_BxLxD, table_VxD, output: TeacherOutput | TopKLogProbs, batch: Batch, kd: KdConfig
 ) -> TokenSums:
     """Cross-entropy and distance from the teacher, `CHUNK` tokens of every sequence at a time.
 
@@ -71,16 +71,16 @@ def token_sums(
         x_BxTxD, taught, targets_BxT, mask_BxT = part
         with jax.named_scope("logits"):
             logits_BxTxV = product(x_BxTxD, table_VxD)
-            if isinstance(lesson, TopKLogProbs):
+            if isinstance(output, TopKLogProbs):
                 distance_BxT = divergence_from_top_k(taught, logits_BxTxV, kd)
             else:
-                distance_BxT = divergence(product(taught, lesson.table_VxD), logits_BxTxV, kd)
+                distance_BxT = divergence(product(taught, output.table_VxD), logits_BxTxV, kd)
             log_z_BxT = jax.nn.logsumexp(logits_BxTxV, axis=-1)
             target_BxT = jnp.take_along_axis(logits_BxTxV, targets_BxT[..., None], -1)[..., 0]
             found = log_z_BxT - target_BxT, jnp.square(log_z_BxT), distance_BxT
         return TokenSums(*(s + (f * mask_BxT).sum() for s, f in zip(sums, found, strict=True))), ()
 
-    taught = lesson if isinstance(lesson, TopKLogProbs) else lesson.x_BxLxD
+    taught = output if isinstance(output, TopKLogProbs) else output.x_BxLxD
     parts = x_BxLxD, taught, batch.targets_BxL, batch.mask_BxL
     return jax.lax.scan(add, TokenSums(*[jnp.zeros(())] * 3), jax.tree.map(_cut, parts))[0]
 
@@ -94,13 +94,13 @@ class Agreement(NamedTuple):
     teacher_loss: jax.Array  # the teacher's cross-entropy in nats
 
 
-def agreement(x_BxLxD, table_VxD, lesson: TeacherOutput, batch: Batch) -> Agreement:
+def agreement(x_BxLxD, table_VxD, output: TeacherOutput, batch: Batch) -> Agreement:
     """Compares a model's final activations with its teacher's, `CHUNK` tokens at a time."""
 
     def add(sums, part):
         x_BxTxD, taught_BxTxD, targets_BxT, mask_BxT = part
         ours_BxTxV = product(x_BxTxD, table_VxD)
-        theirs_BxTxV = product(taught_BxTxD, lesson.table_VxD)
+        theirs_BxTxV = product(taught_BxTxD, output.table_VxD)
         log_p_BxTxV = jax.nn.log_softmax(theirs_BxTxV)
         target_BxT = jnp.take_along_axis(log_p_BxTxV, targets_BxT[..., None], -1)[..., 0]
         found = (
@@ -111,18 +111,18 @@ def agreement(x_BxLxD, table_VxD, lesson: TeacherOutput, batch: Batch) -> Agreem
         )
         return Agreement(*(s + (f * mask_BxT).sum() for s, f in zip(sums, found, strict=True))), ()
 
-    parts = x_BxLxD, lesson.x_BxLxD, batch.targets_BxL, batch.mask_BxL
+    parts = x_BxLxD, output.x_BxLxD, batch.targets_BxL, batch.mask_BxL
     return jax.lax.scan(add, Agreement(*[jnp.zeros(())] * 4), jax.tree.map(_cut, parts))[0]
 
 
-def recorded(lesson: TeacherOutput, kd: KdConfig) -> TopKLogProbs:
-    """What to keep of a lesson for students to come, `CHUNK` tokens of a sequence at a time."""
+def record_top_k(output: TeacherOutput, kd: KdConfig) -> TopKLogProbs:
+    """A teacher's likeliest tokens for its cache, `CHUNK` tokens of a sequence at a time."""
 
     def of_chunk(x_BxTxD):
-        return likeliest(product(x_BxTxD, lesson.table_VxD), kd)
+        return top_k_log_probs(product(x_BxTxD, output.table_VxD), kd)
 
-    batch, length = lesson.x_BxLxD.shape[:2]
-    chunks = jax.lax.map(of_chunk, _cut(lesson.x_BxLxD))
+    batch, length = output.x_BxLxD.shape[:2]
+    chunks = jax.lax.map(of_chunk, _cut(output.x_BxLxD))
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(batch, -1, kd.top_k)[:, :length], chunks)
 
 
@@ -147,14 +147,14 @@ def divergence(teacher_BxTxV, student_BxTxV, kd: KdConfig) -> jax.Array:
     Logits are float32.
     """
     if kd.kind == "top_k":
-        return divergence_from_top_k(likeliest(teacher_BxTxV, kd), student_BxTxV, kd)
+        return divergence_from_top_k(top_k_log_probs(teacher_BxTxV, kd), student_BxTxV, kd)
     log_p, log_q = (
         jax.nn.log_softmax(logits / kd.temperature) for logits in (teacher_BxTxV, student_BxTxV)
     )
     return _kl(log_q, log_p, kd) if kd.kind == "reverse" else _kl(log_p, log_q, kd)
 
 
-def likeliest(teacher_BxTxV, kd: KdConfig) -> TopKLogProbs:
+def top_k_log_probs(teacher_BxTxV, kd: KdConfig) -> TopKLogProbs:
     """The `kd.top_k` likeliest tokens of softmax(teacher / T); log-probabilities in float32."""
     log_p, tokens = jax.lax.top_k(jax.nn.log_softmax(teacher_BxTxV / kd.temperature), kd.top_k)
     return TopKLogProbs(tokens, log_p)
@@ -165,15 +165,15 @@ def divergence_from_top_k(teacher: TopKLogProbs, student_BxTxV, kd: KdConfig) ->
     tokens_BxTxK, log_p_BxTxK = teacher
     log_q_BxTxV = jax.nn.log_softmax(student_BxTxV / kd.temperature)
     log_q_BxTxK = jnp.take_along_axis(log_q_BxTxV, tokens_BxTxK, -1)
-    return _kl(_with_the_rest(log_p_BxTxK), _with_the_rest(log_q_BxTxK), kd)
+    return _kl(_append_rest(log_p_BxTxK), _append_rest(log_q_BxTxK), kd)
 
 
 def _kl(log_p, log_q, kd: KdConfig) -> jax.Array:
     return kd.temperature**2 * (jnp.exp(log_p) * (log_p - log_q)).sum(-1)
 
 
-def _with_the_rest(log_p_BxTxK: jax.Array) -> jax.Array:
-    """Log-probabilities, with that of none of them behind."""
+def _append_rest(log_p_BxTxK: jax.Array) -> jax.Array:
+    """Appends log P(any other token)."""
     some_BxTx1 = jax.nn.logsumexp(log_p_BxTxK, axis=-1, keepdims=True)
     rest_BxTx1 = jnp.log(-jnp.expm1(jnp.minimum(some_BxTx1, -1e-7)))  # rounding may make it 0
     return jnp.concatenate([log_p_BxTxK, rest_BxTx1], axis=-1)

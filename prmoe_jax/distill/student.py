@@ -1,8 +1,8 @@
 """A student's first parameters, cut out of its teacher's: fewer layers, experts or channels.
 
 Layers are matched by kind, so that a pyramid shrinks as in the paper: 24 layers of 32×10 + 64×2
-experts become 21 of 32×8 + 64×2. Of more experts the most loaded stay, of more channels, heads and
-hidden units those worth most: by their weights (`magnitudes`), or by what the loss is without them
+experts become 21 of 32×8 + 64×2. The most loaded experts stay, and of the channels, heads and
+hidden units the most important: by their weights (`magnitudes`), or by the loss without them
 (`taylor`).
 """
 
@@ -129,24 +129,27 @@ def table(plan: dict) -> str:
 
 
 def magnitudes(model: Transformer) -> dict[str, jax.Array]:
-    """What each part is worth by its weights, under the name of the parameter that it feeds.
+    """The importance of hidden units, heads and channels by their weights.
 
-    Of a hidden unit ‖w_in‖²·‖w_out‖², of a head ‖w_v‖²·‖w_out‖², of a channel ‖embedding‖².
+    ‖w_in‖²·‖w_out‖² for a hidden unit, ‖w_v‖²·‖w_out‖² for a head, ‖embedding‖² for a channel.
+
+    Returns:
+      importances under the name of the parameter that reads the part: `…w_out`, or `tokens`.
     """
     named = named_leaves(model)
-    worth = {"tokens": jnp.square(named["tokens"]).sum(0)}
+    importance = {"tokens": jnp.square(named["tokens"]).sum(0)}
     for name, w_out in named.items():
         if name.endswith("attention.w_out"):
             w_v = named[name.replace("w_out", "w_qkv")][:, :, 2]
-            worth[name] = jnp.square(w_v).sum((1, 3)) * jnp.square(w_out).sum((2, 3))
+            importance[name] = jnp.square(w_v).sum((1, 3)) * jnp.square(w_out).sum((2, 3))
         elif name.endswith("w_out"):
             w_in = named[name.replace("w_out", "w_in")]
-            worth[name] = jnp.square(w_in).sum(-2) * jnp.square(w_out).sum(-1)
-    return worth
+            importance[name] = jnp.square(w_in).sum(-2) * jnp.square(w_out).sum(-1)
+    return importance
 
 
 def taylor(model: Transformer, gradient: Transformer) -> dict[str, jax.Array]:
-    """What each part is worth by the loss, under the same names as `magnitudes`.
+    """The importance of the same parts by the loss, under the same names as `magnitudes`.
 
     (Σ activation · gradient)² over a batch's tokens: the loss without the part, to first order
     (Molchanov et al., arXiv 1906.10771). To be added up over batches.
@@ -166,12 +169,12 @@ def taylor(model: Transformer, gradient: Transformer) -> dict[str, jax.Array]:
     return found
 
 
-def cut(
+def prune(
     teacher: Transformer,
     student: Transformer,
     layers: list[int],
     load: dict[int, list[float]],
-    worth: dict[str, jax.Array],
+    importance: dict[str, jax.Array],
 ) -> Transformer:
     """The student with the teacher's parameters; to be called under jit.
 
@@ -180,12 +183,12 @@ def cut(
       student: the student, or its shapes.
       layers: from `layer_map`.
       load: of the teacher's layer, each expert's share of the choices; where experts are left out.
-      worth: from `magnitudes` or `taylor`.
+      importance: from `magnitudes` or `taylor`.
     """
     theirs, ours = teacher.config, student.config
-    keep = {"D": _largest(worth["tokens"], ours.d_model), "L": jnp.arange(ours.length)}
+    keep = {"D": _largest(importance["tokens"], ours.d_model), "L": jnp.arange(ours.length)}
     teacher_layers = unstack_layers(theirs, named_leaves(teacher))
-    worth_layers = unstack_layers(theirs, worth)
+    importance_layers = unstack_layers(theirs, importance)
     named = {
         name: _take(x, declaration(name).dims, keep)
         for name, x in teacher_layers.items()
@@ -195,7 +198,7 @@ def cut(
         experts, kept = ours.schedule.experts[i], dict(keep)
         if experts < theirs.schedule.experts[layer]:
             kept["E"] = _largest(jnp.asarray(load[layer]), experts)
-        whole, valued = of_layer(teacher_layers, layer), of_layer(worth_layers, layer)
+        whole, valued = of_layer(teacher_layers, layer), of_layer(importance_layers, layer)
         parts = _cut_layer(whole, valued, kept, ours)
         named |= {f"layers.{i}.{name}": x for name, x in parts.items()}
     stacked = stack_layers(ours, named)
@@ -203,14 +206,14 @@ def cut(
     return jax.tree.unflatten(jax.tree.structure(student), leaves)
 
 
-def _cut_layer(whole: dict, worth: dict, keep: dict, student: ModelConfig) -> dict:
+def _cut_layer(whole: dict, importance: dict, keep: dict, student: ModelConfig) -> dict:
     """One layer's parameters by name, cut to what to keep and to the student's heads and units."""
-    keep = keep | {"H": _largest(worth["attention.w_out"], student.heads)}
+    keep = keep | {"H": _largest(importance["attention.w_out"], student.heads)}
     parts = {}
     for name, x in whole.items():
         dimensions = declaration(name).dims
         if "F" in dimensions:  # every MLP and expert has its own
-            units_F = _largest(worth[f"{name.rpartition('.')[0]}.w_out"], student.d_ff)
+            units_F = _largest(importance[f"{name.rpartition('.')[0]}.w_out"], student.d_ff)
             sizes = {"E": len(units_F), "F": student.d_ff}
             index = units_F.reshape([sizes.get(role, 1) for role in dimensions])
             x = jnp.take_along_axis(x, index, dimensions.index("F"))

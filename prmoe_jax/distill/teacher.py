@@ -26,8 +26,8 @@ from prmoe_jax.data.pipeline import (
 )
 from prmoe_jax.data.tokenizer import Tokenizer, check_same
 from prmoe_jax.distill import teacher_cache as lessons
-from prmoe_jax.distill.loss import evaluation_capacity, recorded, run_teacher
-from prmoe_jax.distill.student import cut, layer_map, magnitudes, taylor
+from prmoe_jax.distill.loss import evaluation_capacity, record_top_k, run_teacher
+from prmoe_jax.distill.student import layer_map, magnitudes, prune, taylor
 from prmoe_jax.errors import UserError
 from prmoe_jax.model.backends import resolve_backends
 from prmoe_jax.model.loss import forward
@@ -133,8 +133,8 @@ def write_teacher_cache(config: Config, folder: Path) -> dict:
 
         @partial(jax.jit, out_shardings=replicated(mesh))
         def predict(model: Transformer, batch: Batch) -> TopKLogProbs:
-            lesson = run_teacher(teacher.config, model, batch, config.teacher, None)
-            return recorded(lesson, config.kd)
+            output = run_teacher(teacher.config, model, batch, config.teacher, None)
+            return record_top_k(output, config.kd)
 
         def predictions():
             count = -(-len(data.train) // rows)
@@ -157,7 +157,7 @@ def _check_windows_apart(teacher: Config, student: Config) -> None:
         )
 
 
-# Batches of training text over which what a part of the teacher is worth is measured.
+# Batches of training text over which the importance of the teacher's parts is measured.
 MEASURED_BATCHES = 16
 
 
@@ -167,7 +167,7 @@ def init_from_teacher(config: Config, teacher: Teacher, data: Data, mesh: Mesh) 
     Args:
       config: the student's.
       teacher: in float32.
-      data: the student's, from which to see what parts of the teacher are worth.
+      data: the student's text, on which importance is measured.
       mesh: of both.
 
     Raises:
@@ -182,14 +182,14 @@ def init_from_teacher(config: Config, teacher: Teacher, data: Data, mesh: Mesh) 
             load[layer] = _expert_load(Path(config.teacher.workdir), teacher.step, layer)
     log.info("the student starts as layers %s of its teacher", " ".join(map(str, layers)))
     if config.teacher.importance == "taylor":
-        worth = _importance(config, teacher, data, mesh)
+        importance = _importance(config, teacher, data, mesh)
     else:
-        worth = magnitudes(teacher.model)
-    part = partial(cut, student=shapes, layers=layers, load=load)
+        importance = magnitudes(teacher.model)
+    part = partial(prune, student=shapes, layers=layers, load=load)
     places = sharding.shardings(shapes, mesh)
-    return jax.jit(lambda model, worth: part(model, worth=worth), out_shardings=places)(
-        teacher.model, worth
-    )
+    return jax.jit(
+        lambda model, importance: part(model, importance=importance), out_shardings=places
+    )(teacher.model, importance)
 
 
 def _importance(config: Config, teacher: Teacher, data: Data, mesh: Mesh) -> dict[str, jax.Array]:
@@ -201,7 +201,7 @@ def _importance(config: Config, teacher: Teacher, data: Data, mesh: Mesh) -> dic
     total = None
     batches = train_iterator(data.train, batch_size, config.seed, local_rows(mesh, batch_size))
     for batch in itertools.islice(batches, MEASURED_BATCHES):
-        batch = split_batch(batch._replace(taught=None), mesh, batch_size)
+        batch = split_batch(batch._replace(teacher_top_k=None), mesh, batch_size)
         found = measure(teacher.model, batch)
         total = found if total is None else jax.tree.map(jnp.add, total, found)
     return total

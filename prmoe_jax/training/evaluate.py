@@ -144,10 +144,10 @@ def _beside_teacher(
 
     @partial(jax.jit, out_shardings=replicated(mesh))
     def compare(model: Transformer, taught_by: Transformer, batch: Batch) -> Agreement:
-        lesson = run_teacher(teacher.config, taught_by, batch, config.teacher, None)
+        output = run_teacher(teacher.config, taught_by, batch, config.teacher, None)
         factor = config.moe.eval_capacity_factor
         x_BxLxD, _ = model(batch.tokens_BxL, batch.segments_BxL, capacity_factor=factor)
-        return agreement(x_BxLxD, model.output_table(x_BxLxD.dtype), lesson, batch)
+        return agreement(x_BxLxD, model.output_table(x_BxLxD.dtype), output, batch)
 
     sums = _summed(lambda batch: compare(model, teacher.model, batch), rows, data, mesh)
     return {

@@ -220,7 +220,7 @@ class Run:
                 taught = False
                 self.stop_distillation(step)
             with self.clock.waiting():
-                batch = next(batches) if taught else next(batches)._replace(taught=None)
+                batch = next(batches) if taught else next(batches)._replace(teacher_top_k=None)
                 batch = split_batch(batch, self.mesh, self.config.train.batch_size)
             taught_by = (self.teacher.model,) if self.teacher else ()
             state, metrics = self.train_step(state, batch, *taught_by)
