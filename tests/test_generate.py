@@ -21,8 +21,9 @@ from prmoe_jax.inference.generate import Generator, Sampling, TextStream
 from prmoe_jax.model.backends import resolve_backends
 from prmoe_jax.model.transformer import init_model
 from prmoe_jax.moe.experts import Experts, UnstackedExperts
+from prmoe_jax.nn.matmul import matmul, scores
 from prmoe_jax.nn.parameters import named_leaves
-from prmoe_jax.nn.quantized import QuantizedWeight, product, quantize, scores
+from prmoe_jax.nn.quantized import QuantizedWeight, quantize
 from tests.quick import forward, jit
 
 
@@ -356,7 +357,7 @@ def test_products_of_few_rows(kind, monkeypatch):
     table = hold(jnp.asarray(rng.normal(size=(14, 12)), jnp.float32), (-1,))
     for rows in (1, 16, 20):
         expected = np.einsum("rab,abcd->rcd", x[:rows], wide(held))
-        np.testing.assert_allclose(product(x[:rows], held, axes=2), expected, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(matmul(x[:rows], held, axes=2), expected, rtol=1e-5, atol=1e-5)
         flat = x[:rows].reshape(rows, 12)
         expected = flat @ wide(table).T
         np.testing.assert_allclose(scores(flat, table), expected, rtol=1e-5, atol=1e-5)
