@@ -9,7 +9,6 @@ import pytest
 from configs import paper, tiny
 from prmoe_jax.cli import main
 from prmoe_jax.config import (
-    PATHS,
     Config,
     default_config,
     expand,
@@ -17,7 +16,7 @@ from prmoe_jax.config import (
     load,
     resolve,
 )
-from prmoe_jax.config.validation import LARGEST, LARGEST_OF
+from prmoe_jax.config.validation import LARGEST, LARGEST_OF, PATHS
 from prmoe_jax.errors import UserError
 from tests.test_config import OTHER_VALUES, tiny_config
 from tests.test_data_cache import at_most
