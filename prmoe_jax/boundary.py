@@ -121,11 +121,13 @@ def _thread_failed(failed: threading.ExceptHookArgs) -> None:
 
 
 def _report_unraisable(unraisable) -> None:
-    """Python's own report of an error in a callback, without the echo of a failed checkpoint.
+    """Python's own report of an error in a callback, without the echoes of other errors.
 
-    When a write fails, each of Tensorstore's threads finds Orbax's event loop closed.
+    When a checkpoint's write fails, each of Tensorstore's threads finds Orbax's event loop closed.
+    Where a user's code recurses too deep, JAX's callback of the garbage collector does so, too.
     """
-    if str(unraisable.exc_value) != "Event loop is closed":
+    echo = isinstance(unraisable.exc_value, RecursionError)
+    if not echo and str(unraisable.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(unraisable)
 
 

@@ -129,6 +129,21 @@ def test_a_failed_thread_is_one_line(monkeypatch, tmp_path, capsys):
     assert line.startswith("prmoe: internal error: ZeroDivisionError: division by zero; the tra")
 
 
+@pytest.mark.parametrize(("error", "lines"), [(RecursionError("deep"), 0), (ValueError("x"), 1)])
+def test_a_callback_that_fails_with_what_it_runs_in_is_not_told_twice(
+    error, lines, monkeypatch, capsys
+):
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    boundary.prepare()
+
+    class Dying:
+        def __del__(self):
+            raise error
+
+    Dying()
+    assert capsys.readouterr().err.count("Exception ignored in") == lines
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
