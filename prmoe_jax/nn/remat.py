@@ -11,11 +11,11 @@ _named = jax.checkpoint_policies.save_only_these_names
 POLICIES = {"dots": _named(PRODUCT, EXCHANGED), "full": _named(EXCHANGED)}
 
 
-def product(x: jax.Array) -> jax.Array:
+def save_matmul(x: jax.Array) -> jax.Array:
     """Marks what a matrix product made, its bias added: keeping the sum spares an addition."""
     return checkpoint_name(x, PRODUCT)
 
 
-def exchanged(x: jax.Array) -> jax.Array:
+def save_collective(x: jax.Array) -> jax.Array:
     """Marks what other devices sent, so that no exchange is repeated."""
     return checkpoint_name(x, EXCHANGED)
