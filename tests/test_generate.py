@@ -373,7 +373,7 @@ def test_chosen_experts_are_the_experts():
         weight = getattr(experts, name)
         weight[...] = weight[...].at[jnp.array([2, 4])].set(jnp.nan)
     for held in (experts, UnstackedExperts(experts)):
-        y_RxD = jit(held.chosen)(x_RxD, expert_R)
+        y_RxD = jit(held.per_token)(x_RxD, expert_R)
         np.testing.assert_allclose(y_RxD, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -387,20 +387,20 @@ def test_separate_experts_by_blocks(rows):
     each_ExRxD = experts(jnp.broadcast_to(x_RxD, (5, 61, 6)))
     expected = jnp.where((expert_R < 5)[:, None], each_ExRxD[expert_R % 5, jnp.arange(61)], 0)
     for held in (experts, UnstackedExperts(experts)):
-        y_RxD = jit(held.blocked)(x_RxD, jnp.array(rows), expert_R)
+        y_RxD = jit(held.block_loop)(x_RxD, jnp.array(rows), expert_R)
         np.testing.assert_allclose(y_RxD, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("batch", "calls"), [(1, 2), (3, 1), (8, 0)])
 def test_steps_of_few_sequences_read_the_chosen_experts_alone(batch, calls, monkeypatch):
     """Layers of 2 and of 7 experts: where there are no more choices than experts."""
-    counts, chosen = [], UnstackedExperts.chosen
+    counts, chosen = [], UnstackedExperts.per_token
 
     def watched(experts, *arguments):
         counts.append(experts.count)
         return chosen(experts, *arguments)
 
-    monkeypatch.setattr(UnstackedExperts, "chosen", watched)
+    monkeypatch.setattr(UnstackedExperts, "per_token", watched)
     decoder = held(build("4 layers, E=2+7, residual"))
     ones = jnp.ones((batch, 1), jnp.int32)
     jax.eval_shape(decoder, ones, ones > 0, decoder.empty_cache(batch, 9), ones[:, 0])

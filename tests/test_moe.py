@@ -109,7 +109,7 @@ def test_blocks_of_rows_are_runs(sizes):
         return jnp.einsum("RF,RFD->RD", h_RxF, experts.w_out[...][e_R]) + experts.b_out[...][e_R]
 
     gradient = jit(jax.value_and_grad(loss, argnums=(0, 1)), static_argnums=2)
-    for apply in (Experts.blocked, Experts.ragged):
+    for apply in (Experts.block_loop, Experts.ragged):
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
             gradient(experts, x_RxD, apply),

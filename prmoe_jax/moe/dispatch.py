@@ -61,17 +61,17 @@ def blocked(x_GxSxD: jax.Array, routing: Routing, experts: Experts, slots: int) 
 
     XLA's grouped product multiplies every row by every expert there.
     """
-    return _by_runs(x_GxSxD, routing, experts, experts.blocked)
+    return _by_runs(x_GxSxD, routing, experts, experts.block_loop)
 
 
-def chosen(x_GxSxD: jax.Array, routing: Routing, experts: Experts, slots: int) -> jax.Array:
+def per_token(x_GxSxD: jax.Array, routing: Routing, experts: Experts, slots: int) -> jax.Array:
     """Row by row, reading the weights of its expert alone: for no more choices than experts.
 
     So few are the tokens of a step of decoding, whose cost is the reading of weights.
     """
     top_k = routing.expert_GxSxK.shape[-1]
     x_RxD = jnp.repeat(x_GxSxD.reshape(-1, x_GxSxD.shape[-1]), top_k, axis=0)
-    y_RxD = experts.chosen(x_RxD, routing.expert_GxSxK.reshape(-1))
+    y_RxD = experts.per_token(x_RxD, routing.expert_GxSxK.reshape(-1))
     y_GxSxKxD = y_RxD.reshape(*routing.weight_GxSxK.shape, -1)
     return jnp.einsum("GSKD,GSK->GSD", y_GxSxKxD, routing.weight_GxSxK.astype(y_RxD.dtype))
 
@@ -129,7 +129,7 @@ def resolve(name: str, platform: str, spread: bool = False) -> str:
 def backend(resolved: str, dropless: bool, few: bool = False) -> Dispatch:
     """The backend of a resolved name; `few`: there are no more choices than experts."""
     if few and dropless and "/" in resolved:
-        return chosen
+        return per_token
     return BACKENDS[resolved.split("/")[-1 if dropless else 0]]
 
 
