@@ -33,7 +33,7 @@ def table(source: str) -> str:
             continue
         rows = [_row(f"{name}.{f.target.id}", f, lines) for f in _fields(group)]
         sections.append(_section(f"`{name}`", ast.get_docstring(group), rows))
-    return "\n\n".join([_section("The run", "What belongs to no group.", single), *sections])
+    return "\n\n".join([_section("The run", "Settings outside all groups.", single), *sections])
 
 
 def page(text: str, source: str) -> str:
