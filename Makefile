@@ -2,6 +2,7 @@
 #
 #   PYTHON=python3.13 make test     chooses the interpreter; .venv follows it
 #   make test-extras                the tests that need torch, lm-eval and a TPU's compiler (7.6 GB)
+#   make docs                       the pages of docs/ as a site, in site/
 
 PYTHON ?= python3
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
@@ -9,8 +10,9 @@ READY := .venv/ready-$(VERSION)
 RUN ?= runs/demo
 BIN := .venv/bin
 EXTRAS := .venv-extras/ready-$(VERSION)
+DOCS := .venv-docs/ready-$(VERSION)
 
-.PHONY: demo test test-extras lint clean
+.PHONY: demo test test-extras lint docs clean
 
 demo: $(READY)
 	$(BIN)/prmoe train --config=configs/tiny.py:prmoe --workdir=$(RUN)
@@ -31,8 +33,12 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+docs: $(DOCS)
+	.venv-docs/bin/python docs/generate.py --check
+	.venv-docs/bin/mkdocs build --strict
+
 clean:
-	rm -rf .venv .venv-extras build *.egg-info
+	rm -rf .venv .venv-extras .venv-docs site build *.egg-info
 
 # Another interpreter, or changed requirements, make an environment anew.
 $(READY): setup.py
@@ -45,4 +51,11 @@ $(EXTRAS): setup.py
 	rm -rf .venv-extras
 	$(PYTHON) -m venv .venv-extras
 	.venv-extras/bin/pip install --quiet --disable-pip-version-check -e '.[data,dev,eval,interop,tpu]'
+	touch $@
+
+# setup.py's extra `docs` without the package itself: the pages need no JAX.
+$(DOCS): setup.py
+	rm -rf .venv-docs
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/pip install --quiet --disable-pip-version-check 'mkdocs>=1.6,<2'
 	touch $@

@@ -52,6 +52,7 @@ setup(
             "pytest-xdist",
             "ruff",
         ],
+        "docs": ["mkdocs>=1.6,<2"],
     },
     entry_points={"console_scripts": ["prmoe=prmoe_jax.cli:main"]},
 )

