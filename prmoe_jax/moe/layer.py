@@ -45,7 +45,7 @@ class MoE(nnx.Module):
         self.mlp = MLP.drawn(*shape, keys[1] if tied else keys[2]) if model.residual else None
         self.w_mix = uniform(keys[3], d_model, 2) if learned else None
         self.b_mix = uniform(keys[4], 2) if learned else None
-        # Moved by the train step (`model.balance`); no gradient reaches it.
+        # Moved by the train step (`transformer.update_router_bias`); no gradient reaches it.
         self.bias_router = nnx.Variable(jnp.zeros(experts)) if moe.bias_update_rate else None
 
     def __call__(

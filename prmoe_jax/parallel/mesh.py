@@ -33,7 +33,7 @@ def choose_mesh(config: Config, devices: int, any_batch: bool = False) -> Config
     """The config with the mesh to run it on: its own, or a suggested one where it has none.
 
     A config has no mesh of its own where every size is at its default. The suggestion is
-    `propose`'s, with as few devices on the `tensor` axis as the batch allows. It depends on the
+    `suggest_mesh`'s, with as few devices on the `tensor` axis as the batch allows. It depends on the
     config and the number of devices alone, and the log shows it.
 
     Args:
@@ -155,7 +155,7 @@ def suggest_mesh(
 
 
 def leaner(config: Config, devices: int) -> Iterator[MeshConfig]:
-    """Meshes on which a device holds less than on `propose`'s, those that cost least first.
+    """Meshes on which a device holds less than on `suggest_mesh`'s, those that cost least first.
 
     More devices for FSDP, then slices of experts, then `tensor`. Each fits the config's sizes and
     batch; not all of them hold less than those before.

@@ -19,7 +19,7 @@ def spec(
     """How the mesh splits a parameter, or a leaf of the optimizer's state, of this name.
 
     Args:
-      name: as `tree.named_leaves` gives it.
+      name: as `parameters.named_leaves` gives it.
       shape: the whole array's.
       mesh: from `mesh.make_mesh`.
       in_use: what FSDP splits is together again.
