@@ -32,8 +32,8 @@ log = logging.getLogger(__name__)
 def choose_mesh(config: Config, devices: int, any_batch: bool = False) -> Config:
     """The config with the mesh to run it on: its own, or a suggested one where it has none.
 
-    A config has no mesh of its own where every size is at its default. The suggestion is
-    `suggest_mesh`'s, with as few devices on the `tensor` axis as the batch allows. It depends on the
+    A config has no mesh of its own where every size is at its default. `suggest_mesh` makes the
+    suggestion, with as few devices on the `tensor` axis as the batch allows. It depends on the
     config and the number of devices alone, and the log shows it.
 
     Args:
