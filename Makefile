@@ -10,7 +10,6 @@ READY := .venv/ready-$(VERSION)
 RUN ?= runs/demo
 BIN := .venv/bin
 EXTRAS := .venv-extras/ready-$(VERSION)
-DOCS := .venv-docs/ready-$(VERSION)
 
 .PHONY: demo test test-extras lint docs clean
 
@@ -33,12 +32,12 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-docs: $(DOCS)
-	.venv-docs/bin/python docs/generate.py --check
-	.venv-docs/bin/mkdocs build --strict
+docs: .venv/docs-$(VERSION)
+	$(BIN)/python docs/generate.py --check
+	$(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf .venv .venv-extras .venv-docs site build *.egg-info
+	rm -rf .venv .venv-extras site build *.egg-info
 
 # Another interpreter, or changed requirements, make an environment anew.
 $(READY): setup.py
@@ -53,9 +52,6 @@ $(EXTRAS): setup.py
 	.venv-extras/bin/pip install --quiet --disable-pip-version-check -e '.[data,dev,eval,interop,tpu]'
 	touch $@
 
-# setup.py's extra `docs` without the package itself: the pages need no JAX.
-$(DOCS): setup.py
-	rm -rf .venv-docs
-	$(PYTHON) -m venv .venv-docs
-	.venv-docs/bin/pip install --quiet --disable-pip-version-check 'mkdocs>=1.6,<2'
+.venv/docs-$(VERSION): $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[docs]'
 	touch $@

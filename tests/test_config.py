@@ -279,9 +279,12 @@ def test_the_last_of_several_overrides_counts():
 RULES = {
     "seed": (["seed=-1"], "seed=-1 is out of range; use a value from 0 to 4294967294"),
     "seed of 33 bits": (["seed=4294967295"], "seed=4294967295 is out of range"),
-    "vocabulary": (["model.vocab_size=1"], "model.vocab_size=1 is out of range; use 2 or more"),
+    "vocabulary": (
+        ["model.vocab_size=1"],
+        "model.vocab_size=1 is out of range; use a value from 2 to 16777216",
+    ),
     "length": (["model.length=1"], "model.length=1 is out of range; use 2 or more"),
-    "layers": (["model.layers=0"], "model.layers=0 is out of range; use 1 or more"),
+    "layers": (["model.layers=0"], "model.layers=0 is out of range; use a value from 1 to 1000"),
     "d_model": (["model.d_model=0"], "model.d_model=0 is out of range"),
     "heads": (["model.heads=0"], "model.heads=0 is out of range"),
     "d_ff": (["model.d_ff=-4"], "model.d_ff=-4 is out of range"),
@@ -448,7 +451,10 @@ RULES = {
     "neither": (["train.steps=0"], "train.steps=0 and train.tokens=0: exactly one must be above"),
     "steps": (["train.steps=-1"], "train.steps=-1 is out of range; use 0 or more"),
     "tokens": (["train.tokens=-1", "train.steps=0"], "train.tokens=-1 is out of range"),
-    "batch": (["train.batch_size=0"], "train.batch_size=0 is out of range; use 1 or more"),
+    "batch": (
+        ["train.batch_size=0"],
+        "train.batch_size=0 is out of range; use a value from 1 to 1048576",
+    ),
     "portions": (["train.accumulate=0"], "train.accumulate=0 is out of range; use 1 or more"),
     "portions divide": (
         ["train.accumulate=6"],

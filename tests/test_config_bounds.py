@@ -16,12 +16,16 @@ from prmoe_jax.config import (
     load,
     resolve,
 )
-from prmoe_jax.config.validation import LARGEST, LARGEST_OF, PATHS
+from prmoe_jax.config.schema import declarations
+from prmoe_jax.config.validation import LARGEST
 from prmoe_jax.errors import UserError
 from tests.test_config import OTHER_VALUES, tiny_config
 from tests.test_data_cache import at_most
 
 VALUES = leaves(Config())
+DECLARED = declarations()
+LARGEST_OF = {name: d.most for name, d in DECLARED.items() if isinstance(d.most, int)}
+PATHS = [name for name, d in DECLARED.items() if d.path]
 WHOLE = [name for name, value in VALUES.items() if type(value) in (int, tuple)]
 FLOATS = [name for name, value in VALUES.items() if type(value) is float]
 
@@ -211,3 +215,24 @@ def test_settings_do_not_need_a_home_directory(monkeypatch):
     monkeypatch.delenv("HOME", raising=False)
     monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
     assert tiny_config("data.corpus=~/x").data.cache_dir == "~/.cache/prmoe_jax"
+
+
+@pytest.mark.parametrize("name", [name for name, d in DECLARED.items() if d.choices])
+def test_choices_are_those_declared(name):
+    """Another value is refused, with the list; the default is one of them."""
+    assert VALUES[name] in DECLARED[name].choices
+    with pytest.raises(UserError) as caught:
+        tiny_config(f"{name}=nonsense")
+    assert f"{name}='nonsense' is unknown; use one of {', '.join(DECLARED[name].choices)}" in str(
+        caught.value
+    )
+
+
+def test_help_lists_every_setting(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    shown = capsys.readouterr().out
+    words = " ".join(shown.split())
+    for name, declared in DECLARED.items():
+        assert f"--config.{name}=" in shown
+        assert " ".join(declared.described().split()) in words, name

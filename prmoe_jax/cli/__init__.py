@@ -79,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
         )
         sub.add_argument("--json", action="store_true", help="print JSON for machines")
         sub.set_defaults(run=run, takes_config=takes_config)
+        sub.takes_config = takes_config
         return sub
 
     for module in (train, eval, generate, sweep, report, interop, params, distill, plan):

@@ -4,6 +4,7 @@ import argparse
 import difflib
 import os
 import re
+import textwrap
 from pathlib import Path
 
 from prmoe_jax.config import userfile
@@ -26,8 +27,30 @@ WEIGHTS = "float32", "bfloat16", "int8"
 class Parser(argparse.ArgumentParser):
     """Reports a mistake as everything else here does: on one line."""
 
+    takes_config = False  # whether the help lists the settings
+
+    def format_help(self) -> str:
+        return super().format_help() + (_settings_help() if self.takes_config else "")
+
     def error(self, message: str):
         raise UserError(f"{message}; see {self.prog} --help")
+
+
+def _settings_help() -> str:
+    """Every setting with its default, meaning and choices."""
+    from prmoe_jax.config import Config, leaves
+    from prmoe_jax.config.schema import declarations
+
+    defaults, lines = leaves(Config()), ["", "all settings, with their defaults:"]
+    for name, setting in declarations().items():
+        shown = defaults[name]
+        if isinstance(shown, tuple):
+            shown = ",".join(map(str, shown))
+        lines.append(f"  --config.{name}={shown}")
+        lines += textwrap.wrap(
+            setting.described(), 96, initial_indent="  " * 4, subsequent_indent="  " * 4
+        )
+    return "\n".join(lines) + "\n"
 
 
 def parse_config(arguments: list[str]):

@@ -4,7 +4,16 @@ import dataclasses
 import math
 import os
 
-from prmoe_jax.config.schema import Config, MeshConfig, ModelConfig, MoeConfig, group_rows, leaves
+from prmoe_jax.config.schema import (
+    Config,
+    MeshConfig,
+    ModelConfig,
+    MoeConfig,
+    Setting,
+    declarations,
+    group_rows,
+    leaves,
+)
 from prmoe_jax.errors import UserError
 
 
@@ -34,27 +43,9 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
-# The settings that say "no limit" by inf.
-MAY_BE_INFINITE = (
-    "moe.capacity_factor",
-    "moe.eval_capacity_factor",
-    "optimizer.clip_norm",
-    "teacher.capacity_factor",
-)
-
-# The largest whole numbers. JAX counts steps and the tokens of a step in 32 bits.
+# The largest whole number unless a setting declares another. JAX counts steps and the tokens of a
+# step in 32 bits.
 LARGEST = 2**31 - 1
-
-LARGEST_OF = {
-    "seed": 2**32 - 2,  # JAX's keys have 32 bits of seed; training's own key is of seed + 1
-    "model.layers": 1000,  # finding the stages takes time cubic in it
-    "model.vocab_size": 2**24,  # a tokenizer's trainer reserves memory for that many
-    "train.batch_size": 2**20,  # a list names every row
-    "train.tokens": 2**53,  # up to here a float is exact
-    "optimizer.warmup_tokens": 2**53,
-    "optimizer.decay_tokens": 2**53,
-}
-
 # The normal numbers of float32: it turns larger ones into inf, and smaller ones into 0.
 FLOAT32 = 2.0**-126, 2.0**128 - 2.0**104
 
@@ -63,14 +54,16 @@ LARGEST_ARRAY = 2**60
 
 
 def check(config: Config) -> None:
-    largest = LARGEST_OF["seed"]
-    require(
-        0 <= config.seed <= largest,
-        f"seed={show(config.seed)} is out of range; use a value from 0 to {largest}",
-    )
-    _check_paths(config)
-    for name, value in leaves(config).items():
-        _check_value(name, value)
+    """Refuses values that are out of range, or that do not fit together.
+
+    Raises:
+      UserError: names the settings, their values, and values that would do.
+    """
+    declared, values = declarations(), leaves(config)
+    for name, setting in declared.items():
+        _check_type(name, values[name], setting)
+    for name, setting in declared.items():
+        _check_bounds(name, values[name], setting)
     _check_model(config.model)
     _check_moe(config)
     _check_mesh(config.mesh)
@@ -81,84 +74,70 @@ def check(config: Config) -> None:
     _check_arrays(config)
 
 
-def _check_ranges(group: str, values, names: str, low: float, high: float = math.inf) -> None:
-    for name in names.split():
-        value = getattr(values, name)
-        require(
-            low <= value <= high,
-            f"{group}.{name}={value} is out of range; use "
-            + (f"{low} or more" if high == math.inf else f"a value from {low} to {high}"),
-        )
-
-
-def _check_value(name: str, value) -> None:
+def _check_type(name: str, value, setting: Setting) -> None:
     """Refuses values that no setting of this type can have."""
-    if isinstance(value, str):  # Python reads no number of more than 4,300 digits
+    if isinstance(value, str):
+        if setting.path:
+            _check_path(name, value)
         require(len(value) < 4096, f"{name} is too long: {len(value)} characters of at most 4095")
     elif isinstance(value, float):
         finite, (low, high) = math.isfinite(value), FLOAT32
-        require(finite or name in MAY_BE_INFINITE, f"{name}={value} must be finite")
-        fix = (
-            "0" if abs(value) < low else "inf" if name in MAY_BE_INFINITE else f"{high:.6g} or less"
-        )
+        require(finite or setting.infinite, f"{name}={value} must be finite")
+        fix = "0" if abs(value) < low else "inf" if setting.infinite else f"{high:.6g} or less"
         require(
             not finite or value == 0 or low <= abs(value) <= high,
             f"{name}={value} is out of float32's range; use {fix}",
         )
-    else:
-        largest = LARGEST_OF.get(name, LARGEST)
+    elif setting.most is None or setting.least is None:
         require(
-            all(abs(n) <= largest for n in (value if isinstance(value, tuple) else (value,))),
-            f"{name}={show(value)} is out of range; the largest is {largest}",
+            all(abs(n) <= LARGEST for n in (value if isinstance(value, tuple) else (value,))),
+            f"{name}={show(value)} is out of range; the largest is {LARGEST}",
         )
 
 
-# The settings that name files or folders.
-PATHS = (
-    "data.corpus",
-    "data.tokenizer",
-    "data.cache_dir",
-    "init.workdir",
-    "teacher.workdir",
-    "teacher.lessons",
-)
-
-
-def _check_paths(config: Config) -> None:
-    """Refuses paths that no file system can hold; whether one exists is seen when it is used."""
-    settings = leaves(config)
-    for name in PATHS:
-        value = settings[name]
-        try:
-            encoded = os.fsencode(value)
-        except UnicodeEncodeError:
-            raise UserError(f"{name}={value!r} is not a path: half of a surrogate pair") from None
-        require(b"\0" not in encoded, f"{name}={value!r} is not a path: it holds a NUL character")
-        longest = max(len(part) for part in encoded.split(b"/"))
+def _check_bounds(name: str, value, setting: Setting) -> None:
+    """Refuses what the setting's own declaration excludes."""
+    least, most, above, below = setting.least, setting.most, setting.above, setting.below
+    if setting.choices:
         require(
-            longest <= 255 and len(encoded) < 4096,
-            f"{name} is too long: a path has up to 4095 bytes, and 255 from one / to the next; "
-            f"this one has {len(encoded)} and {longest}",
+            value in setting.choices,
+            f"{name}='{value}' is unknown; use one of {', '.join(setting.choices)}",
         )
+    if above is not None and below is not None:
+        require(
+            above < value < below,
+            f"{name}={value} must be between {above} and {below}, exclusive",
+        )
+    elif above is not None:
+        hint = " (inf never drops)" if setting.infinite and "capacity" in name else ""
+        require(value > above, f"{name}={value} must be above {above}{hint}")
+    elif below is not None:
+        require(least <= value < below, f"{name}={value} must be in [{least}, {below})")
+    elif least is not None and most is not None:
+        require(
+            least <= value <= most,
+            f"{name}={show(value)} is out of range; use a value from {least} to {most}",
+        )
+    elif least is not None:
+        require(value >= least, f"{name}={value} is out of range; use {least} or more")
 
 
-def _check_choice(group: str, values, name: str, choices: str) -> None:
-    value = getattr(values, name)
+def _check_path(name: str, value: str) -> None:
+    """Refuses a path that no file system can hold; whether it exists is seen when it is used."""
+    try:
+        encoded = os.fsencode(value)
+    except UnicodeEncodeError:
+        raise UserError(f"{name}={value!r} is not a path: half of a surrogate pair") from None
+    require(b"\0" not in encoded, f"{name}={value!r} is not a path: it holds a NUL character")
+    longest = max(len(part) for part in encoded.split(b"/"))
     require(
-        value in choices.split(),
-        f"{group}.{name}='{value}' is unknown; use one of {', '.join(choices.split())}",
+        longest <= 255 and len(encoded) < 4096,
+        f"{name} is too long: a path has up to 4095 bytes, and 255 from one / to the next; "
+        f"this one has {len(encoded)} and {longest}",
     )
 
 
 def _check_model(model: ModelConfig) -> None:
-    _check_ranges("model", model, "vocab_size length", 2)
-    _check_ranges("model", model, "layers d_model heads d_ff top_k", 1)
-    _check_choice("model", model, "dtype", "bfloat16 float32")
-    _check_choice("model", model, "remat", "none dots full")
-    _check_choice("model", model, "attention", "auto xla cudnn splash")
-    _check_choice("model", model, "residual_mix", "learned sum half")
-    require(0 <= model.dropout < 1, f"model.dropout={model.dropout} must be in [0, 1)")
-    require(model.init_std > 0, f"model.init_std={model.init_std} must be above 0")
     require(
         model.d_model % model.heads == 0,
         f"model.d_model={model.d_model} is not divisible by model.heads={model.heads}; "
@@ -203,18 +182,8 @@ def _check_moe(config: Config) -> None:
                 f"{field.default} or choose model.placement and model.experts",
             )
         return
-    _check_choice("moe", moe, "dispatch", "auto gather einsum ragged blocked")
-    _check_choice("moe", moe, "exchange", "auto flat hierarchical coordinated")
-    _check_choice("moe", moe, "router", "token_choice expert_choice")
-    _check_choice("moe", moe, "overflow", "position probability random")
-    _check_choice("moe", moe, "noise", "none rsample jitter")
-    _check_choice("moe", moe, "expert_init", "independent tied")
-    at_least_0 = "min_capacity group_size aux_loss_weight z_loss_weight bias_update_rate"
-    _check_ranges("moe", moe, at_least_0, 0)
     for name in ("capacity_factor", "eval_capacity_factor"):
-        factor = getattr(moe, name)
-        require(factor > 0, f"moe.{name}={factor} must be above 0 (inf never drops)")
-        _check_factor(f"moe.{name}", factor)
+        _check_factor(f"moe.{name}", getattr(moe, name))
     never_full = math.isinf(moe.capacity_factor) and math.isinf(moe.eval_capacity_factor)
     if moe.overflow == "random":
         never_full = math.isinf(moe.capacity_factor)
@@ -326,10 +295,6 @@ def _check_data(config: Config) -> None:
     data, model = config.data, config.model
     for name in ("corpus", "tokenizer", "text_field", "cache_dir"):
         require(getattr(data, name) != "", f"data.{name} is empty")
-    require(
-        0 < data.validation_fraction < 1,
-        f"data.validation_fraction={data.validation_fraction} must be between 0 and 1, exclusive",
-    )
     smallest = {"bpe": 257, "bytes": 257, "gpt2": 50257}.get(data.tokenizer, 0)
     require(
         model.vocab_size >= smallest,
@@ -340,8 +305,6 @@ def _check_data(config: Config) -> None:
 
 def _check_training(config: Config) -> None:
     train, optimizer = config.train, config.optimizer
-    _check_ranges("train", train, "batch_size accumulate", 1)
-    _check_ranges("train", train, "steps tokens z_loss", 0)
     require(
         bool(train.steps) != bool(train.tokens),
         f"train.steps={train.steps} and train.tokens={train.tokens}: exactly one must be above 0",
@@ -356,11 +319,6 @@ def _check_training(config: Config) -> None:
         f"train.tokens={train.tokens} makes {config.total_steps} steps of "
         f"{config.tokens_per_step} tokens; use at most {LARGEST * config.tokens_per_step}",
     )
-    _check_ranges("optimizer", optimizer, "warmup_tokens decay_tokens weight_decay", 0)
-    _check_ranges("optimizer", optimizer, "b1 b2", 0, 0.99999)
-    for name in ("learning_rate", "eps", "clip_norm"):
-        value = getattr(optimizer, name)
-        require(value > 0, f"optimizer.{name}={value} must be above 0")
     require(
         0 <= optimizer.min_learning_rate <= optimizer.learning_rate,
         f"optimizer.min_learning_rate={optimizer.min_learning_rate} must be from 0 to "
@@ -371,14 +329,10 @@ def _check_training(config: Config) -> None:
         f"optimizer.decay_tokens={optimizer.decay_tokens} must be above warmup_tokens="
         f"{optimizer.warmup_tokens}",
     )
-    _check_ranges("eval", config.eval, "every batches", 0)
-    _check_ranges("checkpoint", config.checkpoint, "every keep", 1)
-    _check_ranges("log", config.log, "every", 1)
 
 
 def _check_init(config: Config) -> None:
     init = config.init
-    _check_ranges("init", init, "noise", 0)
     require(
         bool(init.workdir) or init.noise == 0,
         f"init.noise={init.noise} has no effect without init.workdir, the run to start as",
@@ -413,28 +367,24 @@ def _check_distillation(config: Config) -> None:
             bool(teacher.workdir) or not teacher.inherit,
             "teacher.inherit=true needs the run itself, too; name it by teacher.workdir",
         )
-    _check_choice("teacher", teacher, "mode", "eval train")
-    _check_choice("kd", kd, "kind", "forward reverse top_k")
-    _check_choice("kd", kd, "decay", "none linear")
     require(
         teacher.mode == "eval" or teacher.capacity_factor == 0,
         f"teacher.capacity_factor={teacher.capacity_factor} has no effect with teacher.mode="
         "train, which has the teacher's own; leave it at 0",
     )
-    _check_ranges("teacher", teacher, "capacity_factor", 0)
     _check_factor("teacher.capacity_factor", teacher.capacity_factor)
-    _check_choice("teacher", teacher, "importance", "weights taylor")
     for name, idle in (("layers", ""), ("importance", "weights")):
         value = getattr(teacher, name)
         require(
             teacher.inherit or value == idle,
             f"teacher.{name}={value} has no effect without teacher.inherit=true",
         )
-    for name in ("weight", "temperature", "stop"):
-        value = getattr(kd, name)
-        require(value > 0, f"kd.{name}={value} must be above 0")
     if kd.kind == "top_k":
-        _check_ranges("kd", kd, "top_k", 1, config.model.vocab_size - 1)
+        most = config.model.vocab_size - 1
+        require(
+            1 <= kd.top_k <= most,
+            f"kd.top_k={kd.top_k} is out of range; use a value from 1 to {most}",
+        )
     require(
         kd.kind == "top_k" or kd.top_k == 0,
         f"kd.top_k={kd.top_k} has no effect with kd.kind={kd.kind}; use kind=top_k or top_k=0",
