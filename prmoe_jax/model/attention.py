@@ -90,37 +90,37 @@ def splash(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segments_BxL, interpret: bool = Fals
 
 
 class KVCache(NamedTuple):
-    """Keys and values of tokens already seen, in the order in which a CPU's products read them."""
+    """Keys and values of earlier tokens, laid out as the products on CPUs read them."""
 
     k_BxHxKxT: jax.Array
     v_BxHxTxK: jax.Array
 
     @classmethod
     def empty(cls, batch: int, heads: int, width: int, room: int, dtype) -> "KVCache":
-        """Room for so many tokens."""
+        """An empty cache for `room` tokens."""
         shapes = (batch, heads, width, room), (batch, heads, room, width)
         return cls(*(jnp.zeros(shape, dtype) for shape in shapes))
 
     def extended(
-        self, k_BxQxHxK: jax.Array, v_BxQxHxK: jax.Array, place_BxQ: jax.Array
+        self, k_BxQxHxK: jax.Array, v_BxQxHxK: jax.Array, position_BxQ: jax.Array
     ) -> "KVCache":
-        """With the keys and values of more tokens, each at its place, lost past the end."""
-        row_Bx1 = jnp.arange(len(place_BxQ))[:, None]
+        """The cache with more tokens at their positions; those past its end are lost."""
+        row_Bx1 = jnp.arange(len(position_BxQ))[:, None]
         return KVCache(
-            self.k_BxHxKxT.at[row_Bx1, :, :, place_BxQ].set(k_BxQxHxK),
-            self.v_BxHxTxK.at[row_Bx1, :, place_BxQ].set(v_BxQxHxK),
+            self.k_BxHxKxT.at[row_Bx1, :, :, position_BxQ].set(k_BxQxHxK),
+            self.v_BxHxTxK.at[row_Bx1, :, position_BxQ].set(v_BxQxHxK),
         )
 
 
-def attend_to_cache(q_BxQxHxK, past: KVCache, place_BxQ) -> jax.Array:
-    """softmax(q kᵀ / √K) v over the keys up to each query's own place; [B, Q, H, K]."""
+def attend_to_cache(q_BxQxHxK, cache: KVCache, position_BxQ) -> jax.Array:
+    """softmax(q kᵀ / √K) v over the keys up to each query's own position; [B, Q, H, K]."""
     score_BxHxQxT = jnp.einsum(
-        "BQHK,BHKT->BHQT", q_BxQxHxK, past.k_BxHxKxT, preferred_element_type=jnp.float32
+        "BQHK,BHKT->BHQT", q_BxQxHxK, cache.k_BxHxKxT, preferred_element_type=jnp.float32
     )
-    seen_BxQxT = jnp.arange(past.k_BxHxKxT.shape[-1]) <= place_BxQ[..., None]
+    seen_BxQxT = jnp.arange(cache.k_BxHxKxT.shape[-1]) <= position_BxQ[..., None]
     score_BxHxQxT *= q_BxQxHxK.shape[-1] ** -0.5
     weight_BxHxQxT = jax.nn.softmax(jnp.where(seen_BxQxT[:, None], score_BxHxQxT, -jnp.inf))
-    return jnp.einsum("BHQT,BHTK->BQHK", weight_BxHxQxT.astype(q_BxQxHxK.dtype), past.v_BxHxTxK)
+    return jnp.einsum("BHQT,BHTK->BQHK", weight_BxHxQxT.astype(q_BxQxHxK.dtype), cache.v_BxHxTxK)
 
 
 class Attention(nnx.Module):
@@ -141,25 +141,25 @@ class Attention(nnx.Module):
         self,
         x_BxLxD: jax.Array,
         segments_BxL: jax.Array,
-        past: KVCache | None = None,
-        place_BxL: jax.Array | None = None,
+        cache: KVCache | None = None,
+        position_BxL: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
         """Maps [B, L, D] to [B, L, D] in x's dtype.
 
         Args:
           x_BxLxD: normalised activations.
           segments_BxL: the document of each token; a token attends within its own.
-          past: instead, what came before; the tokens' own keys and values are added to it.
-          place_BxL: the places of the tokens in `past`, one after the other.
+          cache: in decoding, the keys and values of earlier tokens; these tokens' are added.
+          position_BxL: the tokens' positions in `cache`, in ascending order.
         """
         b_qkv, b_out = (p[...].astype(x_BxLxD.dtype) for p in (self.b_qkv, self.b_out))
-        if past is not None:
+        if cache is not None:
             qkv_BxLx3xHxK = matmul(x_BxLxD, self.w_qkv[...]) + b_qkv
             q, k, v = (qkv_BxLx3xHxK[:, :, i] for i in range(3))
-            # Or XLA writes the new keys twice, once into a copy of the past for the product.
-            past = jax.lax.optimization_barrier(past.extended(k, v, place_BxL))
-            y_BxLxHxK = attend_to_cache(q, past, place_BxL)
-            return matmul(y_BxLxHxK, self.w_out[...], axes=2) + b_out, past
+            # Or XLA writes the new keys twice, once into a copy of the cache for the product.
+            cache = jax.lax.optimization_barrier(cache.extended(k, v, position_BxL))
+            y_BxLxHxK = attend_to_cache(q, cache, position_BxL)
+            return matmul(y_BxLxHxK, self.w_out[...], axes=2) + b_out, cache
         w_qkv, w_out = (p[...].astype(x_BxLxD.dtype) for p in (self.w_qkv, self.w_out))
         project = partial(jnp.einsum, "BLD,DHK->BLHK", x_BxLxD)
         q, k, v = (remat.save_matmul(project(w_qkv[:, i]) + b_qkv[i]) for i in range(3))

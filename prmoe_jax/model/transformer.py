@@ -54,13 +54,19 @@ class Block(nnx.Module):
             self.mlp = MLP.drawn(model.d_model, model.d_ff, std, std_out, key_mlp)
 
     def __call__(
-        self, x_BxLxD, segments_BxL, capacity_factor: float, keys_B=None, past=None, place_BxL=None
+        self,
+        x_BxLxD,
+        segments_BxL,
+        capacity_factor: float,
+        keys_B=None,
+        cache=None,
+        position_BxL=None,
     ) -> tuple[jax.Array, RouterMetrics | None, KVCache | None]:
-        """Returns the activations, a MoE layer's statistics, and `past` with these tokens."""
+        """Returns the activations, a MoE layer's statistics, and `cache` with these tokens."""
         keys = [None] * 3 if keys_B is None else [fold_in(keys_B, i) for i in range(3)]
         with jax.named_scope("attention"):
             normed_BxLxD = self.norm_attention(x_BxLxD)
-            y_BxLxD, past = self.attention(normed_BxLxD, segments_BxL, past, place_BxL)
+            y_BxLxD, cache = self.attention(normed_BxLxD, segments_BxL, cache, position_BxL)
             x_BxLxD = remat.save_matmul(x_BxLxD + dropout(y_BxLxD, self.dropout, keys[0]))
         y_BxLxD = self.norm_mlp(x_BxLxD)
         metrics = None
@@ -69,7 +75,7 @@ class Block(nnx.Module):
         else:
             with jax.named_scope("mlp"):
                 y_BxLxD = self.mlp(y_BxLxD)
-        return remat.save_matmul(x_BxLxD + dropout(y_BxLxD, self.dropout, keys[2])), metrics, past
+        return remat.save_matmul(x_BxLxD + dropout(y_BxLxD, self.dropout, keys[2])), metrics, cache
 
 
 class Stage(nnx.Module):
@@ -133,11 +139,11 @@ class Transformer(nnx.Module):
           capacity_factor: training's, evaluation's, or inf to drop no token.
           keys_B: one key a sequence switches training's randomness on; None for evaluation.
         """
-        place_BxL = positions(segments_BxL)
+        position_BxL = positions(segments_BxL)
         dtype = jnp.dtype(self.config.dtype)
         with jax.named_scope("embedding"):
             x_BxLxD = sharding.embed("tokens", self.tokens[...], tokens_BxL)
-            x_BxLxD += sharding.embed("positions", self.positions[...], place_BxL)
+            x_BxLxD += sharding.embed("positions", self.positions[...], position_BxL)
         x_BxLxD = dropout(x_BxLxD.astype(dtype), self.config.dropout, keys_B)
         metrics = []
         schedule = self.config.schedule.stages()

@@ -158,7 +158,7 @@ _take_rows.defvjp(
 def _combine(y_PxD, weight_GxSxK, place_R, choice_P):
     """Each token's choices, at their places in y, times their weights: [G, S, D].
 
-    A choice without a place has weight 0; a place without a choice says R.
+    Dropped choices have weight 0; empty slots hold the sentinel R.
     """
     return _combine_forward(y_PxD, weight_GxSxK, place_R, choice_P)[0]
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from prmoe_jax.moe.experts import Experts
 from prmoe_jax.nn import remat
 
-# Experts of one device that are worth a program of their own each.
+# At or below this many experts on a device, each one is compiled as a program of its own.
 FEW = 4
 
 
@@ -59,10 +59,10 @@ class ExpertParallel(NamedTuple):
             return remat.save_collective(x.reshape(x_XxIxRxD.shape))
 
     def _apply(self, x_XxIxRxD: jax.Array, coordinated: bool) -> jax.Array:
-        """This device's experts on the rows of all; their hidden units may be split.
+        """Applies this device's experts to the rows that all devices sent.
 
-        Every device of such a slice needs the rows of all of them, and gets back the sum for its
-        own.
+        Devices that share an expert's hidden units all-gather the rows and reduce-scatter the
+        results.
         """
         devices, local, rows, width = x_XxIxRxD.shape
         split = [name for name in ("slice", "tensor") if jax.lax.axis_size(name) > 1]
@@ -84,16 +84,16 @@ class ExpertParallel(NamedTuple):
 
 
 def _pad_rows(x_ExRxD: jax.Array) -> jax.Array:
-    """As many rows as the devices of `tensor` can share evenly."""
+    """Pads the rows to a multiple of the devices of `tensor`."""
     missing = -x_ExRxD.shape[1] % jax.lax.axis_size("tensor")
     return jnp.pad(x_ExRxD, ((0, 0), (0, missing), (0, 0)))
 
 
 @jax.custom_vjp
 def _own_rows(x_ExRxD: jax.Array) -> jax.Array:
-    """This device's share of rows that all of `tensor` hold alike.
+    """This device's share of rows that are replicated over `tensor`.
 
-    In the gradient the shares are gathered: JAX would sum whole arrays that are mostly zeros.
+    The gradient gathers the shares. JAX would sum whole arrays that are mostly zeros instead.
     """
     rows = x_ExRxD.shape[1] // jax.lax.axis_size("tensor")
     start = jax.lax.axis_index("tensor") * rows
@@ -101,7 +101,7 @@ def _own_rows(x_ExRxD: jax.Array) -> jax.Array:
 
 
 def _all_rows(x_ExRxD: jax.Array) -> jax.Array:
-    """The rows of which every device of `tensor` has a share, alike on all of them."""
+    """All-gathers the shares that the devices of `tensor` hold; the result is replicated."""
     return jax.lax.all_gather(x_ExRxD, "tensor", axis=1, tiled=True, to="invarying")
 
 
@@ -109,7 +109,7 @@ _own_rows.defvjp(lambda x: (_own_rows(x), None), lambda _, dy: (_all_rows(dy),))
 
 
 def mark_varying(tree, axes: tuple[str, ...]):
-    """Marks what all devices hold alike as each one's own, so that its gradient is summed here."""
+    """Marks replicated arrays as varying over `axes`, so that their gradients are summed here."""
 
     def mark(x):
         already = jax.typeof(x).manual_axis_type.varying
