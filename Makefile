@@ -11,7 +11,7 @@ RUN ?= runs/demo
 BIN := .venv/bin
 EXTRAS := .venv-extras/ready-$(VERSION)
 
-.PHONY: demo test test-extras lint docs clean
+.PHONY: demo test test-extras test-wheel lint docs clean
 
 demo: $(READY)
 	$(BIN)/prmoe train --config=configs/tiny.py:prmoe --workdir=$(RUN)
@@ -28,9 +28,21 @@ test: $(READY)
 test-extras: $(EXTRAS)
 	.venv-extras/bin/pytest -n 2 --dist worksteal -m extra
 
+# The package as its users install it: in an environment of its own, outside the checkout.
+test-wheel:
+	rm -rf build
+	$(PYTHON) -m venv build/venv
+	build/venv/bin/pip wheel --quiet --no-deps --wheel-dir build .
+	build/venv/bin/pip install --quiet --disable-pip-version-check "$$(ls build/*.whl)[data]"
+	mkdir build/elsewhere
+	cd build/elsewhere && ../venv/bin/prmoe params --paper
+	cd build/elsewhere && ../venv/bin/prmoe train --config=tiny:prmoe --config.train.steps=5 --workdir=run
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+	$(BIN)/mypy
 
 docs: .venv/docs-$(VERSION)
 	$(BIN)/python docs/generate.py --check

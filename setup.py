@@ -14,7 +14,19 @@ setup(
     license="Apache-2.0",
     packages=[*find_packages(include=["prmoe_jax", "prmoe_jax.*"]), "prmoe_jax.configs"],
     package_dir={"prmoe_jax.configs": "configs"},  # so that --config=tiny:prmoe works from anywhere
+    package_data={"prmoe_jax": ["py.typed"]},
     python_requires=">=3.11",
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     install_requires=[
         "absl-py",
         "flax>=0.12.8",
@@ -42,10 +54,12 @@ setup(
         "plot": ["matplotlib"],
         "interop": ["deepspeed", "torch", "transformers"],
         "dev": [
+            "codespell",
             "hypothesis",
             "ipykernel",
             "jupytext",
             "matplotlib",
+            "mypy",
             "nbclient",
             "pre-commit",
             "pytest",

@@ -56,7 +56,7 @@ def _processes(arguments: list[str]):
     allocator.keep_freed_memory()
     from prmoe_jax.parallel import processes
 
-    return processes.joined()
+    return processes.initialize_distributed()
 
 
 def _parser() -> argparse.ArgumentParser:

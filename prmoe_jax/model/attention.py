@@ -34,11 +34,11 @@ def attend(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segments_BxL, implementation: str) -
     length = segments_BxL.shape[1]
     padding = -length % LENGTH_MULTIPLE.get(implementation, 1)
     if padding:
-        padded = [
+        q, k, v, segments = (
             jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
             for x in (q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segments_BxL)
-        ]
-        return attend(*padded, implementation)[:, :length]
+        )
+        return attend(q, k, v, segments, implementation)[:, :length]
     if implementation == "splash":
         return splash(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segments_BxL)
     same_Bx1xLxL = (segments_BxL[:, :, None] == segments_BxL[:, None, :])[:, None]

@@ -183,8 +183,8 @@ def update_router_bias(model: Transformer, routers: list[RouterMetrics], rate: f
     for stage, plan in zip(model.stages, model.config.schedule.stages(), strict=True):
         mlps = [block.mlp for block in stage.blocks if isinstance(block.mlp, MoE)]
         by_repeat = [[next(remaining).assigned_E for _ in mlps] for _ in range(plan.repeats)]
-        for mlp, load_NxE in zip(mlps, zip(*by_repeat, strict=True), strict=True):
-            load_NxE = jnp.stack(load_NxE)
+        for mlp, loads_E in zip(mlps, zip(*by_repeat, strict=True), strict=True):
+            load_NxE = jnp.stack(loads_E)
             mlp.bias_router[...] += rate * jnp.sign(load_NxE.mean(-1, keepdims=True) - load_NxE)
 
 

@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 import jax
 from jax._src import distributed  # the store has no public name
@@ -310,11 +311,11 @@ def _keep_output_ours() -> None:
     os.dup2(_native.fileno(), 2)
     sys.stdout, sys.stderr = open(output, "w", **encoding), open(error, "w", **encoding)  # noqa: SIM115
     for handler in logging.getLogger("prmoe_jax").handlers:
-        if getattr(handler, "stream", None) is old:
+        if isinstance(handler, logging.StreamHandler) and handler.stream is old:
             handler.setStream(sys.stderr)
 
 
-_native = None  # the file that has compiled code's standard error
+_native: IO | None = None  # the file that has compiled code's standard error
 _ABORT = ctypes.CFUNCTYPE(None, ctypes.c_int)
 
 
