@@ -88,7 +88,8 @@ def _cudnn_refusal(model: ModelConfig) -> str:
     segments_BxL = jax.ShapeDtypeStruct(shape[:2], jnp.int32)
 
     def total(q_BxLxHxK, segments_BxL):
-        return attend(*[q_BxLxHxK] * 3, segments_BxL, "cudnn").astype(jnp.float32).sum()
+        q = k = v = q_BxLxHxK
+        return attend(q, k, v, segments_BxL, "cudnn").astype(jnp.float32).sum()
 
     try:
         jax.eval_shape(jax.grad(total), q_BxLxHxK, segments_BxL)
