@@ -11,7 +11,7 @@ RUN ?= runs/demo
 BIN := .venv/bin
 EXTRAS := .venv-extras/ready-$(VERSION)
 
-.PHONY: demo test test-extras test-wheel lint docs clean
+.PHONY: demo test test-extras test-wheel lint docs notebooks clean
 
 demo: $(READY)
 	$(BIN)/prmoe train --config=configs/tiny.py:prmoe --workdir=$(RUN)
@@ -43,6 +43,10 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell
 	$(BIN)/mypy
+
+# Each from a clean kernel, with its outputs; the texts beside them are the sources.
+notebooks: $(READY)
+	cd notebooks && ../$(BIN)/jupytext --quiet --to ipynb --execute *.py
 
 docs: .venv/docs-$(VERSION)
 	$(BIN)/python docs/generate.py --check

@@ -1,12 +1,16 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
 # %%
-# On Colab this installs the project; where it is installed already, it does nothing.
-import importlib.util
+# Needs an environment with `pip install -e '.[data,plot]'` of a checkout, and a kernel in it.
+import prmoe_jax
 
-SOURCE = "git+https://github.com/YOU/prmoe_jax"  # where your copy of the project is
-if importlib.util.find_spec("prmoe_jax") is None:
-    from IPython import get_ipython
-
-    get_ipython().run_line_magic("pip", f"install -q 'prmoe_jax[data,plot] @ {SOURCE}'")
+print("prmoe_jax", prmoe_jax.__version__)
 
 # %% [markdown]
 # # Pyramid and residual

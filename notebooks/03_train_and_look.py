@@ -1,12 +1,16 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
 # %%
-# On Colab this installs the project; where it is installed already, it does nothing.
-import importlib.util
+# Needs an environment with `pip install -e '.[data,plot]'` of a checkout, and a kernel in it.
+import prmoe_jax
 
-SOURCE = "git+https://github.com/YOU/prmoe_jax"  # where your copy of the project is
-if importlib.util.find_spec("prmoe_jax") is None:
-    from IPython import get_ipython
-
-    get_ipython().run_line_magic("pip", f"install -q 'prmoe_jax[data,plot] @ {SOURCE}'")
+print("prmoe_jax", prmoe_jax.__version__)
 
 # %% [markdown]
 # # Train, and look inside
@@ -19,17 +23,15 @@ import collections
 import tempfile
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 from IPython.display import display
 
-from prmoe_jax.config import architecture
-from prmoe_jax.config import default_config, resolve
+from prmoe_jax import Generator, Sampling, architecture, default_config, resolve, train
 from prmoe_jax.data.tokenizer import Tokenizer
 from prmoe_jax.run.restore import restore_run
-from prmoe_jax.inference.generate import Generator, Sampling
-from prmoe_jax.training.loop import train
 
 STEPS = 40  # a taste; with 300 it begins to make sense
 
@@ -84,9 +86,7 @@ for text in generator(["Fellow citizens", "The war"], 24, Sampling(0.8, top_k=40
 # %% [markdown]
 # ## Which experts like which tokens
 #
-# The layers, one after the other, as the model runs them; at every MoE layer we note each token's
-# expert. (`generator.decoder.layers` are the layers unstacked: parameters of a run are stacked for
-# `lax.scan`.)
+# `model.routing` returns the decision of every MoE layer: each token's expert, its slot and its weight.
 
 # %%
 _, _, model, _ = restore_run(workdir)
@@ -102,14 +102,8 @@ words = [tokenizer.decode([i]) for i in ids]
 ids_1xL = jnp.array(ids)[None]
 segments_1xL = jnp.ones_like(ids_1xL)
 
-chosen = {}
-x_1xLxD = model.tokens[...][ids_1xL] + model.positions[...][: len(ids)]
-for number, block in enumerate(generator.decoder.layers):
-    if hasattr(block.mlp, "w_router"):
-        attended, _ = block.attention(block.norm_attention(x_1xLxD), segments_1xL)
-        into_1xLxD = block.norm_mlp(x_1xLxD + attended)
-        chosen[number] = np.asarray((into_1xLxD @ block.mlp.w_router[...])[0].argmax(-1))
-    x_1xLxD, _, _ = block(x_1xLxD, segments_1xL, float("inf"))
+routing = jax.jit(lambda model: model.routing(ids_1xL, segments_1xL))(model)
+chosen = {number: np.asarray(layer.expert_GxSxK)[0, :, 0] for number, layer in routing.items()}
 
 for number, experts_L in chosen.items():
     print(f"layer {number}")

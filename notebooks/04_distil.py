@@ -1,12 +1,16 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
 # %%
-# On Colab this installs the project; where it is installed already, it does nothing.
-import importlib.util
+# Needs an environment with `pip install -e '.[data,plot]'` of a checkout, and a kernel in it.
+import prmoe_jax
 
-SOURCE = "git+https://github.com/YOU/prmoe_jax"  # where your copy of the project is
-if importlib.util.find_spec("prmoe_jax") is None:
-    from IPython import get_ipython
-
-    get_ipython().run_line_magic("pip", f"install -q 'prmoe_jax[data,plot] @ {SOURCE}'")
+print("prmoe_jax", prmoe_jax.__version__)
 
 # %% [markdown]
 # # A student from its teacher
@@ -20,12 +24,9 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from prmoe_jax.config import architecture
+from prmoe_jax import architecture, default_config, evaluate, resolve, train
 from prmoe_jax.distill import student
-from prmoe_jax.config import default_config, resolve
-from prmoe_jax.training.evaluate import evaluate
 from prmoe_jax.run.metrics import read_metrics
-from prmoe_jax.training.loop import train
 
 STEPS = 40  # a taste; experiments/mos has the real thing, with seeds
 folder = Path(tempfile.mkdtemp())

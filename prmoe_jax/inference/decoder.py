@@ -9,7 +9,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from prmoe_jax.model.attention import KVCache
-from prmoe_jax.model.transformer import Transformer
+from prmoe_jax.model.transformer import Transformer, unstacked_blocks
 from prmoe_jax.moe.experts import UnstackedExperts
 from prmoe_jax.moe.layer import MoE
 from prmoe_jax.nn.matmul import scores
@@ -32,15 +32,9 @@ class Decoder(nnx.Module):
           weights: float32, bfloat16 or int8; the arithmetic is in `model.config.dtype`.
         """
         config = model.config
-        layers = [
-            jax.tree.map(lambda x: x[n], block)  # noqa: B023
-            for stage, plan in zip(model.stages, config.schedule.stages(), strict=True)
-            for n in range(plan.repeats)
-            for block in stage.blocks
-        ]
         self.config = config
         self.tokens, self.positions, self.norm = model.tokens, model.positions, model.norm
-        self.layers = nnx.List(layers)
+        self.layers = nnx.List(unstacked_blocks(model))
         if weights != "float32":
             self._narrow(weights)
 

@@ -4,6 +4,7 @@ A module is a typed pytree of float32 parameters: it goes through plain jax.jit,
 """
 
 import logging
+import math
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from flax import nnx
 from prmoe_jax.config import Config, ModelConfig, MoeConfig, architecture
 from prmoe_jax.model.attention import Attention, KVCache
 from prmoe_jax.moe.layer import MoE
-from prmoe_jax.moe.routing import RouterMetrics
+from prmoe_jax.moe.routing import RouterMetrics, Routing
 from prmoe_jax.nn import remat
 from prmoe_jax.nn.mlp import MLP
 from prmoe_jax.nn.parameters import declaration, named_leaves, normal
@@ -161,6 +162,30 @@ class Transformer(nnx.Module):
                 metrics += [jax.tree.map(lambda x: x[n], m) for m in by_cell if m is not None]  # noqa: B023
         return self.norm(x_BxLxD), metrics
 
+    def routing(
+        self, tokens_BxL: jax.Array, segments_BxL: jax.Array, capacity_factor: float = math.inf
+    ) -> dict[int, Routing]:
+        """The routing decision of each MoE layer in evaluation, by the layer's number.
+
+        It is for analysis, on one device. The arrays of a `Routing` are [G, S, K]; a group is one
+        sequence unless `moe.group_size` says otherwise.
+
+        Args:
+          tokens_BxL, segments_BxL: as for a call.
+          capacity_factor: inf, which drops nothing, unless given.
+        """
+        dtype = jnp.dtype(self.config.dtype)
+        x_BxLxD = self.tokens[...][tokens_BxL] + self.positions[...][positions(segments_BxL)]
+        x_BxLxD, found = x_BxLxD.astype(dtype), {}
+        for number, block in enumerate(unstacked_blocks(self)):
+            block = cast(block, dtype)
+            if isinstance(block.mlp, MoE):
+                y_BxLxD, _ = block.attention(block.norm_attention(x_BxLxD), segments_BxL)
+                into_BxLxD = block.norm_mlp(x_BxLxD + y_BxLxD)
+                found[number] = block.mlp.decide(into_BxLxD, segments_BxL > 0, capacity_factor)
+            x_BxLxD, _, _ = block(x_BxLxD, segments_BxL, capacity_factor)
+        return found
+
     def logits(self, x_BxLxD: jax.Array) -> jax.Array:
         """Scores of the next token, float32 [B, L, V]; the embedding is the output matrix."""
         table_VxD = self.output_table(x_BxLxD.dtype)
@@ -169,6 +194,16 @@ class Transformer(nnx.Module):
     def output_table(self, dtype) -> jax.Array:
         """The output matrix [V, D] in a dtype, whole but for `tensor`."""
         return sharding.all_gather_params({"tokens": self.tokens[...].astype(dtype)})["tokens"]
+
+
+def unstacked_blocks(model: Transformer) -> list[Block]:
+    """The layers one by one, first to last; a model holds them stacked by stage."""
+    return [
+        jax.tree.map(lambda x: x[n], block)  # noqa: B023
+        for stage, plan in zip(model.stages, model.config.schedule.stages(), strict=True)
+        for n in range(plan.repeats)
+        for block in stage.blocks
+    ]
 
 
 def update_router_bias(model: Transformer, routers: list[RouterMetrics], rate: float) -> None:

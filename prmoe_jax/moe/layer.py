@@ -12,7 +12,7 @@ from prmoe_jax.config import ModelConfig, MoeConfig
 from prmoe_jax.moe import dispatch
 from prmoe_jax.moe.exchange import ExpertParallel, mark_varying
 from prmoe_jax.moe.experts import Experts
-from prmoe_jax.moe.routing import RouterMetrics, capacity, route
+from prmoe_jax.moe.routing import RouterMetrics, Routing, capacity, route
 from prmoe_jax.nn import remat
 from prmoe_jax.nn.mlp import MLP
 from prmoe_jax.parallel import sharding
@@ -80,6 +80,28 @@ class MoE(nnx.Module):
         y_BxLxD = y_BxLxD * mix_BxLx2[..., :1] + residual_BxLxD * mix_BxLx2[..., 1:]
         return y_BxLxD, metrics
 
+    def decide(self, x_BxLxD: jax.Array, valid_BxL: jax.Array, capacity_factor: float) -> Routing:
+        """The routing decision for these activations in evaluation, on one device.
+
+        Args:
+          x_BxLxD, valid_BxL, capacity_factor: as for a call.
+
+        Returns:
+          a decision whose arrays are [G, S, K]: groups of neighbouring tokens, in their order.
+        """
+        batch, length, width = x_BxLxD.shape
+        tokens = self._group_size(batch, length, capacity_factor)
+        parts = {"w_router": self.w_router, "bias_router": self.bias_router}
+        x_GxSxD, valid_GxS = x_BxLxD.reshape(-1, tokens, width), valid_BxL.reshape(-1, tokens)
+        return self._route(parts, x_GxSxD, valid_GxS, capacity_factor, None)[0]
+
+    def _group_size(self, batch: int, length: int, capacity_factor: float) -> int:
+        """Tokens of a routing group, where so many rows are computed together."""
+        tokens = min(self.moe.group_size or length, batch * length)
+        if math.isinf(capacity_factor) and batch * length % tokens:
+            return length  # nothing is dropped: groups make no difference to a token
+        return tokens
+
     def _spread(self, capacity_factor: float, x_BxLxD, valid_BxL, keys_B):
         """`_routed`, on a mesh by each device for its own rows."""
         names = "w_router", "bias_router", "experts"
@@ -108,9 +130,7 @@ class MoE(nnx.Module):
     def _routed(self, capacity_factor: float, parts: dict, x_BxLxD, valid_BxL, keys_B):
         """The experts' branch, which tokens an expert kept, and the statistics of these rows."""
         batch, length, width = x_BxLxD.shape
-        tokens = min(self.moe.group_size or length, batch * length)
-        if math.isinf(capacity_factor) and batch * length % tokens:
-            tokens = length  # nothing is dropped: groups make no difference to a token
+        tokens = self._group_size(batch, length, capacity_factor)
         x_GxSxD = x_BxLxD.reshape(-1, tokens, width)
         valid_GxS = valid_BxL.reshape(-1, tokens)
         keys_G = None
