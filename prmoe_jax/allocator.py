@@ -1,4 +1,4 @@
-"""The C library's allocator, told to keep the memory that XLA frees after every CPU step."""
+"""Makes the C library's allocator keep the memory that XLA frees after every CPU step."""
 
 import ctypes
 import platform
@@ -11,15 +11,15 @@ _NEVER = -1
 def keep_freed_memory() -> bool:
     """Makes this process reuse large buffers instead of asking the kernel for new ones.
 
-    XLA's CPU runtime allocates a step's buffers anew each time. By default glibc takes large
-    ones from the kernel and gives them back, so every step pays for zeroed pages: for layers of
-    many experts more than for the arithmetic. Threads share one arena, since the others cannot
-    grow past 64 MB. Call it before JAX starts its threads. Memory in use never falls again, so this
-    is for what runs the same steps over and over. The command line does it; a notebook may, first
-    thing.
+    XLA's CPU runtime allocates the buffers anew at every step. By default glibc takes large ones
+    from the kernel and gives them back, so that the kernel zeroes their pages at every step; with
+    many experts this takes longer than the arithmetic. All threads share one arena, since the
+    others cannot grow past 64 MB. Call this function before JAX starts its threads. The process
+    never gives memory back, so use it only where the same steps run over and over. The command
+    line calls it; a notebook can call it first.
 
     Returns:
-      Whether glibc took the settings; False without glibc.
+      Whether glibc accepted the settings; False without glibc.
     """
     if platform.libc_ver()[0] != "glibc":
         return False

@@ -1,4 +1,4 @@
-"""Where a command meets the world: its standard streams, and what becomes of every exception."""
+"""The standard streams of a command, and how each exception ends it."""
 
 import contextlib
 import io
@@ -17,15 +17,16 @@ import prmoe_jax
 from prmoe_jax import files
 from prmoe_jax.errors import Failure, UserError, describe
 
-# Called with a failure after it was printed and before the process ends, to tell other processes.
+# Functions that are called with a failure after it was printed and before the process ends, in
+# order to tell other processes.
 on_failure: list[Callable[[Failure], None]] = []
 
 
 def prepare() -> None:
-    """Makes the standard streams usable whatever they are, and reports failures in threads.
+    """Makes the standard streams usable in every state, and reports failures in threads.
 
-    A closed stream is opened on the null device: or else the next file that is opened would take
-    its number, and libraries' output would end up in that file. Characters that a stream's
+    A closed stream is opened on the null device. Otherwise the next file that is opened would get
+    its number, and libraries would write their output into that file. Characters that a stream's
     encoding lacks are written as escapes.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
@@ -47,12 +48,12 @@ def prepare() -> None:
 def guard(task: Callable[[], None], folder: Callable[[], Path | None]) -> int:
     """Runs a command to its end.
 
-    What is foreseen ends in one line on standard error. What isn't ends in one line as well, and
-    leaves its traceback in a file; with PRMOE_TRACEBACK=1 it is printed.
+    Every failure ends in one line on standard error. An unforeseen one also leaves its traceback
+    in a file, or prints it if PRMOE_TRACEBACK=1.
 
     Args:
       task: the command.
-      folder: where a traceback may be kept, the run's folder; asked when one is.
+      folder: returns the run's folder, in which a traceback may be kept; called only to keep one.
 
     Returns:
       The exit code.
@@ -83,13 +84,13 @@ def guard(task: Callable[[], None], folder: Callable[[], Path | None]) -> int:
 
 
 def say(line: str) -> None:
-    """Prints a line about the command on standard error, if that can be written."""
+    """Prints a line about the command on standard error, if the stream can be written."""
     with contextlib.suppress(OSError, ValueError):
         print(f"prmoe: {line}", file=sys.stderr, flush=True)
 
 
 def _with_traceback(failure: Failure, error: BaseException, folder: Path | None) -> Failure:
-    """Prints or keeps the traceback of an unforeseen error; the failure says where it is."""
+    """Prints or keeps the traceback of an unforeseen error, and adds its place to the failure."""
     text = "".join(traceback.format_exception(error))
     if os.environ.get("PRMOE_TRACEBACK") == "1":
         print(text, file=sys.stderr)
@@ -101,7 +102,7 @@ def _with_traceback(failure: Failure, error: BaseException, folder: Path | None)
 
 
 def _kept(text: str, folder: Path | None) -> str:
-    """Writes a traceback beside the run, or else to the temporary folder; returns where."""
+    """Writes a traceback into the run's folder, or the temporary folder; returns its path."""
     head = f"prmoe_jax {prmoe_jax.__version__}, Python {platform.python_version()}\n{sys.argv}\n\n"
     name = f"error-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
     for place in (folder, Path(tempfile.gettempdir())):
@@ -114,17 +115,17 @@ def _kept(text: str, folder: Path | None) -> str:
 
 
 def _thread_failed(failed: threading.ExceptHookArgs) -> None:
-    """A thread of a library ended by an exception: one line, and the traceback in a file."""
+    """Reports an exception that ended a thread: one line, and the traceback in a file."""
     error = failed.exc_value or failed.exc_type()
     failure = describe(error)
     say((failure if failure.foreseen else _with_traceback(failure, error, None)).line)
 
 
 def _report_unraisable(unraisable) -> None:
-    """Python's own report of an error in a callback, without the echoes of other errors.
+    """Prints Python's own report of an error in a callback, unless it only follows another error.
 
-    When a checkpoint's write fails, each of Tensorstore's threads finds Orbax's event loop closed.
-    Where a user's code recurses too deep, JAX's callback of the garbage collector does so, too.
+    When writing a checkpoint fails, each of Tensorstore's threads finds Orbax's event loop closed.
+    When a user's code recurses too deeply, JAX's garbage collection callback does so too.
     """
     echo = isinstance(unraisable.exc_value, RecursionError)
     if not echo and str(unraisable.exc_value) != "Event loop is closed":
@@ -132,6 +133,6 @@ def _report_unraisable(unraisable) -> None:
 
 
 def _silence(stream) -> None:
-    """Sends what is left in a stream that cannot be written to the null device."""
+    """Sends the rest of a stream that cannot be written to the null device."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -1,11 +1,11 @@
-"""The errors a user is meant to read, and what is said about all others: one line each."""
+"""The errors that a user is meant to read, and one line for every other exception."""
 
 import errno
 from typing import NamedTuple
 
 
 class UserError(Exception):
-    """Input that cannot be used as given; the message says what, the numbers and the fix.
+    """Input that cannot be used as given; the message names it, the numbers and the fix.
 
     The command line prints it on one line and exits with code 2.
     """
@@ -28,11 +28,11 @@ class Failure(NamedTuple):
 
     line: str  # for the user
     exit_code: int
-    foreseen: bool  # else it is a defect, whose traceback is worth keeping
+    foreseen: bool  # False for a defect, whose traceback is worth keeping
 
 
 def describe(error: BaseException) -> Failure:
-    """What to tell a user about any exception, on one line."""
+    """Turns any exception into one line for the user and an exit code."""
     if isinstance(error, UserError):
         return Failure(_one_line(error), error.exit_code, True)
     if isinstance(error, KeyboardInterrupt):
@@ -61,7 +61,7 @@ def describe(error: BaseException) -> Failure:
     return Failure(f"internal error: {kind}: {first_line(error)}", 1, False)
 
 
-# Writing where there is no room, or where nobody may; such errors can come without a file's name.
+# No space, no quota, a read-only disk or a file too large; such errors can lack a file's name.
 _NO_ROOM = errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG
 
 
@@ -72,7 +72,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type where it has none."""
+    """The first line of an error's message, or its type if the message is empty."""
     return (_text(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 

@@ -1,4 +1,4 @@
-"""Files of a run: replaced whole, so that none is ever half written, and checked when read back."""
+"""Writes a run's files so that none is ever half written, and checks them when they are read."""
 
 import fcntl
 import json
@@ -15,13 +15,13 @@ log = logging.getLogger(__name__)
 
 
 def replace(path: Path, content: str | bytes) -> None:
-    """Writes a file by way of a temporary one beside it and a rename.
+    """Writes a temporary file beside `path` and renames it to `path`.
 
     A crash, `kill -9` or a full disk at any moment leaves the old content or the new one. A file
-    that holds the content already is not touched.
+    that already holds the content is not touched.
 
     Raises:
-      UserError: it cannot be written; what was there before is still there.
+      UserError: the file cannot be written; its old content is still there.
     """
     data = content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.tmp")
@@ -43,10 +43,10 @@ def replace(path: Path, content: str | bytes) -> None:
 
 
 def build_folder(folder: Path, build: Callable[[Path], None]) -> None:
-    """Makes a folder by `build(temporary)` and a rename, so that it is there whole or not at all.
+    """Makes a folder by `build(temporary)` and a rename, so that it is complete or does not exist.
 
-    The temporary folder lies beside it under a hidden name. What a killed process left there is
-    removed first. An empty folder in the target's place is replaced.
+    The temporary folder lies beside it under a hidden name. Files that a killed process left there
+    are removed first. If the target is an empty folder, it is replaced.
 
     Args:
       folder: the folder to make.
@@ -54,7 +54,7 @@ def build_folder(folder: Path, build: Callable[[Path], None]) -> None:
 
     Raises:
       UserError: another process is building the same folder.
-      OSError: it cannot be written, or its place is taken.
+      OSError: the folder cannot be written, or the target exists and is not an empty folder.
     """
     folder = Path(os.path.realpath(folder))
     temporary = folder.with_name(f".{folder.name}.tmp")
@@ -80,25 +80,26 @@ def build_folder(folder: Path, build: Callable[[Path], None]) -> None:
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        # Not before the rename: another process could lock a new file, and empty the folder.
+        # If the lock were removed before the rename, another process could lock a new file and
+        # empty the folder.
         (folder / ".lock").unlink(missing_ok=True)
         _sync_folder(folder.parent)
 
 
 def cannot_write(path: Path, error: OSError) -> UserError:
-    """What to raise where a file could not be written."""
+    """Makes the error to raise when a file could not be written."""
     return UserError(f"{path} cannot be written: {error.strerror or error}")
 
 
 def regular(path: Path, hint: str = "") -> Path:
-    """The path of a file that has an end: reading a pipe or a device might never return.
+    """Returns the path if it is a regular file; reading a pipe or a device might never return.
 
     Args:
       path: the file.
-      hint: what else to tell where it is missing.
+      hint: text to add to the message if the file is missing.
 
     Raises:
-      UserError: it is missing, or no regular file.
+      UserError: the path is missing, or is not a regular file.
     """
     try:
         if path.is_file():
@@ -110,12 +111,12 @@ def regular(path: Path, hint: str = "") -> Path:
 
 
 def read_json(path: Path, kind: type = dict, fix: str = "restore a copy of it") -> Any:
-    """The value that a JSON file holds.
+    """Reads the value that a JSON file holds.
 
     Args:
       path: the file.
       kind: the type that the value must have.
-      fix: what a user can do about a damaged file, for the message.
+      fix: advice about a damaged file, for the message.
 
     Raises:
       UserError: the file cannot be read, is not UTF-8 JSON, or holds another type.
@@ -133,17 +134,17 @@ def read_json(path: Path, kind: type = dict, fix: str = "restore a copy of it") 
 
 
 def read_json_lines(path: Path, required: Iterable[str], fix: str) -> list[dict]:
-    """The objects of a file that holds one a line; none where there is no file.
+    """Reads a file with one JSON object on each line; a missing file has no objects.
 
     A last line without a newline is left out, with a warning, unless it is a complete object.
 
     Args:
       path: the file.
       required: names that every object must have.
-      fix: what a user can do about a damaged line, for the message.
+      fix: advice about a damaged line, for the message.
 
     Raises:
-      UserError: the file cannot be read, or a line is not such an object; says which.
+      UserError: the file cannot be read, or a line is not such an object; names the line.
     """
     try:
         *lines, torn = path.read_bytes().split(b"\n")
@@ -152,7 +153,7 @@ def read_json_lines(path: Path, required: Iterable[str], fix: str) -> list[dict]
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
     if torn and _is_object(torn):
-        lines.append(torn)  # complete: some editors leave out the last newline
+        lines.append(torn)  # some editors leave out the last newline
     elif torn:
         log.warning("%s: its last line was torn by a crash and is left out", path)
     rows = []
@@ -173,10 +174,10 @@ def require(row: Any, kinds: Mapping[str, type | tuple[type, ...]], where: str, 
     """Checks the fields of an object that was read from a file.
 
     Args:
-      row: the value; must be a dict.
-      kinds: the type, or types, of each name that it must have.
+      row: the value, which must be a dict.
+      kinds: each name that it must have, with the type or types of the value.
       where: the file and the place in it, for the message.
-      fix: what a user can do about it, for the message.
+      fix: advice for the user, for the message.
 
     Raises:
       UserError: a name is missing, or its value is of another type.
@@ -191,7 +192,7 @@ def require(row: Any, kinds: Mapping[str, type | tuple[type, ...]], where: str, 
 
 
 def parse_json(data: bytes) -> Any:
-    """The value of UTF-8 JSON; ValueError for whatever else it is, also if nested too deeply."""
+    """Parses UTF-8 JSON; raises ValueError for anything else, and for JSON nested too deeply."""
     try:
         return json.loads(data.decode("utf-8"))
     except RecursionError:
@@ -206,7 +207,7 @@ def _is_object(line: bytes) -> bool:
 
 
 def sync(path: Path) -> None:
-    """Returns when a file's content, or a folder's entries, would survive a power failure."""
+    """Waits until a file's content, or a folder's entries, would survive a power failure."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -217,7 +218,7 @@ def sync(path: Path) -> None:
 def _sync_folder(folder: Path) -> None:
     try:
         sync(folder)
-    except OSError:  # some file systems can't; the rename itself has happened
+    except OSError:  # some file systems can't do this; the rename itself has happened
         log.debug("%s cannot be synchronised", folder)
 
 
