@@ -1,4 +1,4 @@
-"""Arrays in .npy files: written row by row, mapped into memory when they are read."""
+"""Arrays in .npy files, which are written row by row and mapped into memory to be read."""
 
 import errno
 import math
@@ -12,8 +12,8 @@ import numpy.typing as npt
 class ArrayWriter:
     """Writes a .npy file whose number of rows is known only at the end.
 
-    By plain writes: on a full disk they raise an OSError, where writing through a memory map ends
-    the process by a signal.
+    It does not write through a memory map: on a full disk that would end the process by a signal,
+    while a plain write raises an OSError.
 
     Attributes:
       rows: number of rows written so far.
@@ -27,10 +27,10 @@ class ArrayWriter:
         self._write_header()
 
     def reserve(self, rows: int) -> None:
-        """Takes the space of so many rows, so that a disk too small for them is told of at once.
+        """Reserves disk space for this many rows, so that a disk that is too small fails at once.
 
         Raises:
-          OSError: there is no room. Where a file system can't reserve any, `append` finds out.
+          OSError: the disk is full. If the file system can't reserve space, only `append` fails.
         """
         if not hasattr(os, "posix_fallocate"):  # macOS
             return
@@ -42,7 +42,7 @@ class ArrayWriter:
                 raise
 
     def append(self, rows: npt.ArrayLike) -> bytes:
-        """Writes rows; returns what is now in the file for them."""
+        """Writes rows; returns the bytes that were written for them."""
         values = np.asarray(rows, self._dtype)
         content = values.tobytes()
         self._file.write(content)
@@ -50,7 +50,7 @@ class ArrayWriter:
         return content
 
     def _write_header(self) -> None:
-        # NumPy pads the header so that a longer first axis still fits in its place.
+        # NumPy pads the header, so that the final number of rows fits into the same space.
         description = np.lib.format.dtype_to_descr(self._dtype)
         shape = (self.rows, *self._row_shape)
         header = {"descr": description, "fortran_order": False, "shape": shape}
@@ -62,17 +62,17 @@ class ArrayWriter:
     def __exit__(self, error_type, error, traceback) -> None:
         with self._file:
             if error_type is None:
-                self._file.truncate()  # what was reserved and not needed
+                self._file.truncate()  # drops space that was reserved and not needed
                 self._file.seek(0)
                 self._write_header()
 
 
 def open_array(path: pathlib.Path, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> np.ndarray:
-    """Maps a .npy file into memory, read-only; nothing but its header is read.
+    """Maps a .npy file into memory, read-only; only its header is read now.
 
     Raises:
-      Exception: of any type, if the file is missing or damaged; see `cache.reading`.
-      ValueError: it holds an array of another dtype or shape.
+      Exception: the file is missing or damaged (any type; see `cache.reading`).
+      ValueError: the array has another dtype or shape.
     """
     array = np.load(path, mmap_mode="r")
     if (array.dtype, array.shape) != (np.dtype(dtype), shape):

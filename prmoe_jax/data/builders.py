@@ -28,9 +28,9 @@ _READ_AHEAD = 64
 
 
 class Documents(Sequence[str]):
-    """The documents of one prepared split, read from disk when asked for.
+    """The documents of one prepared split, read from disk when they are used.
 
-    Reading raises a UserError where a file turns out to be damaged, or a text is not UTF-8.
+    Reading raises a UserError if a file is damaged or a text is not UTF-8.
     """
 
     def __init__(self, examples: Sequence[dict], text_field: str, directory: pathlib.Path):
@@ -45,7 +45,7 @@ class Documents(Sequence[str]):
         return next(self._read([range(len(self))[index]]))
 
     def __iter__(self) -> Iterator[str]:
-        for start in range(0, len(self), _READ_AHEAD):  # One read for many examples.
+        for start in range(0, len(self), _READ_AHEAD):  # one read for many examples
             yield from self._read(range(start, min(start + _READ_AHEAD, len(self))))
 
     def _read(self, indices: Sequence[int]) -> Iterator[str]:
@@ -98,16 +98,16 @@ class Sotu(TextFiles, skip_registration=True):
 
 
 class Prose(TextFiles, skip_registration=True):
-    """Those messages, essays, commentary, scripture and novels; see experiments/prose."""
+    """The same messages, and essays, commentary, scripture and novels; see experiments/prose."""
 
 
 def prepare_files(
     config: DataConfig, cache_dir: pathlib.Path, directory: pathlib.Path
 ) -> dict[str, Documents]:
-    """Opens 'sotu', 'prose' or local text files, prepared in `directory` if they are not yet.
+    """Opens 'sotu', 'prose' or local text files; prepares them in `directory` the first time.
 
     Raises:
-      UserError: text that cannot be used, or a directory that cannot be written.
+      UserError: the text cannot be used, or the directory cannot be written.
     """
     files = sources.files(config.corpus, cache_dir)
     kind = {"sotu": Sotu, "prose": Prose}.get(config.corpus, TextFiles)
@@ -125,13 +125,14 @@ def prepare_files(
 
 
 def prepare_named(config: DataConfig, directory: pathlib.Path) -> dict[str, Documents]:
-    """Opens the TFDS dataset of 'tfds:NAME', downloaded to `directory` if it is not there.
+    """Opens the TFDS dataset of 'tfds:NAME'; downloads it to `directory` the first time.
 
-    Validation is the dataset's own 'validation' split, else 'test', else the first
-    `validation_fraction` of 'train'.
+    The validation split is the dataset's own 'validation' split. Without one it is 'test', and
+    without that the first `validation_fraction` of 'train'.
 
     Raises:
-      UserError: an unknown dataset or text field, no network, or a failed download.
+      UserError: the dataset or text field is unknown, the network is missing, or the download
+        fails.
     """
     name = config.corpus.removeprefix("tfds:")
     builder = _find_builder(name, directory)
@@ -157,8 +158,8 @@ def _prepare(builder: tfds.core.DatasetBuilder, corpus: str) -> None:
     """Prepares a dataset.
 
     Raises:
-      UserError: whatever fails in it, on one line.
-      OSError: a full disk.
+      UserError: preparing fails for any reason; the message is one line.
+      OSError: the disk is full.
     """
     log.info("preparing the corpus %s in %s", corpus, builder.data_path)
     if not sys.stderr.isatty():
@@ -170,7 +171,8 @@ def _prepare(builder: tfds.core.DatasetBuilder, corpus: str) -> None:
     except UserError:
         raise
     except Exception as error:
-        for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # a writer may quote the system
+        # A writer's own error may quote the system's message.
+        for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             if os.strerror(number) in str(error):
                 raise OSError(number, os.strerror(number)) from error
         raise UserError(
@@ -192,7 +194,7 @@ def _find_builder(name: str, directory: pathlib.Path) -> tfds.core.DatasetBuilde
         raise UserError(f"TFDS dataset {dataset!r} has no config {config!r}; it has {close}")
     try:
         return tfds.builder(name, data_dir=directory, file_format=_FORMAT)
-    except Exception as error:  # Datasets of 400 authors: anything may be raised.
+    except Exception as error:  # the datasets have 400 authors and raise anything
         prepared = directory / dataset
         fix = f"; if {prepared} is damaged, delete it, it is made again" * prepared.exists()
         raise UserError(f"cannot open TFDS dataset {name!r}: {_first_line(error)}{fix}") from error
@@ -209,11 +211,11 @@ def _check_text_field(builder: tfds.core.DatasetBuilder, config: DataConfig) -> 
 
 
 def _check_network(name: str, directory: pathlib.Path) -> None:
-    """Fails in seconds where TFDS would retry for minutes."""
+    """Fails within seconds if there is no network; TFDS would retry for minutes."""
     try:
         urllib.request.urlopen(_HOST, timeout=3).close()
     except urllib.error.HTTPError:
-        return  # An answer, whatever it says.
+        return  # any answer shows that the host can be reached
     except OSError as error:
         raise UserError(
             f"TFDS dataset {name!r} is not prepared in {directory} and {_HOST} cannot be "

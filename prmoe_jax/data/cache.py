@@ -1,4 +1,4 @@
-"""Directories that are built once, whole or not at all, and checked when they are used again."""
+"""Directories that are built once, complete or not at all, and checked when they are reused."""
 
 import contextlib
 import fcntl
@@ -17,7 +17,7 @@ from prmoe_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
-# In every directory: size, modification time and digest of each of its files.
+# Every directory has this file: size, modification time and digest of each of its other files.
 DIGESTS = "digests.json"
 
 
@@ -25,18 +25,18 @@ def root(config: DataConfig) -> pathlib.Path:
     """The folder of all caches.
 
     Raises:
-      UserError: its name is not UTF-8, or it is in a home directory that is not known.
+      UserError: its name is not UTF-8, or it is in a home directory that is unknown.
     """
     folder = expand("data.cache_dir", config.cache_dir)
     try:
         str(folder).encode()
-    except UnicodeEncodeError:  # array_record writes to no such path
+    except UnicodeEncodeError:  # array_record cannot write to such a path
         raise UserError(f"data.cache_dir={folder} is not UTF-8; give another folder") from None
     return folder
 
 
 def fingerprint(*parts: Any) -> str:
-    """A short digest of JSON-able values: equal exactly when the values are."""
+    """A short digest of JSON-able values; equal exactly when the values are equal."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
 
 
@@ -47,21 +47,21 @@ def build_once(
 ) -> pathlib.Path:
     """Returns `directory`, made by `build(temporary)` and a rename if it does not exist yet.
 
-    Other processes that want the same directory wait for the first one. A build that
-    fails or is killed leaves nothing that a later one could take for finished. A directory that
-    exists is checked. `setting` is what errors say would choose another directory.
+    Other processes that want the same directory wait for the first one. A build that fails or is
+    killed leaves nothing that looks finished. A directory that exists already is checked.
+    `setting` is the setting that chooses another directory, for error messages.
 
     Raises:
       UserError: the directory is damaged, or cannot be written (permissions, a full disk).
     """
-    if directory.is_dir():  # A complete cache may be read-only: take no lock.
+    if directory.is_dir():  # a complete cache may be read-only: take no lock
         with reading(directory):
             check(directory)
         return directory
     with locked(directory, setting):
         if not directory.is_dir():
             temporary = directory.with_name(directory.name + ".tmp")
-            shutil.rmtree(temporary, ignore_errors=True)  # Left by a killed run.
+            shutil.rmtree(temporary, ignore_errors=True)  # left by a killed run
             try:
                 temporary.mkdir()
                 build(temporary)
@@ -74,7 +74,7 @@ def build_once(
 
 
 def seal(directory: pathlib.Path) -> None:
-    """Writes every file to the disk, and a record of them that `check` compares them with.
+    """Flushes every file to the disk, and writes the record that `check` compares them with.
 
     Raises:
       OSError: a file cannot be read, or the record cannot be written.
@@ -87,11 +87,10 @@ def seal(directory: pathlib.Path) -> None:
 
 
 def check(directory: pathlib.Path) -> None:
-    """Compares the files of a directory with what `seal` recorded; other files are ignored.
+    """Compares the files of a directory with the record of `seal`; ignores other files.
 
-    Sizes are always compared. Content is compared only where a file's modification time differs:
-    the file was altered or copied. A directory without a record, from before there were any, gets
-    one.
+    Sizes are always compared. Content is compared only if a file's modification time differs,
+    since it was then altered or copied. An old directory that has no record gets one.
 
     Raises:
       ValueError, OSError: a file is missing, altered or unreadable; see `reading`.
@@ -125,23 +124,23 @@ def reading(
     named: str = "the cache {}",
     fix: str = "delete the folder, it is made again",
 ) -> Iterator[None]:
-    """Turns whatever goes wrong in reading a directory into a UserError.
+    """Turns any failure to read a directory into a UserError.
 
     Args:
       directory: the directory.
-      named: what errors call it.
-      fix: what a user can do about a damaged one.
+      named: the directory's name in messages.
+      fix: advice about a damaged directory.
     """
     try:
         yield
     except MemoryError:
         raise
-    except Exception as error:  # Readers of damaged files raise anything.
+    except Exception as error:  # readers of damaged files raise anything
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         message = f"{named.format(directory)} can't be read ({reason})"
         gone = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
         if isinstance(error, OSError) and not isinstance(error, gone):
-            raise UserError(message) from error  # Not damaged: no permission, for example.
+            raise UserError(message) from error  # not damaged: no permission, for example
         raise UserError(f"{message}; {fix}") from error
 
 
@@ -150,7 +149,7 @@ def locked(directory: pathlib.Path, setting: str = "--config.data.cache_dir") ->
     """Holds the exclusive lock that guards writing to `directory`, and makes its parent.
 
     Raises:
-      UserError: for any OSError inside, since what happens there is writing the cache.
+      UserError: the block raised an OSError, which must come from writing the cache.
     """
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
@@ -189,7 +188,7 @@ def _digest(file: pathlib.Path) -> str:
 
 
 def _record(path: pathlib.Path, record: dict) -> None:
-    """Replaces the record of a finished directory, where that can be written."""
+    """Replaces the record of a finished directory, if the directory can be written."""
     try:
         with locked(path.parent):
             files.replace(path, json.dumps(record, indent=2) + "\n")

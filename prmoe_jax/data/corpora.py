@@ -1,4 +1,4 @@
-"""Opens a corpus: identifies its text at once, and prepares it only when it is read."""
+"""Opens a corpus: its text is identified at once, but prepared only when it is read."""
 
 import dataclasses
 import functools
@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from prmoe_jax.config import DataConfig
 from prmoe_jax.data import cache, sources
 
-# Raised when the same source would give other documents or another split than before.
+# Increase this when the same source gives other documents or another split than before.
 _RECIPE = 1
 
 
@@ -17,8 +17,8 @@ _RECIPE = 1
 class Corpus:
     """Training and validation documents, as random-access sequences of str.
 
-    `fingerprint` changes with the text and the split, and is known before anything is
-    prepared: what was derived from the corpus and cached under it needs no corpus.
+    `fingerprint` changes with the text and the split, and is known before anything is prepared.
+    Data that was derived from the corpus and cached under it can be used without the corpus.
     """
 
     fingerprint: str
@@ -30,23 +30,23 @@ class Corpus:
 
     @property
     def train(self) -> Sequence[str]:
-        """The training documents; the first use prepares the corpus (UserError if it cannot)."""
+        """The training documents; the first use prepares the corpus (UserError if that fails)."""
         return self._splits["train"]
 
     @property
     def validation(self) -> Sequence[str]:
-        """The held-out documents; the first use prepares the corpus (UserError if it cannot)."""
+        """The held-out documents; the first use prepares the corpus (UserError if that fails)."""
         return self._splits["validation"]
 
 
 def open_corpus(config: DataConfig) -> Corpus:
     """Opens `config.corpus`; see DataConfig for its forms.
 
-    Local text is fingerprinted by content, so that a moved or copied corpus is the same
-    corpus: this reads every file once. A TFDS dataset is fingerprinted by its name.
+    Every local file is read once: its content makes the fingerprint, so that a moved or copied
+    corpus is the same corpus. A TFDS dataset is fingerprinted by its name.
 
     Raises:
-      UserError: a corpus that does not exist or is not installed.
+      UserError: the corpus does not exist or is not installed.
     """
     if config.corpus.startswith("tfds:"):
         content = config.corpus
@@ -57,7 +57,7 @@ def open_corpus(config: DataConfig) -> Corpus:
 
 
 def _prepare(config: DataConfig, fingerprint: str) -> dict[str, Sequence[str]]:
-    # TFDS takes a second to import; with a warm token cache this is never called.
+    # Importing TFDS takes a second; if the tokens are cached, this is never called.
     from prmoe_jax.data import builders
 
     cache_dir = cache.root(config)

@@ -1,4 +1,4 @@
-"""From a corpus to batches: fixed-length windows over the tokens and Grain's iterator."""
+"""From a corpus to batches: windows of fixed length over the tokens, and Grain's iterator."""
 
 import dataclasses
 import math
@@ -18,20 +18,20 @@ from prmoe_jax.errors import UserError
 
 
 class TopKLogProbs(NamedTuple):
-    """What a teacher expects next: its K likeliest tokens, likeliest first, and ln p of each."""
+    """A teacher's K likeliest next tokens, likeliest first, with their log-probabilities (ln)."""
 
     tokens_BxLxK: np.ndarray
     log_p_BxLxK: np.ndarray
 
 
 class Batch(NamedTuple):
-    """Windows side by side; a single window has the same fields without the B axis.
+    """A batch of windows; a single window has the same fields without the B axis.
 
-    tokens_BxL and targets_BxL are int32; mask_BxL is bool, False where there is nothing
-    to predict; segments_BxL is int32, 0 for padding and 1, 2, … for the documents of a
-    window. The target of a document's last token is the mark of the next document: it is
-    predicted in the segment of the document that ends. `teacher_top_k` is there where a teacher's
-    predictions were recorded (see `lessons`).
+    tokens_BxL and targets_BxL are int32. mask_BxL is bool, False where there is no target.
+    segments_BxL is int32, 0 for padding and 1, 2, … for the documents of a window. The target of a
+    document's last token is the mark that starts the next document; it is predicted in the
+    segment of the document that ends. `teacher_top_k` is set if a teacher's predictions were
+    recorded (see `distill/teacher_cache.py`).
     """
 
     tokens_BxL: np.ndarray
@@ -48,8 +48,8 @@ class Windows:
     """A token stream as a random-access source of windows of `length` predictions.
 
     Window i reads stream[i*length : (i+1)*length + 1]; only the last one is padded.
-    With `cross_document_attention`, all tokens of a window are one segment. `teacher_top_k` has a
-    teacher's predictions of every window, where there are any.
+    With `cross_document_attention`, all tokens of a window are one segment. `teacher_top_k` holds
+    a teacher's recorded predictions for every window, or is None.
     """
 
     def __init__(
@@ -63,13 +63,13 @@ class Windows:
         self.length = length
         self.cross_document_attention = cross_document_attention
         self.teacher_top_k = teacher_top_k
-        # Plain views of the maps: slicing a np.memmap costs more than the read.
+        # Plain views of the memory maps: slicing a np.memmap costs more than reading it.
         self._tokens_T = np.asarray(cache.tokens_T)
         self._starts_N = np.asarray(cache.starts_N)
 
     @property
     def tokens(self) -> int:
-        """Predictions that all windows together ask for."""
+        """The number of predictions in all windows together."""
         return len(self.cache.tokens_T) - 1
 
     def __len__(self) -> int:
@@ -98,25 +98,25 @@ class Windows:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """What a run needs to know of its text."""
+    """A run's tokenizer and text."""
 
     tokenizer: Tokenizer
     train: Windows
     validation: Windows
     validation_bytes: int  # UTF-8 bytes of the validation text, for bits per byte
     corpus_fingerprint: str
-    lessons_fingerprint: str | None = None  # of a teacher's recorded predictions
+    lessons_fingerprint: str | None = None  # identifies a teacher's recorded predictions
 
 
 def load_data(
     config: DataConfig, vocab_size: int, length: int, tokenizer_path: str | None = None
 ) -> Data:
-    """Corpus, tokenizer and windows of `length`, from the caches where they are warm.
+    """Loads corpus, tokenizer and windows of `length`, from the caches if they are there.
 
-    A run that is resumed or evaluated gives the `tokenizer_path` that it stored.
+    A run that is resumed or evaluated gives the `tokenizer_path` of its stored tokenizer.
 
     Raises:
-      UserError: anything wrong with the corpus, the tokenizer or the cache.
+      UserError: the corpus, the tokenizer or the cache cannot be used.
     """
     corpus = open_corpus(config)
     if tokenizer_path is None:
@@ -136,7 +136,7 @@ def load_data(
 
 
 def windows_fingerprint(data: Data) -> dict[str, str | int]:
-    """All that decides what window i of the training split is."""
+    """All values that determine the content of window i of the training split."""
     return {
         "corpus": data.corpus_fingerprint,
         "tokenizer": data.tokenizer.fingerprint,
@@ -147,10 +147,10 @@ def windows_fingerprint(data: Data) -> dict[str, str | int]:
 
 
 def pipeline_fingerprint(data: Data, batch_size: int, seed: int) -> dict[str, str | int]:
-    """All that decides which rows step i sees; compare it before restoring an iterator.
+    """All values that determine the rows of step i; compare them before restoring an iterator.
 
-    An iterator's state is only the number of the next step, which means something else
-    after any of these has changed. Processes and devices are not among them.
+    An iterator's state is only the number of the next step, which stands for other rows after any
+    of these values has changed. The number of processes and devices does not matter.
     """
     found = windows_fingerprint(data) | {"batch_size": batch_size, "seed": seed}
     if data.lessons_fingerprint:
@@ -163,17 +163,17 @@ def train_iterator(
 ) -> grain.DatasetIterator:
     """Iterates for ever over shuffled batches, as Batch.
 
-    Every epoch has an order of its own, and one epoch flows into the next within a batch.
-    `get_state()` is the next step, the same on every process.
+    Every epoch has its own order, and a batch can hold the end of one epoch and the start of the
+    next. `get_state()` is the next step, the same on every process.
 
     Args:
       windows: the training split.
-      batch_size: rows of a step, all processes together.
-      seed: of the order.
-      rows: those of each batch that this process needs (`mesh.local_rows`), all unless given.
+      batch_size: rows of a step on all processes together.
+      seed: the seed of the order.
+      rows: the rows of each batch that this process needs (`mesh.local_rows`); all by default.
 
     Raises:
-      UserError: no window at all.
+      UserError: there is no window at all.
     """
     if not len(windows):
         raise UserError(
@@ -181,21 +181,22 @@ def train_iterator(
             f"{len(windows.cache.tokens_T)} tokens, which make 0 windows of {windows.length}"
         )
     rows = range(batch_size) if rows is None else rows
-    # Grain shuffles epoch e with seed+e: hashed, or seed 1 would repeat seed 0 an epoch early.
+    # Grain shuffles epoch e with seed+e. Without hashing, seed 1 would start with seed 0's second
+    # epoch.
     shuffle_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
     shuffled = grain.MapDataset.source(windows).shuffle(seed=shuffle_seed).repeat()
     dataset = grain.MapDataset.source(_LocalRows(shuffled, batch_size, rows)).batch(len(rows))
-    # Threads, not processes: reading a memory map is cheap, and needs no set-up in notebooks.
+    # Threads, not processes: reading a memory map is cheap, and notebooks need no set-up for them.
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)))
 
 
 def eval_batches(
     windows: Windows, batch_size: int, limit: int = 0, rows: Sequence[int] | None = None
 ) -> Iterator[Batch]:
-    """Every window once, in order; the first `limit` batches if not 0.
+    """Yields every window once, in order; only the first `limit` batches if `limit` is not 0.
 
-    All batches have as many rows; those beyond the last window are masked. `rows` is as for
-    `train_iterator`.
+    All batches have the same number of rows; rows beyond the last window are masked. `rows` is as
+    in `train_iterator`.
     """
     rows = range(batch_size) if rows is None else rows
     count = math.ceil(len(windows) / batch_size)
@@ -205,7 +206,7 @@ def eval_batches(
 
 
 class _LocalRows:
-    """Some rows of every batch, one batch after the other."""
+    """The given rows of every batch, one batch after the other."""
 
     def __init__(self, dataset: grain.MapDataset, batch_size: int, rows: Sequence[int]):
         self._dataset = dataset

@@ -1,4 +1,4 @@
-"""Plain-Python readers: from installed packages and local files to documents."""
+"""Reads documents from installed packages and local files, in plain Python."""
 
 import contextlib
 import csv
@@ -26,7 +26,7 @@ def files(corpus: str, cache_dir: pathlib.Path) -> list[pathlib.Path]:
     """The files of 'sotu', 'prose' or local text.
 
     Raises:
-      UserError: they are not there.
+      UserError: the files do not exist.
     """
     if corpus == "sotu":
         return sotu_files()
@@ -34,9 +34,9 @@ def files(corpus: str, cache_dir: pathlib.Path) -> list[pathlib.Path]:
 
 
 def package_folder(package: str) -> pathlib.Path | None:
-    """Where an installed package lies, found without importing it; None if it is not there."""
+    """An installed package's folder, found without importing it; None if it is not installed."""
     spec = importlib.util.find_spec(package)
-    if spec is None or spec.origin is None:  # No origin: any folder of that name in sight.
+    if spec is None or spec.origin is None:  # without an origin it is only a folder of that name
         return None
     return pathlib.Path(spec.origin).parent
 
@@ -44,8 +44,8 @@ def package_folder(package: str) -> pathlib.Path | None:
 def sotu_files() -> list[pathlib.Path]:
     """The State of the Union messages of the installed package `sotu`, by year.
 
-    Rows marked `is_sotu=False` are left out: a radio summary, remarks, and the parts
-    of Nixon's 1973 message, which the package lists beside the messages themselves.
+    Rows marked `is_sotu=False` are left out: the package also lists a radio summary, remarks, and
+    the parts of Nixon's 1973 message.
 
     Raises:
       UserError: the package is not installed.
@@ -59,10 +59,10 @@ def sotu_files() -> list[pathlib.Path]:
 
 
 def prose_files(cache_dir: pathlib.Path) -> list[pathlib.Path]:
-    """The prose mix: the presidential messages, and what experiments/prose/install.sh has put here.
+    """The prose mix: the presidential messages, and the files of experiments/prose/install.sh.
 
     Raises:
-      UserError: it has not, or the package `sotu` is not installed.
+      UserError: those files are missing, or the package `sotu` is not installed.
     """
     folder = cache_dir / "prose"
     if not folder.is_dir():
@@ -73,10 +73,10 @@ def prose_files(cache_dir: pathlib.Path) -> list[pathlib.Path]:
 
 
 def find_files(corpus: str) -> list[pathlib.Path]:
-    """The text files of a folder (recursively, hidden ones left out), a glob or one path.
+    """The text files of a folder (recursively, without hidden ones), a glob or one path.
 
     Raises:
-      UserError: nothing is there, a glob matches a file that is no text format, or its `**` would
+      UserError: no file is found, a glob matches a file of another format, or its `**` would
         follow a loop of links.
     """
     kinds = ", ".join(SUFFIXES)
@@ -106,10 +106,10 @@ def find_files(corpus: str) -> list[pathlib.Path]:
 
 
 def read_documents(files: Iterable[pathlib.Path], text_field: str) -> Iterator[str]:
-    """Yields the documents of text files: a whole .txt file, or `text_field` of a JSON line.
+    """Yields the documents of text files: a whole .txt file, or `text_field` of each JSON line.
 
     Raises:
-      UserError: a file that cannot be read or decoded, named with the line if it has lines.
+      UserError: a file cannot be read or decoded; names the file, and the line of a JSON file.
     """
     for file in files:
         with reading(file):
@@ -133,12 +133,12 @@ def reading(file: pathlib.Path) -> Iterator[None]:
         yield
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: not UTF-8 text (byte {error.start}); convert it") from error
-    except (OSError, EOFError, zlib.error) as error:  # gzip raises all three.
+    except (OSError, EOFError, zlib.error) as error:  # gzip raises all three
         raise UserError(f"{file}: cannot be read: {error}") from error
 
 
 def _text_files(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """The text files of a folder; hidden ones are left out, links to folders are not followed."""
+    """The text files of a folder, without hidden ones; links to folders are not followed."""
 
     def left_out(error: OSError) -> None:
         log.warning("%s cannot be read (%s); it is left out", error.filename, error.strerror)
@@ -188,7 +188,7 @@ def _zstd_lines(file: pathlib.Path) -> Iterator[bytes]:
         with open(file, "rb") as stream:
             decoder = zstandard.ZstdDecompressor().decompressobj()
             while content := decoder.unused_data or stream.read(_CHUNK_BYTES):
-                if decoder.eof:  # a file may hold several frames, one behind the other
+                if decoder.eof:  # a file may hold several frames, one after the other
                     decoder = zstandard.ZstdDecompressor().decompressobj()
                 *lines, rest = (rest + decoder.decompress(content)).split(b"\n")
                 yield from lines
@@ -202,7 +202,7 @@ def _zstd_lines(file: pathlib.Path) -> Iterator[bytes]:
 def _parse_line(line: bytes, text_field: str, place: str) -> str:
     try:
         example = parse_json(line.removeprefix(BOM_UTF8))
-    except ValueError as error:  # Both what is not UTF-8 and what is not JSON.
+    except ValueError as error:  # the line is not UTF-8, or not JSON
         raise UserError(f"{place}: not a line of UTF-8 JSON: {error}") from error
     if not isinstance(example, dict):
         raise UserError(f"{place}: not a JSON object but {type(example).__name__}")

@@ -1,4 +1,4 @@
-"""Which documents are held out for validation, decided by their content alone."""
+"""Chooses the documents that are held out for validation, by their content alone."""
 
 import hashlib
 import logging
@@ -11,23 +11,23 @@ log = logging.getLogger(__name__)
 
 
 def digest(text: str) -> bytes:
-    """What a document is ranked by."""
+    """The digest that ranks a document."""
     return hashlib.sha256(text.encode()).digest()
 
 
 def is_empty(text: str) -> bool:
-    """Whether a document holds nothing but white space; such documents are left out."""
+    """Whether a document holds only white space; such documents are left out."""
     return not text.strip()
 
 
 def held_out(documents: Iterable[str], fraction: float, corpus: str) -> frozenset[bytes]:
     """The digests of the validation documents: the first `fraction` by rank, rounded up.
 
-    Ranking unique documents by digest keeps exact duplicates on one side, and makes the
-    choice independent of file names and order. Both sides get at least one document.
+    Ranking unique documents by digest keeps exact duplicates in one split, and makes the choice
+    independent of file names and order. Both splits get at least one document.
 
     Raises:
-      UserError: fewer than two different documents.
+      UserError: there are fewer than two different documents.
     """
     digests, total, empty = set(), 0, 0
     for text in documents:

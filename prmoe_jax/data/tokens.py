@@ -1,4 +1,4 @@
-"""The token cache: a split's documents as one memory-mapped stream, tokenised once."""
+"""The token cache: each split is tokenised once, and kept as one memory-mapped stream."""
 
 import dataclasses
 import json
@@ -20,27 +20,27 @@ from prmoe_jax.data.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-# Enough text for the tokenizer's threads, little enough for memory.
+# Enough text to keep the tokenizer's threads busy, but little memory.
 _CHUNK_CHARACTERS = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenCache:
-    """A stream of T tokens: every document is its end-of-text mark followed by its tokens.
+    """A stream of T tokens: every document is an end-of-text mark followed by its tokens.
 
-    The mark starts a document and so ends the one before; a last mark ends the stream.
-    Predicting each token from those before it thus predicts every token of the text and
-    every document's end exactly once.
+    The mark starts a document and ends the one before it; a last mark ends the stream. Predicting
+    each token from those before it therefore predicts every token of the text and the end of
+    every document exactly once.
     """
 
     tokens_T: np.ndarray  # uint16 or uint32
-    starts_N: np.ndarray  # int64, where in the stream each of the N documents begins
-    bytes: int  # of the text in UTF-8
+    starts_N: np.ndarray  # int64, the position in the stream where each of the N documents begins
+    bytes: int  # size of the text in UTF-8
     fingerprint: str
 
     @classmethod
     def open(cls, directory: pathlib.Path, tokenizer: Tokenizer) -> "TokenCache":
-        """Maps the files of a finished cache of this tokenizer; no token is read yet.
+        """Maps the files of a finished cache of this tokenizer; reads no token yet.
 
         Raises:
           UserError: a file is missing or damaged.
@@ -63,7 +63,7 @@ def tokenise(
     split: Literal["train", "validation"],
     tokenizer: Tokenizer,
 ) -> TokenCache:
-    """The tokens of one split, from the cache or else computed and cached.
+    """The tokens of one split, read from the cache or computed and cached.
 
     Raises:
       UserError: the corpus cannot be prepared, or the cache cannot be written.
