@@ -1,1 +1,1 @@
-"""A run's folder: what is written there while it trains, and how a run is restored from it."""
+"""A run's folder: the files that training writes, and how a run is restored from them."""

@@ -1,6 +1,6 @@
-"""Checkpoints: model, optimizer and position in the data, saved in the background by Orbax.
+"""Checkpoints of model, optimizer and position in the data, saved in the background by Orbax.
 
-Arrays are stored under their names, whole, so that a checkpoint knows nothing of devices.
+Every array is stored whole under its name, so that a checkpoint does not depend on devices.
 """
 
 import contextlib
@@ -30,15 +30,15 @@ log = logging.getLogger(__name__)
 
 
 class TrainState(NamedTuple):
-    """All that training changes."""
+    """Everything that training changes."""
 
-    step: jax.Array  # int32, updates done
+    step: jax.Array  # int32, number of updates so far
     model: Transformer
     optimizer: optax.OptState
 
 
 class Checkpoints:
-    """The checkpoints of one run; the newest `keep` stay."""
+    """The checkpoints of one run; the newest `keep` are kept, and without `keep` only read."""
 
     def __init__(self, workdir: Path, keep: int | None = None):
         self._directory = workdir.absolute() / "checkpoints"
@@ -57,7 +57,7 @@ class Checkpoints:
         """
         self.wait()
         named = {"model": named_leaves(state.model), "optimizer": named_leaves(state.optimizer)}
-        # Orbax would notice a full disk as well, in many lines and after filling it.
+        # Orbax would also notice a full disk, but only after filling it, and in many lines.
         needed = sum(leaf.nbytes for leaves in named.values() for leaf in leaves.values())
         free = shutil.disk_usage(self._directory).free
         if free < needed:
@@ -77,10 +77,10 @@ class Checkpoints:
             raise UserError(f"checkpoint {step} was not written to {self._directory}")
 
     def save_model(self, step: int, model: Transformer, data: dict) -> None:
-        """Writes a checkpoint of a model alone, with which no training goes on.
+        """Writes a checkpoint of a model alone, from which training cannot resume.
 
         Raises:
-          UserError: it could not be written.
+          UserError: the checkpoint could not be written.
         """
         named = named_leaves(model)
         record = data | {"checksums": {"model": checksums(named)}}
@@ -96,10 +96,10 @@ class Checkpoints:
             raise UserError(f"checkpoint {step} was not written to {self._directory}")
 
     def wait(self) -> None:
-        """Returns when every checkpoint is complete on disk.
+        """Waits until every checkpoint is complete on disk.
 
         Raises:
-          UserError: one could not be written.
+          UserError: a checkpoint could not be written.
         """
         try:
             self._manager.wait_until_finished()
@@ -107,26 +107,26 @@ class Checkpoints:
             raise self._cannot_write(error) from error
 
     def steps(self) -> list[int]:
-        """The steps of all complete checkpoints, in their order."""
+        """The steps of all complete checkpoints, in ascending order."""
         return sorted(self._manager.all_steps())
 
     def latest(self) -> int | None:
-        """The newest complete checkpoint's step."""
+        """The step of the newest complete checkpoint, None without one."""
         return max(self.steps(), default=None)
 
     def restore(self, shapes: TrainState, mesh: Mesh) -> tuple[int, TrainState, dict] | None:
-        """The newest checkpoint that can be read, placed on a mesh: step, state and data record.
+        """Restores the newest checkpoint that can be read: its step, state and data record.
 
-        A damaged one is moved to the workdir's damaged-STEP with a warning, and the one before
-        it is used. What fails for another reason (memory, permissions, a network) moves nothing.
-        None if the run never had a checkpoint.
+        A damaged checkpoint is moved to the workdir's damaged-STEP with a warning, and the one
+        before it is used. A failure for another reason (memory, permissions, a network) moves
+        nothing. Returns None if the run never had a checkpoint.
 
         Args:
-          shapes: the state's, of arrays that need not exist.
-          mesh: where to.
+          shapes: the shapes of the state.
+          mesh: the mesh on which the arrays are placed.
 
         Raises:
-          UserError: there are checkpoints, and none can be read; or all were set aside before.
+          UserError: there are checkpoints, but none can be read, or all were moved away before.
         """
         steps = self.steps()[::-1]
         if steps and all(self._is_model_alone(step) for step in steps):
@@ -147,12 +147,12 @@ class Checkpoints:
             number = jax.device_put(jax.numpy.int32(step), replicated(mesh))
             record.pop("checksums", None)
             return step, TrainState(number, model, optimizer), record
-        if steps:  # whatever the manager remembers of those that were moved
+        if steps:  # all of them were moved away
             self.check_new()
         return None
 
     def check_new(self) -> None:
-        """For a run without a checkpoint: UserError if it has lost some, and would begin anew."""
+        """Raises UserError if a run without checkpoints has lost some and would start again."""
         aside = sorted(path.name for path in self._directory.parent.glob("damaged-*"))
         if aside:
             raise UserError(
@@ -164,16 +164,16 @@ class Checkpoints:
     def restore_model(
         self, config: Config, mesh: Mesh, step: int | None = None
     ) -> tuple[int, Transformer]:
-        """A checkpoint's step and model, placed on a mesh, without the optimizer.
+        """Restores a checkpoint's model without its optimizer; returns the step and the model.
 
         Args:
-          config: the run's.
-          mesh: where to.
-          step: the newest one's unless given.
+          config: the run's config.
+          mesh: the mesh on which the arrays are placed.
+          step: the checkpoint's step; the newest checkpoint by default.
 
         Raises:
-          UserError: there is none, it cannot be read, or the run's tokenizer.json is not the one
-            that the model was trained with.
+          UserError: there is no such checkpoint, it cannot be read, or the run's tokenizer.json is
+            not the one that the model was trained with.
         """
         if step is not None and step not in self.steps():
             raise UserError(
@@ -197,10 +197,10 @@ class Checkpoints:
         return step, _unflatten(shapes, items["model"])
 
     def record(self, step: int) -> dict:
-        """What was saved beside a checkpoint's arrays.
+        """The data record that was saved beside a checkpoint's arrays.
 
         Raises:
-          Damaged: it cannot be read.
+          Damaged: the record cannot be read.
         """
         return self._read(step, data=ocp.args.JsonRestore())["data"]
 
@@ -211,7 +211,7 @@ class Checkpoints:
         return (self._directory / str(step) / item).is_dir()
 
     def _is_model_alone(self, step: int) -> bool:
-        """Whether no training wrote it: it has no place in the data, as `save_model` leaves it."""
+        """Whether `save_model` wrote the checkpoint: it then has no position in the data."""
         if self._has(step, "optimizer") or not self._has(step, "model"):
             return False
         try:
@@ -223,15 +223,15 @@ class Checkpoints:
         """Reads items of a checkpoint.
 
         Raises:
-          Damaged: its files are not what was written.
-          UserError: they cannot be read now.
+          Damaged: the files are not as they were written.
+          UserError: the files cannot be read now.
         """
         for item in arguments:
             if not self._has(step, item):
                 raise Damaged(f"it has no {item}")
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**arguments))
-        except Exception as error:  # whatever a truncated file makes its reader raise
+        except Exception as error:  # readers of truncated files raise anything
             cause = _first_cause(error)
             if _is_damage(cause):
                 raise Damaged(first_line(cause)) from error
@@ -254,7 +254,7 @@ class Checkpoints:
         """Moves a damaged checkpoint out of the way.
 
         Raises:
-          TrainingStopped: there are several processes, of which others may have read it well.
+          TrainingStopped: there are several processes, and others may have read it without error.
         """
         log.warning("checkpoint %d cannot be read: %s", step, damage)
         parent = self._directory.parent
@@ -279,14 +279,14 @@ class Checkpoints:
 
 
 class Damaged(Exception):
-    """A checkpoint whose files are not what was written."""
+    """A checkpoint's files are not as they were written."""
 
 
 def checksums(named: dict[str, jax.Array]) -> dict[str, int]:
-    """A number for each array, which another value anywhere in it changes.
+    """A checksum for each array, which changes with any single element.
 
-    They are sums modulo 2³² of the elements' bits times odd numbers that follow from their
-    positions, and so the same on every mesh.
+    It is a sum modulo 2³²: each element's bits times an odd number that follows from its
+    position. It is therefore the same on every mesh.
     """
     return {name: int(value) for name, value in jax.device_get(_checksums(named)).items()}
 
@@ -305,10 +305,10 @@ def _checksums(named: dict[str, jax.Array]) -> dict[str, jax.Array]:
 
 
 def _verify(found: dict[str, dict[str, jax.Array]], record: dict) -> None:
-    """Raises Damaged unless arrays have the checksums that were saved with them, if any were."""
+    """Raises Damaged if an array's checksum differs from the one that was saved with it."""
     for part, named in found.items():
         expected = record.get("checksums", {}).get(part)
-        if expected is None:  # a checkpoint of before
+        if expected is None:  # an old checkpoint, without checksums
             continue
         now = checksums(named)
         changed = [name for name in now if now[name] != expected.get(name)]
@@ -316,7 +316,8 @@ def _verify(found: dict[str, dict[str, jax.Array]], record: dict) -> None:
             raise Damaged(f"{part}: the numbers of {changed[0]} are not those that were saved")
 
 
-# What a reader of damaged files says: Orbax in Python's errors, Tensorstore in codes.
+# Errors that mean damaged files: Orbax raises Python's errors, Tensorstore's messages begin with
+# codes.
 _DAMAGE = FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError
 _DAMAGE_CODES = "DATA_LOSS", "OUT_OF_RANGE", "NOT_FOUND", "FAILED_PRECONDITION"
 

@@ -1,7 +1,7 @@
-"""A run's folder: its lock, its config, and the record of what produced it.
+"""A run's folder: its lock, its config, and the record of the environment that produced it.
 
 config.json      the settings        environment.json  versions, devices, git revision
-tokenizer.json   the tokenizer       metrics.jsonl     one line a logged step
+tokenizer.json   the tokenizer       metrics.jsonl     one line for each logged step
 checkpoints/     model, optimizer, position in the data; tensorboard/; profile/
 """
 
@@ -31,7 +31,7 @@ RECORDED_PACKAGES = (
 
 @contextlib.contextmanager
 def locked(workdir: Path) -> Iterator[None]:
-    """Creates the folder and holds its lock; the kernel frees it when the process dies.
+    """Creates the folder and holds its lock, which the kernel frees when the process dies.
 
     Raises:
       UserError: the folder cannot be written, or another run holds the lock.
@@ -60,7 +60,7 @@ def locked(workdir: Path) -> Iterator[None]:
 
 
 def record_environment(workdir: Path, devices: list) -> None:
-    """Adds this start of the run to environment.json."""
+    """Adds a record of this start of the run to environment.json."""
     path = workdir / "environment.json"
     fix = "delete it (it only records how the run was started), or restore a copy"
     starts = files.read_json(path, list, fix) if path.exists() else []
@@ -80,7 +80,7 @@ def record_environment(workdir: Path, devices: list) -> None:
 
 
 def versions() -> dict[str, str | None]:
-    """What computes: a digest of this package's code, and the versions of the packages it uses."""
+    """A digest of this package's code, and the versions of the packages that it uses."""
     code = hashlib.sha256()
     folder = Path(prmoe_jax.__file__).parent
     for file in sorted(folder.rglob("*.py")):
@@ -106,7 +106,7 @@ def _git(*arguments: str) -> str | None:
 
 
 def shared_settings(config: Config) -> dict:
-    """All that processes of one run must agree on before they start."""
-    # Every host may have a cache of its own.
+    """The values that must be equal in all processes of a run before it starts."""
+    # Each host may have its own cache.
     settings = {name: value for name, value in leaves(config).items() if name != "data.cache_dir"}
     return settings | versions()

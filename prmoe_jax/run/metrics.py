@@ -1,4 +1,4 @@
-"""From sums to the numbers people read, and to the files that keep them."""
+"""Turns a step's sums into the metrics that people read, and writes them to files."""
 
 import contextlib
 import json
@@ -30,20 +30,22 @@ PEAK_FLOPS = {
 
 
 def summarise(sums, config: Config) -> dict:
-    """Means over tokens and layers from a `loss.Sums`; the per-layer ones under 'layers/NN/'.
+    """Means over tokens and layers from a `loss.Sums`; per-layer means are under 'layers/NN/'.
 
-    On the host: as part of a step they would be many small kernels, compiled with it.
+    It runs on the host; as a part of the compiled step it would be many small kernels.
 
     Returns:
-      plain numbers and lists: lm_loss (nats a token), z_loss, aux_loss (summed over the MoE
-      layers), kd_loss (T² · KL in nats a token, before its weight; where a teacher teaches),
-      drop_fraction (choices lost to capacity), and for each MoE layer: aux_loss, router_z_loss,
-      drop_fraction, expert_load (share of choices, [E]), expert_drop_fraction (of each expert's
-      choices, [E]), position_drop_fraction (by the token's place in its routing group, in up to 16
-      equal parts), unserved_fraction (tokens that no expert kept), router_entropy (nats), and with
-      a residual the mean weight of the experts' branch: residual_coefficient, and apart for tokens
-      kept by an expert and for the others, residual_coefficient_kept and
-      residual_coefficient_dropped. Where experts choose, a lost choice is a token that none took.
+      Plain numbers and lists. For the whole model: lm_loss (nats per token), z_loss, aux_loss
+      (summed over the MoE layers), kd_loss (T² · KL in nats per token, without its weight; only
+      with a teacher) and drop_fraction (share of choices lost to capacity).
+      For each MoE layer: aux_loss, router_z_loss, drop_fraction, expert_load (share of all
+      choices, [E]), expert_drop_fraction (dropped share of each expert's choices, [E]),
+      position_drop_fraction (by the token's position in its routing group, in up to 16 equal
+      parts), unserved_fraction (share of tokens that no expert kept) and router_entropy (nats).
+      With a residual also the mean weight of the experts' branch: residual_coefficient over all
+      tokens, residual_coefficient_kept over tokens that an expert kept, and
+      residual_coefficient_dropped over the others. If experts choose tokens, a dropped choice is a
+      token that no expert took.
     """
     sums = jax.device_get(sums)
     metrics = {
@@ -87,26 +89,26 @@ def summarise(sums, config: Config) -> dict:
 
 
 def _share(part, whole) -> np.ndarray:
-    """part / whole in float32, 0 where there is nothing."""
+    """part / whole in float32; 0 if `whole` is 0."""
     return np.asarray(part, np.float32) / np.asarray(np.maximum(whole, 1), np.float32)
 
 
 def _in_parts(count_S: np.ndarray) -> np.ndarray:
-    """Sums over up to 16 equal parts of a routing group."""
+    """Sums of counts by token over up to 16 equal parts of a routing group."""
     tokens = len(count_S)
     parts = min(16, tokens)
     return np.bincount(np.arange(tokens) * parts // tokens, count_S, parts)
 
 
 def to_python(metrics: dict, config: Config) -> dict:
-    """A step's metrics as plain numbers and lists; waits for the computation that makes them."""
+    """A step's metrics as plain numbers and lists; waits until the step has computed them."""
     metrics = jax.device_get(metrics)
     sums = metrics.pop("sums")
     return {name: value.tolist() for name, value in metrics.items()} | summarise(sums, config)
 
 
 def model_flops_utilisation(flops_per_second: float) -> float | None:
-    """Share of the devices' peak that model FLOPs reach; None where no peak is known."""
+    """Model FLOPs as a share of the devices' peak; None if the peak is unknown."""
     peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
     return flops_per_second / (peak * jax.device_count()) if peak else None
 
@@ -115,12 +117,12 @@ METRICS = "metrics.jsonl"
 
 
 class MetricsWriter:
-    """Appends to metrics.jsonl, one line a step, and to TensorBoard; process 0 only."""
+    """Appends to metrics.jsonl, one line for each step, and to TensorBoard; process 0 only."""
 
     def __init__(self, workdir: Path, resume_step: int):
-        """Opens the files; what an interrupted run logged after `resume_step` is taken out.
+        """Opens the files, and removes lines that an interrupted run logged after `resume_step`.
 
-        It will be logged again, equal to the last bit.
+        The resumed run logs those steps again, equal to the last bit.
 
         Raises:
           UserError: metrics.jsonl is damaged, or a file cannot be written.
@@ -139,7 +141,7 @@ class MetricsWriter:
         """Writes one line and flushes it.
 
         Raises:
-          UserError: it cannot be written; half a line is left out when the file is read.
+          UserError: the line cannot be written; an incomplete line is ignored on reading.
         """
         try:
             self._file.write(json.dumps({"step": step, **metrics}) + "\n")
@@ -150,23 +152,23 @@ class MetricsWriter:
 
     def close(self) -> None:
         for file in (self._file, self._events):
-            with contextlib.suppress(OSError):  # the disk is full, and that was told
+            with contextlib.suppress(OSError):  # the disk is full, which was reported before
                 file.close()
 
 
 class _EventFile:
-    """A file for TensorBoard, written at once.
+    """A file for TensorBoard, flushed after every event.
 
-    tensorboardX's own writer has a thread, and waits for ever once that has failed.
+    tensorboardX's own writer uses a thread, and waits for ever if that thread has failed.
     """
 
     def __init__(self, folder: Path, purge_step: int):
-        """Opens a new file; what others in the folder hold from `purge_step` on is not shown."""
+        """Opens a new file; TensorBoard then ignores older files' events from `purge_step` on."""
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import SessionLog
 
         folder.mkdir(exist_ok=True)
-        # The library names a file by the second.
+        # The library's own file name is unique only within a second.
         self._writer = EventsWriter(str(folder / "events"), f".{os.getpid()}.{purge_step}")
         self._append(purge_step, session_log=SessionLog(status=SessionLog.START))
 
@@ -189,10 +191,10 @@ class _EventFile:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The lines of a metrics.jsonl; a last line torn by a crash is left out, with a warning.
+    """Reads the lines of a metrics.jsonl; leaves out a last line torn by a crash, with a warning.
 
     Raises:
-      UserError: it cannot be read, or a line is damaged.
+      UserError: the file cannot be read, or a line is damaged.
     """
     return files.read_json_lines(path, ["step"], "delete that line, or restore a copy of the file")
 
@@ -208,7 +210,7 @@ ROUTER_COLUMNS = (
 
 
 def router_table(metrics: dict) -> str:
-    """For people: where each MoE layer drops choices, by expert and by place in the group."""
+    """A text table of the choices that each MoE layer drops, by expert and by position."""
     layers = sorted({name.split("/")[1] for name in metrics if name.startswith("layers/")})
     if not layers:
         return ""
@@ -230,7 +232,7 @@ def router_table(metrics: dict) -> str:
 
 
 def bars(values: list[float]) -> str:
-    """A row of bars, as high as the values are against the largest."""
+    """A row of bars, whose heights are the values relative to the largest one."""
     top = max(*values, 1e-9)
     return "".join("▁▂▃▄▅▆▇█"[round(7 * value / top)] for value in values)
 

@@ -1,4 +1,4 @@
-"""A run restored from its folder, for everything but training on."""
+"""Restores a run from its folder, for every use except resuming its training."""
 
 import logging
 from collections.abc import Sequence
@@ -24,13 +24,13 @@ def restore_run(
     devices: Sequence[jax.Device] | None = None,
     layout: MeshConfig | None = None,
 ) -> tuple[Config, int, Transformer, Mesh]:
-    """A run's config, step, model and the mesh that holds it.
+    """Restores a run's newest checkpoint; returns its config, step, model and the model's mesh.
 
     Args:
       workdir: the run's folder.
-      devices: those to use, all unless given.
-      layout: the mesh; unless given it is the run's, or where that doesn't fit the devices there
-        are, each of them holds the whole model. It need not suit the run's batch size.
+      devices: the devices to use; all by default.
+      layout: the mesh. By default it is the run's, or, if that doesn't fit these devices, each
+        device holds the whole model. It need not suit the run's batch size.
 
     Raises:
       UserError: the folder holds no run or no readable checkpoint, or the layout doesn't fit.
