@@ -1,1 +1,1 @@
-"""Distillation: the teacher, its loss, what it records, and students cut out of it."""
+"""Distillation: teachers, the loss, recorded predictions, and students cut from a teacher."""

@@ -1,4 +1,4 @@
-"""What a train step needs of distillation: a term of the loss, and what it counts for."""
+"""The distillation term that a train step adds to its loss, and the weight of that term."""
 
 import dataclasses
 
@@ -15,10 +15,11 @@ from prmoe_jax.model.transformer import Transformer
 
 @dataclasses.dataclass(frozen=True)
 class Distiller:
-    """How a student learns from a teacher that runs beside it, or from recorded predictions."""
+    """Teaches a student by a teacher that runs beside it, or by its recorded predictions."""
 
-    config: Config  # the student's
-    teacher: Config | None = None  # of one that runs; None where the batches hold its predictions
+    config: Config  # the student's config
+    # The config of a teacher that runs; None if the batches hold its predictions.
+    teacher: Config | None = None
 
     @property
     def group_rows(self) -> int:
@@ -26,18 +27,18 @@ class Distiller:
         return configs.group_rows(self.config, self.teacher)
 
     def weight(self, step: jax.Array) -> jax.Array:
-        """What the distance from the teacher counts for at a step."""
+        """The weight of the distance from the teacher at a step."""
         weight = jnp.float32(self.config.kd.weight)
         if self.config.kd.decay == "linear":
             weight *= 1 - step / self.config.kd_steps
         return weight
 
     def measure(self, teacher_model: Transformer | None, keys_B: jax.Array | None) -> Measure:
-        """What `loss.forward` sums: cross-entropy, and the distance from the teacher (kd_loss).
+        """A `Measure` for `model.loss.forward`, which adds the distance from the teacher (kd_loss).
 
         Args:
-          teacher_model: of a teacher that runs; no gradient reaches it.
-          keys_B: the student's keys; see `loss.teach`.
+          teacher_model: the model of a teacher that runs; no gradient reaches it.
+          keys_B: the student's keys; see `run_teacher`.
         """
 
         def measure(model: Transformer, x_BxLxD: jax.Array, batch: Batch) -> dict[str, jax.Array]:

@@ -12,7 +12,7 @@ from prmoe_jax.config import Config, KdConfig, TeacherConfig
 from prmoe_jax.data.pipeline import Batch, TopKLogProbs
 from prmoe_jax.model.transformer import Transformer, fold_in
 
-# Tokens of a sequence whose logits are alive at once, the student's and the teacher's.
+# For this many tokens of a sequence, student's and teacher's logits are in memory at once.
 CHUNK = 256
 
 
@@ -29,11 +29,11 @@ def run_teacher(
     """Runs a frozen teacher over a batch.
 
     Args:
-      teacher: its config.
-      model: its parameters; no gradient reaches them.
-      batch: the student's.
-      settings: of the student's config: in which mode it teaches, with which capacity.
-      keys_B: the student's keys, from which a teacher in mode train makes its own.
+      teacher: the teacher's config.
+      model: the teacher's model; no gradient reaches it.
+      batch: the student's batch.
+      settings: `teacher` of the student's config: the teacher's mode and capacity factor.
+      keys_B: the student's random keys, from which a teacher in mode train derives its own.
     """
     model = jax.lax.stop_gradient(model)
     inputs = batch.tokens_BxL, batch.segments_BxL
@@ -51,7 +51,7 @@ def evaluation_capacity(teacher: Config, settings: TeacherConfig) -> float:
 
 
 class TokenSums(NamedTuple):
-    """Sums over the targets that count."""
+    """Sums over the targets that count (mask_BxL)."""
 
     lm_loss: jax.Array  # cross-entropy in nats
     z_loss: jax.Array  # log(Z)²
@@ -61,9 +61,9 @@ class TokenSums(NamedTuple):
 def token_sums(
     x_BxLxD, table_VxD, output: TeacherOutput | TopKLogProbs, batch: Batch, kd: KdConfig
 ) -> TokenSums:
-    """Cross-entropy and distance from the teacher, `CHUNK` tokens of every sequence at a time.
+    """Cross-entropy and distance from the teacher, computed for `CHUNK` tokens at a time.
 
-    Neither model's logits are ever alive for more than those; the backward pass makes them again.
+    Both models' logits exist for only one chunk at a time; the backward pass recomputes them.
     """
 
     @jax.checkpoint
@@ -86,11 +86,11 @@ def token_sums(
 
 
 class Agreement(NamedTuple):
-    """How near a model is to its teacher: sums over the targets that count."""
+    """How close a model is to its teacher: sums over the targets that count (mask_BxL)."""
 
     tokens: jax.Array
     kl: jax.Array  # KL(teacher ‖ model) in nats
-    same: jax.Array  # targets where both find the same token the likeliest
+    same: jax.Array  # targets where both have the same likeliest token
     teacher_loss: jax.Array  # the teacher's cross-entropy in nats
 
 
@@ -116,7 +116,7 @@ def agreement(x_BxLxD, table_VxD, output: TeacherOutput, batch: Batch) -> Agreem
 
 
 def record_top_k(output: TeacherOutput, kd: KdConfig) -> TopKLogProbs:
-    """A teacher's likeliest tokens for its cache, `CHUNK` tokens of a sequence at a time."""
+    """A teacher's top-k log-probabilities for its cache, for `CHUNK` tokens at a time."""
 
     def of_chunk(x_BxTxD):
         return top_k_log_probs(product(x_BxTxD, output.table_VxD), kd)
@@ -127,7 +127,7 @@ def record_top_k(output: TeacherOutput, kd: KdConfig) -> TopKLogProbs:
 
 
 def _cut(x_BxL):
-    """[B, L, …] to [chunks, B, T, …], the last chunk padded."""
+    """Cuts [B, L, …] into [chunks, B, T, …]; the last chunk is padded."""
     length = x_BxL.shape[1]
     chunk = min(CHUNK, length)
     x = jnp.pad(x_BxL, [(0, 0), (0, -length % chunk)] + [(0, 0)] * (x_BxL.ndim - 2))
@@ -142,9 +142,9 @@ def product(x_BxTxD: jax.Array, table_VxD: jax.Array) -> jax.Array:
 def divergence(teacher_BxTxV, student_BxTxV, kd: KdConfig) -> jax.Array:
     """T² times the divergence of softmax(student / T) from softmax(teacher / T); nats, [B, T].
 
-    'forward' is KL(teacher ‖ student), as in the paper, 'reverse' KL(student ‖ teacher), 'top_k'
-    the forward one over the teacher's k likeliest tokens and all others as one more outcome.
-    Logits are float32.
+    The kind 'forward' is KL(teacher ‖ student), as in the paper; 'reverse' is
+    KL(student ‖ teacher); 'top_k' is the forward KL over the teacher's k likeliest tokens and one
+    more outcome, any other token. Logits are float32.
     """
     if kd.kind == "top_k":
         return divergence_from_top_k(top_k_log_probs(teacher_BxTxV, kd), student_BxTxV, kd)
@@ -161,7 +161,7 @@ def top_k_log_probs(teacher_BxTxV, kd: KdConfig) -> TopKLogProbs:
 
 
 def divergence_from_top_k(teacher: TopKLogProbs, student_BxTxV, kd: KdConfig) -> jax.Array:
-    """`divergence` of kind 'top_k', by what is known of the teacher."""
+    """`divergence` of kind 'top_k', from the teacher's top-k log-probabilities."""
     tokens_BxTxK, log_p_BxTxK = teacher
     log_q_BxTxV = jax.nn.log_softmax(student_BxTxV / kd.temperature)
     log_q_BxTxK = jnp.take_along_axis(log_q_BxTxV, tokens_BxTxK, -1)

@@ -1,9 +1,9 @@
-"""A student's first parameters, cut out of its teacher's: fewer layers, experts or channels.
+"""A student's first parameters, cut from its teacher's: fewer layers, experts or channels.
 
 Layers are matched by kind, so that a pyramid shrinks as in the paper: 24 layers of 32×10 + 64×2
-experts become 21 of 32×8 + 64×2. The most loaded experts stay, and of the channels, heads and
-hidden units the most important: by their weights (`magnitudes`), or by the loss without them
-(`taylor`).
+experts become 21 of 32×8 + 64×2. The most loaded experts are kept, and the most important
+channels, heads and hidden units. Their importance is measured by their weights (`magnitudes`), or
+by how the loss would change without them (`taylor`).
 """
 
 from collections.abc import Sequence
@@ -20,17 +20,17 @@ from prmoe_jax.nn.parameters import declaration, named_leaves
 
 
 def layer_map(teacher: ModelConfig, student: ModelConfig, chosen: str = "") -> list[int]:
-    """The teacher's layer that each of the student's starts as.
+    """The teacher's layer that each layer of the student starts as.
 
     Args:
       teacher: the teacher's shape.
-      student: the student's.
-      chosen: '0 1 3', a layer of the teacher for each of the student's; unless given, those of a
-        kind (dense, or MoE of so many experts) are taken evenly and in order, the last one
-        included.
+      student: the student's shape.
+      chosen: a layer of the teacher for each layer of the student, such as '0 1 3'. By default
+        the layers of each kind (dense, or MoE with a number of experts) are taken at even
+        distances and in order, including the last one.
 
     Raises:
-      UserError: a layer or a dimension of the student is in no layer of the teacher.
+      UserError: a layer or a dimension of the student fits in no layer of the teacher.
     """
     have, want = teacher.schedule.experts, student.schedule.experts
     for name in ("d_model", "d_ff", "heads", "length"):
@@ -58,7 +58,7 @@ def layer_map(teacher: ModelConfig, student: ModelConfig, chosen: str = "") -> l
     found: dict[int, int] = {}
     exact = all(have.count(count) >= want.count(count) for count in want)
     kinds = [lambda e, count=count: e == count for count in sorted(set(want))]
-    if not exact:  # fewer experts, too: all MoE layers are of one kind
+    if not exact:  # the student also has fewer experts: all MoE layers are of one kind
         kinds = [lambda e: e == 0, lambda e: e > 0]
     for kind in kinds:
         from_, to = ([i for i, e in enumerate(experts) if kind(e)] for experts in (have, want))
@@ -94,11 +94,12 @@ def _check_experts(have: Sequence[int], want: Sequence[int], layers: list[int]) 
 
 
 def plan(teacher: ModelConfig, student: ModelConfig, chosen: str = "") -> dict:
-    """`prmoe distil-plan`: the layers and what is saved, before anything is trained.
+    """`prmoe distil-plan`: the student's layers and size, before anything is trained.
 
     Returns:
-      layers (of the student: from, experts, parameters), total_params and active_params, each
-      (teacher's, student's), and saved, the share of the teacher's parameters left out.
+      layers (for each layer of the student: from, experts, params), total_params and
+      active_params, each as [teacher's, student's], and saved, the share of the teacher's
+      parameters that is left out.
 
     Raises:
       UserError: see `layer_map`.
@@ -118,7 +119,7 @@ def plan(teacher: ModelConfig, student: ModelConfig, chosen: str = "") -> dict:
 
 
 def table(plan: dict) -> str:
-    """A plan for people."""
+    """A plan as text."""
     lines = [f"{'layer':>5} {'from':>5} {'experts':>8} {'parameters':>14}"]
     for i, row in enumerate(plan["layers"]):
         lines.append(f"{i:5} {row['from']:5} {row['experts'] or '':>8} {row['params']:14,}")
@@ -131,10 +132,11 @@ def table(plan: dict) -> str:
 def magnitudes(model: Transformer) -> dict[str, jax.Array]:
     """The importance of hidden units, heads and channels by their weights.
 
-    ‖w_in‖²·‖w_out‖² for a hidden unit, ‖w_v‖²·‖w_out‖² for a head, ‖embedding‖² for a channel.
+    It is ‖w_in‖²·‖w_out‖² for a hidden unit, ‖w_v‖²·‖w_out‖² for a head and ‖embedding‖² for a
+    channel.
 
     Returns:
-      importances under the name of the parameter that reads the part: `…w_out`, or `tokens`.
+      Importances by the name of the parameter that reads the part: `…w_out`, or `tokens`.
     """
     named = named_leaves(model)
     importance = {"tokens": jnp.square(named["tokens"]).sum(0)}
@@ -149,14 +151,14 @@ def magnitudes(model: Transformer) -> dict[str, jax.Array]:
 
 
 def taylor(model: Transformer, gradient: Transformer) -> dict[str, jax.Array]:
-    """The importance of the same parts by the loss, under the same names as `magnitudes`.
+    """The importance of the same parts by the loss, under the same names as in `magnitudes`.
 
-    (Σ activation · gradient)² over a batch's tokens: the loss without the part, to first order
-    (Molchanov et al., arXiv 1906.10771). To be added up over batches.
+    It is (Σ activation · gradient)² over a batch's tokens: to first order, the squared change of
+    the loss without the part (Molchanov et al., arXiv 1906.10771). Add it up over batches.
 
     Args:
       model: the teacher.
-      gradient: of the mean loss of a batch.
+      gradient: the gradient of a batch's mean loss.
     """
     found = {}
     slopes = named_leaves(gradient)
@@ -176,13 +178,13 @@ def prune(
     load: dict[int, list[float]],
     importance: dict[str, jax.Array],
 ) -> Transformer:
-    """The student with the teacher's parameters; to be called under jit.
+    """The student with a part of the teacher's parameters; call it under jit.
 
     Args:
       teacher: the teacher.
       student: the student, or its shapes.
       layers: from `layer_map`.
-      load: of the teacher's layer, each expert's share of the choices; where experts are left out.
+      load: each expert's share of the choices, for each teacher layer that loses experts.
       importance: from `magnitudes` or `taylor`.
     """
     theirs, ours = teacher.config, student.config
@@ -207,12 +209,12 @@ def prune(
 
 
 def _cut_layer(whole: dict, importance: dict, keep: dict, student: ModelConfig) -> dict:
-    """One layer's parameters by name, cut to what to keep and to the student's heads and units."""
+    """One layer's parameters by name, cut to `keep` and the student's heads and hidden units."""
     keep = keep | {"H": _largest(importance["attention.w_out"], student.heads)}
     parts = {}
     for name, x in whole.items():
         dimensions = declaration(name).dims
-        if "F" in dimensions:  # every MLP and expert has its own
+        if "F" in dimensions:  # every MLP and expert has its own hidden units
             units_F = _largest(importance[f"{name.rpartition('.')[0]}.w_out"], student.d_ff)
             sizes = {"E": len(units_F), "F": student.d_ff}
             index = units_F.reshape([sizes.get(role, 1) for role in dimensions])
@@ -229,5 +231,5 @@ def _take(x: jax.Array, dimensions: str, keep: dict) -> jax.Array:
 
 
 def _largest(value: jax.Array, count: int) -> jax.Array:
-    """Where the largest of the last axis are, in order."""
+    """Indices of the `count` largest values along the last axis, in ascending order."""
     return jnp.sort(jax.lax.top_k(value, count)[1], -1)

@@ -1,4 +1,4 @@
-"""The run that teaches: restored onto its student's mesh; what students inherit; its lessons."""
+"""Restores a teacher onto its student's mesh, cuts students from it, and writes its cache."""
 
 import dataclasses
 import itertools
@@ -53,10 +53,10 @@ log = logging.getLogger(__name__)
 
 
 class Teacher(NamedTuple):
-    """A trained run, frozen."""
+    """A trained run that no longer changes."""
 
-    config: Config  # its own, with the backends of this platform and mesh
-    step: int  # of the checkpoint
+    config: Config  # the teacher's own, with the backends of this platform and mesh
+    step: int  # the checkpoint's step
     model: Transformer
 
 
@@ -66,13 +66,14 @@ def restore_teacher(
     """Restores `config.teacher.workdir` onto the student's mesh.
 
     Args:
-      config: the student's.
-      mesh: the student's.
-      tokenizer: the student's, which must be the teacher's.
-      step: the checkpoint to read, the newest unless given.
+      config: the student's config.
+      mesh: the student's mesh.
+      tokenizer: the student's tokenizer, which must be the teacher's.
+      step: the checkpoint to read; the newest by default.
 
     Raises:
-      UserError: no run there, no such checkpoint, or one that cannot teach this student.
+      UserError: the folder holds no run or no such checkpoint, or the run cannot teach this
+        student.
     """
     workdir = Path(config.teacher.workdir)
     settings = teacher_of(config)
@@ -98,7 +99,7 @@ def restore_teacher(
 
 
 def cast_to_compute_dtype(teacher: Teacher, mesh: Mesh) -> Teacher:
-    """The teacher in the dtype it computes in, which changes nothing that it says."""
+    """The teacher in its compute dtype, which does not change its predictions."""
     places = sharding.shardings(teacher.model, mesh)
     dtype = jnp.dtype(teacher.config.model.dtype)
     return teacher._replace(
@@ -107,18 +108,18 @@ def cast_to_compute_dtype(teacher: Teacher, mesh: Mesh) -> Teacher:
 
 
 def write_teacher_cache(config: Config, folder: Path) -> dict:
-    """`prmoe teacher-cache`: what the teacher of `config` expects of its training split, for many.
+    """`prmoe teacher-cache`: records the predictions of the teacher of `config`, for many students.
 
     Args:
-      config: a student's.
-      folder: a new one, for `config.teacher.lessons`; see `data/lessons.py`.
+      config: a student's config, whose training split is used.
+      folder: a new folder, for `config.teacher.lessons`; see `teacher_cache.py`.
 
     Returns:
-      the folder's meta.json.
+      The content of the folder's meta.json.
 
     Raises:
-      UserError: the teacher can't teach this student, or not window by window; the folder is there
-        or can't be written.
+      UserError: the teacher can't teach this student; its predictions for a window depend on other
+        windows; the folder exists or can't be written.
     """
     config = choose_mesh(config, jax.device_count())
     check_fits(config, jax.device_count())
@@ -127,7 +128,7 @@ def write_teacher_cache(config: Config, folder: Path) -> dict:
     with jax.set_mesh(mesh):
         teacher = cast_to_compute_dtype(restore_teacher(config, mesh, data.tokenizer), mesh)
         _check_windows_apart(teacher.config, config)
-        # A portion of training's batch at a time: what a window gets doesn't depend on the others.
+        # One portion of training's batch at a time: predictions don't depend on other windows.
         rows = config.train.batch_size // config.train.accumulate
         batches = eval_batches(data.train, rows, rows=local_rows(mesh, rows))
 
@@ -147,7 +148,7 @@ def write_teacher_cache(config: Config, folder: Path) -> dict:
 
 
 def _check_windows_apart(teacher: Config, student: Config) -> None:
-    """What a teacher says of a window must not depend on those that share its batch."""
+    """Checks that predictions for a window don't depend on the other windows of its batch."""
     drops = math.isfinite(evaluation_capacity(teacher, student.teacher))
     if drops and teacher.moe.group_size > student.model.length:
         raise UserError(
@@ -157,7 +158,7 @@ def _check_windows_apart(teacher: Config, student: Config) -> None:
         )
 
 
-# Batches of training text over which the importance of the teacher's parts is measured.
+# Number of training batches on which the importance of the teacher's parts is measured.
 MEASURED_BATCHES = 16
 
 
@@ -165,13 +166,14 @@ def init_from_teacher(config: Config, teacher: Teacher, data: Data, mesh: Mesh) 
     """The student of `config` as the part of its teacher that `student.py` describes.
 
     Args:
-      config: the student's.
-      teacher: in float32.
+      config: the student's config.
+      teacher: the teacher, in float32.
       data: the student's text, on which importance is measured.
-      mesh: of both.
+      mesh: the mesh of both.
 
     Raises:
-      UserError: it isn't a part of it, or experts are left out whose load isn't known.
+      UserError: the student isn't a part of the teacher, or it has fewer experts and their load
+        isn't known.
     """
     layers = layer_map(teacher.config.model, config.model, config.teacher.layers)
     shapes = jax.eval_shape(lambda: init_model(config))
@@ -193,7 +195,7 @@ def init_from_teacher(config: Config, teacher: Teacher, data: Data, mesh: Mesh) 
 
 
 def _importance(config: Config, teacher: Teacher, data: Data, mesh: Mesh) -> dict[str, jax.Array]:
-    """`student.taylor` over the run's first batches, in evaluation's mode."""
+    """`student.taylor` summed over the run's first batches, in the mode of evaluation."""
     measure, batch_size = (
         jax.jit(measure_importance(config, teacher.config)),
         config.train.batch_size,
@@ -210,9 +212,9 @@ def _importance(config: Config, teacher: Teacher, data: Data, mesh: Mesh) -> dic
 def measure_importance(
     config: Config, teacher: Config
 ) -> Callable[[Transformer, Batch], dict[str, jax.Array]]:
-    """A function of (the teacher's model, batch): `student.taylor` of the batch's mean loss.
+    """A function of (the teacher's model, batch) that gives `student.taylor` of the mean loss.
 
-    The gradient of the whole batch is added up over `train.accumulate` portions, then squared.
+    The gradient is added up over `train.accumulate` portions of the batch before it is squared.
     """
     capacity = evaluation_capacity(teacher, config.teacher)
 
@@ -231,7 +233,7 @@ def measure_importance(
 
 
 def _expert_load(workdir: Path, step: int, layer: int) -> list[float]:
-    """Each expert's share of the choices, as the teacher's run logged it last."""
+    """Each expert's share of the choices, as last logged by the teacher's run up to `step`."""
     name = f"layers/{layer:02d}/expert_load"
     for line in reversed(read_metrics(workdir / "metrics.jsonl")):
         load = line.get(f"eval/{name}", line.get(name))

@@ -1,7 +1,7 @@
-"""A teacher's predictions of a training split, recorded once for many students.
+"""A teacher's predictions for a training split, recorded once for many students.
 
-A folder holds tokens.npy and log_p.npy, [windows, L, K] each (`pipeline.TopKLogProbs`), and
-meta.json, which says of which windows, by which teacher and at which temperature.
+A folder holds tokens.npy and log_p.npy, each [windows, L, K] (`pipeline.TopKLogProbs`), and
+meta.json, which identifies the windows, the teacher and the temperature.
 """
 
 import contextlib
@@ -34,20 +34,21 @@ def _parts(config: Config) -> tuple[tuple[str, type], ...]:
 def write(
     folder: Path, data: Data, config: Config, teacher: dict, predictions: Iterable[TopKLogProbs]
 ) -> dict:
-    """Writes a folder, whole or not at all.
+    """Writes a folder completely, or not at all.
 
     Args:
-      folder: a new one.
-      data: whose training split it is.
-      config: a student's: which likeliest tokens (`kd`).
-      teacher: what to record of the teacher.
-      predictions: of the windows in their order, some at a time; rows past the last are left out.
+      folder: a new folder.
+      data: the text, whose training split the predictions are for.
+      config: a student's config; its `kd` has the number of tokens and the temperature.
+      teacher: a description of the teacher for meta.json.
+      predictions: predictions for the windows in order, for several windows at a time; rows past
+        the last window are left out.
 
     Returns:
-      meta.json's content.
+      The content of meta.json.
 
     Raises:
-      UserError: the folder is there already, or cannot be written.
+      UserError: the folder exists already, or cannot be written.
     """
     if folder.exists():
         raise UserError(f"--out={folder} exists; give another folder, or remove it")
@@ -79,11 +80,11 @@ def write(
 
 
 def attach(data: Data, config: Config) -> Data:
-    """The data with what `config.teacher.lessons` holds about its training split.
+    """Adds the predictions in `config.teacher.lessons` to the windows of the training split.
 
     Raises:
-      UserError: no such folder; a damaged one; or one of other windows, of fewer tokens or another
-        temperature.
+      UserError: the folder is missing or damaged, or it has other windows, fewer tokens or
+        another temperature.
     """
     folder, kd = expand("teacher.lessons", config.teacher.lessons), config.kd
     reading = functools.partial(
