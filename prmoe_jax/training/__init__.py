@@ -1,1 +1,1 @@
-"""The training loop and its steps, the optimizer, evaluation, and runs that start as others."""
+"""The training loop, its steps, the optimizer, evaluation, and runs that start as another run."""

@@ -42,7 +42,7 @@ def evaluate_model(
     """Measures a model on the validation split, or its first `limit` batches, deterministically.
 
     Returns:
-      loss (nats a token), perplexity, bits_per_byte (of the text, document ends included),
+      loss (nats per token), perplexity, bits_per_byte (of the text, including document ends),
       tokens, drop_fraction, aux_loss and the per-layer statistics of `metrics.summarise`.
 
     Raises:
@@ -58,7 +58,7 @@ def evaluate_model(
     sums = _summed(lambda batch: eval_step(model, batch), rows, data, mesh, limit)
     metrics = summarise(sums, config)
     loss = metrics.pop("lm_loss")
-    # Exact over the whole split; of a part, its tokens stand for their share of the bytes.
+    # Exact for the whole split; for a part of it, bytes are assumed in proportion to tokens.
     tokens_per_byte = data.validation.tokens / data.validation_bytes
     return {
         "loss": loss,
@@ -70,9 +70,9 @@ def evaluate_model(
 
 
 def _rows(config: Config, mesh: Mesh, teacher: Config | None = None) -> int:
-    """How many windows are evaluated at once: a portion of training's batch, or a few more.
+    """The number of windows that are evaluated at once: a portion of training's batch, rounded up.
 
-    Rounded up, so that all devices get the same number and no routing group is cut.
+    After rounding all devices get the same number of windows, and no routing group is cut.
     """
     portion = config.train.batch_size // config.train.accumulate
     shared = mesh.size // mesh.shape["tensor"] * group_rows(config, teacher)
@@ -82,15 +82,15 @@ def _rows(config: Config, mesh: Mesh, teacher: Config | None = None) -> int:
 def _summed(
     measure: Callable[[Batch], Any], rows: int, data: Data, mesh: Mesh, limit: int = 0
 ) -> Any:
-    """Adds up what a function measures of the validation split, `rows` windows at a time.
+    """Adds up the results of `measure` over the validation split, `rows` windows at a time.
 
     `limit` is the number of such batches, 0 for all. Sums over batches are int64 and float64 on
-    the host: int32 ends at 2.1 billion tokens, and float32 counts exactly only to 17 million.
+    the host: int32 overflows at 2.1 billion tokens, and float32 counts exactly only to 17 million.
     """
     total = None
     batches = eval_batches(data.validation, rows, limit, local_rows(mesh, rows))
     parts = (measure(split_batch(batch, mesh, rows)) for batch in batches)
-    # The next batch is dispatched before the sums of this one are waited for.
+    # The next batch is dispatched before this one's sums are fetched.
     for part, _ in itertools.pairwise(itertools.chain(parts, [None])):
         part = jax.tree.map(_widened, jax.device_get(part))
         total = part if total is None else jax.tree.map(np.add, total, part)
@@ -106,16 +106,17 @@ def evaluate(workdir: Path, teacher: Path | None = None) -> dict:
 
     Args:
       workdir: the run's folder.
-      teacher: another run's, to compare its predictions with; it need not have taught this one.
+      teacher: the folder of another run, whose predictions are compared with this run's; it need
+        not have taught this run.
 
     Returns:
-      step and what `evaluate_model` does; with a teacher also teacher/step, teacher/loss,
-      teacher/kl (KL(teacher ‖ run), nats a token) and teacher/agreement (tokens where both find
-      the same one the likeliest, a share).
+      step and the results of `evaluate_model`. With a teacher also teacher/step, teacher/loss,
+      teacher/kl (KL(teacher ‖ run), nats per token) and teacher/agreement (the share of tokens
+      where both have the same likeliest token).
 
     Raises:
-      UserError: a folder holds no run or no checkpoint, the teacher's vocabulary or tokenizer is
-        another, or the validation split can't be read or has no text.
+      UserError: a folder holds no run or no checkpoint, the teacher has another vocabulary or
+        tokenizer, or the validation split can't be read or has no text.
     """
     processes.agree(
         "the run that is evaluated",

@@ -60,16 +60,16 @@ def train(
     profile: tuple[int, int] | None = None,
     on_metrics: Callable[[dict], None] | None = None,
 ) -> dict:
-    """Trains to the end of the config, resuming whatever the workdir holds.
+    """Trains to the last step of the config, and resumes a run that the workdir holds.
 
     Args:
       config: from `config.resolve`.
-      workdir: the run's folder, created if needed; see `workdir` for what it holds.
-      profile: (first, last) step of which a profiler trace is written to workdir/profile.
-      on_metrics: is told of every line of metrics.jsonl as it is written, for a live plot.
+      workdir: the run's folder, created if needed; `run/directory.py` lists its files.
+      profile: (first, last) step for which a profiler trace is written to workdir/profile.
+      on_metrics: called with every line of metrics.jsonl after it is written, for a live plot.
 
     Returns:
-      The last evaluation's metrics; for an interrupted run, those logged last.
+      The last evaluation's metrics; for an interrupted run, the metrics that were logged last.
 
     Raises:
       UserError: the settings cannot be used, contradict the run in the workdir, or are not the
@@ -85,7 +85,7 @@ def train(
     with contextlib.ExitStack() as stack:
         if first:
             stack.enter_context(workdirs.locked(workdir))
-        processes.barrier()  # the run's folder is there
+        processes.barrier()  # after it, the run's folder exists
         processes.check_folders(workdir, cache.root(config.data))
         interrupted = stack.enter_context(PreemptionGuard())
         checkpoints = stack.enter_context(
@@ -98,7 +98,7 @@ def train(
             configs.check_resume(configs.load(settings), config)
         else:
             checkpoints.check_new()
-        # 2. The tokenizer and the data, which must be the ones the run began with.
+        # 2. The tokenizer and the data, which must be those that the run began with.
         shape = config.model.vocab_size, config.model.length
         with processes.main_process_first():
             data = load_data(config.data, *shape, stored if resuming else None)
@@ -124,7 +124,7 @@ def train(
                 state = state._replace(model=init_from_run(resolved, mesh, data.tokenizer))
         teacher, inherits = None, config.teacher.inherit and not restored
         if inherits or (step < config.kd_steps and not config.teacher.lessons):
-            # A resumed run goes on with the checkpoint that taught it before.
+            # A resumed run continues with the teacher's checkpoint that it used before.
             teacher_step = record["teacher_step"] if restored else None
             teacher = restore_teacher(resolved, mesh, data.tokenizer, teacher_step)
             if inherits:
@@ -135,7 +135,7 @@ def train(
         if first:
             data.tokenizer.save(stored)
             configs.save(config, settings)
-        # 5. The metrics: those of steps that are about to be repeated are taken out.
+        # 5. The metrics: lines of steps that will be repeated are removed.
         lines = read_metrics(workdir / METRICS) if first else []
         evaluated = processes.of_first(
             any(line["step"] == step and "eval/loss" in line for line in lines)
@@ -163,12 +163,12 @@ def train(
             teacher,
             on_metrics,
         )
-        del teacher  # the run's alone, to be let go when it has taught
+        del teacher  # only `run` refers to it, so that its memory is freed when distillation ends
         return run.loop(step, state, batches, interrupted, profile, evaluated)
 
 
 class Run:
-    """What the loop needs at every step, and what it does at the steps that are special."""
+    """The training loop, with the objects that it uses at every step."""
 
     def __init__(
         self,
@@ -202,10 +202,10 @@ class Run:
         profile: tuple[int, int] | None,
         evaluated: bool,
     ) -> dict:
-        """Runs from `step`, which was `evaluated` or not, to the end.
+        """Trains from `step` to the end; `evaluated` tells whether `step` was evaluated before.
 
         Returns:
-          The metrics written last.
+          The metrics that were written last.
         """
         total = self.config.total_steps
         pending = None  # the step just dispatched: its metrics are fetched one step later
@@ -213,7 +213,7 @@ class Run:
         stopping = bool(interrupted)
         trace = Trace(profile, step, self.workdir / "profile")
         if step and not evaluated and not stopping and self.due(self.config.eval.every, step):
-            self.evaluate(step, state)  # the run was interrupted before it could
+            self.evaluate(step, state)  # the run was interrupted before this evaluation
         while step < total and not stopping:
             trace.before(step + 1)
             if taught and step == self.config.kd_steps:
@@ -234,7 +234,7 @@ class Run:
             checkpoint_due = self.due(self.config.checkpoint.every, step) or stopping
             eval_due = self.due(self.config.eval.every, step)
             if checkpoint_due or eval_due:
-                self.report(*pending)  # a checkpoint is only written after its loss was seen
+                self.report(*pending)  # a checkpoint is only written after its loss was checked
                 pending = None
                 if eval_due and not stopping:
                     self.evaluate(step, state)
@@ -252,7 +252,7 @@ class Run:
         return self.last_metrics
 
     def stop_distillation(self, step: int) -> None:
-        """From here on the student learns from the text alone (the paper's staged distillation)."""
+        """Lets the student learn from the text alone from here on (the paper's staged KD)."""
         self.say(step, "distillation ends; the teacher's memory is free")
         self.teacher = None
         self.train_step = compile_train_step(self.config, self.mesh)
@@ -293,7 +293,7 @@ class Run:
         self.say(step, line)
 
     def evaluate(self, step: int, state: TrainState) -> None:
-        """Evaluates on the validation split: all of it at the end, else as configured."""
+        """Evaluates on the whole validation split at the end, else on `eval.batches` batches."""
         limit = 0 if step == self.config.total_steps else self.config.eval.batches
         arguments = state.model, self.config, self.data, self.mesh
         metrics = evaluate_model(self.eval_step, *arguments, limit)
@@ -312,7 +312,7 @@ class Run:
                 self.on_metrics(self.last_metrics)
 
     def say(self, step: int, line: str) -> None:
-        """Shows a line: beside the progress bar on a terminal, as a log line elsewhere."""
+        """Shows a line beside the progress bar on a terminal, and as a log line elsewhere."""
         if jax.process_index() != 0:
             return
         if self.progress.disable:
@@ -324,10 +324,10 @@ class Run:
 
 
 def check_fingerprint(saved: dict, current: dict) -> None:
-    """Refuses to go on with other data than the run began with.
+    """Checks that a run resumes with the data that it began with.
 
     Raises:
-      UserError: names what differs.
+      UserError: the data differ; names the difference.
     """
     changed = [name for name in current if saved.get(name) != current[name]]
     if changed:

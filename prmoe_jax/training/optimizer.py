@@ -1,4 +1,4 @@
-"""AdamW with a schedule by tokens; weight decay as each parameter is declared."""
+"""AdamW with a schedule by tokens; each parameter's declaration decides its weight decay."""
 
 import math
 
@@ -11,19 +11,20 @@ from prmoe_jax.nn.parameters import declaration, named_leaves
 
 
 def decay_mask(params):
-    """True where weight decay applies.
+    """A tree of bools: True for parameters to which weight decay applies.
 
     Raises:
-      KeyError: a parameter that is not declared.
+      KeyError: a parameter is not declared.
     """
     decisions = [declaration(name).decays for name in named_leaves(params)]
     return jax.tree.unflatten(jax.tree.structure(params), decisions)
 
 
 def learning_rate(config: Config):
-    """The rate of an update by its 0-based step: linear warm-up, then cosine to the minimum.
+    """A function from an update's 0-based step to its learning rate.
 
-    A step is measured by the tokens seen at its end, as 375 M tokens of warm-up are.
+    The rate warms up linearly, then falls to the minimum along a cosine. The schedule is in
+    tokens (such as 375 M tokens of warm-up), and a step counts with the tokens seen at its end.
     """
     settings = config.optimizer
     warmup = settings.warmup_tokens / config.tokens_per_step
@@ -35,14 +36,14 @@ def learning_rate(config: Config):
         rising = high * seen / max(warmup, 1.0)
         progress = jnp.clip((seen - warmup) / max(end - warmup, 1.0), 0.0, 1.0)
         falling = low + 0.5 * (high - low) * (1 + jnp.cos(jnp.pi * progress))
-        # One number: a compiler would work it out anew in the update of every parameter.
+        # Without the barrier, a compiler would compute this number again for every parameter.
         return jax.lax.optimization_barrier(jnp.where(seen < warmup, rising, falling))
 
     return rate
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """Clip by the whole gradient's norm, then AdamW."""
+    """Clips by the norm of the whole gradient, then applies AdamW."""
     settings = config.optimizer
     adamw = optax.adamw(
         learning_rate(config),

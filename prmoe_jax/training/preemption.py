@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: a run saves itself and stops, on all its processes at one step."""
+"""On SIGTERM or Ctrl-C, a run saves a checkpoint and stops, at one step on all its processes."""
 
 import contextlib
 import os
@@ -9,10 +9,11 @@ from jax.experimental import multihost_utils
 
 
 class PreemptionGuard:
-    """While active, SIGTERM and Ctrl-C make this truthy instead of ending the process.
+    """While this is active, SIGTERM and Ctrl-C ask the run to stop instead of ending the process.
 
-    A second Ctrl-C ends it. Where there are several processes JAX catches SIGTERM, and lets all of
-    them know of the step to stop at; Ctrl-C at one counts as SIGTERM to it.
+    In a run of one process, this is then true. With several, JAX catches SIGTERM and tells all of
+    them at which step to stop (see `at`); Ctrl-C in one process is passed on as SIGTERM to it. A
+    second Ctrl-C ends the process.
     """
 
     def __init__(self):
@@ -23,7 +24,7 @@ class PreemptionGuard:
         return self.caught and not self._several
 
     def at(self, step: int) -> bool:
-        """Whether to stop after this step; to be asked at every step, by every process."""
+        """Whether to stop after this step; every process must call this at every step."""
         if self._several:
             return multihost_utils.reached_preemption_sync_point(step)
         return self.caught

@@ -20,13 +20,13 @@ from prmoe_jax.parallel.sharding import init_sharded
 from prmoe_jax.run.checkpoint import TrainState
 from prmoe_jax.training.optimizer import learning_rate, make_optimizer
 
-# A TPU's compiler leaves most of the vector memory unused unless told; with half of it the matrix
-# products of a step take a tenth less.
+# By default a TPU's compiler leaves most of the vector memory unused. With half of it, the matrix
+# products of a step take 10 % less time.
 COMPILER_OPTIONS = {"tpu": {"xla_tpu_scoped_vmem_limit_kib": "65536"}}
 
 
 def init_state(config: Config) -> TrainState:
-    """The training state at step 0; call it under jit, or eval_shape for its shapes alone."""
+    """The training state at step 0; call it under jit, or under eval_shape for its shapes."""
     model = init_model(config)
     return TrainState(jnp.zeros((), jnp.int32), model, make_optimizer(config).init(model))
 
@@ -34,11 +34,11 @@ def init_state(config: Config) -> TrainState:
 def make_train_step(
     config: Config, distiller: Distiller | None = None
 ) -> Callable[..., tuple[TrainState, dict]]:
-    """A function of (state, batch) that makes one update; returns the state and its metrics.
+    """A function of (state, batch) that makes one update and returns the new state and metrics.
 
-    Those are loss, grad_norm, learning_rate, kd_weight with a distiller, and sums, of which
-    `metrics.summarise` makes means. A distiller whose teacher runs beside its student needs the
-    teacher's model as a third argument.
+    The metrics are loss, grad_norm, learning_rate, kd_weight (with a distiller), and sums, which
+    `metrics.summarise` turns into means. If the teacher runs beside its student, its model is the
+    third argument.
     """
     optimizer = make_optimizer(config)
     rate = learning_rate(config)
@@ -48,7 +48,7 @@ def make_train_step(
     ) -> tuple[TrainState, dict]:
         total = totals(batch, config)
         kd_weight = distiller.weight(state.step) if distiller else 0.0
-        # Randomness follows the row in the batch, so that portions don't change it.
+        # A row's key depends on its place in the whole batch, so that portions don't change it.
         key = jax.random.fold_in(jax.random.key(config.seed + 1), state.step)
         rows = jnp.arange(config.train.batch_size)
         keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
@@ -86,14 +86,14 @@ def make_train_step(
 
 
 def sharded_state(config: Config, mesh: Mesh) -> TrainState:
-    """The training state at step 0, each device making its own part."""
+    """The training state at step 0, of which each device computes its own part."""
     return init_sharded(lambda: init_state(config), mesh)
 
 
 def compile_train_step(
     config: Config, mesh: Mesh, distiller: Distiller | None = None
 ) -> Callable[..., tuple[TrainState, dict]]:
-    """`make_train_step` compiled for a mesh; the state it is given is used up."""
+    """`make_train_step` compiled for a mesh; its state argument is donated."""
     places = sharding.shardings(jax.eval_shape(lambda: init_state(config)), mesh)
     return jax.jit(
         make_train_step(config, distiller),
@@ -104,7 +104,7 @@ def compile_train_step(
 
 
 def compiler_options(mesh: Mesh) -> dict[str, str] | None:
-    """What to tell the compiler of this mesh's devices."""
+    """Options for the compiler of this mesh's devices."""
     return COMPILER_OPTIONS.get(mesh.devices.flat[0].platform)
 
 

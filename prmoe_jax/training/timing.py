@@ -1,4 +1,4 @@
-"""How fast the steps of a run are: throughput, and the profiler's trace."""
+"""The speed of a run's steps: throughput, and the profiler's trace."""
 
 import contextlib
 import logging
@@ -12,10 +12,10 @@ log = logging.getLogger(__name__)
 
 
 class Clock:
-    """Throughput and the share of it lost waiting for input, since the last restart."""
+    """Throughput, and the share of time spent waiting for input, since the last restart."""
 
     def __init__(self):
-        # The first step compiles: it is not timed.
+        # The first step is not timed, because it compiles.
         self.start: float | None = None
         self.tokens, self.wait = 0, 0.0
         self.last = {"tokens_per_second": 0.0, "input_wait_fraction": 0.0}
@@ -51,20 +51,20 @@ class Trace:
     """The profiler's trace of some steps, from `profile[0]` to `profile[1]`."""
 
     def __init__(self, profile: tuple[int, int] | None, step: int, folder: Path):
-        """Takes the steps to trace and the step that is done; a resumed run may be past them."""
+        """Takes the steps to trace, and the last step done, which may be later in a resumed run."""
         self.first, self.last = profile or (0, 0)
         self.folder, self.running = folder, False
         if profile and step >= self.last:
             log.warning("--profile=%d:%d: those steps are done, nothing is traced", *profile)
 
     def before(self, step: int) -> None:
-        """To be called before a step is started."""
+        """Call this before a step is started."""
         if self.first <= step <= self.last and not self.running:
             jax.profiler.start_trace(str(self.folder))
             self.running = True
 
     def after(self, step: int, metrics: dict, stopping: bool) -> None:
-        """To be called after it was started; writes the trace where it was the last one."""
+        """Call this after a step was started; it writes the trace after the last traced step."""
         if self.running and (step == self.last or stopping):
             jax.block_until_ready(metrics)
             jax.profiler.stop_trace()

@@ -1,9 +1,9 @@
-"""A run that starts as another one: the same model, or with experts where it has none.
+"""Starts a run as another one: with the same model, or with experts in place of dense MLPs.
 
-Sparse upcycling (Komatsuzaki et al., arXiv 2212.05055): every expert, and the residual MLP, starts
-as the dense MLP of its layer, plus noise if wanted; routers and residual coefficients start anew.
-With top 2, whose weights add up to 1, and no noise the first loss is the dense model's; top 1
-weighs its expert by the router's probability, and starts higher.
+Sparse upcycling (Komatsuzaki et al., arXiv 2212.05055): every expert and the residual MLP start as
+the dense MLP of their layer, with optional noise; routers and residual coefficients are
+initialised as usual. With top 2, whose weights add up to 1, and no noise, the first loss is that
+of the dense model. Top 1 weighs its expert by the router's probability and starts higher.
 """
 
 import contextlib
@@ -32,15 +32,15 @@ log = logging.getLogger(__name__)
 
 
 def init_from_run(config: Config, mesh: Mesh, tokenizer: Tokenizer) -> Transformer:
-    """The first model of a run with `config.init.workdir`.
+    """The initial model of a run with `config.init.workdir`.
 
     Args:
-      config: the run's.
-      mesh: the run's.
-      tokenizer: the run's, which must be that of the one it starts as.
+      config: the new run's config.
+      mesh: the new run's mesh.
+      tokenizer: the new run's tokenizer, which must be that of the run it starts as.
 
     Raises:
-      UserError: no run there, or it doesn't fit.
+      UserError: the folder holds no run, or the run doesn't fit.
     """
     workdir = Path(config.init.workdir)
     with _reading():
@@ -65,7 +65,7 @@ def init_from_run(config: Config, mesh: Mesh, tokenizer: Tokenizer) -> Transform
 
 @contextlib.contextmanager
 def _reading() -> Iterator[None]:
-    """Adds to an error about another run which setting names that run."""
+    """Adds the setting that names the other run to errors about that run."""
     try:
         yield
     except UserError as error:
@@ -73,10 +73,10 @@ def _reading() -> Iterator[None]:
 
 
 def check_fits(source: ModelConfig, model: ModelConfig) -> None:
-    """Refuses a model of which some part would silently start anew.
+    """Checks that every part of a model can start as the other run's.
 
     Raises:
-      UserError: names the setting, or the layer.
+      UserError: a part can't; names the setting or the layer.
     """
     for name in ("layers", "d_model", "heads", "d_ff", "vocab_size"):
         ours, theirs = getattr(model, name), getattr(source, name)
@@ -103,13 +103,13 @@ def check_fits(source: ModelConfig, model: ModelConfig) -> None:
 
 
 def upcycled(source: Transformer, fresh: Transformer, key: jax.Array, noise: float) -> Transformer:
-    """`fresh` with the parameters of `source`; to be called under jit.
+    """`fresh` with the parameters of `source`; call it under jit.
 
     Args:
       source: the model to start as.
-      fresh: the model at step 0.
-      key: of the noise.
-      noise: its standard deviation, in that of the weight it is added to; experts only.
+      fresh: the new run's model with its usual initialisation.
+      key: the random key of the noise.
+      noise: standard deviation of the noise, relative to that of the weight; only experts get it.
     """
     named = unstack_layers(source.config, named_leaves(source))
     layer_of = {place: layer for layer, place in enumerate(places(fresh.config))}
@@ -130,7 +130,7 @@ def upcycled(source: Transformer, fresh: Transformer, key: jax.Array, noise: flo
     for number, (name, leaf) in enumerate(named_leaves(fresh).items()):
         words = name.split(".")
         if words[0] != "stages":
-            leaves.append(named[name][: len(leaf)])  # positions may be fewer
+            leaves.append(named[name][: len(leaf)])  # the new run may have fewer positions
             continue
         stage, block, rest = int(words[1]), int(words[3]), ".".join(words[4:])
         keys = jax.random.split(jax.random.fold_in(key, number), len(leaf))
