@@ -1,4 +1,4 @@
-"""A model as inference holds it: layer by layer, with the keys and values of the past."""
+"""The model that inference uses: its layers one by one, with a KV cache for each."""
 
 import math
 from functools import partial
@@ -19,17 +19,18 @@ from prmoe_jax.parallel import sharding
 
 
 class Decoder(nnx.Module):
-    """The layers of a `Transformer`, for one token after the other.
+    """The layers of a `Transformer`, to decode one token after the other.
 
-    No token is dropped, so that no sequence depends on what shares its batch.
+    No token is dropped, so that no sequence depends on the others in its batch.
     """
 
     def __init__(self, model: Transformer, weights: str):
-        """Takes a model apart; to be called under jit.
+        """Unstacks a model's layers; call it under jit.
 
         Args:
           model: the model.
-          weights: float32, bfloat16 or int8; the arithmetic is in `model.config.dtype`.
+          weights: the type of the large weights, float32, bfloat16 or int8; the compute dtype is
+            `model.config.dtype`.
         """
         config = model.config
         self.config = config
@@ -39,7 +40,7 @@ class Decoder(nnx.Module):
             self._narrow(weights)
 
     def empty_cache(self, batch: int, room: int) -> list[KVCache]:
-        """Room for keys and values of so many tokens, of every layer."""
+        """An empty KV cache for each layer, with space for `room` tokens of each sequence."""
         config = self.config
         shape = batch, config.heads, config.d_model // config.heads, room
         return [KVCache.empty(*shape, config.dtype) for _ in self.layers]
@@ -47,13 +48,13 @@ class Decoder(nnx.Module):
     def __call__(
         self, tokens_BxQ: jax.Array, valid_BxQ: jax.Array, past: list[KVCache], length_B: jax.Array
     ) -> tuple[jax.Array, list[KVCache]]:
-        """Goes on from what was seen: the final activations [B, Q, D], and the past with them.
+        """Computes the next tokens' final activations [B, Q, D], and the KV caches with them added.
 
         Args:
-          tokens_BxQ: the next tokens of each sequence: of a prompt, or one a sequence.
-          valid_BxQ: False for padding, which stands at the end.
-          past: from `empty_cache` or an earlier call.
-          length_B: tokens of each sequence in the past; these count from there.
+          tokens_BxQ: the next tokens of each sequence: a chunk of its prompt, or a single token.
+          valid_BxQ: False for padding, which must be at the end.
+          past: KV caches from `empty_cache` or an earlier call.
+          length_B: each sequence's number of tokens in the cache; the next tokens follow them.
         """
         place_BxQ = length_B[:, None] + jnp.arange(tokens_BxQ.shape[1])
         with jax.named_scope("embedding"):
@@ -69,12 +70,12 @@ class Decoder(nnx.Module):
         return self.norm(x_BxQxD), after
 
     def logits(self, x_BxD: jax.Array) -> jax.Array:
-        """Scores of the next token, float32 [B, V]."""
+        """Logits of the next token, float32 [B, V]."""
         with jax.named_scope("logits"):
             return scores(x_BxD, self.tokens[...])
 
     def _narrow(self, kind: str) -> None:
-        """Holds the large weights in another type."""
+        """Quantizes the large weights to `kind`."""
 
         def hold(module, name: str, declared: str) -> None:
             parameter = PARAMETERS[declared]
@@ -96,11 +97,11 @@ class Decoder(nnx.Module):
 
 
 def decoder(model: Transformer, weights: str, mesh: Mesh) -> Decoder:
-    """A model on the mesh that decodes, nothing split by FSDP."""
+    """Makes the decoder of a model on a mesh; nothing is split by FSDP."""
     shapes = jax.eval_shape(partial(Decoder, weights=weights), model)
     places = sharding.shardings(shapes, mesh, in_use=True)
     held = jax.jit(partial(Decoder, weights=weights), out_shardings=places)(model)
     for layer in held.layers:
-        if isinstance(layer.mlp, MoE) and layer.mlp.moe.dispatch == "gather/blocked":  # a CPU's
+        if isinstance(layer.mlp, MoE) and layer.mlp.moe.dispatch == "gather/blocked":  # on CPUs
             layer.mlp.experts = UnstackedExperts(layer.mlp.experts)
     return held

@@ -1,4 +1,4 @@
-"""Text from a trained run: prompts piece by piece, then token by token, many at a time."""
+"""Generates text from a trained run: prefill in chunks, then token by token, for many prompts."""
 
 import dataclasses
 import logging
@@ -25,29 +25,30 @@ from prmoe_jax.run.restore import restore_run
 
 log = logging.getLogger(__name__)
 
-# Tokens of each prompt that are read at once, and steps until the host looks at what came.
+# Tokens of each prompt in one chunk of the prefill, and decoding steps until the host looks for new
+# tokens.
 PREFILL_CHUNK = 64
 STEPS = 16
 WEIGHTS = "float32", "bfloat16", "int8"
-# Below the first temperature only the likeliest token has a chance, above the second all have the
-# same. Logits divided by numbers beyond them could exceed what float32 holds.
+# Below the first temperature only the likeliest token has a chance; above the second all tokens
+# have the same. Logits divided by numbers beyond them could exceed the range of float32.
 COLDEST, HOTTEST = 1e-30, 1e30
 LARGEST_TOP_K = 2**31 - 1
-# What a decoder writes for bytes that are not UTF-8, such as half a character.
+# A tokenizer decodes bytes that are not UTF-8, such as half a character, to this.
 NOT_UTF8 = "\ufffd"
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn; what cuts off more applies.
+    """How the next token is drawn; `top_k` and `top_p` both apply.
 
     Raises:
       UserError: a value is out of range.
     """
 
-    temperature: float = 0.8  # below COLDEST, such as 0, takes the likeliest
-    top_k: int = 0  # of the likeliest tokens only; 0 is all
-    top_p: float = 1.0  # of the fewest tokens that have this much of the probability
+    temperature: float = 0.8  # below COLDEST, such as 0, takes the likeliest token
+    top_k: int = 0  # draws from this many likeliest tokens; 0 is all
+    top_p: float = 1.0  # draws from the fewest tokens that have this total probability
 
     def __post_init__(self):
         if not 0 <= self.temperature < math.inf:
@@ -61,23 +62,23 @@ class Sampling:
 
 
 class State(NamedTuple):
-    """Sequences in the making."""
+    """A batch of sequences that are being generated."""
 
     tokens_BxT: jax.Array  # prompt and continuation
-    length_B: jax.Array  # tokens so far
-    stop_B: jax.Array  # where each ends at the latest
-    x_BxD: jax.Array  # the last token's activations
+    length_B: jax.Array  # number of tokens so far
+    stop_B: jax.Array  # the length at which each ends at the latest
+    x_BxD: jax.Array  # the last token's final activations
     past: list[KVCache]
     key_B: jax.Array
 
 
 class Generator:
-    """A model, ready to continue prompts: restored once, compiled once a shape.
+    """A model that continues prompts: restored once, and compiled once for each shape.
 
     Attributes:
       decoder: the model.
-      tokenizer: the model's.
-      mesh: which holds it.
+      tokenizer: the model's tokenizer.
+      mesh: the mesh that holds the model.
     """
 
     def __init__(self, decoder: Decoder, tokenizer: Tokenizer, mesh: Mesh):
@@ -91,12 +92,12 @@ class Generator:
 
         Args:
           workdir: the run's folder.
-          weights: what the large weights are held in, one of `WEIGHTS`; unless given, what the
-            arithmetic is in: the run's dtype, on CPUs float32.
-          mesh: of all devices; unless given, one device.
+          weights: the type of the large weights, one of `WEIGHTS`; by default the compute dtype:
+            the run's dtype, on CPUs float32.
+          mesh: a mesh of all devices; by default one device.
 
         Raises:
-          UserError: no run in the folder, one that can't generate, or a mesh that doesn't fit.
+          UserError: the folder holds no run, the run can't generate, or the mesh doesn't fit.
         """
         if weights not in ("", *WEIGHTS):
             raise UserError(f"--weights={weights} is unknown; use one of {', '.join(WEIGHTS)}")
@@ -120,16 +121,16 @@ class Generator:
     ) -> list[str]:
         """Continues prompts by up to `tokens` tokens each, or to the document's end.
 
-        A continuation depends on its prompt and its seed alone, not on what shares its batch; no
+        A continuation depends only on its prompt and its seed, not on the rest of its batch; no
         token is dropped, whatever its expert's load.
 
         Args:
           prompts: texts, or their token ids without the mark that starts a document.
-          tokens: at most this many a prompt.
-          sampling: how they are drawn.
-          seeds: one a prompt, 0 unless given.
+          tokens: the largest number of new tokens for each prompt.
+          sampling: how tokens are drawn.
+          seeds: one seed for each prompt; 0 by default.
           stop: texts before which a continuation ends.
-          on_text: told of every piece of text as it comes, with the number of its prompt.
+          on_text: called with a prompt's number and each new piece of its continuation.
 
         Raises:
           UserError: a prompt and its continuation exceed the context, or a value is out of range.
@@ -168,7 +169,7 @@ class Generator:
                 state = state._replace(stop_B=jax.device_put(ended, state.stop_B.sharding))
 
     def _ids(self, prompt: str | Sequence[int]) -> list[int]:
-        """A prompt's token ids, checked where they are given."""
+        """A prompt's token ids; ids that the caller gave are checked."""
         if isinstance(prompt, str):
             _check_text("--prompt", prompt)
             return self.tokenizer.encode(prompt)
@@ -181,11 +182,11 @@ class Generator:
         return list(prompt)
 
     def _start(self, starts: list[list[int]], seeds: Sequence[int], tokens: int) -> State:
-        """Reads the prompts; rows that fill up the batch have nothing to do."""
+        """Runs the prefill; rows that only fill up the batch stop at once."""
         devices = math.prod(self.mesh.shape[name] for name in batch_axes(self.mesh))
         batch = -(-len(starts) // devices) * devices
         pieces = -(-max(map(len, starts)) // PREFILL_CHUNK)
-        # A piece more, since a row that has ended goes on being written past its end.
+        # One chunk more, because a row that has ended is still written past its end.
         room = pieces * PREFILL_CHUNK + -(-tokens // PREFILL_CHUNK) * PREFILL_CHUNK
         tokens_BxT = np.zeros((batch, room), np.int32)
         lengths = np.ones(batch, np.int32)
@@ -200,26 +201,26 @@ class Generator:
 
 
 class TextStream:
-    """The text of one continuation, as its tokens come.
+    """The text of one continuation, decoded while its tokens are generated.
 
-    What a decoder writes for a token can depend on the tokens before it: a space between words,
-    or a character whose bytes are several tokens. New tokens are therefore decoded together with
-    the ones just before them, at first with the prompt's.
+    The text of a token can depend on the tokens before it: a space between words, or a character
+    whose bytes are several tokens. New tokens are therefore decoded together with the tokens just
+    before them; the first ones with the prompt's.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], prompt: Sequence[int] = ()):
-        """Takes the texts to end before and the tokens of the prompt, without its mark."""
+        """Takes the stop texts, and the prompt's tokens without its mark."""
         self._tokenizer, self._stop = tokenizer, stop
-        self._before, self._ids = list(prompt), []  # the tokens before; those to decode
+        self._before, self._ids = list(prompt), []  # tokens before the new ones; tokens to decode
         self._decoded = ""  # the text of all tokens that need not be decoded again
         self.text, self.ended = "", False
         if tokenizer.decode(self._before).startswith(NOT_UTF8):
             self._drop_rest_of_a_character()
 
     def add(self, ids: list[int], last: bool) -> str:
-        """Takes tokens; returns the text that is certain now and wasn't before.
+        """Adds tokens; returns the text that has become certain with them.
 
-        Half a character, or what a stop text could begin with, waits for the next tokens.
+        Half a character, or the possible beginning of a stop text, waits for the next tokens.
         """
         if self.ended:
             return ""
@@ -240,7 +241,10 @@ class TextStream:
         return new
 
     def _drop_rest_of_a_character(self) -> None:
-        """Where a prompt was cut within a character, some decoders write all its bytes as none."""
+        """Drops leading tokens of a prompt that was cut inside a character.
+
+        After such tokens, some tokenizers decode none of the following bytes.
+        """
         for lost in range(1, 4):
             text = self._tokenizer.decode(self._before[lost:])
             if text and not text.startswith(NOT_UTF8):
@@ -248,10 +252,10 @@ class TextStream:
                 return
 
     def _decode(self, last: bool) -> None:
-        """Adds to the decoded text, up to the last whole character unless these are all tokens."""
+        """Adds to the decoded text; before the `last` call, only whole characters are added."""
         before = self._tokenizer.decode(self._before)
         count = len(self._ids)
-        # A character has at most four bytes, so that its rest is missing to three tokens at most.
+        # A character has at most four bytes, so at most three tokens belong to an incomplete one.
         for size in (count,) if last else range(count, max(count - 4, 0), -1):
             text = self._tokenizer.decode(self._before + self._ids[:size])
             new = text[len(os.path.commonprefix([before, text])) :]
@@ -263,7 +267,7 @@ class TextStream:
 
 
 def _possible_stop(text: str, stop: Sequence[str]) -> int:
-    """Characters at the end of a text that begin a stop text."""
+    """The number of characters at the end of a text that may begin a stop text."""
     sizes = [n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])]
     return max(sizes, default=0)
 
@@ -281,7 +285,7 @@ def _check(tokens: int, seeds: Sequence[int], stop: Sequence[str]) -> None:
 
 
 def _check_text(option: str, text: str) -> None:
-    """What a command line holds that isn't UTF-8 reaches Python as lone surrogates."""
+    """Refuses lone surrogates, which Python makes of bytes on a command line that aren't UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -290,7 +294,7 @@ def _check_text(option: str, text: str) -> None:
 
 @partial(jax.jit, static_argnums=5)
 def read(decoder: Decoder, tokens_BxT, length_B, stop_B, key_B, pieces: int) -> State:
-    """The prompts, a piece of each at a time."""
+    """Prefills the KV caches with the prompts, in chunks of `PREFILL_CHUNK` tokens."""
     batch, room = tokens_BxT.shape
     past = decoder.empty_cache(batch, room)
     x_BxD = jnp.zeros((batch, decoder.config.d_model), decoder.config.dtype)
@@ -316,7 +320,7 @@ def read(decoder: Decoder, tokens_BxT, length_B, stop_B, key_B, pieces: int) -> 
 def advance(
     decoder: Decoder, state: State, sampling: Sampling, vocabulary: int, end_of_text: int
 ) -> State:
-    """Up to `STEPS` tokens more; ids from `vocabulary` on are padding and never drawn."""
+    """Generates up to `STEPS` more tokens; ids from `vocabulary` on are padding, never drawn."""
     rows = jnp.arange(len(state.length_B))
 
     def unfinished(carry):
@@ -341,7 +345,7 @@ def advance(
 
 
 def _draw(logits_BxV, sampling: Sampling, keys_B) -> jax.Array:
-    """A token for each row, int32."""
+    """Draws a token for each row, int32 [B]."""
     if sampling.temperature < COLDEST:
         return jnp.argmax(logits_BxV, axis=-1).astype(jnp.int32)
     logits_BxV /= min(sampling.temperature, HOTTEST)
