@@ -1,1 +1,1 @@
-"""Models from and for other libraries."""
+"""Imports models from other libraries, and exports models to them."""

@@ -1,7 +1,8 @@
 """Megatron-DeepSpeed's GPT checkpoints, dense, MoE or PR-MoE, as DeepSpeed's engine writes them.
 
-A folder holds `latest`, which names a step's folder; that holds mp_rank_00_model_states.pt (all
-but the experts, with Megatron's arguments) and a file for each expert of each MoE layer.
+A folder holds the file `latest`, which names a step's folder. The step's folder holds
+mp_rank_00_model_states.pt (everything except the experts, and Megatron's arguments) and a file for
+each expert of each MoE layer.
 """
 
 import math
@@ -25,7 +26,7 @@ from prmoe_jax.nn.parameters import named_leaves
 MAIN = "mp_rank_00_model_states.pt"
 ENCODER = "language_model.encoder."
 EXPERT = "mlp.deepspeed_moe.experts.deepspeed_experts"
-# Our name, theirs: of a layer; of an MLP in it; of the rest.
+# From our names to DeepSpeed's: parameters of a layer, of an MLP in it, and the rest.
 LAYER = {
     "norm_attention.scale": "input_layernorm.weight",
     "norm_attention.shift": "input_layernorm.bias",
@@ -51,7 +52,7 @@ REST = {
     "norm.scale": ENCODER + "final_layernorm.weight",
     "norm.shift": ENCODER + "final_layernorm.bias",
 }
-# Megatron's arguments that change what is computed, and the value that ours has.
+# Megatron's arguments that change the computation, with the values that match our model.
 FIXED = {
     "tensor_model_parallel_size": 1,
     "pipeline_model_parallel_size": 1,
@@ -74,13 +75,13 @@ CAPACITY = {
 
 
 def read_deepspeed(source: Path) -> tuple[Config, dict[str, np.ndarray], str]:
-    """A checkpoint as a config, parameters by our names, and what was found, in words.
+    """Reads a checkpoint; returns a config, parameters by our names, and a summary in words.
 
     Args:
-      source: the folder with `latest`, or that of a step.
+      source: the folder with `latest`, or a step's folder.
 
     Raises:
-      UserError: it isn't one that ours computes alike, or its tensors don't fit.
+      UserError: our model can't compute the same, or the checkpoint's tensors don't fit.
     """
     folder = _step_folder(source)
     main = read_torch(folder / MAIN)
@@ -101,7 +102,7 @@ def read_deepspeed(source: Path) -> tuple[Config, dict[str, np.ndarray], str]:
 def converted(
     arrays: dict[str, np.ndarray], args: dict, source: Path
 ) -> tuple[Config, dict[str, np.ndarray], str]:
-    """See `read_deepspeed`; from a checkpoint's tensors by name and Megatron's arguments."""
+    """`read_deepspeed` for a checkpoint's tensors by name and Megatron's arguments."""
     heads = args.get("num_attention_heads")
     for name, value in (FIXED | {"num_key_value_heads": heads}).items():
         theirs = args.get(name)
@@ -139,13 +140,13 @@ def write_deepspeed(config: Config, leaves: dict[str, np.ndarray], folder: Path,
         try:
             with open(out / file, "wb") as opened:
                 torch.save(content, opened)
-        except RuntimeError as error:  # torch's, about what a full disk made the file raise
+        except RuntimeError as error:  # torch's error hides the file's own, such as a full disk
             raise (error.__context__ or error) from None
     (folder / "latest").write_text(out.name)
 
 
 def files(config: Config, leaves: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
-    """Of each file of a checkpoint, the tensors by name."""
+    """For each file of a checkpoint, its tensors by name."""
     moe_layers = [i for i, experts in enumerate(config.model.schedule.experts) if experts]
     contents: dict[str, dict] = {MAIN: {}}
     for ours, array in unstack_layers(config.model, leaves).items():
@@ -160,7 +161,7 @@ def files(config: Config, leaves: dict[str, np.ndarray]) -> dict[str, dict[str, 
 
 
 def check_exportable(config: Config) -> None:
-    """Raises UserError if DeepSpeed's layer computes something else, or without torch."""
+    """Raises UserError if DeepSpeed's layer computes something else, or torch is missing."""
     for name, value, theirs in (
         ("model.residual_mix", config.model.residual_mix, "learned"),
         ("moe.router", config.moe.router, "token_choice"),
@@ -178,7 +179,7 @@ def check_exportable(config: Config) -> None:
 
 
 def _shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """Our parameters' shapes, layer by layer."""
+    """Shapes of our parameters by name, with the layers unstacked."""
     shapes = named_leaves(jax.eval_shape(lambda: init_model(config)))
     whole = {name: np.broadcast_to(np.float32(0), leaf.shape) for name, leaf in shapes.items()}
     return {name: array.shape for name, array in unstack_layers(config.model, whole).items()}
@@ -195,7 +196,7 @@ def _step_folder(source: Path) -> Path:
 
 
 def _config(arrays: dict[str, np.ndarray], args: dict, source: Path) -> Config:
-    """The architecture, which the tensors' names and shapes tell but for what `args` must."""
+    """The architecture, from the tensors' names and shapes where possible, else from `args`."""
     pattern = re.compile(re.escape(ENCODER) + r"layers\.([0-9]{1,9})\.")
     layers = sorted({int(match[1]) for match in map(pattern.match, arrays) if match})
     if layers != list(range(len(layers))) or not layers:
@@ -224,11 +225,11 @@ def _config(arrays: dict[str, np.ndarray], args: dict, source: Path) -> Config:
             moe[ours] = setting(args, theirs, float, source) if drops else math.inf
         moe.min_capacity = setting(args, "moe_min_capacity", int, source)
         if model.top_k == 1 and drops:
-            moe.overflow = "random"  # what its gate does unless told otherwise
+            moe.overflow = "random"  # the default of DeepSpeed's gate
         if model.top_k == 2:
             name = "moe_top2_2nd_expert_sampling"
             moe.second_expert_sampling = setting(args, name, bool, source, True)
-    settings.data.tokenizer = "tokenizer.json"  # the one beside it
+    settings.data.tokenizer = "tokenizer.json"  # the file in the same folder
     settings.train.steps = 1
     config = resolved(settings, source)
     check_sizes(config.model, arrays, source)
@@ -246,7 +247,7 @@ def _matrix(arrays: dict[str, np.ndarray], name: str, source: Path) -> tuple[int
 
 
 def _names(ours: str, config: Config) -> list[tuple[str, int | None]]:
-    """Their names of one of our parameters, with the expert's number where they have one each."""
+    """DeepSpeed's names of one of our parameters, with the expert's number or None."""
     if ours in REST:
         return [(REST[ours], None)]
     _, layer, name = ours.split(".", 2)
@@ -261,8 +262,10 @@ def _names(ours: str, config: Config) -> list[tuple[str, int | None]]:
 
 
 def _turned(name: str, x):
-    """A parameter of a layer of ours as theirs: torch's matrices are [out, in], and Megatron's
-    queries, keys and values lie head by head."""
+    """Converts our parameter to DeepSpeed's layout.
+
+    Matrices of torch are [out, in], and Megatron stores queries, keys and values head by head.
+    """
     if name.endswith("w_qkv"):
         return x.transpose(2, 1, 3, 0).reshape(-1, x.shape[0])
     if name.endswith("b_qkv"):
@@ -283,7 +286,7 @@ def _turned_back(name: str, x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray
 
 
 def _main(config: Config, tensors: dict, step: int) -> dict:
-    """The main file's content: nested as Megatron loads it, beside what the engine asks for."""
+    """The main file's content, nested as Megatron loads it, with the fields the engine requires."""
     embedding = {
         n.split(".")[2]: {"weight": tensors[n]} for n in REST.values() if ".embedding." in n
     }

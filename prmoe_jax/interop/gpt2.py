@@ -1,4 +1,4 @@
-"""Hugging Face's GPT-2 and our dense model, which compute the same: one to the other and back."""
+"""Converts between Hugging Face's GPT-2 and our dense model, which compute the same."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ from prmoe_jax.interop.tensors import (
 )
 from prmoe_jax.model.layout import stack_layers, unstack_layers
 
-# Settings of GPT2Config that change what is computed, and the value that ours has.
+# Settings of GPT2Config that change the computation, with the values that match our model.
 FIXED = {
     "model_type": "gpt2",
     "activation_function": "gelu_new",
@@ -27,7 +27,7 @@ FIXED = {
     "add_cross_attention": False,
     "tie_word_embeddings": True,
 }
-# Our setting, theirs.
+# From our settings to GPT-2's.
 SIZES = {
     "vocab_size": "vocab_size",
     "length": "n_positions",
@@ -35,7 +35,7 @@ SIZES = {
     "d_model": "n_embd",
     "heads": "n_head",
 }
-# Of a layer: their name, ours. Their linear maps are stored as ours, input first.
+# From GPT-2's names of a layer's parameters to ours. GPT-2's matrices are [in, out], as ours.
 LAYER = {
     "ln_1.weight": "norm_attention.scale",
     "ln_1.bias": "norm_attention.shift",
@@ -56,15 +56,15 @@ REST = {
     "ln_f.weight": "norm.scale",
     "ln_f.bias": "norm.shift",
 }
-# Buffers of old files.
+# Endings of the names of buffers in old files.
 IGNORED = ".attn.bias", ".attn.masked_bias"
 
 
 def read_gpt2(folder: Path) -> tuple[Config, dict[str, np.ndarray], str]:
-    """A GPT2LMHeadModel's folder as a config, parameters by our names, and what was found.
+    """Reads a GPT2LMHeadModel; returns a config, parameters by our names, and a summary in words.
 
     Raises:
-      UserError: it isn't one that our dense model computes alike, or its tensors don't fit.
+      UserError: our dense model can't compute the same, or the folder's tensors don't fit.
     """
     path = folder / "config.json"
     theirs = read_json(path)
@@ -82,7 +82,7 @@ def read_gpt2(folder: Path) -> tuple[Config, dict[str, np.ndarray], str]:
         model[ours] = setting(theirs, name, int, path, low=1, high=high)
     model.d_ff = setting(theirs, "n_inner", int, path, 4 * model.d_model, low=1)
     model.dtype = "float32"
-    settings.data.tokenizer = "tokenizer.json"  # the one beside it
+    settings.data.tokenizer = "tokenizer.json"  # the file in the same folder
     settings.train.steps = 1
     config = resolved(settings, path)
     check_sizes(config.model, tensors, path)
@@ -113,7 +113,7 @@ def check_dense(model: ModelConfig) -> None:
 
 
 def gpt2_sizes(model: ModelConfig) -> dict[str, int]:
-    """The shape of a dense model as GPT2Config has it."""
+    """The shape of a dense model in the settings of GPT2Config."""
     return {theirs: getattr(model, ours) for ours, theirs in SIZES.items()} | {
         "n_inner": model.d_ff
     }
@@ -122,11 +122,11 @@ def gpt2_sizes(model: ModelConfig) -> dict[str, int]:
 def write_gpt2(
     config: Config, leaves: dict[str, np.ndarray], end_of_text: int, folder: Path
 ) -> None:
-    """Writes a dense model as GPT2LMHeadModel reads it; the tensors keep every bit.
+    """Writes a dense model in the format of GPT2LMHeadModel; the tensors keep every bit.
 
     Args:
-      config: the run's.
-      leaves: its parameters by our names.
+      config: the run's config.
+      leaves: the run's parameters by our names.
       end_of_text: the id that starts and ends a document.
       folder: the folder to write into.
     """
@@ -151,7 +151,7 @@ def write_gpt2(
 
 
 def _theirs(name: str, model: ModelConfig) -> tuple[int, ...]:
-    """The shape of a tensor of theirs; `name` without the layer."""
+    """The shape of one of GPT-2's tensors; `name` is without the layer."""
     d, f = model.d_model, model.d_ff
     return {
         "wte.weight": (model.vocab_size, d),
@@ -166,7 +166,7 @@ def _theirs(name: str, model: ModelConfig) -> tuple[int, ...]:
 
 
 def _ours(name: str, model: ModelConfig) -> tuple[int, ...]:
-    """The shape of a parameter of one layer of ours."""
+    """The shape of one layer's parameter in our model."""
     d, f, heads = model.d_model, model.d_ff, model.heads
     return {
         "attention.w_qkv": (d, 3, heads, d // heads),

@@ -1,4 +1,4 @@
-"""`prmoe import` and `prmoe export`: other libraries' files to a run's folder, and back."""
+"""`prmoe import` and `prmoe export` convert between other libraries' files and a run's folder."""
 
 import contextlib
 import dataclasses
@@ -37,11 +37,11 @@ log = logging.getLogger(__name__)
 
 
 def import_run(kind: str, source: Path, workdir: Path) -> dict:
-    """Makes a run's folder, at step 0, from another library's.
+    """Makes a run's folder, at step 0, from another library's folder.
 
     Args:
-      kind: 'gpt2', Hugging Face's GPT2LMHeadModel; 'deepspeed', Megatron-DeepSpeed's GPT, dense,
-        MoE or PR-MoE; 'safetensors', what `export_run` wrote.
+      kind: 'gpt2' for Hugging Face's GPT2LMHeadModel; 'deepspeed' for Megatron-DeepSpeed's GPT,
+        dense, MoE or PR-MoE; 'safetensors' for a folder that `export_run` wrote.
       source: the folder to read; nothing in it is executed.
       workdir: the folder to make.
 
@@ -49,7 +49,7 @@ def import_run(kind: str, source: Path, workdir: Path) -> dict:
       workdir, parameters, vocab_size.
 
     Raises:
-      UserError: the source doesn't fit, the workdir holds something, or it cannot be written.
+      UserError: the source doesn't fit, or the workdir is not empty or cannot be written.
     """
     if (workdir / workdirs.CONFIG).exists():
         raise UserError(f"--workdir={workdir} holds a run; give another folder")
@@ -85,8 +85,8 @@ def export_run(kind: str, workdir: Path, out: Path) -> dict:
     """Writes a run's newest checkpoint for another library.
 
     Args:
-      kind: 'gpt2', for Hugging Face's GPT2LMHeadModel; 'deepspeed', a checkpoint for
-        Megatron-DeepSpeed; 'safetensors', our names, with the config and a model card.
+      kind: 'gpt2' for Hugging Face's GPT2LMHeadModel; 'deepspeed' for a checkpoint of
+        Megatron-DeepSpeed; 'safetensors' for our names, with the config and a model card.
       workdir: the run's folder.
       out: the folder to make.
 
@@ -94,11 +94,11 @@ def export_run(kind: str, workdir: Path, out: Path) -> dict:
       out, step, parameters.
 
     Raises:
-      UserError: no run there, one that the kind can't hold, or `out` holds something or cannot be
-        written.
+      UserError: the workdir holds no run, the run can't be written as this kind, or `out` is not
+        empty or cannot be written.
     """
     _check_free("out", out)
-    config = configs.load(workdir / workdirs.CONFIG)  # with the backends' names still open
+    config = configs.load(workdir / workdirs.CONFIG)  # before 'auto' backends are resolved
     if kind == "gpt2":
         check_dense(config.model)
     if kind == "deepspeed":
@@ -124,7 +124,7 @@ def export_run(kind: str, workdir: Path, out: Path) -> dict:
 
 
 def _check_free(option: str, folder: Path) -> None:
-    """Raises UserError unless a folder can be made here, or an empty one replaced."""
+    """Raises UserError unless `folder` does not exist, or is empty and not the current folder."""
     if folder.is_dir() and folder.samefile(Path.cwd()):
         raise UserError(f"--{option}={folder} is the current folder; give one that is not there")
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
@@ -132,7 +132,7 @@ def _check_free(option: str, folder: Path) -> None:
 
 
 def _write(option: str, folder: Path, build: Callable[[Path], None]) -> None:
-    """`files.build_folder`; what the libraries that write there raise becomes one line, too."""
+    """`files.build_folder`, but errors of the libraries that write files become one line, too."""
     try:
         files.build_folder(folder, build)
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -143,7 +143,8 @@ def _write(option: str, folder: Path, build: Callable[[Path], None]) -> None:
 def _read_ours(folder: Path) -> tuple[Config, dict[str, np.ndarray], str]:
     path = folder / workdirs.CONFIG
     settings, tensors = read_json(path), read_tensors(folder)
-    # A layer has one norm before its MLP. Counted first, since each layer that is resolved costs.
+    # Each layer has one norm before its MLP. Layers are counted before the config is resolved,
+    # since resolving a false, huge number of layers would take long.
     norms = (x for name, x in tensors.items() if name.endswith(".norm_mlp.scale") and x.ndim)
     layers = sum(map(len, norms))
     model = settings.get("model")
@@ -168,7 +169,7 @@ def _tokenizer(source: Path) -> Tokenizer:
 
 
 def _card(config: Config, step: int, workdir: Path) -> str:
-    """What the weights are, for whoever finds them."""
+    """A model card that describes the weights."""
     size, model = cost(config.model), config.model
     lines = [line for line in read_metrics(workdir / "metrics.jsonl") if "eval/loss" in line]
     measured = ""

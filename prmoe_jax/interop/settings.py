@@ -1,4 +1,4 @@
-"""Settings out of other libraries' files, each checked where it enters: its type, and its size."""
+"""Reads settings from other libraries' files, and checks the type and range of each."""
 
 import reprlib
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from prmoe_jax.errors import UserError
 # No setting is a number above this.
 LARGEST = 2**63 - 1
 _REPR = reprlib.Repr()
-_REPR.maxstring = _REPR.maxother = 120  # a tensor's whole name
+_REPR.maxstring = _REPR.maxother = 120  # enough for a tensor's whole name
 
 
 def setting(
@@ -24,19 +24,19 @@ def setting(
     low: float = 0,
     high: float = LARGEST,
 ) -> Any:
-    """A setting of the right type and in range.
+    """Returns a setting after checking its type and range.
 
     Args:
-      settings: a file's, by name.
-      name: the setting's.
-      kind: bool, int, float or str; a whole number serves as a float, too.
+      settings: the settings of a file, by name.
+      name: the setting's name.
+      kind: bool, int, float or str; a whole number is also accepted as a float.
       source: the file, for the message.
-      default: what stands for a missing setting or None; without it there must be one.
-      low: the smallest number.
-      high: the largest number.
+      default: replaces a setting that is missing or None; without a default it is required.
+      low: the smallest number allowed.
+      high: the largest number allowed.
 
     Raises:
-      UserError: it is missing, of another type or out of range.
+      UserError: the setting is missing, of another type or out of range.
     """
     value = settings.get(name)
     value = default if value is None else value
@@ -52,20 +52,20 @@ def setting(
 
 
 def differs(theirs: Any, value: Any) -> bool:
-    """Whether a setting of any type is another than this plain value."""
+    """Whether a setting, of any type, is different from this plain value."""
     return not isinstance(theirs, (bool, int, float, str)) or theirs != value
 
 
 def shown(value: Any) -> str:
-    """A value of any type and size, for a message."""
+    """A short text for a value of any type and size, for a message."""
     try:
         return _REPR.repr(value)
-    except Exception:  # a number of too many digits, or whatever a foreign object raises
+    except Exception:  # a number has too many digits, or a foreign object raises anything
         return type(value).__name__
 
 
 def resolved(settings: Any, source: Any) -> Config:
-    """`config.resolve`, whose errors name the file that the settings come from."""
+    """`config.resolve`, with the settings' file named in its errors."""
     try:
         return resolve(settings)
     except UserError as error:
@@ -73,7 +73,7 @@ def resolved(settings: Any, source: Any) -> Config:
 
 
 def check_sizes(model: ModelConfig, tensors: Mapping[str, np.ndarray], source: Any) -> None:
-    """Raises UserError if a size of the model is in no tensor; before anything is made of it."""
+    """Raises UserError if no tensor has a size of the model; call it before allocating anything."""
     held = {size for tensor in tensors.values() if tensor.size for size in tensor.shape}
     for name in ("vocab_size", "length", "d_model", "d_ff"):
         size = getattr(model, name)

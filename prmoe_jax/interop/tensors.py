@@ -1,4 +1,4 @@
-"""Folders of .safetensors files, which hold arrays by name and nothing that could run."""
+"""Folders of .safetensors files, which hold arrays by name and no code."""
 
 import json
 from pathlib import Path
@@ -11,9 +11,9 @@ from prmoe_jax import files
 from prmoe_jax.errors import UserError
 from prmoe_jax.interop.settings import shown
 
-# Of one file of an export; Hugging Face's own default.
+# Size of one file of an export; the default of Hugging Face.
 SHARD_BYTES = 5_000_000_000
-# What weights may be stored as. Numbers of 8 bits or fewer mean nothing without their scales.
+# Types that weights may be stored as. Numbers of 8 bits or fewer need scales, which aren't read.
 DTYPES = "F16", "BF16", "F32", "F64"
 
 
@@ -21,11 +21,11 @@ def read_tensors(folder: Path, ignored: tuple[str, ...] = ()) -> dict[str, np.nd
     """All arrays of model.safetensors, or of the files that its index names; float32.
 
     Args:
-      folder: where they are.
-      ignored: ends of names of tensors that are no weights, and may hold anything.
+      folder: the folder of these files.
+      ignored: endings of the names of tensors that are not weights; their content is not checked.
 
     Raises:
-      UserError: no such file, one that is not what it says, or numbers that are no weights.
+      UserError: a file is missing or damaged, or a tensor's type or numbers can't be weights.
     """
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
@@ -51,7 +51,7 @@ def _read_file(path: Path, ignored: tuple[str, ...]) -> dict[str, np.ndarray]:
     files.regular(path, hint)
     tensors = {}
     try:
-        # By way of JAX's arrays, since NumPy has no bfloat16 of its own.
+        # The file is read as JAX's arrays, because NumPy has no bfloat16.
         with safe_open(path, framework="flax") as file, np.errstate(over="ignore"):
             for name in file.keys():
                 weights = not name.endswith(ignored)
@@ -66,10 +66,10 @@ def _read_file(path: Path, ignored: tuple[str, ...]) -> dict[str, np.ndarray]:
 
 
 def read_json(path: Path) -> dict:
-    """The object in a JSON file of somebody else's.
+    """The object in another library's JSON file.
 
     Raises:
-      UserError: no such file, or something else in it.
+      UserError: the file is missing, or holds something else.
     """
     return files.read_json(files.regular(path), fix="copy it from its source again")
 
@@ -97,13 +97,13 @@ def write_tensors(tensors: dict[str, np.ndarray], folder: Path) -> None:
 
 
 def check_dtype(name: str, dtype: str, allowed: tuple[str, ...], path: Path) -> None:
-    """Raises UserError unless a tensor is of a type that weights have."""
+    """Raises UserError unless a tensor's type is allowed for weights."""
     if dtype not in allowed:
         raise UserError(f"{path}: {shown(name)} holds {dtype}; weights are {', '.join(allowed)}")
 
 
 def check_finite(name: str, array: np.ndarray, path: Path) -> None:
-    """Raises UserError if a weight is NaN, infinite or, stored in float64, beyond float32."""
+    """Raises UserError if a weight is NaN, infinite, or a float64 beyond float32's range."""
     if not np.isfinite(array).all():
         raise UserError(
             f"{path}: {shown(name)} holds NaN, infinity or numbers too large for float32"
@@ -117,16 +117,16 @@ def check_shape(name: str, array: np.ndarray, shape: tuple[int, ...], source: Pa
 
 
 def check_coverage(found: dict, expected: set[str], source: Path, ignored=()) -> str:
-    """Compares names; returns what to tell the user.
+    """Compares the names of arrays with the expected ones; returns a summary for the user.
 
     Args:
       found: arrays by name.
-      expected: the names that must be there.
-      source: where from.
-      ignored: ends of names that may be there and mean nothing.
+      expected: the names that are required.
+      source: the file or folder of the arrays, for messages.
+      ignored: endings of names that are allowed but not used.
 
     Raises:
-      UserError: some are missing, or there are others.
+      UserError: some names are missing, or there are others.
     """
     missing = sorted(expected - found.keys())
     extra = sorted(n for n in found.keys() - expected if not n.endswith(tuple(ignored)))

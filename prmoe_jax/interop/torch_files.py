@@ -1,4 +1,4 @@
-"""torch's files, read without running anything that they hold."""
+"""Reads torch's files without running any code in them."""
 
 import importlib.util
 from pathlib import Path
@@ -10,15 +10,15 @@ from prmoe_jax.errors import UserError
 from prmoe_jax.interop.settings import shown
 from prmoe_jax.interop.tensors import check_dtype, check_finite
 
-# What weights may be stored as.
+# Types that weights may be stored as.
 DTYPES = "torch.float16", "torch.bfloat16", "torch.float32", "torch.float64"
-# Modules of what a training script keeps beside its tensors: settings and states of random numbers.
-# None of it is imported: an `Inert` takes its place.
+# A training script also stores objects of these modules: settings and the state of random numbers.
+# No such module is imported; an `Inert` replaces each object.
 HARMLESS = "_codecs", "argparse", "deepspeed", "megatron", "numpy"
 
 
 class Inert:
-    """Stands for an object of a file: holds its attributes, and does nothing."""
+    """Replaces an object in a file; it holds the object's attributes and has no behaviour."""
 
     def __new__(cls, *args, **kwargs):
         return super().__new__(cls)
@@ -38,11 +38,11 @@ def require_torch() -> None:
 
 
 def read_torch(path: Path) -> dict:
-    """What torch.save wrote; tensors on the CPU, objects of other classes as `Inert`.
+    """Reads a file of torch.save: tensors are on the CPU, other objects become `Inert`.
 
     Raises:
-      UserError: no such file, not one of torch's, no dict, or it wants to call something that is
-        not of a checkpoint.
+      UserError: the file is missing, is not torch's or holds no dict, or it would call code that
+        checkpoints don't need.
     """
     require_torch()
     import torch
@@ -60,7 +60,7 @@ def read_torch(path: Path) -> dict:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except UserError:
         raise
-    except Exception as error:  # whatever a damaged file makes torch raise
+    except Exception as error:  # torch raises anything for damaged files
         line = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
         raise UserError(f"{path} can't be read as torch's: {line}") from None
     if not isinstance(content, dict):
@@ -69,10 +69,10 @@ def read_torch(path: Path) -> dict:
 
 
 def flat_arrays(state: dict, path: Path) -> dict[str, np.ndarray]:
-    """The tensors of a file by their whole names, since Megatron nests some; float32.
+    """A file's tensors by their full names, float32; Megatron nests some of them.
 
     Raises:
-      UserError: one isn't of weights, or a part holds itself.
+      UserError: a tensor can't hold weights, or a nested part appears twice.
     """
     import torch
 
@@ -93,12 +93,12 @@ def flat_arrays(state: dict, path: Path) -> dict[str, np.ndarray]:
 
 def _array(name: str, tensor, path: Path) -> np.ndarray:
     check_dtype(name, str(tensor.dtype), DTYPES, path)
-    # A tensor of a stride of 0 is as large as it likes.
+    # With a stride of 0, a tensor in a small file can have any size.
     if tensor.numel() * tensor.element_size() > path.stat().st_size:
         raise UserError(f"{path}: {shown(name)} is larger than the file")
     try:
         array = tensor.detach().float().numpy()
-    except Exception as error:  # sparse ones, and whatever else has no numbers of its own
+    except Exception as error:  # sparse tensors, and others without plain numbers
         raise UserError(f"{path}: {shown(name)} is no plain tensor: {error}") from None
     check_finite(name, array, path)
     return array
