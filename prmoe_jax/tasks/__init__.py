@@ -1,1 +1,1 @@
-"""Tasks: what a model scores beside its loss, by lm-evaluation-harness."""
+"""Tasks that lm-evaluation-harness scores, as measures of a model beside its loss."""

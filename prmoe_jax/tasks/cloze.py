@@ -1,7 +1,7 @@
-"""A task that needs no network: the last word of passages that the model has not seen.
+"""A task that needs no network: to predict the last word of passages the model has not seen.
 
-As in LAMBADA (arXiv 1606.06031), the word stands earlier in the passage, so that who has followed
-it can know. Passages come from the run's own validation documents.
+As in LAMBADA (arXiv 1606.06031), the word also occurs earlier in the passage, so that the passage
+makes it predictable. Passages come from the run's own validation documents.
 """
 
 import re
@@ -9,17 +9,17 @@ from collections.abc import Iterable, Iterator
 
 from prmoe_jax.data.corpora import Corpus
 
-WORDS = 50  # of the context, at least, with the whole sentences that hold them
+WORDS = 50  # the context is whole sentences with at least this many words
 
 
 def rows(corpus: Corpus) -> Iterator[dict]:
-    """The passages of all validation documents: context, and word, the last one."""
+    """The passages of all validation documents: each has its context and its last word."""
     for text in corpus.validation:
         yield from ({"context": context, "word": word} for context, word in passages(text))
 
 
 def passages(text: str) -> Iterator[tuple[str, str]]:
-    """Passages of a document, one after the other: all but the last word, and the last word."""
+    """Yields a document's passages as (all but the last word, the last word)."""
     held: list[str] = []
     for sentence in _sentences(text):
         words = sum(len(s.split()) for s in held)

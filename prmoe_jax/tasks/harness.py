@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on a run: `prmoe eval --tasks`, or the harness's own command line.
+"""Runs lm-evaluation-harness on a run: `prmoe eval --tasks`, or the harness's own command line.
 
 python -m prmoe_jax.tasks.harness --model prmoe --model_args workdir=DIR --tasks lambada_openai
 """
@@ -34,16 +34,16 @@ from prmoe_jax.tasks.score import Scorer
 
 log = logging.getLogger(__name__)
 
-# What `generate_until` knows of a task's generation_kwargs, by the names the harness gives them.
+# The generation_kwargs of a task that `generate_until` uses, by the harness's names.
 KNOWN = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}
 
 
 @register_model("prmoe")
 class PrmoeLM(TemplateLM):
-    """A run's newest model. Every text starts with the end-of-text mark, as in training."""
+    """A run's newest model; every text starts with the end-of-text mark, as in training."""
 
     def __init__(self, workdir: str, batch_size: int = 16, **ignored):
-        """Restores the run; what else the harness passes (device, max_batch_size) has no use."""
+        """Restores the run; ignores the harness's other arguments (device, max_batch_size)."""
         super().__init__()
         self._workdir = Path(workdir)
         self._scorer = Scorer.restore(self._workdir, int(batch_size))
@@ -85,10 +85,10 @@ class PrmoeLM(TemplateLM):
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
         texts = [""] * len(requests)
-        # Repeats of one request are numbered: each is drawn with its number as the seed.
+        # Repeats of one request are numbered, and the number is the seed.
         asked = collections.Counter()
         seeds = []
-        # Requests of one kind side by side.
+        # Requests with the same settings are generated together.
         kinds: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
             prompt, settings = request.args
@@ -104,7 +104,7 @@ class PrmoeLM(TemplateLM):
             tokens = min(settings["max_gen_toks"], self._scorer.length // 2)
             sampling = Sampling(
                 float(settings.get("temperature", 0)),
-                max(0, int(settings.get("top_k", 0))),  # vLLM's -1 is all tokens
+                max(0, int(settings.get("top_k", 0))),  # -1, as in vLLM, means all tokens
                 float(settings.get("top_p", 1)),
             )
             for start in range(0, len(numbers), self._batch_size):
@@ -118,7 +118,7 @@ class PrmoeLM(TemplateLM):
         return texts
 
     def _end(self, prompt: str, tokens: int) -> list[int]:
-        """The end of a prompt's tokens that leaves room for so many, and for the mark."""
+        """The end of a prompt's tokens, cut to leave room for `tokens` new ones and the mark."""
         ids = self.tok_encode(prompt)
         return ids[max(0, len(ids) + 1 + tokens - self._scorer.length) :]
 
@@ -126,19 +126,20 @@ class PrmoeLM(TemplateLM):
 def evaluate_tasks(
     workdir: Path, tasks: Sequence[str], limit: int | None = None, batch_size: int = 16
 ) -> dict[str, dict]:
-    """Scores a run in tasks: local ones, or any that the harness knows.
+    """Scores a run in local tasks or tasks of the harness.
 
     Args:
       workdir: the run's folder.
       tasks: names or patterns of names; those of `local.NAMES` need no network.
-      limit: examples of each, all unless given.
-      batch_size: of the forward passes; changes no score.
+      limit: number of examples of each task; all by default.
+      batch_size: batch size of the forward passes, which changes no score.
 
     Returns:
-      Of each task its metrics, the standard error of acc, and the number of examples.
+      For each task its metrics, acc_stderr (the standard error of acc), and the number of
+      examples.
 
     Raises:
-      UserError: no such task, no run, or one that cannot be scored.
+      UserError: a task is unknown, the folder holds no run, or the run cannot be scored.
     """
     config = load(workdir / workdirs.CONFIG)
     check_runs_without_limit(config)

@@ -1,4 +1,4 @@
-"""Tasks that need no network, written for lm-evaluation-harness to read."""
+"""Tasks that need no network, written in the format of lm-evaluation-harness."""
 
 import json
 from functools import partial
@@ -10,8 +10,8 @@ from prmoe_jax.data.corpora import open_corpus
 from prmoe_jax.errors import UserError
 from prmoe_jax.tasks import choices, cloze
 
-EXAMPLES = 1000  # of a task, at most; evenly from all there are
-RECIPE = 2  # of the tasks: other examples need another number
+EXAMPLES = 1000  # a task's largest number of examples, taken evenly from all
+RECIPE = 2  # version of the tasks; increase it when their examples change
 
 HEAD = """\
 task: {name}
@@ -49,10 +49,10 @@ NAMES = "cloze", *choices.SOURCES
 
 
 def prepare(name: str, config: DataConfig) -> Path:
-    """A folder with one of `NAMES` for the harness, made once for each corpus or package.
+    """A folder with one of the tasks `NAMES`, made once for each corpus or package.
 
     Raises:
-      UserError: the corpus can't be read or has no such passage, or the package isn't there.
+      UserError: the corpus can't be read or has no suitable passage, or the package is missing.
     """
     if name == "cloze":
         corpus = open_corpus(config)

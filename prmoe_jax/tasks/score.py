@@ -1,7 +1,7 @@
-"""Log-probabilities of continuations: what scores in tasks are made of.
+"""Log-probabilities of continuations, from which the scores of tasks are computed.
 
-No token is dropped and padding takes part in nothing, so that a score depends on its own text
-alone, whatever the batch size, the order and the other requests.
+No token is dropped and padding affects nothing, so that a score depends on its own text alone, not
+on the batch size, the order or the other requests.
 """
 
 import dataclasses
@@ -22,10 +22,10 @@ BUCKET = 64
 
 
 class Scorer:
-    """A run's newest model on one device, to score with.
+    """Scores texts by a run's newest model on one device.
 
     Attributes:
-      length: its context.
+      length: the model's context in tokens.
     """
 
     def __init__(self, model: Transformer, batch_size: int):
@@ -38,8 +38,8 @@ class Scorer:
         """Restores a run.
 
         Raises:
-          UserError: the folder holds no run or no readable checkpoint, or a run whose experts
-            choose their tokens.
+          UserError: the folder holds no run or no readable checkpoint, or the run's experts choose
+            their tokens.
         """
         config, _, model, _ = restore_run(workdir, jax.local_devices()[:1], MeshConfig())
         check_runs_without_limit(config)
@@ -53,12 +53,12 @@ class Scorer:
         """Scores each continuation after its context.
 
         Args:
-          contexts: tokens, at least one each; what exceeds the model's context is cut at its start.
-          continuations: tokens, at least one each and no more than the model's context.
+          contexts: at least one token each; cut at the start to fit the model's context.
+          continuations: at least one token each, and no more than the model's context.
 
         Returns:
-          In the order given: ln p of the continuation, and whether each of its tokens is the
-          likeliest.
+          For each pair, in the given order: ln p of the continuation, and whether each of its
+          tokens is the likeliest.
         """
         whole = [a + b for a, b in zip(contexts, continuations, strict=True)]
         order = sorted(range(len(whole)), key=lambda i: -len(whole[i]))
@@ -88,7 +88,7 @@ class Scorer:
 
 @jax.jit
 def _score(model: Transformer, tokens_BxL, valid_BxL, targets_BxL):
-    """ln p of each target, and whether it is the likeliest; one sequence's logits at a time."""
+    """ln p of each target, and whether it is the likeliest token; one sequence at a time."""
     x_BxLxD, _ = model(tokens_BxL, valid_BxL, capacity_factor=math.inf)
 
     def sequence(inputs):
