@@ -1,1 +1,1 @@
-"""What a compiler says about a program before it runs."""
+"""Plans: the time and memory of a step, from its compiled program, before it runs."""

@@ -1,4 +1,4 @@
-"""Chips a plan can be made for: what their data sheets say, and devices that aren't there."""
+"""The chips that a plan can be made for: their data sheets, and devices without hardware."""
 
 import math
 import re
@@ -10,17 +10,17 @@ from prmoe_jax.errors import UserError
 
 
 class Chip(NamedTuple):
-    """What a plan needs to know of one chip, from its data sheet."""
+    """The data sheet of one chip, as far as a plan needs it."""
 
     platform: str  # tpu | gpu
     flops_per_s: float  # bfloat16 peak
     hbm_bytes: int
     hbm_bytes_per_s: float
-    # Of one link in one direction: a TPU's to a neighbour in the torus, a GPU's to its host's
+    # One link in one direction: a TPU's to a neighbour in the torus, or a GPU's to its host's
     # switch (NVLink).
     link_bytes_per_s: float
-    hertz: float = 0.0  # of the TensorCore, from the peak and the matrix units
-    network_bytes_per_s: float = 0.0  # a GPU's share of what leaves its host, in one direction
+    hertz: float = 0.0  # clock rate of a TensorCore, from the peak and the matrix units
+    network_bytes_per_s: float = 0.0  # a GPU's share of its host's network, in one direction
 
 
 CHIPS = {
@@ -31,7 +31,7 @@ CHIPS = {
     "h100": Chip("gpu", 989e12, 80 * 10**9, 3.35e12, 450e9, network_bytes_per_s=50e9),
 }
 
-# Slices one can have, smallest first; of GPUs, hosts of eight.
+# The slices that exist, smallest first; for GPUs, numbers of hosts with eight each.
 TORUS = "2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x16".split()
 PLANE = "1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16".split()
 SLICES = {
@@ -42,9 +42,9 @@ SLICES = {
     "h100": [f"{1 << i}x8" for i in range(8)],
 }
 
-LARGEST = 16_384  # chips of a topology; no pod has as many
+LARGEST = 16_384  # the most chips of a topology; no pod has this many
 
-# What XLA's compiler for GPUs asks of an H100 (SXM), as a GpuTargetConfig in text form.
+# The description of an H100 (SXM) that XLA's GPU compiler needs: a GpuTargetConfig in text form.
 H100 = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
@@ -64,7 +64,7 @@ def chip_of(topology: str) -> Chip:
     """The chip of a topology such as 'v5p:4x4x8'.
 
     Raises:
-      UserError: it is unknown, or larger than any.
+      UserError: the topology is unknown, or larger than any pod.
     """
     name, _, shape = topology.partition(":")
     dimensions = SLICES[name][0].count("x") + 1 if name in CHIPS else 0
@@ -83,15 +83,15 @@ def chip_of(topology: str) -> Chip:
 
 
 def chip_count(topology: str) -> int:
-    """The chips of a topology that `chip_of` knows."""
+    """The number of chips of a topology that `chip_of` accepts."""
     return math.prod(map(int, topology.partition(":")[2].split("x")))
 
 
 def topology_devices(topology: str) -> tuple[Chip, list]:
-    """The chip and the devices of a topology, which need not be there.
+    """The chip and the devices of a topology, which need no hardware.
 
     Raises:
-      UserError: it is unknown, it is no slice of a pod, or the compiler is not installed.
+      UserError: the topology is unknown or no slice of a pod, or the compiler is not installed.
     """
     chip = chip_of(topology)
     name, _, shape = topology.partition(":")
@@ -100,7 +100,7 @@ def topology_devices(topology: str) -> tuple[Chip, list]:
     else:
         # A v4's two cores count as one device, as everywhere else.
         options = {"chip_config_name": "megacore"} if name == "v4" else {}
-        if chip_count(topology) == 1:  # of a host that has no more
+        if chip_count(topology) == 1:  # a host with a single chip
             options["chips_per_host_bounds"] = (1, 1, 1)
         asked = ("tpu", topology, options)
     platform, topology_name, options = asked
@@ -108,7 +108,7 @@ def topology_devices(topology: str) -> tuple[Chip, list]:
         described = topologies.get_topology_desc(
             platform=platform, topology_name=topology_name, **options
         )
-    except Exception as error:  # whatever a missing or mistaken compiler raises
+    except Exception as error:  # a missing or failing compiler raises anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         if "INVALID_ARGUMENT" in reason:
             raise UserError(

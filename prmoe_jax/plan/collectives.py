@@ -1,4 +1,4 @@
-"""What a compiled program sends between devices: kind, axes, bytes, and a model of the time."""
+"""The collectives of a compiled program: kind, mesh axes, bytes, and a model of their time."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -9,7 +9,8 @@ import numpy as np
 from prmoe_jax.plan.program import Operation, result, size
 
 KINDS = "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"
-# Seconds of one collective: kind, the devices of a group, bytes of its larger side.
+# A function from a collective's kind, the devices of a group, and the bytes of its larger side
+# (operands or result) to its seconds.
 Network = Callable[[str, np.ndarray, int], float]
 
 
@@ -17,15 +18,15 @@ class Collective(NamedTuple):
     """All runs of one operation in a step."""
 
     kind: str
-    axes: tuple[str, ...]  # of the mesh, over which it goes
-    hidden: bool  # starts and ends apart, so that computation can go on
+    axes: tuple[str, ...]  # the mesh axes over which it communicates
+    hidden: bool  # asynchronous: it starts and ends separately, and computation goes on meanwhile
     runs: int
-    bytes: int  # of a device's larger side, all runs together
+    bytes: int  # a device's larger side (operands or result), all runs together
     seconds: float
 
 
 def kind(operation: Operation) -> str | None:
-    """Which collective an operation is, if it is one."""
+    """The kind of collective that an operation is; None if it is none."""
     name = operation.opcode.removesuffix("-start")
     return name if name in KINDS else None
 
@@ -33,12 +34,12 @@ def kind(operation: Operation) -> str | None:
 def collectives(
     operations: Sequence[Operation], mesh_shape: dict[str, int], network: Network
 ) -> list[Collective]:
-    """The collectives among a program's operations, dearest first.
+    """The collectives among a program's operations, the most expensive first.
 
     Args:
-      operations: of `program.operations`.
-      mesh_shape: axis -> devices, outermost first.
-      network: `torus` or `hosts`.
+      operations: from `program.operations`.
+      mesh_shape: axis -> number of devices, outermost axis first.
+      network: from `torus` or `hosts`.
     """
     devices = int(np.prod(list(mesh_shape.values())))
     found = []
@@ -57,7 +58,7 @@ def collectives(
 
 
 def _bytes(operation: Operation, members: int) -> int:
-    """Of the larger side; the result of a '-start' has its operands in it too."""
+    """Bytes of the larger side; the shape of a '-start' holds both result and operands."""
     shape = result(operation)
     if operation.opcode.endswith("-start"):
         return max(size(part) for part in re.findall(r"\w+\[[\d,]*\]", shape))
@@ -65,16 +66,16 @@ def _bytes(operation: Operation, members: int) -> int:
 
 
 def torus(coordinates: np.ndarray, link_bytes_per_s: float) -> Network:
-    """Chips whose neighbours are linked, as TPUs are.
+    """Models chips that are linked to their neighbours, as TPUs are.
 
-    A ring in every dimension that a group spans, both ways at once. An all-gather or
-    reduce-scatter moves its larger side once, an all-reduce twice; an all-to-all is bound by the
-    middle of the longest dimension, which a quarter of what it spans crosses. Nothing else shares
-    the links.
+    A collective uses a ring in every dimension that its group spans, in both directions at once.
+    An all-gather or reduce-scatter moves its larger side once, an all-reduce twice. An all-to-all
+    is bound by the middle of the longest dimension: a quarter of the data crosses it in each
+    direction. Nothing else is assumed to use the links.
 
     Args:
       coordinates: [devices, dimensions], in the order of the mesh.
-      link_bytes_per_s: of one link in one direction.
+      link_bytes_per_s: bandwidth of one link in one direction.
     """
 
     def seconds(kind: str, members: np.ndarray, moved: int) -> float:
@@ -91,29 +92,29 @@ def torus(coordinates: np.ndarray, link_bytes_per_s: float) -> Network:
 
 
 def hosts(host: np.ndarray, link_bytes_per_s: float, network_bytes_per_s: float) -> Network:
-    """GPUs behind a switch in each host, every one with its share of the host's network.
+    """Models GPUs that share a switch in each host and divide the host's network evenly.
 
-    What stays in a host goes by the switch, what leaves it by the network, one after the other
-    and each at full speed: all but 1/H of an array that H hosts gather, twice that of a sum, and
-    of an exchange what is for other hosts.
+    Traffic within a host uses the switch, and traffic between hosts the network, one after the
+    other and each at full speed. Over the network go all but 1/H of an array that H hosts gather,
+    twice as much for an all-reduce, and for an all-to-all the parts for other hosts.
 
     Args:
-      host: [devices], in the order of the mesh.
-      link_bytes_per_s: of a GPU to the switch, in one direction.
-      network_bytes_per_s: of a GPU's share of the network, in one direction.
+      host: [devices], the host of each device in the order of the mesh.
+      link_bytes_per_s: bandwidth of a GPU's link to the switch, in one direction.
+      network_bytes_per_s: bandwidth of a GPU's share of the network, in one direction.
     """
 
     def seconds(kind: str, members: np.ndarray, moved: int) -> float:
         places = host[members]
         spanned = len(set(places))
-        inside = len(members) / spanned  # of a group, on one host
+        inside = len(members) / spanned  # devices of a group on one host
         if kind == "all-to-all":
             away = 1 - inside / len(members)
             within = (inside - 1) / len(members)
             return moved * (away / network_bytes_per_s + within / link_bytes_per_s)
         if kind == "collective-permute":
             return moved / (link_bytes_per_s if spanned == 1 else network_bytes_per_s)
-        # Every GPU of a host brings its own part of the array over the network.
+        # Every GPU of a host moves its own part of the array over the network.
         away = (1 - 1 / spanned) / inside / network_bytes_per_s
         within = (1 - 1 / inside) / link_bytes_per_s
         return (2 if kind == "all-reduce" else 1) * moved * (away + within)
@@ -122,7 +123,7 @@ def hosts(host: np.ndarray, link_bytes_per_s: float, network_bytes_per_s: float)
 
 
 def groups(text: str, devices: int) -> np.ndarray:
-    """Which devices go together, as positions in the mesh: [groups, members].
+    """The groups of devices of a collective, as positions in the mesh: [groups, members].
 
     XLA writes '{{0,1},{2,3}}', '[2,2]<=[2,2]T(1,0)', or the mesh and its axes, as in
     "mesh['a'=2,'b'=2] {'a'}" and "mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'a'}".
@@ -148,7 +149,7 @@ def groups(text: str, devices: int) -> np.ndarray:
 
 
 def _iota(text: str) -> np.ndarray:
-    """'[2,4]T(1,0)': 0 to 7 in that shape, transposed, in a row."""
+    """Device numbers: '[2,4]T(1,0)' is 0 to 7 in that shape, transposed and flattened."""
     shape, order = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text).groups()
     ids = np.arange(np.prod(_numbers(shape))).reshape(_numbers(shape))
     return (ids.transpose(_numbers(order)) if order else ids).reshape(-1)

@@ -1,4 +1,4 @@
-"""Which mesh, and which slice of a kind of chip, a config's step fits: `prmoe plan`."""
+"""Finds a mesh and a slice of chips that a config's step fits: `prmoe plan`."""
 
 import dataclasses
 import logging
@@ -15,20 +15,20 @@ from prmoe_jax.plan.report import decoding, held_bytes, plan
 
 log = logging.getLogger(__name__)
 
-STATE_BYTES = 12  # of a parameter and its two moments, in float32
+STATE_BYTES = 12  # a parameter and its two moments, in float32
 
 
 def fit(config: Config, topology: str, decode: int = 0, teacher: Config | None = None) -> dict:
-    """Plans for a topology; where the step doesn't fit, also what would.
+    """Plans for a topology; if the step doesn't fit, also searches for a plan that fits.
 
-    The mesh is the config's own, or the suggested one (`parallel.mesh.choose_mesh`). What would fit
-    is looked for among the other meshes of these chips, then among larger slices, smallest first.
-    `decode` and `teacher` are those of `report.plan`.
+    The mesh is the config's own, or the suggested one (`parallel.mesh.choose_mesh`). The search
+    tries the other meshes of these chips, then larger slices, smallest first. `decode` and
+    `teacher` are those of `report.plan`.
 
     Returns:
-      The plan, with `flags`, which give its mesh, where the config has none. Where it doesn't fit
-      also `instead`: the plan that does, with its `flags`, or None where none does; and `tried`:
-      (topology, why not) for each plan on the way.
+      The plan; if the config has no mesh, with `flags`, the flags of its mesh. If the step doesn't
+      fit, the plan also has `instead`, a plan that fits with its `flags`, or None without one, and
+      `tried`, (topology, reason) for each plan that failed.
 
     Raises:
       UserError: see `choose_mesh` and `report.plan`.
@@ -47,18 +47,18 @@ def fit(config: Config, topology: str, decode: int = 0, teacher: Config | None =
 
 
 def find(config: Config, chip: str, decode: int = 0, teacher: Config | None = None) -> dict:
-    """Plans on one slice after the other until one fits.
+    """Plans for one slice after the other until the step fits.
 
-    The mesh is the config's own; where it has none, the suggested one, or another that fits. A
-    slice whose chips together can't hold the parameters, and in training the optimizer's state,
-    isn't compiled for. `decode` and `teacher` are those of `report.plan`.
+    The mesh is the config's own; without one, it is the suggested mesh or another that fits. The
+    step is not compiled for a slice whose chips together can't hold the parameters and, for
+    training, the optimizer's state. `decode` and `teacher` are those of `report.plan`.
 
     Returns:
-      The plan of the first that fits, with `flags` as in `fit`, and `tried`: (topology, why not)
-      of those before.
+      The first plan that fits, with `flags` as in `fit`, and `tried`, (topology, reason) for each
+      plan that failed.
 
     Raises:
-      UserError: no such chip, or none of its slices fits.
+      UserError: the chip is unknown, or the step fits none of its slices.
     """
     if chip not in CHIPS:
         raise UserError(f"--find={chip} is unknown; use one of {', '.join(CHIPS)}")
@@ -76,8 +76,9 @@ def find(config: Config, chip: str, decode: int = 0, teacher: Config | None = No
 class _Search:
     """Plans of one config on one topology and mesh after the other.
 
-    A mesh is compiled for only if its state fits, and beside it what the last plan that didn't fit
-    needed there: that is in proportion to the tokens of a chip, whatever the mesh.
+    The step is compiled for a mesh only if a prediction of its memory fits: the mesh's state, and
+    the memory that the last failed plan needed beside the state. The latter depends on the tokens
+    of a chip, not on the mesh.
     """
 
     def __init__(self, config: Config, decode: int, teacher: Config | None):
@@ -85,10 +86,10 @@ class _Search:
         self.decode, self.teacher = decode, teacher
         self.planned: set[tuple[str, MeshConfig]] = set()
         self.tried: list[tuple[str, str]] = []
-        self.beside = 0.0  # bytes beside the state, all chips together
+        self.beside = 0.0  # bytes that the last failed plan needed beside the state, on all chips
 
     def first(self, topology: str) -> dict | None:
-        """The plan of the first mesh that fits a topology: the config's own, or any."""
+        """The first plan that fits a topology, or None; the config's own mesh is used if set."""
         chips, room = chip_count(topology), chip_of(topology).hbm_bytes
         state = (2 if self.decode else STATE_BYTES) * cost(self.config.model).total_params
         if state > chips * room:
@@ -116,7 +117,7 @@ class _Search:
         return result if result["fits"] else None
 
     def plan(self, topology: str, mesh: MeshConfig) -> dict:
-        """The plan on a mesh, noted if it doesn't fit."""
+        """The plan on a mesh; a plan that doesn't fit is added to `tried`."""
         self.planned.add((topology, mesh))
         teacher = self.teacher and dataclasses.replace(self.teacher, mesh=mesh)
         config = dataclasses.replace(self.config, mesh=mesh)
@@ -132,19 +133,19 @@ class _Search:
         return result
 
     def _predicted(self, mesh: MeshConfig, chips: int) -> float:
-        """Bytes a chip that a step needs on a mesh, as far as is known without compiling it."""
+        """Predicts the bytes per chip that a step needs on a mesh, without compiling it."""
         config = dataclasses.replace(self.config, mesh=mesh)
         sizes = axis_sizes(config, chips)
         abstract = AbstractMesh(tuple(sizes.values()), tuple(sizes))
         teacher = self.teacher and dataclasses.replace(self.teacher, mesh=mesh)
         try:
             held = held_bytes(config, abstract, self.decode, teacher)
-        except UserError:  # the teacher can't be split so
+        except UserError:  # this mesh can't split the teacher
             return math.inf
         return self._state(held) + self.beside / chips
 
     def _state(self, held: dict[str, int]) -> int:
-        """What a step is given; in training a gradient as well, as large as the parameters."""
+        """Bytes of a step's arguments, and in training of a gradient as large as the parameters."""
         return sum(held.values()) + (0 if self.decode else held["parameters"])
 
     def _failed(self, topology: str, reason: str) -> None:

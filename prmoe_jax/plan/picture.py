@@ -1,4 +1,4 @@
-"""A picture of plans: where a step's time goes, and what holds the memory of a chip."""
+"""A picture of plans: a step's time by part of the model, and a chip's memory by use."""
 
 import io
 import os
@@ -8,7 +8,7 @@ from prmoe_jax import files
 from prmoe_jax.errors import UserError
 from prmoe_jax.plan.chips import CHIPS
 
-# The parts of a step in the order of the bars, matrix products first.
+# Parts of a step in the order of the bars, matrix products first.
 PARTS = {
     "mlp": "#1b6ca8",
     "experts": "#4a9fd8",
@@ -33,10 +33,11 @@ HELD = {
 
 
 def check(path: Path) -> None:
-    """Fails where `draw` would, before a plan is made.
+    """Raises the errors of `draw` early, before a plan is made.
 
     Raises:
-      UserError: matplotlib is missing or does not know the format, or the folder isn't there.
+      UserError: matplotlib is missing or does not support the format, or the folder can't be
+        written.
     """
     try:
         from matplotlib.backend_bases import FigureCanvasBase
@@ -51,11 +52,11 @@ def check(path: Path) -> None:
 
 
 def draw(plans: dict[str, dict], path: Path) -> None:
-    """Writes a figure with one bar a plan: milliseconds by part, and GiB a chip by use.
+    """Writes a figure with one bar for each plan: milliseconds by part, and GiB per chip by use.
 
     Args:
-      plans: label -> what `report.plan` returned.
-      path: of the picture; its suffix says the format.
+      plans: label -> plan from `report.plan`.
+      path: the picture's path, whose suffix gives the format.
 
     Raises:
       UserError: see `check`, or the file cannot be written.

@@ -1,22 +1,22 @@
-"""Reading an optimized program: what runs, how often, what it reads and what it computes."""
+"""Reads a compiled program: its operations, how often each runs, and their FLOPs and bytes."""
 
 import math
 import re
 from typing import NamedTuple
 
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
-# Operations that take no time, or whose time is that of the work they wait for.
+# Operations that take no time, or only wait for other operations.
 FREE = frozenset(
     "parameter constant bitcast tuple get-tuple-element copy-start copy-done partition-id "
     "replica-id after-all opt-barrier iota call-start".split()
 )
-SENTINEL = 1 << 50  # "unknown" is written as a number near 2^64
-SPARSE_CORE = "call-done"  # the end of a gather or scatter that a TPU's SparseCore does
-# Of what these read, as many bytes count as they give.
+SENTINEL = 1 << 50  # larger estimates mean "unknown", which is written as a number near 2^64
+SPARSE_CORE = "call-done"  # the end of a gather or scatter on a TPU's SparseCore
+# These read only as many bytes of their operand as their result has.
 SLICES = "dynamic-slice", "gather", "slice", SPARSE_CORE
-UPDATES = ("dynamic-update-slice",)  # in place
-# Attention kernels by the start of their names: products of queries by keys and the like, and the
-# dimension of the queries that is the length.
+UPDATES = ("dynamic-update-slice",)  # writes in place
+# Attention kernels by the beginning of their names, with their number of products of the size of
+# queries by keys, and the dimension of the queries that is the length.
 KERNELS = {
     "splash_mha_fwd": (2, -2),
     "splash_mha_dq": (3, -2),
@@ -31,11 +31,11 @@ class Operation(NamedTuple):
 
     name: str
     opcode: str
-    cycles: int | None  # of one run, as a TPU's compiler estimates it; None without an estimate
+    cycles: int | None  # cycles of one run by the TPU compiler's estimate; None without one
     runs: int  # product of the trip counts of the loops around it
-    text: str  # as the program writes it: shape, opcode, operands, attributes
-    flops: int = 0  # of the matrix products in one run, an attention kernel's included
-    bytes: int = 0  # read and written in one run
+    text: str  # its text in the program: shape, opcode, operands, attributes
+    flops: int = 0  # FLOPs of the matrix products and attention kernels in one run
+    bytes: int = 0  # bytes read and written in one run
 
 
 class _Line(NamedTuple):
@@ -46,17 +46,17 @@ class _Line(NamedTuple):
 
 
 def operations(hlo: str) -> list[Operation]:
-    """What runs: the entry's operations, and those of loops, times their trip count.
+    """The operations that run: those of the entry and of its loops, with the number of their runs.
 
-    A fusion is one operation, except that one around a collective is that collective: what the
-    TPU's compiler writes as a slice of an all-reduce is a reduce-scatter. Of a conditional all
-    branches run: an upper bound.
+    A fusion is one operation. If it contains an all-reduce, it is a reduce-scatter, which the TPU's
+    compiler writes as a slice of an all-reduce. All branches of a conditional are counted, which
+    gives an upper bound.
 
     Args:
       hlo: `compiled.as_text()`.
 
     Raises:
-      ValueError: a loop's trip count or an attention kernel's queries aren't visible.
+      ValueError: a loop's trip count or an attention kernel's queries can't be found in the text.
     """
     computations, entry = _parse(hlo)
     shapes = {
@@ -110,12 +110,12 @@ def _is_free(opcode: str, text: str) -> bool:
 
 
 def size(shape: str) -> int:
-    """Bytes of 'bf16[2,3]{1,0}', or of a tuple of such."""
+    """Bytes of a shape such as 'bf16[2,3]{1,0}', or of a tuple of shapes."""
     return sum(BYTES[kind] * _count(dims) for kind, dims in _arrays(shape))
 
 
 def result(operation: Operation) -> str:
-    """The shape of what an operation gives."""
+    """The shape of an operation's result."""
     return operation.text.partition(f" {operation.opcode}(")[0]
 
 
@@ -133,7 +133,7 @@ def is_kernel(operation: Operation | _Line) -> bool:
 
 
 def _operands(line: _Line) -> list[str]:
-    """Names between the parentheses after the opcode."""
+    """The operands' names, which are between the parentheses after the opcode."""
     inside = line.text.partition(f" {line.opcode}(")[2]
     depth = 1
     for end, character in enumerate(inside):  # noqa: B007, read after the loop
@@ -144,11 +144,11 @@ def _operands(line: _Line) -> list[str]:
 
 
 def _flops(line: _Line, shapes: dict[str, str]) -> int:
-    """Of a matrix product: 2 for each term of each sum. Of a causal kernel: half of the square."""
+    """FLOPs: 2 for each term of a matrix product; half the square for a causal attention kernel."""
     if is_kernel(line):
         products, length = next(v for k, v in KERNELS.items() if line.name.startswith(k))
         arrays = [a for name in _operands(line) for a in _arrays(shapes.get(name, ""))]
-        # The first operands with heads are the queries.
+        # The first operand with heads holds the queries.
         queries = next((s for kind, s in arrays if "f" in kind and s.count(",") > 1), None)
         if queries is None:
             raise ValueError(f"the attention kernel {line.name} has no visible queries")
@@ -169,7 +169,7 @@ def _flops(line: _Line, shapes: dict[str, str]) -> int:
 
 
 def _bytes(line: _Line, shapes, inside: list[_Line], inner) -> int:
-    """Results and operands; of what is only sliced or updated in place, that part."""
+    """Bytes of results and operands; an array that is sliced or updated counts with that part."""
     whole = size(line.text.partition(f" {line.opcode}(")[0])
     operands = [size(shapes.get(name, "")) for name in _operands(line)]
     if not inside:
@@ -178,7 +178,7 @@ def _bytes(line: _Line, shapes, inside: list[_Line], inner) -> int:
         if line.opcode in UPDATES:
             return 2 * operands[1]
         return whole + sum(operands)
-    # Of a fusion that starts and ends apart the shape holds its operands too.
+    # The shape of an asynchronous fusion also holds its operands.
     whole = next(size(inner[i.name]) for i in inside if i.root)
     uses: dict[str, list[_Line]] = {}
     for i in inside:
@@ -199,7 +199,7 @@ def _bytes(line: _Line, shapes, inside: list[_Line], inner) -> int:
 
 
 def _starts_with(line: _Line, name: str, opcodes: tuple[str, ...]) -> bool:
-    """Whether it is one of these operations, with `name` as what it slices or updates."""
+    """Whether a line is one of these operations and slices or updates `name`."""
     return line.opcode in opcodes and _operands(line)[0] == name
 
 
@@ -207,14 +207,14 @@ def _parse(hlo: str) -> tuple[dict[str, list[_Line]], str]:
     """Each computation's operations, and the entry's name."""
     computations: dict[str, list] = {}
     current = entry = None
-    # A kernel's attributes go over several lines.
+    # The attributes of a kernel can fill several lines, which are joined first.
     for line in re.sub(r"\n(?=[^\s}%E]|}(?!, execution_thread)[^\n])", "", hlo).splitlines():
         if current is None:
             if header := re.match(r"(ENTRY )?%?([\w.\-]+) .*->.*\{\s*$", line):
                 current = header[2]
                 computations[current] = []
                 entry = current if header[1] else entry
-        elif line.startswith("}"):  # of a SparseCore, "}, execution_thread=…"
+        elif line.startswith("}"):  # for a SparseCore, "}, execution_thread=…"
             current = None
         elif found := re.match(r"\s+(ROOT )?%?([\w.\-]+) = (.*)$", line):
             root, name, text = found.groups()

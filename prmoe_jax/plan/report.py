@@ -1,12 +1,12 @@
-"""`prmoe plan`: a whole step, compiled for chips that aren't there, and what it costs.
+"""`prmoe plan`: a whole step, compiled for chips that aren't there, and a model of its cost.
 
-What is modelled. On TPUs, the compiler's own cycle estimates, times the trips of the loops;
-attention kernels, which have none, by their FLOPs at `KERNEL_EFFICIENCY` of the peak; what else
-has none by its bytes at the memory's speed. On GPUs, whose compiler estimates nothing, every
-operation by the larger of its FLOPs at the peak and its bytes at the memory's speed: a bound from
-below. Collectives by `collectives.torus` or `collectives.hosts`; those that a TPU's compiler starts
-and ends apart count as hidden behind computation. What is not modelled: the machines that feed the
-chips, input, and whatever collectives do to each other.
+The time of an operation on TPUs is the compiler's estimate in cycles, times the trips of the loops
+around it. Attention kernels have no estimate: they take their FLOPs at `KERNEL_EFFICIENCY` of the
+peak. Other operations without an estimate take their bytes at the memory's speed. GPUs' compiler
+has no estimates: every operation takes the longer of its FLOPs at the peak and its bytes at the
+memory's speed, which gives a lower bound. Collectives are modelled by `collectives.torus` or
+`collectives.hosts`; asynchronous ones of a TPU count as hidden behind computation. The model leaves
+out the hosts, the input, and the effect of collectives on each other.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ from prmoe_jax.plan.program import Operation, is_kernel, operations
 from prmoe_jax.run.checkpoint import TrainState
 from prmoe_jax.training.step import compile_train_step, compiler_options, init_state
 
-# The scopes of the model's code, innermost last in an operation's name.
+# The named scopes of the model's code; an operation's name lists them, innermost last.
 COMPONENTS = "attention mlp experts routing dispatch exchange embedding logits optimizer".split()
 KERNEL_EFFICIENCY = 0.5
 
@@ -45,20 +45,21 @@ log = logging.getLogger(__name__)
 
 
 def plan(config: Config, topology: str, decode: int = 0, teacher: Config | None = None) -> dict:
-    """Compiles the train step for a topology such as 'v5p:4x4x8' and models what it costs.
+    """Compiles the train step for a topology such as 'v5p:4x4x8' and models its cost.
 
     Args:
       config: the experiment; its mesh must fit the topology.
-      topology: of `chips.topology_devices`.
-      decode: instead of training, the next token of so many sequences whose context is full:
-        weights in the compute's dtype, none split by FSDP, no token dropped.
+      topology: a topology of `chips.topology_devices`.
+      decode: plans, instead of training, the next token of this many sequences whose context is
+        full, with weights in the compute dtype, none split by FSDP, and no token dropped.
       teacher: the config of a model that teaches in the step, from `config.beside`.
 
     Returns:
-      topology, mesh, chips, fits; hbm_bytes_per_chip by use (and `needed` where it doesn't fit);
-      modelled_step_s, components (seconds by part of the model), collectives (kind, axes, hidden,
-      runs, bytes, seconds; summed by the first three), tokens_per_s; of training modelled_mfu,
-      days (for the config's tokens) and chip_hours. The times are missing where it doesn't fit.
+      topology, mesh, chips, fits; hbm_bytes_per_chip by use (also `needed` if the step doesn't
+      fit); modelled_step_s, components (seconds by part of the model), collectives (kind, axes,
+      hidden, runs, bytes, seconds; summed by the first three) and tokens_per_s; for training also
+      modelled_mfu, days (for the config's tokens) and chip_hours. The times are missing if the
+      arguments alone don't fit, or the compiler finds that the step doesn't.
 
     Raises:
       UserError: the topology is unknown, the compiler is not installed, or the mesh does not fit.
@@ -79,7 +80,7 @@ def plan(config: Config, topology: str, decode: int = 0, teacher: Config | None 
         "fits": False,
         "hbm_bytes_per_chip": held,
     }
-    if sum(held.values()) > chip.hbm_bytes:  # the compiler needn't say so
+    if sum(held.values()) > chip.hbm_bytes:  # the compiler may not report this
         held["needed"] = sum(held.values())
         return result
     step = _decode_step(resolved, mesh) if decode else compile_train_step(resolved, mesh, distiller)
@@ -93,7 +94,7 @@ def plan(config: Config, topology: str, decode: int = 0, teacher: Config | None 
         held["needed"] = needed_bytes(str(error), sum(held.values()), chip.hbm_bytes)
         return result
     memory = compiled.memory_analysis()
-    # Activations, gradients and what the compiler works with.
+    # Activations, gradients and the program's working memory.
     held["temporaries"] = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
     program = operations(compiled.as_text())
     sent = collectives(program, dict(mesh.shape), _network(chip, mesh))
@@ -119,12 +120,14 @@ def plan(config: Config, topology: str, decode: int = 0, teacher: Config | None 
 
 
 def needed_bytes(message: str, held: int, room: int) -> int:
-    """Bytes a chip of a step that doesn't fit: what the compiler says, or all there is at least.
+    """Bytes per chip that a step which doesn't fit needs, from the compiler's message.
+
+    If the message has no number, the result is a lower bound, the larger of `held` and `room`.
 
     Args:
-      message: the compiler's.
+      message: the compiler's error message.
       held: bytes of the step's arguments, which some messages leave out.
-      room: bytes of a chip.
+      room: bytes of a chip's memory.
     """
     if used := re.search(r"Used ([\d.]+)G of", message):
         return round(float(used[1]) * 2**30)
@@ -136,11 +139,11 @@ def needed_bytes(message: str, held: int, room: int) -> int:
 def held_bytes(
     config: Config, mesh: Mesh | AbstractMesh, decode: int = 0, teacher: Config | None = None
 ) -> dict[str, int]:
-    """Bytes a chip by use, before anything is compiled: what the step's arguments take.
+    """Bytes per chip of the step's arguments, by use, before anything is compiled.
 
     Args:
       config, decode, teacher: as in `plan`.
-      mesh: which need not have devices.
+      mesh: a mesh, which need not have devices.
     """
     config = decoding(config, decode) if decode else config
     return _held(_arguments(config, mesh, decode, teacher), decode)
@@ -155,7 +158,7 @@ def decoding(config: Config, sequences: int) -> Config:
 def _arguments(
     config: Config, mesh: Mesh | AbstractMesh, decode: int, teacher: Config | None
 ) -> list:
-    """What a step is given, as shapes with their places: model or state, batch, teacher."""
+    """A step's arguments as shapes with shardings: model or state, batch, teacher."""
     if decode:
         model, past = _decode_shapes(_off_mesh(config))
         places = sharding.shardings(model, mesh, in_use=True)
@@ -175,7 +178,7 @@ def _arguments(
 
 
 def _off_mesh(config: Config) -> Config:
-    """Shapes don't depend on the mesh; what they are cached by doesn't, either."""
+    """Removes the mesh, on which shapes don't depend, from the config that is their cache's key."""
     return dataclasses.replace(config, mesh=MeshConfig())
 
 
@@ -197,7 +200,7 @@ def _decode_shapes(config: Config):
 
 
 def _decode_step(config: Config, mesh: Mesh):
-    """The step that finds each sequence's next token."""
+    """The compiled step that computes each sequence's next token."""
     batch = config.train.batch_size
     model, _ = _decode_shapes(_off_mesh(config))
     tokens = _rows(mesh, (batch,), jnp.int32)
@@ -207,7 +210,7 @@ def _decode_step(config: Config, mesh: Mesh):
         x_Bx1xD, past = model(tokens_B[:, None], jnp.ones((batch, 1), bool), past, length_B)
         return jnp.argmax(model.logits(x_Bx1xD[:, 0]), axis=-1), past
 
-    # Laid out as the compiler likes it, as between the steps of `generate.advance`.
+    # The compiler chooses the KV cache's layout, as between the steps of `generate.advance`.
     by_head = Format(Layout.AUTO, NamedSharding(mesh, PartitionSpec(batch_axes(mesh), "tensor")))
     return jax.jit(
         step,
@@ -228,13 +231,13 @@ def _rows(mesh: Mesh, shape: tuple[int, ...], dtype):
 
 
 def _held(arguments: list, decode: int) -> dict[str, int]:
-    """Bytes a chip of a step's arguments, by use."""
+    """Bytes per chip of a step's arguments, by use."""
     model = "parameters" if decode else "teacher"
     return {use: _bytes_per_chip(part) for a in arguments for use, part in _uses(a, model)}
 
 
 def _uses(argument, model: str) -> list[tuple[str, object]]:
-    """What an argument of a step is, for people; `model` names a model on its own."""
+    """The use of a step's argument, in words; `model` is the use of an argument that is a model."""
     if isinstance(argument, TrainState):
         return [("parameters", argument.model), ("optimizer", argument.optimizer)]
     if isinstance(argument, (Transformer, Decoder)):
@@ -258,7 +261,7 @@ def _network(chip: Chip, mesh: Mesh) -> Network:
 
 
 def _components(program: list[Operation], sent: list[Collective], chip: Chip) -> dict[str, float]:
-    """Seconds of a step by part of the model; attention kernels and collectives apart."""
+    """Seconds of a step by part of the model; attention kernels and collectives are own parts."""
     seconds = Counter()
     for operation in program:
         part, once = component(operation), operation.bytes / chip.hbm_bytes_per_s
@@ -297,7 +300,7 @@ def _summed(sent: list[Collective]) -> list[dict]:
 
 
 def _instead(result: dict) -> str:
-    """What fits where a plan doesn't, on one line."""
+    """One line about the plan that fits instead of one that doesn't."""
     other = result["instead"]
     if not other:
         chip = result["topology"].partition(":")[0]
@@ -310,7 +313,7 @@ def _instead(result: dict) -> str:
 
 
 def table(result: dict) -> str:
-    """The plan for people."""
+    """The plan as text."""
     mesh = ", ".join(f"{name} {size}" for name, size in result["mesh"].items()) or "one chip"
     lines = [f"{result['topology']}: {result['chips']} chips, mesh {mesh}"]
     if result.get("flags"):
