@@ -1,1 +1,1 @@
-"""Benchmarks that users run too: `prmoe bench`."""
+"""Benchmarks that users can run: `prmoe bench`."""

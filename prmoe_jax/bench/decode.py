@@ -1,6 +1,6 @@
-"""`prmoe bench decode`: the next token of a model beside that of its rivals, in one run.
+"""`prmoe bench decode`: times the next token of a model and of its rivals, in one run.
 
-The rivals take turns, so that a noisy machine is unfair to all of them alike. Weights are random,
+The rivals take turns, so that noise of the machine affects all of them equally. Weights are random,
 which changes no cost.
 """
 
@@ -36,8 +36,8 @@ from prmoe_jax.parallel.sharding import init_sharded
 log = logging.getLogger(__name__)
 
 GREEDY = Sampling(temperature=0)
-# Of the larger dense model, the parameters over those that a token uses of the model. In the paper
-# (section 5.5) a dense 6.7B is of a 1.3B + MoE-128's quality.
+# Parameters of the larger dense model, as a multiple of the model's active parameters. In the paper
+# (section 5.5) a dense 6.7B model has the quality of a 1.3B + MoE-128.
 LARGER = 5
 
 
@@ -49,27 +49,28 @@ def bench_decode(
     repeats: int,
     layouts: dict[str, MeshConfig | None],
 ) -> list[dict]:
-    """Times each rival at each batch size, `generate.STEPS` tokens a turn.
+    """Times each rival at each batch size; a turn is `generate.STEPS` tokens.
 
-    The rivals: the config's model; its dense base, the same without experts; a dense model as deep,
-    of `LARGER` times the model's active parameters; and, on CPUs and where it is installed,
-    transformers' GPT-2 of the base's shape. Ours in float32 on CPUs.
+    The rivals are the config's model; its dense base, the same without experts; a dense model of
+    the same depth with `LARGER` times the model's active parameters; and, on CPUs if transformers
+    is installed, its GPT-2 with the base's shape. Our models compute in float32 on CPUs.
 
     Args:
       config: the experiment.
-      batches: sequences that go on at a time.
-      weights: what weights are held in, of `generate.WEIGHTS`.
-      prompt: tokens in the past at the start.
-      repeats: timed turns.
-      layouts: meshes of all devices for ours, by name; None is one device. What they have for
-        experts is for dense models more of `data`.
+      batches: batch sizes in sequences.
+      weights: types of the large weights, from `generate.WEIGHTS`.
+      prompt: number of tokens in the KV cache at the start.
+      repeats: number of timed turns.
+      layouts: meshes of all devices for our models, by name; None is one device. For dense models,
+        the devices on expert axes join the `data` axis.
 
     Returns:
-      One row a rival and mesh: model, weights, mesh, batch, device, jax, params, active_params,
-      ms_per_token (of a sequence: median, min_ms, max_ms), tokens_per_s of the batch.
+      One row for each batch size, rival and mesh: model, weights, mesh, batch, device, jax, params,
+      active_params, ms_per_token (median time of a token of each sequence), min_ms, max_ms, and
+      tokens_per_s of the batch.
 
     Raises:
-      UserError: the context is too short, a mesh or a batch doesn't fit, or nothing is to be timed.
+      UserError: the context is too short, a mesh or a batch doesn't fit, or a count is below 1.
     """
     if repeats < 1 or min(batches) < 1:
         raise UserError("--repeats and --batch must be 1 or more")
@@ -90,7 +91,7 @@ def bench_decode(
     if any(config.model.schedule.experts):
         models = {str(config.model.schedule): config} | models
     _check_memory(config, max(batches), prompt)
-    # All of them before the first model is made, which may take long.
+    # Every mesh is checked before the first model is made, which may take long.
     placed = {
         (name, mesh): _placed(model, layout)
         for name, model in models.items()
@@ -154,9 +155,9 @@ def dense(config: Config) -> Config:
 
 
 def larger(config: Config, sliced: int = 1) -> Config:
-    """A dense model as deep, with heads as wide, of `LARGER` times the active parameters.
+    """A dense model of the same depth and head width, with `LARGER` times the active parameters.
 
-    Its heads are so many more that they can be sliced as the model's can.
+    Heads are added in steps of `sliced`, so that they can be sliced as those of the model.
     """
     base, active = dense(config), cost(config.model).active_params
     model = base.model
@@ -172,11 +173,11 @@ def larger(config: Config, sliced: int = 1) -> Config:
 
 
 def _placed(config: Config, layout: MeshConfig | None) -> tuple[Config, Mesh]:
-    """The config as it decodes here, and its mesh."""
+    """The config for decoding on these devices, and its mesh."""
     devices = jax.devices() if layout else jax.devices()[:1]
     if layout and not any(config.model.schedule.experts):
         layout = MeshConfig(fsdp=layout.fsdp, tensor=layout.tensor)
-    # As many rows as any mesh of them splits.
+    # A batch size that every mesh of these devices can split.
     rows = len(devices) * max(1, config.group_size // config.model.length)
     train = dataclasses.replace(config.train, batch_size=rows, accumulate=1)
     config = dataclasses.replace(config, mesh=layout or MeshConfig(), train=train)
@@ -194,23 +195,23 @@ def _ours(config: Config, mesh: Mesh, kind: str) -> tuple[Decoder, Mesh]:
 
 
 def _room(prompt: int) -> int:
-    """Tokens of a sequence that there is room for: a prompt in whole pieces, and a piece more."""
+    """Tokens of a sequence that the KV cache holds: the prompt in whole chunks, and one more."""
     return (-(-prompt // PREFILL_CHUNK) + 1) * PREFILL_CHUNK
 
 
 def _check_memory(config: Config, batch: int, prompt: int) -> None:
-    """Refuses a batch whose keys and values are more than a CPU's memory, in float32."""
+    """Refuses a batch whose KV cache in float32 exceeds the memory of a CPU."""
     if jax.default_backend() == "cpu":
         a_token = 2 * 4 * config.model.layers * config.model.d_model
         memory.check(f"--batch={batch}", batch * _room(prompt) * a_token)
 
 
 def _turn(decoder: Decoder, mesh: Mesh, batch: int, prompt: int) -> Callable[[], float]:
-    """Goes on from a prompt for `STEPS` tokens, and says how long it took."""
+    """A function that continues a prompt by `STEPS` tokens and returns the seconds it took."""
     pieces = -(-prompt // PREFILL_CHUNK)
     vocabulary = decoder.config.vocab_size
     devices = math.prod(mesh.shape[name] for name in batch_axes(mesh))
-    rows = -(-batch // devices) * devices  # those that fill up the batch have nothing to do
+    rows = -(-batch // devices) * devices  # rows that only fill up the batch stop at once
     tokens_BxT = np.zeros((rows, _room(prompt)), np.int32)
     tokens_BxT[:, :prompt] = np.random.default_rng(0).integers(0, vocabulary, (rows, prompt))
     lengths = np.full(rows, prompt, np.int32)
@@ -222,7 +223,7 @@ def _turn(decoder: Decoder, mesh: Mesh, batch: int, prompt: int) -> Callable[[],
             state = read(decoder, tokens_BxT, lengths, stops, keys_B, pieces)
             jax.block_until_ready(state)
             begun = time.perf_counter()
-            # No id ends the text.
+            # With -1, no id ends the text.
             jax.block_until_ready(advance(decoder, state, GREEDY, vocabulary, -1))
             return time.perf_counter() - begun
 
@@ -230,7 +231,7 @@ def _turn(decoder: Decoder, mesh: Mesh, batch: int, prompt: int) -> Callable[[],
 
 
 def table(rows: list[dict]) -> str:
-    """The rows for people, one block a batch size."""
+    """The rows as text, with one block for each batch size."""
     lines, batch = [], None
     for row in rows:
         if row["batch"] != batch:

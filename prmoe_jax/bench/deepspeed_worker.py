@@ -1,7 +1,7 @@
 """DeepSpeed's MoE layer, timed in a process of its own for `prmoe bench moe`.
 
-Reads lines: 'run' is answered by the seconds of one forward and backward pass, 'memory' by the
-process's peak memory in bytes.
+It reads lines. To 'run' it answers with the seconds of one forward and backward pass, and to
+'memory' with the process's peak memory in bytes.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def main() -> None:
 
 
 def layer(path: str, d_ff: int):
-    """A function that runs the layer forward and backward once, top 1, capacity factor 1."""
+    """A function that runs the layer forward and backward once; top 1, capacity factor 1."""
     import numpy as np
     import torch
     from deepspeed.moe.layer import MoE

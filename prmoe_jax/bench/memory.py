@@ -1,4 +1,4 @@
-"""Whether what a benchmark asks for can fit at all, before anything is made or compiled."""
+"""Checks that a benchmark's arrays can fit into memory, before anything is made or compiled."""
 
 import os
 
@@ -6,15 +6,15 @@ from prmoe_jax.errors import UserError
 
 
 def check(flag: str, needed: int, room: int | None = None) -> None:
-    """Refuses a size that needs more than there is.
+    """Refuses a size that needs more memory than there is.
 
     Args:
-      flag: as it was given, such as '--batch=8'.
-      needed: bytes, at the least.
-      room: bytes there are, this machine's memory unless given.
+      flag: the flag as the user gave it, such as '--batch=8'.
+      needed: a lower bound of the bytes that it needs.
+      room: bytes of memory; by default this machine's.
 
     Raises:
-      UserError: it doesn't fit.
+      UserError: the size doesn't fit.
     """
     if room is None:
         room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

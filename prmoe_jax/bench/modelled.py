@@ -1,7 +1,7 @@
 """`prmoe bench moe --topology=…`: one MoE layer over TPU chips that aren't there, in cycles.
 
-The TPU's own compiler estimates each operation of the library's program. Collectives and a few
-small operations carry no estimate, and come on top.
+The TPU's compiler estimates the cycles of each operation of the program. Collectives and a few
+small operations have no estimate, and the sum leaves them out.
 """
 
 import math
@@ -26,26 +26,27 @@ from prmoe_jax.plan.program import Operation, operations
 
 
 def model_moe(sizes: list[Size], dtype: str, topology: str) -> list[dict]:
-    """Compiles a layer's forward and backward pass, exchanges and auxiliary loss included.
+    """Compiles a layer's forward and backward pass, including exchanges and auxiliary loss.
 
-    Every chip has S tokens in one routing group; the experts are spread over as many of the chips
-    as share a divisor with them. Top 1, capacity factor 1; weights are in `dtype`, to which the
-    model casts them once a step, the router in float32. `dense` is the MLP with the same active
-    FLOPs, one a chip, so that neither sums weight gradients over chips.
+    Every chip has S tokens in one routing group. The experts are spread over as many chips as the
+    greatest common divisor of chips and experts. The layer has top 1 and capacity factor 1.
+    Weights are in `dtype`, to which the model casts them once per step; the router is in float32.
+    `dense` is the MLP with the same active FLOPs. Each chip has its own, so that neither layer sums
+    weight gradients over chips.
 
     Returns:
-      One row a layer and size: backend, S, M, F, E, dtype, device, chips, jax, cycles,
-      modelled_s, ratio_to_dense, and without_estimate (operations by kind).
+      One row for each layer and size: backend, S, M, F, E, dtype, device, chips, jax, cycles,
+      modelled_s, ratio_to_dense, and without_estimate (number of operations by opcode).
 
     Raises:
-      UserError: the topology is unknown, its compiler is missing or estimates no cycles; a size
-        makes no layer, or one that doesn't fit a chip.
+      UserError: the topology is unknown; its compiler is missing or estimates no cycles; a size is
+        not positive or doesn't fit a chip.
     """
     if not chip_of(topology).hertz:
         raise UserError(f"--topology={topology}: the compiler estimates cycles for TPUs only")
     chip, devices = topology_devices(topology)
     for size in sizes:
-        # The dense MLP's weights and tokens, in two bytes each; the experts' of a chip.
+        # The weights of a chip's experts and its tokens, with two bytes for each number.
         experts = size.E // math.gcd(len(devices), size.E)
         numbers = 2 * size.M * size.F * experts + size.S * size.M
         check_size(size, 2 * numbers, chip.hbm_bytes)
@@ -142,7 +143,7 @@ def _compile(size: Size, dtype: str, backend: str, devices: list) -> list[Operat
 
 
 def table(rows: list[dict]) -> str:
-    """The rows for people, one block a size."""
+    """The rows as text, with one block for each size."""
     lines = []
     for row in rows:
         if row["backend"] == "dense":

@@ -1,6 +1,6 @@
-"""`prmoe bench moe`: forward and backward of one MoE layer beside its rivals, in one run.
+"""`prmoe bench moe`: times forward and backward of one MoE layer and of its rivals, in one run.
 
-The rivals take turns, so that a noisy machine is unfair to all of them alike.
+The rivals take turns, so that noise of the machine affects all of them equally.
 """
 
 import contextlib
@@ -43,33 +43,34 @@ class Size(NamedTuple):
 class Rival(NamedTuple):
     """Something that computes a layer's forward and backward pass."""
 
-    seconds: Callable[[], float]  # runs once, and says how long it took
+    seconds: Callable[[], float]  # runs once, and returns the time it took
     peak_bytes: Callable[[], int]
-    bytes_moved: int = 0  # that it has to read and write in the weights and their gradients
+    bytes_moved: int = 0  # bytes of weights and their gradients that it must read and write
     drop_fraction: float = 0.0
 
 
 def bench_moe(sizes: list[Size], loads: list[str], dtype: str, repeats: int) -> list[dict]:
-    """Times every rival at every size and load: top 1, capacity factor 1.
+    """Times every rival at every size and load, with top 1 and capacity factor 1.
 
-    The rivals: `dense`, an MLP with the same active FLOPs; our layer by `gather` and `einsum`;
-    `no experts`, routing, dispatch and combine alone; `copy`, which reads and writes as many
-    bytes as the experts' weights have; and in float32, where it is installed, DeepSpeed's layer
-    in a process of its own: as it comes, without random token selection, and again with the
-    allocator's setting of `allocator.keep_freed_memory`, which `prmoe bench moe` also makes.
+    The rivals are `dense`, an MLP with the same active FLOPs; our layer by `gather` and `einsum`;
+    each with `no experts`, that is routing, dispatch and combine alone; `copy`, which reads and
+    writes as many bytes as the experts' weights have; and in float32, if it is installed,
+    DeepSpeed's layer in its own process. That layer has no random token selection. It runs once
+    with the default allocator and once with `allocator.keep_freed_memory`, which `prmoe bench moe`
+    also calls.
 
     Returns:
-      One row a rival: backend, S, M, F, E, load, dtype, device, jax, median_s, min_s, max_s,
-      peak_bytes (arguments, results and temporaries; for DeepSpeed the process's memory),
-      ratio_to_dense (of medians), drop_fraction, bytes_moved and gb_per_s.
+      One row for each rival, size and load: backend, S, M, F, E, load, dtype, device, jax,
+      median_s, min_s, max_s, peak_bytes (arguments, results and temporaries; for DeepSpeed the
+      process's memory), ratio_to_dense (of medians), drop_fraction, bytes_moved and gb_per_s.
 
     Raises:
-      UserError: a size makes no layer or can't fit, or nothing is to be timed.
+      UserError: a size is not positive or can't fit, or `repeats` is below 1.
     """
     if repeats < 1:
         raise UserError(f"--repeats={repeats} must be 1 or more")
     for size in sizes:
-        # Weights, tokens and scores, and the one-hot products' tokens by slots.
+        # Weights, tokens, scores, and the tokens-by-slots array of the one-hot products.
         floats = 2 * size.E * size.M * size.F + size.S * (size.M + size.E) + size.S**2
         check_size(size, 4 * floats)
     rows = []
@@ -81,14 +82,14 @@ def bench_moe(sizes: list[Size], loads: list[str], dtype: str, repeats: int) -> 
 
 
 def check_size(size: Size, needed: int, room: int | None = None) -> None:
-    """Refuses what makes no layer, or one that can't fit; see `memory.check`."""
+    """Refuses a size with a number below 1, or a layer that can't fit; see `memory.check`."""
     if min(size) < 1:
         raise UserError(f"{flag(size)} must be four counts above 0")
     memory.check(flag(size), needed, room)
 
 
 def flag(size: Size) -> str:
-    """A size as it is given on the command line."""
+    """The command line's flag for a size."""
     return f"--sizes={','.join(map(str, size))}"
 
 
@@ -100,7 +101,7 @@ def _bench_one(size: Size, load: str, dtype: str, repeats: int) -> list[dict]:
             for keep in (False, True):
                 name = "deepspeed, memory kept" if keep else "deepspeed"
                 rival = stack.enter_context(_deepspeed(size, x_SxM, w_router_MxE, keep))
-                # The same scores and capacity: as many tokens are dropped.
+                # Scores and capacity are the same, so as many tokens are dropped.
                 rivals[name] = rival._replace(drop_fraction=rivals["gather"].drop_fraction)
         times: dict[str, list[float]] = {name: [] for name in rivals}
         for turn in range(-2, repeats):  # two turns to compile and to warm up
@@ -134,9 +135,9 @@ def _bench_one(size: Size, load: str, dtype: str, repeats: int) -> list[dict]:
 
 
 def loaded_input(size: Size, load: str) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and a router that sends them to the experts as a load says.
+    """Tokens, and a router that distributes them over the experts by a load.
 
-    `uniform` draws each token's expert evenly, `zipf` the n-th expert in proportion to 1/n.
+    `uniform` draws each token's expert evenly; `zipf` draws the n-th expert in proportion to 1/n.
 
     Returns:
       x [S, M] and w_router [M, E], float32.
@@ -150,7 +151,7 @@ def loaded_input(size: Size, load: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 class _NoExperts:
-    """Gives back what it gets: what is left of a layer is routing, dispatch and combine."""
+    """Replaces the experts by the identity, which leaves routing, dispatch and combine."""
 
     def __init__(self, count: int):
         self.count = count
@@ -160,7 +161,7 @@ class _NoExperts:
 
 
 def _timed(function, arguments, bytes_moved: int = 0, drop_fraction: float = 0.0) -> Rival:
-    """A rival that calls a compiled function and waits for what it returns."""
+    """A rival that calls a compiled function and waits for its results."""
     compiled = jax.jit(function).lower(*arguments).compile()
     memory = compiled.memory_analysis()
     parts = "argument", "output", "temp"
@@ -184,7 +185,7 @@ def _our_rivals(size: Size, x_SxM, w_router_MxE, dtype) -> dict[str, Rival]:
     slots = capacity(size.S, size.E, 1.0, 1, MoeConfig().min_capacity)
 
     def rival(loss, parameters, *costs) -> Rival:
-        # With its value: without it, the dense MLP's second product would be dead code.
+        # Without the loss's value, the dense MLP's second product would be dead code.
         forward_and_backward = jax.value_and_grad(loss, argnums=(0, 1))
         return _timed(forward_and_backward, (parameters, x_1xSxM), *costs)
 
@@ -218,7 +219,7 @@ def _our_rivals(size: Size, x_SxM, w_router_MxE, dtype) -> dict[str, Rival]:
         layer.w_router[...] = jnp.asarray(w_router_MxE)
         _, metrics = layer(x_1xSxM, valid_1xS, 1.0)
         dropped = float(metrics.dropped_E.sum() / size.S)
-        # The weights are read forward and backward, and their gradients written.
+        # The weights are read forward and backward, and their gradients are written.
         weights = 2 * layer.experts.w_in[...].nbytes
         rivals[backend] = rival(through(layer), jax.tree.leaves(layer), 3 * weights, dropped)
         rivals[f"{backend}, no experts"] = rival(
@@ -230,7 +231,7 @@ def _our_rivals(size: Size, x_SxM, w_router_MxE, dtype) -> dict[str, Rival]:
 
 @contextlib.contextmanager
 def _deepspeed(size: Size, x_SxM, w_router_MxE, keep_memory: bool) -> Iterator[Rival]:
-    """DeepSpeed's layer in a worker that runs once for every line it reads."""
+    """DeepSpeed's layer in a worker process."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "input.npz"
         np.savez(path, x=x_SxM, w_router=w_router_MxE)
@@ -242,7 +243,7 @@ def _deepspeed(size: Size, x_SxM, w_router_MxE, keep_memory: bool) -> Iterator[R
 
 
 def table(rows: list[dict]) -> str:
-    """The rows for people, one block a size and load."""
+    """The rows as text, with one block for each size and load."""
     lines, block = [], None
     for row in rows:
         head = tuple(row[name] for name in ("S", "M", "F", "E", "load", "dtype"))

@@ -1,7 +1,7 @@
 """transformers' GPT-2, generating in a process of its own for `prmoe bench decode`.
 
-Reads lines 'BATCH PROMPT TOKENS': answered by the seconds that so many new tokens of so many
-sequences take, greedily, after the first one.
+It reads lines 'BATCH PROMPT TOKENS', and answers with the seconds of generating TOKENS tokens
+greedily after the first one, for BATCH sequences with prompts of PROMPT tokens.
 """
 
 import argparse

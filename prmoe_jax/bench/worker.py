@@ -1,4 +1,4 @@
-"""A rival in a process of its own, which answers every line it reads by a line."""
+"""Runs a rival in its own process, which reads lines and answers each with one line."""
 
 import contextlib
 import subprocess
@@ -10,7 +10,7 @@ from prmoe_jax.errors import UserError
 
 @contextlib.contextmanager
 def worker(module: str, *arguments) -> Iterator[Callable[[str], float]]:
-    """Starts `python -m prmoe_jax.bench.MODULE`; gives a function from a line to its answer.
+    """Starts `python -m prmoe_jax.bench.MODULE`; yields a function from a line to its answer.
 
     Raises:
       UserError: the process ended.
