@@ -1,1 +1,1 @@
-"""Many runs from one Python file."""
+"""Trains many runs that one Python file defines."""

@@ -1,4 +1,4 @@
-"""Where each run of a sweep is: a live table on a terminal, a line for each change elsewhere."""
+"""The progress of a sweep: a live table on a terminal, elsewhere a log line for each change."""
 
 import logging
 import sys
@@ -19,7 +19,7 @@ COLUMNS = "step", "loss", "tokens/s"
 
 
 class Board:
-    """To be entered; `put` says what became of a run."""
+    """A context manager that shows the state of each run; `put` changes the state of one."""
 
     def __init__(self, runs: dict[str, tuple[Path, Config]]):
         """Takes each run's folder and config."""
@@ -39,7 +39,7 @@ class Board:
             self._live.stop()
 
     def put(self, name: str, state: str) -> None:
-        """A run is in another state, or failed for a reason."""
+        """Sets the state of a run, or the reason why it failed."""
         self._states[name] = state
         if not self._shown:
             cells = zip(COLUMNS, self._cells(name), strict=False)
@@ -47,10 +47,10 @@ class Board:
             log.info("%s: %s%s", name, state, come)
 
     def table(self) -> Table:
-        """All runs, as far as they have come."""
+        """A table with the state and progress of all runs."""
         table = Table("run", "state", *COLUMNS)
         for name, state in self._states.items():
-            # As text: what a message has in brackets would be taken for a style.
+            # Without Text, rich would take brackets in a message for a style.
             table.add_row(*map(Text, (name, state, *self._cells(name))))
         return table
 
@@ -58,7 +58,7 @@ class Board:
         workdir, config = self._runs[name]
         if self._states[name] == "waiting":
             return []
-        found: dict = {}  # by name, the newest value
+        found: dict = {}  # the newest value by name
         for line in _newest_first(workdir / "metrics.jsonl"):
             found = line | found
             if "tokens_per_second" in found:
@@ -67,12 +67,12 @@ class Board:
             loss = found.get("eval/loss", found.get("loss", 0))
             speed = found.get("tokens_per_second", 0)
             return [f"{found['step']}/{config.total_steps}", f"{loss:.4f}", f"{speed:,.0f}"]
-        except (KeyError, TypeError, ValueError):  # nothing yet, or damaged: the run will tell
+        except (KeyError, TypeError, ValueError):  # no line yet, or damage, which the run reports
             return []
 
 
 def _newest_first(path: Path) -> Iterator[dict]:
-    """The complete lines of a file to which a run adds at this moment, up to a damaged one."""
+    """Yields complete lines, newest first, up to a damaged one; a run may be adding lines."""
     try:
         for line in reversed(path.read_bytes().split(b"\n")[:-1]):
             yield dict(files.parse_json(line))

@@ -12,8 +12,8 @@ from prmoe_jax.errors import UserError
 RESULTS = "results.jsonl"
 LOCK = ".results.lock"
 NUMBER = (int, float)
-# What `prmoe sweep` and `prmoe report` show of a record; `run.record` says what it means. Old
-# records hold no `layers` and no `evaluated_tokens`.
+# The fields of a record that `prmoe sweep` and `prmoe report` show; `run.record` describes them.
+# Old records have no `layers` and no `evaluated_tokens`.
 FIELDS = {
     "seed": int,
     "total_params": int,
@@ -34,13 +34,13 @@ FIX = "delete that line (prmoe sweep records its run again, from the run's folde
 
 
 def read(folder: Path) -> list[dict]:
-    """All records of a folder's results.jsonl, in the file's order; none where there is no file.
+    """All records of a folder's results.jsonl, in the file's order; none if there is no file.
 
-    Each has the name of its run and its settings; `complete` checks the rest.
+    Each record has the name of its run and its settings; `complete` checks the rest.
 
     Raises:
-      UserError: the file cannot be read, one of its lines is not a record (says which), or the
-        file is of something else.
+      UserError: the file cannot be read, one of its lines is not a record (names the line), or
+        the file holds something else.
     """
     path = folder / RESULTS
     rows = files.read_json_lines(path, (), FIX)
@@ -55,10 +55,10 @@ def read(folder: Path) -> list[dict]:
 
 
 def complete(folder: Path, rows: list[dict]) -> list[dict]:
-    """Returns `rows`, after checking that each holds all that is shown of a record.
+    """Returns `rows`, after checking that each has all fields that are shown.
 
     Raises:
-      UserError: one does not; says which.
+      UserError: a record lacks a field or is damaged; names the record.
     """
     for row in rows:
         where = f"{folder / RESULTS}: the record of {row['run']}"
@@ -77,15 +77,15 @@ def complete(folder: Path, rows: list[dict]) -> list[dict]:
 
 
 def add(folder: Path, record: dict, order: list[str]) -> None:
-    """Adds a record in place of those of the same run, and keeps those of all other runs.
+    """Adds a record in place of those of the same run; records of other runs are kept.
 
     Args:
-      folder: holds results.jsonl; other processes may add to it at the same time.
+      folder: the folder of results.jsonl, to which other processes may add at the same time.
       record: from `run.record`.
       order: names of runs, whose records come first and in this order.
 
     Raises:
-      UserError: the file cannot be read or written; it is as it was then.
+      UserError: the file cannot be read or written; it is then unchanged.
     """
     rank = {name: number for number, name in enumerate(order)}
     with locked(folder):
@@ -97,14 +97,14 @@ def add(folder: Path, record: dict, order: list[str]) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Waits for, and holds, the lock of a folder's results.
+    """Waits for the lock of a folder's results, and holds it.
 
     Raises:
       UserError: the folder cannot be written.
     """
     path = folder / LOCK
     try:
-        file = path.open("a")  # to be written: NFS locks no other files
+        file = path.open("a")  # NFS locks only files that are open for writing
     except OSError as error:
         raise files.cannot_write(path, error) from error
     with file:  # closing it frees the lock

@@ -1,7 +1,7 @@
-"""`prmoe sweep`: the runs that a Python file names, one after another, and a record of each.
+"""`prmoe sweep`: trains the runs that a Python file defines, one after another, and records each.
 
-A run is a process of its own, so that one that fails stops no other. It resumes where it was
-stopped; one that is recorded, by the same settings, isn't done again.
+Every run is its own process, so that a failed run stops no other. A run that was stopped resumes,
+and a run that is recorded with the same settings isn't trained again.
 """
 
 import fcntl
@@ -28,13 +28,13 @@ from prmoe_jax.sweep.board import Board
 
 log = logging.getLogger(__name__)
 
-# Points of a run's training loss that its record keeps.
+# Number of points of a run's training loss that its record keeps.
 POINTS = 100
-# Seconds to wait for a run that another process holds, such as one whose sweep was killed and which
-# saves itself.
+# Seconds to wait for a run that another process holds, such as a run whose sweep was killed and
+# which is saving its checkpoint.
 PATIENCE = 60.0
 LONGEST_NAME = 255  # bytes, on every common file system
-# The fields that are used here: of a step and an evaluation in metrics.jsonl, and of a start in
+# The fields that are used here: a step's and an evaluation's in metrics.jsonl, and a start's in
 # environment.json.
 TRAINED = {
     "step": int,
@@ -60,10 +60,10 @@ class RunsFailed(UserError):
 
 
 def planned(folder: Path) -> dict[str, Config]:
-    """The runs of a folder's sweep.py: what its function `runs` yields, (name, settings) each.
+    """The runs of a folder's sweep.py, whose function `runs` yields (name, settings) for each.
 
     Raises:
-      UserError: no such file, or something else in it; nothing has run then.
+      UserError: the file is missing or defines something else; no run has started then.
     """
     path = folder / "sweep.py"
     try:
@@ -111,19 +111,20 @@ def _checked(path: Path, items) -> dict[str, Config]:
 
 
 def sweep(folder: Path, root: Path, shard: tuple[int, int] = (1, 1)) -> list[dict]:
-    """Trains what is left of a sweep and records it in the folder's results.jsonl.
+    """Trains the unfinished runs of a sweep and records them in the folder's results.jsonl.
 
     Args:
-      folder: holds sweep.py.
-      root: where the runs' folders are.
-      shard: (i, n) trains the i-th, the (n + i)-th, … run only, for n of these at once.
+      folder: the folder of sweep.py.
+      root: the parent of the runs' folders.
+      shard: (i, n) trains only the i-th, the (n + i)-th, … run, so that n processes can share a
+        sweep.
 
     Returns:
-      The records of all runs that there are, in the sweep's order; see `record`.
+      All records of the sweep's runs, in the sweep's order; see `record`.
 
     Raises:
-      UserError: nothing has run.
-      RunsFailed: some did, and failed.
+      UserError: the sweep or its records cannot be used.
+      RunsFailed: some runs failed.
     """
     runs = planned(folder)
     number, count = shard
@@ -155,10 +156,10 @@ def sweep(folder: Path, root: Path, shard: tuple[int, int] = (1, 1)) -> list[dic
 def _done(
     folder: Path, name: str, config: Config, workdir: Path, order: list[str], board: Board
 ) -> str:
-    """Trains and records a run, unless it is recorded; returns 'finished' or else 'recorded'.
+    """Trains and records a run and returns 'finished', or 'recorded' if there is a record already.
 
     Raises:
-      UserError: the run cannot be trained, or its record cannot be written; says why.
+      UserError: the run cannot be trained, or its record cannot be written; gives the reason.
       OSError: a file in the run's folder cannot be written.
     """
     if _recorded(records.read(folder), {name: config}):
@@ -173,17 +174,18 @@ def _done(
 
 
 def record(name: str, config: Config, workdir: Path) -> dict:
-    """What a finished run came to.
+    """The results of a finished run.
 
     Returns:
       run, settings (that differ from the defaults), seed; total_params, active_params,
-      flops_per_token (of training); tokens, loss, bits_per_byte and drop_fraction at the end, and
-      layers, by number what `metrics.summarise` says of each MoE layer then; evaluations and
-      losses, [tokens, nats a token] each; evaluated_tokens, of how many tokens of the validation
-      split each evaluation was; tokens_per_second; revisions, versions and device.
+      flops_per_token (of training); tokens, loss, bits_per_byte and drop_fraction at the end;
+      layers, the statistics of `metrics.summarise` for each MoE layer at the end, by the layer's
+      number; evaluations and losses, each a list of [tokens, nats per token]; evaluated_tokens,
+      the number of the validation split's tokens in each evaluation; tokens_per_second;
+      revisions, versions and device.
 
     Raises:
-      UserError: metrics.jsonl or environment.json cannot be read, or lacks what is needed here.
+      UserError: metrics.jsonl or environment.json cannot be read, or lacks a field that is needed.
     """
     (trained, evaluated), size = logged(workdir), cost(config.model)
     if not (trained and evaluated):
@@ -223,7 +225,7 @@ def logged(workdir: Path) -> tuple[list[dict], list[dict]]:
     """The lines of a run's metrics.jsonl: those of steps, and those of evaluations.
 
     Raises:
-      UserError: the file cannot be read, or a line lacks what it should hold; says which.
+      UserError: the file cannot be read, or a line lacks a field; names the line.
     """
     path = workdir / "metrics.jsonl"
     lines = read_metrics(path)
@@ -237,7 +239,7 @@ def logged(workdir: Path) -> tuple[list[dict], list[dict]]:
 
 
 def table(records: list[dict]) -> str:
-    """The records for people."""
+    """The records as text."""
     lines = [f"{'run':32} {'loss':>8} {'bits/byte':>9} {'params':>9} {'active':>9} {'tokens/s':>9}"]
     for row in records:
         lines.append(
@@ -249,11 +251,11 @@ def table(records: list[dict]) -> str:
 
 
 def _train(name: str, config: Config, workdir: Path, board: Board) -> None:
-    """Trains, or goes on with, one run in a process of its own.
+    """Trains or resumes one run in its own process.
 
     Raises:
-      UserError: it did not come to its end; says why.
-      OSError: a file in its folder cannot be written.
+      UserError: the run did not finish; gives the reason.
+      OSError: a file in the run's folder cannot be written.
     """
     workdir.mkdir(parents=True, exist_ok=True)
     _wait_until_free(name, workdir, board)
@@ -271,7 +273,7 @@ def _train(name: str, config: Config, workdir: Path, board: Board) -> None:
         )
         try:
             process.wait()
-        except BaseException:  # Ctrl-C reaches the run as well, which saves itself
+        except BaseException:  # Ctrl-C also reaches the run, which saves a checkpoint
             process.wait()
             raise
         finally:
@@ -292,7 +294,7 @@ def _train(name: str, config: Config, workdir: Path, board: Board) -> None:
 
 
 def _wait_until_free(name: str, workdir: Path, board: Board) -> None:
-    """Returns when no process holds a run's folder.
+    """Waits until no process holds a run's folder.
 
     A run whose sweep was killed stops by itself, but not at once.
 
@@ -312,7 +314,7 @@ def _wait_until_free(name: str, workdir: Path, board: Board) -> None:
 
 
 def _holder(lock: Path) -> str:
-    """The number of the process that holds a lock file, 'unknown' or, where none does, ''."""
+    """The number of the process that holds a lock file, or 'unknown'; '' if none holds it."""
     try:
         with lock.open("rb") as file:
             try:
@@ -331,7 +333,7 @@ def _finished(config: Config, workdir: Path) -> bool:
 
 
 def _starts(path: Path) -> list[dict]:
-    """The starts of a run in its environment.json, oldest first; where it has none, an unknown."""
+    """The starts of a run in its environment.json, oldest first; without any, an unknown one."""
     fix = "delete it (the record then says 'unknown'), or restore a copy"
     starts = files.read_json(path, list, fix) if path.exists() else []
     for start in starts:
@@ -340,7 +342,7 @@ def _starts(path: Path) -> list[dict]:
 
 
 def _settings(config: Config) -> dict:
-    """Those that differ from the defaults and make the run what it is."""
+    """Settings that differ from the defaults, without those that may change on resuming."""
     return {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in changed(config).items()
@@ -362,7 +364,7 @@ def _prepare(folder: Path, root: Path) -> None:
     """Creates the runs' folder, and checks before hours of training that results can be written.
 
     Raises:
-      UserError: one of them cannot be written, or the disk is full.
+      UserError: a folder cannot be written, or the disk is full.
     """
     try:
         root.mkdir(parents=True, exist_ok=True)
