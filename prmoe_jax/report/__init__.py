@@ -1,1 +1,1 @@
-"""What runs came to, in figures and on a page that needs no network."""
+"""Reports about runs: figures, and a page that needs no network."""

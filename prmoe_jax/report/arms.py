@@ -1,4 +1,4 @@
-"""The records of a sweep by arm: runs that differ in their seed alone, and how arms differ."""
+"""Groups a sweep's records by arm (runs that differ only in their seed), and compares arms."""
 
 import csv
 import io
@@ -12,7 +12,7 @@ from prmoe_jax.errors import UserError
 
 
 class Mean(NamedTuple):
-    """A mean and the half-width of its 95 % confidence interval; NaN from one value alone."""
+    """A mean and the half-width of its 95 % confidence interval; NaN for a single value."""
 
     value: float
     margin: float
@@ -22,7 +22,7 @@ class Mean(NamedTuple):
 
 
 def mean(values: list[float]) -> Mean:
-    """By Student's t."""
+    """The mean of values, with a margin by Student's t."""
     from scipy import stats
 
     if len(values) < 2:
@@ -32,10 +32,10 @@ def mean(values: list[float]) -> Mean:
 
 
 def arms(records: list[dict]) -> dict[str, dict[int, dict]]:
-    """Records by arm and seed. The arm is the run's name up to the last '/'.
+    """Records by arm and seed; the arm is the run's name up to the last '/'.
 
     Raises:
-      UserError: the runs of an arm differ in more than their seed, or don't differ.
+      UserError: two runs of an arm differ in more than their seed, or in nothing.
     """
     found: dict[str, dict[int, dict]] = {}
     for record in records:
@@ -58,7 +58,7 @@ def arms(records: list[dict]) -> dict[str, dict[int, dict]]:
 
 
 def difference(arm: dict[int, dict], base: dict[int, dict], of: str = "loss") -> Mean | None:
-    """By how much an arm is above another, seed by seed; None without two seeds in common."""
+    """An arm's mean difference from another, paired by seed; None with under two common seeds."""
     common = sorted(arm.keys() & base.keys())
     if len(common) < 2:
         return None
@@ -66,7 +66,7 @@ def difference(arm: dict[int, dict], base: dict[int, dict], of: str = "loss") ->
 
 
 def write_csv(records: list[dict], path: Path) -> None:
-    """A line a run: what it came to, and the settings in which runs differ.
+    """Writes one line for each run: its results, and the settings in which runs differ.
 
     Raises:
       UserError: the file cannot be written.
@@ -87,8 +87,8 @@ def write_csv(records: list[dict], path: Path) -> None:
 
 
 def _cell(value):
-    """Text that a spreadsheet would run as a formula gets an apostrophe before it."""
+    """Puts an apostrophe before text that a spreadsheet would run as a formula."""
     if not isinstance(value, str):
         return value
-    value = value.replace("\r", "\n")  # the one line end that the csv module may leave unquoted
+    value = value.replace("\r", "\n")  # the csv module may leave "\r" unquoted
     return f"'{value}" if value.startswith(("=", "+", "-", "@", "\t", "\n")) else value

@@ -1,4 +1,4 @@
-"""`prmoe report experiments/NAME`: what a sweep's results.jsonl says."""
+"""`prmoe report experiments/NAME`: a report about a sweep's results.jsonl."""
 
 import statistics
 from pathlib import Path
@@ -25,20 +25,20 @@ HEAD = (
 def report(folder: Path, base: str | None = None) -> dict:
     """Writes results.csv, figures and report.html beside results.jsonl.
 
-    Shows every record that results.jsonl holds, whether or not sweep.py still names its run.
+    The report shows every record in results.jsonl, even if sweep.py no longer names its run.
 
     Args:
-      folder: holds results.jsonl.
-      base: the arm that the others are compared with; the first one unless given.
+      folder: the folder of results.jsonl.
+      base: the arm that the others are compared with; by default the first one.
 
     Returns:
-      page, the path; base; arms: of each its seeds, loss and, of two seeds or more, margin (of
-      95 %); and difference from the base with its margin, paired by seed, where two seeds are in
-      common.
+      page, the path; base; and arms. For each arm: seeds, loss and, with two seeds or more, margin
+      (of the 95 % interval); with two seeds in common with the base also difference and
+      difference_margin, paired by seed.
 
     Raises:
-      UserError: no results there or damaged ones, no such arm, matplotlib is missing, or a file
-        cannot be written, which is then as it was.
+      UserError: the results are missing or damaged, the arm is unknown, matplotlib is missing, or
+        a file cannot be written, which is then unchanged.
     """
     path = folder / RESULTS
     records = complete(folder, read(folder))
@@ -127,7 +127,7 @@ def _costs(rows: list[dict]) -> list[str]:
 
 
 def table(result: dict) -> str:
-    """What `report` returned, for people."""
+    """The result of `report` as text."""
     above = f"above {result['base']}"
     lines = [f"{'arm':28} {'seeds':>5} {'loss':>18} {above:>20}"]
     for arm, row in result["arms"].items():

@@ -11,10 +11,10 @@ from prmoe_jax import files
 from prmoe_jax.errors import UserError
 from prmoe_jax.report.arms import mean
 
-# Told apart by people who don't see red and green alike (Okabe and Ito).
+# Colours that people with red-green colour blindness can tell apart (Okabe and Ito).
 COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000 #8C6D31".split()
 MARKS = "o s ^ D v P X *".split()
-# Resolution of each kind of file, and what it says of itself that is not to change with the day.
+# Resolution of each kind of file, and metadata that must not change from day to day.
 KINDS = {
     "svg": {"dpi": "figure", "metadata": {"Date": None, "Creator": None}},
     "png": {"dpi": 140, "metadata": {"Software": None}},
@@ -23,10 +23,10 @@ KINDS = {
 
 @contextlib.contextmanager
 def figure(path: Path, height: float = 3.6, rows: int = 1) -> Iterator:
-    """Axes to draw on, saved as `path` with .png and .svg; the same bytes each time.
+    """Yields axes to draw on; saves `path` with .png and .svg, reproducibly to the byte.
 
     Raises:
-      UserError: matplotlib is missing, or a file cannot be written, which is then as it was.
+      UserError: matplotlib is missing, or a file cannot be written, which is then unchanged.
     """
     try:
         import matplotlib
@@ -36,7 +36,7 @@ def figure(path: Path, height: float = 3.6, rows: int = 1) -> Iterator:
     from matplotlib import pyplot
 
     style = {"svg.hashsalt": path.name, "font.size": 11, "axes.grid": True, "grid.alpha": 0.3}
-    style["text.usetex"] = False  # whatever a user's own style says
+    style["text.usetex"] = False  # overrides the user's own style
     with pyplot.rc_context(style):
         shape = {"nrows": rows, "squeeze": False, "layout": "constrained", "sharex": rows > 1}
         drawing, axes = pyplot.subplots(figsize=(6.4, height), **shape)
@@ -53,7 +53,7 @@ def figure(path: Path, height: float = 3.6, rows: int = 1) -> Iterator:
 
 
 def label(name: str) -> str:
-    """A name that matplotlib shows as it is.
+    """Escapes a name so that matplotlib shows it literally.
 
     Matplotlib sets text between dollar signs as mathematics, and leaves names that start with an
     underscore out of legends.
@@ -63,13 +63,14 @@ def label(name: str) -> str:
 
 
 def curves(arms: dict[str, dict[int, dict]], path: Path, by_flops: bool) -> bool:
-    """Validation loss against tokens or training FLOPs: mean of the seeds, band from least to most.
+    """Draws validation loss against tokens or training FLOPs: mean and range of the seeds.
 
-    The last evaluation is of the whole split, and earlier ones may be of a part of it. Lines join
-    one kind only: where there are partial ones, those of the whole split are single, hollow marks.
+    The last evaluation is on the whole split, and earlier ones may be on a part of it. A line joins
+    evaluations of one kind only: if there are partial ones, evaluations on the whole split are
+    single, hollow marks.
 
     Returns:
-      Whether there are partial ones.
+      Whether there are partial evaluations.
     """
     hollow = {"linestyle": "none", "markersize": 9, "markerfacecolor": "none"}
     any_partial = False
@@ -107,9 +108,9 @@ def curves(arms: dict[str, dict[int, dict]], path: Path, by_flops: bool) -> bool
 
 
 def _evaluations(record: dict) -> tuple[dict[int, float], dict[int, float]]:
-    """Loss by trained tokens, twice: evaluations on a part of the split, and on all of it."""
+    """Loss by trained tokens: evaluations on a part of the split, and those on all of it."""
     evaluations = record["evaluations"]
-    # Old records do not have the counts: only their last evaluation is known to be of the whole.
+    # Old records have no counts; only their last evaluation is known to be on the whole split.
     counts = record.get("evaluated_tokens") or range(len(evaluations))
     partial, whole = {}, {}
     for (tokens, loss), count in zip(evaluations, counts, strict=True):
@@ -118,7 +119,7 @@ def _evaluations(record: dict) -> tuple[dict[int, float], dict[int, float]]:
 
 
 def sizes(arms: dict[str, dict[int, dict]], path: Path) -> None:
-    """The last validation loss against all parameters and those a token uses."""
+    """Draws the last validation loss against all parameters and against the active ones."""
     with figure(path) as axes:
         for number, (arm, rows) in enumerate(arms.items()):
             record = next(iter(rows.values()))
@@ -135,7 +136,7 @@ def sizes(arms: dict[str, dict[int, dict]], path: Path) -> None:
 
 
 def differences(found: dict[str, tuple[float, float]], base: str, path: Path) -> None:
-    """Each arm's difference from the first one, with its 95 % interval."""
+    """Draws each arm's difference from the arm `base`, with its 95 % interval."""
     with figure(path, 1.2 + 0.4 * len(found)) as axes:
         for number, (value, margin) in enumerate(found.values()):
             axes.errorbar(value, number, xerr=margin, fmt="o", color=COLOURS[0], capsize=4)
@@ -147,7 +148,7 @@ def differences(found: dict[str, tuple[float, float]], base: str, path: Path) ->
 
 
 def drops(arms: dict[str, dict[int, dict]], path: Path) -> None:
-    """The share of choices dropped by a token's place in its group, mean of layers and seeds."""
+    """Draws the dropped share of choices by position in the group, mean of layers and seeds."""
     with figure(path) as axes:
         for number, (arm, rows) in enumerate(arms.items()):
             layers = [layer for record in rows.values() for layer in record["layers"].values()]
@@ -162,7 +163,7 @@ def drops(arms: dict[str, dict[int, dict]], path: Path) -> None:
 
 
 def lines(series: dict[str, tuple[list, list]], quantity: str, path: Path) -> None:
-    """Named series against the step; one of a single point is a mark."""
+    """Draws named series against the step; a series of one point is a mark."""
     with figure(path, 3.0) as axes:
         for number, (name, (x, y)) in enumerate(series.items()):
             style = {"color": COLOURS[number % len(COLOURS)], "linewidth": 1.2}
@@ -175,7 +176,10 @@ def lines(series: dict[str, tuple[list, list]], quantity: str, path: Path) -> No
 
 
 def heat(layers: dict[str, np.ndarray], steps: list[int], quantity: str, path: Path) -> None:
-    """A map a layer: experts up, steps along, colour for how much; the highest 1 % look alike."""
+    """Draws a map for each layer: steps on the x-axis, experts on the y-axis, values as colours.
+
+    The highest 1 % of the values have one colour.
+    """
     with figure(path, 0.8 + 1.3 * len(layers), len(layers)) as axes:
         axes = axes if isinstance(axes, list) else [axes]
         top = float(np.quantile(np.concatenate([v.ravel() for v in layers.values()]), 0.99))

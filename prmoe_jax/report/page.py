@@ -1,4 +1,4 @@
-"""One HTML file: text, tables and pictures inside it, for any browser and any width."""
+"""Makes one HTML file that contains text, tables and pictures, for any browser and width."""
 
 import base64
 import html
@@ -38,7 +38,7 @@ figcaption {{ font-size: .9rem; color: #555; }}
 
 
 def page(title: str, parts: list[str]) -> str:
-    """A whole page of parts that the functions below make."""
+    """A whole page, from parts that the functions below make."""
     return PAGE.format(title=html.escape(title), body="\n".join(parts))
 
 
@@ -51,7 +51,7 @@ def paragraph(text: str) -> str:
 
 
 def table(head: list[str], rows: list[list]) -> str:
-    """Cells are shown as they print."""
+    """A table whose cells are shown by `str`."""
 
     def line(cells, tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(str(c))}</{tag}>" for c in cells) + "</tr>"
@@ -61,7 +61,7 @@ def table(head: list[str], rows: list[list]) -> str:
 
 
 def figures(pictures: dict[Path, str]) -> str:
-    """SVG files with a caption each."""
+    """SVG files, each with its caption."""
     parts = []
     for path, caption in pictures.items():
         data = base64.b64encode(path.with_suffix(".svg").read_bytes()).decode()

@@ -1,4 +1,4 @@
-"""`prmoe report --workdir=DIR`: one run's losses, speed and routers."""
+"""`prmoe report --workdir=DIR`: a report about one run's losses, speed and routers."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from prmoe_jax.run import directory as workdirs
 from prmoe_jax.sweep.records import NUMBER
 from prmoe_jax.sweep.run import logged
 
-# Of a MoE layer: what is drawn by layer against the step.
+# Metrics of an MoE layer that are drawn by layer against the step.
 BY_LAYER = {
     "drop_fraction": "choices dropped, share",
     "router_entropy": "entropy of the router, nats",
@@ -28,8 +28,8 @@ def report(workdir: Path) -> dict:
       page, the path; step, loss and validation_loss as logged last.
 
     Raises:
-      UserError: no run there, one that has logged nothing yet or whose metrics are damaged, or a
-        file cannot be written, which is then as it was.
+      UserError: the folder holds no run, the run has logged nothing yet, its metrics are damaged,
+        or a file cannot be written, which is then unchanged.
     """
     config = load(workdir / workdirs.CONFIG)
     trained, evaluated = logged(workdir)
@@ -49,7 +49,7 @@ def report(workdir: Path) -> dict:
 
     pictures: dict[Path, str] = {}
     losses = {"training": (steps, [line["lm_loss"] for line in trained])}
-    # A line of its own for evaluations of fewer tokens: they are of a part of the split.
+    # Evaluations on fewer tokens are on a part of the split, and get their own line.
     counts = sorted({line["eval/tokens"] for line in evaluated})
     whole = {line["eval/tokens"] for line in evaluated if line["step"] == config.total_steps}
     for count in counts:
@@ -68,7 +68,7 @@ def report(workdir: Path) -> dict:
         series = {}
         for layer in layers:
             key = f"layers/{layer}/{name}"
-            # Lines that an older version logged may lack it.
+            # Lines that an older version logged may lack this metric.
             having = [line for line in trained if isinstance(line.get(key), NUMBER)]
             if having:
                 points = [line["step"] for line in having], [line[key] for line in having]
