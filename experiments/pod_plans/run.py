@@ -32,8 +32,8 @@ from prmoe_jax.plan.chips import CHIPS, topology_devices
 from prmoe_jax.plan.picture import draw
 from prmoe_jax.plan.report import plan
 
-# 8,192 tokens a chip with 64 experts in every other layer: what is exchanged, and whether expert
-# weights stay, also where experts share the mesh with FSDP.
+# Cases with 8,192 tokens per chip and 64 experts in every other layer, which show the traffic of
+# the exchange and whether expert weights stay in place, also if experts share the mesh with FSDP.
 EXCHANGE = {"v5p:4x4x4": 256, "v5e:16x16": 1024}  # sequences a step
 
 HERE = Path(__file__).parent
@@ -42,7 +42,7 @@ PAPER = runpy.run_path(str(HERE.parent.parent / "configs" / "paper.py"))
 
 
 def models(topology: str) -> dict[str, Config]:
-    """What to plan there: the paper's nine, on whole pods, and the exchange's."""
+    """The configs to plan for a topology: the paper's nine on whole pods, and the exchange's."""
     found = {}
     if topology != "v5p:4x4x4":
         found = {name: config.resolve(PAPER["get_config"](name)) for name in PAPER["ROWS"]}
@@ -55,7 +55,7 @@ def models(topology: str) -> dict[str, Config]:
 
 
 def planned(values: Config, topology: str) -> dict:
-    """The plan with the mesh that `propose` makes, and the least rematerialisation that fits."""
+    """The plan with the mesh of `suggest_mesh`, and the least rematerialisation that fits."""
     chips = len(topology_devices(topology)[1])
     mesh = suggest_mesh(values, chips)
     for remat in ("dots", "full"):
