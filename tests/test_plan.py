@@ -17,7 +17,7 @@ from prmoe_jax import config
 from prmoe_jax.cli import main
 from prmoe_jax.config import architecture
 from prmoe_jax.errors import UserError
-from prmoe_jax.parallel.mesh import axis_sizes
+from prmoe_jax.parallel.mesh import axis_sizes, check_fits
 from prmoe_jax.plan.chips import chip_count, chip_of
 from prmoe_jax.plan.collectives import collectives, groups, hosts, kind, torus
 from prmoe_jax.plan.find import find, fit
@@ -420,6 +420,7 @@ def compiled(monkeypatch):
         def plan(values, topology, decode, teacher):
             asked.append((topology, values.mesh))
             chips = chip_count(topology)
+            check_fits(values, chips)
             sizes = axis_sizes(values, chips)
             mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
             held = held_bytes(values, mesh, decode, teacher)

@@ -203,7 +203,7 @@ def test_a_damaged_or_foreign_folder(name, dense, tmp_path, monkeypatch):
     mesh = make_mesh(target, jax.devices()[:1])
     damage(Path("copy"))
     with pytest.raises(UserError) as error:
-        upcycle.started(target, mesh, _bytes())
+        upcycle.init_from_run(target, mesh, _bytes())
     line = str(error.value)
     assert message in line and "\n" not in line
     assert line.endswith("; --config.init.workdir names the run to start as")
