@@ -61,6 +61,7 @@ setup(
             "matplotlib",
             "mypy",
             "nbclient",
+            "nbconvert",  # executes notebooks for jupytext
             "pre-commit",
             "pytest",
             "pytest-xdist",
