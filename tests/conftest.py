@@ -3,6 +3,7 @@
 import atexit
 import logging
 import os
+import random
 import shutil
 import tempfile
 
@@ -16,8 +17,11 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 # What the command line would keep in a file is shown.
 os.environ["PRMOE_TRACEBACK"] = "1"
-# Random draws compile in a seventh of the time; see `step.made`.
+# Random draws compile in a seventh of the time; see `sharding.init_sharded`.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
+
+# A failed assertion of a helper shows its values, as one of a test does.
+pytest.register_assert_rewrite("tests.support")
 
 
 def pytest_collection_modifyitems(items):
@@ -40,3 +44,14 @@ def logs_reach_caplog():
     logger = logging.getLogger("prmoe_jax")
     yield
     logger.handlers, logger.propagate = [], True
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """A folder of documents with something to learn, and a cache beside it."""
+    folder = tmp_path_factory.mktemp("text")
+    rng = random.Random(0)
+    words = "the expert of a token is chosen by its router and so on".split()
+    for i in range(40):
+        (folder / f"{i}.txt").write_text(f"{i}: " + " ".join(rng.choices(words, k=300)))
+    return folder, tmp_path_factory.mktemp("cache")

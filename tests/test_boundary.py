@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 
 import pytest
 
@@ -13,8 +12,8 @@ from configs import tiny
 from prmoe_jax import boundary, errors
 from prmoe_jax.cli import main
 from prmoe_jax.model import sizes
+from tests.support.paths import REPOSITORY
 
-REPOSITORY = Path(__file__).parent.parent
 TINY = f"--config={tiny.__file__}:prmoe"
 
 

@@ -15,20 +15,10 @@ import pytest
 
 from configs import paper, tiny
 from prmoe_jax.cli import main
+from tests.support.runs import NEW, SETTINGS
 
 TINY = f"--config={tiny.__file__}:6 layers, E=4x2+8, residual"
 DENSE = f"--config={tiny.__file__}:6 layers"
-# A run of seconds: one dense layer on bytes, in the working directory.
-SETTINGS = [
-    f"--config={tiny.__file__}:1 layers",
-    *"""
-    --config.model.d_model=16 --config.model.heads=2 --config.model.d_ff=32
-    --config.model.length=32 --config.model.vocab_size=384
-    --config.data.corpus=corpus --config.data.cache_dir=cache --config.data.tokenizer=bytes
-    --config.train.steps=2 --config.train.batch_size=4 --config.optimizer.warmup_tokens=0
-    """.split(),
-]
-NEW = ["train", "--workdir=new", *SETTINGS]
 HUGE = 10**20
 RESUME = ["train", "--workdir=run", *SETTINGS]
 

@@ -19,8 +19,8 @@ from prmoe_jax.config import (
 from prmoe_jax.config.schema import declarations
 from prmoe_jax.config.validation import LARGEST
 from prmoe_jax.errors import UserError
-from tests.test_config import OTHER_VALUES, tiny_config
-from tests.test_data_cache import at_most
+from tests.support.configs import OTHER_VALUES, tiny_config
+from tests.support.faults import at_most
 
 VALUES = leaves(Config())
 DECLARED = declarations()

@@ -1,13 +1,10 @@
 """Caches: known again when they are used, refused when they changed, and whole on a full disk."""
 
-import contextlib
 import errno
 import json
 import os
 import re
-import resource
 import shutil
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +17,8 @@ from prmoe_jax.data.arrays import ArrayWriter, open_array
 from prmoe_jax.data.corpora import open_corpus
 from prmoe_jax.errors import UserError
 from prmoe_jax.tasks import local
-from tests.test_errors import NEW
+from tests.support.faults import altered, at_most, file_size_limit
+from tests.support.runs import NEW
 
 # One file of each kind in a cache.
 FILES = (
@@ -35,33 +33,6 @@ FILES = (
     "tasks/*/examples.jsonl",
     "tasks/*/cloze.yaml",
 )
-
-
-@contextlib.contextmanager
-def file_size_limit(size):
-    """While active, writing past `size` bytes of a file fails."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-@contextlib.contextmanager
-def at_most(seconds):
-    """Fails instead of waiting for ever."""
-
-    def fail(number, frame):
-        raise AssertionError(f"no end after {seconds} s")  # a TimeoutError is an OSError
-
-    before = signal.signal(signal.SIGALRM, fail)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def config_in(folder):
@@ -113,11 +84,6 @@ def refused(folder, *expected):
     )
     assert damaged, message
     return Path(damaged[1])
-
-
-def altered(content):
-    """Another byte in the last number of a file."""
-    return content[:-2] + bytes([content[-2] ^ 1]) + content[-1:]
 
 
 @pytest.mark.parametrize("pattern", FILES)

@@ -24,7 +24,7 @@ from prmoe_jax.config import DataConfig
 from prmoe_jax.data import builders, cache, sources, split
 from prmoe_jax.data.corpora import open_corpus
 from prmoe_jax.errors import UserError
-from tests.test_data_cache import altered, at_most
+from tests.support.faults import altered, at_most
 
 TEXTS = [f"Document {i}: {'na ' * i}ünï\r\n" for i in range(17)]
 

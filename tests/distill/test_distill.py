@@ -32,19 +32,11 @@ from prmoe_jax.run.restore import restore_run
 from prmoe_jax.training import loop as train
 from prmoe_jax.training.loop import Run
 from prmoe_jax.training.step import init_state, make_train_step
-from tests.quick import jit
-from tests.test_step import GENTLE, make_batch, settings
-from tests.test_train import (  # noqa: F401
-    arguments,
-    assert_same_run,
-    finish,
-    logged,
-    start,
-    text,
-    wait_for_lines,
-)
-
-GOLDENS = Path(__file__).parent / "goldens"
+from tests.support.batches import make_batch
+from tests.support.configs import GENTLE, settings
+from tests.support.paths import GOLDENS
+from tests.support.quick import jit
+from tests.support.runs import arguments, assert_same_run, finish, logged, start, wait_for_lines
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -335,14 +327,14 @@ TAUGHT = {
 
 
 @pytest.fixture(scope="module")
-def teacher(text, tmp_path_factory):  # noqa: F811
+def teacher(text, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("teacher") / "run"
     assert main(arguments(text, workdir, TEACHER)) == 0
     return workdir
 
 
 @pytest.fixture(scope="module")
-def student(text, teacher, tmp_path_factory):  # noqa: F811
+def student(text, teacher, tmp_path_factory):
     """A run that nothing interrupts."""
     workdir = tmp_path_factory.mktemp("student") / "run"
     settings = TAUGHT | {"teacher.workdir": teacher}
@@ -350,7 +342,7 @@ def student(text, teacher, tmp_path_factory):  # noqa: F811
     return workdir
 
 
-def test_the_teacher_goes_when_it_has_taught(text, teacher, tmp_path, monkeypatch):  # noqa: F811
+def test_the_teacher_goes_when_it_has_taught(text, teacher, tmp_path, monkeypatch):
     """The arrays that live, and what the steps are given, before and after."""
     live, given = {}, {}
     report, compile_train_step = Run.report, train.compile_train_step
@@ -385,7 +377,7 @@ def test_the_teacher_goes_when_it_has_taught(text, teacher, tmp_path, monkeypatc
     assert taught - alone == pytest.approx(teacher_bytes, rel=0.02)
 
 
-def test_killed_on_both_sides_of_the_stop_equals_undisturbed(text, teacher, student, tmp_path):  # noqa: F811
+def test_killed_on_both_sides_of_the_stop_equals_undisturbed(text, teacher, student, tmp_path):
     command = arguments(text, tmp_path / "run", LEARNER, **TAUGHT | {"teacher.workdir": teacher})
     for line in (70, 170):
         process = start(*command)
@@ -401,7 +393,7 @@ def test_killed_on_both_sides_of_the_stop_equals_undisturbed(text, teacher, stud
     assert_same_run(tmp_path / "run", student)
 
 
-def test_a_teacher_spread_over_devices_teaches_the_same(text, teacher, student, tmp_path):  # noqa: F811
+def test_a_teacher_spread_over_devices_teaches_the_same(text, teacher, student, tmp_path):
     settings = TAUGHT | {"teacher.workdir": teacher, "mesh.expert": 4, "mesh.fsdp": 2}
     settings["train.steps"] = 12
     command = arguments(text, tmp_path / "run", LEARNER, **settings)
@@ -415,7 +407,7 @@ def test_a_teacher_spread_over_devices_teaches_the_same(text, teacher, student, 
 
 
 @pytest.fixture(scope="module")
-def recorded_teacher(text, teacher, tmp_path_factory):  # noqa: F811
+def recorded_teacher(text, teacher, tmp_path_factory):
     """A folder by `prmoe teacher-cache`: the six likeliest tokens at each place."""
     folder = tmp_path_factory.mktemp("lessons") / "top6"
     settings = {"teacher.workdir": teacher, "kd.kind": "top_k", "kd.top_k": 6}
@@ -425,7 +417,7 @@ def recorded_teacher(text, teacher, tmp_path_factory):  # noqa: F811
 
 
 def test_a_recorded_teacher_takes_the_portions_of_training(
-    text,  # noqa: F811
+    text,
     teacher,
     recorded_teacher,
     tmp_path,
@@ -452,7 +444,7 @@ def test_a_recorded_teacher_takes_the_portions_of_training(
 OFFLINE = {"kd.kind": "top_k", "kd.top_k": 5, "kd.stop": 0.5, "train.steps": 12}
 
 
-def test_a_recorded_teacher_teaches_the_same(text, teacher, recorded_teacher, tmp_path):  # noqa: F811
+def test_a_recorded_teacher_teaches_the_same(text, teacher, recorded_teacher, tmp_path):
     """Step by step, killed and resumed in the middle, and without the teacher's run."""
     online = OFFLINE | {"teacher.workdir": teacher}
     offline = OFFLINE | {"teacher.workdir": "", "teacher.lessons": recorded_teacher}
@@ -487,13 +479,13 @@ def test_a_recorded_teacher_teaches_the_same(text, teacher, recorded_teacher, tm
         ({"teacher.lessons": "nowhere"}, "teacher.lessons=nowhere can't be read"),
     ],
 )  # fmt: skip
-def test_lessons_that_do_not_fit(text, recorded_teacher, tmp_path, changes, message, capsys):  # noqa: F811
+def test_lessons_that_do_not_fit(text, recorded_teacher, tmp_path, changes, message, capsys):
     settings = OFFLINE | {"teacher.workdir": "", "teacher.lessons": recorded_teacher} | changes
     assert main(arguments(text, tmp_path / "run", LEARNER, **settings)) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_damaged_lessons(text, recorded_teacher, tmp_path, capsys):  # noqa: F811
+def test_damaged_lessons(text, recorded_teacher, tmp_path, capsys):
     folder = tmp_path / "lessons"
     shutil.copytree(recorded_teacher, folder)
     with (folder / "log_p.npy").open("r+b") as file:
@@ -507,7 +499,7 @@ def test_damaged_lessons(text, recorded_teacher, tmp_path, capsys):  # noqa: F81
     assert "can't be read ('windows')" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_lessons_are_written_once(text, teacher, recorded_teacher, capsys):  # noqa: F811
+def test_lessons_are_written_once(text, teacher, recorded_teacher, capsys):
     settings = {"teacher.workdir": teacher, "kd.kind": "top_k", "kd.top_k": 6}
     for changes, message in (
         ({}, f"--out={recorded_teacher} exists"),
@@ -568,7 +560,7 @@ def test_what_to_change_for_a_teachers_groups(tmp_path, changes, group, fix):
         ({"model.length": 64}, "model.length=64 exceeds the teacher's context; use 32 or less"),
     ],
 )  # fmt: skip
-def test_mistakes(text, teacher, tmp_path, changes, message, capsys):  # noqa: F811
+def test_mistakes(text, teacher, tmp_path, changes, message, capsys):
     settings = TAUGHT | {"teacher.workdir": teacher} | changes
     assert main(arguments(text, tmp_path / "run", LEARNER, **settings)) == 2
     line = capsys.readouterr().err.splitlines()[-1]
@@ -576,7 +568,7 @@ def test_mistakes(text, teacher, tmp_path, changes, message, capsys):  # noqa: F
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-def test_the_checkpoint_that_taught_is_the_one_that_teaches_on(text, teacher, tmp_path, capsys):  # noqa: F811
+def test_the_checkpoint_that_taught_is_the_one_that_teaches_on(text, teacher, tmp_path, capsys):
     """A teacher trained further in the meantime is read where it was; if that is gone, say so."""
     command = arguments(text, tmp_path / "run", LEARNER, **TAUGHT | {"teacher.workdir": teacher})
     process = start(*command)
@@ -596,7 +588,7 @@ def test_the_checkpoint_that_taught_is_the_one_that_teaches_on(text, teacher, tm
     assert "put a copy of it back, or let another run start as this one, by --config.init" in err
 
 
-def test_a_student_starts_where_its_teacher_is(text, teacher, student, tmp_path, capsys):  # noqa: F811
+def test_a_student_starts_where_its_teacher_is(text, teacher, student, tmp_path, capsys):
     """From the command line: the plan, and less to learn than for a student from scratch."""
     changes = TAUGHT | {"teacher.workdir": teacher, "teacher.inherit": "true", "train.steps": 3}
     changes |= {"model.experts": "7", "model.d_ff": 24, "teacher.importance": "taylor"}

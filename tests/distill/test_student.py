@@ -16,8 +16,10 @@ from prmoe_jax.errors import UserError
 from prmoe_jax.model.loss import forward
 from prmoe_jax.model.transformer import init_model
 from prmoe_jax.nn.parameters import named_leaves
-from tests.quick import jit
-from tests.test_step import make_batch, settings
+from tests.support.batches import make_batch
+from tests.support.configs import settings
+from tests.support.models import layers_of
+from tests.support.quick import jit
 
 
 def part(teacher, student, model=None, chosen="", load=(), importance=magnitudes):
@@ -27,21 +29,6 @@ def part(teacher, student, model=None, chosen="", load=(), importance=magnitudes
     shapes = jax.eval_shape(lambda: init_model(student))
     whole = lambda model: prune(model, shapes, layers, dict(load), importance(model))  # noqa: E731
     return model, jit(whole)(model), layers
-
-
-def layers_of(model):
-    """Each layer's parameters by name, first to last."""
-    named = named_leaves(model)
-    places = [
-        (f"stages.{s}.blocks.{b}.", n)
-        for s, stage in enumerate(model.config.schedule.stages())
-        for n in range(stage.repeats)
-        for b in range(len(stage.cell))
-    ]
-    return [
-        {name.removeprefix(at): np.asarray(x[n]) for name, x in named.items() if at in name}
-        for at, n in places
-    ]
 
 
 def activations(model, capacity_factor=math.inf):

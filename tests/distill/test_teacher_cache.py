@@ -8,50 +8,17 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from prmoe_jax.config import Config, DataConfig, KdConfig, ModelConfig, TeacherConfig
-from prmoe_jax.data import cache, pipeline
-from prmoe_jax.data.pipeline import TopKLogProbs
+from prmoe_jax.config import TeacherConfig
+from prmoe_jax.data import cache
 from prmoe_jax.distill import teacher_cache as lessons
 from prmoe_jax.errors import UserError
-from tests.test_data_cache import altered, file_size_limit
-
-TOP_K = 3
-
-
-def data_of(folder, words=40):
-    (folder / "corpus").mkdir(parents=True, exist_ok=True)
-    for i in range(5):
-        (folder / "corpus" / f"{i}.txt").write_text(f"document {i}: {'na ' * words}")
-    config = DataConfig(
-        corpus=str(folder / "corpus"), tokenizer="bytes", cache_dir=str(folder / "cache")
-    )
-    return pipeline.load_data(config, 384, 13)
-
-
-def config_of(folder):
-    return Config(
-        model=ModelConfig(vocab_size=384, length=13),
-        teacher=TeacherConfig(lessons=str(folder)),
-        kd=KdConfig(kind="top_k", top_k=TOP_K),
-    )
-
-
-def predictions_of(data, batch_size=7):
-    """Of every window in its order; the last batch has rows past the last window."""
-    rng = np.random.default_rng(0)
-    for _ in range(0, len(data.train), batch_size):
-        shape = batch_size, 13, TOP_K
-        yield TopKLogProbs(rng.integers(0, 384, shape), -rng.random(shape, np.float32))
-
-
-def write(folder, data, predictions=None):
-    predictions = predictions_of(data) if predictions is None else predictions
-    return lessons.write(folder, data, config_of(folder), {"step": 5}, predictions)
+from tests.support.faults import altered, file_size_limit
+from tests.support.paths import REPOSITORY
+from tests.support.teacher_caches import config_of, data_of, predictions_of, write
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +178,7 @@ FULL = """
 import sys
 from pathlib import Path
 from prmoe_jax.errors import UserError
-from tests.test_data_lessons import data_of, write
+from tests.support.teacher_caches import data_of, write
 try:
     write(Path(sys.argv[2]), data_of(Path(sys.argv[1]), words=1000))
 except UserError as error:
@@ -231,7 +198,7 @@ def test_a_small_disk_does_not_end_the_process(tmp_path):
             [sys.executable, "-c", FULL, tmp_path, disk / "lessons"],
             capture_output=True,
             text=True,
-            cwd=Path(__file__).parent.parent,
+            cwd=REPOSITORY,
         )
         assert found.returncode == 0, found.stderr
         assert "lessons: No space left on device; make room or set --out" in found.stdout

@@ -11,29 +11,17 @@ from jax.sharding import Mesh
 from tokenizers import decoders as token_decoders
 from tokenizers import models, normalizers, pre_tokenizers
 
-from prmoe_jax import config
-from prmoe_jax.config import architecture
 from prmoe_jax.data.tokenizer import Tokenizer, _bytes
 from prmoe_jax.errors import UserError
 from prmoe_jax.inference import decoder as decoders
 from prmoe_jax.inference import generate
 from prmoe_jax.inference.generate import Generator, Sampling, TextStream
-from prmoe_jax.model.backends import resolve_backends
-from prmoe_jax.model.transformer import init_model
 from prmoe_jax.moe.experts import Experts, UnstackedExperts
 from prmoe_jax.nn.matmul import matmul, scores
 from prmoe_jax.nn.parameters import named_leaves
 from prmoe_jax.nn.quantized import QuantizedWeight, quantize
-from tests.quick import forward, jit
-
-
-def build(text, moe=(), **model):
-    """A small random model whose tokens are bytes."""
-    shape = {"vocab_size": 384, "length": 40, "d_model": 12, "heads": 2, "d_ff": 10}
-    fields = architecture.parse_fields(text) | shape | {"dtype": "float32", "init_std": 0.3}
-    moe = {"min_capacity": 1} | dict(moe) if fields["experts"] else {}
-    values = {"model": fields | model, "moe": moe, "train": {"steps": 1}}
-    return init_model(resolve_backends(config.resolve(values), "cpu"))
+from tests.support.models import build
+from tests.support.quick import forward, jit
 
 
 def held(model, weights="float32"):

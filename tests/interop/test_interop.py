@@ -25,10 +25,9 @@ from prmoe_jax.interop.run import export_run, import_run
 from prmoe_jax.nn.parameters import named_leaves
 from prmoe_jax.run.checkpoint import Checkpoints
 from prmoe_jax.run.restore import restore_run
-from tests.quick import forward
-from tests.test_train import arguments, logged, text  # noqa: F401
-
-GOLDENS = Path(__file__).parent / "goldens"
+from tests.support.paths import GOLDENS
+from tests.support.quick import forward
+from tests.support.runs import arguments, logged
 
 
 @pytest.fixture
@@ -494,7 +493,7 @@ RESIDUAL = "2 layers, E=8, residual"
 
 
 @pytest.fixture(scope="module")
-def runs(text, tmp_path_factory):  # noqa: F811
+def runs(text, tmp_path_factory):
     """Trained runs by name."""
     folder = tmp_path_factory.mktemp("runs")
     for name in ("dense", RESIDUAL):
@@ -606,7 +605,7 @@ def exported(runs):
     return out
 
 
-def test_no_training_goes_on_with_a_model_alone(runs, text, tmp_path, capsys):  # noqa: F811
+def test_no_training_goes_on_with_a_model_alone(runs, text, tmp_path, capsys):
     """It is refused, and the model stays; another run starts as it."""
     out, run = tmp_path / "out", tmp_path / "run"
     command = ["export", "--kind=safetensors", f"--workdir={runs / 'dense'}", f"--out={out}"]

@@ -25,8 +25,9 @@ from prmoe_jax.model.backends import resolve_backends
 from prmoe_jax.model.transformer import Transformer, init_model
 from prmoe_jax.nn.parameters import named_leaves
 from prmoe_jax.run.restore import restore_run
+from tests.support.paths import GOLDENS
 
-SCRIPT = Path(__file__).parent / "goldens" / "generate_megatron.py"
+SCRIPT = GOLDENS / "generate_megatron.py"
 PREFIX = "language_model.encoder.layers."
 TOKENS = "language_model.embedding.word_embeddings.weight"
 GATE = PREFIX + "3.mlp.deepspeed_moe.gate.wg.weight"

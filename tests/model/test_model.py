@@ -14,7 +14,7 @@ from prmoe_jax.model import attention
 from prmoe_jax.model.attention import attend, splash
 from prmoe_jax.model.backends import resolve_attention
 from prmoe_jax.model.transformer import Transformer, dropout, positions
-from tests.quick import jit
+from tests.support.quick import jit
 
 SMALL = ModelConfig(
     vocab_size=31, length=13, layers=3, d_model=10, heads=2, d_ff=11, dtype="float32",

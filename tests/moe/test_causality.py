@@ -8,7 +8,7 @@ import pytest
 from prmoe_jax.config import architecture, resolve
 from prmoe_jax.model.backends import resolve_backends
 from prmoe_jax.model.transformer import init_model
-from tests.quick import jit
+from tests.support.quick import jit
 
 LENGTH = 32
 # Options of moe.*, whether randomness is on, and whether the future leaks.

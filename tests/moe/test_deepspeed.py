@@ -8,7 +8,6 @@ import json
 import math
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,15 +18,16 @@ from prmoe_jax.config import ModelConfig, MoeConfig
 from prmoe_jax.moe import routing
 from prmoe_jax.moe.layer import MoE
 from prmoe_jax.moe.routing import assign, capacity
-from tests.quick import jit
+from tests.support.paths import GOLDENS
+from tests.support.quick import jit
 
-GOLDENS = Path(__file__).parent / "goldens" / "deepspeed"
-CASES = sorted(path.stem for path in GOLDENS.glob("top*.npz"))
+DEEPSPEED = GOLDENS / "deepspeed"
+CASES = sorted(path.stem for path in DEEPSPEED.glob("top*.npz"))
 EXPERTS = ("w_in", "b_in", "w_out", "b_out")
 
 
 def load(name):
-    arrays = dict(np.load(GOLDENS / f"{name}.npz"))
+    arrays = dict(np.load(DEEPSPEED / f"{name}.npz"))
     return json.loads(str(arrays.pop("settings"))), arrays
 
 
@@ -107,7 +107,7 @@ def test_capacity_of_the_goldens(name):
 
 def test_two_hundred_capacities():
     """DeepSpeed's may exceed the number of tokens; ours doesn't, since nothing could fill it."""
-    table = np.load(GOLDENS / "capacities.npz")
+    table = np.load(DEEPSPEED / "capacities.npz")
     assert list(table["columns"]) == [
         "tokens",
         "experts",
@@ -137,9 +137,9 @@ def test_priority_decides_who_is_kept():
     importlib.util.find_spec("deepspeed") is None, reason="needs the extra [interop]"
 )
 def test_goldens_are_deepspeeds(tmp_path):
-    script = GOLDENS.parent / "generate_deepspeed.py"
+    script = GOLDENS / "generate_deepspeed.py"
     subprocess.run([sys.executable, script, f"--out={tmp_path}"], check=True, timeout=600)
-    for path in GOLDENS.glob("*.npz"):
+    for path in DEEPSPEED.glob("*.npz"):
         new, old = np.load(tmp_path / path.name), np.load(path)
         for name in set(old.files) - {"settings", "columns"}:
             np.testing.assert_allclose(new[name], old[name], rtol=1e-5, atol=1e-6, err_msg=name)

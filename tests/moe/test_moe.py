@@ -14,7 +14,7 @@ from prmoe_jax.moe.dispatch import BACKENDS
 from prmoe_jax.moe.experts import Experts
 from prmoe_jax.moe.layer import MoE
 from prmoe_jax.moe.routing import route
-from tests.quick import jit, routed
+from tests.support.quick import jit, routed
 
 MODEL = ModelConfig(
     d_model=7, d_ff=11, heads=1, layers=2, placement="every 2", experts=(3,), init_std=0.5

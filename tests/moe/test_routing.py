@@ -8,7 +8,7 @@ import pytest
 from prmoe_jax.config import MoeConfig
 from prmoe_jax.moe.routing import capacity
 from prmoe_jax.moe.routing import route as decide
-from tests.quick import jit
+from tests.support.quick import jit
 
 DEFAULT = MoeConfig()
 route = jit(decide, static_argnames=("moe", "top_k", "slots"))

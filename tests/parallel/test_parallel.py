@@ -9,7 +9,6 @@ import math
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -36,10 +35,8 @@ from prmoe_jax.parallel.mesh import (
 )
 from prmoe_jax.parallel.sharding import spec, specs
 from prmoe_jax.training.step import init_state
-from tests.test_train import arguments, logged
-from tests.test_train import text as documents  # noqa: F401
-
-REPOSITORY = Path(__file__).parent.parent
+from tests.support.paths import REPOSITORY
+from tests.support.runs import arguments, logged
 
 
 def settings(text, batch_size=8, model=(), moe=(), train=(), **mesh):
@@ -323,8 +320,8 @@ def test_every_leaf_is_declared():
 
 
 def on_eight_devices(case, *arguments):
-    """Runs `tests/eight_devices.py CASE …`; its checks are assertions."""
-    command = [sys.executable, "-m", "tests.eight_devices", case, *arguments]
+    """Runs `tests/support/eight_devices.py CASE …`; its checks are assertions."""
+    command = [sys.executable, "-m", "tests.support.eight_devices", case, *arguments]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
@@ -372,7 +369,7 @@ def test_checkpoints_between_meshes(tmp_path):
     assert on_eight_devices("checkpoints", str(tmp_path)).count("restored") == 25
 
 
-def test_a_run_without_a_mesh_of_its_own_goes_on_anywhere(documents, tmp_path):  # noqa: F811
+def test_a_run_without_a_mesh_of_its_own_goes_on_anywhere(text, tmp_path):
     """Three steps on the mesh suggested for eight devices, evaluated there; three more on one.
 
     The losses are those of one device alone.
@@ -380,12 +377,12 @@ def test_a_run_without_a_mesh_of_its_own_goes_on_anywhere(documents, tmp_path): 
 
     def command(workdir, steps):
         schedule = {"optimizer.decay_tokens": 8 * 32 * 12, "train.steps": steps}
-        return arguments(documents, tmp_path / workdir, "1 layers, layers 0, E=4", **schedule)
+        return arguments(text, tmp_path / workdir, "1 layers, layers 0, E=4", **schedule)
 
     evaluation = ["eval", f"--workdir={tmp_path / 'run'}", "--json"]
     verbs = json.dumps([command("run", 3), evaluation])
     done = subprocess.run(
-        [sys.executable, "-m", "tests.eight_devices", "verbs", verbs],
+        [sys.executable, "-m", "tests.support.eight_devices", "verbs", verbs],
         cwd=REPOSITORY,
         capture_output=True,
         text=True,

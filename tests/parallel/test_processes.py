@@ -15,14 +15,8 @@ import pytest
 from prmoe_jax.cli import main
 from prmoe_jax.parallel import processes
 from prmoe_jax.run.metrics import read_metrics
-from tests.test_train import (  # noqa: F401
-    REPOSITORY,
-    arguments,
-    finish,
-    start,
-    text,
-    wait_for_lines,
-)
+from tests.support.paths import REPOSITORY
+from tests.support.runs import arguments, finish, start, wait_for_lines
 
 # Much is compiled here, and little run.
 QUICKLY = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
@@ -93,7 +87,7 @@ def losses(workdir):
     return [(line["step"], line["loss"], line["drop_fraction"]) for line in lines if "loss" in line]
 
 
-def test_two_processes_of_four_devices_equal_one_of_eight(text, tmp_path):  # noqa: F811
+def test_two_processes_of_four_devices_equal_one_of_eight(text, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     code, _, err = finish(start(*arguments(text, one, **SETTINGS), **EIGHT_DEVICES))
     assert code == 0, err
@@ -108,7 +102,7 @@ def test_two_processes_of_four_devices_equal_one_of_eight(text, tmp_path):  # no
     assert second == ""  # process 0 speaks for all
 
 
-def test_a_lost_process_ends_the_other_and_one_process_resumes(text, tmp_path):  # noqa: F811
+def test_a_lost_process_ends_the_other_and_one_process_resumes(text, tmp_path):
     settings = SETTINGS | {"train.steps": 2000, "checkpoint.every": 5}
     command = arguments(text, tmp_path / "run", **settings)
     processes = start_two(command)
@@ -130,7 +124,7 @@ def test_a_lost_process_ends_the_other_and_one_process_resumes(text, tmp_path): 
     assert "resumed at step" in err
 
 
-def test_sigterm_to_one_stops_both_at_the_same_step(text, tmp_path):  # noqa: F811
+def test_sigterm_to_one_stops_both_at_the_same_step(text, tmp_path):
     settings = SETTINGS | {"train.steps": 2000}
     processes = start_two(arguments(text, tmp_path / "run", **settings))
     wait_for_lines(tmp_path / "run", 5, processes[0])
@@ -166,7 +160,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_of_one_process_ends_all(name, text, tmp_path):  # noqa: F811
+def test_a_mistake_of_one_process_ends_all(name, text, tmp_path):
     changes, line = MISTAKES[name]
     settings = SETTINGS | changes
     (tmp_path / "file").write_text("")
@@ -177,7 +171,7 @@ def test_a_mistake_of_one_process_ends_all(name, text, tmp_path):  # noqa: F811
     ends(second, 2, line)
 
 
-def test_processes_must_read_the_same_text(text, tmp_path):  # noqa: F811
+def test_processes_must_read_the_same_text(text, tmp_path):
     """A copy on each host's own disk, under the same name, one of which was changed."""
     for host in "ab":
         shutil.copytree(text[0], tmp_path / host / "text")
@@ -188,7 +182,7 @@ def test_processes_must_read_the_same_text(text, tmp_path):  # noqa: F811
     ends(second, 2, "the text in common: corpus is '")
 
 
-def test_a_process_that_never_comes_is_not_waited_for(text, tmp_path):  # noqa: F811
+def test_a_process_that_never_comes_is_not_waited_for(text, tmp_path):
     command = arguments(text, tmp_path / "run", **SETTINGS)
     first, _ = start_hurried([command, None])
     ends(first, 1, "the 2 processes of this run did not find each other within 10 s; see whether")
@@ -198,7 +192,7 @@ def test_a_process_that_never_comes_is_not_waited_for(text, tmp_path):  # noqa: 
 
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_a_process_killed_before_the_first_step_ends_the_other(number, text, tmp_path):  # noqa: F811
+def test_a_process_killed_before_the_first_step_ends_the_other(number, text, tmp_path):
     command = arguments(text, tmp_path / "run", **SETTINGS)
     both = start_hurried([command] * 2)
     while not (tmp_path / "run" / ".lock").exists():
@@ -210,7 +204,7 @@ def test_a_process_killed_before_the_first_step_ends_the_other(number, text, tmp
     ends(both[1 - number], 1, f"another process of this run was lost: {why}; start the run again")
 
 
-def test_a_stopped_process_ends_the_other_and_then_itself(text, tmp_path):  # noqa: F811
+def test_a_stopped_process_ends_the_other_and_then_itself(text, tmp_path):
     command = arguments(text, tmp_path / "run", **SETTINGS | {"train.steps": 100_000})
     first, second = start_hurried([command] * 2)
     wait_for_lines(tmp_path / "run", 3, first)
@@ -227,7 +221,7 @@ def test_a_stopped_process_ends_the_other_and_then_itself(text, tmp_path):  # no
     assert code == 1 and line.startswith(tuple(f"prmoe: {reason}" for reason in reasons)), printed
 
 
-def test_ctrl_c_at_one_stops_both(text, tmp_path):  # noqa: F811
+def test_ctrl_c_at_one_stops_both(text, tmp_path):
     command = arguments(text, tmp_path / "run", **SETTINGS | {"train.steps": 100_000})
     both = start_hurried([command] * 2)
     wait_for_lines(tmp_path / "run", 3, both[0])
@@ -280,7 +274,7 @@ def test_variables_are_checked(variables, line, monkeypatch, capsys):
     assert line in said
 
 
-def test_variables_are_given_together(text, tmp_path):  # noqa: F811
+def test_variables_are_given_together(text, tmp_path):
     process = start("train", "--distributed", *arguments(text, tmp_path)[1:], JAX_PROCESS_ID="0")
     code, _, err = finish(process)
     assert code == 2

@@ -16,23 +16,11 @@ from prmoe_jax.config import load, resolve, save
 from prmoe_jax.report import figures
 from prmoe_jax.report.arms import Mean, arms, difference, mean, write_csv
 from prmoe_jax.sweep.run import record as recorded
-from tests.test_train import arguments, text  # noqa: F401
+from tests.support.records import record
+from tests.support.runs import arguments
 
 # Of three arms, the last with a seed of its own.
 LOSSES = {"one": {1: 3.0, 2: 3.2, 3: 3.1}, "two": {1: 2.9, 2: 3.0, 3: 2.8}, "<b>": {4: 2.0}}
-
-
-def record(arm, seed, loss, **changes):
-    settings = {"model.layers": len(arm), "seed": seed}
-    return {
-        "run": f"{arm}/{seed}", "settings": settings, "seed": seed, "loss": loss,
-        "bits_per_byte": loss / 2, "drop_fraction": 0.1, "tokens": 2000,
-        "total_params": 3_000_000 + len(arm), "active_params": 1_000_000,
-        "flops_per_token": 6_000_000, "tokens_per_second": 500.0, "device": "cpu",
-        "layers": {"01": {"position_drop_fraction": [0.0, 0.2]}},
-        "evaluations": [[1000, loss + 1], [2000, loss]], "losses": [[10, 9.0]],
-        "revisions": ["abc"], "versions": {"jax": "0.1"},
-    } | changes  # fmt: skip
 
 
 @pytest.fixture
@@ -89,7 +77,7 @@ def test_report_of_a_sweep(folder, capsys):
     assert "no arm 'three'; --base is one of one, two, <b>" in capsys.readouterr().err
 
 
-def test_report_of_a_run(text, tmp_path, capsys):  # noqa: F811
+def test_report_of_a_run(text, tmp_path, capsys):
     """What a run logged, drawn by layer."""
     run = tmp_path / "run"
     assert (

@@ -1,14 +1,14 @@
 """The notebooks: text and notebook are one, and each runs from a clean kernel."""
 
-from pathlib import Path
-
 import pytest
+
+from tests.support.paths import REPOSITORY
 
 jupytext = pytest.importorskip("jupytext")
 nbclient = pytest.importorskip("nbclient")
 nbformat = pytest.importorskip("nbformat")
 
-FOLDER = Path(__file__).parent.parent / "notebooks"
+FOLDER = REPOSITORY / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 
 

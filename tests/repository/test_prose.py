@@ -5,7 +5,6 @@ import struct
 import subprocess
 import sys
 import zlib
-from pathlib import Path
 
 import pytest
 
@@ -13,8 +12,9 @@ from prmoe_jax.config import DataConfig
 from prmoe_jax.data import sources
 from prmoe_jax.data.corpora import open_corpus
 from prmoe_jax.errors import UserError
+from tests.support.paths import REPOSITORY
 
-SCRIPT = Path(__file__).parent.parent / "experiments/prose/extract.py"
+SCRIPT = REPOSITORY / "experiments/prose/extract.py"
 CHAPTERS = [
     '<div type="book"/><title>Genesis</title><chapter n="1" osisID="Gen.1" sID="Gen.1"/>'
     f"<w lemma='strong:H1'>First</w> &amp; last.<note>not\nthis</note><lb/>{'A' * 200}",

@@ -1,4 +1,4 @@
-"""What test_parallel.py runs on eight devices: python -m tests.eight_devices CASE."""
+"""What test_parallel.py runs on eight devices: python -m tests.support.eight_devices CASE."""
 
 import dataclasses
 import functools

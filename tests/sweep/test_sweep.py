@@ -12,7 +12,6 @@ import signal
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -21,8 +20,9 @@ from prmoe_jax.cli import main, parse_config
 from prmoe_jax.config import resolve, save
 from prmoe_jax.sweep import records, run
 from prmoe_jax.sweep.board import Board
-from tests.test_report import record
-from tests.test_train import arguments, finish, start, text, wait_for_lines  # noqa: F401
+from tests.support.paths import REPOSITORY
+from tests.support.records import record
+from tests.support.runs import arguments, finish, start, wait_for_lines
 
 FILE = """
 import json
@@ -46,7 +46,7 @@ def runs():
 MACHINE = {"tokens_per_second", "revisions", "versions", "device"}
 
 
-def settings(text, name="dense", **changes):  # noqa: F811
+def settings(text, name="dense", **changes):
     command = arguments(text, "unused", name, **{"checkpoint.every": 5} | changes)
     return dataclasses.asdict(parse_config(command[1:-2]))
 
@@ -68,7 +68,7 @@ def recorded(folder):
     return [{k: v for k, v in row.items() if k not in MACHINE} for row in rows]
 
 
-def test_killed_or_failed_runs_end_in_the_same_table(text, tmp_path, capsys):  # noqa: F811
+def test_killed_or_failed_runs_end_in_the_same_table(text, tmp_path, capsys):
     """kill -9 in the middle of a run, and a run that fails: what is left is done next time."""
     good = {"dense/1": settings(text, seed=1, **{"train.steps": 60})}
     whole = write(tmp_path / "whole", good)
@@ -100,7 +100,7 @@ def test_killed_or_failed_runs_end_in_the_same_table(text, tmp_path, capsys):  #
     assert not (killed / "runs").exists()
 
 
-def test_shards_share_the_runs(text, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_shards_share_the_runs(text, tmp_path, monkeypatch, capsys):
     names = [f"run-{i}" for i in range(7)]
     folder = write(tmp_path / "sweep", dict.fromkeys(names, settings(text)))
     trained = []
@@ -120,7 +120,7 @@ def test_shards_share_the_runs(text, tmp_path, monkeypatch, capsys):  # noqa: F8
         assert message in capsys.readouterr().err
 
 
-def test_another_config_is_another_run(text, tmp_path, capsys):  # noqa: F811
+def test_another_config_is_another_run(text, tmp_path, capsys):
     """A folder that holds a run of other settings is left alone."""
     folder = write(tmp_path / "sweep", {"a": settings(text, **{"model.d_ff": 24})})
     (folder / "runs" / "a").mkdir(parents=True)
@@ -195,7 +195,7 @@ def put_rows(folder, *rows, end="\n"):
 
 
 @pytest.fixture
-def given(text):  # noqa: F811
+def given(text):
     return settings(text)
 
 
@@ -466,7 +466,7 @@ def test_why_a_run_failed(script, reason, given, tmp_path, monkeypatch, capsys):
     assert log.read_text().startswith("of another start\n")
 
 
-def test_a_run_does_not_outlive_its_sweep(text, tmp_path):  # noqa: F811
+def test_a_run_does_not_outlive_its_sweep(text, tmp_path):
     """After kill -9 of the sweep, its run saves itself and leaves its folder."""
     folder = write(tmp_path / "sweep", {"a": settings(text, **{"train.steps": 100_000})})
     process = start(*sweep(folder), PYTHONUNBUFFERED="1")
@@ -547,7 +547,7 @@ def test_a_runs_own_config_is_a_config(tmp_path):
     assert (changed.model.experts, changed.seed) == ((8, 8, 16), 3)
 
 
-SWEEPS = sorted((Path(__file__).parent.parent / "experiments").glob("*/sweep.py"))
+SWEEPS = sorted((REPOSITORY / "experiments").glob("*/sweep.py"))
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.parent.name)

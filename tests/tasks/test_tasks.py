@@ -14,9 +14,9 @@ from prmoe_jax.errors import UserError
 from prmoe_jax.inference.generate import Sampling
 from prmoe_jax.tasks import choices, cloze, local, score
 from prmoe_jax.tasks.score import Scorer
-from tests.quick import forward
-from tests.test_generate import build
-from tests.test_train import arguments, text  # noqa: F401
+from tests.support.models import build
+from tests.support.quick import forward
+from tests.support.runs import arguments
 
 SMALL = "2 layers, E=4, residual"
 with_harness = pytest.mark.skipif(
@@ -235,7 +235,7 @@ def test_the_packages_that_hold_questions(name, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def run(text, tmp_path_factory):  # noqa: F811
+def run(text, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run")
     assert main(arguments(text, workdir, SMALL, **{"train.steps": 40})) == 0
     return workdir
@@ -410,7 +410,7 @@ def test_a_cloze_in_one_command(tmp_path, capsys):
     assert untrained["acc"] == 0 < trained["acc"]
 
 
-def test_without_the_harness(text, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_without_the_harness(text, tmp_path, monkeypatch, capsys):
     assert main(arguments(text, tmp_path / "run", "dense", **{"train.steps": 1})) == 0
     monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
     monkeypatch.delitem(__import__("sys").modules, "prmoe_jax.tasks.harness", raising=False)

@@ -7,12 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prmoe_jax import config
-from prmoe_jax.config import architecture
-from prmoe_jax.data.pipeline import Batch, Data, Windows
+from prmoe_jax.data.pipeline import Data, Windows
 from prmoe_jax.data.tokens import TokenCache
 from prmoe_jax.errors import UserError
-from prmoe_jax.model.backends import resolve_backends
 from prmoe_jax.model.loss import Sums, forward, totals, training_loss
 from prmoe_jax.model.transformer import init_model
 from prmoe_jax.nn.parameters import named_leaves
@@ -22,32 +19,9 @@ from prmoe_jax.run.metrics import to_python
 from prmoe_jax.training.evaluate import evaluate_model
 from prmoe_jax.training.optimizer import decay_mask, learning_rate, make_optimizer
 from prmoe_jax.training.step import init_state, make_eval_step, make_train_step
-from tests.quick import jit
-
-# The gradient of a key's bias is 0 but for rounding, which Adam would scale up to a whole step.
-GENTLE = {"eps": 1e-3}
-
-
-def settings(text="2 layers, E=3, residual", batch_size=8, model=(), moe=(), **groups):
-    """A small config; keyword groups override theirs."""
-    shape = {"vocab_size": 384, "length": 8, "d_model": 12, "heads": 2, "d_ff": 10}
-    fields = architecture.parse_fields(text) | shape | {"dtype": "float32", "init_std": 0.2}
-    train = {"steps": 10, "batch_size": batch_size} | groups.pop("train", {})
-    moe = ({"min_capacity": 1} if fields["experts"] else {}) | dict(moe)
-    values = {"model": fields | dict(model), "moe": moe}
-    values |= {"data": {"tokenizer": "bytes"}, "train": train, **groups}
-    return resolve_backends(config.resolve(values), "cpu")
-
-
-def make_batch(seed=0, rows=8, length=8):
-    rng = np.random.default_rng(seed)
-    tokens = rng.integers(0, 384, (rows, length + 1)).astype(np.int32)
-    segments = np.sort(rng.integers(1, 3, (rows, length)), axis=1).astype(np.int32)
-    mask = np.ones((rows, length), bool)
-    # Portions of unequal weight: one row is half padding, one all padding.
-    segments[2, length // 2 :], mask[2, length // 2 :] = 0, False
-    segments[5], mask[5] = 0, False
-    return Batch(tokens[:, :-1], tokens[:, 1:], mask, segments)
+from tests.support.batches import make_batch
+from tests.support.configs import GENTLE, settings
+from tests.support.quick import jit
 
 
 @pytest.mark.parametrize(

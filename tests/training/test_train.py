@@ -1,6 +1,5 @@
 """Whole runs: killed, interrupted, damaged and resumed ones equal an undisturbed one."""
 
-import contextlib
 import json
 import os
 import random
@@ -10,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import jax
@@ -20,87 +18,20 @@ import pytest
 from prmoe_jax.cli import main
 from prmoe_jax.config import load
 from prmoe_jax.errors import UserError
-from prmoe_jax.nn.parameters import named_leaves
-from prmoe_jax.run.metrics import ROUTER_COLUMNS, read_metrics
-from prmoe_jax.run.restore import restore_run
+from prmoe_jax.run.metrics import ROUTER_COLUMNS
 from prmoe_jax.tasks.score import Scorer
+from tests.support.paths import REPOSITORY
+from tests.support.runs import (
+    arguments,
+    assert_same_run,
+    finish,
+    logged,
+    parameters,
+    start,
+    wait_for_lines,
+)
 
-REPOSITORY = Path(__file__).parent.parent
 ARCHITECTURES = "dense top2 prmoe".split()
-# What depends on the clock and not on the run.
-CLOCK = {"tokens_per_second", "input_wait_fraction"}
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    """A folder of documents with something to learn, and a cache beside it."""
-    folder = tmp_path_factory.mktemp("text")
-    rng = random.Random(0)
-    words = "the expert of a token is chosen by its router and so on".split()
-    for i in range(40):
-        (folder / f"{i}.txt").write_text(f"{i}: " + " ".join(rng.choices(words, k=300)))
-    return folder, tmp_path_factory.mktemp("cache")
-
-
-def arguments(text, workdir, name="prmoe", **overrides):
-    folder, cache = text
-    small = {
-        "data.corpus": folder,
-        "data.cache_dir": cache,
-        "data.tokenizer": "bytes",
-        "model.vocab_size": 384,
-        "model.length": 32,
-        "model.d_model": 16,
-        "model.d_ff": 32,
-        "model.heads": 2,
-        "train.batch_size": 8,
-        "train.steps": 12,
-        "eval.every": 0,
-        "log.every": 1,
-        "optimizer.warmup_tokens": 8 * 32 * 5,
-        # One schedule, so that runs of different lengths are compiled once.
-        "optimizer.decay_tokens": 8 * 32 * 400,
-        "optimizer.learning_rate": 3e-3,
-    }
-    settings = [f"--config.{key}={value}" for key, value in (small | overrides).items()]
-    config = f"--config={REPOSITORY}/configs/tiny.py:{name}"
-    return ["train", config, *settings, f"--workdir={workdir}", "--json"]
-
-
-def start(*args, **environment):
-    return subprocess.Popen(
-        [sys.executable, "-m", "prmoe_jax", *args],
-        cwd=REPOSITORY,
-        env=os.environ | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finish(process):
-    """Exit code, stdout, stderr; for errors a reader can act on."""
-    out, err = process.communicate(timeout=300)
-    return process.returncode, out, err
-
-
-def logged(workdir):
-    lines = read_metrics(Path(workdir) / "metrics.jsonl")
-    return [{k: v for k, v in line.items() if k not in CLOCK} for line in lines]
-
-
-def parameters(workdir):
-    _, step, model, _ = restore_run(Path(workdir))
-    return step, {name: np.asarray(leaf) for name, leaf in named_leaves(model).items()}
-
-
-def assert_same_run(workdir, reference):
-    assert logged(workdir) == logged(reference)
-    (step, model), (expected_step, expected) = parameters(workdir), parameters(reference)
-    assert step == expected_step
-    for name in expected:
-        np.testing.assert_array_equal(model[name], expected[name], err_msg=name)
-
 
 LONG = {
     "name": "2 layers, E=4, residual",
@@ -118,16 +49,6 @@ def undisturbed(text, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("undisturbed") / "run"
     assert main(arguments(text, workdir, **LONG)) == 0
     return workdir
-
-
-def wait_for_lines(workdir, count, process):
-    path = Path(workdir) / "metrics.jsonl"
-    while process.poll() is None:
-        with contextlib.suppress(FileNotFoundError):
-            if path.read_bytes().count(b"\n") >= count:
-                return
-        time.sleep(0.002)
-    raise AssertionError(f"the run ended before line {count}: {finish(process)}")
 
 
 def test_killed_five_times_equals_undisturbed(text, undisturbed, tmp_path):

@@ -21,10 +21,11 @@ from prmoe_jax.parallel.mesh import make_mesh
 from prmoe_jax.run.checkpoint import Checkpoints
 from prmoe_jax.training import upcycle
 from prmoe_jax.training.upcycle import check_fits, upcycled
-from tests.quick import forward, jit
-from tests.test_step import make_batch, settings
-from tests.test_student import layers_of
-from tests.test_train import arguments, logged, text  # noqa: F401
+from tests.support.batches import make_batch
+from tests.support.configs import settings
+from tests.support.models import layers_of
+from tests.support.quick import forward, jit
+from tests.support.runs import arguments, logged
 
 
 def init_from_run(source, target, noise=0.0):
@@ -43,7 +44,7 @@ def activations(model):
 
 
 @pytest.mark.parametrize("text", ["4 layers, E=2+3, top 2", "4 layers, E=2+3, top 2, residual"])
-def test_top_2_computes_what_the_dense_model_did(text):  # noqa: F811
+def test_top_2_computes_what_the_dense_model_did(text):
     source = settings("4 layers", seed=3)
     model, grown = init_from_run(source, settings(text, model={"length": 8}))
     np.testing.assert_allclose(activations(grown), activations(model), rtol=1e-4, atol=1e-5)
@@ -106,7 +107,7 @@ def test_what_does_not_fit(source, target, model, message):
     assert message in str(error.value)
 
 
-def test_a_run_goes_on_from_a_dense_one(text, tmp_path, capsys):  # noqa: F811
+def test_a_run_goes_on_from_a_dense_one(text, tmp_path, capsys):
     """From the command line; a resumed run doesn't start again, and needs the other no more."""
     assert main(arguments(text, tmp_path / "dense", "dense", **{"train.steps": 40})) == 0
     changes = {"init.workdir": tmp_path / "dense", "init.noise": 0.01}
