@@ -1,12 +1,12 @@
 """Files are replaced whole, and what is read back is checked."""
 
 import os
-import resource
 
 import pytest
 
 from prmoe_jax import files
 from prmoe_jax.errors import UserError
+from tests.support.faults import file_size_limit
 
 
 def test_an_unchanged_file_is_not_touched(tmp_path):
@@ -37,13 +37,9 @@ def test_a_failure_leaves_the_old_file(operation, tmp_path, monkeypatch):
     elif operation == "rename":
         monkeypatch.setattr("pathlib.Path.replace", fail)
     if operation == "write":
-        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
-        try:
+        with file_size_limit(1000):
             with pytest.raises(UserError, match="config.json cannot be written: File too large"):
                 files.replace(path, "n" * 2000)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     else:
         with pytest.raises(KeyboardInterrupt):
             files.replace(path, "new")

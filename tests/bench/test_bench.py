@@ -1,6 +1,5 @@
 """`prmoe bench`: the rows' keys, the loads, and that every rival computes what it says."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -11,6 +10,7 @@ import pytest
 from configs import tiny
 from prmoe_jax.bench import moe
 from prmoe_jax.cli import main
+from tests.support.extras import needs_extra
 
 KEYS = """
     backend S M F E load dtype device jax median_s min_s max_s peak_bytes ratio_to_dense
@@ -154,7 +154,7 @@ def test_every_mesh_is_checked_before_a_model_is_made(capsys, monkeypatch):
     assert line.startswith("prmoe: mesh.data=3 makes 3 devices, there are 1;")
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs the extra [tpu]")
+@needs_extra("tpu", "libtpu")
 def test_cycles_by_the_real_compiler():
     """A layer over four chips that aren't there: one-hot products cost more than slots."""
     command = [sys.executable, "-m", "prmoe_jax", "bench", "moe", "--topology=v5e:2x2", "--json"]

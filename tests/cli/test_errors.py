@@ -4,7 +4,6 @@ import fcntl
 import json
 import os
 import re
-import resource
 import shutil
 import urllib.error
 import urllib.request
@@ -15,6 +14,7 @@ import pytest
 
 from configs import paper, tiny
 from prmoe_jax.cli import main
+from tests.support.faults import file_size_limit
 from tests.support.runs import NEW, SETTINGS
 
 TINY = f"--config={tiny.__file__}:6 layers, E=4x2+8, residual"
@@ -513,12 +513,8 @@ def test_a_mistake_does_not_stand_in_the_way(folder, capsys):
 
 def test_a_full_disk_is_named_and_leaves_no_half_cache(folder, capsys):
     before = set((folder / "cache").rglob("*"))
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # bytes a file may have
-    try:
+    with file_size_limit(1000):
         message = fails(new("data.tokenizer=bpe"), capsys)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert re.search(
         "cannot write the cache cache/tokenizers/.*: File too large; make room", message
     )

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import resource
 import subprocess
 import sys
 
@@ -18,6 +17,7 @@ from prmoe_jax.data.corpora import Corpus
 from prmoe_jax.data.pipeline import Batch, TopKLogProbs, Windows, eval_batches, train_iterator
 from prmoe_jax.data.tokenizer import load_tokenizer
 from prmoe_jax.errors import UserError
+from tests.support.faults import file_size_limit
 
 DOCUMENTS = ["the first", "é☃", "x", "a longer document than the others " * 3, "<|endoftext|>"]
 MARK = 256  # The end of text of the tokenizer 'bytes'.
@@ -237,13 +237,9 @@ def test_chunks_do_not_change_the_stream(config, token_cache, monkeypatch):
 def test_full_disk_leaves_nothing(config, tmp_path):
     corpus = corpus_of(["x" * 100_000])
     tokenizer = load_tokenizer(config, 257, corpus)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
-    try:
+    with file_size_limit(50_000):
         with pytest.raises(UserError, match="cannot write the cache .*File too large; make room"):
             tokens.tokenise(config, corpus, "train", tokenizer)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [path.suffix for path in (tmp_path / "cache" / "tokens").iterdir()] == [".lock"]
     assert len(tokens.tokenise(config, corpus, "train", tokenizer).tokens_T) == 100_002
 

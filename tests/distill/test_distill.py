@@ -2,7 +2,6 @@
 
 import dataclasses
 import gc
-import importlib.util
 import json
 import math
 import re
@@ -34,6 +33,7 @@ from prmoe_jax.training.loop import Run
 from prmoe_jax.training.step import init_state, make_train_step
 from tests.support.batches import make_batch
 from tests.support.configs import GENTLE, settings
+from tests.support.extras import needs_extra
 from tests.support.paths import GOLDENS
 from tests.support.quick import jit
 from tests.support.runs import arguments, assert_same_run, finish, logged, start, wait_for_lines
@@ -104,7 +104,7 @@ def test_agreement_with_a_teacher(monkeypatch):
     assert 0 < found.same < found.tokens < batch.mask_BxL.size
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("torch"), reason="needs the extra [interop]")
+@needs_extra("interop", "torch")
 def test_goldens_made_anew(tmp_path):
     script = GOLDENS / "generate_mos.py"
     subprocess.run([sys.executable, script, "--out", tmp_path / "mos.npz"], check=True)

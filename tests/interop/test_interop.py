@@ -2,11 +2,9 @@
 
 import contextlib
 import fcntl
-import importlib.util
 import json
 import os
 import pickle
-import resource
 import shutil
 import signal
 import subprocess
@@ -25,6 +23,8 @@ from prmoe_jax.interop.run import export_run, import_run
 from prmoe_jax.nn.parameters import named_leaves
 from prmoe_jax.run.checkpoint import Checkpoints
 from prmoe_jax.run.restore import restore_run
+from tests.support.extras import needs_extra
+from tests.support.faults import file_size_limit
 from tests.support.paths import GOLDENS
 from tests.support.quick import forward
 from tests.support.runs import arguments, logged
@@ -84,9 +84,7 @@ def test_gpt2_in_and_out_again(source, tmp_path, capsys):
     assert f"--out={tmp_path / 'out'} exists; give" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(
-    not importlib.util.find_spec("transformers"), reason="needs the extra [interop]"
-)
+@needs_extra("interop", "transformers")
 def test_goldens_made_anew(tmp_path):
     script = GOLDENS / "generate_gpt2.py"
     subprocess.run([sys.executable, script, "--out", tmp_path], check=True)
@@ -466,20 +464,9 @@ def test_the_record_of_the_tokenizer(source, tmp_path):
     np.testing.assert_array_equal(*positions(source, run))
 
 
-@contextlib.contextmanager
-def full_disk(size):
-    """No file may have more bytes."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def test_importing_onto_a_full_disk(source, tmp_path, capsys):
     run = tmp_path / "run"
-    with full_disk(20_000):
+    with file_size_limit(20_000):
         assert imported(source, run) == 2
     err = capsys.readouterr().err
     assert err.splitlines()[-1].startswith("prmoe: a checkpoint could not be written to ")
@@ -542,7 +529,7 @@ def test_exporting_onto_a_full_disk(kind, size, runs, tmp_path, capsys):
         f"--workdir={runs / 'dense'}",
         f"--out={tmp_path / 'out'}",
     ]
-    with full_disk(size):
+    with file_size_limit(size):
         assert main(command) == 2
     *_, line = capsys.readouterr().err.splitlines()
     assert line.startswith(f"prmoe: --out={tmp_path / 'out'} cannot be written: ")

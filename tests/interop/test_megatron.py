@@ -4,7 +4,6 @@ The golden file holds the tensors of such a checkpoint (goldens/generate_megatro
 DeepSpeed is installed, its files themselves are read, and it reads ours.
 """
 
-import importlib.util
 import json
 import math
 import os
@@ -25,6 +24,7 @@ from prmoe_jax.model.backends import resolve_backends
 from prmoe_jax.model.transformer import Transformer, init_model
 from prmoe_jax.nn.parameters import named_leaves
 from prmoe_jax.run.restore import restore_run
+from tests.support.extras import needs_extra
 from tests.support.paths import GOLDENS
 
 SCRIPT = GOLDENS / "generate_megatron.py"
@@ -193,9 +193,7 @@ def test_tensors_of_other_precision(tmp_path):
         np.testing.assert_array_equal(array, np.float32(values))
 
 
-needs_deepspeed = pytest.mark.skipif(
-    not importlib.util.find_spec("deepspeed"), reason="needs the extra [interop]"
-)
+needs_deepspeed = needs_extra("interop", "deepspeed")
 
 
 def script(*options):

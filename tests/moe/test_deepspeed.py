@@ -3,7 +3,6 @@
 No torch is needed, but where it and DeepSpeed are installed the goldens are made anew.
 """
 
-import importlib.util
 import json
 import math
 import subprocess
@@ -18,6 +17,7 @@ from prmoe_jax.config import ModelConfig, MoeConfig
 from prmoe_jax.moe import routing
 from prmoe_jax.moe.layer import MoE
 from prmoe_jax.moe.routing import assign, capacity
+from tests.support.extras import needs_extra
 from tests.support.paths import GOLDENS
 from tests.support.quick import jit
 
@@ -133,9 +133,7 @@ def test_priority_decides_who_is_kept():
     np.testing.assert_array_equal(kept_GxSxK[0, :, 0], golden["kept"].any(1))
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("deepspeed") is None, reason="needs the extra [interop]"
-)
+@needs_extra("interop", "deepspeed")
 def test_goldens_are_deepspeeds(tmp_path):
     script = GOLDENS / "generate_deepspeed.py"
     subprocess.run([sys.executable, script, f"--out={tmp_path}"], check=True, timeout=600)

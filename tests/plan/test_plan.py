@@ -1,7 +1,6 @@
 """Reading compiled programs, without the compilers; and one plan by the TPU's, where it is."""
 
 import dataclasses
-import importlib.util
 import json
 import os
 import subprocess
@@ -24,6 +23,7 @@ from prmoe_jax.plan.find import find, fit
 from prmoe_jax.plan.picture import draw
 from prmoe_jax.plan.program import Operation, operations
 from prmoe_jax.plan.report import component, held_bytes, needed_bytes, table
+from tests.support.extras import needs_extra
 
 # As the compiler writes it, shortened: a loop of 3 around a loop of 5, a fusion whose inside must
 # not count again, an unknown estimate, and a collective, which has none.
@@ -544,9 +544,7 @@ def test_picture(tmp_path):
         draw({"fits": a_plan("v5p:2x2x1", 3)}, tmp_path / "plans.docx")
 
 
-needs_tpu_compiler = pytest.mark.skipif(
-    not importlib.util.find_spec("libtpu"), reason="needs the extra [tpu]"
-)
+needs_tpu_compiler = needs_extra("tpu", "libtpu")
 
 
 def planned(text, *arguments, folder, **model):

@@ -5,7 +5,6 @@ import csv
 import io
 import json
 import re
-import resource
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from prmoe_jax.config import load, resolve, save
 from prmoe_jax.report import figures
 from prmoe_jax.report.arms import Mean, arms, difference, mean, write_csv
 from prmoe_jax.sweep.run import record as recorded
+from tests.support.faults import file_size_limit
 from tests.support.records import record
 from tests.support.runs import arguments
 
@@ -209,12 +209,8 @@ def test_a_full_disk_leaves_the_old_report(folder, capsys):
     lines = (folder / "results.jsonl").read_text().splitlines()
     (folder / "results.jsonl").write_text("\n".join(lines[:-2]) + "\n")  # other figures
     capsys.readouterr()
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # bytes a file may have
-    try:
+    with file_size_limit(1000):
         assert main(["report", str(folder)]) == 2
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     (line,) = capsys.readouterr().err.splitlines()
     assert f"{folder}/loss_tokens.svg cannot be written: File too large" in line
     after = {path.name: path.read_bytes() for path in folder.iterdir()}

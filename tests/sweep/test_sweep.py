@@ -7,7 +7,6 @@ import io
 import json
 import logging
 import os
-import resource
 import signal
 import sys
 import threading
@@ -20,6 +19,7 @@ from prmoe_jax.cli import main, parse_config
 from prmoe_jax.config import resolve, save
 from prmoe_jax.sweep import records, run
 from prmoe_jax.sweep.board import Board
+from tests.support.faults import file_size_limit
 from tests.support.paths import REPOSITORY
 from tests.support.records import record
 from tests.support.runs import arguments, finish, start, wait_for_lines
@@ -385,12 +385,8 @@ def test_where_nothing_can_be_written_nothing_is_trained(
         assert main(["sweep", str(folder), f"--workdir={folder / root}"]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert f"{folder / root} cannot be written: " in line
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # as a full disk
-    try:
+    with file_size_limit(1000):
         assert main(sweep(folder)) == 2
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     (line,) = capsys.readouterr().err.splitlines()
     assert f"{folder}/results.jsonl cannot be written: File too large" in line
     (folder / ".results.lock").unlink(missing_ok=True)

@@ -14,14 +14,13 @@ from prmoe_jax.errors import UserError
 from prmoe_jax.inference.generate import Sampling
 from prmoe_jax.tasks import choices, cloze, local, score
 from prmoe_jax.tasks.score import Scorer
+from tests.support.extras import needs_extra
 from tests.support.models import build
 from tests.support.quick import forward
 from tests.support.runs import arguments
 
 SMALL = "2 layers, E=4, residual"
-with_harness = pytest.mark.skipif(
-    not importlib.util.find_spec("lm_eval"), reason="needs the extra [eval]"
-)
+with_harness = needs_extra("eval", "lm_eval")
 
 
 @pytest.fixture(scope="module")
