@@ -16,10 +16,9 @@ from prmoe_jax.errors import UserError
 from prmoe_jax.inference import decoder as decoders
 from prmoe_jax.inference import generate
 from prmoe_jax.inference.generate import Generator, Sampling, TextStream
-from prmoe_jax.moe.experts import Experts, UnstackedExperts
-from prmoe_jax.nn.matmul import matmul, scores
+from prmoe_jax.moe.experts import UnstackedExperts
 from prmoe_jax.nn.parameters import named_leaves
-from prmoe_jax.nn.quantized import QuantizedWeight, quantize
+from prmoe_jax.nn.quantized import QuantizedWeight
 from tests.support.models import build
 from tests.support.quick import forward, jit
 
@@ -319,64 +318,6 @@ def test_streaming_and_stops_in_a_batch():
     assert list(told.values()) == texts
     assert texts[0] == whole[0][: whole[0].index(stop)]
     assert texts[1] == whole[1][: whole[1].find(stop) if stop in whole[1] else None]
-
-
-@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
-def test_products_of_few_rows(kind, monkeypatch):
-    """By parts, by slices and at once, they are the held weights'; those near the given."""
-    monkeypatch.setattr("prmoe_jax.nn.matmul.LARGEST", 100)
-    rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.normal(size=(20, 3, 4)), jnp.float32)
-    w = jnp.asarray(rng.normal(size=(3, 4, 2, 5)), jnp.float32)
-
-    def hold(w, summed):
-        return w if kind == "float32" else quantize(w, kind, summed)
-
-    def wide(held):
-        return held.dequantize(jnp.float32) if isinstance(held, QuantizedWeight) else held
-
-    held = hold(w, (-4, -3))
-    error = {
-        "float32": 0,
-        "bfloat16": jnp.abs(w) / 256,
-        "int8": jnp.abs(w).max((0, 1)) / 254 * 1.001,
-    }[kind]
-    assert (jnp.abs(wide(held) - w) <= error).all()
-    table = hold(jnp.asarray(rng.normal(size=(14, 12)), jnp.float32), (-1,))
-    for rows in (1, 16, 20):
-        expected = np.einsum("rab,abcd->rcd", x[:rows], wide(held))
-        np.testing.assert_allclose(matmul(x[:rows], held, axes=2), expected, rtol=1e-5, atol=1e-5)
-        flat = x[:rows].reshape(rows, 12)
-        expected = flat @ wide(table).T
-        np.testing.assert_allclose(scores(flat, table), expected, rtol=1e-5, atol=1e-5)
-
-
-def test_chosen_experts_are_the_experts():
-    """Row by row as in their own batch; weights of others are never read: they may be NaN."""
-    experts = Experts(5, 6, 8, 0.3, 0.3, jax.random.key(0))
-    x_RxD = jax.random.normal(jax.random.key(1), (4, 6))
-    expert_R = jnp.array([3, 0, 3, 1])
-    expected = experts(jnp.broadcast_to(x_RxD, (5, 4, 6)))[expert_R, jnp.arange(4)]
-    for name in ("w_in", "w_out"):
-        weight = getattr(experts, name)
-        weight[...] = weight[...].at[jnp.array([2, 4])].set(jnp.nan)
-    for held in (experts, UnstackedExperts(experts)):
-        y_RxD = jit(held.per_token)(x_RxD, expert_R)
-        np.testing.assert_allclose(y_RxD, expected, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("rows", [(0, 37, 2, 0, 20), (59, 0, 0, 0, 0), (0, 0, 0, 0, 0)])
-def test_separate_experts_by_blocks(rows):
-    """What one array's are: runs longer than a block, empty ones, and rows of none, which are 0."""
-    experts = Experts(5, 6, 8, 0.3, 0.3, jax.random.key(0))
-    experts.b_out[...] = jax.random.normal(jax.random.key(2), (5, 6))
-    expert_R = jnp.repeat(jnp.arange(6), jnp.array([*rows, 61 - sum(rows)]))
-    x_RxD = jax.random.normal(jax.random.key(1), (61, 6))
-    each_ExRxD = experts(jnp.broadcast_to(x_RxD, (5, 61, 6)))
-    expected = jnp.where((expert_R < 5)[:, None], each_ExRxD[expert_R % 5, jnp.arange(61)], 0)
-    for held in (experts, UnstackedExperts(experts)):
-        y_RxD = jit(held.block_loop)(x_RxD, jnp.array(rows), expert_R)
-        np.testing.assert_allclose(y_RxD, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("batch", "calls"), [(1, 2), (3, 1), (8, 0)])

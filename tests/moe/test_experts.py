@@ -1,0 +1,37 @@
+"""Experts in one array, or in an array each: row by row, and block by block."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from prmoe_jax.moe.experts import Experts, UnstackedExperts
+from tests.support.quick import jit
+
+
+def test_chosen_experts_are_the_experts():
+    """Row by row as in their own batch; weights of others are never read: they may be NaN."""
+    experts = Experts(5, 6, 8, 0.3, 0.3, jax.random.key(0))
+    x_RxD = jax.random.normal(jax.random.key(1), (4, 6))
+    expert_R = jnp.array([3, 0, 3, 1])
+    expected = experts(jnp.broadcast_to(x_RxD, (5, 4, 6)))[expert_R, jnp.arange(4)]
+    for name in ("w_in", "w_out"):
+        weight = getattr(experts, name)
+        weight[...] = weight[...].at[jnp.array([2, 4])].set(jnp.nan)
+    for held in (experts, UnstackedExperts(experts)):
+        y_RxD = jit(held.per_token)(x_RxD, expert_R)
+        np.testing.assert_allclose(y_RxD, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [(0, 37, 2, 0, 20), (59, 0, 0, 0, 0), (0, 0, 0, 0, 0)])
+def test_separate_experts_by_blocks(rows):
+    """What one array's are: runs longer than a block, empty ones, and rows of none, which are 0."""
+    experts = Experts(5, 6, 8, 0.3, 0.3, jax.random.key(0))
+    experts.b_out[...] = jax.random.normal(jax.random.key(2), (5, 6))
+    expert_R = jnp.repeat(jnp.arange(6), jnp.array([*rows, 61 - sum(rows)]))
+    x_RxD = jax.random.normal(jax.random.key(1), (61, 6))
+    each_ExRxD = experts(jnp.broadcast_to(x_RxD, (5, 61, 6)))
+    expected = jnp.where((expert_R < 5)[:, None], each_ExRxD[expert_R % 5, jnp.arange(61)], 0)
+    for held in (experts, UnstackedExperts(experts)):
+        y_RxD = jit(held.block_loop)(x_RxD, jnp.array(rows), expert_R)
+        np.testing.assert_allclose(y_RxD, expected, rtol=1e-5, atol=1e-6)
