@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from tokenizers import decoders as token_decoders
 from tokenizers import models, normalizers, pre_tokenizers
 
-from prmoe_jax.data.tokenizer import Tokenizer, _bytes
+from prmoe_jax.data.tokenizer import Tokenizer
 from prmoe_jax.errors import UserError
 from prmoe_jax.inference import decoder as decoders
 from prmoe_jax.inference import generate
@@ -21,6 +21,7 @@ from prmoe_jax.nn.parameters import named_leaves
 from prmoe_jax.nn.quantized import QuantizedWeight
 from tests.support.models import build
 from tests.support.quick import forward, jit
+from tests.support.tokenizers import byte_tokenizer
 
 
 def held(model, weights="float32"):
@@ -28,7 +29,7 @@ def held(model, weights="float32"):
 
 
 def generator(model, weights="float32", tokenizer=None):
-    return Generator(held(model, weights), tokenizer or _bytes(), MESH)
+    return Generator(held(model, weights), tokenizer or byte_tokenizer(), MESH)
 
 
 def sentencepiece(byte_fallback=False):
@@ -56,7 +57,7 @@ def sentencepiece(byte_fallback=False):
 
 
 TOKENIZERS = {
-    "bytes": _bytes,
+    "bytes": byte_tokenizer,
     "metaspace": sentencepiece,
     "llama": lambda: sentencepiece(byte_fallback=True),
 }
@@ -112,7 +113,7 @@ def test_greedy_text_is_the_likeliest_token_by_token(text, monkeypatch):
     model = build(text)
     prompts = ["a sentence of 22 bytes", "", "the 8 by"]
     texts = generator(model)(prompts, 12, Sampling(temperature=0))
-    tokenizer = _bytes()
+    tokenizer = byte_tokenizer()
     for prompt, found in zip(prompts, texts, strict=True):
         ids = [tokenizer.end_of_text, *tokenizer.encode(prompt)]
         new = []
@@ -241,7 +242,7 @@ def test_a_prompt_that_was_cut_within_a_character():
 
 
 def test_random_bytes_are_decoded_as_at_once():
-    tokenizer, rng = _bytes(), np.random.default_rng(0)
+    tokenizer, rng = byte_tokenizer(), np.random.default_rng(0)
     for _ in range(100):
         ids = rng.integers(0, 256, rng.integers(1, 40)).tolist()
         size = int(rng.integers(1, 9))
@@ -253,7 +254,7 @@ def test_random_bytes_are_decoded_as_at_once():
 
 def test_each_token_is_decoded_a_few_times(monkeypatch):
     """However long the text is: what was decoded stays so."""
-    tokenizer, decoded = _bytes(), []
+    tokenizer, decoded = byte_tokenizer(), []
     decode = tokenizer.decode
     monkeypatch.setattr(tokenizer, "decode", lambda ids: decoded.append(len(ids)) or decode(ids))
     ids = tokenizer.encode("“Déjà vu”, said the expert. " * 200)
@@ -288,7 +289,7 @@ def test_prompts_of_ids_and_of_text_are_the_same():
 
 def test_text_as_it_comes():
     """Stop texts, ends of documents and characters of several bytes, whatever the pieces."""
-    tokenizer = _bytes()
+    tokenizer = byte_tokenizer()
     ids = tokenizer.encode("déjà vu STOP after")
     for size in (1, 2, 3, 5, 40):
         written, pieces = TextStream(tokenizer, ["STOP", "vux"]), []

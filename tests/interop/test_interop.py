@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from prmoe_jax import config as configs
 from prmoe_jax.cli import main
-from prmoe_jax.data.tokenizer import Tokenizer, _bytes
+from prmoe_jax.data.tokenizer import Tokenizer
 from prmoe_jax.errors import UserError
 from prmoe_jax.interop.run import export_run, import_run
 from prmoe_jax.nn.parameters import named_leaves
@@ -28,6 +28,7 @@ from tests.support.faults import file_size_limit
 from tests.support.paths import GOLDENS
 from tests.support.quick import forward
 from tests.support.runs import arguments, logged
+from tests.support.tokenizers import byte_tokenizer
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def source(tmp_path):
     """Hugging Face's folder of a GPT-2, with a tokenizer."""
     folder = tmp_path / "source"
     shutil.copytree(GOLDENS / "gpt2", folder)
-    _bytes().save(folder / "tokenizer.json")
+    byte_tokenizer().save(folder / "tokenizer.json")
     return folder
 
 

@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 
 from prmoe_jax.cli import main
-from prmoe_jax.data.tokenizer import _bytes
 from prmoe_jax.errors import UserError
 from prmoe_jax.interop import deepspeed, torch_files
 from prmoe_jax.model.backends import resolve_backends
@@ -26,6 +25,7 @@ from prmoe_jax.nn.parameters import named_leaves
 from prmoe_jax.run.restore import restore_run
 from tests.support.extras import needs_extra
 from tests.support.paths import GOLDENS
+from tests.support.tokenizers import byte_tokenizer
 
 SCRIPT = GOLDENS / "generate_megatron.py"
 PREFIX = "language_model.encoder.layers."
@@ -135,7 +135,7 @@ def test_what_ours_would_compute_otherwise(name, golden):
 
 def test_torch_is_asked_for(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch_files.importlib.util, "find_spec", lambda name: None)
-    _bytes().save(tmp_path / "tokenizer.json")
+    byte_tokenizer().save(tmp_path / "tokenizer.json")
     command = ["import", "--kind=deepspeed", f"--source={tmp_path}", f"--workdir={tmp_path / 'r'}"]
     assert main(command) == 2
     assert "DeepSpeed's checkpoints are torch files: pip install torch" in capsys.readouterr().err
@@ -207,7 +207,7 @@ def checkpoint(tmp_path_factory):
     """What DeepSpeed's engine wrote, with a tokenizer beside it; and its golden file."""
     folder = tmp_path_factory.mktemp("deepspeed")
     script(f"--checkpoint={folder / 'checkpoint'}", f"--out={folder}")
-    _bytes().save(folder / "checkpoint" / "tokenizer.json")
+    byte_tokenizer().save(folder / "checkpoint" / "tokenizer.json")
     return folder / "checkpoint"
 
 

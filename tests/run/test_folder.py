@@ -1,4 +1,4 @@
-"""A run's folder: after damage or on a full disk, the run goes on as if undisturbed, or says why."""
+"""A run's folder: after damage or on a full disk, the run goes on undisturbed or says why."""
 
 import json
 import os

@@ -24,7 +24,6 @@ from prmoe_jax.config import (  # noqa: E402
     architecture,  # noqa: E402
 )
 from prmoe_jax.data.pipeline import Batch  # noqa: E402
-from prmoe_jax.data.tokenizer import _bytes  # noqa: E402
 from prmoe_jax.inference.decoder import decoder  # noqa: E402
 from prmoe_jax.inference.generate import Generator, Sampling  # noqa: E402
 from prmoe_jax.model.backends import resolve_backends  # noqa: E402
@@ -39,6 +38,7 @@ from prmoe_jax.run.metrics import to_python  # noqa: E402
 from prmoe_jax.run.restore import restore_run  # noqa: E402
 from prmoe_jax.training import evaluate  # noqa: E402
 from prmoe_jax.training.step import compile_train_step, init_state, make_train_step, sharded_state  # noqa: E402
+from tests.support.tokenizers import byte_tokenizer  # noqa: E402
 
 ROWS, LENGTH = 8, 16
 ARCHITECTURES = {
@@ -307,7 +307,7 @@ def evaluates(folder: str) -> None:
         values = dataclasses.replace(values, moe=moe, data=config.DataConfig(**data), seed=windows)
         (root / name).mkdir()
         config.save(config.resolve(dataclasses.asdict(values)), root / name / "config.json")
-        _bytes().save(root / name / "tokenizer.json")
+        byte_tokenizer().save(root / name / "tokenizer.json")
         store = Checkpoints(root / name, keep=1)
         store.save_model(1, init_model(resolve_backends(values, "cpu")), {})
         store.close()
@@ -337,7 +337,7 @@ def generates() -> None:
             with jax.set_mesh(mesh):
                 model = init_model(on)
                 placed = jax.device_put(model, sharding.shardings(model, mesh))
-                generator = Generator(decoder(placed, kind, mesh), _bytes(), mesh)
+                generator = Generator(decoder(placed, kind, mesh), byte_tokenizer(), mesh)
                 texts = generator(prompts, 20, Sampling(1.0), [1, 2, 3])
             assert texts == expected.setdefault(kind, texts), (name, kind, texts, expected)
             print(name, kind, "equal", flush=True)

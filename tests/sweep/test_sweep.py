@@ -109,8 +109,8 @@ def test_shards_share_the_runs(text, tmp_path, monkeypatch, capsys):
         assert main(sweep(folder, f"--shard={shard}")) == 1
     assert trained == [f"run-{i}" for i in (0, 3, 6, 1, 4, 2, 5)]
     # Of these two records only the first is of the same settings.
-    same = run.planned(folder)["run-0"]
-    rows = [{"run": "run-0", "settings": run._settings(same)}, {"run": "run-3", "settings": {}}]
+    same = recorded_settings(tmp_path / "other", settings(text))
+    rows = [{"run": "run-0", "settings": same}, {"run": "run-3", "settings": {}}]
     (folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     trained.clear()
     assert main(sweep(folder, "--shard=1/3")) == 1
@@ -183,6 +183,11 @@ def finished_run(folder, name, given):
     start = {"git_revision": "abc", "versions": {"jax": "0.1"}, "device": "cpu"}
     (workdir / "environment.json").write_text(json.dumps([start]))
     return workdir
+
+
+def recorded_settings(folder, given):
+    """The settings in the record of such a run."""
+    return run.record("run", resolve(given), finished_run(folder, "run", given))["settings"]
 
 
 def lines_of(folder):
@@ -281,7 +286,8 @@ def test_a_damaged_record(row, message, given, tmp_path, untrained, capsys):
 
 def test_an_incomplete_record(given, tmp_path, untrained, capsys):
     folder = write(tmp_path / "sweep", {"b": given})
-    put_rows(folder, {"run": "b", "settings": run._settings(resolve(given)), "seed": 0})
+    same = recorded_settings(tmp_path / "other", given)
+    put_rows(folder, {"run": "b", "settings": same, "seed": 0})
     assert main(sweep(folder)) == 2
     *_, line = capsys.readouterr().err.splitlines()
     assert "results.jsonl: the record of b is damaged: it has no total_params, active_p" in line
@@ -488,7 +494,9 @@ def test_the_board_shows_states_as_they_are(given, tmp_path, caplog):
         '{"step": 3, "loss": 5.5, "tokens_per_second": 7.0}\n{"step": 5, "eval/loss": 4.5}\n{"st'
     )
     board = Board({"a": (tmp_path, config), "b": (tmp_path / "nowhere", config)})
-    board._states |= {"a": "failed: [/no] [bold]", "b": "running"}
+    board.put("a", "failed: [/no] [bold]")
+    board.put("b", "running")
+    caplog.clear()
     console = Console(width=120, record=True, file=io.StringIO())
     console.print(board.table())
     shown = console.export_text()
@@ -496,7 +504,8 @@ def test_the_board_shows_states_as_they_are(given, tmp_path, caplog):
     assert caplog.records == []
     for damage in "garbage\n", "7\n", '{"step": 3, "loss": null}\n', '{"loss": 3}\n':
         (tmp_path / "metrics.jsonl").write_text(damage)
-        assert board._cells("a") == []
+        _, _, *progress = board.table().columns
+        assert [next(iter(column.cells)) for column in progress] == ["", "", ""]
 
 
 def test_what_sweep_py_prints_is_no_result(given, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """Scores in tasks: each token's log-probability, whatever is scored beside it."""
 
+import dataclasses
 import importlib.util
 import json
 import shutil
@@ -11,7 +12,8 @@ import pytest
 from prmoe_jax.cli import main
 from prmoe_jax.config import DataConfig
 from prmoe_jax.errors import UserError
-from prmoe_jax.inference.generate import Sampling
+from prmoe_jax.inference.generate import Generator, Sampling
+from prmoe_jax.run.restore import restore_run
 from prmoe_jax.tasks import choices, cloze, local, score
 from prmoe_jax.tasks.score import Scorer
 from tests.support.extras import needs_extra
@@ -247,6 +249,11 @@ def lm(run):
     return PrmoeLM(str(run), batch_size=2)
 
 
+@pytest.fixture(scope="module")
+def generator(run):
+    return Generator.restore(run)
+
+
 def asked(kind, *arguments):
     from lm_eval.api.instance import Instance
 
@@ -260,7 +267,8 @@ def continued(lm, *requests):
 @with_harness
 def test_the_harness(run, lm, capsys):
     """Log-probabilities of both kinds, text until a stop, and a task in one command."""
-    mark, model = lm.eot_token_id, lm._scorer._model
+    mark, (_, _, model, _) = lm.eot_token_id, restore_run(run)
+    model.config = dataclasses.replace(model.config, dtype="float32")  # as scores are on a CPU
 
     pairs = [("the expert", " of"), ("", "token"), ("of a ", "router")]
     for (context, continuation), found in zip(
@@ -293,7 +301,7 @@ def test_the_harness(run, lm, capsys):
 
 
 @with_harness
-def test_long_prompts_are_cut_by_their_tokens(lm):
+def test_long_prompts_are_cut_by_their_tokens(lm, generator):
     """Wherever they are cut: half a quotation mark, decoded and encoded, is longer than it was."""
     prompts = ["”" * 20 + "x" * rest for rest in range(6)] + ["日本語" * 9, "of a token " * 9]
     # No more than half of the context of 32 is continued.
@@ -301,11 +309,11 @@ def test_long_prompts_are_cut_by_their_tokens(lm):
         until = {"until": [], "max_gen_toks": asked_for}
         found = continued(lm, *((prompt, until) for prompt in prompts))
         kept = [lm.tok_encode(prompt)[-(32 - tokens - 1) :] for prompt in prompts]
-        assert lm._generator(kept, tokens, Sampling(0)) == found
+        assert generator(kept, tokens, Sampling(0)) == found
 
 
 @with_harness
-def test_repeats_are_drawn_differently(lm):
+def test_repeats_are_drawn_differently(lm, generator):
     """By their number among equal requests: whatever the batch and the order are."""
     hot = {"until": [], "do_sample": True, "temperature": 1.0, "max_gen_toks": 12}
     a, b, c = ("the ", hot), ("of ", hot), ("the ", hot | {"temperature": 1.1})
@@ -313,20 +321,20 @@ def test_repeats_are_drawn_differently(lm):
     assert len(set(texts[:3])) == 3 and texts[3] != texts[4]
     again = continued(lm, b, a, c, a, b, a)
     assert [again[i] for i in (1, 3, 5, 0, 4, 2)] == texts
-    assert texts[:3] == lm._generator(["the "] * 3, 12, Sampling(1.0), [0, 1, 2])
+    assert texts[:3] == generator(["the "] * 3, 12, Sampling(1.0), [0, 1, 2])
     cold = hot | {"do_sample": False}
     assert len(set(continued(lm, ("the ", cold), ("the ", cold)))) == 1
 
 
 @with_harness
-def test_settings_of_generation_are_the_harness_s(lm, caplog):
+def test_settings_of_generation_are_the_harness_s(lm, generator, caplog):
     """Its aliases and its rules: a temperature alone samples, and do_sample=False is greedy."""
 
     def found(**settings):
         return continued(lm, ("the ", {"until": []} | settings))[0]
 
     def directly(tokens, *sampling):
-        return lm._generator(["the "], tokens, Sampling(*sampling))[0]
+        return generator(["the "], tokens, Sampling(*sampling))[0]
 
     greedy, sampled = directly(12, 0.0), directly(12, 2.0)
     assert greedy != sampled

@@ -13,7 +13,6 @@ import pytest
 
 from prmoe_jax import config
 from prmoe_jax.cli import main
-from prmoe_jax.data.tokenizer import _bytes
 from prmoe_jax.errors import UserError
 from prmoe_jax.model.transformer import init_model
 from prmoe_jax.nn.parameters import named_leaves
@@ -26,6 +25,7 @@ from tests.support.configs import settings
 from tests.support.models import layers_of
 from tests.support.quick import forward, jit
 from tests.support.runs import arguments, logged
+from tests.support.tokenizers import byte_tokenizer
 
 
 def init_from_run(source, target, noise=0.0):
@@ -129,7 +129,7 @@ def test_a_run_goes_on_from_a_dense_one(text, tmp_path, capsys):
 def dense(tmp_path_factory):
     """The folder of a dense run, to spoil copies of."""
     run = tmp_path_factory.mktemp("dense")
-    values, tokenizer = settings("2 layers"), _bytes()
+    values, tokenizer = settings("2 layers"), byte_tokenizer()
     with contextlib.closing(Checkpoints(run, keep=1)) as checkpoints:
         record = {"fingerprint": {"tokenizer": tokenizer.fingerprint}}
         checkpoints.save_model(2, jit(lambda: init_model(values))(), record)
@@ -204,7 +204,7 @@ def test_a_damaged_or_foreign_folder(name, dense, tmp_path, monkeypatch):
     mesh = make_mesh(target, jax.devices()[:1])
     damage(Path("copy"))
     with pytest.raises(UserError) as error:
-        upcycle.init_from_run(target, mesh, _bytes())
+        upcycle.init_from_run(target, mesh, byte_tokenizer())
     line = str(error.value)
     assert message in line and "\n" not in line
     assert line.endswith("; --config.init.workdir names the run to start as")
