@@ -12,8 +12,9 @@ import pytest
 from prmoe_jax.cli import main
 from prmoe_jax.config import leaves, load
 from prmoe_jax.run.metrics import read_metrics
+from tests.support.paths import GOLDENS
 
-ARCHIVE = Path(__file__).parent / "goldens" / "run_91ef632.zip"
+ARCHIVE = GOLDENS / "run_91ef632.zip"
 
 
 @pytest.fixture
