@@ -256,7 +256,10 @@ CASES = {
     "learning rate": (params("optimizer.learning_rate=-1"), "learning_rate=-1.0 must be above 0"),
     "minimum rate": (params("optimizer.min_learning_rate=1"), "must be from 0 to learning_rate="),
     "steps": (params("train.steps=-2"), "train.steps=-2 is out of range; use 0 or more"),
-    "batch": (params("train.batch_size=0"), "train.batch_size=0 is out of range; use 1 or more"),
+    "batch": (
+        params("train.batch_size=0"),
+        "train.batch_size=0 is out of range; use a value from 1 to 1048576",
+    ),
     "decay": (params("optimizer.decay_tokens=5"), "decay_tokens=5 must be above warmup_tokens="),
     "dtype": (params("model.dtype=f32"), "model.dtype='f32' is unknown; use one of bfloat16, flo"),
     "remat": (params("model.remat=some"), "model.remat='some' is unknown; use one of none, dots"),
