@@ -1,4 +1,4 @@
-"""Where the experts go: the placement schedule, its string form, and its stages."""
+"""The placement schedule of the experts, its string form, and its stages."""
 
 import dataclasses
 import re
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from prmoe_jax.errors import UserError
 
-_TERM = r"[1-9]\d*(x[1-9]\d{0,3})?"  # of an 'E=': a count of experts, and of layers that have it
+_TERM = r"[1-9]\d*(x[1-9]\d{0,3})?"  # a term of 'E=…': numbers of experts and of layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,9 +22,9 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """The feed-forward of every layer, first to last: one row of the paper's comparison.
+    """The feed-forward network of every layer, first to last: one row of the paper's comparison.
 
-    `experts` has one entry a layer: the number of experts of its MoE, 0 for a dense MLP.
+    `experts` has one entry per layer: the number of experts of its MoE, 0 for a dense MLP.
     `top_k` experts serve each token; `residual` adds a fixed MLP beside them (paper, 4.1.2).
     """
 
@@ -36,10 +36,10 @@ class Schedule:
     def place(
         cls, layers: int, placement: str, experts: Sequence[int], top_k: int = 1, residual=False
     ) -> "Schedule":
-        """Distributes `experts`, one count an MoE layer or one for all, by a placement.
+        """Gives `experts`, one count per MoE layer or one for all, to the layers of a placement.
 
         Raises:
-          UserError: the placement is unknown or empty, or the counts do not fit it.
+          UserError: the placement is unknown or has no layers, or the counts do not fit it.
         """
         indices = moe_layers(layers, placement)
         if not indices:
@@ -64,8 +64,8 @@ class Schedule:
     def parse(cls, text: str) -> "Schedule":
         """Reads '24 layers, E=32x10+64x2, residual'; the inverse of `str`.
 
-        The parts, separated by commas: 'N layers'; a placement ('every 2' unless given; see
-        `moe_layers`); 'E=128', or one 'count x layers' term per run of equal MoE layers;
+        The parts are separated by commas: 'N layers'; a placement (default 'every 2'; see
+        `moe_layers`); 'E=128', or one term 'EXPERTSxLAYERS' per run of equal MoE layers;
         'top 2'; 'residual'. Without an E the model is dense.
 
         Raises:
@@ -92,9 +92,9 @@ class Schedule:
     def stages(self) -> tuple[Stage, ...]:
         """Cuts the layers into runs of identical cells, so that the fewest layers are compiled.
 
-        Compile time follows the summed cell lengths, so these are minimised, by dynamic
-        programming over where the first run ends. Ties go to the fewest stages, then to the
-        longest first run: a student of 21 layers gets the cells of its teacher of 24.
+        Compile time grows with the sum of the cell lengths. Dynamic programming over the end of
+        the first run minimises this sum. Ties go to the fewest stages, then to the longest first
+        run, so that a student of 21 layers gets the cells of its teacher of 24.
         """
         n = len(self.experts)
         best: list[tuple[int, tuple[Stage, ...]]] = [(0, ())] * (n + 1)
@@ -113,12 +113,13 @@ class Schedule:
 
 
 def moe_layers(layers: int, placement: str) -> tuple[int, ...]:
-    """The 0-based indices of the MoE layers: 'none', 'every N' (the N-th, 2N-th, …),
+    """The 0-based indices of the MoE layers of a placement.
 
-    'first half', 'second half' (every layer of that half), or 'layers 1 3 7'.
+    Placements are 'none', 'every N' (the N-th, 2N-th, … layer), 'first half', 'second half'
+    (every layer of that half), and 'layers 1 3 7'.
 
     Raises:
-      UserError: the placement is none of these, or names a layer that is not there.
+      UserError: the placement is none of these, or names a layer that does not exist.
     """
     half = layers // 2
     named = {
@@ -150,7 +151,7 @@ def moe_layers(layers: int, placement: str) -> tuple[int, ...]:
 
 
 def parse_fields(text: str) -> dict:
-    """The arguments of `Schedule.place` that an architecture string stands for.
+    """Parses an architecture string into the arguments of `Schedule.place`.
 
     Raises:
       UserError: a part is unknown, given twice, or missing.

@@ -1,4 +1,4 @@
-"""Settings from a ConfigDict or a run's config.json to a checked `Config`, and back."""
+"""Turns a ConfigDict or a run's config.json into a checked `Config`, and back."""
 
 import dataclasses
 import difflib
@@ -18,7 +18,7 @@ def resolve(settings: ConfigDict | Mapping) -> Config:
     """Freezes settings into a `Config` and checks them.
 
     Raises:
-      UserError: an unknown key, a wrong type, or values that do not fit together; one line.
+      UserError: a key is unknown, a type is wrong, or values do not fit together; one line.
     """
     if isinstance(settings, ConfigDict):
         settings = settings.to_dict()
@@ -28,12 +28,12 @@ def resolve(settings: ConfigDict | Mapping) -> Config:
 
 
 def save(config: Config, path: Path) -> None:
-    """Writes a config as JSON; `load` reads it back to an equal one."""
+    """Writes a config as JSON, from which `load` makes an equal one."""
     files.replace(path, json.dumps(dataclasses.asdict(config), indent=2) + "\n")
 
 
 def load(path: Path) -> Config:
-    """Reads what `save` wrote.
+    """Reads a config that `save` wrote.
 
     Raises:
       UserError: the file is missing or is not a valid config.
@@ -51,14 +51,14 @@ def load(path: Path) -> Config:
 
 
 def expand(name: str, text: str) -> Path:
-    """The path that a setting holds, with the home directory in the place of `~`.
+    """The path in a setting, with `~` replaced by the home directory.
 
     Args:
-      name: the setting's name, for the message.
-      text: its value.
+      name: the setting's name, for the error message.
+      text: the setting's value.
 
     Raises:
-      UserError: the home directory is not known.
+      UserError: the home directory cannot be determined.
     """
     try:
         return Path(text).expanduser()
@@ -68,8 +68,8 @@ def expand(name: str, text: str) -> Path:
         ) from None
 
 
-# What may differ when a run is resumed: none of it changes a parameter or a training loss (other
-# devices add up in another order).
+# Settings that may differ when a run is resumed: they change no parameter and no training loss,
+# except that other devices add up in another order.
 RESUMABLE = ("eval.", "checkpoint.", "log.", "data.cache_dir", "mesh.", "moe.exchange")
 
 
@@ -77,7 +77,7 @@ def check_resume(saved: Config, given: Config) -> None:
     """Refuses a resumed run whose settings would make it another run.
 
     Raises:
-      UserError: names each setting that differs, with both values.
+      UserError: settings differ; names each, with both values.
     """
     before, after = leaves(saved), leaves(given)
     changed = {k for k in before if before[k] != after[k] and not k.startswith(RESUMABLE)}

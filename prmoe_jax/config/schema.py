@@ -1,7 +1,7 @@
 """The settings of an experiment: type, default, meaning, choices and bounds, each declared once.
 
 `prmoe train --help`, docs/configuration.md (`python docs/generate.py`) and the checks of single
-values follow from these declarations. `validation.py` checks what settings mean together.
+values follow from these declarations. `validation.py` checks combinations of settings.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from prmoe_jax.config.architecture import Schedule
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What is declared of a setting besides its type and default."""
+    """The declaration of a setting, apart from its type and default."""
 
     meaning: str
     choices: dict[str, str] | None = None  # value -> remark
@@ -23,11 +23,11 @@ class Setting:
     most: float | None = None
     above: float | None = None  # the value must be larger
     below: float | None = None  # the value must be smaller
-    infinite: bool = False  # whether inf is a value
-    path: bool = False  # whether it names, or may name, a file or folder
+    infinite: bool = False  # whether inf is allowed
+    path: bool = False  # whether the value is, or may be, the path of a file or folder
 
     def described(self) -> str:
-        """The meaning, with the choices, in plain text; quotes mark what a user would write."""
+        """The meaning and the choices as plain text; quotes mark the values to write."""
         if not self.choices:
             return self.meaning
         choices = [f"'{c}'" + f" ({remark})" * bool(remark) for c, remark in self.choices.items()]
@@ -441,7 +441,7 @@ class Config:
 
     @property
     def kd_steps(self) -> int:
-        """Steps in which the teacher teaches."""
+        """The number of steps with a teacher, at the start of the run."""
         if not (self.teacher.workdir or self.teacher.lessons):
             return 0
         if self.kd.stop <= 1:
@@ -462,7 +462,7 @@ class Config:
 
 
 def declarations() -> dict[str, Setting]:
-    """The declaration of every setting by its name on the command line, in order."""
+    """The declaration of every setting, by its name on the command line, in order."""
     declared = {}
     for field in dataclasses.fields(Config):
         if dataclasses.is_dataclass(field.type):
@@ -474,14 +474,14 @@ def declarations() -> dict[str, Setting]:
 
 
 def default_config() -> ConfigDict:
-    """All settings with their defaults, for a config file to start from."""
+    """All settings with their defaults: the start of a config file."""
     return ConfigDict(dataclasses.asdict(Config()))
 
 
 def group_rows(config: Config, teacher: Config | None = None) -> int:
-    """How many neighbouring sequences of a batch must be computed together.
+    """The number of neighbouring sequences of a batch that must be computed together.
 
-    So the routing groups that span several sequences stay whole, a teacher's as well.
+    This keeps routing groups of several sequences whole, the teacher's as well.
     """
     length = config.model.length
     groups = [one.moe.group_size or length for one in (config, teacher) if one]
@@ -489,7 +489,7 @@ def group_rows(config: Config, teacher: Config | None = None) -> int:
 
 
 def leaves(config: Config) -> dict[str, object]:
-    """Every setting by its name on the command line, 'model.layers' and the like."""
+    """The value of every setting, by its name on the command line, such as 'model.layers'."""
     named = {}
     for group, values in dataclasses.asdict(config).items():
         if isinstance(values, dict):

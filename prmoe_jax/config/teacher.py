@@ -1,4 +1,4 @@
-"""The config of a teacher, on the mesh and the batches of its student."""
+"""A teacher's config, adapted to the mesh and batches of its student."""
 
 import dataclasses
 import math
@@ -11,10 +11,10 @@ from prmoe_jax.errors import UserError
 
 
 def teacher_of(config: Config) -> Config:
-    """The config of the run that teaches `config`, from its folder: as it is beside its student.
+    """Loads the teacher's config of a student's config and adapts it by `beside`.
 
     Raises:
-      UserError: no run there, or see `beside`.
+      UserError: the folder holds no run, or the teacher doesn't fit (see `beside`).
     """
     try:
         teacher = load(Path(config.teacher.workdir) / "config.json")
@@ -24,10 +24,11 @@ def teacher_of(config: Config) -> Config:
 
 
 def beside(teacher: Config, student: Config) -> Config:
-    """A teacher's config on its student's mesh.
+    """Adapts a teacher's config to its student's mesh and exchange.
 
     Raises:
-      UserError: it doesn't fit its student's vocabulary, context, batch or capacity factor.
+      UserError: the teacher doesn't fit its student's vocabulary, context, batch or capacity
+        factor.
     """
     model = student.model
     require(

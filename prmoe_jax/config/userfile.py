@@ -1,4 +1,4 @@
-"""Config and sweep files: Python that a user wrote, whose mistakes are the user's, or ours."""
+"""Runs config and sweep files, Python of the user or of this package, and reports their errors."""
 
 import contextlib
 import runpy
@@ -12,18 +12,18 @@ from prmoe_jax.errors import UserError
 
 
 def call(path: Path, function: str, *arguments, named: str):
-    """Runs a file, and returns what a function in it returns.
+    """Runs a file, calls a function in it, and returns the result.
 
-    A generator that is returned has not run yet: go through it inside `mistakes`.
+    If the result is a generator, it has not run yet: iterate over it inside `mistakes`.
 
     Args:
       path: the file.
       function: the function's name.
-      *arguments: what it is given.
-      named: how the user named the file, for messages.
+      *arguments: the function's arguments.
+      named: the file as the user named it, for error messages.
 
     Raises:
-      UserError: there is no such function, or the file fails: says how, and at which line.
+      UserError: there is no such function, or the file fails; gives the error and its line.
     """
     with mistakes(path, named):
         found = runpy.run_path(str(path)).get(function)
@@ -36,10 +36,10 @@ def shipped(name: str) -> Path:
     """The path of a config file that comes with this package, such as 'tiny'.
 
     Raises:
-      UserError: there is none of that name.
+      UserError: there is no such file.
     """
     package = Path(prmoe_jax.__file__).parent
-    # Installed from a wheel they are inside the package; in a checkout they are beside it.
+    # A wheel has the configs inside the package; a checkout has them beside it.
     folder = next(f for f in (package / "configs", package.parent / "configs") if f.is_dir())
     names = sorted(file.stem for file in folder.glob("*.py") if file.stem != "__init__")
     if name not in names:
@@ -52,13 +52,13 @@ def shipped(name: str) -> Path:
 
 @contextlib.contextmanager
 def mistakes(path: Path, named: str) -> Iterator[None]:
-    """Surrounds whatever may run code of a user's file; see `call` for the arguments.
+    """Surrounds code that may run code of a user's file; see `call` for the arguments.
 
-    What the code prints goes to stderr: stdout belongs to the command's own result.
+    Output of that code goes to stderr, because stdout is for the command's own result.
 
     Raises:
-      UserError: the code raised anything, SystemExit included, but not KeyboardInterrupt, which
-        is the user's Ctrl-C.
+      UserError: the code raised any exception, including SystemExit, but not KeyboardInterrupt,
+        which is the user's Ctrl-C.
     """
     try:
         with contextlib.redirect_stdout(sys.stderr):
@@ -76,5 +76,5 @@ def mistakes(path: Path, named: str) -> Iterator[None]:
 def _message(error: BaseException) -> str:
     try:
         return str(error)
-    except BaseException:  # the exception's class is the user's code too
+    except BaseException:  # the exception's class is also the user's code
         return "(its message cannot be shown)"

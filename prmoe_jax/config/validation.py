@@ -1,4 +1,4 @@
-"""Which values go together: every check between settings, made before anything compiles."""
+"""Checks settings, each alone and together, before anything compiles."""
 
 import dataclasses
 import math
@@ -18,10 +18,10 @@ from prmoe_jax.errors import UserError
 
 
 def check_runs_without_limit(config: Config) -> None:
-    """What generation and tasks need: a run that predicts the same where no token is dropped.
+    """Checks that a run can predict without an expert capacity, as generation and tasks do.
 
     Raises:
-      UserError: its experts choose tokens, and without a limit every expert takes every token.
+      UserError: the experts choose tokens: without a limit every expert would take every token.
     """
     require(
         config.moe.router == "token_choice",
@@ -31,7 +31,7 @@ def check_runs_without_limit(config: Config) -> None:
 
 
 def show(value) -> str:
-    """A value for a message; Python prints no number of more than 4,300 digits."""
+    """A value as text for a message; Python prints no number of more than 4,300 digits."""
     try:
         return repr(value)
     except ValueError:
@@ -43,13 +43,13 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
-# The largest whole number unless a setting declares another. JAX counts steps and the tokens of a
-# step in 32 bits.
+# The largest whole number of a setting that declares no other limit. JAX counts steps and the
+# tokens of a step in 32 bits.
 LARGEST = 2**31 - 1
-# The normal numbers of float32: it turns larger ones into inf, and smaller ones into 0.
+# The range of float32's normal numbers: larger ones become inf, and smaller ones 0.
 FLOAT32 = 2.0**-126, 2.0**128 - 2.0**104
 
-# Elements of the largest array. XLA aborts the process where their bytes overflow 63 bits.
+# Most elements of an array. XLA aborts the process if an array's bytes overflow 63 bits.
 LARGEST_ARRAY = 2**60
 
 
@@ -57,7 +57,7 @@ def check(config: Config) -> None:
     """Refuses values that are out of range, or that do not fit together.
 
     Raises:
-      UserError: names the settings, their values, and values that would do.
+      UserError: values were refused; names the settings, their values, and valid values.
     """
     declared, values = declarations(), leaves(config)
     for name, setting in declared.items():
@@ -96,7 +96,7 @@ def _check_type(name: str, value, setting: Setting) -> None:
 
 
 def _check_bounds(name: str, value, setting: Setting) -> None:
-    """Refuses what the setting's own declaration excludes."""
+    """Refuses values that the setting's own declaration excludes."""
     least, most, above, below = setting.least, setting.most, setting.above, setting.below
     if setting.choices:
         require(
@@ -123,7 +123,7 @@ def _check_bounds(name: str, value, setting: Setting) -> None:
 
 
 def _check_path(name: str, value: str) -> None:
-    """Refuses a path that no file system can hold; whether it exists is seen when it is used."""
+    """Refuses a path that no file system can hold; it need not exist before it is used."""
     try:
         encoded = os.fsencode(value)
     except UnicodeEncodeError:
@@ -211,7 +211,7 @@ def _check_moe(config: Config) -> None:
 
 
 def _check_factor(name: str, factor: float) -> None:
-    """Refuses numbers that overflow when they are multiplied by tokens, as inf would not."""
+    """Refuses finite factors that may overflow when multiplied by a number of tokens."""
     require(
         factor <= LARGEST or factor == math.inf,
         f"{name}={factor} is out of range; use inf, which never drops",
@@ -219,9 +219,10 @@ def _check_factor(name: str, factor: float) -> None:
 
 
 def check_groups(config: Config, student: Config | None = None) -> None:
-    """Routing groups must be made of whole sequences, or sequences of whole groups.
+    """Checks that routing groups consist of whole sequences, or sequences of whole groups.
 
-    A teacher's group size is given: what doesn't fit it is the batch of its student.
+    If `config` is the teacher of a `student`, its group size is fixed, and the error suggests
+    another length or batch for the student.
     """
     train, group, length = config.train, config.group_size, config.model.length
     fix = _largest_divisor(length, group)
@@ -253,7 +254,7 @@ def _largest_divisor(number: int, limit: int) -> int:
 
 
 def _check_expert_choice(moe: MoeConfig) -> None:
-    """Refuses what has a meaning only where tokens choose."""
+    """Refuses settings that have no effect with expert choice, and infinite capacity."""
     for name in ("capacity_factor", "eval_capacity_factor"):
         require(
             math.isfinite(getattr(moe, name)),
@@ -278,7 +279,7 @@ def _check_expert_choice(moe: MoeConfig) -> None:
 
 
 def _check_mesh(mesh: MeshConfig) -> None:
-    """What can be said without the devices; the rest is `parallel.mesh.axis_sizes`."""
+    """Makes the checks that need no devices; `parallel.mesh.axis_sizes` makes the others."""
     sizes = dataclasses.asdict(mesh)
     for name, size in sizes.items():
         may_be_rest = name != "expert_inner"
@@ -396,7 +397,7 @@ def _check_distillation(config: Config) -> None:
 
 
 def _check_arrays(config: Config) -> None:
-    """Refuses sizes that are possible one by one, and impossible together."""
+    """Refuses sizes that are possible one by one but make too large an array together."""
     model, tokens = config.model, config.tokens_per_step
     require(
         tokens <= LARGEST,
