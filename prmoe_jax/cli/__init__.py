@@ -1,6 +1,6 @@
 """The command line: a file for each verb, which declares its options and calls one function.
 
-JAX is imported inside the verbs, so that help and mistakes are answered at once.
+JAX is imported inside the verbs, so that help and error messages appear at once.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _processes(arguments: list[str]):
-    """The run's other processes; joined before anything else, so that a mistake ends all."""
+    """Joins the run's other processes before anything else, so that a mistake ends all of them."""
     if arguments[:1] not in (["train"], ["eval"]) or "--distributed" not in arguments:
         return contextlib.nullcontext()
     allocator.keep_freed_memory()

@@ -1,4 +1,4 @@
-"""`prmoe bench`: parts of the library timed beside their rivals."""
+"""`prmoe bench`: times parts of the library beside other implementations."""
 
 import json
 import re
@@ -14,7 +14,7 @@ BENCH_SIZES = (
     (2048, 512, 2048, 128),
     (8192, 256, 1024, 8),
 )
-MODELLED_SIZES = ((4096, 2048, 8192, 128),)  # with --topology: S is a chip's
+MODELLED_SIZES = ((4096, 2048, 8192, 128),)  # with --topology, where S is the tokens of one chip
 
 
 def add(verb, verbs) -> None:
@@ -103,7 +103,7 @@ def _bench_moe(options, rest) -> None:
 
 
 def _size(text: str) -> tuple[int, ...]:
-    """'4096,512,2048,64' as numbers."""
+    """Parses '4096,512,2048,64' into numbers."""
     parts = [part.strip() for part in text.split(",")]
     if len(parts) != 4 or not all(re.fullmatch("[0-9]{1,9}", part) for part in parts):
         raise UserError(f"--sizes={text} must be four counts S,M,F,E such as 4096,512,2048,64")

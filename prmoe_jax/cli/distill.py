@@ -1,4 +1,4 @@
-"""`prmoe distil-plan` and `prmoe teacher-cache`: what a student takes from its teacher."""
+"""`prmoe distil-plan` and `prmoe teacher-cache`: a student's initial model and teacher cache."""
 
 import json
 
@@ -40,7 +40,7 @@ def _teacher_cache(options, rest) -> None:
 
 
 def _taught_config(rest):
-    """The config of a student, whose teacher is a run."""
+    """Parses the config of a student whose teacher is a run."""
     config = parse_config(rest)
     if not config.teacher.workdir:
         raise UserError("no run teaches; name one by --config.teacher.workdir")

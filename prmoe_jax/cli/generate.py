@@ -1,11 +1,11 @@
-"""`prmoe generate`: continue prompts with a trained run."""
+"""`prmoe generate`: continues prompts with a trained run."""
 
 import json
 
 from prmoe_jax.cli.options import WEIGHTS, check_run, parse_mesh, path
 from prmoe_jax.errors import UserError
 
-MOST_SAMPLES = 1_000_000  # of `prmoe generate`, which makes all of them at once
+MOST_SAMPLES = 1_000_000  # `prmoe generate` makes all samples at once
 
 
 def add(verb) -> None:

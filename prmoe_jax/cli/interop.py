@@ -1,4 +1,4 @@
-"""`prmoe import` and `prmoe export`: models from and for other libraries."""
+"""`prmoe import` and `prmoe export`: models from other libraries and for them."""
 
 from prmoe_jax.cli.options import check_run, path
 from prmoe_jax.cli.output import show

@@ -1,4 +1,4 @@
-"""What verbs share of their arguments: --config and its overrides, paths, meshes."""
+"""Arguments that verbs share: --config and its overrides, paths, meshes."""
 
 import argparse
 import difflib
@@ -25,7 +25,7 @@ WEIGHTS = "float32", "bfloat16", "int8"
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports a mistake as everything else here does: on one line."""
+    """Reports a mistake as a `UserError`, which is shown on one line."""
 
     takes_config = False  # whether the help lists the settings
 
@@ -57,7 +57,7 @@ def parse_config(arguments: list[str]):
     """The `Config` that --config and its overrides describe.
 
     Raises:
-      UserError: no or no such config file, an unknown or mistyped setting, a failed check.
+      UserError: the config file is missing, a setting is unknown or mistyped, or a check fails.
     """
     from prmoe_jax.config import resolve
 
@@ -68,7 +68,7 @@ def parse_config(arguments: list[str]):
 
 
 def config_argument(arguments: list[str]) -> tuple[Path, str, list[str]]:
-    """The file and the name of --config=FILE:NAME, and the other arguments."""
+    """The FILE and NAME of --config=FILE:NAME, and the other arguments."""
     parser = Parser(prog="prmoe", add_help=False, allow_abbrev=False)
     parser.add_argument("--config", default="")
     options, rest = parser.parse_known_args(arguments)
@@ -79,14 +79,14 @@ def config_argument(arguments: list[str]) -> tuple[Path, str, list[str]]:
 
 
 def _load_settings(path: Path, name: str):
-    """Calls get_config(name) of a config file, without the argument where there is no name."""
+    """Reads a run's config.json, or calls get_config(NAME) or get_config() of a config file."""
     from ml_collections import ConfigDict
 
     if re.fullmatch(r"\w+", str(path)) and not path.exists():
         path = userfile.shipped(str(path))
     if not path.is_file():
         raise UserError(f"--config={path} is not a file; for example configs/tiny.py:prmoe")
-    if path.suffix == ".json":  # a run's own
+    if path.suffix == ".json":  # of a run
         import dataclasses
 
         from prmoe_jax.config import load
@@ -103,7 +103,7 @@ def _load_settings(path: Path, name: str):
 
 
 def _override(settings, arguments: list[str]) -> None:
-    """Changes `settings` as arguments like --config.train.steps=40 say."""
+    """Applies arguments such as --config.train.steps=40 to `settings`."""
     from absl import flags
     from ml_collections import config_flags
 
@@ -112,7 +112,7 @@ def _override(settings, arguments: list[str]) -> None:
     known = leaves(Config())
     for argument in arguments:
         if not argument.startswith("--"):
-            continue  # the value of the flag before it, or else left over below
+            continue  # the value of the flag before it; any other is `leftover` below
         match = re.fullmatch(r"--(?:no)?config\.(.*)", argument.partition("=")[0])
         if not match:
             raise UserError(f"'{argument}' is not understood; settings look like --config.seed=1")
@@ -137,7 +137,7 @@ def _override(settings, arguments: list[str]) -> None:
 
 
 def _did_you_mean(name: str, known) -> str:
-    """A hint: what the group `name` holds, or the setting spelled most like it."""
+    """A hint: a setting of the group `name`, the setting spelled most like it, or all groups."""
     members = [setting for setting in known if setting.startswith(f"{name}.")]
     if members:
         return f" but a group of them, such as --config.{members[0]}"
@@ -150,14 +150,14 @@ def _did_you_mean(name: str, known) -> str:
 
 
 def path(text: str) -> Path:
-    """A path that an option names."""
+    """Converts an option's value to a path; refuses an empty one."""
     if not text:
         raise argparse.ArgumentTypeError("is empty; if it was a shell variable, it isn't set")
     return Path(text)
 
 
 def parse_mesh(text: str):
-    """'expert:4,tensor:2' as the mesh's settings."""
+    """Parses 'expert:4,tensor:2' into a `MeshConfig`."""
     import dataclasses
 
     from prmoe_jax.config import MeshConfig
@@ -176,7 +176,7 @@ def parse_mesh(text: str):
 
 
 def check_run(workdir: Path) -> None:
-    """Fails where the folder holds no run, before JAX is imported."""
+    """Raises UserError if a folder holds no run; imports no JAX."""
     from prmoe_jax import config
     from prmoe_jax.run.directory import CONFIG
 
@@ -184,7 +184,7 @@ def check_run(workdir: Path) -> None:
 
 
 def compile_only() -> None:
-    """Before JAX is imported: its compilers for devices that aren't there make programs only."""
+    """Prepares JAX to compile for devices that aren't there; call it before JAX is imported."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")

@@ -1,4 +1,4 @@
-"""What verbs print: numbers for people or as JSON, and the log on standard error."""
+"""Output of the verbs: numbers for people or as JSON, and the log on standard error."""
 
 import json
 import logging
@@ -31,9 +31,9 @@ def log_to_stderr() -> None:
     logger.handlers = [handler]
     logger.setLevel(logging.INFO)
     logger.propagate = False
-    # Orbax and Grain report their housekeeping and failures here, in many lines; a failure
-    # reaches us as an error as well, and is told in one.
+    # Orbax and Grain log routine messages and failures here, in many lines. A failure also raises
+    # an error, which is shown in one line.
     for library in ("absl", "asyncio"):
         logging.getLogger(library).setLevel(logging.CRITICAL)
-    # A failed checkpoint ends before all of Orbax's coroutines have begun.
+    # A failed checkpoint ends before all of Orbax's coroutines have started.
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)

@@ -1,4 +1,4 @@
-"""`prmoe params`: parameters and FLOPs, counted without building a model."""
+"""`prmoe params`: counts parameters and FLOPs without building a model."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""`prmoe report`: a page of figures about a sweep or one run."""
+"""`prmoe report`: draws a page of figures about a sweep or a run."""
 
 import json
 

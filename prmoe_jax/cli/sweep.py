@@ -1,4 +1,4 @@
-"""`prmoe sweep`: the runs that a folder's sweep.py names."""
+"""`prmoe sweep`: trains the runs that a folder's sweep.py names."""
 
 import json
 import re

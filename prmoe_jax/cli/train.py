@@ -1,4 +1,4 @@
-"""`prmoe train`: train a config, or resume the run in its folder."""
+"""`prmoe train`: trains a config, or resumes the run in its folder."""
 
 import sys
 from pathlib import Path
@@ -43,7 +43,7 @@ def profile_steps(text: str | None, config) -> tuple[int, int] | None:
 
 
 def run_name(arguments: list[str]) -> str:
-    """'tiny-prmoe' for --config=configs/tiny.py:prmoe."""
+    """The default name of a run: 'tiny-prmoe' for --config=configs/tiny.py:prmoe."""
     path, name, _ = config_argument(arguments)
     words = "".join(c if c.isalnum() or c in "._" else "-" for c in name)
     return f"{path.stem}-{words}".rstrip("-")
