@@ -1,1 +1,1 @@
-"""What models are made of: parameters, matrix products, MLPs, what the backward pass keeps."""
+"""Parts of models: parameters, matrix products, MLPs, quantization, rematerialisation."""

@@ -1,8 +1,8 @@
 """Matrix products that are fast for few rows on CPUs, where reading the weight is the cost.
 
 XLA's product of few rows reads the weight with one core. Here the weight is cut into slices that
-all cores read. A quantized weight is never widened: instead, each of the few rows is split into
-parts of the weight's own type.
+all cores read. A quantized weight is not dequantized: instead, each of the few rows is split into
+parts in the weight's dtype.
 """
 
 import functools
@@ -15,13 +15,13 @@ from prmoe_jax.nn.quantized import QuantizedWeight, to_dtype
 
 # At or below this many rows a product is bound by reading the weight.
 FEW_ROWS = 16
-# Slices of a float32 weight, for as many cores (measured).
+# Slices of a float32 weight, one for each core that reads (measured).
 SLICES = 8
-# Bytes of the largest weight that is multiplied in one piece. XLA may read a larger one in int8 at
+# Bytes of the largest weight that is multiplied in one piece. XLA may read a larger int8 weight at
 # a fifth of the speed (measured with jax 0.12 on Zen 4).
 LARGEST = 1 << 23
-# Parts of a float32 number: three bfloat16 hold all its bits; three int8 hold those that its row's
-# largest number leaves it.
+# Parts of a float32 number: three bfloat16 hold all its bits; three int8 hold it to 2⁻²⁴ of its
+# row's largest number.
 PARTS = 3
 
 
@@ -47,7 +47,7 @@ def matmul(x: jax.Array, w: jax.Array | QuantizedWeight, axes: int = 1) -> jax.A
 
 
 def scores(x_BxD: jax.Array, table_VxD: jax.Array | QuantizedWeight) -> jax.Array:
-    """x @ tableᵀ, float32."""
+    """x @ tableᵀ in float32."""
 
     def plain(x_BxD, table_VxD):
         table_VxD = to_dtype(table_VxD, x_BxD.dtype)
@@ -66,11 +66,11 @@ def scores(x_BxD: jax.Array, table_VxD: jax.Array | QuantizedWeight) -> jax.Arra
 
 
 def _by_parts(x_RxD: jax.Array, w_FxD: jax.Array, scales: jax.Array | None) -> jax.Array:
-    """x @ wᵀ times scales, float32, each row of x as a sum of `PARTS` in w's type."""
+    """x @ wᵀ · scales in float32; each row of x is split into `PARTS` summands of w's dtype."""
     rest_RxD = x_RxD.astype(jnp.float32)
     if scales is None:
         finer, kind = 1, jnp.float32
-        # A cast there and back may be left out by XLA.
+        # XLA may remove a cast to bfloat16 and back.
         nearest = functools.partial(jax.lax.reduce_precision, exponent_bits=8, mantissa_bits=7)
     else:
         finer, kind, nearest = 254, jnp.int32, jnp.round
@@ -87,16 +87,16 @@ def _by_parts(x_RxD: jax.Array, w_FxD: jax.Array, scales: jax.Array | None) -> j
 
 
 def _by_outputs(x_RxD: jax.Array, w_FxD: jax.Array, kind) -> jax.Array:
-    """x @ wᵀ in the type `kind`, of a large weight by slices of the outputs."""
+    """x @ wᵀ in the dtype `kind`; a large weight is multiplied in slices of its outputs."""
     slices = math.gcd(len(w_FxD), 1 << (w_FxD.nbytes // LARGEST).bit_length())
     w_NxfxD = w_FxD.reshape(slices, -1, w_FxD.shape[1])
-    x_NxRxD = jnp.broadcast_to(x_RxD, (slices, *x_RxD.shape))  # or XLA makes them one again
+    x_NxRxD = jnp.broadcast_to(x_RxD, (slices, *x_RxD.shape))  # else XLA merges the slices again
     y_NxfxR = jnp.einsum("NfD,NRD->NfR", w_NxfxD, x_NxRxD, preferred_element_type=kind)
     return y_NxfxR.reshape(len(w_FxD), -1).T
 
 
 def _by_slices(x_RxD: jax.Array, w_DxF: jax.Array) -> jax.Array:
-    """x @ w by slices of the depth, which XLA gives to different cores."""
+    """x @ w in slices of the depth D, which XLA gives to different cores."""
     slices = math.gcd(len(w_DxF), SLICES)
     x_NxRxd = x_RxD.reshape(len(x_RxD), slices, -1).swapaxes(0, 1)
     w_NxdxF = w_DxF.reshape(slices, -1, w_DxF.shape[1])

@@ -22,7 +22,7 @@ class MLP(nnx.Module):
 
     @classmethod
     def drawn(cls, d_model: int, d_ff: int, std: float, std_out: float, key: jax.Array) -> "MLP":
-        """Weights from N(0, std²), biases 0."""
+        """Draws w_in from N(0, std²) and w_out from N(0, std_out²); biases are 0."""
         key_in, key_out = jax.random.split(key)
         w_in = std * jax.random.normal(key_in, (d_model, d_ff))
         w_out = std_out * jax.random.normal(key_out, (d_ff, d_model))

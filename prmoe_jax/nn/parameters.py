@@ -1,7 +1,7 @@
-"""Every parameter's declaration, and the names by which it is found.
+"""The declaration of every parameter, and the names of parameters in a tree.
 
-Sharding, weight decay, the dtype of the arithmetic, quantization, students and upcycling follow
-from one entry of `PARAMETERS`.
+One entry of `PARAMETERS` decides sharding, weight decay, compute dtype, quantization, students and
+upcycling.
 """
 
 import dataclasses
@@ -12,27 +12,27 @@ from flax import nnx
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
-    """What is to be known of a parameter of one layer, or of none."""
+    """The declaration of a parameter of one layer, or of one outside the layers."""
 
-    # A letter a dimension: V vocabulary, L positions, D model width, H heads, K width of a head,
-    # F hidden units, E experts; digits are sizes.
+    # One letter per dimension: V vocabulary, L positions, D model width, H heads, K width of a
+    # head, F hidden units, E experts; digits are sizes.
     dims: str
     # How the mesh splits each dimension:
     #   T  over `tensor`
-    #   S  over what FSDP uses, the axes that split the batch but `data`
-    #   A  over both of them
+    #   S  over the axes of FSDP: those that split the batch, except `data`
+    #   A  over `tensor` and the axes of FSDP
     #   E  over as many expert axes as the number of experts allows
     #   F  over `slice` and `tensor`
-    #   -  whole
+    #   -  not split
     split: str
-    decays: bool = False  # under weight decay
-    cast: bool = False  # enters the arithmetic in the dtype of the compute, else in float32
-    contracted: str = ""  # of a weight that can be quantized, the dimensions its product sums over
-    only_moe: bool = False  # no dense layer has it, so that upcycling starts it anew
+    decays: bool = False  # has weight decay
+    cast: bool = False  # `transformer.cast` casts it to the compute dtype
+    contracted: str = ""  # dimensions that its product sums over, if it can be quantized
+    only_moe: bool = False  # dense layers lack it, so that upcycling initialises it anew
 
 
-# By the end of the parameter's name in `named_leaves`. The number of dimensions says nothing of
-# weight decay: stacked layers give a bias two and an expert's bias three.
+# The keys are the ends of names in `named_leaves`. Weight decay can't follow from the number of
+# dimensions: in stacked layers a bias has two, and an expert's bias three.
 PARAMETERS = {
     "tokens": Parameter("VD", "TS", decays=True, contracted="D"),
     "positions": Parameter("LD", "-S", decays=True),
@@ -48,7 +48,7 @@ PARAMETERS = {
     "experts.b_in": Parameter("EF", "EF", cast=True),
     "experts.w_out": Parameter("EFD", "EF-", decays=True, cast=True, contracted="F"),
     "experts.b_out": Parameter("ED", "E-", cast=True),
-    "each.w_in": Parameter("DF", "-F", decays=True, cast=True, contracted="D"),  # one expert alone
+    "each.w_in": Parameter("DF", "-F", decays=True, cast=True, contracted="D"),  # of one expert
     "each.b_in": Parameter("F", "F", cast=True),
     "each.w_out": Parameter("FD", "F-", decays=True, cast=True, contracted="F"),
     "each.b_out": Parameter("D", "-", cast=True),
@@ -58,16 +58,16 @@ PARAMETERS = {
     "b_mix": Parameter("2", "-", only_moe=True),
     "scale": Parameter("D", "-"),
     "shift": Parameter("D", "-"),
-    "count": Parameter("", ""),  # the optimizer's
+    "count": Parameter("", ""),  # of the optimizer
     "step": Parameter("", ""),
 }
 
 
 def declaration(name: str) -> Parameter:
-    """The declaration of a parameter of this name, as `named_leaves` gives it.
+    """The declaration of a parameter by its name in `named_leaves`.
 
     Raises:
-      KeyError: there is none.
+      KeyError: the parameter is not declared.
     """
     parts = [part for part in name.split(".") if not part.isdigit()]
     for end in (".".join(parts[-2:]), parts[-1]):
@@ -77,7 +77,7 @@ def declaration(name: str) -> Parameter:
 
 
 def named_leaves(tree) -> dict[str, jax.Array]:
-    """Maps 'stages.0.blocks.1.mlp.w_router' and the like to the leaf, in flattening order."""
+    """Maps names such as 'stages.0.blocks.1.mlp.w_router' to leaves, in flattening order."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     names = {_name(path): leaf for path, leaf in leaves}
     assert len(names) == len(leaves), "two leaves share a name"
@@ -86,7 +86,7 @@ def named_leaves(tree) -> dict[str, jax.Array]:
 
 def _name(path) -> str:
     parts = (jax.tree_util.keystr((key,), simple=True) for key in path)
-    # An nnx.Param keeps its array under 'value', which says nothing.
+    # An nnx.Param keeps its array under 'value'; names leave this out.
     return ".".join(part for part in parts if part != "value")
 
 

@@ -1,4 +1,4 @@
-"""Weights that inference holds in fewer bits than the arithmetic."""
+"""Weights that inference stores in fewer bits than it computes with."""
 
 import dataclasses
 
@@ -11,12 +11,12 @@ import jax.numpy as jnp
 class QuantizedWeight:
     """A weight in bfloat16, or in int8 with a scale for each output.
 
-    The axes that its product sums over come last, because CPUs multiply few rows faster so.
+    The contracted axes, which its product sums over, come last: so CPUs multiply few rows faster.
     """
 
     values: jax.Array
     scales: jax.Array | None  # float32, of size 1 along the contracted axes
-    contracted: tuple[int, ...] = dataclasses.field(metadata={"static": True})  # before the move
+    contracted: tuple[int, ...] = dataclasses.field(metadata={"static": True})  # original axes
 
     def __getitem__(self, everything) -> "QuantizedWeight":
         """Lets `w[...]` work as on an nnx.Param."""
@@ -35,7 +35,7 @@ def quantize(w: jax.Array, kind: str, contracted: tuple[int, ...]) -> QuantizedW
     Args:
       w: the weight, float32.
       kind: 'bfloat16' or 'int8'.
-      contracted: the axes that its product sums over, counted from the end (below 0).
+      contracted: the axes that its product sums over, counted from the end (negative numbers).
     """
     last = tuple(range(-len(contracted), 0))
     w = jnp.moveaxis(w, contracted, last)
@@ -46,5 +46,5 @@ def quantize(w: jax.Array, kind: str, contracted: tuple[int, ...]) -> QuantizedW
 
 
 def to_dtype(w: jax.Array | QuantizedWeight, dtype) -> jax.Array:
-    """A weight in the dtype it is computed with."""
+    """Casts or dequantizes a weight to the compute dtype."""
     return w.dequantize(dtype) if isinstance(w, QuantizedWeight) else w.astype(dtype)
