@@ -1,1 +1,1 @@
-"""How arrays lie on devices."""
+"""The distribution of arrays over devices and processes."""

@@ -1,15 +1,15 @@
-"""The device mesh: which axes there are, how many devices each has, and what it splits.
+"""The device mesh: its axes, their sizes, and the parameters that each axis splits.
 
-From the outside in, neighbours last:
+From the outermost axis to the innermost, whose devices are neighbours:
 
-  data      nothing: each of its devices holds all that the other axes leave it
-  fsdp      parameters that are not the experts' (ZeRO-3)
-  expert_…  experts; one with fewer experts than devices uses the inner axes alone
-  slice     every expert's hidden units, so that there may be more devices than experts
+  data      none: its devices are replicas
+  fsdp      parameters outside the experts (ZeRO-3)
+  expert_…  experts; a layer with fewer experts than devices uses only the inner axes
+  slice     the hidden units of every expert, so that there may be more devices than experts
   tensor    attention heads, hidden units and vocabulary
 
-All but `tensor` split the batch. All but `data` and `tensor` split the parameters that are not the
-experts'.
+All axes but `tensor` split the batch. FSDP splits parameters outside the experts over all axes but
+`data` and `tensor`.
 """
 
 import dataclasses
@@ -30,19 +30,19 @@ log = logging.getLogger(__name__)
 
 
 def choose_mesh(config: Config, devices: int, any_batch: bool = False) -> Config:
-    """The config with the mesh to run it on: its own, or a suggested one where it has none.
+    """The config with the mesh to run on: its own, or a suggested one if it has none.
 
-    A config has no mesh of its own where every size is at its default. `suggest_mesh` makes the
-    suggestion, with as few devices on the `tensor` axis as the batch allows. It depends on the
-    config and the number of devices alone, and the log shows it.
+    A config has no mesh of its own if every size is at its default. `suggest_mesh` makes the
+    suggestion, with as few devices on the `tensor` axis as the batch allows. It depends only on
+    the config and the number of devices, and is logged.
 
     Args:
       config: the experiment.
-      devices: their number.
-      any_batch: the mesh is not for training, and need not suit the config's batch.
+      devices: the number of devices.
+      any_batch: the mesh is not for training and need not fit the config's batch.
 
     Raises:
-      UserError: no mesh of so many devices fits the batch; the line says which batch would.
+      UserError: no mesh of these devices fits the config; suggests a size that would.
     """
     if config.mesh != MeshConfig():
         return config
@@ -61,7 +61,7 @@ def choose_mesh(config: Config, devices: int, any_batch: bool = False) -> Config
 
 
 def flags(mesh: MeshConfig) -> str:
-    """What gives a mesh on the command line: '--config.mesh.data=8 --config.mesh.fsdp=16'."""
+    """The command-line flags of a mesh: '--config.mesh.data=8 --config.mesh.fsdp=16'."""
     sizes = dataclasses.asdict(mesh).items()
     return " ".join(f"--config.mesh.{name}={size}" for name, size in sizes if size > 1)
 
@@ -70,11 +70,11 @@ def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Me
     """The mesh that `config.mesh` describes, of all devices or of those given.
 
     Raises:
-      UserError: it does not fit the devices or the model; see `axis_sizes`.
+      UserError: the mesh does not fit the devices or the model; see `axis_sizes`.
     """
     devices = jax.devices() if devices is None else devices
     sizes = axis_sizes(config, len(devices))
-    # An axis may need part of a dimension of the torus: 64 of 4 x 4 x 8 chips.
+    # An axis may need a part of a torus dimension, such as 64 of 4 x 4 x 8 chips.
     placed = mesh_utils.create_device_mesh(
         tuple(sizes.values()), devices, allow_split_physical_axes=True
     )
@@ -82,10 +82,10 @@ def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Me
 
 
 def axis_sizes(config: Config, devices: int) -> dict[str, int]:
-    """Devices of each axis of the mesh, outermost first.
+    """The number of devices on each axis of the mesh, outermost first.
 
     Raises:
-      UserError: `config.mesh` does not fit the devices or the model; the line says what would.
+      UserError: `config.mesh` does not fit the devices or the model; suggests a change.
     """
     sizes = dataclasses.asdict(config.mesh)
     inner = sizes.pop("expert_inner")
@@ -116,12 +116,12 @@ def check_fits(config: Config, devices: int) -> None:
     """Refuses a mesh on which the config can't be trained.
 
     Raises:
-      UserError: it does not fit the devices, the model or the batch; the line says what would.
+      UserError: the mesh does not fit the devices, the model or the batch; suggests a change.
     """
     check_batch(config, devices // axis_sizes(config, devices)["tensor"])
 
 
-# Devices over which FSDP is worth its gathers where no more are needed for memory.
+# The most devices on which FSDP is worth its all-gathers, unless memory requires more.
 FSDP_DEVICES = 16
 
 
@@ -132,14 +132,14 @@ def suggest_mesh(
     expert_slice: int = 1,
     fsdp_devices: int = FSDP_DEVICES,
 ) -> MeshConfig:
-    """A mesh of so many devices: experts over as many as they can use, FSDP, then replicas.
+    """Suggests a mesh: experts over as many devices as they can use, then FSDP, then replicas.
 
     Args:
-      config: the experiment; only the numbers of its experts count.
-      devices: all of them.
-      tensor: devices on this axis, a divisor of them.
-      expert_slice: devices on this axis, a divisor of the rest.
-      fsdp_devices: at most so many for FSDP.
+      config: the experiment; only its numbers of experts matter.
+      devices: the number of all devices.
+      tensor: devices on the `tensor` axis, a divisor of `devices`.
+      expert_slice: devices on the `slice` axis, a divisor of devices / tensor.
+      fsdp_devices: the most devices on the `fsdp` axis.
     """
     counts = {e: i for i, e in enumerate(config.model.schedule.experts) if e}
     rest = devices // tensor // expert_slice
@@ -148,17 +148,17 @@ def suggest_mesh(
     fsdp = max(d for d in _divisors(rest) if d <= fsdp_devices)
     inner = 1
     if expert == devices:
-        # Two axes of experts where one would be the whole mesh, for FSDP to leave out the outer.
+        # Two expert axes instead of one for the whole mesh, so that FSDP can leave out the outer.
         fits = (d for d in _divisors(expert) if not _problem(counts, expert, d))
         inner = max(d for d in fits if d <= FSDP_DEVICES)
     return MeshConfig(rest // fsdp, fsdp, expert, expert_slice, tensor, inner)
 
 
 def leaner(config: Config, devices: int) -> Iterator[MeshConfig]:
-    """Meshes on which a device holds less than on `suggest_mesh`'s, those that cost least first.
+    """Meshes to try for less memory per device, from `suggest_mesh`'s on, the cheapest first.
 
-    More devices for FSDP, then slices of experts, then `tensor`. Each fits the config's sizes and
-    batch; not all of them hold less than those before.
+    They have more devices for FSDP, then slices of experts, then more devices on `tensor`. Each
+    fits the config's sizes and batch; not each needs less memory than those before it.
     """
     moe = any(config.model.schedule.experts)
     for tensor in _divisors(devices):
@@ -181,7 +181,7 @@ def _divisors(number: int) -> list[int]:
 
 
 def _expert_factors(config: Config, expert: int, inner: int, devices: int) -> list[int]:
-    """Sizes of the expert axes, inner first, so that every layer can use as many as it has use for.
+    """Sizes of the expert axes, inner first, so that every layer uses as many devices as it can.
 
     A layer of E experts is spread over gcd(E, mesh.expert) devices, which must be a product of
     inner axes: 32, 64 and 128 experts on 128 devices make axes of 32, 2 and 2.
@@ -202,7 +202,7 @@ def _expert_factors(config: Config, expert: int, inner: int, devices: int) -> li
 
 
 def _problem(counts: Mapping[int, int], expert: int, inner: int) -> str | None:
-    """Why layers of these counts (count -> a layer that has it) can't be spread, or None."""
+    """Why experts of these counts (count -> a layer that has it) can't be spread, or None."""
     degrees = {math.gcd(count, expert): count for count in counts}
     for degree, count in degrees.items():
         if degree == 1 < min(count, expert):
@@ -219,14 +219,14 @@ def _problem(counts: Mapping[int, int], expert: int, inner: int) -> str | None:
 
 
 def check_splits(config: Config, sizes: Mapping[str, int]) -> None:
-    """What is split must be divisible, and an exchange must have something to exchange.
+    """Checks that the mesh can split every dimension it must, and that the exchange has an effect.
 
     Args:
       config: the experiment, or another one on the same mesh.
-      sizes: `tensor` and `expert_slice`.
+      sizes: devices on `tensor` and `expert_slice`.
 
     Raises:
-      UserError: it isn't; the line says what would be.
+      UserError: a dimension or the exchange does not fit; suggests a change.
     """
     model, tensor = config.model, sizes["tensor"]
     names = {"heads": tensor, "vocab_size": tensor, "d_ff": tensor * sizes["expert_slice"]}
@@ -248,7 +248,7 @@ def check_splits(config: Config, sizes: Mapping[str, int]) -> None:
 
 
 def check_batch(config: Config, devices: int) -> None:
-    """Every device must get the same whole number of routing groups a step."""
+    """Checks that every device gets the same number of whole routing groups in every portion."""
     batch, group_rows = config.train.batch_size, max(1, config.group_size // config.model.length)
     rows = devices * config.train.accumulate * group_rows
     if batch % rows:
@@ -265,7 +265,7 @@ def batch_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
 
 
 def expert_axes(mesh: Mesh | AbstractMesh, experts: int) -> tuple[str, ...]:
-    """The axes over which a layer of so many experts is spread, outermost first."""
+    """The axes over which a layer's experts are spread, outermost first."""
     axes, degree = [], 1
     for name in reversed([name for name in mesh.axis_names if name.startswith("expert")]):
         degree *= mesh.shape[name]
@@ -276,13 +276,13 @@ def expert_axes(mesh: Mesh | AbstractMesh, experts: int) -> tuple[str, ...]:
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
-    """The rows of a batch that this process's devices hold, whatever devices those are."""
+    """The indices, in ascending order, of the batch rows that this process's devices hold."""
     places = _rows(mesh).addressable_devices_indices_map((batch_size,))
     return sorted({row for (part,) in places.values() for row in range(batch_size)[part]})
 
 
 def split_batch(batch, mesh: Mesh, batch_size: int):
-    """Global arrays of `batch_size` rows from each process's `local_rows` of them."""
+    """Makes global arrays of `batch_size` rows from the `local_rows` of each process."""
 
     def place(x):
         x = np.asarray(x)
@@ -297,5 +297,5 @@ def _rows(mesh: Mesh) -> NamedSharding:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Every device holds the whole array."""
+    """The sharding with the whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())

@@ -1,4 +1,4 @@
-"""A batch computed portion by portion, with less memory: gradient accumulation and the like."""
+"""Computes a batch portion by portion to save memory, as in gradient accumulation."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,14 +16,14 @@ def add_up(
 ) -> Any:
     """Adds up `measure(portion)` over the portions of a batch, computed one after the other.
 
-    Every portion takes rows from all over the batch, so that no device sits idle.
+    Every portion takes rows from all over the batch, so that no device is idle.
 
     Args:
       measure: maps a portion of the batch to sums over its rows, a pytree of arrays.
       batch: a pytree of arrays [B, …].
-      portions: their number; with 1, `measure` is called once, on the batch as it is.
-      rows_together: neighbouring rows that share a portion, see `config.group_rows`. B is a
-        multiple of portions · rows_together.
+      portions: the number of portions; with 1, `measure` is called once, on the whole batch.
+      rows_together: the number of neighbouring rows that stay together, see `config.group_rows`.
+        B is a multiple of portions · rows_together.
       place: constrains the sums to their partition of the mesh.
     """
     if portions == 1:

@@ -1,7 +1,7 @@
 """Several processes as one run: how they find each other, agree, and end together.
 
-They talk through the key-value store of JAX's coordination service, which process 0 runs. Nobody
-waits in it for longer than a moment, so that a process that fails can end all others.
+They communicate through the key-value store of JAX's coordination service, which process 0 runs.
+No call to it blocks: processes poll, so that a process that fails can end all others.
 """
 
 import contextlib
@@ -26,30 +26,30 @@ from jax._src import distributed  # the store has no public name
 from prmoe_jax import boundary, files
 from prmoe_jax.errors import Failure, UserError, first_line, is_out_of_memory
 
-# Processes that aren't all there by then are not waited for.
+# Seconds within which all processes must have started.
 JOIN_SECONDS = 40
-# A process that is silent for so long is lost, and the others end.
+# A process without heartbeats for this many seconds counts as lost, and the others end.
 HEARTBEAT_SECONDS = 20
-# How often a process looks whether another one has ended.
+# Seconds between checks whether another process has ended.
 POLL_SECONDS = 0.5
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 log = logging.getLogger(__name__)
 
 _ENDED = "prmoe/ended/"
-_calls = itertools.count()  # the same on all processes, which make the same calls
+_calls = itertools.count()  # equal on all processes, which make the same calls
 
 
 @contextlib.contextmanager
 def initialize_distributed() -> Iterator[None]:
-    """Makes this process one of a run's, before JAX is used for anything else.
+    """Joins the processes of a run; use this before JAX is used for anything else.
 
-    Cloud TPU pods, GKE, SLURM and Open MPI say who belongs together; elsewhere the environment
-    must, by all of `VARIABLES`. Inside, all processes end when one does: within two seconds and
-    with its reason if it could give one, else as soon as it is missed.
+    On Cloud TPU pods, GKE, SLURM and Open MPI, JAX finds the processes of a run; elsewhere all of
+    `VARIABLES` must be set. Inside the block, all processes end when one does: within two seconds
+    and with its reason if it could publish one, else when its heartbeats stop.
 
     Raises:
-      UserError: nothing says so, or the processes don't find each other.
+      UserError: the run's processes are unknown, or don't find each other.
     """
     arguments = _arguments()
     _keep_output_ours()
@@ -73,7 +73,7 @@ def initialize_distributed() -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         if is_out_of_memory(error):
             raise
-        # A process is gone in the middle of a collective. Who, and why, is known a little later.
+        # A process is lost during a collective. Which one, and why, is known a little later.
         time.sleep(2 * HEARTBEAT_SECONDS)
         _end(f"another process of this run was lost ({first_line(error)}); {_AGAIN}", 1)
     barrier()
@@ -82,7 +82,7 @@ def initialize_distributed() -> Iterator[None]:
 
 
 def _arguments() -> dict:
-    """What the environment says of this process, for jax.distributed.initialize."""
+    """Arguments of jax.distributed.initialize from `VARIABLES`; none if they are not set."""
     given = [name for name in VARIABLES if name in os.environ]
     if not given:
         return {}
@@ -106,18 +106,18 @@ def _arguments() -> dict:
     }
 
 
-# --- What processes tell each other
+# --- How they communicate
 
 
 def agree(what: str, values: Callable[[], dict]) -> None:
-    """Compares values with those of process 0; where there is one process, does nothing.
+    """Compares values with those of process 0; does nothing in a run of one process.
 
     Args:
-      what: they are, for the message.
-      values: makes this process's, by name; JSON can hold them.
+      what: describes the values in the error message.
+      values: returns this process's values by name, as JSON can hold them.
 
     Raises:
-      UserError: some differ; says which.
+      UserError: values differ; names them.
     """
     if _count() == 1:
         return
@@ -134,7 +134,7 @@ def agree(what: str, values: Callable[[], dict]) -> None:
 
 
 def of_first(value):
-    """Process 0's value, on all processes; JSON can hold it."""
+    """Returns process 0's value, which JSON can hold, on all processes."""
     if _count() == 1:
         return value
     key = f"prmoe/{next(_calls)}/first"
@@ -145,7 +145,7 @@ def of_first(value):
 
 
 def barrier() -> None:
-    """Waits until all processes are here."""
+    """Waits until all processes have called this."""
     if _count() == 1:
         return
     name = f"prmoe/{next(_calls)}/"
@@ -159,7 +159,7 @@ def barrier() -> None:
 
 @contextlib.contextmanager
 def main_process_first() -> Iterator[None]:
-    """Process 0 runs the block alone, then the others do, who find what it left on disk."""
+    """Process 0 runs the block first; the others run it next, and find its files on disk."""
     if jax.process_index() != 0:
         barrier()
     yield
@@ -168,16 +168,16 @@ def main_process_first() -> Iterator[None]:
 
 
 def check_folders(workdir: Path, cache: Path) -> None:
-    """Every process must see the run's folder, and be able to write there and to its cache.
+    """Checks that every process sees the run's folder, and can write there and to its cache.
 
-    Where there is one process, does nothing: it finds out.
+    Does nothing in a run of one process, whose first write shows such errors.
 
     Args:
-      workdir: which process 0 has made.
-      cache: need not be shared; one that nobody may write is fine if it holds the text already.
+      workdir: the run's folder, which process 0 has made.
+      cache: this process's cache, shared or not; it may be read-only if it holds the text already.
 
     Raises:
-      UserError: this process can't.
+      UserError: this process doesn't see or can't write a folder.
     """
     if _count() == 1:
         return
@@ -185,7 +185,7 @@ def check_folders(workdir: Path, cache: Path) -> None:
     if _number() == 0:
         files.replace(mark, f"{os.getpid()} {time.time_ns()}")
     expected = of_first(mark.read_text() if _number() == 0 else None)
-    tries = iter(range(50))  # a network's file system may need a moment
+    tries = iter(range(50))  # a network file system may take a moment to show it
     while not (mark.is_file() and mark.read_text() == expected):
         if next(tries, None) is None:
             raise UserError(
@@ -231,7 +231,7 @@ def _client():
 
 
 def _wait(key: str) -> str:
-    """The value of a key, once it is there."""
+    """Waits for a key and returns its value."""
     folder = key.rpartition("/")[0] + "/"
     while key not in (found := dict(_client().key_value_dir_get(folder))):
         time.sleep(POLL_SECONDS / 5)
@@ -242,15 +242,15 @@ def _wait(key: str) -> str:
 
 _AGAIN = "start the run again to resume it"
 _finished = threading.Event()
-_ending = threading.Lock()  # held by whoever tells why this process ends
+_ending = threading.Lock()  # held by the thread that ends this process
 
 
 def _watch() -> None:
-    """Ends this process as soon as another one has said that it ends."""
+    """Ends this process as soon as another one has published its failure."""
     while not _finished.wait(POLL_SECONDS):
         try:
             ended = [json.loads(value) for _, value in _client().key_value_dir_get(_ENDED)]
-        except Exception:  # process 0 is gone: JAX notices, and aborts this process
+        except Exception:  # process 0 is gone: JAX aborts this process
             return
         if causes := [end for end in ended if end["cause"]]:
             cause = min(causes, key=lambda end: end["process"])
@@ -259,8 +259,8 @@ def _watch() -> None:
 
 
 def _tell_others(failure: Failure) -> None:
-    """Ends this process after a failure that was printed; the others end with its reason."""
-    if not _ending.acquire(blocking=False):  # it is being ended already
+    """Ends this process after a printed failure, and publishes it, so that the others end too."""
+    if not _ending.acquire(blocking=False):  # another thread is ending this process
         time.sleep(60)
     _publish(cause=True, line=failure.line, code=failure.exit_code)
     _leave(failure.exit_code)
@@ -268,12 +268,12 @@ def _tell_others(failure: Failure) -> None:
 
 def _publish(cause: bool, line: str = "", code: int = 1) -> None:
     end = {"process": _number(), "cause": cause, "line": line, "code": code}
-    with contextlib.suppress(Exception):  # process 0 is gone, or it was said already
+    with contextlib.suppress(Exception):  # process 0 is gone, or the key is set already
         _client().key_value_set(f"{_ENDED}{_number()}", json.dumps(end))
 
 
 def _end(line: str, code: int, others_must_read: bool = True) -> None:
-    """Ends this process with one line. At once: any clean-up would wait for other processes."""
+    """Prints one line and ends this process without clean-up, which would wait for others."""
     if not _ending.acquire(blocking=False):
         time.sleep(60)
     boundary.say(f"process {_number()}: {line}")
@@ -281,11 +281,11 @@ def _end(line: str, code: int, others_must_read: bool = True) -> None:
 
 
 def _leave(code: int, others_must_read: bool = True) -> None:
-    threading.Timer(HEARTBEAT_SECONDS, os._exit, [code]).start()  # whatever happens here
+    threading.Timer(HEARTBEAT_SECONDS, os._exit, [code]).start()  # even if the lines below hang
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
         sys.stderr.flush()
-    # With process 0 ends the store, and those that haven't read the reason would not find it.
+    # The store ends with process 0, which therefore waits until the others have read the reason.
     if others_must_read and _number() == 0:
         with contextlib.suppress(Exception):
             while len(_client().key_value_dir_get(_ENDED)) < _count():
@@ -294,11 +294,11 @@ def _leave(code: int, others_must_read: bool = True) -> None:
 
 
 def _keep_output_ours() -> None:
-    """Keeps what libraries print apart from what we do.
+    """Separates the output of libraries from ours.
 
-    Gloo, the collectives of CPUs, greets on standard output, where a reader of --json wants JSON:
-    that goes to standard error. Standard error of compiled code goes to a file, from which
-    `_aborted` reads why JAX ends this process.
+    Gloo, which runs collectives on CPUs, prints a greeting to standard output, where --json must
+    print only JSON; it is sent to standard error. Standard error of compiled code goes to a file,
+    from which `_aborted` reads why JAX ends this process.
     """
     global _native
     sys.stdout.flush()
@@ -315,12 +315,12 @@ def _keep_output_ours() -> None:
             handler.setStream(sys.stderr)
 
 
-_native: IO | None = None  # the file that has compiled code's standard error
+_native: IO | None = None  # the file with compiled code's standard error
 _ABORT = ctypes.CFUNCTYPE(None, ctypes.c_int)
 
 
 def _end_in_one_line_on_abort() -> None:
-    """JAX's way to end a process whose others are lost is abort(), after a stack of C++."""
+    """Handles abort(), by which JAX ends a process that lost another, after a C++ stack trace."""
     signal_of_libc = ctypes.CDLL(None).signal
     signal_of_libc.restype = ctypes.c_void_p
     signal_of_libc(int(signal.SIGABRT), _aborted)
@@ -328,7 +328,7 @@ def _end_in_one_line_on_abort() -> None:
 
 @_ABORT
 def _aborted(number: int) -> None:
-    """Runs inside abort(), on the thread that called it, where the store would not answer."""
+    """Runs inside abort(), on the thread that called it, where the store can't be used."""
     _end(*explain(_native_text()), others_must_read=False)
 
 
@@ -338,7 +338,7 @@ def _native_text() -> str:
 
 
 def explain(text: str) -> tuple[str, int]:
-    """Why JAX aborted, from what it printed: a line, and the exit code."""
+    """Returns one line on why JAX aborted, from the text that it printed, and the exit code."""
     silent = re.search(r"stopped sending heartbeats\):\s*([\d,\s]*\d)", text)
     if silent:
         numbers = re.findall(r"\d+", silent[1])

@@ -1,4 +1,4 @@
-"""Which axes of the mesh split which dimension of every parameter, and of its optimizer state."""
+"""The partition over the mesh of every parameter and its optimizer state."""
 
 import math
 from collections.abc import Callable
@@ -16,23 +16,23 @@ from prmoe_jax.parallel.mesh import batch_axes, expert_axes
 def spec(
     name: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh, in_use: bool = False
 ) -> PartitionSpec:
-    """How the mesh splits a parameter, or a leaf of the optimizer's state, of this name.
+    """The partition of a parameter, or of a leaf of the optimizer's state.
 
     Args:
-      name: as `parameters.named_leaves` gives it.
-      shape: the whole array's.
+      name: its name in `parameters.named_leaves`.
+      shape: the shape of the whole array.
       mesh: from `mesh.make_mesh`.
-      in_use: what FSDP splits is together again.
+      in_use: the partition in use, after FSDP's all-gather.
 
     Raises:
-      KeyError: it is not declared, or with other dimensions.
+      KeyError: the name is not declared, or is declared with other dimensions.
     """
     weight = name.removesuffix(".values").removesuffix(".scales")
     declared = declaration(weight)
     roles = declared.split
     if len(shape) - len(roles) not in (0, 1):
         raise KeyError(f"{name} of shape {shape} is declared with dimensions {declared.dims}")
-    if weight != name:  # quantized, with the axes that are summed over last
+    if weight != name:  # quantized, with the contracted axes last
         order = sorted(
             range(len(roles)), key=lambda axis: declared.dims[axis] in declared.contracted
         )
@@ -54,10 +54,10 @@ def spec(
 
 
 def _most_axes(mesh: Mesh | AbstractMesh, size: int) -> tuple[str, ...]:
-    """As many of the axes that split parameters, inner first, as divide a dimension.
+    """The FSDP axes that split a dimension: from the inner ones on, as many as divide it.
 
-    Of several that are the whole mesh the outermost is left out: a 3-D torus gathers over all of
-    its chips by an all-reduce of whole arrays, which moves twice as much.
+    If several FSDP axes are the whole mesh, the outermost is left out: over all its chips, a 3-D
+    torus gathers by an all-reduce of whole arrays, which moves twice as much.
     """
     splitting = [name for name in batch_axes(mesh) if name != "data" and mesh.shape[name] > 1]
     if len(splitting) > 1 and math.prod(mesh.shape[name] for name in splitting) == mesh.size:
@@ -72,18 +72,18 @@ def _most_axes(mesh: Mesh | AbstractMesh, size: int) -> tuple[str, ...]:
 
 
 def specs(tree, mesh: Mesh | AbstractMesh, in_use: bool = False):
-    """The tree with every leaf's partition in its place; takes shapes as well as arrays."""
+    """A tree with the partition of every leaf; leaves may be arrays or shapes."""
     leaves = [spec(name, leaf.shape, mesh, in_use) for name, leaf in named_leaves(tree).items()]
     return jax.tree.unflatten(jax.tree.structure(tree), leaves)
 
 
 def shardings(tree, mesh: Mesh, in_use: bool = False):
-    """The tree with every leaf's sharding in its place."""
+    """A tree with the sharding of every leaf."""
     return jax.tree.map(lambda parts: NamedSharding(mesh, parts), specs(tree, mesh, in_use))
 
 
 def constrain(tree):
-    """Holds gradients and the like to the partition of the parameters they belong to."""
+    """Constrains a tree, such as gradients, to the partition of its parameters."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return tree
@@ -91,7 +91,7 @@ def constrain(tree):
 
 
 def constrain_batch(x_BxLxD: jax.Array) -> jax.Array:
-    """Holds activations to the partition of the batch."""
+    """Constrains activations to the partition of the batch."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x_BxLxD
@@ -99,7 +99,7 @@ def constrain_batch(x_BxLxD: jax.Array) -> jax.Array:
 
 
 def expert_replicas(experts: int) -> int:
-    """How many devices of the mesh in use hold the same part of a layer of so many experts."""
+    """The number of devices that hold the same part of a layer's experts on the mesh in use."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return 1
@@ -108,10 +108,10 @@ def expert_replicas(experts: int) -> int:
 
 
 def all_gather_params(tree):
-    """Parameters about to be used: what FSDP splits is put together, nothing else moves.
+    """All-gathers parameters over the axes of FSDP only, right before they are used.
 
-    The gradient is summed into the parts at once, in the dtype that the parameters come in: in
-    float32 a reduce-scatter would move twice as much.
+    Gradients are reduce-scattered at once, in the parameters' dtype: float32 would move twice as
+    much as bfloat16.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -131,12 +131,12 @@ _gather.defvjp(
 
 
 def embed(name: str, table_VxD: jax.Array | QuantizedWeight, ids_BxL: jax.Array) -> jax.Array:
-    """table[ids]; on a mesh each device for its own rows, with every gradient summed into its part.
+    """table[ids]. On a mesh each device looks up its own rows, and sums gradients into its part.
 
     Args:
-      name: the table's, as it is declared.
-      table_VxD: split or not.
-      ids_BxL: below V.
+      name: the declared name of the table.
+      table_VxD: the table, split over the mesh or not.
+      ids_BxL: indices below V.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if isinstance(table_VxD, QuantizedWeight):
@@ -161,9 +161,9 @@ def embed(name: str, table_VxD: jax.Array | QuantizedWeight, ids_BxL: jax.Array)
 
 
 def init_sharded(make: Callable, mesh: Mesh, *arguments):
-    """What `make` makes of random numbers, each device its own part; placed by the rules."""
+    """`make(*arguments)`, a tree of random parameters; each device computes only its own part."""
     places = shardings(jax.eval_shape(make, *arguments), mesh)
     on_cpus = mesh.devices.flat[0].platform == "cpu"
-    # Of a draw, LLVM's last two levels make the same code in seven times the time.
+    # LLVM's highest two levels compile a random draw to the same code in seven times the time.
     options = {"xla_backend_optimization_level": 1} if on_cpus else None
     return jax.jit(make, out_shardings=places, compiler_options=options)(*arguments)
