@@ -1,7 +1,8 @@
-"""Dispatch backends: bring tokens to their experts and the results back, one interface.
+"""Dispatch backends bring tokens to their experts and results back, all by one interface.
 
-Each takes the tokens, the routing and the experts, and returns the weighted sum of the
-experts' outputs. `einsum` is the readable oracle; the others must equal it.
+Each takes the tokens [G, S, D], the routing, the experts and their slots C per group, and returns
+the weighted sum of the experts' outputs [G, S, D]. `einsum` is the readable oracle; the others
+must equal it.
 """
 
 from collections.abc import Callable
@@ -17,7 +18,7 @@ Dispatch = Callable[[jax.Array, Routing, Experts, int], jax.Array]
 
 
 def einsum(x_GxSxD: jax.Array, routing: Routing, experts: Experts, slots: int) -> jax.Array:
-    """One-hot products, cost S·E·C·D: what GShard writes down."""
+    """One-hot products as in GShard, at a cost of S·E·C·D."""
     groups, _, width = x_GxSxD.shape
     expert_GxSxKxE = jax.nn.one_hot(routing.expert_GxSxK, experts.count)
     slot_GxSxKxC = jax.nn.one_hot(routing.slot_GxSxK, slots)
@@ -33,10 +34,10 @@ def einsum(x_GxSxD: jax.Array, routing: Routing, experts: Experts, slots: int) -
 
 
 def gather(x_GxSxD: jax.Array, routing: Routing, experts: Experts, slots: int) -> jax.Array:
-    """A dense token-to-slot map each way (paper, section 5.4): rows are copied, not multiplied."""
+    """Dense token-to-slot maps each way (paper, section 5.4); rows are copied, not multiplied."""
     groups, _, width = x_GxSxD.shape
     places = experts.count * groups * slots
-    # Slot (e·G + g)·C + c for each choice; `places`, past the end, for a dropped one.
+    # A kept choice has place (e·G + g)·C + c; a dropped one has `places`, which is past the end.
     group_Gx1x1 = jnp.arange(groups)[:, None, None]
     slot_GxSxK = (routing.expert_GxSxK * groups + group_Gx1x1) * slots + routing.slot_GxSxK
     place_GxSxK = jnp.where(routing.kept_GxSxK, slot_GxSxK, places)
@@ -52,22 +53,22 @@ def gather(x_GxSxD: jax.Array, routing: Routing, experts: Experts, slots: int) -
 
 
 def ragged(x_GxSxD: jax.Array, routing: Routing, experts: Experts, slots: int) -> jax.Array:
-    """Sorts the kept choices by expert; one grouped product over runs of unequal length."""
+    """Sorts the kept choices by expert; one grouped product applies to runs of unequal length."""
     return _by_runs(x_GxSxD, routing, experts, experts.ragged)
 
 
 def blocked(x_GxSxD: jax.Array, routing: Routing, experts: Experts, slots: int) -> jax.Array:
-    """As `ragged`, by loops over the experts and over blocks of a run: for CPUs.
+    """As `ragged`, but with loops over the experts and over blocks of their runs, for CPUs.
 
-    XLA's grouped product multiplies every row by every expert there.
+    XLA's grouped product on CPUs multiplies every row by every expert.
     """
     return _by_runs(x_GxSxD, routing, experts, experts.block_loop)
 
 
 def per_token(x_GxSxD: jax.Array, routing: Routing, experts: Experts, slots: int) -> jax.Array:
-    """Row by row, reading the weights of its expert alone: for no more choices than experts.
+    """Applies the chosen expert to each row, reading no other weights.
 
-    So few are the tokens of a step of decoding, whose cost is the reading of weights.
+    This is for no more choices than experts, as in decoding, which is bound by reading weights.
     """
     top_k = routing.expert_GxSxK.shape[-1]
     x_RxD = jnp.repeat(x_GxSxD.reshape(-1, x_GxSxD.shape[-1]), top_k, axis=0)
@@ -77,12 +78,12 @@ def per_token(x_GxSxD: jax.Array, routing: Routing, experts: Experts, slots: int
 
 
 def _by_runs(x_GxSxD, routing: Routing, experts: Experts, apply) -> jax.Array:
-    """Rows in the order of their experts, through `apply`, and back.
+    """Sorts rows by expert, applies the experts by `apply`, and sorts the results back.
 
-    No buffer limits a run, so that without a capacity the cost is that of the tokens there are.
+    Runs need no buffer of fixed size: without a capacity, the cost follows the number of tokens.
     """
     top_k = routing.expert_GxSxK.shape[-1]
-    # What isn't kept forms a last run that belongs to no expert.
+    # Dropped choices form a last run that belongs to no expert.
     expert_R = jnp.where(routing.kept_GxSxK, routing.expert_GxSxK, experts.count).reshape(-1)
     order_R = jnp.argsort(expert_R)
     place_R = jnp.argsort(order_R)
@@ -104,7 +105,7 @@ BACKENDS: dict[str, Dispatch] = {
 
 
 def resolve(name: str, platform: str, spread: bool = False) -> str:
-    """What 'auto' means: 'A/B', A where experts have a capacity, B where nothing is dropped.
+    """Resolves 'auto' to one name, or to 'A/B': A with a capacity, B where nothing is dropped.
 
     Args:
       name: `moe.dispatch`.
@@ -112,7 +113,7 @@ def resolve(name: str, platform: str, spread: bool = False) -> str:
       spread: whether experts, or parts of them, are on several devices.
 
     Raises:
-      UserError: the named one has no buffers that devices could exchange.
+      UserError: the named backend has no buffers that devices could exchange.
     """
     if spread and name in ("ragged", "blocked"):
         raise UserError(
@@ -127,20 +128,20 @@ def resolve(name: str, platform: str, spread: bool = False) -> str:
 
 
 def backend(resolved: str, dropless: bool, few: bool = False) -> Dispatch:
-    """The backend of a resolved name; `few`: there are no more choices than experts."""
+    """The backend of a resolved name; `few` means no more choices than experts."""
     if few and dropless and "/" in resolved:
         return per_token
     return BACKENDS[resolved.split("/")[-1 if dropless else 0]]
 
 
-# The derivative XLA would use for a gather, a scatter-add, is the slow part of a sparse dispatch:
-# both ways gather, by a map and its inverse. What an index past the end gives is never read, so
-# that it need not be zeroed; only gradients must be.
+# XLA's derivative of a gather is a scatter-add, the slow part of a sparse dispatch. Here both ways
+# gather, by a map and its inverse. Rows that an index past the end gives are never read and need
+# not be zeroed; only their gradients must be.
 
 
 @jax.custom_vjp
 def _take_rows(x_NxD, index_P, inverse_NxK):
-    """x[index], and some row where the index is past the end; `inverse` lists a row's places."""
+    """x[index], with any row for an index past the end; inverse[n] lists the places of x[n]."""
     return jnp.take(x_NxD, index_P, axis=0, mode="clip")
 
 
@@ -156,7 +157,7 @@ _take_rows.defvjp(
 
 @jax.custom_vjp
 def _combine(y_PxD, weight_GxSxK, place_R, choice_P):
-    """Each token's choices, at their places in y, times their weights: [G, S, D].
+    """Sums each token's choices, read from their places in y, by their weights: [G, S, D].
 
     Dropped choices have weight 0; empty slots hold the sentinel R.
     """
@@ -173,7 +174,7 @@ def _combine_forward(y_PxD, weight_GxSxK, place_R, choice_P):
 def _combine_backward(residuals, dy_GxSxD):
     y_GxSxKxD, weight_GxSxK, choice_P = residuals
     top_k, width = y_GxSxKxD.shape[2:]
-    # The weight on the slot: 0 where there is no choice, which is all the masking there is.
+    # The weight of each slot; it is 0 in empty slots, and no other mask is needed.
     weight_R = weight_GxSxK.reshape(-1).astype(dy_GxSxD.dtype)
     weight_P = jnp.take(weight_R, choice_P, mode="fill", fill_value=0)
     dy_PxD = jnp.take(dy_GxSxD.reshape(-1, width), choice_P // top_k, axis=0, mode="clip")

@@ -1,12 +1,12 @@
-"""Experts spread over devices: rows go to their expert's device and come back, inside shard_map.
+"""Expert parallelism inside shard_map: rows go to their expert's device and come back.
 
-Flat is one all-to-all each way over all of the layer's axes. Hierarchical takes one axis after the
-other, so that devices of one host exchange first and hosts exchange larger pieces (the paper's
-hierarchical all-to-all). Coordinated is for rows that every device of `tensor` holds alike: each
-exchanges its share of them only, and what arrives is put together by an all-gather (the paper's
-parallelism-coordinated all-to-all): 1/L of the bytes, L devices in `tensor`.
+The flat exchange is one all-to-all each way over all of the layer's axes. The hierarchical one (the
+paper's hierarchical all-to-all) takes one axis after the other: devices of one host exchange first,
+and hosts exchange larger pieces. The coordinated one (the paper's parallelism-coordinated
+all-to-all) is for rows that are replicated over the L devices of `tensor`: each device exchanges
+only its share, 1/L of the bytes, and an all-gather puts the shares together.
 
-X is the devices that exchange with each other, I the experts of one of them.
+X is the number of devices that exchange with each other, I the number of experts on each.
 """
 
 from typing import NamedTuple
@@ -17,24 +17,24 @@ import jax.numpy as jnp
 from prmoe_jax.moe.experts import Experts
 from prmoe_jax.nn import remat
 
-# At or below this many experts on a device, each one is compiled as a program of its own.
+# At or below this many experts on a device, each expert's products are compiled separately.
 FEW = 4
 
 
 class ExpertParallel(NamedTuple):
-    """All experts of a layer, as one device of the mesh sees them; to be called as `Experts`."""
+    """All experts of a layer, called on one device of the mesh like `Experts`."""
 
     experts: Experts  # this device's part
-    axes: tuple[str, ...]  # of the mesh, over which the experts are spread, outermost first
+    axes: tuple[str, ...]  # mesh axes over which the experts are spread, outermost first
     exchange: str  # flat | hierarchical | coordinated
 
     @property
     def count(self) -> int:
-        """Experts of the layer."""
+        """The number of experts of the layer."""
         return self.experts.count
 
     def __call__(self, x_ExRxD: jax.Array) -> jax.Array:
-        """Applies expert e to x[e], every device's rows; same shape and dtype."""
+        """Applies expert e to x[e], for the rows of every device; same shape and dtype."""
         rows = x_ExRxD.shape[1]
         coordinated = self.exchange == "coordinated"
         if coordinated:
@@ -48,7 +48,7 @@ class ExpertParallel(NamedTuple):
         return y_ExRxD
 
     def _exchange(self, x_XxIxRxD: jax.Array) -> jax.Array:
-        """Part x goes to device x; from device x comes part x."""
+        """Sends part x to device x, and receives part x from device x."""
         with jax.named_scope("exchange"):
             if self.exchange != "hierarchical":
                 return remat.save_collective(jax.lax.all_to_all(x_XxIxRxD, self.axes, 0, 0))
@@ -73,7 +73,7 @@ class ExpertParallel(NamedTuple):
         x_IxRxD = x_XxIxRxD.swapaxes(0, 1).reshape(local, -1, width)
         if others:
             x_IxRxD = jax.lax.all_gather(x_IxRxD, others, axis=1, tiled=True)
-        # Each device of a slice has its own part of the weights, and of the rows' gradient.
+        # Each device has its own part of the weights, and so of the rows' gradient.
         y_IxRxD = self.experts.without_last_bias(mark_varying(x_IxRxD, tuple(split)))
         if others:
             y_IxRxD = jax.lax.psum_scatter(y_IxRxD, others, scatter_dimension=1, tiled=True)

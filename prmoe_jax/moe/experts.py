@@ -1,4 +1,4 @@
-"""The experts of a layer: E MLPs whose parameters are one array each."""
+"""The experts of a layer: E MLPs that share one array for each parameter."""
 
 from functools import partial
 
@@ -13,7 +13,7 @@ from prmoe_jax.nn.quantized import to_dtype
 
 
 class Experts(nnx.Module):
-    """E MLPs of equal shape, drawn independently or (tied) all as the `MLP` of the same key."""
+    """E MLPs of equal shape, drawn independently or (tied) all as `MLP.drawn` with the same key."""
 
     def __init__(
         self,
@@ -40,7 +40,7 @@ class Experts(nnx.Module):
         return self.without_last_bias(x_ExRxD) + self.b_out[...].astype(x_ExRxD.dtype)[:, None]
 
     def without_last_bias(self, x_ExRxD: jax.Array) -> jax.Array:
-        """The same but for b_out: where hidden units are split, these are the terms of a sum."""
+        """The same without b_out; devices that split hidden units sum up these results."""
         w_in, b_in, w_out, _ = self._weights(x_ExRxD.dtype)
         with jax.named_scope("experts"):
             pre_ExRxF = remat.save_matmul(kernels.batched_matmul(x_ExRxD, w_in) + b_in[:, None])
@@ -49,8 +49,8 @@ class Experts(nnx.Module):
     def unrolled(self, x_XxExRxD: jax.Array) -> jax.Array:
         """Applies expert e to x[:, e]; same shape and dtype.
 
-        Rows stay where an exchange put them and every product is as plain as a dense MLP's: for a
-        device that holds few experts.
+        For a device with few experts: rows stay where an exchange put them, and every product is
+        that of a dense MLP.
         """
         with jax.named_scope("experts"):
             return kernels.unrolled(x_XxExRxD, tuple(self._weights(x_XxExRxD.dtype)))
@@ -58,14 +58,14 @@ class Experts(nnx.Module):
     def ragged(self, x_RxD: jax.Array, rows_E: jax.Array, expert_R: jax.Array) -> jax.Array:
         """Applies the experts to rows sorted by expert, `rows_E[e]` rows for expert e.
 
-        Rows of `expert_R` past the last expert belong to none; their output is 0.
+        Rows with `expert_R` = E belong to no expert; their output is 0.
         """
         w_in, b_in, w_out, b_out = self._weights(x_RxD.dtype)
         served_Rx1 = (expert_R < self.count)[:, None]
 
         def grouped(x_R, w_E):
-            # A device may leave the rows of no run as they were in memory, here and in the
-            # derivative: masked on both sides, neither is ever read.
+            # Rows of no run may hold anything, here and in the derivative. Masks on both sides
+            # ensure that these are never read.
             y_R = jax.lax.ragged_dot(jnp.where(served_Rx1, x_R, 0), w_E, rows_E)
             return jnp.where(served_Rx1, y_R, 0)
 
@@ -81,11 +81,11 @@ class Experts(nnx.Module):
         return kernels.block_loop(block, x_RxD, rows_E, tuple(self._weights(x_RxD.dtype)))
 
     def per_token(self, x_RxD: jax.Array, expert_R: jax.Array) -> jax.Array:
-        """Applies expert expert_R[r] to row r, reading no other weights: for few rows."""
+        """Applies expert expert_R[r] to row r and reads no other weights; for few rows."""
         return _row_by_row(lambda e, x_1xD: self.expert(e)(x_1xD), x_RxD, expert_R)
 
     def expert(self, e) -> MLP:
-        """One of the experts."""
+        """Expert e as an MLP."""
         weights = self.w_in[...], self.b_in[...], self.w_out[...], self.b_out[...]
         return MLP(*jax.tree.map(lambda w: w[e], weights))
 
@@ -94,10 +94,10 @@ class Experts(nnx.Module):
 
 
 class UnstackedExperts(nnx.Module):
-    """The same with arrays of its own for each expert, and without derivatives: as a CPU decodes.
+    """Experts with separate arrays and without derivatives, for decoding on CPUs.
 
-    XLA would copy an expert's part of an array, on one core, and multiply by the copy; an array it
-    reads where it is, on all cores. In return it compiles an MLP for each expert.
+    XLA would copy an expert's part of a shared array on one core, and multiply by the copy. It
+    reads a separate array in place, on all cores, but must compile an MLP for each expert.
     """
 
     def __init__(self, experts: Experts):
@@ -132,7 +132,7 @@ class UnstackedExperts(nnx.Module):
 
 
 def _row_by_row(apply, x_RxD: jax.Array, expert_R: jax.Array) -> jax.Array:
-    """`apply(e, x)` of each row and its expert, one after the other."""
+    """Calls `apply(e, x)` for each row and its expert, one after the other."""
 
     def row(inputs):
         x_D, e = inputs

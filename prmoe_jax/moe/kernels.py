@@ -1,4 +1,4 @@
-"""The experts' products, with derivatives and loops written by hand where XLA's are slow."""
+"""The experts' matrix products, with derivatives and loops by hand where XLA's are slow."""
 
 from functools import partial
 
@@ -10,16 +10,16 @@ from prmoe_jax.nn.mlp import gelu
 
 
 def block_rows(rows: int, experts: int) -> int:
-    """Rows that are multiplied at a time, of a run for each expert."""
+    """Rows that are multiplied at a time: about an expert's mean number, from 16 to 256."""
     return min(256, max(16, 1 << (rows // experts - 1).bit_length()))
 
 
 @jax.custom_vjp
 def batched_matmul(x_ExRxD: jax.Array, w_ExDxF: jax.Array) -> jax.Array:
-    """x @ w, with a gradient that is written for CPUs and experts of few rows.
+    """x @ w, with a gradient for CPUs and experts of few rows.
 
     There the cost is memory traffic for the weights and their gradients. Transposing the small
-    activations lets the products read and write them in storage order.
+    activations lets the products read and write weights and gradients in storage order.
     """
     return x_ExRxD @ w_ExDxF
 
@@ -31,7 +31,7 @@ def _batched_matmul_backward(residuals, dy_ExRxF):
         return dy_ExRxF @ w_ExDxF.mT, x_ExRxD.mT @ dy_ExRxF
 
     def turned(x_ExRxD, w_ExDxF, dy_ExRxF):
-        # The barriers keep XLA from folding the turn into the product.
+        # The barriers keep XLA from fusing the transposition into the product.
         barrier = jax.lax.optimization_barrier
         dx_ExDxR = barrier(jnp.einsum("EDF,ERF->EDR", w_ExDxF, dy_ExRxF))
         return dx_ExDxR.mT, barrier(x_ExRxD.mT) @ dy_ExRxF
@@ -46,7 +46,7 @@ batched_matmul.defvjp(lambda x, w: (x @ w, (x, w)), _batched_matmul_backward)
 
 
 def _join(parts: list[jax.Array], axis: int) -> jax.Array:
-    """`jnp.stack`, in a form that XLA fuses into the products that make the parts."""
+    """Stacks like `jnp.stack`, in a form that XLA fuses into the products that make the parts."""
     shape = list(parts[0].shape)
     shape.insert(axis, len(parts))
     whole = _alike(jax.lax.empty(tuple(shape), parts[0].dtype), parts[0])  # zeros would be written
@@ -56,14 +56,14 @@ def _join(parts: list[jax.Array], axis: int) -> jax.Array:
 
 
 def _alike(fresh: jax.Array, x: jax.Array) -> jax.Array:
-    """A new array that may differ from device to device wherever x may, inside shard_map."""
+    """Marks a new array as varying over the axes over which x varies, inside shard_map."""
     axes = tuple(jax.typeof(x).manual_axis_type.varying)
     return jax.lax.pcast(fresh, axes, to="varying") if axes else fresh
 
 
 @jax.custom_vjp
 def unrolled(x_XxExRxD, weights):
-    """Expert e's MLP on x[:, e], each expert a program of its own."""
+    """Applies expert e to x[:, e]; each expert's products are compiled separately."""
     return _unrolled_forward(x_XxExRxD, weights)[0]
 
 
@@ -74,7 +74,7 @@ def _unrolled_forward(x_XxExRxD, weights):
         w_in, b_in, w_out, b_out = (w[e] for w in weights)
         x_QxD = x_XxExRxD[:, e].reshape(-1, width)
         pre_QxF = remat.save_matmul(x_QxD @ w_in + b_in)
-        # The bias after the reshape, or the write into the result isn't fused.
+        # The bias is added after the reshape; else the write into the result isn't fused.
         outputs.append((gelu(pre_QxF) @ w_out).reshape(devices, rows, width) + b_out)
         saved.append((x_QxD, pre_QxF))
     return _join(outputs, 1), (saved, weights)
@@ -87,7 +87,7 @@ def _unrolled_backward(residuals, dy_XxExRxD):
     for e, (x_QxD, pre_QxF) in enumerate(saved):
         w_in, _, w_out, _ = (w[e] for w in weights)
         dy_QxD = dy_XxExRxD[:, e].reshape(-1, width)
-        h_QxF, through_gelu = jax.vjp(gelu, pre_QxF)  # h again, in the product that needs it
+        h_QxF, through_gelu = jax.vjp(gelu, pre_QxF)  # computes h again, fused into the product
         (dpre_QxF,) = through_gelu(dy_QxD @ w_out.T)
         gradients.append((x_QxD.T @ dpre_QxF, dpre_QxF.sum(0), h_QxF.T @ dy_QxD, dy_QxD.sum(0)))
         inputs.append((dpre_QxF @ w_in.T).reshape(devices, rows, width))
@@ -99,7 +99,7 @@ unrolled.defvjp(_unrolled_forward, _unrolled_backward)
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def block_loop(block: int, x_RxD, rows_E, weights):
-    """Experts' MLPs over sorted rows: a loop over experts, in it one over blocks of its run."""
+    """Applies experts to sorted rows, in a loop over experts and one over blocks of their runs."""
     return _block_loop_forward(block, x_RxD, rows_E, weights)[0]
 
 
@@ -108,7 +108,7 @@ def slice_rows(x_RxD, start, rows: int):
 
 
 def _block_loop_forward(block: int, x_RxD, rows_E, weights):
-    # A run's last block reaches into the next run, which is written later, or past the end.
+    # A run's last block reaches into the next run, which is written later, or into the padding.
     x_QxD = jnp.pad(x_RxD, ((0, block), (0, 0)))
     write = jax.lax.dynamic_update_slice_in_dim
 
@@ -153,7 +153,7 @@ def _block_loop_backward(block: int, saved, dy_RxD):
             dw_out, db_out = dw_out + dot(h.T, dy), db_out + dy.sum(0, dtype=jnp.float32)
             return dx_QxD, (dw_in, db_in, dw_out, db_out)
 
-        # In float32: many blocks add up, and each would be rounded.
+        # The sums are float32: else each of many additions would be rounded to the compute dtype.
         zeros = jax.tree.map(
             lambda w: _alike(jnp.zeros(w.shape), dy_QxD), (w_in, b_in, w_out, b_out)
         )

@@ -22,8 +22,8 @@ from prmoe_jax.parallel.mesh import batch_axes, expert_axes
 class MoE(nnx.Module):
     """Top-k routed experts, optionally mixed with a fixed MLP (paper, section 4.1.2).
 
-    With the residual, y = c₀ · experts(x) + c₁ · mlp(x), c = softmax(W x + b): a token that
-    every expert dropped still gets its MLP. `model.residual_mix` may fix c at (1, 1) or (½, ½).
+    With the residual, y = c₀ · experts(x) + c₁ · mlp(x) with c = softmax(W x + b), so that a token
+    that no expert kept still passes the MLP. `model.residual_mix` may fix c at (1, 1) or (½, ½).
     `moe.dispatch` must be a resolved name, see `dispatch.resolve`.
     """
 
@@ -31,7 +31,7 @@ class MoE(nnx.Module):
         keys = jax.random.split(key, 5)
         d_model, std = model.d_model, model.init_std
         shape = (d_model, model.d_ff, std, std / (2 * model.layers) ** 0.5)
-        # Router and coefficient start as torch's Linear does, which is what DeepSpeed leaves.
+        # Router and coefficient start as torch.nn.Linear does by default, as in DeepSpeed.
         bound = d_model**-0.5
 
         def uniform(key, *dims):
@@ -55,13 +55,13 @@ class MoE(nnx.Module):
         capacity_factor: float,
         keys_B: jax.Array | None = None,
     ) -> tuple[jax.Array, RouterMetrics]:
-        """Returns the layer's output, shaped and typed as x, and its router's statistics.
+        """Returns the layer's output, with x's shape and dtype, and the router's statistics.
 
         Args:
           x_BxLxD: normalised activations.
           valid_BxL: False for padding, which is not routed.
-          capacity_factor: of an expert's even share of its group; inf drops nothing.
-          keys_B: one key a sequence in training, None in evaluation.
+          capacity_factor: an expert's capacity over its even share of a group; inf drops nothing.
+          keys_B: one key per sequence in training, None in evaluation.
         """
         y_BxLxD, kept_BxL, metrics = self._spread(capacity_factor, x_BxLxD, valid_BxL, keys_B)
         if self.mlp is None:
@@ -87,7 +87,7 @@ class MoE(nnx.Module):
           x_BxLxD, valid_BxL, capacity_factor: as for a call.
 
         Returns:
-          a decision whose arrays are [G, S, K]: groups of neighbouring tokens, in their order.
+          The decision, in arrays [G, S, K]; groups and their neighbouring tokens are in order.
         """
         batch, length, width = x_BxLxD.shape
         tokens = self._group_size(batch, length, capacity_factor)
@@ -96,14 +96,14 @@ class MoE(nnx.Module):
         return self._route(parts, x_GxSxD, valid_GxS, capacity_factor, None)[0]
 
     def _group_size(self, batch: int, length: int, capacity_factor: float) -> int:
-        """Tokens of a routing group, where so many rows are computed together."""
+        """Tokens of a routing group when [batch, length] tokens are computed together."""
         tokens = min(self.moe.group_size or length, batch * length)
         if math.isinf(capacity_factor) and batch * length % tokens:
-            return length  # nothing is dropped: groups make no difference to a token
+            return length  # nothing is dropped, so groups make no difference
         return tokens
 
     def _spread(self, capacity_factor: float, x_BxLxD, valid_BxL, keys_B):
-        """`_routed`, on a mesh by each device for its own rows."""
+        """Calls `_routed`; on a mesh, each device does so for its own rows."""
         names = "w_router", "bias_router", "experts"
         parts = {name: getattr(self, name) for name in names}
         routed = partial(self._routed, capacity_factor)
@@ -128,15 +128,15 @@ class MoE(nnx.Module):
         )(parts, x_BxLxD, valid_BxL, keys_B)
 
     def _routed(self, capacity_factor: float, parts: dict, x_BxLxD, valid_BxL, keys_B):
-        """The experts' branch, which tokens an expert kept, and the statistics of these rows."""
+        """Returns the experts' output, which tokens were kept, and the router's statistics."""
         batch, length, width = x_BxLxD.shape
         tokens = self._group_size(batch, length, capacity_factor)
         x_GxSxD = x_BxLxD.reshape(-1, tokens, width)
         valid_GxS = valid_BxL.reshape(-1, tokens)
         keys_G = None
         if keys_B is not None:
-            # A group inside a sequence folds its number into the sequence's key; a group of
-            # several sequences goes by the first one's.
+            # The key of a group is that of its (first) sequence, with the group's number within
+            # the sequence folded in.
             within = jnp.arange(max(1, length // tokens))
             split = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
             keys_G = split(keys_B[:: max(1, tokens // length)], within).reshape(-1)
@@ -153,7 +153,7 @@ class MoE(nnx.Module):
         return y_GxSxD.reshape(x_BxLxD.shape), kept_BxL, metrics
 
     def _route(self, parts: dict, x_GxSxD, valid_GxS, capacity_factor, keys_G):
-        """The decision, its statistics, and an expert's slots in each group."""
+        """Returns the decision, its statistics, and the slots of an expert in each group."""
         x_GxSxD = x_GxSxD.astype(jnp.float32)
         if self.moe.noise == "jitter" and keys_G is not None:
             keys_G, jitter_keys_G = jax.vmap(jax.random.split, out_axes=1)(keys_G)
@@ -174,7 +174,7 @@ class MoE(nnx.Module):
         return routing, metrics, slots
 
     def _mix(self, x_BxLxD: jax.Array) -> jax.Array:
-        """Weights of the experts' branch and of the MLP: float32 [B, L, 2]."""
+        """The weights of the experts' branch and of the MLP, float32 [B, L, 2]."""
         if self.residual_mix == "learned":
             x_BxLxD = x_BxLxD.astype(jnp.float32)
             return jax.nn.softmax(dot32(x_BxLxD, self.w_mix[...]) + self.b_mix[...])
@@ -183,10 +183,10 @@ class MoE(nnx.Module):
 
 
 def _jitter(x_SxD: jax.Array, key: jax.Array) -> jax.Array:
-    """Each value times a number of its own from U(0.99, 1.01)."""
+    """Multiplies each value by its own draw from U(0.99, 1.01)."""
     return x_SxD * jax.random.uniform(key, x_SxD.shape, minval=0.99, maxval=1.01)
 
 
 def dot32(x_D: jax.Array, w_DxN: jax.Array) -> jax.Array:
-    """A float32 product that is one: the default of TPUs and GPUs rounds its factors."""
+    """A product in full float32; by default, TPUs and GPUs round its factors."""
     return jnp.matmul(x_D, w_DxN, precision=jax.lax.Precision.HIGHEST)

@@ -1,9 +1,9 @@
-"""Routing: from router scores to a decision (who goes where, in which slot, with what weight).
+"""Routing turns router scores into a decision: each token's experts, slots and weights.
 
-Semantics are DeepSpeed's (`sharded_moe.py`: top1gating, top2gating, topkgating), in float32,
+The semantics are DeepSpeed's (`sharded_moe.py`: top1gating, top2gating, topkgating), in float32,
 with three changes: tokens compete within a routing group that the model fixes; masked tokens
-take no capacity and count in no statistic; and evaluation is deterministic and causal unless
-the rules say otherwise.
+take no capacity and count in no statistic; evaluation is deterministic, and causal except with
+expert choice or overflow by probability.
 """
 
 import math
@@ -20,34 +20,34 @@ class Routing(NamedTuple):
     """Where each of a token's K choices goes; a choice that isn't kept has weight 0."""
 
     expert_GxSxK: jax.Array  # int32
-    slot_GxSxK: jax.Array  # int32, place in the expert's buffer of C tokens
+    slot_GxSxK: jax.Array  # int32, position in the expert's buffer of C tokens
     kept_GxSxK: jax.Array  # bool
     weight_GxSxK: jax.Array  # float32
 
 
 class RouterMetrics(NamedTuple):
-    """One MoE layer's statistics as sums over its tokens, so that portions of a batch add up."""
+    """Statistics of a MoE layer, as sums over its tokens, so that portions of a batch add up."""
 
     aux_loss: jax.Array  # summed over routing groups
     z_loss: jax.Array  # log(Σ exp(logits))², summed over tokens
     groups: jax.Array  # routing groups that hold a token
     tokens: jax.Array  # tokens that are not masked
-    unserved: jax.Array  # of these, tokens that no expert kept
+    unserved: jax.Array  # those of `tokens` that no expert kept
     entropy: jax.Array  # of the router's distribution, in nats, summed over tokens
     assigned_E: jax.Array  # choices of each expert before capacity
-    dropped_E: jax.Array  # of these, choices lost to capacity
-    # Where experts choose, a token counts as one choice, lost if no expert took it.
-    choices_S: jax.Array  # choices by the token's place in its group
-    dropped_S: jax.Array  # of these, choices lost
-    coefficient: jax.Array  # weight of the experts' branch against the residual's, summed
+    dropped_E: jax.Array  # those of `assigned_E` that were lost to capacity
+    # With expert choice, a token counts as one choice, which is lost if no expert took the token.
+    choices_S: jax.Array  # choices by the token's position in its group
+    dropped_S: jax.Array  # those of `choices_S` that were lost
+    coefficient: jax.Array  # mixing weight of the experts' branch, summed over tokens
     coefficient_unserved: jax.Array  # the same over unserved tokens
 
 
 def capacity(tokens: int, experts: int, capacity_factor: float, top_k: int, minimum: int) -> int:
     """Slots of an expert for a group of `tokens`: max(ceil(S/E · factor · k), minimum).
 
-    In float32, as DeepSpeed computes it (100 tokens, 4 experts, factor 1.2 make 31), and never
-    more than S, since a token chooses an expert at most once. An infinite factor gives S.
+    It is computed in float32 as in DeepSpeed (100 tokens, 4 experts and factor 1.2 make 31), and
+    never exceeds S, since a token chooses an expert at most once. An infinite factor gives S.
     """
     if math.isinf(capacity_factor):
         return tokens
@@ -65,16 +65,16 @@ def route(
     bias_E: jax.Array | None = None,
     keys_G: jax.Array | None = None,
 ) -> tuple[Routing, RouterMetrics]:
-    """Decides by `moe.router` and its options, and measures the decision.
+    """Routes tokens by `moe.router` and its options, and measures the decision.
 
     Args:
       logits_GxSxE: float32 router scores.
-      valid_GxS: False for padding, which is routed nowhere.
+      valid_GxS: False for padding, which is not routed.
       moe: the rules.
-      top_k: experts of a token; of expert choice, its mean number of experts.
+      top_k: experts per token; with expert choice, their mean number.
       slots: capacity C of an expert.
-      bias_E: added to the probabilities where experts are chosen, and only there.
-      keys_G: one key a group switches training's randomness on; None for evaluation.
+      bias_E: added to the probabilities for the choice of experts, but not for their weights.
+      keys_G: one key per group switches training's randomness on; None for evaluation.
     """
     experts = logits_GxSxE.shape[-1]
     probs_GxSxE = jax.nn.softmax(logits_GxSxE)
@@ -115,16 +115,16 @@ def assign(
     priority_GxSxK: jax.Array | None = None,
     firsts_first: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Who keeps a place in an expert's buffer: slot and kept, both [G, S, K].
+    """Assigns the slots of the experts' buffers; returns slot and kept, both [G, S, K].
 
-    An expert keeps its `slots` choices of highest priority, or else the first ones in the order
-    of the tokens. Slots are given in the order of the tokens whatever the priority.
+    An expert keeps the `slots` choices of highest priority or, without priorities, the first ones
+    in the order of the tokens. Slots are always numbered in the order of the tokens.
 
     Args:
       choice_GxSxKxE: 1 at the chosen expert, all 0 for padding.
       slots: capacity C of an expert.
-      priority_GxSxK: highest first; ties go to the earlier choice.
-      firsts_first: in the order of the tokens, but all first choices before all second ones.
+      priority_GxSxK: the highest are kept; ties go to the earlier choice.
+      firsts_first: the order puts all first choices before all second ones.
     """
     groups, tokens, top_k, _ = choice_GxSxKxE.shape
 
@@ -151,7 +151,7 @@ def assign(
 
 
 def _rank(choice_GxRxE: jax.Array) -> jax.Array:
-    """How many earlier choices went to the same expert; -1 where there is no choice."""
+    """The number of earlier choices of the same expert; -1 for no choice."""
     return (jnp.cumsum(choice_GxRxE, axis=1) * choice_GxRxE).sum(-1) - 1
 
 
@@ -178,9 +178,9 @@ def _choose(logits_GxSxE, probs_GxSxE, moe: MoeConfig, top_k: int, bias_E, keys)
 
 
 def _experts_choose(probs_GxSxE, valid_GxS, slots: int) -> Routing:
-    """Each expert takes the C tokens that want it most (Zhou et al., arXiv 2202.09368).
+    """Each expert takes the C tokens of highest probability (Zhou et al., arXiv 2202.09368).
 
-    Written as E choices a token, of which the ones its experts made are kept.
+    The result has E choices per token, and keeps those by the experts that took the token.
     """
     groups, tokens, experts = probs_GxSxE.shape
     wanted_GxExS = jnp.where(valid_GxS[..., None], probs_GxSxE, -1).swapaxes(1, 2)
@@ -194,9 +194,10 @@ def _experts_choose(probs_GxSxE, valid_GxS, slots: int) -> Routing:
 
 
 def _measure(routing: Routing, choice_GxSxKxE, logits_GxSxE, valid_GxS) -> RouterMetrics:
-    """Statistics, and the auxiliary loss E/k · Σ mean(probability) · mean(choice).
+    """Returns the statistics, with the auxiliary loss E · Σ mean(probability) · mean(choices)/k.
 
-    The loss is taken before capacity; for k = 2 it counts first choices only, as GShard does.
+    The loss is taken before capacity. For k = 2 it counts only first choices, as GShard does, and
+    does not divide by k.
     """
     top_k, experts = choice_GxSxKxE.shape[2:]
     lost_GxSxK = valid_GxS[..., None] & ~routing.kept_GxSxK
@@ -218,7 +219,7 @@ def _measure(routing: Routing, choice_GxSxKxE, logits_GxSxE, valid_GxS) -> Route
 
 
 def _measure_expert_choice(routing: Routing, logits_GxSxE, valid_GxS) -> RouterMetrics:
-    """Statistics of expert choice: balanced by construction; a token may be left out."""
+    """Returns the statistics of expert choice: the load is even, but tokens may be left out."""
     lost_GxS = valid_GxS & ~routing.kept_GxSxK.any(-1)
     return _metrics(
         routing,
@@ -233,7 +234,7 @@ def _measure_expert_choice(routing: Routing, logits_GxSxE, valid_GxS) -> RouterM
 
 
 def _metrics(routing: Routing, logits_GxSxE, valid_GxS, **decision) -> RouterMetrics:
-    """Adds to the statistics of a decision those of the scores."""
+    """Adds the statistics of the scores to those of the decision."""
     log_z_GxS = jax.nn.logsumexp(logits_GxSxE, axis=-1)
     log_probs_GxSxE = logits_GxSxE - log_z_GxS[..., None]
     entropy_GxS = -(jnp.exp(log_probs_GxSxE) * log_probs_GxSxE).sum(-1)
