@@ -1,4 +1,4 @@
-"""Causal self-attention within documents, by the fastest kernel the device has."""
+"""Causal self-attention within documents, by the fastest kernel of the device."""
 
 import logging
 from functools import partial
@@ -21,15 +21,15 @@ from prmoe_jax.parallel.mesh import batch_axes
 
 log = logging.getLogger(__name__)
 
-# The lengths that a kernel accepts are multiples of this number.
+# A kernel accepts only multiples of this length.
 LENGTH_MULTIPLE = {"splash": 128, "cudnn": 2}
 
 
 def attend(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segments_BxL, implementation: str) -> jax.Array:
-    """softmax(q kᵀ / √K) v over earlier tokens of the same segment; [B, L, H, K].
+    """softmax(q kᵀ / √K) v over each token and the earlier ones of its segment; [B, L, H, K].
 
-    Any length: where the kernel accepts multiples only, the sequences are padded at their end,
-    which no token of theirs attends to.
+    L may be any length: if the kernel accepts multiples only, sequences are padded at the end, to
+    which none of their tokens attends.
     """
     length = segments_BxL.shape[1]
     padding = -length % LENGTH_MULTIPLE.get(implementation, 1)
@@ -80,7 +80,7 @@ def splash(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segments_BxL, interpret: bool = Fals
 
     batched = jax.vmap(sequence)
     if not mesh.empty:
-        # A kernel is opaque to the partitioner, so its part is spelled out.
+        # The partitioner can't split a kernel, so its partition is given explicitly.
         rows = PartitionSpec(batch_axes(mesh))
         heads = PartitionSpec(batch_axes(mesh), None, "tensor")
         batched = jax.shard_map(
@@ -90,7 +90,7 @@ def splash(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segments_BxL, interpret: bool = Fals
 
 
 class KVCache(NamedTuple):
-    """Keys and values of earlier tokens, laid out as the products on CPUs read them."""
+    """KV cache of earlier tokens, in the layout that matrix products on CPUs read."""
 
     k_BxHxKxT: jax.Array
     v_BxHxTxK: jax.Array
@@ -104,7 +104,7 @@ class KVCache(NamedTuple):
     def extended(
         self, k_BxQxHxK: jax.Array, v_BxQxHxK: jax.Array, position_BxQ: jax.Array
     ) -> "KVCache":
-        """The cache with more tokens at their positions; those past its end are lost."""
+        """The cache with more tokens at their positions; tokens past its end are dropped."""
         row_Bx1 = jnp.arange(len(position_BxQ))[:, None]
         return KVCache(
             self.k_BxHxKxT.at[row_Bx1, :, :, position_BxQ].set(k_BxQxHxK),
@@ -113,7 +113,7 @@ class KVCache(NamedTuple):
 
 
 def attend_to_cache(q_BxQxHxK, cache: KVCache, position_BxQ) -> jax.Array:
-    """softmax(q kᵀ / √K) v over the keys up to each query's own position; [B, Q, H, K]."""
+    """softmax(q kᵀ / √K) v over the keys up to each query's position; [B, Q, H, K]."""
     score_BxHxQxT = jnp.einsum(
         "BQHK,BHKT->BHQT", q_BxQxHxK, cache.k_BxHxKxT, preferred_element_type=jnp.float32
     )
@@ -144,19 +144,19 @@ class Attention(nnx.Module):
         cache: KVCache | None = None,
         position_BxL: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
-        """Maps [B, L, D] to [B, L, D] in x's dtype.
+        """Returns the output [B, L, D] in x's dtype, and `cache` with these tokens.
 
         Args:
           x_BxLxD: normalised activations.
-          segments_BxL: the document of each token; a token attends within its own.
-          cache: in decoding, the keys and values of earlier tokens; these tokens' are added.
+          segments_BxL: the document of each token, within which it attends; unused with a cache.
+          cache: in decoding, the KV cache of earlier tokens.
           position_BxL: the tokens' positions in `cache`, in ascending order.
         """
         b_qkv, b_out = (p[...].astype(x_BxLxD.dtype) for p in (self.b_qkv, self.b_out))
         if cache is not None:
             qkv_BxLx3xHxK = matmul(x_BxLxD, self.w_qkv[...]) + b_qkv
             q, k, v = (qkv_BxLx3xHxK[:, :, i] for i in range(3))
-            # Or XLA writes the new keys twice, once into a copy of the cache for the product.
+            # Else XLA writes the new keys twice, once into a copy of the cache for the product.
             cache = jax.lax.optimization_barrier(cache.extended(k, v, position_BxL))
             y_BxLxHxK = attend_to_cache(q, cache, position_BxL)
             return matmul(y_BxLxHxK, self.w_out[...], axes=2) + b_out, cache

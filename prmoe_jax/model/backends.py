@@ -1,4 +1,4 @@
-"""What computes attention and the experts' exchange on this platform and mesh."""
+"""Chooses the kernels of attention, dispatch and exchange for this platform and mesh."""
 
 import dataclasses
 import logging
@@ -16,10 +16,10 @@ log = logging.getLogger(__name__)
 
 
 def resolve_backends(config: Config, platform: str, mesh: Mesh | None = None) -> Config:
-    """Replaces every 'auto' of the model by what this platform and mesh run, and logs the choice.
+    """Replaces every 'auto' by the choice for this platform and mesh, and logs it.
 
     Raises:
-      UserError: a kernel is forced that this platform cannot run.
+      UserError: this platform or mesh cannot run a kernel or backend that the config names.
     """
     attention = resolve_attention(config.model, platform)
     axes = {} if mesh is None else {name: n for name, n in mesh.shape.items() if n > 1}
@@ -45,10 +45,10 @@ def resolve_backends(config: Config, platform: str, mesh: Mesh | None = None) ->
 
 
 def resolve_attention(model: ModelConfig, platform: str) -> str:
-    """The implementation that `model.attention` names; 'auto' chooses by platform and shape.
+    """Resolves `model.attention` to an implementation; 'auto' chooses by platform and shape.
 
     Raises:
-      UserError: the named one cannot run on this platform or at these sizes.
+      UserError: the named implementation cannot run on this platform or at these sizes.
     """
     splash_fits = model.length % LENGTH_MULTIPLE["splash"] == 0
     if model.attention == "auto":
@@ -79,9 +79,9 @@ def resolve_attention(model: ModelConfig, platform: str) -> str:
 
 
 def _cudnn_refusal(model: ModelConfig) -> str:
-    """Why cuDNN's attention cannot train this model here; empty where it can.
+    """Returns why cuDNN's attention cannot train this model here, or '' if it can.
 
-    JAX checks shapes and dtypes when it traces the kernel, so a trace of the gradient tells.
+    JAX checks shapes and dtypes when it traces the kernel, so tracing the gradient is enough.
     """
     shape = 1, model.length, model.heads, model.d_model // model.heads
     q_BxLxHxK = jax.ShapeDtypeStruct(shape, model.dtype)

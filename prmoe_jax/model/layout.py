@@ -1,4 +1,4 @@
-"""Layers one by one, and stacked by stage as a model holds them."""
+"""Converts between layers one by one and layers stacked by stage, as a model holds them."""
 
 from collections.abc import Mapping
 from typing import TypeVar
@@ -13,7 +13,7 @@ Array = TypeVar("Array", jax.Array, np.ndarray)
 
 
 def places(model: ModelConfig) -> list[tuple[int, int, int]]:
-    """Of each layer: stage, block of its cell, repeat."""
+    """The (stage, block in the cell, repeat) of each layer, first to last."""
     return [
         (s, block, repeat)
         for s, stage in enumerate(model.schedule.stages())
@@ -23,7 +23,7 @@ def places(model: ModelConfig) -> list[tuple[int, int, int]]:
 
 
 def unstack_layers(model: ModelConfig, leaves: Mapping[str, Array]) -> dict[str, Array]:
-    """'stages.0.blocks.1.mlp.w_in' [N, …] as 'layers.3.mlp.w_in' […]; other names stay."""
+    """Turns 'stages.0.blocks.1.mlp.w_in' [N, …] into N of 'layers.3.mlp.w_in' […]; others stay."""
     layer_of = {place: layer for layer, place in enumerate(places(model))}
     named = {}
     for name, leaf in leaves.items():
@@ -38,7 +38,7 @@ def unstack_layers(model: ModelConfig, leaves: Mapping[str, Array]) -> dict[str,
 
 
 def stack_layers(model: ModelConfig, named: Mapping[str, Array]) -> dict[str, Array]:
-    """What `unstack_layers` took apart, whole again."""
+    """The inverse of `unstack_layers`."""
     at, leaves = places(model), {}
     parts: dict[str, list] = {}
     for name, array in named.items():
@@ -55,6 +55,6 @@ def stack_layers(model: ModelConfig, named: Mapping[str, Array]) -> dict[str, Ar
 
 
 def of_layer(named: Mapping[str, Array], layer: int) -> dict[str, Array]:
-    """One layer's arrays of what `unstack_layers` gives, by the rest of their names."""
+    """One layer's arrays from the result of `unstack_layers`, by the rest of their names."""
     prefix = f"layers.{layer}."
     return {n.removeprefix(prefix): x for n, x in named.items() if n.startswith(prefix)}

@@ -13,17 +13,17 @@ from prmoe_jax.moe.routing import RouterMetrics
 
 
 class Sums(NamedTuple):
-    """What one forward pass measured, summed."""
+    """The measurements of one forward pass, as sums."""
 
     tokens: jax.Array  # targets that count
     lm_loss: jax.Array  # cross-entropy in nats
     z_loss: jax.Array  # log(Z)²
-    routers: list[RouterMetrics]  # one a MoE layer
-    kd_loss: jax.Array | None = None  # T² · KL from the teacher in nats, where one teaches
+    routers: list[RouterMetrics]  # one per MoE layer
+    kd_loss: jax.Array | None = None  # T² · KL from the teacher in nats; None without one
 
 
 class Totals(NamedTuple):
-    """What the whole batch's means are divided by."""
+    """The counts of a whole batch, by which sums are divided."""
 
     tokens: jax.Array  # targets that count
     routed: jax.Array  # tokens that are not padding
@@ -44,7 +44,7 @@ Measure = Callable[[Transformer, jax.Array, Batch], dict[str, jax.Array]]
 
 
 def cross_entropy(model: Transformer, x_BxLxD: jax.Array, batch: Batch) -> dict[str, jax.Array]:
-    """`Sums.lm_loss` and `z_loss` of final activations."""
+    """Computes `lm_loss` and `z_loss` of `Sums` from final activations."""
     with jax.named_scope("logits"):
         logits_BxLxV = model.logits(x_BxLxD)
         log_z_BxL = jax.nn.logsumexp(logits_BxLxV, axis=-1)
@@ -68,8 +68,8 @@ def forward(
       model: the model.
       batch: a portion of a batch, or all of it.
       capacity_factor: training's or evaluation's.
-      keys_B: one a sequence, which switch training's noise on.
-      measure: sums the losses of the final activations [B, L, D]; a distiller's adds `kd_loss`.
+      keys_B: one key per sequence switches training's randomness on; None for evaluation.
+      measure: maps final activations [B, L, D] to sums of losses; a distiller's adds `kd_loss`.
     """
     x_BxLxD, routers = model(
         batch.tokens_BxL, batch.segments_BxL, capacity_factor=capacity_factor, keys_B=keys_B
@@ -78,9 +78,9 @@ def forward(
 
 
 def training_loss(sums: Sums, total: Totals, config: Config, kd_weight=0.0) -> jax.Array:
-    """CE (+ z-loss, + what a teacher adds) + the routers' losses, summed over MoE layers.
+    """Cross-entropy (+ z-loss, + distillation) + the routers' losses, summed over MoE layers.
 
-    Portions of a batch add up to it.
+    The losses of a batch's portions add up to that of the whole batch.
     """
     zero = jnp.zeros(())
     kd_loss = zero if sums.kd_loss is None else kd_weight * sums.kd_loss

@@ -1,4 +1,4 @@
-"""What a model weighs and costs, without JAX and without a weight: `prmoe params`."""
+"""Counts parameters and FLOPs of a model, without JAX and without building it: `prmoe params`."""
 
 import dataclasses
 import runpy
@@ -9,7 +9,7 @@ from prmoe_jax.config.userfile import shipped
 
 @dataclasses.dataclass(frozen=True)
 class LayerCost:
-    """One layer's parameters, those one token uses, and its forward FLOPs for one token."""
+    """One layer's parameters, those that a token uses, and the forward FLOPs per token."""
 
     experts: int
     params: int
@@ -19,11 +19,11 @@ class LayerCost:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """A model's size and compute; `layers` first to last, the embedding and logits apart.
+    """A model's size and compute; `layers` are first to last, without embedding and logits.
 
     A token's active parameters are all but those of the experts it does not visit.
     FLOPs are those of the matrix products, 2 per multiply-add; attention is counted over the
-    full square of the context, as PaLM (arXiv 2204.02311, appendix B) does.
+    full square of the context, as in PaLM (arXiv 2204.02311, appendix B).
     """
 
     layers: tuple[LayerCost, ...]
@@ -40,12 +40,12 @@ class Cost:
 
     @property
     def train_flops_per_token(self) -> int:
-        """Forward and backward; the backward pass costs two forwards."""
+        """Forward and backward FLOPs; a backward pass costs two forward passes."""
         return 3 * (self.logits_flops + sum(layer.forward_flops for layer in self.layers))
 
 
 def cost(model: ModelConfig) -> Cost:
-    """Counts a model without building it, residual branch and router included."""
+    """Counts a model, with residual branches and routers, without building it."""
     d, f = model.d_model, model.d_ff
     attention = 4 * d * d + 4 * d
     norms = 4 * d
@@ -79,7 +79,7 @@ def cost(model: ModelConfig) -> Cost:
 
 
 def report(model: ModelConfig) -> dict:
-    """Counts of one model: total, active for a token, training FLOPs for a token, by layer."""
+    """A model's parameters, active parameters and training FLOPs per token: total and by layer."""
     counted = cost(model)
     layers = [
         {
@@ -103,7 +103,7 @@ def report(model: ModelConfig) -> dict:
 
 
 def table(model: ModelConfig) -> str:
-    """The same as `report`, for people."""
+    """The counts of `report` as a table in text."""
     counts = report(model)
     lines = [
         f"{counts['architecture']}; d_model {model.d_model}, d_ff {model.d_ff}, "
@@ -145,7 +145,7 @@ def paper_rows() -> list[dict]:
 
 
 def paper_table(rows: list[dict]) -> str:
-    """`paper_rows` for people."""
+    """`paper_rows` as a table in text."""
     lines = [
         f"{'name':12} {'total':>8} {'paper':>7} {'active':>8} {'train FLOPs/token':>18}"
         "  architecture"

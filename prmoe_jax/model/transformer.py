@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 class LayerNorm(nnx.Module):
-    """Normalises to mean 0, variance 1, in float32, then scales and shifts; ε is 1e-5."""
+    """Normalises to mean 0 and variance 1 in float32, then scales and shifts; ε is 1e-5."""
 
     def __init__(self, width: int):
         self.scale = nnx.Param(jnp.ones(width))
@@ -80,7 +80,7 @@ class Block(nnx.Module):
 
 
 class Stage(nnx.Module):
-    """A cell of layers and its repeats: each parameter is stacked over the N repeats."""
+    """A cell of layers and its N repeats, over which each parameter is stacked."""
 
     def __init__(self, stage: architecture.Stage, model: ModelConfig, moe: MoeConfig, key):
         self.remat = model.remat
@@ -93,7 +93,7 @@ class Stage(nnx.Module):
         self.blocks = nnx.List([stacked(e, k) for e, k in zip(stage.cell, keys, strict=True)])
 
     def __call__(self, x_BxLxD, segments_BxL, capacity_factor: float, keys_NxB=None):
-        """Returns the activations and, for each layer of the cell, metrics over N."""
+        """Returns the activations and, for each layer of the cell, statistics [N, …] or None."""
 
         def cell(x_BxLxD, stacked):
             blocks, keys_B = stacked
@@ -138,7 +138,7 @@ class Transformer(nnx.Module):
           segments_BxL: document number within the row, 0 for padding. Attention stays inside a
             document, and its positions start at 0.
           capacity_factor: training's, evaluation's, or inf to drop no token.
-          keys_B: one key a sequence switches training's randomness on; None for evaluation.
+          keys_B: one key per sequence switches training's randomness on; None for evaluation.
         """
         position_BxL = positions(segments_BxL)
         dtype = jnp.dtype(self.config.dtype)
@@ -149,8 +149,8 @@ class Transformer(nnx.Module):
         metrics = []
         schedule = self.config.schedule.stages()
         for i, (stage, plan) in enumerate(zip(self.stages, schedule, strict=True)):
-            # Once, and not in every layer: forward, and backward again, read half as much. Experts
-            # that have replicas are cast in their layer: so their gradients are summed in float32.
+            # A stage is cast once and not in every layer, so that forward and backward read half as
+            # much. Experts with replicas are cast in their layer, to sum gradients in float32.
             replicas = any(e and sharding.expert_replicas(e) > 1 for e in plan.cell)
             stage = cast(stage, dtype, apart="experts" if replicas else "")
             keys_NxB = None
@@ -172,7 +172,7 @@ class Transformer(nnx.Module):
 
         Args:
           tokens_BxL, segments_BxL: as for a call.
-          capacity_factor: inf, which drops nothing, unless given.
+          capacity_factor: as for a call; the default inf drops nothing.
         """
         dtype = jnp.dtype(self.config.dtype)
         x_BxLxD = self.tokens[...][tokens_BxL] + self.positions[...][positions(segments_BxL)]
@@ -192,12 +192,12 @@ class Transformer(nnx.Module):
         return jnp.einsum("...D,VD->...V", x_BxLxD, table_VxD, preferred_element_type=jnp.float32)
 
     def output_table(self, dtype) -> jax.Array:
-        """The output matrix [V, D] in a dtype, whole but for `tensor`."""
+        """The output matrix [V, D] in a dtype; only `tensor` splits it."""
         return sharding.all_gather_params({"tokens": self.tokens[...].astype(dtype)})["tokens"]
 
 
 def unstacked_blocks(model: Transformer) -> list[Block]:
-    """The layers one by one, first to last; a model holds them stacked by stage."""
+    """The layers one by one, first to last, which a model holds stacked by stage."""
     return [
         jax.tree.map(lambda x: x[n], block)  # noqa: B023
         for stage, plan in zip(model.stages, model.config.schedule.stages(), strict=True)
@@ -210,8 +210,8 @@ def update_router_bias(model: Transformer, routers: list[RouterMetrics], rate: f
     """Moves every router's bias by `rate` towards even load, in place (DeepSeek-V3, 2.1.2).
 
     Args:
-      model: a fresh one, inside the train step.
-      routers: the statistics of a whole batch, one a MoE layer.
+      model: a new model inside the train step.
+      routers: the statistics of a whole batch, one per MoE layer.
       rate: `moe.bias_update_rate`.
     """
     remaining = iter(routers)
@@ -224,9 +224,9 @@ def update_router_bias(model: Transformer, routers: list[RouterMetrics], rate: f
 
 
 def cast(modules, dtype, more: tuple[str, ...] = (), apart: str = ""):
-    """The modules with the parameters that compute in it, and those of `more`, in a dtype.
+    """Casts the parameters that are declared with `cast`, and those named in `more`, to a dtype.
 
-    Parameters of submodules called `apart` stay as they are.
+    Parameters of submodules called `apart` keep their dtype.
     """
     leaves = []
     for name, leaf in named_leaves(modules).items():
@@ -250,7 +250,7 @@ def fold_in(keys_B: jax.Array, number) -> jax.Array:
 
 
 def dropout(x_BxLxD: jax.Array, rate: float, keys_B: jax.Array | None) -> jax.Array:
-    """Zeroes a share of the activations and rescales the rest; each row by its own key."""
+    """Zeroes a share of the activations and rescales the rest; each row has its own key."""
     if rate == 0 or keys_B is None:
         return x_BxLxD
     shape = x_BxLxD.shape[1:]
@@ -259,5 +259,5 @@ def dropout(x_BxLxD: jax.Array, rate: float, keys_B: jax.Array | None) -> jax.Ar
 
 
 def init_model(config: Config) -> Transformer:
-    """The model at step 0; a function of the seed alone."""
+    """The model at step 0; its values depend only on the config and its seed."""
     return Transformer(config.model, config.moe, jax.random.key(config.seed))
