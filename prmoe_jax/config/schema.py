@@ -116,7 +116,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MoeConfig:
-    """How tokens are routed (DeepSpeed's capacity routing) and how experts are reached."""
+    """Routing of tokens (DeepSpeed's capacity routing) and the exchange between experts."""
 
     router: str = setting(
         "token_choice",
@@ -224,7 +224,7 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Which text, and how it becomes token windows."""
+    """The text, and its conversion to token windows."""
 
     corpus: str = setting(
         "sotu",
@@ -302,7 +302,7 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class InitConfig:
-    """The run to start as; without a workdir the parameters start at random."""
+    """Initial parameters from another run; without a workdir they are random."""
 
     workdir: str = setting("", "Folder of a run, whose newest checkpoint is the start.", path=True)
     noise: float = setting(
@@ -314,7 +314,7 @@ class InitConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TeacherConfig:
-    """The run that teaches (MoS, paper section 4.2); without workdir and lessons there is none."""
+    """The teacher of distillation (MoS, paper section 4.2); none without `workdir` or `lessons`."""
 
     workdir: str = setting(
         "",
