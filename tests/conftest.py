@@ -5,6 +5,7 @@ import logging
 import os
 import random
 import shutil
+import sys
 import tempfile
 
 import pytest
@@ -36,6 +37,16 @@ def pytest_collection_modifyitems(items):
 def several_arenas(monkeypatch):
     """What speeds up long runs in a process of their own slows down a process of many compiles."""
     monkeypatch.setattr("prmoe_jax.allocator.keep_freed_memory", lambda: False)
+
+
+@pytest.fixture(autouse=True)
+def garbage_is_not_this_tests(monkeypatch):
+    """An error in a destructor becomes pytest's warning, as without `prmoe`'s own report.
+
+    The garbage may be an earlier test's, and the report would be among what this test prints.
+    """
+    monkeypatch.setattr("prmoe_jax.boundary._report_unraisable", sys.unraisablehook)
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
 
 
 @pytest.fixture(autouse=True)

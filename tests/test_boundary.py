@@ -15,6 +15,7 @@ from prmoe_jax.model import sizes
 from tests.support.paths import REPOSITORY
 
 TINY = f"--config={tiny.__file__}:prmoe"
+REPORT_UNRAISABLE = boundary._report_unraisable  # conftest replaces it
 
 
 def failing(monkeypatch, error):
@@ -132,7 +133,7 @@ def test_a_failed_thread_is_one_line(monkeypatch, tmp_path, capsys):
 def test_a_callback_that_fails_with_what_it_runs_in_is_not_told_twice(
     error, lines, monkeypatch, capsys
 ):
-    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    monkeypatch.setattr(boundary, "_report_unraisable", REPORT_UNRAISABLE)
     boundary.prepare()
 
     class Dying:
@@ -141,6 +142,24 @@ def test_a_callback_that_fails_with_what_it_runs_in_is_not_told_twice(
 
     Dying()
     assert capsys.readouterr().err.count("Exception ignored in") == lines
+
+
+FAILED_FUTURE = f"""
+import concurrent.futures
+from prmoe_jax.cli import main
+
+main(["params", {TINY!r}, "--json"])
+future = concurrent.futures.Future()
+future.add_done_callback(lambda _: 1 / 0)
+future.set_result(None)
+"""
+
+
+def test_a_callback_of_a_future_that_fails_is_not_told_twice():
+    """A failed checkpoint leaves futures whose callbacks find an event loop closed."""
+    command = [sys.executable, "-c", FAILED_FUTURE]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == ""
 
 
 @pytest.mark.parametrize(

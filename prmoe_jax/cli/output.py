@@ -33,7 +33,7 @@ def log_to_stderr() -> None:
     logger.propagate = False
     # Orbax and Grain log routine messages and failures here, in many lines. A failure also raises
     # an error, which is shown in one line.
-    for library in ("absl", "asyncio"):
+    for library in ("absl", "asyncio", "concurrent.futures"):
         logging.getLogger(library).setLevel(logging.CRITICAL)
     # A failed checkpoint ends before all of Orbax's coroutines have started.
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
