@@ -7,6 +7,7 @@ import random
 import shutil
 import sys
 import tempfile
+import threading
 
 import pytest
 
@@ -41,10 +42,12 @@ def several_arenas(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def garbage_is_not_this_tests(monkeypatch):
-    """An error in a destructor becomes pytest's warning, as without `prmoe`'s own report.
+    """An error in a destructor or a thread becomes pytest's warning, without our own report.
 
-    The garbage may be an earlier test's, and the report would be among what this test prints.
+    It may be an earlier test's, and the report would be among the lines that this test prints.
     """
+    monkeypatch.setattr("prmoe_jax.boundary._thread_failed", threading.excepthook)
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
     monkeypatch.setattr("prmoe_jax.boundary._report_unraisable", sys.unraisablehook)
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
 

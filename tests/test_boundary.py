@@ -15,7 +15,8 @@ from prmoe_jax.model import sizes
 from tests.support.paths import REPOSITORY
 
 TINY = f"--config={tiny.__file__}:prmoe"
-REPORT_UNRAISABLE = boundary._report_unraisable  # conftest replaces it
+THREAD_FAILED = boundary._thread_failed  # conftest replaces both
+REPORT_UNRAISABLE = boundary._report_unraisable
 
 
 def failing(monkeypatch, error):
@@ -119,8 +120,7 @@ def test_a_failed_thread_is_one_line(monkeypatch, tmp_path, capsys):
 
     monkeypatch.setenv("PRMOE_TRACEBACK", "0")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
-    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    monkeypatch.setattr(boundary, "_thread_failed", THREAD_FAILED)
     boundary.prepare()
     thread = threading.Thread(target=lambda: 1 / 0)
     thread.start()

@@ -32,8 +32,7 @@ def test_a_config_file_that_fails(code, message, tmp_path, capsys):
     (tmp_path / "c.py").write_text(code)
     assert main(["params", f"--config={tmp_path / 'c.py'}"]) == 2
     out, err = capsys.readouterr()
-    # Under pytest other lines were seen here, rarely.
-    (line,) = [part for part in err.splitlines() if part.startswith("prmoe: ")]
+    (line,) = err.splitlines()
     assert message in line and line.startswith("prmoe: --config=") and out == ""
 
 
