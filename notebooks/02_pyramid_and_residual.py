@@ -127,8 +127,8 @@ small = ModelConfig(
 layer = MoE(4, small, MoeConfig(dispatch="gather"), jax.random.key(0))
 x_BxLxD = jax.random.normal(jax.random.key(1), (1, 8, 16))
 everyone, nobody = jnp.ones((1, 8), bool), jnp.zeros((1, 8), bool)
-y_BxLxD, served = layer(x_BxLxD, everyone, 1.0)
-alone_BxLxD, unserved = layer(x_BxLxD, nobody, 1.0)  # padding goes to no expert
+y_BxLxD, served = layer(x_BxLxD, everyone)
+alone_BxLxD, unserved = layer(x_BxLxD, nobody)  # padding goes to no expert
 mix_BxLx2 = jax.nn.softmax(x_BxLxD @ layer.w_mix[...] + layer.b_mix[...])
 assert jnp.allclose(alone_BxLxD, mix_BxLx2[..., 1:] * layer.mlp(x_BxLxD), atol=1e-6)
 print(f"mean weight of the experts' branch: {float(served.coefficient / served.tokens):.3f}")

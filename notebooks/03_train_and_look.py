@@ -31,6 +31,7 @@ from IPython.display import display
 
 from prmoe_jax import Generator, Sampling, architecture, default_config, resolve, train
 from prmoe_jax.data.tokenizer import Tokenizer
+from prmoe_jax.model.transformer import dropless
 from prmoe_jax.run.restore import restore_run
 
 STEPS = 40  # a taste; with 300 it begins to make sense
@@ -102,7 +103,7 @@ words = [tokenizer.decode([i]) for i in ids]
 ids_1xL = jnp.array(ids)[None]
 segments_1xL = jnp.ones_like(ids_1xL)
 
-routing = jax.jit(lambda model: model.routing(ids_1xL, segments_1xL))(model)
+routing = jax.jit(lambda model: dropless(model).routing(ids_1xL, segments_1xL))(model)
 chosen = {number: np.asarray(layer.expert_GxSxK)[0, :, 0] for number, layer in routing.items()}
 
 for number, experts_L in chosen.items():

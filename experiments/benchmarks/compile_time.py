@@ -16,7 +16,6 @@ import jax.numpy as jnp
 from prmoe_jax import config
 from prmoe_jax.config import architecture
 from prmoe_jax.data.pipeline import Batch
-from prmoe_jax.model.backends import resolve_backends
 from prmoe_jax.training.step import init_state, make_train_step
 
 DEPTHS = {
@@ -29,7 +28,7 @@ def compile_seconds(text: str) -> float:
     settings = config.default_config()
     settings.model.update(architecture.parse_fields(text))
     settings.train.steps = 1
-    resolved = resolve_backends(config.resolve(settings), jax.default_backend())
+    resolved = config.resolve(settings)
     shape = (resolved.train.batch_size, resolved.model.length)
     ids = jax.ShapeDtypeStruct(shape, jnp.int32)
     batch = Batch(ids, ids, jax.ShapeDtypeStruct(shape, jnp.bool_), ids)

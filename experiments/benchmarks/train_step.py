@@ -20,7 +20,6 @@ import jax
 from prmoe_jax.allocator import keep_freed_memory
 from prmoe_jax.cli import parse_config
 from prmoe_jax.data.pipeline import load_data, train_iterator
-from prmoe_jax.model.backends import resolve_backends
 from prmoe_jax.model.sizes import cost
 from prmoe_jax.parallel.mesh import make_mesh, split_batch
 from prmoe_jax.training.step import compile_train_step, sharded_state
@@ -35,7 +34,6 @@ def main():
     keep_freed_memory()  # as `prmoe train` does
     config = parse_config(rest)
     mesh = make_mesh(config)
-    config = resolve_backends(config, jax.default_backend(), mesh)
     data = load_data(config.data, config.model.vocab_size, config.model.length)
     batches = train_iterator(data.train, config.train.batch_size, config.seed)
     with jax.set_mesh(mesh):

@@ -27,7 +27,6 @@ from prmoe_jax.errors import UserError
 from prmoe_jax.inference.decoder import Decoder, decoder
 from prmoe_jax.inference.generate import PREFILL_CHUNK, STEPS, Sampling, advance, read
 from prmoe_jax.interop.gpt2 import gpt2_sizes
-from prmoe_jax.model.backends import resolve_backends
 from prmoe_jax.model.sizes import cost
 from prmoe_jax.model.transformer import init_model
 from prmoe_jax.parallel.mesh import batch_axes, make_mesh
@@ -185,7 +184,7 @@ def _placed(config: Config, layout: MeshConfig | None) -> tuple[Config, Mesh]:
     if jax.default_backend() == "cpu":
         model = dataclasses.replace(config.model, dtype="float32")
         config = dataclasses.replace(config, model=model)
-    return resolve_backends(config, jax.default_backend(), mesh), mesh
+    return config, mesh
 
 
 def _ours(config: Config, mesh: Mesh, kind: str) -> tuple[Decoder, Mesh]:

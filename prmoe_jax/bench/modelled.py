@@ -15,7 +15,6 @@ from prmoe_jax import config
 from prmoe_jax.bench.moe import Size, check_size, flag
 from prmoe_jax.config import Config
 from prmoe_jax.errors import UserError
-from prmoe_jax.model.backends import resolve_backends
 from prmoe_jax.model.transformer import cast
 from prmoe_jax.moe.layer import MoE
 from prmoe_jax.nn.mlp import MLP
@@ -99,7 +98,6 @@ def _config(size: Size, dtype: str, backend: str, devices: int) -> Config:
 def _compile(size: Size, dtype: str, backend: str, devices: list) -> list[Operation]:
     values = _config(size, dtype, backend, len(devices))
     mesh = make_mesh(values, devices)
-    values = resolve_backends(values, "tpu", mesh)
     rows = PartitionSpec(batch_axes(mesh))
 
     def new_layer():
@@ -114,7 +112,7 @@ def _compile(size: Size, dtype: str, backend: str, devices: list) -> list[Operat
     def run(layer, x_BxLxD):
         if backend == "dense":
             return jax.vmap(MLP.__call__)(layer["mlp"], x_BxLxD), jnp.zeros(())
-        y_BxLxD, metrics = layer["mlp"](x_BxLxD, jnp.ones(x_BxLxD.shape[:2], bool), 1.0)
+        y_BxLxD, metrics = layer["mlp"](x_BxLxD, jnp.ones(x_BxLxD.shape[:2], bool))
         return y_BxLxD, metrics.aux_loss
 
     def forward_and_backward(layer, x_BxLxD, dy_BxLxD):

@@ -194,7 +194,7 @@ def _our_rivals(size: Size, x_SxM, w_router_MxE, dtype) -> dict[str, Rival]:
 
         def loss(leaves, x_1xSxM):
             layer = jax.tree.unflatten(structure, leaves)
-            y_1xSxM, metrics = layer(x_1xSxM, valid_1xS, 1.0)
+            y_1xSxM, metrics = layer(x_1xSxM, valid_1xS)
             return (y_1xSxM * cotangent_1xSxM).sum().astype(jnp.float32) + metrics.aux_loss
 
         return loss
@@ -217,7 +217,7 @@ def _our_rivals(size: Size, x_SxM, w_router_MxE, dtype) -> dict[str, Rival]:
     for backend in ("gather", "einsum"):
         layer = MoE(size.E, model, MoeConfig(dispatch=backend), key)
         layer.w_router[...] = jnp.asarray(w_router_MxE)
-        _, metrics = layer(x_1xSxM, valid_1xS, 1.0)
+        _, metrics = layer(x_1xSxM, valid_1xS)
         dropped = float(metrics.dropped_E.sum() / size.S)
         # The weights are read forward and backward, and their gradients are written.
         weights = 2 * layer.experts.w_in[...].nbytes

@@ -24,7 +24,7 @@ def teacher_of(config: Config) -> Config:
 
 
 def beside(teacher: Config, student: Config) -> Config:
-    """Adapts a teacher's config to its student's mesh and exchange.
+    """Adapts a teacher's config to its student's mesh and exchange, and to `teacher.*`.
 
     Raises:
       UserError: the teacher doesn't fit its student's vocabulary, context, batch or capacity
@@ -46,7 +46,10 @@ def beside(teacher: Config, student: Config) -> Config:
         f"model.length={model.length} exceeds the teacher's context; use {teacher.model.length} or "
         "less",
     )
-    moe = dataclasses.replace(teacher.moe, exchange=student.moe.exchange)
+    capacity_factor = student.teacher.capacity_factor or teacher.moe.eval_capacity_factor
+    moe = dataclasses.replace(
+        teacher.moe, exchange=student.moe.exchange, eval_capacity_factor=capacity_factor
+    )
     teacher = dataclasses.replace(teacher, mesh=student.mesh, moe=moe)
     if teacher.moe.group_size:
         shape = dataclasses.replace(teacher.model, length=model.length)

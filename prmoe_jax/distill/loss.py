@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from prmoe_jax.config import Config, KdConfig, TeacherConfig
+from prmoe_jax.config import KdConfig, TeacherConfig
 from prmoe_jax.data.pipeline import Batch, TopKLogProbs
 from prmoe_jax.model.transformer import Transformer, fold_in
 
@@ -24,30 +24,20 @@ class TeacherOutput(NamedTuple):
 
 
 def run_teacher(
-    teacher: Config, model: Transformer, batch: Batch, settings: TeacherConfig, keys_B
+    model: Transformer, batch: Batch, settings: TeacherConfig, keys_B: jax.Array | None
 ) -> TeacherOutput:
     """Runs a frozen teacher over a batch.
 
     Args:
-      teacher: the teacher's config.
       model: the teacher's model; no gradient reaches it.
       batch: the student's batch.
-      settings: `teacher` of the student's config: the teacher's mode and capacity factor.
+      settings: `teacher` of the student's config, of which the mode counts here.
       keys_B: the student's random keys, from which a teacher in mode train derives its own.
     """
     model = jax.lax.stop_gradient(model)
-    inputs = batch.tokens_BxL, batch.segments_BxL
-    if settings.mode == "train":
-        factor, keys_B = teacher.moe.capacity_factor, fold_in(keys_B, 1 << 16)
-        x_BxLxD, _ = model(*inputs, capacity_factor=factor, keys_B=keys_B)
-    else:
-        x_BxLxD, _ = model(*inputs, capacity_factor=evaluation_capacity(teacher, settings))
+    keys_B = fold_in(keys_B, 1 << 16) if settings.mode == "train" else None
+    x_BxLxD, _ = model(batch.tokens_BxL, batch.segments_BxL, keys_B)
     return TeacherOutput(x_BxLxD, model.output_table(x_BxLxD.dtype))
-
-
-def evaluation_capacity(teacher: Config, settings: TeacherConfig) -> float:
-    """The capacity factor of a teacher in mode eval."""
-    return settings.capacity_factor or teacher.moe.eval_capacity_factor
 
 
 class TokenSums(NamedTuple):

@@ -26,10 +26,9 @@ from prmoe_jax.data.pipeline import (
 )
 from prmoe_jax.data.tokenizer import Tokenizer, check_same
 from prmoe_jax.distill import teacher_cache as lessons
-from prmoe_jax.distill.loss import evaluation_capacity, record_top_k, run_teacher
+from prmoe_jax.distill.loss import record_top_k, run_teacher
 from prmoe_jax.distill.student import layer_map, magnitudes, prune, taylor
 from prmoe_jax.errors import UserError
-from prmoe_jax.model.backends import resolve_backends
 from prmoe_jax.model.loss import forward
 from prmoe_jax.model.sizes import cost
 from prmoe_jax.model.transformer import Transformer, cast, init_model
@@ -46,8 +45,8 @@ from prmoe_jax.parallel.mesh import (
 )
 from prmoe_jax.parallel.portions import add_up
 from prmoe_jax.run import directory as workdirs
-from prmoe_jax.run.checkpoint import Checkpoints
 from prmoe_jax.run.metrics import read_metrics
+from prmoe_jax.run.restore import restore_model
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +54,7 @@ log = logging.getLogger(__name__)
 class Teacher(NamedTuple):
     """A trained run that no longer changes."""
 
-    config: Config  # the teacher's own, with the backends of this platform and mesh
+    config: Config  # the teacher's own, adapted by `config.beside`
     step: int  # the checkpoint's step
     model: Transformer
 
@@ -83,17 +82,16 @@ def restore_teacher(
     beside = dataclasses.replace(settings, model=beside, train=config.train)
     check_batch(beside, mesh.size // mesh.shape["tensor"])
     log.info("teacher: %s, %s", workdir, settings.model.schedule)
-    settings = resolve_backends(settings, jax.default_backend(), mesh)
-    checkpoints = Checkpoints(workdir)
-    if step is not None and step not in checkpoints.steps():
+    try:
+        step, model = restore_model(workdir, settings, mesh, step)
+    except UserError as error:
+        if step is None:
+            raise
         raise UserError(
-            f"checkpoint {step} is no longer in the teacher {workdir}, which holds "
-            f"{', '.join(map(str, checkpoints.steps())) or 'none'}, and it taught this run: put a "
-            "copy of it back, or let another run start as this one, by --config.init.workdir (a "
-            "larger --config.checkpoint.keep of the teacher keeps its steps)"
-        )
-    step, model = checkpoints.restore_model(settings, mesh, step)
-    checkpoints.close()
+            f"{error}; step {step} of this teacher taught the run: put a copy of it back, or let "
+            "another run start as this one, by --config.init.workdir (a larger "
+            "--config.checkpoint.keep of the teacher keeps its steps)"
+        ) from error
     log.info("teacher: step %d, %.4g parameters", step, cost(settings.model).total_params)
     return Teacher(settings, step, model)
 
@@ -127,14 +125,14 @@ def write_teacher_cache(config: Config, folder: Path) -> dict:
     data = load_data(config.data, config.model.vocab_size, config.model.length)
     with jax.set_mesh(mesh):
         teacher = cast_to_compute_dtype(restore_teacher(config, mesh, data.tokenizer), mesh)
-        _check_windows_apart(teacher.config, config)
+        _check_windows_apart(teacher.config, config.model.length)
         # One portion of training's batch at a time: predictions don't depend on other windows.
         rows = config.train.batch_size // config.train.accumulate
         batches = eval_batches(data.train, rows, rows=local_rows(mesh, rows))
 
         @partial(jax.jit, out_shardings=replicated(mesh))
         def predict(model: Transformer, batch: Batch) -> TopKLogProbs:
-            output = run_teacher(teacher.config, model, batch, config.teacher, None)
+            output = run_teacher(model, batch, config.teacher, None)
             return record_top_k(output, config.kd)
 
         def predictions():
@@ -143,17 +141,17 @@ def write_teacher_cache(config: Config, folder: Path) -> dict:
                 yield jax.device_get(predict(teacher.model, split_batch(batch, mesh, rows)))
 
         described = {"workdir": config.teacher.workdir, "step": teacher.step}
-        described["capacity_factor"] = evaluation_capacity(teacher.config, config.teacher)
+        described["capacity_factor"] = teacher.config.moe.eval_capacity_factor
         return lessons.write(folder, data, config, described, predictions())
 
 
-def _check_windows_apart(teacher: Config, student: Config) -> None:
+def _check_windows_apart(teacher: Config, length: int) -> None:
     """Checks that predictions for a window don't depend on the other windows of its batch."""
-    drops = math.isfinite(evaluation_capacity(teacher, student.teacher))
-    if drops and teacher.moe.group_size > student.model.length:
+    drops = math.isfinite(teacher.moe.eval_capacity_factor)
+    if drops and teacher.moe.group_size > length:
         raise UserError(
             f"the teacher's moe.group_size={teacher.moe.group_size} lets several windows of "
-            f"{student.model.length} tokens compete, and training shuffles them; use "
+            f"{length} tokens compete, and training shuffles them; use "
             "teacher.capacity_factor=inf"
         )
 
@@ -216,13 +214,12 @@ def measure_importance(
 
     The gradient is added up over `train.accumulate` portions of the batch before it is squared.
     """
-    capacity = evaluation_capacity(teacher, config.teacher)
 
     def measure(model: Transformer, batch: Batch) -> dict[str, jax.Array]:
         tokens = jnp.maximum(batch.mask_BxL.sum(), 1)
 
         def loss(model, portion):
-            return forward(model, portion, capacity).lm_loss / tokens
+            return forward(model, portion).lm_loss / tokens
 
         rows = group_rows(config, teacher)
         gradient = partial(jax.grad(loss), model)

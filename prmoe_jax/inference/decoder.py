@@ -1,6 +1,5 @@
 """The model that inference uses: its layers one by one, with a KV cache for each."""
 
-import math
 from functools import partial
 
 import jax
@@ -9,13 +8,15 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from prmoe_jax.model.attention import KVCache
-from prmoe_jax.model.transformer import Transformer, unstacked_blocks
+from prmoe_jax.model.transformer import Transformer, dropless, unstacked_blocks
+from prmoe_jax.moe import dispatch
 from prmoe_jax.moe.experts import UnstackedExperts
 from prmoe_jax.moe.layer import MoE
 from prmoe_jax.nn.matmul import scores
 from prmoe_jax.nn.parameters import PARAMETERS
 from prmoe_jax.nn.quantized import quantize
 from prmoe_jax.parallel import sharding
+from prmoe_jax.parallel.mesh import platform, splits_experts
 
 
 class Decoder(nnx.Module):
@@ -35,7 +36,7 @@ class Decoder(nnx.Module):
         config = model.config
         self.config = config
         self.tokens, self.positions, self.norm = model.tokens, model.positions, model.norm
-        self.layers = nnx.List(unstacked_blocks(model))
+        self.layers = nnx.List(unstacked_blocks(dropless(model)))
         if weights != "float32":
             self._narrow(weights)
 
@@ -63,9 +64,7 @@ class Decoder(nnx.Module):
         x_BxQxD = sharding.constrain_batch(x_BxQxD.astype(self.config.dtype))
         after = []
         for block, p in zip(self.layers, past, strict=True):
-            x_BxQxD, _, p = block(
-                x_BxQxD, valid_BxQ.astype(jnp.int32), math.inf, None, p, place_BxQ
-            )
+            x_BxQxD, _, p = block(x_BxQxD, valid_BxQ.astype(jnp.int32), None, p, place_BxQ)
             after.append(p)
         return self.norm(x_BxQxD), after
 
@@ -102,6 +101,8 @@ def decoder(model: Transformer, weights: str, mesh: Mesh) -> Decoder:
     places = sharding.shardings(shapes, mesh, in_use=True)
     held = jax.jit(partial(Decoder, weights=weights), out_shardings=places)(model)
     for layer in held.layers:
-        if isinstance(layer.mlp, MoE) and layer.mlp.moe.dispatch == "gather/blocked":  # on CPUs
-            layer.mlp.experts = UnstackedExperts(layer.mlp.experts)
+        if isinstance(layer.mlp, MoE):
+            name = dispatch.resolve(layer.mlp.moe.dispatch, platform(), splits_experts(mesh))
+            if name == "gather/blocked":  # on CPUs
+                layer.mlp.experts = UnstackedExperts(layer.mlp.experts)
     return held

@@ -1,92 +1,18 @@
-"""Causal self-attention within documents, by the fastest kernel of the device."""
+"""Causal self-attention within documents, and the KV cache of decoding."""
 
-import logging
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.experimental.pallas.ops.tpu.splash_attention import (
-    splash_attention_kernel,
-    splash_attention_mask,
-)
-from jax.sharding import PartitionSpec
 
 from prmoe_jax.config import ModelConfig
+from prmoe_jax.model.attention_kernels import attend, resolve_attention
 from prmoe_jax.nn import remat
 from prmoe_jax.nn.matmul import matmul
 from prmoe_jax.nn.parameters import normal
-from prmoe_jax.parallel.mesh import batch_axes
-
-log = logging.getLogger(__name__)
-
-# A kernel accepts only multiples of this length.
-LENGTH_MULTIPLE = {"splash": 128, "cudnn": 2}
-
-
-def attend(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segments_BxL, implementation: str) -> jax.Array:
-    """softmax(q kᵀ / √K) v over each token and the earlier ones of its segment; [B, L, H, K].
-
-    L may be any length: if the kernel accepts multiples only, sequences are padded at the end, to
-    which none of their tokens attends.
-    """
-    length = segments_BxL.shape[1]
-    padding = -length % LENGTH_MULTIPLE.get(implementation, 1)
-    if padding:
-        q, k, v, segments = (
-            jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
-            for x in (q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segments_BxL)
-        )
-        return attend(q, k, v, segments, implementation)[:, :length]
-    if implementation == "splash":
-        return splash(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segments_BxL)
-    same_Bx1xLxL = (segments_BxL[:, :, None] == segments_BxL[:, None, :])[:, None]
-    return jax.nn.dot_product_attention(
-        q_BxLxHxK,
-        k_BxLxHxK,
-        v_BxLxHxK,
-        mask=same_Bx1xLxL,
-        is_causal=True,
-        implementation=implementation,
-    )
-
-
-def splash(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segments_BxL, interpret: bool = False) -> jax.Array:
-    """The TPU's blockwise kernel; each device attends over its own part of the batch and heads.
-
-    The length must be a multiple of 128.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    _, length, heads, width = q_BxLxHxK.shape
-    if not mesh.empty:
-        heads //= mesh.shape["tensor"]
-    block = next(size for size in (512, 256, 128) if length % size == 0)
-    kernel = splash_attention_kernel.make_splash_mha(
-        splash_attention_mask.MultiHeadMask(
-            [splash_attention_mask.CausalMask((length, length))] * heads
-        ),
-        block_sizes=splash_attention_kernel.BlockSizes(*(block,) * 8),
-        head_shards=1,
-        q_seq_shards=1,
-        interpret=interpret,
-        residual_checkpoint_name=remat.PRODUCT,
-    )
-
-    def sequence(q_LxHxK, k_LxHxK, v_LxHxK, segments_L):
-        heads_first = (x.swapaxes(0, 1) for x in (q_LxHxK * width**-0.5, k_LxHxK, v_LxHxK))
-        ids = splash_attention_kernel.SegmentIds(segments_L, segments_L)
-        return kernel(*heads_first, segment_ids=ids).swapaxes(0, 1)
-
-    batched = jax.vmap(sequence)
-    if not mesh.empty:
-        # The partitioner can't split a kernel, so its partition is given explicitly.
-        rows = PartitionSpec(batch_axes(mesh))
-        heads = PartitionSpec(batch_axes(mesh), None, "tensor")
-        batched = jax.shard_map(
-            batched, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False
-        )
-    return batched(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segments_BxL)
+from prmoe_jax.parallel.mesh import platform
 
 
 class KVCache(NamedTuple):
@@ -130,7 +56,7 @@ class Attention(nnx.Module):
         key_in, key_out = jax.random.split(key)
         width = model.d_model // model.heads
         std = model.init_std
-        self.implementation = model.attention
+        self.config = model
         self.w_qkv = normal(key_in, (model.d_model, 3, model.heads, width), std)
         self.b_qkv = nnx.Param(jnp.zeros((3, model.heads, width)))
         std_out = std / (2 * model.layers) ** 0.5
@@ -163,5 +89,6 @@ class Attention(nnx.Module):
         w_qkv, w_out = (p[...].astype(x_BxLxD.dtype) for p in (self.w_qkv, self.w_out))
         project = partial(jnp.einsum, "BLD,DHK->BLHK", x_BxLxD)
         q, k, v = (remat.save_matmul(project(w_qkv[:, i]) + b_qkv[i]) for i in range(3))
-        y_BxLxHxK = attend(q, k, v, segments_BxL, self.implementation)
+        implementation = resolve_attention(self.config, platform())
+        y_BxLxHxK = attend(q, k, v, segments_BxL, implementation)
         return jnp.einsum("BLHK,HKD->BLD", y_BxLxHxK, w_out) + b_out, None

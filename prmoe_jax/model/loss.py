@@ -58,7 +58,6 @@ def cross_entropy(model: Transformer, x_BxLxD: jax.Array, batch: Batch) -> dict[
 def forward(
     model: Transformer,
     batch: Batch,
-    capacity_factor: float,
     keys_B: jax.Array | None = None,
     measure: Measure = cross_entropy,
 ) -> Sums:
@@ -67,13 +66,10 @@ def forward(
     Args:
       model: the model.
       batch: a portion of a batch, or all of it.
-      capacity_factor: training's or evaluation's.
-      keys_B: one key per sequence switches training's randomness on; None for evaluation.
+      keys_B: one key per sequence for training; None for evaluation.
       measure: maps final activations [B, L, D] to sums of losses; a distiller's adds `kd_loss`.
     """
-    x_BxLxD, routers = model(
-        batch.tokens_BxL, batch.segments_BxL, capacity_factor=capacity_factor, keys_B=keys_B
-    )
+    x_BxLxD, routers = model(batch.tokens_BxL, batch.segments_BxL, keys_B)
     return Sums(tokens=batch.mask_BxL.sum(), routers=routers, **measure(model, x_BxLxD, batch))
 
 

@@ -3,6 +3,7 @@
 A module is a typed pytree of float32 parameters: it goes through plain jax.jit, grad and scan.
 """
 
+import dataclasses
 import logging
 import math
 
@@ -58,7 +59,6 @@ class Block(nnx.Module):
         self,
         x_BxLxD,
         segments_BxL,
-        capacity_factor: float,
         keys_B=None,
         cache=None,
         position_BxL=None,
@@ -72,7 +72,7 @@ class Block(nnx.Module):
         y_BxLxD = self.norm_mlp(x_BxLxD)
         metrics = None
         if isinstance(self.mlp, MoE):
-            y_BxLxD, metrics = self.mlp(y_BxLxD, segments_BxL > 0, capacity_factor, keys[1])
+            y_BxLxD, metrics = self.mlp(y_BxLxD, segments_BxL > 0, keys[1])
         else:
             with jax.named_scope("mlp"):
                 y_BxLxD = self.mlp(y_BxLxD)
@@ -92,7 +92,7 @@ class Stage(nnx.Module):
         keys = jax.random.split(key, len(stage.cell))
         self.blocks = nnx.List([stacked(e, k) for e, k in zip(stage.cell, keys, strict=True)])
 
-    def __call__(self, x_BxLxD, segments_BxL, capacity_factor: float, keys_NxB=None):
+    def __call__(self, x_BxLxD, segments_BxL, keys_NxB=None):
         """Returns the activations and, for each layer of the cell, statistics [N, …] or None."""
 
         def cell(x_BxLxD, stacked):
@@ -100,7 +100,7 @@ class Stage(nnx.Module):
             x_BxLxD, metrics = sharding.constrain_batch(x_BxLxD), []
             for i, block in enumerate(sharding.all_gather_params(blocks)):
                 keys = None if keys_B is None else fold_in(keys_B, i)
-                x_BxLxD, m, _ = block(x_BxLxD, segments_BxL, capacity_factor, keys)
+                x_BxLxD, m, _ = block(x_BxLxD, segments_BxL, keys)
                 metrics.append(m)
             return x_BxLxD, metrics
 
@@ -127,8 +127,6 @@ class Transformer(nnx.Module):
         self,
         tokens_BxL: jax.Array,
         segments_BxL: jax.Array,
-        *,
-        capacity_factor: float,
         keys_B: jax.Array | None = None,
     ) -> tuple[jax.Array, list[RouterMetrics]]:
         """Returns the final activations [B, L, D] and the router statistics of each MoE layer.
@@ -137,8 +135,8 @@ class Transformer(nnx.Module):
           tokens_BxL: int32 token ids.
           segments_BxL: document number within the row, 0 for padding. Attention stays inside a
             document, and its positions start at 0.
-          capacity_factor: training's, evaluation's, or inf to drop no token.
-          keys_B: one key per sequence switches training's randomness on; None for evaluation.
+          keys_B: one key per sequence for training, with its randomness and its capacity; None
+            for evaluation.
         """
         position_BxL = positions(segments_BxL)
         dtype = jnp.dtype(self.config.dtype)
@@ -157,14 +155,12 @@ class Transformer(nnx.Module):
             if keys_B is not None:
                 repeats = jnp.arange(plan.repeats)
                 keys_NxB = jax.vmap(fold_in, (None, 0))(fold_in(keys_B, 1 + i), repeats)
-            x_BxLxD, by_cell = stage(x_BxLxD, segments_BxL, capacity_factor, keys_NxB)
+            x_BxLxD, by_cell = stage(x_BxLxD, segments_BxL, keys_NxB)
             for n in range(plan.repeats):
                 metrics += [jax.tree.map(lambda x: x[n], m) for m in by_cell if m is not None]  # noqa: B023
         return self.norm(x_BxLxD), metrics
 
-    def routing(
-        self, tokens_BxL: jax.Array, segments_BxL: jax.Array, capacity_factor: float = math.inf
-    ) -> dict[int, Routing]:
+    def routing(self, tokens_BxL: jax.Array, segments_BxL: jax.Array) -> dict[int, Routing]:
         """The routing decision of each MoE layer in evaluation, by the layer's number.
 
         It is for analysis, on one device. The arrays of a `Routing` are [G, S, K]; a group is one
@@ -172,7 +168,6 @@ class Transformer(nnx.Module):
 
         Args:
           tokens_BxL, segments_BxL: as for a call.
-          capacity_factor: as for a call; the default inf drops nothing.
         """
         dtype = jnp.dtype(self.config.dtype)
         x_BxLxD = self.tokens[...][tokens_BxL] + self.positions[...][positions(segments_BxL)]
@@ -182,8 +177,8 @@ class Transformer(nnx.Module):
             if isinstance(block.mlp, MoE):
                 y_BxLxD, _ = block.attention(block.norm_attention(x_BxLxD), segments_BxL)
                 into_BxLxD = block.norm_mlp(x_BxLxD + y_BxLxD)
-                found[number] = block.mlp.decide(into_BxLxD, segments_BxL > 0, capacity_factor)
-            x_BxLxD, _, _ = block(x_BxLxD, segments_BxL, capacity_factor)
+                found[number] = block.mlp.decide(into_BxLxD, segments_BxL > 0)
+            x_BxLxD, _, _ = block(x_BxLxD, segments_BxL)
         return found
 
     def logits(self, x_BxLxD: jax.Array) -> jax.Array:
@@ -204,6 +199,20 @@ def unstacked_blocks(model: Transformer) -> list[Block]:
         for n in range(plan.repeats)
         for block in stage.blocks
     ]
+
+
+def dropless(model: Transformer) -> Transformer:
+    """A copy of the model, with the same arrays, that drops no token in evaluation.
+
+    A sequence's result then does not depend on the rest of its batch.
+    """
+    model = jax.tree.map(lambda x: x, model)
+    for stage in model.stages:
+        for block in stage.blocks:
+            if isinstance(block.mlp, MoE):
+                moe = block.mlp.moe
+                block.mlp.moe = dataclasses.replace(moe, eval_capacity_factor=math.inf)
+    return model
 
 
 def update_router_bias(model: Transformer, routers: list[RouterMetrics], rate: float) -> None:

@@ -13,12 +13,20 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh
 
 from prmoe_jax.moe.experts import Experts
 from prmoe_jax.nn import remat
 
 # At or below this many experts on a device, each expert's products are compiled separately.
 FEW = 4
+
+
+def resolve(name: str, mesh: Mesh | AbstractMesh) -> str:
+    """Resolves `moe.exchange`; 'auto' is coordinated if the mesh splits tensors, else flat."""
+    if name != "auto":
+        return name
+    return "coordinated" if mesh.shape["tensor"] > 1 else "flat"
 
 
 class ExpertParallel(NamedTuple):

@@ -1,7 +1,6 @@
 """The MoE layer: route, dispatch, experts, combine, and the residual branch beside them."""
 
 import math
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,14 +8,14 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from prmoe_jax.config import ModelConfig, MoeConfig
-from prmoe_jax.moe import dispatch
+from prmoe_jax.moe import dispatch, exchange
 from prmoe_jax.moe.exchange import ExpertParallel, mark_varying
 from prmoe_jax.moe.experts import Experts
 from prmoe_jax.moe.routing import RouterMetrics, Routing, capacity, route
 from prmoe_jax.nn import remat
 from prmoe_jax.nn.mlp import MLP
 from prmoe_jax.parallel import sharding
-from prmoe_jax.parallel.mesh import batch_axes, expert_axes
+from prmoe_jax.parallel.mesh import batch_axes, expert_axes, platform, splits_experts
 
 
 class MoE(nnx.Module):
@@ -24,7 +23,7 @@ class MoE(nnx.Module):
 
     With the residual, y = c₀ · experts(x) + c₁ · mlp(x) with c = softmax(W x + b), so that a token
     that no expert kept still passes the MLP. `model.residual_mix` may fix c at (1, 1) or (½, ½).
-    `moe.dispatch` must be a resolved name, see `dispatch.resolve`.
+    Training (calls with keys) and evaluation have capacities of their own.
     """
 
     def __init__(self, experts: int, model: ModelConfig, moe: MoeConfig, key: jax.Array):
@@ -52,7 +51,6 @@ class MoE(nnx.Module):
         self,
         x_BxLxD: jax.Array,
         valid_BxL: jax.Array,
-        capacity_factor: float,
         keys_B: jax.Array | None = None,
     ) -> tuple[jax.Array, RouterMetrics]:
         """Returns the layer's output, with x's shape and dtype, and the router's statistics.
@@ -60,10 +58,9 @@ class MoE(nnx.Module):
         Args:
           x_BxLxD: normalised activations.
           valid_BxL: False for padding, which is not routed.
-          capacity_factor: an expert's capacity over its even share of a group; inf drops nothing.
           keys_B: one key per sequence in training, None in evaluation.
         """
-        y_BxLxD, kept_BxL, metrics = self._spread(capacity_factor, x_BxLxD, valid_BxL, keys_B)
+        y_BxLxD, kept_BxL, metrics = self._spread(x_BxLxD, valid_BxL, keys_B)
         if self.mlp is None:
             return y_BxLxD, metrics
 
@@ -80,20 +77,24 @@ class MoE(nnx.Module):
         y_BxLxD = y_BxLxD * mix_BxLx2[..., :1] + residual_BxLxD * mix_BxLx2[..., 1:]
         return y_BxLxD, metrics
 
-    def decide(self, x_BxLxD: jax.Array, valid_BxL: jax.Array, capacity_factor: float) -> Routing:
+    def decide(self, x_BxLxD: jax.Array, valid_BxL: jax.Array) -> Routing:
         """The routing decision for these activations in evaluation, on one device.
 
         Args:
-          x_BxLxD, valid_BxL, capacity_factor: as for a call.
+          x_BxLxD, valid_BxL: as for a call.
 
         Returns:
           The decision, in arrays [G, S, K]; groups and their neighbouring tokens are in order.
         """
         batch, length, width = x_BxLxD.shape
-        tokens = self._group_size(batch, length, capacity_factor)
+        tokens = self._group_size(batch, length, self.moe.eval_capacity_factor)
         parts = {"w_router": self.w_router, "bias_router": self.bias_router}
         x_GxSxD, valid_GxS = x_BxLxD.reshape(-1, tokens, width), valid_BxL.reshape(-1, tokens)
-        return self._route(parts, x_GxSxD, valid_GxS, capacity_factor, None)[0]
+        return self._route(parts, x_GxSxD, valid_GxS, None)[0]
+
+    def _capacity_factor(self, keys) -> float:
+        """An expert's capacity over its even share of a group; inf drops nothing."""
+        return self.moe.eval_capacity_factor if keys is None else self.moe.capacity_factor
 
     def _group_size(self, batch: int, length: int, capacity_factor: float) -> int:
         """Tokens of a routing group when [batch, length] tokens are computed together."""
@@ -102,23 +103,25 @@ class MoE(nnx.Module):
             return length  # nothing is dropped, so groups make no difference
         return tokens
 
-    def _spread(self, capacity_factor: float, x_BxLxD, valid_BxL, keys_B):
+    def _spread(self, x_BxLxD, valid_BxL, keys_B):
         """Calls `_routed`; on a mesh, each device does so for its own rows."""
         names = "w_router", "bias_router", "experts"
         parts = {name: getattr(self, name) for name in names}
-        routed = partial(self._routed, capacity_factor)
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty:
-            return routed(parts, x_BxLxD, valid_BxL, keys_B)
+            return self._routed(parts, x_BxLxD, valid_BxL, keys_B)
         axes = batch_axes(mesh)
         rows = PartitionSpec(axes)
 
         def local(parts, *inputs):
             parts = mark_varying(parts, axes)
-            if mesh.shape["data"] * mesh.shape["fsdp"] < mesh.size:
-                spread_over = expert_axes(mesh, self.experts.count)
-                parts["experts"] = ExpertParallel(parts["experts"], spread_over, self.moe.exchange)
-            y_BxLxD, kept_BxL, metrics = routed(parts, *inputs)
+            if splits_experts(mesh):
+                parts["experts"] = ExpertParallel(
+                    parts["experts"],
+                    expert_axes(mesh, self.experts.count),
+                    exchange.resolve(self.moe.exchange, mesh),
+                )
+            y_BxLxD, kept_BxL, metrics = self._routed(parts, *inputs)
             return y_BxLxD, kept_BxL, jax.lax.psum(mark_varying(metrics, axes), axes)
 
         return jax.shard_map(
@@ -127,9 +130,10 @@ class MoE(nnx.Module):
             out_specs=(rows, rows, PartitionSpec()),
         )(parts, x_BxLxD, valid_BxL, keys_B)
 
-    def _routed(self, capacity_factor: float, parts: dict, x_BxLxD, valid_BxL, keys_B):
+    def _routed(self, parts: dict, x_BxLxD, valid_BxL, keys_B):
         """Returns the experts' output, which tokens were kept, and the router's statistics."""
         batch, length, width = x_BxLxD.shape
+        capacity_factor = self._capacity_factor(keys_B)
         tokens = self._group_size(batch, length, capacity_factor)
         x_GxSxD = x_BxLxD.reshape(-1, tokens, width)
         valid_GxS = valid_BxL.reshape(-1, tokens)
@@ -142,17 +146,17 @@ class MoE(nnx.Module):
             keys_G = split(keys_B[:: max(1, tokens // length)], within).reshape(-1)
 
         with jax.named_scope("routing"):
-            routing, metrics, slots = self._route(
-                parts, x_GxSxD, valid_GxS, capacity_factor, keys_G
-            )
+            routing, metrics, slots = self._route(parts, x_GxSxD, valid_GxS, keys_G)
+        split = isinstance(parts["experts"], ExpertParallel)
         few = batch * length * self.top_k <= self.experts.count
-        backend = dispatch.backend(self.moe.dispatch, math.isinf(capacity_factor), few)
+        name = dispatch.resolve(self.moe.dispatch, platform(), split)
+        backend = dispatch.backend(name, math.isinf(capacity_factor), few)
         with jax.named_scope("dispatch"):
             y_GxSxD = backend(x_GxSxD, routing, parts["experts"], slots)
         kept_BxL = routing.kept_GxSxK.any(-1).reshape(batch, length)
         return y_GxSxD.reshape(x_BxLxD.shape), kept_BxL, metrics
 
-    def _route(self, parts: dict, x_GxSxD, valid_GxS, capacity_factor, keys_G):
+    def _route(self, parts: dict, x_GxSxD, valid_GxS, keys_G):
         """Returns the decision, its statistics, and the slots of an expert in each group."""
         x_GxSxD = x_GxSxD.astype(jnp.float32)
         if self.moe.noise == "jitter" and keys_G is not None:
@@ -160,7 +164,8 @@ class MoE(nnx.Module):
             x_GxSxD = jax.vmap(_jitter)(x_GxSxD, jitter_keys_G)
         w_router_DxE, bias = parts["w_router"][...], parts["bias_router"]
         experts, tokens = w_router_DxE.shape[-1], x_GxSxD.shape[1]
-        slots = capacity(tokens, experts, capacity_factor, self.top_k, self.moe.min_capacity)
+        factor = self._capacity_factor(keys_G)
+        slots = capacity(tokens, experts, factor, self.top_k, self.moe.min_capacity)
         bias_E = None if bias is None else jax.lax.stop_gradient(bias[...])
         routing, metrics = route(
             dot32(x_GxSxD, w_router_DxE),

@@ -66,6 +66,17 @@ def flags(mesh: MeshConfig) -> str:
     return " ".join(f"--config.mesh.{name}={size}" for name, size in sizes if size > 1)
 
 
+def platform() -> str:
+    """The platform that code is traced for: that of the mesh in use, or JAX's default."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device else jax.default_backend()
+
+
+def splits_experts(mesh: Mesh | AbstractMesh) -> bool:
+    """Whether a layer's experts, or parts of them, are on several devices."""
+    return mesh.shape["data"] * mesh.shape["fsdp"] < mesh.size
+
+
 def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh that `config.mesh` describes, of all devices or of those given.
 

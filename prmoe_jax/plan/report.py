@@ -26,7 +26,7 @@ from prmoe_jax.config import Config, MeshConfig
 from prmoe_jax.data.pipeline import Batch
 from prmoe_jax.distill.distiller import Distiller
 from prmoe_jax.inference.decoder import Decoder
-from prmoe_jax.model.backends import resolve_backends
+from prmoe_jax.model.backends import check_backends
 from prmoe_jax.model.sizes import cost
 from prmoe_jax.model.transformer import Transformer, cast, init_model
 from prmoe_jax.parallel import sharding
@@ -68,10 +68,11 @@ def plan(config: Config, topology: str, decode: int = 0, teacher: Config | None 
     config = decoding(config, decode) if decode else config
     check_fits(config, len(devices))
     mesh = make_mesh(config, devices)
-    resolved = resolve_backends(config, chip.platform, mesh)
-    teacher = teacher and resolve_backends(teacher, chip.platform, mesh)
-    distiller = Distiller(resolved, teacher) if teacher else None
-    arguments = _arguments(resolved, mesh, decode, teacher)
+    check_backends(config, chip.platform, mesh)
+    if teacher:
+        check_backends(teacher, chip.platform, mesh)
+    distiller = Distiller(config, teacher) if teacher else None
+    arguments = _arguments(config, mesh, decode, teacher)
     held = _held(arguments, decode)
     result = {
         "topology": topology,
@@ -83,7 +84,7 @@ def plan(config: Config, topology: str, decode: int = 0, teacher: Config | None 
     if sum(held.values()) > chip.hbm_bytes:  # the compiler may not report this
         held["needed"] = sum(held.values())
         return result
-    step = _decode_step(resolved, mesh) if decode else compile_train_step(resolved, mesh, distiller)
+    step = _decode_step(config, mesh) if decode else compile_train_step(config, mesh, distiller)
     log.info("compiling the step for %s", topology)
     try:
         with jax.set_mesh(mesh):

@@ -1,5 +1,6 @@
 """Restores a run from its folder, for every use except resuming its training."""
 
+import contextlib
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,7 +11,7 @@ from jax.sharding import Mesh
 
 from prmoe_jax.config import Config, MeshConfig, load
 from prmoe_jax.errors import UserError
-from prmoe_jax.model.backends import resolve_backends
+from prmoe_jax.model.backends import check_backends
 from prmoe_jax.model.transformer import Transformer
 from prmoe_jax.parallel.mesh import axis_sizes, choose_mesh, make_mesh
 from prmoe_jax.run import directory as workdirs
@@ -48,8 +49,28 @@ def restore_run(
             log.info("%s: here each device holds the whole model", error)
             config = replace(anywhere, mesh=MeshConfig())
     mesh = make_mesh(config, devices)
-    config = resolve_backends(config, jax.default_backend(), mesh)
-    checkpoints = Checkpoints(workdir)
-    step, model = checkpoints.restore_model(config, mesh)
-    checkpoints.close()
+    step, model = restore_model(workdir, config, mesh)
     return config, step, model, mesh
+
+
+def restore_model(
+    workdir: Path, config: Config, mesh: Mesh, step: int | None = None
+) -> tuple[int, Transformer]:
+    """Restores a run's model onto a mesh that is given, such as that of the run that it teaches.
+
+    Args:
+      workdir: the run's folder.
+      config: the run's config, adapted to the mesh.
+      mesh: the mesh on which the arrays are placed.
+      step: the checkpoint to read; the newest by default.
+
+    Returns:
+      The checkpoint's step, and the model.
+
+    Raises:
+      UserError: there is no such checkpoint, it cannot be read, or the config names a kernel that
+        cannot run here.
+    """
+    check_backends(config, jax.default_backend(), mesh)
+    with contextlib.closing(Checkpoints(workdir)) as checkpoints:
+        return checkpoints.restore_model(config, mesh, step)

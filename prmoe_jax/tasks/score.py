@@ -5,7 +5,6 @@ on the batch size, the order or the other requests.
 """
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from prmoe_jax.config import MeshConfig, check_runs_without_limit
-from prmoe_jax.model.transformer import Transformer
+from prmoe_jax.model.transformer import Transformer, dropless
 from prmoe_jax.run.restore import restore_run
 
 # Lengths are rounded up to multiples of this, so that few shapes are compiled.
@@ -30,7 +29,7 @@ class Scorer:
 
     def __init__(self, model: Transformer, batch_size: int):
         """Takes a model; `batch_size` sequences are scored at once."""
-        self._model, self._batch_size = model, batch_size
+        self._model, self._batch_size = dropless(model), batch_size
         self.length = model.config.length
 
     @classmethod
@@ -89,7 +88,7 @@ class Scorer:
 @jax.jit
 def _score(model: Transformer, tokens_BxL, valid_BxL, targets_BxL):
     """ln p of each target, and whether it is the likeliest token; one sequence at a time."""
-    x_BxLxD, _ = model(tokens_BxL, valid_BxL, capacity_factor=math.inf)
+    x_BxLxD, _ = model(tokens_BxL, valid_BxL)
 
     def sequence(inputs):
         x_LxD, targets_L = inputs

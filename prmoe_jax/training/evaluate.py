@@ -26,13 +26,13 @@ from prmoe_jax.run import directory as workdirs
 from prmoe_jax.run.directory import shared_settings
 from prmoe_jax.run.metrics import perplexity, summarise
 from prmoe_jax.run.restore import restore_run
-from prmoe_jax.training.step import make_eval_step
+from prmoe_jax.training.step import eval_step
 
 log = logging.getLogger(__name__)
 
 
 def evaluate_model(
-    eval_step: Callable[[Transformer, Batch], Sums],
+    measure: Callable[[Transformer, Batch], Sums],
     model: Transformer,
     config: Config,
     data: Data,
@@ -55,7 +55,7 @@ def evaluate_model(
         )
     rows = _rows(config, mesh)
     limit = -(-limit * config.train.batch_size // rows)
-    sums = _summed(lambda batch: eval_step(model, batch), rows, data, mesh, limit)
+    sums = _summed(lambda batch: measure(model, batch), rows, data, mesh, limit)
     metrics = summarise(sums, config)
     loss = metrics.pop("lm_loss")
     # Exact for the whole split; for a part of it, bytes are assumed in proportion to tokens.
@@ -128,8 +128,8 @@ def evaluate(workdir: Path, teacher: Path | None = None) -> dict:
     )
     processes.agree("the text", lambda: windows_fingerprint(data))
     with jax.set_mesh(mesh):
-        eval_step = jax.jit(make_eval_step(config), out_shardings=replicated(mesh))
-        metrics = {"step": step} | evaluate_model(eval_step, model, config, data, mesh)
+        measure = jax.jit(eval_step, out_shardings=replicated(mesh))
+        metrics = {"step": step} | evaluate_model(measure, model, config, data, mesh)
         if teacher:
             metrics |= _beside_teacher(model, config, teacher, data, mesh)
         return metrics
@@ -145,9 +145,8 @@ def _beside_teacher(
 
     @partial(jax.jit, out_shardings=replicated(mesh))
     def compare(model: Transformer, taught_by: Transformer, batch: Batch) -> Agreement:
-        output = run_teacher(teacher.config, taught_by, batch, config.teacher, None)
-        factor = config.moe.eval_capacity_factor
-        x_BxLxD, _ = model(batch.tokens_BxL, batch.segments_BxL, capacity_factor=factor)
+        output = run_teacher(taught_by, batch, config.teacher, None)
+        x_BxLxD, _ = model(batch.tokens_BxL, batch.segments_BxL)
         return agreement(x_BxLxD, model.output_table(x_BxLxD.dtype), output, batch)
 
     sums = _summed(lambda batch: compare(model, teacher.model, batch), rows, data, mesh)

@@ -24,7 +24,7 @@ from prmoe_jax.distill.teacher import (
     restore_teacher,
 )
 from prmoe_jax.errors import TrainingStopped, UserError
-from prmoe_jax.model.backends import resolve_backends
+from prmoe_jax.model.backends import check_backends
 from prmoe_jax.model.sizes import cost
 from prmoe_jax.parallel import processes
 from prmoe_jax.parallel.mesh import (
@@ -47,7 +47,7 @@ from prmoe_jax.run.metrics import (
 )
 from prmoe_jax.training.evaluate import evaluate_model
 from prmoe_jax.training.preemption import PreemptionGuard
-from prmoe_jax.training.step import compile_train_step, init_state, make_eval_step, sharded_state
+from prmoe_jax.training.step import compile_train_step, eval_step, init_state, sharded_state
 from prmoe_jax.training.timing import Clock, Trace
 from prmoe_jax.training.upcycle import init_from_run
 
@@ -80,7 +80,7 @@ def train(
     placed = choose_mesh(config, jax.device_count())
     check_fits(placed, jax.device_count())
     mesh = make_mesh(placed)
-    resolved = resolve_backends(placed, jax.default_backend(), mesh)
+    check_backends(placed, jax.default_backend(), mesh)
     first = jax.process_index() == 0
     with contextlib.ExitStack() as stack:
         if first:
@@ -109,7 +109,7 @@ def train(
         rows = local_rows(mesh, config.train.batch_size)
         batches = train_iterator(data.train, config.train.batch_size, config.seed, rows)
         stack.enter_context(jax.set_mesh(mesh))
-        shapes = jax.eval_shape(lambda: init_state(resolved))
+        shapes = jax.eval_shape(lambda: init_state(placed))
         # 3. Model, optimizer and step. 4. The position in the data.
         restored = checkpoints.restore(shapes, mesh) if resuming else None
         if restored:
@@ -119,16 +119,16 @@ def train(
             log.info("resumed at step %d of %d", step, config.total_steps)
         else:
             step = 0
-            state = sharded_state(resolved, mesh)
+            state = sharded_state(placed, mesh)
             if config.init.workdir:
-                state = state._replace(model=init_from_run(resolved, mesh, data.tokenizer))
+                state = state._replace(model=init_from_run(placed, mesh, data.tokenizer))
         teacher, inherits = None, config.teacher.inherit and not restored
         if inherits or (step < config.kd_steps and not config.teacher.lessons):
             # A resumed run continues with the teacher's checkpoint that it used before.
             teacher_step = record["teacher_step"] if restored else None
-            teacher = restore_teacher(resolved, mesh, data.tokenizer, teacher_step)
+            teacher = restore_teacher(placed, mesh, data.tokenizer, teacher_step)
             if inherits:
-                state = state._replace(model=init_from_teacher(resolved, teacher, data, mesh))
+                state = state._replace(model=init_from_teacher(placed, teacher, data, mesh))
             teacher = None if config.teacher.lessons else cast_to_compute_dtype(teacher, mesh)
         if step < config.kd_steps:
             log.info("distillation in %d of %d steps", config.kd_steps, config.total_steps)
@@ -158,8 +158,8 @@ def train(
             )
         )
         run = Run(
-            *(resolved, workdir, data, mesh, checkpoints, fingerprint, writer, progress),
-            Distiller(resolved, teacher and teacher.config) if step < config.kd_steps else None,
+            *(placed, workdir, data, mesh, checkpoints, fingerprint, writer, progress),
+            Distiller(placed, teacher and teacher.config) if step < config.kd_steps else None,
             teacher,
             on_metrics,
         )
@@ -189,7 +189,7 @@ class Run:
         self.writer, self.progress, self.clock = writer, progress, Clock()
         self.teacher, self.on_metrics = teacher, on_metrics
         self.train_step = compile_train_step(config, mesh, distiller)
-        self.eval_step = jax.jit(make_eval_step(config), out_shardings=replicated(mesh))
+        self.eval_step = jax.jit(eval_step, out_shardings=replicated(mesh))
         self.flops_per_token = cost(config.model).train_flops_per_token
         self.last_metrics: dict = {}
 

@@ -56,7 +56,7 @@ def make_train_step(
         def loss(model, batch_and_keys):
             batch, keys_B = batch_and_keys
             measure = distiller.measure(teacher_model, keys_B) if distiller else cross_entropy
-            sums = forward(model, batch, config.moe.capacity_factor, keys_B, measure)
+            sums = forward(model, batch, keys_B, measure)
             return training_loss(sums, total, config, kd_weight), sums
 
         gradient, sums = add_up(
@@ -108,6 +108,6 @@ def compiler_options(mesh: Mesh) -> dict[str, str] | None:
     return COMPILER_OPTIONS.get(mesh.devices.flat[0].platform)
 
 
-def make_eval_step(config: Config) -> Callable[[Transformer, Batch], Sums]:
-    """A function of (model, batch) that measures a batch, without noise or dropout."""
-    return lambda model, batch: forward(model, batch, config.moe.eval_capacity_factor)
+def eval_step(model: Transformer, batch: Batch) -> Sums:
+    """Measures a batch, without noise or dropout."""
+    return forward(model, batch)

@@ -20,13 +20,12 @@ from prmoe_jax import files
 from prmoe_jax.config import Config, ModelConfig, load
 from prmoe_jax.data.tokenizer import Tokenizer, check_same
 from prmoe_jax.errors import UserError
-from prmoe_jax.model.backends import resolve_backends
 from prmoe_jax.model.layout import of_layer, places, unstack_layers
 from prmoe_jax.model.transformer import Transformer, init_model
 from prmoe_jax.nn.parameters import declaration, named_leaves
 from prmoe_jax.parallel.sharding import init_sharded
 from prmoe_jax.run import directory as workdirs
-from prmoe_jax.run.checkpoint import Checkpoints
+from prmoe_jax.run.restore import restore_model
 
 log = logging.getLogger(__name__)
 
@@ -52,9 +51,8 @@ def init_from_run(config: Config, mesh: Mesh, tokenizer: Tokenizer) -> Transform
     check_same(workdir / workdirs.TOKENIZER, tokenizer, f"the run in {workdir}")
     moe = dataclasses.replace(settings.moe, exchange=config.moe.exchange)
     settings = dataclasses.replace(settings, mesh=config.mesh, moe=moe)
-    settings = resolve_backends(settings, jax.default_backend(), mesh)
-    with _reading(), contextlib.closing(Checkpoints(workdir)) as checkpoints:
-        step, model = checkpoints.restore_model(settings, mesh)
+    with _reading():
+        step, model = restore_model(workdir, settings, mesh)
     log.info("starts as step %d of %s, %s", step, workdir, settings.model.schedule)
 
     def start(model):

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from prmoe_jax.cli import main
-from prmoe_jax.config import KdConfig, TeacherConfig, save, teacher_of
+from prmoe_jax.config import KdConfig, TeacherConfig, beside, save, teacher_of
 from prmoe_jax.data.pipeline import Batch
 from prmoe_jax.distill import loss as distill
 from prmoe_jax.distill import teacher as teachers
@@ -24,7 +24,7 @@ from prmoe_jax.distill.distiller import Distiller
 from prmoe_jax.distill.loss import TeacherOutput, agreement, record_top_k, run_teacher, token_sums
 from prmoe_jax.errors import UserError
 from prmoe_jax.model.loss import forward, totals, training_loss
-from prmoe_jax.model.transformer import init_model
+from prmoe_jax.model.transformer import dropless, init_model
 from prmoe_jax.nn.parameters import named_leaves
 from prmoe_jax.run.metrics import read_metrics, to_python
 from prmoe_jax.run.restore import restore_run
@@ -271,18 +271,23 @@ def test_portions_keep_the_teachers_routing_groups_whole():
 def test_modes_of_the_teacher():
     """Evaluation's is the teacher's evaluation; training's has its noise and its capacity."""
     moe = {"capacity_factor": 0.5, "eval_capacity_factor": 1.0}
-    _, taught_by, model = classroom(moe=moe)
+    values, taught_by, model = classroom(moe=moe)
     batch, keys = make_batch(), jax.random.split(jax.random.key(0), 8)
 
     def activations(**choices):
-        return run_teacher(taught_by, model, batch, TeacherConfig("any", **choices), keys).x_BxLxD
+        """Of a teacher whose config is adapted to its student's as for a run."""
+        teacher = TeacherConfig("any", **choices)
+        adapted = beside(taught_by, dataclasses.replace(values, teacher=teacher))
+        structure = jax.tree.structure(jax.eval_shape(lambda: init_model(adapted)))
+        same = jax.tree.unflatten(structure, jax.tree.leaves(model))
+        return run_teacher(same, batch, teacher, keys).x_BxLxD
 
-    evaluated = model(batch.tokens_BxL, batch.segments_BxL, capacity_factor=1.0)[0]
+    evaluated = model(batch.tokens_BxL, batch.segments_BxL)[0]
     np.testing.assert_array_equal(activations(), evaluated)
-    ample = model(batch.tokens_BxL, batch.segments_BxL, capacity_factor=math.inf)[0]
+    ample = dropless(model)(batch.tokens_BxL, batch.segments_BxL)[0]
     np.testing.assert_array_equal(activations(capacity_factor=math.inf), ample)
     assert (ample != evaluated).any()
-    tight = model(batch.tokens_BxL, batch.segments_BxL, capacity_factor=0.5)[0]
+    tight = model(batch.tokens_BxL, batch.segments_BxL, keys)[0]
     np.testing.assert_array_equal(activations(mode="train"), tight)
     assert (tight != evaluated).any()
 
@@ -294,7 +299,7 @@ def test_no_gradient_reaches_the_teacher_and_no_step_changes_it():
 
     def loss(teacher_model):
         measure = Distiller(values, taught_by).measure(teacher_model, keys)
-        sums = forward(student, batch, 1.0, keys, measure)
+        sums = forward(student, batch, keys, measure)
         return training_loss(sums, totals(batch, values), values, 1.0)
 
     for name, gradient in named_leaves(jit(jax.grad(loss))(model)).items():
@@ -426,9 +431,9 @@ def test_a_recorded_teacher_takes_the_portions_of_training(
     """Two windows at a time instead of eight: the same folder but for rounding."""
     rows, run_teacher = [], teachers.run_teacher
 
-    def watched(config, model, batch, *more):
+    def watched(model, batch, *more):
         rows.append(len(batch.tokens_BxL))
-        return run_teacher(config, model, batch, *more)
+        return run_teacher(model, batch, *more)
 
     monkeypatch.setattr(teachers, "run_teacher", watched)
     changes = {"teacher.workdir": teacher, "kd.kind": "top_k", "kd.top_k": 6, "train.accumulate": 4}

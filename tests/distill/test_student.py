@@ -1,6 +1,5 @@
 """What a student inherits: the right layers, experts and channels, and a function kept."""
 
-import math
 from functools import partial
 
 import jax
@@ -14,7 +13,7 @@ from prmoe_jax.distill.student import layer_map, magnitudes, prune, taylor
 from prmoe_jax.distill.teacher import measure_importance
 from prmoe_jax.errors import UserError
 from prmoe_jax.model.loss import forward
-from prmoe_jax.model.transformer import init_model
+from prmoe_jax.model.transformer import dropless, init_model
 from prmoe_jax.nn.parameters import named_leaves
 from tests.support.batches import make_batch
 from tests.support.configs import settings
@@ -31,10 +30,9 @@ def part(teacher, student, model=None, chosen="", load=(), importance=magnitudes
     return model, jit(whole)(model), layers
 
 
-def activations(model, capacity_factor=math.inf):
+def activations(model):
     batch = make_batch()
-    run = jit(lambda m: m(batch.tokens_BxL, batch.segments_BxL, capacity_factor=capacity_factor)[0])
-    return np.asarray(run(model))
+    return np.asarray(jit(dropless(model))(batch.tokens_BxL, batch.segments_BxL)[0])
 
 
 def test_the_whole_is_a_copy():
@@ -138,7 +136,7 @@ def test_worth_by_the_loss_is_what_scaling_a_part_away_does():
     model, batch = init_model(teacher), make_batch()
 
     def loss(model):
-        sums = forward(model, batch, math.inf)
+        sums = forward(dropless(model), batch)
         return sums.lm_loss / sums.tokens
 
     importance = taylor(model, jit(jax.grad(loss))(model))

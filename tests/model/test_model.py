@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prmoe_jax.config import ModelConfig, MoeConfig, architecture, resolve
+from prmoe_jax.config import Config, ModelConfig, MoeConfig, architecture, resolve
 from prmoe_jax.errors import UserError
-from prmoe_jax.model import attention
-from prmoe_jax.model.attention import attend, splash
-from prmoe_jax.model.backends import resolve_attention
+from prmoe_jax.model import attention_kernels
+from prmoe_jax.model.attention_kernels import attend, resolve_attention, splash
+from prmoe_jax.model.backends import check_backends
 from prmoe_jax.model.transformer import Transformer, dropout, positions
 from tests.support.quick import jit
 
@@ -37,7 +37,7 @@ def small(text="3 layers", **changes):
 
 @jit
 def logits(model, tokens_BxL, segments_BxL):
-    return model.logits(model(tokens_BxL, segments_BxL, capacity_factor=1.0)[0])
+    return model.logits(model(tokens_BxL, segments_BxL)[0])
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def test_causality(text):
     def early_logits(table):
         changed = jax.tree.unflatten(jax.tree.structure(model), jax.tree.leaves(model))
         changed.tokens = type(model.tokens)(table)
-        x, _ = changed(tokens_L[None], jnp.ones((1, 13), jnp.int32), capacity_factor=1.0)
+        x, _ = changed(tokens_L[None], jnp.ones((1, 13), jnp.int32))
         return jnp.square(x[0, :7]).sum()  # activations, since every logit sees the whole table
 
     gradient_VxD = np.asarray(jit(jax.grad(early_logits))(model.tokens[...]))
@@ -138,7 +138,7 @@ def test_stages_equal_the_layers_one_by_one(batch):
     model = build(small("7 layers, E=2x2+5, residual"))
     tokens_BxL, segments_BxL = batch
     x_BxLxD = model.tokens[...][tokens_BxL] + model.positions[...][positions(segments_BxL)]
-    apply = jit(lambda block, x_BxLxD: block(x_BxLxD, segments_BxL, 1.0))
+    apply = jit(lambda block, x_BxLxD: block(x_BxLxD, segments_BxL))
     experts = []
     for stage, plan in zip(model.stages, model.config.schedule.stages(), strict=True):
         for n in range(plan.repeats):
@@ -146,7 +146,7 @@ def test_stages_equal_the_layers_one_by_one(batch):
                 block = jax.tree.map(lambda x: x[n], stacked)  # noqa: B023
                 x_BxLxD, metrics, _ = apply(block, x_BxLxD)
                 experts.append(0 if metrics is None else len(metrics.assigned_E))
-    got, routers = jit(functools.partial(model, capacity_factor=1.0))(tokens_BxL, segments_BxL)
+    got, routers = jit(model)(tokens_BxL, segments_BxL)
     np.testing.assert_allclose(got, model.norm(x_BxLxD), rtol=1e-4, atol=1e-4)
     assert tuple(experts) == model.config.schedule.experts == (0, 2, 0, 2, 0, 5, 0)
     assert [len(router.assigned_E) for router in routers] == [2, 2, 5]
@@ -185,7 +185,7 @@ def test_splash_equals_xla():
 
 
 def test_splash_at_a_length_that_is_padded_equals_xla(monkeypatch):
-    monkeypatch.setattr(attention, "splash", functools.partial(splash, interpret=True))
+    monkeypatch.setattr(attention_kernels, "splash", functools.partial(splash, interpret=True))
     q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 61, 1, 8))
     segments = jnp.array([[1] * 61, [1] * 20 + [2] * 30 + [0] * 11])
     got, expected = (
@@ -216,7 +216,9 @@ def test_cudnn_only_where_it_accepts_the_shape(changes, expected, cudnn, caplog)
     model = dataclasses.replace(SMALL, attention="auto", dtype="bfloat16", **changes)
     forced = dataclasses.replace(model, attention="cudnn")
     assert resolve_attention(model, "gpu") == ("xla" if expected else "cudnn")
-    assert expected in caplog.text and bool(expected) == bool(caplog.records)
+    check_backends(dataclasses.replace(Config(), model=model), "gpu")
+    why = [text for text in caplog.messages if "cuDNN's attention cannot run this" in text]
+    assert [expected in text for text in why] == [True] * bool(expected)
     if expected:
         with pytest.raises(UserError, match=f"attention=cudnn cannot run .*{expected}"):
             resolve_attention(forced, "gpu")
@@ -288,7 +290,7 @@ def test_dropout_differs_by_layer_and_repeat(batch):
     model = build(small("4 layers", dropout=0.5))
     tokens_BxL, segments_BxL = batch
     keys_B = jax.random.split(jax.random.key(5), 2)
-    run = jit(functools.partial(model, capacity_factor=1.0))
+    run = jit(model)
     training = run(tokens_BxL, segments_BxL, keys_B=keys_B)[0]
     evaluation = run(tokens_BxL, segments_BxL)[0]
     assert np.abs(training - evaluation).max() > 0.01
@@ -315,7 +317,7 @@ def test_compiled_size_does_not_grow_with_depth():
         ids = jax.ShapeDtypeStruct((2, 256), jnp.int32)
 
         def loss(model, ids):
-            return model(ids, ids, capacity_factor=1.0)[0].astype(jnp.float32).sum()
+            return model(ids, ids)[0].astype(jnp.float32).sum()
 
         text = jit(jax.grad(loss)).lower(model, ids).as_text()
         return text.count("dot_general")

@@ -9,7 +9,6 @@ from jax.extend.core import jaxprs_in_params
 
 from configs import paper, tiny
 from prmoe_jax.config import ModelConfig, resolve
-from prmoe_jax.model.backends import resolve_backends
 from prmoe_jax.model.sizes import cost
 from prmoe_jax.model.transformer import init_model
 
@@ -77,7 +76,7 @@ CONFIGS = [(tiny, name) for name in tiny.ARCHITECTURES] + [(paper, name) for nam
 
 @pytest.mark.parametrize("file, name", CONFIGS, ids=[name for _, name in CONFIGS])
 def test_total_is_the_size_of_the_model(file, name):
-    config = resolve_backends(resolve(file.get_config(name)), "cpu")
+    config = resolve(file.get_config(name))
     leaves = jax.tree.leaves(jax.eval_shape(lambda: init_model(config)))
     assert cost(config.model).total_params == sum(math.prod(leaf.shape) for leaf in leaves)
 
@@ -131,13 +130,13 @@ def test_flops_are_those_of_the_traced_model(architecture):
     if settings.model.experts:
         settings.moe.capacity_factor = settings.moe.eval_capacity_factor = math.inf
         settings.moe.dispatch = "gather"  # a loop over blocks hides how often it runs
-    config = resolve_backends(resolve(settings), "cpu")
+    config = resolve(settings)
     model = jax.eval_shape(lambda: init_model(config))
     batch = 3
     tokens = jax.ShapeDtypeStruct((batch, 7), jnp.int32)
 
     def forward(model, tokens, segments):
-        x, _ = model(tokens, segments, capacity_factor=math.inf)
+        x, _ = model(tokens, segments)
         return model.logits(x)
 
     traced = matrix_flops(jax.make_jaxpr(forward)(model, tokens, tokens).jaxpr)

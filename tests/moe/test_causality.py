@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from prmoe_jax.config import architecture, resolve
-from prmoe_jax.model.backends import resolve_backends
+from prmoe_jax.model.backends import check_backends
 from prmoe_jax.model.transformer import init_model
 from tests.support.quick import jit
 
@@ -35,7 +35,7 @@ def model_of(text, **moe):
     fields = architecture.parse_fields(text) | shape | {"dtype": "float32", "init_std": 0.5}
     moe = {"min_capacity": 1, "eval_capacity_factor": 0.7, "capacity_factor": 0.7} | moe
     values = {"model": fields, "moe": moe, "train": {"steps": 1}, "data": {"tokenizer": "bytes"}}
-    config = resolve_backends(resolve(values), "cpu")
+    config = resolve(values)
     return config, jit(init_model, static_argnums=0)(config)
 
 
@@ -48,7 +48,7 @@ def leak(text, training, **moe):
 
     @jit
     def run(tokens_BxL):
-        x_BxLxD, metrics = model(tokens_BxL, segments_BxL, capacity_factor=factor, keys_B=keys_B)
+        x_BxLxD, metrics = model(tokens_BxL, segments_BxL, keys_B)
         return x_BxLxD, sum(m.dropped_S.sum() for m in metrics)
 
     tokens_BxL = jax.random.randint(jax.random.key(1), (4, LENGTH), 0, 384)
@@ -95,5 +95,5 @@ def test_a_router_that_is_not_causal_is_announced(text, moe, causal, caplog):
     values = {"model": architecture.parse_fields(text), "moe": moe, "train": {"steps": 1}}
     config = resolve(values)
     assert config.causal == causal
-    resolve_backends(config, "cpu")
+    check_backends(config, "cpu")
     assert ("not causal" in caplog.text) != causal

@@ -44,9 +44,11 @@ def build(settings, arrays, dispatch):
         layers=1, d_model=d_model, d_ff=d_ff, heads=1, placement="every 1",
         experts=(settings["experts"],), top_k=settings["top_k"], residual=settings["residual"],
     )  # fmt: skip
+    factor = capacity_factor(settings)
     moe = MoeConfig(
-        min_capacity=settings["min_capacity"], overflow=settings["priority"], dispatch=dispatch
-    )
+        min_capacity=settings["min_capacity"], overflow=settings["priority"], dispatch=dispatch,
+        capacity_factor=factor, eval_capacity_factor=factor,
+    )  # fmt: skip
     layer = MoE(settings["experts"], model, moe, jax.random.key(0))
     for name, parameter in parameters(layer).items():
         parameter[...] = jnp.asarray(arrays[name])
@@ -77,7 +79,7 @@ def test_layer_equals_deepspeed(name, dispatch, monkeypatch):
     valid_BxL = jnp.ones((1, settings["tokens"]), bool)
 
     def loss(layer, x_SxD):
-        y_BxLxD, metrics = layer(x_SxD[None], valid_BxL, capacity_factor(settings), keys_B)
+        y_BxLxD, metrics = layer(x_SxD[None], valid_BxL, keys_B)
         return (y_BxLxD[0] * golden["cotangent"]).sum() + metrics.aux_loss, (y_BxLxD[0], metrics)
 
     gradient = jit(jax.grad(loss, argnums=(0, 1), has_aux=True))

@@ -5,7 +5,6 @@ import math
 from configs import tiny
 from prmoe_jax import cli, config
 from prmoe_jax.config import architecture
-from prmoe_jax.model.backends import resolve_backends
 
 # What tests count with, however the recipe in configs/tiny.py is tuned.
 BASE = """
@@ -111,4 +110,4 @@ def settings(text="2 layers, E=3, residual", batch_size=8, model=(), moe=(), **g
     moe = ({"min_capacity": 1} if fields["experts"] else {}) | dict(moe)
     values = {"model": fields | dict(model), "moe": moe}
     values |= {"data": {"tokenizer": "bytes"}, "train": train, **groups}
-    return resolve_backends(config.resolve(values), "cpu")
+    return config.resolve(values)

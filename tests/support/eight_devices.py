@@ -26,7 +26,6 @@ from prmoe_jax.config import (  # noqa: E402
 from prmoe_jax.data.pipeline import Batch  # noqa: E402
 from prmoe_jax.inference.decoder import decoder  # noqa: E402
 from prmoe_jax.inference.generate import Generator, Sampling  # noqa: E402
-from prmoe_jax.model.backends import resolve_backends  # noqa: E402
 from prmoe_jax.model.loss import forward, totals, training_loss  # noqa: E402
 from prmoe_jax.model.transformer import init_model  # noqa: E402
 from prmoe_jax.nn.parameters import named_leaves  # noqa: E402
@@ -83,7 +82,7 @@ def spread(values: Config, mesh: dict, devices=None) -> tuple[Config, jax.shardi
     moe = dataclasses.replace(values.moe, exchange=mesh.get("exchange", "auto"))
     values = dataclasses.replace(values, mesh=MeshConfig(**axes), moe=moe)
     mesh = make_mesh(values, devices)
-    return resolve_backends(values, "cpu", mesh), mesh
+    return values, mesh
 
 
 def make_batch(rows: int) -> Batch:
@@ -103,7 +102,7 @@ def gradient_of(values: Config):
         keys_B = jax.random.split(jax.random.key(3), len(batch.tokens_BxL))
 
         def loss(model):
-            sums = forward(model, batch, values.moe.capacity_factor, keys_B)
+            sums = forward(model, batch, keys_B)
             return training_loss(sums, totals(batch, values), values)
 
         loss, gradient = jax.value_and_grad(loss)(model)
@@ -132,10 +131,9 @@ def step(name: str, *meshes: str) -> None:
     text, train = ARCHITECTURES[name]
     values = settings(text, train)
     batch = make_batch(values.train.batch_size)
-    alone = resolve_backends(values, "cpu")
-    state = jax.device_get(jax.jit(init_state, static_argnums=0)(alone))
-    expected = jax.jit(make_train_step(alone))(state, batch)
-    metrics = to_python(expected[1], alone)
+    state = jax.device_get(jax.jit(init_state, static_argnums=0)(values))
+    expected = jax.jit(make_train_step(values))(state, batch)
+    metrics = to_python(expected[1], values)
     assert metrics["grad_norm"] > 0.1, "clipping does nothing"
     assert metrics["drop_fraction"] > 0.05, "nothing is dropped"
     for label in meshes or MESHES:
@@ -156,12 +154,11 @@ def drops() -> None:
     seen = []
     for count in (1, 2, 4, 8):
         mesh = make_mesh(values, jax.devices()[:count])
-        here = resolve_backends(values, "cpu", mesh)
         with jax.set_mesh(mesh):
-            model = sharded_state(here, mesh).model
+            model = sharded_state(values, mesh).model
             rows = split_batch(make_batch(ROWS), mesh, ROWS)
             keys_B = jax.random.split(jax.random.key(3), ROWS)
-            run = jax.jit(lambda model, *inputs: forward(model, inputs[0], 1.0, inputs[1]).routers)
+            run = jax.jit(lambda *inputs: forward(*inputs).routers)
             (router,) = jax.device_get(run(model, rows, keys_B))
             seen.append(router)
         for field in ("assigned_E", "dropped_E", "dropped_S", "unserved"):
@@ -267,7 +264,7 @@ def checkpoints(folder: str) -> None:
     chosen = ["data", "fsdp", "expert", "expert, slice, tensor", "two stages"]
     record = {"fingerprint": {}, "iterator": {"position": 17}}
     rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(lambda: init_state(resolve_backends(values, "cpu")))
+    shapes = jax.eval_shape(lambda: init_state(values))
     state = jax.tree.map(lambda x: rng.integers(0, 99, x.shape).astype(x.dtype), shapes)
     state = state._replace(step=np.int32(1))
     for source in chosen:
@@ -309,7 +306,7 @@ def evaluates(folder: str) -> None:
         config.save(config.resolve(dataclasses.asdict(values)), root / name / "config.json")
         byte_tokenizer().save(root / name / "tokenizer.json")
         store = Checkpoints(root / name, keep=1)
-        store.save_model(1, init_model(resolve_backends(values, "cpu")), {})
+        store.save_model(1, init_model(values), {})
         store.close()
 
     def evaluated(**where):

@@ -4,7 +4,6 @@ import numpy as np
 
 from prmoe_jax import config
 from prmoe_jax.config import architecture
-from prmoe_jax.model.backends import resolve_backends
 from prmoe_jax.model.transformer import init_model
 from prmoe_jax.nn.parameters import named_leaves
 
@@ -15,7 +14,7 @@ def build(text, moe=(), **model):
     fields = architecture.parse_fields(text) | shape | {"dtype": "float32", "init_std": 0.3}
     moe = {"min_capacity": 1} | dict(moe) if fields["experts"] else {}
     values = {"model": fields | model, "moe": moe, "train": {"steps": 1}}
-    return init_model(resolve_backends(config.resolve(values), "cpu"))
+    return init_model(config.resolve(values))
 
 
 def layers_of(model):

@@ -1,9 +1,11 @@
 """jit for tests, which compile much and run little; op by op a model compiles even more."""
 
+import dataclasses
 import functools
-import math
 
 import jax
+
+from prmoe_jax.model.transformer import dropless
 
 jit = functools.partial(
     jax.jit,
@@ -17,11 +19,14 @@ jit = functools.partial(
 @jit
 def forward(model, tokens_BxL, segments_BxL):
     """A model's final activations [B, L, D] and logits [B, L, V]; nothing is dropped."""
-    x_BxLxD, _ = model(tokens_BxL, segments_BxL, capacity_factor=math.inf)
+    x_BxLxD, _ = dropless(model)(tokens_BxL, segments_BxL)
     return x_BxLxD, model.logits(x_BxLxD)
 
 
 @functools.partial(jit, static_argnums=3)
 def routed(moe, x_BxLxD, valid_BxL, capacity_factor, keys_B=None):
-    """A MoE layer's output and metrics."""
-    return moe(x_BxLxD, valid_BxL, capacity_factor, keys_B)
+    """A MoE layer's output and metrics at a capacity factor."""
+    moe = jax.tree.map(lambda x: x, moe)  # a copy
+    factors = {"capacity_factor": capacity_factor, "eval_capacity_factor": capacity_factor}
+    moe.moe = dataclasses.replace(moe.moe, **factors)
+    return moe(x_BxLxD, valid_BxL, keys_B)

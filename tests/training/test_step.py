@@ -11,14 +11,14 @@ from prmoe_jax.data.pipeline import Data, Windows
 from prmoe_jax.data.tokens import TokenCache
 from prmoe_jax.errors import UserError
 from prmoe_jax.model.loss import Sums, forward, totals, training_loss
-from prmoe_jax.model.transformer import init_model
+from prmoe_jax.model.transformer import dropless, init_model
 from prmoe_jax.nn.parameters import named_leaves
 from prmoe_jax.parallel.mesh import make_mesh
 from prmoe_jax.parallel.portions import add_up
 from prmoe_jax.run.metrics import to_python
 from prmoe_jax.training.evaluate import evaluate_model
 from prmoe_jax.training.optimizer import decay_mask, learning_rate, make_optimizer
-from prmoe_jax.training.step import init_state, make_eval_step, make_train_step
+from prmoe_jax.training.step import eval_step, init_state, make_train_step
 from tests.support.batches import make_batch
 from tests.support.configs import GENTLE, settings
 from tests.support.quick import jit
@@ -146,15 +146,15 @@ def test_cross_entropy_and_mask_by_hand():
     """Nats of the unmasked targets; what is masked, tokens and targets, doesn't matter."""
     values = settings("2 layers")
     model, batch = init_model(values), make_batch()
-    x, _ = model(batch.tokens_BxL, batch.segments_BxL, capacity_factor=1.0)
+    x, _ = model(batch.tokens_BxL, batch.segments_BxL)
     log_probs = jax.nn.log_softmax(model.logits(x).astype(np.float32))
     rows, columns = np.nonzero(batch.mask_BxL)
     nats = -np.asarray(log_probs)[rows, columns, batch.targets_BxL[rows, columns]]
-    sums = forward(model, batch, 1.0)
+    sums = forward(model, batch)
     np.testing.assert_allclose(sums.lm_loss, nats.sum(), rtol=1e-5)
     assert sums.tokens == len(nats) == batch.mask_BxL.sum() < batch.mask_BxL.size
     other = batch._replace(targets_BxL=np.where(batch.mask_BxL, batch.targets_BxL, 7))
-    assert forward(model, other, 1.0).lm_loss == sums.lm_loss
+    assert forward(model, other).lm_loss == sums.lm_loss
     total = totals(batch, values)
     np.testing.assert_allclose(training_loss(sums, total, values), nats.mean(), rtol=1e-5)
 
@@ -162,8 +162,9 @@ def test_cross_entropy_and_mask_by_hand():
 def test_evaluation_uses_its_own_capacity():
     values = settings("2 layers, E=3", moe={"capacity_factor": 0.3})
     batch, model = make_batch(), init_model(values)
-    tight, ample = forward(model, batch, 0.3), forward(model, batch, float("inf"))
-    assert tight.routers[0].dropped_E.sum() > 0
+    keys_B = jax.random.split(jax.random.key(0), len(batch.tokens_BxL))
+    tight, ample = forward(model, batch, keys_B), forward(dropless(model), batch)
+    assert tight.routers[0].dropped_E.sum() > forward(model, batch).routers[0].dropped_E.sum() > 0
     assert ample.routers[0].dropped_E.sum() == 0
 
 
@@ -206,7 +207,7 @@ def test_evaluation_in_portions_measures_the_same_with_less_memory(limit):
     found, temporaries, model = [], [], init_model(settings())
     for portions in (1, 4):
         values = settings(train={"accumulate": portions}, moe={"group_size": 16})
-        step = jit(make_eval_step(values))
+        step = jit(eval_step)
 
         def run(model, batch):
             memory = step.lower(model, batch).compile().memory_analysis()  # noqa: B023
