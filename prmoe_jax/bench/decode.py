@@ -25,7 +25,7 @@ from prmoe_jax.bench.worker import worker
 from prmoe_jax.config import Config, MeshConfig, MoeConfig
 from prmoe_jax.errors import UserError
 from prmoe_jax.inference.decoder import Decoder, decoder
-from prmoe_jax.inference.generate import PREFILL_CHUNK, STEPS, Sampling, advance, read
+from prmoe_jax.inference.generate import PREFILL_CHUNK, STEPS, Sampling, decode, prefill
 from prmoe_jax.interop.gpt2 import gpt2_sizes
 from prmoe_jax.model.sizes import cost
 from prmoe_jax.model.transformer import init_model
@@ -219,11 +219,11 @@ def _turn(decoder: Decoder, mesh: Mesh, batch: int, prompt: int) -> Callable[[],
 
     def turn() -> float:
         with jax.set_mesh(mesh):
-            state = read(decoder, tokens_BxT, lengths, stops, keys_B, pieces)
+            state = prefill(decoder, tokens_BxT, lengths, stops, keys_B, pieces)
             jax.block_until_ready(state)
             begun = time.perf_counter()
             # With -1, no id ends the text.
-            jax.block_until_ready(advance(decoder, state, GREEDY, vocabulary, -1))
+            jax.block_until_ready(decode(decoder, state, GREEDY, vocabulary, -1))
             return time.perf_counter() - begun
 
     return turn

@@ -68,9 +68,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=prmoe_jax.__version__)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
-    def verb(name: str, run, help: str, takes_config: bool = False, parsers=verbs):
+    def verb(name: str, run, help: str, takes_config=False, parsers=verbs, formerly: str = ""):
         sub = parsers.add_parser(
             name,
+            aliases=[formerly] if formerly else [],
             help=help,
             description=help[0].upper() + help[1:] + ".",
             epilog=CONFIG_HELP if takes_config else None,

@@ -1,4 +1,4 @@
-"""`prmoe distil-plan` and `prmoe teacher-cache`: a student's initial model and teacher cache."""
+"""`prmoe distill-plan` and `prmoe teacher-cache`: a student's initial model and teacher cache."""
 
 import json
 
@@ -9,29 +9,30 @@ from prmoe_jax.errors import UserError
 
 def add(verb) -> None:
     """Declares the verbs and their options."""
-    verb("distil-plan", _distil_plan, "show which part of its teacher a student starts as", True)
+    part = "show which part of its teacher a student starts as"
+    verb("distill-plan", _distill_plan, part, True, formerly="distil-plan")
 
     keep = "keep what a teacher expects of a student's training text, for many students"
     sub = verb("teacher-cache", _teacher_cache, keep, True)
     sub.add_argument("--out", type=path, required=True, help="the folder to write, a new one")
 
 
-def _distil_plan(options, rest) -> None:
+def _distill_plan(options, rest) -> None:
     from prmoe_jax import config
     from prmoe_jax.distill import student
 
-    values = _taught_config(rest)
+    values = _student_config(rest)
     rows = student.plan(config.teacher_of(values).model, values.model, values.teacher.layers)
     print(json.dumps(rows) if options.json else student.table(rows))
 
 
 def _teacher_cache(options, rest) -> None:
     allocator.keep_freed_memory()
-    config = _taught_config(rest)
+    config = _student_config(rest)
     if config.kd.kind != "top_k":
         raise UserError("the likeliest tokens are kept; use --config.kd.kind=top_k, with kd.top_k")
-    if config.teacher.mode != "eval" or config.teacher.lessons:
-        raise UserError("leave out teacher.lessons, and teacher.mode at eval")
+    if config.teacher.mode != "eval" or config.teacher.cache:
+        raise UserError("leave out teacher.cache, and teacher.mode at eval")
     from prmoe_jax.distill.teacher import write_teacher_cache
 
     meta = write_teacher_cache(config, options.out)
@@ -39,7 +40,7 @@ def _teacher_cache(options, rest) -> None:
     print(json.dumps(meta) if options.json else f"{options.out}: {size / 1e6:,.0f} MB")
 
 
-def _taught_config(rest):
+def _student_config(rest):
     """Parses the config of a student whose teacher is a run."""
     config = parse_config(rest)
     if not config.teacher.workdir:

@@ -108,8 +108,14 @@ def _override(settings, arguments: list[str]) -> None:
     from ml_collections import config_flags
 
     from prmoe_jax.config import Config, leaves
+    from prmoe_jax.config.schema import declarations
 
     known = leaves(Config())
+    for name, setting in declarations().items():
+        if setting.formerly:
+            earlier = f"--config.{name.rpartition('.')[0]}.{setting.formerly}"
+            whole = re.compile(re.escape(earlier) + "(?==|$)")
+            arguments = [whole.sub(f"--config.{name}", argument) for argument in arguments]
     for argument in arguments:
         if not argument.startswith("--"):
             continue  # the value of the flag before it; any other is `leftover` below

@@ -96,6 +96,7 @@ def _build(cls, values, path: str):
     if not isinstance(values, Mapping):
         raise UserError(f"{path} must be a group of settings, not {values!r}")
     fields = {field.name: field for field in dataclasses.fields(cls)}
+    values = _renamed(fields, values, path)
     for name in values:
         if name not in fields:
             close = difflib.get_close_matches(str(name), fields, 1)
@@ -104,6 +105,20 @@ def _build(cls, values, path: str):
     return cls(
         **{name: _convert(fields[name].type, v, f"{path}.{name}") for name, v in values.items()}
     )
+
+
+def _renamed(fields: Mapping, values: Mapping, path: str) -> Mapping:
+    """Gives settings that older configs have under an earlier name their name of today."""
+    values = dict(values)
+    for name, field in fields.items():
+        earlier = field.metadata["setting"].formerly if "setting" in field.metadata else ""
+        if not earlier or earlier not in values:
+            continue
+        value = values.pop(earlier)
+        if values.get(name, field.default) not in (field.default, value):
+            raise UserError(f"{path}.{earlier} is {path}.{name} today; give only the latter")
+        values[name] = value
+    return values
 
 
 def _convert(kind, value, path: str):

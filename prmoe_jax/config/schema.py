@@ -25,6 +25,7 @@ class Setting:
     below: float | None = None  # the value must be smaller
     infinite: bool = False  # whether inf is allowed
     path: bool = False  # whether the value is, or may be, the path of a file or folder
+    formerly: str = ""  # an earlier name, which older configs have
 
     def described(self) -> str:
         """The meaning and the choices as plain text; quotes mark the values to write."""
@@ -314,17 +315,18 @@ class InitConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TeacherConfig:
-    """The teacher of distillation (MoS, paper section 4.2); none without `workdir` or `lessons`."""
+    """The teacher of distillation (MoS, paper section 4.2); none without `workdir` or `cache`."""
 
     workdir: str = setting(
         "",
         "Folder of the teacher's run; its newest checkpoint is restored and does not change.",
         path=True,
     )
-    lessons: str = setting(
+    cache: str = setting(
         "",
-        "Folder that `prmoe teacher-cache` wrote; it teaches instead of the run itself.",
+        "Folder that `prmoe teacher-cache` wrote, used instead of the run itself.",
         path=True,
+        formerly="lessons",
     )
     mode: str = setting(
         "eval",
@@ -442,7 +444,7 @@ class Config:
     @property
     def kd_steps(self) -> int:
         """The number of steps with a teacher, at the start of the run."""
-        if not (self.teacher.workdir or self.teacher.lessons):
+        if not (self.teacher.workdir or self.teacher.cache):
             return 0
         if self.kd.stop <= 1:
             return round(self.kd.stop * self.total_steps)

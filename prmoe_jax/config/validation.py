@@ -346,7 +346,7 @@ def _check_init(config: Config) -> None:
 
 def _check_distillation(config: Config) -> None:
     teacher, kd = config.teacher, config.kd
-    if not (teacher.workdir or teacher.lessons):
+    if not (teacher.workdir or teacher.cache):
         defaults = leaves(Config())
         for name, value in leaves(config).items():
             require(
@@ -355,14 +355,17 @@ def _check_distillation(config: Config) -> None:
                 f"leave it at {defaults[name]}",
             )
         return
-    if teacher.lessons:
-        require(kd.kind == "top_k", f"kd.kind={kd.kind} needs the run itself; lessons are top_k")
+    if teacher.cache:
+        require(
+            kd.kind == "top_k",
+            f"kd.kind={kd.kind} needs the run itself; a teacher cache is for kd.kind=top_k",
+        )
         for name, idle in (("mode", "eval"), ("capacity_factor", 0.0)):
             value = getattr(teacher, name)
             require(
                 value == idle,
-                f"teacher.{name}={value} has no effect on lessons that are written; leave it at "
-                f"{idle}",
+                f"teacher.{name}={value} has no effect on a teacher cache, which is written; leave "
+                f"it at {idle}",
             )
         require(
             bool(teacher.workdir) or not teacher.inherit,

@@ -105,7 +105,7 @@ class Data:
     validation: Windows
     validation_bytes: int  # UTF-8 bytes of the validation text, for bits per byte
     corpus_fingerprint: str
-    lessons_fingerprint: str | None = None  # identifies a teacher's recorded predictions
+    teacher_cache_fingerprint: str | None = None  # identifies a teacher's recorded predictions
 
 
 def load_data(
@@ -153,8 +153,8 @@ def pipeline_fingerprint(data: Data, batch_size: int, seed: int) -> dict[str, st
     of these values has changed. The number of processes and devices does not matter.
     """
     found = windows_fingerprint(data) | {"batch_size": batch_size, "seed": seed}
-    if data.lessons_fingerprint:
-        found["lessons"] = data.lessons_fingerprint
+    if data.teacher_cache_fingerprint:
+        found["lessons"] = data.teacher_cache_fingerprint  # checkpoints know it by this name
     return found
 
 

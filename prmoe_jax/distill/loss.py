@@ -58,20 +58,20 @@ def token_sums(
 
     @jax.checkpoint
     def add(sums, part):
-        x_BxTxD, taught, targets_BxT, mask_BxT = part
+        x_BxTxD, theirs, targets_BxT, mask_BxT = part
         with jax.named_scope("logits"):
             logits_BxTxV = product(x_BxTxD, table_VxD)
             if isinstance(output, TopKLogProbs):
-                distance_BxT = divergence_from_top_k(taught, logits_BxTxV, kd)
+                distance_BxT = divergence_from_top_k(theirs, logits_BxTxV, kd)
             else:
-                distance_BxT = divergence(product(taught, output.table_VxD), logits_BxTxV, kd)
+                distance_BxT = divergence(product(theirs, output.table_VxD), logits_BxTxV, kd)
             log_z_BxT = jax.nn.logsumexp(logits_BxTxV, axis=-1)
             target_BxT = jnp.take_along_axis(logits_BxTxV, targets_BxT[..., None], -1)[..., 0]
             found = log_z_BxT - target_BxT, jnp.square(log_z_BxT), distance_BxT
         return TokenSums(*(s + (f * mask_BxT).sum() for s, f in zip(sums, found, strict=True))), ()
 
-    taught = output if isinstance(output, TopKLogProbs) else output.x_BxLxD
-    parts = x_BxLxD, taught, batch.targets_BxL, batch.mask_BxL
+    theirs = output if isinstance(output, TopKLogProbs) else output.x_BxLxD
+    parts = x_BxLxD, theirs, batch.targets_BxL, batch.mask_BxL
     return jax.lax.scan(add, TokenSums(*[jnp.zeros(())] * 3), jax.tree.map(_cut, parts))[0]
 
 
@@ -88,9 +88,9 @@ def agreement(x_BxLxD, table_VxD, output: TeacherOutput, batch: Batch) -> Agreem
     """Compares a model's final activations with its teacher's, `CHUNK` tokens at a time."""
 
     def add(sums, part):
-        x_BxTxD, taught_BxTxD, targets_BxT, mask_BxT = part
+        x_BxTxD, theirs_BxTxD, targets_BxT, mask_BxT = part
         ours_BxTxV = product(x_BxTxD, table_VxD)
-        theirs_BxTxV = product(taught_BxTxD, output.table_VxD)
+        theirs_BxTxV = product(theirs_BxTxD, output.table_VxD)
         log_p_BxTxV = jax.nn.log_softmax(theirs_BxTxV)
         target_BxT = jnp.take_along_axis(log_p_BxTxV, targets_BxT[..., None], -1)[..., 0]
         found = (

@@ -94,7 +94,7 @@ def _check_experts(have: Sequence[int], want: Sequence[int], layers: list[int]) 
 
 
 def plan(teacher: ModelConfig, student: ModelConfig, chosen: str = "") -> dict:
-    """`prmoe distil-plan`: the student's layers and size, before anything is trained.
+    """`prmoe distill-plan`: the student's layers and size, before anything is trained.
 
     Returns:
       layers (for each layer of the student: from, experts, params), total_params and

@@ -25,7 +25,7 @@ from prmoe_jax.data.pipeline import (
     train_iterator,
 )
 from prmoe_jax.data.tokenizer import Tokenizer, check_same
-from prmoe_jax.distill import teacher_cache as lessons
+from prmoe_jax.distill import teacher_cache
 from prmoe_jax.distill.loss import record_top_k, run_teacher
 from prmoe_jax.distill.student import layer_map, magnitudes, prune, taylor
 from prmoe_jax.errors import UserError
@@ -110,7 +110,7 @@ def write_teacher_cache(config: Config, folder: Path) -> dict:
 
     Args:
       config: a student's config, whose training split is used.
-      folder: a new folder, for `config.teacher.lessons`; see `teacher_cache.py`.
+      folder: a new folder, for `config.teacher.cache`; see `teacher_cache.py`.
 
     Returns:
       The content of the folder's meta.json.
@@ -142,7 +142,7 @@ def write_teacher_cache(config: Config, folder: Path) -> dict:
 
         described = {"workdir": config.teacher.workdir, "step": teacher.step}
         described["capacity_factor"] = teacher.config.moe.eval_capacity_factor
-        return lessons.write(folder, data, config, described, predictions())
+        return teacher_cache.write(folder, data, config, described, predictions())
 
 
 def _check_windows_apart(teacher: Config, length: int) -> None:

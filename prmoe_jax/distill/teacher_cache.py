@@ -80,17 +80,17 @@ def write(
 
 
 def attach(data: Data, config: Config) -> Data:
-    """Adds the predictions in `config.teacher.lessons` to the windows of the training split.
+    """Adds the predictions in `config.teacher.cache` to the windows of the training split.
 
     Raises:
       UserError: the folder is missing or damaged, or it has other windows, fewer tokens or
         another temperature.
     """
-    folder, kd = expand("teacher.lessons", config.teacher.lessons), config.kd
+    folder, kd = expand("teacher.cache", config.teacher.cache), config.kd
     reading = functools.partial(
         cache.reading,
         folder,
-        named="teacher.lessons={}",
+        named="teacher.cache={}",
         fix="delete it, and write it again by prmoe teacher-cache",
     )
     with reading():
@@ -104,7 +104,7 @@ def attach(data: Data, config: Config) -> Data:
     if changed:
         details = ", ".join(f"{n} was {known.get(n)}, is {current[n]}" for n in changed)
         raise UserError(
-            f"teacher.lessons={folder} is about other windows: {details}; write one for this data "
+            f"teacher.cache={folder} is about other windows: {details}; write one for this data "
             "by prmoe teacher-cache"
         )
     if kd.top_k > top_k:
@@ -118,11 +118,11 @@ def attach(data: Data, config: Config) -> Data:
         cache.check(folder)
         shape = len(data.train), data.train.length, top_k
         parts = [open_array(folder / name, dtype, shape) for name, dtype in _parts(config)]
-    log.info("lessons of %s: the %d likeliest tokens", meta.get("teacher"), kd.top_k)
-    taught = TopKLogProbs(*(part[..., : kd.top_k] for part in parts))
+    log.info("teacher cache of %s: the %d likeliest tokens", meta.get("teacher"), kd.top_k)
+    top_k = TopKLogProbs(*(part[..., : kd.top_k] for part in parts))
     train = data.train
     return dataclasses.replace(
         data,
-        train=Windows(train.cache, train.length, train.cross_document_attention, taught),
-        lessons_fingerprint=fingerprint,
+        train=Windows(train.cache, train.length, train.cross_document_attention, top_k),
+        teacher_cache_fingerprint=fingerprint,
     )

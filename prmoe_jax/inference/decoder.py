@@ -47,26 +47,30 @@ class Decoder(nnx.Module):
         return [KVCache.empty(*shape, config.dtype) for _ in self.layers]
 
     def __call__(
-        self, tokens_BxQ: jax.Array, valid_BxQ: jax.Array, past: list[KVCache], length_B: jax.Array
+        self,
+        tokens_BxQ: jax.Array,
+        valid_BxQ: jax.Array,
+        caches: list[KVCache],
+        length_B: jax.Array,
     ) -> tuple[jax.Array, list[KVCache]]:
         """Computes the next tokens' final activations [B, Q, D], and the KV caches with them added.
 
         Args:
           tokens_BxQ: the next tokens of each sequence: a chunk of its prompt, or a single token.
           valid_BxQ: False for padding, which must be at the end.
-          past: KV caches from `empty_cache` or an earlier call.
+          caches: KV caches from `empty_cache` or an earlier call.
           length_B: each sequence's number of tokens in the cache; the next tokens follow them.
         """
-        place_BxQ = length_B[:, None] + jnp.arange(tokens_BxQ.shape[1])
+        position_BxQ = length_B[:, None] + jnp.arange(tokens_BxQ.shape[1])
         with jax.named_scope("embedding"):
             x_BxQxD = sharding.embed("tokens", self.tokens[...], tokens_BxQ)
-            x_BxQxD += sharding.embed("positions", self.positions[...], place_BxQ)
+            x_BxQxD += sharding.embed("positions", self.positions[...], position_BxQ)
         x_BxQxD = sharding.constrain_batch(x_BxQxD.astype(self.config.dtype))
-        after = []
-        for block, p in zip(self.layers, past, strict=True):
-            x_BxQxD, _, p = block(x_BxQxD, valid_BxQ.astype(jnp.int32), None, p, place_BxQ)
-            after.append(p)
-        return self.norm(x_BxQxD), after
+        segments_BxQ, extended = valid_BxQ.astype(jnp.int32), []
+        for block, cache in zip(self.layers, caches, strict=True):
+            x_BxQxD, _, cache = block(x_BxQxD, segments_BxQ, None, cache, position_BxQ)
+            extended.append(cache)
+        return self.norm(x_BxQxD), extended
 
     def logits(self, x_BxD: jax.Array) -> jax.Array:
         """Logits of the next token, float32 [B, V]."""

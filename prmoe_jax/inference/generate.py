@@ -68,7 +68,7 @@ class State(NamedTuple):
     length_B: jax.Array  # number of tokens so far
     stop_B: jax.Array  # the length at which each ends at the latest
     x_BxD: jax.Array  # the last token's final activations
-    past: list[KVCache]
+    caches: list[KVCache]
     key_B: jax.Array
 
 
@@ -149,19 +149,19 @@ class Generator:
         written = [TextStream(self.tokenizer, stop, start[1:]) for start in starts]
         with jax.set_mesh(self.mesh):
             state = self._start(starts, seeds, tokens)
-            read = [len(start) for start in starts]
+            seen = [len(start) for start in starts]
             while True:
-                state = advance(
+                state = decode(
                     self.decoder, state, sampling, self.tokenizer.size, self.tokenizer.end_of_text
                 )
                 lengths = np.asarray(state.length_B)
                 come = np.asarray(state.tokens_BxT)
                 ended = np.array(state.stop_B)
                 for i, text in enumerate(written):
-                    piece = text.add(come[i, read[i] : lengths[i]].tolist(), lengths[i] >= ended[i])
+                    piece = text.add(come[i, seen[i] : lengths[i]].tolist(), lengths[i] >= ended[i])
                     if on_text and piece:
                         on_text(i, piece)
-                    read[i] = lengths[i]
+                    seen[i] = lengths[i]
                     if text.ended:
                         ended[i] = lengths[i]
                 if (lengths >= ended).all():
@@ -185,9 +185,9 @@ class Generator:
         """Runs the prefill; rows that only fill up the batch stop at once."""
         devices = math.prod(self.mesh.shape[name] for name in batch_axes(self.mesh))
         batch = -(-len(starts) // devices) * devices
-        pieces = -(-max(map(len, starts)) // PREFILL_CHUNK)
+        chunks = -(-max(map(len, starts)) // PREFILL_CHUNK)
         # One chunk more, because a row that has ended is still written past its end.
-        room = pieces * PREFILL_CHUNK + -(-tokens // PREFILL_CHUNK) * PREFILL_CHUNK
+        room = chunks * PREFILL_CHUNK + -(-tokens // PREFILL_CHUNK) * PREFILL_CHUNK
         tokens_BxT = np.zeros((batch, room), np.int32)
         lengths = np.ones(batch, np.int32)
         for row, start in enumerate(starts):
@@ -195,8 +195,8 @@ class Generator:
             lengths[row] = len(start)
         stops = lengths + np.where(np.arange(batch) < len(starts), tokens, 0).astype(np.int32)
         seeds = jnp.array([*seeds, *[0] * (batch - len(starts))], jnp.uint32)
-        return read(
-            self.decoder, tokens_BxT, lengths, stops, jax.vmap(jax.random.key)(seeds), pieces
+        return prefill(
+            self.decoder, tokens_BxT, lengths, stops, jax.vmap(jax.random.key)(seeds), chunks
         )
 
 
@@ -293,31 +293,31 @@ def _check_text(option: str, text: str) -> None:
 
 
 @partial(jax.jit, static_argnums=5)
-def read(decoder: Decoder, tokens_BxT, length_B, stop_B, key_B, pieces: int) -> State:
+def prefill(decoder: Decoder, tokens_BxT, length_B, stop_B, key_B, chunks: int) -> State:
     """Prefills the KV caches with the prompts, in chunks of `PREFILL_CHUNK` tokens."""
     batch, room = tokens_BxT.shape
-    past = decoder.empty_cache(batch, room)
+    caches = decoder.empty_cache(batch, room)
     x_BxD = jnp.zeros((batch, decoder.config.d_model), decoder.config.dtype)
 
-    def read(i, carry):
-        x_BxD, past = carry
+    def chunk(i, carry):
+        x_BxD, caches = carry
         begin = i * PREFILL_CHUNK
-        piece_BxQ = jax.lax.dynamic_slice_in_dim(tokens_BxT, begin, PREFILL_CHUNK, axis=1)
+        tokens_BxQ = jax.lax.dynamic_slice_in_dim(tokens_BxT, begin, PREFILL_CHUNK, axis=1)
         valid_BxQ = begin + jnp.arange(PREFILL_CHUNK) < length_B[:, None]
-        x_BxQxD, past = decoder(piece_BxQ, valid_BxQ, past, jnp.full(batch, begin))
+        x_BxQxD, caches = decoder(tokens_BxQ, valid_BxQ, caches, jnp.full(batch, begin))
         last_B = length_B - 1 - begin
         found_BxD = jnp.take_along_axis(
             x_BxQxD, jnp.clip(last_B, 0, PREFILL_CHUNK - 1)[:, None, None], axis=1
         )[:, 0]
         here_Bx1 = ((last_B >= 0) & (last_B < PREFILL_CHUNK))[:, None]
-        return jnp.where(here_Bx1, found_BxD, x_BxD), past
+        return jnp.where(here_Bx1, found_BxD, x_BxD), caches
 
-    x_BxD, past = jax.lax.fori_loop(0, pieces, read, (x_BxD, past))
-    return State(tokens_BxT, length_B, stop_B, x_BxD, past, key_B)
+    x_BxD, caches = jax.lax.fori_loop(0, chunks, chunk, (x_BxD, caches))
+    return State(tokens_BxT, length_B, stop_B, x_BxD, caches, key_B)
 
 
 @partial(jax.jit, static_argnums=(2, 3, 4), donate_argnums=1)
-def advance(
+def decode(
     decoder: Decoder, state: State, sampling: Sampling, vocabulary: int, end_of_text: int
 ) -> State:
     """Generates up to `STEPS` more tokens; ids from `vocabulary` on are padding, never drawn."""
@@ -334,12 +334,12 @@ def advance(
         keys_B = jax.vmap(jax.random.fold_in)(state.key_B, state.length_B)
         token_B = _draw(logits_BxV, sampling, keys_B)
         active_B = state.length_B < state.stop_B
-        place_B = jnp.where(active_B, state.length_B, state.tokens_BxT.shape[1])
-        tokens_BxT = state.tokens_BxT.at[rows, place_B].set(token_B, mode="drop")
-        x_Bx1xD, past = decoder(token_B[:, None], active_B[:, None], state.past, state.length_B)
+        position_B = jnp.where(active_B, state.length_B, state.tokens_BxT.shape[1])
+        tokens_BxT = state.tokens_BxT.at[rows, position_B].set(token_B, mode="drop")
+        x_Bx1xD, caches = decoder(token_B[:, None], active_B[:, None], state.caches, state.length_B)
         length_B = state.length_B + active_B
         stop_B = jnp.where(active_B & (token_B == end_of_text), length_B, state.stop_B)
-        return step + 1, State(tokens_BxT, length_B, stop_B, x_Bx1xD[:, 0], past, state.key_B)
+        return step + 1, State(tokens_BxT, length_B, stop_B, x_Bx1xD[:, 0], caches, state.key_B)
 
     return jax.lax.while_loop(unfinished, next_token, (0, state))[1]
 

@@ -161,11 +161,11 @@ def _arguments(
 ) -> list:
     """A step's arguments as shapes with shardings: model or state, batch, teacher."""
     if decode:
-        model, past = _decode_shapes(_off_mesh(config))
+        model, caches = _decode_shapes(_off_mesh(config))
         places = sharding.shardings(model, mesh, in_use=True)
         by_head = NamedSharding(mesh, PartitionSpec(batch_axes(mesh), "tensor"))
-        past = jax.tree.map(lambda leaf: _place(leaf, by_head), past)
-        return [jax.tree.map(_place, model, places), past, _rows(mesh, (decode,), jnp.int32)]
+        caches = jax.tree.map(lambda leaf: _place(leaf, by_head), caches)
+        return [jax.tree.map(_place, model, places), caches, _rows(mesh, (decode,), jnp.int32)]
     state = _state_shapes(_off_mesh(config))
     shape = config.train.batch_size, config.model.length
     dtypes = jnp.int32, jnp.int32, bool, jnp.int32
@@ -206,10 +206,10 @@ def _decode_step(config: Config, mesh: Mesh):
     model, _ = _decode_shapes(_off_mesh(config))
     tokens = _rows(mesh, (batch,), jnp.int32)
 
-    def step(model, past, tokens_B):
+    def step(model, caches, tokens_B):
         length_B = jnp.full(batch, config.model.length - 1)
-        x_Bx1xD, past = model(tokens_B[:, None], jnp.ones((batch, 1), bool), past, length_B)
-        return jnp.argmax(model.logits(x_Bx1xD[:, 0]), axis=-1), past
+        x_Bx1xD, caches = model(tokens_B[:, None], jnp.ones((batch, 1), bool), caches, length_B)
+        return jnp.argmax(model.logits(x_Bx1xD[:, 0]), axis=-1), caches
 
     # The compiler chooses the KV cache's layout, as between the steps of `generate.advance`.
     by_head = Format(Layout.AUTO, NamedSharding(mesh, PartitionSpec(batch_axes(mesh), "tensor")))

@@ -24,7 +24,7 @@ from prmoe_jax.model.sizes import cost
 from prmoe_jax.run import directory as workdirs
 from prmoe_jax.run.metrics import read_metrics
 from prmoe_jax.sweep import records
-from prmoe_jax.sweep.board import Board
+from prmoe_jax.sweep.progress import SweepProgress
 
 log = logging.getLogger(__name__)
 
@@ -137,14 +137,14 @@ def sweep(folder: Path, root: Path, shard: tuple[int, int] = (1, 1)) -> list[dic
     if len(_recorded(rows, mine)) < len(mine):
         _prepare(folder, root)
     failed = []
-    with Board({name: (root / name, config) for name, config in mine.items()}) as board:
+    with SweepProgress({name: (root / name, config) for name, config in mine.items()}) as progress:
         for name, config in mine.items():
             try:
-                state = _done(folder, name, config, root / name, list(runs), board)
+                state = _done(folder, name, config, root / name, list(runs), progress)
             except (UserError, OSError) as error:
                 failed.append(name)
                 state = _one_line(error)
-            board.put(name, state)
+            progress.put(name, state)
     if failed:
         raise RunsFailed(
             f"{len(failed)} of {len(mine)} runs failed: {', '.join(failed)}; the same command "
@@ -154,7 +154,12 @@ def sweep(folder: Path, root: Path, shard: tuple[int, int] = (1, 1)) -> list[dic
 
 
 def _done(
-    folder: Path, name: str, config: Config, workdir: Path, order: list[str], board: Board
+    folder: Path,
+    name: str,
+    config: Config,
+    workdir: Path,
+    order: list[str],
+    progress: SweepProgress,
 ) -> str:
     """Trains and records a run and returns 'finished', or 'recorded' if there is a record already.
 
@@ -168,7 +173,7 @@ def _done(
     if begun:
         check_resume(load(workdir / workdirs.CONFIG), config)
     if not (begun and _finished(config, workdir)):
-        _train(name, config, workdir, board)
+        _train(name, config, workdir, progress)
     records.add(folder, record(name, config, workdir), order)
     return "finished"
 
@@ -250,7 +255,7 @@ def table(records: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def _train(name: str, config: Config, workdir: Path, board: Board) -> None:
+def _train(name: str, config: Config, workdir: Path, progress: SweepProgress) -> None:
     """Trains or resumes one run in its own process.
 
     Raises:
@@ -258,7 +263,7 @@ def _train(name: str, config: Config, workdir: Path, board: Board) -> None:
       OSError: a file in the run's folder cannot be written.
     """
     workdir.mkdir(parents=True, exist_ok=True)
-    _wait_until_free(name, workdir, board)
+    _wait_until_free(name, workdir, progress)
     settings, told = workdir / "sweep.json", workdir / "log.txt"
     save(config, settings)
     command = [sys.executable, "-m", "prmoe_jax.sweep.child", "train", "--json"]
@@ -266,7 +271,7 @@ def _train(name: str, config: Config, workdir: Path, board: Board) -> None:
     begun = time.monotonic()
     with told.open("ab") as output:
         before = output.tell()
-        board.put(name, "running")
+        progress.put(name, "running")
         # The child reads from the pipe until this process ends.
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=output
@@ -293,7 +298,7 @@ def _train(name: str, config: Config, workdir: Path, board: Board) -> None:
     )
 
 
-def _wait_until_free(name: str, workdir: Path, board: Board) -> None:
+def _wait_until_free(name: str, workdir: Path, progress: SweepProgress) -> None:
     """Waits until no process holds a run's folder.
 
     A run whose sweep was killed stops by itself, but not at once.
@@ -306,7 +311,7 @@ def _wait_until_free(name: str, workdir: Path, board: Board) -> None:
         if time.monotonic() - begun > PATIENCE:
             raise UserError(f"{workdir} is in use by process {holder}; wait for it, or stop it")
         if not waiting:
-            board.put(
+            progress.put(
                 name, f"waits up to {PATIENCE:.0f} s for process {holder}, which holds its folder"
             )
             waiting = True

@@ -144,8 +144,8 @@ def _beside_teacher(
     teacher = cast_to_compute_dtype(restore_teacher(config, mesh, data.tokenizer), mesh)
 
     @partial(jax.jit, out_shardings=replicated(mesh))
-    def compare(model: Transformer, taught_by: Transformer, batch: Batch) -> Agreement:
-        output = run_teacher(taught_by, batch, config.teacher, None)
+    def compare(model: Transformer, teacher_model: Transformer, batch: Batch) -> Agreement:
+        output = run_teacher(teacher_model, batch, config.teacher, None)
         x_BxLxD, _ = model(batch.tokens_BxL, batch.segments_BxL)
         return agreement(x_BxLxD, model.output_table(x_BxLxD.dtype), output, batch)
 

@@ -15,7 +15,7 @@ from prmoe_jax import config as configs
 from prmoe_jax.config import Config
 from prmoe_jax.data import cache
 from prmoe_jax.data.pipeline import Data, load_data, pipeline_fingerprint, train_iterator
-from prmoe_jax.distill import teacher_cache as lessons
+from prmoe_jax.distill import teacher_cache
 from prmoe_jax.distill.distiller import Distiller
 from prmoe_jax.distill.teacher import (
     Teacher,
@@ -102,8 +102,8 @@ def train(
         shape = config.model.vocab_size, config.model.length
         with processes.main_process_first():
             data = load_data(config.data, *shape, stored if resuming else None)
-        if config.teacher.lessons:
-            data = lessons.attach(data, config)
+        if config.teacher.cache:
+            data = teacher_cache.attach(data, config)
         fingerprint = pipeline_fingerprint(data, config.train.batch_size, config.seed)
         processes.agree("the text", lambda: fingerprint)
         rows = local_rows(mesh, config.train.batch_size)
@@ -123,13 +123,13 @@ def train(
             if config.init.workdir:
                 state = state._replace(model=init_from_run(placed, mesh, data.tokenizer))
         teacher, inherits = None, config.teacher.inherit and not restored
-        if inherits or (step < config.kd_steps and not config.teacher.lessons):
+        if inherits or (step < config.kd_steps and not config.teacher.cache):
             # A resumed run continues with the teacher's checkpoint that it used before.
             teacher_step = record["teacher_step"] if restored else None
             teacher = restore_teacher(placed, mesh, data.tokenizer, teacher_step)
             if inherits:
                 state = state._replace(model=init_from_teacher(placed, teacher, data, mesh))
-            teacher = None if config.teacher.lessons else cast_to_compute_dtype(teacher, mesh)
+            teacher = None if config.teacher.cache else cast_to_compute_dtype(teacher, mesh)
         if step < config.kd_steps:
             log.info("distillation in %d of %d steps", config.kd_steps, config.total_steps)
         if first:
@@ -209,21 +209,23 @@ class Run:
         """
         total = self.config.total_steps
         pending = None  # the step just dispatched: its metrics are fetched one step later
-        taught = step < self.config.kd_steps
+        distilling = step < self.config.kd_steps
         stopping = bool(interrupted)
         trace = Trace(profile, step, self.workdir / "profile")
         if step and not evaluated and not stopping and self.due(self.config.eval.every, step):
             self.evaluate(step, state)  # the run was interrupted before this evaluation
         while step < total and not stopping:
             trace.before(step + 1)
-            if taught and step == self.config.kd_steps:
-                taught = False
+            if distilling and step == self.config.kd_steps:
+                distilling = False
                 self.stop_distillation(step)
             with self.clock.waiting():
-                batch = next(batches) if taught else next(batches)._replace(teacher_top_k=None)
+                batch = next(batches)
+                if not distilling:
+                    batch = batch._replace(teacher_top_k=None)
                 batch = split_batch(batch, self.mesh, self.config.train.batch_size)
-            taught_by = (self.teacher.model,) if self.teacher else ()
-            state, metrics = self.train_step(state, batch, *taught_by)
+            teacher = (self.teacher.model,) if self.teacher else ()
+            state, metrics = self.train_step(state, batch, *teacher)
             step += 1
             stopping = interrupted.at(step)
             if pending:

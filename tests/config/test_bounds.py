@@ -145,7 +145,7 @@ def with_path(name, value):
     settings.teacher.workdir = "runs/a"
     group, setting = name.split(".")
     settings[group][setting] = value
-    if name == "teacher.lessons":
+    if name == "teacher.cache":
         settings.kd.kind, settings.kd.top_k = "top_k", 3
     return settings
 

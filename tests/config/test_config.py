@@ -127,7 +127,7 @@ COMPANIONS = {
     "teacher.layers": ["teacher.workdir=runs/a", "teacher.inherit=true"],
     "teacher.importance": ["teacher.workdir=runs/a", "teacher.inherit=true"],
     "init.noise": ["init.workdir=runs/dense"],
-    "teacher.lessons": ["kd.kind=top_k", "kd.top_k=5"],
+    "teacher.cache": ["kd.kind=top_k", "kd.top_k=5"],
     "kd.top_k": ["teacher.workdir=runs/a", "kd.kind=top_k"],
     **{
         name: ["teacher.workdir=runs/a"]
@@ -238,13 +238,16 @@ RULES = {
         ["init.workdir=a", TAUGHT, "teacher.inherit=true"],
         "init.workdir and teacher.inherit=true: a run starts as one other",
     ),
-    "lessons": (["teacher.lessons=a"], "kd.kind=forward needs the run itself; lessons are top_k"),
-    "lessons mode": (
-        ["teacher.lessons=a", "kd.kind=top_k", "kd.top_k=3", "teacher.mode=train"],
-        "teacher.mode=train has no effect on lessons that are written; leave it at eval",
+    "lessons": (
+        ["teacher.cache=a"],
+        "kd.kind=forward needs the run itself; a teacher cache is for",
     ),
-    "lessons part": (
-        ["teacher.lessons=a", "kd.kind=top_k", "kd.top_k=3", "teacher.inherit=true"],
+    "teacher cache mode": (
+        ["teacher.cache=a", "kd.kind=top_k", "kd.top_k=3", "teacher.mode=train"],
+        "teacher.mode=train has no effect on a teacher cache, which is written; leave",
+    ),
+    "teacher cache part": (
+        ["teacher.cache=a", "kd.kind=top_k", "kd.top_k=3", "teacher.inherit=true"],
         "teacher.inherit=true needs the run itself, too; name it by teacher.workdir",
     ),
     "no teacher": (["kd.weight=2"], "kd.weight=2.0 has no effect: no run teaches; name one by"),
@@ -466,6 +469,25 @@ def test_a_saved_config_loads_as_the_same(tmp_path, name):
     config = tiny_config(*overrides, name=name)
     save(config, tmp_path / "config.json")
     assert load(tmp_path / "config.json") == config
+
+
+def test_a_setting_keeps_its_earlier_name(tmp_path):
+    """On the command line, in a run's config.json and in a config file."""
+    more = "kd.kind=top_k", "kd.top_k=5"
+    config = tiny_config("teacher.cache=a", *more)
+    assert config.teacher.cache == "a"
+    assert tiny_config("teacher.lessons=a", *more) == config
+    save(config, tmp_path / "config.json")
+    text = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(text.replace('"cache"', '"lessons"'))
+    assert load(tmp_path / "config.json") == config
+    settings = tiny.get_config("prmoe")
+    settings.kd.update(kind="top_k", top_k=5)
+    settings.teacher.lessons = "a"
+    assert resolve(settings).teacher == config.teacher
+    settings.teacher.cache = "b"
+    with pytest.raises(UserError, match="config.teacher.lessons is config.teacher.cache today"):
+        resolve(settings)
 
 
 @pytest.mark.parametrize(

@@ -153,7 +153,7 @@ def test_divergences_by_hand(kd):
 
 
 @pytest.mark.parametrize("chunk", [256, 4])
-def test_recorded_lessons_teach_the_same(chunk, monkeypatch):
+def test_recorded_predictions_teach_the_same(chunk, monkeypatch):
     """Loss and gradient, of all that was kept and of less, equal the teacher's own."""
     x, table, lesson, batch = random_lesson(masked=0.3)
     kept = record_top_k(lesson, KdConfig(kind="top_k", top_k=9, temperature=1.5))
@@ -452,7 +452,7 @@ OFFLINE = {"kd.kind": "top_k", "kd.top_k": 5, "kd.stop": 0.5, "train.steps": 12}
 def test_a_recorded_teacher_teaches_the_same(text, teacher, recorded_teacher, tmp_path):
     """Step by step, killed and resumed in the middle, and without the teacher's run."""
     online = OFFLINE | {"teacher.workdir": teacher}
-    offline = OFFLINE | {"teacher.workdir": "", "teacher.lessons": recorded_teacher}
+    offline = OFFLINE | {"teacher.workdir": "", "teacher.cache": recorded_teacher}
     assert main(arguments(text, tmp_path / "online", LEARNER, **online)) == 0
     assert main(arguments(text, tmp_path / "offline", LEARNER, **offline)) == 0
     ours, theirs = logged(tmp_path / "offline"), logged(tmp_path / "online")
@@ -481,21 +481,21 @@ def test_a_recorded_teacher_teaches_the_same(text, teacher, recorded_teacher, tm
         ({"model.length": 16}, "is about other windows: length was 32, is 16, windows was"),
         ({"data.cross_document_attention": "true"}, "cross_document_attention was 0, is 1"),
         ({"model.vocab_size": 512}, "vocab_size was 384, is 512"),
-        ({"teacher.lessons": "nowhere"}, "teacher.lessons=nowhere can't be read"),
+        ({"teacher.cache": "nowhere"}, "teacher.cache=nowhere can't be read"),
     ],
 )  # fmt: skip
-def test_lessons_that_do_not_fit(text, recorded_teacher, tmp_path, changes, message, capsys):
-    settings = OFFLINE | {"teacher.workdir": "", "teacher.lessons": recorded_teacher} | changes
+def test_caches_that_do_not_fit(text, recorded_teacher, tmp_path, changes, message, capsys):
+    settings = OFFLINE | {"teacher.workdir": "", "teacher.cache": recorded_teacher} | changes
     assert main(arguments(text, tmp_path / "run", LEARNER, **settings)) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_damaged_lessons(text, recorded_teacher, tmp_path, capsys):
+def test_a_damaged_cache(text, recorded_teacher, tmp_path, capsys):
     folder = tmp_path / "lessons"
     shutil.copytree(recorded_teacher, folder)
     with (folder / "log_p.npy").open("r+b") as file:
         file.truncate(1000)
-    settings = OFFLINE | {"teacher.workdir": "", "teacher.lessons": folder}
+    settings = OFFLINE | {"teacher.workdir": "", "teacher.cache": folder}
     command = arguments(text, tmp_path / "run", LEARNER, **settings)
     assert main(command) == 2
     assert "can't be read (" in capsys.readouterr().err.splitlines()[-1]
@@ -504,7 +504,7 @@ def test_damaged_lessons(text, recorded_teacher, tmp_path, capsys):
     assert "can't be read ('windows')" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_lessons_are_written_once(text, teacher, recorded_teacher, capsys):
+def test_a_cache_is_written_once(text, teacher, recorded_teacher, capsys):
     settings = {"teacher.workdir": teacher, "kd.kind": "top_k", "kd.top_k": 6}
     for changes, message in (
         ({}, f"--out={recorded_teacher} exists"),
@@ -598,8 +598,11 @@ def test_a_student_starts_where_its_teacher_is(text, teacher, student, tmp_path,
     changes = TAUGHT | {"teacher.workdir": teacher, "teacher.inherit": "true", "train.steps": 3}
     changes |= {"model.experts": "7", "model.d_ff": 24, "teacher.importance": "taylor"}
     _, *overrides, _, _ = arguments(text, "", LEARNER, **changes)
-    assert main(["distil-plan", *overrides, "--json"]) == 0
-    plan = json.loads(capsys.readouterr().out)
+    assert main(["distill-plan", *overrides, "--json"]) == 0
+    found = capsys.readouterr().out
+    assert main(["distil-plan", *overrides, "--json"]) == 0  # the verb's earlier name
+    assert capsys.readouterr().out == found
+    plan = json.loads(found)
     assert [row["from"] for row in plan["layers"]] == [2, 3]
     assert 0.1 < plan["saved"] < 0.5
     assert main(arguments(text, tmp_path / "run", LEARNER, **changes)) == 0

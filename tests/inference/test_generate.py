@@ -135,14 +135,14 @@ def test_a_text_does_not_depend_on_what_shares_its_batch():
     run = generator(build("5 layers, E=2+7, residual", init_std=0.1))
     ours, others = "who shares", (["x", "y"], ["a much longer prompt", "by the other"], ["", "z"])
     states = []
-    advance = generate.advance
+    decode = generate.decode
 
     def watched(*arguments):
-        states.append(advance(*arguments))
+        states.append(decode(*arguments))
         return states[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(generate, "advance", watched)
+        patch.setattr(generate, "decode", watched)
         for companions in others:
             run([companions[0], ours, companions[1]], 16, Sampling(1.0), [5, 6, 7])
     assert len(states) == 3
@@ -270,9 +270,9 @@ def test_prompts_of_ids_and_of_text_are_the_same():
     tokenizer = sentencepiece()
     run = generator(build("1 layers", init_std=0.1), tokenizer=tokenizer)
     prompts, seeds = ["", "e the", *["the"] * 29], range(31)
-    states, advance = [], generate.advance
+    states, decode = [], generate.decode
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(generate, "advance", lambda *a: states.append(advance(*a)) or states[-1])
+        patch.setattr(generate, "decode", lambda *a: states.append(decode(*a)) or states[-1])
         texts = run(prompts, 20, Sampling(1.0), seeds)
     ids = [tokenizer.encode(prompt) for prompt in prompts]
     assert run(ids, 20, Sampling(1.0), seeds) == texts

@@ -74,7 +74,7 @@ OTHER_VALUES = {
     "teacher.workdir": ("runs/a", "runs/a"),
     "init.workdir": ("runs/dense", "runs/dense"),
     "init.noise": ("0.1", 0.1),
-    "teacher.lessons": ("runs/lessons", "runs/lessons"),
+    "teacher.cache": ("runs/lessons", "runs/lessons"),
     "teacher.mode": ("train", "train"),
     "teacher.capacity_factor": ("inf", math.inf),
     "teacher.inherit": ("true", True),

@@ -5,7 +5,7 @@ import numpy as np
 from prmoe_jax.config import Config, DataConfig, KdConfig, ModelConfig, TeacherConfig
 from prmoe_jax.data import pipeline
 from prmoe_jax.data.pipeline import TopKLogProbs
-from prmoe_jax.distill import teacher_cache as lessons
+from prmoe_jax.distill import teacher_cache
 
 TOP_K = 3
 
@@ -23,7 +23,7 @@ def data_of(folder, words=40):
 def config_of(folder):
     return Config(
         model=ModelConfig(vocab_size=384, length=13),
-        teacher=TeacherConfig(lessons=str(folder)),
+        teacher=TeacherConfig(cache=str(folder)),
         kd=KdConfig(kind="top_k", top_k=TOP_K),
     )
 
@@ -38,4 +38,4 @@ def predictions_of(data, batch_size=7):
 
 def write(folder, data, predictions=None):
     predictions = predictions_of(data) if predictions is None else predictions
-    return lessons.write(folder, data, config_of(folder), {"step": 5}, predictions)
+    return teacher_cache.write(folder, data, config_of(folder), {"step": 5}, predictions)

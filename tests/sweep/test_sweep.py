@@ -18,7 +18,7 @@ from rich.console import Console
 from prmoe_jax.cli import main, parse_config
 from prmoe_jax.config import resolve, save
 from prmoe_jax.sweep import records, run
-from prmoe_jax.sweep.board import Board
+from prmoe_jax.sweep.progress import SweepProgress
 from tests.support.faults import file_size_limit
 from tests.support.paths import REPOSITORY
 from tests.support.records import record
@@ -487,25 +487,25 @@ def test_a_run_does_not_outlive_its_sweep(text, tmp_path):
     assert any((workdir / "checkpoints").iterdir())
 
 
-def test_the_board_shows_states_as_they_are(given, tmp_path, caplog):
+def test_the_table_shows_states_as_they_are(given, tmp_path, caplog):
     """What looks like a style in brackets, and a file to which a run adds at this moment."""
     config = resolve(given)
     (tmp_path / "metrics.jsonl").write_text(
         '{"step": 3, "loss": 5.5, "tokens_per_second": 7.0}\n{"step": 5, "eval/loss": 4.5}\n{"st'
     )
-    board = Board({"a": (tmp_path, config), "b": (tmp_path / "nowhere", config)})
-    board.put("a", "failed: [/no] [bold]")
-    board.put("b", "running")
+    progress = SweepProgress({"a": (tmp_path, config), "b": (tmp_path / "nowhere", config)})
+    progress.put("a", "failed: [/no] [bold]")
+    progress.put("b", "running")
     caplog.clear()
     console = Console(width=120, record=True, file=io.StringIO())
-    console.print(board.table())
+    console.print(progress.table())
     shown = console.export_text()
     assert "failed: [/no] [bold]" in shown and "5/12" in shown and "4.5000" in shown
     assert caplog.records == []
     for damage in "garbage\n", "7\n", '{"step": 3, "loss": null}\n', '{"loss": 3}\n':
         (tmp_path / "metrics.jsonl").write_text(damage)
-        _, _, *progress = board.table().columns
-        assert [next(iter(column.cells)) for column in progress] == ["", "", ""]
+        _, _, *columns = progress.table().columns
+        assert [next(iter(column.cells)) for column in columns] == ["", "", ""]
 
 
 def test_what_sweep_py_prints_is_no_result(given, tmp_path, capsys):

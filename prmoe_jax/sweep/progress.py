@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 COLUMNS = "step", "loss", "tokens/s"
 
 
-class Board:
+class SweepProgress:
     """A context manager that shows the state of each run; `put` changes the state of one."""
 
     def __init__(self, runs: dict[str, tuple[Path, Config]]):
@@ -29,7 +29,7 @@ class Board:
         self._live = Live(get_renderable=self.table, console=console, refresh_per_second=1)
         self._shown = sys.stderr.isatty()
 
-    def __enter__(self) -> "Board":
+    def __enter__(self) -> "SweepProgress":
         if self._shown:
             self._live.start()
         return self
