@@ -31,6 +31,7 @@ from prmoe_jax.model.sizes import cost
 from prmoe_jax.model.transformer import init_model
 from prmoe_jax.parallel.mesh import batch_axes, make_mesh
 from prmoe_jax.parallel.sharding import init_sharded
+from prmoe_jax.tables import aligned
 
 log = logging.getLogger(__name__)
 
@@ -231,18 +232,20 @@ def _turn(decoder: Decoder, mesh: Mesh, batch: int, prompt: int) -> Callable[[],
 
 def table(rows: list[dict]) -> str:
     """The rows as text, with one block for each batch size."""
-    lines, batch = [], None
-    for row in rows:
-        if row["batch"] != batch:
-            batch = row["batch"]
-            lines += ["", f"batch {batch}"]
-            lines.append(
-                f"{'model':40} {'weights':9} {'mesh':20} {'params':>8} {'active':>8} "
-                f"{'ms/token':>9} {'min':>7} {'max':>7} {'tokens/s':>9}"
+    head = "model", "weights", "mesh", "params", "active", "ms/token", "min", "max", "tokens/s"
+    blocks = []
+    for batch, some in itertools.groupby(rows, lambda row: row["batch"]):
+        cells = [
+            (
+                row["model"],
+                row["weights"],
+                row["mesh"],
+                f"{row['params'] / 1e6:.1f}M",
+                f"{row['active_params'] / 1e6:.1f}M",
+                *(f"{row[name]:.2f}" for name in ("ms_per_token", "min_ms", "max_ms")),
+                f"{row['tokens_per_s']:.1f}",
             )
-        lines.append(
-            f"{row['model']:40} {row['weights']:9} {row['mesh']:20} {row['params'] / 1e6:7.1f}M "
-            f"{row['active_params'] / 1e6:7.1f}M {row['ms_per_token']:9.2f} {row['min_ms']:7.2f} "
-            f"{row['max_ms']:7.2f} {row['tokens_per_s']:9.1f}"
-        )
-    return "\n".join(lines[1:])
+            for row in some
+        ]
+        blocks.append(f"batch {batch}\n{aligned(head, cells, texts=(0, 1, 2))}")
+    return "\n\n".join(blocks)

@@ -4,6 +4,7 @@ The TPU's compiler estimates the cycles of each operation of the program. Collec
 small operations have no estimate, and the sum leaves them out.
 """
 
+import itertools
 import math
 from collections import Counter
 
@@ -22,6 +23,7 @@ from prmoe_jax.parallel import sharding
 from prmoe_jax.parallel.mesh import batch_axes, make_mesh
 from prmoe_jax.plan.chips import chip_of, topology_devices
 from prmoe_jax.plan.program import Operation, operations
+from prmoe_jax.tables import aligned
 
 
 def model_moe(sizes: list[Size], dtype: str, topology: str) -> list[dict]:
@@ -142,15 +144,19 @@ def _compile(size: Size, dtype: str, backend: str, devices: list) -> list[Operat
 
 def table(rows: list[dict]) -> str:
     """The rows as text, with one block for each size."""
-    lines = []
-    for row in rows:
-        if row["backend"] == "dense":
-            size = "S={S} a chip, M={M} F={F} E={E}, {dtype}, {chips} chips of {device}"
-            lines += ["", size.format(**row)]
-            lines.append(f"{'':10} {'cycles':>12} {'modelled':>11} {'x dense':>8}  not estimated")
-        uncosted = ", ".join(f"{count} {kind}" for kind, count in row["without_estimate"].items())
-        lines.append(
-            f"{row['backend']:10} {row['cycles']:12,} {row['modelled_s'] * 1e3:8.3f} ms "
-            f"{row['ratio_to_dense']:8.3f}  {uncosted or 'none'}"
-        )
-    return "\n".join(lines[1:])
+    head = "backend", "cycles", "modelled", "x dense", "not estimated"
+    size = "S={S} a chip, M={M} F={F} E={E}, {dtype}, {chips} chips of {device}"
+    blocks = []
+    for title, some in itertools.groupby(rows, lambda row: size.format(**row)):
+        cells = [
+            (
+                row["backend"],
+                f"{row['cycles']:,}",
+                f"{row['modelled_s'] * 1e3:.3f} ms",
+                f"{row['ratio_to_dense']:.3f}",
+                ", ".join(f"{n} {kind}" for kind, n in row["without_estimate"].items()) or "none",
+            )
+            for row in some
+        ]
+        blocks.append(f"{title}\n{aligned(head, cells, texts=(0, 4))}")
+    return "\n\n".join(blocks)

@@ -5,6 +5,7 @@ The rivals take turns, so that noise of the machine affects all of them equally.
 
 import contextlib
 import importlib.util
+import itertools
 import logging
 import statistics
 import tempfile
@@ -25,6 +26,7 @@ from prmoe_jax.moe import dispatch
 from prmoe_jax.moe.layer import MoE
 from prmoe_jax.moe.routing import capacity, route
 from prmoe_jax.nn.mlp import MLP
+from prmoe_jax.tables import aligned
 
 log = logging.getLogger(__name__)
 
@@ -244,20 +246,21 @@ def _deepspeed(size: Size, x_SxM, w_router_MxE, keep_memory: bool) -> Iterator[R
 
 def table(rows: list[dict]) -> str:
     """The rows as text, with one block for each size and load."""
-    lines, block = [], None
-    for row in rows:
-        head = tuple(row[name] for name in ("S", "M", "F", "E", "load", "dtype"))
-        if head != block:
-            block = head
-            lines += ["", "S={} M={} F={} E={}, {} load, {}".format(*head)]
-            lines.append(
-                f"{'':24} {'median':>9} {'min':>9} {'max':>9} {'x dense':>8} {'peak':>9} "
-                f"{'GB/s':>6} {'dropped':>8}"
+    head = "backend", "median", "min", "max", "x dense", "peak", "GB/s", "dropped"
+    names = "S", "M", "F", "E", "load", "dtype"
+    blocks = []
+    for size, some in itertools.groupby(rows, lambda row: tuple(row[name] for name in names)):
+        cells = [
+            (
+                row["backend"],
+                *(f"{row[name]:.4f}s" for name in ("median_s", "min_s", "max_s")),
+                f"{row['ratio_to_dense']:.2f}",
+                f"{row['peak_bytes'] / 1e6:.0f}MB",
+                f"{row['gb_per_s']:.1f}",
+                f"{row['drop_fraction']:.1%}",
             )
-        lines.append(
-            f"{row['backend']:24} {row['median_s']:8.4f}s {row['min_s']:8.4f}s "
-            f"{row['max_s']:8.4f}s {row['ratio_to_dense']:8.2f} "
-            f"{row['peak_bytes'] / 1e6:7.0f}MB {row['gb_per_s']:6.1f} "
-            f"{row['drop_fraction']:8.1%}"
-        )
-    return "\n".join(lines[1:])
+            for row in some
+        ]
+        title = "S={} M={} F={} E={}, {} load, {}".format(*size)
+        blocks.append(f"{title}\n{aligned(head, cells)}")
+    return "\n\n".join(blocks)

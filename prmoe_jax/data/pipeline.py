@@ -146,6 +146,15 @@ def windows_fingerprint(data: Data) -> dict[str, str | int]:
     }
 
 
+def fingerprint_changes(saved: dict, current: dict) -> str:
+    """Names the values of a fingerprint that differ from saved ones; '' if none does."""
+    return ", ".join(
+        f"{name} was {saved.get(name)}, is {value}"
+        for name, value in current.items()
+        if saved.get(name) != value
+    )
+
+
 def pipeline_fingerprint(data: Data, batch_size: int, seed: int) -> dict[str, str | int]:
     """All values that determine the rows of step i; compare them before restoring an iterator.
 

@@ -17,6 +17,7 @@ from prmoe_jax.model.layout import of_layer, stack_layers, unstack_layers
 from prmoe_jax.model.sizes import cost
 from prmoe_jax.model.transformer import Transformer
 from prmoe_jax.nn.parameters import declaration, named_leaves
+from prmoe_jax.tables import aligned
 
 
 def layer_map(teacher: ModelConfig, student: ModelConfig, chosen: str = "") -> list[int]:
@@ -120,13 +121,16 @@ def plan(teacher: ModelConfig, student: ModelConfig, chosen: str = "") -> dict:
 
 def table(plan: dict) -> str:
     """A plan as text."""
-    lines = [f"{'layer':>5} {'from':>5} {'experts':>8} {'parameters':>14}"]
-    for i, row in enumerate(plan["layers"]):
-        lines.append(f"{i:5} {row['from']:5} {row['experts'] or '':>8} {row['params']:14,}")
+    rows = [
+        (i, row["from"], row["experts"] or "", f"{row['params']:,}")
+        for i, row in enumerate(plan["layers"])
+    ]
     (total, ours), (active, ours_active) = plan["total_params"], plan["active_params"]
-    lines.append(f"teacher {total:,} parameters, {active:,} of them active for a token")
-    lines.append(f"student {ours:,} parameters, {ours_active:,} active: {plan['saved']:.1%} fewer")
-    return "\n".join(lines)
+    return (
+        aligned(("layer", "from", "experts", "parameters"), rows)
+        + f"\nteacher {total:,} parameters, {active:,} of them active for a token"
+        + f"\nstudent {ours:,} parameters, {ours_active:,} active: {plan['saved']:.1%} fewer"
+    )
 
 
 def magnitudes(model: Transformer) -> dict[str, jax.Array]:

@@ -19,7 +19,13 @@ from prmoe_jax import files
 from prmoe_jax.config import Config, expand
 from prmoe_jax.data import cache
 from prmoe_jax.data.arrays import ArrayWriter, open_array
-from prmoe_jax.data.pipeline import Data, TopKLogProbs, Windows, windows_fingerprint
+from prmoe_jax.data.pipeline import (
+    Data,
+    TopKLogProbs,
+    Windows,
+    fingerprint_changes,
+    windows_fingerprint,
+)
 from prmoe_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -100,11 +106,9 @@ def attach(data: Data, config: Config) -> Data:
         if type(known) is not dict or type(top_k) is not int:
             raise ValueError("meta.json is not as it was written")
     current = windows_fingerprint(data) | {"vocab_size": config.model.vocab_size}
-    changed = [name for name in current if known.get(name) != current[name]]
-    if changed:
-        details = ", ".join(f"{n} was {known.get(n)}, is {current[n]}" for n in changed)
+    if changes := fingerprint_changes(known, current):
         raise UserError(
-            f"teacher.cache={folder} is about other windows: {details}; write one for this data "
+            f"teacher.cache={folder} is about other windows: {changes}; write one for this data "
             "by prmoe teacher-cache"
         )
     if kd.top_k > top_k:

@@ -5,6 +5,7 @@ import runpy
 
 from prmoe_jax.config import ModelConfig, resolve
 from prmoe_jax.config.userfile import shipped
+from prmoe_jax.tables import aligned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,24 +106,18 @@ def report(model: ModelConfig) -> dict:
 def table(model: ModelConfig) -> str:
     """The counts of `report` as a table in text."""
     counts = report(model)
-    lines = [
-        f"{counts['architecture']}; d_model {model.d_model}, d_ff {model.d_ff}, "
-        f"heads {model.heads}, context {model.length}, vocabulary {model.vocab_size}",
-        "",
-        f"{'layer':>12} {'experts':>8} {'params':>15} {'active':>13} {'train FLOPs/token':>18}",
-        f"{'embedding':>12} {'':>8} {counts['embedding_params']:>15,} "
-        f"{counts['embedding_params']:>13,} {3 * cost(model).logits_flops:>18,}",
-    ]
+    embedding, logits = counts["embedding_params"], 3 * cost(model).logits_flops
+    total = [counts[name] for name in ("total_params", "active_params", "train_flops_per_token")]
+    rows = [("embedding", "", f"{embedding:,}", f"{embedding:,}", f"{logits:,}")]
     for layer in counts["layers"]:
-        lines.append(
-            f"{layer['layer']:>12} {layer['experts'] or 'dense':>8} {layer['params']:>15,} "
-            f"{layer['active_params']:>13,} {layer['train_flops_per_token']:>18,}"
-        )
-    lines.append(
-        f"{'total':>12} {'':>8} {counts['total_params']:>15,} {counts['active_params']:>13,} "
-        f"{counts['train_flops_per_token']:>18,}"
+        numbers = layer["params"], layer["active_params"], layer["train_flops_per_token"]
+        rows.append((layer["layer"], layer["experts"] or "dense", *(f"{n:,}" for n in numbers)))
+    rows.append(("total", "", *(f"{n:,}" for n in total)))
+    return (
+        f"{counts['architecture']}; d_model {model.d_model}, d_ff {model.d_ff}, "
+        f"heads {model.heads}, context {model.length}, vocabulary {model.vocab_size}\n\n"
+        + aligned(("layer", "experts", "params", "active", "train FLOPs/token"), rows)
     )
-    return "\n".join(lines)
 
 
 def paper_rows() -> list[dict]:
@@ -146,14 +141,16 @@ def paper_rows() -> list[dict]:
 
 def paper_table(rows: list[dict]) -> str:
     """`paper_rows` as a table in text."""
-    lines = [
-        f"{'name':12} {'total':>8} {'paper':>7} {'active':>8} {'train FLOPs/token':>18}"
-        "  architecture"
-    ]
-    for row in rows:
-        lines.append(
-            f"{row['name']:12} {row['total_params'] / 1e9:>7.2f}B {row['paper_params'] / 1e9:>6g}B "
-            f"{row['active_params'] / 1e9:>7.3f}B {row['train_flops_per_token'] / 1e9:>17.2f}G"
-            f"  {row['architecture']}"
+    head = "name", "total", "paper", "active", "train FLOPs/token", "architecture"
+    cells = [
+        (
+            row["name"],
+            f"{row['total_params'] / 1e9:.2f}B",
+            f"{row['paper_params'] / 1e9:g}B",
+            f"{row['active_params'] / 1e9:.3f}B",
+            f"{row['train_flops_per_token'] / 1e9:.2f}G",
+            row["architecture"],
         )
-    return "\n".join(lines)
+        for row in rows
+    ]
+    return aligned(head, cells, texts=(0, 5))

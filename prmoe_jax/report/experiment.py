@@ -8,6 +8,7 @@ from prmoe_jax.errors import UserError
 from prmoe_jax.report import figures, page
 from prmoe_jax.report.arms import arms, difference, mean, write_csv
 from prmoe_jax.sweep.records import RESULTS, complete, read
+from prmoe_jax.tables import aligned
 
 HEAD = (
     "arm",
@@ -128,12 +129,12 @@ def _costs(rows: list[dict]) -> list[str]:
 
 def table(result: dict) -> str:
     """The result of `report` as text."""
-    above = f"above {result['base']}"
-    lines = [f"{'arm':28} {'seeds':>5} {'loss':>18} {above:>20}"]
+    rows = []
     for arm, row in result["arms"].items():
         loss = f"{row['loss']:.4f}" + (f" ± {row['margin']:.4f}" if "margin" in row else "")
         above = ""
         if "difference" in row:
             above = f"{row['difference']:+.4f} ± {row['difference_margin']:.4f}"
-        lines.append(f"{arm:28} {row['seeds']:5} {loss:>18} {above:>20}")
-    return "\n".join([*lines, result["page"]])
+        rows.append((arm, row["seeds"], loss, above))
+    head = "arm", "seeds", "loss", f"above {result['base']}"
+    return f"{aligned(head, rows)}\n{result['page']}"

@@ -42,21 +42,37 @@ def locked(workdir: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"--workdir={workdir} cannot be written: {error.strerror}") from None
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        holder = os.read(handle, 100).decode("ascii", "replace").strip()
-        holder = holder if holder.isdecimal() else "unknown"
-        os.close(handle)
-        raise UserError(
-            f"--workdir={workdir} is in use by another run (process {holder}); "
-            "wait for it, or give another --workdir"
-        ) from None
-    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(
+                f"--workdir={workdir} is in use by another run (process {_number(handle)}); "
+                "wait for it, or give another --workdir"
+            ) from None
         os.truncate(handle, 0)
         os.write(handle, str(os.getpid()).encode())
         yield
     finally:
         os.close(handle)
+
+
+def holder(workdir: Path) -> str:
+    """The number of the process that holds a folder's lock, or 'unknown'; '' if none holds it."""
+    try:
+        with open(workdir / ".lock", "rb") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                return ""
+            except BlockingIOError:
+                return _number(lock.fileno())
+    except FileNotFoundError:
+        return ""
+
+
+def _number(lock: int) -> str:
+    """The number of a process that an open lock file holds."""
+    number = os.read(lock, 100).decode("ascii", "replace").strip()
+    return number if number.isdecimal() else "unknown"
 
 
 def record_environment(workdir: Path, devices: list) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 
 from prmoe_jax import files
 from prmoe_jax.config import Config
+from prmoe_jax.tables import aligned
 
 # Dense bfloat16 peak of one device in FLOP/s, from the vendors' data sheets.
 PEAK_FLOPS = {
@@ -214,21 +215,24 @@ def router_table(metrics: dict) -> str:
     layers = sorted({name.split("/")[1] for name in metrics if name.startswith("layers/")})
     if not layers:
         return ""
-    lines = [
-        f"{'layer':>5} {'dropped':>8} {'unserved':>9} {'entropy':>8} {'fullest expert':>15} "
-        f"{'experts drop':>15} {'first to last place in the group':>34}"
-    ]
+    head = "layer", "dropped", "unserved", "entropy", "fullest expert", "experts drop"
+    rows = []
     for layer in layers:
         value = {name: metrics[f"layers/{layer}/{name}"] for name in ROUTER_COLUMNS}
         load, by_expert = value["expert_load"], value["expert_drop_fraction"]
         by_place = value["position_drop_fraction"]
-        lines.append(
-            f"{layer:>5} {value['drop_fraction']:>8.1%} {value['unserved_fraction']:>9.1%} "
-            f"{value['router_entropy']:>8.3f} {max(load) * len(load):>9.2f}x even "
-            f"{min(by_expert):>6.1%} – {max(by_expert):>6.1%} "
-            f"{bars(by_place):>18} {by_place[0]:>6.1%} – {by_place[-1]:>6.1%}"
+        rows.append(
+            (
+                layer,
+                f"{value['drop_fraction']:.1%}",
+                f"{value['unserved_fraction']:.1%}",
+                f"{value['router_entropy']:.3f}",
+                f"{max(load) * len(load):.2f}x even",
+                f"{min(by_expert):.1%} – {max(by_expert):.1%}",
+                f"{bars(by_place)} {by_place[0]:.1%} – {by_place[-1]:.1%}",
+            )
         )
-    return "\n".join(lines)
+    return aligned((*head, "first to last place in the group"), rows)
 
 
 def bars(values: list[float]) -> str:

@@ -4,7 +4,6 @@ Every run is its own process, so that a failed run stops no other. A run that wa
 and a run that is recorded with the same settings isn't trained again.
 """
 
-import fcntl
 import logging
 import re
 import statistics
@@ -25,6 +24,7 @@ from prmoe_jax.run import directory as workdirs
 from prmoe_jax.run.metrics import read_metrics
 from prmoe_jax.sweep import records
 from prmoe_jax.sweep.progress import SweepProgress
+from prmoe_jax.tables import aligned
 
 log = logging.getLogger(__name__)
 
@@ -245,14 +245,18 @@ def logged(workdir: Path) -> tuple[list[dict], list[dict]]:
 
 def table(records: list[dict]) -> str:
     """The records as text."""
-    lines = [f"{'run':32} {'loss':>8} {'bits/byte':>9} {'params':>9} {'active':>9} {'tokens/s':>9}"]
-    for row in records:
-        lines.append(
-            f"{row['run']:32} {row['loss']:8.4f} {row['bits_per_byte']:9.4f} "
-            f"{row['total_params'] / 1e6:8.2f}M {row['active_params'] / 1e6:8.2f}M "
-            f"{row['tokens_per_second']:9,.0f}"
+    rows = [
+        (
+            row["run"],
+            f"{row['loss']:.4f}",
+            f"{row['bits_per_byte']:.4f}",
+            f"{row['total_params'] / 1e6:.2f}M",
+            f"{row['active_params'] / 1e6:.2f}M",
+            f"{row['tokens_per_second']:,.0f}",
         )
-    return "\n".join(lines)
+        for row in records
+    ]
+    return aligned(("run", "loss", "bits/byte", "params", "active", "tokens/s"), rows)
 
 
 def _train(name: str, config: Config, workdir: Path, progress: SweepProgress) -> None:
@@ -307,29 +311,15 @@ def _wait_until_free(name: str, workdir: Path, progress: SweepProgress) -> None:
       UserError: a process still holds it after `PATIENCE` seconds.
     """
     begun, waiting = time.monotonic(), False
-    while holder := _holder(workdir / ".lock"):
+    while process := workdirs.holder(workdir):
         if time.monotonic() - begun > PATIENCE:
-            raise UserError(f"{workdir} is in use by process {holder}; wait for it, or stop it")
+            raise UserError(f"{workdir} is in use by process {process}; wait for it, or stop it")
         if not waiting:
             progress.put(
-                name, f"waits up to {PATIENCE:.0f} s for process {holder}, which holds its folder"
+                name, f"waits up to {PATIENCE:.0f} s for process {process}, which holds its folder"
             )
             waiting = True
         time.sleep(0.1)
-
-
-def _holder(lock: Path) -> str:
-    """The number of the process that holds a lock file, or 'unknown'; '' if none holds it."""
-    try:
-        with lock.open("rb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                return ""
-            except BlockingIOError:
-                number = file.read(20).decode("ascii", "replace").strip()
-                return number if number.isdecimal() else "unknown"
-    except FileNotFoundError:
-        return ""
 
 
 def _finished(config: Config, workdir: Path) -> bool:

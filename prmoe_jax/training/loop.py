@@ -14,7 +14,13 @@ from tqdm import tqdm
 from prmoe_jax import config as configs
 from prmoe_jax.config import Config
 from prmoe_jax.data import cache
-from prmoe_jax.data.pipeline import Data, load_data, pipeline_fingerprint, train_iterator
+from prmoe_jax.data.pipeline import (
+    Data,
+    fingerprint_changes,
+    load_data,
+    pipeline_fingerprint,
+    train_iterator,
+)
 from prmoe_jax.distill import teacher_cache
 from prmoe_jax.distill.distiller import Distiller
 from prmoe_jax.distill.teacher import (
@@ -331,10 +337,8 @@ def check_fingerprint(saved: dict, current: dict) -> None:
     Raises:
       UserError: the data differ; names the difference.
     """
-    changed = [name for name in current if saved.get(name) != current[name]]
-    if changed:
-        details = ", ".join(f"{n} was {saved.get(n)}, is {current[n]}" for n in changed)
+    if changes := fingerprint_changes(saved, current):
         raise UserError(
-            f"the data changed since the checkpoint was written: {details}; "
+            f"the data changed since the checkpoint was written: {changes}; "
             "restore the data, or give another --workdir to start afresh"
         )

@@ -41,7 +41,17 @@ def test_table(capsys):
     assert main(["bench", "moe", "--sizes=32,8,8,2", "--repeats=1", "--dtype=bfloat16"]) == 0
     head, columns, *lines = capsys.readouterr().out.splitlines()
     assert head == "S=32 M=8 F=8 E=2, uniform load, bfloat16"
-    assert columns.split() == ["median", "min", "max", "x", "dense", "peak", "GB/s", "dropped"]
+    assert columns.split() == [
+        "backend",
+        "median",
+        "min",
+        "max",
+        "x",
+        "dense",
+        "peak",
+        "GB/s",
+        "dropped",
+    ]
     assert [line.split()[0] for line in lines[:2]] == ["dense", "gather"]
 
 

@@ -1,0 +1,29 @@
+"""Tables of text for the terminal."""
+
+import io
+from collections.abc import Iterable, Sequence
+
+
+def aligned(
+    head: Sequence[str], rows: Iterable[Sequence[object]], texts: Sequence[int] = (0,)
+) -> str:
+    """The rows below their head, as text of any width.
+
+    Args:
+      head: a name for each column.
+      rows: the cells of each row.
+      texts: the columns that are aligned to the left; the others hold numbers.
+    """
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="")
+    for i, name in enumerate(head):
+        table.add_column(Text(name), justify="left" if i in texts else "right", no_wrap=True)
+    for row in rows:
+        # Without Text, rich would take brackets for a style.
+        table.add_row(*[Text(str(cell)) for cell in row])
+    text = io.StringIO()
+    Console(file=text, width=1000, color_system=None).print(table)
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
