@@ -68,7 +68,7 @@ def test_report_of_a_sweep(folder, capsys):
     assert main(["report", str(folder), "--base=two"]) == 0
     out = capsys.readouterr().out
     assert "above two" in out
-    assert "one                              3    3.1000 ± 0.2484     +0.2000 ± 0.2484" in out
+    assert re.search(r"^one +3 +3.1000 ± 0.2484 +\+0.2000 ± 0.2484$", out, re.M)
     assert main(["report", str(folder), "--base="]) == 2
     assert "no arm ''; --base is one of one, two, <b>" in capsys.readouterr().err
     assert main(["report", str(folder), "--base=three"]) == 2
