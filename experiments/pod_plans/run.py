@@ -115,10 +115,7 @@ def main() -> None:
             print(model, topology, row.get("modelled_step_s", row.get("why")), flush=True)
             rows = load()
     print(table(rows))
-    draw(
-        {f"{m}  {t}": row for (m, t), row in rows.items() if "why" not in row},
-        HERE / "plans.png",
-    )
+    draw([(m, row) for (m, _), row in rows.items() if "why" not in row], HERE / "plans.png")
 
 
 if __name__ == "__main__":

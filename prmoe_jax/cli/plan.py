@@ -49,5 +49,5 @@ def run(options, rest) -> None:
     else:
         result = find.fit(config, options.topology, options.decode, teacher)
     if options.picture:
-        picture.draw({result["topology"]: result}, options.picture)
+        picture.draw([("step", result)], options.picture)
     print(json.dumps(result) if options.json else report.table(result))

@@ -1,7 +1,9 @@
 """A picture of plans: a step's time by part of the model, and a chip's memory by use."""
 
 import io
+import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from prmoe_jax import files
@@ -51,11 +53,14 @@ def check(path: Path) -> None:
         raise UserError(f"{path} cannot be written: name a file in a folder that takes one")
 
 
-def draw(plans: dict[str, dict], path: Path) -> None:
-    """Writes a figure with one bar for each plan: milliseconds by part, and GiB per chip by use.
+def draw(plans: Sequence[tuple[str, dict]], path: Path) -> None:
+    """Writes a figure with two bars for each plan: its step's time by part, its memory by use.
+
+    Bars are shares of the step and of a chip's memory, so that plans of any size can be compared;
+    the milliseconds and GiB stand beside them. Plans of one topology are in one row of the figure.
 
     Args:
-      plans: label -> plan from `report.plan`.
+      plans: a label, unique for its topology, and the plan from `report.plan`.
       path: the picture's path, whose suffix gives the format.
 
     Raises:
@@ -66,43 +71,77 @@ def draw(plans: dict[str, dict], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import PercentFormatter
 
-    figure, (times, memory) = pyplot.subplots(
-        1, 2, figsize=(13, 1.6 + 0.42 * len(plans)), sharey=True, layout="constrained"
+    groups: dict[str, dict[str, dict]] = {}
+    for label, result in plans:
+        groups.setdefault(result["topology"], {})[label] = result
+    sizes = [len(group) + 1 for group in groups.values()]
+    figure, axes = pyplot.subplots(
+        *(len(groups), 2),
+        figsize=(10, 1 + 0.3 * sum(sizes)),
+        height_ratios=sizes,
+        sharex="col",
+        squeeze=False,
+        layout="constrained",
     )
-    places = range(len(plans) - 1, -1, -1)  # the first on top
-    for place, result in zip(places, plans.values(), strict=True):
-        parts = result.get("components", {})
-        _bar(times, place, {part: parts.get(part, 0) * 1e3 for part in PARTS}, PARTS)
-        if "modelled_step_s" in result:
-            text = f" {result['modelled_step_s'] * 1e3:.4g} ms"
-            if "modelled_mfu" in result:
-                text += f", {result['modelled_mfu']:.0%} MFU"
-            times.text(result["modelled_step_s"] * 1e3, place, text, va="center", fontsize=8)
-        else:
-            times.text(0, place, " does not fit", va="center", fontsize=8)
-        held = result["hbm_bytes_per_chip"]
-        uses = ["needed"] if "needed" in held else [use for use in HELD if use in held]
-        _bar(memory, place, {use: held[use] / 2**30 for use in uses}, HELD)
-        limit = CHIPS[result["topology"].partition(":")[0]].hbm_bytes / 2**30
-        memory.plot([limit, limit], [place - 0.45, place + 0.45], color="black", linewidth=2)
-    times.set_yticks(list(places), plans.keys(), fontsize=8)
-    times.set_xlabel("modelled milliseconds a step")
-    memory.set_xlabel("GiB a chip (black: what it has)")
-    times.margins(x=0.25)
-    for axes, colours in ((times, PARTS), (memory, HELD)):
-        axes.spines[["top", "right"]].set_visible(False)
-        handles = [pyplot.Rectangle((0, 0), 1, 1, color=colour) for colour in colours.values()]
-        axes.legend(handles, colours.keys(), fontsize=7, ncols=6, loc="lower left",
-                    bbox_to_anchor=(0, 1), frameon=False)  # fmt: skip
+    for (times, memory), (topology, group) in zip(axes, groups.items(), strict=True):
+        room = CHIPS[topology.partition(":")[0]].hbm_bytes
+        for place, result in enumerate(group.values()):
+            step_s = result.get("modelled_step_s", math.nan)
+            parts = result.get("components", {})
+            _bar(times, place, {p: parts[p] / step_s for p in PARTS if p in parts}, PARTS)
+            _beside(times, place, _time(result))
+            held = result["hbm_bytes_per_chip"]
+            uses = ["needed"] if "needed" in held else [use for use in HELD if use in held]
+            _bar(memory, place, {use: held[use] / room for use in uses}, HELD)
+            _beside(memory, place, f"{sum(held[use] for use in uses) / 2**30:.1f} GiB")
+        times.set_yticks(range(len(group)), group.keys())
+        memory.set_yticks([])
+        times.set_title(topology, loc="left", fontsize=10)
+        memory.set_title(f"{room / 2**30:.0f} GiB a chip", loc="left", fontsize=10)
+        for one in times, memory:
+            one.set(xlim=(0, 1), ylim=(len(group) - 0.5, -0.5))
+            one.xaxis.set_major_formatter(PercentFormatter(1))
+            one.spines[["top", "right"]].set_visible(False)
+    axes[-1, 0].set_xlabel("share of the modelled step")
+    axes[-1, 1].set_xlabel("share of a chip's memory")
+    for side, (names, colours) in enumerate(zip(_shown(plans), (PARTS, HELD), strict=True)):
+        handles = [pyplot.Rectangle((0, 0), 1, 1, color=colours[name]) for name in names]
+        axes[0, side].legend(
+            *(handles, names), fontsize=7, ncols=4, loc="lower left",
+            bbox_to_anchor=(0, 1 + 0.8 / sizes[0]), frameon=False,
+        )  # fmt: skip
     drawn = io.BytesIO()
     figure.savefig(drawn, format=path.suffix[1:].lower(), dpi=120)
     pyplot.close(figure)
     files.replace(path, drawn.getvalue())
 
 
-def _bar(axes, place: int, sizes: dict[str, float], colours: dict[str, str]) -> None:
+def _time(result: dict) -> str:
+    if "modelled_step_s" not in result:
+        return "does not fit"
+    mfu = f", {result['modelled_mfu']:.0%} MFU" if "modelled_mfu" in result else ""
+    return f"{result['modelled_step_s'] * 1e3:.4g} ms{mfu}"
+
+
+def _shown(plans: Sequence[tuple[str, dict]]) -> tuple[list[str], list[str]]:
+    """The parts that take at least a hundredth of some step, and the uses of memory."""
+    parts, uses = set(), set()
+    for _, plan in plans:
+        uses |= plan["hbm_bytes_per_chip"].keys()
+        least = 0.01 * plan.get("modelled_step_s", 0)
+        parts |= {part for part, seconds in plan.get("components", {}).items() if seconds >= least}
+    return [part for part in PARTS if part in parts], [use for use in HELD if use in uses]
+
+
+def _bar(axes, place: int, shares: dict[str, float], colours: dict[str, str]) -> None:
     left = 0.0
-    for name, size in sizes.items():
-        axes.barh(place, size, left=left, color=colours[name], height=0.7)
-        left += size
+    for name, share in shares.items():
+        axes.barh(place, share, left=left, color=colours[name], height=0.7)
+        left += share
+
+
+def _beside(axes, place: int, text: str) -> None:
+    """Writes a text to the right of the axes, in the row of a bar."""
+    axes.text(1.01, place, text, va="center", fontsize=8, transform=axes.get_yaxis_transform())

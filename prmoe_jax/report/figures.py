@@ -121,6 +121,8 @@ def _evaluations(record: dict) -> tuple[dict[int, float], dict[int, float]]:
 def sizes(arms: dict[str, dict[int, dict]], path: Path) -> None:
     """Draws the last validation loss against all parameters and against the active ones."""
     with figure(path) as axes:
+        from matplotlib.ticker import LogLocator
+
         for number, (arm, rows) in enumerate(arms.items()):
             record = next(iter(rows.values()))
             loss = mean([row["loss"] for row in rows.values()])
@@ -132,6 +134,9 @@ def sizes(arms: dict[str, dict[int, dict]], path: Path) -> None:
                 marker=MARKS[number % len(MARKS)], label=label(arm),
             )  # fmt: skip
         axes.set(xlabel="parameters, active to all", ylabel="validation loss, nats", xscale="log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        axes.xaxis.set_major_formatter(lambda size, _: f"{size / 1e6:g}M")
+        axes.xaxis.set_minor_formatter("")
         axes.legend(frameon=False)
 
 

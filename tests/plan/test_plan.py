@@ -536,12 +536,15 @@ def test_picture(tmp_path):
     too_large["hbm_bytes_per_chip"]["needed"] = 40 * 2**30
     del too_large["modelled_step_s"], too_large["components"]
     path = tmp_path / "plans.svg"
-    draw({"fits": a_plan("v5p:2x2x1", 3), "too large": too_large}, path)
+    draw([("fits", a_plan("v5p:2x2x1", 3)), ("too large", too_large)], path)
     text = path.read_text()
-    for words in ("750 ms, 50% MFU", "does not fit", "GiB a chip", "too large", "collectives"):
+    for words in (
+        *("750 ms, 50% MFU", "does not fit", "16 GiB a chip", "40.0 GiB", "too large"),
+        *("v5e:2x2", "v5p:2x2x1", "collectives", "needed"),
+    ):
         assert f"<!-- {words}" in text or f"<!--  {words}" in text, words
     with pytest.raises(UserError, match="plans.docx: .*docx"):
-        draw({"fits": a_plan("v5p:2x2x1", 3)}, tmp_path / "plans.docx")
+        draw([("fits", a_plan("v5p:2x2x1", 3))], tmp_path / "plans.docx")
 
 
 needs_tpu_compiler = needs_extra("tpu", "libtpu")

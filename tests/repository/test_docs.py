@@ -1,6 +1,7 @@
 """The pages: their links and paths lead somewhere, and the table of settings is up to date."""
 
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -112,3 +113,13 @@ def test_every_setting_is_described():
 def test_the_citation_has_the_version():
     citation = (ROOT / "CITATION.cff").read_text()
     assert f"version: {prmoe_jax.__version__}\n" in citation
+
+
+def test_figures_are_drawn_from_the_records(tmp_path):
+    """Each is one that a page shows."""
+    figures = runpy.run_path(str(ROOT / "docs" / "figures.py"))
+    figures["main"](tmp_path)
+    drawn = {path.name for path in tmp_path.iterdir()}
+    assert drawn == {"loss_tokens.svg", "loss_parameters.svg", "pod_plans.png"}
+    shown = (ROOT / "docs" / "results.md").read_text()
+    assert all(f"](images/{name})" in shown for name in drawn)
