@@ -22,7 +22,7 @@ ARCHITECTURES = {
     "residual": "6 layers, E=8, residual",
     "pyramid": "6 layers, E=4x2+8",
     "prmoe": "6 layers, E=4x2+8, residual",
-    "mos": "5 layers, E=4+8, residual",  # the prmoe's student, an eighth of the depth less
+    "mos": "5 layers, E=4+8, residual",  # the prmoe's student, a sixth of the depth less
 }
 
 

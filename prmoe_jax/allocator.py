@@ -15,8 +15,8 @@ def keep_freed_memory() -> bool:
     from the kernel and gives them back, so that the kernel zeroes their pages at every step; with
     many experts this takes longer than the arithmetic. All threads share one arena, since the
     others cannot grow past 64 MB. Call this function before JAX starts its threads. The process
-    never gives memory back, so use it only where the same steps run over and over. The command
-    line calls it; a notebook can call it first.
+    never gives memory back, so use it only where the same steps run over and over. `prmoe train`,
+    `eval`, `teacher-cache` and `bench moe` call it; a notebook can call it first.
 
     Returns:
       Whether glibc accepted the settings; False without glibc.

@@ -14,10 +14,11 @@ class UserError(Exception):
 
 
 class TrainingStopped(UserError):
-    """A run that cannot go on (a loss that is not finite, a disk that is full).
+    """A run that cannot go on, although the command was right.
 
-    The command line prints it on one line and exits with code 1: the command was
-    right, the run was not.
+    Its loss or gradient is not finite, or a checkpoint of a run of several processes is damaged.
+    The command line prints the message on one line and exits with code 1. A full disk is not such
+    an error: it ends the command with code 2.
     """
 
     exit_code = 1

@@ -12,6 +12,7 @@ from configs import tiny
 from prmoe_jax import boundary, errors
 from prmoe_jax.cli import main
 from prmoe_jax.model import sizes
+from tests.support.lines import only_line
 from tests.support.paths import REPOSITORY
 
 TINY = f"--config={tiny.__file__}:prmoe"
@@ -50,7 +51,7 @@ def test_the_unforeseen_is_one_line_and_a_file(error, line, tmp_path, monkeypatc
     monkeypatch.setenv("PRMOE_TRACEBACK", "0")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     assert main(failing(monkeypatch, error)) == 1
-    (said,) = capsys.readouterr().err.splitlines()
+    said = only_line(capsys.readouterr().err)
     assert said.startswith("prmoe: internal error: ") and line in said
     assert said.endswith(", please report it")
     (file,) = tmp_path.iterdir()
@@ -104,7 +105,7 @@ def test_the_traceback_is_printed_on_demand(tmp_path, monkeypatch, capsys):
 )
 def test_the_foreseen_is_one_line(error, code, line, monkeypatch, capsys):
     assert main(failing(monkeypatch, error)) == code
-    (said,) = capsys.readouterr().err.splitlines()
+    said = only_line(capsys.readouterr().err)
     assert said.startswith("prmoe: ") and line in said
 
 
@@ -125,7 +126,7 @@ def test_a_failed_thread_is_one_line(monkeypatch, tmp_path, capsys):
     thread = threading.Thread(target=lambda: 1 / 0)
     thread.start()
     thread.join()
-    (line,) = capsys.readouterr().err.splitlines()
+    line = only_line(capsys.readouterr().err)
     assert line.startswith("prmoe: internal error: ZeroDivisionError: division by zero; the tra")
 
 
@@ -223,6 +224,6 @@ def test_a_platform_that_is_not_there(tmp_path):
         env=os.environ | {"JAX_PLATFORMS": "tpux"},
     )
     assert done.returncode == 2
-    (line,) = done.stderr.splitlines()
+    line = only_line(done.stderr)
     assert line.startswith("prmoe: JAX finds no device to run on (Unable to initialize backend")
     assert not (tmp_path / "run").exists()

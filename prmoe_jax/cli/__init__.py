@@ -27,7 +27,12 @@ from prmoe_jax.errors import UserError
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one verb; returns 0, 1 (the run failed) or 2 (the input cannot be used)."""
+    """Runs one verb.
+
+    Returns:
+      The exit code: 0; 1 if the run or this program failed; 2 if the input, the files or the
+      machine must change; 130 after Ctrl-C.
+    """
     boundary.prepare()
     log_to_stderr()
     given = sys.argv[1:] if arguments is None else arguments

@@ -66,6 +66,18 @@ def add(verb, verbs) -> None:
         help="instead of timing, compile for TPU chips such as v5p:4x4x4 with S tokens each, and "
         "show the compiler's cycles; needs the extra [tpu], no TPU",
     )
+    kind = "time a config's whole training step beside PyTorch's, with DeepSpeed's MoE layers"
+    sub = verb("step", _bench_step, kind, True, verb_of_bench)
+    sub.add_argument("--repeats", type=int, default=15, help="timed steps (default: 15)")
+
+
+def _bench_step(options, rest) -> None:
+    allocator.keep_freed_memory()
+    config = parse_config(rest)
+    from prmoe_jax.bench import step
+
+    rows = step.bench_step(config, options.repeats)
+    print(json.dumps(rows) if options.json else step.table(rows))
 
 
 def _bench_decode(options, rest) -> None:

@@ -12,7 +12,7 @@ def add(verb) -> None:
     part = "show which part of its teacher a student starts as"
     verb("distill-plan", _distill_plan, part, True, formerly="distil-plan")
 
-    keep = "keep what a teacher expects of a student's training text, for many students"
+    keep = "record a teacher's predictions for a student's training text, for many students"
     sub = verb("teacher-cache", _teacher_cache, keep, True)
     sub.add_argument("--out", type=path, required=True, help="the folder to write, a new one")
 
@@ -32,7 +32,7 @@ def _teacher_cache(options, rest) -> None:
     if config.kd.kind != "top_k":
         raise UserError("the likeliest tokens are kept; use --config.kd.kind=top_k, with kd.top_k")
     if config.teacher.mode != "eval" or config.teacher.cache:
-        raise UserError("leave out teacher.cache, and teacher.mode at eval")
+        raise UserError("leave teacher.cache out, and leave teacher.mode at eval")
     from prmoe_jax.distill.teacher import write_teacher_cache
 
     meta = write_teacher_cache(config, options.out)

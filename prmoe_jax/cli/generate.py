@@ -22,12 +22,14 @@ def add(verb) -> None:
         "--top-p", type=float, default=1.0, help="draw from the P likeliest share only"
     )
     sub.add_argument("--stop", action="append", help="a text to end before; may be repeated")
-    sub.add_argument("--samples", type=int, default=1, help="of each prompt (default: 1)")
-    sub.add_argument("--seed", type=int, default=0, help="of the first sample (default: 0)")
+    sub.add_argument(
+        "--samples", type=int, default=1, help="continuations of each prompt (default: 1)"
+    )
+    sub.add_argument("--seed", type=int, default=0, help="seed of the first sample (default: 0)")
     sub.add_argument(
         "--weights",
         choices=WEIGHTS,
-        help="what weights are held in (default: the run's dtype, on CPUs float32)",
+        help="type of the large weights (default: the run's dtype, on CPUs float32)",
     )
     sub.add_argument("--mesh", help="devices by axis, such as expert:4,tensor:2 (default: one)")
 

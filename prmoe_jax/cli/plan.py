@@ -19,7 +19,7 @@ def add(verb) -> None:
         help="instead of training, the next token of so many sequences of full context",
     )
     sub.add_argument(
-        "--teacher", metavar="FILE:NAME", help="the config of the teacher, to plan its first stage"
+        "--teacher", metavar="FILE:NAME", help="the teacher's config; plans a step of distillation"
     )
     sub.add_argument("--picture", type=path, help="also draw the plan: a .png, .svg or .pdf")
 

@@ -9,10 +9,10 @@ from prmoe_jax.errors import UserError
 
 def add(verb) -> None:
     """Declares the verb and its options."""
-    sub = verb("report", run, "draw what a sweep, or one run, came to, on a page of its own")
-    sub.add_argument("folder", type=path, nargs="?", help="a sweep's, with results.jsonl")
-    sub.add_argument("--base", help="the arm the others are compared with; default: the first")
-    sub.add_argument("--workdir", type=path, help="instead, a run's; writes report/ there")
+    sub = verb("report", run, "make a page with figures about a sweep, or about one run")
+    sub.add_argument("folder", type=path, nargs="?", help="a sweep's folder, with results.jsonl")
+    sub.add_argument("--base", help="the arm the others are compared with (default: the first)")
+    sub.add_argument("--workdir", type=path, help="instead, a run's folder; writes report/ there")
 
 
 def run(options, rest) -> None:

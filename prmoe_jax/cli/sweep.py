@@ -14,7 +14,7 @@ def add(verb) -> None:
     sub.add_argument("folder", type=path, help="for example experiments/placement")
     sub.add_argument("--workdir", type=path, help="the runs' folder (default: runs/FOLDER)")
     sub.add_argument(
-        "--shard", default="1/1", metavar="I/N", help="of N processes that share the runs, the I-th"
+        "--shard", default="1/1", metavar="I/N", help="be the I-th of N processes that share runs"
     )
 
 

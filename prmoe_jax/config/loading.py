@@ -108,7 +108,7 @@ def _build(cls, values, path: str):
 
 
 def _renamed(fields: Mapping, values: Mapping, path: str) -> Mapping:
-    """Gives settings that older configs have under an earlier name their name of today."""
+    """Renames settings that an older config has under an earlier name (`Setting.formerly`)."""
     values = dict(values)
     for name, field in fields.items():
         earlier = field.metadata["setting"].formerly if "setting" in field.metadata else ""

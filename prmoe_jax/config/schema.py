@@ -156,7 +156,7 @@ class MoeConfig:
     )
     noise: str = setting(
         "none",
-        "Noise on the choice, in training only.",
+        "Noise in routing, in training only.",
         choices={
             "none": "",
             "rsample": "Gumbel noise on the scores, for top 1",
@@ -346,8 +346,8 @@ class TeacherConfig:
     inherit: bool = setting(False, "Whether the student starts as a part of its teacher.")
     layers: str = setting(
         "",
-        "The teacher's layers that it starts as, one for each of its own, such as '0 1 3'; "
-        "unless given, they are chosen evenly among those of the same kind.",
+        "For each layer of the student, the layer of the teacher that it starts as, such as "
+        "'0 1 3'; unless given, layers are chosen evenly among those of the same kind.",
     )
     importance: str = setting(
         "weights",
@@ -369,7 +369,7 @@ class KdConfig:
         choices={
             "forward": "KL(teacher ‖ student), as in the paper",
             "reverse": "KL(student ‖ teacher)",
-            "top_k": ("forward, over the teacher's likeliest tokens and all others as one more"),
+            "top_k": "forward, over the teacher's likeliest tokens; all others are one outcome",
         },
     )
     top_k: int = setting(0, "How many likely tokens `kind=top_k` takes.")

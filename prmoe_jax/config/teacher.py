@@ -24,7 +24,9 @@ def teacher_of(config: Config) -> Config:
 
 
 def beside(teacher: Config, student: Config) -> Config:
-    """Adapts a teacher's config to its student's mesh and exchange, and to `teacher.*`.
+    """Gives a teacher's config its student's mesh, exchange and `teacher.capacity_factor`.
+
+    A `teacher.capacity_factor` of 0 leaves the teacher's own. The batches are only checked.
 
     Raises:
       UserError: the teacher doesn't fit its student's vocabulary, context, batch or capacity

@@ -21,7 +21,8 @@ def check_runs_without_limit(config: Config) -> None:
     """Checks that a run can predict without an expert capacity, as generation and tasks do.
 
     Raises:
-      UserError: the experts choose tokens: without a limit every expert would take every token.
+      UserError: the experts choose their tokens. Their choice depends on later tokens, and without
+        a capacity every expert would take every token.
     """
     require(
         config.moe.router == "token_choice",

@@ -98,7 +98,7 @@ class Sotu(TextFiles, skip_registration=True):
 
 
 class Prose(TextFiles, skip_registration=True):
-    """The same messages, and essays, commentary, scripture and novels; see experiments/prose."""
+    """The text of `Sotu`, and essays, commentary, scripture and novels; see experiments/prose."""
 
 
 def prepare_files(
@@ -219,7 +219,8 @@ def _check_network(name: str, directory: pathlib.Path) -> None:
     except OSError as error:
         raise UserError(
             f"TFDS dataset {name!r} is not prepared in {directory} and {_HOST} cannot be "
-            f"reached ({_first_line(error)}); prepare it where there is a network, copy it there"
+            f"reached ({_first_line(error)}); prepare it where there is a network, and copy it "
+            "into that folder"
         ) from error
 
 

@@ -128,7 +128,7 @@ def reading(
 
     Args:
       directory: the directory.
-      named: the directory's name in messages.
+      named: the directory's name in messages; `{}` in it stands for the path.
       fix: advice about a damaged directory.
     """
     try:

@@ -18,7 +18,9 @@ class Corpus:
     """Training and validation documents, as random-access sequences of str.
 
     `fingerprint` changes with the text and the split, and is known before anything is prepared.
-    Data that was derived from the corpus and cached under it can be used without the corpus.
+    Data that was derived from the corpus, and cached under its fingerprint, can therefore be used
+    without preparing the corpus. Local files must still exist, since the fingerprint is computed
+    from their content.
     """
 
     fingerprint: str

@@ -21,7 +21,8 @@ log = logging.getLogger(__name__)
 END_OF_TEXT = "<|endoftext|>"
 # Names of the end-of-text token in other tokenizers, in order of preference.
 _END_MARKS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
-# The merges no longer change much by then; the trainer's memory and time grow with its text.
+# The trainer of a BPE reads at most about this many characters. More text would hardly change the
+# merges, but memory and time grow with it.
 _TRAINING_CHARACTERS = 200_000_000
 
 
@@ -39,7 +40,8 @@ class Tokenizer:
         """Reads the content of a tokenizer.json; `name` is its name in messages.
 
         Raises:
-          UserError: it is not a tokenizer.json, or has no end mark that texts can't contain.
+          UserError: it is not a tokenizer.json, has no end-of-text token, or encodes the text of
+            this token as the token itself.
         """
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(description)

@@ -15,7 +15,7 @@ from prmoe_jax.model.transformer import Transformer
 
 @dataclasses.dataclass(frozen=True)
 class Distiller:
-    """Teaches a student by a teacher that runs beside it, or by its recorded predictions."""
+    """The distillation of a student, from a running teacher or from recorded predictions."""
 
     config: Config  # the student's config
     # The config of a teacher that runs; None if the batches hold its predictions.

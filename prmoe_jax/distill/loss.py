@@ -31,7 +31,7 @@ def run_teacher(
     Args:
       model: the teacher's model; no gradient reaches it.
       batch: the student's batch.
-      settings: `teacher` of the student's config, of which the mode counts here.
+      settings: the group `teacher` of the student's config; only its `mode` is used here.
       keys_B: the student's random keys, from which a teacher in mode train derives its own.
     """
     model = jax.lax.stop_gradient(model)

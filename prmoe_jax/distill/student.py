@@ -140,7 +140,9 @@ def magnitudes(model: Transformer) -> dict[str, jax.Array]:
     channel.
 
     Returns:
-      Importances by the name of the parameter that reads the part: `…w_out`, or `tokens`.
+      Importances by the name of a parameter: [D] for channels under 'tokens', and, under the names
+      that end in 'w_out', [N, H] for heads of attention, [N, F] for hidden units of an MLP and
+      [N, E, F] for those of experts. N is the number of repeats of a stage.
     """
     named = named_leaves(model)
     importance = {"tokens": jnp.square(named["tokens"]).sum(0)}

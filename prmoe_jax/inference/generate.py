@@ -30,8 +30,9 @@ log = logging.getLogger(__name__)
 PREFILL_CHUNK = 64
 STEPS = 16
 WEIGHTS = "float32", "bfloat16", "int8"
-# Below the first temperature only the likeliest token has a chance; above the second all tokens
-# have the same. Logits divided by numbers beyond them could exceed the range of float32.
+# Below COLDEST, only the likeliest token has a probability above 0. Above HOTTEST, all tokens are
+# equally likely. Logits that are divided by a number outside these bounds could exceed the range of
+# float32.
 COLDEST, HOTTEST = 1e-30, 1e30
 LARGEST_TOP_K = 2**31 - 1
 # A tokenizer decodes bytes that are not UTF-8, such as half a character, to this.
@@ -132,6 +133,9 @@ class Generator:
           stop: texts before which a continuation ends.
           on_text: called with a prompt's number and each new piece of its continuation.
 
+        Returns:
+          The text of each continuation, without its prompt, in the order of the prompts.
+
         Raises:
           UserError: a prompt and its continuation exceed the context, or a value is out of range.
         """
@@ -186,7 +190,8 @@ class Generator:
         devices = math.prod(self.mesh.shape[name] for name in batch_axes(self.mesh))
         batch = -(-len(starts) // devices) * devices
         chunks = -(-max(map(len, starts)) // PREFILL_CHUNK)
-        # One chunk more, because a row that has ended is still written past its end.
+        # Whole chunks, for the prompts and for the new tokens. The KV cache of a row that has ended
+        # is still written, at the position after its last token.
         room = chunks * PREFILL_CHUNK + -(-tokens // PREFILL_CHUNK) * PREFILL_CHUNK
         tokens_BxT = np.zeros((batch, room), np.int32)
         lengths = np.ones(batch, np.int32)

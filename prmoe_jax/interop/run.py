@@ -98,7 +98,7 @@ def export_run(kind: str, workdir: Path, out: Path) -> dict:
         empty or cannot be written.
     """
     _check_free("out", out)
-    config = configs.load(workdir / workdirs.CONFIG)  # before 'auto' backends are resolved
+    config = configs.load(workdir / workdirs.CONFIG)  # `restore_run` may change mesh and exchange
     if kind == "gpt2":
         check_dense(config.model)
     if kind == "deepspeed":

@@ -73,7 +73,10 @@ def resolved(settings: Any, source: Any) -> Config:
 
 
 def check_sizes(model: ModelConfig, tensors: Mapping[str, np.ndarray], source: Any) -> None:
-    """Raises UserError if no tensor has a size of the model; call it before allocating anything."""
+    """Raises UserError unless each of the model's sizes is a dimension of some tensor.
+
+    The sizes are vocab_size, length, d_model and d_ff. Call this before anything is allocated.
+    """
     held = {size for tensor in tensors.values() if tensor.size for size in tensor.shape}
     for name in ("vocab_size", "length", "d_model", "d_ff"):
         size = getattr(model, name)

@@ -23,7 +23,11 @@ def places(model: ModelConfig) -> list[tuple[int, int, int]]:
 
 
 def unstack_layers(model: ModelConfig, leaves: Mapping[str, Array]) -> dict[str, Array]:
-    """Turns 'stages.0.blocks.1.mlp.w_in' [N, …] into N of 'layers.3.mlp.w_in' […]; others stay."""
+    """Replaces each array that is stacked over the N repeats of a stage by one array per layer.
+
+    An array such as 'stages.0.blocks.1.mlp.w_in' of shape [N, …] becomes N arrays without the first
+    dimension, such as 'layers.3.mlp.w_in'. Arrays outside the stages keep their names and shapes.
+    """
     layer_of = {place: layer for layer, place in enumerate(places(model))}
     named = {}
     for name, leaf in leaves.items():

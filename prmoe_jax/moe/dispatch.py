@@ -37,7 +37,9 @@ def gather(x_GxSxD: jax.Array, routing: Routing, experts: Experts, slots: int) -
     """Dense token-to-slot maps each way (paper, section 5.4); rows are copied, not multiplied."""
     groups, _, width = x_GxSxD.shape
     places = experts.count * groups * slots
-    # A kept choice has place (e·G + g)·C + c; a dropped one has `places`, which is past the end.
+    # A place is a row of all experts' buffers, flattened from [E, G, C]. A choice with slot c of
+    # expert e in group g is at place (e·G + g)·C + c. A dropped choice has the number `places`,
+    # which is past the end.
     group_Gx1x1 = jnp.arange(groups)[:, None, None]
     slot_GxSxK = (routing.expert_GxSxK * groups + group_Gx1x1) * slots + routing.slot_GxSxK
     place_GxSxK = jnp.where(routing.kept_GxSxK, slot_GxSxK, places)
@@ -134,14 +136,17 @@ def backend(resolved: str, dropless: bool, few: bool = False) -> Dispatch:
     return BACKENDS[resolved.split("/")[-1 if dropless else 0]]
 
 
-# XLA's derivative of a gather is a scatter-add, the slow part of a sparse dispatch. Here both ways
-# gather, by a map and its inverse. Rows that an index past the end gives are never read and need
-# not be zeroed; only their gradients must be.
+# XLA's derivative of a gather is a scatter-add, the slow part of a sparse dispatch. Here both the
+# forward and the backward pass gather, one by a map and the other by its inverse. An index past the
+# end gives some row that is never read. This row need not be 0; only its gradient must be 0.
 
 
 @jax.custom_vjp
 def _take_rows(x_NxD, index_P, inverse_NxK):
-    """x[index], with any row for an index past the end; inverse[n] lists the places of x[n]."""
+    """x[index], [P, D]; an index past the end gives an arbitrary row.
+
+    inverse[n] lists the rows of the result that x[n] is copied to; the derivative sums over them.
+    """
     return jnp.take(x_NxD, index_P, axis=0, mode="clip")
 
 
@@ -159,7 +164,8 @@ _take_rows.defvjp(
 def _combine(y_PxD, weight_GxSxK, place_R, choice_P):
     """Sums each token's choices, read from their places in y, by their weights: [G, S, D].
 
-    Dropped choices have weight 0; empty slots hold the sentinel R.
+    place_R has the row of y for each of the R choices, and choice_P has the choice for each row of
+    y. A dropped choice has weight 0. An empty slot has R in choice_P, a number past the end.
     """
     return _combine_forward(y_PxD, weight_GxSxK, place_R, choice_P)[0]
 

@@ -69,8 +69,9 @@ class ExpertParallel(NamedTuple):
     def _apply(self, x_XxIxRxD: jax.Array, coordinated: bool) -> jax.Array:
         """Applies this device's experts to the rows that all devices sent.
 
-        Devices that share an expert's hidden units all-gather the rows and reduce-scatter the
-        results.
+        Devices that split an expert's hidden units all-gather their rows and reduce-scatter the
+        results. Over `tensor` they do so only in the coordinated exchange. Otherwise all devices of
+        `tensor` have the same rows, and sum up the results.
         """
         devices, local, rows, width = x_XxIxRxD.shape
         split = [name for name in ("slice", "tensor") if jax.lax.axis_size(name) > 1]

@@ -13,7 +13,10 @@ from prmoe_jax.nn.quantized import to_dtype
 
 
 class Experts(nnx.Module):
-    """E MLPs of equal shape, drawn independently or (tied) all as `MLP.drawn` with the same key."""
+    """E MLPs of equal shape, with independent initial weights.
+
+    If `tied`, all of them start as the MLP that `MLP.drawn` makes from the same key.
+    """
 
     def __init__(
         self,

@@ -84,7 +84,8 @@ class MoE(nnx.Module):
           x_BxLxD, valid_BxL: as for a call.
 
         Returns:
-          The decision, in arrays [G, S, K]; groups and their neighbouring tokens are in order.
+          The decision, in arrays [G, S, K], for the groups and their tokens in the order of the
+          batch: reshaped to [B, L, K], they are in the order of x. With expert choice K is E.
         """
         batch, length, width = x_BxLxD.shape
         tokens = self._group_size(batch, length, self.moe.eval_capacity_factor)

@@ -75,6 +75,10 @@ def route(
       slots: capacity C of an expert.
       bias_E: added to the probabilities for the choice of experts, but not for their weights.
       keys_G: one key per group switches training's randomness on; None for evaluation.
+
+    Returns:
+      The decision, in arrays [G, S, K], and its statistics. K is `top_k`, or with expert choice the
+      number of experts E.
     """
     experts = logits_GxSxE.shape[-1]
     probs_GxSxE = jax.nn.softmax(logits_GxSxE)
@@ -118,7 +122,8 @@ def assign(
     """Assigns the slots of the experts' buffers; returns slot and kept, both [G, S, K].
 
     An expert keeps the `slots` choices of highest priority or, without priorities, the first ones
-    in the order of the tokens. Slots are always numbered in the order of the tokens.
+    in order. The slots of the kept choices are numbered in order, too, not by priority. The order
+    is that of the tokens, and of each token's choices; `firsts_first` changes it.
 
     Args:
       choice_GxSxKxE: 1 at the chosen expert, all 0 for padding.

@@ -1,10 +1,12 @@
 """The device mesh: its axes, their sizes, and the parameters that each axis splits.
 
-From the outermost axis to the innermost, whose devices are neighbours:
+Each axis with the parameters that it splits, outermost first; devices of the innermost axis are
+neighbours:
 
   data      none: its devices are replicas
   fsdp      parameters outside the experts (ZeRO-3)
-  expert_…  experts; a layer with fewer experts than devices uses only the inner axes
+  expert_N  experts, from several axes with numbers N; expert_0 is the innermost. A layer with
+            fewer experts than devices uses only the inner axes
   slice     the hidden units of every expert, so that there may be more devices than experts
   tensor    attention heads, hidden units and vocabulary
 
@@ -166,10 +168,11 @@ def suggest_mesh(
 
 
 def leaner(config: Config, devices: int) -> Iterator[MeshConfig]:
-    """Meshes to try for less memory per device, from `suggest_mesh`'s on, the cheapest first.
+    """Meshes to try for less memory per device; the cheapest come first.
 
-    They have more devices for FSDP, then slices of experts, then more devices on `tensor`. Each
-    fits the config's sizes and batch; not each needs less memory than those before it.
+    They begin with the mesh of `suggest_mesh`, if it fits. Later ones have more devices for FSDP,
+    then split each expert over devices, then have more devices on `tensor`. Each fits the config's
+    sizes and batch, but may need more memory than one before it.
     """
     moe = any(config.model.schedule.experts)
     for tensor in _divisors(devices):

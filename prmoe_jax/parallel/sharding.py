@@ -56,8 +56,9 @@ def spec(
 def _most_axes(mesh: Mesh | AbstractMesh, size: int) -> tuple[str, ...]:
     """The FSDP axes that split a dimension: from the inner ones on, as many as divide it.
 
-    If several FSDP axes are the whole mesh, the outermost is left out: over all its chips, a 3-D
-    torus gathers by an all-reduce of whole arrays, which moves twice as much.
+    If the mesh consists of several FSDP axes and no other axis, the outermost is left out. Over all
+    chips of a 3-D torus, the compiler gathers by an all-reduce of whole arrays, which moves twice
+    as much.
     """
     splitting = [name for name in batch_axes(mesh) if name != "data" and mesh.shape[name] > 1]
     if len(splitting) > 1 and math.prod(mesh.shape[name] for name in splitting) == mesh.size:
@@ -131,7 +132,10 @@ _gather.defvjp(
 
 
 def embed(name: str, table_VxD: jax.Array | QuantizedWeight, ids_BxL: jax.Array) -> jax.Array:
-    """table[ids]. On a mesh each device looks up its own rows, and sums gradients into its part.
+    """table[ids], [B, L, D] in the table's dtype; float32 for a quantized table.
+
+    On a mesh each device looks up the ids of its part of the batch. The gradients are summed into
+    each device's part of the table.
 
     Args:
       name: the declared name of the table.

@@ -31,7 +31,7 @@ CHIPS = {
     "h100": Chip("gpu", 989e12, 80 * 10**9, 3.35e12, 450e9, network_bytes_per_s=50e9),
 }
 
-# The slices that exist, smallest first; for GPUs, numbers of hosts with eight each.
+# The slices that exist, smallest first. For GPUs, 'Nx8' is N hosts with eight GPUs each.
 TORUS = "2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x16".split()
 PLANE = "1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16".split()
 SLICES = {

@@ -26,9 +26,10 @@ def fit(config: Config, topology: str, decode: int = 0, teacher: Config | None =
     `teacher` are those of `report.plan`.
 
     Returns:
-      The plan; if the config has no mesh, with `flags`, the flags of its mesh. If the step doesn't
-      fit, the plan also has `instead`, a plan that fits with its `flags`, or None without one, and
-      `tried`, (topology, reason) for each plan that failed.
+      The plan. If the config has no mesh, it also has `flags`, the command line's flags of the mesh
+      that was suggested. If the step doesn't fit, it also has `instead`, another plan (with
+      `flags`) that fits, or None if none was found, and `tried`, a list of (topology, reason) for
+      the plans that failed.
 
     Raises:
       UserError: see `choose_mesh` and `report.plan`.
@@ -76,9 +77,10 @@ def find(config: Config, chip: str, decode: int = 0, teacher: Config | None = No
 class _Search:
     """Plans of one config on one topology and mesh after the other.
 
-    The step is compiled for a mesh only if a prediction of its memory fits: the mesh's state, and
-    the memory that the last failed plan needed beside the state. The latter depends on the tokens
-    of a chip, not on the mesh.
+    On each topology the suggested mesh, or the config's own, is compiled first. Any other mesh is
+    compiled only if a prediction of its memory fits a chip: the bytes of its state, plus the bytes
+    that the last failed plan needed in addition to its state. The second number depends on the
+    tokens of a chip, not on the mesh.
     """
 
     def __init__(self, config: Config, decode: int, teacher: Config | None):

@@ -15,8 +15,9 @@ SPARSE_CORE = "call-done"  # the end of a gather or scatter on a TPU's SparseCor
 # These read only as many bytes of their operand as their result has.
 SLICES = "dynamic-slice", "gather", "slice", SPARSE_CORE
 UPDATES = ("dynamic-update-slice",)  # writes in place
-# Attention kernels by the beginning of their names, with their number of products of the size of
-# queries by keys, and the dimension of the queries that is the length.
+# Attention kernels, by the beginning of their names. The first number counts a kernel's matrix
+# products that have queries times keys as a side (length x length). The second number is the
+# dimension of the queries' array that is the length.
 KERNELS = {
     "splash_mha_fwd": (2, -2),
     "splash_mha_dq": (3, -2),

@@ -179,7 +179,7 @@ def _arguments(
 
 
 def _off_mesh(config: Config) -> Config:
-    """Removes the mesh, on which shapes don't depend, from the config that is their cache's key."""
+    """The config without its mesh: a key for the caches of shapes, which don't depend on meshes."""
     return dataclasses.replace(config, mesh=MeshConfig())
 
 
@@ -211,7 +211,7 @@ def _decode_step(config: Config, mesh: Mesh):
         x_Bx1xD, caches = model(tokens_B[:, None], jnp.ones((batch, 1), bool), caches, length_B)
         return jnp.argmax(model.logits(x_Bx1xD[:, 0]), axis=-1), caches
 
-    # The compiler chooses the KV cache's layout, as between the steps of `generate.advance`.
+    # The compiler chooses the KV cache's layout, as between the steps of `generate.decode`.
     by_head = Format(Layout.AUTO, NamedSharding(mesh, PartitionSpec(batch_axes(mesh), "tensor")))
     return jax.jit(
         step,

@@ -38,7 +38,11 @@ class TrainState(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of one run; the newest `keep` are kept, and without `keep` only read."""
+    """The checkpoints of one run.
+
+    The newest `keep` checkpoints stay, and older ones are deleted. Without `keep`, checkpoints can
+    be read but not written.
+    """
 
     def __init__(self, workdir: Path, keep: int | None = None):
         self._directory = workdir.absolute() / "checkpoints"
@@ -117,16 +121,18 @@ class Checkpoints:
     def restore(self, shapes: TrainState, mesh: Mesh) -> tuple[int, TrainState, dict] | None:
         """Restores the newest checkpoint that can be read: its step, state and data record.
 
-        A damaged checkpoint is moved to the workdir's damaged-STEP with a warning, and the one
-        before it is used. A failure for another reason (memory, permissions, a network) moves
-        nothing. Returns None if the run never had a checkpoint.
+        A damaged checkpoint is moved to the workdir's folder damaged-STEP with a warning, and the
+        one before it is used. A run of several processes stops after the move instead. A failure
+        for another reason (memory, permissions, a network) moves nothing. Returns None if the
+        folder has no checkpoint; `check_new` checks whether all were moved away before.
 
         Args:
           shapes: the shapes of the state.
           mesh: the mesh on which the arrays are placed.
 
         Raises:
-          UserError: there are checkpoints, but none can be read, or all were moved away before.
+          UserError: there are checkpoints, but none can be read, or all hold a model alone.
+          TrainingStopped: a checkpoint is damaged, and the run has several processes.
         """
         steps = self.steps()[::-1]
         if steps and all(self._is_model_alone(step) for step in steps):
@@ -239,7 +245,7 @@ class Checkpoints:
                 raise cause from None
             raise UserError(
                 f"checkpoint {step} in {self._directory} cannot be read now "
-                f"({first_line(cause)}); it was left as it is: mend that, and start again"
+                f"({first_line(cause)}); it was left as it is: remove that cause, and start again"
             ) from error
 
     def _check_tokenizer(self, step: int, record: dict) -> None:

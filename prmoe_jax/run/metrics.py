@@ -31,7 +31,7 @@ PEAK_FLOPS = {
 
 
 def summarise(sums, config: Config) -> dict:
-    """Means over tokens and layers from a `loss.Sums`; per-layer means are under 'layers/NN/'.
+    """Means from a `loss.Sums`; names of the MoE layer with number NN start with 'layers/NN/'.
 
     It runs on the host; as a part of the compiled step it would be many small kernels.
 
@@ -118,12 +118,16 @@ METRICS = "metrics.jsonl"
 
 
 class MetricsWriter:
-    """Appends to metrics.jsonl, one line for each step, and to TensorBoard; process 0 only."""
+    """Appends to metrics.jsonl and to TensorBoard's file; only process 0 has one.
+
+    Each logged step is a line of metrics.jsonl, and each evaluation is another line.
+    """
 
     def __init__(self, workdir: Path, resume_step: int):
         """Opens the files, and removes lines that an interrupted run logged after `resume_step`.
 
-        The resumed run logs those steps again, equal to the last bit.
+        The resumed run logs those steps again. On the same mesh, all values but those of speed are
+        equal to the last bit.
 
         Raises:
           UserError: metrics.jsonl is damaged, or a file cannot be written.

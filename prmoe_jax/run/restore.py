@@ -30,8 +30,9 @@ def restore_run(
     Args:
       workdir: the run's folder.
       devices: the devices to use; all by default.
-      layout: the mesh. By default it is the run's, or, if that doesn't fit these devices, each
-        device holds the whole model. It need not suit the run's batch size.
+      layout: the mesh. By default it is the run's mesh, or the suggested one if the run has none.
+        If that doesn't fit these devices, each device holds the whole model. A mesh need not suit
+        the run's batch size.
 
     Raises:
       UserError: the folder holds no run or no readable checkpoint, or the layout doesn't fit.
@@ -56,7 +57,7 @@ def restore_run(
 def restore_model(
     workdir: Path, config: Config, mesh: Mesh, step: int | None = None
 ) -> tuple[int, Transformer]:
-    """Restores a run's model onto a mesh that is given, such as that of the run that it teaches.
+    """Restores a run's model onto a given mesh, such as the mesh of its student.
 
     Args:
       workdir: the run's folder.

@@ -75,7 +75,9 @@ def train(
       on_metrics: called with every line of metrics.jsonl after it is written, for a live plot.
 
     Returns:
-      The last evaluation's metrics; for an interrupted run, the metrics that were logged last.
+      The metrics that were written last. After the run's end they are those of the evaluation at
+      its end: step, and the results of `evaluate_model` under names that start with 'eval/'. For a
+      run that was complete before, other processes than the first return {}.
 
     Raises:
       UserError: the settings cannot be used, contradict the run in the workdir, or are not the

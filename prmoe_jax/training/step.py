@@ -92,7 +92,7 @@ def sharded_state(config: Config, mesh: Mesh) -> TrainState:
 
 def compile_train_step(
     config: Config, mesh: Mesh, distiller: Distiller | None = None
-) -> Callable[..., tuple[TrainState, dict]]:
+) -> jax.stages.Wrapped:
     """`make_train_step` compiled for a mesh; its state argument is donated."""
     places = sharding.shardings(jax.eval_shape(lambda: init_state(config)), mesh)
     return jax.jit(

@@ -2,8 +2,9 @@
 
 Sparse upcycling (Komatsuzaki et al., arXiv 2212.05055): every expert and the residual MLP start as
 the dense MLP of their layer, with optional noise; routers and residual coefficients are
-initialised as usual. With top 2, whose weights add up to 1, and no noise, the first loss is that
-of the dense model. Top 1 weighs its expert by the router's probability and starts higher.
+initialised as usual. With top 2, whose weights add up to 1, the first loss is that of the dense
+model, if there is no noise, no token is dropped and `model.residual_mix` is not 'sum'. Top 1 weighs
+its expert by the router's probability and starts with a higher loss.
 """
 
 import contextlib

@@ -11,6 +11,7 @@ from configs import tiny
 from prmoe_jax.bench import moe
 from prmoe_jax.cli import main
 from tests.support.extras import needs_extra
+from tests.support.lines import only_line
 
 KEYS = """
     backend S M F E load dtype device jax median_s min_s max_s peak_bytes ratio_to_dense
@@ -150,7 +151,7 @@ def test_mistakes(arguments, message, capsys, monkeypatch):
         "prmoe_jax.bench.decode.init_sharded", lambda *_: pytest.fail("a model was made")
     )
     assert main(["bench", *arguments]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    line = only_line(capsys.readouterr().err)
     assert line.startswith("prmoe: ")
     assert message in line
 
@@ -177,3 +178,41 @@ def test_cycles_by_the_real_compiler():
     # Six products of 1024 tokens by 256 x 1024, on four matrix units of 128 x 128.
     assert dense["cycles"] > 6 * 1024 * 256 * 1024 / (4 * 128 * 128)
     assert gather["modelled_s"] == gather["cycles"] / 1.5e9
+
+
+STEP = ["length=32", "d_model=16", "heads=2", "d_ff=24", "vocab_size=384", "dtype=float32"]
+
+
+def bench_step(text, *more):
+    command = ["bench", "step", f"--config={tiny.__file__}:{text}", "--repeats=2"]
+    command += [f"--config.model.{setting}" for setting in STEP]
+    return [*command, "--config.data.tokenizer=bytes", "--config.train.batch_size=4", *more]
+
+
+def test_step(capsys, monkeypatch):
+    """Ours alone where PyTorch isn't installed; as a table as well."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(bench_step("2 layers, E=3, residual", "--json")) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert (row["backend"], row["architecture"]) == ("prmoe_jax", "2 layers, E=3, residual")
+    assert 0 < row["min_s"] <= row["median_s"] <= row["max_s"] and row["peak_bytes"] > 0
+    assert row["tokens_per_s"] == pytest.approx(4 * 32 / row["median_s"])
+    assert 0 < row["share_of_peak"] < 1
+    assert main(bench_step("2 layers")) == 0
+    head, columns, line = capsys.readouterr().out.splitlines()
+    assert head.startswith("2 layers; d_model 16, d_ff 24, vocabulary 384, 4 x 32 tokens, float32")
+    assert columns.split()[:2] == ["backend", "tokens/s"] and line.split()[0] == "prmoe_jax"
+    assert main(bench_step("2 layers", "--repeats=0")) == 2
+    assert "--repeats=0 must be 1 or more" in capsys.readouterr().err
+
+
+@needs_extra("interop", "deepspeed")
+@pytest.mark.parametrize(
+    ("text", "rival"),
+    [("2 layers", "pytorch"), ("2 layers, E=3, residual", "pytorch + deepspeed")],
+)
+def test_step_beside_pytorch(text, rival, capsys):
+    assert main(bench_step(text, "--json")) == 0
+    rows = {row["backend"]: row for row in json.loads(capsys.readouterr().out)}
+    assert {"prmoe_jax", rival} <= rows.keys()
+    assert rows[rival]["median_s"] > 0 and rows[rival]["peak_bytes"] > 10**7

@@ -7,6 +7,7 @@ import pytest
 from prmoe_jax.cli import main
 from prmoe_jax.config import userfile
 from prmoe_jax.errors import UserError
+from tests.support.lines import only_line
 
 
 @pytest.mark.parametrize(
@@ -32,7 +33,7 @@ def test_a_config_file_that_fails(code, message, tmp_path, capsys):
     (tmp_path / "c.py").write_text(code)
     assert main(["params", f"--config={tmp_path / 'c.py'}"]) == 2
     out, err = capsys.readouterr()
-    (line,) = err.splitlines()
+    line = only_line(err)
     assert message in line and line.startswith("prmoe: --config=") and out == ""
 
 

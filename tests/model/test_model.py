@@ -301,7 +301,7 @@ def test_dropout_differs_by_layer_and_repeat(batch):
     same.blocks[0].mlp.b_out = type(same.blocks[0].mlp.b_out)(jnp.ones((4, 10)))
     keys_NxB = jax.vmap(jax.random.split, (0, None), 1)(keys_B, 4)
     x_BxLxD = jnp.zeros((2, 13, 10))
-    y_BxLxD, _ = same(x_BxLxD, segments_BxL, 1.0, keys_NxB)
+    y_BxLxD, _ = same(x_BxLxD, segments_BxL, keys_NxB)
     assert set(np.unique(y_BxLxD).tolist()) == {0, 2, 4, 6, 8}  # 4 independent draws of 0 or 2
 
 

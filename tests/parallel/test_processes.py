@@ -15,6 +15,7 @@ import pytest
 from prmoe_jax.cli import main
 from prmoe_jax.parallel import processes
 from prmoe_jax.run.metrics import read_metrics
+from tests.support.lines import only_line
 from tests.support.paths import REPOSITORY
 from tests.support.runs import arguments, finish, start, wait_for_lines
 
@@ -270,7 +271,7 @@ def test_variables_are_checked(variables, line, monkeypatch, capsys):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("prmoe_jax.allocator.keep_freed_memory", lambda: False)
     assert main(["train", "--distributed", "--config=x.py"]) == 2
-    (said,) = capsys.readouterr().err.splitlines()
+    said = only_line(capsys.readouterr().err)
     assert line in said
 
 

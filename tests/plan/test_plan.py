@@ -24,6 +24,7 @@ from prmoe_jax.plan.picture import draw
 from prmoe_jax.plan.program import Operation, operations
 from prmoe_jax.plan.report import component, held_bytes, needed_bytes, table
 from tests.support.extras import needs_extra
+from tests.support.lines import only_line
 
 # As the compiler writes it, shortened: a loop of 3 around a loop of 5, a fusion whose inside must
 # not count again, an unknown estimate, and a collective, which has none.
@@ -328,7 +329,7 @@ CONFIG = f"--config={tiny.__file__}:prmoe"
 def test_mistakes(arguments, line, capsys, monkeypatch):
     monkeypatch.setattr("os.environ", os.environ.copy())  # the verb sets some
     assert main(["plan", CONFIG, *arguments]) == 2
-    (told,) = capsys.readouterr().err.splitlines()
+    told = only_line(capsys.readouterr().err)
     assert line in told
 
 

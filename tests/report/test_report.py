@@ -16,6 +16,7 @@ from prmoe_jax.report import figures
 from prmoe_jax.report.arms import Mean, arms, difference, mean, write_csv
 from prmoe_jax.sweep.run import record as recorded
 from tests.support.faults import file_size_limit
+from tests.support.lines import only_line
 from tests.support.records import record
 from tests.support.runs import arguments
 
@@ -209,7 +210,7 @@ def test_a_full_disk_leaves_the_old_report(folder, capsys):
     capsys.readouterr()
     with file_size_limit(1000):
         assert main(["report", str(folder)]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    line = only_line(capsys.readouterr().err)
     assert f"{folder}/loss_tokens.svg cannot be written: File too large" in line
     after = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert after.keys() == before.keys()
@@ -320,5 +321,5 @@ def test_a_run_whose_report_cannot_be_written(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").write_text(json.dumps(step(1)) + "\n")
     (tmp_path / "report").touch()
     assert main(["report", f"--workdir={tmp_path}"]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    line = only_line(capsys.readouterr().err)
     assert line == f"prmoe: {tmp_path}/report cannot be written: File exists"

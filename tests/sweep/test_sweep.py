@@ -20,6 +20,7 @@ from prmoe_jax.config import resolve, save
 from prmoe_jax.sweep import records, run
 from prmoe_jax.sweep.progress import SweepProgress
 from tests.support.faults import file_size_limit
+from tests.support.lines import only_line
 from tests.support.paths import REPOSITORY
 from tests.support.records import record
 from tests.support.runs import arguments, finish, start, wait_for_lines
@@ -162,7 +163,7 @@ def test_mistakes(code, message, tmp_path, capsys):
     if code:
         (tmp_path / "sweep.py").write_text(code)
     assert main(sweep(tmp_path)) == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    line = only_line(capsys.readouterr().err)
     assert message in line
     assert not (tmp_path / "runs").exists()
 
@@ -279,7 +280,7 @@ def test_a_damaged_record(row, message, given, tmp_path, untrained, capsys):
     put_rows(folder, record("a", 1, 2.0), row)
     before = (folder / "results.jsonl").read_bytes()
     assert main(sweep(folder)) == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    line = only_line(capsys.readouterr().err)
     assert f"{folder}/results.jsonl, {message}" in line
     assert untrained == [] and (folder / "results.jsonl").read_bytes() == before
 
@@ -389,11 +390,11 @@ def test_where_nothing_can_be_written_nothing_is_trained(
     (folder / "file").touch()
     for root in "file", "file/runs", "x" * 256:
         assert main(["sweep", str(folder), f"--workdir={folder / root}"]) == 2
-        (line,) = capsys.readouterr().err.splitlines()
+        line = only_line(capsys.readouterr().err)
         assert f"{folder / root} cannot be written: " in line
     with file_size_limit(1000):
         assert main(sweep(folder)) == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    line = only_line(capsys.readouterr().err)
     assert f"{folder}/results.jsonl cannot be written: File too large" in line
     (folder / ".results.lock").unlink(missing_ok=True)
     (folder / ".results.lock").mkdir()
@@ -524,7 +525,7 @@ def test_what_sweep_py_prints_is_no_result(given, tmp_path, capsys):
 def test_odd_shards(shard, given, tmp_path, untrained, capsys):
     folder = write(tmp_path / "sweep", {"a": given})
     assert main(sweep(folder, f"--shard={shard}")) == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    line = only_line(capsys.readouterr().err)
     assert f"--shard={shard} must be I/N" in line and untrained == []
 
 
@@ -538,7 +539,7 @@ def test_odd_folders(verb, tmp_path, monkeypatch, capsys):
         ("nowhere", f"nowhere/{file} is missing"),
     ):
         assert main([verb, folder]) == 2
-        (line,) = capsys.readouterr().err.splitlines()
+        line = only_line(capsys.readouterr().err)
         assert message in line
 
 

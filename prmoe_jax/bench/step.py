@@ -1,0 +1,203 @@
+"""`prmoe bench step`: times a config's whole training step beside PyTorch's, in one run.
+
+The rivals take turns, so that noise of the machine affects all of them equally. All train on the
+same random tokens, with one document in each row: PyTorch's model has no document mask, and ours
+then masks nothing that its attention reads. Both clip the gradient and apply AdamW. Only ours
+measures the router and keeps its parameters in float32 if the compute dtype is bfloat16.
+"""
+
+import contextlib
+import dataclasses
+import importlib.util
+import itertools
+import json
+import logging
+import math
+import os
+import shutil
+import statistics
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from prmoe_jax.bench import memory
+from prmoe_jax.bench.worker import worker
+from prmoe_jax.config import Config, MeshConfig
+from prmoe_jax.data.pipeline import Batch
+from prmoe_jax.errors import UserError
+from prmoe_jax.model.sizes import cost
+from prmoe_jax.parallel.mesh import make_mesh, split_batch
+from prmoe_jax.tables import aligned
+from prmoe_jax.training.step import compile_train_step, sharded_state
+
+log = logging.getLogger(__name__)
+
+# Width of the square matrix product that stands for the device's peak.
+PEAK_WIDTH = 2048
+
+
+class Rival(NamedTuple):
+    """A training step: a function that makes it and returns its seconds, and its peak memory."""
+
+    seconds: Callable[[], float]
+    peak_bytes: Callable[[], int]
+
+
+def bench_step(config: Config, repeats: int) -> list[dict]:
+    """Times a training step of a config's model on one device.
+
+    The rivals are ours; on CPUs, if torch is installed, a PyTorch model of the same sizes, for
+    dense models also compiled by torch.compile; for MoE models, if DeepSpeed is installed, with
+    DeepSpeed's MoE layer.
+
+    Args:
+      config: the experiment; its mesh is not used.
+      repeats: number of timed steps.
+
+    Returns:
+      One row for each rival: backend, architecture, the sizes, dtype, device, jax, tokens_per_s,
+      median_s, min_s, max_s, peak_bytes (ours as compiled, PyTorch's of its process) and
+      share_of_peak (of the rate of a square product of `PEAK_WIDTH`, measured in the same run).
+
+    Raises:
+      UserError: `repeats` is below 1, or the step can't fit into memory.
+    """
+    if repeats < 1:
+        raise UserError(f"--repeats={repeats} must be 1 or more")
+    model = config.model
+    # Parameters, their gradients and AdamW's two moments, in float32.
+    memory.check("--config", 16 * cost(model).total_params)
+    with contextlib.ExitStack() as stack:
+        rivals = {"prmoe_jax": _ours(config)}
+        for name, options in _torch_rivals(config).items():
+            shape = json.dumps(dataclasses.asdict(model) | _settings(config))
+            threads = len(os.sched_getaffinity(0))
+            ask = stack.enter_context(worker("torch_step_worker", shape, threads, *options))
+            rivals[name] = Rival(lambda ask=ask: ask("run"), lambda ask=ask: int(ask("memory")))  # noqa: B023
+        rivals["product"] = _product(model.dtype)
+        times: dict[str, list[float]] = {name: [] for name in rivals}
+        for turn in range(-2, repeats):  # two turns to compile and to warm up
+            log.info("step %d of %d", turn + 1, repeats)
+            for name, rival in rivals.items():
+                seconds = rival.seconds()
+                if turn >= 0:
+                    times[name].append(seconds)
+        peak = 2 * PEAK_WIDTH**3 / statistics.median(times.pop("product"))
+        tokens = config.tokens_per_step
+        return [
+            {
+                "backend": name,
+                "architecture": str(model.schedule),
+                "d_model": model.d_model,
+                "d_ff": model.d_ff,
+                "vocab_size": model.vocab_size,
+                "length": model.length,
+                "batch_size": config.train.batch_size,
+                "dtype": model.dtype,
+                "device": jax.devices()[0].device_kind,
+                "jax": jax.__version__,
+                "tokens_per_s": tokens / statistics.median(seconds),
+                "median_s": statistics.median(seconds),
+                "min_s": min(seconds),
+                "max_s": max(seconds),
+                "peak_bytes": rivals[name].peak_bytes(),
+                "share_of_peak": cost(model).train_flops_per_token
+                * tokens
+                / statistics.median(seconds)
+                / peak,
+            }
+            for name, seconds in times.items()
+        ]
+
+
+def _torch_rivals(config: Config) -> dict[str, list[str]]:
+    """The PyTorch forms that can run here, with the options of their process."""
+
+    def installed(package: str) -> bool:
+        return importlib.util.find_spec(package) is not None
+
+    if jax.default_backend() != "cpu" or not installed("torch"):
+        return {}
+    if any(config.model.schedule.experts):
+        return {"pytorch + deepspeed": []} if installed("deepspeed") else {}
+    compiles = shutil.which(os.environ.get("CXX", "c++"))
+    return {"pytorch": []} | ({"torch.compile": ["--compile"]} if compiles else {})
+
+
+def _settings(config: Config) -> dict:
+    """What PyTorch's model takes beside the settings of `model`."""
+    return {
+        "schedule": config.model.schedule.experts,
+        "batch_size": config.train.batch_size,
+        "capacity_factor": min(config.moe.capacity_factor, 1e9),
+        "min_capacity": config.moe.min_capacity,
+        "drops": math.isfinite(config.moe.capacity_factor),
+        "aux_loss_weight": config.moe.aux_loss_weight,
+        "learning_rate": config.optimizer.learning_rate,
+        "clip_norm": config.optimizer.clip_norm,
+    }
+
+
+def _ours(config: Config) -> Rival:
+    config = dataclasses.replace(config, mesh=MeshConfig())
+    mesh = make_mesh(config, jax.devices()[:1])
+    shape = config.train.batch_size, config.model.length + 1
+    ids = np.random.default_rng(0).integers(0, config.model.vocab_size, shape).astype(np.int32)
+    ones = np.ones((shape[0], shape[1] - 1), np.int32)
+    batch = Batch(ids[:, :-1], ids[:, 1:], ones.astype(bool), ones)
+    with jax.set_mesh(mesh):
+        batch = split_batch(batch, mesh, config.train.batch_size)
+        state = [sharded_state(config, mesh)]
+        compiled = compile_train_step(config, mesh).lower(state[0], batch).compile()
+
+    def seconds() -> float:
+        begun = time.perf_counter()
+        state[0], metrics = compiled(state[0], batch)
+        jax.block_until_ready((state[0], metrics))
+        return time.perf_counter() - begun
+
+    found = compiled.memory_analysis()
+    parts = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
+    return Rival(seconds, lambda: parts - found.alias_size_in_bytes)
+
+
+def _product(dtype: str) -> Rival:
+    """A square matrix product, whose rate is the peak that a step can be compared with."""
+    x = jax.random.normal(jax.random.key(0), (PEAK_WIDTH, PEAK_WIDTH), dtype)
+    product = jax.jit(jnp.matmul).lower(x, x).compile()
+
+    def seconds() -> float:
+        begun = time.perf_counter()
+        jax.block_until_ready(product(x, x))
+        return time.perf_counter() - begun
+
+    return Rival(seconds, lambda: 3 * x.nbytes)
+
+
+def table(rows: list[dict]) -> str:
+    """The rows as text, with one block for each model."""
+    head = "backend", "tokens/s", "median", "min", "max", "of ours", "peak memory", "of the peak"
+    title = (
+        "{architecture}; d_model {d_model}, d_ff {d_ff}, vocabulary {vocab_size}, "
+        "{batch_size} x {length} tokens, {dtype}, {device}"
+    )
+    blocks = []
+    for name, some in itertools.groupby(rows, lambda row: title.format(**row)):
+        block = list(some)
+        cells = [
+            (
+                row["backend"],
+                f"{row['tokens_per_s']:,.0f}",
+                *(f"{row[part]:.3f}s" for part in ("median_s", "min_s", "max_s")),
+                f"{row['tokens_per_s'] / block[0]['tokens_per_s']:.2f}",
+                f"{row['peak_bytes'] / 1e6:,.0f}MB",
+                f"{row['share_of_peak']:.0%}",
+            )
+            for row in block
+        ]
+        blocks.append(f"{name}\n{aligned(head, cells)}")
+    return "\n\n".join(blocks)
