@@ -53,7 +53,7 @@ def guard(task: Callable[[], None], folder: Callable[[], Path | None]) -> int:
 
     Args:
       task: the command.
-      folder: returns the run's folder, in which a traceback may be kept; called only to keep one.
+      folder: returns the run's folder, in which a traceback may be kept; called after an unforeseen error.
 
     Returns:
       The exit code.

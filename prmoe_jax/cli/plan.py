@@ -1,4 +1,4 @@
-"""`prmoe plan`: compiles a train step for a pod that is not there, and models its cost."""
+"""`prmoe plan`: compiles a step for a pod that is not there, and models its cost."""
 
 import json
 

@@ -151,7 +151,8 @@ class MoeConfig:
                 "choices precede all second ones, as in GShard"
             ),
             "probability": "the most probable, which is not causal",
-            "random": "in training a random subset, DeepSpeed's random token selection",
+            "random": "in training a random subset, DeepSpeed's random token selection; in "
+            "evaluation as position",
         },
     )
     noise: str = setting(
@@ -243,7 +244,8 @@ class DataConfig:
     )
     validation_fraction: float = setting(
         0.05,
-        "Share of whole documents held out where the corpus has no validation split of its own.",
+        "Share of whole documents held out where the corpus has neither a validation split nor a "
+        "test split of its own.",
         above=0,
         below=1,
     )

@@ -28,7 +28,8 @@ def layer_map(teacher: ModelConfig, student: ModelConfig, chosen: str = "") -> l
       student: the student's shape.
       chosen: a layer of the teacher for each layer of the student, such as '0 1 3'. By default
         the layers of each kind (dense, or MoE with a number of experts) are taken at even
-        distances and in order, including the last one.
+        distances and in order, including the last one. If the numbers of experts differ, all MoE
+        layers are one kind.
 
     Raises:
       UserError: a layer or a dimension of the student fits in no layer of the teacher.

@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 
 
 def plan(config: Config, topology: str, decode: int = 0, teacher: Config | None = None) -> dict:
-    """Compiles the train step for a topology such as 'v5p:4x4x8' and models its cost.
+    """Compiles a training or decoding step for a topology such as 'v5p:4x4x8' and models its cost.
 
     Args:
       config: the experiment; its mesh must fit the topology.

@@ -82,7 +82,8 @@ def train(
     Raises:
       UserError: the settings cannot be used, contradict the run in the workdir, or are not the
         same in all processes.
-      TrainingStopped: the loss or the gradient is no longer finite.
+      TrainingStopped: the loss or the gradient is no longer finite, or a checkpoint is damaged and
+        the run has several processes.
     """
     processes.agree("the settings", lambda: shared_settings(config))
     placed = choose_mesh(config, jax.device_count())

@@ -36,7 +36,7 @@ class Clock:
             self.tokens += tokens
 
     def rates(self) -> dict[str, float]:
-        """Rates since the last call, or the previous rates if no step finished."""
+        """Rates since the clock last started, or the previous rates if no step finished."""
         if self.tokens:
             seconds = time.perf_counter() - self.start
             self.last = {
