@@ -53,7 +53,8 @@ def guard(task: Callable[[], None], folder: Callable[[], Path | None]) -> int:
 
     Args:
       task: the command.
-      folder: returns the run's folder, in which a traceback may be kept; called after an unforeseen error.
+      folder: called after an unforeseen error; returns the run's folder, in which the traceback may
+        be kept.
 
     Returns:
       The exit code.
