@@ -70,8 +70,8 @@ def initialize_distributed() -> Iterator[None]:
     watch.start()
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
-        if is_out_of_memory(error):
+    except RuntimeError as error:
+        if not is_lost(error):
             raise
         # A process is lost during a collective. Which one, and why, is known a little later.
         time.sleep(2 * HEARTBEAT_SECONDS)
@@ -79,6 +79,21 @@ def initialize_distributed() -> Iterator[None]:
     barrier()
     _finished.set()
     watch.join()
+
+
+def is_lost(error: RuntimeError) -> bool:
+    """Whether an error of a run of several processes means that one of them was lost.
+
+    It does if it comes from compiled code, where processes wait for each other, or from the start
+    of JAX's backend, which asks process 0 for the devices of all.
+    """
+    if "Unable to initialize backend" in str(error):
+        try:
+            _client().key_value_dir_get(_ENDED)
+        except Exception:  # process 0 cannot be reached
+            return True
+        return False
+    return isinstance(error, jax.errors.JaxRuntimeError) and not is_out_of_memory(error)
 
 
 def _arguments() -> dict:

@@ -10,7 +10,9 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import pytest
+from jax._src import distributed
 
 from prmoe_jax.cli import main
 from prmoe_jax.parallel import processes
@@ -231,6 +233,37 @@ def test_ctrl_c_at_one_stops_both(text, tmp_path):
     assert [code for code, _, _ in results] == [0, 0], results
     step = losses(tmp_path / "run")[-1][0]
     assert f"interrupted: saved at step {step} of 100000" in results[0][2]
+
+
+class Store:
+    """Process 0's key-value store, which can be reached or not."""
+
+    def __init__(self, there):
+        self.there = there
+
+    def key_value_dir_get(self, key):
+        if not self.there:
+            raise jax.errors.JaxRuntimeError("UNAVAILABLE: failed to connect to all addresses")
+        return []
+
+
+NO_BACKEND = RuntimeError("Unable to initialize backend 'cpu': UNAVAILABLE: Stream removed")
+
+
+@pytest.mark.parametrize(
+    ("error", "there", "lost"),
+    [
+        # JAX's backend asks process 0 for the devices of all; a missing TPU is no lost process.
+        (NO_BACKEND, False, True),
+        (NO_BACKEND, True, False),
+        (jax.errors.JaxRuntimeError("UNKNOWN: Gloo all-reduce failed"), True, True),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"), True, False),
+        (RuntimeError("something else"), False, False),
+    ],
+)
+def test_what_tells_that_a_process_was_lost(error, there, lost, monkeypatch):
+    monkeypatch.setattr(distributed.global_state, "client", Store(there))
+    assert processes.is_lost(error) == lost
 
 
 @pytest.mark.parametrize(
