@@ -2,8 +2,10 @@
 
 The rivals take turns, so that noise of the machine affects all of them equally. All train on the
 same random tokens, with one document in each row: PyTorch's model has no document mask, and ours
-then masks nothing that its attention reads. Both clip the gradient and apply AdamW. Only ours
-measures the router and keeps its parameters in float32 if the compute dtype is bfloat16.
+then masks nothing that its attention reads. Both clip the gradient, apply AdamW, and keep the
+memory that they free (`allocator.keep_freed_memory`; PyTorch gains 10 to 30 % from it, measured on
+Zen 5). Only ours measures the router and keeps its parameters in float32 if the compute dtype is
+bfloat16.
 """
 
 import contextlib

@@ -69,8 +69,10 @@ def expand(name: str, text: str) -> Path:
 
 
 # Settings that may differ when a run is resumed: they change no parameter and no training loss,
-# except that other devices add up in another order.
-RESUMABLE = ("eval.", "checkpoint.", "log.", "data.cache_dir", "mesh.", "moe.exchange")
+# except that other devices, or another compiled program, add up in another order.
+RESUMABLE = (
+    "eval.", "checkpoint.", "log.", "data.cache_dir", "mesh.", "moe.exchange", "model.remat",
+)  # fmt: skip
 
 
 def check_resume(saved: Config, given: Config) -> None:

@@ -95,9 +95,10 @@ class ModelConfig:
         choices={"bfloat16": "", "float32": ""},
     )
     remat: str = setting(
-        "none",
+        "auto",
         "Rematerialisation: what the forward pass keeps for the backward pass.",
         choices={
+            "auto": "'none' for at most 8 layers on a CPU, else 'dots'",
             "none": "everything",
             "dots": "results of matrix products, attention kernels and exchanges",
             "full": "each cell's input and the results of exchanges",
@@ -106,7 +107,7 @@ class ModelConfig:
     attention: str = setting(
         "auto",
         "Attention kernel; 'auto' takes the fastest one that the device has.",
-        choices={"auto": "", "xla": "", "cudnn": "", "splash": ""},
+        choices={"auto": "", "xla": "", "blocks": "for CPUs", "cudnn": "", "splash": ""},
     )
 
     @functools.cached_property

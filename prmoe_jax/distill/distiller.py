@@ -33,12 +33,15 @@ class Distiller:
             weight *= 1 - step / self.config.kd_steps
         return weight
 
-    def measure(self, teacher_model: Transformer | None, keys_B: jax.Array | None) -> Measure:
+    def measure(
+        self, teacher_model: Transformer | None, keys_B: jax.Array | None, weight: jax.Array
+    ) -> Measure:
         """A `Measure` for `model.loss.forward`, which adds the distance from the teacher (kd_loss).
 
         Args:
           teacher_model: the model of a teacher that runs; no gradient reaches it.
           keys_B: the student's keys; see `run_teacher`.
+          weight: the weight of the distance from the teacher in the loss.
         """
 
         def measure(model: Transformer, x_BxLxD: jax.Array, batch: Batch) -> dict[str, jax.Array]:
@@ -46,6 +49,7 @@ class Distiller:
             if self.teacher:
                 output = run_teacher(teacher_model, batch, self.config.teacher, keys_B)
             table_VxD = model.output_table(x_BxLxD.dtype)
-            return token_sums(x_BxLxD, table_VxD, output, batch, self.config.kd)._asdict()
+            weights = 1.0, self.config.train.z_loss, weight
+            return token_sums(x_BxLxD, table_VxD, output, batch, self.config.kd, weights)
 
         return measure

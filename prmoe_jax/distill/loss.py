@@ -10,9 +10,11 @@ import jax.numpy as jnp
 
 from prmoe_jax.config import KdConfig, TeacherConfig
 from prmoe_jax.data.pipeline import Batch, TopKLogProbs
-from prmoe_jax.model.transformer import Transformer, fold_in
+from prmoe_jax.model.chunks import cut, weighted_sums
+from prmoe_jax.model.transformer import Transformer, fold_in, logits
 
-# For this many tokens of a sequence, student's and teacher's logits are in memory at once.
+# For this many tokens of a sequence, student's and teacher's logits are in memory at once where no
+# gradient is needed.
 CHUNK = 256
 
 
@@ -40,39 +42,48 @@ def run_teacher(
     return TeacherOutput(x_BxLxD, model.output_table(x_BxLxD.dtype))
 
 
-class TokenSums(NamedTuple):
-    """Sums over the targets that count (mask_BxL)."""
-
-    lm_loss: jax.Array  # cross-entropy in nats
-    z_loss: jax.Array  # log(Z)²
-    kd_loss: jax.Array  # T² · KL in nats
-
-
 def token_sums(
-    x_BxLxD, table_VxD, output: TeacherOutput | TopKLogProbs, batch: Batch, kd: KdConfig
-) -> TokenSums:
-    """Cross-entropy and distance from the teacher, computed for `CHUNK` tokens at a time.
+    x_BxLxD,
+    table_VxD,
+    output: TeacherOutput | TopKLogProbs,
+    batch: Batch,
+    kd: KdConfig,
+    weights: tuple,
+) -> dict[str, jax.Array]:
+    """Cross-entropy, z-loss and distance from the teacher, computed in chunks of tokens.
 
-    Both models' logits exist for only one chunk at a time; the backward pass recomputes them.
+    Both models' logits exist for only one chunk at a time.
+
+    Args:
+      x_BxLxD: the student's final activations.
+      table_VxD: the student's output matrix.
+      output: the teacher's activations and output matrix, or its recorded predictions.
+      batch: the student's batch.
+      kd: the kind of distance.
+      weights: the weights of `lm_loss`, `z_loss` and `kd_loss` in `loss`.
+
+    Returns:
+      `loss`, `lm_loss`, `z_loss` and `kd_loss` of `model.loss.Sums`.
     """
 
-    @jax.checkpoint
-    def add(sums, part):
-        x_BxTxD, theirs, targets_BxT, mask_BxT = part
-        with jax.named_scope("logits"):
-            logits_BxTxV = product(x_BxTxD, table_VxD)
-            if isinstance(output, TopKLogProbs):
-                distance_BxT = divergence_from_top_k(theirs, logits_BxTxV, kd)
-            else:
-                distance_BxT = divergence(product(theirs, output.table_VxD), logits_BxTxV, kd)
-            log_z_BxT = jax.nn.logsumexp(logits_BxTxV, axis=-1)
-            target_BxT = jnp.take_along_axis(logits_BxTxV, targets_BxT[..., None], -1)[..., 0]
-            found = log_z_BxT - target_BxT, jnp.square(log_z_BxT), distance_BxT
-        return TokenSums(*(s + (f * mask_BxT).sum() for s, f in zip(sums, found, strict=True))), ()
+    def measure(x_BxTxD, table_VxD, inputs, theirs_table_VxD):
+        theirs, targets_BxT, mask_BxT = inputs
+        logits_BxTxV = logits(x_BxTxD, table_VxD)
+        if isinstance(output, TopKLogProbs):
+            distance_BxT = divergence_from_top_k(theirs, logits_BxTxV, kd)
+        else:
+            distance_BxT = divergence(logits(theirs, theirs_table_VxD), logits_BxTxV, kd)
+        log_z_BxT = jax.nn.logsumexp(logits_BxTxV, axis=-1)
+        target_BxT = jnp.take_along_axis(logits_BxTxV, targets_BxT[..., None], -1)[..., 0]
+        found = log_z_BxT - target_BxT, jnp.square(log_z_BxT), distance_BxT
+        return tuple((nats_BxT * mask_BxT).sum() for nats_BxT in found)
 
-    theirs = output if isinstance(output, TopKLogProbs) else output.x_BxLxD
-    parts = x_BxLxD, theirs, batch.targets_BxL, batch.mask_BxL
-    return jax.lax.scan(add, TokenSums(*[jnp.zeros(())] * 3), jax.tree.map(_cut, parts))[0]
+    recorded = isinstance(output, TopKLogProbs)
+    inputs = output if recorded else output.x_BxLxD, batch.targets_BxL, batch.mask_BxL
+    shared = () if recorded else output.table_VxD
+    with jax.named_scope("logits"):
+        loss, sums = weighted_sums(measure, x_BxLxD, table_VxD, inputs, shared, weights)
+    return {"loss": loss} | dict(zip(("lm_loss", "z_loss", "kd_loss"), sums, strict=True))
 
 
 class Agreement(NamedTuple):
@@ -89,8 +100,8 @@ def agreement(x_BxLxD, table_VxD, output: TeacherOutput, batch: Batch) -> Agreem
 
     def add(sums, part):
         x_BxTxD, theirs_BxTxD, targets_BxT, mask_BxT = part
-        ours_BxTxV = product(x_BxTxD, table_VxD)
-        theirs_BxTxV = product(theirs_BxTxD, output.table_VxD)
+        ours_BxTxV = logits(x_BxTxD, table_VxD)
+        theirs_BxTxV = logits(theirs_BxTxD, output.table_VxD)
         log_p_BxTxV = jax.nn.log_softmax(theirs_BxTxV)
         target_BxT = jnp.take_along_axis(log_p_BxTxV, targets_BxT[..., None], -1)[..., 0]
         found = (
@@ -109,7 +120,7 @@ def record_top_k(output: TeacherOutput, kd: KdConfig) -> TopKLogProbs:
     """A teacher's top-k log-probabilities for its cache, for `CHUNK` tokens at a time."""
 
     def of_chunk(x_BxTxD):
-        return top_k_log_probs(product(x_BxTxD, output.table_VxD), kd)
+        return top_k_log_probs(logits(x_BxTxD, output.table_VxD), kd)
 
     batch, length = output.x_BxLxD.shape[:2]
     chunks = jax.lax.map(of_chunk, _cut(output.x_BxLxD))
@@ -117,16 +128,7 @@ def record_top_k(output: TeacherOutput, kd: KdConfig) -> TopKLogProbs:
 
 
 def _cut(x_BxL):
-    """Cuts [B, L, …] into [chunks, B, T, …]; the last chunk is padded."""
-    length = x_BxL.shape[1]
-    chunk = min(CHUNK, length)
-    x = jnp.pad(x_BxL, [(0, 0), (0, -length % chunk)] + [(0, 0)] * (x_BxL.ndim - 2))
-    return x.reshape(x.shape[0], -1, chunk, *x.shape[2:]).swapaxes(0, 1)
-
-
-def product(x_BxTxD: jax.Array, table_VxD: jax.Array) -> jax.Array:
-    """Logits, float32."""
-    return jnp.einsum("BTD,VD->BTV", x_BxTxD, table_VxD, preferred_element_type=jnp.float32)
+    return cut(x_BxL, min(CHUNK, x_BxL.shape[1]))
 
 
 def divergence(teacher_BxTxV, student_BxTxV, kd: KdConfig) -> jax.Array:

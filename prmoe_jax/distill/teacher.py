@@ -219,7 +219,7 @@ def measure_importance(
         tokens = jnp.maximum(batch.mask_BxL.sum(), 1)
 
         def loss(model, portion):
-            return forward(model, portion).lm_loss / tokens
+            return forward(model, portion).loss / tokens
 
         rows = group_rows(config, teacher)
         gradient = partial(jax.grad(loss), model)

@@ -1,6 +1,5 @@
 """Causal self-attention within documents, and the KV cache of decoding."""
 
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -86,9 +85,8 @@ class Attention(nnx.Module):
             cache = jax.lax.optimization_barrier(cache.extended(k, v, position_BxL))
             y_BxLxHxK = attend_to_cache(q, cache, position_BxL)
             return matmul(y_BxLxHxK, self.w_out[...], axes=2) + b_out, cache
-        w_qkv, w_out = (p[...].astype(x_BxLxD.dtype) for p in (self.w_qkv, self.w_out))
-        project = partial(jnp.einsum, "BLD,DHK->BLHK", x_BxLxD)
-        q, k, v = (remat.save_matmul(project(w_qkv[:, i]) + b_qkv[i]) for i in range(3))
+        w_qkv = self.w_qkv[...]
+        q, k, v = (remat.save_matmul(matmul(x_BxLxD, w_qkv[:, i]) + b_qkv[i]) for i in range(3))
         implementation = resolve_attention(self.config, platform())
         y_BxLxHxK = attend(q, k, v, segments_BxL, implementation)
-        return jnp.einsum("BLHK,HKD->BLD", y_BxLxHxK, w_out) + b_out, None
+        return matmul(y_BxLxHxK, self.w_out[...], axes=2) + b_out, None

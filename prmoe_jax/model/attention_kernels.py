@@ -1,5 +1,7 @@
 """Attention's kernels, and the choice among them by platform and shape."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import (
@@ -12,6 +14,9 @@ from prmoe_jax.config import ModelConfig
 from prmoe_jax.errors import UserError
 from prmoe_jax.nn import remat
 from prmoe_jax.parallel.mesh import batch_axes
+
+# An einsum in float32, whatever its factors are.
+product = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 # A kernel accepts only multiples of this length.
 LENGTH_MULTIPLE = {"splash": 128, "cudnn": 2}
@@ -33,6 +38,8 @@ def attend(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segments_BxL, implementation: str) -
         return attend(q, k, v, segments, implementation)[:, :length]
     if implementation == "splash":
         return splash(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segments_BxL)
+    if implementation == "blocks":
+        return blocks(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segments_BxL)
     same_Bx1xLxL = (segments_BxL[:, :, None] == segments_BxL[:, None, :])[:, None]
     return jax.nn.dot_product_attention(
         q_BxLxHxK,
@@ -42,6 +49,83 @@ def attend(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segments_BxL, implementation: str) -
         is_causal=True,
         implementation=implementation,
     )
+
+
+def blocks(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segments_BxL) -> jax.Array:
+    """A triangle of query blocks for CPUs: each block meets only the keys up to its end.
+
+    Scores are never made for the upper half of the square of queries and keys, and never kept: the
+    backward pass makes a block's scores again, as in FlashAttention (arXiv 2205.14135).
+    """
+    heads_first = (x.swapaxes(1, 2) for x in (q_BxLxHxK, k_BxLxHxK, v_BxLxHxK))
+    return _blocks(*heads_first, segments_BxL).swapaxes(1, 2)
+
+
+def _query_blocks(length: int) -> list[tuple[int, int]]:
+    """First and last + 1 position of each block of queries, at most 16 blocks."""
+    size = max(64, -(-length // 16))
+    return [(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def _scores(q_BxHxQxK, k_BxHxTxK, segments_BxL, start: int, end: int) -> jax.Array:
+    """Scores of the queries from `start` to `end` with all keys before `end`, -inf where masked."""
+    score_BxHxQxT = product("BHQK,BHTK->BHQT", q_BxHxQxK[:, :, start:end], k_BxHxTxK[:, :, :end])
+    same_BxQxT = segments_BxL[:, start:end, None] == segments_BxL[:, None, :end]
+    causal_QxT = jnp.arange(start, end)[:, None] >= jnp.arange(end)
+    scale = q_BxHxQxK.shape[-1] ** -0.5
+    return jnp.where((same_BxQxT & causal_QxT)[:, None], score_BxHxQxT * scale, -jnp.inf)
+
+
+@jax.custom_vjp
+def _blocks(q_BxHxLxK, k_BxHxLxK, v_BxHxLxK, segments_BxL):
+    return _blocks_forward(q_BxHxLxK, k_BxHxLxK, v_BxHxLxK, segments_BxL)[0]
+
+
+def _blocks_forward(q_BxHxLxK, k_BxHxLxK, v_BxHxLxK, segments_BxL):
+    outputs, log_sums = [], []
+    for start, end in _query_blocks(q_BxHxLxK.shape[2]):
+        score_BxHxQxT = _scores(q_BxHxLxK, k_BxHxLxK, segments_BxL, start, end)
+        highest_BxHxQx1 = score_BxHxQxT.max(-1, keepdims=True)
+        weight_BxHxQxT = jnp.exp(score_BxHxQxT - highest_BxHxQx1)
+        sum_BxHxQx1 = weight_BxHxQxT.sum(-1, keepdims=True)
+        weight_BxHxQxT = weight_BxHxQxT.astype(v_BxHxLxK.dtype)
+        y_BxHxQxK = product("BHQT,BHTK->BHQK", weight_BxHxQxT, v_BxHxLxK[:, :, :end])
+        outputs.append((y_BxHxQxK / sum_BxHxQx1).astype(v_BxHxLxK.dtype))
+        log_sums.append(highest_BxHxQx1 + jnp.log(sum_BxHxQx1))
+    y_BxHxLxK = remat.save_matmul(jnp.concatenate(outputs, 2))
+    log_sum_BxHxLx1 = remat.save_matmul(jnp.concatenate(log_sums, 2))
+    return y_BxHxLxK, (q_BxHxLxK, k_BxHxLxK, v_BxHxLxK, segments_BxL, y_BxHxLxK, log_sum_BxHxLx1)
+
+
+def _blocks_backward(kept, dy_BxHxLxK):
+    q_BxHxLxK, k_BxHxLxK, v_BxHxLxK, segments_BxL, y_BxHxLxK, log_sum_BxHxLx1 = kept
+    scale = q_BxHxLxK.shape[-1] ** -0.5
+    dtype = q_BxHxLxK.dtype
+    mean_BxHxLx1 = product("BHLK,BHLK->BHL", y_BxHxLxK, dy_BxHxLxK)[..., None]
+    # Transposed once here, so that no product has to transpose its large scores. Without the
+    # barriers, XLA would move the transpositions into the products, and refuse some in bfloat16.
+    barrier = jax.lax.optimization_barrier
+    q_BxHxKxL, dy_BxHxKxL = barrier((q_BxHxLxK.mT, dy_BxHxLxK.mT))
+    dq, dk_BxHxKxL, dv_BxHxKxL = [], jnp.zeros(q_BxHxKxL.shape), jnp.zeros(q_BxHxKxL.shape)
+    for start, end in _query_blocks(q_BxHxLxK.shape[2]):
+        rows = slice(start, end)
+        score_BxHxQxT = _scores(q_BxHxLxK, k_BxHxLxK, segments_BxL, start, end)
+        weight_BxHxQxT = jnp.exp(score_BxHxQxT - log_sum_BxHxLx1[:, :, rows])
+        dy_BxHxQxK = dy_BxHxLxK[:, :, rows]
+        dweight_BxHxQxT = product("BHQK,BHTK->BHQT", dy_BxHxQxK, v_BxHxLxK[:, :, :end])
+        dscore_BxHxQxT = weight_BxHxQxT * (dweight_BxHxQxT - mean_BxHxLx1[:, :, rows]) * scale
+        weight_BxHxQxT, dscore_BxHxQxT = weight_BxHxQxT.astype(dtype), dscore_BxHxQxT.astype(dtype)
+        dq.append(product("BHQT,BHTK->BHQK", dscore_BxHxQxT, k_BxHxLxK[:, :, :end]))
+        dk_BxHxKxT = product("BHKQ,BHQT->BHKT", q_BxHxKxL[..., rows], dscore_BxHxQxT)
+        dv_BxHxKxT = product("BHKQ,BHQT->BHKT", dy_BxHxKxL[..., rows], weight_BxHxQxT)
+        dk_BxHxKxL = dk_BxHxKxL.at[..., :end].add(dk_BxHxKxT)
+        dv_BxHxKxL = dv_BxHxKxL.at[..., :end].add(dv_BxHxKxT)
+    dk_BxHxKxL, dv_BxHxKxL = barrier((dk_BxHxKxL, dv_BxHxKxL))
+    gradients = jnp.concatenate(dq, 2), dk_BxHxKxL.mT, dv_BxHxKxL.mT
+    return *(x.astype(dtype) for x in gradients), None
+
+
+_blocks.defvjp(_blocks_forward, _blocks_backward)
 
 
 def splash(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segments_BxL, interpret: bool = False) -> jax.Array:
@@ -93,7 +177,7 @@ def resolve_attention(model: ModelConfig, platform: str) -> str:
             return "splash"
         if platform == "gpu" and model.dtype == "bfloat16" and not cudnn_refusal(model):
             return "cudnn"
-        return "xla"
+        return "blocks" if platform == "cpu" else "xla"
     needed = {"splash": "tpu", "cudnn": "gpu"}.get(model.attention, platform)
     if needed != platform:
         raise UserError(

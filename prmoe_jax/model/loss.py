@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from prmoe_jax.config import Config
 from prmoe_jax.data.pipeline import Batch
-from prmoe_jax.model.transformer import Transformer
+from prmoe_jax.model.chunks import weighted_sums
+from prmoe_jax.model.transformer import Transformer, logits
 from prmoe_jax.moe.routing import RouterMetrics
 
 
@@ -16,6 +17,7 @@ class Sums(NamedTuple):
     """The measurements of one forward pass, as sums."""
 
     tokens: jax.Array  # targets that count
+    loss: jax.Array  # the tokens' part of the training loss; gradients flow through it alone
     lm_loss: jax.Array  # cross-entropy in nats
     z_loss: jax.Array  # log(Z)²
     routers: list[RouterMetrics]  # one per MoE layer
@@ -43,23 +45,32 @@ def totals(batch: Batch, config: Config) -> Totals:
 Measure = Callable[[Transformer, jax.Array, Batch], dict[str, jax.Array]]
 
 
-def cross_entropy(model: Transformer, x_BxLxD: jax.Array, batch: Batch) -> dict[str, jax.Array]:
-    """Computes `lm_loss` and `z_loss` of `Sums` from final activations."""
-    with jax.named_scope("logits"):
-        logits_BxLxV = model.logits(x_BxLxD)
-        log_z_BxL = jax.nn.logsumexp(logits_BxLxV, axis=-1)
-        target_BxL = jnp.take_along_axis(logits_BxLxV, batch.targets_BxL[..., None], -1)[..., 0]
-    return {
-        "lm_loss": ((log_z_BxL - target_BxL) * batch.mask_BxL).sum(),
-        "z_loss": (jnp.square(log_z_BxL) * batch.mask_BxL).sum(),
-    }
+def cross_entropy(z_weight: float = 0.0) -> Measure:
+    """A measure of `loss`, `lm_loss` and `z_loss` of `Sums`, with a weight for the z-loss."""
+
+    def measure(model: Transformer, x_BxLxD: jax.Array, batch: Batch) -> dict[str, jax.Array]:
+        inputs, table_VxD = (batch.targets_BxL, batch.mask_BxL), model.output_table(x_BxLxD.dtype)
+        with jax.named_scope("logits"):
+            loss, sums = weighted_sums(_nats, x_BxLxD, table_VxD, inputs, (), (1.0, z_weight))
+        return {"loss": loss, "lm_loss": sums[0], "z_loss": sums[1]}
+
+    return measure
+
+
+def _nats(x_BxTxD, table_VxD, inputs, _) -> tuple[jax.Array, jax.Array]:
+    """Cross-entropy and log(Z)², summed over the targets that count."""
+    targets_BxT, mask_BxT = inputs
+    logits_BxTxV = logits(x_BxTxD, table_VxD)
+    log_z_BxT = jax.nn.logsumexp(logits_BxTxV, axis=-1)
+    target_BxT = jnp.take_along_axis(logits_BxTxV, targets_BxT[..., None], -1)[..., 0]
+    return ((log_z_BxT - target_BxT) * mask_BxT).sum(), (jnp.square(log_z_BxT) * mask_BxT).sum()
 
 
 def forward(
     model: Transformer,
     batch: Batch,
     keys_B: jax.Array | None = None,
-    measure: Measure = cross_entropy,
+    measure: Measure | None = None,
 ) -> Sums:
     """Runs the model over a batch.
 
@@ -67,23 +78,24 @@ def forward(
       model: the model.
       batch: a portion of a batch, or all of it.
       keys_B: one key per sequence for training; None for evaluation.
-      measure: maps final activations [B, L, D] to sums of losses; a distiller's adds `kd_loss`.
+      measure: maps final activations [B, L, D] to sums of losses, `cross_entropy()` by default; a
+        distiller's adds `kd_loss`.
     """
+    measure = measure or cross_entropy()
     x_BxLxD, routers = model(batch.tokens_BxL, batch.segments_BxL, keys_B)
     return Sums(tokens=batch.mask_BxL.sum(), routers=routers, **measure(model, x_BxLxD, batch))
 
 
-def training_loss(sums: Sums, total: Totals, config: Config, kd_weight=0.0) -> jax.Array:
+def training_loss(sums: Sums, total: Totals, config: Config) -> jax.Array:
     """Cross-entropy (+ z-loss, + distillation) + the routers' losses, summed over MoE layers.
 
     The losses of a batch's portions add up to that of the whole batch.
     """
     zero = jnp.zeros(())
-    kd_loss = zero if sums.kd_loss is None else kd_weight * sums.kd_loss
     balance = sum((router.aux_loss for router in sums.routers), zero)
     router_z = sum((router.z_loss for router in sums.routers), zero)
     return (
-        (sums.lm_loss + config.train.z_loss * sums.z_loss + kd_loss) / total.tokens
+        sums.loss / total.tokens
         + config.moe.aux_loss_weight * balance / total.groups
         + config.moe.z_loss_weight * router_z / total.routed
     )

@@ -19,8 +19,13 @@ from prmoe_jax.nn import remat
 from prmoe_jax.nn.mlp import MLP
 from prmoe_jax.nn.parameters import declaration, named_leaves, normal
 from prmoe_jax.parallel import sharding
+from prmoe_jax.parallel.mesh import platform
 
 log = logging.getLogger(__name__)
+
+# On CPUs, this many layers or fewer are compiled one by one: the step is 3 to 17 % faster
+# than with a scan, which writes and reads stacked arrays, but takes longer to compile.
+UNROLLED_LAYERS = 8
 
 
 class LayerNorm(nnx.Module):
@@ -83,7 +88,7 @@ class Stage(nnx.Module):
     """A cell of layers and its N repeats, over which each parameter is stacked."""
 
     def __init__(self, stage: architecture.Stage, model: ModelConfig, moe: MoeConfig, key):
-        self.remat = model.remat
+        self.config, self.repeats = model, stage.repeats
 
         def stacked(experts: int, key: jax.Array) -> Block:
             block = lambda key: Block(experts, model, moe, key)  # noqa: E731
@@ -104,9 +109,25 @@ class Stage(nnx.Module):
                 metrics.append(m)
             return x_BxLxD, metrics
 
-        if self.remat != "none":
-            cell = jax.checkpoint(cell, policy=remat.POLICIES[self.remat])
-        return jax.lax.scan(cell, x_BxLxD, (self.blocks, keys_NxB))
+        kept, unrolled = resolve_remat(self.config, platform())
+        if kept != "none":
+            # In a loop, no compiler finds that the recomputation is a repetition.
+            once = self.repeats == 1
+            cell = jax.checkpoint(cell, policy=remat.POLICIES[kept], prevent_cse=once)
+        return jax.lax.scan(cell, x_BxLxD, (self.blocks, keys_NxB), unroll=unrolled)
+
+
+def resolve_remat(model: ModelConfig, platform: str) -> tuple[str, bool]:
+    """Resolves `model.remat` to a policy, or 'none', and whether layers are compiled one by one.
+
+    Layers are compiled one by one only where everything is kept: else the compiler would find that
+    the recomputation is a repetition, and keep its results after all.
+    """
+    few = platform == "cpu" and model.layers <= UNROLLED_LAYERS
+    kept = model.remat
+    if kept == "auto":
+        kept = "none" if few else "dots"
+    return kept, few and kept == "none"
 
 
 class Transformer(nnx.Module):
@@ -183,12 +204,16 @@ class Transformer(nnx.Module):
 
     def logits(self, x_BxLxD: jax.Array) -> jax.Array:
         """Scores of the next token, float32 [B, L, V]; the embedding is the output matrix."""
-        table_VxD = self.output_table(x_BxLxD.dtype)
-        return jnp.einsum("...D,VD->...V", x_BxLxD, table_VxD, preferred_element_type=jnp.float32)
+        return logits(x_BxLxD, self.output_table(x_BxLxD.dtype))
 
     def output_table(self, dtype) -> jax.Array:
         """The output matrix [V, D] in a dtype; only `tensor` splits it."""
         return sharding.all_gather_params({"tokens": self.tokens[...].astype(dtype)})["tokens"]
+
+
+def logits(x_D: jax.Array, table_VxD: jax.Array) -> jax.Array:
+    """Maps [..., D] to scores of the next token, float32 [..., V]."""
+    return jnp.einsum("...D,VD->...V", x_D, table_VxD, preferred_element_type=jnp.float32)
 
 
 def unstacked_blocks(model: Transformer) -> list[Block]:

@@ -37,7 +37,7 @@ def _batched_matmul_backward(residuals, dy_ExRxF):
         return dx_ExDxR.mT, barrier(x_ExRxD.mT) @ dy_ExRxF
 
     rows, width_out = dy_ExRxF.shape[1:]
-    few = 4 * rows <= width_out
+    few = 16 * rows <= width_out
     on_cpu = turned if few else plain
     return jax.lax.platform_dependent(x_ExRxD, w_ExDxF, dy_ExRxF, cpu=on_cpu, default=plain)
 

@@ -1,8 +1,10 @@
-"""Matrix products that are fast for few rows on CPUs, where reading the weight is the cost.
+"""Matrix products with weights, in forms that are fast on CPUs.
 
-XLA's product of few rows reads the weight with one core. Here the weight is cut into slices that
-all cores read. A quantized weight is not dequantized: instead, each of the few rows is split into
-parts in the weight's dtype.
+For few rows, reading the weight is the cost. XLA's product reads it with one core; here the weight
+is cut into slices that all cores read. A quantized weight is not dequantized: instead, each of the
+few rows is split into parts in the weight's dtype.
+
+For many rows, the derivative is written by hand, so that it transposes as little as possible.
 """
 
 import functools
@@ -29,7 +31,7 @@ def matmul(x: jax.Array, w: jax.Array | QuantizedWeight, axes: int = 1) -> jax.A
     """Sums over the last `axes` axes of x and the first `axes` of w; the result has x's dtype."""
 
     def plain(x, w):
-        return jnp.tensordot(x, to_dtype(w, x.dtype), axes)
+        return _tensordot(axes, x, to_dtype(w, x.dtype))
 
     rows, depth = x.shape[: x.ndim - axes], math.prod(x.shape[x.ndim - axes :])
     quantized = isinstance(w, QuantizedWeight)
@@ -44,6 +46,38 @@ def matmul(x: jax.Array, w: jax.Array | QuantizedWeight, axes: int = 1) -> jax.A
         return _by_slices(x_RxD, w.reshape(depth, -1)).reshape(*rows, *w.shape[axes:])
 
     return jax.lax.platform_dependent(x, w, cpu=of_few, default=plain)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _tensordot(axes: int, x: jax.Array, w: jax.Array) -> jax.Array:
+    return jnp.tensordot(x, w, axes)
+
+
+def _tensordot_backward(axes: int, residuals, dy):
+    x, w = residuals
+    rows, outputs = tuple(range(x.ndim - axes)), tuple(range(axes, w.ndim))
+
+    def plain(x, w, dy):
+        dx = jnp.tensordot(dy, w, (tuple(range(len(rows), dy.ndim)), outputs))
+        return dx, jnp.tensordot(x, dy, (rows, rows))
+
+    def turned(x, w, dy):
+        # On CPUs, XLA copies a first factor that is to be transposed: here the narrower one. The
+        # barrier keeps the copy out of a slow loop of several operations.
+        w_DxF = w.reshape(math.prod(w.shape[:axes]), -1)
+        depth, width = w_DxF.shape
+        x_RxD, dy_RxF = x.reshape(-1, depth), dy.reshape(-1, width)
+        barrier = jax.lax.optimization_barrier
+        if depth <= width:
+            dw_DxF = barrier(x_RxD.T) @ dy_RxF
+        else:
+            dw_DxF = (barrier(dy_RxF.T) @ x_RxD).T
+        return (dy_RxF @ w_DxF.T).reshape(x.shape), dw_DxF.reshape(w.shape)
+
+    return jax.lax.platform_dependent(x, w, dy, cpu=turned, default=plain)
+
+
+_tensordot.defvjp(lambda axes, x, w: (_tensordot(axes, x, w), (x, w)), _tensordot_backward)
 
 
 def scores(x_BxD: jax.Array, table_VxD: jax.Array | QuantizedWeight) -> jax.Array:

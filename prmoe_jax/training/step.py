@@ -55,9 +55,11 @@ def make_train_step(
 
         def loss(model, batch_and_keys):
             batch, keys_B = batch_and_keys
-            measure = distiller.measure(teacher_model, keys_B) if distiller else cross_entropy
+            measure = cross_entropy(config.train.z_loss)
+            if distiller:
+                measure = distiller.measure(teacher_model, keys_B, kd_weight)
             sums = forward(model, batch, keys_B, measure)
-            return training_loss(sums, total, config, kd_weight), sums
+            return training_loss(sums, total, config), sums
 
         gradient, sums = add_up(
             partial(jax.grad(loss, has_aux=True), state.model),
@@ -73,7 +75,7 @@ def make_train_step(
         if config.moe.bias_update_rate:
             update_router_bias(model, sums.routers, config.moe.bias_update_rate)
         metrics = {
-            "loss": training_loss(sums, total, config, kd_weight),
+            "loss": training_loss(sums, total, config),
             "grad_norm": optax.tree.norm(gradient),
             "learning_rate": rate(state.step),
             "sums": sums,

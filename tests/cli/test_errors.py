@@ -262,7 +262,7 @@ CASES = {
     ),
     "decay": (params("optimizer.decay_tokens=5"), "decay_tokens=5 must be above warmup_tokens="),
     "dtype": (params("model.dtype=f32"), "model.dtype='f32' is unknown; use one of bfloat16, flo"),
-    "remat": (params("model.remat=some"), "model.remat='some' is unknown; use one of none, dots"),
+    "remat": (params("model.remat=some"), "model.remat='some' is unknown; use one of auto, none"),
     "attention": (params("model.attention=x"), "model.attention='x' is unknown; use one of auto"),
     "dispatch": (params("moe.dispatch=x"), "moe.dispatch='x' is unknown; use one of auto, gather"),
     "placement": (params("model.placement=x"), "placement 'x' is unknown; use 'none', 'every 2'"),

@@ -221,8 +221,11 @@ RULES = {
         ["model.dtype=float16"],
         "model.dtype='float16' is unknown; use one of bfloat16, float32",
     ),
-    "remat": (["model.remat=all"], "model.remat='all' is unknown; use one of none, dots, full"),
-    "attention": (["model.attention=flash"], "use one of auto, xla, cudnn, splash"),
+    "remat": (
+        ["model.remat=all"],
+        "model.remat='all' is unknown; use one of auto, none, dots, full",
+    ),
+    "attention": (["model.attention=flash"], "use one of auto, xla, blocks, cudnn, splash"),
     "empty choice": (["model.attention="], "model.attention='' is unknown"),
     "cudnn in float32": (["model.attention=cudnn"], "needs model.dtype=bfloat16, not float32"),
     "dropout 1": (["model.dropout=1"], "model.dropout=1.0 must be in [0, 1)"),
@@ -541,6 +544,7 @@ FREE = {
     "checkpoint.keep",
     "log.every",
     "data.cache_dir",
+    "model.remat",
     "moe.exchange",
     *(name for name in OTHER_VALUES if name.startswith("mesh.")),
 }

@@ -23,6 +23,7 @@ from prmoe_jax.distill import teacher as teachers
 from prmoe_jax.distill.distiller import Distiller
 from prmoe_jax.distill.loss import TeacherOutput, agreement, record_top_k, run_teacher, token_sums
 from prmoe_jax.errors import UserError
+from prmoe_jax.model import chunks
 from prmoe_jax.model.loss import forward, totals, training_loss
 from prmoe_jax.model.transformer import dropless, init_model
 from prmoe_jax.nn.parameters import named_leaves
@@ -56,6 +57,9 @@ def batch_of(rows, length, vocabulary, masked=0.0):
     return Batch(tokens, targets, mask, np.ones((rows, length), np.int32))
 
 
+ALONE = 0.0, 0.0, 1.0  # the loss is the distance from the teacher
+
+
 def random_lesson(rows=3, length=11, vocabulary=37, masked=0.0, seed=0):
     """Activations and output matrices of a student and a teacher, and a batch."""
     rng = np.random.default_rng(seed)
@@ -70,14 +74,15 @@ def random_lesson(rows=3, length=11, vocabulary=37, masked=0.0, seed=0):
 @pytest.mark.parametrize("chunk", [256, 11, 4])
 def test_loss_and_gradients_equal_megatron_deepspeed(temperature, chunk, monkeypatch):
     """Without a mask; for whole sequences and for chunks that don't divide them."""
-    monkeypatch.setattr(distill, "CHUNK", chunk)
+    monkeypatch.setattr(chunks, "CPU_CHUNK", chunk)
     golden = np.load(GOLDENS / "mos.npz")
     lesson = TeacherOutput(jnp.asarray(golden["teacher_x"]), jnp.asarray(golden["teacher_table"]))
     batch = batch_of(*golden["x"].shape[:2], len(golden["table"]))
     kd = KdConfig(temperature=temperature)
 
     def loss(x_BxLxD, table_VxD):
-        return token_sums(x_BxLxD, table_VxD, lesson, batch, kd).kd_loss / batch.mask_BxL.size
+        sums = token_sums(x_BxLxD, table_VxD, lesson, batch, kd, ALONE)
+        return sums["loss"] / batch.mask_BxL.size
 
     found, gradients = jax.value_and_grad(loss, (0, 1))(golden["x"], golden["table"])
     np.testing.assert_allclose(found, golden[f"loss_{temperature}"], rtol=1e-6)
@@ -142,14 +147,16 @@ def expected_divergence(teacher, student, kd):
 )
 def test_divergences_by_hand(kd):
     x, table, lesson, batch = random_lesson(masked=0.3)
-    sums = token_sums(x, table, lesson, batch, kd)
+    sums = token_sums(x, table, lesson, batch, kd, (1.0, 0.1, 0.5))
     student, teacher = x @ table.T, lesson.x_BxLxD @ lesson.table_VxD.T
     places = np.argwhere(batch.mask_BxL)
     expected = sum(expected_divergence(teacher[b, i], student[b, i], kd) for b, i in places)
-    np.testing.assert_allclose(sums.kd_loss, expected, rtol=2e-5)
+    np.testing.assert_allclose(sums["kd_loss"], expected, rtol=2e-5)
     log_probs = jax.nn.log_softmax(student)
     nats = -sum(log_probs[b, i, batch.targets_BxL[b, i]] for b, i in places)
-    np.testing.assert_allclose(sums.lm_loss, nats, rtol=1e-5)
+    np.testing.assert_allclose(sums["lm_loss"], nats, rtol=1e-5)
+    weighted = sums["lm_loss"] + 0.1 * sums["z_loss"] + 0.5 * sums["kd_loss"]
+    np.testing.assert_allclose(sums["loss"], weighted, rtol=1e-6)
 
 
 @pytest.mark.parametrize("chunk", [256, 4])
@@ -158,13 +165,13 @@ def test_recorded_predictions_teach_the_same(chunk, monkeypatch):
     x, table, lesson, batch = random_lesson(masked=0.3)
     kept = record_top_k(lesson, KdConfig(kind="top_k", top_k=9, temperature=1.5))
     assert (np.diff(kept.log_p_BxLxK) <= 0).all()
-    monkeypatch.setattr(distill, "CHUNK", chunk)
+    monkeypatch.setattr(chunks, "CPU_CHUNK", chunk)
     for top_k in (9, 4):
         kd = KdConfig(kind="top_k", top_k=top_k, temperature=1.5)
         part = jax.tree.map(lambda values: values[..., :top_k], kept)  # noqa: B023
 
         def loss(x, lesson):
-            return token_sums(x, table, lesson, batch, kd).kd_loss  # noqa: B023
+            return token_sums(x, table, lesson, batch, kd, ALONE)["loss"]  # noqa: B023
 
         ours, theirs = (jax.value_and_grad(loss)(x, taught) for taught in (part, lesson))
         np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-6)
@@ -178,10 +185,10 @@ def test_masked_tokens_contribute_nothing(kind):
     kd = KdConfig(kind=kind, top_k=3 if kind == "top_k" else 0)
     keep = batch.mask_BxL[..., None]
     other_lesson = lesson._replace(x_BxLxD=jnp.where(keep, lesson.x_BxLxD, 9.0))
-    sums = token_sums(x, table, lesson, batch, kd)
-    other = token_sums(jnp.where(keep, x, -3.0), table, other_lesson, batch, kd)
-    assert [float(a) for a in sums] == [float(b) for b in other]
-    gradient = jax.grad(lambda x: token_sums(x, table, lesson, batch, kd).kd_loss)(x)
+    sums = token_sums(x, table, lesson, batch, kd, ALONE)
+    other = token_sums(jnp.where(keep, x, -3.0), table, other_lesson, batch, kd, ALONE)
+    assert jax.tree.map(float, sums) == jax.tree.map(float, other)
+    gradient = jax.grad(lambda x: token_sums(x, table, lesson, batch, kd, ALONE)["loss"])(x)
     assert not np.where(keep, 0, gradient).any()
     assert np.where(keep, gradient, 1).all()
 
@@ -193,12 +200,11 @@ def test_chunks_save_memory(monkeypatch):
     table = jax.ShapeDtypeStruct((50_304, 64), jnp.float32)
     batch = batch_of(1, 2048, 50_304)
     temporaries = []
-    for chunk in (distill.CHUNK, 2048):
-        monkeypatch.setattr(distill, "CHUNK", chunk)
+    for chunk in (chunks.CPU_CHUNK, 2048):
+        monkeypatch.setattr(chunks, "CPU_CHUNK", chunk)
 
         def loss(x, table, lesson):
-            sums = token_sums(x, table, lesson, batch, KdConfig())
-            return sums.lm_loss + sums.kd_loss
+            return token_sums(x, table, lesson, batch, KdConfig(), (1.0, 0.0, 1.0))["loss"]
 
         compiled = (
             jax.jit(jax.grad(loss, (0, 1))).lower(x, table, TeacherOutput(x, table)).compile()
@@ -298,9 +304,9 @@ def test_no_gradient_reaches_the_teacher_and_no_step_changes_it():
     keys = jax.random.split(jax.random.key(0), 8)
 
     def loss(teacher_model):
-        measure = Distiller(values, taught_by).measure(teacher_model, keys)
+        measure = Distiller(values, taught_by).measure(teacher_model, keys, 1.0)
         sums = forward(student, batch, keys, measure)
-        return training_loss(sums, totals(batch, values), values, 1.0)
+        return training_loss(sums, totals(batch, values), values)
 
     for name, gradient in named_leaves(jit(jax.grad(loss))(model)).items():
         assert not np.asarray(gradient).any(), name

@@ -137,7 +137,7 @@ def test_worth_by_the_loss_is_what_scaling_a_part_away_does():
 
     def loss(model):
         sums = forward(dropless(model), batch)
-        return sums.lm_loss / sums.tokens
+        return sums.loss / sums.tokens
 
     importance = taylor(model, jit(jax.grad(loss))(model))
     loss = jit(loss)

@@ -13,7 +13,7 @@ from prmoe_jax.errors import UserError
 from prmoe_jax.model import attention_kernels
 from prmoe_jax.model.attention_kernels import attend, resolve_attention, splash
 from prmoe_jax.model.backends import check_backends
-from prmoe_jax.model.transformer import Transformer, dropout, positions
+from prmoe_jax.model.transformer import Transformer, dropout, positions, resolve_remat
 from tests.support.quick import jit
 
 SMALL = ModelConfig(
@@ -167,12 +167,53 @@ def test_remat_recomputes_and_changes_no_gradient(batch, remat):
     assert count[1] > count[0]  # the activations are computed again
 
 
+@pytest.mark.parametrize(
+    ("remat", "layers", "platform", "expected"),
+    [
+        ("auto", 8, "cpu", ("none", True)),
+        ("auto", 9, "cpu", ("dots", False)),
+        ("auto", 8, "tpu", ("dots", False)),
+        ("none", 8, "cpu", ("none", True)),
+        ("none", 9, "cpu", ("none", False)),
+        ("none", 8, "gpu", ("none", False)),
+        ("dots", 2, "cpu", ("dots", False)),
+        ("full", 2, "tpu", ("full", False)),
+    ],
+)
+def test_remat_choice(remat, layers, platform, expected):
+    assert resolve_remat(small(f"{layers} layers", remat=remat), platform) == expected
+
+
 def test_bfloat16_is_close_to_float32(batch):
     exact = build(small())
     rough = build(small(dtype="bfloat16"))
     a, b = logits(exact, *batch), logits(rough, *batch)
     assert b.dtype == jnp.float32
     assert 0 < np.abs(a - b).max() < 0.05 * np.abs(a).max()
+
+
+@pytest.mark.parametrize("length", [37, 193])  # one block of queries, or four, the last one short
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_blocks_equal_xla(length, dtype):
+    """Value and gradients, with documents that cross blocks, and padding."""
+    q, k, v, dy = jax.random.normal(jax.random.key(0), (4, 2, length, 3, 5), dtype)
+    cut = length // 3
+    segments = jnp.array([[1] * cut + [2] * (length - cut), [1] * (length - 9) + [0] * 9])
+
+    def gradients(implementation):
+        def product(q, k, v):
+            y = attend(q, k, v, segments, implementation)
+            return (y * dy).astype(jnp.float32).sum(), y
+
+        (_, y), found = jax.value_and_grad(product, (0, 1, 2), has_aux=True)(q, k, v)
+        return y, *found
+
+    tolerance = 2e-6 if dtype == "float32" else 0.03
+    found = [jit(gradients, static_argnums=0)(name) for name in ("blocks", "xla")]
+    for got, expected in zip(*found, strict=True):
+        assert got.dtype == expected.dtype == dtype
+        got, expected = (np.asarray(x, np.float32) for x in (got, expected))
+        np.testing.assert_allclose(got, expected, atol=tolerance * np.abs(expected).max())
 
 
 def test_splash_equals_xla():
@@ -253,7 +294,9 @@ def test_cudnn_on_older_and_newer_gpus(cudnn, monkeypatch):
 @pytest.mark.parametrize(
     ("attention", "platform", "changes", "expected"),
     [
-        ("auto", "cpu", {}, "xla"),
+        ("auto", "cpu", {}, "blocks"),
+        ("xla", "cpu", {}, "xla"),
+        ("blocks", "cpu", {}, "blocks"),
         ("auto", "gpu", {"dtype": "bfloat16", "d_model": 16}, "cudnn"),
         ("auto", "gpu", {"dtype": "float32"}, "xla"),
         ("auto", "tpu", {"length": 256}, "splash"),
@@ -266,7 +309,7 @@ def test_cudnn_on_older_and_newer_gpus(cudnn, monkeypatch):
 )
 def test_attention_choice(attention, platform, changes, expected, cudnn):
     model = dataclasses.replace(SMALL, attention=attention, **changes)
-    if expected in ("xla", "cudnn", "splash"):
+    if " " not in expected:
         assert resolve_attention(model, platform) == expected
     else:
         with pytest.raises(UserError, match=expected):
@@ -306,7 +349,7 @@ def test_dropout_differs_by_layer_and_repeat(batch):
 
 
 def test_compiled_size_does_not_grow_with_depth():
-    """A stage is compiled once: 24 layers and 8 layers give programs of equal length."""
+    """A stage is compiled once: 24 layers and 10 layers give programs of equal length."""
 
     def operations(layers):
         settings = {
@@ -322,4 +365,4 @@ def test_compiled_size_does_not_grow_with_depth():
         text = jit(jax.grad(loss)).lower(model, ids).as_text()
         return text.count("dot_general")
 
-    assert operations(24) == operations(8) > 0
+    assert operations(24) == operations(10) > 0

@@ -1,5 +1,6 @@
-"""Matrix products with few rows, with weights in float32 and in fewer bits."""
+"""Matrix products with weights: of few rows, in fewer bits, and their derivatives."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -36,3 +37,33 @@ def test_products_of_few_rows(kind, monkeypatch):
         flat = x[:rows].reshape(rows, 12)
         expected = flat @ wide(table).T
         np.testing.assert_allclose(scores(flat, table), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("x_shape", "w_shape", "axes"),
+    [
+        ((3, 7, 5), (5, 11), 1),  # the weight is wider than deep
+        ((3, 7, 11), (11, 5), 1),  # deeper than wide
+        ((3, 7, 5), (5, 2, 3), 1),  # two axes of outputs
+        ((3, 7, 2, 3), (2, 3, 5), 2),  # two axes to sum over
+    ],
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_derivatives_equal_those_of_tensordot(x_shape, w_shape, axes, dtype):
+    rng = np.random.default_rng(0)
+    x, w = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in (x_shape, w_shape))
+    x = x.astype(dtype)
+
+    def gradients(product):
+        def loss(x, w):
+            return jnp.sin(product(x, w).astype(jnp.float32)).sum()
+
+        return jax.jit(jax.grad(loss, (0, 1)))(x, w)
+
+    ours = gradients(lambda x, w: matmul(x, w, axes))
+    expected = gradients(lambda x, w: jnp.tensordot(x, w.astype(dtype), axes))
+    tolerance = 1e-6 if dtype == "float32" else 0.01
+    for got, wanted in zip(ours, expected, strict=True):
+        assert got.dtype == wanted.dtype
+        got, wanted = (np.asarray(value, np.float32) for value in (got, wanted))
+        np.testing.assert_allclose(got, wanted, atol=tolerance * np.abs(wanted).max())

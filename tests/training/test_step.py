@@ -230,7 +230,7 @@ def test_sums_of_an_evaluation_have_64_bits():
     count, loss = np.int32(2**31 - 1), np.float32(2**31)
 
     def run(model, batch):
-        return Sums(jnp.asarray(count), jnp.asarray(loss), jnp.zeros(()), [])
+        return Sums(jnp.asarray(count), jnp.asarray(loss), jnp.asarray(loss), jnp.zeros(()), [])
 
     found = evaluated(values, validation(5), run)
     assert found["tokens"] == 3 * (2**31 - 1)
@@ -253,7 +253,7 @@ def test_the_next_batch_runs_while_the_sums_of_the_one_before_are_fetched():
     def run(model, batch):
         number = sum("ran" in event for event in events)
         events.append(f"ran {number}")
-        return Sums(Later(number), np.float32(1), np.float32(1), [])
+        return Sums(Later(number), *[np.float32(1)] * 3, [])
 
     assert evaluated(settings("2 layers", batch_size=2), validation(5), run)["tokens"] == 3
     assert events == ["ran 0", "ran 1", "fetched 0", "ran 2", "fetched 1", "fetched 2"]

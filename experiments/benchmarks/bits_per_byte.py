@@ -1,6 +1,6 @@
 """A run's bits per byte beside xz -9e and gzip -9 of the same held-out text.
 
-python experiments/benchmarks/compression.py --workdir=runs/demo
+python experiments/benchmarks/bits_per_byte.py --workdir=runs/demo
 """
 
 import argparse

@@ -1,0 +1,152 @@
+"""Losses of tokens from their final activations, in chunks, so that few logits exist at a time.
+
+The forward pass of a chunk also computes the chunk's gradients: the logits are then made once, and
+neither kept nor made again. This is exact, since the loss is a sum over tokens: the backward pass
+only scales the gradients by one number.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+from jax.sharding import PartitionSpec
+
+from prmoe_jax.parallel.mesh import batch_axes, platform
+
+# Tokens of one sequence in a chunk, and on CPUs of all sequences together: there the logits of a
+# chunk stay in the cache.
+CHUNK, CPU_CHUNK = 256, 256
+
+# Maps (x_BxTxD, table_VxD, inputs of the chunk, inputs of all chunks) to sums over tokens.
+Measure = Callable[[jax.Array, jax.Array, Any, Any], tuple[jax.Array, ...]]
+
+
+def chunk_length(batch: int, length: int) -> int:
+    """Tokens of each sequence in a chunk."""
+    if platform() == "cpu":
+        return min(length, max(1, CPU_CHUNK // batch))
+    return min(length, CHUNK)
+
+
+def cut(x_BxL: jax.Array, chunk: int) -> jax.Array:
+    """Cuts [B, L, …] into [chunks, B, T, …]; the last chunk is padded with zeros."""
+    x = jnp.pad(x_BxL, [(0, 0), (0, -x_BxL.shape[1] % chunk)] + [(0, 0)] * (x_BxL.ndim - 2))
+    return x.reshape(x.shape[0], -1, chunk, *x.shape[2:]).swapaxes(0, 1)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def weighted_sums(
+    measure: Measure,
+    x_BxLxD: jax.Array,
+    table_VxD: jax.Array,
+    inputs: Any,
+    shared: Any,
+    weights: tuple,
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """Adds up a measure over chunks of tokens.
+
+    Args:
+      measure: see `Measure`.
+      x_BxLxD: final activations.
+      table_VxD: the output matrix.
+      inputs: a pytree of arrays [B, L, …] that are cut like x; masks make padding count nothing.
+      shared: a pytree of arrays that every chunk gets whole.
+      weights: the weight of each of the sums in the loss.
+
+    Returns:
+      The loss, which can be differentiated by x and the table, and the sums, which can't.
+
+    Raises:
+      TypeError: a sum is differentiated.
+    """
+
+    def on_device(x_BxLxD, table_VxD, inputs, shared):
+        def add(sums, part):
+            return jax.tree.map(jnp.add, sums, measure(part[0], table_VxD, part[1], shared)), None
+
+        zeros = (jnp.zeros(()),) * len(weights)
+        return jax.lax.scan(add, zeros, _chunks(x_BxLxD, inputs))[0], ()
+
+    sums = _on_each_device(on_device, x_BxLxD, table_VxD, inputs, shared)[0]
+    return _weighted(sums, weights), sums
+
+
+def _forward(measure: Measure, *arguments):
+    x_BxLxD, table_VxD, inputs, shared, weights = jax.tree.map(lambda a: a.value, arguments)
+
+    def on_device(x_BxLxD, table_VxD, inputs, shared_and_weights):
+        shared, weights = shared_and_weights
+
+        def loss(x_BxTxD, table_VxD, part):
+            sums = measure(x_BxTxD, table_VxD, part, shared)
+            return _weighted(sums, weights), sums
+
+        def add(carry, part):
+            (_, sums), (dx_BxTxD, dtable_VxD) = jax.value_and_grad(loss, (0, 1), has_aux=True)(
+                part[0], table_VxD, part[1]
+            )
+            return jax.tree.map(jnp.add, carry, (sums, dtable_VxD.astype(jnp.float32))), dx_BxTxD
+
+        zeros = (jnp.zeros(()),) * len(weights), jnp.zeros(table_VxD.shape)
+        carry, dx_CxBxTxD = jax.lax.scan(add, zeros, _chunks(x_BxLxD, inputs))
+        sums, dtable_VxD = carry
+        batch, length, width = x_BxLxD.shape
+        dx_BxLxD = dx_CxBxTxD.swapaxes(0, 1).reshape(batch, -1, width)[:, :length]
+        return (sums, dtable_VxD.astype(table_VxD.dtype)), dx_BxLxD
+
+    added, dx_BxLxD = _on_each_device(on_device, x_BxLxD, table_VxD, inputs, (shared, weights))
+    sums, dtable_VxD = added
+    return (_weighted(sums, weights), sums), (dx_BxLxD, dtable_VxD)
+
+
+def _backward(measure: Measure, gradients, cotangents):
+    dloss, dsums = cotangents
+    if not all(isinstance(d, SymbolicZero) for d in dsums):
+        raise TypeError("differentiate the `loss` of Sums; its other fields are measurements")
+    return *(jax.tree.map(lambda d: (d * dloss).astype(d.dtype), gradients)), None, None, None
+
+
+weighted_sums.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def _weighted(sums, weights) -> jax.Array:
+    return sum((weight * value for weight, value in zip(weights, sums, strict=True)), jnp.zeros(()))
+
+
+def _chunks(x_BxLxD: jax.Array, inputs):
+    chunk = chunk_length(*x_BxLxD.shape[:2])
+    return jax.tree.map(partial(cut, chunk=chunk), (x_BxLxD, inputs))
+
+
+def _on_each_device(function: Callable, x_BxLxD, table_VxD, inputs, shared):
+    """Calls a function on each device with its own rows.
+
+    Args:
+      function: maps (x, table, inputs, shared) to a pytree of sums over tokens, and another one of
+        arrays by row.
+
+    Returns:
+      The sums over all devices, and the arrays by row. A sum crosses devices once and not in every
+      chunk. `tensor` may split the vocabulary all the while.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return function(x_BxLxD, table_VxD, inputs, shared)
+
+    def local(*arguments):
+        sums, by_row = function(*arguments)
+        return jax.tree.map(lambda x: x[None], sums), by_row
+
+    axes = batch_axes(mesh)
+    rows, whole = PartitionSpec(axes), PartitionSpec()
+    sums, by_row = jax.shard_map(
+        local,
+        in_specs=(rows, whole, rows, whole),
+        out_specs=(rows, rows),
+        axis_names=set(axes),
+        check_vma=False,
+    )(x_BxLxD, table_VxD, inputs, shared)
+    return jax.tree.map(lambda x: x.sum(0), sums), by_row
