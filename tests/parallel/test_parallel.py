@@ -352,6 +352,11 @@ def test_exchanges():
     assert "checked" in on_eight_devices("exchanges")
 
 
+def test_a_split_vocabulary_stays_split():
+    """The compiled program: no logits and no whole table cross devices."""
+    assert "checked" in on_eight_devices("vocabulary")
+
+
 def test_gradients_of_experts_are_summed_in_float32():
     assert "checked" in on_eight_devices("replicas")
 

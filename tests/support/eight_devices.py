@@ -26,6 +26,7 @@ from prmoe_jax.config import (  # noqa: E402
 from prmoe_jax.data.pipeline import Batch  # noqa: E402
 from prmoe_jax.inference.decoder import decoder  # noqa: E402
 from prmoe_jax.inference.generate import Generator, Sampling  # noqa: E402
+from prmoe_jax.model import chunks  # noqa: E402
 from prmoe_jax.model.loss import forward, totals, training_loss  # noqa: E402
 from prmoe_jax.model.transformer import init_model  # noqa: E402
 from prmoe_jax.nn.parameters import named_leaves  # noqa: E402
@@ -256,6 +257,27 @@ def exchanges() -> None:
     assert {g for _, g in flat + coordinated} == {frozenset({(0, 2, 4, 6), (1, 3, 5, 7)})}
     # FSDP beside experts: parameters are gathered, experts are not.
     assert len(compiled("2 layers, every 1, E=4", "data, fsdp, expert")) == 4
+    print("checked")
+
+
+def vocabulary() -> None:
+    """For each chunk of logits numbers of tokens cross devices, and the table's gradient once."""
+    chunks.CPU_CHUNK = 8  # several chunks, in a loop
+    words, half = 5120, 2560
+    for mesh in ({"tensor": 2, "data": 4}, {"tensor": 2, "fsdp": 4}):
+        values = settings("2 layers, E=4", vocab_size=words, remat="dots")
+        hlo = lowered(*spread(values, mesh)).compile().as_text()
+        sizes = {"chunk": set(), "entry": set()}
+        where = ""
+        for line in hlo.splitlines():
+            if line.endswith("{"):  # the head of a computation; loops have bodies of their own
+                where = "entry" if line.startswith("ENTRY") else "chunk"
+            kinds = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+            if match := re.search(rf"= (.*?) (?:{kinds})(?:-start)?\(", line):
+                shapes = re.findall(r"\[([\d,]+)\]", match[1])
+                sizes[where] |= {int(n) for shape in shapes for n in shape.split(",")}
+        assert sizes["chunk"] and not sizes["chunk"] & {words, half}, sizes
+        assert half in sizes["entry"] and words not in sizes["entry"], sizes
     print("checked")
 
 
