@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from prmoe_jax.config import KdConfig, TeacherConfig
 from prmoe_jax.data.pipeline import Batch, TopKLogProbs
 from prmoe_jax.model.chunks import cut, weighted_sums
+from prmoe_jax.model.loss import token_nats
 from prmoe_jax.model.transformer import Transformer, fold_in, logits
 
 # For this many tokens of a sequence, student's and teacher's logits are in memory at once where no
@@ -73,9 +74,7 @@ def token_sums(
             distance_BxT = divergence_from_top_k(theirs, logits_BxTxV, kd)
         else:
             distance_BxT = divergence(logits(theirs, theirs_table_VxD), logits_BxTxV, kd)
-        log_z_BxT = jax.nn.logsumexp(logits_BxTxV, axis=-1)
-        target_BxT = jnp.take_along_axis(logits_BxTxV, targets_BxT[..., None], -1)[..., 0]
-        found = log_z_BxT - target_BxT, jnp.square(log_z_BxT), distance_BxT
+        found = *token_nats(logits_BxTxV, targets_BxT), distance_BxT
         return tuple((nats_BxT * mask_BxT).sum() for nats_BxT in found)
 
     recorded = isinstance(output, TopKLogProbs)

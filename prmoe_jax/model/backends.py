@@ -6,6 +6,7 @@ from jax.sharding import Mesh
 
 from prmoe_jax.config import Config
 from prmoe_jax.model.attention_kernels import cudnn_refusal, resolve_attention
+from prmoe_jax.model.transformer import resolve_remat
 from prmoe_jax.moe import dispatch, exchange
 from prmoe_jax.parallel.mesh import splits_experts
 
@@ -27,7 +28,8 @@ def check_backends(config: Config, platform: str, mesh: Mesh | None = None) -> N
             log.info("cuDNN's attention cannot run this model (%s)", refusal)
     split = mesh is not None and splits_experts(mesh)
     backend = dispatch.resolve(config.moe.dispatch, platform, split)
-    log.info("attention: %s, MoE dispatch: %s (%s)", attention, backend, platform)
+    kept, _ = resolve_remat(config.model, platform)
+    log.info("attention: %s, MoE dispatch: %s, remat: %s (%s)", attention, backend, kept, platform)
     if mesh is not None and mesh.size > 1:
         sizes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
         used = exchange.resolve(config.moe.exchange, mesh) if split else "none"

@@ -21,7 +21,7 @@ from prmoe_jax.parallel.mesh import batch_axes, platform
 CHUNK, CPU_CHUNK = 256, 256
 
 # Maps (x_BxTxD, table_VxD, inputs of the chunk, inputs of all chunks) to sums over tokens.
-Measure = Callable[[jax.Array, jax.Array, Any, Any], tuple[jax.Array, ...]]
+ChunkMeasure = Callable[[jax.Array, jax.Array, Any, Any], tuple[jax.Array, ...]]
 
 
 def chunk_length(batch: int, length: int) -> int:
@@ -39,7 +39,7 @@ def cut(x_BxL: jax.Array, chunk: int) -> jax.Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def weighted_sums(
-    measure: Measure,
+    measure: ChunkMeasure,
     x_BxLxD: jax.Array,
     table_VxD: jax.Array,
     inputs: Any,
@@ -49,7 +49,7 @@ def weighted_sums(
     """Adds up a measure over chunks of tokens.
 
     Args:
-      measure: see `Measure`.
+      measure: see `ChunkMeasure`.
       x_BxLxD: final activations.
       table_VxD: the output matrix.
       inputs: a pytree of arrays [B, L, …] that are cut like x; masks make padding count nothing.
@@ -74,7 +74,7 @@ def weighted_sums(
     return _weighted(sums, weights), sums
 
 
-def _forward(measure: Measure, *arguments):
+def _forward(measure: ChunkMeasure, *arguments):
     x_BxLxD, table_VxD, inputs, shared, weights = jax.tree.map(lambda a: a.value, arguments)
 
     def on_device(x_BxLxD, table_VxD, inputs, shared_and_weights):
@@ -102,7 +102,7 @@ def _forward(measure: Measure, *arguments):
     return (_weighted(sums, weights), sums), (dx_BxLxD, dtable_VxD)
 
 
-def _backward(measure: Measure, gradients, cotangents):
+def _backward(measure: ChunkMeasure, gradients, cotangents):
     dloss, dsums = cotangents
     if not all(isinstance(d, SymbolicZero) for d in dsums):
         raise TypeError("differentiate the `loss` of Sums; its other fields are measurements")

@@ -57,13 +57,18 @@ def cross_entropy(z_weight: float = 0.0) -> Measure:
     return measure
 
 
-def _nats(x_BxTxD, table_VxD, inputs, _) -> tuple[jax.Array, jax.Array]:
+def _nats(x_BxTxD, table_VxD, inputs, _) -> tuple[jax.Array, ...]:
     """Cross-entropy and log(Z)², summed over the targets that count."""
     targets_BxT, mask_BxT = inputs
-    logits_BxTxV = logits(x_BxTxD, table_VxD)
+    found = token_nats(logits(x_BxTxD, table_VxD), targets_BxT)
+    return tuple((nats_BxT * mask_BxT).sum() for nats_BxT in found)
+
+
+def token_nats(logits_BxTxV: jax.Array, targets_BxT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cross-entropy and log(Z)² of each token, [B, T]."""
     log_z_BxT = jax.nn.logsumexp(logits_BxTxV, axis=-1)
     target_BxT = jnp.take_along_axis(logits_BxTxV, targets_BxT[..., None], -1)[..., 0]
-    return ((log_z_BxT - target_BxT) * mask_BxT).sum(), (jnp.square(log_z_BxT) * mask_BxT).sum()
+    return log_z_BxT - target_BxT, jnp.square(log_z_BxT)
 
 
 def forward(
