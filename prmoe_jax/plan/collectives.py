@@ -6,9 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from prmoe_jax.plan.program import Operation, result, size
+from prmoe_jax.plan.program import COLLECTIVES, END, Operation, result, size
 
-KINDS = "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"
 # A function from a collective's kind, the devices of a group, and the bytes of its larger side
 # (operands or result) to its seconds.
 Network = Callable[[str, np.ndarray, int], float]
@@ -19,22 +18,23 @@ class Collective(NamedTuple):
 
     kind: str
     axes: tuple[str, ...]  # the mesh axes over which it communicates
-    hidden: bool  # asynchronous: it starts and ends separately, and computation goes on meanwhile
+    asynchronous: bool  # computation goes on between its begin and its end
     runs: int
     bytes: int  # a device's larger side (operands or result), all runs together
     seconds: float
+    exposed_seconds: float = 0.0  # in which computation waits for it
 
 
 def kind(operation: Operation) -> str | None:
     """The kind of collective that an operation is; None if it is none."""
     name = operation.opcode.removesuffix("-start")
-    return name if name in KINDS else None
+    return name if name in COLLECTIVES else None
 
 
 def collectives(
     operations: Sequence[Operation], mesh_shape: dict[str, int], network: Network
-) -> list[Collective]:
-    """The collectives among a program's operations, the most expensive first.
+) -> dict[int, Collective]:
+    """The collectives among a program's operations, by their place in the sequence.
 
     Args:
       operations: from `program.operations`.
@@ -42,19 +42,57 @@ def collectives(
       network: from `torus` or `hosts`.
     """
     devices = int(np.prod(list(mesh_shape.values())))
-    found = []
-    for operation in filter(kind, operations):
+    found = {}
+    for place, operation in enumerate(operations):
+        if not kind(operation):
+            continue
         members = groups(operation.text, devices)[0]
-        places = np.stack(np.unravel_index(members, list(mesh_shape.values())), 1)
+        positions = np.stack(np.unravel_index(members, list(mesh_shape.values())), 1)
         axes = tuple(
-            name for name, column in zip(mesh_shape, places.T, strict=True) if len(set(column)) > 1
+            name
+            for name, column in zip(mesh_shape, positions.T, strict=True)
+            if len(set(column)) > 1
         )
         moved = _bytes(operation, len(members))
         runs = operation.runs
         seconds = network(kind(operation), members, moved)
-        hidden = operation.opcode.endswith("-start")
-        found.append(Collective(kind(operation), axes, hidden, runs, moved * runs, seconds * runs))
-    return sorted(found, key=lambda collective: -collective.seconds)
+        found[place] = Collective(
+            kind(operation), axes, bool(operation.pair), runs, moved * runs, seconds * runs
+        )
+    return found
+
+
+def exposed(
+    operations: Sequence[Operation], seconds: Sequence[float], sent: dict[int, Collective]
+) -> dict[int, Collective]:
+    """The collectives with the time that computation waits for each.
+
+    Operations run one after the other in their order. Meanwhile the network moves the data of
+    asynchronous collectives, one collective after the other. All runs of a loop are taken together:
+    they are equal, and no collective goes on from one run to the next.
+
+    Args:
+      operations: from `program.operations`.
+      seconds: the time of each operation, all runs together; that of collectives is not used.
+      sent: from `collectives`.
+    """
+    now = network_free = 0.0
+    found, ends = dict(sent), {}
+    for place, operation in enumerate(operations):
+        if place in sent:
+            network_free = max(now, network_free) + sent[place].seconds
+            if operation.pair:
+                ends[operation.pair] = place, network_free
+                continue
+            begun, end = place, network_free
+        elif operation.opcode == END:
+            begun, end = ends.pop(operation.pair)
+        else:
+            now += seconds[place]
+            continue
+        found[begun] = sent[begun]._replace(exposed_seconds=max(0.0, end - now))
+        now = max(now, end)
+    return found
 
 
 def _bytes(operation: Operation, members: int) -> int:

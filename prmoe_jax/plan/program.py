@@ -10,6 +10,8 @@ FREE = frozenset(
     "parameter constant bitcast tuple get-tuple-element copy-start copy-done partition-id "
     "replica-id after-all opt-barrier iota call-start".split()
 )
+COLLECTIVES = "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"
+END = "collective-end"  # the opcode here of the wait for an asynchronous collective
 SENTINEL = 1 << 50  # larger estimates mean "unknown", which is written as a number near 2^64
 SPARSE_CORE = "call-done"  # the end of a gather or scatter on a TPU's SparseCore
 # These read only as many bytes of their operand as their result has.
@@ -37,6 +39,7 @@ class Operation(NamedTuple):
     text: str  # its text in the program: shape, opcode, operands, attributes
     flops: int = 0  # FLOPs of the matrix products and attention kernels in one run
     bytes: int = 0  # bytes read and written in one run
+    pair: str = ""  # an asynchronous collective and its `END` have the same, others have none
 
 
 class _Line(NamedTuple):
@@ -49,9 +52,10 @@ class _Line(NamedTuple):
 def operations(hlo: str) -> list[Operation]:
     """The operations that run: those of the entry and of its loops, with the number of their runs.
 
-    A fusion is one operation. If it contains an all-reduce, it is a reduce-scatter, which the TPU's
-    compiler writes as a slice of an all-reduce. All branches of a conditional are counted, which
-    gives an upper bound.
+    Their order is the compiler's schedule. A fusion is one operation. If it contains an all-reduce,
+    it is a reduce-scatter, which the TPU's compiler writes as a slice of an all-reduce. An
+    asynchronous collective is two operations: its begin and its `END`. All branches of a
+    conditional are counted, which gives an upper bound.
 
     Args:
       hlo: `compiled.as_text()`.
@@ -67,9 +71,18 @@ def operations(hlo: str) -> list[Operation]:
     found = []
 
     def visit(computation: str, runs: int) -> None:
+        parts = _asynchronous(computations[computation], computations)
+        begun = set()
         for line in computations[computation]:
             name, opcode, text, _ = line
-            if opcode == "while":
+            if name in parts:
+                pair, sent = parts[name]
+                if opcode.endswith("-done"):
+                    found.append(Operation(name, END, 0, runs, text, pair=pair))
+                elif pair not in begun and any(o != pair for o in _operands(line)):
+                    begun.add(pair)  # here it gets its operands
+                    found.append(Operation(name, sent.opcode, None, runs, sent.text, pair=pair))
+            elif opcode == "while":
                 trips = _trip_count(text, computations[_attribute(text, "condition")])
                 visit(_attribute(text, "body"), runs * trips)
             elif opcode == "conditional":
@@ -102,6 +115,27 @@ def operations(hlo: str) -> list[Operation]:
 
     visit(entry, 1)
     return found
+
+
+def _asynchronous(
+    lines: list[_Line], computations: dict[str, list[_Line]]
+) -> dict[str, tuple[str, _Line]]:
+    """Each part of an asynchronous collective -> the name of its first part, and the collective.
+
+    The parts are a start, perhaps updates, and the done. The collective is the start itself or, on
+    a SparseCore, in the computation that the start calls.
+    """
+    parts: dict[str, tuple[str, _Line]] = {}
+    for line in lines:
+        if line.opcode.endswith("-start"):
+            called = re.search(r"\b(?:to_apply|calls)=%?([\w.\-]+)", line.text)
+            for inner in [line, *(computations.get(called[1], []) if called else [])]:
+                if inner.opcode.removesuffix("-start") in COLLECTIVES:
+                    parts[line.name] = line.name, inner
+                    break
+        elif line.opcode.endswith(("-update", "-done")) and _operands(line)[0] in parts:
+            parts[line.name] = parts[_operands(line)[0]]
+    return parts
 
 
 def _is_free(opcode: str, text: str) -> bool:

@@ -18,10 +18,10 @@ from prmoe_jax.config import architecture
 from prmoe_jax.errors import UserError
 from prmoe_jax.parallel.mesh import axis_sizes, check_fits
 from prmoe_jax.plan.chips import chip_count, chip_of
-from prmoe_jax.plan.collectives import collectives, groups, hosts, kind, torus
+from prmoe_jax.plan.collectives import collectives, exposed, groups, hosts, kind, torus
 from prmoe_jax.plan.find import find, fit
 from prmoe_jax.plan.picture import draw
-from prmoe_jax.plan.program import Operation, operations
+from prmoe_jax.plan.program import END, Operation, operations
 from prmoe_jax.plan.report import component, held_bytes, needed_bytes, table
 from tests.support.extras import needs_extra
 from tests.support.lines import only_line
@@ -162,7 +162,7 @@ def test_flops_and_bytes_by_hand():
         "ended": 2 * 4 * 2 * 19,
     }
     assert (found["shard"].opcode, kind(found["shard"])) == ("reduce-scatter", "reduce-scatter")
-    (sent,) = collectives([found["shard"]], {"a": 1, "b": 4}, lambda kind, members, moved: moved)
+    sent = collectives([found["shard"]], {"a": 1, "b": 4}, lambda kind, members, moved: moved)[0]
     assert (sent.kind, sent.axes, sent.bytes) == ("reduce-scatter", ("b",), 2 * 8 * 6)
 
 
@@ -254,9 +254,12 @@ def test_collectives_by_hand():
 
     def one(opcode, result, replica_groups, runs=1):
         text = f"{result} {opcode}(%x), replica_groups={replica_groups}"
-        operation = Operation("x", opcode, None, runs, text)
-        (found,) = collectives([operation], mesh, torus(coordinates, 1e6))
-        return found
+        pair = "x" if opcode.endswith("-start") else ""
+        operation = Operation("x", opcode, None, runs, text, pair=pair)
+        other = Operation("y", "fusion", 7, 1, "f32[] fusion()")
+        found = collectives([other, operation], mesh, torus(coordinates, 1e6))
+        assert list(found) == [1]
+        return found[1]
 
     inner, everyone = "{{0,1,2,3},{4,5,6,7}}", "[1,8]<=[8]"
     gather = one("all-gather", "f32[1000000]{0:T(8)}", inner, runs=3)
@@ -264,14 +267,90 @@ def test_collectives_by_hand():
     assert gather.bytes == 3 * 4_000_000
     assert gather.seconds == pytest.approx(3 * 4 * 3 / 4 / 2)  # one ring, both ways
     reduce = one("all-reduce-start", "bf16[1000000]{0}", everyone)
-    assert (reduce.kind, reduce.axes, reduce.hidden) == ("all-reduce", ("a", "b"), True)
+    assert (reduce.kind, reduce.axes, reduce.asynchronous) == ("all-reduce", ("a", "b"), True)
     assert reduce.seconds == pytest.approx(2 * 2 * 7 / 8 / 4)  # there and back, two rings
     scatter = one("reduce-scatter", "f32[250000]{0}", inner)
     assert scatter.seconds == pytest.approx(gather.seconds / 3)
     exchange = one("all-to-all", "(bf16[500000]{0}, bf16[500000]{0})", inner)
     assert (exchange.bytes, exchange.seconds) == (2_000_000, pytest.approx(2 * 4 / 8))
     start = one("all-gather-start", "(f32[250000]{0}, f32[1000000]{0}, u32[])", inner)
-    assert (start.bytes, start.hidden) == (4_000_000, True)
+    assert (start.bytes, start.asynchronous) == (4_000_000, True)
+
+
+# Two ways in which the TPU's compiler writes an asynchronous collective, in a loop of 3 runs: on
+# the network's own engines, and in a call on a SparseCore, which gets its operand later.
+ASYNCHRONOUS = """\
+HloModule jit_step, is_scheduled=true
+
+%offloaded (t: f32[10]) -> f32[40] {
+  %t = f32[10]{0} parameter(0)
+  ROOT %gathered = f32[40]{0} all-gather(%t), replica_groups={{0,1,2,3}}, dimensions={0}
+}, execution_thread="sparsecore"
+
+%body (s: (s32[], f32[10])) -> (s32[], f32[10]) {
+  %s = (s32[], f32[10]{0}) parameter(0)
+  %x = f32[10]{0} get-tuple-element(%s), index=1
+  %begun = ((), (), (s32[1])) call-start(), async_execution_thread="sparsecore", to_apply=%offloaded
+  %one = f32[10]{0} add(%x, %x), backend_config={"estimated_cycles":"1"}
+  %given = ((f32[10]{0}), f32[40]{0}) call-update(%begun, %one)
+  %summing = f32[10]{0} all-reduce-start(%one), replica_groups={{0,1,2,3}}, to_apply=%add
+  %two = f32[10]{0} add(%x, %x), backend_config={"estimated_cycles":"2"}
+  %all = f32[40]{0} call-done(%given)
+  %four = f32[10]{0} add(%x, %x), backend_config={"estimated_cycles":"4"}
+  %sum = f32[10]{0} all-reduce-done(%summing)
+  ROOT %t = (s32[], f32[10]{0}) tuple(%x, %sum)
+}
+
+%condition (s: (s32[], f32[10])) -> pred[] {
+  ROOT %less = pred[] compare(%s, %s), direction=LT
+}
+
+ENTRY %main (x: f32[10]) -> f32[10] {
+  %x = f32[10]{0} parameter(0)
+  %w = (s32[], f32[10]{0}) while(%x), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  ROOT %eight = f32[10]{0} all-reduce(%x), replica_groups={{0,1,2,3}}, to_apply=%add
+}
+"""  # noqa: E501
+
+
+def test_asynchronous_collectives_begin_with_their_operands_and_end_with_a_wait():
+    found = operations(ASYNCHRONOUS)
+    assert [(o.name, o.opcode, o.runs, o.pair) for o in found] == [
+        ("one", "add", 3, ""),
+        ("given", "all-gather", 3, "begun"),
+        ("summing", "all-reduce-start", 3, "summing"),
+        ("two", "add", 3, ""),
+        ("all", END, 3, "begun"),
+        ("four", "add", 3, ""),
+        ("sum", END, 3, "summing"),
+        ("eight", "all-reduce", 1, ""),
+    ]
+    sent = collectives(found, {"a": 4}, lambda kind, members, moved: moved)
+    assert {i: (c.kind, c.asynchronous, c.bytes) for i, c in sent.items()} == {
+        1: ("all-gather", True, 3 * 4 * 40),
+        2: ("all-reduce", True, 3 * 4 * 10),
+        7: ("all-reduce", False, 4 * 10),
+    }
+
+
+@pytest.mark.parametrize(
+    ("gather", "reduce", "expected"),
+    [
+        (1, 2, (0, 0)),  # both are hidden
+        (5, 1, (3, 0)),  # begun after `one`; `two` hides 2 of its 5
+        (5, 3, (3, 0)),  # the sum gets the links at 6 and is there at 9, before `four` ends
+        (5, 9, (3, 5)),
+        (1, 9, (0, 4)),
+    ],
+)
+def test_exposed_time_by_hand(gather, reduce, expected):
+    """All of a loop's runs together, in the order of the schedule; the links do one at a time."""
+    found = operations(ASYNCHRONOUS)
+    seconds = [(o.cycles or 0) * o.runs for o in found]
+    times = {"all-gather": gather, "all-reduce": reduce}
+    sent = collectives(found, {"a": 4}, lambda kind, members, moved: times[kind])
+    waits = {i: c.exposed_seconds for i, c in exposed(found, seconds, sent).items()}
+    assert waits == {1: 3 * expected[0], 2: 3 * expected[1], 7: reduce}
 
 
 def test_hosts_by_hand():
@@ -294,6 +373,8 @@ def test_components_are_innermost_scopes():
 
     assert of('op_name="jit(step)/transpose(jvp())/while/body/dispatch/experts/dot"') == "experts"
     assert of('op_name="jit(step)/while/body/attention/add"') == "attention"
+    assert of('op_name="jit(step)/layers/while/body/attention/norm/add"') == "norm"
+    assert of('op_name="jit(step)/layers/while/body/dynamic_update_slice"') == "layers"
     assert of('op_name="jit(step)/while/body/add"') == "other"
     assert of("") == "other"
 
