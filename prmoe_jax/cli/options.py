@@ -88,10 +88,10 @@ def _load_settings(path: Path, name: str):
 
     if re.fullmatch(r"\w+", str(path)) and not path.exists():
         path = userfile.shipped(str(path))
-    if not path.is_file():
-        raise UserError(f"--config={path} is not a file; for example configs/tiny.py:prmoe")
     if not stores.is_local(path) and path.suffix != ".json":
         raise UserError(f"--config={path} is in an object store: there only a run's config.json")
+    if not path.is_file():
+        raise UserError(f"--config={path} is not a file; for example configs/tiny.py:prmoe")
     if path.suffix == ".json":  # of a run
         import dataclasses
 
