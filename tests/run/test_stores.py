@@ -161,14 +161,11 @@ def test_of_two_that_come_at_once_one_gets_the_lease(folder, monkeypatch):
     workdir = stores.as_path(folder)
     first, second = lock.Lease(workdir), lock.Lease(workdir)
     found = lock._Found.at
-    with monkeypatch.context() as patch:
-        answers = iter([None])
-        patch.setattr(lock._Found, "at", lambda path: next(answers, None) or found(path))
-        first.__enter__()
-        answers = iter([None])
+    with monkeypatch.context() as patch, first:
+        answers = iter([lambda path: None])
+        patch.setattr(lock._Found, "at", lambda path: next(answers, found)(path))
         with pytest.raises(UserError, match="is in use by another run"):
             second.__enter__()
-    first.__exit__()
     with second:
         pass
 
