@@ -29,6 +29,7 @@ setup(
     ],
     install_requires=[
         "absl-py",
+        "etils[epath]",
         "flax>=0.12.8",
         "grain>=0.2.18",
         # tensorflow-datasets needs these two and does not say so.
@@ -51,10 +52,12 @@ setup(
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
         "eval": ["lm-eval>=0.4.10"],  # the first with models.utils.normalize_gen_kwargs
+        "gcs": ["gcsfs"],  # runs' folders in Google Cloud Storage
         "plot": ["matplotlib"],
         "interop": ["deepspeed", "torch", "transformers"],
         "dev": [
             "codespell",
+            "gcp-storage-emulator",
             "hypothesis",
             "ipykernel",
             "jupytext",

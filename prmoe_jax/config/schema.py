@@ -25,6 +25,7 @@ class Setting:
     below: float | None = None  # the value must be smaller
     infinite: bool = False  # whether inf is allowed
     path: bool = False  # whether the value is, or may be, the path of a file or folder
+    store: bool = False  # whether such a path may be in an object store
     formerly: str = ""  # an earlier name, which older configs have
 
     def described(self) -> str:
@@ -242,6 +243,7 @@ class DataConfig:
         "bpe",
         "'bpe' (trained on the training split), 'gpt2', 'bytes', or the path of a tokenizer.json.",
         path=True,
+        store=True,
     )
     validation_fraction: float = setting(
         0.05,
@@ -308,7 +310,9 @@ class OptimizerConfig:
 class InitConfig:
     """Initial parameters from another run; without a workdir they are random."""
 
-    workdir: str = setting("", "Folder of a run, whose newest checkpoint is the start.", path=True)
+    workdir: str = setting(
+        "", "Folder of a run, whose newest checkpoint is the start.", path=True, store=True
+    )
     noise: float = setting(
         0.0,
         "Noise on experts that start as copies of an MLP, in standard deviations of the weight.",
@@ -324,6 +328,7 @@ class TeacherConfig:
         "",
         "Folder of the teacher's run; its newest checkpoint is restored and does not change.",
         path=True,
+        store=True,
     )
     cache: str = setting(
         "",

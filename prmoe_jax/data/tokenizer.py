@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from prmoe_jax import files
+from prmoe_jax import files, stores
 from prmoe_jax.config import DataConfig, expand
 from prmoe_jax.data import cache, sources
 from prmoe_jax.data.corpora import Corpus
@@ -78,7 +78,7 @@ class Tokenizer:
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the tokenizer.json from which `load` makes the same tokenizer."""
-        files.replace(pathlib.Path(path), self.description)
+        files.replace(stores.as_path(path), self.description)
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without any mark."""

@@ -1,78 +1,27 @@
-"""A run's folder: its lock, its config, and the record of the environment that produced it.
+"""A run's folder: its config, and the record of the environment that produced it.
 
 config.json      the settings        environment.json  versions, devices, git revision
 tokenizer.json   the tokenizer       metrics.jsonl     one line for each logged step
 checkpoints/     model, optimizer, position in the data; tensorboard/; profile/
 """
 
-import contextlib
-import fcntl
 import hashlib
 import importlib.metadata
 import json
-import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import prmoe_jax
 from prmoe_jax import files
 from prmoe_jax.config import Config, leaves
-from prmoe_jax.errors import UserError
 
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
 RECORDED_PACKAGES = (
     "prmoe_jax jax jaxlib flax optax orbax-checkpoint grain tensorflow-datasets tokenizers numpy"
 )
-
-
-@contextlib.contextmanager
-def locked(workdir: Path) -> Iterator[None]:
-    """Creates the folder and holds its lock, which the kernel frees when the process dies.
-
-    Raises:
-      UserError: the folder cannot be written, or another run holds the lock.
-    """
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        handle = os.open(workdir / ".lock", os.O_RDWR | os.O_CREAT)
-    except OSError as error:
-        raise UserError(f"--workdir={workdir} cannot be written: {error.strerror}") from None
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(
-                f"--workdir={workdir} is in use by another run (process {_number(handle)}); "
-                "wait for it, or give another --workdir"
-            ) from None
-        os.truncate(handle, 0)
-        os.write(handle, str(os.getpid()).encode())
-        yield
-    finally:
-        os.close(handle)
-
-
-def holder(workdir: Path) -> str:
-    """The number of the process that holds a folder's lock, or 'unknown'; '' if none holds it."""
-    try:
-        with open(workdir / ".lock", "rb") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                return ""
-            except BlockingIOError:
-                return _number(lock.fileno())
-    except FileNotFoundError:
-        return ""
-
-
-def _number(lock: int) -> str:
-    """The number of a process that an open lock file holds."""
-    number = os.read(lock, 100).decode("ascii", "replace").strip()
-    return number if number.isdecimal() else "unknown"
 
 
 def record_environment(workdir: Path, devices: list) -> None:

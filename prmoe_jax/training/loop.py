@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from prmoe_jax import config as configs
+from prmoe_jax import stores
 from prmoe_jax.config import Config
 from prmoe_jax.data import cache
 from prmoe_jax.data.pipeline import (
@@ -44,6 +45,7 @@ from prmoe_jax.parallel.mesh import (
 from prmoe_jax.run import directory as workdirs
 from prmoe_jax.run.checkpoint import Checkpoints, TrainState
 from prmoe_jax.run.directory import shared_settings
+from prmoe_jax.run.lock import locked
 from prmoe_jax.run.metrics import (
     METRICS,
     MetricsWriter,
@@ -70,7 +72,8 @@ def train(
 
     Args:
       config: from `config.resolve`.
-      workdir: the run's folder, created if needed; `run/directory.py` lists its files.
+      workdir: the run's folder, local or in an object store, created if needed;
+        `run/directory.py` lists its files.
       profile: (first, last) step for which a profiler trace is written to workdir/profile.
       on_metrics: called with every line of metrics.jsonl after it is written, for a live plot.
 
@@ -85,6 +88,7 @@ def train(
       TrainingStopped: the loss or the gradient is no longer finite, or a checkpoint is damaged and
         the run has several processes.
     """
+    workdir = stores.as_path(workdir)
     processes.agree("the settings", lambda: shared_settings(config))
     placed = choose_mesh(config, jax.device_count())
     check_fits(placed, jax.device_count())
@@ -92,8 +96,7 @@ def train(
     check_backends(placed, jax.default_backend(), mesh)
     first = jax.process_index() == 0
     with contextlib.ExitStack() as stack:
-        if first:
-            stack.enter_context(workdirs.locked(workdir))
+        lock = stack.enter_context(locked(workdir)) if first else None
         processes.barrier()  # after it, the run's folder exists
         processes.check_folders(workdir, cache.root(config.data))
         interrupted = stack.enter_context(PreemptionGuard())
@@ -154,7 +157,7 @@ def train(
             return lines[-1] if first else {}
         if first:
             workdirs.record_environment(workdir, jax.devices())
-        writer = MetricsWriter(workdir, step) if first else None
+        writer = MetricsWriter(workdir, step, lock.check) if first else None
         if writer:
             stack.callback(writer.close)
         progress = stack.enter_context(
@@ -255,6 +258,7 @@ class Run:
                     self.checkpoints.wait()
                     self.evaluate(step, state)
                 self.clock.restart()
+        self.sync()
         self.checkpoints.wait()
         if 0 < step < total:
             log.info("interrupted: saved at step %d of %d; the same command resumes", step, total)
@@ -272,7 +276,13 @@ class Run:
     def save(self, step: int, state: TrainState, batches) -> None:
         record = {"fingerprint": self.fingerprint, "iterator": batches.get_state()}
         record["teacher_step"] = self.teacher and self.teacher.step
+        self.sync()
         self.checkpoints.save(step, state, record)
+
+    def sync(self) -> None:
+        """Has the lines so far written to the object store that the run's folder may be in."""
+        if self.writer:
+            self.writer.sync()
 
     def due(self, every: int, step: int) -> bool:
         return step == self.config.total_steps or (every > 0 and step % every == 0)
@@ -309,6 +319,7 @@ class Run:
         arguments = state.model, self.config, self.data, self.mesh
         metrics = evaluate_model(self.eval_step, *arguments, limit)
         self.write(step, {f"eval/{name}": value for name, value in metrics.items()})
+        self.sync()
         self.say(
             step,
             f"validation loss {metrics['loss']:.4f}, perplexity {metrics['perplexity']:.1f}, "

@@ -2,11 +2,15 @@
 
 import contextlib
 import logging
+import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+
+from prmoe_jax import stores
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +52,10 @@ class Clock:
 
 
 class Trace:
-    """The profiler's trace of some steps, from `profile[0]` to `profile[1]`."""
+    """The profiler's trace of some steps, from `profile[0]` to `profile[1]`.
+
+    JAX writes to a disk; a trace for an object store is copied there at its end.
+    """
 
     def __init__(self, profile: tuple[int, int] | None, step: int, folder: Path):
         """Takes the steps to trace, and the last step done, which may be later in a resumed run."""
@@ -60,7 +67,9 @@ class Trace:
     def before(self, step: int) -> None:
         """Call this before a step is started."""
         if self.first <= step <= self.last and not self.running:
-            jax.profiler.start_trace(str(self.folder))
+            local = stores.is_local(self.folder)
+            self.written = self.folder if local else Path(tempfile.mkdtemp(prefix="prmoe-"))
+            jax.profiler.start_trace(str(self.written))
             self.running = True
 
     def after(self, step: int, metrics: dict, stopping: bool) -> None:
@@ -69,4 +78,7 @@ class Trace:
             jax.block_until_ready(metrics)
             jax.profiler.stop_trace()
             self.running = False
+            if self.written != self.folder:
+                stores.upload(self.written, self.folder)
+                shutil.rmtree(self.written)
             log.info("profile written to %s", self.folder)
