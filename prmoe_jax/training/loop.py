@@ -202,7 +202,7 @@ def compile_cache(config: Config, workdir: Path) -> Iterator[None]:
         yield
         return
     folder = str(configs.expand("train.compile_cache", setting))
-    before = jax.config.jax_compilation_cache_dir
+    before = jax.config.values["jax_compilation_cache_dir"]
     jax.config.update("jax_compilation_cache_dir", folder)
     compilation_cache.reset_cache()  # JAX chooses the folder at the first compilation
     log.info("compiled programs are kept in %s", folder)
