@@ -54,6 +54,7 @@ setup(
         "eval": ["lm-eval>=0.4.10"],  # the first with models.utils.normalize_gen_kwargs
         "gcs": ["gcsfs"],  # runs' folders in Google Cloud Storage
         "plot": ["matplotlib"],
+        "wandb": ["wandb"],
         "interop": ["deepspeed", "torch", "transformers"],
         "dev": [
             "codespell",

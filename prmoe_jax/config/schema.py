@@ -273,6 +273,13 @@ class TrainConfig:
         least=1,
     )
     z_loss: float = setting(0.0, "Weight of log(Z)² of the logits.", least=0)
+    compile_cache: str = setting(
+        "auto",
+        "Folder of compiled programs, which a restart reads instead of compiling; `auto` is "
+        "compile_cache/ in the run's folder on GPUs and TPUs and none on CPUs; `` is none.",
+        path=True,
+        store=True,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -409,13 +416,25 @@ class CheckpointConfig:
 
     every: int = setting(100, "Steps between checkpoints.", least=1)
     keep: int = setting(3, "How many of the newest checkpoints stay.", least=1)
+    keep_every: int = setting(
+        0, "Checkpoints of steps that this divides stay as well; 0 keeps none of them.", least=0
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
-    """When a line is added to metrics.jsonl."""
+    """What a run tells about itself."""
 
-    every: int = setting(10, "Steps between lines.", least=1)
+    every: int = setting(10, "Steps between lines of metrics.jsonl.", least=1)
+    stall_minutes: float = setting(
+        30.0,
+        "Minutes without a step after which the stacks of all threads are printed; inf never does.",
+        above=0,
+        infinite=True,
+    )
+    wandb: str = setting(
+        "", "Project of Weights & Biases that gets the metrics, too (extra `[wandb]`)."
+    )
 
 
 @dataclasses.dataclass(frozen=True)

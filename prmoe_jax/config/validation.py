@@ -320,6 +320,13 @@ def _check_data(config: Config) -> None:
 
 
 def _check_training(config: Config) -> None:
+    checkpoint = config.checkpoint
+    require(
+        checkpoint.keep_every % checkpoint.every == 0,
+        f"checkpoint.keep_every={checkpoint.keep_every} is no multiple of checkpoint.every="
+        f"{checkpoint.every}, so that hardly any checkpoint would stay; use "
+        f"{-(-checkpoint.keep_every // checkpoint.every) * checkpoint.every}",
+    )
     train, optimizer = config.train, config.optimizer
     require(
         bool(train.steps) != bool(train.tokens),

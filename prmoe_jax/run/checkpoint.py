@@ -45,15 +45,18 @@ class TrainState(NamedTuple):
 class Checkpoints:
     """The checkpoints of one run.
 
-    The newest `keep` checkpoints stay, and older ones are deleted. Without `keep`, checkpoints can
-    be read but not written.
+    The newest `keep` checkpoints stay, and those of steps that `keep_every` divides; others are
+    deleted. Without `keep`, checkpoints can be read but not written.
     """
 
-    def __init__(self, workdir: Path, keep: int | None = None):
+    def __init__(self, workdir: Path, keep: int | None = None, keep_every: int = 0):
         self._local = stores.is_local(workdir)
         self._directory = (workdir.absolute() if self._local else workdir) / "checkpoints"
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, cleanup_tmp_directories=keep is not None, read_only=keep is None
+            max_to_keep=keep,
+            keep_period=keep_every or None,
+            cleanup_tmp_directories=keep is not None,
+            read_only=keep is None,
         )
         self._manager = ocp.CheckpointManager(
             self._directory, options=options, item_names=("model", "optimizer", "data")

@@ -11,6 +11,7 @@ import json
 import platform
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import prmoe_jax
@@ -24,13 +25,18 @@ RECORDED_PACKAGES = (
 )
 
 
-def record_environment(workdir: Path, devices: list) -> None:
-    """Adds a record of this start of the run to environment.json."""
+def record_environment(workdir: Path, devices: list) -> float:
+    """Adds a record of this start of the run to environment.json.
+
+    Returns:
+      When the run was started for the first time, in seconds since 1970.
+    """
     path = workdir / "environment.json"
     fix = "delete it (it only records how the run was started), or restore a copy"
     starts = files.read_json(path, list, fix) if path.exists() else []
     starts.append(
         {
+            "time": time.time(),
             "command": sys.argv,
             "git_revision": _git("rev-parse", "HEAD"),
             "git_changes": bool(_git("status", "--porcelain")),
@@ -42,6 +48,8 @@ def record_environment(workdir: Path, devices: list) -> None:
         }
     )
     files.replace(path, json.dumps(starts, indent=2) + "\n")
+    # Records of older versions have no time.
+    return min(s["time"] for s in starts if isinstance(s, dict) and "time" in s)
 
 
 def versions() -> dict[str, str | None]:

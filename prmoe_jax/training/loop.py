@@ -4,10 +4,12 @@ import contextlib
 import logging
 import math
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 from tqdm import tqdm
 
@@ -43,6 +45,7 @@ from prmoe_jax.parallel.mesh import (
     split_batch,
 )
 from prmoe_jax.run import directory as workdirs
+from prmoe_jax.run import weights_and_biases
 from prmoe_jax.run.checkpoint import Checkpoints, TrainState
 from prmoe_jax.run.directory import shared_settings
 from prmoe_jax.run.lock import locked
@@ -53,10 +56,11 @@ from prmoe_jax.run.metrics import (
     read_metrics,
     to_python,
 )
+from prmoe_jax.run.weights_and_biases import WandbRun
 from prmoe_jax.training.evaluate import evaluate_model
 from prmoe_jax.training.preemption import PreemptionGuard
 from prmoe_jax.training.step import compile_train_step, eval_step, init_state, sharded_state
-from prmoe_jax.training.timing import Clock, Trace
+from prmoe_jax.training.timing import Clock, StallWatch, Trace
 from prmoe_jax.training.upcycle import init_from_run
 
 log = logging.getLogger(__name__)
@@ -89,6 +93,7 @@ def train(
         the run has several processes.
     """
     workdir = stores.as_path(workdir)
+    weights_and_biases.check_installed(config)
     processes.agree("the settings", lambda: shared_settings(config))
     placed = choose_mesh(config, jax.device_count())
     check_fits(placed, jax.device_count())
@@ -101,8 +106,11 @@ def train(
         processes.check_folders(workdir, cache.root(config.data))
         interrupted = stack.enter_context(PreemptionGuard())
         checkpoints = stack.enter_context(
-            contextlib.closing(Checkpoints(workdir, config.checkpoint.keep))
+            contextlib.closing(
+                Checkpoints(workdir, config.checkpoint.keep, config.checkpoint.keep_every)
+            )
         )
+        stack.enter_context(compile_cache(config, workdir))
         # Restore order. 1. The config: a resumed run must be the same run.
         settings, stored = workdir / workdirs.CONFIG, workdir / workdirs.TOKENIZER
         resuming = checkpoints.latest() is not None
@@ -155,11 +163,15 @@ def train(
         if step >= config.total_steps and evaluated:
             log.info("the run is complete: step %d of %d", step, config.total_steps)
             return lines[-1] if first else {}
+        # Only the first process writes metrics.
+        begun = workdirs.record_environment(workdir, jax.devices()) if first else time.time()
+        clock = Clock(begun, record.get("productive_s", 0.0) if restored else 0.0)
+        writer, wandb = None, None
         if first:
-            workdirs.record_environment(workdir, jax.devices())
-        writer = MetricsWriter(workdir, step, lock.check) if first else None
-        if writer:
+            writer = MetricsWriter(workdir, step, lock.check)
             stack.callback(writer.close)
+            if config.log.wandb:
+                wandb = stack.enter_context(contextlib.closing(WandbRun(config, workdir, begun)))
         progress = stack.enter_context(
             tqdm(
                 total=config.total_steps,
@@ -170,13 +182,35 @@ def train(
             )
         )
         run = Run(
-            *(placed, workdir, data, mesh, checkpoints, fingerprint, writer, progress),
+            *(placed, workdir, data, mesh, checkpoints, fingerprint, writer, progress, clock),
+            *(wandb, stack.enter_context(StallWatch(config.log.stall_minutes))),
             Distiller(placed, teacher and teacher.config) if step < config.kd_steps else None,
             teacher,
             on_metrics,
         )
         del teacher  # only `run` refers to it, so that its memory is freed when distillation ends
         return run.loop(step, state, batches, interrupted, profile, evaluated)
+
+
+@contextlib.contextmanager
+def compile_cache(config: Config, workdir: Path) -> Iterator[None]:
+    """Has JAX keep compiled programs in the folder of `train.compile_cache` meanwhile."""
+    setting = config.train.compile_cache
+    if setting == "auto":
+        setting = "" if jax.default_backend() == "cpu" else str(workdir / "compile_cache")
+    if not setting:
+        yield
+        return
+    folder = str(configs.expand("train.compile_cache", setting))
+    before = jax.config.values["jax_compilation_cache_dir"]
+    jax.config.update("jax_compilation_cache_dir", folder)
+    compilation_cache.reset_cache()  # JAX chooses the folder at the first compilation
+    log.info("compiled programs are kept in %s", folder)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+        compilation_cache.reset_cache()
 
 
 class Run:
@@ -192,13 +226,17 @@ class Run:
         fingerprint: dict,
         writer: MetricsWriter | None,
         progress: tqdm,
+        clock: Clock,
+        wandb: WandbRun | None,
+        stall_watch: StallWatch,
         distiller: Distiller | None = None,
         teacher: Teacher | None = None,
         on_metrics: Callable[[dict], None] | None = None,
     ):
         self.config, self.workdir, self.data, self.mesh = config, workdir, data, mesh
         self.checkpoints, self.fingerprint = checkpoints, fingerprint
-        self.writer, self.progress, self.clock = writer, progress, Clock()
+        self.writer, self.progress, self.clock = writer, progress, clock
+        self.wandb, self.stall_watch = wandb, stall_watch
         self.teacher, self.on_metrics = teacher, on_metrics
         self.train_step = compile_train_step(config, mesh, distiller)
         self.eval_step = jax.jit(eval_step, out_shardings=replicated(mesh))
@@ -276,6 +314,7 @@ class Run:
     def save(self, step: int, state: TrainState, batches) -> None:
         record = {"fingerprint": self.fingerprint, "iterator": batches.get_state()}
         record["teacher_step"] = self.teacher and self.teacher.step
+        record["productive_s"] = self.clock.productive
         self.sync()
         self.checkpoints.save(step, state, record)
 
@@ -297,7 +336,10 @@ class Run:
                     f"{name} is {value} at step {step}; the last good checkpoint is "
                     + (f"step {good} in {self.workdir}" if good is not None else "none yet")
                 )
-        self.clock.step_done(self.config.tokens_per_step)
+        self.stall_watch.alive()
+        slow = self.clock.step_done(self.config.tokens_per_step)
+        if slow and jax.process_index() == 0:
+            log.warning("step %d %s", step, slow)
         self.progress.update()
         if not self.due(self.config.log.every, step):
             return
@@ -330,6 +372,8 @@ class Run:
         self.last_metrics = {"step": step, **metrics}
         if self.writer:
             self.writer.write(step, metrics)
+            if self.wandb:
+                self.wandb.write(step, metrics)
             if self.on_metrics:
                 self.on_metrics(self.last_metrics)
 
