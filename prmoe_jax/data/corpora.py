@@ -8,9 +8,11 @@ from collections.abc import Callable, Sequence
 
 from prmoe_jax.config import DataConfig
 from prmoe_jax.data import cache, sources
+from prmoe_jax.errors import UserError
 
 # Increase this when the same source gives other documents or another split than before.
 _RECIPE = 1
+TOKENS = "tokens:"  # starts a corpus of token shards; see `streams.py`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +52,8 @@ def open_corpus(config: DataConfig) -> Corpus:
     Raises:
       UserError: the corpus does not exist or is not installed.
     """
+    if config.corpus.startswith(TOKENS):
+        raise UserError(f"data.corpus={config.corpus} holds tokens, and text is needed here")
     if config.corpus.startswith("tfds:"):
         content = config.corpus
     else:

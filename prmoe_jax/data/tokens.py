@@ -38,6 +38,24 @@ class TokenCache:
     bytes: int  # size of the text in UTF-8
     fingerprint: str
 
+    def __len__(self) -> int:
+        return len(self.tokens_T)
+
+    @property
+    def described(self) -> str:
+        """The size, for messages."""
+        return f"{len(self.starts_N)} documents and {len(self)} tokens"
+
+    def read(self, first: int, last: int) -> np.ndarray:
+        """The tokens `first` to `last`, fewer at the end of the stream."""
+        return self.tokens_T[first:last]
+
+    def documents(self, first: int, tokens_T: np.ndarray) -> np.ndarray:
+        """For each token that was read at `first`: how many documents began since the first one."""
+        positions = np.arange(first, first + len(tokens_T))
+        documents = np.searchsorted(self.starts_N, positions, side="right")
+        return documents - documents[:1]
+
     @classmethod
     def open(cls, directory: pathlib.Path, tokenizer: Tokenizer) -> "TokenCache":
         """Maps the files of a finished cache of this tokenizer; reads no token yet.
