@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -150,6 +151,11 @@ def index_content(
         "splits": splits,
     }
     return content | {"fingerprint": fingerprint(content)}
+
+
+def encode(content: dict) -> bytes:
+    """The bytes of an `index.json`."""
+    return json.dumps(content, indent=1).encode() + b"\n"
 
 
 def fingerprint(content: dict) -> str:

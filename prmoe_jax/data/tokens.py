@@ -21,7 +21,7 @@ from prmoe_jax.data.tokenizer import Tokenizer
 log = logging.getLogger(__name__)
 
 # Enough text to keep the tokenizer's threads busy, but little memory.
-_CHUNK_CHARACTERS = 1 << 20
+CHUNK_CHARACTERS = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +67,9 @@ class TokenCache:
             meta = files.parse_json((directory / "meta.json").read_bytes())
             if type(meta["bytes"]) is not int or type(meta["fingerprint"]) is not str:
                 raise ValueError("meta.json is not as it was written")
+            dtype = dtype_of(tokenizer)
             return cls(
-                tokens_T=open_array(directory / "tokens.npy", _dtype(tokenizer), (meta["tokens"],)),
+                tokens_T=open_array(directory / "tokens.npy", dtype, (meta["tokens"],)),
                 starts_N=open_array(directory / "starts.npy", np.int64, (meta["documents"],)),
                 bytes=meta["bytes"],
                 fingerprint=meta["fingerprint"],
@@ -105,7 +106,7 @@ def _write(
 ) -> dict[str, int]:
     size = 0
     with (
-        ArrayWriter(directory / "tokens.npy", _dtype(tokenizer)) as tokens,
+        ArrayWriter(directory / "tokens.npy", dtype_of(tokenizer)) as tokens,
         ArrayWriter(directory / "starts.npy", np.int64) as starts,
         tqdm.tqdm(
             total=len(documents), desc=description, unit="doc", disable=not sys.stderr.isatty()
@@ -121,8 +122,9 @@ def _write(
         return {"documents": starts.rows, "tokens": tokens.rows, "bytes": size}
 
 
-def _dtype(tokenizer: Tokenizer) -> type:
-    return np.uint16 if tokenizer.size <= 1 << 16 else np.uint32
+def dtype_of(tokenizer: Tokenizer) -> np.dtype:
+    """The type in which a tokenizer's ids are stored: uint16 or uint32, little-endian."""
+    return np.dtype("<u2" if tokenizer.size <= 1 << 16 else "<u4")
 
 
 def _chunks(documents: Sequence[str]) -> Iterator[list[str]]:
@@ -130,7 +132,7 @@ def _chunks(documents: Sequence[str]) -> Iterator[list[str]]:
     for text in documents:
         chunk.append(text)
         characters += len(text)
-        if characters >= _CHUNK_CHARACTERS:
+        if characters >= CHUNK_CHARACTERS:
             yield chunk
             chunk, characters = [], 0
     if chunk:
