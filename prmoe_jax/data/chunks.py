@@ -9,7 +9,7 @@ from typing import Any
 from etils import epath
 
 from prmoe_jax.config import DataConfig
-from prmoe_jax.data import cache, sources
+from prmoe_jax.data import cache, sources, stores
 from prmoe_jax.errors import UserError
 
 SUFFIXES = *sources.SUFFIXES, ".parquet"
@@ -82,26 +82,15 @@ def find_files(config: DataConfig) -> Sequence[Path]:
       UserError: there is none, or the store can't be reached.
     """
     corpus = config.corpus
-    if "://" not in corpus:
+    if not stores.is_remote(corpus):
         if corpus in ("sotu", "prose"):
             return sources.files(corpus, cache.root(config))
         return sources.find_files(corpus, SUFFIXES)
-    try:
-        folder, _, pattern = corpus.partition("*")
-        folder = folder.rpartition("/")[0] if pattern or "*" in corpus else folder
-        if "*" in corpus:
-            found = list(epath.Path(folder).glob(corpus.removeprefix(folder).lstrip("/")))
-        else:
-            found = [epath.Path(corpus)]
-        found = [path for path in found if path.exists()]
-    except Exception as error:  # a store's client raises anything
-        raise UserError(f"{corpus} can't be listed: {error}") from error
-    if not found:
-        raise UserError(f"no file matches {corpus!r}")
+    found = stores.find(corpus)
     for path in found:
         if not path.name.endswith(SUFFIXES):
             raise UserError(f"{path}: unsupported kind of file; use {', '.join(SUFFIXES)}")
-    return sorted(found, key=str)
+    return found
 
 
 def documents(chunk: Chunk, config: DataConfig) -> Iterator[str]:

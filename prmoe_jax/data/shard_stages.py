@@ -22,7 +22,7 @@ from etils import epath
 
 from prmoe_jax import files
 from prmoe_jax.config import DataConfig
-from prmoe_jax.data import chunks, shards, split, tokens
+from prmoe_jax.data import chunks, shards, split, stores, tokens
 from prmoe_jax.data.chunks import Chunk
 from prmoe_jax.data.tokenizer import Tokenizer
 from prmoe_jax.errors import UserError
@@ -55,7 +55,7 @@ class Work:
     @property
     def local(self) -> bool:
         """Whether the folder is on this machine."""
-        return is_local(self.folder)
+        return not stores.is_remote(self.folder)
 
     @contextlib.contextmanager
     def written(self, path: epath.Path) -> Iterator[BinaryIO]:
@@ -98,11 +98,6 @@ class Work:
         """Records that a task is done."""
         with self.written(self.staging / f"{name}.json") as file:
             file.write(json.dumps(result).encode())
-
-
-def is_local(path: epath.Path) -> bool:
-    """Whether a path is not in an object store."""
-    return "://" not in str(path)
 
 
 def digest(work: Work, chunk: Chunk) -> None:

@@ -5,7 +5,7 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -127,6 +127,16 @@ class Index:
                 raise UserError(f"{shard.path} is not the shard that {INDEX} describes; {_FIX}")
             found.append(shard)
         return found
+
+
+def check_whole(paths: Iterable[Path]) -> None:
+    """Raises UserError if a shard of ours is among paths, which only its index may name."""
+    for path in paths:
+        if path.suffix == SUFFIX:
+            raise UserError(
+                f"{path} is one of several shards; give their folder {path.parent}, whose "
+                f"{INDEX} lists them"
+            )
 
 
 def index_content(

@@ -15,7 +15,7 @@ import numpy as np
 
 from prmoe_jax import files
 from prmoe_jax.config import DataConfig, expand
-from prmoe_jax.data import cache, shards, tokenizer
+from prmoe_jax.data import cache, shards, stores, tokenizer
 from prmoe_jax.data.corpora import TOKENS
 from prmoe_jax.data.shards import Index, Shard
 from prmoe_jax.data.tokenizer import Tokenizer
@@ -130,7 +130,7 @@ def open_sources(
         tokenizer, or no tokenizer is known.
     """
     parts = parse(config.corpus)
-    found = [_find(part.pattern) for part in parts]
+    found = [_find(part.pattern, config) for part in parts]
     indices = [index for indices, _ in found for index in indices]
     known = _tokenizer(config, vocab_size, indices, tokenizer_path)
     separate = any(part.validation for part in parts)
@@ -202,12 +202,14 @@ def schedule(weights: Sequence[Decimal]) -> np.ndarray:
     return np.array(order)
 
 
-def _find(pattern: str) -> tuple[list[Index], list[Path]]:
+def _find(pattern: str, config: DataConfig) -> tuple[list[Index], list[Path]]:
     """Our folders, or the files of other libraries, that a glob matches.
 
     Raises:
       UserError: it matches nothing, or files of both kinds.
     """
+    if stores.is_remote(pattern):
+        pattern = stores.local_copy(pattern, cache.root(config))
     path = expand("data.corpus", pattern)
     if path.exists():
         matched = [path]
@@ -215,12 +217,8 @@ def _find(pattern: str) -> tuple[list[Index], list[Path]]:
         matched = sorted(map(Path, glob.glob(str(path), recursive=True)))
     ours = [path.parent if path.name == shards.INDEX else path for path in matched]
     ours = [path for path in ours if (path / shards.INDEX).exists()]
+    shards.check_whole(matched)
     for path in matched:
-        if path.suffix == shards.SUFFIX:
-            raise UserError(
-                f"{path} is one of several shards; give their folder {path.parent}, whose "
-                f"{shards.INDEX} lists them"
-            )
         if path.is_dir() and path not in ours:
             raise UserError(
                 f"{path} has no {shards.INDEX}; give a folder that prmoe tokenize has finished, or "

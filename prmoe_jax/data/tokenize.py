@@ -15,7 +15,7 @@ from etils import epath
 
 from prmoe_jax import errors, files
 from prmoe_jax.config import Config, expand
-from prmoe_jax.data import cache, shard_stages, shards, split, tokenizer, tokens
+from prmoe_jax.data import cache, shard_stages, shards, split, stores, tokenizer, tokens
 from prmoe_jax.data.chunks import Chunk, find_chunks
 from prmoe_jax.data.shard_stages import RANGES, Work
 from prmoe_jax.data.tokenizer import Tokenizer
@@ -51,7 +51,7 @@ def tokenize(config: Config, out: str, flags: Sequence[str] = ()) -> dict[str, A
         something else or can't be written.
     """
     options = _options(flags)
-    folder = epath.Path(out if "://" in out else expand("--out", out))
+    folder = epath.Path(out if stores.is_remote(out) else expand("--out", out))
     chunks, listed, times = find_chunks(config.data)
     given = None if config.data.tokenizer == "bpe" else tokenizer.load_given(config.data)
     if given:
@@ -169,7 +169,7 @@ def _locked(folder: epath.Path) -> Iterator[None]:
       UserError: another command works there, or the folder can't be written.
     """
     try:
-        if not shard_stages.is_local(folder):
+        if stores.is_remote(folder):
             yield
             return
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,21 +1,25 @@
 """Token shards: other libraries' files by their specification, mixtures, and what is refused."""
 
 import dataclasses
+import hashlib
 import json
 import os
+import re
 import shutil
 import struct
 from decimal import Decimal
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from etils import epath
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prmoe_jax.cli import main
 from prmoe_jax.config import DataConfig
-from prmoe_jax.data import pipeline, shards, streams
+from prmoe_jax.data import pipeline, shards, stores, streams
 from prmoe_jax.data.pipeline import eval_batches, pipeline_fingerprint, train_iterator
 from prmoe_jax.errors import UserError
 from prmoe_jax.run.metrics import read_metrics
@@ -74,7 +78,9 @@ def write_ours(folder, train, validation=("held out",), per_shard=2):
             with path.open("rb") as file:
                 tokens = path.stat().st_size // 2
                 blocks = shards.block_digest(file, np.dtype("<u2"), tokens)
-            entries.append({"name": path.name, "tokens": tokens, "blocks": blocks})
+            sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+            entry = {"name": path.name, "tokens": tokens, "blocks": blocks, "sha256": sha256}
+            entries.append(entry)
         size = sum(len(text.encode()) for text in texts)
         splits[split] = {"bytes": size, "shards": entries}
     content = shards.index_content(tokenizer.fingerprint, 257, np.dtype("<u2"), splits, "")
@@ -401,3 +407,57 @@ def test_a_run_on_a_mixture_resumes_bit_for_bit(config, tmp_path, capsys):
     write_array(tmp_path / "b.npy", other)
     assert main([*command, "--workdir=parts"]) == 2
     assert "corpus was" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch):
+    """A folder that is reached as store://."""
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+
+    def opened(path):
+        return epath.Path(os.fspath(path).replace("store://", f"{folder}/"))
+
+    monkeypatch.setattr(stores, "epath", SimpleNamespace(Path=opened))
+    return folder
+
+
+def test_shards_of_a_store_are_copied_once(config, store, caplog):
+    caplog.set_level("INFO")
+    write_ours(store / "a", TEXTS)
+    (store / "pairs").mkdir()
+    write_megatron(store / "pairs" / "b", encoded(TEXTS))
+    write_megatron(store / "pairs" / "c", encoded(TEXTS[:2]))
+    corpus = "store://a/index.json*0.5,store://pairs/?.bin*0.5"
+    data = load(config, corpus)
+    assert [texts_of(part) for part in data.train.parts] == [TEXTS, [*TEXTS, *TEXTS[:1]]]
+    copied = [record for record in caplog.records if record.message.startswith("copying")]
+    assert len(copied) == 6 + 4
+    for path in Path("cache/shards").rglob("train-00002.tokens"):
+        path.unlink()  # as if the copy had been killed
+    caplog.clear()
+    again = load(config, corpus)
+    assert pipeline_fingerprint(again, 4, 0) == pipeline_fingerprint(data, 4, 0)
+    (copied,) = [record.message for record in caplog.records]
+    assert "train-00002.tokens" in copied
+    # The names in the store don't matter, and what is there already is not copied.
+    (store / "a").rename(store / "moved")
+    caplog.clear()
+    assert texts_of(load(config, "store://moved").train) == TEXTS and not caplog.records
+
+
+def test_a_damaged_store_is_one_line(config, store):
+    write_ours(store / "a", TEXTS)
+    change(store / "a" / "train-00002.tokens", 4, b"zz")
+    for corpus, message in (
+        ("store://a", "train-00002.tokens is not the file that its index describes"),
+        ("store://b*", "nothing matches 'store://b"),
+        ("store://a/*", "is one of several shards"),
+    ):
+        with pytest.raises(UserError, match=re.escape(message)):
+            load(config, corpus)
+    assert not list(Path("cache").rglob("*index.json"))
+    monkey = store / "a" / "index.json"
+    monkey.write_text("[]")
+    with pytest.raises(UserError, match="store://a can't be read|elsewhere/a can't be read"):
+        load(config, "store://a")
