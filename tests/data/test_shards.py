@@ -1,12 +1,12 @@
 """Token shards: other libraries' files by their specification, mixtures, and what is refused."""
 
-import dataclasses
 import hashlib
 import json
 import os
 import re
 import shutil
 import struct
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +20,12 @@ from hypothesis import strategies as st
 from prmoe_jax.cli import main
 from prmoe_jax.config import DataConfig
 from prmoe_jax.data import pipeline, shards, stores, streams
-from prmoe_jax.data.pipeline import eval_batches, pipeline_fingerprint, train_iterator
+from prmoe_jax.data.pipeline import (
+    TopKLogProbs,
+    eval_batches,
+    pipeline_fingerprint,
+    train_iterator,
+)
 from prmoe_jax.errors import UserError
 from prmoe_jax.run.metrics import read_metrics
 from tests.data.test_pipeline import MARK, rows_of, stream_of
@@ -37,7 +42,7 @@ def config(tmp_path, monkeypatch):
 
 
 def load(config, corpus, length=7, **changes):
-    config = dataclasses.replace(config, corpus=f"tokens:{corpus}", **changes)
+    config = replace(config, corpus=f"tokens:{corpus}", **changes)
     return pipeline.load_data(config, 384, length)
 
 
@@ -461,3 +466,29 @@ def test_a_damaged_store_is_one_line(config, store):
     monkey.write_text("[]")
     with pytest.raises(UserError, match="store://a can't be read|elsewhere/a can't be read"):
         load(config, "store://a")
+
+
+def test_a_teachers_predictions_come_with_their_window_of_a_mixture(config, tmp_path):
+    write_array(tmp_path / "a.npy", encoded(["a" * 99]))
+    write_array(tmp_path / "b.npy", encoded(["b" * 49]))
+    windows = load(config, "a.npy*0.5,b.npy*0.5,validation:a.npy", length=10).train
+    assert len(windows) == 10 + 5
+    said = np.arange(15 * 10 * 2, dtype=np.uint16).reshape(15, 10, 2)
+    taught = windows.taught_by(TopKLogProbs(said, -np.float32(said)))
+    tokens = [window.tokens_BxL.tolist() for window in windows]
+    for batch in [next(train_iterator(taught, 8, 0)), *eval_batches(taught, 15)]:
+        for row, predicted in zip(batch.tokens_BxL, batch.teacher_top_k.tokens_BxLxK, strict=True):
+            assert tokens[predicted[0, 0] // 20] == row.tolist()
+
+
+def test_a_run_goes_on_with_its_own_tokenizer_only(config, tmp_path):
+    write_ours(tmp_path / "a", TEXTS)
+    stored, config = tmp_path / "a" / "tokenizer.json", replace(config, corpus="tokens:a")
+    data = pipeline.load_data(replace(config, tokenizer="gone"), 384, 7, stored)
+    assert texts_of(data.train) == TEXTS
+    other = byte_tokenizer().description.replace('"truncation"', ' "truncation"', 1)
+    (tmp_path / "other.json").write_text(other)
+    with pytest.raises(UserError, match=r"have the tokenizer \w+, not \w+ \(this run's\)"):
+        pipeline.load_data(config, 384, 7, tmp_path / "other.json")
+    with pytest.raises(UserError, match="model.vocab_size=256 is smaller"):
+        pipeline.load_data(config, 256, 7, stored)

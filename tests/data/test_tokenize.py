@@ -18,6 +18,7 @@ import pytest
 from prmoe_jax.cli import main
 from prmoe_jax.config import DataConfig
 from prmoe_jax.data import chunks, pipeline, shard_stages, shards, split
+from prmoe_jax.data import tokenize as tokenize_module
 from prmoe_jax.data.chunks import Chunk, Piece
 from prmoe_jax.errors import UserError
 from tests.support.extras import needs_extra
@@ -219,6 +220,30 @@ def test_all_kinds_of_files_in_order(tmp_path, monkeypatch, capsys):
     assert "out is complete" in capsys.readouterr().err and content("out") == before
     index = json.loads(before["index.json"])
     assert shards.fingerprint(index) == index["fingerprint"] == result["fingerprint"]
+
+
+@beam
+def test_a_tfds_dataset_keeps_its_splits(monkeypatch):
+    """A document that is in both is held out."""
+    splits = {"train": ["a", "b", "c", "b", "d"], "validation": ["c", "e", "e", " "]}
+    monkeypatch.setattr(chunks, "_tfds", lambda config: splits)
+    assert tokenize(*IN_PROCESS, corpus="tfds:lm1b") == 0
+    assert documents("out", "validation") == ["c", "e"]
+    assert documents("out", "train") == ["a", "b", "d"]
+
+
+@beam
+def test_flags_of_clusters_are_known():
+    flags = (
+        "--runner=DataflowRunner --project=p --region=r --temp_location=gs://b/t --max_num_workers=9"
+        " --sdk_container_image=i --experiments=x --flink_master=f --spark_version=3"
+    ).split()
+    known = tokenize_module._options(flags).get_all_options()
+    assert (known["runner"], known["project"], known["flink_master"]) == (
+        "DataflowRunner",
+        "p",
+        "f",
+    )
 
 
 def started(out, *flags, **environment):
