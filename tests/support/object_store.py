@@ -111,6 +111,8 @@ def _main(port: int) -> None:
             self.end_headers()
             self.wfile.write(body)
 
+    # The tests' end, even by kill -9, ends the input.
+    threading.Thread(target=lambda: os._exit(len(sys.stdin.read())), daemon=True).start()
     storage = Storage(use_memory_fs=True)
     storage._write_config_to_file = lambda: None  # a list of all objects, at every write
     buckets.create_bucket(BUCKET, storage)
@@ -138,6 +140,7 @@ class ObjectStore:
         }
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.support.object_store", str(port)],
+            stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
@@ -157,7 +160,7 @@ class ObjectStore:
                 del os.environ[name]
             else:
                 os.environ[name] = value
-        self._process.kill()
+        self._process.stdin.close()
         self._process.wait()
 
     def fail(self, **faults) -> None:
