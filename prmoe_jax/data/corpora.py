@@ -55,17 +55,22 @@ def open_corpus(config: DataConfig) -> Corpus:
     """
     if config.corpus.startswith(TOKENS):
         raise UserError(f"data.corpus={config.corpus} holds tokens, and text is needed here")
-    if stores.scheme(config.corpus):
-        raise UserError(
-            f"data.corpus={config.corpus}: text is read from disks only; prmoe tokenize makes "
-            "shards of it, for tokens:…, or copy it to a disk"
-        )
+    check_on_disk(config)
     if config.corpus.startswith("tfds:"):
         content = config.corpus
     else:
         content = _content(sources.files(config.corpus, cache.root(config)))
     fingerprint = cache.fingerprint(_RECIPE, content, config.text_field, config.validation_fraction)
     return Corpus(fingerprint, functools.partial(_prepare, config, fingerprint))
+
+
+def check_on_disk(config: DataConfig) -> None:
+    """Raises UserError if the corpus is text in an object store."""
+    if stores.scheme(config.corpus):
+        raise UserError(
+            f"data.corpus={config.corpus}: text is read from disks only; prmoe tokenize makes "
+            "shards of it, for tokens:…, or copy it to a disk"
+        )
 
 
 def _prepare(config: DataConfig, fingerprint: str) -> dict[str, Sequence[str]]:

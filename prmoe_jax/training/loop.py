@@ -17,6 +17,7 @@ from prmoe_jax import config as configs
 from prmoe_jax import stores
 from prmoe_jax.config import Config
 from prmoe_jax.data import cache
+from prmoe_jax.data.corpora import check_on_disk
 from prmoe_jax.data.pipeline import (
     Data,
     fingerprint_changes,
@@ -94,6 +95,7 @@ def train(
     """
     workdir = stores.as_path(workdir)
     weights_and_biases.check_installed(config)
+    check_on_disk(config.data)
     processes.agree("the settings", lambda: shared_settings(config))
     placed = choose_mesh(config, jax.device_count())
     check_fits(placed, jax.device_count())

@@ -17,9 +17,9 @@ from etils import epath
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from prmoe_jax import stores
 from prmoe_jax.cli import main
 from prmoe_jax.config import DataConfig
-from prmoe_jax import stores
 from prmoe_jax.data import copies, pipeline, shards, streams
 from prmoe_jax.data.pipeline import (
     TopKLogProbs,
@@ -425,18 +425,18 @@ def store(tmp_path, monkeypatch):
         return epath.Path(os.fspath(path).replace("store://", f"{folder}/"))
 
     monkeypatch.setattr(stores.paths, "KNOWN", ("store",))
-    monkeypatch.setattr(stores, "as_path", opened)
+    monkeypatch.setattr(copies, "stores", SimpleNamespace(as_path=opened))
     monkeypatch.setattr(copies, "epath", SimpleNamespace(Path=opened))
     return folder
 
 
 def test_shards_of_a_store_are_copied_once(config, store, caplog):
     caplog.set_level("INFO")
-    write_ours(store / "a", TEXTS)
+    write_ours(store / "ours", TEXTS)
     (store / "pairs").mkdir()
     write_megatron(store / "pairs" / "b", encoded(TEXTS))
     write_megatron(store / "pairs" / "c", encoded(TEXTS[:2]))
-    corpus = "store://a/index.json*0.5,store://pairs/?.bin*0.5"
+    corpus = "store://ours/index.json*0.5,store://pairs/?.bin*0.5"
     data = load(config, corpus)
     assert [texts_of(part) for part in data.train.parts] == [TEXTS, [*TEXTS, *TEXTS[:1]]]
     copied = [record for record in caplog.records if record.message.startswith("copying")]
@@ -449,26 +449,26 @@ def test_shards_of_a_store_are_copied_once(config, store, caplog):
     (copied,) = [record.message for record in caplog.records]
     assert "train-00002.tokens" in copied
     # The names in the store don't matter, and what is there already is not copied.
-    (store / "a").rename(store / "moved")
+    (store / "ours").rename(store / "moved")
     caplog.clear()
     assert texts_of(load(config, "store://moved").train) == TEXTS and not caplog.records
 
 
 def test_a_damaged_store_is_one_line(config, store):
-    write_ours(store / "a", TEXTS)
-    change(store / "a" / "train-00002.tokens", 4, b"zz")
+    write_ours(store / "ours", TEXTS)
+    change(store / "ours" / "train-00002.tokens", 4, b"zz")
     for corpus, message in (
-        ("store://a", "train-00002.tokens is not the file that its index describes"),
-        ("store://b*", "nothing matches 'store://b"),
-        ("store://a/*", "is one of several shards"),
+        ("store://ours", "train-00002.tokens is not the file that its index describes"),
+        ("store://ours/none*", "nothing matches 'store://b"),
+        ("store://ours/*", "is one of several shards"),
     ):
         with pytest.raises(UserError, match=re.escape(message)):
             load(config, corpus)
     assert not list(Path("cache").rglob("*index.json"))
-    monkey = store / "a" / "index.json"
+    monkey = store / "ours" / "index.json"
     monkey.write_text("[]")
-    with pytest.raises(UserError, match="store://a can't be read|elsewhere/a can't be read"):
-        load(config, "store://a")
+    with pytest.raises(UserError, match="store://ours can't be read|elsewhere/ours can't be read"):
+        load(config, "store://ours")
 
 
 def test_a_teachers_predictions_come_with_their_window_of_a_mixture(config, tmp_path):
