@@ -459,7 +459,7 @@ def test_a_damaged_store_is_one_line(config, store):
     change(store / "ours" / "train-00002.tokens", 4, b"zz")
     for corpus, message in (
         ("store://ours", "train-00002.tokens is not the file that its index describes"),
-        ("store://ours/none*", "nothing matches 'store://b"),
+        ("store://ours/none*", "nothing matches 'store://ours/none"),
         ("store://ours/*", "is one of several shards"),
     ):
         with pytest.raises(UserError, match=re.escape(message)):
