@@ -126,10 +126,14 @@ def _report_unraisable(unraisable) -> None:
     """Prints Python's own report of an error in a callback, unless it only follows another error.
 
     When writing a checkpoint fails, each of Tensorstore's threads finds Orbax's event loop closed.
+    When reading a damaged one fails, Orbax abandons its other reads, which end with an error each.
     When a user's code recurses too deeply, JAX's garbage collection callback does so too.
     """
-    echo = isinstance(unraisable.exc_value, RecursionError)
-    if not echo and str(unraisable.exc_value) != "Event loop is closed":
+    error = unraisable.exc_value
+    echo = isinstance(error, RecursionError) or str(error) == "Event loop is closed"
+    while error and not echo:
+        echo, error = isinstance(error, GeneratorExit), error.__cause__
+    if not echo:
         sys.__unraisablehook__(unraisable)
 
 

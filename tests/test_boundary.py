@@ -145,6 +145,22 @@ def test_a_callback_that_fails_with_what_it_runs_in_is_not_told_twice(
     assert capsys.readouterr().err.count("Exception ignored in") == lines
 
 
+def test_an_abandoned_coroutine_that_ends_with_an_error_is_not_told(monkeypatch, capsys):
+    monkeypatch.setattr(boundary, "_report_unraisable", REPORT_UNRAISABLE)
+    boundary.prepare()
+
+    def read():
+        try:
+            yield
+        except BaseException as error:
+            raise ValueError("the read failed") from error
+
+    abandoned = read()
+    next(abandoned)
+    del abandoned
+    assert capsys.readouterr().err == ""
+
+
 FAILED_FUTURE = f"""
 import concurrent.futures
 from prmoe_jax.cli import main
