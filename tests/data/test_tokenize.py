@@ -328,7 +328,7 @@ MISTAKES = {
     "no parquet": (
         {}, IN_PROCESS, lambda: Path("text/b.parquet").write_text("no"), "not a Parquet file"
     ),
-    "a store": ({"corpus": "none://a/*.jsonl"}, IN_PROCESS, None, "none://a/*.jsonl can't be read"),
+    "a store": ({"corpus": "none://a/*.jsonl"}, IN_PROCESS, None, "there is no store none://"),
     "unwritable": (
         {"out": "text/a.jsonl/b"}, IN_PROCESS, None, "text/a.jsonl/b cannot be written"
     ),
