@@ -3,13 +3,14 @@
 They are on a disk or in an object store (`prmoe_jax/stores`).
 """
 
+import contextlib
 import fcntl
 import json
 import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -116,11 +117,7 @@ def build_folder(folder: Path, build: Callable[[Path], None]) -> None:
     folder = Path(os.path.realpath(folder))
     temporary = folder.with_name(f".{folder.name}.tmp")
     temporary.mkdir(parents=True, exist_ok=True)
-    with open(temporary / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process is writing {folder}; wait for it to end") from None
+    with only_writer(temporary / ".lock", folder):
         try:
             for left in temporary.iterdir():
                 if left.is_dir() and not left.is_symlink():
@@ -141,6 +138,22 @@ def build_folder(folder: Path, build: Callable[[Path], None]) -> None:
         # empty the folder.
         (folder / ".lock").unlink(missing_ok=True)
         _sync_folder(folder.parent)
+
+
+@contextlib.contextmanager
+def only_writer(lock: Path, folder: Path) -> Iterator[None]:
+    """Holds a lock file of this machine, which guards writing to a folder.
+
+    Raises:
+      UserError: another process holds it.
+      OSError: the lock file cannot be opened.
+    """
+    with open(lock, "w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is writing {folder}; wait for it to end") from None
+        yield
 
 
 def cannot_write(path: Path, error: OSError) -> UserError:

@@ -51,6 +51,10 @@ def models(topology: str) -> dict[str, Config]:
         settings.model.experts = (64,)
         settings.train.batch_size = EXCHANGE[topology]
         found["1.3B + MoE-64"] = config.resolve(settings)
+    if topology == "v5p:4x4x8":
+        settings = PAPER["get_config"]("dense_1.3b")
+        settings.train.batch_size *= 2
+        found["dense_1.3b, 16,384 tokens a chip"] = config.resolve(settings)
     return found
 
 

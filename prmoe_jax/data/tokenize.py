@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import fcntl
 import functools
 import logging
 import os
@@ -173,11 +172,7 @@ def _locked(folder: epath.Path) -> Iterator[None]:
             yield
             return
         folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / ".lock", "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"another process writes {folder}; wait for it to end") from None
+        with files.only_writer(folder / ".lock", folder):
             yield
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error
