@@ -6,9 +6,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from prmoe_jax.plan.program import Operation, result, size
+from prmoe_jax.plan.program import KINDS, Operation, result, size
 
-KINDS = "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"
+# Seconds from one slice's memory to another's: two copies to and from hosts, and the network. No
+# data sheet states it; this is an assumption.
+LATENCY = 50e-6
 # A function from a collective's kind, the devices of a group, and the bytes of its larger side
 # (operands or result) to its seconds.
 Network = Callable[[str, np.ndarray, int], float]
@@ -17,55 +19,140 @@ Network = Callable[[str, np.ndarray, int], float]
 class Collective(NamedTuple):
     """All runs of one operation in a step."""
 
-    kind: str
+    kind: str  # one of KINDS
     axes: tuple[str, ...]  # the mesh axes over which it communicates
     hidden: bool  # asynchronous: it starts and ends separately, and computation goes on meanwhile
     runs: int
     bytes: int  # a device's larger side (operands or result), all runs together
     seconds: float
+    away: bool = False  # between slices, or between hosts of GPUs
 
 
 def kind(operation: Operation) -> str | None:
-    """The kind of collective that an operation is; None if it is none."""
+    """The kind of collective that an operation is; None if it is none.
+
+    A TPU program of several slices has collectives of its own slice only. What crosses slices is a
+    `send` to the host that says what the hosts do together, and a `recv` of the result.
+    """
+    if operation.opcode == "send":
+        named = re.search(r'_xla_megascale_transfer_type="(\w+)"', operation.text)
+        name = named[1].lower().replace("_", "-") if named else ""
+        return name if name in KINDS else "collective-permute"
     name = operation.opcode.removesuffix("-start")
     return name if name in KINDS else None
 
 
 def collectives(
-    operations: Sequence[Operation], mesh_shape: dict[str, int], network: Network
+    operations: Sequence[Operation],
+    mesh_shape: dict[str, int],
+    network: Network,
+    island: np.ndarray | None = None,
+    partitions: int | None = None,
 ) -> list[Collective]:
     """The collectives among a program's operations, the most expensive first.
 
     Args:
       operations: from `program.operations`.
       mesh_shape: axis -> number of devices, outermost axis first.
-      network: from `torus` or `hosts`.
+      network: from `torus`, `hosts` or `slices`.
+      island: [devices], the slice of each TPU or the host of each GPU, in the order of the mesh;
+        all devices are on one island by default.
+      partitions: the devices of the program, which come first in the mesh: those of a slice, for
+        TPUs; all of the mesh by default.
     """
     devices = int(np.prod(list(mesh_shape.values())))
-    found = []
-    for operation in filter(kind, operations):
-        members = groups(operation.text, devices)[0]
-        places = np.stack(np.unravel_index(members, list(mesh_shape.values())), 1)
-        axes = tuple(
-            name for name, column in zip(mesh_shape, places.T, strict=True) if len(set(column)) > 1
-        )
-        moved = _bytes(operation, len(members))
-        runs = operation.runs
-        seconds = network(kind(operation), members, moved)
-        hidden = operation.opcode.endswith("-start")
-        found.append(Collective(kind(operation), axes, hidden, runs, moved * runs, seconds * runs))
+    island = np.zeros(devices, int) if island is None else island
+    found = (
+        _collective(operation, mesh_shape, network, island, partitions or devices)
+        for operation in operations
+        if kind(operation)
+    )
     return sorted(found, key=lambda collective: -collective.seconds)
+
+
+def _collective(operation, mesh_shape, network, island, partitions) -> Collective:
+    sent, runs = operation.opcode == "send", operation.runs
+    if sent:
+        members = _slices(operation.text) * partitions
+    else:
+        members = groups(operation.text, partitions)[0]
+    places = np.stack(np.unravel_index(members, list(mesh_shape.values())), 1)
+    axes = tuple(
+        name for name, column in zip(mesh_shape, places.T, strict=True) if len(set(column)) > 1
+    )
+    moved = _bytes(operation, len(members))
+    seconds = network(kind(operation), members, moved)
+    hidden = sent or operation.opcode.endswith("-start")
+    away = len(set(island[members])) > 1
+    return Collective(kind(operation), axes, hidden, runs, moved * runs, seconds * runs, away)
+
+
+def waiting(
+    operations: Sequence[Operation],
+    seconds: Callable[[Operation], float],
+    sent: Callable[[Operation], float],
+) -> float:
+    """Seconds of a step in which a TPU waits for other slices.
+
+    The program is followed in its order. Transfers begin at their `send` and take the network one
+    after the other, but for their latency; `recv-done` waits for one of them, and the end of the
+    step for all. All runs of a loop are followed as one, of as many times the length. A `recv-done`
+    whose `send` is in the loop's earlier run doesn't wait.
+
+    Args:
+      operations: from `program.operations`.
+      seconds: one run of an operation that is no transfer.
+      sent: one run of a transfer, by its `send`, with its latency.
+    """
+    now = free = waited = 0.0
+    ready: dict[str, float] = {}  # rendezvous -> when the transfer is complete
+    names: dict[str, str] = {}  # a recv's name -> rendezvous
+    for operation in operations:
+        if operation.opcode == "send":
+            free = max(free, now) + (sent(operation) - LATENCY) * operation.runs
+            ready[_rendezvous(operation.text)] = free + LATENCY * operation.runs
+        elif operation.opcode == "recv":
+            names[operation.name] = _rendezvous(operation.text)
+        elif operation.opcode == "recv-done":
+            name = names.get(re.search(r"recv-done\(%?([\w.\-]+)", operation.text)[1], "")
+            end = max(now, ready.get(name, now))
+            now, waited = end, waited + end - now
+        else:
+            now += seconds(operation) * operation.runs
+    return waited + max(0.0, free - now)
+
+
+def _rendezvous(text: str) -> str:
+    """What a `send` and its `recv` have in common."""
+    found = re.search(r'_xla_host_transfer_rendezvous="([^"]*)"', text)
+    return found[1] if found else ""
+
+
+def _slices(text: str) -> np.ndarray:
+    """The slices, counted from 0, that take part in a transfer.
+
+    XLA writes '"{1,2}x{0:3}"', slices counted from 1 and the chips of each, or groups of devices
+    such as '{{100000,200000},{100001,200001}}', whose slices are counted in 100,000s from 1.
+    """
+    target = text.partition("_xla_megascale_target=")[2]
+    listed = [int(number) for number in re.match(r'["{]*([\d,]+)\}', target)[1].split(",")]
+    return np.array([number // 100_000 or number for number in listed]) - 1
 
 
 def _bytes(operation: Operation, members: int) -> int:
     """Bytes of the larger side; the shape of a '-start' holds both result and operands."""
     shape = result(operation)
+    if operation.opcode == "send":
+        part = size(re.search(r"\w+\[[\d,]*\]", shape)[0])
+        return part * (members if kind(operation) == "all-gather" else 1)
     if operation.opcode.endswith("-start"):
         return max(size(part) for part in re.findall(r"\w+\[[\d,]*\]", shape))
     return size(shape) * (members if operation.opcode == "reduce-scatter" else 1)
 
 
-def torus(coordinates: np.ndarray, link_bytes_per_s: float) -> Network:
+def torus(
+    coordinates: np.ndarray, link_bytes_per_s: float, die_bytes_per_s: float = 0.0
+) -> Network:
     """Models chips that are linked to their neighbours, as TPUs are.
 
     A collective uses a ring in every dimension that its group spans, in both directions at once.
@@ -73,20 +160,53 @@ def torus(coordinates: np.ndarray, link_bytes_per_s: float) -> Network:
     is bound by the middle of the longest dimension: a quarter of the data crosses it in each
     direction. Nothing else is assumed to use the links.
 
+    Devices of one chip divide its links evenly. Those of one group share them, and only a group
+    inside a chip takes the time of the link between its dies.
+
     Args:
       coordinates: [devices, dimensions], in the order of the mesh.
-      link_bytes_per_s: bandwidth of one link in one direction.
+      link_bytes_per_s: a device's share of one link, in one direction.
+      die_bytes_per_s: bandwidth between the devices of a chip, in one direction.
     """
 
     def seconds(kind: str, members: np.ndarray, moved: int) -> float:
         extents = [len(set(column)) for column in coordinates[members].T]
-        wires = 2 * link_bytes_per_s * max(1, sum(extent > 1 for extent in extents))
+        rings = sum(extent > 1 for extent in extents)
         share = 1 - 1 / len(members)
+        if not rings and len(members) > 1 and die_bytes_per_s:
+            sides = {"all-reduce": 2 * share, "collective-permute": 1}.get(kind, share)
+            return moved * sides / die_bytes_per_s
+        together = len(members) // len(np.unique(coordinates[members], axis=0))
+        wires = 2 * link_bytes_per_s * max(1, rings) * together
         return {
             "all-reduce": 2 * moved * share / wires,
             "all-to-all": moved * max(extents) / 8 / link_bytes_per_s,
             "collective-permute": moved / (2 * link_bytes_per_s),
         }.get(kind, moved * share / wires)
+
+    return seconds
+
+
+def slices(inside: Network, devices: int, network_bytes_per_s: float) -> Network:
+    """Models TPU slices that the data-centre network links.
+
+    A host's network is divided evenly between its chips. Each chip sends its part of an array by
+    way of its host: all but 1/S of it where S slices gather, scatter or exchange, twice as much for
+    an all-reduce. Each transfer takes `LATENCY` in addition.
+
+    Args:
+      inside: from `torus`, the model of a slice's links.
+      devices: the devices of a slice; those of the first slice come first in the mesh.
+      network_bytes_per_s: a device's share of the network, in one direction.
+    """
+
+    def seconds(kind: str, members: np.ndarray, moved: int) -> float:
+        count = len(set(members // devices))
+        if count == 1:
+            return inside(kind, members, moved)
+        share = 1 - 1 / count
+        sides = {"all-reduce": 2 * share, "collective-permute": 1}.get(kind, share)
+        return LATENCY + moved * sides / network_bytes_per_s
 
     return seconds
 

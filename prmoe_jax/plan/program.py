@@ -10,6 +10,9 @@ FREE = frozenset(
     "parameter constant bitcast tuple get-tuple-element copy-start copy-done partition-id "
     "replica-id after-all opt-barrier iota call-start".split()
 )
+KINDS = "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"
+# Transfers through a TPU's host to other slices. Of these four, `recv-done` waits for the data.
+TRANSFERS = "send", "send-done", "recv", "recv-done"
 SENTINEL = 1 << 50  # larger estimates mean "unknown", which is written as a number near 2^64
 SPARSE_CORE = "call-done"  # the end of a gather or scatter on a TPU's SparseCore
 # These read only as many bytes of their operand as their result has.
@@ -50,8 +53,9 @@ def operations(hlo: str) -> list[Operation]:
     """The operations that run: those of the entry and of its loops, with the number of their runs.
 
     A fusion is one operation. If it contains an all-reduce, it is a reduce-scatter, which the TPU's
-    compiler writes as a slice of an all-reduce. All branches of a conditional are counted, which
-    gives an upper bound.
+    compiler writes as a slice of an all-reduce. A collective that runs on a SparseCore is one
+    operation, 'all-gather-start', say. All branches of a conditional are counted, which gives an
+    upper bound.
 
     Args:
       hlo: `compiled.as_text()`.
@@ -65,6 +69,7 @@ def operations(hlo: str) -> list[Operation]:
         for name, lines in computations.items()
     }
     found = []
+    offloaded = set()  # the names of calls that run a collective on a SparseCore
 
     def visit(computation: str, runs: int) -> None:
         for line in computations[computation]:
@@ -77,9 +82,16 @@ def operations(hlo: str) -> list[Operation]:
                     visit(branch, runs)
             elif opcode == "call":
                 visit(_attribute(text, "to_apply"), runs)
+            elif opcode == "call-start" and (
+                collective := _collective(computations[_attribute(text, "to_apply")], KINDS)
+            ):
+                offloaded.add(name)
+                found.append(_started(name, collective, shapes[_attribute(text, "to_apply")], runs))
+            elif opcode in ("call-update", SPARSE_CORE) and _operands(line)[0] in offloaded:
+                offloaded.add(name)
             elif not _is_free(opcode, text):
                 inside = computations[_attribute(text, "calls")] if "calls=" in text else []
-                collective = next((i for i in inside if i.opcode == "all-reduce"), None)
+                collective = _collective(inside, ("all-reduce",))
                 if collective:
                     result = text.partition(f" {opcode}(")[0]
                     attributes = collective.text.partition("all-reduce(")[2]
@@ -104,9 +116,29 @@ def operations(hlo: str) -> list[Operation]:
     return found
 
 
+def _collective(inside: list[_Line], kinds: tuple[str, ...]) -> _Line | None:
+    """The first collective of these kinds in a computation."""
+    return next((line for line in inside if line.opcode in kinds), None)
+
+
+def _started(name: str, line: _Line, shapes: dict[str, str], runs: int) -> Operation:
+    """A collective that runs beside the program; as elsewhere, its shape has operands and result.
+
+    Args:
+      name: the name of the operation that starts it.
+      line: the collective.
+      shapes: name -> shape in the collective's computation.
+      runs: how often it runs.
+    """
+    arrays = ", ".join(shapes.get(operand, "") for operand in [*_operands(line), line.name])
+    attributes = line.text.partition(f"{line.opcode}(")[2]
+    opcode = f"{line.opcode}-start"
+    return Operation(name, opcode, None, runs, f"({arrays}) {opcode}({attributes}")
+
+
 def _is_free(opcode: str, text: str) -> bool:
     if opcode.endswith(("-done", "-update")):
-        return opcode != SPARSE_CORE
+        return opcode not in (SPARSE_CORE, "recv-done")
     return opcode in FREE or 'custom_call_target="AllocateBuffer"' in text
 
 
@@ -171,6 +203,8 @@ def _flops(line: _Line, shapes: dict[str, str]) -> int:
 
 def _bytes(line: _Line, shapes, inside: list[_Line], inner) -> int:
     """Bytes of results and operands; an array that is sliced or updated counts with that part."""
+    if line.opcode in TRANSFERS:
+        return 0
     whole = size(line.text.partition(f" {line.opcode}(")[0])
     operands = [size(shapes.get(name, "")) for name in _operands(line)]
     if not inside:

@@ -5,8 +5,9 @@ around it. Attention kernels have no estimate: they take their FLOPs at `KERNEL_
 peak. Other operations without an estimate take their bytes at the memory's speed. GPUs' compiler
 has no estimates: every operation takes the longer of its FLOPs at the peak and its bytes at the
 memory's speed, which gives a lower bound. Collectives are modelled by `collectives.torus` or
-`collectives.hosts`; asynchronous ones of a TPU count as hidden behind computation. The model leaves
-out the hosts, the input, and the effect of collectives on each other.
+`collectives.hosts`; asynchronous ones of a TPU count as hidden behind computation. Between slices
+of TPUs, a transfer counts as hidden for as long as the program computes before it waits. The model
+leaves out the hosts, the input, and the effect of collectives on each other.
 """
 
 import dataclasses
@@ -30,9 +31,25 @@ from prmoe_jax.model.backends import check_backends
 from prmoe_jax.model.sizes import cost
 from prmoe_jax.model.transformer import Transformer, cast, init_model
 from prmoe_jax.parallel import sharding
-from prmoe_jax.parallel.mesh import batch_axes, check_fits, check_splits, make_mesh
-from prmoe_jax.plan.chips import Chip, topology_devices
-from prmoe_jax.plan.collectives import Collective, Network, collectives, hosts, kind, torus
+from prmoe_jax.parallel.mesh import (
+    batch_axes,
+    check_fits,
+    check_splits,
+    crosses_slices,
+    make_mesh,
+    on_slices,
+)
+from prmoe_jax.plan.chips import Chip, topology_devices, unit
+from prmoe_jax.plan.collectives import (
+    Collective,
+    Network,
+    collectives,
+    hosts,
+    kind,
+    slices,
+    torus,
+    waiting,
+)
 from prmoe_jax.plan.program import Operation, is_kernel, operations
 from prmoe_jax.run.checkpoint import TrainState
 from prmoe_jax.training.step import compile_train_step, compiler_options, init_state
@@ -40,6 +57,7 @@ from prmoe_jax.training.step import compile_train_step, compiler_options, init_s
 # The named scopes of the model's code; an operation's name lists them, innermost last.
 COMPONENTS = "attention mlp experts routing dispatch exchange embedding logits optimizer".split()
 KERNEL_EFFICIENCY = 0.5
+WAITING = "waiting for slices"  # the part of a step in which TPUs wait for those of other slices
 
 log = logging.getLogger(__name__)
 
@@ -57,15 +75,17 @@ def plan(config: Config, topology: str, decode: int = 0, teacher: Config | None 
     Returns:
       topology, mesh, chips, fits; hbm_bytes_per_chip by use (also `needed` if the step doesn't
       fit); modelled_step_s, components (seconds by part of the model), collectives (kind, axes,
-      hidden, runs, bytes, seconds; summed by the first three) and tokens_per_s; for training also
-      modelled_mfu, days (for the config's tokens) and chip_hours. The times are missing if the
-      arguments alone don't fit, or the compiler finds that the step doesn't.
+      hidden, network, runs, bytes, seconds; summed by the first four; network is 'ici' or 'dcn' of
+      TPUs, 'nvlink' or 'network' of GPUs) and tokens_per_s; for training also modelled_mfu, days
+      (for the config's tokens) and chip_hours. The times are missing if the arguments alone don't
+      fit, or the compiler finds that the step doesn't. For a TPU7x, whose chips are two devices
+      each, `mesh` and everything by chip are by device, except `chips` and chip_hours.
 
     Raises:
       UserError: the topology is unknown, the compiler is not installed, or the mesh does not fit.
     """
     chip, devices = topology_devices(topology)
-    config = decoding(config, decode) if decode else config
+    config = on_slices(decoding(config, decode) if decode else config, devices)
     check_fits(config, len(devices))
     mesh = make_mesh(config, devices)
     check_backends(config, chip.platform, mesh)
@@ -77,7 +97,7 @@ def plan(config: Config, topology: str, decode: int = 0, teacher: Config | None 
     result = {
         "topology": topology,
         "mesh": {name: size for name, size in mesh.shape.items() if size > 1},
-        "chips": len(devices),
+        "chips": len(devices) // chip.devices,
         "fits": False,
         "hbm_bytes_per_chip": held,
     }
@@ -98,14 +118,16 @@ def plan(config: Config, topology: str, decode: int = 0, teacher: Config | None 
     # Activations, gradients and the program's working memory.
     held["temporaries"] = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
     program = operations(compiled.as_text())
-    sent = collectives(program, dict(mesh.shape), _network(chip, mesh))
+    sent = collectives(program, dict(mesh.shape), *_network(chip, mesh))
     components = _components(program, sent, chip)
+    if any(collective.away and chip.platform == "tpu" for collective in sent):
+        components[WAITING] = _waiting(program, mesh, chip)
     step_s = sum(components.values())
     result |= {
         "fits": sum(held.values()) <= chip.hbm_bytes,
         "modelled_step_s": step_s,
         "components": components,
-        "collectives": _summed(sent),
+        "collectives": _summed(sent, chip),
     }
     if decode:
         return result | {"tokens_per_s": decode / step_s}
@@ -116,7 +138,7 @@ def plan(config: Config, topology: str, decode: int = 0, teacher: Config | None 
         "modelled_mfu": flops_per_s / chip.flops_per_s,
         "tokens_per_s": tokens_per_s,
         "days": tokens / tokens_per_s / 86400,
-        "chip_hours": tokens / tokens_per_s / 3600 * len(devices),
+        "chip_hours": tokens / tokens_per_s / 3600 * (len(devices) // chip.devices),
     }
 
 
@@ -253,32 +275,56 @@ def _bytes_per_chip(tree) -> int:
     )
 
 
-def _network(chip: Chip, mesh: Mesh) -> Network:
-    if chip.platform == "tpu":
-        coordinates = np.array([device.coords for device in mesh.devices.flat])
-        return torus(coordinates, chip.link_bytes_per_s)
-    host = np.array([device.process_index for device in mesh.devices.flat])
-    return hosts(host, chip.link_bytes_per_s, chip.network_bytes_per_s)
+def _network(chip: Chip, mesh: Mesh) -> tuple[Network, np.ndarray, int]:
+    """The arguments of `collectives` after the mesh."""
+    if chip.platform == "gpu":
+        host = np.array([device.process_index for device in mesh.devices.flat])
+        return hosts(host, chip.link_bytes_per_s, chip.network_bytes_per_s), host, mesh.size
+    coordinates = np.array([device.coords for device in mesh.devices.flat])
+    links = torus(coordinates, chip.link_bytes_per_s, chip.die_bytes_per_s)
+    inside = math.prod(size for name, size in mesh.shape.items() if not crosses_slices(name))
+    network = slices(links, inside, chip.network_bytes_per_s)
+    return network, np.arange(mesh.size) // inside, inside
 
 
 def _components(program: list[Operation], sent: list[Collective], chip: Chip) -> dict[str, float]:
     """Seconds of a step by part of the model; attention kernels and collectives are own parts."""
     seconds = Counter()
     for operation in program:
-        part, once = component(operation), operation.bytes / chip.hbm_bytes_per_s
         if kind(operation):
             continue
-        if is_kernel(operation):
-            part = "attention kernels"
-            once = operation.flops / chip.flops_per_s / KERNEL_EFFICIENCY
-        elif operation.cycles is not None:
-            once = operation.cycles / chip.hertz
-        elif chip.platform == "gpu":
-            once = max(once, operation.flops / chip.flops_per_s)
-        seconds[part] += once * operation.runs
+        part = "attention kernels" if is_kernel(operation) else component(operation)
+        seconds[part] += _once(operation, chip) * operation.runs
     hidden = chip.platform == "tpu"
     seconds["collectives"] = sum(c.seconds for c in sent if not (hidden and c.hidden))
     return dict(seconds.most_common())
+
+
+def _once(operation: Operation, chip: Chip) -> float:
+    """Seconds of one run of an operation that is no collective."""
+    if is_kernel(operation):
+        return operation.flops / chip.flops_per_s / KERNEL_EFFICIENCY
+    if operation.cycles is not None:
+        return operation.cycles / chip.hertz
+    flops = operation.flops if chip.platform == "gpu" else 0
+    return max(operation.bytes / chip.hbm_bytes_per_s, flops / chip.flops_per_s)
+
+
+def _waiting(program: list[Operation], mesh: Mesh, chip: Chip) -> float:
+    """Seconds of a step in which a TPU waits for other slices."""
+    network = _network(chip, mesh)
+
+    def collective(operation: Operation) -> Collective:
+        (found,) = collectives([operation], dict(mesh.shape), *network)
+        return found
+
+    def once(operation: Operation) -> float:
+        if not kind(operation):
+            return _once(operation, chip)
+        found = collective(operation)
+        return 0.0 if found.hidden else found.seconds / found.runs
+
+    return waiting(program, once, lambda sent: collective(sent).seconds / sent.runs)
 
 
 def component(operation: Operation) -> str:
@@ -288,15 +334,19 @@ def component(operation: Operation) -> str:
     return scopes[-1] if scopes else "other"
 
 
-def _summed(sent: list[Collective]) -> list[dict]:
-    totals: dict[tuple, list] = {}
+NETWORKS = {"tpu": ("ici", "dcn"), "gpu": ("nvlink", "network")}
+
+
+def _summed(sent: list[Collective], chip: Chip) -> list[dict]:
+    totals: dict[tuple, Counter] = {}
     for collective in sent:
-        total = totals.setdefault((collective.kind, collective.axes, collective.hidden), [0, 0, 0])
-        for i, value in enumerate((collective.runs, collective.bytes, collective.seconds)):
-            total[i] += value
+        network = NETWORKS[chip.platform][collective.away]
+        total = totals.setdefault((*collective[:3], network), Counter())
+        for name in ("runs", "bytes", "seconds"):
+            total[name] += getattr(collective, name)
     return [
-        dict(zip(Collective._fields, (kind, list(axes), hidden, *total), strict=True))
-        for (kind, axes, hidden), total in totals.items()
+        {"kind": kind, "axes": list(axes), "hidden": hidden, "network": network, **total}
+        for (kind, axes, hidden, network), total in totals.items()
     ]
 
 
@@ -316,12 +366,13 @@ def _instead(result: dict) -> str:
 def table(result: dict) -> str:
     """The plan as text."""
     mesh = ", ".join(f"{name} {size}" for name, size in result["mesh"].items()) or "one chip"
+    each = unit(result["topology"])
     lines = [f"{result['topology']}: {result['chips']} chips, mesh {mesh}"]
     if result.get("flags"):
         lines.append(f"the mesh is the suggested one: {result['flags']}")
     lines.append("fits" if result["fits"] else "does not fit")
     for name, size in result["hbm_bytes_per_chip"].items():
-        lines.append(f"  {name:20} {size / 2**30:9.2f} GiB a chip")
+        lines.append(f"  {name:20} {size / 2**30:9.2f} GiB a {each}")
     if "instead" in result:
         lines.append(_instead(result))
     if "modelled_step_s" not in result:
@@ -331,12 +382,13 @@ def table(result: dict) -> str:
     lines.append(f"modelled step {step_s * 1e3:.4g} ms{mfu}")
     for name, seconds in result["components"].items():
         lines.append(f"  {name:20} {seconds * 1e3:9.1f} ms {seconds / step_s:6.1%}")
-    lines.append("collectives, a chip and step")
+    lines.append(f"collectives, a {each} and step")
     for row in result["collectives"]:
-        hidden = "hidden" if row["hidden"] else ""
+        hidden = "hidden" if row["hidden"] and row["network"] != "dcn" else ""
         lines.append(
             f"  {row['kind']:20} {row['bytes'] / 1e6:9.0f} MB {row['runs']:5} x "
-            f"{row['seconds'] * 1e3:7.1f} ms over {' '.join(row['axes']) or 'one device'} {hidden}"
+            f"{row['seconds'] * 1e3:7.1f} ms by {row['network']} over "
+            f"{' '.join(row['axes']) or 'one device'} {hidden}"
         )
     cost_text = ""
     if "days" in result:
@@ -346,4 +398,9 @@ def table(result: dict) -> str:
         "Modelled, not measured: the compiler's cycles on TPUs, a roofline on GPUs; attention "
         "kernels at half the peak; collectives alone on their links, hidden ones free on TPUs."
     )
+    if WAITING in result["components"]:
+        lines.append(
+            "Transfers between slices (dcn) cost what the program waits for them, a host's network "
+            "being divided evenly between its chips."
+        )
     return "\n".join(lines)
