@@ -151,9 +151,13 @@ def embed(name: str, table_VxD: jax.Array | QuantizedWeight, ids_BxL: jax.Array)
         return table_VxD[ids_BxL]
     parts = spec(name, table_VxD.shape, mesh)
     entries, width = parts
+    split = (width,) if isinstance(width, str) else width or ()
+    replicas = tuple(axis for axis in batch_axes(mesh) if axis not in split)
 
     def local(table_VxD, ids_BxL):
         if width:
+            # So that a gradient is scattered over `width` before the replicas' are summed.
+            table_VxD = jax.lax.pcast(table_VxD, replicas, to="varying")
             table_VxD = jax.lax.all_gather(table_VxD, width, axis=1, tiled=True)
         if not entries:
             return table_VxD[ids_BxL]

@@ -76,6 +76,7 @@ def operations(hlo: str) -> list[Operation]:
             name, opcode, text, _ = line
             if opcode == "while":
                 trips = _trip_count(text, computations[_attribute(text, "condition")])
+                trips -= _first(line, computations[computation])
                 visit(_attribute(text, "body"), runs * trips)
             elif opcode == "conditional":
                 for branch in _branches(text):
@@ -277,6 +278,23 @@ def _branches(text: str) -> list[str]:
     if listed := re.search(r"branch_computations=\{([^}]*)\}", text):
         return [name.strip(" %") for name in listed[1].split(",")]
     return [_attribute(text, f"{value}_computation") for value in ("true", "false")]
+
+
+def _first(loop: _Line, lines: list[_Line]) -> int:
+    """The number that a loop counts from: 1 where the compiler took the first trip out of it.
+
+    The counter is the first element of the loop's tuple. The result is 0 if its value isn't plain,
+    or the number of trips is known anyway.
+    """
+    if '"known_trip_count"' in loop.text:
+        return 0
+    known = {line.name: line for line in lines}
+    line = known.get(_operands(loop)[0])
+    while line and line.opcode in ("tuple", "copy", "bitcast"):
+        line = known.get(_operands(line)[0])
+    if not line or line.opcode != "constant":
+        return 0
+    return int(re.search(r"constant\((\d+)\)", line.text)[1])
 
 
 def _trip_count(text: str, condition: list[_Line]) -> int:

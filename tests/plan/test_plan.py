@@ -228,6 +228,25 @@ def test_a_loop_without_a_bound_is_an_error():
         operations(HLO.replace("known_trip_count", "unknown"))
 
 
+def test_a_loop_whose_first_trip_was_taken_out():
+    """It counts from 1 to 5."""
+    changed = (
+        HLO.replace(
+            'condition=%outer_condition, body=%outer_body, backend_config={"known_trip_count":'
+            '{"n":"3"}}',
+            "condition=%inner_condition, body=%outer_body",
+        )
+        .replace("while(%f)", "while(%start)")
+        .replace(
+            "  ROOT %w",
+            "  %one = s32[] constant(1)\n  %copied = s32[] copy(%one)\n"
+            "  %start = (s32[], f32[8]{0}) tuple(%copied, %f)\n  ROOT %w",
+        )
+    )
+    assert cycles(changed) == 100 + 4 * (11 + 5 * 7)
+    assert cycles(changed.replace("constant(1)", "constant(0)")) == 100 + 5 * (11 + 5 * 7)
+
+
 def test_attributes_over_several_lines():
     """As a kernel has them; the computation goes on after it."""
     kernel = """\
