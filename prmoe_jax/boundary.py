@@ -107,8 +107,8 @@ def _kept(text: str, folder: Path | None) -> str:
     head = f"prmoe_jax {prmoe_jax.__version__}, Python {platform.python_version()}\n{sys.argv}\n\n"
     name = f"error-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
     for place in (folder, Path(tempfile.gettempdir())):
-        if place and place.is_dir():
-            with contextlib.suppress(UserError):
+        with contextlib.suppress(OSError, UserError):
+            if place and place.is_dir():
                 files.replace(place / name, head + text)
                 return str(place / name)
     print(text, file=sys.stderr)  # no room for a file anywhere

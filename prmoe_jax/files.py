@@ -1,21 +1,26 @@
-"""Writes a run's files so that none is ever half written, and checks them when they are read."""
+"""Writes a run's files so that none is ever half written, and checks them when they are read.
+
+They are on a disk or in an object store (`prmoe_jax/stores`).
+"""
 
 import fcntl
 import json
 import logging
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from prmoe_jax import stores
 from prmoe_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
 
 def replace(path: Path, content: str | bytes) -> None:
-    """Writes a temporary file beside `path` and renames it to `path`.
+    """Writes a temporary file beside `path` and renames it to `path`; a store does so by itself.
 
     A crash, `kill -9` or a full disk at any moment leaves the old content or the new one. A file
     that already holds the content is not touched.
@@ -24,6 +29,9 @@ def replace(path: Path, content: str | bytes) -> None:
       UserError: the file cannot be written; its old content is still there.
     """
     data = content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content
+    if not stores.is_local(path):
+        _replace_object(path, data)
+        return
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         if path.is_file() and path.read_bytes() == data:
@@ -40,6 +48,55 @@ def replace(path: Path, content: str | bytes) -> None:
     except BaseException:
         _remove(temporary)
         raise
+
+
+def _replace_object(path: Path, data: bytes) -> None:
+    from prmoe_jax.stores import gcs
+
+    try:
+        if not (path.exists() and path.read_bytes() == data):
+            gcs.write(path, data)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+class GrowingObject:
+    """A file in an object store that grows.
+
+    An object can't be appended to: its content is kept in memory and written whole, at most every
+    `EVERY` seconds, and rarer if that took long. What a killed process had not written is lost.
+
+    It is written to like an open file. `flush` writes it when it is time, `sync` at once.
+    """
+
+    EVERY = 30.0  # seconds
+    SHARE = 20  # the seconds from one write to the next, as a multiple of those that it took
+
+    def __init__(self, path: Path, content: bytes = b"", check: Callable[[], None] = lambda: None):
+        """Takes the content that the object has; `check` is called before each write."""
+        self._path, self._content, self._check = path, bytearray(content), check
+        self._written, self._due = len(content), time.monotonic() + self.EVERY
+
+    def write(self, data: bytes) -> None:
+        self._content += data
+
+    def flush(self) -> None:
+        if time.monotonic() >= self._due:
+            self.sync()
+
+    def sync(self) -> None:
+        """Writes the object if its content has grown; OSError if it cannot be written."""
+        from prmoe_jax.stores import gcs
+
+        if self._written == len(self._content):
+            return
+        self._check()
+        begun = time.monotonic()
+        gcs.write(self._path, bytes(self._content))
+        self._written, end = len(self._content), time.monotonic()
+        self._due = end + max(self.EVERY, self.SHARE * (end - begun))
+
+    close = sync
 
 
 def build_folder(folder: Path, build: Callable[[Path], None]) -> None:

@@ -69,3 +69,12 @@ def text(tmp_path_factory):
     for i in range(40):
         (folder / f"{i}.txt").write_text(f"{i}: " + " ".join(rng.choices(words, k=300)))
     return folder, tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def object_store():
+    """An object store in a process of its own, which clients in this process and others find."""
+    from tests.support.object_store import ObjectStore
+
+    with ObjectStore() as store:
+        yield store

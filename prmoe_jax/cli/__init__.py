@@ -19,6 +19,7 @@ from prmoe_jax.cli import (
     plan,
     report,
     sweep,
+    tokenize,
     train,
 )
 from prmoe_jax.cli.options import CONFIG_HELP, Parser, parse_config
@@ -46,7 +47,11 @@ def main(arguments: list[str] | None = None) -> int:
             except UnicodeEncodeError:
                 raise UserError(f"the argument {argument!a} is not UTF-8 text") from None
         with _processes(given):
-            options, rest = _parser().parse_known_args(given)
+            own, passed_on = _split(given)
+            options, rest = _parser().parse_known_args(own)
+            if passed_on and not options.passes_on:
+                raise UserError(f"'--' is not understood; see prmoe {options.verb} --help")
+            options.passed_on = passed_on
             if rest and not options.takes_config:
                 raise UserError(f"'{rest[0]}' is not understood; see prmoe {options.verb} --help")
             options.run(options, rest)
@@ -62,6 +67,14 @@ def _processes(arguments: list[str]):
     from prmoe_jax.parallel import processes
 
     return processes.initialize_distributed()
+
+
+def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """The arguments before a `--`, and those behind it, which are another program's."""
+    if "--" not in arguments:
+        return arguments, []
+    place = arguments.index("--")
+    return arguments[:place], arguments[place + 1 :]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -84,11 +97,13 @@ def _parser() -> argparse.ArgumentParser:
             allow_abbrev=False,
         )
         sub.add_argument("--json", action="store_true", help="print JSON for machines")
-        sub.set_defaults(run=run, takes_config=takes_config)
+        sub.set_defaults(run=run, takes_config=takes_config, passes_on=False)
         sub.takes_config = takes_config
         return sub
 
-    for module in (train, eval, generate, sweep, report, interop, params, distill, plan):
+    for module in (
+        train, eval, generate, sweep, report, interop, params, distill, plan, tokenize,
+    ):  # fmt: skip
         module.add(verb)
     bench.add(verb, verbs)
     return parser

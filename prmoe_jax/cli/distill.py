@@ -3,7 +3,7 @@
 import json
 
 from prmoe_jax import allocator
-from prmoe_jax.cli.options import parse_config, path
+from prmoe_jax.cli.options import local_path, parse_config
 from prmoe_jax.errors import UserError
 
 
@@ -14,7 +14,7 @@ def add(verb) -> None:
 
     keep = "record a teacher's predictions for a student's training text, for many students"
     sub = verb("teacher-cache", _teacher_cache, keep, True)
-    sub.add_argument("--out", type=path, required=True, help="the folder to write, a new one")
+    sub.add_argument("--out", type=local_path, required=True, help="the folder to write, a new one")
 
 
 def _distill_plan(options, rest) -> None:

@@ -5,8 +5,10 @@ import difflib
 import os
 import re
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
+from prmoe_jax import stores
 from prmoe_jax.config import userfile
 from prmoe_jax.errors import UserError
 
@@ -72,6 +74,8 @@ def config_argument(arguments: list[str]) -> tuple[Path, str, list[str]]:
     parser = Parser(prog="prmoe", add_help=False, allow_abbrev=False)
     parser.add_argument("--config", default="")
     options, rest = parser.parse_known_args(arguments)
+    if stores.scheme(options.config):
+        return stores.as_path(options.config), "", rest
     file, _, name = options.config.partition(":")
     if not file:
         raise UserError("no --config; for example --config=configs/tiny.py:prmoe")
@@ -84,6 +88,8 @@ def _load_settings(path: Path, name: str):
 
     if re.fullmatch(r"\w+", str(path)) and not path.exists():
         path = userfile.shipped(str(path))
+    if not stores.is_local(path) and path.suffix != ".json":
+        raise UserError(f"--config={path} is in an object store: there only a run's config.json")
     if not path.is_file():
         raise UserError(f"--config={path} is not a file; for example configs/tiny.py:prmoe")
     if path.suffix == ".json":  # of a run
@@ -156,10 +162,22 @@ def _did_you_mean(name: str, known) -> str:
 
 
 def path(text: str) -> Path:
-    """Converts an option's value to a path; refuses an empty one."""
+    """Converts an option's value to a path, local or in an object store; refuses an empty one."""
+    return _path(text, stores.as_path)
+
+
+def local_path(text: str) -> Path:
+    """Converts an option's value to a local path; refuses an empty one."""
+    return _path(text, stores.as_local_path)
+
+
+def _path(text: str, convert: Callable[[str], Path]) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("is empty; if it was a shell variable, it isn't set")
-    return Path(text)
+    try:
+        return convert(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def parse_mesh(text: str):

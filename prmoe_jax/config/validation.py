@@ -4,6 +4,7 @@ import dataclasses
 import math
 import os
 
+from prmoe_jax import stores
 from prmoe_jax.config.schema import (
     Config,
     MeshConfig,
@@ -80,6 +81,7 @@ def _check_type(name: str, value, setting: Setting) -> None:
     if isinstance(value, str):
         if setting.path:
             _check_path(name, value)
+            _check_store(name, value, setting)
         require(len(value) < 4096, f"{name} is too long: {len(value)} characters of at most 4095")
     elif isinstance(value, float):
         finite, (low, high) = math.isfinite(value), FLOAT32
@@ -121,6 +123,18 @@ def _check_bounds(name: str, value, setting: Setting) -> None:
         )
     elif least is not None:
         require(value >= least, f"{name}={value} is out of range; use {least} or more")
+
+
+def _check_store(name: str, value: str, setting: Setting) -> None:
+    """Refuses a path in a store that is unknown, or where only a local path works."""
+    try:
+        in_store = stores.scheme(value)
+    except UserError as error:
+        raise UserError(f"{name}={error}") from None
+    require(
+        not in_store or setting.store,
+        f"{name}={value} is in an object store; this setting needs a local path",
+    )
 
 
 def _check_path(name: str, value: str) -> None:
@@ -307,6 +321,13 @@ def _check_data(config: Config) -> None:
 
 
 def _check_training(config: Config) -> None:
+    checkpoint = config.checkpoint
+    require(
+        checkpoint.keep_every % checkpoint.every == 0,
+        f"checkpoint.keep_every={checkpoint.keep_every} is no multiple of checkpoint.every="
+        f"{checkpoint.every}, so that hardly any checkpoint would stay; use "
+        f"{-(-checkpoint.keep_every // checkpoint.every) * checkpoint.every}",
+    )
     train, optimizer = config.train, config.optimizer
     require(
         bool(train.steps) != bool(train.tokens),

@@ -6,11 +6,14 @@ import hashlib
 import pathlib
 from collections.abc import Callable, Sequence
 
+from prmoe_jax import stores
 from prmoe_jax.config import DataConfig
 from prmoe_jax.data import cache, sources
+from prmoe_jax.errors import UserError
 
 # Increase this when the same source gives other documents or another split than before.
 _RECIPE = 1
+TOKENS = "tokens:"  # starts a corpus of token shards; see `streams.py`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,12 +53,24 @@ def open_corpus(config: DataConfig) -> Corpus:
     Raises:
       UserError: the corpus does not exist or is not installed.
     """
+    if config.corpus.startswith(TOKENS):
+        raise UserError(f"data.corpus={config.corpus} holds tokens, and text is needed here")
+    check_on_disk(config)
     if config.corpus.startswith("tfds:"):
         content = config.corpus
     else:
         content = _content(sources.files(config.corpus, cache.root(config)))
     fingerprint = cache.fingerprint(_RECIPE, content, config.text_field, config.validation_fraction)
     return Corpus(fingerprint, functools.partial(_prepare, config, fingerprint))
+
+
+def check_on_disk(config: DataConfig) -> None:
+    """Raises UserError if the corpus is text in an object store."""
+    if stores.scheme(config.corpus):
+        raise UserError(
+            f"data.corpus={config.corpus}: text is read from disks only; prmoe tokenize makes "
+            "shards of it, for tokens:…, or copy it to a disk"
+        )
 
 
 def _prepare(config: DataConfig, fingerprint: str) -> dict[str, Sequence[str]]:

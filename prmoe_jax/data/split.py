@@ -36,13 +36,29 @@ def held_out(documents: Iterable[str], fraction: float, corpus: str) -> frozense
             empty += 1
         else:
             digests.add(digest(text))
+    count = held_out_count(len(digests), total, empty, fraction, corpus)
+    return frozenset(sorted(digests)[:count])
+
+
+def held_out_count(different: int, total: int, empty: int, fraction: float, corpus: str) -> int:
+    """The number of validation documents.
+
+    Args:
+      different: the number of different documents that are not empty.
+      total: the number of all documents.
+      empty: the number of empty ones; a warning tells about them.
+      fraction: the share that is held out.
+      corpus: the name in messages.
+
+    Raises:
+      UserError: there are fewer than two different documents.
+    """
     if empty:
         log.warning("corpus %s: %d of %d documents are empty; skipped", corpus, empty, total)
-    if len(digests) < 2:
+    if different < 2:
         raise UserError(
-            f"corpus {corpus!r} has {len(digests)} different non-empty documents "
+            f"corpus {corpus!r} has {different} different non-empty documents "
             f"(of {total}, {empty} empty); training and validation need at least 2: "
             "split the text into several files or JSON lines"
         )
-    count = min(math.ceil(fraction * len(digests)), len(digests) - 1)
-    return frozenset(sorted(digests)[:count])
+    return min(math.ceil(fraction * different), different - 1)

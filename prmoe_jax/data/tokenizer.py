@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from prmoe_jax import files
+from prmoe_jax import files, stores
 from prmoe_jax.config import DataConfig, expand
 from prmoe_jax.data import cache, sources
 from prmoe_jax.data.corpora import Corpus
@@ -78,7 +78,7 @@ class Tokenizer:
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the tokenizer.json from which `load` makes the same tokenizer."""
-        files.replace(pathlib.Path(path), self.description)
+        files.replace(stores.as_path(path), self.description)
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without any mark."""
@@ -100,6 +100,12 @@ class Tokenizer:
         """The text of ids, in which the end mark is spelled out."""
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
 
+    def decode_batch(self, batch: Sequence[Sequence[int]]) -> list[str]:
+        """The text of each list of ids, computed in parallel."""
+        return self._tokenizer.decode_batch(
+            [list(map(int, ids)) for ids in batch], skip_special_tokens=False
+        )
+
 
 def load_tokenizer(config: DataConfig, vocab_size: int, corpus: Corpus) -> Tokenizer:
     """Loads or makes `config.tokenizer`; 'bpe' is trained once per corpus and size.
@@ -112,18 +118,27 @@ def load_tokenizer(config: DataConfig, vocab_size: int, corpus: Corpus) -> Token
     """
     if config.tokenizer == "bpe":
         tokenizer = _bpe(config, vocab_size, corpus)
-    elif config.tokenizer == "gpt2":
-        tokenizer = _gpt2()
-    elif config.tokenizer == "bytes":
-        tokenizer = _bytes()
-    elif expand("data.tokenizer", config.tokenizer).is_file():
-        tokenizer = Tokenizer.load(config.tokenizer)
     else:
-        raise UserError(
-            f"tokenizer {config.tokenizer!r} is not an existing file, nor 'bpe', 'gpt2' or 'bytes'"
-        )
+        tokenizer = load_given(config)
     check_fits(tokenizer, vocab_size)
     return tokenizer
+
+
+def load_given(config: DataConfig) -> Tokenizer:
+    """Loads a `config.tokenizer` that is not trained: 'gpt2', 'bytes' or a file.
+
+    Raises:
+      UserError: the tokenizer is unknown or unusable.
+    """
+    if config.tokenizer == "gpt2":
+        return _gpt2()
+    if config.tokenizer == "bytes":
+        return _bytes()
+    if expand("data.tokenizer", config.tokenizer).is_file():
+        return Tokenizer.load(config.tokenizer)
+    raise UserError(
+        f"tokenizer {config.tokenizer!r} is not an existing file, nor 'bpe', 'gpt2' or 'bytes'"
+    )
 
 
 def check_same(path: pathlib.Path, tokenizer: Tokenizer, whose: str) -> None:

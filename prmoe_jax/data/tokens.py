@@ -21,7 +21,7 @@ from prmoe_jax.data.tokenizer import Tokenizer
 log = logging.getLogger(__name__)
 
 # Enough text to keep the tokenizer's threads busy, but little memory.
-_CHUNK_CHARACTERS = 1 << 20
+CHUNK_CHARACTERS = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +38,24 @@ class TokenCache:
     bytes: int  # size of the text in UTF-8
     fingerprint: str
 
+    def __len__(self) -> int:
+        return len(self.tokens_T)
+
+    @property
+    def described(self) -> str:
+        """The size, for messages."""
+        return f"{len(self.starts_N)} documents and {len(self)} tokens"
+
+    def read(self, first: int, last: int) -> np.ndarray:
+        """The tokens `first` to `last`, fewer at the end of the stream."""
+        return self.tokens_T[first:last]
+
+    def documents(self, first: int, tokens_T: np.ndarray) -> np.ndarray:
+        """For each token that was read at `first`: how many documents began since the first one."""
+        positions = np.arange(first, first + len(tokens_T))
+        documents = np.searchsorted(self.starts_N, positions, side="right")
+        return documents - documents[:1]
+
     @classmethod
     def open(cls, directory: pathlib.Path, tokenizer: Tokenizer) -> "TokenCache":
         """Maps the files of a finished cache of this tokenizer; reads no token yet.
@@ -49,8 +67,9 @@ class TokenCache:
             meta = files.parse_json((directory / "meta.json").read_bytes())
             if type(meta["bytes"]) is not int or type(meta["fingerprint"]) is not str:
                 raise ValueError("meta.json is not as it was written")
+            dtype = dtype_of(tokenizer)
             return cls(
-                tokens_T=open_array(directory / "tokens.npy", _dtype(tokenizer), (meta["tokens"],)),
+                tokens_T=open_array(directory / "tokens.npy", dtype, (meta["tokens"],)),
                 starts_N=open_array(directory / "starts.npy", np.int64, (meta["documents"],)),
                 bytes=meta["bytes"],
                 fingerprint=meta["fingerprint"],
@@ -87,7 +106,7 @@ def _write(
 ) -> dict[str, int]:
     size = 0
     with (
-        ArrayWriter(directory / "tokens.npy", _dtype(tokenizer)) as tokens,
+        ArrayWriter(directory / "tokens.npy", dtype_of(tokenizer)) as tokens,
         ArrayWriter(directory / "starts.npy", np.int64) as starts,
         tqdm.tqdm(
             total=len(documents), desc=description, unit="doc", disable=not sys.stderr.isatty()
@@ -103,8 +122,9 @@ def _write(
         return {"documents": starts.rows, "tokens": tokens.rows, "bytes": size}
 
 
-def _dtype(tokenizer: Tokenizer) -> type:
-    return np.uint16 if tokenizer.size <= 1 << 16 else np.uint32
+def dtype_of(tokenizer: Tokenizer) -> np.dtype:
+    """The type in which a tokenizer's ids are stored: uint16 or uint32, little-endian."""
+    return np.dtype("<u2" if tokenizer.size <= 1 << 16 else "<u4")
 
 
 def _chunks(documents: Sequence[str]) -> Iterator[list[str]]:
@@ -112,7 +132,7 @@ def _chunks(documents: Sequence[str]) -> Iterator[list[str]]:
     for text in documents:
         chunk.append(text)
         characters += len(text)
-        if characters >= _CHUNK_CHARACTERS:
+        if characters >= CHUNK_CHARACTERS:
             yield chunk
             chunk, characters = [], 0
     if chunk:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from prmoe_jax import stores
 from prmoe_jax.config import Config, group_rows, teacher_of
 from prmoe_jax.data.pipeline import (
     Batch,
@@ -75,7 +76,7 @@ def restore_teacher(
       UserError: the folder holds no run or no such checkpoint, or the run cannot teach this
         student.
     """
-    workdir = Path(config.teacher.workdir)
+    workdir = stores.as_path(config.teacher.workdir)
     settings = teacher_of(config)
     check_same(workdir / workdirs.TOKENIZER, tokenizer, "the teacher")
     check_splits(settings, {"tensor": mesh.shape["tensor"], "expert_slice": mesh.shape["slice"]})
@@ -180,7 +181,7 @@ def init_from_teacher(config: Config, teacher: Teacher, data: Data, mesh: Mesh) 
     load = {}
     for i, layer in enumerate(layers):
         if want[i] < have[layer]:
-            load[layer] = _expert_load(Path(config.teacher.workdir), teacher.step, layer)
+            load[layer] = _expert_load(stores.as_path(config.teacher.workdir), teacher.step, layer)
     log.info("the student starts as layers %s of its teacher", " ".join(map(str, layers)))
     if config.teacher.importance == "taylor":
         importance = _importance(config, teacher, data, mesh)

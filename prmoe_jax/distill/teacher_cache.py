@@ -22,7 +22,6 @@ from prmoe_jax.data.arrays import ArrayWriter, open_array
 from prmoe_jax.data.pipeline import (
     Data,
     TopKLogProbs,
-    Windows,
     fingerprint_changes,
     windows_fingerprint,
 )
@@ -124,9 +123,8 @@ def attach(data: Data, config: Config) -> Data:
         parts = [open_array(folder / name, dtype, shape) for name, dtype in _parts(config)]
     log.info("teacher cache of %s: the %d likeliest tokens", meta.get("teacher"), kd.top_k)
     top_k = TopKLogProbs(*(part[..., : kd.top_k] for part in parts))
-    train = data.train
     return dataclasses.replace(
         data,
-        train=Windows(train.cache, train.length, train.cross_document_attention, top_k),
+        train=data.train.taught_by(top_k),
         teacher_cache_fingerprint=fingerprint,
     )

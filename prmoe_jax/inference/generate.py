@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from prmoe_jax import stores
 from prmoe_jax.config import MeshConfig, check_runs_without_limit
 from prmoe_jax.data.tokenizer import Tokenizer
 from prmoe_jax.errors import UserError
@@ -102,6 +103,7 @@ class Generator:
         """
         if weights not in ("", *WEIGHTS):
             raise UserError(f"--weights={weights} is unknown; use one of {', '.join(WEIGHTS)}")
+        workdir = stores.as_path(workdir)
         devices = None if mesh else jax.local_devices()[:1]
         config, _, model, on = restore_run(workdir, devices, mesh or MeshConfig())
         check_runs_without_limit(config)

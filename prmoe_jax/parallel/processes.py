@@ -23,7 +23,7 @@ from typing import IO
 import jax
 from jax._src import distributed  # the store has no public name
 
-from prmoe_jax import boundary, files
+from prmoe_jax import boundary, files, stores
 from prmoe_jax.errors import Failure, UserError, first_line, is_out_of_memory
 
 # Seconds within which all processes must have started.
@@ -219,12 +219,18 @@ def check_folders(workdir: Path, cache: Path) -> None:
 def _probe(folder: Path, setting: str) -> None:
     """Raises UserError unless this process can write a file into a folder."""
     try:
+        if not stores.is_local(folder):
+            probe = folder / f".probe-{_number()}"
+            files.replace(probe, "x")
+            probe.unlink()
+            return
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"x")
     except OSError as error:
         raise UserError(
-            f"{setting}={folder} cannot be written by process {_number()}: {error.strerror}"
+            f"{setting}={folder} cannot be written by process {_number()}: "
+            f"{error.strerror or error}"
         ) from None
 
 

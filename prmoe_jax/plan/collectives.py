@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from prmoe_jax.plan.program import KINDS, Operation, result, size
+from prmoe_jax.plan.program import COLLECTIVES, END, Operation, result, size
 
 # Seconds from one slice's memory to another's: two copies to and from hosts, and the network. No
 # data sheet states it; this is an assumption.
@@ -19,13 +19,14 @@ Network = Callable[[str, np.ndarray, int], float]
 class Collective(NamedTuple):
     """All runs of one operation in a step."""
 
-    kind: str  # one of KINDS
+    kind: str  # one of COLLECTIVES
     axes: tuple[str, ...]  # the mesh axes over which it communicates
-    hidden: bool  # asynchronous: it starts and ends separately, and computation goes on meanwhile
+    asynchronous: bool  # computation goes on between its begin and its end
     runs: int
     bytes: int  # a device's larger side (operands or result), all runs together
     seconds: float
     away: bool = False  # between slices, or between hosts of GPUs
+    exposed_seconds: float = 0.0  # in which computation waits for it
 
 
 def kind(operation: Operation) -> str | None:
@@ -37,9 +38,9 @@ def kind(operation: Operation) -> str | None:
     if operation.opcode == "send":
         named = re.search(r'_xla_megascale_transfer_type="(\w+)"', operation.text)
         name = named[1].lower().replace("_", "-") if named else ""
-        return name if name in KINDS else "collective-permute"
+        return name if name in COLLECTIVES else "collective-permute"
     name = operation.opcode.removesuffix("-start")
-    return name if name in KINDS else None
+    return name if name in COLLECTIVES else None
 
 
 def collectives(
@@ -48,8 +49,8 @@ def collectives(
     network: Network,
     island: np.ndarray | None = None,
     partitions: int | None = None,
-) -> list[Collective]:
-    """The collectives among a program's operations, the most expensive first.
+) -> dict[int, Collective]:
+    """The collectives among a program's operations, by their place in the sequence.
 
     Args:
       operations: from `program.operations`.
@@ -62,12 +63,55 @@ def collectives(
     """
     devices = int(np.prod(list(mesh_shape.values())))
     island = np.zeros(devices, int) if island is None else island
-    found = (
-        _collective(operation, mesh_shape, network, island, partitions or devices)
-        for operation in operations
+    return {
+        place: _collective(operation, mesh_shape, network, island, partitions or devices)
+        for place, operation in enumerate(operations)
         if kind(operation)
-    )
-    return sorted(found, key=lambda collective: -collective.seconds)
+    }
+
+
+def exposed(
+    operations: Sequence[Operation], seconds: Sequence[float], sent: dict[int, Collective]
+) -> dict[int, Collective]:
+    """The collectives with the time that computation waits for each.
+
+    Operations run one after the other in their order. Meanwhile the links inside a slice and the
+    network between slices move the data of asynchronous collectives, each one collective after the
+    other; the latency between slices occupies no network. All runs of a loop are taken together:
+    they are equal, and what a run waits for began in the same run, or long ago. The end of the step
+    waits for everything.
+
+    Args:
+      operations: from `program.operations`.
+      seconds: the time of each operation, all runs together; that of collectives is not used.
+      sent: from `collectives`.
+    """
+    now, free = 0.0, {False: 0.0, True: 0.0}
+    found, ends = dict(sent), {}
+
+    def wait(place: int, end: float) -> None:
+        nonlocal now
+        found[place] = sent[place]._replace(exposed_seconds=max(0.0, end - now))
+        now = max(now, end)
+
+    for place, operation in enumerate(operations):
+        if place in sent:
+            collective = sent[place]
+            latency = LATENCY * collective.runs if operation.opcode == "send" else 0.0
+            free[collective.away] = max(now, free[collective.away]) + collective.seconds - latency
+            end = free[collective.away] + latency
+            if operation.pair:
+                ends[operation.pair] = place, end
+            else:
+                wait(place, end)
+        elif operation.opcode == END:
+            if operation.pair in ends:
+                wait(*ends.pop(operation.pair))
+        else:
+            now += seconds[place]
+    for place, end in ends.values():
+        wait(place, end)
+    return found
 
 
 def _collective(operation, mesh_shape, network, island, partitions) -> Collective:
@@ -82,50 +126,15 @@ def _collective(operation, mesh_shape, network, island, partitions) -> Collectiv
     )
     moved = _bytes(operation, len(members))
     seconds = network(kind(operation), members, moved)
-    hidden = sent or operation.opcode.endswith("-start")
-    away = len(set(island[members])) > 1
-    return Collective(kind(operation), axes, hidden, runs, moved * runs, seconds * runs, away)
-
-
-def waiting(
-    operations: Sequence[Operation],
-    seconds: Callable[[Operation], float],
-    sent: Callable[[Operation], float],
-) -> float:
-    """Seconds of a step in which a TPU waits for other slices.
-
-    The program is followed in its order. Transfers begin at their `send` and take the network one
-    after the other, but for their latency; `recv-done` waits for one of them, and the end of the
-    step for all. All runs of a loop are followed as one, of as many times the length. A `recv-done`
-    whose `send` is in the loop's earlier run doesn't wait.
-
-    Args:
-      operations: from `program.operations`.
-      seconds: one run of an operation that is no transfer.
-      sent: one run of a transfer, by its `send`, with its latency.
-    """
-    now = free = waited = 0.0
-    ready: dict[str, float] = {}  # rendezvous -> when the transfer is complete
-    names: dict[str, str] = {}  # a recv's name -> rendezvous
-    for operation in operations:
-        if operation.opcode == "send":
-            free = max(free, now) + (sent(operation) - LATENCY) * operation.runs
-            ready[_rendezvous(operation.text)] = free + LATENCY * operation.runs
-        elif operation.opcode == "recv":
-            names[operation.name] = _rendezvous(operation.text)
-        elif operation.opcode == "recv-done":
-            name = names.get(re.search(r"recv-done\(%?([\w.\-]+)", operation.text)[1], "")
-            end = max(now, ready.get(name, now))
-            now, waited = end, waited + end - now
-        else:
-            now += seconds(operation) * operation.runs
-    return waited + max(0.0, free - now)
-
-
-def _rendezvous(text: str) -> str:
-    """What a `send` and its `recv` have in common."""
-    found = re.search(r'_xla_host_transfer_rendezvous="([^"]*)"', text)
-    return found[1] if found else ""
+    return Collective(
+        kind=kind(operation),
+        axes=axes,
+        asynchronous=bool(operation.pair),
+        runs=runs,
+        bytes=moved * runs,
+        seconds=seconds * runs,
+        away=len(set(island[members])) > 1,
+    )
 
 
 def _slices(text: str) -> np.ndarray:

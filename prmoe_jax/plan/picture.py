@@ -9,7 +9,6 @@ from pathlib import Path
 from prmoe_jax import files
 from prmoe_jax.errors import UserError
 from prmoe_jax.plan.chips import chip_of, unit
-from prmoe_jax.plan.report import WAITING
 
 # Parts of a step in the order of the bars, matrix products first.
 PARTS = {
@@ -22,10 +21,12 @@ PARTS = {
     "routing": "#d97b29",
     "dispatch": "#f0b36d",
     "exchange": "#f7d9b0",
+    "norm": "#c9b458",
+    "layers": "#666666",
+    "cast": "#838383",
     "optimizer": "#999999",
     "other": "#cccccc",
     "collectives": "#b3282d",
-    WAITING: "#e08a8f",
 }
 HELD = {
     "parameters": "#1b6ca8",

@@ -10,9 +10,8 @@ FREE = frozenset(
     "parameter constant bitcast tuple get-tuple-element copy-start copy-done partition-id "
     "replica-id after-all opt-barrier iota call-start".split()
 )
-KINDS = "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"
-# Transfers through a TPU's host to other slices. Of these four, `recv-done` waits for the data.
-TRANSFERS = "send", "send-done", "recv", "recv-done"
+COLLECTIVES = "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"
+END = "collective-end"  # the opcode here of the wait for an asynchronous collective
 SENTINEL = 1 << 50  # larger estimates mean "unknown", which is written as a number near 2^64
 SPARSE_CORE = "call-done"  # the end of a gather or scatter on a TPU's SparseCore
 # These read only as many bytes of their operand as their result has.
@@ -40,6 +39,7 @@ class Operation(NamedTuple):
     text: str  # its text in the program: shape, opcode, operands, attributes
     flops: int = 0  # FLOPs of the matrix products and attention kernels in one run
     bytes: int = 0  # bytes read and written in one run
+    pair: str = ""  # an asynchronous collective and its `END` have the same, others have none
 
 
 class _Line(NamedTuple):
@@ -52,10 +52,11 @@ class _Line(NamedTuple):
 def operations(hlo: str) -> list[Operation]:
     """The operations that run: those of the entry and of its loops, with the number of their runs.
 
-    A fusion is one operation. If it contains an all-reduce, it is a reduce-scatter, which the TPU's
-    compiler writes as a slice of an all-reduce. A collective that runs on a SparseCore is one
-    operation, 'all-gather-start', say. All branches of a conditional are counted, which gives an
-    upper bound.
+    Their order is the compiler's schedule. A fusion is one operation. If it contains an all-reduce,
+    it is a reduce-scatter, which the TPU's compiler writes as a slice of an all-reduce. An
+    asynchronous collective is two operations: its begin and its `END`. So is a transfer to other
+    slices, by way of the host: its `send`, and an `END` where the result is received. All branches
+    of a conditional are counted, which gives an upper bound.
 
     Args:
       hlo: `compiled.as_text()`.
@@ -69,12 +70,28 @@ def operations(hlo: str) -> list[Operation]:
         for name, lines in computations.items()
     }
     found = []
-    offloaded = set()  # the names of calls that run a collective on a SparseCore
+    received = {}  # the name of a `recv` -> what it has in common with its `send`
 
     def visit(computation: str, runs: int) -> None:
+        parts = _asynchronous(computations[computation], computations)
+        begun = set()
         for line in computations[computation]:
             name, opcode, text, _ = line
-            if opcode == "while":
+            if name in parts:
+                pair, sent = parts[name]
+                if opcode.endswith("-done"):
+                    found.append(Operation(name, END, 0, runs, text, pair=pair))
+                elif pair not in begun and any(o != pair for o in _operands(line)):
+                    begun.add(pair)  # here it gets its operands
+                    found.append(Operation(name, sent.opcode, None, runs, sent.text, pair=pair))
+            elif opcode == "send":
+                found.append(Operation(name, opcode, None, runs, text, pair=_rendezvous(text)))
+            elif opcode == "recv":
+                received[name] = _rendezvous(text)
+            elif opcode == "recv-done":
+                pair = received.get(_operands(line)[0], "")
+                found.append(Operation(name, END, 0, runs, text, pair=pair))
+            elif opcode == "while":
                 trips = _trip_count(text, computations[_attribute(text, "condition")])
                 trips -= _first(line, computations[computation])
                 visit(_attribute(text, "body"), runs * trips)
@@ -83,16 +100,9 @@ def operations(hlo: str) -> list[Operation]:
                     visit(branch, runs)
             elif opcode == "call":
                 visit(_attribute(text, "to_apply"), runs)
-            elif opcode == "call-start" and (
-                collective := _collective(computations[_attribute(text, "to_apply")], KINDS)
-            ):
-                offloaded.add(name)
-                found.append(_started(name, collective, shapes[_attribute(text, "to_apply")], runs))
-            elif opcode in ("call-update", SPARSE_CORE) and _operands(line)[0] in offloaded:
-                offloaded.add(name)
             elif not _is_free(opcode, text):
                 inside = computations[_attribute(text, "calls")] if "calls=" in text else []
-                collective = _collective(inside, ("all-reduce",))
+                collective = next((i for i in inside if i.opcode == "all-reduce"), None)
                 if collective:
                     result = text.partition(f" {opcode}(")[0]
                     attributes = collective.text.partition("all-reduce(")[2]
@@ -117,29 +127,36 @@ def operations(hlo: str) -> list[Operation]:
     return found
 
 
-def _collective(inside: list[_Line], kinds: tuple[str, ...]) -> _Line | None:
-    """The first collective of these kinds in a computation."""
-    return next((line for line in inside if line.opcode in kinds), None)
+def _asynchronous(
+    lines: list[_Line], computations: dict[str, list[_Line]]
+) -> dict[str, tuple[str, _Line]]:
+    """Each part of an asynchronous collective -> the name of its first part, and the collective.
 
-
-def _started(name: str, line: _Line, shapes: dict[str, str], runs: int) -> Operation:
-    """A collective that runs beside the program; as elsewhere, its shape has operands and result.
-
-    Args:
-      name: the name of the operation that starts it.
-      line: the collective.
-      shapes: name -> shape in the collective's computation.
-      runs: how often it runs.
+    The parts are a start, perhaps updates, and the done. The collective is the start itself or, on
+    a SparseCore, in the computation that the start calls.
     """
-    arrays = ", ".join(shapes.get(operand, "") for operand in [*_operands(line), line.name])
-    attributes = line.text.partition(f"{line.opcode}(")[2]
-    opcode = f"{line.opcode}-start"
-    return Operation(name, opcode, None, runs, f"({arrays}) {opcode}({attributes}")
+    parts: dict[str, tuple[str, _Line]] = {}
+    for line in lines:
+        if line.opcode.endswith("-start"):
+            called = re.search(r"\b(?:to_apply|calls)=%?([\w.\-]+)", line.text)
+            for inner in [line, *(computations.get(called[1], []) if called else [])]:
+                if inner.opcode.removesuffix("-start") in COLLECTIVES:
+                    parts[line.name] = line.name, inner
+                    break
+        elif line.opcode.endswith(("-update", "-done")) and _operands(line)[0] in parts:
+            parts[line.name] = parts[_operands(line)[0]]
+    return parts
+
+
+def _rendezvous(text: str) -> str:
+    """What a `send` and its `recv` have in common."""
+    found = re.search(r'_xla_host_transfer_rendezvous="([^"]*)"', text)
+    return found[1] if found else ""
 
 
 def _is_free(opcode: str, text: str) -> bool:
     if opcode.endswith(("-done", "-update")):
-        return opcode not in (SPARSE_CORE, "recv-done")
+        return opcode != SPARSE_CORE
     return opcode in FREE or 'custom_call_target="AllocateBuffer"' in text
 
 
@@ -204,8 +221,6 @@ def _flops(line: _Line, shapes: dict[str, str]) -> int:
 
 def _bytes(line: _Line, shapes, inside: list[_Line], inner) -> int:
     """Bytes of results and operands; an array that is sliced or updated counts with that part."""
-    if line.opcode in TRANSFERS:
-        return 0
     whole = size(line.text.partition(f" {line.opcode}(")[0])
     operands = [size(shapes.get(name, "")) for name in _operands(line)]
     if not inside:

@@ -5,9 +5,9 @@ around it. Attention kernels have no estimate: they take their FLOPs at `KERNEL_
 peak. Other operations without an estimate take their bytes at the memory's speed. GPUs' compiler
 has no estimates: every operation takes the longer of its FLOPs at the peak and its bytes at the
 memory's speed, which gives a lower bound. Collectives are modelled by `collectives.torus` or
-`collectives.hosts`; asynchronous ones of a TPU count as hidden behind computation. Between slices
-of TPUs, a transfer counts as hidden for as long as the program computes before it waits. The model
-leaves out the hosts, the input, and the effect of collectives on each other.
+`collectives.hosts`. On TPUs, asynchronous ones and transfers between slices cost the time in which
+the compiler's schedule waits for them (`collectives.exposed`); on GPUs, all cost their whole time.
+The model leaves out the hosts and the input.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ import logging
 import math
 import re
 from collections import Counter
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -44,20 +45,22 @@ from prmoe_jax.plan.collectives import (
     Collective,
     Network,
     collectives,
+    exposed,
     hosts,
-    kind,
     slices,
     torus,
-    waiting,
 )
 from prmoe_jax.plan.program import Operation, is_kernel, operations
 from prmoe_jax.run.checkpoint import TrainState
 from prmoe_jax.training.step import compile_train_step, compiler_options, init_state
 
-# The named scopes of the model's code; an operation's name lists them, innermost last.
-COMPONENTS = "attention mlp experts routing dispatch exchange embedding logits optimizer".split()
+# The named scopes of the model's code; an operation's name lists them, innermost last. What is in
+# `layers` alone is the scan over them: residual additions, and reading and writing of stacked
+# arrays (parameters, gradients, and the values that are kept for the backward pass).
+COMPONENTS = (
+    "attention mlp experts routing dispatch exchange norm layers cast embedding logits optimizer"
+).split()
 KERNEL_EFFICIENCY = 0.5
-WAITING = "waiting for slices"  # the part of a step in which TPUs wait for those of other slices
 
 log = logging.getLogger(__name__)
 
@@ -75,11 +78,12 @@ def plan(config: Config, topology: str, decode: int = 0, teacher: Config | None 
     Returns:
       topology, mesh, chips, fits; hbm_bytes_per_chip by use (also `needed` if the step doesn't
       fit); modelled_step_s, components (seconds by part of the model), collectives (kind, axes,
-      hidden, network, runs, bytes, seconds; summed by the first four; network is 'ici' or 'dcn' of
-      TPUs, 'nvlink' or 'network' of GPUs) and tokens_per_s; for training also modelled_mfu, days
-      (for the config's tokens) and chip_hours. The times are missing if the arguments alone don't
-      fit, or the compiler finds that the step doesn't. For a TPU7x, whose chips are two devices
-      each, `mesh` and everything by chip are by device, except `chips` and chip_hours.
+      asynchronous, network, runs, bytes, seconds, exposed_seconds; summed by the first four;
+      network is 'ici' or 'dcn' of TPUs, 'nvlink' or 'network' of GPUs) and tokens_per_s; for
+      training also modelled_mfu, days (for the config's tokens) and chip_hours. The times are
+      missing if the arguments alone don't fit, or the compiler finds that the step doesn't. For a
+      TPU7x, whose chips are two devices each, `mesh` and everything by chip are by device, except
+      `chips` and chip_hours.
 
     Raises:
       UserError: the topology is unknown, the compiler is not installed, or the mesh does not fit.
@@ -119,15 +123,18 @@ def plan(config: Config, topology: str, decode: int = 0, teacher: Config | None 
     held["temporaries"] = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
     program = operations(compiled.as_text())
     sent = collectives(program, dict(mesh.shape), *_network(chip, mesh))
-    components = _components(program, sent, chip)
-    if any(collective.away and chip.platform == "tpu" for collective in sent):
-        components[WAITING] = _waiting(program, mesh, chip)
+    seconds = [_seconds(operation, chip) for operation in program]
+    if chip.platform == "tpu":
+        sent = exposed(program, seconds, sent)
+    else:
+        sent = {i: c._replace(exposed_seconds=c.seconds) for i, c in sent.items()}
+    components = _components(program, seconds, sent)
     step_s = sum(components.values())
     result |= {
         "fits": sum(held.values()) <= chip.hbm_bytes,
         "modelled_step_s": step_s,
         "components": components,
-        "collectives": _summed(sent, chip),
+        "collectives": _summed(sent.values(), chip),
     }
     if decode:
         return result | {"tokens_per_s": decode / step_s}
@@ -287,44 +294,30 @@ def _network(chip: Chip, mesh: Mesh) -> tuple[Network, np.ndarray, int]:
     return network, np.arange(mesh.size) // inside, inside
 
 
-def _components(program: list[Operation], sent: list[Collective], chip: Chip) -> dict[str, float]:
-    """Seconds of a step by part of the model; attention kernels and collectives are own parts."""
-    seconds = Counter()
-    for operation in program:
-        if kind(operation):
-            continue
-        part = "attention kernels" if is_kernel(operation) else component(operation)
-        seconds[part] += _once(operation, chip) * operation.runs
-    hidden = chip.platform == "tpu"
-    seconds["collectives"] = sum(c.seconds for c in sent if not (hidden and c.hidden))
-    return dict(seconds.most_common())
-
-
-def _once(operation: Operation, chip: Chip) -> float:
-    """Seconds of one run of an operation that is no collective."""
+def _seconds(operation: Operation, chip: Chip) -> float:
+    """The time of an operation that is no collective, all runs together."""
     if is_kernel(operation):
-        return operation.flops / chip.flops_per_s / KERNEL_EFFICIENCY
-    if operation.cycles is not None:
-        return operation.cycles / chip.hertz
-    flops = operation.flops if chip.platform == "gpu" else 0
-    return max(operation.bytes / chip.hbm_bytes_per_s, flops / chip.flops_per_s)
+        once = operation.flops / chip.flops_per_s / KERNEL_EFFICIENCY
+    elif operation.cycles is not None:
+        once = operation.cycles / chip.hertz
+    else:
+        once = operation.bytes / chip.hbm_bytes_per_s
+        if chip.platform == "gpu":
+            once = max(once, operation.flops / chip.flops_per_s)
+    return once * operation.runs
 
 
-def _waiting(program: list[Operation], mesh: Mesh, chip: Chip) -> float:
-    """Seconds of a step in which a TPU waits for other slices."""
-    network = _network(chip, mesh)
-
-    def collective(operation: Operation) -> Collective:
-        (found,) = collectives([operation], dict(mesh.shape), *network)
-        return found
-
-    def once(operation: Operation) -> float:
-        if not kind(operation):
-            return _once(operation, chip)
-        found = collective(operation)
-        return 0.0 if found.hidden else found.seconds / found.runs
-
-    return waiting(program, once, lambda sent: collective(sent).seconds / sent.runs)
+def _components(
+    program: list[Operation], seconds: list[float], sent: dict[int, Collective]
+) -> dict[str, float]:
+    """Seconds of a step by part of the model; attention kernels and collectives are own parts."""
+    total = Counter()
+    for place, operation in enumerate(program):
+        if place not in sent:
+            part = "attention kernels" if is_kernel(operation) else component(operation)
+            total[part] += seconds[place]
+    total["collectives"] = sum(collective.exposed_seconds for collective in sent.values())
+    return dict(total.most_common())
 
 
 def component(operation: Operation) -> str:
@@ -337,17 +330,19 @@ def component(operation: Operation) -> str:
 NETWORKS = {"tpu": ("ici", "dcn"), "gpu": ("nvlink", "network")}
 
 
-def _summed(sent: list[Collective], chip: Chip) -> list[dict]:
+def _summed(sent: Iterable[Collective], chip: Chip) -> list[dict]:
+    """The collectives summed by kind, axes, asynchronous or not, and network, longest first."""
     totals: dict[tuple, Counter] = {}
     for collective in sent:
         network = NETWORKS[chip.platform][collective.away]
         total = totals.setdefault((*collective[:3], network), Counter())
-        for name in ("runs", "bytes", "seconds"):
+        for name in ("runs", "bytes", "seconds", "exposed_seconds"):
             total[name] += getattr(collective, name)
-    return [
-        {"kind": kind, "axes": list(axes), "hidden": hidden, "network": network, **total}
-        for (kind, axes, hidden, network), total in totals.items()
+    rows = [
+        {"kind": kind, "axes": list(axes), "asynchronous": begun, "network": network, **total}
+        for (kind, axes, begun, network), total in totals.items()
     ]
+    return sorted(rows, key=lambda row: -row["seconds"])
 
 
 def _instead(result: dict) -> str:
@@ -384,11 +379,10 @@ def table(result: dict) -> str:
         lines.append(f"  {name:20} {seconds * 1e3:9.1f} ms {seconds / step_s:6.1%}")
     lines.append(f"collectives, a {each} and step")
     for row in result["collectives"]:
-        hidden = "hidden" if row["hidden"] and row["network"] != "dcn" else ""
         lines.append(
             f"  {row['kind']:20} {row['bytes'] / 1e6:9.0f} MB {row['runs']:5} x "
-            f"{row['seconds'] * 1e3:7.1f} ms by {row['network']} over "
-            f"{' '.join(row['axes']) or 'one device'} {hidden}"
+            f"{row['seconds'] * 1e3:7.1f} ms, {row['exposed_seconds'] * 1e3:.1f} exposed, by "
+            f"{row['network']} over {' '.join(row['axes']) or 'one device'}"
         )
     cost_text = ""
     if "days" in result:
@@ -396,11 +390,8 @@ def table(result: dict) -> str:
     lines.append(f"{result['tokens_per_s']:,.0f} tokens/s{cost_text}")
     lines.append(
         "Modelled, not measured: the compiler's cycles on TPUs, a roofline on GPUs; attention "
-        "kernels at half the peak; collectives alone on their links, hidden ones free on TPUs."
+        "kernels at half the peak; on TPUs, asynchronous collectives cost the compiler's waits."
     )
-    if WAITING in result["components"]:
-        lines.append(
-            "Transfers between slices (dcn) cost what the program waits for them, a host's network "
-            "being divided evenly between its chips."
-        )
+    if any(row["network"] == "dcn" for row in result["collectives"]):
+        lines.append("A host's network (dcn) is divided evenly between its chips.")
     return "\n".join(lines)

@@ -17,6 +17,7 @@ import optax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding
 
+from prmoe_jax import stores
 from prmoe_jax.config import Config
 from prmoe_jax.data.tokenizer import Tokenizer
 from prmoe_jax.errors import TrainingStopped, UserError, first_line, is_out_of_memory
@@ -27,6 +28,10 @@ from prmoe_jax.parallel.mesh import replicated
 from prmoe_jax.run.directory import TOKENIZER
 
 log = logging.getLogger(__name__)
+
+
+# In an object store, Orbax writes this object last: a checkpoint without it is none.
+COMMITTED = "commit_success.txt"
 
 
 class TrainState(NamedTuple):
@@ -40,14 +45,18 @@ class TrainState(NamedTuple):
 class Checkpoints:
     """The checkpoints of one run.
 
-    The newest `keep` checkpoints stay, and older ones are deleted. Without `keep`, checkpoints can
-    be read but not written.
+    The newest `keep` checkpoints stay, and those of steps that `keep_every` divides; others are
+    deleted. Without `keep`, checkpoints can be read but not written.
     """
 
-    def __init__(self, workdir: Path, keep: int | None = None):
-        self._directory = workdir.absolute() / "checkpoints"
+    def __init__(self, workdir: Path, keep: int | None = None, keep_every: int = 0):
+        self._local = stores.is_local(workdir)
+        self._directory = (workdir.absolute() if self._local else workdir) / "checkpoints"
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, cleanup_tmp_directories=keep is not None, read_only=keep is None
+            max_to_keep=keep,
+            keep_period=keep_every or None,
+            cleanup_tmp_directories=keep is not None,
+            read_only=keep is None,
         )
         self._manager = ocp.CheckpointManager(
             self._directory, options=options, item_names=("model", "optimizer", "data")
@@ -61,12 +70,8 @@ class Checkpoints:
         """
         self.wait()
         named = {"model": named_leaves(state.model), "optimizer": named_leaves(state.optimizer)}
-        # Orbax would also notice a full disk, but only after filling it, and in many lines.
-        needed = sum(leaf.nbytes for leaves in named.values() for leaf in leaves.values())
-        free = shutil.disk_usage(self._directory).free
-        if free < needed:
-            error = OSError(f"it needs {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free")
-            raise self._cannot_write(error)
+        if self._local:
+            self._check_room(named)
         record = data | {"checksums": {part: checksums(named[part]) for part in named}}
         items = ocp.args.Composite(
             model=ocp.args.StandardSave(named["model"]),
@@ -79,6 +84,14 @@ class Checkpoints:
             raise self._cannot_write(error) from error
         if not saved and step != self.latest():
             raise UserError(f"checkpoint {step} was not written to {self._directory}")
+
+    def _check_room(self, named: dict[str, dict[str, jax.Array]]) -> None:
+        """Raises UserError if the disk is too full; Orbax would only notice after filling it."""
+        needed = sum(leaf.nbytes for leaves in named.values() for leaf in leaves.values())
+        free = shutil.disk_usage(self._directory).free
+        if free < needed:
+            error = OSError(f"it needs {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free")
+            raise self._cannot_write(error)
 
     def save_model(self, step: int, model: Transformer, data: dict) -> None:
         """Writes a checkpoint of a model alone, from which training cannot resume.
@@ -266,8 +279,7 @@ class Checkpoints:
         parent = self._directory.parent
         names = (f"damaged-{step}{f'-{n}' if n else ''}" for n in itertools.count())
         target = next(parent / name for name in names if not (parent / name).exists())
-        with contextlib.suppress(FileNotFoundError):  # another process was faster
-            (self._directory / str(step)).rename(target)
+        self._move(self._directory / str(step), target)
         if jax.process_count() > 1:
             raise TrainingStopped(
                 f"checkpoint {step} in {self._directory} is damaged ({damage}) and was moved to "
@@ -275,6 +287,15 @@ class Checkpoints:
             )
         log.warning("moved it to %s and go on with the checkpoint before it", target)
         self._manager.reload()
+
+    def _move(self, source: Path, target: Path) -> None:
+        if self._local:
+            with contextlib.suppress(FileNotFoundError):  # another process was faster
+                source.rename(target)
+            return
+        from prmoe_jax.stores import gcs
+
+        gcs.move_folder(source, target, COMMITTED)
 
     def _cannot_write(self, error: Exception) -> UserError:
         good = self.latest()

@@ -1,26 +1,22 @@
-"""A run's folder: its lock, its config, and the record of the environment that produced it.
+"""A run's folder: its config, and the record of the environment that produced it.
 
 config.json      the settings        environment.json  versions, devices, git revision
 tokenizer.json   the tokenizer       metrics.jsonl     one line for each logged step
 checkpoints/     model, optimizer, position in the data; tensorboard/; profile/
 """
 
-import contextlib
-import fcntl
 import hashlib
 import importlib.metadata
 import json
-import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
 from pathlib import Path
 
 import prmoe_jax
 from prmoe_jax import files
 from prmoe_jax.config import Config, leaves
-from prmoe_jax.errors import UserError
 
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
@@ -29,59 +25,18 @@ RECORDED_PACKAGES = (
 )
 
 
-@contextlib.contextmanager
-def locked(workdir: Path) -> Iterator[None]:
-    """Creates the folder and holds its lock, which the kernel frees when the process dies.
+def record_environment(workdir: Path, devices: list) -> float:
+    """Adds a record of this start of the run to environment.json.
 
-    Raises:
-      UserError: the folder cannot be written, or another run holds the lock.
+    Returns:
+      When the run was started for the first time, in seconds since 1970.
     """
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        handle = os.open(workdir / ".lock", os.O_RDWR | os.O_CREAT)
-    except OSError as error:
-        raise UserError(f"--workdir={workdir} cannot be written: {error.strerror}") from None
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(
-                f"--workdir={workdir} is in use by another run (process {_number(handle)}); "
-                "wait for it, or give another --workdir"
-            ) from None
-        os.truncate(handle, 0)
-        os.write(handle, str(os.getpid()).encode())
-        yield
-    finally:
-        os.close(handle)
-
-
-def holder(workdir: Path) -> str:
-    """The number of the process that holds a folder's lock, or 'unknown'; '' if none holds it."""
-    try:
-        with open(workdir / ".lock", "rb") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                return ""
-            except BlockingIOError:
-                return _number(lock.fileno())
-    except FileNotFoundError:
-        return ""
-
-
-def _number(lock: int) -> str:
-    """The number of a process that an open lock file holds."""
-    number = os.read(lock, 100).decode("ascii", "replace").strip()
-    return number if number.isdecimal() else "unknown"
-
-
-def record_environment(workdir: Path, devices: list) -> None:
-    """Adds a record of this start of the run to environment.json."""
     path = workdir / "environment.json"
     fix = "delete it (it only records how the run was started), or restore a copy"
     starts = files.read_json(path, list, fix) if path.exists() else []
     starts.append(
         {
+            "time": time.time(),
             "command": sys.argv,
             "git_revision": _git("rev-parse", "HEAD"),
             "git_changes": bool(_git("status", "--porcelain")),
@@ -93,6 +48,8 @@ def record_environment(workdir: Path, devices: list) -> None:
         }
     )
     files.replace(path, json.dumps(starts, indent=2) + "\n")
+    # Records of older versions have no time.
+    return min(s["time"] for s in starts if isinstance(s, dict) and "time" in s)
 
 
 def versions() -> dict[str, str | None]:

@@ -5,12 +5,13 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from prmoe_jax import files
+from prmoe_jax import files, stores
 from prmoe_jax.config import Config
 from prmoe_jax.tables import aligned
 
@@ -123,38 +124,64 @@ METRICS = "metrics.jsonl"
 class MetricsWriter:
     """Appends to metrics.jsonl and to TensorBoard's file; only process 0 has one.
 
-    Each logged step is a line of metrics.jsonl, and each evaluation is another line.
+    Each logged step is a line of metrics.jsonl, and each evaluation is another line. In an object
+    store the files are `files.GrowingObject`: lines since the last `sync` may be lost with the
+    process. A run calls it before each checkpoint, so that such lines are of steps that the resumed
+    run repeats.
     """
 
-    def __init__(self, workdir: Path, resume_step: int):
+    def __init__(self, workdir: Path, resume_step: int, check: Callable[[], None] = lambda: None):
         """Opens the files, and removes lines that an interrupted run logged after `resume_step`.
 
         The resumed run logs those steps again. On the same mesh, all values but those of speed are
         equal to the last bit.
 
+        Args:
+          workdir: the run's folder.
+          resume_step: the step of the checkpoint with which the run goes on.
+          check: called before each write to an object store.
+
         Raises:
           UserError: metrics.jsonl is damaged, or a file cannot be written.
         """
-        self._path = workdir / METRICS
+        self._path, self._check = workdir / METRICS, check
         kept = [m for m in read_metrics(self._path) if m["step"] <= resume_step]
+        content = "".join(json.dumps(m) + "\n" for m in kept).encode()
         if self._path.exists():
-            files.replace(self._path, "".join(json.dumps(m) + "\n" for m in kept))
+            files.replace(self._path, content)
         try:
-            self._file = self._path.open("a")
-            self._events = _EventFile(workdir / "tensorboard", resume_step + 1)
+            if stores.is_local(workdir):
+                self._file = self._path.open("ab")
+            else:
+                self._file = files.GrowingObject(self._path, content, check)
+            self._events = _EventFile(workdir / "tensorboard", resume_step + 1, check)
         except OSError as error:
             raise files.cannot_write(self._path, error) from error
 
     def write(self, step: int, metrics: dict) -> None:
-        """Writes one line and flushes it.
+        """Writes one line and flushes it, in an object store when it is time.
 
         Raises:
           UserError: the line cannot be written; an incomplete line is ignored on reading.
         """
         try:
-            self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+            self._file.write((json.dumps({"step": step, **metrics}) + "\n").encode())
             self._file.flush()
             self._events.add(step, metrics)
+        except OSError as error:
+            raise files.cannot_write(self._path, error) from error
+
+    def sync(self) -> None:
+        """Writes the lines that an object store lacks, after `check`; a local file has them.
+
+        Raises:
+          UserError: they cannot be written.
+        """
+        self._check()
+        try:
+            for file in (self._file, self._events.object):
+                if isinstance(file, files.GrowingObject):
+                    file.sync()
         except OSError as error:
             raise files.cannot_write(self._path, error) from error
 
@@ -168,17 +195,32 @@ class _EventFile:
     """A file for TensorBoard, flushed after every event.
 
     tensorboardX's own writer uses a thread, and waits for ever if that thread has failed.
+
+    Attributes:
+      object: the file if it is in an object store, else None.
     """
 
-    def __init__(self, folder: Path, purge_step: int):
+    def __init__(self, folder: Path, purge_step: int, check: Callable[[], None]):
         """Opens a new file; TensorBoard then ignores older files' events from `purge_step` on."""
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import SessionLog
+        from tensorboardX.record_writer import register_writer_factory
 
-        folder.mkdir(exist_ok=True)
+        self.object: files.GrowingObject | None = None
+        if stores.is_local(folder):
+            folder.mkdir(exist_ok=True)
+        else:
+            self._check = check
+            register_writer_factory("gs", self)
         # The library's own file name is unique only within a second.
         self._writer = EventsWriter(str(folder / "events"), f".{os.getpid()}.{purge_step}")
         self._append(purge_step, session_log=SessionLog(status=SessionLog.START))
+
+    def open(self, path: str) -> files.GrowingObject:
+        """tensorboardX calls this for a file in an object store, which its own would write whole
+        after every event."""
+        self.object = files.GrowingObject(stores.as_path(path), check=self._check)
+        return self.object
 
     def add(self, step: int, metrics: dict) -> None:
         """Appends the numbers among a step's metrics."""

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
+from prmoe_jax import stores
 from prmoe_jax.config import Config, MeshConfig, load
 from prmoe_jax.errors import UserError
 from prmoe_jax.model.backends import check_backends
@@ -37,6 +38,7 @@ def restore_run(
     Raises:
       UserError: the folder holds no run or no readable checkpoint, or the layout doesn't fit.
     """
+    workdir = stores.as_path(workdir)
     config = load(workdir / workdirs.CONFIG)
     anywhere = replace(config, moe=replace(config.moe, exchange="auto"))
     count = len(jax.devices() if devices is None else devices)

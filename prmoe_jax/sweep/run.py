@@ -21,6 +21,7 @@ from prmoe_jax.config import RESUMABLE, Config, changed, check_resume, load, res
 from prmoe_jax.errors import UserError
 from prmoe_jax.model.sizes import cost
 from prmoe_jax.run import directory as workdirs
+from prmoe_jax.run import lock
 from prmoe_jax.run.metrics import read_metrics
 from prmoe_jax.sweep import records
 from prmoe_jax.sweep.progress import SweepProgress
@@ -311,12 +312,12 @@ def _wait_until_free(name: str, workdir: Path, progress: SweepProgress) -> None:
       UserError: a process still holds it after `PATIENCE` seconds.
     """
     begun, waiting = time.monotonic(), False
-    while process := workdirs.holder(workdir):
+    while process := lock.holder(workdir):
         if time.monotonic() - begun > PATIENCE:
-            raise UserError(f"{workdir} is in use by process {process}; wait for it, or stop it")
+            raise UserError(f"{workdir} is in use by {process}; wait for it, or stop it")
         if not waiting:
             progress.put(
-                name, f"waits up to {PATIENCE:.0f} s for process {process}, which holds its folder"
+                name, f"waits up to {PATIENCE:.0f} s for {process}, which holds its folder"
             )
             waiting = True
         time.sleep(0.1)

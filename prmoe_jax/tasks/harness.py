@@ -24,6 +24,7 @@ except ImportError:
         "tasks need lm-evaluation-harness 0.4.10 or newer; pip install 'prmoe_jax[eval]'"
     ) from None
 
+from prmoe_jax import stores
 from prmoe_jax.config import check_runs_without_limit, load
 from prmoe_jax.data.tokenizer import Tokenizer
 from prmoe_jax.errors import UserError
@@ -45,7 +46,7 @@ class PrmoeLM(TemplateLM):
     def __init__(self, workdir: str, batch_size: int = 16, **ignored):
         """Restores the run; ignores the harness's other arguments (device, max_batch_size)."""
         super().__init__()
-        self._workdir = Path(workdir)
+        self._workdir = stores.as_path(workdir)
         self._scorer = Scorer.restore(self._workdir, int(batch_size))
         self._tokenizer = Tokenizer.load(self._workdir / workdirs.TOKENIZER)
         self._batch_size = int(batch_size)

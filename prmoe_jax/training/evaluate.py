@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from prmoe_jax import stores
 from prmoe_jax.config import Config, TeacherConfig, group_rows, load
 from prmoe_jax.data.pipeline import Batch, Data, eval_batches, load_data, windows_fingerprint
 from prmoe_jax.distill.loss import Agreement, agreement, run_teacher
@@ -51,7 +52,7 @@ def evaluate_model(
     if not (data.validation.tokens and data.validation_bytes):
         raise UserError(
             f"the validation split of data.corpus={config.data.corpus} has no text "
-            f"({len(data.validation.cache.starts_N)} documents); use a corpus with some in it"
+            f"({data.validation.described}); use a corpus with some in it"
         )
     rows = _rows(config, mesh)
     limit = -(-limit * config.train.batch_size // rows)
@@ -118,6 +119,7 @@ def evaluate(workdir: Path, teacher: Path | None = None) -> dict:
       UserError: a folder holds no run or no checkpoint, the teacher has another vocabulary or
         tokenizer, or the validation split can't be read or has no text.
     """
+    workdir, teacher = stores.as_path(workdir), teacher and stores.as_path(teacher)
     processes.agree(
         "the run that is evaluated",
         lambda: shared_settings(load(workdir / workdirs.CONFIG)) | {"--teacher": str(teacher)},

@@ -4,16 +4,20 @@ import contextlib
 import logging
 import math
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 from tqdm import tqdm
 
 from prmoe_jax import config as configs
+from prmoe_jax import stores
 from prmoe_jax.config import Config
 from prmoe_jax.data import cache
+from prmoe_jax.data.corpora import check_on_disk
 from prmoe_jax.data.pipeline import (
     Data,
     fingerprint_changes,
@@ -43,8 +47,10 @@ from prmoe_jax.parallel.mesh import (
     split_batch,
 )
 from prmoe_jax.run import directory as workdirs
+from prmoe_jax.run import weights_and_biases
 from prmoe_jax.run.checkpoint import Checkpoints, TrainState
 from prmoe_jax.run.directory import shared_settings
+from prmoe_jax.run.lock import locked
 from prmoe_jax.run.metrics import (
     METRICS,
     MetricsWriter,
@@ -52,10 +58,11 @@ from prmoe_jax.run.metrics import (
     read_metrics,
     to_python,
 )
+from prmoe_jax.run.weights_and_biases import WandbRun
 from prmoe_jax.training.evaluate import evaluate_model
 from prmoe_jax.training.preemption import PreemptionGuard
 from prmoe_jax.training.step import compile_train_step, eval_step, init_state, sharded_state
-from prmoe_jax.training.timing import Clock, Trace
+from prmoe_jax.training.timing import Clock, StallWatch, Trace
 from prmoe_jax.training.upcycle import init_from_run
 
 log = logging.getLogger(__name__)
@@ -71,7 +78,8 @@ def train(
 
     Args:
       config: from `config.resolve`.
-      workdir: the run's folder, created if needed; `run/directory.py` lists its files.
+      workdir: the run's folder, local or in an object store, created if needed;
+        `run/directory.py` lists its files.
       profile: (first, last) step for which a profiler trace is written to workdir/profile.
       on_metrics: called with every line of metrics.jsonl after it is written, for a live plot.
 
@@ -86,6 +94,9 @@ def train(
       TrainingStopped: the loss or the gradient is no longer finite, or a checkpoint is damaged and
         the run has several processes.
     """
+    workdir = stores.as_path(workdir)
+    weights_and_biases.check_installed(config)
+    check_on_disk(config.data)
     processes.agree("the settings", lambda: shared_settings(config))
     placed = choose_mesh(on_slices(config), jax.device_count())
     check_fits(placed, jax.device_count())
@@ -93,14 +104,16 @@ def train(
     check_backends(placed, jax.default_backend(), mesh)
     first = jax.process_index() == 0
     with contextlib.ExitStack() as stack:
-        if first:
-            stack.enter_context(workdirs.locked(workdir))
+        lock = stack.enter_context(locked(workdir)) if first else None
         processes.barrier()  # after it, the run's folder exists
         processes.check_folders(workdir, cache.root(config.data))
         interrupted = stack.enter_context(PreemptionGuard())
         checkpoints = stack.enter_context(
-            contextlib.closing(Checkpoints(workdir, config.checkpoint.keep))
+            contextlib.closing(
+                Checkpoints(workdir, config.checkpoint.keep, config.checkpoint.keep_every)
+            )
         )
+        stack.enter_context(compile_cache(config, workdir))
         # Restore order. 1. The config: a resumed run must be the same run.
         settings, stored = workdir / workdirs.CONFIG, workdir / workdirs.TOKENIZER
         resuming = checkpoints.latest() is not None
@@ -153,11 +166,15 @@ def train(
         if step >= config.total_steps and evaluated:
             log.info("the run is complete: step %d of %d", step, config.total_steps)
             return lines[-1] if first else {}
+        # Only the first process writes metrics.
+        begun = workdirs.record_environment(workdir, jax.devices()) if first else time.time()
+        clock = Clock(begun, record.get("productive_s", 0.0) if restored else 0.0)
+        writer, wandb = None, None
         if first:
-            workdirs.record_environment(workdir, jax.devices())
-        writer = MetricsWriter(workdir, step) if first else None
-        if writer:
+            writer = MetricsWriter(workdir, step, lock.check)
             stack.callback(writer.close)
+            if config.log.wandb:
+                wandb = stack.enter_context(contextlib.closing(WandbRun(config, workdir, begun)))
         progress = stack.enter_context(
             tqdm(
                 total=config.total_steps,
@@ -168,13 +185,35 @@ def train(
             )
         )
         run = Run(
-            *(placed, workdir, data, mesh, checkpoints, fingerprint, writer, progress),
+            *(placed, workdir, data, mesh, checkpoints, fingerprint, writer, progress, clock),
+            *(wandb, stack.enter_context(StallWatch(config.log.stall_minutes))),
             Distiller(placed, teacher and teacher.config) if step < config.kd_steps else None,
             teacher,
             on_metrics,
         )
         del teacher  # only `run` refers to it, so that its memory is freed when distillation ends
         return run.loop(step, state, batches, interrupted, profile, evaluated)
+
+
+@contextlib.contextmanager
+def compile_cache(config: Config, workdir: Path) -> Iterator[None]:
+    """Has JAX keep compiled programs in the folder of `train.compile_cache` meanwhile."""
+    setting = config.train.compile_cache
+    if setting == "auto":
+        setting = "" if jax.default_backend() == "cpu" else str(workdir / "compile_cache")
+    if not setting:
+        yield
+        return
+    folder = str(configs.expand("train.compile_cache", setting))
+    before = jax.config.values["jax_compilation_cache_dir"]
+    jax.config.update("jax_compilation_cache_dir", folder)
+    compilation_cache.reset_cache()  # JAX chooses the folder at the first compilation
+    log.info("compiled programs are kept in %s", folder)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+        compilation_cache.reset_cache()
 
 
 class Run:
@@ -190,13 +229,17 @@ class Run:
         fingerprint: dict,
         writer: MetricsWriter | None,
         progress: tqdm,
+        clock: Clock,
+        wandb: WandbRun | None,
+        stall_watch: StallWatch,
         distiller: Distiller | None = None,
         teacher: Teacher | None = None,
         on_metrics: Callable[[dict], None] | None = None,
     ):
         self.config, self.workdir, self.data, self.mesh = config, workdir, data, mesh
         self.checkpoints, self.fingerprint = checkpoints, fingerprint
-        self.writer, self.progress, self.clock = writer, progress, Clock()
+        self.writer, self.progress, self.clock = writer, progress, clock
+        self.wandb, self.stall_watch = wandb, stall_watch
         self.teacher, self.on_metrics = teacher, on_metrics
         self.train_step = compile_train_step(config, mesh, distiller)
         self.eval_step = jax.jit(eval_step, out_shardings=replicated(mesh))
@@ -256,6 +299,7 @@ class Run:
                     self.checkpoints.wait()
                     self.evaluate(step, state)
                 self.clock.restart()
+        self.sync()
         self.checkpoints.wait()
         if 0 < step < total:
             log.info("interrupted: saved at step %d of %d; the same command resumes", step, total)
@@ -273,7 +317,14 @@ class Run:
     def save(self, step: int, state: TrainState, batches) -> None:
         record = {"fingerprint": self.fingerprint, "iterator": batches.get_state()}
         record["teacher_step"] = self.teacher and self.teacher.step
+        record["productive_s"] = self.clock.productive
+        self.sync()
         self.checkpoints.save(step, state, record)
+
+    def sync(self) -> None:
+        """Has the lines so far written to the object store that the run's folder may be in."""
+        if self.writer:
+            self.writer.sync()
 
     def due(self, every: int, step: int) -> bool:
         return step == self.config.total_steps or (every > 0 and step % every == 0)
@@ -288,7 +339,10 @@ class Run:
                     f"{name} is {value} at step {step}; the last good checkpoint is "
                     + (f"step {good} in {self.workdir}" if good is not None else "none yet")
                 )
-        self.clock.step_done(self.config.tokens_per_step)
+        self.stall_watch.alive()
+        slow = self.clock.step_done(self.config.tokens_per_step)
+        if slow and jax.process_index() == 0:
+            log.warning("step %d %s", step, slow)
         self.progress.update()
         if not self.due(self.config.log.every, step):
             return
@@ -310,6 +364,7 @@ class Run:
         arguments = state.model, self.config, self.data, self.mesh
         metrics = evaluate_model(self.eval_step, *arguments, limit)
         self.write(step, {f"eval/{name}": value for name, value in metrics.items()})
+        self.sync()
         self.say(
             step,
             f"validation loss {metrics['loss']:.4f}, perplexity {metrics['perplexity']:.1f}, "
@@ -320,6 +375,8 @@ class Run:
         self.last_metrics = {"step": step, **metrics}
         if self.writer:
             self.writer.write(step, metrics)
+            if self.wandb:
+                self.wandb.write(step, metrics)
             if self.on_metrics:
                 self.on_metrics(self.last_metrics)
 

@@ -11,13 +11,12 @@ import contextlib
 import dataclasses
 import logging
 from collections.abc import Iterator
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from prmoe_jax import files
+from prmoe_jax import files, stores
 from prmoe_jax.config import Config, ModelConfig, load
 from prmoe_jax.data.tokenizer import Tokenizer, check_same
 from prmoe_jax.errors import UserError
@@ -42,8 +41,8 @@ def init_from_run(config: Config, mesh: Mesh, tokenizer: Tokenizer) -> Transform
     Raises:
       UserError: the folder holds no run, or the run doesn't fit.
     """
-    workdir = Path(config.init.workdir)
     with _reading():
+        workdir = stores.as_path(config.init.workdir)
         if (workdir / workdirs.CONFIG).exists():
             files.regular(workdir / workdirs.CONFIG)
         settings = load(workdir / workdirs.CONFIG)

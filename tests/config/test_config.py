@@ -399,6 +399,11 @@ RULES = {
     "eval batches": (["eval.batches=-1"], "eval.batches=-1 is out of range"),
     "checkpoint": (["checkpoint.every=0"], "checkpoint.every=0 is out of range; use 1 or more"),
     "keep": (["checkpoint.keep=0"], "checkpoint.keep=0 is out of range"),
+    "keep every": (
+        ["checkpoint.every=20", "checkpoint.keep_every=50"],
+        "checkpoint.keep_every=50 is no multiple of checkpoint.every=20, so that hardly any check",
+    ),
+    "stall": (["log.stall_minutes=0"], "log.stall_minutes=0.0 must be above 0"),
     "log": (["log.every=0"], "log.every=0 is out of range"),
 }
 
@@ -542,7 +547,11 @@ FREE = {
     "eval.batches",
     "checkpoint.every",
     "checkpoint.keep",
+    "checkpoint.keep_every",
     "log.every",
+    "log.stall_minutes",
+    "log.wandb",
+    "train.compile_cache",
     "data.cache_dir",
     "model.remat",
     "moe.exchange",

@@ -228,7 +228,7 @@ def test_cache_counts_and_dtypes(config, token_cache, monkeypatch):
 
 
 def test_chunks_do_not_change_the_stream(config, token_cache, monkeypatch):
-    monkeypatch.setattr(tokens, "_CHUNK_CHARACTERS", 3)
+    monkeypatch.setattr(tokens, "CHUNK_CHARACTERS", 3)
     corpus = corpus_of(DOCUMENTS, fingerprint="again")
     again = tokens.tokenise(config, corpus, "train", load_tokenizer(config, 257, corpus))
     np.testing.assert_array_equal(again.tokens_T, token_cache.tokens_T)

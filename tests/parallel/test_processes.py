@@ -8,15 +8,16 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import jax
 import pytest
 from jax._src import distributed
 
+from prmoe_jax import stores
 from prmoe_jax.cli import main
 from prmoe_jax.parallel import processes
 from prmoe_jax.run.metrics import read_metrics
+from tests.support.extras import needs_extra
 from tests.support.lines import only_line
 from tests.support.paths import REPOSITORY
 from tests.support.runs import arguments, finish, start, wait_for_lines
@@ -86,7 +87,7 @@ def ends(process, code, line):
 
 
 def losses(workdir):
-    lines = read_metrics(Path(workdir) / "metrics.jsonl")
+    lines = read_metrics(stores.as_path(workdir) / "metrics.jsonl")
     return [(line["step"], line["loss"], line["drop_fraction"]) for line in lines if "loss" in line]
 
 
@@ -103,6 +104,26 @@ def test_two_processes_of_four_devices_equal_one_of_eight(text, tmp_path):
     (summary,) = first.splitlines()
     assert json.loads(summary)["eval/loss"] > 0
     assert second == ""  # process 0 speaks for all
+
+
+@needs_extra("gcs", "gcsfs")
+def test_two_processes_in_an_object_store(text, tmp_path, object_store):
+    """The losses that they have on a disk, also after a checkpoint was lost and both resumed."""
+    settings = SETTINGS | {"checkpoint.every": 2}
+    for workdir in (tmp_path / "run", "gs://bucket/two"):
+        results = [finish(process) for process in start_two(arguments(text, workdir, **settings))]
+        assert [code for code, _, _ in results] == [0, 0], results
+    assert losses("gs://bucket/two") == losses(tmp_path / "run")
+    left = {path.name for path in stores.as_path("gs://bucket/two").iterdir()}
+    assert left == {path.name for path in (tmp_path / "run").iterdir()} - {".lock"}
+    (stores.as_path("gs://bucket/two") / "checkpoints" / "4").rmtree()
+    results = [
+        finish(process) for process in start_two(arguments(text, "gs://bucket/two", **settings))
+    ]
+    assert [code for code, _, _ in results] == [0, 0], results
+    assert "resumed at step 2 of 4" in results[0][2]
+    assert losses("gs://bucket/two") == losses(tmp_path / "run")
+    assert "Traceback" not in results[0][2] + results[1][2]
 
 
 def test_a_lost_process_ends_the_other_and_one_process_resumes(text, tmp_path):

@@ -21,16 +21,16 @@ from prmoe_jax.plan.chips import CHIPS, chip_count, chip_of, device_count, slice
 from prmoe_jax.plan.collectives import (
     LATENCY,
     collectives,
+    exposed,
     groups,
     hosts,
     kind,
     slices,
     torus,
-    waiting,
 )
 from prmoe_jax.plan.find import find, fit
 from prmoe_jax.plan.picture import draw
-from prmoe_jax.plan.program import Operation, operations
+from prmoe_jax.plan.program import END, Operation, operations
 from prmoe_jax.plan.report import component, held_bytes, needed_bytes, table
 from prmoe_jax.run.metrics import PEAK_FLOPS
 from tests.support.extras import needs_extra
@@ -172,7 +172,7 @@ def test_flops_and_bytes_by_hand():
         "ended": 2 * 4 * 2 * 19,
     }
     assert (found["shard"].opcode, kind(found["shard"])) == ("reduce-scatter", "reduce-scatter")
-    (sent,) = collectives([found["shard"]], {"a": 1, "b": 4}, lambda kind, members, moved: moved)
+    sent = collectives([found["shard"]], {"a": 1, "b": 4}, lambda kind, members, moved: moved)[0]
     assert (sent.kind, sent.axes, sent.bytes) == ("reduce-scatter", ("b",), 2 * 8 * 6)
 
 
@@ -283,9 +283,12 @@ def test_collectives_by_hand():
 
     def one(opcode, result, replica_groups, runs=1):
         text = f"{result} {opcode}(%x), replica_groups={replica_groups}"
-        operation = Operation("x", opcode, None, runs, text)
-        (found,) = collectives([operation], mesh, torus(coordinates, 1e6))
-        return found
+        pair = "x" if opcode.endswith("-start") else ""
+        operation = Operation("x", opcode, None, runs, text, pair=pair)
+        other = Operation("y", "fusion", 7, 1, "f32[] fusion()")
+        found = collectives([other, operation], mesh, torus(coordinates, 1e6))
+        assert list(found) == [1]
+        return found[1]
 
     inner, everyone = "{{0,1,2,3},{4,5,6,7}}", "[1,8]<=[8]"
     gather = one("all-gather", "f32[1000000]{0:T(8)}", inner, runs=3)
@@ -293,14 +296,90 @@ def test_collectives_by_hand():
     assert gather.bytes == 3 * 4_000_000
     assert gather.seconds == pytest.approx(3 * 4 * 3 / 4 / 2)  # one ring, both ways
     reduce = one("all-reduce-start", "bf16[1000000]{0}", everyone)
-    assert (reduce.kind, reduce.axes, reduce.hidden) == ("all-reduce", ("a", "b"), True)
+    assert (reduce.kind, reduce.axes, reduce.asynchronous) == ("all-reduce", ("a", "b"), True)
     assert reduce.seconds == pytest.approx(2 * 2 * 7 / 8 / 4)  # there and back, two rings
     scatter = one("reduce-scatter", "f32[250000]{0}", inner)
     assert scatter.seconds == pytest.approx(gather.seconds / 3)
     exchange = one("all-to-all", "(bf16[500000]{0}, bf16[500000]{0})", inner)
     assert (exchange.bytes, exchange.seconds) == (2_000_000, pytest.approx(2 * 4 / 8))
     start = one("all-gather-start", "(f32[250000]{0}, f32[1000000]{0}, u32[])", inner)
-    assert (start.bytes, start.hidden) == (4_000_000, True)
+    assert (start.bytes, start.asynchronous) == (4_000_000, True)
+
+
+# Two ways in which the TPU's compiler writes an asynchronous collective, in a loop of 3 runs: on
+# the network's own engines, and in a call on a SparseCore, which gets its operand later.
+ASYNCHRONOUS = """\
+HloModule jit_step, is_scheduled=true
+
+%offloaded (t: f32[10]) -> f32[40] {
+  %t = f32[10]{0} parameter(0)
+  ROOT %gathered = f32[40]{0} all-gather(%t), replica_groups={{0,1,2,3}}, dimensions={0}
+}, execution_thread="sparsecore"
+
+%body (s: (s32[], f32[10])) -> (s32[], f32[10]) {
+  %s = (s32[], f32[10]{0}) parameter(0)
+  %x = f32[10]{0} get-tuple-element(%s), index=1
+  %begun = ((), (), (s32[1])) call-start(), async_execution_thread="sparsecore", to_apply=%offloaded
+  %one = f32[10]{0} add(%x, %x), backend_config={"estimated_cycles":"1"}
+  %given = ((f32[10]{0}), f32[40]{0}) call-update(%begun, %one)
+  %summing = f32[10]{0} all-reduce-start(%one), replica_groups={{0,1,2,3}}, to_apply=%add
+  %two = f32[10]{0} add(%x, %x), backend_config={"estimated_cycles":"2"}
+  %all = f32[40]{0} call-done(%given)
+  %four = f32[10]{0} add(%x, %x), backend_config={"estimated_cycles":"4"}
+  %sum = f32[10]{0} all-reduce-done(%summing)
+  ROOT %t = (s32[], f32[10]{0}) tuple(%x, %sum)
+}
+
+%condition (s: (s32[], f32[10])) -> pred[] {
+  ROOT %less = pred[] compare(%s, %s), direction=LT
+}
+
+ENTRY %main (x: f32[10]) -> f32[10] {
+  %x = f32[10]{0} parameter(0)
+  %w = (s32[], f32[10]{0}) while(%x), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  ROOT %eight = f32[10]{0} all-reduce(%x), replica_groups={{0,1,2,3}}, to_apply=%add
+}
+"""  # noqa: E501
+
+
+def test_asynchronous_collectives_begin_with_their_operands_and_end_with_a_wait():
+    found = operations(ASYNCHRONOUS)
+    assert [(o.name, o.opcode, o.runs, o.pair) for o in found] == [
+        ("one", "add", 3, ""),
+        ("given", "all-gather", 3, "begun"),
+        ("summing", "all-reduce-start", 3, "summing"),
+        ("two", "add", 3, ""),
+        ("all", END, 3, "begun"),
+        ("four", "add", 3, ""),
+        ("sum", END, 3, "summing"),
+        ("eight", "all-reduce", 1, ""),
+    ]
+    sent = collectives(found, {"a": 4}, lambda kind, members, moved: moved)
+    assert {i: (c.kind, c.asynchronous, c.bytes) for i, c in sent.items()} == {
+        1: ("all-gather", True, 3 * 4 * 40),
+        2: ("all-reduce", True, 3 * 4 * 10),
+        7: ("all-reduce", False, 4 * 10),
+    }
+
+
+@pytest.mark.parametrize(
+    ("gather", "reduce", "expected"),
+    [
+        (1, 2, (0, 0)),  # both are hidden
+        (5, 1, (3, 0)),  # begun after `one`; `two` hides 2 of its 5
+        (5, 3, (3, 0)),  # the sum gets the links at 6 and is there at 9, before `four` ends
+        (5, 9, (3, 5)),
+        (1, 9, (0, 4)),
+    ],
+)
+def test_exposed_time_by_hand(gather, reduce, expected):
+    """All of a loop's runs together, in the order of the schedule; the links do one at a time."""
+    found = operations(ASYNCHRONOUS)
+    seconds = [(o.cycles or 0) * o.runs for o in found]
+    times = {"all-gather": gather, "all-reduce": reduce}
+    sent = collectives(found, {"a": 4}, lambda kind, members, moved: times[kind])
+    waits = {i: c.exposed_seconds for i, c in exposed(found, seconds, sent).items()}
+    assert waits == {1: 3 * expected[0], 2: 3 * expected[1], 7: reduce}
 
 
 def test_hosts_by_hand():
@@ -372,34 +451,34 @@ def test_traffic_between_slices_by_hand():
     inside = torus(np.arange(4)[:, None], 1e6)
     network = slices(inside, 4, 1e5)
     found = collectives(program, mesh, network, np.arange(8) // 4, 4)
-    assert [(c.kind, c.axes, c.hidden, c.bytes, c.away) for c in found] == [
-        ("all-reduce", ("data_across",), True, 3 * 10**6, True),
-        ("all-reduce", ("data_across",), True, 2 * 10**6, True),
+    assert [(c.kind, c.axes, c.asynchronous, c.bytes, c.away) for c in found.values()] == [
         ("reduce-scatter", ("expert_0",), False, 8 * 10**6, False),
+        ("all-reduce", ("data_across",), True, 2 * 10**6, True),
+        ("all-reduce", ("data_across",), True, 3 * 10**6, True),
     ]
     # Half of an array goes there and half of the sum comes back.
-    assert found[0].seconds == pytest.approx(3 / 0.1 + LATENCY)
-    assert found[2].seconds == inside("reduce-scatter", np.arange(4), 8 * 10**6)
+    assert found[2].seconds == pytest.approx(3 / 0.1 + LATENCY)
+    assert found[0].seconds == inside("reduce-scatter", np.arange(4), 8 * 10**6)
     everyone = np.arange(0, 16, 4)
     four = slices(inside, 4, 1e5)
     assert four("all-to-all", everyone, 10**6) == pytest.approx(10 * 3 / 4 + LATENCY)
     assert four("all-gather", everyone[:2], 10**6) == pytest.approx(10 / 2 + LATENCY)
     assert four("collective-permute", everyone[:2], 10**6) == pytest.approx(10 + LATENCY)
 
-    # Sends at 0 of 20 and 30 seconds; the loop takes 5 x 2 and the step's end 0.1.
-    def once(operation):
-        return (operation.cycles or 0) / 10
+    # Sends at 0 of 20 and 30 seconds; the loop takes 5 x 2, what follows 0.7 and 0.1.
+    times = {0: 0.0, 1: 20 + LATENCY, 2: 30 + LATENCY}
+    sent = {place: c._replace(seconds=times[place]) for place, c in found.items()}
 
-    def sent(operation):
-        return LATENCY + (20 if operation.name == "send" else 30)
+    def waits(program, slower=1):
+        seconds = [slower * (o.cycles or 0) * o.runs / 10 for o in program]
+        return [c.exposed_seconds for c in exposed(program, seconds, sent).values()]
 
     # The second is there at 50, the loop ends at 10. The first is there by then.
-    assert waiting(program, once, sent) == pytest.approx(50 + LATENCY - 10)
-    quick = waiting(program, lambda operation: 10 * once(operation), sent)
-    assert quick == 0.0  # the loop takes 100
+    assert waits(program) == pytest.approx([0, 0, 50 + LATENCY - 10])
+    assert waits(program, slower=10) == [0, 0, 0]  # the loop takes 100
     # A transfer that nothing in the program awaits is awaited at its end.
-    unread = [operation for operation in program if operation.opcode != "recv-done"]
-    assert waiting(unread, once, sent) == pytest.approx(50 - 10 - 0.8)
+    unread = [operation for operation in program if operation.opcode != END]
+    assert waits(unread) == pytest.approx([0, 20 + LATENCY - 10.8, 30])
 
 
 @pytest.mark.parametrize(
@@ -418,15 +497,16 @@ def test_transfers_in_every_notation(target, axes, kind, moved):
         f'_xla_megascale_target={target},_xla_megascale_transfer_type="{kind}"}}'
     )
     mesh = {"data_across": 2, "expert_across_1": 2, "data": 1, "expert_0": 2}
-    operation = Operation("x", "send", None, 3, text)
+    operation = Operation("x", "send", None, 3, text, pair="a_0")
     inside = torus(np.zeros((2, 1)), 1e6)
-    (found,) = collectives([operation], mesh, slices(inside, 2, 1e6), np.arange(8) // 2, 2)
+    network = slices(inside, 2, 1e6)
+    (found,) = collectives([operation], mesh, network, np.arange(8) // 2, 2).values()
     name = {"ONE_TO_ONE": "collective-permute"}.get(kind, kind.lower().replace("_", "-"))
     assert found[:5] == (name, axes, True, 3, 3 * moved)
 
 
 def test_a_collective_of_a_sparse_core_by_hand():
-    """It starts, gets its operand, and ends in three operations; a copy there is none."""
+    """A copy on a SparseCore, which starts and ends in the same way, is none."""
     program = """\
 HloModule jit_step, is_scheduled=true
 
@@ -450,10 +530,10 @@ ENTRY %main (x: f32[2,3]) -> f32[8,3] {
 }
 """
     found = operations(program)
-    assert [(o.name, o.opcode) for o in found] == [
-        ("start", "all-gather-start"), ("done.1", "call-done")
+    assert [(o.name, o.opcode, o.pair) for o in found] == [
+        ("update", "all-gather", "start"), ("done.1", "call-done", ""), ("done", END, "start")
     ]  # fmt: skip
-    (sent,) = collectives(found, {"a": 1, "b": 4}, lambda kind, members, moved: moved)
+    (sent,) = collectives(found, {"a": 1, "b": 4}, lambda kind, members, moved: moved).values()
     assert sent[:5] == ("all-gather", ("b",), True, 1, 4 * 8 * 3)
 
 
@@ -463,6 +543,8 @@ def test_components_are_innermost_scopes():
 
     assert of('op_name="jit(step)/transpose(jvp())/while/body/dispatch/experts/dot"') == "experts"
     assert of('op_name="jit(step)/while/body/attention/add"') == "attention"
+    assert of('op_name="jit(step)/layers/while/body/attention/norm/add"') == "norm"
+    assert of('op_name="jit(step)/layers/while/body/dynamic_update_slice"') == "layers"
     assert of('op_name="jit(step)/while/body/add"') == "other"
     assert of("") == "other"
 
@@ -809,15 +891,14 @@ def test_two_slices_by_the_real_compiler(tmp_path):
     rows = {(c["network"], c["kind"]): c for c in result["collectives"]}
     assert {kind for network, kind in rows if network == "dcn"} == {"all-reduce"}
     between = rows["dcn", "all-reduce"]
-    assert (between["axes"], between["hidden"]) == (["data_across"], True)
+    assert (between["axes"], between["asynchronous"]) == (["data_across"], True)
     assert {axis for row in result["collectives"] for axis in row["axes"]} == {
         "data_across", "expert_0"
     }  # fmt: skip
     # A gradient has as many numbers as the parameters, of four bytes or, but for the experts, two.
     parameters = result["hbm_bytes_per_chip"]["parameters"]
     assert 0.5 * parameters < between["bytes"] < 1.2 * parameters
-    waited = result["components"]["waiting for slices"]
-    assert 0 < waited < between["seconds"]
+    assert 0 < between["exposed_seconds"] < between["seconds"]
     assert ("ici", "all-to-all") in rows
 
 

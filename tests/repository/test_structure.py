@@ -10,8 +10,8 @@ import prmoe_jax
 PACKAGE = Path(prmoe_jax.__file__).parent
 # From the bottom up; a folder imports those before it. Modules at the package's top come first.
 FLOORS = (
-    "errors files tables boundary allocator config nn data parallel moe model run distill training "
-    "inference interop tasks plan bench sweep report cli __main__"
+    "errors stores files tables boundary allocator config nn data parallel moe model run distill "
+    "training inference interop tasks plan bench sweep report cli __main__"
 ).split()
 
 

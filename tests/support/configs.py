@@ -63,6 +63,7 @@ OTHER_VALUES = {
     "train.batch_size": ("32", 32),
     "train.accumulate": ("4", 4),
     "train.z_loss": ("1e-4", 0.0001),
+    "train.compile_cache": ("programs", "programs"),
     "optimizer.learning_rate": ("2e-3", 0.002),
     "optimizer.min_learning_rate": ("0", 0.0),
     "optimizer.warmup_tokens": ("5", 5),
@@ -91,7 +92,10 @@ OTHER_VALUES = {
     "eval.batches": ("5", 5),
     "checkpoint.every": ("7", 7),
     "checkpoint.keep": ("1", 1),
+    "checkpoint.keep_every": ("300", 300),
     "log.every": ("1", 1),
+    "log.stall_minutes": ("inf", math.inf),
+    "log.wandb": ("pyramids", "pyramids"),
 }
 # The gradient of a key's bias is 0 but for rounding, which Adam would scale up to a whole step.
 GENTLE = {"eps": 1e-3}

@@ -16,7 +16,7 @@ from prmoe_jax.run.restore import restore_run
 from tests.support.paths import REPOSITORY
 
 # What depends on the clock and not on the run.
-CLOCK = {"tokens_per_second", "input_wait_fraction"}
+CLOCK = {"tokens_per_second", "input_wait_fraction", "step_time_deviation", "goodput"}
 # A run of seconds: one dense layer on bytes, in the working directory.
 SETTINGS = [
     f"--config={tiny.__file__}:1 layers",

@@ -1,0 +1,24 @@
+"""`prmoe tokenize`: text to token shards."""
+
+from prmoe_jax.cli.options import parse_config, path
+from prmoe_jax.cli.output import show
+
+
+def add(verb) -> None:
+    """Declares the verb and its options."""
+    sub = verb("tokenize", run, "write the tokens of a config's text as shards", True)
+    sub.add_argument("--out", type=_folder, required=True, help="the folder; it may be gs://…")
+    sub.usage = "prmoe tokenize --config=FILE:NAME --out=FOLDER [--json] [-- BEAM_OPTIONS]"
+    sub.set_defaults(passes_on=True)
+
+
+def run(options, rest) -> None:
+    config = parse_config(rest)
+    from prmoe_jax.data.tokenize import tokenize
+
+    show(tokenize(config, options.out, options.passed_on), options.json)
+
+
+def _folder(text: str) -> str:
+    path(text)  # not empty
+    return text

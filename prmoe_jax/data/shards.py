@@ -1,0 +1,316 @@
+"""Files of token ids: our shards, Megatron-LM's .bin/.idx pairs, .npy files and bare arrays."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+import numpy as np
+
+from prmoe_jax import files
+from prmoe_jax.data import cache
+from prmoe_jax.data.sources import reading
+from prmoe_jax.errors import UserError
+
+INDEX, TOKENIZER = "index.json", "tokenizer.json"
+SUFFIX = ".tokens"  # of our shards
+_FORMAT = "prmoe_jax tokens 1"
+_FIX = "write the shards again by prmoe tokenize"
+# A shard is identified by its size and by blocks of it at even distances. Up to 1 MiB that is its
+# whole content.
+_BLOCKS, _BLOCK_BYTES = 16, 1 << 16
+_MEGATRON_MAGIC = b"MMIDIDX\x00\x00"
+_MEGATRON_DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
+# The ends of so many documents of a .bin file are looked at.
+_CHECKED_ENDS = 1000
+Split = Literal["train", "validation"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """A file that holds `tokens` ids of one dtype, from the byte `offset` on."""
+
+    path: Path
+    dtype: np.dtype
+    offset: int
+    tokens: int
+
+    @functools.cached_property
+    def ids_T(self) -> np.ndarray:
+        """The ids, mapped into memory at the first use."""
+        with reading(self.path):
+            mapped = np.memmap(self.path, self.dtype, "r", self.offset, (self.tokens,))
+        return np.asarray(mapped)  # slicing a np.memmap costs more than the read
+
+    def blocks(self) -> list[slice]:
+        """The parts of `ids_T` that identify the shard."""
+        size = _BLOCK_BYTES // self.dtype.itemsize
+        return [slice(first, first + size) for first in _even(self.tokens, size)]
+
+    def digest(self) -> str:
+        """The digest of `blocks`."""
+        digest = hashlib.sha256()
+        for block in self.blocks():
+            digest.update(self.ids_T[block].tobytes())
+        return digest.hexdigest()
+
+
+def block_digest(file: BinaryIO, dtype: np.dtype, tokens: int) -> str:
+    """The same as `Shard.digest`, of a file without a header that is open for reading."""
+    digest = hashlib.sha256()
+    for first in _even(tokens, _BLOCK_BYTES // dtype.itemsize):
+        file.seek(first * dtype.itemsize)
+        digest.update(file.read(_BLOCK_BYTES))
+    return digest.hexdigest()
+
+
+def _even(tokens: int, size: int) -> list[int]:
+    """The first tokens of the blocks of `size` tokens: all of them, or some at even distances."""
+    count = math.ceil(tokens / size)
+    if count <= _BLOCKS:
+        return [i * size for i in range(count)]
+    return [i * (tokens - size) // (_BLOCKS - 1) for i in range(_BLOCKS)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Index:
+    """What `prmoe tokenize` wrote into a folder; its `index.json`."""
+
+    folder: Path
+    tokenizer: str  # the tokenizer's fingerprint
+    vocabulary: int  # all ids are below it
+    dtype: np.dtype
+    splits: dict[str, dict]  # documents, tokens, bytes and shards of train and validation
+    fingerprint: str
+
+    @classmethod
+    def open(cls, folder: Path) -> "Index":
+        """Reads the index of a folder.
+
+        Raises:
+          UserError: it is missing or damaged.
+        """
+        path = folder / INDEX
+        content = files.read_json(path, fix=_FIX)
+        kinds = {"format": str, "tokenizer": str, "vocabulary": int, "dtype": str, "splits": dict}
+        files.require(content, kinds | {"fingerprint": str}, str(path), _FIX)
+        if content["format"] != _FORMAT:
+            raise UserError(f"{path} has the format {content['format']!r}, not {_FORMAT!r}; {_FIX}")
+        if content["fingerprint"] != fingerprint(content):
+            raise UserError(f"{path} is damaged: it is not as it was written; {_FIX}")
+        return cls(
+            *(folder, content["tokenizer"], content["vocabulary"]),
+            *(np.dtype(content["dtype"]), content["splits"], content["fingerprint"]),
+        )
+
+    def shards(self, split: Split) -> list[Shard]:
+        """The shards of a split, compared with the index by size and by some of their content.
+
+        Raises:
+          UserError: a shard is missing, or it is not the one that the index describes.
+        """
+        found = []
+        for entry in self.splits[split]["shards"]:
+            shard = Shard(self.folder / entry["name"], self.dtype, 0, entry["tokens"])
+            with reading(shard.path):
+                size = shard.path.stat().st_size
+            if size != shard.tokens * self.dtype.itemsize:
+                raise UserError(
+                    f"{shard.path} has {size} bytes, not the "
+                    f"{shard.tokens * self.dtype.itemsize} that {INDEX} says; {_FIX}"
+                )
+            if shard.digest() != entry["blocks"]:
+                raise UserError(f"{shard.path} is not the shard that {INDEX} describes; {_FIX}")
+            found.append(shard)
+        return found
+
+
+def check_whole(paths: Iterable[Path]) -> None:
+    """Raises UserError if a shard of ours is among paths, which only its index may name."""
+    for path in paths:
+        if path.suffix == SUFFIX:
+            raise UserError(
+                f"{path} is one of several shards; give their folder {path.parent}, whose "
+                f"{INDEX} lists them"
+            )
+
+
+def index_content(
+    tokenizer: str, vocabulary: int, dtype: np.dtype, splits: dict[str, dict], inputs: str
+) -> dict:
+    """The content of an `index.json`.
+
+    Args:
+      tokenizer: the tokenizer's fingerprint.
+      vocabulary: the number of its ids.
+      dtype: the dtype of the shards.
+      splits: for each split its documents, tokens, bytes of text, and shards in order, each with
+        name, documents, tokens, bytes, sha256 and blocks (`block_digest`).
+      inputs: identifies the text and the settings.
+    """
+    content = {
+        "format": _FORMAT,
+        "tokenizer": tokenizer,
+        "vocabulary": vocabulary,
+        "dtype": dtype.str,
+        "inputs": inputs,
+        "splits": splits,
+    }
+    return content | {"fingerprint": fingerprint(content)}
+
+
+def encode(content: dict) -> bytes:
+    """The bytes of an `index.json`."""
+    return json.dumps(content, indent=1).encode() + b"\n"
+
+
+def fingerprint(content: dict) -> str:
+    """Identifies the tokens of an index: the same tokenizer, shards and splits."""
+    names = "tokenizer", "vocabulary", "dtype", "splits"
+    return cache.fingerprint(*(content[name] for name in names))
+
+
+def open_arrays(paths: Sequence[Path], vocabulary: int) -> list[Shard]:
+    """Opens files that other libraries wrote, one after the other.
+
+    A `.bin` file with an `.idx` file beside it is Megatron-LM's. A file that starts as NumPy's
+    `.npy` files do is one. Any other file is an array without a header, of uint16 if the
+    vocabulary has at most 65536 ids, else of uint32.
+
+    Raises:
+      UserError: a file is missing, damaged or empty, or has no integers.
+    """
+    return [_open_array(path, vocabulary) for path in paths]
+
+
+def _open_array(path: Path, vocabulary: int) -> Shard:
+    with reading(path):
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            start = file.read(6)
+    if not size:
+        raise UserError(f"{path} is empty; leave it out")
+    if path.suffix == ".bin" and path.with_suffix(".idx").exists():
+        return _open_megatron(path, size)
+    if start == b"\x93NUMPY":
+        return _open_npy(path, size)
+    dtype = np.dtype("<u2" if vocabulary <= 1 << 16 else "<u4")
+    return Shard(path, dtype, 0, _whole(path, size, dtype))
+
+
+def _whole(path: Path, size: int, dtype: np.dtype) -> int:
+    """How many ids `size` bytes hold; UserError if the last one is cut."""
+    if size % dtype.itemsize:
+        raise UserError(
+            f"{path} has {size} bytes, no multiple of the {dtype.itemsize} of {dtype.name}; it is "
+            "cut, or data.tokenizer is not its tokenizer"
+        )
+    return size // dtype.itemsize
+
+
+def _open_npy(path: Path, size: int) -> Shard:
+    with reading(path):
+        try:
+            array = np.load(path, mmap_mode="r")
+        except ValueError as error:
+            raise UserError(f"{path} is damaged: {files_reason(error)}; copy it again") from None
+    if array.ndim != 1 or array.dtype.kind not in "iu" or not len(array):
+        raise UserError(f"{path} holds {array.dtype} {array.shape}, not a list of token ids")
+    return Shard(path, array.dtype, size - array.nbytes, len(array))
+
+
+def files_reason(error: Exception) -> str:
+    """The first line of an error's message."""
+    return str(error).partition("\n")[0]
+
+
+def _open_megatron(path: Path, size: int) -> Shard:
+    """A `.bin` file, compared with its `.idx` file."""
+    index = path.with_suffix(".idx")
+    with reading(index):
+        content = index.read_bytes()
+    head = len(_MEGATRON_MAGIC) + 25
+    if not content.startswith(_MEGATRON_MAGIC) or len(content) < head:
+        raise UserError(f"{index} is no index of Megatron-LM: it doesn't start with MMIDIDX")
+    fields = np.frombuffer(content, "<u8,u1,<u8,<u8", 1, len(_MEGATRON_MAGIC))[0]
+    version, code, sequences, documents = map(int, fields)
+    if version != 1 or code not in _MEGATRON_DTYPES:
+        raise UserError(
+            f"{index} has version {version} and dtype code {code}; version 1 and a code of "
+            f"{', '.join(map(str, _MEGATRON_DTYPES))} can be read"
+        )
+    if len(content) != head + 12 * sequences + 8 * documents:
+        raise UserError(
+            f"{index} has {len(content)} bytes, not the {head + 12 * sequences + 8 * documents} of "
+            f"{sequences} sequences and {documents} document indices; copy it again"
+        )
+    dtype = np.dtype(_MEGATRON_DTYPES[code])
+    lengths = np.frombuffer(content, "<i4", sequences, head).astype(np.int64)
+    offsets = np.frombuffer(content, "<i8", sequences, head + 4 * sequences)
+    ends = np.cumsum(lengths)
+    total = int(ends[-1]) if sequences else 0
+    if (lengths < 0).any() or ((ends - lengths) * dtype.itemsize != offsets).any():
+        raise UserError(f"{index} is damaged: its offsets don't follow from its lengths")
+    if size != total * dtype.itemsize:
+        raise UserError(
+            f"{path} has {size} bytes, not the {total * dtype.itemsize} that {index.name} says; "
+            "the two don't belong together, or a copy is cut"
+        )
+    return Shard(path, dtype, 0, total)
+
+
+def check_ends(shards: Sequence[Shard], end_of_text: int) -> None:
+    """Checks that foreign shards tell their documents apart by the end-of-text id.
+
+    Raises:
+      UserError: a `.bin` file has documents without it, or no block of any shard has it.
+    """
+    for shard in shards:
+        index = shard.path.with_suffix(".idx")
+        if shard.path.suffix == ".bin" and index.exists():
+            last = _document_ends(index)
+            last = last[:: math.ceil(len(last) / _CHECKED_ENDS) or 1] - 1
+            found = shard.ids_T[last[last >= 0]]
+            if (found != end_of_text).any():
+                raise UserError(
+                    f"{shard.path}: a document ends with the id {found[found != end_of_text][0]}, "
+                    f"not the end of text {end_of_text}; write it with --append-eod, or set "
+                    "--config.data.tokenizer to its tokenizer"
+                )
+    if not any((shard.ids_T[block] == end_of_text).any() for shard in shards
+               for block in shard.blocks()):  # fmt: skip
+        raise UserError(
+            f"{shards[0].path} has no end-of-text id {end_of_text} where it was looked for, which "
+            "tells documents apart; set --config.data.tokenizer to its tokenizer"
+        )
+
+
+def _document_ends(index: Path) -> np.ndarray:
+    """The position behind each document of a checked `.idx` file, in tokens."""
+    content, head = index.read_bytes(), len(_MEGATRON_MAGIC) + 25
+    sequences, documents = np.frombuffer(content, "<u8", 2, head - 16)
+    lengths = np.frombuffer(content, "<i4", int(sequences), head)
+    bounds = np.frombuffer(content, "<i8", int(documents), head + 12 * int(sequences))
+    ends = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    if len(bounds) and (bounds.min() < 0 or bounds.max() >= len(ends)):
+        raise UserError(f"{index} is damaged: a document index is out of range")
+    return ends[bounds]
+
+
+def check_ids(shard: Shard, first: int, ids_T: np.ndarray, vocabulary: int) -> None:
+    """Checks ids that were read from a shard at token `first`.
+
+    Raises:
+      UserError: an id is not in the vocabulary.
+    """
+    if not len(ids_T) or (0 <= ids_T.min() and ids_T.max() < vocabulary):
+        return
+    place = int(np.flatnonzero((ids_T < 0) | (ids_T >= vocabulary))[0])
+    raise UserError(
+        f"{shard.path} has the id {ids_T[place]} at token {first + place}, and the tokenizer has "
+        f"{vocabulary} ids; the shard is damaged or of another tokenizer (data.tokenizer)"
+    )

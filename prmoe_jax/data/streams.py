@@ -1,0 +1,364 @@
+"""The corpus 'tokens:…': tokenised shards as streams of tokens, alone or mixed."""
+
+import bisect
+import dataclasses
+import glob
+import itertools
+import json
+import math
+import re
+from collections.abc import Iterator, Sequence
+from decimal import Decimal
+from pathlib import Path
+
+import numpy as np
+
+from prmoe_jax import files, stores
+from prmoe_jax.config import DataConfig, expand
+from prmoe_jax.data import cache, copies, shards, tokenizer
+from prmoe_jax.data.corpora import TOKENS
+from prmoe_jax.data.shards import Index, Shard
+from prmoe_jax.data.tokenizer import Tokenizer
+from prmoe_jax.errors import UserError
+
+_VALIDATION = "validation:"
+_WEIGHT = re.compile(r"(.+)\*(\d*\.\d+)")
+_MAX_DECIMALS = 4
+_READ_TOKENS = 1 << 20
+_DECODED_DOCUMENTS = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One of the comma-separated parts of 'tokens:…'."""
+
+    pattern: str
+    weight: Decimal | None = None  # share of the training windows
+    validation: bool = False  # a part that is only evaluated
+
+
+class ShardStream:
+    """A stream as `TokenCache` describes it: the tokens `first` to `last` of shards in a row.
+
+    The mark before the first document, or the one behind the last, is added where the shards have
+    none. Only what is read is loaded; every id that is read is compared with the vocabulary.
+
+    Attributes:
+      fingerprint: identifies the tokens.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[Shard],
+        tokenizer: Tokenizer,
+        first: int,
+        last: int,
+        marks: tuple[bool, bool],
+        fingerprint: str,
+    ):
+        self._shards = parts
+        self._starts = _starts(parts)
+        self._first, self._last = first, last
+        self._before, self._behind = map(int, marks)
+        self._mark, self._vocabulary = tokenizer.end_of_text, tokenizer.size
+        self.fingerprint = fingerprint
+
+    def __len__(self) -> int:
+        return self._before + (self._last - self._first) + self._behind
+
+    @property
+    def described(self) -> str:
+        """The size, for messages."""
+        return f"{len(self)} tokens"
+
+    def read(self, first: int, last: int) -> np.ndarray:
+        """The tokens `first` to `last` of the stream, fewer at its end.
+
+        Raises:
+          UserError: an id is not in the vocabulary, or a shard can't be read.
+        """
+        last = min(last, len(self))
+        mark = np.array([self._mark])
+        parts = [mark] if first < self._before else []
+        shift = self._first - self._before
+        parts += self._within(max(first + shift, self._first), min(last + shift, self._last))
+        if self._behind and first < len(self) == last:
+            parts.append(mark)
+        return np.concatenate(parts) if parts else mark[:0]
+
+    def documents(self, first: int, tokens_T: np.ndarray) -> np.ndarray:
+        """For each token that was read at `first`: how many documents began since the first one."""
+        marks = tokens_T == self._mark
+        return np.cumsum(marks) - marks[:1]
+
+    def _within(self, first: int, last: int) -> Iterator[np.ndarray]:
+        """The tokens of the shards, piece by piece."""
+        i = bisect.bisect_right(self._starts, first) - 1
+        while first < last:
+            shard, start = self._shards[i], self._starts[i]
+            ids = shard.ids_T[first - start : min(last - start, shard.tokens)]
+            shards.check_ids(shard, first - start, ids, self._vocabulary)
+            yield ids
+            first, i = first + len(ids), i + 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """The training and validation streams of one part of the corpus, each None if it has none."""
+
+    train: ShardStream | None
+    validation: ShardStream | None
+    validation_bytes: int  # UTF-8 bytes of the validation text
+    weight: Decimal | None
+
+
+def open_sources(
+    config: DataConfig, vocab_size: int, tokenizer_path: str | None = None
+) -> tuple[Tokenizer, list[Source]]:
+    """Opens the shards of 'tokens:…'.
+
+    Args:
+      config: its `corpus` is that of `parse`.
+      vocab_size: the size of the model's vocabulary.
+      tokenizer_path: the tokenizer of a run that is resumed or evaluated.
+
+    Returns:
+      the tokenizer, and a source for each part.
+
+    Raises:
+      UserError: the corpus is not well formed, a shard is missing, damaged or of another
+        tokenizer, or no tokenizer is known.
+    """
+    parts = parse(config.corpus)
+    found = [_find(part.pattern, config) for part in parts]
+    indices = [index for indices, _ in found for index in indices]
+    known = _tokenizer(config, vocab_size, indices, tokenizer_path)
+    separate = any(part.validation for part in parts)
+    sources = []
+    for part, (indices, paths) in zip(parts, found, strict=True):
+        if indices:
+            sources += [_ours(index, part, known, separate) for index in indices]
+        else:
+            sources.append(_foreign(paths, part, known, separate, config))
+    return known, sources
+
+
+def parse(corpus: str) -> list[Part]:
+    """The parts of 'tokens:A', 'tokens:A*0.7,B*0.3' or 'tokens:A,validation:B'.
+
+    Raises:
+      UserError: the corpus has not that form, or the shares don't add up to 1.
+    """
+    parts = []
+    for text in corpus.removeprefix(TOKENS).split(","):
+        validation = text.strip().startswith(_VALIDATION)
+        pattern = text.strip().removeprefix(_VALIDATION)
+        weighted = _WEIGHT.fullmatch(pattern)
+        if not pattern or (weighted and validation):
+            raise UserError(
+                f"data.corpus={corpus}: {text!r} is not a part; give tokens:GLOB, "
+                "tokens:GLOB*0.7,GLOB*0.3, and validation:GLOB without a share"
+            )
+        if weighted:
+            parts.append(Part(weighted[1], Decimal(weighted[2])))
+        else:
+            parts.append(Part(pattern, None, validation))
+    train = [part for part in parts if not part.validation]
+    weights = [part.weight for part in train if part.weight is not None]
+    if not train:
+        raise UserError(f"data.corpus={corpus} has only validation; give a GLOB to train on")
+    if weights or len(train) > 1:
+        if len(weights) < len(train):
+            raise UserError(
+                f"data.corpus={corpus}: {len(weights)} of {len(train)} parts have a share; give "
+                "each one its own, such as tokens:A*0.7,B*0.3"
+            )
+        if sum(weights) != 1 or not all(weights):
+            raise UserError(
+                f"data.corpus={corpus}: the shares are {', '.join(map(str, weights))}, in sum "
+                f"{sum(weights)}; they must be above 0 and add up to 1"
+            )
+        if any(weight != round(weight, _MAX_DECIMALS) for weight in weights):
+            raise UserError(f"data.corpus={corpus}: give shares of at most 4 decimals")
+    return parts
+
+
+def schedule(weights: Sequence[Decimal]) -> np.ndarray:
+    """For each window of a period the number of its source.
+
+    After every n windows, from the start on, each source has had its share of n, rounded down or
+    up. Each draw has a window of time in which it keeps to that; the draw whose time ends first
+    comes first, which meets all of them (as in real-time scheduling of periodic tasks).
+    """
+    ratios = [weight.as_integer_ratio() for weight in weights]
+    period = math.lcm(*(denominator for _, denominator in ratios))
+    counts = [numerator * period // denominator for numerator, denominator in ratios]
+    drawn, order = [0] * len(counts), []
+    for n in range(period):
+        ready = [i for i, count in enumerate(counts) if drawn[i] * period // count <= n]
+        best = min(ready, key=lambda i: -(-(drawn[i] + 1) * period // counts[i]))
+        drawn[best] += 1
+        order.append(best)
+    return np.array(order)
+
+
+def _find(pattern: str, config: DataConfig) -> tuple[list[Index], list[Path]]:
+    """Our folders, or the files of other libraries, that a glob matches.
+
+    Raises:
+      UserError: it matches nothing, or files of both kinds.
+    """
+    if stores.scheme(pattern):
+        pattern = copies.local_copy(pattern, cache.root(config))
+    path = expand("data.corpus", pattern)
+    if path.exists():
+        matched = [path]
+    else:
+        matched = sorted(map(Path, glob.glob(str(path), recursive=True)))
+    ours = [path.parent if path.name == shards.INDEX else path for path in matched]
+    ours = [path for path in ours if (path / shards.INDEX).exists()]
+    shards.check_whole(matched)
+    for path in matched:
+        if path.is_dir() and path not in ours:
+            raise UserError(
+                f"{path} has no {shards.INDEX}; give a folder that prmoe tokenize has finished, or "
+                "a glob of .bin or .npy files"
+            )
+    paths = [path for path in matched if path.is_file() and path.suffix != ".idx"]
+    paths = [path for path in paths if path.parent not in ours]
+    if not (ours or paths):
+        raise UserError(f"no token shards match {pattern!r}; give a folder or a glob of files")
+    if ours and paths:
+        raise UserError(f"{pattern!r} matches {ours[0]} and {paths[0]}; give two parts with shares")
+    if len(ours) > 1:
+        raise UserError(f"{pattern!r} matches {len(ours)} folders; give each one with its share")
+    return [Index.open(folder) for folder in ours], paths
+
+
+def _tokenizer(
+    config: DataConfig, vocab_size: int, indices: Sequence[Index], path: str | None
+) -> Tokenizer:
+    if path is not None:
+        known, whose = Tokenizer.load(path), "this run's"
+    elif config.tokenizer != "bpe":
+        known = tokenizer.load_given(config)
+        whose = f"data.tokenizer={config.tokenizer}"
+    elif indices:
+        stored = indices[0].folder / shards.TOKENIZER
+        known, whose = Tokenizer.load(stored), str(stored)
+    else:
+        raise UserError(
+            f"data.corpus={config.corpus} has tokens without a tokenizer; set data.tokenizer to "
+            "'gpt2', 'bytes' or their tokenizer.json"
+        )
+    for index in indices:
+        if index.tokenizer != known.fingerprint:
+            raise UserError(
+                f"the shards in {index.folder} have the tokenizer {index.tokenizer}, not "
+                f"{known.fingerprint} ({whose}); "
+                + (
+                    f"set --config.data.tokenizer={index.folder / shards.TOKENIZER}"
+                    if path is None and whose.startswith("data.")
+                    else "write them again with this tokenizer"
+                )
+            )
+    tokenizer.check_fits(known, vocab_size)
+    return known
+
+
+def _ours(index: Index, part: Part, known: Tokenizer, separate: bool) -> Source:
+    streams = {}
+    for split in ("train", "validation"):
+        found = index.shards(split)
+        name = cache.fingerprint(index.fingerprint, split)
+        total = sum(shard.tokens for shard in found)
+        streams[split] = ShardStream(found, known, 0, total, (False, True), name)
+    train = None if part.validation else streams["train"]
+    validation = None if separate and not part.validation else streams["validation"]
+    size = index.splits["validation"]["bytes"] if validation else 0
+    return Source(train, validation, size, part.weight)
+
+
+def _foreign(
+    paths: Sequence[Path], part: Part, known: Tokenizer, separate: bool, config: DataConfig
+) -> Source:
+    found = shards.open_arrays(paths, known.size)
+    for shard in found:
+        for block in shard.blocks():
+            shards.check_ids(shard, block.start, shard.ids_T[block], known.size)
+    shards.check_ends(found, known.end_of_text)
+    content = [[shard.tokens, shard.dtype.str, shard.digest()] for shard in found]
+    total = sum(shard.tokens for shard in found)
+
+    def stream(first: int, last: int) -> ShardStream:
+        name = cache.fingerprint("arrays", content, known.fingerprint, first, last)
+        whole = ShardStream(found, known, first, last, (False, False), name)
+        ends = whole.read(0, 1)[0], whole.read(len(whole) - 1, len(whole))[0]
+        marks = tuple(bool(token != known.end_of_text) for token in ends)
+        return ShardStream(found, known, first, last, marks, name)
+
+    if part.validation:
+        validation = stream(0, total)
+        return Source(None, validation, _text_bytes(validation, known, config), None)
+    if separate:
+        return Source(stream(0, total), None, 0, part.weight)
+    cut = _cut(stream(0, total), config.validation_fraction, known.end_of_text, paths[0])
+    validation = stream(cut, total)
+    size = _text_bytes(validation, known, config)
+    return Source(stream(0, cut), validation, size, part.weight)
+
+
+def _cut(whole: ShardStream, fraction: float, mark: int, path: Path) -> int:
+    """Where the last `fraction` of a stream's tokens begins, moved on to the next document."""
+    before, total = whole._before, len(whole) - whole._behind
+    # A document that begins at token i of the files has its mark at place i of the stream.
+    start = math.floor((1 - fraction) * (total - before))
+    starts_with_mark = not before
+    for first in range(max(start, 1), total, _READ_TOKENS):
+        marks = np.flatnonzero(whole.read(first, min(first + _READ_TOKENS, total)) == mark)
+        for place in first + marks:
+            place = int(place) if starts_with_mark else int(place) + 1
+            if place < total:
+                return place - before
+    raise UserError(
+        f"the last {fraction:.2%} of {path} and the files with it hold no start of a document; "
+        "raise data.validation_fraction, or name validation shards: tokens:…,validation:GLOB"
+    )
+
+
+def _text_bytes(stream: ShardStream, known: Tokenizer, config: DataConfig) -> int:
+    """The UTF-8 bytes of a stream's text, decoded once and kept in the cache."""
+    key = cache.fingerprint("bytes", stream.fingerprint, known.fingerprint)
+
+    def build(temporary: Path) -> None:
+        size, documents = 0, _documents(stream, known.end_of_text)
+        while batch := list(itertools.islice(documents, _DECODED_DOCUMENTS)):
+            size += sum(len(text.encode()) for text in known.decode_batch(batch))
+        (temporary / "bytes.json").write_text(json.dumps(size))
+
+    folder = cache.build_once(cache.root(config) / "tokens" / key, build)
+    with cache.reading(folder):
+        return int(files.parse_json((folder / "bytes.json").read_bytes()))
+
+
+def _documents(stream: ShardStream, mark: int) -> Iterator[np.ndarray]:
+    """The documents of a stream, without marks."""
+    rest: list[np.ndarray] = []
+    for first in range(0, len(stream), _READ_TOKENS):
+        tokens = stream.read(first, first + _READ_TOKENS)
+        *ended, last = np.split(tokens, np.flatnonzero(tokens == mark))
+        for piece in ended:
+            rest.append(piece)
+            yield _without(np.concatenate(rest), mark)
+            rest = []
+        rest.append(last)
+    yield _without(np.concatenate(rest), mark)
+
+
+def _without(tokens: np.ndarray, mark: int) -> np.ndarray:
+    return tokens[tokens != mark]
+
+
+def _starts(parts: Sequence[Shard]) -> list[int]:
+    """The position of each shard's first token."""
+    return [0, *itertools.accumulate(shard.tokens for shard in parts)][: len(parts)]

@@ -1,0 +1,316 @@
+"""`prmoe tokenize`: text to token shards, by Apache Beam on this machine or on a cluster."""
+
+import argparse
+import contextlib
+import fcntl
+import functools
+import logging
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from etils import epath
+
+from prmoe_jax import errors, files, stores
+from prmoe_jax.config import Config, expand
+from prmoe_jax.data import cache, shard_stages, shards, split, tokenizer, tokens
+from prmoe_jax.data.chunks import Chunk, find_chunks
+from prmoe_jax.data.shard_stages import RANGES, Work
+from prmoe_jax.data.tokenizer import Tokenizer
+from prmoe_jax.errors import UserError
+
+log = logging.getLogger(__name__)
+
+# About so many digests of 36 bytes are compared at a time.
+_COMPARED = 1 << 21
+_ERROR = "error"  # the file in which a worker leaves a message for the user
+_COMMAND = "PRMOE_TOKENIZE"  # tells workers of this machine the process that started them
+_COUNTS = "documents", "tokens", "bytes"
+
+
+def tokenize(config: Config, out: str, flags: Sequence[str] = ()) -> dict[str, Any]:
+    """Writes the shards of `config.data.corpus`, and their index last.
+
+    Documents that repeat an earlier one are left out, and so are empty ones. The others keep their
+    order, and are split as in training on the text itself. The shards are the same for any number
+    of workers. If the folder holds a part of them already, only the rest is made.
+
+    Args:
+      config: its `data` and `model.vocab_size` are used.
+      out: the folder, which may be in an object store.
+      flags: Beam's options; without a runner among them, processes of this machine do the work,
+        one for each core.
+
+    Returns:
+      The documents, tokens and bytes of each split, and the fingerprint of all shards.
+
+    Raises:
+      UserError: Beam is missing, the text or the tokenizer can't be used, or the folder holds
+        something else or can't be written.
+    """
+    options = _options(flags)
+    folder = epath.Path(expand("--out", out))
+    chunks, listed, times = find_chunks(config.data)
+    given = None if config.data.tokenizer == "bpe" else tokenizer.load_given(config.data)
+    if given:
+        tokenizer.check_fits(given, config.model.vocab_size)
+    inputs = cache.fingerprint(
+        *("tokenize 1", listed, config.data.text_field, config.data.validation_fraction),
+        given.fingerprint if given else ["bpe", config.model.vocab_size],
+    )
+    work = Work(str(folder), config.data, len(chunks))
+    with _locked(folder):
+        index = folder / shards.INDEX
+        if index.exists():
+            content = files.read_json(index, fix="give a new --out")
+            if content.get("inputs") != inputs:
+                raise UserError(f"{folder} has shards of other text or settings; give a new --out")
+            log.info("%s is complete", folder)
+        else:
+            _begin(work, {"inputs": inputs, "times": times})
+            if given:
+                _save_tokenizer(work, given)
+            content = _make(work, chunks, given, inputs, config, options)
+            with work.written(index) as file:
+                file.write(shards.encode(content))
+        if work.staging.exists():
+            work.staging.rmtree()
+    counts = {
+        f"{name}/{count}": content["splits"][name][count]
+        for name in shard_stages.SPLITS
+        for count in _COUNTS
+    }
+    return counts | {"fingerprint": content["fingerprint"]}
+
+
+def _make(
+    work: Work,
+    chunks: Sequence[Chunk],
+    given: Tokenizer | None,
+    inputs: str,
+    config: Config,
+    options,
+) -> dict[str, Any]:
+    """Runs the stages that are not complete yet; returns the content of the index."""
+    stage = functools.partial(_stage, work, options)
+    counts = stage(shard_stages.digest, {f"digests-{c.number:05}": (c,) for c in chunks})
+    total, empty = (sum(count[name] for count in counts) for name in ("documents", "empty"))
+    # Powers of two, so that each group has the same number of ranges.
+    step = RANGES >> min((total // _COMPARED).bit_length(), RANGES.bit_length() - 1)
+    groups = [(first, first + step) for first in range(0, RANGES, step)]
+    counts = stage(shard_stages.compare, {shard_stages.repeated_name(g): (g,) for g in groups})
+    different = [count["different"] for count in counts]
+    log.info("%d documents: %d empty, %d repeated", total, empty, total - empty - sum(different))
+    kept = groups, _threshold(work, chunks, groups, different, total, empty)
+    known = given or _trained(work, chunks, kept, config)
+    results = stage(
+        shard_stages.write, {f"shards-{chunk.number:05}": (chunk, *kept) for chunk in chunks}
+    )
+    splits = {}
+    for name in shard_stages.SPLITS:
+        entries = [result[name] for result in results if name in result]
+        splits[name] = {count: sum(entry[count] for entry in entries) for count in _COUNTS}
+        splits[name]["shards"] = entries
+    return shards.index_content(
+        known.fingerprint, known.size, tokens.dtype_of(known), splits, inputs
+    )
+
+
+def _threshold(
+    work: Work,
+    chunks: Sequence[Chunk],
+    groups: Sequence[tuple[int, int]],
+    different: Sequence[int],
+    total: int,
+    empty: int,
+) -> bytes:
+    """The largest digest of a validation document; b'' for a dataset with splits of its own."""
+    if any(chunk.split for chunk in chunks):
+        return b""
+    corpus, fraction = work.config.corpus, work.config.validation_fraction
+    left = split.held_out_count(sum(different), total, empty, fraction, corpus)
+    for group, count in zip(groups, different, strict=True):
+        if left <= count:
+            return shard_stages.largest_of(work, group, left)
+        left -= count
+    raise AssertionError("fewer digests than counted")
+
+
+def _trained(work: Work, chunks: Sequence[Chunk], kept: tuple, config: Config) -> Tokenizer:
+    """The tokenizer that this process trains on the training split, once."""
+    path = work.folder / shards.TOKENIZER
+    if path.exists():
+        return Tokenizer(path.read_text(), str(path))
+
+    def documents() -> Iterator[str]:
+        for chunk in chunks:
+            for name, text in shard_stages.kept(work, chunk, *kept):
+                if name == "train":
+                    yield text
+
+    log.info("training a BPE of %d entries", config.model.vocab_size)
+    trained = tokenizer.train_bpe(documents(), config.model.vocab_size)
+    _save_tokenizer(work, trained)
+    return trained
+
+
+def _save_tokenizer(work: Work, known: Tokenizer) -> None:
+    with work.written(work.folder / shards.TOKENIZER) as file:
+        file.write(known.description.encode())
+
+
+@contextlib.contextmanager
+def _locked(folder: epath.Path) -> Iterator[None]:
+    """Makes the folder, and keeps other commands on this machine out of it.
+
+    Raises:
+      UserError: another command works there, or the folder can't be written.
+    """
+    try:
+        if stores.scheme(folder):
+            yield
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / ".lock", "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"another process writes {folder}; wait for it to end") from None
+            yield
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error
+
+
+def _begin(work: Work, plan: dict[str, Any]) -> None:
+    """Checks that a folder is empty, or that the shards of the same plan were begun there."""
+    known = work.done("plan")
+    if known is None:
+        found = [*_files(work.folder), *_files(work.staging)]
+        if any(path != work.staging for path in found):
+            raise UserError(f"{work.folder} holds other files; give a new --out")
+        work.staging.mkdir(parents=True, exist_ok=True)
+        work.finish("plan", plan)
+    elif known != plan:
+        raise UserError(
+            f"{work.folder} was begun with other text or settings; delete it, or give a new --out"
+        )
+
+
+def _files(folder: epath.Path) -> list[epath.Path]:
+    """What is in a folder, without hidden files."""
+    if not folder.exists():
+        return []
+    return [path for path in folder.iterdir() if not path.name.startswith(".")]
+
+
+def _stage(
+    work: Work, options, function: Callable[..., None], tasks: dict[str, tuple]
+) -> list[Any]:
+    """Has Beam run the tasks of a stage that are not done; returns the results of all.
+
+    Each task has a key of its own, so that runners may give it to any worker. Only the tasks'
+    descriptions go through Beam.
+
+    Raises:
+      UserError: a task failed by a mistake in the input or by a full disk.
+    """
+    import apache_beam as beam
+
+    runner = _local_runner(work) if options.get_all_options()["runner"] is None else None
+    left = [task for task in tasks.items() if work.done(task[0]) is None]
+    if left:
+        log.info("%s: %d of %d tasks", function.__name__, len(left), len(tasks))
+        (work.staging / _ERROR).unlink(missing_ok=True)
+        with _single_threaded_tokenizers(), beam.Pipeline(runner, options) as pipeline:
+            keyed = pipeline | beam.Create(list(enumerate(left)))
+            keyed | beam.GroupByKey() | beam.FlatMap(_perform, function, work)
+        if (work.staging / _ERROR).exists():
+            raise UserError((work.staging / _ERROR).read_text())
+    results = [work.done(name) for name in tasks]
+    assert None not in results, "a runner left out a task"
+    return results
+
+
+def _perform(
+    keyed: tuple[int, Iterable[tuple[str, tuple]]], function: Callable, work: Work
+) -> list:
+    """Runs tasks in a worker.
+
+    A mistake in the input ends the stage without Beam's retries. After the command was killed its
+    workers stop with the task at hand.
+    """
+    error, parent = work.staging / _ERROR, str(os.getppid())
+    for name, arguments in keyed[1]:
+        if error.exists() or os.environ.get(_COMMAND, parent) != parent:
+            break
+        if work.done(name) is not None:  # a runner may try a task twice
+            continue
+        try:
+            function(work, *arguments)
+        except Exception as problem:
+            failure = errors.describe(problem)
+            if not failure.foreseen:
+                raise
+            with work.written(error) as file:
+                file.write(failure.line.encode())
+    return []
+
+
+def _local_runner(work: Work):
+    """Beam's runner of this machine, with worker processes whose log is a file.
+
+    It hands out a stage's tasks to the workers in turn, before it starts.
+    """
+    from apache_beam.runners.portability.fn_api_runner import FnApiRunner
+    from apache_beam.transforms.environments import SubprocessSDKEnvironment
+
+    command = f"env {_COMMAND}={os.getpid()} {shlex.quote(sys.executable)}"
+    command += " -m apache_beam.runners.worker.sdk_worker_main"
+    log_file = shlex.quote(str(work.staging / "workers.log")) if work.local else os.devnull
+    return FnApiRunner(
+        SubprocessSDKEnvironment.from_command_string(f"exec {command} 2>>{log_file}")
+    )
+
+
+@contextlib.contextmanager
+def _single_threaded_tokenizers() -> Iterator[None]:
+    """Workers encode in one thread each; there are as many workers as cores."""
+    name = "TOKENIZERS_PARALLELISM"
+    before = os.environ.get(name)
+    os.environ[name] = before or "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UserError(f"Apache Beam: {message}")
+
+
+def _options(flags: Sequence[str]):
+    """Beam's options.
+
+    Raises:
+      UserError: Beam is not installed, or does not know a flag.
+    """
+    logging.getLogger("apache_beam").setLevel(logging.ERROR)
+    logging.disable(logging.WARNING)  # about extras of Beam that are not installed
+    try:
+        from apache_beam.options.pipeline_options import PipelineOptions
+    except ImportError:
+        raise UserError("prmoe tokenize needs Apache Beam; pip install 'prmoe_jax[beam]'") from None
+    finally:
+        logging.disable(logging.NOTSET)
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    for kind in PipelineOptions.__subclasses__():
+        kind._add_argparse_args(parser)
+    _, unknown = parser.parse_known_args(list(flags))
+    if unknown:  # Beam itself would leave it out
+        raise UserError(f"Apache Beam has no option '{unknown[0]}'")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return PipelineOptions([f"--direct_num_workers={cores}", *flags])

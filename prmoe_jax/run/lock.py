@@ -1,0 +1,253 @@
+"""The lock of a run's folder, so that one run at a time writes there.
+
+On a disk it is the kernel's, which ends with the process. In an object store it is a lease: an
+object that its owner writes again and again, and that counts for nothing once it is too old.
+"""
+
+import fcntl
+import json
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+import uuid
+from pathlib import Path
+from typing import Protocol
+
+from prmoe_jax import boundary, stores
+from prmoe_jax.errors import Failure, UserError
+
+log = logging.getLogger(__name__)
+
+LOCK = ".lock"
+# Seconds after its last renewal at which a lease may be taken over.
+LEASE = 60.0
+
+
+class Lock(Protocol):
+    """A context manager that holds a folder's lock."""
+
+    def __enter__(self) -> "Lock": ...
+
+    def __exit__(self, *error) -> None: ...
+
+    def check(self) -> None:
+        """Call this before a write; it doesn't return if another run has taken the lock over."""
+
+
+def locked(workdir: Path) -> Lock:
+    """The lock of a folder, to be entered; that of a local folder creates it.
+
+    Entering raises UserError if the folder cannot be written, or another run holds the lock.
+    """
+    return FileLock(workdir) if stores.is_local(workdir) else Lease(workdir)
+
+
+def holder(workdir: Path) -> str:
+    """Who holds a folder's lock, such as 'process 17', or ''."""
+    kind = FileLock if stores.is_local(workdir) else Lease
+    return kind.holder(workdir)
+
+
+class FileLock:
+    """A lock of the kernel on a file, freed when the process dies."""
+
+    def __init__(self, workdir: Path):
+        self._workdir = workdir
+
+    def __enter__(self) -> "FileLock":
+        workdir = self._workdir
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            self._handle = os.open(workdir / LOCK, os.O_RDWR | os.O_CREAT)
+        except OSError as error:
+            raise UserError(f"--workdir={workdir} cannot be written: {error.strerror}") from None
+        try:
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            number = _number(self._handle)
+            os.close(self._handle)
+            raise _in_use(workdir, f"process {number}") from None
+        os.truncate(self._handle, 0)
+        os.write(self._handle, str(os.getpid()).encode())
+        return self
+
+    def __exit__(self, *error) -> None:
+        os.close(self._handle)
+
+    def check(self) -> None:
+        """Does nothing: no other run can have taken the lock."""
+
+    @staticmethod
+    def holder(workdir: Path) -> str:
+        try:
+            with open(workdir / LOCK, "rb") as lock:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                    return ""
+                except BlockingIOError:
+                    return f"process {_number(lock.fileno())}"
+        except FileNotFoundError:
+            return ""
+
+
+def _number(lock: int) -> str:
+    """The number of a process that an open lock file holds."""
+    number = os.read(lock, 100).decode("ascii", "replace").strip()
+    return number if number.isdecimal() else "unknown"
+
+
+class Lease:
+    """A lock in an object store: an object that is written only if no other run wrote it since.
+
+    A thread renews it. A run that was killed leaves it behind, for `LEASE` seconds at most: after
+    them another run may take it over. The age is measured by the store's clock. A run that comes
+    back late, after it was suspended for example, ends as soon as it sees that its lease was taken
+    over.
+    """
+
+    def __init__(self, workdir: Path):
+        from prmoe_jax.stores import gcs
+
+        self._gcs, self._workdir, self._path = gcs, workdir, workdir / LOCK
+        self._owner = uuid.uuid4().hex
+        self._renewing = threading.Lock()
+        self._released = threading.Event()
+        self._generation, self._until = 0, 0.0
+
+    def __enter__(self) -> "Lease":
+        try:
+            found = _Found.at(self._path)
+            if found and found.left > 0:
+                raise self._refused(found)
+            if found:
+                log.warning("takes over the lock of %s, which ended without freeing it", found.who)
+            self._write(found.generation if found else 0)
+        except FileExistsError:  # another run was faster
+            raise self._refused(_Found.at(self._path)) from None
+        except FileNotFoundError:
+            bucket = os.fspath(self._workdir).split("/")[2]
+            raise UserError(
+                f"--workdir={self._workdir}: there is no bucket {bucket}; create it, or correct "
+                "its name"
+            ) from None
+        except OSError as error:
+            raise UserError(
+                f"--workdir={self._workdir} cannot be used: {error.strerror or error}"
+            ) from None
+        threading.Thread(target=self._keep, daemon=True).start()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._released.set()
+        with self._renewing:
+            try:
+                self._gcs.delete_if(self._path, self._generation)
+            except OSError as failed:  # it ends by itself
+                log.info("%s was not deleted: %s", self._path, failed)
+
+    def check(self) -> None:
+        with self._renewing:
+            if _now() > self._until:
+                self._renew()
+
+    @staticmethod
+    def holder(workdir: Path) -> str:
+        try:
+            found = _Found.at(workdir / LOCK)
+        except OSError as error:
+            raise UserError(f"{workdir / LOCK} cannot be read: {error.strerror or error}") from None
+        return found.who if found and found.left > 0 else ""
+
+    def _keep(self) -> None:
+        """Renews the lease until it is released."""
+        while not self._released.wait(LEASE / 4):
+            with self._renewing:
+                if not self._released.is_set():
+                    self._renew()
+
+    def _renew(self) -> None:
+        """Renews the lease, or ends this process if another run has taken it over."""
+        try:
+            self._write(self._generation)
+        except (FileExistsError, FileNotFoundError):
+            self._end()
+        except OSError as error:  # the next write to the store tells it, if it lasts
+            log.warning("%s was not renewed: %s", self._path, error.strerror or error)
+
+    def _write(self, generation: int) -> None:
+        """Writes the lock object.
+
+        Raises:
+          FileExistsError: another run wrote it.
+        """
+        begun = _now()
+        content = {"host": socket.gethostname(), "process": os.getpid()}
+        content |= {"lease": LEASE, "owner": self._owner}
+        data = (json.dumps(content) + "\n").encode()
+        try:
+            self._generation = self._gcs.write_if(self._path, data, generation)
+        except FileExistsError:
+            # An attempt whose answer was lost may have written it, before it was repeated.
+            found = _Found.at(self._path)
+            if not found or found.owner != self._owner:
+                raise
+            self._generation = found.generation
+        self._until = begun + LEASE
+
+    def _end(self) -> None:
+        """Ends this process at once: whatever it wrote now could spoil the other run."""
+        line = (
+            f"--workdir={self._workdir}: another run has taken over the folder, since this one was "
+            f"silent for {LEASE:.0f} s; it ends"
+        )
+        boundary.say(line)
+        for tell in boundary.on_failure:
+            tell(Failure(line, 1, True))
+        sys.stdout.flush()
+        os._exit(1)
+
+    def _refused(self, found: "_Found | None") -> UserError:
+        if not found:
+            return _in_use(self._workdir, "which just ended")
+        return _in_use(
+            self._workdir,
+            f"{found.who}, seen {found.age:.0f} s ago",
+            f"; if it was killed, its lock ends in {max(found.left, 0):.0f} s",
+        )
+
+
+class _Found:
+    """A lock object in a store."""
+
+    def __init__(self, content: bytes, generation: int, age: float):
+        try:
+            values = dict(json.loads(content))
+            lease, self.owner = float(values["lease"]), values["owner"]
+            self.who = f"process {values['process']} on {values['host']}"
+        except (KeyError, TypeError, ValueError):  # someone else's
+            lease, self.owner, self.who = LEASE, "", "process unknown"
+        self.generation, self.age, self.left = generation, age, lease - age
+
+    @classmethod
+    def at(cls, path: Path) -> "_Found | None":
+        from prmoe_jax.stores import gcs
+
+        try:
+            return cls(*gcs.read(path))
+        except FileNotFoundError:
+            return None
+
+
+def _in_use(workdir: Path, who: str, more: str = "") -> UserError:
+    return UserError(
+        f"--workdir={workdir} is in use by another run ({who}); wait for it, or give another "
+        f"--workdir{more}"
+    )
+
+
+def _now() -> float:
+    """Seconds that go on while this machine sleeps, where its system has such a clock."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))

@@ -1,0 +1,63 @@
+"""Sends a run's metrics to Weights & Biases, beside metrics.jsonl and TensorBoard."""
+
+import dataclasses
+import hashlib
+import importlib.util
+import os
+from pathlib import Path
+
+from prmoe_jax.config import Config
+from prmoe_jax.errors import UserError, first_line
+
+
+def check_installed(config: Config) -> None:
+    """Raises UserError if the config asks for Weights & Biases and its package is missing."""
+    if config.log.wandb and not importlib.util.find_spec("wandb"):
+        raise UserError(
+            f"log.wandb={config.log.wandb} needs a package; pip install 'prmoe_jax[wandb]'"
+        )
+
+
+class WandbRun:
+    """A run there. Restarts continue it; a line that is logged again appears twice in its table."""
+
+    def __init__(self, config: Config, workdir: Path, begun: float):
+        """Starts or continues the run.
+
+        Args:
+          config: `log.wandb` is the project.
+          workdir: the run's folder, whose name becomes the run's.
+          begun: when the run was started for the first time; with the folder it identifies the run.
+
+        Raises:
+          UserError: it can't be started, for example without a login.
+        """
+        import wandb
+
+        identity = hashlib.sha256(f"{os.fspath(workdir)} {begun}".encode()).hexdigest()[:12]
+        try:
+            self._run = wandb.init(
+                project=config.log.wandb,
+                name=workdir.name,
+                id=identity,
+                resume="allow",
+                config=dataclasses.asdict(config),
+                settings=wandb.Settings(silent=True, console="off"),
+            )
+        except (wandb.errors.Error, OSError) as error:
+            raise UserError(
+                f"log.wandb={config.log.wandb}: {first_line(error)}; run wandb login, or set "
+                "WANDB_MODE=offline"
+            ) from error
+        # W&B's own counter never goes back, but a resumed run does.
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+
+    def write(self, step: int, metrics: dict) -> None:
+        """Sends the numbers among a step's metrics."""
+        numbers = {name: v for name, v in metrics.items() if isinstance(v, (int, float))}
+        self._run.log({"step": step, **numbers})
+
+    def close(self) -> None:
+        """Sends what is left."""
+        self._run.finish()

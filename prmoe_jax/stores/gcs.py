@@ -1,0 +1,202 @@
+"""Google Cloud Storage by gcsfs: patient with a store that fails, and with conditional writes.
+
+Importing this module needs the extra [gcs].
+"""
+
+import asyncio
+import contextlib
+import errno
+import json
+import logging
+import os
+import time
+from datetime import datetime
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import quote
+
+import fsspec
+import google.auth.exceptions
+from etils import epath
+from fsspec.asyn import sync_wrapper
+from gcsfs.core import GCSFileSystem  # gcsfs.GCSFileSystem asks by gRPC for the kind of a bucket
+from gcsfs.retry import HttpError, is_retriable
+
+from prmoe_jax.errors import first_line
+
+log = logging.getLogger(__name__)
+
+# Seconds for which a request is repeated that the store does not answer, or answers by 429 or 5xx.
+# gcsfs itself repeats it for half a minute.
+PATIENCE = 300.0
+LONGEST_WAIT = 30.0  # seconds between two attempts
+
+
+class Version(NamedTuple):
+    """An object as it was read."""
+
+    content: bytes
+    generation: int  # the store gives each write of an object another one
+    age: float  # seconds since it was written, by the store's clock
+
+
+class PatientGCS(GCSFileSystem):
+    """gcsfs's file system, which outlasts failures and raises only OSError.
+
+    `etils.epath`, and with it Orbax, use it as well. Listings are not cached, because other
+    processes write, too.
+    """
+
+    def __init__(self, *arguments, **named):
+        super().__init__(*arguments, **{"use_listings_cache": False} | named)
+
+    async def _call(self, method, path, *arguments, **named):
+        end, wait = time.monotonic() + PATIENCE, 1.0
+        while True:
+            try:
+                return await super()._call(method, path, *arguments, **named)
+            except Exception as error:
+                left = end - time.monotonic()
+                if left <= 0 or not _may_pass(error):
+                    raise _as_os_error(error) from error
+                log.warning(
+                    "the object store fails (%s); trying again for %.0f s", first_line(error), left
+                )
+            await asyncio.sleep(min(wait, left))
+            wait = min(2 * wait, LONGEST_WAIT)
+
+    call = sync_wrapper(_call)
+
+    async def _read(self, path: str) -> Version:
+        bucket, name, _ = self.split_path(path)
+        while True:
+            headers, about = await self._call("GET", "b/{}/o/{}", bucket, name)
+            described = json.loads(about)
+            generation = described["generation"]
+            try:
+                _, content = await self._call(
+                    "GET", "b/{}/o/{}", bucket, name, alt="media", generation=generation
+                )
+            except FileNotFoundError:  # replaced since, or deleted
+                continue
+            written = datetime.fromisoformat(described["updated"])
+            age = parsedate_to_datetime(headers["Date"]) - written
+            return Version(content, int(generation), max(0.0, age.total_seconds()))
+
+    async def _write_if(self, path: str, content: bytes, generation: int) -> int:
+        bucket, name, _ = self.split_path(path)
+        described = await self._call(
+            "POST",
+            f"{self._location}/upload/storage/v1/b/{quote(bucket)}/o",
+            uploadType="media",
+            name=name,
+            ifGenerationMatch=str(generation),
+            headers={"Content-Type": "text/plain"},
+            data=content,
+            json_out=True,
+        )
+        return int(described["generation"])
+
+    async def _delete_if(self, path: str, generation: int) -> None:
+        bucket, name, _ = self.split_path(path)
+        await self._call("DELETE", "b/{}/o/{}", bucket, name, ifGenerationMatch=str(generation))
+
+    read, write_if, delete_if = map(sync_wrapper, (_read, _write_if, _delete_if))
+
+
+def as_path(text: str) -> epath.Path:
+    """The path gs://BUCKET/… ."""
+    return epath.Path(text)
+
+
+def read(path: Path) -> Version:
+    """Reads an object with its generation; FileNotFoundError if there is none."""
+    return _store().read(os.fspath(path))
+
+
+def write_if(path: Path, content: bytes, generation: int) -> int:
+    """Writes an object if its generation is this one, 0 if there is none; returns the new one.
+
+    Raises:
+      FileExistsError: it has another generation. If an attempt failed, it may be our own.
+      FileNotFoundError: the bucket does not exist.
+    """
+    return _store().write_if(os.fspath(path), content, generation)
+
+
+def delete_if(path: Path, generation: int) -> None:
+    """Deletes an object; FileExistsError if it has another generation."""
+    _store().delete_if(os.fspath(path), generation)
+
+
+def write(path: Path, content: bytes) -> None:
+    """Writes an object whole: readers see the old content or the new one."""
+    _store().pipe_file(os.fspath(path), content)
+
+
+def move_folder(source: Path, target: Path, last: str) -> None:
+    """Copies all objects of a folder within the store, then deletes them.
+
+    Args:
+      source: the folder.
+      target: the new folder.
+      last: the name of an object in `source` that is deleted first. While it is there, the folder
+        counts as complete, so that the move can be done again if this process is killed.
+    """
+    store = _store()
+    old, new = (os.fspath(path).removeprefix("gs://") for path in (source, target))
+    names = store.find(old)
+    with contextlib.suppress(FileNotFoundError):  # another process was faster
+        store.copy(names, [new + name.removeprefix(old) for name in names], on_error="ignore")
+        if f"{old}/{last}" in names:
+            store.rm_file(f"{old}/{last}")
+        store.rm(old, recursive=True)
+
+
+def _store() -> PatientGCS:
+    # As epath makes it, so that both share one.
+    return fsspec.filesystem("gcs", finalize_on_close=True)
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether the same request may succeed later."""
+    if isinstance(error, google.auth.exceptions.GoogleAuthError):
+        return False
+    if isinstance(error, TimeoutError):
+        return True
+    return is_retriable(error) and getattr(error, "code", None) not in (401, "401")
+
+
+def _as_os_error(error: Exception) -> Exception:
+    """An OSError with a reason that a user can act on; errors of others stay as they are."""
+    line = first_line(error)
+    if isinstance(error, FileNotFoundError | FileExistsError):
+        return error
+    if isinstance(error, google.auth.exceptions.GoogleAuthError) or (
+        isinstance(error, HttpError) and error.code in (401, "401")
+    ):
+        return PermissionError(
+            errno.EACCES,
+            f"no valid credentials ({line}); run gcloud auth application-default login, or set "
+            "GOOGLE_APPLICATION_CREDENTIALS",
+        )
+    if isinstance(error, OSError) and line.startswith("Forbidden"):
+        reason = str(error).partition("\n")[2] or line
+        return PermissionError(errno.EACCES, f"permission denied ({first_line(OSError(reason))})")
+    if isinstance(error, HttpError) or is_retriable(error):
+        return OSError(errno.EIO, f"the object store fails ({line})")
+    return error
+
+
+def _register() -> None:
+    """Has fsspec, and epath through it, use `PatientGCS` for gs://."""
+    # With TensorFlow installed, epath would use that instead.
+    os.environ.setdefault("EPATH_USE_TF", "false")
+    for name in ("gcs", "gs"):
+        fsspec.register_implementation(name, PatientGCS, clobber=True)
+    # It logs each failure with its traceback; ours are told in one line.
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL + 1)
+
+
+_register()

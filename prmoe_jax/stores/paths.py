@@ -1,0 +1,86 @@
+"""Paths of files and folders from text: local ones, and those in an object store.
+
+A local path is a `pathlib.Path`, one in a store an `etils.epath.Path`, which has the same methods.
+Stores have no locks, no renaming of folders, no appending and no memory maps: `is_local` tells the
+two apart where that matters.
+"""
+
+import os
+import re
+from pathlib import Path
+
+from prmoe_jax.errors import UserError
+
+# A scheme at the start of a text. pathlib folds the two slashes into one.
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(//?)")
+KNOWN = ("gs",)
+
+
+def scheme(text: str | os.PathLike) -> str:
+    """The scheme of a text such as gs://bucket/run, '' for a local path.
+
+    Raises:
+      UserError: no store has this scheme, a slash was lost, or the bucket is missing.
+    """
+    text = os.fspath(text)
+    found = _SCHEME.match(text)
+    if not found:
+        return ""
+    name, slashes = found.groups()
+    if name not in KNOWN and slashes != "//":  # a file's name with a colon, or 'tokens:/shards'
+        return ""
+    if name not in KNOWN:
+        raise UserError(f"{text}: there is no store {name}://; give a local folder, or gs://BUCKET")
+    if slashes != "//":
+        raise UserError(
+            f"{text}: a slash of {name}:// is missing; give text, since pathlib.Path removes it"
+        )
+    if not re.match(r"[a-z0-9][\w.-]+(/|$)", text[found.end() :], re.ASCII):
+        raise UserError(f"{text}: the bucket is missing; give {name}://BUCKET/FOLDER")
+    return name
+
+
+def as_path(text: str | os.PathLike) -> Path:
+    """The path that a text names, local or in a store.
+
+    Raises:
+      UserError: the text names a store that is unknown, or whose library is not installed.
+    """
+    if not scheme(text):
+        return Path(text)
+    try:
+        from prmoe_jax.stores import gcs
+    except ImportError:
+        raise UserError(
+            f"{os.fspath(text)}: gs:// needs gcsfs; pip install 'prmoe_jax[gcs]'"
+        ) from None
+    return gcs.as_path(os.fspath(text))
+
+
+def as_local_path(text: str | os.PathLike, why: str = "only local folders work here") -> Path:
+    """The local path that a text names.
+
+    Raises:
+      UserError: the text names a place in a store, known or not; `why` ends the message.
+    """
+    if scheme(text):
+        raise UserError(f"{os.fspath(text)} is in an object store; {why}")
+    return Path(text)
+
+
+def is_local(path: os.PathLike) -> bool:
+    """Whether a path that `as_path` made is local."""
+    return isinstance(path, Path)
+
+
+def upload(folder: Path, target: Path) -> None:
+    """Copies the files of a local folder to a folder in a store.
+
+    Raises:
+      OSError: a file cannot be read or written.
+    """
+    from prmoe_jax.stores import gcs
+
+    for file in folder.rglob("*"):
+        if file.is_file():
+            gcs.write(target / file.relative_to(folder), file.read_bytes())

@@ -1,0 +1,335 @@
+"""A run's folder in an object store: the run that a disk would hold, whatever happens to it."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from prmoe_jax import boundary, files, stores
+from prmoe_jax.cli import main
+from prmoe_jax.errors import UserError
+from prmoe_jax.nn.parameters import named_leaves
+from prmoe_jax.run import lock
+from prmoe_jax.run.metrics import read_metrics
+from prmoe_jax.run.restore import restore_run
+from tests.support.extras import needs_extra
+from tests.support.lines import only_line
+from tests.support.paths import REPOSITORY
+from tests.support.runs import CLOCK, arguments, finish
+
+pytestmark = [needs_extra("gcs", "gcsfs"), pytest.mark.usefixtures("object_store")]
+SETTINGS = {"checkpoint.every": 3, "eval.every": 4, "checkpoint.keep": 2}
+
+
+@pytest.fixture
+def folder(request):
+    """A new folder of the store."""
+    return f"gs://bucket/{request.node.name.replace('[', '-').rstrip(']')}"
+
+
+@pytest.fixture(scope="module")
+def local(text, tmp_path_factory):
+    """The same run on a disk."""
+    workdir = tmp_path_factory.mktemp("local") / "run"
+    assert main(arguments(text, workdir, "dense", **SETTINGS)) == 0
+    return workdir
+
+
+def logged(workdir):
+    lines = read_metrics(stores.as_path(workdir) / "metrics.jsonl")
+    return [{k: v for k, v in line.items() if k not in CLOCK} for line in lines]
+
+
+def assert_same_run(workdir, reference):
+    assert logged(workdir) == logged(reference)
+    (_, step, model, _), (_, expected_step, expected, _) = map(restore_run, (workdir, reference))
+    assert step == expected_step
+    leaves = named_leaves(model)
+    for name, leaf in named_leaves(expected).items():
+        np.testing.assert_array_equal(leaves[name], leaf, err_msg=name)
+
+
+# A lease of four seconds, and lines written four times a second.
+QUICK = """
+import sys
+from prmoe_jax import files
+from prmoe_jax.run import lock
+
+lock.LEASE, files.GrowingObject.EVERY = 4.0, 0.25
+from prmoe_jax.cli import main
+
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def start(command):
+    return subprocess.Popen(
+        [sys.executable, "-c", QUICK, *command],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for(path, process):
+    while not path.exists():
+        assert process.poll() is None, finish(process)
+        time.sleep(0.02)
+
+
+def test_a_run_equals_that_on_a_disk(text, folder, local, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments(text, folder, "dense", **SETTINGS)) == 0
+    assert_same_run(folder, local)
+    workdir = stores.as_path(folder)
+    names = {path.name for path in workdir.iterdir()}
+    assert names == {path.name for path in local.iterdir()} - {".lock"}
+    assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"9", "12"}
+    assert (workdir / "config.json").read_text() == (local / "config.json").read_text()
+
+    # It is complete for those who start it again, and everyone else who reads it.
+    capsys.readouterr()
+    assert main(arguments(text, folder, "dense", **SETTINGS)) == 0
+    assert "the run is complete: step 12 of 12" in capsys.readouterr().err
+    for verb in (["eval"], ["generate", "--tokens=5"], ["report"]):
+        shown = []
+        for place in (folder, local):
+            assert main([*verb, f"--workdir={place}", "--json"]) == 0
+            shown.append(capsys.readouterr().out.replace(str(place), "RUN"))
+        assert shown[0] == shown[1]
+    assert (workdir / "report" / "report.html").read_text().startswith("<!doctype html>")
+    for setting in ("init.workdir", "teacher.workdir"):
+        command = arguments(text, tmp_path / setting, "dense", **{"train.steps": 2})
+        assert main([*command, f"--config.{setting}={folder}"]) == 0
+    assert main(["params", f"--config={folder}/config.json"]) == 0
+    out = tmp_path / "out"
+    assert main(["export", "--kind=safetensors", f"--workdir={folder}", f"--out={out}"]) == 0
+    assert not any("gs:" in name for name in os.listdir())
+
+
+def test_tensorboard_reads_its_file(text, folder, tmp_path):
+    from tensorboardX.proto.event_pb2 import Event
+
+    assert main(arguments(text, folder, "dense", **{"train.steps": 3})) == 0
+    (path,) = (stores.as_path(folder) / "tensorboard").iterdir()
+    data, steps = path.read_bytes(), []
+    while data:  # a length of 8 bytes, its checksum of 4, the event, its checksum of 4
+        size = int.from_bytes(data[:8], "little")
+        event = Event.FromString(data[12 : 12 + size])
+        steps += [event.step for value in event.summary.value if value.tag == "loss"]
+        data = data[16 + size :]
+    assert steps == [1, 2, 3]
+
+
+def test_killed_in_the_middle(text, folder, tmp_path):
+    """It costs the rest of the lease; then the run goes on to the lines of one on a disk."""
+    settings = {"train.steps": 30, "checkpoint.every": 5, "eval.every": 10}
+    assert main(arguments(text, tmp_path / "run", "dense", **settings)) == 0
+    command, workdir = arguments(text, folder, "dense", **settings), stores.as_path(folder)
+    process = start(command)
+    wait_for(workdir / "checkpoints" / "5" / "commit_success.txt", process)
+    process.kill()
+    process.communicate()
+    with pytest.raises(UserError, match="if it was killed, its lock ends in [1-4] s"):
+        lock.locked(workdir).__enter__()
+    time.sleep(4)
+    code, _, err = finish(start(command))
+    assert code == 0, err
+    assert "takes over the lock of process" in err and "resumed at step" in err
+    assert_same_run(folder, tmp_path / "run")
+
+
+def test_two_runs_in_one_folder(text, folder, capsys):
+    workdir = stores.as_path(folder)
+    with lock.locked(workdir):
+        assert lock.holder(workdir).startswith(f"process {os.getpid()} on ")
+        assert main(arguments(text, folder, "dense")) == 2
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert f"--workdir={folder} is in use by another run (process {os.getpid()} on " in line
+        assert "wait for it, or give another --workdir; if it was killed, its lock ends in" in line
+    assert lock.holder(workdir) == "" and not workdir.exists()
+
+
+def test_of_two_that_come_at_once_one_gets_the_lease(folder, monkeypatch):
+    """The second reads the folder before the first has written its lock."""
+    workdir = stores.as_path(folder)
+    first, second = lock.Lease(workdir), lock.Lease(workdir)
+    found = lock._Found.at
+    with monkeypatch.context() as patch, first:
+        answers = iter([lambda path: None])
+        patch.setattr(lock._Found, "at", lambda path: next(answers, found)(path))
+        with pytest.raises(UserError, match="is in use by another run"):
+            second.__enter__()
+    with second:
+        pass
+
+
+def test_a_lease_is_renewed_until_it_is_released(folder, monkeypatch):
+    monkeypatch.setattr(lock, "LEASE", 0.8)
+    workdir = stores.as_path(folder)
+    with lock.locked(workdir):
+        for _ in range(4):
+            time.sleep(0.5)
+            assert lock.holder(workdir)
+    time.sleep(0.5)
+    assert not (workdir / ".lock").exists()
+
+
+def test_a_write_whose_answer_was_lost_is_our_own(folder, object_store, monkeypatch):
+    """The store did it and said 503; repeated, the condition no longer holds."""
+    with lock.locked(stores.as_path(folder)) as lease:
+        object_store.fail(lose_answers=1)
+        with lease._renewing:
+            lease._renew()
+        lease.check()
+    assert not stores.as_path(folder).exists()
+
+
+def test_a_run_that_was_suspended_ends_when_it_comes_back(text, folder):
+    """Another run has its folder then; nothing more is written."""
+    workdir = stores.as_path(folder)
+    process = start(arguments(text, folder, "dense", **{"train.steps": 100_000}))
+    wait_for(workdir / "metrics.jsonl", process)
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(4.5)
+    with lock.locked(workdir):
+        before = (workdir / "metrics.jsonl").read_bytes()
+        process.send_signal(signal.SIGCONT)
+        code, _, err = finish(process)
+        assert code == 1
+        assert "another run has taken over the folder, since this one was silent for" in err
+        assert "Traceback" not in err
+        assert (workdir / "metrics.jsonl").read_bytes() == before
+        assert lock.holder(workdir).startswith(f"process {os.getpid()} on ")
+
+
+def test_a_store_that_fails_for_a_while(text, folder, local, object_store, caplog):
+    command = arguments(text, folder, "dense", **SETTINGS)
+
+    def fail_for_a_while():
+        wait = stores.as_path(folder) / "checkpoints" / "3"
+        while not wait.exists():
+            time.sleep(0.02)
+        object_store.fail(until=time.time() + 3)
+
+    thread = threading.Thread(target=fail_for_a_while)
+    thread.start()
+    assert main(command) == 0
+    thread.join()
+    assert_same_run(folder, local)
+
+
+def test_a_store_that_goes_on_failing(folder, monkeypatch):
+    """The request is repeated until the patience ends; then one line says so."""
+    from gcsfs.core import GCSFileSystem
+    from gcsfs.retry import HttpError
+
+    from prmoe_jax.stores import gcs
+
+    tries = []
+
+    async def fail(*arguments, **named):
+        tries.append(arguments)
+        raise HttpError({"code": 503, "message": "Service Unavailable"})
+
+    monkeypatch.setattr(gcs, "PATIENCE", 2.5)
+    monkeypatch.setattr(GCSFileSystem, "_request", fail)
+    grown = files.GrowingObject(stores.as_path(folder) / "metrics.jsonl")
+    grown.write(b"a line\n")
+    with pytest.raises(OSError, match=r"the object store fails \(Service Unavailable, 503\)"):
+        grown.sync()
+    assert len(tries) == 3  # at once, after 1 s and after 2.5 s
+    with pytest.raises(UserError, match="x cannot be written: the object store fails"):
+        files.replace(stores.as_path(folder) / "x", "content")
+    monkeypatch.undo()
+    grown.sync()  # nothing was lost
+    assert (stores.as_path(folder) / "metrics.jsonl").read_bytes() == b"a line\n"
+
+
+@pytest.mark.parametrize(
+    ("faults", "place", "line"),
+    [
+        ({}, "gs://nobucket/run", "--workdir=gs://nobucket/run: there is no bucket nobucket; cr"),
+        ({"read_only": True}, "gs://bucket/ro", "gs://bucket/ro cannot be used: permission denied"),
+        ({"unknown_caller": True}, "gs://bucket/who", "cannot be used: no valid credentials ("),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_a_store_is_one_line(
+    faults, place, line, text, object_store, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    object_store.fail(**faults)
+    try:
+        assert main(arguments(text, place, "dense")) == 2
+        ours = [said for said in capsys.readouterr().err.splitlines() if "prmoe: " in said]
+        assert len(ours) == 1 and line in ours[0]
+    finally:
+        object_store.fail()
+    assert not os.listdir() and not stores.as_path(place).exists()
+
+
+@pytest.mark.parametrize("damage", ["a bit", "no optimizer"])
+def test_a_damaged_checkpoint_is_set_aside(damage, text, folder, local, capsys):
+    command, workdir = arguments(text, folder, "dense", **SETTINGS), stores.as_path(folder)
+    assert main(command) == 0
+    newest = workdir / "checkpoints" / "12"
+    if damage == "a bit":
+        from prmoe_jax.stores import gcs
+
+        names = gcs._store().find(str(newest / "model"), detail=True)
+        largest = stores.as_path("gs://" + max(names, key=lambda name: names[name]["size"]))
+        content = bytearray(largest.read_bytes())
+        content[len(content) // 2] ^= 1
+        gcs.write(largest, bytes(content))
+    else:
+        (newest / "optimizer").rmtree()
+    capsys.readouterr()
+    assert main(command) == 0
+    err = capsys.readouterr().err
+    assert "checkpoint 12 cannot be read" in err and "resumed at step 9 of 12" in err
+    assert (workdir / "damaged-12" / "commit_success.txt").exists()
+    assert_same_run(folder, local)
+
+
+def test_an_object_that_grows(folder, monkeypatch):
+    """It is written when it is time, and whole; rarer if a write takes long."""
+    monkeypatch.setattr(files.GrowingObject, "EVERY", 0.3)
+    path, checks = stores.as_path(folder) / "file", []
+    grown = files.GrowingObject(path, b"old\n", lambda: checks.append(path.exists()))
+    grown.write(b"a\n")
+    grown.flush()
+    assert not path.exists()
+    time.sleep(0.35)
+    grown.flush()
+    assert path.read_bytes() == b"old\na\n"
+    grown.write(b"b\n")
+    grown.flush()
+    assert path.read_bytes() == b"old\na\n"
+    grown.sync()
+    grown.sync()
+    assert path.read_bytes() == b"old\na\nb\n" and checks == [False, True]
+
+
+def test_a_profile(text, folder):
+    assert main([*arguments(text, folder, "dense"), "--profile=3:4"]) == 0
+    found = (stores.as_path(folder) / "profile" / "plugins" / "profile").iterdir()
+    (run,) = found
+    assert any(path.name.endswith(".xplane.pb") for path in run.iterdir())
+
+
+def test_an_unforeseen_error_keeps_its_traceback_there(folder, monkeypatch, capsys):
+    monkeypatch.delenv("PRMOE_TRACEBACK")
+    workdir = stores.as_path(folder)
+    files.replace(workdir / "config.json", "{}")
+
+    def fail():
+        raise AssertionError("never")
+
+    assert boundary.guard(fail, lambda: workdir) == 1
+    assert f"the traceback is in {folder}/error-" in only_line(capsys.readouterr().err)
