@@ -27,8 +27,8 @@ import jax
 from prmoe_jax import config
 from prmoe_jax.config import Config
 from prmoe_jax.errors import UserError
-from prmoe_jax.parallel.mesh import suggest_mesh
-from prmoe_jax.plan.chips import CHIPS, topology_devices
+from prmoe_jax.parallel.mesh import on_slices, suggest_mesh
+from prmoe_jax.plan.chips import chip_of, topology_devices
 from prmoe_jax.plan.picture import draw
 from prmoe_jax.plan.report import plan
 
@@ -60,8 +60,8 @@ def models(topology: str) -> dict[str, Config]:
 
 def planned(values: Config, topology: str) -> dict:
     """The plan with the mesh of `suggest_mesh`, and the least rematerialisation that fits."""
-    chips = len(topology_devices(topology)[1])
-    mesh = suggest_mesh(values, chips)
+    devices = topology_devices(topology)[1]
+    mesh = suggest_mesh(on_slices(values, devices), len(devices))
     for remat in ("dots", "full"):
         model = dataclasses.replace(values.model, remat=remat)
         result = plan(dataclasses.replace(values, model=model, mesh=mesh), topology)
@@ -91,7 +91,7 @@ def table(rows) -> str:
         needed = held.get("needed", sum(held.values())) / 2**30
         head = f"| {model} | {topology} | {mesh} | {row['remat']} | {needed:.1f} GiB |"
         if not row["fits"]:
-            limit = CHIPS[topology.partition(":")[0]].hbm_bytes / 2**30
+            limit = chip_of(topology).hbm_bytes / 2**30
             lines.append(f"{head} does not fit {limit:.0f} GiB |||||")
             continue
         sent = sum(c["bytes"] for c in row["collectives"] if c["kind"] == "all-to-all")

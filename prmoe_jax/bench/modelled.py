@@ -21,7 +21,7 @@ from prmoe_jax.moe.layer import MoE
 from prmoe_jax.nn.mlp import MLP
 from prmoe_jax.parallel import sharding
 from prmoe_jax.parallel.mesh import batch_axes, make_mesh
-from prmoe_jax.plan.chips import chip_of, topology_devices
+from prmoe_jax.plan.chips import chip_of, several, topology_devices
 from prmoe_jax.plan.program import Operation, operations
 from prmoe_jax.tables import aligned
 
@@ -45,6 +45,8 @@ def model_moe(sizes: list[Size], dtype: str, topology: str) -> list[dict]:
     """
     if not chip_of(topology).hertz:
         raise UserError(f"--topology={topology}: the compiler estimates cycles for TPUs only")
+    if several(topology.partition(":")[0])[0] > 1:
+        raise UserError(f"--topology={topology}: a layer's exchange stays in a slice; name one")
     chip, devices = topology_devices(topology)
     for size in sizes:
         # The weights of a chip's experts and its tokens, with two bytes for each number.
@@ -65,7 +67,7 @@ def model_moe(sizes: list[Size], dtype: str, topology: str) -> list[dict]:
                     **size._asdict(),
                     "dtype": dtype,
                     "device": topology,
-                    "chips": len(devices),
+                    "chips": len(devices) // chip.devices,
                     "jax": jax.__version__,
                     "cycles": cycles,
                     "modelled_s": cycles / chip.hertz,

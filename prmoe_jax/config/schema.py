@@ -224,6 +224,12 @@ class MeshConfig:
     expert_inner: int = setting(
         1, "Of the `expert` devices, the neighbours that form the inner stage of an exchange."
     )
+    slices: int = setting(
+        0,
+        "Slices of a pod, which only the data-centre network links; `data` crosses them. 0 finds "
+        "the slices of TPUs; other devices form one slice unless this says more.",
+        least=0,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -296,6 +296,7 @@ def _check_expert_choice(moe: MoeConfig) -> None:
 def _check_mesh(mesh: MeshConfig) -> None:
     """Makes the checks that need no devices; `parallel.mesh.axis_sizes` makes the others."""
     sizes = dataclasses.asdict(mesh)
+    del sizes["slices"]
     for name, size in sizes.items():
         may_be_rest = name != "expert_inner"
         require(

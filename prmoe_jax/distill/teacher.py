@@ -41,6 +41,7 @@ from prmoe_jax.parallel.mesh import (
     choose_mesh,
     local_rows,
     make_mesh,
+    on_slices,
     replicated,
     split_batch,
 )
@@ -120,7 +121,7 @@ def write_teacher_cache(config: Config, folder: Path) -> dict:
       UserError: the teacher can't teach this student; its predictions for a window depend on other
         windows; the folder exists or can't be written.
     """
-    config = choose_mesh(config, jax.device_count())
+    config = choose_mesh(on_slices(config), jax.device_count())
     check_fits(config, jax.device_count())
     mesh = make_mesh(config)
     data = load_data(config.data, config.model.vocab_size, config.model.length)

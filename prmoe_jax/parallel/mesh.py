@@ -11,13 +11,23 @@ neighbours:
   tensor    attention heads, hidden units and vocabulary
 
 All axes but `tensor` split the batch. FSDP splits parameters outside the experts over all axes but
-`data` and `tensor`.
+`data`, `tensor` and those that cross slices.
+
+The devices may form several slices of a pod (`mesh.slices`; unrelated to the axis `slice`), which
+only the data-centre network links. Then there are axes that cross slices, outside all others:
+
+  data_across      none: the part of `mesh.data` in different slices
+  expert_across_N  experts, only if `moe.exchange=hierarchical` asks for it
+
+All other axes stay inside a slice. Unless experts cross slices, the data-centre network carries
+nothing but sums of gradients and of statistics.
 """
 
 import dataclasses
 import itertools
 import logging
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 import jax
@@ -34,22 +44,21 @@ log = logging.getLogger(__name__)
 def choose_mesh(config: Config, devices: int, any_batch: bool = False) -> Config:
     """The config with the mesh to run on: its own, or a suggested one if it has none.
 
-    A config has no mesh of its own if every size is at its default. `suggest_mesh` makes the
-    suggestion, with as few devices on the `tensor` axis as the batch allows. It depends only on
-    the config and the number of devices, and is logged.
+    `suggest_mesh` makes the suggestion, with as few devices on the `tensor` axis as the batch
+    allows. It depends only on the config and the number of devices, and is logged.
 
     Args:
-      config: the experiment.
+      config: the experiment, from `on_slices` if there may be several slices.
       devices: the number of devices.
       any_batch: the mesh is not for training and need not fit the config's batch.
 
     Raises:
       UserError: no mesh of these devices fits the config; suggests a size that would.
     """
-    if config.mesh != MeshConfig():
+    if has_own_mesh(config):
         return config
     problem = None
-    for tensor in _divisors(devices):
+    for tensor in _divisors(devices // slice_count(config, devices)):
         suggested = dataclasses.replace(config, mesh=suggest_mesh(config, devices, tensor))
         try:
             (axis_sizes if any_batch else check_fits)(suggested, devices)
@@ -60,6 +69,62 @@ def choose_mesh(config: Config, devices: int, any_batch: bool = False) -> Config
             log.info("mesh: suggested: %s; give other sizes for another", flags(suggested.mesh))
         return suggested
     raise problem
+
+
+def has_own_mesh(config: Config) -> bool:
+    """Whether a size of an axis is not at its default."""
+    return dataclasses.replace(config.mesh, slices=0) != MeshConfig()
+
+
+def on_slices(config: Config, devices: Sequence[jax.Device] | None = None) -> Config:
+    """The config with the number of slices that the devices form, if there are several.
+
+    TPUs know their slice. For other devices it is the config that says how many slices they form;
+    each slice consists of neighbours in the list of devices.
+
+    Args:
+      config: the experiment.
+      devices: the devices to use; all by default.
+
+    Raises:
+      UserError: the config names another number of slices, or they differ in size.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = Counter(map(_slice_index, devices))
+    asked, found = config.mesh.slices, len(sizes)
+    if asked not in (0, found) and devices[0].platform == "tpu":
+        raise UserError(
+            f"mesh.slices={asked}, but the devices form {found}; use {found}, or 0 to find them"
+        )
+    if len(set(sizes.values())) > 1:
+        listed = ", ".join(str(sizes[index]) for index in sorted(sizes))
+        raise UserError(
+            f"the slices have {listed} devices, and a mesh needs slices of one size; start the run "
+            "on equal slices"
+        )
+    if found == 1:
+        return config
+    return dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, slices=found))
+
+
+def _slice_index(device: jax.Device) -> int:
+    """The slice of a TPU. A GPU's number of that name tells its NVLink domain."""
+    return getattr(device, "slice_index", 0) if device.platform == "tpu" else 0
+
+
+def slice_count(config: Config, devices: int) -> int:
+    """The number of slices that the config says, 1 by default.
+
+    Raises:
+      UserError: it doesn't divide the number of devices.
+    """
+    slices = config.mesh.slices or 1
+    if devices % slices:
+        raise UserError(
+            f"mesh.slices={slices} does not divide {devices} devices; use "
+            f"{math.gcd(slices, devices)}, or 0 to find the slices"
+        )
+    return slices
 
 
 def flags(mesh: MeshConfig) -> str:
@@ -76,21 +141,27 @@ def platform() -> str:
 
 def splits_experts(mesh: Mesh | AbstractMesh) -> bool:
     """Whether a layer's experts, or parts of them, are on several devices."""
-    return mesh.shape["data"] * mesh.shape["fsdp"] < mesh.size
+    replicas = [n for name, n in mesh.shape.items() if name in ("data_across", "data", "fsdp")]
+    return math.prod(replicas) < mesh.size
 
 
 def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh that `config.mesh` describes, of all devices or of those given.
 
     Raises:
-      UserError: the mesh does not fit the devices or the model; see `axis_sizes`.
+      UserError: the mesh does not fit the devices or the model; see `on_slices` and `axis_sizes`.
     """
     devices = jax.devices() if devices is None else devices
+    config = on_slices(config, devices)
     sizes = axis_sizes(config, len(devices))
+    inside = [size for name, size in sizes.items() if not crosses_slices(name)]
+    members = np.reshape(sorted(devices, key=_slice_index), (-1, math.prod(inside)))
     # An axis may need a part of a torus dimension, such as 64 of 4 x 4 x 8 chips.
-    placed = mesh_utils.create_device_mesh(
-        tuple(sizes.values()), devices, allow_split_physical_axes=True
-    )
+    placed = [
+        mesh_utils.create_device_mesh(inside, list(one_slice), allow_split_physical_axes=True)
+        for one_slice in members
+    ]
+    placed = np.reshape(placed, tuple(sizes.values()))
     return Mesh(placed, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
@@ -100,8 +171,10 @@ def axis_sizes(config: Config, devices: int) -> dict[str, int]:
     Raises:
       UserError: `config.mesh` does not fit the devices or the model; suggests a change.
     """
+    slices = slice_count(config, devices)
     sizes = dataclasses.asdict(config.mesh)
     inner = sizes.pop("expert_inner")
+    del sizes["slices"]
     given = math.prod(size for size in sizes.values() if size != -1)
     rest = next((name for name, size in sizes.items() if size == -1), None)
     if devices % given or (rest is None and given != devices):
@@ -115,14 +188,59 @@ def axis_sizes(config: Config, devices: int) -> dict[str, int]:
     if rest:
         sizes[rest] = devices // given
     check_splits(config, sizes)
+    across = _slices_of_experts(config, sizes, devices // slices)
     factors = _expert_factors(config, sizes["expert"], inner, devices)
+    experts = {f"expert_{i}": size for i, size in reversed(list(enumerate(factors)))}
+    outer = {}
+    while across > math.prod(outer.values()):  # the outermost expert axes
+        name = next(iter(experts))
+        outer[name.replace("expert", "expert_across")] = experts.pop(name)
+    if slices > math.prod(outer.values()):
+        outer = {"data_across": slices // across} | outer
     return {
-        "data": sizes["data"],
+        **outer,
+        "data": sizes["data"] * across // slices,
         "fsdp": sizes["fsdp"],
-        **{f"expert_{i}": size for i, size in reversed(list(enumerate(factors)))},
+        **experts,
         "slice": sizes["expert_slice"],
         "tensor": sizes["tensor"],
     }
+
+
+def crosses_slices(axis: str) -> bool:
+    """Whether an axis of the mesh crosses slices."""
+    return "_across" in axis
+
+
+def _slices_of_experts(config: Config, sizes: Mapping[str, int], devices: int) -> int:
+    """The number of slices over which experts are spread; 1 unless the config asks for more.
+
+    Args:
+      config: the experiment.
+      sizes: devices on each axis of `config.mesh`.
+      devices: the devices of a slice.
+
+    Raises:
+      UserError: axes that should stay inside a slice don't fit there.
+    """
+    slices, expert = config.mesh.slices or 1, sizes["expert"]
+    across = slices // math.gcd(slices, sizes["data"])
+    inner = 1 if expert % across else expert // across
+    hierarchical = config.moe.exchange == "hierarchical" and config.mesh.expert_inner == inner
+    if across == 1 or (hierarchical and inner > 1):
+        return across
+    fix = f"use sizes whose product divides {devices}"
+    if inner > 1:
+        fix += (
+            ", or, for experts across slices, moe.exchange=hierarchical with "
+            f"mesh.expert_inner={inner}"
+        )
+    within = {name: size for name, size in sizes.items() if name != "data" and size > 1}
+    text = " x ".join(f"mesh.{name}={size}" for name, size in within.items())
+    raise UserError(
+        f"{text} spans {math.prod(within.values())} devices, but a slice has {devices} "
+        f"(mesh.slices={slices}) and only mesh.data crosses slices; {fix}"
+    )
 
 
 def check_fits(config: Config, devices: int) -> None:
@@ -147,24 +265,28 @@ def suggest_mesh(
 ) -> MeshConfig:
     """Suggests a mesh: experts over as many devices as they can use, then FSDP, then replicas.
 
+    Experts and FSDP stay inside a slice.
+
     Args:
-      config: the experiment; only its numbers of experts matter.
+      config: the experiment; only its numbers of experts and of slices matter.
       devices: the number of all devices.
-      tensor: devices on the `tensor` axis, a divisor of `devices`.
-      expert_slice: devices on the `slice` axis, a divisor of devices / tensor.
+      tensor: devices on the `tensor` axis, a divisor of the devices of a slice.
+      expert_slice: devices on the `slice` axis, a divisor of a slice's devices / tensor.
       fsdp_devices: the most devices on the `fsdp` axis.
     """
     counts = {e: i for i, e in enumerate(config.model.schedule.experts) if e}
-    rest = devices // tensor // expert_slice
+    slices = slice_count(config, devices)
+    rest = devices // slices // tensor // expert_slice
     expert = next(d for d in reversed(_divisors(rest)) if not _problem(counts, d, 1))
     rest //= expert
     fsdp = max(d for d in _divisors(rest) if d <= fsdp_devices)
     inner = 1
-    if expert == devices:
-        # Two expert axes instead of one for the whole mesh, so that FSDP can leave out the outer.
+    if expert == devices // slices:
+        # Two expert axes instead of one for a whole slice, so that FSDP can leave out the outer.
         fits = (d for d in _divisors(expert) if not _problem(counts, expert, d))
         inner = max(d for d in fits if d <= FSDP_DEVICES)
-    return MeshConfig(rest // fsdp, fsdp, expert, expert_slice, tensor, inner)
+    data = slices * rest // fsdp
+    return MeshConfig(data, fsdp, expert, expert_slice, tensor, inner, config.mesh.slices)
 
 
 def leaner(config: Config, devices: int) -> Iterator[MeshConfig]:
@@ -175,10 +297,11 @@ def leaner(config: Config, devices: int) -> Iterator[MeshConfig]:
     sizes and batch, but may need more memory than one before it.
     """
     moe = any(config.model.schedule.experts)
-    for tensor in _divisors(devices):
-        for expert_slice in _divisors(devices // tensor) if moe else [1]:
+    inside = devices // slice_count(config, devices)
+    for tensor in _divisors(inside):
+        for expert_slice in _divisors(inside // tensor) if moe else [1]:
             found = set()
-            for fsdp in (d for d in _divisors(devices) if d >= FSDP_DEVICES or d == devices):
+            for fsdp in (d for d in _divisors(inside) if d >= FSDP_DEVICES or d == inside):
                 mesh = suggest_mesh(config, devices, tensor, expert_slice, fsdp)
                 if mesh in found:
                     continue

@@ -10,7 +10,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from prmoe_jax.nn.parameters import declaration, named_leaves
 from prmoe_jax.nn.quantized import QuantizedWeight
-from prmoe_jax.parallel.mesh import batch_axes, expert_axes
+from prmoe_jax.parallel.mesh import batch_axes, crosses_slices, expert_axes
 
 
 def spec(
@@ -56,12 +56,13 @@ def spec(
 def _most_axes(mesh: Mesh | AbstractMesh, size: int) -> tuple[str, ...]:
     """The FSDP axes that split a dimension: from the inner ones on, as many as divide it.
 
-    If the mesh consists of several FSDP axes and no other axis, the outermost is left out. Over all
-    chips of a 3-D torus, the compiler gathers by an all-reduce of whole arrays, which moves twice
-    as much.
+    If a slice of the mesh consists of several FSDP axes and no other axis, the outermost is left
+    out. Over all chips of a 3-D torus, the compiler gathers by an all-reduce of whole arrays, which
+    moves twice as much.
     """
-    splitting = [name for name in batch_axes(mesh) if name != "data" and mesh.shape[name] > 1]
-    if len(splitting) > 1 and math.prod(mesh.shape[name] for name in splitting) == mesh.size:
+    inside = [name for name in mesh.axis_names if not crosses_slices(name) and mesh.shape[name] > 1]
+    splitting = [name for name in inside if name not in ("data", "tensor")]
+    if len(splitting) > 1 and splitting == inside:
         splitting = splitting[1:]
     axes, parts = [], 1
     for name in reversed(splitting):
@@ -150,9 +151,13 @@ def embed(name: str, table_VxD: jax.Array | QuantizedWeight, ids_BxL: jax.Array)
         return table_VxD[ids_BxL]
     parts = spec(name, table_VxD.shape, mesh)
     entries, width = parts
+    split = (width,) if isinstance(width, str) else width or ()
+    replicas = tuple(axis for axis in batch_axes(mesh) if axis not in split)
 
     def local(table_VxD, ids_BxL):
         if width:
+            # So that a gradient is scattered over `width` before the replicas' are summed.
+            table_VxD = jax.lax.pcast(table_VxD, replicas, to="varying")
             table_VxD = jax.lax.all_gather(table_VxD, width, axis=1, tiled=True)
         if not entries:
             return table_VxD[ids_BxL]

@@ -10,28 +10,44 @@ from prmoe_jax.errors import UserError
 
 
 class Chip(NamedTuple):
-    """The data sheet of one chip, as far as a plan needs it."""
+    """The data sheet of one device, as far as a plan needs it.
+
+    A device is a chip. Only a TPU7x chip is two devices, each with half of what the chip has.
+    """
 
     platform: str  # tpu | gpu
-    flops_per_s: float  # bfloat16 peak
+    flops_per_s: float  # dense bfloat16 peak
     hbm_bytes: int
     hbm_bytes_per_s: float
-    # One link in one direction: a TPU's to a neighbour in the torus, or a GPU's to its host's
-    # switch (NVLink).
+    # One link in one direction: a TPU's to a neighbour in the torus, or a GPU's to the switch of
+    # its host or rack (NVLink).
     link_bytes_per_s: float
+    # A device's share of the network between slices (TPUs) or hosts (GPUs), in one direction.
+    network_bytes_per_s: float
     hertz: float = 0.0  # clock rate of a TensorCore, from the peak and the matrix units
-    network_bytes_per_s: float = 0.0  # a GPU's share of its host's network, in one direction
+    devices: int = 1  # of a chip
+    die_bytes_per_s: float = 0.0  # between the devices of a chip, in one direction
 
 
+# TPUs: the pages of Google Cloud's documentation about each version. The data-centre network of
+# v5p, v6e and TPU7x is stated there for a chip (50, 100 and 100 Gbit/s), that of v5e for a host of
+# 8 chips (2 x 100 Gbit/s). No page states it for v4: 50 Gbit/s is an assumption. A link of TPU7x is
+# a sixth of a chip's 1,200 GB/s for both directions, and its die-to-die link is six times as fast.
+# Peak and cycle estimates of its compiler agree with 4 units of 256 x 256 at 2.2 GHz on a device.
+# GPUs: NVIDIA's data sheets of HGX H100, DGX B200 and GB200 NVL72, with 400 Gbit/s for each GPU.
 CHIPS = {
-    "v4": Chip("tpu", 275e12, 32 * 2**30, 1.2e12, 45e9, hertz=1.05e9),
-    "v5e": Chip("tpu", 197e12, 16 * 2**30, 0.82e12, 45e9, hertz=1.5e9),
-    "v5p": Chip("tpu", 459e12, 95 * 2**30, 2.77e12, 90e9, hertz=1.75e9),
-    "v6e": Chip("tpu", 918e12, 32 * 2**30, 1.64e12, 90e9, hertz=1.75e9),
-    "h100": Chip("gpu", 989e12, 80 * 10**9, 3.35e12, 450e9, network_bytes_per_s=50e9),
+    "v4": Chip("tpu", 275e12, 32 * 2**30, 1.2e12, 45e9, 6.25e9, hertz=1.05e9),
+    "v5e": Chip("tpu", 197e12, 16 * 2**30, 0.82e12, 45e9, 3.125e9, hertz=1.5e9),
+    "v5p": Chip("tpu", 459e12, 95 * 2**30, 2.77e12, 90e9, 6.25e9, hertz=1.75e9),
+    "v6e": Chip("tpu", 918e12, 32 * 2**30, 1.64e12, 90e9, 12.5e9, hertz=1.75e9),
+    "tpu7x": Chip("tpu", 1153.5e12, 96 * 2**30, 3.69e12, 50e9, 6.25e9, 2.2e9, 2, 600e9),
+    "h100": Chip("gpu", 989e12, 80 * 10**9, 3.35e12, 450e9, 50e9),
+    "b200": Chip("gpu", 2250e12, 180 * 10**9, 8e12, 900e9, 50e9),
+    "gb200": Chip("gpu", 2500e12, 186 * 10**9, 8e12, 900e9, 50e9),
 }
 
-# The slices that exist, smallest first. For GPUs, 'Nx8' is N hosts with eight GPUs each.
+# The slices that exist, smallest first. For GPUs, 'Nx8' is N hosts with eight GPUs each. A GB200
+# NVL72 is a rack of 72 GPUs around one switch, of which a power of two suits most models.
 TORUS = "2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x16".split()
 PLANE = "1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16".split()
 SLICES = {
@@ -39,41 +55,67 @@ SLICES = {
     "v5e": PLANE,
     "v5p": TORUS,
     "v6e": PLANE,
+    "tpu7x": TORUS,
     "h100": [f"{1 << i}x8" for i in range(8)],
+    "b200": [f"{1 << i}x8" for i in range(8)],
+    "gb200": "1x4 1x8 1x16 1x32 1x64 2x64 4x64 8x64 16x64".split(),
 }
 
 LARGEST = 16_384  # the most chips of a topology; no pod has this many
 
-# The description of an H100 (SXM) that XLA's GPU compiler needs: a GpuTargetConfig in text form.
-H100 = """
-gpu_device_info {
+# The description of a GPU that XLA's compiler needs: a GpuTargetConfig in text form.
+TARGET = """
+gpu_device_info {{
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
-  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: {cores} fpus_per_core: 128
   block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: 3352000000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
-  device_memory_size: 84978434048 shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 } registers_per_core_limit: 65536
+  memory_bandwidth: {bandwidth} l2_cache_size: {cache} clock_rate_ghz: {clock}
+  device_memory_size: {memory} shared_memory_per_block_optin: 232448
+  cuda_compute_capability {{ major: {major} }} registers_per_core_limit: 65536
   registers_per_block_limit: 65536
-}
-platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 }
-device_description_str: "NVIDIA H100 80GB HBM3"
+}}
+platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }}
+device_description_str: "NVIDIA {name}"
 """
+# What the driver says of an H100 (SXM), a B200 and a GB200.
+GPUS = {
+    "h100": dict(cores=132, bandwidth=3352000000000, cache=52428800, clock=1.98)
+    | dict(memory=84978434048, major=9, name="H100 80GB HBM3"),
+    "b200": dict(cores=148, bandwidth=7672320000000, cache=132644864, clock=1.965)
+    | dict(memory=191514411008, major=10, name="B200"),
+    "gb200": dict(cores=152, bandwidth=7928064000000, cache=135528448, clock=2.062)
+    | dict(memory=197897748480, major=10, name="GB200"),
+}
+
+
+def several(chip: str) -> tuple[int, str]:
+    """The number of slices and the name of a chip: (2, 'v5p') for '2xv5p', (1, 'v5p') for 'v5p'."""
+    found = re.fullmatch(r"([1-9][0-9]{0,3})x(\w+)", chip)
+    return (int(found[1]), found[2]) if found else (1, chip)
 
 
 def chip_of(topology: str) -> Chip:
-    """The chip of a topology such as 'v5p:4x4x8'.
+    """The chip of a topology such as 'v5p:4x4x8', or '2xv5p:4x4x8' for two such slices.
 
     Raises:
       UserError: the topology is unknown, or larger than any pod.
     """
-    name, _, shape = topology.partition(":")
+    chip, _, shape = topology.partition(":")
+    slices, name = several(chip)
     dimensions = SLICES[name][0].count("x") + 1 if name in CHIPS else 0
     if not re.fullmatch(r"[1-9][0-9]{0,5}(x[1-9][0-9]{0,5}){1,2}", shape) or (
         shape.count("x") >= dimensions
     ):
         raise UserError(
             f"--topology={topology} is unknown; use one of {', '.join(CHIPS)} and the chips of "
-            "each dimension, such as v5p:4x4x8, v5e:16x16, or h100:16x8 for 16 hosts of 8"
+            "each dimension, such as v5p:4x4x8, v5e:16x16, or h100:16x8 for 16 hosts of 8; "
+            "2xv5p:4x4x8 is two slices"
+        )
+    if slices > 1 and CHIPS[name].platform == "gpu":
+        hosts, _, gpus = shape.partition("x")
+        raise UserError(
+            f"--topology={topology} asks for slices, which only TPUs have; use "
+            f"{name}:{slices * int(hosts)}x{gpus} for so many hosts"
         )
     if chip_count(topology) > LARGEST:
         raise UserError(
@@ -84,7 +126,24 @@ def chip_of(topology: str) -> Chip:
 
 def chip_count(topology: str) -> int:
     """The number of chips of a topology that `chip_of` accepts."""
-    return math.prod(map(int, topology.partition(":")[2].split("x")))
+    chip, _, shape = topology.partition(":")
+    return several(chip)[0] * math.prod(map(int, shape.split("x")))
+
+
+def device_count(topology: str) -> int:
+    """The number of devices of a topology that `chip_of` accepts."""
+    return chip_count(topology) * chip_of(topology).devices
+
+
+def slice_shapes(chip: str) -> list[str]:
+    """The topologies of a chip, smallest first; of two slices each for '2xv5p'."""
+    first, *others = (f"{chip}:{shape}" for shape in SLICES[several(chip)[1]])
+    return [first, *(other for other in others if chip_count(other) <= LARGEST)]
+
+
+def unit(topology: str) -> str:
+    """The word for one device of a topology."""
+    return "chip" if chip_of(topology).devices == 1 else "device"
 
 
 def topology_devices(topology: str) -> tuple[Chip, list]:
@@ -94,15 +153,19 @@ def topology_devices(topology: str) -> tuple[Chip, list]:
       UserError: the topology is unknown or no slice of a pod, or the compiler is not installed.
     """
     chip = chip_of(topology)
-    name, _, shape = topology.partition(":")
+    prefix, _, shape = topology.partition(":")
+    slices, name = several(prefix)
     if chip.platform == "gpu":
-        asked = ("cuda", "", {"topology": f"1x{shape}", "target_config": H100})
+        target = TARGET.format(**GPUS[name])
+        asked = ("cuda", "", {"topology": f"1x{shape}", "target_config": target})
     else:
         # A v4's two cores count as one device, as everywhere else.
         options = {"chip_config_name": "megacore"} if name == "v4" else {}
-        if chip_count(topology) == 1:  # a host with a single chip
+        if math.prod(map(int, shape.split("x"))) == 1:  # a host with a single chip
             options["chips_per_host_bounds"] = (1, 1, 1)
-        asked = ("tpu", topology, options)
+        if slices > 1:
+            options["num_slices"] = slices
+        asked = ("tpu", f"{name}:{shape}", options)
     platform, topology_name, options = asked
     try:
         described = topologies.get_topology_desc(
@@ -113,7 +176,7 @@ def topology_devices(topology: str) -> tuple[Chip, list]:
         if "INVALID_ARGUMENT" in reason:
             raise UserError(
                 f"--topology={topology} is no slice of a pod ({reason}); use one of "
-                f"{', '.join(f'{name}:{shape}' for shape in SLICES[name])}"
+                f"{', '.join(slice_shapes(prefix))}"
             ) from error
         extra = "tpu" if chip.platform == "tpu" else "cuda"
         raise UserError(

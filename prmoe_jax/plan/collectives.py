@@ -8,6 +8,9 @@ import numpy as np
 
 from prmoe_jax.plan.program import COLLECTIVES, END, Operation, result, size
 
+# Seconds from one slice's memory to another's: two copies to and from hosts, and the network. No
+# data sheet states it; this is an assumption.
+LATENCY = 50e-6
 # A function from a collective's kind, the devices of a group, and the bytes of its larger side
 # (operands or result) to its seconds.
 Network = Callable[[str, np.ndarray, int], float]
@@ -16,50 +19,55 @@ Network = Callable[[str, np.ndarray, int], float]
 class Collective(NamedTuple):
     """All runs of one operation in a step."""
 
-    kind: str
+    kind: str  # one of COLLECTIVES
     axes: tuple[str, ...]  # the mesh axes over which it communicates
     asynchronous: bool  # computation goes on between its begin and its end
     runs: int
     bytes: int  # a device's larger side (operands or result), all runs together
     seconds: float
+    away: bool = False  # between slices, or between hosts of GPUs
     exposed_seconds: float = 0.0  # in which computation waits for it
 
 
 def kind(operation: Operation) -> str | None:
-    """The kind of collective that an operation is; None if it is none."""
+    """The kind of collective that an operation is; None if it is none.
+
+    A TPU program of several slices has collectives of its own slice only. What crosses slices is a
+    `send` to the host that says what the hosts do together, and a `recv` of the result.
+    """
+    if operation.opcode == "send":
+        named = re.search(r'_xla_megascale_transfer_type="(\w+)"', operation.text)
+        name = named[1].lower().replace("_", "-") if named else ""
+        return name if name in COLLECTIVES else "collective-permute"
     name = operation.opcode.removesuffix("-start")
     return name if name in COLLECTIVES else None
 
 
 def collectives(
-    operations: Sequence[Operation], mesh_shape: dict[str, int], network: Network
+    operations: Sequence[Operation],
+    mesh_shape: dict[str, int],
+    network: Network,
+    island: np.ndarray | None = None,
+    partitions: int | None = None,
 ) -> dict[int, Collective]:
     """The collectives among a program's operations, by their place in the sequence.
 
     Args:
       operations: from `program.operations`.
       mesh_shape: axis -> number of devices, outermost axis first.
-      network: from `torus` or `hosts`.
+      network: from `torus`, `hosts` or `slices`.
+      island: [devices], the slice of each TPU or the host of each GPU, in the order of the mesh;
+        all devices are on one island by default.
+      partitions: the devices of the program, which come first in the mesh: those of a slice, for
+        TPUs; all of the mesh by default.
     """
     devices = int(np.prod(list(mesh_shape.values())))
-    found = {}
-    for place, operation in enumerate(operations):
-        if not kind(operation):
-            continue
-        members = groups(operation.text, devices)[0]
-        positions = np.stack(np.unravel_index(members, list(mesh_shape.values())), 1)
-        axes = tuple(
-            name
-            for name, column in zip(mesh_shape, positions.T, strict=True)
-            if len(set(column)) > 1
-        )
-        moved = _bytes(operation, len(members))
-        runs = operation.runs
-        seconds = network(kind(operation), members, moved)
-        found[place] = Collective(
-            kind(operation), axes, bool(operation.pair), runs, moved * runs, seconds * runs
-        )
-    return found
+    island = np.zeros(devices, int) if island is None else island
+    return {
+        place: _collective(operation, mesh_shape, network, island, partitions or devices)
+        for place, operation in enumerate(operations)
+        if kind(operation)
+    }
 
 
 def exposed(
@@ -67,43 +75,93 @@ def exposed(
 ) -> dict[int, Collective]:
     """The collectives with the time that computation waits for each.
 
-    Operations run one after the other in their order. Meanwhile the network moves the data of
-    asynchronous collectives, one collective after the other. All runs of a loop are taken together:
-    they are equal, and no collective goes on from one run to the next.
+    Operations run one after the other in their order. Meanwhile the links inside a slice and the
+    network between slices move the data of asynchronous collectives, each one collective after the
+    other; the latency between slices occupies no network. All runs of a loop are taken together:
+    they are equal, and what a run waits for began in the same run, or long ago. The end of the step
+    waits for everything.
 
     Args:
       operations: from `program.operations`.
       seconds: the time of each operation, all runs together; that of collectives is not used.
       sent: from `collectives`.
     """
-    now = network_free = 0.0
+    now, free = 0.0, {False: 0.0, True: 0.0}
     found, ends = dict(sent), {}
+
+    def wait(place: int, end: float) -> None:
+        nonlocal now
+        found[place] = sent[place]._replace(exposed_seconds=max(0.0, end - now))
+        now = max(now, end)
+
     for place, operation in enumerate(operations):
         if place in sent:
-            network_free = max(now, network_free) + sent[place].seconds
+            collective = sent[place]
+            latency = LATENCY * collective.runs if operation.opcode == "send" else 0.0
+            free[collective.away] = max(now, free[collective.away]) + collective.seconds - latency
+            end = free[collective.away] + latency
             if operation.pair:
-                ends[operation.pair] = place, network_free
-                continue
-            begun, end = place, network_free
+                ends[operation.pair] = place, end
+            else:
+                wait(place, end)
         elif operation.opcode == END:
-            begun, end = ends.pop(operation.pair)
+            if operation.pair in ends:
+                wait(*ends.pop(operation.pair))
         else:
             now += seconds[place]
-            continue
-        found[begun] = sent[begun]._replace(exposed_seconds=max(0.0, end - now))
-        now = max(now, end)
+    for place, end in ends.values():
+        wait(place, end)
     return found
+
+
+def _collective(operation, mesh_shape, network, island, partitions) -> Collective:
+    sent, runs = operation.opcode == "send", operation.runs
+    if sent:
+        members = _slices(operation.text) * partitions
+    else:
+        members = groups(operation.text, partitions)[0]
+    places = np.stack(np.unravel_index(members, list(mesh_shape.values())), 1)
+    axes = tuple(
+        name for name, column in zip(mesh_shape, places.T, strict=True) if len(set(column)) > 1
+    )
+    moved = _bytes(operation, len(members))
+    seconds = network(kind(operation), members, moved)
+    return Collective(
+        kind=kind(operation),
+        axes=axes,
+        asynchronous=bool(operation.pair),
+        runs=runs,
+        bytes=moved * runs,
+        seconds=seconds * runs,
+        away=len(set(island[members])) > 1,
+    )
+
+
+def _slices(text: str) -> np.ndarray:
+    """The slices, counted from 0, that take part in a transfer.
+
+    XLA writes '"{1,2}x{0:3}"', slices counted from 1 and the chips of each, or groups of devices
+    such as '{{100000,200000},{100001,200001}}', whose slices are counted in 100,000s from 1.
+    """
+    target = text.partition("_xla_megascale_target=")[2]
+    listed = [int(number) for number in re.match(r'["{]*([\d,]+)\}', target)[1].split(",")]
+    return np.array([number // 100_000 or number for number in listed]) - 1
 
 
 def _bytes(operation: Operation, members: int) -> int:
     """Bytes of the larger side; the shape of a '-start' holds both result and operands."""
     shape = result(operation)
+    if operation.opcode == "send":
+        part = size(re.search(r"\w+\[[\d,]*\]", shape)[0])
+        return part * (members if kind(operation) == "all-gather" else 1)
     if operation.opcode.endswith("-start"):
         return max(size(part) for part in re.findall(r"\w+\[[\d,]*\]", shape))
     return size(shape) * (members if operation.opcode == "reduce-scatter" else 1)
 
 
-def torus(coordinates: np.ndarray, link_bytes_per_s: float) -> Network:
+def torus(
+    coordinates: np.ndarray, link_bytes_per_s: float, die_bytes_per_s: float = 0.0
+) -> Network:
     """Models chips that are linked to their neighbours, as TPUs are.
 
     A collective uses a ring in every dimension that its group spans, in both directions at once.
@@ -111,20 +169,53 @@ def torus(coordinates: np.ndarray, link_bytes_per_s: float) -> Network:
     is bound by the middle of the longest dimension: a quarter of the data crosses it in each
     direction. Nothing else is assumed to use the links.
 
+    Devices of one chip divide its links evenly. Those of one group share them, and only a group
+    inside a chip takes the time of the link between its dies.
+
     Args:
       coordinates: [devices, dimensions], in the order of the mesh.
-      link_bytes_per_s: bandwidth of one link in one direction.
+      link_bytes_per_s: a device's share of one link, in one direction.
+      die_bytes_per_s: bandwidth between the devices of a chip, in one direction.
     """
 
     def seconds(kind: str, members: np.ndarray, moved: int) -> float:
         extents = [len(set(column)) for column in coordinates[members].T]
-        wires = 2 * link_bytes_per_s * max(1, sum(extent > 1 for extent in extents))
+        rings = sum(extent > 1 for extent in extents)
         share = 1 - 1 / len(members)
+        if not rings and len(members) > 1 and die_bytes_per_s:
+            sides = {"all-reduce": 2 * share, "collective-permute": 1}.get(kind, share)
+            return moved * sides / die_bytes_per_s
+        together = len(members) // len(np.unique(coordinates[members], axis=0))
+        wires = 2 * link_bytes_per_s * max(1, rings) * together
         return {
             "all-reduce": 2 * moved * share / wires,
             "all-to-all": moved * max(extents) / 8 / link_bytes_per_s,
             "collective-permute": moved / (2 * link_bytes_per_s),
         }.get(kind, moved * share / wires)
+
+    return seconds
+
+
+def slices(inside: Network, devices: int, network_bytes_per_s: float) -> Network:
+    """Models TPU slices that the data-centre network links.
+
+    A host's network is divided evenly between its chips. Each chip sends its part of an array by
+    way of its host: all but 1/S of it where S slices gather, scatter or exchange, twice as much for
+    an all-reduce. Each transfer takes `LATENCY` in addition.
+
+    Args:
+      inside: from `torus`, the model of a slice's links.
+      devices: the devices of a slice; those of the first slice come first in the mesh.
+      network_bytes_per_s: a device's share of the network, in one direction.
+    """
+
+    def seconds(kind: str, members: np.ndarray, moved: int) -> float:
+        count = len(set(members // devices))
+        if count == 1:
+            return inside(kind, members, moved)
+        share = 1 - 1 / count
+        sides = {"all-reduce": 2 * share, "collective-permute": 1}.get(kind, share)
+        return LATENCY + moved * sides / network_bytes_per_s
 
     return seconds
 

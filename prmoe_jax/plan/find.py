@@ -9,8 +9,8 @@ from jax.sharding import AbstractMesh
 from prmoe_jax.config import Config, MeshConfig
 from prmoe_jax.errors import UserError
 from prmoe_jax.model.sizes import cost
-from prmoe_jax.parallel.mesh import axis_sizes, choose_mesh, flags, leaner
-from prmoe_jax.plan.chips import CHIPS, SLICES, chip_count, chip_of
+from prmoe_jax.parallel.mesh import axis_sizes, choose_mesh, flags, has_own_mesh, leaner
+from prmoe_jax.plan.chips import CHIPS, chip_of, device_count, several, slice_shapes
 from prmoe_jax.plan.report import decoding, held_bytes, plan
 
 log = logging.getLogger(__name__)
@@ -36,13 +36,14 @@ def fit(config: Config, topology: str, decode: int = 0, teacher: Config | None =
     """
     chip_of(topology)
     search = _Search(config, decode, teacher)
-    result = search.plan(topology, choose_mesh(search.config, chip_count(topology)).mesh)
+    devices = device_count(topology)
+    result = search.plan(topology, choose_mesh(on_topology(search.config, topology), devices).mesh)
     if result["fits"]:
         return result
-    chip = topology.partition(":")[0]
-    slices = [f"{chip}:{shape}" for shape in SLICES[chip]]
-    larger = [other for other in slices if chip_count(other) > chip_count(topology)]
-    search.config = dataclasses.replace(search.config, mesh=MeshConfig())
+    slices = slice_shapes(topology.partition(":")[0])
+    larger = [other for other in slices if device_count(other) > devices]
+    no_mesh = MeshConfig(slices=config.mesh.slices)
+    search.config = dataclasses.replace(search.config, mesh=no_mesh)
     found = filter(None, map(search.first, [topology, *larger]))
     return result | {"instead": next(found, None), "tried": search.tried}
 
@@ -61,17 +62,38 @@ def find(config: Config, chip: str, decode: int = 0, teacher: Config | None = No
     Raises:
       UserError: the chip is unknown, or the step fits none of its slices.
     """
-    if chip not in CHIPS:
-        raise UserError(f"--find={chip} is unknown; use one of {', '.join(CHIPS)}")
+    if several(chip)[1] not in CHIPS:
+        raise UserError(
+            f"--find={chip} is unknown; use one of {', '.join(CHIPS)}, or 2xv5p for two slices"
+        )
+    slices = slice_shapes(chip)
+    on_topology(config, slices[0])
     search = _Search(config, decode, teacher)
-    for shape in SLICES[chip]:
-        if result := search.first(f"{chip}:{shape}"):
+    for topology in slices:
+        if result := search.first(topology):
             return result | {"tried": search.tried}
     topology, reason = search.tried[-1]
     fix = ""
-    if config.mesh != MeshConfig():
+    if has_own_mesh(config):
         fix = "; leave --config.mesh.… out for a mesh that suits each slice"
     raise UserError(f"--find={chip}: no slice fits; {topology}: {reason}{fix}")
+
+
+def on_topology(config: Config, topology: str) -> Config:
+    """The config with `mesh.slices` as the topology has them, if it has several.
+
+    Raises:
+      UserError: the topology is unknown, or the config names another number of slices.
+    """
+    on_tpus, asked = chip_of(topology).platform == "tpu", config.mesh.slices
+    slices, _ = several(topology.partition(":")[0])
+    if on_tpus and asked not in (0, slices):
+        raise UserError(
+            f"mesh.slices={asked}, but --topology={topology} has {slices}; use {slices}, or 0"
+        )
+    if slices == 1:
+        return config
+    return dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, slices=slices))
 
 
 class _Search:
@@ -92,18 +114,19 @@ class _Search:
 
     def first(self, topology: str) -> dict | None:
         """The first plan that fits a topology, or None; the config's own mesh is used if set."""
-        chips, room = chip_count(topology), chip_of(topology).hbm_bytes
+        devices, room = device_count(topology), chip_of(topology).hbm_bytes
+        config = on_topology(self.config, topology)
         state = (2 if self.decode else STATE_BYTES) * cost(self.config.model).total_params
-        if state > chips * room:
+        if state > devices * room:
             return self._failed(topology, f"the model alone is {state / 2**30:,.0f} GiB")
         try:
-            result = self._once(topology, choose_mesh(self.config, chips).mesh)
-            if result or self.config.mesh != MeshConfig():
+            result = self._once(topology, choose_mesh(config, devices).mesh)
+            if result or has_own_mesh(self.config):
                 return result
-            for mesh in leaner(self.config, chips):
-                if self.beside / chips > room:
+            for mesh in leaner(config, devices):
+                if self.beside / devices > room:
                     break
-                if self._predicted(mesh, chips) <= room:
+                if self._predicted(mesh, devices) <= room:
                     if result := self._once(topology, mesh):
                         return result
         except UserError as error:
@@ -124,27 +147,27 @@ class _Search:
         teacher = self.teacher and dataclasses.replace(self.teacher, mesh=mesh)
         config = dataclasses.replace(self.config, mesh=mesh)
         result = plan(config, topology, self.decode, teacher)
-        if mesh != self.config.mesh:
+        if not has_own_mesh(self.config):
             result["flags"] = flags(mesh)
         if not result["fits"]:
             held = dict(result["hbm_bytes_per_chip"])
             needed = held.pop("needed", None) or sum(held.values())
             held.pop("temporaries", None)
-            self.beside = max(0, needed - self._state(held)) * chip_count(topology)
+            self.beside = max(0, needed - self._state(held)) * device_count(topology)
             self._failed(topology, f"needs {needed / 2**30:,.1f} GiB a chip")
         return result
 
-    def _predicted(self, mesh: MeshConfig, chips: int) -> float:
-        """Predicts the bytes per chip that a step needs on a mesh, without compiling it."""
+    def _predicted(self, mesh: MeshConfig, devices: int) -> float:
+        """Predicts the bytes per device that a step needs on a mesh, without compiling it."""
         config = dataclasses.replace(self.config, mesh=mesh)
-        sizes = axis_sizes(config, chips)
+        sizes = axis_sizes(config, devices)
         abstract = AbstractMesh(tuple(sizes.values()), tuple(sizes))
         teacher = self.teacher and dataclasses.replace(self.teacher, mesh=mesh)
         try:
             held = held_bytes(config, abstract, self.decode, teacher)
         except UserError:  # this mesh can't split the teacher
             return math.inf
-        return self._state(held) + self.beside / chips
+        return self._state(held) + self.beside / devices
 
     def _state(self, held: dict[str, int]) -> int:
         """Bytes of a step's arguments, and in training of a gradient as large as the parameters."""

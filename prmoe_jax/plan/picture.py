@@ -8,7 +8,7 @@ from pathlib import Path
 
 from prmoe_jax import files
 from prmoe_jax.errors import UserError
-from prmoe_jax.plan.chips import CHIPS
+from prmoe_jax.plan.chips import chip_of, unit
 
 # Parts of a step in the order of the bars, matrix products first.
 PARTS = {
@@ -89,7 +89,7 @@ def draw(plans: Sequence[tuple[str, dict]], path: Path) -> None:
         layout="constrained",
     )
     for (times, memory), (topology, group) in zip(axes, groups.items(), strict=True):
-        room = CHIPS[topology.partition(":")[0]].hbm_bytes
+        room = chip_of(topology).hbm_bytes
         for place, result in enumerate(group.values()):
             step_s = result.get("modelled_step_s", math.nan)
             parts = result.get("components", {})
@@ -102,7 +102,7 @@ def draw(plans: Sequence[tuple[str, dict]], path: Path) -> None:
         times.set_yticks(range(len(group)), group.keys())
         memory.set_yticks([])
         times.set_title(topology, loc="left", fontsize=10)
-        memory.set_title(f"{room / 2**30:.0f} GiB a chip", loc="left", fontsize=10)
+        memory.set_title(f"{room / 2**30:.0f} GiB a {unit(topology)}", loc="left", fontsize=10)
         for one in times, memory:
             one.set(xlim=(0, 1), ylim=(len(group) - 0.5, -0.5))
             one.xaxis.set_major_formatter(PercentFormatter(1))

@@ -54,8 +54,9 @@ def operations(hlo: str) -> list[Operation]:
 
     Their order is the compiler's schedule. A fusion is one operation. If it contains an all-reduce,
     it is a reduce-scatter, which the TPU's compiler writes as a slice of an all-reduce. An
-    asynchronous collective is two operations: its begin and its `END`. All branches of a
-    conditional are counted, which gives an upper bound.
+    asynchronous collective is two operations: its begin and its `END`. So is a transfer to other
+    slices, by way of the host: its `send`, and an `END` where the result is received. All branches
+    of a conditional are counted, which gives an upper bound.
 
     Args:
       hlo: `compiled.as_text()`.
@@ -69,6 +70,7 @@ def operations(hlo: str) -> list[Operation]:
         for name, lines in computations.items()
     }
     found = []
+    received = {}  # the name of a `recv` -> what it has in common with its `send`
 
     def visit(computation: str, runs: int) -> None:
         parts = _asynchronous(computations[computation], computations)
@@ -82,8 +84,16 @@ def operations(hlo: str) -> list[Operation]:
                 elif pair not in begun and any(o != pair for o in _operands(line)):
                     begun.add(pair)  # here it gets its operands
                     found.append(Operation(name, sent.opcode, None, runs, sent.text, pair=pair))
+            elif opcode == "send":
+                found.append(Operation(name, opcode, None, runs, text, pair=_rendezvous(text)))
+            elif opcode == "recv":
+                received[name] = _rendezvous(text)
+            elif opcode == "recv-done":
+                pair = received.get(_operands(line)[0], "")
+                found.append(Operation(name, END, 0, runs, text, pair=pair))
             elif opcode == "while":
                 trips = _trip_count(text, computations[_attribute(text, "condition")])
+                trips -= _first(line, computations[computation])
                 visit(_attribute(text, "body"), runs * trips)
             elif opcode == "conditional":
                 for branch in _branches(text):
@@ -136,6 +146,12 @@ def _asynchronous(
         elif line.opcode.endswith(("-update", "-done")) and _operands(line)[0] in parts:
             parts[line.name] = parts[_operands(line)[0]]
     return parts
+
+
+def _rendezvous(text: str) -> str:
+    """What a `send` and its `recv` have in common."""
+    found = re.search(r'_xla_host_transfer_rendezvous="([^"]*)"', text)
+    return found[1] if found else ""
 
 
 def _is_free(opcode: str, text: str) -> bool:
@@ -277,6 +293,23 @@ def _branches(text: str) -> list[str]:
     if listed := re.search(r"branch_computations=\{([^}]*)\}", text):
         return [name.strip(" %") for name in listed[1].split(",")]
     return [_attribute(text, f"{value}_computation") for value in ("true", "false")]
+
+
+def _first(loop: _Line, lines: list[_Line]) -> int:
+    """The number that a loop counts from: 1 where the compiler took the first trip out of it.
+
+    The counter is the first element of the loop's tuple. The result is 0 if its value isn't plain,
+    or the number of trips is known anyway.
+    """
+    if '"known_trip_count"' in loop.text:
+        return 0
+    known = {line.name: line for line in lines}
+    line = known.get(_operands(loop)[0])
+    while line and line.opcode in ("tuple", "copy", "bitcast"):
+        line = known.get(_operands(line)[0])
+    if not line or line.opcode != "constant":
+        return 0
+    return int(re.search(r"constant\((\d+)\)", line.text)[1])
 
 
 def _trip_count(text: str, condition: list[_Line]) -> int:

@@ -5,9 +5,9 @@ around it. Attention kernels have no estimate: they take their FLOPs at `KERNEL_
 peak. Other operations without an estimate take their bytes at the memory's speed. GPUs' compiler
 has no estimates: every operation takes the longer of its FLOPs at the peak and its bytes at the
 memory's speed, which gives a lower bound. Collectives are modelled by `collectives.torus` or
-`collectives.hosts`. On TPUs, asynchronous ones cost the time in which the compiler's schedule waits
-for them (`collectives.exposed`); on GPUs, all cost their whole time. The model leaves out the hosts
-and the input.
+`collectives.hosts`. On TPUs, asynchronous ones and transfers between slices cost the time in which
+the compiler's schedule waits for them (`collectives.exposed`); on GPUs, all cost their whole time.
+The model leaves out the hosts and the input.
 """
 
 import dataclasses
@@ -32,9 +32,24 @@ from prmoe_jax.model.backends import check_backends
 from prmoe_jax.model.sizes import cost
 from prmoe_jax.model.transformer import Transformer, cast, init_model
 from prmoe_jax.parallel import sharding
-from prmoe_jax.parallel.mesh import batch_axes, check_fits, check_splits, make_mesh
-from prmoe_jax.plan.chips import Chip, topology_devices
-from prmoe_jax.plan.collectives import Collective, Network, collectives, exposed, hosts, torus
+from prmoe_jax.parallel.mesh import (
+    batch_axes,
+    check_fits,
+    check_splits,
+    crosses_slices,
+    make_mesh,
+    on_slices,
+)
+from prmoe_jax.plan.chips import Chip, topology_devices, unit
+from prmoe_jax.plan.collectives import (
+    Collective,
+    Network,
+    collectives,
+    exposed,
+    hosts,
+    slices,
+    torus,
+)
 from prmoe_jax.plan.program import Operation, is_kernel, operations
 from prmoe_jax.run.checkpoint import TrainState
 from prmoe_jax.training.step import compile_train_step, compiler_options, init_state
@@ -62,16 +77,19 @@ def plan(config: Config, topology: str, decode: int = 0, teacher: Config | None 
 
     Returns:
       topology, mesh, chips, fits; hbm_bytes_per_chip by use (also `needed` if the step doesn't
-      fit); modelled_step_s, components (seconds by part of the model), collectives (the fields of
-      `Collective`, summed by the first three) and tokens_per_s; for training also
-      modelled_mfu, days (for the config's tokens) and chip_hours. The times are missing if the
-      arguments alone don't fit, or the compiler finds that the step doesn't.
+      fit); modelled_step_s, components (seconds by part of the model), collectives (kind, axes,
+      asynchronous, network, runs, bytes, seconds, exposed_seconds; summed by the first four;
+      network is 'ici' or 'dcn' of TPUs, 'nvlink' or 'network' of GPUs) and tokens_per_s; for
+      training also modelled_mfu, days (for the config's tokens) and chip_hours. The times are
+      missing if the arguments alone don't fit, or the compiler finds that the step doesn't. For a
+      TPU7x, whose chips are two devices each, `mesh` and everything by chip are by device, except
+      `chips` and chip_hours.
 
     Raises:
       UserError: the topology is unknown, the compiler is not installed, or the mesh does not fit.
     """
     chip, devices = topology_devices(topology)
-    config = decoding(config, decode) if decode else config
+    config = on_slices(decoding(config, decode) if decode else config, devices)
     check_fits(config, len(devices))
     mesh = make_mesh(config, devices)
     check_backends(config, chip.platform, mesh)
@@ -83,7 +101,7 @@ def plan(config: Config, topology: str, decode: int = 0, teacher: Config | None 
     result = {
         "topology": topology,
         "mesh": {name: size for name, size in mesh.shape.items() if size > 1},
-        "chips": len(devices),
+        "chips": len(devices) // chip.devices,
         "fits": False,
         "hbm_bytes_per_chip": held,
     }
@@ -104,7 +122,7 @@ def plan(config: Config, topology: str, decode: int = 0, teacher: Config | None 
     # Activations, gradients and the program's working memory.
     held["temporaries"] = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
     program = operations(compiled.as_text())
-    sent = collectives(program, dict(mesh.shape), _network(chip, mesh))
+    sent = collectives(program, dict(mesh.shape), *_network(chip, mesh))
     seconds = [_seconds(operation, chip) for operation in program]
     if chip.platform == "tpu":
         sent = exposed(program, seconds, sent)
@@ -116,7 +134,7 @@ def plan(config: Config, topology: str, decode: int = 0, teacher: Config | None 
         "fits": sum(held.values()) <= chip.hbm_bytes,
         "modelled_step_s": step_s,
         "components": components,
-        "collectives": _summed(sent.values()),
+        "collectives": _summed(sent.values(), chip),
     }
     if decode:
         return result | {"tokens_per_s": decode / step_s}
@@ -127,7 +145,7 @@ def plan(config: Config, topology: str, decode: int = 0, teacher: Config | None 
         "modelled_mfu": flops_per_s / chip.flops_per_s,
         "tokens_per_s": tokens_per_s,
         "days": tokens / tokens_per_s / 86400,
-        "chip_hours": tokens / tokens_per_s / 3600 * len(devices),
+        "chip_hours": tokens / tokens_per_s / 3600 * (len(devices) // chip.devices),
     }
 
 
@@ -264,12 +282,16 @@ def _bytes_per_chip(tree) -> int:
     )
 
 
-def _network(chip: Chip, mesh: Mesh) -> Network:
-    if chip.platform == "tpu":
-        coordinates = np.array([device.coords for device in mesh.devices.flat])
-        return torus(coordinates, chip.link_bytes_per_s)
-    host = np.array([device.process_index for device in mesh.devices.flat])
-    return hosts(host, chip.link_bytes_per_s, chip.network_bytes_per_s)
+def _network(chip: Chip, mesh: Mesh) -> tuple[Network, np.ndarray, int]:
+    """The arguments of `collectives` after the mesh."""
+    if chip.platform == "gpu":
+        host = np.array([device.process_index for device in mesh.devices.flat])
+        return hosts(host, chip.link_bytes_per_s, chip.network_bytes_per_s), host, mesh.size
+    coordinates = np.array([device.coords for device in mesh.devices.flat])
+    links = torus(coordinates, chip.link_bytes_per_s, chip.die_bytes_per_s)
+    inside = math.prod(size for name, size in mesh.shape.items() if not crosses_slices(name))
+    network = slices(links, inside, chip.network_bytes_per_s)
+    return network, np.arange(mesh.size) // inside, inside
 
 
 def _seconds(operation: Operation, chip: Chip) -> float:
@@ -305,15 +327,20 @@ def component(operation: Operation) -> str:
     return scopes[-1] if scopes else "other"
 
 
-def _summed(sent: Iterable[Collective]) -> list[dict]:
-    """The collectives summed by kind, axes and whether they are asynchronous, the longest first."""
-    totals: dict[tuple, np.ndarray] = {}
+NETWORKS = {"tpu": ("ici", "dcn"), "gpu": ("nvlink", "network")}
+
+
+def _summed(sent: Iterable[Collective], chip: Chip) -> list[dict]:
+    """The collectives summed by kind, axes, asynchronous or not, and network, longest first."""
+    totals: dict[tuple, Counter] = {}
     for collective in sent:
-        key, values = collective[:3], collective[3:]
-        totals[key] = np.add(totals.get(key, 0), np.array(values, object))
+        network = NETWORKS[chip.platform][collective.away]
+        total = totals.setdefault((*collective[:3], network), Counter())
+        for name in ("runs", "bytes", "seconds", "exposed_seconds"):
+            total[name] += getattr(collective, name)
     rows = [
-        dict(zip(Collective._fields, (kind, list(axes), asynchronous, *total), strict=True))
-        for (kind, axes, asynchronous), total in totals.items()
+        {"kind": kind, "axes": list(axes), "asynchronous": begun, "network": network, **total}
+        for (kind, axes, begun, network), total in totals.items()
     ]
     return sorted(rows, key=lambda row: -row["seconds"])
 
@@ -334,12 +361,13 @@ def _instead(result: dict) -> str:
 def table(result: dict) -> str:
     """The plan as text."""
     mesh = ", ".join(f"{name} {size}" for name, size in result["mesh"].items()) or "one chip"
+    each = unit(result["topology"])
     lines = [f"{result['topology']}: {result['chips']} chips, mesh {mesh}"]
     if result.get("flags"):
         lines.append(f"the mesh is the suggested one: {result['flags']}")
     lines.append("fits" if result["fits"] else "does not fit")
     for name, size in result["hbm_bytes_per_chip"].items():
-        lines.append(f"  {name:20} {size / 2**30:9.2f} GiB a chip")
+        lines.append(f"  {name:20} {size / 2**30:9.2f} GiB a {each}")
     if "instead" in result:
         lines.append(_instead(result))
     if "modelled_step_s" not in result:
@@ -349,12 +377,12 @@ def table(result: dict) -> str:
     lines.append(f"modelled step {step_s * 1e3:.4g} ms{mfu}")
     for name, seconds in result["components"].items():
         lines.append(f"  {name:20} {seconds * 1e3:9.1f} ms {seconds / step_s:6.1%}")
-    lines.append("collectives, a chip and step")
+    lines.append(f"collectives, a {each} and step")
     for row in result["collectives"]:
         lines.append(
             f"  {row['kind']:20} {row['bytes'] / 1e6:9.0f} MB {row['runs']:5} x "
-            f"{row['seconds'] * 1e3:7.1f} ms, {row['exposed_seconds'] * 1e3:.1f} exposed, over "
-            f"{' '.join(row['axes']) or 'one device'}"
+            f"{row['seconds'] * 1e3:7.1f} ms, {row['exposed_seconds'] * 1e3:.1f} exposed, by "
+            f"{row['network']} over {' '.join(row['axes']) or 'one device'}"
         )
     cost_text = ""
     if "days" in result:
@@ -364,4 +392,6 @@ def table(result: dict) -> str:
         "Modelled, not measured: the compiler's cycles on TPUs, a roofline on GPUs; attention "
         "kernels at half the peak; on TPUs, asynchronous collectives cost the compiler's waits."
     )
+    if any(row["network"] == "dcn" for row in result["collectives"]):
+        lines.append("A host's network (dcn) is divided evenly between its chips.")
     return "\n".join(lines)

@@ -14,7 +14,7 @@ from prmoe_jax.config import Config, MeshConfig, load
 from prmoe_jax.errors import UserError
 from prmoe_jax.model.backends import check_backends
 from prmoe_jax.model.transformer import Transformer
-from prmoe_jax.parallel.mesh import axis_sizes, choose_mesh, make_mesh
+from prmoe_jax.parallel.mesh import axis_sizes, choose_mesh, make_mesh, on_slices
 from prmoe_jax.run import directory as workdirs
 from prmoe_jax.run.checkpoint import Checkpoints
 
@@ -46,7 +46,7 @@ def restore_run(
         config = replace(anywhere, mesh=layout)
     else:
         try:
-            config = choose_mesh(config, count, any_batch=True)
+            config = choose_mesh(on_slices(config, devices), count, any_batch=True)
             axis_sizes(config, count)
         except UserError as error:
             log.info("%s: here each device holds the whole model", error)

@@ -42,6 +42,7 @@ from prmoe_jax.parallel.mesh import (
     choose_mesh,
     local_rows,
     make_mesh,
+    on_slices,
     replicated,
     split_batch,
 )
@@ -97,7 +98,7 @@ def train(
     weights_and_biases.check_installed(config)
     check_on_disk(config.data)
     processes.agree("the settings", lambda: shared_settings(config))
-    placed = choose_mesh(config, jax.device_count())
+    placed = choose_mesh(on_slices(config), jax.device_count())
     check_fits(placed, jax.device_count())
     mesh = make_mesh(placed)
     check_backends(placed, jax.default_backend(), mesh)

@@ -141,6 +141,7 @@ def test_loads(load):
         (["attention"], "invalid choice: 'attention'"),
         (["moe", "--topology=v9:4x4"], "--topology=v9:4x4 is unknown; use one of"),
         (["moe", "--topology=h100:1x8"], "--topology=h100:1x8: the compiler estimates cycles for"),
+        (["moe", "--topology=2xv5e:2x2"], "--topology=2xv5e:2x2: a layer's exchange stays in a"),
         (["moe", "--topology=v5e:2x2", "--load=zipf"], "--load has no effect with --topology"),
         (["moe", "--topology=v5e:2x2", "--repeats=3"], "--repeats has no effect with --topology"),
     ],

@@ -9,6 +9,7 @@ import math
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -31,10 +32,12 @@ from prmoe_jax.parallel.mesh import (
     expert_axes,
     flags,
     leaner,
+    on_slices,
     suggest_mesh,
 )
 from prmoe_jax.parallel.sharding import spec, specs
 from prmoe_jax.training.step import init_state
+from tests.support.lines import only_line
 from tests.support.paths import REPOSITORY
 from tests.support.runs import arguments, logged
 
@@ -268,6 +271,116 @@ def test_leaner_meshes_hold_less(text, devices, batch_size):
     assert whole / devices <= min(map(numbers, meshes)) < 1.2 * whole / devices
 
 
+def test_axes_that_cross_slices_by_hand():
+    """Replicas come first; experts in the slices of one replica where the user asks for it."""
+    shape = sizes(8, "2 layers, E=4", slices=2, expert=4)
+    assert shape == {"data_across": 2, "data": 1, "fsdp": 1, "expert_0": 4, "slice": 1, "tensor": 1}
+    shape = sizes(8, "2 layers, E=4", slices=2, data=4, tensor=2)
+    assert (shape["data_across"], shape["data"], shape["tensor"]) == (2, 2, 2)
+    assert "data_across" not in sizes(8, "2 layers, E=4", slices=1, expert=4)
+    # The paper's pyramid on two slices of 64: its 32 and 64 experts stay in a slice of their own.
+    asked = {"batch_size": 128, "moe": {"exchange": "hierarchical"}}
+    text = "6 layers, E=32+64+128"
+    shape = sizes(128, text, **asked, slices=2, expert=128, expert_inner=64)
+    assert list(shape)[:4] == ["expert_across_2", "data", "fsdp", "expert_1"]
+    mesh = AbstractMesh(tuple(shape.values()), tuple(shape))
+    assert expert_axes(mesh, 64) == ("expert_1", "expert_0")
+    assert expert_axes(mesh, 128) == ("expert_across_2", "expert_1", "expert_0")
+    # Four slices, two for each of two replicas.
+    shape = sizes(128, text, **asked, slices=4, data=2, expert=64, expert_inner=32)
+    assert list(shape.items())[:2] == [("data_across", 2), ("expert_across_1", 2)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"slices": 3}, "mesh.slices=3 does not divide 8 devices; use 1, or 0 to find the slices"),
+        ({"slices": -1}, "mesh.slices=-1 is out of range; use 0 or more"),
+        (
+            {"slices": 2, "expert": 8},
+            "mesh.expert=8 spans 8 devices, but a slice has 4 (mesh.slices=2) and only mesh.data "
+            "crosses slices; use sizes whose product divides 4, or, for experts across slices, "
+            "moe.exchange=hierarchical with mesh.expert_inner=4",
+        ),
+        (
+            {"slices": 4, "fsdp": 2, "tensor": 2},
+            "mesh.fsdp=2 x mesh.tensor=2 spans 4 devices, but a slice has 2 (mesh.slices=4) and "
+            "only mesh.data crosses slices; use sizes whose product divides 2",
+        ),
+        (
+            {"slices": 2, "expert": 8, "expert_inner": 2, "moe": {"exchange": "hierarchical"}},
+            "mesh.expert=8 spans 8 devices, but a slice has 4 (mesh.slices=2) and only mesh.data "
+            "crosses slices; use sizes whose product divides 4, or, for experts across slices, "
+            "moe.exchange=hierarchical with mesh.expert_inner=4",
+        ),
+        # One device of each slice has no inner stage of its own.
+        (
+            {"slices": 8, "expert": 8},
+            "mesh.expert=8 spans 8 devices, but a slice has 1 (mesh.slices=8) and only mesh.data "
+            "crosses slices; use sizes whose product divides 1",
+        ),
+    ],
+)
+def test_a_mesh_that_does_not_fit_slices_is_refused(changes, line):
+    with pytest.raises(UserError) as error:
+        sizes(8, "2 layers, E=8", **changes)
+    assert str(error.value) == line
+
+
+def tpus(*slices):
+    return [SimpleNamespace(platform="tpu", slice_index=index) for index in slices]
+
+
+def test_slices_are_those_of_the_devices():
+    """TPUs know theirs; a GPU's number of that name tells another thing, and CPUs have none."""
+    values = settings("2 layers, E=4")
+    assert on_slices(values, tpus(0, 0, 1, 1)).mesh.slices == 2
+    assert on_slices(values, tpus(3, 3)) is values
+    assert on_slices(values, [SimpleNamespace(platform="tpu")] * 4) is values
+    gpus = [SimpleNamespace(platform="gpu", slice_index=i) for i in range(2)]
+    assert on_slices(values, gpus) is values
+    asked = settings("2 layers, E=4", slices=2)
+    assert on_slices(asked, gpus) is asked
+    assert on_slices(asked, tpus(1, 1, 4, 4)) == asked
+    for devices, line in (
+        (tpus(0, 1, 2, 3), "mesh.slices=2, but the devices form 4; use 4, or 0 to find them"),
+        (tpus(0, 0), "mesh.slices=2, but the devices form 1; use 1, or 0 to find them"),
+        (tpus(0, 1, 1), "the slices have 1, 2 devices, and a mesh needs slices of one size; "),
+    ):
+        with pytest.raises(UserError) as error:
+            on_slices(asked, devices)
+        assert str(error.value).startswith(line)
+
+
+@pytest.mark.parametrize("text", ["4 layers", "6 layers, E=4", "6 layers, E=3+6+12"])
+def test_suggested_meshes_stay_in_their_slice(text):
+    """Apart from the replicas, a mesh of S slices is that of a slice."""
+    for slices, devices in ((2, 8), (2, 96), (4, 96)):
+        values = settings(text, batch_size=devices, slices=slices)
+        whole = choose_mesh(values, devices).mesh
+        alone = choose_mesh(settings(text, batch_size=devices), devices // slices).mesh
+        assert whole == dataclasses.replace(alone, data=alone.data * slices, slices=slices)
+        for mesh in leaner(values, devices):
+            assert axis_sizes(dataclasses.replace(values, mesh=mesh), devices)
+        given = dict(re.findall(r"--config\.mesh\.(\w+)=(\d+)", flags(whole)))
+        again = settings(text, batch_size=devices, **{k: int(n) for k, n in given.items()})
+        assert axis_sizes(again, devices) == axis_sizes(
+            dataclasses.replace(values, mesh=whole), devices
+        )
+    # The batch needs the devices of a slice to split heads, which no two slices do.
+    with pytest.raises(UserError, match="train.batch_size=2 is not divisible by 8 devices"):
+        choose_mesh(settings(text, batch_size=2, slices=4), 8)
+    assert choose_mesh(settings(text, batch_size=4, slices=4), 8).mesh.tensor == 2
+
+
+def test_the_command_line_refuses_slices_that_are_not_there(text, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    command = arguments(text, workdir, "1 layers, layers 0, E=4")
+    assert main([*command, "--config.mesh.slices=3"]) == 2
+    assert "mesh.slices=3 does not divide 1 devices" in only_line(capsys.readouterr().err)
+    assert not workdir.exists()
+
+
 def mesh_of(**sizes):
     return AbstractMesh(tuple(sizes.values()), tuple(sizes))
 
@@ -291,6 +404,10 @@ def test_rules_by_hand():
     whole = mesh_of(data=1, fsdp=1, expert_1=2, expert_0=8, slice=1, tensor=1)
     assert spec("tokens", (512, 192), whole)[1] == "expert_0"
     assert spec("tokens", (512, 192), mesh_of(data=1, fsdp=8, slice=1, tensor=1))[1] == "fsdp"
+    # Nothing but experts is split over slices; a whole slice is no smaller choice than a pod.
+    sliced = mesh_of(data_across=2, expert_across_2=2, data=1, fsdp=1, expert_1=2, expert_0=8)
+    assert spec("tokens", (512, 192), mesh_of(**sliced.shape, slice=1, tensor=1))[1] == "expert_0"
+    assert batch_axes(sliced)[:2] == ("data_across", "expert_across_2")
     # An axis of one device splits nothing.
     alone = mesh_of(data=8, fsdp=1, expert_0=1, slice=1, tensor=1)
     assert spec("tokens", (8, 8), alone) == P((), ())
@@ -331,6 +448,7 @@ def on_eight_devices(case, *arguments):
     ("name", "meshes"),
     [
         ("pyramid, top 2", ["fsdp", "sliced", "expert, tensor, coordinated", "two stages"]),
+        ("moe", ["replicas over and in slices", "experts over slices"]),
         ("accumulate", ["fsdp, expert, tensor"]),
     ],
 )
@@ -350,6 +468,11 @@ def test_the_same_tokens_are_dropped_on_1_2_4_and_8_devices():
 def test_exchanges():
     """The compiled program: all-to-alls, their groups and bytes, and no expert weight gathered."""
     assert "checked" in on_eight_devices("exchanges")
+
+
+def test_only_sums_and_experts_rows_cross_slices():
+    """The compiled program on two and four slices of eight devices."""
+    assert "checked" in on_eight_devices("across_slices")
 
 
 def test_a_split_vocabulary_stays_split():

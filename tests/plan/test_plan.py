@@ -17,12 +17,22 @@ from prmoe_jax.cli import main
 from prmoe_jax.config import architecture
 from prmoe_jax.errors import UserError
 from prmoe_jax.parallel.mesh import axis_sizes, check_fits
-from prmoe_jax.plan.chips import chip_count, chip_of
-from prmoe_jax.plan.collectives import collectives, exposed, groups, hosts, kind, torus
+from prmoe_jax.plan.chips import CHIPS, chip_count, chip_of, device_count, slice_shapes, unit
+from prmoe_jax.plan.collectives import (
+    LATENCY,
+    collectives,
+    exposed,
+    groups,
+    hosts,
+    kind,
+    slices,
+    torus,
+)
 from prmoe_jax.plan.find import find, fit
 from prmoe_jax.plan.picture import draw
 from prmoe_jax.plan.program import END, Operation, operations
 from prmoe_jax.plan.report import component, held_bytes, needed_bytes, table
+from prmoe_jax.run.metrics import PEAK_FLOPS
 from tests.support.extras import needs_extra
 from tests.support.lines import only_line
 
@@ -218,6 +228,25 @@ def test_a_loop_without_a_bound_is_an_error():
         operations(HLO.replace("known_trip_count", "unknown"))
 
 
+def test_a_loop_whose_first_trip_was_taken_out():
+    """It counts from 1 to 5."""
+    changed = (
+        HLO.replace(
+            'condition=%outer_condition, body=%outer_body, backend_config={"known_trip_count":'
+            '{"n":"3"}}',
+            "condition=%inner_condition, body=%outer_body",
+        )
+        .replace("while(%f)", "while(%start)")
+        .replace(
+            "  ROOT %w",
+            "  %one = s32[] constant(1)\n  %copied = s32[] copy(%one)\n"
+            "  %start = (s32[], f32[8]{0}) tuple(%copied, %f)\n  ROOT %w",
+        )
+    )
+    assert cycles(changed) == 100 + 4 * (11 + 5 * 7)
+    assert cycles(changed.replace("constant(1)", "constant(0)")) == 100 + 5 * (11 + 5 * 7)
+
+
 def test_attributes_over_several_lines():
     """As a kernel has them; the computation goes on after it."""
     kernel = """\
@@ -367,6 +396,147 @@ def test_hosts_by_hand():
     assert seconds("collective-permute", across, 10**9) == pytest.approx(10)
 
 
+def test_two_devices_of_a_chip_by_hand():
+    """Two chips of two devices each; a device has 1 MB/s of a link, and 30 MB/s to its twin."""
+    seconds = torus(np.array([[0], [0], [1], [1]]), 1e6, 30e6)
+    twins, across, everyone = np.array([0, 1]), np.array([0, 2]), np.arange(4)
+    assert seconds("all-gather", twins, 6 * 10**6) == pytest.approx(6 / 2 / 30)
+    assert seconds("all-reduce", twins, 6 * 10**6) == pytest.approx(6 / 30)
+    assert seconds("all-to-all", twins, 6 * 10**6) == pytest.approx(6 / 2 / 30)
+    # Each device gathers for itself, or both for one another: by half a link each, or the whole.
+    assert seconds("all-gather", across, 8 * 10**6) == pytest.approx(8 / 2 / 2)
+    assert seconds("all-gather", everyone, 8 * 10**6) == pytest.approx(8 * 3 / 4 / 4)
+
+
+# As a TPU's compiler writes it for two slices of four chips: each program is of one slice. Sums of
+# 2 and 3 MB go to the other slice; the second is awaited first, after a loop. Its shape may hold
+# rows for four slices, two of which exchange.
+SLICED = """\
+HloModule jit_step, is_scheduled=true, num_partitions=4
+
+%body (s: (s32[], f32[8])) -> (s32[], f32[8]) {
+  ROOT %t = (s32[], f32[8]{0}) fusion(%s), calls=%none, backend_config={"estimated_cycles":"20"}
+}
+
+%condition (s: (s32[], f32[8])) -> pred[] {
+  %limit = s32[] constant(5)
+  ROOT %less = pred[] compare(%s, %limit), direction=LT
+}
+
+%none (p: f32[8]) -> f32[8] {
+  ROOT %p = f32[8]{0} parameter(0)
+}
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %x = f32[8]{0} parameter(0)
+  %sum = f32[500000]{0} reduce-scatter(%x), replica_groups={{0,1,2,3}}
+  %send = (f32[500000]{0:T(8,128)}, u32[]{:S(2)}, token[]) send(%sum, %token), is_host_transfer=true, frontend_attributes={_xla_host_transfer_rendezvous="a_0",_xla_megascale_reduce_operation="SUM",_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %recv = (f32[500000]{0:T(8,128)}, u32[]{:S(2)}, token[]) recv(%token), is_host_transfer=true, frontend_attributes={_xla_host_transfer_rendezvous="a_0",_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %send.1 = (bf16[1500000]{0}, u32[]{:S(2)}, token[]) send(%sum, %token), is_host_transfer=true, frontend_attributes={_xla_host_transfer_rendezvous="b_0",_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %recv.1 = (bf16[1500000]{0}, u32[]{:S(2)}, token[]) recv(%token), is_host_transfer=true, frontend_attributes={_xla_host_transfer_rendezvous="b_0",_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %w = (s32[], f32[8]{0}) while(%f), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  %recv-done.1 = (bf16[1500000]{0}, token[]) recv-done(%recv.1), is_host_transfer=true
+  %f = f32[8]{0} fusion(%x), calls=%none, backend_config={"estimated_cycles":"7"}
+  %recv-done = (f32[500000]{0}, token[]) recv-done(%recv), is_host_transfer=true
+  %send-done = token[] send-done(%send), is_host_transfer=true
+  ROOT %g = f32[8]{0} fusion(%x), calls=%none, backend_config={"estimated_cycles":"1"}
+}
+"""  # noqa: E501
+
+
+def test_traffic_between_slices_by_hand():
+    """A link of 1 MB/s a direction in a slice, 0.1 MB/s for each chip between slices."""
+    program = operations(SLICED)
+    mesh = {"data_across": 2, "expert_0": 4}
+    inside = torus(np.arange(4)[:, None], 1e6)
+    network = slices(inside, 4, 1e5)
+    found = collectives(program, mesh, network, np.arange(8) // 4, 4)
+    assert [(c.kind, c.axes, c.asynchronous, c.bytes, c.away) for c in found.values()] == [
+        ("reduce-scatter", ("expert_0",), False, 8 * 10**6, False),
+        ("all-reduce", ("data_across",), True, 2 * 10**6, True),
+        ("all-reduce", ("data_across",), True, 3 * 10**6, True),
+    ]
+    # Half of an array goes there and half of the sum comes back.
+    assert found[2].seconds == pytest.approx(3 / 0.1 + LATENCY)
+    assert found[0].seconds == inside("reduce-scatter", np.arange(4), 8 * 10**6)
+    everyone = np.arange(0, 16, 4)
+    four = slices(inside, 4, 1e5)
+    assert four("all-to-all", everyone, 10**6) == pytest.approx(10 * 3 / 4 + LATENCY)
+    assert four("all-gather", everyone[:2], 10**6) == pytest.approx(10 / 2 + LATENCY)
+    assert four("collective-permute", everyone[:2], 10**6) == pytest.approx(10 + LATENCY)
+
+    # Sends at 0 of 20 and 30 seconds; the loop takes 5 x 2, what follows 0.7 and 0.1.
+    times = {0: 0.0, 1: 20 + LATENCY, 2: 30 + LATENCY}
+    sent = {place: c._replace(seconds=times[place]) for place, c in found.items()}
+
+    def waits(program, slower=1):
+        seconds = [slower * (o.cycles or 0) * o.runs / 10 for o in program]
+        return [c.exposed_seconds for c in exposed(program, seconds, sent).values()]
+
+    # The second is there at 50, the loop ends at 10. The first is there by then.
+    assert waits(program) == pytest.approx([0, 0, 50 + LATENCY - 10])
+    assert waits(program, slower=10) == [0, 0, 0]  # the loop takes 100
+    # A transfer that nothing in the program awaits is awaited at its end.
+    unread = [operation for operation in program if operation.opcode != END]
+    assert waits(unread) == pytest.approx([0, 20 + LATENCY - 10.8, 30])
+
+
+@pytest.mark.parametrize(
+    ("target", "axes", "kind", "moved"),
+    [
+        ('"{1,2,3,4}x{0:3}"', ("data_across", "expert_across_1"), "ALL_REDUCE", 8),
+        ("{{100000,200000},{100001,200001}}", ("expert_across_1",), "ALL_TO_ALL", 8),
+        ("{{100000,300000},{100001,300001}}", ("data_across",), "ALL_GATHER", 16),
+        ("{{100000,300000}}", ("data_across",), "REDUCE_SCATTER", 8),
+        ("{{100000,300000}}", ("data_across",), "ONE_TO_ONE", 8),
+    ],
+)
+def test_transfers_in_every_notation(target, axes, kind, moved):
+    text = (
+        "(bf16[4]{0}, u32[]{:S(2)}, token[]) send(%x, %t), frontend_attributes={"
+        f'_xla_megascale_target={target},_xla_megascale_transfer_type="{kind}"}}'
+    )
+    mesh = {"data_across": 2, "expert_across_1": 2, "data": 1, "expert_0": 2}
+    operation = Operation("x", "send", None, 3, text, pair="a_0")
+    inside = torus(np.zeros((2, 1)), 1e6)
+    network = slices(inside, 2, 1e6)
+    (found,) = collectives([operation], mesh, network, np.arange(8) // 2, 2).values()
+    name = {"ONE_TO_ONE": "collective-permute"}.get(kind, kind.lower().replace("_", "-"))
+    assert found[:5] == (name, axes, True, 3, 3 * moved)
+
+
+def test_a_collective_of_a_sparse_core_by_hand():
+    """A copy on a SparseCore, which starts and ends in the same way, is none."""
+    program = """\
+HloModule jit_step, is_scheduled=true
+
+%gather (p: f32[2,3]) -> f32[8,3] {
+  %p = f32[2,3]{1,0} parameter(0)
+  ROOT %all-gather.1 = f32[8,3]{1,0} all-gather(%p), replica_groups={{0,1,2,3}}, dimensions={0}
+}, execution_thread="sparsecore"
+
+%move (p: f32[2,3]) -> f32[2,3] {
+  %p.1 = f32[2,3]{1,0} parameter(0)
+  ROOT %copy = f32[2,3]{0,1} copy(%p.1)
+}, execution_thread="sparsecore"
+
+ENTRY %main (x: f32[2,3]) -> f32[8,3] {
+  %x = f32[2,3]{1,0} parameter(0)
+  %start = ((), (), (s32[1]{0})) call-start(), async_execution_thread="sparsecore", to_apply=%gather
+  %update = ((f32[2,3]{1,0}), f32[8,3]{1,0}) call-update(%start, %x)
+  %start.1 = ((f32[2,3]{1,0}), f32[2,3]{0,1}, u32[]) call-start(%x), to_apply=%move
+  %done.1 = f32[2,3]{0,1} call-done(%start.1)
+  ROOT %done = f32[8,3]{1,0} call-done(%update)
+}
+"""
+    found = operations(program)
+    assert [(o.name, o.opcode, o.pair) for o in found] == [
+        ("update", "all-gather", "start"), ("done.1", "call-done", ""), ("done", END, "start")
+    ]  # fmt: skip
+    (sent,) = collectives(found, {"a": 1, "b": 4}, lambda kind, members, moved: moved).values()
+    assert sent[:5] == ("all-gather", ("b",), True, 1, 4 * 8 * 3)
+
+
 def test_components_are_innermost_scopes():
     def of(name):
         return component(Operation("x", "fusion", None, 1, f"f32[] fusion(), metadata={{{name}}}"))
@@ -397,6 +567,18 @@ CONFIG = f"--config={tiny.__file__}:prmoe"
         (["--topology=v5e:4x" + "9" * 9999], "9 is unknown; use one of v4, v5e"),
         (["--topology=v5p:64x64x64"], "v5p:64x64x64 has 262,144 chips; use 16,384 or fewer"),
         (["--topology=h100:999999x8"], "h100:999999x8 has 7,999,992 chips; use 16,384 or fewer"),
+        (["--topology=0xv5p:4x4x4"], "--topology=0xv5p:4x4x4 is unknown; use one of v4, v5e"),
+        (["--topology=2v5p:4x4x4"], "--topology=2v5p:4x4x4 is unknown; use one of v4, v5e"),
+        (["--topology=2xv9:4x4x4"], "--topology=2xv9:4x4x4 is unknown; use one of v4, v5e"),
+        (["--topology=2xh100:16x8"], "slices, which only TPUs have; use h100:32x8 for so many"),
+        (["--topology=999xv5p:4x4x4"], "999xv5p:4x4x4 has 63,936 chips; use 16,384 or fewer"),
+        (["--find=9999xv5p"], "9999xv5p:2x2x1 has 39,996 chips; use 16,384 or fewer"),
+        (["--find=2xv9"], "--find=2xv9 is unknown; use one of v4, v5e"),
+        (
+            ["--topology=2xv5p:4x4x4", "--config.mesh.slices=4"],
+            "mesh.slices=4, but --topology=2xv5p:4x4x4 has 2; use 2, or 0",
+        ),
+        (["--find=v5p", "--config.mesh.slices=2"], "mesh.slices=2, but --topology=v5p:2x2x1 has 1"),
         (["--find="], "--find= is unknown; use one of v4, v5e"),
         (["--find=v9"], "--find=v9 is unknown; use one of v4, v5e"),
         (["--find=v5p", "--decode=-1"], "--decode=-1 must be a number of sequences"),
@@ -432,6 +614,19 @@ def test_a_picture_is_refused_before_the_plan_is_made(picture, line, tmp_path, c
     assert main(["plan", CONFIG, "--topology=v5p:2x2x1", f"--picture={picture}"]) == 2
     *_, told = capsys.readouterr().err.splitlines()
     assert told.startswith(f"prmoe: {line}")
+
+
+def test_topologies():
+    """Chips and devices of several slices; a TPU7x chip is two devices."""
+    assert chip_of("2xv5p:4x4x4") is chip_of("v5p:4x4x4") is CHIPS["v5p"]
+    assert (chip_count("2xv5p:4x4x4"), device_count("2xv5p:4x4x4")) == (128, 128)
+    assert (chip_count("tpu7x:2x2x1"), device_count("3xtpu7x:2x2x1")) == (4, 24)
+    assert (unit("2xtpu7x:2x2x1"), unit("b200:2x8")) == ("device", "chip")
+    assert slice_shapes("2xv5e")[:2] == ["2xv5e:1x1", "2xv5e:2x2"]
+    assert slice_shapes("100xv5e")[-1] == "100xv5e:8x16"  # 16 x 16 would be too many
+    for name, chip in CHIPS.items():
+        assert chip.flops_per_s in PEAK_FLOPS.values(), name
+        assert chip.network_bytes_per_s < chip.link_bytes_per_s < chip.hbm_bytes_per_s
 
 
 def a_plan(topology, held, fits=True):
@@ -501,7 +696,7 @@ def compiled(monkeypatch):
     def set_up(activations):
         def plan(values, topology, decode, teacher):
             asked.append((topology, values.mesh))
-            chips = chip_count(topology)
+            chips = device_count(topology)
             check_fits(values, chips)
             sizes = axis_sizes(values, chips)
             mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
@@ -556,6 +751,26 @@ def test_more_fsdp_than_is_suggested_where_it_is_needed(compiled):
         "the model alone is 73 GiB", "the model alone is 73 GiB", "needs 56.6 GiB a chip",
         "needs 28.3 GiB a chip", "needs 17.2 GiB a chip",
     ]  # fmt: skip
+
+
+def test_two_slices_where_one_is_too_small(compiled):
+    """97 GiB with the gradient, over the 16 chips of each slice: FSDP doesn't cross them."""
+    asked = compiled(activations=8)
+    result = fit(large(batch_size=32), "2xv5e:4x4")
+    assert result["fits"]
+    assert result["flags"] == "--config.mesh.data=2 --config.mesh.fsdp=16 --config.mesh.slices=2"
+    result = find(large(batch_size=32), "2xv5e")
+    assert result["topology"] == "2xv5e:2x4"
+    assert result["flags"] == "--config.mesh.data=2 --config.mesh.fsdp=8 --config.mesh.slices=2"
+    assert {mesh.slices for _, mesh in asked} == {2}
+    # A mesh of one's own is kept, and the search for another one knows the slices, too.
+    asked.clear()
+    result = fit(large(batch_size=8, mesh={"data": 8}), "2xv5e:2x2")
+    assert "flags" not in result and asked[0][1] == config.MeshConfig(8, slices=2)
+    assert result["instead"]["topology"] == "2xv5e:2x4"
+    # Two devices a chip: half of the chips, of as much memory for a device.
+    result = find(large(batch_size=32), "tpu7x")
+    assert (result["topology"], result["flags"]) == ("tpu7x:2x2x1", "--config.mesh.fsdp=8")
 
 
 def test_slices_of_experts_where_replicas_do_not_fit(compiled):
@@ -664,6 +879,38 @@ def test_attention_kernels_of_portions_and_of_a_teacher(tmp_path):
     expected = (9 * 2 * 256 + 2 * 3 * 384) * product
     assert result["components"]["attention kernels"] == pytest.approx(expected, rel=1e-9)
     assert result["flags"] == "--config.mesh.fsdp=4"
+
+
+@needs_tpu_compiler
+def test_two_slices_by_the_real_compiler(tmp_path):
+    """Between the slices nothing but sums, of as many bytes as a chip's gradient and statistics."""
+    result, _ = planned(
+        *("2 layers, E=4", "--topology=2xv5e:2x2", "--config.train.batch_size=8"), folder=tmp_path
+    )
+    assert result["mesh"] == {"data_across": 2, "expert_0": 4} and result["chips"] == 8
+    rows = {(c["network"], c["kind"]): c for c in result["collectives"]}
+    assert {kind for network, kind in rows if network == "dcn"} == {"all-reduce"}
+    between = rows["dcn", "all-reduce"]
+    assert (between["axes"], between["asynchronous"]) == (["data_across"], True)
+    assert {axis for row in result["collectives"] for axis in row["axes"]} == {
+        "data_across", "expert_0"
+    }  # fmt: skip
+    # A gradient has as many numbers as the parameters, of four bytes or, but for the experts, two.
+    parameters = result["hbm_bytes_per_chip"]["parameters"]
+    assert 0.5 * parameters < between["bytes"] < 1.2 * parameters
+    assert 0 < between["exposed_seconds"] < between["seconds"]
+    assert ("ici", "all-to-all") in rows
+
+
+@needs_tpu_compiler
+def test_tpu7x_by_the_real_compiler(tmp_path):
+    """Eight devices on four chips; FSDP's collectives run on SparseCores."""
+    arguments = ["--topology=tpu7x:2x2x1", "--config.train.batch_size=8", "--config.mesh.fsdp=4"]
+    result, _ = planned("2 layers", *arguments, folder=tmp_path)
+    assert (result["chips"], result["mesh"]) == (4, {"data": 2, "fsdp": 4})
+    gathered = [c for c in result["collectives"] if c["kind"] == "all-gather"]
+    assert {tuple(c["axes"]) for c in gathered} == {("fsdp",)}
+    assert result["chip_hours"] == pytest.approx(4 * 24 * result["days"])
 
 
 @needs_tpu_compiler

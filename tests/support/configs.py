@@ -51,6 +51,7 @@ OTHER_VALUES = {
     "mesh.expert_slice": ("2", 2),
     "mesh.tensor": ("2", 2),
     "mesh.expert_inner": ("2", 2),
+    "mesh.slices": ("2", 2),
     "data.corpus": ("tfds:lm1b", "tfds:lm1b"),
     "data.text_field": ("body", "body"),
     "data.tokenizer": ("bytes", "bytes"),

@@ -32,7 +32,7 @@ from prmoe_jax.model.transformer import init_model  # noqa: E402
 from prmoe_jax.nn.parameters import named_leaves  # noqa: E402
 from prmoe_jax.parallel import sharding  # noqa: E402
 from prmoe_jax.parallel.mesh import make_mesh, split_batch  # noqa: E402
-from prmoe_jax.plan.collectives import groups  # noqa: E402
+from prmoe_jax.plan.collectives import KINDS, groups  # noqa: E402
 from prmoe_jax.run.checkpoint import Checkpoints  # noqa: E402
 from prmoe_jax.run.metrics import to_python  # noqa: E402
 from prmoe_jax.run.restore import restore_run  # noqa: E402
@@ -59,7 +59,17 @@ MESHES = {
     "expert, tensor, coordinated": {"expert": 4, "tensor": 2, "exchange": "coordinated"},
     "two stages": {"expert": 4, "expert_inner": 2, "exchange": "hierarchical"},
 }
-
+# Devices in two slices of four, and in four of two. The last two spread experts over slices.
+SLICES = {
+    "replicas over slices": {"slices": 2, "expert": 4},
+    "replicas over and in slices": {"slices": 2, "data": 4, "fsdp": 2},
+    "four slices": {"slices": 4, "tensor": 2},
+    "slices, fsdp, expert": {"slices": 2, "fsdp": 2, "expert": 2},
+    "experts over slices": {"slices": 2, "expert": 4, "expert_inner": 2, "exchange": "hierarchical"}
+    | {"data": 1, "fsdp": 2},
+    "experts over two of four": {"slices": 4, "expert": 4, "expert_inner": 2}
+    | {"exchange": "hierarchical"},
+}
 
 INFERENCE = "data", "expert", "sliced", "expert, slice, tensor", "two stages"
 
@@ -138,7 +148,7 @@ def step(name: str, *meshes: str) -> None:
     assert metrics["grad_norm"] > 0.1, "clipping does nothing"
     assert metrics["drop_fraction"] > 0.05, "nothing is dropped"
     for label in meshes or MESHES:
-        here, mesh = spread(values, MESHES[label])
+        here, mesh = spread(values, (MESHES | SLICES)[label])
         with jax.set_mesh(mesh):
             # The same numbers in a state whose modules know of this mesh's exchange.
             empty = jax.eval_shape(lambda: init_state(here))  # noqa: B023
@@ -257,6 +267,33 @@ def exchanges() -> None:
     assert {g for _, g in flat + coordinated} == {frozenset({(0, 2, 4, 6), (1, 3, 5, 7)})}
     # FSDP beside experts: parameters are gathered, experts are not.
     assert len(compiled("2 layers, every 1, E=4", "data, fsdp, expert")) == 4
+    print("checked")
+
+
+def across_slices() -> None:
+    """What crosses slices in the compiled gradient: sums, and rows if experts cross them."""
+    pair = {"experts over two of four": {(0, 2)}}
+    for label in ("replicas over and in slices", "slices, fsdp, expert", *pair):
+        layout = SLICES[label]
+        values, mesh = spread(settings("2 layers, every 1, E=4", remat="dots"), layout)
+        program = lowered(values, mesh)
+        # Two devices of a slice share the width of 24: each sums its own half of the table's.
+        sums = r'"stablehlo.all_reduce".*?\}\) : \(tensor<(\d+x\d+)xf32>\)'
+        summed = set(re.findall(sums, program.as_text(), re.DOTALL))
+        assert "272x12" in summed and "272x24" not in summed, (label, summed)
+        hlo = program.compile().as_text()
+        slices = layout["slices"]
+        crossing = {}
+        for kind in KINDS:
+            for _, text in collectives(hlo, kind):
+                first = groups(text, 8)[0]
+                if len(set(first * slices // 8)) > 1:
+                    crossing.setdefault(kind, set()).add(tuple(first.tolist()))
+        everywhere = crossing.pop("all-reduce")
+        assert all(len({i * slices // 8 for i in group}) > 1 for group in everywhere)
+        # A device exchanges with that of its place in the other slice, and with no other.
+        expected = {"all-to-all": pair[label]} if label in pair else {}
+        assert crossing == expected, (label, crossing)
     print("checked")
 
 
