@@ -32,7 +32,8 @@ from prmoe_jax.model.transformer import init_model  # noqa: E402
 from prmoe_jax.nn.parameters import named_leaves  # noqa: E402
 from prmoe_jax.parallel import sharding  # noqa: E402
 from prmoe_jax.parallel.mesh import make_mesh, split_batch  # noqa: E402
-from prmoe_jax.plan.collectives import KINDS, groups  # noqa: E402
+from prmoe_jax.plan.collectives import groups  # noqa: E402
+from prmoe_jax.plan.program import COLLECTIVES  # noqa: E402
 from prmoe_jax.run.checkpoint import Checkpoints  # noqa: E402
 from prmoe_jax.run.metrics import to_python  # noqa: E402
 from prmoe_jax.run.restore import restore_run  # noqa: E402
@@ -284,7 +285,7 @@ def across_slices() -> None:
         hlo = program.compile().as_text()
         slices = layout["slices"]
         crossing = {}
-        for kind in KINDS:
+        for kind in COLLECTIVES:
             for _, text in collectives(hlo, kind):
                 first = groups(text, 8)[0]
                 if len(set(first * slices // 8)) > 1:
