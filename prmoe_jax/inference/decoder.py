@@ -13,7 +13,7 @@ from prmoe_jax.moe import dispatch
 from prmoe_jax.moe.experts import UnstackedExperts
 from prmoe_jax.moe.layer import MoE
 from prmoe_jax.nn.matmul import scores
-from prmoe_jax.nn.parameters import PARAMETERS
+from prmoe_jax.nn.parameters import PARAMETERS, declaration, named_leaves
 from prmoe_jax.nn.quantized import quantize
 from prmoe_jax.parallel import sharding
 from prmoe_jax.parallel.mesh import platform, splits_experts
@@ -37,6 +37,8 @@ class Decoder(nnx.Module):
         self.config = config
         self.tokens, self.positions, self.norm = model.tokens, model.positions, model.norm
         self.layers = nnx.List(unstacked_blocks(dropless(model)))
+        for layer in self.layers:
+            _cast_biases(layer, config.dtype)
         if weights != "float32":
             self._narrow(weights)
 
@@ -63,8 +65,8 @@ class Decoder(nnx.Module):
         """
         position_BxQ = length_B[:, None] + jnp.arange(tokens_BxQ.shape[1])
         with jax.named_scope("embedding"):
-            x_BxQxD = sharding.embed("tokens", self.tokens[...], tokens_BxQ)
-            x_BxQxD += sharding.embed("positions", self.positions[...], position_BxQ)
+            x_BxQxD = sharding.embed("tokens", self.tokens[...], tokens_BxQ, in_use=True)
+            x_BxQxD += sharding.embed("positions", self.positions[...], position_BxQ, in_use=True)
         x_BxQxD = sharding.constrain_batch(x_BxQxD.astype(self.config.dtype))
         segments_BxQ, extended = valid_BxQ.astype(jnp.int32), []
         for block, cache in zip(self.layers, caches, strict=True):
@@ -97,6 +99,16 @@ class Decoder(nnx.Module):
             for mlp in (layer.mlp.experts, layer.mlp.mlp) if moe else (layer.mlp,):
                 for name in ("w_in", "w_out") if mlp else ():
                     hold(mlp, name, f"mlp.{name}")
+
+
+def _cast_biases(layer: nnx.Module, dtype: str) -> None:
+    """Casts a layer's biases to the compute dtype, once instead of for every token."""
+    leaves = named_leaves(layer)
+    for name, leaf in leaves.items():
+        declared = declaration(name)
+        if declared.cast and not declared.contracted:
+            leaves[name] = leaf.astype(dtype)
+    nnx.update(layer, jax.tree.unflatten(jax.tree.structure(nnx.state(layer)), leaves.values()))
 
 
 def decoder(model: Transformer, weights: str, mesh: Mesh) -> Decoder:

@@ -7,11 +7,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from prmoe_jax.config import ModelConfig
-from prmoe_jax.model.attention_kernels import attend, resolve_attention
+from prmoe_jax.model.attention_kernels import attend, product, resolve_attention
 from prmoe_jax.nn import remat
 from prmoe_jax.nn.matmul import matmul
 from prmoe_jax.nn.parameters import normal
 from prmoe_jax.parallel.mesh import platform
+
+TPU_ROWS = 8  # rows of a tile
 
 
 class KVCache(NamedTuple):
@@ -30,22 +32,34 @@ class KVCache(NamedTuple):
         self, k_BxQxHxK: jax.Array, v_BxQxHxK: jax.Array, position_BxQ: jax.Array
     ) -> "KVCache":
         """The cache with more tokens at their positions; tokens past its end are dropped."""
-        row_Bx1 = jnp.arange(len(position_BxQ))[:, None]
+        # All dimensions but K are indexed, so that a TPU keeps each head's keys together.
+        batch, heads = self.v_BxHxTxK.shape[:2]
+        row_Bx1x1, head_Hx1 = jnp.arange(batch)[:, None, None], jnp.arange(heads)[:, None]
+        place = row_Bx1x1, head_Hx1, position_BxQ[:, None]
+        k_BxHxQxK, v_BxHxQxK = k_BxQxHxK.swapaxes(1, 2), v_BxQxHxK.swapaxes(1, 2)
         return KVCache(
-            self.k_BxHxKxT.at[row_Bx1, :, :, position_BxQ].set(k_BxQxHxK),
-            self.v_BxHxTxK.at[row_Bx1, :, position_BxQ].set(v_BxQxHxK),
+            self.k_BxHxKxT.mT.at[place].set(k_BxHxQxK).mT,
+            self.v_BxHxTxK.at[place].set(v_BxHxQxK),
         )
 
 
 def attend_to_cache(q_BxQxHxK, cache: KVCache, position_BxQ) -> jax.Array:
-    """softmax(q kᵀ / √K) v over the keys up to each query's position; [B, Q, H, K]."""
-    score_BxHxQxT = jnp.einsum(
-        "BQHK,BHKT->BHQT", q_BxQxHxK, cache.k_BxHxKxT, preferred_element_type=jnp.float32
-    )
+    """softmax(q kᵀ / √K) v over the keys up to each query's position; [B, Q, H, K].
+
+    A TPU gets a single query as eight equal rows, which its matrix unit multiplies in the time of
+    one. The products of one row would be sums on the vector unit, which take three times as long.
+    """
+    queries, width = q_BxQxHxK.shape[1::2]
+    if queries == 1 and platform() == "tpu":
+        q_BxQxHxK = jnp.repeat(q_BxQxHxK, TPU_ROWS, axis=1)
+    score_BxHxQxT = product("BQHK,BHKT->BHQT", q_BxQxHxK, cache.k_BxHxKxT) * width**-0.5
     seen_BxQxT = jnp.arange(cache.k_BxHxKxT.shape[-1]) <= position_BxQ[..., None]
-    score_BxHxQxT *= q_BxQxHxK.shape[-1] ** -0.5
-    weight_BxHxQxT = jax.nn.softmax(jnp.where(seen_BxQxT[:, None], score_BxHxQxT, -jnp.inf))
-    return jnp.einsum("BHQT,BHTK->BQHK", weight_BxHxQxT.astype(q_BxQxHxK.dtype), cache.v_BxHxTxK)
+    score_BxHxQxT = jnp.where(seen_BxQxT[:, None], score_BxHxQxT, -jnp.inf)
+    weight_BxHxQxT = jnp.exp(score_BxHxQxT - score_BxHxQxT.max(-1, keepdims=True))
+    sum_BxQxHx1 = weight_BxHxQxT.sum(-1).swapaxes(1, 2)[..., None]
+    weight_BxHxQxT = weight_BxHxQxT.astype(q_BxQxHxK.dtype)
+    y_BxQxHxK = product("BHQT,BHTK->BQHK", weight_BxHxQxT, cache.v_BxHxTxK) / sum_BxQxHx1
+    return y_BxQxHxK[:, :queries].astype(q_BxQxHxK.dtype)
 
 
 class Attention(nnx.Module):

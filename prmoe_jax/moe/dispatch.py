@@ -120,7 +120,7 @@ def resolve(name: str, platform: str) -> str:
 
 
 def backend(resolved: str, dropless: bool, few: bool = False) -> Dispatch:
-    """The backend of a resolved name; `few` means no more choices than experts."""
+    """The backend of a resolved name; `few` means few rows, as in decoding."""
     if few and dropless and "/" in resolved:
         return per_token
     return BACKENDS[resolved.split("/")[-1 if dropless else 0]]

@@ -25,6 +25,8 @@ from prmoe_jax.nn import remat
 FEW = 4
 # Rows of the smallest buffer of the dropless exchange: below that, the cost is the weights'.
 LEAST_ROWS = 128
+# At or below this many rows of all devices, each device applies its experts to all of them.
+FEW_ROWS = 256
 
 
 def resolve(name: str, mesh: Mesh | AbstractMesh) -> str:
@@ -61,6 +63,32 @@ class ExpertParallel(NamedTuple):
             y_ExRxD = _all_rows(y_ExRxD)[:, :rows]
         return y_ExRxD
 
+    def are_few(self, rows: int) -> bool:
+        """Whether `per_token` is the faster way for this number of rows on each device."""
+        return rows * _size(self._senders()) <= FEW_ROWS
+
+    def per_token(self, x_RxD: jax.Array, expert_R: jax.Array) -> jax.Array:
+        """As `Experts.per_token`, for the rows of every device.
+
+        All devices get all rows, apply their experts to them, and add up the results. For few rows,
+        as in decoding: no numbers of rows are exchanged, and each weight is read once.
+        """
+        split, alike, _ = _splits(coordinated=False)
+        if senders := self._senders():
+            x_RxD, expert_R = (
+                jax.lax.all_gather(a, senders, tiled=True) for a in (x_RxD, expert_R)
+            )
+        expert_R -= len(self.experts.b_out[...]) * jax.lax.axis_index(self.axes)
+        first = sum(jax.lax.axis_index(name) for name in split) == 0  # adds the last bias
+        y_RxD = self.experts.masked(mark_varying(x_RxD, split), expert_R, first)
+        if senders:
+            y_RxD = jax.lax.psum_scatter(y_RxD, senders, tiled=True)
+        return jax.lax.psum(y_RxD, alike) if alike else y_RxD
+
+    def _senders(self) -> tuple[str, ...]:
+        """The axes over which devices have different rows for the same experts."""
+        return (*self.axes, *_splits(coordinated=False)[2])
+
     def ragged(self, x_RxD, rows_E, expert_R) -> tuple[jax.Array, jax.Array]:
         """As `Experts.ragged`, for the rows of every device; also returns the rounds it took."""
         return self._in_rounds("ragged", x_RxD, rows_E, expert_R)
@@ -74,16 +102,13 @@ class ExpertParallel(NamedTuple):
         coordinated = self.exchange == "coordinated"
         if coordinated:
             # Every L-th row, so that each of the L devices has its share of every expert's rows.
-            parts = jax.lax.axis_size("tensor")
+            parts, missing = jax.lax.axis_size("tensor"), -rows % jax.lax.axis_size("tensor")
             x_RxD = _own_rows(_pad_rows(x_RxD[None]).reshape(-1, parts, width))[:, 0]
-            expert_RxL = jnp.pad(expert_R, (0, -rows % parts), constant_values=self.count).reshape(
-                -1, parts
-            )
-            own_R = expert_RxL[:, jax.lax.axis_index("tensor")]
+            expert_R = jnp.pad(expert_R, (0, missing), constant_values=self.count)
+            own_R = expert_R.reshape(-1, parts)[:, jax.lax.axis_index("tensor")]
             rows_E = (own_R[:, None] == jnp.arange(self.count)).sum(0)
-        even = len(x_RxD)
+        even, devices = len(x_RxD), jax.lax.axis_size(self.axes)
         buffer = max(LEAST_ROWS, -(-math.ceil(self.buffer_factor * even) // 8) * 8)
-        devices = jax.lax.axis_size(self.axes)
         buffer = min(buffer, devices * even)
 
         apply = partial(self._apply_runs, form, coordinated)
@@ -104,19 +129,18 @@ class ExpertParallel(NamedTuple):
         """Applies this device's experts to received rows, which are sorted by expert."""
         split, alike, others = _splits(coordinated)
         places_B = jnp.arange(len(x_BxD))
-        expert_B = jnp.searchsorted(jnp.cumsum(rows_I), places_B, side="right")
-        # A grouped product of one group wastes time on TPUs and GPUs.
-        alone = len(rows_I) == 1 and form == "ragged"
-        apply = experts.alone if alone else getattr(experts, form)
+        ends_I = jnp.cumsum(rows_I)
+        expert_B = jnp.searchsorted(ends_I, places_B, side="right", method="compare_all")
+        if form == "ragged" and len(rows_I) == 1:
+            form = "alone"  # a grouped product of one group is slow on TPUs and GPUs
+        apply = getattr(experts, form)
         if not split:
             return apply(x_BxD, rows_I, expert_B), jnp.int32(1)
         x_BxD = mark_varying(x_BxD, split)
         if others:
-            x_PxBxD = jax.lax.all_gather(x_BxD, others)
-            rows_PxI = jax.lax.all_gather(rows_I, others)
-            expert_PxB = jax.lax.all_gather(expert_B, others)
-            gathered = zip(x_PxBxD, rows_PxI, expert_PxB, strict=True)
-            y_PxBxD = jnp.stack([apply(*inputs, last_bias=False) for inputs in gathered])
+            gathered = (jax.lax.all_gather(a, others) for a in (x_BxD, rows_I, expert_B))
+            each = zip(*gathered, strict=True)
+            y_PxBxD = jnp.stack([apply(*inputs, last_bias=False) for inputs in each])
             y_BxD = jax.lax.psum_scatter(y_PxBxD, others)
         else:
             y_BxD = apply(x_BxD, rows_I, expert_B, last_bias=False)
@@ -164,6 +188,10 @@ def _splits(coordinated: bool) -> tuple[tuple[str, ...], ...]:
     split = tuple(name for name in ("slice", "tensor") if jax.lax.axis_size(name) > 1)
     alike = () if coordinated else tuple(name for name in split if name == "tensor")
     return split, alike, tuple(name for name in split if name not in alike)
+
+
+def _size(axes: tuple[str, ...]) -> int:
+    return math.prod(jax.lax.axis_size(name) for name in axes)
 
 
 def _pad_rows(x_ExRxD: jax.Array) -> jax.Array:

@@ -102,9 +102,23 @@ class Experts(nnx.Module):
         y_RxD = self.without_last_bias(x_RxD[None])[0]
         return y_RxD + self.b_out[...].astype(y_RxD.dtype) if last_bias else y_RxD
 
+    def masked(self, x_RxD: jax.Array, expert_R: jax.Array, last_bias: jax.Array) -> jax.Array:
+        """Applies all experts to all rows and picks each row's expert.
+
+        For few rows, where the cost is reading the weights. The output is 0 for rows of no expert.
+        The last bias is added if `last_bias`, a bool, says so.
+        """
+        experts = len(self.b_in[...])
+        y_ExRxD = self.without_last_bias(jnp.broadcast_to(x_RxD, (experts, *x_RxD.shape)))
+        b_ExD = jnp.where(last_bias, self.b_out[...].astype(x_RxD.dtype), 0)
+        chosen_ExR = expert_R == jnp.arange(experts)[:, None]
+        return jnp.where(chosen_ExR[..., None], y_ExRxD + b_ExD[:, None], 0).sum(0)
+
     def last_bias(self, expert_R: jax.Array, dtype) -> jax.Array:
         """The last bias for rows of these experts, [R, D]; 0 for rows of no expert."""
-        return self.b_out[...].astype(dtype).at[expert_R].get(mode="fill", fill_value=0)
+        b_ExD = self.b_out[...].astype(dtype)
+        served_Rx1 = ((expert_R >= 0) & (expert_R < len(b_ExD)))[:, None]
+        return jnp.where(served_Rx1, b_ExD.at[expert_R].get(mode="clip"), 0)
 
     def per_token(self, x_RxD: jax.Array, expert_R: jax.Array) -> jax.Array:
         """Applies expert expert_R[r] to row r and reads no other weights; for few rows."""

@@ -149,12 +149,13 @@ class MoE(nnx.Module):
 
         with jax.named_scope("routing"):
             routing, metrics, slots = self._route(parts, x_GxSxD, valid_GxS, keys_G)
-        split = isinstance(parts["experts"], ExpertParallel)
-        few = batch * length * self.top_k <= self.experts.count and not split
+        experts, rows = parts["experts"], batch * length * routing.expert_GxSxK.shape[-1]
+        spread = isinstance(experts, ExpertParallel)
+        few = experts.are_few(rows) if spread else rows <= experts.count
         name = dispatch.resolve(self.moe.dispatch, platform())
         backend = dispatch.backend(name, math.isinf(capacity_factor), few)
         with jax.named_scope("dispatch"):
-            y_GxSxD, rounds = backend(x_GxSxD, routing, parts["experts"], slots)
+            y_GxSxD, rounds = backend(x_GxSxD, routing, experts, slots)
         metrics = metrics._replace(rounds=rounds * metrics.tokens)
         kept_BxL = routing.kept_GxSxK.any(-1).reshape(batch, length)
         return y_GxSxD.reshape(x_BxLxD.shape), kept_BxL, metrics

@@ -132,7 +132,9 @@ _gather.defvjp(
 )
 
 
-def embed(name: str, table_VxD: jax.Array | QuantizedWeight, ids_BxL: jax.Array) -> jax.Array:
+def embed(
+    name: str, table_VxD: jax.Array | QuantizedWeight, ids_BxL: jax.Array, in_use: bool = False
+) -> jax.Array:
     """table[ids], [B, L, D] in the table's dtype; float32 for a quantized table.
 
     On a mesh each device looks up the ids of its part of the batch. The gradients are summed into
@@ -142,14 +144,16 @@ def embed(name: str, table_VxD: jax.Array | QuantizedWeight, ids_BxL: jax.Array)
       name: the declared name of the table.
       table_VxD: the table, split over the mesh or not.
       ids_BxL: indices below V.
+      in_use: FSDP doesn't split the table.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if isinstance(table_VxD, QuantizedWeight):
-        wide = embed(name, table_VxD.values, ids_BxL).astype(jnp.float32)
-        return wide if table_VxD.scales is None else wide * embed(name, table_VxD.scales, ids_BxL)
+        wide = embed(name, table_VxD.values, ids_BxL, in_use).astype(jnp.float32)
+        scales = table_VxD.scales
+        return wide if scales is None else wide * embed(name, scales, ids_BxL, in_use)
     if mesh.empty:
         return table_VxD[ids_BxL]
-    parts = spec(name, table_VxD.shape, mesh)
+    parts = spec(name, table_VxD.shape, mesh, in_use)
     entries, width = parts
     split = (width,) if isinstance(width, str) else width or ()
     replicas = tuple(axis for axis in batch_axes(mesh) if axis not in split)

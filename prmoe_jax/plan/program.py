@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Container
 from typing import NamedTuple
 
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
@@ -18,7 +19,8 @@ SENTINEL = 1 << 50  # larger estimates mean "unknown", which is written as a num
 SPARSE_CORE = "call-done"  # the end of a gather or scatter on a TPU's SparseCore
 # These read only as many bytes of their operand as their result has.
 SLICES = "dynamic-slice", "gather", "slice", SPARSE_CORE
-UPDATES = ("dynamic-update-slice",)  # writes in place
+# These write in place; the number of the operand that is written.
+UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
 # Attention kernels, by the beginning of their names. The first number counts a kernel's matrix
 # products that have queries times keys as a side (length x length). The second number is the
 # dimension of the queries' array that is the length.
@@ -186,7 +188,8 @@ def _count(dims: str) -> int:
 
 def is_grouped(operation: Operation | _Line) -> bool:
     """Whether an operation is the TPU compiler's kernel for `jax.lax.ragged_dot`."""
-    return operation.opcode == "custom-call" and operation.name.startswith("ragged-dot")
+    named = operation.name.startswith("ragged-dot") and "metadata" not in operation.name
+    return operation.opcode == "custom-call" and named
 
 
 def is_kernel(operation: Operation | _Line) -> bool:
@@ -246,7 +249,7 @@ def _bytes(line: _Line, shapes, inside: list[_Line], inner) -> int:
         if line.opcode in SLICES:
             return 2 * whole
         if line.opcode in UPDATES:
-            return 2 * operands[1]
+            return 2 * operands[UPDATES[line.opcode]]
         return whole + sum(operands)
     # The shape of an asynchronous fusion also holds its operands.
     whole = next(size(inner[i.name]) for i in inside if i.root)
@@ -264,11 +267,11 @@ def _bytes(line: _Line, shapes, inside: list[_Line], inner) -> int:
             elif not (using and all(_starts_with(u, i.name, UPDATES) for u in using)):
                 total += operands[number]
         elif i.opcode in UPDATES and size(inner[i.name]) <= whole:
-            total += size(inner[_operands(i)[1]]) - size(inner[i.name])
+            total += size(inner[_operands(i)[UPDATES[i.opcode]]]) - size(inner[i.name])
     return max(total, 0)
 
 
-def _starts_with(line: _Line, name: str, opcodes: tuple[str, ...]) -> bool:
+def _starts_with(line: _Line, name: str, opcodes: Container[str]) -> bool:
     """Whether a line is one of these operations and slices or updates `name`."""
     return line.opcode in opcodes and _operands(line)[0] == name
 

@@ -298,6 +298,8 @@ def _seconds(operation: Operation, chip: Chip) -> float:
     """The time of an operation that is no collective, all runs together."""
     if is_kernel(operation) or is_grouped(operation):
         once = operation.flops / chip.flops_per_s / KERNEL_EFFICIENCY
+        if is_grouped(operation):  # few rows read all weights
+            once = max(once, operation.bytes / chip.hbm_bytes_per_s)
     elif operation.cycles is not None:
         once = operation.cycles / chip.hertz
     else:
