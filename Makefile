@@ -65,7 +65,7 @@ $(READY): setup.py
 $(EXTRAS): setup.py
 	rm -rf .venv-extras
 	$(PYTHON) -m venv .venv-extras
-	.venv-extras/bin/pip install --quiet --disable-pip-version-check -e '.[data,dev,beam,eval,gcs,interop,tpu]'
+	.venv-extras/bin/pip install --quiet --disable-pip-version-check -e '.[data,dev,beam,eval,gcs,interop,text,tpu]'
 	touch $@
 
 .venv/docs-$(VERSION): $(READY)

@@ -55,6 +55,7 @@ setup(
         "eval": ["lm-eval>=0.4.10"],  # the first with models.utils.normalize_gen_kwargs
         "gcs": ["gcsfs"],  # runs' folders in Google Cloud Storage
         "plot": ["matplotlib"],
+        "text": ["datasketch", "resiliparse"],  # experiments/text/build.py
         "wandb": ["wandb"],
         "interop": ["deepspeed", "torch", "transformers"],
         "dev": [
