@@ -47,11 +47,12 @@ step 'build the image of this commit and push it' \
 step 'make the cluster; one that exists stays as it is' \
   "gcloud container clusters list${PROJECT:+ --project=$(quote "$PROJECT")} --format='value(name)' | grep -xF $(quote "$CLUSTER") >/dev/null ||
   xpk cluster create $on $where $size $capacity"
-# Exit code 1 is a lost process; xpk restarts by itself after 42 and signals.
+# Exit code 1 is a lost process, and 2 may be one that came too late or while the lease of the
+# run before lasted. xpk itself restarts after 42 and after signals.
 step 'start the workload' \
   "xpk workload create $on $where $workload \\
     $size --docker-image=$tag \\
-    --max-restarts=50 --restart-on-exit-codes=1 --termination-grace-period-seconds=120 \\
+    --max-restarts=50 --restart-on-exit-codes=1,2 --termination-grace-period-seconds=120 \\
     --command=$(quote "$train")"
 
 later 'Read the log of the first host:' \

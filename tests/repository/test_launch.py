@@ -136,6 +136,14 @@ def test_a_plan_that_does_not_fit_starts_nothing(recipe, tools):
 
 
 @each_recipe
+def test_the_plan_can_be_left_out(recipe, tools):
+    done = launch(tools, recipe, "--dry-run", *config(), PLAN="no", **RECIPES[recipe])
+    assert done.returncode == 0
+    assert "prmoe plan" not in done.stdout
+    assert words(done.stdout).count(SETTINGS[0]) == 1
+
+
+@each_recipe
 def test_a_plan_that_fails_starts_nothing(recipe, tools):
     (tools / "prmoe.out").write_text("")
     (tools / "prmoe.does").write_text("echo prmoe: error: one line >&2; exit 2")
