@@ -11,7 +11,8 @@
 #   RUNTIME   the TPU VM's software (default: the usual one for the chip)
 #   PRICE     of a chip for an hour; PLAN=no leaves the plan out
 #
-# Needs gcloud, logged in. The VMs' service account must be allowed to write to the bucket.
+# Needs gcloud, logged in. The VMs' service account must be allowed to write to the bucket, and the VMs
+# need the internet, for Python and its packages.
 # shellcheck disable=SC2016,SC2088  # what is in quotes expands on the TPU VMs
 # shellcheck source=experiments/launch/common.sh
 source "$(dirname "$0")/common.sh"
@@ -56,10 +57,11 @@ step 'wait for the slices' \
   esac
   sleep 30
 done)"
+build=$(quote "$repository/build")
 step 'build the wheel and copy it to all hosts' \
-  "rm -rf $(quote "$repository/build/launch")
-python3 -m pip wheel --quiet --no-deps --wheel-dir=$(quote "$repository/build/launch" "$repository")
-$gcloud scp $(quote "$repository")/build/launch/prmoe_jax-*.whl $queue: $all"
+  "rm -rf $build/launch $build/lib
+python3 -m pip wheel --quiet --no-deps --wheel-dir=$build/launch $(quote "$repository")
+$gcloud scp $build/launch/prmoe_jax-*.whl $queue: $all"
 # The VMs' own Python is older than 3.11; uv brings another one.
 step 'install it there' \
   "$(on_all 'python3 -m pip install --quiet --user uv &&

@@ -31,7 +31,7 @@ SETTINGS = [
     "--config.data.corpus=tokens:gs://bucket/a*0.7,gs://bucket/it's*0.3",
     "--config.mesh.expert=64",
 ]
-TOOLS = "gcloud docker xpk sbatch srun scancel scontrol prmoe python3 git".split()
+TOOLS = "gcloud docker xpk sbatch srun scancel scontrol prmoe python3 git rm".split()
 PLAN = "fits\nmodelled step 356 ms\n9 tokens/s, 6.0 days, 1,234.0 chip-hours\nModelled, …\n"
 
 each_recipe = pytest.mark.parametrize("recipe", RECIPES)
