@@ -3,9 +3,9 @@
 # exit code 0, which a launcher takes for the end of training; here that becomes 42, "start again".
 set -uo pipefail
 signals=0
+trap 'signals=$((signals + 1)); kill -TERM "$!"' TERM
 "$@" &
 child=$!
-trap 'signals=$((signals + 1)); kill -TERM "$child"' TERM
 while
   before=$signals
   wait "$child"
