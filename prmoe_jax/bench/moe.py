@@ -7,6 +7,7 @@ import contextlib
 import importlib.util
 import itertools
 import logging
+import math
 import statistics
 import tempfile
 import time
@@ -227,6 +228,9 @@ def _our_rivals(size: Size, x_SxM, w_router_MxE, dtype) -> dict[str, Rival]:
         rivals[f"{backend}, no experts"] = rival(
             without_experts(backend), jnp.asarray(w_router_MxE), 0, dropped
         )
+    layer = MoE(size.E, model, MoeConfig(eval_capacity_factor=math.inf), key)
+    layer.w_router[...] = jnp.asarray(w_router_MxE)
+    rivals["dropless"] = rival(through(layer), jax.tree.leaves(layer), 3 * weights)
     add_one = lambda experts: jax.tree.map(lambda w: w + 1.0, experts)  # noqa: E731
     return rivals | {"copy": _timed(add_one, (layer.experts,), 2 * weights)}
 

@@ -21,6 +21,12 @@ def add(verb) -> None:
     sub.add_argument(
         "--teacher", metavar="FILE:NAME", help="the teacher's config; plans a step of distillation"
     )
+    sub.add_argument(
+        "--load",
+        type=float,
+        default=1.0,
+        help="rows of the fullest device relative to an even share, without drops (default: 1)",
+    )
     sub.add_argument("--picture", type=local_path, help="also draw the plan: a .png, .svg or .pdf")
 
 
@@ -39,15 +45,17 @@ def run(options, rest) -> None:
         raise UserError("prmoe plan needs either --topology=v5p:4x4x8 or --find=v5p")
     if not 0 <= options.decode < 1 << 31:
         raise UserError(f"--decode={options.decode} must be a number of sequences, below 2^31")
+    if not 1 <= options.load <= 1e6:
+        raise UserError(f"--load={options.load:g} must be a number from 1, the even load")
     compile_only()
     from prmoe_jax.plan import find, picture, report
 
     if options.picture:
         picture.check(options.picture)
     if options.find is not None:
-        result = find.find(config, options.find, options.decode, teacher)
+        result = find.find(config, options.find, options.decode, teacher, options.load)
     else:
-        result = find.fit(config, options.topology, options.decode, teacher)
+        result = find.fit(config, options.topology, options.decode, teacher, options.load)
     if options.picture:
         picture.draw([("step", result)], options.picture)
     print(json.dumps(result) if options.json else report.table(result))

@@ -11,19 +11,25 @@ from prmoe_jax.errors import UserError
 from prmoe_jax.model.sizes import cost
 from prmoe_jax.parallel.mesh import axis_sizes, choose_mesh, flags, has_own_mesh, leaner
 from prmoe_jax.plan.chips import CHIPS, chip_of, device_count, several, slice_shapes
-from prmoe_jax.plan.report import decoding, held_bytes, plan
+from prmoe_jax.plan.report import check_load, decoding, held_bytes, plan
 
 log = logging.getLogger(__name__)
 
 STATE_BYTES = 12  # a parameter and its two moments, in float32
 
 
-def fit(config: Config, topology: str, decode: int = 0, teacher: Config | None = None) -> dict:
+def fit(
+    config: Config,
+    topology: str,
+    decode: int = 0,
+    teacher: Config | None = None,
+    load: float = 1.0,
+) -> dict:
     """Plans for a topology; if the step doesn't fit, also searches for a plan that fits.
 
     The mesh is the config's own, or the suggested one (`parallel.mesh.choose_mesh`). The search
-    tries the other meshes of these chips, then larger slices, smallest first. `decode` and
-    `teacher` are those of `report.plan`.
+    tries the other meshes of these chips, then larger slices, smallest first. `decode`, `teacher`
+    and `load` are those of `report.plan`.
 
     Returns:
       The plan. If the config has no mesh, it also has `flags`, the command line's flags of the mesh
@@ -35,7 +41,7 @@ def fit(config: Config, topology: str, decode: int = 0, teacher: Config | None =
       UserError: see `choose_mesh` and `report.plan`.
     """
     chip_of(topology)
-    search = _Search(config, decode, teacher)
+    search = _Search(config, decode, teacher, load)
     devices = device_count(topology)
     result = search.plan(topology, choose_mesh(on_topology(search.config, topology), devices).mesh)
     if result["fits"]:
@@ -48,12 +54,14 @@ def fit(config: Config, topology: str, decode: int = 0, teacher: Config | None =
     return result | {"instead": next(found, None), "tried": search.tried}
 
 
-def find(config: Config, chip: str, decode: int = 0, teacher: Config | None = None) -> dict:
+def find(
+    config: Config, chip: str, decode: int = 0, teacher: Config | None = None, load: float = 1.0
+) -> dict:
     """Plans for one slice after the other until the step fits.
 
     The mesh is the config's own; without one, it is the suggested mesh or another that fits. The
     step is not compiled for a slice whose chips together can't hold the parameters and, for
-    training, the optimizer's state. `decode` and `teacher` are those of `report.plan`.
+    training, the optimizer's state. `decode`, `teacher` and `load` are those of `report.plan`.
 
     Returns:
       The first plan that fits, with `flags` as in `fit`, and `tried`, (topology, reason) for each
@@ -68,7 +76,7 @@ def find(config: Config, chip: str, decode: int = 0, teacher: Config | None = No
         )
     slices = slice_shapes(chip)
     on_topology(config, slices[0])
-    search = _Search(config, decode, teacher)
+    search = _Search(config, decode, teacher, load)
     for topology in slices:
         if result := search.first(topology):
             return result | {"tried": search.tried}
@@ -105,9 +113,10 @@ class _Search:
     tokens of a chip, not on the mesh.
     """
 
-    def __init__(self, config: Config, decode: int, teacher: Config | None):
+    def __init__(self, config: Config, decode: int, teacher: Config | None, load: float):
+        check_load(config, decode, load)
         self.config = decoding(config, decode) if decode else config
-        self.decode, self.teacher = decode, teacher
+        self.decode, self.teacher, self.load = decode, teacher, load
         self.planned: set[tuple[str, MeshConfig]] = set()
         self.tried: list[tuple[str, str]] = []
         self.beside = 0.0  # bytes that the last failed plan needed beside the state, on all chips
@@ -146,7 +155,7 @@ class _Search:
         self.planned.add((topology, mesh))
         teacher = self.teacher and dataclasses.replace(self.teacher, mesh=mesh)
         config = dataclasses.replace(self.config, mesh=mesh)
-        result = plan(config, topology, self.decode, teacher)
+        result = plan(config, topology, self.decode, teacher, self.load)
         if not has_own_mesh(self.config):
             result["flags"] = flags(mesh)
         if not result["fits"]:

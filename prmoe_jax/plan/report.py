@@ -27,6 +27,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from prmoe_jax.config import Config, MeshConfig
 from prmoe_jax.data.pipeline import Batch
 from prmoe_jax.distill.distiller import Distiller
+from prmoe_jax.errors import UserError
 from prmoe_jax.inference.decoder import Decoder
 from prmoe_jax.model.backends import check_backends
 from prmoe_jax.model.sizes import cost
@@ -65,7 +66,13 @@ KERNEL_EFFICIENCY = 0.5
 log = logging.getLogger(__name__)
 
 
-def plan(config: Config, topology: str, decode: int = 0, teacher: Config | None = None) -> dict:
+def plan(
+    config: Config,
+    topology: str,
+    decode: int = 0,
+    teacher: Config | None = None,
+    load: float = 1.0,
+) -> dict:
     """Compiles a training or decoding step for a topology such as 'v5p:4x4x8' and models its cost.
 
     Args:
@@ -74,6 +81,8 @@ def plan(config: Config, topology: str, decode: int = 0, teacher: Config | None 
       decode: plans, instead of training, the next token of this many sequences whose context is
         full, with weights in the compute dtype, none split by FSDP, and no token dropped.
       teacher: the config of a model that teaches in the step, from `config.beside`.
+      load: rows of the device with most of them, relative to the even share, where nothing is
+        dropped. It decides how many rounds the exchange takes, and all devices wait for it.
 
     Returns:
       topology, mesh, chips, fits; hbm_bytes_per_chip by use (also `needed` if the step doesn't
@@ -86,8 +95,10 @@ def plan(config: Config, topology: str, decode: int = 0, teacher: Config | None 
       `chips` and chip_hours.
 
     Raises:
-      UserError: the topology is unknown, the compiler is not installed, or the mesh does not fit.
+      UserError: the topology is unknown, the compiler is not installed, the mesh does not fit, or
+        the load has no effect.
     """
+    check_load(config, decode, load)
     chip, devices = topology_devices(topology)
     config = on_slices(decoding(config, decode) if decode else config, devices)
     check_fits(config, len(devices))
@@ -121,8 +132,13 @@ def plan(config: Config, topology: str, decode: int = 0, teacher: Config | None 
     memory = compiled.memory_analysis()
     # Activations, gradients and the program's working memory.
     held["temporaries"] = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
-    program = operations(compiled.as_text())
+    rounds = math.ceil(load / config.moe.buffer_factor)
+    program = operations(compiled.as_text(), rounds)
     sent = collectives(program, dict(mesh.shape), *_network(chip, mesh))
+    for place, collective in sent.items():
+        if collective.kind == "ragged-all-to-all":
+            moved, seconds = (x * load / rounds for x in (collective.bytes, collective.seconds))
+            sent[place] = collective._replace(bytes=round(moved), seconds=seconds)
     seconds = [_seconds(operation, chip) for operation in program]
     if chip.platform == "tpu":
         sent = exposed(program, seconds, sent)
@@ -183,6 +199,19 @@ def decoding(config: Config, sequences: int) -> Config:
     """The config with that many sequences as its batch."""
     train = dataclasses.replace(config.train, batch_size=sequences, accumulate=1)
     return dataclasses.replace(config, train=train)
+
+
+def check_load(config: Config, decode: int, load: float) -> None:
+    """Refuses a load that changes nothing.
+
+    Raises:
+      UserError: with a capacity, every device gets the same number of rows.
+    """
+    if load != 1 and not (decode or math.isinf(config.moe.capacity_factor)):
+        raise UserError(
+            f"--load={load:g} has no effect with moe.capacity_factor={config.moe.capacity_factor:g}"
+            ", by which no expert takes more rows; use --config.moe.capacity_factor=inf"
+        )
 
 
 def _arguments(

@@ -642,7 +642,7 @@ def test_find_takes_the_first_slice_that_fits(monkeypatch):
     values = config.resolve(paper.get_config("prmoe_1.3b"))
     asked = []
 
-    def plan(config, topology, decode, teacher):
+    def plan(config, topology, decode, teacher, load):
         assert teacher is None or teacher.mesh == config.mesh
         asked.append((topology, config.mesh))
         if topology == "v5p:2x2x2":
@@ -694,7 +694,7 @@ def compiled(monkeypatch):
     asked = []
 
     def set_up(activations):
-        def plan(values, topology, decode, teacher):
+        def plan(values, topology, decode, teacher, load):
             asked.append((topology, values.mesh))
             chips = device_count(topology)
             check_fits(values, chips)
@@ -979,3 +979,76 @@ def test_a_plan_by_the_real_compiler(tmp_path):
     assert {axes: c["runs"] for axes, c in sent.items()} == {
         ("expert_0",): 2, ("expert_1", "expert_0"): 2
     }  # fmt: skip
+
+
+# Shortened, and long lines cut: rows to four devices and a loop of further rounds, whose trips the
+# program decides; a grouped product of two groups; two rows scattered into a large array.
+ROUNDS = """\
+HloModule jit_step, is_scheduled=true
+
+%body (s: (s32[], bf16[8,4])) -> (s32[], bf16[8,4]) {
+  %s = (s32[], bf16[8,4]{1,0}) parameter(0)
+  ROOT %again = (s32[], bf16[8,4]{1,0}) fusion(%s), calls=%fused,
+backend_config={"estimated_cycles":"50"}
+}
+
+%fused (p: f32[8]) -> f32[8] {
+  ROOT %p = f32[8]{0} parameter(0)
+}
+
+%more (s: (s32[], bf16[8,4])) -> pred[] {
+  %s = (s32[], bf16[8,4]{1,0}) parameter(0)
+  ROOT %less = pred[] compare(%s, %s), direction=LT
+}
+
+ENTRY %main (x: bf16[8,4]) -> bf16[10,4] {
+  %x = bf16[8,4]{1,0} parameter(0)
+  %n = s32[4]{0} parameter(1)
+  %b = bf16[10,4]{1,0} parameter(2)
+  %w = bf16[2,4,6]{2,1,0} parameter(3)
+  %e = bf16[1000,4]{1,0} parameter(4)
+  %u = bf16[2,4]{1,0} parameter(5)
+  %ragged-all-to-all-start = ((bf16[8,4]{1,0}, bf16[10,4]{1,0}, s32[4]{0}, s32[4]{0},
+s32[4]{0}, s32[4]{0}), bf16[10,4]{1,0}, u32[]) ragged-all-to-all-start(%x, %b, %n, %n, %n, %n),
+replica_groups={{0,1,2,3}}
+  %ragged-all-to-all-done = bf16[10,4]{1,0} ragged-all-to-all-done(%ragged-all-to-all-start)
+  %ragged-dot-none = bf16[10,6]{1,0} custom-call(%n, %ragged-all-to-all-done, %w),
+custom_call_target="tpu_custom_call"
+  %ragged-dot-metadata = (s32[2]{0}, s32[2]{0}) custom-call(%n),
+custom_call_target="tpu_custom_call"
+  %scatter = bf16[1000,4]{1,0} scatter(%e, %n, %u), to_apply=%fused
+  ROOT %loop = (s32[], bf16[8,4]{1,0}) while(%x), condition=%more, body=%body,
+metadata={op_name="jit(step)/shard_map/dispatch/rounds/while"}
+}
+"""
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_rounds_beyond_the_first_run_as_often_as_the_load_says(rounds):
+    found = {operation.name: operation for operation in operations(ROUNDS, rounds)}
+    assert found["again"].runs == rounds - 1
+    # 10 rows of 4 by 4 x 6: the buffer's rows count, whatever their expert.
+    assert found["ragged-dot-none"].flops == 2 * 10 * 4 * 6
+    assert found["ragged-dot-metadata"].flops == 0
+    assert found["scatter"].bytes == 2 * 2 * 4 * 2  # in place: two rows are read and written
+
+
+def test_ragged_rows_count_without_the_room_of_the_buffer():
+    """Four devices in a row: a quarter of 8 rows of 4 crosses the middle in each direction."""
+    network = torus(np.arange(4)[:, None], 100.0)
+    (sent,) = collectives(operations(ROUNDS), {"expert_0": 4}, network).values()
+    assert (sent.kind, sent.axes, sent.asynchronous) == ("ragged-all-to-all", ("expert_0",), True)
+    assert (sent.bytes, sent.seconds) == (64, pytest.approx(64 * 4 / 8 / 100))
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["--load=0.5"], "--load=0.5 must be a number from 1, the even load"),
+        (["--load=2"], "--load=2 has no effect with moe.capacity_factor=1, by which no expert"),
+    ],
+)
+def test_a_load_without_effect_is_refused(options, line, capsys):
+    command = ["plan", "--config=tiny:moe", "--topology=v5e:2x2", *options]
+    assert main(command) == 2
+    assert line in only_line(capsys.readouterr().err)
