@@ -84,6 +84,11 @@ def wait_for(path, process):
         time.sleep(0.02)
 
 
+def wait_until_free(workdir):
+    while lock.holder(workdir):
+        time.sleep(0.1)
+
+
 def test_a_run_equals_that_on_a_disk(text, folder, local, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(arguments(text, folder, "dense", **SETTINGS)) == 0
@@ -137,9 +142,11 @@ def test_killed_in_the_middle(text, folder, tmp_path, capsys):
     wait_for(workdir / "checkpoints" / "5" / "commit_success.txt", process)
     process.kill()
     process.communicate()
-    with pytest.raises(UserError, match="if it was killed, its lock ends in [1-4] s"):
-        lock.locked(workdir).__enter__()
-    time.sleep(4)
+    assert (workdir / ".lock").exists()
+    if lock.holder(workdir):  # on a busy machine the lease may have ended
+        with pytest.raises(UserError, match="if it was killed, its lock ends in [0-4] s"):
+            lock.locked(workdir).__enter__()
+    wait_until_free(workdir)
     capsys.readouterr()
     assert main(command) == 0
     err = capsys.readouterr().err
@@ -199,7 +206,7 @@ def test_a_run_that_was_suspended_ends_when_it_comes_back(text, folder):
     process = start(arguments(text, folder, "dense", **{"train.steps": 100_000}))
     wait_for(workdir / "metrics.jsonl", process)
     process.send_signal(signal.SIGSTOP)
-    time.sleep(4.5)
+    wait_until_free(workdir)
     with lock.locked(workdir):
         before = (workdir / "metrics.jsonl").read_bytes()
         process.send_signal(signal.SIGCONT)
@@ -285,7 +292,7 @@ def test_what_was_there_before_a_store_failed(
     (line,) = [line for line in err.splitlines() if line.startswith("prmoe: ")]
     assert "the object store fails" in line and "Traceback" not in err
     assert (stores.as_path(folder) / "checkpoints" / "3" / "commit_success.txt").exists()
-    time.sleep(2)
+    wait_until_free(stores.as_path(folder))
     assert main(arguments(text, folder, "dense", **SETTINGS)) == 0
     assert "resumed at step 3 of 12" in capsys.readouterr().err
     assert_same_run(folder, local)
