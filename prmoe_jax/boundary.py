@@ -15,11 +15,7 @@ from pathlib import Path
 
 import prmoe_jax
 from prmoe_jax import files
-from prmoe_jax.errors import Failure, UserError, describe
-
-# Functions that are called with a failure after it was printed and before the process ends, in
-# order to tell other processes.
-on_failure: list[Callable[[Failure], None]] = []
+from prmoe_jax.errors import Failure, UserError, describe, on_failure, say
 
 
 def prepare() -> None:
@@ -82,12 +78,6 @@ def guard(task: Callable[[], None], folder: Callable[[], Path | None]) -> int:
             return failure.exit_code
         _silence(sys.stdout)
         return failure.exit_code
-
-
-def say(line: str) -> None:
-    """Prints a line about the command on standard error, if the stream can be written."""
-    with contextlib.suppress(OSError, ValueError):
-        print(f"prmoe: {line}", file=sys.stderr, flush=True)
 
 
 def _with_traceback(failure: Failure, error: BaseException, folder: Path | None) -> Failure:

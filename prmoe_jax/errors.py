@@ -1,7 +1,11 @@
-"""The errors that a user is meant to read, and one line for every other exception."""
+"""How a command ends: the errors that a user is meant to read, and one line for every other one."""
 
+import contextlib
 import errno
-from typing import NamedTuple
+import os
+import sys
+from collections.abc import Callable
+from typing import NamedTuple, NoReturn
 
 
 class UserError(Exception):
@@ -30,6 +34,27 @@ class Failure(NamedTuple):
     line: str  # for the user
     exit_code: int
     foreseen: bool  # False for a defect, whose traceback is worth keeping
+
+
+# Functions that are called with a failure after it was printed and before the process ends, in
+# order to tell other processes.
+on_failure: list[Callable[[Failure], None]] = []
+
+
+def say(line: str) -> None:
+    """Prints a line about the command on standard error, if the stream can be written."""
+    with contextlib.suppress(OSError, ValueError):
+        print(f"prmoe: {line}", file=sys.stderr, flush=True)
+
+
+def end(line: str) -> NoReturn:
+    """Ends this process at once, from any thread, with one line and exit code 1."""
+    say(line)
+    for tell in on_failure:
+        tell(Failure(line, 1, True))
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+    os._exit(1)
 
 
 def describe(error: BaseException) -> Failure:

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -16,8 +17,11 @@ from typing import Any
 
 from prmoe_jax import stores
 from prmoe_jax.errors import UserError
+from prmoe_jax.stores.lock import LOCK, locked
 
 log = logging.getLogger(__name__)
+
+UNFINISHED = ".unfinished"
 
 
 def replace(path: Path, content: str | bytes) -> None:
@@ -101,7 +105,7 @@ class GrowingObject:
 
 
 def build_folder(folder: Path, build: Callable[[Path], None]) -> None:
-    """Makes a folder by `build(temporary)` and a rename, so that it is complete or does not exist.
+    """Makes a local folder by `build(temporary)` and a rename: it is complete or does not exist.
 
     The temporary folder lies beside it under a hidden name. Files that a killed process left there
     are removed first. If the target is an empty folder, it is replaced.
@@ -138,6 +142,69 @@ def build_folder(folder: Path, build: Callable[[Path], None]) -> None:
         # empty the folder.
         (folder / ".lock").unlink(missing_ok=True)
         _sync_folder(folder.parent)
+
+
+@contextlib.contextmanager
+def building_in_store(folder: Path, option: str) -> Iterator[None]:
+    """Guards the making of a folder in an object store, where folders can't be renamed.
+
+    The lock of the folder is held meanwhile. Until the block has succeeded, the object `UNFINISHED`
+    is there: a command that was killed, or failed, left the folder's other objects, and they are
+    removed first. The block writes last what makes the folder usable for those who read it.
+
+    Raises:
+      UserError: the folder holds something else, or another process is building it.
+      OSError: the store fails.
+    """
+    from prmoe_jax.stores import gcs
+
+    mark = folder / UNFINISHED
+    with locked(folder, option) as lock:
+        check_free_in_store(folder, option)
+        for path in gcs.find(folder):
+            if path not in (mark, folder / LOCK):
+                path.unlink()
+        gcs.write(mark, b"another command may remove this folder's objects\n")
+        yield
+        lock.check()
+        mark.unlink()
+
+
+def build_in_store(
+    folder: Path,
+    option: str,
+    build: Callable[[Path], None],
+    last: str,
+    scratch: Path | None = None,
+) -> None:
+    """Makes a folder in an object store by `build(temporary)` on a disk and a copy.
+
+    Args:
+      folder: the folder to make.
+      option: names it in messages.
+      build: writes the content into the folder that it is given.
+      last: the file without which the folder counts as incomplete; it is copied last.
+      scratch: where the temporary folder is made, by default where the system has them.
+
+    Raises:
+      UserError: the folder holds something else, or another process is building it.
+      OSError: a file cannot be written, or the store fails.
+    """
+    with (
+        building_in_store(folder, option),
+        tempfile.TemporaryDirectory(prefix="prmoe-", dir=scratch) as temporary,
+    ):
+        build(Path(temporary))
+        stores.upload(Path(temporary), folder, last)
+
+
+def check_free_in_store(folder: Path, option: str) -> None:
+    """Raises UserError if a folder in a store holds something that `building_in_store` didn't."""
+    from prmoe_jax.stores import gcs
+
+    found = {path.relative_to(folder).parts[:1] for path in gcs.find(folder)} - {(LOCK,)}
+    if found and (UNFINISHED,) not in found:
+        raise UserError(f"{option}={folder} exists; give another folder, or remove it")
 
 
 @contextlib.contextmanager

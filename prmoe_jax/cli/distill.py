@@ -3,7 +3,7 @@
 import json
 
 from prmoe_jax import allocator
-from prmoe_jax.cli.options import local_path, parse_config
+from prmoe_jax.cli.options import parse_config, path
 from prmoe_jax.errors import UserError
 
 
@@ -14,7 +14,7 @@ def add(verb) -> None:
 
     keep = "record a teacher's predictions for a student's training text, for many students"
     sub = verb("teacher-cache", _teacher_cache, keep, True)
-    sub.add_argument("--out", type=local_path, required=True, help="the folder to write, a new one")
+    sub.add_argument("--out", type=path, required=True, help="the folder to write, a new one")
 
 
 def _distill_plan(options, rest) -> None:
@@ -33,10 +33,12 @@ def _teacher_cache(options, rest) -> None:
         raise UserError("the likeliest tokens are kept; use --config.kd.kind=top_k, with kd.top_k")
     if config.teacher.mode != "eval" or config.teacher.cache:
         raise UserError("leave teacher.cache out, and leave teacher.mode at eval")
+    from etils import epath
+
     from prmoe_jax.distill.teacher import write_teacher_cache
 
     meta = write_teacher_cache(config, options.out)
-    size = sum(file.stat().st_size for file in options.out.iterdir())
+    size = sum(file.stat().length for file in epath.Path(options.out).iterdir())
     print(json.dumps(meta) if options.json else f"{options.out}: {size / 1e6:,.0f} MB")
 
 

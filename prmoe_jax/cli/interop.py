@@ -15,14 +15,12 @@ def add(verb) -> None:
     sub = verb("import", _import, "make a run's folder from another library's model")
     sub.add_argument("--kind", choices=KINDS, required=True, help=kinds)
     sub.add_argument("--source", type=local_path, required=True, help="the folder to read")
-    sub.add_argument(
-        "--workdir", type=local_path, required=True, help="the run's folder, a new one"
-    )
+    sub.add_argument("--workdir", type=path, required=True, help="the run's folder, a new one")
 
     sub = verb("export", _export, "write a run's newest model for another library")
     sub.add_argument("--kind", choices=KINDS, required=True, help=kinds)
     sub.add_argument("--workdir", type=path, required=True, help="the run's folder")
-    sub.add_argument("--out", type=local_path, required=True, help="the folder to write, a new one")
+    sub.add_argument("--out", type=path, required=True, help="the folder to write, a new one")
 
 
 def _import(options, rest) -> None:

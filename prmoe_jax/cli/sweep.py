@@ -4,7 +4,7 @@ import json
 import re
 from pathlib import Path
 
-from prmoe_jax.cli.options import local_path
+from prmoe_jax.cli.options import local_path, path
 from prmoe_jax.errors import UserError
 
 
@@ -12,7 +12,7 @@ def add(verb) -> None:
     """Declares the verb and its options."""
     sub = verb("sweep", run, "train the runs that a folder's sweep.py names, and record them")
     sub.add_argument("folder", type=local_path, help="for example experiments/placement")
-    sub.add_argument("--workdir", type=local_path, help="the runs' folder (default: runs/FOLDER)")
+    sub.add_argument("--workdir", type=path, help="the runs' folder (default: runs/FOLDER)")
     sub.add_argument(
         "--shard", default="1/1", metavar="I/N", help="be the I-th of N processes that share runs"
     )

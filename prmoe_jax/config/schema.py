@@ -356,6 +356,7 @@ class TeacherConfig:
         "",
         "Folder that `prmoe teacher-cache` wrote, used instead of the run itself.",
         path=True,
+        store=True,
         formerly="lessons",
     )
     mode: str = setting(

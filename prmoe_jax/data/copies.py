@@ -1,4 +1,4 @@
-"""Files in object stores, and local copies of token shards that lie there."""
+"""Files in object stores, and local copies of token shards and teacher caches that lie there."""
 
 import contextlib
 import glob
@@ -6,7 +6,7 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from etils import epath
@@ -62,6 +62,32 @@ def local_copy(pattern: str, cache_dir: Path) -> str:
     if ours:
         return str(_copy_ours(found[0], cache_dir))
     return glob.escape(str(_copy_arrays(found, pattern, cache_dir))) + "/*"
+
+
+def sealed(folder: epath.Path, names: Sequence[str], cache_dir: Path) -> Path:
+    """Copies files of a folder that `cache.seal` sealed into the cache, once.
+
+    Each is compared with its SHA-256. A copy that was killed goes on with the files that are
+    missing.
+
+    Returns:
+      The folder of the copies, which is sealed.
+
+    Raises:
+      UserError: the store can't be read, a file is missing or damaged, or the cache can't be
+        written.
+    """
+    with _reaching(str(folder)):
+        record = files.parse_json((folder / cache.DIGESTS).read_bytes())
+        wanted = {name: str(record[name]["sha256"]) for name in names}
+    target = cache_dir / "copies" / cache.fingerprint(wanted)
+    with cache.locked(target):
+        target.mkdir(exist_ok=True)
+        for name, sha256 in wanted.items():
+            _copy(folder / name, target / name, sha256)
+        if not (target / cache.DIGESTS).exists():
+            cache.seal(target)
+    return target
 
 
 def _copy_ours(folder: epath.Path, cache_dir: Path) -> Path:

@@ -12,13 +12,14 @@ from typing import Any
 
 from etils import epath
 
-from prmoe_jax import errors, files, stores
+from prmoe_jax import errors, files
 from prmoe_jax.config import Config, expand
 from prmoe_jax.data import cache, shard_stages, shards, split, tokenizer, tokens
 from prmoe_jax.data.chunks import Chunk, find_chunks
 from prmoe_jax.data.shard_stages import RANGES, Work
 from prmoe_jax.data.tokenizer import Tokenizer
 from prmoe_jax.errors import UserError
+from prmoe_jax.stores.lock import locked
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ def tokenize(config: Config, out: str, flags: Sequence[str] = ()) -> dict[str, A
         something else or can't be written.
     """
     options = _options(flags)
-    folder = epath.Path(expand("--out", out))
+    folder = expand("--out", out)
     chunks, listed, times = find_chunks(config.data)
     given = None if config.data.tokenizer == "bpe" else tokenizer.load_given(config.data)
     if given:
@@ -60,7 +61,7 @@ def tokenize(config: Config, out: str, flags: Sequence[str] = ()) -> dict[str, A
         given.fingerprint if given else ["bpe", config.model.vocab_size],
     )
     work = Work(str(folder), config.data, len(chunks))
-    with _locked(folder):
+    with locked(folder, "--out") as lock:
         index = folder / shards.INDEX
         if index.exists():
             content = files.read_json(index, fix="give a new --out")
@@ -72,6 +73,7 @@ def tokenize(config: Config, out: str, flags: Sequence[str] = ()) -> dict[str, A
             if given:
                 _save_tokenizer(work, given)
             content = _make(work, chunks, given, inputs, config, options)
+            lock.check()
             with work.written(index) as file:
                 file.write(shards.encode(content))
         if work.staging.exists():
@@ -158,24 +160,6 @@ def _trained(work: Work, chunks: Sequence[Chunk], kept: tuple, config: Config) -
 def _save_tokenizer(work: Work, known: Tokenizer) -> None:
     with work.written(work.folder / shards.TOKENIZER) as file:
         file.write(known.description.encode())
-
-
-@contextlib.contextmanager
-def _locked(folder: epath.Path) -> Iterator[None]:
-    """Makes the folder, and keeps other commands on this machine out of it.
-
-    Raises:
-      UserError: another command works there, or the folder can't be written.
-    """
-    try:
-        if stores.scheme(folder):
-            yield
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        with files.only_writer(folder / ".lock", folder):
-            yield
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error
 
 
 def _begin(work: Work, plan: dict[str, Any]) -> None:

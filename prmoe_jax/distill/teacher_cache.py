@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from prmoe_jax import files
+from prmoe_jax import files, stores
 from prmoe_jax.config import Config, expand
-from prmoe_jax.data import cache
+from prmoe_jax.data import cache, copies
 from prmoe_jax.data.arrays import ArrayWriter, open_array
 from prmoe_jax.data.pipeline import (
     Data,
@@ -55,7 +55,10 @@ def write(
     Raises:
       UserError: the folder exists already, or cannot be written.
     """
-    if folder.exists():
+    local = stores.is_local(folder)
+    if not local:
+        files.check_free_in_store(folder, "--out")
+    elif folder.exists():
         raise UserError(f"--out={folder} exists; give another folder, or remove it")
     shape = len(data.train), data.train.length, config.kd.top_k
     meta = {
@@ -80,7 +83,22 @@ def write(
         meta["fingerprint"] = digest.hexdigest()[:24]
         (temporary / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
 
-    cache.build_once(folder, build, setting="--out")
+    def build_and_seal(temporary: Path) -> None:
+        build(temporary)
+        cache.seal(temporary)
+
+    if local:
+        cache.build_once(folder, build, setting="--out")
+        return meta
+    scratch = cache.root(config.data)
+    try:
+        scratch.mkdir(parents=True, exist_ok=True)
+        files.build_in_store(folder, "--out", build_and_seal, cache.DIGESTS, scratch)
+    except OSError as error:
+        raise UserError(
+            f"--out={folder}, which is made in {scratch} and copied, cannot be written: "
+            f"{error.strerror or error}"
+        ) from error
     return meta
 
 
@@ -92,6 +110,9 @@ def attach(data: Data, config: Config) -> Data:
         another temperature.
     """
     folder, kd = expand("teacher.cache", config.teacher.cache), config.kd
+    if not stores.is_local(folder):
+        names = [name for name, _ in _parts(config)]
+        folder = copies.sealed(folder, [*names, "meta.json"], cache.root(config.data))
     reading = functools.partial(
         cache.reading,
         folder,

@@ -11,7 +11,7 @@ import numpy as np
 from safetensors import SafetensorError
 
 from prmoe_jax import config as configs
-from prmoe_jax import files
+from prmoe_jax import files, stores
 from prmoe_jax.config import Config, ModelConfig
 from prmoe_jax.data.tokenizer import Tokenizer, check_fits, from_vocabulary
 from prmoe_jax.errors import UserError
@@ -118,23 +118,38 @@ def export_run(kind: str, workdir: Path, out: Path) -> dict:
             (folder / "README.md").write_text(_card(config, step, workdir))
         tokenizer.save(folder / "tokenizer.json")
 
-    _write("out", out, build)
+    _write("out", out, build, "latest" if kind == "deepspeed" else workdirs.CONFIG)
     size = sum(leaf.size for leaf in leaves.values())
     return {"out": str(out), "step": step, "parameters": size}
 
 
 def _check_free(option: str, folder: Path) -> None:
     """Raises UserError unless `folder` does not exist, or is empty and not the current folder."""
+    if not stores.is_local(folder):
+        files.check_free_in_store(folder, f"--{option}")
+        return
     if folder.is_dir() and folder.samefile(Path.cwd()):
         raise UserError(f"--{option}={folder} is the current folder; give one that is not there")
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"--{option}={folder} exists; give another folder, or remove it")
 
 
-def _write(option: str, folder: Path, build: Callable[[Path], None]) -> None:
-    """`files.build_folder`, but errors of the libraries that write files become one line, too."""
+def _write(
+    option: str, folder: Path, build: Callable[[Path], None], last: str | None = None
+) -> None:
+    """Builds a folder whole or not at all; errors of the libraries that write files are one line.
+
+    For an object store, `last` names the file that completes the folder. Without it, `build` writes
+    to the store itself.
+    """
     try:
-        files.build_folder(folder, build)
+        if stores.is_local(folder):
+            files.build_folder(folder, build)
+        elif last:
+            files.build_in_store(folder, f"--{option}", build, last)
+        else:
+            with files.building_in_store(folder, f"--{option}"):
+                build(folder)
     except (OSError, RuntimeError, SafetensorError) as error:
         line = str(getattr(error, "strerror", None) or error).partition("\n")[0][:200]
         raise UserError(f"--{option}={folder} cannot be written: {line}") from error

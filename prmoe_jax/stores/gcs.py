@@ -8,8 +8,11 @@ import contextlib
 import errno
 import json
 import logging
+import math
 import os
+import re
 import time
+from collections.abc import Sequence
 from datetime import datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -50,16 +53,28 @@ class PatientGCS(GCSFileSystem):
 
     def __init__(self, *arguments, **named):
         super().__init__(*arguments, **{"use_listings_cache": False} | named)
+        self._failing_since = math.inf
+        self._given_up = -math.inf  # when a request lost patience last
 
     async def _call(self, method, path, *arguments, **named):
-        end, wait = time.monotonic() + PATIENCE, 1.0
+        begun, wait = time.monotonic(), 1.0
+        if begun < self._given_up + LONGEST_WAIT:  # the command is ending: one attempt takes 30 s
+            raise OSError(errno.EIO, "the object store fails", _named(path, arguments))
         while True:
             try:
-                return await super()._call(method, path, *arguments, **named)
+                answer = await super()._call(method, path, *arguments, **named)
+                self._failing_since = math.inf
+                return answer
             except Exception as error:
-                left = end - time.monotonic()
-                if left <= 0 or not _may_pass(error):
-                    raise _as_os_error(error) from error
+                if not _may_pass(error):
+                    self._failing_since = math.inf
+                    raise _as_os_error(error, _named(path, arguments)) from error
+                # All requests lose patience together.
+                self._failing_since = min(self._failing_since, begun)
+                left = self._failing_since + PATIENCE - time.monotonic()
+                if left <= 0:
+                    self._given_up = time.monotonic()
+                    raise _as_os_error(error, _named(path, arguments)) from error
                 log.warning(
                     "the object store fails (%s); trying again for %.0f s", first_line(error), left
                 )
@@ -135,6 +150,22 @@ def write(path: Path, content: bytes) -> None:
     _store().pipe_file(os.fspath(path), content)
 
 
+def upload(file: Path, path: Path) -> None:
+    """Writes an object with the content of a local file, which is read part by part."""
+    _store().put_file(os.fspath(file), os.fspath(path))
+
+
+def ask(folder: Path) -> None:
+    """Asks for the name of one object; OSError if there is no such bucket, or no permission."""
+    bucket, name, _ = _store().split_path(os.fspath(folder))
+    _store().call("GET", "b/{}/o", bucket, prefix=f"{name}/", maxResults="1")
+
+
+def find(folder: Path) -> list[Path]:
+    """All objects of a folder and of those in it."""
+    return [as_path(f"gs://{name}") for name in _store().find(os.fspath(folder))]
+
+
 def move_folder(source: Path, target: Path, last: str) -> None:
     """Copies all objects of a folder within the store, then deletes them.
 
@@ -168,11 +199,19 @@ def _may_pass(error: Exception) -> bool:
     return is_retriable(error) and getattr(error, "code", None) not in (401, "401")
 
 
-def _as_os_error(error: Exception) -> Exception:
+def _named(path: str, arguments: Sequence[str]) -> str:
+    """What a request is about: gs://BUCKET/OBJECT, or gs://BUCKET."""
+    bucket = re.search(r"(?:^|/)b/([^/{}]+)", path)  # it may be a whole URL
+    return "gs://" + ("/".join(arguments[:2]) or (bucket[1] if bucket else ""))
+
+
+def _as_os_error(error: Exception, name: str) -> Exception:
     """An OSError with a reason that a user can act on; errors of others stay as they are."""
     line = first_line(error)
-    if isinstance(error, FileNotFoundError | FileExistsError):
+    if isinstance(error, FileExistsError):
         return error
+    if isinstance(error, FileNotFoundError):
+        return FileNotFoundError(errno.ENOENT, "there is no such object, or no such bucket", name)
     if isinstance(error, google.auth.exceptions.GoogleAuthError) or (
         isinstance(error, HttpError) and error.code in (401, "401")
     ):
@@ -180,12 +219,14 @@ def _as_os_error(error: Exception) -> Exception:
             errno.EACCES,
             f"no valid credentials ({line}); run gcloud auth application-default login, or set "
             "GOOGLE_APPLICATION_CREDENTIALS",
+            name,
         )
     if isinstance(error, OSError) and line.startswith("Forbidden"):
         reason = str(error).partition("\n")[2] or line
-        return PermissionError(errno.EACCES, f"permission denied ({first_line(OSError(reason))})")
+        reason = f"permission denied ({first_line(OSError(reason))})"
+        return PermissionError(errno.EACCES, reason, name)
     if isinstance(error, HttpError) or is_retriable(error):
-        return OSError(errno.EIO, f"the object store fails ({line})")
+        return OSError(errno.EIO, f"the object store fails ({line})", name)
     return error
 
 

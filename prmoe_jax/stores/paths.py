@@ -73,14 +73,30 @@ def is_local(path: os.PathLike) -> bool:
     return isinstance(path, Path)
 
 
-def upload(folder: Path, target: Path) -> None:
-    """Copies the files of a local folder to a folder in a store.
+def check_reachable(folder: Path, named: str) -> None:
+    """Checks that a folder's store can be read, if it is in one.
+
+    Raises:
+      UserError: there is no such bucket, no permission or no answer; `named` begins the message.
+    """
+    if is_local(folder):
+        return
+    from prmoe_jax.stores import gcs
+
+    try:
+        gcs.ask(folder)
+    except OSError as error:
+        raise UserError(f"{named}={folder} cannot be used: {error.strerror or error}") from None
+
+
+def upload(folder: Path, target: Path, last: str = "") -> None:
+    """Copies the files of a local folder to a folder in a store; the file named `last` comes last.
 
     Raises:
       OSError: a file cannot be read or written.
     """
     from prmoe_jax.stores import gcs
 
-    for file in folder.rglob("*"):
-        if file.is_file():
-            gcs.write(target / file.relative_to(folder), file.read_bytes())
+    found = [file for file in folder.rglob("*") if file.is_file()]
+    for file in sorted(found, key=lambda file: (file == folder / last, file)):
+        gcs.upload(file, target / file.relative_to(folder))

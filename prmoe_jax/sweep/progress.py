@@ -25,6 +25,7 @@ class SweepProgress:
         """Takes each run's folder and config."""
         self._runs = runs
         self._states = dict.fromkeys(runs, "waiting")
+        self._cells: dict[str, list[str]] = {}  # of the runs that are not running
         console = Console(stderr=True)
         self._live = Live(get_renderable=self.table, console=console, refresh_per_second=1)
         self._shown = sys.stderr.isatty()
@@ -41,8 +42,9 @@ class SweepProgress:
     def put(self, name: str, state: str) -> None:
         """Sets the state of a run, or the reason why it failed."""
         self._states[name] = state
+        self._cells[name] = self._read(name)
         if not self._shown:
-            cells = zip(COLUMNS, self._cells(name), strict=False)
+            cells = zip(COLUMNS, self._cells[name], strict=False)
             come = "".join(f", {column} {cell}" for column, cell in cells)
             log.info("%s: %s%s", name, state, come)
 
@@ -50,14 +52,13 @@ class SweepProgress:
         """A table with the state and progress of all runs."""
         table = Table("run", "state", *COLUMNS)
         for name, state in self._states.items():
+            cells = self._read(name) if state == "running" else self._cells.get(name, [])
             # Without Text, rich would take brackets in a message for a style.
-            table.add_row(*map(Text, (name, state, *self._cells(name))))
+            table.add_row(*map(Text, (name, state, *cells)))
         return table
 
-    def _cells(self, name: str) -> list[str]:
+    def _read(self, name: str) -> list[str]:
         workdir, config = self._runs[name]
-        if self._states[name] == "waiting":
-            return []
         found: dict = {}  # the newest value by name
         for line in _newest_first(workdir / "metrics.jsonl"):
             found = line | found

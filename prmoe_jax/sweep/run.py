@@ -4,6 +4,7 @@ Every run is its own process, so that a failed run stops no other. A run that wa
 and a run that is recorded with the same settings isn't trained again.
 """
 
+import contextlib
 import logging
 import re
 import statistics
@@ -11,18 +12,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 from ml_collections import ConfigDict
 
-from prmoe_jax import files
+from prmoe_jax import files, stores
 from prmoe_jax.config import RESUMABLE, Config, changed, check_resume, load, resolve, save, userfile
 from prmoe_jax.errors import UserError
 from prmoe_jax.model.sizes import cost
 from prmoe_jax.run import directory as workdirs
-from prmoe_jax.run import lock
 from prmoe_jax.run.metrics import read_metrics
+from prmoe_jax.stores import lock
 from prmoe_jax.sweep import records
 from prmoe_jax.sweep.progress import SweepProgress
 from prmoe_jax.tables import aligned
@@ -32,8 +34,8 @@ log = logging.getLogger(__name__)
 # Number of points of a run's training loss that its record keeps.
 POINTS = 100
 # Seconds to wait for a run that another process holds, such as a run whose sweep was killed and
-# which is saving its checkpoint.
-PATIENCE = 60.0
+# which is saving its checkpoint, or that was killed itself and left its lease in an object store.
+PATIENCE = lock.LEASE + 15
 LONGEST_NAME = 255  # bytes, on every common file system
 # The fields that are used here: a step's and an evaluation's in metrics.jsonl, and a start's in
 # environment.json.
@@ -116,7 +118,7 @@ def sweep(folder: Path, root: Path, shard: tuple[int, int] = (1, 1)) -> list[dic
 
     Args:
       folder: the folder of sweep.py.
-      root: the parent of the runs' folders.
+      root: the parent of the runs' folders, local or in an object store.
       shard: (i, n) trains only the i-th, the (n + i)-th, … run, so that n processes can share a
         sweep.
 
@@ -274,7 +276,7 @@ def _train(name: str, config: Config, workdir: Path, progress: SweepProgress) ->
     command = [sys.executable, "-m", "prmoe_jax.sweep.child", "train", "--json"]
     command += [f"--config={settings}", f"--workdir={workdir}"]
     begun = time.monotonic()
-    with told.open("ab") as output:
+    with _appending(told) as output:
         before = output.tell()
         progress.put(name, "running")
         # The child reads from the pipe until this process ends.
@@ -303,6 +305,22 @@ def _train(name: str, config: Config, workdir: Path, progress: SweepProgress) ->
     )
 
 
+@contextlib.contextmanager
+def _appending(path: Path) -> Iterator[BinaryIO]:
+    """A file that others can append to; in an object store it is written at the end."""
+    if stores.is_local(path):
+        with path.open("ab") as file:
+            yield file
+        return
+    before = path.read_bytes() if path.exists() else b""
+    with tempfile.TemporaryFile() as file:
+        file.write(before)
+        file.flush()
+        yield file
+        file.seek(0)
+        files.replace(path, file.read())
+
+
 def _wait_until_free(name: str, workdir: Path, progress: SweepProgress) -> None:
     """Waits until no process holds a run's folder.
 
@@ -320,7 +338,7 @@ def _wait_until_free(name: str, workdir: Path, progress: SweepProgress) -> None:
                 name, f"waits up to {PATIENCE:.0f} s for {process}, which holds its folder"
             )
             waiting = True
-        time.sleep(0.1)
+        time.sleep(0.1 if stores.is_local(workdir) else 1.0)
 
 
 def _finished(config: Config, workdir: Path) -> bool:
@@ -362,6 +380,7 @@ def _prepare(folder: Path, root: Path) -> None:
     Raises:
       UserError: a folder cannot be written, or the disk is full.
     """
+    stores.check_reachable(root, "--workdir")
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -50,7 +50,6 @@ from prmoe_jax.run import directory as workdirs
 from prmoe_jax.run import weights_and_biases
 from prmoe_jax.run.checkpoint import Checkpoints, TrainState
 from prmoe_jax.run.directory import shared_settings
-from prmoe_jax.run.lock import locked
 from prmoe_jax.run.metrics import (
     METRICS,
     MetricsWriter,
@@ -59,6 +58,7 @@ from prmoe_jax.run.metrics import (
     to_python,
 )
 from prmoe_jax.run.weights_and_biases import WandbRun
+from prmoe_jax.stores.lock import locked
 from prmoe_jax.training.evaluate import evaluate_model
 from prmoe_jax.training.preemption import PreemptionGuard
 from prmoe_jax.training.step import compile_train_step, eval_step, init_state, sharded_state
@@ -204,9 +204,10 @@ def compile_cache(config: Config, workdir: Path) -> Iterator[None]:
     if not setting:
         yield
         return
-    folder = str(configs.expand("train.compile_cache", setting))
+    folder = configs.expand("train.compile_cache", setting)
+    stores.check_reachable(folder, "train.compile_cache")  # JAX warns of each program instead
     before = jax.config.values["jax_compilation_cache_dir"]
-    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_compilation_cache_dir", str(folder))
     compilation_cache.reset_cache()  # JAX chooses the folder at the first compilation
     log.info("compiled programs are kept in %s", folder)
     try:

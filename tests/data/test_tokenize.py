@@ -1,5 +1,6 @@
 """prmoe tokenize: the same shards by any workers and after any kill, and those of today's path."""
 
+import errno
 import gzip
 import itertools
 import json
@@ -21,6 +22,7 @@ from prmoe_jax.data import chunks, pipeline, shard_stages, shards, split
 from prmoe_jax.data import tokenize as tokenize_module
 from prmoe_jax.data.chunks import Chunk, Piece
 from prmoe_jax.errors import UserError
+from prmoe_jax.stores.lock import locked
 from tests.support.extras import needs_extra
 from tests.support.faults import file_size_limit
 from tests.support.paths import REPOSITORY
@@ -285,7 +287,7 @@ def test_workers_and_a_kill_change_no_byte(tmp_path, monkeypatch):
 
 
 @beam
-def test_a_mistake_in_a_worker_is_one_line(tmp_path, monkeypatch):
+def test_a_mistake_in_a_worker_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(chunks, "_MIN_BYTES", 1000)
     write_lines(tmp_path / "text" / "a.jsonl", texts(50))
     with open("text/a.jsonl", "a") as file:
@@ -297,8 +299,8 @@ def test_a_mistake_in_a_worker_is_one_line(tmp_path, monkeypatch):
     assert not Path("out/index.json").exists()
     # After it is mended the command is told that the text is another one.
     write_lines(tmp_path / "text" / "a.jsonl", texts(50))
-    process = started("out", "--direct_num_workers=2")
-    assert "was begun with other text or settings" in process.communicate()[1].splitlines()[-1]
+    assert tokenize(*IN_PROCESS) == 2
+    assert "was begun with other text or settings" in capsys.readouterr().err.splitlines()[-1]
 
 
 MISTAKES = {
@@ -358,6 +360,27 @@ def test_a_full_disk_is_one_line_and_the_rest_is_made_later(tmp_path, capsys):
     assert not Path("out/index.json").exists()
     assert tokenize(*IN_PROCESS) == 0
     assert documents("out", "train") == expected(texts(2000))["train"]
+
+
+@beam
+def test_a_file_that_cannot_be_read_is_not_called_unwritable(tmp_path, monkeypatch, capsys):
+    def fail(*arguments):
+        raise PermissionError(errno.EACCES, "Permission denied", "text/a.jsonl")
+
+    write_lines(tmp_path / "text" / "a.jsonl", texts(20))
+    monkeypatch.setattr(tokenize_module, "_make", fail)
+    assert tokenize(*IN_PROCESS) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "prmoe: text/a.jsonl: Permission denied"
+
+
+@beam
+def test_two_commands_with_one_folder(tmp_path, capsys):
+    write_lines(tmp_path / "text" / "a.jsonl", texts(20))
+    with locked(Path("out"), "--out"):
+        assert tokenize(*IN_PROCESS) == 2
+    line = f"--out=out is in use by another run (process {os.getpid()}); wait for it, or give anot"
+    assert line in capsys.readouterr().err
+    assert content("out") == {}
 
 
 @beam

@@ -432,7 +432,7 @@ def test_a_held_folder_is_waited_for(given, tmp_path, monkeypatch, capsys):
         assert main(sweep(folder, "--shard=2/2")) == 1
         timer.join()
     err = capsys.readouterr().err
-    assert err.count("b: waits up to 60 s for process 4711, which holds its folder\n") == 1
+    assert err.count("b: waits up to 75 s for process 4711, which holds its folder\n") == 1
     assert "b: failed after 0 s: it said nothing" in err  # so it was started
     monkeypatch.setattr(run, "PATIENCE", 0.2)
     with hold(folder / "runs" / "a"):
@@ -503,6 +503,7 @@ def test_the_table_shows_states_as_they_are(given, tmp_path, caplog):
     shown = console.export_text()
     assert "failed: [/no] [bold]" in shown and "5/12" in shown and "4.5000" in shown
     assert caplog.records == []
+    progress.put("a", "running")
     for damage in "garbage\n", "7\n", '{"step": 3, "loss": null}\n', '{"loss": 3}\n':
         (tmp_path / "metrics.jsonl").write_text(damage)
         _, _, *columns = progress.table().columns

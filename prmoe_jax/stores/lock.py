@@ -1,4 +1,4 @@
-"""The lock of a run's folder, so that one run at a time writes there.
+"""The lock of a folder, so that one command at a time writes there.
 
 On a disk it is the kernel's, which ends with the process. In an object store it is a lease: an
 object that its owner writes again and again, and that counts for nothing once it is too old.
@@ -9,15 +9,14 @@ import json
 import logging
 import os
 import socket
-import sys
 import threading
 import time
 import uuid
 from pathlib import Path
 from typing import Protocol
 
-from prmoe_jax import boundary, stores
-from prmoe_jax.errors import Failure, UserError
+from prmoe_jax.errors import UserError, end
+from prmoe_jax.stores.paths import is_local
 
 log = logging.getLogger(__name__)
 
@@ -34,42 +33,48 @@ class Lock(Protocol):
     def __exit__(self, *error) -> None: ...
 
     def check(self) -> None:
-        """Call this before a write; it doesn't return if another run has taken the lock over."""
+        """Call this before a write; it doesn't return if another run has taken the lock over.
+
+        Raises:
+          OSError: the store that would tell it fails.
+        """
 
 
-def locked(workdir: Path) -> Lock:
+def locked(folder: Path, option: str = "--workdir") -> Lock:
     """The lock of a folder, to be entered; that of a local folder creates it.
 
     Entering raises UserError if the folder cannot be written, or another run holds the lock.
+    `option` names the folder in messages.
     """
-    return FileLock(workdir) if stores.is_local(workdir) else Lease(workdir)
+    return (FileLock if is_local(folder) else Lease)(folder, option)
 
 
-def holder(workdir: Path) -> str:
+def holder(folder: Path) -> str:
     """Who holds a folder's lock, such as 'process 17', or ''."""
-    kind = FileLock if stores.is_local(workdir) else Lease
-    return kind.holder(workdir)
+    return (FileLock if is_local(folder) else Lease).holder(folder)
 
 
 class FileLock:
     """A lock of the kernel on a file, freed when the process dies."""
 
-    def __init__(self, workdir: Path):
-        self._workdir = workdir
+    def __init__(self, folder: Path, option: str = "--workdir"):
+        self._folder, self._option = folder, option
 
     def __enter__(self) -> "FileLock":
-        workdir = self._workdir
+        folder = self._folder
         try:
-            workdir.mkdir(parents=True, exist_ok=True)
-            self._handle = os.open(workdir / LOCK, os.O_RDWR | os.O_CREAT)
+            folder.mkdir(parents=True, exist_ok=True)
+            self._handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT)
         except OSError as error:
-            raise UserError(f"--workdir={workdir} cannot be written: {error.strerror}") from None
+            raise UserError(
+                f"{self._option}={folder} cannot be written: {error.strerror}"
+            ) from None
         try:
             fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             number = _number(self._handle)
             os.close(self._handle)
-            raise _in_use(workdir, f"process {number}") from None
+            raise _in_use(self._option, folder, f"process {number}") from None
         os.truncate(self._handle, 0)
         os.write(self._handle, str(os.getpid()).encode())
         return self
@@ -81,9 +86,9 @@ class FileLock:
         """Does nothing: no other run can have taken the lock."""
 
     @staticmethod
-    def holder(workdir: Path) -> str:
+    def holder(folder: Path) -> str:
         try:
-            with open(workdir / LOCK, "rb") as lock:
+            with open(folder / LOCK, "rb") as lock:
                 try:
                     fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
                     return ""
@@ -108,10 +113,11 @@ class Lease:
     over.
     """
 
-    def __init__(self, workdir: Path):
+    def __init__(self, folder: Path, option: str = "--workdir"):
         from prmoe_jax.stores import gcs
 
-        self._gcs, self._workdir, self._path = gcs, workdir, workdir / LOCK
+        self._gcs, self._path = gcs, folder / LOCK
+        self._folder, self._option = folder, option
         self._owner = uuid.uuid4().hex
         self._renewing = threading.Lock()
         self._released = threading.Event()
@@ -128,14 +134,14 @@ class Lease:
         except FileExistsError:  # another run was faster
             raise self._refused(_Found.at(self._path)) from None
         except FileNotFoundError:
-            bucket = os.fspath(self._workdir).split("/")[2]
+            bucket = os.fspath(self._folder).split("/")[2]
             raise UserError(
-                f"--workdir={self._workdir}: there is no bucket {bucket}; create it, or correct "
-                "its name"
+                f"{self._option}={self._folder}: there is no bucket {bucket}; create it, or "
+                "correct its name"
             ) from None
         except OSError as error:
             raise UserError(
-                f"--workdir={self._workdir} cannot be used: {error.strerror or error}"
+                f"{self._option}={self._folder} cannot be used: {error.strerror or error}"
             ) from None
         threading.Thread(target=self._keep, daemon=True).start()
         return self
@@ -146,7 +152,7 @@ class Lease:
             try:
                 self._gcs.delete_if(self._path, self._generation)
             except OSError as failed:  # it ends by itself
-                log.info("%s was not deleted: %s", self._path, failed)
+                log.info("%s was not deleted: %s", self._path, failed.strerror or failed)
 
     def check(self) -> None:
         with self._renewing:
@@ -154,28 +160,34 @@ class Lease:
                 self._renew()
 
     @staticmethod
-    def holder(workdir: Path) -> str:
+    def holder(folder: Path) -> str:
         try:
-            found = _Found.at(workdir / LOCK)
+            found = _Found.at(folder / LOCK)
         except OSError as error:
-            raise UserError(f"{workdir / LOCK} cannot be read: {error.strerror or error}") from None
+            raise UserError(f"{folder / LOCK} cannot be read: {error.strerror or error}") from None
         return found.who if found and found.left > 0 else ""
 
     def _keep(self) -> None:
         """Renews the lease until it is released."""
         while not self._released.wait(LEASE / 4):
             with self._renewing:
-                if not self._released.is_set():
+                if self._released.is_set():
+                    return
+                try:
                     self._renew()
+                except OSError as error:  # the next write to the store tells it, if it lasts
+                    log.warning("%s was not renewed: %s", self._path, error.strerror or error)
 
     def _renew(self) -> None:
         """Renews the lease, or ends this process if another run has taken it over."""
         try:
             self._write(self._generation)
         except (FileExistsError, FileNotFoundError):
-            self._end()
-        except OSError as error:  # the next write to the store tells it, if it lasts
-            log.warning("%s was not renewed: %s", self._path, error.strerror or error)
+            # Whatever this process wrote now could spoil the other run.
+            end(
+                f"{self._option}={self._folder}: another run has taken over the folder, since this "
+                f"one was silent for {LEASE:.0f} s; it ends"
+            )
 
     def _write(self, generation: int) -> None:
         """Writes the lock object.
@@ -197,23 +209,11 @@ class Lease:
             self._generation = found.generation
         self._until = begun + LEASE
 
-    def _end(self) -> None:
-        """Ends this process at once: whatever it wrote now could spoil the other run."""
-        line = (
-            f"--workdir={self._workdir}: another run has taken over the folder, since this one was "
-            f"silent for {LEASE:.0f} s; it ends"
-        )
-        boundary.say(line)
-        for tell in boundary.on_failure:
-            tell(Failure(line, 1, True))
-        sys.stdout.flush()
-        os._exit(1)
-
     def _refused(self, found: "_Found | None") -> UserError:
         if not found:
-            return _in_use(self._workdir, "which just ended")
+            return _in_use(self._option, self._folder, "which just ended")
         return _in_use(
-            self._workdir,
+            *(self._option, self._folder),
             f"{found.who}, seen {found.age:.0f} s ago",
             f"; if it was killed, its lock ends in {max(found.left, 0):.0f} s",
         )
@@ -241,10 +241,10 @@ class _Found:
             return None
 
 
-def _in_use(workdir: Path, who: str, more: str = "") -> UserError:
+def _in_use(option: str, folder: Path, who: str, more: str = "") -> UserError:
     return UserError(
-        f"--workdir={workdir} is in use by another run ({who}); wait for it, or give another "
-        f"--workdir{more}"
+        f"{option}={folder} is in use by another run ({who}); wait for it, or give another "
+        f"{option}{more}"
     )
 
 
