@@ -20,6 +20,7 @@ from jax.sharding import AbstractMesh, Mesh
 from prmoe_jax.moe import rounds
 from prmoe_jax.moe.experts import Experts
 from prmoe_jax.nn import remat
+from prmoe_jax.parallel.mesh import crosses_slices
 
 # At or below this many experts on a device, each expert's products are compiled separately.
 FEW = 4
@@ -107,23 +108,26 @@ class ExpertParallel(NamedTuple):
             expert_R = jnp.pad(expert_R, (0, missing), constant_values=self.count)
             own_R = expert_R.reshape(-1, parts)[:, jax.lax.axis_index("tensor")]
             rows_E = (own_R[:, None] == jnp.arange(self.count)).sum(0)
-        even, devices = len(x_RxD), jax.lax.axis_size(self.axes)
-        buffer = max(LEAST_ROWS, -(-math.ceil(self.buffer_factor * even) // 8) * 8)
-        buffer = min(buffer, devices * even)
-
         apply = partial(self._apply_runs, form, coordinated)
-        stages = [rounds.Stage(self.axes, 1)] if self.axes else []
-        if self.exchange == "hierarchical":
-            sizes = [jax.lax.axis_size(name) for name in self.axes]
-            stages = [
-                rounds.Stage((name,), math.prod(sizes[:i])) for i, name in enumerate(self.axes)
-            ]
-        for stage in stages:  # the last one is the first to exchange
-            apply = partial(rounds.serve, stage, apply, buffer)
+        for stage in self._stages(len(x_RxD)):
+            apply = partial(rounds.serve, stage, apply)
         y_RxD, runs = apply(self.experts, x_RxD, rows_E)
         if coordinated:
             y_RxD = _all_rows(y_RxD[:, None]).reshape(-1, width)[:rows]
         return y_RxD, runs
+
+    def _stages(self, rows: int) -> list[rounds.Stage]:
+        """The exchanges for this number of rows on each device; the last one comes first."""
+        names = [(name,) for name in self.axes] if self.exchange == "hierarchical" else [self.axes]
+        wanted = max(LEAST_ROWS, math.ceil(self.buffer_factor * rows))
+        stages, groups = [], 1
+        for axes in filter(None, names):
+            devices = jax.lax.axis_size(axes)
+            piece = -(-wanted // devices) if lacks_ragged_exchange(axes) else 0
+            buffer = piece * devices if piece else min(-(-wanted // 8) * 8, _size(self.axes) * rows)
+            stages.append(rounds.Stage(axes, groups, buffer, piece))
+            groups *= devices
+        return stages
 
     def _apply_runs(self, form: str, coordinated: bool, experts: Experts, x_BxD, rows_I):
         """Applies this device's experts to received rows, which are sorted by expert."""
@@ -181,6 +185,13 @@ class ExpertParallel(NamedTuple):
             y_IxRxD = jax.lax.psum(y_IxRxD, alike)
         y_IxRxD += self.experts.b_out[...].astype(y_IxRxD.dtype)[:, None]
         return y_IxRxD.reshape(local, devices, rows, width).swapaxes(0, 1)
+
+
+def lacks_ragged_exchange(axes: tuple[str, ...]) -> bool:
+    """Whether XLA can't exchange pieces of unequal size there: on TPU v5e, and between slices."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    v5e = device is not None and device.device_kind == "TPU v5 lite"
+    return v5e or any(map(crosses_slices, axes))
 
 
 def _splits(coordinated: bool) -> tuple[tuple[str, ...], ...]:

@@ -6,7 +6,8 @@ and sends the results back. One round is enough for loads up to B on the fullest
 all devices take more rounds, until every row was served. Nothing is dropped and no buffer grows.
 
 A device's rows arrive sorted by expert, and for each expert by sender. Round r serves the rows
-[r·B, (r + 1)·B) of that order.
+[r·B, (r + 1)·B) of that order. Some devices can only exchange pieces of equal size. There a round
+serves rows [r·P, (r + 1)·P) of those of each pair of devices, and B is X·P.
 
 S and X are the devices that exchange with each other, as senders and receivers. I is the number of
 experts that a sender tells apart at a receiver. R is the number of a sender's rows.
@@ -31,6 +32,8 @@ class Stage(NamedTuple):
 
     axes: tuple[str, ...]
     groups: int  # expert e of E is on device e // (E / groups / X) % X
+    buffer: int  # B, the rows that a device receives in a round
+    piece: int  # P, the most rows that one device sends to another in a round; 0 is any number
 
 
 class _Pieces(NamedTuple):
@@ -38,7 +41,7 @@ class _Pieces(NamedTuple):
 
     rows: jax.Array
     start: jax.Array  # the first row's place at the sender
-    arrival: jax.Array  # the first row's place in the receiver's order of arrival
+    order: jax.Array  # the first row's place in the order in which rounds take rows
 
 
 class _Transfer(NamedTuple):
@@ -52,7 +55,7 @@ class _Transfer(NamedTuple):
     received_to: jax.Array  # places in this device's buffer
 
 
-def serve(stage: Stage, apply: Apply, buffer: int, experts, x_RxD: jax.Array, rows_E: jax.Array):
+def serve(stage: Stage, apply: Apply, experts, x_RxD: jax.Array, rows_E: jax.Array):
     """Applies experts on all devices of a stage to each device's rows.
 
     The first round's values are kept for the backward pass, as `remat` says. What later rounds
@@ -61,7 +64,6 @@ def serve(stage: Stage, apply: Apply, buffer: int, experts, x_RxD: jax.Array, ro
     Args:
       stage: which devices exchange.
       apply: applies the experts of this device.
-      buffer: B, the rows that a device receives in a round.
       experts: the first argument of `apply`, a pytree with a gradient.
       x_RxD: rows sorted by expert; those of no expert come last.
       rows_E: the number of rows for each of the stage's experts.
@@ -75,12 +77,12 @@ def serve(stage: Stage, apply: Apply, buffer: int, experts, x_RxD: jax.Array, ro
         with jax.named_scope("exchange"):
             x_BxD = _ragged_all_to_all(
                 x_RxD,
-                _empty(buffer, x_RxD),
+                _empty(stage.buffer, x_RxD),
                 transfer.sent_from,
                 transfer.sent,
                 transfer.sent_to,
                 transfer.received,
-                stage.axes,
+                stage,
             )
             return _first_rows(x_BxD, transfer.received.sum())
 
@@ -94,7 +96,7 @@ def serve(stage: Stage, apply: Apply, buffer: int, experts, x_RxD: jax.Array, ro
                 transfer.received,
                 transfer.received_from,
                 transfer.sent,
-                stage.axes,
+                stage,
             )
 
     def served(y_RxD, pieces: _Pieces) -> jax.Array:
@@ -103,13 +105,13 @@ def serve(stage: Stage, apply: Apply, buffer: int, experts, x_RxD: jax.Array, ro
         return _first_rows(y_RxD, sent)
 
     def in_round(index, pieces: _Pieces) -> tuple[_Transfer, jax.Array]:
-        transfer = _transfer(pieces, index, buffer, stage.axes)
+        transfer = _transfer(pieces, index, stage)
         return transfer, transfer.received.reshape(pieces.rows.shape[::2]).sum(0)
 
     def forward(experts, x_RxD, rows_E, differentiate: bool = True):
         with jax.named_scope("dispatch"):
             pieces = remat.save_collective(_pieces(rows_E, stage))
-            rounds = remat.save_collective(_rounds(pieces, buffer))
+            rounds = remat.save_collective(_rounds(pieces, stage))
             transfer, rows_I = in_round(0, pieces)
         x_BxD = remat.save_collective(arrive(x_RxD, transfer))
         derivative = None
@@ -179,35 +181,44 @@ def _pieces(rows_E: jax.Array, stage: Stage) -> _Pieces:
     mine_2xXxI = jnp.stack([by_receiver(rows_E), by_receiver(start_E)])
     all_Sx2xXxI = jax.lax.all_gather(mine_2xXxI, stage.axes, to="invarying")
     rows_SxXxI, start_SxXxI = all_Sx2xXxI[:, 0], all_Sx2xXxI[:, 1]
-    ordered_XxN = rows_SxXxI.transpose(1, 2, 0).reshape(devices, -1)
-    arrival_XxN = jnp.cumsum(ordered_XxN, 1) - ordered_XxN
-    arrival_SxXxI = arrival_XxN.reshape(devices, -1, devices).transpose(2, 0, 1)
-    return _Pieces(rows_SxXxI, start_SxXxI, arrival_SxXxI)
+    if stage.piece:
+        order_SxXxI = jnp.cumsum(rows_SxXxI, 2) - rows_SxXxI
+    else:
+        order_SxXxI = _arrival(rows_SxXxI)
+    return _Pieces(rows_SxXxI, start_SxXxI, order_SxXxI)
 
 
-def _rounds(pieces: _Pieces, buffer: int) -> jax.Array:
-    """Rounds until the fullest device of the whole mesh has received all its rows."""
-    fullest = pieces.rows.sum((0, 2)).max()
+def _arrival(rows_SxXxI: jax.Array) -> jax.Array:
+    """The place of each piece at its receiver, where rows are sorted by expert, then by sender."""
+    senders, receivers, _ = rows_SxXxI.shape
+    ordered_XxN = rows_SxXxI.transpose(1, 2, 0).reshape(receivers, -1)
+    place_XxN = jnp.cumsum(ordered_XxN, 1) - ordered_XxN
+    return place_XxN.reshape(receivers, -1, senders).transpose(2, 0, 1)
+
+
+def _rounds(pieces: _Pieces, stage: Stage) -> jax.Array:
+    """Rounds until all rows of the whole mesh were received."""
+    at_once, together = (stage.piece, 2) if stage.piece else (stage.buffer, (0, 2))
+    most = pieces.rows.sum(together).max()
     # All devices of the stage know this number. Others take as many rounds, as collectives need.
-    others = tuple(jax.typeof(fullest).manual_axis_type.varying)
+    others = tuple(jax.typeof(most).manual_axis_type.varying)
     if others:
-        fullest = jax.lax.pmax(fullest, others)
-    return -(-fullest // buffer)
+        most = jax.lax.pmax(most, others)
+    return -(-most // at_once)
 
 
-def _transfer(pieces: _Pieces, index, buffer: int, axes: tuple[str, ...]) -> _Transfer:
-    me = jax.lax.axis_index(axes)
-
-    def of_round(part: _Pieces):
-        """Rows that arrive in this round, and the first one's places at sender and receiver."""
-        first = jnp.maximum(part.arrival, index * buffer)
-        last = jnp.minimum(part.arrival + part.rows, (index + 1) * buffer)
-        rows = jnp.maximum(last - first, 0)
-        places = part.start + first - part.arrival, first - index * buffer
-        return [jnp.where(rows > 0, n, 0).reshape(-1) for n in (rows, *places)]
-
-    sent = of_round(jax.tree.map(lambda n_SxXxI: n_SxXxI[me], pieces))
-    received = of_round(jax.tree.map(lambda n_SxXxI: n_SxXxI[:, me], pieces))
+def _transfer(pieces: _Pieces, index, stage: Stage) -> _Transfer:
+    at_once = stage.piece or stage.buffer
+    first = jnp.maximum(pieces.order, index * at_once)
+    last = jnp.minimum(pieces.order + pieces.rows, (index + 1) * at_once)
+    rows = jnp.maximum(last - first, 0)
+    places = pieces.start + first - pieces.order, _arrival(rows)
+    all_3 = [jnp.where(rows > 0, n, 0) for n in (rows, *places)]
+    me = jax.lax.axis_index(stage.axes)
+    sent, received = (
+        [n.reshape(-1) for n in part]
+        for part in ([n[me] for n in all_3], [n[:, me] for n in all_3])
+    )
     return _Transfer(*sent, *received)
 
 
@@ -223,22 +234,35 @@ def _first_rows(x_RxD: jax.Array, count: jax.Array) -> jax.Array:
     return jnp.where((jnp.arange(len(x_RxD)) < count)[:, None], x_RxD, 0)
 
 
-def _ragged_all_to_all(x_RxD, into_QxD, starts, sizes, places, received, axes) -> jax.Array:
-    """`jax.lax.ragged_all_to_all`, which XLA lacks on CPUs: there, all rows go to all devices."""
-    if platform() != "cpu":
+def _ragged_all_to_all(x_RxD, into_QxD, starts, sizes, places, received, stage: Stage) -> jax.Array:
+    """`jax.lax.ragged_all_to_all`, or an equal exchange of pieces that are padded to one size.
+
+    XLA has no ragged exchange on CPUs. There, a piece has room for everything.
+    """
+    if not stage.piece and platform() != "cpu":
         return jax.lax.ragged_all_to_all(
-            x_RxD, into_QxD, starts, sizes, places, received, axis_name=axes
+            x_RxD, into_QxD, starts, sizes, places, received, axis_name=stage.axes
         )
-    senders, me = jax.lax.axis_size(axes), jax.lax.axis_index(axes)
-    rows, slots = len(x_RxD), jnp.arange(len(into_QxD))
-    sent_3xN = jnp.stack([starts, sizes, places])
-    sent_Sx3xN = jax.lax.all_gather(sent_3xN, axes).reshape(senders, 3, senders, -1)[:, :, me]
-    start_SxI, size_SxI, place_SxI = sent_Sx3xN.swapaxes(0, 1)
-    start_SxI += rows * jnp.arange(senders)[:, None]
-    start_N, size_N, place_N = (n_SxI.reshape(-1) for n_SxI in (start_SxI, size_SxI, place_SxI))
-    inside_QxN = (place_N <= slots[:, None]) & (slots[:, None] < place_N + size_N)
-    piece_Q = inside_QxN.argmax(1)
-    source_Q = start_N[piece_Q] + slots - place_N[piece_Q]
-    everyone_NxD = jax.lax.all_gather(x_RxD, axes, tiled=True)
-    filled_Qx1 = inside_QxN.any(1)[:, None]
-    return jnp.where(filled_Qx1, jnp.take(everyone_NxD, source_Q, axis=0, mode="clip"), into_QxD)
+    piece = stage.piece or min(len(x_RxD), len(into_QxD))
+    devices = jax.lax.axis_size(stage.axes)
+    sizes_XxI = sizes.reshape(devices, -1)
+    ends_XxI = jnp.cumsum(sizes_XxI, 1)
+    shift_XxI = starts.reshape(devices, -1) - ends_XxI + sizes_XxI
+    slot_P = jnp.arange(piece)
+    which_XxP = (ends_XxI[:, None] <= slot_P[:, None]).sum(2)
+    source_XxP = slot_P + jnp.take_along_axis(shift_XxI, which_XxP, 1, mode="clip")
+    x_XxPxD = jnp.take(x_RxD, source_XxP, axis=0, mode="clip")
+    place_3xN = jnp.stack([sizes, places])
+    x_SxPxD = jax.lax.all_to_all(x_XxPxD, stage.axes, 0, 0)
+    size_SxI, place_SxI = (
+        jax.lax.all_to_all(n.reshape(devices, -1), stage.axes, 0, 0) for n in place_3xN
+    )
+    # The piece, and the row in it, for each row of the result.
+    begin_SxI = jnp.cumsum(size_SxI, 1) - size_SxI + piece * jnp.arange(devices)[:, None]
+    size_N, place_N, begin_N = (n.reshape(-1) for n in (size_SxI, place_SxI, begin_SxI))
+    slot_Qx1 = jnp.arange(len(into_QxD))[:, None]
+    inside_QxN = (place_N <= slot_Qx1) & (slot_Qx1 < place_N + size_N)
+    from_N = begin_N - place_N
+    source_Q = jnp.where(inside_QxN, from_N + slot_Qx1, 0).sum(1)
+    x_NxD = x_SxPxD.reshape(-1, x_SxPxD.shape[-1])
+    return jnp.where(inside_QxN.any(1)[:, None], jnp.take(x_NxD, source_Q, axis=0), into_QxD)

@@ -452,6 +452,7 @@ def on_eight_devices(case, *arguments):
         ("accumulate", ["fsdp, expert, tensor"]),
         ("dropless", ["expert, slice, tensor", "two stages"]),
         ("dropless, top 3", ["experts over slices"]),
+        ("equal pieces", ["expert"]),
     ],
 )
 def test_a_step_on_a_mesh_equals_one_on_one_device(name, meshes):
