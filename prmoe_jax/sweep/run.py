@@ -1,11 +1,14 @@
 """`prmoe sweep`: trains the runs that a Python file defines, one after another, and records each.
 
 Every run is its own process, so that a failed run stops no other. A run that was stopped resumes,
-and a run that is recorded with the same settings isn't trained again.
+and a run that is recorded with the same settings isn't trained again. A run may go on from another
+one of the sweep, its trunk, instead of repeating the trunk's steps; its record is the same.
 """
 
+import dataclasses
 import logging
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -13,11 +16,23 @@ import tempfile
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
 from prmoe_jax import files
-from prmoe_jax.config import RESUMABLE, Config, changed, check_resume, load, resolve, save, userfile
+from prmoe_jax.config import (
+    RESUMABLE,
+    Config,
+    InitConfig,
+    changed,
+    check_branch,
+    check_resume,
+    load,
+    resolve,
+    save,
+    userfile,
+)
 from prmoe_jax.errors import UserError
 from prmoe_jax.model.sizes import cost
 from prmoe_jax.run import directory as workdirs
@@ -60,8 +75,25 @@ class RunsFailed(UserError):
     exit_code = 1
 
 
-def planned(folder: Path) -> dict[str, Config]:
-    """The runs of a folder's sweep.py, whose function `runs` yields (name, settings) for each.
+class Run(NamedTuple):
+    """A run of a sweep: its config, as if it started at step 0, and the name of its trunk."""
+
+    config: Config
+    trunk: str | None = None
+
+
+class Sweep(NamedTuple):
+    """What a sweep.py defines: its runs by name, and whether their checkpoints stay."""
+
+    runs: dict[str, Run]
+    keep_checkpoints: bool = True
+
+
+def planned(folder: Path) -> Sweep:
+    """The sweep of a folder's sweep.py.
+
+    Its function `runs` yields (name, settings) for each run, or (name, settings, trunk) for one
+    that goes on from an earlier run of the sweep. Its constant KEEP_CHECKPOINTS may be False.
 
     Raises:
       UserError: the file is missing or defines something else; no run has started then.
@@ -74,19 +106,23 @@ def planned(folder: Path) -> dict[str, Config]:
     if not there:
         raise UserError(f"{path} is missing; it must define runs(), which yields (name, settings)")
     with userfile.mistakes(path, str(path)):
-        return _checked(path, userfile.call(path, "runs", named=str(path)))
+        found = userfile.names(path, str(path))
+        keep = found.get("KEEP_CHECKPOINTS", True)
+        if not isinstance(keep, bool):
+            raise UserError(f"{path}: KEEP_CHECKPOINTS is {keep!r:.80}; it must be True or False")
+        return Sweep(_checked(path, userfile.defined(found, "runs", str(path))()), keep)
 
 
-def _checked(path: Path, items) -> dict[str, Config]:
+def _checked(path: Path, items) -> dict[str, Run]:
     if not isinstance(items, Iterable):
         raise UserError(
             f"{path}: runs() returns {type(items).__name__}; it must yield (name, settings)"
         )
-    found: dict[str, Config] = {}
+    found: dict[str, Run] = {}
     for item in list(items):
-        if not (isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str)):
+        if not (isinstance(item, tuple) and len(item) in (2, 3) and isinstance(item[0], str)):
             raise UserError(f"{path}: runs() yields {item!r:.80}, not (name, settings)")
-        name, settings = item
+        name, settings, trunk = (*item, None)[:3]
         parts = name.split("/")
         if not re.fullmatch(r"[\w.+=-]+(/[\w.+=-]+)*", name) or ".." in name or "." in parts:
             raise UserError(
@@ -102,13 +138,62 @@ def _checked(path: Path, items) -> dict[str, Config]:
         if not isinstance(settings, (Mapping, ConfigDict)):
             kind = type(settings).__name__
             raise UserError(f"{path}: the settings of {name} are {kind}, not a dict or ConfigDict")
+        if not (trunk is None or trunk in found):
+            raise UserError(
+                f"{path}: {name} goes on from {trunk!r:.80}, which is no run that comes before it"
+            )
         try:
-            found[name] = resolve(settings)
+            run = Run(resolve(settings), trunk)
+            if trunk is not None:
+                _check_trunk(run.config, trunk, found[trunk].config)
+            found[name] = run
         except UserError as error:
             raise UserError(f"{path}: {name}: {error}") from None
     if not found:
         raise UserError(f"{path}: runs() yields nothing")
     return found
+
+
+def branch(config: Config, trunk: Config, workdir: Path) -> Config:
+    """The config with which a run goes on from its trunk.
+
+    It takes the checkpoint at which the trunk's learning rate begins to decay or, if its own
+    begins earlier, the one of that step.
+
+    Args:
+      config: the run's config, as if it started at step 0.
+      trunk: the trunk's config.
+      workdir: the trunk's folder.
+    """
+    starts = [start for start in (trunk.decay_start, config.decay_start) if start is not None]
+    init = InitConfig(workdir=str(workdir), step=min(starts, default=0))
+    return dataclasses.replace(config, init=init)
+
+
+def _check_trunk(config: Config, name: str, trunk: Config) -> None:
+    """Checks that a run can go on from a trunk, and that the trunk keeps the checkpoint for it.
+
+    Raises:
+      UserError: it can't.
+    """
+    if config.decay_start is None:
+        raise UserError(
+            f"a run that goes on from {name} needs optimizer.schedule=wsd, not "
+            f"{config.optimizer.schedule}"
+        )
+    if config.init != trunk.init:
+        raise UserError(f"{name} has another init; the sweep itself sets where a run goes on")
+    begun = branch(config, trunk, Path(name))
+    check_branch(trunk, begun, name)
+    step, every = begun.init.step, trunk.checkpoint.keep_every
+    if step == 0:
+        raise UserError("its learning rate decays from step 0 on, so that it has no trunk")
+    if step != trunk.decay_start and not (every and step % every == 0):
+        raise UserError(
+            f"it goes on from step {step} of {name}, which keeps the checkpoint of step "
+            f"{trunk.decay_start} and of none before; give {name} a checkpoint.keep_every that "
+            f"divides {step}, or let the longer run go on from the shorter one"
+        )
 
 
 def sweep(folder: Path, root: Path, shard: tuple[int, int] = (1, 1)) -> list[dict]:
@@ -118,7 +203,7 @@ def sweep(folder: Path, root: Path, shard: tuple[int, int] = (1, 1)) -> list[dic
       folder: the folder of sweep.py.
       root: the parent of the runs' folders.
       shard: (i, n) trains only the i-th, the (n + i)-th, … run, so that n processes can share a
-        sweep.
+        sweep. A run that goes on from another one is in that one's share.
 
     Returns:
       All records of the sweep's runs, in the sweep's order; see `record`.
@@ -127,21 +212,27 @@ def sweep(folder: Path, root: Path, shard: tuple[int, int] = (1, 1)) -> list[dic
       UserError: the sweep or its records cannot be used.
       RunsFailed: some runs failed.
     """
-    runs = planned(folder)
+    runs, keep_checkpoints = planned(folder)
     number, count = shard
     if not 1 <= number <= count:
         raise UserError(f"--shard={number}/{count} must be I/N, with I from 1 to N")
-    mine = {name: runs[name] for name in list(runs)[number - 1 :: count]}
+    mine = _share(runs, number, count)
     rows = records.read(folder)
     if others := len(rows) - len(_recorded(rows, runs)):
         log.info("%s: keeps %d records of other runs or settings", folder / records.RESULTS, others)
     if len(_recorded(rows, mine)) < len(mine):
         _prepare(folder, root)
-    failed = []
-    with SweepProgress({name: (root / name, config) for name, config in mine.items()}) as progress:
-        for name, config in mine.items():
+    failed: list[str] = []
+    shown = {name: (root / name, run.config) for name, run in mine.items()}
+    with SweepProgress(shown) as progress:
+        for name, run in mine.items():
             try:
-                state = _done(folder, name, config, root / name, list(runs), progress)
+                if run.trunk in failed:
+                    raise UserError(f"it goes on from {run.trunk}, which failed")
+                state = _done(folder, name, runs, root, progress)
+                if not keep_checkpoints:
+                    for one in filter(None, (name, run.trunk)):
+                        _discard_checkpoints(one, runs, records.read(folder), root)
             except (UserError, OSError) as error:
                 failed.append(name)
                 state = _one_line(error)
@@ -154,13 +245,17 @@ def sweep(folder: Path, root: Path, shard: tuple[int, int] = (1, 1)) -> list[dic
     return records.complete(folder, _recorded(records.read(folder), runs))
 
 
+def _share(runs: dict[str, Run], number: int, count: int) -> dict[str, Run]:
+    """The `number`-th of `count` shares; a trunk and all runs that go on from it count as one."""
+    first: dict[str, str] = {}  # the trunk of a run's trunk and so on
+    for name, run in runs.items():
+        first[name] = first[run.trunk] if run.trunk else name
+    mine = set(list(dict.fromkeys(first.values()))[number - 1 :: count])
+    return {name: run for name, run in runs.items() if first[name] in mine}
+
+
 def _done(
-    folder: Path,
-    name: str,
-    config: Config,
-    workdir: Path,
-    order: list[str],
-    progress: SweepProgress,
+    folder: Path, name: str, runs: dict[str, Run], root: Path, progress: SweepProgress
 ) -> str:
     """Trains and records a run and returns 'finished', or 'recorded' if there is a record already.
 
@@ -168,15 +263,53 @@ def _done(
       UserError: the run cannot be trained, or its record cannot be written; gives the reason.
       OSError: a file in the run's folder cannot be written.
     """
-    if _recorded(records.read(folder), {name: config}):
+    (config, trunk), workdir = runs[name], root / name
+    if _recorded(records.read(folder), {name: runs[name]}):
         return "recorded"
+    given = config if trunk is None else branch(config, runs[trunk].config, root / trunk)
     begun = (workdir / workdirs.CONFIG).exists()
     if begun:
-        check_resume(load(workdir / workdirs.CONFIG), config)
+        check_resume(load(workdir / workdirs.CONFIG), given)
+    elif trunk is not None and not _checkpoint(root / trunk, given.init.step).is_dir():
+        raise UserError(
+            f"it goes on from step {given.init.step} of {trunk}, whose checkpoint is not in "
+            f"{root / trunk}; to train {trunk} again, delete its folder and its line in "
+            f"{folder / records.RESULTS}"
+        )
     if not (begun and _finished(config, workdir)):
-        _train(name, config, workdir, progress)
-    records.add(folder, record(name, config, workdir), order)
+        _train(name, given, workdir, progress)
+    records.add(folder, record(name, config, workdir), list(runs))
     return "finished"
+
+
+def _checkpoint(workdir: Path, step: int) -> Path:
+    return workdir / "checkpoints" / str(step)
+
+
+def _discard_checkpoints(name: str, runs: dict[str, Run], rows: list[dict], root: Path) -> None:
+    """Deletes the checkpoints of a recorded run that no run of the sweep will go on from.
+
+    Of a run that none goes on from, the checkpoint at which its decay starts stays, so that a
+    longer one can be added to the sweep.
+
+    Raises:
+      OSError: a checkpoint cannot be deleted.
+    """
+    config = runs[name].config
+    branches = {other: run for other, run in runs.items() if run.trunk == name}
+    done = {row["run"] for row in _recorded(rows, runs)}
+    needed = {
+        branch(run.config, config, root / name).init.step
+        for other, run in branches.items()
+        if other not in done
+    }
+    if not branches:
+        needed.add(config.decay_start or 0)
+    if name not in done:
+        return
+    for path in (root / name / "checkpoints").glob("*"):
+        if path.is_dir() and path.name not in map(str, needed):
+            shutil.rmtree(path)
 
 
 def record(name: str, config: Config, workdir: Path) -> dict:
@@ -346,12 +479,12 @@ def _settings(config: Config) -> dict:
     }
 
 
-def _recorded(rows: list[dict], runs: dict[str, Config]) -> list[dict]:
+def _recorded(rows: list[dict], runs: dict[str, Run]) -> list[dict]:
     """The records whose run is one of `runs`, with the same settings, in the order of `runs`."""
     known = {
         row["run"]: row
         for row in rows
-        if row["run"] in runs and row["settings"] == _settings(runs[row["run"]])
+        if row["run"] in runs and row["settings"] == _settings(runs[row["run"]].config)
     }
     return [known[name] for name in runs if name in known]
 
