@@ -15,7 +15,8 @@ from math import inf
 from pathlib import Path
 
 PROSE = runpy.run_path(str(Path(__file__).parents[2] / "configs/prose.py"))
-KEEP_CHECKPOINTS = False  # a MoE with 128 experts has one of 208 MB
+LADDER = True  # MoEs are measured against the dense arms
+KEEP_CHECKPOINTS = False  # one of 128 experts takes 0.2 GB
 
 BATCH, LENGTH = 32, 256  # 8,192 tokens a step
 STEPS = {"3M": 350, "6M": 700, "11M": 1400, "23M": 2800}

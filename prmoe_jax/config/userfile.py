@@ -26,20 +26,10 @@ def call(path: Path, function: str, *arguments, named: str):
       UserError: there is no such function, or the file fails; gives the error and its line.
     """
     with mistakes(path, named):
-        return defined(names(path, named), function, named)(*arguments)
-
-
-def names(path: Path, named: str) -> dict:
-    """Runs a file, and returns everything it defines, by name; see `call`."""
-    with mistakes(path, named):
-        return runpy.run_path(str(path))
-
-
-def defined(found: dict, function: str, named: str):
-    """The function of that name among what a file defines; see `call`."""
-    if found.get(function) is None:
-        raise UserError(f"{named} defines no function {function}")
-    return found[function]
+        found = runpy.run_path(str(path)).get(function)
+        if found is None:
+            raise UserError(f"{named} defines no function {function}")
+        return found(*arguments)
 
 
 def shipped(name: str) -> Path:

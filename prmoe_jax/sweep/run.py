@@ -5,40 +5,24 @@ and a run that is recorded with the same settings isn't trained again. A run may
 one of the sweep, its trunk, instead of repeating the trunk's steps; its record is the same.
 """
 
-import dataclasses
 import logging
-import re
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
-
-from ml_collections import ConfigDict
 
 from prmoe_jax import files
-from prmoe_jax.config import (
-    RESUMABLE,
-    Config,
-    InitConfig,
-    changed,
-    check_branch,
-    check_resume,
-    load,
-    resolve,
-    save,
-    userfile,
-)
+from prmoe_jax.config import RESUMABLE, Config, changed, check_resume, load, save
 from prmoe_jax.errors import UserError
 from prmoe_jax.model.sizes import cost
 from prmoe_jax.run import directory as workdirs
 from prmoe_jax.run import lock
 from prmoe_jax.run.metrics import read_metrics
 from prmoe_jax.sweep import records
+from prmoe_jax.sweep.definition import Run, branch, planned
 from prmoe_jax.sweep.progress import SweepProgress
 from prmoe_jax.tables import aligned
 
@@ -49,7 +33,6 @@ POINTS = 100
 # Seconds to wait for a run that another process holds, such as a run whose sweep was killed and
 # which is saving its checkpoint.
 PATIENCE = 60.0
-LONGEST_NAME = 255  # bytes, on every common file system
 # The fields that are used here: a step's and an evaluation's in metrics.jsonl, and a start's in
 # environment.json.
 TRAINED = {
@@ -75,127 +58,6 @@ class RunsFailed(UserError):
     exit_code = 1
 
 
-class Run(NamedTuple):
-    """A run of a sweep: its config, as if it started at step 0, and the name of its trunk."""
-
-    config: Config
-    trunk: str | None = None
-
-
-class Sweep(NamedTuple):
-    """What a sweep.py defines: its runs by name, and whether their checkpoints stay."""
-
-    runs: dict[str, Run]
-    keep_checkpoints: bool = True
-
-
-def planned(folder: Path) -> Sweep:
-    """The sweep of a folder's sweep.py.
-
-    Its function `runs` yields (name, settings) for each run, or (name, settings, trunk) for one
-    that goes on from an earlier run of the sweep. Its constant KEEP_CHECKPOINTS may be False.
-
-    Raises:
-      UserError: the file is missing or defines something else; no run has started then.
-    """
-    path = folder / "sweep.py"
-    try:
-        there = path.is_file()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    if not there:
-        raise UserError(f"{path} is missing; it must define runs(), which yields (name, settings)")
-    with userfile.mistakes(path, str(path)):
-        found = userfile.names(path, str(path))
-        keep = found.get("KEEP_CHECKPOINTS", True)
-        if not isinstance(keep, bool):
-            raise UserError(f"{path}: KEEP_CHECKPOINTS is {keep!r:.80}; it must be True or False")
-        return Sweep(_checked(path, userfile.defined(found, "runs", str(path))()), keep)
-
-
-def _checked(path: Path, items) -> dict[str, Run]:
-    if not isinstance(items, Iterable):
-        raise UserError(
-            f"{path}: runs() returns {type(items).__name__}; it must yield (name, settings)"
-        )
-    found: dict[str, Run] = {}
-    for item in list(items):
-        if not (isinstance(item, tuple) and len(item) in (2, 3) and isinstance(item[0], str)):
-            raise UserError(f"{path}: runs() yields {item!r:.80}, not (name, settings)")
-        name, settings, trunk = (*item, None)[:3]
-        parts = name.split("/")
-        if not re.fullmatch(r"[\w.+=-]+(/[\w.+=-]+)*", name) or ".." in name or "." in parts:
-            raise UserError(
-                f"{path}: {name!r:.80} can't name a folder; use letters, digits, '-', '/'"
-            )
-        if (longest := max(len(part.encode()) for part in parts)) > LONGEST_NAME:
-            raise UserError(
-                f"{path}: the name {name:.40}… has {longest} bytes, a folder's has at most "
-                f"{LONGEST_NAME}; shorten it"
-            )
-        if name in found:
-            raise UserError(f"{path} yields {name!r} twice")
-        if not isinstance(settings, (Mapping, ConfigDict)):
-            kind = type(settings).__name__
-            raise UserError(f"{path}: the settings of {name} are {kind}, not a dict or ConfigDict")
-        if not (trunk is None or trunk in found):
-            raise UserError(
-                f"{path}: {name} goes on from {trunk!r:.80}, which is no run that comes before it"
-            )
-        try:
-            run = Run(resolve(settings), trunk)
-            if trunk is not None:
-                _check_trunk(run.config, trunk, found[trunk].config)
-            found[name] = run
-        except UserError as error:
-            raise UserError(f"{path}: {name}: {error}") from None
-    if not found:
-        raise UserError(f"{path}: runs() yields nothing")
-    return found
-
-
-def branch(config: Config, trunk: Config, workdir: Path) -> Config:
-    """The config with which a run goes on from its trunk.
-
-    It takes the checkpoint at which the trunk's learning rate begins to decay or, if its own
-    begins earlier, the one of that step.
-
-    Args:
-      config: the run's config, as if it started at step 0.
-      trunk: the trunk's config.
-      workdir: the trunk's folder.
-    """
-    starts = [start for start in (trunk.decay_start, config.decay_start) if start is not None]
-    init = InitConfig(workdir=str(workdir), step=min(starts, default=0))
-    return dataclasses.replace(config, init=init)
-
-
-def _check_trunk(config: Config, name: str, trunk: Config) -> None:
-    """Checks that a run can go on from a trunk, and that the trunk keeps the checkpoint for it.
-
-    Raises:
-      UserError: it can't.
-    """
-    if config.decay_start is None:
-        raise UserError(
-            f"a run that goes on from {name} needs optimizer.schedule=wsd, not "
-            f"{config.optimizer.schedule}"
-        )
-    if config.init != trunk.init:
-        raise UserError(f"{name} has another init; the sweep itself sets where a run goes on")
-    begun = branch(config, trunk, Path(name))
-    check_branch(trunk, begun, name)
-    step, every = begun.init.step, trunk.checkpoint.keep_every
-    if step == 0:
-        raise UserError("its learning rate decays from step 0 on, so that it has no trunk")
-    if step != trunk.decay_start and not (every and step % every == 0):
-        raise UserError(
-            f"it goes on from step {step} of {name}, which keeps the checkpoint of step "
-            f"{trunk.decay_start} and of none before; give {name} a checkpoint.keep_every that "
-            f"divides {step}, or let the longer run go on from the shorter one"
-        )
-
-
 def sweep(folder: Path, root: Path, shard: tuple[int, int] = (1, 1)) -> list[dict]:
     """Trains the unfinished runs of a sweep and records them in the folder's results.jsonl.
 
@@ -212,7 +74,7 @@ def sweep(folder: Path, root: Path, shard: tuple[int, int] = (1, 1)) -> list[dic
       UserError: the sweep or its records cannot be used.
       RunsFailed: some runs failed.
     """
-    runs, keep_checkpoints = planned(folder)
+    runs, constants = planned(folder)
     number, count = shard
     if not 1 <= number <= count:
         raise UserError(f"--shard={number}/{count} must be I/N, with I from 1 to N")
@@ -230,7 +92,7 @@ def sweep(folder: Path, root: Path, shard: tuple[int, int] = (1, 1)) -> list[dic
                 if run.trunk in failed:
                     raise UserError(f"it goes on from {run.trunk}, which failed")
                 state = _done(folder, name, runs, root, progress)
-                if not keep_checkpoints:
+                if not constants.keep_checkpoints:
                     for one in filter(None, (name, run.trunk)):
                         _discard_checkpoints(one, runs, records.read(folder), root)
             except (UserError, OSError) as error:
