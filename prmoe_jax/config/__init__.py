@@ -1,6 +1,14 @@
 """The experiment's settings: from an ml-collections ConfigDict to checked, frozen dataclasses."""
 
-from prmoe_jax.config.loading import RESUMABLE, check_resume, expand, load, resolve, save
+from prmoe_jax.config.loading import (
+    RESUMABLE,
+    check_branch,
+    check_resume,
+    expand,
+    load,
+    resolve,
+    save,
+)
 from prmoe_jax.config.schema import (
     CheckpointConfig,
     Config,

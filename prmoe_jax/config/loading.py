@@ -96,6 +96,44 @@ def check_resume(saved: Config, given: Config) -> None:
         )
 
 
+# Settings in which a branch may differ from the run it goes on from, too: they change nothing
+# before that run's learning rate decays.
+BRANCHABLE = (
+    *RESUMABLE, "init.", "train.steps", "train.tokens", "optimizer.decay_tokens",
+    "optimizer.decay_fraction", "optimizer.min_learning_rate",
+)  # fmt: skip
+
+
+def check_branch(trunk: Config, branch: Config, name: str) -> None:
+    """Refuses a branch that would not be the same run as its trunk up to `branch.init.step`.
+
+    Args:
+      trunk: the config of the run that the branch goes on from.
+      branch: the branch's config.
+      name: the trunk's name or folder, for the message.
+
+    Raises:
+      UserError: settings differ, or the trunk's learning rate has fallen by then; with both values.
+    """
+    before, after = leaves(trunk), leaves(branch)
+    changed = [k for k in before if before[k] != after[k] and not k.startswith(BRANCHABLE)]
+    if changed:
+        details = ", ".join(f"{k} is {before[k]!r} there, {after[k]!r} here" for k in changed)
+        raise UserError(
+            f"{name} has another config: {details}; a branch differs in its length alone"
+        )
+    if trunk.kd_steps != branch.kd_steps:
+        raise UserError(
+            f"{name} distills in {trunk.kd_steps} steps, its branch in {branch.kd_steps}; give "
+            "kd.stop in tokens, so that it does not depend on the length of the run"
+        )
+    if branch.init.step > trunk.decay_start:
+        raise UserError(
+            f"init.step={branch.init.step}: {name} decays from step {trunk.decay_start} on, and "
+            "its learning rate has fallen by then; use that step or an earlier one"
+        )
+
+
 def _build(cls, values, path: str):
     if not isinstance(values, Mapping):
         raise UserError(f"{path} must be a group of settings, not {values!r}")

@@ -299,16 +299,30 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up and cosine decay, both measured in tokens."""
+    """AdamW with linear warm-up and a decay of the learning rate, both measured in tokens."""
 
     learning_rate: float = setting(1e-3, "Highest learning rate, after warm-up.", above=0)
     min_learning_rate: float = setting(1e-4, "Learning rate at the end of the decay.")
+    schedule: str = setting(
+        "cosine",
+        "The learning rate after warm-up.",
+        choices={
+            "cosine": "it falls along half a cosine",
+            "wsd": (
+                "warm-up, stable, decay: constant, then linear; the checkpoint where the decay "
+                "starts is kept, and another run can go on from it by `init.step`"
+            ),
+        },
+    )
     warmup_tokens: int = setting(0, "Tokens of linear warm-up.", least=0, most=2**53)
     decay_tokens: int = setting(
         0,
-        "Tokens from the start of the run to the end of the cosine; 0 is the end of the run.",
+        "Tokens from the start of the run to the end of the decay; 0 is the end of the run.",
         least=0,
         most=2**53,
+    )
+    decay_fraction: float = setting(
+        0.2, "The share of these tokens in which `schedule=wsd` decays.", above=0, below=1
     )
     b1: float = setting(
         0.9, "AdamW's β₁, decay rate of the mean of the gradients.", least=0, most=0.99999
@@ -334,6 +348,13 @@ class InitConfig:
 
     workdir: str = setting(
         "", "Folder of a run, whose newest checkpoint is the start.", path=True, store=True
+    )
+    step: int = setting(
+        0,
+        "Step of a checkpoint of that run, where this one goes on as its branch, with the "
+        "optimizer's state and the position in the data; 0 takes the parameters alone, and starts "
+        "at step 0. It needs `optimizer.schedule=wsd`.",
+        least=0,
     )
     noise: float = setting(
         0.0,
@@ -483,6 +504,21 @@ class Config:
     @property
     def total_steps(self) -> int:
         return self.train.steps or -(-self.train.tokens // self.tokens_per_step)
+
+    @property
+    def decay_end(self) -> int:
+        """The number of steps after which the learning rate is at its minimum."""
+        return -(-self.optimizer.decay_tokens // self.tokens_per_step) or self.total_steps
+
+    @property
+    def decay_start(self) -> int | None:
+        """The number of steps before the decay of `optimizer.schedule=wsd`; None with another.
+
+        Up to there the learning rate does not depend on the length of the run.
+        """
+        if self.optimizer.schedule != "wsd":
+            return None
+        return self.decay_end - max(1, round(self.optimizer.decay_fraction * self.decay_end))
 
     @property
     def kd_steps(self) -> int:

@@ -10,6 +10,7 @@ from prmoe_jax.config.schema import (
     MeshConfig,
     ModelConfig,
     MoeConfig,
+    OptimizerConfig,
     Setting,
     declarations,
     group_rows,
@@ -358,17 +359,55 @@ def _check_training(config: Config) -> None:
         f"optimizer.decay_tokens={optimizer.decay_tokens} must be above warmup_tokens="
         f"{optimizer.warmup_tokens}",
     )
+    default = OptimizerConfig().decay_fraction
+    require(
+        optimizer.schedule == "wsd" or optimizer.decay_fraction == default,
+        f"optimizer.decay_fraction={optimizer.decay_fraction} has no effect with "
+        f"optimizer.schedule={optimizer.schedule}; leave it at {default} or use schedule=wsd",
+    )
+    if optimizer.schedule == "wsd":
+        start = config.decay_start * config.tokens_per_step
+        require(
+            optimizer.warmup_tokens <= start,
+            f"optimizer.warmup_tokens={optimizer.warmup_tokens} exceeds the {start} tokens before "
+            f"the decay of optimizer.schedule=wsd; use at most {start}",
+        )
 
 
 def _check_init(config: Config) -> None:
     init = config.init
+    if init.step:
+        _check_branch_point(config)
     require(
         bool(init.workdir) or init.noise == 0,
         f"init.noise={init.noise} has no effect without init.workdir, the run to start as",
     )
     require(
-        not (init.workdir and config.teacher.inherit),
+        not (init.workdir and config.teacher.inherit) or init.step > 0,
         "init.workdir and teacher.inherit=true: a run starts as one other; leave one of them out",
+    )
+
+
+def _check_branch_point(config: Config) -> None:
+    step, start = config.init.step, config.decay_start
+    require(
+        bool(config.init.workdir),
+        f"init.step={step} has no effect without init.workdir, the run to go on from",
+    )
+    require(
+        start is not None,
+        f"init.step={step} needs optimizer.schedule=wsd, whose learning rate is the same in runs "
+        f"of any length until it decays; optimizer.schedule is {config.optimizer.schedule}",
+    )
+    require(
+        step <= start,
+        f"init.step={step} comes after the decay of this run starts, at step {start} of "
+        f"{config.total_steps}; use {start} or less, or a longer run",
+    )
+    require(
+        config.init.noise == 0,
+        f"init.noise={config.init.noise} has no effect with init.step={step}, which takes the "
+        "other run's parameters as they are",
     )
 
 

@@ -57,12 +57,76 @@ def arms(records: list[dict]) -> dict[str, dict[int, dict]]:
     return found
 
 
+def model_of(arm: str) -> str:
+    """The name of an arm's model, which a sweep of several lengths names MODEL/LENGTH."""
+    return arm.rpartition("/")[0] or arm
+
+
+def models(found: dict[str, dict[int, dict]]) -> dict[str, dict[int, dict]]:
+    """Records by model and seed: the longest run of each, with the last evaluations of all."""
+    runs: dict[tuple[str, int], list[dict]] = {}
+    for arm, by_seed in found.items():
+        for seed, record in by_seed.items():
+            runs.setdefault((model_of(arm), seed), []).append(record)
+    joined: dict[str, dict[int, dict]] = {}
+    for (model, seed), records in runs.items():
+        records.sort(key=lambda record: record["tokens"])
+        joined.setdefault(model, {})[seed] = records[-1] | {
+            "evaluations": [record["evaluations"][-1] for record in records],
+            "evaluated_tokens": [1] * len(records),  # alike: all are on the whole split
+        }
+    return joined
+
+
+def base_of(arm: str, found: dict[str, dict[int, dict]], base: str) -> str | None:
+    """The arm with which an arm is compared: `base`, or its model's arm of the same length.
+
+    None if there is no such arm, or if it is the arm itself.
+    """
+    if "/" in base:
+        tokens = _tokens(found[arm])
+        base = next(
+            (b for b in found if model_of(b) == model_of(base) and _tokens(found[b]) == tokens), arm
+        )
+    return None if base == arm else base
+
+
+def _tokens(by_seed: dict[int, dict]) -> int:
+    return next(iter(by_seed.values()))["tokens"]
+
+
 def difference(arm: dict[int, dict], base: dict[int, dict], of: str = "loss") -> Mean | None:
     """An arm's mean difference from another, paired by seed; None with under two common seeds."""
     common = sorted(arm.keys() & base.keys())
     if len(common) < 2:
         return None
     return mean([arm[seed][of] - base[seed][of] for seed in common])
+
+
+def verdict(arm: dict[int, dict], base: dict[int, dict], margin: float) -> str | None:
+    """What an arm's difference from another in loss amounts to; None with under two common seeds.
+
+    The arm is 'equivalent' if two one-sided t tests at 5 %, paired by seed, reject a difference of
+    the margin or more in either direction, even where the difference is resolved from 0. Else it
+    is 'better' or 'worse' where the 95 % interval excludes 0, and otherwise 'not resolved'.
+
+    Args:
+      arm: records by seed.
+      base: those of the arm that it is compared with.
+      margin: the largest difference that counts as none, in nats, chosen before the runs.
+    """
+    from scipy import stats
+
+    apart = difference(arm, base)
+    if apart is None:
+        return None
+    count = len(arm.keys() & base.keys())
+    two_sided, one_sided = (float(stats.t.ppf(q, count - 1)) for q in (0.975, 0.95))
+    if abs(apart.value) + apart.margin * one_sided / two_sided < margin:
+        return "equivalent"
+    if abs(apart.value) <= apart.margin:
+        return "not resolved"
+    return "better" if apart.value < 0 else "worse"
 
 
 def write_csv(records: list[dict], path: Path) -> None:

@@ -6,7 +6,18 @@ from pathlib import Path
 from prmoe_jax import files
 from prmoe_jax.errors import UserError
 from prmoe_jax.report import figures, page
-from prmoe_jax.report.arms import arms, difference, mean, write_csv
+from prmoe_jax.report.arms import (
+    arms,
+    base_of,
+    difference,
+    mean,
+    model_of,
+    models,
+    verdict,
+    write_csv,
+)
+from prmoe_jax.report.multiplier import Multiplier, multipliers
+from prmoe_jax.sweep.definition import constants
 from prmoe_jax.sweep.records import RESULTS, complete, read
 from prmoe_jax.tables import aligned
 
@@ -22,24 +33,39 @@ HEAD = (
     "tokens/s",
 )
 
+EQUIVALENCE = (
+    " An arm is equivalent to another if two one-sided t tests at 5 % place its difference within "
+    "±{margin:g}, the margin that sweep.py states; else it is better or worse if the 95 % interval "
+    "excludes 0."
+)
+LADDER = (
+    "How many times a MoE's FLOPs for each token a dense model needs to reach its loss with the "
+    "same tokens. Between two dense arms, log(loss) is linear in log(FLOPs); nothing is "
+    "extrapolated. In brackets the 95 % interval of a bootstrap over seeds, too narrow with few of "
+    "them. D/N: tokens by active parameters."
+)
+
 
 def report(folder: Path, base: str | None = None) -> dict:
     """Writes results.csv, figures and report.html beside results.jsonl.
 
-    The report shows every record in results.jsonl, even if sweep.py no longer names its run.
+    The report shows every record in results.jsonl, even if sweep.py no longer names its run. The
+    constants of sweep.py ask for more: MARGIN for verdicts on differences, LADDER for multipliers.
 
     Args:
       folder: the folder of results.jsonl.
-      base: the arm that the others are compared with; by default the first one.
+      base: the arm that the others are compared with; by default the first one. If it is named
+        MODEL/LENGTH, arms are compared with the model's arm of their own number of tokens.
 
     Returns:
       page, the path; base; and arms. For each arm: seeds, loss and, with two seeds or more, margin
       (of the 95 % interval); with two seeds in common with the base also difference and
-      difference_margin, paired by seed.
+      difference_margin, paired by seed, and with MARGIN the verdict; with LADDER a MoE has its
+      multiplier, as text.
 
     Raises:
-      UserError: the results are missing or damaged, the arm is unknown, matplotlib is missing, or
-        a file cannot be written, which is then unchanged.
+      UserError: the results are missing or damaged, a constant of sweep.py is wrong, the arm
+        is unknown, matplotlib is missing, or a file cannot be written, which is then unchanged.
     """
     path = folder / RESULTS
     records = complete(folder, read(folder))
@@ -51,34 +77,55 @@ def report(folder: Path, base: str | None = None) -> dict:
     base = next(iter(found)) if base is None else base
     if base not in found:
         raise UserError(f"{path} has no arm {base!r}; --base is one of {', '.join(found)}")
+    stated = constants(folder)
     write_csv(records, folder / "results.csv")
     rows, summary, apart = [], {}, {}
     for arm, by_seed in found.items():
         loss = mean([row["loss"] for row in by_seed.values()])
-        above = difference(by_seed, found[base]) if arm != base else None
-        rows.append([arm, len(by_seed), loss, above or "", *_costs(list(by_seed.values()))])
+        other = base_of(arm, found, base)
+        above = difference(by_seed, found[other]) if other else None
+        judged = above and stated.margin and verdict(by_seed, found[other], stated.margin)
+        told = f"{above}, {judged}" if judged else above or ""
+        rows.append([arm, len(by_seed), loss, told, *_costs(list(by_seed.values()))])
         summary[arm] = {"seeds": len(by_seed), "loss": loss.value}
         if len(by_seed) > 1:
             summary[arm]["margin"] = loss.margin
         if above:
             apart[arm] = above
             summary[arm] |= {"difference": above.value, "difference_margin": above.margin}
+        if judged:
+            summary[arm]["verdict"] = judged
 
+    named = model_of(base)
+    drawn = models(found) if named != base else found
     caption = "Validation loss against tokens; band: all seeds."
-    if figures.curves(found, folder / "loss_tokens", by_flops=False):
+    if figures.curves(drawn, folder / "loss_tokens", by_flops=False):
         caption += " Hollow marks: the whole validation split; lines: a part of it."
     pictures = {folder / "loss_tokens": caption}
     pictures[folder / "loss_flops"] = "The same against training FLOPs of the active parameters."
-    figures.curves(found, folder / "loss_flops", by_flops=True)
+    figures.curves(drawn, folder / "loss_flops", by_flops=True)
     pictures[folder / "loss_parameters"] = "At the end: a line from active to all parameters."
-    figures.sizes(found, folder / "loss_parameters")
+    figures.sizes(drawn, folder / "loss_parameters")
     if apart:
-        pictures[folder / "differences"] = f"Differences from {base}, paired by seed."
-        figures.differences(apart, base, folder / "differences")
+        pictures[folder / "differences"] = f"Differences from {named}, paired by seed." + (
+            f" Shaded: the margin of {stated.margin:g}." if stated.margin else ""
+        )
+        figures.differences(apart, named, folder / "differences", stated.margin)
 
-    if dropping := {arm: rows for arm, rows in found.items() if _drops(rows)}:
+    if dropping := {arm: rows for arm, rows in drawn.items() if _drops(rows)}:
         pictures[folder / "drops"] = "Who is dropped, in the last evaluation."
         figures.drops(dropping, folder / "drops")
+
+    worth = multipliers(found) if stated.ladder else []
+    if worth:
+        pictures[folder / "multipliers"] = (
+            "Dense-equivalent multipliers with 95 % intervals. Triangles: beyond the ladder. "
+            "Dashed: the joint MoE scaling law (arXiv 2502.05172), which was fitted to models of "
+            "79 M active parameters and more."
+        )
+        figures.multipliers(worth, folder / "multipliers")
+    for one in worth:
+        summary[one.arm]["multiplier"] = str(one)
 
     revisions = sorted({revision for row in records for revision in row["revisions"]})
     devices = sorted({f"{row['device']}, jax {row['versions'].get('jax', '?')}" for row in records})
@@ -86,10 +133,11 @@ def report(folder: Path, base: str | None = None) -> dict:
         page.paragraph(
             f"{len(records)} runs in {len(found)} arms. Losses are nats a token on the whole "
             "validation split, ± half of a 95 % interval (Student's t); differences are paired by "
-            "seed."
+            "seed." + (EQUIVALENCE.format(margin=stated.margin) if stated.margin else "")
         ),
-        page.table([name.format(base=base) for name in HEAD], rows),
+        page.table([name.format(base=named) for name in HEAD], rows),
         page.figures(pictures),
+        *(_multipliers(worth) if stated.ladder else []),
         page.heading("Runs"),
         page.table(
             ["run", "loss", "bits/byte", "tokens", "tokens/s"],
@@ -109,6 +157,25 @@ def report(folder: Path, base: str | None = None) -> dict:
     out = folder / "report.html"
     files.replace(out, page.page(folder.resolve().name, parts))
     return {"page": str(out), "base": base, "arms": summary}
+
+
+def _multipliers(worth: list[Multiplier]) -> list[str]:
+    """The part of the page about multipliers."""
+    if not worth:
+        return [page.paragraph("No MoE has two dense arms with as many tokens and a common seed.")]
+    head = ["arm", "tokens", "D/N", "seeds", "multiplier", "scaling law"]
+    rows = [
+        [
+            *(one.arm, f"{one.tokens:,}", f"{one.tokens_per_parameter:.1f}", one.seeds, one),
+            "" if one.law is None else f"{one.law:.2f}",
+        ]
+        for one in worth
+    ]
+    return [
+        page.heading("Dense-equivalent multipliers"),
+        page.paragraph(LADDER),
+        page.table(head, rows),
+    ]
 
 
 def _drops(rows: dict[int, dict]) -> bool:
@@ -135,6 +202,11 @@ def table(result: dict) -> str:
         above = ""
         if "difference" in row:
             above = f"{row['difference']:+.4f} ± {row['difference_margin']:.4f}"
-        rows.append((arm, row["seeds"], loss, above))
-    head = "arm", "seeds", "loss", f"above {result['base']}"
+        rows.append([arm, row["seeds"], loss, above])
+    head = ["arm", "seeds", "loss", f"above {model_of(result['base'])}"]
+    for column in "verdict", "multiplier":
+        if any(column in row for row in result["arms"].values()):
+            head.append(column)
+            for cells, row in zip(rows, result["arms"].values(), strict=True):
+                cells.append(row.get(column, ""))
     return f"{aligned(head, rows)}\n{result['page']}"

@@ -9,7 +9,8 @@ import numpy as np
 
 from prmoe_jax import files
 from prmoe_jax.errors import UserError
-from prmoe_jax.report.arms import mean
+from prmoe_jax.report.arms import mean, model_of
+from prmoe_jax.report.multiplier import Multiplier
 
 # Colours that people with red-green colour blindness can tell apart (Okabe and Ito).
 COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000 #8C6D31".split()
@@ -140,9 +141,16 @@ def sizes(arms: dict[str, dict[int, dict]], path: Path) -> None:
         axes.legend(frameon=False)
 
 
-def differences(found: dict[str, tuple[float, float]], base: str, path: Path) -> None:
-    """Draws each arm's difference from the arm `base`, with its 95 % interval."""
+def differences(
+    found: dict[str, tuple[float, float]], base: str, path: Path, margin: float | None = None
+) -> None:
+    """Draws each arm's difference from the arm `base`, with its 95 % interval.
+
+    A margin within which arms are equivalent is shaded.
+    """
     with figure(path, 1.2 + 0.4 * len(found)) as axes:
+        if margin:
+            axes.axvspan(-margin, margin, color="grey", alpha=0.2, linewidth=0)
         for number, (value, margin) in enumerate(found.values()):
             axes.errorbar(value, number, xerr=margin, fmt="o", color=COLOURS[0], capsize=4)
         axes.axvline(0, color="black", linewidth=1)
@@ -150,6 +158,44 @@ def differences(found: dict[str, tuple[float, float]], base: str, path: Path) ->
         axes.set_ylim(-0.6, len(found) - 0.4)
         axes.invert_yaxis()
         axes.set(xlabel=f"validation loss above {label(base)}, nats (95 %)")
+
+
+def multipliers(found: list[Multiplier], path: Path) -> None:
+    """Draws multipliers against tokens by active parameters, and the scaling law's prediction.
+
+    Arms of one model are joined by a line. One that is beyond the ladder is a triangle at the
+    ladder's end, which points away from it.
+    """
+    series: dict[str, list[Multiplier]] = {}
+    for one in found:
+        series.setdefault(model_of(one.arm), []).append(one)
+    with figure(path, 4.2) as axes:
+        from matplotlib.ticker import LogLocator
+
+        for number, (name, some) in enumerate(series.items()):
+            some.sort(key=lambda one: one.tokens)
+            style = {"color": COLOURS[number % len(COLOURS)]}
+            x = [one.tokens_per_parameter for one in some]
+            inside = [0 < one.value < np.inf for one in some]
+            y = [one.value if ok else np.nan for one, ok in zip(some, inside, strict=True)]
+            axes.plot(x, y, marker="o", markersize=5, label=label(name), **style)
+            for one, at, ok in zip(some, x, inside, strict=True):
+                if ok:
+                    axes.vlines(at, max(one.low, one.least), min(one.high, one.most), **style)
+                    continue
+                above = one.value > 0
+                end, mark = (one.most, "^") if above else (one.least, "v")
+                axes.plot(at, end, mark, markersize=9, markerfacecolor="none", **style)
+            if all(one.law is not None for one in some):
+                axes.plot(x, [one.law for one in some], linestyle="--", linewidth=1, **style)
+        axes.axhline(1, color="black", linewidth=1)
+        axes.set(xlabel="tokens by active parameters, D/N", ylabel="dense-equivalent multiplier")
+        axes.set(xscale="log", yscale="log")
+        for axis in axes.xaxis, axes.yaxis:
+            axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+            axis.set_major_formatter(lambda value, _: f"{value:g}")
+            axis.set_minor_formatter("")
+        axes.legend(frameon=False)
 
 
 def drops(arms: dict[str, dict[int, dict]], path: Path) -> None:

@@ -8,6 +8,7 @@ import itertools
 import json
 import logging
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import optax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding
+from orbax.checkpoint import checkpoint_managers as preservation
 
 from prmoe_jax import stores
 from prmoe_jax.config import Config
@@ -45,16 +47,24 @@ class TrainState(NamedTuple):
 class Checkpoints:
     """The checkpoints of one run.
 
-    The newest `keep` checkpoints stay, and those of steps that `keep_every` divides; others are
-    deleted. Without `keep`, checkpoints can be read but not written.
+    The newest `keep` checkpoints stay, those of steps that `keep_every` divides, and those of
+    `kept_steps`; others are deleted. Without `keep`, checkpoints can be read but not written.
     """
 
-    def __init__(self, workdir: Path, keep: int | None = None, keep_every: int = 0):
+    def __init__(
+        self,
+        workdir: Path,
+        keep: int | None = None,
+        keep_every: int = 0,
+        kept_steps: Sequence[int] = (),
+    ):
         self._local = stores.is_local(workdir)
         self._directory = (workdir.absolute() if self._local else workdir) / "checkpoints"
+        policies = [preservation.LatestN(keep), preservation.CustomSteps(kept_steps)]
+        if keep_every:
+            policies.append(preservation.EveryNSteps(keep_every))
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep,
-            keep_period=keep_every or None,
+            preservation_policy=preservation.AnyPreservationPolicy(policies),
             cleanup_tmp_directories=keep is not None,
             read_only=keep is None,
         )
@@ -154,21 +164,57 @@ class Checkpoints:
                 "run that starts as it, by --config.init.workdir"
             )
         for step in steps:
-            parts = {"model": shapes.model, "optimizer": shapes.optimizer}
-            arguments = {part: _restore_arguments(tree, mesh) for part, tree in parts.items()}
             try:
-                items = self._read(step, data=ocp.args.JsonRestore(), **arguments)
-                _verify({part: items[part] for part in parts}, record := dict(items["data"]))
+                return step, *self._read_state(step, shapes, mesh)
             except Damaged as damage:
                 self._set_aside(step, damage)
-                continue
-            model, optimizer = (_unflatten(tree, items[part]) for part, tree in parts.items())
-            number = jax.device_put(jax.numpy.int32(step), replicated(mesh))
-            record.pop("checksums", None)
-            return step, TrainState(number, model, optimizer), record
         if steps:  # all of them were moved away
             self.check_new()
         return None
+
+    def restore_step(
+        self, step: int, shapes: TrainState, mesh: Mesh
+    ) -> tuple[int, TrainState, dict]:
+        """Restores the checkpoint of one step, and moves nothing: its step, state and data record.
+
+        Args:
+          step: the checkpoint's step.
+          shapes: the shapes of the state.
+          mesh: the mesh on which the arrays are placed.
+
+        Raises:
+          UserError: there is no such checkpoint, or it cannot be read.
+        """
+        self._check_has(step)
+        try:
+            return step, *self._read_state(step, shapes, mesh)
+        except Damaged as damage:
+            raise UserError(
+                f"checkpoint {step} in {self._directory} cannot be read ({damage})"
+            ) from damage
+
+    def _read_state(self, step: int, shapes: TrainState, mesh: Mesh) -> tuple[TrainState, dict]:
+        """Reads a checkpoint's state and data record.
+
+        Raises:
+          Damaged: the files are not as they were written.
+          UserError: the files cannot be read now.
+        """
+        parts = {"model": shapes.model, "optimizer": shapes.optimizer}
+        arguments = {part: _restore_arguments(tree, mesh) for part, tree in parts.items()}
+        items = self._read(step, data=ocp.args.JsonRestore(), **arguments)
+        _verify({part: items[part] for part in parts}, record := dict(items["data"]))
+        model, optimizer = (_unflatten(tree, items[part]) for part, tree in parts.items())
+        number = jax.device_put(jax.numpy.int32(step), replicated(mesh))
+        record.pop("checksums", None)
+        return TrainState(number, model, optimizer), record
+
+    def _check_has(self, step: int) -> None:
+        if step not in self.steps():
+            raise UserError(
+                f"checkpoint {step} is not in {self._directory}, which holds "
+                f"{', '.join(map(str, self.steps())) or 'none'}"
+            )
 
     def check_new(self) -> None:
         """Raises UserError if a run without checkpoints has lost some and would start again."""
@@ -194,11 +240,8 @@ class Checkpoints:
           UserError: there is no such checkpoint, it cannot be read, or the run's tokenizer.json is
             not the one that the model was trained with.
         """
-        if step is not None and step not in self.steps():
-            raise UserError(
-                f"checkpoint {step} is no longer in {self._directory}, which holds "
-                f"{', '.join(map(str, self.steps())) or 'none'}"
-            )
+        if step is not None:
+            self._check_has(step)
         step = self.latest() if step is None else step
         if step is None:
             raise UserError(f"no checkpoint in {self._directory}; train the run first")

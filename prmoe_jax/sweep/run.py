@@ -1,31 +1,31 @@
 """`prmoe sweep`: trains the runs that a Python file defines, one after another, and records each.
 
 Every run is its own process, so that a failed run stops no other. A run that was stopped resumes,
-and a run that is recorded with the same settings isn't trained again.
+and a run that is recorded with the same settings isn't trained again. A run may go on from another
+one of the sweep, its trunk, instead of repeating the trunk's steps; its record is the same.
 """
 
 import contextlib
 import logging
-import re
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from ml_collections import ConfigDict
-
 from prmoe_jax import files, stores
-from prmoe_jax.config import RESUMABLE, Config, changed, check_resume, load, resolve, save, userfile
+from prmoe_jax.config import RESUMABLE, Config, changed, check_resume, load, save
 from prmoe_jax.errors import UserError
 from prmoe_jax.model.sizes import cost
 from prmoe_jax.run import directory as workdirs
 from prmoe_jax.run.metrics import read_metrics
 from prmoe_jax.stores import lock
 from prmoe_jax.sweep import records
+from prmoe_jax.sweep.definition import Run, branch, planned
 from prmoe_jax.sweep.progress import SweepProgress
 from prmoe_jax.tables import aligned
 
@@ -36,7 +36,6 @@ POINTS = 100
 # Seconds to wait for a run that another process holds, such as a run whose sweep was killed and
 # which is saving its checkpoint, or that was killed itself and left its lease in an object store.
 PATIENCE = lock.LEASE + 15
-LONGEST_NAME = 255  # bytes, on every common file system
 # The fields that are used here: a step's and an evaluation's in metrics.jsonl, and a start's in
 # environment.json.
 TRAINED = {
@@ -62,57 +61,6 @@ class RunsFailed(UserError):
     exit_code = 1
 
 
-def planned(folder: Path) -> dict[str, Config]:
-    """The runs of a folder's sweep.py, whose function `runs` yields (name, settings) for each.
-
-    Raises:
-      UserError: the file is missing or defines something else; no run has started then.
-    """
-    path = folder / "sweep.py"
-    try:
-        there = path.is_file()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    if not there:
-        raise UserError(f"{path} is missing; it must define runs(), which yields (name, settings)")
-    with userfile.mistakes(path, str(path)):
-        return _checked(path, userfile.call(path, "runs", named=str(path)))
-
-
-def _checked(path: Path, items) -> dict[str, Config]:
-    if not isinstance(items, Iterable):
-        raise UserError(
-            f"{path}: runs() returns {type(items).__name__}; it must yield (name, settings)"
-        )
-    found: dict[str, Config] = {}
-    for item in list(items):
-        if not (isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str)):
-            raise UserError(f"{path}: runs() yields {item!r:.80}, not (name, settings)")
-        name, settings = item
-        parts = name.split("/")
-        if not re.fullmatch(r"[\w.+=-]+(/[\w.+=-]+)*", name) or ".." in name or "." in parts:
-            raise UserError(
-                f"{path}: {name!r:.80} can't name a folder; use letters, digits, '-', '/'"
-            )
-        if (longest := max(len(part.encode()) for part in parts)) > LONGEST_NAME:
-            raise UserError(
-                f"{path}: the name {name:.40}… has {longest} bytes, a folder's has at most "
-                f"{LONGEST_NAME}; shorten it"
-            )
-        if name in found:
-            raise UserError(f"{path} yields {name!r} twice")
-        if not isinstance(settings, (Mapping, ConfigDict)):
-            kind = type(settings).__name__
-            raise UserError(f"{path}: the settings of {name} are {kind}, not a dict or ConfigDict")
-        try:
-            found[name] = resolve(settings)
-        except UserError as error:
-            raise UserError(f"{path}: {name}: {error}") from None
-    if not found:
-        raise UserError(f"{path}: runs() yields nothing")
-    return found
-
-
 def sweep(folder: Path, root: Path, shard: tuple[int, int] = (1, 1)) -> list[dict]:
     """Trains the unfinished runs of a sweep and records them in the folder's results.jsonl.
 
@@ -120,7 +68,7 @@ def sweep(folder: Path, root: Path, shard: tuple[int, int] = (1, 1)) -> list[dic
       folder: the folder of sweep.py.
       root: the parent of the runs' folders, local or in an object store.
       shard: (i, n) trains only the i-th, the (n + i)-th, … run, so that n processes can share a
-        sweep.
+        sweep. A run that goes on from another one is in that one's share.
 
     Returns:
       All records of the sweep's runs, in the sweep's order; see `record`.
@@ -129,21 +77,27 @@ def sweep(folder: Path, root: Path, shard: tuple[int, int] = (1, 1)) -> list[dic
       UserError: the sweep or its records cannot be used.
       RunsFailed: some runs failed.
     """
-    runs = planned(folder)
+    runs, constants = planned(folder)
     number, count = shard
     if not 1 <= number <= count:
         raise UserError(f"--shard={number}/{count} must be I/N, with I from 1 to N")
-    mine = {name: runs[name] for name in list(runs)[number - 1 :: count]}
+    mine = _share(runs, number, count)
     rows = records.read(folder)
     if others := len(rows) - len(_recorded(rows, runs)):
         log.info("%s: keeps %d records of other runs or settings", folder / records.RESULTS, others)
     if len(_recorded(rows, mine)) < len(mine):
         _prepare(folder, root)
-    failed = []
-    with SweepProgress({name: (root / name, config) for name, config in mine.items()}) as progress:
-        for name, config in mine.items():
+    failed: list[str] = []
+    shown = {name: (root / name, run.config) for name, run in mine.items()}
+    with SweepProgress(shown) as progress:
+        for name, run in mine.items():
             try:
-                state = _done(folder, name, config, root / name, list(runs), progress)
+                if run.trunk in failed:
+                    raise UserError(f"it goes on from {run.trunk}, which failed")
+                state = _done(folder, name, runs, root, progress)
+                if not constants.keep_checkpoints:
+                    for one in filter(None, (name, run.trunk)):
+                        _discard_checkpoints(one, runs, records.read(folder), root)
             except (UserError, OSError) as error:
                 failed.append(name)
                 state = _one_line(error)
@@ -156,13 +110,17 @@ def sweep(folder: Path, root: Path, shard: tuple[int, int] = (1, 1)) -> list[dic
     return records.complete(folder, _recorded(records.read(folder), runs))
 
 
+def _share(runs: dict[str, Run], number: int, count: int) -> dict[str, Run]:
+    """The `number`-th of `count` shares; a trunk and all runs that go on from it count as one."""
+    first: dict[str, str] = {}  # the trunk of a run's trunk and so on
+    for name, run in runs.items():
+        first[name] = first[run.trunk] if run.trunk else name
+    mine = set(list(dict.fromkeys(first.values()))[number - 1 :: count])
+    return {name: run for name, run in runs.items() if first[name] in mine}
+
+
 def _done(
-    folder: Path,
-    name: str,
-    config: Config,
-    workdir: Path,
-    order: list[str],
-    progress: SweepProgress,
+    folder: Path, name: str, runs: dict[str, Run], root: Path, progress: SweepProgress
 ) -> str:
     """Trains and records a run and returns 'finished', or 'recorded' if there is a record already.
 
@@ -170,15 +128,53 @@ def _done(
       UserError: the run cannot be trained, or its record cannot be written; gives the reason.
       OSError: a file in the run's folder cannot be written.
     """
-    if _recorded(records.read(folder), {name: config}):
+    (config, trunk), workdir = runs[name], root / name
+    if _recorded(records.read(folder), {name: runs[name]}):
         return "recorded"
+    given = config if trunk is None else branch(config, runs[trunk].config, root / trunk)
     begun = (workdir / workdirs.CONFIG).exists()
     if begun:
-        check_resume(load(workdir / workdirs.CONFIG), config)
+        check_resume(load(workdir / workdirs.CONFIG), given)
+    elif trunk is not None and not _checkpoint(root / trunk, given.init.step).is_dir():
+        raise UserError(
+            f"it goes on from step {given.init.step} of {trunk}, whose checkpoint is not in "
+            f"{root / trunk}; to train {trunk} again, delete its folder and its line in "
+            f"{folder / records.RESULTS}"
+        )
     if not (begun and _finished(config, workdir)):
-        _train(name, config, workdir, progress)
-    records.add(folder, record(name, config, workdir), order)
+        _train(name, given, workdir, progress)
+    records.add(folder, record(name, config, workdir), list(runs))
     return "finished"
+
+
+def _checkpoint(workdir: Path, step: int) -> Path:
+    return workdir / "checkpoints" / str(step)
+
+
+def _discard_checkpoints(name: str, runs: dict[str, Run], rows: list[dict], root: Path) -> None:
+    """Deletes the checkpoints of a recorded run that no run of the sweep will go on from.
+
+    Of a run that none goes on from, the checkpoint at which its decay starts stays, so that a
+    longer one can be added to the sweep.
+
+    Raises:
+      OSError: a checkpoint cannot be deleted.
+    """
+    config = runs[name].config
+    branches = {other: run for other, run in runs.items() if run.trunk == name}
+    done = {row["run"] for row in _recorded(rows, runs)}
+    needed = {
+        branch(run.config, config, root / name).init.step
+        for other, run in branches.items()
+        if other not in done
+    }
+    if not branches:
+        needed.add(config.decay_start or 0)
+    if name not in done:
+        return
+    for path in (root / name / "checkpoints").glob("*"):
+        if path.is_dir() and path.name not in map(str, needed):
+            shutil.rmtree(path) if stores.is_local(path) else path.rmtree()
 
 
 def record(name: str, config: Config, workdir: Path) -> dict:
@@ -364,12 +360,12 @@ def _settings(config: Config) -> dict:
     }
 
 
-def _recorded(rows: list[dict], runs: dict[str, Config]) -> list[dict]:
+def _recorded(rows: list[dict], runs: dict[str, Run]) -> list[dict]:
     """The records whose run is one of `runs`, with the same settings, in the order of `runs`."""
     known = {
         row["run"]: row
         for row in rows
-        if row["run"] in runs and row["settings"] == _settings(runs[row["run"]])
+        if row["run"] in runs and row["settings"] == _settings(runs[row["run"]].config)
     }
     return [known[name] for name in runs if name in known]
 

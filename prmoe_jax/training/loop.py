@@ -59,6 +59,7 @@ from prmoe_jax.run.metrics import (
 )
 from prmoe_jax.run.weights_and_biases import WandbRun
 from prmoe_jax.stores.lock import locked
+from prmoe_jax.training import branch
 from prmoe_jax.training.evaluate import evaluate_model
 from prmoe_jax.training.preemption import PreemptionGuard
 from prmoe_jax.training.step import compile_train_step, eval_step, init_state, sharded_state
@@ -110,7 +111,12 @@ def train(
         interrupted = stack.enter_context(PreemptionGuard())
         checkpoints = stack.enter_context(
             contextlib.closing(
-                Checkpoints(workdir, config.checkpoint.keep, config.checkpoint.keep_every)
+                Checkpoints(
+                    workdir,
+                    config.checkpoint.keep,
+                    config.checkpoint.keep_every,
+                    () if config.decay_start is None else (config.decay_start,),
+                )
             )
         )
         stack.enter_context(compile_cache(config, workdir))
@@ -121,6 +127,8 @@ def train(
             configs.check_resume(configs.load(settings), config)
         else:
             checkpoints.check_new()
+            if config.init.step:
+                branch.check(config)
         # 2. The tokenizer and the data, which must be those that the run began with.
         shape = config.model.vocab_size, config.model.length
         with processes.main_process_first():
@@ -135,11 +143,14 @@ def train(
         shapes = jax.eval_shape(lambda: init_state(placed))
         # 3. Model, optimizer and step. 4. The position in the data.
         restored = checkpoints.restore(shapes, mesh) if resuming else None
+        if branching := not restored and config.init.step > 0:
+            restored = branch.restore(config, shapes, mesh)
         if restored:
             step, state, record = restored
             check_fingerprint(record["fingerprint"], fingerprint)
             batches.set_state(record["iterator"])
-            log.info("resumed at step %d of %d", step, config.total_steps)
+            how = f"goes on from {config.init.workdir}" if branching else "resumed"
+            log.info("%s at step %d of %d", how, step, config.total_steps)
         else:
             step = 0
             state = sharded_state(placed, mesh)
@@ -158,6 +169,8 @@ def train(
         if first:
             data.tokenizer.save(stored)
             configs.save(config, settings)
+            if branching:
+                branch.copy_metrics(config, workdir)
         # 5. The metrics: lines of steps that will be repeated are removed.
         lines = read_metrics(workdir / METRICS) if first else []
         evaluated = processes.of_first(
@@ -288,6 +301,7 @@ class Run:
             trace.after(step, metrics, stopping)
 
             checkpoint_due = self.due(self.config.checkpoint.every, step) or stopping
+            checkpoint_due |= step == self.config.decay_start  # where another run may go on
             eval_due = self.due(self.config.eval.every, step)
             if checkpoint_due or eval_due:
                 self.report(*pending)  # a checkpoint is only written after its loss was checked

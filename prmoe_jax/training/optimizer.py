@@ -23,8 +23,9 @@ def decay_mask(params):
 def learning_rate(config: Config):
     """A function from an update's 0-based step to its learning rate.
 
-    The rate warms up linearly, then falls to the minimum along a cosine. The schedule is in
-    tokens (such as 375 M tokens of warm-up), and a step counts with the tokens seen at its end.
+    The rate warms up linearly. Then it falls to the minimum along a cosine, or stays constant
+    before it falls linearly. The schedule is in tokens (such as 375 M tokens of warm-up), and a
+    step counts with the tokens seen at its end.
     """
     settings = config.optimizer
     warmup = settings.warmup_tokens / config.tokens_per_step
@@ -34,8 +35,13 @@ def learning_rate(config: Config):
     def rate(step: jax.Array) -> jax.Array:
         seen = step + 1.0
         rising = high * seen / max(warmup, 1.0)
-        progress = jnp.clip((seen - warmup) / max(end - warmup, 1.0), 0.0, 1.0)
-        falling = low + 0.5 * (high - low) * (1 + jnp.cos(jnp.pi * progress))
+        if settings.schedule == "wsd":
+            length = config.decay_end - config.decay_start
+            progress = jnp.clip((seen - config.decay_start) / length, 0.0, 1.0)
+            falling = high * (1 - progress) + low * progress  # `high` to the last bit at first
+        else:
+            progress = jnp.clip((seen - warmup) / max(end - warmup, 1.0), 0.0, 1.0)
+            falling = low + 0.5 * (high - low) * (1 + jnp.cos(jnp.pi * progress))
         # Without the barrier, a compiler would compute this number again for every parameter.
         return jax.lax.optimization_barrier(jnp.where(seen < warmup, rising, falling))
 

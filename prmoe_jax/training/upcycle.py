@@ -41,7 +41,7 @@ def init_from_run(config: Config, mesh: Mesh, tokenizer: Tokenizer) -> Transform
     Raises:
       UserError: the folder holds no run, or the run doesn't fit.
     """
-    with _reading():
+    with reading_source():
         workdir = stores.as_path(config.init.workdir)
         if (workdir / workdirs.CONFIG).exists():
             files.regular(workdir / workdirs.CONFIG)
@@ -51,7 +51,7 @@ def init_from_run(config: Config, mesh: Mesh, tokenizer: Tokenizer) -> Transform
     check_same(workdir / workdirs.TOKENIZER, tokenizer, f"the run in {workdir}")
     moe = dataclasses.replace(settings.moe, exchange=config.moe.exchange)
     settings = dataclasses.replace(settings, mesh=config.mesh, moe=moe)
-    with _reading():
+    with reading_source():
         step, model = restore_model(workdir, settings, mesh)
     log.info("starts as step %d of %s, %s", step, workdir, settings.model.schedule)
 
@@ -62,7 +62,7 @@ def init_from_run(config: Config, mesh: Mesh, tokenizer: Tokenizer) -> Transform
 
 
 @contextlib.contextmanager
-def _reading() -> Iterator[None]:
+def reading_source() -> Iterator[None]:
     """Adds the setting that names the other run to errors about that run."""
     try:
         yield

@@ -118,7 +118,7 @@ def test_the_routing_group_is_a_sequence_unless_given():
     assert tiny_config("moe.group_size=512").group_size == 512
 
 
-TAUGHT = "teacher.workdir=runs/a"
+TAUGHT, WSD = "teacher.workdir=runs/a", "optimizer.schedule=wsd"
 # What has to change with a setting for the whole to stay valid.
 COMPANIONS = {
     "model.top_k": ["model.residual=true"],
@@ -127,6 +127,8 @@ COMPANIONS = {
     "teacher.layers": ["teacher.workdir=runs/a", "teacher.inherit=true"],
     "teacher.importance": ["teacher.workdir=runs/a", "teacher.inherit=true"],
     "init.noise": ["init.workdir=runs/dense"],
+    "init.step": ["init.workdir=runs/trunk", "optimizer.schedule=wsd"],
+    "optimizer.decay_fraction": ["optimizer.schedule=wsd"],
     "teacher.cache": ["kd.kind=top_k", "kd.top_k=5"],
     "kd.top_k": ["teacher.workdir=runs/a", "kd.kind=top_k"],
     **{
@@ -233,6 +235,28 @@ RULES = {
     "std": (["model.init_std=0"], "model.init_std=0.0 must be above 0"),
     "exchange": (["moe.exchange=ring"], "use one of auto, flat, hierarchical, coordinated"),
     "init noise": (["init.noise=0.1"], "init.noise=0.1 has no effect without init.workdir"),
+    "init step": (["init.step=9"], "init.step=9 has no effect without init.workdir"),
+    "branch by cosine": (
+        ["init.workdir=a", "init.step=9"],
+        "init.step=9 needs optimizer.schedule=wsd, whose learning rate is the same in runs of any",
+    ),
+    "branch in the decay": (
+        ["init.workdir=a", "init.step=481", WSD],
+        "init.step=481 comes after the decay of this run starts, at step 480 of 600; use 480 or",
+    ),
+    "branch with noise": (
+        ["init.workdir=a", "init.step=480", "init.noise=0.1", WSD],
+        "init.noise=0.1 has no effect with init.step=480",
+    ),
+    "decay of a cosine": (
+        ["optimizer.decay_fraction=0.1"],
+        "decay_fraction=0.1 has no effect with optimizer.schedule=cosine; leave it at 0.2 or use",
+    ),
+    "no decay": (["optimizer.decay_fraction=1", WSD], "decay_fraction=1.0 must be between 0 and 1"),
+    "long warm-up": (
+        ["optimizer.warmup_tokens=1966081", WSD],
+        "warmup_tokens=1966081 exceeds the 1966080 tokens before the decay of optimizer.schedule",
+    ),
     "init noise -1": (
         ["init.workdir=a", "init.noise=-1"],
         "init.noise=-1.0 is out of range; use 0 or",

@@ -595,7 +595,7 @@ def test_the_checkpoint_that_taught_is_the_one_that_teaches_on(text, teacher, tm
     finally:
         hidden.rename(Path(teacher) / "checkpoints" / "12")
     err = capsys.readouterr().err
-    assert "checkpoint 12 is no longer in" in err
+    assert "checkpoint 12 is not in" in err
     assert "put a copy of it back, or let another run start as this one, by --config.init" in err
 
 

@@ -43,6 +43,20 @@ HIDDEN = """class Hidden:
         return 1 / 0
 def runs():
     yield Hidden()"""
+# Runs of which each goes on from the one before, with few checkpoints.
+CHAIN = """
+import json
+from pathlib import Path
+
+KEEP_CHECKPOINTS = False
+
+
+def runs():
+    trunk = ()
+    for name, settings in json.loads((Path(__file__).parent / "runs.json").read_text()).items():
+        yield name, settings, *trunk
+        trunk = (name,)
+"""
 # What depends on the machine and not on the runs.
 MACHINE = {"tokens_per_second", "revisions", "versions", "device"}
 
@@ -121,6 +135,105 @@ def test_shards_share_the_runs(text, tmp_path, monkeypatch, capsys):
         assert message in capsys.readouterr().err
 
 
+WSD = {"optimizer.schedule": "wsd", "optimizer.decay_tokens": 0, "checkpoint.keep": 1}
+
+
+def chain(folder, text, steps, code=CHAIN):
+    """A sweep of runs of so many steps, each of which goes on from the one before."""
+    runs = {f"{n}/1": settings(text, "1 layers", **WSD | {"train.steps": n}) for n in steps}
+    write(folder, runs)
+    (folder / "sweep.py").write_text(code)
+    return folder
+
+
+def test_killed_branches_end_in_the_table_of_whole_runs(text, tmp_path, capsys):
+    """kill -9 in the middle of a branch; no step is trained twice, and few checkpoints stay."""
+    folder = chain(tmp_path / "chain", text, (20, 60))
+    process = start(*sweep(folder), PYTHONUNBUFFERED="1")
+    workdir = folder / "runs" / "60" / "1"
+    wait_for_lines(workdir, 30, process)
+    child = int((workdir / ".lock").read_text())
+    process.kill()
+    os.kill(child, signal.SIGKILL)
+    finish(process)
+    assert main(sweep(folder)) == 0
+    # Run 60 went on from the 16 steps of run 20 before its decay.
+    told = (workdir / "log.txt").read_text()
+    assert "at step 16 of 60" in told and "step 1/" not in told
+    kept = [os.listdir(folder / "runs" / n / "1" / "checkpoints") for n in ("20", "60")]
+    assert kept == [[], ["48"]]
+    whole = chain(tmp_path / "whole", text, (60,), FILE)
+    assert main(sweep(whole)) == 0
+    assert recorded(folder)[1:] == recorded(whole)
+    # A longer run is added, and only its own steps are trained.
+    chain(folder, text, (20, 60, 70))
+    assert main(sweep(folder)) == 0
+    assert "at step 48 of 70" in (folder / "runs" / "70" / "1" / "log.txt").read_text()
+    assert recorded(folder)[1:2] == recorded(whole)
+    capsys.readouterr()
+
+
+def test_branches_are_in_the_share_of_their_trunk(text, tmp_path, monkeypatch, capsys):
+    """Where the trunk failed, or its checkpoint is gone, a branch is not trained."""
+    code = """
+def runs():
+    import json
+    from pathlib import Path
+    settings = json.loads((Path(__file__).parent / "runs.json").read_text())
+    for length in "20", "40":
+        for seed in range(3):
+            yield f"{length}/{seed}", settings[length], *([f"20/{seed}"] if length == "40" else [])
+"""
+    given = {n: settings(text, **WSD | {"train.steps": n}) for n in (20, 40)}
+    folder = write(tmp_path / "sweep", given)
+    (folder / "sweep.py").write_text(code)
+    trained = []
+
+    def train(name, config, workdir, progress):
+        trained.append((name, config.init.workdir, config.init.step))
+        raise OSError("it has no checkpoint")
+
+    monkeypatch.setattr(run, "_train", train)
+    assert main(sweep(folder, "--shard=1/2")) == 1
+    assert [name for name, *_ in trained] == ["20/0", "20/2"]
+    err = capsys.readouterr().err
+    assert "40/2: it goes on from 20/2, which failed" in err
+    assert "4 of 4 runs failed: 20/0, 20/2, 40/0, 40/2;" in err
+    # A trunk that is recorded, but whose checkpoint is gone.
+    rows = [run.record("20/1", resolve(given[20]), finished_run(folder, "20/1", given[20]))]
+    put_rows(folder, *rows)
+    assert main(sweep(folder, "--shard=2/2")) == 1
+    line = "40/1: it goes on from step 16 of 20/1, whose checkpoint is not in"
+    assert line in capsys.readouterr().err
+    (folder / "runs" / "20" / "1" / "checkpoints" / "16").mkdir(parents=True)
+    trained.clear()
+    assert main(sweep(folder, "--shard=2/2")) == 1
+    assert trained == [("40/1", str(folder / "runs" / "20" / "1"), 16)]
+
+
+A_RUN = "{'train': {'steps': %s}, 'optimizer': {'schedule': 'wsd'}}"
+
+
+@pytest.mark.parametrize(
+    ("trunk", "branch", "name", "message"),
+    [
+        (A_RUN % 20, A_RUN % 40, "b", "c goes on from 'b', which is no run that comes before it"),
+        (A_RUN % 20, A_RUN % 40, "c", "c goes on from 'c', which is no run that comes before it"),
+        (A_RUN % 20, "{'train': {'steps': 40}}", "a", "from a needs optimizer.schedule=wsd, not c"),
+        ("{'train': {'steps': 40}}", A_RUN % 40, "a", "schedule is 'cosine' there, 'wsd' here"),
+        (A_RUN % 20, A_RUN % "40}, 'model': {'d_ff': 64", "a", "d_ff is 512 there, 64 here; a bra"),
+        (A_RUN % 20, A_RUN % "40}, 'init': {'workdir': 'x'", "a", "c: a has another init; the"),
+        (A_RUN % 40, A_RUN % 20, "a", "c: it goes on from step 16 of a, which keeps the che"),
+        (A_RUN % 1, A_RUN % 20, "a", "c: its learning rate decays from step 0 on, so that "),
+    ],
+)  # fmt: skip
+def test_wrong_trunks(trunk, branch, name, message, tmp_path, capsys):
+    code = f"def runs():\n    yield 'a', {trunk}\n    yield 'c', {branch}, {name!r}"
+    (tmp_path / "sweep.py").write_text(code)
+    assert main(sweep(tmp_path)) == 2
+    assert message in only_line(capsys.readouterr().err)
+
+
 def test_another_config_is_another_run(text, tmp_path, capsys):
     """A folder that holds a run of other settings is left alone."""
     folder = write(tmp_path / "sweep", {"a": settings(text, **{"model.d_ff": 24})})
@@ -148,6 +261,8 @@ def test_another_config_is_another_run(text, tmp_path, capsys):
         ("runs = 7", "sweep.py fails: TypeError: 'int' object is not callable"),
         ("def runs():\n    yield None", "runs() yields None, not (name, settings)"),
         ("def runs():\n    yield 7, {}", "runs() yields (7, {}), not (name, settings)"),
+        ("def runs():\n    yield 'a', {}, 'b', 7", "runs() yields ('a', {}, 'b', 7), not (name, s"),
+        ("KEEP_CHECKPOINTS = 0", "KEEP_CHECKPOINTS is 0; it must be True or False"),
         ("def runs():\n    yield 'a', None", "the settings of a are NoneType, not a dict or Conf"),
         ("def runs():\n    yield 'a', {7: 7}", "a: config.7 is not a setting; known: seed, model"),
         ("def runs():\n    yield 'a/.', {}", "'a/.' can't name a folder"),
@@ -560,9 +675,9 @@ SWEEPS = sorted((REPOSITORY / "experiments").glob("*/sweep.py"))
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.parent.name)
 def test_committed_sweeps(path):
     """They can be planned, their arms' runs differ in seed alone, and records are of their runs."""
-    runs = run.planned(path.parent)
+    runs = run.planned(path.parent).runs
     arms = {}
-    for name, config in runs.items():
+    for name, (config, _) in runs.items():
         same = dataclasses.replace(config, seed=0)
         assert arms.setdefault(name.rpartition("/")[0], same) == same, name
     results = path.with_name("results.jsonl")

@@ -102,6 +102,25 @@ def test_learning_rate_by_hand():
     )
 
 
+def test_learning_rate_that_is_constant_and_then_decays_by_hand():
+    """Warm-up over 4 steps of 64 tokens; 20 steps decay in the last 5, 40 in the last 10."""
+    optimizer = {"schedule": "wsd", "decay_fraction": 0.25, "warmup_tokens": 256}
+    optimizer |= {"learning_rate": 1e-2, "min_learning_rate": 2e-3}
+    config = settings(optimizer=optimizer, train={"steps": 20})
+    assert (config.decay_start, config.decay_end) == (15, 20)
+    rate = jax.jit(learning_rate(config))
+    assert [float(rate(s)) for s in (0, 1, 3, 14, 15, 18, 19, 30)] == pytest.approx(
+        [0.0025, 0.005, 0.01, 0.01, 0.0084, 0.0036, 0.002, 0.002], rel=1e-6
+    )
+    longer = jax.jit(learning_rate(settings(optimizer=optimizer, train={"steps": 40})))
+    assert [rate(s) for s in range(15)] == [longer(s) for s in range(15)]
+    assert longer(15) == longer(29) == np.float32(1e-2) > longer(30)
+    # The decay may end before the run does, and a run may end before its decay.
+    fixed = settings(optimizer=optimizer | {"decay_tokens": 640}, train={"steps": 20})
+    assert (fixed.decay_start, fixed.decay_end) == (8, 10)  # 7.5 of 10 steps, rounded to even
+    assert settings(optimizer={"schedule": "wsd"}, train={"steps": 1}).decay_start == 0
+
+
 def test_learning_rate_ends_with_the_run_by_default():
     rate = learning_rate(settings(train={"steps": 7}))
     assert float(rate(6)) == pytest.approx(1e-4)

@@ -1,0 +1,78 @@
+"""How much dense compute is a MoE worth, and how does that grow with its tokens and experts?
+
+A ladder of dense models, each 1.5 times as wide as the one before, and MoEs as wide as its first.
+
+    prmoe sweep experiments/multiplier                     # --shard=1/2 and 2/2 for two cores
+    prmoe report experiments/multiplier
+
+A run of more tokens goes on from the one of fewer. The runs come by tokens, then by seed, so that a
+sweep that is stopped has whole answers for the fewer tokens. The widest model is half of the cost,
+and therefore ends at 11 M tokens.
+"""
+
+import runpy
+from math import inf
+from pathlib import Path
+
+PROSE = runpy.run_path(str(Path(__file__).parents[2] / "configs/prose.py"))
+LADDER = True  # MoEs are measured against the dense arms
+KEEP_CHECKPOINTS = False  # one of 128 experts takes 0.2 GB
+
+BATCH, LENGTH = 32, 256  # 8,192 tokens a step
+STEPS = {"3M": 350, "6M": 700, "11M": 1400, "23M": 2800}
+WARMUP = 35  # steps; a tenth of the shortest run
+# Width, heads, experts in layers 1, 3, 5 and 7, and the most tokens. The order shares the work
+# evenly between two processes.
+ARMS = {
+    "dense_64": (64, 2, 0, "23M"),
+    "dense_96": (96, 3, 0, "23M"),
+    "E64": (64, 2, 64, "23M"),
+    "dense_144": (144, 4, 0, "23M"),
+    "E8": (64, 2, 8, "23M"),
+    "E128": (64, 2, 128, "23M"),
+    "dense_216": (216, 6, 0, "11M"),
+}
+# The best of experiments/multiplier_rates; the rates of the widths between follow from these two,
+# since log(rate) is taken as linear in log(width), of which the ladder has even steps.
+DENSE_64, DENSE_216, MOE = 4e-3, 4e-3, 4e-3
+RUNGS = 64, 96, 144, 216
+
+
+def rate(arm: str) -> float:
+    """The highest learning rate of an arm."""
+    width, _, experts, _ = ARMS[arm]
+    if experts:
+        return MOE
+    share = RUNGS.index(width) / (len(RUNGS) - 1)
+    return float(f"{DENSE_64 ** (1 - share) * DENSE_216**share:.3g}")
+
+
+def get_config(arm: str, steps: int, learning_rate: float):
+    """The config of an arm's run; its seed is 0."""
+    width, heads, experts, _ = ARMS[arm]
+    config = PROSE["get_config"](f"8 layers, E={experts}" if experts else "8 layers")
+    config.model.vocab_size, config.model.length = 1024, LENGTH
+    config.model.d_model, config.model.heads, config.model.d_ff = width, heads, 4 * width
+    if experts:
+        config.moe.capacity_factor = config.moe.eval_capacity_factor = inf
+    config.train.batch_size, config.train.steps = BATCH, steps
+    config.optimizer.schedule = "wsd"
+    config.optimizer.learning_rate, config.optimizer.min_learning_rate = learning_rate, 0.0
+    config.optimizer.warmup_tokens = WARMUP * BATCH * LENGTH
+    config.eval.every = config.eval.batches = 0  # the whole validation split, at the end
+    config.checkpoint.every, config.checkpoint.keep = 200, 1
+    return config
+
+
+def runs():
+    trunks = {}
+    for tokens, steps in STEPS.items():
+        for seed in PROSE["SEEDS"]:
+            for arm, (_, _, _, most) in ARMS.items():
+                if steps > STEPS[most]:
+                    continue
+                config = get_config(arm, steps, rate(arm))
+                config.seed = seed
+                name = f"{arm}/{tokens}/{seed}"
+                yield name, config, trunks.get((arm, seed))
+                trunks[arm, seed] = name

@@ -1,0 +1,196 @@
+"""What a sweep's folder defines in its sweep.py: runs, and constants."""
+
+import ast
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from ml_collections import ConfigDict
+
+from prmoe_jax.config import Config, InitConfig, check_branch, resolve, userfile
+from prmoe_jax.errors import UserError
+
+LONGEST_NAME = 255  # bytes, on every common file system
+
+
+class Run(NamedTuple):
+    """A run of a sweep: its config, as if it started at step 0, and the name of its trunk."""
+
+    config: Config
+    trunk: str | None = None
+
+
+class Constants(NamedTuple):
+    """The constants that a sweep.py may define, in capitals."""
+
+    keep_checkpoints: bool = True  # whether checkpoints of recorded runs stay
+    margin: float | None = None  # nats a token: a smaller difference is none, see `report.arms`
+    ladder: bool = False  # whether MoEs are measured against the dense arms, `report.multiplier`
+
+
+NAMES = {name.upper() for name in Constants._fields}
+
+
+class Sweep(NamedTuple):
+    """The runs of a sweep by name, in order, and its constants."""
+
+    runs: dict[str, Run]
+    constants: Constants
+
+
+def planned(folder: Path) -> Sweep:
+    """The sweep of a folder's sweep.py.
+
+    Its function `runs` yields (name, settings) for each run, or (name, settings, trunk) for one
+    that goes on from an earlier run of the sweep.
+
+    Raises:
+      UserError: the file is missing or defines something else; no run has started then.
+    """
+    path = folder / "sweep.py"
+    if not _is_there(path):
+        raise UserError(f"{path} is missing; it must define runs(), which yields (name, settings)")
+    stated = constants(folder)
+    with userfile.mistakes(path, str(path)):
+        return Sweep(_checked(path, userfile.call(path, "runs", named=str(path))), stated)
+
+
+def constants(folder: Path) -> Constants:
+    """The constants of a folder's sweep.py, which does not run; the defaults without a file.
+
+    Raises:
+      UserError: the file cannot be read, or a constant has no value that it can have.
+    """
+    path = folder / "sweep.py"
+    if not _is_there(path):
+        return Constants()
+    return Constants(**{name: _good(path, name, value) for name, value in _assigned(path).items()})
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _assigned(path: Path) -> dict[str, object]:
+    """The values of the constants that a file defines, by their names in lower case."""
+    with userfile.mistakes(path, str(path)):
+        tree = ast.parse(path.read_bytes(), str(path))
+    found = {}
+    for node in tree.body:
+        if not (isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)):
+            continue
+        name = node.targets[0].id
+        if name in NAMES:
+            try:
+                found[name.lower()] = ast.literal_eval(node.value)
+            except ValueError:
+                raise UserError(
+                    f"{path}, line {node.lineno}: {name} must be a plain value, such as 0.02 or "
+                    "True, since a report reads the file without running it"
+                ) from None
+    return found
+
+
+def _good(path: Path, name: str, value):
+    """Returns a constant's value.
+
+    Raises:
+      UserError: the constant can't have it.
+    """
+    shown = f"{path}: {name.upper()} is {value!r:.80}; it must be"
+    if name == "margin":
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not (number and 0 < value < math.inf):
+            raise UserError(f"{shown} nats above 0, such as 0.02")
+    elif not isinstance(value, bool):
+        raise UserError(f"{shown} True or False")
+    return value
+
+
+def _checked(path: Path, items) -> dict[str, Run]:
+    if not isinstance(items, Iterable):
+        raise UserError(
+            f"{path}: runs() returns {type(items).__name__}; it must yield (name, settings)"
+        )
+    found: dict[str, Run] = {}
+    for item in list(items):
+        if not (isinstance(item, tuple) and len(item) in (2, 3) and isinstance(item[0], str)):
+            raise UserError(f"{path}: runs() yields {item!r:.80}, not (name, settings)")
+        name, settings, trunk = (*item, None)[:3]
+        parts = name.split("/")
+        if not re.fullmatch(r"[\w.+=-]+(/[\w.+=-]+)*", name) or ".." in name or "." in parts:
+            raise UserError(
+                f"{path}: {name!r:.80} can't name a folder; use letters, digits, '-', '/'"
+            )
+        if (longest := max(len(part.encode()) for part in parts)) > LONGEST_NAME:
+            raise UserError(
+                f"{path}: the name {name:.40}… has {longest} bytes, a folder's has at most "
+                f"{LONGEST_NAME}; shorten it"
+            )
+        if name in found:
+            raise UserError(f"{path} yields {name!r} twice")
+        if not isinstance(settings, (Mapping, ConfigDict)):
+            kind = type(settings).__name__
+            raise UserError(f"{path}: the settings of {name} are {kind}, not a dict or ConfigDict")
+        if not (trunk is None or trunk in found):
+            raise UserError(
+                f"{path}: {name} goes on from {trunk!r:.80}, which is no run that comes before it"
+            )
+        try:
+            run = Run(resolve(settings), trunk)
+            if trunk is not None:
+                _check_trunk(run.config, trunk, found[trunk].config)
+            found[name] = run
+        except UserError as error:
+            raise UserError(f"{path}: {name}: {error}") from None
+    if not found:
+        raise UserError(f"{path}: runs() yields nothing")
+    return found
+
+
+def branch(config: Config, trunk: Config, workdir: Path) -> Config:
+    """The config with which a run goes on from its trunk.
+
+    It takes the checkpoint at which the trunk's learning rate begins to decay or, if its own
+    begins earlier, the one of that step.
+
+    Args:
+      config: the run's config, as if it started at step 0.
+      trunk: the trunk's config.
+      workdir: the trunk's folder.
+    """
+    starts = [start for start in (trunk.decay_start, config.decay_start) if start is not None]
+    init = InitConfig(workdir=str(workdir), step=min(starts, default=0))
+    return dataclasses.replace(config, init=init)
+
+
+def _check_trunk(config: Config, name: str, trunk: Config) -> None:
+    """Checks that a run can go on from a trunk, and that the trunk keeps the checkpoint for it.
+
+    Raises:
+      UserError: it can't.
+    """
+    if config.decay_start is None:
+        raise UserError(
+            f"a run that goes on from {name} needs optimizer.schedule=wsd, not "
+            f"{config.optimizer.schedule}"
+        )
+    if config.init != trunk.init:
+        raise UserError(f"{name} has another init; the sweep itself sets where a run goes on")
+    begun = branch(config, trunk, Path(name))
+    check_branch(trunk, begun, name)
+    step, every = begun.init.step, trunk.checkpoint.keep_every
+    if step == 0:
+        raise UserError("its learning rate decays from step 0 on, so that it has no trunk")
+    if step != trunk.decay_start and not (every and step % every == 0):
+        raise UserError(
+            f"it goes on from step {step} of {name}, which keeps the checkpoint of step "
+            f"{trunk.decay_start} and of none before; give {name} a checkpoint.keep_every that "
+            f"divides {step}, or let the longer run go on from the shorter one"
+        )

@@ -1,0 +1,231 @@
+"""Multipliers: ladders with known answers, and the scaling law's table."""
+
+import json
+import math
+
+import pytest
+
+from prmoe_jax.cli import main
+from prmoe_jax.report.arms import arms, models, verdict
+from prmoe_jax.report.multiplier import equivalent_compute, law_multiplier, multipliers
+from tests.support.lines import only_line
+from tests.support.records import record
+
+# Rungs of a ladder on which loss = 5 compute^-0.1.
+RUNGS = [(compute, 5 * compute**-0.1) for compute in (1.0, 2.0, 5.0, 7.0)]
+SEEDS = {1: 0.01, 2: -0.02, 3: 0.01}  # what a seed adds to a log loss
+
+
+def loss_of(compute):
+    return 5 * compute**-0.1
+
+
+def sweep(moe, rungs=RUNGS, seeds=SEEDS, tokens=2000):
+    """Records of the dense arms, and of MoEs {name: (compute, loss)}."""
+    found = []
+    for number, (compute, loss) in enumerate(rungs):
+        dense = {"flops_per_token": compute, "total_params": 7, "active_params": 7}
+        found += [
+            record(f"dense{number}/{tokens}", seed, loss * math.exp(add), **dense, tokens=tokens)
+            for seed, add in seeds.items()
+        ]
+    for name, (compute, loss) in moe.items():
+        for seed, add in seeds.items():
+            row = record(f"{name}/{tokens}", seed, loss * math.exp(add), tokens=tokens)
+            row |= {"flops_per_token": compute, "total_params": 70, "active_params": 11}
+            row["settings"]["model.experts"] = [8]
+            found.append(row)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("loss", "compute"),
+    [
+        (loss_of(3.0), 3.0),
+        (loss_of(1.0), 1.0),
+        (loss_of(2.0), 2.0),
+        (loss_of(7.0), 7.0),
+        (loss_of(0.99), 0.0),
+        (loss_of(7.01), math.inf),
+    ],
+)
+def test_a_power_law_is_inverted_exactly(loss, compute):
+    assert equivalent_compute(loss, RUNGS) == pytest.approx(compute, rel=1e-12)
+
+
+def test_a_ladder_by_hand():
+    """Log(loss) is linear in log(compute); the first model that reaches the loss counts."""
+    ladder = [(1.0, 4.0), (4.0, 2.0), (9.0, 3.0), (16.0, 1.0)]
+    # Half of the way from 4 to 2 in the logarithm of the loss, and of that from 1 to 4.
+    assert equivalent_compute(8**0.5, ladder) == pytest.approx(2.0)
+    assert equivalent_compute(2.5, ladder) == pytest.approx(4 ** (math.log(1.6) / math.log(2)))
+    # From 3 to 1 between 9 and 16, where the loss first falls below 2.
+    expected = 9 * (16 / 9) ** (math.log(3 / 1.5) / math.log(3))
+    assert equivalent_compute(1.5, ladder) == pytest.approx(expected)
+    assert equivalent_compute(3.0, [(1.0, 3.0), (2.0, 3.0)]) == 1.0
+
+
+def test_a_moe_that_is_worth_twice_its_compute():
+    """Recovered exactly, whatever the seeds add to all losses alike."""
+    found = multipliers(arms(sweep({"moe": (1.1, loss_of(2.2))})))
+    (one,) = found
+    assert (one.arm, one.tokens, one.seeds, one.experts) == ("moe/2000", 2000, 3, (8,))
+    assert one.value == pytest.approx(2.0) and one.tokens_per_parameter == 2000 / 11
+    assert (one.low, one.high) == pytest.approx((2.0, 2.0), rel=0.02)
+    assert (one.least, one.most) == pytest.approx((1 / 1.1, 7 / 1.1))
+    assert one.law == law_multiplier(8, 11, 2000)
+    assert str(one) == f"2.00 ({one.low:.2f} to {one.high:.2f})"
+
+
+def test_the_interval_is_that_of_seeds():
+    """A MoE whose seeds are worth 1, 2 and 4: means of three drawn ones, from all 1 to all 4."""
+    rows = sweep({"moe": (1.0, 1.0)}, seeds=dict.fromkeys(SEEDS, 0.0))
+    worth = {1: 1.0, 2: 2.0, 3: 4.0}
+    for row in rows:
+        if row["run"].startswith("moe"):
+            row["loss"] = loss_of(worth[row["seed"]])
+    (one,) = multipliers(arms(rows))
+    mean = sum(map(loss_of, worth.values())) / 3
+    assert one.value == pytest.approx((5 / mean) ** 10, rel=1e-9)
+    # P(all three draws are one given seed) is 1/27, more than the 2.5 % beyond either end.
+    assert (one.low, one.high) == pytest.approx((1.0, 4.0))
+    (single,) = multipliers(arms([row for row in rows if row["seed"] == 2]))
+    assert single.value == pytest.approx(2.0) and math.isnan(single.low)
+    assert str(single) == "2.00"
+
+
+def test_beyond_the_ladder_nothing_is_extrapolated():
+    moe = {"good": (1.0, loss_of(7.5)), "bad": (2.0, loss_of(0.9)), "near": (1.0, loss_of(6.9))}
+    good, bad, near = multipliers(arms(sweep(moe)))
+    assert str(good) == "beyond the ladder: at least 7.00"
+    assert str(bad) == "beyond the ladder: at most 0.50"
+    assert near.value == pytest.approx(6.9) and near.shown(math.inf) == "at least 7.00"
+
+
+def test_only_dense_arms_with_as_many_tokens_and_the_same_seeds():
+    rows = sweep({"moe": (1.0, loss_of(2.0))}) + sweep({"moe": (1.0, loss_of(2.0))}, tokens=4000)
+    short, long = multipliers(arms(rows))
+    assert (short.tokens, long.tokens) == (2000, 4000)
+    assert not multipliers(arms(sweep({"moe": (1.0, 3.0)}, RUNGS[:1])))
+    assert not multipliers(arms(sweep({})))
+    less = [row for row in rows if row["run"] != "dense3/4000/2"]
+    assert [one.seeds for one in multipliers(arms(less))] == [3, 2]
+
+
+# Tokens by active parameters, and the multipliers of 8, 32 and 128 experts, rounded.
+LAW = [
+    (1e6, 60, 1.2, 1.3, 1.2),
+    (1e6, 200, 1.6, 2.2, 2.8),
+    (5e6, 2, 0.4, 0.2, 0.1),
+    (5e6, 60, 1.4, 1.8, 2.1),
+    (5e6, 230, 1.8, 2.8, 4.2),
+    (20e6, 60, 1.6, 2.2, 3.1),
+]
+
+
+@pytest.mark.parametrize(("active", "ratio", "few", "some", "many"), LAW)
+def test_the_scaling_law(active, ratio, few, some, many):
+    found = [law_multiplier(experts, active, active * ratio) for experts in (8, 32, 128)]
+    assert [round(one, 1) for one in found] == [few, some, many]
+    assert law_multiplier(1, active, active * ratio) == pytest.approx(1.0)
+
+
+def test_report(tmp_path, capsys):
+    """Multipliers and verdicts where sweep.py states that it wants them, and else none."""
+    moe = {"moe": (1.0, loss_of(2.0)), "top2": (1.0, loss_of(9.0))}
+    rows = sweep(moe) + sweep(moe, tokens=9000)
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["report", str(tmp_path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["arms"]
+    assert not (tmp_path / "multipliers.svg").exists()
+    assert all("multiplier" not in row and "verdict" not in row for row in found.values())
+    (tmp_path / "sweep.py").write_text("LADDER = True\nMARGIN = 0.02\n1 / 0")
+    assert main(["report", str(tmp_path), "--json", "--base=moe/2000"]) == 0
+    found = json.loads(capsys.readouterr().out)["arms"]
+    assert found["moe/2000"]["multiplier"].startswith("2.00 (")
+    assert found["top2/9000"]["multiplier"] == "beyond the ladder: at least 7.00"
+    assert found["dense1/2000"]["verdict"] == "equivalent"  # it has the same loss
+    assert found["dense0/2000"]["verdict"] == "worse"
+    # Arms are compared with the base's model at their own number of tokens.
+    assert found["dense1/9000"]["difference"] == pytest.approx(0.0)
+    assert "difference" not in found["moe/2000"] and "difference" not in found["moe/9000"]
+    html = (tmp_path / "report.html").read_text()
+    assert "<td>beyond the ladder: at least 7.00</td>" in html and "±0.02, the margin" in html
+    assert (tmp_path / "multipliers.png").exists()
+    assert main(["report", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "multiplier" in out and "verdict" in out and "beyond the ladder: at least" in out
+
+
+def test_a_models_runs_of_all_lengths_are_one_curve():
+    rows = sweep({"moe": (1.0, 3.0)}) + sweep({"moe": (1.0, 2.5)}, tokens=4000)
+    joined = models(arms(rows))
+    assert list(joined) == ["dense0", "dense1", "dense2", "dense3", "moe"]
+    (loss, *_), (longer, *_) = (
+        [r["loss"] for r in rows if r["run"] == f"moe/{n}/1"] for n in (2000, 4000)
+    )
+    assert joined["moe"][1]["evaluations"] == [[2000, loss], [2000, longer]]
+    assert joined["moe"][1]["tokens"] == 4000 and joined["moe"][1]["loss"] == longer
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("MARGIN = 0", "MARGIN is 0; it must be nats above 0, such as 0.02"),
+        ("MARGIN = '0.02'", "MARGIN is '0.02'; it must be nats above 0"),
+        ("LADDER = 'dense'", "LADDER is 'dense'; it must be True or False"),
+        (
+            "a = 1\nMARGIN = a / 50",
+            "line 2: MARGIN must be a plain value, such as 0.02 or True",
+        ),
+        ("MARGIN =", "sweep.py fails: SyntaxError: invalid syntax"),
+    ],
+)
+def test_wrong_constants(code, message, tmp_path, capsys):
+    line = json.dumps(record("a", 1, 3.0)) + "\n"
+    (tmp_path / "results.jsonl").write_text(line)
+    (tmp_path / "sweep.py").write_text(code)
+    assert main(["report", str(tmp_path)]) == 2
+    assert message in only_line(capsys.readouterr().err)
+    assert not (tmp_path / "report.html").exists()
+
+
+def pair(*apart):
+    """An arm and its base, whose losses differ by so much with each seed."""
+    base = {seed: {"loss": 3.0 + 0.1 * seed} for seed in range(len(apart))}
+    return {seed: {"loss": base[seed]["loss"] + d} for seed, d in enumerate(apart)}, base
+
+
+@pytest.mark.parametrize(
+    ("apart", "margin", "expected"),
+    [
+        # Mean 0, standard deviation 0.01, standard error 0.01/√3; t of 2 degrees of freedom is
+        # 2.920 at 5 % on one side, so that the interval is ± 0.01686.
+        ((-0.01, 0.0, 0.01), 0.0169, "equivalent"),
+        ((-0.01, 0.0, 0.01), 0.0168, "not resolved"),
+        # Mean 0.05, the same deviation: ± 4.303 * 0.01/√3 = ± 0.0248 excludes 0.
+        ((0.04, 0.05, 0.06), 0.02, "worse"),
+        ((-0.04, -0.05, -0.06), 0.02, "better"),
+        ((0.04, 0.05, 0.06), 0.067, "equivalent"),
+        ((0.01, 0.02, 0.03), 0.02, "not resolved"),
+        ((0.002, 0.002), 0.02, "equivalent"),
+    ],
+)
+def test_verdicts_by_hand(apart, margin, expected):
+    assert verdict(*pair(*apart), margin) == expected
+
+
+def test_equivalence_is_that_of_two_one_sided_tests():
+    """Beside scipy's t test, at margins around the one where the verdict changes."""
+    from scipy import stats
+
+    apart = (0.004, -0.011, 0.007, 0.013, -0.002)
+    seen = set()
+    for margin in (n / 10000 for n in range(50, 200)):
+        above = stats.ttest_1samp(apart, -margin, alternative="greater").pvalue
+        below = stats.ttest_1samp(apart, margin, alternative="less").pvalue
+        equivalent = max(above, below) < 0.05
+        assert (verdict(*pair(*apart), margin) == "equivalent") == equivalent, margin
+        seen.add(equivalent)
+    assert seen == {True, False}
+    assert verdict(*pair(0.1), 0.02) is None
