@@ -206,7 +206,7 @@ def _our_rivals(size: Size, x_SxM, w_router_MxE, dtype) -> dict[str, Rival]:
             logits_1xSxE = x_1xSxM.astype(jnp.float32) @ w_router_MxE
             moe = MoeConfig(dispatch=backend)
             routing, metrics = route(logits_1xSxE, valid_1xS, moe, top_k=1, slots=slots)
-            y_1xSxM = dispatch.BACKENDS[backend](x_1xSxM, routing, _NoExperts(size.E), slots)
+            y_1xSxM, _ = dispatch.BACKENDS[backend](x_1xSxM, routing, _NoExperts(size.E), slots)
             return (y_1xSxM * cotangent_1xSxM).sum().astype(jnp.float32) + metrics.aux_loss
 
         return loss

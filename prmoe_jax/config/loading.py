@@ -72,8 +72,8 @@ def expand(name: str, text: str) -> Path:
 # Settings that may differ when a run is resumed: they change no parameter and no training loss,
 # except that other devices, or another compiled program, add up in another order.
 RESUMABLE = (
-    "eval.", "checkpoint.", "log.", "data.cache_dir", "mesh.", "moe.exchange", "model.remat",
-    "train.compile_cache",
+    "eval.", "checkpoint.", "log.", "data.cache_dir", "mesh.", "moe.exchange", "moe.buffer_factor",
+    "model.remat", "train.compile_cache",
 )  # fmt: skip
 
 

@@ -210,6 +210,12 @@ class MoeConfig:
             "coordinated": "each device of `tensor` exchanges its share",
         },
     )
+    buffer_factor: float = setting(
+        1.25,
+        "Rows that a device receives at once, relative to an even share, where nothing is dropped "
+        "and experts are on several devices; more rows come in further rounds.",
+        least=1,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

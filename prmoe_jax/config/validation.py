@@ -207,6 +207,11 @@ def _check_moe(config: Config) -> None:
         f"moe.overflow={moe.overflow} has no effect with moe.capacity_factor=inf; leave it at "
         "position",
     )
+    require(
+        moe.buffer_factor <= LARGEST,
+        f"moe.buffer_factor={moe.buffer_factor} is out of range; a buffer of 1.25 to 4 even shares "
+        "is usual",
+    )
     for name, only in (("noise", 1), ("second_expert_sampling", 2)):
         value = getattr(moe, name)
         require(

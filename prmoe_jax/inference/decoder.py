@@ -106,7 +106,7 @@ def decoder(model: Transformer, weights: str, mesh: Mesh) -> Decoder:
     held = jax.jit(partial(Decoder, weights=weights), out_shardings=places)(model)
     for layer in held.layers:
         if isinstance(layer.mlp, MoE):
-            name = dispatch.resolve(layer.mlp.moe.dispatch, platform(), splits_experts(mesh))
-            if name == "gather/blocked":  # on CPUs
+            name = dispatch.resolve(layer.mlp.moe.dispatch, platform())
+            if name == "gather/blocked" and not splits_experts(mesh):  # on CPUs
                 layer.mlp.experts = UnstackedExperts(layer.mlp.experts)
     return held

@@ -27,7 +27,7 @@ def check_backends(config: Config, platform: str, mesh: Mesh | None = None) -> N
             refusal = cudnn_refusal(config.model)
             log.info("cuDNN's attention cannot run this model (%s)", refusal)
     split = mesh is not None and splits_experts(mesh)
-    backend = dispatch.resolve(config.moe.dispatch, platform, split)
+    backend = dispatch.resolve(config.moe.dispatch, platform)
     kept, _ = resolve_remat(config.model, platform)
     log.info("attention: %s, MoE dispatch: %s, remat: %s (%s)", attention, backend, kept, platform)
     if mesh is not None and mesh.size > 1:

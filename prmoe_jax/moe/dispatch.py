@@ -1,8 +1,9 @@
 """Dispatch backends bring tokens to their experts and results back, all by one interface.
 
 Each takes the tokens [G, S, D], the routing, the experts and their slots C per group, and returns
-the weighted sum of the experts' outputs [G, S, D]. `einsum` is the readable oracle; the others
-must equal it.
+the weighted sum of the experts' outputs [G, S, D], with the rounds of exchange that this took if
+nothing is dropped, and experts are on several devices (0 otherwise). `einsum` is the readable
+oracle; the others must equal it.
 """
 
 from collections.abc import Callable
@@ -10,14 +11,15 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from prmoe_jax.errors import UserError
+from prmoe_jax.moe.exchange import ExpertParallel
 from prmoe_jax.moe.experts import Experts
 from prmoe_jax.moe.routing import Routing
 
-Dispatch = Callable[[jax.Array, Routing, Experts, int], jax.Array]
+Output = tuple[jax.Array, jax.Array | int]
+Dispatch = Callable[[jax.Array, Routing, Experts, int], Output]
 
 
-def einsum(x_GxSxD: jax.Array, routing: Routing, experts: Experts, slots: int) -> jax.Array:
+def einsum(x_GxSxD: jax.Array, routing: Routing, experts: Experts, slots: int) -> Output:
     """One-hot products as in GShard, at a cost of S·E·C·D."""
     groups, _, width = x_GxSxD.shape
     expert_GxSxKxE = jax.nn.one_hot(routing.expert_GxSxK, experts.count)
@@ -30,10 +32,11 @@ def einsum(x_GxSxD: jax.Array, routing: Routing, experts: Experts, slots: int) -
     ).astype(x_GxSxD.dtype)
     x_ExGxCxD = jnp.einsum("GSEC,GSD->EGCD", dispatch_GxSxExC, x_GxSxD)
     y_ExRxD = experts(x_ExGxCxD.reshape(experts.count, groups * slots, width))
-    return jnp.einsum("GSEC,EGCD->GSD", combine_GxSxExC, y_ExRxD.reshape(x_ExGxCxD.shape))
+    y_ExGxCxD = y_ExRxD.reshape(x_ExGxCxD.shape)
+    return jnp.einsum("GSEC,EGCD->GSD", combine_GxSxExC, y_ExGxCxD), 0
 
 
-def gather(x_GxSxD: jax.Array, routing: Routing, experts: Experts, slots: int) -> jax.Array:
+def gather(x_GxSxD: jax.Array, routing: Routing, experts: Experts, slots: int) -> Output:
     """Dense token-to-slot maps each way (paper, section 5.4); rows are copied, not multiplied."""
     groups, _, width = x_GxSxD.shape
     places = experts.count * groups * slots
@@ -51,15 +54,15 @@ def gather(x_GxSxD: jax.Array, routing: Routing, experts: Experts, slots: int) -
     x_NxD = x_GxSxD.reshape(-1, width)
     x_PxD = _take_rows(x_NxD, choice_P // top_k, place_R.reshape(-1, top_k))
     y_PxD = experts(x_PxD.reshape(experts.count, groups * slots, width)).reshape(places, width)
-    return _combine(y_PxD, routing.weight_GxSxK, place_R, choice_P)
+    return _combine(y_PxD, routing.weight_GxSxK, place_R, choice_P), 0
 
 
-def ragged(x_GxSxD: jax.Array, routing: Routing, experts: Experts, slots: int) -> jax.Array:
+def ragged(x_GxSxD: jax.Array, routing: Routing, experts: Experts, slots: int) -> Output:
     """Sorts the kept choices by expert; one grouped product applies to runs of unequal length."""
     return _by_runs(x_GxSxD, routing, experts, experts.ragged)
 
 
-def blocked(x_GxSxD: jax.Array, routing: Routing, experts: Experts, slots: int) -> jax.Array:
+def blocked(x_GxSxD: jax.Array, routing: Routing, experts: Experts, slots: int) -> Output:
     """As `ragged`, but with loops over the experts and over blocks of their runs, for CPUs.
 
     XLA's grouped product on CPUs multiplies every row by every expert.
@@ -67,7 +70,7 @@ def blocked(x_GxSxD: jax.Array, routing: Routing, experts: Experts, slots: int) 
     return _by_runs(x_GxSxD, routing, experts, experts.block_loop)
 
 
-def per_token(x_GxSxD: jax.Array, routing: Routing, experts: Experts, slots: int) -> jax.Array:
+def per_token(x_GxSxD: jax.Array, routing: Routing, experts: Experts, slots: int) -> Output:
     """Applies the chosen expert to each row, reading no other weights.
 
     This is for no more choices than experts, as in decoding, which is bound by reading weights.
@@ -76,10 +79,11 @@ def per_token(x_GxSxD: jax.Array, routing: Routing, experts: Experts, slots: int
     x_RxD = jnp.repeat(x_GxSxD.reshape(-1, x_GxSxD.shape[-1]), top_k, axis=0)
     y_RxD = experts.per_token(x_RxD, routing.expert_GxSxK.reshape(-1))
     y_GxSxKxD = y_RxD.reshape(*routing.weight_GxSxK.shape, -1)
-    return jnp.einsum("GSKD,GSK->GSD", y_GxSxKxD, routing.weight_GxSxK.astype(y_RxD.dtype))
+    weight_GxSxK = routing.weight_GxSxK.astype(y_RxD.dtype)
+    return jnp.einsum("GSKD,GSK->GSD", y_GxSxKxD, weight_GxSxK), 0
 
 
-def _by_runs(x_GxSxD, routing: Routing, experts: Experts, apply) -> jax.Array:
+def _by_runs(x_GxSxD, routing: Routing, experts: Experts | ExpertParallel, apply) -> Output:
     """Sorts rows by expert, applies the experts by `apply`, and sorts the results back.
 
     Runs need no buffer of fixed size: without a capacity, the cost follows the number of tokens.
@@ -94,8 +98,10 @@ def _by_runs(x_GxSxD, routing: Routing, experts: Experts, apply) -> jax.Array:
 
     x_NxD = x_GxSxD.reshape(-1, x_GxSxD.shape[-1])
     x_RxD = _take_rows(x_NxD, order_R // top_k, place_R.reshape(-1, top_k))
-    y_RxD = apply(x_RxD, rows_E, sorted_R)
-    return _combine(y_RxD, routing.weight_GxSxK, place_R, order_R)
+    y_RxD, rounds = apply(x_RxD, rows_E, sorted_R), 0
+    if isinstance(experts, ExpertParallel):
+        y_RxD, rounds = y_RxD
+    return _combine(y_RxD, routing.weight_GxSxK, place_R, order_R), rounds
 
 
 BACKENDS: dict[str, Dispatch] = {
@@ -106,26 +112,10 @@ BACKENDS: dict[str, Dispatch] = {
 }
 
 
-def resolve(name: str, platform: str, spread: bool = False) -> str:
-    """Resolves 'auto' to one name, or to 'A/B': A with a capacity, B where nothing is dropped.
-
-    Args:
-      name: `moe.dispatch`.
-      platform: cpu, gpu or tpu.
-      spread: whether experts, or parts of them, are on several devices.
-
-    Raises:
-      UserError: the named backend has no buffers that devices could exchange.
-    """
-    if spread and name in ("ragged", "blocked"):
-        raise UserError(
-            f"moe.dispatch={name} does not reach experts on other devices; use auto or gather, or "
-            "mesh.expert=1, mesh.expert_slice=1 and mesh.tensor=1"
-        )
+def resolve(name: str, platform: str) -> str:
+    """Resolves 'auto' to 'A/B': A with a capacity, B where nothing is dropped."""
     if name != "auto":
         return name
-    if spread:
-        return "gather"
     return "gather/blocked" if platform == "cpu" else "gather/ragged"
 
 

@@ -9,17 +9,22 @@ only its share, 1/L of the bytes, and an all-gather puts the shares together.
 X is the number of devices that exchange with each other, I the number of experts on each.
 """
 
+import math
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
+from prmoe_jax.moe import rounds
 from prmoe_jax.moe.experts import Experts
 from prmoe_jax.nn import remat
 
 # At or below this many experts on a device, each expert's products are compiled separately.
 FEW = 4
+# Rows of the smallest buffer of the dropless exchange: below that, the cost is the weights'.
+LEAST_ROWS = 128
 
 
 def resolve(name: str, mesh: Mesh | AbstractMesh) -> str:
@@ -35,6 +40,7 @@ class ExpertParallel(NamedTuple):
     experts: Experts  # this device's part
     axes: tuple[str, ...]  # mesh axes over which the experts are spread, outermost first
     exchange: str  # flat | hierarchical | coordinated
+    buffer_factor: float  # rows of the dropless exchange's buffer, relative to the even share
 
     @property
     def count(self) -> int:
@@ -55,6 +61,69 @@ class ExpertParallel(NamedTuple):
             y_ExRxD = _all_rows(y_ExRxD)[:, :rows]
         return y_ExRxD
 
+    def ragged(self, x_RxD, rows_E, expert_R) -> tuple[jax.Array, jax.Array]:
+        """As `Experts.ragged`, for the rows of every device; also returns the rounds it took."""
+        return self._in_rounds("ragged", x_RxD, rows_E, expert_R)
+
+    def block_loop(self, x_RxD, rows_E, expert_R) -> tuple[jax.Array, jax.Array]:
+        """As `Experts.block_loop`, for the rows of every device; also returns the rounds."""
+        return self._in_rounds("block_loop", x_RxD, rows_E, expert_R)
+
+    def _in_rounds(self, form: str, x_RxD, rows_E, expert_R):
+        rows, width = x_RxD.shape
+        coordinated = self.exchange == "coordinated"
+        if coordinated:
+            # Every L-th row, so that each of the L devices has its share of every expert's rows.
+            parts = jax.lax.axis_size("tensor")
+            x_RxD = _own_rows(_pad_rows(x_RxD[None]).reshape(-1, parts, width))[:, 0]
+            expert_RxL = jnp.pad(expert_R, (0, -rows % parts), constant_values=self.count).reshape(
+                -1, parts
+            )
+            own_R = expert_RxL[:, jax.lax.axis_index("tensor")]
+            rows_E = (own_R[:, None] == jnp.arange(self.count)).sum(0)
+        even = len(x_RxD)
+        buffer = max(LEAST_ROWS, -(-math.ceil(self.buffer_factor * even) // 8) * 8)
+        devices = jax.lax.axis_size(self.axes)
+        buffer = min(buffer, devices * even)
+
+        apply = partial(self._apply_runs, form, coordinated)
+        stages = [rounds.Stage(self.axes, 1)] if self.axes else []
+        if self.exchange == "hierarchical":
+            sizes = [jax.lax.axis_size(name) for name in self.axes]
+            stages = [
+                rounds.Stage((name,), math.prod(sizes[:i])) for i, name in enumerate(self.axes)
+            ]
+        for stage in stages:  # the last one is the first to exchange
+            apply = partial(rounds.serve, stage, apply, buffer)
+        y_RxD, runs = apply(self.experts, x_RxD, rows_E)
+        if coordinated:
+            y_RxD = _all_rows(y_RxD[:, None]).reshape(-1, width)[:rows]
+        return y_RxD, runs
+
+    def _apply_runs(self, form: str, coordinated: bool, experts: Experts, x_BxD, rows_I):
+        """Applies this device's experts to received rows, which are sorted by expert."""
+        split, alike, others = _splits(coordinated)
+        places_B = jnp.arange(len(x_BxD))
+        expert_B = jnp.searchsorted(jnp.cumsum(rows_I), places_B, side="right")
+        # A grouped product of one group wastes time on TPUs and GPUs.
+        alone = len(rows_I) == 1 and form == "ragged"
+        apply = experts.alone if alone else getattr(experts, form)
+        if not split:
+            return apply(x_BxD, rows_I, expert_B), jnp.int32(1)
+        x_BxD = mark_varying(x_BxD, split)
+        if others:
+            x_PxBxD = jax.lax.all_gather(x_BxD, others)
+            rows_PxI = jax.lax.all_gather(rows_I, others)
+            expert_PxB = jax.lax.all_gather(expert_B, others)
+            gathered = zip(x_PxBxD, rows_PxI, expert_PxB, strict=True)
+            y_PxBxD = jnp.stack([apply(*inputs, last_bias=False) for inputs in gathered])
+            y_BxD = jax.lax.psum_scatter(y_PxBxD, others)
+        else:
+            y_BxD = apply(x_BxD, rows_I, expert_B, last_bias=False)
+        if alike:
+            y_BxD = jax.lax.psum(y_BxD, alike)
+        return y_BxD + experts.last_bias(expert_B, y_BxD.dtype), jnp.int32(1)
+
     def _exchange(self, x_XxIxRxD: jax.Array) -> jax.Array:
         """Sends part x to device x, and receives part x from device x."""
         with jax.named_scope("exchange"):
@@ -74,22 +143,27 @@ class ExpertParallel(NamedTuple):
         `tensor` have the same rows, and sum up the results.
         """
         devices, local, rows, width = x_XxIxRxD.shape
-        split = [name for name in ("slice", "tensor") if jax.lax.axis_size(name) > 1]
-        alike = ["tensor"] if "tensor" in split and not coordinated else []
-        others = tuple(name for name in split if name not in alike)
+        split, alike, others = _splits(coordinated)
         if not split and local <= FEW:
             return self.experts.unrolled(x_XxIxRxD)
         x_IxRxD = x_XxIxRxD.swapaxes(0, 1).reshape(local, -1, width)
         if others:
             x_IxRxD = jax.lax.all_gather(x_IxRxD, others, axis=1, tiled=True)
         # Each device has its own part of the weights, and so of the rows' gradient.
-        y_IxRxD = self.experts.without_last_bias(mark_varying(x_IxRxD, tuple(split)))
+        y_IxRxD = self.experts.without_last_bias(mark_varying(x_IxRxD, split))
         if others:
             y_IxRxD = jax.lax.psum_scatter(y_IxRxD, others, scatter_dimension=1, tiled=True)
         if alike:
-            y_IxRxD = jax.lax.psum(y_IxRxD, "tensor")
+            y_IxRxD = jax.lax.psum(y_IxRxD, alike)
         y_IxRxD += self.experts.b_out[...].astype(y_IxRxD.dtype)[:, None]
         return y_IxRxD.reshape(local, devices, rows, width).swapaxes(0, 1)
+
+
+def _splits(coordinated: bool) -> tuple[tuple[str, ...], ...]:
+    """The axes that split hidden units: all, those with equal rows, those with different rows."""
+    split = tuple(name for name in ("slice", "tensor") if jax.lax.axis_size(name) > 1)
+    alike = () if coordinated else tuple(name for name in split if name == "tensor")
+    return split, alike, tuple(name for name in split if name not in alike)
 
 
 def _pad_rows(x_ExRxD: jax.Array) -> jax.Array:

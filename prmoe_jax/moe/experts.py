@@ -58,13 +58,16 @@ class Experts(nnx.Module):
         with jax.named_scope("experts"):
             return kernels.unrolled(x_XxExRxD, tuple(self._weights(x_XxExRxD.dtype)))
 
-    def ragged(self, x_RxD: jax.Array, rows_E: jax.Array, expert_R: jax.Array) -> jax.Array:
+    def ragged(
+        self, x_RxD: jax.Array, rows_E: jax.Array, expert_R: jax.Array, last_bias: bool = True
+    ) -> jax.Array:
         """Applies the experts to rows sorted by expert, `rows_E[e]` rows for expert e.
 
-        Rows with `expert_R` = E belong to no expert; their output is 0.
+        Rows with `expert_R` = E belong to no expert; their output is 0. Without the last bias,
+        devices that split hidden units sum up their results.
         """
-        w_in, b_in, w_out, b_out = self._weights(x_RxD.dtype)
-        served_Rx1 = (expert_R < self.count)[:, None]
+        w_in, b_in, w_out, _ = self._weights(x_RxD.dtype)
+        served_Rx1 = (expert_R < len(rows_E))[:, None]
 
         def grouped(x_R, w_E):
             # Rows of no run may hold anything, here and in the derivative. Masks on both sides
@@ -72,16 +75,36 @@ class Experts(nnx.Module):
             y_R = jax.lax.ragged_dot(jnp.where(served_Rx1, x_R, 0), w_E, rows_E)
             return jnp.where(served_Rx1, y_R, 0)
 
-        def bias(b_E):
-            return b_E.at[expert_R].get(mode="fill", fill_value=0)
+        with jax.named_scope("experts"):
+            b_in_RxF = b_in.at[expert_R].get(mode="fill", fill_value=0)
+            h_RxF = gelu(remat.save_matmul(grouped(x_RxD, w_in) + b_in_RxF))
+            y_RxD = grouped(h_RxF, w_out)
+        return y_RxD + self.last_bias(expert_R, y_RxD.dtype) if last_bias else y_RxD
 
-        h_RxF = gelu(grouped(x_RxD, w_in) + bias(b_in))
-        return grouped(h_RxF, w_out) + bias(b_out)
-
-    def block_loop(self, x_RxD: jax.Array, rows_E: jax.Array, expert_R: jax.Array) -> jax.Array:
+    def block_loop(
+        self, x_RxD: jax.Array, rows_E: jax.Array, expert_R: jax.Array, last_bias: bool = True
+    ) -> jax.Array:
         """The same as `ragged`, multiplying a block of rows at a time."""
-        block = kernels.block_rows(len(x_RxD), self.count)
-        return kernels.block_loop(block, x_RxD, rows_E, tuple(self._weights(x_RxD.dtype)))
+        block = kernels.block_rows(len(x_RxD), len(rows_E))
+        w_in, b_in, w_out, b_out = self._weights(x_RxD.dtype)
+        if not last_bias:
+            b_out = jnp.zeros_like(w_out[:, 0])
+        return kernels.block_loop(block, x_RxD, rows_E, (w_in, b_in, w_out, b_out))
+
+    def alone(
+        self, x_RxD: jax.Array, rows_E: jax.Array, expert_R: jax.Array, last_bias: bool = True
+    ) -> jax.Array:
+        """As `ragged` for a device's only expert, but the output for rows of no expert is anything.
+
+        Such rows must be 0 in x and in the gradient of the output.
+        """
+        del rows_E
+        y_RxD = self.without_last_bias(x_RxD[None])[0]
+        return y_RxD + self.b_out[...].astype(y_RxD.dtype) if last_bias else y_RxD
+
+    def last_bias(self, expert_R: jax.Array, dtype) -> jax.Array:
+        """The last bias for rows of these experts, [R, D]; 0 for rows of no expert."""
+        return self.b_out[...].astype(dtype).at[expert_R].get(mode="fill", fill_value=0)
 
     def per_token(self, x_RxD: jax.Array, expert_R: jax.Array) -> jax.Array:
         """Applies expert expert_R[r] to row r and reads no other weights; for few rows."""

@@ -121,6 +121,7 @@ class MoE(nnx.Module):
                     parts["experts"],
                     expert_axes(mesh, self.experts.count),
                     exchange.resolve(self.moe.exchange, mesh),
+                    self.moe.buffer_factor,
                 )
             y_BxLxD, kept_BxL, metrics = self._routed(parts, *inputs)
             return y_BxLxD, kept_BxL, jax.lax.psum(mark_varying(metrics, axes), axes)
@@ -149,11 +150,12 @@ class MoE(nnx.Module):
         with jax.named_scope("routing"):
             routing, metrics, slots = self._route(parts, x_GxSxD, valid_GxS, keys_G)
         split = isinstance(parts["experts"], ExpertParallel)
-        few = batch * length * self.top_k <= self.experts.count
-        name = dispatch.resolve(self.moe.dispatch, platform(), split)
+        few = batch * length * self.top_k <= self.experts.count and not split
+        name = dispatch.resolve(self.moe.dispatch, platform())
         backend = dispatch.backend(name, math.isinf(capacity_factor), few)
         with jax.named_scope("dispatch"):
-            y_GxSxD = backend(x_GxSxD, routing, parts["experts"], slots)
+            y_GxSxD, rounds = backend(x_GxSxD, routing, parts["experts"], slots)
+        metrics = metrics._replace(rounds=rounds * metrics.tokens)
         kept_BxL = routing.kept_GxSxK.any(-1).reshape(batch, length)
         return y_GxSxD.reshape(x_BxLxD.shape), kept_BxL, metrics
 

@@ -41,6 +41,7 @@ class RouterMetrics(NamedTuple):
     dropped_S: jax.Array  # those of `choices_S` that were lost
     coefficient: jax.Array  # mixing weight of the experts' branch, summed over tokens
     coefficient_unserved: jax.Array  # the same over unserved tokens
+    rounds: jax.Array  # of the dropless exchange between devices, times tokens
 
 
 def capacity(tokens: int, experts: int, capacity_factor: float, top_k: int, minimum: int) -> int:
@@ -251,5 +252,6 @@ def _metrics(routing: Routing, logits_GxSxE, valid_GxS, **decision) -> RouterMet
         entropy=(entropy_GxS * valid_GxS).sum(),
         coefficient=jnp.zeros(()),
         coefficient_unserved=jnp.zeros(()),
+        rounds=jnp.zeros((), jnp.int32),
         **decision,
     )

@@ -154,6 +154,9 @@ def _bytes(operation: Operation, members: int) -> int:
     if operation.opcode == "send":
         part = size(re.search(r"\w+\[[\d,]*\]", shape)[0])
         return part * (members if kind(operation) == "all-gather" else 1)
+    if operation.opcode.startswith("ragged-all-to-all"):
+        # Rows without a gap, and a buffer with room for more than an even load.
+        return min(size(part) for part in re.findall(r"\w+\[\d+,[\d,]*\]", shape))
     if operation.opcode.endswith("-start"):
         return max(size(part) for part in re.findall(r"\w+\[[\d,]*\]", shape))
     return size(shape) * (members if operation.opcode == "reduce-scatter" else 1)
@@ -190,6 +193,7 @@ def torus(
         return {
             "all-reduce": 2 * moved * share / wires,
             "all-to-all": moved * max(extents) / 8 / link_bytes_per_s,
+            "ragged-all-to-all": moved * max(extents) / 8 / link_bytes_per_s,
             "collective-permute": moved / (2 * link_bytes_per_s),
         }.get(kind, moved * share / wires)
 
@@ -237,7 +241,7 @@ def hosts(host: np.ndarray, link_bytes_per_s: float, network_bytes_per_s: float)
         places = host[members]
         spanned = len(set(places))
         inside = len(members) / spanned  # devices of a group on one host
-        if kind == "all-to-all":
+        if kind in ("all-to-all", "ragged-all-to-all"):
             away = 1 - inside / len(members)
             within = (inside - 1) / len(members)
             return moved * (away / network_bytes_per_s + within / link_bytes_per_s)

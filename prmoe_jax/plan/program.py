@@ -10,7 +10,9 @@ FREE = frozenset(
     "parameter constant bitcast tuple get-tuple-element copy-start copy-done partition-id "
     "replica-id after-all opt-barrier iota call-start".split()
 )
-COLLECTIVES = "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"
+COLLECTIVES = (
+    "all-reduce all-gather reduce-scatter all-to-all ragged-all-to-all collective-permute".split()
+)
 END = "collective-end"  # the opcode here of the wait for an asynchronous collective
 SENTINEL = 1 << 50  # larger estimates mean "unknown", which is written as a number near 2^64
 SPARSE_CORE = "call-done"  # the end of a gather or scatter on a TPU's SparseCore
@@ -49,7 +51,7 @@ class _Line(NamedTuple):
     root: bool
 
 
-def operations(hlo: str) -> list[Operation]:
+def operations(hlo: str, rounds: int = 1) -> list[Operation]:
     """The operations that run: those of the entry and of its loops, with the number of their runs.
 
     Their order is the compiler's schedule. A fusion is one operation. If it contains an all-reduce,
@@ -60,6 +62,7 @@ def operations(hlo: str) -> list[Operation]:
 
     Args:
       hlo: `compiled.as_text()`.
+      rounds: the rounds of the dropless exchange (`moe.rounds`); all but the first are a loop.
 
     Raises:
       ValueError: a loop's trip count or an attention kernel's queries can't be found in the text.
@@ -92,8 +95,11 @@ def operations(hlo: str) -> list[Operation]:
                 pair = received.get(_operands(line)[0], "")
                 found.append(Operation(name, END, 0, runs, text, pair=pair))
             elif opcode == "while":
-                trips = _trip_count(text, computations[_attribute(text, "condition")])
-                trips -= _first(line, computations[computation])
+                if re.search(r'op_name="[^"]*/rounds/while"', text):
+                    trips = rounds - 1
+                else:
+                    trips = _trip_count(text, computations[_attribute(text, "condition")])
+                    trips -= _first(line, computations[computation])
                 visit(_attribute(text, "body"), runs * trips)
             elif opcode == "conditional":
                 for branch in _branches(text):
@@ -178,6 +184,11 @@ def _count(dims: str) -> int:
     return math.prod(int(d) for d in dims.split(",") if d)
 
 
+def is_grouped(operation: Operation | _Line) -> bool:
+    """Whether an operation is the TPU compiler's kernel for `jax.lax.ragged_dot`."""
+    return operation.opcode == "custom-call" and operation.name.startswith("ragged-dot")
+
+
 def is_kernel(operation: Operation | _Line) -> bool:
     """Whether an operation is an attention kernel."""
     return operation.opcode == "custom-call" and operation.name.startswith(tuple(KERNELS))
@@ -195,7 +206,15 @@ def _operands(line: _Line) -> list[str]:
 
 
 def _flops(line: _Line, shapes: dict[str, str]) -> int:
-    """FLOPs: 2 for each term of a matrix product; half the square for a causal attention kernel."""
+    """FLOPs: 2 for each term of a matrix product; half the square for a causal attention kernel.
+
+    A grouped product counts with all rows of its buffer.
+    """
+    if is_grouped(line):
+        names = [line.text.partition(" custom-call(")[0], *(shapes[n] for n in _operands(line))]
+        arrays = [dims.split(",") for kind, dims in _arrays(" ".join(names)) if "f" in kind]
+        rows = max(int(dims[0]) for dims in arrays if len(dims) == 2)
+        return 2 * rows * math.prod(int(d) for dims in arrays if len(dims) == 3 for d in dims[1:])
     if is_kernel(line):
         products, length = next(v for k, v in KERNELS.items() if line.name.startswith(k))
         arrays = [a for name in _operands(line) for a in _arrays(shapes.get(name, ""))]

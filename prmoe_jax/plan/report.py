@@ -1,13 +1,13 @@
 """`prmoe plan`: a whole step, compiled for chips that aren't there, and a model of its cost.
 
 The time of an operation on TPUs is the compiler's estimate in cycles, times the trips of the loops
-around it. Attention kernels have no estimate: they take their FLOPs at `KERNEL_EFFICIENCY` of the
-peak. Other operations without an estimate take their bytes at the memory's speed. GPUs' compiler
-has no estimates: every operation takes the longer of its FLOPs at the peak and its bytes at the
-memory's speed, which gives a lower bound. Collectives are modelled by `collectives.torus` or
-`collectives.hosts`. On TPUs, asynchronous ones and transfers between slices cost the time in which
-the compiler's schedule waits for them (`collectives.exposed`); on GPUs, all cost their whole time.
-The model leaves out the hosts and the input.
+around it. Attention kernels and grouped products have no estimate: they take their FLOPs at
+`KERNEL_EFFICIENCY` of the peak. Other operations without an estimate take their bytes at the
+memory's speed. GPUs' compiler has no estimates: every operation takes the longer of its FLOPs at
+the peak and its bytes at the memory's speed, which gives a lower bound. Collectives are modelled by
+`collectives.torus` or `collectives.hosts`. On TPUs, asynchronous ones and transfers between slices
+cost the time in which the compiler's schedule waits for them (`collectives.exposed`); on GPUs, all
+cost their whole time. The model leaves out the hosts and the input.
 """
 
 import dataclasses
@@ -50,7 +50,7 @@ from prmoe_jax.plan.collectives import (
     slices,
     torus,
 )
-from prmoe_jax.plan.program import Operation, is_kernel, operations
+from prmoe_jax.plan.program import Operation, is_grouped, is_kernel, operations
 from prmoe_jax.run.checkpoint import TrainState
 from prmoe_jax.training.step import compile_train_step, compiler_options, init_state
 
@@ -296,7 +296,7 @@ def _network(chip: Chip, mesh: Mesh) -> tuple[Network, np.ndarray, int]:
 
 def _seconds(operation: Operation, chip: Chip) -> float:
     """The time of an operation that is no collective, all runs together."""
-    if is_kernel(operation):
+    if is_kernel(operation) or is_grouped(operation):
         once = operation.flops / chip.flops_per_s / KERNEL_EFFICIENCY
     elif operation.cycles is not None:
         once = operation.cycles / chip.hertz

@@ -47,6 +47,8 @@ def summarise(sums, config: Config) -> dict:
       choices, [E]), expert_drop_fraction (dropped share of each expert's choices, [E]),
       position_drop_fraction (by the token's position in its routing group, in up to 16 equal
       parts), unserved_fraction (share of tokens that no expert kept) and router_entropy (nats).
+      Where rows reach other devices without drops, also exchange_rounds (1 unless a device got more
+      rows than its buffer holds; `moe.buffer_factor`).
       With a residual also the mean weight of the experts' branch: residual_coefficient over all
       tokens, residual_coefficient_kept over tokens that an expert kept, and
       residual_coefficient_dropped over the others. If experts choose tokens, a dropped choice is a
@@ -85,6 +87,8 @@ def summarise(sums, config: Config) -> dict:
                     router.coefficient_unserved, router.unserved
                 ),
             }
+        if router.rounds:
+            layer["exchange_rounds"] = _share(router.rounds, router.tokens)
         metrics |= {f"layers/{i:02d}/{name}": value for name, value in layer.items()}
         metrics["aux_loss"] += layer["aux_loss"]
         dropped += router.dropped_S.sum()

@@ -67,7 +67,7 @@ def test_backends_equal_the_oracle(situation, dtype):
             logits_GxSxE = x_GxSxD.astype(jnp.float32) @ w_DxE
             logits_GxSxE = logits_GxSxE.at[..., 0].add(preference)
             routing, _ = route(logits_GxSxE, valid_GxS, MOE, top_k=top_k, slots=slots)
-            y_GxSxD = BACKENDS[backend](x_GxSxD, routing, experts, slots)
+            y_GxSxD, _ = BACKENDS[backend](x_GxSxD, routing, experts, slots)
             return (y_GxSxD * target_GxSxD).sum(), y_GxSxD
 
         gradient = jit(jax.grad(output, argnums=(0, 1, 2), has_aux=True))

@@ -450,6 +450,8 @@ def on_eight_devices(case, *arguments):
         ("pyramid, top 2", ["fsdp", "sliced", "expert, tensor, coordinated", "two stages"]),
         ("moe", ["replicas over and in slices", "experts over slices"]),
         ("accumulate", ["fsdp, expert, tensor"]),
+        ("dropless", ["expert, slice, tensor", "two stages"]),
+        ("dropless, top 3", ["experts over slices"]),
     ],
 )
 def test_a_step_on_a_mesh_equals_one_on_one_device(name, meshes):
@@ -458,6 +460,16 @@ def test_a_step_on_a_mesh_equals_one_on_one_device(name, meshes):
     `experiments/meshes` has every architecture on every mesh.
     """
     assert on_eight_devices("step", name, *meshes).count("equal") == len(meshes)
+
+
+def test_rounds_serve_every_row_of_one_expert():
+    """All tokens choose the same expert: its device takes rounds of a buffer of bounded size.
+
+    Four devices send it 4 · 16 rows without 8 of padding, which is 56. Its buffer has 1.25 · 16
+    rows, rounded up to 24. In the coordinated exchange, two devices share 104 rows.
+    """
+    lines = on_eight_devices("step", "one expert", "expert", "expert, tensor, coordinated")
+    assert lines.count("equal") == 2 and lines.count("rounds [3.0]") == 2, lines
 
 
 def test_the_same_tokens_are_dropped_on_1_2_4_and_8_devices():

@@ -1,0 +1,244 @@
+"""The dropless exchange: rows go to their experts' devices, in rounds of bounded size.
+
+Without a capacity, a device may get any number of rows. So the devices exchange these numbers
+first. Then each receives up to B rows at once, the size of its buffer, applies its experts to them
+and sends the results back. One round is enough for loads up to B on the fullest device; otherwise
+all devices take more rounds, until every row was served. Nothing is dropped and no buffer grows.
+
+A device's rows arrive sorted by expert, and for each expert by sender. Round r serves the rows
+[r·B, (r + 1)·B) of that order.
+
+S and X are the devices that exchange with each other, as senders and receivers. I is the number of
+experts that a sender tells apart at a receiver. R is the number of a sender's rows.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from prmoe_jax.nn import remat
+from prmoe_jax.parallel.mesh import platform
+
+# Applies a device's experts to [B, D] rows sorted by expert, the second argument of them for each
+# expert; also returns the rounds that this took.
+Apply = Callable[[object, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+
+
+class Stage(NamedTuple):
+    """An exchange over mesh axes: X devices, each with one part of every group of experts."""
+
+    axes: tuple[str, ...]
+    groups: int  # expert e of E is on device e // (E / groups / X) % X
+
+
+class _Pieces(NamedTuple):
+    """The runs of rows that one sender has for one receiver's experts; each array is [S, X, I]."""
+
+    rows: jax.Array
+    start: jax.Array  # the first row's place at the sender
+    arrival: jax.Array  # the first row's place in the receiver's order of arrival
+
+
+class _Transfer(NamedTuple):
+    """What one device sends and receives in a round; flat arrays, by device and expert."""
+
+    sent: jax.Array  # rows
+    sent_from: jax.Array  # places in this device's rows
+    sent_to: jax.Array  # places in the receivers' buffers
+    received: jax.Array
+    received_from: jax.Array  # places in the senders' rows
+    received_to: jax.Array  # places in this device's buffer
+
+
+def serve(stage: Stage, apply: Apply, buffer: int, experts, x_RxD: jax.Array, rows_E: jax.Array):
+    """Applies experts on all devices of a stage to each device's rows.
+
+    The first round's values are kept for the backward pass, as `remat` says. What later rounds
+    computed is exchanged and computed again there.
+
+    Args:
+      stage: which devices exchange.
+      apply: applies the experts of this device.
+      buffer: B, the rows that a device receives in a round.
+      experts: the first argument of `apply`, a pytree with a gradient.
+      x_RxD: rows sorted by expert; those of no expert come last.
+      rows_E: the number of rows for each of the stage's experts.
+
+    Returns:
+      The results for x, 0 for rows of no expert, and the number of times that `apply` ran.
+    """
+
+    def arrive(x_RxD, transfer: _Transfer) -> jax.Array:
+        """The rows that this device receives in a round, and zeros behind them."""
+        with jax.named_scope("exchange"):
+            x_BxD = _ragged_all_to_all(
+                x_RxD,
+                _empty(buffer, x_RxD),
+                transfer.sent_from,
+                transfer.sent,
+                transfer.sent_to,
+                transfer.received,
+                stage.axes,
+            )
+            return _first_rows(x_BxD, transfer.received.sum())
+
+    def give_back(y_BxD, into_RxD, transfer: _Transfer) -> jax.Array:
+        """The same with a round's results written into their places."""
+        with jax.named_scope("exchange"):
+            return _ragged_all_to_all(
+                y_BxD,
+                into_RxD,
+                transfer.received_to,
+                transfer.received,
+                transfer.received_from,
+                transfer.sent,
+                stage.axes,
+            )
+
+    def served(y_RxD, pieces: _Pieces) -> jax.Array:
+        """The same with zeros for rows of no expert."""
+        sent = pieces.rows[jax.lax.axis_index(stage.axes)].sum()
+        return _first_rows(y_RxD, sent)
+
+    def in_round(index, pieces: _Pieces) -> tuple[_Transfer, jax.Array]:
+        transfer = _transfer(pieces, index, buffer, stage.axes)
+        return transfer, transfer.received.reshape(pieces.rows.shape[::2]).sum(0)
+
+    def forward(experts, x_RxD, rows_E, differentiate: bool = True):
+        with jax.named_scope("dispatch"):
+            pieces = remat.save_collective(_pieces(rows_E, stage))
+            rounds = remat.save_collective(_rounds(pieces, buffer))
+            transfer, rows_I = in_round(0, pieces)
+        x_BxD = remat.save_collective(arrive(x_RxD, transfer))
+        derivative = None
+        if differentiate:
+            y_BxD, derivative, runs = jax.vjp(
+                lambda experts, x_BxD: apply(experts, x_BxD, rows_I), experts, x_BxD, has_aux=True
+            )
+        else:
+            y_BxD, runs = apply(experts, x_BxD, rows_I)
+        y_RxD = give_back(y_BxD, _empty(len(x_RxD), x_RxD), transfer)
+
+        def another(carry):
+            index, runs, y_RxD = carry
+            transfer, rows_I = in_round(index, pieces)
+            y_BxD, more = apply(experts, arrive(x_RxD, transfer), rows_I)
+            return index + 1, runs + more, give_back(y_BxD, y_RxD, transfer)
+
+        with jax.named_scope("rounds"):
+            _, runs, y_RxD = jax.lax.while_loop(
+                lambda carry: carry[0] < rounds, another, (jnp.int32(1), runs, y_RxD)
+            )
+        y_RxD = remat.save_collective(served(y_RxD, pieces))
+        return (y_RxD, runs), (derivative, experts, x_RxD, pieces, rounds)
+
+    def backward(saved, gradients):
+        derivative, experts, x_RxD, pieces, rounds = saved
+        dy_RxD, _ = gradients
+        with jax.named_scope("dispatch"):
+            transfer, _ = in_round(0, pieces)
+        dexperts, dx_BxD = derivative(arrive(dy_RxD, transfer))
+        dx_RxD = give_back(dx_BxD, _empty(len(x_RxD), x_RxD), transfer)
+
+        def another(carry):
+            index, dexperts, dx_RxD = carry
+            transfer, rows_I = in_round(index, pieces)
+            _, derivative, _ = jax.vjp(
+                lambda experts, x_BxD: apply(experts, x_BxD, rows_I),
+                experts,
+                arrive(x_RxD, transfer),
+                has_aux=True,
+            )
+            more, dx_BxD = derivative(arrive(dy_RxD, transfer))
+            dexperts = jax.tree.map(jnp.add, dexperts, more)
+            return index + 1, dexperts, give_back(dx_BxD, dx_RxD, transfer)
+
+        with jax.named_scope("rounds"):
+            _, dexperts, dx_RxD = jax.lax.while_loop(
+                lambda carry: carry[0] < rounds, another, (jnp.int32(1), dexperts, dx_RxD)
+            )
+        return dexperts, served(dx_RxD, pieces), None
+
+    @jax.custom_vjp
+    def run(experts, x_RxD, rows_E):
+        return forward(experts, x_RxD, rows_E, differentiate=False)[0]
+
+    run.defvjp(forward, backward)
+    return run(experts, x_RxD, rows_E)
+
+
+def _pieces(rows_E: jax.Array, stage: Stage) -> _Pieces:
+    devices = jax.lax.axis_size(stage.axes)
+
+    def by_receiver(n_E):  # to [X, I]
+        return n_E.reshape(stage.groups, devices, -1).swapaxes(0, 1).reshape(devices, -1)
+
+    start_E = jnp.cumsum(rows_E) - rows_E
+    mine_2xXxI = jnp.stack([by_receiver(rows_E), by_receiver(start_E)])
+    all_Sx2xXxI = jax.lax.all_gather(mine_2xXxI, stage.axes, to="invarying")
+    rows_SxXxI, start_SxXxI = all_Sx2xXxI[:, 0], all_Sx2xXxI[:, 1]
+    ordered_XxN = rows_SxXxI.transpose(1, 2, 0).reshape(devices, -1)
+    arrival_XxN = jnp.cumsum(ordered_XxN, 1) - ordered_XxN
+    arrival_SxXxI = arrival_XxN.reshape(devices, -1, devices).transpose(2, 0, 1)
+    return _Pieces(rows_SxXxI, start_SxXxI, arrival_SxXxI)
+
+
+def _rounds(pieces: _Pieces, buffer: int) -> jax.Array:
+    """Rounds until the fullest device of the whole mesh has received all its rows."""
+    fullest = pieces.rows.sum((0, 2)).max()
+    # All devices of the stage know this number. Others take as many rounds, as collectives need.
+    others = tuple(jax.typeof(fullest).manual_axis_type.varying)
+    if others:
+        fullest = jax.lax.pmax(fullest, others)
+    return -(-fullest // buffer)
+
+
+def _transfer(pieces: _Pieces, index, buffer: int, axes: tuple[str, ...]) -> _Transfer:
+    me = jax.lax.axis_index(axes)
+
+    def of_round(part: _Pieces):
+        """Rows that arrive in this round, and the first one's places at sender and receiver."""
+        first = jnp.maximum(part.arrival, index * buffer)
+        last = jnp.minimum(part.arrival + part.rows, (index + 1) * buffer)
+        rows = jnp.maximum(last - first, 0)
+        places = part.start + first - part.arrival, first - index * buffer
+        return [jnp.where(rows > 0, n, 0).reshape(-1) for n in (rows, *places)]
+
+    sent = of_round(jax.tree.map(lambda n_SxXxI: n_SxXxI[me], pieces))
+    received = of_round(jax.tree.map(lambda n_SxXxI: n_SxXxI[:, me], pieces))
+    return _Transfer(*sent, *received)
+
+
+def _empty(rows: int, like_RxD: jax.Array) -> jax.Array:
+    """A buffer [rows, D] of anything that varies over the same axes as `like_RxD`."""
+    buffer = jax.lax.empty((rows, like_RxD.shape[1]), like_RxD.dtype)
+    axes = tuple(jax.typeof(like_RxD).manual_axis_type.varying)
+    return jax.lax.pcast(buffer, axes, to="varying") if axes else buffer
+
+
+def _first_rows(x_RxD: jax.Array, count: jax.Array) -> jax.Array:
+    """x with zeros after its first rows."""
+    return jnp.where((jnp.arange(len(x_RxD)) < count)[:, None], x_RxD, 0)
+
+
+def _ragged_all_to_all(x_RxD, into_QxD, starts, sizes, places, received, axes) -> jax.Array:
+    """`jax.lax.ragged_all_to_all`, which XLA lacks on CPUs: there, all rows go to all devices."""
+    if platform() != "cpu":
+        return jax.lax.ragged_all_to_all(
+            x_RxD, into_QxD, starts, sizes, places, received, axis_name=axes
+        )
+    senders, me = jax.lax.axis_size(axes), jax.lax.axis_index(axes)
+    rows, slots = len(x_RxD), jnp.arange(len(into_QxD))
+    sent_3xN = jnp.stack([starts, sizes, places])
+    sent_Sx3xN = jax.lax.all_gather(sent_3xN, axes).reshape(senders, 3, senders, -1)[:, :, me]
+    start_SxI, size_SxI, place_SxI = sent_Sx3xN.swapaxes(0, 1)
+    start_SxI += rows * jnp.arange(senders)[:, None]
+    start_N, size_N, place_N = (n_SxI.reshape(-1) for n_SxI in (start_SxI, size_SxI, place_SxI))
+    inside_QxN = (place_N <= slots[:, None]) & (slots[:, None] < place_N + size_N)
+    piece_Q = inside_QxN.argmax(1)
+    source_Q = start_N[piece_Q] + slots - place_N[piece_Q]
+    everyone_NxD = jax.lax.all_gather(x_RxD, axes, tiled=True)
+    filled_Qx1 = inside_QxN.any(1)[:, None]
+    return jnp.where(filled_Qx1, jnp.take(everyone_NxD, source_Q, axis=0, mode="clip"), into_QxD)
