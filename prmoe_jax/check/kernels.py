@@ -4,6 +4,7 @@ The formulas are written anew here and use none of the code that they check; onl
 which are about devices, are compared with the layer on one device.
 """
 
+import dataclasses
 import logging
 import math
 from collections.abc import Callable, Iterator
@@ -234,7 +235,7 @@ def _dispatches() -> Iterator[Case]:
 
         def ours(dtype, x_GxSxD, weight_GxSxK, experts, run=run, routing=routing, slots=slots):
             weighed = routing._replace(weight_GxSxK=weight_GxSxK * routing.kept_GxSxK)
-            return run(x_GxSxD.astype(dtype), weighed, experts, slots)
+            return run(x_GxSxD.astype(dtype), weighed, experts, slots)[0]
 
         def oracle(x_GxSxD, weight_GxSxK, experts, kept_GxSxK=kept_GxSxK, routing=routing):
             y_ExTxD = _all_experts(experts, x_GxSxD.reshape(-1, width))
@@ -372,19 +373,25 @@ def _exchanges(devices: list) -> Iterator[Case]:
     }
     if count >= 4:
         meshes["hierarchical"] = {"expert": count, "expert_inner": half}, 5 * count
-    for name, (sizes, experts) in meshes.items():
+    without_drops = {f"{name}, nothing dropped": meshes[name] for name in ("flat", "coordinated")}
+    for name, (sizes, experts) in (meshes | without_drops).items():
         exchange = name.partition(",")[0]
-        yield _exchange(name, _layer_config(exchange, sizes, experts, count), devices)
+        rules: dict = {"min_capacity": 2}
+        if name in without_drops:
+            rules = {"eval_capacity_factor": math.inf}
+        yield _exchange(name, _layer_config(exchange, rules, sizes, experts, count), devices)
 
 
-def _layer_config(exchange: str, sizes: dict[str, int], experts: int, devices: int) -> Config:
+def _layer_config(
+    exchange: str, rules: dict, sizes: dict[str, int], experts: int, devices: int
+) -> Config:
     model: dict = {"layers": 1, "placement": "every 1", "experts": (experts,), "dtype": "float32"}
     model |= {"d_model": 14, "d_ff": 22, "heads": 2, "length": 13, "vocab_size": 384}
     model |= {"init_std": 0.5}
     return configs.resolve(
         {
             "model": model,
-            "moe": {"exchange": exchange, "min_capacity": 2},
+            "moe": {"exchange": exchange} | rules,
             "mesh": sizes,
             "data": {"tokenizer": "bytes"},
             "train": {"steps": 1, "batch_size": devices},
@@ -395,7 +402,7 @@ def _layer_config(exchange: str, sizes: dict[str, int], experts: int, devices: i
 def _exchange(name: str, config: Config, devices: list) -> Case:
     mesh, model = make_mesh(config, devices), config.model
     (count,) = {e for e in model.schedule.experts if e}
-    alone = MoeConfig(min_capacity=2, dispatch="einsum")
+    alone = dataclasses.replace(config.moe, dispatch="einsum")
     layer, plain = (
         _quick(lambda moe=moe: MoE(count, model, moe, jax.random.key(0)))()
         for moe in (config.moe, alone)

@@ -58,6 +58,7 @@ def test_green_on_four_devices(tmp_path):
     assert {f"dispatch {name}" for name in (*dispatch.BACKENDS, "per_token")} <= names
     assert {"attention xla", "attention blocks", "attention with KV cache"} <= names
     assert {f"exchange {name}" for name in ("flat", "hierarchical", "coordinated")} <= names
+    assert "exchange flat, nothing dropped" in names
     for name, dtypes in record["kernels"].items():
         for dtype, errors in dtypes.items():
             assert 0 <= max(errors.values()) <= kernels.TOLERANCES[dtype], (name, dtype)
@@ -149,7 +150,12 @@ def raises(x):
 def test_a_kernel_that_returns_wrong_numbers(fault, monkeypatch):
     """It alone is named."""
     gather = dispatch.BACKENDS["gather"]
-    monkeypatch.setitem(dispatch.BACKENDS, "gather", lambda *inputs: fault(gather(*inputs)))
+
+    def faulty(*inputs):
+        y_GxSxD, rounds = gather(*inputs)
+        return fault(y_GxSxD), rounds
+
+    monkeypatch.setitem(dispatch.BACKENDS, "gather", faulty)
     chosen = {"dispatch einsum", "dispatch gather"}
 
     def cases(devices):
@@ -158,17 +164,17 @@ def test_a_kernel_that_returns_wrong_numbers(fault, monkeypatch):
                 yield case._replace(dtypes=("float32",))
 
     monkeypatch.setattr(kernels, "cases", cases)
-    einsum, faulty, exchanges = kernels.check().findings
+    einsum, wrong, exchanges = kernels.check().findings
     assert (einsum.name, einsum.status) == ("dispatch einsum", OK)
-    assert (faulty.name, faulty.status) == ("dispatch gather", FAIL)
-    assert faulty.fix.startswith("use another moe.dispatch; report it")
+    assert (wrong.name, wrong.status) == ("dispatch gather", FAIL)
+    assert wrong.fix.startswith("use another moe.dispatch; report it")
     expected = {
         wrong_by_a_percent: "wrong numbers: float32 forward 1e-02",
         wrong_gradient: "backward 1e-02 of 1e-04",
         not_a_number: "wrong numbers: float32 forward nan",
         raises: "cannot run: internal error: NotImplementedError: no such kernel on this chip",
     }
-    assert expected[fault] in faulty.line
+    assert expected[fault] in wrong.line
     assert exchanges.line.startswith("not run: they need several devices")
 
 
