@@ -160,7 +160,8 @@ def _write_and_read(path: Path) -> list[float]:
 @contextlib.contextmanager
 def _corpus() -> Iterator[Path]:
     """A folder of text on this machine's disk, the same on every host."""
-    folder = Path(processes.of_first(tempfile.mkdtemp(prefix="prmoe-check-")))
+    made = tempfile.mkdtemp(prefix="prmoe-check-") if jax.process_index() == 0 else None
+    folder = Path(processes.of_first(made))
     (folder / "text").mkdir(parents=True, exist_ok=True)
     words = "the expert of a token is chosen by its router and so on".split()
     rng = random.Random(0)
