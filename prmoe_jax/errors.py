@@ -28,6 +28,15 @@ class TrainingStopped(UserError):
     exit_code = 1
 
 
+class CheckFailed(UserError):
+    """Something is wrong with the machine, although the command was right.
+
+    The command line prints the message on one line and exits with code 1.
+    """
+
+    exit_code = 1
+
+
 class Failure(NamedTuple):
     """How a command ends."""
 

@@ -11,6 +11,7 @@ import prmoe_jax
 from prmoe_jax import allocator, boundary
 from prmoe_jax.cli import (
     bench,
+    check,
     distill,
     eval,
     generate,
@@ -61,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _processes(arguments: list[str]):
     """Joins the run's other processes before anything else, so that a mistake ends all of them."""
-    if arguments[:1] not in (["train"], ["eval"]) or "--distributed" not in arguments:
+    if arguments[:1] not in (["train"], ["eval"], ["check"]) or "--distributed" not in arguments:
         return contextlib.nullcontext()
     allocator.keep_freed_memory()
     from prmoe_jax.parallel import processes
@@ -102,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     for module in (
-        train, eval, generate, sweep, report, interop, params, distill, plan, tokenize,
+        train, eval, generate, sweep, report, interop, params, distill, plan, check, tokenize,
     ):  # fmt: skip
         module.add(verb)
     bench.add(verb, verbs)

@@ -159,6 +159,17 @@ def of_first(value):
     return json.loads(_wait(key))
 
 
+def gathered(value) -> list:
+    """Returns all processes' values, which JSON can hold, in order, on all processes."""
+    if _count() == 1:
+        return [value]
+    name = f"prmoe/{next(_calls)}/all/"
+    _client().key_value_set(f"{name}{_number()}", json.dumps(value))
+    while len(found := dict(_client().key_value_dir_get(name))) < _count():
+        time.sleep(POLL_SECONDS / 5)
+    return [json.loads(found[f"{name}{number}"]) for number in range(_count())]
+
+
 def barrier() -> None:
     """Waits until all processes have called this."""
     if _count() == 1:

@@ -46,6 +46,21 @@ CHIPS = {
     "gb200": Chip("gpu", 2500e12, 186 * 10**9, 8e12, 900e9, 50e9),
 }
 
+# JAX's name of a device -> its chip.
+KINDS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU7x": "tpu7x",
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA B200": "b200",
+    "NVIDIA GB200": "gb200",
+}
+
 # The slices that exist, smallest first. For GPUs, 'Nx8' is N hosts with eight GPUs each. A GB200
 # NVL72 is a rack of 72 GPUs around one switch, of which a power of two suits most models.
 TORUS = "2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x16".split()
@@ -86,6 +101,11 @@ GPUS = {
     "gb200": dict(cores=152, bandwidth=7928064000000, cache=135528448, clock=2.062)
     | dict(memory=197897748480, major=10, name="GB200"),
 }
+
+
+def data_sheet(device_kind: str) -> Chip | None:
+    """The data sheet of a device that is there, by JAX's name of its kind; None if unknown."""
+    return CHIPS.get(KINDS.get(device_kind))
 
 
 def several(chip: str) -> tuple[int, str]:

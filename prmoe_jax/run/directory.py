@@ -34,22 +34,25 @@ def record_environment(workdir: Path, devices: list) -> float:
     path = workdir / "environment.json"
     fix = "delete it (it only records how the run was started), or restore a copy"
     starts = files.read_json(path, list, fix) if path.exists() else []
-    starts.append(
-        {
-            "time": time.time(),
-            "command": sys.argv,
-            "git_revision": _git("rev-parse", "HEAD"),
-            "git_changes": bool(_git("status", "--porcelain")),
-            "python": platform.python_version(),
-            "platform": platform.platform(),
-            "device": devices[0].device_kind,
-            "device_count": len(devices),
-            "versions": {name: _version(name) for name in RECORDED_PACKAGES.split()},
-        }
-    )
+    starts.append(environment(devices))
     files.replace(path, json.dumps(starts, indent=2) + "\n")
     # Records of older versions have no time.
     return min(s["time"] for s in starts if isinstance(s, dict) and "time" in s)
+
+
+def environment(devices: list) -> dict:
+    """Time, command, git revision, platform, devices and versions of this process."""
+    return {
+        "time": time.time(),
+        "command": sys.argv,
+        "git_revision": _git("rev-parse", "HEAD"),
+        "git_changes": bool(_git("status", "--porcelain")),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": devices[0].device_kind,
+        "device_count": len(devices),
+        "versions": {name: _version(name) for name in RECORDED_PACKAGES.split()},
+    }
 
 
 def versions() -> dict[str, str | None]:

@@ -1,3 +1,11 @@
 """Folders in object stores (gs://BUCKET/FOLDER) beside local ones."""
 
-from prmoe_jax.stores.paths import as_local_path, as_path, check_reachable, is_local, scheme, upload
+from prmoe_jax.stores.paths import (
+    as_local_path,
+    as_path,
+    check_reachable,
+    delete_folder,
+    is_local,
+    scheme,
+    upload,
+)

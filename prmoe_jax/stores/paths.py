@@ -9,6 +9,8 @@ import os
 import re
 from pathlib import Path
 
+from etils import epath
+
 from prmoe_jax.errors import UserError
 
 # A scheme at the start of a text. pathlib folds the two slashes into one.
@@ -87,6 +89,15 @@ def check_reachable(folder: Path, named: str) -> None:
         gcs.ask(folder)
     except OSError as error:
         raise UserError(f"{named}={folder} cannot be used: {error.strerror or error}") from None
+
+
+def delete_folder(folder: Path) -> None:
+    """Deletes a folder with all that is in it.
+
+    Raises:
+      OSError: something cannot be deleted.
+    """
+    epath.Path(folder).rmtree()
 
 
 def upload(folder: Path, target: Path, last: str = "") -> None:

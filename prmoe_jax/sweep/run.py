@@ -7,7 +7,6 @@ one of the sweep, its trunk, instead of repeating the trunk's steps; its record 
 
 import contextlib
 import logging
-import shutil
 import statistics
 import subprocess
 import sys
@@ -174,7 +173,7 @@ def _discard_checkpoints(name: str, runs: dict[str, Run], rows: list[dict], root
         return
     for path in (root / name / "checkpoints").glob("*"):
         if path.is_dir() and path.name not in map(str, needed):
-            shutil.rmtree(path) if stores.is_local(path) else path.rmtree()
+            stores.delete_folder(path)
 
 
 def record(name: str, config: Config, workdir: Path) -> dict:

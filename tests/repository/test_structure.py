@@ -11,7 +11,7 @@ PACKAGE = Path(prmoe_jax.__file__).parent
 # From the bottom up; a folder imports those before it. Modules at the package's top come first.
 FLOORS = (
     "errors stores files tables boundary allocator config nn data parallel moe model run distill "
-    "training inference interop tasks plan bench sweep report cli __main__"
+    "training inference interop tasks plan bench check sweep report cli __main__"
 ).split()
 
 

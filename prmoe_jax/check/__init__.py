@@ -1,0 +1,1 @@
+"""What a machine or pod can do, found out before money is spent: `prmoe check`."""

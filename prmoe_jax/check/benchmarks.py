@@ -1,0 +1,79 @@
+"""The first numbers of an accelerator: `prmoe bench moe`, `step` and `decode` in one call."""
+
+import logging
+import time
+from collections.abc import Callable
+
+import jax
+
+from prmoe_jax import config as configs
+from prmoe_jax.bench import decode, moe, step
+from prmoe_jax.check.findings import FAIL, OK, WARN, Finding, Part
+from prmoe_jax.config import Config, architecture
+from prmoe_jax.errors import describe
+from prmoe_jax.parallel import processes
+
+log = logging.getLogger(__name__)
+
+# No benchmark starts later than this many seconds after the check began, so that a call ends within
+# ten minutes.
+START_BY = 420.0
+# On CPUs and on accelerators: S, M, F, E of `bench moe`; the model of `bench step` and
+# `bench decode`; timed turns.
+CPU_SIZES, SIZES = [(4096, 256, 1024, 32)], [(4096, 512, 2048, 64), (8192, 1024, 4096, 32)]
+CPU_MODEL = architecture.parse_fields("6 layers, E=4x2+8, residual") | {"dtype": "float32"}
+MODEL = architecture.parse_fields("12 layers, E=8, residual") | {
+    "vocab_size": 50_304,
+    "length": 2048,
+    "d_model": 768,
+    "heads": 12,
+    "d_ff": 3072,
+    "remat": "dots",
+}
+CPU_TURNS, TURNS = 5, 15
+
+
+def check(config: Config | None, begun: float, tell: Callable[[str], None]) -> Part:
+    """Runs the benchmarks on process 0's first device, as long as there is time.
+
+    Args:
+      config: the experiment of `bench step` and `bench decode`; a small PR-MoE by default.
+      begun: when the check began, by `time.perf_counter`.
+      tell: called with the table of each benchmark.
+    """
+    findings, numbers = [], {}
+    if jax.process_index() == 0:
+        for name, (run, table) in _benchmarks(config).items():
+            if time.perf_counter() - begun > START_BY:
+                line = f"left out: {START_BY:.0f} s had passed"
+                findings.append(Finding(name, WARN, line, f"run prmoe {name} by itself"))
+                continue
+            log.info("%s", name)
+            try:
+                numbers[name] = run()
+            except Exception as error:  # one that needs too much memory leaves the others
+                findings.append(Finding(name, FAIL, describe(error).line))
+                continue
+            tell(f"{table(numbers[name])}\n")
+            findings.append(Finding(name, OK, f"{len(numbers[name])} rows"))
+    processes.barrier()
+    return Part(findings, numbers)
+
+
+def _benchmarks(config: Config | None) -> dict[str, tuple[Callable, Callable]]:
+    """The name of each benchmark, the function that runs it, and that which shows its rows."""
+    on_cpu = jax.default_backend() == "cpu"
+    sizes = [moe.Size(*size) for size in (CPU_SIZES if on_cpu else SIZES)]
+    turns, dtype = (CPU_TURNS, "float32") if on_cpu else (TURNS, "bfloat16")
+    if config is None:
+        train = {"steps": 1, "batch_size": 16 if on_cpu else 8}
+        config = configs.resolve({"model": CPU_MODEL if on_cpu else MODEL, "train": train})
+    one = {"one device": None}
+    return {
+        "bench moe": (lambda: moe.bench_moe(sizes, ["uniform"], dtype, turns), moe.table),
+        "bench step": (lambda: step.bench_step(config, turns), step.table),
+        "bench decode": (
+            lambda: decode.bench_decode(config, [1, 8], [dtype, "int8"], 64, turns, one),
+            decode.table,
+        ),
+    }

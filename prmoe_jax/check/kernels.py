@@ -1,0 +1,430 @@
+"""Every kernel that this platform can run, compared with plain formulas in float32 on the CPU.
+
+The formulas are written anew here and use none of the code that they check; only the exchanges,
+which are about devices, are compared with the layer on one device.
+"""
+
+import dataclasses
+import logging
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from prmoe_jax import config as configs
+from prmoe_jax.check.findings import FAIL, OK, WARN, Finding, Part
+from prmoe_jax.config import Config, ModelConfig, MoeConfig
+from prmoe_jax.data.pipeline import Batch
+from prmoe_jax.errors import describe
+from prmoe_jax.model import chunks
+from prmoe_jax.model.attention import KVCache, attend_to_cache
+from prmoe_jax.model.attention_kernels import attend, cudnn_refusal
+from prmoe_jax.model.loss import cross_entropy
+from prmoe_jax.moe import dispatch
+from prmoe_jax.moe.experts import Experts
+from prmoe_jax.moe.layer import MoE
+from prmoe_jax.moe.routing import route
+from prmoe_jax.nn import matmul
+from prmoe_jax.nn.quantized import quantize
+from prmoe_jax.parallel import sharding
+from prmoe_jax.parallel.mesh import batch_axes, make_mesh
+
+log = logging.getLogger(__name__)
+
+# The largest error of an array, as a share of the oracle's largest number. Accelerators may round
+# the factors of a float32 product to fewer bits.
+TOLERANCES = {"float32": 1e-4, "bfloat16": 3e-2}
+ROUNDED_FLOAT32 = 1e-2
+BOTH = "float32", "bfloat16"
+
+# What runs once on the CPU is compiled in a fraction of the time without optimisations.
+_quick = partial(
+    jax.jit,
+    compiler_options={
+        "xla_backend_optimization_level": 0,
+        "xla_llvm_disable_expensive_passes": True,
+    },
+)
+
+# Attention by platform; `blocks` is written for CPUs.
+_CUDNN = ModelConfig(length=132, d_model=192, heads=3, dtype="bfloat16")  # as `_attention`'s
+ATTENTION = {"cpu": ("xla", "blocks"), "gpu": ("xla", "cudnn"), "tpu": ("xla", "splash")}
+
+
+class Case(NamedTuple):
+    """A kernel and its oracle, functions of the same arguments."""
+
+    name: str
+    ours: Callable[..., jax.Array]  # of the compute dtype and the arguments
+    oracle: Callable[..., jax.Array]  # of the arguments
+    arguments: tuple  # trees of float32
+    gradients: bool = True
+    dtypes: tuple[str, ...] = BOTH
+    mesh: Mesh | None = None  # of several devices, over which the arguments are spread
+    shardings: Any = None
+
+
+def check() -> Part:
+    """Runs each kernel forward and backward on this process's first device.
+
+    Exchanges run on all devices of this process.
+    """
+    devices = jax.local_devices()
+    try:
+        cpu = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        line = f"there is no CPU device to compare with {devices[0].platform}"
+        return Part([Finding("kernels", FAIL, line, "add cpu to JAX_PLATFORMS, or unset it")], {})
+    findings, errors = [], {}
+    with jax.default_device(cpu):
+        found = list(cases(devices))
+    for case in found:
+        log.info("kernel: %s", case.name)
+        try:
+            errors[case.name] = compare(case, devices[0], cpu)
+        except Exception as error:  # a kernel that cannot run here may raise anything
+            line = f"cannot run: {describe(error).line}"
+            findings.append(Finding(case.name, FAIL, line, _fix(case.name)))
+            continue
+        findings.append(_judge(case.name, errors[case.name], devices[0].platform))
+    if devices[0].platform == "gpu" and (refusal := cudnn_refusal(_CUDNN)):
+        line = f"cannot run in bfloat16: {refusal}"
+        findings.append(Finding("attention cudnn", WARN, line, "use model.attention=xla"))
+    if len(devices) == 1:
+        line = "not run: they need several devices of a host, and there is one"
+        findings.append(Finding("exchanges", OK, line))
+    return Part(findings, errors)
+
+
+def _judge(name: str, errors: dict[str, dict[str, float]], platform: str) -> Finding:
+    texts, wrong = [], False
+    for dtype, parts in errors.items():
+        limit = TOLERANCES[dtype]
+        if dtype == "float32" and platform != "cpu":
+            limit = ROUNDED_FLOAT32
+        texts.append(
+            f"{dtype} " + ", ".join(f"{part} {value:.0e}" for part, value in parts.items())
+        )
+        texts[-1] += f" of {limit:.0e}"
+        wrong |= not all(value <= limit for value in parts.values())  # NaN is wrong
+    if wrong:
+        return Finding(name, FAIL, f"wrong numbers: {'; '.join(texts)}", _fix(name))
+    return Finding(name, OK, "; ".join(texts))
+
+
+def _fix(name: str) -> str:
+    what = {
+        "dispatch": "use another moe.dispatch",
+        "exchange": "use another moe.exchange or mesh",
+        "attention": "use another model.attention",
+    }.get(name.split()[0], "run nothing here")
+    return f"{what}; report it with the versions above, and try others of jax and of the driver"
+
+
+def compare(case: Case, device: jax.Device, cpu: jax.Device) -> dict[str, dict[str, float]]:
+    """The largest errors of a kernel by dtype, each as a share of the oracle's largest number.
+
+    Args:
+      case: the kernel.
+      device: where it runs, unless the case has a mesh.
+      cpu: where the oracle runs, on arguments that were rounded to the dtype.
+
+    Returns:
+      For each dtype `forward`, the error of the result, and `backward`, that of the gradients by
+      all arguments.
+    """
+    shape = jax.eval_shape(case.oracle, *case.arguments).shape
+    target = _normal(5, *shape)
+    expect = _quick(partial(_outputs, case.oracle, case.gradients))
+    return {dtype: _errors(case, dtype, target, expect, device, cpu) for dtype in case.dtypes}
+
+
+def _errors(case: Case, dtype: str, target, expect, device, cpu) -> dict[str, float]:
+    rounded = jax.tree.map(
+        lambda x: np.asarray(x).astype(jnp.dtype(dtype)).astype(np.float32), case.arguments
+    )
+    expected = expect(*jax.device_put((rounded, target), cpu))
+    ours = jax.jit(partial(_outputs, partial(case.ours, jnp.dtype(dtype)), case.gradients))
+    if case.mesh is None:
+        got = ours(*jax.device_put((rounded, target), device))
+    else:
+        with jax.set_mesh(case.mesh):
+            rows = NamedSharding(case.mesh, PartitionSpec(batch_axes(case.mesh)))
+            got = ours(jax.device_put(rounded, case.shardings), jax.device_put(target, rows))
+    found = {"forward": _error(got[0], expected[0])}
+    if case.gradients:
+        pairs = zip(jax.tree.leaves(got[1]), jax.tree.leaves(expected[1]), strict=True)
+        # Not max(): it may lose a NaN.
+        found["backward"] = float(np.max([_error(a, b) for a, b in pairs]))
+    return found
+
+
+def _outputs(function, gradients: bool, arguments, target):
+    """The result, and its gradients by all arguments for this cotangent."""
+
+    def loss(arguments):
+        y = function(*arguments).astype(jnp.float32)
+        return (y * target).sum(), y
+
+    if not gradients:
+        return loss(arguments)[1], ()
+    gradient, y = jax.grad(loss, has_aux=True)(arguments)
+    return y, gradient
+
+
+def _error(got, expected) -> float:
+    got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
+    return float(np.abs(got - expected).max() / (np.abs(expected).max() or 1.0))
+
+
+def cases(devices: list) -> Iterator[Case]:
+    """The kernels that these devices can run, at prime sizes where the kernel allows it."""
+    platform = devices[0].platform
+    yield from _dispatches()
+    yield _unrolled()
+    for name in ATTENTION.get(platform, ("xla",)):
+        yield from _attention(name)
+    yield _cached_attention()
+    yield from _products()
+    yield _cross_entropy()
+    if len(devices) > 1:
+        yield from _exchanges(devices[: 1 << (len(devices).bit_length() - 1)])
+
+
+def _normal(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def _gelu(x):
+    return 0.5 * x * (1 + jnp.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def _all_experts(experts: Experts, x_TxD) -> jax.Array:
+    """Every expert on every token, [E, T, D]."""
+    w_in, b_in, w_out, b_out = (
+        p[...] for p in (experts.w_in, experts.b_in, experts.w_out, experts.b_out)
+    )
+    h_ExTxF = _gelu(jnp.einsum("TD,EDF->ETF", x_TxD, w_in) + b_in[:, None])
+    return jnp.einsum("ETF,EFD->ETD", h_ExTxF, w_out) + b_out[:, None]
+
+
+def _experts(count: int, width: int, hidden: int) -> Experts:
+    draw = partial(Experts, count, width, hidden, 0.5, 0.5)
+    experts = _quick(lambda: draw(jax.random.key(0)))()
+    experts.b_in[...], experts.b_out[...] = _normal(2, count, hidden), _normal(3, count, width)
+    return experts
+
+
+def _dispatches() -> Iterator[Case]:
+    groups, tokens, width, hidden, count, top_k = 3, 23, 7, 11, 5, 2
+    experts = _experts(count, width, hidden)
+    valid_GxS = np.broadcast_to(np.arange(tokens) < 19, (groups, tokens))
+    x_GxSxD = _normal(0, groups, tokens, width)
+    scores_GxSxE = _normal(1, groups, tokens, count)
+    for name, slots in {**dict.fromkeys(dispatch.BACKENDS, 7), "per_token": tokens}.items():
+        rules = {"moe": MoeConfig(), "top_k": top_k, "slots": slots}
+        routing, _ = _quick(partial(route, **rules))(scores_GxSxE, valid_GxS)
+        routing = jax.tree.map(np.asarray, routing)
+        run = dispatch.BACKENDS.get(name, dispatch.per_token)
+        kept_GxSxK = routing.kept_GxSxK.astype(np.float32)
+
+        def ours(dtype, x_GxSxD, weight_GxSxK, experts, run=run, routing=routing, slots=slots):
+            weighed = routing._replace(weight_GxSxK=weight_GxSxK * routing.kept_GxSxK)
+            return run(x_GxSxD.astype(dtype), weighed, experts, slots)[0]
+
+        def oracle(x_GxSxD, weight_GxSxK, experts, kept_GxSxK=kept_GxSxK, routing=routing):
+            y_ExTxD = _all_experts(experts, x_GxSxD.reshape(-1, width))
+            chosen_TxKxE = jax.nn.one_hot(routing.expert_GxSxK.reshape(-1, top_k), count)
+            weight_TxK = (weight_GxSxK * kept_GxSxK).reshape(-1, top_k)
+            y_TxD = jnp.einsum("TKE,TK,ETD->TD", chosen_TxKxE, weight_TxK, y_ExTxD)
+            return y_TxD.reshape(x_GxSxD.shape)
+
+        arguments = x_GxSxD, routing.weight_GxSxK, experts
+        yield Case(f"dispatch {name}", ours, oracle, arguments)
+
+
+def _unrolled() -> Case:
+    """Experts whose products are compiled one by one, as after an exchange."""
+
+    def oracle(x_XxExRxD, experts):
+        every = jnp.stack([_all_experts(experts, x.reshape(-1, 7)) for x in x_XxExRxD])
+        own = [every[:, e].reshape(2, 5, 3, 7)[:, e] for e in range(5)]
+        return jnp.stack(own, 1)
+
+    arguments = _normal(0, 2, 5, 3, 7), _experts(5, 7, 11)
+    return Case(
+        "experts unrolled",
+        lambda dtype, x, experts: experts.unrolled(x.astype(dtype)),
+        oracle,
+        arguments,
+    )
+
+
+def _softmax_attention(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segments_BxL) -> jax.Array:
+    length = segments_BxL.shape[1]
+    scores_BxHxLxL = jnp.einsum("BQHK,BTHK->BHQT", q_BxLxHxK, k_BxLxHxK)
+    same_BxLxL = segments_BxL[:, :, None] == segments_BxL[:, None]
+    seen_BxLxL = same_BxLxL & np.tri(length, dtype=bool)
+    weights = jnp.where(
+        seen_BxLxL[:, None], jnp.exp(scores_BxHxLxL / math.sqrt(q_BxLxHxK.shape[-1])), 0
+    )
+    weights /= weights.sum(-1, keepdims=True)
+    return jnp.einsum("BHQT,BTHK->BQHK", weights, v_BxLxHxK)
+
+
+def _attention(name: str) -> Iterator[Case]:
+    """Documents in sequences of 131 tokens, and padding at their end."""
+    batch, length, heads, width = 2, 131, 3, 64
+    segments_BxL = np.sort(np.random.default_rng(4).integers(1, 4, (batch, length)), 1)
+    segments_BxL[1, 113:] = 0
+
+    def ours(dtype, q, k, v):
+        q, k, v = (x.astype(dtype) for x in (q, k, v))
+        return attend(q, k, v, segments_BxL, name)
+
+    arguments = tuple(_normal(seed, batch, length, heads, width) for seed in range(3))
+    oracle = partial(_softmax_attention, segments_BxL=segments_BxL)
+    dtypes = ("bfloat16",) if name == "cudnn" else BOTH
+    if name != "cudnn" or not cudnn_refusal(_CUDNN):
+        yield Case(f"attention {name}", ours, oracle, arguments, dtypes=dtypes)
+
+
+def _cached_attention() -> Case:
+    """The last 5 of 23 tokens, whose earlier ones are in the KV cache."""
+    batch, length, heads, width = 2, 23, 3, 16
+    position_BxQ = np.broadcast_to(np.arange(length - 5, length), (batch, 5))
+
+    def ours(dtype, q, k, v):
+        q, k, v = (x.astype(dtype) for x in (q, k, v))
+        cache = KVCache(k.transpose(0, 2, 3, 1), v.swapaxes(1, 2))
+        return attend_to_cache(q[:, -5:], cache, position_BxQ)
+
+    def oracle(q, k, v):
+        return _softmax_attention(q, k, v, np.ones((batch, length), np.int32))[:, -5:]
+
+    arguments = tuple(_normal(seed, batch, length, heads, width) for seed in range(3))
+    return Case("attention with KV cache", ours, oracle, arguments, gradients=False)
+
+
+def _products() -> Iterator[Case]:
+    for rows in (37, 3):  # CPUs have another form for few rows
+        arguments = _normal(0, rows, 29), _normal(1, 29, 31)
+        few = ", few rows" if rows == 3 else ""
+
+        def ours(dtype, x, w):
+            return matmul.matmul(x.astype(dtype), w.astype(dtype))
+
+        yield Case(f"product{few}", ours, jnp.matmul, arguments)
+
+        def int8(dtype, x, w):
+            return matmul.matmul(x.astype(dtype), quantize(w, "int8", (-2,)))
+
+        def dequantized(x, w):
+            scale = jnp.abs(w).max(0) / 127
+            return x @ (jnp.round(w / scale) * scale)
+
+        yield Case(f"product of int8{few}", int8, dequantized, arguments, gradients=False)
+
+
+class _Table(NamedTuple):
+    """Stands for a model, of which the loss only needs its output matrix."""
+
+    table_VxD: jax.Array
+
+    def output_table(self, dtype) -> jax.Array:
+        return self.table_VxD.astype(dtype)
+
+
+def _cross_entropy() -> Case:
+    """The loss in chunks, whose gradients are computed in the forward pass."""
+    rows, length, width, vocabulary = 3, 2 * chunks.CHUNK + 3, 7, 61
+    rng = np.random.default_rng(0)
+    tokens, targets = rng.integers(0, vocabulary, (2, rows, length)).astype(np.int32)
+    mask = rng.random((rows, length)) < 0.8
+
+    def ours(dtype, x_BxLxD, table_VxD):
+        batch = Batch(tokens, targets, mask, np.ones_like(tokens))
+        return cross_entropy(0.1)(_Table(table_VxD), x_BxLxD.astype(dtype), batch)["loss"]
+
+    def oracle(x_BxLxD, table_VxD):
+        logits_BxLxV = x_BxLxD @ table_VxD.T
+        log_z_BxL = jnp.log(jnp.exp(logits_BxLxV).sum(-1))
+        right_BxL = (logits_BxLxV * jax.nn.one_hot(targets, vocabulary)).sum(-1)
+        return ((log_z_BxL - right_BxL + 0.1 * log_z_BxL**2) * mask).sum()
+
+    arguments = _normal(0, rows, length, width), _normal(1, vocabulary, width)
+    return Case("cross-entropy in chunks", ours, oracle, arguments)
+
+
+def _exchanges(devices: list) -> Iterator[Case]:
+    """A MoE layer over several devices, by each exchange that so many can do."""
+    count = len(devices)
+    half = count // 2
+    # The sizes of the mesh, and the experts: few on a device are compiled one by one.
+    meshes = {
+        "flat": ({"expert": count}, count),
+        "flat, sliced": ({"expert": half, "expert_slice": 2}, 5 * count),
+        "coordinated": ({"expert": half, "tensor": 2}, 5 * count),
+    }
+    if count >= 4:
+        meshes["hierarchical"] = {"expert": count, "expert_inner": half}, 5 * count
+    without_drops = {f"{name}, nothing dropped": meshes[name] for name in ("flat", "coordinated")}
+    for name, (sizes, experts) in (meshes | without_drops).items():
+        exchange = name.partition(",")[0]
+        rules: dict = {"min_capacity": 2}
+        if name in without_drops:
+            rules = {"eval_capacity_factor": math.inf}
+        yield _exchange(name, _layer_config(exchange, rules, sizes, experts, count), devices)
+
+
+def _layer_config(
+    exchange: str, rules: dict, sizes: dict[str, int], experts: int, devices: int
+) -> Config:
+    model: dict = {"layers": 1, "placement": "every 1", "experts": (experts,), "dtype": "float32"}
+    model |= {"d_model": 14, "d_ff": 22, "heads": 2, "length": 13, "vocab_size": 384}
+    model |= {"init_std": 0.5}
+    return configs.resolve(
+        {
+            "model": model,
+            "moe": {"exchange": exchange} | rules,
+            "mesh": sizes,
+            "data": {"tokenizer": "bytes"},
+            "train": {"steps": 1, "batch_size": devices},
+        }
+    )
+
+
+def _exchange(name: str, config: Config, devices: list) -> Case:
+    mesh, model = make_mesh(config, devices), config.model
+    (count,) = {e for e in model.schedule.experts if e}
+    alone = dataclasses.replace(config.moe, dispatch="einsum")
+    layer, plain = (
+        _quick(lambda moe=moe: MoE(count, model, moe, jax.random.key(0)))()
+        for moe in (config.moe, alone)
+    )
+    structure = jax.tree.structure(plain)
+    x_BxLxD = _normal(0, len(devices), model.length, model.d_model)
+    valid_BxL = np.ones(x_BxLxD.shape[:2], bool)
+
+    def ours(dtype, tree, x_BxLxD):
+        return tree["mlp"](x_BxLxD.astype(dtype), valid_BxL)[0]
+
+    def oracle(tree, x_BxLxD):
+        layer = jax.tree.unflatten(structure, jax.tree.leaves(tree))
+        return layer(x_BxLxD, valid_BxL)[0]
+
+    rows = NamedSharding(mesh, PartitionSpec(batch_axes(mesh)))
+    tree = {"mlp": layer}
+    return Case(
+        f"exchange {name}",
+        ours,
+        oracle,
+        (tree, x_BxLxD),
+        mesh=mesh,
+        shardings=(sharding.shardings(tree, mesh), rows),
+    )

@@ -1,0 +1,138 @@
+"""`prmoe check`: the parts one after the other, on one process or several, and their record."""
+
+import logging
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+
+from prmoe_jax.check import benchmarks, corpus, environment, kernels, rates, trial
+from prmoe_jax.check.findings import FAIL, OK, Finding, Part, table
+from prmoe_jax.config import Config
+from prmoe_jax.errors import describe
+from prmoe_jax.parallel import processes
+from prmoe_jax.run.directory import versions
+
+log = logging.getLogger(__name__)
+
+SAME = "the same code and versions everywhere"
+
+
+def check(
+    workdir: Path,
+    config: Config | None = None,
+    bench: bool = False,
+    tell: Callable[[str], None] = print,
+) -> dict:
+    """Runs all parts, in all processes of the run if there are several.
+
+    Args:
+      workdir: the folder, local or in an object store, in which a tiny run is trained; what is made
+        there is removed.
+      config: the experiment whose corpus is read, and which is benchmarked; by default no corpus is
+        read, and a small PR-MoE is benchmarked.
+      bench: whether to run `prmoe bench moe`, `step` and `decode` as well, on process 0.
+      tell: called with the lines of each part when it ends, by process 0.
+
+    Returns:
+      The record: `findings`, a list of dicts with part, process, name, status (ok, warn or fail),
+      line and fix; the numbers of each part by its name, for `bench` the rows of each benchmark;
+      and `seconds`. A process has its own findings, and those of others that are not ok.
+    """
+    begun = time.perf_counter()
+    record: dict = {"findings": []}
+    parts: dict[str, Callable[[], Part]] = {
+        "environment": environment.check,
+        "hosts": hosts,
+        "kernels": kernels.check,
+        "rates": rates.check,
+        "run": lambda: trial.check(workdir),
+    }
+    if config:
+        parts["corpus"] = lambda: corpus.check(config, _products(record, config))
+    if bench:
+        parts["bench"] = lambda: benchmarks.check(config, begun, tell)
+    for name, part in parts.items():
+        log.info("checking: %s", name)
+        _add(record, name, _run(name, part), tell)
+        if "backend" not in record["environment"]:  # JAX has no device
+            break
+    record["seconds"] = time.perf_counter() - begun
+    return record
+
+
+def wrong(record: dict) -> list[str]:
+    """What makes a check red, in one line each, with the fix."""
+    lines = []
+    for found in record["findings"]:
+        if found["status"] == FAIL:
+            fix = f"; {found['fix']}" if found["fix"] else ""
+            lines.append(f"{found['part']}: {found['name']}: {found['line']}{fix}")
+    return lines
+
+
+def _run(name: str, part: Callable[[], Part]) -> Part:
+    """Runs a part; an error is a finding, unless other processes would wait for this one."""
+    try:
+        return part()
+    except Exception as error:
+        if name not in ("environment", "kernels") and jax.process_count() > 1:
+            raise
+        failure = describe(error)
+        fix = "" if failure.foreseen else "report it with the versions above"
+        return Part([Finding(name, FAIL, failure.line, fix)], {})
+
+
+def _add(record: dict, name: str, found: Part, tell: Callable[[str], None]) -> None:
+    """Puts a part into the record, with what other processes found, and tells it."""
+    record[name] = found.numbers
+    if "backend" not in record["environment"]:
+        gathered, own = [found.findings], 0
+    else:
+        gathered, own = processes.gathered(found.findings), jax.process_index()
+    mine, kept = gathered[own], []
+    for process, findings in enumerate(gathered):
+        for finding in map(Finding._make, findings):
+            # What all of them measured together, each of them finds.
+            if process == own or (finding.status != OK and list(finding) not in mine):
+                kept.append((process, finding))
+    several = len(gathered) > 1
+    shown = [
+        finding._replace(line=f"process {process}: {finding.line}") if process != own else finding
+        for process, finding in kept
+    ]
+    record["findings"] += [
+        {"part": name, "process": process if several else 0} | finding._asdict()
+        for process, finding in kept
+    ]
+    if own == 0 and shown:
+        tell(f"{name}\n{table(shown)}\n")
+
+
+def hosts() -> Part:
+    """Compares the processes' code, versions and devices; one process has nothing to compare."""
+    if jax.process_count() == 1:
+        return Part([], {})
+    devices = jax.local_devices()
+    ours = versions() | {"device": devices[0].device_kind, "devices": len(devices)}
+    gathered = processes.gathered(ours)
+    names = processes.gathered(socket.gethostname())
+    differing = [
+        f"{name} is {theirs[name]} in process {process}, {gathered[0][name]} in process 0"
+        for process, theirs in enumerate(gathered)
+        for name in ours
+        if theirs[name] != gathered[0][name]
+    ]
+    if differing:
+        finding = Finding("hosts", FAIL, "; ".join(differing), f"install {SAME}")
+    else:
+        line = f"{len(names)} processes on {len(set(names))} hosts, {SAME}"
+        finding = Finding("hosts", OK, line)
+    return Part([finding], {"names": names})
+
+
+def _products(record: dict, config: Config) -> list[float]:
+    kind = f"matmul_{config.model.dtype}"
+    return [device[kind] for device in record["rates"].get("devices", [])]

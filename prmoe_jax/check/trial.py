@@ -1,0 +1,246 @@
+"""A tiny run in the workdir's store: written, read, trained, resumed, and the same bit for bit."""
+
+import contextlib
+import logging
+import os
+import random
+import shutil
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from prmoe_jax import config as configs
+from prmoe_jax import stores
+from prmoe_jax.check.findings import FAIL, OK, Finding, Part, rate, slow
+from prmoe_jax.config import Config, architecture
+from prmoe_jax.errors import UserError, describe
+from prmoe_jax.parallel import processes
+from prmoe_jax.training.loop import train
+
+log = logging.getLogger(__name__)
+
+FILE_BYTES = 1 << 26  # written and read by each process
+STEPS = 4
+SLOW = 0.5  # a process's rate, as a share of the median of all, below which its host is named
+
+
+def check(workdir: Path) -> Part:
+    """Writes and trains in a new folder in the workdir, which is removed afterwards."""
+    with _folder(workdir) as (folder, problem):
+        problems = processes.gathered(problem)
+        if any(problems):
+            return Part([_cannot_write(workdir, problems)], {})
+        findings, numbers = _store(folder)
+        if any(finding.status == FAIL for finding in findings):
+            return Part(findings, numbers)
+        with _corpus() as corpus, _quiet():
+            log.info("a run of %d steps", STEPS)
+            found = _run(_config(corpus), folder / "run")
+        return Part([*findings, *found], numbers)
+
+
+@contextlib.contextmanager
+def _folder(workdir: Path) -> Iterator[tuple[Path, str]]:
+    """A new folder in the workdir and why it cannot be made, or ''; both folders go if new."""
+    folder = workdir / processes.of_first(f"check-{uuid.uuid4().hex[:8]}")
+    first, problem = jax.process_index() == 0, ""
+    # The folders above it that are not there yet, innermost first.
+    new = [path for path in folder.parents if stores.is_local(path) and not path.exists()]
+    if first:
+        try:
+            folder.mkdir(parents=True)
+        except (OSError, UserError) as error:
+            problem = _reason(error)
+    try:
+        yield folder, problem
+    finally:
+        if first and not problem:
+            with contextlib.suppress(OSError):  # in use by now
+                _remove(folder)
+                for path in new:
+                    path.rmdir()
+
+
+def _remove(folder) -> None:
+    if stores.is_local(folder):
+        shutil.rmtree(folder)
+    else:
+        folder.rmtree()
+
+
+def _cannot_write(workdir: Path, problems: list[str]) -> Finding:
+    listed = "; ".join(
+        f"process {number}: {problem}" if len(problems) > 1 else problem
+        for number, problem in enumerate(problems)
+        if problem
+    )
+    fix = "give --workdir a folder that this user may write, or a bucket (gs://BUCKET/FOLDER)"
+    return Finding("workdir", FAIL, f"{workdir} cannot be written: {listed}", fix)
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or describe(error).line
+
+
+def _store(folder: Path) -> tuple[list[Finding], dict]:
+    """Each process writes a file and reads it, and looks for what process 0 wrote."""
+    log.info("writing and reading %d MB", FILE_BYTES / 1e6)
+    workdir, number = folder.parent, jax.process_index()
+    problem, rates = "", [0.0, 0.0]
+    processes.barrier()  # the folder is there
+    try:
+        rates = _write_and_read(folder / f"file-{number}")
+    except (OSError, UserError) as error:
+        problem = _reason(error)
+    problems = processes.gathered(problem)
+    if any(problems):
+        return [_cannot_write(workdir, problems)], {}
+    seen = (folder / "file-0").exists()
+    tries = iter(range(50))  # a network file system may take a moment to show it
+    while not seen and next(tries, None) is not None:
+        time.sleep(0.2)
+        seen = (folder / "file-0").exists()
+    blind = [str(i) for i, found in enumerate(processes.gathered(seen)) if not found]
+    with contextlib.suppress(OSError):
+        (folder / f"file-{number}").unlink()
+    if blind:
+        line = f"{workdir} is not shared: process {', '.join(blind)} doesn't see process 0's file"
+        return [Finding("workdir", FAIL, line, "name a folder that all processes see")], {}
+    gathered = processes.gathered(rates)
+    numbers = {
+        "write_bytes_per_s": [written for written, _ in gathered],
+        "read_bytes_per_s": [read for _, read in gathered],
+    }
+    findings = []
+    for name, values in numbers.items():
+        verb = name.partition("_")[0]
+        behind = slow(dict(enumerate(values)), SLOW)
+        listed = ", ".join(f"process {i} {rate(values[i], 'B')}" for i in behind)
+        line = f"{rate(min(values), 'B')} {'into' if verb == 'write' else 'from'} {workdir}"
+        if behind:
+            fix = "see that host's network and disk, or replace it"
+            findings.append(Finding(f"store {verb}", FAIL, f"slow: {listed}", fix))
+        else:
+            findings.append(Finding(f"store {verb}", OK, line))
+    return findings, numbers
+
+
+def _write_and_read(path: Path) -> list[float]:
+    """Bytes a second of writing a file to the end, and of reading it.
+
+    Raises:
+      OSError: the file cannot be written, or does not hold what was written.
+    """
+    content = np.random.default_rng(0).bytes(FILE_BYTES)
+    begun = time.perf_counter()
+    if stores.is_local(path):
+        with path.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+            written = time.perf_counter()
+            # Else memory would be read, not the disk.
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    else:
+        path.write_bytes(content)
+        written = time.perf_counter()
+    reading = time.perf_counter()
+    found = path.read_bytes()
+    read = time.perf_counter()
+    if found != content:
+        raise OSError(0, "it does not hold what was written to it")
+    return [FILE_BYTES / (written - begun), FILE_BYTES / (read - reading)]
+
+
+@contextlib.contextmanager
+def _corpus() -> Iterator[Path]:
+    """A folder of text on this machine's disk, the same on every host."""
+    made = tempfile.mkdtemp(prefix="prmoe-check-") if jax.process_index() == 0 else None
+    folder = Path(processes.of_first(made))
+    (folder / "text").mkdir(parents=True, exist_ok=True)
+    words = "the expert of a token is chosen by its router and so on".split()
+    rng = random.Random(0)
+    for number in range(40):
+        text = f"{number}: " + " ".join(rng.choices(words, k=300))
+        (folder / "text" / f"{number}.txt").write_text(text)
+    processes.barrier()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps what a run logs about itself out of the check's output."""
+    logger = logging.getLogger("prmoe_jax")
+    before = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def _config(folder: Path) -> Config:
+    """One residual MoE layer whose length and head width suit every kernel of attention."""
+    on_cpu, devices = jax.default_backend() == "cpu", jax.device_count()
+    shape = {"vocab_size": 384, "length": 128, "d_model": 128, "heads": 2, "d_ff": 128}
+    model = architecture.parse_fields("1 layers, every 1, E=4, residual") | shape
+    return configs.resolve(
+        {
+            "model": model | {"dtype": "float32" if on_cpu else "bfloat16"},
+            "data": {
+                "corpus": str(folder / "text"),
+                "tokenizer": "bytes",
+                "cache_dir": str(folder / "cache"),
+            },
+            "train": {"steps": STEPS, "batch_size": devices * -(-8 // devices)},
+            "eval": {"every": 0},
+            "log": {"every": 1},
+            "checkpoint": {"every": STEPS // 2, "keep": 2},
+        }
+    )
+
+
+def _run(config: Config, workdir: Path) -> list[Finding]:
+    """Trains to the end, and again from the checkpoint before the last."""
+    lines: list[dict] = []
+    train(config, workdir, on_metrics=lines.append)
+    whole, lines = _losses(lines), []
+    if jax.process_index() == 0:
+        _remove(workdir / "checkpoints" / str(STEPS))
+    processes.barrier()
+    train(config, workdir, on_metrics=lines.append)
+    resumed = _losses(lines)
+    if jax.process_index() != 0:  # only process 0 has metrics
+        return []
+    half = STEPS // 2
+    expected = {name: value for name, value in whole.items() if name[0] > half}
+    name = "train and resume"
+    if resumed == expected:
+        losses = f"loss {whole[1, 'loss']:.4f} at step 1, {whole[STEPS, 'loss']:.4f} at {STEPS}"
+        line = f"{STEPS} steps ({losses}); again from step {half}: the same bit for bit"
+        return [Finding(name, OK, line)]
+    if resumed.keys() != expected.keys():
+        line = f"steps {sorted({step for step, _ in resumed})} were resumed, not those after {half}"
+        return [Finding(name, FAIL, line, "report it with the versions above")]
+    step, what = next(key for key in expected if resumed[key] != expected[key])
+    line = (
+        f"resumed from step {half}, {what} at step {step} is {resumed[step, what]!r}, and was "
+        f"{expected[step, what]!r}"
+    )
+    fix = "set XLA_FLAGS=--xla_gpu_deterministic_ops=true"
+    if jax.default_backend() != "gpu":
+        fix = "run nothing here; report it with the versions above"
+    return [Finding(name, FAIL, line, fix)]
+
+
+def _losses(lines: list[dict]) -> dict[tuple[int, str], float]:
+    names = "loss", "grad_norm", "eval/loss"
+    return {(line["step"], name): line[name] for line in lines for name in names if name in line}
