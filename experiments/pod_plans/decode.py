@@ -4,6 +4,7 @@
     python experiments/pod_plans/decode.py
 
 Writes decode.jsonl and prints the table. Weights are bfloat16, all contexts full, nothing dropped.
+The bound is the time in which a chip reads its weights and its part of the KV cache once.
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
 import jax
 
 from prmoe_jax import config
+from prmoe_jax.plan.chips import chip_of
 from prmoe_jax.plan.report import plan
 
 HERE = Path(__file__).parent
@@ -45,23 +47,27 @@ PLANS = (
 
 def main() -> None:
     lines = [
-        "| | chips | sequences | mesh | HBM a chip | a token | attention | experts | collectives |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| | chips | sequences | mesh | HBM a chip | a token | attention | experts | collectives "
+        "| bound | x bound |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     rows = []
     for name, topology, sequences, axes in PLANS:
         values = config.resolve(PAPER["get_config"](name))
         mesh = dataclasses.replace(values.mesh, **axes)
         result = plan(dataclasses.replace(values, mesh=mesh), topology, sequences)
-        rows.append({"model": name, "sequences": sequences, "jax": jax.__version__} | result)
+        held = result["hbm_bytes_per_chip"]
+        bound = (held["parameters"] + held["past"]) / chip_of(topology).hbm_bytes_per_s
+        described = {"model": name, "sequences": sequences, "jax": jax.__version__}
+        rows.append(described | result | {"bound_s": bound})
         shape = ", ".join(f"{axis} {n}" for axis, n in (axes or {"data": result["chips"]}).items())
         parts = [result["components"].get(p, 0) for p in ("attention", "experts", "collectives")]
         lines.append(
             f"| {name} | {result['chips']} | {sequences} | {shape} | "
-            f"{sum(result['hbm_bytes_per_chip'].values()) / 2**30:.1f} GiB | "
+            f"{sum(held.values()) / 2**30:.1f} GiB | "
             f"{result['modelled_step_s'] * 1e3:.1f} ms | "
             + " | ".join(f"{part * 1e3:.1f} ms" for part in parts)
-            + " |"
+            + f" | {bound * 1e3:.2f} ms | {result['modelled_step_s'] / bound:.1f} |"
         )
         print(lines[-1], flush=True)
     (HERE / "decode.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -32,14 +32,19 @@ class KVCache(NamedTuple):
         self, k_BxQxHxK: jax.Array, v_BxQxHxK: jax.Array, position_BxQ: jax.Array
     ) -> "KVCache":
         """The cache with more tokens at their positions; tokens past its end are dropped."""
-        # All dimensions but K are indexed, so that a TPU keeps each head's keys together.
-        batch, heads = self.v_BxHxTxK.shape[:2]
-        row_Bx1x1, head_Hx1 = jnp.arange(batch)[:, None, None], jnp.arange(heads)[:, None]
-        place = row_Bx1x1, head_Hx1, position_BxQ[:, None]
+        row_Bx1 = jnp.arange(len(position_BxQ))[:, None]
+        if platform() != "tpu":
+            return KVCache(
+                self.k_BxHxKxT.at[row_Bx1, :, :, position_BxQ].set(k_BxQxHxK),
+                self.v_BxHxTxK.at[row_Bx1, :, position_BxQ].set(v_BxQxHxK),
+            )
+        # Where heads are indexed as well, the compiler keeps the keys of each head together.
+        row_Bx1x1, head_Hx1 = row_Bx1[..., None], jnp.arange(k_BxQxHxK.shape[2])[:, None]
+        position_Bx1xQ = position_BxQ[:, None]
         k_BxHxQxK, v_BxHxQxK = k_BxQxHxK.swapaxes(1, 2), v_BxQxHxK.swapaxes(1, 2)
         return KVCache(
-            self.k_BxHxKxT.mT.at[place].set(k_BxHxQxK).mT,
-            self.v_BxHxTxK.at[place].set(v_BxHxQxK),
+            self.k_BxHxKxT.at[row_Bx1x1, head_Hx1, :, position_Bx1xQ].set(k_BxHxQxK),
+            self.v_BxHxTxK.at[row_Bx1x1, head_Hx1, position_Bx1xQ].set(v_BxHxQxK),
         )
 
 

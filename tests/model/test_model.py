@@ -11,6 +11,7 @@ import pytest
 from prmoe_jax.config import Config, ModelConfig, MoeConfig, architecture, resolve
 from prmoe_jax.errors import UserError
 from prmoe_jax.model import attention_kernels
+from prmoe_jax.model.attention import KVCache, attend_to_cache
 from prmoe_jax.model.attention_kernels import attend, resolve_attention, splash
 from prmoe_jax.model.backends import check_backends
 from prmoe_jax.model.transformer import Transformer, dropout, positions, resolve_remat
@@ -366,3 +367,26 @@ def test_compiled_size_does_not_grow_with_depth():
         return text.count("dot_general")
 
     assert operations(24) == operations(10) > 0
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+def test_decoding_on_a_tpu_is_attention_as_elsewhere(queries, monkeypatch):
+    """Its own ways to add keys and to multiply a single query give the same numbers."""
+    batch, heads, width, room = 2, 3, 5, 7
+    q, k, v = jax.random.normal(jax.random.key(0), (3, batch, queries, heads, width))
+    old = KVCache(
+        jax.random.normal(jax.random.key(1), (batch, heads, width, room)),
+        jax.random.normal(jax.random.key(2), (batch, heads, room, width)),
+    )
+    # One sequence is behind the other, and the last tokens are past the cache's end.
+    position_BxQ = jnp.array([[1], [room - 1]]) + jnp.arange(queries)
+
+    def step():
+        cache = old.extended(k, v, position_BxQ)
+        return attend_to_cache(q, cache, position_BxQ), cache
+
+    expected = step()
+    monkeypatch.setattr("prmoe_jax.model.attention.platform", lambda: "tpu")
+    found = step()
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-6, atol=1e-6)
+    jax.tree.map(np.testing.assert_array_equal, found[1], expected[1])
