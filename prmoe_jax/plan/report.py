@@ -51,7 +51,7 @@ from prmoe_jax.plan.collectives import (
     slices,
     torus,
 )
-from prmoe_jax.plan.program import Operation, is_grouped, is_kernel, operations
+from prmoe_jax.plan.program import END, Operation, is_grouped, is_kernel, operations
 from prmoe_jax.run.checkpoint import TrainState
 from prmoe_jax.training.step import compile_train_step, compiler_options, init_state
 
@@ -325,6 +325,8 @@ def _network(chip: Chip, mesh: Mesh) -> tuple[Network, np.ndarray, int]:
 
 def _seconds(operation: Operation, chip: Chip) -> float:
     """The time of an operation that is no collective, all runs together."""
+    if operation.opcode == END:
+        return 0.0
     if is_kernel(operation) or is_grouped(operation):
         once = operation.flops / chip.flops_per_s / KERNEL_EFFICIENCY
         if is_grouped(operation):  # few rows read all weights

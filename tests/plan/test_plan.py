@@ -31,7 +31,7 @@ from prmoe_jax.plan.collectives import (
 from prmoe_jax.plan.find import find, fit
 from prmoe_jax.plan.picture import draw
 from prmoe_jax.plan.program import END, Operation, operations
-from prmoe_jax.plan.report import component, held_bytes, needed_bytes, table
+from prmoe_jax.plan.report import _seconds, component, held_bytes, needed_bytes, table
 from prmoe_jax.run.metrics import PEAK_FLOPS
 from tests.support.extras import needs_extra
 from tests.support.lines import only_line
@@ -1052,3 +1052,9 @@ def test_a_load_without_effect_is_refused(options, line, capsys):
     command = ["plan", "--config=tiny:moe", "--topology=v5e:2x2", *options]
     assert main(command) == 2
     assert line in only_line(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("chip", ["h100", "v5p"])
+def test_the_end_of_a_collective_takes_no_time_of_its_own(chip):
+    """A GPU has no compiler's cycles, by which to divide."""
+    assert _seconds(Operation("done", END, 0, 3, ""), CHIPS[chip]) == 0
