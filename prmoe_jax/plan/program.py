@@ -112,12 +112,15 @@ def operations(hlo: str, rounds: int = 1) -> list[Operation]:
                 inside = computations[_attribute(text, "calls")] if "calls=" in text else []
                 collective = next((i for i in inside if i.opcode == "all-reduce"), None)
                 if collective:
-                    result = text.partition(f" {opcode}(")[0]
+                    summed = text.partition(f" {opcode}(")[0]
                     attributes = collective.text.partition("all-reduce(")[2]
-                    opcode, text = "reduce-scatter", f"{result} reduce-scatter({attributes}"
+                    opcode, text = "reduce-scatter", f"{summed} reduce-scatter({attributes}"
                 estimate = re.search(r'"estimated_cycles":"(\d+)"', text)
                 cycles = int(estimate[1]) if estimate else SENTINEL
                 known = shapes[computation]
+                if opcode == "ragged-all-to-all":  # operand and result, as where it is asynchronous
+                    sides = f"({known[_operands(line)[0]]}, {result(line)})"
+                    text = sides + text[len(result(line)) :]
                 inner = shapes[_attribute(text, "calls")] if inside and not collective else {}
                 found.append(
                     Operation(
@@ -173,7 +176,7 @@ def size(shape: str) -> int:
     return sum(BYTES[kind] * _count(dims) for kind, dims in _arrays(shape))
 
 
-def result(operation: Operation) -> str:
+def result(operation: Operation | _Line) -> str:
     """The shape of an operation's result."""
     return operation.text.partition(f" {operation.opcode}(")[0]
 

@@ -1033,11 +1033,20 @@ def test_rounds_beyond_the_first_run_as_often_as_the_load_says(rounds):
     assert found["scatter"].bytes == 2 * 2 * 4 * 2  # in place: two rows are read and written
 
 
-def test_ragged_rows_count_without_the_room_of_the_buffer():
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_ragged_rows_count_without_the_room_of_the_buffer(asynchronous):
     """Four devices in a row: a quarter of 8 rows of 4 crosses the middle in each direction."""
     network = torus(np.arange(4)[:, None], 100.0)
-    (sent,) = collectives(operations(ROUNDS), {"expert_0": 4}, network).values()
-    assert (sent.kind, sent.axes, sent.asynchronous) == ("ragged-all-to-all", ("expert_0",), True)
+    hlo = ROUNDS
+    if not asynchronous:
+        begin, end = hlo.index("  %ragged-all-to-all-start"), hlo.index("  %ragged-dot-none")
+        once = (
+            "%ragged-all-to-all-done = bf16[10,4]{1,0} ragged-all-to-all(%x, %b, %n, %n, %n, %n), "
+        )
+        hlo = f"{hlo[:begin]}  {once}replica_groups={{{{0,1,2,3}}}}\n{hlo[end:]}"
+    (sent,) = collectives(operations(hlo), {"expert_0": 4}, network).values()
+    assert (sent.kind, sent.axes) == ("ragged-all-to-all", ("expert_0",))
+    assert sent.asynchronous == asynchronous
     assert (sent.bytes, sent.seconds) == (64, pytest.approx(64 * 4 / 8 / 100))
 
 
