@@ -579,6 +579,7 @@ FREE = {
     "data.cache_dir",
     "model.remat",
     "moe.exchange",
+    "moe.buffer_factor",
     *(name for name in OTHER_VALUES if name.startswith("mesh.")),
 }
 

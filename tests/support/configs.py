@@ -45,6 +45,7 @@ OTHER_VALUES = {
     "moe.second_expert_sampling": ("true", True),
     "moe.dispatch": ("einsum", "einsum"),
     "moe.exchange": ("flat", "flat"),
+    "moe.buffer_factor": ("2.0", 2.0),
     "mesh.data": ("2", 2),
     "mesh.fsdp": ("2", 2),
     "mesh.expert": ("2", 2),
