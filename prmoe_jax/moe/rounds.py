@@ -213,12 +213,10 @@ def _transfer(pieces: _Pieces, index, stage: Stage) -> _Transfer:
     last = jnp.minimum(pieces.order + pieces.rows, (index + 1) * at_once)
     rows = jnp.maximum(last - first, 0)
     places = pieces.start + first - pieces.order, _arrival(rows)
-    all_3 = [jnp.where(rows > 0, n, 0) for n in (rows, *places)]
+    moved = [jnp.where(rows > 0, n_SxXxI, 0) for n_SxXxI in (rows, *places)]
     me = jax.lax.axis_index(stage.axes)
-    sent, received = (
-        [n.reshape(-1) for n in part]
-        for part in ([n[me] for n in all_3], [n[:, me] for n in all_3])
-    )
+    sent = [n_SxXxI[me].reshape(-1) for n_SxXxI in moved]
+    received = [n_SxXxI[:, me].reshape(-1) for n_SxXxI in moved]
     return _Transfer(*sent, *received)
 
 
