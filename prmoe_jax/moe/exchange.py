@@ -6,6 +6,9 @@ and hosts exchange larger pieces. The coordinated one (the paper's parallelism-c
 all-to-all) is for rows that are replicated over the L devices of `tensor`: each device exchanges
 only its share, 1/L of the bytes, and an all-gather puts the shares together.
 
+With a capacity, every device sends a buffer of equal size to every other one. Without one, rows
+travel in rounds (`rounds.py`), or, if they are few, to all devices (`ExpertParallel.per_token`).
+
 X is the number of devices that exchange with each other, I the number of experts on each.
 """
 
