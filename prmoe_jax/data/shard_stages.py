@@ -241,6 +241,7 @@ class ShardWriter:
     def __init__(self, file: BinaryIO, path: epath.Path, tokenizer: Tokenizer):
         self._file, self._path, self._tokenizer = file, path, tokenizer
         self._dtype = tokens.dtype_of(tokenizer)
+        self._end_of_text = np.uint32(tokenizer.end_of_text)
         self._digest = hashlib.sha256()
         self._texts: list[str] = []
         self._characters = self._documents = self._tokens = self._bytes = 0
@@ -255,7 +256,7 @@ class ShardWriter:
     def flush(self) -> None:
         """Writes what was not written yet."""
         for text, ids in zip(self._texts, self._tokenizer.encode_batch(self._texts), strict=True):
-            content = np.array([self._tokenizer.end_of_text, *ids], self._dtype).tobytes()
+            content = np.append(self._end_of_text, ids).astype(self._dtype).tobytes()
             self._file.write(content)
             self._digest.update(content)
             self._documents += 1

@@ -8,6 +8,7 @@ import importlib.util
 import logging
 import os
 import pathlib
+import re
 import zlib
 from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator
@@ -19,6 +20,7 @@ from prmoe_jax.files import parse_json
 log = logging.getLogger(__name__)
 
 _CHUNK_BYTES = 1 << 16
+_SURROGATE = re.compile("[\ud800-\udfff]")
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst")
 
 
@@ -225,6 +227,6 @@ def parse_line(line: bytes, text_field: str, place: str) -> str:
     text = example[text_field]
     if not isinstance(text, str):
         raise UserError(f"{place}: field {text_field!r} is not text but {type(text).__name__}")
-    if any("\ud800" <= character <= "\udfff" for character in text):
+    if _SURROGATE.search(text):
         raise UserError(f"{place}: field {text_field!r} holds half of a surrogate pair")
     return text

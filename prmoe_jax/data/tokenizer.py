@@ -1,12 +1,16 @@
 """One class for four kinds of tokenizer: bpe, gpt2, bytes and any tokenizer.json."""
 
 import hashlib
+import json
 import logging
 import os
 import pathlib
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
+import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -24,6 +28,10 @@ _END_MARKS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
 # The trainer of a BPE reads at most about this many characters. More text would hardly change the
 # merges, but memory and time grow with it.
 _TRAINING_CHARACTERS = 200_000_000
+# About so many characters are encoded at once, enough to keep the library's threads busy; longer
+# texts are cut into parts of this size.
+_ENCODED_CHARACTERS, _PART_CHARACTERS = 1 << 20, 1 << 14
+_WORD_END = re.compile(r"(?<=\S)(?=[ \n])|(?<=[0-9A-Za-z])(?=[!-/:-@[-`{-~])")
 
 
 class Tokenizer:
@@ -58,6 +66,7 @@ class Tokenizer:
         self.size = max(vocabulary.values()) + 1
         self.end_of_text = vocabulary[mark]
         self.fingerprint = hashlib.sha256(description.encode()).hexdigest()[:24]
+        self._splits_at_words = _splits_at_words(json.loads(description))
         # A document is encoded whole, and a mark that is spelled out in it is plain text.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -82,19 +91,55 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without any mark."""
-        return self.encode_batch([text])[0]
+        return self.encode_batch([text])[0].tolist()
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of each text, computed in parallel.
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The ids of each text as uint32, computed in parallel.
 
         Raises:
           UserError: the tokenizer has no id for a part of a text.
         """
-        try:
-            encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        except Exception as error:  # the library raises nothing more specific
-            raise UserError(f"{self._name}: cannot encode a text: {error}") from error
-        return [encoding.ids for encoding in encodings]
+        parts: list[list[np.ndarray]] = [[] for _ in texts]
+        for group in self._groups(texts):
+            try:
+                encodings = self._tokenizer.encode_batch_fast(
+                    [part for _, part in group], add_special_tokens=False
+                )
+            except Exception as error:  # the library raises nothing more specific
+                raise UserError(f"{self._name}: cannot encode a text: {error}") from error
+            for (i, _), encoding in zip(group, encodings, strict=True):
+                parts[i].append(np.array(encoding.ids, np.uint32))
+        return [np.concatenate(ids) for ids in parts]
+
+    def _groups(self, texts: Sequence[str]) -> Iterator[list[tuple[int, str]]]:
+        """The texts with their numbers, long ones in parts, in groups that are encoded at once.
+
+        While a text is encoded it takes about a hundred times its size.
+        """
+        group, room = [], _ENCODED_CHARACTERS
+        for i, text in enumerate(texts):
+            for part in self._parts(text):
+                group.append((i, part))
+                room -= len(part)
+                if room <= 0:
+                    yield group
+                    group, room = [], _ENCODED_CHARACTERS
+        if group:
+            yield group
+
+    def _parts(self, text: str) -> Iterator[str]:
+        """The parts of a long text that have the same tokens as the whole.
+
+        GPT-2's rule ends a word before white space, and between a letter or digit and punctuation.
+        """
+        first = 0
+        while self._splits_at_words and len(text) - first > _PART_CHARACTERS:
+            cut = _WORD_END.search(text, first + _PART_CHARACTERS)
+            if cut is None:
+                break
+            yield text[first : cut.start()]
+            first = cut.start()
+        yield text[first:]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids, in which the end mark is spelled out."""
@@ -219,6 +264,18 @@ def _bytes() -> Tokenizer:
     byte_level = _byte_level(models.BPE(vocab=vocabulary, merges=[]))
     byte_level.add_special_tokens([END_OF_TEXT])
     return Tokenizer(byte_level.to_str(), "bytes")
+
+
+def _splits_at_words(description: dict[str, Any]) -> bool:
+    """Whether a tokenizer.json has GPT-2's rule for words, and nothing that looks beyond a word."""
+    words = description.get("pre_tokenizer") or {}
+    return (
+        words.get("type") == "ByteLevel"
+        and words.get("use_regex", True)
+        and not words.get("add_prefix_space", True)
+        and not description.get("normalizer")
+        and all(token["special"] for token in description.get("added_tokens", ()))
+    )
 
 
 def _byte_level(model: models.Model) -> tokenizers.Tokenizer:

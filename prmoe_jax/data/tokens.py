@@ -115,7 +115,8 @@ def _write(
         for texts in _chunks(documents):
             for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
                 starts.append([tokens.rows])
-                tokens.append([tokenizer.end_of_text, *ids])
+                tokens.append([tokenizer.end_of_text])
+                tokens.append(ids)
                 size += len(text.encode())
             progress.update(len(texts))
         tokens.append([tokenizer.end_of_text])

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import tokenizers
 from hypothesis import given, settings
@@ -97,7 +98,57 @@ def test_gpt2_is_gpt2(by_kind):
 
 def test_batch_encodes_like_one_by_one(by_kind):
     tokenizer = by_kind("bpe")
-    assert tokenizer.encode_batch(TRAIN) == [tokenizer.encode(text) for text in TRAIN]
+    batch = [ids.tolist() for ids in tokenizer.encode_batch(TRAIN)]
+    assert batch == [tokenizer.encode(text) for text in TRAIN]
+
+
+@pytest.mark.parametrize("kind", ["bpe", "gpt2", "bytes"])
+@pytest.mark.parametrize("seed", range(3))
+def test_parts_of_a_long_text_have_the_tokens_of_the_whole(by_kind, kind, seed, monkeypatch):
+    tokenizer = by_kind(kind)
+    random = np.random.default_rng(seed)
+    pieces = [
+        "word",
+        "it's",
+        "'",
+        " ",
+        "  ",
+        "\n",
+        "\n\n",
+        "\r\n",
+        "\t",
+        "\x1c",
+        "\x85",
+        "\u3000",
+        "7",
+    ]
+    pieces += ["é", "e\u0301", "☃", "_", "...", "<|endoftext|>", "\ufeff", "\u200b"]
+    texts = ["".join(random.choice(pieces, 997)) for _ in range(5)] + ["", "short", "x" * 300]
+    whole = [ids.tolist() for ids in tokenizer.encode_batch(texts)]
+    assert [tokenizer.decode(ids) for ids in whole] == texts
+    monkeypatch.setattr(tokenizer_lib, "_PART_CHARACTERS", 7)
+    monkeypatch.setattr(tokenizer_lib, "_ENCODED_CHARACTERS", 50)
+    cuts = [len(list(tokenizer._parts(text))) for text in texts]
+    assert min(cuts[:5]) > 20 and cuts[5:] == [1, 1, 1]
+    assert [ids.tolist() for ids in tokenizer.encode_batch(texts)] == whole
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda it: setattr(it, "normalizer", tokenizers.normalizers.NFC()),
+        lambda it: setattr(it.pre_tokenizer, "add_prefix_space", True),
+        lambda it: setattr(it.pre_tokenizer, "use_regex", False),
+        lambda it: it.add_tokens(["\n\n"]),
+    ],
+)
+def test_a_tokenizer_that_looks_beyond_words_gets_whole_texts(by_kind, change, monkeypatch):
+    monkeypatch.setattr(tokenizer_lib, "_PART_CHARACTERS", 7)
+    text = "a line\n" * 9
+    known = tokenizers.Tokenizer.from_str(by_kind("bytes").description)
+    assert len(list(Tokenizer(known.to_str(), "same")._parts(text))) > 1
+    change(known)
+    assert list(Tokenizer(known.to_str(), "other")._parts(text)) == [text]
 
 
 def test_training_is_deterministic_and_stays_in_the_training_split(config, corpus, tmp_path):
