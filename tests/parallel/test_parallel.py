@@ -451,7 +451,7 @@ def on_eight_devices(case, *arguments):
         ("moe", ["replicas over and in slices", "experts over slices"]),
         ("accumulate", ["fsdp, expert, tensor"]),
         ("dropless", ["expert, slice, tensor", "two stages"]),
-        ("dropless, top 3", ["experts over slices"]),
+        ("dropless, top 4", ["experts over slices"]),
         ("equal pieces", ["expert"]),
     ],
 )
@@ -503,6 +503,10 @@ def test_evaluation_on_devices_that_the_batch_does_not_divide(tmp_path):
 
 def test_every_mesh_generates_what_one_device_does():
     assert on_eight_devices("generates").count("equal") == 8
+
+
+def test_prefill_does_no_more_work_on_more_devices():
+    assert "times the work" in on_eight_devices("prefills")
 
 
 def test_checkpoints_between_meshes(tmp_path):

@@ -27,7 +27,7 @@ from prmoe_jax.config import (  # noqa: E402
 )
 from prmoe_jax.data.pipeline import Batch  # noqa: E402
 from prmoe_jax.inference.decoder import decoder  # noqa: E402
-from prmoe_jax.inference.generate import Generator, Sampling  # noqa: E402
+from prmoe_jax.inference.generate import PREFILL_CHUNK, Generator, Sampling, prefill  # noqa: E402
 from prmoe_jax.model import chunks  # noqa: E402
 from prmoe_jax.model.loss import forward, totals, training_loss  # noqa: E402
 from prmoe_jax.model.transformer import init_model  # noqa: E402
@@ -51,14 +51,14 @@ ARCHITECTURES = {
     "pyramid, top 2": ("2 layers, every 1, E=4+8, top 2, residual", {}),
     "accumulate": ("4 layers, E=4+8, residual", {"batch_size": 4 * ROWS, "accumulate": 4}),
     "dropless": ("2 layers, every 1, E=4+8, top 2, residual", {}),
-    "dropless, top 3": ("2 layers, E=8, top 3", {"batch_size": 2 * ROWS, "accumulate": 2}),
+    "dropless, top 4": ("2 layers, E=8, top 4", {"batch_size": 2 * ROWS, "accumulate": 2}),
     "one expert": ("2 layers, E=4", {}),
     "equal pieces": ("2 layers, E=16, top 2", {}),
 }
 DROPLESS = {"capacity_factor": math.inf, "eval_capacity_factor": math.inf, "overflow": "position"}
 MOE = {
     "dropless": DROPLESS | {"buffer_factor": 1.0},
-    "dropless, top 3": DROPLESS,
+    "dropless, top 4": DROPLESS | {"group_size": LENGTH // 2},
     "equal pieces": DROPLESS,
     "one expert": DROPLESS | {"bias_update_rate": 0.01},
 }
@@ -431,6 +431,24 @@ def generates() -> None:
                 texts = generator(prompts, 20, Sampling(1.0), [1, 2, 3])
             assert texts == expected.setdefault(kind, texts), (name, kind, texts, expected)
             print(name, kind, "equal", flush=True)
+
+
+def prefills() -> None:
+    """Experts on eight devices multiply about as many rows in all as experts on one."""
+    values = settings("2 layers, every 1, E=32", length=128)
+    tokens = np.zeros((ROWS, 2 * PREFILL_CHUNK), np.int32)
+    length_B, keys_B = np.full(ROWS, PREFILL_CHUNK), jax.random.split(jax.random.key(0), ROWS)
+    work = {}
+    for count in (1, 8):
+        on, mesh = spread(values, {"expert": count}, jax.devices()[:count])
+        with jax.set_mesh(mesh):
+            model = init_model(on)
+            placed = jax.device_put(model, sharding.shardings(model, mesh))
+            inputs = decoder(placed, "float32", mesh), tokens, length_B, length_B, keys_B
+            program = prefill.lower(*inputs, 1).compile()
+        work[count] = count * program.cost_analysis()["flops"]
+    print(f"{work[8] / work[1]:.2f} times the work")
+    assert work[8] < 2 * work[1]
 
 
 def verbs(commands: str) -> None:
