@@ -171,6 +171,12 @@ def _prepare(builder: tfds.core.DatasetBuilder, corpus: str) -> None:
     except UserError:
         raise
     except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and "tensorflow" in str(error):
+            raise UserError(
+                f"{corpus!r} can't be prepared without TensorFlow, which TFDS needs for some "
+                "datasets, and for text of more than 1 GB; write shards by `prmoe tokenize` and "
+                "train on data.corpus=tokens:FOLDER, or pip install tensorflow"
+            ) from error
         # A writer's own error may quote the system's message.
         for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             if os.strerror(number) in str(error):

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import errno
 import gzip
+import importlib.util
 import io
 import json
 import logging
@@ -20,6 +21,7 @@ import urllib.request
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from tensorflow_datasets.core import shuffle
 
 from prmoe_jax.config import DataConfig
 from prmoe_jax.data import cache, sources, split
@@ -431,6 +433,18 @@ def test_a_tfds_text_that_is_not_utf8_is_named(config, monkeypatch):
     config = dataclasses.replace(config, corpus="tfds:prmoe_tiny_text", text_field="body")
     with pytest.raises(UserError, match=r"document 0 of .* is not UTF-8 text \(byte 3\)$"):
         list(open_corpus(config).train)
+
+
+def test_text_that_tfds_sorts_on_disk_needs_shards(config, tmp_path, monkeypatch):
+    """It keeps 1 GB in memory; beyond that it wants TensorFlow, which isn't installed."""
+    if importlib.util.find_spec("tensorflow"):
+        pytest.skip("TensorFlow is installed")
+    write_folder(tmp_path / "corpus", TEXTS)
+    monkeypatch.setattr(shuffle, "MAX_MEM_BUFFER_SIZE", 100)
+    with pytest.raises(
+        UserError, match="without TensorFlow, .* shards by `prmoe tokenize`"
+    ):
+        len(open_corpus(config).train)
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
