@@ -441,9 +441,7 @@ def test_text_that_tfds_sorts_on_disk_needs_shards(config, tmp_path, monkeypatch
         pytest.skip("TensorFlow is installed")
     write_folder(tmp_path / "corpus", TEXTS)
     monkeypatch.setattr(shuffle, "MAX_MEM_BUFFER_SIZE", 100)
-    with pytest.raises(
-        UserError, match="without TensorFlow, .* shards by `prmoe tokenize`"
-    ):
+    with pytest.raises(UserError, match="without TensorFlow, .* shards by `prmoe tokenize`"):
         len(open_corpus(config).train)
 
 
