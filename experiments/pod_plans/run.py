@@ -1,7 +1,7 @@
-"""Plans of all nine models of the paper on three kinds of pod, and of one more.
+"""Plans of all nine models of the paper on several kinds of pod, and of one more.
 
     pip install -e '.[tpu,plot]'                          # an environment for TPUs
-    python experiments/pod_plans/run.py v5p:4x4x8 v5p:4x4x4 v5e:16x16
+    python experiments/pod_plans/run.py v5p:4x4x8 v5p:4x4x4 2xv5p:4x4x4 tpu7x:4x4x4 v5e:16x16
     pip install -e '.[cuda,plot]'                         # another one for GPUs
     python experiments/pod_plans/run.py h100:16x8
     python experiments/pod_plans/run.py                   # the table and the picture
