@@ -20,7 +20,7 @@ from prmoe_jax.data.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-# Enough text to keep the tokenizer's threads busy, but little memory.
+# Documents are encoded and written in batches of about so many characters.
 CHUNK_CHARACTERS = 1 << 20
 
 
