@@ -8,8 +8,8 @@ Not trained here: each is a job of 300 billion tokens. Batches of 256 to 1024 se
 2048 tokens; GPT-2's byte-pair encoding, 50,257 entries padded to a multiple of 128. The
 paper's own text isn't public: point `data.corpus` at yours.
 
-Planned for a TPU v5p of 4x4x8 chips (docs/results.md): a step of dense_1.3b takes 266 ms, of
-moe_1.3b 303 ms and of prmoe_1.3b 356 ms; prmoe_1.3b uses 21.8 of 95 GiB a chip.
+Planned for a TPU v5p of 4x4x8 chips (docs/results.md): a step of dense_1.3b takes 229 ms, of
+moe_1.3b 268 ms and of prmoe_1.3b 314 ms; prmoe_1.3b uses 17.4 of 95 GiB a chip.
 """
 
 import dataclasses
