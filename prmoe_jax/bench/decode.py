@@ -22,7 +22,8 @@ from jax.sharding import Mesh
 
 from prmoe_jax.bench import memory
 from prmoe_jax.bench.worker import worker
-from prmoe_jax.config import Config, MeshConfig, MoeConfig
+from prmoe_jax.config import Config, MeshConfig, ModelConfig, MoeConfig
+from prmoe_jax.config.family import FAMILIES, differing
 from prmoe_jax.errors import UserError
 from prmoe_jax.inference.decoder import Decoder, decoder
 from prmoe_jax.inference.generate import PREFILL_CHUNK, STEPS, Sampling, decode, prefill
@@ -106,7 +107,8 @@ def bench_decode(
             for mesh in layouts
         }
         theirs = {}
-        if importlib.util.find_spec("transformers") and jax.default_backend() == "cpu":
+        gpt2 = not differing(base.model.form, FAMILIES["gpt2"]) and not base.model.kv_heads
+        if gpt2 and importlib.util.find_spec("transformers") and jax.default_backend() == "cpu":
             shape = json.dumps(gpt2_sizes(base.model) | {"bos_token_id": 0, "eos_token_id": 0})
             for dtype in ("float32", "bfloat16"):
                 name = "transformers' GPT-2 as the base", dtype, "one device"
@@ -148,9 +150,9 @@ def bench_decode(
 
 def dense(config: Config) -> Config:
     """The same model without experts."""
-    model = dataclasses.replace(
-        config.model, placement="none", experts=(), top_k=1, residual=False, residual_mix="learned"
-    )
+    idle = "placement experts top_k normalize_top_k expert_d_ff residual residual_mix residual_d_ff"
+    unset = {name: getattr(ModelConfig, name) for name in idle.split()}
+    model = dataclasses.replace(config.model, **unset)
     return dataclasses.replace(config, model=model, moe=MoeConfig())
 
 
@@ -161,7 +163,7 @@ def larger(config: Config, sliced: int = 1) -> Config:
     """
     base, active = dense(config), cost(config.model).active_params
     model = base.model
-    for heads in itertools.count(model.heads, sliced):
+    for heads in itertools.count(model.heads, math.lcm(sliced, model.kv_heads or 1)):
         wider = dataclasses.replace(
             model,
             heads=heads,

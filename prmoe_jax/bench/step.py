@@ -31,6 +31,7 @@ from prmoe_jax.bench.worker import worker
 from prmoe_jax.config import Config, MeshConfig
 from prmoe_jax.data.pipeline import Batch
 from prmoe_jax.errors import UserError
+from prmoe_jax.interop.settings import check_gpt2_form
 from prmoe_jax.model.sizes import cost
 from prmoe_jax.parallel.mesh import make_mesh, split_batch
 from prmoe_jax.tables import aligned
@@ -123,6 +124,11 @@ def _torch_rivals(config: Config) -> dict[str, list[str]]:
         return importlib.util.find_spec(package) is not None
 
     if jax.default_backend() != "cpu" or not installed("torch"):
+        return {}
+    try:
+        check_gpt2_form(config.model, "the PyTorch model to compare with")
+    except UserError as error:
+        log.info("%s; it is left out", error)
         return {}
     if any(config.model.schedule.experts):
         return {"pytorch + deepspeed": []} if installed("deepspeed") else {}

@@ -83,7 +83,7 @@ def check_resume(saved: Config, given: Config) -> None:
     Raises:
       UserError: settings differ; names each, with both values.
     """
-    before, after = leaves(saved), leaves(given)
+    before, after = _effective(saved), _effective(given)
     changed = {k for k in before if before[k] != after[k] and not k.startswith(RESUMABLE)}
     longer = given.total_steps > saved.total_steps and given.kd_steps == saved.kd_steps
     if given.optimizer.decay_tokens and longer:
@@ -94,6 +94,12 @@ def check_resume(saved: Config, given: Config) -> None:
             f"the run in this workdir has another config: {details}; "
             "give the same settings to resume it, or another --workdir to start afresh"
         )
+
+
+def _effective(config: Config) -> dict[str, object]:
+    """`leaves`, with the family's values instead of 'auto' or 0."""
+    form = dataclasses.asdict(config.model.form)
+    return leaves(config) | {f"model.{name}": value for name, value in form.items()}
 
 
 # Settings in which a branch may differ from the run it goes on from, too: they change nothing
@@ -115,7 +121,7 @@ def check_branch(trunk: Config, branch: Config, name: str) -> None:
     Raises:
       UserError: settings differ, or the trunk's learning rate has fallen by then; with both values.
     """
-    before, after = leaves(trunk), leaves(branch)
+    before, after = _effective(trunk), _effective(branch)
     changed = [k for k in before if before[k] != after[k] and not k.startswith(BRANCHABLE)]
     if changed:
         details = ", ".join(f"{k} is {before[k]!r} there, {after[k]!r} here" for k in changed)

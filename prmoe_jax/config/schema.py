@@ -11,6 +11,7 @@ import math
 from ml_collections import ConfigDict
 
 from prmoe_jax.config.architecture import Schedule
+from prmoe_jax.config.family import FAMILIES, Form
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +55,70 @@ class ModelConfig:
     length: int = setting(256, "Context length: the tokens of a sequence.", least=2)
     layers: int = setting(6, "Number of layers (blocks).", least=1, most=1000)
     d_model: int = setting(128, "Model width.", least=1)
-    heads: int = setting(4, "Attention heads; they divide the width.", least=1)
-    d_ff: int = setting(512, "Hidden width of the dense MLPs and of each expert.", least=1)
+    heads: int = setting(
+        4, "Attention heads; they divide the width unless `head_dim` is given.", least=1
+    )
+    kv_heads: int = setting(
+        0,
+        "Heads of keys and values, each for as many heads of queries (grouped-query attention, "
+        "arXiv 2305.13245); 0 is one for each.",
+        least=0,
+    )
+    head_dim: int = setting(0, "Width of a head; 0 is `d_model / heads`.", least=0)
+    d_ff: int = setting(512, "Hidden width of the dense MLPs.", least=1)
+    expert_d_ff: int = setting(0, "Hidden width of each expert; 0 is `d_ff`.", least=0)
+    residual_d_ff: int = setting(
+        0, "Hidden width of the MLP beside the experts; 0 is that of an expert.", least=0
+    )
+    family: str = setting(
+        "gpt2",
+        "Published models whose form the decoder has, where the settings below are 'auto' or 0.",
+        choices=dict.fromkeys(FAMILIES, ""),
+    )
+    norm: str = setting(
+        "auto",
+        "Normalisation.",
+        choices={"auto": "", "layernorm": "", "rmsnorm": "without mean and shift"},
+    )
+    norm_eps: float = setting(0.0, "The norms' ε; 0 is the family's.", least=0)
+    positions: str = setting(
+        "auto",
+        "How attention knows positions.",
+        choices={
+            "auto": "",
+            "learned": "embeddings that are added to the tokens'",
+            "rotary": "rotated queries and keys (arXiv 2104.09864)",
+        },
+    )
+    rope_theta: float = setting(
+        0.0, "Base θ of rotary positions' wavelengths; 0 is the family's.", least=0
+    )
+    activation: str = setting(
+        "auto",
+        "Hidden units of MLPs and experts.",
+        choices={"auto": "", "gelu": "", "swiglu": "silu(W_gate x) · (W_in x), arXiv 2002.05202"},
+    )
+    biases: str = setting(
+        "auto",
+        "Linear maps that have a bias.",
+        choices={"auto": "", "all": "", "qkv": "queries, keys and values", "none": ""},
+    )
+    qk_norm: str = setting(
+        "auto",
+        "RMSNorm of queries and keys, before rotary positions.",
+        choices={"auto": "", "none": "", "head": "of each head", "whole": "of all heads together"},
+    )
+    output: str = setting(
+        "auto",
+        "The output matrix.",
+        choices={"auto": "", "tied": "the token embedding", "untied": ""},
+    )
+    clip_qkv: float = setting(
+        0.0, "Queries, keys and values are clamped to ± this; 0 does not clamp.", least=0
+    )
+    sliding_window: int = setting(
+        0, "Tokens that a token attends to, itself included; 0 is all before it.", least=0
+    )
     placement: str = setting(
         "none",
         "Which layers are MoE layers: 'none', 'every 2', 'first half', 'second half' or "
@@ -65,16 +128,23 @@ class ModelConfig:
         (), "Number of experts: one count for each MoE layer, or one count for all of them."
     )
     top_k: int = setting(1, "Experts that serve each token.", least=1)
+    normalize_top_k: str = setting(
+        "auto",
+        "When the weights of a token's experts are divided by their sum.",
+        choices={"auto": "", "several": "if `top_k` is above 1", "always": "", "never": ""},
+    )
     residual: bool = setting(
         False, "Whether a dense MLP stands beside the experts of each MoE layer."
     )
     residual_mix: str = setting(
-        "learned",
+        "auto",
         "How the experts' output and that of the residual MLP are mixed.",
         choices={
+            "auto": "",
             "learned": "softmax of a linear map of the token, as in the paper",
             "sum": "",
             "half": "the mean",
+            "sigmoid": "experts + σ(a linear map of the token) · MLP, as in Qwen2-MoE",
         },
     )
     dropout: float = setting(
@@ -116,6 +186,34 @@ class ModelConfig:
         """The placement of the experts, layer by layer."""
         return Schedule.place(self.layers, self.placement, self.experts, self.top_k, self.residual)
 
+    @functools.cached_property
+    def form(self) -> Form:
+        """The form of the decoder's parts: the settings, or the family's where they are unset."""
+        names = [field.name for field in dataclasses.fields(Form)]
+        given = {name: getattr(self, name) for name in names}
+        given = {name: value for name, value in given.items() if value not in ("auto", 0)}
+        return dataclasses.replace(FAMILIES[self.family], **given)
+
+    @property
+    def head_width(self) -> int:
+        """The width of a head."""
+        return self.head_dim or self.d_model // self.heads
+
+    @property
+    def key_heads(self) -> int:
+        """The number of heads of keys and values."""
+        return self.kv_heads or self.heads
+
+    @property
+    def expert_width(self) -> int:
+        """The hidden width of an expert."""
+        return self.expert_d_ff or self.d_ff
+
+    @property
+    def residual_width(self) -> int:
+        """The hidden width of the MLP beside the experts."""
+        return self.residual_d_ff or self.expert_width
+
 
 @dataclasses.dataclass(frozen=True)
 class MoeConfig:
@@ -126,6 +224,14 @@ class MoeConfig:
         "Who chooses. Expert choice is not causal: whether a token is chosen depends on the "
         "tokens after it.",
         choices={"token_choice": "", "expert_choice": ""},
+    )
+    scores: str = setting(
+        "softmax",
+        "The router's score of an expert, which is its weight.",
+        choices={"softmax": "", "sigmoid": "of each expert on its own, as in DeepSeek-V3"},
+    )
+    routed_scale: float = setting(
+        1.0, "Factor of the weights of a token's experts, after they are normalised.", above=0
     )
     capacity_factor: float = setting(
         1.0,
@@ -172,13 +278,23 @@ class MoeConfig:
     aux_loss_weight: float = setting(
         0.01, "Weight of the load-balancing loss, summed over layers.", least=0
     )
+    balance: str = setting(
+        "group",
+        "Over which tokens the load-balancing loss is taken.",
+        choices={
+            "group": "each routing group, as in GShard",
+            "batch": "the whole batch (arXiv 2501.11873); where it is accumulated in portions, "
+            "another forward pass counts the choices first",
+        },
+    )
     z_loss_weight: float = setting(
         0.0, "Weight of the router's z-loss log(Z)², summed over layers; ST-MoE used 1e-3.", least=0
     )
     bias_update_rate: float = setting(
         0.0,
         "Balancing without a loss (DeepSeek-V3): after every step each expert's bias, which "
-        "counts in the choice alone, moves by this much towards even load; 0 is off.",
+        "counts in the choice alone, moves by this much towards even load, and the mean of all "
+        "biases back to 0; 0 is off.",
         least=0,
     )
     expert_init: str = setting(

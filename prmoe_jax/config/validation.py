@@ -5,6 +5,7 @@ import math
 import os
 
 from prmoe_jax import stores
+from prmoe_jax.config.family import FAMILIES
 from prmoe_jax.config.schema import (
     Config,
     MeshConfig,
@@ -155,10 +156,11 @@ def _check_path(name: str, value: str) -> None:
 
 def _check_model(model: ModelConfig) -> None:
     require(
-        model.d_model % model.heads == 0,
+        model.head_dim > 0 or model.d_model % model.heads == 0,
         f"model.d_model={model.d_model} is not divisible by model.heads={model.heads}; "
-        f"use d_model={-(-model.d_model // model.heads) * model.heads}",
+        f"use d_model={-(-model.d_model // model.heads) * model.heads}, or model.head_dim",
     )
+    _check_attention(model)
     require(
         model.attention != "cudnn" or model.dtype == "bfloat16",
         f"model.attention=cudnn needs model.dtype=bfloat16, not {model.dtype}",
@@ -169,21 +171,52 @@ def _check_model(model: ModelConfig) -> None:
     )
     experts = [e for e in model.schedule.experts if e]
     if not experts:
-        for name, default in (("top_k", 1), ("residual", False), ("residual_mix", "learned")):
-            value = getattr(model, name)
+        names = "top_k", "normalize_top_k", "expert_d_ff", "residual"
+        for name in (*names, "residual_mix", "residual_d_ff"):
+            value, default = getattr(model, name), getattr(ModelConfig, name)
+            allowed = default, getattr(FAMILIES[model.family], name, default)
             require(
-                value == default,
+                value in allowed,
                 f"model.{name}={value} has no effect: the architecture is dense; choose "
                 f"model.placement and model.experts, or model.{name}={default}",
             )
         return
-    require(
-        model.residual or model.residual_mix == "learned",
-        f"model.residual_mix={model.residual_mix} has no effect without model.residual=true",
-    )
+    if not model.residual:
+        require(
+            model.residual_mix in ("auto", FAMILIES[model.family].residual_mix),
+            f"model.residual_mix={model.residual_mix} has no effect without model.residual=true",
+        )
+        require(
+            model.residual_d_ff == 0,
+            f"model.residual_d_ff={model.residual_d_ff} has no effect without model.residual=true",
+        )
     require(
         model.top_k <= min(experts),
         f"model.top_k={model.top_k} exceeds the {min(experts)} experts of the smallest MoE layer",
+    )
+
+
+def _check_attention(model: ModelConfig) -> None:
+    form = model.form
+    require(
+        model.heads % model.key_heads == 0,
+        f"model.heads={model.heads} is not divisible by model.kv_heads={model.kv_heads}; use "
+        f"kv_heads={math.gcd(model.heads, model.kv_heads)}",
+    )
+    require(
+        form.positions == "rotary" or model.rope_theta == 0,
+        f"model.rope_theta={model.rope_theta} has no effect with model.positions={form.positions}; "
+        "use positions=rotary, or leave it at 0",
+    )
+    require(
+        form.positions != "rotary" or model.head_width % 2 == 0,
+        f"model.positions=rotary turns pairs of numbers, and a head has {model.head_width}; use an "
+        f"even model.head_dim such as {model.head_width + 1}",
+    )
+    require(
+        model.sliding_window < model.length,
+        f"model.sliding_window={model.sliding_window} has no effect with model.length="
+        f"{model.length}; use a smaller one, or 0",
     )
 
 
@@ -225,6 +258,11 @@ def _check_moe(config: Config) -> None:
         moe.bias_update_rate == 0 or not sampled,
         "moe.bias_update_rate balances the router's own choice; switch moe.noise=rsample and "
         "moe.second_expert_sampling off",
+    )
+    require(
+        moe.scores == "softmax" or moe.z_loss_weight == 0,
+        f"moe.z_loss_weight={moe.z_loss_weight} is for moe.scores=softmax, whose logits it keeps "
+        "small; use z_loss_weight=0",
     )
     if moe.router == "expert_choice":
         _check_expert_choice(moe)
@@ -284,6 +322,7 @@ def _check_expert_choice(moe: MoeConfig) -> None:
         )
     for name, idle in (
         ("overflow", "position"),
+        ("balance", "group"),
         ("second_expert_sampling", False),
         ("bias_update_rate", 0.0),
     ):
@@ -474,7 +513,7 @@ def _check_arrays(config: Config) -> None:
         f"train.batch_size={config.train.batch_size} x model.length={model.length} are {tokens} "
         f"tokens a step; use at most {LARGEST // model.length} sequences",
     )
-    width = max(model.d_model, model.d_ff)
+    width = max(model.d_model, model.d_ff, model.expert_width, model.residual_width)
     parameters = model.layers * max(1, *model.schedule.experts) * model.d_model * width
     for names, elements in (
         ("model.vocab_size and model.d_model", model.vocab_size * model.d_model),

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from prmoe_jax.config import ModelConfig
+from prmoe_jax.config.family import differing
 from prmoe_jax.errors import UserError
 from prmoe_jax.model.layout import of_layer, stack_layers, unstack_layers
 from prmoe_jax.model.sizes import cost
@@ -35,22 +36,34 @@ def layer_map(teacher: ModelConfig, student: ModelConfig, chosen: str = "") -> l
       UserError: a layer or a dimension of the student fits in no layer of the teacher.
     """
     have, want = teacher.schedule.experts, student.schedule.experts
-    for name in ("d_model", "d_ff", "heads", "length"):
-        ours, theirs = getattr(student, name), getattr(teacher, name)
+    sizes = {name: name for name in ("d_model", "d_ff", "heads", "length")}
+    if any(want):
+        sizes |= {"expert_d_ff": "expert_width", "residual_d_ff": "residual_width"}
+    for name, size in sizes.items():
+        ours, theirs = getattr(student, size), getattr(teacher, size)
         if ours > theirs:
             raise UserError(
                 f"model.{name}={ours} is more than the teacher's, and a student that starts as a "
                 f"part of its teacher has no more; use {theirs} or less"
             )
-    widths = [model.d_model // model.heads for model in (student, teacher)]
+    widths = [model.head_width for model in (student, teacher)]
     if widths[0] != widths[1]:
         raise UserError(
             f"model.d_model / model.heads is {widths[0]}, the teacher's {widths[1]}, and heads are "
             f"kept whole; use d_model={student.heads * widths[1]} with {student.heads} heads"
         )
-    for name in ("residual", "residual_mix"):
-        ours, theirs = getattr(student, name), getattr(teacher, name)
-        if any(want) and ours != theirs:
+    forms = student.form, teacher.form
+    same = {name: [getattr(form, name) for form in forms] for name in differing(*forms)}
+    if not any(want):
+        same.pop("residual_mix", None)
+    if any(want):
+        same["residual"] = student.residual, teacher.residual
+    if teacher.key_heads < teacher.heads or student.key_heads < student.heads:
+        # Heads of queries that share keys are kept together.
+        same["heads"] = student.heads, teacher.heads
+        same["kv_heads"] = student.key_heads, teacher.key_heads
+    for name, (ours, theirs) in same.items():
+        if ours != theirs:
             raise UserError(
                 f"model.{name}={ours}, the teacher's is {theirs}; a student that starts as a part "
                 "of its teacher needs the same"
@@ -137,8 +150,8 @@ def table(plan: dict) -> str:
 def magnitudes(model: Transformer) -> dict[str, jax.Array]:
     """The importance of hidden units, heads and channels by their weights.
 
-    It is ‖w_in‖²·‖w_out‖² for a hidden unit, ‖w_v‖²·‖w_out‖² for a head and ‖embedding‖² for a
-    channel.
+    It is ‖w_in‖²·‖w_out‖² for a hidden unit, with a gate times ‖w_gate‖², ‖w_v‖²·‖w_out‖² for a
+    head and ‖embedding‖² for a channel.
 
     Returns:
       Importances by the name of a parameter: [D] for channels under 'tokens', and, under the names
@@ -149,12 +162,23 @@ def magnitudes(model: Transformer) -> dict[str, jax.Array]:
     importance = {"tokens": jnp.square(named["tokens"]).sum(0)}
     for name, w_out in named.items():
         if name.endswith("attention.w_out"):
-            w_v = named[name.replace("w_out", "w_qkv")][:, :, 2]
-            importance[name] = jnp.square(w_v).sum((1, 3)) * jnp.square(w_out).sum((2, 3))
+            importance[name] = _value_norms(named, name) * jnp.square(w_out).sum((2, 3))
         elif name.endswith("w_out"):
-            w_in = named[name.replace("w_out", "w_in")]
-            importance[name] = jnp.square(w_in).sum(-2) * jnp.square(w_out).sum(-1)
+            importance[name] = jnp.square(w_out).sum(-1)
+            for other in ("w_in", "w_gate"):
+                w_DxF = named.get(name.replace("w_out", other))
+                if w_DxF is not None:
+                    importance[name] *= jnp.square(w_DxF).sum(-2)
     return importance
+
+
+def _value_norms(named: dict[str, jax.Array], w_out: str) -> jax.Array:
+    """‖w_v‖² of each head of queries, [N, H], beside the attention's `w_out` of this name."""
+    w_qkv = named.get(w_out.replace("w_out", "w_qkv"))
+    if w_qkv is not None:
+        return jnp.square(w_qkv[:, :, 2]).sum((1, 3))
+    norm_NxJ = jnp.square(named[w_out.replace("w_out", "w_kv")][:, :, 1]).sum((1, 3))
+    return jnp.repeat(norm_NxJ, named[w_out].shape[1] // norm_NxJ.shape[1], axis=1)
 
 
 def taylor(model: Transformer, gradient: Transformer) -> dict[str, jax.Array]:
@@ -222,8 +246,11 @@ def _cut_layer(whole: dict, importance: dict, keep: dict, student: ModelConfig) 
     for name, x in whole.items():
         dimensions = declaration(name).dims
         if "F" in dimensions:  # every MLP and expert has its own hidden units
-            units_F = _largest(importance[f"{name.rpartition('.')[0]}.w_out"], student.d_ff)
-            sizes = {"E": len(units_F), "F": student.d_ff}
+            module = name.rpartition(".")[0]
+            widths = {"mlp.experts": student.expert_width, "mlp.mlp": student.residual_width}
+            width = widths.get(module, student.d_ff)
+            units_F = _largest(importance[f"{module}.w_out"], width)
+            sizes = {"E": len(units_F), "F": width}
             index = units_F.reshape([sizes.get(role, 1) for role in dimensions])
             x = jnp.take_along_axis(x, index, dimensions.index("F"))
         parts[name] = _take(x, dimensions, keep)

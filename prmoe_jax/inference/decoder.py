@@ -36,6 +36,7 @@ class Decoder(nnx.Module):
         config = model.config
         self.config = config
         self.tokens, self.positions, self.norm = model.tokens, model.positions, model.norm
+        self.output = model.output
         self.layers = nnx.List(unstacked_blocks(dropless(model)))
         for layer in self.layers:
             _cast_biases(layer, config.dtype)
@@ -45,7 +46,7 @@ class Decoder(nnx.Module):
     def empty_cache(self, batch: int, room: int) -> list[KVCache]:
         """An empty KV cache for each layer, with space for `room` tokens of each sequence."""
         config = self.config
-        shape = batch, config.heads, config.d_model // config.heads, room
+        shape = batch, config.key_heads, config.head_width, room
         return [KVCache.empty(*shape, config.dtype) for _ in self.layers]
 
     def __call__(
@@ -66,7 +67,9 @@ class Decoder(nnx.Module):
         position_BxQ = length_B[:, None] + jnp.arange(tokens_BxQ.shape[1])
         with jax.named_scope("embedding"):
             x_BxQxD = sharding.embed("tokens", self.tokens[...], tokens_BxQ, in_use=True)
-            x_BxQxD += sharding.embed("positions", self.positions[...], position_BxQ, in_use=True)
+            if self.positions is not None:
+                table_LxD = self.positions[...]
+                x_BxQxD += sharding.embed("positions", table_LxD, position_BxQ, in_use=True)
         x_BxQxD = sharding.constrain_batch(x_BxQxD.astype(self.config.dtype))
         segments_BxQ, extended = valid_BxQ.astype(jnp.int32), []
         for block, cache in zip(self.layers, caches, strict=True):
@@ -77,12 +80,14 @@ class Decoder(nnx.Module):
     def logits(self, x_BxD: jax.Array) -> jax.Array:
         """Logits of the next token, float32 [B, V]."""
         with jax.named_scope("logits"):
-            return scores(x_BxD, self.tokens[...])
+            return scores(x_BxD, (self.tokens if self.output is None else self.output)[...])
 
     def _narrow(self, kind: str) -> None:
         """Quantizes the large weights to `kind`."""
 
         def hold(module, name: str, declared: str) -> None:
+            if getattr(module, name) is None:
+                return
             parameter = PARAMETERS[declared]
             summed = tuple(
                 axis - len(parameter.dims)
@@ -92,12 +97,13 @@ class Decoder(nnx.Module):
             setattr(module, name, nnx.Param(quantize(getattr(module, name)[...], kind, summed)))
 
         hold(self, "tokens", "tokens")
+        hold(self, "output", "output")
         for layer in self.layers:
-            hold(layer.attention, "w_qkv", "attention.w_qkv")
-            hold(layer.attention, "w_out", "attention.w_out")
+            for name in ("w_qkv", "w_q", "w_kv", "w_out"):
+                hold(layer.attention, name, f"attention.{name}")
             moe = isinstance(layer.mlp, MoE)
             for mlp in (layer.mlp.experts, layer.mlp.mlp) if moe else (layer.mlp,):
-                for name in ("w_in", "w_out") if mlp else ():
+                for name in ("w_gate", "w_in", "w_out") if mlp else ():
                     hold(mlp, name, f"mlp.{name}")
 
 

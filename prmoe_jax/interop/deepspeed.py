@@ -16,7 +16,14 @@ import numpy as np
 from prmoe_jax.config import Config, default_config
 from prmoe_jax.errors import UserError
 from prmoe_jax.files import regular
-from prmoe_jax.interop.settings import check_sizes, differs, resolved, setting, shown
+from prmoe_jax.interop.settings import (
+    check_gpt2_form,
+    check_sizes,
+    differs,
+    resolved,
+    setting,
+    shown,
+)
 from prmoe_jax.interop.tensors import check_coverage, check_shape
 from prmoe_jax.interop.torch_files import Inert, flat_arrays, read_torch, require_torch
 from prmoe_jax.model.layout import stack_layers, unstack_layers
@@ -162,9 +169,11 @@ def files(config: Config, leaves: dict[str, np.ndarray]) -> dict[str, dict[str, 
 
 def check_exportable(config: Config) -> None:
     """Raises UserError if DeepSpeed's layer computes something else, or torch is missing."""
+    check_gpt2_form(config.model, "DeepSpeed's layer")
     for name, value, theirs in (
-        ("model.residual_mix", config.model.residual_mix, "learned"),
         ("moe.router", config.moe.router, "token_choice"),
+        ("moe.scores", config.moe.scores, "softmax"),
+        ("moe.routed_scale", config.moe.routed_scale, 1.0),
         ("moe.bias_update_rate", config.moe.bias_update_rate, 0.0),
     ):
         if value != theirs:

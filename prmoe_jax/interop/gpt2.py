@@ -7,7 +7,15 @@ import numpy as np
 
 from prmoe_jax.config import Config, ModelConfig, default_config
 from prmoe_jax.errors import UserError
-from prmoe_jax.interop.settings import LARGEST, check_sizes, differs, resolved, setting, shown
+from prmoe_jax.interop.settings import (
+    LARGEST,
+    check_gpt2_form,
+    check_sizes,
+    differs,
+    resolved,
+    setting,
+    shown,
+)
 from prmoe_jax.interop.tensors import (
     check_coverage,
     check_shape,
@@ -105,11 +113,12 @@ def read_gpt2(folder: Path) -> tuple[Config, dict[str, np.ndarray], str]:
 
 
 def check_dense(model: ModelConfig) -> None:
-    """Raises UserError if the model has experts."""
+    """Raises UserError if the model has experts, or parts that GPT-2 has not."""
     if any(model.schedule.experts):
         raise UserError(
             f"GPT-2 has no experts, and this run is {model.schedule}; use --kind=safetensors"
         )
+    check_gpt2_form(model, "GPT-2")
 
 
 def gpt2_sizes(model: ModelConfig) -> dict[str, int]:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from prmoe_jax.config import Config, ModelConfig, resolve
+from prmoe_jax.config.family import FAMILIES, differing
 from prmoe_jax.errors import UserError
 
 # No setting is a number above this.
@@ -70,6 +71,19 @@ def resolved(settings: Any, source: Any) -> Config:
         return resolve(settings)
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
+
+
+def check_gpt2_form(model: ModelConfig, theirs: str) -> None:
+    """Raises UserError unless a model's parts are GPT-2's, which is all that `theirs` knows."""
+    for name in differing(model.form, FAMILIES["gpt2"]):
+        value, only = getattr(model.form, name), getattr(FAMILIES["gpt2"], name)
+        raise UserError(f"model.{name}={value}: {theirs} knows only {only}")
+    for name in ("kv_heads", "head_dim", "clip_qkv", "sliding_window"):
+        if value := getattr(model, name):
+            raise UserError(f"model.{name}={value}: {theirs} knows only 0")
+    for name in ("expert_d_ff", "residual_d_ff"):
+        if (value := getattr(model, name)) not in (0, model.d_ff):
+            raise UserError(f"model.{name}={value}: {theirs} knows only model.d_ff, {model.d_ff}")
 
 
 def check_sizes(model: ModelConfig, tensors: Mapping[str, np.ndarray], source: Any) -> None:

@@ -10,6 +10,8 @@ from prmoe_jax.config import ModelConfig
 from prmoe_jax.model.attention_kernels import attend, product, resolve_attention
 from prmoe_jax.nn import remat
 from prmoe_jax.nn.matmul import matmul
+from prmoe_jax.nn.mlp import add_bias
+from prmoe_jax.nn.norms import HeadsRMSNorm, RMSNorm
 from prmoe_jax.nn.parameters import normal
 from prmoe_jax.parallel.mesh import platform
 
@@ -48,38 +50,83 @@ class KVCache(NamedTuple):
         )
 
 
-def attend_to_cache(q_BxQxHxK, cache: KVCache, position_BxQ) -> jax.Array:
+def attend_to_cache(q_BxQxHxK, cache: KVCache, position_BxQ, window: int = 0) -> jax.Array:
     """softmax(q kᵀ / √K) v over the keys up to each query's position; [B, Q, H, K].
 
-    A TPU gets a single query as eight equal rows, which its matrix unit multiplies in the time of
-    one. The products of one row would be sums on the vector unit, which take three times as long.
+    If keys have J heads, fewer than the queries' H, the H / J queries that share one are rows of
+    the same products. With a window, a query meets only that many keys, its own included.
+
+    A TPU gets at least eight rows, if need be equal ones, which its matrix unit multiplies in the
+    time of one. Products of one row would be sums on the vector unit, which take three times as
+    long.
     """
-    queries, width = q_BxQxHxK.shape[1::2]
-    if queries == 1 and platform() == "tpu":
-        q_BxQxHxK = jnp.repeat(q_BxQxHxK, TPU_ROWS, axis=1)
-    score_BxHxQxT = product("BQHK,BHKT->BHQT", q_BxQxHxK, cache.k_BxHxKxT) * width**-0.5
-    seen_BxQxT = jnp.arange(cache.k_BxHxKxT.shape[-1]) <= position_BxQ[..., None]
-    score_BxHxQxT = jnp.where(seen_BxQxT[:, None], score_BxHxQxT, -jnp.inf)
-    weight_BxHxQxT = jnp.exp(score_BxHxQxT - score_BxHxQxT.max(-1, keepdims=True))
-    sum_BxQxHx1 = weight_BxHxQxT.sum(-1).swapaxes(1, 2)[..., None]
-    weight_BxHxQxT = weight_BxHxQxT.astype(q_BxQxHxK.dtype)
-    y_BxQxHxK = product("BHQT,BHTK->BQHK", weight_BxHxQxT, cache.v_BxHxTxK) / sum_BxQxHx1
-    return y_BxQxHxK[:, :queries].astype(q_BxQxHxK.dtype)
+    batch, queries, heads, width = q_BxQxHxK.shape
+    key_heads = cache.k_BxHxKxT.shape[1]
+    rows = queries * (heads // key_heads)
+    q_BxRxJxK = q_BxQxHxK
+    if key_heads < heads:
+        q_BxQxJxNxK = q_BxQxHxK.reshape(batch, queries, key_heads, -1, width)
+        q_BxRxJxK = q_BxQxJxNxK.swapaxes(2, 3).reshape(batch, rows, key_heads, width)
+        position_BxQ = jnp.repeat(position_BxQ, heads // key_heads, axis=1)
+    copies = -(-TPU_ROWS // rows) if queries == 1 and platform() == "tpu" else 1
+    if copies > 1:
+        q_BxRxJxK = jnp.repeat(q_BxRxJxK, copies, axis=1)
+        position_BxQ = jnp.repeat(position_BxQ, copies, axis=1)
+    score_BxJxRxT = product("BRJK,BJKT->BJRT", q_BxRxJxK, cache.k_BxHxKxT) * width**-0.5
+    place_T = jnp.arange(cache.k_BxHxKxT.shape[-1])
+    seen_BxRxT = place_T <= position_BxQ[..., None]
+    if window:
+        seen_BxRxT &= place_T > position_BxQ[..., None] - window
+    score_BxJxRxT = jnp.where(seen_BxRxT[:, None], score_BxJxRxT, -jnp.inf)
+    weight_BxJxRxT = jnp.exp(score_BxJxRxT - score_BxJxRxT.max(-1, keepdims=True))
+    sum_BxRxJx1 = weight_BxJxRxT.sum(-1).swapaxes(1, 2)[..., None]
+    weight_BxJxRxT = weight_BxJxRxT.astype(q_BxQxHxK.dtype)
+    y_BxRxJxK = product("BJRT,BJTK->BRJK", weight_BxJxRxT, cache.v_BxHxTxK) / sum_BxRxJx1
+    y_BxRxJxK = y_BxRxJxK[:, ::copies].astype(q_BxQxHxK.dtype)
+    if key_heads < heads:
+        y_BxRxJxK = y_BxRxJxK.reshape(batch, queries, -1, key_heads, width).swapaxes(2, 3)
+    return y_BxRxJxK.reshape(q_BxQxHxK.shape)
+
+
+def rotate(x_BxLxHxK: jax.Array, position_BxL: jax.Array, theta: float) -> jax.Array:
+    """Rotates pairs of a head's numbers by angles that grow with the position (RoFormer).
+
+    A pair is a number of the first half of the head and its counterpart in the second half.
+    """
+    half = x_BxLxHxK.shape[-1] // 2
+    turns_F = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle_BxLx1xF = (position_BxL[..., None].astype(jnp.float32) * turns_F)[:, :, None]
+    cos, sin = jnp.cos(angle_BxLx1xF), jnp.sin(angle_BxLx1xF)
+    first, second = jnp.split(x_BxLxHxK.astype(jnp.float32), 2, axis=-1)
+    turned = first * cos - second * sin, second * cos + first * sin
+    return jnp.concatenate(turned, -1).astype(x_BxLxHxK.dtype)
 
 
 class Attention(nnx.Module):
-    """Multi-head attention with biases, as in GPT-2."""
+    """Multi-head or grouped-query attention, of the form that `model.form` says."""
 
     def __init__(self, model: ModelConfig, key: jax.Array):
         key_in, key_out = jax.random.split(key)
-        width = model.d_model // model.heads
-        std = model.init_std
+        form, std = model.form, model.init_std
+        heads, key_heads, width = model.heads, model.key_heads, model.head_width
         self.config = model
-        self.w_qkv = normal(key_in, (model.d_model, 3, model.heads, width), std)
-        self.b_qkv = nnx.Param(jnp.zeros((3, model.heads, width)))
+
+        def maps(number: int, *shape: int):
+            """The weight and the bias of one map or of several, if there are any."""
+            key = jax.random.fold_in(key_in, number) if grouped else key_in
+            weight = normal(key, (model.d_model, *shape), std)
+            return weight, None if form.biases == "none" else nnx.Param(jnp.zeros(shape))
+
+        # Queries, keys and values have one weight, unless there are fewer heads of keys and values.
+        grouped = key_heads < heads
+        none = None, None
+        self.w_qkv, self.b_qkv = none if grouped else maps(0, 3, heads, width)
+        self.w_q, self.b_q = maps(0, heads, width) if grouped else none
+        self.w_kv, self.b_kv = maps(1, 2, key_heads, width) if grouped else none
+        self.q_norm, self.k_norm = (_qk_norm(model, number) for number in (heads, key_heads))
         std_out = std / (2 * model.layers) ** 0.5
-        self.w_out = normal(key_out, (model.heads, width, model.d_model), std_out)
-        self.b_out = nnx.Param(jnp.zeros(model.d_model))
+        self.w_out = normal(key_out, (heads, width, model.d_model), std_out)
+        self.b_out = nnx.Param(jnp.zeros(model.d_model)) if form.biases == "all" else None
 
     def __call__(
         self,
@@ -94,18 +141,48 @@ class Attention(nnx.Module):
           x_BxLxD: normalised activations.
           segments_BxL: the document of each token, within which it attends; unused with a cache.
           cache: in decoding, the KV cache of earlier tokens.
-          position_BxL: the tokens' positions in `cache`, in ascending order.
+          position_BxL: the tokens' positions in their document, in ascending order: with a cache,
+            their places in it.
         """
-        b_qkv, b_out = (p[...].astype(x_BxLxD.dtype) for p in (self.b_qkv, self.b_out))
+        q, k, v = self._project(x_BxLxD, decoding=cache is not None)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if clip := self.config.clip_qkv:
+            q, k, v = (jnp.clip(x, -clip, clip) for x in (q, k, v))
+        if self.config.form.positions == "rotary":
+            theta = self.config.form.rope_theta
+            q, k = (rotate(x, position_BxL, theta) for x in (q, k))
         if cache is not None:
-            qkv_BxLx3xHxK = matmul(x_BxLxD, self.w_qkv[...]) + b_qkv
-            q, k, v = (qkv_BxLx3xHxK[:, :, i] for i in range(3))
             # Else XLA writes the new keys twice, once into a copy of the cache for the product.
             cache = jax.lax.optimization_barrier(cache.extended(k, v, position_BxL))
-            y_BxLxHxK = attend_to_cache(q, cache, position_BxL)
-            return matmul(y_BxLxHxK, self.w_out[...], axes=2) + b_out, cache
-        w_qkv = self.w_qkv[...]
-        q, k, v = (remat.save_matmul(matmul(x_BxLxD, w_qkv[:, i]) + b_qkv[i]) for i in range(3))
-        implementation = resolve_attention(self.config, platform())
-        y_BxLxHxK = attend(q, k, v, segments_BxL, implementation)
-        return matmul(y_BxLxHxK, self.w_out[...], axes=2) + b_out, None
+            y = attend_to_cache(q, cache, position_BxL, self.config.sliding_window)
+        else:
+            implementation = resolve_attention(self.config, platform())
+            y = attend(q, k, v, segments_BxL, implementation, self.config.sliding_window)
+        return add_bias(matmul(y, self.w_out[...], axes=2), self.b_out), cache
+
+    def _project(self, x_BxLxD: jax.Array, decoding: bool) -> list[jax.Array]:
+        """Queries [B, L, H, K], keys and values."""
+        if self.w_qkv is not None:
+            return _parts(x_BxLxD, self.w_qkv, self.b_qkv, decoding)
+        q = remat.save_matmul(add_bias(matmul(x_BxLxD, self.w_q[...]), self.b_q))
+        return [q, *_parts(x_BxLxD, self.w_kv, self.b_kv, decoding)]
+
+
+def _qk_norm(model: ModelConfig, heads: int) -> RMSNorm | HeadsRMSNorm | None:
+    """The norm of queries or keys, by `model.qk_norm`."""
+    eps, width = model.form.norm_eps, model.head_width
+    if model.form.qk_norm == "none":
+        return None
+    return RMSNorm(width, eps) if model.form.qk_norm == "head" else HeadsRMSNorm(heads, width, eps)
+
+
+def _parts(x_BxLxD, w_DxNxHxK, b_NxHxK, decoding: bool) -> list[jax.Array]:
+    """The N maps of x that lie in one weight. Decoding makes them by one product."""
+    w_DxNxHxK = w_DxNxHxK[...]
+    if decoding:
+        y_BxLxNxHxK = add_bias(matmul(x_BxLxD, w_DxNxHxK), b_NxHxK)
+        return [y_BxLxNxHxK[:, :, i] for i in range(y_BxLxNxHxK.shape[2])]
+    products = (matmul(x_BxLxD, w_DxNxHxK[:, i]) for i in range(w_DxNxHxK.shape[1]))
+    biases = [None] * w_DxNxHxK.shape[1] if b_NxHxK is None else b_NxHxK[...]
+    return [remat.save_matmul(add_bias(y, b)) for y, b in zip(products, biases, strict=True)]

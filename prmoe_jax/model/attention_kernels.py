@@ -22,8 +22,13 @@ product = partial(jnp.einsum, preferred_element_type=jnp.float32)
 LENGTH_MULTIPLE = {"splash": 128, "cudnn": 2}
 
 
-def attend(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segments_BxL, implementation: str) -> jax.Array:
+def attend(
+    q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segments_BxL, implementation: str, window: int = 0
+) -> jax.Array:
     """softmax(q kᵀ / √K) v over each token and the earlier ones of its segment; [B, L, H, K].
+
+    Keys and values may have fewer heads than queries, each for as many neighbouring ones. With a
+    window, a token attends to that many tokens, itself included.
 
     L may be any length: if the kernel accepts multiples only, sequences are padded at the end, to
     which none of their tokens attends.
@@ -35,11 +40,13 @@ def attend(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segments_BxL, implementation: str) -
             jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
             for x in (q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segments_BxL)
         )
-        return attend(q, k, v, segments, implementation)[:, :length]
-    if implementation == "splash":
-        return splash(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segments_BxL)
-    if implementation == "blocks":
-        return blocks(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segments_BxL)
+        return attend(q, k, v, segments, implementation, window)[:, :length]
+    if implementation in ("splash", "blocks"):
+        sharing = q_BxLxHxK.shape[2] // k_BxLxHxK.shape[2]
+        if sharing > 1:
+            k_BxLxHxK, v_BxLxHxK = (jnp.repeat(x, sharing, 2) for x in (k_BxLxHxK, v_BxLxHxK))
+        kernel = splash if implementation == "splash" else blocks
+        return kernel(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segments_BxL, window)
     same_Bx1xLxL = (segments_BxL[:, :, None] == segments_BxL[:, None, :])[:, None]
     return jax.nn.dot_product_attention(
         q_BxLxHxK,
@@ -47,49 +54,61 @@ def attend(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segments_BxL, implementation: str) -
         v_BxLxHxK,
         mask=same_Bx1xLxL,
         is_causal=True,
+        local_window_size=(window - 1, 0) if window else None,
         implementation=implementation,
     )
 
 
-def blocks(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segments_BxL) -> jax.Array:
+def blocks(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segments_BxL, window: int = 0) -> jax.Array:
     """A triangle of query blocks for CPUs: each block meets only the keys up to its end.
+
+    With a window, it also leaves out the keys that are out of reach of its first query.
 
     Scores are never made for the upper half of the square of queries and keys, and never kept: the
     backward pass makes a block's scores again, as in FlashAttention (arXiv 2205.14135).
     """
     heads_first = (x.swapaxes(1, 2) for x in (q_BxLxHxK, k_BxLxHxK, v_BxLxHxK))
-    return _blocks(*heads_first, segments_BxL).swapaxes(1, 2)
+    return _blocks(window, *heads_first, segments_BxL).swapaxes(1, 2)
 
 
-def _query_blocks(length: int) -> list[tuple[int, int]]:
-    """First and last + 1 position of each block of queries, at most 16 blocks."""
+def _query_blocks(length: int, window: int) -> list[tuple[slice, slice]]:
+    """The queries of each block, at most 16 blocks, and the keys that they meet."""
     size = max(64, -(-length // 16))
-    return [(start, min(start + size, length)) for start in range(0, length, size)]
+    found = []
+    for start in range(0, length, size):
+        end = min(start + size, length)
+        first = max(0, start + 1 - window) if window else 0
+        found.append((slice(start, end), slice(first, end)))
+    return found
 
 
-def _scores(q_BxHxQxK, k_BxHxTxK, segments_BxL, start: int, end: int) -> jax.Array:
-    """Scores of the queries from `start` to `end` with all keys before `end`, -inf where masked."""
-    score_BxHxQxT = product("BHQK,BHTK->BHQT", q_BxHxQxK[:, :, start:end], k_BxHxTxK[:, :, :end])
-    same_BxQxT = segments_BxL[:, start:end, None] == segments_BxL[:, None, :end]
-    causal_QxT = jnp.arange(start, end)[:, None] >= jnp.arange(end)
-    scale = q_BxHxQxK.shape[-1] ** -0.5
-    return jnp.where((same_BxQxT & causal_QxT)[:, None], score_BxHxQxT * scale, -jnp.inf)
+def _scores(q_BxHxLxK, k_BxHxLxK, segments_BxL, rows: slice, keys: slice, window: int):
+    """Scores [B, H, Q, T] of a block's queries with its keys, -inf where masked."""
+    score_BxHxQxT = product("BHQK,BHTK->BHQT", q_BxHxLxK[:, :, rows], k_BxHxLxK[:, :, keys])
+    seen_BxQxT = segments_BxL[:, rows, None] == segments_BxL[:, None, keys]
+    query_Qx1 = jnp.arange(rows.start, rows.stop)[:, None]
+    key_T = jnp.arange(keys.start, keys.stop)
+    seen_BxQxT &= query_Qx1 >= key_T
+    if window:
+        seen_BxQxT &= query_Qx1 - key_T < window
+    scale = q_BxHxLxK.shape[-1] ** -0.5
+    return jnp.where(seen_BxQxT[:, None], score_BxHxQxT * scale, -jnp.inf)
 
 
-@jax.custom_vjp
-def _blocks(q_BxHxLxK, k_BxHxLxK, v_BxHxLxK, segments_BxL):
-    return _blocks_forward(q_BxHxLxK, k_BxHxLxK, v_BxHxLxK, segments_BxL)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _blocks(window: int, q_BxHxLxK, k_BxHxLxK, v_BxHxLxK, segments_BxL):
+    return _blocks_forward(window, q_BxHxLxK, k_BxHxLxK, v_BxHxLxK, segments_BxL)[0]
 
 
-def _blocks_forward(q_BxHxLxK, k_BxHxLxK, v_BxHxLxK, segments_BxL):
+def _blocks_forward(window: int, q_BxHxLxK, k_BxHxLxK, v_BxHxLxK, segments_BxL):
     outputs, log_sums = [], []
-    for start, end in _query_blocks(q_BxHxLxK.shape[2]):
-        score_BxHxQxT = _scores(q_BxHxLxK, k_BxHxLxK, segments_BxL, start, end)
+    for rows, keys in _query_blocks(q_BxHxLxK.shape[2], window):
+        score_BxHxQxT = _scores(q_BxHxLxK, k_BxHxLxK, segments_BxL, rows, keys, window)
         highest_BxHxQx1 = score_BxHxQxT.max(-1, keepdims=True)
         weight_BxHxQxT = jnp.exp(score_BxHxQxT - highest_BxHxQx1)
         sum_BxHxQx1 = weight_BxHxQxT.sum(-1, keepdims=True)
         weight_BxHxQxT = weight_BxHxQxT.astype(v_BxHxLxK.dtype)
-        y_BxHxQxK = product("BHQT,BHTK->BHQK", weight_BxHxQxT, v_BxHxLxK[:, :, :end])
+        y_BxHxQxK = product("BHQT,BHTK->BHQK", weight_BxHxQxT, v_BxHxLxK[:, :, keys])
         outputs.append((y_BxHxQxK / sum_BxHxQx1).astype(v_BxHxLxK.dtype))
         log_sums.append(highest_BxHxQx1 + jnp.log(sum_BxHxQx1))
     y_BxHxLxK = remat.save_matmul(jnp.concatenate(outputs, 2))
@@ -97,7 +116,7 @@ def _blocks_forward(q_BxHxLxK, k_BxHxLxK, v_BxHxLxK, segments_BxL):
     return y_BxHxLxK, (q_BxHxLxK, k_BxHxLxK, v_BxHxLxK, segments_BxL, y_BxHxLxK, log_sum_BxHxLx1)
 
 
-def _blocks_backward(kept, dy_BxHxLxK):
+def _blocks_backward(window: int, kept, dy_BxHxLxK):
     q_BxHxLxK, k_BxHxLxK, v_BxHxLxK, segments_BxL, y_BxHxLxK, log_sum_BxHxLx1 = kept
     scale = q_BxHxLxK.shape[-1] ** -0.5
     dtype = q_BxHxLxK.dtype
@@ -107,19 +126,18 @@ def _blocks_backward(kept, dy_BxHxLxK):
     barrier = jax.lax.optimization_barrier
     q_BxHxKxL, dy_BxHxKxL = barrier((q_BxHxLxK.mT, dy_BxHxLxK.mT))
     dq, dk_BxHxKxL, dv_BxHxKxL = [], jnp.zeros(q_BxHxKxL.shape), jnp.zeros(q_BxHxKxL.shape)
-    for start, end in _query_blocks(q_BxHxLxK.shape[2]):
-        rows = slice(start, end)
-        score_BxHxQxT = _scores(q_BxHxLxK, k_BxHxLxK, segments_BxL, start, end)
+    for rows, keys in _query_blocks(q_BxHxLxK.shape[2], window):
+        score_BxHxQxT = _scores(q_BxHxLxK, k_BxHxLxK, segments_BxL, rows, keys, window)
         weight_BxHxQxT = jnp.exp(score_BxHxQxT - log_sum_BxHxLx1[:, :, rows])
         dy_BxHxQxK = dy_BxHxLxK[:, :, rows]
-        dweight_BxHxQxT = product("BHQK,BHTK->BHQT", dy_BxHxQxK, v_BxHxLxK[:, :, :end])
+        dweight_BxHxQxT = product("BHQK,BHTK->BHQT", dy_BxHxQxK, v_BxHxLxK[:, :, keys])
         dscore_BxHxQxT = weight_BxHxQxT * (dweight_BxHxQxT - mean_BxHxLx1[:, :, rows]) * scale
         weight_BxHxQxT, dscore_BxHxQxT = weight_BxHxQxT.astype(dtype), dscore_BxHxQxT.astype(dtype)
-        dq.append(product("BHQT,BHTK->BHQK", dscore_BxHxQxT, k_BxHxLxK[:, :, :end]))
+        dq.append(product("BHQT,BHTK->BHQK", dscore_BxHxQxT, k_BxHxLxK[:, :, keys]))
         dk_BxHxKxT = product("BHKQ,BHQT->BHKT", q_BxHxKxL[..., rows], dscore_BxHxQxT)
         dv_BxHxKxT = product("BHKQ,BHQT->BHKT", dy_BxHxKxL[..., rows], weight_BxHxQxT)
-        dk_BxHxKxL = dk_BxHxKxL.at[..., :end].add(dk_BxHxKxT)
-        dv_BxHxKxL = dv_BxHxKxL.at[..., :end].add(dv_BxHxKxT)
+        dk_BxHxKxL = dk_BxHxKxL.at[..., keys].add(dk_BxHxKxT)
+        dv_BxHxKxL = dv_BxHxKxL.at[..., keys].add(dv_BxHxKxT)
     dk_BxHxKxL, dv_BxHxKxL = barrier((dk_BxHxKxL, dv_BxHxKxL))
     gradients = jnp.concatenate(dq, 2), dk_BxHxKxL.mT, dv_BxHxKxL.mT
     return *(x.astype(dtype) for x in gradients), None
@@ -128,7 +146,9 @@ def _blocks_backward(kept, dy_BxHxLxK):
 _blocks.defvjp(_blocks_forward, _blocks_backward)
 
 
-def splash(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segments_BxL, interpret: bool = False) -> jax.Array:
+def splash(
+    q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segments_BxL, window: int = 0, interpret: bool = False
+) -> jax.Array:
     """The TPU's blockwise kernel; each device attends over its own part of the batch and heads.
 
     The length must be a multiple of 128.
@@ -138,10 +158,11 @@ def splash(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segments_BxL, interpret: bool = Fals
     if not mesh.empty:
         heads //= mesh.shape["tensor"]
     block = next(size for size in (512, 256, 128) if length % size == 0)
+    mask = splash_attention_mask.CausalMask((length, length))
+    if window:
+        mask = splash_attention_mask.LocalMask((length, length), (window - 1, 0), offset=0)
     kernel = splash_attention_kernel.make_splash_mha(
-        splash_attention_mask.MultiHeadMask(
-            [splash_attention_mask.CausalMask((length, length))] * heads
-        ),
+        splash_attention_mask.MultiHeadMask([mask] * heads),
         block_sizes=splash_attention_kernel.BlockSizes(*(block,) * 8),
         head_shards=1,
         q_seq_shards=1,
@@ -191,7 +212,7 @@ def resolve_attention(model: ModelConfig, platform: str) -> str:
     if model.attention == "cudnn" and (refusal := cudnn_refusal(model)):
         raise UserError(
             f"model.attention=cudnn cannot run model.length={model.length} with heads of "
-            f"{model.d_model // model.heads} (model.d_model / model.heads): {refusal}; use auto"
+            f"{model.head_width}: {refusal}; use auto"
         )
     return model.attention
 
@@ -201,16 +222,17 @@ def cudnn_refusal(model: ModelConfig) -> str:
 
     JAX checks shapes and dtypes when it traces the kernel, so tracing the gradient is enough.
     """
-    shape = 1, model.length, model.heads, model.d_model // model.heads
+    shape = 1, model.length, model.heads, model.head_width
     q_BxLxHxK = jax.ShapeDtypeStruct(shape, model.dtype)
+    k_BxLxJxK = jax.ShapeDtypeStruct((*shape[:2], model.key_heads, shape[3]), model.dtype)
     segments_BxL = jax.ShapeDtypeStruct(shape[:2], jnp.int32)
 
-    def total(q_BxLxHxK, segments_BxL):
-        q = k = v = q_BxLxHxK
-        return attend(q, k, v, segments_BxL, "cudnn").astype(jnp.float32).sum()
+    def total(q_BxLxHxK, k_BxLxJxK, segments_BxL):
+        given = q_BxLxHxK, k_BxLxJxK, k_BxLxJxK, segments_BxL
+        return attend(*given, "cudnn", model.sliding_window).astype(jnp.float32).sum()
 
     try:
-        jax.eval_shape(jax.grad(total), q_BxLxHxK, segments_BxL)
+        jax.eval_shape(jax.grad(total), q_BxLxHxK, k_BxLxJxK, segments_BxL)
     except (NotImplementedError, RuntimeError, ValueError) as error:
         return " ".join(str(error).split()).rstrip(".")
     capability = getattr(jax.local_devices()[0], "compute_capability", "8.0")

@@ -30,6 +30,8 @@ class Totals(NamedTuple):
     tokens: jax.Array  # targets that count
     routed: jax.Array  # tokens that are not padding
     groups: jax.Array  # routing groups that hold a token
+    # Choices of each expert, for each MoE layer; None where they are counted with the loss.
+    assigned: list[jax.Array] | None = None
 
 
 def totals(batch: Batch, config: Config) -> Totals:
@@ -91,16 +93,32 @@ def forward(
     return Sums(tokens=batch.mask_BxL.sum(), routers=routers, **measure(model, x_BxLxD, batch))
 
 
+def batch_balance(router: RouterMetrics, assigned_E: jax.Array) -> jax.Array:
+    """E · Σ (an expert's share of a whole batch's choices) · (its probability), summed over tokens.
+
+    Args:
+      router: the statistics of a portion of the batch, or of all of it.
+      assigned_E: the choices of the whole batch.
+    """
+    share_E = assigned_E / jnp.maximum(assigned_E.sum(), 1)
+    return len(share_E) * (share_E * router.prob_E).sum()
+
+
 def training_loss(sums: Sums, total: Totals, config: Config) -> jax.Array:
     """Cross-entropy (+ z-loss, + distillation) + the routers' losses, summed over MoE layers.
 
     The losses of a batch's portions add up to that of the whole batch.
     """
     zero = jnp.zeros(())
-    balance = sum((router.aux_loss for router in sums.routers), zero)
+    if config.moe.balance == "batch":
+        assigned = total.assigned or [router.assigned_E for router in sums.routers]
+        pairs = zip(sums.routers, assigned, strict=True)
+        balance, groups = sum((batch_balance(*pair) for pair in pairs), zero), total.routed
+    else:
+        balance, groups = sum((router.aux_loss for router in sums.routers), zero), total.groups
     router_z = sum((router.z_loss for router in sums.routers), zero)
     return (
         sums.loss / total.tokens
-        + config.moe.aux_loss_weight * balance / total.groups
+        + config.moe.aux_loss_weight * balance / groups
         + config.moe.z_loss_weight * router_z / total.routed
     )

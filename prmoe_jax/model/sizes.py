@@ -47,34 +47,44 @@ class Cost:
 
 def cost(model: ModelConfig) -> Cost:
     """Counts a model, with residual branches and routers, without building it."""
-    d, f = model.d_model, model.d_ff
-    attention = 4 * d * d + 4 * d
-    norms = 4 * d
-    mlp = 2 * d * f + f + d
+    d, form = model.d_model, model.form
+    heads, pairs = model.heads * model.head_width, model.key_heads * model.head_width
+    biased = form.biases == "all"
+    norm = (2 if form.norm == "layernorm" else 1) * d
+    attention = 2 * d * (heads + pairs)
+    flops = 2 * attention + 4 * model.length * heads
+    attention += (heads + 2 * pairs) * (form.biases != "none") + d * biased
+    attention += {"none": 0, "head": 2 * model.head_width, "whole": heads + pairs}[form.qk_norm]
+    matrices = 3 if form.activation == "swiglu" else 2
+
+    def mlp(width: int) -> int:
+        return matrices * d * width + (width + d) * biased
 
     def layer(experts: int) -> LayerCost:
-        params = active = norms + attention
-        flops = 8 * d * d + 4 * model.length * d
+        params = 2 * norm + attention
         if not experts:
-            return LayerCost(0, params + mlp, active + mlp, flops + 4 * d * f)
-        router, visited = d * experts, model.top_k
-        shared, shared_flops = router, 2 * router
+            params += mlp(model.d_ff)
+            return LayerCost(0, params, params, flops + 2 * matrices * d * model.d_ff)
+        shared, shared_flops = d * experts, 2 * d * experts
         if model.residual:
-            shared += mlp
-            shared_flops += 4 * d * f
-            if model.residual_mix == "learned":
-                shared += 2 * d + 2
-                shared_flops += 4 * d
+            shared += mlp(model.residual_width)
+            shared_flops += 2 * matrices * d * model.residual_width
+            columns = {"learned": 2, "sigmoid": 1}.get(form.residual_mix, 0)
+            shared += columns * d + 2 * (form.residual_mix == "learned")
+            shared_flops += 2 * columns * d
+        expert, visited = mlp(model.expert_width), model.top_k
         return LayerCost(
             experts,
-            params + shared + experts * mlp,
-            active + shared + visited * mlp,
-            flops + shared_flops + visited * 4 * d * f,
+            params + shared + experts * expert,
+            params + shared + visited * expert,
+            flops + shared_flops + visited * 2 * matrices * d * model.expert_width,
         )
 
+    positions = model.length if form.positions == "learned" else 0
+    tables = 1 if form.output == "tied" else 2
     return Cost(
         layers=tuple(layer(e) for e in model.schedule.experts),
-        embedding_params=(model.vocab_size + model.length) * d + 2 * d,
+        embedding_params=(tables * model.vocab_size + positions) * d + norm,
         logits_flops=2 * d * model.vocab_size,
     )
 

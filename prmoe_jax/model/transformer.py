@@ -1,4 +1,4 @@
-"""The decoder: embeddings, pre-LayerNorm blocks scanned by stage, tied logits.
+"""The decoder: embeddings, blocks with norms in front, scanned by stage, and logits.
 
 A module is a typed pytree of float32 parameters: it goes through plain jax.jit, grad and scan.
 """
@@ -18,6 +18,7 @@ from prmoe_jax.moe.layer import MoE
 from prmoe_jax.moe.routing import RouterMetrics, Routing
 from prmoe_jax.nn import remat
 from prmoe_jax.nn.mlp import MLP
+from prmoe_jax.nn.norms import norm
 from prmoe_jax.nn.parameters import declaration, named_leaves, normal
 from prmoe_jax.parallel import sharding
 from prmoe_jax.parallel.mesh import platform
@@ -29,38 +30,24 @@ log = logging.getLogger(__name__)
 UNROLLED_LAYERS = 8
 
 
-class LayerNorm(nnx.Module):
-    """Normalises to mean 0 and variance 1 in float32, then scales and shifts; ε is 1e-5."""
-
-    def __init__(self, width: int):
-        self.scale = nnx.Param(jnp.ones(width))
-        self.shift = nnx.Param(jnp.zeros(width))
-
-    def __call__(self, x_D: jax.Array) -> jax.Array:
-        """Maps [..., D] to [..., D] in x's dtype."""
-        with jax.named_scope("norm"):
-            x32_D = x_D.astype(jnp.float32)
-            centred_D = x32_D - x32_D.mean(-1, keepdims=True)
-            variance = jnp.square(centred_D).mean(-1, keepdims=True)
-            y_D = centred_D * jax.lax.rsqrt(variance + 1e-5) * self.scale[...] + self.shift[...]
-            return y_D.astype(x_D.dtype)
-
-
 class Block(nnx.Module):
     """One layer: x + attention(norm(x)), then x + feed_forward(norm(x))."""
 
     def __init__(self, experts: int, model: ModelConfig, moe: MoeConfig, key: jax.Array):
         key_attention, key_mlp = jax.random.split(key)
         self.dropout = model.dropout
-        self.norm_attention = LayerNorm(model.d_model)
+        form = model.form
+        self.norm_attention = norm(form.norm, model.d_model, form.norm_eps)
         self.attention = Attention(model, key_attention)
-        self.norm_mlp = LayerNorm(model.d_model)
+        self.norm_mlp = norm(form.norm, model.d_model, form.norm_eps)
         if experts:
             self.mlp = MoE(experts, model, moe, key_mlp)
         else:
             std = model.init_std
             std_out = std / (2 * model.layers) ** 0.5
-            self.mlp = MLP.drawn(model.d_model, model.d_ff, std, std_out, key_mlp)
+            gated, biases = form.activation == "swiglu", form.biases == "all"
+            shape = model.d_model, model.d_ff, std, std_out
+            self.mlp = MLP.drawn(*shape, key_mlp, gated, biases)
 
     def __call__(
         self,
@@ -99,7 +86,7 @@ class Stage(nnx.Module):
         keys = jax.random.split(key, len(stage.cell))
         self.blocks = nnx.List([stacked(e, k) for e, k in zip(stage.cell, keys, strict=True)])
 
-    def __call__(self, x_BxLxD, segments_BxL, keys_NxB=None):
+    def __call__(self, x_BxLxD, segments_BxL, keys_NxB=None, position_BxL=None):
         """Returns the activations and, for each layer of the cell, statistics [N, …] or None."""
 
         def cell(x_BxLxD, stacked):
@@ -111,7 +98,7 @@ class Stage(nnx.Module):
                 x_BxLxD = with_layout_constraint(x_BxLxD, Layout((0, 1, 2)))
             for i, block in enumerate(sharding.all_gather_params(blocks)):
                 keys = None if keys_B is None else fold_in(keys_B, i)
-                x_BxLxD, m, _ = block(x_BxLxD, segments_BxL, keys)
+                x_BxLxD, m, _ = block(x_BxLxD, segments_BxL, keys, None, position_BxL)
                 metrics.append(m)
             return x_BxLxD, metrics
 
@@ -138,18 +125,22 @@ def resolve_remat(model: ModelConfig, platform: str) -> tuple[str, bool]:
 
 
 class Transformer(nnx.Module):
-    """A GPT-style decoder whose MLPs are dense or MoE as its placement schedule says."""
+    """A decoder whose MLPs are dense or MoE as its placement schedule says."""
 
     def __init__(self, model: ModelConfig, moe: MoeConfig, key: jax.Array):
         stages = model.schedule.stages()
         keys = jax.random.split(key, 2 + len(stages))
+        form, table, std = model.form, (model.vocab_size, model.d_model), model.init_std
         self.config = model
-        self.tokens = normal(keys[0], (model.vocab_size, model.d_model), model.init_std)
-        self.positions = normal(keys[1], (model.length, model.d_model), model.init_std)
+        self.tokens = normal(keys[0], table, std)
+        learned = form.positions == "learned"
+        self.positions = normal(keys[1], (model.length, model.d_model), std) if learned else None
         self.stages = nnx.List(
             [Stage(s, model, moe, k) for s, k in zip(stages, keys[2:], strict=True)]
         )
-        self.norm = LayerNorm(model.d_model)
+        self.norm = norm(form.norm, model.d_model, form.norm_eps)
+        tied = form.output == "tied"
+        self.output = None if tied else normal(jax.random.fold_in(keys[0], 1), table, std)
 
     def __call__(
         self,
@@ -170,7 +161,8 @@ class Transformer(nnx.Module):
         dtype = jnp.dtype(self.config.dtype)
         with jax.named_scope("embedding"):
             x_BxLxD = sharding.embed("tokens", self.tokens[...], tokens_BxL)
-            x_BxLxD += sharding.embed("positions", self.positions[...], position_BxL)
+            if self.positions is not None:
+                x_BxLxD += sharding.embed("positions", self.positions[...], position_BxL)
         x_BxLxD = dropout(x_BxLxD.astype(dtype), self.config.dropout, keys_B)
         metrics = []
         schedule = self.config.schedule.stages()
@@ -184,7 +176,7 @@ class Transformer(nnx.Module):
             if keys_B is not None:
                 repeats = jnp.arange(plan.repeats)
                 keys_NxB = jax.vmap(fold_in, (None, 0))(fold_in(keys_B, 1 + i), repeats)
-            x_BxLxD, by_cell = stage(x_BxLxD, segments_BxL, keys_NxB)
+            x_BxLxD, by_cell = stage(x_BxLxD, segments_BxL, keys_NxB, position_BxL)
             for n in range(plan.repeats):
                 metrics += [jax.tree.map(lambda x: x[n], m) for m in by_cell if m is not None]  # noqa: B023
         return self.norm(x_BxLxD), metrics
@@ -198,25 +190,29 @@ class Transformer(nnx.Module):
         Args:
           tokens_BxL, segments_BxL: as for a call.
         """
-        dtype = jnp.dtype(self.config.dtype)
-        x_BxLxD = self.tokens[...][tokens_BxL] + self.positions[...][positions(segments_BxL)]
+        dtype, position_BxL = jnp.dtype(self.config.dtype), positions(segments_BxL)
+        x_BxLxD = self.tokens[...][tokens_BxL]
+        if self.positions is not None:
+            x_BxLxD += self.positions[...][position_BxL]
         x_BxLxD, found = x_BxLxD.astype(dtype), {}
         for number, block in enumerate(unstacked_blocks(self)):
             block = cast(block, dtype)
             if isinstance(block.mlp, MoE):
-                y_BxLxD, _ = block.attention(block.norm_attention(x_BxLxD), segments_BxL)
+                normed_BxLxD = block.norm_attention(x_BxLxD)
+                y_BxLxD, _ = block.attention(normed_BxLxD, segments_BxL, None, position_BxL)
                 into_BxLxD = block.norm_mlp(x_BxLxD + y_BxLxD)
                 found[number] = block.mlp.decide(into_BxLxD, segments_BxL > 0)
-            x_BxLxD, _, _ = block(x_BxLxD, segments_BxL)
+            x_BxLxD, _, _ = block(x_BxLxD, segments_BxL, None, None, position_BxL)
         return found
 
     def logits(self, x_BxLxD: jax.Array) -> jax.Array:
-        """Scores of the next token, float32 [B, L, V]; the embedding is the output matrix."""
+        """Scores of the next token, float32 [B, L, V]."""
         return logits(x_BxLxD, self.output_table(x_BxLxD.dtype))
 
     def output_table(self, dtype) -> jax.Array:
         """The output matrix [V, D] in a dtype; only `tensor` splits it."""
-        return sharding.all_gather_params({"tokens": self.tokens[...].astype(dtype)})["tokens"]
+        name = "tokens" if self.output is None else "output"
+        return sharding.all_gather_params({name: getattr(self, name)[...].astype(dtype)})[name]
 
 
 def logits(x_D: jax.Array, table_VxD: jax.Array) -> jax.Array:
@@ -251,6 +247,8 @@ def dropless(model: Transformer) -> Transformer:
 def update_router_bias(model: Transformer, routers: list[RouterMetrics], rate: float) -> None:
     """Moves every router's bias by `rate` towards even load, in place (DeepSeek-V3, 2.1.2).
 
+    The mean of a layer's biases, which has no effect, stays 0.
+
     Args:
       model: a new model inside the train step.
       routers: the statistics of a whole batch, one per MoE layer.
@@ -262,7 +260,9 @@ def update_router_bias(model: Transformer, routers: list[RouterMetrics], rate: f
         by_repeat = [[next(remaining).assigned_E for _ in mlps] for _ in range(plan.repeats)]
         for mlp, loads_E in zip(mlps, zip(*by_repeat, strict=True), strict=True):
             load_NxE = jnp.stack(loads_E)
-            mlp.bias_router[...] += rate * jnp.sign(load_NxE.mean(-1, keepdims=True) - load_NxE)
+            step_NxE = jnp.sign(load_NxE.mean(-1, keepdims=True) - load_NxE)
+            bias_NxE = mlp.bias_router[...] + rate * step_NxE
+            mlp.bias_router[...] = bias_NxE - bias_NxE.mean(-1, keepdims=True)
 
 
 def cast(modules, dtype, more: tuple[str, ...] = (), apart: str = ""):

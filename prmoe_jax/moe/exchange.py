@@ -23,6 +23,7 @@ from jax.sharding import AbstractMesh, Mesh
 from prmoe_jax.moe import rounds
 from prmoe_jax.moe.experts import Experts
 from prmoe_jax.nn import remat
+from prmoe_jax.nn.mlp import add_bias
 from prmoe_jax.parallel.mesh import crosses_slices
 
 # At or below this many experts on a device, each expert's products are compiled separately.
@@ -82,7 +83,7 @@ class ExpertParallel(NamedTuple):
             x_RxD, expert_R = (
                 jax.lax.all_gather(a, senders, tiled=True) for a in (x_RxD, expert_R)
             )
-        expert_R -= len(self.experts.b_out[...]) * jax.lax.axis_index(self.axes)
+        expert_R -= self.experts.here * jax.lax.axis_index(self.axes)
         first = sum(jax.lax.axis_index(name) for name in split) == 0  # adds the last bias
         y_RxD = self.experts.masked(mark_varying(x_RxD, split), expert_R, first)
         if senders:
@@ -153,7 +154,7 @@ class ExpertParallel(NamedTuple):
             y_BxD = apply(x_BxD, rows_I, expert_B, last_bias=False)
         if alike:
             y_BxD = jax.lax.psum(y_BxD, alike)
-        return y_BxD + experts.last_bias(expert_B, y_BxD.dtype), jnp.int32(1)
+        return add_bias(y_BxD, experts.last_bias(expert_B, y_BxD.dtype)), jnp.int32(1)
 
     def _exchange(self, x_XxIxRxD: jax.Array) -> jax.Array:
         """Sends part x to device x, and receives part x from device x."""
@@ -186,7 +187,7 @@ class ExpertParallel(NamedTuple):
             y_IxRxD = jax.lax.psum_scatter(y_IxRxD, others, scatter_dimension=1, tiled=True)
         if alike:
             y_IxRxD = jax.lax.psum(y_IxRxD, alike)
-        y_IxRxD += self.experts.b_out[...].astype(y_IxRxD.dtype)[:, None]
+        y_IxRxD = self.experts.add_last_bias(y_IxRxD)
         return y_IxRxD.reshape(local, devices, rows, width).swapaxes(0, 1)
 
 

@@ -7,8 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from prmoe_jax.moe import kernels
-from prmoe_jax.nn import remat
-from prmoe_jax.nn.mlp import MLP, gelu
+from prmoe_jax.nn.mlp import MLP, MLPWeights, activate, add_bias
 from prmoe_jax.nn.quantized import to_dtype
 
 
@@ -27,27 +26,47 @@ class Experts(nnx.Module):
         std_out: float,
         key: jax.Array,
         tied: bool = False,
+        gated: bool = False,
+        biases: bool = True,
     ):
         self.count = count
         drawn = 1 if tied else count
         key_in, key_out = jax.random.split(key)
-        w_in = std * jax.random.normal(key_in, (drawn, d_model, d_ff))
-        w_out = std_out * jax.random.normal(key_out, (drawn, d_ff, d_model))
-        self.w_in = nnx.Param(jnp.tile(w_in, (count // drawn, 1, 1)))
-        self.b_in = nnx.Param(jnp.zeros((count, d_ff)))
-        self.w_out = nnx.Param(jnp.tile(w_out, (count // drawn, 1, 1)))
-        self.b_out = nnx.Param(jnp.zeros((count, d_model)))
+
+        def matrices(key: jax.Array, rows: int, columns: int, std: float) -> nnx.Param:
+            w = std * jax.random.normal(key, (drawn, rows, columns))
+            return nnx.Param(jnp.tile(w, (count // drawn, 1, 1)))
+
+        self.w_in = matrices(key_in, d_model, d_ff, std)
+        self.b_in = nnx.Param(jnp.zeros((count, d_ff))) if biases else None
+        self.w_out = matrices(key_out, d_ff, d_model, std_out)
+        self.b_out = nnx.Param(jnp.zeros((count, d_model))) if biases else None
+        key_gate = jax.random.fold_in(key_in, 1)
+        self.w_gate = matrices(key_gate, d_model, d_ff, std) if gated else None
+
+    @property
+    def here(self) -> int:
+        """The number of experts on this device, where a mesh spreads them."""
+        return jax.tree.leaves(self.w_out[...])[0].shape[0]
 
     def __call__(self, x_ExRxD: jax.Array) -> jax.Array:
         """Applies expert e to x[e]; same shape and dtype."""
-        return self.without_last_bias(x_ExRxD) + self.b_out[...].astype(x_ExRxD.dtype)[:, None]
+        return self.add_last_bias(self.without_last_bias(x_ExRxD))
+
+    def add_last_bias(self, y_ExRxD: jax.Array) -> jax.Array:
+        """Adds b_out, if these experts have one."""
+        if self.b_out is None:
+            return y_ExRxD
+        return y_ExRxD + self.b_out[...].astype(y_ExRxD.dtype)[:, None]
 
     def without_last_bias(self, x_ExRxD: jax.Array) -> jax.Array:
         """The same without b_out; devices that split hidden units sum up these results."""
-        w_in, b_in, w_out, _ = self._weights(x_ExRxD.dtype)
+        weights = self._weights(x_ExRxD.dtype)
+        b_in_Ex1xF = None if weights.b_in_F is None else weights.b_in_F[:, None]
         with jax.named_scope("experts"):
-            pre_ExRxF = remat.save_matmul(kernels.batched_matmul(x_ExRxD, w_in) + b_in[:, None])
-            return kernels.batched_matmul(gelu(pre_ExRxF), w_out)
+            multiply = partial(kernels.batched_matmul, x_ExRxD)
+            hidden = kernels.hidden(multiply, weights._replace(b_in_F=b_in_Ex1xF))
+            return kernels.batched_matmul(activate(hidden), weights.w_out_FxD)
 
     def unrolled(self, x_XxExRxD: jax.Array) -> jax.Array:
         """Applies expert e to x[:, e]; same shape and dtype.
@@ -56,7 +75,7 @@ class Experts(nnx.Module):
         that of a dense MLP.
         """
         with jax.named_scope("experts"):
-            return kernels.unrolled(x_XxExRxD, tuple(self._weights(x_XxExRxD.dtype)))
+            return kernels.unrolled(x_XxExRxD, self._weights(x_XxExRxD.dtype))
 
     def ragged(
         self, x_RxD: jax.Array, rows_E: jax.Array, expert_R: jax.Array, last_bias: bool = True
@@ -66,7 +85,7 @@ class Experts(nnx.Module):
         Rows with `expert_R` = E belong to no expert; their output is 0. Without the last bias,
         devices that split hidden units sum up their results.
         """
-        w_in, b_in, w_out, _ = self._weights(x_RxD.dtype)
+        weights = self._weights(x_RxD.dtype)
         served_Rx1 = (expert_R < len(rows_E))[:, None]
 
         def grouped(x_R, w_E):
@@ -76,20 +95,22 @@ class Experts(nnx.Module):
             return jnp.where(served_Rx1, y_R, 0)
 
         with jax.named_scope("experts"):
-            b_in_RxF = b_in.at[expert_R].get(mode="fill", fill_value=0)
-            h_RxF = gelu(remat.save_matmul(grouped(x_RxD, w_in) + b_in_RxF))
-            y_RxD = grouped(h_RxF, w_out)
-        return y_RxD + self.last_bias(expert_R, y_RxD.dtype) if last_bias else y_RxD
+            if weights.b_in_F is not None:
+                b_in_RxF = weights.b_in_F.at[expert_R].get(mode="fill", fill_value=0)
+                weights = weights._replace(b_in_F=b_in_RxF)
+            h_RxF = activate(kernels.hidden(partial(grouped, x_RxD), weights))
+            y_RxD = grouped(h_RxF, weights.w_out_FxD)
+        return add_bias(y_RxD, self.last_bias(expert_R, y_RxD.dtype) if last_bias else None)
 
     def block_loop(
         self, x_RxD: jax.Array, rows_E: jax.Array, expert_R: jax.Array, last_bias: bool = True
     ) -> jax.Array:
         """The same as `ragged`, multiplying a block of rows at a time."""
         block = kernels.block_rows(len(x_RxD), len(rows_E))
-        w_in, b_in, w_out, b_out = self._weights(x_RxD.dtype)
+        weights = self._weights(x_RxD.dtype)
         if not last_bias:
-            b_out = jnp.zeros_like(w_out[:, 0])
-        return kernels.block_loop(block, x_RxD, rows_E, (w_in, b_in, w_out, b_out))
+            weights = weights._replace(b_out_D=None)
+        return kernels.block_loop(block, x_RxD, rows_E, weights)
 
     def alone(
         self, x_RxD: jax.Array, rows_E: jax.Array, expert_R: jax.Array, last_bias: bool = True
@@ -99,8 +120,7 @@ class Experts(nnx.Module):
         Such rows must be 0 in x and in the gradient of the output.
         """
         del rows_E
-        y_RxD = self.without_last_bias(x_RxD[None])[0]
-        return y_RxD + self.b_out[...].astype(y_RxD.dtype) if last_bias else y_RxD
+        return (self if last_bias else self.without_last_bias)(x_RxD[None])[0]
 
     def masked(self, x_RxD: jax.Array, expert_R: jax.Array, last_bias: jax.Array) -> jax.Array:
         """Applies all experts to all rows and picks each row's expert.
@@ -108,14 +128,17 @@ class Experts(nnx.Module):
         For few rows, where the cost is reading the weights. The output is 0 for rows of no expert.
         The last bias is added if `last_bias`, a bool, says so.
         """
-        experts = len(self.b_in[...])
-        y_ExRxD = self.without_last_bias(jnp.broadcast_to(x_RxD, (experts, *x_RxD.shape)))
-        b_ExD = jnp.where(last_bias, self.b_out[...].astype(x_RxD.dtype), 0)
-        chosen_ExR = expert_R == jnp.arange(experts)[:, None]
-        return jnp.where(chosen_ExR[..., None], y_ExRxD + b_ExD[:, None], 0).sum(0)
+        y_ExRxD = self.without_last_bias(jnp.broadcast_to(x_RxD, (self.here, *x_RxD.shape)))
+        if self.b_out is not None:
+            b_ExD = jnp.where(last_bias, self.b_out[...].astype(x_RxD.dtype), 0)
+            y_ExRxD += b_ExD[:, None]
+        chosen_ExR = expert_R == jnp.arange(self.here)[:, None]
+        return jnp.where(chosen_ExR[..., None], y_ExRxD, 0).sum(0)
 
-    def last_bias(self, expert_R: jax.Array, dtype) -> jax.Array:
+    def last_bias(self, expert_R: jax.Array, dtype) -> jax.Array | None:
         """The last bias for rows of these experts, [R, D]; 0 for rows of no expert."""
+        if self.b_out is None:
+            return None
         b_ExD = self.b_out[...].astype(dtype)
         served_Rx1 = ((expert_R >= 0) & (expert_R < len(b_ExD)))[:, None]
         return jnp.where(served_Rx1, b_ExD.at[expert_R].get(mode="clip"), 0)
@@ -126,11 +149,13 @@ class Experts(nnx.Module):
 
     def expert(self, e) -> MLP:
         """Expert e as an MLP."""
-        weights = self.w_in[...], self.b_in[...], self.w_out[...], self.b_out[...]
+        held = self.w_in, self.b_in, self.w_out, self.b_out, self.w_gate
+        weights = [None if p is None else p[...] for p in held]
         return MLP(*jax.tree.map(lambda w: w[e], weights))
 
-    def _weights(self, dtype):
-        return (to_dtype(p[...], dtype) for p in (self.w_in, self.b_in, self.w_out, self.b_out))
+    def _weights(self, dtype) -> MLPWeights:
+        held = self.w_in, self.w_out, self.b_in, self.b_out, self.w_gate
+        return MLPWeights(*(None if p is None else to_dtype(p[...], dtype) for p in held))
 
 
 class UnstackedExperts(nnx.Module):

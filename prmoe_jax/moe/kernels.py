@@ -1,12 +1,21 @@
 """The experts' matrix products, with derivatives and loops by hand where XLA's are slow."""
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 
 from prmoe_jax.nn import remat
-from prmoe_jax.nn.mlp import gelu
+from prmoe_jax.nn.mlp import Hidden, MLPWeights, activate, add_bias
+
+
+def hidden(multiply: Callable, weights: MLPWeights) -> Hidden:
+    """The hidden units of rows before their activation; `multiply(w)` is their product with w."""
+    x_F = remat.save_matmul(add_bias(multiply(weights.w_in_DxF), weights.b_in_F))
+    if weights.w_gate_DxF is None:
+        return Hidden(x_F)
+    return Hidden(x_F, remat.save_matmul(multiply(weights.w_gate_DxF)))
 
 
 def block_rows(rows: int, experts: int) -> int:
@@ -61,8 +70,29 @@ def _alike(fresh: jax.Array, x: jax.Array) -> jax.Array:
     return jax.lax.pcast(fresh, axes, to="varying") if axes else fresh
 
 
+def _gradients(weights: MLPWeights, x_RxD, kept: Hidden, dy_RxD, dot=jnp.matmul, dtype=None):
+    """Gradients of an MLP's rows, and of its weights; `dot` multiplies for the latter."""
+    h_RxF, through_activation = jax.vjp(activate, kept)  # h again, fused into the product
+    (d,) = through_activation(dy_RxD @ weights.w_out_FxD.T)
+    dx_RxD, dw_gate = d.x_F @ weights.w_in_DxF.T, None
+    if weights.w_gate_DxF is not None:
+        dx_RxD += d.gate_F @ weights.w_gate_DxF.T
+        dw_gate = dot(x_RxD.T, d.gate_F)
+
+    def summed(bias, dy):
+        return None if bias is None else dy.sum(0, dtype=dtype)
+
+    return dx_RxD, MLPWeights(
+        w_in_DxF=dot(x_RxD.T, d.x_F),
+        w_out_FxD=dot(h_RxF.T, dy_RxD),
+        b_in_F=summed(weights.b_in_F, d.x_F),
+        b_out_D=summed(weights.b_out_D, dy_RxD),
+        w_gate_DxF=dw_gate,
+    )
+
+
 @jax.custom_vjp
-def unrolled(x_XxExRxD, weights):
+def unrolled(x_XxExRxD, weights: MLPWeights):
     """Applies expert e to x[:, e]; each expert's products are compiled separately."""
     return _unrolled_forward(x_XxExRxD, weights)[0]
 
@@ -71,12 +101,13 @@ def _unrolled_forward(x_XxExRxD, weights):
     devices, experts, rows, width = x_XxExRxD.shape
     outputs, saved = [], []
     for e in range(experts):
-        w_in, b_in, w_out, b_out = (w[e] for w in weights)
+        own = jax.tree.map(lambda w: w[e], weights)  # noqa: B023
         x_QxD = x_XxExRxD[:, e].reshape(-1, width)
-        pre_QxF = remat.save_matmul(x_QxD @ w_in + b_in)
+        kept = hidden(partial(jnp.matmul, x_QxD), own)
         # The bias is added after the reshape; else the write into the result isn't fused.
-        outputs.append((gelu(pre_QxF) @ w_out).reshape(devices, rows, width) + b_out)
-        saved.append((x_QxD, pre_QxF))
+        y_QxD = activate(kept) @ own.w_out_FxD
+        outputs.append(add_bias(y_QxD.reshape(devices, rows, width), own.b_out_D))
+        saved.append((x_QxD, kept))
     return _join(outputs, 1), (saved, weights)
 
 
@@ -84,21 +115,19 @@ def _unrolled_backward(residuals, dy_XxExRxD):
     saved, weights = residuals
     devices, _, rows, width = dy_XxExRxD.shape
     inputs, gradients = [], []
-    for e, (x_QxD, pre_QxF) in enumerate(saved):
-        w_in, _, w_out, _ = (w[e] for w in weights)
-        dy_QxD = dy_XxExRxD[:, e].reshape(-1, width)
-        h_QxF, through_gelu = jax.vjp(gelu, pre_QxF)  # computes h again, fused into the product
-        (dpre_QxF,) = through_gelu(dy_QxD @ w_out.T)
-        gradients.append((x_QxD.T @ dpre_QxF, dpre_QxF.sum(0), h_QxF.T @ dy_QxD, dy_QxD.sum(0)))
-        inputs.append((dpre_QxF @ w_in.T).reshape(devices, rows, width))
-    return _join(inputs, 1), tuple(_join(list(p), 0) for p in zip(*gradients, strict=True))
+    for e, (x_QxD, kept) in enumerate(saved):
+        own = jax.tree.map(lambda w: w[e], weights)  # noqa: B023
+        dx_QxD, gradient = _gradients(own, x_QxD, kept, dy_XxExRxD[:, e].reshape(-1, width))
+        gradients.append(gradient)
+        inputs.append(dx_QxD.reshape(devices, rows, width))
+    return _join(inputs, 1), jax.tree.map(lambda *parts: _join(list(parts), 0), *gradients)
 
 
 unrolled.defvjp(_unrolled_forward, _unrolled_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def block_loop(block: int, x_RxD, rows_E, weights):
+def block_loop(block: int, x_RxD, rows_E, weights: MLPWeights):
     """Applies experts to sorted rows, in a loop over experts and one over blocks of their runs."""
     return _block_loop_forward(block, x_RxD, rows_E, weights)[0]
 
@@ -113,50 +142,48 @@ def _block_loop_forward(block: int, x_RxD, rows_E, weights):
     write = jax.lax.dynamic_update_slice_in_dim
 
     def expert(carry, inputs):
-        start, rows, (w_in, b_in, w_out, b_out) = inputs
+        start, rows, own = inputs
 
         def multiply(i, carry):
-            pre_QxF, y_QxD = carry
+            kept, y_QxD = carry
             place = start + i * block
-            pre = slice_rows(x_QxD, place, block) @ w_in + b_in
-            y = gelu(pre) @ w_out + b_out
-            return write(pre_QxF, pre, place, 0), write(y_QxD, y, place, 0)
+            fresh = hidden(partial(jnp.matmul, slice_rows(x_QxD, place, block)), own)
+            y = add_bias(activate(fresh) @ own.w_out_FxD, own.b_out_D)
+            kept = jax.tree.map(lambda whole, part: write(whole, part, place, 0), kept, fresh)
+            return kept, write(y_QxD, y, place, 0)
 
         return jax.lax.fori_loop(0, -(-rows // block), multiply, carry), None
 
-    d_ff = weights[0].shape[-1]
-    hidden_QxF = _alike(jnp.zeros((len(x_QxD), d_ff), x_RxD.dtype), x_RxD)
-    empty = hidden_QxF, jnp.zeros_like(x_QxD)
+    d_ff = weights.w_in_DxF.shape[-1]
+    empty_QxF = _alike(jnp.zeros((len(x_QxD), d_ff), x_RxD.dtype), x_RxD)
+    empty = Hidden(empty_QxF, None if weights.w_gate_DxF is None else empty_QxF)
     starts_E = jnp.cumsum(rows_E) - rows_E
-    (pre_QxF, y_QxD), _ = jax.lax.scan(expert, empty, (starts_E, rows_E, weights))
+    runs = starts_E, rows_E, weights
+    (kept, y_QxD), _ = jax.lax.scan(expert, (empty, jnp.zeros_like(x_QxD)), runs)
     served_Rx1 = (jnp.arange(len(x_RxD)) < rows_E.sum())[:, None]
-    return jnp.where(served_Rx1, y_QxD[: len(x_RxD)], 0), (x_QxD, pre_QxF, rows_E, weights)
+    return jnp.where(served_Rx1, y_QxD[: len(x_RxD)], 0), (x_QxD, kept, rows_E, weights)
 
 
 def _block_loop_backward(block: int, saved, dy_RxD):
-    x_QxD, pre_QxF, rows_E, weights = saved
+    x_QxD, kept, rows_E, weights = saved
     dy_QxD = jnp.pad(dy_RxD, ((0, block), (0, 0)))
+    # The sums are float32: else each of many additions would be rounded to the compute dtype.
+    dot = partial(jnp.matmul, preferred_element_type=jnp.float32)
 
     def expert(dx_QxD, inputs):
-        start, rows, (w_in, b_in, w_out, b_out) = inputs
+        start, rows, own = inputs
 
         def multiply(i, carry):
-            dx_QxD, (dw_in, db_in, dw_out, db_out) = carry
+            dx_QxD, sums = carry
             place = start + i * block
             x, dy = slice_rows(x_QxD, place, block), slice_rows(dy_QxD, place, block)
             dy = jnp.where((jnp.arange(block) < rows - i * block)[:, None], dy, 0)
-            h, through_gelu = jax.vjp(gelu, slice_rows(pre_QxF, place, block))
-            (dpre,) = through_gelu(dy @ w_out.T)
-            dx_QxD = jax.lax.dynamic_update_slice_in_dim(dx_QxD, dpre @ w_in.T, place, 0)
-            dot = partial(jnp.matmul, preferred_element_type=jnp.float32)
-            dw_in, db_in = dw_in + dot(x.T, dpre), db_in + dpre.sum(0, dtype=jnp.float32)
-            dw_out, db_out = dw_out + dot(h.T, dy), db_out + dy.sum(0, dtype=jnp.float32)
-            return dx_QxD, (dw_in, db_in, dw_out, db_out)
+            hidden = jax.tree.map(lambda whole: slice_rows(whole, place, block), kept)
+            dx, gradient = _gradients(own, x, hidden, dy, dot, jnp.float32)
+            dx_QxD = jax.lax.dynamic_update_slice_in_dim(dx_QxD, dx, place, 0)
+            return dx_QxD, jax.tree.map(jnp.add, sums, gradient)
 
-        # The sums are float32: else each of many additions would be rounded to the compute dtype.
-        zeros = jax.tree.map(
-            lambda w: _alike(jnp.zeros(w.shape), dy_QxD), (w_in, b_in, w_out, b_out)
-        )
+        zeros = jax.tree.map(lambda w: _alike(jnp.zeros(w.shape), dy_QxD), own)
         dx_QxD, sums = jax.lax.fori_loop(0, -(-rows // block), multiply, (dx_QxD, zeros))
         return dx_QxD, jax.tree.map(lambda total: total.astype(x_QxD.dtype), sums)
 

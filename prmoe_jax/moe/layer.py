@@ -22,28 +22,35 @@ class MoE(nnx.Module):
     """Top-k routed experts, optionally mixed with a fixed MLP (paper, section 4.1.2).
 
     With the residual, y = c₀ · experts(x) + c₁ · mlp(x) with c = softmax(W x + b), so that a token
-    that no expert kept still passes the MLP. `model.residual_mix` may fix c at (1, 1) or (½, ½).
+    that no expert kept still passes the MLP. `model.residual_mix` may fix c at (1, 1) or (½, ½), or
+    make it (1, σ(w x)), which is the shared expert of Qwen2-MoE.
     Training (calls with keys) and evaluation have capacities of their own.
     """
 
     def __init__(self, experts: int, model: ModelConfig, moe: MoeConfig, key: jax.Array):
         keys = jax.random.split(key, 5)
-        d_model, std = model.d_model, model.init_std
-        shape = (d_model, model.d_ff, std, std / (2 * model.layers) ** 0.5)
+        d_model, std, form = model.d_model, model.init_std, model.form
+        stds = std, std / (2 * model.layers) ** 0.5
+        parts = {"gated": form.activation == "swiglu", "biases": form.biases == "all"}
         # Router and coefficient start as torch.nn.Linear does by default, as in DeepSpeed.
         bound = d_model**-0.5
 
         def uniform(key, *dims):
             return nnx.Param(jax.random.uniform(key, dims, minval=-bound, maxval=bound))
 
-        self.top_k, self.moe, self.residual_mix = model.top_k, moe, model.residual_mix
+        self.top_k, self.moe, self.residual_mix = model.top_k, moe, form.residual_mix
+        several = form.normalize_top_k == "several" and model.top_k > 1
+        self.normalize = several or form.normalize_top_k == "always"
         self.w_router = uniform(keys[0], d_model, experts)
         tied = moe.expert_init == "tied"
-        self.experts = Experts(experts, *shape, keys[1], tied)
-        learned = model.residual and model.residual_mix == "learned"
-        self.mlp = MLP.drawn(*shape, keys[1] if tied else keys[2]) if model.residual else None
+        self.experts = Experts(experts, d_model, model.expert_width, *stds, keys[1], tied, **parts)
+        mlp = d_model, model.residual_width, *stds, keys[1] if tied else keys[2]
+        self.mlp = MLP.drawn(*mlp, **parts) if model.residual else None
+        learned = model.residual and form.residual_mix == "learned"
+        gated = model.residual and form.residual_mix == "sigmoid"
         self.w_mix = uniform(keys[3], d_model, 2) if learned else None
         self.b_mix = uniform(keys[4], 2) if learned else None
+        self.w_shared = uniform(keys[3], d_model) if gated else None
         # Moved by the train step (`transformer.update_router_bias`); no gradient reaches it.
         self.bias_router = nnx.Variable(jnp.zeros(experts)) if moe.bias_update_rate else None
 
@@ -176,6 +183,7 @@ class MoE(nnx.Module):
             valid_GxS,
             self.moe,
             top_k=self.top_k,
+            normalize=self.normalize,
             slots=slots,
             bias_E=bias_E,
             keys_G=keys_G,
@@ -187,6 +195,9 @@ class MoE(nnx.Module):
         if self.residual_mix == "learned":
             x_BxLxD = x_BxLxD.astype(jnp.float32)
             return jax.nn.softmax(dot32(x_BxLxD, self.w_mix[...]) + self.b_mix[...])
+        if self.residual_mix == "sigmoid":
+            shared_BxL = jax.nn.sigmoid(dot32(x_BxLxD.astype(jnp.float32), self.w_shared[...]))
+            return jnp.stack([jnp.ones_like(shared_BxL), shared_BxL], -1)
         weight = {"sum": 1.0, "half": 0.5}[self.residual_mix]
         return jnp.full((*x_BxLxD.shape[:-1], 2), weight)
 

@@ -42,6 +42,7 @@ class RouterMetrics(NamedTuple):
     coefficient: jax.Array  # mixing weight of the experts' branch, summed over tokens
     coefficient_unserved: jax.Array  # the same over unserved tokens
     rounds: jax.Array  # of the dropless exchange between devices, times tokens
+    prob_E: jax.Array | None = None  # summed over tokens; only with `moe.balance=batch`
 
 
 def capacity(tokens: int, experts: int, capacity_factor: float, top_k: int, minimum: int) -> int:
@@ -63,6 +64,7 @@ def route(
     *,
     top_k: int,
     slots: int,
+    normalize: bool | None = None,
     bias_E: jax.Array | None = None,
     keys_G: jax.Array | None = None,
 ) -> tuple[Routing, RouterMetrics]:
@@ -74,6 +76,8 @@ def route(
       moe: the rules.
       top_k: experts per token; with expert choice, their mean number.
       slots: capacity C of an expert.
+      normalize: whether the weights of a token's kept experts are divided by their sum; by default
+        for more than one expert.
       bias_E: added to the probabilities for the choice of experts, but not for their weights.
       keys_G: one key per group switches training's randomness on; None for evaluation.
 
@@ -83,6 +87,10 @@ def route(
     """
     experts = logits_GxSxE.shape[-1]
     probs_GxSxE = jax.nn.softmax(logits_GxSxE)
+    if moe.scores == "sigmoid":
+        probs_GxSxE = jax.nn.sigmoid(logits_GxSxE)
+        # As logits of a softmax, these make the scores' shares of their sum.
+        logits_GxSxE = jax.nn.log_sigmoid(logits_GxSxE)
     if moe.router == "expert_choice":
         routing = _experts_choose(probs_GxSxE, valid_GxS, slots)
         return routing, _measure_expert_choice(routing, logits_GxSxE, valid_GxS)
@@ -107,11 +115,17 @@ def route(
     slot_GxSxK, kept_GxSxK = assign(choice_GxSxKxE, slots, priority_GxSxK, firsts_first)
 
     weight_GxSxK = prob_GxSxK * kept_GxSxK
-    if top_k > 1:  # renormalised after dropping: a lone survivor has weight 1
+    if top_k > 1 if normalize is None else normalize:  # after dropping: a lone survivor has 1
         total_GxSx1 = weight_GxSxK.sum(-1, keepdims=True)
         weight_GxSxK /= jnp.maximum(total_GxSx1, jnp.finfo(jnp.float32).eps)
+    if moe.routed_scale != 1:
+        weight_GxSxK *= moe.routed_scale
     routing = Routing(expert_GxSxK, slot_GxSxK, kept_GxSxK, weight_GxSxK)
-    return routing, _measure(routing, choice_GxSxKxE, logits_GxSxE, valid_GxS)
+    metrics = _measure(routing, choice_GxSxKxE, logits_GxSxE, valid_GxS)
+    if moe.balance == "batch":
+        share_GxSxE = jax.nn.softmax(logits_GxSxE) * valid_GxS[..., None]
+        metrics = metrics._replace(prob_E=share_GxSxE.sum((0, 1)))
+    return routing, metrics
 
 
 def assign(

@@ -1,4 +1,6 @@
-"""The two-layer feed-forward network."""
+"""The feed-forward network: two layers of weights, or three with a gate."""
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,23 +15,72 @@ def gelu(x: jax.Array) -> jax.Array:
     return jax.nn.gelu(x, approximate=True)
 
 
-class MLP(nnx.Module):
-    """W_out · gelu_tanh(W_in x + b_in) + b_out."""
+class MLPWeights(NamedTuple):
+    """The weights of an MLP, or those of E experts, each with E in front."""
 
-    def __init__(self, w_in: jax.Array, b_in: jax.Array, w_out: jax.Array, b_out: jax.Array):
-        self.w_in, self.b_in = nnx.Param(w_in), nnx.Param(b_in)
-        self.w_out, self.b_out = nnx.Param(w_out), nnx.Param(b_out)
+    w_in_DxF: jax.Array
+    w_out_FxD: jax.Array
+    b_in_F: jax.Array | None = None
+    b_out_D: jax.Array | None = None
+    w_gate_DxF: jax.Array | None = None
+
+
+class Hidden(NamedTuple):
+    """Hidden units before their activation."""
+
+    x_F: jax.Array
+    gate_F: jax.Array | None = None
+
+
+def activate(hidden: Hidden) -> jax.Array:
+    """silu(gate) · x, or gelu(x) without a gate."""
+    if hidden.gate_F is None:
+        return gelu(hidden.x_F)
+    return jax.nn.silu(hidden.gate_F) * hidden.x_F
+
+
+def add_bias(x: jax.Array, bias: jax.Array | nnx.Param | None) -> jax.Array:
+    """Adds a bias, if there is one, in x's dtype."""
+    return x if bias is None else x + bias[...].astype(x.dtype)
+
+
+class MLP(nnx.Module):
+    """W_out · h + b_out with h = gelu(W_in x + b_in), or silu(W_gate x) · (W_in x + b_in)."""
+
+    def __init__(self, w_in, b_in, w_out, b_out, w_gate=None):
+        self.w_in, self.b_in = nnx.Param(w_in), _parameter(b_in)
+        self.w_out, self.b_out = nnx.Param(w_out), _parameter(b_out)
+        self.w_gate = _parameter(w_gate)
 
     @classmethod
-    def drawn(cls, d_model: int, d_ff: int, std: float, std_out: float, key: jax.Array) -> "MLP":
-        """Draws w_in from N(0, std²) and w_out from N(0, std_out²); biases are 0."""
+    def drawn(
+        cls,
+        d_model: int,
+        d_ff: int,
+        std: float,
+        std_out: float,
+        key: jax.Array,
+        gated: bool = False,
+        biases: bool = True,
+    ) -> "MLP":
+        """Draws w_in and the gate from N(0, std²) and w_out from N(0, std_out²); biases are 0."""
         key_in, key_out = jax.random.split(key)
         w_in = std * jax.random.normal(key_in, (d_model, d_ff))
         w_out = std_out * jax.random.normal(key_out, (d_ff, d_model))
-        return cls(w_in, jnp.zeros(d_ff), w_out, jnp.zeros(d_model))
+        b_in, b_out = (jnp.zeros(d_ff), jnp.zeros(d_model)) if biases else (None, None)
+        w_gate = None
+        if gated:
+            w_gate = std * jax.random.normal(jax.random.fold_in(key_in, 1), w_in.shape)
+        return cls(w_in, b_in, w_out, b_out, w_gate)
 
     def __call__(self, x_D: jax.Array) -> jax.Array:
         """Maps [..., D] to [..., D] in x's dtype."""
-        b_in, b_out = (p[...].astype(x_D.dtype) for p in (self.b_in, self.b_out))
-        h_F = gelu(remat.save_matmul(matmul(x_D, self.w_in[...]) + b_in))
-        return matmul(h_F, self.w_out[...]) + b_out
+        x_F, gate_F = add_bias(matmul(x_D, self.w_in[...]), self.b_in), None
+        if self.w_gate is not None:
+            gate_F = remat.save_matmul(matmul(x_D, self.w_gate[...]))
+        h_F = activate(Hidden(remat.save_matmul(x_F), gate_F))
+        return add_bias(matmul(h_F, self.w_out[...]), self.b_out)
+
+
+def _parameter(x: jax.Array | None) -> nnx.Param | None:
+    return None if x is None else nnx.Param(x)

@@ -14,8 +14,8 @@ from flax import nnx
 class Parameter:
     """The declaration of a parameter of one layer, or of one outside the layers."""
 
-    # One letter per dimension: V vocabulary, L positions, D model width, H heads, K width of a
-    # head, F hidden units, E experts; digits are sizes.
+    # One letter per dimension: V vocabulary, L positions, D model width, H heads, J heads of keys
+    # and values if they are fewer, K width of a head, F hidden units, E experts; digits are sizes.
     dims: str
     # How the mesh splits each dimension:
     #   T  over `tensor`
@@ -37,19 +37,31 @@ class Parameter:
 PARAMETERS = {
     "tokens": Parameter("VD", "TS", decays=True, contracted="D"),
     "positions": Parameter("LD", "-S", decays=True),
+    "output": Parameter("VD", "TS", decays=True, contracted="D"),
     "attention.w_qkv": Parameter("D3HK", "S-T-", decays=True, cast=True, contracted="D"),
     "attention.b_qkv": Parameter("3HK", "-T-", cast=True),
+    "attention.w_q": Parameter("DHK", "ST-", decays=True, cast=True, contracted="D"),
+    "attention.b_q": Parameter("HK", "T-", cast=True),
+    "attention.w_kv": Parameter("D2JK", "S-T-", decays=True, cast=True, contracted="D"),
+    "attention.b_kv": Parameter("2JK", "-T-", cast=True),
+    "q_norm.scale": Parameter("K", "-"),
+    "k_norm.scale": Parameter("K", "-"),
+    "q_norm.by_head": Parameter("HK", "T-"),
+    "k_norm.by_head": Parameter("JK", "T-"),
     "attention.w_out": Parameter("HKD", "T-S", decays=True, cast=True, contracted="HK"),
     "attention.b_out": Parameter("D", "-", cast=True),
     "mlp.w_in": Parameter("DF", "ST", decays=True, cast=True, contracted="D"),
+    "mlp.w_gate": Parameter("DF", "ST", decays=True, cast=True, contracted="D"),
     "mlp.b_in": Parameter("F", "T", cast=True),
     "mlp.w_out": Parameter("FD", "A-", decays=True, cast=True, contracted="F"),
     "mlp.b_out": Parameter("D", "-", cast=True),
     "experts.w_in": Parameter("EDF", "E-F", decays=True, cast=True, contracted="D"),
+    "experts.w_gate": Parameter("EDF", "E-F", decays=True, cast=True, contracted="D"),
     "experts.b_in": Parameter("EF", "EF", cast=True),
     "experts.w_out": Parameter("EFD", "EF-", decays=True, cast=True, contracted="F"),
     "experts.b_out": Parameter("ED", "E-", cast=True),
     "each.w_in": Parameter("DF", "-F", decays=True, cast=True, contracted="D"),  # of one expert
+    "each.w_gate": Parameter("DF", "-F", decays=True, cast=True, contracted="D"),
     "each.b_in": Parameter("F", "F", cast=True),
     "each.w_out": Parameter("FD", "F-", decays=True, cast=True, contracted="F"),
     "each.b_out": Parameter("D", "-", cast=True),
@@ -57,6 +69,7 @@ PARAMETERS = {
     "bias_router": Parameter("E", "-", only_moe=True),
     "w_mix": Parameter("D2", "--", decays=True, only_moe=True),
     "b_mix": Parameter("2", "-", only_moe=True),
+    "w_shared": Parameter("D", "-", decays=True, only_moe=True),
     "scale": Parameter("D", "-"),
     "shift": Parameter("D", "-"),
     "count": Parameter("", ""),  # of the optimizer

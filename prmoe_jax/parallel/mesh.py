@@ -366,9 +366,12 @@ def check_splits(config: Config, sizes: Mapping[str, int]) -> None:
       UserError: a dimension or the exchange does not fit; suggests a change.
     """
     model, tensor = config.model, sizes["tensor"]
-    names = {"heads": tensor, "vocab_size": tensor, "d_ff": tensor * sizes["expert_slice"]}
-    for name, parts in names.items():
-        value = getattr(model, name)
+    units = tensor * sizes["expert_slice"]
+    values = {"heads": model.heads, "kv_heads": model.key_heads, "vocab_size": model.vocab_size}
+    values |= {"d_ff": model.d_ff, "expert_d_ff": model.expert_width}
+    values |= {"residual_d_ff": model.residual_width}
+    for name, value in values.items():
+        parts = units if name.endswith("d_ff") else tensor
         if value % parts:
             axes = "mesh.tensor" if parts == tensor else "mesh.tensor x mesh.expert_slice"
             raise UserError(

@@ -65,8 +65,12 @@ def summarise(sums, config: Config) -> dict:
     dropped = choices = 0
     moe_layers = [i for i, experts in enumerate(config.model.schedule.experts) if experts]
     for i, router in zip(moe_layers, sums.routers, strict=True):
+        aux_loss = _share(router.aux_loss, router.groups)
+        if router.prob_E is not None:
+            load_E = _share(router.assigned_E, router.assigned_E.sum())
+            aux_loss = len(load_E) * (load_E * _share(router.prob_E, router.tokens)).sum()
         layer = {
-            "aux_loss": _share(router.aux_loss, router.groups),
+            "aux_loss": aux_loss,
             "router_z_loss": _share(router.z_loss, router.tokens),
             "drop_fraction": _share(router.dropped_S.sum(), router.choices_S.sum()),
             "expert_load": _share(router.assigned_E, router.assigned_E.sum()),

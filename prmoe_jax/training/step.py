@@ -62,6 +62,15 @@ def make_train_step(
         rows = jnp.arange(config.train.batch_size)
         keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
 
+        rows_together = distiller.group_rows if distiller else group_rows(config)
+        if config.moe.balance == "batch" and config.train.accumulate > 1:
+
+            def choices(batch_and_keys):
+                return [r.assigned_E for r in forward(state.model, *batch_and_keys).routers]
+
+            inputs, portions = (batch, keys_B), config.train.accumulate
+            total = total._replace(assigned=add_up(choices, inputs, portions, rows_together))
+
         def loss(model, batch_and_keys):
             batch, keys_B = batch_and_keys
             measure = cross_entropy(config.train.z_loss)
@@ -74,7 +83,7 @@ def make_train_step(
             partial(jax.grad(loss, has_aux=True), state.model),
             (batch, keys_B),
             config.train.accumulate,
-            distiller.group_rows if distiller else group_rows(config),
+            rows_together,
             lambda sums: (sharding.constrain(sums[0]), sums[1]),
         )
         gradient = sharding.constrain(gradient)

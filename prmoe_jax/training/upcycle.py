@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from prmoe_jax import files, stores
 from prmoe_jax.config import Config, ModelConfig, load
+from prmoe_jax.config.family import differing
 from prmoe_jax.data.tokenizer import Tokenizer, check_same
 from prmoe_jax.errors import UserError
 from prmoe_jax.model.layout import of_layer, places, unstack_layers
@@ -76,8 +77,14 @@ def check_fits(source: ModelConfig, model: ModelConfig) -> None:
     Raises:
       UserError: a part can't; names the setting or the layer.
     """
-    for name in ("layers", "d_model", "heads", "d_ff", "vocab_size"):
-        ours, theirs = getattr(model, name), getattr(source, name)
+    sizes = {name: name for name in ("layers", "d_model", "heads", "d_ff", "vocab_size")}
+    sizes |= {"kv_heads": "key_heads", "head_dim": "head_width"}
+    if any(model.schedule.experts):  # of a dense model, these are its d_ff
+        sizes |= {"expert_d_ff": "expert_width", "residual_d_ff": "residual_width"}
+    pairs = {name: (getattr(model, size), getattr(source, size)) for name, size in sizes.items()}
+    for name in set(differing(model.form, source.form)) - {"residual_mix", "normalize_top_k"}:
+        pairs[name] = getattr(model.form, name), getattr(source.form, name)
+    for name, (ours, theirs) in pairs.items():
         if ours != theirs:
             raise UserError(f"model.{name}={ours}, the run to start as has {theirs}; use the same")
     if model.length > source.length:
@@ -92,11 +99,11 @@ def check_fits(source: ModelConfig, model: ModelConfig) -> None:
                 f"layer {layer} has {want or 'no'} experts, that of the run to start as {have}; an "
                 "MoE layer starts as a dense one or as one with as many experts"
             )
-        mixes = [(m.residual, m.residual_mix) for m in (source, model)]
+        mixes = [(m.residual, m.form.residual_mix) for m in (source, model)]
         if have and mixes[0] != mixes[1]:
             raise UserError(
-                f"model.residual={model.residual}, residual_mix={model.residual_mix}: the run to "
-                f"start as has {source.residual}, {source.residual_mix}; use the same"
+                f"model.residual={mixes[1][0]}, residual_mix={mixes[1][1]}: the run to start as "
+                f"has {mixes[0][0]}, {mixes[0][1]}; use the same"
             )
 
 

@@ -122,6 +122,7 @@ TAUGHT, WSD = "teacher.workdir=runs/a", "optimizer.schedule=wsd"
 # What has to change with a setting for the whole to stay valid.
 COMPANIONS = {
     "model.top_k": ["model.residual=true"],
+    "model.rope_theta": ["model.positions=rotary"],
     "moe.second_expert_sampling": ["model.top_k=2"],
     "train.tokens": ["train.steps=0"],
     "teacher.layers": ["teacher.workdir=runs/a", "teacher.inherit=true"],
@@ -354,7 +355,32 @@ RULES = {
         ["moe.router=expert_choice", "moe.noise=rsample"],
         "moe.noise=rsample has no effect with moe.router=expert_choice; use jitter or none",
     ),
-    "mix": (["model.residual_mix=max"], "model.residual_mix='max' is unknown; use one of learned"),
+    "family": (["model.family=bert"], "model.family='bert' is unknown; use one of gpt2, llama"),
+    "shared keys": (
+        ["model.kv_heads=4"],
+        "model.heads=6 is not divisible by model.kv_heads=4; use kv_heads=2",
+    ),
+    "odd heads": (
+        ["model.positions=rotary", "model.head_dim=15"],
+        "model.positions=rotary turns pairs of numbers, and a head has 15; use an even model.head",
+    ),
+    "heads of any width": (
+        ["model.heads=7"],
+        "is not divisible by model.heads=7; use d_model=196, or model.head_dim",
+    ),
+    "theta": (
+        ["model.rope_theta=5e5"],
+        "model.rope_theta=500000.0 has no effect with model.positions=learned; use positions=rota",
+    ),
+    "window": (
+        ["model.sliding_window=256"],
+        "model.sliding_window=256 has no effect with model.length=256; use a smaller one, or 0",
+    ),
+    "branch of nothing": (
+        ["model.residual=false", "model.residual_d_ff=5"],
+        "model.residual_d_ff=5 has no effect without model.residual=true",
+    ),
+    "mix": (["model.residual_mix=max"], "model.residual_mix='max' is unknown; use one of auto"),
     "mix of nothing": (
         ["model.residual=false", "model.residual_mix=sum"],
         "model.residual_mix=sum has no effect without model.residual=true",
@@ -446,6 +472,8 @@ def test_rules(overrides, message):
         ("model.top_k=2", "model.top_k=2 has no effect: the architecture is dense"),
         ("model.residual=true", "model.residual=True has no effect: the architecture is dense"),
         ("model.experts=4", "experts=4 has no effect: placement 'none'"),
+        ("model.expert_d_ff=4", "model.expert_d_ff=4 has no effect: the architecture is dense"),
+        ("model.normalize_top_k=never", "model.normalize_top_k=never has no effect: the archite"),
         ("moe.capacity_factor=2", "moe.capacity_factor=2.0 has no effect"),
         ("moe.eval_capacity_factor=2", "moe.eval_capacity_factor=2.0 has no effect"),
         ("moe.min_capacity=8", "moe.min_capacity=8 has no effect"),
@@ -594,7 +622,8 @@ def test_a_resumed_run_has_the_same_settings(name):
         return
     with pytest.raises(UserError) as error:
         check_resume(saved, given)
-    assert f"{name} was {leaves(saved)[name]!r}, is {value!r}" in str(error.value)
+    before = getattr(saved.model.form, name.removeprefix("model."), leaves(saved)[name])
+    assert f"{name} was {before!r}, is {value!r}" in str(error.value)
     assert "another --workdir" in str(error.value)
 
 

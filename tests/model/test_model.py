@@ -194,16 +194,20 @@ def test_bfloat16_is_close_to_float32(batch):
 
 
 @pytest.mark.parametrize("length", [37, 193])  # one block of queries, or four, the last one short
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_blocks_equal_xla(length, dtype):
-    """Value and gradients, with documents that cross blocks, and padding."""
+@pytest.mark.parametrize(
+    ("dtype", "heads", "window"),
+    [("float32", 3, 0), ("bfloat16", 3, 0), ("float32", 1, 67), ("float32", 3, 5)],
+)
+def test_blocks_equal_xla(length, dtype, heads, window):
+    """Value and gradients, with documents that cross blocks, padding, shared keys and a window."""
     q, k, v, dy = jax.random.normal(jax.random.key(0), (4, 2, length, 3, 5), dtype)
+    k, v = k[:, :, :heads], v[:, :, :heads]
     cut = length // 3
     segments = jnp.array([[1] * cut + [2] * (length - cut), [1] * (length - 9) + [0] * 9])
 
     def gradients(implementation):
         def product(q, k, v):
-            y = attend(q, k, v, segments, implementation)
+            y = attend(q, k, v, segments, implementation, window)
             return (y * dy).astype(jnp.float32).sum(), y
 
         (_, y), found = jax.value_and_grad(product, (0, 1, 2), has_aux=True)(q, k, v)
@@ -217,12 +221,13 @@ def test_blocks_equal_xla(length, dtype):
         np.testing.assert_allclose(got, expected, atol=tolerance * np.abs(expected).max())
 
 
-def test_splash_equals_xla():
-    """The TPU kernel, interpreted, with documents and padding."""
+@pytest.mark.parametrize("window", [0, 41])
+def test_splash_equals_xla(window):
+    """The TPU kernel, interpreted, with documents, padding and a window."""
     q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 256, 2, 16))
     segments = jnp.array([[1] * 100 + [2] * 156, [1] * 200 + [0] * 56])
-    got = splash(q, k, v, segments, interpret=True)
-    expected = attend(q, k, v, segments, "xla")
+    got = splash(q, k, v, segments, window, interpret=True)
+    expected = attend(q, k, v, segments, "xla", window)
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
 
 

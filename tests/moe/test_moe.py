@@ -47,14 +47,19 @@ SITUATIONS = {
 
 
 @pytest.mark.parametrize(
-    ("situation", "dtype"),
-    [*itertools.product(SITUATIONS, [jnp.float32]), ("prime sizes", jnp.bfloat16)],
+    ("situation", "dtype", "gated"),
+    [
+        *itertools.product(SITUATIONS, [jnp.float32], [False]),
+        ("prime sizes", jnp.bfloat16, False),
+        ("prime sizes", jnp.float32, True),
+    ],
 )
-def test_backends_equal_the_oracle(situation, dtype):
-    """Outputs and every gradient of every backend, padding included."""
+def test_backends_equal_the_oracle(situation, dtype, gated):
+    """Outputs and every gradient of every backend, padding included, with a gate or biases."""
     groups, tokens, experts_count, top_k, slots, preference = SITUATIONS[situation]
-    experts = Experts(experts_count, 7, 11, 0.5, 0.5, jax.random.key(0))
-    for i, bias in enumerate((experts.b_in, experts.b_out)):
+    form = {"gated": gated, "biases": not gated}
+    experts = Experts(experts_count, 7, 11, 0.5, 0.5, jax.random.key(0), **form)
+    for i, bias in enumerate(() if gated else (experts.b_in, experts.b_out)):
         bias[...] = jax.random.normal(jax.random.key(10 + i), bias.shape)
     x_GxSxD = jax.random.normal(jax.random.key(1), (groups, tokens, 7), dtype)
     share = 0.0 if situation == "no token" else 0.8
@@ -202,7 +207,7 @@ def test_experts_by_hand():
             np.testing.assert_allclose(y_BxLxD[b, t], y_D * valid_BxL[b, t], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["learned", "sum", "half"])
+@pytest.mark.parametrize("kind", ["learned", "sum", "half", "sigmoid"])
 def test_residual_mixes_and_serves_dropped_tokens(kind):
     """The mix by hand, and its weight apart for tokens that an expert kept and for the others."""
     model = dataclasses.replace(MODEL, residual=True, residual_mix=kind)
@@ -213,6 +218,9 @@ def test_residual_mixes_and_serves_dropped_tokens(kind):
     branch_BxLxD, _ = routed(plain, x_BxLxD, valid_BxL, 0.5)
     if kind == "learned":
         mix_BxLx2 = jax.nn.softmax(x_BxLxD @ moe.w_mix[...] + moe.b_mix[...])
+    elif kind == "sigmoid":
+        shared_BxL = 1 / (1 + jnp.exp(-(x_BxLxD * moe.w_shared[...]).sum(-1)))
+        mix_BxLx2 = jnp.stack([jnp.ones((5, 13)), shared_BxL], -1)
     else:
         assert moe.w_mix is moe.b_mix is None
         mix_BxLx2 = jnp.full((5, 13, 2), {"sum": 1.0, "half": 0.5}[kind])

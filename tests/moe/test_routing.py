@@ -11,7 +11,7 @@ from prmoe_jax.moe.routing import route as decide
 from tests.support.quick import jit
 
 DEFAULT = MoeConfig()
-route = jit(decide, static_argnames=("moe", "top_k", "slots"))
+route = jit(decide, static_argnames=("moe", "top_k", "slots", "normalize"))
 
 
 def oracle(logits_SxE, valid_S, top_k, slots, overflow, training):
@@ -137,6 +137,47 @@ def test_top2_by_hand():
     # In evaluation tokens come in order: it is token 2's first choice that finds expert 0 full.
     routing, _ = route(logits, valid, DEFAULT, top_k=2, slots=2)
     assert routing.kept_GxSxK[0].tolist() == [[True, True], [True, True], [False, True]]
+
+
+def test_sigmoid_scores_by_hand():
+    """Scores, not shares, are weights; a bias counts in the choice alone; shares are balanced."""
+    scores = np.array([[[0.8, 0.6, 0.2], [0.3, 0.5, 0.4]]], np.float32)
+    logits, valid = np.log(scores / (1 - scores)), jnp.ones((1, 2), bool)
+    moe = MoeConfig(scores="sigmoid", routed_scale=2.5)
+
+    def weights(top_k, **given):
+        routing, metrics = route(logits, valid, moe, top_k=top_k, slots=2, **given)
+        return np.asarray(routing.expert_GxSxK[0]), np.asarray(routing.weight_GxSxK[0]), metrics
+
+    expert, weight, metrics = weights(2)
+    assert expert.tolist() == [[0, 1], [1, 2]]
+    expected = 2.5 * np.array([[8 / 14, 6 / 14], [5 / 9, 4 / 9]])
+    np.testing.assert_allclose(weight, expected, rtol=1e-5)
+    # Shares of the scores' sum; for two experts a token's first choice counts.
+    shares = np.array([[0.8, 0.6, 0.2], [0.3, 0.5, 0.4]]) / np.array([[1.6], [1.2]])
+    expected = 3 * (shares.mean(0) * [0.5, 0.5, 0]).sum()
+    np.testing.assert_allclose(metrics.aux_loss, expected, rtol=1e-5)
+    bias_E = jnp.array([-0.7, 0.0, 0.5])
+    expert, weight, _ = weights(1, bias_E=bias_E)
+    assert expert.tolist() == [[2], [2]]
+    np.testing.assert_allclose(weight, 2.5 * np.array([[0.2], [0.4]]), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("top_k", "normalize", "expected"),
+    [
+        (1, None, [0.5]),
+        (1, True, [1.0]),
+        (1, False, [0.5]),
+        (2, None, [0.625, 0.375]),
+        (2, False, [0.5, 0.3]),
+        (3, True, [0.5, 0.3, 0.2]),
+    ],
+)
+def test_weights_are_normalized_by_hand(top_k, normalize, expected):
+    logits, valid = jnp.log(jnp.array([[[0.2, 0.5, 0.3]]])), jnp.ones((1, 1), bool)
+    routing, _ = route(logits, valid, DEFAULT, top_k=top_k, slots=1, normalize=normalize)
+    np.testing.assert_allclose(routing.weight_GxSxK[0, 0], expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize(

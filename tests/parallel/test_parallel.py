@@ -415,10 +415,16 @@ def test_rules_by_hand():
 
 def test_every_leaf_is_declared():
     """Of the state with every option on, and of experts apart; a new name is an error."""
-    everything = settings("8 layers, E=2x3+5, residual", moe={"bias_update_rate": 0.1})
+    everything = [settings("8 layers, E=2x3+5, residual", moe={"bias_update_rate": 0.1})]
+    for family in ("qwen2_moe", "olmoe", "qwen3"):
+        parts = {"family": family, "kv_heads": 2, "biases": "all", "positions": "learned"}
+        everything.append(settings("8 layers, E=2x3+5, residual", model=parts))
     key = jax.random.key(0)
     state = jax.eval_shape(
-        lambda: (init_state(everything), UnstackedExperts(Experts(3, 8, 16, 0.1, 0.1, key)))
+        lambda: (
+            [init_state(values) for values in everything],
+            UnstackedExperts(Experts(3, 8, 16, 0.1, 0.1, key, gated=True)),
+        )
     )
     mesh = mesh_of(data=2, fsdp=2, expert_0=1, slice=1, tensor=2)
     decided = named_leaves(specs(state, mesh))
@@ -453,6 +459,7 @@ def on_eight_devices(case, *arguments):
         ("dropless", ["expert, slice, tensor", "two stages"]),
         ("dropless, top 4", ["experts over slices"]),
         ("equal pieces", ["expert"]),
+        ("today's parts", ["slices, expert, tensor"]),
     ],
 )
 def test_a_step_on_a_mesh_equals_one_on_one_device(name, meshes):

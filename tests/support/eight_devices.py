@@ -54,13 +54,27 @@ ARCHITECTURES = {
     "dropless, top 4": ("2 layers, E=8, top 4", {"batch_size": 2 * ROWS, "accumulate": 2}),
     "one expert": ("2 layers, E=4", {}),
     "equal pieces": ("2 layers, E=16, top 2", {}),
+    "today's parts": (
+        "2 layers, every 1, E=4+8, top 2, residual",
+        {"batch_size": 2 * ROWS, "accumulate": 2},
+    ),
 }
+# Settings of the decoder: every one that differs from GPT-2's.
+MODEL = {
+    "today's parts": {
+        "family": "qwen2_moe", "kv_heads": 2, "head_dim": 10, "expert_d_ff": 20,
+        "residual_d_ff": 24, "qk_norm": "whole", "clip_qkv": 0.5, "sliding_window": 5,
+        "normalize_top_k": "always",
+    },
+}  # fmt: skip
 DROPLESS = {"capacity_factor": math.inf, "eval_capacity_factor": math.inf, "overflow": "position"}
 MOE = {
     "dropless": DROPLESS | {"buffer_factor": 1.0},
     "dropless, top 4": DROPLESS | {"group_size": LENGTH // 2},
     "equal pieces": DROPLESS,
     "one expert": DROPLESS | {"bias_update_rate": 0.01},
+    "today's parts": DROPLESS
+    | {"balance": "batch", "scores": "sigmoid", "routed_scale": 2.5, "bias_update_rate": 0.01},
 }
 MESHES = {
     "data": {},
@@ -81,6 +95,7 @@ SLICES = {
     "replicas over and in slices": {"slices": 2, "data": 4, "fsdp": 2},
     "four slices": {"slices": 4, "tensor": 2},
     "slices, fsdp, expert": {"slices": 2, "fsdp": 2, "expert": 2},
+    "slices, expert, tensor": {"slices": 2, "expert": 2, "tensor": 2},
     "experts over slices": {"slices": 2, "expert": 4, "expert_inner": 2, "exchange": "hierarchical"}
     | {"data": 1, "fsdp": 2},
     "experts over two of four": {"slices": 4, "expert": 4, "expert_inner": 2}
@@ -161,7 +176,8 @@ def step(name: str, *meshes: str) -> None:
     The state has every gradient in it: AdamW's first moment is a tenth of it, clipped.
     """
     text, train = ARCHITECTURES[name]
-    values = settings(text, train, MOE.get(name, {}), remat="full" if name in MOE else "none")
+    kept = "full" if name in MOE else "none"
+    values = settings(text, train, MOE.get(name, {}), remat=kept, **MODEL.get(name, {}))
     batch = make_batch(values.train.batch_size)
     state = jax.device_get(jax.jit(init_state, static_argnums=0)(values))
     if name == "one expert":
@@ -415,11 +431,12 @@ def evaluates(folder: str) -> None:
     print(f"equal over {alone['tokens']} tokens")
 
 
-def generates() -> None:
+def generates(parts: str = "", *meshes: str) -> None:
     """Every mesh continues prompts of different lengths as one device does, token by token."""
-    values = settings("4 layers, E=4+8, residual", length=64, init_std=0.3)
+    shape = {"length": 64, "init_std": 0.3} | MODEL.get(parts, {})
+    values = settings("4 layers, E=4+8, residual", **shape)
     prompts, expected = ["a", "of the people", "we"], {}
-    layouts = {"one": {}} | {name: MESHES[name] for name in INFERENCE}
+    layouts = {"one": {}} | {name: MESHES[name] for name in meshes or INFERENCE}
     for name, layout in layouts.items():
         on, mesh = spread(values, layout, jax.devices()[:1] if name == "one" else None)
         narrow_too = name in ("one", "expert, slice, tensor")

@@ -11,7 +11,7 @@ from prmoe_jax.data.pipeline import Data, Windows
 from prmoe_jax.data.tokens import TokenCache
 from prmoe_jax.errors import UserError
 from prmoe_jax.model.loss import Sums, forward, totals, training_loss
-from prmoe_jax.model.transformer import dropless, init_model
+from prmoe_jax.model.transformer import dropless, init_model, positions, unstacked_blocks
 from prmoe_jax.nn.parameters import named_leaves
 from prmoe_jax.parallel.mesh import make_mesh
 from prmoe_jax.parallel.portions import add_up
@@ -35,6 +35,11 @@ from tests.support.quick import jit
             {"bias_update_rate": 0.1, "overflow": "probability", "z_loss_weight": 0.01},
         ),
         ("2 layers, E=3", {}, {"router": "expert_choice", "group_size": 16}),
+        (
+            "2 layers, every 1, E=3+5, top 2",
+            {"dropout": 0.3},
+            {"balance": "batch", "aux_loss_weight": 0.5, "overflow": "random"},
+        ),
     ],
 )
 def test_accumulation_changes_nothing(text, model, moe):
@@ -140,11 +145,33 @@ def test_loss_free_balancing_moves_each_bias_towards_even_load():
         for layer, bias in biases.items():
             load = np.asarray(metrics[f"layers/{layer:02d}/expert_load"])
             bias += 0.25 * np.sign(load.mean() - load)
+            bias -= bias.mean()
     first, second = (stage.blocks[1].mlp.bias_router[...] for stage in state.model.stages)
-    np.testing.assert_array_equal(first, [biases[1], biases[3]])
-    np.testing.assert_array_equal(second, [biases[5]])
+    np.testing.assert_allclose(first, [biases[1], biases[3]], atol=1e-6)
+    np.testing.assert_allclose(second, [biases[5]], atol=1e-6)
     assert first.any()
     assert second.any()
+
+
+def test_balance_over_the_whole_batch():
+    """The share of all choices, and the mean probability, of every routed token of the batch."""
+    moe, batch = {"balance": "batch", "aux_loss_weight": 0.5}, make_batch()
+    values = settings("2 layers, every 1, E=3+5, top 2", moe=moe)
+    model = init_model(values)
+    _, metrics = jit(make_train_step(values))(init_state(values), batch)
+    metrics = to_python(metrics, values)
+    assert metrics["loss"] == pytest.approx(metrics["lm_loss"] + 0.5 * metrics["aux_loss"])
+    routed = batch.segments_BxL > 0
+    x_BxLxD = model.tokens[...][batch.tokens_BxL]
+    x_BxLxD += model.positions[...][positions(batch.segments_BxL)]
+    block = unstacked_blocks(model)[0]
+    y_BxLxD, _ = block.attention(block.norm_attention(x_BxLxD), batch.segments_BxL)
+    logits_BxLxE = block.norm_mlp(x_BxLxD + y_BxLxD) @ block.mlp.w_router[...]
+    probs_TxE = np.asarray(jax.nn.softmax(logits_BxLxE))[routed]
+    chosen_Tx2 = np.argsort(-probs_TxE, 1)[:, :2]
+    share_E = np.bincount(chosen_Tx2.ravel(), minlength=3) / chosen_Tx2.size
+    expected = 3 * (share_E * probs_TxE.mean(0)).sum()
+    assert metrics["layers/00/aux_loss"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_loss_is_the_sum_of_its_parts():
