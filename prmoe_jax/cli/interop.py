@@ -3,14 +3,15 @@
 from prmoe_jax.cli.options import check_run, local_path, path
 from prmoe_jax.cli.output import show
 
-KINDS = "gpt2", "deepspeed", "safetensors"
+KINDS = "hf", "gpt2", "deepspeed", "safetensors"
 
 
 def add(verb) -> None:
     """Declares the verbs and their options."""
     kinds = (
-        "gpt2: Hugging Face's GPT2LMHeadModel; deepspeed: Megatron-DeepSpeed's GPT, dense, MoE or "
-        "PR-MoE; safetensors: our own names, with a model card"
+        "hf: Hugging Face's transformers (GPT-2, Llama, Qwen3, OLMoE, Mixtral, Qwen2-MoE, "
+        "Qwen3-MoE); gpt2: its GPT2LMHeadModel alone; deepspeed: Megatron-DeepSpeed's GPT, dense, "
+        "MoE or PR-MoE; safetensors: our own names, with a model card"
     )
     sub = verb("import", _import, "make a run's folder from another library's model")
     sub.add_argument("--kind", choices=KINDS, required=True, help=kinds)

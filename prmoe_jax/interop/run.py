@@ -12,11 +12,13 @@ from safetensors import SafetensorError
 
 from prmoe_jax import config as configs
 from prmoe_jax import files, stores
-from prmoe_jax.config import Config, ModelConfig
+from prmoe_jax.config import Config, MeshConfig, ModelConfig
 from prmoe_jax.data.tokenizer import Tokenizer, check_fits, from_vocabulary
 from prmoe_jax.errors import UserError
+from prmoe_jax.interop import hugging_face
 from prmoe_jax.interop.deepspeed import check_exportable, read_deepspeed, write_deepspeed
 from prmoe_jax.interop.gpt2 import check_dense, read_gpt2, write_gpt2
+from prmoe_jax.interop.hugging_face import read_hugging_face, write_hugging_face
 from prmoe_jax.interop.settings import check_sizes, differs, resolved, shown
 from prmoe_jax.interop.tensors import (
     check_coverage,
@@ -28,6 +30,7 @@ from prmoe_jax.interop.tensors import (
 from prmoe_jax.model.sizes import cost
 from prmoe_jax.model.transformer import init_model
 from prmoe_jax.nn.parameters import named_leaves
+from prmoe_jax.parallel.mesh import make_mesh
 from prmoe_jax.run import directory as workdirs
 from prmoe_jax.run.checkpoint import Checkpoints
 from prmoe_jax.run.metrics import read_metrics
@@ -40,7 +43,8 @@ def import_run(kind: str, source: Path, workdir: Path) -> dict:
     """Makes a run's folder, at step 0, from another library's folder.
 
     Args:
-      kind: 'gpt2' for Hugging Face's GPT2LMHeadModel; 'deepspeed' for Megatron-DeepSpeed's GPT,
+      kind: 'hf' for Hugging Face's transformers, whatever family of ours the folder's model_type
+        names, and 'gpt2' for GPT2LMHeadModel alone; 'deepspeed' for Megatron-DeepSpeed's GPT,
         dense, MoE or PR-MoE; 'safetensors' for a folder that `export_run` wrote.
       source: the folder to read; nothing in it is executed.
       workdir: the folder to make.
@@ -57,8 +61,13 @@ def import_run(kind: str, source: Path, workdir: Path) -> dict:
     if not source.is_dir():
         raise UserError(f"--source={source} is not a folder")
     tokenizer = _tokenizer(source)
-    read = {"gpt2": read_gpt2, "deepspeed": read_deepspeed, "safetensors": _read_ours}[kind]
-    config, leaves, found = read(source)
+    read = {
+        "hf": _read_hugging_face,
+        "gpt2": read_gpt2,
+        "deepspeed": read_deepspeed,
+        "safetensors": _read_ours,
+    }
+    config, leaves, found = read[kind](source)
     log.info("%s: %s", source, found)
     stored = workdir / workdirs.TOKENIZER
     data = dataclasses.replace(config.data, tokenizer=str(stored))
@@ -85,8 +94,9 @@ def export_run(kind: str, workdir: Path, out: Path) -> dict:
     """Writes a run's newest checkpoint for another library.
 
     Args:
-      kind: 'gpt2' for Hugging Face's GPT2LMHeadModel; 'deepspeed' for a checkpoint of
-        Megatron-DeepSpeed; 'safetensors' for our names, with the config and a model card.
+      kind: 'hf' for the class of Hugging Face's transformers that `model.family` names, 'gpt2' for
+        GPT2LMHeadModel alone; 'deepspeed' for a checkpoint of Megatron-DeepSpeed; 'safetensors'
+        for our names, with the config and a model card.
       workdir: the run's folder.
       out: the folder to make.
 
@@ -99,6 +109,10 @@ def export_run(kind: str, workdir: Path, out: Path) -> dict:
     """
     _check_free("out", out)
     config = configs.load(workdir / workdirs.CONFIG)  # `restore_run` may change mesh and exchange
+    if kind == "hf" and config.model.family == "gpt2":
+        kind = "gpt2"
+    if kind == "hf":
+        hugging_face.check_exportable(config)
     if kind == "gpt2":
         check_dense(config.model)
     if kind == "deepspeed":
@@ -108,7 +122,9 @@ def export_run(kind: str, workdir: Path, out: Path) -> dict:
     leaves = {name: np.asarray(leaf) for name, leaf in named_leaves(model).items()}
 
     def build(folder: Path) -> None:
-        if kind == "gpt2":
+        if kind == "hf":
+            write_hugging_face(config, leaves, tokenizer.end_of_text, folder)
+        elif kind == "gpt2":
             write_gpt2(config, leaves, tokenizer.end_of_text, folder)
         elif kind == "deepspeed":
             write_deepspeed(config, leaves, folder, step)
@@ -153,6 +169,18 @@ def _write(
     except (OSError, RuntimeError, SafetensorError) as error:
         line = str(getattr(error, "strerror", None) or error).partition("\n")[0][:200]
         raise UserError(f"--{option}={folder} cannot be written: {line}") from error
+
+
+def _read_hugging_face(folder: Path) -> tuple[Config, dict[str, jax.Array], str]:
+    """Reads a model of whatever class; its parameters are spread over all devices."""
+    if read_json(folder / "config.json").get("model_type") == "gpt2":
+        return read_gpt2(folder)
+
+    def place(config: Config) -> jax.sharding.Mesh:
+        mesh = MeshConfig(data=1, fsdp=len(jax.devices()))
+        return make_mesh(dataclasses.replace(config, mesh=mesh))
+
+    return read_hugging_face(folder, place)
 
 
 def _read_ours(folder: Path) -> tuple[Config, dict[str, np.ndarray], str]:

@@ -1,6 +1,8 @@
 """Folders of .safetensors files, which hold arrays by name and no code."""
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,52 +19,90 @@ SHARD_BYTES = 5_000_000_000
 DTYPES = "F16", "BF16", "F32", "F64"
 
 
-def read_tensors(folder: Path, ignored: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
-    """All arrays of model.safetensors, or of the files that its index names; float32.
+class Tensors:
+    """The arrays of model.safetensors, or of the files that its index names, read one by one."""
 
-    Args:
-      folder: the folder of these files.
-      ignored: endings of the names of tensors that are not weights; their content is not checked.
+    def __init__(self, folder: Path, ignored: tuple[str, ...] = ()):
+        """Opens the files and reads the shapes.
 
-    Raises:
-      UserError: a file is missing or damaged, or a tensor's type or numbers can't be weights.
-    """
-    index = folder / "model.safetensors.index.json"
-    names = ["model.safetensors"]
-    if index.exists():
-        places = read_json(index).get("weight_map")
-        if not isinstance(places, dict) or not all(isinstance(n, str) for n in places.values()):
-            raise UserError(f"{index} has no weight_map from names of tensors to names of files")
-        names = sorted(set(places.values()))
-    tensors: dict[str, np.ndarray] = {}
-    for name in names:
-        if Path(name).name != name:
-            raise UserError(f"{index} names {shown(name)}, which isn't beside it")
-        part = _read_file(folder / name, ignored)
-        if twice := sorted(part.keys() & tensors):
-            raise UserError(f"{folder / name} holds {shown(twice[0])}, as another file does")
-        tensors |= part
-    return tensors
+        Args:
+          folder: the folder of these files.
+          ignored: endings of the names of tensors that are not weights, and are not checked.
 
+        Raises:
+          UserError: a file is missing or damaged, or a tensor's type can't be that of weights.
+        """
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._ignored, self._files, self._open = ignored, {}, contextlib.ExitStack()
+        try:
+            for path in _files(folder):
+                self._add(path)
+        except BaseException:
+            self._open.close()
+            raise
 
-def _read_file(path: Path, ignored: tuple[str, ...]) -> dict[str, np.ndarray]:
-    other = sorted(p.name for p in path.parent.glob("*.bin"))
-    hint = f"; {other[0]} may run code when it is read: convert it" if other else ""
-    files.regular(path, hint)
-    tensors = {}
-    try:
-        # The file is read as JAX's arrays, because NumPy has no bfloat16.
-        with safe_open(path, framework="flax") as file, np.errstate(over="ignore"):
+    def __enter__(self) -> "Tensors":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._open.close()
+
+    def _add(self, path: Path) -> None:
+        other = sorted(p.name for p in path.parent.glob("*.bin"))
+        hint = f"; {other[0]} may run code when it is read: convert it" if other else ""
+        files.regular(path, hint)
+        with _reading(path):
+            # The file is read as JAX's arrays, because NumPy has no bfloat16.
+            file = self._open.enter_context(safe_open(path, framework="flax"))
             for name in file.keys():
-                weights = not name.endswith(ignored)
-                if weights:
-                    check_dtype(name, file.get_slice(name).get_dtype(), DTYPES, path)
-                tensors[name] = np.asarray(file.get_tensor(name), np.float32)
-                if weights:
-                    check_finite(name, tensors[name], path)
+                part = file.get_slice(name)
+                if name in self.shapes:
+                    raise UserError(f"{path} holds {shown(name)}, as another file does")
+                if not name.endswith(self._ignored):
+                    check_dtype(name, part.get_dtype(), DTYPES, path)
+                self.shapes[name] = tuple(part.get_shape())
+                self._files[name] = path, file
+
+    def read(self, name: str) -> np.ndarray:
+        """One array, float32.
+
+        Raises:
+          UserError: the file is damaged, or the numbers can't be weights.
+        """
+        path, file = self._files[name]
+        with _reading(path), np.errstate(over="ignore"):
+            array = np.asarray(file.get_tensor(name), np.float32)
+        if not name.endswith(self._ignored):
+            check_finite(name, array, path)
+        return array
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path} can't be read as safetensors: {error}") from None
-    return tensors
+
+
+def _files(folder: Path) -> list[Path]:
+    """model.safetensors, or the files that the index names."""
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return [folder / "model.safetensors"]
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(n, str) for n in places.values()):
+        raise UserError(f"{index} has no weight_map from names of tensors to names of files")
+    for name in (names := sorted(set(places.values()))):
+        if Path(name).name != name:
+            raise UserError(f"{index} names {shown(name)}, which isn't beside it")
+    return [folder / name for name in names]
+
+
+def read_tensors(folder: Path, ignored: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
+    """All arrays of `Tensors`; float32."""
+    with Tensors(folder, ignored) as tensors:
+        return {name: tensors.read(name) for name in tensors.shapes}
 
 
 def read_json(path: Path) -> dict:
@@ -110,10 +150,13 @@ def check_finite(name: str, array: np.ndarray, path: Path) -> None:
         )
 
 
-def check_shape(name: str, array: np.ndarray, shape: tuple[int, ...], source: Path) -> None:
-    """Raises UserError unless an array has this shape."""
-    if array.shape != shape:
-        raise UserError(f"{source}: {name} has shape {array.shape}, not {shape}")
+def check_shape(
+    name: str, found: np.ndarray | tuple[int, ...], shape: tuple[int, ...], source: Path
+) -> None:
+    """Raises UserError unless an array, or a shape, is of this shape."""
+    found = found if isinstance(found, tuple) else found.shape
+    if found != shape:
+        raise UserError(f"{source}: {name} has shape {found}, not {shape}")
 
 
 def check_coverage(found: dict, expected: set[str], source: Path, ignored=()) -> str:

@@ -1,0 +1,75 @@
+"""Writes open/: random models of transformers' open families, and their logits.
+
+pip install -e '.[interop]'
+python tests/goldens/generate_open_models.py [--out=tests/goldens/open]
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+SIZES = {
+    "vocab_size": 290,
+    "hidden_size": 24,
+    "intermediate_size": 20,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 32,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": None,
+}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+# A name, the family, and what differs from `SIZES`.
+MODELS = {
+    "llama": ("llama", HEADS | {"rope_theta": 7000.0}),
+    "qwen3": ("qwen3", HEADS | {"head_dim": 10, "tie_word_embeddings": True}),
+    "olmoe": (
+        "olmoe",
+        {"num_attention_heads": 4, "num_key_value_heads": 4, "num_experts": 5}
+        | {"num_experts_per_tok": 3, "clip_qkv": 0.5},
+    ),
+    "mixtral": (
+        "mixtral",
+        HEADS | {"num_local_experts": 3, "num_experts_per_tok": 2, "sliding_window": 5},
+    ),
+    "qwen2_moe": (
+        "qwen2_moe",
+        HEADS
+        | {"num_hidden_layers": 3, "mlp_only_layers": [1], "num_experts": 5}
+        | {"num_experts_per_tok": 2, "moe_intermediate_size": 12}
+        | {"shared_expert_intermediate_size": 28},
+    ),
+    "qwen3_moe": (
+        "qwen3_moe",
+        HEADS
+        | {"head_dim": 10, "num_experts": 5, "num_experts_per_tok": 3}
+        | {"moe_intermediate_size": 12, "norm_topk_prob": True},
+    ),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "open")
+    out = parser.parse_args().out
+    for number, (name, (family, changes)) in enumerate(MODELS.items()):
+        rng = np.random.default_rng(number)
+        settings = CONFIG_MAPPING[family](**(SIZES | changes))
+        model = AutoModelForCausalLM.from_config(settings, attn_implementation="eager").eval()
+        with torch.no_grad():
+            for parameter in model.parameters():  # biases and norms, too
+                values = 0.2 * rng.normal(size=parameter.shape) + (parameter.ndim == 1)
+                parameter.copy_(torch.tensor(values))
+        model.save_pretrained(out / name)
+        (out / name / "generation_config.json").unlink(missing_ok=True)
+        ids = torch.tensor(rng.integers(0, SIZES["vocab_size"], (2, 17)))
+        with torch.inference_mode():
+            logits = model(ids).logits.float().numpy()
+        np.savez(out / name / "logits.npz", ids=ids.numpy(), logits=logits)
+
+
+if __name__ == "__main__":
+    main()

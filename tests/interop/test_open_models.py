@@ -1,0 +1,310 @@
+"""Open models of Hugging Face: transformers' logits, and the same bits back."""
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from configs import open_moes
+from prmoe_jax.cli import main
+from prmoe_jax.config import load, resolve
+from prmoe_jax.errors import UserError
+from prmoe_jax.inference.decoder import Decoder
+from prmoe_jax.interop.hugging_face import check_exportable
+from prmoe_jax.model.sizes import cost
+from prmoe_jax.model.transformer import init_model
+from prmoe_jax.run.restore import restore_run
+from tests.support.configs import settings
+from tests.support.extras import needs_extra
+from tests.support.paths import GOLDENS
+from tests.support.quick import forward, jit
+from tests.support.tokenizers import byte_tokenizer
+
+NAMES = "llama", "qwen3", "olmoe", "mixtral", "qwen2_moe", "qwen3_moe"
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A function that makes the folder of a model, with a tokenizer."""
+
+    def made(name):
+        folder = tmp_path / name
+        shutil.copytree(GOLDENS / "open" / name, folder)
+        byte_tokenizer().save(folder / "tokenizer.json")
+        return folder
+
+    return made
+
+
+def imported(source, workdir):
+    return main(["import", "--kind=hf", f"--source={source}", f"--workdir={workdir}"])
+
+
+def exported(workdir, out):
+    return main(["export", "--kind=hf", f"--workdir={workdir}", f"--out={out}"])
+
+
+def change(folder, **settings):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
+def change_tensors(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def decoded(model, ids_BxL):
+    """Logits of a prompt of 6 tokens at once and of the others one by one."""
+    decoder, logits = Decoder(model, "float32"), []
+    caches = decoder.empty_cache(len(ids_BxL), ids_BxL.shape[1])
+
+    @jit
+    def step(tokens_BxQ, caches, length_B):
+        x_BxQxD, caches = decoder(tokens_BxQ, jnp.ones(tokens_BxQ.shape, bool), caches, length_B)
+        return jax.vmap(decoder.logits, 1, 1)(x_BxQxD), caches
+
+    for part in np.split(ids_BxL, range(6, ids_BxL.shape[1]), axis=1):
+        done = sum(x.shape[1] for x in logits)
+        found, caches = step(part, caches, jnp.full(len(part), done))
+        logits.append(found)
+    return np.concatenate(logits, 1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_in_and_out_again(name, source, tmp_path):
+    """Logits as transformers', by the KV cache, too; every tensor back to the last bit."""
+    folder, run = source(name), tmp_path / "run"
+    assert imported(folder, run) == 0
+    _, _, model, _ = restore_run(run)
+    golden = np.load(folder / "logits.npz")
+    ids_BxL = golden["ids"].astype(np.int32)
+    ours = forward(model, ids_BxL, np.ones_like(ids_BxL))[1]
+    np.testing.assert_allclose(ours, golden["logits"], atol=2e-5)
+    np.testing.assert_allclose(decoded(model, ids_BxL), golden["logits"], atol=2e-5)
+
+    assert exported(run, tmp_path / "out") == 0
+    before, after = (load_file(f / "model.safetensors") for f in (folder, tmp_path / "out"))
+    assert before.keys() == after.keys()
+    for key, array in before.items():
+        np.testing.assert_array_equal(after[key], array, err_msg=key)
+    assert imported(tmp_path / "out", tmp_path / "again") == 0
+    first, second = (load(path / "config.json").model for path in (run, tmp_path / "again"))
+    assert (first.form, first.schedule) == (second.form, second.schedule)
+
+
+@needs_extra("interop", "transformers")
+def test_goldens_made_anew(tmp_path):
+    script = GOLDENS / "generate_open_models.py"
+    subprocess.run([sys.executable, script, "--out", tmp_path], check=True)
+    for name in NAMES:
+        for file, read in (("model.safetensors", load_file), ("logits.npz", np.load)):
+            stored, anew = read(GOLDENS / "open" / name / file), read(tmp_path / name / file)
+            assert set(stored) == set(anew)
+            for key in stored:
+                np.testing.assert_allclose(anew[key], stored[key], atol=1e-5, err_msg=key)
+
+
+@needs_extra("interop", "transformers")
+@pytest.mark.parametrize("name", NAMES)
+def test_transformers_reads_what_is_written(name, source, tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    assert imported(source(name), tmp_path / "run") == 0
+    assert exported(tmp_path / "run", tmp_path / "out") == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    golden = np.load(GOLDENS / "open" / name / "logits.npz")
+    with torch.inference_mode():
+        found = model(torch.tensor(golden["ids"])).logits.numpy()
+    np.testing.assert_allclose(found, golden["logits"], atol=2e-5)
+
+
+def test_bfloat16_stays_bfloat16(source, tmp_path):
+    folder = source("olmoe")
+    change_tensors(
+        folder, lambda t: t.update({n: x.astype(ml_dtypes.bfloat16) for n, x in t.items()})
+    )
+    change(folder, dtype="bfloat16")
+    assert imported(folder, tmp_path / "run") == 0
+    assert load(tmp_path / "run/config.json").model.dtype == "bfloat16"
+    assert exported(tmp_path / "run", tmp_path / "out") == 0
+    files = [path / "model.safetensors" for path in (folder, tmp_path / "out")]
+    before, after = map(load_file, files)
+    assert before.keys() == after.keys()
+    for key, array in before.items():
+        assert after[key].dtype == array.dtype == ml_dtypes.bfloat16
+        np.testing.assert_array_equal(after[key], array)
+    assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_several_files_and_a_head_that_repeats_the_embedding(source, tmp_path):
+    folder = source("qwen3")
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.full(5, np.inf, np.float32)
+    names, places = sorted(tensors), {}
+    for number, part in enumerate((names[::2], names[1::2])):
+        file = f"part-{number}.safetensors"
+        save_file({name: tensors[name] for name in part}, folder / file)
+        places |= dict.fromkeys(part, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    assert imported(folder, tmp_path / "run") == 0
+    _, _, model, _ = restore_run(tmp_path / "run")
+    golden = np.load(folder / "logits.npz")
+    ids_BxL = golden["ids"].astype(np.int32)
+    ours = forward(model, ids_BxL, np.ones_like(ids_BxL))[1]
+    np.testing.assert_allclose(ours, golden["logits"], atol=2e-5)
+
+
+EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight"
+FOREIGN = {
+    "family": ({"model_type": "bert"}, "model_type='bert' is unknown; known are gpt2, llama, qw"),
+    "family of a list": ({"model_type": ["olmoe"]}, "model_type=['olmoe'] is unknown"),
+    "activation": ({"hidden_act": "relu"}, "hidden_act='relu', our model has 'silu'"),
+    "biases": ({"attention_bias": True}, "attention_bias=True, our model has False"),
+    "long context": (
+        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}},
+        "rope_type='yarn', our model has 'default'",
+    ),
+    "part of a head": (
+        {"rope_parameters": {"partial_rotary_factor": 0.5}},
+        "partial_rotary_factor=0.5, our model has 1.0",
+    ),
+    "no rope": ({"rope_parameters": [1]}, "rope_parameters=[1] is not a group of settings"),
+    "windows": (
+        {"sliding_window": 5, "layer_types": ["full_attention", "sliding_attention"]},
+        "layer_types has 'full_attention', 'sliding_attention'; ours are all alike",
+    ),
+    "experts": ({"num_experts": 10**9}, "no usable num_experts: it is 1000000000"),
+    "no experts": ({"num_experts": None}, "no usable num_experts: it is None"),
+    "experts by name": ({"num_experts": "5"}, "no usable num_experts: it is '5'"),
+    "layers": ({"num_hidden_layers": 10**6}, "no usable num_hidden_layers: it is 1000000"),
+    "a layer more": ({"num_hidden_layers": 3}, "lacks model.layers.2."),
+    "an expert more": ({"num_experts": 6}, "lacks model.layers.0.mlp.experts.5.down_proj.weight"),
+    "an expert less": ({"num_experts": 4}, "has what this architecture doesn't: model.layers.0.m"),
+    "width": ({"hidden_size": 32}, "has shape (24,), not (32,)"),
+    "top": ({"num_experts_per_tok": 6}, "model.top_k=6 exceeds the 5 experts of the smallest"),
+    "heads": ({"num_key_value_heads": 3}, "model.heads=4 is not divisible by model.kv_heads=3"),
+    "clip": ({"clip_qkv": "much"}, "no usable clip_qkv: it is 'much'"),
+    "dense layers": ({"mlp_only_layers": "all"}, "mlp_only_layers='all' is no list of layers"),
+    "not a number": (
+        lambda t: t[EXPERT].__setitem__((0, 0), math.nan),
+        f"'{EXPERT}' holds NaN, infinity or numbers too large",
+    ),
+    "missing": (lambda t: t.pop(EXPERT), f"lacks {EXPERT}"),
+    "extra": (lambda t: t.update(extra=np.ones(3, np.float32)), "architecture doesn't: extra"),
+    "turned": (
+        lambda t: t.update({EXPERT: np.ascontiguousarray(t[EXPERT].T)}),
+        f"{EXPERT} has shape (24, 20), not (20, 24)",
+    ),
+    "whole numbers": (
+        lambda t: t.update({EXPERT: t[EXPERT].astype(np.int32)}),
+        f"'{EXPERT}' holds I32; weights are F16, BF16, F32, F64",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_foreign_and_damaged_files(case, source, tmp_path, capsys):
+    folder = source("olmoe")
+    prepare, message = FOREIGN[case]
+    if callable(prepare):
+        change_tensors(folder, prepare)
+    else:
+        change(folder, **prepare)
+    assert imported(folder, tmp_path / "run") == 2
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line.startswith("prmoe: ") and message in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_head_that_is_another_matrix(source, tmp_path, capsys):
+    folder = source("qwen3")
+    head = np.zeros((290, 24), np.float32)
+    change_tensors(folder, lambda t: t.update({"lm_head.weight": head}))
+    assert imported(folder, tmp_path / "run") == 2
+    assert "but lm_head.weight is not model.embed_tokens.weight" in capsys.readouterr().err
+
+
+EVERY = "2 layers, every 1, E=3"
+UNKNOWN_THERE = {
+    f"this run is {EVERY}, and LlamaForCausalLM of transformers has none": (
+        EVERY, {"family": "llama"}, {}
+    ),
+    "this run is 2 layers, and OlmoeForCausalLM of transformers has experts": (
+        "2 layers", {"family": "olmoe"}, {}
+    ),
+    f"model.experts={EVERY}+4: OlmoeForCausalLM of transformers has {EVERY}; use --kind=saf": (
+        f"{EVERY}+4", {"family": "olmoe"}, {}
+    ),
+    f"model.experts=2 layers, E=3: OlmoeForCausalLM of transformers has {EVERY}": (
+        "2 layers, E=3", {"family": "olmoe"}, {}
+    ),
+    f"model.experts={EVERY}, residual: OlmoeForCausalLM": (
+        f"{EVERY}, residual", {"family": "olmoe"}, {}
+    ),
+    "model.norm=layernorm: OlmoeForCausalLM of transformers has rmsnorm": (
+        EVERY, {"family": "olmoe", "norm": "layernorm"}, {}
+    ),
+    "model.head_dim=8: OlmoeForCausalLM of transformers has 6": (
+        EVERY, {"family": "olmoe", "head_dim": 8}, {}
+    ),
+    "model.sliding_window=3: OlmoeForCausalLM of transformers has 0": (
+        EVERY, {"family": "olmoe", "sliding_window": 3}, {}
+    ),
+    "model.normalize_top_k=never: MixtralForCausalLM of transformers has always": (
+        EVERY, {"family": "mixtral", "normalize_top_k": "never"}, {}
+    ),
+    "model.experts=2 layers, every 1, E=3: Qwen2MoeForCausalLM of transformers has 2 layers, e": (
+        EVERY, {"family": "qwen2_moe"}, {}
+    ),
+    "moe.bias_update_rate=0.1: OlmoeForCausalLM of transformers has 0.0": (
+        EVERY, {"family": "olmoe"}, {"bias_update_rate": 0.1}
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", UNKNOWN_THERE)
+def test_what_a_class_does_not_express_is_named(message):
+    text, model, moe = UNKNOWN_THERE[message]
+    with pytest.raises(UserError) as error:
+        check_exportable(settings(text, model=model, moe=moe))
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "model"),
+    [
+        (EVERY, {"family": "olmoe", "clip_qkv": 3.0, "norm_eps": 1e-4}),
+        (f"{EVERY}, top 2", {"family": "mixtral", "head_dim": 8, "sliding_window": 3}),
+        ("2 layers, E=3, residual", {"family": "qwen2_moe", "expert_d_ff": 7, "biases": "none"}),
+        ("3 layers, layers 0 2, E=3", {"family": "qwen3_moe", "kv_heads": 1, "head_dim": 8}),
+        ("2 layers", {"family": "llama", "rope_theta": 5e5, "output": "tied"}),
+        ("2 layers", {"family": "qwen3", "sliding_window": 3}),
+    ],
+)
+def test_what_a_class_expresses(text, model):
+    moe = {"capacity_factor": math.inf, "eval_capacity_factor": math.inf} if "E" in text else {}
+    check_exportable(settings(text, model=model, moe=moe))
+
+
+@pytest.mark.parametrize("name", open_moes.MODELS)
+def test_sizes_are_the_published_ones(name):
+    """As transformers counts them, embeddings included; no weight is made."""
+    config, published = resolve(open_moes.get_config(name)), open_moes.MODELS[name]
+    counted = cost(config.model)
+    assert counted.total_params == pytest.approx(published.params * 1e9, rel=5e-3)
+    assert counted.active_params == pytest.approx(published.active * 1e9, rel=5e-3)
+    leaves = jax.tree.leaves(jax.eval_shape(lambda: init_model(config)))
+    assert sum(math.prod(leaf.shape) for leaf in leaves) == counted.total_params
