@@ -67,11 +67,11 @@ def attend_to_cache(q_BxQxHxK, cache: KVCache, position_BxQ, window: int = 0) ->
     if key_heads < heads:
         q_BxQxJxNxK = q_BxQxHxK.reshape(batch, queries, key_heads, -1, width)
         q_BxRxJxK = q_BxQxJxNxK.swapaxes(2, 3).reshape(batch, rows, key_heads, width)
-        position_BxQ = jnp.repeat(position_BxQ, heads // key_heads, axis=1)
+        if queries > 1:  # else one position is that of all rows
+            position_BxQ = jnp.repeat(position_BxQ, heads // key_heads, axis=1)
     copies = -(-TPU_ROWS // rows) if queries == 1 and platform() == "tpu" else 1
     if copies > 1:
         q_BxRxJxK = jnp.repeat(q_BxRxJxK, copies, axis=1)
-        position_BxQ = jnp.repeat(position_BxQ, copies, axis=1)
     score_BxJxRxT = product("BRJK,BJKT->BJRT", q_BxRxJxK, cache.k_BxHxKxT) * width**-0.5
     place_T = jnp.arange(cache.k_BxHxKxT.shape[-1])
     seen_BxRxT = place_T <= position_BxQ[..., None]

@@ -395,3 +395,25 @@ def test_decoding_on_a_tpu_is_attention_as_elsewhere(queries, monkeypatch):
     found = step()
     np.testing.assert_allclose(found[0], expected[0], rtol=1e-6, atol=1e-6)
     jax.tree.map(np.testing.assert_array_equal, found[1], expected[1])
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+@pytest.mark.parametrize("heads", [6, 2, 1])
+@pytest.mark.parametrize("queries", [1, 5])
+def test_attention_to_a_cache_by_hand(queries, heads, platform, monkeypatch):
+    """Heads of queries that share keys, and a window of four tokens."""
+    monkeypatch.setattr("prmoe_jax.model.attention.platform", lambda: platform)
+    rng = np.random.default_rng(0)
+    q_BxQxHxK = rng.normal(size=(2, queries, 6, 4)).astype(np.float32)
+    k_BxJxKxT, v_BxJxTxK = (
+        rng.normal(size=shape).astype(np.float32)
+        for shape in ((2, heads, 4, 11), (2, heads, 11, 4))
+    )
+    position_BxQ = np.array([[2], [5]]) + np.arange(queries)
+    y = attend_to_cache(q_BxQxHxK, KVCache(k_BxJxKxT, v_BxJxTxK), position_BxQ, window=4)
+    for b, q, h in np.ndindex(2, queries, 6):
+        last, j = position_BxQ[b, q], h // (6 // heads)
+        seen = slice(max(0, last - 3), last + 1)
+        weight = np.exp(q_BxQxHxK[b, q, h] @ k_BxJxKxT[b, j, :, seen] / 2)
+        expected = weight / weight.sum() @ v_BxJxTxK[b, j, seen]
+        np.testing.assert_allclose(y[b, q, h], expected, rtol=1e-5, atol=1e-6)
