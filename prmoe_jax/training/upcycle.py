@@ -82,8 +82,9 @@ def check_fits(source: ModelConfig, model: ModelConfig) -> None:
     if any(model.schedule.experts):  # of a dense model, these are its d_ff
         sizes |= {"expert_d_ff": "expert_width", "residual_d_ff": "residual_width"}
     pairs = {name: (getattr(model, size), getattr(source, size)) for name, size in sizes.items()}
-    for name in set(differing(model.form, source.form)) - {"residual_mix", "normalize_top_k"}:
-        pairs[name] = getattr(model.form, name), getattr(source.form, name)
+    for name in differing(model.form, source.form):
+        if name not in ("residual_mix", "normalize_top_k"):
+            pairs[name] = getattr(model.form, name), getattr(source.form, name)
     for name, (ours, theirs) in pairs.items():
         if ours != theirs:
             raise UserError(f"model.{name}={ours}, the run to start as has {theirs}; use the same")
