@@ -18,6 +18,7 @@ from prmoe_jax.cli import (
     interop,
     params,
     plan,
+    prune,
     report,
     sweep,
     tokenize,
@@ -103,7 +104,8 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     for module in (
-        train, eval, generate, sweep, report, interop, params, distill, plan, check, tokenize,
+        train, eval, generate, sweep, report, interop, params, distill, prune, plan, check,
+        tokenize,
     ):  # fmt: skip
         module.add(verb)
     bench.add(verb, verbs)

@@ -1,17 +1,13 @@
 """`prmoe import` and `prmoe export` convert between other libraries' files and a run's folder."""
 
-import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import numpy as np
-from safetensors import SafetensorError
 
 from prmoe_jax import config as configs
-from prmoe_jax import files, stores
 from prmoe_jax.config import Config, MeshConfig, ModelConfig
 from prmoe_jax.data.tokenizer import Tokenizer, check_fits, from_vocabulary
 from prmoe_jax.errors import UserError
@@ -32,8 +28,8 @@ from prmoe_jax.model.transformer import init_model
 from prmoe_jax.nn.parameters import named_leaves
 from prmoe_jax.parallel.mesh import make_mesh
 from prmoe_jax.run import directory as workdirs
-from prmoe_jax.run.checkpoint import Checkpoints
 from prmoe_jax.run.metrics import read_metrics
+from prmoe_jax.run.new import check_free, write_folder, write_run
 from prmoe_jax.run.restore import restore_run
 
 log = logging.getLogger(__name__)
@@ -57,7 +53,7 @@ def import_run(kind: str, source: Path, workdir: Path) -> dict:
     """
     if (workdir / workdirs.CONFIG).exists():
         raise UserError(f"--workdir={workdir} holds a run; give another folder")
-    _check_free("workdir", workdir)
+    check_free("workdir", workdir)
     if not source.is_dir():
         raise UserError(f"--source={source} is not a folder")
     tokenizer = _tokenizer(source)
@@ -78,14 +74,7 @@ def import_run(kind: str, source: Path, workdir: Path) -> dict:
     model = jax.tree.unflatten(structure, [leaves[name] for name in named_leaves(shapes)])
     model = jax.tree.map(jax.numpy.asarray, model)
 
-    def build(folder: Path) -> None:
-        with contextlib.closing(Checkpoints(folder, keep=1)) as checkpoints:
-            data = {"fingerprint": {"tokenizer": tokenizer.fingerprint}}
-            checkpoints.save_model(0, model, data)
-        tokenizer.save(folder / workdirs.TOKENIZER)
-        configs.save(config, folder / workdirs.CONFIG)
-
-    _write("workdir", workdir, build)
+    write_run("workdir", workdir, config, model, tokenizer)
     size = sum(leaf.size for leaf in leaves.values())
     return {"workdir": str(workdir), "parameters": size, "vocab_size": config.model.vocab_size}
 
@@ -107,7 +96,7 @@ def export_run(kind: str, workdir: Path, out: Path) -> dict:
       UserError: the workdir holds no run, the run can't be written as this kind, or `out` is not
         empty or cannot be written.
     """
-    _check_free("out", out)
+    check_free("out", out)
     config = configs.load(workdir / workdirs.CONFIG)  # `restore_run` may change mesh and exchange
     if kind == "hf" and config.model.family == "gpt2":
         kind = "gpt2"
@@ -134,41 +123,9 @@ def export_run(kind: str, workdir: Path, out: Path) -> dict:
             (folder / "README.md").write_text(_card(config, step, workdir))
         tokenizer.save(folder / "tokenizer.json")
 
-    _write("out", out, build, "latest" if kind == "deepspeed" else workdirs.CONFIG)
+    write_folder("out", out, build, "latest" if kind == "deepspeed" else workdirs.CONFIG)
     size = sum(leaf.size for leaf in leaves.values())
     return {"out": str(out), "step": step, "parameters": size}
-
-
-def _check_free(option: str, folder: Path) -> None:
-    """Raises UserError unless `folder` does not exist, or is empty and not the current folder."""
-    if not stores.is_local(folder):
-        files.check_free_in_store(folder, f"--{option}")
-        return
-    if folder.is_dir() and folder.samefile(Path.cwd()):
-        raise UserError(f"--{option}={folder} is the current folder; give one that is not there")
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(f"--{option}={folder} exists; give another folder, or remove it")
-
-
-def _write(
-    option: str, folder: Path, build: Callable[[Path], None], last: str | None = None
-) -> None:
-    """Builds a folder whole or not at all; errors of the libraries that write files are one line.
-
-    For an object store, `last` names the file that completes the folder. Without it, `build` writes
-    to the store itself.
-    """
-    try:
-        if stores.is_local(folder):
-            files.build_folder(folder, build)
-        elif last:
-            files.build_in_store(folder, f"--{option}", build, last)
-        else:
-            with files.building_in_store(folder, f"--{option}"):
-                build(folder)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        line = str(getattr(error, "strerror", None) or error).partition("\n")[0][:200]
-        raise UserError(f"--{option}={folder} cannot be written: {line}") from error
 
 
 def _read_hugging_face(folder: Path) -> tuple[Config, dict[str, jax.Array], str]:

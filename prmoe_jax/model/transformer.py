@@ -6,6 +6,7 @@ A module is a typed pytree of float32 parameters: it goes through plain jax.jit,
 import dataclasses
 import logging
 import math
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -190,20 +191,36 @@ class Transformer(nnx.Module):
         Args:
           tokens_BxL, segments_BxL: as for a call.
         """
+        return {
+            number: moe.decide(x_BxLxD, segments_BxL > 0)
+            for number, moe, x_BxLxD in self._moe_inputs(tokens_BxL, segments_BxL)
+        }
+
+    def added_norms(self, tokens_BxL: jax.Array, segments_BxL: jax.Array) -> dict[int, jax.Array]:
+        """`MoE.added_norms` of each MoE layer, by the layer's number, on one device.
+
+        Args:
+          tokens_BxL, segments_BxL: as for a call.
+        """
+        return {
+            number: moe.added_norms(x_BxLxD, segments_BxL > 0)
+            for number, moe, x_BxLxD in self._moe_inputs(tokens_BxL, segments_BxL)
+        }
+
+    def _moe_inputs(self, tokens_BxL, segments_BxL) -> Iterator[tuple[int, MoE, jax.Array]]:
+        """The number of each MoE layer, the layer, and its input in evaluation."""
         dtype, position_BxL = jnp.dtype(self.config.dtype), positions(segments_BxL)
         x_BxLxD = self.tokens[...][tokens_BxL]
         if self.positions is not None:
             x_BxLxD += self.positions[...][position_BxL]
-        x_BxLxD, found = x_BxLxD.astype(dtype), {}
+        x_BxLxD = x_BxLxD.astype(dtype)
         for number, block in enumerate(unstacked_blocks(self)):
             block = cast(block, dtype)
             if isinstance(block.mlp, MoE):
                 normed_BxLxD = block.norm_attention(x_BxLxD)
                 y_BxLxD, _ = block.attention(normed_BxLxD, segments_BxL, None, position_BxL)
-                into_BxLxD = block.norm_mlp(x_BxLxD + y_BxLxD)
-                found[number] = block.mlp.decide(into_BxLxD, segments_BxL > 0)
+                yield number, block.mlp, block.norm_mlp(x_BxLxD + y_BxLxD)
             x_BxLxD, _, _ = block(x_BxLxD, segments_BxL, None, None, position_BxL)
-        return found
 
     def logits(self, x_BxLxD: jax.Array) -> jax.Array:
         """Scores of the next token, float32 [B, L, V]."""

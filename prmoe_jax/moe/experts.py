@@ -158,6 +158,36 @@ class Experts(nnx.Module):
         return MLPWeights(*(None if p is None else to_dtype(p[...], dtype) for p in held))
 
 
+class OutputNorms:
+    """Experts whose output is the norm of the output of expert e, in column e of D; E is at most D.
+
+    Combined by the router's weights, they measure what each expert adds to the tokens.
+    """
+
+    def __init__(self, experts: Experts):
+        self._experts, self.count = experts, experts.count
+
+    def __call__(self, x_ExRxD: jax.Array) -> jax.Array:
+        """As `Experts.__call__`."""
+        return self._in_columns(self._experts(x_ExRxD), jnp.arange(self.count)[:, None])
+
+    def ragged(self, x_RxD: jax.Array, rows_E: jax.Array, expert_R: jax.Array) -> jax.Array:
+        """As `Experts.ragged`."""
+        return self._in_columns(self._experts.ragged(x_RxD, rows_E, expert_R), expert_R)
+
+    def block_loop(self, x_RxD: jax.Array, rows_E: jax.Array, expert_R: jax.Array) -> jax.Array:
+        """As `Experts.block_loop`."""
+        return self._in_columns(self._experts.block_loop(x_RxD, rows_E, expert_R), expert_R)
+
+    def per_token(self, x_RxD: jax.Array, expert_R: jax.Array) -> jax.Array:
+        """As `Experts.per_token`."""
+        return self._in_columns(self._experts.per_token(x_RxD, expert_R), expert_R)
+
+    def _in_columns(self, y_RxD: jax.Array, expert_R: jax.Array) -> jax.Array:
+        norm_Rx1 = jnp.linalg.norm(y_RxD.astype(jnp.float32), axis=-1, keepdims=True)
+        return norm_Rx1 * jax.nn.one_hot(expert_R, y_RxD.shape[-1])
+
+
 class UnstackedExperts(nnx.Module):
     """Experts with separate arrays and without derivatives, for decoding on CPUs.
 

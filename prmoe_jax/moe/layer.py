@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 from prmoe_jax.config import ModelConfig, MoeConfig
 from prmoe_jax.moe import dispatch, exchange
 from prmoe_jax.moe.exchange import ExpertParallel, mark_varying
-from prmoe_jax.moe.experts import Experts
+from prmoe_jax.moe.experts import Experts, OutputNorms
 from prmoe_jax.moe.routing import RouterMetrics, Routing, capacity, route
 from prmoe_jax.nn import remat
 from prmoe_jax.nn.mlp import MLP
@@ -99,6 +99,24 @@ class MoE(nnx.Module):
         parts = {"w_router": self.w_router, "bias_router": self.bias_router}
         x_GxSxD, valid_GxS = x_BxLxD.reshape(-1, tokens, width), valid_BxL.reshape(-1, tokens)
         return self._route(parts, x_GxSxD, valid_GxS, None)[0]
+
+    def added_norms(self, x_BxLxD: jax.Array, valid_BxL: jax.Array) -> jax.Array:
+        """What each expert adds in evaluation, on one device: float32 [E].
+
+        It is the norm of the expert's output times its weight, summed over the tokens.
+
+        Args:
+          x_BxLxD, valid_BxL: as for a call.
+
+        Raises:
+          ValueError: there are more experts than channels.
+        """
+        if self.experts.count > x_BxLxD.shape[-1]:
+            raise ValueError(f"{self.experts.count} experts, {x_BxLxD.shape[-1]} channels")
+        parts = {"w_router": self.w_router, "bias_router": self.bias_router}
+        parts["experts"] = OutputNorms(self.experts)
+        norm_BxLxD, _, _ = self._routed(parts, x_BxLxD, valid_BxL, None)
+        return norm_BxLxD.astype(jnp.float32).sum((0, 1))[: self.experts.count]
 
     def _capacity_factor(self, keys) -> float:
         """An expert's capacity over its even share of a group; inf drops nothing."""

@@ -1,0 +1,319 @@
+"""`prmoe prune`: cuts a MoE down to a share of its experts, chosen by measured importance.
+
+What is cut is planned first: how many experts each layer keeps, and which. The pruned model is a
+run of its own, which can learn from the run it came from (MoS, paper section 4.2).
+"""
+
+import dataclasses
+import heapq
+import itertools
+import logging
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+
+from prmoe_jax import stores
+from prmoe_jax.config import Config, InitConfig, KdConfig, ModelConfig, TeacherConfig
+from prmoe_jax.data.pipeline import Data, load_data, train_iterator
+from prmoe_jax.distill.student import magnitudes, prune
+from prmoe_jax.errors import UserError
+from prmoe_jax.model.layout import of_layer, stack_layers, unstack_layers
+from prmoe_jax.model.loss import forward
+from prmoe_jax.model.sizes import cost
+from prmoe_jax.model.transformer import Transformer, init_model
+from prmoe_jax.nn.parameters import named_leaves
+from prmoe_jax.run import directory as workdirs
+from prmoe_jax.run.new import check_free, write_run
+from prmoe_jax.run.restore import restore_run
+from prmoe_jax.tables import aligned
+
+log = logging.getLogger(__name__)
+
+IMPORTANCES = {
+    "load": "its share of the choices",
+    "activation": "Σ norm of its output · its weight; REAP (arXiv 2510.13999) takes the mean",
+    "loss": "(Σ weight · gradient)², the squared change of the loss without it, to first order",
+}
+SHAPES = {
+    "pyramid": "more experts where they matter more",
+    "uniform": "the same share in every layer",
+    "inverse": "the pyramid's numbers in reverse order, for comparison",
+}
+
+
+def measure(config: Config, model: Transformer, data: Data, batches: int) -> dict[str, dict]:
+    """The importance of every expert on training text, on one device.
+
+    Args:
+      config: the run's config.
+      model: its model.
+      data: the text; the first `batches` batches of its training split are used.
+      batches: how many batches of `train.batch_size` sequences.
+
+    Returns:
+      For each kind of `IMPORTANCES`, the importance [E] of the experts of each MoE layer, by the
+      layer's number. Each layer's loads add up to 1; the others compare between layers.
+    """
+    layers = [i for i, experts in enumerate(config.model.schedule.experts) if experts]
+
+    @jax.jit
+    def found(model, batch):
+        def loss(model):
+            sums = forward(model, batch)
+            return sums.loss / jnp.maximum(sums.tokens, 1), sums.routers
+
+        gradient, routers = jax.grad(loss, has_aux=True)(model)
+        load = {i: router.assigned_E for i, router in zip(layers, routers, strict=True)}
+        norms = model.added_norms(batch.tokens_BxL, batch.segments_BxL)
+        changes = _first_order(config.model, model, gradient)
+        squares = {i: jnp.square(changes[i]) for i in layers}
+        return {"load": load, "activation": norms, "loss": squares}
+
+    total = None
+    iterator = train_iterator(data.train, config.train.batch_size, config.seed)
+    for batch in itertools.islice(iterator, batches):
+        one = jax.device_get(found(model, batch._replace(teacher_top_k=None)))
+        total = one if total is None else jax.tree.map(np.add, total, one)
+    shares = {i: load_E / max(load_E.sum(), 1) for i, load_E in total["load"].items()}
+    return total | {"load": shares}
+
+
+def _first_order(
+    config: ModelConfig, model: Transformer, gradient: Transformer
+) -> dict[int, jax.Array]:
+    """Σ weight · gradient over each expert's output weights, [E], for each MoE layer.
+
+    The experts' output is linear in these weights, so this is the derivative of the loss by a
+    factor of the output.
+    """
+    slopes = named_leaves(gradient)
+    products = {
+        name: (leaf * slopes[name]).sum(tuple(range(2, leaf.ndim)))  # [N, E]
+        for name, leaf in named_leaves(model).items()
+        if name.endswith(("experts.w_out", "experts.b_out"))
+    }
+    changes: dict[int, jax.Array] = {}
+    for name, change_E in unstack_layers(config, products).items():
+        number = int(name.split(".")[1])
+        changes[number] = changes.get(number, 0) + change_E
+    return changes
+
+
+def choose(
+    importance: Mapping[int, np.ndarray], keep: float, shape: str, least: int
+) -> dict[int, np.ndarray]:
+    """The experts that stay, ascending, by the number of their layer.
+
+    Numbers of experts are multiples of an eighth of the smallest layer's, so that meshes can split
+    them. In a pyramid, layers get them one multiple after the other, by the importance that is
+    still left out there.
+
+    Args:
+      importance: that of every expert, [E], by the layer's number.
+      keep: the share of all experts that stays.
+      shape: one of `SHAPES`.
+      least: the smallest number in a layer.
+
+    Raises:
+      UserError: so few cannot be kept.
+    """
+    sizes = {layer: len(values) for layer, values in importance.items()}
+    unit = max(1, min(sizes.values()) // 8)
+    wanted = round(keep * sum(sizes.values()) / unit)
+    first = -(-least // unit)
+    if wanted < first * len(sizes):
+        raise UserError(
+            f"--keep={keep} leaves {wanted * unit} experts for {len(sizes)} layers, and each needs "
+            f"{first * unit}; use {first * unit * len(sizes) / sum(sizes.values()):.3g} or more"
+        )
+    ranked = {layer: np.argsort(-of_E, kind="stable") for layer, of_E in importance.items()}
+    counts = dict.fromkeys(sizes, first)
+    if shape == "uniform":
+        counts = {layer: max(first, round(keep * size / unit)) for layer, size in sizes.items()}
+    else:
+        left = [(-_next(importance, ranked, layer, first, unit), layer) for layer in sizes]
+        heapq.heapify(left)
+        for _ in range(wanted - first * len(sizes)):
+            _, layer = heapq.heappop(left)
+            counts[layer] += 1
+            if (counts[layer] + 1) * unit <= sizes[layer]:
+                following = -_next(importance, ranked, layer, counts[layer], unit)
+                heapq.heappush(left, (following, layer))
+    if shape == "inverse":
+        counts = dict(zip(counts, reversed(counts.values()), strict=True))
+        for layer, count in counts.items():
+            if count * unit > sizes[layer]:
+                raise UserError(
+                    f"--shape=inverse gives layer {layer} {count * unit} experts, and it has "
+                    f"{sizes[layer]}; use --shape=uniform to compare with"
+                )
+    return {layer: np.sort(ranked[layer][: counts[layer] * unit]) for layer in sizes}
+
+
+def _next(importance, ranked, layer: int, count: int, unit: int) -> float:
+    """The importance of the next `unit` experts of a layer after the first `count` units."""
+    following = ranked[layer][count * unit : (count + 1) * unit]
+    return float(importance[layer][following].sum())
+
+
+def pruned_config(config: Config, kept: Mapping[int, np.ndarray]) -> Config:
+    """The config of the run with the experts that stay."""
+    model = dataclasses.replace(
+        config.model, experts=tuple(len(experts) for _, experts in sorted(kept.items()))
+    )
+    unset = {"teacher": TeacherConfig(), "kd": KdConfig(), "init": InitConfig()}
+    return dataclasses.replace(config, model=model, **unset)
+
+
+def pruned(
+    config: Config,
+    model: Transformer,
+    kept: Mapping[int, np.ndarray],
+    load: Mapping[int, np.ndarray] | None = None,
+) -> Transformer:
+    """The model with the experts that stay, and routers cut to fit.
+
+    Args:
+      config: the run's config.
+      model: its model.
+      kept: from `choose`.
+      load: each expert's share of the choices; if given, the experts that go are merged into those
+        whose router is most like theirs, weighted by load. Without it they are dropped.
+    """
+    if load is not None:
+        model = _merged(config.model, model, kept, load)
+    small = pruned_config(config, kept)
+    shapes = jax.eval_shape(lambda: init_model(small))
+    marks = {  # the experts that stay are the largest
+        layer: np.isin(np.arange(config.model.schedule.experts[layer]), experts).astype(np.float32)
+        for layer, experts in kept.items()
+    }
+    layers = list(range(config.model.layers))
+    cut = partial(prune, student=shapes, layers=layers, load=marks)
+    return jax.jit(lambda model: cut(model, importance=magnitudes(model)))(model)
+
+
+def _merged(config: ModelConfig, model: Transformer, kept, load) -> Transformer:
+    """The model whose kept experts are means of themselves and of those that go."""
+    leaves = {name: np.array(leaf) for name, leaf in named_leaves(model).items()}
+    named = unstack_layers(config, leaves)
+    for layer, experts in kept.items():
+        parts = of_layer(named, layer)
+        router_DxE = parts["mlp.w_router"] / np.linalg.norm(parts["mlp.w_router"], axis=0)
+        like_ExE = router_DxE.T @ router_DxE
+        groups = {int(e): [int(e)] for e in experts}
+        for gone in sorted(set(range(len(like_ExE))) - groups.keys()):
+            groups[int(experts[np.argmax(like_ExE[gone, experts])])].append(gone)
+        weights = {n: x for n, x in parts.items() if n.startswith("mlp.experts.")}
+        for e, members in groups.items():
+            share = np.asarray(load[layer])[members] + 1e-9
+            _average(weights, e, members, share / share.sum())
+    stacked = stack_layers(config, named)
+    values = [jnp.asarray(stacked[name]) for name in leaves]
+    return jax.tree.unflatten(jax.tree.structure(model), values)
+
+
+def _average(weights: Mapping[str, np.ndarray], e: int, members: list[int], share) -> None:
+    """Replaces expert e by the mean of the members, in place, with like hidden units matched."""
+    hidden = {"mlp.experts.w_in": 1, "mlp.experts.w_gate": 1, "mlp.experts.b_in": 0}
+    hidden["mlp.experts.w_out"] = 0  # the axis of hidden units
+
+    def units(member: int) -> np.ndarray:  # [F, …]
+        parts = [np.moveaxis(w[member], hidden[n], 0) for n, w in weights.items() if n in hidden]
+        return np.concatenate([part.reshape(len(part), -1) for part in parts], 1)
+
+    base = units(e)
+    orders = [linear_sum_assignment(-base @ units(member).T)[1] for member in members]
+    for name, w in weights.items():
+        aligned_parts = [
+            np.take(w[m], order, hidden[name]) if name in hidden else w[m]
+            for m, order in zip(members, orders, strict=True)
+        ]
+        w[e] = sum(s * part for s, part in zip(share, aligned_parts, strict=True))
+
+
+def prune_run(
+    workdir: Path,
+    out: Path | None,
+    keep: float,
+    kind: str,
+    shape: str,
+    merge: bool,
+    corpus: str | None,
+    batches: int,
+) -> dict:
+    """`prmoe prune`: plans which experts of a run stay, and writes the run that has them.
+
+    Args:
+      workdir: the run's folder.
+      out: the folder of the new run; None plans only.
+      keep: the share of all experts that stays.
+      kind: one of `IMPORTANCES`.
+      shape: one of `SHAPES`.
+      merge: whether the experts that go are merged into others instead of dropped.
+      corpus: the text to measure on, as in `data.corpus`; None is the run's own.
+      batches: how many batches of it.
+
+    Returns:
+      The plan: architecture and total_params, each as [before, after], importance, and layers (for
+      each MoE layer: layer, experts, kept, and the kept share of each kind of importance).
+
+    Raises:
+      UserError: the run has no experts, the options don't fit it, or the folder can't be written.
+    """
+    if out is not None:
+        check_free("out", out)
+    if not 0 < keep < 1:
+        raise UserError(f"--keep={keep} must be between 0 and 1, exclusive; 0.5 keeps half")
+    if batches < 1:
+        raise UserError(f"--batches={batches} must be 1 or more")
+    workdir = stores.as_path(workdir)
+    config, step, model, _ = restore_run(workdir, jax.local_devices()[:1])
+    if not any(config.model.schedule.experts):
+        raise UserError(f"{workdir}: this run is {config.model.schedule}; it has no experts")
+    if config.moe.router != "token_choice":
+        raise UserError("this run's experts choose their tokens; no load says which matter")
+    if corpus is not None:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, corpus=corpus))
+    stored = str(workdir / workdirs.TOKENIZER)
+    data = load_data(config.data, config.model.vocab_size, config.model.length, stored)
+    found = measure(config, model, data, batches)
+    kept = choose(found[kind], keep, shape, config.model.top_k)
+    small = pruned_config(config, kept)
+    plan = {
+        "step": step,
+        "importance": kind,
+        "architecture": [str(c.model.schedule) for c in (config, small)],
+        "total_params": [cost(c.model).total_params for c in (config, small)],
+        "layers": [
+            {"layer": i, "experts": len(found["load"][i]), "kept": kept[i].tolist()}
+            | {f"{n}_kept": float(of[i][kept[i]].sum() / of[i].sum()) for n, of in found.items()}
+            for i in kept
+        ],
+    }
+    if out is not None:
+        log.info("%s", table(plan))
+        smaller = pruned(config, model, kept, found["load"] if merge else None)
+        write_run("out", out, small, smaller, data.tokenizer)
+    return plan
+
+
+def table(plan: dict) -> str:
+    """A plan as text."""
+    kinds = list(IMPORTANCES)
+    rows = []
+    for row in plan["layers"]:
+        shares = (f"{row[f'{kind}_kept']:.1%}" for kind in kinds)
+        rows.append((row["layer"], row["experts"], len(row["kept"]), *shares))
+    before, after = plan["total_params"]
+    head = ("layer", "experts", "kept", *(f"{kind} kept" for kind in kinds))
+    return (
+        aligned(head, rows)
+        + f"\n{plan['architecture'][0]}: {before:,} parameters"
+        + f"\n{plan['architecture'][1]}: {after:,} parameters, {1 - after / before:.1%} fewer"
+    )

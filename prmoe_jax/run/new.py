@@ -1,0 +1,74 @@
+"""Makes the folder of a run whose model was not trained there: an imported or a pruned one."""
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from prmoe_jax import config as configs
+from prmoe_jax import files, stores
+from prmoe_jax.config import Config
+from prmoe_jax.data.tokenizer import Tokenizer
+from prmoe_jax.errors import UserError
+from prmoe_jax.model.transformer import Transformer
+from prmoe_jax.run import directory as workdirs
+from prmoe_jax.run.checkpoint import Checkpoints
+
+
+def write_run(
+    option: str, workdir: Path, config: Config, model: Transformer, tokenizer: Tokenizer
+) -> None:
+    """Writes a run at step 0, whole or not at all.
+
+    Args:
+      option: the command's option that names the folder, for messages.
+      workdir: the folder, which `check_free` accepts.
+      config: the run's config.
+      model: the run's model.
+      tokenizer: the run's tokenizer.
+
+    Raises:
+      UserError: the folder cannot be written.
+    """
+
+    def build(folder: Path) -> None:
+        with contextlib.closing(Checkpoints(folder, keep=1)) as checkpoints:
+            data = {"fingerprint": {"tokenizer": tokenizer.fingerprint}}
+            checkpoints.save_model(0, model, data)
+        tokenizer.save(folder / workdirs.TOKENIZER)
+        configs.save(config, folder / workdirs.CONFIG)
+
+    write_folder(option, workdir, build)
+
+
+def check_free(option: str, folder: Path) -> None:
+    """Raises UserError unless `folder` does not exist, or is empty and not the current folder."""
+    if not stores.is_local(folder):
+        files.check_free_in_store(folder, f"--{option}")
+        return
+    if folder.is_dir() and folder.samefile(Path.cwd()):
+        raise UserError(f"--{option}={folder} is the current folder; give one that is not there")
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"--{option}={folder} exists; give another folder, or remove it")
+
+
+def write_folder(
+    option: str, folder: Path, build: Callable[[Path], None], last: str | None = None
+) -> None:
+    """Builds a folder whole or not at all; errors of the libraries that write files are one line.
+
+    For an object store, `last` names the file that completes the folder. Without it, `build` writes
+    to the store itself.
+    """
+    try:
+        if stores.is_local(folder):
+            files.build_folder(folder, build)
+        elif last:
+            files.build_in_store(folder, f"--{option}", build, last)
+        else:
+            with files.building_in_store(folder, f"--{option}"):
+                build(folder)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        line = str(getattr(error, "strerror", None) or error).partition("\n")[0][:200]
+        raise UserError(f"--{option}={folder} cannot be written: {line}") from error

@@ -1,0 +1,236 @@
+"""Fewer experts: importance against its definition, choices by hand, and functions kept."""
+
+import itertools
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from prmoe_jax.cli import main
+from prmoe_jax.config import load
+from prmoe_jax.distill.prune import choose, measure, pruned, pruned_config
+from prmoe_jax.errors import UserError
+from prmoe_jax.model.layout import places
+from prmoe_jax.model.loss import forward
+from prmoe_jax.model.transformer import Transformer, init_model
+from prmoe_jax.nn.parameters import named_leaves
+from prmoe_jax.run.restore import restore_run
+from tests.support.batches import make_batch
+from tests.support.configs import settings
+from tests.support.quick import forward as run
+from tests.support.quick import jit
+from tests.support.runs import arguments
+
+DROPLESS = {"capacity_factor": math.inf, "eval_capacity_factor": math.inf}
+TEXT = "4 layers, E=4+6, top 2, residual"
+
+
+def with_leaves(model: Transformer, change) -> Transformer:
+    """The model after `change` of its leaves by name, in place."""
+    named = dict(named_leaves(model))
+    change(named)
+    return jax.tree.unflatten(jax.tree.structure(model), list(named.values()))
+
+
+class Batches:
+    """Training text that is these batches."""
+
+    def __init__(self, batches):
+        self.train = batches
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """A config, its model, a batch, and the importance on it."""
+    values = settings(TEXT, moe=DROPLESS)
+    model, batch = init_model(values), make_batch()
+    monkeypatch.setattr("prmoe_jax.distill.prune.train_iterator", lambda batches, *_: iter(batches))
+    return values, model, batch, measure(values, model, Batches([batch, make_batch(1)]), 2)
+
+
+def name_of(model: Transformer, layer: int) -> str:
+    """The start of the names of a layer's MLP; each layer of these models is a stage of its own."""
+    stage, block, _ = places(model.config)[layer]
+    return f"stages.{stage}.blocks.{block}"
+
+
+def scaled(model: Transformer, layer: int, expert: int, factor: float) -> Transformer:
+    """The model with an expert whose output is scaled."""
+
+    def scale(named):
+        for name in ("w_out", "b_out"):
+            name = f"{name_of(model, layer)}.mlp.experts.{name}"
+            named[name] = named[name].at[0, expert].multiply(factor)
+
+    return with_leaves(model, scale)
+
+
+def test_importance_is_what_it_says(measured):
+    """Loads, norms token by token, and the loss by finite differences."""
+    values, model, batch, found = measured
+    batches = batch, make_batch(1)
+    assert {kind: list(of) for kind, of in found.items()} == dict.fromkeys(found, [1, 3])
+    loads, norms = np.zeros(6), np.zeros(6)
+    for one in batches:
+        sums = forward(model, one)
+        loads += sums.routers[1].assigned_E
+        decisions = model.routing(one.tokens_BxL, one.segments_BxL)
+        for number, moe, x_BxLxD in model._moe_inputs(one.tokens_BxL, one.segments_BxL):
+            if number != 3:
+                continue
+            routing = jax.tree.map(lambda x: x.reshape(-1, 2), decisions[3])
+            x_NxD = x_BxLxD.reshape(-1, x_BxLxD.shape[-1])
+            for token, k in itertools.product(range(len(x_NxD)), range(2)):
+                if routing.kept_GxSxK[token, k]:
+                    e = int(routing.expert_GxSxK[token, k])
+                    y_D = moe.experts.expert(e)(x_NxD[token])
+                    norms[e] += routing.weight_GxSxK[token, k] * np.linalg.norm(y_D)
+    np.testing.assert_allclose(found["load"][3], loads / loads.sum(), rtol=1e-6)
+    np.testing.assert_allclose(found["activation"][3], norms, rtol=1e-4)
+
+    @jit
+    def mean(model, batch):
+        sums = forward(model, batch)
+        return sums.loss / sums.tokens
+
+    for layer, expert in ((1, 0), (1, 3), (3, 5)):
+        change = 0
+        for one in batches:
+            up, down = (mean(scaled(model, layer, expert, 1 + h), one) for h in (0.05, -0.05))
+            change += ((up - down) / 0.1) ** 2
+        assert found["loss"][layer][expert] == pytest.approx(float(change), rel=0.05)
+
+
+def test_choices_by_hand():
+    importance = {1: np.array([5.0, 1, 4, 2]), 3: np.array([9.0, 8, 7, 6])}
+
+    def chosen(keep, shape, least=1):
+        return {i: e.tolist() for i, e in choose(importance, keep, shape, least).items()}
+
+    assert chosen(0.5, "uniform") == {1: [0, 2], 3: [0, 1]}
+    assert chosen(0.5, "pyramid") == {1: [0], 3: [0, 1, 2]}
+    assert chosen(0.5, "inverse") == {1: [0, 2, 3], 3: [0]}
+    assert chosen(0.5, "pyramid", least=2) == {1: [0, 2], 3: [0, 1]}
+    assert chosen(0.75, "pyramid") == {1: [0, 2], 3: [0, 1, 2, 3]}
+    with pytest.raises(UserError, match="--keep=0.3 leaves 2 experts for 2 layers, and each needs"):
+        chosen(0.3, "pyramid", least=2)
+    # Numbers are multiples of an eighth of the smallest layer's.
+    wide = {0: np.arange(16.0), 1: np.arange(32.0)}
+    assert {i: len(e) % 2 for i, e in choose(wide, 0.4, "pyramid", 1).items()} == {0: 0, 1: 0}
+    lower = {0: np.ones(4), 1: 9 * np.ones(8)}
+    with pytest.raises(UserError, match="--shape=inverse gives layer 0 8 experts, and it has 4"):
+        choose(lower, 0.75, "inverse", 1)
+
+
+def only(model, kept):
+    """The model whose routers choose no other experts: theirs have scores far below."""
+
+    def silence(named):
+        for layer, experts in kept.items():
+            name = f"{name_of(model, layer)}.mlp.w_router"
+            w = named[name]
+            gone = np.setdiff1d(np.arange(w.shape[-1]), experts)
+            named[name] = w.at[..., gone].set(0)
+            shift = f"{name_of(model, layer)}.norm_mlp.shift"
+            # The last channel is a constant 50, and the kept experts' routers read it.
+            named[shift] = named[shift].at[..., -1].set(50.0)
+            scale = shift.replace("shift", "scale")
+            named[scale] = named[scale].at[..., -1].set(0.0)
+            named[name] = named[name].at[:, -1, experts].set(1.0)
+
+    return with_leaves(model, silence)
+
+
+def test_experts_that_nobody_chooses_leave_no_trace():
+    values = settings(TEXT, moe=DROPLESS)
+    kept = {1: np.array([0, 3]), 3: np.array([1, 2, 5])}
+    model, batch = only(init_model(values), kept), make_batch()
+    small = pruned(values, model, kept)
+    assert small.config.schedule.experts == (0, 2, 0, 3)
+    assert small.config == pruned_config(values, kept).model
+    expected, found = (run(m, batch.tokens_BxL, batch.segments_BxL)[1] for m in (model, small))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_copies_merge_into_their_originals():
+    """An expert whose hidden units stand in another order, and whose router is the same."""
+    values = settings("2 layers, E=4", moe=DROPLESS)
+
+    def copy(named):
+        rng, stage = np.random.default_rng(0), "stages.0.blocks.1.mlp"
+        for name in ("w_in", "b_in", "w_out", "b_out"):
+            leaf = named[f"{stage}.experts.{name}"]
+            named[f"{stage}.experts.{name}"] = leaf + rng.normal(size=leaf.shape)
+        order = rng.permutation(10)
+        for name, axis in (("w_in", 1), ("b_in", 0), ("w_out", 0), ("b_out", None)):
+            leaf = named[f"{stage}.experts.{name}"]
+            one = leaf[0, 1] if axis is None else jnp.take(leaf[0, 1], order, axis)
+            named[f"{stage}.experts.{name}"] = leaf.at[0, 2].set(one)
+        router = named[f"{stage}.w_router"]
+        named[f"{stage}.w_router"] = router.at[0, :, 2].set(router[0, :, 1])
+
+    model = with_leaves(init_model(values), copy)
+    kept, load = {1: np.array([0, 1, 3])}, {1: np.array([0.3, 0.1, 0.4, 0.2])}
+    merged, dropped = pruned(values, model, kept, load), pruned(values, model, kept)
+    for name, leaf in named_leaves(merged).items():
+        other = named_leaves(dropped)[name]
+        np.testing.assert_allclose(leaf, other, rtol=1e-5, atol=1e-6, err_msg=name)
+    # Other experts are averaged by load.
+    halves = pruned(values, model, {1: np.array([1])}, load)
+    assert not np.allclose(halves.stages[0].blocks[1].mlp.experts.w_out[...][0, 0], 0)
+    bias = halves.stages[0].blocks[1].mlp.experts.b_out[...][0, 0]
+    every = model.stages[0].blocks[1].mlp.experts.b_out[...][0]
+    np.testing.assert_allclose(bias, load[1] @ every, rtol=1e-5)
+
+
+def test_a_run_is_pruned_and_learns_from_what_it_was(text, tmp_path, capsys):
+    """The plan, the run, its evaluation, and training with its teacher."""
+    full, half = tmp_path / "full", tmp_path / "half"
+    overrides = {"moe.capacity_factor": "inf", "moe.eval_capacity_factor": "inf"}
+    moe = "4 layers, E=4+8, residual"
+    assert main(arguments(text, full, moe, **overrides)) == 0
+    capsys.readouterr()
+    prune = ["prune", f"--workdir={full}", "--keep=0.5", "--batches=2", "--json"]
+    assert main(prune) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["architecture"][0] == moe
+    assert sum(len(row["kept"]) for row in plan["layers"]) == 6
+    assert not half.exists()
+    assert main([*prune, f"--out={half}", "--merge"]) == 0
+    output = capsys.readouterr()
+    assert json.loads(output.out) == plan
+    assert "layer  experts  kept" in output.err
+    model = load(half / "config.json").model
+    assert str(model.schedule) == plan["architecture"][1]
+    before, after = plan["total_params"]
+    leaves = named_leaves(restore_run(half)[2])
+    assert sum(leaf.size for leaf in leaves.values()) == after < before
+    assert main(["eval", f"--workdir={half}", "--json"]) == 0
+    assert math.isfinite(json.loads(capsys.readouterr().out)["loss"])
+    taught = {"init.workdir": half, "teacher.workdir": full, "train.steps": 2}
+    student = arguments(text, tmp_path / "taught", str(model.schedule), **overrides | taught)
+    assert main(student) == 0
+    assert main([*prune, f"--out={half}"]) == 2
+    assert f"--out={half} exists" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--keep=1"], "--keep=1.0 must be between 0 and 1, exclusive; 0.5 keeps half"),
+        (["--keep=nan"], "--keep=nan must be between 0 and 1"),
+        (["--keep=0.5", "--batches=0"], "--batches=0 must be 1 or more"),
+    ],
+)
+def test_options_that_make_no_sense(options, message, tmp_path, capsys):
+    from prmoe_jax.distill.prune import prune_run
+
+    given = dict(option.removeprefix("--").split("=") for option in options)
+    with pytest.raises(UserError, match=message):
+        prune_run(
+            tmp_path, None, float(given["keep"]), "load", "pyramid", False, None,
+            int(given.get("batches", 1)),
+        )  # fmt: skip
