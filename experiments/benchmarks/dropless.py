@@ -16,7 +16,7 @@ from pathlib import Path
 import jax
 
 from prmoe_jax.allocator import keep_freed_memory
-from prmoe_jax.bench.step import _ours
+from prmoe_jax.bench.step import compiled_step
 from prmoe_jax.config import Config, resolve
 
 TINY = runpy.run_path(str(Path(__file__).parents[2] / "configs" / "tiny.py"))
@@ -41,7 +41,7 @@ def config(name: str, factor: float) -> Config:
 def main() -> None:
     keep_freed_memory()
     configs = {(name, factor): config(name, factor) for name in MODELS for factor in FACTORS}
-    steps = {case: _ours(values) for case, values in configs.items()}
+    steps = {case: compiled_step(values) for case, values in configs.items()}
     seconds: dict[tuple, list[float]] = {case: [] for case in steps}
     for turn in range(-2, REPEATS):  # two turns to compile and to warm up
         for case, step in steps.items():

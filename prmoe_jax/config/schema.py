@@ -214,6 +214,12 @@ class ModelConfig:
         """The hidden width of the MLP beside the experts."""
         return self.residual_d_ff or self.expert_width
 
+    @property
+    def normalizes(self) -> bool:
+        """Whether the weights of a token's experts are scaled to a sum of 1."""
+        normalize = self.form.normalize_top_k
+        return normalize == "always" or (normalize == "several" and self.top_k > 1)
+
 
 @dataclasses.dataclass(frozen=True)
 class MoeConfig:

@@ -124,7 +124,8 @@ def choose(
     """
     sizes = {layer: len(values) for layer, values in importance.items()}
     unit = max(1, min(sizes.values()) // 8)
-    wanted = round(keep * sum(sizes.values()) / unit)
+    units = {layer: size // unit for layer, size in sizes.items()}
+    wanted = min(round(keep * sum(sizes.values()) / unit), sum(units.values()))
     first = -(-least // unit)
     if wanted < first * len(sizes):
         raise UserError(
@@ -134,14 +135,17 @@ def choose(
     ranked = {layer: np.argsort(-of_E, kind="stable") for layer, of_E in importance.items()}
     counts = dict.fromkeys(sizes, first)
     if shape == "uniform":
-        counts = {layer: max(first, round(keep * size / unit)) for layer, size in sizes.items()}
+        counts = {
+            layer: max(first, min(units[layer], round(keep * size / unit)))
+            for layer, size in sizes.items()
+        }
     else:
         left = [(-_next(importance, ranked, layer, first, unit), layer) for layer in sizes]
         heapq.heapify(left)
         for _ in range(wanted - first * len(sizes)):
             _, layer = heapq.heappop(left)
             counts[layer] += 1
-            if (counts[layer] + 1) * unit <= sizes[layer]:
+            if counts[layer] < units[layer]:
                 following = -_next(importance, ranked, layer, counts[layer], unit)
                 heapq.heappush(left, (following, layer))
     if shape == "inverse":

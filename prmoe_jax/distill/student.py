@@ -37,7 +37,8 @@ def layer_map(teacher: ModelConfig, student: ModelConfig, chosen: str = "") -> l
     """
     have, want = teacher.schedule.experts, student.schedule.experts
     sizes = {name: name for name in ("d_model", "d_ff", "heads", "length")}
-    if any(want):
+    has_experts = any(want)
+    if has_experts:
         sizes |= {"expert_d_ff": "expert_width", "residual_d_ff": "residual_width"}
     for name, size in sizes.items():
         ours, theirs = getattr(student, size), getattr(teacher, size)
@@ -54,10 +55,10 @@ def layer_map(teacher: ModelConfig, student: ModelConfig, chosen: str = "") -> l
         )
     forms = student.form, teacher.form
     same = {name: [getattr(form, name) for form in forms] for name in differing(*forms)}
-    if not any(want):
-        same.pop("residual_mix", None)
-    if any(want):
+    if has_experts:
         same["residual"] = student.residual, teacher.residual
+    else:
+        same.pop("residual_mix", None)
     if teacher.key_heads < teacher.heads or student.key_heads < student.heads:
         # Heads of queries that share keys are kept together.
         same["heads"] = student.heads, teacher.heads

@@ -105,42 +105,40 @@ class Piece(NamedTuple):
     inputs: int  # the leading dimensions of the part that a product sums over; theirs come last
 
 
-def pieces(name: str, family: str) -> Callable[[tuple[int, ...]], list[Piece]]:
+def pieces(name: str, shape: tuple[int, ...], family: str) -> list[Piece]:
     """The parts of one of our parameters.
 
     Args:
       name: its name after `unstack_layers`, such as 'layers.3.mlp.w_in'.
+      shape: the parameter's shape.
       family: the value of `model.family`.
-
-    Returns:
-      A function from the parameter's shape to its parts.
     """
     if name in REST:
-        return lambda shape: [Piece(REST[name], (), 0)]
+        return [Piece(REST[name], (), 0)]
     _, layer, rest = name.split(".", 2)
     prefix, names = f"model.layers.{layer}.", NAMES[family]
     if rest in LAYER:
         inputs = {"attention.w_q": 1, "attention.w_out": 2}.get(rest, 0)
-        return lambda shape: [Piece(prefix + LAYER[rest], (), inputs)]
+        return [Piece(prefix + LAYER[rest], (), inputs)]
     module, _, last = rest.rpartition(".")
     if last in SEVERAL:
         weight = last.startswith("w")
         kind, index = ("weight", (slice(None),)) if weight else ("bias", ())
-        return lambda shape: [
+        return [
             Piece(f"{prefix}self_attn.{letter}_proj.{kind}", (*index, i), int(weight))
             for i, letter in enumerate(SEVERAL[last])
         ]
     if last == "w_router":
-        return lambda shape: [Piece(f"{prefix}{names.moe_layer}.gate.weight", (), 1)]
+        return [Piece(f"{prefix}{names.moe_layer}.gate.weight", (), 1)]
     if last == "w_shared":
-        return lambda shape: [Piece(f"{prefix}mlp.shared_expert_gate.weight", (), 0)]
+        return [Piece(f"{prefix}mlp.shared_expert_gate.weight", (), 0)]
     number = ("w_gate", "w_in", "w_out").index(last)
     if module == "mlp.experts":
         start, end = f"{prefix}{names.moe_layer}.experts.", f".{names.matrices[number]}.weight"
-        return lambda shape: [Piece(f"{start}{e}{end}", (e,), 1) for e in range(shape[0])]
+        return [Piece(f"{start}{e}{end}", (e,), 1) for e in range(shape[0])]
     matrix = Names._field_defaults["matrices"][number]
     shared = "shared_expert." if module == "mlp.mlp" else ""
-    return lambda shape: [Piece(f"{prefix}mlp.{shared}{matrix}.weight", (), 1)]
+    return [Piece(f"{prefix}mlp.{shared}{matrix}.weight", (), 1)]
 
 
 def _theirs(part: np.ndarray, piece: Piece) -> np.ndarray:
@@ -162,7 +160,7 @@ def _ours(tensor: np.ndarray, piece: Piece, shape: tuple[int, ...]) -> np.ndarra
 def _parts(name: str, shape: tuple[int, ...], family: str) -> Iterator[tuple[Piece, tuple]]:
     """Each part of a parameter, and its shape there."""
     like = np.broadcast_to(np.float32(0), shape)
-    for piece in pieces(name, family)(shape):
+    for piece in pieces(name, shape, family):
         yield piece, like[piece.index].shape
 
 
@@ -369,8 +367,7 @@ def check_exportable(config: Config) -> None:
 def _architecture(model: ModelConfig) -> dict[str, object]:
     """What a model computes, in settings with their effective values."""
     form = dataclasses.asdict(model.form)
-    several = form["normalize_top_k"] == "several" and model.top_k > 1
-    if several or not any(model.schedule.experts):
+    if model.normalizes or not any(model.schedule.experts):
         form["normalize_top_k"] = "always"
     if not model.residual:
         form["residual_mix"] = "none"
@@ -444,8 +441,7 @@ def _their_settings(model: ModelConfig) -> dict:
     settings |= {names.experts: experts[0], "num_experts_per_tok": model.top_k}
     settings[names.expert_width] = model.expert_width
     if "norm_topk_prob" in names.knows:
-        several = form.normalize_top_k == "several" and model.top_k > 1
-        settings["norm_topk_prob"] = several or form.normalize_top_k == "always"
+        settings["norm_topk_prob"] = model.normalizes
     if "mlp_only_layers" in names.knows:
         dense = [i for i, count in enumerate(model.schedule.experts) if not count]
         settings |= {"decoder_sparse_step": 1, "mlp_only_layers": dense}

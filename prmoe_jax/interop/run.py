@@ -14,7 +14,6 @@ from prmoe_jax.errors import UserError
 from prmoe_jax.interop import hugging_face
 from prmoe_jax.interop.deepspeed import check_exportable, read_deepspeed, write_deepspeed
 from prmoe_jax.interop.gpt2 import check_dense, read_gpt2, write_gpt2
-from prmoe_jax.interop.hugging_face import read_hugging_face, write_hugging_face
 from prmoe_jax.interop.settings import check_sizes, differs, resolved, shown
 from prmoe_jax.interop.tensors import (
     check_coverage,
@@ -112,7 +111,7 @@ def export_run(kind: str, workdir: Path, out: Path) -> dict:
 
     def build(folder: Path) -> None:
         if kind == "hf":
-            write_hugging_face(config, leaves, tokenizer.end_of_text, folder)
+            hugging_face.write_hugging_face(config, leaves, tokenizer.end_of_text, folder)
         elif kind == "gpt2":
             write_gpt2(config, leaves, tokenizer.end_of_text, folder)
         elif kind == "deepspeed":
@@ -137,7 +136,7 @@ def _read_hugging_face(folder: Path) -> tuple[Config, dict[str, jax.Array], str]
         mesh = MeshConfig(data=1, fsdp=len(jax.devices()))
         return make_mesh(dataclasses.replace(config, mesh=mesh))
 
-    return read_hugging_face(folder, place)
+    return hugging_face.read_hugging_face(folder, place)
 
 
 def _read_ours(folder: Path) -> tuple[Config, dict[str, np.ndarray], str]:

@@ -39,8 +39,7 @@ class MoE(nnx.Module):
             return nnx.Param(jax.random.uniform(key, dims, minval=-bound, maxval=bound))
 
         self.top_k, self.moe, self.residual_mix = model.top_k, moe, form.residual_mix
-        several = form.normalize_top_k == "several" and model.top_k > 1
-        self.normalize = several or form.normalize_top_k == "always"
+        self.normalize = model.normalizes
         self.w_router = uniform(keys[0], d_model, experts)
         tied = moe.expert_init == "tied"
         self.experts = Experts(experts, d_model, model.expert_width, *stds, keys[1], tied, **parts)

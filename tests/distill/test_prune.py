@@ -120,6 +120,10 @@ def test_choices_by_hand():
     # Numbers are multiples of an eighth of the smallest layer's.
     wide = {0: np.arange(16.0), 1: np.arange(32.0)}
     assert {i: len(e) % 2 for i, e in choose(wide, 0.4, "pyramid", 1).items()} == {0: 0, 1: 0}
+    uneven = {0: np.arange(16.0)} | {i: np.arange(19.0) for i in (1, 2, 3)}
+    for shape in ("uniform", "pyramid"):
+        kept = choose(uneven, 0.99, shape, 1)
+        assert [len(e) for e in kept.values()] == [16, 18, 18, 18]
     lower = {0: np.ones(4), 1: 9 * np.ones(8)}
     with pytest.raises(UserError, match="--shape=inverse gives layer 0 8 experts, and it has 4"):
         choose(lower, 0.75, "inverse", 1)
@@ -190,7 +194,7 @@ def test_a_run_is_pruned_and_learns_from_what_it_was(text, tmp_path, capsys):
     """The plan, the run, its evaluation, and training with its teacher."""
     full, half = tmp_path / "full", tmp_path / "half"
     overrides = {"moe.capacity_factor": "inf", "moe.eval_capacity_factor": "inf"}
-    moe = "4 layers, E=4+8, residual"
+    moe = "2 layers, every 1, E=4+8"
     assert main(arguments(text, full, moe, **overrides)) == 0
     capsys.readouterr()
     prune = ["prune", f"--workdir={full}", "--keep=0.5", "--batches=2", "--json"]

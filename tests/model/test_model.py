@@ -221,12 +221,14 @@ def test_blocks_equal_xla(length, dtype, heads, window):
         np.testing.assert_allclose(got, expected, atol=tolerance * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("window", [0, 41])
-def test_splash_equals_xla(window):
-    """The TPU kernel, interpreted, with documents, padding and a window."""
-    q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 256, 2, 16))
+@pytest.mark.parametrize(("window", "key_heads"), [(0, 4), (41, 4), (0, 2), (41, 1)])
+def test_splash_equals_xla(window, key_heads, monkeypatch):
+    """The TPU kernel, interpreted, with documents, padding, a window and shared keys."""
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 256, 4, 16))
+    monkeypatch.setattr(attention_kernels, "splash", functools.partial(splash, interpret=True))
+    k, v = k[:, :, :key_heads], v[:, :, :key_heads]
     segments = jnp.array([[1] * 100 + [2] * 156, [1] * 200 + [0] * 56])
-    got = splash(q, k, v, segments, window, interpret=True)
+    got = attend(q, k, v, segments, "splash", window)
     expected = attend(q, k, v, segments, "xla", window)
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
 
