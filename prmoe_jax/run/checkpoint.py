@@ -267,7 +267,15 @@ class Checkpoints:
         return self._read(step, data=ocp.args.JsonRestore())["data"]
 
     def close(self) -> None:
-        self._manager.close()
+        """Waits for the checkpoint that is being written, if any.
+
+        Raises:
+          UserError: it could not be written.
+        """
+        try:
+            self._manager.close()
+        except Exception as error:
+            raise self._cannot_write(error) from error
 
     def _has(self, step: int, item: str) -> bool:
         return (self._directory / str(step) / item).is_dir()
@@ -340,7 +348,11 @@ class Checkpoints:
 
         gcs.move_folder(source, target, COMMITTED)
 
-    def _cannot_write(self, error: Exception) -> UserError:
+    def _cannot_write(self, error: Exception) -> UserError | RuntimeError:
+        cause = _first_cause(error)
+        if jax.process_count() > 1 and isinstance(cause, jax.errors.JaxRuntimeError):
+            # Processes wait for each other before a checkpoint counts, and one was lost.
+            return jax.errors.JaxRuntimeError(str(cause))
         good = self.latest()
         return UserError(
             f"a checkpoint could not be written to {self._directory}: {first_line(error)}; "

@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 
 from prmoe_jax.cli import main
+from prmoe_jax.errors import UserError
+from prmoe_jax.run.checkpoint import Checkpoints
 from tests.support.paths import REPOSITORY
 from tests.support.runs import (
     arguments,
@@ -322,6 +324,23 @@ def test_disk_full_in_the_middle_of_a_checkpoint(text, tmp_path):
     assert last.startswith("prmoe: a checkpoint could not be written to")
     step = int(last.rpartition("the last good one is step ")[2])
     assert parameters(tmp_path / "run")[0] == step
+
+
+@pytest.mark.parametrize(("processes", "kind"), [(1, UserError), (2, jax.errors.JaxRuntimeError)])
+def test_a_process_lost_during_a_checkpoint_is_told_apart(processes, kind, tmp_path, monkeypatch):
+    """Orbax's barrier fails then; the other processes end as if a step had waited in vain."""
+    checkpoints = Checkpoints(tmp_path, keep=1)
+
+    def close():
+        try:
+            raise jax.errors.JaxRuntimeError("INTERNAL: Barrier failed because: task is set to ERR")
+        except RuntimeError as cause:
+            raise TimeoutError("Timed out while waiting for a barrier") from cause
+
+    monkeypatch.setattr(checkpoints._manager, "close", close)
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    with pytest.raises(kind, match="Barrier failed" if processes > 1 else "Timed out while wait"):
+        checkpoints.close()
 
 
 def test_environment_is_recorded(text, tmp_path):
