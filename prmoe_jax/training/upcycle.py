@@ -2,9 +2,15 @@
 
 Sparse upcycling (Komatsuzaki et al., arXiv 2212.05055): every expert and the residual MLP start as
 the dense MLP of their layer, with optional noise; routers and residual coefficients are
-initialised as usual. With top 2, whose weights add up to 1, the first loss is that of the dense
-model, if there is no noise, no token is dropped and `model.residual_mix` is not 'sum'. Top 1 weighs
-its expert by the router's probability and starts with a higher loss.
+initialised as usual. If experts are narrower than that MLP, each is a slice of its hidden units
+(fine-grained experts): with N slices, every N consecutive experts are the whole MLP and have the
+same router column, so that tokens choose all of them or none ("virtual groups", He et al.,
+arXiv 2410.07524, section 3.3), and their output weights are multiplied by N.
+
+Where the weights of a token's experts add up to 1, as with top 2, the first loss is that of the
+dense model, if there is no noise, no token is dropped, `model.residual_mix` is not 'sum' and
+`moe.routed_scale` is 1. Top 1 weighs its expert by the router's probability and starts with a
+higher loss.
 """
 
 import contextlib
@@ -79,7 +85,7 @@ def check_fits(source: ModelConfig, model: ModelConfig) -> None:
     """
     sizes = {name: name for name in ("layers", "d_model", "heads", "d_ff", "vocab_size")}
     sizes |= {"kv_heads": "key_heads", "head_dim": "head_width"}
-    if any(model.schedule.experts):  # of a dense model, these are its d_ff
+    if any(source.schedule.experts):
         sizes |= {"expert_d_ff": "expert_width", "residual_d_ff": "residual_width"}
     pairs = {name: (getattr(model, size), getattr(source, size)) for name, size in sizes.items()}
     for name in differing(model.form, source.form):
@@ -88,7 +94,7 @@ def check_fits(source: ModelConfig, model: ModelConfig) -> None:
     for name, (ours, theirs) in pairs.items():
         if ours != theirs:
             raise UserError(f"model.{name}={ours}, the run to start as has {theirs}; use the same")
-    if model.length > source.length:
+    if model.form.positions == "learned" and model.length > source.length:
         raise UserError(
             f"model.length={model.length} exceeds the {source.length} positions of the run to "
             f"start as; use {source.length} or less"
@@ -106,6 +112,30 @@ def check_fits(source: ModelConfig, model: ModelConfig) -> None:
                 f"model.residual={mixes[1][0]}, residual_mix={mixes[1][1]}: the run to start as "
                 f"has {mixes[0][0]}, {mixes[0][1]}; use the same"
             )
+        if want and not have:
+            _check_slices(source.d_ff, model, layer, want)
+
+
+def _check_slices(d_ff: int, model: ModelConfig, layer: int, experts: int) -> None:
+    """Checks that slices of an MLP's hidden units can be the experts of a layer."""
+    slices = d_ff // model.expert_width
+    if slices * model.expert_width != d_ff:
+        raise UserError(
+            f"model.expert_d_ff={model.expert_width} doesn't divide the {d_ff} hidden units of the "
+            "MLPs of the run to start as; use a number that does"
+        )
+    for name, count in (("model.top_k", model.top_k), (f"layer {layer}, experts", experts)):
+        if count % slices:
+            raise UserError(
+                f"{name}={count}: with model.expert_d_ff={model.expert_width} an expert is one of "
+                f"{slices} slices of an MLP, and tokens choose all of them; use a multiple of "
+                f"{slices}"
+            )
+    if model.residual and model.residual_width != d_ff:
+        raise UserError(
+            f"model.residual_d_ff={model.residual_width}: the MLP beside the experts starts as one "
+            f"of {d_ff} hidden units; use {d_ff}"
+        )
 
 
 def upcycled(source: Transformer, fresh: Transformer, key: jax.Array, noise: float) -> Transformer:
@@ -124,12 +154,17 @@ def upcycled(source: Transformer, fresh: Transformer, key: jax.Array, noise: flo
         whole = of_layer(named, layer)
         if name in whole:
             return whole[name]
+        slices = source.config.d_ff // fresh.config.expert_width
+        if name == "mlp.w_router":
+            return jnp.repeat(like[:, ::slices], slices, axis=1)
         if declaration(name).only_moe:
             return like
         base = whole[name.replace("mlp.experts.", "mlp.").replace("mlp.mlp.", "mlp.")]
         if not name.startswith("mlp.experts."):
             return base
         spread = noise * jnp.std(base)
+        if slices > 1:
+            base = _slices(name, base, slices, len(like))
         return base + spread * jax.random.normal(key, like.shape)
 
     leaves = []
@@ -144,3 +179,15 @@ def upcycled(source: Transformer, fresh: Transformer, key: jax.Array, noise: flo
         parts = [part(i, rest, leaf[n], keys[n]) for n, i in enumerate(layers)]
         leaves.append(jnp.stack(parts))
     return jax.tree.unflatten(jax.tree.structure(fresh), leaves)
+
+
+def _slices(name: str, base: jax.Array, slices: int, experts: int) -> jax.Array:
+    """The experts' weights, or biases, as slices of an MLP's."""
+    dims = declaration(name).dims[1:]
+    if "F" not in dims:  # the output's bias, which the experts' weights average
+        return base
+    axis = dims.index("F")
+    cut = jnp.stack(jnp.split(base, slices, axis))
+    if dims == "FD":
+        cut *= slices
+    return jnp.tile(cut, (experts // slices, *[1] * base.ndim))

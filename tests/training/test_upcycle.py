@@ -50,6 +50,31 @@ def test_top_2_computes_what_the_dense_model_did(text):
     np.testing.assert_allclose(activations(grown), activations(model), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("4 layers, E=2+3, top 2, residual", {}),
+        ("4 layers, E=4, top 2", {"expert_d_ff": 5}),
+        ("4 layers, E=4+8, top 4, residual", {"expert_d_ff": 5, "residual_d_ff": 10}),
+        ("2 layers, E=15, top 5", {"expert_d_ff": 2}),
+    ],
+)
+def test_modern_models_and_slices_compute_what_the_dense_model_did(family, text, parts):
+    """Copies and slices of swiglu MLPs, and of gelu ones with biases."""
+    today = {"family": family, "heads": 4, "kv_heads": 2, "head_dim": 4}
+    model = {} if family == "gpt2" else today
+    dropless = {"capacity_factor": float("inf"), "eval_capacity_factor": float("inf")}
+    source = settings(text.partition(",")[0], model=model, seed=3)
+    target = settings(text, model=model | parts | {"normalize_top_k": "always"}, moe=dropless)
+    check_fits(source.model, target.model)
+    model, fresh = init_model(source), init_model(target)
+    rng = np.random.default_rng(0)  # biases start at zero
+    model = jax.tree.map(lambda x: x + jnp.asarray(0.1 * rng.normal(size=x.shape), x.dtype), model)
+    grown = jit(lambda model: upcycled(model, fresh, jax.random.key(5), 0.0))(model)
+    np.testing.assert_allclose(activations(grown), activations(model), rtol=1e-4, atol=1e-5)
+
+
 def test_every_part_by_hand():
     """Experts and the residual MLP are the dense MLP, the router is the seed's, the rest stays."""
     target = settings("4 layers, E=2+3, residual")
@@ -96,6 +121,25 @@ def test_the_same_model_is_a_copy():
         ("4 layers", "6 layers, E=3", {}, "model.layers=6, the run to start as has 4"),
         ("4 layers", "4 layers, E=3", {"d_ff": 12}, "model.d_ff=12, the run to start as has 10"),
         ("4 layers", "4 layers, E=3", {"length": 9}, "exceeds the 8 positions of the run to start"),
+        ("4 layers", "4 layers, E=4, top 2", {"expert_d_ff": 3}, "doesn't divide the 10 hidden"),
+        (
+            "4 layers",
+            "4 layers, E=3, top 2",
+            {"expert_d_ff": 5},
+            "layer 1, experts=3: with model.e",
+        ),
+        (
+            "4 layers",
+            "4 layers, E=4",
+            {"expert_d_ff": 5},
+            "model.top_k=1: with model.expert_d_ff=5",
+        ),
+        (
+            "4 layers",
+            "4 layers, E=4, top 2, residual",
+            {"expert_d_ff": 5},
+            "MLP beside the experts",
+        ),
         ("4 layers, E=3", "4 layers", {}, "layer 1 has no experts, that of the run to start as 3"),
         ("4 layers, E=3", "4 layers, E=3+4", {}, "layer 3 has 4 experts, that of the run to star"),
         ("4 layers, E=3", "4 layers, E=3, residual", {}, "model.residual=True, residual_mix=learn"),
