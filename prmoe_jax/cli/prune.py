@@ -48,4 +48,7 @@ def run(options, rest) -> None:
         options.corpus,
         options.batches,
     )
-    print(json.dumps(plan) if options.json else table(plan))
+    if options.json:
+        print(json.dumps(plan))
+    elif options.out is None:  # otherwise it was logged before the run was written
+        print(table(plan))

@@ -421,8 +421,20 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up and a decay of the learning rate, both measured in tokens."""
+    """Linear warm-up and a decay of the learning rate, both measured in tokens."""
 
+    kind: str = setting(
+        "adamw",
+        "What makes a step out of a gradient.",
+        choices={
+            "adamw": "",
+            "muon": (
+                "the orthogonalised momentum for the weight matrices of layers, each expert's on "
+                "its own, scaled to suit AdamW's rates (arXiv 2502.16982), and AdamW for "
+                "embeddings, output, routers, biases and norms"
+            ),
+        },
+    )
     learning_rate: float = setting(1e-3, "Highest learning rate, after warm-up.", above=0)
     min_learning_rate: float = setting(1e-4, "Learning rate at the end of the decay.")
     schedule: str = setting(
@@ -453,6 +465,7 @@ class OptimizerConfig:
         0.95, "AdamW's β₂, decay rate of the mean of their squares.", least=0, most=0.99999
     )
     eps: float = setting(1e-8, "AdamW's ε.", above=0)
+    momentum: float = setting(0.95, "Decay rate of Muon's momentum.", least=0, most=0.99999)
     weight_decay: float = setting(
         0.1, "Weight decay of matrices; biases and norms have none.", least=0
     )

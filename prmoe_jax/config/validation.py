@@ -398,6 +398,12 @@ def _check_training(config: Config) -> None:
         f"optimizer.decay_tokens={optimizer.decay_tokens} must be above warmup_tokens="
         f"{optimizer.warmup_tokens}",
     )
+    momentum = OptimizerConfig().momentum
+    require(
+        optimizer.kind == "muon" or optimizer.momentum == momentum,
+        f"optimizer.momentum={optimizer.momentum} has no effect with optimizer.kind="
+        f"{optimizer.kind}; leave it at {momentum} or use kind=muon",
+    )
     default = OptimizerConfig().decay_fraction
     require(
         optimizer.schedule == "wsd" or optimizer.decay_fraction == default,

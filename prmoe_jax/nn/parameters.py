@@ -1,7 +1,7 @@
 """The declaration of every parameter, and the names of parameters in a tree.
 
-One entry of `PARAMETERS` decides sharding, weight decay, compute dtype, quantization, students and
-upcycling.
+One entry of `PARAMETERS` decides sharding, optimizer, weight decay, compute dtype, quantization,
+students and upcycling.
 """
 
 import dataclasses
@@ -30,6 +30,11 @@ class Parameter:
     cast: bool = False  # `transformer.cast` casts it to the compute dtype
     contracted: str = ""  # dimensions that its product sums over, if it can be quantized
     only_moe: bool = False  # dense layers lack it, so that upcycling initialises it anew
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it holds weight matrices of a layer, which Muon can update."""
+        return self.cast and bool(self.contracted)
 
 
 # The keys are the ends of names in `named_leaves`. Weight decay can't follow from the number of

@@ -92,6 +92,27 @@ def constrain(tree):
     return jax.lax.with_sharding_constraint(tree, specs(tree, mesh))
 
 
+def constrain_matrices(name: str, x: jax.Array) -> jax.Array:
+    """Constrains matrices of one parameter, [..., rows, columns], to whole ones on each device.
+
+    Experts are split as usual. Layers, the first dimension of other parameters, are split over as
+    many axes of FSDP as divide them.
+
+    Args:
+      name: the parameter's name in `parameters.named_leaves`.
+      x: its matrices; experts are the last dimension before rows and columns.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    axes: list[tuple[str, ...]] = [()] * x.ndim
+    if declaration(name).dims.startswith("E"):
+        axes[-3] = expert_axes(mesh, x.shape[-3])
+    elif x.ndim > 2:
+        axes[0] = _most_axes(mesh, x.shape[0])
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))
+
+
 def constrain_batch(x_BxLxD: jax.Array) -> jax.Array:
     """Constrains activations to the partition of the batch."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -1,4 +1,4 @@
-"""AdamW with a schedule by tokens; each parameter's declaration decides its weight decay."""
+"""AdamW or Muon with a schedule by tokens; declarations decide weight decay and optimizer."""
 
 import math
 
@@ -8,6 +8,7 @@ import optax
 
 from prmoe_jax.config import Config
 from prmoe_jax.nn.parameters import declaration, named_leaves
+from prmoe_jax.training.muon import muon
 
 
 def decay_mask(params):
@@ -48,17 +49,31 @@ def learning_rate(config: Config):
     return rate
 
 
+def optimizers(params):
+    """A tree of names: "muon" for the layers' weight matrices, "adamw" for other parameters."""
+    names = ("muon" if declaration(name).is_matrix else "adamw" for name in named_leaves(params))
+    return jax.tree.unflatten(jax.tree.structure(params), list(names))
+
+
 def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """Clips by the norm of the whole gradient, then applies AdamW."""
+    """Clips by the norm of the whole gradient, then applies AdamW, or Muon to weight matrices."""
     settings = config.optimizer
-    adamw = optax.adamw(
-        learning_rate(config),
+    rate = learning_rate(config)
+    optimizer = optax.adamw(
+        rate,
         b1=settings.b1,
         b2=settings.b2,
         eps=settings.eps,
         weight_decay=settings.weight_decay,
         mask=decay_mask,
     )
+    if settings.kind == "muon":
+        matrices = optax.chain(
+            muon(settings.momentum),
+            optax.add_decayed_weights(settings.weight_decay),
+            optax.scale_by_learning_rate(rate),
+        )
+        optimizer = optax.partition({"muon": matrices, "adamw": optimizer}, optimizers)
     if math.isinf(settings.clip_norm):
-        return adamw
-    return optax.chain(optax.clip_by_global_norm(settings.clip_norm), adamw)
+        return optimizer
+    return optax.chain(optax.clip_by_global_norm(settings.clip_norm), optimizer)

@@ -130,6 +130,7 @@ COMPANIONS = {
     "init.noise": ["init.workdir=runs/dense"],
     "init.step": ["init.workdir=runs/trunk", "optimizer.schedule=wsd"],
     "optimizer.decay_fraction": ["optimizer.schedule=wsd"],
+    "optimizer.momentum": ["optimizer.kind=muon"],
     "teacher.cache": ["kd.kind=top_k", "kd.top_k=5"],
     "kd.top_k": ["teacher.workdir=runs/a", "kd.kind=top_k"],
     **{
@@ -236,6 +237,10 @@ RULES = {
     "std": (["model.init_std=0"], "model.init_std=0.0 must be above 0"),
     "exchange": (["moe.exchange=ring"], "use one of auto, flat, hierarchical, coordinated"),
     "init noise": (["init.noise=0.1"], "init.noise=0.1 has no effect without init.workdir"),
+    "momentum": (
+        ["optimizer.momentum=0.9"],
+        "has no effect with optimizer.kind=adamw; leave it at 0.9",
+    ),
     "init step": (["init.step=9"], "init.step=9 has no effect without init.workdir"),
     "branch by cosine": (
         ["init.workdir=a", "init.step=9"],

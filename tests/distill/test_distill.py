@@ -635,3 +635,54 @@ def test_evaluation_beside_a_teacher(teacher, student, tmp_path, capsys):
     assert "no run in" in capsys.readouterr().err
     assert main(["eval", f"--workdir={student}", "--teacher=x", "--tasks=cloze"]) == 2
     assert "leave it or --tasks out" in capsys.readouterr().err
+
+
+# Every setting of today's decoders and experts that differs from GPT-2's, and Muon.
+TODAY = {
+    "model.family": "qwen2_moe",
+    "model.kv_heads": 1,
+    "model.head_dim": 6,
+    "model.expert_d_ff": 12,
+    "model.residual_d_ff": 20,
+    "model.qk_norm": "whole",
+    "model.clip_qkv": 1.0,
+    "model.sliding_window": 9,
+    "model.normalize_top_k": "always",
+    "model.remat": "full",
+    "moe.scores": "sigmoid",
+    "moe.routed_scale": 2.5,
+    "moe.balance": "batch",
+    "moe.bias_update_rate": 0.01,
+    "moe.capacity_factor": "inf",
+    "moe.eval_capacity_factor": "inf",
+    "train.accumulate": 2,
+    "train.batch_size": 16,
+    "optimizer.kind": "muon",
+}
+
+
+def test_a_student_of_today_killed_and_on_eight_devices(text, tmp_path):
+    """It starts as a part of its teacher, is killed while taught, and ends as undisturbed."""
+    names = "4 layers, every 1, E=8, top 2, residual", "2 layers, every 1, E=8, top 2, residual"
+    teacher = tmp_path / "teacher"
+    assert main(arguments(text, teacher, names[0], **TODAY)) == 0
+    taught = TODAY | {"train.steps": 60, "checkpoint.every": 10, "kd.stop": 0.7}
+    taught |= {"teacher.workdir": teacher, "teacher.inherit": True}
+    assert main(arguments(text, tmp_path / "whole", names[1], **taught)) == 0
+    command = arguments(text, tmp_path / "run", names[1], **taught)
+    process = start(*command)
+    wait_for_lines(tmp_path / "run", 25, process)
+    process.kill()
+    finish(process)
+    code, _, err = finish(start(*command))
+    assert code == 0, err
+    assert "resumed at step" in err
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    spread = taught | {"mesh.expert": 4, "mesh.fsdp": 2, "eval.batches": 1}
+    spread |= {"train.steps": 6, "kd.stop": 1.0}
+    command = arguments(text, tmp_path / "spread", names[1], **spread)
+    code, _, err = finish(start(*command, XLA_FLAGS="--xla_force_host_platform_device_count=8"))
+    assert code == 0, err
+    for name in ("loss", "kd_loss"):
+        ours, alone = ([x[name] for x in logged(tmp_path / f)[:6]] for f in ("spread", "whole"))
+        assert ours == pytest.approx(alone, rel=1e-4)

@@ -460,6 +460,7 @@ def on_eight_devices(case, *arguments):
         ("dropless, top 4", ["experts over slices"]),
         ("equal pieces", ["expert"]),
         ("today's parts", ["slices, expert, tensor"]),
+        ("muon", ["fsdp, expert, tensor"]),
     ],
 )
 def test_a_step_on_a_mesh_equals_one_on_one_device(name, meshes):

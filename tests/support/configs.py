@@ -84,6 +84,8 @@ OTHER_VALUES = {
     "train.accumulate": ("4", 4),
     "train.z_loss": ("1e-4", 0.0001),
     "train.compile_cache": ("programs", "programs"),
+    "optimizer.kind": ("muon", "muon"),
+    "optimizer.momentum": ("0.9", 0.9),
     "optimizer.learning_rate": ("2e-3", 0.002),
     "optimizer.min_learning_rate": ("0", 0.0),
     "optimizer.schedule": ("wsd", "wsd"),

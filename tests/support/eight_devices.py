@@ -54,6 +54,7 @@ ARCHITECTURES = {
     "dropless, top 4": ("2 layers, E=8, top 4", {"batch_size": 2 * ROWS, "accumulate": 2}),
     "one expert": ("2 layers, E=4", {}),
     "equal pieces": ("2 layers, E=16, top 2", {}),
+    "muon": ("4 layers, E=4, residual", {}),
     "today's parts": (
         "2 layers, every 1, E=4+8, top 2, residual",
         {"batch_size": 2 * ROWS, "accumulate": 2},
@@ -67,6 +68,7 @@ MODEL = {
         "normalize_top_k": "always",
     },
 }  # fmt: skip
+OPTIMIZER = {"muon": {"kind": "muon"}}
 DROPLESS = {"capacity_factor": math.inf, "eval_capacity_factor": math.inf, "overflow": "position"}
 MOE = {
     "dropless": DROPLESS | {"buffer_factor": 1.0},
@@ -105,7 +107,7 @@ SLICES = {
 INFERENCE = "data", "expert", "sliced", "expert, slice, tensor", "two stages"
 
 
-def settings(text: str, train=(), moe=(), **model) -> Config:
+def settings(text: str, train=(), moe=(), optimizer=(), **model) -> Config:
     shape = {"vocab_size": 272, "length": LENGTH, "d_model": 24, "heads": 4, "d_ff": 40}
     fields = architecture.parse_fields(text) | shape | {"dtype": "float32", "init_std": 0.2}
     values = {
@@ -113,7 +115,7 @@ def settings(text: str, train=(), moe=(), **model) -> Config:
         "moe": {"min_capacity": 1, "overflow": "random", "aux_loss_weight": 0.1} | dict(moe),
         "train": {"steps": 10, "batch_size": ROWS} | dict(train),
         # A first AdamW step is the gradient's sign unless epsilon matters.
-        "optimizer": {"eps": 1e-2, "clip_norm": 0.1},
+        "optimizer": {"eps": 1e-2, "clip_norm": 0.1} | dict(optimizer),
     }
     return config.resolve(values)
 
@@ -177,7 +179,8 @@ def step(name: str, *meshes: str) -> None:
     """
     text, train = ARCHITECTURES[name]
     kept = "full" if name in MOE else "none"
-    values = settings(text, train, MOE.get(name, {}), remat=kept, **MODEL.get(name, {}))
+    moe, optimizer = MOE.get(name, {}), OPTIMIZER.get(name, {})
+    values = settings(text, train, moe, optimizer, remat=kept, **MODEL.get(name, {}))
     batch = make_batch(values.train.batch_size)
     state = jax.device_get(jax.jit(init_state, static_argnums=0)(values))
     if name == "one expert":

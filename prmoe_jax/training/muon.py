@@ -1,0 +1,71 @@
+"""Muon: the momentum of every weight matrix of a layer, orthogonalised (Jordan et al., 2024).
+
+https://kellerjordan.github.io/posts/muon. Updates are scaled as in Moonlight (arXiv 2502.16982,
+section 2.2), so that AdamW's learning rate and weight decay suit them.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from prmoe_jax.nn.parameters import declaration, named_leaves
+from prmoe_jax.parallel import sharding
+
+STEPS = 5
+COEFFICIENTS = 3.4445, -4.7750, 2.0315
+RMS = 0.2  # that of AdamW's updates, by measurement (Moonlight, section 2.2)
+
+
+def muon(momentum: float) -> optax.GradientTransformation:
+    """Nesterov momentum, then its orthogonal factor; weight decay and learning rate come after it.
+
+    Args:
+      momentum: the decay rate of the momentum.
+    """
+    orthogonalized = optax.stateless(lambda updates, _: orthogonalize(updates))
+    return optax.chain(optax.trace(momentum, nesterov=True), orthogonalized)
+
+
+def orthogonalize(updates: optax.Updates) -> optax.Updates:
+    """About U Vᵀ of every matrix U S Vᵀ, scaled to a root mean square of about `RMS`.
+
+    Queries, keys and values are a matrix each, with the heads side by side, and so is each expert.
+    A device computes whole matrices, which are spread over layers and experts.
+
+    Args:
+      updates: a tree of the layers' weight matrices; others are left out.
+    """
+    leaves = [_orthogonal(name, leaf) for name, leaf in named_leaves(updates).items()]
+    return sharding.constrain(jax.tree.unflatten(jax.tree.structure(updates), leaves))
+
+
+def _orthogonal(name: str, x: jax.Array) -> jax.Array:
+    declared = declaration(name)
+    stacked = x.ndim - len(declared.dims)
+    kinds: dict[str, list[int]] = {"batch": list(range(stacked)), "rows": [], "columns": []}
+    for axis, dim in enumerate(declared.dims, stacked):
+        of = "rows" if dim in declared.contracted else "columns"
+        kinds["batch" if dim == "E" or dim.isdigit() else of].append(axis)
+    order = [axis for axes in kinds.values() for axis in axes]
+    moved = x.transpose(order)
+    rows, columns = (math.prod(x.shape[axis] for axis in kinds[of]) for of in ("rows", "columns"))
+    batch = moved.shape[: len(kinds["batch"])]
+    matrices = sharding.constrain_matrices(name, moved.reshape(*batch, rows, columns))
+    scale = RMS * math.sqrt(max(rows, columns))
+    done = scale * _newton_schulz(matrices)
+    back = sorted(range(x.ndim), key=order.__getitem__)
+    return done.reshape(moved.shape).transpose(back)
+
+
+def _newton_schulz(x_NxM: jax.Array) -> jax.Array:
+    """U S' Vᵀ of each matrix U S Vᵀ, with S' between about 0.7 and 1.2."""
+    wide = x_NxM.shape[-2] <= x_NxM.shape[-1]
+    x = x_NxM if wide else x_NxM.mT
+    x /= jnp.linalg.norm(x, axis=(-2, -1), keepdims=True) + 1e-8
+    a, b, c = COEFFICIENTS
+    for _ in range(STEPS):
+        square = x @ x.mT
+        x = a * x + (b * square + c * square @ square) @ x
+    return x if wide else x.mT
