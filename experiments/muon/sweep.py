@@ -1,0 +1,42 @@
+"""Does Muon need fewer tokens than AdamW for the same loss?
+
+The narrowest dense model of experiments/multiplier and its MoE of 64 experts. The same learning
+rates are tried with both optimizers, on 3 M tokens; the best ones go into RATES.
+
+    prmoe sweep experiments/muon                           # --shard=1/2 and 2/2 for two cores
+    prmoe report experiments/muon
+"""
+
+import runpy
+from pathlib import Path
+
+MULTIPLIER = runpy.run_path(str(Path(__file__).parents[1] / "multiplier/sweep.py"))
+SEEDS = 1, 2, 3
+KEEP_CHECKPOINTS = False
+STEPS = {"3M": 350, "4M": 525, "6M": 700}
+MODELS = {"dense": "dense_64", "moe": "E64"}
+TRIED = 2e-3, 4e-3, 8e-3, 16e-3
+# The best of those tried, by model and optimizer; nothing else runs before they are known.
+RATES: dict[str, float] = {}
+
+
+def get_config(model: str, kind: str, steps: int, rate: float):
+    config = MULTIPLIER["get_config"](MODELS[model], steps, rate)
+    config.optimizer.kind = kind
+    return config
+
+
+def runs():
+    for model in MODELS:
+        for kind in ("adamw", "muon"):
+            for rate in TRIED:
+                yield f"{model}_{kind}_{rate:g}/0", get_config(model, kind, STEPS["3M"], rate)
+    trunks = {}
+    for tokens, steps in STEPS.items():
+        for seed in SEEDS:
+            for arm, rate in RATES.items():
+                config = get_config(*arm.split("_"), steps, rate)
+                config.seed = seed
+                name = f"{arm}/{tokens}/{seed}"
+                yield name, config, trunks.get((arm, seed))
+                trunks[arm, seed] = name

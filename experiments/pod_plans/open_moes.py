@@ -1,0 +1,116 @@
+"""Plans of open MoEs, in training and for the next token, on TPU v5p and on H100s.
+
+    pip install -e '.[tpu]'                               # an environment for TPUs
+    python experiments/pod_plans/open_moes.py v5p
+    pip install -e '.[cuda]'                              # another one for GPUs
+    python experiments/pod_plans/open_moes.py h100
+    python experiments/pod_plans/open_moes.py             # the tables
+
+Plans that open_moes.jsonl has are not made again. Batches are those of configs/open_moes.py, with
+the least rematerialisation that fits. The next token is that of 64 full contexts of 4,096 tokens on
+eight chips, in bfloat16. The bound is the time in which a chip reads its weights and its part of
+the KV cache once.
+"""
+
+import dataclasses
+import json
+import os
+import runpy
+import sys
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+
+import jax
+
+from prmoe_jax import config
+from prmoe_jax.parallel.mesh import leaner
+from prmoe_jax.plan.chips import chip_of, topology_devices
+from prmoe_jax.plan.report import plan
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "open_moes.jsonl"
+OPEN = runpy.run_path(str(HERE.parent.parent / "configs" / "open_moes.py"))
+TRAINING = {"v5p": "v5p:4x4x8", "h100": "h100:16x8"}
+DECODING = {"v5p": "v5p:2x2x2", "h100": "h100:1x8"}
+SEQUENCES = 64
+DECODING_MESH = {"expert": 4, "tensor": 2}
+
+
+def trained(values: config.Config, topology: str) -> dict:
+    """The first plan that fits, of the meshes from the cheapest on, without and with full remat."""
+    devices = len(topology_devices(topology)[1])
+    for mesh in leaner(values, devices):
+        for remat in ("dots", "full"):
+            model = dataclasses.replace(values.model, remat=remat)
+            result = plan(dataclasses.replace(values, model=model, mesh=mesh), topology)
+            if result["fits"]:
+                return result | {"remat": remat}
+    return result | {"remat": remat}
+
+
+def decoded(values: config.Config, topology: str) -> dict:
+    mesh = dataclasses.replace(values.mesh, **DECODING_MESH)
+    result = plan(dataclasses.replace(values, mesh=mesh), topology, SEQUENCES)
+    held = result["hbm_bytes_per_chip"]
+    bound = (held["parameters"] + held["past"]) / chip_of(topology).hbm_bytes_per_s
+    return result | {"sequences": SEQUENCES, "bound_s": bound}
+
+
+def load() -> list[dict]:
+    return list(map(json.loads, RESULTS.read_text().splitlines())) if RESULTS.exists() else []
+
+
+def table(rows: list[dict]) -> str:
+    lines = [
+        "| training | pod | mesh | remat | HBM a chip | step | MFU | tokens/s |",
+        "|---" * 8 + "|",
+    ]
+    ends = [
+        "",
+        "| decoding | chips | mesh | HBM a chip | a token | bound | x bound |",
+        "|---" * 7 + "|",
+    ]
+    for row in rows:
+        mesh = ", ".join(f"{name} {size}" for name, size in row["mesh"].items())
+        held = row["hbm_bytes_per_chip"]
+        used = held.get("needed", sum(held.values())) / 2**30
+        if not row["fits"]:
+            limit = chip_of(row["topology"]).hbm_bytes / 2**30
+            parts = [row["topology"], mesh, f"{used:.1f} GiB, does not fit {limit:.0f} GiB"]
+        elif "sequences" in row:
+            step, bound = row["modelled_step_s"], row["bound_s"]
+            parts = [row["topology"], mesh, f"{used:.1f} GiB", f"{step * 1e3:.1f} ms"]
+            parts += [f"{bound * 1e3:.1f} ms", f"{step / bound:.1f}"]
+        else:
+            parts = [row["topology"], mesh, row["remat"], f"{used:.1f} GiB"]
+            parts += [f"{row['modelled_step_s']:.2f} s", f"{row['modelled_mfu']:.1%}"]
+            parts += [f"{row['tokens_per_s']:,.0f}"]
+        (ends if "sequences" in row else lines).append(
+            "| " + " | ".join([row["model"], *parts]) + " |"
+        )
+    return "\n".join(lines + ends)
+
+
+def main() -> None:
+    rows = load()
+    done = {(row["model"], row["topology"]) for row in rows}
+    for chip in sys.argv[1:]:
+        for topologies, make in ((DECODING, decoded), (TRAINING, trained)):
+            for name in OPEN["MODELS"]:
+                topology = topologies[chip]
+                if (name, topology) in done:
+                    continue
+                values = config.resolve(OPEN["get_config"](name))
+                row = {"model": name, "jax": jax.__version__} | make(values, topology)
+                with RESULTS.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+                print(name, topology, row["fits"], row.get("modelled_step_s"), flush=True)
+    print(table(load()))
+
+
+if __name__ == "__main__":
+    main()
