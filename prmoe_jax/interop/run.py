@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 from pathlib import Path
 
 import jax
@@ -133,10 +134,19 @@ def _read_hugging_face(folder: Path) -> tuple[Config, dict[str, jax.Array], str]
         return read_gpt2(folder)
 
     def place(config: Config) -> jax.sharding.Mesh:
-        mesh = MeshConfig(data=1, fsdp=len(jax.devices()))
+        mesh = spread_over(config.model, len(jax.devices()))
         return make_mesh(dataclasses.replace(config, mesh=mesh))
 
     return hugging_face.read_hugging_face(folder, place)
+
+
+def spread_over(model: ModelConfig, devices: int) -> MeshConfig:
+    """The mesh on which the devices hold a model once, as far as its sizes allow."""
+    experts = list(filter(None, model.schedule.experts))
+    expert = math.gcd(devices, *experts) if experts else 1
+    parts = math.gcd(devices // expert, model.expert_width) if experts else 1
+    fsdp = devices // expert // parts
+    return MeshConfig(data=1, fsdp=fsdp, expert=expert, expert_slice=parts)
 
 
 def _read_ours(folder: Path) -> tuple[Config, dict[str, np.ndarray], str]:

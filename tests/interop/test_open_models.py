@@ -15,10 +15,11 @@ from safetensors.numpy import load_file, save_file
 
 from configs import open_moes
 from prmoe_jax.cli import main
-from prmoe_jax.config import load, resolve
+from prmoe_jax.config import MeshConfig, load, resolve
 from prmoe_jax.errors import UserError
 from prmoe_jax.inference.decoder import Decoder
 from prmoe_jax.interop.hugging_face import check_exportable
+from prmoe_jax.interop.run import spread_over
 from prmoe_jax.model.sizes import cost
 from prmoe_jax.model.transformer import init_model
 from prmoe_jax.run.restore import restore_run
@@ -55,6 +56,21 @@ def exported(workdir, out):
 def change(folder, **settings):
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
+@pytest.mark.parametrize(
+    ("text", "width", "expected"),
+    [
+        ("2 layers", 40, {"fsdp": 8}),
+        ("2 layers, E=16", 40, {"expert": 8}),
+        ("2 layers, E=60", 22, {"expert": 4, "expert_slice": 2}),
+        ("2 layers, E=15", 40, {"expert_slice": 8}),
+        ("2 layers, E=15", 6, {"expert_slice": 2, "fsdp": 4}),
+    ],
+)
+def test_devices_hold_an_imported_model_once(text, width, expected):
+    model = settings(text, model={"expert_d_ff": width} if "E" in text else {}).model
+    assert spread_over(model, 8) == MeshConfig(data=1, **expected)
 
 
 def change_tensors(folder, change):

@@ -16,7 +16,7 @@ import pytest
 
 from prmoe_jax.cli import main
 from prmoe_jax.errors import UserError
-from prmoe_jax.run.checkpoint import Checkpoints
+from prmoe_jax.run.checkpoint import Checkpoints, _checksums
 from tests.support.paths import REPOSITORY
 from tests.support.runs import (
     arguments,
@@ -324,6 +324,13 @@ def test_disk_full_in_the_middle_of_a_checkpoint(text, tmp_path):
     assert last.startswith("prmoe: a checkpoint could not be written to")
     step = int(last.rpartition("the last good one is step ")[2])
     assert parameters(tmp_path / "run")[0] == step
+
+
+def test_checksums_take_the_memory_of_one_array():
+    """Not of all, beside a model that may fill the device."""
+    named = {f"w_{n}": jax.ShapeDtypeStruct((1000 + n, 500), np.float32) for n in range(8)}
+    needed = _checksums.lower(named).compile().memory_analysis().temp_size_in_bytes
+    assert needed < 2.5 * 4 * 1007 * 500
 
 
 @pytest.mark.parametrize(("processes", "kind"), [(1, UserError), (2, jax.errors.JaxRuntimeError)])
