@@ -83,7 +83,7 @@ print(f"{before['loss']:.3f} nats a token")
 plan = prune_run(
     folder / "open",
     folder / "pyramid",
-    keep=0.5,
+    budget=0.5,
     kind="activation",
     shape="pyramid",
     merge=False,

@@ -1,5 +1,6 @@
 """`prmoe prune`: a MoE with fewer experts, chosen by measured importance."""
 
+import argparse
 import json
 
 from prmoe_jax import allocator
@@ -11,7 +12,11 @@ def add(verb) -> None:
     sub = verb("prune", run, "cut a MoE run down to a share of its experts")
     sub.add_argument("--workdir", type=path, required=True, help="the run's folder")
     sub.add_argument("--out", type=path, help="the folder of the new run; without it, plan only")
-    sub.add_argument("--keep", type=float, required=True, help="share of all experts that stays")
+    budget = sub.add_mutually_exclusive_group(required=True)
+    budget.add_argument("--keep", type=float, help="share of all experts that stays")
+    budget.add_argument(
+        "--experts", type=_counts, help="experts that stay in each MoE layer, such as 4,8,8"
+    )
     kinds = ("load", "activation", "loss")
     sub.add_argument(
         "--importance",
@@ -24,13 +29,20 @@ def add(verb) -> None:
         "--shape",
         choices=("pyramid", "uniform", "inverse"),
         default="pyramid",
-        help="more experts where they matter more (default), as many in every layer, or the "
-        "pyramid's numbers in reverse order",
+        help="with --keep: more experts where they matter more (default), the same share in every "
+        "layer, or the pyramid's numbers in reverse order",
     )
     merge = "merge the experts that go into those that stay, instead of dropping them"
     sub.add_argument("--merge", action="store_true", help=merge)
     sub.add_argument("--corpus", help="the text to measure on (default: the run's)")
     sub.add_argument("--batches", type=int, default=16, help="batches of it (default: 16)")
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(number) for number in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' must be numbers such as 4,8,8") from None
 
 
 def run(options, rest) -> None:
@@ -41,7 +53,7 @@ def run(options, rest) -> None:
     plan = prune_run(
         options.workdir,
         options.out,
-        options.keep,
+        options.experts or options.keep,
         options.importance,
         options.shape,
         options.merge,

@@ -105,22 +105,51 @@ def _first_order(
 
 
 def choose(
-    importance: Mapping[int, np.ndarray], keep: float, shape: str, least: int
+    importance: Mapping[int, np.ndarray], budget: float | tuple[int, ...], shape: str, least: int
 ) -> dict[int, np.ndarray]:
     """The experts that stay, ascending, by the number of their layer.
 
-    Numbers of experts are multiples of an eighth of the smallest layer's, so that meshes can split
-    them. In a pyramid, layers get them one multiple after the other, by the importance that is
-    still left out there.
-
     Args:
       importance: that of every expert, [E], by the layer's number.
-      keep: the share of all experts that stays.
-      shape: one of `SHAPES`.
+      budget: the share of all experts that stays, or the number of each MoE layer, or one for all.
+      shape: one of `SHAPES`, for a share.
       least: the smallest number in a layer.
 
     Raises:
-      UserError: so few cannot be kept.
+      UserError: so few or so many cannot be kept.
+    """
+    ranked = {layer: np.argsort(-of_E, kind="stable") for layer, of_E in importance.items()}
+    if isinstance(budget, tuple):
+        counts = _given(budget, {layer: len(order) for layer, order in ranked.items()}, least)
+    else:
+        counts = _shared(importance, ranked, budget, shape, least)
+    return {layer: np.sort(order[: counts[layer]]) for layer, order in ranked.items()}
+
+
+def _given(budget: tuple[int, ...], sizes: Mapping[int, int], least: int) -> dict[int, int]:
+    """The number of experts of each layer, as a user gave it."""
+    if len(budget) not in (1, len(sizes)):
+        raise UserError(
+            f"--experts={','.join(map(str, budget))} has {len(budget)} numbers, and the run has "
+            f"{len(sizes)} MoE layers; give one for each, or one for all"
+        )
+    each = budget * len(sizes) if len(budget) == 1 else budget
+    counts = dict(zip(sizes, each, strict=True))
+    for layer, count in counts.items():
+        if not least <= count <= sizes[layer]:
+            raise UserError(
+                f"--experts: layer {layer} cannot keep {count}; it has {sizes[layer]} experts, and "
+                f"each token has {least}"
+            )
+    return counts
+
+
+def _shared(importance, ranked, keep: float, shape: str, least: int) -> dict[int, int]:
+    """The number of experts of each layer, by its layer's number.
+
+    Numbers are multiples of an eighth of the smallest layer's, so that meshes can split them. In a
+    pyramid, layers get them one multiple after the other, by the importance that is still left out
+    there.
     """
     sizes = {layer: len(values) for layer, values in importance.items()}
     unit = max(1, min(sizes.values()) // 8)
@@ -132,7 +161,6 @@ def choose(
             f"--keep={keep} leaves {wanted * unit} experts for {len(sizes)} layers, and each needs "
             f"{first * unit}; use {first * unit * len(sizes) / sum(sizes.values()):.3g} or more"
         )
-    ranked = {layer: np.argsort(-of_E, kind="stable") for layer, of_E in importance.items()}
     counts = dict.fromkeys(sizes, first)
     if shape == "uniform":
         counts = {
@@ -156,7 +184,7 @@ def choose(
                     f"--shape=inverse gives layer {layer} {count * unit} experts, and it has "
                     f"{sizes[layer]}; use --shape=uniform to compare with"
                 )
-    return {layer: np.sort(ranked[layer][: counts[layer] * unit]) for layer in sizes}
+    return {layer: count * unit for layer, count in counts.items()}
 
 
 def _next(importance, ranked, layer: int, count: int, unit: int) -> float:
@@ -244,7 +272,7 @@ def _average(weights: Mapping[str, np.ndarray], e: int, members: list[int], shar
 def prune_run(
     workdir: Path,
     out: Path | None,
-    keep: float,
+    budget: float | tuple[int, ...],
     kind: str,
     shape: str,
     merge: bool,
@@ -256,7 +284,7 @@ def prune_run(
     Args:
       workdir: the run's folder.
       out: the folder of the new run; None plans only.
-      keep: the share of all experts that stays.
+      budget: the share of all experts that stays, or the number of each MoE layer, or one for all.
       kind: one of `IMPORTANCES`.
       shape: one of `SHAPES`.
       merge: whether the experts that go are merged into others instead of dropped.
@@ -272,8 +300,8 @@ def prune_run(
     """
     if out is not None:
         check_free("out", out)
-    if not 0 < keep < 1:
-        raise UserError(f"--keep={keep} must be between 0 and 1, exclusive; 0.5 keeps half")
+    if not (isinstance(budget, tuple) or 0 < budget < 1):
+        raise UserError(f"--keep={budget} must be between 0 and 1, exclusive; 0.5 keeps half")
     if batches < 1:
         raise UserError(f"--batches={batches} must be 1 or more")
     workdir = stores.as_path(workdir)
@@ -287,7 +315,7 @@ def prune_run(
     stored = str(workdir / workdirs.TOKENIZER)
     data = load_data(config.data, config.model.vocab_size, config.model.length, stored)
     found = measure(config, model, data, batches)
-    kept = choose(found[kind], keep, shape, config.model.top_k)
+    kept = choose(found[kind], budget, shape, config.model.top_k)
     small = pruned_config(config, kept)
     plan = {
         "step": step,

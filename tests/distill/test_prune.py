@@ -115,6 +115,12 @@ def test_choices_by_hand():
     assert chosen(0.5, "inverse") == {1: [0, 2, 3], 3: [0]}
     assert chosen(0.5, "pyramid", least=2) == {1: [0, 2], 3: [0, 1]}
     assert chosen(0.75, "pyramid") == {1: [0, 2], 3: [0, 1, 2, 3]}
+    assert chosen((1, 3), "pyramid") == {1: [0], 3: [0, 1, 2]}
+    assert chosen((2,), "pyramid") == {1: [0, 2], 3: [0, 1]}
+    with pytest.raises(UserError, match="--experts=1,2,3 has 3 numbers, and the run has 2 MoE lay"):
+        chosen((1, 2, 3), "pyramid")
+    with pytest.raises(UserError, match="layer 3 cannot keep 5; it has 4 experts, and each token"):
+        chosen((4, 5), "pyramid")
     with pytest.raises(UserError, match="--keep=0.3 leaves 2 experts for 2 layers, and each needs"):
         chosen(0.3, "pyramid", least=2)
     # Numbers are multiples of an eighth of the smallest layer's.
