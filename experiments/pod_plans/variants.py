@@ -57,7 +57,7 @@ def main() -> None:
     for topology, settings, load in PLANS:
         for model in ("moe_1.3b", "prmoe_1.3b"):
             shown = {name: str(value) for name, value in settings.items()}
-            if topology not in sys.argv[1:] or [model, topology, shown, load] in done:
+            if topology not in sys.argv[1:] or (model, topology, shown, load) in done:
                 continue
             values = PAPER["get_config"](model)
             values.update_from_flattened_dict(settings)

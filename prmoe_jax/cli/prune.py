@@ -5,6 +5,7 @@ import json
 
 from prmoe_jax import allocator
 from prmoe_jax.cli.options import check_run, path
+from prmoe_jax.errors import UserError
 
 
 def add(verb) -> None:
@@ -28,7 +29,6 @@ def add(verb) -> None:
     sub.add_argument(
         "--shape",
         choices=("pyramid", "uniform", "inverse"),
-        default="pyramid",
         help="with --keep: more experts where they matter more (default), the same share in every "
         "layer, or the pyramid's numbers in reverse order",
     )
@@ -50,12 +50,17 @@ def run(options, rest) -> None:
     check_run(options.workdir)
     from prmoe_jax.distill.prune import prune_run, table
 
+    if options.experts and options.shape:
+        raise UserError(
+            f"--shape={options.shape} has no effect with --experts, which gives every layer's "
+            "number; leave one of them out"
+        )
     plan = prune_run(
         options.workdir,
         options.out,
         options.experts or options.keep,
         options.importance,
-        options.shape,
+        options.shape or "pyramid",
         options.merge,
         options.corpus,
         options.batches,

@@ -421,11 +421,11 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """Linear warm-up and a decay of the learning rate, both measured in tokens."""
+    """AdamW or Muon, with linear warm-up and a decay of the learning rate, measured in tokens."""
 
     kind: str = setting(
         "adamw",
-        "What makes a step out of a gradient.",
+        "The optimizer.",
         choices={
             "adamw": "",
             "muon": (

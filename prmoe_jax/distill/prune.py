@@ -17,8 +17,17 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
+from prmoe_jax import config as configs
 from prmoe_jax import stores
-from prmoe_jax.config import Config, InitConfig, KdConfig, ModelConfig, TeacherConfig
+from prmoe_jax.config import (
+    Config,
+    InitConfig,
+    KdConfig,
+    MeshConfig,
+    ModelConfig,
+    TeacherConfig,
+    group_rows,
+)
 from prmoe_jax.data.pipeline import Data, load_data, train_iterator
 from prmoe_jax.distill.student import magnitudes, prune
 from prmoe_jax.errors import UserError
@@ -27,6 +36,7 @@ from prmoe_jax.model.loss import forward
 from prmoe_jax.model.sizes import cost
 from prmoe_jax.model.transformer import Transformer, init_model
 from prmoe_jax.nn.parameters import named_leaves
+from prmoe_jax.parallel.portions import add_up
 from prmoe_jax.run import directory as workdirs
 from prmoe_jax.run.new import check_free, write_run
 from prmoe_jax.run.restore import restore_run
@@ -63,16 +73,22 @@ def measure(config: Config, model: Transformer, data: Data, batches: int) -> dic
 
     @jax.jit
     def found(model, batch):
-        def loss(model):
-            sums = forward(model, batch)
-            return sums.loss / jnp.maximum(sums.tokens, 1), sums.routers
+        tokens = jnp.maximum(batch.mask_BxL.sum(), 1)
 
-        gradient, routers = jax.grad(loss, has_aux=True)(model)
-        load = {i: router.assigned_E for i, router in zip(layers, routers, strict=True)}
-        norms = model.added_norms(batch.tokens_BxL, batch.segments_BxL)
-        changes = _first_order(config.model, model, gradient)
-        squares = {i: jnp.square(changes[i]) for i in layers}
-        return {"load": load, "activation": norms, "loss": squares}
+        def portion_sums(portion):
+            def loss(model):
+                sums = forward(model, portion)
+                return sums.loss / tokens, sums.routers
+
+            gradient, routers = jax.grad(loss, has_aux=True)(model)
+            return {
+                "load": {i: r.assigned_E for i, r in zip(layers, routers, strict=True)},
+                "activation": model.added_norms(portion.tokens_BxL, portion.segments_BxL),
+                "loss": _first_order(config.model, model, gradient),
+            }
+
+        sums = add_up(portion_sums, batch, config.train.accumulate, group_rows(config))
+        return sums | {"loss": jax.tree.map(jnp.square, sums["loss"])}
 
     total = None
     iterator = train_iterator(data.train, config.train.batch_size, config.seed)
@@ -138,8 +154,8 @@ def _given(budget: tuple[int, ...], sizes: Mapping[int, int], least: int) -> dic
     for layer, count in counts.items():
         if not least <= count <= sizes[layer]:
             raise UserError(
-                f"--experts: layer {layer} cannot keep {count}; it has {sizes[layer]} experts, and "
-                f"each token has {least}"
+                f"--experts: layer {layer} cannot keep {count}; give from {least} (model.top_k) to "
+                f"{sizes[layer]}, which it has"
             )
     return counts
 
@@ -147,12 +163,12 @@ def _given(budget: tuple[int, ...], sizes: Mapping[int, int], least: int) -> dic
 def _shared(importance, ranked, keep: float, shape: str, least: int) -> dict[int, int]:
     """The number of experts of each layer, by its layer's number.
 
-    Numbers are multiples of an eighth of the smallest layer's, so that meshes can split them. In a
-    pyramid, layers get them one multiple after the other, by the importance that is still left out
-    there.
+    Numbers are multiples of a power of two, the largest that is at most an eighth of the smallest
+    layer's experts, so that meshes can split them. In a pyramid, each next multiple goes to the
+    layer whose best experts that are not kept yet matter most.
     """
     sizes = {layer: len(values) for layer, values in importance.items()}
-    unit = max(1, min(sizes.values()) // 8)
+    unit = 1 << max(1, min(sizes.values()) // 8).bit_length() - 1
     units = {layer: size // unit for layer, size in sizes.items()}
     wanted = min(round(keep * sum(sizes.values()) / unit), sum(units.values()))
     first = -(-least // unit)
@@ -168,7 +184,11 @@ def _shared(importance, ranked, keep: float, shape: str, least: int) -> dict[int
             for layer, size in sizes.items()
         }
     else:
-        left = [(-_next(importance, ranked, layer, first, unit), layer) for layer in sizes]
+        left = [
+            (-_next(importance, ranked, layer, first, unit), layer)
+            for layer in sizes
+            if first < units[layer]
+        ]
         heapq.heapify(left)
         for _ in range(wanted - first * len(sizes)):
             _, layer = heapq.heappop(left)
@@ -194,11 +214,12 @@ def _next(importance, ranked, layer: int, count: int, unit: int) -> float:
 
 
 def pruned_config(config: Config, kept: Mapping[int, np.ndarray]) -> Config:
-    """The config of the run with the experts that stay."""
+    """The config of the run with the experts that stay; its mesh is open, as they may not fit."""
     model = dataclasses.replace(
         config.model, experts=tuple(len(experts) for _, experts in sorted(kept.items()))
     )
     unset = {"teacher": TeacherConfig(), "kd": KdConfig(), "init": InitConfig()}
+    unset |= {"mesh": MeshConfig(), "moe": dataclasses.replace(config.moe, exchange="auto")}
     return dataclasses.replace(config, model=model, **unset)
 
 
@@ -221,7 +242,7 @@ def pruned(
         model = _merged(config.model, model, kept, load)
     small = pruned_config(config, kept)
     shapes = jax.eval_shape(lambda: init_model(small))
-    marks = {  # the experts that stay are the largest
+    marks = {  # 1 for experts that stay, of which `prune` keeps the largest
         layer: np.isin(np.arange(config.model.schedule.experts[layer]), experts).astype(np.float32)
         for layer, experts in kept.items()
     }
@@ -286,7 +307,7 @@ def prune_run(
       out: the folder of the new run; None plans only.
       budget: the share of all experts that stays, or the number of each MoE layer, or one for all.
       kind: one of `IMPORTANCES`.
-      shape: one of `SHAPES`.
+      shape: one of `SHAPES`, for a share.
       merge: whether the experts that go are merged into others instead of dropped.
       corpus: the text to measure on, as in `data.corpus`; None is the run's own.
       batches: how many batches of it.
@@ -309,14 +330,17 @@ def prune_run(
     if not any(config.model.schedule.experts):
         raise UserError(f"{workdir}: this run is {config.model.schedule}; it has no experts")
     if config.moe.router != "token_choice":
-        raise UserError("this run's experts choose their tokens; no load says which matter")
-    if corpus is not None:
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, corpus=corpus))
+        raise UserError(
+            f"{workdir}: moe.router={config.moe.router}; experts that choose their tokens all have "
+            "the same load, and prmoe prune is for token_choice"
+        )
+    text = config.data if corpus is None else dataclasses.replace(config.data, corpus=corpus)
     stored = str(workdir / workdirs.TOKENIZER)
-    data = load_data(config.data, config.model.vocab_size, config.model.length, stored)
+    data = load_data(text, config.model.vocab_size, config.model.length, stored)
     found = measure(config, model, data, batches)
     kept = choose(found[kind], budget, shape, config.model.top_k)
-    small = pruned_config(config, kept)
+    # `restore_run` may have changed mesh and exchange.
+    small = pruned_config(configs.load(workdir / workdirs.CONFIG), kept)
     plan = {
         "step": step,
         "importance": kind,

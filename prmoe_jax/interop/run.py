@@ -144,7 +144,8 @@ def spread_over(model: ModelConfig, devices: int) -> MeshConfig:
     """The mesh on which the devices hold a model once, as far as its sizes allow."""
     experts = list(filter(None, model.schedule.experts))
     expert = math.gcd(devices, *experts) if experts else 1
-    parts = math.gcd(devices // expert, model.expert_width) if experts else 1
+    widths = model.d_ff, model.expert_width, model.residual_width
+    parts = math.gcd(devices // expert, *widths) if experts else 1
     fsdp = devices // expert // parts
     return MeshConfig(data=1, fsdp=fsdp, expert=expert, expert_slice=parts)
 

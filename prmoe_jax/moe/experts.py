@@ -159,13 +159,13 @@ class Experts(nnx.Module):
 
 
 class OutputNorms:
-    """Experts whose output is the norm of the output of expert e, in column e of D; E is at most D.
+    """Experts whose output is the norm of their output: expert `first + d` has it in column d of D.
 
-    Combined by the router's weights, they measure what each expert adds to the tokens.
+    Combined by the router's weights, they measure what each of D experts adds to the tokens.
     """
 
-    def __init__(self, experts: Experts):
-        self._experts, self.count = experts, experts.count
+    def __init__(self, experts: Experts, first: int):
+        self._experts, self._first, self.count = experts, first, experts.count
 
     def __call__(self, x_ExRxD: jax.Array) -> jax.Array:
         """As `Experts.__call__`."""
@@ -185,7 +185,7 @@ class OutputNorms:
 
     def _in_columns(self, y_RxD: jax.Array, expert_R: jax.Array) -> jax.Array:
         norm_Rx1 = jnp.linalg.norm(y_RxD.astype(jnp.float32), axis=-1, keepdims=True)
-        return norm_Rx1 * jax.nn.one_hot(expert_R, y_RxD.shape[-1])
+        return norm_Rx1 * jax.nn.one_hot(expert_R - self._first, y_RxD.shape[-1])
 
 
 class UnstackedExperts(nnx.Module):

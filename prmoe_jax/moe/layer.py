@@ -106,16 +106,14 @@ class MoE(nnx.Module):
 
         Args:
           x_BxLxD, valid_BxL: as for a call.
-
-        Raises:
-          ValueError: there are more experts than channels.
         """
-        if self.experts.count > x_BxLxD.shape[-1]:
-            raise ValueError(f"{self.experts.count} experts, {x_BxLxD.shape[-1]} channels")
         parts = {"w_router": self.w_router, "bias_router": self.bias_router}
-        parts["experts"] = OutputNorms(self.experts)
-        norm_BxLxD, _, _ = self._routed(parts, x_BxLxD, valid_BxL, None)
-        return norm_BxLxD.astype(jnp.float32).sum((0, 1))[: self.experts.count]
+        norms = []
+        for first in range(0, self.experts.count, x_BxLxD.shape[-1]):
+            parts["experts"] = OutputNorms(self.experts, first)
+            norm_BxLxD, _, _ = self._routed(parts, x_BxLxD, valid_BxL, None)
+            norms.append(norm_BxLxD.astype(jnp.float32).sum((0, 1)))
+        return jnp.concatenate(norms)[: self.experts.count]
 
     def _capacity_factor(self, keys) -> float:
         """An expert's capacity over its even share of a group; inf drops nothing."""

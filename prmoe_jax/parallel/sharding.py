@@ -93,10 +93,10 @@ def constrain(tree):
 
 
 def constrain_matrices(name: str, x: jax.Array) -> jax.Array:
-    """Constrains matrices of one parameter, [..., rows, columns], to whole ones on each device.
+    """Constrains matrices of one parameter, [layers, …, rows, columns], to whole ones on a device.
 
-    Experts are split as usual. Layers, the first dimension of other parameters, are split over as
-    many axes of FSDP as divide them.
+    Experts are split as usual, and layers over the other axes of a slice, but for `data`, as far as
+    these divide their number. Devices on axes that are left over compute the same matrices.
 
     Args:
       name: the parameter's name in `parameters.named_leaves`.
@@ -108,8 +108,12 @@ def constrain_matrices(name: str, x: jax.Array) -> jax.Array:
     axes: list[tuple[str, ...]] = [()] * x.ndim
     if declaration(name).dims.startswith("E"):
         axes[-3] = expert_axes(mesh, x.shape[-3])
-    elif x.ndim > 2:
-        axes[0] = _most_axes(mesh, x.shape[0])
+    rest = x.shape[0]
+    for axis in reversed(mesh.axis_names):
+        if axis not in ("data", *axes[-3]) and not crosses_slices(axis):
+            if rest % mesh.shape[axis] == 0:
+                rest //= mesh.shape[axis]
+                axes[0] = (axis, *axes[0])
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))
 
 

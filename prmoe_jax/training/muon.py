@@ -32,7 +32,7 @@ def orthogonalize(updates: optax.Updates) -> optax.Updates:
     """About U Vᵀ of every matrix U S Vᵀ, scaled to a root mean square of about `RMS`.
 
     Queries, keys and values are a matrix each, with the heads side by side, and so is each expert.
-    A device computes whole matrices, which are spread over layers and experts.
+    A device computes whole matrices (`sharding.constrain_matrices`).
 
     Args:
       updates: a tree of the layers' weight matrices; others are left out.

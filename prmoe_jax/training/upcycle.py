@@ -8,9 +8,9 @@ same router column, so that tokens choose all of them or none ("virtual groups",
 arXiv 2410.07524, section 3.3), and their output weights are multiplied by N.
 
 Where the weights of a token's experts add up to 1, as with top 2, the first loss is that of the
-dense model, if there is no noise, no token is dropped, `model.residual_mix` is not 'sum' and
-`moe.routed_scale` is 1. Top 1 weighs its expert by the router's probability and starts with a
-higher loss.
+dense model, if there is no noise, no token is dropped, `moe.routed_scale` is 1, and a residual MLP
+is mixed by weights that add up to 1, too (`model.residual_mix` 'learned' or 'half'). Top 1 weighs
+its expert by the router's probability and starts with a higher loss.
 """
 
 import contextlib
@@ -55,6 +55,7 @@ def init_from_run(config: Config, mesh: Mesh, tokenizer: Tokenizer) -> Transform
         settings = load(workdir / workdirs.CONFIG)
         files.regular(workdir / workdirs.TOKENIZER)
     check_fits(settings.model, config.model)
+    _check_choices(settings.model, config)
     check_same(workdir / workdirs.TOKENIZER, tokenizer, f"the run in {workdir}")
     moe = dataclasses.replace(settings.moe, exchange=config.moe.exchange)
     settings = dataclasses.replace(settings, mesh=config.mesh, moe=moe)
@@ -116,6 +117,16 @@ def check_fits(source: ModelConfig, model: ModelConfig) -> None:
             _check_slices(source.d_ff, model, layer, want)
 
 
+def _check_choices(source: ModelConfig, config: Config) -> None:
+    """Checks that tokens choose slices of an MLP together."""
+    slices = source.d_ff // config.model.expert_width
+    if config.moe.second_expert_sampling and not any(source.schedule.experts) and slices > 1:
+        raise UserError(
+            "moe.second_expert_sampling=True draws the second expert, and here it is the other "
+            "half of an MLP; leave it off"
+        )
+
+
 def _check_slices(d_ff: int, model: ModelConfig, layer: int, experts: int) -> None:
     """Checks that slices of an MLP's hidden units can be the experts of a layer."""
     slices = d_ff // model.expert_width
@@ -162,9 +173,9 @@ def upcycled(source: Transformer, fresh: Transformer, key: jax.Array, noise: flo
         base = whole[name.replace("mlp.experts.", "mlp.").replace("mlp.mlp.", "mlp.")]
         if not name.startswith("mlp.experts."):
             return base
-        spread = noise * jnp.std(base)
         if slices > 1:
             base = _slices(name, base, slices, len(like))
+        spread = noise * jnp.std(base)
         return base + spread * jax.random.normal(key, like.shape)
 
     leaves = []

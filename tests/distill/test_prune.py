@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from prmoe_jax.cli import main
-from prmoe_jax.config import load
+from prmoe_jax.config import MeshConfig, load
 from prmoe_jax.distill.prune import choose, measure, pruned, pruned_config
 from prmoe_jax.errors import UserError
 from prmoe_jax.model.layout import places
@@ -68,6 +68,29 @@ def scaled(model: Transformer, layer: int, expert: int, factor: float) -> Transf
     return with_leaves(model, scale)
 
 
+def norms_by_hand(model: Transformer, batch, layer: int) -> np.ndarray:
+    """The norm of each expert's output times its weight, summed token by token."""
+    decisions = model.routing(batch.tokens_BxL, batch.segments_BxL)
+    inputs = model._moe_inputs(batch.tokens_BxL, batch.segments_BxL)
+    moe, x_BxLxD = next((moe, x) for number, moe, x in inputs if number == layer)
+    norms = np.zeros(moe.experts.count)
+    routing = jax.tree.map(lambda x: x.reshape(-1, moe.top_k), decisions[layer])
+    x_NxD = x_BxLxD.reshape(-1, x_BxLxD.shape[-1])
+    y_ExNxD = np.stack([moe.experts.expert(e)(x_NxD) for e in range(len(norms))])
+    for token, k in itertools.product(range(len(x_NxD)), range(moe.top_k)):
+        if routing.kept_GxSxK[token, k]:
+            e = int(routing.expert_GxSxK[token, k])
+            norms[e] += routing.weight_GxSxK[token, k] * np.linalg.norm(y_ExNxD[e, token])
+    return norms
+
+
+def test_more_experts_than_channels():
+    model, batch = init_model(settings("2 layers, E=29, top 2", moe=DROPLESS)), make_batch()
+    found = jit(lambda model: model.added_norms(batch.tokens_BxL, batch.segments_BxL))(model)
+    np.testing.assert_allclose(found[1], norms_by_hand(model, batch, 1), rtol=1e-4)
+    assert found[1].shape == (29,) and (found[1] > 0).sum() > 12
+
+
 def test_importance_is_what_it_says(measured):
     """Loads, norms token by token, and the loss by finite differences."""
     values, model, batch, found = measured
@@ -77,17 +100,7 @@ def test_importance_is_what_it_says(measured):
     for one in batches:
         sums = forward(model, one)
         loads += sums.routers[1].assigned_E
-        decisions = model.routing(one.tokens_BxL, one.segments_BxL)
-        for number, moe, x_BxLxD in model._moe_inputs(one.tokens_BxL, one.segments_BxL):
-            if number != 3:
-                continue
-            routing = jax.tree.map(lambda x: x.reshape(-1, 2), decisions[3])
-            x_NxD = x_BxLxD.reshape(-1, x_BxLxD.shape[-1])
-            for token, k in itertools.product(range(len(x_NxD)), range(2)):
-                if routing.kept_GxSxK[token, k]:
-                    e = int(routing.expert_GxSxK[token, k])
-                    y_D = moe.experts.expert(e)(x_NxD[token])
-                    norms[e] += routing.weight_GxSxK[token, k] * np.linalg.norm(y_D)
+        norms += norms_by_hand(model, one, 3)
     np.testing.assert_allclose(found["load"][3], loads / loads.sum(), rtol=1e-6)
     np.testing.assert_allclose(found["activation"][3], norms, rtol=1e-4)
 
@@ -119,7 +132,7 @@ def test_choices_by_hand():
     assert chosen((2,), "pyramid") == {1: [0, 2], 3: [0, 1]}
     with pytest.raises(UserError, match="--experts=1,2,3 has 3 numbers, and the run has 2 MoE lay"):
         chosen((1, 2, 3), "pyramid")
-    with pytest.raises(UserError, match="layer 3 cannot keep 5; it has 4 experts, and each token"):
+    with pytest.raises(UserError, match="layer 3 cannot keep 5; give from 1 .model.top_k. to 4"):
         chosen((4, 5), "pyramid")
     with pytest.raises(UserError, match="--keep=0.3 leaves 2 experts for 2 layers, and each needs"):
         chosen(0.3, "pyramid", least=2)
@@ -130,6 +143,11 @@ def test_choices_by_hand():
     for shape in ("uniform", "pyramid"):
         kept = choose(uneven, 0.99, shape, 1)
         assert [len(e) for e in kept.values()] == [16, 18, 18, 18]
+    # A power of two, where an eighth is none; layers that are full take no more.
+    sixty = {i: np.arange(60.0) + 20 * i for i in range(4)}
+    assert {len(e) % 4 for e in choose(sixty, 0.6, "pyramid", 4).values()} == {0}
+    dead = {0: np.ones(2), 1: np.repeat([1.0, 0.0], 4)}
+    assert [len(e) for e in choose(dead, 0.8, "pyramid", 2).values()] == [2, 6]
     lower = {0: np.ones(4), 1: 9 * np.ones(8)}
     with pytest.raises(UserError, match="--shape=inverse gives layer 0 8 experts, and it has 4"):
         choose(lower, 0.75, "inverse", 1)
@@ -155,12 +173,22 @@ def only(model, kept):
 
 
 def test_experts_that_nobody_chooses_leave_no_trace():
-    values = settings(TEXT, moe=DROPLESS)
+    values = settings(TEXT, moe=DROPLESS | {"bias_update_rate": 0.01})
     kept = {1: np.array([0, 3]), 3: np.array([1, 2, 5])}
     model, batch = only(init_model(values), kept), make_batch()
+
+    def biases(named):
+        for layer in kept:
+            name = f"{name_of(model, layer)}.mlp.bias_router"
+            named[name] = named[name] + jnp.arange(named[name].shape[-1]) / 1000
+
+    model = with_leaves(model, biases)
     small = pruned(values, model, kept)
     assert small.config.schedule.experts == (0, 2, 0, 3)
     assert small.config == pruned_config(values, kept).model
+    for layer, experts in kept.items():
+        bias = named_leaves(small)[f"{name_of(small, layer)}.mlp.bias_router"]
+        np.testing.assert_allclose(bias[0], experts / 1000, rtol=1e-6)
     expected, found = (run(m, batch.tokens_BxL, batch.segments_BxL)[1] for m in (model, small))
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
@@ -190,10 +218,38 @@ def test_copies_merge_into_their_originals():
         np.testing.assert_allclose(leaf, other, rtol=1e-5, atol=1e-6, err_msg=name)
     # Other experts are averaged by load.
     halves = pruned(values, model, {1: np.array([1])}, load)
-    assert not np.allclose(halves.stages[0].blocks[1].mlp.experts.w_out[...][0, 0], 0)
     bias = halves.stages[0].blocks[1].mlp.experts.b_out[...][0, 0]
     every = model.stages[0].blocks[1].mlp.experts.b_out[...][0]
     np.testing.assert_allclose(bias, load[1] @ every, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_merged_units_are_matched(family):
+    """Two experts, one like the other in another order: the mean by load, unit by unit."""
+    model = {"family": family, "d_model": 12, "heads": 2}
+    values = settings("2 layers, E=2", model=model, moe=DROPLESS)
+    stage, rng = "stages.0.blocks.1.mlp.experts", np.random.default_rng(0)
+    order = rng.permutation(10)
+    noise = {}
+
+    def like(named):
+        for name in ("w_in", "w_gate", "b_in", "w_out", "b_out"):
+            if f"{stage}.{name}" not in named:
+                continue
+            leaf = np.array(named[f"{stage}.{name}"])
+            leaf[0, 0] = rng.normal(size=leaf[0, 0].shape)
+            noise[name] = 0.01 * rng.normal(size=leaf[0, 0].shape)
+            other = leaf[0, 0] + noise[name]
+            axis = {"w_in": 1, "w_gate": 1, "b_in": 0, "w_out": 0}.get(name)
+            leaf[0, 1] = other if axis is None else np.take(other, order, axis)
+            named[f"{stage}.{name}"] = jnp.asarray(leaf)
+
+    model = with_leaves(init_model(values), like)
+    load = {1: np.array([0.75, 0.25])}
+    merged = named_leaves(pruned(values, model, {1: np.array([0])}, load))
+    for name, change in noise.items():
+        expected = named_leaves(model)[f"{stage}.{name}"][0, 0] + 0.25 * change
+        np.testing.assert_allclose(merged[f"{stage}.{name}"][0, 0], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_run_is_pruned_and_learns_from_what_it_was(text, tmp_path, capsys):
@@ -203,7 +259,12 @@ def test_a_run_is_pruned_and_learns_from_what_it_was(text, tmp_path, capsys):
     moe = "2 layers, every 1, E=4+8"
     assert main(arguments(text, full, moe, **overrides)) == 0
     capsys.readouterr()
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "a.txt").write_text("Another text, to measure on. " * 500)
+    (other / "b.txt").write_text("And a second document of it. " * 500)
     prune = ["prune", f"--workdir={full}", "--keep=0.5", "--batches=2", "--json"]
+    prune.append(f"--corpus={other}")
     assert main(prune) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["architecture"][0] == moe
@@ -213,7 +274,10 @@ def test_a_run_is_pruned_and_learns_from_what_it_was(text, tmp_path, capsys):
     output = capsys.readouterr()
     assert json.loads(output.out) == plan
     assert "layer  experts  kept" in output.err
-    model = load(half / "config.json").model
+    written = load(half / "config.json")
+    assert written.data == load(full / "config.json").data
+    assert written.mesh == MeshConfig()
+    model = written.model
     assert str(model.schedule) == plan["architecture"][1]
     before, after = plan["total_params"]
     leaves = named_leaves(restore_run(half)[2])
@@ -223,6 +287,14 @@ def test_a_run_is_pruned_and_learns_from_what_it_was(text, tmp_path, capsys):
     taught = {"init.workdir": half, "teacher.workdir": full, "train.steps": 2}
     student = arguments(text, tmp_path / "taught", str(model.schedule), **overrides | taught)
     assert main(student) == 0
+    assert main([*prune, "--experts=2"]) == 2
+    assert "not allowed with argument --keep" in capsys.readouterr().err
+    counts = ["prune", f"--workdir={full}", "--batches=1", "--json", "--experts=1,5"]
+    assert main(counts) == 0
+    found = json.loads(capsys.readouterr().out)["layers"]
+    assert [len(row["kept"]) for row in found] == [1, 5]
+    assert main([*counts, "--shape=uniform"]) == 2
+    assert "--shape=uniform has no effect with --experts" in capsys.readouterr().err
     assert main([*prune, f"--out={half}"]) == 2
     assert f"--out={half} exists" in capsys.readouterr().err
 

@@ -22,6 +22,7 @@ from prmoe_jax.interop.hugging_face import check_exportable
 from prmoe_jax.interop.run import spread_over
 from prmoe_jax.model.sizes import cost
 from prmoe_jax.model.transformer import init_model
+from prmoe_jax.parallel.mesh import check_splits
 from prmoe_jax.run.restore import restore_run
 from tests.support.configs import settings
 from tests.support.extras import needs_extra
@@ -66,11 +67,15 @@ def change(folder, **settings):
         ("2 layers, E=60", 22, {"expert": 4, "expert_slice": 2}),
         ("2 layers, E=15", 40, {"expert_slice": 8}),
         ("2 layers, E=15", 6, {"expert_slice": 2, "fsdp": 4}),
+        ("2 layers, E=15", 5, {"fsdp": 8}),
     ],
 )
 def test_devices_hold_an_imported_model_once(text, width, expected):
-    model = settings(text, model={"expert_d_ff": width} if "E" in text else {}).model
-    assert spread_over(model, 8) == MeshConfig(data=1, **expected)
+    sizes = {"d_ff": 80, "expert_d_ff": width if "E" in text else 0, "heads": 8, "d_model": 32}
+    values = settings(text, model=sizes)
+    mesh = spread_over(values.model, 8)
+    assert mesh == MeshConfig(data=1, **expected)
+    check_splits(values, {"tensor": 1, "expert_slice": mesh.expert_slice})
 
 
 def change_tensors(folder, change):

@@ -115,6 +115,26 @@ def test_the_same_model_is_a_copy():
     assert jnp.isfinite(copy.tokens[...]).all()
 
 
+def test_noise_on_slices():
+    """It is relative to the spread of the weight that it is added to."""
+    sizes = {"d_ff": 40, "d_model": 24}
+    target = settings("2 layers, E=4, top 2", model=sizes | {"expert_d_ff": 20})
+    model, grown = init_from_run(settings("2 layers", model=sizes), target, noise=0.2)
+    before, after = layers_of(model)[1]["mlp.w_out"], layers_of(grown)[1]["mlp.experts.w_out"]
+    noise = (after - 2 * np.stack([before[:20], before[20:]] * 2)) / (2 * before.std())
+    np.testing.assert_allclose(noise.std((1, 2)), 0.2, rtol=0.1)
+
+
+def test_the_second_half_of_an_mlp_is_not_drawn():
+    sampled = {"second_expert_sampling": True}
+    halves = settings("2 layers, E=4, top 2", model={"expert_d_ff": 5}, moe=sampled)
+    with pytest.raises(UserError, match="moe.second_expert_sampling=True draws the second expert"):
+        upcycle._check_choices(settings("2 layers").model, halves)
+    upcycle._check_choices(
+        settings("2 layers").model, settings("2 layers, E=4, top 2", moe=sampled)
+    )
+
+
 @pytest.mark.parametrize(
     ("source", "target", "model", "message"),
     [
