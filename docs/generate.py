@@ -45,8 +45,8 @@ def _parameters() -> str:
     ]
     intro = (
         "Parameters by the ends of their names, with the letters of the "
-        "[axis legend](architecture.md#axis-legend). All have the same learning rate, and Muon's "
-        "updates the size of AdamW's. With `optimizer.kind=adamw`, all have AdamW."
+        "[axis legend](architecture.md#axis-legend). All have the same learning rate; Muon's "
+        "updates are scaled to the size of AdamW's. With `optimizer.kind=adamw`, all have AdamW."
     )
     return "\n".join(["### Parameters", "", intro, "", *head, *rows])
 
