@@ -37,6 +37,7 @@ COMMITTED = "commit_success.txt"
 # Orbax holds a file of arrays in memory until it is full, and its default is 2 GB. With this size,
 # 1 GB of an imported model takes 0.3 GB beside itself while it is written.
 FILE_BYTES = 2**26
+LARGE_BYTES = 2**24  # of an array whose checksum is computed on its own
 
 
 class TrainState(NamedTuple):
@@ -374,25 +375,28 @@ def checksums(named: dict[str, jax.Array]) -> dict[str, int]:
     It is a sum modulo 2³²: each element's bits times an odd number that follows from its
     position. It is therefore the same on every mesh.
     """
-    return {name: int(value) for name, value in jax.device_get(_checksums(named)).items()}
+    # The bits are a copy. That of all arrays would take as much memory as a model, so large ones
+    # come one by one, and the others in one program.
+    large = {name: x for name, x in named.items() if x.nbytes > LARGE_BYTES}
+    small = {name: x for name, x in named.items() if name not in large}
+    values = jax.device_get(_checksums(small))
+    values |= {name: jax.device_get(_checksum(x)) for name, x in large.items()}
+    return {name: int(values[name]) for name in named}
+
+
+@jax.jit
+def _checksum(x: jax.Array) -> jax.Array:
+    bits = jax.lax.bitcast_convert_type(x, f"uint{x.dtype.itemsize * 8}").astype(jnp.uint32)
+    position = jnp.zeros(x.shape, jnp.uint32)
+    for axis in range(x.ndim):
+        along = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+        position = position * jnp.uint32(2654435761) + along
+    return (bits * (2 * position + 1)).sum(dtype=jnp.uint32)
 
 
 @jax.jit
 def _checksums(named: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    def one(x: jax.Array) -> jax.Array:
-        bits = jax.lax.bitcast_convert_type(x, f"uint{x.dtype.itemsize * 8}").astype(jnp.uint32)
-        position = jnp.zeros(x.shape, jnp.uint32)
-        for axis in range(x.ndim):
-            along = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-            position = position * jnp.uint32(2654435761) + along
-        return (bits * (2 * position + 1)).sum(dtype=jnp.uint32)
-
-    sums, last = {}, jnp.uint32(0)
-    for name, x in named.items():
-        # One array after the other: their bits together would take the memory of all of them.
-        x, last = jax.lax.optimization_barrier((x, last))
-        sums[name] = last = one(x)
-    return sums
+    return jax.tree.map(_checksum, named)
 
 
 def _verify(found: dict[str, dict[str, jax.Array]], record: dict) -> None:

@@ -16,7 +16,8 @@ import pytest
 
 from prmoe_jax.cli import main
 from prmoe_jax.errors import UserError
-from prmoe_jax.run.checkpoint import Checkpoints, _checksums
+from prmoe_jax.run import checkpoint
+from prmoe_jax.run.checkpoint import Checkpoints
 from tests.support.paths import REPOSITORY
 from tests.support.runs import (
     arguments,
@@ -326,11 +327,25 @@ def test_disk_full_in_the_middle_of_a_checkpoint(text, tmp_path):
     assert parameters(tmp_path / "run")[0] == step
 
 
-def test_checksums_take_the_memory_of_one_array():
-    """Not of all, beside a model that may fill the device."""
-    named = {f"w_{n}": jax.ShapeDtypeStruct((1000 + n, 500), np.float32) for n in range(8)}
-    needed = _checksums.lower(named).compile().memory_analysis().temp_size_in_bytes
-    assert needed < 2.5 * 4 * 1007 * 500
+def test_checksums_of_large_arrays_one_by_one(monkeypatch):
+    """The same numbers, and never the bits of two large arrays at once."""
+    rng = np.random.default_rng(0)
+    named = {f"w_{n}": jax.numpy.asarray(rng.normal(size=(n, 300))) for n in range(1, 9)}
+    expected = checkpoint.checksums(named)
+    assert len(set(expected.values())) == len(named)
+    together = []
+
+    def watched(small):
+        together.extend(small)
+        return jax.tree.map(checkpoint._checksum, small)
+
+    monkeypatch.setattr(checkpoint, "_checksums", watched)
+    monkeypatch.setattr(checkpoint, "LARGE_BYTES", named["w_3"].nbytes)
+    found = checkpoint.checksums(named)
+    assert found == expected and list(found) == list(named)
+    assert together == ["w_1", "w_2", "w_3"]
+    altered = named | {"w_8": named["w_8"].at[3, 7].add(1)}
+    assert checkpoint.checksums(altered)["w_8"] != expected["w_8"]
 
 
 @pytest.mark.parametrize(("processes", "kind"), [(1, UserError), (2, jax.errors.JaxRuntimeError)])
