@@ -11,6 +11,7 @@ Plans that variants.jsonl has are not made again.
 import json
 import os
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -54,6 +55,8 @@ def main() -> None:
         (row["model"], row["topology"], row["settings"], row["load"])
         for row in map(json.loads, lines)
     ]
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    revision = subprocess.run(command, capture_output=True, text=True, cwd=HERE).stdout.strip()
     for topology, settings, load in PLANS:
         for model in ("moe_1.3b", "prmoe_1.3b"):
             shown = {name: str(value) for name, value in settings.items()}
@@ -61,7 +64,8 @@ def main() -> None:
                 continue
             values = PAPER["get_config"](model)
             values.update_from_flattened_dict(settings)
-            described = {"model": model, "settings": shown, "load": load, "jax": jax.__version__}
+            described = {"model": model, "settings": shown, "load": load}
+            described |= {"commit": revision, "jax": jax.__version__}
             row = described | plan(config.resolve(values), topology, load=load)
             with RESULTS.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
