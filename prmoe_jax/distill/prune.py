@@ -44,16 +44,9 @@ from prmoe_jax.tables import aligned
 
 log = logging.getLogger(__name__)
 
-IMPORTANCES = {
-    "load": "its share of the choices",
-    "activation": "Σ norm of its output · its weight; REAP (arXiv 2510.13999) takes the mean",
-    "loss": "(Σ weight · gradient)², the squared change of the loss without it, to first order",
-}
-SHAPES = {
-    "pyramid": "more experts where they matter more",
-    "uniform": "the same share in every layer",
-    "inverse": "the pyramid's numbers in reverse order, for comparison",
-}
+# An expert's share of the choices; Σ norm of its output · its weight (REAP, arXiv 2510.13999, takes
+# the mean); (Σ weight · gradient)², the squared change of the loss without it, to first order.
+IMPORTANCES = "load", "activation", "loss"
 
 
 def measure(config: Config, model: Transformer, data: Data, batches: int) -> dict[str, dict]:
@@ -128,7 +121,8 @@ def choose(
     Args:
       importance: that of every expert, [E], by the layer's number.
       budget: the share of all experts that stays, or the number of each MoE layer, or one for all.
-      shape: one of `SHAPES`, for a share.
+      shape: for a share, 'pyramid', 'uniform' (the same in every layer) or 'inverse' (the pyramid's
+        numbers in reverse order).
       least: the smallest number in a layer.
 
     Raises:
@@ -307,7 +301,8 @@ def prune_run(
       out: the folder of the new run; None plans only.
       budget: the share of all experts that stays, or the number of each MoE layer, or one for all.
       kind: one of `IMPORTANCES`.
-      shape: one of `SHAPES`, for a share.
+      shape: for a share, 'pyramid', 'uniform' (the same in every layer) or 'inverse' (the pyramid's
+        numbers in reverse order).
       merge: whether the experts that go are merged into others instead of dropped.
       corpus: the text to measure on, as in `data.corpus`; None is the run's own.
       batches: how many batches of it.
@@ -361,13 +356,12 @@ def prune_run(
 
 def table(plan: dict) -> str:
     """A plan as text."""
-    kinds = list(IMPORTANCES)
     rows = []
     for row in plan["layers"]:
-        shares = (f"{row[f'{kind}_kept']:.1%}" for kind in kinds)
+        shares = (f"{row[f'{kind}_kept']:.1%}" for kind in IMPORTANCES)
         rows.append((row["layer"], row["experts"], len(row["kept"]), *shares))
     before, after = plan["total_params"]
-    head = ("layer", "experts", "kept", *(f"{kind} kept" for kind in kinds))
+    head = ("layer", "experts", "kept", *(f"{kind} kept" for kind in IMPORTANCES))
     return (
         aligned(head, rows)
         + f"\n{plan['architecture'][0]}: {before:,} parameters"
