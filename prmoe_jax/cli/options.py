@@ -46,7 +46,7 @@ def _settings_help() -> str:
     defaults, lines = leaves(Config()), ["", "all settings, with their defaults:"]
     for name, setting in declarations().items():
         shown = defaults[name]
-        if isinstance(shown, tuple):
+        if shown and isinstance(shown, tuple):
             shown = ",".join(map(str, shown))
         lines.append(f"  --config.{name}={shown}")
         lines += textwrap.wrap(

@@ -93,6 +93,12 @@ class ModelConfig:
     rope_theta: float = setting(
         0.0, "Base θ of rotary positions' wavelengths; 0 is the family's.", least=0
     )
+    rope_scaling: tuple[int, ...] = setting(
+        (),
+        "Longer wavelengths of rotary positions for a longer context, as in Llama 3.1: the factor, "
+        "the low and the high frequency factor, and the length before, such as 8,1,4,8192; () is "
+        "none.",
+    )
     activation: str = setting(
         "auto",
         "Hidden units of MLPs and experts.",

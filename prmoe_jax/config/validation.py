@@ -208,6 +208,8 @@ def _check_attention(model: ModelConfig) -> None:
         f"model.rope_theta={model.rope_theta} has no effect with model.positions={form.positions}; "
         "use positions=rotary, or leave it at 0",
     )
+    if model.rope_scaling:
+        _check_rope_scaling(model)
     require(
         form.positions != "rotary" or model.head_width % 2 == 0,
         f"model.positions=rotary turns pairs of numbers, and a head has {model.head_width}; use an "
@@ -217,6 +219,20 @@ def _check_attention(model: ModelConfig) -> None:
         model.sliding_window < model.length,
         f"model.sliding_window={model.sliding_window} has no effect with model.length="
         f"{model.length}; use a smaller one, or 0",
+    )
+
+
+def _check_rope_scaling(model: ModelConfig) -> None:
+    scaling = model.rope_scaling
+    require(
+        model.form.positions == "rotary",
+        f"model.rope_scaling={show(scaling)} has no effect with model.positions="
+        f"{model.form.positions}; use positions=rotary, or leave it out",
+    )
+    require(
+        len(scaling) == 4 and min(scaling) >= 1 and scaling[1] < scaling[2],
+        f"model.rope_scaling={show(scaling)} must be four numbers from 1, the second below the "
+        "third, such as 8,1,4,8192",
     )
 
 

@@ -91,6 +91,8 @@ REST = {
     "norm.scale": "model.norm.weight",
     "output": "lm_head.weight",
 }
+# The numbers of `model.rope_scaling`.
+SCALING = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
 # Our parameters of several maps.
 SEVERAL = {"w_qkv": "qkv", "b_qkv": "qkv", "w_kv": "kv", "b_kv": "kv"}
 # Endings of the names of buffers in old files.
@@ -229,7 +231,7 @@ def _config(theirs: dict, path: Path, tensors: int) -> Config:
         width = setting(theirs, "head_dim", int, path, low=1)
         model.head_dim = 0 if width * model.heads == model.d_model else width
     model.norm_eps = setting(theirs, "rms_norm_eps", float, path, 1e-6)
-    model.rope_theta = _theta(theirs, path)
+    model.rope_theta, model.rope_scaling = _rotary(theirs, path)
     tied = setting(theirs, "tie_word_embeddings", bool, path, False)
     model.output = "tied" if tied else "untied"
     if theirs.get("clip_qkv") is not None:
@@ -246,20 +248,33 @@ def _config(theirs: dict, path: Path, tensors: int) -> Config:
     return resolved(settings, path)
 
 
-def _theta(theirs: dict, path: Path) -> float:
-    """The base of rotary positions, which must be of the plain kind."""
+def _rotary(theirs: dict, path: Path) -> tuple[float, tuple[int, ...]]:
+    """The base of rotary positions and their scaling, which must be Llama 3's or none."""
     rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise UserError(f"{path}: rope_parameters={shown(rope)} is not a group of settings")
     kind = rope.get("rope_type", rope.get("type", "default"))
     share = rope.get("partial_rotary_factor", theirs.get("partial_rotary_factor", 1.0))
+    scaled = kind == "llama3"
     for name, value, ours in (
-        ("rope_type", kind, "default"),
+        ("rope_type", kind, "llama3" if scaled else "default"),
         ("partial_rotary_factor", share, 1.0),
     ):
         if differs(value, ours):
             raise UserError(f"{path}: {name}={shown(value)}, our model has {ours!r}")
-    return setting(theirs | rope, "rope_theta", float, path, 10_000.0)
+    theta = setting(theirs | rope, "rope_theta", float, path, 10_000.0)
+    return theta, _scaling(rope, path) if scaled else ()
+
+
+def _scaling(rope: dict, path: Path) -> tuple[int, ...]:
+    """Llama 3's numbers, which are whole in all of its models."""
+    numbers = []
+    for name in SCALING:
+        number = setting(rope, name, float, path, low=1)
+        if number % 1:
+            raise UserError(f"{path}: {name}={number}, our model has only whole numbers")
+        numbers.append(int(number))
+    return tuple(numbers)
 
 
 def _window(theirs: dict, model: ConfigDict, path: Path) -> int:
@@ -347,6 +362,11 @@ def check_exportable(config: Config) -> None:
         has = "experts" if names.moe_layer else "none"
         raise UserError(f"this run is {model.schedule}, and {instead} has {has}")
     there = _config(_their_settings(model), Path("config.json"), LARGEST).model
+    if str(there.schedule) != str(model.schedule):
+        raise UserError(
+            f"this run is '{model.schedule}': {instead} can only be '{there.schedule}'; use "
+            "--kind=safetensors"
+        )
     theirs = _architecture(there)
     for name, value in _architecture(model).items():
         if theirs[name] != value:
@@ -372,12 +392,12 @@ def _architecture(model: ModelConfig) -> dict[str, object]:
     if not model.residual:
         form["residual_mix"] = "none"
     return {
-        "experts": str(model.schedule),
         **form,
         "kv_heads": model.key_heads,
         "head_dim": model.head_width,
         "clip_qkv": model.clip_qkv,
         "sliding_window": model.sliding_window,
+        "rope_scaling": model.rope_scaling,
     }
 
 
@@ -414,6 +434,8 @@ def write_hugging_face(
 def _their_settings(model: ModelConfig) -> dict:
     """A model's settings in their words."""
     names, form = NAMES[model.family], model.form
+    scaling = dict(zip(SCALING, model.rope_scaling, strict=False))  # which may be none
+    kind = "llama3" if scaling else "default"
     settings = {theirs: getattr(model, ours) for ours, theirs in SIZES.items()} | {
         "architectures": [names.architecture],
         "model_type": model.family,
@@ -421,7 +443,7 @@ def _their_settings(model: ModelConfig) -> dict:
         "num_key_value_heads": model.key_heads,
         "rms_norm_eps": form.norm_eps,
         "rope_theta": form.rope_theta,
-        "rope_parameters": {"rope_theta": form.rope_theta, "rope_type": "default"},
+        "rope_parameters": {"rope_theta": form.rope_theta, "rope_type": kind, **scaling},
         "tie_word_embeddings": form.output == "tied",
         "attention_dropout": 0.0,
     }

@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
@@ -57,7 +58,7 @@ def import_run(kind: str, source: Path, workdir: Path) -> dict:
     if not source.is_dir():
         raise UserError(f"--source={source} is not a folder")
     tokenizer = _tokenizer(source)
-    read = {
+    read: Mapping[str, Callable[[Path], tuple[Config, Mapping, str]]] = {
         "hf": _read_hugging_face,
         "gpt2": read_gpt2,
         "deepspeed": read_deepspeed,

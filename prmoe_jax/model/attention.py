@@ -88,13 +88,28 @@ def attend_to_cache(q_BxQxHxK, cache: KVCache, position_BxQ, window: int = 0) ->
     return y_BxRxJxK.reshape(q_BxQxHxK.shape)
 
 
-def rotate(x_BxLxHxK: jax.Array, position_BxL: jax.Array, theta: float) -> jax.Array:
+def rotary_frequencies(model: ModelConfig) -> jax.Array:
+    """The angles [F] by which pairs of a head's numbers turn from one position to the next.
+
+    With `model.rope_scaling`, waves longer than the low limit turn slower by the factor, those
+    shorter than the high limit turn as before, and between the limits a mean of both is taken
+    (Llama 3.1, arXiv 2407.21783).
+    """
+    half = model.head_width // 2
+    turns_F = model.form.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    if not model.rope_scaling:
+        return turns_F
+    factor, low, high, length = model.rope_scaling
+    waves_F = length * turns_F / (2 * jnp.pi)  # that fit into the length before
+    kept_F = jnp.clip((waves_F - low) / (high - low), 0, 1)
+    return turns_F * (kept_F + (1 - kept_F) / factor)
+
+
+def rotate(x_BxLxHxK: jax.Array, position_BxL: jax.Array, turns_F: jax.Array) -> jax.Array:
     """Rotates pairs of a head's numbers by angles that grow with the position (RoFormer).
 
     A pair is a number of the first half of the head and its counterpart in the second half.
     """
-    half = x_BxLxHxK.shape[-1] // 2
-    turns_F = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angle_BxLx1xF = (position_BxL[..., None].astype(jnp.float32) * turns_F)[:, :, None]
     cos, sin = jnp.cos(angle_BxLx1xF), jnp.sin(angle_BxLx1xF)
     first, second = jnp.split(x_BxLxHxK.astype(jnp.float32), 2, axis=-1)
@@ -150,8 +165,8 @@ class Attention(nnx.Module):
         if clip := self.config.clip_qkv:
             q, k, v = (jnp.clip(x, -clip, clip) for x in (q, k, v))
         if self.config.form.positions == "rotary":
-            theta = self.config.form.rope_theta
-            q, k = (rotate(x, position_BxL, theta) for x in (q, k))
+            turns_F = rotary_frequencies(self.config)
+            q, k = (rotate(x, position_BxL, turns_F) for x in (q, k))
         if cache is not None:
             # Else XLA writes the new keys twice, once into a copy of the cache for the product.
             cache = jax.lax.optimization_barrier(cache.extended(k, v, position_BxL))

@@ -84,7 +84,9 @@ def check_fits(source: ModelConfig, model: ModelConfig) -> None:
     Raises:
       UserError: a part can't; names the setting or the layer.
     """
-    sizes = {name: name for name in ("layers", "d_model", "heads", "d_ff", "vocab_size")}
+    names = "layers", "d_model", "heads", "d_ff", "vocab_size"
+    names += "rope_scaling", "clip_qkv", "sliding_window"
+    sizes = {name: name for name in names}
     sizes |= {"kv_heads": "key_heads", "head_dim": "head_width"}
     if any(source.schedule.experts):
         sizes |= {"expert_d_ff": "expert_width", "residual_d_ff": "residual_width"}
@@ -100,8 +102,8 @@ def check_fits(source: ModelConfig, model: ModelConfig) -> None:
             f"model.length={model.length} exceeds the {source.length} positions of the run to "
             f"start as; use {source.length} or less"
         )
-    pairs = zip(source.schedule.experts, model.schedule.experts, strict=True)
-    for layer, (have, want) in enumerate(pairs):
+    counts = zip(source.schedule.experts, model.schedule.experts, strict=True)
+    for layer, (have, want) in enumerate(counts):
         if have not in (0, want):
             raise UserError(
                 f"layer {layer} has {want or 'no'} experts, that of the run to start as {have}; an "

@@ -123,6 +123,7 @@ TAUGHT, WSD = "teacher.workdir=runs/a", "optimizer.schedule=wsd"
 COMPANIONS = {
     "model.top_k": ["model.residual=true"],
     "model.rope_theta": ["model.positions=rotary"],
+    "model.rope_scaling": ["model.positions=rotary"],
     "moe.second_expert_sampling": ["model.top_k=2"],
     "train.tokens": ["train.steps=0"],
     "teacher.layers": ["teacher.workdir=runs/a", "teacher.inherit=true"],
@@ -162,7 +163,7 @@ def test_every_setting_can_be_overridden(name):
 def test_every_setting_accepts_its_own_value(name):
     config = tiny_config("moe.capacity_factor=inf")
     value = leaves(config)[name]
-    text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    text = ",".join(map(str, value)) if value and isinstance(value, tuple) else str(value)
     assert tiny_config("moe.capacity_factor=inf", f"{name}={text}") == config
 
 
@@ -376,6 +377,18 @@ RULES = {
     "theta": (
         ["model.rope_theta=5e5"],
         "model.rope_theta=500000.0 has no effect with model.positions=learned; use positions=rota",
+    ),
+    "scaled learned positions": (
+        ["model.rope_scaling=8,1,4,64"],
+        "model.rope_scaling=(8, 1, 4, 64) has no effect with model.positions=learned; use positio",
+    ),
+    "half a scaling": (
+        ["model.positions=rotary", "model.rope_scaling=8,1"],
+        "model.rope_scaling=(8, 1) must be four numbers from 1, the second below the third, such",
+    ),
+    "limits that cross": (
+        ["model.positions=rotary", "model.rope_scaling=8,4,4,64"],
+        "model.rope_scaling=(8, 4, 4, 64) must be four numbers from 1, the second below the third",
     ),
     "window": (
         ["model.sliding_window=256"],

@@ -22,6 +22,9 @@ SIZES = {
     "pad_token_id": None,
 }
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 8.0, "factor": 8.0, "low_freq_factor": 1.0} | {
+    "high_freq_factor": 2.0, "original_max_position_embeddings": 16
+}  # fmt: skip
 # A name, the family, and what differs from `SIZES`.
 MODELS = {
     "llama": ("llama", HEADS | {"rope_theta": 7000.0}),
@@ -48,6 +51,8 @@ MODELS = {
         | {"head_dim": 10, "num_experts": 5, "num_experts_per_tok": 3}
         | {"moe_intermediate_size": 12, "norm_topk_prob": True},
     ),
+    # Its three wavelengths are shorter than the limits, between them and longer.
+    "llama3": ("llama", HEADS | {"rope_parameters": LLAMA3}),
 }
 
 

@@ -30,7 +30,7 @@ from tests.support.paths import GOLDENS
 from tests.support.quick import forward, jit
 from tests.support.tokenizers import byte_tokenizer
 
-NAMES = "llama", "qwen3", "olmoe", "mixtral", "qwen2_moe", "qwen3_moe"
+NAMES = "llama", "llama3", "qwen3", "olmoe", "mixtral", "qwen2_moe", "qwen3_moe"
 
 
 @pytest.fixture
@@ -121,6 +121,7 @@ def test_in_and_out_again(name, source, tmp_path):
     assert imported(tmp_path / "out", tmp_path / "again") == 0
     first, second = (load(path / "config.json").model for path in (run, tmp_path / "again"))
     assert (first.form, first.schedule) == (second.form, second.schedule)
+    assert first.rope_scaling == second.rope_scaling
 
 
 @needs_extra("interop", "transformers")
@@ -202,6 +203,14 @@ FOREIGN = {
         {"rope_parameters": {"partial_rotary_factor": 0.5}},
         "partial_rotary_factor=0.5, our model has 1.0",
     ),
+    "a broken scale": (
+        {"rope_parameters": {"rope_type": "llama3", "factor": 2.5}},
+        "factor=2.5, our model has only whole numbers",
+    ),
+    "half a scale": (
+        {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}},
+        "no usable low_freq_factor: it is None, not a number of 1 or more",
+    ),
     "no rope": ({"rope_parameters": [1]}, "rope_parameters=[1] is not a group of settings"),
     "windows": (
         {"sliding_window": 5, "layer_types": ["full_attention", "sliding_attention"]},
@@ -266,13 +275,13 @@ UNKNOWN_THERE = {
     "this run is 2 layers, and OlmoeForCausalLM of transformers has experts": (
         "2 layers", {"family": "olmoe"}, {}
     ),
-    f"model.experts={EVERY}+4: OlmoeForCausalLM of transformers has {EVERY}; use --kind=saf": (
+    f"this run is '{EVERY}+4': OlmoeForCausalLM of transformers can only be '{EVERY}'; use --": (
         f"{EVERY}+4", {"family": "olmoe"}, {}
     ),
-    f"model.experts=2 layers, E=3: OlmoeForCausalLM of transformers has {EVERY}": (
+    f"this run is '2 layers, E=3': OlmoeForCausalLM of transformers can only be '{EVERY}'": (
         "2 layers, E=3", {"family": "olmoe"}, {}
     ),
-    f"model.experts={EVERY}, residual: OlmoeForCausalLM": (
+    f"this run is '{EVERY}, residual': OlmoeForCausalLM": (
         f"{EVERY}, residual", {"family": "olmoe"}, {}
     ),
     "model.norm=layernorm: OlmoeForCausalLM of transformers has rmsnorm": (
@@ -287,7 +296,7 @@ UNKNOWN_THERE = {
     "model.normalize_top_k=never: MixtralForCausalLM of transformers has always": (
         EVERY, {"family": "mixtral", "normalize_top_k": "never"}, {}
     ),
-    "model.experts=2 layers, every 1, E=3: Qwen2MoeForCausalLM of transformers has 2 layers, e": (
+    "this run is '2 layers, every 1, E=3': Qwen2MoeForCausalLM of transformers can only be '2 ": (
         EVERY, {"family": "qwen2_moe"}, {}
     ),
     "moe.bias_update_rate=0.1: OlmoeForCausalLM of transformers has 0.0": (

@@ -30,6 +30,7 @@ OTHER_VALUES = {
     "model.norm_eps": ("1e-6", 1e-6),
     "model.positions": ("rotary", "rotary"),
     "model.rope_theta": ("5e5", 5e5),
+    "model.rope_scaling": ("8,1,4,64", (8, 1, 4, 64)),
     "model.activation": ("swiglu", "swiglu"),
     "model.biases": ("qkv", "qkv"),
     "model.qk_norm": ("head", "head"),

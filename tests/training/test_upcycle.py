@@ -139,6 +139,7 @@ def test_the_second_half_of_an_mlp_is_not_drawn():
     ("source", "target", "model", "message"),
     [
         ("4 layers", "6 layers, E=3", {}, "model.layers=6, the run to start as has 4"),
+        ("4 layers", "4 layers, E=3", {"clip_qkv": 3.0}, "model.clip_qkv=3.0, the run to start as"),
         ("4 layers", "4 layers, E=3", {"d_ff": 12}, "model.d_ff=12, the run to start as has 10"),
         ("4 layers", "4 layers, E=3", {"length": 9}, "exceeds the 8 positions of the run to start"),
         ("4 layers", "4 layers, E=4, top 2", {"expert_d_ff": 3}, "doesn't divide the 10 hidden"),
