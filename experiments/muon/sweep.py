@@ -13,7 +13,7 @@ from pathlib import Path
 MULTIPLIER = runpy.run_path(str(Path(__file__).parents[1] / "multiplier/sweep.py"))
 SEEDS = 1, 2, 3
 KEEP_CHECKPOINTS = False
-STEPS = {"3M": 350, "4M": 525, "6M": 700}
+STEPS = {"1.5M": 175, "3M": 350, "4.5M": 525}
 MODELS = {"dense": "dense_64", "moe": "E64"}
 TRIED = 2e-3, 4e-3, 8e-3, 16e-3
 # The best of those tried, by model and optimizer; nothing else runs before they are known.

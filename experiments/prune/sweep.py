@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 TEACHER = runpy.run_path(str(HERE / "teacher/sweep.py"))
 MARGIN = 0.01
 KEEP_CHECKPOINTS = False
-STEPS = 350  # of learning from the teacher
+STEPS = 175  # of learning from the teacher
 SCRATCH = {50: (8,), 75: (12,)}  # experts of each MoE layer, by percent
 
 
@@ -38,8 +38,8 @@ def runs():
     for seed in TEACHER["SEEDS"]:
         for keep, experts in SCRATCH.items():
             yield f"scratch_{keep}/{seed}", get_config(STEPS, seed, experts)
-            longer = get_config(STEPS + TEACHER["STEPS"], seed, experts)
-            yield f"scratch_{keep}_longer/{seed}", longer
+        longer = get_config(STEPS + TEACHER["STEPS"], seed, SCRATCH[50])
+        yield f"scratch_50_longer/{seed}", longer
     record = HERE / "cut.jsonl"
     rows = map(json.loads, record.read_text().splitlines() if record.exists() else [])
     for row in sorted(rows, key=lambda row: row["seed"]):
@@ -47,5 +47,5 @@ def runs():
         experts = [len(layer["kept"]) for layer in plan["layers"]]
         start, teacher = f"runs/prune/cut/{arm}/{seed}", f"runs/prune/teacher/{seed}"
         yield f"{arm}/{seed}", get_config(STEPS, seed, experts, start, teacher)
-        if arm.startswith(("uniform", "by_activation")):
+        if arm in ("uniform_50", "by_activation_50"):
             yield f"{arm}_alone/{seed}", get_config(STEPS, seed, experts, start)
