@@ -31,7 +31,7 @@ SETTINGS = [
     "--config.data.corpus=tokens:gs://bucket/a*0.7,gs://bucket/it's*0.3",
     "--config.mesh.expert=64",
 ]
-TOOLS = "gcloud docker xpk sbatch srun scancel scontrol prmoe python3 git rm".split()
+TOOLS = "gcloud docker xpk sbatch srun scancel scontrol prmoe python3 git rm nvidia-smi".split()
 PLAN = "fits\nmodelled step 356 ms\n9 tokens/s, 6.0 days, 1,234.0 chip-hours\nModelled, …\n"
 
 each_recipe = pytest.mark.parametrize("recipe", RECIPES)
@@ -251,6 +251,48 @@ def test_the_price_of_a_plan():
     assert "at 2.5 a chip-hour: 30865, without evaluations" in done.stdout
     assert "turns chip-hours into money" in priced(table, 0).stdout
     assert priced(report.table(plan | {"fits": False}), 2.5).returncode == 2
+
+
+# --- A sweep on one GPU
+
+SWEEP = "gpu_sweep.sh"
+
+
+def test_the_runs_of_a_sweep_share_a_gpu(tools):
+    (tools / "nvidia-smi.out").write_text("24564\n")
+    dry = launch(tools, SWEEP, "--dry-run", "experiments/my runs", "--json")
+    assert (dry.returncode, dry.stderr) == (0, "")
+    assert "MEM_FRACTION=0.450" in launch(tools, SWEEP, "--dry-run", "a", RUNS="2").stdout
+    assert not [call for call in calls(tools) if call.startswith("prmoe")]
+    done = launch(tools, SWEEP, "experiments/my runs", "--json")
+    assert done.returncode == 0, done.stderr
+    assert sorted(call for call in calls(tools) if call.startswith("prmoe")) == [
+        f"prmoe sweep experiments/my runs --json --shard={i}/3" for i in (1, 2, 3)
+    ]
+
+
+def test_a_sweep_on_a_gpu_stops_in_time_and_tells_failures(tools):
+    begun = time.monotonic()
+    (tools / "prmoe.does").write_text("sleep 60")
+    assert launch(tools, SWEEP, "experiments/a", RUNS="2", MINUTES="0.01").returncode == 0
+    assert time.monotonic() - begun < 30
+    (tools / "prmoe.does").write_text("exit 1")
+    assert launch(tools, SWEEP, "experiments/a", RUNS="2").returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "message"),
+    [
+        ([], {}, "the sweep is missing: bash gpu_sweep.sh [--dry-run] experiments/multiplier"),
+        (["a"], {}, "nvidia-smi names no GPU; give RUNS=4 or the like"),
+        (["a"], {"RUNS": "0"}, "RUNS=0 must be a number from 1 to 99"),
+        (["a"], {"RUNS": "2", "MINUTES": "ten"}, "MINUTES=ten must be a number"),
+    ],
+)
+def test_a_sweep_on_a_gpu_that_cannot_start(arguments, variables, message, tools):
+    done = launch(tools, SWEEP, *arguments, **variables)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert message in done.stderr and done.stderr.count("\n") == 1
 
 
 # --- Interruptions
