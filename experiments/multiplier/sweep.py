@@ -5,9 +5,9 @@ A ladder of dense models, each 1.5 times as wide as the one before, and MoEs as 
     prmoe sweep experiments/multiplier                     # --shard=1/2 and 2/2 for two cores
     prmoe report experiments/multiplier
 
-A run of more tokens goes on from the one of fewer. The runs come by tokens, then by seed, so that a
-sweep that is stopped has whole answers for the fewer tokens. The widest model is half of the cost,
-and therefore ends at 11 M tokens.
+A run of more tokens goes on from the one of fewer, and comes right after it, so that no checkpoint
+has to be kept for long. A sweep that is stopped has whole answers for the first seeds. The widest
+model is half of the cost, and therefore ends at 11 M tokens.
 """
 
 import runpy
@@ -65,14 +65,14 @@ def get_config(arm: str, steps: int, learning_rate: float):
 
 
 def runs():
-    trunks = {}
-    for tokens, steps in STEPS.items():
-        for seed in PROSE["SEEDS"]:
-            for arm, (_, _, _, most) in ARMS.items():
+    for seed in PROSE["SEEDS"]:
+        for arm, (_, _, _, most) in ARMS.items():
+            trunk = None
+            for tokens, steps in STEPS.items():
                 if steps > STEPS[most]:
                     continue
                 config = get_config(arm, steps, rate(arm))
                 config.seed = seed
                 name = f"{arm}/{tokens}/{seed}"
-                yield name, config, trunks.get((arm, seed))
-                trunks[arm, seed] = name
+                yield name, config, trunk
+                trunk = name

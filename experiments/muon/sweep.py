@@ -31,12 +31,12 @@ def runs():
         for kind in ("adamw", "muon"):
             for rate in TRIED:
                 yield f"{model}_{kind}_{rate:g}/0", get_config(model, kind, STEPS["3M"], rate)
-    trunks = {}
-    for tokens, steps in STEPS.items():
-        for seed in SEEDS:
-            for arm, rate in RATES.items():
+    for seed in SEEDS:
+        for arm, rate in RATES.items():
+            trunk = None
+            for tokens, steps in STEPS.items():
                 config = get_config(*arm.split("_"), steps, rate)
                 config.seed = seed
                 name = f"{arm}/{tokens}/{seed}"
-                yield name, config, trunks.get((arm, seed))
-                trunks[arm, seed] = name
+                yield name, config, trunk
+                trunk = name
