@@ -685,4 +685,5 @@ def test_a_student_of_today_killed_and_on_eight_devices(text, tmp_path):
     assert code == 0, err
     for name in ("loss", "kd_loss"):
         ours, alone = ([x[name] for x in logged(tmp_path / f)[:6]] for f in ("spread", "whole"))
-        assert ours == pytest.approx(alone, rel=1e-4)
+        # A divergence of 1e-4 is a sum of log-probabilities of 5, each with float32's error.
+        assert ours == pytest.approx(alone, rel=1e-4, abs=1e-7)
