@@ -665,7 +665,8 @@ def test_a_student_of_today_killed_and_on_eight_devices(text, tmp_path):
     """It starts as a part of its teacher, is killed while taught, and ends as undisturbed."""
     names = "4 layers, every 1, E=8, top 2, residual", "2 layers, every 1, E=8, top 2, residual"
     teacher = tmp_path / "teacher"
-    assert main(arguments(text, teacher, names[0], **TODAY)) == 0
+    # Long enough that the student's divergence is far above float32's error in log-probabilities.
+    assert main(arguments(text, teacher, names[0], **TODAY | {"train.steps": 60})) == 0
     taught = TODAY | {"train.steps": 60, "checkpoint.every": 10, "kd.stop": 0.7}
     taught |= {"teacher.workdir": teacher, "teacher.inherit": True}
     assert main(arguments(text, tmp_path / "whole", names[1], **taught)) == 0
@@ -685,5 +686,4 @@ def test_a_student_of_today_killed_and_on_eight_devices(text, tmp_path):
     assert code == 0, err
     for name in ("loss", "kd_loss"):
         ours, alone = ([x[name] for x in logged(tmp_path / f)[:6]] for f in ("spread", "whole"))
-        # A divergence of 1e-4 is a sum of log-probabilities of 5, each with float32's error.
-        assert ours == pytest.approx(alone, rel=1e-4, abs=1e-7)
+        assert ours == pytest.approx(alone, rel=1e-4)
