@@ -76,3 +76,12 @@ def runs():
                 name = f"{arm}/{tokens}/{seed}"
                 yield name, config, trunk
                 trunk = name
+
+
+def compared(arms):
+    """For a sweep of models of one size, on 6 M tokens: {arm: (an arm above, changes)}."""
+    for seed in PROSE["SEEDS"]:
+        for arm, (model, changes) in arms.items():
+            config = get_config(model, STEPS["6M"], rate(model))
+            config.update_from_flattened_dict({"seed": seed, **changes})
+            yield f"{arm}/{seed}", config

@@ -1,0 +1,25 @@
+"""One expert a token, two, or one and a dense MLP, without drops and with capacity 1?
+
+prmoe sweep experiments/claims/top2_vs_residual --workdir=runs/claims
+"""
+
+import runpy
+from pathlib import Path
+
+MULTIPLIER = runpy.run_path(str(Path(__file__).parents[2] / "multiplier/sweep.py"))
+KEEP_CHECKPOINTS = False
+MARGIN = 0.02
+WAYS = {
+    "moe": {},
+    "residual": {"model.residual": True},
+    "top2": {"model.top_k": 2},
+    # A shared expert, half as wide as the others.
+    "shared": {"model.residual": True, "model.residual_mix": "sum", "model.residual_d_ff": 128},
+}
+CAPACITY_1 = {"moe.capacity_factor": 1.0, "moe.eval_capacity_factor": 1.0}
+ARMS = {way: ("E64", changes) for way, changes in WAYS.items()}
+ARMS |= {f"{way}_capacity_1": ("E64", changes | CAPACITY_1) for way, changes in WAYS.items()}
+
+
+def runs():
+    return MULTIPLIER["compared"](ARMS)
