@@ -79,7 +79,7 @@ def runs():
 
 
 def compared(arms):
-    """For a sweep of models of one size, on 6 M tokens: {arm: (an arm above, changes)}."""
+    """The runs of {a sweep's arm: (an arm of ARMS, changed settings)}, on 6 M tokens."""
     for seed in PROSE["SEEDS"]:
         for arm, (model, changes) in arms.items():
             config = get_config(model, STEPS["6M"], rate(model))

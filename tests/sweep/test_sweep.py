@@ -669,10 +669,10 @@ def test_a_runs_own_config_is_a_config(tmp_path):
     assert (changed.model.experts, changed.seed) == ((8, 8, 16), 3)
 
 
-SWEEPS = sorted((REPOSITORY / "experiments").glob("*/sweep.py"))
+SWEEPS = sorted((REPOSITORY / "experiments").rglob("sweep.py"))
 
 
-@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.parent.name)
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: str(path.parent.relative_to(REPOSITORY)))
 def test_committed_sweeps(path):
     """They can be planned, their arms' runs differ in seed alone, and records are of their runs."""
     runs = run.planned(path.parent).runs
