@@ -1,4 +1,6 @@
-"""One expert a token, two, or one and a dense MLP, without drops and with capacity 1?
+"""One expert a token, two, one and a dense MLP, or one and a shared expert of half width?
+
+Each is asked without drops and with capacity 1.
 
 prmoe sweep experiments/claims/top2_vs_residual --workdir=runs/claims
 """
