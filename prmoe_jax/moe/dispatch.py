@@ -70,17 +70,23 @@ def blocked(x_GxSxD: jax.Array, routing: Routing, experts: Experts, slots: int) 
     return _by_runs(x_GxSxD, routing, experts, experts.block_loop)
 
 
-def per_token(x_GxSxD: jax.Array, routing: Routing, experts: Experts, slots: int) -> Output:
-    """Applies the chosen expert to each row, reading no other weights.
+def per_token(
+    x_GxSxD: jax.Array, routing: Routing, experts: Experts | ExpertParallel, slots: int
+) -> Output:
+    """For few tokens, as in decoding, which is bound by reading weights.
 
-    This is for no more choices than experts, as in decoding, which is bound by reading weights.
+    On one device this applies the chosen expert to each row, reading no other weights, and is for
+    no more choices than experts. Where experts are spread, see `ExpertParallel.everywhere`.
     """
-    top_k = routing.expert_GxSxK.shape[-1]
-    x_RxD = jnp.repeat(x_GxSxD.reshape(-1, x_GxSxD.shape[-1]), top_k, axis=0)
-    y_RxD = experts.per_token(x_RxD, routing.expert_GxSxK.reshape(-1))
-    y_GxSxKxD = y_RxD.reshape(*routing.weight_GxSxK.shape, -1)
-    weight_GxSxK = routing.weight_GxSxK.astype(y_RxD.dtype)
-    return jnp.einsum("GSKD,GSK->GSD", y_GxSxKxD, weight_GxSxK), 0
+    weight_GxSxK, top_k = routing.weight_GxSxK, routing.expert_GxSxK.shape[-1]
+    x_NxD = x_GxSxD.reshape(-1, x_GxSxD.shape[-1])
+    expert_NxK = routing.expert_GxSxK.reshape(-1, top_k)
+    if isinstance(experts, ExpertParallel):
+        y_NxD = experts.everywhere(x_NxD, expert_NxK, weight_GxSxK.reshape(-1, top_k))
+        return y_NxD.reshape(x_GxSxD.shape), 0
+    y_RxD = experts.per_token(jnp.repeat(x_NxD, top_k, axis=0), expert_NxK.reshape(-1))
+    y_GxSxKxD = y_RxD.reshape(*weight_GxSxK.shape, -1)
+    return jnp.einsum("GSKD,GSK->GSD", y_GxSxKxD, weight_GxSxK.astype(y_RxD.dtype)), 0
 
 
 def _by_runs(x_GxSxD, routing: Routing, experts: Experts | ExpertParallel, apply) -> Output:

@@ -7,7 +7,7 @@ all-to-all) is for rows that are replicated over the L devices of `tensor`: each
 only its share, 1/L of the bytes, and an all-gather puts the shares together.
 
 With a capacity, every device sends a buffer of equal size to every other one. Without one, rows
-travel in rounds (`rounds.py`), or, if they are few, to all devices (`ExpertParallel.per_token`).
+travel in rounds (`rounds.py`), or, if they are few, to all devices (`ExpertParallel.everywhere`).
 
 X is the number of devices that exchange with each other, I the number of experts on each.
 """
@@ -30,8 +30,9 @@ from prmoe_jax.parallel.mesh import crosses_slices
 FEW = 4
 # Rows of the smallest buffer of the dropless exchange: below that, the cost is the weights'.
 LEAST_ROWS = 128
-# At or below this many rows of all devices, each device applies its experts to all of them.
-FEW_ROWS = 256
+# At or below this many tokens of all devices, each device applies its experts to all of them: on
+# TPUs and GPUs, products of so few rows take hardly longer than reading the weights.
+FEW_TOKENS = 256
 
 
 def resolve(name: str, mesh: Mesh | AbstractMesh) -> str:
@@ -68,27 +69,32 @@ class ExpertParallel(NamedTuple):
             y_ExRxD = _all_rows(y_ExRxD)[:, :rows]
         return y_ExRxD
 
-    def are_few(self, rows: int) -> bool:
-        """Whether `per_token` is the faster way for this number of rows on each device."""
-        return rows * _size(self._senders()) <= FEW_ROWS
+    def are_few(self, tokens: int) -> bool:
+        """Whether `everywhere` is the faster way for this number of tokens on each device."""
+        return tokens * _size(self._senders()) <= FEW_TOKENS
 
-    def per_token(self, x_RxD: jax.Array, expert_R: jax.Array) -> jax.Array:
-        """As `Experts.per_token`, for the rows of every device.
+    def everywhere(
+        self, x_NxD: jax.Array, expert_NxK: jax.Array, weight_NxK: jax.Array
+    ) -> jax.Array:
+        """The weighted sum of each token's experts, for the tokens of every device; [N, D].
 
-        All devices get all rows, apply their experts to them, and add up the results. For few rows,
-        as in decoding: no numbers of rows are exchanged, and each weight is read once.
+        All devices get all tokens, apply all their experts to them, and add up the results. For few
+        tokens, as in decoding: no numbers of rows are exchanged, and each weight is read once.
         """
         split, alike, _ = _splits(coordinated=False)
         if senders := self._senders():
-            x_RxD, expert_R = (
-                jax.lax.all_gather(a, senders, tiled=True) for a in (x_RxD, expert_R)
+            x_NxD, expert_NxK, weight_NxK = (
+                jax.lax.all_gather(a, senders, tiled=True) for a in (x_NxD, expert_NxK, weight_NxK)
             )
-        expert_R -= self.experts.here * jax.lax.axis_index(self.axes)
-        first = sum(jax.lax.axis_index(name) for name in split) == 0  # adds the last bias
-        y_RxD = self.experts.masked(mark_varying(x_RxD, split), expert_R, first)
+        first = self.experts.here * jax.lax.axis_index(self.axes)
+        chosen_NxKxI = (expert_NxK - first)[..., None] == jnp.arange(self.experts.here)
+        weight_NxI = jnp.where(chosen_NxKxI, weight_NxK[..., None], 0).sum(1)
+        lead = sum(jax.lax.axis_index(name) for name in split) == 0  # adds the last bias
+        x_NxD, weight_NxI = mark_varying((x_NxD, weight_NxI), split)
+        y_NxD = self.experts.weighted(x_NxD, weight_NxI, lead)
         if senders:
-            y_RxD = jax.lax.psum_scatter(y_RxD, senders, tiled=True)
-        return jax.lax.psum(y_RxD, alike) if alike else y_RxD
+            y_NxD = jax.lax.psum_scatter(y_NxD, senders, tiled=True)
+        return jax.lax.psum(y_NxD, alike) if alike else y_NxD
 
     def _senders(self) -> tuple[str, ...]:
         """The axes over which devices have different rows for the same experts."""

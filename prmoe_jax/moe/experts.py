@@ -122,18 +122,17 @@ class Experts(nnx.Module):
         del rows_E
         return (self if last_bias else self.without_last_bias)(x_RxD[None])[0]
 
-    def masked(self, x_RxD: jax.Array, expert_R: jax.Array, last_bias: jax.Array) -> jax.Array:
-        """Applies all experts to all rows and picks each row's expert.
+    def weighted(self, x_NxD: jax.Array, weight_NxI: jax.Array, last_bias: jax.Array) -> jax.Array:
+        """The sum of all experts' outputs for every row, by these weights.
 
-        For few rows, where the cost is reading the weights. The output is 0 for rows of no expert.
-        The last bias is added if `last_bias`, a bool, says so.
+        For few rows, where the cost is reading the weights. The last bias is added if `last_bias`,
+        a bool, says so.
         """
-        y_ExRxD = self.without_last_bias(jnp.broadcast_to(x_RxD, (self.here, *x_RxD.shape)))
+        y_IxNxD = self.without_last_bias(jnp.broadcast_to(x_NxD, (self.here, *x_NxD.shape)))
         if self.b_out is not None:
-            b_ExD = jnp.where(last_bias, self.b_out[...].astype(x_RxD.dtype), 0)
-            y_ExRxD += b_ExD[:, None]
-        chosen_ExR = expert_R == jnp.arange(self.here)[:, None]
-        return jnp.where(chosen_ExR[..., None], y_ExRxD, 0).sum(0)
+            b_IxD = jnp.where(last_bias, self.b_out[...].astype(x_NxD.dtype), 0)
+            y_IxNxD += b_IxD[:, None]
+        return jnp.einsum("IND,NI->ND", y_IxNxD, weight_NxI.astype(x_NxD.dtype))
 
     def last_bias(self, expert_R: jax.Array, dtype) -> jax.Array | None:
         """The last bias for rows of these experts, [R, D]; 0 for rows of no expert."""

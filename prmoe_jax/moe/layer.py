@@ -171,9 +171,9 @@ class MoE(nnx.Module):
 
         with jax.named_scope("routing"):
             routing, metrics, slots = self._route(parts, x_GxSxD, valid_GxS, keys_G)
-        experts, rows = parts["experts"], batch * length * routing.expert_GxSxK.shape[-1]
+        experts, top_k = parts["experts"], routing.expert_GxSxK.shape[-1]
         spread = isinstance(experts, ExpertParallel)
-        few = experts.are_few(rows) if spread else rows <= experts.count
+        few = experts.are_few(batch * length) if spread else batch * length * top_k <= experts.count
         name = dispatch.resolve(self.moe.dispatch, platform())
         backend = dispatch.backend(name, math.isinf(capacity_factor), few)
         with jax.named_scope("dispatch"):
