@@ -326,6 +326,7 @@ class MoeConfig:
             "einsum": "one-hot products, the oracle",
             "ragged": "runs of rows, grouped matrix product",
             "blocked": "runs of rows, loops for CPUs",
+            "padded": "runs of rows, padded to blocks, for GPUs",
         },
     )
     exchange: str = setting(

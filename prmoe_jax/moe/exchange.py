@@ -108,6 +108,10 @@ class ExpertParallel(NamedTuple):
         """As `Experts.block_loop`, for the rows of every device; also returns the rounds."""
         return self._in_rounds("block_loop", x_RxD, rows_E, expert_R)
 
+    def padded(self, x_RxD, rows_E, expert_R) -> tuple[jax.Array, jax.Array]:
+        """As `Experts.padded`, for the rows of every device; also returns the rounds it took."""
+        return self._in_rounds("padded", x_RxD, rows_E, expert_R)
+
     def _in_rounds(self, form: str, x_RxD, rows_E, expert_R):
         rows, width = x_RxD.shape
         coordinated = self.exchange == "coordinated"
@@ -145,7 +149,7 @@ class ExpertParallel(NamedTuple):
         places_B = jnp.arange(len(x_BxD))
         ends_I = jnp.cumsum(rows_I)
         expert_B = jnp.searchsorted(ends_I, places_B, side="right", method="compare_all")
-        if form == "ragged" and len(rows_I) == 1:
+        if form != "block_loop" and len(rows_I) == 1:
             form = "alone"  # a grouped product of one group is slow on TPUs and GPUs
         apply = getattr(experts, form)
         if not split:

@@ -112,6 +112,20 @@ class Experts(nnx.Module):
             weights = weights._replace(b_out_D=None)
         return kernels.block_loop(block, x_RxD, rows_E, weights)
 
+    def padded(
+        self, x_RxD: jax.Array, rows_E: jax.Array, expert_R: jax.Array, last_bias: bool = True
+    ) -> jax.Array:
+        """The same as `ragged`, in one product of equal blocks, to which runs are padded."""
+        weights, blocks = self._weights(x_RxD.dtype), kernels.Blocks.of(rows_E, expert_R)
+        with jax.named_scope("experts"):
+            if weights.b_in_F is not None:
+                weights = weights._replace(b_in_F=blocks.biases(weights.b_in_F))
+            hidden = kernels.hidden(partial(blocks.matmul, blocks.filled(x_RxD)), weights)
+            y_PxQxD = blocks.matmul(activate(hidden), weights.w_out_FxD)
+            if last_bias and weights.b_out_D is not None:
+                y_PxQxD += blocks.biases(weights.b_out_D)
+            return blocks.emptied(y_PxQxD)
+
     def alone(
         self, x_RxD: jax.Array, rows_E: jax.Array, expert_R: jax.Array, last_bias: bool = True
     ) -> jax.Array:
@@ -177,6 +191,10 @@ class OutputNorms:
     def block_loop(self, x_RxD: jax.Array, rows_E: jax.Array, expert_R: jax.Array) -> jax.Array:
         """As `Experts.block_loop`."""
         return self._in_columns(self._experts.block_loop(x_RxD, rows_E, expert_R), expert_R)
+
+    def padded(self, x_RxD: jax.Array, rows_E: jax.Array, expert_R: jax.Array) -> jax.Array:
+        """As `Experts.padded`."""
+        return self._in_columns(self._experts.padded(x_RxD, rows_E, expert_R), expert_R)
 
     def per_token(self, x_RxD: jax.Array, expert_R: jax.Array) -> jax.Array:
         """As `Experts.per_token`."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -124,6 +125,84 @@ def _unrolled_backward(residuals, dy_XxExRxD):
 
 
 unrolled.defvjp(_unrolled_forward, _unrolled_backward)
+
+
+class Blocks(NamedTuple):
+    """P blocks of Q rows, each of one expert's run; the last rows of a run's last block are empty.
+
+    Rows are sorted by expert. Blocks past those of the last expert are empty, too.
+    """
+
+    expert_P: jax.Array
+    row_N: jax.Array  # the row at each of the N = P·Q places, R at an empty one
+    place_R: jax.Array  # the place of each row, N for a row of no expert
+
+    @classmethod
+    def of(cls, rows_E: jax.Array, expert_R: jax.Array) -> "Blocks":
+        """The blocks of R rows sorted by expert, `rows_E[e]` for e and the last ones for none."""
+        experts, rows = len(rows_E), len(expert_R)
+        # Blocks of a quarter of an expert's mean number of rows add an eighth of empty rows.
+        block = min(1024, max(16, 1 << max(1, rows // (4 * experts)).bit_length() - 1))
+        count = (rows + experts * (block - 1)) // block
+        blocks_E = -(-rows_E // block)
+        shift_E = (jnp.cumsum(blocks_E) - blocks_E) * block - (jnp.cumsum(rows_E) - rows_E)
+        places = jnp.arange(count * block)
+        place_R = jnp.arange(rows) + shift_E.at[expert_R].get(mode="clip")
+        place_R = jnp.where(expert_R < experts, place_R, len(places))
+        ends_E = jnp.cumsum(blocks_E)
+        expert_P = jnp.searchsorted(ends_E, places[::block] // block, side="right")
+        row_N = jnp.full(len(places), rows).at[place_R].set(jnp.arange(rows), mode="drop")
+        return cls(jnp.minimum(expert_P, experts - 1), row_N, place_R)
+
+    def filled(self, x_RxD: jax.Array) -> jax.Array:
+        """The rows in their blocks, [P, Q, D]; 0 at empty places."""
+        x_NxD = _move_rows(x_RxD, self.row_N, self.place_R)
+        return x_NxD.reshape(len(self.expert_P), -1, x_RxD.shape[-1])
+
+    def emptied(self, x_PxQxD: jax.Array) -> jax.Array:
+        """The rows in their order, [R, D]; 0 for rows of no expert."""
+        return _move_rows(x_PxQxD.reshape(-1, x_PxQxD.shape[-1]), self.place_R, self.row_N)
+
+    def matmul(self, x_PxQxD: jax.Array, w_ExDxF: jax.Array) -> jax.Array:
+        """The product of each block with the weights of its expert, [P, Q, F]."""
+        return _block_matmul(x_PxQxD, w_ExDxF, self.expert_P)
+
+    def biases(self, b_ExF: jax.Array) -> jax.Array:
+        """The bias of each block's expert, [P, 1, F]; its gradient has a fixed order of sums."""
+        chosen_PxE = jax.nn.one_hot(self.expert_P, len(b_ExF), dtype=b_ExF.dtype)
+        return jnp.matmul(chosen_PxE, b_ExF, precision="highest")[:, None]
+
+
+@jax.custom_vjp
+def _move_rows(x_RxD: jax.Array, from_N: jax.Array, to_R: jax.Array) -> jax.Array:
+    """x[from], 0 at an index past the end; its derivative gathers by `to`, the inverse map."""
+    return jnp.take(x_RxD, from_N, axis=0, mode="fill", fill_value=0)
+
+
+_move_rows.defvjp(
+    lambda x, there, back: (_move_rows(x, there, back), (there, back)),
+    lambda maps, dy: (_move_rows(dy, *maps[::-1]), None, None),
+)
+
+
+@jax.custom_vjp
+def _block_matmul(x_PxQxD: jax.Array, w_ExDxF: jax.Array, expert_P: jax.Array) -> jax.Array:
+    """x[p] @ w[expert[p]], which copies the weights for each block."""
+    return x_PxQxD @ w_ExDxF[expert_P]
+
+
+def _block_matmul_backward(saved, dy_PxQxF):
+    x_PxQxD, w_ExDxF, expert_P = saved
+    dw_PxDxF = x_PxQxD.mT @ dy_PxQxF
+    # A product and not a scatter, which adds in any order on GPUs. Its sums are float32.
+    chosen_ExP = jax.nn.one_hot(expert_P, len(w_ExDxF), dtype=dw_PxDxF.dtype, axis=0)
+    dw_ExDxF = jnp.tensordot(chosen_ExP, dw_PxDxF, 1, precision="highest")
+    return dy_PxQxF @ w_ExDxF[expert_P].mT, dw_ExDxF, None
+
+
+_block_matmul.defvjp(
+    lambda x, w, expert: (_block_matmul(x, w, expert), (x, w, expert)), _block_matmul_backward
+)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

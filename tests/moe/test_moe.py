@@ -114,7 +114,7 @@ def test_blocks_of_rows_are_runs(sizes):
         return jnp.einsum("RF,RFD->RD", h_RxF, experts.w_out[...][e_R]) + experts.b_out[...][e_R]
 
     gradient = jit(jax.value_and_grad(loss, argnums=(0, 1)), static_argnums=2)
-    for apply in (Experts.block_loop, Experts.ragged):
+    for apply in (Experts.block_loop, Experts.ragged, Experts.padded):
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
             gradient(experts, x_RxD, apply),
@@ -141,14 +141,15 @@ def test_expert_choice_by_hand(backend):
     assert metrics.assigned_E.tolist() == [14, 14, 14]
 
 
-def test_rows_of_no_run_are_never_read():
+@pytest.mark.parametrize("apply", [Experts.ragged, Experts.padded])
+def test_rows_of_no_run_are_never_read(apply):
     """A device may leave them as they were in memory: no NaN of theirs comes out, nor back."""
     experts = Experts(2, 3, 5, 0.5, 0.5, jax.random.key(0))
     rows_E, expert_R = jnp.array([3, 2]), jnp.array([0, 0, 0, 1, 1, 2, 2])
     x_RxD = jax.random.normal(jax.random.key(1), (7, 3)).at[5:].set(jnp.nan)
 
     def loss(experts, x_RxD):
-        y_RxD = experts.ragged(x_RxD, rows_E, expert_R)
+        y_RxD = apply(experts, x_RxD, rows_E, expert_R)
         return (y_RxD**2).sum(), y_RxD
 
     gradient, y_RxD = jax.grad(loss, argnums=(0, 1), has_aux=True)(experts, x_RxD)
@@ -159,7 +160,8 @@ def test_rows_of_no_run_are_never_read():
 
 def test_dropless_and_capacity_may_have_backends_of_their_own():
     assert dispatch.resolve("auto", "cpu") == "gather/blocked"
-    assert dispatch.resolve("auto", "tpu") == dispatch.resolve("auto", "gpu") == "gather/ragged"
+    assert dispatch.resolve("auto", "tpu") == "gather/ragged"
+    assert dispatch.resolve("auto", "gpu") == dispatch.resolve("auto", "cuda") == "gather/padded"
     assert dispatch.resolve("einsum", "tpu") == "einsum"
     assert dispatch.backend("gather/blocked", dropless=False) is dispatch.gather
     assert dispatch.backend("gather/blocked", dropless=True) is dispatch.blocked

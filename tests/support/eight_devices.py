@@ -72,7 +72,7 @@ OPTIMIZER = {"muon": {"kind": "muon"}}
 DROPLESS = {"capacity_factor": math.inf, "eval_capacity_factor": math.inf, "overflow": "position"}
 MOE = {
     "dropless": DROPLESS | {"buffer_factor": 1.0},
-    "dropless, top 4": DROPLESS | {"group_size": LENGTH // 2},
+    "dropless, top 4": DROPLESS | {"group_size": LENGTH // 2, "dispatch": "padded"},
     "equal pieces": DROPLESS,
     "one expert": DROPLESS | {"bias_update_rate": 0.01},
     "today's parts": DROPLESS
