@@ -7,9 +7,10 @@
     python experiments/pod_plans/open_moes.py             # the tables
 
 Plans that open_moes.jsonl has are not made again. Batches are those of configs/open_moes.py, with
-the least rematerialisation that fits, and on H100s the faster of two meshes. The next token is that
-of 64 full contexts of 4,096 tokens on eight chips, in bfloat16. The bound is the time in which a
-chip reads its weights and its part of the KV cache once.
+the least rematerialisation that fits, and the faster of two meshes: experts over as many devices as
+they can use, and over eight neighbours. The next token is that of 64 full contexts of 4,096 tokens
+on eight chips, in bfloat16. The bound is the time in which a chip reads its weights and its part of
+the KV cache once.
 """
 
 import dataclasses
@@ -38,21 +39,21 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "open_moes.jsonl"
 OPEN = runpy.run_path(str(HERE.parent.parent / "configs" / "open_moes.py"))
 TRAINING = {"v5p": "v5p:4x4x8", "h100": "h100:16x8"}
-# GPUs of a node; beyond it the exchange of eight rows a token is slow.
-NODE = {"h100:16x8": 8}
+# The GPUs of a node, or a line of the torus; farther, the exchange of eight rows a token is slow.
+NEIGHBOURS = 8
 DECODING = {"v5p": "v5p:2x2x2", "h100": "h100:1x8"}
 SEQUENCES = 64
 DECODING_MESH = {"expert": 4, "tensor": 2}
 
 
 def trained(values: config.Config, topology: str) -> dict:
-    """The faster plan of two: experts over as many devices as they can use, and inside a node."""
+    """The faster plan of two: experts over as many devices as they can use, and over neighbours."""
     devices = len(topology_devices(topology)[1])
-    plans = [first_that_fits(values, topology, leaner(values, devices))]
-    if topology in NODE:
-        expert = math.gcd(NODE[topology], *filter(None, values.model.schedule.experts))
-        inside = MeshConfig(fsdp=devices // expert, expert=expert)
-        plans.append(first_that_fits(values, topology, [inside]))
+    expert = math.gcd(NEIGHBOURS, *filter(None, values.model.schedule.experts))
+    replicas = devices // expert
+    near = MeshConfig(1, replicas, 1, expert), MeshConfig(1, 1, replicas, expert)
+    meshes = leaner(values, devices), near
+    plans = [first_that_fits(values, topology, tried) for tried in meshes]
     return min(plans, key=lambda found: (not found["fits"], found.get("modelled_step_s", 0)))
 
 

@@ -353,6 +353,9 @@ class MeshConfig:
 
     data: int = setting(-1, "Replicas.")
     fsdp: int = setting(1, "Devices that share the parameters outside the experts (ZeRO-3).")
+    fsdp_experts: int = setting(
+        1, "Devices that share all parameters, the experts' included (ZeRO-3)."
+    )
     expert: int = setting(1, "Devices that share the experts.")
     expert_slice: int = setting(1, "Devices that share the hidden units of every expert.")
     tensor: int = setting(1, "Devices that share attention heads, hidden units and vocabulary.")

@@ -150,7 +150,12 @@ class MoE(nnx.Module):
 
         return jax.shard_map(
             local,
-            in_specs=(sharding.specs(parts, mesh), rows, rows, keys_B if keys_B is None else rows),
+            in_specs=(
+                sharding.specs(parts, mesh, in_use=True),
+                rows,
+                rows,
+                keys_B if keys_B is None else rows,
+            ),
             out_specs=(rows, rows, PartitionSpec()),
         )(parts, x_BxLxD, valid_BxL, keys_B)
 

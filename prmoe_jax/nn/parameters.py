@@ -23,6 +23,7 @@ class Parameter:
     #      inner ones as divide the dimension
     #   A  over `tensor` and the axes of FSDP
     #   E  over as many expert axes as the number of experts allows
+    #   X  over `fsdp_experts`, if it divides the dimension
     #   F  over `slice` and `tensor`
     #   -  not split
     split: str
@@ -60,10 +61,10 @@ PARAMETERS = {
     "mlp.b_in": Parameter("F", "T", cast=True),
     "mlp.w_out": Parameter("FD", "A-", decays=True, cast=True, contracted="F"),
     "mlp.b_out": Parameter("D", "-", cast=True),
-    "experts.w_in": Parameter("EDF", "E-F", decays=True, cast=True, contracted="D"),
-    "experts.w_gate": Parameter("EDF", "E-F", decays=True, cast=True, contracted="D"),
+    "experts.w_in": Parameter("EDF", "EXF", decays=True, cast=True, contracted="D"),
+    "experts.w_gate": Parameter("EDF", "EXF", decays=True, cast=True, contracted="D"),
     "experts.b_in": Parameter("EF", "EF", cast=True),
-    "experts.w_out": Parameter("EFD", "EF-", decays=True, cast=True, contracted="F"),
+    "experts.w_out": Parameter("EFD", "EFX", decays=True, cast=True, contracted="F"),
     "experts.b_out": Parameter("ED", "E-", cast=True),
     "each.w_in": Parameter("DF", "-F", decays=True, cast=True, contracted="D"),  # of one expert
     "each.w_gate": Parameter("DF", "-F", decays=True, cast=True, contracted="D"),

@@ -5,6 +5,8 @@ neighbours:
 
   data      none: its devices are replicas
   fsdp      parameters outside the experts (ZeRO-3)
+  fsdp_experts
+            all parameters (ZeRO-3); only where `mesh.fsdp_experts` asks for it
   expert_N  experts, from several axes with numbers N; expert_0 is the innermost. A layer with
             fewer experts than devices uses only the inner axes
   slice     the hidden units of every expert, so that there may be more devices than experts
@@ -141,7 +143,8 @@ def platform() -> str:
 
 def splits_experts(mesh: Mesh | AbstractMesh) -> bool:
     """Whether a layer's experts, or parts of them, are on several devices."""
-    replicas = [n for name, n in mesh.shape.items() if name in ("data_across", "data", "fsdp")]
+    alike = "data_across", "data", "fsdp", "fsdp_experts"
+    replicas = [size for name, size in mesh.shape.items() if name in alike]
     return math.prod(replicas) < mesh.size
 
 
@@ -201,6 +204,7 @@ def axis_sizes(config: Config, devices: int) -> dict[str, int]:
         **outer,
         "data": sizes["data"] * across // slices,
         "fsdp": sizes["fsdp"],
+        **({"fsdp_experts": sizes["fsdp_experts"]} if sizes["fsdp_experts"] > 1 else {}),
         **experts,
         "slice": sizes["expert_slice"],
         "tensor": sizes["tensor"],
@@ -286,26 +290,27 @@ def suggest_mesh(
         fits = (d for d in _divisors(expert) if not _problem(counts, expert, d))
         inner = max(d for d in fits if d <= FSDP_DEVICES)
     data = slices * rest // fsdp
-    return MeshConfig(data, fsdp, expert, expert_slice, tensor, inner, config.mesh.slices)
+    return MeshConfig(data, fsdp, 1, expert, expert_slice, tensor, inner, config.mesh.slices)
 
 
 def leaner(config: Config, devices: int) -> Iterator[MeshConfig]:
     """Meshes to try for less memory per device; the cheapest come first.
 
     They begin with the mesh of `suggest_mesh`, if it fits. Later ones have more devices for FSDP,
-    then split each expert over devices, then have more devices on `tensor`. Each fits the config's
-    sizes and batch, but may need more memory than one before it.
+    then FSDP for the experts, too, then split each expert over devices, then have more devices on
+    `tensor`. Each fits the config's sizes and batch, but may need more memory than one before it.
     """
     moe = any(config.model.schedule.experts)
     inside = devices // slice_count(config, devices)
     for tensor in _divisors(inside):
         for expert_slice in _divisors(inside // tensor) if moe else [1]:
-            found = set()
-            for fsdp in (d for d in _divisors(inside) if d >= FSDP_DEVICES or d == inside):
-                mesh = suggest_mesh(config, devices, tensor, expert_slice, fsdp)
-                if mesh in found:
-                    continue
-                found.add(mesh)
+            most = [d for d in _divisors(inside) if d >= FSDP_DEVICES or d == inside]
+            found = [suggest_mesh(config, devices, tensor, expert_slice, fsdp) for fsdp in most]
+            if moe:
+                found += [
+                    dataclasses.replace(mesh, fsdp=1, fsdp_experts=mesh.fsdp) for mesh in found
+                ]
+            for mesh in dict.fromkeys(found):
                 try:
                     check_fits(dataclasses.replace(config, mesh=mesh), devices)
                 except UserError:

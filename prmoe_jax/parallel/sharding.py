@@ -45,6 +45,8 @@ def spec(
         names = {"T": ("tensor",), "F": ("slice", "tensor"), "A": ("tensor",)}.get(role, ())
         if role == "E":
             names = expert_axes(mesh, size)
+        elif role == "X" and "fsdp_experts" in mesh.axis_names and not in_use:
+            names = ("fsdp_experts",) if size % mesh.shape["fsdp_experts"] == 0 else ()
         elif role in "AS" and not in_use:
             parts = math.prod(mesh.shape[name] for name in names)
             names += _most_axes(mesh, size // parts)
@@ -130,8 +132,8 @@ def expert_replicas(experts: int) -> int:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return 1
-    splitting = *expert_axes(mesh, experts), "slice", "tensor"
-    return mesh.size // math.prod(mesh.shape[name] for name in splitting)
+    splitting = *expert_axes(mesh, experts), "fsdp_experts", "slice", "tensor"
+    return mesh.size // math.prod(mesh.shape.get(name, 1) for name in splitting)
 
 
 def all_gather_params(tree):

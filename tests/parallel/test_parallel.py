@@ -408,6 +408,13 @@ def test_rules_by_hand():
     sliced = mesh_of(data_across=2, expert_across_2=2, data=1, fsdp=1, expert_1=2, expert_0=8)
     assert spec("tokens", (512, 192), mesh_of(**sliced.shape, slice=1, tensor=1))[1] == "expert_0"
     assert batch_axes(sliced)[:2] == ("data_across", "expert_across_2")
+    # FSDP of the experts splits the model's width, and other parameters as FSDP does.
+    whole = mesh_of(data=1, fsdp=2, fsdp_experts=4, expert_0=8, slice=1, tensor=2)
+    assert spec(w_in, (3, 32, 64, 96), whole) == P(None, "expert_0", "fsdp_experts", "tensor")
+    assert spec(w_in, (3, 32, 66, 96), whole) == P(None, "expert_0", (), "tensor")
+    assert spec(w_in, (3, 32, 64, 96), whole, in_use=True) == P(None, "expert_0", (), "tensor")
+    assert spec(w_in.replace("in", "out"), (3, 32, 96, 64), whole)[3] == "fsdp_experts"
+    assert spec("tokens", (512, 192), whole)[1] == ("fsdp", "fsdp_experts", "expert_0")
     # An axis of one device splits nothing.
     alone = mesh_of(data=8, fsdp=1, expert_0=1, slice=1, tensor=1)
     assert spec("tokens", (8, 8), alone) == P((), ())
@@ -454,13 +461,14 @@ def on_eight_devices(case, *arguments):
     ("name", "meshes"),
     [
         ("pyramid, top 2", ["fsdp", "sliced", "expert, tensor, coordinated", "two stages"]),
+        ("moe", ["fsdp of experts"]),
         ("moe", ["replicas over and in slices", "experts over slices"]),
         ("accumulate", ["fsdp, expert, tensor"]),
         ("dropless", ["expert, slice, tensor", "two stages"]),
         ("dropless, top 4", ["experts over slices"]),
         ("equal pieces", ["expert"]),
         ("today's parts", ["slices, expert, tensor"]),
-        ("muon", ["fsdp, expert, tensor"]),
+        ("muon", ["fsdp of experts"]),
     ],
 )
 def test_a_step_on_a_mesh_equals_one_on_one_device(name, meshes):

@@ -775,13 +775,13 @@ def test_two_slices_where_one_is_too_small(compiled):
 
 
 def test_slices_of_experts_where_replicas_do_not_fit(compiled):
-    """Four experts of 32 GiB on 32 chips of 16: over 4 of them, over 8 in halves, or quartered."""
+    """Four experts of 32 GiB on 32 chips of 16: over 4 of them, over 8 in halves, with FSDP."""
     asked = compiled(activations=1)
     result = fit(large("2 layers, E=4", batch_size=32), "v5e:4x8")
     assert result["flags"] == "--config.mesh.fsdp=8 --config.mesh.expert=4"
     assert not result["fits"]
     assert result["instead"]["flags"] == (
-        "--config.mesh.fsdp=2 --config.mesh.expert=4 --config.mesh.expert_slice=4"
+        "--config.mesh.fsdp_experts=4 --config.mesh.expert=4 --config.mesh.expert_slice=2"
     )
     assert len(asked) == 2
 

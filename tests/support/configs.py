@@ -68,6 +68,7 @@ OTHER_VALUES = {
     "moe.buffer_factor": ("2.0", 2.0),
     "mesh.data": ("2", 2),
     "mesh.fsdp": ("2", 2),
+    "mesh.fsdp_experts": ("2", 2),
     "mesh.expert": ("2", 2),
     "mesh.expert_slice": ("2", 2),
     "mesh.tensor": ("2", 2),

@@ -90,6 +90,7 @@ MESHES = {
     "expert, tensor, flat": {"expert": 4, "tensor": 2, "exchange": "flat"},
     "expert, tensor, coordinated": {"expert": 4, "tensor": 2, "exchange": "coordinated"},
     "two stages": {"expert": 4, "expert_inner": 2, "exchange": "hierarchical"},
+    "fsdp of experts": {"data": 1, "fsdp": 2, "fsdp_experts": 2, "expert": 2},
 }
 # Devices in two slices of four, and in four of two. The last two spread experts over slices.
 SLICES = {
