@@ -51,7 +51,8 @@ def trained(values: config.Config, topology: str) -> dict:
     devices = len(topology_devices(topology)[1])
     expert = math.gcd(NEIGHBOURS, *filter(None, values.model.schedule.experts))
     replicas = devices // expert
-    near = MeshConfig(1, replicas, 1, expert), MeshConfig(1, 1, replicas, expert)
+    axes = "fsdp", "fsdp_experts"
+    near = [MeshConfig(data=1, expert=expert, **{axis: replicas}) for axis in axes]
     meshes = leaner(values, devices), near
     plans = [first_that_fits(values, topology, tried) for tried in meshes]
     return min(plans, key=lambda found: (not found["fits"], found.get("modelled_step_s", 0)))

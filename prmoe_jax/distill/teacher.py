@@ -44,6 +44,7 @@ from prmoe_jax.parallel.mesh import (
     on_slices,
     replicated,
     split_batch,
+    split_sizes,
 )
 from prmoe_jax.parallel.portions import add_up
 from prmoe_jax.run import directory as workdirs
@@ -79,7 +80,7 @@ def restore_teacher(
     workdir = stores.as_path(config.teacher.workdir)
     settings = teacher_of(config)
     check_same(workdir / workdirs.TOKENIZER, tokenizer, "the teacher")
-    check_splits(settings, {"tensor": mesh.shape["tensor"], "expert_slice": mesh.shape["slice"]})
+    check_splits(settings, split_sizes(mesh))
     beside = dataclasses.replace(settings.model, length=config.model.length)
     beside = dataclasses.replace(settings, model=beside, train=config.train)
     check_batch(beside, mesh.size // mesh.shape["tensor"])

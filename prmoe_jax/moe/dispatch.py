@@ -59,7 +59,7 @@ def gather(x_GxSxD: jax.Array, routing: Routing, experts: Experts, slots: int) -
 
 def ragged(x_GxSxD: jax.Array, routing: Routing, experts: Experts, slots: int) -> Output:
     """Sorts the kept choices by expert; one grouped product applies to runs of unequal length."""
-    return _by_runs(x_GxSxD, routing, experts, experts.ragged)
+    return _by_runs(x_GxSxD, routing, experts, "ragged")
 
 
 def blocked(x_GxSxD: jax.Array, routing: Routing, experts: Experts, slots: int) -> Output:
@@ -67,7 +67,7 @@ def blocked(x_GxSxD: jax.Array, routing: Routing, experts: Experts, slots: int) 
 
     XLA's grouped product on CPUs multiplies every row by every expert.
     """
-    return _by_runs(x_GxSxD, routing, experts, experts.block_loop)
+    return _by_runs(x_GxSxD, routing, experts, "block_loop")
 
 
 def padded(x_GxSxD: jax.Array, routing: Routing, experts: Experts, slots: int) -> Output:
@@ -75,7 +75,7 @@ def padded(x_GxSxD: jax.Array, routing: Routing, experts: Experts, slots: int) -
 
     XLA's grouped product on NVIDIA GPUs multiplies every row by every expert, too.
     """
-    return _by_runs(x_GxSxD, routing, experts, experts.padded)
+    return _by_runs(x_GxSxD, routing, experts, "padded")
 
 
 def per_token(
@@ -97,8 +97,8 @@ def per_token(
     return jnp.einsum("GSKD,GSK->GSD", y_GxSxKxD, weight_GxSxK.astype(y_RxD.dtype)), 0
 
 
-def _by_runs(x_GxSxD, routing: Routing, experts: Experts | ExpertParallel, apply) -> Output:
-    """Sorts rows by expert, applies the experts by `apply`, and sorts the results back.
+def _by_runs(x_GxSxD, routing: Routing, experts: Experts | ExpertParallel, form) -> Output:
+    """Sorts rows by expert, applies the method `form` of `Experts`, and sorts the results back.
 
     Runs need no buffer of fixed size: without a capacity, the cost follows the number of tokens.
     """
@@ -112,9 +112,10 @@ def _by_runs(x_GxSxD, routing: Routing, experts: Experts | ExpertParallel, apply
 
     x_NxD = x_GxSxD.reshape(-1, x_GxSxD.shape[-1])
     x_RxD = _take_rows(x_NxD, order_R // top_k, place_R.reshape(-1, top_k))
-    y_RxD, rounds = apply(x_RxD, rows_E, sorted_R), 0
     if isinstance(experts, ExpertParallel):
-        y_RxD, rounds = y_RxD
+        y_RxD, rounds = experts.in_rounds(form, x_RxD, rows_E, sorted_R)
+    else:
+        y_RxD, rounds = getattr(experts, form)(x_RxD, rows_E, sorted_R), 0
     return _combine(y_RxD, routing.weight_GxSxK, place_R, order_R), rounds
 
 

@@ -100,19 +100,18 @@ class ExpertParallel(NamedTuple):
         """The axes over which devices have different rows for the same experts."""
         return (*self.axes, *_splits(coordinated=False)[2])
 
-    def ragged(self, x_RxD, rows_E, expert_R) -> tuple[jax.Array, jax.Array]:
-        """As `Experts.ragged`, for the rows of every device; also returns the rounds it took."""
-        return self._in_rounds("ragged", x_RxD, rows_E, expert_R)
+    def in_rounds(
+        self, form: str, x_RxD: jax.Array, rows_E: jax.Array, expert_R: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """As the method of `Experts` named `form`, for the rows of every device.
 
-    def block_loop(self, x_RxD, rows_E, expert_R) -> tuple[jax.Array, jax.Array]:
-        """As `Experts.block_loop`, for the rows of every device; also returns the rounds."""
-        return self._in_rounds("block_loop", x_RxD, rows_E, expert_R)
+        Args:
+          form: "ragged", "block_loop" or "padded".
+          x_RxD, rows_E, expert_R: as in `Experts.ragged`.
 
-    def padded(self, x_RxD, rows_E, expert_R) -> tuple[jax.Array, jax.Array]:
-        """As `Experts.padded`, for the rows of every device; also returns the rounds it took."""
-        return self._in_rounds("padded", x_RxD, rows_E, expert_R)
-
-    def _in_rounds(self, form: str, x_RxD, rows_E, expert_R):
+        Returns:
+          The outputs, [R, D], and the number of rounds that they took.
+        """
         rows, width = x_RxD.shape
         coordinated = self.exchange == "coordinated"
         if coordinated:

@@ -146,12 +146,11 @@ class Blocks(NamedTuple):
         count = (rows + experts * (block - 1)) // block
         blocks_E = -(-rows_E // block)
         shift_E = (jnp.cumsum(blocks_E) - blocks_E) * block - (jnp.cumsum(rows_E) - rows_E)
-        places = jnp.arange(count * block)
         place_R = jnp.arange(rows) + shift_E.at[expert_R].get(mode="clip")
-        place_R = jnp.where(expert_R < experts, place_R, len(places))
-        ends_E = jnp.cumsum(blocks_E)
-        expert_P = jnp.searchsorted(ends_E, places[::block] // block, side="right")
-        row_N = jnp.full(len(places), rows).at[place_R].set(jnp.arange(rows), mode="drop")
+        place_R = jnp.where(expert_R < experts, place_R, count * block)
+        row_N = jnp.full(count * block, rows).at[place_R].set(jnp.arange(rows), mode="drop")
+        ends_E, blocks_P = jnp.cumsum(blocks_E), jnp.arange(count)
+        expert_P = jnp.searchsorted(ends_E, blocks_P, side="right", method="compare_all")
         return cls(jnp.minimum(expert_P, experts - 1), row_N, place_R)
 
     def filled(self, x_RxD: jax.Array) -> jax.Array:

@@ -23,7 +23,7 @@ class Parameter:
     #      inner ones as divide the dimension
     #   A  over `tensor` and the axes of FSDP
     #   E  over as many expert axes as the number of experts allows
-    #   X  over `fsdp_experts`, if it divides the dimension
+    #   X  over `fsdp_experts`
     #   F  over `slice` and `tensor`
     #   -  not split
     split: str

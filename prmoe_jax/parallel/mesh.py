@@ -290,15 +290,17 @@ def suggest_mesh(
         fits = (d for d in _divisors(expert) if not _problem(counts, expert, d))
         inner = max(d for d in fits if d <= FSDP_DEVICES)
     data = slices * rest // fsdp
-    return MeshConfig(data, fsdp, 1, expert, expert_slice, tensor, inner, config.mesh.slices)
+    sizes = {"data": data, "fsdp": fsdp, "expert": expert, "expert_inner": inner}
+    return MeshConfig(**sizes, expert_slice=expert_slice, tensor=tensor, slices=config.mesh.slices)
 
 
 def leaner(config: Config, devices: int) -> Iterator[MeshConfig]:
     """Meshes to try for less memory per device; the cheapest come first.
 
     They begin with the mesh of `suggest_mesh`, if it fits. Later ones have more devices for FSDP,
-    then FSDP for the experts, too, then split each expert over devices, then have more devices on
-    `tensor`. Each fits the config's sizes and batch, but may need more memory than one before it.
+    then FSDP that includes the experts, then split each expert over devices, then have more devices
+    on `tensor`. Each fits the config's sizes and batch, but may need more memory than an earlier
+    one.
     """
     moe = any(config.model.schedule.experts)
     inside = devices // slice_count(config, devices)
@@ -360,12 +362,19 @@ def _problem(counts: Mapping[int, int], expert: int, inner: int) -> str | None:
     return None
 
 
+def split_sizes(mesh: Mesh | AbstractMesh) -> dict[str, int]:
+    """The sizes that `check_splits` needs, of a mesh that is made."""
+    shape = mesh.shape
+    sizes = {"tensor": shape["tensor"], "expert_slice": shape["slice"]}
+    return sizes | {"fsdp_experts": shape.get("fsdp_experts", 1)}
+
+
 def check_splits(config: Config, sizes: Mapping[str, int]) -> None:
     """Checks that the mesh can split every dimension it must, and that the exchange has an effect.
 
     Args:
       config: the experiment, or another one on the same mesh.
-      sizes: devices on `tensor` and `expert_slice`.
+      sizes: devices on `tensor`, `expert_slice` and `fsdp_experts`.
 
     Raises:
       UserError: a dimension or the exchange does not fit; suggests a change.
@@ -383,6 +392,12 @@ def check_splits(config: Config, sizes: Mapping[str, int]) -> None:
                 f"model.{name}={value} is not divisible by {axes}={parts}; use "
                 f"{math.gcd(value, parts)} of them"
             )
+    gathered = sizes["fsdp_experts"]
+    if model.d_model % gathered:
+        raise UserError(
+            f"model.d_model={model.d_model} is not divisible by mesh.fsdp_experts={gathered}; use "
+            f"{math.gcd(model.d_model, gathered)} of them"
+        )
     if config.moe.exchange == "coordinated" and tensor == 1:
         raise UserError("moe.exchange=coordinated has no effect with mesh.tensor=1; use auto")
     if config.moe.exchange == "hierarchical" and config.mesh.expert_inner == 1:

@@ -46,7 +46,7 @@ def spec(
         if role == "E":
             names = expert_axes(mesh, size)
         elif role == "X" and "fsdp_experts" in mesh.axis_names and not in_use:
-            names = ("fsdp_experts",) if size % mesh.shape["fsdp_experts"] == 0 else ()
+            names = ("fsdp_experts",)
         elif role in "AS" and not in_use:
             parts = math.prod(mesh.shape[name] for name in names)
             names += _most_axes(mesh, size // parts)

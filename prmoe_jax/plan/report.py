@@ -40,6 +40,7 @@ from prmoe_jax.parallel.mesh import (
     crosses_slices,
     make_mesh,
     on_slices,
+    split_sizes,
 )
 from prmoe_jax.plan.chips import Chip, topology_devices, unit
 from prmoe_jax.plan.collectives import (
@@ -230,7 +231,7 @@ def _arguments(
     batch = Batch(*(_rows(mesh, shape, dtype) for dtype in dtypes))
     arguments = [jax.tree.map(_place, state, sharding.shardings(state, mesh)), batch]
     if teacher:
-        check_splits(teacher, {"tensor": mesh.shape["tensor"], "expert_slice": mesh.shape["slice"]})
+        check_splits(teacher, split_sizes(mesh))
         model = _teacher_shapes(_off_mesh(teacher))
         arguments.append(jax.tree.map(_place, model, sharding.shardings(model, mesh)))
     return arguments
