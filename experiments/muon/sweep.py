@@ -1,7 +1,7 @@
 """Does Muon need fewer tokens than AdamW for the same loss?
 
 The narrowest dense model of experiments/multiplier and its MoE of 64 experts. The same learning
-rates are tried with both optimizers, on 3 M tokens; the best ones go into RATES.
+rates are tried with both optimizers, on 3 M tokens; the best ones are in RATES.
 
     prmoe sweep experiments/muon                           # --shard=1/2 and 2/2 for two cores
     prmoe report experiments/muon
@@ -16,8 +16,9 @@ KEEP_CHECKPOINTS = False
 STEPS = {"1.5M": 175, "3M": 350, "4.5M": 525}
 MODELS = {"dense": "dense_64", "moe": "E64"}
 TRIED = 2e-3, 4e-3, 8e-3, 16e-3
-# The best of those tried, by model and optimizer; nothing else runs before they are known.
-RATES: dict[str, float] = {}
+HIGHER = {"moe_muon": (32e-3,)}  # where the highest of them was the best
+# The best of those tried, by model and optimizer.
+RATES = {"dense_adamw": 4e-3, "dense_muon": 8e-3, "moe_adamw": 4e-3, "moe_muon": 16e-3}
 
 
 def get_config(model: str, kind: str, steps: int, rate: float):
@@ -29,7 +30,7 @@ def get_config(model: str, kind: str, steps: int, rate: float):
 def runs():
     for model in MODELS:
         for kind in ("adamw", "muon"):
-            for rate in TRIED:
+            for rate in (*TRIED, *HIGHER.get(f"{model}_{kind}", ())):
                 yield f"{model}_{kind}_{rate:g}/0", get_config(model, kind, STEPS["3M"], rate)
     for seed in SEEDS:
         for arm, rate in RATES.items():
