@@ -6,6 +6,8 @@ nothing is dropped, and experts are on several devices (0 otherwise). `einsum` i
 oracle; the others must equal it.
 """
 
+import functools
+import operator
 from collections.abc import Callable
 
 import jax
@@ -147,6 +149,23 @@ def backend(resolved: str, dropless: bool, few: bool = False) -> Dispatch:
 # end gives some row that is never read. This row need not be 0; only its gradient must be 0.
 
 
+def _weighted_sum(x_KxNxD, weight_KxN):
+    """The sum of K arrays by a weight for each row, [N, D], added up in float32.
+
+    They are added one after the other: a TPU's compiler makes slow code of a reduction over them,
+    and has to move rows if they are [N, K, D].
+    """
+    terms = [w[:, None] * x for x, w in zip(x_KxNxD, weight_KxN.astype(jnp.float32), strict=True)]
+    return functools.reduce(operator.add, terms).astype(x_KxNxD.dtype)
+
+
+def _take_choices(x_PxD, index_NxK):
+    """x at each choice of each token, [K, N, D]; an index past the end gives an arbitrary row."""
+    top_k = index_NxK.shape[1]
+    x_RxD = jnp.take(x_PxD, index_NxK.T.reshape(-1), axis=0, mode="clip")
+    return x_RxD.reshape(top_k, -1, x_PxD.shape[1])
+
+
 @jax.custom_vjp
 def _take_rows(x_NxD, index_P, inverse_NxK):
     """x[index], [P, D]; an index past the end gives an arbitrary row.
@@ -157,8 +176,8 @@ def _take_rows(x_NxD, index_P, inverse_NxK):
 
 
 def _take_rows_backward(inverse_NxK, dy_PxD):
-    dx_RxD = jnp.take(dy_PxD, inverse_NxK.reshape(-1), axis=0, mode="fill", fill_value=0)
-    return dx_RxD.reshape(*inverse_NxK.shape, -1).sum(1), None, None
+    is_copy_NxK = inverse_NxK < len(dy_PxD)
+    return _weighted_sum(_take_choices(dy_PxD, inverse_NxK), is_copy_NxK.T), None, None
 
 
 _take_rows.defvjp(
@@ -177,23 +196,21 @@ def _combine(y_PxD, weight_GxSxK, place_R, choice_P):
 
 
 def _combine_forward(y_PxD, weight_GxSxK, place_R, choice_P):
-    y_RxD = jnp.take(y_PxD, place_R, axis=0, mode="clip")
-    y_GxSxKxD = y_RxD.reshape(*weight_GxSxK.shape, -1)
-    combined = jnp.einsum("GSKD,GSK->GSD", y_GxSxKxD, weight_GxSxK.astype(y_PxD.dtype))
-    return combined, (y_GxSxKxD, weight_GxSxK, choice_P)
+    weight_NxK = weight_GxSxK.reshape(-1, weight_GxSxK.shape[-1])
+    y_KxNxD = _take_choices(y_PxD, place_R.reshape(weight_NxK.shape))
+    combined_NxD = _weighted_sum(y_KxNxD, weight_NxK.T)
+    return combined_NxD.reshape(*weight_GxSxK.shape[:2], -1), (y_KxNxD, weight_GxSxK, choice_P)
 
 
 def _combine_backward(residuals, dy_GxSxD):
-    y_GxSxKxD, weight_GxSxK, choice_P = residuals
-    top_k, width = y_GxSxKxD.shape[2:]
+    y_KxNxD, weight_GxSxK, choice_P = residuals
+    dy_NxD = dy_GxSxD.reshape(-1, dy_GxSxD.shape[-1])
     # The weight of each slot; it is 0 in empty slots, and no other mask is needed.
-    weight_R = weight_GxSxK.reshape(-1).astype(dy_GxSxD.dtype)
+    weight_R = weight_GxSxK.reshape(-1).astype(dy_NxD.dtype)
     weight_P = jnp.take(weight_R, choice_P, mode="fill", fill_value=0)
-    dy_PxD = jnp.take(dy_GxSxD.reshape(-1, width), choice_P // top_k, axis=0, mode="clip")
-    dweight_GxSxK = jnp.einsum(
-        "GSKD,GSD->GSK", y_GxSxKxD, dy_GxSxD, preferred_element_type=jnp.float32
-    )
-    return dy_PxD * weight_P[:, None], dweight_GxSxK, None, None
+    dy_PxD = jnp.take(dy_NxD, choice_P // len(y_KxNxD), axis=0, mode="clip")
+    dweight_KxN = (y_KxNxD.astype(jnp.float32) * dy_NxD).sum(-1)
+    return dy_PxD * weight_P[:, None], dweight_KxN.T.reshape(weight_GxSxK.shape), None, None
 
 
 _combine.defvjp(_combine_forward, _combine_backward)

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from prmoe_jax.nn import remat
 from prmoe_jax.parallel.mesh import platform
@@ -232,14 +233,27 @@ def _first_rows(x_RxD: jax.Array, count: jax.Array) -> jax.Array:
     return jnp.where((jnp.arange(len(x_RxD)) < count)[:, None], x_RxD, 0)
 
 
+def _by_rows(x_RxD: jax.Array) -> jax.Array:
+    """The same array, in memory row by row.
+
+    The TPU's compiler would keep it column by column beside a product, and copy it slowly into the
+    rows that devices exchange.
+    """
+    if platform() != "tpu":
+        return x_RxD
+    return with_layout_constraint(x_RxD, Layout(major_to_minor=(0, 1)))
+
+
 def _ragged_all_to_all(x_RxD, into_QxD, starts, sizes, places, received, stage: Stage) -> jax.Array:
     """`jax.lax.ragged_all_to_all`, or an equal exchange of pieces that are padded to one size.
 
     XLA has no ragged exchange on CPUs. There, a piece has room for everything.
     """
     if not stage.piece and platform() != "cpu":
-        return jax.lax.ragged_all_to_all(
-            x_RxD, into_QxD, starts, sizes, places, received, axis_name=stage.axes
+        return _by_rows(
+            jax.lax.ragged_all_to_all(
+                _by_rows(x_RxD), into_QxD, starts, sizes, places, received, axis_name=stage.axes
+            )
         )
     piece = stage.piece or min(len(x_RxD), len(into_QxD))
     devices = jax.lax.axis_size(stage.axes)
