@@ -6,11 +6,11 @@
     python experiments/pod_plans/open_moes.py h100
     python experiments/pod_plans/open_moes.py             # the tables
 
-Plans that open_moes.jsonl has are not made again. Batches are those of configs/open_moes.py, with
-the least rematerialisation that fits, and the faster of two meshes: experts over as many devices as
-they can use, and over eight neighbours. The next token is that of 64 full contexts of 4,096 tokens
-on eight chips, in bfloat16. The bound is the time in which a chip reads its weights and its part of
-the KV cache once.
+Plans that open_moes.jsonl has are not made again. Batches are those of configs/open_moes.py, in
+four portions of 8,192 tokens a chip, with the least rematerialisation that fits, and the faster of
+two meshes: experts over as many devices as they can use, and over eight neighbours. The next token
+is that of 64 full contexts of 4,096 tokens on eight chips, in bfloat16. The bound is the time in
+which a chip reads its weights and its part of the KV cache once.
 """
 
 import dataclasses
@@ -42,12 +42,15 @@ TRAINING = {"v5p": "v5p:4x4x8", "h100": "h100:16x8"}
 # The GPUs of a node, or a line of the torus; farther, the exchange of eight rows a token is slow.
 NEIGHBOURS = 8
 DECODING = {"v5p": "v5p:2x2x2", "h100": "h100:1x8"}
+PORTIONS = 4
 SEQUENCES = 64
 DECODING_MESH = {"expert": 4, "tensor": 2}
 
 
 def trained(values: config.Config, topology: str) -> dict:
     """The faster plan of two: experts over as many devices as they can use, and over neighbours."""
+    train = dataclasses.replace(values.train, accumulate=PORTIONS)
+    values = dataclasses.replace(values, train=train)
     devices = len(topology_devices(topology)[1])
     expert = math.gcd(NEIGHBOURS, *filter(None, values.model.schedule.experts))
     replicas = devices // expert

@@ -23,6 +23,8 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from prmoe_jax.nn import remat
 from prmoe_jax.parallel.mesh import platform
 
+TILE_ROWS, TILE = 8, 8 * 128  # rows and numbers of a TPU's tile
+
 # Applies a device's experts to [B, D] rows sorted by expert, the second argument of them for each
 # expert; also returns the rounds that this took.
 Apply = Callable[[object, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
@@ -76,23 +78,23 @@ def serve(stage: Stage, apply: Apply, experts, x_RxD: jax.Array, rows_E: jax.Arr
     def arrive(x_RxD, transfer: _Transfer) -> jax.Array:
         """The rows that this device receives in a round, and zeros behind them."""
         with jax.named_scope("exchange"):
-            x_BxD = _ragged_all_to_all(
-                x_RxD,
-                _empty(stage.buffer, x_RxD),
+            x_Bx = _ragged_all_to_all(
+                _as_exchanged(x_RxD, stage),
+                _empty(stage.buffer, x_RxD, stage),
                 transfer.sent_from,
                 transfer.sent,
                 transfer.sent_to,
                 transfer.received,
                 stage,
             )
-            return _first_rows(x_BxD, transfer.received.sum())
+            return _first_rows(_as_matrix(x_Bx, stage), transfer.received.sum())
 
-    def give_back(y_BxD, into_RxD, transfer: _Transfer) -> jax.Array:
-        """The same with a round's results written into their places."""
+    def give_back(y_BxD, into_Rx, transfer: _Transfer) -> jax.Array:
+        """The same with a round's results written into their places; rows as exchanged."""
         with jax.named_scope("exchange"):
             return _ragged_all_to_all(
-                y_BxD,
-                into_RxD,
+                _as_exchanged(y_BxD, stage),
+                into_Rx,
                 transfer.received_to,
                 transfer.received,
                 transfer.received_from,
@@ -100,10 +102,10 @@ def serve(stage: Stage, apply: Apply, experts, x_RxD: jax.Array, rows_E: jax.Arr
                 stage,
             )
 
-    def served(y_RxD, pieces: _Pieces) -> jax.Array:
-        """The same with zeros for rows of no expert."""
+    def served(y_Rx, pieces: _Pieces) -> jax.Array:
+        """The same, [R, D], with zeros for rows of no expert."""
         sent = pieces.rows[jax.lax.axis_index(stage.axes)].sum()
-        return _first_rows(y_RxD, sent)
+        return _first_rows(_as_matrix(y_Rx, stage), sent)
 
     def in_round(index, pieces: _Pieces) -> tuple[_Transfer, jax.Array]:
         transfer = _transfer(pieces, index, stage)
@@ -122,19 +124,19 @@ def serve(stage: Stage, apply: Apply, experts, x_RxD: jax.Array, rows_E: jax.Arr
             )
         else:
             y_BxD, runs = apply(experts, x_BxD, rows_I)
-        y_RxD = give_back(y_BxD, _empty(len(x_RxD), x_RxD), transfer)
+        y_Rx = give_back(y_BxD, _empty(len(x_RxD), x_RxD, stage), transfer)
 
         def another(carry):
-            index, runs, y_RxD = carry
+            index, runs, y_Rx = carry
             transfer, rows_I = in_round(index, pieces)
             y_BxD, more = apply(experts, arrive(x_RxD, transfer), rows_I)
-            return index + 1, runs + more, give_back(y_BxD, y_RxD, transfer)
+            return index + 1, runs + more, give_back(y_BxD, y_Rx, transfer)
 
         with jax.named_scope("rounds"):
-            _, runs, y_RxD = jax.lax.while_loop(
-                lambda carry: carry[0] < rounds, another, (jnp.int32(1), runs, y_RxD)
+            _, runs, y_Rx = jax.lax.while_loop(
+                lambda carry: carry[0] < rounds, another, (jnp.int32(1), runs, y_Rx)
             )
-        y_RxD = remat.save_collective(served(y_RxD, pieces))
+        y_RxD = remat.save_collective(served(y_Rx, pieces))
         return (y_RxD, runs), (derivative, experts, x_RxD, pieces, rounds)
 
     def backward(saved, gradients):
@@ -143,10 +145,10 @@ def serve(stage: Stage, apply: Apply, experts, x_RxD: jax.Array, rows_E: jax.Arr
         with jax.named_scope("dispatch"):
             transfer, _ = in_round(0, pieces)
         dexperts, dx_BxD = derivative(arrive(dy_RxD, transfer))
-        dx_RxD = give_back(dx_BxD, _empty(len(x_RxD), x_RxD), transfer)
+        dx_Rx = give_back(dx_BxD, _empty(len(x_RxD), x_RxD, stage), transfer)
 
         def another(carry):
-            index, dexperts, dx_RxD = carry
+            index, dexperts, dx_Rx = carry
             transfer, rows_I = in_round(index, pieces)
             _, derivative, _ = jax.vjp(
                 lambda experts, x_BxD: apply(experts, x_BxD, rows_I),
@@ -156,13 +158,13 @@ def serve(stage: Stage, apply: Apply, experts, x_RxD: jax.Array, rows_E: jax.Arr
             )
             more, dx_BxD = derivative(arrive(dy_RxD, transfer))
             dexperts = jax.tree.map(jnp.add, dexperts, more)
-            return index + 1, dexperts, give_back(dx_BxD, dx_RxD, transfer)
+            return index + 1, dexperts, give_back(dx_BxD, dx_Rx, transfer)
 
         with jax.named_scope("rounds"):
-            _, dexperts, dx_RxD = jax.lax.while_loop(
-                lambda carry: carry[0] < rounds, another, (jnp.int32(1), dexperts, dx_RxD)
+            _, dexperts, dx_Rx = jax.lax.while_loop(
+                lambda carry: carry[0] < rounds, another, (jnp.int32(1), dexperts, dx_Rx)
             )
-        return dexperts, served(dx_RxD, pieces), None
+        return dexperts, served(dx_Rx, pieces), None
 
     @jax.custom_vjp
     def run(experts, x_RxD, rows_E):
@@ -221,9 +223,41 @@ def _transfer(pieces: _Pieces, index, stage: Stage) -> _Transfer:
     return _Transfer(*sent, *received)
 
 
-def _empty(rows: int, like_RxD: jax.Array) -> jax.Array:
-    """A buffer [rows, D] of anything that varies over the same axes as `like_RxD`."""
-    buffer = jax.lax.empty((rows, like_RxD.shape[1]), like_RxD.dtype)
+def _as_exchanged(x_RxD: jax.Array, stage: Stage) -> jax.Array:
+    """Rows as the devices exchange them: on a TPU, each has its own tiles in memory, [R, 8, D / 8].
+
+    A tile of a matrix has parts of eight rows. Left to itself, the TPU's compiler would move rows
+    to quarters of tiles, which is three times slower, and often by way of columns. Widths that do
+    not fill tiles are only kept from that way.
+    """
+    if platform() != "tpu" or stage.piece:
+        return x_RxD
+    x_RxD = _by_rows(x_RxD)
+    return x_RxD if x_RxD.shape[1] % TILE else x_RxD.reshape(len(x_RxD), TILE_ROWS, -1)
+
+
+def _as_matrix(x_Rx: jax.Array, stage: Stage) -> jax.Array:
+    """Exchanged rows as a matrix, [R, D]."""
+    if platform() != "tpu" or stage.piece:
+        return x_Rx
+    return _by_rows(x_Rx.reshape(len(x_Rx), -1))
+
+
+def _by_rows(x_RxD: jax.Array) -> jax.Array:
+    """The same matrix, by rows in memory even if a product beside it would rather have columns."""
+    return with_layout_constraint(x_RxD, Layout(major_to_minor=(0, 1)))
+
+
+def _empty(rows: int, like_RxD: jax.Array, stage: Stage) -> jax.Array:
+    """A buffer of anything for rows like these, as the devices exchange them."""
+    part = jax.eval_shape(lambda x: _as_exchanged(x, stage), like_RxD)
+
+    def fresh() -> jax.Array:
+        return jax.lax.empty((rows, *part.shape[1:]), part.dtype)
+
+    # JAX takes what doesn't depend on a layer out of the scan over layers, and the TPU then copies
+    # the one buffer for each layer. The result of `cond` seems to depend on it.
+    buffer = jax.lax.cond(like_RxD[0, 0] == 0, fresh, fresh) if platform() == "tpu" else fresh()
     axes = tuple(jax.typeof(like_RxD).manual_axis_type.varying)
     return jax.lax.pcast(buffer, axes, to="varying") if axes else buffer
 
@@ -233,27 +267,14 @@ def _first_rows(x_RxD: jax.Array, count: jax.Array) -> jax.Array:
     return jnp.where((jnp.arange(len(x_RxD)) < count)[:, None], x_RxD, 0)
 
 
-def _by_rows(x_RxD: jax.Array) -> jax.Array:
-    """The same array, in memory row by row.
-
-    The TPU's compiler would keep it column by column beside a product, and copy it slowly into the
-    rows that devices exchange.
-    """
-    if platform() != "tpu":
-        return x_RxD
-    return with_layout_constraint(x_RxD, Layout(major_to_minor=(0, 1)))
-
-
 def _ragged_all_to_all(x_RxD, into_QxD, starts, sizes, places, received, stage: Stage) -> jax.Array:
     """`jax.lax.ragged_all_to_all`, or an equal exchange of pieces that are padded to one size.
 
     XLA has no ragged exchange on CPUs. There, a piece has room for everything.
     """
     if not stage.piece and platform() != "cpu":
-        return _by_rows(
-            jax.lax.ragged_all_to_all(
-                _by_rows(x_RxD), into_QxD, starts, sizes, places, received, axis_name=stage.axes
-            )
+        return jax.lax.ragged_all_to_all(
+            x_RxD, into_QxD, starts, sizes, places, received, axis_name=stage.axes
         )
     piece = stage.piece or min(len(x_RxD), len(into_QxD))
     devices = jax.lax.axis_size(stage.axes)

@@ -988,16 +988,18 @@ def test_a_plan_by_the_real_compiler(tmp_path):
 
 @needs_tpu_compiler
 def test_exchanged_rows_lie_as_they_are_sent(tmp_path):
-    """Without drops, no row is moved twice around an exchange of experts that are one a chip."""
+    """Without drops, rows become tiles of their own and rows again, and no more than that."""
     arguments = ["--config.mesh.expert=4", "--config.moe.capacity_factor=inf"]
     arguments += ["--topology=v5p:2x2x1", "--config.train.batch_size=64"]
     sizes = {"length": 512, "d_model": 1024, "d_ff": 1024, "heads": 8}
-    result, _ = planned("1 layers, every 1, E=4, top 2", *arguments, folder=tmp_path, **sizes)
+    result, _ = planned("2 layers, every 1, E=4, top 2", *arguments, folder=tmp_path, **sizes)
     sent = next(c for c in result["collectives"] if c["kind"] == "ragged-all-to-all")
-    assert (sent["runs"], sent["bytes"]) == (4, 4 * 16 * 512 * 2 * 1024 * 2)
-    # A buffer of 1.25 times the rows, once read and once written, at 2.77 TB/s.
+    assert (sent["runs"], sent["bytes"]) == (8, 8 * 16 * 512 * 2 * 1024 * 2)
+    # A buffer of 1.25 times the rows, once read and once written, at 2.77 TB/s. It is 3.7 times
+    # that, 8.3 times by quarters of tiles and copies of empty buffers, and 12.5 times by columns.
     once = 1.25 * 2 * sent["bytes"] / 2.77e12
-    assert once < result["components"]["exchange"] < 3 * once  # 6.6 times in columns
+    copies = result["components"]["exchange"] + result["components"]["other"]
+    assert once < copies < 5 * once
 
 
 # Shortened, and long lines cut: rows to four devices and a loop of further rounds, whose trips the

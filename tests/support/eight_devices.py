@@ -168,9 +168,9 @@ def compare(ours, expected, tolerance: float = 1e-5) -> float:
     return worst
 
 
-def buffer_of_nan(empty, rows: int, like_RxD: jax.Array) -> jax.Array:
+def buffer_of_nan(empty, *arguments) -> jax.Array:
     """What a buffer that nobody filled may hold on an accelerator."""
-    return jnp.full_like(empty(rows, like_RxD), jnp.nan)
+    return jnp.full_like(empty(*arguments), jnp.nan)
 
 
 def step(name: str, *meshes: str) -> None:
