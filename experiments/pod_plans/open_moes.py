@@ -6,11 +6,11 @@
     python experiments/pod_plans/open_moes.py h100
     python experiments/pod_plans/open_moes.py             # the tables
 
-Plans that open_moes.jsonl has are not made again. Batches are those of configs/open_moes.py, in
-four portions of 8,192 tokens a chip, with the least rematerialisation that fits, and the faster of
-two meshes: experts over as many devices as they can use, and over eight neighbours. The next token
-is that of 64 full contexts of 4,096 tokens on eight chips, in bfloat16. The bound is the time in
-which a chip reads its weights and its part of the KV cache once.
+Plans that open_moes.jsonl has are not made again. Batches are those of configs/open_moes.py, with
+the least rematerialisation that fits; the fastest plan of six is kept: a batch in one portion or in
+four, experts over as many devices as they can use, or over eight neighbours. The next token is that
+of 64 full contexts of 4,096 tokens on eight chips, in bfloat16. The bound is the time in which a
+chip reads its weights and its part of the KV cache once.
 """
 
 import dataclasses
@@ -19,7 +19,6 @@ import math
 import os
 import runpy
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -42,34 +41,34 @@ TRAINING = {"v5p": "v5p:4x4x8", "h100": "h100:16x8"}
 # The GPUs of a node, or a line of the torus; farther, the exchange of eight rows a token is slow.
 NEIGHBOURS = 8
 DECODING = {"v5p": "v5p:2x2x2", "h100": "h100:1x8"}
-PORTIONS = 4
+PORTIONS = 1, 4  # of a batch: 32,768 and 8,192 tokens a chip
 SEQUENCES = 64
 DECODING_MESH = {"expert": 4, "tensor": 2}
 
 
 def trained(values: config.Config, topology: str) -> dict:
-    """The faster plan of two: experts over as many devices as they can use, and over neighbours."""
-    train = dataclasses.replace(values.train, accumulate=PORTIONS)
-    values = dataclasses.replace(values, train=train)
+    """The fastest plan: in one portion or four, experts over many devices or over neighbours."""
     devices = len(topology_devices(topology)[1])
     expert = math.gcd(NEIGHBOURS, *filter(None, values.model.schedule.experts))
     replicas = devices // expert
     axes = "fsdp", "fsdp_experts"
     near = [MeshConfig(data=1, expert=expert, **{axis: replicas}) for axis in axes]
-    meshes = leaner(values, devices), near
-    plans = [first_that_fits(values, topology, tried) for tried in meshes]
+    meshes = next(iter(leaner(values, devices))), *near
+    plans = [
+        least_remat(values, topology, mesh, portions) for portions in PORTIONS for mesh in meshes
+    ]
     return min(plans, key=lambda found: (not found["fits"], found.get("modelled_step_s", 0)))
 
 
-def first_that_fits(values: config.Config, topology: str, meshes: Iterable[MeshConfig]) -> dict:
-    """The first plan that fits, of the meshes in order, with `remat=dots` and then `full`."""
-    for mesh in meshes:
-        for remat in ("dots", "full"):
-            model = dataclasses.replace(values.model, remat=remat)
-            result = plan(dataclasses.replace(values, model=model, mesh=mesh), topology)
-            if result["fits"]:
-                return result | {"remat": remat}
-    return result | {"remat": remat}
+def least_remat(values: config.Config, topology: str, mesh: MeshConfig, portions: int) -> dict:
+    """The plan with `remat=dots` or, if that doesn't fit, with `full`."""
+    train = dataclasses.replace(values.train, accumulate=portions)
+    for remat in ("dots", "full"):
+        model = dataclasses.replace(values.model, remat=remat)
+        result = plan(dataclasses.replace(values, model=model, train=train, mesh=mesh), topology)
+        if result["fits"]:
+            break
+    return result | {"remat": remat, "portions": portions}
 
 
 def decoded(values: config.Config, topology: str) -> dict:
@@ -86,8 +85,8 @@ def load() -> list[dict]:
 
 def table(rows: list[dict]) -> str:
     lines = [
-        "| training | pod | mesh | remat | HBM a chip | step | MFU | tokens/s |",
-        "|---" * 8 + "|",
+        "| training | pod | mesh | portions | remat | HBM a chip | step | MFU | tokens/s |",
+        "|---" * 9 + "|",
     ]
     ends = [
         "",
@@ -106,7 +105,7 @@ def table(rows: list[dict]) -> str:
             parts = [row["topology"], mesh, f"{used:.1f} GiB", f"{step * 1e3:.1f} ms"]
             parts += [f"{bound * 1e3:.1f} ms", f"{step / bound:.1f}"]
         else:
-            parts = [row["topology"], mesh, row["remat"], f"{used:.1f} GiB"]
+            parts = [row["topology"], mesh, str(row["portions"]), row["remat"], f"{used:.1f} GiB"]
             parts += [f"{row['modelled_step_s']:.2f} s", f"{row['modelled_mfu']:.1%}"]
             parts += [f"{row['tokens_per_s']:,.0f}"]
         (ends if "sequences" in row else lines).append(
