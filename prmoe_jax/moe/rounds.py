@@ -227,8 +227,8 @@ def _as_exchanged(x_RxD: jax.Array, stage: Stage) -> jax.Array:
     """Rows as the devices exchange them: on a TPU, each has its own tiles in memory, [R, 8, D / 8].
 
     A tile of a matrix has parts of eight rows. Left to itself, the TPU's compiler would move rows
-    to quarters of tiles, which is three times slower, and often by way of columns. Widths that do
-    not fill tiles are only kept from that way.
+    to quarters of tiles, which is three times slower, and often by way of columns. Rows that don't
+    fill tiles go to quarters of tiles here, too, but never by way of columns.
     """
     if platform() != "tpu" or stage.piece:
         return x_RxD
