@@ -294,16 +294,19 @@ def suggest_mesh(
     return MeshConfig(**sizes, expert_slice=expert_slice, tensor=tensor, slices=config.mesh.slices)
 
 
-def leaner(config: Config, devices: int) -> Iterator[MeshConfig]:
-    """Meshes to try for less memory per device; the cheapest come first.
+def leaner(config: Config, devices: int, portions: bool = False) -> Iterator[Config]:
+    """Configs to try for less memory per device; the cheapest come first.
 
     They begin with the mesh of `suggest_mesh`, if it fits. Later ones have more devices for FSDP,
-    then FSDP that includes the experts, then split each expert over devices, then have more devices
-    on `tensor`. Each fits the config's sizes and batch, but may need more memory than an earlier
-    one.
+    then FSDP that includes the experts, then, if `portions`, the batch in more portions
+    (`train.accumulate`), then split each expert over devices, then have more devices on `tensor`.
+    Each fits the config's sizes and batch, but may need more memory than an earlier one.
     """
     moe = any(config.model.schedule.experts)
     inside = devices // slice_count(config, devices)
+    numbers = [config.train.accumulate]
+    while portions and config.train.batch_size % (2 * numbers[-1]) == 0:
+        numbers.append(2 * numbers[-1])
     for tensor in _divisors(inside):
         for expert_slice in _divisors(inside // tensor) if moe else [1]:
             most = [d for d in _divisors(inside) if d >= FSDP_DEVICES or d == inside]
@@ -312,12 +315,14 @@ def leaner(config: Config, devices: int) -> Iterator[MeshConfig]:
                 found += [
                     dataclasses.replace(mesh, fsdp=1, fsdp_experts=mesh.fsdp) for mesh in found
                 ]
-            for mesh in dict.fromkeys(found):
+            for number, mesh in itertools.product(numbers, dict.fromkeys(found)):
+                train = dataclasses.replace(config.train, accumulate=number)
+                changed = dataclasses.replace(config, mesh=mesh, train=train)
                 try:
-                    check_fits(dataclasses.replace(config, mesh=mesh), devices)
+                    check_fits(changed, devices)
                 except UserError:
                     continue
-                yield mesh
+                yield changed
 
 
 def _divisors(number: int) -> list[int]:

@@ -28,14 +28,15 @@ def fit(
     """Plans for a topology; if the step doesn't fit, also searches for a plan that fits.
 
     The mesh is the config's own, or the suggested one (`parallel.mesh.choose_mesh`). The search
-    tries the other meshes of these chips, then larger slices, smallest first. `decode`, `teacher`
-    and `load` are those of `report.plan`.
+    tries the other meshes of these chips and, in training, batches in more portions
+    (`train.accumulate`); then larger slices, smallest first. `decode`, `teacher` and `load` are
+    those of `report.plan`.
 
     Returns:
       The plan. If the config has no mesh, it also has `flags`, the command line's flags of the mesh
       that was suggested. If the step doesn't fit, it also has `instead`, another plan (with
-      `flags`) that fits, or None if none was found, and `tried`, a list of (topology, reason) for
-      the plans that failed.
+      `flags`, which also has the portions) that fits, or None if none was found, and `tried`, a
+      list of (topology, reason) for the plans that failed.
 
     Raises:
       UserError: see `choose_mesh` and `report.plan`.
@@ -43,7 +44,7 @@ def fit(
     chip_of(topology)
     search = _Search(config, decode, teacher, load)
     devices = device_count(topology)
-    result = search.plan(topology, choose_mesh(on_topology(search.config, topology), devices).mesh)
+    result = search.plan(topology, choose_mesh(on_topology(search.config, topology), devices))
     if result["fits"]:
         return result
     slices = slice_shapes(topology.partition(":")[0])
@@ -59,9 +60,10 @@ def find(
 ) -> dict:
     """Plans for one slice after the other until the step fits.
 
-    The mesh is the config's own; without one, it is the suggested mesh or another that fits. The
-    step is not compiled for a slice whose chips together can't hold the parameters and, for
-    training, the optimizer's state. `decode`, `teacher` and `load` are those of `report.plan`.
+    The mesh is the config's own; without one, it is the suggested mesh, or another mesh or number
+    of portions that fits. The step is not compiled for a slice whose chips together can't hold the
+    parameters and, for training, the optimizer's state. `decode`, `teacher` and `load` are those of
+    `report.plan`.
 
     Returns:
       The first plan that fits, with `flags` as in `fit`, and `tried`, (topology, reason) for each
@@ -105,21 +107,22 @@ def on_topology(config: Config, topology: str) -> Config:
 
 
 class _Search:
-    """Plans of one config on one topology and mesh after the other.
+    """Plans of one config on one topology and mesh after the other, in one portion or more.
 
-    On each topology the suggested mesh, or the config's own, is compiled first. Any other mesh is
+    On each topology the suggested mesh, or the config's own, is compiled first. Anything else is
     compiled only if a prediction of its memory fits a chip: the bytes of its state, plus the bytes
     that the last failed plan needed in addition to its state. The second number depends on the
-    tokens of a chip, not on the mesh.
+    tokens of a chip in one portion, not on the mesh.
     """
 
     def __init__(self, config: Config, decode: int, teacher: Config | None, load: float):
         check_load(config, decode, load)
         self.config = decoding(config, decode) if decode else config
         self.decode, self.teacher, self.load = decode, teacher, load
-        self.planned: set[tuple[str, MeshConfig]] = set()
+        self.planned: set[tuple[str, MeshConfig, int]] = set()
         self.tried: list[tuple[str, str]] = []
-        self.beside = 0.0  # bytes that the last failed plan needed beside the state, on all chips
+        # What the last failed plan needed beside its state: bytes on all chips, times its portions.
+        self.beside = 0.0
 
     def first(self, topology: str) -> dict | None:
         """The first plan that fits a topology, or None; the config's own mesh is used if set."""
@@ -129,14 +132,13 @@ class _Search:
         if state > devices * room:
             return self._failed(topology, f"the model alone is {state / 2**30:,.0f} GiB")
         try:
-            result = self._once(topology, choose_mesh(config, devices).mesh)
+            result = self._once(topology, choose_mesh(config, devices))
             if result or has_own_mesh(self.config):
                 return result
-            for mesh in leaner(config, devices):
-                if self.beside / devices > room:
-                    break
-                if self._predicted(mesh, devices) <= room:
-                    if result := self._once(topology, mesh):
+            for config in leaner(config, devices, portions=not self.decode):
+                beside = self.beside / devices / config.train.accumulate
+                if beside <= room and beside + self._state_bytes(config, devices) <= room:
+                    if result := self._once(topology, config):
                         return result
         except UserError as error:
             if "cannot be compiled for" in str(error):
@@ -144,41 +146,42 @@ class _Search:
             return self._failed(topology, str(error))
         return None
 
-    def _once(self, topology: str, mesh: MeshConfig) -> dict | None:
-        if (topology, mesh) in self.planned:
+    def _once(self, topology: str, config: Config) -> dict | None:
+        if (topology, config.mesh, config.train.accumulate) in self.planned:
             return None
-        result = self.plan(topology, mesh)
+        result = self.plan(topology, config)
         return result if result["fits"] else None
 
-    def plan(self, topology: str, mesh: MeshConfig) -> dict:
-        """The plan on a mesh; a plan that doesn't fit is added to `tried`."""
-        self.planned.add((topology, mesh))
-        teacher = self.teacher and dataclasses.replace(self.teacher, mesh=mesh)
-        config = dataclasses.replace(self.config, mesh=mesh)
+    def plan(self, topology: str, config: Config) -> dict:
+        """The plan of a config with a mesh; a plan that doesn't fit is added to `tried`."""
+        portions = config.train.accumulate
+        self.planned.add((topology, config.mesh, portions))
+        teacher = self.teacher and dataclasses.replace(self.teacher, mesh=config.mesh)
         result = plan(config, topology, self.decode, teacher, self.load)
         if not has_own_mesh(self.config):
-            result["flags"] = flags(mesh)
+            result["flags"] = flags(config.mesh)
+            if portions != self.config.train.accumulate:
+                result["flags"] += f" --config.train.accumulate={portions}"
         if not result["fits"]:
             held = dict(result["hbm_bytes_per_chip"])
             needed = held.pop("needed", None) or sum(held.values())
             held.pop("temporaries", None)
-            self.beside = max(0, needed - self._state(held)) * device_count(topology)
+            beside = max(0, needed - self._state_of(held))
+            self.beside = beside * device_count(topology) * portions
             self._failed(topology, f"needs {needed / 2**30:,.1f} GiB a chip")
         return result
 
-    def _predicted(self, mesh: MeshConfig, devices: int) -> float:
-        """Predicts the bytes per device that a step needs on a mesh, without compiling it."""
-        config = dataclasses.replace(self.config, mesh=mesh)
+    def _state_bytes(self, config: Config, devices: int) -> float:
+        """Predicts the bytes of a step's state per device, without compiling it."""
         sizes = axis_sizes(config, devices)
         abstract = AbstractMesh(tuple(sizes.values()), tuple(sizes))
-        teacher = self.teacher and dataclasses.replace(self.teacher, mesh=mesh)
+        teacher = self.teacher and dataclasses.replace(self.teacher, mesh=config.mesh)
         try:
-            held = held_bytes(config, abstract, self.decode, teacher)
+            return self._state_of(held_bytes(config, abstract, self.decode, teacher))
         except UserError:  # this mesh can't split the teacher
             return math.inf
-        return self._state(held) + self.beside / devices
 
-    def _state(self, held: dict[str, int]) -> int:
+    def _state_of(self, held: dict[str, int]) -> int:
         """Bytes of a step's arguments, and in training of a gradient as large as the parameters."""
         return sum(held.values()) + (0 if self.decode else held["parameters"])
 

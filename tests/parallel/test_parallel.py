@@ -268,7 +268,7 @@ def test_leaner_meshes_hold_less(text, devices, batch_size):
         parts = jax.tree.map(lambda x, p: math.prod(p.shard_shape(x.shape)), state, places)
         return sum(jax.tree.leaves(parts))
 
-    meshes = list(leaner(values, devices))
+    meshes = [leaner_config.mesh for leaner_config in leaner(values, devices)]
     assert len(meshes) == len(set(meshes))
     assert [mesh.tensor for mesh in meshes] == sorted(mesh.tensor for mesh in meshes)
     assert numbers(meshes[0]) <= numbers(choose_mesh(values, devices).mesh)
@@ -365,8 +365,8 @@ def test_suggested_meshes_stay_in_their_slice(text):
         whole = choose_mesh(values, devices).mesh
         alone = choose_mesh(settings(text, batch_size=devices), devices // slices).mesh
         assert whole == dataclasses.replace(alone, data=alone.data * slices, slices=slices)
-        for mesh in leaner(values, devices):
-            assert axis_sizes(dataclasses.replace(values, mesh=mesh), devices)
+        for leaner_config in leaner(values, devices):
+            assert axis_sizes(leaner_config, devices)
         given = dict(re.findall(r"--config\.mesh\.(\w+)=(\d+)", flags(whole)))
         again = settings(text, batch_size=devices, **{k: int(n) for k, n in given.items()})
         assert axis_sizes(again, devices) == axis_sizes(
