@@ -135,10 +135,10 @@ class _Search:
             result = self._once(topology, choose_mesh(config, devices))
             if result or has_own_mesh(self.config):
                 return result
-            for config in leaner(config, devices, portions=not self.decode):
-                beside = self.beside / devices / config.train.accumulate
-                if beside <= room and beside + self._state_bytes(config, devices) <= room:
-                    if result := self._once(topology, config):
+            for tried in leaner(config, devices, portions=not self.decode):
+                beside = self.beside / devices / tried.train.accumulate
+                if beside <= room and beside + self._state_bytes(tried, devices) <= room:
+                    if result := self._once(topology, tried):
                         return result
         except UserError as error:
             if "cannot be compiled for" in str(error):
