@@ -15,6 +15,7 @@ def add(verb) -> None:
     sub.add_argument("--workdir", type=path, required=True, help="the run's folder")
     distributed = "be one process of several: on a TPU pod, under SLURM or on GKE"
     sub.add_argument("--distributed", action="store_true", help=distributed)
+    sub.add_argument("--corpus", help="the text whose validation split it is (default: the run's)")
     sub.add_argument("--teacher", type=path, help="another run, to compare its predictions with")
     sub.add_argument(
         "--tasks",
@@ -27,6 +28,8 @@ def add(verb) -> None:
 def run(options, rest) -> None:
     allocator.keep_freed_memory()
     check_run(options.workdir)
+    if options.corpus == "":
+        raise UserError("--corpus is empty; if it was a shell variable, it isn't set")
     tasks = options.tasks.split(",") if options.tasks is not None else []
     if not all(task.strip() for task in tasks):
         raise UserError(f"--tasks={options.tasks} has an empty name; use names such as cloze,wiki")
@@ -34,8 +37,9 @@ def run(options, rest) -> None:
         raise UserError(
             f"--limit={options.limit} is a number of examples, for --tasks: from 1 to {sys.maxsize}"
         )
-    if tasks and options.teacher:
-        raise UserError("--teacher is for the validation split; leave it or --tasks out")
+    for name in ("teacher", "corpus"):
+        if tasks and getattr(options, name):
+            raise UserError(f"--{name} is for the validation split; leave it or --tasks out")
     if tasks:
         from prmoe_jax.tasks.harness import evaluate_tasks
 
@@ -48,6 +52,6 @@ def run(options, rest) -> None:
         return
     from prmoe_jax.training.evaluate import evaluate
 
-    metrics = evaluate(options.workdir, options.teacher)
+    metrics = evaluate(options.workdir, options.teacher, options.corpus)
     if is_first_process():
         show(metrics, options.json)

@@ -48,6 +48,8 @@ def _counts(text: str) -> tuple[int, ...]:
 def run(options, rest) -> None:
     allocator.keep_freed_memory()
     check_run(options.workdir)
+    if options.corpus == "":
+        raise UserError("--corpus is empty; if it was a shell variable, it isn't set")
     from prmoe_jax.distill.prune import prune_run, table
 
     if options.experts and options.shape:

@@ -178,7 +178,8 @@ class ModelConfig:
             "auto": "'none' for at most 8 layers on a CPU, else 'dots'",
             "none": "everything",
             "dots": "results of matrix products, attention kernels and exchanges",
-            "full": "each cell's input and the results of exchanges",
+            "full": "the input of each layer (of each cell of layers that repeat together) and "
+            "results of exchanges",
         },
     )
     attention: str = setting(
@@ -209,6 +210,10 @@ class ModelConfig:
     def key_heads(self) -> int:
         """The number of heads of keys and values."""
         return self.kv_heads or self.heads
+
+    def window_in(self, length: int) -> int:
+        """The sliding window in contexts of this length; 0 if it leaves nothing out there."""
+        return self.sliding_window if self.sliding_window < length else 0
 
     @property
     def expert_width(self) -> int:
@@ -360,7 +365,7 @@ class MeshConfig:
     expert_slice: int = setting(1, "Devices that share the hidden units of every expert.")
     tensor: int = setting(1, "Devices that share attention heads, hidden units and vocabulary.")
     expert_inner: int = setting(
-        1, "Of the `expert` devices, the neighbours that form the inner stage of an exchange."
+        1, "Neighbours among the `expert` devices that form the inner stage of an exchange."
     )
     slices: int = setting(
         0,
@@ -416,7 +421,8 @@ class TrainConfig:
     batch_size: int = setting(16, "Sequences of a step, all devices together.", least=1, most=2**20)
     accumulate: int = setting(
         1,
-        "Portions in which a batch is computed, in evaluation too; changes memory, nothing else.",
+        "Gradient accumulation: the portions (microbatches) in which a batch is computed, in "
+        "evaluation too; changes memory, nothing else.",
         least=1,
     )
     z_loss: float = setting(0.0, "Weight of log(Z)² of the logits.", least=0)
@@ -605,7 +611,7 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
-    """What a run tells about itself."""
+    """What a run writes about itself."""
 
     every: int = setting(10, "Steps between lines of metrics.jsonl.", least=1)
     stall_minutes: float = setting(

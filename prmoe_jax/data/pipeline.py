@@ -35,9 +35,9 @@ class Batch(NamedTuple):
 
     tokens_BxL and targets_BxL are int32. mask_BxL is bool, False where there is no target.
     segments_BxL is int32, 0 for padding and 1, 2, … for the documents of a window. The target of a
-    document's last token is the mark that starts the next document; it is predicted in the
-    segment of the document that ends. `teacher_top_k` is set if a teacher's predictions were
-    recorded (see `distill/teacher_cache.py`).
+    document's last token is the mark that ends it, predicted in its segment. The next token is the
+    mark that starts the next document, which for many tokenizers is the same one. `teacher_top_k`
+    is set if a teacher's predictions were recorded (see `distill/teacher_cache.py`).
     """
 
     tokens_BxL: np.ndarray
@@ -55,7 +55,9 @@ class Windows:
 
     Window i reads stream[i*length : (i+1)*length + 1]; only the last one is padded.
     With `cross_document_attention`, all tokens of a window are one segment. `teacher_top_k` holds
-    a teacher's recorded predictions for every window, or is None.
+    a teacher's recorded predictions for every window, or is None. The stream has one mark between
+    documents. If the tokenizer starts a document with another mark than it ends one, the second is
+    a target, and the first is read.
     """
 
     def __init__(
@@ -64,8 +66,10 @@ class Windows:
         length: int,
         cross_document_attention: bool,
         teacher_top_k: TopKLogProbs | None = None,
+        tokenizer: Tokenizer | None = None,
     ):
         self.cache = cache
+        self.tokenizer = tokenizer
         self.length = length
         self.cross_document_attention = cross_document_attention
         self.teacher_top_k = teacher_top_k
@@ -94,6 +98,11 @@ class Windows:
         window.targets_BxL[:real] = stream[1:]
         window.mask_BxL[:real] = True
         window.segments_BxL[:real] = 1
+        if self.tokenizer:
+            start, end = self.tokenizer.start_of_text, self.tokenizer.end_of_text
+            # Shards of another library may have both marks.
+            ends_L = (window.tokens_BxL == end) & (window.targets_BxL != start) & window.mask_BxL
+            window.tokens_BxL[ends_L] = start
         if not self.cross_document_attention:
             documents = self.cache.documents(first, stream[:-1])
             window.segments_BxL[:real] += documents.astype(np.int32)
@@ -101,7 +110,8 @@ class Windows:
 
     def taught_by(self, teacher_top_k: TopKLogProbs) -> "Windows":
         """The same windows with a teacher's predictions."""
-        return Windows(self.cache, self.length, self.cross_document_attention, teacher_top_k)
+        attention = self.cross_document_attention
+        return Windows(self.cache, self.length, attention, teacher_top_k, self.tokenizer)
 
 
 class Mixture:
@@ -182,10 +192,11 @@ def load_data(
         check_fits(tokenizer, vocab_size)
     train = tokenise(config, corpus, "train", tokenizer)
     validation = tokenise(config, corpus, "validation", tokenizer)
+    attention = config.cross_document_attention
     return Data(
         tokenizer=tokenizer,
-        train=Windows(train, length, config.cross_document_attention),
-        validation=Windows(validation, length, config.cross_document_attention),
+        train=Windows(train, length, attention, tokenizer=tokenizer),
+        validation=Windows(validation, length, attention, tokenizer=tokenizer),
         validation_bytes=validation.bytes,
         corpus_fingerprint=corpus.fingerprint,
     )
@@ -200,8 +211,9 @@ def _load_shards(
 
     def windows(name: str) -> Windows | Mixture:
         having = [source for source in sources if getattr(source, name)]
+        attention = config.cross_document_attention
         found = [
-            Windows(getattr(source, name), length, config.cross_document_attention)
+            Windows(getattr(source, name), length, attention, tokenizer=tokenizer)
             for source in having
         ]
         shares = [source.weight or Decimal(1) for source in having]
@@ -220,13 +232,16 @@ def _load_shards(
 
 def windows_fingerprint(data: Data) -> dict[str, str | int]:
     """All values that determine the content of window i of the training split."""
-    return {
+    found = {
         "corpus": data.corpus_fingerprint,
         "tokenizer": data.tokenizer.fingerprint,
         "length": data.train.length,
         "cross_document_attention": int(data.train.cross_document_attention),
         "windows": len(data.train),
     }
+    if data.tokenizer.start_of_text != data.tokenizer.end_of_text:
+        found["start_of_text"] = data.tokenizer.start_of_text
+    return found
 
 
 def fingerprint_changes(saved: dict, current: dict) -> str:

@@ -39,7 +39,9 @@ class Tokenizer:
 
     Attributes:
       size: number of ids, all below it.
-      end_of_text: the id that starts every document; no text encodes to it.
+      end_of_text: the id that ends every document; no text encodes to it.
+      start_of_text: the id that starts every document: what the tokenizer.json puts before a text
+        (Llama's <s>), or else `end_of_text`, as in GPT-2.
       description: the content of the tokenizer.json.
       fingerprint: digest of the description.
     """
@@ -67,6 +69,11 @@ class Tokenizer:
         self.end_of_text = vocabulary[mark]
         self.fingerprint = hashlib.sha256(description.encode()).hexdigest()[:24]
         self._splits_at_words = _splits_at_words(json.loads(description))
+        with_marks, without = (
+            self._tokenizer.encode("", add_special_tokens=marks).ids for marks in (True, False)
+        )
+        marked = with_marks[:1] != without[:1]
+        self.start_of_text = with_marks[0] if marked else self.end_of_text
         # A document is encoded whole, and a mark that is spelled out in it is plain text.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()

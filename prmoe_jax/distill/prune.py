@@ -8,6 +8,7 @@ import dataclasses
 import heapq
 import itertools
 import logging
+import math
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -47,6 +48,8 @@ log = logging.getLogger(__name__)
 # An expert's share of the choices; Σ norm of its output · its weight (REAP, arXiv 2510.13999, takes
 # the mean); (Σ weight · gradient)², the squared change of the loss without it, to first order.
 IMPORTANCES = "load", "activation", "loss"
+# The most tokens that are measured at once, and the longest window where nothing is dropped.
+PORTION_TOKENS = 4096
 
 
 def measure(config: Config, model: Transformer, data: Data, batches: int) -> dict[str, dict]:
@@ -63,6 +66,7 @@ def measure(config: Config, model: Transformer, data: Data, batches: int) -> dic
       layer's number. Each layer's loads add up to 1; the others compare between layers.
     """
     layers = [i for i, experts in enumerate(config.model.schedule.experts) if experts]
+    portions = _portions(config, data.train.length)
 
     @jax.jit
     def found(model, batch):
@@ -80,7 +84,7 @@ def measure(config: Config, model: Transformer, data: Data, batches: int) -> dic
                 "loss": _first_order(config.model, model, gradient),
             }
 
-        sums = add_up(portion_sums, batch, config.train.accumulate, group_rows(config))
+        sums = add_up(portion_sums, batch, portions, group_rows(config))
         return sums | {"loss": jax.tree.map(jnp.square, sums["loss"])}
 
     total = None
@@ -90,6 +94,20 @@ def measure(config: Config, model: Transformer, data: Data, batches: int) -> dic
         total = one if total is None else jax.tree.map(np.add, total, one)
     shares = {i: load_E / max(load_E.sum(), 1) for i, load_E in total["load"].items()}
     return total | {"load": shares}
+
+
+def _portions(config: Config, length: int) -> int:
+    """Into how many portions a batch is cut so that each has `PORTION_TOKENS` or fewer.
+
+    There are no more than its rows allow, and at least `train.accumulate`.
+    """
+    together = group_rows(config)
+    most = config.train.batch_size // together
+    for portions in range(config.train.accumulate, most):
+        rows, rest = divmod(most, portions)
+        if not rest and rows * together * length <= PORTION_TOKENS:
+            return portions
+    return most
 
 
 def _first_order(
@@ -331,7 +349,10 @@ def prune_run(
         )
     text = config.data if corpus is None else dataclasses.replace(config.data, corpus=corpus)
     stored = str(workdir / workdirs.TOKENIZER)
-    data = load_data(text, config.model.vocab_size, config.model.length, stored)
+    length = config.model.length
+    if math.isinf(config.moe.eval_capacity_factor):
+        length = min(length, PORTION_TOKENS)
+    data = load_data(text, config.model.vocab_size, length, stored)
     found = measure(config, model, data, batches)
     kept = choose(found[kind], budget, shape, config.model.top_k)
     # `restore_run` may have changed mesh and exchange.

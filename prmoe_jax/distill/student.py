@@ -55,6 +55,9 @@ def layer_map(teacher: ModelConfig, student: ModelConfig, chosen: str = "") -> l
         )
     forms = student.form, teacher.form
     same = {name: [getattr(form, name) for form in forms] for name in differing(*forms)}
+    for name in ("rope_scaling", "clip_qkv"):
+        same[name] = [getattr(student, name), getattr(teacher, name)]
+    same["sliding_window"] = [student.sliding_window, teacher.window_in(student.length)]
     if has_experts:
         same["residual"] = student.residual, teacher.residual
     else:

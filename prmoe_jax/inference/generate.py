@@ -143,8 +143,7 @@ class Generator:
         """
         seeds = [0] * len(prompts) if seeds is None else seeds
         _check(tokens, seeds, stop)
-        # Training starts every document with the end-of-text mark.
-        starts = [[self.tokenizer.end_of_text, *self._ids(prompt)] for prompt in prompts]
+        starts = [[self.tokenizer.start_of_text, *self._ids(prompt)] for prompt in prompts]
         length = self.decoder.config.length
         longest = max(map(len, starts))
         if longest + tokens > length:

@@ -19,6 +19,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from prmoe_jax.config import Config, ModelConfig, MoeConfig, default_config
+from prmoe_jax.data.tokenizer import Tokenizer
 from prmoe_jax.errors import UserError
 from prmoe_jax.interop.settings import LARGEST, differs, resolved, setting, shown
 from prmoe_jax.interop.tensors import Tensors, check_coverage, check_shape, read_json, write_tensors
@@ -39,18 +40,21 @@ class Names(NamedTuple):
     experts: str = "num_experts"  # the setting with the number of experts
     expert_width: str = "moe_intermediate_size"
     matrices: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")  # of an expert
+    norm_eps: float = 1e-6  # what the class takes where config.json says nothing
+    rope_theta: float = 10_000.0  # likewise
 
 
 _QWEN = "sliding_window", "use_sliding_window"
 _QWEN_MOE = *_QWEN, "norm_topk_prob", "mlp_only_layers"
 NAMES = {
     "llama": Names("LlamaForCausalLM", ("head_dim",)),
-    "qwen3": Names("Qwen3ForCausalLM", (*_QWEN, "head_dim")),
+    "qwen3": Names("Qwen3ForCausalLM", (*_QWEN, "layer_types", "head_dim")),
     "olmoe": Names(
         "OlmoeForCausalLM",
         ("clip_qkv", "norm_topk_prob"),
         "mlp",
         expert_width="intermediate_size",
+        norm_eps=1e-5,
     ),
     "mixtral": Names(
         "MixtralForCausalLM",
@@ -59,8 +63,12 @@ NAMES = {
         "num_local_experts",
         "intermediate_size",
         ("w1", "w3", "w2"),
+        norm_eps=1e-5,
+        rope_theta=1e6,
     ),
-    "qwen2_moe": Names("Qwen2MoeForCausalLM", (*_QWEN_MOE, "qkv_bias", "shared_expert"), "mlp"),
+    "qwen2_moe": Names(
+        "Qwen2MoeForCausalLM", (*_QWEN_MOE, "layer_types", "qkv_bias", "shared_expert"), "mlp"
+    ),
     "qwen3_moe": Names("Qwen3MoeForCausalLM", (*_QWEN_MOE, "head_dim"), "mlp"),
 }
 # Settings that change the computation, with the values that our model has.
@@ -230,17 +238,18 @@ def _config(theirs: dict, path: Path, tensors: int) -> Config:
     if theirs.get("head_dim") is not None:
         width = setting(theirs, "head_dim", int, path, low=1)
         model.head_dim = 0 if width * model.heads == model.d_model else width
-    model.norm_eps = setting(theirs, "rms_norm_eps", float, path, 1e-6)
-    model.rope_theta, model.rope_scaling = _rotary(theirs, path)
+    names = NAMES[family]
+    model.norm_eps = setting(theirs, "rms_norm_eps", float, path, names.norm_eps)
+    model.rope_theta, model.rope_scaling = _rotary(theirs, names.rope_theta, path)
     tied = setting(theirs, "tie_word_embeddings", bool, path, False)
     model.output = "tied" if tied else "untied"
     if theirs.get("clip_qkv") is not None:
         model.clip_qkv = setting(theirs, "clip_qkv", float, path)
-    model.sliding_window = _window(theirs, model, path)
+    model.sliding_window = _window(theirs, names, model, path)
     if family == "qwen2_moe" and not setting(theirs, "qkv_bias", bool, path, True):
         model.biases = "none"
-    if NAMES[family].moe_layer:
-        _read_experts(theirs, NAMES[family], settings, path, tensors)
+    if names.moe_layer:
+        _read_experts(theirs, names, settings, path, tensors)
     dtype = theirs.get("dtype", theirs.get("torch_dtype"))
     model.dtype = "bfloat16" if dtype == "bfloat16" else "float32"
     settings.data.tokenizer = "tokenizer.json"  # the file in the same folder
@@ -248,11 +257,12 @@ def _config(theirs: dict, path: Path, tensors: int) -> Config:
     return resolved(settings, path)
 
 
-def _rotary(theirs: dict, path: Path) -> tuple[float, tuple[int, ...]]:
+def _rotary(theirs: dict, theta: float, path: Path) -> tuple[float, tuple[int, ...]]:
     """The base of rotary positions and their scaling, which must be Llama 3's or none."""
-    rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
+    name = "rope_scaling" if theirs.get("rope_scaling") else "rope_parameters"
+    rope = theirs.get(name) or {}
     if not isinstance(rope, dict):
-        raise UserError(f"{path}: rope_parameters={shown(rope)} is not a group of settings")
+        raise UserError(f"{path}: {name}={shown(rope)} is not a group of settings")
     kind = rope.get("rope_type", rope.get("type", "default"))
     share = rope.get("partial_rotary_factor", theirs.get("partial_rotary_factor", 1.0))
     scaled = kind == "llama3"
@@ -262,7 +272,7 @@ def _rotary(theirs: dict, path: Path) -> tuple[float, tuple[int, ...]]:
     ):
         if differs(value, ours):
             raise UserError(f"{path}: {name}={shown(value)}, our model has {ours!r}")
-    theta = setting(theirs | rope, "rope_theta", float, path, 10_000.0)
+    theta = setting(theirs | rope, "rope_theta", float, path, theta)
     return theta, _scaling(rope, path) if scaled else ()
 
 
@@ -277,18 +287,48 @@ def _scaling(rope: dict, path: Path) -> tuple[int, ...]:
     return tuple(numbers)
 
 
-def _window(theirs: dict, model: ConfigDict, path: Path) -> int:
+def _window(theirs: dict, names: Names, model: ConfigDict, path: Path) -> int:
     """The sliding window of all layers; 0 if there is none or it is as long as the context."""
-    kinds = theirs.get("layer_types")
-    kinds = set(map(shown, kinds)) if isinstance(kinds, list) else set()
-    if theirs.get("sliding_window") in (None, 0) or theirs.get("use_sliding_window") is False:
+    if theirs.get("sliding_window") in (None, 0):
         return 0
-    if kinds == {"'full_attention'"}:
+    if "sliding_window" not in names.knows:
+        raise UserError(
+            f"{path}: sliding_window={shown(theirs['sliding_window'])}, which "
+            f"{names.architecture} doesn't know; set it to null"
+        )
+    switch = "use_sliding_window"
+    if switch in names.knows and not setting(theirs, switch, bool, path, False):
         return 0
-    if kinds - {"'sliding_attention'"}:
-        raise UserError(f"{path}: layer_types has {', '.join(sorted(kinds))}; ours are all alike")
     window = setting(theirs, "sliding_window", int, path, low=1)
-    return window if window < model.length else 0
+    windowed = _windowed(theirs, model.family, model.layers, path)
+    if window >= model.length or not any(windowed):
+        return 0
+    if not all(windowed):
+        raise UserError(
+            f"{path}: {sum(windowed)} of {len(windowed)} layers have a sliding window; ours are "
+            "all alike"
+        )
+    return window
+
+
+def _windowed(theirs: dict, family: str, layers: int, path: Path) -> list[bool]:
+    """Whether each layer has the sliding window, as the family's class decides it."""
+    numbers = range(layers)
+    if "layer_types" not in NAMES[family].knows:
+        return [True for _ in numbers]
+    kinds = theirs.get("layer_types")
+    if kinds is None:
+        first = setting(theirs, "max_window_layers", int, path, 28)
+        if family == "qwen3":
+            return [i >= first for i in numbers]
+        return [i % 2 == 0 and i < first for i in numbers]
+    known = ["full_attention", "sliding_attention"]
+    if not isinstance(kinds, list) or len(kinds) != layers or any(k not in known for k in kinds):
+        raise UserError(
+            f"{path}: layer_types={shown(kinds)} must be one of {', '.join(known)} for each of "
+            f"{layers} layers"
+        )
+    return [kind == known[1] for kind in kinds]
 
 
 def _read_experts(theirs: dict, names: Names, settings: ConfigDict, path: Path, high: int) -> None:
@@ -310,8 +350,8 @@ def _read_experts(theirs: dict, names: Names, settings: ConfigDict, path: Path, 
     model.top_k = setting(theirs, "num_experts_per_tok", int, path, low=1)
     width = setting(theirs, names.expert_width, int, path, low=1)
     model.expert_d_ff = 0 if width == model.d_ff else width
-    if theirs.get("norm_topk_prob") is not None:
-        normalized = setting(theirs, "norm_topk_prob", bool, path)
+    if "norm_topk_prob" in names.knows:
+        normalized = setting(theirs, "norm_topk_prob", bool, path, False)
         model.normalize_top_k = "always" if normalized else "never"
     if theirs.get("shared_expert_intermediate_size"):
         model.residual = True
@@ -402,7 +442,7 @@ def _architecture(model: ModelConfig) -> dict[str, object]:
 
 
 def write_hugging_face(
-    config: Config, leaves: dict[str, np.ndarray], end_of_text: int, folder: Path
+    config: Config, leaves: dict[str, np.ndarray], tokenizer: Tokenizer, folder: Path
 ) -> None:
     """Writes a model in the format of its family's class.
 
@@ -411,7 +451,7 @@ def write_hugging_face(
     Args:
       config: the run's config.
       leaves: the run's parameters by our names.
-      end_of_text: the id that starts and ends a document.
+      tokenizer: the run's, for the ids that start and end a document.
       folder: the folder to write into.
     """
     tensors = {}
@@ -425,8 +465,10 @@ def write_hugging_face(
     write_tensors(tensors, folder)
     settings = _their_settings(config.model) | {
         "dtype": dtype,
-        "bos_token_id": end_of_text,
-        "eos_token_id": end_of_text,
+        "torch_dtype": dtype,  # as transformers 4 names it
+        "bos_token_id": tokenizer.start_of_text,
+        "eos_token_id": tokenizer.end_of_text,
+        "pad_token_id": None,
     }
     (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
@@ -435,7 +477,7 @@ def _their_settings(model: ModelConfig) -> dict:
     """A model's settings in their words."""
     names, form = NAMES[model.family], model.form
     scaling = dict(zip(SCALING, model.rope_scaling, strict=False))  # which may be none
-    kind = "llama3" if scaling else "default"
+    rope = {"rope_theta": form.rope_theta, "rope_type": "llama3" if scaling else "default"}
     settings = {theirs: getattr(model, ours) for ours, theirs in SIZES.items()} | {
         "architectures": [names.architecture],
         "model_type": model.family,
@@ -443,10 +485,12 @@ def _their_settings(model: ModelConfig) -> dict:
         "num_key_value_heads": model.key_heads,
         "rms_norm_eps": form.norm_eps,
         "rope_theta": form.rope_theta,
-        "rope_parameters": {"rope_theta": form.rope_theta, "rope_type": kind, **scaling},
+        "rope_parameters": rope | scaling,
         "tie_word_embeddings": form.output == "tied",
         "attention_dropout": 0.0,
     }
+    if scaling:
+        settings["rope_scaling"] = rope | scaling  # as transformers 4 names it
     if "head_dim" in names.knows:
         settings["head_dim"] = model.head_width
     if "clip_qkv" in names.knows:
@@ -455,6 +499,8 @@ def _their_settings(model: ModelConfig) -> dict:
         settings |= {"sliding_window": model.sliding_window or None}
         if "use_sliding_window" in names.knows:
             settings |= {"use_sliding_window": model.sliding_window > 0, "max_window_layers": 0}
+        if "layer_types" in names.knows and model.sliding_window:
+            settings["layer_types"] = ["sliding_attention"] * model.layers
     if "qkv_bias" in names.knows:
         settings["qkv_bias"] = form.biases == "qkv"
     experts = [count for count in model.schedule.experts if count]

@@ -113,7 +113,7 @@ def export_run(kind: str, workdir: Path, out: Path) -> dict:
 
     def build(folder: Path) -> None:
         if kind == "hf":
-            hugging_face.write_hugging_face(config, leaves, tokenizer.end_of_text, folder)
+            hugging_face.write_hugging_face(config, leaves, tokenizer, folder)
         elif kind == "gpt2":
             write_gpt2(config, leaves, tokenizer.end_of_text, folder)
         elif kind == "deepspeed":

@@ -87,12 +87,21 @@ def check_gpt2_form(model: ModelConfig, theirs: str) -> None:
 
 
 def check_sizes(model: ModelConfig, tensors: Mapping[str, np.ndarray], source: Any) -> None:
-    """Raises UserError unless each of the model's sizes is a dimension of some tensor.
+    """Raises UserError unless each size that the model uses is a dimension of some tensor.
 
-    The sizes are vocab_size, length, d_model and d_ff. Call this before anything is allocated.
+    The sizes are vocab_size, d_model, length (of learned positions) and the widths of MLPs and
+    experts. Call this before anything is allocated.
     """
     held = {size for tensor in tensors.values() if tensor.size for size in tensor.shape}
-    for name in ("vocab_size", "length", "d_model", "d_ff"):
-        size = getattr(model, name)
+    sizes = {"vocab_size": model.vocab_size, "d_model": model.d_model}
+    if model.form.positions == "learned":
+        sizes["length"] = model.length
+    if 0 in model.schedule.experts:
+        sizes["d_ff"] = model.d_ff
+    if any(model.schedule.experts):
+        sizes["expert_d_ff" if model.expert_d_ff else "d_ff"] = model.expert_width
+        if model.residual:
+            sizes["residual_d_ff" if model.residual_d_ff else "d_ff"] = model.residual_width
+    for name, size in sizes.items():
         if size not in held:
             raise UserError(f"{source}: {name} is {shown(size)}, a size that no tensor has")

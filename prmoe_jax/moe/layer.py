@@ -102,7 +102,8 @@ class MoE(nnx.Module):
     def added_norms(self, x_BxLxD: jax.Array, valid_BxL: jax.Array) -> jax.Array:
         """What each expert adds in evaluation, on one device: float32 [E].
 
-        It is the norm of the expert's output times its weight, summed over the tokens.
+        It is the norm of the expert's output times its weight (and, beside a residual MLP, times
+        the experts' share of the mix), summed over the tokens.
 
         Args:
           x_BxLxD, valid_BxL: as for a call.
@@ -112,6 +113,8 @@ class MoE(nnx.Module):
         for first in range(0, self.experts.count, x_BxLxD.shape[-1]):
             parts["experts"] = OutputNorms(self.experts, first)
             norm_BxLxD, _, _ = self._routed(parts, x_BxLxD, valid_BxL, None)
+            if self.mlp is not None:
+                norm_BxLxD = norm_BxLxD * self._mix(x_BxLxD)[..., :1]
             norms.append(norm_BxLxD.astype(jnp.float32).sum((0, 1)))
         return jnp.concatenate(norms)[: self.experts.count]
 

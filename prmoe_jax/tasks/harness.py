@@ -59,11 +59,15 @@ class PrmoeLM(TemplateLM):
     def eot_token_id(self) -> int:
         return self._tokenizer.end_of_text
 
+    @property
+    def prefix_token_id(self) -> int:
+        return self._tokenizer.start_of_text
+
     def tok_encode(self, string: str, add_special_tokens=None, **ignored) -> list[int]:
         return self._tokenizer.encode(string)
 
     def _loglikelihood_tokens(self, requests, **ignored) -> list[tuple[float, bool]]:
-        mark = [self.eot_token_id]
+        mark = [self.prefix_token_id]
         contexts = [c if c[:1] == mark else mark + c for _, c, _ in requests]
         return self._scorer(contexts, [continuation for _, _, continuation in requests])
 
@@ -73,7 +77,7 @@ class PrmoeLM(TemplateLM):
             for number, request in enumerate(requests)
             for window in utils.get_rolling_token_windows(
                 token_list=self.tok_encode(request.args[0]),
-                prefix_token=self.eot_token_id,
+                prefix_token=self.prefix_token_id,
                 max_seq_len=self._scorer.length,
                 context_len=1,
             )

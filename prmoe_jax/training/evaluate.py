@@ -102,13 +102,14 @@ def _widened(x: np.ndarray) -> np.ndarray:
     return x.astype(np.int64 if np.issubdtype(x.dtype, np.integer) else np.float64)
 
 
-def evaluate(workdir: Path, teacher: Path | None = None) -> dict:
-    """Evaluates a run's newest checkpoint on its whole validation split; see `evaluate_model`.
+def evaluate(workdir: Path, teacher: Path | None = None, corpus: str | None = None) -> dict:
+    """Evaluates a run's newest checkpoint on a whole validation split; see `evaluate_model`.
 
     Args:
       workdir: the run's folder.
       teacher: the folder of another run, whose predictions are compared with this run's; it need
         not have taught this run.
+      corpus: the text whose validation split it is, as in `data.corpus`; None is the run's own.
 
     Returns:
       step and the results of `evaluate_model`. With a teacher also teacher/step, teacher/loss,
@@ -122,9 +123,14 @@ def evaluate(workdir: Path, teacher: Path | None = None) -> dict:
     workdir, teacher = stores.as_path(workdir), teacher and stores.as_path(teacher)
     processes.agree(
         "the run that is evaluated",
-        lambda: shared_settings(load(workdir / workdirs.CONFIG)) | {"--teacher": str(teacher)},
+        lambda: (
+            shared_settings(load(workdir / workdirs.CONFIG))
+            | {"--teacher": str(teacher), "--corpus": str(corpus)}
+        ),
     )
     config, step, model, mesh = restore_run(workdir)
+    if corpus is not None:
+        config = replace(config, data=replace(config.data, corpus=corpus))
     data = load_data(
         config.data, config.model.vocab_size, config.model.length, workdir / workdirs.TOKENIZER
     )

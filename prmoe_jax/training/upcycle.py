@@ -85,12 +85,13 @@ def check_fits(source: ModelConfig, model: ModelConfig) -> None:
       UserError: a part can't; names the setting or the layer.
     """
     names = "layers", "d_model", "heads", "d_ff", "vocab_size"
-    names += "rope_scaling", "clip_qkv", "sliding_window"
+    names += "rope_scaling", "clip_qkv"
     sizes = {name: name for name in names}
     sizes |= {"kv_heads": "key_heads", "head_dim": "head_width"}
     if any(source.schedule.experts):
         sizes |= {"expert_d_ff": "expert_width", "residual_d_ff": "residual_width"}
     pairs = {name: (getattr(model, size), getattr(source, size)) for name, size in sizes.items()}
+    pairs["sliding_window"] = model.sliding_window, source.window_in(model.length)
     for name in differing(model.form, source.form):
         if name not in ("residual_mix", "normalize_top_k"):
             pairs[name] = getattr(model.form, name), getattr(source.form, name)

@@ -435,6 +435,18 @@ CASES = {
     ),
     "no tasks": (["eval", "--workdir=run", "--tasks="], "--tasks= has an empty name; use names su"),
     "no task between": (["eval", "--workdir=run", "--tasks=a,,b"], "--tasks=a,,b has an empty na"),
+    "tasks on a text": (
+        ["eval", "--workdir=run", "--tasks=cloze", "--corpus=corpus"],
+        "--corpus is for the validation split; leave it or --tasks out",
+    ),
+    "eval on no text": (
+        ["eval", "--workdir=run", "--corpus=sotuu"],
+        "corpus 'sotuu' does not exist; give 'sotu', 'tfds:",
+    ),
+    "eval on an empty name": (
+        ["eval", "--workdir=run", "--corpus="],
+        "--corpus is empty; if it was a shell variable, it isn't set",
+    ),
     "limit of many digits": (
         ["eval", "--workdir=run", "--tasks=cloze", f"--limit={HUGE}"],
         f"--limit={HUGE} is a number of examples, for --tasks: from 1 to 9223372036854775807",

@@ -18,6 +18,7 @@ from prmoe_jax.data.pipeline import Batch, TopKLogProbs, Windows, eval_batches, 
 from prmoe_jax.data.tokenizer import Tokenizer, load_tokenizer
 from prmoe_jax.errors import UserError
 from tests.support.faults import file_size_limit
+from tests.support.tokenizers import started_tokenizer
 
 DOCUMENTS = ["the first", "é☃", "x", "a longer document than the others " * 3, "<|endoftext|>"]
 MARK = 256  # The end of text of the tokenizer 'bytes'.
@@ -102,6 +103,40 @@ def test_segments_by_hand():
     first, second = Windows(cache, 7, True)
     np.testing.assert_array_equal(first.segments_BxL, [1] * 7)
     np.testing.assert_array_equal(second.segments_BxL, [1] * 4 + [0] * 3)
+
+
+def test_a_start_of_its_own_by_hand():
+    """Documents are read from their start and end with the end: ‹s› a b ‹/s› as a ‹s› b ‹/s›."""
+    tokenizer = started_tokenizer()
+    start, end = tokenizer.start_of_text, tokenizer.end_of_text
+    stream = np.array([end, 1, 2, end, 3, end], np.uint32)
+    cache = tokens.TokenCache(stream, np.array([0, 3]), 0, "fingerprint")
+    first, second = Windows(cache, 4, False, tokenizer=tokenizer)
+    assert_same(first, Batch([start, 1, 2, start], [1, 2, end, 3], [True] * 4, [1, 1, 1, 2]))
+    assert_same(
+        second, Batch([3, 0, 0, 0], [end, 0, 0, 0], [True, False, False, False], [1, 0, 0, 0])
+    )
+    # Shards of another library may have both marks: then each is where it was.
+    stream = np.array([end, start, 1, end, start, 2, end], np.uint32)
+    cache = tokens.TokenCache(stream, np.array([0, 3]), 0, "fingerprint")
+    (window,) = Windows(cache, 6, True, tokenizer=tokenizer)
+    np.testing.assert_array_equal(window.tokens_BxL, stream[:-1])
+
+
+def test_a_start_of_its_own_in_the_text(config):
+    """From the corpus to the windows, which a resumed run compares."""
+    tokenizer, corpus = started_tokenizer(), corpus_of(DOCUMENTS)
+    cache = tokens.tokenise(config, corpus, "train", tokenizer)
+    windows = Windows(cache, 13, False, tokenizer=tokenizer)
+    inputs = np.concatenate([window.tokens_BxL[window.mask_BxL] for window in windows])
+    targets = np.concatenate([window.targets_BxL[window.mask_BxL] for window in windows])
+    assert (inputs == 257).sum() == (targets == MARK).sum() == len(DOCUMENTS)
+    assert MARK not in inputs and 257 not in targets
+    data = pipeline.Data(tokenizer, windows, windows, 0, "fingerprint")
+    known = pipeline.windows_fingerprint(data)
+    same = dataclasses.replace(data, tokenizer=load_tokenizer(config, 257, corpus))
+    assert known["start_of_text"] == 257
+    assert "start_of_text" not in pipeline.windows_fingerprint(same)
 
 
 def test_dtypes():

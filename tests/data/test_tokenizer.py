@@ -7,7 +7,8 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import models, pre_tokenizers
+from tokenizers import models, normalizers, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 
 from prmoe_jax.config import DataConfig
 from prmoe_jax.data import sources
@@ -15,6 +16,7 @@ from prmoe_jax.data import tokenizer as tokenizer_lib
 from prmoe_jax.data.corpora import Corpus
 from prmoe_jax.data.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer, train_bpe
 from prmoe_jax.errors import UserError
+from tests.support.tokenizers import byte_tokenizer, started_tokenizer
 
 TRAIN = [f"the cat {i} sat on the mat with the other cats of number {i * i}" for i in range(40)]
 VALIDATION = ["zyzzyva quixotic zyzzyva quixotic"]
@@ -84,6 +86,24 @@ def test_stored_tokenizer_is_the_same(by_kind, kind, tmp_path):
     assert (loaded.size, loaded.end_of_text) == (tokenizer.size, tokenizer.end_of_text)
     text = f"The cats of 1729 {END_OF_TEXT} ☃"
     assert loaded.encode(text) == tokenizer.encode(text)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_end_of_one_document_starts_the_next(by_kind, kind):
+    assert by_kind(kind).start_of_text == by_kind(kind).end_of_text
+
+
+def test_a_start_of_its_own():
+    """As Llama has it; and no mark before the text where it stands behind, or is part of it."""
+    tokenizer = started_tokenizer()
+    assert (tokenizer.start_of_text, tokenizer.end_of_text) == (257, 256)
+    assert tokenizer.encode("<s>a") == byte_tokenizer().encode("<s>a")
+    inner = tokenizers.Tokenizer.from_str(byte_tokenizer().description)
+    marks = [(END_OF_TEXT, 256)]
+    inner.post_processor = TemplateProcessing(single=f"$A {END_OF_TEXT}", special_tokens=marks)
+    assert Tokenizer(inner.to_str(), "end behind").start_of_text == 256
+    inner.normalizer = normalizers.Prepend("x")
+    assert Tokenizer(inner.to_str(), "x before").start_of_text == 256
 
 
 def test_bytes_are_bytes(by_kind):

@@ -1,5 +1,6 @@
 """Fewer experts: importance against its definition, choices by hand, and functions kept."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -11,7 +12,7 @@ import pytest
 
 from prmoe_jax.cli import main
 from prmoe_jax.config import MeshConfig, load
-from prmoe_jax.distill.prune import choose, measure, pruned, pruned_config
+from prmoe_jax.distill.prune import _portions, choose, measure, pruned, pruned_config
 from prmoe_jax.errors import UserError
 from prmoe_jax.model.layout import places
 from prmoe_jax.model.loss import forward
@@ -36,10 +37,11 @@ def with_leaves(model: Transformer, change) -> Transformer:
 
 
 class Batches:
-    """Training text that is these batches."""
+    """Training text that is these batches, of windows of one length."""
 
     def __init__(self, batches):
-        self.train = batches
+        self.train = self
+        self.batches, self.length = batches, batches[0].tokens_BxL.shape[1]
 
 
 @pytest.fixture
@@ -47,7 +49,9 @@ def measured(monkeypatch):
     """A config, its model, a batch, and the importance on it."""
     values = settings(TEXT, moe=DROPLESS)
     model, batch = init_model(values), make_batch()
-    monkeypatch.setattr("prmoe_jax.distill.prune.train_iterator", lambda batches, *_: iter(batches))
+    monkeypatch.setattr(
+        "prmoe_jax.distill.prune.train_iterator", lambda text, *_: iter(text.batches)
+    )
     return values, model, batch, measure(values, model, Batches([batch, make_batch(1)]), 2)
 
 
@@ -73,6 +77,10 @@ def norms_by_hand(model: Transformer, batch, layer: int) -> np.ndarray:
     decisions = model.routing(batch.tokens_BxL, batch.segments_BxL)
     inputs = model._moe_inputs(batch.tokens_BxL, batch.segments_BxL)
     moe, x_BxLxD = next((moe, x) for number, moe, x in inputs if number == layer)
+    mix_NxP = np.ones((x_BxLxD[..., 0].size, 1))
+    if moe.mlp is not None:  # the share of the experts and of the MLP
+        scores_NxP = x_BxLxD.reshape(-1, x_BxLxD.shape[-1]) @ moe.w_mix + moe.b_mix
+        mix_NxP = np.exp(scores_NxP) / np.exp(scores_NxP).sum(-1, keepdims=True)
     norms = np.zeros(moe.experts.count)
     routing = jax.tree.map(lambda x: x.reshape(-1, moe.top_k), decisions[layer])
     x_NxD = x_BxLxD.reshape(-1, x_BxLxD.shape[-1])
@@ -80,7 +88,8 @@ def norms_by_hand(model: Transformer, batch, layer: int) -> np.ndarray:
     for token, k in itertools.product(range(len(x_NxD)), range(moe.top_k)):
         if routing.kept_GxSxK[token, k]:
             e = int(routing.expert_GxSxK[token, k])
-            norms[e] += routing.weight_GxSxK[token, k] * np.linalg.norm(y_ExNxD[e, token])
+            norm = np.linalg.norm(y_ExNxD[e, token])
+            norms[e] += mix_NxP[token, 0] * routing.weight_GxSxK[token, k] * norm
     return norms
 
 
@@ -115,6 +124,38 @@ def test_importance_is_what_it_says(measured):
             up, down = (mean(scaled(model, layer, expert, 1 + h), one) for h in (0.05, -0.05))
             change += ((up - down) / 0.1) ** 2
         assert found["loss"][layer][expert] == pytest.approx(float(change), rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "length", "accumulate", "group_size", "portions"),
+    [
+        (16, 64, 1, 0, 1),
+        (16, 1024, 1, 0, 4),
+        (12, 1024, 1, 0, 3),  # of four rows
+        (16, 4096, 1, 0, 16),
+        (16, 8192, 1, 0, 16),
+        (16, 64, 4, 0, 4),  # the run's own
+        (16, 1024, 1, 8192, 2),  # groups of eight rows stay whole
+    ],
+)
+def test_portions_by_hand(batch_size, length, accumulate, group_size, portions):
+    train = {"batch_size": batch_size, "accumulate": accumulate}
+    moe = DROPLESS | {"group_size": group_size}
+    values = settings("2 layers, E=3", model={"length": length}, train=train, moe=moe)
+    assert _portions(values, length) == portions
+
+
+def test_portions_change_nothing(measured, monkeypatch):
+    """Row by row, the importance is that of whole batches."""
+    values, model, batch, found = measured
+    monkeypatch.setattr("prmoe_jax.distill.prune.PORTION_TOKENS", batch.tokens_BxL.shape[1])
+    rows = dataclasses.replace(values.train, batch_size=len(batch.tokens_BxL))
+    values = dataclasses.replace(values, train=rows)
+    assert _portions(values, batch.tokens_BxL.shape[1]) == len(batch.tokens_BxL) > 1
+    again = measure(values, model, Batches([batch, make_batch(1)]), 2)
+    for kind, of in found.items():
+        for layer, of_E in of.items():
+            np.testing.assert_allclose(again[kind][layer], of_E, rtol=1e-4, atol=1e-7)
 
 
 def test_choices_by_hand():

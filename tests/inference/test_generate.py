@@ -21,7 +21,7 @@ from prmoe_jax.nn.parameters import named_leaves
 from prmoe_jax.nn.quantized import QuantizedWeight
 from tests.support.models import build
 from tests.support.quick import forward, jit
-from tests.support.tokenizers import byte_tokenizer
+from tests.support.tokenizers import byte_tokenizer, started_tokenizer
 
 
 def held(model, weights="float32"):
@@ -128,6 +128,19 @@ def test_greedy_text_is_the_likeliest_token_by_token(text, monkeypatch):
             new.append(ids[-1])
         assert found == tokenizer.decode(new)
     jax.clear_caches()
+
+
+def test_a_text_begins_with_the_start_of_its_tokenizer():
+    """The start of 257, not the end of 256, is what the first token is drawn after."""
+    model, tokenizer = build("3 layers, E=3, top 2"), started_tokenizer()
+    logits = []
+    for first in (tokenizer.start_of_text, tokenizer.end_of_text):
+        tokens_1xL = np.array([[first, *tokenizer.encode("a")]], np.int32)
+        logits.append(forward(model, tokens_1xL, np.ones_like(tokens_1xL))[1][0, -1])
+    likeliest = [int(found_V[: tokenizer.size].argmax()) for found_V in logits]
+    assert likeliest[0] != likeliest[1]
+    texts = generator(model, tokenizer=tokenizer)(["a"], 1, Sampling(temperature=0))
+    assert texts == [tokenizer.decode([likeliest[0]])]
 
 
 def test_a_text_does_not_depend_on_what_shares_its_batch():

@@ -6,6 +6,7 @@ import math
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,17 +20,20 @@ from prmoe_jax.cli import main
 from prmoe_jax.config import MeshConfig, load, resolve
 from prmoe_jax.errors import UserError
 from prmoe_jax.inference.decoder import Decoder
-from prmoe_jax.interop.hugging_face import check_exportable
+from prmoe_jax.interop.hugging_face import NAMES as NAMES_THERE
+from prmoe_jax.interop.hugging_face import SIZES, check_exportable
+from prmoe_jax.interop.hugging_face import _config as read_config
 from prmoe_jax.interop.run import spread_over
 from prmoe_jax.model.sizes import cost
 from prmoe_jax.model.transformer import init_model
+from prmoe_jax.nn.parameters import named_leaves
 from prmoe_jax.parallel.mesh import check_splits
 from prmoe_jax.run.restore import restore_run
 from tests.support.configs import settings
 from tests.support.extras import needs_extra
 from tests.support.paths import GOLDENS
 from tests.support.quick import forward, jit
-from tests.support.tokenizers import byte_tokenizer
+from tests.support.tokenizers import byte_tokenizer, started_tokenizer
 
 NAMES = "llama", "llama3", "qwen3", "olmoe", "mixtral", "qwen2_moe", "qwen3_moe"
 
@@ -190,6 +194,132 @@ def test_several_files_and_a_head_that_repeats_the_embedding(source, tmp_path):
     np.testing.assert_allclose(ours, golden["logits"], atol=2e-5)
 
 
+FULL, SLIDING = "full_attention", "sliding_attention"
+# What config.json says of windows, and the window of each of four layers.
+WINDOWS = [
+    ("qwen3", {"sliding_window": 5}, [0, 0, 0, 0]),
+    ("qwen3", {"sliding_window": 5, "use_sliding_window": True}, [0, 0, 0, 0]),
+    ("qwen3", {"sliding_window": 5, "use_sliding_window": True, "max_window_layers": 0}, [5] * 4),
+    ("qwen3", {"sliding_window": 5, "use_sliding_window": True, "max_window_layers": 3},
+     [0, 0, 0, 5]),
+    ("qwen3", {"sliding_window": 5, "use_sliding_window": True, "layer_types": [SLIDING] * 4},
+     [5] * 4),
+    ("qwen3", {"sliding_window": 5, "use_sliding_window": True, "layer_types": [FULL] * 4},
+     [0] * 4),
+    ("qwen2_moe", {"sliding_window": 5}, [0, 0, 0, 0]),
+    ("qwen2_moe", {"sliding_window": 5, "use_sliding_window": True}, [5, 0, 5, 0]),
+    ("qwen2_moe", {"sliding_window": 5, "use_sliding_window": True, "max_window_layers": 0},
+     [0] * 4),
+    ("qwen2_moe", {"sliding_window": 5, "use_sliding_window": True, "layer_types": [SLIDING] * 4},
+     [5] * 4),
+    ("qwen3_moe", {"sliding_window": 5}, [0, 0, 0, 0]),
+    ("qwen3_moe", {"sliding_window": 5, "use_sliding_window": True}, [5] * 4),
+    ("mixtral", {"sliding_window": 5}, [5] * 4),
+    ("mixtral", {"sliding_window": None}, [0] * 4),
+]  # fmt: skip
+
+
+def a_config(family, **theirs):
+    """Settings of four layers as config.json has them; what is None is left out."""
+    sizes = {name: 8 for name in SIZES.values()} | {"num_hidden_layers": 4, "vocab_size": 290}
+    sizes |= {"max_position_embeddings": 32, "model_type": family, "num_attention_heads": 2}
+    experts = {NAMES_THERE[family].experts: 3, NAMES_THERE[family].expert_width: 8}
+    experts |= {"num_experts_per_tok": 2, "shared_expert_intermediate_size": 8}
+    return sizes | (experts if NAMES_THERE[family].moe_layer else {}) | theirs
+
+
+@pytest.mark.parametrize(("family", "theirs", "windows"), WINDOWS)
+def test_windows_as_the_class_decides(family, theirs, windows):
+    """All layers alike, or an error that counts them."""
+
+    def read():
+        return read_config(a_config(family, **theirs), Path("config.json"), 1000).model
+
+    if len(set(windows)) == 1:
+        assert read().sliding_window == windows[0]
+    else:
+        count = sum(map(bool, windows))
+        with pytest.raises(UserError, match=f"config.json: {count} of 4 layers have a sliding win"):
+            read()
+
+
+@needs_extra("interop", "transformers")
+@pytest.mark.parametrize(("family", "theirs", "windows"), WINDOWS)
+def test_windows_are_those_of_transformers(family, theirs, windows):
+    """What the table says is what the class makes of the same settings."""
+    from transformers import CONFIG_MAPPING
+
+    config = CONFIG_MAPPING[family](**a_config(family, **theirs))
+    kinds = getattr(config, "layer_types", None) or [SLIDING] * 4
+    found = [(config.sliding_window or 0) if kind == SLIDING else 0 for kind in kinds]
+    assert found == windows
+
+
+@pytest.mark.parametrize("kinds", [[FULL], [FULL, "chunked_attention", FULL, FULL], "full"])
+def test_kinds_of_attention_that_are_none(kinds):
+    theirs = {"sliding_window": 5, "use_sliding_window": True, "layer_types": kinds}
+    with pytest.raises(UserError, match="must be one of full_attention, sliding_attention for eac"):
+        read_config(a_config("qwen3", **theirs), Path("config.json"), 1000)
+
+
+# What each class takes where config.json says nothing: ε of the norms, θ, and whether the weights
+# of the chosen experts add up to 1.
+DEFAULTS = {
+    "llama": (1e-6, 1e4, None),
+    "qwen3": (1e-6, 1e4, None),
+    "olmoe": (1e-5, 1e4, "never"),
+    "mixtral": (1e-5, 1e6, "always"),
+    "qwen2_moe": (1e-6, 1e4, "never"),
+    "qwen3_moe": (1e-6, 1e4, "never"),
+}
+
+
+@pytest.mark.parametrize("family", DEFAULTS)
+def test_what_is_missing_is_the_class_s(family):
+    model = read_config(a_config(family), Path("config.json"), 1000).model
+    normalize = {True: "always", False: "never"}[model.normalizes] if "moe" in family else None
+    if family == "mixtral":
+        normalize = "always" if model.normalizes else "never"
+    assert (model.form.norm_eps, model.form.rope_theta, normalize) == DEFAULTS[family]
+
+
+@needs_extra("interop", "transformers")
+@pytest.mark.parametrize("family", DEFAULTS)
+def test_what_is_missing_is_transformers_s(family):
+    from transformers import CONFIG_MAPPING
+
+    config = CONFIG_MAPPING[family](**a_config(family))
+    normalize = getattr(config, "norm_topk_prob", family == "mixtral" or None)
+    normalize = {True: "always", False: "never"}.get(normalize)
+    found = config.rms_norm_eps, config.rope_parameters["rope_theta"], normalize
+    assert found == DEFAULTS[family]
+
+
+def test_marks_of_documents(source, tmp_path):
+    """A start of its own is exported as such; what is padding is nobody's id."""
+    folder = source("llama")
+    started_tokenizer().save(folder / "tokenizer.json")
+    assert imported(folder, tmp_path / "run") == 0
+    assert exported(tmp_path / "run", tmp_path / "out") == 0
+    written = json.loads((tmp_path / "out/config.json").read_text())
+    assert (written["bos_token_id"], written["eos_token_id"]) == (257, 256)
+    assert written["pad_token_id"] is None
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_our_own_format_holds_every_family(name, source, tmp_path):
+    """In, out by our names, in again: the same bits."""
+    run, again = tmp_path / "run", tmp_path / "again"
+    assert imported(source(name), run) == 0
+    out = f"--out={tmp_path / 'out'}"
+    assert main(["export", "--kind=safetensors", f"--workdir={run}", out]) == 0
+    ours = ["import", "--kind=safetensors", f"--source={tmp_path / 'out'}"]
+    assert main([*ours, f"--workdir={again}"]) == 0
+    first, second = (named_leaves(restore_run(path)[2]) for path in (run, again))
+    for key, leaf in first.items():
+        np.testing.assert_array_equal(second[key], leaf, err_msg=key)
+
+
 EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight"
 FOREIGN = {
     "family": ({"model_type": "bert"}, "model_type='bert' is unknown; known are gpt2, llama, qw"),
@@ -213,9 +343,13 @@ FOREIGN = {
         "no usable low_freq_factor: it is None, not a number of 1 or more",
     ),
     "no rope": ({"rope_parameters": [1]}, "rope_parameters=[1] is not a group of settings"),
-    "windows": (
-        {"sliding_window": 5, "layer_types": ["full_attention", "sliding_attention"]},
-        "layer_types has 'full_attention', 'sliding_attention'; ours are all alike",
+    "a window it doesn't know": (
+        {"sliding_window": 5},
+        "sliding_window=5, which OlmoeForCausalLM doesn't know; set it to null",
+    ),
+    "a scale beside none": (
+        {"rope_scaling": {"type": "yarn", "factor": 4.0}},  # as transformers, not rope_parameters
+        "rope_type='yarn', our model has 'default'",
     ),
     "experts": ({"num_experts": 10**9}, "no usable num_experts: it is 1000000000"),
     "no experts": ({"num_experts": None}, "no usable num_experts: it is None"),
@@ -323,6 +457,7 @@ def test_what_a_class_does_not_express_is_named(message):
         ("3 layers, layers 0 2, E=3", {"family": "qwen3_moe", "kv_heads": 1, "head_dim": 8}),
         ("2 layers", {"family": "llama", "rope_theta": 5e5, "output": "tied"}),
         ("2 layers", {"family": "qwen3", "sliding_window": 3}),
+        (f"{EVERY}, residual", {"family": "qwen2_moe", "sliding_window": 3}),
     ],
 )
 def test_what_a_class_expresses(text, model):

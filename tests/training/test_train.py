@@ -134,6 +134,26 @@ def test_architectures_learn(text, tmp_path, name):
     assert "eval/bits_per_byte" in lines[-1]
 
 
+def test_eval_on_another_text(text, tmp_path, capsys):
+    """The loss is the one that the run would have if this were its own text."""
+    workdir = tmp_path / "run"
+    assert main(arguments(text, workdir, **{"train.steps": 2})) == 0
+    other = tmp_path / "other"
+    other.mkdir()
+    for i in range(40):
+        (other / f"{i:02}.txt").write_text(f"Another text, number {i}, to measure on. " * 5)
+    losses = []
+    for options in [], [f"--corpus={other}"]:
+        capsys.readouterr()
+        assert main(["eval", f"--workdir={workdir}", "--json", *options]) == 0
+        losses.append(json.loads(capsys.readouterr().out)["loss"])
+    settings = json.loads((workdir / "config.json").read_text())
+    settings["data"]["corpus"] = str(other)
+    (workdir / "config.json").write_text(json.dumps(settings))
+    assert main(["eval", f"--workdir={workdir}", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["loss"] == losses[1] != losses[0]
+
+
 def test_eval_and_generate(text, tmp_path, capsys):
     workdir = tmp_path / "run"
     settings = {"name": "4 layers, E=4+8, residual", "train.steps": 50}

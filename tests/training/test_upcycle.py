@@ -135,6 +135,19 @@ def test_the_second_half_of_an_mlp_is_not_drawn():
     )
 
 
+def test_a_window_as_long_as_the_context_leaves_nothing_out():
+    """Of two contexts, one shorter than the window of the run to start as."""
+
+    def model(length, window=0):
+        parts = {"length": length, "positions": "rotary", "sliding_window": window}
+        return settings("2 layers", model=parts).model
+
+    upcycle.check_fits(model(24, 12), model(12))
+    upcycle.check_fits(model(24, 12), model(20, 12))
+    with pytest.raises(UserError, match="model.sliding_window=0, the run to start as has 12"):
+        upcycle.check_fits(model(24, 12), model(20))
+
+
 @pytest.mark.parametrize(
     ("source", "target", "model", "message"),
     [
