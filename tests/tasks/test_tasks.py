@@ -265,6 +265,20 @@ def continued(lm, *requests):
 
 
 @with_harness
+def test_scores_begin_with_the_start_of_the_tokenizer(run, lm, monkeypatch):
+    """As with Llama's <s>, here the id 7: before a context, before none, in the first window."""
+    monkeypatch.setattr(lm._tokenizer, "start_of_text", 7)
+    _, _, model, _ = restore_run(run)
+    model.config = dataclasses.replace(model.config, dtype="float32")
+    ids = lm.tok_encode("token")
+    pairs = asked("loglikelihood", ("the", "token"), ("", "token"))
+    found = lm.loglikelihood(pairs, disable_tqdm=True)
+    rolled = lm.loglikelihood_rolling(asked("loglikelihood_rolling", ("token",)))
+    assert found[0][0] == pytest.approx(directly(model, [7, *lm.tok_encode("the")], ids)[0])
+    assert found[1][0] == pytest.approx(rolled[0]) == pytest.approx(directly(model, [7], ids)[0])
+
+
+@with_harness
 def test_the_harness(run, lm, capsys):
     """Log-probabilities of both kinds, text until a stop, and a task in one command."""
     mark, (_, _, model, _) = lm.eot_token_id, restore_run(run)
