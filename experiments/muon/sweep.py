@@ -13,6 +13,7 @@ from pathlib import Path
 MULTIPLIER = runpy.run_path(str(Path(__file__).parents[1] / "multiplier/sweep.py"))
 SEEDS = 1, 2, 3
 KEEP_CHECKPOINTS = False
+SHORT = {"0.75M": 88}  # with Muon alone, which reaches AdamW's first loss before 1.5 M tokens
 STEPS = {"1.5M": 175, "3M": 350, "4.5M": 525}
 MODELS = {"dense": "dense_64", "moe": "E64"}
 TRIED = 2e-3, 4e-3, 8e-3, 16e-3
@@ -41,3 +42,8 @@ def runs():
                 name = f"{arm}/{tokens}/{seed}"
                 yield name, config, trunk
                 trunk = name
+            if arm.endswith("muon"):
+                for tokens, steps in SHORT.items():
+                    config = get_config(*arm.split("_"), steps, rate)
+                    config.seed = seed
+                    yield f"{arm}/{tokens}/{seed}", config

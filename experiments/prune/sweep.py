@@ -18,6 +18,8 @@ HERE = Path(__file__).parent
 TEACHER = runpy.run_path(str(HERE / "teacher/sweep.py"))
 MARGIN = 0.01
 KEEP_CHECKPOINTS = False
+# Each seed has a teacher of its own, whose pyramid may have other numbers of experts.
+VARYING = "init.workdir", "teacher.workdir", "model.experts"
 STEPS = 175  # of learning from the teacher
 SCRATCH = {50: (8,), 75: (12,)}  # experts of each MoE layer, by percent
 
@@ -38,8 +40,9 @@ def runs():
     for seed in TEACHER["SEEDS"]:
         for keep, experts in SCRATCH.items():
             yield f"scratch_{keep}/{seed}", get_config(STEPS, seed, experts)
-        longer = get_config(STEPS + TEACHER["STEPS"], seed, SCRATCH[50])
-        yield f"scratch_50_longer/{seed}", longer
+        for keep, experts in SCRATCH.items():
+            longer = get_config(STEPS + TEACHER["STEPS"], seed, experts)
+            yield f"scratch_{keep}_longer/{seed}", longer
     record = HERE / "cut.jsonl"
     rows = map(json.loads, record.read_text().splitlines() if record.exists() else [])
     for row in sorted(rows, key=lambda row: row["seed"]):

@@ -1,9 +1,10 @@
-"""Groups a sweep's records by arm (runs that differ only in their seed), and compares arms."""
+"""Groups a sweep's records by arm (runs that differ in their seed), and compares arms."""
 
 import csv
 import io
 import math
 import statistics
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,11 +32,15 @@ def mean(values: list[float]) -> Mean:
     return Mean(statistics.fmean(values), t * statistics.stdev(values) / len(values) ** 0.5)
 
 
-def arms(records: list[dict]) -> dict[str, dict[int, dict]]:
+def arms(records: list[dict], varying: Collection[str] = ()) -> dict[str, dict[int, dict]]:
     """Records by arm and seed; the arm is the run's name up to the last '/'.
 
+    Args:
+      records: records of a sweep.
+      varying: settings in which runs of an arm may differ, besides the seed.
+
     Raises:
-      UserError: two runs of an arm differ in more than their seed, or in nothing.
+      UserError: two runs of an arm differ in more than that, or not in their seed.
     """
     found: dict[str, dict[int, dict]] = {}
     for record in records:
@@ -47,11 +52,14 @@ def arms(records: list[dict]) -> dict[str, dict[int, dict]]:
                 for name in record["settings"].keys() | other["settings"].keys()
                 if record["settings"].get(name) != other["settings"].get(name)
             }
-            if differing != {"seed"}:
+            if "seed" not in differing or (more := differing - {"seed", *varying}):
+                what = "not in seed"
+                if "seed" in differing:
+                    what = f"in {', '.join(sorted(more))}"
                 raise UserError(
-                    f"{other['run']} and {record['run']} are of one arm, but differ in "
-                    f"{', '.join(sorted(differing)) or 'nothing'}; an arm's runs differ in seed "
-                    "alone: delete the older record's line in results.jsonl"
+                    f"{other['run']} and {record['run']} are of one arm, but differ {what}; "
+                    "train one of them again, give them names of two arms, or name in VARYING of "
+                    "sweep.py what may differ"
                 )
         rows[record["seed"]] = record
     return found

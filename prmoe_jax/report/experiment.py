@@ -7,6 +7,7 @@ from prmoe_jax import files
 from prmoe_jax.errors import UserError
 from prmoe_jax.report import figures, page
 from prmoe_jax.report.arms import (
+    Mean,
     arms,
     base_of,
     difference,
@@ -16,7 +17,7 @@ from prmoe_jax.report.arms import (
     verdict,
     write_csv,
 )
-from prmoe_jax.report.multiplier import Multiplier, multipliers
+from prmoe_jax.report.multiplier import Multiplier, multipliers, ratios
 from prmoe_jax.sweep.definition import constants
 from prmoe_jax.sweep.records import RESULTS, complete, read
 from prmoe_jax.tables import aligned
@@ -41,16 +42,20 @@ EQUIVALENCE = (
 LADDER = (
     "How many times a MoE's FLOPs for each token a dense model needs to reach its loss with the "
     "same tokens. Between two dense arms, log(loss) is linear in log(FLOPs); nothing is "
-    "extrapolated. In brackets the 95 % interval of a bootstrap over seeds, too narrow with few of "
-    "them. D/N: tokens by active parameters."
+    "extrapolated. The geometric mean over seeds, and in brackets its 95 % interval (Student's t). "
+    "D/N: tokens by active parameters. The scaling law's dense model has FLOPs as the ladder's "
+    "models have by their parameters; the law is for experts in every layer, so that it takes the "
+    "mean number of all layers."
 )
+GROWTH = "Multipliers of neighbours, one divided by the other, paired by seed."
 
 
 def report(folder: Path, base: str | None = None) -> dict:
     """Writes results.csv, figures and report.html beside results.jsonl.
 
     The report shows every record in results.jsonl, even if sweep.py no longer names its run. The
-    constants of sweep.py ask for more: MARGIN for verdicts on differences, LADDER for multipliers.
+    constants of sweep.py ask for more: MARGIN for verdicts on differences, CONTRASTS for pairs of
+    arms to compare, LADDER for multipliers. VARYING names settings in which an arm's runs differ.
 
     Args:
       folder: the folder of results.jsonl.
@@ -61,7 +66,8 @@ def report(folder: Path, base: str | None = None) -> dict:
       page, the path; base; and arms. For each arm: seeds, loss and, with two seeds or more, margin
       (of the 95 % interval); with two seeds in common with the base also difference and
       difference_margin, paired by seed, and with MARGIN the verdict; with LADDER a MoE has its
-      multiplier, as text.
+      multiplier, as text. With CONTRASTS also contrasts, a list of arm, base, difference,
+      difference_margin and, with MARGIN, verdict.
 
     Raises:
       UserError: the results are missing or damaged, a constant of sweep.py is wrong, the arm
@@ -73,11 +79,11 @@ def report(folder: Path, base: str | None = None) -> dict:
         if not path.exists():
             raise UserError(f"{path} is missing; prmoe sweep {folder} makes it")
         raise UserError(f"{path} holds no runs of prmoe sweep")
-    found = arms(records)
+    stated = constants(folder)
+    found = arms(records, stated.varying)
     base = next(iter(found)) if base is None else base
     if base not in found:
         raise UserError(f"{path} has no arm {base!r}; --base is one of {', '.join(found)}")
-    stated = constants(folder)
     write_csv(records, folder / "results.csv")
     rows, summary, apart = [], {}, {}
     for arm, by_seed in found.items():
@@ -127,6 +133,11 @@ def report(folder: Path, base: str | None = None) -> dict:
     for one in worth:
         summary[one.arm]["multiplier"] = str(one)
 
+    contrasts = [
+        {"arm": arm, "base": other} | _apart(found[arm], found[other], stated.margin)
+        for arm, other in stated.contrasts
+        if arm in found and other in found
+    ]
     revisions = sorted({revision for row in records for revision in row["revisions"]})
     devices = sorted({f"{row['device']}, jax {row['versions'].get('jax', '?')}" for row in records})
     parts = [
@@ -137,6 +148,7 @@ def report(folder: Path, base: str | None = None) -> dict:
         ),
         page.table([name.format(base=named) for name in HEAD], rows),
         page.figures(pictures),
+        *_contrasts(contrasts),
         *(_multipliers(worth) if stated.ladder else []),
         page.heading("Runs"),
         page.table(
@@ -156,7 +168,39 @@ def report(folder: Path, base: str | None = None) -> dict:
     ]
     out = folder / "report.html"
     files.replace(out, page.page(folder.resolve().name, parts))
-    return {"page": str(out), "base": base, "arms": summary}
+    result = {"page": str(out), "base": base, "arms": summary}
+    return result | ({"contrasts": contrasts} if contrasts else {})
+
+
+def _apart(arm: dict[int, dict], other: dict[int, dict], margin: float | None) -> dict:
+    """An arm's difference from another, its margin and its verdict, as far as there are any."""
+    above = difference(arm, other)
+    if above is None:
+        return {}
+    found = {"difference": above.value, "difference_margin": above.margin}
+    return found | ({"verdict": verdict(arm, other, margin)} if margin else {})
+
+
+def _contrasts(contrasts: list[dict]) -> list[str]:
+    """The part of the page about the pairs that sweep.py names."""
+    if not contrasts:
+        return []
+    rows = [
+        [
+            *(row["arm"], row["base"]),
+            Mean(row["difference"], row["difference_margin"]) if "difference" in row else "",
+            row.get("verdict", ""),
+        ]
+        for row in contrasts
+    ]
+    return [
+        page.heading("Comparisons"),
+        page.paragraph(
+            "The pairs that sweep.py names, each by itself: with several pairs, some differences "
+            "are resolved by chance."
+        ),
+        page.table(["arm", "base", "arm - base", "verdict"], rows),
+    ]
 
 
 def _multipliers(worth: list[Multiplier]) -> list[str]:
@@ -166,8 +210,8 @@ def _multipliers(worth: list[Multiplier]) -> list[str]:
     head = ["arm", "tokens", "D/N", "seeds", "multiplier", "scaling law"]
     rows = [
         [
-            *(one.arm, f"{one.tokens:,}", f"{one.tokens_per_parameter:.1f}", one.seeds, one),
-            "" if one.law is None else f"{one.law:.2f}",
+            *(one.arm, f"{one.tokens:,}", f"{one.tokens_per_parameter:.1f}"),
+            *(len(one.by_seed), one, f"{one.law:.2f}"),
         ]
         for one in worth
     ]
@@ -175,6 +219,8 @@ def _multipliers(worth: list[Multiplier]) -> list[str]:
         page.heading("Dense-equivalent multipliers"),
         page.paragraph(LADDER),
         page.table(head, rows),
+        page.paragraph(GROWTH),
+        page.table(["arm", "base", "ratio"], [[one.arm, one.base, one] for one in ratios(worth)]),
     ]
 
 

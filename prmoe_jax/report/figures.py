@@ -186,8 +186,7 @@ def multipliers(found: list[Multiplier], path: Path) -> None:
                 above = one.value > 0
                 end, mark = (one.most, "^") if above else (one.least, "v")
                 axes.plot(at, end, mark, markersize=9, markerfacecolor="none", **style)
-            if all(one.law is not None for one in some):
-                axes.plot(x, [one.law for one in some], linestyle="--", linewidth=1, **style)
+            axes.plot(x, [one.law for one in some], linestyle="--", linewidth=1, **style)
         axes.axhline(1, color="black", linewidth=1)
         axes.set(xlabel="tokens by active parameters, D/N", ylabel="dense-equivalent multiplier")
         axes.set(xscale="log", yscale="log")

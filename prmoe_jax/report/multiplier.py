@@ -5,13 +5,15 @@ reaches the MoE's loss with the same tokens, divided by the MoE's own. Between t
 the ladder, log(loss) is taken as linear in log(compute); beyond its ends there is no multiplier.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-RESAMPLES = 2000
+from prmoe_jax.config import ModelConfig
+from prmoe_jax.report.arms import Mean, mean, model_of
 
 # The joint MoE scaling law (Ludziejewski et al. 2025, arXiv 2502.05172, table 3), nats a token:
 # L = a E^delta N^(alpha + gamma ln E) + b E^omega D^(beta + zeta ln E) + c. It was fitted to 280
@@ -24,21 +26,28 @@ LAW_C, LAW_START, LAW_MAX = 1.3637, 2.0732, 290.4521
 class Multiplier(NamedTuple):
     """The multiplier of one MoE arm. Here 0 is below the ladder and inf above it.
 
-    `low` and `high` are the ends of the 95 % interval, NaN with a single seed; `least` and `most`
-    are the multipliers that the ends of the ladder would have.
+    `value` is the geometric mean of the seeds' multipliers and `low` and `high` the ends of its
+    95 % interval (Student's t of their logarithms), NaN with a single seed. If the multiplier of
+    some seed is beyond the ladder, `value` is that of the mean losses, and `low` and `high` are 0
+    and inf. `least` and `most` are the multipliers that the ends of the ladder would have.
     """
 
     arm: str
-    experts: tuple[int, ...]
+    experts: float  # of a layer, the mean of all layers; a dense one counts as 1
     tokens: int
     active_params: int
-    seeds: int
+    by_seed: dict[int, float]
     value: float
     low: float
     high: float
     least: float
     most: float
-    law: float | None  # the scaling law's prediction; None if layers differ in their experts
+    law: float  # the scaling law's prediction
+
+    @property
+    def inside(self) -> bool:
+        """Whether every seed's multiplier is a number."""
+        return all(0 < value < math.inf for value in self.by_seed.values())
 
     @property
     def tokens_per_parameter(self) -> float:
@@ -50,6 +59,8 @@ class Multiplier(NamedTuple):
             return f"beyond the ladder: {self.shown(self.value)}"
         if math.isnan(self.low):
             return self.shown(self.value)
+        if not self.inside:
+            return f"{self.shown(self.value)} (a seed is beyond the ladder)"
         return f"{self.shown(self.value)} ({self.shown(self.low)} to {self.shown(self.high)})"
 
     def shown(self, value: float) -> str:
@@ -57,6 +68,19 @@ class Multiplier(NamedTuple):
         if value == 0:
             return f"at most {self.least:.2f}"
         return f"at least {self.most:.2f}" if value == math.inf else f"{value:.2f}"
+
+
+class Ratio(NamedTuple):
+    """How many times one arm's multiplier another one's is, with its 95 % interval over seeds."""
+
+    base: str
+    arm: str
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f} ({self.low:.2f} to {self.high:.2f})"
 
 
 def equivalent_compute(loss: float, ladder: Sequence[tuple[float, float]]) -> float:
@@ -83,8 +107,7 @@ def equivalent_compute(loss: float, ladder: Sequence[tuple[float, float]]) -> fl
 def multipliers(arms: dict[str, dict[int, dict]]) -> list[Multiplier]:
     """The multiplier of every MoE arm of a sweep, against the dense arms with as many tokens.
 
-    The interval is a percentile bootstrap: the seeds that the MoE and all dense models of its
-    ladder have in common are drawn with replacement. With few seeds it is too narrow.
+    Each seed that the MoE and all dense models of its ladder have in common gives one.
 
     Args:
       arms: records by arm and seed.
@@ -110,15 +133,47 @@ def multipliers(arms: dict[str, dict[int, dict]]) -> list[Multiplier]:
     return found
 
 
-def law_loss(experts: int, active_params: float, tokens: float) -> float:
+def ratios(found: Sequence[Multiplier]) -> list[Ratio]:
+    """How multipliers grow, paired by seed: with the tokens of a model, and with the experts.
+
+    Compared are neighbours: runs of one model, by tokens, and models of as many tokens, by experts.
+    Those with a seed beyond the ladder are left out, and pairs with under two common seeds.
+    """
+    inside = [one for one in found if one.inside]
+    by_tokens = sorted(inside, key=lambda one: (model_of(one.arm), one.tokens))
+    by_experts = sorted(inside, key=lambda one: (one.tokens, one.experts))
+    pairs = [
+        (base, arm)
+        for base, arm in itertools.pairwise(by_tokens)
+        if model_of(base.arm) == model_of(arm.arm)
+    ]
+    pairs += [
+        (base, arm) for base, arm in itertools.pairwise(by_experts) if base.tokens == arm.tokens
+    ]
+    grown = []
+    for base, arm in pairs:
+        common = base.by_seed.keys() & arm.by_seed.keys()
+        if len(common) > 1:
+            apart = mean([math.log(arm.by_seed[seed] / base.by_seed[seed]) for seed in common])
+            grown.append(Ratio(base.arm, arm.arm, *_exp(apart)))
+    return grown
+
+
+def law_loss(experts: float, active_params: float, tokens: float) -> float:
     """The loss that the joint MoE scaling law predicts; one expert is a dense model."""
     return _law_of_params(experts, active_params) + _law_of_tokens(experts, tokens)
 
 
-def law_multiplier(experts: int, active_params: float, tokens: float) -> float:
-    """The multiplier that the law predicts; inf if it has no dense model as good at these tokens.
+def law_multiplier(experts: float, active_params: float, tokens: float) -> float:
+    """The law's multiplier in active parameters; inf if it has no dense model as good.
 
-    Compute is taken as proportional to active parameters, since the tokens are equal.
+    It is the parameters of the dense model with the MoE's loss after as many tokens, divided by the
+    MoE's active parameters.
+
+    Args:
+      experts: of each layer; where layers differ, their mean has as many parameters in experts.
+      active_params: of the MoE, embeddings included.
+      tokens: of the run.
     """
     left = law_loss(experts, active_params, tokens) - _law_of_tokens(1, tokens)
     if left <= 0:
@@ -140,44 +195,72 @@ def _measure(
 ) -> Multiplier:
     record, own = rows[seeds[0]], _compute(rows)
     compute_R = [_compute(rung) for rung in rungs]
-    loss_S = np.array([rows[seed]["loss"] for seed in seeds])
-    ladder_RxS = np.array([[rung[seed]["loss"] for seed in seeds] for rung in rungs])
 
-    def measured(drawn) -> float:
-        ladder = zip(compute_R, ladder_RxS[:, drawn].mean(1), strict=True)
-        return equivalent_compute(loss_S[drawn].mean(), list(ladder)) / own
+    def measured(seeds: list[int]) -> float:
+        """The multiplier of the mean losses of these seeds."""
+        loss, *ladder = (
+            float(np.mean([one[seed]["loss"] for seed in seeds])) for one in (rows, *rungs)
+        )
+        return equivalent_compute(loss, list(zip(compute_R, ladder, strict=True))) / own
 
-    low = high = math.nan
-    if len(seeds) > 1:
-        draws = np.random.default_rng(0).integers(len(seeds), size=(RESAMPLES, len(seeds)))
-        # The ends are values that were drawn, since 0 and inf have no values between them.
-        low, high = np.quantile(
-            list(map(measured, draws)), (0.025, 0.975), method="inverted_cdf"
-        ).tolist()
-    experts = tuple(record["settings"].get("model.experts", ()))
-    law = None
-    if len(set(experts)) == 1:
-        law = law_multiplier(experts[0], record["active_params"], record["tokens"])
+    by_seed = {seed: measured([seed]) for seed in seeds}
+    value, low, high = measured(seeds), math.nan, math.nan
+    if all(0 < one < math.inf for one in by_seed.values()):
+        value, low, high = _exp(mean([math.log(one) for one in by_seed.values()]))
+    elif len(seeds) > 1:
+        low, high = 0.0, math.inf
+    experts, active = _mean_experts(record), record["active_params"]
+    dense = law_multiplier(experts, active, record["tokens"]) * active
+    sizes_R = [rung[seeds[0]]["active_params"] for rung in rungs]
     return Multiplier(
-        arm, experts, record["tokens"], record["active_params"], len(seeds),
-        *(measured(range(len(seeds))), low, high),
-        *(compute_R[0] / own, compute_R[-1] / own, law),
+        arm, experts, record["tokens"], active, by_seed, value, low, high,
+        *(compute_R[0] / own, compute_R[-1] / own, _compute_of(dense, sizes_R, compute_R) / own),
     )  # fmt: skip
 
 
-def _effective(experts: int) -> float:
+def _exp(logarithm: Mean) -> tuple[float, float, float]:
+    """The number of a mean logarithm, and the ends of its interval."""
+    value, margin = logarithm
+    return math.exp(value), math.exp(value - margin), math.exp(value + margin)
+
+
+def _mean_experts(record: dict) -> float:
+    """Experts of a layer, the mean over all; a dense layer counts as one."""
+    names = "layers", "placement", "experts"
+    given = {name: record["settings"].get(f"model.{name}") for name in names}
+    given = {name: value for name, value in given.items() if value is not None}
+    if "experts" in given:
+        given["experts"] = tuple(given["experts"])
+    counts = ModelConfig(**given).schedule.experts
+    return sum(max(1, count) for count in counts) / len(counts)
+
+
+def _compute_of(params: float, sizes: list[int], compute: list[float]) -> float:
+    """The compute of a dense model of the ladder's kind with so many parameters.
+
+    Its logarithm is linear in that of the parameters between two rungs, and beyond the last two.
+    """
+    if math.isinf(params):
+        return params
+    upper = next((i for i, size in enumerate(sizes) if i and size >= params), len(sizes) - 1)
+    (x0, y0), (x1, y1) = ((math.log(sizes[i]), math.log(compute[i])) for i in (upper - 1, upper))
+    slope = (y1 - y0) / (x1 - x0) if x1 > x0 else 1.0
+    return math.exp(y0 + slope * (math.log(params) - x0))
+
+
+def _effective(experts: float) -> float:
     """The law's number of experts, which it transforms."""
     added = experts - 1 + 1 / (1 / LAW_START - 1 / LAW_MAX)
     return 1 / (1 / added + 1 / LAW_MAX)
 
 
-def _law_of_params(experts: int, active_params: float) -> float:
+def _law_of_params(experts: float, active_params: float) -> float:
     effective = _effective(experts)
     power = LAW_ALPHA + LAW_GAMMA * math.log(effective)
     return LAW_A * effective**LAW_DELTA * active_params**power
 
 
-def _law_of_tokens(experts: int, tokens: float) -> float:
+def _law_of_tokens(experts: float, tokens: float) -> float:
     effective = _effective(experts)
     power = LAW_BETA + LAW_ZETA * math.log(effective)
     return LAW_B * effective**LAW_OMEGA * tokens**power + LAW_C

@@ -29,6 +29,8 @@ class Constants(NamedTuple):
     keep_checkpoints: bool = True  # whether checkpoints of recorded runs stay
     margin: float | None = None  # nats a token: a smaller difference is none, see `report.arms`
     ladder: bool = False  # whether MoEs are measured against the dense arms, `report.multiplier`
+    varying: tuple[str, ...] = ()  # settings in which runs of an arm may differ, besides the seed
+    contrasts: tuple[tuple[str, str], ...] = ()  # pairs of arms that are compared
 
 
 NAMES = {name.upper() for name in Constants._fields}
@@ -108,6 +110,13 @@ def _good(path: Path, name: str, value):
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not (number and 0 < value < math.inf):
             raise UserError(f"{shown} nats above 0, such as 0.02")
+    elif name == "varying":
+        if not (isinstance(value, tuple) and all(isinstance(one, str) for one in value)):
+            raise UserError(f"{shown} settings, such as ('init.workdir',)")
+    elif name == "contrasts":
+        pairs = isinstance(value, tuple) and all(isinstance(pair, tuple) for pair in value)
+        if not (pairs and all(list(map(type, pair)) == [str, str] for pair in value)):
+            raise UserError(f"{shown} pairs of arms, such as (('a', 'b'), ('c', 'b'))")
     elif not isinstance(value, bool):
         raise UserError(f"{shown} True or False")
     return value

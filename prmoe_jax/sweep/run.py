@@ -82,6 +82,7 @@ def sweep(folder: Path, root: Path, shard: tuple[int, int] = (1, 1)) -> list[dic
         raise UserError(f"--shard={number}/{count} must be I/N, with I from 1 to N")
     mine = _share(runs, number, count)
     rows = records.read(folder)
+    _check_text(folder, rows, runs)
     if others := len(rows) - len(_recorded(rows, runs)):
         log.info("%s: keeps %d records of other runs or settings", folder / records.RESULTS, others)
     if len(_recorded(rows, mine)) < len(mine):
@@ -107,6 +108,18 @@ def sweep(folder: Path, root: Path, shard: tuple[int, int] = (1, 1)) -> list[dic
             "tries them again"
         )
     return records.complete(folder, _recorded(records.read(folder), runs))
+
+
+def _check_text(folder: Path, rows: list[dict], runs: dict[str, Run]) -> None:
+    """Raises UserError if a run would take the place of a record on a text that it names."""
+    for row in rows:
+        if row["run"] in runs:
+            was, asked = row["settings"].get("data.corpus"), runs[row["run"]].config.data.corpus
+            if was and was != asked:
+                raise UserError(
+                    f"{folder / records.RESULTS}: {row['run']} was trained on data.corpus={was}, "
+                    f"and sweep.py asks for {asked}; install the text, or move the records away"
+                )
 
 
 def _share(runs: dict[str, Run], number: int, count: int) -> dict[str, Run]:

@@ -7,7 +7,12 @@ import pytest
 
 from prmoe_jax.cli import main
 from prmoe_jax.report.arms import arms, models, verdict
-from prmoe_jax.report.multiplier import equivalent_compute, law_multiplier, multipliers
+from prmoe_jax.report.multiplier import (
+    equivalent_compute,
+    law_multiplier,
+    multipliers,
+    ratios,
+)
 from tests.support.lines import only_line
 from tests.support.records import record
 
@@ -33,7 +38,7 @@ def sweep(moe, rungs=RUNGS, seeds=SEEDS, tokens=2000):
         for seed, add in seeds.items():
             row = record(f"{name}/{tokens}", seed, loss * math.exp(add), tokens=tokens)
             row |= {"flops_per_token": compute, "total_params": 70, "active_params": 11}
-            row["settings"]["model.experts"] = [8]
+            row["settings"] |= {"model.experts": [8], "model.placement": "every 1"}
             found.append(row)
     return found
 
@@ -69,29 +74,79 @@ def test_a_moe_that_is_worth_twice_its_compute():
     """Recovered exactly, whatever the seeds add to all losses alike."""
     found = multipliers(arms(sweep({"moe": (1.1, loss_of(2.2))})))
     (one,) = found
-    assert (one.arm, one.tokens, one.seeds, one.experts) == ("moe/2000", 2000, 3, (8,))
+    assert (one.arm, one.tokens, list(one.by_seed)) == ("moe/2000", 2000, [1, 2, 3])
     assert one.value == pytest.approx(2.0) and one.tokens_per_parameter == 2000 / 11
-    assert (one.low, one.high) == pytest.approx((2.0, 2.0), rel=0.02)
+    assert (one.low, one.high) == pytest.approx((2.0, 2.0))
     assert (one.least, one.most) == pytest.approx((1 / 1.1, 7 / 1.1))
-    assert one.law == law_multiplier(8, 11, 2000)
-    assert str(one) == f"2.00 ({one.low:.2f} to {one.high:.2f})"
+    assert str(one) == "2.00 (2.00 to 2.00)"
 
 
 def test_the_interval_is_that_of_seeds():
-    """A MoE whose seeds are worth 1, 2 and 4: means of three drawn ones, from all 1 to all 4."""
+    """A MoE whose seeds are worth 1.1, 2 and 4: the mean of their logarithms, by hand."""
     rows = sweep({"moe": (1.0, 1.0)}, seeds=dict.fromkeys(SEEDS, 0.0))
-    worth = {1: 1.0, 2: 2.0, 3: 4.0}
+    worth = {1: 1.1, 2: 2.0, 3: 4.0}
     for row in rows:
         if row["run"].startswith("moe"):
             row["loss"] = loss_of(worth[row["seed"]])
     (one,) = multipliers(arms(rows))
-    mean = sum(map(loss_of, worth.values())) / 3
-    assert one.value == pytest.approx((5 / mean) ** 10, rel=1e-9)
-    # P(all three draws are one given seed) is 1/27, more than the 2.5 % beyond either end.
-    assert (one.low, one.high) == pytest.approx((1.0, 4.0))
+    logs = [math.log(value) for value in worth.values()]
+    mean = sum(logs) / 3
+    deviation = (sum((log - mean) ** 2 for log in logs) / 2) ** 0.5
+    margin = 4.303 * deviation / 3**0.5  # t of two degrees of freedom
+    assert one.by_seed == pytest.approx(worth)
+    assert one.value == pytest.approx(math.exp(mean))
+    assert (one.low, one.high) == pytest.approx(
+        (math.exp(mean - margin), math.exp(mean + margin)), rel=1e-3
+    )
     (single,) = multipliers(arms([row for row in rows if row["seed"] == 2]))
     assert single.value == pytest.approx(2.0) and math.isnan(single.low)
     assert str(single) == "2.00"
+    for row in rows:  # one seed is beyond the ladder: no interval
+        if row["run"] == "moe/2000/3":
+            row["loss"] = loss_of(9.0)
+    (one,) = multipliers(arms(rows))
+    assert one.by_seed[3] == math.inf and (one.low, one.high) == (0, math.inf)
+    mean = sum(map(loss_of, (1.1, 2.0, 9.0))) / 3
+    assert one.value == pytest.approx((5 / mean) ** 10)
+    assert str(one) == f"{one.value:.2f} (a seed is beyond the ladder)"
+
+
+def test_growth_by_hand():
+    """With tokens from 2 to 3, with experts from 2 to 4; seeds differ, and their ratios don't."""
+    rows = []
+    for tokens, few in ((2000, 2.0), (4000, 3.0)):
+        some = sweep({"few": (1.0, 1.0), "many": (1.0, 1.0)}, tokens=tokens, seeds={1: 0.0, 2: 0.0})
+        for row in some:
+            if row["run"].startswith(("few", "many")):
+                times = 1.1 ** row["seed"]
+                row["loss"] = loss_of(few * times)
+                if row["run"].startswith("many"):
+                    row["settings"]["model.experts"] = [16]
+                    row["loss"] = loss_of(2 * few * times if tokens == 2000 else 9.0)
+        rows += some
+    grown = {(one.base, one.arm): one for one in ratios(multipliers(arms(rows)))}
+    assert list(grown) == [("few/2000", "few/4000"), ("few/2000", "many/2000")]
+    for one, expected in zip(grown.values(), (1.5, 2.0), strict=True):
+        assert (one.value, one.low, one.high) == pytest.approx((expected, expected, expected))
+    assert str(grown["few/2000", "few/4000"]) == "1.50 (1.50 to 1.50)"
+
+
+def test_the_law_in_the_units_of_the_ladder():
+    """Its dense model's parameters as FLOPs of the ladder, which grow as their square root here.
+
+    With experts in half of the layers it takes half as many in each.
+    """
+    rows = sweep({"moe": (1e3, loss_of(2.0))}, seeds={1: 0.0})
+    for row, size in zip(rows, (1e6, 4e6, 9e6, 1.6e7), strict=False):
+        row |= {"total_params": size, "active_params": size, "flops_per_token": size**0.5}
+    settings = {"model.layers": 4, "model.experts": [9], "model.placement": "every 2"}
+    rows[-1] |= {"settings": settings | {"seed": 1}, "total_params": 9e6, "active_params": 1e6}
+    for tokens in (1e6, 1e8, 1e9):  # below the ladder, and between and beyond its rungs
+        for row in rows:
+            row["tokens"] = tokens
+        (one,) = multipliers(arms(rows))
+        assert one.experts == 5.0  # 1, 9, 1, 9
+        assert one.law == pytest.approx(law_multiplier(5.0, 1e6, tokens) ** 0.5)
 
 
 def test_beyond_the_ladder_nothing_is_extrapolated():
@@ -109,7 +164,7 @@ def test_only_dense_arms_with_as_many_tokens_and_the_same_seeds():
     assert not multipliers(arms(sweep({"moe": (1.0, 3.0)}, RUNGS[:1])))
     assert not multipliers(arms(sweep({})))
     less = [row for row in rows if row["run"] != "dense3/4000/2"]
-    assert [one.seeds for one in multipliers(arms(less))] == [3, 2]
+    assert [len(one.by_seed) for one in multipliers(arms(less))] == [3, 2]
 
 
 # Tokens by active parameters, and the multipliers of 8, 32 and 128 experts, rounded.
@@ -139,9 +194,14 @@ def test_report(tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)["arms"]
     assert not (tmp_path / "multipliers.svg").exists()
     assert all("multiplier" not in row and "verdict" not in row for row in found.values())
-    (tmp_path / "sweep.py").write_text("LADDER = True\nMARGIN = 0.02\n1 / 0")
+    pairs = (("top2/2000", "moe/2000"), ("dense1/2000", "moe/2000"), ("moe/2000", "not/trained"))
+    text = f"LADDER = True\nMARGIN = 0.02\nCONTRASTS = {pairs}\n1 / 0"
+    (tmp_path / "sweep.py").write_text(text)
     assert main(["report", str(tmp_path), "--json", "--base=moe/2000"]) == 0
-    found = json.loads(capsys.readouterr().out)["arms"]
+    result = json.loads(capsys.readouterr().out)
+    found, (top2, dense) = result["arms"], result["contrasts"]
+    assert (top2["arm"], top2["base"], top2["verdict"]) == ("top2/2000", "moe/2000", "better")
+    assert dense["verdict"] == "equivalent" and dense["difference"] == pytest.approx(0.0)
     assert found["moe/2000"]["multiplier"].startswith("2.00 (")
     assert found["top2/9000"]["multiplier"] == "beyond the ladder: at least 7.00"
     assert found["dense1/2000"]["verdict"] == "equivalent"  # it has the same loss
@@ -174,6 +234,12 @@ def test_a_models_runs_of_all_lengths_are_one_curve():
         ("MARGIN = 0", "MARGIN is 0; it must be nats above 0, such as 0.02"),
         ("MARGIN = '0.02'", "MARGIN is '0.02'; it must be nats above 0"),
         ("LADDER = 'dense'", "LADDER is 'dense'; it must be True or False"),
+        ("VARYING = 'seed'", "VARYING is 'seed'; it must be settings, such as ('init.workdir',)"),
+        (
+            "CONTRASTS = 'a', 'b'",
+            "CONTRASTS is ('a', 'b'); it must be pairs of arms, such as",
+        ),
+        ("CONTRASTS = (('a', 3),)", "CONTRASTS is (('a', 3),); it must be pairs of arms"),
         (
             "a = 1\nMARGIN = a / 50",
             "line 2: MARGIN must be a plain value, such as 0.02 or True",

@@ -247,7 +247,7 @@ def damaged(**changes):
                 json.dumps(record("a", 1, 2.0)) + "\n"
                 + json.dumps(record("a", 2, 2.0, settings={"seed": 2})) + "\n"
             ),
-            "a/1 and a/2 are of one arm, but differ in model.layers, seed; an arm's runs differ in",
+            "a/1 and a/2 are of one arm, but differ in model.layers; train one of them again, give",
         ),
         (
             lambda f: (f / "results.jsonl").write_text("garbage\n"),

@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 
 from prmoe_jax.cli import main, parse_config
-from prmoe_jax.config import resolve, save
+from prmoe_jax.config import leaves, resolve, save
 from prmoe_jax.sweep import records, run
 from prmoe_jax.sweep.progress import SweepProgress
 from tests.support.faults import file_size_limit
@@ -326,6 +326,17 @@ def untrained(monkeypatch):
     asked = []
     monkeypatch.setattr(run, "_train", lambda name, *rest: asked.append(name) or "")
     return asked
+
+
+def test_records_on_another_text_are_not_replaced(given, tmp_path, untrained, capsys):
+    """A text that is not installed here, say; nothing is trained, and the record stays."""
+    folder = write(tmp_path / "sweep", {"a": given})
+    row = record("a", 1, 3.0, run="a") | {"settings": {"data.corpus": "prose"}}
+    (folder / "results.jsonl").write_text(json.dumps(row) + "\n")
+    assert main(["sweep", str(folder), f"--workdir={tmp_path / 'runs'}"]) == 2
+    line = only_line(capsys.readouterr().err)
+    assert "a was trained on data.corpus=prose, and sweep.py asks for" in line
+    assert not untrained and json.loads((folder / "results.jsonl").read_text()) == row
 
 
 def test_records_of_other_runs_are_kept(given, tmp_path, untrained, capsys):
@@ -674,12 +685,14 @@ SWEEPS = sorted((REPOSITORY / "experiments").rglob("sweep.py"))
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: str(path.parent.relative_to(REPOSITORY)))
 def test_committed_sweeps(path):
-    """They can be planned, their arms' runs differ in seed alone, and records are of their runs."""
-    runs = run.planned(path.parent).runs
+    """They can be planned; an arm's runs differ in what is named, and records are of their runs."""
+    runs, constants = run.planned(path.parent)
     arms = {}
     for name, (config, _) in runs.items():
-        same = dataclasses.replace(config, seed=0)
+        same = {key: value for key, value in leaves(config).items() if key != "seed"}
+        same = {key: value for key, value in same.items() if key not in constants.varying}
         assert arms.setdefault(name.rpartition("/")[0], same) == same, name
+    assert {arm for pair in constants.contrasts for arm in pair} <= arms.keys()
     results = path.with_name("results.jsonl")
     for row in map(json.loads, results.read_text().splitlines() if results.exists() else []):
         assert row["run"] in runs
