@@ -22,7 +22,9 @@ def _distill_plan(options, rest) -> None:
     from prmoe_jax.distill import student
 
     values = _student_config(rest)
-    rows = student.plan(config.teacher_of(values).model, values.model, values.teacher.layers)
+    teacher = config.teacher_of(values)
+    config.check_same_routing(values, teacher, "the teacher")
+    rows = student.plan(teacher.model, values.model, values.teacher.layers)
     print(json.dumps(rows) if options.json else student.table(rows))
 
 

@@ -29,4 +29,4 @@ from prmoe_jax.config.schema import (
     leaves,
 )
 from prmoe_jax.config.teacher import beside, teacher_of
-from prmoe_jax.config.validation import check_runs_without_limit
+from prmoe_jax.config.validation import check_runs_without_limit, check_same_routing

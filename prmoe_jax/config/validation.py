@@ -281,7 +281,7 @@ def _check_moe(config: Config) -> None:
         "small; use z_loss_weight=0",
     )
     if moe.router == "expert_choice":
-        _check_expert_choice(moe)
+        _check_expert_choice(moe, model)
     check_groups(config)
 
 
@@ -328,7 +328,31 @@ def _largest_divisor(number: int, limit: int) -> int:
     return max(d for d in [*small, *(number // d for d in small)] if d <= limit)
 
 
-def _check_expert_choice(moe: MoeConfig) -> None:
+def check_same_routing(config: Config, source: Config, whose: str) -> None:
+    """Checks that a model with the parameters of another one chooses and weighs experts as it does.
+
+    Args:
+      config: the new run.
+      source: the run whose parameters it takes.
+      whose: that run in words, for the message.
+
+    Raises:
+      UserError: both have experts, and the parameters mean something else in the new run.
+    """
+    if not (any(config.model.schedule.experts) and any(source.model.schedule.experts)):
+        return
+    for name in ("scores", "routed_scale"):
+        ours, theirs = getattr(config.moe, name), getattr(source.moe, name)
+        require(ours == theirs, f"moe.{name}={ours}, {whose} has {theirs}; use the same")
+    rate = source.moe.bias_update_rate
+    require(
+        config.moe.bias_update_rate > 0 or rate == 0,
+        f"moe.bias_update_rate=0 would lose the biases by which {whose} chooses experts; use "
+        f"{rate}, or a rate that hardly moves them, such as 1e-9",
+    )
+
+
+def _check_expert_choice(moe: MoeConfig, model: ModelConfig) -> None:
     """Refuses settings that have no effect with expert choice, and infinite capacity."""
     for name in ("capacity_factor", "eval_capacity_factor"):
         require(
@@ -341,13 +365,20 @@ def _check_expert_choice(moe: MoeConfig) -> None:
         ("balance", "group"),
         ("second_expert_sampling", False),
         ("bias_update_rate", 0.0),
+        ("routed_scale", 1.0),
     ):
         value = getattr(moe, name)
         require(
             value == idle,
             f"moe.{name}={value} has no effect: with moe.router=expert_choice no expert "
-            f"overflows and the load is even; use moe.{name}={idle}",
+            "overflows, the load is even and weights are the scores; use "
+            f"moe.{name}={idle}",
         )
+    require(
+        model.form.normalize_top_k != "always",
+        "model.normalize_top_k=always has no effect: with moe.router=expert_choice weights are "
+        "the scores; use model.normalize_top_k=never",
+    )
     require(
         moe.noise != "rsample",
         "moe.noise=rsample has no effect with moe.router=expert_choice; use jitter or none",

@@ -231,12 +231,15 @@ def prune(
         for name, x in teacher_layers.items()
         if not name.startswith("layers.")
     }
+    biased = any(name.endswith("mlp.bias_router") for name in named_leaves(student))
     for i, layer in enumerate(layers):
         experts, kept = ours.schedule.experts[i], dict(keep)
         if experts < theirs.schedule.experts[layer]:
             kept["E"] = _largest(jnp.asarray(load[layer]), experts)
         whole, valued = of_layer(teacher_layers, layer), of_layer(importance_layers, layer)
         parts = _cut_layer(whole, valued, kept, ours)
+        if biased and experts:  # the teacher may have none
+            parts.setdefault("mlp.bias_router", jnp.zeros(experts))
         named |= {f"layers.{i}.{name}": x for name, x in parts.items()}
     stacked = stack_layers(ours, named)
     leaves = [stacked[name] for name in named_leaves(student)]

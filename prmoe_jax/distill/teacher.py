@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from prmoe_jax import stores
-from prmoe_jax.config import Config, group_rows, teacher_of
+from prmoe_jax.config import Config, check_same_routing, group_rows, teacher_of
 from prmoe_jax.data.pipeline import (
     Batch,
     Data,
@@ -176,6 +176,7 @@ def init_from_teacher(config: Config, teacher: Teacher, data: Data, mesh: Mesh) 
       UserError: the student isn't a part of the teacher, or it has fewer experts and their load
         isn't known.
     """
+    check_same_routing(config, teacher.config, "the teacher")
     layers = layer_map(teacher.config.model, config.model, config.teacher.layers)
     shapes = jax.eval_shape(lambda: init_model(config))
     have, want = teacher.config.model.schedule.experts, config.model.schedule.experts

@@ -96,8 +96,7 @@ class Experts(nnx.Module):
 
         with jax.named_scope("experts"):
             if weights.b_in_F is not None:
-                b_in_RxF = weights.b_in_F.at[expert_R].get(mode="fill", fill_value=0)
-                weights = weights._replace(b_in_F=b_in_RxF)
+                weights = weights._replace(b_in_F=_biases(weights.b_in_F, expert_R))
             h_RxF = activate(kernels.hidden(partial(grouped, x_RxD), weights))
             y_RxD = grouped(h_RxF, weights.w_out_FxD)
         return add_bias(y_RxD, self.last_bias(expert_R, y_RxD.dtype) if last_bias else None)
@@ -152,9 +151,7 @@ class Experts(nnx.Module):
         """The last bias for rows of these experts, [R, D]; 0 for rows of no expert."""
         if self.b_out is None:
             return None
-        b_ExD = self.b_out[...].astype(dtype)
-        served_Rx1 = ((expert_R >= 0) & (expert_R < len(b_ExD)))[:, None]
-        return jnp.where(served_Rx1, b_ExD.at[expert_R].get(mode="clip"), 0)
+        return _biases(self.b_out[...].astype(dtype), expert_R)
 
     def per_token(self, x_RxD: jax.Array, expert_R: jax.Array) -> jax.Array:
         """Applies expert expert_R[r] to row r and reads no other weights; for few rows."""
@@ -169,6 +166,16 @@ class Experts(nnx.Module):
     def _weights(self, dtype) -> MLPWeights:
         held = self.w_in, self.w_out, self.b_in, self.b_out, self.w_gate
         return MLPWeights(*(None if p is None else to_dtype(p[...], dtype) for p in held))
+
+
+def _biases(b_ExF: jax.Array, expert_R: jax.Array) -> jax.Array:
+    """The biases of these experts, [R, F]; 0 at a number that is none.
+
+    The gradient is a product, which adds up in float32 and in a fixed order. That of an index would
+    add up thousands of rows in the bias's dtype.
+    """
+    chosen_RxE = jax.nn.one_hot(expert_R, len(b_ExF), dtype=b_ExF.dtype)
+    return jnp.matmul(chosen_RxE, b_ExF, precision="highest")
 
 
 class OutputNorms:

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from prmoe_jax import files, stores
-from prmoe_jax.config import Config, ModelConfig, load
+from prmoe_jax.config import Config, ModelConfig, check_same_routing, load
 from prmoe_jax.config.family import differing
 from prmoe_jax.data.tokenizer import Tokenizer, check_same
 from prmoe_jax.errors import UserError
@@ -55,6 +55,7 @@ def init_from_run(config: Config, mesh: Mesh, tokenizer: Tokenizer) -> Transform
         settings = load(workdir / workdirs.CONFIG)
         files.regular(workdir / workdirs.TOKENIZER)
     check_fits(settings.model, config.model)
+    check_same_routing(config, settings, "the run to start as")
     _check_choices(settings.model, config)
     check_same(workdir / workdirs.TOKENIZER, tokenizer, f"the run in {workdir}")
     moe = dataclasses.replace(settings.moe, exchange=config.moe.exchange)

@@ -357,6 +357,14 @@ RULES = {
         ["moe.router=expert_choice", "moe.bias_update_rate=0.001"],
         "moe.bias_update_rate=0.001 has no effect: with moe.router=expert_choice",
     ),
+    "experts scaled": (
+        ["moe.router=expert_choice", "moe.routed_scale=2.5"],
+        "moe.routed_scale=2.5 has no effect: with moe.router=expert_choice no expert",
+    ),
+    "experts normalised": (
+        ["moe.router=expert_choice", "model.normalize_top_k=always"],
+        "model.normalize_top_k=always has no effect: with moe.router=expert_choice weights are",
+    ),
     "experts sample": (
         ["moe.router=expert_choice", "moe.noise=rsample"],
         "moe.noise=rsample has no effect with moe.router=expert_choice; use jitter or none",

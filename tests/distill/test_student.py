@@ -1,5 +1,6 @@
 """What a student inherits: the right layers, experts and channels, and a function kept."""
 
+import contextlib
 from functools import partial
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 
 from configs import paper
 from prmoe_jax import config
+from prmoe_jax.config import check_same_routing
 from prmoe_jax.distill.student import layer_map, magnitudes, prune, taylor
 from prmoe_jax.distill.teacher import measure_importance
 from prmoe_jax.errors import UserError
@@ -41,6 +43,36 @@ def test_the_whole_is_a_copy():
     assert layers == [0, 1, 2, 3, 4, 5]
     for name, leaf in named_leaves(student).items():
         np.testing.assert_array_equal(leaf, named_leaves(model)[name], err_msg=name)
+
+
+def test_biases_that_a_teacher_lacks_start_at_0():
+    values = settings("4 layers, E=3+5")
+    _, student, _ = part(values, settings("2 layers, E=3", moe={"bias_update_rate": 0.1}))
+    (bias,) = (x for name, x in named_leaves(student).items() if name.endswith("bias_router"))
+    np.testing.assert_array_equal(bias, np.zeros((1, 3)))
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student", "message"),
+    [
+        ({"scores": "sigmoid"}, {}, "moe.scores=softmax, the teacher has sigmoid; use the same"),
+        ({"routed_scale": 2.0}, {}, "moe.routed_scale=1.0, the teacher has 2.0; use the same"),
+        (
+            {"bias_update_rate": 0.1},
+            {},
+            "moe.bias_update_rate=0 would lose the biases by which ",
+        ),
+        ({}, {"bias_update_rate": 0.1}, ""),
+        ({"bias_update_rate": 0.1}, {"bias_update_rate": 1e-9}, ""),
+    ],
+)
+def test_experts_are_chosen_as_the_teacher_s(teacher, student, message):
+    teacher, student = (settings("4 layers, E=3", moe=moe) for moe in (teacher, student))
+    with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
+        check_same_routing(student, teacher, "the teacher")
+    dense = settings("4 layers")
+    check_same_routing(dense, teacher, "the teacher")
+    check_same_routing(student, dense, "the run to start as")
 
 
 @pytest.mark.parametrize(

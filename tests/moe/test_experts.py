@@ -35,3 +35,23 @@ def test_separate_experts_by_blocks(rows):
     for held in (experts, UnstackedExperts(experts)):
         y_RxD = jit(held.block_loop)(x_RxD, jnp.array(rows), expert_R)
         np.testing.assert_allclose(y_RxD, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["ragged", "padded", "block_loop"])
+def test_gradients_of_biases_are_summed_in_float32(form):
+    """In bfloat16, whose sums of ones end at 256: of nearly all rows, and of one."""
+    experts = Experts(3, 6, 8, 0.3, 0.3, jax.random.key(0))
+    rows = (1, 4093, 2)
+    expert_R = jnp.repeat(jnp.arange(3), jnp.array(rows), total_repeat_length=4096)
+    x_RxD = jax.random.normal(jax.random.key(1), (4096, 6))
+
+    def total(experts, x_RxD):
+        y_RxD = getattr(experts, form)(x_RxD, jnp.array(rows), expert_R)
+        return y_RxD.astype(jnp.float32).sum()
+
+    gradient = jit(jax.grad(total))
+    exact, rounded = (gradient(experts, x_RxD.astype(t)) for t in ("float32", "bfloat16"))
+    np.testing.assert_allclose(exact.b_out[...], np.repeat([rows], 6, 0).T, rtol=1e-6)
+    for name in ("b_in", "b_out"):
+        ours, expected = (getattr(g, name)[...] for g in (rounded, exact))
+        assert np.abs(ours - expected).max() < 0.01 * np.abs(expected).max()

@@ -163,6 +163,32 @@ def test_sigmoid_scores_by_hand():
     np.testing.assert_allclose(weight, 2.5 * np.array([[0.2], [0.4]]), rtol=1e-5)
 
 
+def test_small_scores_are_weighed_as_large_ones():
+    """Far from 0 a sigmoid is an exponential: its shares don't change when all logits fall."""
+    logits = np.array([[[2.0, 1.6, -3.0], [-1.0, -1.2, -0.9]]], np.float32)
+    moe, valid = MoeConfig(scores="sigmoid"), jnp.array([[True, True]])
+
+    def weighed(logits):
+        routing, _ = decide(logits, valid, moe, top_k=2, slots=2)
+        return routing.weight_GxSxK
+
+    def both(shift):
+        slope = jax.grad(lambda x: (weighed(x) * jnp.array([1.0, -1.0])).sum())
+        return weighed(logits + shift), slope(logits + shift)
+
+    weight, slope = both(-20.0)
+    e = np.exp([0.4, 0.1])  # the first token's two best, and the second's, apart
+    expected = np.stack([e / (1 + e), 1 / (1 + e)], -1)
+    np.testing.assert_allclose(weight[0], expected, rtol=1e-4)
+    assert np.abs(slope).max() > 0.1
+    for shift in (-50.0, -1000.0):
+        for ours, like in zip(both(shift), (weight, slope), strict=True):
+            np.testing.assert_allclose(ours, like, rtol=1e-3, atol=1e-5)
+    # None is kept: an expert has one slot, and the first token has taken it.
+    routing, _ = route(logits[:, :1].repeat(2, 1), valid, moe, top_k=2, slots=1)
+    assert routing.weight_GxSxK[0, 1].tolist() == [0, 0]
+
+
 @pytest.mark.parametrize(
     ("top_k", "normalize", "expected"),
     [
