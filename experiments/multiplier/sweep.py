@@ -7,7 +7,8 @@ A ladder of dense models, each 1.5 times as wide as the one before, and MoEs as 
 
 A run of more tokens goes on from the one of fewer, and comes right after it, so that no checkpoint
 has to be kept for long. A sweep that is stopped has whole answers for the first seeds. The widest
-model is half of the cost, and therefore ends at 11 M tokens.
+model is half of the cost, and therefore ends at 11 M tokens. The text is experiments/text, of which
+no token comes twice.
 """
 
 import runpy
@@ -32,23 +33,33 @@ ARMS = {
     "E128": (64, 2, 128, "23M"),
     "dense_216": (216, 6, 0, "11M"),
 }
-# The best of experiments/multiplier_rates; the rates of the widths between follow from these two,
-# since log(rate) is taken as linear in log(width), of which the ladder has even steps.
-DENSE_64, DENSE_216, MOE = 4e-3, 4e-3, 4e-3
+# The best of experiments/multiplier_rates; the rates of the widths between follow from those of the
+# first and the last, since log(rate) is taken as linear in log(width), of which the ladder has even
+# steps.
+RATES = {"dense_64": 8e-3, "dense_216": 8e-3, "E8": 16e-3, "E64": 16e-3, "E128": 16e-3}
 RUNGS = 64, 96, 144, 216
+TEXT = "~/.cache/prmoe_jax/text"
 
 
 def rate(arm: str) -> float:
     """The highest learning rate of an arm."""
-    width, _, experts, _ = ARMS[arm]
-    if experts:
-        return MOE
-    share = RUNGS.index(width) / (len(RUNGS) - 1)
-    return float(f"{DENSE_64 ** (1 - share) * DENSE_216**share:.3g}")
+    if arm in RATES:
+        return RATES[arm]
+    share = RUNGS.index(ARMS[arm][0]) / (len(RUNGS) - 1)
+    return float(f"{RATES['dense_64'] ** (1 - share) * RATES['dense_216'] ** share:.3g}")
 
 
 def get_config(arm: str, steps: int, learning_rate: float):
     """The config of an arm's run; its seed is 0."""
+    config = on_prose(arm, steps, learning_rate)
+    config.optimizer.kind = "muon"
+    config.data.corpus = TEXT
+    config.data.validation_fraction = 0.002  # 0.7 MB
+    return config
+
+
+def on_prose(arm: str, steps: int, learning_rate: float):
+    """The same on the smaller text, with AdamW."""
     width, heads, experts, _ = ARMS[arm]
     config = PROSE["get_config"](f"8 layers, E={experts}" if experts else "8 layers")
     config.model.vocab_size, config.model.length = 1024, LENGTH
@@ -79,9 +90,13 @@ def runs():
 
 
 def compared(arms):
-    """The runs of {a sweep's arm: (an arm of ARMS, changed settings)}, on 6 M tokens."""
+    """The runs of {a sweep's arm: (an arm of ARMS, changed settings)}, on 6 M tokens.
+
+    '{seed}' in the folder of a teacher stands for the seed.
+    """
     for seed in PROSE["SEEDS"]:
         for arm, (model, changes) in arms.items():
             config = get_config(model, STEPS["6M"], rate(model))
             config.update_from_flattened_dict({"seed": seed, **changes})
+            config.teacher.workdir = config.teacher.workdir.format(seed=seed)
             yield f"{arm}/{seed}", config

@@ -23,7 +23,7 @@ RATES = {"dense_adamw": 4e-3, "dense_muon": 8e-3, "moe_adamw": 4e-3, "moe_muon":
 
 
 def get_config(model: str, kind: str, steps: int, rate: float):
-    config = MULTIPLIER["get_config"](MODELS[model], steps, rate)
+    config = MULTIPLIER["on_prose"](MODELS[model], steps, rate)
     config.optimizer.kind = kind
     return config
 

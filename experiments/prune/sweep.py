@@ -18,6 +18,23 @@ HERE = Path(__file__).parent
 TEACHER = runpy.run_path(str(HERE / "teacher/sweep.py"))
 MARGIN = 0.01
 KEEP_CHECKPOINTS = False
+CONTRASTS = (
+    ("uniform_50", "scratch_50"),
+    ("uniform_50", "scratch_50_longer"),
+    ("uniform_50", "uniform_50_alone"),
+    ("by_load_50", "uniform_50"),
+    ("by_activation_50", "uniform_50"),
+    ("by_loss_50", "uniform_50"),
+    ("by_activation_50", "inverse_50"),
+    ("merged_50", "by_activation_50"),
+    ("uniform_75", "scratch_75"),
+    ("uniform_75", "scratch_75_longer"),
+    ("by_load_75", "uniform_75"),
+    ("by_activation_75", "uniform_75"),
+    ("by_loss_75", "uniform_75"),
+    ("by_activation_75", "inverse_75"),
+    ("merged_75", "by_activation_75"),
+)
 # Each seed has a teacher of its own, whose pyramid may have other numbers of experts.
 VARYING = "init.workdir", "teacher.workdir", "model.experts"
 STEPS = 175  # of learning from the teacher

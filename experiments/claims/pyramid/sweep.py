@@ -9,6 +9,7 @@ from pathlib import Path
 MULTIPLIER = runpy.run_path(str(Path(__file__).parents[2] / "multiplier/sweep.py"))
 KEEP_CHECKPOINTS = False
 MARGIN = 0.01
+CONTRASTS = (("pyramid", "inverse"), ("pyramid", "moe"))
 ARMS = {
     "moe": ("E64", {}),
     "pyramid": ("E64", {"model.experts": (32, 32, 96, 96)}),

@@ -11,6 +11,16 @@ from pathlib import Path
 MULTIPLIER = runpy.run_path(str(Path(__file__).parents[2] / "multiplier/sweep.py"))
 KEEP_CHECKPOINTS = False
 MARGIN = 0.02
+CONTRASTS = (
+    ("residual", "top2"),
+    ("shared", "top2"),
+    ("top2", "moe"),
+    ("residual", "moe"),
+    ("residual_capacity_1", "top2_capacity_1"),
+    ("top2_capacity_1", "moe_capacity_1"),
+    ("residual_capacity_1", "moe_capacity_1"),
+    ("moe_capacity_1", "moe"),
+)
 WAYS = {
     "moe": {},
     "residual": {"model.residual": True},

@@ -12,7 +12,7 @@ STEPS, RATE = 700, 4e-3
 
 
 def get_config(steps: int = STEPS):
-    config = MULTIPLIER["get_config"]("E8", steps, RATE)
+    config = MULTIPLIER["on_prose"]("E8", steps, RATE)
     config.model.experts = (16,)
     return config
 
