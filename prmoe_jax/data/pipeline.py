@@ -76,7 +76,7 @@ class Windows:
 
     @property
     def tokens(self) -> int:
-        """The number of predictions in all windows together."""
+        """The number of predictions in all windows together, and of places between two marks."""
         return len(self.cache) - 1
 
     @property
@@ -98,15 +98,28 @@ class Windows:
         window.targets_BxL[:real] = stream[1:]
         window.mask_BxL[:real] = True
         window.segments_BxL[:real] = 1
-        if self.tokenizer:
-            start, end = self.tokenizer.start_of_text, self.tokenizer.end_of_text
-            # Shards of another library may have both marks.
-            ends_L = (window.tokens_BxL == end) & (window.targets_BxL != start) & window.mask_BxL
-            window.tokens_BxL[ends_L] = start
         if not self.cross_document_attention:
             documents = self.cache.documents(first, stream[:-1])
             window.segments_BxL[:real] += documents.astype(np.int32)
+        if self.tokenizer:
+            self._start_documents(window)
         return _with_teacher(window, self.teacher_top_k, index)
+
+    def _start_documents(self, window: Batch) -> None:
+        """Has documents begin with the mark that the tokenizer starts them with, in place.
+
+        Shards of another library may have both marks between documents. Then the end mark is no
+        input: it predicts nothing, and the document begins after it.
+        """
+        start, end = self.tokenizer.start_of_text, self.tokenizer.end_of_text
+        if start == end:
+            return
+        ends_L = (window.tokens_BxL == end) & window.mask_BxL
+        both_L = ends_L & (window.targets_BxL == start)
+        window.tokens_BxL[ends_L & ~both_L] = start
+        window.mask_BxL[both_L] = False
+        if not self.cross_document_attention:
+            window.segments_BxL[both_L] = 0
 
     def taught_by(self, teacher_top_k: TopKLogProbs) -> "Windows":
         """The same windows with a teacher's predictions."""

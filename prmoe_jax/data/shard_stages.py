@@ -218,7 +218,7 @@ def write(work: Work, chunk: Chunk, groups: Sequence[tuple[int, int]], threshold
     The folder holds the tokenizer; the other arguments are those of `kept`.
     """
     path = work.folder / shards.TOKENIZER
-    tokenizer = Tokenizer(path.read_text(), str(path))
+    tokenizer = Tokenizer(path.read_text(encoding="utf-8"), str(path))
     writers: dict[str, ShardWriter] = {}
     with contextlib.ExitStack() as stack:
         for name, text in kept(work, chunk, groups, threshold):

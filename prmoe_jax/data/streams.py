@@ -328,10 +328,12 @@ def _cut(whole: ShardStream, fraction: float, mark: int, path: Path) -> int:
 
 def _text_bytes(stream: ShardStream, known: Tokenizer, config: DataConfig) -> int:
     """The UTF-8 bytes of a stream's text, decoded once and kept in the cache."""
-    key = cache.fingerprint("bytes", stream.fingerprint, known.fingerprint)
+    marks = {known.end_of_text, known.start_of_text}
+    also = ["without both marks"] if len(marks) > 1 else []
+    key = cache.fingerprint("bytes", stream.fingerprint, known.fingerprint, *also)
 
     def build(temporary: Path) -> None:
-        size, documents = 0, _documents(stream, known.end_of_text)
+        size, documents = 0, _documents(stream, known.end_of_text, marks)
         while batch := list(itertools.islice(documents, _DECODED_DOCUMENTS)):
             size += sum(len(text.encode()) for text in known.decode_batch(batch))
         (temporary / "bytes.json").write_text(json.dumps(size))
@@ -341,22 +343,22 @@ def _text_bytes(stream: ShardStream, known: Tokenizer, config: DataConfig) -> in
         return int(files.parse_json((folder / "bytes.json").read_bytes()))
 
 
-def _documents(stream: ShardStream, mark: int) -> Iterator[np.ndarray]:
-    """The documents of a stream, without marks."""
+def _documents(stream: ShardStream, end: int, marks: set[int]) -> Iterator[np.ndarray]:
+    """The documents of a stream, without marks; an end mark stands between them."""
     rest: list[np.ndarray] = []
     for first in range(0, len(stream), _READ_TOKENS):
         tokens = stream.read(first, first + _READ_TOKENS)
-        *ended, last = np.split(tokens, np.flatnonzero(tokens == mark))
+        *ended, last = np.split(tokens, np.flatnonzero(tokens == end))
         for piece in ended:
             rest.append(piece)
-            yield _without(np.concatenate(rest), mark)
+            yield _without(np.concatenate(rest), marks)
             rest = []
         rest.append(last)
-    yield _without(np.concatenate(rest), mark)
+    yield _without(np.concatenate(rest), marks)
 
 
-def _without(tokens: np.ndarray, mark: int) -> np.ndarray:
-    return tokens[tokens != mark]
+def _without(tokens: np.ndarray, marks: set[int]) -> np.ndarray:
+    return tokens[~np.isin(tokens, list(marks))]
 
 
 def _starts(parts: Sequence[Shard]) -> list[int]:

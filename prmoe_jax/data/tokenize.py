@@ -53,6 +53,8 @@ def tokenize(config: Config, out: str, flags: Sequence[str] = ()) -> dict[str, A
     options = _options(flags)
     folder = expand("--out", out)
     chunks, listed, times = find_chunks(config.data)
+    if not chunks:
+        raise UserError(f"the files of data.corpus={config.data.corpus} are empty")
     given = None if config.data.tokenizer == "bpe" else tokenizer.load_given(config.data)
     if given:
         tokenizer.check_fits(given, config.model.vocab_size)
@@ -143,7 +145,7 @@ def _trained(work: Work, chunks: Sequence[Chunk], kept: tuple, config: Config) -
     """The tokenizer that this process trains on the training split, once."""
     path = work.folder / shards.TOKENIZER
     if path.exists():
-        return Tokenizer(path.read_text(), str(path))
+        return Tokenizer(path.read_text(encoding="utf-8"), str(path))
 
     def documents() -> Iterator[str]:
         for chunk in chunks:

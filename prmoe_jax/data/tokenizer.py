@@ -69,14 +69,14 @@ class Tokenizer:
         self.end_of_text = vocabulary[mark]
         self.fingerprint = hashlib.sha256(description.encode()).hexdigest()[:24]
         self._splits_at_words = _splits_at_words(json.loads(description))
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
         with_marks, without = (
             self._tokenizer.encode("", add_special_tokens=marks).ids for marks in (True, False)
         )
         marked = with_marks[:1] != without[:1]
         self.start_of_text = with_marks[0] if marked else self.end_of_text
-        # A document is encoded whole, and a mark that is spelled out in it is plain text.
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
+        # A mark that is spelled out in a document is plain text.
         self._tokenizer.add_special_tokens([mark])
         self._tokenizer.encode_special_tokens = True
         if self.end_of_text in self.encode(mark):

@@ -3,6 +3,7 @@
 The teacher is any model with the student's vocabulary; `teacher.py` restores it.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ from prmoe_jax.model.transformer import Transformer, fold_in, logits
 # For this many tokens of a sequence, student's and teacher's logits are in memory at once where no
 # gradient is needed.
 CHUNK = 256
+_NO_REST = math.log(1e-7)  # log P(any other token) where rounding makes it 0
 
 
 class TeacherOutput(NamedTuple):
@@ -156,7 +158,13 @@ def divergence_from_top_k(teacher: TopKLogProbs, student_BxTxV, kd: KdConfig) ->
     tokens_BxTxK, log_p_BxTxK = teacher
     log_q_BxTxV = jax.nn.log_softmax(student_BxTxV / kd.temperature)
     log_q_BxTxK = jnp.take_along_axis(log_q_BxTxV, tokens_BxTxK, -1)
-    return _kl(_append_rest(log_p_BxTxK), _append_rest(log_q_BxTxK), kd)
+    # From 1 - Σ q of the teacher's tokens the rest would lose its gradient where it is small.
+    rest_BxTx1 = jnp.full_like(log_q_BxTxK[..., :1], _NO_REST)
+    if tokens_BxTxK.shape[-1] < log_q_BxTxV.shape[-1]:
+        others_BxTxV = jnp.put_along_axis(log_q_BxTxV, tokens_BxTxK, -jnp.inf, -1, inplace=False)
+        rest_BxTx1 = jax.nn.logsumexp(others_BxTxV, axis=-1, keepdims=True)
+    log_q = jnp.concatenate([log_q_BxTxK, rest_BxTx1], axis=-1)
+    return _kl(_append_rest(log_p_BxTxK), log_q, kd)
 
 
 def _kl(log_p, log_q, kd: KdConfig) -> jax.Array:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from prmoe_jax.config import Config, ModelConfig, default_config
+from prmoe_jax.data.tokenizer import Tokenizer
 from prmoe_jax.errors import UserError
 from prmoe_jax.interop.settings import (
     LARGEST,
@@ -129,14 +130,14 @@ def gpt2_sizes(model: ModelConfig) -> dict[str, int]:
 
 
 def write_gpt2(
-    config: Config, leaves: dict[str, np.ndarray], end_of_text: int, folder: Path
+    config: Config, leaves: dict[str, np.ndarray], tokenizer: Tokenizer, folder: Path
 ) -> None:
     """Writes a dense model in the format of GPT2LMHeadModel; the tensors keep every bit.
 
     Args:
       config: the run's config.
       leaves: the run's parameters by our names.
-      end_of_text: the id that starts and ends a document.
+      tokenizer: the run's, for the ids that start and end a document.
       folder: the folder to write into.
     """
     model = config.model
@@ -153,8 +154,8 @@ def write_gpt2(
         "attn_pdrop": 0.0,
         "embd_pdrop": model.dropout,
         "resid_pdrop": model.dropout,
-        "bos_token_id": end_of_text,
-        "eos_token_id": end_of_text,
+        "bos_token_id": tokenizer.start_of_text,
+        "eos_token_id": tokenizer.end_of_text,
     }
     (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
 

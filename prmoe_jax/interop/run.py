@@ -115,7 +115,7 @@ def export_run(kind: str, workdir: Path, out: Path) -> dict:
         if kind == "hf":
             hugging_face.write_hugging_face(config, leaves, tokenizer, folder)
         elif kind == "gpt2":
-            write_gpt2(config, leaves, tokenizer.end_of_text, folder)
+            write_gpt2(config, leaves, tokenizer, folder)
         elif kind == "deepspeed":
             write_deepspeed(config, leaves, folder, step)
         else:

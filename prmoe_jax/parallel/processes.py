@@ -332,12 +332,13 @@ def _keep_output_ours() -> None:
     print only JSON; it is sent to standard error. Standard error of compiled code goes to a file,
     from which `_aborted` reads why JAX ends this process.
     """
-    global _native
+    global _native, error_descriptor
     sys.stdout.flush()
     sys.stderr.flush()
     old = sys.stderr
     encoding = {"buffering": 1, "encoding": old.encoding, "errors": "backslashreplace"}
     output, error = os.dup(1), os.dup(2)
+    error_descriptor = error
     os.dup2(2, 1)
     _native = tempfile.TemporaryFile()  # noqa: SIM115, as long as the process
     os.dup2(_native.fileno(), 2)
@@ -348,6 +349,7 @@ def _keep_output_ours() -> None:
 
 
 _native: IO | None = None  # the file with compiled code's standard error
+error_descriptor = 2  # of standard error, also where Python's own stream has been replaced
 _ABORT = ctypes.CFUNCTYPE(None, ctypes.c_int)
 
 
@@ -365,8 +367,10 @@ def _aborted(number: int) -> None:
 
 
 def _native_text() -> str:
+    """The end of what compiled code has printed."""
     _native.flush()
-    return os.pread(_native.fileno(), 1 << 20, 0).decode(errors="replace")
+    last, most = os.fstat(_native.fileno()).st_size, 1 << 20
+    return os.pread(_native.fileno(), most, max(0, last - most)).decode(errors="replace")
 
 
 def explain(text: str) -> tuple[str, int]:

@@ -60,8 +60,9 @@ def prepare(name: str, config: DataConfig) -> Path:
     else:
         path = choices.find(name)
         source, rows = path.stat().st_size, partial(choices.rows, name, path)
-    key = cache.fingerprint(name, RECIPE, source)
-    folder = cache.root(config) / "tasks" / key
+    tasks = cache.root(config) / "tasks"
+    # The .yaml names the place where the examples are.
+    folder = tasks / cache.fingerprint(name, RECIPE, source, str(tasks))
 
     def build(temporary: Path) -> None:
         found = list(rows())

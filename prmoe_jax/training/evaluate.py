@@ -59,8 +59,9 @@ def evaluate_model(
     sums = _summed(lambda batch: measure(model, batch), rows, data, mesh, limit)
     metrics = summarise(sums, config)
     loss = metrics.pop("lm_loss")
-    # Exact for the whole split; for a part of it, bytes are assumed in proportion to tokens.
-    tokens_per_byte = data.validation.tokens / data.validation_bytes
+    # For a part of the split, bytes are assumed in proportion to tokens.
+    tokens = data.validation.tokens if limit else int(sums.tokens)
+    tokens_per_byte = tokens / data.validation_bytes
     return {
         "loss": loss,
         "perplexity": perplexity(loss),

@@ -306,12 +306,11 @@ class Run:
             if checkpoint_due or eval_due:
                 self.report(*pending)  # a checkpoint is only written after its loss was checked
                 pending = None
-                if eval_due and not stopping:
-                    self.evaluate(step, state)
-                if checkpoint_due:
+                if checkpoint_due:  # first, since an evaluation may last long
                     self.save(step, state, batches)
-                if stopping and step == total:  # saved first, since there may be little time
+                if stopping and step == total:  # there may be little time
                     self.checkpoints.wait()
+                if eval_due and (step == total or not stopping):
                     self.evaluate(step, state)
                 self.clock.restart()
         self.sync()

@@ -15,6 +15,7 @@ from pathlib import Path
 import jax
 
 from prmoe_jax import stores
+from prmoe_jax.parallel import processes
 
 log = logging.getLogger(__name__)
 
@@ -109,8 +110,8 @@ class StallWatch:
     def alive(self) -> None:
         """Ends the silence."""
         if math.isfinite(self._seconds):
-            # 2 is standard error, also where Python's own stream has been replaced.
-            faulthandler.dump_traceback_later(self._seconds, repeat=True, file=2)
+            file = processes.error_descriptor
+            faulthandler.dump_traceback_later(self._seconds, repeat=True, file=file)
 
     def __enter__(self) -> "StallWatch":
         self.alive()

@@ -58,8 +58,10 @@ def init_from_run(config: Config, mesh: Mesh, tokenizer: Tokenizer) -> Transform
     check_same_routing(config, settings, "the run to start as")
     _check_choices(settings.model, config)
     check_same(workdir / workdirs.TOKENIZER, tokenizer, f"the run in {workdir}")
+    # Its parameters are read here, and its kernels may be another device's.
     moe = dataclasses.replace(settings.moe, exchange=config.moe.exchange)
-    settings = dataclasses.replace(settings, mesh=config.mesh, moe=moe)
+    model = dataclasses.replace(settings.model, attention="auto")
+    settings = dataclasses.replace(settings, mesh=config.mesh, moe=moe, model=model)
     with reading_source():
         step, model = restore_model(workdir, settings, mesh)
     log.info("starts as step %d of %s, %s", step, workdir, settings.model.schedule)

@@ -31,7 +31,7 @@ from prmoe_jax.errors import UserError
 from prmoe_jax.run.metrics import read_metrics
 from tests.data.test_pipeline import MARK, rows_of, stream_of
 from tests.support.runs import NEW
-from tests.support.tokenizers import byte_tokenizer
+from tests.support.tokenizers import byte_tokenizer, started_tokenizer
 
 TEXTS = ["the first", "é☃ of the second", "x", "a longer one " * 5, "last of all"]
 
@@ -137,6 +137,18 @@ def test_each_format_gives_the_same_text(config, tmp_path, writer, cut):
     assert texts_of(data.train) == TEXTS
     assert texts_of(data.validation) == TEXTS[:2]
     assert data.validation_bytes == sum(len(text.encode()) for text in TEXTS[:2])
+
+
+def test_shards_with_both_marks(config, tmp_path):
+    """A tokenizer's own start in front of each document is no text, and predicts none."""
+    known = started_tokenizer()
+    known.save(tmp_path / "tokenizer.json")
+    ids = [np.array([257, *known.encode(text), MARK], np.uint32) for text in TEXTS]
+    np.save(tmp_path / "a.npy", np.concatenate(ids))
+    data = load(config, "a.npy", tokenizer=str(tmp_path / "tokenizer.json"))
+    assert data.validation_bytes == len(TEXTS[-1].encode())
+    targets = np.concatenate([w.targets_BxL[w.mask_BxL] for w in data.train])
+    assert 257 not in targets and (targets == MARK).sum() == len(TEXTS) - 1
 
 
 def test_our_shards(config, tmp_path):

@@ -98,6 +98,9 @@ def test_a_start_of_its_own():
     tokenizer = started_tokenizer()
     assert (tokenizer.start_of_text, tokenizer.end_of_text) == (257, 256)
     assert tokenizer.encode("<s>a") == byte_tokenizer().encode("<s>a")
+    padded = tokenizers.Tokenizer.from_str(tokenizer.description)
+    padded.enable_padding(direction="left", length=8)
+    assert Tokenizer(padded.to_str(), "padded").start_of_text == 257
     inner = tokenizers.Tokenizer.from_str(byte_tokenizer().description)
     marks = [(END_OF_TEXT, 256)]
     inner.post_processor = TemplateProcessing(single=f"$A {END_OF_TEXT}", special_tokens=marks)

@@ -21,7 +21,14 @@ from prmoe_jax.data.pipeline import Batch
 from prmoe_jax.distill import loss as distill
 from prmoe_jax.distill import teacher as teachers
 from prmoe_jax.distill.distiller import Distiller
-from prmoe_jax.distill.loss import TeacherOutput, agreement, record_top_k, run_teacher, token_sums
+from prmoe_jax.distill.loss import (
+    TeacherOutput,
+    agreement,
+    divergence,
+    record_top_k,
+    run_teacher,
+    token_sums,
+)
 from prmoe_jax.errors import UserError
 from prmoe_jax.model import chunks
 from prmoe_jax.model.loss import forward, totals, training_loss
@@ -133,6 +140,26 @@ def expected_divergence(teacher, student, kd):
         likeliest = np.argsort(-p)[: kd.top_k]
         p, q = (np.append(x[likeliest], 1 - x[likeliest].sum()) for x in (p, q))
     return kd.temperature**2 * sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+
+
+@pytest.mark.parametrize("vocabulary", [3, 37])
+@pytest.mark.parametrize("confidence", [5.0, 15.0, 40.0])
+def test_a_sure_student_still_learns_of_the_rest(confidence, vocabulary):
+    """The gradient of kind 'top_k' beside the same formula in float64 that never subtracts."""
+    kd, rng = KdConfig(kind="top_k", top_k=2), np.random.default_rng(0)
+    teacher, student = rng.normal(size=(2, vocabulary)).astype(np.float32)
+    likeliest = np.argsort(-teacher)[: kd.top_k]
+    student[likeliest] += confidence
+
+    def loss(student):
+        return divergence(teacher[None, None], student[None, None], kd).sum()
+
+    p, q = (np.exp(np.float64(x)) / np.exp(np.float64(x)).sum() for x in (teacher, student))
+    others = np.setdiff1d(np.arange(vocabulary), likeliest)
+    expected = q.copy()  # d/dz of -Σ p log q: q - p, where the rest is shared as the student has it
+    expected[likeliest] -= p[likeliest]
+    expected[others] -= p[others].sum() * q[others] / q[others].sum()
+    np.testing.assert_allclose(jax.grad(loss)(student), expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(

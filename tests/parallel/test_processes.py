@@ -310,6 +310,14 @@ def test_what_jax_prints_is_explained(printed, line, tmp_path, monkeypatch):
     assert line in found and "\n" not in found and code == 1
 
 
+def test_the_reason_stands_at_the_end(tmp_path, monkeypatch):
+    """Behind more warnings than are read."""
+    with (tmp_path / "native").open("w+b") as file:
+        file.write(b"W1126 a warning\n" * 100_000 + b"UNAVAILABLE: Stream removed\n")
+        monkeypatch.setattr(processes, "_native", file)
+        assert "process 0 cannot be reached" in processes.explain(processes._native_text())[0]
+
+
 @pytest.mark.parametrize(
     ("variables", "line"),
     [

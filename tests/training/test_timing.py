@@ -82,9 +82,12 @@ time.sleep(1.5)
 """
 
 
+@pytest.mark.parametrize("several", [False, True])
 @pytest.mark.parametrize(("minutes", "dumps"), [(1 / 60, 2), (math.inf, 0)])
-def test_stacks_of_a_run_that_hangs(minutes, dumps):
-    command = [sys.executable, "-c", STALLED, str(minutes)]
+def test_stacks_of_a_run_that_hangs(minutes, dumps, several):
+    """On standard error, also where that of compiled code goes elsewhere (several processes)."""
+    keeps = "from prmoe_jax.parallel import processes; processes._keep_output_ours()\n"
+    command = [sys.executable, "-c", keeps * several + STALLED, str(minutes)]
     err = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     silent, _, stacks = err.partition("before\n")
     assert (silent, stacks.count("waits_for_ever")) == ("", dumps)
