@@ -1,8 +1,8 @@
 """Which learning rates suit the models of experiments/multiplier?
 
 Three rates for the narrowest and the widest dense model and for each number of experts, on 3 M
-tokens with one seed, and one beyond where the best is at an end. The best ones go into
-experiments/multiplier/sweep.py.
+tokens, and one beyond where the best is at an end. MoEs, which differ more, have two seeds. The
+best ones go into experiments/multiplier/sweep.py.
 
     prmoe sweep experiments/multiplier_rates               # --shard=1/2 and 2/2 for two cores
 """
@@ -19,5 +19,7 @@ TRIED = {"dense_64": DENSE, "E64": MOE, "E8": MOE, "E128": MOE, "dense_216": DEN
 def runs():
     for arm, rates in TRIED.items():
         for rate in rates:
-            config = MULTIPLIER["get_config"](arm, MULTIPLIER["STEPS"]["3M"], rate)
-            yield f"{arm}_{rate:g}/0", config
+            for seed in (0, 1) if arm.startswith("E") else (0,):
+                config = MULTIPLIER["get_config"](arm, MULTIPLIER["STEPS"]["3M"], rate)
+                config.seed = seed
+                yield f"{arm}_{rate:g}/{seed}", config
