@@ -11,7 +11,7 @@ import json
 import math
 from pathlib import Path
 
-from prmoe_jax.report.arms import Mean, arms, mean
+from prmoe_jax.report.arms import arms, geometric_mean, mean
 from prmoe_jax.report.multiplier import equivalent_compute
 from prmoe_jax.tables import aligned
 
@@ -32,11 +32,7 @@ def fewer(found: dict, model: str, length: str) -> str:
         return ""
     if max(ratios) > most:  # Muon's shortest run has a lower loss
         return f"more than {most:.2f}"
-    value, margin = mean([math.log(ratio) for ratio in ratios])
-    if math.isnan(margin):
-        return f"{math.exp(value):.2f}"
-    low, high = math.exp(value - margin), math.exp(value + margin)
-    return f"{math.exp(value):.2f} ({low:.2f} to {high:.2f})"
+    return str(geometric_mean(ratios))
 
 
 def main() -> None:
@@ -45,7 +41,7 @@ def main() -> None:
     for model in ("dense", "moe"):
         for length in LENGTHS:
             if adamw := found.get(f"{model}_adamw/{length}"):
-                loss: Mean = mean([record["loss"] for record in adamw.values()])
+                loss = mean([record["loss"] for record in adamw.values()])
                 rows.append((model, length, len(adamw), loss, fewer(found, model, length)))
     head = "model", "AdamW's tokens", "seeds", "AdamW's loss", "AdamW's tokens / Muon's"
     print(aligned(head, rows))

@@ -53,7 +53,7 @@ def trained(values: config.Config, topology: str) -> list[dict]:
     replicas = devices // expert
     axes = "fsdp", "fsdp_experts"
     near = [MeshConfig(data=1, expert=expert, **{axis: replicas}) for axis in axes]
-    meshes = next(iter(leaner(values, devices))), *near
+    meshes = next(iter(leaner(values, devices))).mesh, *near
     return [
         least_remat(values, topology, mesh, portions) for portions in PORTIONS for mesh in meshes
     ]

@@ -4,7 +4,7 @@ import json
 import sys
 
 from prmoe_jax import allocator
-from prmoe_jax.cli.options import check_run, path
+from prmoe_jax.cli.options import check_run, filled, path
 from prmoe_jax.cli.output import is_first_process, show
 from prmoe_jax.errors import UserError
 
@@ -15,7 +15,8 @@ def add(verb) -> None:
     sub.add_argument("--workdir", type=path, required=True, help="the run's folder")
     distributed = "be one process of several: on a TPU pod, under SLURM or on GKE"
     sub.add_argument("--distributed", action="store_true", help=distributed)
-    sub.add_argument("--corpus", help="the text whose validation split it is (default: the run's)")
+    corpus = "the text whose validation split it is (default: the run's)"
+    sub.add_argument("--corpus", type=filled, help=corpus)
     sub.add_argument("--teacher", type=path, help="another run, to compare its predictions with")
     sub.add_argument(
         "--tasks",
@@ -28,8 +29,6 @@ def add(verb) -> None:
 def run(options, rest) -> None:
     allocator.keep_freed_memory()
     check_run(options.workdir)
-    if options.corpus == "":
-        raise UserError("--corpus is empty; if it was a shell variable, it isn't set")
     tasks = options.tasks.split(",") if options.tasks is not None else []
     if not all(task.strip() for task in tasks):
         raise UserError(f"--tasks={options.tasks} has an empty name; use names such as cloze,wiki")

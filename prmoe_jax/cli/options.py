@@ -171,11 +171,16 @@ def local_path(text: str) -> Path:
     return _path(text, stores.as_local_path)
 
 
-def _path(text: str, convert: Callable[[str], Path]) -> Path:
+def filled(text: str) -> str:
+    """An option's value as it is; refuses an empty one."""
     if not text:
         raise argparse.ArgumentTypeError("is empty; if it was a shell variable, it isn't set")
+    return text
+
+
+def _path(text: str, convert: Callable[[str], Path]) -> Path:
     try:
-        return convert(text)
+        return convert(filled(text))
     except UserError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 

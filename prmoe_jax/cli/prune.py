@@ -4,7 +4,7 @@ import argparse
 import json
 
 from prmoe_jax import allocator
-from prmoe_jax.cli.options import check_run, path
+from prmoe_jax.cli.options import check_run, filled, path
 from prmoe_jax.errors import UserError
 
 
@@ -34,7 +34,7 @@ def add(verb) -> None:
     )
     merge = "merge the experts that go into those that stay, instead of dropping them"
     sub.add_argument("--merge", action="store_true", help=merge)
-    sub.add_argument("--corpus", help="the text to measure on (default: the run's)")
+    sub.add_argument("--corpus", type=filled, help="the text to measure on (default: the run's)")
     sub.add_argument("--batches", type=int, default=16, help="batches of it (default: 16)")
 
 
@@ -48,8 +48,6 @@ def _counts(text: str) -> tuple[int, ...]:
 def run(options, rest) -> None:
     allocator.keep_freed_memory()
     check_run(options.workdir)
-    if options.corpus == "":
-        raise UserError("--corpus is empty; if it was a shell variable, it isn't set")
     from prmoe_jax.distill.prune import prune_run, table
 
     if options.experts and options.shape:

@@ -18,7 +18,7 @@ from prmoe_jax.model.transformer import Transformer, fold_in, logits
 # For this many tokens of a sequence, student's and teacher's logits are in memory at once where no
 # gradient is needed.
 CHUNK = 256
-_NO_REST = math.log(1e-7)  # log P(any other token) where rounding makes it 0
+LEAST_REST = 1e-7  # P(any other token) where rounding makes it 0
 
 
 class TeacherOutput(NamedTuple):
@@ -159,7 +159,7 @@ def divergence_from_top_k(teacher: TopKLogProbs, student_BxTxV, kd: KdConfig) ->
     log_q_BxTxV = jax.nn.log_softmax(student_BxTxV / kd.temperature)
     log_q_BxTxK = jnp.take_along_axis(log_q_BxTxV, tokens_BxTxK, -1)
     # From 1 - Σ q of the teacher's tokens the rest would lose its gradient where it is small.
-    rest_BxTx1 = jnp.full_like(log_q_BxTxK[..., :1], _NO_REST)
+    rest_BxTx1 = jnp.full_like(log_q_BxTxK[..., :1], math.log(LEAST_REST))
     if tokens_BxTxK.shape[-1] < log_q_BxTxV.shape[-1]:
         others_BxTxV = jnp.put_along_axis(log_q_BxTxV, tokens_BxTxK, -jnp.inf, -1, inplace=False)
         rest_BxTx1 = jax.nn.logsumexp(others_BxTxV, axis=-1, keepdims=True)
@@ -174,5 +174,5 @@ def _kl(log_p, log_q, kd: KdConfig) -> jax.Array:
 def _append_rest(log_p_BxTxK: jax.Array) -> jax.Array:
     """Appends log P(any other token)."""
     some_BxTx1 = jax.nn.logsumexp(log_p_BxTxK, axis=-1, keepdims=True)
-    rest_BxTx1 = jnp.log(-jnp.expm1(jnp.minimum(some_BxTx1, -1e-7)))  # rounding may make it 0
+    rest_BxTx1 = jnp.log(-jnp.expm1(jnp.minimum(some_BxTx1, -LEAST_REST)))
     return jnp.concatenate([log_p_BxTxK, rest_BxTx1], axis=-1)

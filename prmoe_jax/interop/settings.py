@@ -100,8 +100,8 @@ def check_sizes(model: ModelConfig, tensors: Mapping[str, np.ndarray], source: A
         sizes["d_ff"] = model.d_ff
     if any(model.schedule.experts):
         sizes["expert_d_ff" if model.expert_d_ff else "d_ff"] = model.expert_width
-        if model.residual:
-            sizes["residual_d_ff" if model.residual_d_ff else "d_ff"] = model.residual_width
+        if model.residual and model.residual_d_ff:  # else it is the experts'
+            sizes["residual_d_ff"] = model.residual_d_ff
     for name, size in sizes.items():
         if size not in held:
             raise UserError(f"{source}: {name} is {shown(size)}, a size that no tensor has")

@@ -4,7 +4,7 @@ import csv
 import io
 import math
 import statistics
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +30,24 @@ def mean(values: list[float]) -> Mean:
         return Mean(values[0], math.nan)
     t = float(stats.t.ppf(0.975, len(values) - 1))
     return Mean(statistics.fmean(values), t * statistics.stdev(values) / len(values) ** 0.5)
+
+
+class Factor(NamedTuple):
+    """A geometric mean and the ends of its 95 % confidence interval; NaN for a single value."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        between = "" if math.isnan(self.low) else f" ({self.low:.2f} to {self.high:.2f})"
+        return f"{self.value:.2f}{between}"
+
+
+def geometric_mean(values: Iterable[float]) -> Factor:
+    """The geometric mean of numbers above 0, with an interval by Student's t of the logarithms."""
+    value, margin = mean([math.log(value) for value in values])
+    return Factor(math.exp(value), math.exp(value - margin), math.exp(value + margin))
 
 
 def arms(records: list[dict], varying: Collection[str] = ()) -> dict[str, dict[int, dict]]:

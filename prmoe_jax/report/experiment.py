@@ -89,18 +89,15 @@ def report(folder: Path, base: str | None = None) -> dict:
     for arm, by_seed in found.items():
         loss = mean([row["loss"] for row in by_seed.values()])
         other = base_of(arm, found, base)
-        above = difference(by_seed, found[other]) if other else None
-        judged = above and stated.margin and verdict(by_seed, found[other], stated.margin)
-        told = f"{above}, {judged}" if judged else above or ""
+        compared = _apart(by_seed, found[other], stated.margin) if other else {}
+        told = ", ".join(filter(None, _told(compared)))
         rows.append([arm, len(by_seed), loss, told, *_costs(list(by_seed.values()))])
         summary[arm] = {"seeds": len(by_seed), "loss": loss.value}
         if len(by_seed) > 1:
             summary[arm]["margin"] = loss.margin
-        if above:
-            apart[arm] = above
-            summary[arm] |= {"difference": above.value, "difference_margin": above.margin}
-        if judged:
-            summary[arm]["verdict"] = judged
+        if compared:
+            apart[arm] = Mean(compared["difference"], compared["difference_margin"])
+            summary[arm] |= compared
 
     named = model_of(base)
     drawn = models(found) if named != base else found
@@ -134,7 +131,7 @@ def report(folder: Path, base: str | None = None) -> dict:
         summary[one.arm]["multiplier"] = str(one)
 
     contrasts = [
-        {"arm": arm, "base": other} | _apart(found[arm], found[other], stated.margin)
+        (arm, other, _apart(found[arm], found[other], stated.margin))
         for arm, other in stated.contrasts
         if arm in found and other in found
     ]
@@ -169,7 +166,9 @@ def report(folder: Path, base: str | None = None) -> dict:
     out = folder / "report.html"
     files.replace(out, page.page(folder.resolve().name, parts))
     result = {"page": str(out), "base": base, "arms": summary}
-    return result | ({"contrasts": contrasts} if contrasts else {})
+    if contrasts:
+        result["contrasts"] = [{"arm": arm, "base": other} | row for arm, other, row in contrasts]
+    return result
 
 
 def _apart(arm: dict[int, dict], other: dict[int, dict], margin: float | None) -> dict:
@@ -181,25 +180,28 @@ def _apart(arm: dict[int, dict], other: dict[int, dict], margin: float | None) -
     return found | ({"verdict": verdict(arm, other, margin)} if margin else {})
 
 
-def _contrasts(contrasts: list[dict]) -> list[str]:
+def _told(compared: dict) -> tuple[str, str]:
+    """A difference and its verdict as text; '' for what there isn't."""
+    if not compared:
+        return "", ""
+    apart = Mean(compared["difference"], compared["difference_margin"])
+    return str(apart), compared.get("verdict", "")
+
+
+def _contrasts(contrasts: list[tuple[str, str, dict]]) -> list[str]:
     """The part of the page about the pairs that sweep.py names."""
     if not contrasts:
         return []
-    rows = [
-        [
-            *(row["arm"], row["base"]),
-            Mean(row["difference"], row["difference_margin"]) if "difference" in row else "",
-            row.get("verdict", ""),
-        ]
-        for row in contrasts
-    ]
     return [
         page.heading("Comparisons"),
         page.paragraph(
             "The pairs that sweep.py names, each by itself: with several pairs, some differences "
             "are resolved by chance."
         ),
-        page.table(["arm", "base", "arm - base", "verdict"], rows),
+        page.table(
+            ["arm", "base", "arm - base", "verdict"],
+            [[arm, base, *_told(compared)] for arm, base, compared in contrasts],
+        ),
     ]
 
 
@@ -220,7 +222,7 @@ def _multipliers(worth: list[Multiplier]) -> list[str]:
         page.paragraph(LADDER),
         page.table(head, rows),
         page.paragraph(GROWTH),
-        page.table(["arm", "base", "ratio"], [[one.arm, one.base, one] for one in ratios(worth)]),
+        page.table(["arm", "base", "ratio"], [list(one) for one in ratios(worth)]),
     ]
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from prmoe_jax.config import ModelConfig
-from prmoe_jax.report.arms import Mean, mean, model_of
+from prmoe_jax.report.arms import Factor, geometric_mean, model_of
 
 # The joint MoE scaling law (Ludziejewski et al. 2025, arXiv 2502.05172, table 3), nats a token:
 # L = a E^delta N^(alpha + gamma ln E) + b E^omega D^(beta + zeta ln E) + c. It was fitted to 280
@@ -57,11 +57,9 @@ class Multiplier(NamedTuple):
     def __str__(self) -> str:
         if self.value in (0, math.inf):
             return f"beyond the ladder: {self.shown(self.value)}"
-        if math.isnan(self.low):
-            return self.shown(self.value)
         if not self.inside:
-            return f"{self.shown(self.value)} (a seed is beyond the ladder)"
-        return f"{self.shown(self.value)} ({self.shown(self.low)} to {self.shown(self.high)})"
+            return f"{self.value:.2f} (a seed is beyond the ladder)"
+        return str(Factor(self.value, self.low, self.high))
 
     def shown(self, value: float) -> str:
         """A value or an end of the interval as text."""
@@ -71,16 +69,11 @@ class Multiplier(NamedTuple):
 
 
 class Ratio(NamedTuple):
-    """How many times one arm's multiplier another one's is, with its 95 % interval over seeds."""
+    """By what factor an arm's multiplier is that of another one, its base."""
 
-    base: str
     arm: str
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.2f} ({self.low:.2f} to {self.high:.2f})"
+    base: str
+    factor: Factor
 
 
 def equivalent_compute(loss: float, ladder: Sequence[tuple[float, float]]) -> float:
@@ -154,8 +147,8 @@ def ratios(found: Sequence[Multiplier]) -> list[Ratio]:
     for base, arm in pairs:
         common = base.by_seed.keys() & arm.by_seed.keys()
         if len(common) > 1:
-            apart = mean([math.log(arm.by_seed[seed] / base.by_seed[seed]) for seed in common])
-            grown.append(Ratio(base.arm, arm.arm, *_exp(apart)))
+            each = (arm.by_seed[seed] / base.by_seed[seed] for seed in common)
+            grown.append(Ratio(arm.arm, base.arm, geometric_mean(each)))
     return grown
 
 
@@ -206,7 +199,7 @@ def _measure(
     by_seed = {seed: measured([seed]) for seed in seeds}
     value, low, high = measured(seeds), math.nan, math.nan
     if all(0 < one < math.inf for one in by_seed.values()):
-        value, low, high = _exp(mean([math.log(one) for one in by_seed.values()]))
+        value, low, high = geometric_mean(by_seed.values())
     elif len(seeds) > 1:
         low, high = 0.0, math.inf
     experts, active = _mean_experts(record), record["active_params"]
@@ -216,12 +209,6 @@ def _measure(
         arm, experts, record["tokens"], active, by_seed, value, low, high,
         *(compute_R[0] / own, compute_R[-1] / own, _compute_of(dense, sizes_R, compute_R) / own),
     )  # fmt: skip
-
-
-def _exp(logarithm: Mean) -> tuple[float, float, float]:
-    """The number of a mean logarithm, and the ends of its interval."""
-    value, margin = logarithm
-    return math.exp(value), math.exp(value - margin), math.exp(value + margin)
 
 
 def _mean_experts(record: dict) -> float:

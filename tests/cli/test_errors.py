@@ -445,7 +445,7 @@ CASES = {
     ),
     "eval on an empty name": (
         ["eval", "--workdir=run", "--corpus="],
-        "--corpus is empty; if it was a shell variable, it isn't set",
+        "argument --corpus: is empty; if it was a shell variable, it isn't set",
     ),
     "limit of many digits": (
         ["eval", "--workdir=run", "--tasks=cloze", f"--limit={HUGE}"],

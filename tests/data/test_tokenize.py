@@ -330,6 +330,9 @@ MISTAKES = {
     "no parquet": (
         {}, IN_PROCESS, lambda: Path("text/b.parquet").write_text("no"), "not a Parquet file"
     ),
+    "empty files": (
+        {}, IN_PROCESS, lambda: Path("text/a.jsonl").write_text(""), "of data.corpus=text are empty"
+    ),
     "a store": ({"corpus": "none://a/*.jsonl"}, IN_PROCESS, None, "there is no store none://"),
     "unwritable": (
         {"out": "text/a.jsonl/b"}, IN_PROCESS, None, "text/a.jsonl/b cannot be written"

@@ -563,6 +563,10 @@ OURS = {
     "layers": ({"layers": 10**9}, "config.json: model.layers=1000000000, the tensors are of 2 la"),
     "layers in words": ({"layers": "two"}, "config.json: model.layers='two', the tensors are of 2"),
     "hidden width": ({"d_ff": 10**9}, "config.json: d_ff is 1000000000, a size that no tensor has"),
+    "hidden width beside experts of their own": (
+        {"d_ff": 10**9, "expert_d_ff": 32},
+        "config.json: d_ff is 1000000000, a size that no tensor has",
+    ),
     "hidden width of 10^18": ({"d_ff": 10**18}, "config.json: model.d_ff=1000000000000000000 is o"),
     "vocabulary": ({"vocab_size": -1}, "config.json: model.vocab_size=-1 is out of range"),
     "type": ({"dropout": "x"}, "config.json: config.model.dropout='x' must be of type float"),

@@ -277,8 +277,8 @@ DEFAULTS = {
 @pytest.mark.parametrize("family", DEFAULTS)
 def test_what_is_missing_is_the_class_s(family):
     model = read_config(a_config(family), Path("config.json"), 1000).model
-    normalize = {True: "always", False: "never"}[model.normalizes] if "moe" in family else None
-    if family == "mixtral":
+    normalize = None
+    if any(model.schedule.experts):
         normalize = "always" if model.normalizes else "never"
     assert (model.form.norm_eps, model.form.rope_theta, normalize) == DEFAULTS[family]
 

@@ -127,8 +127,8 @@ def test_growth_by_hand():
     grown = {(one.base, one.arm): one for one in ratios(multipliers(arms(rows)))}
     assert list(grown) == [("few/2000", "few/4000"), ("few/2000", "many/2000")]
     for one, expected in zip(grown.values(), (1.5, 2.0), strict=True):
-        assert (one.value, one.low, one.high) == pytest.approx((expected, expected, expected))
-    assert str(grown["few/2000", "few/4000"]) == "1.50 (1.50 to 1.50)"
+        assert one.factor == pytest.approx((expected, expected, expected))
+    assert str(grown["few/2000", "few/4000"].factor) == "1.50 (1.50 to 1.50)"
 
 
 def test_the_law_in_the_units_of_the_ladder():

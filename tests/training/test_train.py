@@ -134,6 +134,21 @@ def test_architectures_learn(text, tmp_path, name):
     assert "eval/bits_per_byte" in lines[-1]
 
 
+def test_a_step_is_saved_before_it_is_evaluated(text, tmp_path, monkeypatch):
+    """A kill during the evaluation, which may last long, loses nothing."""
+    saved = []
+
+    def killed(trainer, step, state):
+        trainer.checkpoints.wait()
+        saved.append(trainer.checkpoints.latest())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("prmoe_jax.training.loop.Run.evaluate", killed)
+    settings = {"train.steps": 4, "checkpoint.every": 2, "eval.every": 2}
+    main(arguments(text, tmp_path / "run", **settings))
+    assert saved == [2]
+
+
 def test_eval_on_another_text(text, tmp_path, capsys):
     """The loss is the one that the run would have if this were its own text."""
     workdir = tmp_path / "run"

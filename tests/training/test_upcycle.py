@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import os
 import shutil
 from pathlib import Path
@@ -183,6 +184,17 @@ def test_what_does_not_fit(source, target, model, message):
     with pytest.raises(UserError) as error:
         check_fits(settings(source).model, settings(target, model=model).model)
     assert message in str(error.value)
+
+
+def test_kernels_of_the_run_to_start_as_do_not_matter(text, tmp_path):
+    """It is read here, and was trained on another device."""
+    dense = tmp_path / "dense"
+    assert main(arguments(text, dense, "dense", **{"train.steps": 2})) == 0
+    values = json.loads((dense / "config.json").read_text())
+    values["model"]["attention"] = "splash"
+    (dense / "config.json").write_text(json.dumps(values))
+    changes = {"init.workdir": dense, "train.steps": 1}
+    assert main(arguments(text, tmp_path / "run", "top2", **changes)) == 0
 
 
 def test_a_run_goes_on_from_a_dense_one(text, tmp_path, capsys):
