@@ -28,7 +28,7 @@ from tests.support.faults import file_size_limit
 from tests.support.paths import GOLDENS
 from tests.support.quick import forward
 from tests.support.runs import arguments, logged
-from tests.support.tokenizers import byte_tokenizer
+from tests.support.tokenizers import byte_tokenizer, started_tokenizer
 
 
 @pytest.fixture
@@ -83,6 +83,15 @@ def test_gpt2_in_and_out_again(source, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["text"]
     assert main(command) == 2
     assert f"--out={tmp_path / 'out'} exists; give" in capsys.readouterr().err
+
+
+def test_gpt2_with_a_start_of_its_own(source, tmp_path):
+    started_tokenizer().save(source / "tokenizer.json")
+    assert imported(source, tmp_path / "run") == 0
+    folders = [f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'out'}"]
+    assert main(["export", "--kind=gpt2", *folders]) == 0
+    exported = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (exported["bos_token_id"], exported["eos_token_id"]) == (257, 256)
 
 
 @needs_extra("interop", "transformers")
