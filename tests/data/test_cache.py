@@ -68,7 +68,15 @@ def warm(tmp_path_factory):
 def here(warm, tmp_path):
     """A copy of it to spoil, and what it holds."""
     source, content = warm
-    return shutil.copytree(source, tmp_path / "here"), content
+    folder = copied(source, tmp_path / "here", copy_function=shutil.copy2)
+    assert use(folder) == content
+    return folder, content
+
+
+def copied(source, target, copy_function=shutil.copyfile):
+    """A copy without tasks: a task names the place of its examples, so another place makes it."""
+    ignore = shutil.ignore_patterns("tasks")
+    return shutil.copytree(source, target, ignore=ignore, copy_function=copy_function)
 
 
 def refused(folder, *expected):
@@ -112,16 +120,16 @@ def test_other_files_are_ignored(here):
     assert use(folder) == content
 
 
-def records(folder):
+def records(folder, tasks=1):
     paths = sorted((folder / "cache").rglob(cache.DIGESTS))
-    assert len(paths) == 5  # two token caches, a tokenizer, a corpus, a task
+    assert len(paths) == 4 + tasks  # two token caches, a tokenizer, a corpus, perhaps a task
     return paths
 
 
 def test_a_copy_is_read_once(here, tmp_path, monkeypatch):
     """Its files have other times; so content decides, and the times are recorded."""
     folder, content = here
-    copy = shutil.copytree(folder, tmp_path / "copy", copy_function=shutil.copyfile)
+    copy = copied(folder, tmp_path / "copy")
     assert use(copy) == content
     for path in records(copy):
         for name, known in json.loads(path.read_text()).items():
@@ -133,15 +141,16 @@ def test_a_copy_is_read_once(here, tmp_path, monkeypatch):
 
 def test_a_copy_that_cannot_be_written_is_read_each_time(here, tmp_path, monkeypatch):
     folder, content = here
-    copy = shutil.copytree(folder, tmp_path / "copy", copy_function=shutil.copyfile)
-    before = [path.read_bytes() for path in records(copy)]
+    copy = copied(folder, tmp_path / "copy")
+    copies = records(copy, tasks=0)
+    before = [path.read_bytes() for path in copies]
 
     def fail(path, content):
         raise UserError("read-only")
 
     monkeypatch.setattr(cache.files, "replace", fail)
     assert use(copy) == content and use(copy) == content
-    assert [path.read_bytes() for path in records(copy)] == before
+    assert [path.read_bytes() for path in copies] == before
 
 
 def test_a_cache_from_before_is_sealed_by_its_first_use(here):
