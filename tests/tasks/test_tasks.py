@@ -97,7 +97,10 @@ def test_passages_by_hand():
 
 
 def test_cloze_is_made_once_of_held_out_text(tmp_path):
-    """Of the validation split alone; a corpus without passages is an error."""
+    """Of the validation split alone, and again in a cache that has moved, as it names its place.
+
+    A corpus without passages is an error.
+    """
     words, corpus = ["alpha", "beta", "gamma", "delta"], tmp_path / "text"
     corpus.mkdir()
     for i, word in enumerate(words):
@@ -109,6 +112,10 @@ def test_cloze_is_made_once_of_held_out_text(tmp_path):
     assert [row["word"] in words for row in rows] == [True]
     assert rows[0]["context"].endswith(" here now. This is")
     assert local.prepare("cloze", config) == folder
+    (tmp_path / "cache").rename(tmp_path / "moved")
+    config = dataclasses.replace(config, cache_dir=str(tmp_path / "moved"))
+    moved = local.prepare("cloze", config)
+    assert str(moved / "examples.jsonl") in (moved / "cloze.yaml").read_text()
     for i in range(4):
         (corpus / f"{i}.txt").write_text(f"nothing in {i}")
     with pytest.raises(UserError, match="has no passage to make a cloze task of"):
