@@ -80,9 +80,10 @@ plan() {
   awk -v price=${PRICE:-0} -f $(quote "$repository/experiments/launch/cost.awk")"
 }
 
-# Prints all commands; then runs them, unless this is a dry run.
+# Prints all commands; then runs them, unless this is a dry run. The last one takes the place of the
+# recipe, so that it gets the recipe's signals.
 go() {
-  local i
+  local i last=$((${#commands[@]} - 1))
   for i in "${!commands[@]}"; do
     printf '# %d. %s\n%s\n\n' $((i + 1)) "${titles[i]}" "${commands[i]}"
   done
@@ -91,6 +92,7 @@ go() {
   [[ $dry_run == no ]] || exit 0
   for i in "${!commands[@]}"; do
     printf '\n==> %d. %s\n' $((i + 1)) "${titles[i]}"
+    [[ $i != "$last" ]] || exec bash -euo pipefail -c "${commands[i]}"
     bash -euo pipefail -c "${commands[i]}"
   done
 }

@@ -10,6 +10,7 @@ prose make the same bytes.
 
 import gzip
 import hashlib
+import importlib.util
 import itertools
 import json
 import os
@@ -312,6 +313,9 @@ def download(packages: Path) -> dict[str, Path]:
 def build(folder: Path, packages: Path) -> None:
     if folder.exists():
         raise UserError(f"{folder} exists; remove it, or give another folder")
+    for library in "datasketch", "resiliparse":
+        if not importlib.util.find_spec(library):
+            raise UserError(f"{library} is not installed; pip install 'prmoe_jax[data,text]'")
     texts, debs = prose(), download(packages)
     partial = folder.with_name(f"{folder.name}.partial")
     partial.mkdir(parents=True, exist_ok=True)
@@ -340,7 +344,8 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as packages:
                 build(folder, Path(packages))
     except UserError as error:
-        sys.exit(f"build.py: {error}")
+        print(f"build.py: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import itertools
 import json
 import logging
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -21,7 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from prmoe_jax.bench import memory
-from prmoe_jax.bench.worker import worker
+from prmoe_jax.bench.worker import cores, worker
 from prmoe_jax.config import Config, MeshConfig, ModelConfig, MoeConfig
 from prmoe_jax.config.family import FAMILIES, differing
 from prmoe_jax.errors import UserError
@@ -113,7 +112,7 @@ def bench_decode(
             for dtype in ("float32", "bfloat16"):
                 name = "transformers' GPT-2 as the base", dtype, "one device"
                 theirs[name] = stack.enter_context(
-                    worker("transformers_worker", shape, dtype, os.cpu_count())
+                    worker("transformers_worker", shape, dtype, cores())
                 )
         for batch in batches:
             log.info("batch %d", batch)

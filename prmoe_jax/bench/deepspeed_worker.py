@@ -6,11 +6,11 @@ It reads lines. To 'run' it answers with the seconds of one forward and backward
 
 import argparse
 import contextlib
-import resource
 import sys
 import time
 
 from prmoe_jax.allocator import keep_freed_memory
+from prmoe_jax.bench.worker import peak_bytes
 
 
 def main() -> None:
@@ -25,7 +25,7 @@ def main() -> None:
         run = layer(options.input, options.d_ff)
     for line in sys.stdin:
         if line.strip() == "memory":
-            print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, flush=True)
+            print(peak_bytes(), flush=True)
             continue
         begun = time.perf_counter()
         run()

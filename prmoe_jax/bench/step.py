@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from prmoe_jax.bench import memory
-from prmoe_jax.bench.worker import worker
+from prmoe_jax.bench.worker import cores, worker
 from prmoe_jax.config import Config, MeshConfig
 from prmoe_jax.data.pipeline import Batch
 from prmoe_jax.errors import UserError
@@ -55,16 +55,18 @@ def bench_step(config: Config, repeats: int) -> list[dict]:
 
     The rivals are ours; on CPUs, if torch is installed, a PyTorch model of the same sizes, for
     dense models also compiled by torch.compile; for MoE models, if DeepSpeed is installed, with
-    DeepSpeed's MoE layer.
+    DeepSpeed's MoE layer. PyTorch's step is one of AdamW on the whole batch, and is left out beside
+    another one.
 
     Args:
       config: the experiment; its mesh is not used.
       repeats: number of timed steps.
 
     Returns:
-      One row for each rival: backend, architecture, the sizes, dtype, device, jax, tokens_per_s,
-      median_s, min_s, max_s, peak_bytes (ours as compiled, PyTorch's of its process) and
-      share_of_peak (of the rate of a square product of `PEAK_WIDTH`, measured in the same run).
+      One row for each rival: backend, architecture, the sizes, dtype, optimizer, accumulate,
+      device, jax, tokens_per_s, median_s, min_s, max_s, peak_bytes (ours as compiled, PyTorch's
+      of its process) and share_of_peak (of the rate of a square product of `PEAK_WIDTH`, measured
+      in the same run).
 
     Raises:
       UserError: `repeats` is below 1, or the step can't fit into memory.
@@ -78,8 +80,7 @@ def bench_step(config: Config, repeats: int) -> list[dict]:
         rivals = {"prmoe_jax": compiled_step(config)}
         for name, options in _torch_rivals(config).items():
             shape = json.dumps(dataclasses.asdict(model) | _settings(config))
-            threads = len(os.sched_getaffinity(0))
-            ask = stack.enter_context(worker("torch_step_worker", shape, threads, *options))
+            ask = stack.enter_context(worker("torch_step_worker", shape, cores(), *options))
             rivals[name] = Rival(lambda ask=ask: ask("run"), lambda ask=ask: int(ask("memory")))  # noqa: B023
         rivals["product"] = _product(model.dtype)
         times: dict[str, list[float]] = {name: [] for name in rivals}
@@ -101,6 +102,8 @@ def bench_step(config: Config, repeats: int) -> list[dict]:
                 "length": model.length,
                 "batch_size": config.train.batch_size,
                 "dtype": model.dtype,
+                "optimizer": config.optimizer.kind,
+                "accumulate": config.train.accumulate,
                 "device": jax.devices()[0].device_kind,
                 "jax": jax.__version__,
                 "tokens_per_s": tokens / statistics.median(seconds),
@@ -125,6 +128,13 @@ def _torch_rivals(config: Config) -> dict[str, list[str]]:
 
     if jax.default_backend() != "cpu" or not installed("torch"):
         return {}
+    for name, asked, theirs in (
+        ("optimizer.kind", config.optimizer.kind, "adamw"),
+        ("train.accumulate", config.train.accumulate, 1),
+    ):
+        if asked != theirs:
+            log.info("the PyTorch step has %s=%s, not %s; it is left out", name, theirs, asked)
+            return {}
     try:
         check_gpt2_form(config.model, "the PyTorch model to compare with")
     except UserError as error:
@@ -192,7 +202,7 @@ def table(rows: list[dict]) -> str:
     head = "backend", "tokens/s", "median", "min", "max", "of ours", "peak memory", "of the peak"
     title = (
         "{architecture}; d_model {d_model}, d_ff {d_ff}, vocabulary {vocab_size}, "
-        "{batch_size} x {length} tokens, {dtype}, {device}"
+        "{batch_size} x {length} tokens, accumulate {accumulate}, {optimizer}, {dtype}, {device}"
     )
     blocks = []
     for name, some in itertools.groupby(rows, lambda row: title.format(**row)):

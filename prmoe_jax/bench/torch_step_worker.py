@@ -10,12 +10,12 @@ import argparse
 import contextlib
 import json
 import os
-import resource
 import socket
 import sys
 import time
 
 from prmoe_jax.allocator import keep_freed_memory
+from prmoe_jax.bench.worker import peak_bytes
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
         step = train_step(options.shape, options.threads, options.compile)
     for line in sys.stdin:
         if line.strip() == "memory":
-            print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, flush=True)
+            print(peak_bytes(), flush=True)
             continue
         begun = time.perf_counter()
         with contextlib.redirect_stdout(sys.stderr):

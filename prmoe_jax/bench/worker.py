@@ -1,9 +1,13 @@
 """Runs a rival in its own process, which reads lines and answers each with one line."""
 
 import contextlib
+import os
+import re
+import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from prmoe_jax.errors import UserError
 
@@ -33,3 +37,19 @@ def worker(module: str, *arguments) -> Iterator[Callable[[str], float]]:
     finally:
         process.kill()
         process.wait()
+
+
+def cores() -> int:
+    """The number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has had.
+
+    On Linux that is not `ru_maxrss`, which begins with the peak of the process that started it.
+    """
+    status = Path("/proc/self/status")
+    if status.exists() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
+        return int(found[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes, on macOS

@@ -35,8 +35,8 @@ ROUNDS = 3  # of measuring devices that seem slow
 # below the other shares; square products and plain copies reach more on a sound device.
 SLOW, SHEET, LINK_SHEET = 0.8, 0.5, 0.2
 # The largest difference between devices that compute the same product, as a share of its largest
-# number. They may use other kernels.
-DIFFERENCE = 3e-2
+# number. They may use other kernels. Processes compare the sums of so many parts of it.
+DIFFERENCE, PARTS = 3e-2, 64
 UNITS = {"matmul_bfloat16": "FLOP", "matmul_float32": "FLOP", "memory": "B"}
 NAMES = {
     "matmul_bfloat16": "product in bfloat16",
@@ -53,10 +53,11 @@ class Probe(NamedTuple):
 
 
 def check() -> Part:
-    """Measures each device of each process, and collectives between all of them."""
+    """Measures each device of each process, and collectives between those of a host and all."""
     devices = jax.local_devices()
-    host = f"{socket.gethostname()} (process {jax.process_index()})"
-    local, differing = measure(devices)
+    names = processes.gathered(socket.gethostname())
+    host = f"{names[jax.process_index()]} (process {jax.process_index()})"
+    local, sums = measure(devices)
     every = _gather(host, local)
     for _ in range(ROUNDS - 1):
         suspects = {name for kind in UNITS for name in _slow(every, kind)}
@@ -70,13 +71,18 @@ def check() -> Part:
                 local[number] = better
         every = _gather(host, local)
     findings = [_judge(every, kind, devices[0].device_kind) for kind in UNITS]
-    if len(devices) > 1:
-        findings.append(_same_numbers(differing))
+    if jax.device_count() > 1:
+        findings.append(_same_numbers(sums))
     numbers = {"devices": [{"host": h, "device": d, **rates} for (h, d), rates in every.items()]}
-    for name, members in _groups().items():
-        found, wrong = collectives(members)
-        numbers[name] = found
-        findings += _judge_collectives(name, found, wrong, members)
+    groups = _groups(names)
+    measured = {name: collectives(members) for name, members in groups.items()}
+    everywhere = processes.gathered({name: rates for name, (rates, _) in measured.items()})
+    for name, members in groups.items():
+        found = [everywhere[process][name] for process in {d.process_index for d in members}]
+        numbers[name] = {kind: min(rates[kind] for rates in found) for kind in found[0]}
+        hosts = len({names[device.process_index] for device in members})
+        wrong = measured[name][1]
+        findings += _judge_collectives(name, numbers[name], wrong, members, hosts)
     return Part(findings, numbers)
 
 
@@ -90,12 +96,14 @@ def _slow(every: dict, kind: str) -> dict[tuple[str, int], float]:
     return slow({name: rates[kind] for name, rates in every.items()}, SLOW)
 
 
-def measure(devices: list) -> tuple[dict[int, dict[str, float]], list[int]]:
-    """Rates of each device, in FLOP/s and bytes/s, and the devices whose products differ.
+def measure(
+    devices: list,
+) -> tuple[dict[int, dict[str, float]], dict[str, dict[int, np.ndarray]]]:
+    """Rates of each device, in FLOP/s and bytes/s, and what its products sum to.
 
     Returns:
-      Device number -> rates by the names in `UNITS`; the numbers of the devices whose product is
-      not that of the first one.
+      Device number -> rates by the names in `UNITS`; name of a product -> device number -> the
+      sums of the product's rows.
     """
     best, sums = {}, {}
     for kind in UNITS:
@@ -111,14 +119,7 @@ def measure(devices: list) -> tuple[dict[int, dict[str, float]], list[int]]:
                 reached = probe.amount / probe.turn()
                 rates = best.setdefault(number, {})
                 rates[kind] = max(reached, rates.get(kind, 0.0))
-    first = devices[0].id
-    differing = {
-        number
-        for found in sums.values()
-        for number, total in found.items()
-        if not np.abs(total - found[first]).max() <= DIFFERENCE * np.abs(found[first]).max()
-    }
-    return best, sorted(differing)
+    return best, sums
 
 
 def _product(device: jax.Device, dtype: str) -> tuple[Probe, np.ndarray]:
@@ -196,17 +197,40 @@ def _judge(every: dict, kind: str, device_kind: str) -> Finding:
     return Finding(name, OK, line)
 
 
-def _same_numbers(differing: list[int]) -> Finding:
-    if not differing:
+def _same_numbers(sums: dict[str, dict[int, np.ndarray]]) -> Finding:
+    """Compares a process's devices, and the first one of each process with that of process 0."""
+    first = jax.local_devices()[0].id
+    differing = sorted(
+        {
+            number
+            for found in sums.values()
+            for number, total in found.items()
+            if _differ(total, found[first])
+        }
+    )
+    parts = {kind: found[first].reshape(PARTS, -1).sum(1).tolist() for kind, found in sums.items()}
+    theirs = processes.gathered(parts)[0]
+    if differing:
+        line = f"devices {', '.join(map(str, differing))} do not compute what device {first} does"
+    elif any(_differ(np.array(parts[kind]), np.array(theirs[kind])) for kind in parts):
+        line = f"device {first} does not compute what the first one of process 0 does"
+    else:
         return Finding("same product", OK, "all devices compute the same numbers")
-    listed = ", ".join(map(str, differing))
-    line = f"devices {listed} do not compute what device {jax.local_devices()[0].id} does"
     return Finding("same product", FAIL, line, "leave these devices out, or replace the host")
 
 
-def _groups() -> dict[str, list]:
-    """The devices that communicate: those of a host, and all of them."""
-    local, every = jax.local_devices(), jax.devices()
+def _differ(x: np.ndarray, y: np.ndarray) -> bool:
+    return not np.abs(x - y).max() <= DIFFERENCE * np.abs(y).max()  # NaN differs
+
+
+def _groups(names: list[str]) -> dict[str, list]:
+    """The devices that communicate: those of this host, and all of them.
+
+    Args:
+      names: each process's host.
+    """
+    here, every = names[jax.process_index()], jax.devices()
+    local = [device for device in every if names[device.process_index] == here]
     groups = {"collectives": local} if len(local) > 1 else {}
     return groups | ({"collectives of all hosts": every} if len(every) > len(local) else {})
 
@@ -264,7 +288,9 @@ def _number(device, row):
     return (31 * device + 17 * row) % 1009
 
 
-def _judge_collectives(name: str, rates: dict, wrong: list[str], devices: list) -> list[Finding]:
+def _judge_collectives(
+    name: str, rates: dict, wrong: list[str], devices: list, hosts: int
+) -> list[Finding]:
     if wrong:
         fix = "run nothing over several devices here; report it with the versions above"
         return [Finding(name, FAIL, f"wrong results: {', '.join(wrong)}", fix)]
@@ -275,8 +301,7 @@ def _judge_collectives(name: str, rates: dict, wrong: list[str], devices: list) 
     if not chip:
         return [Finding(name, OK, f"{line}; no data sheet of {devices[0].device_kind}")]
     slices = {getattr(device, "slice_index", 0) for device in devices}
-    gpus_of_hosts = chip.platform == "gpu" and len({d.process_index for d in devices}) > 1
-    across = gpus_of_hosts or (chip.platform == "tpu" and len(slices) > 1)
+    across = hosts > 1 if chip.platform == "gpu" else len(slices) > 1
     link = chip.network_bytes_per_s if across else chip.link_bytes_per_s
     line += f"; one {'network' if across else 'link'} has {rate(link, 'B')} by the data sheet"
     if rates["all_reduce"] >= LINK_SHEET * link:

@@ -1,6 +1,7 @@
 """What a sweep's folder defines in its sweep.py: runs, and constants."""
 
 import ast
+import contextlib
 import dataclasses
 import math
 import re
@@ -83,19 +84,21 @@ def _assigned(path: Path) -> dict[str, object]:
     """The values of the constants that a file defines, by their names in lower case."""
     with userfile.mistakes(path, str(path)):
         tree = ast.parse(path.read_bytes(), str(path))
-    found = {}
+    plain = {}  # the values of assignments, by their targets
     for node in tree.body:
-        if not (isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)):
-            continue
-        name = node.targets[0].id
-        if name in NAMES:
-            try:
-                found[name.lower()] = ast.literal_eval(node.value)
-            except ValueError:
+        if isinstance(node, (ast.Assign, ast.AnnAssign)):
+            target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
+            with contextlib.suppress(ValueError):
+                plain[target] = ast.literal_eval(node.value)
+    found = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.id in NAMES:
+            if node not in plain:
                 raise UserError(
-                    f"{path}, line {node.lineno}: {name} must be a plain value, such as 0.02 or "
+                    f"{path}, line {node.lineno}: {node.id} must be a plain value, such as 0.02 or "
                     "True, since a report reads the file without running it"
-                ) from None
+                )
+            found[node.id.lower()] = plain[node]
     return found
 
 

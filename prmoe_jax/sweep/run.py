@@ -67,7 +67,7 @@ def sweep(folder: Path, root: Path, shard: tuple[int, int] = (1, 1)) -> list[dic
       folder: the folder of sweep.py.
       root: the parent of the runs' folders, local or in an object store.
       shard: (i, n) trains only the i-th, the (n + i)-th, … run, so that n processes can share a
-        sweep. A run that goes on from another one is in that one's share.
+        sweep. A run that goes on from another one or learns from it is in that one's share.
 
     Returns:
       All records of the sweep's runs, in the sweep's order; see `record`.
@@ -80,24 +80,26 @@ def sweep(folder: Path, root: Path, shard: tuple[int, int] = (1, 1)) -> list[dic
     number, count = shard
     if not 1 <= number <= count:
         raise UserError(f"--shard={number}/{count} must be I/N, with I from 1 to N")
-    mine = _share(runs, number, count)
+    needs = _needs(runs, root)
+    mine = _share(needs, number, count)
     rows = records.read(folder)
     _check_text(folder, rows, runs)
     if others := len(rows) - len(_recorded(rows, runs)):
         log.info("%s: keeps %d records of other runs or settings", folder / records.RESULTS, others)
-    if len(_recorded(rows, mine)) < len(mine):
+    if len(_recorded(rows, {name: runs[name] for name in mine})) < len(mine):
         _prepare(folder, root)
     failed: list[str] = []
-    shown = {name: (root / name, run.config) for name, run in mine.items()}
+    shown = {name: (root / name, runs[name].config) for name in mine}
     with SweepProgress(shown) as progress:
-        for name, run in mine.items():
+        for name in mine:
             try:
-                if run.trunk in failed:
-                    raise UserError(f"it goes on from {run.trunk}, which failed")
-                state = _done(folder, name, runs, root, progress)
+                for needed in needs[name]:
+                    if needed in failed:
+                        raise UserError(f"it needs {needed}, which failed")
+                state = _done(folder, name, runs, needs, root, progress)
                 if not constants.keep_checkpoints:
-                    for one in filter(None, (name, run.trunk)):
-                        _discard_checkpoints(one, runs, records.read(folder), root)
+                    for one in (name, *needs[name]):
+                        _discard_checkpoints(one, runs, needs, records.read(folder), root)
             except (UserError, OSError) as error:
                 failed.append(name)
                 state = _one_line(error)
@@ -122,17 +124,39 @@ def _check_text(folder: Path, rows: list[dict], runs: dict[str, Run]) -> None:
                 )
 
 
-def _share(runs: dict[str, Run], number: int, count: int) -> dict[str, Run]:
-    """The `number`-th of `count` shares; a trunk and all runs that go on from it count as one."""
-    first: dict[str, str] = {}  # the trunk of a run's trunk and so on
-    for name, run in runs.items():
-        first[name] = first[run.trunk] if run.trunk else name
+def _needs(runs: dict[str, Run], root: Path) -> dict[str, list[str]]:
+    """For each run, those of the sweep that it needs: its trunk, its start and its teacher."""
+
+    def place(folder: Path) -> Path:
+        return folder.resolve() if stores.is_local(folder) else folder
+
+    names = {place(root / name): name for name in runs}
+    needs = {}
+    for name, (config, trunk) in runs.items():
+        read = filter(None, (config.init.workdir, config.teacher.workdir))
+        found = [trunk, *(names.get(place(stores.as_path(folder))) for folder in read)]
+        needs[name] = [other for other in dict.fromkeys(found) if other not in (None, name)]
+    return needs
+
+
+def _share(needs: dict[str, list[str]], number: int, count: int) -> list[str]:
+    """The runs of the `number`-th of `count` shares; those that need one another count as one."""
+    first = {name: name for name in needs}  # one run of those that belong together
+    for name, others in needs.items():
+        for other in others:
+            old, new = first[name], first[other]
+            first = {one: new if of == old else of for one, of in first.items()}
     mine = set(list(dict.fromkeys(first.values()))[number - 1 :: count])
-    return {name: run for name, run in runs.items() if first[name] in mine}
+    return [name for name in needs if first[name] in mine]
 
 
 def _done(
-    folder: Path, name: str, runs: dict[str, Run], root: Path, progress: SweepProgress
+    folder: Path,
+    name: str,
+    runs: dict[str, Run],
+    needs: dict[str, list[str]],
+    root: Path,
+    progress: SweepProgress,
 ) -> str:
     """Trains and records a run and returns 'finished', or 'recorded' if there is a record already.
 
@@ -143,6 +167,12 @@ def _done(
     (config, trunk), workdir = runs[name], root / name
     if _recorded(records.read(folder), {name: runs[name]}):
         return "recorded"
+    for other in needs[name]:
+        if other != trunk and not _finished(runs[other].config, root / other):
+            raise UserError(
+                f"it needs {other}, which is not finished in {root / other}; the same command "
+                f"goes on with {name} once it is"
+            )
     given = config if trunk is None else branch(config, runs[trunk].config, root / trunk)
     begun = (workdir / workdirs.CONFIG).exists()
     if begun:
@@ -163,8 +193,10 @@ def _checkpoint(workdir: Path, step: int) -> Path:
     return workdir / "checkpoints" / str(step)
 
 
-def _discard_checkpoints(name: str, runs: dict[str, Run], rows: list[dict], root: Path) -> None:
-    """Deletes the checkpoints of a recorded run that no run of the sweep will go on from.
+def _discard_checkpoints(
+    name: str, runs: dict[str, Run], needs: dict[str, list[str]], rows: list[dict], root: Path
+) -> None:
+    """Deletes the checkpoints of a recorded run that no run of the sweep will need.
 
     Of a run that none goes on from, the checkpoint at which its decay starts stays, so that a
     longer one can be added to the sweep.
@@ -182,7 +214,8 @@ def _discard_checkpoints(name: str, runs: dict[str, Run], rows: list[dict], root
     }
     if not branches:
         needed.add(config.decay_start or 0)
-    if name not in done:
+    learners = {other for other in needs if name in needs[other]} - branches.keys()
+    if name not in done or not learners <= done:
         return
     for path in (root / name / "checkpoints").glob("*"):
         if path.is_dir() and path.name not in map(str, needed):

@@ -9,6 +9,7 @@ import pytest
 
 from configs import tiny
 from prmoe_jax.bench import moe
+from prmoe_jax.bench.worker import peak_bytes
 from prmoe_jax.cli import main
 from tests.support.extras import needs_extra
 from tests.support.lines import only_line
@@ -202,7 +203,8 @@ def test_step(capsys, monkeypatch):
     assert 0 < row["share_of_peak"] < 1
     assert main(bench_step("2 layers")) == 0
     head, columns, line = capsys.readouterr().out.splitlines()
-    assert head.startswith("2 layers; d_model 16, d_ff 24, vocabulary 384, 4 x 32 tokens, float32")
+    sizes = "d_model 16, d_ff 24, vocabulary 384, 4 x 32 tokens, accumulate 1"
+    assert head.startswith(f"2 layers; {sizes}, adamw, float32")
     assert columns.split()[:2] == ["backend", "tokens/s"] and line.split()[0] == "prmoe_jax"
     assert main(bench_step("2 layers", "--repeats=0")) == 2
     assert "--repeats=0 must be 1 or more" in capsys.readouterr().err
@@ -218,3 +220,28 @@ def test_step_beside_pytorch(text, rival, capsys):
     rows = {row["backend"]: row for row in json.loads(capsys.readouterr().out)}
     assert {"prmoe_jax", rival} <= rows.keys()
     assert rows[rival]["median_s"] > 0 and rows[rival]["peak_bytes"] > 10**7
+
+
+@pytest.mark.parametrize(
+    ("setting", "reason"),
+    [
+        ("optimizer.kind=muon", "the PyTorch step has optimizer.kind=adamw, not muon; it is left"),
+        ("train.accumulate=2", "the PyTorch step has train.accumulate=1, not 2; it is left out"),
+    ],
+)
+def test_a_step_unlike_pytorchs_is_timed_alone(setting, reason, monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    assert main(bench_step("2 layers", f"--config.{setting}", "--json")) == 0
+    out, err = capsys.readouterr()
+    (row,) = json.loads(out)
+    name, _, value = setting.rpartition(".")[2].partition("=")
+    assert str(row["optimizer" if name == "kind" else name]) == value
+    assert reason in err
+
+
+def test_the_peak_memory_of_a_process_is_its_own():
+    """Not that of the process that started it."""
+    held = np.ones(2**26)  # 0.5 GB
+    code = "from prmoe_jax.bench.worker import peak_bytes; print(peak_bytes())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert 2**20 < int(done.stdout) < held.nbytes < peak_bytes()

@@ -244,6 +244,10 @@ def test_a_models_runs_of_all_lengths_are_one_curve():
             "a = 1\nMARGIN = a / 50",
             "line 2: MARGIN must be a plain value, such as 0.02 or True",
         ),
+        ("MARGIN: float = 0", "MARGIN is 0; it must be nats above 0, such as 0.02"),
+        ("MARGIN: float", "line 1: MARGIN must be a plain value"),
+        ("MARGIN, LADDER = 0.02, True", "line 1: MARGIN must be a plain value"),
+        ("if True:\n    LADDER = True", "line 2: LADDER must be a plain value"),
         ("MARGIN =", "sweep.py fails: SyntaxError: invalid syntax"),
     ],
 )

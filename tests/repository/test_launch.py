@@ -280,16 +280,36 @@ def test_a_sweep_on_a_gpu_stops_in_time_and_tells_failures(tools):
     assert launch(tools, SWEEP, "experiments/a", RUNS="2").returncode == 1
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_sweep_on_a_gpu_that_is_stopped_stops_its_runs(number, tools):
+    """Each run has seconds to save itself, also if only the recipe gets the signal."""
+    does = f"trap 'touch {tools}/saved-$$; exit 0' INT; touch {tools}/begun-$$; sleep 60 & wait"
+    (tools / "prmoe.does").write_text(does)
+    process = subprocess.Popen(
+        ["bash", LAUNCH / SWEEP, "experiments/a"],
+        env={"PATH": f"{tools}:/usr/bin:/bin", "RUNS": "2"},
+    )
+    while len(list(tools.glob("begun-*"))) < 2:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(number)
+    process.wait(30)
+    assert len(list(tools.glob("saved-*"))) == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "variables", "message"),
     [
         ([], {}, "the sweep is missing: bash gpu_sweep.sh [--dry-run] experiments/multiplier"),
         (["a"], {}, "nvidia-smi names no GPU; give RUNS=4 or the like"),
         (["a"], {"RUNS": "0"}, "RUNS=0 must be a number from 1 to 99"),
-        (["a"], {"RUNS": "2", "MINUTES": "ten"}, "MINUTES=ten must be a number"),
+        (["a"], {"RUNS": "2", "MINUTES": "ten"}, "MINUTES=ten must be a number above 0"),
+        (["a"], {"RUNS": "2", "MINUTES": "0.0"}, "MINUTES=0.0 must be a number above 0"),
     ],
 )
-def test_a_sweep_on_a_gpu_that_cannot_start(arguments, variables, message, tools):
+@pytest.mark.parametrize("driver", ["exit 9", ""])
+def test_a_sweep_on_a_gpu_that_cannot_start(driver, arguments, variables, message, tools):
+    (tools / "nvidia-smi.does").write_text(driver)
     done = launch(tools, SWEEP, *arguments, **variables)
     assert (done.returncode, done.stdout) == (2, "")
     assert message in done.stderr and done.stderr.count("\n") == 1

@@ -14,6 +14,7 @@ from prmoe_jax.config import DataConfig
 from prmoe_jax.data.corpora import open_corpus
 from prmoe_jax.errors import UserError
 from tests.support.extras import needs_extra
+from tests.support.lines import only_line
 from tests.support.paths import REPOSITORY
 
 needs_html = needs_extra("text", "resiliparse")
@@ -251,6 +252,17 @@ def test_versions_of_a_package(build, tmp_path, monkeypatch):
     (tmp_path / "dict-x_2_all.deb").touch()
     with pytest.raises(UserError, match="has 2 versions of dict-x; keep one"):
         build.download(tmp_path)
+
+
+def test_without_the_extra_nothing_is_downloaded(build, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(build, "download", pytest.fail)
+    monkeypatch.setattr(build.sys, "argv", ["build.py", str(tmp_path / "text"), str(tmp_path)])
+    with pytest.raises(SystemExit) as end:
+        build.main()
+    line = "build.py: datasketch is not installed; pip install 'prmoe_jax[data,text]'"
+    assert (end.value.code, only_line(capsys.readouterr().err)) == (2, line)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_packages_that_are_not_there(build, tmp_path, monkeypatch):

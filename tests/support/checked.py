@@ -104,6 +104,19 @@ def miscalculating_device() -> None:
     _wrapped(rates, "_product", make)
 
 
+def miscalculating_process_1() -> None:
+    """All products of the second process are off by a tenth."""
+
+    def make(product):
+        def faulty(device, dtype):
+            probe, total = product(device, dtype)
+            return probe, total * (1.1 if jax.process_index() == 1 else 1)
+
+        return faulty
+
+    _wrapped(rates, "_product", make)
+
+
 def losing_all_to_all() -> None:
     """Rows stay where they are."""
     jax.lax.all_to_all = lambda x, *_, **__: x

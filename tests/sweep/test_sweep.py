@@ -197,7 +197,7 @@ def runs():
     assert main(sweep(folder, "--shard=1/2")) == 1
     assert [name for name, *_ in trained] == ["20/0", "20/2"]
     err = capsys.readouterr().err
-    assert "40/2: it goes on from 20/2, which failed" in err
+    assert "40/2: it needs 20/2, which failed" in err
     assert "4 of 4 runs failed: 20/0, 20/2, 40/0, 40/2;" in err
     # A trunk that is recorded, but whose checkpoint is gone.
     rows = [run.record("20/1", resolve(given[20]), finished_run(folder, "20/1", given[20]))]
@@ -209,6 +209,54 @@ def runs():
     trained.clear()
     assert main(sweep(folder, "--shard=2/2")) == 1
     assert trained == [("40/1", str(folder / "runs" / "20" / "1"), 16)]
+
+
+def test_students_wait_for_their_teacher(text, tmp_path, monkeypatch, capsys):
+    """They are in its share, need all of it, and keep its checkpoints until they are recorded."""
+    given = {}
+    for seed in "01":
+        given[f"teacher/{seed}"] = settings(text)
+    for seed in "01":
+        where = {"teacher.workdir": tmp_path / "sweep" / "runs" / "teacher" / seed}
+        given[f"student/{seed}"] = settings(text, **where)
+    folder = write(tmp_path / "sweep", given)
+    (folder / "sweep.py").write_text(f"KEEP_CHECKPOINTS = False\n{FILE}")
+    trained = []
+
+    def train(name, config, workdir, progress):
+        trained.append(name)
+        if name == "teacher/0":
+            raise OSError("it is gone")
+        finished_run(folder, name, given[name])
+        (workdir / "checkpoints" / "9").mkdir(parents=True)
+
+    monkeypatch.setattr(run, "_train", train)
+    assert main(sweep(folder, "--shard=1/2")) == 1
+    assert trained == ["teacher/0"]
+    assert "student/0: it needs teacher/0, which failed" in capsys.readouterr().err
+    kept = []
+    discard = run._discard_checkpoints
+
+    def look(name, *rest):
+        discard(name, *rest)
+        kept.append((name, os.listdir(folder / "runs" / "teacher" / "1" / "checkpoints")))
+
+    monkeypatch.setattr(run, "_discard_checkpoints", look)
+    assert main(sweep(folder, "--shard=2/2")) == 0
+    assert kept == [("teacher/1", ["9"]), ("student/1", ["9"]), ("teacher/1", [])]
+    capsys.readouterr()
+
+    # A record of the teacher is not the teacher, nor is a part of it.
+    rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    put_rows(folder, *(row for row in rows if row["run"] == "teacher/1"))
+    metrics = folder / "runs" / "teacher" / "1" / "metrics.jsonl"
+    whole = metrics.read_text()
+    for content in ("", "".join(whole.splitlines(keepends=True)[:-1])):
+        metrics.write_text(content)
+        assert main(sweep(folder, "--shard=2/2")) == 1
+        assert "student/1: it needs teacher/1, which is not finished" in capsys.readouterr().err
+    metrics.write_text(whole)
+    assert main(sweep(folder, "--shard=2/2")) == 0
 
 
 A_RUN = "{'train': {'steps': %s}, 'optimizer': {'schedule': 'wsd'}}"
@@ -696,3 +744,12 @@ def test_committed_sweeps(path):
     results = path.with_name("results.jsonl")
     for row in map(json.loads, results.read_text().splitlines() if results.exists() else []):
         assert row["run"] in runs
+
+
+def test_the_claims_share_their_runs():
+    """Their README gives all of them one folder, in which a name is one run."""
+    found = {}
+    for path in sorted((REPOSITORY / "experiments/claims").glob("*/sweep.py")):
+        for name, (config, _) in run.planned(path.parent).runs.items():
+            assert found.setdefault(name, config) == config, name
+    assert len(found) > 60

@@ -1,6 +1,6 @@
 """Is PR-MoE as good as a MoE of 1.5 times its parameters, and what do its students keep?
 
-PR-MoE computes 1.17 times as much for each token as the MoE; `pyramid` is PR-MoE without its
+PR-MoE computes 1.17 times as much for each token as the MoE; `no_residual` is PR-MoE without its
 residual MLPs. The students have an eighth less depth, and each seed has a teacher of its own.
 
     prmoe sweep experiments/claims/prmoe --workdir=runs/claims
@@ -14,7 +14,7 @@ MARGIN = 0.01
 VARYING = ("teacher.workdir",)
 CONTRASTS = (
     ("prmoe", "moe"),
-    ("pyramid", "moe"),
+    ("no_residual", "moe"),
     ("moe", "dense"),
     ("staged", "prmoe"),
     ("staged", "student"),
@@ -29,7 +29,7 @@ TAUGHT = STUDENT | {"teacher.workdir": "runs/claims/prmoe/{seed}", "kd.stop": 0.
 ARMS = {
     "prmoe": ("E64", PRMOE),
     "moe": ("E64", {}),
-    "pyramid": ("E64", PYRAMID),
+    "no_residual": ("E64", PYRAMID),
     "dense": ("dense_64", {}),
     "student": ("E64", STUDENT),
     "student_longer": ("E64", STUDENT | {"train.steps": 2 * MULTIPLIER["STEPS"]["6M"]}),
