@@ -52,6 +52,11 @@ except UserError as error:
 
 
 def get_config(name: str = "prmoe"):
+    if name not in ARCHITECTURES and "layers" not in name:
+        known = ", ".join(ARCHITECTURES)
+        raise UserError(
+            f"configs/prose.py has no '{name}'; use {known}, or a string such as '6 layers, E=8'"
+        )
     architecture = ARCHITECTURES.get(name, name)
     config = runpy.run_path(str(HERE / "tiny.py"))["get_config"](architecture)
     # A run of minutes sees a million tokens, too few for more parameters to help one 128 wide.

@@ -39,6 +39,8 @@ def run(options, rest) -> None:
     for name in ("teacher", "corpus"):
         if tasks and getattr(options, name):
             raise UserError(f"--{name} is for the validation split; leave it or --tasks out")
+    if tasks and options.distributed:
+        raise UserError("--tasks runs in one process; leave --distributed out")
     if tasks:
         from prmoe_jax.tasks.harness import evaluate_tasks
 

@@ -17,7 +17,9 @@ def add(verb) -> None:
     )
     sub.add_argument("--tokens", type=int, default=100, help="at most this many (default: 100)")
     sub.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default: 0.8)")
-    sub.add_argument("--top-k", type=int, default=0, help="draw from the K likeliest only")
+    sub.add_argument(
+        "--top-k", type=int, default=0, help="draw from the K likeliest only, and others as likely"
+    )
     sub.add_argument(
         "--top-p", type=float, default=1.0, help="draw from the P likeliest share only"
     )

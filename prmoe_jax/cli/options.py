@@ -93,6 +93,10 @@ def _load_settings(path: Path, name: str):
     if not path.is_file():
         raise UserError(f"--config={path} is not a file; for example configs/tiny.py:prmoe")
     if path.suffix == ".json":  # of a run
+        if name:
+            raise UserError(
+                f"--config={path}:{name}: a run's config.json has no names; give it alone"
+            )
         import dataclasses
 
         from prmoe_jax.config import load

@@ -2,7 +2,7 @@
 
 import json
 
-from prmoe_jax.cli.options import compile_only, local_path, parse_config
+from prmoe_jax.cli.options import compile_only, filled, local_path, parse_config
 from prmoe_jax.errors import UserError
 
 
@@ -19,7 +19,10 @@ def add(verb) -> None:
         help="instead of training, the next token of so many sequences of full context",
     )
     sub.add_argument(
-        "--teacher", metavar="FILE:NAME", help="the teacher's config; plans a step of distillation"
+        "--teacher",
+        type=filled,
+        metavar="FILE:NAME",
+        help="the teacher's config; plans a step of distillation",
     )
     sub.add_argument(
         "--load",

@@ -344,6 +344,13 @@ def check_same_routing(config: Config, source: Config, whose: str) -> None:
     for name in ("scores", "routed_scale"):
         ours, theirs = getattr(config.moe, name), getattr(source.moe, name)
         require(ours == theirs, f"moe.{name}={ours}, {whose} has {theirs}; use the same")
+    ours, theirs = config.model.normalizes, source.model.normalizes
+    require(
+        ours == theirs,
+        f"model.normalize_top_k={config.model.form.normalize_top_k}: the weights of a token's "
+        f"experts {'add' if ours else 'do not add'} up to 1, those of {whose} "
+        f"{'do' if theirs else 'do not'}; use {'always' if theirs else 'never'}",
+    )
     rate = source.moe.bias_update_rate
     require(
         config.moe.bias_update_rate > 0 or rate == 0,

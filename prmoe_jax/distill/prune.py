@@ -9,6 +9,7 @@ import heapq
 import itertools
 import logging
 import math
+import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -336,8 +337,8 @@ def prune_run(
         check_free("out", out)
     if not (isinstance(budget, tuple) or 0 < budget < 1):
         raise UserError(f"--keep={budget} must be between 0 and 1, exclusive; 0.5 keeps half")
-    if batches < 1:
-        raise UserError(f"--batches={batches} must be 1 or more")
+    if not 1 <= batches <= sys.maxsize:
+        raise UserError(f"--batches={batches} must be from 1 to {sys.maxsize}")
     workdir = stores.as_path(workdir)
     config, step, model, _ = restore_run(workdir, jax.local_devices()[:1])
     if not any(config.model.schedule.experts):

@@ -93,7 +93,8 @@ def layer_map(teacher: ModelConfig, student: ModelConfig, chosen: str = "") -> l
 
 
 def _chosen_layers(have: Sequence[int], want: Sequence[int], chosen: str) -> list[int]:
-    layers = [int(word) for word in chosen.split() if word.isdecimal()]
+    words = chosen.split()
+    layers = [int(word) if word.isdecimal() else len(have) for word in words]
     if len(layers) != len(want) or any(layer >= len(have) for layer in layers):
         raise UserError(
             f"teacher.layers='{chosen}' must be {len(want)} of the teacher's layers, 0 to "

@@ -49,6 +49,7 @@ class Sampling:
     """
 
     temperature: float = 0.8  # below COLDEST, such as 0, takes the likeliest token
+    # Tokens that are as likely as the last one that stays also stay.
     top_k: int = 0  # draws from this many likeliest tokens; 0 is all
     top_p: float = 1.0  # draws from the fewest tokens that have this total probability
 

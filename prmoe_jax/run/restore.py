@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from prmoe_jax import stores
 from prmoe_jax.config import Config, MeshConfig, load
 from prmoe_jax.errors import UserError
+from prmoe_jax.model.attention_kernels import resolve_attention
 from prmoe_jax.model.backends import check_backends
 from prmoe_jax.model.transformer import Transformer
 from prmoe_jax.parallel.mesh import axis_sizes, choose_mesh, make_mesh, on_slices
@@ -39,7 +40,7 @@ def restore_run(
       UserError: the folder holds no run or no readable checkpoint, or the layout doesn't fit.
     """
     workdir = stores.as_path(workdir)
-    config = load(workdir / workdirs.CONFIG)
+    config = _with_attention(load(workdir / workdirs.CONFIG))
     anywhere = replace(config, moe=replace(config.moe, exchange="auto"))
     count = len(jax.devices() if devices is None else devices)
     if layout:
@@ -71,9 +72,19 @@ def restore_model(
       The checkpoint's step, and the model.
 
     Raises:
-      UserError: there is no such checkpoint, it cannot be read, or the config names a kernel that
-        cannot run here.
+      UserError: there is no such checkpoint, or it cannot be read.
     """
+    config = _with_attention(config)
     check_backends(config, jax.default_backend(), mesh)
     with contextlib.closing(Checkpoints(workdir)) as checkpoints:
         return checkpoints.restore_model(config, mesh, step)
+
+
+def _with_attention(config: Config) -> Config:
+    """The config with attention that can run here, where it names a kernel of other devices."""
+    try:
+        resolve_attention(config.model, jax.default_backend())
+    except UserError as error:
+        log.info("%s: done so here", error)
+        return replace(config, model=replace(config.model, attention="auto"))
+    return config

@@ -35,6 +35,7 @@ from prmoe_jax.tasks.score import Scorer
 
 log = logging.getLogger(__name__)
 
+BATCH_SIZE = 16
 # The generation_kwargs of a task that `generate_until` uses, by the harness's names.
 KNOWN = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}
 
@@ -43,13 +44,36 @@ KNOWN = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}
 class PrmoeLM(TemplateLM):
     """A run's newest model; every text starts with the end-of-text mark, as in training."""
 
-    def __init__(self, workdir: str, batch_size: int = 16, **ignored):
-        """Restores the run; ignores the harness's other arguments (device, max_batch_size)."""
+    def __init__(
+        self,
+        workdir: str,
+        batch_size: int | str | None = None,
+        max_batch_size=None,
+        device=None,
+        **unknown,
+    ):
+        """Restores the run.
+
+        Args:
+          workdir: the run's folder.
+          batch_size: sequences that are scored at once; 16 for None and the harness's 'auto'.
+          max_batch_size, device: the harness's, without effect.
+
+        Raises:
+          UserError: the batch size is no number above 0, another name is given, or the run cannot
+            be read.
+        """
+        if unknown:
+            raise UserError(f"--model_args: {', '.join(unknown)} is not known; give workdir=DIR")
         super().__init__()
+        automatic = batch_size is None or str(batch_size).startswith("auto")
+        size = BATCH_SIZE if automatic else str(batch_size)
+        if not (size == BATCH_SIZE or (size.isdecimal() and int(size) > 0)):
+            raise UserError(f"batch_size={batch_size} must be a number above 0, or auto")
         self._workdir = stores.as_path(workdir)
-        self._scorer = Scorer.restore(self._workdir, int(batch_size))
+        self._batch_size = int(size)
+        self._scorer = Scorer.restore(self._workdir, self._batch_size)
         self._tokenizer = Tokenizer.load(self._workdir / workdirs.TOKENIZER)
-        self._batch_size = int(batch_size)
 
     @functools.cached_property
     def _generator(self) -> Generator:
@@ -129,7 +153,7 @@ class PrmoeLM(TemplateLM):
 
 
 def evaluate_tasks(
-    workdir: Path, tasks: Sequence[str], limit: int | None = None, batch_size: int = 16
+    workdir: Path, tasks: Sequence[str], limit: int | None = None, batch_size: int = BATCH_SIZE
 ) -> dict[str, dict]:
     """Scores a run in local tasks or tasks of the harness.
 
@@ -141,7 +165,7 @@ def evaluate_tasks(
 
     Returns:
       For each task its metrics, acc_stderr (the standard error of acc), and the number of
-      examples.
+      examples; for each group of tasks its metrics.
 
     Raises:
       UserError: a task is unknown, the folder holds no run, or the run cannot be scored.
@@ -174,10 +198,11 @@ def evaluate_tasks(
     scores = {}
     for task, values in found["results"].items():
         named = {n.removesuffix(",none"): v for n, v in values.items() if isinstance(v, float)}
-        count = found["n-samples"][task]["effective"] if task in found["n-samples"] else 0
-        if "acc" in named and count > 1:
-            named["acc_stderr"] = (named["acc"] * (1 - named["acc"]) / (count - 1)) ** 0.5
-        scores[task] = named | {"examples": count}
+        if task in found["n-samples"]:  # which a group is not
+            named["examples"] = count = found["n-samples"][task]["effective"]
+            if "acc" in named and count > 1:
+                named["acc_stderr"] = (named["acc"] * (1 - named["acc"]) / (count - 1)) ** 0.5
+        scores[task] = named
     return scores
 
 

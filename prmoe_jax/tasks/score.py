@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from prmoe_jax.config import MeshConfig, check_runs_without_limit
+from prmoe_jax.errors import UserError
 from prmoe_jax.model.transformer import Transformer, dropless
 from prmoe_jax.run.restore import restore_run
 
@@ -58,7 +59,15 @@ class Scorer:
         Returns:
           For each pair, in the given order: ln p of the continuation, and whether each of its
           tokens is the likeliest.
+
+        Raises:
+          UserError: a continuation has more tokens than the model's context.
         """
+        if (longest := max(map(len, continuations), default=0)) > self.length:
+            raise UserError(
+                f"a continuation has {longest} tokens, and the run's context {self.length}; leave "
+                "its task out"
+            )
         whole = [a + b for a, b in zip(contexts, continuations, strict=True)]
         order = sorted(range(len(whole)), key=lambda i: -len(whole[i]))
         scores: list[tuple[float, bool]] = [(0.0, True)] * len(whole)

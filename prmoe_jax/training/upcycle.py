@@ -58,10 +58,19 @@ def init_from_run(config: Config, mesh: Mesh, tokenizer: Tokenizer) -> Transform
     check_same_routing(config, settings, "the run to start as")
     _check_choices(settings.model, config)
     check_same(workdir / workdirs.TOKENIZER, tokenizer, f"the run in {workdir}")
-    # Its parameters are read here, and its kernels may be another device's.
+    grows = any(
+        want and not have
+        for have, want in zip(
+            settings.model.schedule.experts, config.model.schedule.experts, strict=True
+        )
+    )
+    if config.init.noise and not grows:
+        raise UserError(
+            f"init.noise={config.init.noise} has no effect: the run to start as has all experts, "
+            "and only new ones get noise; leave it at 0"
+        )
     moe = dataclasses.replace(settings.moe, exchange=config.moe.exchange)
-    model = dataclasses.replace(settings.model, attention="auto")
-    settings = dataclasses.replace(settings, mesh=config.mesh, moe=moe, model=model)
+    settings = dataclasses.replace(settings, mesh=config.mesh, moe=moe)
     with reading_source():
         step, model = restore_model(workdir, settings, mesh)
     log.info("starts as step %d of %s, %s", step, workdir, settings.model.schedule)

@@ -339,6 +339,10 @@ CASES = {
     "workdir in use": (RESUME, "--workdir=run is in use by another run (process 4711);", locked),
     "lock of garbage": (RESUME, "in use by another run (process unknown);", locked_by_garbage),
     "eval nothing": (["eval", "--workdir=no"], "no run in no: config.json is missing"),
+    "a name in a run": (
+        ["params", "--config=run/config.json:moe"],
+        "--config=run/config.json:moe: a run's config.json has no names; give it alone",
+    ),
     "eval a file": (["eval", "--workdir=corpus/0.txt"], "no run in corpus/0.txt: config.json is "),
     "eval no checkpoint": (
         ["eval", "--workdir=run"],

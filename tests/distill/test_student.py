@@ -244,6 +244,7 @@ def test_the_papers_students_are_parts_of_its_teachers(size):
         ("4 layers, E=3+7, residual", {}, "", "has 7 experts, layer 5 of the teacher 5; name"),
         ("4 layers, E=3+5, residual", {}, "0 1 2", "must be 4 of the teacher's layers, 0 to 5"),
         ("4 layers, E=3+5, residual", {}, "0 1 2 9", "must be 4 of the teacher's layers, 0 to 5"),
+        ("4 layers, E=3+5, residual", {}, "0 -1 1 2 5", "must be 4 of the teacher's layers, 0 to"),
         ("4 layers, E=3+5, residual", {}, "0 2 1 5", "layer 1 of the student has 3 experts, layer"),
     ],
 )  # fmt: skip

@@ -1,5 +1,6 @@
 """Scores in tasks: each token's log-probability, whatever is scored beside it."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -17,6 +18,7 @@ from prmoe_jax.run.restore import restore_run
 from prmoe_jax.tasks import choices, cloze, local, score
 from prmoe_jax.tasks.score import Scorer
 from tests.support.extras import needs_extra
+from tests.support.lines import only_line
 from tests.support.models import build
 from tests.support.quick import forward
 from tests.support.runs import arguments
@@ -69,6 +71,24 @@ def test_scores_equal_a_direct_computation(model, bucket, monkeypatch):
         assert ours[0] == pytest.approx(expected[0], rel=1e-5)
         assert ours[1] == expected[1]
     assert found[-1][1] and not all(likeliest for _, likeliest in found)
+
+
+def test_a_continuation_longer_than_the_context_is_refused(model):
+    long = [1] * (model.config.length + 1)
+    Scorer(model, 3)([[1]], [long[1:]])
+    with pytest.raises(
+        UserError, match=f"has {len(long)} tokens, and the run's context {len(long) - 1}"
+    ):
+        Scorer(model, 3)([[1], [1]], [[1], long])
+
+
+def test_tasks_are_of_one_process(run, monkeypatch, capsys):
+    monkeypatch.setattr(
+        "prmoe_jax.parallel.processes.initialize_distributed", contextlib.nullcontext
+    )
+    assert main(["eval", f"--workdir={run}", "--tasks=cloze", "--distributed"]) == 2
+    line = "prmoe: --tasks runs in one process; leave --distributed out"
+    assert only_line(capsys.readouterr().err) == line
 
 
 def test_scores_do_not_depend_on_batch_and_order(model):
@@ -319,6 +339,26 @@ def test_the_harness(run, lm, capsys):
     assert "--tasks=nothing-of-this-name is unknown; use cloze, wiki," in capsys.readouterr().err
     assert main([*command, "cloze"]) == 2
     assert "has no passage to make a cloze task of" in capsys.readouterr().err
+
+
+@with_harness
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"batch_size": "0"}, "batch_size=0 must be a number above 0, or auto"),
+        ({"batch_size": "many"}, "batch_size=many must be a number above 0, or auto"),
+        ({"weights": "int8"}, "--model_args: weights is not known; give workdir=DIR"),
+        ({"batch_size": "auto:4", "device": "cpu", "max_batch_size": 9}, ""),
+    ],
+)
+def test_arguments_of_the_harness(given, message, run):
+    from prmoe_jax.tasks.harness import PrmoeLM
+
+    if not message:
+        assert PrmoeLM(str(run), **given)._batch_size == 16
+        return
+    with pytest.raises(UserError, match=message):
+        PrmoeLM(str(run), **given)
 
 
 @with_harness

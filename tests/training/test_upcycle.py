@@ -186,8 +186,8 @@ def test_what_does_not_fit(source, target, model, message):
     assert message in str(error.value)
 
 
-def test_kernels_of_the_run_to_start_as_do_not_matter(text, tmp_path):
-    """It is read here, and was trained on another device."""
+def test_kernels_of_the_run_to_start_as_do_not_matter(text, tmp_path, capsys):
+    """It is read here, and was trained on another device. The same is true of other verbs."""
     dense = tmp_path / "dense"
     assert main(arguments(text, dense, "dense", **{"train.steps": 2})) == 0
     values = json.loads((dense / "config.json").read_text())
@@ -195,6 +195,11 @@ def test_kernels_of_the_run_to_start_as_do_not_matter(text, tmp_path):
     (dense / "config.json").write_text(json.dumps(values))
     changes = {"init.workdir": dense, "train.steps": 1}
     assert main(arguments(text, tmp_path / "run", "top2", **changes)) == 0
+    capsys.readouterr()
+    for verb in ["eval"], ["generate", "--tokens=3"]:
+        assert main([*verb, f"--workdir={dense}"]) == 0
+        line = "model.attention=splash needs a tpu, this is a cpu; use auto: done so here"
+        assert line in capsys.readouterr().err
 
 
 def test_a_run_goes_on_from_a_dense_one(text, tmp_path, capsys):
@@ -213,6 +218,14 @@ def test_a_run_goes_on_from_a_dense_one(text, tmp_path, capsys):
     assert "starts as step" not in capsys.readouterr().err
     assert main(arguments(text, tmp_path / "again", "top2", **changes)) == 2
     assert "--config.init.workdir names the run to start as" in capsys.readouterr().err
+    # What would have no effect, or another one than in the run to start as.
+    for changes, message in (
+        ({"init.noise": 0.01}, "init.noise=0.01 has no effect: the run to start as has all"),
+        ({"model.normalize_top_k": "never"}, "normalize_top_k=never: the weights of a token's exp"),
+    ):
+        changes["init.workdir"] = tmp_path / "run"
+        assert main(arguments(text, tmp_path / "again", "top2", **changes)) == 2
+        assert message in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
