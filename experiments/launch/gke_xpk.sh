@@ -11,6 +11,7 @@
 #   SPOT       yes for spot capacity, which may be taken away (default: no)
 #   PROJECT    Google Cloud's project (default: gcloud's)
 #   PRICE      of a chip for an hour; PLAN=no leaves the plan out
+#   TEACHER    the config of the model that teaches, for the plan
 #
 # Needs gcloud, logged in (also for docker: gcloud auth configure-docker), docker with buildx, and
 # xpk. The cluster's service account must be allowed to write to the bucket.

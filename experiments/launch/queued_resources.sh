@@ -10,6 +10,7 @@
 #   PROJECT   Google Cloud's project (default: gcloud's)
 #   RUNTIME   the TPU VM's software (default: the usual one for the chip)
 #   PRICE     of a chip for an hour; PLAN=no leaves the plan out
+#   TEACHER   the config of the model that teaches, for the plan
 #
 # Needs gcloud, logged in. The VMs' service account must be allowed to write to the bucket, and the VMs
 # need the internet, for Python and its packages.

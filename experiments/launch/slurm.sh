@@ -10,6 +10,7 @@
 #   NAME       the job (default: prmoe)
 #   VENV       the environment, on a disk that all nodes see (default: .venv of the repository)
 #   PRICE      of a GPU for an hour; PLAN=no leaves the plan out
+#   TEACHER    the config of the model that teaches, for the plan
 #
 # sbatch's own variables choose the rest: SBATCH_PARTITION, SBATCH_ACCOUNT, SBATCH_TIMELIMIT, …
 # shellcheck source=experiments/launch/common.sh

@@ -1,9 +1,12 @@
 """`prmoe plan`: compiles a step for a pod that is not there, and models its cost."""
 
 import json
+import logging
 
 from prmoe_jax.cli.options import compile_only, filled, local_path, parse_config
 from prmoe_jax.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 def add(verb) -> None:
@@ -44,6 +47,13 @@ def run(options, rest) -> None:
                 + ("nobody teaches in decoding" if config.kd_steps else "the config has no teacher")
             )
         teacher = beside(parse_config([f"--config={options.teacher}"]), config)
+    elif config.kd_steps and not (options.decode or config.teacher.cache):
+        from prmoe_jax.config import teacher_of
+
+        try:
+            teacher = teacher_of(config)
+        except UserError as error:
+            log.warning("%s; planned without it: --teacher=FILE:NAME gives its config", error)
     if (options.topology is None) == (options.find is None):
         raise UserError("prmoe plan needs either --topology=v5p:4x4x8 or --find=v5p")
     if not 0 <= options.decode < 1 << 31:

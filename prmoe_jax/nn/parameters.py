@@ -19,8 +19,8 @@ class Parameter:
     dims: str
     # How the mesh splits each dimension:
     #   T  over `tensor`
-    #   S  over the axes of FSDP (those that split the batch, except `data`), or over as many of the
-    #      inner ones as divide the dimension
+    #   S  over the axes of FSDP (those that split the batch, except `data`) that divide the
+    #      dimension
     #   A  over `tensor` and the axes of FSDP
     #   E  over as many expert axes as the number of experts allows
     #   X  over `fsdp_experts`

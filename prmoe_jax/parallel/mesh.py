@@ -58,6 +58,11 @@ def choose_mesh(config: Config, devices: int, any_batch: bool = False) -> Config
       UserError: no mesh of these devices fits the config; suggests a size that would.
     """
     if has_own_mesh(config):
+        size, width = config.mesh.fsdp, config.model.d_model
+        if size > 1 and width % size:
+            log.warning(
+                "mesh.fsdp=%d splits nothing, since it doesn't divide d_model=%d", size, width
+            )
         return config
     problem = None
     for tensor in _divisors(devices // slice_count(config, devices)):
@@ -272,7 +277,7 @@ def suggest_mesh(
     Experts and FSDP stay inside a slice.
 
     Args:
-      config: the experiment; only its numbers of experts and of slices matter.
+      config: the experiment; only its width, and its numbers of experts and of slices, matter.
       devices: the number of all devices.
       tensor: devices on the `tensor` axis, a divisor of the devices of a slice.
       expert_slice: devices on the `slice` axis, a divisor of a slice's devices / tensor.
@@ -283,7 +288,9 @@ def suggest_mesh(
     rest = devices // slices // tensor // expert_slice
     expert = next(d for d in reversed(_divisors(rest)) if not _problem(counts, d, 1))
     rest //= expert
-    fsdp = max(d for d in _divisors(rest) if d <= fsdp_devices)
+    # FSDP splits the model's width, and leaves whole what a size doesn't divide.
+    width = config.model.d_model // tensor
+    fsdp = max(d for d in _divisors(rest) if d <= fsdp_devices and width % d == 0)
     inner = 1
     if expert == devices // slices:
         # Two expert axes instead of one for a whole slice, so that FSDP can leave out the outer.
@@ -390,7 +397,7 @@ def check_splits(config: Config, sizes: Mapping[str, int]) -> None:
     values |= {"d_ff": model.d_ff, "expert_d_ff": model.expert_width}
     values |= {"residual_d_ff": model.residual_width}
     for name, value in values.items():
-        parts = units if name.endswith("d_ff") else tensor
+        parts = units if name == "expert_d_ff" else tensor
         if value % parts:
             axes = "mesh.tensor" if parts == tensor else "mesh.tensor x mesh.expert_slice"
             raise UserError(

@@ -56,23 +56,19 @@ def spec(
 
 
 def _most_axes(mesh: Mesh | AbstractMesh, size: int) -> tuple[str, ...]:
-    """The FSDP axes that split a dimension: from the inner ones on, as many as divide it.
+    """The FSDP axes that split a dimension: from the inner ones on, all that divide it.
 
-    If a slice of the mesh consists of several FSDP axes and no other axis, the outermost is left
-    out. Over all chips of a 3-D torus, the compiler gathers by an all-reduce of whole arrays, which
-    moves twice as much.
+    If these are several and a slice of the mesh has no other axis, the outermost is left out. Over
+    all chips of a 3-D torus, the compiler gathers by an all-reduce of whole arrays, which moves
+    twice as much.
     """
     inside = [name for name in mesh.axis_names if not crosses_slices(name) and mesh.shape[name] > 1]
-    splitting = [name for name in inside if name not in ("data", "tensor")]
-    if len(splitting) > 1 and splitting == inside:
-        splitting = splitting[1:]
-    axes, parts = [], 1
-    for name in reversed(splitting):
-        parts *= mesh.shape[name]
-        if size % parts:
-            break
-        axes.insert(0, name)
-    return tuple(axes)
+    axes: list[str] = []
+    for name in reversed(inside):
+        if name not in ("data", "tensor") and size % mesh.shape[name] == 0:
+            size //= mesh.shape[name]
+            axes.insert(0, name)
+    return tuple(axes[1:] if len(axes) > 1 and axes == inside else axes)
 
 
 def specs(tree, mesh: Mesh | AbstractMesh, in_use: bool = False):
@@ -94,29 +90,49 @@ def constrain(tree):
     return jax.lax.with_sharding_constraint(tree, specs(tree, mesh))
 
 
-def constrain_matrices(name: str, x: jax.Array) -> jax.Array:
-    """Constrains matrices of one parameter, [layers, …, rows, columns], to whole ones on a device.
+def constrain_leaf(name: str, x: jax.Array) -> jax.Array:
+    """Constrains an array to the partition of the parameter of that name."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(name, x.shape, mesh))
 
-    Experts are split as usual, and layers over the other axes of a slice, but for `data`, as far as
-    these divide their number. Devices on axes that are left over compute the same matrices.
 
-    Args:
-      name: the parameter's name in `parameters.named_leaves`.
-      x: its matrices; experts are the last dimension before rows and columns.
+def pad_layers(name: str, x: jax.Array) -> jax.Array:
+    """Appends layers of zeros to a parameter, [layers, …], so that devices can divide the layers.
+
+    These are the devices of `constrain_matrices`; the result is split as the parameter.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    axes: list[tuple[str, ...]] = [()] * x.ndim
-    if declaration(name).dims.startswith("E"):
-        axes[-3] = expert_axes(mesh, x.shape[-3])
-    rest = x.shape[0]
-    for axis in reversed(mesh.axis_names):
-        if axis not in ("data", *axes[-3]) and not crosses_slices(axis):
-            if rest % mesh.shape[axis] == 0:
-                rest //= mesh.shape[axis]
-                axes[0] = (axis, *axes[0])
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))
+    parts = math.prod(mesh.shape[axis] for axis in _matrix_axes(name, x.shape[:2], mesh)[0])
+    widths = [(0, -len(x) % parts)] + [(0, 0)] * (x.ndim - 1)
+    return constrain_leaf(name, jnp.pad(x, widths))
+
+
+def constrain_matrices(name: str, x: jax.Array) -> jax.Array:
+    """Constrains matrices of one parameter, [layers, …, rows, columns], to whole ones on a device.
+
+    Experts are split as usual, and layers over the other axes of a slice, but for `data`.
+
+    Args:
+      name: the parameter's name in `parameters.named_leaves`.
+      x: its matrices, of a number of layers as after `pad_layers`; experts come after layers.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*_matrix_axes(name, x.shape, mesh)))
+
+
+def _matrix_axes(name: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh):
+    """The axes that split the layers of a parameter's matrices, and its experts if it has some."""
+    experts = declaration(name).dims.startswith("E")
+    split = expert_axes(mesh, shape[1]) if experts else ()
+    inside = (axis for axis in mesh.axis_names if not crosses_slices(axis))
+    layers = tuple(axis for axis in inside if axis not in ("data", *split))
+    return (layers, split) if experts else (layers,)
 
 
 def constrain_batch(x_BxLxD: jax.Array) -> jax.Array:

@@ -149,7 +149,11 @@ def _slices(text: str) -> np.ndarray:
 
 
 def _bytes(operation: Operation, members: int) -> int:
-    """Bytes of the larger side; the shape of a '-start' holds both result and operands."""
+    """Bytes of the larger side; the shape of a '-start' holds operands, result and flags.
+
+    Several arrays that are sent at once are tuples in it. An all-reduce, whose sides are equal,
+    has one of them.
+    """
     shape = result(operation)
     if operation.opcode == "send":
         part = size(re.search(r"\w+\[[\d,]*\]", shape)[0])
@@ -157,9 +161,23 @@ def _bytes(operation: Operation, members: int) -> int:
     if operation.opcode.startswith("ragged-all-to-all"):
         # Rows without a gap, and a buffer with room for more than an even load.
         return min(size(part) for part in re.findall(r"\w+\[\d+,[\d,]*\]", shape))
-    if operation.opcode.endswith("-start"):
-        return max(size(part) for part in re.findall(r"\w+\[[\d,]*\]", shape))
+    if operation.opcode.endswith("-start") and operation.opcode != "all-reduce-start":
+        return max(map(size, _elements(shape)))
     return size(shape) * (members if operation.opcode == "reduce-scatter" else 1)
+
+
+def _elements(shape: str) -> list[str]:
+    """The elements of a tuple's shape, which may be tuples; a shape that is none is its own."""
+    if not shape.startswith("("):
+        return [shape]
+    found, depth = [""], 0
+    for character in shape[1:-1]:
+        depth += (character in "([{") - (character in ")]}")
+        if character == "," and not depth:
+            found.append("")
+        else:
+            found[-1] += character
+    return found
 
 
 def torus(

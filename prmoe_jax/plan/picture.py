@@ -31,7 +31,10 @@ PARTS = {
 HELD = {
     "parameters": "#1b6ca8",
     "optimizer": "#999999",
+    "teacher": "#4a9fd8",
     "past": "#7cc49a",
+    "batch": "#c0a9d9",
+    "padding": "#cccccc",
     "temporaries": "#f0b36d",
     "needed": "#b3282d",
 }

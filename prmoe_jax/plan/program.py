@@ -53,7 +53,7 @@ class _Line(NamedTuple):
     root: bool
 
 
-def operations(hlo: str, rounds: int = 1) -> list[Operation]:
+def operations(hlo: str, rounds: int = 1, window: int = 0) -> list[Operation]:
     """The operations that run: those of the entry and of its loops, with the number of their runs.
 
     Their order is the compiler's schedule. A fusion is one operation. If it contains an all-reduce,
@@ -65,6 +65,7 @@ def operations(hlo: str, rounds: int = 1) -> list[Operation]:
     Args:
       hlo: `compiled.as_text()`.
       rounds: the rounds of the dropless exchange (`moe.rounds`); all but the first are a loop.
+      window: the sliding window of attention kernels; 0 is none.
 
     Raises:
       ValueError: a loop's trip count or an attention kernel's queries can't be found in the text.
@@ -97,8 +98,10 @@ def operations(hlo: str, rounds: int = 1) -> list[Operation]:
                 pair = received.get(_operands(line)[0], "")
                 found.append(Operation(name, END, 0, runs, text, pair=pair))
             elif opcode == "while":
-                if re.search(r'op_name="[^"]*/rounds/while"', text):
-                    trips = rounds - 1
+                if loop := re.search(r'op_name="([^"]*)\brounds\)*/while"', text):
+                    # The outer of two stages takes the rounds, the inner one a single one in each.
+                    inner = re.search(r"\brounds/while/body|jvp\($", loop[1])
+                    trips = 0 if inner else rounds - 1
                 else:
                     trips = _trip_count(text, computations[_attribute(text, "condition")])
                     trips -= _first(line, computations[computation])
@@ -129,7 +132,8 @@ def operations(hlo: str, rounds: int = 1) -> list[Operation]:
                         cycles if cycles < SENTINEL else None,
                         runs,
                         text,
-                        _flops(line, known) + sum(_flops(i, inner) for i in inside if inner),
+                        _flops(line, known, window)
+                        + sum(_flops(i, inner, window) for i in inside if inner),
                         _bytes(line, known, inside if inner else [], inner),
                     )
                 )
@@ -211,10 +215,11 @@ def _operands(line: _Line) -> list[str]:
     return re.findall(r"%([\w.\-]+)", inside[:end])
 
 
-def _flops(line: _Line, shapes: dict[str, str]) -> int:
+def _flops(line: _Line, shapes: dict[str, str], window: int) -> int:
     """FLOPs: 2 for each term of a matrix product; half the square for a causal attention kernel.
 
-    A grouped product counts with all rows of its buffer.
+    With a window, that is the part of the half that it shows. A grouped product counts with all
+    rows of its buffer.
     """
     if is_grouped(line):
         names = [line.text.partition(" custom-call(")[0], *(shapes[n] for n in _operands(line))]
@@ -228,7 +233,10 @@ def _flops(line: _Line, shapes: dict[str, str]) -> int:
         queries = next((s for kind, s in arrays if "f" in kind and s.count(",") > 1), None)
         if queries is None:
             raise ValueError(f"the attention kernel {line.name} has no visible queries")
-        return products * _count(queries) * int(queries.split(",")[length])
+        keys = int(queries.split(",")[length])
+        if 0 < window < keys:  # sum of min(i, window) over i of keys, as a share of keys / 2
+            keys = 2 * window - window * window // keys
+        return products * _count(queries) * keys
     contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", line.text)
     if line.opcode == "custom-call" and "__cublas" in line.text:
         listed = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', line.text)

@@ -24,7 +24,7 @@ import numpy as np
 from jax.experimental.layout import Format, Layout
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from prmoe_jax.config import Config, MeshConfig
+from prmoe_jax.config import Config, MeshConfig, check_runs_without_limit
 from prmoe_jax.data.pipeline import Batch
 from prmoe_jax.distill.distiller import Distiller
 from prmoe_jax.errors import UserError
@@ -90,7 +90,8 @@ def plan(
       fit); modelled_step_s, components (seconds by part of the model), collectives (kind, axes,
       asynchronous, network, runs, bytes, seconds, exposed_seconds; summed by the first four;
       network is 'ici' or 'dcn' of TPUs, 'nvlink' or 'network' of GPUs) and tokens_per_s; for
-      training also modelled_mfu, days (for the config's tokens) and chip_hours. The times are
+      training also modelled_mfu, days (for the config's steps), chip_hours and, where a teacher
+      stops earlier than the run, step_without_teacher_s. The times are
       missing if the arguments alone don't fit, or the compiler finds that the step doesn't. For a
       TPU7x, whose chips are two devices each, `mesh` and everything by chip are by device, except
       `chips` and chip_hours.
@@ -131,10 +132,15 @@ def plan(
         held["needed"] = needed_bytes(str(error), sum(held.values()), chip.hbm_bytes)
         return result
     memory = compiled.memory_analysis()
+    padding = memory.argument_size_in_bytes - sum(held.values())
+    if padding > 0.01 * sum(held.values()):  # a TPU's tiles
+        held["padding"] = padding
     # Activations, gradients and the program's working memory.
     held["temporaries"] = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
     rounds = math.ceil(load / config.moe.buffer_factor)
-    program = operations(compiled.as_text(), rounds)
+    length = config.model.length
+    windows = [c.model.window_in(length) or length for c in (config, teacher) if c]
+    program = operations(compiled.as_text(), rounds, max(windows))
     sent = collectives(program, dict(mesh.shape), *_network(chip, mesh))
     for place, collective in sent.items():
         if collective.kind == "ragged-all-to-all":
@@ -157,12 +163,17 @@ def plan(
         return result | {"tokens_per_s": decode / step_s}
     tokens_per_s = config.tokens_per_step / step_s
     flops_per_s = cost(config.model).train_flops_per_token * tokens_per_s / len(devices)
-    tokens = config.total_steps * config.tokens_per_step
+    whole_s = config.total_steps * step_s
+    if teacher and config.kd_steps < config.total_steps:
+        log.info("compiling the step without its teacher")
+        alone_s = plan(config, topology, load=load)["modelled_step_s"]
+        whole_s += (config.total_steps - config.kd_steps) * (alone_s - step_s)
+        result["step_without_teacher_s"] = alone_s
     return result | {
         "modelled_mfu": flops_per_s / chip.flops_per_s,
         "tokens_per_s": tokens_per_s,
-        "days": tokens / tokens_per_s / 86400,
-        "chip_hours": tokens / tokens_per_s / 3600 * (len(devices) // chip.devices),
+        "days": whole_s / 86400,
+        "chip_hours": whole_s / 3600 * (len(devices) // chip.devices),
     }
 
 
@@ -197,9 +208,16 @@ def held_bytes(
 
 
 def decoding(config: Config, sequences: int) -> Config:
-    """The config with that many sequences as its batch."""
+    """The config with that many sequences as its batch, and without groups that limit routing.
+
+    Raises:
+      UserError: the run can't be decoded; see `check_runs_without_limit`.
+    """
+    check_runs_without_limit(config)
     train = dataclasses.replace(config.train, batch_size=sequences, accumulate=1)
-    return dataclasses.replace(config, train=train)
+    return dataclasses.replace(
+        config, train=train, moe=dataclasses.replace(config.moe, group_size=0)
+    )
 
 
 def check_load(config: Config, decode: int, load: float) -> None:
@@ -408,7 +426,9 @@ def table(result: dict) -> str:
         return "\n".join(lines)
     step_s = result["modelled_step_s"]
     mfu = f", MFU {result['modelled_mfu']:.1%}" if "modelled_mfu" in result else ""
-    lines.append(f"modelled step {step_s * 1e3:.4g} ms{mfu}")
+    alone = result.get("step_without_teacher_s")
+    alone = f"; without its teacher {alone * 1e3:.4g} ms" if alone else ""
+    lines.append(f"modelled step {step_s * 1e3:.4g} ms{mfu}{alone}")
     for name, seconds in result["components"].items():
         lines.append(f"  {name:20} {seconds * 1e3:9.1f} ms {seconds / step_s:6.1%}")
     lines.append(f"collectives, a {each} and step")

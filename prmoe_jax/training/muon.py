@@ -42,6 +42,7 @@ def orthogonalize(updates: optax.Updates) -> optax.Updates:
 
 
 def _orthogonal(name: str, x: jax.Array) -> jax.Array:
+    layers, x = len(x), sharding.pad_layers(name, x)
     declared = declaration(name)
     stacked = x.ndim - len(declared.dims)
     kinds: dict[str, list[int]] = {"batch": list(range(stacked)), "rows": [], "columns": []}
@@ -56,7 +57,8 @@ def _orthogonal(name: str, x: jax.Array) -> jax.Array:
     scale = RMS * math.sqrt(max(rows, columns))
     done = scale * _newton_schulz(matrices)
     back = sorted(range(x.ndim), key=order.__getitem__)
-    return done.reshape(moved.shape).transpose(back)
+    # Split as before, so that no device has to cut off layers of its own.
+    return sharding.constrain_leaf(name, done.reshape(moved.shape).transpose(back))[:layers]
 
 
 def _newton_schulz(x_NxM: jax.Array) -> jax.Array:

@@ -108,7 +108,7 @@ def test_every_layer_of_a_pyramid_uses_as_many_devices_as_it_can():
         (
             "2 layers, E=4",
             {"model": {"d_ff": 12}, "tensor": 4, "expert_slice": 2},
-            "model.d_ff=12 is not divisible by mesh.tensor x mesh.expert_slice=8; use 4 of them",
+            "model.expert_d_ff=12 is not divisible by mesh.tensor x mesh.expert_slice=8; use 4 of",
         ),
         (
             "2 layers, E=4",
@@ -200,6 +200,31 @@ def test_a_proposed_mesh_fits(text, expert):
     assert mesh.expert == expert
 
 
+@pytest.mark.parametrize(
+    ("text", "devices", "fsdp", "split"),
+    [
+        ("4 layers", 24, 8, 8),
+        ("4 layers", 72, 8, 8),
+        ("4 layers", 5, 1, 1),
+        # Twelve devices for the experts don't divide a width of 64; the two for FSDP do.
+        ("4 layers, E=12", 24, 2, 2),
+        ("4 layers, E=4", 96, 8, 32),
+    ],
+)
+def test_fsdp_splits_a_width_that_not_all_axes_divide(text, devices, fsdp, split):
+    values = settings(text, model={"d_model": 64})
+    mesh = suggest_mesh(values, devices)
+    assert mesh.fsdp == fsdp
+    shape = axis_sizes(dataclasses.replace(values, mesh=mesh), devices)
+    part = NamedSharding(mesh_of(**shape), spec("tokens", (512, 64), mesh_of(**shape)))
+    assert 64 // part.shard_shape((512, 64))[1] == split
+
+
+def test_fsdp_that_splits_nothing_is_told(caplog):
+    choose_mesh(settings("2 layers", model={"d_model": 64}, fsdp=12), 24)
+    assert caplog.messages == ["mesh.fsdp=12 splits nothing, since it doesn't divide d_model=64"]
+
+
 def test_a_proposed_mesh_never_has_fsdp_over_all_devices():
     text = "6 layers, E=128"
     for devices in (32, 64, 128, 256):
@@ -215,7 +240,7 @@ def test_a_proposed_mesh_never_has_fsdp_over_all_devices():
         ("4 layers", 8, 1, {}),
         ("4 layers", 8, 8, {"fsdp": 8}),
         ("4 layers", 64, 64, {"data": 4, "fsdp": 16}),
-        ("6 layers, E=4", 24, 24, {"fsdp": 6, "expert": 4}),
+        ("6 layers, E=4", 24, 24, {"data": 3, "fsdp": 2, "expert": 4}),
         ("6 layers, E=4+8+8", 16, 8, {"expert": 8, "expert_inner": 8}),
         # The batch is for 4 of 8 devices, 4 of 16 and, of 24, for 8: the rest slices heads.
         ("6 layers, E=4", 4, 8, {"expert": 4, "tensor": 2}),

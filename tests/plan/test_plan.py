@@ -220,6 +220,12 @@ def test_attention_kernels_by_hand():
         "dot_product_attention_fwd": (2 * cudnn, 1),
         "dot_product_attention_bwd": (5 * cudnn, 1),
     }
+    # A window of 3 shows the queries 1, 2, 3, 3, 3, 3, 3 keys: 18 of the 28 of causal attention.
+    windowed = {o.name.partition(".")[0]: o.flops for o in operations(KERNELS, window=3)}
+    assert windowed["splash_mha_fwd_segmented_residuals"] / (2 * one) == pytest.approx(
+        18 / 28, 0.15
+    )
+    assert operations(KERNELS, window=13) == operations(KERNELS)
     with pytest.raises(ValueError, match="splash_mha_dq.* has no visible queries"):
         operations(KERNELS.replace("custom-call(%mask, %q, %q, %q)", "custom-call(%mask)"))
 
@@ -299,6 +305,14 @@ def test_collectives_by_hand():
     reduce = one("all-reduce-start", "bf16[1000000]{0}", everyone)
     assert (reduce.kind, reduce.axes, reduce.asynchronous) == ("all-reduce", ("a", "b"), True)
     assert reduce.seconds == pytest.approx(2 * 2 * 7 / 8 / 4)  # there and back, two rings
+    # Several arrays at once: operands, results, and perhaps flags.
+    pair = "(bf16[250000]{0}, f32[10,250]{1,0})", "(bf16[1000000]{0:T(8)(2,1)}, f32[40,250]{1,0})"
+    assert one("all-gather-start", f"({', '.join(pair)})", inner).bytes == 2_040_000
+    assert one("all-gather-start", "(bf16[250]{0}, bf16[1000]{0}, u32[])", inner).bytes == 2000
+    combined = one("reduce-scatter-start", f"(({', '.join(pair[::-1])}), u32[])", inner)
+    assert combined.bytes == 2_040_000 + 510_000
+    summed = one("all-reduce-start", "(bf16[1000]{0}, f32[10,250]{1,0})", everyone)
+    assert summed.bytes == 12_000
     scatter = one("reduce-scatter", "f32[250000]{0}", inner)
     assert scatter.seconds == pytest.approx(gather.seconds / 3)
     exchange = one("all-to-all", "(bf16[500000]{0}, bf16[500000]{0})", inner)
@@ -823,6 +837,43 @@ def test_the_slice_that_is_needed(compiled):
         find(large(batch_size=64, mesh={"fsdp": 4}), "v5e")
 
 
+def test_decoding_has_no_groups(compiled):
+    """They limit routing in training; a router that needs the limit can't be decoded at all."""
+    compiled(activations=0)
+
+    def decoded(**moe):
+        values = large("2 layers, E=4", batch_size=64, length=2048)
+        values = dataclasses.replace(values, moe=dataclasses.replace(values.moe, **moe))
+        return fit(values, "v5e:2x2", decode=6)["flags"]
+
+    assert decoded() == decoded(group_size=4096)
+    with pytest.raises(UserError, match="expert_choice"):
+        decoded(router="expert_choice")
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_the_teacher_of_a_config_teaches_in_its_plan(there, tmp_path, monkeypatch, capsys):
+    """If its run can be read; otherwise a line says that it is left out."""
+    asked = []
+
+    def fit(config, topology, decode, teacher, load):
+        asked.append(teacher)
+        return a_plan(topology, 3)
+
+    monkeypatch.setattr("prmoe_jax.plan.find.fit", fit)
+    values = config.resolve(tiny.get_config("prmoe"))
+    if there:
+        config.save(values, tmp_path / "config.json")
+    taught = [f"--config={tiny.__file__}:mos", f"--config.teacher.workdir={tmp_path}"]
+    assert main(["plan", *taught, "--topology=v5e:2x2"]) == 0
+    err = capsys.readouterr().err
+    if there:
+        assert asked[0].model == values.model
+    else:
+        assert asked == [None]
+        assert "planned without it: --teacher=FILE:NAME gives its config" in err
+
+
 def test_decoding_names_a_mesh_that_fits(compiled):
     """12 GiB of weights in bfloat16 and 16 of past: each of four chips holds all, or a quarter."""
     asked = compiled(activations=0)
@@ -859,6 +910,10 @@ def test_picture(tmp_path):
         *("v5e:2x2", "v5p:2x2x1", "collectives", "needed"),
     ):
         assert f"<!-- {words}" in text or f"<!--  {words}" in text, words
+    taught = a_plan("v5p:2x2x1", 3 * 2**30)
+    taught["hbm_bytes_per_chip"] |= {"teacher": 4 * 2**30, "batch": 2**30, "padding": 2**30}
+    draw([("taught", taught)], path)
+    assert "<!-- 9.0 GiB" in path.read_text()
     with pytest.raises(UserError, match="plans.docx: .*docx"):
         draw([("fits", a_plan("v5p:2x2x1", 3))], tmp_path / "plans.docx")
 
@@ -1060,6 +1115,24 @@ custom_call_target="tpu_custom_call"
 metadata={op_name="jit(step)/shard_map/dispatch/rounds/while"}
 }
 """
+
+
+@pytest.mark.parametrize(
+    ("name", "outer"),
+    [
+        ("jvp(layers)/while/body/shard_map/dispatch/rounds", True),
+        ("transpose(jvp(layers))/while/body/checkpoint/shard_map/dispatch/rounds", True),
+        ("shard_map/dispatch/jvp(rounds)", False),
+        ("shard_map/dispatch/transpose(jvp(rounds))", False),
+        ("shard_map/dispatch/rounds/while/body/eval_jaxpr/rounds", False),
+        ("shard_map/dispatch/rounds/while/body/transpose(jvp(rounds))", False),
+    ],
+)
+def test_the_outer_stage_of_an_exchange_takes_the_rounds(name, outer):
+    """The names are the compiler's, of an exchange in two stages."""
+    hlo = ROUNDS.replace("shard_map/dispatch/rounds", name)
+    found = {operation.name: operation for operation in operations(hlo, 3)}
+    assert found["again"].runs == (2 if outer else 0)
 
 
 @pytest.mark.parametrize("rounds", [1, 3])
