@@ -15,6 +15,7 @@ from prmoe_jax.report.multiplier import Multiplier
 # Colours that people with red-green colour blindness can tell apart (Okabe and Ito).
 COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000 #8C6D31".split()
 MARKS = "o s ^ D v P X *".split()
+LEGEND = 8  # the most names of a legend inside a figure's axes
 # Resolution of each kind of file, and metadata that must not change from day to day.
 KINDS = {
     "svg": {"dpi": "figure", "metadata": {"Date": None, "Creator": None}},
@@ -53,6 +54,28 @@ def figure(path: Path, height: float = 3.6, rows: int = 1) -> Iterator:
             pyplot.close(drawing)
 
 
+def _style(number: int) -> dict[str, str]:
+    """The colour and mark of the arm of that number; 64 arms have pairs of their own."""
+    again = number // len(COLOURS)
+    return {
+        "color": COLOURS[number % len(COLOURS)],
+        "marker": MARKS[(number + again) % len(MARKS)],
+    }
+
+
+def _legend(axes) -> None:
+    """Adds a legend: inside the axes, or below a higher figure if it is long."""
+    handles, names = axes.get_legend_handles_labels()
+    if len(names) <= LEGEND:
+        axes.legend(frameon=False)
+        return
+    columns = 3
+    drawing = axes.figure
+    drawing.set_figheight(drawing.get_figheight() + 0.2 * -(-len(names) // columns))
+    place = {"loc": "outside lower center", "ncols": columns}
+    drawing.legend(handles, names, frameon=False, fontsize=8, **place)
+
+
 def label(name: str) -> str:
     """Escapes a name so that matplotlib shows it literally.
 
@@ -80,8 +103,8 @@ def curves(arms: dict[str, dict[int, dict]], path: Path, by_flops: bool) -> bool
             records = list(rows.values())
             by_seed = [_evaluations(record) for record in records]
             scale = records[0]["flops_per_token"] if by_flops else 1
-            colour = COLOURS[number % len(COLOURS)]
-            style = {"color": colour, "marker": MARKS[number % len(MARKS)]}
+            style = _style(number)
+            colour = style["color"]
 
             def points(whole: bool, by_seed=by_seed, scale=scale):
                 """x [points] and losses [seeds, points] of the evaluations that all seeds have."""
@@ -104,7 +127,7 @@ def curves(arms: dict[str, dict[int, dict]], path: Path, by_flops: bool) -> bool
         if any_partial:
             axes.plot([], [], color="grey", marker="o", **hollow, label="whole split")
         axes.set(xlabel="training FLOPs" if by_flops else "tokens", ylabel="validation loss, nats")
-        axes.legend(frameon=False)
+        _legend(axes)
     return any_partial
 
 
@@ -127,18 +150,16 @@ def sizes(arms: dict[str, dict[int, dict]], path: Path) -> None:
         for number, (arm, rows) in enumerate(arms.items()):
             record = next(iter(rows.values()))
             loss = mean([row["loss"] for row in rows.values()])
-            colour = COLOURS[number % len(COLOURS)]
+            style = _style(number)
             x = [record["active_params"], record["total_params"]]
-            axes.plot(x, [loss.value] * 2, color=colour, linewidth=1)
-            axes.errorbar(
-                x[1], loss.value, yerr=np.nan_to_num(loss.margin), color=colour, capsize=3,
-                marker=MARKS[number % len(MARKS)], label=label(arm),
-            )  # fmt: skip
+            axes.plot(x, [loss.value] * 2, color=style["color"], linewidth=1)
+            margin = np.nan_to_num(loss.margin)
+            axes.errorbar(x[1], loss.value, yerr=margin, capsize=3, label=label(arm), **style)
         axes.set(xlabel="parameters, active to all", ylabel="validation loss, nats", xscale="log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
         axes.xaxis.set_major_formatter(lambda size, _: f"{size / 1e6:g}M")
         axes.xaxis.set_minor_formatter("")
-        axes.legend(frameon=False)
+        _legend(axes)
 
 
 def differences(
@@ -194,7 +215,7 @@ def multipliers(found: list[Multiplier], path: Path) -> None:
             axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
             axis.set_major_formatter(lambda value, _: f"{value:g}")
             axis.set_minor_formatter("")
-        axes.legend(frameon=False)
+        _legend(axes)
 
 
 def drops(arms: dict[str, dict[int, dict]], path: Path) -> None:
@@ -204,12 +225,9 @@ def drops(arms: dict[str, dict[int, dict]], path: Path) -> None:
             layers = [layer for record in rows.values() for layer in record["layers"].values()]
             share_P = np.mean([layer["position_drop_fraction"] for layer in layers], 0)
             places_P = (np.arange(len(share_P)) + 0.5) / len(share_P)
-            colour, marker = COLOURS[number % len(COLOURS)], MARKS[number % len(MARKS)]
-            axes.plot(
-                places_P, share_P, color=colour, marker=marker, markersize=4, label=label(arm)
-            )
+            axes.plot(places_P, share_P, markersize=4, label=label(arm), **_style(number))
         axes.set(xlabel="place in the routing group, from 0 to 1", ylabel="choices dropped, share")
-        axes.legend(frameon=False)
+        _legend(axes)
 
 
 def lines(series: dict[str, tuple[list, list]], quantity: str, path: Path) -> None:

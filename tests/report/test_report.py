@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from matplotlib.figure import Figure
+from matplotlib.image import imread
 
 from prmoe_jax.cli import main
 from prmoe_jax.config import load, resolve, save
@@ -159,6 +160,20 @@ def test_a_curve_joins_evaluations_of_one_kind(drawn):
     assert shown(joined) == ([[20, 5.5], [30, 6.0]], "o", "-")
 
 
+@pytest.mark.filterwarnings("error")
+def test_many_arms_leave_room_for_their_curves(tmp_path):
+    """Their legend is below the axes, and no two look alike."""
+    rows = {f"arm_{i}": {1: record(f"arm_{i}", 1, 3.0 + i)} for i in range(18)}
+    with figures.figure(tmp_path / "few.png") as few:
+        few.plot([1, 2], label="a")
+        figures._legend(few)
+    figures.curves(rows, tmp_path / "many.png", by_flops=False)
+    sizes = [imread(tmp_path / f"{name}.png").shape for name in ("few", "many")]
+    assert sizes[1][0] > 1.2 * sizes[0][0] and sizes[1][1] == sizes[0][1]
+    styles = {tuple(figures._style(i).values()) for i in range(64)}
+    assert len(styles) == 64
+
+
 def plain(label):
     """What a reader sees of a label."""
     return label.get_text().replace("\\$", "$").removeprefix(" ")
@@ -178,7 +193,8 @@ def test_names_are_shown_as_they_are(folder, drawn):
         axes.figure.savefig(io.BytesIO())  # where bad mathematics raises
     *legends, ticks = drawn
     for axes in legends:
-        assert list(map(plain, axes.get_legend().get_texts()))[: len(names)] == names
+        legend = axes.get_legend() or axes.figure.legends[0]
+        assert list(map(plain, legend.get_texts()))[: len(names)] == names
     assert list(map(plain, ticks.get_yticklabels())) == names
     assert figures.label("a") == "a"
 
