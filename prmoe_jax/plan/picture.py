@@ -115,7 +115,7 @@ def draw(plans: Sequence[tuple[str, dict]], path: Path) -> None:
     for side, (names, colours) in enumerate(zip(_shown(plans), (PARTS, HELD), strict=True)):
         handles = [pyplot.Rectangle((0, 0), 1, 1, color=colours[name]) for name in names]
         axes[0, side].legend(
-            *(handles, names), fontsize=7, ncols=4, loc="lower left",
+            *(handles, names), fontsize=7, ncols=4 - side, loc="lower left",
             bbox_to_anchor=(0, 1 + 0.8 / sizes[0]), frameon=False,
         )  # fmt: skip
     drawn = io.BytesIO()
@@ -132,10 +132,12 @@ def _time(result: dict) -> str:
 
 
 def _shown(plans: Sequence[tuple[str, dict]]) -> tuple[list[str], list[str]]:
-    """The parts that take at least a hundredth of some step, and the uses of memory."""
+    """The parts that take at least a hundredth of some step, or of some chip's memory."""
     parts, uses = set(), set()
     for _, plan in plans:
-        uses |= plan["hbm_bytes_per_chip"].keys()
+        room = chip_of(plan["topology"]).hbm_bytes
+        held = plan["hbm_bytes_per_chip"]
+        uses |= {use for use, size in held.items() if size >= 0.01 * room}
         least = 0.01 * plan.get("modelled_step_s", 0)
         parts |= {part for part, seconds in plan.get("components", {}).items() if seconds >= least}
     return [part for part in PARTS if part in parts], [use for use in HELD if use in uses]
