@@ -151,8 +151,8 @@ def _slices(text: str) -> np.ndarray:
 def _bytes(operation: Operation, members: int) -> int:
     """Bytes of the larger side; the shape of a '-start' holds operands, result and flags.
 
-    Several arrays that are sent at once are tuples in it. An all-reduce, whose sides are equal,
-    has one of them.
+    Several arrays that are sent at once are tuples in it. An all-reduce, whose sides are equal, may
+    have one of them alone.
     """
     shape = result(operation)
     if operation.opcode == "send":
@@ -161,8 +161,10 @@ def _bytes(operation: Operation, members: int) -> int:
     if operation.opcode.startswith("ragged-all-to-all"):
         # Rows without a gap, and a buffer with room for more than an even load.
         return min(size(part) for part in re.findall(r"\w+\[\d+,[\d,]*\]", shape))
-    if operation.opcode.endswith("-start") and operation.opcode != "all-reduce-start":
-        return max(map(size, _elements(shape)))
+    if operation.opcode.endswith("-start"):
+        parts = _elements(shape)
+        one_side = operation.opcode == "all-reduce-start" and not parts[0].startswith("(")
+        return size(shape) if one_side else max(map(size, parts))
     return size(shape) * (members if operation.opcode == "reduce-scatter" else 1)
 
 

@@ -313,6 +313,8 @@ def test_collectives_by_hand():
     assert combined.bytes == 2_040_000 + 510_000
     summed = one("all-reduce-start", "(bf16[1000]{0}, f32[10,250]{1,0})", everyone)
     assert summed.bytes == 12_000
+    both = one("all-reduce-start", "((bf16[1000]{0}), bf16[1000]{0})", everyone)
+    assert both.bytes == 2000
     scatter = one("reduce-scatter", "f32[250000]{0}", inner)
     assert scatter.seconds == pytest.approx(gather.seconds / 3)
     exchange = one("all-to-all", "(bf16[500000]{0}, bf16[500000]{0})", inner)
