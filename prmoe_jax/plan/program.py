@@ -234,7 +234,7 @@ def _flops(line: _Line, shapes: dict[str, str], window: int) -> int:
         if queries is None:
             raise ValueError(f"the attention kernel {line.name} has no visible queries")
         keys = int(queries.split(",")[length])
-        if 0 < window < keys:  # sum of min(i, window) over i of keys, as a share of keys / 2
+        if 0 < window < keys:  # query i sees min(i, window) keys: twice their mean
             keys = 2 * window - window * window // keys
         return products * _count(queries) * keys
     contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", line.text)

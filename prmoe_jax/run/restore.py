@@ -85,6 +85,6 @@ def _with_attention(config: Config) -> Config:
     try:
         resolve_attention(config.model, jax.default_backend())
     except UserError as error:
-        log.info("%s: done so here", error)
+        log.info("%s, as is done here", error)
         return replace(config, model=replace(config.model, attention="auto"))
     return config

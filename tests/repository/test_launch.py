@@ -206,6 +206,15 @@ def test_the_image_is_that_of_the_commit(tools):
     assert "--docker-image=registry/prmoe:0123456789ab" in done.stdout
 
 
+def test_the_plan_is_told_who_teaches(tools):
+    variables = RECIPES["slurm.sh"] | {"TEACHER": "my run.json"}
+    printed = launch(tools, "slurm.sh", "--dry-run", *config(), **variables).stdout
+    assert (
+        "prmoe plan --topology=h100:4x8 '--teacher=my run.json' '--config=paper:24 layers"
+        in printed
+    )
+
+
 def test_slurm_installs_where_nothing_is_installed(tools):
     recipe = "slurm.sh"
     new = RECIPES[recipe] | {"VENV": str(tools / "new")}
