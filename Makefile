@@ -1,6 +1,7 @@
 # `make demo` and `make test` set themselves up: they need only Python and pip.
 #
 #   PYTHON=python3.13 make test     chooses the interpreter; .venv follows it
+#   make test-slow                 the tests that take minutes: meshes, lost processes, kills, notebooks that train
 #   make test-extras                the tests that need torch, lm-eval, gcsfs, Beam and a TPU's compiler (7.6 GB)
 #   make docs                       the pages of docs/ as a site, in site/
 
@@ -11,7 +12,7 @@ RUN ?= runs/demo
 BIN := .venv/bin
 EXTRAS := .venv-extras/ready-$(VERSION)
 
-.PHONY: demo test test-extras test-wheel lint docs notebooks clean
+.PHONY: demo test test-slow test-extras test-wheel lint docs notebooks clean
 
 demo: $(READY)
 	$(BIN)/prmoe train --config=configs/tiny.py:prmoe --workdir=$(RUN)
@@ -23,7 +24,10 @@ demo: $(READY)
 	@echo "The run is in $(RUN): config.json, metrics.jsonl, tokenizer.json, checkpoints/, tensorboard/"
 
 test: $(READY)
-	$(BIN)/pytest -n 2 --dist worksteal
+	$(BIN)/pytest -n 2 --dist worksteal -m "not slow"
+
+test-slow: $(READY)
+	$(BIN)/pytest -n 2 --dist worksteal -m slow
 
 test-extras: $(EXTRAS)
 	.venv-extras/bin/pytest -n 2 --dist worksteal -m extra

@@ -90,6 +90,7 @@ def test_faults_of_devices(tmp_path):
     assert err.splitlines()[-1].startswith("prmoe: 4 of 8 findings are wrong")
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path):
     """One names the process whose memory is slow, and who calculates differently.
 

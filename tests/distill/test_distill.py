@@ -380,6 +380,7 @@ def student(text, teacher, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_the_teacher_goes_when_it_has_taught(text, teacher, tmp_path, monkeypatch):
     """The arrays that live, and what the steps are given, before and after."""
     live, given = {}, {}
@@ -431,6 +432,7 @@ def test_killed_on_both_sides_of_the_stop_equals_undisturbed(text, teacher, stud
     assert_same_run(tmp_path / "run", student)
 
 
+@pytest.mark.slow
 def test_a_teacher_spread_over_devices_teaches_the_same(text, teacher, student, tmp_path):
     settings = TAUGHT | {"teacher.workdir": teacher, "mesh.expert": 4, "mesh.fsdp": 2}
     settings["train.steps"] = 12
@@ -688,6 +690,7 @@ TODAY = {
 }
 
 
+@pytest.mark.slow
 def test_a_student_of_today_killed_and_on_eight_devices(text, tmp_path):
     """It starts as a part of its teacher, is killed while taught, and ends as undisturbed."""
     names = "4 layers, every 1, E=8, top 2, residual", "2 layers, every 1, E=8, top 2, residual"

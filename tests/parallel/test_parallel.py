@@ -486,17 +486,23 @@ def on_eight_devices(case, *arguments):
     return done.stdout
 
 
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ("name", "meshes"),
     [
-        ("pyramid, top 2", ["fsdp", "sliced", "expert, tensor, coordinated", "two stages"]),
-        ("moe", ["replicas over and in slices", "experts over slices", "fsdp of experts"]),
+        ("pyramid, top 2", ["sliced", "expert, tensor, coordinated"]),
         ("accumulate", ["fsdp, expert, tensor"]),
-        ("dropless", ["expert, slice, tensor", "two stages"]),
+        ("dropless", ["two stages"]),
         ("dropless, top 4", ["experts over slices"]),
         ("equal pieces", ["expert"]),
-        ("today's parts", ["slices, expert, tensor"]),
-        ("muon", ["fsdp, expert, tensor", "fsdp of experts"]),
+        slow("moe", ["replicas over and in slices", "experts over slices", "fsdp of experts"]),
+        slow("pyramid, top 2", ["fsdp", "two stages"]),
+        slow("dropless", ["expert, slice, tensor"]),
+        slow("today's parts", ["slices, expert, tensor"]),
+        slow("muon", ["fsdp, expert, tensor", "fsdp of experts"]),
     ],
 )
 def test_a_step_on_a_mesh_equals_one_on_one_device(name, meshes):
@@ -507,6 +513,7 @@ def test_a_step_on_a_mesh_equals_one_on_one_device(name, meshes):
     assert on_eight_devices("step", name, *meshes).count("equal") == len(meshes)
 
 
+@pytest.mark.slow
 def test_rounds_serve_every_row_of_one_expert():
     """All tokens choose the same expert: its device takes rounds of a buffer of bounded size.
 
@@ -522,6 +529,7 @@ def test_the_same_tokens_are_dropped_on_1_2_4_and_8_devices():
     assert [line.split()[0] for line in lines] == ["1", "2", "4", "8"]
 
 
+@pytest.mark.slow
 def test_exchanges():
     """The compiled program: all-to-alls, their groups and bytes, and no expert weight gathered."""
     assert "checked" in on_eight_devices("exchanges")
@@ -545,6 +553,7 @@ def test_evaluation_on_devices_that_the_batch_does_not_divide(tmp_path):
     assert "equal over" in on_eight_devices("evaluates", str(tmp_path))
 
 
+@pytest.mark.slow
 def test_every_mesh_generates_what_one_device_does():
     assert on_eight_devices("generates").count("equal") == 8
 
@@ -553,6 +562,7 @@ def test_prefill_does_no_more_work_on_more_devices():
     assert "times the work" in on_eight_devices("prefills")
 
 
+@pytest.mark.slow
 def test_checkpoints_between_meshes(tmp_path):
     """Parameters, optimizer state and position, bit for bit between all pairs of five meshes."""
     assert on_eight_devices("checkpoints", str(tmp_path)).count("restored") == 25

@@ -126,6 +126,7 @@ def test_two_processes_in_an_object_store(text, tmp_path, object_store):
     assert "Traceback" not in results[0][2] + results[1][2]
 
 
+@pytest.mark.slow
 def test_a_lost_process_ends_the_other_and_one_process_resumes(text, tmp_path):
     settings = SETTINGS | {"train.steps": 2000, "checkpoint.every": 5}
     command = arguments(text, tmp_path / "run", **settings)
@@ -206,6 +207,7 @@ def test_processes_must_read_the_same_text(text, tmp_path):
     ends(second, 2, "the text in common: corpus is '")
 
 
+@pytest.mark.slow
 def test_a_process_that_never_comes_is_not_waited_for(text, tmp_path):
     command = arguments(text, tmp_path / "run", **SETTINGS)
     first, _ = start_hurried([command, None])
@@ -228,6 +230,7 @@ def test_a_process_killed_before_the_first_step_ends_the_other(number, text, tmp
     ends(both[1 - number], 1, f"another process of this run was lost: {why}; start the run again")
 
 
+@pytest.mark.slow
 def test_a_stopped_process_ends_the_other_and_then_itself(text, tmp_path):
     command = arguments(text, tmp_path / "run", **SETTINGS | {"train.steps": 100_000})
     first, second = start_hurried([command] * 2)
@@ -245,6 +248,7 @@ def test_a_stopped_process_ends_the_other_and_then_itself(text, tmp_path):
     assert code == 1 and line.startswith(tuple(f"prmoe: {reason}" for reason in reasons)), printed
 
 
+@pytest.mark.slow
 def test_ctrl_c_at_one_stops_both(text, tmp_path):
     command = arguments(text, tmp_path / "run", **SETTINGS | {"train.steps": 100_000})
     both = start_hurried([command] * 2)

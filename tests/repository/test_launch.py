@@ -297,6 +297,8 @@ def test_a_sweep_on_a_gpu_that_is_stopped_stops_its_runs(number, tools):
     process = subprocess.Popen(
         ["bash", LAUNCH / SWEEP, "experiments/a"],
         env={"PATH": f"{tools}:/usr/bin:/bin", "RUNS": "2"},
+        # A shell can't trap what was ignored when it began, as in a test run in the background.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while len(list(tools.glob("begun-*"))) < 2:
         assert process.poll() is None

@@ -146,6 +146,7 @@ def chain(folder, text, steps, code=CHAIN):
     return folder
 
 
+@pytest.mark.slow
 def test_killed_branches_end_in_the_table_of_whole_runs(text, tmp_path, capsys):
     """kill -9 in the middle of a branch; no step is trained twice, and few checkpoints stay."""
     folder = chain(tmp_path / "chain", text, (20, 60))

@@ -43,6 +43,7 @@ def undisturbed(text, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_killed_five_times_equals_undisturbed(text, undisturbed, tmp_path):
     """kill -9 at five random steps, the same command again each time."""
     command = arguments(text, tmp_path / "run", **LONG)
