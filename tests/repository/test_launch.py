@@ -294,11 +294,10 @@ def test_a_sweep_on_a_gpu_that_is_stopped_stops_its_runs(number, tools):
     """Each run has seconds to save itself, also if only the recipe gets the signal."""
     does = f"trap 'touch {tools}/saved-$$; exit 0' INT; touch {tools}/begun-$$; sleep 60 & wait"
     (tools / "prmoe.does").write_text(does)
+    # A shell can't trap what was ignored when it began, as in a test run in the background.
     process = subprocess.Popen(
-        ["bash", LAUNCH / SWEEP, "experiments/a"],
+        ["env", "--default-signal=INT", "bash", LAUNCH / SWEEP, "experiments/a"],
         env={"PATH": f"{tools}:/usr/bin:/bin", "RUNS": "2"},
-        # A shell can't trap what was ignored when it began, as in a test run in the background.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while len(list(tools.glob("begun-*"))) < 2:
         assert process.poll() is None
