@@ -13,7 +13,7 @@ from pathlib import Path
 MULTIPLIER = runpy.run_path(str(Path(__file__).parents[1] / "multiplier/sweep.py"))
 KEEP_CHECKPOINTS = False
 DENSE, MOE = (4e-3, 8e-3, 16e-3), (8e-3, 16e-3, 32e-3)
-TRIED = {"dense_64": DENSE, "E64": MOE, "E8": MOE, "E128": MOE, "dense_216": DENSE}
+TRIED = {"dense_64": (*DENSE, 32e-3), "E64": MOE, "E8": MOE, "E128": MOE, "dense_216": DENSE}
 
 
 def runs():
