@@ -1,7 +1,7 @@
 # `make demo` and `make test` set themselves up: they need only Python and pip.
 #
 #   PYTHON=python3.13 make test     chooses the interpreter; .venv follows it
-#   make test-slow                 the tests that take minutes: meshes, lost processes, kills, notebooks that train
+#   make test-slow                  the slowest tests: more meshes, lost processes, kills, notebooks that train
 #   make test-extras                the tests that need torch, lm-eval, gcsfs, Beam and a TPU's compiler (7.6 GB)
 #   make docs                       the pages of docs/ as a site, in site/
 

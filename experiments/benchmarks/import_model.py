@@ -2,11 +2,13 @@
 
     python experiments/benchmarks/import_model.py
 
-Makes a random model of OLMoE's class, 24 layers in float32, and imports it on one device and on
-eight devices of the CPU. Prints the bytes of the model and of a layer, the most memory of the
-process that imports it (once it is read, and in all), and that of one that imports a single layer.
+Makes random models of OLMoE's class in float32, with small layers and with layers of twice the
+size, and imports each on one device and on eight devices of the CPU. Prints the bytes of the model
+and of a layer, and the most memory of the process that imports it: before it reads, until the
+model is read, and in all.
 """
 
+import itertools
 import json
 import os
 import subprocess
@@ -23,7 +25,8 @@ from prmoe_jax.config import DataConfig
 from prmoe_jax.data.corpora import Corpus
 from prmoe_jax.data.tokenizer import load_tokenizer
 
-LAYERS, WIDTH, EXPERTS, HIDDEN, VOCABULARY = 24, 512, 16, 416, 512
+WIDTH, HIDDEN, VOCABULARY = 512, 416, 512
+SHAPES = (24, 16), (12, 32)  # layers, and experts in each
 CONFIG = {
     "model_type": "olmoe",
     "architectures": ["OlmoeForCausalLM"],
@@ -31,20 +34,22 @@ CONFIG = {
     "intermediate_size": HIDDEN,
     "num_attention_heads": 8,
     "num_key_value_heads": 8,
-    "num_experts": EXPERTS,
     "num_experts_per_tok": 2,
     "max_position_embeddings": 1024,
     "vocab_size": VOCABULARY,
 }
-# Imports, and prints the most memory of its own that the process has had, once it is read and in
-# all. Pages of the mapped files are not counted: the system takes them back where it needs them.
+# Imports, and prints the most memory of its own that the process has had: before, once the model
+# is read, and in all. Pages of the mapped files are not counted: the system takes them back where
+# it needs them.
 IMPORT = """
 import re, sys, threading, time
+
+import jax.numpy
 from pathlib import Path
 from unittest import mock
 from prmoe_jax.interop import run
 
-highest = [0, 0]
+highest = [0, 0, 0]
 
 def watch():
     while True:
@@ -53,10 +58,13 @@ def watch():
         time.sleep(0.005)
 
 def write(*arguments):
-    highest[0] = highest[-1]
+    highest[1] = highest[-1]
     return write_run(*arguments)
 
 threading.Thread(target=watch, daemon=True).start()
+jax.numpy.zeros(1).block_until_ready()
+time.sleep(0.1)
+highest[0] = highest[-1]
 write_run = run.write_run
 with mock.patch.object(run, "write_run", write):
     run.import_run("hf", Path(sys.argv[1]), Path(sys.argv[2]))
@@ -64,15 +72,15 @@ print(*highest)
 """
 
 
-def tensors(layer: int) -> dict[str, np.ndarray]:
+def tensors(layer: int, experts: int) -> dict[str, np.ndarray]:
     """A layer's, by OLMoE's names."""
     rng = np.random.default_rng(layer)
     path = f"model.layers.{layer}."
     shapes = {f"self_attn.{name}_proj.weight": (WIDTH, WIDTH) for name in "qkvo"}
     norms = "input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm"
     shapes |= {f"{name}.weight": (WIDTH,) for name in norms}
-    shapes["mlp.gate.weight"] = EXPERTS, WIDTH
-    for expert in range(EXPERTS):
+    shapes["mlp.gate.weight"] = experts, WIDTH
+    for expert in range(experts):
         for name, shape in (
             ("gate", (HIDDEN, WIDTH)),
             ("up", (HIDDEN, WIDTH)),
@@ -82,7 +90,7 @@ def tensors(layer: int) -> dict[str, np.ndarray]:
     return {path + name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
 
 
-def write(folder: Path, layers: int) -> tuple[int, int]:
+def write(folder: Path, layers: int, experts: int) -> tuple[int, int]:
     """Writes a model, a file for each layer; returns the bytes of all and of a layer."""
     folder.mkdir()
     outside = {
@@ -91,7 +99,8 @@ def write(folder: Path, layers: int) -> tuple[int, int]:
         "model.norm.weight": np.ones(WIDTH, np.float32),
     }
     files, total, layer = {}, 0, 0
-    for number, part in enumerate([outside, *map(tensors, range(layers))]):
+    parts = (tensors(layer, experts) for layer in range(layers))
+    for number, part in enumerate(itertools.chain([outside], parts)):
         name = f"model-{number:05}-of-{layers:05}.safetensors"
         save_file(part, folder / name)
         layer = sum(tensor.nbytes for tensor in part.values())
@@ -99,14 +108,16 @@ def write(folder: Path, layers: int) -> tuple[int, int]:
         files |= dict.fromkeys(part, name)
     index = {"metadata": {"total_size": total}, "weight_map": files}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    (folder / "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": layers}))
+    (folder / "config.json").write_text(
+        json.dumps(CONFIG | {"num_hidden_layers": layers, "num_experts": experts})
+    )
     bytes_only = load_tokenizer(DataConfig(tokenizer="bytes"), 257, Corpus("none", dict))
     bytes_only.save(folder / "tokenizer.json")
     return total, layer
 
 
-def imported(source: Path, devices: int) -> tuple[float, int, int]:
-    """Seconds of an import in a process of its own; its most memory while it reads, and in all."""
+def imported(source: Path, devices: int) -> tuple[float, int, int, int]:
+    """Seconds of an import in its own process; its memory before, once it has read, at most."""
     command = [sys.executable, "-c", IMPORT, str(source), f"{source}-on-{devices}"]
     flags = f"--xla_force_host_platform_device_count={devices}"
     variables = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
@@ -116,23 +127,24 @@ def imported(source: Path, devices: int) -> tuple[float, int, int]:
 
 
 def main():
-    with tempfile.TemporaryDirectory() as folder:
-        total, layer = write(Path(folder, "whole"), LAYERS)
-        write(Path(folder, "small"), 1)
-        for devices in (1, 8):
-            _, _, small = imported(Path(folder, "small"), devices)
-            seconds, read, peak = imported(Path(folder, "whole"), devices)
-            record = {
-                "devices": devices,
-                "model_bytes": total,
-                "layer_bytes": layer,
-                "of_one_layer_bytes": small,
-                "read_bytes": read,
-                "peak_bytes": peak,
-                "seconds": round(seconds, 1),
-                "jax": jax.__version__,
-            }
-            print(json.dumps(record), flush=True)
+    for layers, experts in SHAPES:
+        with tempfile.TemporaryDirectory() as folder:
+            total, layer = write(Path(folder, "olmoe"), layers, experts)
+            for devices in (1, 8):
+                seconds, before, read, peak = imported(Path(folder, "olmoe"), devices)
+                record = {
+                    "devices": devices,
+                    "layers": layers,
+                    "experts": experts,
+                    "model_bytes": total,
+                    "layer_bytes": layer,
+                    "before_bytes": before,
+                    "read_bytes": read,
+                    "peak_bytes": peak,
+                    "seconds": round(seconds, 1),
+                    "jax": jax.__version__,
+                }
+                print(json.dumps(record), flush=True)
 
 
 if __name__ == "__main__":

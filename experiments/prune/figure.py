@@ -1,6 +1,8 @@
 """Draws prune.png: the loss of each pruned model before and after it learns from its teacher.
 
-python experiments/prune/figure.py
+    python experiments/prune/figure.py
+
+The losses are those of the recorded runs.
 """
 
 import json

@@ -10,6 +10,7 @@ nbformat = pytest.importorskip("nbformat")
 
 FOLDER = REPOSITORY / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+TRAIN = "03", "04", "06"  # numbers of those that train models: half a minute to two
 
 
 def test_there_are_six_with_their_texts():
@@ -17,17 +18,18 @@ def test_there_are_six_with_their_texts():
     assert len(NOTEBOOKS) == 6
 
 
-TRAINED = [  # in which models are trained: half a minute to two
-    pytest.param(path, marks=pytest.mark.slow) if path.stem[:2] in ("03", "04", "06") else path
-    for path in NOTEBOOKS
-]
-
-
 def shown(notebook):
     return [output for cell in notebook.cells for output in cell.get("outputs", [])]
 
 
-@pytest.mark.parametrize("path", TRAINED, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, marks=pytest.mark.slow if path.stem.startswith(TRAIN) else ())
+        for path in NOTEBOOKS
+    ],
+    ids=lambda path: path.stem,
+)
 def test_runs_and_equals_its_text(path):
     """The committed outputs have a picture and no error, and so has a run from a clean kernel."""
     notebook = nbformat.read(path, as_version=4)
