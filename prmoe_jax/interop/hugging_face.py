@@ -373,18 +373,19 @@ def _placed(
             continue
         _, stage, _, block, rest = name.split(".", 4)
         numbers = [layer_of[int(stage), int(block), n] for n in range(leaf.shape[0])]
-        rows = (read(f"layers.{number}.{rest}") for number in numbers)
-        leaves[name] = _stacked(leaf, homes[name], rows)
+        reads = [partial(read, f"layers.{number}.{rest}") for number in numbers]
+        leaves[name] = _stacked(leaf, homes[name], reads)
     return leaves
 
 
-def _stacked(leaf, home: jax.sharding.NamedSharding, rows: Iterator[np.ndarray]) -> jax.Array:
-    """An array on a mesh whose rows come one by one from the host."""
+def _stacked(leaf, home: jax.sharding.NamedSharding, reads: list[Callable]) -> jax.Array:
+    """An array on a mesh whose rows are read one by one, each when the one before is in place."""
     whole = jax.jit(partial(jnp.zeros, leaf.shape, leaf.dtype), out_shardings=home)()
     row_home = jax.sharding.NamedSharding(home.mesh, jax.sharding.PartitionSpec(*home.spec[1:]))
     put = jax.jit(lambda x, row, n: x.at[n].set(row), donate_argnums=0, out_shardings=home)
-    for n, row in enumerate(rows):
-        whole = put(whole, jax.device_put(row, row_home), n)
+    for n, read in enumerate(reads):
+        whole = put(whole, jax.device_put(read(), row_home), n)
+        whole.block_until_ready()
     return whole
 
 

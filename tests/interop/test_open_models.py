@@ -1,11 +1,13 @@
 """Open models of Hugging Face: transformers' logits, and the same bits back."""
 
 import dataclasses
+import gc
 import json
 import math
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import jax
@@ -24,6 +26,7 @@ from prmoe_jax.interop.hugging_face import NAMES as NAMES_THERE
 from prmoe_jax.interop.hugging_face import SIZES, check_exportable
 from prmoe_jax.interop.hugging_face import _config as read_config
 from prmoe_jax.interop.run import spread_over
+from prmoe_jax.interop.tensors import Tensors
 from prmoe_jax.model.sizes import cost
 from prmoe_jax.model.transformer import init_model
 from prmoe_jax.nn.parameters import named_leaves
@@ -81,6 +84,26 @@ def test_devices_hold_an_imported_model_once(text, width, expected):
     mesh = spread_over(values.model, 8)
     assert mesh == MeshConfig(data=1, **expected)
     check_splits(values, dataclasses.asdict(mesh))
+
+
+def test_an_array_on_the_host_is_gone_before_the_next_is_read(source, tmp_path, monkeypatch):
+    put, read_one, rows = jax.device_put, Tensors.read, []
+
+    def device_put(array, *args):
+        if isinstance(array, np.ndarray) and array.ndim == 3:  # one layer's experts
+            rows.append(weakref.ref(array))
+        return put(array, *args)
+
+    def read(tensors, name):
+        gc.collect()  # what JAX no longer needs, too
+        assert not any(row() is not None for row in rows)
+        return read_one(tensors, name)
+
+    monkeypatch.setattr(jax, "device_put", device_put)
+    monkeypatch.setattr(Tensors, "read", read)
+    imported(source("mixtral"), tmp_path / "run")
+    layers = load(tmp_path / "run" / "config.json").model.layers
+    assert len(rows) >= 3 * layers
 
 
 def change_tensors(folder, change):
