@@ -36,7 +36,7 @@ ARMS = {
 # The best of experiments/multiplier_rates; the rates of the widths between follow from those of the
 # first and the last, since log(rate) is taken as linear in log(width), of which the ladder has even
 # steps.
-RATES = {"dense_64": 8e-3, "dense_216": 8e-3, "E8": 16e-3, "E64": 16e-3, "E128": 16e-3}
+RATES = {"dense_64": 16e-3, "dense_216": 8e-3, "E8": 16e-3, "E64": 16e-3, "E128": 16e-3}
 RUNGS = 64, 96, 144, 216
 TEXT = "~/.cache/prmoe_jax/text"
 

@@ -16,9 +16,9 @@ CONFIG_HELP = """
 settings:
   --config=FILE:NAME            a config file and the architecture in it, for example
                                 configs/tiny.py:prmoe, configs/paper.py:prmoe_1.3b or
-                                configs/tiny.py:'6 layers, E=8x2+16, residual'; tiny, paper
-                                and prose name the files that come with prmoe_jax
-                                (tiny:prmoe); or a run's own config.json
+                                configs/tiny.py:'6 layers, E=8x2+16, residual'; tiny, paper,
+                                prose and open_moes name the files that come with
+                                prmoe_jax (tiny:prmoe); or a run's own config.json
   --config.GROUP.NAME=VALUE     overrides any setting:
                                 --config.train.steps=40 --config.model.experts=8,8,16
 """

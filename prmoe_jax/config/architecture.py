@@ -156,6 +156,7 @@ def parse_fields(text: str) -> dict:
     Raises:
       UserError: a part is unknown, given twice, or missing.
     """
+    one_layer = False  # the experts are those of one layer, and not of each
     fields: dict = {}
 
     def put(part, **values):
@@ -172,6 +173,7 @@ def parse_fields(text: str) -> dict:
             for term in part[2:].split("+"):
                 count, _, repeats = term.partition("x")
                 counts += [int(count)] * int(repeats or 1)
+            one_layer = len(counts) == 1 and "x" in part
             put(part, experts=tuple(counts))
         elif match := re.fullmatch(r"top (\d+)", part):
             put(part, top_k=int(match[1]))
@@ -188,7 +190,12 @@ def parse_fields(text: str) -> dict:
         raise UserError(f"architecture '{text}' does not say how many layers; add '24 layers'")
     experts = fields.setdefault("experts", ())
     if experts:
-        fields.setdefault("placement", "every 2")
+        placement = fields.setdefault("placement", "every 2")
+        if one_layer and (count := len(moe_layers(fields["layers"], placement))) > 1:
+            raise UserError(
+                f"architecture '{text}': E={experts[0]}x1 is for one MoE layer, and placement "
+                f"'{placement}' makes {count}; write E={experts[0]} for all of them"
+            )
     elif fields.keys() - {"layers", "experts"}:
         raise UserError(f"architecture '{text}' has no experts, so the rest has no effect; add E=…")
     fields.setdefault("placement", "none")

@@ -72,7 +72,8 @@ class ModelConfig:
     )
     family: str = setting(
         "gpt2",
-        "Published models whose form the decoder has, where the settings below are 'auto' or 0.",
+        "Published models whose form the decoder has where settings below are 'auto', and where "
+        "`norm_eps` and `rope_theta` are 0.",
         choices=dict.fromkeys(FAMILIES, ""),
     )
     norm: str = setting(

@@ -185,6 +185,11 @@ def _shared(importance, ranked, keep: float, shape: str, least: int) -> dict[int
     units = {layer: size // unit for layer, size in sizes.items()}
     wanted = min(round(keep * sum(sizes.values()) / unit), sum(units.values()))
     first = -(-least // unit)
+    if first * unit * len(sizes) >= sum(sizes.values()) or first > min(units.values()):
+        raise UserError(
+            f"--keep={keep}: each layer needs {first * unit} experts for model.top_k={least}, and "
+            f"the smallest has {min(sizes.values())}; --keep has nothing to cut here"
+        )
     if wanted < first * len(sizes):
         raise UserError(
             f"--keep={keep} leaves {wanted * unit} experts for {len(sizes)} layers, and each needs "

@@ -22,7 +22,8 @@ class LayerCost:
 class Cost:
     """A model's size and compute; `layers` are first to last, without embedding and logits.
 
-    A token's active parameters are all but those of the experts it does not visit.
+    A token's active parameters are all but those of the experts it does not visit. Where experts
+    choose tokens, that is as with a capacity factor of 1: a token has `top_k` on average.
     FLOPs are those of the matrix products, 2 per multiply-add; attention is counted over the
     full square of the context, as in PaLM (arXiv 2204.02311, appendix B).
     """

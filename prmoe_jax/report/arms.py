@@ -83,17 +83,28 @@ def arms(records: list[dict], varying: Collection[str] = ()) -> dict[str, dict[i
     return found
 
 
-def model_of(arm: str) -> str:
-    """The name of an arm's model, which a sweep of several lengths names MODEL/LENGTH."""
-    return arm.rpartition("/")[0] or arm
+def models_of(found: dict[str, dict[int, dict]]) -> dict[str, str]:
+    """The name of each arm's model, which a sweep of several lengths names MODEL/LENGTH.
+
+    Where two arms of a name before the last '/' are equally long, each is a model of its own.
+    """
+    lengths: dict[str, list[int]] = {}
+    for arm, by_seed in found.items():
+        lengths.setdefault(arm.rpartition("/")[0], []).append(_tokens(by_seed))
+    models = {arm: arm.rpartition("/")[0] for arm in found}
+    return {
+        arm: model if model and len(set(lengths[model])) == len(lengths[model]) else arm
+        for arm, model in models.items()
+    }
 
 
 def models(found: dict[str, dict[int, dict]]) -> dict[str, dict[int, dict]]:
     """Records by model and seed: the longest run of each, with the last evaluations of all."""
     runs: dict[tuple[str, int], list[dict]] = {}
+    names = models_of(found)
     for arm, by_seed in found.items():
         for seed, record in by_seed.items():
-            runs.setdefault((model_of(arm), seed), []).append(record)
+            runs.setdefault((names[arm], seed), []).append(record)
     joined: dict[str, dict[int, dict]] = {}
     for (model, seed), records in runs.items():
         records.sort(key=lambda record: record["tokens"])
@@ -109,10 +120,11 @@ def base_of(arm: str, found: dict[str, dict[int, dict]], base: str) -> str | Non
 
     None if there is no such arm, or if it is the arm itself.
     """
-    if "/" in base:
+    names = models_of(found)
+    if names[base] != base:
         tokens = _tokens(found[arm])
         base = next(
-            (b for b in found if model_of(b) == model_of(base) and _tokens(found[b]) == tokens), arm
+            (b for b in found if names[b] == names[base] and _tokens(found[b]) == tokens), arm
         )
     return None if base == arm else base
 

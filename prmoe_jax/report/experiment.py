@@ -12,8 +12,8 @@ from prmoe_jax.report.arms import (
     base_of,
     difference,
     mean,
-    model_of,
     models,
+    models_of,
     verdict,
     write_csv,
 )
@@ -63,9 +63,9 @@ def report(folder: Path, base: str | None = None) -> dict:
         MODEL/LENGTH, arms are compared with the model's arm of their own number of tokens.
 
     Returns:
-      page, the path; base; and arms. For each arm: seeds, loss and, with two seeds or more, margin
-      (of the 95 % interval); with two seeds in common with the base also difference and
-      difference_margin, paired by seed, and with MARGIN the verdict; with LADDER a MoE has its
+      page, the path; base; its model; and arms. For each arm: seeds, loss and, with two seeds or
+      more, margin (of the 95 % interval); with two seeds in common with the base also difference
+      and difference_margin, paired by seed, and with MARGIN the verdict; with LADDER a MoE has its
       multiplier, as text. With CONTRASTS also contrasts, a list of arm, base, difference,
       difference_margin and, with MARGIN, verdict.
 
@@ -99,7 +99,7 @@ def report(folder: Path, base: str | None = None) -> dict:
             apart[arm] = Mean(compared["difference"], compared["difference_margin"])
             summary[arm] |= compared
 
-    named = model_of(base)
+    named = models_of(found)[base]
     drawn = models(found) if named != base else found
     caption = "Validation loss against tokens; band: all seeds."
     if figures.curves(drawn, folder / "loss_tokens", by_flops=False):
@@ -165,7 +165,7 @@ def report(folder: Path, base: str | None = None) -> dict:
     ]
     out = folder / "report.html"
     files.replace(out, page.page(folder.resolve().name, parts))
-    result = {"page": str(out), "base": base, "arms": summary}
+    result = {"page": str(out), "base": base, "model": named, "arms": summary}
     if contrasts:
         result["contrasts"] = [{"arm": arm, "base": other} | row for arm, other, row in contrasts]
     return result
@@ -251,7 +251,7 @@ def table(result: dict) -> str:
         if "difference" in row:
             above = f"{row['difference']:+.4f} ± {row['difference_margin']:.4f}"
         rows.append([arm, row["seeds"], loss, above])
-    head = ["arm", "seeds", "loss", f"above {model_of(result['base'])}"]
+    head = ["arm", "seeds", "loss", f"above {result['model']}"]
     for column in "verdict", "multiplier":
         if any(column in row for row in result["arms"].values()):
             head.append(column)

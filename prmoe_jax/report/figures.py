@@ -9,7 +9,7 @@ import numpy as np
 
 from prmoe_jax import files
 from prmoe_jax.errors import UserError
-from prmoe_jax.report.arms import mean, model_of
+from prmoe_jax.report.arms import mean
 from prmoe_jax.report.multiplier import Multiplier
 
 # Colours that people with red-green colour blindness can tell apart (Okabe and Ito).
@@ -189,7 +189,7 @@ def multipliers(found: list[Multiplier], path: Path) -> None:
     """
     series: dict[str, list[Multiplier]] = {}
     for one in found:
-        series.setdefault(model_of(one.arm), []).append(one)
+        series.setdefault(one.model, []).append(one)
     with figure(path, 4.2) as axes:
         from matplotlib.ticker import LogLocator
 
@@ -252,7 +252,8 @@ def heat(layers: dict[str, np.ndarray], steps: list[int], quantity: str, path: P
         axes = axes if isinstance(axes, list) else [axes]
         top = float(np.quantile(np.concatenate([v.ravel() for v in layers.values()]), 0.99))
         for one, (layer, values_SxE) in zip(axes, layers.items(), strict=True):
-            edges = [*steps, steps[-1] + (steps[-1] - steps[0]) / max(1, len(steps) - 1)]
+            width = (steps[-1] - steps[0]) / (len(steps) - 1) if len(steps) > 1 else 1
+            edges = [*steps, steps[-1] + width]
             experts = np.arange(values_SxE.shape[1] + 1) - 0.5
             mesh = one.pcolormesh(edges, experts, values_SxE.T, vmin=0, vmax=top, rasterized=True)
             one.grid(False)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from prmoe_jax.config import ModelConfig
-from prmoe_jax.report.arms import Factor, geometric_mean, model_of
+from prmoe_jax.report.arms import Factor, geometric_mean, models_of
 
 # The joint MoE scaling law (Ludziejewski et al. 2025, arXiv 2502.05172, table 3), nats a token:
 # L = a E^delta N^(alpha + gamma ln E) + b E^omega D^(beta + zeta ln E) + c. It was fitted to 280
@@ -33,6 +33,7 @@ class Multiplier(NamedTuple):
     """
 
     arm: str
+    model: str
     experts: float  # of a layer, the mean of all layers; a dense one counts as 1
     tokens: int
     active_params: int
@@ -108,7 +109,7 @@ def multipliers(arms: dict[str, dict[int, dict]]) -> list[Multiplier]:
     Returns:
       One for each MoE arm; none for an arm with fewer than two dense ones to compare it with.
     """
-    found = []
+    found, names = [], models_of(arms)
     for arm, rows in arms.items():
         record = next(iter(rows.values()))
         if _is_dense(record):
@@ -122,7 +123,7 @@ def multipliers(arms: dict[str, dict[int, dict]]) -> list[Multiplier]:
         rungs.sort(key=_compute)
         seeds = sorted(set(rows).intersection(*rungs))
         if len(rungs) >= 2 and seeds:
-            found.append(_measure(arm, rows, rungs, seeds))
+            found.append(_measure(arm, names[arm], rows, rungs, seeds))
     return found
 
 
@@ -133,13 +134,9 @@ def ratios(found: Sequence[Multiplier]) -> list[Ratio]:
     Those with a seed beyond the ladder are left out, and pairs with under two common seeds.
     """
     inside = [one for one in found if one.inside]
-    by_tokens = sorted(inside, key=lambda one: (model_of(one.arm), one.tokens))
+    by_tokens = sorted(inside, key=lambda one: (one.model, one.tokens))
     by_experts = sorted(inside, key=lambda one: (one.tokens, one.experts))
-    pairs = [
-        (base, arm)
-        for base, arm in itertools.pairwise(by_tokens)
-        if model_of(base.arm) == model_of(arm.arm)
-    ]
+    pairs = [(base, arm) for base, arm in itertools.pairwise(by_tokens) if base.model == arm.model]
     pairs += [
         (base, arm) for base, arm in itertools.pairwise(by_experts) if base.tokens == arm.tokens
     ]
@@ -184,7 +181,11 @@ def _compute(rows: dict[int, dict]) -> float:
 
 
 def _measure(
-    arm: str, rows: dict[int, dict], rungs: list[dict[int, dict]], seeds: list[int]
+    arm: str,
+    model: str,
+    rows: dict[int, dict],
+    rungs: list[dict[int, dict]],
+    seeds: list[int],
 ) -> Multiplier:
     record, own = rows[seeds[0]], _compute(rows)
     compute_R = [_compute(rung) for rung in rungs]
@@ -206,7 +207,7 @@ def _measure(
     dense = law_multiplier(experts, active, record["tokens"]) * active
     sizes_R = [rung[seeds[0]]["active_params"] for rung in rungs]
     return Multiplier(
-        arm, experts, record["tokens"], active, by_seed, value, low, high,
+        arm, model, experts, record["tokens"], active, by_seed, value, low, high,
         *(compute_R[0] / own, compute_R[-1] / own, _compute_of(dense, sizes_R, compute_R) / own),
     )  # fmt: skip
 

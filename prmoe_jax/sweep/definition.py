@@ -92,13 +92,18 @@ def _assigned(path: Path) -> dict[str, object]:
                 plain[target] = ast.literal_eval(node.value)
     found = {}
     for node in ast.walk(tree):
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.id in NAMES:
-            if node not in plain:
+        name = None
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            name = node.id
+        elif isinstance(node, ast.alias):
+            name = node.asname or node.name
+        if name in NAMES:
+            if not (isinstance(node, ast.expr) and node in plain):
                 raise UserError(
-                    f"{path}, line {node.lineno}: {node.id} must be a plain value, such as 0.02 or "
+                    f"{path}, line {node.lineno}: {name} must be a plain value, such as 0.02 or "
                     "True, since a report reads the file without running it"
                 )
-            found[node.id.lower()] = plain[node]
+            found[name.lower()] = plain[node]
     return found
 
 
@@ -131,7 +136,7 @@ def _checked(path: Path, items) -> dict[str, Run]:
             f"{path}: runs() returns {type(items).__name__}; it must yield (name, settings)"
         )
     found: dict[str, Run] = {}
-    for item in list(items):
+    for item in items:  # one by one: a file may change its settings for the next run
         if not (isinstance(item, tuple) and len(item) in (2, 3) and isinstance(item[0], str)):
             raise UserError(f"{path}: runs() yields {item!r:.80}, not (name, settings)")
         name, settings, trunk = (*item, None)[:3]
@@ -157,7 +162,11 @@ def _checked(path: Path, items) -> dict[str, Run]:
         try:
             run = Run(resolve(settings), trunk)
             if trunk is not None:
-                _check_trunk(run.config, trunk, found[trunk].config)
+                other = found[trunk]
+                start = 0
+                if other.trunk is not None:
+                    start = branch(other.config, found[other.trunk].config, path).init.step
+                _check_trunk(run.config, trunk, other.config, start)
             found[name] = run
         except UserError as error:
             raise UserError(f"{path}: {name}: {error}") from None
@@ -182,8 +191,14 @@ def branch(config: Config, trunk: Config, workdir: Path) -> Config:
     return dataclasses.replace(config, init=init)
 
 
-def _check_trunk(config: Config, name: str, trunk: Config) -> None:
+def _check_trunk(config: Config, name: str, trunk: Config, start: int) -> None:
     """Checks that a run can go on from a trunk, and that the trunk keeps the checkpoint for it.
+
+    Args:
+      config: the run's config.
+      name: the trunk's name.
+      trunk: the trunk's config.
+      start: the step at which the trunk itself goes on from another run.
 
     Raises:
       UserError: it can't.
@@ -200,6 +215,11 @@ def _check_trunk(config: Config, name: str, trunk: Config) -> None:
     step, every = begun.init.step, trunk.checkpoint.keep_every
     if step == 0:
         raise UserError("its learning rate decays from step 0 on, so that it has no trunk")
+    if not start < step <= trunk.total_steps:
+        raise UserError(
+            f"it goes on from step {step} of {name}, which trains steps {start + 1} to "
+            f"{trunk.total_steps}; let it go on from the run that trains step {step}"
+        )
     if step != trunk.decay_start and not (every and step % every == 0):
         raise UserError(
             f"it goes on from step {step} of {name}, which keeps the checkpoint of step "

@@ -6,6 +6,7 @@ one of the sweep, its trunk, instead of repeating the trunk's steps; its record 
 """
 
 import contextlib
+import dataclasses
 import logging
 import statistics
 import subprocess
@@ -167,30 +168,45 @@ def _done(
     (config, trunk), workdir = runs[name], root / name
     if _recorded(records.read(folder), {name: runs[name]}):
         return "recorded"
+    begun = (workdir / workdirs.CONFIG).exists()
     for other in needs[name]:
-        if other != trunk and not _finished(runs[other].config, root / other):
+        if other == trunk:
+            continue
+        if not _finished(runs[other].config, root / other):
             raise UserError(
                 f"it needs {other}, which is not finished in {root / other}; the same command "
                 f"goes on with {name} once it is"
             )
+        if not begun and not config.init.step:
+            _check_kept(folder, root, other, runs[other].config.total_steps)
     given = config if trunk is None else branch(config, runs[trunk].config, root / trunk)
-    begun = (workdir / workdirs.CONFIG).exists()
     if begun:
-        check_resume(load(workdir / workdirs.CONFIG), given)
-    elif trunk is not None and not _checkpoint(root / trunk, given.init.step).is_dir():
-        raise UserError(
-            f"it goes on from step {given.init.step} of {trunk}, whose checkpoint is not in "
-            f"{root / trunk}; to train {trunk} again, delete its folder and its line in "
-            f"{folder / records.RESULTS}"
-        )
+        saved = load(workdir / workdirs.CONFIG)
+        if trunk is not None and _ends(saved.init.workdir, trunk):
+            # The folder of all runs may have another name now.
+            init = dataclasses.replace(given.init, workdir=saved.init.workdir)
+            given = dataclasses.replace(given, init=init)
+        check_resume(saved, given)
+    elif trunk is not None:
+        _check_kept(folder, root, trunk, given.init.step)
     if not (begun and _finished(config, workdir)):
         _train(name, given, workdir, progress)
     records.add(folder, record(name, config, workdir), list(runs))
     return "finished"
 
 
-def _checkpoint(workdir: Path, step: int) -> Path:
-    return workdir / "checkpoints" / str(step)
+def _check_kept(folder: Path, root: Path, name: str, step: int) -> None:
+    """Raises UserError if a run's checkpoint of a step, which another run needs, is gone."""
+    if not (root / name / "checkpoints" / str(step)).is_dir():
+        raise UserError(
+            f"it needs the checkpoint of step {step} of {name}, which is not in {root / name}; to "
+            f"train {name} again, delete its folder and its line in {folder / records.RESULTS}"
+        )
+
+
+def _ends(folder: str, name: str) -> bool:
+    """Whether a folder is one of a run of this name."""
+    return f"/{folder}".endswith(f"/{name}")
 
 
 def _discard_checkpoints(

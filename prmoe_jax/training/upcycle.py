@@ -135,7 +135,9 @@ def check_fits(source: ModelConfig, model: ModelConfig) -> None:
 def _check_choices(source: ModelConfig, config: Config) -> None:
     """Checks that tokens choose slices of an MLP together."""
     slices = source.d_ff // config.model.expert_width
-    if config.moe.second_expert_sampling and not any(source.schedule.experts) and slices > 1:
+    counts = zip(source.schedule.experts, config.model.schedule.experts, strict=True)
+    sliced = slices > 1 and any(want and not have for have, want in counts)
+    if config.moe.second_expert_sampling and sliced:
         raise UserError(
             "moe.second_expert_sampling=True draws the second expert, and here it is the other "
             "half of an MLP; leave it off"

@@ -68,6 +68,7 @@ def test_placements(layers, placement, indices):
         ("6 layers, layers 1 3 5, E=8", "6 layers, E=8"),
         ("6 layers, layers 0 1 2, E=8", "6 layers, first half, E=8"),
         ("2 layers, second half, E=8", "2 layers, E=8"),
+        ("2 layers, E=8x1", "2 layers, E=8"),
     ],
 )
 def test_printed_form_is_canonical(text, same_as):
@@ -108,6 +109,10 @@ ERRORS = {
     "placement none": ("6 layers, none, E=8", "placement 'none' puts no MoE layer into 6 layers"),
     "empty half": ("1 layers, first half, E=8", "puts no MoE layer into 1 layers"),
     "too few counts": ("6 layers, E=4+8", "2 entries, but placement 'every 2' makes 3 MoE layers"),
+    "one layer's": (
+        "6 layers, E=8x1",
+        "E=8x1 is for one MoE layer, and placement 'every 2' makes 3",
+    ),
     "too many counts": ("6 layers, E=4x3+8", "has 4 entries"),
     "every 0": ("6 layers, every 0, E=8", "makes no MoE layer in 6 layers; use 'every N'"),
     "every 7": ("6 layers, every 7, E=8", "with N from 1 to 6"),

@@ -177,6 +177,12 @@ def test_choices_by_hand():
         chosen((4, 5), "pyramid")
     with pytest.raises(UserError, match="--keep=0.3 leaves 2 experts for 2 layers, and each needs"):
         chosen(0.3, "pyramid", least=2)
+    with pytest.raises(
+        UserError, match="needs 4 experts for model.top_k=4, and the smallest has 4"
+    ):
+        chosen(0.5, "pyramid", least=4)
+    with pytest.raises(UserError, match="needs 18 experts for model.top_k=17, and the smallest ha"):
+        choose({0: np.arange(17.0), 1: np.arange(64.0)}, 0.9, "pyramid", 17)
     # Numbers are multiples of an eighth of the smallest layer's.
     wide = {0: np.arange(16.0), 1: np.arange(32.0)}
     assert {i: len(e) % 2 for i, e in choose(wide, 0.4, "pyramid", 1).items()} == {0: 0, 1: 0}

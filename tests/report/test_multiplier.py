@@ -228,6 +228,19 @@ def test_a_models_runs_of_all_lengths_are_one_curve():
     assert joined["moe"][1]["tokens"] == 4000 and joined["moe"][1]["loss"] == longer
 
 
+def test_arms_of_one_length_are_models_of_their_own(tmp_path, capsys):
+    """Their names before the '/' say no model."""
+    losses = {"size/small": 3.0, "size/big": 2.0, "other/x": 1.5}
+    rows = [record(arm, seed, loss) for arm, loss in losses.items() for seed in (1, 2)]
+    assert list(models(arms(rows))) == ["size/small", "size/big", "other"]
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["report", str(tmp_path), "--json", "--base=size/big"]) == 0
+    found = json.loads(capsys.readouterr().out)["arms"]
+    assert "difference" not in found["size/big"]
+    assert found["size/small"]["difference"] == pytest.approx(1.0)
+    assert found["other/x"]["difference"] == pytest.approx(-0.5)
+
+
 @pytest.mark.parametrize(
     ("code", "message"),
     [
@@ -248,6 +261,8 @@ def test_a_models_runs_of_all_lengths_are_one_curve():
         ("MARGIN: float", "line 1: MARGIN must be a plain value"),
         ("MARGIN, LADDER = 0.02, True", "line 1: MARGIN must be a plain value"),
         ("if True:\n    LADDER = True", "line 2: LADDER must be a plain value"),
+        ("from shared import MARGIN", "line 1: MARGIN must be a plain value"),
+        ("from shared import TRUE as LADDER", "line 1: LADDER must be a plain value"),
         ("MARGIN =", "sweep.py fails: SyntaxError: invalid syntax"),
     ],
 )

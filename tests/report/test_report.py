@@ -7,6 +7,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
@@ -123,6 +124,13 @@ def drawn(monkeypatch):
 
     monkeypatch.setattr(figures, "figure", figure)
     return found
+
+
+@pytest.mark.parametrize("steps", [[3], [3, 5], [3, 5, 7]])
+def test_every_step_of_a_map_has_a_width(steps, drawn):
+    figures.heat({"1": np.ones((len(steps), 4))}, steps, "load", Path())
+    (mesh,) = drawn.pop().collections
+    assert (np.diff(mesh.get_coordinates()[0, :, 0]) > 0).all()
 
 
 def shown(line):

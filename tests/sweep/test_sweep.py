@@ -7,10 +7,12 @@ import io
 import json
 import logging
 import os
+import shutil
 import signal
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -18,6 +20,7 @@ from rich.console import Console
 from prmoe_jax.cli import main, parse_config
 from prmoe_jax.config import leaves, resolve, save
 from prmoe_jax.sweep import records, run
+from prmoe_jax.sweep.definition import branch, planned
 from prmoe_jax.sweep.progress import SweepProgress
 from tests.support.faults import file_size_limit
 from tests.support.lines import only_line
@@ -204,7 +207,7 @@ def runs():
     rows = [run.record("20/1", resolve(given[20]), finished_run(folder, "20/1", given[20]))]
     put_rows(folder, *rows)
     assert main(sweep(folder, "--shard=2/2")) == 1
-    line = "40/1: it goes on from step 16 of 20/1, whose checkpoint is not in"
+    line = "40/1: it needs the checkpoint of step 16 of 20/1, which is not in"
     assert line in capsys.readouterr().err
     (folder / "runs" / "20" / "1" / "checkpoints" / "16").mkdir(parents=True)
     trained.clear()
@@ -229,7 +232,7 @@ def test_students_wait_for_their_teacher(text, tmp_path, monkeypatch, capsys):
         if name == "teacher/0":
             raise OSError("it is gone")
         finished_run(folder, name, given[name])
-        (workdir / "checkpoints" / "9").mkdir(parents=True)
+        (workdir / "checkpoints" / "12").mkdir(parents=True)
 
     monkeypatch.setattr(run, "_train", train)
     assert main(sweep(folder, "--shard=1/2")) == 1
@@ -244,7 +247,7 @@ def test_students_wait_for_their_teacher(text, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(run, "_discard_checkpoints", look)
     assert main(sweep(folder, "--shard=2/2")) == 0
-    assert kept == [("teacher/1", ["9"]), ("student/1", ["9"]), ("teacher/1", [])]
+    assert kept == [("teacher/1", ["12"]), ("student/1", ["12"]), ("teacher/1", [])]
     capsys.readouterr()
 
     # A record of the teacher is not the teacher, nor is a part of it.
@@ -259,8 +262,18 @@ def test_students_wait_for_their_teacher(text, tmp_path, monkeypatch, capsys):
     metrics.write_text(whole)
     assert main(sweep(folder, "--shard=2/2")) == 0
 
+    # A student that is added later would find another checkpoint of the teacher, or none.
+    shutil.rmtree(folder / "runs" / "student" / "1")
+    put_rows(folder, *(row for row in rows if row["run"] == "teacher/1"))
+    (folder / "runs" / "teacher" / "1" / "checkpoints" / "9").mkdir()
+    assert main(sweep(folder, "--shard=2/2")) == 1
+    line = "student/1: it needs the checkpoint of step 12 of teacher/1, which is not in"
+    assert line in capsys.readouterr().err
 
+
+ONE = "{'train': {'steps': 1}}"
 A_RUN = "{'train': {'steps': %s}, 'optimizer': {'schedule': 'wsd'}}"
+LONG = A_RUN.replace("'wsd'", "'wsd', 'decay_tokens': 30 * 16 * 256")
 
 
 @pytest.mark.parametrize(
@@ -274,6 +287,7 @@ A_RUN = "{'train': {'steps': %s}, 'optimizer': {'schedule': 'wsd'}}"
         (A_RUN % 20, A_RUN % "40}, 'init': {'workdir': 'x'", "a", "c: a has another init; the"),
         (A_RUN % 40, A_RUN % 20, "a", "c: it goes on from step 16 of a, which keeps the che"),
         (A_RUN % 1, A_RUN % 20, "a", "c: its learning rate decays from step 0 on, so that "),
+        (LONG % 10, LONG % 40, "a", "c: it goes on from step 24 of a, which trains steps 1 to 10"),
     ],
 )  # fmt: skip
 def test_wrong_trunks(trunk, branch, name, message, tmp_path, capsys):
@@ -281,6 +295,47 @@ def test_wrong_trunks(trunk, branch, name, message, tmp_path, capsys):
     (tmp_path / "sweep.py").write_text(code)
     assert main(sweep(tmp_path)) == 2
     assert message in only_line(capsys.readouterr().err)
+
+
+def test_a_branch_does_not_have_the_steps_before_it(tmp_path, capsys):
+    code = f"""
+def runs():
+    yield "a", {A_RUN % 20}
+    yield "b", {A_RUN % "60}, 'checkpoint': {'every': 8, 'keep_every': 8"}, "a"
+    yield "c", {A_RUN % 10}, "b"
+"""
+    (tmp_path / "sweep.py").write_text(code)
+    assert main(sweep(tmp_path)) == 2
+    message = "c: it goes on from step 8 of b, which trains steps 17 to 60; let it go on from the"
+    assert message in only_line(capsys.readouterr().err)
+
+
+def test_one_object_may_hold_the_settings_of_all_runs(tmp_path):
+    code = """
+def runs():
+    settings = {'train': {'steps': 1}}
+    for seed in 1, 2:
+        settings["seed"] = seed
+        yield f"a/{seed}", settings
+"""
+    (tmp_path / "sweep.py").write_text(code)
+    assert [one.config.seed for one in planned(tmp_path).runs.values()] == [1, 2]
+
+
+def test_a_branch_goes_on_where_its_folder_has_another_name(text, tmp_path, untrained, capsys):
+    """Its own config names the old place of its trunk."""
+    folder = chain(tmp_path / "sweep", text, (6, 12))
+    trunk, longer = (planned(folder).runs[name].config for name in ("6/1", "12/1"))
+    given = dataclasses.asdict(trunk)
+    put_rows(folder, run.record("6/1", trunk, finished_run(folder, "6/1", given)))
+    workdir = finished_run(folder, "12/1", dataclasses.asdict(longer))
+    for other, status in (("elsewhere/7/1", 1), ("6/1", 0)):
+        save(branch(longer, trunk, Path(other)), workdir / "config.json")
+        assert main(sweep(folder)) == status
+    assert "12/1: the run in this workdir has another config: init.workdir was 'elsewhere/7/1'" in (
+        capsys.readouterr().err
+    )
+    assert not untrained and [row["run"] for row in lines_of(folder)] == ["6/1", "12/1"]
 
 
 def test_another_config_is_another_run(text, tmp_path, capsys):
@@ -299,7 +354,7 @@ def test_another_config_is_another_run(text, tmp_path, capsys):
     [
         (None, "sweep.py is missing; it must define runs()"),
         ("x = 1", "sweep.py defines no function runs"),
-        ("def runs():\n    yield 'a', {}\n    yield 1 / 0", "sweep.py fails at line 3: ZeroDivi"),
+        (f"def runs():\n    yield 'a', {ONE}\n    yield 1 / 0", "sweep.py fails at line 3: ZeroD"),
         ("def runs():\n    yield 'a'", "runs() yields 'a', not (name, settings)"),
         ("def runs():\n    return []", "runs() yields nothing"),
         ("def runs():\n    yield '../a', {}", "'../a' can't name a folder"),
@@ -317,7 +372,7 @@ def test_another_config_is_another_run(text, tmp_path, capsys):
         ("def runs():\n    yield 'a/.', {}", "'a/.' can't name a folder"),
         ("def runs():\n    yield 'é' * 128, {}", "has 256 bytes, a folder's has at most 255; shor"),
         ("def runs():\n    exit('no')", "sweep.py fails at line 2: SystemExit: no"),
-        ("def runs():\n    yield 'a', {}\n    raise SystemExit(0)", "at line 3: SystemExit: 0"),
+        (f"def runs():\n    yield 'a', {ONE}\n    raise SystemExit(0)", "at line 3: SystemExit: 0"),
         ("raise BaseException('\\n')", "sweep.py fails at line 1: BaseException:"),
         (SILENT, "sweep.py fails at line 4: Silent: (its message cannot be shown)"),
         (HIDDEN, "sweep.py fails at line 3: ZeroDivisionError: division by zero"),

@@ -131,9 +131,13 @@ def test_the_second_half_of_an_mlp_is_not_drawn():
     halves = settings("2 layers, E=4, top 2", model={"expert_d_ff": 5}, moe=sampled)
     with pytest.raises(UserError, match="moe.second_expert_sampling=True draws the second expert"):
         upcycle._check_choices(settings("2 layers").model, halves)
+    some = settings("4 layers, E=4, top 2", model={"expert_d_ff": 5}, moe=sampled)
+    with pytest.raises(UserError, match="moe.second_expert_sampling=True draws the second expert"):
+        upcycle._check_choices(settings("4 layers, layers 1, E=4, top 2").model, some)
     upcycle._check_choices(
         settings("2 layers").model, settings("2 layers, E=4, top 2", moe=sampled)
     )
+    upcycle._check_choices(settings("4 layers, E=4, top 2").model, some)
 
 
 def test_a_window_as_long_as_the_context_leaves_nothing_out():
