@@ -111,7 +111,7 @@ def bench_step(config: Config, repeats: int) -> list[dict]:
                 "min_s": min(seconds),
                 "max_s": max(seconds),
                 "peak_bytes": rivals[name].peak_bytes(),
-                "share_of_peak": cost(model).train_flops_per_token
+                "share_of_peak": cost(model, config.moe).train_flops_per_token
                 * tokens
                 / statistics.median(seconds)
                 / peak,

@@ -43,7 +43,7 @@ def check(config: Config, products: list[float]) -> Part:
         read += 1
     # In tokens of whole batches, of which each process reads its rows.
     rates = processes.gathered(read * config.tokens_per_step / seconds)
-    needed = UTILISATION * sum(products) / cost(config.model).train_flops_per_token
+    needed = UTILISATION * sum(products) / cost(config.model, config.moe).train_flops_per_token
     numbers = {"tokens_per_s": rates, "needed_tokens_per_s": needed}
     line = f"{rate(min(rates), 'token')} read, {rate(needed, 'token')} used by a step at "
     line += f"{UTILISATION:.0%} of the products' rate"

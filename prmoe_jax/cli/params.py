@@ -21,5 +21,7 @@ def run(options, rest) -> None:
         rows = sizes.paper_rows()
         print(json.dumps(rows) if options.json else sizes.paper_table(rows))
     else:
-        model = parse_config(rest).model
-        print(json.dumps(sizes.report(model)) if options.json else sizes.table(model))
+        config = parse_config(rest)
+        show = sizes.report if options.json else sizes.table
+        counts = show(config.model, config.moe)
+        print(json.dumps(counts) if options.json else counts)

@@ -3,7 +3,7 @@
 import dataclasses
 import runpy
 
-from prmoe_jax.config import ModelConfig, resolve
+from prmoe_jax.config import ModelConfig, MoeConfig, resolve
 from prmoe_jax.config.userfile import shipped
 from prmoe_jax.tables import aligned
 
@@ -23,7 +23,7 @@ class Cost:
     """A model's size and compute; `layers` are first to last, without embedding and logits.
 
     A token's active parameters are all but those of the experts it does not visit. Where experts
-    choose tokens, that is as with a capacity factor of 1: a token has `top_k` on average.
+    choose tokens, a token's visits are the mean of all tokens.
     FLOPs are those of the matrix products, 2 per multiply-add; attention is counted over the
     full square of the context, as in PaLM (arXiv 2204.02311, appendix B).
     """
@@ -46,8 +46,16 @@ class Cost:
         return 3 * (self.logits_flops + sum(layer.forward_flops for layer in self.layers))
 
 
-def cost(model: ModelConfig) -> Cost:
-    """Counts a model, with residual branches and routers, without building it."""
+def cost(model: ModelConfig, moe: MoeConfig | None = None) -> Cost:
+    """Counts a model, with residual branches and routers, without building it.
+
+    Args:
+      model: the model.
+      moe: how it is trained; without it, tokens choose `top_k` experts.
+    """
+    visits: float = model.top_k
+    if moe is not None and moe.router == "expert_choice":
+        visits *= moe.capacity_factor
     d, form = model.d_model, model.form
     heads, pairs = model.heads * model.head_width, model.key_heads * model.head_width
     biased = form.biases == "all"
@@ -73,12 +81,13 @@ def cost(model: ModelConfig) -> Cost:
             columns = {"learned": 2, "sigmoid": 1}.get(form.residual_mix, 0)
             shared += columns * d + 2 * (form.residual_mix == "learned")
             shared_flops += 2 * columns * d
-        expert, visited = mlp(model.expert_width), model.top_k
+        expert = mlp(model.expert_width)
+        visited = min(visits, experts)
         return LayerCost(
             experts,
             params + shared + experts * expert,
-            params + shared + visited * expert,
-            flops + shared_flops + visited * 2 * matrices * d * model.expert_width,
+            params + shared + round(visited * expert),
+            flops + shared_flops + round(visited * 2 * matrices * d * model.expert_width),
         )
 
     positions = model.length if form.positions == "learned" else 0
@@ -90,9 +99,9 @@ def cost(model: ModelConfig) -> Cost:
     )
 
 
-def report(model: ModelConfig) -> dict:
+def report(model: ModelConfig, moe: MoeConfig | None = None) -> dict:
     """A model's parameters, active parameters and training FLOPs per token: total and by layer."""
-    counted = cost(model)
+    counted = cost(model, moe)
     layers = [
         {
             "layer": i,
@@ -114,10 +123,10 @@ def report(model: ModelConfig) -> dict:
     }
 
 
-def table(model: ModelConfig) -> str:
+def table(model: ModelConfig, moe: MoeConfig | None = None) -> str:
     """The counts of `report` as a table in text."""
-    counts = report(model)
-    embedding, logits = counts["embedding_params"], 3 * cost(model).logits_flops
+    counts = report(model, moe)
+    embedding, logits = counts["embedding_params"], 3 * cost(model, moe).logits_flops
     total = [counts[name] for name in ("total_params", "active_params", "train_flops_per_token")]
     rows = [("embedding", "", f"{embedding:,}", f"{embedding:,}", f"{logits:,}")]
     for layer in counts["layers"]:

@@ -162,7 +162,7 @@ def plan(
     if decode:
         return result | {"tokens_per_s": decode / step_s}
     tokens_per_s = config.tokens_per_step / step_s
-    flops_per_s = cost(config.model).train_flops_per_token * tokens_per_s / len(devices)
+    flops_per_s = cost(config.model, config.moe).train_flops_per_token * tokens_per_s / len(devices)
     whole_s = config.total_steps * step_s
     if teacher and config.kd_steps < config.total_steps:
         log.info("compiling the step without its teacher")

@@ -94,7 +94,7 @@ def report(workdir: Path) -> dict:
             }[name]
             drawn(name, caption, figures.heat, maps, [line["step"] for line in having], label)
 
-    size = cost(config.model)
+    size = cost(config.model, config.moe)
     rows = [["step", f"{step} of {config.total_steps}"]]
     if evaluated:
         last = evaluated[-1]

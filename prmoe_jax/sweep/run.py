@@ -252,7 +252,7 @@ def record(name: str, config: Config, workdir: Path) -> dict:
     Raises:
       UserError: metrics.jsonl or environment.json cannot be read, or lacks a field that is needed.
     """
-    (trained, evaluated), size = logged(workdir), cost(config.model)
+    (trained, evaluated), size = logged(workdir), cost(config.model, config.moe)
     if not (trained and evaluated):
         raise UserError(f"{workdir}/metrics.jsonl holds no step, or no evaluation")
     last, a_step = evaluated[-1], config.tokens_per_step

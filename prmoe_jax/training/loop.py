@@ -257,7 +257,7 @@ class Run:
         self.teacher, self.on_metrics = teacher, on_metrics
         self.train_step = compile_train_step(config, mesh, distiller)
         self.eval_step = jax.jit(eval_step, out_shardings=replicated(mesh))
-        self.flops_per_token = cost(config.model).train_flops_per_token
+        self.flops_per_token = cost(config.model, config.moe).train_flops_per_token
         self.last_metrics: dict = {}
 
     def loop(

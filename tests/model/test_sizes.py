@@ -8,7 +8,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from configs import paper, tiny
-from prmoe_jax.config import ModelConfig, resolve
+from prmoe_jax.config import ModelConfig, MoeConfig, resolve
 from prmoe_jax.model.sizes import cost
 from prmoe_jax.model.transformer import init_model
 
@@ -58,6 +58,16 @@ def test_what_a_token_pays_for():
     assert top2.total_params == top1.total_params
     assert top2.active_params == top1.active_params + mlp
     assert top2.train_flops_per_token == top1.train_flops_per_token + 3 * mlp_flops
+
+    # Experts that choose twice as many tokens are chosen by two for each token, up to all four.
+    model = ModelConfig(**PRIMES, placement="every 2", experts=(4,))
+    for factor, visits in ((1.0, 1), (2.0, 2), (2.5, 2.5), (4.0, 4), (7.0, 4)):
+        chosen = cost(model, MoeConfig(router="expert_choice", capacity_factor=factor))
+        assert chosen.total_params == top1.total_params
+        assert chosen.active_params == top1.active_params + (visits - 1) * mlp
+        more = 3 * (visits - 1) * mlp_flops
+        assert chosen.train_flops_per_token == top1.train_flops_per_token + more
+        assert cost(model, MoeConfig(capacity_factor=factor)) == top1
 
     # The fixed branch is one more MLP, which every token visits, and a 2-way mix.
     residual, mix = variant(residual=True), 3 * 2 + 2
