@@ -43,7 +43,7 @@ LADDER = (
     "How many times a MoE's FLOPs for each token a dense model needs to reach its loss with the "
     "same tokens. Between two dense arms, log(loss) is linear in log(FLOPs); nothing is "
     "extrapolated. The geometric mean over seeds, and in brackets its 95 % interval (Student's t). "
-    "D/N: tokens by active parameters. The scaling law's dense model has FLOPs as the ladder's "
+    "D/N: tokens per active parameter. The scaling law's dense model has FLOPs as the ladder's "
     "models have by their parameters; the law is for experts in every layer, so that it takes the "
     "mean number of all layers."
 )

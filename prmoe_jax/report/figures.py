@@ -182,19 +182,19 @@ def differences(
 
 
 def multipliers(found: list[Multiplier], path: Path) -> None:
-    """Draws multipliers against tokens by active parameters, and the scaling law's prediction.
+    """Draws multipliers against tokens per active parameter, and the scaling law's prediction.
 
     Arms of one model are joined by a line. One that is beyond the ladder is a triangle at the
     ladder's end, which points away from it.
     """
     series: dict[str, list[Multiplier]] = {}
-    for one in found:
+    for one in sorted(found, key=lambda one: (one.experts, one.tokens)):
         series.setdefault(one.model, []).append(one)
     with figure(path, 4.2) as axes:
         from matplotlib.ticker import LogLocator
 
+        beyond = False
         for number, (name, some) in enumerate(series.items()):
-            some.sort(key=lambda one: one.tokens)
             style = {"color": COLOURS[number % len(COLOURS)]}
             x = [one.tokens_per_parameter for one in some]
             inside = [0 < one.value < np.inf for one in some]
@@ -204,12 +204,16 @@ def multipliers(found: list[Multiplier], path: Path) -> None:
                 if ok:
                     axes.vlines(at, max(one.low, one.least), min(one.high, one.most), **style)
                     continue
-                above = one.value > 0
+                beyond, above = True, one.value > 0
                 end, mark = (one.most, "^") if above else (one.least, "v")
                 axes.plot(at, end, mark, markersize=9, markerfacecolor="none", **style)
             axes.plot(x, [one.law for one in some], linestyle="--", linewidth=1, **style)
         axes.axhline(1, color="black", linewidth=1)
-        axes.set(xlabel="tokens by active parameters, D/N", ylabel="dense-equivalent multiplier")
+        axes.plot([], [], linestyle="--", linewidth=1, color="grey", label="scaling law")
+        if beyond:
+            mark = {"marker": "^", "markersize": 9, "markerfacecolor": "none", "color": "grey"}
+            axes.plot([], [], linestyle="", label="beyond the ladder", **mark)
+        axes.set(xlabel="tokens per active parameter, D/N", ylabel="dense-equivalent multiplier")
         axes.set(xscale="log", yscale="log")
         for axis in axes.xaxis, axes.yaxis:
             axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))

@@ -52,7 +52,7 @@ class Multiplier(NamedTuple):
 
     @property
     def tokens_per_parameter(self) -> float:
-        """Tokens by active parameters, D/N."""
+        """Tokens per active parameter, D/N."""
         return self.tokens / self.active_params
 
     def __str__(self) -> str:

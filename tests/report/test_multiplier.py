@@ -2,10 +2,13 @@
 
 import json
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from prmoe_jax.cli import main
+from prmoe_jax.report import figures
 from prmoe_jax.report.arms import arms, models, verdict
 from prmoe_jax.report.multiplier import (
     equivalent_compute,
@@ -215,6 +218,32 @@ def test_report(tmp_path, capsys):
     assert main(["report", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "multiplier" in out and "verdict" in out and "beyond the ladder: at least" in out
+
+
+def test_the_figure_shows_what_is_beyond_the_ladder(drawn):
+    """Models by experts, each with its law; a triangle where the ladder ends."""
+    rows = sweep({"moe": (1.0, loss_of(2.0))}) + sweep({"moe": (1.0, loss_of(9.0))}, tokens=9000)
+    few = sweep({"few": (1.0, loss_of(3.0))}, rungs=[])
+    for row in few:
+        row["settings"]["model.experts"] = [2]
+    figures.multipliers(multipliers(arms(rows + few)), Path())
+    few, few_law, moe, triangle, law, *_ = drawn.pop().lines
+    np.testing.assert_allclose(few.get_ydata(), [3.0])
+    np.testing.assert_allclose(moe.get_ydata(), [2.0, np.nan])
+    np.testing.assert_allclose(moe.get_xdata(), [2000 / 11, 9000 / 11])
+    assert (triangle.get_marker(), triangle.get_ydata()) == ("^", [7.0])
+    assert (few_law.get_linestyle(), law.get_linestyle()) == ("--", "--")
+    np.testing.assert_allclose(triangle.get_xdata(), 9000 / 11)
+
+
+def test_only_what_is_drawn_is_in_the_legend(drawn):
+    rows = sweep({"moe": (1.0, loss_of(2.0))})
+    figures.multipliers(multipliers(arms(rows)), Path())
+    legend = ["moe", "scaling law"]
+    assert drawn.pop().get_legend_handles_labels()[1] == legend
+    rows = sweep({"moe": (1.0, loss_of(9.0))})
+    figures.multipliers(multipliers(arms(rows)), Path())
+    assert drawn.pop().get_legend_handles_labels()[1] == [*legend, "beyond the ladder"]
 
 
 def test_a_models_runs_of_all_lengths_are_one_curve():

@@ -1,6 +1,5 @@
 """Reports: statistics by hand, figures that are the same each time, pages that need no network."""
 
-import contextlib
 import csv
 import io
 import json
@@ -9,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from prmoe_jax.cli import main
@@ -108,22 +106,6 @@ def test_report_of_a_run(text, tmp_path, capsys):
     layers = recorded("prmoe/0", load(run / "config.json"), run)["layers"]
     assert list(layers) == ["01", "03"]
     assert len(layers["03"]["position_drop_fraction"]) == 16
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    """The axes that are drawn on, and instead of pictures nearly empty files."""
-    found = []
-
-    @contextlib.contextmanager
-    def figure(path, *size):
-        found.append(Figure().subplots(size[1] if size[1:] else 1))
-        yield found[-1]
-        if path.name:
-            path.with_suffix(".svg").write_text("<svg/>")
-
-    monkeypatch.setattr(figures, "figure", figure)
-    return found
 
 
 @pytest.mark.parametrize("steps", [[3], [3, 5], [3, 5, 7]])
