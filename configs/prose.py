@@ -1,4 +1,4 @@
-"""The experiments' architectures and recipe: `tiny.py`'s, half as wide, on 45 MB of prose.
+"""The experiments' architectures and recipe: `tiny.py`'s, half as wide, on 44 MB of prose.
 
     sh experiments/prose/install.sh                       # the text, once
     prmoe train --config=configs/prose.py:moe --workdir=runs/moe

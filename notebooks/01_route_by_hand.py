@@ -147,7 +147,7 @@ plt.show()
 # A dropped token's output is zero: only the residual connection around the layer carries it on. With
 # PR-MoE's residual branch it still has its dense MLP.
 #
-# Four ways to compute it, from GShard's one-hot products (`einsum`, the oracle) to maps of places
+# Five ways to compute it, from GShard's one-hot products (`einsum`, the oracle) to maps of places
 # (`gather`, the paper's section 5.4); all of them, and our hands, agree.
 
 # %%

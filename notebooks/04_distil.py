@@ -53,7 +53,7 @@ print(f"teacher: {summary['eval/loss']:.3f}")
 # %% [markdown]
 # ## What the student keeps
 #
-# A layer less. `prmoe distil-plan` shows the same table: which layers of the teacher the student's
+# A layer less. `prmoe distill-plan` shows the same table: which layers of the teacher the student's
 # first parameters would come from, and what is saved.
 
 # %%

@@ -73,7 +73,7 @@ for name, chip in CHIPS.items():
     print(f"{name:5} 128 chips: {days:5.1f} days")
 
 # %% [markdown]
-# A dense model of the same quality (6.7 B in the paper) has five times the FLOPs:
+# The dense model that the paper finds as good (6.7 B) computes several times as much for a token:
 
 # %%
 dense = cost(model_of("32 layers", d_model=4096, heads=32, d_ff=16384))

