@@ -115,6 +115,23 @@ def models(found: dict[str, dict[int, dict]]) -> dict[str, dict[int, dict]]:
     return joined
 
 
+def equally_long(found: dict[str, dict[int, dict]]) -> tuple[int, dict[str, dict[int, dict]]]:
+    """The largest number of tokens that runs of all models and seeds have, and those runs.
+
+    The records are by model and seed. If no number is common to all, it is 0, and there are none.
+    """
+    names = models_of(found)
+    runs: dict[tuple[str, int], dict[int, dict]] = {}
+    for arm, by_seed in found.items():
+        for seed, record in by_seed.items():
+            runs.setdefault((names[arm], seed), {})[record["tokens"]] = record
+    tokens = max(set.intersection(*map(set, runs.values())), default=0)
+    joined: dict[str, dict[int, dict]] = {}
+    for (model, seed), by_tokens in runs.items() if tokens else ():
+        joined.setdefault(model, {})[seed] = by_tokens[tokens]
+    return tokens, joined
+
+
 def base_of(arm: str, found: dict[str, dict[int, dict]], base: str) -> str | None:
     """The arm with which an arm is compared: `base`, or its model's arm of the same length.
 

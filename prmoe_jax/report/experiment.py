@@ -11,6 +11,7 @@ from prmoe_jax.report.arms import (
     arms,
     base_of,
     difference,
+    equally_long,
     mean,
     models,
     models_of,
@@ -100,23 +101,27 @@ def report(folder: Path, base: str | None = None) -> dict:
             summary[arm] |= compared
 
     named = models_of(found)[base]
-    drawn = models(found) if named != base else found
+    drawn, equal, when = found, found, "At the end"
+    if named != base:  # a model has runs of several lengths
+        drawn, (tokens, equal) = models(found), equally_long(found)
+        when = f"After {tokens:,} tokens"
     caption = "Validation loss against tokens; band: all seeds."
     if figures.curves(drawn, folder / "loss_tokens", by_flops=False):
         caption += " Hollow marks: the whole validation split; lines: a part of it."
     pictures = {folder / "loss_tokens": caption}
     pictures[folder / "loss_flops"] = "The same against training FLOPs of the active parameters."
     figures.curves(drawn, folder / "loss_flops", by_flops=True)
-    pictures[folder / "loss_parameters"] = "At the end: a line from active to all parameters."
-    figures.sizes(drawn, folder / "loss_parameters")
+    if equal:
+        pictures[folder / "loss_parameters"] = f"{when}: a line from active to all parameters."
+        figures.sizes(equal, folder / "loss_parameters")
     if apart:
         pictures[folder / "differences"] = f"Differences from {named}, paired by seed." + (
             f" Shaded: the margin of {stated.margin:g}." if stated.margin else ""
         )
         figures.differences(apart, named, folder / "differences", stated.margin)
 
-    if dropping := {arm: rows for arm, rows in drawn.items() if _drops(rows)}:
-        pictures[folder / "drops"] = "Who is dropped, in the last evaluation."
+    if dropping := {arm: rows for arm, rows in equal.items() if _drops(rows)}:
+        pictures[folder / "drops"] = f"{when}: who is dropped in the evaluation."
         figures.drops(dropping, folder / "drops")
 
     worth = multipliers(found) if stated.ladder else []

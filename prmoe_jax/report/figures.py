@@ -202,7 +202,9 @@ def multipliers(found: list[Multiplier], path: Path) -> None:
             axes.plot(x, y, marker="o", markersize=5, label=label(name), **style)
             for one, at, ok in zip(some, x, inside, strict=True):
                 if ok:
-                    axes.vlines(at, max(one.low, one.least), min(one.high, one.most), **style)
+                    if one.inside:
+                        low, high = max(one.low, one.least), min(one.high, one.most)
+                        axes.vlines(at, low, high, **style)
                     continue
                 beyond, above = True, one.value > 0
                 end, mark = (one.most, "^") if above else (one.least, "v")

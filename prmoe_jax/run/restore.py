@@ -18,6 +18,7 @@ from prmoe_jax.model.transformer import Transformer
 from prmoe_jax.parallel.mesh import axis_sizes, choose_mesh, make_mesh, on_slices
 from prmoe_jax.run import directory as workdirs
 from prmoe_jax.run.checkpoint import Checkpoints
+from prmoe_jax.run.metrics import METRICS, read_metrics
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +78,21 @@ def restore_model(
     config = _with_attention(config)
     check_backends(config, jax.default_backend(), mesh)
     with contextlib.closing(Checkpoints(workdir)) as checkpoints:
-        return checkpoints.restore_model(config, mesh, step)
+        found, model = checkpoints.restore_model(config, mesh, step)
+    if step is None and (last := _last_step(workdir)) > found:
+        log.warning(
+            "%s came to step %d; its newest checkpoint, which is used, is that of step %d",
+            *(workdir, last, found),
+        )
+    return found, model
+
+
+def _last_step(workdir: Path) -> int:
+    """The step of the last line of a run's metrics, or 0 if there is none or it is damaged."""
+    with contextlib.suppress(UserError):
+        if (lines := read_metrics(workdir / METRICS)) and isinstance(lines[-1]["step"], int):
+            return lines[-1]["step"]
+    return 0
 
 
 def _with_attention(config: Config) -> Config:

@@ -94,7 +94,7 @@ class FileLock:
                     return ""
                 except BlockingIOError:
                     return f"process {_number(lock.fileno())}"
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return ""
 
 

@@ -128,16 +128,18 @@ def _check_text(folder: Path, rows: list[dict], runs: dict[str, Run]) -> None:
 def _needs(runs: dict[str, Run], root: Path) -> dict[str, list[str]]:
     """For each run, those of the sweep that it needs: its trunk, its start and its teacher."""
 
-    def place(folder: Path) -> Path:
-        return folder.resolve() if stores.is_local(folder) else folder
-
-    names = {place(root / name): name for name in runs}
+    names = {_place(root / name): name for name in runs}
     needs = {}
     for name, (config, trunk) in runs.items():
         read = filter(None, (config.init.workdir, config.teacher.workdir))
-        found = [trunk, *(names.get(place(stores.as_path(folder))) for folder in read)]
+        found = [trunk, *(names.get(_place(stores.as_path(folder))) for folder in read)]
         needs[name] = [other for other in dict.fromkeys(found) if other not in (None, name)]
     return needs
+
+
+def _place(folder: Path) -> Path:
+    """A run's folder by one path, however it is named."""
+    return folder.resolve() if stores.is_local(folder) else folder
 
 
 def _share(needs: dict[str, list[str]], number: int, count: int) -> list[str]:
@@ -168,25 +170,33 @@ def _done(
     (config, trunk), workdir = runs[name], root / name
     if _recorded(records.read(folder), {name: runs[name]}):
         return "recorded"
+    # Another sweep may be training the run, and records it meanwhile.
+    _wait_until_free(name, workdir, progress)
+    recorded = {row["run"] for row in _recorded(records.read(folder), runs)}
+    if name in recorded:
+        return "recorded"
     begun = (workdir / workdirs.CONFIG).exists()
+    given = config if trunk is None else branch(config, runs[trunk].config, root / trunk)
+    starts = _starts_from(config, given)
     for other in needs[name]:
         if other == trunk:
             continue
         if not _finished(runs[other].config, root / other):
-            raise UserError(
-                f"it needs {other}, which is not finished in {root / other}; the same command "
-                f"goes on with {name} once it is"
-            )
-        if not begun and not config.init.step:
+            fix = f"the same command goes on with {name} once it is"
+            if other in recorded:
+                fix = f"since it is recorded, {_again(other, folder)}"
+            raise UserError(f"it needs {other}, which is not finished in {root / other}; {fix}")
+        if not begun and _place(root / other) in starts:
             _check_kept(folder, root, other, runs[other].config.total_steps)
-    given = config if trunk is None else branch(config, runs[trunk].config, root / trunk)
     if begun:
-        saved = load(workdir / workdirs.CONFIG)
+        saved, asked = load(workdir / workdirs.CONFIG), given
         if trunk is not None and _ends(saved.init.workdir, trunk):
             # The folder of all runs may have another name now.
             init = dataclasses.replace(given.init, workdir=saved.init.workdir)
-            given = dataclasses.replace(given, init=init)
-        check_resume(saved, given)
+            asked = dataclasses.replace(given, init=init)
+        check_resume(saved, asked)
+        if _checkpoints(workdir):
+            given = asked
     elif trunk is not None:
         _check_kept(folder, root, trunk, given.init.step)
     if not (begun and _finished(config, workdir)):
@@ -195,13 +205,42 @@ def _done(
     return "finished"
 
 
+def _starts_from(config: Config, given: Config) -> set[Path]:
+    """The folders of runs of which a run reads the last checkpoint when it begins.
+
+    Args:
+      config: the run's config, as if it started at step 0.
+      given: the config with which it is trained; a branch takes its parameters from its trunk.
+    """
+    starts = []
+    if not given.init.step:
+        starts.append(config.init.workdir)
+    inherits = config.teacher.inherit and not given.init.step
+    learns = given.init.step < config.kd_steps and not config.teacher.cache
+    if inherits or learns:
+        starts.append(config.teacher.workdir)
+    return {_place(stores.as_path(folder)) for folder in starts if folder}
+
+
 def _check_kept(folder: Path, root: Path, name: str, step: int) -> None:
     """Raises UserError if a run's checkpoint of a step, which another run needs, is gone."""
-    if not (root / name / "checkpoints" / str(step)).is_dir():
+    if str(step) not in {path.name for path in _checkpoints(root / name)}:
         raise UserError(
-            f"it needs the checkpoint of step {step} of {name}, which is not in {root / name}; to "
-            f"train {name} again, delete its folder and its line in {folder / records.RESULTS}"
+            f"it needs the checkpoint of step {step} of {name}, which is not in {root / name}; "
+            f"{_again(name, folder)}"
         )
+
+
+def _checkpoints(workdir: Path) -> list[Path]:
+    """The folders of a run's checkpoints."""
+    found = (workdir / "checkpoints").glob("*")
+    return [path for path in found if path.name.isdecimal() and path.is_dir()]
+
+
+def _again(name: str, folder: Path) -> str:
+    """How a recorded run is trained again."""
+    where = folder / records.RESULTS
+    return f"to train {name} again, delete its folder and its line in {where}"
 
 
 def _ends(folder: str, name: str) -> bool:
@@ -277,7 +316,7 @@ def record(name: str, config: Config, workdir: Path) -> dict:
         "evaluations": [[line["step"] * a_step, line["eval/loss"]] for line in evaluated],
         "evaluated_tokens": [line["eval/tokens"] for line in evaluated],
         "losses": [
-            [line["tokens"], line["loss"]] for line in trained[:: -(-len(trained) // POINTS)]
+            [line["tokens"], line["lm_loss"]] for line in trained[:: -(-len(trained) // POINTS)]
         ],
         "tokens_per_second": statistics.median(line["tokens_per_second"] for line in trained),
         "revisions": sorted({start["git_revision"] or "unknown" for start in starts}),
@@ -327,7 +366,6 @@ def _train(name: str, config: Config, workdir: Path, progress: SweepProgress) ->
       OSError: a file in the run's folder cannot be written.
     """
     workdir.mkdir(parents=True, exist_ok=True)
-    _wait_until_free(name, workdir, progress)
     settings, told = workdir / "sweep.json", workdir / "log.txt"
     save(config, settings)
     command = [sys.executable, "-m", "prmoe_jax.sweep.child", "train", "--json"]

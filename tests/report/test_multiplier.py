@@ -9,7 +9,7 @@ import pytest
 
 from prmoe_jax.cli import main
 from prmoe_jax.report import figures
-from prmoe_jax.report.arms import arms, models, verdict
+from prmoe_jax.report.arms import arms, equally_long, models, verdict
 from prmoe_jax.report.multiplier import (
     equivalent_compute,
     law_multiplier,
@@ -236,6 +236,18 @@ def test_the_figure_shows_what_is_beyond_the_ladder(drawn):
     np.testing.assert_allclose(triangle.get_xdata(), 9000 / 11)
 
 
+def test_no_bar_without_an_interval(drawn):
+    """One seed is beyond the ladder, and the mean of all is not."""
+    rows = sweep({"moe": (1.0, loss_of(6.0))})
+    rows[-1]["loss"] = loss_of(7.2) * math.exp(SEEDS[3])
+    (one,) = multipliers(arms(rows))
+    assert 6 < one.value < 7 and math.isinf(one.by_seed[3])
+    figures.multipliers(multipliers(arms(rows)), Path())
+    assert not drawn.pop().collections
+    figures.multipliers(multipliers(arms(sweep({"moe": (1.0, loss_of(2.0))}))), Path())
+    assert len(drawn.pop().collections) == 1
+
+
 def test_only_what_is_drawn_is_in_the_legend(drawn):
     rows = sweep({"moe": (1.0, loss_of(2.0))})
     figures.multipliers(multipliers(arms(rows)), Path())
@@ -255,6 +267,22 @@ def test_a_models_runs_of_all_lengths_are_one_curve():
     )
     assert joined["moe"][1]["evaluations"] == [[2000, loss], [2000, longer]]
     assert joined["moe"][1]["tokens"] == 4000 and joined["moe"][1]["loss"] == longer
+
+
+def test_models_are_compared_at_a_length_that_all_have():
+    """One stopped early, a seed of another hasn't got far yet, and there is nothing in common."""
+    losses = {"a": {1: (2000, 4000, 8000), 2: (2000, 4000)}, "b": {1: (2000, 4000), 2: (4000,)}}
+    rows = [
+        record(f"{model}/{tokens}", seed, tokens / 1000 + seed, tokens=tokens)
+        for model, seeds in losses.items()
+        for seed, lengths in seeds.items()
+        for tokens in lengths
+    ]
+    tokens, found = equally_long(arms(rows))
+    assert tokens == 4000
+    loss = {model: {seed: row["loss"] for seed, row in by.items()} for model, by in found.items()}
+    assert loss == {"a": {1: 5.0, 2: 6.0}, "b": {1: 5.0, 2: 6.0}}
+    assert equally_long(arms([*rows, record("c/9000", 1, 1.0, tokens=9000)])) == (0, {})
 
 
 def test_arms_of_one_length_are_models_of_their_own(tmp_path, capsys):

@@ -258,7 +258,9 @@ def test_students_wait_for_their_teacher(text, tmp_path, monkeypatch, capsys):
     for content in ("", "".join(whole.splitlines(keepends=True)[:-1])):
         metrics.write_text(content)
         assert main(sweep(folder, "--shard=2/2")) == 1
-        assert "student/1: it needs teacher/1, which is not finished" in capsys.readouterr().err
+        err = capsys.readouterr().err
+        assert "student/1: it needs teacher/1, which is not finished" in err
+        assert "since it is recorded, to train teacher/1 again, delete its folder and its" in err
     metrics.write_text(whole)
     assert main(sweep(folder, "--shard=2/2")) == 0
 
@@ -336,6 +338,64 @@ def test_a_branch_goes_on_where_its_folder_has_another_name(text, tmp_path, untr
         capsys.readouterr().err
     )
     assert not untrained and [row["run"] for row in lines_of(folder)] == ["6/1", "12/1"]
+
+
+def test_a_branch_without_a_checkpoint_reads_its_trunk_where_it_is_now(text, tmp_path, monkeypatch):
+    """It was killed before its first one, and then the folder of all runs was renamed."""
+    folder = chain(tmp_path / "sweep", text, (6, 12))
+    trunk, longer = (planned(folder).runs[name].config for name in ("6/1", "12/1"))
+    workdir = finished_run(folder, "6/1", dataclasses.asdict(trunk))
+    put_rows(folder, run.record("6/1", trunk, workdir))
+    (workdir / "checkpoints" / "5").mkdir(parents=True)
+    workdir = folder / "runs" / "12" / "1"
+    workdir.mkdir(parents=True)
+    save(branch(longer, trunk, Path("elsewhere/6/1")), workdir / "config.json")
+    given = []
+    monkeypatch.setattr(run, "_train", lambda name, config, *rest: given.append(config.init) or 1)
+    assert main(sweep(folder)) == 1
+    (workdir / "checkpoints" / "9").mkdir(parents=True)
+    assert main(sweep(folder)) == 1
+    now = str(folder / "runs" / "6" / "1")
+    assert [init.workdir for init in given] == [now, "elsewhere/6/1"]
+
+
+@pytest.mark.parametrize(
+    ("where", "kept", "reads"),
+    [
+        ({"init.workdir": "{base}"}, "4", False),
+        # A teacher that stops before the branch begins, and one that goes on.
+        ({"teacher.workdir": "{base}", "kd.stop": 512}, "4", False),
+        ({"teacher.workdir": "{base}", "kd.stop": 1536}, "4", True),
+        ({"teacher.workdir": "{base}", "kd.stop": 1536}, "12", False),
+    ],
+)
+def test_a_branch_needs_no_start_but_its_trunk(
+    where, kept, reads, text, tmp_path, untrained, capsys
+):
+    """A longer run is added, where the last checkpoint of the run that began it all is gone."""
+    base = tmp_path / "sweep" / "runs" / "base" / "1"
+    where = {name: str(value).format(base=base) for name, value in where.items()}
+    given = {"base/1": settings(text)}
+    for n in (6, 12):
+        given[f"{n}/1"] = settings(text, **WSD | {"train.steps": n} | where)
+    folder = write(tmp_path / "sweep", given)
+    names = 'trunk = ("6/1",) if name == "12/1" else ()\n        yield name, settings, *trunk\n'
+    (folder / "sweep.py").write_text(
+        "import json\nfrom pathlib import Path\ndef runs():\n"
+        "    path = Path(__file__).parent / 'runs.json'\n"
+        f"    for name, settings in json.loads(path.read_text()).items():\n        {names}"
+    )
+    configs = {name: one.config for name, one in planned(folder).runs.items()}
+    done = ("base/1", "6/1")
+    for name in done:
+        finished_run(folder, name, given[name])
+    put_rows(folder, *(run.record(n, configs[n], folder / "runs" / n) for n in done))
+    (base / "checkpoints" / kept).mkdir(parents=True)
+    (folder / "runs" / "6" / "1" / "checkpoints" / "5").mkdir(parents=True)
+    assert main(sweep(folder)) == 1
+    assert untrained == ([] if reads else ["12/1"])
+    line = "12/1: it needs the checkpoint of step 12 of base/1, which is not in"
+    assert (line in capsys.readouterr().err) is reads
 
 
 def test_another_config_is_another_run(text, tmp_path, capsys):
@@ -670,6 +730,25 @@ def test_a_held_folder_is_waited_for(given, tmp_path, monkeypatch, capsys):
     err = capsys.readouterr().err
     assert f"a: {folder}/runs/a is in use by process 4711; wait for it, or stop it\n" in err
     assert "b: failed after" in err and not (folder / "runs" / "a" / "log.txt").exists()
+
+
+def test_a_run_that_another_sweep_records_meanwhile_is_done(given, tmp_path, untrained, capsys):
+    """It waits for the run, whose record and folder stay as they are."""
+    folder = write(tmp_path / "sweep", {"a": given})
+    row = run.record("a", resolve(given), finished_run(tmp_path / "other", "a", given))
+    with hold(folder / "runs" / "a") as file:
+
+        def end():
+            put_rows(folder, row)
+            file.close()
+
+        timer = threading.Timer(0.5, end)
+        timer.start()
+        assert main(sweep(folder)) == 0
+        timer.join()
+    assert untrained == [] and lines_of(folder) == [row]
+    assert row["losses"] == [[12 * 256, 5.0]]  # without the loss that balances the experts
+    assert "a: recorded" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
