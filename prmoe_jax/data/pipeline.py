@@ -57,7 +57,8 @@ class Windows:
     With `cross_document_attention`, all tokens of a window are one segment. `teacher_top_k` holds
     a teacher's recorded predictions for every window, or is None. The stream has one mark between
     documents. If the tokenizer starts a document with another mark than it ends one, the second is
-    a target, and the first is read.
+    a target, and the first is read. `text_bytes` is the number of UTF-8 bytes of the stream's text,
+    0 where it is not known.
     """
 
     def __init__(
@@ -67,9 +68,11 @@ class Windows:
         cross_document_attention: bool,
         teacher_top_k: TopKLogProbs | None = None,
         tokenizer: Tokenizer | None = None,
+        text_bytes: int = 0,
     ):
         self.cache = cache
         self.tokenizer = tokenizer
+        self.text_bytes = text_bytes
         self.length = length
         self.cross_document_attention = cross_document_attention
         self.teacher_top_k = teacher_top_k
@@ -86,6 +89,10 @@ class Windows:
 
     def __len__(self) -> int:
         return math.ceil(self.tokens / self.length)
+
+    def bytes_of_first(self, count: int) -> float:
+        """The bytes of the first `count` windows, if bytes are in proportion to tokens."""
+        return self.text_bytes * (min(count * self.length, self.tokens) / max(self.tokens, 1))
 
     def __getitem__(self, index: int) -> Batch:
         """Window `index` as a Batch of arrays of shape L."""
@@ -123,8 +130,8 @@ class Windows:
 
     def taught_by(self, teacher_top_k: TopKLogProbs) -> "Windows":
         """The same windows with a teacher's predictions."""
-        attention = self.cross_document_attention
-        return Windows(self.cache, self.length, attention, teacher_top_k, self.tokenizer)
+        given = self.cross_document_attention, teacher_top_k, self.tokenizer, self.text_bytes
+        return Windows(self.cache, self.length, *given)
 
 
 class Mixture:
@@ -148,6 +155,15 @@ class Mixture:
     @property
     def tokens(self) -> int:
         return sum(part.tokens for part in self.parts)
+
+    @property
+    def text_bytes(self) -> int:
+        return sum(part.text_bytes for part in self.parts)
+
+    def bytes_of_first(self, count: int) -> float:
+        starts = [0, *self._ends]
+        parts = zip(self.parts, starts, strict=False)
+        return sum(part.bytes_of_first(max(0, count - start)) for part, start in parts)
 
     @property
     def described(self) -> str:
@@ -180,7 +196,6 @@ class Data:
     tokenizer: Tokenizer
     train: Windows | Mixture
     validation: Windows | Mixture
-    validation_bytes: int  # UTF-8 bytes of the validation text, for bits per byte
     corpus_fingerprint: str
     teacher_cache_fingerprint: str | None = None  # identifies a teacher's recorded predictions
 
@@ -209,8 +224,9 @@ def load_data(
     return Data(
         tokenizer=tokenizer,
         train=Windows(train, length, attention, tokenizer=tokenizer),
-        validation=Windows(validation, length, attention, tokenizer=tokenizer),
-        validation_bytes=validation.bytes,
+        validation=Windows(
+            validation, length, attention, tokenizer=tokenizer, text_bytes=validation.bytes
+        ),
         corpus_fingerprint=corpus.fingerprint,
     )
 
@@ -224,9 +240,14 @@ def _load_shards(
 
     def windows(name: str) -> Windows | Mixture:
         having = [source for source in sources if getattr(source, name)]
-        attention = config.cross_document_attention
         found = [
-            Windows(getattr(source, name), length, attention, tokenizer=tokenizer)
+            Windows(
+                getattr(source, name),
+                length,
+                config.cross_document_attention,
+                tokenizer=tokenizer,
+                text_bytes=source.validation_bytes if name == "validation" else 0,
+            )
             for source in having
         ]
         shares = [source.weight or Decimal(1) for source in having]
@@ -238,7 +259,6 @@ def _load_shards(
         tokenizer=tokenizer,
         train=windows("train"),
         validation=windows("validation"),
-        validation_bytes=sum(source.validation_bytes for source in sources),
         corpus_fingerprint=cache.fingerprint("tokens", identity),
     )
 
@@ -385,7 +405,8 @@ class _LocalRows:
         self._rows = rows
 
     def __len__(self) -> int:
-        return len(self._dataset) // self._batch_size * len(self._rows)
+        # Endless, but far from the end of int64, which Grain computes with as a float.
+        return min(len(self._dataset) // self._batch_size, 1 << 40) * len(self._rows)
 
     def __getitem__(self, index: int) -> Batch:
         step, row = divmod(index, len(self._rows))

@@ -318,7 +318,8 @@ def _cut(whole: ShardStream, fraction: float, mark: int, path: Path) -> int:
         marks = np.flatnonzero(whole.read(first, min(first + _READ_TOKENS, total)) == mark)
         for place in first + marks:
             place = int(place) if starts_with_mark else int(place) + 1
-            if place < total:
+            # A mark at the very end starts no document.
+            if place < total - starts_with_mark:
                 return place - before
     raise UserError(
         f"the last {fraction:.2%} of {path} and the files with it hold no start of a document; "

@@ -96,6 +96,10 @@ class Tokenizer:
         """Writes the tokenizer.json from which `load` makes the same tokenizer."""
         files.replace(stores.as_path(path), self.description)
 
+    def token(self, number: int) -> str:
+        """The text of an id, as the vocabulary spells it."""
+        return self._tokenizer.id_to_token(number)
+
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without any mark."""
         return self.encode_batch([text])[0].tolist()

@@ -144,6 +144,10 @@ class Generator:
         """
         seeds = [0] * len(prompts) if seeds is None else seeds
         _check(tokens, seeds, stop)
+        if len(seeds) != len(prompts):
+            raise UserError(f"{len(seeds)} seeds for {len(prompts)} prompts; give one for each")
+        if not len(prompts):
+            return []
         starts = [[self.tokenizer.start_of_text, *self._ids(prompt)] for prompt in prompts]
         length = self.decoder.config.length
         longest = max(map(len, starts))

@@ -103,6 +103,8 @@ REST = {
 SCALING = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
 # Our parameters of several maps.
 SEVERAL = {"w_qkv": "qkv", "b_qkv": "qkv", "w_kv": "kv", "b_kv": "kv"}
+# The sliding window of Qwen's classes where it is switched on and no size is given.
+WINDOW = 4096
 # Endings of the names of buffers in old files.
 IGNORED = (".rotary_emb.inv_freq",)
 
@@ -289,6 +291,9 @@ def _scaling(rope: dict, path: Path) -> tuple[int, ...]:
 
 def _window(theirs: dict, names: Names, model: ConfigDict, path: Path) -> int:
     """The sliding window of all layers; 0 if there is none or it is as long as the context."""
+    switch = "use_sliding_window"
+    if switch in names.knows:
+        theirs = {"sliding_window": WINDOW} | theirs
     if theirs.get("sliding_window") in (None, 0):
         return 0
     if "sliding_window" not in names.knows:
@@ -296,7 +301,6 @@ def _window(theirs: dict, names: Names, model: ConfigDict, path: Path) -> int:
             f"{path}: sliding_window={shown(theirs['sliding_window'])}, which "
             f"{names.architecture} doesn't know; set it to null"
         )
-    switch = "use_sliding_window"
     if switch in names.knows and not setting(theirs, switch, bool, path, False):
         return 0
     window = setting(theirs, "sliding_window", int, path, low=1)
@@ -472,6 +476,26 @@ def write_hugging_face(
         "pad_token_id": None,
     }
     (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def tokenizer_settings(tokenizer: Tokenizer, length: int) -> dict:
+    """The content of a tokenizer_config.json, by which transformers takes tokenizer.json as it is.
+
+    Without it AutoTokenizer chooses a class by the model's type, which may divide a text into words
+    in another way than tokenizer.json.
+
+    Args:
+      tokenizer: the run's.
+      length: the longest context, in tokens.
+    """
+    start, end = map(tokenizer.token, (tokenizer.start_of_text, tokenizer.end_of_text))
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": start,
+        "eos_token": end,
+        "model_max_length": length,
+        "clean_up_tokenization_spaces": False,
+    }
 
 
 def _their_settings(model: ModelConfig) -> dict:

@@ -1,6 +1,7 @@
 """`prmoe import` and `prmoe export` convert between other libraries' files and a run's folder."""
 
 import dataclasses
+import json
 import logging
 import math
 from collections.abc import Callable, Mapping
@@ -57,7 +58,7 @@ def import_run(kind: str, source: Path, workdir: Path) -> dict:
     check_free("workdir", workdir)
     if not source.is_dir():
         raise UserError(f"--source={source} is not a folder")
-    tokenizer = _tokenizer(source)
+    tokenizer = _tokenizer(source, kind)
     read: Mapping[str, Callable[[Path], tuple[Config, Mapping, str]]] = {
         "hf": _read_hugging_face,
         "gpt2": read_gpt2,
@@ -107,7 +108,9 @@ def export_run(kind: str, workdir: Path, out: Path) -> dict:
         check_dense(config.model)
     if kind == "deepspeed":
         check_exportable(config)
-    _, step, model, _ = restore_run(workdir, jax.local_devices()[:1])
+    devices = jax.local_devices()
+    layout = spread_over(config.model, len(devices))  # a device need not hold the whole model
+    _, step, model, _ = restore_run(workdir, devices, layout)
     tokenizer = Tokenizer.load(workdir / workdirs.TOKENIZER)
     leaves = {name: np.asarray(leaf) for name, leaf in named_leaves(model).items()}
 
@@ -123,6 +126,9 @@ def export_run(kind: str, workdir: Path, out: Path) -> dict:
             configs.save(config, folder / workdirs.CONFIG)
             (folder / "README.md").write_text(_card(config, step, workdir))
         tokenizer.save(folder / "tokenizer.json")
+        if kind in ("hf", "gpt2"):
+            settings = hugging_face.tokenizer_settings(tokenizer, config.model.length)
+            (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
     write_folder("out", out, build, "latest" if kind == "deepspeed" else workdirs.CONFIG)
     size = sum(leaf.size for leaf in leaves.values())
@@ -171,9 +177,16 @@ def _read_ours(folder: Path) -> tuple[Config, dict[str, np.ndarray], str]:
     return config, tensors, found
 
 
-def _tokenizer(source: Path) -> Tokenizer:
+def _tokenizer(source: Path, kind: str) -> Tokenizer:
     if (source / "tokenizer.json").is_file():
         return Tokenizer.load(source / "tokenizer.json")
+    settings = source / "config.json"
+    if kind == "hf" and settings.is_file() and read_json(settings).get("model_type") != "gpt2":
+        raise UserError(
+            f"{source} has no tokenizer.json; make it by AutoTokenizer.from_pretrained(FOLDER)"
+            ".save_pretrained(FOLDER) of transformers"
+        )
+    # They are GPT-2's: other models divide a text into words in other ways.
     if (source / "vocab.json").is_file() and (source / "merges.txt").is_file():
         return from_vocabulary(source / "vocab.json", source / "merges.txt")
     raise UserError(f"{source} has no tokenizer.json, nor vocab.json with merges.txt")

@@ -71,10 +71,16 @@ class FileLock:
             ) from None
         try:
             fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             number = _number(self._handle)
             os.close(self._handle)
             raise _in_use(self._option, folder, f"process {number}") from None
+        except OSError as error:  # a file system without locks, such as some mounts of Lustre
+            os.close(self._handle)
+            raise UserError(
+                f"{self._option}={folder} cannot be locked: {error.strerror}; use a folder on "
+                "another file system, or mount this one with flock"
+            ) from None
         os.truncate(self._handle, 0)
         os.write(self._handle, str(os.getpid()).encode())
         return self

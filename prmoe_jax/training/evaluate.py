@@ -49,7 +49,7 @@ def evaluate_model(
     Raises:
       UserError: the split has no text.
     """
-    if not (data.validation.tokens and data.validation_bytes):
+    if not (data.validation.tokens and data.validation.text_bytes):
         raise UserError(
             f"the validation split of data.corpus={config.data.corpus} has no text "
             f"({data.validation.described}); use a corpus with some in it"
@@ -59,9 +59,8 @@ def evaluate_model(
     sums = _summed(lambda batch: measure(model, batch), rows, data, mesh, limit)
     metrics = summarise(sums, config)
     loss = metrics.pop("lm_loss")
-    # For a part of the split, bytes are assumed in proportion to tokens.
-    tokens = data.validation.tokens if limit else int(sums.tokens)
-    tokens_per_byte = tokens / data.validation_bytes
+    windows = limit * rows or len(data.validation)
+    tokens_per_byte = int(sums.tokens) / data.validation.bytes_of_first(windows)
     return {
         "loss": loss,
         "perplexity": perplexity(loss),

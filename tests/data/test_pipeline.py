@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from decimal import Decimal
 
 import jax
 import numpy as np
@@ -135,7 +136,7 @@ def test_a_start_of_its_own_in_the_text(config):
     targets = np.concatenate([window.targets_BxL[window.mask_BxL] for window in windows])
     assert (inputs == 257).sum() == (targets == MARK).sum() == len(DOCUMENTS)
     assert MARK not in inputs and 257 not in targets
-    data = pipeline.Data(tokenizer, windows, windows, 0, "fingerprint")
+    data = pipeline.Data(tokenizer, windows, windows, "fingerprint")
     known = pipeline.windows_fingerprint(data)
     same = dataclasses.replace(data, tokenizer=load_tokenizer(config, 257, corpus))
     assert known["start_of_text"] == 257
@@ -186,6 +187,31 @@ def test_restored_iterator_goes_on_bit_for_bit(step):
     second_half.set_state(state)
     for batch in expected:
         assert_same(next(second_half), rows_of(batch, slice(2, None)))
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_batches_of_one_have_the_rows_of_larger_ones(mixed):
+    windows = Windows(synthetic([11, 50, 3, 60]), 11, False)
+    if mixed:
+        shares = Decimal(2), Decimal(1)
+        windows = pipeline.Mixture([windows, Windows(synthetic([40]), 11, False)], shares)
+    one, four = train_iterator(windows, 1, seed=5), train_iterator(windows, 4, seed=5)
+    for _ in range(5):
+        expected = next(four)
+        for row in range(4):
+            assert_same(next(one), rows_of(expected, [row]))
+
+
+def test_bytes_of_a_part_of_the_split():
+    """In proportion to tokens in each stream; a mixture has one stream after the other."""
+    one = Windows(synthetic([7]), 3, False, text_bytes=70)  # 3 windows, of 3, 3 and 1
+    two = Windows(synthetic([4]), 3, False, text_bytes=8)
+    assert [round(one.bytes_of_first(count), 9) for count in range(5)] == [0, 30, 60, 70, 70]
+    both = pipeline.Mixture([one, two], [Decimal(1)] * 2)
+    assert [round(both.bytes_of_first(count), 9) for count in (0, 2, 3, 4, 5, 9)] == [
+        *(0, 60, 70, 76, 78, 78)
+    ]
+    assert both.text_bytes == both.bytes_of_first(len(both)) == 78
 
 
 def test_fewer_windows_than_a_batch_repeat():
@@ -300,7 +326,7 @@ def test_load_data_from_files_to_batches(config, folder, tmp_path):
     assert len(documents) == 19
     assert held_out == f"<|endoftext|>{held_out.split('<|endoftext|>')[1]}<|endoftext|>"
     assert held_out.split("<|endoftext|>")[1] not in documents
-    assert data.validation_bytes == len(held_out.encode()) - 2 * len("<|endoftext|>")
+    assert data.validation.text_bytes == len(held_out.encode()) - 2 * len("<|endoftext|>")
     assert next(train_iterator(data.train, 4, 0)).tokens_BxL.shape == (4, 16)
 
     data.tokenizer.save(tmp_path / "tokenizer.json")

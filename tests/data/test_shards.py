@@ -129,14 +129,14 @@ def test_each_format_gives_the_same_text(config, tmp_path, writer, cut):
     data = load(config, "a/*")
     assert texts_of(data.train) == TEXTS[:-1]
     assert texts_of(data.validation) == TEXTS[-1:]
-    assert data.validation_bytes == len(TEXTS[-1].encode())
+    assert data.validation.text_bytes == len(TEXTS[-1].encode())
     # A part that is only evaluated leaves the other one whole.
     (tmp_path / "b").mkdir()
     WRITERS[writer](tmp_path / "b", [TEXTS[:2]])
     data = load(config, "a/*,validation:b/*")
     assert texts_of(data.train) == TEXTS
     assert texts_of(data.validation) == TEXTS[:2]
-    assert data.validation_bytes == sum(len(text.encode()) for text in TEXTS[:2])
+    assert data.validation.text_bytes == sum(len(text.encode()) for text in TEXTS[:2])
 
 
 def test_shards_with_both_marks(config, tmp_path):
@@ -146,9 +146,19 @@ def test_shards_with_both_marks(config, tmp_path):
     ids = [np.array([257, *known.encode(text), MARK], np.uint32) for text in TEXTS]
     np.save(tmp_path / "a.npy", np.concatenate(ids))
     data = load(config, "a.npy", tokenizer=str(tmp_path / "tokenizer.json"))
-    assert data.validation_bytes == len(TEXTS[-1].encode())
+    assert data.validation.text_bytes == len(TEXTS[-1].encode())
     targets = np.concatenate([w.targets_BxL[w.mask_BxL] for w in data.train])
     assert 257 not in targets and (targets == MARK).sum() == len(TEXTS) - 1
+
+
+def test_a_mark_at_the_end_starts_no_document(config, tmp_path):
+    """Marks in front of documents and one behind all, of which the last fills the whole part."""
+    texts = ["short", "a text that is longer than a fifth of all of them"]
+    stream = np.concatenate([*encoded(texts, before=True), [MARK]])
+    for found in (stream, stream[:-1]):
+        np.save(tmp_path / "a.npy", found)
+        with pytest.raises(UserError, match="and the files with it hold no start of a document"):
+            load(config, "a.npy")
 
 
 def test_our_shards(config, tmp_path):
@@ -157,7 +167,7 @@ def test_our_shards(config, tmp_path):
         # The shards' own tokenizer is taken where none is set.
         data = load(config, name, tokenizer="bpe")
         assert (texts_of(data.train), texts_of(data.validation)) == (TEXTS, ["held out"])
-        assert data.validation_bytes == len("held out")
+        assert data.validation.text_bytes == len("held out")
     # Marks in the tokens tell the documents apart as the positions of a token cache do.
     stream = np.concatenate([*encoded(TEXTS, before=True), [MARK]])
     known = pipeline.TokenCache(stream, np.flatnonzero(stream == MARK)[:-1], 0, "")
@@ -379,9 +389,9 @@ def test_a_large_shard_is_told_by_its_blocks(tmp_path):
 
 def test_decoded_bytes_are_computed_once(config, tmp_path, monkeypatch):
     write_array(tmp_path / "b.npy", encoded(TEXTS))
-    size = load(config, "b.npy").validation_bytes
+    size = load(config, "b.npy").validation.text_bytes
     monkeypatch.setattr(streams, "_documents", None)
-    assert load(config, "b.npy").validation_bytes == size
+    assert load(config, "b.npy").validation.text_bytes == size
     monkeypatch.setattr(streams, "_READ_TOKENS", 3)
     with pytest.raises(TypeError):
         load(config, "b.npy", validation_fraction=0.9)
@@ -394,7 +404,7 @@ def test_documents_across_reads(config, tmp_path, monkeypatch, read):
     for fraction, held in ((12 / 110, 1), (0.2, 1), (78 / 110, 2), (79 / 110, 2), (0.8, 3)):
         data = load(config, "b.npy", validation_fraction=fraction)
         assert texts_of(data.validation) == TEXTS[-held:]
-        assert data.validation_bytes == sum(len(text.encode()) for text in TEXTS[-held:])
+        assert data.validation.text_bytes == sum(len(text.encode()) for text in TEXTS[-held:])
 
 
 def test_a_run_on_a_mixture_resumes_bit_for_bit(config, tmp_path, capsys):

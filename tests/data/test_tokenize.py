@@ -184,7 +184,7 @@ def test_the_windows_of_todays_path(tokenizer, tmp_path):
     text = pipeline.load_data(config, 384, 13)
     shard = pipeline.load_data(DataConfig(corpus="tokens:out", cache_dir="other"), 384, 13)
     assert shard.tokenizer.fingerprint == text.tokenizer.fingerprint
-    assert shard.validation_bytes == text.validation_bytes
+    assert shard.validation.text_bytes == text.validation.text_bytes
     for name in ("train", "validation"):
         ours, theirs = getattr(shard, name), getattr(text, name)
         assert len(ours) == len(theirs)

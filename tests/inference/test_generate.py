@@ -298,6 +298,9 @@ def test_prompts_of_ids_and_of_text_are_the_same():
         run([[5, tokenizer.size]], 3)
     with pytest.raises(UserError, match="the prompt's token -1 is out of range"):
         run([[-1]], 3)
+    with pytest.raises(UserError, match="1 seeds for 2 prompts; give one for each"):
+        run(["the", "e"], 3, seeds=[1])
+    assert run([], 3) == []
 
 
 def test_text_as_it_comes():

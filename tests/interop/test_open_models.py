@@ -20,6 +20,7 @@ from safetensors.numpy import load_file, save_file
 from configs import open_moes
 from prmoe_jax.cli import main
 from prmoe_jax.config import MeshConfig, load, resolve
+from prmoe_jax.data.tokenizer import train_bpe
 from prmoe_jax.errors import UserError
 from prmoe_jax.inference.decoder import Decoder
 from prmoe_jax.interop.hugging_face import NAMES as NAMES_THERE
@@ -34,6 +35,7 @@ from prmoe_jax.parallel.mesh import check_splits
 from prmoe_jax.run.restore import restore_run
 from tests.support.configs import settings
 from tests.support.extras import needs_extra
+from tests.support.lines import only_line
 from tests.support.paths import GOLDENS
 from tests.support.quick import forward, jit
 from tests.support.tokenizers import byte_tokenizer, started_tokenizer
@@ -237,6 +239,8 @@ WINDOWS = [
      [5] * 4),
     ("qwen3_moe", {"sliding_window": 5}, [0, 0, 0, 0]),
     ("qwen3_moe", {"sliding_window": 5, "use_sliding_window": True}, [5] * 4),
+    ("qwen3_moe", {"use_sliding_window": True, "max_position_embeddings": 8192}, [4096] * 4),
+    ("qwen3_moe", {"use_sliding_window": True, "sliding_window": None}, [0] * 4),
     ("mixtral", {"sliding_window": 5}, [5] * 4),
     ("mixtral", {"sliding_window": None}, [0] * 4),
 ]  # fmt: skip
@@ -327,6 +331,36 @@ def test_marks_of_documents(source, tmp_path):
     written = json.loads((tmp_path / "out/config.json").read_text())
     assert (written["bos_token_id"], written["eos_token_id"]) == (257, 256)
     assert written["pad_token_id"] is None
+    settings = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
+    assert (settings["bos_token"], settings["eos_token"]) == ("<s>", "<|endoftext|>")
+
+
+@needs_extra("interop", "transformers")
+@pytest.mark.parametrize("name", ["llama", "qwen3", "olmoe", "qwen2_moe"])
+def test_transformers_reads_a_text_as_we_do(name, source, tmp_path):
+    """Its class for the model's type would divide some of these texts in another way."""
+    from transformers import AutoTokenizer
+
+    folder = source(name)
+    tokenizer = train_bpe(["state of the union 12345 \n\n e\u0301lite"] * 9, 290)
+    tokenizer.save(folder / "tokenizer.json")
+    assert imported(folder, tmp_path / "run") == 0
+    assert exported(tmp_path / "run", tmp_path / "out") == 0
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
+    for text in ("the union of 123", " \n\n state", "e\u0301lite.\n\n", "  a  b"):
+        assert theirs.encode(text) == tokenizer.encode(text), text
+    assert theirs.eos_token_id == tokenizer.end_of_text
+
+
+def test_gpt2s_words_are_not_another_models(source, tmp_path, capsys):
+    """Its vocab.json and merges.txt without the rule by which the model divides a text."""
+    folder = source("qwen3")
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.json").write_text("{}")
+    (folder / "merges.txt").write_text("")
+    assert imported(folder, tmp_path / "run") == 2
+    line = only_line(capsys.readouterr().err)
+    assert f"{folder} has no tokenizer.json; make it by AutoTokenizer.from_pretrained" in line
 
 
 @pytest.mark.parametrize("name", NAMES)

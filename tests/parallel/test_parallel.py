@@ -569,7 +569,7 @@ def test_checkpoints_between_meshes(tmp_path):
 
 
 def test_a_run_without_a_mesh_of_its_own_goes_on_anywhere(text, tmp_path):
-    """Three steps on the mesh suggested for eight devices, evaluated there; three more on one.
+    """Three steps on the mesh suggested for eight devices, used there as well; three more on one.
 
     The losses are those of one device alone.
     """
@@ -579,7 +579,12 @@ def test_a_run_without_a_mesh_of_its_own_goes_on_anywhere(text, tmp_path):
         return arguments(text, tmp_path / workdir, "1 layers, layers 0, E=4", **schedule)
 
     evaluation = ["eval", f"--workdir={tmp_path / 'run'}", "--json"]
-    verbs = json.dumps([command("run", 3), evaluation])
+
+    def export(out):
+        where = f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / out}"
+        return ["export", "--kind=safetensors", *where, "--json"]
+
+    verbs = json.dumps([command("run", 3), evaluation, export("eight")])
     done = subprocess.run(
         [sys.executable, "-m", "tests.support.eight_devices", "verbs", verbs],
         cwd=REPOSITORY,
@@ -590,7 +595,10 @@ def test_a_run_without_a_mesh_of_its_own_goes_on_anywhere(text, tmp_path):
     suggested = "--config.mesh.fsdp=2 --config.mesh.expert=4"
     assert done.stderr.count(f"mesh: suggested: {suggested}; give other sizes") == 2
     assert done.stderr.count("mesh: fsdp 2, expert_0 4; exchange between experts: flat") == 2
-    trained, evaluated = map(json.loads, done.stdout.splitlines())
+    trained, evaluated, _ = map(json.loads, done.stdout.splitlines())
+    assert main(export("one")) == 0
+    eight, one = (tmp_path / out / "model.safetensors" for out in ("eight", "one"))
+    assert eight.read_bytes() == one.read_bytes()
     assert evaluated["loss"] == pytest.approx(trained["eval/loss"], rel=1e-6)
     assert main(command("run", 6)) == 0
     assert config.load(tmp_path / "run" / "config.json").mesh == config.MeshConfig()

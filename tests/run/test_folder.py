@@ -1,5 +1,6 @@
 """A run's folder: after damage or on a full disk, the run goes on undisturbed or says why."""
 
+import errno
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from prmoe_jax.cli import main
 from prmoe_jax.errors import UserError
 from prmoe_jax.run import checkpoint
 from prmoe_jax.run.checkpoint import Checkpoints
+from prmoe_jax.stores import lock
 from tests.support.paths import REPOSITORY
 from tests.support.runs import (
     arguments,
@@ -158,6 +160,20 @@ def test_another_tokenizer_than_the_models_is_refused(copied, capsys):
         assert main([*command, f"--workdir={workdir}"]) == 2
         assert "tokenizer.json is not the tokenizer of checkpoint 12" in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_a_file_system_without_locks(copied, monkeypatch, capsys):
+    """It is no other run that holds the folder."""
+
+    def flock(file, how):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    workdir, command = copied
+    monkeypatch.setattr(lock.fcntl, "flock", flock)
+    capsys.readouterr()
+    assert main(command) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert f"--workdir={workdir} cannot be locked: Function not implemented; use a folder" in line
 
 
 def test_a_finished_run_is_evaluated_if_it_was_not(saved_twice, copied, capsys):

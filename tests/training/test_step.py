@@ -1,13 +1,14 @@
 """One update: accumulation changes nothing, AdamW against NumPy, schedule, decay rule, loss."""
 
 import dataclasses
+from decimal import Decimal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prmoe_jax.data.pipeline import Data, Windows
+from prmoe_jax.data.pipeline import Data, Mixture, Windows
 from prmoe_jax.data.tokens import TokenCache
 from prmoe_jax.errors import UserError
 from prmoe_jax.model.loss import Sums, forward, totals, training_loss
@@ -239,7 +240,7 @@ def validation(windows, length=8, seed=0):
     tokens = windows * length - length // 2
     stream = np.random.default_rng(seed).integers(0, 384, tokens + 1).astype(np.uint16)
     cache = TokenCache(stream, np.arange(0, tokens, 11), bytes=tokens, fingerprint="")
-    return Data(None, None, Windows(cache, length, False), cache.bytes, "")
+    return Data(None, None, Windows(cache, length, False, text_bytes=cache.bytes), "")
 
 
 def evaluated(values, data, run, model=None, limit=0):
@@ -268,6 +269,26 @@ def test_evaluation_in_portions_measures_the_same_with_less_memory(limit):
     assert whole["drop_fraction"] > 0.05
     for name, value in whole.items():
         np.testing.assert_allclose(parts[name], value, rtol=1e-6, atol=1e-7, err_msg=name)
+
+
+def test_bits_per_byte_of_a_part_of_the_split():
+    """Places without a target hold no text, and each part of a mixture has a ratio of its own."""
+    values = settings("2 layers", batch_size=2)
+
+    def run(model, batch):
+        """Seven of eight places are targets, and each costs one bit."""
+        count = np.float32(14)
+        return Sums(np.int32(14), count * np.log(2), count * np.log(2), np.float32(0), [])
+
+    data = validation(4)
+    few = Windows(data.validation.cache, 8, False, text_bytes=56)
+    many = Windows(data.validation.cache, 8, False, text_bytes=5600)
+    mixed = dataclasses.replace(data, validation=Mixture([few, many], [Decimal(1)] * 2))
+    bytes_read = 56 * 16 / few.tokens  # of two windows
+    found = evaluated(values, mixed, run, limit=1)
+    assert found["bits_per_byte"] == pytest.approx(14 / bytes_read, rel=1e-6)
+    whole = evaluated(values, mixed, run)
+    assert whole["bits_per_byte"] == pytest.approx(4 * 14 / 5656, rel=1e-6)
 
 
 def test_sums_of_an_evaluation_have_64_bits():
@@ -309,7 +330,7 @@ def test_the_next_batch_runs_while_the_sums_of_the_one_before_are_fetched():
 def test_a_validation_split_without_text(stream):
     """No document, and one that is empty."""
     cache = TokenCache(np.array(stream), np.arange(len(stream) - 1), bytes=0, fingerprint="")
-    data = Data(None, None, Windows(cache, 8, False), 0, "")
+    data = Data(None, None, Windows(cache, 8, False), "")
     with pytest.raises(UserError, match=rf"=sotu has no text \({len(stream) - 1} documents"):
         evaluated(settings("2 layers"), data, run=None)
 
