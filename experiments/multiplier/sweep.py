@@ -6,9 +6,10 @@ A ladder of dense models, each 1.5 times as wide as the one before, and MoEs as 
     prmoe report experiments/multiplier
 
 A run of more tokens goes on from the one of fewer, and comes right after it, so that no checkpoint
-has to be kept for long. A sweep that is stopped has whole answers for the first seeds. The widest
-model, which only multipliers above 3.8 need, comes last and ends at 11 M tokens. The text is
-experiments/text, of which no token comes twice.
+has to be kept for long. A sweep that is stopped has whole answers for the first seeds. After all
+seeds of the others come two MoEs of other kinds: PR-MoE's residual layers, and experts that are 4
+times as many, a quarter as wide, 4 for each token. The text is experiments/text, of which no token
+comes twice.
 """
 
 import runpy
@@ -22,22 +23,28 @@ KEEP_CHECKPOINTS = False  # one of 128 experts takes 0.2 GB
 BATCH, LENGTH = 32, 256  # 8,192 tokens a step
 STEPS = {"3M": 350, "6M": 700, "11M": 1400, "23M": 2800}
 WARMUP = 35  # steps; a tenth of the shortest run
-# Width, heads, experts in layers 1, 3, 5 and 7, and the most tokens. The order shares the work
-# evenly between two processes.
+# Width, heads, and experts in layers 1, 3, 5 and 7. The order shares the work evenly between two
+# processes.
 ARMS = {
-    "dense_64": (64, 2, 0, "23M"),
-    "dense_96": (96, 3, 0, "23M"),
-    "E128": (64, 2, 128, "23M"),
-    "dense_144": (144, 4, 0, "23M"),
-    "E64": (64, 2, 64, "23M"),
-    "E8": (64, 2, 8, "23M"),
-    "dense_216": (216, 6, 0, "11M"),
+    "dense_64": (64, 2, 0),
+    "dense_96": (96, 3, 0),
+    "E128": (64, 2, 128),
+    "dense_144": (144, 4, 0),
+    "E64": (64, 2, 64),
+    "E8": (64, 2, 8),
+    "residual": (64, 2, 64),
+    "fine": (64, 2, 256),
+    "dense_216": (216, 6, 0),  # only for its rate, in experiments/multiplier_rates
 }
-LAST = "dense_216"  # after all seeds of the others
+CHANGES = {
+    "residual": {"model.residual": True},
+    "fine": {"model.expert_d_ff": 64, "model.top_k": 4},
+}
 # The best of experiments/multiplier_rates; the rates of the widths between follow from those of the
 # first and the last, since log(rate) is taken as linear in log(width), of which the ladder has even
 # steps.
 RATES = {"dense_64": 16e-3, "dense_216": 8e-3, "E8": 16e-3, "E64": 16e-3, "E128": 16e-3}
+RATES |= dict.fromkeys(CHANGES, RATES["E64"])
 RUNGS = 64, 96, 144, 216
 TEXT = "~/.cache/prmoe_jax/text"
 
@@ -61,12 +68,13 @@ def get_config(arm: str, steps: int, learning_rate: float):
 
 def on_prose(arm: str, steps: int, learning_rate: float):
     """The same on the smaller text, with AdamW."""
-    width, heads, experts, _ = ARMS[arm]
+    width, heads, experts = ARMS[arm]
     config = PROSE["get_config"](f"8 layers, E={experts}" if experts else "8 layers")
     config.model.vocab_size, config.model.length = 1024, LENGTH
     config.model.d_model, config.model.heads, config.model.d_ff = width, heads, 4 * width
     if experts:
         config.moe.capacity_factor = config.moe.eval_capacity_factor = inf
+    config.update_from_flattened_dict(CHANGES.get(arm, {}))
     config.train.batch_size, config.train.steps = BATCH, steps
     config.optimizer.schedule = "wsd"
     config.optimizer.learning_rate, config.optimizer.min_learning_rate = learning_rate, 0.0
@@ -77,12 +85,11 @@ def on_prose(arm: str, steps: int, learning_rate: float):
 
 
 def runs():
-    order = [(arm, seed) for seed in PROSE["SEEDS"] for arm in ARMS if arm != LAST]
-    for arm, seed in order + [(LAST, seed) for seed in PROSE["SEEDS"]]:
+    trained = [arm for arm in ARMS if arm not in CHANGES and arm != "dense_216"]
+    order = [(arm, seed) for seed in PROSE["SEEDS"] for arm in trained]
+    for arm, seed in order + [(arm, seed) for seed in PROSE["SEEDS"] for arm in CHANGES]:
         trunk = None
         for tokens, steps in STEPS.items():
-            if steps > STEPS[ARMS[arm][-1]]:
-                continue
             config = get_config(arm, steps, rate(arm))
             config.seed = seed
             name = f"{arm}/{tokens}/{seed}"

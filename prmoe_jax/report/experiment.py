@@ -1,5 +1,6 @@
 """`prmoe report experiments/NAME`: a report about a sweep's results.jsonl."""
 
+import math
 import statistics
 from pathlib import Path
 
@@ -46,7 +47,7 @@ LADDER = (
     "extrapolated. The geometric mean over seeds, and in brackets its 95 % interval (Student's t). "
     "D/N: tokens per active parameter. The scaling law's dense model has FLOPs as the ladder's "
     "models have by their parameters; the law is for experts in every layer, so that it takes the "
-    "mean number of all layers."
+    "mean number of all layers, and for one expert a token with nothing beside it."
 )
 GROWTH = "Multipliers of neighbours, one divided by the other, paired by seed."
 
@@ -218,7 +219,7 @@ def _multipliers(worth: list[Multiplier]) -> list[str]:
     rows = [
         [
             *(one.arm, f"{one.tokens:,}", f"{one.tokens_per_parameter:.1f}"),
-            *(len(one.by_seed), one, f"{one.law:.2f}"),
+            *(len(one.by_seed), one, "" if math.isnan(one.law) else f"{one.law:.2f}"),
         ]
         for one in worth
     ]

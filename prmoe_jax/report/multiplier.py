@@ -43,7 +43,7 @@ class Multiplier(NamedTuple):
     high: float
     least: float
     most: float
-    law: float  # the scaling law's prediction
+    law: float  # the scaling law's prediction, NaN for layers of another kind than the law's
 
     @property
     def inside(self) -> bool:
@@ -130,12 +130,14 @@ def multipliers(arms: dict[str, dict[int, dict]]) -> list[Multiplier]:
 def ratios(found: Sequence[Multiplier]) -> list[Ratio]:
     """How multipliers grow, paired by seed: with the tokens of a model, and with the experts.
 
-    Compared are neighbours: runs of one model, by tokens, and models of as many tokens, by experts.
-    Those with a seed beyond the ladder are left out, and pairs with under two common seeds.
+    Compared are neighbours: runs of one model, by tokens, and models of as many tokens, by experts,
+    if these are models of the scaling law. Those with a seed beyond the ladder are left out, and
+    pairs with under two common seeds.
     """
     inside = [one for one in found if one.inside]
     by_tokens = sorted(inside, key=lambda one: (one.model, one.tokens))
-    by_experts = sorted(inside, key=lambda one: (one.tokens, one.experts))
+    of_the_law = [one for one in inside if not math.isnan(one.law)]
+    by_experts = sorted(of_the_law, key=lambda one: (one.tokens, one.experts))
     pairs = [(base, arm) for base, arm in itertools.pairwise(by_tokens) if base.model == arm.model]
     pairs += [
         (base, arm) for base, arm in itertools.pairwise(by_experts) if base.tokens == arm.tokens
@@ -204,11 +206,14 @@ def _measure(
     elif len(seeds) > 1:
         low, high = 0.0, math.inf
     experts, active = _mean_experts(record), record["active_params"]
-    dense = law_multiplier(experts, active, record["tokens"]) * active
-    sizes_R = [rung[seeds[0]]["active_params"] for rung in rungs]
+    law = math.nan
+    if _is_of_the_law(record["settings"]):
+        dense = law_multiplier(experts, active, record["tokens"]) * active
+        sizes_R = [rung[seeds[0]]["active_params"] for rung in rungs]
+        law = _compute_of(dense, sizes_R, compute_R) / own
     return Multiplier(
         arm, model, experts, record["tokens"], active, by_seed, value, low, high,
-        *(compute_R[0] / own, compute_R[-1] / own, _compute_of(dense, sizes_R, compute_R) / own),
+        *(compute_R[0] / own, compute_R[-1] / own, law),
     )  # fmt: skip
 
 
@@ -221,6 +226,12 @@ def _mean_experts(record: dict) -> float:
         given["experts"] = tuple(given["experts"])
     counts = ModelConfig(**given).schedule.experts
     return sum(max(1, count) for count in counts) / len(counts)
+
+
+def _is_of_the_law(settings: dict) -> bool:
+    """Whether a token has one expert in a layer, as wide as the dense MLP, and no MLP beside it."""
+    other = (f"model.{name}" for name in ("top_k", "residual", "expert_d_ff"))
+    return not any(map(settings.get, other)) and settings.get("moe.router") is None
 
 
 def _compute_of(params: float, sizes: list[int], compute: list[float]) -> float:

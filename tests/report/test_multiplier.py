@@ -150,6 +150,11 @@ def test_the_law_in_the_units_of_the_ladder():
         (one,) = multipliers(arms(rows))
         assert one.experts == 5.0  # 1, 9, 1, 9
         assert one.law == pytest.approx(law_multiplier(5.0, 1e6, tokens) ** 0.5)
+    for other in {"top_k": 2}, {"residual": True}, {"expert_d_ff": 7}:
+        ((name, value),) = other.items()
+        rows[-1]["settings"] = settings | {"seed": 1, f"model.{name}": value}
+        (one,) = multipliers(arms(rows))
+        assert math.isnan(one.law) and one.value == pytest.approx(2.0)
 
 
 def test_beyond_the_ladder_nothing_is_extrapolated():
