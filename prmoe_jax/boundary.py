@@ -96,9 +96,9 @@ def _kept(text: str, folder: Path | None) -> str:
     """Writes a traceback into the run's folder, or the temporary folder; returns its path."""
     head = f"prmoe_jax {prmoe_jax.__version__}, Python {platform.python_version()}\n{sys.argv}\n\n"
     name = f"error-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
-    for place in (folder, Path(tempfile.gettempdir())):
+    for find in (lambda: folder, lambda: Path(tempfile.gettempdir())):
         with contextlib.suppress(OSError, UserError):
-            if place and place.is_dir():
+            if (place := find()) and place.is_dir():
                 files.replace(place / name, head + text)
                 return str(place / name)
     print(text, file=sys.stderr)  # no room for a file anywhere

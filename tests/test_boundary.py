@@ -67,6 +67,23 @@ def test_the_traceback_is_in_the_runs_folder(tmp_path, monkeypatch, capsys):
     assert str(file) in capsys.readouterr().err and "ZeroDivisionError" in file.read_text()
 
 
+def test_without_any_temporary_folder(tmp_path, monkeypatch, capsys):
+    """The traceback is in the run's folder, and without one among the lines above."""
+
+    def nowhere():
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    monkeypatch.setenv("PRMOE_TRACEBACK", "0")
+    monkeypatch.setattr(tempfile, "gettempdir", nowhere)
+    monkeypatch.setattr("prmoe_jax.cli.eval.check_run", lambda workdir: 1 / 0)
+    assert main(["eval", f"--workdir={tmp_path}"]) == 1
+    (file,) = tmp_path.iterdir()
+    assert f"the traceback is in {file}, please report it" in capsys.readouterr().err
+    assert main(["eval", f"--workdir={tmp_path / 'none'}"]) == 1
+    err = capsys.readouterr().err
+    assert "Traceback (most recent call last)" in err and "is in the lines above, please" in err
+
+
 def test_the_traceback_is_printed_on_demand(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PRMOE_TRACEBACK", "1")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))

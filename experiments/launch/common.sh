@@ -70,14 +70,14 @@ later() { # TITLE COMMAND, for the reader
   hints+=("# $1" "$2")
 }
 
-# The first step, unless PLAN=no: the step's time and memory, and what the run costs. TEACHER is the
+# A step, unless PLAN=no: the train step's time and memory, and what the run costs. TEACHER is the
 # config of the model that teaches in it, such as paper:prmoe_350m.
 plan() {
   [[ ${PLAN:-yes} == no ]] && return
   [[ ${PRICE:-} =~ ^([0-9]+([.][0-9]+)?)?$ ]] ||
     fail "PRICE=$PRICE must be a number, the price of a chip for an hour"
   step 'what it costs, and whether it fits (PLAN=no leaves this out)' \
-    "prmoe plan --topology=$TOPOLOGY ${TEACHER:+$(quote "--teacher=$TEACHER") }$settings |
+    "$(quote "${prmoe:-prmoe}") plan --topology=$TOPOLOGY ${TEACHER:+$(quote "--teacher=$TEACHER") }$settings |
   awk -v price=${PRICE:-0} -f $(quote "$repository/experiments/launch/cost.awk")"
 }
 

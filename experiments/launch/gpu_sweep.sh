@@ -28,7 +28,8 @@ MINUTES=${MINUTES:-9}
 # The runs are dealt out by shards. `timeout` ends with 124 where it had to stop one. A signal reaches
 # them through the trap, since `timeout` puts each into a process group of its own.
 step "train for $MINUTES minutes, $RUNS runs at a time" \
-  "export XLA_PYTHON_CLIENT_MEM_FRACTION=$(awk "BEGIN { printf \"%.3f\", 0.9 / $RUNS }")
+  "unset XLA_PYTHON_CLIENT_MEM_FRACTION
+export XLA_CLIENT_MEM_FRACTION=$(awk "BEGIN { printf \"%.3f\", 0.9 / $RUNS }")
 shards=()
 trap 'kill -INT \"\${shards[@]}\"; wait; exit 130' INT TERM
 for i in {1..$RUNS}; do

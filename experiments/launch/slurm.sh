@@ -23,12 +23,13 @@ required WORKDIR 'a folder that all nodes see, or gs://BUCKET/FOLDER'
 hosts=${BASH_REMATCH[1]} gpus=${BASH_REMATCH[2]}
 VENV=${VENV:-$repository/.venv}
 
-plan
+prmoe=$VENV/bin/prmoe
 if [[ ! -x $VENV/bin/prmoe ]]; then
   step 'install it' \
     "python3 -m venv $(quote "$VENV")
 $(quote "$VENV/bin/pip") install --quiet -e $(quote "${repository}[data,gcs,cuda]")"
 fi
+plan
 # Not --gpus-per-task, which would hide all GPUs but one: JAX takes the one of the local rank.
 step "queue the job: srun starts the command $((hosts * gpus)) times" \
   "sbatch --job-name=$(quote "${NAME:-prmoe}") --nodes=$hosts --ntasks-per-node=$gpus --gpus-per-node=$gpus \\

@@ -6,6 +6,7 @@
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 folder=${1:-$HOME/.cache/prmoe_jax/prose}
+case $folder in /*) ;; *) folder=$PWD/$folder ;; esac
 packages=$(mktemp -d)
 trap 'rm -rf "$packages"' EXIT
 cd "$packages"

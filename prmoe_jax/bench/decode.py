@@ -107,7 +107,8 @@ def bench_decode(
         }
         theirs = {}
         gpt2 = not differing(base.model.form, FAMILIES["gpt2"]) and not base.model.kv_heads
-        if gpt2 and importlib.util.find_spec("transformers") and jax.default_backend() == "cpu":
+        found = all(map(importlib.util.find_spec, ("transformers", "torch")))
+        if gpt2 and found and jax.default_backend() == "cpu":
             shape = json.dumps(gpt2_sizes(base.model) | {"bos_token_id": 0, "eos_token_id": 0})
             for dtype in ("float32", "bfloat16"):
                 name = "transformers' GPT-2 as the base", dtype, "one device"
@@ -203,7 +204,8 @@ def _room(prompt: int) -> int:
 def _check_memory(config: Config, batch: int, prompt: int) -> None:
     """Refuses a batch whose KV cache in float32 exceeds the memory of a CPU."""
     if jax.default_backend() == "cpu":
-        a_token = 2 * 4 * config.model.layers * config.model.d_model
+        model = config.model
+        a_token = 2 * 4 * model.layers * model.key_heads * model.head_width
         memory.check(f"--batch={batch}", batch * _room(prompt) * a_token)
 
 

@@ -37,6 +37,8 @@ def worker(module: str, *arguments) -> Iterator[Callable[[str], float]]:
     finally:
         process.kill()
         process.wait()
+        with contextlib.suppress(BrokenPipeError):  # a question that it did not read
+            process.stdin.close()
 
 
 def cores() -> int:

@@ -57,8 +57,9 @@ def accelerators() -> dict[str, list[str]]:
     Returns:
       platform -> files that show one; `gpu` means NVIDIA's.
     """
-    gpus = [path for name in ("dev/nvidia[0-9]*", "dev/dxg") for path in ROOT.glob(name)]
-    gpus += ROOT.glob("proc/driver/nvidia/gpus/*")
+    gpus = [*ROOT.glob("dev/nvidia[0-9]*"), *ROOT.glob("proc/driver/nvidia/gpus/*")]
+    if any(ROOT.glob("usr/lib/wsl/lib/libcuda.so*")):  # /dev/dxg is any maker's GPU
+        gpus += ROOT.glob("dev/dxg")
     tpus = [*ROOT.glob("dev/accel[0-9]*")]
     for device in ROOT.glob("sys/bus/pci/devices/*"):
         vendor, number, kind = (_read(device / name) for name in ("vendor", "device", "class"))
@@ -117,7 +118,7 @@ def _memory(devices: list, numbers: dict) -> list[Finding]:
             f"device {devices[least].id}: JAX has {min(limits) / 2**30:.1f} of "
             f"{chip.hbm_bytes / 2**30:.1f} GiB",
             "end the other programs on the device (nvidia-smi lists them), or unset "
-            "XLA_PYTHON_CLIENT_MEM_FRACTION",
+            "XLA_CLIENT_MEM_FRACTION",
         )
     ]
 
@@ -127,7 +128,7 @@ def _drivers(platform: str, numbers: dict) -> list[Finding]:
         version = _version("libtpu") or "of the system"
         return [Finding("driver", OK, f"libtpu {version}; {numbers['backend']}")]
     text = _read(ROOT / "proc/driver/nvidia/version")
-    found = re.search(r"Kernel Module\D+?(\d+(?:\.\d+)+)", text)
+    found = re.search(r"Kernel Module\s+(?:for \S+\s+)?(\d+(?:\.\d+)+)", text)
     if not found:
         return [] if platform == "cpu" else [Finding("driver", OK, numbers["backend"])]
     numbers["driver"] = found[1]

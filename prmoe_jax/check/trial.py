@@ -144,8 +144,9 @@ def _write_and_read(path: Path) -> list[float]:
             file.flush()
             os.fsync(file.fileno())
             written = time.perf_counter()
-            # Else memory would be read, not the disk.
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            if hasattr(os, "posix_fadvise"):  # not on macOS
+                # Else memory would be read, not the disk.
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     else:
         path.write_bytes(content)
         written = time.perf_counter()

@@ -1,10 +1,10 @@
 """`prmoe bench`: times parts of the library beside other implementations."""
 
-import json
 import re
 
 from prmoe_jax import allocator
 from prmoe_jax.cli.options import WEIGHTS, compile_only, parse_config, parse_mesh
+from prmoe_jax.cli.output import as_json
 from prmoe_jax.errors import UserError
 
 # S, M, F, E of `prmoe bench moe`.
@@ -77,7 +77,7 @@ def _bench_step(options, rest) -> None:
     from prmoe_jax.bench import step
 
     rows = step.bench_step(config, options.repeats)
-    print(json.dumps(rows) if options.json else step.table(rows))
+    print(as_json(rows) if options.json else step.table(rows))
 
 
 def _bench_decode(options, rest) -> None:
@@ -87,7 +87,7 @@ def _bench_decode(options, rest) -> None:
 
     batches, weights = options.batch or [1, 8], options.weights or ["float32", "int8"]
     rows = decode.bench_decode(config, batches, weights, options.prompt, options.repeats, layouts)
-    print(json.dumps(rows) if options.json else decode.table(rows))
+    print(as_json(rows) if options.json else decode.table(rows))
 
 
 def _bench_moe(options, rest) -> None:
@@ -103,7 +103,7 @@ def _bench_moe(options, rest) -> None:
             raise UserError(f"--{given[0]} has no effect with --topology; leave one of them out")
         sizes = [moe.Size(*size) for size in options.sizes or MODELLED_SIZES]
         rows = modelled.model_moe(sizes, options.dtype or "bfloat16", options.topology)
-        print(json.dumps(rows) if options.json else modelled.table(rows))
+        print(as_json(rows) if options.json else modelled.table(rows))
         return
     rows = moe.bench_moe(
         [moe.Size(*size) for size in options.sizes or BENCH_SIZES],
@@ -111,7 +111,7 @@ def _bench_moe(options, rest) -> None:
         options.dtype or "float32",
         15 if options.repeats is None else options.repeats,
     )
-    print(json.dumps(rows) if options.json else moe.table(rows))
+    print(as_json(rows) if options.json else moe.table(rows))
 
 
 def _size(text: str) -> tuple[int, ...]:

@@ -1,12 +1,11 @@
 """`prmoe check`: what this machine or pod can do, and what is wrong with it."""
 
-import json
 import logging
 from pathlib import Path
 
 from prmoe_jax import allocator
 from prmoe_jax.cli.options import parse_config, path
-from prmoe_jax.cli.output import is_first_process
+from prmoe_jax.cli.output import as_json, is_first_process
 from prmoe_jax.errors import CheckFailed
 
 log = logging.getLogger("prmoe_jax.check")
@@ -36,7 +35,7 @@ def run(options, rest) -> None:
     if "backend" in record["environment"] and not is_first_process():
         return
     if options.json:
-        print(json.dumps(record))
+        print(as_json(record))
     lines, count = wrong(record), len(record["findings"])
     if not lines:
         tell(f"all is well: {count} findings in {record['seconds']:.0f} s")

@@ -1,9 +1,8 @@
 """`prmoe distill-plan` and `prmoe teacher-cache`: a student's initial model and teacher cache."""
 
-import json
-
 from prmoe_jax import allocator
 from prmoe_jax.cli.options import parse_config, path
+from prmoe_jax.cli.output import as_json
 from prmoe_jax.errors import UserError
 
 
@@ -25,7 +24,7 @@ def _distill_plan(options, rest) -> None:
     teacher = config.teacher_of(values)
     config.check_same_routing(values, teacher, "the teacher")
     rows = student.plan(teacher.model, values.model, values.teacher.layers)
-    print(json.dumps(rows) if options.json else student.table(rows))
+    print(as_json(rows) if options.json else student.table(rows))
 
 
 def _teacher_cache(options, rest) -> None:
@@ -41,7 +40,7 @@ def _teacher_cache(options, rest) -> None:
 
     meta = write_teacher_cache(config, options.out)
     size = sum(file.stat().length for file in epath.Path(options.out).iterdir())
-    print(json.dumps(meta) if options.json else f"{options.out}: {size / 1e6:,.0f} MB")
+    print(as_json(meta) if options.json else f"{options.out}: {size / 1e6:,.0f} MB")
 
 
 def _student_config(rest):

@@ -1,11 +1,10 @@
 """`prmoe eval`: the loss on a run's validation split, or its scores in tasks."""
 
-import json
 import sys
 
 from prmoe_jax import allocator
 from prmoe_jax.cli.options import check_run, filled, path
-from prmoe_jax.cli.output import is_first_process, show
+from prmoe_jax.cli.output import as_json, is_first_process, show
 from prmoe_jax.errors import UserError
 
 
@@ -46,7 +45,7 @@ def run(options, rest) -> None:
 
         scores = evaluate_tasks(options.workdir, tasks, options.limit)
         if options.json:
-            print(json.dumps(scores))
+            print(as_json(scores))
         else:
             for task, values in scores.items():
                 show({f"{task} {name}": value for name, value in values.items()}, False)

@@ -1,8 +1,7 @@
 """`prmoe generate`: continues prompts with a trained run."""
 
-import json
-
 from prmoe_jax.cli.options import WEIGHTS, check_run, parse_mesh, path
+from prmoe_jax.cli.output import as_json
 from prmoe_jax.errors import UserError
 
 MOST_SAMPLES = 1_000_000  # `prmoe generate` makes all samples at once
@@ -66,4 +65,4 @@ def run(options, rest) -> None:
         return
     for prompt, seed, text in zip(prompts, seeds, texts, strict=True):
         answer = {"prompt": prompt, "seed": seed, "text": text}
-        print(json.dumps(answer) if options.json else f"{prompt}{text}\n")
+        print(as_json(answer) if options.json else f"{prompt}{text}\n")

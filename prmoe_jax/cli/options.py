@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from prmoe_jax import stores
-from prmoe_jax.config import userfile
+from prmoe_jax.config import expand, userfile
 from prmoe_jax.errors import UserError
 
 CONFIG_HELP = """
@@ -79,7 +79,9 @@ def config_argument(arguments: list[str]) -> tuple[Path, str, list[str]]:
     file, _, name = options.config.partition(":")
     if not file:
         raise UserError("no --config; for example --config=configs/tiny.py:prmoe")
-    return Path(file), name, rest
+    if os.path.isfile(whole := expand("--config", options.config)):  # with a colon in its name
+        return whole, "", rest
+    return expand("--config", file), name, rest
 
 
 def _load_settings(path: Path, name: str):
@@ -184,7 +186,10 @@ def filled(text: str) -> str:
 
 def _path(text: str, convert: Callable[[str], Path]) -> Path:
     try:
-        return convert(filled(text))
+        found = convert(filled(text))
+        return found.expanduser() if stores.is_local(found) else found
+    except RuntimeError:
+        raise argparse.ArgumentTypeError("has ~, and HOME is not set") from None
     except UserError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 

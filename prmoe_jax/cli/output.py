@@ -2,12 +2,26 @@
 
 import json
 import logging
+import math
 import warnings
 
 
-def show(metrics: dict, as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(metrics))
+def as_json(value) -> str:
+    """A result as JSON, which has no infinity and no NaN: they become 'inf', '-inf' and 'nan'."""
+    return json.dumps(_finite(value), allow_nan=False)
+
+
+def _finite(value):
+    if isinstance(value, dict):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(one) for one in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def show(metrics: dict, in_json: bool) -> None:
+    if in_json:
+        print(as_json(metrics))
         return
     from prmoe_jax.run.metrics import router_table
 

@@ -1,8 +1,7 @@
 """`prmoe params`: counts parameters and FLOPs without building a model."""
 
-import json
-
 from prmoe_jax.cli.options import parse_config
+from prmoe_jax.cli.output import as_json
 from prmoe_jax.errors import UserError
 
 
@@ -19,9 +18,9 @@ def run(options, rest) -> None:
         if rest:
             raise UserError(f"--paper shows fixed configs; leave out {rest[0]}")
         rows = sizes.paper_rows()
-        print(json.dumps(rows) if options.json else sizes.paper_table(rows))
+        print(as_json(rows) if options.json else sizes.paper_table(rows))
     else:
         config = parse_config(rest)
         show = sizes.report if options.json else sizes.table
         counts = show(config.model, config.moe)
-        print(json.dumps(counts) if options.json else counts)
+        print(as_json(counts) if options.json else counts)

@@ -1,9 +1,9 @@
 """`prmoe plan`: compiles a step for a pod that is not there, and models its cost."""
 
-import json
 import logging
 
 from prmoe_jax.cli.options import compile_only, filled, local_path, parse_config
+from prmoe_jax.cli.output import as_json
 from prmoe_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -69,6 +69,6 @@ def run(options, rest) -> None:
         result = find.find(config, options.find, options.decode, teacher, options.load)
     else:
         result = find.fit(config, options.topology, options.decode, teacher, options.load)
+    print(as_json(result) if options.json else report.table(result))
     if options.picture:
         picture.draw([("step", result)], options.picture)
-    print(json.dumps(result) if options.json else report.table(result))

@@ -1,10 +1,10 @@
 """`prmoe prune`: a MoE with fewer experts, chosen by measured importance."""
 
 import argparse
-import json
 
 from prmoe_jax import allocator
 from prmoe_jax.cli.options import check_run, filled, path
+from prmoe_jax.cli.output import as_json
 from prmoe_jax.errors import UserError
 
 
@@ -66,6 +66,6 @@ def run(options, rest) -> None:
         options.batches,
     )
     if options.json:
-        print(json.dumps(plan))
+        print(as_json(plan))
     elif options.out is None:  # otherwise it was logged before the run was written
         print(table(plan))

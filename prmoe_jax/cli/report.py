@@ -1,9 +1,7 @@
 """`prmoe report`: draws a page of figures about a sweep or a run."""
 
-import json
-
 from prmoe_jax.cli.options import check_run, local_path, path
-from prmoe_jax.cli.output import show
+from prmoe_jax.cli.output import as_json, show
 from prmoe_jax.errors import UserError
 
 
@@ -31,4 +29,4 @@ def run(options, rest) -> None:
     from prmoe_jax.report import experiment
 
     result = experiment.report(options.folder, options.base)
-    print(json.dumps(result) if options.json else experiment.table(result))
+    print(as_json(result) if options.json else experiment.table(result))

@@ -1,10 +1,10 @@
 """`prmoe sweep`: trains the runs that a folder's sweep.py names."""
 
-import json
 import re
 from pathlib import Path
 
 from prmoe_jax.cli.options import local_path, path
+from prmoe_jax.cli.output import as_json
 from prmoe_jax.errors import UserError
 
 
@@ -26,4 +26,4 @@ def run(options, rest) -> None:
 
     root = options.workdir or Path("runs") / options.folder.resolve().name
     records = run.sweep(options.folder, root, (int(shard[1]), int(shard[2])))
-    print(json.dumps(records) if options.json else run.table(records))
+    print(as_json(records) if options.json else run.table(records))

@@ -144,13 +144,21 @@ def reading(file: pathlib.Path) -> Iterator[None]:
 
 
 def _text_files(folder: pathlib.Path, suffixes: tuple[str, ...]) -> Iterator[pathlib.Path]:
-    """The text files of a folder, without hidden ones; links to folders are not followed."""
+    """The text files of a folder, without hidden ones.
+
+    Links to folders are not followed, and a warning names each.
+    """
 
     def left_out(error: OSError) -> None:
         log.warning("%s cannot be read (%s); it is left out", error.filename, error.strerror)
 
     for place, folders, names in os.walk(folder, onerror=left_out):
         folders[:] = [name for name in folders if not name.startswith(".")]
+        for linked in (name for name in folders if os.path.islink(os.path.join(place, name))):
+            log.warning(
+                "%s is a link to a folder, and is left out; a glob with ** follows it",
+                os.path.join(place, linked),
+            )
         for name in names:
             if name.endswith(suffixes) and not name.startswith("."):
                 yield pathlib.Path(place, name)

@@ -201,6 +201,6 @@ def topology_devices(topology: str) -> tuple[Chip, list]:
         extra = "tpu" if chip.platform == "tpu" else "cuda"
         raise UserError(
             f"--topology={topology} cannot be compiled for ({reason}); the compiler comes with "
-            f"pip install -e '.[{extra}]'"
+            f"pip install 'prmoe_jax[{extra}]'"
         ) from error
     return chip, list(described.devices)

@@ -50,8 +50,9 @@ def check(path: Path) -> None:
     try:
         from matplotlib.backend_bases import FigureCanvasBase
     except ImportError:
-        raise UserError("a picture needs matplotlib: pip install -e '.[plot]'") from None
-    if path.suffix[1:].lower() not in FigureCanvasBase.get_supported_filetypes():
+        raise UserError("a picture needs matplotlib: pip install 'prmoe_jax[plot]'") from None
+    formats = FigureCanvasBase.get_supported_filetypes().keys() - {"pgf"}  # which needs LaTeX
+    if path.suffix[1:].lower() not in formats:
         raise UserError(
             f"{path}: '{path.suffix}' is no format of a picture; use .png, .svg or .pdf"
         )

@@ -42,11 +42,13 @@ def record_environment(workdir: Path, devices: list) -> float:
 
 def environment(devices: list) -> dict:
     """Time, command, git revision, platform, devices and versions of this process."""
+    # Of another project's repository, in which this package is installed, neither is told.
+    tracked = _git("ls-files", "--error-unmatch", "__init__.py") is not None
     return {
         "time": time.time(),
         "command": sys.argv,
-        "git_revision": _git("rev-parse", "HEAD"),
-        "git_changes": bool(_git("status", "--porcelain")),
+        "git_revision": _git("rev-parse", "HEAD") if tracked else None,
+        "git_changes": tracked and bool(_git("status", "--porcelain")),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": devices[0].device_kind,
@@ -73,6 +75,7 @@ def _version(package: str) -> str | None:
 
 
 def _git(*arguments: str) -> str | None:
+    """What git says in this package's folder; None where it is not git's, or there is no git."""
     command = ["git", "-C", str(Path(prmoe_jax.__file__).parent), *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)

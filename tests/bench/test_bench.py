@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from configs import tiny
-from prmoe_jax.bench import moe
+from prmoe_jax.bench import decode, moe
 from prmoe_jax.bench.worker import peak_bytes
 from prmoe_jax.cli import main
+from prmoe_jax.config import resolve
 from tests.support.extras import needs_extra
 from tests.support.lines import only_line
 
@@ -245,3 +246,15 @@ def test_the_peak_memory_of_a_process_is_its_own():
     code = "from prmoe_jax.bench.worker import peak_bytes; print(peak_bytes())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
     assert 2**20 < int(done.stdout) < held.nbytes < peak_bytes()
+
+
+def test_the_memory_of_a_cache_of_shared_keys(monkeypatch):
+    """Keys and values of 2 of 8 heads, in float32."""
+    asked = []
+    monkeypatch.setattr(decode.memory, "check", lambda what, size: asked.append((what, size)))
+    config = tiny.get_config("3 layers")
+    config.model.d_model, config.model.heads, config.model.kv_heads = 64, 8, 2
+    config.model.length = 4096
+    decode._check_memory(resolve(config), 40, 1984)
+    room = decode._room(1984)
+    assert asked == [("--batch=40", 40 * room * 3 * (2 * 2 * 8) * 4)]

@@ -234,6 +234,15 @@ V5E, NETWORK = pci("0x1ae0", "0x0063", "0x120000"), pci("0x1ae0", "0x0042", "0x0
         (V5E, [], "", "has a TPU (", 'pip install -U "jax[tpu]"'),
         ([("dev/accel0", "")], ["libtpu"], "", "has a TPU (", "JAX_PLATFORMS=tpu python -c"),
         (NETWORK, [], "", "", ""),
+        # WSL2 has it for GPUs of all makers, and the library for NVIDIA's.
+        ([("dev/dxg", "")], [], "", "", ""),
+        (
+            [("dev/dxg", ""), ("usr/lib/wsl/lib/libcuda.so.1", "")],
+            [],
+            "",
+            "has a GPU (",
+            'pip install -U "jax[cuda12]"',
+        ),
     ],
 )
 def test_a_missing_driver(files, installed, variable, line, fix, tmp_path, monkeypatch):
@@ -257,8 +266,15 @@ def test_a_missing_driver(files, installed, variable, line, fix, tmp_path, monke
     assert fix in devices.fix
 
 
-def test_an_old_driver(tmp_path, monkeypatch):
-    machine(tmp_path, DRIVER)
+OPEN_DRIVER = (
+    "proc/driver/nvidia/version",
+    "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  470.82.01  Release Build\n",
+)
+
+
+@pytest.mark.parametrize("driver", [DRIVER, OPEN_DRIVER])
+def test_an_old_driver(driver, tmp_path, monkeypatch):
+    machine(tmp_path, driver)
     monkeypatch.setattr(environment, "ROOT", tmp_path)
     monkeypatch.setattr(environment, "_version", {"jax-cuda12-plugin": "0.10.2"}.get)
     (finding,) = environment._drivers("gpu", {"backend": "cuda 12090"})

@@ -1,6 +1,7 @@
 """The command line: verbs and their output, help without JAX, names of runs."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -11,6 +12,8 @@ import pytest
 import prmoe_jax
 from configs import paper, tiny
 from prmoe_jax.cli import main, parse_config
+from prmoe_jax.cli.options import config_argument, local_path, path
+from prmoe_jax.cli.output import as_json
 from prmoe_jax.cli.train import profile_steps, run_name
 from prmoe_jax.model.sizes import cost
 
@@ -194,6 +197,30 @@ def test_a_closed_pipe_is_no_error():
 )
 def test_a_run_is_named_after_its_config(arguments, name):
     assert run_name(arguments) == name
+
+
+def test_the_home_directory_in_paths(tmp_path, monkeypatch):
+    """A shell leaves ~ as it is behind --workdir= and --config= ."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for convert in path, local_path:
+        assert convert("~/runs/a") == tmp_path / "runs/a"
+    assert config_argument(["--config=~/a.py:x"]) == (tmp_path / "a.py", "x", [])
+
+
+def test_a_config_whose_path_has_a_colon(tmp_path):
+    file = tmp_path / "12:30" / "config.json"
+    file.parent.mkdir()
+    assert config_argument([f"--config={file}"]) == (tmp_path / "12", "30/config.json", [])
+    file.write_text("{}")
+    assert config_argument([f"--config={file}"]) == (file, "", [])
+    long = "E=" + "+".join("1" * 300)
+    assert config_argument([f"--config=tiny:{long}"]) == (Path("tiny"), long, [])
+
+
+def test_json_has_no_infinity():
+    value = {"a": [1.5, math.inf, (-math.inf, None)], "b": {"c": math.nan, "d": "inf", "e": True}}
+    expected = {"a": [1.5, "inf", ["-inf", None]], "b": {"c": "nan", "d": "inf", "e": True}}
+    assert json.loads(as_json(value)) == expected
 
 
 def test_a_config_string_may_be_an_architecture(capsys):

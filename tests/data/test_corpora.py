@@ -246,6 +246,15 @@ def test_a_loop_of_links_without_text_ends(tmp_path):
     assert names == ["beside/er/000.txt", "deep/er/000.txt"]
 
 
+def test_a_linked_folder_is_left_out_with_a_warning(tmp_path, caplog):
+    write_folder(tmp_path / "mix" / "a", ["one"])
+    write_folder(tmp_path / "real", ["two"])
+    (tmp_path / "mix" / "b").symlink_to(tmp_path / "real")
+    assert sources.find_files(str(tmp_path / "mix")) == [tmp_path / "mix/a/000.txt"]
+    told = f"{tmp_path}/mix/b is a link to a folder, and is left out; a glob with ** follows it"
+    assert caplog.messages == [told]
+
+
 def test_a_folder_that_cannot_be_read_is_left_out_with_a_warning(tmp_path, monkeypatch, caplog):
     write_folder(tmp_path / "closed", ["hidden"])
     write_folder(tmp_path / "open", ["seen"])

@@ -219,7 +219,9 @@ def test_slurm_installs_where_nothing_is_installed(tools):
     recipe = "slurm.sh"
     new = RECIPES[recipe] | {"VENV": str(tools / "new")}
     done = launch(tools, recipe, "--dry-run", *config(), **new)
-    assert f"{tools}/new/bin/pip install --quiet -e '{REPOSITORY}[data,gcs,cuda]'" in done.stdout
+    pip = f"{tools}/new/bin/pip install --quiet -e '{REPOSITORY}[data,gcs,cuda]'"
+    installed, planned = map(done.stdout.index, (pip, f"{tools}/new/bin/prmoe plan --topology"))
+    assert installed < planned
     done = launch(tools, recipe, "--dry-run", *config(), **RECIPES[recipe])
     assert "pip install" not in done.stdout
 

@@ -90,3 +90,22 @@ def test_another_object_of_r_is_told(unpacked):
 def test_without_the_prose(tmp_path):
     with pytest.raises(UserError, match="sh experiments/prose/install.sh puts it there"):
         open_corpus(DataConfig("prose", cache_dir=str(tmp_path)))
+
+
+@pytest.mark.parametrize("where", ["mytext", "/absolute/text"])
+def test_install_into_a_folder_of_ones_own(where, tmp_path):
+    """It works in a folder that is deleted at the end, and its argument is relative to no other."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name, does in {"apt-get": "touch a.deb", "dpkg-deb": ":", "python": 'echo "$3"'}.items():
+        (tools / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tools / name).chmod(0o755)
+    done = subprocess.run(
+        ["sh", SCRIPT.with_name("install.sh"), where],
+        cwd=tmp_path,
+        env={"PATH": f"{tools}:/usr/bin:/bin", "HOME": str(tmp_path), "PYTHON": "python"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == f"{tmp_path / where}\n"

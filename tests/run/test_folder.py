@@ -17,7 +17,7 @@ import pytest
 
 from prmoe_jax.cli import main
 from prmoe_jax.errors import UserError
-from prmoe_jax.run import checkpoint
+from prmoe_jax.run import checkpoint, directory
 from prmoe_jax.run.checkpoint import Checkpoints
 from prmoe_jax.stores import lock
 from tests.support.paths import REPOSITORY
@@ -399,6 +399,19 @@ def test_a_process_lost_during_a_checkpoint_is_told_apart(processes, kind, tmp_p
     monkeypatch.setattr(jax, "process_count", lambda: processes)
     with pytest.raises(kind, match="Barrier failed" if processes > 1 else "Timed out while wait"):
         checkpoints.close()
+
+
+def test_no_other_projects_revision(tmp_path, monkeypatch):
+    """The package may be installed in an environment inside another project's repository."""
+    site = tmp_path / "site" / "prmoe_jax"
+    site.mkdir(parents=True)
+    (site / "__init__.py").touch()
+    git = ["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in ("init", "-q"), ("commit", "-q", "--allow-empty", "-m", "theirs"):
+        subprocess.run([*git, *command], check=True)
+    monkeypatch.setattr(directory.prmoe_jax, "__file__", str(site / "__init__.py"))
+    found = directory.environment(jax.devices())
+    assert (found["git_revision"], found["git_changes"]) == (None, False)
 
 
 def test_environment_is_recorded(text, tmp_path):
