@@ -57,7 +57,7 @@ class Experts(nnx.Module):
         """Adds b_out, if these experts have one."""
         if self.b_out is None:
             return y_ExRxD
-        return y_ExRxD + self.b_out[...].astype(y_ExRxD.dtype)[:, None]
+        return add_bias(y_ExRxD, self.b_out[...][:, None])
 
     def without_last_bias(self, x_ExRxD: jax.Array) -> jax.Array:
         """The same without b_out; devices that split hidden units sum up these results."""
@@ -122,7 +122,7 @@ class Experts(nnx.Module):
             hidden = kernels.hidden(partial(blocks.matmul, blocks.filled(x_RxD)), weights)
             y_PxQxD = blocks.matmul(activate(hidden), weights.w_out_FxD)
             if last_bias and weights.b_out_D is not None:
-                y_PxQxD += blocks.biases(weights.b_out_D)
+                y_PxQxD = add_bias(y_PxQxD, blocks.biases(weights.b_out_D))
             return blocks.emptied(y_PxQxD)
 
     def alone(

@@ -13,7 +13,7 @@ from prmoe_jax.moe.exchange import ExpertParallel, mark_varying
 from prmoe_jax.moe.experts import Experts, OutputNorms
 from prmoe_jax.moe.routing import RouterMetrics, Routing, capacity, route
 from prmoe_jax.nn import remat
-from prmoe_jax.nn.mlp import MLP
+from prmoe_jax.nn.mlp import MLP, broadcast
 from prmoe_jax.parallel import sharding
 from prmoe_jax.parallel.mesh import batch_axes, expert_axes, platform, splits_experts
 
@@ -77,11 +77,10 @@ class MoE(nnx.Module):
             coefficient=(mix_BxLx2[..., 0] * valid_BxL).sum(),
             coefficient_unserved=(mix_BxLx2[..., 0] * unserved_BxL).sum(),
         )
-        mix_BxLx2 = mix_BxLx2.astype(x_BxLxD.dtype)
         with jax.named_scope("mlp"):
             residual_BxLxD = remat.save_matmul(self.mlp(x_BxLxD))
-        y_BxLxD = y_BxLxD * mix_BxLx2[..., :1] + residual_BxLxD * mix_BxLx2[..., 1:]
-        return y_BxLxD, metrics
+        of_experts, of_mlp = (broadcast(mix_BxLx2[..., i, None], x_BxLxD) for i in (0, 1))
+        return y_BxLxD * of_experts + residual_BxLxD * of_mlp, metrics
 
     def decide(self, x_BxLxD: jax.Array, valid_BxL: jax.Array) -> Routing:
         """The routing decision for these activations in evaluation, on one device.

@@ -41,7 +41,16 @@ def activate(hidden: Hidden) -> jax.Array:
 
 def add_bias(x: jax.Array, bias: jax.Array | nnx.Param | None) -> jax.Array:
     """Adds a bias, if there is one, in x's dtype."""
-    return x if bias is None else x + bias[...].astype(x.dtype)
+    return x if bias is None else x + broadcast(bias[...], x)
+
+
+def broadcast(part: jax.Array, x: jax.Array) -> jax.Array:
+    """`part` in x's shape and dtype; its gradient is summed up in float32.
+
+    What JAX broadcasts by itself has a gradient that is summed in its dtype. In bfloat16 such a
+    sum of ones ends at 256 or, by parts, at few thousands.
+    """
+    return jnp.broadcast_to(part.astype(jnp.float32), x.shape).astype(x.dtype)
 
 
 class MLP(nnx.Module):

@@ -9,12 +9,15 @@ import numpy as np
 import pytest
 
 from prmoe_jax.config import Config, ModelConfig, MoeConfig, architecture, resolve
+from prmoe_jax.data.pipeline import Batch
 from prmoe_jax.errors import UserError
 from prmoe_jax.model import attention_kernels
 from prmoe_jax.model.attention import KVCache, attend_to_cache
 from prmoe_jax.model.attention_kernels import attend, resolve_attention, splash
 from prmoe_jax.model.backends import check_backends
+from prmoe_jax.model.loss import forward
 from prmoe_jax.model.transformer import Transformer, dropout, positions, resolve_remat
+from prmoe_jax.nn.parameters import named_leaves
 from tests.support.quick import jit
 
 SMALL = ModelConfig(
@@ -191,6 +194,33 @@ def test_bfloat16_is_close_to_float32(batch):
     a, b = logits(exact, *batch), logits(rough, *batch)
     assert b.dtype == jnp.float32
     assert 0 < np.abs(a - b).max() < 0.05 * np.abs(a).max()
+
+
+@pytest.mark.parametrize(
+    ("text", "changes"),
+    [
+        ("2 layers, E=3, residual", {}),
+        ("2 layers, E=3", {"family": "qwen2_moe", "biases": "all", "kv_heads": 1}),
+    ],
+)
+def test_gradients_in_bfloat16_are_summed_in_float32(text, changes):
+    """Over 8,192 tokens; some go to another expert than in float32."""
+    tokens_BxL = jax.random.categorical(jax.random.key(1), -jnp.arange(31) / 9.0, shape=(128, 65))
+    segments_BxL = jnp.ones((128, 64), jnp.int32)
+    mask_BxL = segments_BxL.astype(bool)
+    batch = Batch(tokens_BxL[:, :-1], tokens_BxL[:, 1:], mask_BxL, segments_BxL)
+
+    def gradient(dtype):
+        model = small(text, **{"length": 64, "d_model": 32, "init_std": 0.02} | changes)
+        model = Transformer(dataclasses.replace(model, dtype=dtype), MoeConfig(), jax.random.key(0))
+        return named_leaves(jit(jax.grad(lambda model: forward(model, batch).loss))(model))
+
+    exact, rounded = map(gradient, ("float32", "bfloat16"))
+    for name, expected in exact.items():
+        ours, expected = rounded[name][...], expected[...]
+        exactly = ".b_" in name and "experts" not in name and "mix" not in name
+        error = np.linalg.norm(ours - expected) / np.linalg.norm(expected)
+        assert error < (0.01 if exactly else 0.05), name
 
 
 @pytest.mark.parametrize("length", [37, 193])  # one block of queries, or four, the last one short

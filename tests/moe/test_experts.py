@@ -55,3 +55,14 @@ def test_gradients_of_biases_are_summed_in_float32(form):
     for name in ("b_in", "b_out"):
         ours, expected = (getattr(g, name)[...] for g in (rounded, exact))
         assert np.abs(ours - expected).max() < 0.01 * np.abs(expected).max()
+
+
+def test_gradients_of_biases_of_equally_many_rows_are_summed_in_float32():
+    """The same of 32,768 rows for each expert, as a capacity has them."""
+    experts = Experts(2, 6, 8, 0.3, 0.3, jax.random.key(0))
+    x_ExRxD = jax.random.normal(jax.random.key(1), (2, 32768, 6))
+    gradient = jit(jax.grad(lambda experts, x: experts(x).astype(jnp.float32).sum()))
+    exact, rounded = (gradient(experts, x_ExRxD.astype(t)) for t in ("float32", "bfloat16"))
+    np.testing.assert_allclose(rounded.b_out[...], 32768.0)
+    ours, expected = rounded.b_in[...], exact.b_in[...]
+    assert np.abs(ours - expected).max() < 0.01 * np.abs(expected).max()
