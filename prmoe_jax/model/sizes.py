@@ -53,9 +53,6 @@ def cost(model: ModelConfig, moe: MoeConfig | None = None) -> Cost:
       model: the model.
       moe: how it is trained; without it, tokens choose `top_k` experts.
     """
-    visits: float = model.top_k
-    if moe is not None and moe.router == "expert_choice":
-        visits *= moe.capacity_factor
     d, form = model.d_model, model.form
     heads, pairs = model.heads * model.head_width, model.key_heads * model.head_width
     biased = form.biases == "all"
@@ -69,12 +66,24 @@ def cost(model: ModelConfig, moe: MoeConfig | None = None) -> Cost:
     def mlp(width: int) -> int:
         return matrices * d * width + (width + d) * biased
 
+    def visits(experts: int) -> float:
+        """The experts that serve a token, the mean."""
+        if moe is None or moe.router == "token_choice":
+            return model.top_k
+        from prmoe_jax.moe.routing import capacity  # and JAX, for which others need not wait
+
+        tokens = moe.group_size or model.length
+        factor, least = moe.capacity_factor, moe.min_capacity
+        return experts * capacity(tokens, experts, factor, model.top_k, least) / tokens
+
     def layer(experts: int) -> LayerCost:
         params = 2 * norm + attention
         if not experts:
             params += mlp(model.d_ff)
             return LayerCost(0, params, params, flops + 2 * matrices * d * model.d_ff)
         shared, shared_flops = d * experts, 2 * d * experts
+        if moe is not None and moe.bias_update_rate > 0:
+            shared += experts
         if model.residual:
             shared += mlp(model.residual_width)
             shared_flops += 2 * matrices * d * model.residual_width
@@ -82,7 +91,7 @@ def cost(model: ModelConfig, moe: MoeConfig | None = None) -> Cost:
             shared += columns * d + 2 * (form.residual_mix == "learned")
             shared_flops += 2 * columns * d
         expert = mlp(model.expert_width)
-        visited = min(visits, experts)
+        visited = min(visits(experts), experts)
         return LayerCost(
             experts,
             params + shared + experts * expert,

@@ -58,10 +58,11 @@ def choose_mesh(config: Config, devices: int, any_batch: bool = False) -> Config
       UserError: no mesh of these devices fits the config; suggests a size that would.
     """
     if has_own_mesh(config):
-        size, width = config.mesh.fsdp, config.model.d_model
-        if size > 1 and width % size:
+        size, width = axis_sizes(config, devices)["fsdp"], config.model.d_model
+        if width % size:
             log.warning(
-                "mesh.fsdp=%d splits nothing, since it doesn't divide d_model=%d", size, width
+                "mesh.fsdp=%d splits hardly anything, since it doesn't divide d_model=%d",
+                *(size, width),
             )
         return config
     problem = None

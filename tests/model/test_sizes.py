@@ -61,13 +61,18 @@ def test_what_a_token_pays_for():
 
     # Experts that choose twice as many tokens are chosen by two for each token, up to all four.
     model = ModelConfig(**PRIMES, placement="every 2", experts=(4,))
-    for factor, visits in ((1.0, 1), (2.0, 2), (2.5, 2.5), (4.0, 4), (7.0, 4)):
-        chosen = cost(model, MoeConfig(router="expert_choice", capacity_factor=factor))
+    # Never fewer than the least capacity: 4 of a group's 8 tokens, here.
+    cases = (1.0, 1, 1), (2.0, 1, 2), (2.5, 1, 2.5), (4.0, 1, 4), (7.0, 1, 4), (1.0, 4, 2)
+    for factor, least, visits in cases:
+        moe = MoeConfig("expert_choice", capacity_factor=factor, min_capacity=least, group_size=8)
+        chosen = cost(model, moe)
         assert chosen.total_params == top1.total_params
         assert chosen.active_params == top1.active_params + (visits - 1) * mlp
         more = 3 * (visits - 1) * mlp_flops
         assert chosen.train_flops_per_token == top1.train_flops_per_token + more
         assert cost(model, MoeConfig(capacity_factor=factor)) == top1
+    # A bias for each expert, where biases balance the load.
+    assert cost(model, MoeConfig(bias_update_rate=1e-3)).total_params == top1.total_params + 4
 
     # The fixed branch is one more MLP, which every token visits, and a 2-way mix.
     residual, mix = variant(residual=True), 3 * 2 + 2
