@@ -153,6 +153,9 @@ def moe_layers(layers: int, placement: str) -> tuple[int, ...]:
 def parse_fields(text: str) -> dict:
     """Parses an architecture string into the arguments of `Schedule.place`.
 
+    All of them are there, so that `config.model.update(parse_fields(text))` leaves nothing of the
+    architecture that a config had before.
+
     Raises:
       UserError: a part is unknown, given twice, or missing.
     """
@@ -198,8 +201,7 @@ def parse_fields(text: str) -> dict:
             )
     elif fields.keys() - {"layers", "experts"}:
         raise UserError(f"architecture '{text}' has no experts, so the rest has no effect; add E=…")
-    fields.setdefault("placement", "none")
-    return fields
+    return {"placement": "none", "top_k": 1, "residual": False} | fields
 
 
 def _placement_name(layers: int, indices: list[int]) -> str:

@@ -142,6 +142,8 @@ class Generator:
         Raises:
           UserError: a prompt and its continuation exceed the context, or a value is out of range.
         """
+        if isinstance(prompts, str):
+            raise UserError("prompts is one text, not a list of texts; give [text]")
         seeds = [0] * len(prompts) if seeds is None else seeds
         _check(tokens, seeds, stop)
         if len(seeds) != len(prompts):

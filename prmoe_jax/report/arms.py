@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from prmoe_jax import files
+from prmoe_jax.config import Config, leaves
 from prmoe_jax.errors import UserError
 
 
@@ -190,15 +191,17 @@ def write_csv(records: list[dict], path: Path) -> None:
     Raises:
       UserError: the file cannot be written.
     """
-    names = sorted({name for record in records for name in record["settings"]})
-    varied = [
-        name for name in names if len({str(record["settings"].get(name)) for record in records}) > 1
-    ]
+    defaults = leaves(Config())
+    names = {name for record in records for name in record["settings"]} - {"seed"}
+    values = {
+        name: [record["settings"].get(name, defaults.get(name, "")) for record in records]
+        for name in sorted(names)
+    }
+    varied = {name: value for name, value in values.items() if len(set(map(str, value))) > 1}
     columns = "run seed loss bits_per_byte drop_fraction tokens total_params active_params".split()
     columns += ["flops_per_token", "tokens_per_second", "device"]
     rows = [[*columns, *varied]]
-    for record in records:
-        settings = [record["settings"].get(name, "") for name in varied]
+    for record, *settings in zip(records, *varied.values(), strict=True):
         rows.append([*(record[name] for name in columns), *settings])
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([map(_cell, row) for row in rows])

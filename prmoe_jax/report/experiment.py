@@ -263,4 +263,8 @@ def table(result: dict) -> str:
             head.append(column)
             for cells, row in zip(rows, result["arms"].values(), strict=True):
                 cells.append(row.get(column, ""))
-    return f"{aligned(head, rows)}\n{result['page']}"
+    tables = [aligned(head, rows)]
+    if contrasts := result.get("contrasts"):
+        rows = [[row["arm"], row["base"], *_told(row)] for row in contrasts if "difference" in row]
+        tables.append(aligned(["arm", "base", "arm - base", "verdict"], rows))
+    return "\n\n".join(tables) + f"\n{result['page']}"

@@ -58,7 +58,13 @@ def planned(folder: Path) -> Sweep:
         raise UserError(f"{path} is missing; it must define runs(), which yields (name, settings)")
     stated = constants(folder)
     with userfile.mistakes(path, str(path)):
-        return Sweep(_checked(path, userfile.call(path, "runs", named=str(path))), stated)
+        runs = _checked(path, userfile.call(path, "runs", named=str(path)))
+    arms = dict.fromkeys(name.rpartition("/")[0] or name for name in runs)
+    if wrong := [arm for pair in stated.contrasts for arm in pair if arm not in arms]:
+        raise UserError(
+            f"{path}: CONTRASTS names {wrong[0]!r:.80}; the runs' arms are {', '.join(arms)}"
+        )
+    return Sweep(runs, stated)
 
 
 def constants(folder: Path) -> Constants:

@@ -86,8 +86,9 @@ def train(
 
     Returns:
       The metrics that were written last. After the run's end they are those of the evaluation at
-      its end: step, and the results of `evaluate_model` under names that start with 'eval/'. For a
-      run that was complete before, other processes than the first return {}.
+      its end: step, and the results of `evaluate_model` under names that start with 'eval/'. A run
+      that SIGTERM or Ctrl-C interrupted is saved, and has no such evaluation. For a run that was
+      complete before, other processes than the first return {}.
 
     Raises:
       UserError: the settings cannot be used, contradict the run in the workdir, or are not the

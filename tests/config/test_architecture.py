@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prmoe_jax.config.architecture import Schedule, Stage, moe_layers
+from prmoe_jax.config import default_config, resolve
+from prmoe_jax.config.architecture import Schedule, Stage, moe_layers, parse_fields
 from prmoe_jax.errors import UserError
 
 # One row of the paper's comparison each: the string, and the experts layer by layer.
@@ -130,6 +131,16 @@ def test_errors_say_what_is_wrong(text, message):
         Schedule.parse(text)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_string_replaces_the_whole_architecture():
+    """`config.model.update(parse_fields(text))` leaves nothing of what was there before."""
+    config = default_config()
+    config.train.steps = 1
+    config.model.update(parse_fields("4 layers, second half, E=2+8, top 2, residual"))
+    for text in "4 layers", "6 layers, E=4", "6 layers, E=4, top 2", "6 layers, E=4, residual":
+        config.model.update(parse_fields(text))
+        assert resolve(config).model.schedule == Schedule.parse(text)
 
 
 def test_a_placement_without_a_layer_is_refused_even_without_experts():

@@ -301,6 +301,8 @@ def test_prompts_of_ids_and_of_text_are_the_same():
     with pytest.raises(UserError, match="1 seeds for 2 prompts; give one for each"):
         run(["the", "e"], 3, seeds=[1])
     assert run([], 3) == []
+    with pytest.raises(UserError, match="prompts is one text, not a list of texts"):
+        run("the", 3)
 
 
 def test_text_as_it_comes():

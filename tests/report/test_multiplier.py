@@ -223,6 +223,7 @@ def test_report(tmp_path, capsys):
     assert main(["report", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "multiplier" in out and "verdict" in out and "beyond the ladder: at least" in out
+    assert "top2/2000    moe/2000" in out and "  better" in out  # a pair of CONTRASTS
 
 
 def test_the_figure_shows_what_is_beyond_the_ladder(drawn):

@@ -54,6 +54,8 @@ def test_report_of_a_sweep(folder, capsys):
                                                "two/3", "<b>/4"]  # fmt: skip
     assert lines[3]["loss"] == "2.9" and lines[0]["seed"] == "1"
     assert "model.layers" not in lines[0]  # all the same
+    head = (folder / "results.csv").read_text().splitlines()[0].split(",")
+    assert len(set(head)) == len(head)
     names = {f"{name}.{kind}" for name in ("loss_tokens", "loss_flops", "loss_parameters",
              "differences", "drops") for kind in ("png", "svg")}  # fmt: skip
     made = {path.name: path.read_bytes() for path in folder.iterdir()}

@@ -417,6 +417,10 @@ def test_another_config_is_another_run(text, tmp_path, capsys):
         (f"def runs():\n    yield 'a', {ONE}\n    yield 1 / 0", "sweep.py fails at line 3: ZeroD"),
         ("def runs():\n    yield 'a'", "runs() yields 'a', not (name, settings)"),
         ("def runs():\n    return []", "runs() yields nothing"),
+        (
+            f"CONTRASTS = (('a', 'c'),)\ndef runs():\n    yield 'a/1', {ONE}\n    yield 'b/1', {ONE}",
+            "sweep.py: CONTRASTS names 'c'; the runs' arms are a, b",
+        ),
         ("def runs():\n    yield '../a', {}", "'../a' can't name a folder"),
         ("def runs():\n    yield 'a', {'sed': 1}", "a: config.sed is not a setting; did you"),
         (TWICE, "sweep.py yields 'a' twice"),
