@@ -418,7 +418,7 @@ def test_another_config_is_another_run(text, tmp_path, capsys):
         ("def runs():\n    yield 'a'", "runs() yields 'a', not (name, settings)"),
         ("def runs():\n    return []", "runs() yields nothing"),
         (
-            f"CONTRASTS = (('a', 'c'),)\ndef runs():\n    yield 'a/1', {ONE}\n    yield 'b/1', {ONE}",
+            f"CONTRASTS = (('a', 'c'),)\ndef runs():\n    yield 'a/1', {ONE}\n    yield 'b', {ONE}",
             "sweep.py: CONTRASTS names 'c'; the runs' arms are a, b",
         ),
         ("def runs():\n    yield '../a', {}", "'../a' can't name a folder"),
