@@ -55,11 +55,12 @@ def choose_mesh(config: Config, devices: int, any_batch: bool = False) -> Config
       any_batch: the mesh is not for training and need not fit the config's batch.
 
     Raises:
-      UserError: no mesh of these devices fits the config; suggests a size that would.
+      UserError: no mesh of these devices fits the config, or its own doesn't; suggests a size that
+        would.
     """
     if has_own_mesh(config):
-        size, width = axis_sizes(config, devices)["fsdp"], config.model.d_model
-        if width % size:
+        width = config.model.d_model
+        if config.mesh.fsdp != 1 and width % (size := axis_sizes(config, devices)["fsdp"]):
             log.warning(
                 "mesh.fsdp=%d splits hardly anything, since it doesn't divide d_model=%d",
                 *(size, width),
