@@ -118,7 +118,7 @@ def _memory(devices: list, numbers: dict) -> list[Finding]:
             f"device {devices[least].id}: JAX has {min(limits) / 2**30:.1f} of "
             f"{chip.hbm_bytes / 2**30:.1f} GiB",
             "end the other programs on the device (nvidia-smi lists them), or unset "
-            "XLA_CLIENT_MEM_FRACTION",
+            "XLA_CLIENT_MEM_FRACTION and XLA_PYTHON_CLIENT_MEM_FRACTION",
         )
     ]
 

@@ -186,10 +186,8 @@ def filled(text: str) -> str:
 
 def _path(text: str, convert: Callable[[str], Path]) -> Path:
     try:
-        found = convert(filled(text))
-        return found.expanduser() if stores.is_local(found) else found
-    except RuntimeError:
-        raise argparse.ArgumentTypeError("has ~, and HOME is not set") from None
+        convert(filled(text))
+        return expand("the path", text)
     except UserError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 

@@ -693,6 +693,12 @@ class Config:
         drops = math.isfinite(self.moe.eval_capacity_factor)
         return self.moe.router == "token_choice" and (by_position or not drops)
 
+    @property
+    def loss_reaches_routers(self) -> bool:
+        """Whether the weights of a token's experts depend on its router; a single one may be 1."""
+        one_choice = self.model.top_k == 1 and self.moe.router == "token_choice"
+        return not (any(self.model.schedule.experts) and one_choice and self.model.normalizes)
+
 
 def declarations() -> dict[str, Setting]:
     """The declaration of every setting, by its name on the command line, in order."""

@@ -49,6 +49,7 @@ LADDER = (
     "models have by their parameters; the law is for experts in every layer, so that it takes the "
     "mean number of all layers, and for one expert a token with nothing beside it."
 )
+PAIR = ["arm", "base", "arm - base", "verdict"]
 GROWTH = "Multipliers of neighbours, one divided by the other, paired by seed."
 
 
@@ -205,7 +206,7 @@ def _contrasts(contrasts: list[tuple[str, str, dict]]) -> list[str]:
             "are resolved by chance."
         ),
         page.table(
-            ["arm", "base", "arm - base", "verdict"],
+            PAIR,
             [[arm, base, *_told(compared)] for arm, base, compared in contrasts],
         ),
     ]
@@ -264,7 +265,8 @@ def table(result: dict) -> str:
             for cells, row in zip(rows, result["arms"].values(), strict=True):
                 cells.append(row.get(column, ""))
     tables = [aligned(head, rows)]
-    if contrasts := result.get("contrasts"):
-        rows = [[row["arm"], row["base"], *_told(row)] for row in contrasts if "difference" in row]
-        tables.append(aligned(["arm", "base", "arm - base", "verdict"], rows))
+    contrasts = [row for row in result.get("contrasts", ()) if "difference" in row]
+    if contrasts:
+        rows = [[row["arm"], row["base"], *_told(row)] for row in contrasts]
+        tables.append(aligned(PAIR, rows))
     return "\n\n".join(tables) + f"\n{result['page']}"

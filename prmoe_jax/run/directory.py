@@ -42,7 +42,7 @@ def record_environment(workdir: Path, devices: list) -> float:
 
 def environment(devices: list) -> dict:
     """Time, command, git revision, platform, devices and versions of this process."""
-    # Of another project's repository, in which this package is installed, neither is told.
+    # The package may be installed inside another project's repository, whose state is no matter.
     tracked = _git("ls-files", "--error-unmatch", "__init__.py") is not None
     return {
         "time": time.time(),

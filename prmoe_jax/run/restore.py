@@ -79,7 +79,9 @@ def restore_model(
     check_backends(config, jax.default_backend(), mesh)
     with contextlib.closing(Checkpoints(workdir)) as checkpoints:
         found, model = checkpoints.restore_model(config, mesh, step)
-    if step is None and (last := _last_step(workdir)) > found:
+    # The metrics, which may be large, are read only where the checkpoint is not a finished run's.
+    unfinished = step is None and found < config.total_steps
+    if unfinished and (last := _last_step(workdir)) > found:
         log.warning(
             "%s came to step %d; its newest checkpoint, which is used, is that of step %d",
             *(workdir, last, found),

@@ -168,11 +168,9 @@ def _done(
       OSError: a file in the run's folder cannot be written.
     """
     (config, trunk), workdir = runs[name], root / name
-    if _recorded(records.read(folder), {name: runs[name]}):
-        return "recorded"
-    # Another sweep may be training the run, and records it meanwhile.
-    _wait_until_free(name, workdir, progress)
-    recorded = {row["run"] for row in _recorded(records.read(folder), runs)}
+    recorded = _names(folder, runs)
+    if name not in recorded and _wait_until_free(name, workdir, progress):
+        recorded = _names(folder, runs)  # another sweep may have trained the run meanwhile
     if name in recorded:
         return "recorded"
     begun = (workdir / workdirs.CONFIG).exists()
@@ -195,8 +193,8 @@ def _done(
             init = dataclasses.replace(given.init, workdir=saved.init.workdir)
             asked = dataclasses.replace(given, init=init)
         check_resume(saved, asked)
-        if _checkpoints(workdir):
-            given = asked
+        if any(path.name.isdecimal() for path in (workdir / "checkpoints").glob("*")):
+            given = asked  # a run without a checkpoint begins anew, from its trunk
     elif trunk is not None:
         _check_kept(folder, root, trunk, given.init.step)
     if not (begun and _finished(config, workdir)):
@@ -224,17 +222,11 @@ def _starts_from(config: Config, given: Config) -> set[Path]:
 
 def _check_kept(folder: Path, root: Path, name: str, step: int) -> None:
     """Raises UserError if a run's checkpoint of a step, which another run needs, is gone."""
-    if str(step) not in {path.name for path in _checkpoints(root / name)}:
+    if not (root / name / "checkpoints" / str(step)).is_dir():
         raise UserError(
             f"it needs the checkpoint of step {step} of {name}, which is not in {root / name}; "
             f"{_again(name, folder)}"
         )
-
-
-def _checkpoints(workdir: Path) -> list[Path]:
-    """The folders of a run's checkpoints."""
-    found = (workdir / "checkpoints").glob("*")
-    return [path for path in found if path.name.isdecimal() and path.is_dir()]
 
 
 def _again(name: str, folder: Path) -> str:
@@ -416,8 +408,8 @@ def _appending(path: Path) -> Iterator[BinaryIO]:
         files.replace(path, file.read())
 
 
-def _wait_until_free(name: str, workdir: Path, progress: SweepProgress) -> None:
-    """Waits until no process holds a run's folder.
+def _wait_until_free(name: str, workdir: Path, progress: SweepProgress) -> bool:
+    """Waits until no process holds a run's folder; returns whether one did.
 
     A run whose sweep was killed stops by itself, but not at once.
 
@@ -434,6 +426,7 @@ def _wait_until_free(name: str, workdir: Path, progress: SweepProgress) -> None:
             )
             waiting = True
         time.sleep(0.1 if stores.is_local(workdir) else 1.0)
+    return waiting
 
 
 def _finished(config: Config, workdir: Path) -> bool:
@@ -457,6 +450,11 @@ def _settings(config: Config) -> dict:
         for name, value in changed(config).items()
         if not name.startswith(RESUMABLE)
     }
+
+
+def _names(folder: Path, runs: dict[str, Run]) -> set[str]:
+    """The names of the runs that are recorded."""
+    return {row["run"] for row in _recorded(records.read(folder), runs)}
 
 
 def _recorded(rows: list[dict], runs: dict[str, Run]) -> list[dict]:

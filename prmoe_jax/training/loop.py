@@ -104,9 +104,7 @@ def train(
     check_fits(placed, jax.device_count())
     mesh = make_mesh(placed)
     check_backends(placed, jax.default_backend(), mesh)
-    model = config.model
-    one_choice = model.top_k == 1 and config.moe.router == "token_choice"
-    if any(model.schedule.experts) and one_choice and model.normalizes:
+    if not config.loss_reaches_routers:
         log.warning(
             "model.normalize_top_k=always gives a token's only expert (model.top_k=1) the weight "
             "1: the router learns from its auxiliary losses alone"

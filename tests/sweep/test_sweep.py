@@ -60,6 +60,16 @@ def runs():
         yield name, settings, *trunk
         trunk = (name,)
 """
+# Runs of which one goes on from another, and one has no part in that.
+BRANCH = """
+import json
+from pathlib import Path
+
+
+def runs():
+    for name, settings in json.loads((Path(__file__).parent / "runs.json").read_text()).items():
+        yield name, settings, *(["6/1"] if name == "12/1" else [])
+"""
 # What depends on the machine and not on the runs.
 MACHINE = {"tokens_per_second", "revisions", "versions", "device"}
 
@@ -379,12 +389,7 @@ def test_a_branch_needs_no_start_but_its_trunk(
     for n in (6, 12):
         given[f"{n}/1"] = settings(text, **WSD | {"train.steps": n} | where)
     folder = write(tmp_path / "sweep", given)
-    names = 'trunk = ("6/1",) if name == "12/1" else ()\n        yield name, settings, *trunk\n'
-    (folder / "sweep.py").write_text(
-        "import json\nfrom pathlib import Path\ndef runs():\n"
-        "    path = Path(__file__).parent / 'runs.json'\n"
-        f"    for name, settings in json.loads(path.read_text()).items():\n        {names}"
-    )
+    (folder / "sweep.py").write_text(BRANCH)
     configs = {name: one.config for name, one in planned(folder).runs.items()}
     done = ("base/1", "6/1")
     for name in done:
