@@ -174,7 +174,16 @@ def _done(
     if name in recorded:
         return "recorded"
     begun = (workdir / workdirs.CONFIG).exists()
+    saved = load(workdir / workdirs.CONFIG) if begun else None
     given = config if trunk is None else branch(config, runs[trunk].config, root / trunk)
+    # Without its trunk's checkpoint a run trains those steps itself, with the same result.
+    if trunk is not None and (
+        saved.init == config.init if saved else not _kept(root / trunk, given.init.step)
+    ):
+        if not begun:
+            there = f"{trunk} has no checkpoint of step {given.init.step} in {root / trunk}"
+            log.info("%s: starts at step 0, since %s", name, there)
+        given = config
     starts = _starts_from(config, given)
     for other in needs[name]:
         if other == trunk:
@@ -187,7 +196,7 @@ def _done(
         if not begun and _place(root / other) in starts:
             _check_kept(folder, root, other, runs[other].config.total_steps)
     if begun:
-        saved, asked = load(workdir / workdirs.CONFIG), given
+        asked = given
         if trunk is not None and _ends(saved.init.workdir, trunk):
             # The folder of all runs may have another name now.
             init = dataclasses.replace(given.init, workdir=saved.init.workdir)
@@ -195,8 +204,6 @@ def _done(
         check_resume(saved, asked)
         if any(path.name.isdecimal() for path in (workdir / "checkpoints").glob("*")):
             given = asked  # a run without a checkpoint begins anew, from its trunk
-    elif trunk is not None:
-        _check_kept(folder, root, trunk, given.init.step)
     if not (begun and _finished(config, workdir)):
         _train(name, given, workdir, progress)
     records.add(folder, record(name, config, workdir), list(runs))
@@ -222,11 +229,16 @@ def _starts_from(config: Config, given: Config) -> set[Path]:
 
 def _check_kept(folder: Path, root: Path, name: str, step: int) -> None:
     """Raises UserError if a run's checkpoint of a step, which another run needs, is gone."""
-    if not (root / name / "checkpoints" / str(step)).is_dir():
+    if not _kept(root / name, step):
         raise UserError(
             f"it needs the checkpoint of step {step} of {name}, which is not in {root / name}; "
             f"{_again(name, folder)}"
         )
+
+
+def _kept(workdir: Path, step: int) -> bool:
+    """Whether a run's folder has the checkpoint of a step."""
+    return (workdir / "checkpoints" / str(step)).is_dir()
 
 
 def _again(name: str, folder: Path) -> str:

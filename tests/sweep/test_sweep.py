@@ -179,6 +179,12 @@ def test_killed_branches_end_in_the_table_of_whole_runs(text, tmp_path, capsys):
     whole = chain(tmp_path / "whole", text, (60,), FILE)
     assert main(sweep(whole)) == 0
     assert recorded(folder)[1:] == recorded(whole)
+    # Without the trunk's checkpoint the record is the same.
+    shutil.rmtree(workdir)
+    put_rows(folder, lines_of(folder)[0])
+    assert main(sweep(folder)) == 0
+    assert "60/1: starts at step 0, since 20/1 has no checkpoint of" in capsys.readouterr().err
+    assert recorded(folder)[1:] == recorded(whole)
     # A longer run is added, and only its own steps are trained.
     chain(folder, text, (20, 60, 70))
     assert main(sweep(folder)) == 0
@@ -188,7 +194,7 @@ def test_killed_branches_end_in_the_table_of_whole_runs(text, tmp_path, capsys):
 
 
 def test_branches_are_in_the_share_of_their_trunk(text, tmp_path, monkeypatch, capsys):
-    """Where the trunk failed, or its checkpoint is gone, a branch is not trained."""
+    """Where the trunk failed, a branch is not trained; if its checkpoint is gone, from step 0."""
     code = """
 def runs():
     import json
@@ -216,11 +222,19 @@ def runs():
     # A trunk that is recorded, but whose checkpoint is gone.
     rows = [run.record("20/1", resolve(given[20]), finished_run(folder, "20/1", given[20]))]
     put_rows(folder, *rows)
-    assert main(sweep(folder, "--shard=2/2")) == 1
-    line = "40/1: it needs the checkpoint of step 16 of 20/1, which is not in"
-    assert line in capsys.readouterr().err
-    (folder / "runs" / "20" / "1" / "checkpoints" / "16").mkdir(parents=True)
     trained.clear()
+    assert main(sweep(folder, "--shard=2/2")) == 1
+    line = "40/1: starts at step 0, since 20/1 has no checkpoint of step 16 in"
+    assert line in capsys.readouterr().err
+    # If such a run was begun, it goes on as it began, though the checkpoint is there again.
+    (folder / "runs" / "20" / "1" / "checkpoints" / "16").mkdir(parents=True)
+    workdir = folder / "runs" / "40" / "1"
+    workdir.mkdir(parents=True)
+    save(resolve(given[40]), workdir / "config.json")
+    assert main(sweep(folder, "--shard=2/2")) == 1
+    assert trained == [("40/1", "", 0)] * 2
+    trained.clear()
+    shutil.rmtree(workdir)
     assert main(sweep(folder, "--shard=2/2")) == 1
     assert trained == [("40/1", str(folder / "runs" / "20" / "1"), 16)]
 
