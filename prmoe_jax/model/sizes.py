@@ -25,7 +25,8 @@ class Cost:
     A token's active parameters are all but those of the experts it does not visit. Where experts
     choose tokens, a token's visits are the mean of all tokens.
     FLOPs are those of the matrix products, 2 per multiply-add; attention is counted over the
-    full square of the context, as in PaLM (arXiv 2204.02311, appendix B).
+    full square of the context, as in PaLM (arXiv 2204.02311, appendix B), or with a sliding window
+    over as many tokens as it has.
     """
 
     layers: tuple[LayerCost, ...]
@@ -58,7 +59,7 @@ def cost(model: ModelConfig, moe: MoeConfig | None = None) -> Cost:
     biased = form.biases == "all"
     norm = (2 if form.norm == "layernorm" else 1) * d
     attention = 2 * d * (heads + pairs)
-    flops = 2 * attention + 4 * model.length * heads
+    flops = 2 * attention + 4 * (model.window_in(model.length) or model.length) * heads
     attention += (heads + 2 * pairs) * (form.biases != "none") + d * biased
     attention += {"none": 0, "head": 2 * model.head_width, "whole": heads + pairs}[form.qk_norm]
     matrices = 3 if form.activation == "swiglu" else 2

@@ -56,7 +56,7 @@ class PrmoeLM(TemplateLM):
 
         Args:
           workdir: the run's folder.
-          batch_size: sequences that are scored at once; 16 for None and the harness's 'auto'.
+          batch_size: sequences that a device scores at once; 16 for None and 'auto'.
           max_batch_size, device: the harness's, without effect.
 
         Raises:

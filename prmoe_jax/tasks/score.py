@@ -11,10 +11,14 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from prmoe_jax.config import MeshConfig, check_runs_without_limit
+from prmoe_jax.config import check_runs_without_limit
 from prmoe_jax.errors import UserError
-from prmoe_jax.model.transformer import Transformer, dropless
+from prmoe_jax.model.chunks import chunk_length, cut
+from prmoe_jax.model.loss import token_nats
+from prmoe_jax.model.transformer import Transformer, dropless, logits
+from prmoe_jax.parallel.mesh import replicated, split_batch
 from prmoe_jax.run.restore import restore_run
 
 # Lengths are rounded up to multiples of this, so that few shapes are compiled.
@@ -22,30 +26,35 @@ BUCKET = 64
 
 
 class Scorer:
-    """Scores texts by a run's newest model on one device.
+    """Scores texts by a run's newest model.
 
     Attributes:
       length: the model's context in tokens.
     """
 
-    def __init__(self, model: Transformer, batch_size: int):
-        """Takes a model; `batch_size` sequences are scored at once."""
-        self._model, self._batch_size = dropless(model), batch_size
+    def __init__(self, model: Transformer, mesh: Mesh, batch_size: int):
+        """Takes a model and its mesh; each device scores `batch_size` sequences at once.
+
+        Devices of the axis `tensor`, which share their sequences, count as one.
+        """
+        self._model, self._mesh = dropless(model), mesh
+        self._rows = batch_size * (mesh.size // mesh.shape["tensor"])
+        self._score = jax.jit(_score, out_shardings=replicated(mesh))
         self.length = model.config.length
 
     @classmethod
     def restore(cls, workdir: Path, batch_size: int) -> "Scorer":
-        """Restores a run.
+        """Restores a run onto the devices of this process, on its mesh if that fits them.
 
         Raises:
           UserError: the folder holds no run or no readable checkpoint, or the run's experts choose
             their tokens.
         """
-        config, _, model, _ = restore_run(workdir, jax.local_devices()[:1], MeshConfig())
+        config, _, model, mesh = restore_run(workdir, jax.local_devices())
         check_runs_without_limit(config)
         if jax.default_backend() == "cpu":  # bfloat16 is many times slower there
             model.config = dataclasses.replace(model.config, dtype="float32")
-        return cls(model, batch_size)
+        return cls(model, mesh, batch_size)
 
     def __call__(
         self, contexts: Sequence[list[int]], continuations: Sequence[list[int]]
@@ -71,22 +80,23 @@ class Scorer:
         whole = [a + b for a, b in zip(contexts, continuations, strict=True)]
         order = sorted(range(len(whole)), key=lambda i: -len(whole[i]))
         scores: list[tuple[float, bool]] = [(0.0, True)] * len(whole)
-        for start in range(0, len(order), self._batch_size):
-            rows = order[start : start + self._batch_size]
+        for start in range(0, len(order), self._rows):
+            rows = order[start : start + self._rows]
             longest = min(self.length, len(whole[rows[0]]) - 1)
             width = min(self.length, -(-longest // BUCKET) * BUCKET)
-            tokens_BxL, targets_BxL = np.zeros((2, self._batch_size, width), np.int32)
-            counted_BxL = np.zeros((self._batch_size, width), bool)
-            valid_BxL = np.zeros((self._batch_size, width), np.int32)
+            tokens_BxL, targets_BxL = np.zeros((2, self._rows, width), np.int32)
+            counted_BxL = np.zeros((self._rows, width), bool)
+            valid_BxL = np.zeros((self._rows, width), np.int32)
             for row, i in enumerate(rows):
                 kept = whole[i][-(self.length + 1) :]
                 size = len(kept) - 1
                 tokens_BxL[row, :size], targets_BxL[row, :size] = kept[:-1], kept[1:]
                 valid_BxL[row, :size] = 1
                 counted_BxL[row, max(0, size - len(continuations[i])) : size] = True
-            log_p_BxL, likeliest_BxL = map(
-                np.asarray, _score(self._model, tokens_BxL, valid_BxL, targets_BxL)
-            )
+            arrays = tokens_BxL, valid_BxL, targets_BxL
+            with jax.set_mesh(self._mesh):
+                found = self._score(self._model, *split_batch(arrays, self._mesh, self._rows))
+            log_p_BxL, likeliest_BxL = map(np.asarray, found)
             for row, i in enumerate(rows):
                 counted_L = counted_BxL[row]
                 total = float(log_p_BxL[row, counted_L].sum(dtype=np.float64))
@@ -94,16 +104,18 @@ class Scorer:
         return scores
 
 
-@jax.jit
 def _score(model: Transformer, tokens_BxL, valid_BxL, targets_BxL):
-    """ln p of each target, and whether it is the likeliest token; one sequence at a time."""
+    """ln p of each target, and whether it is the likeliest token; few logits exist at a time."""
     x_BxLxD, _ = model(tokens_BxL, valid_BxL)
+    table_VxD = model.output_table(x_BxLxD.dtype)
 
-    def sequence(inputs):
-        x_LxD, targets_L = inputs
-        logits_LxV = model.logits(x_LxD)
-        target_L = jnp.take_along_axis(logits_LxV, targets_L[:, None], -1)[:, 0]
-        log_p_L = target_L - jax.nn.logsumexp(logits_LxV, axis=-1)
-        return log_p_L, targets_L == jnp.argmax(logits_LxV, axis=-1)
+    def score(inputs):
+        x_BxTxD, targets_BxT = inputs
+        logits_BxTxV = logits(x_BxTxD, table_VxD)
+        nats_BxT, _ = token_nats(logits_BxTxV, targets_BxT)
+        return -nats_BxT, targets_BxT == jnp.argmax(logits_BxTxV, axis=-1)
 
-    return jax.lax.map(sequence, (x_BxLxD, targets_BxL))
+    batch, length = targets_BxL.shape
+    chunk = chunk_length(batch, length)
+    found_CxBxT = jax.lax.map(score, (cut(x_BxLxD, chunk), cut(targets_BxL, chunk)))
+    return [x.swapaxes(0, 1).reshape(batch, -1)[:, :length] for x in found_CxBxT]

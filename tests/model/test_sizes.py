@@ -80,6 +80,12 @@ def test_what_a_token_pays_for():
     assert residual.active_params == top1.active_params + mlp + mix
     assert residual.train_flops_per_token == top1.train_flops_per_token + 3 * (mlp_flops + 12)
 
+    # A window of 3 of the 7 tokens leaves 3/7 of the square 2·2·7·3.
+    windowed = variant(family="mixtral", sliding_window=3)
+    whole = variant(family="mixtral")
+    assert whole.train_flops_per_token - windowed.train_flops_per_token == 3 * 2 * (84 - 36)
+    assert windowed.total_params == whole.total_params
+
     # More experts weigh more; a token pays for a wider router only.
     wider = variant(experts=(7,))
     assert wider.total_params == top1.total_params + 3 * (mlp + 3)

@@ -559,6 +559,11 @@ def test_every_mesh_generates_what_one_device_does():
     assert on_eight_devices("generates").count("equal") == 8
 
 
+def test_meshes_score_texts_as_one_device_does():
+    meshes = "fsdp, expert, tensor", "expert, slice, tensor"
+    assert on_eight_devices("scores", *meshes).count("equal") == 3
+
+
 def test_prefill_does_no_more_work_on_more_devices():
     assert "times the work" in on_eight_devices("prefills")
 

@@ -41,6 +41,7 @@ from prmoe_jax.plan.program import COLLECTIVES  # noqa: E402
 from prmoe_jax.run.checkpoint import Checkpoints  # noqa: E402
 from prmoe_jax.run.metrics import to_python  # noqa: E402
 from prmoe_jax.run.restore import restore_run  # noqa: E402
+from prmoe_jax.tasks.score import Scorer  # noqa: E402
 from prmoe_jax.training import evaluate  # noqa: E402
 from prmoe_jax.training.step import compile_train_step, init_state, make_train_step, sharded_state  # noqa: E402
 from tests.support.tokenizers import byte_tokenizer  # noqa: E402
@@ -452,6 +453,28 @@ def generates(parts: str = "", *meshes: str) -> None:
                 texts = generator(prompts, 20, Sampling(1.0), [1, 2, 3])
             assert texts == expected.setdefault(kind, texts), (name, kind, texts, expected)
             print(name, kind, "equal", flush=True)
+
+
+def scores(*meshes: str) -> None:
+    """Every mesh scores texts of different lengths as one device does."""
+    values = settings("4 layers, E=4+8, residual", length=64, init_std=0.3)
+    rng = np.random.default_rng(0)
+    texts = [rng.integers(0, 272, size).tolist() for size in rng.integers(2, 80, 19)]
+    contexts = [text[: len(text) // 2] for text in texts]
+    continuations = [text[len(text) // 2 :] for text in texts]
+    exchange.LEAST_ROWS, exchange.FEW_TOKENS = 1, 0
+    rounds._empty = functools.partial(buffer_of_nan, rounds._empty)
+    expected = None
+    layouts = {"one": {}} | {name: (MESHES | SLICES)[name] for name in meshes}
+    for name, layout in layouts.items():
+        on, mesh = spread(values, layout, jax.devices()[:1] if name == "one" else None)
+        with jax.set_mesh(mesh):
+            model = init_model(on)
+            placed = jax.device_put(model, sharding.shardings(model, mesh))
+        found = np.array(Scorer(placed, mesh, 1)(contexts, continuations))
+        expected = found if expected is None else expected
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+        print(name, "equal", flush=True)
 
 
 def prefills() -> None:

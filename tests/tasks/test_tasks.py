@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from prmoe_jax.cli import main
-from prmoe_jax.config import DataConfig
+from prmoe_jax.config import DataConfig, resolve
 from prmoe_jax.errors import UserError
 from prmoe_jax.inference.generate import Generator, Sampling
+from prmoe_jax.parallel.mesh import make_mesh
 from prmoe_jax.run.restore import restore_run
 from prmoe_jax.tasks import choices, cloze, local, score
 from prmoe_jax.tasks.score import Scorer
@@ -30,6 +31,10 @@ with_harness = needs_extra("eval", "lm_eval")
 @pytest.fixture(scope="module")
 def model():
     return build("4 layers, E=2+7, residual")
+
+
+def one_device():
+    return make_mesh(resolve({"train": {"steps": 1}}), jax.devices()[:1])
 
 
 def requests(count, length=40, seed=0):
@@ -65,7 +70,7 @@ def test_scores_equal_a_direct_computation(model, bucket, monkeypatch):
     likely = contexts[0][:5]
     contexts.append(likely)
     continuations.append([int(logits(model, likely)[4].argmax())])
-    found = Scorer(model, 3)(contexts, continuations)
+    found = Scorer(model, one_device(), 3)(contexts, continuations)
     for ours, pair in zip(found, zip(contexts, continuations, strict=True), strict=True):
         expected = directly(model, *pair)
         assert ours[0] == pytest.approx(expected[0], rel=1e-5)
@@ -75,11 +80,11 @@ def test_scores_equal_a_direct_computation(model, bucket, monkeypatch):
 
 def test_a_continuation_longer_than_the_context_is_refused(model):
     long = [1] * (model.config.length + 1)
-    Scorer(model, 3)([[1]], [long[1:]])
+    Scorer(model, one_device(), 3)([[1]], [long[1:]])
     with pytest.raises(
         UserError, match=f"has {len(long)} tokens, and the run's context {len(long) - 1}"
     ):
-        Scorer(model, 3)([[1], [1]], [[1], long])
+        Scorer(model, one_device(), 3)([[1], [1]], [[1], long])
 
 
 def test_tasks_are_of_one_process(run, monkeypatch, capsys):
@@ -93,12 +98,14 @@ def test_tasks_are_of_one_process(run, monkeypatch, capsys):
 
 def test_scores_do_not_depend_on_batch_and_order(model):
     contexts, continuations = requests(11, seed=1)
-    expected = Scorer(model, 4)(contexts, continuations)
+    expected = Scorer(model, one_device(), 4)(contexts, continuations)
     for batch_size in (1, 11, 16):
-        found = Scorer(model, batch_size)(contexts, continuations)
+        found = Scorer(model, one_device(), batch_size)(contexts, continuations)
         np.testing.assert_allclose(np.array(found), np.array(expected), rtol=1e-5)
     order = np.random.default_rng(0).permutation(11)
-    found = Scorer(model, 4)([contexts[i] for i in order], [continuations[i] for i in order])
+    found = Scorer(model, one_device(), 4)(
+        [contexts[i] for i in order], [continuations[i] for i in order]
+    )
     np.testing.assert_allclose(np.array(found), np.array(expected)[order], rtol=1e-5)
 
 
