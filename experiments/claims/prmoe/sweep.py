@@ -26,13 +26,14 @@ PYRAMID = {"model.experts": (32, 32, 32, 64)}
 PRMOE = PYRAMID | {"model.residual": True}
 STUDENT = {"model.layers": 7, "model.experts": (32, 32, 64), "model.residual": True}
 TAUGHT = STUDENT | {"teacher.workdir": "runs/claims/prmoe/{seed}", "kd.stop": 0.7}
+LONGER = {"train.steps": 2 * MULTIPLIER["STEPS"]["6M"]}  # its teacher's tokens added
 ARMS = {
     "prmoe": ("E64", PRMOE),
     "moe": ("E64", {}),
     "no_residual": ("E64", PYRAMID),
     "dense": ("dense_64", {}),
     "student": ("E64", STUDENT),
-    "student_longer": ("E64", STUDENT | {"train.steps": 2 * MULTIPLIER["STEPS"]["6M"]}),
+    "student_longer": ("E64", STUDENT | LONGER, "student"),
     "throughout": ("E64", TAUGHT | {"kd.stop": 1.0}),
     "staged": ("E64", TAUGHT),
     "inherited": ("E64", TAUGHT | {"teacher.inherit": True}),

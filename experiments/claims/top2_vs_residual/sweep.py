@@ -17,6 +17,7 @@ CONTRASTS = (
     ("top2", "moe"),
     ("residual", "moe"),
     ("residual_capacity_1", "top2_capacity_1"),
+    ("shared_capacity_1", "top2_capacity_1"),
     ("top2_capacity_1", "moe_capacity_1"),
     ("residual_capacity_1", "moe_capacity_1"),
     ("moe_capacity_1", "moe"),
