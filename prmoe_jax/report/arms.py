@@ -8,6 +8,8 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from prmoe_jax import files
 from prmoe_jax.config import Config, leaves
 from prmoe_jax.errors import UserError
@@ -151,33 +153,86 @@ def _tokens(by_seed: dict[int, dict]) -> int:
     return next(iter(by_seed.values()))["tokens"]
 
 
-def difference(arm: dict[int, dict], base: dict[int, dict], of: str = "loss") -> Mean | None:
-    """An arm's mean difference from another, paired by seed; None with under two common seeds."""
+class Spread(NamedTuple):
+    """A standard deviation, and the degrees of freedom of its estimate."""
+
+    deviation: float
+    freedom: int
+
+
+def spread(found: dict[str, dict[int, dict]]) -> Spread | None:
+    """How far losses are from the sum of an effect of their arm and one of their seed.
+
+    This is the residual of a two-way analysis of variance without interaction (randomised blocks).
+    It takes the losses of all arms to vary alike. None if the arms and seeds are too few for it.
+
+    Args:
+      found: records by arm and seed.
+    """
+    cells = [(arm, seed) for arm, rows in found.items() for seed in rows]
+    arms, seeds = list(found), sorted({seed for _, seed in cells})
+    effects = np.zeros((len(cells), len(arms) + len(seeds)))
+    for row, (arm, seed) in enumerate(cells):
+        effects[row, [arms.index(arm), len(arms) + seeds.index(seed)]] = 1
+    losses = np.array([found[arm][seed]["loss"] for arm, seed in cells])
+    fit, _, rank, _ = np.linalg.lstsq(effects, losses)
+    freedom = len(cells) - int(rank)
+    if freedom < 1:
+        return None
+    residuals = losses - effects @ fit
+    return Spread(math.sqrt(residuals @ residuals / freedom), freedom)
+
+
+def difference(
+    arm: dict[int, dict], base: dict[int, dict], of: str = "loss", pooled: Spread | None = None
+) -> Mean | None:
+    """An arm's mean difference from another, paired by seed; None with under two common seeds.
+
+    Its margin is that of the pairs (Student's t), or with `pooled` that of two losses with this
+    spread.
+    """
+    found, _ = _difference(arm, base, of, pooled)
+    return found
+
+
+def _difference(
+    arm: dict[int, dict], base: dict[int, dict], of: str, pooled: Spread | None
+) -> tuple[Mean | None, int]:
+    """The difference, and the degrees of freedom of its margin."""
+    from scipy import stats
+
     common = sorted(arm.keys() & base.keys())
     if len(common) < 2:
-        return None
-    return mean([arm[seed][of] - base[seed][of] for seed in common])
+        return None, 0
+    found = mean([arm[seed][of] - base[seed][of] for seed in common])
+    if pooled is None:
+        return found, len(common) - 1
+    t = float(stats.t.ppf(0.975, pooled.freedom))
+    margin = t * pooled.deviation * math.sqrt(2 / len(common))
+    return Mean(found.value, margin), pooled.freedom
 
 
-def verdict(arm: dict[int, dict], base: dict[int, dict], margin: float) -> str | None:
+def verdict(
+    arm: dict[int, dict], base: dict[int, dict], margin: float, pooled: Spread | None = None
+) -> str | None:
     """What an arm's difference from another in loss amounts to; None with under two common seeds.
 
-    The arm is 'equivalent' if two one-sided t tests at 5 %, paired by seed, reject a difference of
-    the margin or more in either direction, even where the difference is resolved from 0. Else it
-    is 'better' or 'worse' where the 95 % interval excludes 0, and otherwise 'not resolved'.
+    The arm is 'equivalent' if two one-sided t tests at 5 % reject a difference of the margin or
+    more in either direction, even where the difference is resolved from 0. Else it is 'better' or
+    'worse' where the 95 % interval excludes 0, and otherwise 'not resolved'.
 
     Args:
       arm: records by seed.
       base: those of the arm that it is compared with.
       margin: the largest difference that counts as none, in nats, chosen before the runs.
+      pooled: as in `difference`.
     """
     from scipy import stats
 
-    apart = difference(arm, base)
+    apart, freedom = _difference(arm, base, "loss", pooled)
     if apart is None:
         return None
-    count = len(arm.keys() & base.keys())
-    two_sided, one_sided = (float(stats.t.ppf(q, count - 1)) for q in (0.975, 0.95))
+    two_sided, one_sided = (float(stats.t.ppf(q, freedom)) for q in (0.975, 0.95))
     if abs(apart.value) + apart.margin * one_sided / two_sided < margin:
         return "equivalent"
     if abs(apart.value) <= apart.margin:

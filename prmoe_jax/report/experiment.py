@@ -9,6 +9,7 @@ from prmoe_jax.errors import UserError
 from prmoe_jax.report import figures, page
 from prmoe_jax.report.arms import (
     Mean,
+    Spread,
     arms,
     base_of,
     difference,
@@ -16,6 +17,7 @@ from prmoe_jax.report.arms import (
     mean,
     models,
     models_of,
+    spread,
     verdict,
     write_csv,
 )
@@ -41,6 +43,11 @@ EQUIVALENCE = (
     "±{margin:g}, the margin that sweep.py states; else it is better or worse if the 95 % interval "
     "excludes 0."
 )
+POOLED = (
+    " Intervals of differences take the losses of all arms to vary alike: around the sum of an "
+    "effect of the arm and one of the seed, their standard deviation is {0.deviation:.4f} nats "
+    "({0.freedom} degrees of freedom)."
+)
 LADDER = (
     "How many times a MoE's FLOPs for each token a dense model needs to reach its loss with the "
     "same tokens. Between two dense arms, log(loss) is linear in log(FLOPs); nothing is "
@@ -58,7 +65,8 @@ def report(folder: Path, base: str | None = None) -> dict:
 
     The report shows every record in results.jsonl, even if sweep.py no longer names its run. The
     constants of sweep.py ask for more: MARGIN for verdicts on differences, CONTRASTS for pairs of
-    arms to compare, LADDER for multipliers. VARYING names settings in which an arm's runs differ.
+    arms to compare, POOLED for intervals from the spread of all arms, LADDER for multipliers.
+    VARYING names settings in which an arm's runs differ.
 
     Args:
       folder: the folder of results.jsonl.
@@ -70,7 +78,8 @@ def report(folder: Path, base: str | None = None) -> dict:
       more, margin (of the 95 % interval); with two seeds in common with the base also difference
       and difference_margin, paired by seed, and with MARGIN the verdict; with LADDER a MoE has its
       multiplier, as text. With CONTRASTS also contrasts, a list of arm, base, difference,
-      difference_margin and, with MARGIN, verdict.
+      difference_margin and, with MARGIN, verdict; with POOLED also deviation, in nats, and its
+      degrees of freedom, freedom.
 
     Raises:
       UserError: the results are missing or damaged, a constant of sweep.py is wrong, the arm
@@ -88,11 +97,12 @@ def report(folder: Path, base: str | None = None) -> dict:
     if base not in found:
         raise UserError(f"{path} has no arm {base!r}; --base is one of {', '.join(found)}")
     write_csv(records, folder / "results.csv")
+    pooled = spread(found) if stated.pooled else None
     rows, summary, apart = [], {}, {}
     for arm, by_seed in found.items():
         loss = mean([row["loss"] for row in by_seed.values()])
         other = base_of(arm, found, base)
-        compared = _apart(by_seed, found[other], stated.margin) if other else {}
+        compared = _apart(by_seed, found[other], stated.margin, pooled) if other else {}
         told = ", ".join(filter(None, _told(compared)))
         rows.append([arm, len(by_seed), loss, told, *_costs(list(by_seed.values()))])
         summary[arm] = {"seeds": len(by_seed), "loss": loss.value}
@@ -138,7 +148,7 @@ def report(folder: Path, base: str | None = None) -> dict:
         summary[one.arm]["multiplier"] = str(one)
 
     contrasts = [
-        (arm, other, _apart(found[arm], found[other], stated.margin))
+        (arm, other, _apart(found[arm], found[other], stated.margin, pooled))
         for arm, other in stated.contrasts
         if arm in found and other in found
     ]
@@ -148,7 +158,9 @@ def report(folder: Path, base: str | None = None) -> dict:
         page.paragraph(
             f"{len(records)} runs in {len(found)} arms. Losses are nats a token on the whole "
             "validation split, ± half of a 95 % interval (Student's t); differences are paired by "
-            "seed." + (EQUIVALENCE.format(margin=stated.margin) if stated.margin else "")
+            "seed."
+            + (POOLED.format(pooled) if pooled else "")
+            + (EQUIVALENCE.format(margin=stated.margin) if stated.margin else "")
         ),
         page.table([name.format(base=named) for name in HEAD], rows),
         page.figures(pictures),
@@ -175,16 +187,20 @@ def report(folder: Path, base: str | None = None) -> dict:
     result = {"page": str(out), "base": base, "model": named, "arms": summary}
     if contrasts:
         result["contrasts"] = [{"arm": arm, "base": other} | row for arm, other, row in contrasts]
+    if pooled:
+        result |= pooled._asdict()
     return result
 
 
-def _apart(arm: dict[int, dict], other: dict[int, dict], margin: float | None) -> dict:
+def _apart(
+    arm: dict[int, dict], other: dict[int, dict], margin: float | None, pooled: Spread | None
+) -> dict:
     """An arm's difference from another, its margin and its verdict, as far as there are any."""
-    above = difference(arm, other)
+    above = difference(arm, other, pooled=pooled)
     if above is None:
         return {}
     found = {"difference": above.value, "difference_margin": above.margin}
-    return found | ({"verdict": verdict(arm, other, margin)} if margin else {})
+    return found | ({"verdict": verdict(arm, other, margin, pooled)} if margin else {})
 
 
 def _told(compared: dict) -> tuple[str, str]:
@@ -269,4 +285,9 @@ def table(result: dict) -> str:
     if contrasts:
         rows = [[row["arm"], row["base"], *_told(row)] for row in contrasts]
         tables.append(aligned(PAIR, rows))
+    if "deviation" in result:
+        tables.append(
+            "all arms: a standard deviation of {deviation:.4f} nats, {freedom} degrees of "
+            "freedom".format(**result)
+        )
     return "\n\n".join(tables) + f"\n{result['page']}"

@@ -29,6 +29,7 @@ class Constants(NamedTuple):
 
     keep_checkpoints: bool = True  # whether checkpoints of recorded runs stay
     margin: float | None = None  # nats a token: a smaller difference is none, see `report.arms`
+    pooled: bool = False  # whether all arms tell how far seeds differ, see `report.arms.spread`
     ladder: bool = False  # whether MoEs are measured against the dense arms, `report.multiplier`
     varying: tuple[str, ...] = ()  # settings in which runs of an arm may differ, besides the seed
     contrasts: tuple[tuple[str, str], ...] = ()  # pairs of arms that are compared

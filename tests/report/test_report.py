@@ -13,7 +13,7 @@ from matplotlib.image import imread
 from prmoe_jax.cli import main
 from prmoe_jax.config import load, resolve, save
 from prmoe_jax.report import figures
-from prmoe_jax.report.arms import Mean, arms, difference, mean, write_csv
+from prmoe_jax.report.arms import Mean, arms, difference, mean, spread, verdict, write_csv
 from prmoe_jax.sweep.run import record as recorded
 from tests.support.faults import file_size_limit
 from tests.support.lines import only_line
@@ -41,6 +41,74 @@ def test_statistics_by_hand():
     assert str(apart) == "-0.2000 ± 0.2484"
     assert difference(found["<b>"], found["one"]) is None
     assert str(Mean(*mean([2.0]))) == "2.0000"
+
+
+def blocks(losses_AxS, missing=()):
+    """Records by arm and seed, without those of some places."""
+    return {
+        arm: {s: {"loss": x} for s, x in enumerate(row) if (arm, s) not in missing}
+        for arm, row in enumerate(losses_AxS)
+    }
+
+
+def test_the_spread_of_all_arms_by_hand():
+    """Residuals of arm and seed; three arms and three seeds leave 4 degrees of freedom."""
+    # Arms at 3.0, 3.1, 3.2 and seeds at 0, 0.1, 0.2, and a table whose rows and columns add up
+    # to 0: the sum of squares is 6 * 0.01².
+    noise = 0.01 * np.array([[1, -1, 0], [-1, 0, 1], [0, 1, -1]])
+    losses = 3.0 + 0.1 * np.arange(3)[:, None] + 0.1 * np.arange(3) + noise
+    found = spread(blocks(losses))
+    assert found == pytest.approx(((6 * 0.01**2 / 4) ** 0.5, 4))
+    one, two = blocks(losses)[0], blocks(losses)[1]
+    # t of 4 degrees of freedom is 2.776, and 2.132 at 5 % on one side.
+    apart = difference(two, one, pooled=found)
+    half = 0.01 * (1.5 * 2 / 3) ** 0.5
+    assert apart == pytest.approx((0.1, 2.776445 * half), rel=1e-6)
+    assert verdict(two, one, 0.1 + 2.14 * half, found) == "equivalent"
+    assert verdict(two, one, 0.1 + 2.12 * half, found) == "worse"
+    # An arm with one seed, and a seed of one arm, tell nothing about the others.
+    more = blocks(losses) | {3: {0: {"loss": 9.0}}}
+    more[0][7] = {"loss": 5.0}
+    assert spread(more) == pytest.approx(found)
+    # With two arms it is the spread of the pairs.
+    pairs = blocks(losses[:2])
+    assert difference(two, one, pooled=spread(pairs)) == pytest.approx(difference(two, one))
+    assert spread(blocks(losses[:1])) is None
+
+
+@pytest.mark.parametrize("missing", [(), ((0, 1), (4, 2))])
+def test_pooled_intervals_hold_what_they_promise(missing):
+    """95 % of them have the difference; a difference of the margin is equivalent in 5 %."""
+    rng, trials, margin = np.random.default_rng(0), 4000, 0.02
+    inside = equivalent = 0
+    for _ in range(trials):
+        losses = rng.normal(0, 0.1, (1, 3)) + rng.normal(0, 0.01, (6, 3))
+        losses[0] += margin
+        found = blocks(losses, missing)
+        pooled = spread(found)
+        apart = difference(found[0], found[1], pooled=pooled)
+        inside += abs(apart.value - margin) < apart.margin
+        equivalent += verdict(found[0], found[1], margin, pooled) == "equivalent"
+    assert inside / trials == pytest.approx(0.95, abs=0.012)
+    assert equivalent / trials == pytest.approx(0.05, abs=0.012)
+
+
+def test_a_sweep_that_pools(folder, capsys):
+    """Its differences have the margins of the common spread, on the page, too."""
+    (folder / "sweep.py").write_text("POOLED = True\nMARGIN = 0.3\n")
+    assert main(["report", str(folder), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    pooled = spread({arm: {s: {"loss": x} for s, x in by.items()} for arm, by in LOSSES.items()})
+    assert (found["deviation"], found["freedom"]) == pytest.approx(pooled)
+    margin = 4.302653 * pooled.deviation * (2 / 3) ** 0.5
+    assert found["arms"]["two"]["difference_margin"] == pytest.approx(margin, rel=1e-6)
+    assert main(["report", str(folder)]) == 0
+    told = f"all arms: a standard deviation of {pooled.deviation:.4f} nats, 2 degrees of freedom"
+    assert told in capsys.readouterr().out
+    assert (
+        f"deviation is {pooled.deviation:.4f} nats (2 degrees"
+        in (folder / "report.html").read_text()
+    )
 
 
 def test_report_of_a_sweep(folder, capsys):

@@ -9,6 +9,7 @@ from pathlib import Path
 MULTIPLIER = runpy.run_path(str(Path(__file__).parents[2] / "multiplier/sweep.py"))
 KEEP_CHECKPOINTS = False
 MARGIN = 0.01
+POOLED = True
 CONTRASTS = (("second_half", "first_half"), ("second_half", "moe"), ("two_late", "two_early"))
 # Equally many experts in all: 64 in each of four layers, or 128 in each of two.
 ARMS = {

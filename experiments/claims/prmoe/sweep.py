@@ -11,6 +11,7 @@ from pathlib import Path
 
 MULTIPLIER = runpy.run_path(str(Path(__file__).parents[2] / "multiplier/sweep.py"))
 MARGIN = 0.01
+POOLED = True
 VARYING = ("teacher.workdir",)
 CONTRASTS = (
     ("prmoe", "moe"),

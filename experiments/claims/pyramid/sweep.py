@@ -9,6 +9,7 @@ from pathlib import Path
 MULTIPLIER = runpy.run_path(str(Path(__file__).parents[2] / "multiplier/sweep.py"))
 KEEP_CHECKPOINTS = False
 MARGIN = 0.01
+POOLED = True
 CONTRASTS = (("pyramid", "inverse"), ("pyramid", "moe"))
 ARMS = {
     "moe": ("E64", {}),

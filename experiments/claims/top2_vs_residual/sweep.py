@@ -11,6 +11,7 @@ from pathlib import Path
 MULTIPLIER = runpy.run_path(str(Path(__file__).parents[2] / "multiplier/sweep.py"))
 KEEP_CHECKPOINTS = False
 MARGIN = 0.02
+POOLED = True
 CONTRASTS = (
     ("residual", "top2"),
     ("shared", "top2"),
