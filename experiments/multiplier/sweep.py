@@ -98,15 +98,15 @@ def runs():
 
 
 def compared(arms):
-    """The runs of a sweep's arms, on 6 M tokens, with five seeds.
+    """The runs of a sweep's arms, on 11 M tokens.
 
     Args:
       arms: for each, an arm of ARMS, the settings that differ, and perhaps the arm from whose run
         it goes on. '{seed}' in the folder of a teacher stands for the seed.
     """
-    for seed in 1, 2, 3, 4, 5:
+    for seed in PROSE["SEEDS"]:
         for arm, (model, changes, *trunk) in arms.items():
-            config = get_config(model, STEPS["6M"], rate(model))
+            config = get_config(model, STEPS["11M"], rate(model))
             config.update_from_flattened_dict({"seed": seed, **changes})
             config.teacher.workdir = config.teacher.workdir.format(seed=seed)
             yield f"{arm}/{seed}", config, *(f"{name}/{seed}" for name in trunk)

@@ -27,7 +27,7 @@ PYRAMID = {"model.experts": (32, 32, 32, 64)}
 PRMOE = PYRAMID | {"model.residual": True}
 STUDENT = {"model.layers": 7, "model.experts": (32, 32, 64), "model.residual": True}
 TAUGHT = STUDENT | {"teacher.workdir": "runs/claims/prmoe/{seed}", "kd.stop": 0.7}
-LONGER = {"train.steps": 2 * MULTIPLIER["STEPS"]["6M"]}  # its teacher's tokens added
+LONGER = {"train.steps": 2 * MULTIPLIER["STEPS"]["11M"]}  # its teacher's tokens added
 ARMS = {
     "prmoe": ("E64", PRMOE),
     "moe": ("E64", {}),
