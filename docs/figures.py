@@ -1,4 +1,4 @@
-"""Draws the figures of docs/results.md into docs/images/ from the records of experiments/.
+"""Draws the figures of docs/ and README.md into docs/images/ from the records of experiments/.
 
 python docs/figures.py
 """
@@ -9,6 +9,7 @@ from pathlib import Path
 from prmoe_jax.plan import picture
 from prmoe_jax.report import figures
 from prmoe_jax.report.arms import arms
+from prmoe_jax.report.multiplier import multipliers
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 IMAGES = Path(__file__).with_name("images")
@@ -18,7 +19,8 @@ def main(folder: Path = IMAGES) -> None:
     found = arms(records("prmoe"))
     figures.curves(found, folder / "loss_tokens", by_flops=False)
     figures.sizes(found, folder / "loss_parameters")
-    for name in "loss_tokens", "loss_parameters":
+    figures.multipliers(multipliers(arms(records("multiplier"))), folder / "multipliers")
+    for name in "loss_tokens", "loss_parameters", "multipliers":
         (folder / name).with_suffix(".png").unlink()  # the pages show the SVG
     plans = [(row["model"], row) for row in records("pod_plans") if "why" not in row]
     picture.draw(plans, folder / "pod_plans.png")
