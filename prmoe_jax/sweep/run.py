@@ -176,7 +176,7 @@ def _done(
     begun = (workdir / workdirs.CONFIG).exists()
     saved = load(workdir / workdirs.CONFIG) if begun else None
     given = config if trunk is None else branch(config, runs[trunk].config, root / trunk)
-    # Without its trunk's checkpoint a run trains those steps itself, with the same result.
+    # Without its trunk's checkpoint a run trains those steps itself; see `training.branch`.
     if trunk is not None and (
         saved.init == config.init if saved else not _kept(root / trunk, given.init.step)
     ):
