@@ -16,7 +16,7 @@ print("prmoe_jax", prmoe_jax.__version__)
 # # Routing by hand
 #
 # Eight tokens, four experts, and every number between them: scores, the choice, capacity and slots,
-# the experts, and the weighted way back. At the end the layer itself must say the same.
+# the experts, and the weighted way back. At the end the layer itself must give the same result.
 #
 # Shapes are in the names: `G` routing groups, `S` tokens of a group, `E` experts, `C` slots of an
 # expert, `K` choices of a token, `D` width.

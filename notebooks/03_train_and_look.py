@@ -48,7 +48,7 @@ config = resolve(settings)
 workdir = Path(tempfile.mkdtemp()) / "run"
 
 # %% [markdown]
-# `train` is what `prmoe train` calls. It tells `on_metrics` of every line it writes to
+# `train` is what `prmoe train` calls. It calls `on_metrics` with every line it writes to
 # `metrics.jsonl`; a run that was interrupted goes on when the cell is run again.
 
 # %%

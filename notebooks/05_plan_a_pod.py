@@ -16,7 +16,7 @@ print("prmoe_jax", prmoe_jax.__version__)
 # # Planning a pod
 #
 # From a config to chips, gigabytes and days, before anything is rented. First by hand, from nothing
-# but the config; then what XLA's own compiler for TPUs says.
+# but the config; then by XLA's own compiler for TPUs.
 
 # %%
 import importlib.util
@@ -80,7 +80,7 @@ dense = cost(model_of("32 layers", d_model=4096, heads=32, d_ff=16384))
 print(f"{dense.train_flops_per_token / size.train_flops_per_token:.1f} times the FLOPs a token")
 
 # %% [markdown]
-# ## What the compiler says
+# ## By the compiler
 #
 # `prmoe plan --config=configs/paper.py:prmoe_1.3b --topology=v5p:4x4x8` compiles the real train step
 # for 128 chips that aren't there and reads memory, collectives and cycles off the program. That takes

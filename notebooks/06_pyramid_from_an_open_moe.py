@@ -61,7 +61,7 @@ print(sorted(path.name for path in Path(SOURCE).iterdir()))
 # %% [markdown]
 # ## Import
 #
-# `config.json` says which class the model has; tensors are read one by one, and each must fit.
+# `config.json` names the model's class; tensors are read one by one, and each must fit.
 
 # %%
 print(import_run("hf", Path(SOURCE), folder / "open"))
@@ -128,7 +128,7 @@ assert len({one["tokens"] for one in found}) == 1  # of the same text
 # ## Back to Hugging Face's format
 #
 # Their classes have one number of experts for all layers, so a pyramid can't go back, and the error
-# says why; `--shape=uniform` can.
+# gives the reason; `--shape=uniform` can.
 
 # %%
 try:

@@ -21,7 +21,13 @@ from jax.sharding import Mesh
 
 from prmoe_jax.bench import memory
 from prmoe_jax.bench.worker import cores, worker
-from prmoe_jax.config import Config, MeshConfig, ModelConfig, MoeConfig
+from prmoe_jax.config import (
+    Config,
+    MeshConfig,
+    ModelConfig,
+    MoeConfig,
+    check_runs_without_limit,
+)
 from prmoe_jax.config.family import FAMILIES, differing
 from prmoe_jax.errors import UserError
 from prmoe_jax.inference.decoder import Decoder, decoder
@@ -70,10 +76,12 @@ def bench_decode(
       tokens_per_s of the batch.
 
     Raises:
-      UserError: the context is too short, a mesh or a batch doesn't fit, or a count is below 1.
+      UserError: the context is too short, a mesh or a batch doesn't fit, a count is below 1, or
+        the model can't be decoded; see `check_runs_without_limit`.
     """
     if repeats < 1 or min(batches) < 1:
         raise UserError("--repeats and --batch must be 1 or more")
+    check_runs_without_limit(config)
     length = config.model.length
     if length <= STEPS:
         raise UserError(
@@ -182,7 +190,8 @@ def _placed(config: Config, layout: MeshConfig | None) -> tuple[Config, Mesh]:
     # A batch size that every mesh of these devices can split.
     rows = len(devices) * max(1, config.group_size // config.model.length)
     train = dataclasses.replace(config.train, batch_size=rows, accumulate=1)
-    config = dataclasses.replace(config, mesh=layout or MeshConfig(), train=train)
+    moe = dataclasses.replace(config.moe, exchange="auto")
+    config = dataclasses.replace(config, mesh=layout or MeshConfig(), train=train, moe=moe)
     mesh = make_mesh(config, devices)
     if jax.default_backend() == "cpu":
         model = dataclasses.replace(config.model, dtype="float32")

@@ -59,7 +59,7 @@ def bench_step(config: Config, repeats: int) -> list[dict]:
     another one.
 
     Args:
-      config: the experiment; its mesh is not used.
+      config: the experiment; its mesh and exchange are not used.
       repeats: number of timed steps.
 
     Returns:
@@ -74,8 +74,9 @@ def bench_step(config: Config, repeats: int) -> list[dict]:
     if repeats < 1:
         raise UserError(f"--repeats={repeats} must be 1 or more")
     model = config.model
-    # Parameters, their gradients and AdamW's two moments, in float32.
-    memory.check("--config", 16 * cost(model).total_params)
+    # In float32 parameters, their gradients, and two moments of AdamW or at least one of Muon.
+    arrays = 4 if config.optimizer.kind == "adamw" else 3
+    memory.check("--config", 4 * arrays * cost(model).total_params)
     with contextlib.ExitStack() as stack:
         rivals = {"prmoe_jax": compiled_step(config)}
         for name, options in _torch_rivals(config).items():
@@ -162,7 +163,8 @@ def _settings(config: Config) -> dict:
 
 def compiled_step(config: Config) -> Rival:
     """Our training step on one device, on random tokens."""
-    config = dataclasses.replace(config, mesh=MeshConfig())
+    moe = dataclasses.replace(config.moe, exchange="auto")
+    config = dataclasses.replace(config, mesh=MeshConfig(), moe=moe)
     mesh = make_mesh(config, jax.devices()[:1])
     shape = config.train.batch_size, config.model.length + 1
     ids = np.random.default_rng(0).integers(0, config.model.vocab_size, shape).astype(np.int32)

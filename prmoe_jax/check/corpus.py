@@ -10,7 +10,7 @@ from prmoe_jax.config import Config
 from prmoe_jax.data.pipeline import load_data, train_iterator
 from prmoe_jax.model.sizes import cost
 from prmoe_jax.parallel import processes
-from prmoe_jax.parallel.mesh import choose_mesh, local_rows, make_mesh, on_slices
+from prmoe_jax.parallel.mesh import check_fits, choose_mesh, local_rows, make_mesh, on_slices
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,9 @@ def check(config: Config, products: list[float]) -> Part:
       UserError: the corpus or the mesh cannot be used.
     """
     log.info("corpus: %s", config.data.corpus)
-    mesh = make_mesh(choose_mesh(on_slices(config), jax.device_count()))
+    config = choose_mesh(on_slices(config), jax.device_count())
+    check_fits(config, jax.device_count())
+    mesh = make_mesh(config)
     with processes.main_process_first():
         data = load_data(config.data, config.model.vocab_size, config.model.length)
     rows = local_rows(mesh, config.train.batch_size)

@@ -25,7 +25,7 @@ from prmoe_jax.model import chunks
 from prmoe_jax.model.attention import KVCache, attend_to_cache
 from prmoe_jax.model.attention_kernels import attend, cudnn_refusal
 from prmoe_jax.model.loss import cross_entropy
-from prmoe_jax.moe import dispatch
+from prmoe_jax.moe import dispatch, exchange
 from prmoe_jax.moe.experts import Experts
 from prmoe_jax.moe.layer import MoE
 from prmoe_jax.moe.routing import route
@@ -377,25 +377,28 @@ def _exchanges(devices: list) -> Iterator[Case]:
     }
     if count >= 4:
         meshes["hierarchical"] = {"expert": count, "expert_inner": half}, 5 * count
-    without_drops = {f"{name}, nothing dropped": meshes[name] for name in ("flat", "coordinated")}
-    for name, (sizes, experts) in (meshes | without_drops).items():
-        exchange = name.partition(",")[0]
-        rules: dict = {"min_capacity": 2}
-        if name in without_drops:
-            rules = {"eval_capacity_factor": math.inf}
-        yield _exchange(name, _layer_config(exchange, rules, sizes, experts, count), devices)
+    dropless: dict = {"eval_capacity_factor": math.inf}
+    few, many = 13, exchange.FEW_TOKENS // 2 + 3  # tokens a device; many are exchanged in rounds
+    found: list[tuple] = [(name, name, {"min_capacity": 2}, few) for name in meshes]
+    found += [
+        (f"{name}, nothing dropped", name, dropless, many) for name in ("flat", "coordinated")
+    ]
+    found.append(("flat, few tokens, nothing dropped", "flat", dropless, few))
+    for title, name, rules, length in found:
+        rules = rules | {"exchange": name.partition(",")[0]}
+        yield _exchange(title, _layer_config(*meshes[name], rules, length, count), devices)
 
 
 def _layer_config(
-    exchange: str, rules: dict, sizes: dict[str, int], experts: int, devices: int
+    sizes: dict[str, int], experts: int, rules: dict, length: int, devices: int
 ) -> Config:
     model: dict = {"layers": 1, "placement": "every 1", "experts": (experts,), "dtype": "float32"}
-    model |= {"d_model": 14, "d_ff": 22, "heads": 2, "length": 13, "vocab_size": 384}
+    model |= {"d_model": 14, "d_ff": 22, "heads": 2, "length": length, "vocab_size": 384}
     model |= {"init_std": 0.5}
     return configs.resolve(
         {
             "model": model,
-            "moe": {"exchange": exchange} | rules,
+            "moe": rules,
             "mesh": sizes,
             "data": {"tokenizer": "bytes"},
             "train": {"steps": 1, "batch_size": devices},

@@ -371,7 +371,7 @@ class MeshConfig:
     slices: int = setting(
         0,
         "Slices of a pod, which only the data-centre network links; `data` crosses them. 0 finds "
-        "the slices of TPUs; other devices form one slice unless this says more.",
+        "the slices of TPUs; other devices form one slice unless this is larger.",
         least=0,
     )
 

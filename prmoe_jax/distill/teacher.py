@@ -1,6 +1,5 @@
 """Restores a teacher onto its student's mesh, cuts students from it, and writes its cache."""
 
-import dataclasses
 import itertools
 import logging
 import math
@@ -35,16 +34,14 @@ from prmoe_jax.model.sizes import cost
 from prmoe_jax.model.transformer import Transformer, cast, init_model
 from prmoe_jax.parallel import sharding
 from prmoe_jax.parallel.mesh import (
-    check_batch,
+    check_beside,
     check_fits,
-    check_splits,
     choose_mesh,
     local_rows,
     make_mesh,
     on_slices,
     replicated,
     split_batch,
-    split_sizes,
 )
 from prmoe_jax.parallel.portions import add_up
 from prmoe_jax.run import directory as workdirs
@@ -80,10 +77,7 @@ def restore_teacher(
     workdir = stores.as_path(config.teacher.workdir)
     settings = teacher_of(config)
     check_same(workdir / workdirs.TOKENIZER, tokenizer, "the teacher")
-    check_splits(settings, split_sizes(mesh))
-    beside = dataclasses.replace(settings.model, length=config.model.length)
-    beside = dataclasses.replace(settings, model=beside, train=config.train)
-    check_batch(beside, mesh.size // mesh.shape["tensor"])
+    check_beside(settings, config, mesh)
     log.info("teacher: %s, %s", workdir, settings.model.schedule)
     try:
         step, model = restore_model(workdir, settings, mesh, step)

@@ -376,13 +376,6 @@ def _problem(counts: Mapping[int, int], expert: int, inner: int) -> str | None:
     return None
 
 
-def split_sizes(mesh: Mesh | AbstractMesh) -> dict[str, int]:
-    """The sizes that `check_splits` needs, of a mesh that is made."""
-    shape = mesh.shape
-    sizes = {"tensor": shape["tensor"], "expert_slice": shape["slice"]}
-    return sizes | {"fsdp_experts": shape.get("fsdp_experts", 1)}
-
-
 def check_splits(config: Config, sizes: Mapping[str, int]) -> None:
     """Checks that the mesh can split every dimension it must, and that the exchange has an effect.
 
@@ -431,6 +424,23 @@ def check_batch(config: Config, devices: int) -> None:
             f"train.accumulate={config.train.accumulate} x routing groups of "
             f"{config.group_size} tokens; use {max(1, batch // rows) * rows}"
         )
+
+
+def check_beside(teacher: Config, student: Config, mesh: Mesh | AbstractMesh) -> None:
+    """Checks that a student's mesh can split its teacher, and its batch the teacher's groups.
+
+    Raises:
+      UserError: a dimension of the teacher or its routing groups do not fit; suggests a change.
+    """
+    shape = mesh.shape
+    sizes = {"tensor": shape["tensor"], "expert_slice": shape["slice"]}
+    check_splits(teacher, sizes | {"fsdp_experts": shape.get("fsdp_experts", 1)})
+    model = dataclasses.replace(teacher.model, length=student.model.length)
+    taught = dataclasses.replace(teacher, model=model, train=student.train)
+    try:
+        check_batch(taught, mesh.size // mesh.shape["tensor"])
+    except UserError as error:
+        raise UserError(f"the teacher, on its student's batches: {error}") from None
 
 
 def batch_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:

@@ -15,7 +15,8 @@ from prmoe_jax.plan.report import check_load, decoding, held_bytes, plan
 
 log = logging.getLogger(__name__)
 
-STATE_BYTES = 12  # a parameter and its two moments, in float32
+# A parameter in float32, and two moments of AdamW, or at least one of Muon.
+STATE_BYTES = {"adamw": 12, "muon": 8}
 
 
 def fit(
@@ -128,7 +129,8 @@ class _Search:
         """The first plan that fits a topology, or None; the config's own mesh is used if set."""
         devices, room = device_count(topology), chip_of(topology).hbm_bytes
         config = on_topology(self.config, topology)
-        state = (2 if self.decode else STATE_BYTES) * cost(self.config.model).total_params
+        bytes_each = 2 if self.decode else STATE_BYTES[config.optimizer.kind]
+        state = bytes_each * cost(config.model).total_params
         if state > devices * room:
             return self._failed(topology, f"the model alone is {state / 2**30:,.0f} GiB")
         try:

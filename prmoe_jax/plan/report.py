@@ -35,12 +35,11 @@ from prmoe_jax.model.transformer import Transformer, cast, init_model
 from prmoe_jax.parallel import sharding
 from prmoe_jax.parallel.mesh import (
     batch_axes,
+    check_beside,
     check_fits,
-    check_splits,
     crosses_slices,
     make_mesh,
     on_slices,
-    split_sizes,
 )
 from prmoe_jax.plan.chips import Chip, topology_devices, unit
 from prmoe_jax.plan.collectives import (
@@ -249,7 +248,7 @@ def _arguments(
     batch = Batch(*(_rows(mesh, shape, dtype) for dtype in dtypes))
     arguments = [jax.tree.map(_place, state, sharding.shardings(state, mesh)), batch]
     if teacher:
-        check_splits(teacher, split_sizes(mesh))
+        check_beside(teacher, config, mesh)
         model = _teacher_shapes(_off_mesh(teacher))
         arguments.append(jax.tree.map(_place, model, sharding.shardings(model, mesh)))
     return arguments

@@ -7,6 +7,7 @@ import math
 import shutil
 import statistics
 import tempfile
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -104,12 +105,12 @@ class StallWatch:
     """
 
     def __init__(self, minutes: float):
-        """Takes the minutes; inf prints nothing."""
+        """Takes the minutes; inf, and more than 292 years, print nothing."""
         self._seconds = minutes * 60
 
     def alive(self) -> None:
         """Ends the silence."""
-        if math.isfinite(self._seconds):
+        if self._seconds < threading.TIMEOUT_MAX:
             file = processes.error_descriptor
             faulthandler.dump_traceback_later(self._seconds, repeat=True, file=file)
 
@@ -118,7 +119,7 @@ class StallWatch:
         return self
 
     def __exit__(self, *error) -> None:
-        if math.isfinite(self._seconds):
+        if self._seconds < threading.TIMEOUT_MAX:
             faulthandler.cancel_dump_traceback_later()
 
 

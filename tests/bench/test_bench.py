@@ -140,6 +140,7 @@ def test_loads(load):
             [*DECODE, "--mesh=data:999999999,tensor:999999999"],
             "mesh.data=999999999 x mesh.tensor=999999999 makes 999999998000000001 devices, there",
         ),
+        ([*DECODE, "--config.moe.router=expert_choice"], "moe.router=expert_choice"),
         (["moe", "--sizes=8,8,8,16", "--repeats=0"], "--repeats=0 must be 1 or more"),
         (["attention"], "invalid choice: 'attention'"),
         (["moe", "--topology=v9:4x4"], "--topology=v9:4x4 is unknown; use one of"),
@@ -196,9 +197,12 @@ def bench_step(text, *more):
 def test_step(capsys, monkeypatch):
     """Ours alone where PyTorch isn't installed; as a table as well."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert main(bench_step("2 layers, E=3, residual", "--json")) == 0
+    # The mesh and the exchange over it have no effect on one device.
+    spread = ["moe.exchange=hierarchical", "mesh.expert=4", "mesh.expert_inner=2"]
+    spread = [f"--config.{setting}" for setting in spread]
+    assert main(bench_step("2 layers, E=4, residual", "--json", *spread)) == 0
     (row,) = json.loads(capsys.readouterr().out)
-    assert (row["backend"], row["architecture"]) == ("prmoe_jax", "2 layers, E=3, residual")
+    assert (row["backend"], row["architecture"]) == ("prmoe_jax", "2 layers, E=4, residual")
     assert 0 < row["min_s"] <= row["median_s"] <= row["max_s"] and row["peak_bytes"] > 0
     assert row["tokens_per_s"] == pytest.approx(4 * 32 / row["median_s"])
     assert 0 < row["share_of_peak"] < 1

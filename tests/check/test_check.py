@@ -1,5 +1,6 @@
 """`prmoe check`: green where nothing is wrong, and red with the right line for each fault."""
 
+import dataclasses
 import json
 import os
 import socket
@@ -16,6 +17,8 @@ from prmoe_jax import stores
 from prmoe_jax.check import benchmarks, corpus, environment, kernels, rates, run, trial
 from prmoe_jax.check.findings import FAIL, OK, WARN, Finding, Part, slow, table
 from prmoe_jax.cli import main
+from prmoe_jax.config import MeshConfig
+from prmoe_jax.errors import UserError
 from prmoe_jax.moe import dispatch
 from tests.support.configs import tiny_config
 from tests.support.extras import needs_extra
@@ -58,7 +61,8 @@ def test_green_on_four_devices(tmp_path):
     assert {f"dispatch {name}" for name in (*dispatch.BACKENDS, "per_token")} <= names
     assert {"attention xla", "attention blocks", "attention with KV cache"} <= names
     assert {f"exchange {name}" for name in ("flat", "hierarchical", "coordinated")} <= names
-    assert "exchange flat, nothing dropped" in names
+    assert {"exchange flat, nothing dropped", "exchange coordinated, nothing dropped"} <= names
+    assert "exchange flat, few tokens, nothing dropped" in names
     for name, dtypes in record["kernels"].items():
         for dtype, errors in dtypes.items():
             assert 0 <= max(errors.values()) <= kernels.TOLERANCES[dtype], (name, dtype)
@@ -448,6 +452,11 @@ def test_the_corpus_is_read_as_fast_as_a_step_needs(text, monkeypatch):
     assert starved.status == FAIL and starved.fix.startswith("put data.cache_dir on a local disk")
     flops = part.numbers["needed_tokens_per_s"]
     assert flops == pytest.approx(1e18 / run_flops(config))
+    monkeypatch.setattr("jax.device_count", lambda: 4)
+    uneven = dataclasses.replace(config.train, batch_size=6)
+    config = dataclasses.replace(config, train=uneven, mesh=MeshConfig(data=4))
+    with pytest.raises(UserError, match="train.batch_size=6 is not divisible by 4 devices"):
+        corpus.check(config, [1e6])
 
 
 def run_flops(config):

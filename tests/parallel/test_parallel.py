@@ -564,6 +564,10 @@ def test_meshes_score_texts_as_one_device_does():
     assert on_eight_devices("scores", *meshes).count("equal") == 3
 
 
+def test_check_exchanges_in_rounds_and_as_in_decoding():
+    assert "in rounds" in on_eight_devices("kernels_of_check")
+
+
 def test_prefill_does_no_more_work_on_more_devices():
     assert "times the work" in on_eight_devices("prefills")
 

@@ -692,6 +692,29 @@ def test_find_takes_the_first_slice_that_fits(monkeypatch):
     assert [mesh.expert for _, mesh in asked] == [4, 8, 16, 32]
 
 
+def test_a_teacher_whose_groups_no_mesh_keeps_whole():
+    """A teacher routes four rows together: 8 rows suit two devices, and neither 4 nor portions."""
+    values = config.resolve(paper.get_config("mos_1.3b"))
+    student = dataclasses.replace(values, train=dataclasses.replace(values.train, batch_size=8))
+    moe = dataclasses.replace(values.moe, group_size=4 * values.model.length)
+    teacher = config.beside(dataclasses.replace(values, moe=moe), student)
+
+    def held(devices):
+        sizes = axis_sizes(dataclasses.replace(student, mesh=config.MeshConfig()), devices)
+        mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+        return held_bytes(student, mesh, teacher=teacher)
+
+    assert held(2)["teacher"] > 0
+    with pytest.raises(
+        UserError, match="the teacher, on its student's batches: train.batch_size=8"
+    ):
+        held(4)
+    train = dataclasses.replace(student.train, accumulate=2)
+    student = dataclasses.replace(student, train=train)
+    with pytest.raises(UserError, match="is not divisible by 2 devices x train.accumulate=2 x rou"):
+        held(2)
+
+
 def large(text="2 layers", batch_size=8, mesh=(), accumulate=1, **model):
     """A config of 6.51 B parameters in two layers; nothing of it is ever made."""
     sizes = {"d_model": 16384, "d_ff": 65536, "heads": 64, "dtype": "bfloat16"}

@@ -19,6 +19,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 from prmoe_jax import config  # noqa: E402
+from prmoe_jax.check import kernels  # noqa: E402
 from prmoe_jax.cli import main  # noqa: E402
 from prmoe_jax.config import (  # noqa: E402
     Config,
@@ -475,6 +476,27 @@ def scores(*meshes: str) -> None:
         expected = found if expected is None else expected
         np.testing.assert_allclose(found, expected, rtol=1e-5)
         print(name, "equal", flush=True)
+
+
+def kernels_of_check() -> None:
+    """Each exchange that `prmoe check` runs without drops goes the way that its name has."""
+    ways = {}
+    for case in kernels.cases(jax.devices()):
+        if case.name.startswith("exchange") and "nothing dropped" in case.name:
+            own = exchange.ExpertParallel
+            spied = {
+                name: mock.patch.object(own, name, autospec=True, side_effect=getattr(own, name))
+                for name in ("in_rounds", "everywhere")
+            }
+            with jax.set_mesh(case.mesh), spied["in_rounds"] as many, spied["everywhere"] as few:
+                jax.eval_shape(functools.partial(case.ours, jnp.float32), *case.arguments)
+            ways[case.name] = many.call_count, few.call_count
+    print("calls of each, in rounds and everywhere:", ways)
+    assert ways == {
+        "exchange flat, nothing dropped": (1, 0),
+        "exchange coordinated, nothing dropped": (1, 0),
+        "exchange flat, few tokens, nothing dropped": (0, 1),
+    }
 
 
 def prefills() -> None:
