@@ -17,13 +17,11 @@ def add(verb) -> None:
 
 
 def _distill_plan(options, rest) -> None:
-    from prmoe_jax import config
+    from prmoe_jax.config import teacher_of
     from prmoe_jax.distill import student
 
-    values = _student_config(rest)
-    teacher = config.teacher_of(values)
-    config.check_same_routing(values, teacher, "the teacher")
-    rows = student.plan(teacher.model, values.model, values.teacher.layers)
+    config = _student_config(rest)
+    rows = student.plan(teacher_of(config), config)
     print(as_json(rows) if options.json else student.table(rows))
 
 

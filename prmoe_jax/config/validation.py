@@ -341,7 +341,7 @@ def check_same_routing(config: Config, source: Config, whose: str) -> None:
     """
     if not (any(config.model.schedule.experts) and any(source.model.schedule.experts)):
         return
-    for name in ("scores", "routed_scale"):
+    for name in ("router", "scores", "routed_scale"):
         ours, theirs = getattr(config.moe, name), getattr(source.moe, name)
         require(ours == theirs, f"moe.{name}={ours}, {whose} has {theirs}; use the same")
     ours, theirs = config.model.normalizes, source.model.normalizes

@@ -1,5 +1,6 @@
 """The input of `prmoe tokenize`, in chunks that workers read independently of each other."""
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,7 +12,7 @@ from etils import epath
 from prmoe_jax import stores
 from prmoe_jax.config import DataConfig
 from prmoe_jax.data import cache, copies, sources
-from prmoe_jax.errors import UserError
+from prmoe_jax.errors import UserError, first_line
 
 SUFFIXES = *sources.SUFFIXES, ".parquet"
 # A chunk has this many bytes of a file, within these bounds. It is the unit that a worker takes
@@ -167,7 +168,9 @@ def _rows(file: Path, piece: Piece, text_field: str) -> Iterator[str]:
                 yield text
 
 
-def _parquet(file: Path):
+@contextlib.contextmanager
+def _parquet(file: Path) -> Iterator[Any]:
+    """Opens a Parquet file; what cannot be read of it ends in a UserError that names it."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -175,9 +178,11 @@ def _parquet(file: Path):
         raise UserError(f"{file}: .parquet files need pip install 'prmoe_jax[beam]'") from None
     with sources.reading(file):
         try:
-            return pyarrow.parquet.ParquetFile(epath.Path(file).open("rb"))
-        except pyarrow.ArrowInvalid as error:
-            raise UserError(f"{file}: not a Parquet file: {error}") from None
+            with pyarrow.parquet.ParquetFile(epath.Path(file).open("rb")) as table:
+                yield table
+        except pyarrow.ArrowException as error:
+            line = first_line(error)
+            raise UserError(f"{file}: not a Parquet file, or damaged: {line}") from None
 
 
 def _tfds_chunks(config: DataConfig) -> tuple[list[Chunk], list[Any], list[float]]:

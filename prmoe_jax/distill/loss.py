@@ -34,12 +34,11 @@ def run_teacher(
     """Runs a frozen teacher over a batch.
 
     Args:
-      model: the teacher's model; no gradient reaches it.
+      model: the teacher's model.
       batch: the student's batch.
       settings: the group `teacher` of the student's config; only its `mode` is used here.
       keys_B: the student's random keys, from which a teacher in mode train derives its own.
     """
-    model = jax.lax.stop_gradient(model)
     keys_B = fold_in(keys_B, 1 << 16) if settings.mode == "train" else None
     x_BxLxD, _ = model(batch.tokens_BxL, batch.segments_BxL, keys_B)
     return TeacherOutput(x_BxLxD, model.output_table(x_BxLxD.dtype))

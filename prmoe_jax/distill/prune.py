@@ -367,7 +367,7 @@ def prune_run(
         "step": step,
         "importance": kind,
         "architecture": [str(c.model.schedule) for c in (config, small)],
-        "total_params": [cost(c.model).total_params for c in (config, small)],
+        "total_params": [cost(c.model, c.moe).total_params for c in (config, small)],
         "layers": [
             {"layer": i, "experts": len(found["load"][i]), "kept": kept[i].tolist()}
             | {f"{n}_kept": float(of[i][kept[i]].sum() / of[i].sum()) for n, of in found.items()}

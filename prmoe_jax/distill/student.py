@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from prmoe_jax.config import ModelConfig
+from prmoe_jax.config import Config, ModelConfig, check_same_routing
 from prmoe_jax.config.family import differing
 from prmoe_jax.errors import UserError
 from prmoe_jax.model.layout import of_layer, stack_layers, unstack_layers
@@ -113,7 +113,27 @@ def _check_experts(have: Sequence[int], want: Sequence[int], layers: list[int]) 
             )
 
 
-def plan(teacher: ModelConfig, student: ModelConfig, chosen: str = "") -> dict:
+def teacher_layers(teacher: Config, student: Config) -> list[int]:
+    """The teacher's layer of each layer of a student that starts as a part of its teacher.
+
+    Raises:
+      UserError: the student cannot start as a part of this teacher; see `layer_map` and
+        `check_same_routing`. Experts are left out by their load, which is the same for all that
+        choose their tokens.
+    """
+    check_same_routing(student, teacher, "the teacher")
+    layers = layer_map(teacher.model, student.model, student.teacher.layers)
+    have, want = teacher.model.schedule.experts, student.model.schedule.experts
+    fewer = any(count < have[layer] for count, layer in zip(want, layers, strict=True))
+    if fewer and teacher.moe.router == "expert_choice":
+        raise UserError(
+            "the teacher's experts choose their tokens (moe.router=expert_choice) and all have the "
+            "same load, by which experts are left out; give the student as many experts"
+        )
+    return layers
+
+
+def plan(teacher: Config, student: Config) -> dict:
     """`prmoe distill-plan`: the student's layers and size, before anything is trained.
 
     Returns:
@@ -122,10 +142,10 @@ def plan(teacher: ModelConfig, student: ModelConfig, chosen: str = "") -> dict:
       parameters that is left out.
 
     Raises:
-      UserError: see `layer_map`.
+      UserError: see `teacher_layers`.
     """
-    layers = layer_map(teacher, student, chosen)
-    costs = cost(teacher), cost(student)
+    layers = teacher_layers(teacher, student)
+    costs = [cost(one.model, one.moe) for one in (teacher, student)]
     total = [c.total_params for c in costs]
     return {
         "layers": [
@@ -219,7 +239,7 @@ def prune(
     Args:
       teacher: the teacher.
       student: the student, or its shapes.
-      layers: from `layer_map`.
+      layers: from `teacher_layers`.
       load: each expert's share of the choices, for each teacher layer that loses experts.
       importance: from `magnitudes` or `taylor`.
     """

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from prmoe_jax import stores
-from prmoe_jax.config import Config, check_same_routing, group_rows, teacher_of
+from prmoe_jax.config import Config, group_rows, teacher_of
 from prmoe_jax.data.pipeline import (
     Batch,
     Data,
@@ -27,7 +27,7 @@ from prmoe_jax.data.pipeline import (
 from prmoe_jax.data.tokenizer import Tokenizer, check_same
 from prmoe_jax.distill import teacher_cache
 from prmoe_jax.distill.loss import record_top_k, run_teacher
-from prmoe_jax.distill.student import layer_map, magnitudes, prune, taylor
+from prmoe_jax.distill.student import magnitudes, prune, taylor, teacher_layers
 from prmoe_jax.errors import UserError
 from prmoe_jax.model.loss import forward
 from prmoe_jax.model.sizes import cost
@@ -89,7 +89,9 @@ def restore_teacher(
             "another run start as this one, by --config.init.workdir (a larger "
             "--config.checkpoint.keep of the teacher keeps its steps)"
         ) from error
-    log.info("teacher: step %d, %.4g parameters", step, cost(settings.model).total_params)
+    log.info(
+        "teacher: step %d, %.4g parameters", step, cost(settings.model, settings.moe).total_params
+    )
     return Teacher(settings, step, model)
 
 
@@ -170,8 +172,7 @@ def init_from_teacher(config: Config, teacher: Teacher, data: Data, mesh: Mesh) 
       UserError: the student isn't a part of the teacher, or it has fewer experts and their load
         isn't known.
     """
-    check_same_routing(config, teacher.config, "the teacher")
-    layers = layer_map(teacher.config.model, config.model, config.teacher.layers)
+    layers = teacher_layers(teacher.config, config)
     shapes = jax.eval_shape(lambda: init_model(config))
     have, want = teacher.config.model.schedule.experts, config.model.schedule.experts
     load = {}

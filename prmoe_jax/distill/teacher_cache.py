@@ -89,6 +89,8 @@ def write(
 
     if local:
         cache.build_once(folder, build, setting="--out")
+        if "fingerprint" not in meta:  # nothing was built
+            raise UserError(f"--out={folder}: another command has just written it; give another")
         return meta
     scratch = cache.root(config.data)
     try:
@@ -123,6 +125,7 @@ def attach(data: Data, config: Config) -> Data:
         meta = files.parse_json((folder / "meta.json").read_bytes())
         known, top_k, temperature = meta["windows"], meta["top_k"], meta["temperature"]
         fingerprint = str(meta["fingerprint"])
+        recorded = dict(meta["teacher"]).get("workdir")
         if type(known) is not dict or type(top_k) is not int:
             raise ValueError("meta.json is not as it was written")
     current = windows_fingerprint(data) | {"vocab_size": config.model.vocab_size}
@@ -142,7 +145,11 @@ def attach(data: Data, config: Config) -> Data:
         cache.check(folder)
         shape = len(data.train), data.train.length, top_k
         parts = [open_array(folder / name, dtype, shape) for name, dtype in _parts(config)]
-    log.info("teacher cache of %s: the %d likeliest tokens", meta.get("teacher"), kd.top_k)
+    log.info("teacher cache of %s: the %d likeliest tokens", meta["teacher"], kd.top_k)
+    if config.teacher.workdir not in ("", recorded):
+        log.warning(
+            "teacher.cache has the predictions of %s, not of %s", recorded, config.teacher.workdir
+        )
     top_k = TopKLogProbs(*(part[..., : kd.top_k] for part in parts))
     return dataclasses.replace(
         data,

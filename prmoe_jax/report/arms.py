@@ -138,11 +138,13 @@ def equally_long(found: dict[str, dict[int, dict]]) -> tuple[int, dict[str, dict
 def base_of(arm: str, found: dict[str, dict[int, dict]], base: str) -> str | None:
     """The arm with which an arm is compared: `base`, or its model's arm of the same length.
 
-    None if there is no such arm, or if it is the arm itself.
+    None if there is no such arm, or if it is the arm itself. An arm of one of a model's lengths is
+    compared with one of as many tokens alone.
     """
-    names = models_of(found)
+    names, tokens = models_of(found), _tokens(found[arm])
+    if names[base] == base and names[arm] != arm and tokens != _tokens(found[base]):
+        return None
     if names[base] != base:
-        tokens = _tokens(found[arm])
         base = next(
             (b for b in found if names[b] == names[base] and _tokens(found[b]) == tokens), arm
         )

@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from collections import Counter
 from pathlib import Path
 
 from prmoe_jax import files
@@ -97,6 +98,13 @@ def report(folder: Path, base: str | None = None) -> dict:
     if base not in found:
         raise UserError(f"{path} has no arm {base!r}; --base is one of {', '.join(found)}")
     write_csv(records, folder / "results.csv")
+    names = models_of(found)
+    model, lengths = Counter(names.values()).most_common(1)[0]
+    if stated.pooled and lengths > 1:
+        raise UserError(
+            f"{folder}/sweep.py: POOLED is for arms that share no steps, and {model} has {lengths} "
+            "lengths; leave it out"
+        )
     pooled = spread(found) if stated.pooled else None
     rows, summary, apart = [], {}, {}
     for arm, by_seed in found.items():
@@ -112,9 +120,9 @@ def report(folder: Path, base: str | None = None) -> dict:
             apart[arm] = Mean(compared["difference"], compared["difference_margin"])
             summary[arm] |= compared
 
-    named = models_of(found)[base]
+    named = names[base]
     drawn, equal, when = found, found, "At the end"
-    if named != base:  # a model has runs of several lengths
+    if lengths > 1 or named != base:
         drawn, (tokens, equal) = models(found), equally_long(found)
         when = f"After {tokens:,} tokens"
     caption = "Validation loss against tokens; band: all seeds."

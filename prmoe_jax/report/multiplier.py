@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from prmoe_jax.config import ModelConfig
+from prmoe_jax.errors import UserError
 from prmoe_jax.report.arms import Factor, geometric_mean, models_of
 
 # The joint MoE scaling law (Ludziejewski et al. 2025, arXiv 2502.05172, table 3), nats a token:
@@ -28,8 +29,8 @@ class Multiplier(NamedTuple):
 
     `value` is the geometric mean of the seeds' multipliers and `low` and `high` the ends of its
     95 % interval (Student's t of their logarithms), NaN with a single seed. If the multiplier of
-    some seed is beyond the ladder, `value` is that of the mean losses, and `low` and `high` are 0
-    and inf. `least` and `most` are the multipliers that the ends of the ladder would have.
+    some seed is beyond the ladder, `value` is that of the mean losses, without an interval. `least`
+    and `most` are the multipliers that the ends of the ladder would have.
     """
 
     arm: str
@@ -56,17 +57,13 @@ class Multiplier(NamedTuple):
         return self.tokens / self.active_params
 
     def __str__(self) -> str:
-        if self.value in (0, math.inf):
-            return f"beyond the ladder: {self.shown(self.value)}"
+        if self.value == 0:
+            return f"beyond the ladder: at most {self.least:.2f}"
+        if self.value == math.inf:
+            return f"beyond the ladder: at least {self.most:.2f}"
         if not self.inside:
             return f"{self.value:.2f} (a seed is beyond the ladder)"
         return str(Factor(self.value, self.low, self.high))
-
-    def shown(self, value: float) -> str:
-        """A value or an end of the interval as text."""
-        if value == 0:
-            return f"at most {self.least:.2f}"
-        return f"at least {self.most:.2f}" if value == math.inf else f"{value:.2f}"
 
 
 class Ratio(NamedTuple):
@@ -88,14 +85,14 @@ def equivalent_compute(loss: float, ladder: Sequence[tuple[float, float]]) -> fl
       The compute; 0 if the smallest model's loss is lower, and inf if no model reaches the loss.
     """
     (compute, worse), *rest = ladder
-    if worse < loss:
-        return 0.0
+    if worse <= loss:
+        return compute if worse == loss else 0.0
     for more, better in rest:
         if better <= loss:
-            share = math.log(worse / loss) / math.log(worse / better) if better < worse else 0.0
+            share = math.log(worse / loss) / math.log(worse / better)
             return compute * (more / compute) ** share
         compute, worse = more, better
-    return compute if worse == loss else math.inf
+    return math.inf
 
 
 def multipliers(arms: dict[str, dict[int, dict]]) -> list[Multiplier]:
@@ -108,19 +105,28 @@ def multipliers(arms: dict[str, dict[int, dict]]) -> list[Multiplier]:
 
     Returns:
       One for each MoE arm; none for an arm with fewer than two dense ones to compare it with.
+
+    Raises:
+      UserError: two dense arms of as many tokens compute as much for each.
     """
     found, names = [], models_of(arms)
     for arm, rows in arms.items():
         record = next(iter(rows.values()))
         if _is_dense(record):
             continue
-        rungs = [
-            other
-            for other in arms.values()
+        ladder = {
+            name: other
+            for name, other in arms.items()
             if _is_dense(first := next(iter(other.values())))
             and first["tokens"] == record["tokens"]
-        ]
-        rungs.sort(key=_compute)
+        }
+        rungs = sorted(ladder.values(), key=_compute)
+        for (one, a), (other, b) in itertools.combinations(ladder.items(), 2):
+            if _compute(a) == _compute(b):
+                raise UserError(
+                    f"LADDER: the dense arms {one} and {other} have {_compute(a):,} FLOPs for each "
+                    "token; leave one of them out"
+                )
         seeds = sorted(set(rows).intersection(*rungs))
         if len(rungs) >= 2 and seeds:
             found.append(_measure(arm, names[arm], rows, rungs, seeds))
@@ -203,8 +209,6 @@ def _measure(
     value, low, high = measured(seeds), math.nan, math.nan
     if all(0 < one < math.inf for one in by_seed.values()):
         value, low, high = geometric_mean(by_seed.values())
-    elif len(seeds) > 1:
-        low, high = 0.0, math.inf
     experts, active = _mean_experts(record), record["active_params"]
     law = math.nan
     if _is_of_the_law(record["settings"]):

@@ -37,7 +37,8 @@ def record_environment(workdir: Path, devices: list) -> float:
     starts.append(environment(devices))
     files.replace(path, json.dumps(starts, indent=2) + "\n")
     # Records of older versions have no time.
-    return min(s["time"] for s in starts if isinstance(s, dict) and "time" in s)
+    times = [s.get("time") for s in starts if isinstance(s, dict)]
+    return min(time for time in times if isinstance(time, (int, float)))
 
 
 def environment(devices: list) -> dict:

@@ -254,7 +254,11 @@ def read_metrics(path: Path) -> list[dict]:
     Raises:
       UserError: the file cannot be read, or a line is damaged.
     """
-    return files.read_json_lines(path, ["step"], "delete that line, or restore a copy of the file")
+    fix = "delete that line, or restore a copy of the file"
+    lines = files.read_json_lines(path, ["step"], fix)
+    for number, line in enumerate(lines, 1):
+        files.require(line, {"step": int}, f"{path}, line {number},", fix)
+    return lines
 
 
 ROUTER_COLUMNS = (

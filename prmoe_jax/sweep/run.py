@@ -175,14 +175,14 @@ def _done(
         return "recorded"
     begun = (workdir / workdirs.CONFIG).exists()
     saved = load(workdir / workdirs.CONFIG) if begun else None
+    over = begun and _finished(config, workdir)
+    # A run without a checkpoint begins anew.
+    goes_on = over or any(path.name.isdecimal() for path in (workdir / "checkpoints").glob("*"))
     given = config if trunk is None else branch(config, runs[trunk].config, root / trunk)
-    # Without its trunk's checkpoint a run trains those steps itself; see `training.branch`.
-    if trunk is not None and (
-        saved.init == config.init if saved else not _kept(root / trunk, given.init.step)
-    ):
-        if not begun:
-            there = f"{trunk} has no checkpoint of step {given.init.step} in {root / trunk}"
-            log.info("%s: starts at step 0, since %s", name, there)
+    if not (trunk is None or goes_on or _kept(root / trunk, given.init.step)):
+        # It trains those steps itself; see `training.branch`.
+        there = f"{trunk} has no checkpoint of step {given.init.step} in {root / trunk}"
+        log.info("%s: starts at step 0, since %s", name, there)
         given = config
     starts = _starts_from(config, given)
     for other in needs[name]:
@@ -193,21 +193,32 @@ def _done(
             if other in recorded:
                 fix = f"since it is recorded, {_again(other, folder)}"
             raise UserError(f"it needs {other}, which is not finished in {root / other}; {fix}")
-        if not begun and _place(root / other) in starts:
+        _check_same(other, runs[other], root / other)
+        if not goes_on and _place(root / other) in starts:
             _check_kept(folder, root, other, runs[other].config.total_steps)
     if begun:
         asked = given
-        if trunk is not None and _ends(saved.init.workdir, trunk):
-            # The folder of all runs may have another name now.
-            init = dataclasses.replace(given.init, workdir=saved.init.workdir)
-            asked = dataclasses.replace(given, init=init)
+        if trunk is not None and (saved.init == config.init or _ends(saved.init.workdir, trunk)):
+            # From step 0 or from its trunk; the folder of all runs may have another name now.
+            asked = dataclasses.replace(given, init=saved.init)
         check_resume(saved, asked)
-        if any(path.name.isdecimal() for path in (workdir / "checkpoints").glob("*")):
-            given = asked  # a run without a checkpoint begins anew, from its trunk
-    if not (begun and _finished(config, workdir)):
+        if goes_on:
+            given = asked
+    if not over:
         _train(name, given, workdir, progress)
     records.add(folder, record(name, config, workdir), list(runs))
     return "finished"
+
+
+def _check_same(name: str, run: Run, workdir: Path) -> None:
+    """Raises UserError if the run in a folder, which another run needs, has other settings."""
+    saved, asked = load(workdir / workdirs.CONFIG), run.config
+    if run.trunk is not None:  # a branch is the run from step 0, wherever it began
+        asked = dataclasses.replace(asked, init=saved.init)
+    try:
+        check_resume(saved, asked)
+    except UserError as error:
+        raise UserError(f"it needs {name}: in {workdir} {error}") from None
 
 
 def _starts_from(config: Config, given: Config) -> set[Path]:

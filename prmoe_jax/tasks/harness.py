@@ -11,6 +11,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from prmoe_jax.errors import UserError, first_line
+
 try:
     from lm_eval import simple_evaluate, utils
     from lm_eval.api.model import TemplateLM
@@ -18,16 +20,17 @@ try:
     from lm_eval.models.utils import normalize_gen_kwargs
     from lm_eval.tasks import TaskManager
 except ImportError:
-    from prmoe_jax.errors import UserError
-
-    raise UserError(
+    missing = UserError(
         "tasks need lm-evaluation-harness 0.4.10 or newer; pip install 'prmoe_jax[eval]'"
-    ) from None
+    )
+    if __name__ != "__main__":
+        raise missing from None
+    print(f"prmoe: {missing}", file=sys.stderr)
+    sys.exit(missing.exit_code)
 
 from prmoe_jax import stores
 from prmoe_jax.config import check_runs_without_limit, load
 from prmoe_jax.data.tokenizer import Tokenizer
-from prmoe_jax.errors import UserError
 from prmoe_jax.inference.generate import Generator, Sampling
 from prmoe_jax.run import directory as workdirs
 from prmoe_jax.tasks import local
@@ -164,11 +167,12 @@ def evaluate_tasks(
       batch_size: batch size of the forward passes, which changes no score.
 
     Returns:
-      For each task its metrics, acc_stderr (the standard error of acc), and the number of
+      For each task its metrics, their standard errors (acc_stderr that of acc), and the number of
       examples; for each group of tasks its metrics.
 
     Raises:
-      UserError: a task is unknown, the folder holds no run, or the run cannot be scored.
+      UserError: a task is unknown or cannot be loaded, the folder holds no run, or the run cannot
+        be scored.
     """
     config = load(workdir / workdirs.CONFIG)
     check_runs_without_limit(config)
@@ -186,22 +190,26 @@ def evaluate_tasks(
         names += matching
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    # The harness bootstraps in forked processes, which JAX's threads don't survive.
+    os.environ["DISABLE_MULTIPROC"] = "1"  # JAX's threads don't survive the bootstrap's forks
+    load_task = getattr(known, "load", None) or known.load_task_or_group  # before 0.4.12
+    for name in names:
+        try:
+            load_task(name)
+        except (ImportError, OSError) as error:  # a task's own package, or the network
+            raise UserError(f"--tasks={name} cannot be loaded: {first_line(error)}") from error
     found = simple_evaluate(
         PrmoeLM(str(workdir), batch_size),
         tasks=list(dict.fromkeys(names)),
         task_manager=known,
         limit=limit,
-        bootstrap_iters=0,
+        bootstrap_iters=100,
         log_samples=False,
     )
     scores = {}
     for task, values in found["results"].items():
         named = {n.removesuffix(",none"): v for n, v in values.items() if isinstance(v, float)}
         if task in found["n-samples"]:  # which a group is not
-            named["examples"] = count = found["n-samples"][task]["effective"]
-            if "acc" in named and count > 1:
-                named["acc_stderr"] = (named["acc"] * (1 - named["acc"]) / (count - 1)) ** 0.5
+            named["examples"] = found["n-samples"][task]["effective"]
         scores[task] = named
     return scores
 

@@ -64,6 +64,20 @@ def table(path, **columns):
     pyarrow.parquet.write_table(pyarrow.table(columns), path, row_group_size=7)
 
 
+def no_utf8():
+    import pyarrow
+
+    return pyarrow.array([b"\xff"]).view(pyarrow.string())
+
+
+def damaged_table(path):
+    """Its footer is whole, the compressed text is not."""
+    table(path, text=[f"{i} {i}" for i in range(100)])
+    content = bytearray(Path(path).read_bytes())
+    content[20:60] = bytes(40)
+    Path(path).write_bytes(content)
+
+
 def tokenize(*extra, out="out", corpus="text", tokenizer="bytes"):
     settings = [f"--config.data.corpus={corpus}", f"--config.data.tokenizer={tokenizer}"]
     return main(["tokenize", *SETTINGS, *settings, f"--out={out}", *extra])
@@ -329,6 +343,12 @@ MISTAKES = {
     ),
     "no parquet": (
         {}, IN_PROCESS, lambda: Path("text/b.parquet").write_text("no"), "not a Parquet file"
+    ),
+    "damaged pages": (
+        {}, IN_PROCESS, lambda: damaged_table("text/a.parquet"), "a.parquet: cannot be read: "
+    ),
+    "other bytes": (
+        {}, IN_PROCESS, lambda: table("text/a.parquet", text=no_utf8()), "not UTF-8 text"
     ),
     "empty files": (
         {}, IN_PROCESS, lambda: Path("text/a.jsonl").write_text(""), "of data.corpus=text are empty"

@@ -34,11 +34,17 @@ from prmoe_jax.model import chunks
 from prmoe_jax.model.loss import forward, totals, training_loss
 from prmoe_jax.model.transformer import dropless, init_model
 from prmoe_jax.nn.parameters import named_leaves
+from prmoe_jax.parallel.mesh import make_mesh
 from prmoe_jax.run.metrics import read_metrics, to_python
 from prmoe_jax.run.restore import restore_run
 from prmoe_jax.training import loop as train
 from prmoe_jax.training.loop import Run
-from prmoe_jax.training.step import init_state, make_train_step
+from prmoe_jax.training.step import (
+    compile_train_step,
+    init_state,
+    make_train_step,
+    sharded_state,
+)
 from tests.support.batches import make_batch
 from tests.support.configs import GENTLE, settings
 from tests.support.extras import needs_extra
@@ -338,9 +344,12 @@ def test_no_gradient_reaches_the_teacher_and_no_step_changes_it():
     for name, gradient in named_leaves(jit(jax.grad(loss))(model)).items():
         assert not np.asarray(gradient).any(), name
     before = {name: np.array(leaf) for name, leaf in named_leaves(model).items()}
-    step, state = jit(make_train_step(values, Distiller(values, taught_by))), init_state(values)
-    for seed in range(3):
-        state, _ = step(state, make_batch(seed), model)
+    mesh = make_mesh(values)
+    with jax.set_mesh(mesh):
+        step = compile_train_step(values, mesh, Distiller(values, taught_by))
+        state = sharded_state(values, mesh)
+        for seed in range(3):
+            state, _ = step(state, make_batch(seed), model)
     for name, leaf in named_leaves(model).items():
         np.testing.assert_array_equal(leaf, before[name])
 

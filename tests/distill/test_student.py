@@ -11,7 +11,7 @@ import pytest
 from configs import paper
 from prmoe_jax import config
 from prmoe_jax.config import check_same_routing
-from prmoe_jax.distill.student import layer_map, magnitudes, prune, taylor
+from prmoe_jax.distill.student import layer_map, magnitudes, prune, taylor, teacher_layers
 from prmoe_jax.distill.teacher import measure_importance
 from prmoe_jax.errors import UserError
 from prmoe_jax.model.loss import forward
@@ -55,6 +55,7 @@ def test_biases_that_a_teacher_lacks_start_at_0():
 @pytest.mark.parametrize(
     ("teacher", "student", "message"),
     [
+        ({"router": "expert_choice"}, {}, "moe.router=token_choice, the teacher has expert_choice"),
         ({"scores": "sigmoid"}, {}, "moe.scores=softmax, the teacher has sigmoid; use the same"),
         ({"routed_scale": 2.0}, {}, "moe.routed_scale=1.0, the teacher has 2.0; use the same"),
         (
@@ -73,6 +74,15 @@ def test_experts_are_chosen_as_the_teacher_s(teacher, student, message):
     dense = settings("4 layers")
     check_same_routing(dense, teacher, "the teacher")
     check_same_routing(student, dense, "the run to start as")
+
+
+def test_experts_of_equal_load_are_not_left_out():
+    teacher, same, fewer = (
+        settings(f"4 layers, E={experts}", moe={"router": "expert_choice"}) for experts in (3, 3, 2)
+    )
+    assert teacher_layers(teacher, same) == [0, 1, 2, 3]
+    with pytest.raises(UserError, match="and all have the same load, by which experts are left"):
+        teacher_layers(teacher, fewer)
 
 
 @pytest.mark.parametrize(

@@ -161,6 +161,30 @@ def test_a_disk_without_room_is_told_of_before_the_teacher_is_asked(written, tmp
     write(tmp_path / "lessons", data)
 
 
+def test_of_two_commands_for_one_folder_the_second_is_refused(written, tmp_path, monkeypatch):
+    """It found the folder free, and waited for the first one."""
+    _, data = written
+    build_once = cache.build_once
+
+    def after_the_other(folder, build, setting):
+        monkeypatch.setattr(cache, "build_once", build_once)
+        write(folder, data)
+        return build_once(folder, build, setting)
+
+    monkeypatch.setattr(cache, "build_once", after_the_other)
+    with pytest.raises(UserError, match="lessons: another command has just written it; give"):
+        write(tmp_path / "lessons", data)
+
+
+def test_another_teacher_than_the_one_named_is_told_of(written, caplog):
+    folder, data = written
+    for workdir, told in (("runs/a", 0), ("runs/b", 1)):
+        config = config_of(folder)
+        teacher = dataclasses.replace(config.teacher, workdir=workdir)
+        teacher_cache.attach(data, dataclasses.replace(config, teacher=teacher))
+        assert caplog.text.count("has the predictions of runs/a, not of runs/b") == told
+
+
 @pytest.mark.parametrize("size", [1, 50, 128, 211, 1009, 2003, 4001])
 def test_every_write_to_a_full_disk_is_one_line(written, tmp_path, size):
     _, data = written

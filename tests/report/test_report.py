@@ -326,6 +326,15 @@ def damaged(**changes):
             "a/1 and a/2 are of one arm, but differ in model.layers; train one of them again, give",
         ),
         (
+            lambda f: (
+                (f / "sweep.py").write_text("POOLED = True"),
+                (f / "results.jsonl").write_text(
+                    "".join(json.dumps(record(f"a/{n}", 1, 2.0, tokens=n)) + "\n" for n in (2, 4))
+                ),
+            ),
+            "sweep.py: POOLED is for arms that share no steps, and a has 2 lengths; leave it out",
+        ),
+        (
             lambda f: (f / "results.jsonl").write_text("garbage\n"),
             "results.jsonl, line 1, is damaged: Expecting value",
         ),
@@ -379,7 +388,7 @@ def test_a_runs_damaged_metrics(tmp_path, drawn, capsys):
     for lines, message in (
         ([], "metrics.jsonl holds no step yet"),
         ([{"step": 1, "loss": 2}], "the line of step 1 is damaged: it has no tokens, lm_loss, tok"),
-        ([step("1")], "the line of step 1 is damaged: step is '1'; delete that line"),
+        ([step("1")], "metrics.jsonl, line 1, is damaged: step is '1'; delete that line"),
         ([step(1, lm_loss="5")], "the line of step 1 is damaged: lm_loss is '5'; delete that line"),
         ([step(1), {"step": 1, "eval/loss": 2.0}], "step 1 is damaged: it has no eval/tokens, e"),
         (

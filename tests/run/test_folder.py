@@ -222,6 +222,8 @@ def test_a_resume_touches_nothing_that_has_not_changed(copied):
         ("metrics.jsonl", b'{"step": 12, "lo', 0, "its last line was torn by a crash"),
         ("metrics.jsonl", b"garbage\n", 2, "damaged: Expecting value"),
         ("metrics.jsonl", b"{}\n", 2, "is damaged: it has no step; delete that line, or restore"),
+        ("metrics.jsonl", b'{"step": "1"}\n', 2, "is damaged: step is '1'; delete that line, or"),
+        ("environment.json", b'[{"time": null}]', 0, ""),
         ("environment.json", b"[", 2, "environment.json is damaged: Expecting value: line"),
         (
             "environment.json",

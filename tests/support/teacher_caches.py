@@ -38,4 +38,5 @@ def predictions_of(data, batch_size=7):
 
 def write(folder, data, predictions=None):
     predictions = predictions_of(data) if predictions is None else predictions
-    return teacher_cache.write(folder, data, config_of(folder), {"step": 5}, predictions)
+    described = {"workdir": "runs/a", "step": 5}
+    return teacher_cache.write(folder, data, config_of(folder), described, predictions)

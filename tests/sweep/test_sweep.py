@@ -18,7 +18,7 @@ import pytest
 from rich.console import Console
 
 from prmoe_jax.cli import main, parse_config
-from prmoe_jax.config import leaves, resolve, save
+from prmoe_jax.config import InitConfig, leaves, resolve, save
 from prmoe_jax.sweep import records, run
 from prmoe_jax.sweep.definition import branch, planned
 from prmoe_jax.sweep.progress import SweepProgress
@@ -226,17 +226,27 @@ def runs():
     assert main(sweep(folder, "--shard=2/2")) == 1
     line = "40/1: starts at step 0, since 20/1 has no checkpoint of step 16 in"
     assert line in capsys.readouterr().err
-    # If such a run was begun, it goes on as it began, though the checkpoint is there again.
-    (folder / "runs" / "20" / "1" / "checkpoints" / "16").mkdir(parents=True)
-    workdir = folder / "runs" / "40" / "1"
+    # A run that has a checkpoint goes on as it began, another one begins anew.
+    (there, workdir), longer = (folder / "runs" / n / "1" for n in ("20", "40")), resolve(given[40])
+    gone_on = dataclasses.replace(longer, init=InitConfig(str(there), step=16))
     workdir.mkdir(parents=True)
-    save(resolve(given[40]), workdir / "config.json")
-    assert main(sweep(folder, "--shard=2/2")) == 1
-    assert trained == [("40/1", "", 0)] * 2
-    trained.clear()
-    shutil.rmtree(workdir)
-    assert main(sweep(folder, "--shard=2/2")) == 1
-    assert trained == [("40/1", str(folder / "runs" / "20" / "1"), 16)]
+    kept, own = there / "checkpoints" / "16", workdir / "checkpoints" / "5"
+    for began, checkpoints, expected in (
+        (longer, [], 0),
+        (gone_on, [], 0),
+        (longer, [kept], 16),
+        (gone_on, [kept], 16),
+        (longer, [kept, own], 0),
+        (gone_on, [own], 16),
+    ):
+        save(began, workdir / "config.json")
+        for path in (kept, own):
+            shutil.rmtree(path, ignore_errors=True)
+        for path in checkpoints:
+            path.mkdir(parents=True)
+        trained.clear()
+        assert main(sweep(folder, "--shard=2/2")) == 1
+        assert trained == [("40/1", str(there) if expected else "", expected)]
 
 
 def test_students_wait_for_their_teacher(text, tmp_path, monkeypatch, capsys):
@@ -288,9 +298,17 @@ def test_students_wait_for_their_teacher(text, tmp_path, monkeypatch, capsys):
     metrics.write_text(whole)
     assert main(sweep(folder, "--shard=2/2")) == 0
 
-    # A student that is added later would find another checkpoint of the teacher, or none.
+    # The folder may hold a teacher of other settings.
+    other = resolve(settings(text, **{"optimizer.learning_rate": 0.001}))
     shutil.rmtree(folder / "runs" / "student" / "1")
     put_rows(folder, *(row for row in rows if row["run"] == "teacher/1"))
+    save(other, folder / "runs" / "teacher" / "1" / "config.json")
+    assert main(sweep(folder, "--shard=2/2")) == 1
+    err = capsys.readouterr().err
+    assert "student/1: it needs teacher/1: in " in err and "learning_rate was 0.001, is " in err
+    save(resolve(given["teacher/1"]), folder / "runs" / "teacher" / "1" / "config.json")
+
+    # A student that is added later would find another checkpoint of the teacher, or none.
     (folder / "runs" / "teacher" / "1" / "checkpoints" / "9").mkdir()
     assert main(sweep(folder, "--shard=2/2")) == 1
     line = "student/1: it needs the checkpoint of step 12 of teacher/1, which is not in"

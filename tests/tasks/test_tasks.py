@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
+import math
+import runpy
 import shutil
 
 import jax
@@ -458,6 +460,21 @@ def test_a_run_whose_experts_choose_is_not_scored(run, tmp_path, capsys):
 
 
 @with_harness
+@pytest.mark.parametrize("error", [ConnectionError("no route"), ModuleNotFoundError("no route")])
+def test_a_task_that_cannot_be_loaded(error, run, monkeypatch, capsys):
+    """Without a network, or without a package of the task's own."""
+
+    def fail(tasks, name):
+        assert name == "piqa"
+        raise error
+
+    monkeypatch.setattr("lm_eval.tasks.TaskManager.load", fail)
+    capsys.readouterr()
+    assert main(["eval", f"--workdir={run}", "--tasks=piqa"]) == 2
+    assert capsys.readouterr().err.endswith("prmoe: --tasks=piqa cannot be loaded: no route\n")
+
+
+@with_harness
 def test_a_cloze_in_one_command(tmp_path, capsys):
     """What repeats one word is told from what doesn't by a model that has seen the words."""
     rng = np.random.default_rng(0)
@@ -483,6 +500,9 @@ def test_a_cloze_in_one_command(tmp_path, capsys):
     untrained, trained = scores
     assert untrained["examples"] == trained["examples"] >= 2
     assert untrained["acc"] == 0 < trained["acc"]
+    variance = trained["acc"] * (1 - trained["acc"]) / (trained["examples"] - 1)
+    assert trained["acc_stderr"] == pytest.approx(math.sqrt(variance))
+    assert untrained["acc_stderr"] == 0
 
 
 def test_without_the_harness(text, tmp_path, monkeypatch, capsys):
@@ -492,5 +512,9 @@ def test_without_the_harness(text, tmp_path, monkeypatch, capsys):
     command = ["eval", f"--workdir={tmp_path / 'run'}"]
     assert main([*command, "--tasks=cloze"]) == 2
     assert "pip install 'prmoe_jax[eval]'" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("prmoe_jax.tasks.harness", run_name="__main__")
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith("prmoe: tasks need lm-evaluation-harness")
     assert main([*command, "--limit=3"]) == 2
     assert "--limit=3 is a number of examples, for --tasks" in capsys.readouterr().err
