@@ -22,8 +22,8 @@ def run(options, rest) -> None:
     shard = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", options.shard)
     if not shard:
         raise UserError(f"--shard={options.shard} must be I/N, such as 1/4")
-    from prmoe_jax.sweep import run
+    from prmoe_jax.sweep import records, run
 
     root = options.workdir or Path("runs") / options.folder.resolve().name
-    records = run.sweep(options.folder, root, (int(shard[1]), int(shard[2])))
-    print(as_json(records) if options.json else run.table(records))
+    rows = run.sweep(options.folder, root, (int(shard[1]), int(shard[2])))
+    print(as_json(rows) if options.json else records.table(rows))

@@ -10,8 +10,7 @@ from prmoe_jax.errors import UserError
 from prmoe_jax.model.sizes import cost
 from prmoe_jax.report import figures, page
 from prmoe_jax.run import directory as workdirs
-from prmoe_jax.sweep.records import NUMBER
-from prmoe_jax.sweep.run import logged
+from prmoe_jax.sweep.records import NUMBER, logged
 
 # Metrics of an MoE layer that are drawn by layer against the step.
 BY_LAYER = {

@@ -1,18 +1,24 @@
-"""results.jsonl: one line for each finished run, checked when it is read back."""
+"""results.jsonl: a line for each finished run, made from its folder, checked when it is read."""
 
 import contextlib
 import fcntl
 import json
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 
 from prmoe_jax import files
+from prmoe_jax.config import RESUMABLE, Config, changed
 from prmoe_jax.errors import UserError
+from prmoe_jax.model.sizes import cost
+from prmoe_jax.run.metrics import read_metrics
+from prmoe_jax.sweep.definition import Run
+from prmoe_jax.tables import aligned
 
 RESULTS = "results.jsonl"
 LOCK = ".results.lock"
 NUMBER = (int, float)
-# The fields of a record that `prmoe sweep` and `prmoe report` show; `run.record` describes them.
+# The fields of a record that `prmoe sweep` and `prmoe report` show; `record` describes them.
 # Old records have no `layers` and no `evaluated_tokens`.
 FIELDS = {
     "seed": int,
@@ -31,6 +37,90 @@ FIELDS = {
     "device": str,
 }
 FIX = "delete that line (prmoe sweep records its run again, from the run's folder if that is left)"
+# Number of points of a run's training loss that its record keeps.
+POINTS = 100
+# The fields that a record takes: a step's and an evaluation's in metrics.jsonl, and a start's in
+# environment.json.
+TRAINED = {
+    "step": int,
+    "tokens": int,
+    "loss": NUMBER,
+    "lm_loss": NUMBER,
+    "tokens_per_second": NUMBER,
+}
+EVALUATED = {
+    "step": int,
+    "eval/tokens": int,
+    "eval/loss": NUMBER,
+    "eval/bits_per_byte": NUMBER,
+    "eval/drop_fraction": NUMBER,
+}
+START = {"git_revision": (str, type(None)), "versions": dict, "device": str}
+
+
+def record(name: str, config: Config, workdir: Path) -> dict:
+    """The results of a finished run.
+
+    Returns:
+      run, settings (that differ from the defaults), seed; total_params, active_params,
+      flops_per_token (of training); tokens, loss, bits_per_byte and drop_fraction at the end;
+      layers, the statistics of `metrics.summarise` for each MoE layer at the end, by the layer's
+      number; evaluations and losses, each a list of [tokens, nats per token]; evaluated_tokens,
+      the number of the validation split's tokens in each evaluation; tokens_per_second;
+      revisions, versions and device.
+
+    Raises:
+      UserError: metrics.jsonl or environment.json cannot be read, or lacks a field that is needed.
+    """
+    (trained, evaluated), size = logged(workdir), cost(config.model, config.moe)
+    if not (trained and evaluated):
+        raise UserError(f"{workdir}/metrics.jsonl holds no step, or no evaluation")
+    last, a_step = evaluated[-1], config.tokens_per_step
+    starts = _starts(workdir / "environment.json")
+    layers: dict[str, dict] = {}
+    for key, value in last.items():
+        if key.startswith("eval/layers/"):
+            layer, _, of = key.removeprefix("eval/layers/").partition("/")
+            layers.setdefault(layer, {})[of] = value
+    return {
+        "run": name,
+        "settings": _settings(config),
+        "seed": config.seed,
+        "total_params": size.total_params,
+        "active_params": size.active_params,
+        "flops_per_token": size.train_flops_per_token,
+        "tokens": last["step"] * a_step,
+        "loss": last["eval/loss"],
+        "bits_per_byte": last["eval/bits_per_byte"],
+        "drop_fraction": last["eval/drop_fraction"],
+        "layers": layers,
+        "evaluations": [[line["step"] * a_step, line["eval/loss"]] for line in evaluated],
+        "evaluated_tokens": [line["eval/tokens"] for line in evaluated],
+        "losses": [
+            [line["tokens"], line["lm_loss"]] for line in trained[:: -(-len(trained) // POINTS)]
+        ],
+        "tokens_per_second": statistics.median(line["tokens_per_second"] for line in trained),
+        "revisions": sorted({start["git_revision"] or "unknown" for start in starts}),
+        "versions": starts[-1]["versions"],
+        "device": starts[-1]["device"],
+    }
+
+
+def logged(workdir: Path) -> tuple[list[dict], list[dict]]:
+    """The lines of a run's metrics.jsonl: those of steps, and those of evaluations.
+
+    Raises:
+      UserError: the file cannot be read, or a line lacks a field; names the line.
+    """
+    path = workdir / "metrics.jsonl"
+    lines = read_metrics(path)
+    trained = [line for line in lines if "loss" in line]
+    evaluated = [line for line in lines if "eval/loss" in line]
+    for kind, some in (TRAINED, trained), (EVALUATED, evaluated):
+        for line in some:
+            where = f"{path}: the line of step {line['step']}"
+            files.require(line, kind, where, "delete that line, or restore a copy of the file")
+    return trained, evaluated
 
 
 def read(folder: Path) -> list[dict]:
@@ -76,12 +166,22 @@ def complete(folder: Path, rows: list[dict]) -> list[dict]:
     return rows
 
 
+def of_runs(rows: list[dict], runs: dict[str, Run]) -> list[dict]:
+    """The records whose run is one of `runs`, with the same settings, in the order of `runs`."""
+    known = {
+        row["run"]: row
+        for row in rows
+        if row["run"] in runs and row["settings"] == _settings(runs[row["run"]].config)
+    }
+    return [known[name] for name in runs if name in known]
+
+
 def add(folder: Path, record: dict, order: list[str]) -> None:
     """Adds a record in place of those of the same run; records of other runs are kept.
 
     Args:
       folder: the folder of results.jsonl, to which other processes may add at the same time.
-      record: from `run.record`.
+      record: from `record`.
       order: names of runs, whose records come first and in this order.
 
     Raises:
@@ -113,6 +213,40 @@ def locked(folder: Path) -> Iterator[None]:
         except OSError as error:
             raise UserError(f"{path} cannot be locked: {error.strerror}") from error
         yield
+
+
+def table(records: list[dict]) -> str:
+    """The records as text."""
+    rows = [
+        (
+            row["run"],
+            f"{row['loss']:.4f}",
+            f"{row['bits_per_byte']:.4f}",
+            f"{row['total_params'] / 1e6:.2f}M",
+            f"{row['active_params'] / 1e6:.2f}M",
+            f"{row['tokens_per_second']:,.0f}",
+        )
+        for row in records
+    ]
+    return aligned(("run", "loss", "bits/byte", "params", "active", "tokens/s"), rows)
+
+
+def _starts(path: Path) -> list[dict]:
+    """The starts of a run in its environment.json, oldest first; without any, an unknown one."""
+    fix = "delete it (the record then says 'unknown'), or restore a copy"
+    starts = files.read_json(path, list, fix) if path.exists() else []
+    for start in starts:
+        files.require(start, START, str(path), fix)
+    return starts or [{"git_revision": None, "versions": {}, "device": "unknown"}]
+
+
+def _settings(config: Config) -> dict:
+    """Settings that differ from the defaults, without those that may change on resuming."""
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in changed(config).items()
+        if not name.startswith(RESUMABLE)
+    }
 
 
 def _is_pair(value) -> bool:

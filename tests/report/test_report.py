@@ -14,7 +14,7 @@ from prmoe_jax.cli import main
 from prmoe_jax.config import load, resolve, save
 from prmoe_jax.report import figures
 from prmoe_jax.report.arms import Mean, arms, difference, mean, spread, verdict, write_csv
-from prmoe_jax.sweep.run import record as recorded
+from prmoe_jax.sweep.records import record as recorded
 from tests.support.faults import file_size_limit
 from tests.support.lines import only_line
 from tests.support.records import record

@@ -220,7 +220,7 @@ def runs():
     assert "40/2: it needs 20/2, which failed" in err
     assert "4 of 4 runs failed: 20/0, 20/2, 40/0, 40/2;" in err
     # A trunk that is recorded, but whose checkpoint is gone.
-    rows = [run.record("20/1", resolve(given[20]), finished_run(folder, "20/1", given[20]))]
+    rows = [records.record("20/1", resolve(given[20]), finished_run(folder, "20/1", given[20]))]
     put_rows(folder, *rows)
     trained.clear()
     assert main(sweep(folder, "--shard=2/2")) == 1
@@ -273,13 +273,13 @@ def test_students_wait_for_their_teacher(text, tmp_path, monkeypatch, capsys):
     assert trained == ["teacher/0"]
     assert "student/0: it needs teacher/0, which failed" in capsys.readouterr().err
     kept = []
-    discard = run._discard_checkpoints
+    discard = run.discard_checkpoints
 
     def look(name, *rest):
         discard(name, *rest)
         kept.append((name, os.listdir(folder / "runs" / "teacher" / "1" / "checkpoints")))
 
-    monkeypatch.setattr(run, "_discard_checkpoints", look)
+    monkeypatch.setattr(run, "discard_checkpoints", look)
     assert main(sweep(folder, "--shard=2/2")) == 0
     assert kept == [("teacher/1", ["12"]), ("student/1", ["12"]), ("teacher/1", [])]
     capsys.readouterr()
@@ -371,7 +371,7 @@ def test_a_branch_goes_on_where_its_folder_has_another_name(text, tmp_path, untr
     folder = chain(tmp_path / "sweep", text, (6, 12))
     trunk, longer = (planned(folder).runs[name].config for name in ("6/1", "12/1"))
     given = dataclasses.asdict(trunk)
-    put_rows(folder, run.record("6/1", trunk, finished_run(folder, "6/1", given)))
+    put_rows(folder, records.record("6/1", trunk, finished_run(folder, "6/1", given)))
     workdir = finished_run(folder, "12/1", dataclasses.asdict(longer))
     for other, status in (("elsewhere/7/1", 1), ("6/1", 0)):
         save(branch(longer, trunk, Path(other)), workdir / "config.json")
@@ -387,7 +387,7 @@ def test_a_branch_without_a_checkpoint_reads_its_trunk_where_it_is_now(text, tmp
     folder = chain(tmp_path / "sweep", text, (6, 12))
     trunk, longer = (planned(folder).runs[name].config for name in ("6/1", "12/1"))
     workdir = finished_run(folder, "6/1", dataclasses.asdict(trunk))
-    put_rows(folder, run.record("6/1", trunk, workdir))
+    put_rows(folder, records.record("6/1", trunk, workdir))
     (workdir / "checkpoints" / "5").mkdir(parents=True)
     workdir = folder / "runs" / "12" / "1"
     workdir.mkdir(parents=True)
@@ -426,7 +426,7 @@ def test_a_branch_needs_no_start_but_its_trunk(
     done = ("base/1", "6/1")
     for name in done:
         finished_run(folder, name, given[name])
-    put_rows(folder, *(run.record(n, configs[n], folder / "runs" / n) for n in done))
+    put_rows(folder, *(records.record(n, configs[n], folder / "runs" / n) for n in done))
     (base / "checkpoints" / kept).mkdir(parents=True)
     (folder / "runs" / "6" / "1" / "checkpoints" / "5").mkdir(parents=True)
     assert main(sweep(folder)) == 1
@@ -508,7 +508,7 @@ def finished_run(folder, name, given):
 
 def recorded_settings(folder, given):
     """The settings in the record of such a run."""
-    return run.record("run", resolve(given), finished_run(folder, "run", given))["settings"]
+    return records.record("run", resolve(given), finished_run(folder, "run", given))["settings"]
 
 
 def lines_of(folder):
@@ -776,7 +776,7 @@ def test_a_held_folder_is_waited_for(given, tmp_path, monkeypatch, capsys):
 def test_a_run_that_another_sweep_records_meanwhile_is_done(given, tmp_path, untrained, capsys):
     """It waits for the run, whose record and folder stay as they are."""
     folder = write(tmp_path / "sweep", {"a": given})
-    row = run.record("a", resolve(given), finished_run(tmp_path / "other", "a", given))
+    row = records.record("a", resolve(given), finished_run(tmp_path / "other", "a", given))
     with hold(folder / "runs" / "a") as file:
 
         def end():

@@ -1,0 +1,154 @@
+"""What a run of a sweep needs of the others: its trunk, its start and its teacher, in folders.
+
+A run needs all of its start and of its teacher. Of its trunk it needs one checkpoint; without it,
+the run trains those steps itself, with the same result.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from prmoe_jax import stores
+from prmoe_jax.config import Config, check_resume, load
+from prmoe_jax.errors import UserError
+from prmoe_jax.run import directory as workdirs
+from prmoe_jax.run.metrics import read_metrics
+from prmoe_jax.sweep import records
+from prmoe_jax.sweep.definition import Run, branch
+
+
+def needs_of(runs: dict[str, Run], root: Path) -> dict[str, list[str]]:
+    """The names of the runs of the sweep that each run needs.
+
+    Args:
+      runs: the sweep's runs, by name.
+      root: the parent of the runs' folders.
+    """
+    names = {_place(root / name): name for name in runs}
+    needs = {}
+    for name, (config, trunk) in runs.items():
+        read = filter(None, (config.init.workdir, config.teacher.workdir))
+        found = [trunk, *(names.get(_place(stores.as_path(folder))) for folder in read)]
+        needs[name] = [other for other in dict.fromkeys(found) if other not in (None, name)]
+    return needs
+
+
+def share(needs: dict[str, list[str]], number: int, count: int) -> list[str]:
+    """The runs of the `number`-th of `count` shares; those that need one another count as one."""
+    first = {name: name for name in needs}  # one run of those that belong together
+    for name, others in needs.items():
+        for other in others:
+            old, new = first[name], first[other]
+            first = {one: new if of == old else of for one, of in first.items()}
+    mine = set(list(dict.fromkeys(first.values()))[number - 1 :: count])
+    return [name for name in needs if first[name] in mine]
+
+
+def check_needed(
+    name: str,
+    runs: dict[str, Run],
+    others: list[str],
+    folder: Path,
+    root: Path,
+    begins: Config | None,
+) -> None:
+    """Checks the runs that a run needs: that each is finished, with the settings of the sweep.
+
+    Args:
+      name: the run.
+      runs: the sweep's runs, by name.
+      others: the runs that it needs.
+      folder: the folder of results.jsonl.
+      root: the parent of the runs' folders.
+      begins: the config with which the run begins; None if it goes on from its own checkpoint.
+
+    Raises:
+      UserError: a run that it needs is not finished, or has other settings; or its last checkpoint
+        is gone, and the run begins with it.
+    """
+    trunk = runs[name].trunk
+    starts = _starts(runs[name].config, begins) if begins else set()
+    for other in others:
+        if other == trunk:
+            continue
+        config, workdir = runs[other].config, root / other
+        where = folder / records.RESULTS
+        again = f"to train {other} again, delete its folder and its line in {where}"
+        if not finished(config, workdir):
+            fix = f"the same command goes on with {name} once it is"
+            if records.of_runs(records.read(folder), {other: runs[other]}):
+                fix = f"since it is recorded, {again}"
+            raise UserError(f"it needs {other}, which is not finished in {workdir}; {fix}")
+        saved = load(workdir / workdirs.CONFIG)
+        if runs[other].trunk is not None:  # a branch is the run from step 0, wherever it began
+            config = dataclasses.replace(config, init=saved.init)
+        try:
+            check_resume(saved, config)
+        except UserError as error:
+            raise UserError(f"it needs {other}: in {workdir} {error}") from None
+        if _place(workdir) in starts and not has_checkpoint(workdir, config.total_steps):
+            raise UserError(
+                f"it needs the checkpoint of step {config.total_steps} of {other}, which is not in "
+                f"{workdir}; {again}"
+            )
+
+
+def finished(config: Config, workdir: Path) -> bool:
+    """Whether a run's folder has its last evaluation."""
+    lines = read_metrics(workdir / "metrics.jsonl")
+    return bool(lines) and "eval/loss" in lines[-1] and lines[-1]["step"] == config.total_steps
+
+
+def has_checkpoint(workdir: Path, step: int) -> bool:
+    """Whether a run's folder has the checkpoint of a step."""
+    return (workdir / "checkpoints" / str(step)).is_dir()
+
+
+def discard_checkpoints(
+    name: str, runs: dict[str, Run], needs: dict[str, list[str]], rows: list[dict], root: Path
+) -> None:
+    """Deletes the checkpoints of a recorded run that no run of the sweep will need.
+
+    Of a run that none goes on from, the checkpoint at which its decay starts stays, so that a
+    longer one can be added to the sweep.
+
+    Raises:
+      OSError: a checkpoint cannot be deleted.
+    """
+    config = runs[name].config
+    branches = {other: run for other, run in runs.items() if run.trunk == name}
+    done = {row["run"] for row in records.of_runs(rows, runs)}
+    needed = {
+        branch(run.config, config, root / name).init.step
+        for other, run in branches.items()
+        if other not in done
+    }
+    if not branches:
+        needed.add(config.decay_start or 0)
+    learners = {other for other in needs if name in needs[other]} - branches.keys()
+    if name not in done or not learners <= done:
+        return
+    for path in (root / name / "checkpoints").glob("*"):
+        if path.is_dir() and path.name not in map(str, needed):
+            stores.delete_folder(path)
+
+
+def _place(folder: Path) -> Path:
+    """A run's folder by one path, however it is named."""
+    return folder.resolve() if stores.is_local(folder) else folder
+
+
+def _starts(config: Config, given: Config) -> set[Path]:
+    """The folders of runs of which a run reads the last checkpoint when it begins.
+
+    Args:
+      config: the run's config, as if it started at step 0.
+      given: the config with which it is trained; a branch takes its parameters from its trunk.
+    """
+    starts = []
+    if not given.init.step:
+        starts.append(config.init.workdir)
+    inherits = config.teacher.inherit and not given.init.step
+    learns = given.init.step < config.kd_steps and not config.teacher.cache
+    if inherits or learns:
+        starts.append(config.teacher.workdir)
+    return {_place(stores.as_path(folder)) for folder in starts if folder}
