@@ -378,8 +378,8 @@ def _exchanges(devices: list) -> Iterator[Case]:
     if count >= 4:
         meshes["hierarchical"] = {"expert": count, "expert_inner": half}, 5 * count
     dropless: dict = {"eval_capacity_factor": math.inf}
-    few, many = 13, exchange.FEW_TOKENS // 2 + 3  # tokens a device; many are exchanged in rounds
-    found: list[tuple] = [(name, name, {"min_capacity": 2}, few) for name in meshes]
+    few, many = 13, exchange.FEW_TOKENS + 3  # tokens of a sequence; many are exchanged in rounds
+    found: list[tuple] = [(name, name, {"min_capacity": 3}, few) for name in meshes]
     found += [
         (f"{name}, nothing dropped", name, dropless, many) for name in ("flat", "coordinated")
     ]
@@ -401,7 +401,7 @@ def _layer_config(
             "moe": rules,
             "mesh": sizes,
             "data": {"tokenizer": "bytes"},
-            "train": {"steps": 1, "batch_size": devices},
+            "train": {"steps": 1, "batch_size": devices // sizes.get("tensor", 1)},
         }
     )
 
@@ -415,7 +415,7 @@ def _exchange(name: str, config: Config, devices: list) -> Case:
         for moe in (config.moe, alone)
     )
     structure = jax.tree.structure(plain)
-    x_BxLxD = _normal(0, len(devices), model.length, model.d_model)
+    x_BxLxD = _normal(0, config.train.batch_size, model.length, model.d_model)
     valid_BxL = np.ones(x_BxLxD.shape[:2], bool)
 
     def ours(dtype, tree, x_BxLxD):

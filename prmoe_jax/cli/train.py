@@ -1,5 +1,6 @@
 """`prmoe train`: trains a config, or resumes the run in its folder."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -34,12 +35,13 @@ def run(options, rest) -> None:
 def profile_steps(text: str | None, config) -> tuple[int, int] | None:
     if text is None:
         return None
-    first, _, last = text.partition(":")
-    if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+    match = re.fullmatch("([0-9]{1,9}):([0-9]{1,9})", text)
+    first, last = map(int, match.groups()) if match else (0, 0)
+    if not 1 <= first <= last:
         raise UserError(f"--profile={text} must be FIRST:LAST, two steps such as 10:15")
-    if int(last) > config.total_steps:
+    if last > config.total_steps:
         raise UserError(f"--profile={text} ends after the run's {config.total_steps} steps")
-    return int(first), int(last)
+    return first, last
 
 
 def run_name(arguments: list[str]) -> str:

@@ -504,6 +504,11 @@ def _check_branch_point(config: Config) -> None:
         f"{config.total_steps}; use {start} or less, or a longer run",
     )
     require(
+        step < config.total_steps,
+        f"init.step={step} leaves none of train.steps={config.total_steps} to train; use fewer "
+        "than these, or a longer run",
+    )
+    require(
         config.init.noise == 0,
         f"init.noise={config.init.noise} has no effect with init.step={step}, which takes the "
         "other run's parameters as they are",

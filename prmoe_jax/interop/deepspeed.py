@@ -5,6 +5,7 @@ mp_rank_00_model_states.pt (everything except the experts, and Megatron's argume
 each expert of each MoE layer.
 """
 
+import logging
 import math
 import re
 from argparse import Namespace
@@ -26,9 +27,9 @@ from prmoe_jax.interop.settings import (
 )
 from prmoe_jax.interop.tensors import check_coverage, check_shape
 from prmoe_jax.interop.torch_files import Inert, flat_arrays, read_torch, require_torch
-from prmoe_jax.model.layout import stack_layers, unstack_layers
-from prmoe_jax.model.transformer import init_model
-from prmoe_jax.nn.parameters import named_leaves
+from prmoe_jax.model.layout import layer_shapes, stack_layers, unstack_layers
+
+log = logging.getLogger(__name__)
 
 MAIN = "mp_rank_00_model_states.pt"
 ENCODER = "language_model.encoder."
@@ -119,7 +120,7 @@ def converted(
     if not (openai_gelu or setting(args, "bias_gelu_fusion", bool, source, True)):
         raise UserError(f"{source}: bias_gelu_fusion=False means the exact GELU, ours is tanh's")
     config = _config(arrays, args, source)
-    shapes = _shapes(config)
+    shapes = layer_shapes(config)
     expected = {theirs: (ours, which) for ours in shapes for theirs, which in _names(ours, config)}
     found = check_coverage(arrays, set(expected), source)
     named: dict[str, np.ndarray] = {}
@@ -184,14 +185,17 @@ def check_exportable(config: Config) -> None:
             f"moe.capacity_factor={factors[0]}, moe.eval_capacity_factor={factors[1]}: DeepSpeed's "
             "layer drops tokens in both or in neither"
         )
+    theirs = _overflow(config.model.top_k)
+    if math.isfinite(factors[0]) and config.moe.overflow != theirs:
+        log.warning(
+            "moe.overflow=%s: DeepSpeed's layer drops as overflow=%s", config.moe.overflow, theirs
+        )
     require_torch()
 
 
-def _shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """Shapes of our parameters by name, with the layers unstacked."""
-    shapes = named_leaves(jax.eval_shape(lambda: init_model(config)))
-    whole = {name: np.broadcast_to(np.float32(0), leaf.shape) for name, leaf in shapes.items()}
-    return {name: array.shape for name, array in unstack_layers(config.model, whole).items()}
+def _overflow(top_k: int) -> str:
+    """Whom a full expert of DeepSpeed's gate keeps by default, as a value of `moe.overflow`."""
+    return {1: "random", 2: "position"}.get(top_k, "probability")
 
 
 def _step_folder(source: Path) -> Path:
@@ -233,8 +237,8 @@ def _config(arrays: dict[str, np.ndarray], args: dict, source: Path) -> Config:
         for ours, theirs in CAPACITY.items():
             moe[ours] = setting(args, theirs, float, source) if drops else math.inf
         moe.min_capacity = setting(args, "moe_min_capacity", int, source)
-        if model.top_k == 1 and drops:
-            moe.overflow = "random"  # the default of DeepSpeed's gate
+        if drops:
+            moe.overflow = _overflow(model.top_k)
         if model.top_k == 2:
             name = "moe_top2_2nd_expert_sampling"
             moe.second_expert_sampling = setting(args, name, bool, source, True)

@@ -24,7 +24,7 @@ from prmoe_jax.interop.tensors import (
     read_tensors,
     write_tensors,
 )
-from prmoe_jax.model.layout import stack_layers, unstack_layers
+from prmoe_jax.model.layout import layer_shapes, stack_layers, unstack_layers
 
 # Settings of GPT2Config that change the computation, with the values that match our model.
 FIXED = {
@@ -105,11 +105,11 @@ def read_gpt2(folder: Path) -> tuple[Config, dict[str, np.ndarray], str]:
     for name in sorted(expected):
         want = _theirs(name.split(".", 2)[2] if name.startswith("h.") else name, config.model)
         check_shape(name, tensors[name], want, folder)
-    leaves = {ours: tensors[name] for name, ours in REST.items()}
+    leaves, shapes = {ours: tensors[name] for name, ours in REST.items()}, layer_shapes(config)
     for i in layers:
         for name, ours in LAYER.items():
-            shape = _ours(ours, config.model)
-            leaves[f"layers.{i}.{ours}"] = tensors[f"h.{i}.{name}"].reshape(shape)
+            ours = f"layers.{i}.{ours}"
+            leaves[ours] = tensors[f"h.{i}.{name}"].reshape(shapes[ours])
     return config, stack_layers(config.model, leaves), found
 
 
@@ -172,17 +172,4 @@ def _theirs(name: str, model: ModelConfig) -> tuple[int, ...]:
         "mlp.c_fc.weight": (d, f),
         "mlp.c_fc.bias": (f,),
         "mlp.c_proj.weight": (f, d),
-    }.get(name, (d,))
-
-
-def _ours(name: str, model: ModelConfig) -> tuple[int, ...]:
-    """The shape of one layer's parameter in our model."""
-    d, f, heads = model.d_model, model.d_ff, model.heads
-    return {
-        "attention.w_qkv": (d, 3, heads, d // heads),
-        "attention.b_qkv": (3, heads, d // heads),
-        "attention.w_out": (heads, d // heads, d),
-        "mlp.w_in": (d, f),
-        "mlp.b_in": (f,),
-        "mlp.w_out": (f, d),
     }.get(name, (d,))

@@ -23,7 +23,7 @@ from prmoe_jax.data.tokenizer import Tokenizer
 from prmoe_jax.errors import UserError
 from prmoe_jax.interop.settings import LARGEST, differs, resolved, setting, shown
 from prmoe_jax.interop.tensors import Tensors, check_coverage, check_shape, read_json, write_tensors
-from prmoe_jax.model.layout import places, unstack_layers
+from prmoe_jax.model.layout import layer_shapes, places, unstack_layers
 from prmoe_jax.model.transformer import init_model
 from prmoe_jax.nn.parameters import named_leaves
 from prmoe_jax.parallel import sharding
@@ -202,7 +202,7 @@ def read_hugging_face(
             if not np.array_equal(tensors.read(head), tensors.read(table)):
                 raise UserError(f"{path}: tie_word_embeddings=True, but {head} is not {table}")
             del tensors.shapes[head]
-        shapes, wanted = _shapes(config), {}
+        shapes, wanted = layer_shapes(config), {}
         for name, shape in shapes.items():
             for piece, part in _parts(name, shape, config.model.family):
                 wanted[piece.name] = _theirs(np.broadcast_to(np.float32(0), part), piece).shape
@@ -241,11 +241,11 @@ def _config(theirs: dict, path: Path, tensors: int) -> Config:
         width = setting(theirs, "head_dim", int, path, low=1)
         model.head_dim = 0 if width * model.heads == model.d_model else width
     names = NAMES[family]
-    model.norm_eps = setting(theirs, "rms_norm_eps", float, path, names.norm_eps)
+    model.norm_eps = setting(theirs, "rms_norm_eps", float, path, names.norm_eps, low=1e-30)
     model.rope_theta, model.rope_scaling = _rotary(theirs, names.rope_theta, path)
     tied = setting(theirs, "tie_word_embeddings", bool, path, False)
     model.output = "tied" if tied else "untied"
-    if theirs.get("clip_qkv") is not None:
+    if "clip_qkv" in names.knows and theirs.get("clip_qkv") is not None:
         model.clip_qkv = setting(theirs, "clip_qkv", float, path)
     model.sliding_window = _window(theirs, names, model, path)
     if family == "qwen2_moe" and not setting(theirs, "qkv_bias", bool, path, True):
@@ -357,7 +357,7 @@ def _read_experts(theirs: dict, names: Names, settings: ConfigDict, path: Path, 
     if "norm_topk_prob" in names.knows:
         normalized = setting(theirs, "norm_topk_prob", bool, path, False)
         model.normalize_top_k = "always" if normalized else "never"
-    if theirs.get("shared_expert_intermediate_size"):
+    if "shared_expert" in names.knows and theirs.get("shared_expert_intermediate_size"):
         model.residual = True
         model.residual_d_ff = setting(theirs, "shared_expert_intermediate_size", int, path, low=1)
     moe.capacity_factor = moe.eval_capacity_factor = math.inf
@@ -541,10 +541,3 @@ def _their_settings(model: ModelConfig) -> dict:
     if "shared_expert" in names.knows:
         settings["shared_expert_intermediate_size"] = model.residual_width
     return settings
-
-
-def _shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """The shapes of our parameters by name, layer by layer."""
-    held = named_leaves(jax.eval_shape(lambda: init_model(config)))
-    whole = {name: np.broadcast_to(np.float32(0), leaf.shape) for name, leaf in held.items()}
-    return {name: array.shape for name, array in unstack_layers(config.model, whole).items()}

@@ -203,12 +203,18 @@ def _card(config: Config, step: int, workdir: Path) -> str:
             f"Validation loss {last['eval/loss']:.4f} nats a token, "
             f"{last['eval/bits_per_byte']:.4f} bits a byte, after step {last['step']}.\n"
         )
+    trained = ""
+    if config.init.workdir:
+        trained = f" It started as the run {config.init.workdir}."
+    if step:
+        tokens = step * config.tokens_per_step
+        trained += f" Trained for {tokens:,} tokens of\n`{config.data.corpus}` by prmoe_jax, "
+        trained += f"seed {config.seed}."
     return f"""# {model.schedule}
 
 A decoder of {size.total_params:,} parameters, {size.active_params:,} of them active for a token.
 Width {model.d_model}, {model.heads} heads, hidden width {model.d_ff}, context {model.length},
-vocabulary {model.vocab_size}. Trained for {step * config.tokens_per_step:,} tokens of
-`{config.data.corpus}` by prmoe_jax, seed {config.seed}.
+vocabulary {model.vocab_size}.{trained}
 {measured}
 `model.safetensors` holds the parameters under prmoe_jax's names, `config.json` its settings,
 `tokenizer.json` the tokenizer. To use it:

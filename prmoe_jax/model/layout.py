@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prmoe_jax.config import ModelConfig
+from prmoe_jax.config import Config, ModelConfig
+from prmoe_jax.model.transformer import init_model
+from prmoe_jax.nn.parameters import named_leaves
 
 Array = TypeVar("Array", jax.Array, np.ndarray)
 
@@ -62,3 +64,10 @@ def of_layer(named: Mapping[str, Array], layer: int) -> dict[str, Array]:
     """One layer's arrays from the result of `unstack_layers`, by the rest of their names."""
     prefix = f"layers.{layer}."
     return {n.removeprefix(prefix): x for n, x in named.items() if n.startswith(prefix)}
+
+
+def layer_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """The shapes of a model's parameters by the names of `unstack_layers`; none is allocated."""
+    shapes = named_leaves(jax.eval_shape(lambda: init_model(config)))
+    whole = {name: np.broadcast_to(np.float32(0), leaf.shape) for name, leaf in shapes.items()}
+    return {name: array.shape for name, array in unstack_layers(config.model, whole).items()}

@@ -283,6 +283,7 @@ CASES = {
     ),
     "profile": ([*NEW, "--profile=now"], "--profile=now must be FIRST:LAST, two steps such as"),
     "profile backwards": ([*NEW, "--profile=2:1"], "--profile=2:1 must be FIRST:LAST"),
+    "profile of digits": ([*NEW, f"--profile=1:{'9' * 5000}"], "must be FIRST:LAST, two steps"),
     "profile from 0": ([*NEW, "--profile=0:1"], "--profile=0:1 must be FIRST:LAST"),
     "profile in unicode": ([*NEW, "--profile=1:²"], "--profile=1:² must be FIRST:LAST"),
     "profile too long": ([*NEW, "--profile=1:3"], "--profile=1:3 ends after the run's 2 steps"),

@@ -251,6 +251,10 @@ RULES = {
         ["init.workdir=a", "init.step=481", WSD],
         "init.step=481 comes after the decay of this run starts, at step 480 of 600; use 480 or",
     ),
+    "branch at the end": (
+        ["init.workdir=a", "init.step=6", "train.steps=6", "optimizer.decay_tokens=99999", WSD],
+        "init.step=6 leaves none of train.steps=6 to train; use fewer than these, or a longer run",
+    ),
     "branch with noise": (
         ["init.workdir=a", "init.step=480", "init.noise=0.1", WSD],
         "init.noise=0.1 has no effect with init.step=480",

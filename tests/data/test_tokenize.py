@@ -18,7 +18,7 @@ import pytest
 
 from prmoe_jax.cli import main
 from prmoe_jax.config import DataConfig
-from prmoe_jax.data import chunks, pipeline, shard_stages, shards, split
+from prmoe_jax.data import chunks, pipeline, shard_stages, shards, split, tokens
 from prmoe_jax.data import tokenize as tokenize_module
 from prmoe_jax.data.chunks import Chunk, Piece
 from prmoe_jax.errors import UserError
@@ -124,20 +124,26 @@ def test_json_lines_in_any_ranges_of_bytes(size, end, tmp_path):
     assert found == [line["text"] for line in lines]
 
 
-def test_chunks_follow_from_names_and_sizes(tmp_path, monkeypatch):
-    monkeypatch.setattr(chunks, "_MIN_BYTES", 100)
-    monkeypatch.setattr(chunks, "_MAX_BYTES", 1000)
+@pytest.mark.parametrize(
+    ("count", "least", "most"),
+    [(chunks._CHUNKS, 100, 1000), (6, 30, 1000), (2, 30, 100)],  # 615 bytes: of 0, 102 and 307
+)
+def test_chunks_follow_from_names_and_sizes(count, least, most, tmp_path, monkeypatch):
+    monkeypatch.setattr(chunks, "_CHUNKS", count)
+    monkeypatch.setattr(chunks, "_MIN_BYTES", least)
+    monkeypatch.setattr(chunks, "_MAX_BYTES", most)
     (tmp_path / "text").mkdir()
     for name, size in (("a.txt", 40), ("b.txt", 50), ("c.jsonl", 220), ("d.jsonl.gz", 300),
                        ("e.txt", 0), ("f.txt", 5)):  # fmt: skip
         (tmp_path / "text" / name).write_bytes(b"x" * size)
     found, listed, _ = chunks.find_chunks(DataConfig(corpus="text"))
+    size = 102 if count == 6 else 100
     plan = [[(Path(p.path).name, p.first, p.last) for p in chunk.pieces] for chunk in found]
     assert plan == [
         [("a.txt", 0, 40), ("b.txt", 0, 50)],
-        [("c.jsonl", 0, 100)],
-        [("c.jsonl", 100, 200)],
-        [("c.jsonl", 200, 220)],
+        [("c.jsonl", 0, size)],
+        [("c.jsonl", size, 2 * size)],
+        [("c.jsonl", 2 * size, 220)],
         [("d.jsonl.gz", 0, 300)],
         [("f.txt", 0, 5)],
     ]
@@ -212,7 +218,10 @@ def test_the_windows_of_todays_path(tokenizer, tmp_path):
 
 @beam
 def test_all_kinds_of_files_in_order(tmp_path, monkeypatch, capsys):
+    """In small chunks, whose texts are tokenised some at a time, and compared in many groups."""
     monkeypatch.setattr(chunks, "_MIN_BYTES", 1000)
+    monkeypatch.setattr(tokens, "CHUNK_CHARACTERS", 300)
+    monkeypatch.setattr(tokenize_module, "_COMPARED", 1)
     everything = texts(150)
     parts = [everything[i::5] for i in range(5)]
     write_lines(tmp_path / "text" / "0.jsonl", parts[0])

@@ -19,6 +19,7 @@ from prmoe_jax import config as configs
 from prmoe_jax.cli import main
 from prmoe_jax.data.tokenizer import Tokenizer
 from prmoe_jax.errors import UserError
+from prmoe_jax.interop import tensors as safetensors_files
 from prmoe_jax.interop.run import export_run, import_run
 from prmoe_jax.nn.parameters import named_leaves
 from prmoe_jax.run.checkpoint import Checkpoints
@@ -498,10 +499,12 @@ def runs(text, tmp_path_factory):
     return folder
 
 
-def test_our_own_tensors_with_a_card(runs, tmp_path, capsys):
-    """A model with experts, out and in again: every parameter; and what the card says."""
+def test_our_own_tensors_with_a_card(runs, tmp_path, monkeypatch, capsys):
+    """A model with experts, out and in again: every parameter in several files, and the card."""
+    monkeypatch.setattr(safetensors_files, "SHARD_BYTES", 10_000)
     command = ["export", "--kind=safetensors", f"--workdir={runs / RESIDUAL}"]
     assert main([*command, f"--out={tmp_path / 'out'}"]) == 0
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 2
     card = (tmp_path / "out" / "README.md").read_text()
     loss = logged(runs / RESIDUAL)[-1]["eval/loss"]
     assert card.startswith(f"# {RESIDUAL}\n")

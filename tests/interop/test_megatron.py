@@ -4,6 +4,7 @@ The golden file holds the tensors of such a checkpoint (goldens/generate_megatro
 DeepSpeed is installed, its files themselves are read, and it reads ours.
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -22,6 +23,7 @@ from prmoe_jax.interop import deepspeed, torch_files
 from prmoe_jax.model.transformer import Transformer, init_model
 from prmoe_jax.nn.parameters import named_leaves
 from prmoe_jax.run.restore import restore_run
+from tests.support.configs import settings
 from tests.support.extras import needs_extra
 from tests.support.paths import GOLDENS
 from tests.support.tokenizers import byte_tokenizer
@@ -128,6 +130,49 @@ def test_what_ours_would_compute_otherwise(name, golden):
     with pytest.raises(UserError) as error:
         deepspeed.converted(arrays, arguments | changed, Path("there"))
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("top_k", "overflow"), [(1, "random"), (2, "position"), (3, "probability")]
+)
+def test_whom_a_full_expert_keeps(top_k, overflow, golden, monkeypatch, caplog):
+    """As DeepSpeed's gate does by default; another way is told of where a run is exported."""
+    arrays, arguments = parts(golden)
+    config, *_ = deepspeed.converted(arrays, arguments | {"topk": top_k}, Path("there"))
+    assert (config.model.top_k, config.moe.overflow) == (top_k, overflow)
+    monkeypatch.setattr(deepspeed, "require_torch", lambda: None)
+    deepspeed.check_exportable(config)
+    assert not caplog.text
+    for other in {"random", "position", "probability"} - {overflow}:
+        moe = dataclasses.replace(config.moe, overflow=other)
+        deepspeed.check_exportable(dataclasses.replace(config, moe=moe))
+        told = f"moe.overflow={other}: DeepSpeed's layer drops as overflow={overflow}"
+        assert told in caplog.text
+
+
+UNKNOWN_THERE = {
+    "moe.router=expert_choice": ({}, {"router": "expert_choice"}),
+    "moe.scores=sigmoid": ({}, {"scores": "sigmoid"}),
+    "moe.routed_scale=2.0": ({}, {"routed_scale": 2.0}),
+    "moe.bias_update_rate=0.1": ({}, {"bias_update_rate": 0.1}),
+    "DeepSpeed's layer drops tokens in both": ({}, {"capacity_factor": math.inf}),
+    "model.norm=rmsnorm": ({"norm": "rmsnorm"}, {}),
+    "model.norm_eps=1e-06": ({"norm_eps": 1e-6}, {}),
+    "model.positions=rotary": ({"positions": "rotary"}, {}),
+    "model.kv_heads=1": ({"kv_heads": 1}, {}),
+    "model.sliding_window=3": ({"sliding_window": 3}, {}),
+    "model.expert_d_ff=7": ({"expert_d_ff": 7}, {}),
+}
+
+
+@pytest.mark.parametrize("message", UNKNOWN_THERE)
+def test_what_deepspeed_does_not_express_is_named(message, monkeypatch):
+    monkeypatch.setattr(deepspeed, "require_torch", lambda: None)
+    model, moe = UNKNOWN_THERE[message]
+    with pytest.raises(UserError) as error:
+        deepspeed.check_exportable(settings("2 layers, E=3", model=model, moe=moe))
+    assert message in str(error.value)
+    deepspeed.check_exportable(settings("2 layers, E=3"))
 
 
 def test_torch_is_asked_for(tmp_path, monkeypatch, capsys):

@@ -255,6 +255,14 @@ def a_config(family, **theirs):
     return sizes | (experts if NAMES_THERE[family].moe_layer else {}) | theirs
 
 
+@pytest.mark.parametrize("family", NAMES_THERE)
+def test_settings_that_a_class_ignores(family):
+    """transformers keeps them in config.json, and its other classes compute without them."""
+    theirs = a_config(family, clip_qkv=3.0)
+    model = read_config(theirs, Path("config.json"), 1000).model
+    assert (model.clip_qkv, model.residual) == (3.0 * (family == "olmoe"), family == "qwen2_moe")
+
+
 @pytest.mark.parametrize(("family", "theirs", "windows"), WINDOWS)
 def test_windows_as_the_class_decides(family, theirs, windows):
     """All layers alike, or an error that counts them."""

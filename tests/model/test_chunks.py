@@ -66,7 +66,8 @@ def test_loss_and_gradients_equal_those_of_all_logits(chunk, z_weight, monkeypat
         np.testing.assert_allclose(a, b, atol=1e-6 * np.abs(b).max())
 
 
-def test_evaluation_measures_the_same_without_gradients():
+def test_evaluation_measures_the_same_without_gradients(monkeypatch):
+    monkeypatch.setattr(chunks, "CPU_CHUNK", 30)
     x_BxLxD, table_VxD, batch = tokens()
     found = cross_entropy(0.3)(Table(table_VxD), x_BxLxD, batch)
     expected = at_once(x_BxLxD, table_VxD, batch, 0.3)

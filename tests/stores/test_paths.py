@@ -47,16 +47,18 @@ def test_what_names_no_store_is_refused(text, tmp_path, monkeypatch, capsys):
     assert not os.listdir()
 
 
-@pytest.mark.parametrize("option", ["--workdir", "--config.init.workdir"])
+@pytest.mark.parametrize(
+    "option", ["--workdir", "--config.init.workdir", "--config.teacher.workdir"]
+)
 def test_without_the_extra_the_line_names_it(option, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(sys.modules, "prmoe_jax.stores.gcs", raising=False)
     monkeypatch.delattr(stores, "gcs", raising=False)  # another test imported it
     monkeypatch.setitem(sys.modules, "gcsfs.core", None)
-    given = ["--config.data.corpus=."] if option == "--workdir" else []
-    assert main(["eval", "--workdir=gs://bucket/run"]) == 2
+    command = ["train", *SETTINGS, f"{option}=gs://bucket/run"]
+    assert main(command + ["--workdir=run"] * (option != "--workdir")) == 2
     assert "gs:// needs gcsfs; pip install 'prmoe_jax[gcs]'" in only_line(capsys.readouterr().err)
-    assert not given or not os.listdir()
+    assert not os.listdir()
 
 
 def test_a_path_that_lost_a_slash_is_refused(tmp_path, monkeypatch):
