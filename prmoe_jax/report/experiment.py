@@ -147,9 +147,9 @@ def report(folder: Path, base: str | None = None) -> dict:
     worth = multipliers(found) if stated.ladder else []
     if worth:
         pictures[folder / "multipliers"] = (
-            "Dense-equivalent multipliers with 95 % intervals. Triangles: beyond the ladder. "
-            "Dashed: the joint MoE scaling law (arXiv 2502.05172), which was fitted to models of "
-            "79 M active parameters and more."
+            "Dense-equivalent multipliers. Small dots: seeds; bars: 95 % intervals of three seeds "
+            "or more. Triangles: beyond the ladder. Dashed: the joint MoE scaling law (arXiv "
+            "2502.05172), which was fitted to models of 79 M active parameters and more."
         )
         figures.multipliers(worth, folder / "multipliers")
     for one in worth:

@@ -185,7 +185,8 @@ def multipliers(found: list[Multiplier], path: Path) -> None:
     """Draws multipliers against tokens per active parameter, and the scaling law's prediction.
 
     Arms of one model are joined by a line. One that is beyond the ladder is a triangle at the
-    ladder's end, which points away from it.
+    ladder's end, which points away from it. Small dots are seeds; a bar is the 95 % interval of
+    three seeds or more, since that of two is several times as wide.
     """
     series: dict[str, list[Multiplier]] = {}
     for one in sorted(found, key=lambda one: (one.experts, one.tokens)):
@@ -202,7 +203,9 @@ def multipliers(found: list[Multiplier], path: Path) -> None:
             axes.plot(x, y, marker="o", markersize=5, label=label(name), **style)
             for one, at, ok in zip(some, x, inside, strict=True):
                 if ok:
-                    if one.inside:
+                    seeds = [value for value in one.by_seed.values() if 0 < value < np.inf]
+                    axes.plot([at] * len(seeds), seeds, ".", markersize=4, alpha=0.6, **style)
+                    if one.inside and len(seeds) > 2:
                         low, high = max(one.low, one.least), min(one.high, one.most)
                         axes.vlines(at, low, high, **style)
                     continue

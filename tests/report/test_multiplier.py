@@ -238,10 +238,11 @@ def test_the_figure_shows_what_is_beyond_the_ladder(drawn):
     for row in few:
         row["settings"]["model.experts"] = [2]
     figures.multipliers(multipliers(arms(rows + few)), Path())
-    few, few_law, moe, triangle, law, *_ = drawn.pop().lines
+    few, _, few_law, moe, seeds, triangle, law, *_ = drawn.pop().lines
     np.testing.assert_allclose(few.get_ydata(), [3.0])
     np.testing.assert_allclose(moe.get_ydata(), [2.0, np.nan])
     np.testing.assert_allclose(moe.get_xdata(), [2000 / 11, 9000 / 11])
+    np.testing.assert_allclose(seeds.get_ydata(), [2.0, 2.0, 2.0])
     assert (triangle.get_marker(), triangle.get_ydata()) == ("^", [7.0])
     assert (few_law.get_linestyle(), law.get_linestyle()) == ("--", "--")
     np.testing.assert_allclose(triangle.get_xdata(), 9000 / 11)
@@ -257,6 +258,9 @@ def test_no_bar_without_an_interval(drawn):
     assert not drawn.pop().collections
     figures.multipliers(multipliers(arms(sweep({"moe": (1.0, loss_of(2.0))}))), Path())
     assert len(drawn.pop().collections) == 1
+    rows = sweep({"moe": (1.0, loss_of(2.0))}, seeds={1: 0.0, 2: 0.1})  # too few for a bar
+    figures.multipliers(multipliers(arms(rows)), Path())
+    assert not drawn.pop().collections
 
 
 def test_only_what_is_drawn_is_in_the_legend(drawn):
