@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -270,14 +270,16 @@ def read_json(path: Path, kind: type = dict, fix: str = "restore a copy of it") 
     return value
 
 
-def read_json_lines(path: Path, required: Iterable[str], fix: str) -> list[dict]:
+def read_json_lines(
+    path: Path, kinds: Mapping[str, type | tuple[type, ...]], fix: str
+) -> list[dict]:
     """Reads a file with one JSON object on each line; a missing file has no objects.
 
     A last line without a newline is left out, with a warning, unless it is a complete object.
 
     Args:
       path: the file.
-      required: names that every object must have.
+      kinds: names that every object must have, with the type or types of the value.
       fix: advice about a damaged line, for the message.
 
     Raises:
@@ -295,14 +297,12 @@ def read_json_lines(path: Path, required: Iterable[str], fix: str) -> list[dict]
         log.warning("%s: its last line was torn by a crash and is left out", path)
     rows = []
     for number, line in enumerate(lines, 1):
+        where = f"{path}, line {number},"
         try:
             row = parse_json(line)
-            if not isinstance(row, dict):
-                raise ValueError(f"not an object but {type(row).__name__}")
-            if missing := [name for name in required if name not in row]:
-                raise ValueError(f"it has no {', '.join(missing)}")
         except ValueError as error:
-            raise UserError(f"{path}, line {number}, is damaged: {error}; {fix}") from None
+            raise UserError(f"{where} is damaged: {error}; {fix}") from None
+        require(row, kinds, where, fix)
         rows.append(row)
     return rows
 

@@ -72,9 +72,9 @@ def test_damaged_json_is_named(content, message, tmp_path):
 
 def test_a_torn_line_is_left_out(tmp_path, caplog):
     path = tmp_path / "metrics.jsonl"
-    assert files.read_json_lines(path, ["step"], "") == []
+    assert files.read_json_lines(path, {"step": int}, "") == []
     path.write_bytes(b'{"step": 1}\n{"step": 2}\n{"st')
-    assert files.read_json_lines(path, ["step"], "") == [{"step": 1}, {"step": 2}]
+    assert files.read_json_lines(path, {"step": int}, "") == [{"step": 1}, {"step": 2}]
     assert "metrics.jsonl: its last line was torn by a crash and is left out" in caplog.text
 
 
@@ -91,5 +91,5 @@ def test_a_damaged_line_is_named(line, message, tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 3}\n')
     with pytest.raises(UserError) as caught:
-        files.read_json_lines(path, ["step"], "delete it")
+        files.read_json_lines(path, {"step": int}, "delete it")
     assert message in str(caught.value)

@@ -35,7 +35,7 @@ from prmoe_jax.inference.generate import PREFILL_CHUNK, STEPS, Sampling, decode,
 from prmoe_jax.interop.gpt2 import gpt2_sizes
 from prmoe_jax.model.sizes import cost
 from prmoe_jax.model.transformer import init_model
-from prmoe_jax.parallel.mesh import batch_axes, make_mesh
+from prmoe_jax.parallel.mesh import batch_axes, make_mesh, with_mesh
 from prmoe_jax.parallel.sharding import init_sharded
 from prmoe_jax.tables import aligned
 
@@ -190,8 +190,7 @@ def _placed(config: Config, layout: MeshConfig | None) -> tuple[Config, Mesh]:
     # A batch size that every mesh of these devices can split.
     rows = len(devices) * max(1, config.group_size // config.model.length)
     train = dataclasses.replace(config.train, batch_size=rows, accumulate=1)
-    moe = dataclasses.replace(config.moe, exchange="auto")
-    config = dataclasses.replace(config, mesh=layout or MeshConfig(), train=train, moe=moe)
+    config = with_mesh(dataclasses.replace(config, train=train), layout)
     mesh = make_mesh(config, devices)
     if jax.default_backend() == "cpu":
         model = dataclasses.replace(config.model, dtype="float32")

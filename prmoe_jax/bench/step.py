@@ -28,12 +28,12 @@ import numpy as np
 
 from prmoe_jax.bench import memory
 from prmoe_jax.bench.worker import cores, worker
-from prmoe_jax.config import Config, MeshConfig
+from prmoe_jax.config import Config
 from prmoe_jax.data.pipeline import Batch
 from prmoe_jax.errors import UserError
 from prmoe_jax.interop.settings import check_gpt2_form
 from prmoe_jax.model.sizes import cost
-from prmoe_jax.parallel.mesh import make_mesh, split_batch
+from prmoe_jax.parallel.mesh import make_mesh, split_batch, with_mesh
 from prmoe_jax.tables import aligned
 from prmoe_jax.training.step import compile_train_step, sharded_state
 
@@ -163,8 +163,7 @@ def _settings(config: Config) -> dict:
 
 def compiled_step(config: Config) -> Rival:
     """Our training step on one device, on random tokens."""
-    moe = dataclasses.replace(config.moe, exchange="auto")
-    config = dataclasses.replace(config, mesh=MeshConfig(), moe=moe)
+    config = with_mesh(config)
     mesh = make_mesh(config, jax.devices()[:1])
     shape = config.train.batch_size, config.model.length + 1
     ids = np.random.default_rng(0).integers(0, config.model.vocab_size, shape).astype(np.int32)

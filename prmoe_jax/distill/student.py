@@ -113,7 +113,7 @@ def _check_experts(have: Sequence[int], want: Sequence[int], layers: list[int]) 
             )
 
 
-def teacher_layers(teacher: Config, student: Config) -> list[int]:
+def source_layers(teacher: Config, student: Config) -> list[int]:
     """The teacher's layer of each layer of a student that starts as a part of its teacher.
 
     Raises:
@@ -142,9 +142,9 @@ def plan(teacher: Config, student: Config) -> dict:
       parameters that is left out.
 
     Raises:
-      UserError: see `teacher_layers`.
+      UserError: see `source_layers`.
     """
-    layers = teacher_layers(teacher, student)
+    layers = source_layers(teacher, student)
     costs = [cost(one.model, one.moe) for one in (teacher, student)]
     total = [c.total_params for c in costs]
     return {
@@ -239,7 +239,7 @@ def prune(
     Args:
       teacher: the teacher.
       student: the student, or its shapes.
-      layers: from `teacher_layers`.
+      layers: from `source_layers`.
       load: each expert's share of the choices, for each teacher layer that loses experts.
       importance: from `magnitudes` or `taylor`.
     """

@@ -27,7 +27,7 @@ from prmoe_jax.data.pipeline import (
 from prmoe_jax.data.tokenizer import Tokenizer, check_same
 from prmoe_jax.distill import teacher_cache
 from prmoe_jax.distill.loss import record_top_k, run_teacher
-from prmoe_jax.distill.student import magnitudes, prune, taylor, teacher_layers
+from prmoe_jax.distill.student import magnitudes, prune, source_layers, taylor
 from prmoe_jax.errors import UserError
 from prmoe_jax.model.loss import forward
 from prmoe_jax.model.sizes import cost
@@ -172,7 +172,7 @@ def init_from_teacher(config: Config, teacher: Teacher, data: Data, mesh: Mesh) 
       UserError: the student isn't a part of the teacher, or it has fewer experts and their load
         isn't known.
     """
-    layers = teacher_layers(teacher.config, config)
+    layers = source_layers(teacher.config, config)
     shapes = jax.eval_shape(lambda: init_model(config))
     have, want = teacher.config.model.schedule.experts, config.model.schedule.experts
     load = {}

@@ -85,6 +85,12 @@ def has_own_mesh(config: Config) -> bool:
     return dataclasses.replace(config.mesh, slices=0) != MeshConfig()
 
 
+def with_mesh(config: Config, mesh: MeshConfig | None = None) -> Config:
+    """The config on another mesh, by default of one device, with an exchange that suits any."""
+    moe = dataclasses.replace(config.moe, exchange="auto")
+    return dataclasses.replace(config, mesh=mesh or MeshConfig(), moe=moe)
+
+
 def on_slices(config: Config, devices: Sequence[jax.Device] | None = None) -> Config:
     """The config with the number of slices that the devices form, if there are several.
 

@@ -15,7 +15,7 @@ from prmoe_jax.errors import UserError
 from prmoe_jax.model.attention_kernels import resolve_attention
 from prmoe_jax.model.backends import check_backends
 from prmoe_jax.model.transformer import Transformer
-from prmoe_jax.parallel.mesh import axis_sizes, choose_mesh, make_mesh, on_slices
+from prmoe_jax.parallel.mesh import axis_sizes, choose_mesh, make_mesh, on_slices, with_mesh
 from prmoe_jax.run import directory as workdirs
 from prmoe_jax.run.checkpoint import Checkpoints
 from prmoe_jax.run.metrics import METRICS, read_metrics
@@ -42,17 +42,16 @@ def restore_run(
     """
     workdir = stores.as_path(workdir)
     config = _with_attention(load(workdir / workdirs.CONFIG))
-    anywhere = replace(config, moe=replace(config.moe, exchange="auto"))
     count = len(jax.devices() if devices is None else devices)
     if layout:
-        config = replace(anywhere, mesh=layout)
+        config = with_mesh(config, layout)
     else:
         try:
             config = choose_mesh(on_slices(config, devices), count, any_batch=True)
             axis_sizes(config, count)
         except UserError as error:
             log.info("%s: here each device holds the whole model", error)
-            config = replace(anywhere, mesh=MeshConfig())
+            config = with_mesh(config)
     mesh = make_mesh(config, devices)
     step, model = restore_model(workdir, config, mesh)
     return config, step, model, mesh

@@ -42,14 +42,12 @@ POINTS = 100
 # The fields that a record takes: a step's and an evaluation's in metrics.jsonl, and a start's in
 # environment.json.
 TRAINED = {
-    "step": int,
     "tokens": int,
     "loss": NUMBER,
     "lm_loss": NUMBER,
     "tokens_per_second": NUMBER,
 }
 EVALUATED = {
-    "step": int,
     "eval/tokens": int,
     "eval/loss": NUMBER,
     "eval/bits_per_byte": NUMBER,
@@ -133,7 +131,7 @@ def read(folder: Path) -> list[dict]:
         the file holds something else.
     """
     path = folder / RESULTS
-    rows = files.read_json_lines(path, (), FIX)
+    rows = files.read_json_lines(path, {}, FIX)
     if rows and not any("run" in row for row in rows):
         raise UserError(f"{path} holds no runs of prmoe sweep")
     for number, row in enumerate(rows, 1):

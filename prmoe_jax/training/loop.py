@@ -99,8 +99,8 @@ def train(
     workdir = stores.as_path(workdir)
     weights_and_biases.check_installed(config)
     check_on_disk(config.data)
-    for folder in (config.init.workdir, config.teacher.workdir, config.teacher.cache):
-        stores.as_path(folder or ".")  # an object store needs a package
+    for folder in filter(None, (config.init.workdir, config.teacher.workdir, config.teacher.cache)):
+        stores.as_path(folder)  # before anything is made: an object store needs a package
     processes.agree("the settings", lambda: shared_settings(config))
     placed = choose_mesh(on_slices(config), jax.device_count())
     check_fits(placed, jax.device_count())

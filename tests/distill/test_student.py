@@ -11,7 +11,7 @@ import pytest
 from configs import paper
 from prmoe_jax import config
 from prmoe_jax.config import check_same_routing
-from prmoe_jax.distill.student import layer_map, magnitudes, prune, taylor, teacher_layers
+from prmoe_jax.distill.student import layer_map, magnitudes, prune, source_layers, taylor
 from prmoe_jax.distill.teacher import measure_importance
 from prmoe_jax.errors import UserError
 from prmoe_jax.model.loss import forward
@@ -80,9 +80,9 @@ def test_experts_of_equal_load_are_not_left_out():
     teacher, same, fewer = (
         settings(f"4 layers, E={experts}", moe={"router": "expert_choice"}) for experts in (3, 3, 2)
     )
-    assert teacher_layers(teacher, same) == [0, 1, 2, 3]
+    assert source_layers(teacher, same) == [0, 1, 2, 3]
     with pytest.raises(UserError, match="and all have the same load, by which experts are left"):
-        teacher_layers(teacher, fewer)
+        source_layers(teacher, fewer)
 
 
 @pytest.mark.parametrize(
