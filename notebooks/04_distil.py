@@ -58,7 +58,7 @@ print(f"teacher: {summary['eval/loss']:.3f}")
 
 # %%
 settings = recipe("3 layers, layers 1 2, E=4+8, residual")
-print(student.table(student.plan(teacher.model, resolve(settings).model)))
+print(student.table(student.plan(teacher, resolve(settings))))
 
 # %% [markdown]
 # ## Alone, and taught for 70 % of the run
