@@ -35,6 +35,7 @@ from prmoe_jax.interop.settings import check_gpt2_form
 from prmoe_jax.model.sizes import cost
 from prmoe_jax.parallel.mesh import make_mesh, split_batch, with_mesh
 from prmoe_jax.tables import aligned
+from prmoe_jax.training.optimizer import STATE_BYTES
 from prmoe_jax.training.step import compile_train_step, sharded_state
 
 log = logging.getLogger(__name__)
@@ -74,9 +75,8 @@ def bench_step(config: Config, repeats: int) -> list[dict]:
     if repeats < 1:
         raise UserError(f"--repeats={repeats} must be 1 or more")
     model = config.model
-    # In float32 parameters, their gradients, and two moments of AdamW or at least one of Muon.
-    arrays = 4 if config.optimizer.kind == "adamw" else 3
-    memory.check("--config", 4 * arrays * cost(model).total_params)
+    bytes_each = STATE_BYTES[config.optimizer.kind] + 4  # and a gradient in float32
+    memory.check("--config", bytes_each * cost(model).total_params)
     with contextlib.ExitStack() as stack:
         rivals = {"prmoe_jax": compiled_step(config)}
         for name, options in _torch_rivals(config).items():

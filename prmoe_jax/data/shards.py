@@ -82,7 +82,6 @@ class Index:
 
     folder: Path
     tokenizer: str  # the tokenizer's fingerprint
-    vocabulary: int  # all ids are below it
     dtype: np.dtype
     splits: dict[str, dict]  # documents, tokens, bytes and shards of train and validation
     fingerprint: str
@@ -103,8 +102,8 @@ class Index:
         if content["fingerprint"] != fingerprint(content):
             raise UserError(f"{path} is damaged: it is not as it was written; {_FIX}")
         return cls(
-            *(folder, content["tokenizer"], content["vocabulary"]),
-            *(np.dtype(content["dtype"]), content["splits"], content["fingerprint"]),
+            *(folder, content["tokenizer"], np.dtype(content["dtype"])),
+            *(content["splits"], content["fingerprint"]),
         )
 
     def shards(self, split: Split) -> list[Shard]:

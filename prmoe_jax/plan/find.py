@@ -12,11 +12,9 @@ from prmoe_jax.model.sizes import cost
 from prmoe_jax.parallel.mesh import axis_sizes, choose_mesh, flags, has_own_mesh, leaner
 from prmoe_jax.plan.chips import CHIPS, chip_of, device_count, several, slice_shapes
 from prmoe_jax.plan.report import check_load, decoding, held_bytes, plan
+from prmoe_jax.training.optimizer import STATE_BYTES
 
 log = logging.getLogger(__name__)
-
-# A parameter in float32, and two moments of AdamW, or at least one of Muon.
-STATE_BYTES = {"adamw": 12, "muon": 8}
 
 
 def fit(

@@ -10,6 +10,10 @@ from prmoe_jax.config import Config
 from prmoe_jax.nn.parameters import declaration, named_leaves
 from prmoe_jax.training.muon import muon
 
+# The fewest bytes of a parameter: itself in float32, and two moments of AdamW or at least one of
+# Muon, whose embeddings and vectors have AdamW's.
+STATE_BYTES = {"adamw": 12, "muon": 8}
+
 
 def decay_mask(params):
     """A tree of bools: True for parameters to which weight decay applies.
