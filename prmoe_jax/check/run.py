@@ -88,25 +88,25 @@ def _run(name: str, part: Callable[[], Part]) -> Part:
 def _add(record: dict, name: str, found: Part, tell: Callable[[str], None]) -> None:
     """Puts a part into the record, with what other processes found, and tells it."""
     record[name] = found.numbers
-    if "backend" not in record["environment"]:
-        gathered, own = [found.findings], 0
-    else:
-        gathered, own = processes.gathered(found.findings), jax.process_index()
-    mine, kept = gathered[own], []
-    for process, findings in enumerate(gathered):
-        for finding in map(Finding._make, findings):
-            # What all of them measured together, each of them finds.
-            if process == own or (finding.status != OK and list(finding) not in mine):
-                kept.append((process, finding))
-    several = len(gathered) > 1
-    shown = [
-        finding._replace(line=f"process {process}: {finding.line}") if process != own else finding
-        for process, finding in kept
-    ]
-    record["findings"] += [
-        {"part": name, "process": process if several else 0} | finding._asdict()
-        for process, finding in kept
-    ]
+    ours, own = (socket.gethostname(), found.findings), 0
+    gathered = [ours]
+    if "backend" in record["environment"]:
+        gathered, own = processes.gathered(ours), jax.process_index()
+    hosts_P = [host for host, _ in gathered]
+    findings_P = [[Finding(*finding) for finding in theirs] for _, theirs in gathered]
+    shown = []
+    for process, findings in enumerate(findings_P):
+        for finding in findings:
+            where = [p for p, theirs in enumerate(findings_P) if finding in theirs]
+            # What is ok is left out for others, and what several have found is shown once.
+            if process != (own if finding.status == OK else where[0]):
+                continue
+            if finding.status != OK and len(where) < len(gathered):
+                names = ", ".join(dict.fromkeys(hosts_P[p] for p in where))
+                line = f"process {', '.join(map(str, where))} on {names}: {finding.line}"
+                finding = finding._replace(line=line)
+            shown.append(finding)
+            record["findings"].append({"part": name, "process": process} | finding._asdict())
     if own == 0 and shown:
         tell(f"{name}\n{table(shown)}\n")
 

@@ -28,8 +28,8 @@ def add(verb) -> None:
 def run(options, rest) -> None:
     allocator.keep_freed_memory()
     check_run(options.workdir)
-    tasks = options.tasks.split(",") if options.tasks is not None else []
-    if not all(task.strip() for task in tasks):
+    tasks = [] if options.tasks is None else [task.strip() for task in options.tasks.split(",")]
+    if not all(tasks):
         raise UserError(f"--tasks={options.tasks} has an empty name; use names such as cloze,wiki")
     if options.limit is not None and not (tasks and 0 < options.limit <= sys.maxsize):
         raise UserError(

@@ -73,7 +73,7 @@ def expand(name: str, text: str) -> Path:
 # except that other devices, or another compiled program, add up in another order.
 RESUMABLE = (
     "eval.", "checkpoint.", "log.", "data.cache_dir", "mesh.", "moe.exchange", "moe.buffer_factor",
-    "model.remat", "train.compile_cache",
+    "model.remat", "train.accumulate", "train.compile_cache",
 )  # fmt: skip
 
 

@@ -84,7 +84,7 @@ class ModelConfig:
     norm_eps: float = setting(0.0, "The norms' ε; 0 is the family's.", least=0)
     positions: str = setting(
         "auto",
-        "How attention knows positions.",
+        "How positions enter attention.",
         choices={
             "auto": "",
             "learned": "embeddings that are added to the tokens'",
@@ -357,7 +357,9 @@ class MoeConfig:
 class MeshConfig:
     """Devices of each axis of the mesh; one axis may be -1, the rest of the devices."""
 
-    data: int = setting(-1, "Replicas.")
+    data: int = setting(
+        -1, "Replicas; -1 is the devices that are left. Without any axis, a mesh is suggested."
+    )
     fsdp: int = setting(1, "Devices that share the parameters outside the experts (ZeRO-3).")
     fsdp_experts: int = setting(
         1, "Devices that share all parameters, the experts' included (ZeRO-3)."
@@ -366,7 +368,9 @@ class MeshConfig:
     expert_slice: int = setting(1, "Devices that share the hidden units of every expert.")
     tensor: int = setting(1, "Devices that share attention heads, hidden units and vocabulary.")
     expert_inner: int = setting(
-        1, "Neighbours among the `expert` devices that form the inner stage of an exchange."
+        1,
+        "Neighbours among the `expert` devices that form the inner stage of an exchange, and that "
+        "FSDP may use without the others.",
     )
     slices: int = setting(
         0,
@@ -423,7 +427,7 @@ class TrainConfig:
     accumulate: int = setting(
         1,
         "Gradient accumulation: the portions (microbatches) in which a batch is computed, in "
-        "evaluation too; changes memory, nothing else.",
+        "evaluation too; it changes memory and time, and no result but by rounding.",
         least=1,
     )
     z_loss: float = setting(0.0, "Weight of log(Z)² of the logits.", least=0)

@@ -3,8 +3,7 @@
 import dataclasses
 import math
 
-from prmoe_jax import stores
-from prmoe_jax.config.loading import load
+from prmoe_jax.config.loading import expand, load
 from prmoe_jax.config.schema import Config
 from prmoe_jax.config.validation import check_groups, require
 from prmoe_jax.errors import UserError
@@ -17,7 +16,7 @@ def teacher_of(config: Config) -> Config:
       UserError: the folder holds no run, or the teacher doesn't fit (see `beside`).
     """
     try:
-        teacher = load(stores.as_path(config.teacher.workdir) / "config.json")
+        teacher = load(expand("teacher.workdir", config.teacher.workdir) / "config.json")
     except UserError as error:
         raise UserError(f"{error}; --config.teacher.workdir names the run that teaches") from None
     return beside(teacher, config)

@@ -35,7 +35,7 @@ def find(pattern: str) -> list[epath.Path]:
             found = [path for path in [epath.Path(pattern)] if path.exists()]
     if not found:
         raise UserError(f"nothing matches {pattern!r}")
-    return sorted(found, key=os.fspath)
+    return sorted(found, key=lambda path: path.parts)  # as local paths are sorted
 
 
 def local_copy(pattern: str, cache_dir: Path) -> str:

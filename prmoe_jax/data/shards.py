@@ -14,7 +14,7 @@ import numpy as np
 from prmoe_jax import files
 from prmoe_jax.data import cache
 from prmoe_jax.data.sources import reading
-from prmoe_jax.errors import UserError
+from prmoe_jax.errors import UserError, first_line
 
 INDEX, TOKENIZER = "index.json", "tokenizer.json"
 SUFFIX = ".tokens"  # of our shards
@@ -216,15 +216,10 @@ def _open_npy(path: Path, size: int) -> Shard:
         try:
             array = np.load(path, mmap_mode="r")
         except ValueError as error:
-            raise UserError(f"{path} is damaged: {files_reason(error)}; copy it again") from None
+            raise UserError(f"{path} is damaged: {first_line(error)}; copy it again") from None
     if array.ndim != 1 or array.dtype.kind not in "iu" or not len(array):
         raise UserError(f"{path} holds {array.dtype} {array.shape}, not a list of token ids")
     return Shard(path, array.dtype, size - array.nbytes, len(array))
-
-
-def files_reason(error: Exception) -> str:
-    """The first line of an error's message."""
-    return str(error).partition("\n")[0]
 
 
 def _open_megatron(path: Path, size: int) -> Shard:

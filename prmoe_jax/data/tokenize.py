@@ -69,6 +69,11 @@ def tokenize(config: Config, out: str, flags: Sequence[str] = ()) -> dict[str, A
             content = files.read_json(index, fix="give a new --out")
             if content.get("inputs") != inputs:
                 raise UserError(f"{folder} has shards of other text or settings; give a new --out")
+            if times and max(times) > epath.Path(index).stat().mtime:
+                raise UserError(
+                    f"{folder} was written before a file of data.corpus={config.data.corpus} "
+                    "changed; give a new --out"
+                )
             log.info("%s is complete", folder)
         else:
             _begin(work, {"inputs": inputs, "times": times})

@@ -3,7 +3,6 @@
 The teacher is any model with the student's vocabulary; `teacher.py` restores it.
 """
 
-import math
 from typing import NamedTuple
 
 import jax
@@ -158,10 +157,8 @@ def divergence_from_top_k(teacher: TopKLogProbs, student_BxTxV, kd: KdConfig) ->
     log_q_BxTxV = jax.nn.log_softmax(student_BxTxV / kd.temperature)
     log_q_BxTxK = jnp.take_along_axis(log_q_BxTxV, tokens_BxTxK, -1)
     # From 1 - Σ q of the teacher's tokens the rest would lose its gradient where it is small.
-    rest_BxTx1 = jnp.full_like(log_q_BxTxK[..., :1], math.log(LEAST_REST))
-    if tokens_BxTxK.shape[-1] < log_q_BxTxV.shape[-1]:
-        others_BxTxV = jnp.put_along_axis(log_q_BxTxV, tokens_BxTxK, -jnp.inf, -1, inplace=False)
-        rest_BxTx1 = jax.nn.logsumexp(others_BxTxV, axis=-1, keepdims=True)
+    others_BxTxV = jnp.put_along_axis(log_q_BxTxV, tokens_BxTxK, -jnp.inf, -1, inplace=False)
+    rest_BxTx1 = jax.nn.logsumexp(others_BxTxV, axis=-1, keepdims=True)
     log_q = jnp.concatenate([log_q_BxTxK, rest_BxTx1], axis=-1)
     return _kl(_append_rest(log_p_BxTxK), log_q, kd)
 

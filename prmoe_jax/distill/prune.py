@@ -152,6 +152,9 @@ def choose(
         counts = _given(budget, {layer: len(order) for layer, order in ranked.items()}, least)
     else:
         counts = _shared(importance, ranked, budget, shape, least)
+    if all(counts[layer] == len(order) for layer, order in ranked.items()):
+        given = f"--keep={budget}" if isinstance(budget, float) else "--experts"
+        raise UserError(f"{given} keeps all {sum(counts.values())} experts; give less")
     return {layer: np.sort(order[: counts[layer]]) for layer, order in ranked.items()}
 
 

@@ -50,11 +50,12 @@ def layer_map(teacher: ModelConfig, student: ModelConfig, chosen: str = "") -> l
     widths = [model.head_width for model in (student, teacher)]
     if widths[0] != widths[1]:
         raise UserError(
-            f"model.d_model / model.heads is {widths[0]}, the teacher's {widths[1]}, and heads are "
-            f"kept whole; use d_model={student.heads * widths[1]} with {student.heads} heads"
+            f"a head of the student is {widths[0]} wide, one of the teacher {widths[1]}, and heads "
+            f"are kept whole; use model.head_dim={widths[1]}"
         )
     forms = student.form, teacher.form
     same = {name: [getattr(form, name) for form in forms] for name in differing(*forms)}
+    same.pop("normalize_top_k", None)  # `check_same_routing` compares what it amounts to
     for name in ("rope_scaling", "clip_qkv"):
         same[name] = [getattr(student, name), getattr(teacher, name)]
     same["sliding_window"] = [student.sliding_window, teacher.window_in(student.length)]

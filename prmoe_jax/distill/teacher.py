@@ -14,8 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from prmoe_jax import stores
-from prmoe_jax.config import Config, group_rows, teacher_of
+from prmoe_jax.config import Config, expand, group_rows, teacher_of
 from prmoe_jax.data.pipeline import (
     Batch,
     Data,
@@ -74,7 +73,7 @@ def restore_teacher(
       UserError: the folder holds no run or no such checkpoint, or the run cannot teach this
         student.
     """
-    workdir = stores.as_path(config.teacher.workdir)
+    workdir = expand("teacher.workdir", config.teacher.workdir)
     settings = teacher_of(config)
     check_same(workdir / workdirs.TOKENIZER, tokenizer, "the teacher")
     check_beside(settings, config, mesh)
@@ -178,7 +177,9 @@ def init_from_teacher(config: Config, teacher: Teacher, data: Data, mesh: Mesh) 
     load = {}
     for i, layer in enumerate(layers):
         if want[i] < have[layer]:
-            load[layer] = _expert_load(stores.as_path(config.teacher.workdir), teacher.step, layer)
+            load[layer] = _expert_load(
+                expand("teacher.workdir", config.teacher.workdir), teacher.step, layer
+            )
     log.info("the student starts as layers %s of its teacher", " ".join(map(str, layers)))
     if config.teacher.importance == "taylor":
         importance = _importance(config, teacher, data, mesh)

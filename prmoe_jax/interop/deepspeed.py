@@ -186,7 +186,8 @@ def check_exportable(config: Config) -> None:
             "layer drops tokens in both or in neither"
         )
     theirs = _overflow(config.model.top_k)
-    if math.isfinite(factors[0]) and config.moe.overflow != theirs:
+    has_experts = any(config.model.schedule.experts)
+    if has_experts and math.isfinite(factors[0]) and config.moe.overflow != theirs:
         log.warning(
             "moe.overflow=%s: DeepSpeed's layer drops as overflow=%s", config.moe.overflow, theirs
         )

@@ -186,19 +186,19 @@ def spread(found: dict[str, dict[int, dict]]) -> Spread | None:
 
 
 def difference(
-    arm: dict[int, dict], base: dict[int, dict], of: str = "loss", pooled: Spread | None = None
+    arm: dict[int, dict], base: dict[int, dict], pooled: Spread | None = None
 ) -> Mean | None:
-    """An arm's mean difference from another, paired by seed; None with under two common seeds.
+    """An arm's mean difference in loss from another; None with under two common seeds.
 
-    Its margin is that of the pairs (Student's t), or with `pooled` that of two losses with this
-    spread.
+    It is paired by seed. Its margin is that of the pairs (Student's t), or with `pooled` that of
+    two losses with this spread.
     """
-    found, _ = _difference(arm, base, of, pooled)
+    found, _ = _difference(arm, base, pooled)
     return found
 
 
 def _difference(
-    arm: dict[int, dict], base: dict[int, dict], of: str, pooled: Spread | None
+    arm: dict[int, dict], base: dict[int, dict], pooled: Spread | None
 ) -> tuple[Mean | None, int]:
     """The difference, and the degrees of freedom of its margin."""
     from scipy import stats
@@ -206,7 +206,7 @@ def _difference(
     common = sorted(arm.keys() & base.keys())
     if len(common) < 2:
         return None, 0
-    found = mean([arm[seed][of] - base[seed][of] for seed in common])
+    found = mean([arm[seed]["loss"] - base[seed]["loss"] for seed in common])
     if pooled is None:
         return found, len(common) - 1
     t = float(stats.t.ppf(0.975, pooled.freedom))
@@ -231,7 +231,7 @@ def verdict(
     """
     from scipy import stats
 
-    apart, freedom = _difference(arm, base, "loss", pooled)
+    apart, freedom = _difference(arm, base, pooled)
     if apart is None:
         return None
     two_sided, one_sided = (float(stats.t.ppf(q, freedom)) for q in (0.975, 0.95))

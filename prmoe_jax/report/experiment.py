@@ -148,8 +148,9 @@ def report(folder: Path, base: str | None = None) -> dict:
     if worth:
         pictures[folder / "multipliers"] = (
             "Dense-equivalent multipliers. Small dots: seeds; bars: 95 % intervals of three seeds "
-            "or more. Triangles: beyond the ladder. Dashed: the joint MoE scaling law (arXiv "
-            "2502.05172), which was fitted to models of 79 M active parameters and more."
+            "or more, cut at the ends of the ladder. Triangles: beyond the ladder. Dashed: the "
+            "joint MoE scaling law (arXiv 2502.05172), which was fitted to models of 79 M active "
+            "parameters and more."
         )
         figures.multipliers(worth, folder / "multipliers")
     for one in worth:

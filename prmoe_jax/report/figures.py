@@ -185,8 +185,8 @@ def multipliers(found: list[Multiplier], path: Path) -> None:
     """Draws multipliers against tokens per active parameter, and the scaling law's prediction.
 
     Arms of one model are joined by a line. One that is beyond the ladder is a triangle at the
-    ladder's end, which points away from it. Small dots are seeds; a bar is the 95 % interval of
-    three seeds or more, since that of two is several times as wide.
+    ladder's end, which points away from it. Small dots are seeds; a bar is the 95 % interval, cut
+    at the ladder's ends, of three seeds or more, since that of two is several times as wide.
     """
     series: dict[str, list[Multiplier]] = {}
     for one in sorted(found, key=lambda one: (one.experts, one.tokens)):

@@ -48,6 +48,18 @@ class TrainState(NamedTuple):
     optimizer: optax.OptState
 
 
+@contextlib.contextmanager
+def _quiet_orbax():
+    """Leaves out Orbax's three warnings about each folder that it opens to read."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(max(level, logging.ERROR))
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 class Checkpoints:
     """The checkpoints of one run.
 
@@ -67,14 +79,15 @@ class Checkpoints:
         policies = [preservation.LatestN(keep), preservation.CustomSteps(kept_steps)]
         if keep_every:
             policies.append(preservation.EveryNSteps(keep_every))
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=preservation.AnyPreservationPolicy(policies),
-            cleanup_tmp_directories=keep is not None,
-            read_only=keep is None,
-        )
-        self._manager = ocp.CheckpointManager(
-            self._directory, options=options, item_names=("model", "optimizer", "data")
-        )
+        with _quiet_orbax() if keep is None else contextlib.nullcontext():
+            options = ocp.CheckpointManagerOptions(
+                preservation_policy=preservation.AnyPreservationPolicy(policies),
+                cleanup_tmp_directories=keep is not None,
+                read_only=keep is None,
+            )
+            self._manager = ocp.CheckpointManager(
+                self._directory, options=options, item_names=("model", "optimizer", "data")
+            )
 
     def save(self, step: int, state: TrainState, data: dict) -> None:
         """Starts writing a checkpoint; returns when the arrays may be overwritten.
@@ -256,9 +269,11 @@ class Checkpoints:
             items = self._read(step, model=_restore_arguments(shapes, mesh))
             _verify({"model": items["model"]}, record)
         except Damaged as damage:
+            fix = "restore a copy of it"
+            if step == self.latest() and self._has(step, "optimizer"):
+                fix = "resume the training, which falls back to the one before it"
             raise UserError(
-                f"checkpoint {step} in {self._directory} cannot be read ({damage}); "
-                "resume the training, which falls back to the one before it"
+                f"checkpoint {step} in {self._directory} cannot be read ({damage}); {fix}"
             ) from damage
         self._check_tokenizer(step, record)
         return step, _unflatten(shapes, items["model"])

@@ -258,6 +258,16 @@ def read_metrics(path: Path) -> list[dict]:
     return files.read_json_lines(path, {"step": int}, fix)
 
 
+def finished(config: Config, workdir: Path) -> bool:
+    """Whether a run's folder has the evaluation at its end.
+
+    Raises:
+      UserError: metrics.jsonl cannot be read, or a line is damaged.
+    """
+    lines = read_metrics(workdir / METRICS)
+    return bool(lines) and "eval/loss" in lines[-1] and lines[-1]["step"] == config.total_steps
+
+
 ROUTER_COLUMNS = (
     "drop_fraction",
     "unserved_fraction",

@@ -91,7 +91,7 @@ def restore_model(
 def _last_step(workdir: Path) -> int:
     """The step of the last line of a run's metrics, or 0 if there is none or it is damaged."""
     with contextlib.suppress(UserError):
-        if (lines := read_metrics(workdir / METRICS)) and isinstance(lines[-1]["step"], int):
+        if lines := read_metrics(workdir / METRICS):
             return lines[-1]["step"]
     return 0
 

@@ -95,7 +95,7 @@ def _assigned(path: Path) -> dict[str, object]:
     for node in tree.body:
         if isinstance(node, (ast.Assign, ast.AnnAssign)):
             target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, TypeError):  # {[1]: 2} is a TypeError
                 plain[target] = ast.literal_eval(node.value)
     found = {}
     for node in ast.walk(tree):
@@ -104,6 +104,11 @@ def _assigned(path: Path) -> dict[str, object]:
             name = node.id
         elif isinstance(node, ast.alias):
             name = node.asname or node.name
+            if name == "*":
+                raise UserError(
+                    f"{path}, line {node.lineno}: import names, not *: a report reads "
+                    f"{', '.join(sorted(NAMES))} without running the file"
+                )
         if name in NAMES:
             if not (isinstance(node, ast.expr) and node in plain):
                 raise UserError(

@@ -8,10 +8,10 @@ import dataclasses
 from pathlib import Path
 
 from prmoe_jax import stores
-from prmoe_jax.config import Config, check_resume, load
+from prmoe_jax.config import Config, check_resume, expand, load
 from prmoe_jax.errors import UserError
 from prmoe_jax.run import directory as workdirs
-from prmoe_jax.run.metrics import read_metrics
+from prmoe_jax.run.metrics import finished
 from prmoe_jax.sweep import records
 from prmoe_jax.sweep.definition import Run, branch
 
@@ -27,7 +27,7 @@ def needs_of(runs: dict[str, Run], root: Path) -> dict[str, list[str]]:
     needs = {}
     for name, (config, trunk) in runs.items():
         read = filter(None, (config.init.workdir, config.teacher.workdir))
-        found = [trunk, *(names.get(_place(stores.as_path(folder))) for folder in read)]
+        found = [trunk, *(names.get(_place(expand(name, folder))) for folder in read)]
         needs[name] = [other for other in dict.fromkeys(found) if other not in (None, name)]
     return needs
 
@@ -92,12 +92,6 @@ def check_needed(
             )
 
 
-def finished(config: Config, workdir: Path) -> bool:
-    """Whether a run's folder has its last evaluation."""
-    lines = read_metrics(workdir / "metrics.jsonl")
-    return bool(lines) and "eval/loss" in lines[-1] and lines[-1]["step"] == config.total_steps
-
-
 def has_checkpoint(workdir: Path, step: int) -> bool:
     """Whether a run's folder has the checkpoint of a step."""
     return (workdir / "checkpoints" / str(step)).is_dir()
@@ -151,4 +145,4 @@ def _starts(config: Config, given: Config) -> set[Path]:
     learns = given.init.step < config.kd_steps and not config.teacher.cache
     if inherits or learns:
         starts.append(config.teacher.workdir)
-    return {_place(stores.as_path(folder)) for folder in starts if folder}
+    return {_place(expand("a run's start", folder)) for folder in starts if folder}

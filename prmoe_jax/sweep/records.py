@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from prmoe_jax import files
-from prmoe_jax.config import RESUMABLE, Config, changed
+from prmoe_jax.config import RESUMABLE, Config, changed, expand, load
 from prmoe_jax.errors import UserError
 from prmoe_jax.model.sizes import cost
-from prmoe_jax.run.metrics import read_metrics
+from prmoe_jax.run.directory import CONFIG
+from prmoe_jax.run.metrics import METRICS, read_metrics
 from prmoe_jax.sweep.definition import Run
 from prmoe_jax.tables import aligned
 
@@ -64,8 +65,8 @@ def record(name: str, config: Config, workdir: Path) -> dict:
       flops_per_token (of training); tokens, loss, bits_per_byte and drop_fraction at the end;
       layers, the statistics of `metrics.summarise` for each MoE layer at the end, by the layer's
       number; evaluations and losses, each a list of [tokens, nats per token]; evaluated_tokens,
-      the number of the validation split's tokens in each evaluation; tokens_per_second;
-      revisions, versions and device.
+      the number of the validation split's tokens in each evaluation; tokens_per_second, the median
+      of a branch's own steps; revisions, those of a branch's trunk included; versions and device.
 
     Raises:
       UserError: metrics.jsonl or environment.json cannot be read, or lacks a field that is needed.
@@ -74,7 +75,8 @@ def record(name: str, config: Config, workdir: Path) -> dict:
     if not (trained and evaluated):
         raise UserError(f"{workdir}/metrics.jsonl holds no step, or no evaluation")
     last, a_step = evaluated[-1], config.tokens_per_step
-    starts = _starts(workdir / "environment.json")
+    starts, branch_step = _starts(workdir)
+    own = [line for line in trained if line["step"] > branch_step] or trained
     layers: dict[str, dict] = {}
     for key, value in last.items():
         if key.startswith("eval/layers/"):
@@ -97,7 +99,7 @@ def record(name: str, config: Config, workdir: Path) -> dict:
         "losses": [
             [line["tokens"], line["lm_loss"]] for line in trained[:: -(-len(trained) // POINTS)]
         ],
-        "tokens_per_second": statistics.median(line["tokens_per_second"] for line in trained),
+        "tokens_per_second": statistics.median(line["tokens_per_second"] for line in own),
         "revisions": sorted({start["git_revision"] or "unknown" for start in starts}),
         "versions": starts[-1]["versions"],
         "device": starts[-1]["device"],
@@ -110,7 +112,7 @@ def logged(workdir: Path) -> tuple[list[dict], list[dict]]:
     Raises:
       UserError: the file cannot be read, or a line lacks a field; names the line.
     """
-    path = workdir / "metrics.jsonl"
+    path = workdir / METRICS
     lines = read_metrics(path)
     trained = [line for line in lines if "loss" in line]
     evaluated = [line for line in lines if "eval/loss" in line]
@@ -169,7 +171,7 @@ def of_runs(rows: list[dict], runs: dict[str, Run]) -> list[dict]:
     known = {
         row["run"]: row
         for row in rows
-        if row["run"] in runs and row["settings"] == _settings(runs[row["run"]].config)
+        if row["run"] in runs and _lasting(row["settings"]) == _settings(runs[row["run"]].config)
     }
     return [known[name] for name in runs if name in known]
 
@@ -229,22 +231,36 @@ def table(records: list[dict]) -> str:
     return aligned(("run", "loss", "bits/byte", "params", "active", "tokens/s"), rows)
 
 
-def _starts(path: Path) -> list[dict]:
-    """The starts of a run in its environment.json, oldest first; without any, an unknown one."""
+def _starts(workdir: Path) -> tuple[list[dict], int]:
+    """The starts of a run in its environment.json, oldest first; without any, an unknown one.
+
+    Those of a branch begin with its trunk's, if these are still there.
+
+    Returns:
+      The starts, and the step at which the run left its trunk; 0 without one.
+    """
+    path = workdir / "environment.json"
     fix = "delete it (the record then says 'unknown'), or restore a copy"
     starts = files.read_json(path, list, fix) if path.exists() else []
     for start in starts:
         files.require(start, START, str(path), fix)
-    return starts or [{"git_revision": None, "versions": {}, "device": "unknown"}]
+    init = load(workdir / CONFIG).init if (workdir / CONFIG).exists() else None
+    before: list[dict] = []
+    if init and init.step:
+        before, _ = _starts(expand("init.workdir", init.workdir))
+    unknown = {"git_revision": None, "versions": {}, "device": "unknown"}
+    return before + (starts or [unknown]), init.step if init else 0
 
 
 def _settings(config: Config) -> dict:
     """Settings that differ from the defaults, without those that may change on resuming."""
-    return {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in changed(config).items()
-        if not name.startswith(RESUMABLE)
-    }
+    settings = _lasting(changed(config))
+    return {n: list(v) if isinstance(v, tuple) else v for n, v in settings.items()}
+
+
+def _lasting(settings: dict) -> dict:
+    """Leaves out settings that may change on resuming, of which an older record may have some."""
+    return {name: v for name, v in settings.items() if not name.startswith(RESUMABLE)}
 
 
 def _is_pair(value) -> bool:

@@ -20,13 +20,13 @@ from prmoe_jax import files, stores
 from prmoe_jax.config import Config, check_resume, load, save
 from prmoe_jax.errors import UserError
 from prmoe_jax.run import directory as workdirs
+from prmoe_jax.run.metrics import finished
 from prmoe_jax.stores import lock
 from prmoe_jax.sweep import records
 from prmoe_jax.sweep.definition import Run, branch, planned
 from prmoe_jax.sweep.needs import (
     check_needed,
     discard_checkpoints,
-    finished,
     has_checkpoint,
     needs_of,
     share,
@@ -182,11 +182,9 @@ def _train(name: str, config: Config, workdir: Path, progress: SweepProgress) ->
         )
         try:
             process.wait()
-        except BaseException:  # Ctrl-C also reaches the run, which saves a checkpoint
-            process.wait()
-            raise
-        finally:
+        finally:  # after Ctrl-C, too, the run then saves a checkpoint and ends
             process.stdin.close()
+            process.wait()
     if process.returncode == 0 and finished(config, workdir):
         return
     how = "failed" if process.returncode else "stopped before its last evaluation"

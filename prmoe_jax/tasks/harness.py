@@ -156,7 +156,7 @@ class PrmoeLM(TemplateLM):
 
 
 def evaluate_tasks(
-    workdir: Path, tasks: Sequence[str], limit: int | None = None, batch_size: int = BATCH_SIZE
+    workdir: Path, tasks: Sequence[str], limit: int | None = None
 ) -> dict[str, dict]:
     """Scores a run in local tasks or tasks of the harness.
 
@@ -164,7 +164,6 @@ def evaluate_tasks(
       workdir: the run's folder.
       tasks: names or patterns of names; those of `local.NAMES` need no network.
       limit: number of examples of each task; all by default.
-      batch_size: batch size of the forward passes, which changes no score.
 
     Returns:
       For each task its metrics, their standard errors (acc_stderr that of acc), and the number of
@@ -195,10 +194,11 @@ def evaluate_tasks(
     for name in names:
         try:
             load_task(name)
-        except (ImportError, OSError) as error:  # a task's own package, or the network
+        except (ImportError, OSError, RuntimeError, ValueError) as error:
+            # A task's own package, the network, or a dataset that is a script.
             raise UserError(f"--tasks={name} cannot be loaded: {first_line(error)}") from error
     found = simple_evaluate(
-        PrmoeLM(str(workdir), batch_size),
+        PrmoeLM(str(workdir)),
         tasks=list(dict.fromkeys(names)),
         task_manager=known,
         limit=limit,

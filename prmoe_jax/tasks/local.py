@@ -67,6 +67,8 @@ def prepare(name: str, config: DataConfig) -> Path:
     def build(temporary: Path) -> None:
         found = list(rows())
         if not found:
+            if name != "cloze":
+                raise UserError(f"--tasks={name}: its package has no example; install it again")
             raise UserError(f"corpus {config.corpus!r} has no passage to make a cloze task of")
         found = found[:: -(-len(found) // EXAMPLES)]
         lines = "".join(json.dumps(row) + "\n" for row in found)

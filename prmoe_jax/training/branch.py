@@ -11,7 +11,7 @@ from pathlib import Path
 from jax.sharding import Mesh
 
 from prmoe_jax import config as configs
-from prmoe_jax import files, stores
+from prmoe_jax import files
 from prmoe_jax.config import Config
 from prmoe_jax.run import directory as workdirs
 from prmoe_jax.run.checkpoint import Checkpoints, TrainState
@@ -26,7 +26,7 @@ def check(config: Config) -> None:
       UserError: the folder holds no run, or a run with other settings.
     """
     with reading_source():
-        workdir = stores.as_path(config.init.workdir)
+        workdir = configs.expand("init.workdir", config.init.workdir)
         if (workdir / workdirs.CONFIG).exists():
             files.regular(workdir / workdirs.CONFIG)
         trunk = configs.load(workdir / workdirs.CONFIG)
@@ -45,7 +45,7 @@ def restore(config: Config, shapes: TrainState, mesh: Mesh) -> tuple[int, TrainS
       UserError: there is no such checkpoint, or it cannot be read.
     """
     with reading_source():
-        trunk = Checkpoints(stores.as_path(config.init.workdir))
+        trunk = Checkpoints(configs.expand("init.workdir", config.init.workdir))
         with contextlib.closing(trunk):
             step, state, record = trunk.restore_step(config.init.step, shapes, mesh)
     record.pop("productive_s", None)  # the trunk's seconds; the branch's wall time starts now
@@ -59,6 +59,6 @@ def copy_metrics(config: Config, workdir: Path) -> None:
       UserError: the trunk's metrics.jsonl cannot be read, or the branch's cannot be written.
     """
     with reading_source():
-        lines = read_metrics(stores.as_path(config.init.workdir) / METRICS)
+        lines = read_metrics(configs.expand("init.workdir", config.init.workdir) / METRICS)
     kept = [line for line in lines if line["step"] <= config.init.step]
     files.replace(workdir / METRICS, "".join(json.dumps(line) + "\n" for line in kept))

@@ -53,6 +53,7 @@ from prmoe_jax.run.directory import shared_settings
 from prmoe_jax.run.metrics import (
     METRICS,
     MetricsWriter,
+    finished,
     model_flops_utilisation,
     read_metrics,
     to_python,
@@ -116,7 +117,6 @@ def train(
         lock = stack.enter_context(locked(workdir)) if first else None
         processes.barrier()  # after it, the run's folder exists
         processes.check_folders(workdir, cache.root(config.data))
-        interrupted = stack.enter_context(PreemptionGuard())
         checkpoints = stack.enter_context(
             contextlib.closing(
                 Checkpoints(
@@ -135,6 +135,7 @@ def train(
             configs.check_resume(configs.load(settings), config)
         else:
             checkpoints.check_new()
+            _check_not_finished(workdir)
             if config.init.step:
                 branch.check(config)
         # 2. The tokenizer and the data, which must be those that the run began with.
@@ -143,6 +144,9 @@ def train(
             data = load_data(config.data, *shape, stored if resuming else None)
         if config.teacher.cache:
             data = teacher_cache.attach(data, config)
+        # Text may take long to prepare, and a signal ends that at once. From here on a signal stops
+        # the run with a checkpoint.
+        interrupted = stack.enter_context(PreemptionGuard())
         fingerprint = pipeline_fingerprint(data, config.train.batch_size, config.seed)
         processes.agree("the text", lambda: fingerprint)
         rows = local_rows(mesh, config.train.batch_size)
@@ -155,9 +159,12 @@ def train(
             restored = branch.restore(config, shapes, mesh)
         if restored:
             step, state, record = restored
-            check_fingerprint(record["fingerprint"], fingerprint)
+            how, fix = "resumed", "give another --workdir to start afresh"
+            if branching:
+                how = f"goes on from {config.init.workdir}"
+                fix = f"leave out init.step={step}, which is of the run in {config.init.workdir}"
+            check_fingerprint(record["fingerprint"], fingerprint, fix)
             batches.set_state(record["iterator"])
-            how = f"goes on from {config.init.workdir}" if branching else "resumed"
             log.info("%s at step %d of %d", how, step, config.total_steps)
         else:
             step = 0
@@ -414,14 +421,28 @@ class Run:
             self.progress.set_postfix_str(line)
 
 
-def check_fingerprint(saved: dict, current: dict) -> None:
-    """Checks that a run resumes with the data that it began with.
+def check_fingerprint(saved: dict, current: dict, fix: str) -> None:
+    """Checks that a run goes on with the data that it began with; `fix` ends the message.
 
     Raises:
       UserError: the data differ; names the difference.
     """
     if changes := fingerprint_changes(saved, current):
         raise UserError(
-            f"the data changed since the checkpoint was written: {changes}; "
-            "restore the data, or give another --workdir to start afresh"
+            f"the data changed since the checkpoint was written: {changes}; restore the data, or "
+            f"{fix}"
+        )
+
+
+def _check_not_finished(workdir: Path) -> None:
+    """Refuses to train a finished run without checkpoints anew, which would delete its metrics.
+
+    Raises:
+      UserError: the run is finished, or its files cannot be read.
+    """
+    settings = workdir / workdirs.CONFIG
+    if settings.exists() and finished(configs.load(settings), workdir):
+        raise UserError(
+            f"the run in {workdir} is finished, and its checkpoints are gone; give another "
+            f"--workdir, or, to train it again from step 0, move its {METRICS} away"
         )

@@ -22,8 +22,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from prmoe_jax import files, stores
-from prmoe_jax.config import Config, ModelConfig, check_same_routing, load
+from prmoe_jax import files
+from prmoe_jax.config import Config, ModelConfig, check_same_routing, expand, load
 from prmoe_jax.config.family import differing
 from prmoe_jax.data.tokenizer import Tokenizer, check_same
 from prmoe_jax.errors import UserError
@@ -49,7 +49,7 @@ def init_from_run(config: Config, mesh: Mesh, tokenizer: Tokenizer) -> Transform
       UserError: the folder holds no run, or the run doesn't fit.
     """
     with reading_source():
-        workdir = stores.as_path(config.init.workdir)
+        workdir = expand("init.workdir", config.init.workdir)
         if (workdir / workdirs.CONFIG).exists():
             files.regular(workdir / workdirs.CONFIG)
         settings = load(workdir / workdirs.CONFIG)

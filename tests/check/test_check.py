@@ -131,7 +131,12 @@ def test_two_processes(tmp_path):
     assert len(wrong) == 3, wrong
     assert found(record, "same product") == [
         (0, OK, "all devices compute the same numbers"),
-        (1, FAIL, f"device {first} does not compute what the first one of process 0 does"),
+        (
+            1,
+            FAIL,
+            f"process 1 on {socket.gethostname()}: device {first} does not compute what the first "
+            "one of process 0 does",
+        ),
     ]
     assert len(record["rates"]["devices"]) == 4
     assert record["rates"]["collectives"]["all_reduce"] > 0
@@ -490,6 +495,30 @@ def test_a_benchmark_that_fails_leaves_the_others(monkeypatch):
     part = benchmarks.check(None, float("inf"), told.append)
     assert [(f.name, f.status) for f in part.findings] == [("a", FAIL), ("b", OK)]
     assert (part.numbers, told) == ({"b": rows}, ["table\n"])
+
+
+def test_processes_that_find_something_are_named(monkeypatch):
+    """Each finding is shown once, with all of them and their hosts, unless all have found it."""
+    old, slow, fine = (Finding(name, FAIL, f"{name}.", "mend it") for name in ("old", "slow", "x"))
+    fine = fine._replace(status=OK)
+    gathered = [("a", [fine, slow]), ("b", [slow, old]), ("b", [slow, old, fine]), ("c", [slow])]
+    monkeypatch.setattr(run.processes, "gathered", lambda own: gathered)
+    record, told = {"findings": [], "environment": {"backend": "cpu"}}, []
+    run._add(record, "rates", Part([fine, slow], {}), told.append)
+    assert run.wrong(record) == [
+        "rates: slow: slow.; mend it",
+        "rates: old: process 1, 2 on b: old.; mend it",
+    ]
+    assert [found["name"] for found in record["findings"]] == ["x", "slow", "old"]
+    assert "process 1, 2 on b: old." in told[0]
+
+
+def test_a_slow_store_does_not_keep_the_run_from_being_made(tmp_path, monkeypatch):
+    monkeypatch.setattr(trial, "FILE_BYTES", 1 << 16)
+    monkeypatch.setattr(trial, "slow", lambda rates, share: {0: 0.1})
+    monkeypatch.setattr(trial, "train", run_of(iter([WHOLE, WHOLE[2:]])))
+    found = trial.check(tmp_path).findings
+    assert [finding.status for finding in found] == [FAIL, FAIL, OK], table(found)
 
 
 def test_a_fix_stands_below_its_line():

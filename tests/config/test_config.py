@@ -633,6 +633,7 @@ FREE = {
     "log.every",
     "log.stall_minutes",
     "log.wandb",
+    "train.accumulate",
     "train.compile_cache",
     "data.cache_dir",
     "model.remat",

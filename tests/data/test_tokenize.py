@@ -434,6 +434,15 @@ def test_another_text_needs_another_folder(tmp_path, capsys):
     assert tokenize(*IN_PROCESS) == 2
     assert "out has shards of other text or settings" in capsys.readouterr().err
     assert content("out") == before
+    # Other text of the same size under the same name, too.
+    (tmp_path / "text" / "b.jsonl").unlink()
+    assert tokenize(*IN_PROCESS) == 0
+    file, written = tmp_path / "text" / "a.jsonl", (tmp_path / "out" / "index.json").stat().st_mtime
+    file.write_bytes(file.read_bytes().replace(b"expert", b"excerp"))
+    os.utime(file, (written + 1, written + 1))
+    assert tokenize(*IN_PROCESS) == 2
+    assert "out was written before a file of data.corpus=" in capsys.readouterr().err
+    assert content("out") == before
 
 
 def test_without_beam_it_says_so(monkeypatch, tmp_path, capsys):

@@ -181,6 +181,9 @@ def test_choices_by_hand():
         UserError, match="needs 4 experts for model.top_k=4, and the smallest has 4"
     ):
         chosen(0.5, "pyramid", least=4)
+    for keep, shape in (0.95, "uniform"), (0.97, "pyramid"), ((4,), "pyramid"):
+        with pytest.raises(UserError, match=" keeps all 8 experts; give less"):
+            chosen(keep, shape)
     with pytest.raises(UserError, match="needs 18 experts for model.top_k=17, and the smallest ha"):
         choose({0: np.arange(17.0), 1: np.arange(64.0)}, 0.9, "pyramid", 17)
     # Numbers are multiples of an eighth of the smallest layer's.

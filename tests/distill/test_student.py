@@ -76,6 +76,23 @@ def test_experts_are_chosen_as_the_teacher_s(teacher, student, message):
     check_same_routing(student, dense, "the run to start as")
 
 
+@pytest.mark.parametrize(
+    ("teacher", "student", "layers"),
+    [
+        # A single expert's weight is not divided by itself, unless that is asked for.
+        (("4 layers, E=4, top 2", "auto"), ("4 layers, E=4", "always"), [0, 1, 2, 3]),
+        (("4 layers, E=4", "auto"), ("4 layers, E=4, top 2", "never"), [0, 1, 2, 3]),
+        (("4 layers, E=4, top 2", "never"), ("2 layers", "auto"), [0, 2]),
+    ],
+)
+def test_a_student_with_another_number_of_choices(teacher, student, layers):
+    """What counts is whether weights add up to 1, not the setting's name for it."""
+    teacher, student = (
+        settings(text, model={"normalize_top_k": form}) for text, form in (teacher, student)
+    )
+    assert source_layers(teacher, student) == layers
+
+
 def test_experts_of_equal_load_are_not_left_out():
     teacher, same, fewer = (
         settings(f"4 layers, E={experts}", moe={"router": "expert_choice"}) for experts in (3, 3, 2)
@@ -246,7 +263,7 @@ def test_the_papers_students_are_parts_of_its_teachers(size):
     ("student", "model", "chosen", "message"),
     [
         ("6 layers, E=3x3, residual", {"d_ff": 11}, "", "model.d_ff=11 is more than the teacher's"),
-        ("6 layers, E=3x3, residual", {"d_model": 8}, "", "is 4, the teacher's 6, and heads are"),
+        ("6 layers, E=3x3, residual", {"d_model": 8}, "", "is 4 wide, one of the teacher 6, and"),
         ("6 layers, E=3x3", {}, "", "model.residual=False, the teacher's is True; a student that"),
         ("6 layers, E=3x3, residual", {"clip_qkv": 2.0}, "", "model.clip_qkv=2.0, the teacher's"),
         ("8 layers, E=3x2+5x2, residual", {}, "", "the student has 4 dense layers, the teacher 3"),

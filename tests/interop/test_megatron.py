@@ -148,6 +148,11 @@ def test_whom_a_full_expert_keeps(top_k, overflow, golden, monkeypatch, caplog):
         deepspeed.check_exportable(dataclasses.replace(config, moe=moe))
         told = f"moe.overflow={other}: DeepSpeed's layer drops as overflow={overflow}"
         assert told in caplog.text
+    caplog.clear()
+    dense = dataclasses.replace(config.model, experts=(), placement="none")
+    other = dataclasses.replace(config.moe, overflow="probability")
+    deepspeed.check_exportable(dataclasses.replace(config, model=dense, moe=other))
+    assert not caplog.text
 
 
 UNKNOWN_THERE = {

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import os
 import re
 import resource
@@ -16,9 +17,12 @@ import numpy as np
 import pytest
 
 from prmoe_jax.cli import main
+from prmoe_jax.config import load
 from prmoe_jax.errors import UserError
+from prmoe_jax.parallel.mesh import make_mesh
 from prmoe_jax.run import checkpoint, directory
 from prmoe_jax.run.checkpoint import Checkpoints
+from prmoe_jax.run.restore import restore_model
 from prmoe_jax.stores import lock
 from tests.support.paths import REPOSITORY
 from tests.support.runs import (
@@ -64,6 +68,14 @@ def test_only_checkpoint_damaged(text, tmp_path, capsys):
         assert main(command) == 2
         assert "they are beside it as damaged-3: put a copy of one back" in capsys.readouterr().err
     (tmp_path / "run" / "damaged-3").rename(tmp_path / "elsewhere")
+    # The run is finished, and a new one would delete its record.
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    before = metrics.read_bytes(), (tmp_path / "run" / "config.json").read_bytes()
+    for other in command, arguments(text, tmp_path / "run", "top2", seed=7):
+        assert main(other) == 2
+        assert "is finished, and its checkpoints are gone; give ano" in capsys.readouterr().err
+        assert (metrics.read_bytes(), (tmp_path / "run" / "config.json").read_bytes()) == before
+    metrics.rename(tmp_path / "metrics.jsonl")
     assert main(command) == 0
     assert parameters(tmp_path / "run")[0] == 3
 
@@ -401,6 +413,33 @@ def test_a_process_lost_during_a_checkpoint_is_told_apart(processes, kind, tmp_p
     monkeypatch.setattr(jax, "process_count", lambda: processes)
     with pytest.raises(kind, match="Barrier failed" if processes > 1 else "Timed out while wait"):
         checkpoints.close()
+
+
+def test_opening_to_read_prints_nothing(tmp_path, capfd, caplog):
+    """Orbax has three warnings for it, which a notebook would show at every evaluation."""
+    orbax = logging.getLogger("absl")
+    before = orbax.level
+    with caplog.at_level(logging.WARNING, "absl"):
+        Checkpoints(tmp_path).close()
+        assert orbax.level == logging.WARNING
+    assert not caplog.records and capfd.readouterr() == ("", "")
+    assert orbax.level == before
+
+
+def test_a_damaged_checkpoint_to_read(copied, capsys):
+    """Training can fall back to an earlier one, unless a step is asked for or there is no more."""
+    workdir, _ = copied
+    flip(workdir / "checkpoints" / "12" / "model")
+    command = ["generate", f"--workdir={workdir}", "--prompt=a", "--tokens=1"]
+    assert main(command) == 2
+    assert "cannot be read (" in (line := capsys.readouterr().err) and "resume the train" in line
+    with pytest.raises(UserError, match="cannot be read .*; restore a copy of it"):
+        flip(workdir / "checkpoints" / "10" / "model")
+        config = load(workdir / "config.json")
+        restore_model(workdir, config, make_mesh(config, jax.devices()[:1]), 10)
+    shutil.rmtree(workdir / "checkpoints" / "12" / "optimizer")  # as in an imported run
+    assert main(command) == 2
+    assert capsys.readouterr().err.endswith("; restore a copy of it\n")
 
 
 def test_no_other_projects_revision(tmp_path, monkeypatch):

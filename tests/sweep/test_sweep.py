@@ -20,7 +20,7 @@ from rich.console import Console
 from prmoe_jax.cli import main, parse_config
 from prmoe_jax.config import InitConfig, leaves, resolve, save
 from prmoe_jax.sweep import records, run
-from prmoe_jax.sweep.definition import branch, planned
+from prmoe_jax.sweep.definition import Run, branch, planned
 from prmoe_jax.sweep.progress import SweepProgress
 from tests.support.faults import file_size_limit
 from tests.support.lines import only_line
@@ -467,6 +467,8 @@ def test_another_config_is_another_run(text, tmp_path, capsys):
         ("def runs():\n    yield None", "runs() yields None, not (name, settings)"),
         ("def runs():\n    yield 7, {}", "runs() yields (7, {}), not (name, settings)"),
         ("def runs():\n    yield 'a', {}, 'b', 7", "runs() yields ('a', {}, 'b', 7), not (name, s"),
+        ("from common import *", "sweep.py, line 1: import names, not *: a report reads CONTRASTS"),
+        ("GRID = {[1]: 2}", "sweep.py fails at line 1: TypeError: "),
         ("KEEP_CHECKPOINTS = 0", "KEEP_CHECKPOINTS is 0; it must be True or False"),
         ("def runs():\n    yield 'a', None", "the settings of a are NoneType, not a dict or Conf"),
         ("def runs():\n    yield 'a', {7: 7}", "a: config.7 is not a setting; known: seed, model"),
@@ -504,6 +506,36 @@ def finished_run(folder, name, given):
     start = {"git_revision": "abc", "versions": {"jax": "0.1"}, "device": "cpu"}
     (workdir / "environment.json").write_text(json.dumps([start]))
     return workdir
+
+
+def test_a_record_of_a_branch(text, tmp_path):
+    """Its speed is that of its own steps; its revisions are its trunk's as well."""
+    given = {n: settings(text, **WSD | {"train.steps": n}) for n in (20, 40)}
+    trunk = finished_run(tmp_path, "20/1", given[20])
+    workdir = finished_run(tmp_path, "40/1", given[40])
+    branched = dataclasses.replace(resolve(given[40]), init=InitConfig(str(trunk), step=16))
+    save(branched, workdir / "config.json")
+    metrics = workdir / "metrics.jsonl"
+    own = {"step": 40, "tokens": 40 * 256, "loss": 4.5, "lm_loss": 4.0, "tokens_per_second": 9.0}
+    metrics.write_text(f"{metrics.read_text()}{json.dumps(own)}\n")
+    start = {"git_revision": "def", "versions": {"jax": "0.2"}, "device": "gpu"}
+    (workdir / "environment.json").write_text(json.dumps([start]))
+    row = records.record("40/1", resolve(given[40]), workdir)
+    assert (row["tokens_per_second"], row["revisions"]) == (9.0, ["abc", "def"])
+    assert (row["versions"], row["device"]) == ({"jax": "0.2"}, "gpu")
+    shutil.rmtree(trunk)
+    assert records.record("40/1", resolve(given[40]), workdir)["revisions"] == ["def", "unknown"]
+
+
+def test_a_record_of_settings_that_may_change_on_resuming(text, tmp_path):
+    """Older records have some of them, and are of the same run all the same."""
+    runs = {"a": Run(resolve(settings(text, **{"train.accumulate": 2})))}
+    row = records.record("a", runs["a"].config, finished_run(tmp_path, "a", settings(text)))
+    assert "train.accumulate" not in row["settings"]
+    older = row | {"settings": row["settings"] | {"train.accumulate": 4}}
+    assert records.of_runs([older], runs) == [older]
+    other = row | {"settings": row["settings"] | {"train.batch_size": 4}}
+    assert records.of_runs([other], runs) == []
 
 
 def recorded_settings(folder, given):
@@ -819,13 +851,14 @@ def test_why_a_run_failed(script, reason, given, tmp_path, monkeypatch, capsys):
     assert log.read_text().startswith("of another start\n")
 
 
-def test_a_run_does_not_outlive_its_sweep(text, tmp_path):
-    """After kill -9 of the sweep, its run saves itself and leaves its folder."""
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_run_does_not_outlive_its_sweep(number, text, tmp_path):
+    """After kill -9 or an interrupt of the sweep alone, its run saves itself and ends."""
     folder = write(tmp_path / "sweep", {"a": settings(text, **{"train.steps": 100_000})})
     process = start(*sweep(folder), PYTHONUNBUFFERED="1")
     workdir = folder / "runs" / "a"
     wait_for_lines(workdir, 3, process)
-    process.kill()
+    process.send_signal(number)
     finish(process)
     with (workdir / ".lock").open() as file:
         child, end = int(file.read()), time.monotonic() + 60
