@@ -115,7 +115,7 @@ for number, experts_L in chosen.items():
         )
 
 # %% [markdown]
-# After a few steps experts are told apart by the token rather than by its meaning, first in the
+# After a few steps the router chooses by the token itself rather than by its context, first in the
 # shallow layer. The loads, from the same file that `prmoe report --workdir=…` draws:
 
 # %%
