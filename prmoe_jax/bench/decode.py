@@ -28,11 +28,11 @@ from prmoe_jax.config import (
     MoeConfig,
     check_runs_without_limit,
 )
-from prmoe_jax.config.family import FAMILIES, differing
 from prmoe_jax.errors import UserError
 from prmoe_jax.inference.decoder import Decoder, decoder
 from prmoe_jax.inference.generate import PREFILL_CHUNK, STEPS, Sampling, decode, prefill
 from prmoe_jax.interop.gpt2 import gpt2_sizes
+from prmoe_jax.interop.settings import check_gpt2_form
 from prmoe_jax.model.sizes import cost
 from prmoe_jax.model.transformer import init_model
 from prmoe_jax.parallel.mesh import batch_axes, make_mesh, with_mesh
@@ -114,7 +114,7 @@ def bench_decode(
             for mesh in layouts
         }
         theirs = {}
-        gpt2 = not differing(base.model.form, FAMILIES["gpt2"]) and not base.model.kv_heads
+        gpt2 = _is_gpt2(base.model)
         found = all(map(importlib.util.find_spec, ("transformers", "torch")))
         if gpt2 and found and jax.default_backend() == "cpu":
             shape = json.dumps(gpt2_sizes(base.model) | {"bos_token_id": 0, "eos_token_id": 0})
@@ -154,6 +154,15 @@ def bench_decode(
                     }
                 )
     return rows
+
+
+def _is_gpt2(model: ModelConfig) -> bool:
+    try:
+        check_gpt2_form(model, "transformers' GPT-2 to compare with")
+    except UserError as error:
+        log.info("%s; it is left out", error)
+        return False
+    return True
 
 
 def dense(config: Config) -> Config:

@@ -31,8 +31,6 @@ from prmoe_jax.tables import aligned
 
 log = logging.getLogger(__name__)
 
-LOADS = ("uniform", "zipf")
-
 
 class Size(NamedTuple):
     """One layer: S tokens in one routing group, widths M and F, E experts."""

@@ -132,6 +132,7 @@ def _torch_rivals(config: Config) -> dict[str, list[str]]:
     for name, asked, theirs in (
         ("optimizer.kind", config.optimizer.kind, "adamw"),
         ("train.accumulate", config.train.accumulate, 1),
+        ("model.dropout", config.model.dropout, 0.0),
     ):
         if asked != theirs:
             log.info("the PyTorch step has %s=%s, not %s; it is left out", name, theirs, asked)

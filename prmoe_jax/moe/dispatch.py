@@ -53,10 +53,21 @@ def gather(x_GxSxD: jax.Array, routing: Routing, experts: Experts, slots: int) -
     choice_P = jnp.full(places, len(place_R), jnp.int32)
     choice_P = choice_P.at[place_R].set(jnp.arange(len(place_R)), mode="drop")
 
-    x_NxD = x_GxSxD.reshape(-1, width)
-    x_PxD = _take_rows(x_NxD, choice_P // top_k, place_R.reshape(-1, top_k))
+    x_NxD, token_P = x_GxSxD.reshape(-1, width), choice_P // top_k
+    # Experts that choose tokens have a choice for each token, and most of these have no slot: there
+    # only the rows of slots are held, and added up by XLA's scatter.
+    few_places = 2 * places < len(place_R)
+    if few_places:
+        x_PxD = jnp.take(x_NxD, token_P, axis=0, mode="fill", fill_value=0)
+    else:
+        x_PxD = _take_rows(x_NxD, token_P, place_R.reshape(-1, top_k))
     y_PxD = experts(x_PxD.reshape(experts.count, groups * slots, width)).reshape(places, width)
-    return _combine(y_PxD, routing.weight_GxSxK, place_R, choice_P), 0
+    if not few_places:
+        return _combine(y_PxD, routing.weight_GxSxK, place_R, choice_P), 0
+    weight_P = jnp.take(routing.weight_GxSxK.reshape(-1), choice_P, mode="fill", fill_value=0)
+    y_NxD = jnp.zeros(x_NxD.shape, jnp.float32)
+    y_NxD = y_NxD.at[token_P].add(weight_P[:, None] * y_PxD, mode="drop")
+    return y_NxD.astype(x_NxD.dtype).reshape(x_GxSxD.shape), 0
 
 
 def ragged(x_GxSxD: jax.Array, routing: Routing, experts: Experts, slots: int) -> Output:

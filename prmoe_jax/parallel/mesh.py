@@ -43,7 +43,9 @@ from prmoe_jax.errors import UserError
 log = logging.getLogger(__name__)
 
 
-def choose_mesh(config: Config, devices: int, any_batch: bool = False) -> Config:
+def choose_mesh(
+    config: Config, devices: int, any_batch: bool = False, decode: bool = False
+) -> Config:
     """The config with the mesh to run on: its own, or a suggested one if it has none.
 
     `suggest_mesh` makes the suggestion, with as few devices on the `tensor` axis as the batch
@@ -53,6 +55,7 @@ def choose_mesh(config: Config, devices: int, any_batch: bool = False) -> Config
       config: the experiment, from `on_slices` if there may be several slices.
       devices: the number of devices.
       any_batch: the mesh is not for training and need not fit the config's batch.
+      decode: the mesh is for decoding, and the config's batch has its sequences.
 
     Raises:
       UserError: no mesh of these devices fits the config, or its own doesn't; suggests a size that
@@ -70,7 +73,10 @@ def choose_mesh(config: Config, devices: int, any_batch: bool = False) -> Config
     for tensor in _divisors(devices // slice_count(config, devices)):
         suggested = dataclasses.replace(config, mesh=suggest_mesh(config, devices, tensor))
         try:
-            (axis_sizes if any_batch else check_fits)(suggested, devices)
+            if any_batch:
+                axis_sizes(suggested, devices)
+            else:
+                check_fits(suggested, devices, decode)
         except UserError as error:
             problem = problem or error
             continue
@@ -260,13 +266,13 @@ def _slices_of_experts(config: Config, sizes: Mapping[str, int], devices: int) -
     )
 
 
-def check_fits(config: Config, devices: int) -> None:
-    """Refuses a mesh on which the config can't be trained.
+def check_fits(config: Config, devices: int, decode: bool = False) -> None:
+    """Refuses a mesh on which the config can't be trained, or with `decode` can't decode its batch.
 
     Raises:
       UserError: the mesh does not fit the devices, the model or the batch; suggests a change.
     """
-    check_batch(config, devices // axis_sizes(config, devices)["tensor"])
+    check_batch(config, devices // axis_sizes(config, devices)["tensor"], decode)
 
 
 # The most devices on which FSDP is worth its all-gathers, unless memory requires more.
@@ -395,8 +401,13 @@ def check_splits(config: Config, sizes: Mapping[str, int]) -> None:
     model, tensor = config.model, sizes["tensor"]
     units = tensor * sizes["expert_slice"]
     values = {"heads": model.heads, "kv_heads": model.key_heads, "vocab_size": model.vocab_size}
-    values |= {"d_ff": model.d_ff, "expert_d_ff": model.expert_width}
-    values |= {"residual_d_ff": model.residual_width}
+    experts = model.schedule.experts
+    if 0 in experts:
+        values["d_ff"] = model.d_ff
+    if any(experts):
+        values["expert_d_ff"] = model.expert_width
+    if any(experts) and model.residual:
+        values["residual_d_ff"] = model.residual_width
     for name, value in values.items():
         parts = units if name == "expert_d_ff" else tensor
         if value % parts:
@@ -420,10 +431,19 @@ def check_splits(config: Config, sizes: Mapping[str, int]) -> None:
         )
 
 
-def check_batch(config: Config, devices: int) -> None:
-    """Checks that every device gets the same number of whole routing groups in every portion."""
+def check_batch(config: Config, devices: int, decode: bool = False) -> None:
+    """Checks that every device gets the same number of whole routing groups in every portion.
+
+    Raises:
+      UserError: it doesn't; suggests a batch, or with `decode` a number of sequences.
+    """
     batch, group_rows = config.train.batch_size, max(1, config.group_size // config.model.length)
     rows = devices * config.train.accumulate * group_rows
+    if batch % rows and decode:
+        raise UserError(
+            f"--decode={batch} sequences are not divisible by {rows} devices; use "
+            f"{max(1, batch // rows) * rows}"
+        )
     if batch % rows:
         raise UserError(
             f"train.batch_size={batch} is not divisible by {devices} devices x "
@@ -440,13 +460,13 @@ def check_beside(teacher: Config, student: Config, mesh: Mesh | AbstractMesh) ->
     """
     shape = mesh.shape
     sizes = {"tensor": shape["tensor"], "expert_slice": shape["slice"]}
-    check_splits(teacher, sizes | {"fsdp_experts": shape.get("fsdp_experts", 1)})
     model = dataclasses.replace(teacher.model, length=student.model.length)
     taught = dataclasses.replace(teacher, model=model, train=student.train)
     try:
+        check_splits(teacher, sizes | {"fsdp_experts": shape.get("fsdp_experts", 1)})
         check_batch(taught, mesh.size // mesh.shape["tensor"])
     except UserError as error:
-        raise UserError(f"the teacher, on its student's batches: {error}") from None
+        raise UserError(f"the teacher, on its student's mesh and batches: {error}") from None
 
 
 def batch_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from jax.sharding import AbstractMesh
 from prmoe_jax.config import Config, MeshConfig
 from prmoe_jax.errors import UserError
 from prmoe_jax.model.sizes import cost
-from prmoe_jax.parallel.mesh import axis_sizes, choose_mesh, flags, has_own_mesh, leaner
+from prmoe_jax.parallel.mesh import axis_sizes, choose_mesh, flags, has_own_mesh, leaner, with_mesh
 from prmoe_jax.plan.chips import CHIPS, chip_of, device_count, several, slice_shapes
 from prmoe_jax.plan.report import check_load, decoding, held_bytes, plan
 from prmoe_jax.training.optimizer import STATE_BYTES
@@ -33,9 +33,9 @@ def fit(
 
     Returns:
       The plan. If the config has no mesh, it also has `flags`, the command line's flags of the mesh
-      that was suggested. If the step doesn't fit, it also has `instead`, another plan (with
-      `flags`, which also has the portions) that fits, or None if none was found, and `tried`, a
-      list of (topology, reason) for the plans that failed.
+      that was suggested. If the step doesn't fit, it also has `instead`, another plan that fits, or
+      None if none was found, and `tried`, a list of (topology, reason) for the plans that failed.
+      The flags of `instead` also have the portions, and the exchange if it had to change.
 
     Raises:
       UserError: see `choose_mesh` and `report.plan`.
@@ -43,13 +43,13 @@ def fit(
     chip_of(topology)
     search = _Search(config, decode, teacher, load)
     devices = device_count(topology)
-    result = search.plan(topology, choose_mesh(on_topology(search.config, topology), devices))
+    placed = choose_mesh(on_topology(search.config, topology), devices, decode=decode > 0)
+    result = search.plan(topology, placed)
     if result["fits"]:
         return result
     slices = slice_shapes(topology.partition(":")[0])
     larger = [other for other in slices if device_count(other) > devices]
-    no_mesh = MeshConfig(slices=config.mesh.slices)
-    search.config = dataclasses.replace(search.config, mesh=no_mesh)
+    search.config = with_mesh(search.config, MeshConfig(slices=config.mesh.slices))
     found = filter(None, map(search.first, [topology, *larger]))
     return result | {"instead": next(found, None), "tried": search.tried}
 
@@ -74,6 +74,10 @@ def find(
     if several(chip)[1] not in CHIPS:
         raise UserError(
             f"--find={chip} is unknown; use one of {', '.join(CHIPS)}, or 2xv5p for two slices"
+        )
+    if several(chip)[0] > 1 and CHIPS[several(chip)[1]].platform == "gpu":
+        raise UserError(
+            f"--find={chip} asks for slices, which only TPUs have; use --find={several(chip)[1]}"
         )
     slices = slice_shapes(chip)
     on_topology(config, slices[0])
@@ -118,6 +122,7 @@ class _Search:
         check_load(config, decode, load)
         self.config = decoding(config, decode) if decode else config
         self.decode, self.teacher, self.load = decode, teacher, load
+        self.exchange = config.moe.exchange  # as given; a search may have to change it
         self.planned: set[tuple[str, MeshConfig, int]] = set()
         self.tried: list[tuple[str, str]] = []
         # What the last failed plan needed beside its state: bytes on all chips, times its portions.
@@ -132,7 +137,7 @@ class _Search:
         if state > devices * room:
             return self._failed(topology, f"the model alone is {state / 2**30:,.0f} GiB")
         try:
-            result = self._once(topology, choose_mesh(config, devices))
+            result = self._once(topology, choose_mesh(config, devices, decode=self.decode > 0))
             if result or has_own_mesh(self.config):
                 return result
             for tried in leaner(config, devices, portions=not self.decode):
@@ -160,6 +165,8 @@ class _Search:
         result = plan(config, topology, self.decode, teacher, self.load)
         if not has_own_mesh(self.config):
             result["flags"] = flags(config.mesh)
+            if config.moe.exchange != self.exchange:
+                result["flags"] += f" --config.moe.exchange={config.moe.exchange}"
             if portions != self.config.train.accumulate:
                 result["flags"] += f" --config.train.accumulate={portions}"
         if not result["fits"]:

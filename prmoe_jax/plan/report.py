@@ -32,6 +32,7 @@ from prmoe_jax.inference.decoder import Decoder
 from prmoe_jax.model.backends import check_backends
 from prmoe_jax.model.sizes import cost
 from prmoe_jax.model.transformer import Transformer, cast, init_model
+from prmoe_jax.moe.exchange import FEW_TOKENS, LEAST_ROWS, resolve
 from prmoe_jax.parallel import sharding
 from prmoe_jax.parallel.mesh import (
     batch_axes,
@@ -40,6 +41,7 @@ from prmoe_jax.parallel.mesh import (
     crosses_slices,
     make_mesh,
     on_slices,
+    splits_experts,
 )
 from prmoe_jax.plan.chips import Chip, topology_devices, unit
 from prmoe_jax.plan.collectives import (
@@ -102,8 +104,9 @@ def plan(
     check_load(config, decode, load)
     chip, devices = topology_devices(topology)
     config = on_slices(decoding(config, decode) if decode else config, devices)
-    check_fits(config, len(devices))
+    check_fits(config, len(devices), decode > 0)
     mesh = make_mesh(config, devices)
+    rounds = _rounds(config, mesh, decode, load)
     check_backends(config, chip.platform, mesh)
     if teacher:
         check_backends(teacher, chip.platform, mesh)
@@ -136,7 +139,6 @@ def plan(
         held["padding"] = padding
     # Activations, gradients and the program's working memory.
     held["temporaries"] = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
-    rounds = math.ceil(load / config.moe.buffer_factor)
     length = config.model.length
     windows = [c.model.window_in(length) or length for c in (config, teacher) if c]
     program = operations(compiled.as_text(), rounds, max(windows))
@@ -220,16 +222,40 @@ def decoding(config: Config, sequences: int) -> Config:
 
 
 def check_load(config: Config, decode: int, load: float) -> None:
-    """Refuses a load that changes nothing.
+    """Refuses a load that changes nothing on any mesh.
 
     Raises:
-      UserError: with a capacity, every device gets the same number of rows.
+      UserError: there are no experts; or with a capacity, every device gets as many rows.
     """
+    if load != 1 and not any(config.model.schedule.experts):
+        raise UserError(f"--load={load:g} has no effect: the architecture is dense; leave it out")
     if load != 1 and not (decode or math.isinf(config.moe.capacity_factor)):
         raise UserError(
             f"--load={load:g} has no effect with moe.capacity_factor={config.moe.capacity_factor:g}"
             ", by which no expert takes more rows; use --config.moe.capacity_factor=inf"
         )
+
+
+def _rounds(config: Config, mesh: Mesh, decode: int, load: float) -> int:
+    """The rounds of a dropless exchange where the fullest device has `load` times the even share.
+
+    Raises:
+      UserError: the load has no effect, since no rows are exchanged in rounds.
+    """
+    shape, moe = mesh.shape, config.moe
+    tokens = config.train.batch_size * (1 if decode else config.model.length)
+    tokens *= shape["tensor"] / mesh.size / config.train.accumulate  # on each device
+    spread = [size for name, size in shape.items() if name.startswith("expert") or name == "slice"]
+    if load != 1 and not splits_experts(mesh):
+        raise UserError(f"--load={load:g} has no effect: this mesh does not spread the experts")
+    if load != 1 and tokens * math.prod(spread) <= FEW_TOKENS:
+        raise UserError(
+            f"--load={load:g} has no effect: of {FEW_TOKENS} tokens or fewer, all devices get all"
+        )
+    rows = tokens * config.model.top_k
+    if resolve(moe.exchange, mesh) == "coordinated":
+        rows /= shape["tensor"]
+    return math.ceil(load * rows / max(LEAST_ROWS, moe.buffer_factor * rows))
 
 
 def _arguments(

@@ -122,12 +122,13 @@ def test_blocks_of_rows_are_runs(sizes):
         )
 
 
+@pytest.mark.parametrize(("factor", "taken"), [(1.5, 7), (0.5, 3)])  # of 13 tokens
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_expert_choice_by_hand(backend):
+def test_expert_choice_by_hand(backend, factor, taken):
     """A token's output is the sum over the experts that took it, by any backend."""
     moe = layer(moe=dataclasses.replace(MOE, router="expert_choice", dispatch=backend))
     x_BxLxD, valid_BxL = inputs(2, 13)
-    y_BxLxD, metrics = routed(moe, x_BxLxD, valid_BxL, 1.5)  # 7 of 13 tokens an expert
+    y_BxLxD, metrics = routed(moe, x_BxLxD, valid_BxL, factor)
     probs_BxLxE = jax.nn.softmax(x_BxLxD @ moe.w_router[...])
     x_ExRxD = jnp.broadcast_to(x_BxLxD.reshape(-1, 7), (3, 26, 7))
     everything_ExBxLxD = moe.experts(x_ExRxD).reshape(3, 2, 13, 7)
@@ -135,10 +136,43 @@ def test_expert_choice_by_hand(backend):
     for b in range(2):
         for e in range(3):
             tokens = np.flatnonzero(valid_BxL[b])
-            for t in sorted(tokens, key=lambda t: -probs_BxLxE[b, t, e])[:7]:
+            for t in sorted(tokens, key=lambda t: -probs_BxLxE[b, t, e])[:taken]:
                 expected_BxLxD[b, t] += probs_BxLxE[b, t, e] * everything_ExBxLxD[e, b, t]
     np.testing.assert_allclose(y_BxLxD, expected_BxLxD, rtol=1e-4, atol=1e-5)
-    assert metrics.assigned_E.tolist() == [14, 14, 14]
+    assert metrics.assigned_E.tolist() == [2 * taken] * 3
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_experts_that_choose_tokens_hold_the_rows_of_their_slots(dtype):
+    """Values and gradients are those of the oracle, and not every pair of both is in memory."""
+    groups, tokens, width, count, slots = 3, 64, 48, 32, 3
+    experts = Experts(count, width, 5, 0.5, 0.5, jax.random.key(0))
+    x_GxSxD = jax.random.normal(jax.random.key(1), (groups, tokens, width), dtype)
+    w_DxE = jax.random.normal(jax.random.key(2), (width, count))
+    valid_GxS = jnp.arange(groups * tokens).reshape(groups, tokens) % 7 > 0
+    moe = dataclasses.replace(MOE, router="expert_choice")
+
+    def step(backend):
+        def loss(x_GxSxD, w_DxE, experts):
+            logits_GxSxE = x_GxSxD.astype(jnp.float32) @ w_DxE
+            routing, _ = route(logits_GxSxE, valid_GxS, moe, top_k=1, slots=slots)
+            y_GxSxD, _ = BACKENDS[backend](x_GxSxD, routing, experts, slots)
+            return (y_GxSxD.astype(jnp.float32) ** 2).sum(), y_GxSxD
+
+        gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))
+        return gradient.lower(x_GxSxD, w_DxE, experts).compile()
+
+    ours, oracle = step("gather"), step("einsum")
+
+    def close(ours, oracle):
+        ours, oracle = np.asarray(ours, np.float32), np.asarray(oracle, np.float32)
+        tolerance = 1e-5 if dtype == jnp.float32 else 3e-2
+        np.testing.assert_allclose(ours, oracle, atol=tolerance * np.abs(oracle).max())
+
+    inputs = x_GxSxD, w_DxE, experts
+    jax.tree.map(close, ours(*inputs), oracle(*inputs))
+    pairs = count * x_GxSxD.nbytes
+    assert ours.memory_analysis().temp_size_in_bytes < pairs
 
 
 @pytest.mark.parametrize("apply", [Experts.ragged, Experts.padded])

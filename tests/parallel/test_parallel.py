@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -21,12 +22,14 @@ from prmoe_jax import config
 from prmoe_jax.cli import main
 from prmoe_jax.config import architecture
 from prmoe_jax.errors import UserError
+from prmoe_jax.moe import exchange
 from prmoe_jax.moe.experts import Experts, UnstackedExperts
 from prmoe_jax.nn.parameters import PARAMETERS, named_leaves
 from prmoe_jax.parallel import sharding
 from prmoe_jax.parallel.mesh import (
     axis_sizes,
     batch_axes,
+    check_beside,
     check_fits,
     choose_mesh,
     expert_axes,
@@ -111,6 +114,11 @@ def test_every_layer_of_a_pyramid_uses_as_many_devices_as_it_can():
             "model.expert_d_ff=12 is not divisible by mesh.tensor x mesh.expert_slice=8; use 4 of",
         ),
         (
+            "2 layers, every 1, E=4",  # no layer has an MLP of width d_ff
+            {"model": {"d_ff": 9, "expert_d_ff": 18}, "tensor": 4},
+            "model.expert_d_ff=18 is not divisible by mesh.tensor=4; use 2 of",
+        ),
+        (
             "2 layers, E=4",
             {"model": {"d_model": 12, "heads": 2}, "data": 1, "fsdp_experts": 8},
             "model.d_model=12 is not divisible by mesh.fsdp_experts=8; use 4 of them",
@@ -159,6 +167,41 @@ def test_a_mesh_that_does_not_fit_is_refused(text, changes, line):
     with pytest.raises(UserError) as error:
         sizes(8, text, **changes)
     assert str(error.value).startswith(line)
+
+
+def test_a_mesh_splits_only_what_a_model_has():
+    assert sizes(8, "2 layers, every 1, E=4", model={"d_ff": 9, "expert_d_ff": 16}, tensor=4)
+    assert sizes(8, "2 layers", model={"d_ff": 12}, tensor=4, expert_slice=2)
+
+
+def test_a_teacher_on_its_students_mesh_is_named():
+    """Sizes that its student doesn't have are its own."""
+    student = settings("2 layers", model={"heads": 4}, tensor=4)
+    teacher = settings("2 layers", model={"heads": 2})
+    mesh = AbstractMesh((2, 1, 1, 4), ("data", "fsdp", "slice", "tensor"))
+    with pytest.raises(UserError, match="^the teacher, on its student's mesh and batches: model.h"):
+        check_beside(teacher, student, mesh)
+
+
+@pytest.mark.parametrize(
+    ("rows", "devices", "factor", "piece"),
+    [
+        (4096, 128, 1.25, 61),  # 32 and 5 standard deviations of 5.66, more than 40
+        (65536, 4, 1.25, 20480),  # a quarter more than 16384, of which 5 deviations are 640
+        (1000, 2, 4.0, 1000),  # no device has more to send
+        (16, 4, 1.25, 14),
+    ],
+)
+def test_pieces_of_one_size_have_room_for_chance(rows, devices, factor, piece, monkeypatch):
+    """Of choices that are drawn evenly at random, every pair of devices sends all at once."""
+    monkeypatch.setattr(jax.lax, "axis_size", lambda axes: devices)
+    monkeypatch.setattr(exchange, "lacks_ragged_exchange", lambda axes: True)
+    parallel = exchange.ExpertParallel(None, ("expert_0",), "flat", factor)
+    monkeypatch.setattr(exchange, "LEAST_ROWS", 1)
+    (stage,) = parallel._stages(rows)
+    assert (stage.piece, stage.buffer) == (piece, devices * piece)
+    sent = np.random.default_rng(0).multinomial(rows, [1 / devices] * devices, size=devices)
+    assert sent.max() <= piece
 
 
 def test_the_inner_stage_is_no_axis_that_takes_the_rest():

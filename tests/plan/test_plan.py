@@ -32,7 +32,7 @@ from prmoe_jax.plan.collectives import (
 from prmoe_jax.plan.find import find, fit
 from prmoe_jax.plan.picture import draw
 from prmoe_jax.plan.program import END, Operation, operations
-from prmoe_jax.plan.report import _seconds, component, held_bytes, needed_bytes, table
+from prmoe_jax.plan.report import _rounds, _seconds, component, held_bytes, needed_bytes, table
 from prmoe_jax.run.metrics import PEAK_FLOPS
 from tests.support.extras import needs_extra
 from tests.support.lines import only_line
@@ -589,6 +589,11 @@ CONFIG = f"--config={tiny.__file__}:prmoe"
         (["--topology=2xv9:4x4x4"], "--topology=2xv9:4x4x4 is unknown; use one of v4, v5e"),
         (["--topology=2xh100:16x8"], "slices, which only TPUs have; use h100:32x8 for so many"),
         (["--topology=999xv5p:4x4x4"], "999xv5p:4x4x4 has 63,936 chips; use 16,384 or fewer"),
+        (["--find=2xh100"], "--find=2xh100 asks for slices, which only TPUs have; use --find=h100"),
+        (
+            ["--topology=v5e:4x4", "--decode=3"],
+            "--decode=3 sequences are not divisible by 16 devic",
+        ),
         (["--find=9999xv5p"], "9999xv5p:2x2x1 has 39,996 chips; use 16,384 or fewer"),
         (["--find=2xv9"], "--find=2xv9 is unknown; use one of v4, v5e"),
         (
@@ -706,7 +711,7 @@ def test_a_teacher_whose_groups_no_mesh_keeps_whole():
 
     assert held(2)["teacher"] > 0
     with pytest.raises(
-        UserError, match="the teacher, on its student's batches: train.batch_size=8"
+        UserError, match="the teacher, on its student's mesh and batches: train.batch_size=8"
     ):
         held(4)
     train = dataclasses.replace(student.train, accumulate=2)
@@ -825,6 +830,50 @@ def test_slices_of_experts_where_replicas_do_not_fit(compiled):
         "--config.mesh.fsdp_experts=4 --config.mesh.expert=4 --config.mesh.expert_slice=2"
     )
     assert len(asked) == 2
+
+
+def test_a_search_leaves_an_exchange_in_two_stages(compiled):
+    """No suggested mesh of these chips has two stages; the flags name the other exchange."""
+    compiled(activations=1)
+    mesh = {"expert": 4, "expert_inner": 2, "fsdp": 8}
+    values = large("2 layers, E=4", batch_size=32, mesh=mesh)
+    moe = dataclasses.replace(values.moe, exchange="hierarchical")
+    result = fit(dataclasses.replace(values, moe=moe), "v5e:4x8")
+    assert not result["fits"]
+    assert result["instead"]["flags"] == (
+        "--config.mesh.fsdp_experts=4 --config.mesh.expert=4 --config.mesh.expert_slice=2 "
+        "--config.moe.exchange=auto"
+    )
+
+
+@pytest.mark.parametrize(
+    ("mesh", "decode", "load", "rounds"),
+    [
+        ({"expert": 4}, 0, 1.0, 1),
+        ({"expert": 4}, 0, 1.3, 2),
+        ({"expert": 4}, 4096, 1.3, 2),
+        ({"expert": 4}, 520, 1.3, 1),  # the smallest buffer has room for 128 rows
+        ({"expert": 4}, 520, 3.0, 2),
+        ({"expert": 4}, 256, 2.0, "of 256 tokens or fewer, all devices get all"),
+        ({"expert": 1}, 0, 2.0, "this mesh does not spread the experts"),
+    ],
+)
+def test_rounds_by_hand(mesh, decode, load, rounds):
+    """Four or eight devices; a step of 64 sequences of 256 tokens, or one token of each."""
+    values = config.resolve(
+        {
+            "model": architecture.parse_fields("2 layers, E=4"),
+            "train": {"steps": 1, "batch_size": decode or 64},
+            "mesh": mesh,
+        }
+    )
+    sizes = axis_sizes(values, 8)
+    placed = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+    if isinstance(rounds, str):
+        with pytest.raises(UserError, match=rounds):
+            _rounds(values, placed, decode, load)
+    else:
+        assert _rounds(values, placed, decode, load) == rounds
 
 
 def test_a_batch_in_portions_where_its_activations_do_not_fit(compiled):
@@ -1192,6 +1241,10 @@ def test_ragged_rows_count_without_the_room_of_the_buffer(asynchronous):
     [
         (["--load=0.5"], "--load=0.5 must be a number from 1, the even load"),
         (["--load=2"], "--load=2 has no effect with moe.capacity_factor=1, by which no expert"),
+        (
+            ["--load=2", "--config=tiny:dense"],
+            "--load=2 has no effect: the architecture is den",
+        ),
     ],
 )
 def test_a_load_without_effect_is_refused(options, line, capsys):
