@@ -34,15 +34,16 @@ from prmoe_jax.data.tokenizer import Tokenizer
 from prmoe_jax.model.transformer import dropless
 from prmoe_jax.run.restore import restore_run
 
-STEPS = 40  # a taste; with 300 it begins to make sense
+STEPS = 200  # a taste, of 0.2 M tokens
 
 settings = default_config()
 settings.model.update(architecture.parse_fields("4 layers, E=4+8, residual"))
 settings.model.update(d_model=64, heads=4, d_ff=256, vocab_size=1024, length=128, dtype="float32")
 settings.train.update(steps=STEPS, batch_size=8)
-settings.optimizer.update(learning_rate=6e-3, min_learning_rate=6e-4, warmup_tokens=10 * 8 * 128)
-settings.eval.update(every=STEPS // 2, batches=4)
-settings.log.every = 2
+settings.optimizer.update(kind="muon", learning_rate=16e-3, min_learning_rate=16e-4)
+settings.optimizer.warmup_tokens = 10 * 8 * 128
+settings.eval.update(every=STEPS // 4, batches=4)
+settings.log.every = 4
 settings.data.validation_fraction = 0.01  # three documents, to be quick
 config = resolve(settings)
 workdir = Path(tempfile.mkdtemp()) / "run"
