@@ -348,7 +348,8 @@ class MoeConfig:
     buffer_factor: float = setting(
         1.25,
         "Rows that a device receives at once, relative to an even share, where nothing is dropped "
-        "and experts are on several devices; more rows come in further rounds.",
+        "and experts are on several devices; more rows come in further rounds. Pieces of one size "
+        "(TPU v5e, between slices) are larger where their share is small.",
         least=1,
     )
 

@@ -55,8 +55,8 @@ def gather(x_GxSxD: jax.Array, routing: Routing, experts: Experts, slots: int) -
 
     x_NxD, token_P = x_GxSxD.reshape(-1, width), choice_P // top_k
     # Experts that choose tokens have a choice for each token, and most of these have no slot: there
-    # only the rows of slots are held, and added up by XLA's scatter.
-    few_places = 2 * places < len(place_R)
+    # only the rows of slots are held, and added up by XLA's scatter (on GPUs in any order).
+    few_places = top_k == experts.count and 2 * places < len(place_R)
     if few_places:
         x_PxD = jnp.take(x_NxD, token_P, axis=0, mode="fill", fill_value=0)
     else:

@@ -138,11 +138,7 @@ class ExpertParallel(NamedTuple):
             devices = jax.lax.axis_size(axes)
             piece = 0
             if lacks_ragged_exchange(axes):
-                # All pairs of devices have pieces of one size. If choices are drawn evenly at
-                # random, the fullest pair hardly ever needs more than 5 standard deviations.
-                share = rows / devices
-                piece = math.ceil(max(wanted / devices, share + 5 * math.sqrt(share)))
-                piece = min(piece, rows)
+                piece = piece_rows(rows, devices, self.buffer_factor)
             buffer = piece * devices if piece else min(-(-wanted // 8) * 8, _size(self.axes) * rows)
             stages.append(rounds.Stage(axes, groups, buffer, piece))
             groups *= devices
@@ -204,6 +200,17 @@ class ExpertParallel(NamedTuple):
             y_IxRxD = jax.lax.psum(y_IxRxD, alike)
         y_IxRxD = self.experts.add_last_bias(y_IxRxD)
         return y_IxRxD.reshape(local, devices, rows, width).swapaxes(0, 1)
+
+
+def piece_rows(rows: int, devices: int, buffer_factor: float) -> int:
+    """Rows of the pieces of one size that `devices` exchange, each of which sends `rows` in all.
+
+    A piece has room for `buffer_factor` times a pair's even share. It also has room for chance: if
+    choices are made evenly at random, some pair of 128 devices needs more in one of 700 exchanges.
+    """
+    share = rows / devices
+    wanted = max(LEAST_ROWS / devices, buffer_factor * share, share + 5 * math.sqrt(share) + 4)
+    return min(rows, math.ceil(wanted))
 
 
 def lacks_ragged_exchange(axes: tuple[str, ...]) -> bool:

@@ -50,6 +50,8 @@ def fit(
     slices = slice_shapes(topology.partition(":")[0])
     larger = [other for other in slices if device_count(other) > devices]
     search.config = with_mesh(search.config, MeshConfig(slices=config.mesh.slices))
+    if config.moe.exchange == "flat":  # it suits every mesh
+        search.config = dataclasses.replace(search.config, moe=config.moe)
     found = filter(None, map(search.first, [topology, *larger]))
     return result | {"instead": next(found, None), "tried": search.tried}
 

@@ -32,7 +32,13 @@ from prmoe_jax.inference.decoder import Decoder
 from prmoe_jax.model.backends import check_backends
 from prmoe_jax.model.sizes import cost
 from prmoe_jax.model.transformer import Transformer, cast, init_model
-from prmoe_jax.moe.exchange import FEW_TOKENS, LEAST_ROWS, resolve
+from prmoe_jax.moe.exchange import (
+    FEW_TOKENS,
+    LEAST_ROWS,
+    lacks_ragged_exchange,
+    piece_rows,
+    resolve,
+)
 from prmoe_jax.parallel import sharding
 from prmoe_jax.parallel.mesh import (
     batch_axes,
@@ -41,7 +47,6 @@ from prmoe_jax.parallel.mesh import (
     crosses_slices,
     make_mesh,
     on_slices,
-    splits_experts,
 )
 from prmoe_jax.plan.chips import Chip, topology_devices, unit
 from prmoe_jax.plan.collectives import (
@@ -106,7 +111,9 @@ def plan(
     config = on_slices(decoding(config, decode) if decode else config, devices)
     check_fits(config, len(devices), decode > 0)
     mesh = make_mesh(config, devices)
-    rounds = _rounds(config, mesh, decode, load)
+    with jax.set_mesh(mesh):
+        pieces = lacks_ragged_exchange(tuple(n for n in mesh.axis_names if n.startswith("expert")))
+    rounds = _rounds(config, mesh, decode, load, pieces)
     check_backends(config, chip.platform, mesh)
     if teacher:
         check_backends(teacher, chip.platform, mesh)
@@ -236,26 +243,26 @@ def check_load(config: Config, decode: int, load: float) -> None:
         )
 
 
-def _rounds(config: Config, mesh: Mesh, decode: int, load: float) -> int:
+def _rounds(config: Config, mesh: Mesh, decode: int, load: float, pieces: bool) -> int:
     """The rounds of a dropless exchange where the fullest device has `load` times the even share.
 
-    Raises:
-      UserError: the load has no effect, since no rows are exchanged in rounds.
+    Where pairs of devices exchange pieces of one size, `load` is that of the fullest pair.
     """
     shape, moe = mesh.shape, config.moe
     tokens = config.train.batch_size * (1 if decode else config.model.length)
     tokens *= shape["tensor"] / mesh.size / config.train.accumulate  # on each device
-    spread = [size for name, size in shape.items() if name.startswith("expert") or name == "slice"]
-    if load != 1 and not splits_experts(mesh):
-        raise UserError(f"--load={load:g} has no effect: this mesh does not spread the experts")
-    if load != 1 and tokens * math.prod(spread) <= FEW_TOKENS:
-        raise UserError(
-            f"--load={load:g} has no effect: of {FEW_TOKENS} tokens or fewer, all devices get all"
-        )
-    rows = tokens * config.model.top_k
-    if resolve(moe.exchange, mesh) == "coordinated":
+    axes = tuple(name for name, size in shape.items() if name.startswith("expert") and size > 1)
+    sizes = [shape[name] for name in axes]
+    if not axes or decode and tokens * math.prod(sizes) * shape["slice"] <= FEW_TOKENS:
+        return 1  # no rows are exchanged, or each device gets all tokens
+    rows, exchange = tokens * config.model.top_k, resolve(moe.exchange, mesh)
+    if exchange == "coordinated":
         rows /= shape["tensor"]
-    return math.ceil(load * rows / max(LEAST_ROWS, moe.buffer_factor * rows))
+    buffer = max(LEAST_ROWS, moe.buffer_factor * rows)
+    if pieces:
+        devices = max(sizes) if exchange == "hierarchical" else math.prod(sizes)
+        buffer = devices * piece_rows(math.ceil(rows), devices, moe.buffer_factor)
+    return math.ceil(load * rows / buffer)
 
 
 def _arguments(

@@ -270,7 +270,7 @@ class Checkpoints:
             _verify({"model": items["model"]}, record)
         except Damaged as damage:
             fix = "restore a copy of it"
-            if step == self.latest() and self._has(step, "optimizer"):
+            if step == max(steps := self.steps()) > min(steps) and self._has(step, "optimizer"):
                 fix = "resume the training, which falls back to the one before it"
             raise UserError(
                 f"checkpoint {step} in {self._directory} cannot be read ({damage}); {fix}"

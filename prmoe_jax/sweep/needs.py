@@ -26,8 +26,8 @@ def needs_of(runs: dict[str, Run], root: Path) -> dict[str, list[str]]:
     names = {_place(root / name): name for name in runs}
     needs = {}
     for name, (config, trunk) in runs.items():
-        read = filter(None, (config.init.workdir, config.teacher.workdir))
-        found = [trunk, *(names.get(_place(expand(name, folder))) for folder in read)]
+        read = [config.init.workdir, config.teacher.workdir]
+        found = [trunk, *(names.get(place) for place in _places(read))]
         needs[name] = [other for other in dict.fromkeys(found) if other not in (None, name)]
     return needs
 
@@ -131,6 +131,10 @@ def _place(folder: Path) -> Path:
     return folder.resolve() if stores.is_local(folder) else folder
 
 
+def _places(folders: list[str]) -> list[Path]:
+    return [_place(expand("the folder of another run", folder)) for folder in folders if folder]
+
+
 def _starts(config: Config, given: Config) -> set[Path]:
     """The folders of runs of which a run reads the last checkpoint when it begins.
 
@@ -145,4 +149,4 @@ def _starts(config: Config, given: Config) -> set[Path]:
     learns = given.init.step < config.kd_steps and not config.teacher.cache
     if inherits or learns:
         starts.append(config.teacher.workdir)
-    return {_place(expand("a run's start", folder)) for folder in starts if folder}
+    return set(_places(starts))

@@ -234,7 +234,7 @@ def table(records: list[dict]) -> str:
 def _starts(workdir: Path) -> tuple[list[dict], int]:
     """The starts of a run in its environment.json, oldest first; without any, an unknown one.
 
-    Those of a branch begin with its trunk's, if these are still there.
+    Those of a branch begin with its trunk's, if that is still in its folder.
 
     Returns:
       The starts, and the step at which the run left its trunk; 0 without one.
@@ -246,8 +246,8 @@ def _starts(workdir: Path) -> tuple[list[dict], int]:
         files.require(start, START, str(path), fix)
     init = load(workdir / CONFIG).init if (workdir / CONFIG).exists() else None
     before: list[dict] = []
-    if init and init.step:
-        before, _ = _starts(expand("init.workdir", init.workdir))
+    if init and init.step and (trunk := expand("init.workdir", init.workdir)).is_dir():
+        before, _ = _starts(trunk)
     unknown = {"git_revision": None, "versions": {}, "device": "unknown"}
     return before + (starts or [unknown]), init.step if init else 0
 

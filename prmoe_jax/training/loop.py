@@ -144,8 +144,8 @@ def train(
             data = load_data(config.data, *shape, stored if resuming else None)
         if config.teacher.cache:
             data = teacher_cache.attach(data, config)
-        # Text may take long to prepare, and a signal ends that at once. From here on a signal stops
-        # the run with a checkpoint.
+        # Text may take long to prepare, and in a run of one process a signal ends that at once.
+        # From here on a signal stops the run with a checkpoint.
         interrupted = stack.enter_context(PreemptionGuard())
         fingerprint = pipeline_fingerprint(data, config.train.batch_size, config.seed)
         processes.agree("the text", lambda: fingerprint)
@@ -323,7 +323,7 @@ class Run:
                 pending = None
                 if checkpoint_due:  # first, since an evaluation may last long
                     self.save(step, state, batches)
-                if stopping and step == total:  # there may be little time
+                if step == total:  # a run whose end was evaluated has its checkpoint
                     self.checkpoints.wait()
                 if eval_due and (step == total or not stopping):
                     self.evaluate(step, state)

@@ -847,19 +847,22 @@ def test_a_search_leaves_an_exchange_in_two_stages(compiled):
 
 
 @pytest.mark.parametrize(
-    ("mesh", "decode", "load", "rounds"),
+    ("mesh", "decode", "load", "pieces", "rounds"),
     [
-        ({"expert": 4}, 0, 1.0, 1),
-        ({"expert": 4}, 0, 1.3, 2),
-        ({"expert": 4}, 4096, 1.3, 2),
-        ({"expert": 4}, 520, 1.3, 1),  # the smallest buffer has room for 128 rows
-        ({"expert": 4}, 520, 3.0, 2),
-        ({"expert": 4}, 256, 2.0, "of 256 tokens or fewer, all devices get all"),
-        ({"expert": 1}, 0, 2.0, "this mesh does not spread the experts"),
+        ({"expert": 4}, 0, 1.0, False, 1),
+        ({"expert": 4}, 0, 1.3, False, 2),
+        ({"expert": 4}, 4096, 1.3, False, 2),
+        ({"expert": 4}, 520, 1.3, False, 1),  # the smallest buffer has room for 128 rows
+        ({"expert": 4}, 520, 3.0, False, 2),
+        ({"expert": 4}, 520, 2.5, False, 2),
+        ({"expert": 4}, 520, 2.5, True, 1),  # pieces of 41 rows, where 16.25 are the even share
+        ({"expert": 4}, 520, 3.0, True, 2),
+        ({"expert": 4}, 256, 2.0, False, 1),  # all devices get all tokens
+        ({"expert": 1}, 0, 2.0, False, 1),
     ],
 )
-def test_rounds_by_hand(mesh, decode, load, rounds):
-    """Four or eight devices; a step of 64 sequences of 256 tokens, or one token of each."""
+def test_rounds_by_hand(mesh, decode, load, pieces, rounds):
+    """Eight devices; a step of 64 sequences of 256 tokens, or one token of each."""
     values = config.resolve(
         {
             "model": architecture.parse_fields("2 layers, E=4"),
@@ -869,11 +872,7 @@ def test_rounds_by_hand(mesh, decode, load, rounds):
     )
     sizes = axis_sizes(values, 8)
     placed = AbstractMesh(tuple(sizes.values()), tuple(sizes))
-    if isinstance(rounds, str):
-        with pytest.raises(UserError, match=rounds):
-            _rounds(values, placed, decode, load)
-    else:
-        assert _rounds(values, placed, decode, load) == rounds
+    assert _rounds(values, placed, decode, load, pieces) == rounds
 
 
 def test_a_batch_in_portions_where_its_activations_do_not_fit(compiled):

@@ -426,7 +426,7 @@ def test_opening_to_read_prints_nothing(tmp_path, capfd, caplog):
     assert orbax.level == before
 
 
-def test_a_damaged_checkpoint_to_read(copied, capsys):
+def test_a_damaged_checkpoint_to_read(copied, tmp_path, capsys):
     """Training can fall back to an earlier one, unless a step is asked for or there is no more."""
     workdir, _ = copied
     flip(workdir / "checkpoints" / "12" / "model")
@@ -437,7 +437,11 @@ def test_a_damaged_checkpoint_to_read(copied, capsys):
         flip(workdir / "checkpoints" / "10" / "model")
         config = load(workdir / "config.json")
         restore_model(workdir, config, make_mesh(config, jax.devices()[:1]), 10)
-    shutil.rmtree(workdir / "checkpoints" / "12" / "optimizer")  # as in an imported run
+    shutil.move(workdir / "checkpoints" / "12" / "optimizer", tmp_path)  # as in an imported run
+    assert main(command) == 2
+    assert capsys.readouterr().err.endswith("; restore a copy of it\n")
+    shutil.move(tmp_path / "optimizer", workdir / "checkpoints" / "12")
+    shutil.rmtree(workdir / "checkpoints" / "10")
     assert main(command) == 2
     assert capsys.readouterr().err.endswith("; restore a copy of it\n")
 

@@ -524,7 +524,7 @@ def test_a_record_of_a_branch(text, tmp_path):
     assert (row["tokens_per_second"], row["revisions"]) == (9.0, ["abc", "def"])
     assert (row["versions"], row["device"]) == ({"jax": "0.2"}, "gpu")
     shutil.rmtree(trunk)
-    assert records.record("40/1", resolve(given[40]), workdir)["revisions"] == ["def", "unknown"]
+    assert records.record("40/1", resolve(given[40]), workdir)["revisions"] == ["def"]
 
 
 def test_a_record_of_settings_that_may_change_on_resuming(text, tmp_path):

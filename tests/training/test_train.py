@@ -11,8 +11,10 @@ import pytest
 from prmoe_jax.cli import main
 from prmoe_jax.config import load
 from prmoe_jax.errors import UserError
+from prmoe_jax.run.checkpoint import Checkpoints
 from prmoe_jax.run.metrics import ROUTER_COLUMNS
 from prmoe_jax.tasks.score import Scorer
+from prmoe_jax.training import loop
 from tests.support.runs import (
     arguments,
     assert_same_run,
@@ -277,6 +279,28 @@ def test_profile(text, tmp_path):
     command = arguments(text, tmp_path / "run", **{"train.steps": 4})
     assert main([*command, "--profile=2:3"]) == 0
     assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+
+
+def test_a_signal_while_text_is_prepared_ends_at_once(text, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(loop, "load_data", lambda *_: signal.raise_signal(signal.SIGINT))
+    assert main(arguments(text, tmp_path / "run")) == 130
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_an_end_that_was_evaluated_has_its_checkpoint(text, tmp_path, monkeypatch):
+    """Else a run that is killed between the two would be finished, and could not go on."""
+    called = []
+    for of, name in (Checkpoints, "save"), (Checkpoints, "wait"), (loop.Run, "evaluate"):
+        method = getattr(of, name)
+
+        def noted(*arguments, name=name, method=method):
+            called.append(name)
+            return method(*arguments)
+
+        monkeypatch.setattr(of, name, noted)
+    assert main(arguments(text, tmp_path / "run", "dense", **{"train.steps": 3})) == 0
+    end = called.index("evaluate")
+    assert called[:end].count("save") == 1 and called[end - 1] == "wait"
 
 
 def test_interrupt_is_handled_as_sigterm(text, tmp_path):
