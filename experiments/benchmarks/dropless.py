@@ -17,6 +17,7 @@ import jax
 
 from prmoe_jax.allocator import keep_freed_memory
 from prmoe_jax.bench.step import compiled_step
+from prmoe_jax.bench.turns import in_turns
 from prmoe_jax.config import Config, resolve
 
 TINY = runpy.run_path(str(Path(__file__).parents[2] / "configs" / "tiny.py"))
@@ -42,12 +43,7 @@ def main() -> None:
     keep_freed_memory()
     configs = {(name, factor): config(name, factor) for name in MODELS for factor in FACTORS}
     steps = {case: compiled_step(values) for case, values in configs.items()}
-    seconds: dict[tuple, list[float]] = {case: [] for case in steps}
-    for turn in range(-2, REPEATS):  # two turns to compile and to warm up
-        for case, step in steps.items():
-            taken = step.seconds()
-            if turn >= 0:
-                seconds[case].append(taken)
+    seconds = in_turns({case: step.seconds for case, step in steps.items()}, REPEATS)
     for (name, factor), times in seconds.items():
         row = {"model": name, "capacity_factor": str(factor)}
         row |= {"tokens_per_s": configs[name, factor].tokens_per_step / statistics.median(times)}

@@ -6,6 +6,7 @@ Prints a JSON line for each model; needs no text.
 """
 
 import json
+import os
 import runpy
 import statistics
 import subprocess
@@ -15,6 +16,7 @@ import jax
 
 from prmoe_jax.allocator import keep_freed_memory
 from prmoe_jax.bench.step import compiled_step
+from prmoe_jax.bench.turns import in_turns
 from prmoe_jax.config import resolve
 
 HERE = Path(__file__).parent
@@ -27,12 +29,7 @@ def main() -> None:
     arms = [arm for arm in SWEEP["ARMS"] if arm != "dense_216"]
     configs = {arm: resolve(SWEEP["get_config"](arm, 350, SWEEP["rate"](arm))) for arm in arms}
     steps = {arm: compiled_step(config) for arm, config in configs.items()}
-    seconds: dict[str, list[float]] = {arm: [] for arm in arms}
-    for turn in range(-2, REPEATS):  # two turns to compile and to warm up
-        for arm, step in steps.items():
-            taken = step.seconds()
-            if turn >= 0:
-                seconds[arm].append(taken)
+    seconds = in_turns({arm: step.seconds for arm, step in steps.items()}, REPEATS)
     command = ["git", "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(command, capture_output=True, text=True, cwd=HERE).stdout.strip()
     for arm, times in seconds.items():
@@ -40,6 +37,7 @@ def main() -> None:
         row |= {"min_s": min(times), "max_s": max(times)}
         row |= {"tokens_per_s": configs[arm].tokens_per_step / row["median_s"]}
         row |= {"times_dense_64": row["median_s"] / statistics.median(seconds["dense_64"])}
+        row |= {"cores": len(os.sched_getaffinity(0)), "device": jax.devices()[0].device_kind}
         row |= {"jax": jax.__version__, "commit": commit}
         print(json.dumps(row))
 

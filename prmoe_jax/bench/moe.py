@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from prmoe_jax.bench import memory
+from prmoe_jax.bench.turns import in_turns
 from prmoe_jax.bench.worker import worker
 from prmoe_jax.config import ModelConfig, MoeConfig
 from prmoe_jax.errors import UserError
@@ -104,12 +105,7 @@ def _bench_one(size: Size, load: str, dtype: str, repeats: int) -> list[dict]:
                 rival = stack.enter_context(_deepspeed(size, x_SxM, w_router_MxE, keep))
                 # Scores and capacity are the same, so as many tokens are dropped.
                 rivals[name] = rival._replace(drop_fraction=rivals["gather"].drop_fraction)
-        times: dict[str, list[float]] = {name: [] for name in rivals}
-        for turn in range(-2, repeats):  # two turns to compile and to warm up
-            for name, rival in rivals.items():
-                seconds = rival.seconds()
-                if turn >= 0:
-                    times[name].append(seconds)
+        times = in_turns({name: rival.seconds for name, rival in rivals.items()}, repeats)
         dense = statistics.median(times["dense"])
         rows = []
         for name, rival in rivals.items():

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from prmoe_jax.bench import memory
+from prmoe_jax.bench.turns import in_turns
 from prmoe_jax.bench.worker import cores, worker
 from prmoe_jax.config import Config
 from prmoe_jax.data.pipeline import Batch
@@ -84,13 +85,8 @@ def bench_step(config: Config, repeats: int) -> list[dict]:
             ask = stack.enter_context(worker("torch_step_worker", shape, cores(), *options))
             rivals[name] = Rival(lambda ask=ask: ask("run"), lambda ask=ask: int(ask("memory")))  # noqa: B023
         rivals["product"] = _product(model.dtype)
-        times: dict[str, list[float]] = {name: [] for name in rivals}
-        for turn in range(-2, repeats):  # two turns to compile and to warm up
-            log.info("step %d of %d", turn + 1, repeats)
-            for name, rival in rivals.items():
-                seconds = rival.seconds()
-                if turn >= 0:
-                    times[name].append(seconds)
+        log.info("%d steps of each of %s, in turns", repeats, ", ".join(rivals))
+        times = in_turns({name: rival.seconds for name, rival in rivals.items()}, repeats)
         peak = 2 * PEAK_WIDTH**3 / statistics.median(times.pop("product"))
         tokens = config.tokens_per_step
         return [

@@ -92,18 +92,18 @@ def _add(record: dict, name: str, found: Part, tell: Callable[[str], None]) -> N
     gathered = [ours]
     if "backend" in record["environment"]:
         gathered, own = processes.gathered(ours), jax.process_index()
-    hosts_P = [host for host, _ in gathered]
-    findings_P = [[Finding(*finding) for finding in theirs] for _, theirs in gathered]
+    names = [host for host, _ in gathered]
+    every = [[Finding(*finding) for finding in theirs] for _, theirs in gathered]
     shown = []
-    for process, findings in enumerate(findings_P):
+    for process, findings in enumerate(every):
         for finding in findings:
-            where = [p for p, theirs in enumerate(findings_P) if finding in theirs]
+            where = [p for p, theirs in enumerate(every) if finding in theirs]
             # What is ok is left out for others, and what several have found is shown once.
             if process != (own if finding.status == OK else where[0]):
                 continue
             if finding.status != OK and len(where) < len(gathered):
-                names = ", ".join(dict.fromkeys(hosts_P[p] for p in where))
-                line = f"process {', '.join(map(str, where))} on {names}: {finding.line}"
+                on = ", ".join(dict.fromkeys(names[p] for p in where))
+                line = f"process {', '.join(map(str, where))} on {on}: {finding.line}"
                 finding = finding._replace(line=line)
             shown.append(finding)
             record["findings"].append({"part": name, "process": process} | finding._asdict())
