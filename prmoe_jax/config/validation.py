@@ -565,6 +565,11 @@ def _check_distillation(config: Config) -> None:
         f"kd.top_k={kd.top_k} has no effect with kd.kind={kd.kind}; use kind=top_k or top_k=0",
     )
     require(
+        kd.stop <= 1 or kd.stop >= config.tokens_per_step,
+        f"kd.stop={kd.stop:g} is less than a step of {config.tokens_per_step:,} tokens; use a "
+        "share of the run, such as 0.7, or a number of tokens",
+    )
+    require(
         config.kd_steps > 0,
         f"kd.stop={kd.stop} ends before the first of {config.total_steps} steps; use a larger one",
     )

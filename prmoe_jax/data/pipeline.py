@@ -90,9 +90,10 @@ class Windows:
     def __len__(self) -> int:
         return math.ceil(self.tokens / self.length)
 
-    def bytes_of_first(self, count: int) -> float:
-        """The bytes of the first `count` windows, if bytes are in proportion to tokens."""
-        return self.text_bytes * (min(count * self.length, self.tokens) / max(self.tokens, 1))
+    def bytes_of(self, indices_N: np.ndarray) -> float:
+        """The bytes of these windows, if bytes are in proportion to tokens."""
+        tokens = np.minimum(self.length, self.tokens - indices_N * self.length).sum()
+        return float(self.text_bytes * (tokens / max(self.tokens, 1)))
 
     def __getitem__(self, index: int) -> Batch:
         """Window `index` as a Batch of arrays of shape L."""
@@ -160,10 +161,12 @@ class Mixture:
     def text_bytes(self) -> int:
         return sum(part.text_bytes for part in self.parts)
 
-    def bytes_of_first(self, count: int) -> float:
+    def bytes_of(self, indices_N: np.ndarray) -> float:
+        part_N = np.searchsorted(self._ends, indices_N, side="right")
         starts = [0, *self._ends]
-        parts = zip(self.parts, starts, strict=False)
-        return sum(part.bytes_of_first(max(0, count - start)) for part, start in parts)
+        return sum(
+            part.bytes_of(indices_N[part_N == i] - starts[i]) for i, part in enumerate(self.parts)
+        )
 
     @property
     def described(self) -> str:
@@ -328,18 +331,34 @@ def train_iterator(
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)))
 
 
+def evaluated_windows(windows: Windows | Mixture, limit: int = 0) -> np.ndarray:
+    """The indices of all windows, or of `limit` of them, in the order of their evaluation.
+
+    A part of a stream is its first windows. A part of a mixture is spread evenly over it, so that
+    each stream has its share of the windows.
+    """
+    count = len(windows)
+    part = min(limit, count) if limit else count
+    return np.arange(part) * count // part if isinstance(windows, Mixture) else np.arange(part)
+
+
 def eval_batches(
-    windows: Windows, batch_size: int, limit: int = 0, rows: Sequence[int] | None = None
+    windows: Windows | Mixture,
+    batch_size: int,
+    limit: int = 0,
+    rows: Sequence[int] | None = None,
 ) -> Iterator[Batch]:
-    """Yields every window once, in order; only the first `limit` batches if `limit` is not 0.
+    """Yields the windows of `evaluated_windows`, each once: all, or `limit` batches of them.
 
     All batches have the same number of rows; rows beyond the last window are masked. `rows` is as
     in `train_iterator`.
     """
     rows = range(batch_size) if rows is None else rows
-    count = math.ceil(len(windows) / batch_size)
-    for start in range(0, (min(count, limit) if limit else count) * batch_size, batch_size):
-        batch = [_row_or_padding(windows, start + row) for row in rows]
+    indices = evaluated_windows(windows, limit * batch_size)
+    padding = jax.tree.map(np.zeros_like, windows[0]) if len(windows) else None
+    for start in range(0, len(indices), batch_size):
+        places = (start + row for row in rows)
+        batch = [windows[indices[i]] if i < len(indices) else padding for i in places]
         yield jax.tree.map(lambda *field: np.stack(field), *batch)
 
 
@@ -411,9 +430,3 @@ class _LocalRows:
     def __getitem__(self, index: int) -> Batch:
         step, row = divmod(index, len(self._rows))
         return self._dataset[step * self._batch_size + self._rows[row]]
-
-
-def _row_or_padding(windows: Windows, index: int) -> Batch:
-    if index < len(windows):
-        return windows[index]
-    return jax.tree.map(np.zeros_like, windows[0])

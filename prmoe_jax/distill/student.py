@@ -271,6 +271,8 @@ def prune(
 def _cut_layer(whole: dict, importance: dict, keep: dict, student: ModelConfig) -> dict:
     """One layer's parameters by name, cut to `keep` and the student's heads and hidden units."""
     keep = keep | {"H": _largest(importance["attention.w_out"], student.heads)}
+    if student.key_heads == student.heads:
+        keep["J"] = keep["H"]
     parts = {}
     for name, x in whole.items():
         dimensions = declaration(name).dims

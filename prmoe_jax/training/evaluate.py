@@ -15,7 +15,14 @@ from jax.sharding import Mesh
 
 from prmoe_jax import stores
 from prmoe_jax.config import Config, TeacherConfig, group_rows, load
-from prmoe_jax.data.pipeline import Batch, Data, eval_batches, load_data, windows_fingerprint
+from prmoe_jax.data.pipeline import (
+    Batch,
+    Data,
+    eval_batches,
+    evaluated_windows,
+    load_data,
+    windows_fingerprint,
+)
 from prmoe_jax.distill.loss import Agreement, agreement, run_teacher
 from prmoe_jax.distill.teacher import cast_to_compute_dtype, restore_teacher
 from prmoe_jax.errors import UserError
@@ -40,7 +47,7 @@ def evaluate_model(
     mesh: Mesh,
     limit: int = 0,
 ) -> dict:
-    """Measures a model on the validation split, or its first `limit` batches, deterministically.
+    """Measures a model on the validation split, or `limit` batches of it, deterministically.
 
     Returns:
       loss (nats per token), perplexity, bits_per_byte (of the text, including document ends),
@@ -59,8 +66,8 @@ def evaluate_model(
     sums = _summed(lambda batch: measure(model, batch), rows, data, mesh, limit)
     metrics = summarise(sums, config)
     loss = metrics.pop("lm_loss")
-    windows = limit * rows or len(data.validation)
-    tokens_per_byte = int(sums.tokens) / data.validation.bytes_of_first(windows)
+    windows = evaluated_windows(data.validation, limit * rows)
+    tokens_per_byte = int(sums.tokens) / data.validation.bytes_of(windows)
     return {
         "loss": loss,
         "perplexity": perplexity(loss),

@@ -181,6 +181,13 @@ def train(
             teacher = None if config.teacher.cache else cast_to_compute_dtype(teacher, mesh)
         if step < config.kd_steps:
             log.info("distillation in %d of %d steps", config.kd_steps, config.total_steps)
+        rises, length = config.optimizer.warmup_tokens, config.total_steps * config.tokens_per_step
+        if rises > length and not config.optimizer.decay_tokens:
+            log.warning(
+                "the run ends before the learning rate is reached: %s tokens, and "
+                "optimizer.warmup_tokens=%d",
+                *(f"{length:,}", rises),
+            )
         if first:
             data.tokenizer.save(stored)
             configs.save(config, settings)

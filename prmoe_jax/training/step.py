@@ -63,7 +63,8 @@ def make_train_step(
         keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
 
         rows_together = distiller.group_rows if distiller else group_rows(config)
-        if config.moe.balance == "batch" and config.train.accumulate > 1:
+        balanced = config.moe.balance == "batch" and config.moe.aux_loss_weight
+        if balanced and config.train.accumulate > 1:
 
             def choices(batch_and_keys):
                 return [r.assigned_E for r in forward(state.model, *batch_and_keys).routers]

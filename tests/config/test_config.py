@@ -314,6 +314,10 @@ RULES = {
     "kd top 0": ([TAUGHT, "kd.kind=top_k"], "kd.top_k=0 is out of range; use a value from 1 to"),
     "kd top k": ([TAUGHT, "kd.top_k=4"], "kd.top_k=4 has no effect with kd.kind=forward; use"),
     "kd stop": ([TAUGHT, "kd.stop=1e-6"], "kd.stop=1e-06 ends before the first of 600 steps"),
+    "kd stop of no step": (
+        [TAUGHT, "kd.stop=70"],
+        "kd.stop=70 is less than a step of 4,096 tokens; use a share of the run, such as 0.7",
+    ),
     "mesh 0": (["mesh.tensor=0"], "mesh.tensor=0 is out of range; use 1 or more, or -1 for the"),
     "mesh -2": (["mesh.fsdp=-2"], "mesh.fsdp=-2 is out of range; use 1 or more, or -1 for the"),
     "two rests": (["mesh.fsdp=-1"], "mesh.data and mesh.fsdp are both -1 (the rest); give all but"),

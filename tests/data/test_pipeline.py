@@ -15,7 +15,14 @@ from hypothesis import strategies as st
 from prmoe_jax.config import DataConfig
 from prmoe_jax.data import pipeline, tokens
 from prmoe_jax.data.corpora import Corpus
-from prmoe_jax.data.pipeline import Batch, TopKLogProbs, Windows, eval_batches, train_iterator
+from prmoe_jax.data.pipeline import (
+    Batch,
+    TopKLogProbs,
+    Windows,
+    eval_batches,
+    evaluated_windows,
+    train_iterator,
+)
 from prmoe_jax.data.tokenizer import Tokenizer, load_tokenizer
 from prmoe_jax.errors import UserError
 from tests.support.faults import file_size_limit
@@ -206,12 +213,26 @@ def test_bytes_of_a_part_of_the_split():
     """In proportion to tokens in each stream; a mixture has one stream after the other."""
     one = Windows(synthetic([7]), 3, False, text_bytes=70)  # 3 windows, of 3, 3 and 1
     two = Windows(synthetic([4]), 3, False, text_bytes=8)
-    assert [round(one.bytes_of_first(count), 9) for count in range(5)] == [0, 30, 60, 70, 70]
+    assert [round(one.bytes_of(np.arange(count)), 9) for count in range(4)] == [0, 30, 60, 70]
     both = pipeline.Mixture([one, two], [Decimal(1)] * 2)
-    assert [round(both.bytes_of_first(count), 9) for count in (0, 2, 3, 4, 5, 9)] == [
-        *(0, 60, 70, 76, 78, 78)
+    some = [], [0, 1], [0, 1, 2], [0, 1, 2, 3], [2, 4]
+    assert [round(both.bytes_of(np.array(part, int)), 9) for part in some] == [0, 60, 70, 76, 12]
+    assert both.text_bytes == both.bytes_of(np.arange(len(both))) == 78
+
+
+def test_a_part_of_a_mixture_has_windows_of_every_stream():
+    """30 windows of one and 10 of the other; of one stream alone the first windows are taken."""
+    one, two = (Windows(synthetic([count * 7 - 1]), 7, False) for count in (30, 10))
+    both = pipeline.Mixture([one, two], [Decimal(1)] * 2)
+    assert [int((evaluated_windows(both, n) < 30).sum()) for n in (4, 8, 20, 40, 99)] == [
+        *(3, 6, 15, 30, 30)
     ]
-    assert both.text_bytes == both.bytes_of_first(len(both)) == 78
+    assert len(set(evaluated_windows(both, 20))) == 20
+    np.testing.assert_array_equal(evaluated_windows(one, 4), range(4))
+    np.testing.assert_array_equal(evaluated_windows(both), range(40))
+    (batch,) = eval_batches(both, 4, limit=1)
+    for row, index in enumerate([0, 10, 20, 30]):
+        np.testing.assert_array_equal(batch.tokens_BxL[row], both[index].tokens_BxL)
 
 
 def test_fewer_windows_than_a_batch_repeat():

@@ -189,6 +189,31 @@ def test_width_by_hand():
     np.testing.assert_array_equal(after["attention.w_out"], out[head][:, :, channels])
 
 
+def test_norms_of_keys_are_cut_like_those_of_queries():
+    """Every head has its own weights where a norm is over all heads, as in OLMoE."""
+    form = {"family": "olmoe", "head_dim": 4}
+    teacher = settings("2 layers, E=3", model=form | {"heads": 3})
+    student = settings("2 layers, E=3", model=form | {"heads": 2})
+
+    def numbered(name, x):
+        return np.arange(x.size).reshape(x.shape) if name.endswith("by_head") else x
+
+    model = with_leaves(init_model(teacher), numbered)
+    _, smaller, _ = part(teacher, student, model)
+    whole = named_leaves(jax.eval_shape(lambda: init_model(student)))
+    assert {name: x.shape for name, x in named_leaves(smaller).items()} == {
+        name: x.shape for name, x in whole.items()
+    }
+    for before, after in zip(layers_of(model), layers_of(smaller), strict=True):
+        value = (before["attention.w_qkv"][:, 2] ** 2).sum((0, 2))
+        value *= (before["attention.w_out"] ** 2).sum((1, 2))
+        heads = np.sort(np.argsort(-value)[:2])
+        for name in "q_norm", "k_norm":
+            norm = f"attention.{name}.by_head"
+            np.testing.assert_array_equal(after[norm], before[norm][heads])
+    assert np.isfinite(activations(smaller)).all()
+
+
 def test_worth_by_the_loss_is_what_scaling_a_part_away_does():
     """Of a head, a hidden unit of an MLP and of an expert: finite differences; and it chooses."""
     teacher = settings("2 layers, E=3, residual")

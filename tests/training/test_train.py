@@ -115,6 +115,15 @@ def test_what_was_due_at_an_interruption_is_evaluated(step, text, tmp_path, monk
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
+@pytest.mark.parametrize(("decay", "warned"), [(0, True), (4096, False)])
+def test_a_warm_up_longer_than_the_run_is_told(text, tmp_path, capsys, decay, warned):
+    """Not where the schedule is that of a longer run."""
+    schedule = {"optimizer.warmup_tokens": 4000, "optimizer.decay_tokens": decay}
+    assert main(arguments(text, tmp_path / "run", "dense", **{"train.steps": 2} | schedule)) == 0
+    told = "the run ends before the learning rate is reached: "
+    assert (told in capsys.readouterr().err) is warned
+
+
 def test_complete_run_is_left_alone(text, tmp_path, capsys):
     command = arguments(text, tmp_path / "run", "dense", **{"train.steps": 3})
     assert main(command) == 0
