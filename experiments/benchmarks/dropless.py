@@ -19,6 +19,7 @@ from prmoe_jax.allocator import keep_freed_memory
 from prmoe_jax.bench.step import compiled_step
 from prmoe_jax.bench.turns import in_turns
 from prmoe_jax.config import Config, resolve
+from prmoe_jax.run.directory import device_name
 
 TINY = runpy.run_path(str(Path(__file__).parents[2] / "configs" / "tiny.py"))
 SMALL = {"d_model": 64, "d_ff": 256, "vocab_size": 1024}
@@ -49,7 +50,7 @@ def main() -> None:
         row |= {"tokens_per_s": configs[name, factor].tokens_per_step / statistics.median(times)}
         row |= {"median_s": statistics.median(times), "min_s": min(times), "max_s": max(times)}
         row |= {"cores": len(os.sched_getaffinity(0)), "jax": jax.__version__}
-        print(json.dumps(row | {"device": jax.devices()[0].device_kind}))
+        print(json.dumps(row | {"device": device_name(jax.devices()[0])}))
 
 
 if __name__ == "__main__":

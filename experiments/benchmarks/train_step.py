@@ -22,6 +22,7 @@ from prmoe_jax.cli import parse_config
 from prmoe_jax.data.pipeline import load_data, train_iterator
 from prmoe_jax.model.sizes import cost
 from prmoe_jax.parallel.mesh import make_mesh, split_batch
+from prmoe_jax.run.directory import device_name
 from prmoe_jax.training.step import compile_train_step, sharded_state
 
 TRACED_STEPS = 3
@@ -68,7 +69,7 @@ def main():
     flops = cost(config.model).train_flops_per_token * config.tokens_per_step
     record = {
         "architecture": str(config.model.schedule),
-        "device": jax.devices()[0].device_kind,
+        "device": device_name(jax.devices()[0]),
         "jax": jax.__version__,
         "steps": options.steps,
         "step_s": {"median": median, "min": min(seconds), "max": max(seconds)},

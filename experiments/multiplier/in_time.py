@@ -2,20 +2,18 @@
 
     python experiments/multiplier/in_time.py
 
-As the multiplier, with the seconds of speed.jsonl in place of FLOPs. Prints one number for each
-seed; nothing is extrapolated, so that 'inf' is more than the widest dense model's.
+As the multiplier, with the seconds of speed.jsonl in place of FLOPs. Prints the geometric mean of
+the seeds with its 95 % interval, and each seed's number.
 """
 
 import json
 from pathlib import Path
 
-from prmoe_jax.report.multiplier import equivalent_compute
+from prmoe_jax.report.arms import arms
+from prmoe_jax.report.multiplier import multipliers
 from prmoe_jax.tables import aligned
 
 HERE = Path(__file__).parent
-LADDER = "dense_64", "dense_96", "dense_144"
-MODELS = "E8", "E64", "E128", "residual", "fine"
-LENGTHS = "3M", "6M", "11M", "23M"
 
 
 def read(name: str) -> list[dict]:
@@ -24,21 +22,14 @@ def read(name: str) -> list[dict]:
 
 def main() -> None:
     seconds = {row["model"]: row["median_s"] for row in read("speed.jsonl")}
-    loss = {row["run"]: row["loss"] for row in read("results.jsonl")}
-
-    def worth(model: str, length: str) -> str:
-        found = []
-        for seed in "123":
-            runs = [f"{name}/{length}/{seed}" for name in (model, *LADDER)]
-            if all(run in loss for run in runs):
-                ladder = [
-                    (seconds[name], loss[run]) for name, run in zip(LADDER, runs[1:], strict=True)
-                ]
-                found.append(equivalent_compute(loss[runs[0]], ladder) / seconds[model])
-        return ", ".join(f"{one:.2f}" for one in found)
-
-    rows = [(model, *(worth(model, length) for length in LENGTHS)) for model in MODELS]
-    print(aligned(("model", *LENGTHS), rows))
+    records = read("results.jsonl")
+    for record in records:
+        record["seconds"] = seconds[record["run"].split("/")[0]]
+    rows = [
+        (one.arm, one, ", ".join(f"{value:.2f}" for _, value in sorted(one.by_seed.items())))
+        for one in multipliers(arms(records), "seconds")
+    ]
+    print(aligned(("arm", "in time", "by seed"), rows))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from prmoe_jax.allocator import keep_freed_memory
 from prmoe_jax.bench.step import compiled_step
 from prmoe_jax.bench.turns import in_turns
 from prmoe_jax.config import resolve
+from prmoe_jax.run.directory import device_name
 
 HERE = Path(__file__).parent
 SWEEP = runpy.run_path(str(HERE / "sweep.py"))
@@ -37,7 +38,7 @@ def main() -> None:
         row |= {"min_s": min(times), "max_s": max(times)}
         row |= {"tokens_per_s": configs[arm].tokens_per_step / row["median_s"]}
         row |= {"times_dense_64": row["median_s"] / statistics.median(seconds["dense_64"])}
-        row |= {"cores": len(os.sched_getaffinity(0)), "device": jax.devices()[0].device_kind}
+        row |= {"cores": len(os.sched_getaffinity(0)), "device": device_name(jax.devices()[0])}
         row |= {"jax": jax.__version__, "commit": commit}
         print(json.dumps(row))
 

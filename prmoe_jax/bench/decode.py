@@ -37,6 +37,7 @@ from prmoe_jax.model.sizes import cost
 from prmoe_jax.model.transformer import init_model
 from prmoe_jax.parallel.mesh import batch_axes, make_mesh, with_mesh
 from prmoe_jax.parallel.sharding import init_sharded
+from prmoe_jax.run.directory import device_name
 from prmoe_jax.tables import aligned
 
 log = logging.getLogger(__name__)
@@ -143,7 +144,7 @@ def bench_decode(
                         "weights": kind,
                         "mesh": mesh,
                         "batch": batch,
-                        "device": jax.devices()[0].device_kind,
+                        "device": device_name(jax.devices()[0]),
                         "jax": jax.__version__,
                         "params": size.total_params,
                         "active_params": size.active_params,

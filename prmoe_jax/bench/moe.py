@@ -28,6 +28,7 @@ from prmoe_jax.moe import dispatch
 from prmoe_jax.moe.layer import MoE
 from prmoe_jax.moe.routing import capacity, route
 from prmoe_jax.nn.mlp import MLP
+from prmoe_jax.run.directory import device_name
 from prmoe_jax.tables import aligned
 
 log = logging.getLogger(__name__)
@@ -116,7 +117,7 @@ def _bench_one(size: Size, load: str, dtype: str, repeats: int) -> list[dict]:
                     **size._asdict(),
                     "load": load,
                     "dtype": dtype,
-                    "device": jax.devices()[0].device_kind,
+                    "device": device_name(jax.devices()[0]),
                     "jax": jax.__version__,
                     "median_s": median,
                     "min_s": min(times[name]),

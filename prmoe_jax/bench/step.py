@@ -35,6 +35,7 @@ from prmoe_jax.errors import UserError
 from prmoe_jax.interop.settings import check_gpt2_form
 from prmoe_jax.model.sizes import cost
 from prmoe_jax.parallel.mesh import make_mesh, split_batch, with_mesh
+from prmoe_jax.run.directory import device_name
 from prmoe_jax.tables import aligned
 from prmoe_jax.training.optimizer import STATE_BYTES
 from prmoe_jax.training.step import compile_train_step, sharded_state
@@ -101,7 +102,7 @@ def bench_step(config: Config, repeats: int) -> list[dict]:
                 "dtype": model.dtype,
                 "optimizer": config.optimizer.kind,
                 "accumulate": config.train.accumulate,
-                "device": jax.devices()[0].device_kind,
+                "device": device_name(jax.devices()[0]),
                 "jax": jax.__version__,
                 "tokens_per_s": tokens / statistics.median(seconds),
                 "median_s": statistics.median(seconds),

@@ -242,6 +242,36 @@ def verdict(
     return "better" if apart.value < 0 else "worse"
 
 
+def p_value(arm: dict[int, dict], base: dict[int, dict], pooled: Spread | None = None) -> float:
+    """Of a two-sided t test of whether an arm's loss is another's; NaN with under two common seeds.
+
+    The arguments are those of `difference`.
+    """
+    from scipy import stats
+
+    apart, freedom = _difference(arm, base, pooled)
+    if apart is None:
+        return math.nan
+    if not apart.margin:
+        return 0.0 if apart.value else 1.0
+    deviations = abs(apart.value) / apart.margin * stats.t.ppf(0.975, freedom)
+    return float(2 * stats.t.sf(deviations, freedom))
+
+
+def holm(p_values: list[float]) -> list[float]:
+    """P values corrected for their number (Holm 1979); NaN counts as no test.
+
+    Where none of the tested differences exists, the chance that the least corrected p value is
+    below 0.05 is at most 5 %.
+    """
+    tests = sorted((p, i) for i, p in enumerate(p_values) if not math.isnan(p))
+    corrected, least = [math.nan] * len(p_values), 0.0
+    for rank, (p, i) in enumerate(tests):
+        least = max(least, min(1.0, p * (len(tests) - rank)))
+        corrected[i] = least
+    return corrected
+
+
 def write_csv(records: list[dict], path: Path) -> None:
     """Writes one line for each run: its results, and the settings in which runs differ.
 

@@ -15,9 +15,11 @@ from prmoe_jax.report.arms import (
     base_of,
     difference,
     equally_long,
+    holm,
     mean,
     models,
     models_of,
+    p_value,
     spread,
     verdict,
     write_csv,
@@ -51,13 +53,21 @@ POOLED = (
 )
 LADDER = (
     "How many times a MoE's FLOPs for each token a dense model needs to reach its loss with the "
-    "same tokens. Between two dense arms, log(loss) is linear in log(FLOPs); nothing is "
-    "extrapolated. The geometric mean over seeds, and in brackets its 95 % interval (Student's t). "
-    "D/N: tokens per active parameter. The scaling law's dense model has FLOPs as the ladder's "
-    "models have by their parameters; the law is for experts in every layer, so that it takes the "
-    "mean number of all layers, and for one expert a token with nothing beside it."
+    "same tokens, and how many times its active parameters. Between two dense arms, log(loss) is "
+    "linear in log(FLOPs), and beyond them no multiplier is measured. The geometric mean over "
+    "seeds, and in brackets its 95 % interval (Student's t). FLOPs count attention to all "
+    "positions of a sequence, later ones included. D/N: tokens per active parameter. The scaling "
+    "law predicts active parameters; its dense model has as many FLOPs as the ladder's models "
+    "would have with these, linear in logarithms, beyond the ladder's ends, too. The law is for "
+    "experts in every layer, so that it takes the mean number of all layers, and for one expert a "
+    "token with nothing beside it."
 )
-PAIR = ["arm", "base", "arm - base", "verdict"]
+PAIR = ["arm", "base", "arm - base", "p, Holm", "verdict"]
+COMPARISONS = (
+    "The pairs that sweep.py names. Each interval and verdict is for one pair by itself; p is "
+    "corrected for the number of pairs by Holm's method. Where p is 0.05 or more, a difference may "
+    "be resolved only because so many were tested."
+)
 GROWTH = "Multipliers of neighbours, one divided by the other, paired by seed."
 
 
@@ -79,8 +89,8 @@ def report(folder: Path, base: str | None = None) -> dict:
       more, margin (of the 95 % interval); with two seeds in common with the base also difference
       and difference_margin, paired by seed, and with MARGIN the verdict; with LADDER a MoE has its
       multiplier, as text. With CONTRASTS also contrasts, a list of arm, base, difference,
-      difference_margin and, with MARGIN, verdict; with POOLED also deviation, in nats, and its
-      degrees of freedom, freedom.
+      difference_margin, p (a two-sided t test, corrected for the number of pairs) and, with MARGIN,
+        verdict; with POOLED also deviation, in nats, and its degrees of freedom, freedom.
 
     Raises:
       UserError: the results are missing or damaged, a constant of sweep.py is wrong, the arm
@@ -145,6 +155,7 @@ def report(folder: Path, base: str | None = None) -> dict:
         figures.drops(dropping, folder / "drops")
 
     worth = multipliers(found) if stated.ladder else []
+    by_params = multipliers(found, "active_params") if stated.ladder else []
     if worth:
         pictures[folder / "multipliers"] = (
             "Dense-equivalent multipliers. Small dots: seeds; bars: 95 % intervals of three seeds "
@@ -156,11 +167,12 @@ def report(folder: Path, base: str | None = None) -> dict:
     for one in worth:
         summary[one.arm]["multiplier"] = str(one)
 
-    contrasts = [
-        (arm, other, _apart(found[arm], found[other], stated.margin, pooled))
-        for arm, other in stated.contrasts
-        if arm in found and other in found
-    ]
+    pairs = [(arm, other) for arm, other in stated.contrasts if arm in found and other in found]
+    corrected = holm([p_value(found[arm], found[other], pooled) for arm, other in pairs])
+    contrasts = []
+    for (arm, other), p in zip(pairs, corrected, strict=True):
+        compared = _apart(found[arm], found[other], stated.margin, pooled)
+        contrasts.append((arm, other, compared | {"p": p} if compared else compared))
     revisions = sorted({revision for row in records for revision in row["revisions"]})
     devices = sorted({f"{row['device']}, jax {row['versions'].get('jax', '?')}" for row in records})
     parts = [
@@ -174,7 +186,7 @@ def report(folder: Path, base: str | None = None) -> dict:
         page.table([name.format(base=named) for name in HEAD], rows),
         page.figures(pictures),
         *_contrasts(contrasts),
-        *(_multipliers(worth) if stated.ladder else []),
+        *(_multipliers(worth, by_params) if stated.ladder else []),
         page.heading("Runs"),
         page.table(
             ["run", "loss", "bits/byte", "tokens", "tokens/s"],
@@ -220,35 +232,35 @@ def _told(compared: dict) -> tuple[str, str]:
     return str(apart), compared.get("verdict", "")
 
 
+def _contrast(arm: str, base: str, compared: dict) -> list[str]:
+    """A row of the table of comparisons."""
+    apart, verdict = _told(compared)
+    return [arm, base, apart, f"{compared['p']:.2g}" if compared else "", verdict]
+
+
 def _contrasts(contrasts: list[tuple[str, str, dict]]) -> list[str]:
     """The part of the page about the pairs that sweep.py names."""
     if not contrasts:
         return []
     return [
         page.heading("Comparisons"),
-        page.paragraph(
-            "The pairs that sweep.py names, each by itself: with several pairs, some differences "
-            "are resolved by chance."
-        ),
-        page.table(
-            PAIR,
-            [[arm, base, *_told(compared)] for arm, base, compared in contrasts],
-        ),
+        page.paragraph(COMPARISONS),
+        page.table(PAIR, [_contrast(*contrast) for contrast in contrasts]),
     ]
 
 
-def _multipliers(worth: list[Multiplier]) -> list[str]:
-    """The part of the page about multipliers."""
+def _multipliers(worth: list[Multiplier], by_params: list[Multiplier]) -> list[str]:
+    """The part of the page about multipliers in FLOPs and in active parameters."""
     if not worth:
         return [page.paragraph("No MoE has two dense arms with as many tokens and a common seed.")]
     head = ["arm", "tokens", "D/N", "seeds", "multiplier", "scaling law"]
-    rows = [
-        [
-            *(one.arm, f"{one.tokens:,}", f"{one.tokens_per_parameter:.1f}"),
-            *(len(one.by_seed), one, "" if math.isnan(one.law) else f"{one.law:.2f}"),
-        ]
-        for one in worth
-    ]
+    head += ["by active parameters", "scaling law"]
+    rows = []
+    for one, other in zip(worth, by_params, strict=True):
+        rows.append([one.arm, f"{one.tokens:,}", f"{one.tokens_per_parameter:.1f}"])
+        rows[-1].append(len(one.by_seed))
+        for each in one, other:
+            rows[-1] += [each, "" if math.isnan(each.law) else f"{each.law:.2f}"]
     return [
         page.heading("Dense-equivalent multipliers"),
         page.paragraph(LADDER),
@@ -292,7 +304,7 @@ def table(result: dict) -> str:
     tables = [aligned(head, rows)]
     contrasts = [row for row in result.get("contrasts", ()) if "difference" in row]
     if contrasts:
-        rows = [[row["arm"], row["base"], *_told(row)] for row in contrasts]
+        rows = [_contrast(row["arm"], row["base"], row) for row in contrasts]
         tables.append(aligned(PAIR, rows))
     if "deviation" in result:
         tables.append(

@@ -1,8 +1,9 @@
 """How much dense compute a MoE is worth, measured against a ladder of dense models.
 
 The dense-equivalent multiplier m of a MoE is the compute for each token of the dense model that
-reaches the MoE's loss with the same tokens, divided by the MoE's own. Between two dense models of
-the ladder, log(loss) is taken as linear in log(compute); beyond its ends there is no multiplier.
+reaches the MoE's loss with the same tokens, divided by the MoE's own. Compute is counted in FLOPs,
+in active parameters, or by anything else that a record has. Between two dense models of the ladder,
+log(loss) is taken as linear in log(compute); beyond its ends there is no multiplier.
 """
 
 import itertools
@@ -95,13 +96,16 @@ def equivalent_compute(loss: float, ladder: Sequence[tuple[float, float]]) -> fl
     return math.inf
 
 
-def multipliers(arms: dict[str, dict[int, dict]]) -> list[Multiplier]:
+def multipliers(
+    arms: dict[str, dict[int, dict]], unit: str = "flops_per_token"
+) -> list[Multiplier]:
     """The multiplier of every MoE arm of a sweep, against the dense arms with as many tokens.
 
     Each seed that the MoE and all dense models of its ladder have in common gives one.
 
     Args:
       arms: records by arm and seed.
+      unit: the field of a record that is its compute.
 
     Returns:
       One for each MoE arm; none for an arm with fewer than two dense ones to compare it with.
@@ -109,6 +113,10 @@ def multipliers(arms: dict[str, dict[int, dict]]) -> list[Multiplier]:
     Raises:
       UserError: two dense arms of as many tokens compute as much for each.
     """
+
+    def compute(rows: dict[int, dict]) -> float:
+        return next(iter(rows.values()))[unit]
+
     found, names = [], models_of(arms)
     for arm, rows in arms.items():
         record = next(iter(rows.values()))
@@ -120,16 +128,16 @@ def multipliers(arms: dict[str, dict[int, dict]]) -> list[Multiplier]:
             if _is_dense(first := next(iter(other.values())))
             and first["tokens"] == record["tokens"]
         }
-        rungs = sorted(ladder.values(), key=_compute)
+        rungs = sorted(ladder.values(), key=compute)
         for (one, a), (other, b) in itertools.combinations(ladder.items(), 2):
-            if _compute(a) == _compute(b):
+            if compute(a) == compute(b):
                 raise UserError(
-                    f"LADDER: the dense arms {one} and {other} have {_compute(a):,} FLOPs for each "
-                    "token; leave one of them out"
+                    f"LADDER: the dense arms {one} and {other} have the same {unit}, "
+                    f"{compute(a):,}; leave one of them out"
                 )
         seeds = sorted(set(rows).intersection(*rungs))
         if len(rungs) >= 2 and seeds:
-            found.append(_measure(arm, names[arm], rows, rungs, seeds))
+            found.append(_measure(arm, names[arm], rows, rungs, seeds, unit))
     return found
 
 
@@ -184,19 +192,16 @@ def _is_dense(record: dict) -> bool:
     return record["total_params"] == record["active_params"]
 
 
-def _compute(rows: dict[int, dict]) -> float:
-    return next(iter(rows.values()))["flops_per_token"]
-
-
 def _measure(
     arm: str,
     model: str,
     rows: dict[int, dict],
     rungs: list[dict[int, dict]],
     seeds: list[int],
+    unit: str,
 ) -> Multiplier:
-    record, own = rows[seeds[0]], _compute(rows)
-    compute_R = [_compute(rung) for rung in rungs]
+    record = rows[seeds[0]]
+    own, compute_R = record[unit], [rung[seeds[0]][unit] for rung in rungs]
 
     def measured(seeds: list[int]) -> float:
         """The multiplier of the mean losses of these seeds."""

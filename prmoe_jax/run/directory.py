@@ -9,6 +9,7 @@ import hashlib
 import importlib.metadata
 import json
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -52,10 +53,20 @@ def environment(devices: list) -> dict:
         "git_changes": tracked and bool(_git("status", "--porcelain")),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "device": devices[0].device_kind,
+        "device": device_name(devices[0]),
         "device_count": len(devices),
         "versions": {name: _version(name) for name in RECORDED_PACKAGES.split()},
     }
+
+
+def device_name(device) -> str:
+    """The kind of a device, with a CPU's model: CPUs differ in speed and in last digits."""
+    if device.platform != "cpu":
+        return device.device_kind
+    model, info = platform.processor(), Path("/proc/cpuinfo")
+    if info.exists() and (found := re.search(r"^model name\s*: (.+)$", info.read_text(), re.M)):
+        model = found[1]
+    return f"cpu, {model}" if model else "cpu"
 
 
 def versions() -> dict[str, str | None]:

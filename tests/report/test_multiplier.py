@@ -6,11 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from prmoe_jax.cli import main
 from prmoe_jax.errors import UserError
 from prmoe_jax.report import figures
-from prmoe_jax.report.arms import arms, equally_long, models, verdict
+from prmoe_jax.report.arms import arms, equally_long, holm, models, p_value, spread, verdict
 from prmoe_jax.report.multiplier import (
     equivalent_compute,
     law_multiplier,
@@ -22,6 +23,8 @@ from tests.support.records import record
 
 # Rungs of a ladder on which loss = 5 compute^-0.1.
 RUNGS = [(compute, 5 * compute**-0.1) for compute in (1.0, 2.0, 5.0, 7.0)]
+LOSSES = [3.0, 3.1, 2.9, 3.3, 3.2], [3.2, 3.15, 3.0, 3.35, 3.5]
+EQUAL = {1: {"loss": 1.0}, 2: {"loss": 2.0}}  # 1 below some other losses, with each seed
 SEEDS = {1: 0.01, 2: -0.02, 3: 0.01}  # what a seed adds to a log loss
 
 
@@ -33,7 +36,8 @@ def sweep(moe, rungs=RUNGS, seeds=SEEDS, tokens=2000):
     """Records of the dense arms, and of MoEs {name: (compute, loss)}."""
     found = []
     for number, (compute, loss) in enumerate(rungs):
-        dense = {"flops_per_token": compute, "total_params": 7, "active_params": 7}
+        size = 7 + number
+        dense = {"flops_per_token": compute, "total_params": size, "active_params": size}
         found += [
             record(f"dense{number}/{tokens}", seed, loss * math.exp(add), **dense, tokens=tokens)
             for seed, add in seeds.items()
@@ -74,7 +78,9 @@ def test_a_ladder_by_hand():
     assert equivalent_compute(3.0, [(1.0, 3.0), (2.0, 3.0)]) == 1.0
     assert equivalent_compute(3.0, [(1.0, 3.0), (2.0, 4.0)]) == 1.0
     same = [(2.0, 3.1), (2.0, 3.0)]
-    with pytest.raises(UserError, match="dense arms dense0/2000 and dense1/2000 have 2.0 FLOPs fo"):
+    with pytest.raises(
+        UserError, match="dense arms dense0/2000 and dense1/2000 have the same flops_"
+    ):
         multipliers(arms(sweep({"moe": (1.0, 3.05)}, same)))
 
 
@@ -162,6 +168,24 @@ def test_the_law_in_the_units_of_the_ladder():
         assert math.isnan(one.law) and one.value == pytest.approx(2.0)
 
 
+def test_another_unit_of_compute():
+    """Twice the dense models' FLOPs, but seconds in which each model takes its square."""
+    rows = sweep({"moe": (1.0, loss_of(2.0))})
+    for row in rows:
+        row["seconds"] = row["flops_per_token"] ** 2
+    (flops,), (seconds,) = (
+        multipliers(arms(rows), unit) for unit in ("flops_per_token", "seconds")
+    )
+    assert (flops.value, seconds.value) == pytest.approx((2.0, 4.0))
+    assert (seconds.low, seconds.most) == pytest.approx((flops.low**2, 49.0))
+    for row in rows:
+        row["seconds"] = 1.0
+    with pytest.raises(
+        UserError, match="dense0/2000 and dense1/2000 have the same seconds, 1.0; l"
+    ):
+        multipliers(arms(rows), "seconds")
+
+
 def test_beyond_the_ladder_nothing_is_extrapolated():
     moe = {"good": (1.0, loss_of(7.5)), "bad": (2.0, loss_of(0.9)), "near": (1.0, loss_of(6.9))}
     good, bad, near = multipliers(arms(sweep(moe)))
@@ -215,6 +239,9 @@ def test_report(tmp_path, capsys):
     found, (top2, dense) = result["arms"], result["contrasts"]
     assert (top2["arm"], top2["base"], top2["verdict"]) == ("top2/2000", "moe/2000", "better")
     assert dense["verdict"] == "equivalent" and dense["difference"] == pytest.approx(0.0)
+    by_seed = arms(rows)
+    pair = p_value(by_seed["top2/2000"], by_seed["moe/2000"])
+    assert top2["p"] == pytest.approx(2 * pair) and pair < 1e-3  # two pairs have records
     assert found["moe/2000"]["multiplier"].startswith("2.00 (")
     assert found["top2/9000"]["multiplier"] == "beyond the ladder: at least 7.00"
     assert found["dense1/2000"]["verdict"] == "equivalent"  # it has the same loss
@@ -402,3 +429,21 @@ def test_equivalence_is_that_of_two_one_sided_tests():
         seen.add(equivalent)
     assert seen == {True, False}
     assert verdict(*pair(0.1), 0.02) is None
+
+
+def test_p_values_are_those_of_students_t():
+    """Of pairs by seed like scipy's, and pooled those of two arms that vary by a known spread."""
+    one, other = ({s: {"loss": loss} for s, loss in enumerate(L)} for L in LOSSES)
+    assert p_value(one, other) == pytest.approx(stats.ttest_rel(*LOSSES).pvalue)
+    pooled = spread({"one": one, "other": other})  # with two arms it is that of the pairs
+    assert p_value(one, other, pooled) == pytest.approx(stats.ttest_rel(*LOSSES).pvalue)
+    assert math.isnan(p_value(one, {7: {"loss": 1.0}}))
+    assert (p_value(one, one), p_value({1: {"loss": 2.0}, 2: {"loss": 3.0}}, EQUAL)) == (1.0, 0.0)
+
+
+def test_holm_by_hand():
+    """The least p of three times 3, the next times 2, but none below one before it."""
+    assert holm([0.03, 0.01, math.nan, 0.02]) == pytest.approx(
+        [0.04, 0.03, math.nan, 0.04], nan_ok=True
+    )
+    assert holm([0.6, 0.5]) == [1.0, 1.0] and holm([]) == []

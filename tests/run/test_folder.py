@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -459,8 +460,14 @@ def test_no_other_projects_revision(tmp_path, monkeypatch):
     assert (found["git_revision"], found["git_changes"]) == (None, False)
 
 
+def test_a_device_of_another_kind_has_its_own_name():
+    card = SimpleNamespace(platform="gpu", device_kind="NVIDIA H100 80GB HBM3")
+    assert directory.device_name(card) == "NVIDIA H100 80GB HBM3"
+
+
 def test_environment_is_recorded(text, tmp_path):
     assert main(arguments(text, tmp_path / "run", **{"train.steps": 1})) == 0
     (record,) = json.loads((tmp_path / "run" / "environment.json").read_text())
     assert record["versions"]["jax"] == jax.__version__
     assert record["device_count"] == 1
+    assert record["device"].startswith("cpu, ") and len(record["device"]) > len("cpu, x")
