@@ -88,7 +88,7 @@ def _load_settings(path: Path, name: str):
     """Reads a run's config.json, or calls get_config(NAME) or get_config() of a config file."""
     from ml_collections import ConfigDict
 
-    if re.fullmatch(r"\w+", str(path)) and not path.exists():
+    if re.fullmatch(r"\w+", str(path)) and not path.is_file():  # a folder may have this name
         path = userfile.shipped(str(path))
     if not stores.is_local(path) and path.suffix != ".json":
         raise UserError(f"--config={path} is in an object store: there only a run's config.json")

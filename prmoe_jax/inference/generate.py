@@ -154,9 +154,10 @@ class Generator:
         length = self.decoder.config.length
         longest = max(map(len, starts))
         if longest + tokens > length:
+            less = f" or use --tokens={length - longest}" if longest < length else ""
             raise UserError(
                 f"the prompt's {longest} tokens and --tokens={tokens} exceed the context of "
-                f"{length}; shorten the prompt or use --tokens={max(0, length - longest)}"
+                f"{length}; shorten the prompt{less}"
             )
         written = [TextStream(self.tokenizer, stop, start[1:]) for start in starts]
         with jax.set_mesh(self.mesh):

@@ -26,12 +26,13 @@ from prmoe_jax.report.arms import (
 )
 from prmoe_jax.report.multiplier import Multiplier, multipliers, ratios
 from prmoe_jax.sweep.definition import constants
-from prmoe_jax.sweep.records import RESULTS, complete, read
+from prmoe_jax.sweep.records import RESULTS, check_one_text, complete, read
 from prmoe_jax.tables import aligned
 
 HEAD = (
     "arm",
     "seeds",
+    "tokens",
     "validation loss",
     "above {base}",
     "parameters",
@@ -85,12 +86,13 @@ def report(folder: Path, base: str | None = None) -> dict:
         MODEL/LENGTH, arms are compared with the model's arm of their own number of tokens.
 
     Returns:
-      page, the path; base; its model; and arms. For each arm: seeds, loss and, with two seeds or
-      more, margin (of the 95 % interval); with two seeds in common with the base also difference
-      and difference_margin, paired by seed, and with MARGIN the verdict; with LADDER a MoE has its
-      multiplier, as text. With CONTRASTS also contrasts, a list of arm, base, difference,
-      difference_margin, p (a two-sided t test, corrected for the number of pairs) and, with MARGIN,
-        verdict; with POOLED also deviation, in nats, and its degrees of freedom, freedom.
+      page, the path; base; its model; and arms. For each arm: seeds, tokens, loss and, with two
+      seeds or more, margin (of the 95 % interval); with two seeds in common with the base also
+      difference and difference_margin, paired by seed, and with MARGIN the verdict; with LADDER a
+      MoE has its multiplier, as text. With CONTRASTS also contrasts, a list of arm, base,
+      difference, difference_margin, p (a two-sided t test, corrected for the number of pairs) and,
+      with MARGIN, verdict; with POOLED also deviation, in nats, and freedom, its degrees of
+      freedom.
 
     Raises:
       UserError: the results are missing or damaged, a constant of sweep.py is wrong, the arm
@@ -102,6 +104,7 @@ def report(folder: Path, base: str | None = None) -> dict:
         if not path.exists():
             raise UserError(f"{path} is missing; prmoe sweep {folder} makes it")
         raise UserError(f"{path} holds no runs of prmoe sweep")
+    check_one_text(records)
     stated = constants(folder)
     found = arms(records, stated.varying)
     base = next(iter(found)) if base is None else base
@@ -122,8 +125,10 @@ def report(folder: Path, base: str | None = None) -> dict:
         other = base_of(arm, found, base)
         compared = _apart(by_seed, found[other], stated.margin, pooled) if other else {}
         told = ", ".join(filter(None, _told(compared)))
-        rows.append([arm, len(by_seed), loss, told, *_costs(list(by_seed.values()))])
-        summary[arm] = {"seeds": len(by_seed), "loss": loss.value}
+        tokens = next(iter(by_seed.values()))["tokens"]
+        head = [arm, len(by_seed), f"{tokens:,}"]
+        rows.append([*head, loss, told, *_costs(list(by_seed.values()))])
+        summary[arm] = {"seeds": len(by_seed), "tokens": tokens, "loss": loss.value}
         if len(by_seed) > 1:
             summary[arm]["margin"] = loss.margin
         if compared:
@@ -289,13 +294,15 @@ def _costs(rows: list[dict]) -> list[str]:
 def table(result: dict) -> str:
     """The result of `report` as text."""
     rows = []
+    several = len({row["tokens"] for row in result["arms"].values()}) > 1
     for arm, row in result["arms"].items():
         loss = f"{row['loss']:.4f}" + (f" ± {row['margin']:.4f}" if "margin" in row else "")
         above = ""
         if "difference" in row:
             above = f"{row['difference']:+.4f} ± {row['difference_margin']:.4f}"
-        rows.append([arm, row["seeds"], loss, above])
-    head = ["arm", "seeds", "loss", f"above {result['model']}"]
+        tokens = [f"{row['tokens']:,}"] if several else []
+        rows.append([arm, row["seeds"], *tokens, loss, above])
+    head = ["arm", "seeds", *(["tokens"] if several else []), "loss", f"above {result['model']}"]
     for column in "verdict", "multiplier":
         if any(column in row for row in result["arms"].values()):
             head.append(column)

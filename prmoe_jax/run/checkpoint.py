@@ -286,6 +286,10 @@ class Checkpoints:
         """
         return self._read(step, data=ocp.args.JsonRestore())["data"]
 
+    def fingerprint(self, step: int) -> dict:
+        """What a checkpoint's run read, from its data record; empty where it has none."""
+        return self.record(step).get("fingerprint", {}) if self._has(step, "data") else {}
+
     def close(self) -> None:
         """Waits for the checkpoint that is being written, if any.
 

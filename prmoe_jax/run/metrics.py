@@ -259,13 +259,15 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def finished(config: Config, workdir: Path) -> bool:
-    """Whether a run's folder has the evaluation at its end.
+    """Whether a run's folder has the evaluation at its end, with a finite loss.
 
     Raises:
       UserError: metrics.jsonl cannot be read, or a line is damaged.
     """
     lines = read_metrics(workdir / METRICS)
-    return bool(lines) and "eval/loss" in lines[-1] and lines[-1]["step"] == config.total_steps
+    if not lines or lines[-1]["step"] != config.total_steps:
+        return False
+    return math.isfinite(lines[-1].get("eval/loss", math.nan))
 
 
 ROUTER_COLUMNS = (

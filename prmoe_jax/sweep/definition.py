@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from prmoe_jax.config import Config, InitConfig, check_branch, resolve, userfile
+from prmoe_jax.config import Config, InitConfig, check_branch, leaves, resolve, userfile
 from prmoe_jax.errors import UserError
 
 LONGEST_NAME = 255  # bytes, on every common file system
@@ -131,12 +131,14 @@ def _good(path: Path, name: str, value):
         if not (number and 0 < value < math.inf):
             raise UserError(f"{shown} nats above 0, such as 0.02")
     elif name == "varying":
-        if not (isinstance(value, tuple) and all(isinstance(one, str) for one in value)):
+        known = leaves(Config())
+        if not (isinstance(value, tuple) and all(map(known.__contains__, map(str, value)))):
             raise UserError(f"{shown} settings, such as ('init.workdir',)")
     elif name == "contrasts":
         pairs = isinstance(value, tuple) and all(isinstance(pair, tuple) for pair in value)
-        if not (pairs and all(list(map(type, pair)) == [str, str] for pair in value)):
-            raise UserError(f"{shown} pairs of arms, such as (('a', 'b'), ('c', 'b'))")
+        two = pairs and all(list(map(type, pair)) == [str, str] for pair in value)
+        if not (two and all(arm != base for arm, base in value)):
+            raise UserError(f"{shown} pairs of two arms, such as (('a', 'b'), ('c', 'b'))")
     elif not isinstance(value, bool):
         raise UserError(f"{shown} True or False")
     return value

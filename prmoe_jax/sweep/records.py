@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import json
+import math
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
@@ -160,10 +161,37 @@ def complete(folder: Path, rows: list[dict]) -> list[dict]:
             "losses": all(map(_is_pair, row["losses"])),
             "layers": isinstance(layers, dict) and all(map(_is_layer, layers.values())),
             "revisions": all(isinstance(revision, str) for revision in row["revisions"]),
+            "loss": math.isfinite(row["loss"]),
+            "bits_per_byte": math.isfinite(row["bits_per_byte"]),
         }.items():
             if not good:
                 raise UserError(f"{where} is damaged: {name} is {row[name]!r:.60}; {FIX}")
     return rows
+
+
+def check_one_text(rows: list[dict]) -> None:
+    """Checks that runs with the same settings of the text were evaluated on as many tokens.
+
+    Raises:
+      UserError: two were not, so that their texts differ; names them.
+    """
+    counted: dict[str, dict] = {}
+    for row in rows:
+        if not row.get("evaluated_tokens"):
+            continue
+        of_text = {
+            name: value
+            for name, value in row["settings"].items()
+            if name.startswith("data.") or name == "model.vocab_size"
+        }
+        other = counted.setdefault(json.dumps(of_text, sort_keys=True), row)
+        ours, theirs = (one["evaluated_tokens"][-1] for one in (row, other))
+        if ours != theirs:
+            raise UserError(
+                f"{other['run']} was evaluated on {theirs:,} tokens and {row['run']} on {ours:,}, "
+                "with the same settings of the text, which has changed between them; train one of "
+                "them again"
+            )
 
 
 def of_runs(rows: list[dict], runs: dict[str, Run]) -> list[dict]:

@@ -135,7 +135,7 @@ def train(
             configs.check_resume(configs.load(settings), config)
         else:
             checkpoints.check_new()
-            _check_not_finished(workdir)
+            _check_new_start(workdir, config)
             if config.init.step:
                 branch.check(config)
         # 2. The tokenizer and the data, which must be those that the run began with.
@@ -367,14 +367,9 @@ class Run:
 
     def report(self, step: int, metrics: dict) -> None:
         """Waits for a step's metrics, stops the run if they aren't finite, logs them if due."""
-        for name in ("loss", "grad_norm"):
-            if not math.isfinite(value := float(metrics[name])):
-                self.checkpoints.wait()
-                good = self.checkpoints.latest()
-                raise TrainingStopped(
-                    f"{name} is {value} at step {step}; the last good checkpoint is "
-                    + (f"step {good} in {self.workdir}" if good is not None else "none yet")
-                )
+        # A step's loss is that of the weights before it, which may be in a checkpoint already.
+        for name, broken in (("loss", step - 1), ("grad_norm", step)):
+            self.check_finite(name, float(metrics[name]), step, broken)
         self.stall_watch.alive()
         slow = self.clock.step_done(self.config.tokens_per_step)
         if slow and jax.process_index() == 0:
@@ -394,11 +389,26 @@ class Run:
             line += f", MFU {utilisation:.1%}"
         self.say(step, line)
 
+    def check_finite(self, name: str, value: float, step: int, broken: int) -> None:
+        """Stops the run if a number is not finite; checkpoints from step `broken` on are no use."""
+        if math.isfinite(value):
+            return
+        self.checkpoints.wait()
+        steps = self.checkpoints.steps()
+        good = max((one for one in steps if one < broken), default=None)
+        bad = ", ".join(str(one) for one in steps if one >= broken)
+        raise TrainingStopped(
+            f"{name} is {value} at step {step}; the last good checkpoint is "
+            + (f"step {good} in {self.workdir}" if good is not None else "none yet")
+            + (f"; remove checkpoint {bad}, whose weights gave this" if bad else "")
+        )
+
     def evaluate(self, step: int, state: TrainState) -> None:
         """Evaluates on the whole validation split at the end, else on `eval.batches` batches."""
         limit = 0 if step == self.config.total_steps else self.config.eval.batches
         arguments = state.model, self.config, self.data, self.mesh
         metrics = evaluate_model(self.eval_step, *arguments, limit)
+        self.check_finite("the validation loss", metrics["loss"], step, step)
         self.write(step, {f"eval/{name}": value for name, value in metrics.items()})
         self.sync()
         self.say(
@@ -441,15 +451,24 @@ def check_fingerprint(saved: dict, current: dict, fix: str) -> None:
         )
 
 
-def _check_not_finished(workdir: Path) -> None:
-    """Refuses to train a finished run without checkpoints anew, which would delete its metrics.
+def _check_new_start(workdir: Path, config: Config) -> None:
+    """Refuses to train a run whose checkpoints are gone anew, which would delete its metrics.
+
+    One that ended before its second checkpoint was due may never have had any.
 
     Raises:
-      UserError: the run is finished, or its files cannot be read.
+      UserError: the run had checkpoints, or other settings, or its files cannot be read.
     """
-    settings = workdir / workdirs.CONFIG
-    if settings.exists() and finished(configs.load(settings), workdir):
+    settings, lines = workdir / workdirs.CONFIG, read_metrics(workdir / METRICS)
+    if not (lines and settings.exists()):
+        return
+    saved, last = configs.load(settings), lines[-1]["step"]
+    over = finished(saved, workdir)
+    if over or last - saved.init.step > 2 * saved.checkpoint.every > 0:
+        state = "is finished" if over else f"came to step {last}"
         raise UserError(
-            f"the run in {workdir} is finished, and its checkpoints are gone; give another "
+            f"the run in {workdir} {state}, and its checkpoints are gone; give another "
             f"--workdir, or, to train it again from step 0, move its {METRICS} away"
         )
+    configs.check_resume(saved, config)
+    log.info("starts again: the run in %s ended before its first checkpoint", workdir)

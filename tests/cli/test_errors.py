@@ -144,7 +144,7 @@ CASES = {
     "config without value": (["params", "--config"], "argument --config: expected one argument"),
     "config empty": (["params", "--config="], "no --config; for example"),
     "config file missing": (["params", "--config=nope.py:a"], "--config=nope.py is not a file"),
-    "config is a folder": (["params", "--config=corpus"], "--config=corpus is not a file"),
+    "config is a folder": (["params", "--config=corpus"], "--config=corpus is neither a file nor"),
     "unknown name": (
         ["params", f"--config={tiny.__file__}:prmo"],
         "configs/tiny.py has no 'prmo'; use dense, moe, first_half",
@@ -481,6 +481,10 @@ CASES = {
         ["generate", "--workdir=run", "--prompt=0123456789", "--tokens=22"],
         "the prompt's 11 tokens and --tokens=22 exceed the context of 32; shorten the prompt or "
         "use --tokens=21",
+    ),
+    "prompt without room for a token": (
+        ["generate", "--workdir=run", f"--prompt={'0' * 40}", "--tokens=2"],
+        "the prompt's 41 tokens and --tokens=2 exceed the context of 32; shorten the prompt",
     ),
     # Resuming.
     "another config": (

@@ -365,9 +365,11 @@ def test_a_length_is_compared_with_as_many_tokens_alone(tmp_path, capsys):
         ("VARYING = 'seed'", "VARYING is 'seed'; it must be settings, such as ('init.workdir',)"),
         (
             "CONTRASTS = 'a', 'b'",
-            "CONTRASTS is ('a', 'b'); it must be pairs of arms, such as",
+            "CONTRASTS is ('a', 'b'); it must be pairs of two arms, such as",
         ),
-        ("CONTRASTS = (('a', 3),)", "CONTRASTS is (('a', 3),); it must be pairs of arms"),
+        ("CONTRASTS = (('a', 3),)", "CONTRASTS is (('a', 3),); it must be pairs of two arms"),
+        ("CONTRASTS = (('a', 'a'),)", "CONTRASTS is (('a', 'a'),); it must be pairs of two arms"),
+        ("VARYING = ('sed',)", "VARYING is ('sed',); it must be settings, such as ('init.workdir"),
         (
             "a = 1\nMARGIN = a / 50",
             "line 2: MARGIN must be a plain value, such as 0.02 or True",

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import re
 from pathlib import Path
 
@@ -116,7 +117,7 @@ def test_report_of_a_sweep(folder, capsys):
     assert main(["report", str(folder), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["arms"]
     assert found["two"]["difference"] == pytest.approx(-0.2)
-    assert found["<b>"] == {"seeds": 1, "loss": 2.0}
+    assert found["<b>"] == {"seeds": 1, "tokens": 2000, "loss": 2.0}
     lines = list(csv.DictReader((folder / "results.csv").open()))
     assert [line["run"] for line in lines] == ["one/1", "one/2", "one/3", "two/1", "two/2",
                                                "two/3", "<b>/4"]  # fmt: skip
@@ -343,6 +344,16 @@ def damaged(**changes):
             "results.jsonl: the record of a is damaged: it has no seed, total_params, activ",
         ),
         (damaged(loss="2"), "the record of a/1 is damaged: loss is '2'; delete that line"),
+        (damaged(loss=math.nan), "the record of a/1 is damaged: loss is nan; delete that line"),
+        (
+            lambda f: (f / "results.jsonl").write_text(
+                "".join(
+                    json.dumps(record(arm, 1, 2.0, evaluated_tokens=[count, count])) + "\n"
+                    for arm, count in (("a", 4789), ("b", 9401))
+                )
+            ),
+            "a/1 was evaluated on 4,789 tokens and b/1 on 9,401, with the same settings of the te",
+        ),
         (damaged(evaluations=[]), "the record of a/1 is damaged: evaluations is []; delete that"),
         (damaged(evaluations=[[1]]), "the record of a/1 is damaged: evaluations is [[1]]; delete"),
         (damaged(evaluated_tokens=[7]), "is damaged: evaluated_tokens is [7]; delete that line"),

@@ -30,8 +30,9 @@ def test_importing_the_package_imports_nothing_else():
 
 @pytest.mark.parametrize("config", ["tiny:prmoe", "paper:prmoe_1.3b", "prose:prmoe"])
 def test_shipped_configs_are_found_from_anywhere(config, tmp_path):
-    """The short form and the path of the same file give the same model."""
+    """The short form and the path of the same file give the same model; a folder is no file."""
     name, _, architecture = config.partition(":")
+    (tmp_path / name).mkdir()
     path = prmoe_jax.architecture.__file__.rpartition("/prmoe_jax/")[0] + f"/configs/{name}.py"
     found = []
     for given in (config, f"{path}:{architecture}"):

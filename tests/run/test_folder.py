@@ -81,6 +81,28 @@ def test_only_checkpoint_damaged(text, tmp_path, capsys):
     assert parameters(tmp_path / "run")[0] == 3
 
 
+def test_a_run_that_lost_its_checkpoints_is_not_begun_anew(text, tmp_path, capsys):
+    """Unless it may have had none yet, as after a kill before the first one; by the same config."""
+    settings = {"checkpoint.every": 3}
+    command = arguments(text, tmp_path / "run", "dense", **settings)
+    assert main(command) == 0
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    lines = metrics.read_text().splitlines(keepends=True)
+    metrics.write_text("".join(lines[:7]))
+    assert main(command) == 2
+    assert "came to step 7, and its checkpoints are gone; give another" in capsys.readouterr().err
+    metrics.write_text("".join(lines[:6]))
+    other = arguments(text, tmp_path / "run", "dense", seed=7, **settings)
+    assert main(other) == 2
+    assert "another config: seed was 0, is 7; give the same" in capsys.readouterr().err
+    assert metrics.read_text() == "".join(lines[:6])
+    assert main(command) == 0
+    assert "starts again: the run in" in capsys.readouterr().err
+    for line, before in zip(logged(tmp_path / "run"), map(json.loads, lines), strict=True):
+        assert line["step"] == before["step"] and line.get("loss") == before.get("loss")
+
+
 @pytest.fixture(scope="module")
 def saved_twice(text, tmp_path_factory):
     """A finished run with checkpoints of steps 10 and 12, and the command that made it."""

@@ -193,9 +193,14 @@ def test_eval_on_another_text(text, tmp_path, capsys):
         losses.append(json.loads(capsys.readouterr().out)["loss"])
     settings = json.loads((workdir / "config.json").read_text())
     settings["data"]["corpus"] = str(other)
+    assert losses[1] != losses[0]
+    # Without being asked for, another text is refused: its split may hold text of the training.
     (workdir / "config.json").write_text(json.dumps(settings))
-    assert main(["eval", f"--workdir={workdir}", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["loss"] == losses[1] != losses[0]
+    assert main(["eval", f"--workdir={workdir}", "--json"]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert f"data.corpus={other} is not the text that the run in {workdir} was trained on" in line
+    assert main(["eval", f"--workdir={workdir}", "--json", f"--corpus={other}"]) == 0
+    assert json.loads(capsys.readouterr().out)["loss"] == losses[1]
 
 
 def test_eval_and_generate(text, tmp_path, capsys):
@@ -269,8 +274,22 @@ def test_nan_stops_with_the_last_good_checkpoint(text, tmp_path, capsys):
     assert main(arguments(text, tmp_path / "run", "dense", **settings)) == 1
     err = capsys.readouterr().err.strip().splitlines()[-1]
     assert "is nan at step" in err or "is inf at step" in err
-    good = parameters(tmp_path / "run")[0]
-    assert f"the last good checkpoint is step {good}" in err
+    # The weights of the last checkpoint gave this loss.
+    bad = parameters(tmp_path / "run")[0]
+    good = f"step {bad - 1} in {tmp_path / 'run'}" if bad > 1 else "none yet"
+    assert f"the last good checkpoint is {good}; remove checkpoint {bad}, whose weights" in err
+
+
+def test_a_last_step_that_spoils_the_weights_is_no_success(text, tmp_path, capsys):
+    """Only the validation loss shows it."""
+    settings = {"optimizer.learning_rate": 1e30, "optimizer.min_learning_rate": 1e30}
+    settings |= {"train.steps": 1, "optimizer.warmup_tokens": 0}
+    command = arguments(text, tmp_path / "run", "dense", **settings)
+    for _ in range(2):
+        assert main(command) == 1
+        err = capsys.readouterr().err.strip().splitlines()[-1]
+        assert "the validation loss is nan at step 1; the last good checkpoint is none yet" in err
+        assert not any("eval/loss" in line for line in logged(tmp_path / "run"))
 
 
 def test_accumulation_logs_the_same_losses(text, tmp_path):
