@@ -267,7 +267,8 @@ def finished(config: Config, workdir: Path) -> bool:
     lines = read_metrics(workdir / METRICS)
     if not lines or lines[-1]["step"] != config.total_steps:
         return False
-    return math.isfinite(lines[-1].get("eval/loss", math.nan))
+    loss = lines[-1].get("eval/loss", math.nan)
+    return not (isinstance(loss, float) and not math.isfinite(loss))
 
 
 ROUTER_COLUMNS = (

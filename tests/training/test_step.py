@@ -284,7 +284,7 @@ def test_bits_per_byte_of_a_part_of_the_split():
     few = Windows(data.validation.cache, 8, False, text_bytes=56)
     many = Windows(data.validation.cache, 8, False, text_bytes=5600)
     mixed = dataclasses.replace(data, validation=Mixture([few, many], [Decimal(1)] * 2))
-    bytes_read = 56 * 16 / few.tokens  # of two windows
+    bytes_read = 56 * 8 / few.tokens + 5600 * 8 / many.tokens  # a window of each
     found = evaluated(values, mixed, run, limit=1)
     assert found["bits_per_byte"] == pytest.approx(14 / bytes_read, rel=1e-6)
     whole = evaluated(values, mixed, run)
