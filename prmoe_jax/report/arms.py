@@ -243,9 +243,9 @@ def verdict(
 
 
 def p_value(arm: dict[int, dict], base: dict[int, dict], pooled: Spread | None = None) -> float:
-    """Of a two-sided t test of whether an arm's loss is another's; NaN with under two common seeds.
+    """The p value of a two-sided t test of the difference of an arm's loss from another's.
 
-    The arguments are those of `difference`.
+    The arguments are those of `difference`. It is NaN with under two common seeds.
     """
     from scipy import stats
 

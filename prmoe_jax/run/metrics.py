@@ -268,7 +268,7 @@ def finished(config: Config, workdir: Path) -> bool:
     if not lines or lines[-1]["step"] != config.total_steps:
         return False
     loss = lines[-1].get("eval/loss", math.nan)
-    return not (isinstance(loss, float) and not math.isfinite(loss))
+    return not isinstance(loss, float) or math.isfinite(loss)
 
 
 ROUTER_COLUMNS = (

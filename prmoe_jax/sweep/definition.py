@@ -131,8 +131,7 @@ def _good(path: Path, name: str, value):
         if not (number and 0 < value < math.inf):
             raise UserError(f"{shown} nats above 0, such as 0.02")
     elif name == "varying":
-        known = leaves(Config())
-        if not (isinstance(value, tuple) and all(map(known.__contains__, map(str, value)))):
+        if not (isinstance(value, tuple) and set(map(str, value)) <= leaves(Config()).keys()):
             raise UserError(f"{shown} settings, such as ('init.workdir',)")
     elif name == "contrasts":
         pairs = isinstance(value, tuple) and all(isinstance(pair, tuple) for pair in value)

@@ -471,4 +471,4 @@ def _check_new_start(workdir: Path, config: Config) -> None:
             f"--workdir, or, to train it again from step 0, move its {METRICS} away"
         )
     configs.check_resume(saved, config)
-    log.info("starts again: the run in %s ended before its first checkpoint", workdir)
+    log.info("starts again: the run in %s has no checkpoint yet", workdir)

@@ -434,7 +434,7 @@ def test_equivalence_is_that_of_two_one_sided_tests():
 
 
 def test_p_values_are_those_of_students_t():
-    """Of pairs by seed like scipy's, and pooled those of two arms that vary by a known spread."""
+    """Pairs by seed as in scipy; pooled, two arms have the spread of their pairs."""
     one, other = ({s: {"loss": loss} for s, loss in enumerate(L)} for L in LOSSES)
     assert p_value(one, other) == pytest.approx(stats.ttest_rel(*LOSSES).pvalue)
     pooled = spread({"one": one, "other": other})  # with two arms it is that of the pairs
