@@ -96,7 +96,7 @@ layers = [row["layer"] for row in plan["layers"]]
 axes.bar(layers, [row["experts"] for row in plan["layers"]], color="lightgray", label="before")
 axes.bar(layers, [len(row["kept"]) for row in plan["layers"]], width=0.5, label="kept")
 axes.set(xlabel="layer", ylabel="experts", xticks=layers)
-axes.legend(frameon=False)
+axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
 plt.show()
 
 # %% [markdown]

@@ -88,6 +88,27 @@ def restore_model(
     return found, model
 
 
+def check_text(workdir: Path, config: Config, fingerprint: str) -> None:
+    """Checks that a run's text is still that which it was trained on.
+
+    Args:
+      workdir: the run's folder.
+      config: the run's config.
+      fingerprint: that of `config.data.corpus` as it is now.
+
+    Raises:
+      UserError: it is another text.
+    """
+    with contextlib.closing(Checkpoints(workdir)) as checkpoints:
+        trained = checkpoints.fingerprint(checkpoints.latest()).get("corpus", fingerprint)
+    if trained != fingerprint:
+        raise UserError(
+            f"data.corpus={config.data.corpus} is not the text that the run in {workdir} was "
+            "trained on, so that its validation split may hold text of the training; restore the "
+            "text, or evaluate the loss on one that the run has not seen, by --corpus"
+        )
+
+
 def _last_step(workdir: Path) -> int:
     """The step of the last line of a run's metrics, or 0 if there is none or it is damaged."""
     with contextlib.suppress(UserError):

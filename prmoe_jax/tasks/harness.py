@@ -30,9 +30,11 @@ except ImportError:
 
 from prmoe_jax import stores
 from prmoe_jax.config import check_runs_without_limit, load
+from prmoe_jax.data.corpora import open_corpus
 from prmoe_jax.data.tokenizer import Tokenizer
 from prmoe_jax.inference.generate import Generator, Sampling
 from prmoe_jax.run import directory as workdirs
+from prmoe_jax.run.restore import check_text
 from prmoe_jax.tasks import local
 from prmoe_jax.tasks.score import Scorer
 
@@ -170,8 +172,8 @@ def evaluate_tasks(
       examples; for each group of tasks its metrics.
 
     Raises:
-      UserError: a task is unknown or cannot be loaded, the folder holds no run, or the run cannot
-        be scored.
+      UserError: a task is unknown or cannot be loaded, the folder holds no run, the run cannot be
+        scored, or the text of `cloze` is no longer the run's.
     """
     config = load(workdir / workdirs.CONFIG)
     check_runs_without_limit(config)
@@ -197,8 +199,11 @@ def evaluate_tasks(
         except (ImportError, OSError, RuntimeError, ValueError) as error:
             # A task's own package, the network, or a dataset that is a script.
             raise UserError(f"--tasks={name} cannot be loaded: {first_line(error)}") from error
+    model = PrmoeLM(str(workdir))
+    if "cloze" in tasks:  # of validation documents, which the run has not seen
+        check_text(workdir, config, open_corpus(config.data).fingerprint)
     found = simple_evaluate(
-        PrmoeLM(str(workdir)),
+        model,
         tasks=list(dict.fromkeys(names)),
         task_manager=known,
         limit=limit,

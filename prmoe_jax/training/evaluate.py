@@ -1,6 +1,5 @@
 """Evaluation on the validation split: loss, perplexity, bits per byte, drops, expert load."""
 
-import contextlib
 import itertools
 import logging
 import math
@@ -32,10 +31,9 @@ from prmoe_jax.model.transformer import Transformer
 from prmoe_jax.parallel import processes
 from prmoe_jax.parallel.mesh import local_rows, replicated, split_batch
 from prmoe_jax.run import directory as workdirs
-from prmoe_jax.run.checkpoint import Checkpoints
 from prmoe_jax.run.directory import shared_settings
 from prmoe_jax.run.metrics import perplexity, summarise
-from prmoe_jax.run.restore import restore_run
+from prmoe_jax.run.restore import check_text, restore_run
 from prmoe_jax.training.step import eval_step
 
 log = logging.getLogger(__name__)
@@ -145,29 +143,13 @@ def evaluate(workdir: Path, teacher: Path | None = None, corpus: str | None = No
     )
     processes.agree("the text", lambda: windows_fingerprint(data))
     if corpus is None:
-        _check_text(workdir, config, step, data)
+        check_text(workdir, config, data.corpus_fingerprint)
     with jax.set_mesh(mesh):
         measure = jax.jit(eval_step, out_shardings=replicated(mesh))
         metrics = {"step": step} | evaluate_model(measure, model, config, data, mesh)
         if teacher:
             metrics |= _beside_teacher(model, config, teacher, data, mesh)
         return metrics
-
-
-def _check_text(workdir: Path, config: Config, step: int, data: Data) -> None:
-    """Checks that a run's text is still that which it was trained on.
-
-    Raises:
-      UserError: it is not.
-    """
-    with contextlib.closing(Checkpoints(workdir)) as checkpoints:
-        trained = checkpoints.fingerprint(step).get("corpus", data.corpus_fingerprint)
-    if trained != data.corpus_fingerprint:
-        raise UserError(
-            f"data.corpus={config.data.corpus} is not the text that the run in {workdir} was "
-            "trained on, so that its validation split may hold text of the training; restore the "
-            "text, or name one that the run has not seen by --corpus"
-        )
 
 
 def _beside_teacher(

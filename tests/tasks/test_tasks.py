@@ -503,6 +503,10 @@ def test_a_cloze_in_one_command(tmp_path, capsys):
     variance = trained["acc"] * (1 - trained["acc"]) / (trained["examples"] - 1)
     assert trained["acc_stderr"] == pytest.approx(math.sqrt(variance))
     assert untrained["acc_stderr"] == 0
+    # Of another text, documents that the run has learnt may be held out.
+    (folder / "30.txt").write_text("Another text. " * 40)
+    assert main(["eval", f"--workdir={run}", "--tasks=cloze"]) == 2
+    assert "is not the text that the run in" in capsys.readouterr().err
 
 
 def test_without_the_harness(text, tmp_path, monkeypatch, capsys):
