@@ -41,7 +41,7 @@ from prmoe_jax.nn.parameters import named_leaves
 from prmoe_jax.parallel.portions import add_up
 from prmoe_jax.run import directory as workdirs
 from prmoe_jax.run.new import check_free, write_run
-from prmoe_jax.run.restore import restore_run
+from prmoe_jax.run.restore import restore_run, trained_text
 from prmoe_jax.tables import aligned
 
 log = logging.getLogger(__name__)
@@ -380,7 +380,7 @@ def prune_run(
     if out is not None:
         log.info("%s", table(plan))
         smaller = pruned(config, model, kept, found["load"] if merge else None)
-        write_run("out", out, small, smaller, data.tokenizer)
+        write_run("out", out, small, smaller, data.tokenizer, trained_text(workdir))
     return plan
 
 

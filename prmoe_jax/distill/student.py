@@ -28,9 +28,9 @@ def layer_map(teacher: ModelConfig, student: ModelConfig, chosen: str = "") -> l
       teacher: the teacher's shape.
       student: the student's shape.
       chosen: a layer of the teacher for each layer of the student, such as '0 1 3'. By default
-        the layers of each kind (dense, or MoE with a number of experts) are taken at even
-        distances and in order, including the last one. If the numbers of experts differ, all MoE
-        layers are one kind.
+        the layers of each kind (dense, or MoE with a number of experts) start as those of their
+        kind that are nearest in relative depth, in order and each at most once. If the numbers of
+        experts differ, all MoE layers are one kind.
 
     Raises:
       UserError: a layer or a dimension of the student fits in no layer of the teacher.
@@ -87,10 +87,23 @@ def layer_map(teacher: ModelConfig, student: ModelConfig, chosen: str = "") -> l
             raise UserError(
                 f"the student has {len(to)} {what}, the teacher {len(from_)}; use as many or fewer"
             )
-        found |= {s: from_[(i + 1) * len(from_) // len(to) - 1] for i, s in enumerate(to)}
+        ends = [(s + 1) * len(have) // len(want) - 1 for s in to]
+        found |= zip(to, _nearest(from_, ends), strict=True)
     layers = [found[i] for i in range(len(want))]
     _check_experts(have, want, layers)
     return layers
+
+
+def _nearest(layers: Sequence[int], places: Sequence[int]) -> tuple[int, ...]:
+    """A layer for each place, in order and none twice, with the least sum of distances."""
+    best: dict[int, tuple[int, tuple[int, ...]]] = {0: (0, ())}  # of the first places, by number
+    for layer in layers:
+        for number in sorted(best, reverse=True):
+            if number < len(places):
+                distance, chosen = best[number]
+                longer = distance + abs(layer - places[number]), (*chosen, layer)
+                best[number + 1] = min(best.get(number + 1, longer), longer)
+    return best[len(places)][1]
 
 
 def _chosen_layers(have: Sequence[int], want: Sequence[int], chosen: str) -> list[int]:

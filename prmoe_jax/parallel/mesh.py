@@ -13,7 +13,8 @@ neighbours:
   tensor    attention heads, hidden units and vocabulary
 
 All axes but `tensor` split the batch. FSDP splits parameters outside the experts over all axes but
-`data`, `tensor` and those that cross slices.
+`data`, `tensor` and those that cross slices; if these are several, and all that a slice has, over
+all but the smallest.
 
 The devices may form several slices of a pod (`mesh.slices`; unrelated to the axis `slice`), which
 only the data-centre network links. Then there are axes that cross slices, outside all others:
@@ -307,9 +308,10 @@ def suggest_mesh(
     fsdp = max(d for d in _divisors(rest) if d <= fsdp_devices and width % d == 0)
     inner = 1
     if expert == devices // slices:
-        # Two expert axes instead of one for a whole slice, so that FSDP can leave out the outer.
+        # Two expert axes instead of one for a whole slice, so that FSDP can leave out the smaller.
+        most = min(FSDP_DEVICES, expert - (config.moe.exchange == "hierarchical"))
         fits = (d for d in _divisors(expert) if not _problem(counts, expert, d))
-        inner = max(d for d in fits if d <= FSDP_DEVICES)
+        inner = max((d for d in fits if d <= most), default=1)
     data = slices * rest // fsdp
     sizes = {"data": data, "fsdp": fsdp, "expert": expert, "expert_inner": inner}
     return MeshConfig(**sizes, expert_slice=expert_slice, tensor=tensor, slices=config.mesh.slices)
@@ -363,9 +365,10 @@ def _expert_factors(config: Config, expert: int, inner: int, devices: int) -> li
         works = next(d for d in divisors if not _problem(counts, d, 1))
         fix = f"mesh.expert={works}"
         if works == expert:
-            fix = (
-                f"mesh.expert_inner={next(d for d in divisors if not _problem(counts, expert, d))}"
-            )
+            staged = config.moe.exchange == "hierarchical"
+            fits = (d for d in divisors if not _problem(counts, expert, d))
+            found = next((d for d in fits if not (staged and d in (1, expert))), None)
+            fix = f"mesh.expert_inner={found}" if found else "moe.exchange=auto"
         raise UserError(f"mesh.expert={expert}: {problem}; use {fix}")
     degrees = sorted({1, inner, *(math.gcd(count, expert) for count in counts)})
     return [large // small for small, large in itertools.pairwise(degrees)] or [1]
@@ -373,10 +376,10 @@ def _expert_factors(config: Config, expert: int, inner: int, devices: int) -> li
 
 def _problem(counts: Mapping[int, int], expert: int, inner: int) -> str | None:
     """Why experts of these counts (count -> a layer that has it) can't be spread, or None."""
-    degrees = {math.gcd(count, expert): count for count in counts}
-    for degree, count in degrees.items():
-        if degree == 1 < min(count, expert):
-            return f"the {count} experts of layer {counts[count]} share no divisor with it"
+    degrees = {math.gcd(count, expert) for count in counts}
+    for count, layer in counts.items():
+        if math.gcd(count, expert) == 1 < min(count, expert):
+            return f"the {count} experts of layer {layer} share no divisor with it"
     most = max(degrees, default=1)
     if expert > most:
         return f"no layer can spread its experts over more than {most} devices"
@@ -424,10 +427,11 @@ def check_splits(config: Config, sizes: Mapping[str, int]) -> None:
         )
     if config.moe.exchange == "coordinated" and tensor == 1:
         raise UserError("moe.exchange=coordinated has no effect with mesh.tensor=1; use auto")
-    if config.moe.exchange == "hierarchical" and config.mesh.expert_inner == 1:
+    inner = config.mesh.expert_inner
+    if config.moe.exchange == "hierarchical" and inner in (1, sizes.get("expert")):
         raise UserError(
-            "moe.exchange=hierarchical needs mesh.expert_inner, the devices of its inner stage "
-            "(those of one host, say)"
+            f"moe.exchange=hierarchical needs mesh.expert_inner above 1 and below mesh.expert, not "
+            f"{inner}: the devices of its inner stage (those of one host, say)"
         )
 
 

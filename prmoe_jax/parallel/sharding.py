@@ -58,7 +58,7 @@ def spec(
 def _most_axes(mesh: Mesh | AbstractMesh, size: int) -> tuple[str, ...]:
     """The FSDP axes that split a dimension: from the inner ones on, all that divide it.
 
-    If these are several and a slice of the mesh has no other axis, the outermost is left out. Over
+    If these are several and a slice of the mesh has no other axis, the smallest is left out. Over
     all chips of a 3-D torus, the compiler gathers by an all-reduce of whole arrays, which moves
     twice as much.
     """
@@ -68,7 +68,9 @@ def _most_axes(mesh: Mesh | AbstractMesh, size: int) -> tuple[str, ...]:
         if name not in ("data", "tensor") and size % mesh.shape[name] == 0:
             size //= mesh.shape[name]
             axes.insert(0, name)
-    return tuple(axes[1:] if len(axes) > 1 and axes == inside else axes)
+    if len(axes) > 1 and axes == inside:
+        axes.remove(min(axes, key=mesh.shape.__getitem__))
+    return tuple(axes)
 
 
 def specs(tree, mesh: Mesh | AbstractMesh, in_use: bool = False):

@@ -17,7 +17,12 @@ from prmoe_jax.run.checkpoint import Checkpoints
 
 
 def write_run(
-    option: str, workdir: Path, config: Config, model: Transformer, tokenizer: Tokenizer
+    option: str,
+    workdir: Path,
+    config: Config,
+    model: Transformer,
+    tokenizer: Tokenizer,
+    text: dict[str, str] | None = None,
 ) -> None:
     """Writes a run at step 0, whole or not at all.
 
@@ -27,6 +32,7 @@ def write_run(
       config: the run's config.
       model: the run's model.
       tokenizer: the run's tokenizer.
+      text: the fingerprint of the text that the model was trained on, as `trained_text` has it.
 
     Raises:
       UserError: the folder cannot be written.
@@ -34,7 +40,7 @@ def write_run(
 
     def build(folder: Path) -> None:
         with contextlib.closing(Checkpoints(folder, keep=1)) as checkpoints:
-            data = {"fingerprint": {"tokenizer": tokenizer.fingerprint}}
+            data = {"fingerprint": (text or {}) | {"tokenizer": tokenizer.fingerprint}}
             checkpoints.save_model(0, model, data)
         tokenizer.save(folder / workdirs.TOKENIZER)
         configs.save(config, folder / workdirs.CONFIG)

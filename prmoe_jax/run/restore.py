@@ -88,6 +88,13 @@ def restore_model(
     return found, model
 
 
+def trained_text(workdir: Path) -> dict[str, str]:
+    """The fingerprint of the text that a run was trained on, as 'corpus'; empty if not known."""
+    with contextlib.closing(Checkpoints(workdir)) as checkpoints:
+        found = checkpoints.fingerprint(checkpoints.latest())
+    return {name: value for name, value in found.items() if name == "corpus"}
+
+
 def check_text(workdir: Path, config: Config, fingerprint: str) -> None:
     """Checks that a run's text is still that which it was trained on.
 
@@ -99,9 +106,7 @@ def check_text(workdir: Path, config: Config, fingerprint: str) -> None:
     Raises:
       UserError: it is another text.
     """
-    with contextlib.closing(Checkpoints(workdir)) as checkpoints:
-        trained = checkpoints.fingerprint(checkpoints.latest()).get("corpus", fingerprint)
-    if trained != fingerprint:
+    if trained_text(workdir).get("corpus", fingerprint) != fingerprint:
         raise UserError(
             f"data.corpus={config.data.corpus} is not the text that the run in {workdir} was "
             "trained on, so that its validation split may hold text of the training; restore the "

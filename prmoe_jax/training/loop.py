@@ -82,7 +82,8 @@ def train(
       config: from `config.resolve`.
       workdir: the run's folder, local or in an object store, created if needed;
         `run/directory.py` lists its files.
-      profile: (first, last) step for which a profiler trace is written to workdir/profile.
+      profile: (first, last) step for which a profiler trace is written to workdir/profile; last
+        is a step of the run.
       on_metrics: called with every line of metrics.jsonl after it is written, for a live plot.
 
     Returns:
@@ -98,6 +99,11 @@ def train(
         the run has several processes.
     """
     workdir = stores.as_path(workdir)
+    if profile and not 1 <= profile[0] <= profile[1] <= config.total_steps:
+        raise UserError(
+            f"--profile={profile[0]}:{profile[1]} must be two steps in their order, from 1 to the "
+            f"run's {config.total_steps}"
+        )
     weights_and_biases.check_installed(config)
     check_on_disk(config.data)
     for folder in filter(None, (config.init.workdir, config.teacher.workdir, config.teacher.cache)):

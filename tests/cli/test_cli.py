@@ -233,7 +233,7 @@ def test_a_config_string_may_be_an_architecture(capsys):
     "text, steps", [(None, None), ("1:1", (1, 1)), ("2:7", (2, 7)), ("9:20", (9, 20))]
 )
 def test_profiled_steps(text, steps):
-    assert profile_steps(text, parse_config([TINY, "--config.train.steps=20"])) == steps
+    assert profile_steps(text) == steps
 
 
 def test_train_goes_where_it_is_told(monkeypatch, capsys):

@@ -334,6 +334,14 @@ def test_a_run_is_pruned_and_learns_from_what_it_was(text, tmp_path, capsys):
     assert sum(leaf.size for leaf in leaves.values()) == after < before
     assert main(["eval", f"--workdir={half}", "--json"]) == 0
     assert math.isfinite(json.loads(capsys.readouterr().out)["loss"])
+    # What the whole run was trained on is the pruned one's text, too.
+    saved = (half / "config.json").read_text()
+    settings = json.loads(saved)
+    settings["data"]["corpus"] = str(other)
+    (half / "config.json").write_text(json.dumps(settings))
+    assert main(["eval", f"--workdir={half}", "--json"]) == 2
+    assert f"data.corpus={other} is not the text that the run" in capsys.readouterr().err
+    (half / "config.json").write_text(saved)
     taught = {"init.workdir": half, "teacher.workdir": full, "train.steps": 2}
     student = arguments(text, tmp_path / "taught", str(model.schedule), **overrides | taught)
     assert main(student) == 0

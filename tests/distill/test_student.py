@@ -105,12 +105,13 @@ def test_experts_of_equal_load_are_not_left_out():
 @pytest.mark.parametrize(
     ("teacher", "student", "expected"),
     [
-        # By kind, in order, the last of each included.
-        ("6 layers, E=4x2+8", "5 layers, E=4+8", [0, 3, 2, 5, 4]),
+        # By kind and in order, those of the nearest relative depth.
+        ("6 layers, E=4x2+8", "5 layers, E=4+8", [0, 1, 2, 5, 4]),
+        ("8 layers, E=4x3+8", "7 layers, E=4x2+8", [0, 1, 2, 3, 4, 7, 6]),
         ("6 layers", "2 layers", [2, 5]),
         ("6 layers, every 1, E=4", "4 layers, every 1, E=4", [0, 2, 3, 5]),
         # Fewer experts: all MoE layers are of one kind.
-        ("8 layers, E=4x2+8x2", "6 layers, E=2x2+6", [0, 1, 2, 3, 6, 7]),
+        ("8 layers, E=4x2+8x2", "6 layers, E=2x2+6", [0, 1, 2, 3, 4, 7]),
     ],
 )
 def test_layers_by_hand(teacher, student, expected):

@@ -143,7 +143,23 @@ def test_every_layer_of_a_pyramid_uses_as_many_devices_as_it_can():
             "2 layers, E=8",
             {"moe": {"exchange": "hierarchical"}, "expert": 8, "expert_inner": 3},
             "mesh.expert=8: its layers or stages spread over 3 and over 8 devices: not nested; "
-            "use mesh.expert_inner=8",
+            "use mesh.expert_inner=4",
+        ),
+        (
+            "2 layers, E=8",
+            {"moe": {"exchange": "hierarchical"}, "expert": 8, "expert_inner": 8},
+            "moe.exchange=hierarchical needs mesh.expert_inner above 1 and below mesh.expert, not",
+        ),
+        # Whatever the order of the layers.
+        (
+            "6 layers, E=1+4+9",
+            {"expert": 4, "data": 2},
+            "mesh.expert=4: the 9 experts of layer 5 share no divisor with it; use mesh.expert=1",
+        ),
+        (
+            "6 layers, E=9+4+1",
+            {"expert": 4, "data": 2},
+            "mesh.expert=4: the 9 experts of layer 1 share no divisor with it; use mesh.expert=1",
         ),
         (
             "2 layers, E=8",
@@ -264,6 +280,29 @@ def test_fsdp_splits_a_width_that_not_all_axes_divide(text, devices, fsdp, split
     assert 64 // part.shard_shape((512, 64))[1] == split
 
 
+@pytest.mark.parametrize(
+    ("mesh", "split"),
+    [
+        ({"fsdp": 2, "expert": 4}, 4),
+        ({"fsdp": 4, "expert": 2}, 4),
+        ({"fsdp": 4, "expert_slice": 2}, 4),
+        ({"expert": 4, "expert_inner": 2, "expert_slice": 2}, 4),
+        ({"data": 2, "fsdp": 2, "expert": 2}, 4),
+        ({"fsdp": 8}, 8),
+    ],
+)
+def test_fsdp_over_all_devices_leaves_out_the_smallest_axis(mesh, split):
+    shape = sizes(8, "4 layers, E=4", batch_size=8, **{"data": 1} | mesh)
+    part = NamedSharding(mesh_of(**shape), spec("tokens", (512, 64), mesh_of(**shape)))
+    assert 64 // part.shard_shape((512, 64))[1] == split
+
+
+def test_two_stages_are_suggested_where_they_are_asked_for():
+    values = settings("6 layers, E=8", moe={"exchange": "hierarchical"})
+    assert suggest_mesh(values, 8).expert_inner == 4
+    assert suggest_mesh(settings("6 layers, E=8"), 8).expert_inner == 8
+
+
 def test_fsdp_that_splits_nothing_is_told(caplog):
     choose_mesh(settings("2 layers", model={"d_model": 64}, fsdp=12), 24)
     told = "mesh.fsdp=12 splits hardly anything, since it doesn't divide d_model=64"
@@ -323,7 +362,9 @@ def test_a_mesh_of_ones_own_is_kept(caplog):
     assert choose_mesh(coordinated, 8).mesh.tensor == 2
 
 
-@pytest.mark.parametrize("text", ["4 layers", "6 layers, E=4", "6 layers, E=3+6+12"])
+@pytest.mark.parametrize(
+    "text", ["4 layers", "4 layers, E=2", "6 layers, E=4", "6 layers, E=3+6+12"]
+)
 @pytest.mark.parametrize(("devices", "batch_size"), [(8, 8), (32, 32), (32, 16)])
 def test_leaner_meshes_hold_less(text, devices, batch_size):
     """Each fits. The first holds no more than the suggested one, the leanest an even share."""

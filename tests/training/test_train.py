@@ -307,6 +307,10 @@ def test_profile(text, tmp_path):
     command = arguments(text, tmp_path / "run", **{"train.steps": 4})
     assert main([*command, "--profile=2:3"]) == 0
     assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+    with pytest.raises(
+        UserError, match="--profile=2:9 must be two steps in their order, from 1 to"
+    ):
+        loop.train(load(tmp_path / "run" / "config.json"), tmp_path / "run", (2, 9))
 
 
 def test_a_signal_while_text_is_prepared_ends_at_once(text, tmp_path, monkeypatch, capsys):
