@@ -178,6 +178,7 @@ def differences(
         axes.set_yticks(range(len(found)), list(map(label, found)))
         axes.set_ylim(-0.6, len(found) - 0.4)
         axes.invert_yaxis()
+        axes.locator_params(axis="x", nbins=6)  # more numbers would touch
         axes.set(xlabel=f"validation loss above {label(base)}, nats (95 %)")
 
 
