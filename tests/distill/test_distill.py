@@ -652,10 +652,10 @@ def test_a_student_starts_where_its_teacher_is(text, teacher, student, tmp_path,
     assert main(["distil-plan", *overrides, "--json"]) == 0  # the verb's earlier name
     assert capsys.readouterr().out == found
     plan = json.loads(found)
-    assert [row["from"] for row in plan["layers"]] == [2, 3]
+    assert [row["from"] for row in plan["layers"]] == [0, 3]
     assert 0.1 < plan["saved"] < 0.5
     assert main(arguments(text, tmp_path / "run", LEARNER, **changes)) == 0
-    assert "the student starts as layers 2 3 of its teacher" in capsys.readouterr().err
+    assert "the student starts as layers 0 3 of its teacher" in capsys.readouterr().err
     assert logged(tmp_path / "run")[0]["kd_loss"] < logged(student)[0]["kd_loss"] / 2
     metrics, hidden = Path(teacher) / "metrics.jsonl", Path(teacher) / "hidden.jsonl"
     metrics.rename(hidden)

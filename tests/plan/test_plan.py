@@ -820,15 +820,13 @@ def test_two_slices_where_one_is_too_small(compiled):
     assert (result["topology"], result["flags"]) == ("tpu7x:2x2x1", "--config.mesh.fsdp=8")
 
 
-def test_slices_of_experts_where_replicas_do_not_fit(compiled):
-    """Four experts of 32 GiB on 32 chips of 16: over 4 of them, over 8 in halves, with FSDP."""
+def test_fsdp_of_experts_where_replicas_do_not_fit(compiled):
+    """Four experts of 32 GiB on 32 chips of 16: each over eight chips by FSDP."""
     asked = compiled(activations=1)
     result = fit(large("2 layers, E=4", batch_size=32), "v5e:4x8")
     assert result["flags"] == "--config.mesh.fsdp=8 --config.mesh.expert=4"
     assert not result["fits"]
-    assert result["instead"]["flags"] == (
-        "--config.mesh.fsdp_experts=4 --config.mesh.expert=4 --config.mesh.expert_slice=2"
-    )
+    assert result["instead"]["flags"] == "--config.mesh.fsdp_experts=8 --config.mesh.expert=4"
     assert len(asked) == 2
 
 
@@ -841,8 +839,7 @@ def test_a_search_leaves_an_exchange_in_two_stages(compiled):
     result = fit(dataclasses.replace(values, moe=moe), "v5e:4x8")
     assert not result["fits"]
     assert result["instead"]["flags"] == (
-        "--config.mesh.fsdp_experts=4 --config.mesh.expert=4 --config.mesh.expert_slice=2 "
-        "--config.moe.exchange=auto"
+        "--config.mesh.fsdp_experts=8 --config.mesh.expert=4 --config.moe.exchange=auto"
     )
 
 
