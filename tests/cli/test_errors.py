@@ -286,7 +286,10 @@ CASES = {
     "profile of digits": ([*NEW, f"--profile=1:{'9' * 5000}"], "must be FIRST:LAST, two steps"),
     "profile from 0": ([*NEW, "--profile=0:1"], "--profile=0:1 must be two steps in"),
     "profile in unicode": ([*NEW, "--profile=1:²"], "--profile=1:² must be FIRST:LAST"),
-    "profile too long": ([*NEW, "--profile=1:3"], "order, from 1 to the run's 2"),
+    "profile too long": (
+        [*NEW, "--profile=1:3"],
+        "--profile=1:3 must be two steps in their order, from 1 to the run's 2",
+    ),
     # Corpora and tokenizers.
     "no corpus": (new("data.corpus=sotuu"), "corpus 'sotuu' does not exist; give 'sotu', 'tfds:"),
     "no corpus path": (new("data.corpus=no/*.txt"), "no file matches the glob 'no/*.txt'"),
