@@ -8,7 +8,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 _NEVER = -1
 
 
-def keep_freed_memory() -> bool:
+def keep_freed_memory() -> None:
     """Makes this process reuse large buffers instead of asking the kernel for new ones.
 
     XLA's CPU runtime allocates the buffers anew at every step. By default glibc takes large ones
@@ -16,13 +16,10 @@ def keep_freed_memory() -> bool:
     many experts this takes longer than the arithmetic. All threads share one arena, since the
     others cannot grow past 64 MB. Call this function before JAX starts its threads. The process
     never gives memory back, so use it only where the same steps run over and over. `prmoe train`,
-    `eval`, `teacher-cache` and `bench moe` call it; a notebook can call it first.
-
-    Returns:
-      Whether glibc accepted the settings; False without glibc.
+    `eval`, `teacher-cache` and `bench moe` call it; a notebook can call it first. Without glibc it
+    does nothing.
     """
-    if platform.libc_ver()[0] != "glibc":
-        return False
-    mallopt = ctypes.CDLL(None).mallopt
-    settings = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: _NEVER, _M_ARENA_MAX: 1}
-    return all([mallopt(name, value) for name, value in settings.items()])
+    if platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
+        for name, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, _NEVER), (_M_ARENA_MAX, 1)):
+            mallopt(name, value)

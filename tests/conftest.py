@@ -37,7 +37,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def several_arenas(monkeypatch):
     """What speeds up long runs in a process of their own slows down a process of many compiles."""
-    monkeypatch.setattr("prmoe_jax.allocator.keep_freed_memory", lambda: False)
+    monkeypatch.setattr("prmoe_jax.allocator.keep_freed_memory", lambda: None)
 
 
 @pytest.fixture(autouse=True)

@@ -13,9 +13,9 @@ import jax
 from prmoe_jax.cli import parse_config
 from prmoe_jax.data.pipeline import load_data
 from prmoe_jax.distill.teacher import init_from_teacher, restore_teacher
+from prmoe_jax.model.loss import forward
 from prmoe_jax.parallel.mesh import make_mesh, replicated
 from prmoe_jax.training.evaluate import evaluate_model
-from prmoe_jax.training.step import eval_step
 
 TINY = Path(__file__).parent.parent.parent / "configs" / "tiny.py"
 CUTS = {
@@ -46,7 +46,7 @@ def student_loss(teacher: Path, changes: list[str], importance: str) -> float:
     with jax.set_mesh(mesh):
         taught_by = restore_teacher(config, mesh, data.tokenizer)
         model = init_from_teacher(config, taught_by, data, mesh)
-        step = jax.jit(eval_step, out_shardings=replicated(mesh))
+        step = jax.jit(forward, out_shardings=replicated(mesh))
         return evaluate_model(step, model, config, data, mesh)["loss"]
 
 

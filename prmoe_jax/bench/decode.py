@@ -20,6 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from prmoe_jax.bench import memory
+from prmoe_jax.bench.turns import in_turns
 from prmoe_jax.bench.worker import cores, worker
 from prmoe_jax.config import (
     Config,
@@ -129,13 +130,7 @@ def bench_decode(
             turns = {name: _turn(*held, batch, prompt) for name, held in ours.items()}
             for name, ask in theirs.items():
                 turns[name] = lambda ask=ask: ask(f"{batch} {prompt} {STEPS}")  # noqa: B023
-            for turn in turns.values():
-                turn()  # compiles
-            seconds = {name: [] for name in turns}
-            for _ in range(repeats):
-                for name, turn in turns.items():
-                    seconds[name].append(turn())
-            for (name, kind, mesh), values in seconds.items():
+            for (name, kind, mesh), values in in_turns(turns, repeats).items():
                 size = cost(models.get(name, base).model)
                 ms = sorted(value / STEPS * 1e3 for value in values)
                 rows.append(

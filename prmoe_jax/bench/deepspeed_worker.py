@@ -7,10 +7,9 @@ It reads lines. To 'run' it answers with the seconds of one forward and backward
 import argparse
 import contextlib
 import sys
-import time
 
 from prmoe_jax.allocator import keep_freed_memory
-from prmoe_jax.bench.worker import peak_bytes
+from prmoe_jax.bench.worker import answer
 
 
 def main() -> None:
@@ -23,13 +22,7 @@ def main() -> None:
         keep_freed_memory()
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for the answers
         run = layer(options.input, options.d_ff)
-    for line in sys.stdin:
-        if line.strip() == "memory":
-            print(peak_bytes(), flush=True)
-            continue
-        begun = time.perf_counter()
-        run()
-        print(time.perf_counter() - begun, flush=True)
+    answer(run)
 
 
 def layer(path: str, d_ff: int):

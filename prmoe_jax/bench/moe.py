@@ -10,8 +10,7 @@ import logging
 import math
 import statistics
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from prmoe_jax.bench import memory
-from prmoe_jax.bench.turns import in_turns
+from prmoe_jax.bench.turns import Rival, compiled, in_turns
 from prmoe_jax.bench.worker import worker
 from prmoe_jax.config import ModelConfig, MoeConfig
 from prmoe_jax.errors import UserError
@@ -41,15 +40,6 @@ class Size(NamedTuple):
     M: int
     F: int
     E: int
-
-
-class Rival(NamedTuple):
-    """Something that computes a layer's forward and backward pass."""
-
-    seconds: Callable[[], float]  # runs once, and returns the time it took
-    peak_bytes: Callable[[], int]
-    bytes_moved: int = 0  # bytes of weights and their gradients that it must read and write
-    drop_fraction: float = 0.0
 
 
 def bench_moe(sizes: list[Size], loads: list[str], dtype: str, repeats: int) -> list[dict]:
@@ -158,21 +148,6 @@ class _NoExperts:
         return x_ExGxCxD
 
 
-def _timed(function, arguments, bytes_moved: int = 0, drop_fraction: float = 0.0) -> Rival:
-    """A rival that calls a compiled function and waits for its results."""
-    compiled = jax.jit(function).lower(*arguments).compile()
-    memory = compiled.memory_analysis()
-    parts = "argument", "output", "temp"
-    peak = sum(getattr(memory, f"{part}_size_in_bytes") for part in parts)
-
-    def seconds():
-        begun = time.perf_counter()
-        jax.block_until_ready(compiled(*arguments))
-        return time.perf_counter() - begun
-
-    return Rival(seconds, lambda: peak, bytes_moved, drop_fraction)
-
-
 def _our_rivals(size: Size, x_SxM, w_router_MxE, dtype) -> dict[str, Rival]:
     model = ModelConfig(
         layers=1, d_model=size.M, d_ff=size.F, heads=1, placement="every 1", experts=(size.E,)
@@ -185,7 +160,7 @@ def _our_rivals(size: Size, x_SxM, w_router_MxE, dtype) -> dict[str, Rival]:
     def rival(loss, parameters, *costs) -> Rival:
         # Without the loss's value, the dense MLP's second product would be dead code.
         forward_and_backward = jax.value_and_grad(loss, argnums=(0, 1))
-        return _timed(forward_and_backward, (parameters, x_1xSxM), *costs)
+        return compiled(forward_and_backward, (parameters, x_1xSxM), *costs)
 
     def through(layer):
         structure = jax.tree.structure(layer)
@@ -227,7 +202,7 @@ def _our_rivals(size: Size, x_SxM, w_router_MxE, dtype) -> dict[str, Rival]:
     layer.w_router[...] = jnp.asarray(w_router_MxE)
     rivals["dropless"] = rival(through(layer), jax.tree.leaves(layer), 3 * weights)
     add_one = lambda experts: jax.tree.map(lambda w: w + 1.0, experts)  # noqa: E731
-    return rivals | {"copy": _timed(add_one, (layer.experts,), 2 * weights)}
+    return rivals | {"copy": compiled(add_one, (layer.experts,), 2 * weights)}
 
 
 @contextlib.contextmanager

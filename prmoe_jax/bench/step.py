@@ -19,15 +19,13 @@ import os
 import shutil
 import statistics
 import time
-from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from prmoe_jax.bench import memory
-from prmoe_jax.bench.turns import in_turns
+from prmoe_jax.bench.turns import Rival, compiled, in_turns
 from prmoe_jax.bench.worker import cores, worker
 from prmoe_jax.config import Config
 from prmoe_jax.data.pipeline import Batch
@@ -44,13 +42,6 @@ log = logging.getLogger(__name__)
 
 # Width of the square matrix product that stands for the device's peak.
 PEAK_WIDTH = 2048
-
-
-class Rival(NamedTuple):
-    """A training step: a function that makes it and returns its seconds, and its peak memory."""
-
-    seconds: Callable[[], float]
-    peak_bytes: Callable[[], int]
 
 
 def bench_step(config: Config, repeats: int) -> list[dict]:
@@ -170,15 +161,15 @@ def compiled_step(config: Config) -> Rival:
     with jax.set_mesh(mesh):
         batch = split_batch(batch, mesh, config.train.batch_size)
         state = [sharded_state(config, mesh)]
-        compiled = compile_train_step(config, mesh).lower(state[0], batch).compile()
+        step = compile_train_step(config, mesh).lower(state[0], batch).compile()
 
     def seconds() -> float:
         begun = time.perf_counter()
-        state[0], metrics = compiled(state[0], batch)
+        state[0], metrics = step(state[0], batch)
         jax.block_until_ready((state[0], metrics))
         return time.perf_counter() - begun
 
-    found = compiled.memory_analysis()
+    found = step.memory_analysis()
     parts = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
     return Rival(seconds, lambda: parts - found.alias_size_in_bytes)
 
@@ -186,14 +177,7 @@ def compiled_step(config: Config) -> Rival:
 def _product(dtype: str) -> Rival:
     """A square matrix product, whose rate is the peak that a step can be compared with."""
     x = jax.random.normal(jax.random.key(0), (PEAK_WIDTH, PEAK_WIDTH), dtype)
-    product = jax.jit(jnp.matmul).lower(x, x).compile()
-
-    def seconds() -> float:
-        begun = time.perf_counter()
-        jax.block_until_ready(product(x, x))
-        return time.perf_counter() - begun
-
-    return Rival(seconds, lambda: 3 * x.nbytes)
+    return compiled(jnp.matmul, (x, x))
 
 
 def table(rows: list[dict]) -> str:

@@ -12,10 +12,9 @@ import json
 import os
 import socket
 import sys
-import time
 
 from prmoe_jax.allocator import keep_freed_memory
-from prmoe_jax.bench.worker import peak_bytes
+from prmoe_jax.bench.worker import answer
 
 
 def main() -> None:
@@ -27,14 +26,7 @@ def main() -> None:
     keep_freed_memory()
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for the answers
         step = train_step(options.shape, options.threads, options.compile)
-    for line in sys.stdin:
-        if line.strip() == "memory":
-            print(peak_bytes(), flush=True)
-            continue
-        begun = time.perf_counter()
-        with contextlib.redirect_stdout(sys.stderr):
-            step()
-        print(time.perf_counter() - begun, flush=True)
+    answer(step)
 
 
 def train_step(shape: dict, threads: int, compiled: bool):

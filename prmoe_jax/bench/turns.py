@@ -1,9 +1,36 @@
 """Times several things in turns, so that what else the machine does meets all of them alike."""
 
+import time
 from collections.abc import Callable, Hashable, Mapping
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
+
+import jax
 
 Name = TypeVar("Name", bound=Hashable)
+
+
+class Rival(NamedTuple):
+    """Something to time beside others."""
+
+    seconds: Callable[[], float]  # runs once, and returns the time it took
+    peak_bytes: Callable[[], int]
+    bytes_moved: int = 0  # bytes of weights and their gradients that it must read and write
+    drop_fraction: float = 0.0
+
+
+def compiled(function, arguments, bytes_moved: int = 0, drop_fraction: float = 0.0) -> Rival:
+    """A rival that calls a compiled function and waits for its results."""
+    program = jax.jit(function).lower(*arguments).compile()
+    memory = program.memory_analysis()
+    parts = "argument", "output", "temp"
+    peak = sum(getattr(memory, f"{part}_size_in_bytes") for part in parts)
+
+    def seconds() -> float:
+        begun = time.perf_counter()
+        jax.block_until_ready(program(*arguments))
+        return time.perf_counter() - begun
+
+    return Rival(seconds, lambda: peak, bytes_moved, drop_fraction)
 
 
 def in_turns(seconds: Mapping[Name, Callable[[], float]], repeats: int) -> dict[Name, list[float]]:

@@ -6,6 +6,7 @@ import re
 import resource
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -39,6 +40,21 @@ def worker(module: str, *arguments) -> Iterator[Callable[[str], float]]:
         process.wait()
         with contextlib.suppress(BrokenPipeError):  # a question that it did not read
             process.stdin.close()
+
+
+def answer(run: Callable[[], object]) -> None:
+    """In a worker's process: answers each line on standard input with one line.
+
+    To 'memory' the answer is the process's peak memory in bytes, to others the seconds of `run()`.
+    """
+    for line in sys.stdin:
+        if line.strip() == "memory":
+            print(peak_bytes(), flush=True)
+            continue
+        begun = time.perf_counter()
+        with contextlib.redirect_stdout(sys.stderr):  # stdout is for the answers
+            run()
+        print(time.perf_counter() - begun, flush=True)
 
 
 def cores() -> int:

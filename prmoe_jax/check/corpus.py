@@ -3,14 +3,13 @@
 import logging
 import time
 
-import jax
-
 from prmoe_jax.check.findings import FAIL, OK, Finding, Part, rate, slow
 from prmoe_jax.config import Config
+from prmoe_jax.data import cache
 from prmoe_jax.data.pipeline import load_data, train_iterator
 from prmoe_jax.model.sizes import cost
 from prmoe_jax.parallel import processes
-from prmoe_jax.parallel.mesh import check_fits, choose_mesh, local_rows, make_mesh, on_slices
+from prmoe_jax.parallel.mesh import local_rows, training_mesh
 
 log = logging.getLogger(__name__)
 
@@ -31,10 +30,8 @@ def check(config: Config, products: list[float]) -> Part:
       UserError: the corpus or the mesh cannot be used.
     """
     log.info("corpus: %s", config.data.corpus)
-    config = choose_mesh(on_slices(config), jax.device_count())
-    check_fits(config, jax.device_count())
-    mesh = make_mesh(config)
-    with processes.main_process_first():
+    config, mesh = training_mesh(config)
+    with processes.main_process_first(cache.root(config.data)):
         data = load_data(config.data, config.model.vocab_size, config.model.length)
     rows = local_rows(mesh, config.train.batch_size)
     batches = train_iterator(data.train, config.train.batch_size, config.seed, rows)

@@ -1,6 +1,5 @@
 """Versions, devices, memory and drivers, and accelerators that JAX does not find."""
 
-import importlib.metadata
 import os
 import re
 import sys
@@ -11,7 +10,7 @@ import jax
 from prmoe_jax.check.findings import FAIL, OK, WARN, Finding, Part
 from prmoe_jax.errors import first_line
 from prmoe_jax.plan.chips import data_sheet
-from prmoe_jax.run.directory import environment
+from prmoe_jax.run.directory import environment, installed_version
 
 ROOT = Path("/")  # of the files by which the kernel shows its devices
 NVIDIA, GOOGLE = "0x10de", "0x1ae0"
@@ -42,7 +41,8 @@ def check() -> Part:
         )
         return Part(findings, numbers)
     numbers |= environment(devices)
-    numbers["versions"] |= {name: _version(name) for name in RECORDED if _version(name)}
+    found = {name: installed_version(name) for name in RECORDED}
+    numbers["versions"] |= {name: version for name, version in found.items() if version}
     numbers["backend"] = devices[0].client.platform_version.splitlines()[0]
     findings.append(_devices(devices, numbers["accelerators"]))
     findings += _memory(jax.local_devices(), numbers)
@@ -88,7 +88,7 @@ def _devices(devices: list, shown: dict[str, list[str]]) -> Finding:
         fix = f"unset JAX_PLATFORMS, which is '{hidden}'"
     elif missing[0] == "gpu" and not _driver_files():
         fix = "install NVIDIA's driver, until nvidia-smi lists the GPU"
-    elif any(_version(name) for name in (PLUGINS if missing[0] == "gpu" else ["libtpu"])):
+    elif any(installed_version(name) for name in (PLUGINS if missing[0] == "gpu" else ["libtpu"])):
         fix = (
             "JAX's package for it is installed: see the reason that JAX prints for "
             f"JAX_PLATFORMS={'cuda' if missing[0] == 'gpu' else 'tpu'} python -c 'import jax; "
@@ -125,7 +125,7 @@ def _memory(devices: list, numbers: dict) -> list[Finding]:
 
 def _drivers(platform: str, numbers: dict) -> list[Finding]:
     if platform == "tpu":
-        version = _version("libtpu") or "of the system"
+        version = installed_version("libtpu") or "of the system"
         return [Finding("driver", OK, f"libtpu {version}; {numbers['backend']}")]
     text = _read(ROOT / "proc/driver/nvidia/version")
     found = re.search(r"Kernel Module\s+(?:for \S+\s+)?(\d+(?:\.\d+)+)", text)
@@ -133,7 +133,7 @@ def _drivers(platform: str, numbers: dict) -> list[Finding]:
         return [] if platform == "cpu" else [Finding("driver", OK, numbers["backend"])]
     numbers["driver"] = found[1]
     for name, oldest in PLUGINS.items():
-        if _version(name) and int(found[1].split(".")[0]) < oldest:
+        if installed_version(name) and int(found[1].split(".")[0]) < oldest:
             return [
                 Finding(
                     "driver",
@@ -165,13 +165,6 @@ def _driver_files() -> bool:
     """Whether the kernel has loaded NVIDIA's driver."""
     places = "dev/nvidia[0-9]*", "dev/dxg", "proc/driver/nvidia/version"
     return any(True for name in places for _ in ROOT.glob(name))
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _read(path: Path) -> str:

@@ -61,16 +61,9 @@ def _folder(workdir: Path) -> Iterator[tuple[Path, str]]:
     finally:
         if first and not problem:
             with contextlib.suppress(OSError):  # in use by now
-                _remove(folder)
+                stores.delete_folder(folder)
                 for path in new:
                     path.rmdir()
-
-
-def _remove(folder) -> None:
-    if stores.is_local(folder):
-        shutil.rmtree(folder)
-    else:
-        folder.rmtree()
 
 
 def _cannot_write(workdir: Path, problems: list[str]) -> Finding:
@@ -215,7 +208,7 @@ def _run(config: Config, workdir: Path) -> list[Finding]:
     train(config, workdir, on_metrics=lines.append)
     whole, lines = _losses(lines), []
     if jax.process_index() == 0:
-        _remove(workdir / "checkpoints" / str(STEPS))
+        stores.delete_folder(workdir / "checkpoints" / str(STEPS))
     processes.barrier()
     train(config, workdir, on_metrics=lines.append)
     resumed = _losses(lines)

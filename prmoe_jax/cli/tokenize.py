@@ -7,7 +7,7 @@ from prmoe_jax.cli.output import show
 def add(verb) -> None:
     """Declares the verb and its options."""
     sub = verb("tokenize", run, "write the tokens of a config's text as shards", True)
-    sub.add_argument("--out", type=_folder, required=True, help="the folder; it may be gs://…")
+    sub.add_argument("--out", type=path, required=True, help="the folder; it may be gs://…")
     sub.usage = "prmoe tokenize --config=FILE:NAME --out=FOLDER [--json] [-- BEAM_OPTIONS]"
     sub.set_defaults(passes_on=True)
 
@@ -17,8 +17,3 @@ def run(options, rest) -> None:
     from prmoe_jax.data.tokenize import tokenize
 
     show(tokenize(config, options.out, options.passed_on), options.json)
-
-
-def _folder(text: str) -> str:
-    path(text)  # not empty
-    return text

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def load(path: Path) -> Config:
         raise UserError(f"{path}: {error}") from None
 
 
-def expand(name: str, text: str) -> Path:
+def expand(name: str, text: str | os.PathLike) -> Path:
     """The path in a setting, local or in an object store, with `~` for the home directory.
 
     Args:

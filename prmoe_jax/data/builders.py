@@ -144,8 +144,10 @@ def prepare_named(config: DataConfig, directory: pathlib.Path) -> dict[str, Docu
     else:
         _check_network(name, directory)
         with cache.locked(prepared):
-            _prepare(builder, config.corpus)
-            cache.seal(prepared)
+            if not prepared.exists():  # another process may have made it meanwhile
+                _prepare(builder, config.corpus)
+                cache.seal(prepared)
+        builder = _find_builder(name, directory)  # knows its splits
     splits = _named_splits(builder.info.splits, config)
     with cache.reading(prepared):
         return {

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import io
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -137,7 +138,8 @@ def _pieces(file: Path, length: int, size: int) -> Iterator[tuple[Piece, int]]:
 
 
 def _json_lines(file: Path, piece: Piece, text_field: str) -> Iterator[str]:
-    with sources.reading(file), file.open("rb") as lines:
+    # The file of an object store itself would fetch megabytes anew for each line.
+    with sources.reading(file), io.BufferedReader(file.open("rb"), 1 << 20) as lines:
         if piece.first:  # the line that holds the byte before belongs to the piece before
             lines.seek(piece.first - 1)
             lines.readline()
@@ -178,7 +180,10 @@ def _parquet(file: Path) -> Iterator[Any]:
         raise UserError(f"{file}: .parquet files need pip install 'prmoe_jax[beam]'") from None
     with sources.reading(file):
         try:
-            with pyarrow.parquet.ParquetFile(epath.Path(file).open("rb")) as table:
+            with (
+                epath.Path(file).open("rb") as opened,
+                pyarrow.parquet.ParquetFile(opened) as table,
+            ):
                 yield table
         except pyarrow.ArrowException as error:
             line = first_line(error)

@@ -42,7 +42,8 @@ def local_copy(pattern: str, cache_dir: Path) -> str:
     """Copies the token shards that a glob of a store matches into the cache, once.
 
     Shards of `prmoe tokenize` are compared with the SHA-256 of their index, other files with their
-    size. A copy that was killed goes on with the files that are missing.
+    size, and are copied again when their time of modification is another one. A copy that was
+    killed goes on with the files that are missing.
 
     Args:
       pattern: the glob, or a folder of `prmoe tokenize`.
@@ -55,9 +56,9 @@ def local_copy(pattern: str, cache_dir: Path) -> str:
       UserError: the store can't be read, a file is damaged, or the cache can't be written.
     """
     found = find(pattern)
-    shards.check_whole(found)
-    found = [path.parent if path.name == shards.INDEX else path for path in found]
     with _reaching(pattern):
+        shards.check_whole(found)
+        found = [path.parent if path.name == shards.INDEX else path for path in found]
         ours = len(found) == 1 and (found[0] / shards.INDEX).exists()
     if ours:
         return str(_copy_ours(found[0], cache_dir))
@@ -106,10 +107,11 @@ def _copy_ours(folder: epath.Path, cache_dir: Path) -> Path:
 
 def _copy_arrays(found: list[epath.Path], pattern: str, cache_dir: Path) -> Path:
     with _reaching(pattern):
-        sizes = [[os.fspath(path), path.stat().length] for path in found]
         indices = {path: path.with_suffix(".idx") for path in found if path.suffix == ".bin"}
         indices = {path: index for path, index in indices.items() if index.exists()}
-    target = cache_dir / "shards" / cache.fingerprint(sizes)
+        stats = [(path, path.stat()) for path in (*found, *indices.values())]
+    versions = [[os.fspath(path), stat.length, stat.mtime] for path, stat in stats]
+    target = cache_dir / "shards" / cache.fingerprint(versions)
     with cache.locked(target):
         target.mkdir(exist_ok=True)
         for i, path in enumerate(path for path in found if path.suffix != ".idx"):

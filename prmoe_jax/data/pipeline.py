@@ -372,29 +372,14 @@ def _shuffled(windows: Windows | Mixture, seed: int) -> Sequence[Batch]:
     # Grain shuffles epoch e with seed+e. Without hashing, seed 1 would start with seed 0's second
     # epoch.
     seeds = map(int, np.random.SeedSequence(seed).generate_state(len(parts)))
-    starts = [0, *itertools.accumulate(map(len, parts))]
+    whole, starts = grain.MapDataset.source(windows), [0, *itertools.accumulate(map(len, parts))]
     shuffled = [
-        grain.MapDataset.source(_Slice(windows, start, len(part))).shuffle(seed=one).repeat()
-        for part, start, one in zip(parts, starts, seeds, strict=False)
+        whole[start:end].shuffle(seed=one).repeat()
+        for (start, end), one in zip(itertools.pairwise(starts), seeds, strict=True)
     ]
     if isinstance(windows, Mixture):
         return _Mixed(shuffled, streams.schedule(windows.shares))
     return shuffled[0]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Slice:
-    """A range of windows."""
-
-    windows: Windows | Mixture
-    start: int
-    length: int
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> Batch:
-        return self.windows[self.start + index]
 
 
 class _Mixed:

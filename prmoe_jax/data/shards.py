@@ -129,8 +129,17 @@ class Index:
 
 
 def check_whole(paths: Iterable[Path]) -> None:
-    """Raises UserError if a shard of ours is among paths, which only its index may name."""
+    """Refuses a shard of ours, which only its index may name, and a folder without an index.
+
+    Raises:
+      UserError: such a path is among these.
+    """
     for path in paths:
+        if path.is_dir() and not (path / INDEX).exists():
+            raise UserError(
+                f"{path} has no {INDEX}; give a folder that prmoe tokenize has finished, or a glob "
+                "of .bin or .npy files"
+            )
         if path.suffix == SUFFIX:
             raise UserError(
                 f"{path} is one of several shards; give their folder {path.parent}, whose "

@@ -146,8 +146,10 @@ def reading(file: pathlib.Path) -> Iterator[None]:
 def _text_files(folder: pathlib.Path, suffixes: tuple[str, ...]) -> Iterator[pathlib.Path]:
     """The text files of a folder, without hidden ones.
 
-    Links to folders are not followed, and a warning names each.
+    Links to folders are not followed, and a warning names each; another one names the kinds of
+    files that are left out.
     """
+    others: set[str] = set()
 
     def left_out(error: OSError) -> None:
         log.warning("%s cannot be read (%s); it is left out", error.filename, error.strerror)
@@ -160,8 +162,16 @@ def _text_files(folder: pathlib.Path, suffixes: tuple[str, ...]) -> Iterator[pat
                 os.path.join(place, linked),
             )
         for name in names:
-            if name.endswith(suffixes) and not name.startswith("."):
+            if name.startswith("."):
+                continue
+            if name.endswith(suffixes):
                 yield pathlib.Path(place, name)
+            else:
+                others.add(os.path.splitext(name)[1] or name)
+    if others:
+        log.warning(
+            "files of other kinds in %s are left out (%s)", folder, ", ".join(sorted(others)[:9])
+        )
 
 
 def _check_loops(pattern: str) -> None:

@@ -218,12 +218,7 @@ def _find(pattern: str, config: DataConfig) -> tuple[list[Index], list[Path]]:
     ours = [path.parent if path.name == shards.INDEX else path for path in matched]
     ours = [path for path in ours if (path / shards.INDEX).exists()]
     shards.check_whole(matched)
-    for path in matched:
-        if path.is_dir() and path not in ours:
-            raise UserError(
-                f"{path} has no {shards.INDEX}; give a folder that prmoe tokenize has finished, or "
-                "a glob of .bin or .npy files"
-            )
+
     paths = [path for path in matched if path.is_file() and path.suffix != ".idx"]
     paths = [path for path in paths if path.parent not in ours]
     if not (ours or paths):

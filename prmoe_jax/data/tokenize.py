@@ -5,8 +5,12 @@ import contextlib
 import functools
 import logging
 import os
+import re
 import shlex
+import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -30,7 +34,7 @@ _COMMAND = "PRMOE_TOKENIZE"  # tells workers of this machine the process that st
 _COUNTS = "documents", "tokens", "bytes"
 
 
-def tokenize(config: Config, out: str, flags: Sequence[str] = ()) -> dict[str, Any]:
+def tokenize(config: Config, out: str | os.PathLike, flags: Sequence[str] = ()) -> dict[str, Any]:
     """Writes the shards of `config.data.corpus`, and their index last.
 
     Documents that repeat an earlier one are left out, and so are empty ones. The others keep their
@@ -210,7 +214,11 @@ def _stage(
     if left:
         log.info("%s: %d of %d tasks", function.__name__, len(left), len(tasks))
         (work.staging / _ERROR).unlink(missing_ok=True)
-        with _single_threaded_tokenizers(), beam.Pipeline(runner, options) as pipeline:
+        with (
+            _single_threaded_tokenizers(),
+            _killed_workers_end_it(),
+            beam.Pipeline(runner, options) as pipeline,
+        ):
             keyed = pipeline | beam.Create(list(enumerate(left)))
             keyed | beam.GroupByKey() | beam.FlatMap(_perform, function, work)
         if (work.staging / _ERROR).exists():
@@ -272,6 +280,31 @@ def _single_threaded_tokenizers() -> Iterator[None]:
     finally:
         if before is None:
             del os.environ[name]
+
+
+@contextlib.contextmanager
+def _killed_workers_end_it() -> Iterator[None]:
+    """Ends the command if a signal ends a worker of this machine: Beam would wait for ever."""
+    before = threading.excepthook
+
+    def failed(raised: threading.ExceptHookArgs) -> None:
+        found = re.search(r"subprocess exited with return code -(\d+)", str(raised.exc_value))
+        if found and int(found[1]) not in (signal.SIGINT, signal.SIGTERM):
+            errors.end(
+                f"signal {found[1]} ended a worker process (9 is often for lack of memory); the "
+                "same command makes the rest, with fewer workers by -- --direct_num_workers=N"
+            )
+        time.sleep(1)  # other errors may follow from that one, whose line says more
+        before(raised)
+
+    threading.excepthook = failed
+    try:
+        yield
+    except Exception:
+        time.sleep(1)
+        raise
+    finally:
+        threading.excepthook = before
 
 
 class _Parser(argparse.ArgumentParser):

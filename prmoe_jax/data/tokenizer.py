@@ -71,6 +71,8 @@ class Tokenizer:
         self._splits_at_words = _splits_at_words(json.loads(description))
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        if isinstance(self._tokenizer.model, tokenizers.models.BPE):
+            self._tokenizer.model.dropout = None  # one text has one encoding
         with_marks, without = (
             self._tokenizer.encode("", add_special_tokens=marks).ids for marks in (True, False)
         )

@@ -5,7 +5,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from prmoe_jax import config as configs
 from prmoe_jax.config import Config
 from prmoe_jax.data.pipeline import Batch
 from prmoe_jax.distill.loss import run_teacher, token_sums
@@ -20,11 +19,6 @@ class Distiller:
     config: Config  # the student's config
     # The config of a teacher that runs; None if the batches hold its predictions.
     teacher: Config | None = None
-
-    @property
-    def group_rows(self) -> int:
-        """How many neighbouring sequences must be computed together; see `config.group_rows`."""
-        return configs.group_rows(self.config, self.teacher)
 
     def weight(self, step: jax.Array) -> jax.Array:
         """The weight of the distance from the teacher at a step."""

@@ -37,7 +37,7 @@ from prmoe_jax.model.layout import of_layer, stack_layers, unstack_layers
 from prmoe_jax.model.loss import forward
 from prmoe_jax.model.sizes import cost
 from prmoe_jax.model.transformer import Transformer, init_model
-from prmoe_jax.nn.parameters import named_leaves
+from prmoe_jax.nn.parameters import from_named, named_leaves
 from prmoe_jax.parallel.portions import add_up
 from prmoe_jax.run import directory as workdirs
 from prmoe_jax.run.new import check_free, write_run
@@ -287,9 +287,7 @@ def _merged(config: ModelConfig, model: Transformer, kept, load) -> Transformer:
         for e, members in groups.items():
             share = np.asarray(load[layer])[members] + 1e-9
             _average(weights, e, members, share / share.sum())
-    stacked = stack_layers(config, named)
-    values = [jnp.asarray(stacked[name]) for name in leaves]
-    return jax.tree.unflatten(jax.tree.structure(model), values)
+    return jax.tree.map(jnp.asarray, from_named(stack_layers(config, named), model))
 
 
 def _average(weights: Mapping[str, np.ndarray], e: int, members: list[int], share) -> None:

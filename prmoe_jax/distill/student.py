@@ -17,7 +17,7 @@ from prmoe_jax.errors import UserError
 from prmoe_jax.model.layout import of_layer, stack_layers, unstack_layers
 from prmoe_jax.model.sizes import cost
 from prmoe_jax.model.transformer import Transformer
-from prmoe_jax.nn.parameters import declaration, named_leaves
+from prmoe_jax.nn.parameters import declaration, from_named, named_leaves
 from prmoe_jax.tables import aligned
 
 
@@ -276,9 +276,7 @@ def prune(
         if biased and experts:  # the teacher may have none
             parts.setdefault("mlp.bias_router", jnp.zeros(experts))
         named |= {f"layers.{i}.{name}": x for name, x in parts.items()}
-    stacked = stack_layers(ours, named)
-    leaves = [stacked[name] for name in named_leaves(student)]
-    return jax.tree.unflatten(jax.tree.structure(student), leaves)
+    return from_named(stack_layers(ours, named), student)
 
 
 def _cut_layer(whole: dict, importance: dict, keep: dict, student: ModelConfig) -> dict:

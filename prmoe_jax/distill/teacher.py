@@ -34,13 +34,10 @@ from prmoe_jax.model.transformer import Transformer, cast, init_model
 from prmoe_jax.parallel import sharding
 from prmoe_jax.parallel.mesh import (
     check_beside,
-    check_fits,
-    choose_mesh,
     local_rows,
-    make_mesh,
-    on_slices,
     replicated,
     split_batch,
+    training_mesh,
 )
 from prmoe_jax.parallel.portions import add_up
 from prmoe_jax.run import directory as workdirs
@@ -117,9 +114,7 @@ def write_teacher_cache(config: Config, folder: Path) -> dict:
       UserError: the teacher can't teach this student; its predictions for a window depend on other
         windows; the folder exists or can't be written.
     """
-    config = choose_mesh(on_slices(config), jax.device_count())
-    check_fits(config, jax.device_count())
-    mesh = make_mesh(config)
+    config, mesh = training_mesh(config)
     data = load_data(config.data, config.model.vocab_size, config.model.length)
     with jax.set_mesh(mesh):
         teacher = cast_to_compute_dtype(restore_teacher(config, mesh, data.tokenizer), mesh)

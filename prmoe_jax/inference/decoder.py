@@ -13,8 +13,8 @@ from prmoe_jax.moe import dispatch
 from prmoe_jax.moe.experts import UnstackedExperts
 from prmoe_jax.moe.layer import MoE
 from prmoe_jax.nn.matmul import scores
-from prmoe_jax.nn.parameters import PARAMETERS, declaration, named_leaves
-from prmoe_jax.nn.quantized import quantize
+from prmoe_jax.nn.parameters import declaration, map_named
+from prmoe_jax.nn.quantized import QuantizedWeight, quantize
 from prmoe_jax.parallel import sharding
 from prmoe_jax.parallel.mesh import platform, splits_experts
 
@@ -33,15 +33,12 @@ class Decoder(nnx.Module):
           weights: the type of the large weights, float32, bfloat16 or int8; the compute dtype is
             `model.config.dtype`.
         """
-        config = model.config
-        self.config = config
-        self.tokens, self.positions, self.norm = model.tokens, model.positions, model.norm
-        self.output = model.output
-        self.layers = nnx.List(unstacked_blocks(dropless(model)))
-        for layer in self.layers:
-            _cast_biases(layer, config.dtype)
-        if weights != "float32":
-            self._narrow(weights)
+        self.config, self.positions, self.norm = model.config, model.positions, model.norm
+        layers = unstacked_blocks(dropless(model))
+        parts = {"tokens": model.tokens, "output": model.output, "layers": layers}
+        held = map_named(partial(_held, weights=weights, dtype=model.config.dtype), parts)
+        self.tokens, self.output = held["tokens"], held["output"]
+        self.layers = nnx.List(held["layers"])
 
     def empty_cache(self, batch: int, room: int) -> list[KVCache]:
         """An empty KV cache for each layer, with space for `room` tokens of each sequence."""
@@ -82,39 +79,17 @@ class Decoder(nnx.Module):
         with jax.named_scope("logits"):
             return scores(x_BxD, (self.tokens if self.output is None else self.output)[...])
 
-    def _narrow(self, kind: str) -> None:
-        """Quantizes the large weights to `kind`."""
 
-        def hold(module, name: str, declared: str) -> None:
-            if getattr(module, name) is None:
-                return
-            parameter = PARAMETERS[declared]
-            summed = tuple(
-                axis - len(parameter.dims)
-                for axis, letter in enumerate(parameter.dims)
-                if letter in parameter.contracted
-            )
-            setattr(module, name, nnx.Param(quantize(getattr(module, name)[...], kind, summed)))
-
-        hold(self, "tokens", "tokens")
-        hold(self, "output", "output")
-        for layer in self.layers:
-            for name in ("w_qkv", "w_q", "w_kv", "w_out"):
-                hold(layer.attention, name, f"attention.{name}")
-            moe = isinstance(layer.mlp, MoE)
-            for mlp in (layer.mlp.experts, layer.mlp.mlp) if moe else (layer.mlp,):
-                for name in ("w_gate", "w_in", "w_out") if mlp else ():
-                    hold(mlp, name, f"mlp.{name}")
-
-
-def _cast_biases(layer: nnx.Module, dtype: str) -> None:
-    """Casts a layer's biases to the compute dtype, once instead of for every token."""
-    leaves = named_leaves(layer)
-    for name, leaf in leaves.items():
-        declared = declaration(name)
-        if declared.cast and not declared.contracted:
-            leaves[name] = leaf.astype(dtype)
-    nnx.update(layer, jax.tree.unflatten(jax.tree.structure(nnx.state(layer)), leaves.values()))
+def _held(name: str, leaf: jax.Array, weights: str, dtype: str) -> jax.Array | QuantizedWeight:
+    """A large weight in fewer bits; a bias in the compute dtype, cast once, not for every token."""
+    declared = declaration(name)
+    if declared.contracted and weights != "float32":
+        dims = enumerate(declared.dims)
+        summed = tuple(i - len(declared.dims) for i, dim in dims if dim in declared.contracted)
+        return quantize(leaf, weights, summed)
+    if declared.cast and not declared.contracted:
+        return leaf.astype(dtype)
+    return leaf
 
 
 def decoder(model: Transformer, weights: str, mesh: Mesh) -> Decoder:

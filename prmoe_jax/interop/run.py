@@ -27,7 +27,7 @@ from prmoe_jax.interop.tensors import (
 )
 from prmoe_jax.model.sizes import cost
 from prmoe_jax.model.transformer import init_model
-from prmoe_jax.nn.parameters import named_leaves
+from prmoe_jax.nn.parameters import from_named, named_leaves
 from prmoe_jax.parallel.mesh import make_mesh
 from prmoe_jax.run import directory as workdirs
 from prmoe_jax.run.metrics import read_metrics
@@ -72,9 +72,7 @@ def import_run(kind: str, source: Path, workdir: Path) -> dict:
     config = dataclasses.replace(config, data=data)
     check_fits(tokenizer, config.model.vocab_size)
     shapes = jax.eval_shape(lambda: init_model(config))
-    structure = jax.tree.structure(shapes)
-    model = jax.tree.unflatten(structure, [leaves[name] for name in named_leaves(shapes)])
-    model = jax.tree.map(jax.numpy.asarray, model)
+    model = jax.tree.map(jax.numpy.asarray, from_named(leaves, shapes))
 
     write_run("workdir", workdir, config, model, tokenizer)
     size = sum(leaf.size for leaf in leaves.values())

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from prmoe_jax import files
-from prmoe_jax.errors import UserError
+from prmoe_jax.errors import UserError, first_line
 from prmoe_jax.interop.settings import shown
 from prmoe_jax.interop.tensors import check_dtype, check_finite
 
@@ -61,8 +61,7 @@ def read_torch(path: Path) -> dict:
     except UserError:
         raise
     except Exception as error:  # torch raises anything for damaged files
-        line = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-        raise UserError(f"{path} can't be read as torch's: {line}") from None
+        raise UserError(f"{path} can't be read as torch's: {first_line(error)}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no dict")
     return content

@@ -20,7 +20,7 @@ from prmoe_jax.moe.routing import RouterMetrics, Routing
 from prmoe_jax.nn import remat
 from prmoe_jax.nn.mlp import MLP
 from prmoe_jax.nn.norms import norm
-from prmoe_jax.nn.parameters import declaration, named_leaves, normal
+from prmoe_jax.nn.parameters import declaration, map_named, normal
 from prmoe_jax.parallel import sharding
 from prmoe_jax.parallel.mesh import platform
 
@@ -282,17 +282,21 @@ def update_router_bias(model: Transformer, routers: list[RouterMetrics], rate: f
             mlp.bias_router[...] = bias_NxE - bias_NxE.mean(-1, keepdims=True)
 
 
-def cast(modules, dtype, more: tuple[str, ...] = (), apart: str = ""):
-    """Casts the parameters that are declared with `cast`, and those named in `more`, to a dtype.
+def cast(modules, dtype, apart: str = ""):
+    """Casts the parameters that are declared with `cast` to a dtype, but not those in `apart`.
 
-    Parameters of submodules called `apart` keep their dtype.
+    Args:
+      modules: a tree of modules.
+      dtype: the compute dtype.
+      apart: the name of submodules whose parameters keep their dtype.
     """
-    leaves = []
-    for name, leaf in named_leaves(modules).items():
-        *path, last = name.split(".")
-        cast_too = (declaration(name).cast or last in more) and apart not in path
-        leaves.append(leaf.astype(dtype) if cast_too else leaf)
-    return jax.tree.unflatten(jax.tree.structure(modules), leaves)
+
+    def held(name: str, leaf: jax.Array) -> jax.Array:
+        return (
+            leaf.astype(dtype) if declaration(name).cast and apart not in name.split(".") else leaf
+        )
+
+    return map_named(held, modules)
 
 
 def positions(segments_BxL: jax.Array) -> jax.Array:

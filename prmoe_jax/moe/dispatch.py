@@ -6,9 +6,9 @@ nothing is dropped, and experts are on several devices (0 otherwise). `einsum` i
 oracle; the others must equal it.
 """
 
-import functools
 import operator
 from collections.abc import Callable
+from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
@@ -70,27 +70,6 @@ def gather(x_GxSxD: jax.Array, routing: Routing, experts: Experts, slots: int) -
     return y_NxD.astype(x_NxD.dtype).reshape(x_GxSxD.shape), 0
 
 
-def ragged(x_GxSxD: jax.Array, routing: Routing, experts: Experts, slots: int) -> Output:
-    """Sorts the kept choices by expert; one grouped product applies to runs of unequal length."""
-    return _by_runs(x_GxSxD, routing, experts, "ragged")
-
-
-def blocked(x_GxSxD: jax.Array, routing: Routing, experts: Experts, slots: int) -> Output:
-    """As `ragged`, but with loops over the experts and over blocks of their runs, for CPUs.
-
-    XLA's grouped product on CPUs multiplies every row by every expert.
-    """
-    return _by_runs(x_GxSxD, routing, experts, "block_loop")
-
-
-def padded(x_GxSxD: jax.Array, routing: Routing, experts: Experts, slots: int) -> Output:
-    """As `ragged`, but in one product of equal blocks of rows, for GPUs.
-
-    XLA's grouped product on NVIDIA GPUs multiplies every row by every expert, too.
-    """
-    return _by_runs(x_GxSxD, routing, experts, "padded")
-
-
 def per_token(
     x_GxSxD: jax.Array, routing: Routing, experts: Experts | ExpertParallel, slots: int
 ) -> Output:
@@ -110,7 +89,9 @@ def per_token(
     return jnp.einsum("GSKD,GSK->GSD", y_GxSxKxD, weight_GxSxK.astype(y_RxD.dtype)), 0
 
 
-def _by_runs(x_GxSxD, routing: Routing, experts: Experts | ExpertParallel, form) -> Output:
+def _by_runs(
+    x_GxSxD, routing: Routing, experts: Experts | ExpertParallel, slots: int, form: str
+) -> Output:
     """Sorts rows by expert, applies the method `form` of `Experts`, and sorts the results back.
 
     Runs need no buffer of fixed size: without a capacity, the cost follows the number of tokens.
@@ -135,9 +116,10 @@ def _by_runs(x_GxSxD, routing: Routing, experts: Experts | ExpertParallel, form)
 BACKENDS: dict[str, Dispatch] = {
     "einsum": einsum,
     "gather": gather,
-    "ragged": ragged,
-    "blocked": blocked,
-    "padded": padded,
+    # On CPUs and on NVIDIA GPUs, XLA's grouped product multiplies every row by every expert.
+    "ragged": partial(_by_runs, form="ragged"),
+    "blocked": partial(_by_runs, form="block_loop"),  # loops over experts and blocks, for CPUs
+    "padded": partial(_by_runs, form="padded"),  # one product of equal blocks, for GPUs
 }
 
 
@@ -167,7 +149,7 @@ def _weighted_sum(x_KxNxD, weight_KxN):
     and has to move rows if they are [N, K, D].
     """
     terms = [w[:, None] * x for x, w in zip(x_KxNxD, weight_KxN.astype(jnp.float32), strict=True)]
-    return functools.reduce(operator.add, terms).astype(x_KxNxD.dtype)
+    return reduce(operator.add, terms).astype(x_KxNxD.dtype)
 
 
 def _take_choices(x_PxD, index_NxK):

@@ -239,8 +239,7 @@ class UnstackedExperts(nnx.Module):
         with jax.named_scope("experts"):
             # A run's last block reaches into the next run, which is written later.
             y_QxD = jax.lax.fori_loop(0, ends_E[-1], multiply, jnp.zeros_like(x_QxD))
-        served_Rx1 = (jnp.arange(len(x_RxD)) < rows_E.sum())[:, None]
-        return jnp.where(served_Rx1, y_QxD[: len(x_RxD)], 0)
+        return kernels.first_rows(y_QxD[: len(x_RxD)], rows_E.sum())
 
     def per_token(self, x_RxD: jax.Array, expert_R: jax.Array) -> jax.Array:
         """As `Experts.per_token`."""

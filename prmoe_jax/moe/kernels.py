@@ -59,13 +59,13 @@ def _join(parts: list[jax.Array], axis: int) -> jax.Array:
     """Stacks like `jnp.stack`, in a form that XLA fuses into the products that make the parts."""
     shape = list(parts[0].shape)
     shape.insert(axis, len(parts))
-    whole = _alike(jax.lax.empty(tuple(shape), parts[0].dtype), parts[0])  # zeros would be written
+    whole = alike(jax.lax.empty(tuple(shape), parts[0].dtype), parts[0])  # zeros would be written
     for i, part in enumerate(parts):
         whole = jax.lax.dynamic_update_index_in_dim(whole, part, i, axis)
     return whole
 
 
-def _alike(fresh: jax.Array, x: jax.Array) -> jax.Array:
+def alike(fresh: jax.Array, x: jax.Array) -> jax.Array:
     """Marks a new array as varying over the axes over which x varies, inside shard_map."""
     axes = tuple(jax.typeof(x).manual_axis_type.varying)
     return jax.lax.pcast(fresh, axes, to="varying") if axes else fresh
@@ -214,6 +214,11 @@ def slice_rows(x_RxD, start, rows: int):
     return jax.lax.dynamic_slice_in_dim(x_RxD, start, rows)
 
 
+def first_rows(x_RxD: jax.Array, count: jax.Array) -> jax.Array:
+    """x with zeros after its first rows."""
+    return jnp.where((jnp.arange(len(x_RxD)) < count)[:, None], x_RxD, 0)
+
+
 def _block_loop_forward(block: int, x_RxD, rows_E, weights):
     # A run's last block reaches into the next run, which is written later, or into the padding.
     x_QxD = jnp.pad(x_RxD, ((0, block), (0, 0)))
@@ -233,13 +238,12 @@ def _block_loop_forward(block: int, x_RxD, rows_E, weights):
         return jax.lax.fori_loop(0, -(-rows // block), multiply, carry), None
 
     d_ff = weights.w_in_DxF.shape[-1]
-    empty_QxF = _alike(jnp.zeros((len(x_QxD), d_ff), x_RxD.dtype), x_RxD)
+    empty_QxF = alike(jnp.zeros((len(x_QxD), d_ff), x_RxD.dtype), x_RxD)
     empty = Hidden(empty_QxF, None if weights.w_gate_DxF is None else empty_QxF)
     starts_E = jnp.cumsum(rows_E) - rows_E
     runs = starts_E, rows_E, weights
     (kept, y_QxD), _ = jax.lax.scan(expert, (empty, jnp.zeros_like(x_QxD)), runs)
-    served_Rx1 = (jnp.arange(len(x_RxD)) < rows_E.sum())[:, None]
-    return jnp.where(served_Rx1, y_QxD[: len(x_RxD)], 0), (x_QxD, kept, rows_E, weights)
+    return first_rows(y_QxD[: len(x_RxD)], rows_E.sum()), (x_QxD, kept, rows_E, weights)
 
 
 def _block_loop_backward(block: int, saved, dy_RxD):
@@ -261,7 +265,7 @@ def _block_loop_backward(block: int, saved, dy_RxD):
             dx_QxD = jax.lax.dynamic_update_slice_in_dim(dx_QxD, dx, place, 0)
             return dx_QxD, jax.tree.map(jnp.add, sums, gradient)
 
-        zeros = jax.tree.map(lambda w: _alike(jnp.zeros(w.shape), dy_QxD), own)
+        zeros = jax.tree.map(lambda w: alike(jnp.zeros(w.shape), dy_QxD), own)
         dx_QxD, sums = jax.lax.fori_loop(0, -(-rows // block), multiply, (dx_QxD, zeros))
         return dx_QxD, jax.tree.map(lambda total: total.astype(x_QxD.dtype), sums)
 

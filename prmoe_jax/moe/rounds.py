@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from prmoe_jax.moe.kernels import alike, first_rows
 from prmoe_jax.nn import remat
 from prmoe_jax.parallel.mesh import platform
 
@@ -87,7 +88,7 @@ def serve(stage: Stage, apply: Apply, experts, x_RxD: jax.Array, rows_E: jax.Arr
                 transfer.received,
                 stage,
             )
-            return _first_rows(_as_matrix(x_Bx, stage), transfer.received.sum())
+            return first_rows(_as_matrix(x_Bx, stage), transfer.received.sum())
 
     def give_back(y_BxD, into_Rx, transfer: _Transfer) -> jax.Array:
         """The same with a round's results written into their places; rows as exchanged."""
@@ -105,7 +106,7 @@ def serve(stage: Stage, apply: Apply, experts, x_RxD: jax.Array, rows_E: jax.Arr
     def served(y_Rx, pieces: _Pieces) -> jax.Array:
         """The same, [R, D], with zeros for rows of no expert."""
         sent = pieces.rows[jax.lax.axis_index(stage.axes)].sum()
-        return _first_rows(_as_matrix(y_Rx, stage), sent)
+        return first_rows(_as_matrix(y_Rx, stage), sent)
 
     def in_round(index, pieces: _Pieces) -> tuple[_Transfer, jax.Array]:
         transfer = _transfer(pieces, index, stage)
@@ -258,13 +259,7 @@ def _empty(rows: int, like_RxD: jax.Array, stage: Stage) -> jax.Array:
     # JAX takes what doesn't depend on a layer out of the scan over layers, and the TPU then copies
     # the one buffer for each layer. The result of `cond` seems to depend on it.
     buffer = jax.lax.cond(like_RxD[0, 0] == 0, fresh, fresh) if platform() == "tpu" else fresh()
-    axes = tuple(jax.typeof(like_RxD).manual_axis_type.varying)
-    return jax.lax.pcast(buffer, axes, to="varying") if axes else buffer
-
-
-def _first_rows(x_RxD: jax.Array, count: jax.Array) -> jax.Array:
-    """x with zeros after its first rows."""
-    return jnp.where((jnp.arange(len(x_RxD)) < count)[:, None], x_RxD, 0)
+    return alike(buffer, like_RxD)
 
 
 def _ragged_all_to_all(x_RxD, into_QxD, starts, sizes, places, received, stage: Stage) -> jax.Array:

@@ -8,7 +8,7 @@ from flax import nnx
 class LayerNorm(nnx.Module):
     """Normalises to mean 0 and variance 1, then scales and shifts."""
 
-    def __init__(self, width: int, eps: float = 1e-5):
+    def __init__(self, width: int, eps: float):
         self.eps = eps
         self.scale = nnx.Param(jnp.ones(width))
         self.shift = nnx.Param(jnp.zeros(width))

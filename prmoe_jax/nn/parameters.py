@@ -5,6 +5,7 @@ students and upcycling.
 """
 
 import dataclasses
+from collections.abc import Callable, Mapping
 
 import jax
 from flax import nnx
@@ -102,6 +103,16 @@ def named_leaves(tree) -> dict[str, jax.Array]:
     names = {_name(path): leaf for path, leaf in leaves}
     assert len(names) == len(leaves), "two leaves share a name"
     return names
+
+
+def map_named(function: Callable, tree):
+    """A tree like this one, of `function(name, leaf)`; names are those of `named_leaves`."""
+    return jax.tree.map_with_path(lambda path, leaf: function(_name(path), leaf), tree)
+
+
+def from_named(named: Mapping[str, jax.Array], like):
+    """A tree like this one, with the leaves that have the names of its leaves."""
+    return map_named(lambda name, _: named[name], like)
 
 
 def _name(path) -> str:

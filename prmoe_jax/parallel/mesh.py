@@ -276,6 +276,18 @@ def check_fits(config: Config, devices: int, decode: bool = False) -> None:
     check_batch(config, devices // axis_sizes(config, devices)["tensor"], decode)
 
 
+def training_mesh(config: Config) -> tuple[Config, Mesh]:
+    """The config with the mesh on which all devices train it, its own or a suggested one.
+
+    Raises:
+      UserError: no mesh fits the devices, the model and the batch; suggests a change.
+    """
+    devices = jax.device_count()
+    config = choose_mesh(on_slices(config), devices)
+    check_fits(config, devices)
+    return config, make_mesh(config)
+
+
 # The most devices on which FSDP is worth its all-gathers, unless memory requires more.
 FSDP_DEVICES = 16
 

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
@@ -184,13 +185,42 @@ def barrier() -> None:
 
 
 @contextlib.contextmanager
-def main_process_first() -> Iterator[None]:
-    """Process 0 runs the block first; the others run it next, and find its files on disk."""
-    if jax.process_index() != 0:
+def main_process_first(cache: Path) -> Iterator[None]:
+    """Process 0 runs the block first; those that share its cache run it next, and find its files.
+
+    The others have caches of their own, and run it at once.
+
+    Args:
+      cache: this process's folder of caches.
+    """
+    waits = _sees_first(cache) and _number() > 0
+    if waits:
         barrier()
     yield
-    if jax.process_index() == 0:
+    if not waits:
         barrier()
+
+
+def _sees_first(cache: Path) -> bool:
+    """Whether this process finds in its cache what process 0 writes into its own.
+
+    Nothing is written into a cache that is read-only, and so complete.
+    """
+    if _count() == 1:
+        return True
+    name = ""
+    if _number() == 0:
+        with contextlib.suppress(OSError):
+            cache.mkdir(parents=True, exist_ok=True)
+        if os.access(cache, os.W_OK):
+            name = f".process-0-{uuid.uuid4().hex}"
+            files.replace(cache / name, "")
+    name = of_first(name)
+    found = bool(name) and (cache / name).exists()
+    barrier()
+    if _number() == 0 and name:
+        (cache / name).unlink()
+    return found
 
 
 def check_folders(workdir: Path, cache: Path) -> None:

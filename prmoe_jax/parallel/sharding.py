@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from prmoe_jax.nn.parameters import declaration, named_leaves
+from prmoe_jax.nn.parameters import declaration, map_named
 from prmoe_jax.nn.quantized import QuantizedWeight
 from prmoe_jax.parallel.mesh import batch_axes, crosses_slices, expert_axes
 
@@ -75,8 +75,7 @@ def _most_axes(mesh: Mesh | AbstractMesh, size: int) -> tuple[str, ...]:
 
 def specs(tree, mesh: Mesh | AbstractMesh, in_use: bool = False):
     """A tree with the partition of every leaf; leaves may be arrays or shapes."""
-    leaves = [spec(name, leaf.shape, mesh, in_use) for name, leaf in named_leaves(tree).items()]
-    return jax.tree.unflatten(jax.tree.structure(tree), leaves)
+    return map_named(lambda name, leaf: spec(name, leaf.shape, mesh, in_use), tree)
 
 
 def shardings(tree, mesh: Mesh, in_use: bool = False):
@@ -84,20 +83,20 @@ def shardings(tree, mesh: Mesh, in_use: bool = False):
     return jax.tree.map(lambda parts: NamedSharding(mesh, parts), specs(tree, mesh, in_use))
 
 
+def _constrain(tree, partition: Callable):
+    """Constrains a tree to `partition(mesh)`, if a mesh is in use."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return tree if mesh.empty else jax.lax.with_sharding_constraint(tree, partition(mesh))
+
+
 def constrain(tree):
     """Constrains a tree, such as gradients, to the partition of its parameters."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return tree
-    return jax.lax.with_sharding_constraint(tree, specs(tree, mesh))
+    return _constrain(tree, partial(specs, tree))
 
 
 def constrain_leaf(name: str, x: jax.Array) -> jax.Array:
     """Constrains an array to the partition of the parameter of that name."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return x
-    return jax.lax.with_sharding_constraint(x, spec(name, x.shape, mesh))
+    return _constrain(x, partial(spec, name, x.shape))
 
 
 def pad_layers(name: str, x: jax.Array) -> jax.Array:
@@ -122,10 +121,7 @@ def constrain_matrices(name: str, x: jax.Array) -> jax.Array:
       name: the parameter's name in `parameters.named_leaves`.
       x: its matrices, of a number of layers as after `pad_layers`; experts come after layers.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*_matrix_axes(name, x.shape, mesh)))
+    return _constrain(x, lambda mesh: PartitionSpec(*_matrix_axes(name, x.shape, mesh)))
 
 
 def _matrix_axes(name: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh):
@@ -139,10 +135,7 @@ def _matrix_axes(name: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh):
 
 def constrain_batch(x_BxLxD: jax.Array) -> jax.Array:
     """Constrains activations to the partition of the batch."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return x_BxLxD
-    return jax.lax.with_sharding_constraint(x_BxLxD, PartitionSpec(batch_axes(mesh)))
+    return _constrain(x_BxLxD, lambda mesh: PartitionSpec(batch_axes(mesh)))
 
 
 def expert_replicas(experts: int) -> int:

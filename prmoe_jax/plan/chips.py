@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from jax.experimental import topologies
 
-from prmoe_jax.errors import UserError
+from prmoe_jax.errors import UserError, first_line
 
 
 class Chip(NamedTuple):
@@ -192,7 +192,7 @@ def topology_devices(topology: str) -> tuple[Chip, list]:
             platform=platform, topology_name=topology_name, **options
         )
     except Exception as error:  # a missing or failing compiler raises anything
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        reason = first_line(error)
         if "INVALID_ARGUMENT" in reason:
             raise UserError(
                 f"--topology={topology} is no slice of a pod ({reason}); use one of "

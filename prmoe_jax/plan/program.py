@@ -72,8 +72,7 @@ def operations(hlo: str, rounds: int = 1, window: int = 0) -> list[Operation]:
     """
     computations, entry = _parse(hlo)
     shapes = {
-        name: {line.name: line.text.partition(f" {line.opcode}(")[0] for line in lines}
-        for name, lines in computations.items()
+        name: {line.name: result(line) for line in lines} for name, lines in computations.items()
     }
     found = []
     received = {}  # the name of a `recv` -> what it has in common with its `send`
@@ -222,7 +221,7 @@ def _flops(line: _Line, shapes: dict[str, str], window: int) -> int:
     rows of its buffer.
     """
     if is_grouped(line):
-        names = [line.text.partition(" custom-call(")[0], *(shapes[n] for n in _operands(line))]
+        names = [result(line), *(shapes[n] for n in _operands(line))]
         arrays = [dims.split(",") for kind, dims in _arrays(" ".join(names)) if "f" in kind]
         rows = max(int(dims[0]) for dims in arrays if len(dims) == 2)
         return 2 * rows * math.prod(int(d) for dims in arrays if len(dims) == 3 for d in dims[1:])
@@ -244,7 +243,7 @@ def _flops(line: _Line, shapes: dict[str, str], window: int) -> int:
     elif line.opcode != "dot":
         return 0
     left = _arrays(shapes.get(_operands(line)[0], ""))
-    output = _arrays(line.text.partition(f" {line.opcode}(")[0])
+    output = _arrays(result(line))
     if not (contracted and left and output):
         return 0
     sides = left[0][1].split(",")
@@ -254,7 +253,7 @@ def _flops(line: _Line, shapes: dict[str, str], window: int) -> int:
 
 def _bytes(line: _Line, shapes, inside: list[_Line], inner) -> int:
     """Bytes of results and operands; an array that is sliced or updated counts with that part."""
-    whole = size(line.text.partition(f" {line.opcode}(")[0])
+    whole = size(result(line))
     operands = [size(shapes.get(name, "")) for name in _operands(line)]
     if not inside:
         if line.opcode in SLICES:

@@ -233,11 +233,17 @@ def drops(arms: dict[str, dict[int, dict]], path: Path) -> None:
     with figure(path) as axes:
         for number, (arm, rows) in enumerate(arms.items()):
             layers = [layer for record in rows.values() for layer in record["layers"].values()]
-            share_P = np.mean([layer["position_drop_fraction"] for layer in layers], 0)
-            places_P = (np.arange(len(share_P)) + 0.5) / len(share_P)
+            shares = [layer["position_drop_fraction"] for layer in layers]
+            places_P = _middles(max(map(len, shares)))  # groups of a few tokens have fewer places
+            share_P = np.mean([np.interp(places_P, _middles(len(s)), s) for s in shares], 0)
             axes.plot(places_P, share_P, markersize=4, label=label(arm), **_style(number))
         axes.set(xlabel="place in the routing group, from 0 to 1", ylabel="choices dropped, share")
         _legend(axes)
+
+
+def _middles(parts: int) -> np.ndarray:
+    """The middle of each of equal parts of the range from 0 to 1."""
+    return (np.arange(parts) + 0.5) / parts
 
 
 def lines(series: dict[str, tuple[list, list]], quantity: str, path: Path) -> None:

@@ -165,11 +165,6 @@ def ratios(found: Sequence[Multiplier]) -> list[Ratio]:
     return grown
 
 
-def law_loss(experts: float, active_params: float, tokens: float) -> float:
-    """The loss that the joint MoE scaling law predicts; one expert is a dense model."""
-    return _law_of_params(experts, active_params) + _law_of_tokens(experts, tokens)
-
-
 def law_multiplier(experts: float, active_params: float, tokens: float) -> float:
     """The law's multiplier in active parameters; inf if it has no dense model as good.
 
@@ -181,7 +176,8 @@ def law_multiplier(experts: float, active_params: float, tokens: float) -> float
       active_params: of the MoE, embeddings included.
       tokens: of the run.
     """
-    left = law_loss(experts, active_params, tokens) - _law_of_tokens(1, tokens)
+    loss = _law_of_params(experts, active_params) + _law_of_tokens(experts, tokens)
+    left = loss - _law_of_tokens(1, tokens)
     if left <= 0:
         return math.inf
     power = LAW_ALPHA + LAW_GAMMA * math.log(_effective(1))
@@ -189,7 +185,8 @@ def law_multiplier(experts: float, active_params: float, tokens: float) -> float
 
 
 def _is_dense(record: dict) -> bool:
-    return record["total_params"] == record["active_params"]
+    # A MoE whose tokens use every expert has as many active parameters, too.
+    return not record["settings"].get("model.experts")
 
 
 def _measure(

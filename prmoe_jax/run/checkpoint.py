@@ -24,7 +24,7 @@ from prmoe_jax.config import Config
 from prmoe_jax.data.tokenizer import Tokenizer
 from prmoe_jax.errors import TrainingStopped, UserError, first_line, is_out_of_memory
 from prmoe_jax.model.transformer import Transformer, init_model
-from prmoe_jax.nn.parameters import named_leaves
+from prmoe_jax.nn.parameters import from_named, named_leaves
 from prmoe_jax.parallel import sharding
 from prmoe_jax.parallel.mesh import replicated
 from prmoe_jax.run.directory import TOKENIZER
@@ -222,7 +222,7 @@ class Checkpoints:
         arguments = {part: _restore_arguments(tree, mesh) for part, tree in parts.items()}
         items = self._read(step, data=ocp.args.JsonRestore(), **arguments)
         _verify({part: items[part] for part in parts}, record := dict(items["data"]))
-        model, optimizer = (_unflatten(tree, items[part]) for part, tree in parts.items())
+        model, optimizer = (from_named(items[part], tree) for part, tree in parts.items())
         number = jax.device_put(jax.numpy.int32(step), replicated(mesh))
         record.pop("checksums", None)
         return TrainState(number, model, optimizer), record
@@ -276,7 +276,7 @@ class Checkpoints:
                 f"checkpoint {step} in {self._directory} cannot be read ({damage}); {fix}"
             ) from damage
         self._check_tokenizer(step, record)
-        return step, _unflatten(shapes, items["model"])
+        return step, from_named(items["model"], shapes)
 
     def record(self, step: int) -> dict:
         """The data record that was saved beside a checkpoint's arrays.
@@ -453,9 +453,3 @@ def _restore_arguments(shapes, mesh: Mesh) -> ocp.args.StandardRestore:
 
     named = named_leaves(shapes).items()
     return ocp.args.StandardRestore({name: place(name, leaf) for name, leaf in named})
-
-
-def _unflatten(shapes, arrays: dict[str, jax.Array]):
-    return jax.tree.unflatten(
-        jax.tree.structure(shapes), [arrays[name] for name in named_leaves(shapes)]
-    )

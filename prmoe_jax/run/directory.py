@@ -55,7 +55,7 @@ def environment(devices: list) -> dict:
         "platform": platform.platform(),
         "device": device_name(devices[0]),
         "device_count": len(devices),
-        "versions": {name: _version(name) for name in RECORDED_PACKAGES.split()},
+        "versions": {name: installed_version(name) for name in RECORDED_PACKAGES.split()},
     }
 
 
@@ -75,11 +75,12 @@ def versions() -> dict[str, str | None]:
     folder = Path(prmoe_jax.__file__).parent
     for file in sorted(folder.rglob("*.py")):
         code.update(f"{file.relative_to(folder)}\n".encode() + file.read_bytes())
-    packages = {name: _version(name) for name in RECORDED_PACKAGES.split()}
-    return packages | {"prmoe_jax": f"{_version('prmoe_jax')}, code {code.hexdigest()[:12]}"}
+    found = {name: installed_version(name) for name in [*RECORDED_PACKAGES.split(), "prmoe_jax"]}
+    return found | {"prmoe_jax": f"{found['prmoe_jax']}, code {code.hexdigest()[:12]}"}
 
 
-def _version(package: str) -> str | None:
+def installed_version(package: str) -> str | None:
+    """The version of an installed package; None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -271,16 +271,6 @@ def finished(config: Config, workdir: Path) -> bool:
     return not isinstance(loss, float) or math.isfinite(loss)
 
 
-ROUTER_COLUMNS = (
-    "drop_fraction",
-    "unserved_fraction",
-    "router_entropy",
-    "expert_load",
-    "expert_drop_fraction",
-    "position_drop_fraction",
-)
-
-
 def router_table(metrics: dict) -> str:
     """A text table of the choices that each MoE layer drops, by expert and by position."""
     layers = sorted({name.split("/")[1] for name in metrics if name.startswith("layers/")})
@@ -289,7 +279,7 @@ def router_table(metrics: dict) -> str:
     head = "layer", "dropped", "unserved", "entropy", "fullest expert", "experts drop"
     rows = []
     for layer in layers:
-        value = {name: metrics[f"layers/{layer}/{name}"] for name in ROUTER_COLUMNS}
+        value = of_layer(metrics, layer)
         load, by_expert = value["expert_load"], value["expert_drop_fraction"]
         by_place = value["position_drop_fraction"]
         rows.append(
@@ -304,6 +294,12 @@ def router_table(metrics: dict) -> str:
             )
         )
     return aligned((*head, "first to last place in the group"), rows)
+
+
+def of_layer(metrics: dict, layer: str) -> dict:
+    """The metrics of one MoE layer, such as '03', by the rest of their names."""
+    prefix = f"layers/{layer}/"
+    return {n.removeprefix(prefix): x for n, x in metrics.items() if n.startswith(prefix)}
 
 
 def bars(values: list[float]) -> str:

@@ -57,7 +57,7 @@ def holder(folder: Path) -> str:
 class FileLock:
     """A lock of the kernel on a file, freed when the process dies."""
 
-    def __init__(self, folder: Path, option: str = "--workdir"):
+    def __init__(self, folder: Path, option: str):
         self._folder, self._option = folder, option
 
     def __enter__(self) -> "FileLock":
@@ -119,7 +119,7 @@ class Lease:
     over.
     """
 
-    def __init__(self, folder: Path, option: str = "--workdir"):
+    def __init__(self, folder: Path, option: str):
         from prmoe_jax.stores import gcs
 
         self._gcs, self._path = gcs, folder / LOCK

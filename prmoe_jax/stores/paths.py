@@ -59,14 +59,14 @@ def as_path(text: str | os.PathLike) -> Path:
     return gcs.as_path(os.fspath(text))
 
 
-def as_local_path(text: str | os.PathLike, why: str = "only local folders work here") -> Path:
+def as_local_path(text: str | os.PathLike) -> Path:
     """The local path that a text names.
 
     Raises:
-      UserError: the text names a place in a store, known or not; `why` ends the message.
+      UserError: the text names a place in a store, known or not.
     """
     if scheme(text):
-        raise UserError(f"{os.fspath(text)} is in an object store; {why}")
+        raise UserError(f"{os.fspath(text)} is in an object store; only local folders work here")
     return Path(text)
 
 

@@ -102,8 +102,8 @@ def discard_checkpoints(
 ) -> None:
     """Deletes the checkpoints of a recorded run that no run of the sweep will need.
 
-    Of a run that none goes on from, the checkpoint at which its decay starts stays, so that a
-    longer one can be added to the sweep.
+    The checkpoint at which its decay starts stays if no run goes on from it, so that a longer run
+    can be added to the sweep.
 
     Raises:
       OSError: a checkpoint cannot be deleted.
@@ -111,12 +111,11 @@ def discard_checkpoints(
     config = runs[name].config
     branches = {other: run for other, run in runs.items() if run.trunk == name}
     done = {row["run"] for row in records.of_runs(rows, runs)}
-    needed = {
-        branch(run.config, config, root / name).init.step
-        for other, run in branches.items()
-        if other not in done
+    starts = {
+        other: branch(run.config, config, root / name).init.step for other, run in branches.items()
     }
-    if not branches:
+    needed = {step for other, step in starts.items() if other not in done}
+    if config.decay_start not in starts.values():
         needed.add(config.decay_start or 0)
     learners = {other for other in needs if name in needs[other]} - branches.keys()
     if name not in done or not learners <= done:

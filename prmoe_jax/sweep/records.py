@@ -146,7 +146,9 @@ def read(folder: Path) -> list[dict]:
 
 
 def complete(folder: Path, rows: list[dict]) -> list[dict]:
-    """Returns `rows`, after checking that each has all fields that are shown.
+    """The records, after checking that each has all fields that are shown.
+
+    Settings that may change on resuming are left out.
 
     Raises:
       UserError: a record lacks a field or is damaged; names the record.
@@ -166,7 +168,7 @@ def complete(folder: Path, rows: list[dict]) -> list[dict]:
         }.items():
             if not good:
                 raise UserError(f"{where} is damaged: {name} is {row[name]!r:.60}; {FIX}")
-    return rows
+    return [row | {"settings": _lasting(row["settings"])} for row in rows]
 
 
 def check_one_text(rows: list[dict]) -> None:
@@ -296,7 +298,8 @@ def _is_pair(value) -> bool:
 
 
 def _is_layer(value) -> bool:
-    return isinstance(value, dict) and _are_numbers(value.get("position_drop_fraction"))
+    shares = value.get("position_drop_fraction") if isinstance(value, dict) else None
+    return bool(shares) and _are_numbers(shares)
 
 
 def _are_numbers(values, count: int | None = None) -> bool:

@@ -13,10 +13,9 @@ from jax.sharding import Mesh
 from prmoe_jax import config as configs
 from prmoe_jax import files
 from prmoe_jax.config import Config
-from prmoe_jax.run import directory as workdirs
 from prmoe_jax.run.checkpoint import Checkpoints, TrainState
 from prmoe_jax.run.metrics import METRICS, read_metrics
-from prmoe_jax.training.upcycle import reading_source
+from prmoe_jax.training.upcycle import reading_source, source_of
 
 
 def check(config: Config) -> None:
@@ -26,10 +25,7 @@ def check(config: Config) -> None:
       UserError: the folder holds no run, or a run with other settings.
     """
     with reading_source():
-        workdir = configs.expand("init.workdir", config.init.workdir)
-        if (workdir / workdirs.CONFIG).exists():
-            files.regular(workdir / workdirs.CONFIG)
-        trunk = configs.load(workdir / workdirs.CONFIG)
+        workdir, trunk = source_of(config)
         configs.check_branch(trunk, config, f"the run in {workdir}")
 
 

@@ -26,7 +26,7 @@ from prmoe_jax.data.pipeline import (
 from prmoe_jax.distill.loss import Agreement, agreement, run_teacher
 from prmoe_jax.distill.teacher import cast_to_compute_dtype, restore_teacher
 from prmoe_jax.errors import UserError
-from prmoe_jax.model.loss import Sums
+from prmoe_jax.model.loss import Sums, forward
 from prmoe_jax.model.transformer import Transformer
 from prmoe_jax.parallel import processes
 from prmoe_jax.parallel.mesh import local_rows, replicated, split_batch
@@ -34,7 +34,6 @@ from prmoe_jax.run import directory as workdirs
 from prmoe_jax.run.directory import shared_settings
 from prmoe_jax.run.metrics import perplexity, summarise
 from prmoe_jax.run.restore import check_text, restore_run
-from prmoe_jax.training.step import eval_step
 
 log = logging.getLogger(__name__)
 
@@ -145,7 +144,7 @@ def evaluate(workdir: Path, teacher: Path | None = None, corpus: str | None = No
     if corpus is None:
         check_text(workdir, config, data.corpus_fingerprint)
     with jax.set_mesh(mesh):
-        measure = jax.jit(eval_step, out_shardings=replicated(mesh))
+        measure = jax.jit(forward, out_shardings=replicated(mesh))
         metrics = {"step": step} | evaluate_model(measure, model, config, data, mesh)
         if teacher:
             metrics |= _beside_teacher(model, config, teacher, data, mesh)

@@ -1,6 +1,7 @@
 """The one training loop: data, steps, metrics, evaluation, checkpoints, interruption."""
 
 import contextlib
+import dataclasses
 import logging
 import math
 import sys
@@ -35,16 +36,14 @@ from prmoe_jax.distill.teacher import (
 )
 from prmoe_jax.errors import TrainingStopped, UserError
 from prmoe_jax.model.backends import check_backends
+from prmoe_jax.model.loss import forward
 from prmoe_jax.model.sizes import cost
 from prmoe_jax.parallel import processes
 from prmoe_jax.parallel.mesh import (
-    check_fits,
-    choose_mesh,
     local_rows,
-    make_mesh,
-    on_slices,
     replicated,
     split_batch,
+    training_mesh,
 )
 from prmoe_jax.run import directory as workdirs
 from prmoe_jax.run import weights_and_biases
@@ -63,7 +62,7 @@ from prmoe_jax.stores.lock import locked
 from prmoe_jax.training import branch
 from prmoe_jax.training.evaluate import evaluate_model
 from prmoe_jax.training.preemption import PreemptionGuard
-from prmoe_jax.training.step import compile_train_step, eval_step, init_state, sharded_state
+from prmoe_jax.training.step import compile_train_step, init_state, sharded_state
 from prmoe_jax.training.timing import Clock, StallWatch, Trace
 from prmoe_jax.training.upcycle import init_from_run
 
@@ -109,9 +108,7 @@ def train(
     for folder in filter(None, (config.init.workdir, config.teacher.workdir, config.teacher.cache)):
         stores.as_path(folder)  # before anything is made: an object store needs a package
     processes.agree("the settings", lambda: shared_settings(config))
-    placed = choose_mesh(on_slices(config), jax.device_count())
-    check_fits(placed, jax.device_count())
-    mesh = make_mesh(placed)
+    placed, mesh = training_mesh(config)
     check_backends(placed, jax.default_backend(), mesh)
     if not config.loss_reaches_routers:
         log.warning(
@@ -146,7 +143,7 @@ def train(
                 branch.check(config)
         # 2. The tokenizer and the data, which must be those that the run began with.
         shape = config.model.vocab_size, config.model.length
-        with processes.main_process_first():
+        with processes.main_process_first(cache.root(config.data)):
             data = load_data(config.data, *shape, stored if resuming else None)
         if config.teacher.cache:
             data = teacher_cache.attach(data, config)
@@ -201,12 +198,13 @@ def train(
                 branch.copy_metrics(config, workdir)
         # 5. The metrics: lines of steps that will be repeated are removed.
         lines = read_metrics(workdir / METRICS) if first else []
-        evaluated = processes.of_first(
-            any(line["step"] == step and "eval/loss" in line for line in lines)
-        )
+        last = lines[-1] if lines else {}
+        evaluated = any(line["step"] == step and "eval/loss" in line for line in lines)
+        del lines  # of a long run, they take gigabytes
+        evaluated = processes.of_first(evaluated)
         if step >= config.total_steps and evaluated:
             log.info("the run is complete: step %d of %d", step, config.total_steps)
-            return lines[-1] if first else {}
+            return last
         # Only the first process writes metrics.
         begun = workdirs.record_environment(workdir, jax.devices()) if first else time.time()
         clock = Clock(begun, record.get("productive_s", 0.0) if restored else 0.0)
@@ -284,7 +282,7 @@ class Run:
         self.wandb, self.stall_watch = wandb, stall_watch
         self.teacher, self.on_metrics = teacher, on_metrics
         self.train_step = compile_train_step(config, mesh, distiller)
-        self.eval_step = jax.jit(eval_step, out_shardings=replicated(mesh))
+        self.eval_step = jax.jit(forward, out_shardings=replicated(mesh))
         self.flops_per_token = cost(config.model, config.moe).train_flops_per_token
         self.last_metrics: dict = {}
 
@@ -476,5 +474,8 @@ def _check_new_start(workdir: Path, config: Config) -> None:
             f"the run in {workdir} {state}, and its checkpoints are gone; give another "
             f"--workdir, or, to train it again from step 0, move its {METRICS} away"
         )
+    if saved.init.step or config.init.step:
+        # A branch equals the run from step 0, so that it may begin elsewhere than it did.
+        saved = dataclasses.replace(saved, init=config.init)
     configs.check_resume(saved, config)
     log.info("starts again: the run in %s has no checkpoint yet", workdir)

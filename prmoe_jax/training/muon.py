@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from prmoe_jax.nn.parameters import declaration, named_leaves
+from prmoe_jax.nn.parameters import declaration, map_named
 from prmoe_jax.parallel import sharding
 
 STEPS = 5
@@ -37,8 +37,7 @@ def orthogonalize(updates: optax.Updates) -> optax.Updates:
     Args:
       updates: a tree of the layers' weight matrices; others are left out.
     """
-    leaves = [_orthogonal(name, leaf) for name, leaf in named_leaves(updates).items()]
-    return sharding.constrain(jax.tree.unflatten(jax.tree.structure(updates), leaves))
+    return sharding.constrain(map_named(_orthogonal, updates))
 
 
 def _orthogonal(name: str, x: jax.Array) -> jax.Array:

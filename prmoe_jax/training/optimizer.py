@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from prmoe_jax.config import Config
-from prmoe_jax.nn.parameters import declaration, named_leaves
+from prmoe_jax.nn.parameters import declaration, map_named
 from prmoe_jax.training.muon import muon
 
 # The fewest bytes of a parameter: itself in float32, and two moments of AdamW or at least one of
@@ -21,8 +21,7 @@ def decay_mask(params):
     Raises:
       KeyError: a parameter is not declared.
     """
-    decisions = [declaration(name).decays for name in named_leaves(params)]
-    return jax.tree.unflatten(jax.tree.structure(params), decisions)
+    return map_named(lambda name, _: declaration(name).decays, params)
 
 
 def learning_rate(config: Config):
@@ -55,8 +54,7 @@ def learning_rate(config: Config):
 
 def optimizers(params):
     """A tree of names: "muon" for the layers' weight matrices, "adamw" for other parameters."""
-    names = ("muon" if declaration(name).is_matrix else "adamw" for name in named_leaves(params))
-    return jax.tree.unflatten(jax.tree.structure(params), list(names))
+    return map_named(lambda name, _: "muon" if declaration(name).is_matrix else "adamw", params)
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:

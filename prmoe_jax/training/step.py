@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from prmoe_jax.config import Config, group_rows
 from prmoe_jax.data.pipeline import Batch
 from prmoe_jax.distill.distiller import Distiller
-from prmoe_jax.model.loss import Sums, cross_entropy, forward, totals, training_loss
+from prmoe_jax.model.loss import cross_entropy, forward, totals, training_loss
 from prmoe_jax.model.transformer import Transformer, init_model, update_router_bias
 from prmoe_jax.parallel import sharding
 from prmoe_jax.parallel.mesh import replicated
@@ -62,7 +62,7 @@ def make_train_step(
         rows = jnp.arange(config.train.batch_size)
         keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
 
-        rows_together = distiller.group_rows if distiller else group_rows(config)
+        rows_together = group_rows(config, distiller.teacher if distiller else None)
         balanced = config.moe.balance == "batch" and config.moe.aux_loss_weight
         if balanced and config.train.accumulate > 1:
 
@@ -127,8 +127,3 @@ def compile_train_step(
 def compiler_options(mesh: Mesh) -> dict[str, str] | None:
     """Options for the compiler of this mesh's devices."""
     return COMPILER_OPTIONS.get(mesh.devices.flat[0].platform)
-
-
-def eval_step(model: Transformer, batch: Batch) -> Sums:
-    """Measures a batch, without noise or dropout."""
-    return forward(model, batch)

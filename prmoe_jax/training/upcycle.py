@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -49,10 +50,7 @@ def init_from_run(config: Config, mesh: Mesh, tokenizer: Tokenizer) -> Transform
       UserError: the folder holds no run, or the run doesn't fit.
     """
     with reading_source():
-        workdir = expand("init.workdir", config.init.workdir)
-        if (workdir / workdirs.CONFIG).exists():
-            files.regular(workdir / workdirs.CONFIG)
-        settings = load(workdir / workdirs.CONFIG)
+        workdir, settings = source_of(config)
         files.regular(workdir / workdirs.TOKENIZER)
     check_fits(settings.model, config.model)
     check_same_routing(config, settings, "the run to start as")
@@ -88,6 +86,18 @@ def reading_source() -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(f"{error}; --config.init.workdir names the run to start as") from error
+
+
+def source_of(config: Config) -> tuple[Path, Config]:
+    """The folder that `config.init.workdir` names, and the config of the run in it.
+
+    Raises:
+      UserError: the folder holds no run.
+    """
+    workdir = expand("init.workdir", config.init.workdir)
+    if (workdir / workdirs.CONFIG).exists():
+        files.regular(workdir / workdirs.CONFIG)
+    return workdir, load(workdir / workdirs.CONFIG)
 
 
 def check_fits(source: ModelConfig, model: ModelConfig) -> None:

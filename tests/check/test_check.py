@@ -260,11 +260,11 @@ def test_a_missing_driver(files, installed, variable, line, fix, tmp_path, monke
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     if variable:
         monkeypatch.setenv("JAX_PLATFORMS", variable)
-    version = environment._version
+    version = environment.installed_version
     accelerators = {*environment.RECORDED}
     monkeypatch.setattr(
         environment,
-        "_version",
+        "installed_version",
         lambda name: (
             version(name) if name not in accelerators else name in installed and "1" or None
         ),
@@ -285,7 +285,7 @@ OPEN_DRIVER = (
 def test_an_old_driver(driver, tmp_path, monkeypatch):
     machine(tmp_path, driver)
     monkeypatch.setattr(environment, "ROOT", tmp_path)
-    monkeypatch.setattr(environment, "_version", {"jax-cuda12-plugin": "0.10.2"}.get)
+    monkeypatch.setattr(environment, "installed_version", {"jax-cuda12-plugin": "0.10.2"}.get)
     (finding,) = environment._drivers("gpu", {"backend": "cuda 12090"})
     assert finding.line == "NVIDIA's driver is 470.82.01, jax-cuda12-plugin needs 525 or newer"
     assert finding.fix == "install a newer driver"

@@ -255,6 +255,15 @@ def test_a_linked_folder_is_left_out_with_a_warning(tmp_path, caplog):
     assert caplog.messages == [told]
 
 
+def test_files_of_other_kinds_are_left_out_with_a_warning(tmp_path, caplog):
+    write_folder(tmp_path / "mix", ["one"])
+    for name in ("b.parquet", "c.TXT", "LICENSE", ".hidden", "d.parquet"):
+        (tmp_path / "mix" / name).touch()
+    assert sources.find_files(str(tmp_path / "mix")) == [tmp_path / "mix/000.txt"]
+    told = f"files of other kinds in {tmp_path}/mix are left out (.TXT, .parquet, LICENSE)"
+    assert caplog.messages == [told]
+
+
 def test_a_folder_that_cannot_be_read_is_left_out_with_a_warning(tmp_path, monkeypatch, caplog):
     write_folder(tmp_path / "closed", ["hidden"])
     write_folder(tmp_path / "open", ["seen"])
@@ -422,6 +431,21 @@ def test_a_damaged_tfds_dataset_is_refused_and_made_again(tiny_text, name, seale
     assert "\n" not in message and re.search("delete .*, it is made again$", message)
     assert str(folder.parent) in message
     shutil.rmtree(folder)
+    assert [*open_corpus(config).train] == before
+
+
+def test_a_tfds_dataset_that_another_process_prepared_meanwhile(tiny_text, monkeypatch):
+    config, folder = tiny_text
+    before, locked, made = [*open_corpus(config).train], cache.locked, folder.with_name("made")
+    folder.rename(made)
+
+    @contextlib.contextmanager
+    def waiting(directory, *setting):
+        with locked(directory, *setting):
+            made.rename(folder)
+            yield
+
+    monkeypatch.setattr(cache, "locked", waiting)
     assert [*open_corpus(config).train] == before
 
 

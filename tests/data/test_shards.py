@@ -487,10 +487,28 @@ def test_a_damaged_store_is_one_line(config, store):
         with pytest.raises(UserError, match=re.escape(message)):
             load(config, corpus)
     assert not list(Path("cache").rglob("*index.json"))
-    monkey = store / "ours" / "index.json"
-    monkey.write_text("[]")
+    index = store / "ours" / "index.json"
+    index.write_text("[]")
     with pytest.raises(UserError, match="store://ours can't be read|elsewhere/ours can't be read"):
         load(config, "store://ours")
+    index.unlink()  # as before `prmoe tokenize` has finished
+    with pytest.raises(UserError, match=r"ours has no index\.json; give a folder that"):
+        load(config, "store://ours")
+
+
+def test_a_replaced_file_of_a_store_is_copied_again(config, store):
+    """Even if it has as many bytes as before, and also if it is an index."""
+    (pairs := store / "pairs").mkdir()
+    corpus = "store://pairs/*.bin*1.0,validation:store://pairs/*.bin"
+    for number, found in enumerate((["abcd", "efgh"], ["ab", "cdefgh"])):
+        write_megatron(pairs / "b", encoded(found))
+        for file in pairs.iterdir():
+            assert file.stat().st_size == {".bin": 20, ".idx": 82}[file.suffix]
+            os.utime(file, (number, number))
+        assert texts_of(load(config, corpus).validation) == found
+    os.utime(pairs / "b.idx", (9, 9))
+    load(config, corpus)
+    assert len([path for path in Path("cache/shards").iterdir() if path.is_dir()]) == 3
 
 
 def test_a_teachers_predictions_come_with_their_window_of_a_mixture(config, tmp_path):

@@ -2,6 +2,7 @@
 
 import errno
 import gzip
+import io
 import itertools
 import json
 import os
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -122,6 +124,35 @@ def test_json_lines_in_any_ranges_of_bytes(size, end, tmp_path):
     for piece, _ in chunks._pieces(file, file.stat().st_size, size):
         found += chunks.documents(Chunk(0, "", (piece,)), DataConfig())
     assert found == [line["text"] for line in lines]
+
+
+def test_json_lines_of_a_store_are_read_in_large_blocks(tmp_path):
+    """Its files read anew for each line; see fsspec's AbstractBufferedFile."""
+    file, reads = tmp_path / "a.jsonl", []
+    file.write_text('{"text": "one"}\n' * 200_000)
+
+    class Stored(io.RawIOBase):
+        def __init__(self):
+            self._file = file.open("rb", buffering=0)
+
+        def readable(self):
+            return True
+
+        def seekable(self):
+            return True
+
+        def seek(self, *place):
+            return self._file.seek(*place)
+
+        def readinto(self, buffer):
+            reads.append(len(buffer))
+            return self._file.readinto(buffer)
+
+    stored = SimpleNamespace(exists=lambda: True, is_file=lambda: True, open=lambda _: Stored())
+    size = file.stat().st_size
+    found = chunks._json_lines(stored, Piece("a.jsonl", 0, size), "text")
+    assert sum(1 for _ in found) == 200_000
+    assert len(reads) <= size / 2**20 + 2
 
 
 @pytest.mark.parametrize(
@@ -307,6 +338,27 @@ def test_workers_and_a_kill_change_no_byte(tmp_path, monkeypatch):
     left, total = re.search(r"write: (\d+) of (\d+) tasks", printed).groups()
     assert int(left) < int(total) and "digest: " not in printed
     assert content("killed") == content("one")
+
+
+@beam
+def test_a_killed_worker_ends_the_command(tmp_path, monkeypatch):
+    """As by the kernel, for lack of memory; Beam itself would wait for ever."""
+    monkeypatch.setattr(chunks, "_MIN_BYTES", 200_000)
+    everything = texts(12_000, words=60)
+    write_lines(tmp_path / "text" / "a.jsonl", everything)
+    process = started("out", "--direct_num_workers=2")
+    while not list(Path("out").glob("train-*")):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    started_by = Path(f"/proc/{process.pid}/task").glob("*/children")  # by each of its threads
+    worker = next(number for file in started_by for number in file.read_text().split())
+    os.kill(int(worker), signal.SIGKILL)
+    _, printed = process.communicate(timeout=60)
+    assert process.returncode == 1
+    (line,) = (line for line in printed.splitlines() if line.startswith("prmoe: "))
+    assert "signal 9 ended a worker process" in line
+    assert tokenize(*IN_PROCESS) == 0
+    assert documents("out", "train") == expected(everything)["train"]
 
 
 @beam

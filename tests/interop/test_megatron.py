@@ -21,7 +21,7 @@ from prmoe_jax.cli import main
 from prmoe_jax.errors import UserError
 from prmoe_jax.interop import deepspeed, torch_files
 from prmoe_jax.model.transformer import Transformer, init_model
-from prmoe_jax.nn.parameters import named_leaves
+from prmoe_jax.nn.parameters import from_named
 from prmoe_jax.run.restore import restore_run
 from tests.support.configs import settings
 from tests.support.extras import needs_extra
@@ -60,9 +60,7 @@ def test_logits_and_every_bit_back(golden):
     assert (model.placement, model.experts, model.residual) == ("layers 1 3", (3, 5), True)
     assert (config.moe.eval_capacity_factor, config.moe.overflow) == (5.0, "random")
     shapes = jax.eval_shape(lambda: init_model(config))
-    whole = jax.tree.unflatten(
-        jax.tree.structure(shapes), [leaves[name] for name in named_leaves(shapes)]
-    )
+    whole = from_named(leaves, shapes)
     np.testing.assert_allclose(logits(config, whole, golden), golden["logits"], atol=1e-5)
 
     written = deepspeed.files(config, leaves)

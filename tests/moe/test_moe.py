@@ -198,7 +198,7 @@ def test_dropless_and_capacity_may_have_backends_of_their_own():
     assert dispatch.resolve("auto", "gpu") == dispatch.resolve("auto", "cuda") == "gather/padded"
     assert dispatch.resolve("einsum", "tpu") == "einsum"
     assert dispatch.backend("gather/blocked", dropless=False) is dispatch.gather
-    assert dispatch.backend("gather/blocked", dropless=True) is dispatch.blocked
+    assert dispatch.backend("gather/blocked", dropless=True) is dispatch.BACKENDS["blocked"]
     assert dispatch.backend("einsum", dropless=True) is dispatch.einsum
 
 

@@ -54,7 +54,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def start_hurried(commands, folders=(REPOSITORY, REPOSITORY)):
+def start_hurried(commands, folders=(REPOSITORY, REPOSITORY), code=HURRIED):
     """A process for each command, in its folder; None for one that never comes."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -63,7 +63,7 @@ def start_hurried(commands, folders=(REPOSITORY, REPOSITORY)):
     return [
         command
         and subprocess.Popen(
-            [sys.executable, "-c", HURRIED, *command, "--distributed"],
+            [sys.executable, "-c", code, *command, "--distributed"],
             cwd=folder,
             env=os.environ
             | variables
@@ -84,6 +84,45 @@ def ends(process, code, line):
     assert (found, len(ours)) == (code, 1) and line in ours[0], err
     assert "Traceback" not in err and "@ 0x" not in err and "external/" not in err, err
     assert out == ""
+
+
+# Process 0 reads its text after process 1 if each has a cache of its own, and a second late if not.
+CACHES = """
+import os, sys, time
+from pathlib import Path
+from prmoe_jax.training import loop
+
+first, load, (mine, other) = os.environ["JAX_PROCESS_ID"] == "0", loop.load_data, sys.argv[1:3]
+
+def load_data(*arguments):
+    if mine != other:
+        while first and not Path(other, "tokens").exists():
+            time.sleep(0.1)
+    elif first:
+        time.sleep(1)
+    else:
+        assert Path(mine, "tokens").exists()
+    return load(*arguments)
+
+loop.load_data = load_data
+from prmoe_jax.cli import main
+
+sys.exit(main(sys.argv[3:]))
+"""
+
+
+@pytest.mark.parametrize("caches", ["ab", "cc"])
+def test_who_prepares_the_text(caches, text, tmp_path):
+    """Every process in a cache of its own at once; process 0 in a cache that they share."""
+    first, second = (str(tmp_path / name) for name in caches)
+    settings = SETTINGS | {"train.steps": 1}
+    commands = [
+        [mine, other, *arguments(text, tmp_path / "run", **settings, **{"data.cache_dir": mine})]
+        for mine, other in ((first, second), (second, first))
+    ]
+    results = [finish(process) for process in start_hurried(commands, code=CACHES)]
+    assert [code for code, _, _ in results] == [0, 0], results
+    assert not list(tmp_path.glob("?/.process-0-*"))
 
 
 def losses(workdir):
@@ -335,7 +374,7 @@ def test_the_reason_stands_at_the_end(tmp_path, monkeypatch):
 def test_variables_are_checked(variables, line, monkeypatch, capsys):
     for name, value in zip(processes.VARIABLES, variables, strict=True):
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("prmoe_jax.allocator.keep_freed_memory", lambda: False)
+    monkeypatch.setattr("prmoe_jax.allocator.keep_freed_memory", lambda: None)
     assert main(["train", "--distributed", "--config=x.py"]) == 2
     said = only_line(capsys.readouterr().err)
     assert line in said

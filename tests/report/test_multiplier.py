@@ -258,6 +258,17 @@ def test_report(tmp_path, capsys):
     assert "top2/2000    moe/2000" in out and "  better" in out  # a pair of CONTRASTS
 
 
+def test_a_moe_whose_tokens_use_every_expert_is_no_rung_of_the_ladder():
+    """As many of its parameters are active as it has, as of a dense model."""
+    full = sweep({"full": (3.0, loss_of(9.0))}, rungs=[])
+    for row in full:
+        row["active_params"] = row["total_params"]
+        row["settings"] |= {"model.experts": [2], "model.top_k": 2}
+    rows = sweep({"moe": (1.0, loss_of(4.0))}) + full
+    found = {one.model: one.value for one in multipliers(arms(rows))}
+    assert found == {"moe": pytest.approx(4.0), "full": math.inf}
+
+
 def test_the_figure_shows_what_is_beyond_the_ladder(drawn):
     """Models by experts, each with its law; a triangle where the ladder ends."""
     rows = sweep({"moe": (1.0, loss_of(2.0))}) + sweep({"moe": (1.0, loss_of(9.0))}, tokens=9000)

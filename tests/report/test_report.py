@@ -179,6 +179,16 @@ def test_report_of_a_run(text, tmp_path, capsys):
     assert len(layers["03"]["position_drop_fraction"]) == 16
 
 
+def test_drops_in_groups_of_several_sizes(drawn):
+    """A group of 4 tokens has 4 places, those of 16 and more have 16."""
+    large, small = (record("moe", seed, 3.0) for seed in (1, 2))
+    large["layers"]["01"] = {"position_drop_fraction": [i / 16 for i in range(16)]}
+    small["layers"]["01"] = {"position_drop_fraction": [0.2, 0.2, 0.2, 0.2]}
+    figures.drops({"moe": {1: large, 2: small}}, Path())
+    (line,) = drawn.pop().lines
+    np.testing.assert_allclose(line.get_ydata(), [(i / 16 + 0.2) / 2 for i in range(16)])
+
+
 @pytest.mark.parametrize("steps", [[3], [3, 5], [3, 5, 7]])
 def test_every_step_of_a_map_has_a_width(steps, drawn):
     figures.heat({"1": np.ones((len(steps), 4))}, steps, "load", Path())

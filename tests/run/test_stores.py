@@ -7,21 +7,17 @@ import sys
 import threading
 import time
 
-import numpy as np
 import pytest
 
 from prmoe_jax import boundary, files, stores
 from prmoe_jax.cli import main
 from prmoe_jax.errors import UserError
-from prmoe_jax.nn.parameters import named_leaves
 from prmoe_jax.run.checkpoint import Checkpoints
-from prmoe_jax.run.metrics import read_metrics
-from prmoe_jax.run.restore import restore_run
 from prmoe_jax.stores import lock
 from tests.support.extras import needs_extra
 from tests.support.lines import only_line
 from tests.support.paths import REPOSITORY
-from tests.support.runs import CLOCK, arguments, finish
+from tests.support.runs import arguments, assert_same_run, finish
 
 pytestmark = [needs_extra("gcs", "gcsfs"), pytest.mark.usefixtures("object_store")]
 SETTINGS = {"checkpoint.every": 3, "eval.every": 4, "checkpoint.keep": 2}
@@ -39,20 +35,6 @@ def local(text, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("local") / "run"
     assert main(arguments(text, workdir, "dense", **SETTINGS)) == 0
     return workdir
-
-
-def logged(workdir):
-    lines = read_metrics(stores.as_path(workdir) / "metrics.jsonl")
-    return [{k: v for k, v in line.items() if k not in CLOCK} for line in lines]
-
-
-def assert_same_run(workdir, reference):
-    assert logged(workdir) == logged(reference)
-    (_, step, model, _), (_, expected_step, expected, _) = map(restore_run, (workdir, reference))
-    assert step == expected_step
-    leaves = named_leaves(model)
-    for name, leaf in named_leaves(expected).items():
-        np.testing.assert_array_equal(leaves[name], leaf, err_msg=name)
 
 
 # A lease of four seconds, and lines written four times a second.

@@ -13,11 +13,10 @@ from prmoe_jax.cli import main, parse_config
 from prmoe_jax.config import save
 from prmoe_jax.data import copies
 from prmoe_jax.errors import UserError
-from prmoe_jax.run.metrics import read_metrics
 from prmoe_jax.stores import lock
 from tests.support.extras import needs_extra
 from tests.support.lines import only_line
-from tests.support.runs import CLOCK, arguments, finish, start
+from tests.support.runs import arguments, finish, logged, start
 
 pytestmark = [needs_extra("gcs", "gcsfs"), pytest.mark.usefixtures("object_store")]
 
@@ -45,11 +44,6 @@ def content(folder):
     folder = stores.as_path(folder)
     found = folder.rglob("*") if stores.is_local(folder) else gcs.find(folder)
     return {str(p.relative_to(folder)): p.read_bytes() for p in found if p.is_file()}
-
-
-def logged(workdir):
-    lines = read_metrics(stores.as_path(workdir) / "metrics.jsonl")
-    return [{k: v for k, v in line.items() if k not in CLOCK} for line in lines]
 
 
 def test_a_sweep(text, folder, tmp_path, capsys):

@@ -5,9 +5,9 @@ import numpy as np
 from prmoe_jax.data.pipeline import Batch
 
 
-def make_batch(seed=0, rows=8, length=8):
+def make_batch(seed=0, rows=8, length=8, vocabulary=384):
     rng = np.random.default_rng(seed)
-    tokens = rng.integers(0, 384, (rows, length + 1)).astype(np.int32)
+    tokens = rng.integers(0, vocabulary, (rows, length + 1)).astype(np.int32)
     segments = np.sort(rng.integers(1, 3, (rows, length)), axis=1).astype(np.int32)
     mask = np.ones((rows, length), bool)
     # Portions of unequal weight: one row is half padding, one all padding.

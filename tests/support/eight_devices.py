@@ -45,6 +45,7 @@ from prmoe_jax.run.restore import restore_run  # noqa: E402
 from prmoe_jax.tasks.score import Scorer  # noqa: E402
 from prmoe_jax.training import evaluate  # noqa: E402
 from prmoe_jax.training.step import compile_train_step, init_state, make_train_step, sharded_state  # noqa: E402
+from tests.support import batches  # noqa: E402
 from tests.support.tokenizers import byte_tokenizer  # noqa: E402
 
 ROWS, LENGTH = 8, 16
@@ -133,13 +134,7 @@ def spread(values: Config, mesh: dict, devices=None) -> tuple[Config, jax.shardi
 
 
 def make_batch(rows: int) -> Batch:
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(0, 272, (rows, LENGTH + 1)).astype(np.int32)
-    segments = np.sort(rng.integers(1, 3, (rows, LENGTH)), axis=1).astype(np.int32)
-    mask = np.ones((rows, LENGTH), bool)
-    segments[2, LENGTH // 2 :], mask[2, LENGTH // 2 :] = 0, False  # padding
-    segments[5], mask[5] = 0, False
-    return Batch(tokens[:, :-1], tokens[:, 1:], mask, segments)
+    return batches.make_batch(rows=rows, length=LENGTH, vocabulary=272)
 
 
 def gradient_of(values: Config):

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from configs import tiny
+from prmoe_jax import stores
 from prmoe_jax.nn.parameters import named_leaves
 from prmoe_jax.run.metrics import read_metrics
 from prmoe_jax.run.restore import restore_run
@@ -73,12 +74,12 @@ def finish(process):
 
 
 def logged(workdir):
-    lines = read_metrics(Path(workdir) / "metrics.jsonl")
+    lines = read_metrics(stores.as_path(workdir) / "metrics.jsonl")
     return [{k: v for k, v in line.items() if k not in CLOCK} for line in lines]
 
 
 def parameters(workdir):
-    _, step, model, _ = restore_run(Path(workdir))
+    _, step, model, _ = restore_run(stores.as_path(workdir))
     return step, {name: np.asarray(leaf) for name, leaf in named_leaves(model).items()}
 
 

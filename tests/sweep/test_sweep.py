@@ -19,9 +19,12 @@ from rich.console import Console
 
 from prmoe_jax.cli import main, parse_config
 from prmoe_jax.config import InitConfig, leaves, resolve, save
+from prmoe_jax.errors import UserError
 from prmoe_jax.sweep import records, run
 from prmoe_jax.sweep.definition import Run, branch, planned
+from prmoe_jax.sweep.needs import discard_checkpoints, needs_of
 from prmoe_jax.sweep.progress import SweepProgress
+from prmoe_jax.training import loop
 from tests.support.faults import file_size_limit
 from tests.support.lines import only_line
 from tests.support.paths import REPOSITORY
@@ -59,6 +62,16 @@ def runs():
     for name, settings in json.loads((Path(__file__).parent / "runs.json").read_text()).items():
         yield name, settings, *trunk
         trunk = (name,)
+"""
+# Runs of which the others go on from the first.
+LONG_TRUNK = """
+import json
+from pathlib import Path
+
+
+def runs():
+    for name, settings in json.loads((Path(__file__).parent / "runs.json").read_text()).items():
+        yield name, settings, *(["50/1"] if name != "50/1" else [])
 """
 # Runs of which one goes on from another, and one has no part in that.
 BRANCH = """
@@ -399,6 +412,46 @@ def test_a_branch_without_a_checkpoint_reads_its_trunk_where_it_is_now(text, tmp
     assert main(sweep(folder)) == 1
     now = str(folder / "runs" / "6" / "1")
     assert [init.workdir for init in given] == [now, "elsewhere/6/1"]
+
+
+@pytest.mark.parametrize(
+    ("began", "now", "step"),
+    [(("elsewhere", 16), ("here", 16), 16), (("here", 16), (), 16), ((), ("here", 16), 3)],
+)
+def test_a_branch_that_saved_nothing_may_begin_elsewhere(began, now, step, tmp_path):
+    """Its trunk's folder was renamed, or lost its checkpoint, or has it now."""
+    longer = resolve(settings(("corpus", "cache"), **WSD | {"train.steps": 40}))
+
+    def start(saved, given, step):
+        saved, given = (dataclasses.replace(longer, init=InitConfig(*x)) for x in (saved, given))
+        save(saved, tmp_path / "config.json")
+        (tmp_path / "metrics.jsonl").write_text(f'{{"step": {step}, "loss": 4.0}}\n')
+        loop._check_new_start(tmp_path, given)
+
+    start(began, now, step)
+    for saved, given in (((), ("there",)), (("there",), ())):  # a start, and no branch
+        with pytest.raises(UserError, match=r"init\.workdir was"):
+            start(saved, given, 3)
+
+
+def test_a_trunk_keeps_where_its_own_decay_starts(text, tmp_path):
+    """One long run with shorter branches, all recorded: a longer one can go on from it."""
+    kept = {"checkpoint.every": 8, "checkpoint.keep_every": 8}
+    given = {f"{n}/1": settings(text, **WSD | kept | {"train.steps": n}) for n in (50, 10, 20)}
+    folder = write(tmp_path / "sweep", given)
+    (folder / "sweep.py").write_text(LONG_TRUNK)
+    runs, root, rows = planned(folder).runs, folder / "runs", []
+    for name, one in runs.items():
+        workdir = finished_run(folder, name, given[name])
+        rows.append(records.record(name, one.config, workdir))
+    for step in (8, 16, 40, 50):
+        (root / "50" / "1" / "checkpoints" / str(step)).mkdir(parents=True)
+    needs = needs_of(runs, root)
+    discard_checkpoints("50/1", runs, needs, rows[:2], root)
+    kept = root / "50" / "1" / "checkpoints"
+    assert sorted(path.name for path in kept.iterdir()) == ["16", "40"]
+    discard_checkpoints("50/1", runs, needs, rows, root)
+    assert [path.name for path in kept.iterdir()] == ["40"]
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from prmoe_jax.parallel.portions import add_up
 from prmoe_jax.run.metrics import to_python
 from prmoe_jax.training.evaluate import evaluate_model
 from prmoe_jax.training.optimizer import decay_mask, learning_rate, make_optimizer
-from prmoe_jax.training.step import eval_step, init_state, make_train_step
+from prmoe_jax.training.step import init_state, make_train_step
 from tests.support.batches import make_batch
 from tests.support.configs import GENTLE, settings
 from tests.support.quick import jit
@@ -254,7 +254,7 @@ def test_evaluation_in_portions_measures_the_same_with_less_memory(limit):
     found, temporaries, model = [], [], init_model(settings())
     for portions in (1, 4):
         values = settings(train={"accumulate": portions}, moe={"group_size": 16})
-        step = jit(eval_step)
+        step = jit(forward)
 
         def run(model, batch):
             memory = step.lower(model, batch).compile().memory_analysis()  # noqa: B023

@@ -12,7 +12,7 @@ from prmoe_jax.cli import main
 from prmoe_jax.config import load
 from prmoe_jax.errors import UserError
 from prmoe_jax.run.checkpoint import Checkpoints
-from prmoe_jax.run.metrics import ROUTER_COLUMNS
+from prmoe_jax.run.metrics import of_layer
 from prmoe_jax.tasks.score import Scorer
 from prmoe_jax.training import loop
 from tests.support.runs import (
@@ -222,7 +222,7 @@ def test_eval_and_generate(text, tmp_path, capsys):
 
     assert metrics["drop_fraction"] > 0
     for layer, experts in ((1, 4), (3, 8)):
-        of = {name: metrics[f"layers/{layer:02d}/{name}"] for name in ROUTER_COLUMNS}
+        of = of_layer(metrics, f"{layer:02d}")
         load, by_expert = np.array(of["expert_load"]), np.array(of["expert_drop_fraction"])
         assert len(load) == len(by_expert) == experts
         assert (load * by_expert).sum() == pytest.approx(of["drop_fraction"])
