@@ -150,7 +150,7 @@ def test_two_runs_in_one_folder(text, folder, capsys):
 def test_of_two_that_come_at_once_one_gets_the_lease(folder, monkeypatch):
     """The second reads the folder before the first has written its lock."""
     workdir = stores.as_path(folder)
-    first, second = lock.Lease(workdir), lock.Lease(workdir)
+    first, second = lock.Lease(workdir, "--workdir"), lock.Lease(workdir, "--workdir")
     found = lock._Found.at
     with monkeypatch.context() as patch, first:
         answers = iter([lambda path: None])
