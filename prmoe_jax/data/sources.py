@@ -169,9 +169,8 @@ def _text_files(folder: pathlib.Path, suffixes: tuple[str, ...]) -> Iterator[pat
             else:
                 others.add(os.path.splitext(name)[1] or name)
     if others:
-        log.warning(
-            "files of other kinds in %s are left out (%s)", folder, ", ".join(sorted(others)[:9])
-        )
+        kinds = sorted(others)[:9] + ["…"] * (len(others) > 9)
+        log.warning("files of other kinds in %s are left out (%s)", folder, ", ".join(kinds))
 
 
 def _check_loops(pattern: str) -> None:

@@ -218,7 +218,6 @@ def _find(pattern: str, config: DataConfig) -> tuple[list[Index], list[Path]]:
     ours = [path.parent if path.name == shards.INDEX else path for path in matched]
     ours = [path for path in ours if (path / shards.INDEX).exists()]
     shards.check_whole(matched)
-
     paths = [path for path in matched if path.is_file() and path.suffix != ".idx"]
     paths = [path for path in paths if path.parent not in ours]
     if not (ours or paths):

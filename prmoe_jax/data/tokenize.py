@@ -216,7 +216,7 @@ def _stage(
         (work.staging / _ERROR).unlink(missing_ok=True)
         with (
             _single_threaded_tokenizers(),
-            _killed_workers_end_it(),
+            _watching_workers(),
             beam.Pipeline(runner, options) as pipeline,
         ):
             keyed = pipeline | beam.Create(list(enumerate(left)))
@@ -283,7 +283,7 @@ def _single_threaded_tokenizers() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _killed_workers_end_it() -> Iterator[None]:
+def _watching_workers() -> Iterator[None]:
     """Ends the command if a signal ends a worker of this machine: Beam would wait for ever."""
     before = threading.excepthook
 

@@ -292,9 +292,9 @@ def cast(modules, dtype, apart: str = ""):
     """
 
     def held(name: str, leaf: jax.Array) -> jax.Array:
-        return (
-            leaf.astype(dtype) if declaration(name).cast and apart not in name.split(".") else leaf
-        )
+        if declaration(name).cast and apart not in name.split("."):
+            return leaf.astype(dtype)
+        return leaf
 
     return map_named(held, modules)
 

@@ -179,6 +179,19 @@ def test_report_of_a_run(text, tmp_path, capsys):
     assert len(layers["03"]["position_drop_fraction"]) == 16
 
 
+def test_settings_that_may_change_on_resuming_keep_an_arm_together(tmp_path, capsys):
+    """Older records have some of them; the sweep takes such a run for recorded, too."""
+    rows = [record("moe", seed, 3.0) for seed in (1, 2)]
+    rows[0]["settings"]["train.accumulate"] = 2
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["report", str(tmp_path), "--json"]) == 0
+    capsys.readouterr()
+    rows[0]["settings"]["model.d_ff"] = 7
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["report", str(tmp_path)]) == 2
+    assert "differ in model.d_ff;" in only_line(capsys.readouterr().err)
+
+
 def test_drops_in_groups_of_several_sizes(drawn):
     """A group of 4 tokens has 4 places, those of 16 and more have 16."""
     large, small = (record("moe", seed, 3.0) for seed in (1, 2))
