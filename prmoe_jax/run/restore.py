@@ -79,11 +79,11 @@ def restore_model(
     with contextlib.closing(Checkpoints(workdir)) as checkpoints:
         found, model = checkpoints.restore_model(config, mesh, step)
     # The metrics, which may be large, are read only where the checkpoint is not a finished run's.
-    unfinished = step is None and found < config.total_steps
-    if unfinished and (last := _last_step(workdir)) > found:
+    if step is None and found < config.total_steps and (last := max(found, _last_step(workdir))):
         log.warning(
-            "%s came to step %d; its newest checkpoint, which is used, is that of step %d",
-            *(workdir, last, found),
+            "%s: its newest checkpoint, that of step %d of %d, is used%s",
+            *(workdir, found, config.total_steps),
+            f"; the run came to step {last}" if last > found else "",
         )
     return found, model
 

@@ -225,21 +225,23 @@ def test_a_finished_run_is_evaluated_if_it_was_not(saved_twice, copied, capsys):
 def test_a_run_without_its_last_checkpoint_is_no_whole_run(saved_twice, copied, capsys):
     """An earlier one is used, and a line says so; the metrics need not be readable."""
     workdir, _ = copied
-    told = f"{workdir} came to step 12; its newest checkpoint, which is used, is that of step 10"
+    used = f"{workdir}: its newest checkpoint, that of step 10 of 12, is used"
+    told = f"{used}; the run came to step 12"
     losses = []
     for warned in False, True:
         capsys.readouterr()
         assert main(["eval", f"--workdir={workdir}", "--json"]) == 0
         out, err = capsys.readouterr()
         losses.append(json.loads(out)["loss"])
-        assert (told in err) is warned
+        assert (told in err) is (used in err) is warned
         shutil.rmtree(workdir / "checkpoints" / "12", ignore_errors=True)
     assert losses[0] != losses[1]
     for content in "garbage\n", '{"step": "x"}\n', None:
         metrics = workdir / "metrics.jsonl"
         metrics.write_text(content) if content else metrics.unlink()
         assert main(["eval", f"--workdir={workdir}"]) == 0
-    assert told not in capsys.readouterr().err
+        err = capsys.readouterr().err
+        assert used in err and told not in err
 
 
 def test_a_resume_touches_nothing_that_has_not_changed(copied):
