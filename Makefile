@@ -2,7 +2,7 @@
 #
 #   PYTHON=python3.13 make test     chooses the interpreter; .venv follows it
 #   make test-slow                  the slowest tests: more meshes, lost processes, kills, notebooks that train
-#   make test-extras                the tests that need torch, lm-eval, gcsfs, Beam and a TPU's compiler (7.6 GB)
+#   make test-extras                the tests that need torch, lm-eval, gcsfs, Beam, W&B and a TPU's compiler (7.6 GB)
 #   make docs                       the pages of docs/ as a site, in site/
 
 PYTHON ?= python3
@@ -69,7 +69,7 @@ $(READY): setup.py
 $(EXTRAS): setup.py
 	rm -rf .venv-extras
 	$(PYTHON) -m venv .venv-extras
-	.venv-extras/bin/pip install --quiet --disable-pip-version-check -e '.[data,dev,beam,eval,gcs,interop,text,tpu]'
+	.venv-extras/bin/pip install --quiet --disable-pip-version-check -e '.[data,dev,beam,eval,gcs,interop,text,tpu,wandb]'
 	touch $@
 
 .venv/docs-$(VERSION): $(READY)

@@ -52,7 +52,7 @@ setup(
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
         "beam": ["apache-beam>=2.60"],  # prmoe tokenize; brings pyarrow, which reads .parquet files
-        "eval": ["lm-eval>=0.4.10"],  # the first with models.utils.normalize_gen_kwargs
+        "eval": ["lm-eval>=0.4.12"],  # the first with TaskManager.load
         "gcs": ["gcsfs"],  # runs' folders in Google Cloud Storage
         "plot": ["matplotlib"],
         "text": ["datasketch", "resiliparse"],  # experiments/text/build.py

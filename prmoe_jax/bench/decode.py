@@ -100,13 +100,13 @@ def bench_decode(
     models = {"dense base": base, f"dense, {LARGER} times as active": larger(config, sliced)}
     if any(config.model.schedule.experts):
         models = {str(config.model.schedule): config} | models
-    _check_memory(config, max(batches), prompt)
     # Every mesh is checked before the first model is made, which may take long.
     placed = {
         (name, mesh): _placed(model, layout)
         for name, model in models.items()
         for mesh, layout in layouts.items()
     }
+    _check_memory(config, list(models.values()), max(batches), prompt)
     rows = []
     with contextlib.ExitStack() as stack:
         ours = {
@@ -214,9 +214,10 @@ def _room(prompt: int) -> int:
     return (-(-prompt // PREFILL_CHUNK) + 1) * PREFILL_CHUNK
 
 
-def _check_memory(config: Config, batch: int, prompt: int) -> None:
-    """Refuses a batch whose KV cache in float32 exceeds the memory of a CPU."""
+def _check_memory(config: Config, models: list[Config], batch: int, prompt: int) -> None:
+    """Refuses models or a KV cache that exceed the memory of a CPU in float32."""
     if jax.default_backend() == "cpu":
+        memory.check("--config", 4 * max(cost(one.model).total_params for one in models))
         model = config.model
         a_token = 2 * 4 * model.layers * model.key_heads * model.head_width
         memory.check(f"--batch={batch}", batch * _room(prompt) * a_token)

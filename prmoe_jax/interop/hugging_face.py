@@ -73,6 +73,7 @@ NAMES = {
 }
 # Settings that change the computation, with the values that our model has.
 FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "pretraining_tp": 1}
+PORTION_TOKENS = 2**16  # the most of a portion of an imported run's batch
 # From our settings to theirs.
 SIZES = {
     "vocab_size": "vocab_size",
@@ -256,6 +257,11 @@ def _config(theirs: dict, path: Path, tensors: int) -> Config:
     model.dtype = "bfloat16" if dtype == "bfloat16" else "float32"
     settings.data.tokenizer = "tokenizer.json"  # the file in the same folder
     settings.train.steps = 1
+    # `prmoe eval` computes a portion of a batch at once.
+    rows = settings.train.batch_size
+    while rows > 1 and rows * model.length > PORTION_TOKENS:
+        rows //= 2
+    settings.train.accumulate = settings.train.batch_size // rows
     return resolved(settings, path)
 
 

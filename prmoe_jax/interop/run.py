@@ -12,7 +12,7 @@ import numpy as np
 
 from prmoe_jax import config as configs
 from prmoe_jax.config import Config, MeshConfig, ModelConfig
-from prmoe_jax.data.tokenizer import Tokenizer, check_fits, from_vocabulary
+from prmoe_jax.data.tokenizer import Tokenizer, from_vocabulary
 from prmoe_jax.errors import UserError
 from prmoe_jax.interop import hugging_face
 from prmoe_jax.interop.deepspeed import check_exportable, read_deepspeed, write_deepspeed
@@ -70,7 +70,12 @@ def import_run(kind: str, source: Path, workdir: Path) -> dict:
     stored = workdir / workdirs.TOKENIZER
     data = dataclasses.replace(config.data, tokenizer=str(stored))
     config = dataclasses.replace(config, data=data)
-    check_fits(tokenizer, config.model.vocab_size)
+    if tokenizer.size > config.model.vocab_size:
+        raise UserError(
+            f"--source={source}: the tokenizer has {tokenizer.size} entries and the model only "
+            f"{config.model.vocab_size}; remove the added ones from its tokenizer.json, or enlarge "
+            "the model by transformers' resize_token_embeddings"
+        )
     shapes = jax.eval_shape(lambda: init_model(config))
     model = jax.tree.map(jax.numpy.asarray, from_named(leaves, shapes))
 

@@ -1,9 +1,9 @@
 """Dispatch backends bring tokens to their experts and results back, all by one interface.
 
 Each takes the tokens [G, S, D], the routing, the experts and their slots C per group, and returns
-the weighted sum of the experts' outputs [G, S, D], with the rounds of exchange that this took if
-nothing is dropped, and experts are on several devices (0 otherwise). `einsum` is the readable
-oracle; the others must equal it.
+the weighted sum of the experts' outputs [G, S, D], with the rounds of exchange that this took where
+runs of rows reach experts on other devices (0 otherwise). `einsum` is the readable oracle; the
+others must equal it.
 """
 
 import operator
@@ -86,7 +86,8 @@ def per_token(
         return y_NxD.reshape(x_GxSxD.shape), 0
     y_RxD = experts.per_token(jnp.repeat(x_NxD, top_k, axis=0), expert_NxK.reshape(-1))
     y_GxSxKxD = y_RxD.reshape(*weight_GxSxK.shape, -1)
-    return jnp.einsum("GSKD,GSK->GSD", y_GxSxKxD, weight_GxSxK.astype(y_RxD.dtype)), 0
+    # In float32, as `_combine` adds them up.
+    return jnp.einsum("GSKD,GSK->GSD", y_GxSxKxD, weight_GxSxK).astype(x_GxSxD.dtype), 0
 
 
 def _by_runs(

@@ -145,7 +145,7 @@ class Experts(nnx.Module):
         if self.b_out is not None:
             b_IxD = jnp.where(last_bias, self.b_out[...].astype(x_NxD.dtype), 0)
             y_IxNxD += b_IxD[:, None]
-        return jnp.einsum("IND,NI->ND", y_IxNxD, weight_NxI.astype(x_NxD.dtype))
+        return jnp.einsum("IND,NI->ND", y_IxNxD, weight_NxI).astype(x_NxD.dtype)
 
     def last_bias(self, expert_R: jax.Array, dtype) -> jax.Array | None:
         """The last bias for rows of these experts, [R, D]; 0 for rows of no expert."""

@@ -163,7 +163,11 @@ def assign(
 
     choice_GxRxE = in_order(choice_GxSxKxE.astype(jnp.int32))
     rank_GxR = _rank(choice_GxRxE)
-    if priority_GxSxK is None:
+    if slots >= tokens:
+        # A token chooses an expert at most once, so that none is full. Where nobody reads the
+        # slots, XLA leaves the ranks out.
+        slot_GxR, kept_GxR = rank_GxR, choice_GxRxE.any(-1)
+    elif priority_GxSxK is None:
         slot_GxR, kept_GxR = rank_GxR, (rank_GxR >= 0) & (rank_GxR < slots)
     else:
         order_GxR = jnp.argsort(-in_order(priority_GxSxK), axis=1)

@@ -38,7 +38,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from prmoe_jax.config import Config, MeshConfig
+from prmoe_jax.config import Config, MeshConfig, group_rows
 from prmoe_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -453,8 +453,7 @@ def check_batch(config: Config, devices: int, decode: bool = False) -> None:
     Raises:
       UserError: it doesn't; suggests a batch, or with `decode` a number of sequences.
     """
-    batch, group_rows = config.train.batch_size, max(1, config.group_size // config.model.length)
-    rows = devices * config.train.accumulate * group_rows
+    batch, rows = config.train.batch_size, devices * config.train.accumulate * group_rows(config)
     if batch % rows and decode:
         raise UserError(
             f"--decode={batch} sequences are not divisible by {rows} devices; use "

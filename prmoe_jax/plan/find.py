@@ -6,7 +6,7 @@ import math
 
 from jax.sharding import AbstractMesh
 
-from prmoe_jax.config import Config, MeshConfig
+from prmoe_jax.config import Config, MeshConfig, beside
 from prmoe_jax.errors import UserError
 from prmoe_jax.model.sizes import cost
 from prmoe_jax.parallel.mesh import axis_sizes, choose_mesh, flags, has_own_mesh, leaner, with_mesh
@@ -128,7 +128,7 @@ class _Search:
         self.planned: set[tuple[str, MeshConfig, int]] = set()
         self.tried: list[tuple[str, str]] = []
         # What the last failed plan needed beside its state: bytes on all chips, times its portions.
-        self.beside = 0.0
+        self.rest = 0.0
 
     def first(self, topology: str) -> dict | None:
         """The first plan that fits a topology, or None; the config's own mesh is used if set."""
@@ -143,8 +143,8 @@ class _Search:
             if result or has_own_mesh(self.config):
                 return result
             for tried in leaner(config, devices, portions=not self.decode):
-                beside = self.beside / devices / tried.train.accumulate
-                if beside <= room and beside + self._state_bytes(tried, devices) <= room:
+                rest = self.rest / devices / tried.train.accumulate
+                if rest <= room and rest + self._state_bytes(tried, devices) <= room:
                     if result := self._once(topology, tried):
                         return result
         except UserError as error:
@@ -163,7 +163,7 @@ class _Search:
         """The plan of a config with a mesh; a plan that doesn't fit is added to `tried`."""
         portions = config.train.accumulate
         self.planned.add((topology, config.mesh, portions))
-        teacher = self.teacher and dataclasses.replace(self.teacher, mesh=config.mesh)
+        teacher = self.teacher and beside(self.teacher, config)
         result = plan(config, topology, self.decode, teacher, self.load)
         if not has_own_mesh(self.config):
             result["flags"] = flags(config.mesh)
@@ -175,8 +175,8 @@ class _Search:
             held = dict(result["hbm_bytes_per_chip"])
             needed = held.pop("needed", None) or sum(held.values())
             held.pop("temporaries", None)
-            beside = max(0, needed - self._state_of(held))
-            self.beside = beside * device_count(topology) * portions
+            rest = max(0, needed - self._state_of(held))
+            self.rest = rest * device_count(topology) * portions
             self._failed(topology, f"needs {needed / 2**30:,.1f} GiB a chip")
         return result
 
@@ -184,8 +184,8 @@ class _Search:
         """Predicts the bytes of a step's state per device, without compiling it."""
         sizes = axis_sizes(config, devices)
         abstract = AbstractMesh(tuple(sizes.values()), tuple(sizes))
-        teacher = self.teacher and dataclasses.replace(self.teacher, mesh=config.mesh)
         try:
+            teacher = self.teacher and beside(self.teacher, config)
             return self._state_of(held_bytes(config, abstract, self.decode, teacher))
         except UserError:  # this mesh can't split the teacher
             return math.inf

@@ -24,8 +24,8 @@ import numpy as np
 from jax.experimental.layout import Format, Layout
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from prmoe_jax.config import Config, MeshConfig, check_runs_without_limit
-from prmoe_jax.data.pipeline import Batch
+from prmoe_jax.config import Config, MeshConfig, TeacherConfig, check_runs_without_limit
+from prmoe_jax.data.pipeline import Batch, TopKLogProbs
 from prmoe_jax.distill.distiller import Distiller
 from prmoe_jax.errors import UserError
 from prmoe_jax.inference.decoder import Decoder
@@ -117,7 +117,8 @@ def plan(
     check_backends(config, chip.platform, mesh)
     if teacher:
         check_backends(teacher, chip.platform, mesh)
-    distiller = Distiller(config, teacher) if teacher else None
+    taught = teacher or (_cached(config) and not decode)
+    distiller = Distiller(config, teacher) if taught else None
     arguments = _arguments(config, mesh, decode, teacher)
     held = _held(arguments, decode)
     result = {
@@ -172,9 +173,10 @@ def plan(
     tokens_per_s = config.tokens_per_step / step_s
     flops_per_s = cost(config.model, config.moe).train_flops_per_token * tokens_per_s / len(devices)
     whole_s = config.total_steps * step_s
-    if teacher and config.kd_steps < config.total_steps:
+    if taught and config.kd_steps < config.total_steps:
         log.info("compiling the step without its teacher")
-        alone_s = plan(config, topology, load=load)["modelled_step_s"]
+        alone = dataclasses.replace(config, teacher=TeacherConfig())
+        alone_s = plan(alone, topology, load=load)["modelled_step_s"]
         whole_s += (config.total_steps - config.kd_steps) * (alone_s - step_s)
         result["step_without_teacher_s"] = alone_s
     return result | {
@@ -284,7 +286,16 @@ def _arguments(
         check_beside(teacher, config, mesh)
         model = _teacher_shapes(_off_mesh(teacher))
         arguments.append(jax.tree.map(_place, model, sharding.shardings(model, mesh)))
+    elif _cached(config):
+        likeliest = *shape, config.kd.top_k
+        recorded = (_rows(mesh, likeliest, dtype) for dtype in (jnp.int32, jnp.float32))
+        arguments[1] = batch._replace(teacher_top_k=TopKLogProbs(*recorded))
     return arguments
+
+
+def _cached(config: Config) -> bool:
+    """Whether a run learns from recorded predictions."""
+    return config.kd_steps > 0 and config.teacher.cache != ""
 
 
 def _off_mesh(config: Config) -> Config:

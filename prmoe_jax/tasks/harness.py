@@ -8,7 +8,7 @@ import functools
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from prmoe_jax.errors import UserError, first_line
@@ -21,7 +21,7 @@ try:
     from lm_eval.tasks import TaskManager
 except ImportError:
     missing = UserError(
-        "tasks need lm-evaluation-harness 0.4.10 or newer; pip install 'prmoe_jax[eval]'"
+        "tasks need lm-evaluation-harness 0.4.12 or newer; pip install 'prmoe_jax[eval]'"
     )
     if __name__ != "__main__":
         raise missing from None
@@ -182,7 +182,7 @@ def evaluate_tasks(
     known = TaskManager(include_path=folders, include_defaults=not ours.issuperset(tasks))
     names = []
     for task in tasks:
-        matching = known.match_tasks([task])  # patterns such as mmlu_* as well
+        matching = known.match_tasks([task])  # patterns such as lambada_* as well
         if not matching:
             raise UserError(
                 f"--tasks={task} is unknown; use {', '.join(local.NAMES)} or any of "
@@ -192,19 +192,13 @@ def evaluate_tasks(
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ["DISABLE_MULTIPROC"] = "1"  # JAX's threads don't survive the bootstrap's forks
-    load_task = getattr(known, "load", None) or known.load_task_or_group  # before 0.4.12
-    for name in names:
-        try:
-            load_task(name)
-        except (ImportError, OSError, RuntimeError, ValueError) as error:
-            # A task's own package, the network, or a dataset that is a script.
-            raise UserError(f"--tasks={name} cannot be loaded: {first_line(error)}") from error
+    names = _largest(known, dict.fromkeys(names))
     model = PrmoeLM(str(workdir))
     if "cloze" in tasks:  # of validation documents, which the run has not seen
         check_text(workdir, config, open_corpus(config.data).fingerprint)
     found = simple_evaluate(
         model,
-        tasks=list(dict.fromkeys(names)),
+        tasks=names,
         task_manager=known,
         limit=limit,
         bootstrap_iters=100,
@@ -217,6 +211,33 @@ def evaluate_tasks(
             named["examples"] = found["n-samples"][task]["effective"]
         scores[task] = named
     return scores
+
+
+def _largest(known: TaskManager, names: Iterable[str]) -> list[str]:
+    """The tasks and groups without those that lie in another group, which has their scores.
+
+    Raises:
+      UserError: one cannot be loaded, or two have only some tasks in common.
+    """
+    held = {}  # the tasks of each name
+    for name in names:
+        try:
+            held[name] = set(known.load(name)["tasks"])
+        except (ImportError, OSError, RuntimeError, ValueError) as error:
+            # A task's own package, the network, or a dataset that is a script.
+            raise UserError(f"--tasks={name} cannot be loaded: {first_line(error)}") from error
+    largest: list[str] = []
+    for name in sorted(held, key=lambda name: -len(held[name])):
+        shared = {other: held[name] & held[other] for other in largest}
+        if held[name] in shared.values():
+            continue
+        for other, tasks in shared.items():
+            if tasks:
+                raise UserError(
+                    f"--tasks: {min(tasks)} is in {other} and in {name}; score one of them only"
+                )
+        largest.append(name)
+    return [name for name in held if name in largest]
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from prmoe_jax.bench import decode, moe
 from prmoe_jax.bench.worker import peak_bytes
 from prmoe_jax.cli import main
 from prmoe_jax.config import resolve
+from prmoe_jax.model.sizes import cost
 from tests.support.extras import needs_extra
 from tests.support.lines import only_line
 
@@ -21,7 +22,8 @@ KEYS = """
 """.split()
 
 
-def test_rows(capsys):
+def test_rows(capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     command = ["bench", "moe", "--sizes=64,8,16,4", "--sizes=32,8,8,2", "--repeats=3", "--json"]
     assert main([*command, "--load=zipf"]) == 0
     rows = json.loads(capsys.readouterr().out)
@@ -59,19 +61,19 @@ def test_table(capsys):
     assert [line.split()[0] for line in lines[:2]] == ["dense", "gather"]
 
 
-def test_decode(capsys):
-    """A model, its dense base and a larger dense one; more where transformers is installed."""
+def test_decode(capsys, monkeypatch):
+    """A model, its dense base and a larger dense one."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     settings = ["length=128", "d_model=16", "heads=4", "d_ff=24", "vocab_size=300"]
     command = ["bench", "decode", f"--config={tiny.__file__}:2 layers, E=3, residual"]
     command += [f"--config.model.{setting}" for setting in settings]
     command += ["--config.data.tokenizer=bytes", "--repeats=2", "--batch=3", "--weights=int8"]
     assert main([*command, "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
-    ours = [row for row in rows if "transformers" not in row["model"]]
-    assert [row["model"] for row in ours] == [
+    assert [row["model"] for row in rows] == [
         "2 layers, E=3, residual", "dense base", "dense, 5 times as active"
     ]  # fmt: skip
-    model, base, larger = ours
+    model, base, larger = rows
     assert model["active_params"] > base["params"] == base["active_params"]
     assert 1 < larger["params"] / (5 * model["active_params"]) < 1.6
     for row in rows:
@@ -120,6 +122,7 @@ def test_loads(load):
         ([*DECODE, "--repeats=0"], "--repeats and --batch must be 1 or more"),
         ([*DECODE, "--batch=8", "--batch=-1"], "--repeats and --batch must be 1 or more"),
         ([*DECODE, f"--batch={10**20}"], f"--batch={10**20} needs "),
+        (["decode", "--config=paper:moe_24b"], "--config needs 3,"),
         ([*DECODE, "--prompt=0"], "--prompt=0 and 16 tokens more must fit model.length=128; use"),
         ([*DECODE, f"--prompt={10**20}"], f"--prompt={10**20} and 16 tokens more must fit model"),
         (
@@ -216,6 +219,28 @@ def test_step(capsys, monkeypatch):
 
 
 @needs_extra("interop", "deepspeed")
+def test_a_layer_beside_deepspeeds(capsys):
+    assert main(["bench", "moe", "--sizes=64,8,16,4", "--repeats=1", "--json"]) == 0
+    rows = {row["backend"]: row for row in json.loads(capsys.readouterr().out)}
+    for name in ("deepspeed", "deepspeed, memory kept"):
+        assert rows[name]["drop_fraction"] == rows["gather"]["drop_fraction"] > 0
+        assert rows[name]["median_s"] > 0 and rows[name]["peak_bytes"] > 10**7
+
+
+@needs_extra("interop", "transformers")
+def test_decoding_beside_transformers(capsys):
+    sizes = ["d_model=16", "heads=4", "d_ff=24", "vocab_size=300"]
+    command = ["bench", *DECODE, *(f"--config.model.{size}" for size in sizes), "--repeats=1"]
+    assert main([*command, "--config.data.tokenizer=bytes", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    theirs = {row["weights"]: row for row in rows if "transformers" in row["model"]}
+    base = next(row for row in rows if row["model"] == "dense base")
+    assert theirs.keys() == {"float32", "bfloat16"}
+    for row in theirs.values():
+        assert row["params"] == base["params"] and row["ms_per_token"] > 0
+
+
+@needs_extra("interop", "deepspeed")
 @pytest.mark.parametrize(
     ("text", "rival"),
     [("2 layers", "pytorch"), ("2 layers, E=3, residual", "pytorch + deepspeed")],
@@ -253,12 +278,16 @@ def test_the_peak_memory_of_a_process_is_its_own():
 
 
 def test_the_memory_of_a_cache_of_shared_keys(monkeypatch):
-    """Keys and values of 2 of 8 heads, in float32."""
+    """Keys and values of 2 of 8 heads, in float32; and the largest model."""
     asked = []
     monkeypatch.setattr(decode.memory, "check", lambda what, size: asked.append((what, size)))
     config = tiny.get_config("3 layers")
     config.model.d_model, config.model.heads, config.model.kv_heads = 64, 8, 2
     config.model.length = 4096
-    decode._check_memory(resolve(config), 40, 1984)
+    models = [resolve(tiny.get_config(f"{layers} layers")) for layers in (2, 4, 3)]
+    decode._check_memory(resolve(config), models, 40, 1984)
     room = decode._room(1984)
-    assert asked == [("--batch=40", 40 * room * 3 * (2 * 2 * 8) * 4)]
+    assert asked == [
+        ("--config", 4 * cost(models[1].model).total_params),
+        ("--batch=40", 40 * room * 3 * (2 * 2 * 8) * 4),
+    ]

@@ -28,6 +28,8 @@ from tests.support.extras import needs_extra
 from tests.support.paths import GOLDENS
 from tests.support.tokenizers import byte_tokenizer
 
+needs_torch = needs_extra("interop", "torch")
+needs_deepspeed = needs_extra("interop", "deepspeed")
 SCRIPT = GOLDENS / "generate_megatron.py"
 PREFIX = "language_model.encoder.layers."
 TOKENS = "language_model.embedding.word_embeddings.weight"
@@ -207,9 +209,11 @@ TENSORS = {
 }  # fmt: skip
 
 
+@needs_torch
 @pytest.mark.parametrize("name", TENSORS)
 def test_tensors_that_are_no_weights(name, tmp_path):
-    torch = pytest.importorskip("torch")
+    import torch
+
     make, message = TENSORS[name]
     path = tmp_path / "state.pt"
     torch.save(make(torch), path)
@@ -219,9 +223,11 @@ def test_tensors_that_are_no_weights(name, tmp_path):
     assert "\n" not in str(error.value)
 
 
+@needs_torch
 def test_tensors_of_other_precision(tmp_path):
     """Parameters and every floating type that weights have, nested as deep as it gets."""
-    torch = pytest.importorskip("torch")
+    import torch
+
     values = [0.5, -3.0, 2.0**-14]
     state = {
         "half": torch.tensor(values).half(),
@@ -236,9 +242,6 @@ def test_tensors_of_other_precision(tmp_path):
     for array in arrays.values():
         assert array.dtype == np.float32
         np.testing.assert_array_equal(array, np.float32(values))
-
-
-needs_deepspeed = needs_extra("interop", "deepspeed")
 
 
 def script(*options):

@@ -263,6 +263,14 @@ def test_settings_that_a_class_ignores(family):
     assert (model.clip_qkv, model.residual) == (3.0 * (family == "olmoe"), family == "qwen2_moe")
 
 
+@pytest.mark.parametrize(("length", "rows"), [(2048, 16), (4096, 16), (5000, 8), (131_072, 1)])
+def test_a_portion_of_long_contexts_is_small(length, rows):
+    """`prmoe eval` computes a portion at once: at most 65,536 tokens, or one sequence."""
+    theirs = a_config("llama", max_position_embeddings=length)
+    train = read_config(theirs, Path("config.json"), 1000).train
+    assert train.batch_size // train.accumulate == rows
+
+
 @pytest.mark.parametrize(("family", "theirs", "windows"), WINDOWS)
 def test_windows_as_the_class_decides(family, theirs, windows):
     """All layers alike, or an error that counts them."""

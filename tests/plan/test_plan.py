@@ -16,8 +16,9 @@ from configs import paper, tiny
 from prmoe_jax import config
 from prmoe_jax.cli import main
 from prmoe_jax.config import architecture
+from prmoe_jax.distill.distiller import Distiller
 from prmoe_jax.errors import UserError
-from prmoe_jax.parallel.mesh import axis_sizes, check_fits
+from prmoe_jax.parallel.mesh import axis_sizes, check_fits, make_mesh
 from prmoe_jax.plan.chips import CHIPS, chip_count, chip_of, device_count, slice_shapes, unit
 from prmoe_jax.plan.collectives import (
     LATENCY,
@@ -32,8 +33,17 @@ from prmoe_jax.plan.collectives import (
 from prmoe_jax.plan.find import find, fit
 from prmoe_jax.plan.picture import draw
 from prmoe_jax.plan.program import END, Operation, operations
-from prmoe_jax.plan.report import _rounds, _seconds, component, held_bytes, needed_bytes, table
+from prmoe_jax.plan.report import (
+    _arguments,
+    _rounds,
+    _seconds,
+    component,
+    held_bytes,
+    needed_bytes,
+    table,
+)
 from prmoe_jax.run.metrics import PEAK_FLOPS
+from prmoe_jax.training.step import compile_train_step
 from tests.support.extras import needs_extra
 from tests.support.lines import only_line
 
@@ -720,6 +730,24 @@ def test_a_teacher_whose_groups_no_mesh_keeps_whole():
         held(2)
 
 
+def test_recorded_predictions_are_a_part_of_the_step():
+    """Eight likeliest tokens of a position, as int32 and float32; a step takes them."""
+    given = {
+        "model": {"layers": 1, "d_model": 16, "heads": 2, "d_ff": 24, "length": 8},
+        "train": {"steps": 4, "batch_size": 4},
+        "kd": {"kind": "top_k", "top_k": 8, "stop": 0.5},
+    }
+    student = config.resolve(given | {"teacher": {"cache": "recorded"}})
+    mesh = make_mesh(student)
+    held = held_bytes(student, mesh)
+    alone = dataclasses.replace(student, teacher=config.TeacherConfig())
+    assert held["batch"] - held_bytes(alone, mesh)["batch"] == 4 * 8 * 8 * (4 + 4)
+    with jax.set_mesh(mesh):
+        compile_train_step(student, mesh, Distiller(student)).lower(
+            *_arguments(student, mesh, 0, None)
+        )
+
+
 def large(text="2 layers", batch_size=8, mesh=(), accumulate=1, **model):
     """A config of 6.51 B parameters in two layers; nothing of it is ever made."""
     sizes = {"d_model": 16384, "d_ff": 65536, "heads": 64, "dtype": "bfloat16"}
@@ -841,6 +869,11 @@ def test_a_search_leaves_an_exchange_in_two_stages(compiled):
     assert result["instead"]["flags"] == (
         "--config.mesh.fsdp_experts=8 --config.mesh.expert=4 --config.moe.exchange=auto"
     )
+    # A teacher has its student's exchange, that of the search as well.
+    student = dataclasses.replace(values, moe=moe)
+    teacher = config.beside(large("1 layers", batch_size=32, d_model=1024), student)
+    taught = fit(student, "v5e:4x8", teacher=teacher)
+    assert taught["instead"]["flags"] == result["instead"]["flags"]
 
 
 @pytest.mark.parametrize(

@@ -171,6 +171,7 @@ def test_a_compile_cache(text, folder, capsys):
     settings = {"train.compile_cache": f"{folder}/programs", "train.steps": 2}
     events = []
     jax.monitoring.register_event_listener(lambda name, **_: events.append(name.split("/")[-1]))
+    least = jax.config.jax_persistent_cache_min_compile_time_secs
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     try:
         for number in range(2):
@@ -180,7 +181,7 @@ def test_a_compile_cache(text, folder, capsys):
             assert ("cache_misses" in events) == (number == 0)
             assert "cache_hits" in events or number == 0
     finally:
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
     assert any(name.startswith("jit_") for name in content(f"{folder}/programs"))
     capsys.readouterr()
     settings["train.compile_cache"] = "gs://nobucket/programs"

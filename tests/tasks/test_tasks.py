@@ -444,6 +444,30 @@ def test_repeats_of_a_task(lm, tmp_path):
 
 
 @with_harness
+def test_tasks_of_a_group_that_is_asked_for_as_well(tmp_path):
+    """They are scored once; groups that share only some tasks are refused."""
+    from lm_eval.tasks import TaskManager
+
+    from prmoe_jax.tasks.harness import _largest
+
+    (tmp_path / "rows.jsonl").write_text('{"question": "the ", "answer": "x"}\n')
+    for name in "abc":
+        (tmp_path / f"{name}.yaml").write_text(
+            f"task: {name}\ndataset_path: json\ntest_split: test\noutput_type: loglikelihood\n"
+            f"dataset_kwargs:\n  data_files:\n    test: {tmp_path}/rows.jsonl\n"
+            'doc_to_text: "{{question}}"\ndoc_to_target: "{{answer}}"\n'
+            "metric_list:\n- metric: acc\n"
+        )
+    for name, tasks in ("ab", "[a, b]"), ("bc", "[b, c]"), ("all", "[ab, c]"):
+        (tmp_path / f"{name}.yaml").write_text(f"group: {name}\ntask: {tasks}\n")
+    known = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    assert _largest(known, ["a", "ab", "c"]) == ["ab", "c"]
+    assert _largest(known, ["c", "all", "ab", "b"]) == ["all"]
+    with pytest.raises(UserError, match="--tasks: b is in ab and in bc; score one of them only"):
+        _largest(known, ["ab", "bc"])
+
+
+@with_harness
 def test_a_run_whose_experts_choose_is_not_scored(run, tmp_path, capsys):
     """The weights have the same shapes, so that its config alone makes it another model."""
     from prmoe_jax.tasks.harness import PrmoeLM

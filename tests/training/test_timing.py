@@ -11,6 +11,7 @@ import pytest
 from prmoe_jax.cli import main
 from prmoe_jax.run.metrics import read_metrics
 from prmoe_jax.training.timing import Clock, StallWatch
+from tests.support.extras import needs_extra
 from tests.support.runs import arguments, assert_same_run
 
 
@@ -115,6 +116,7 @@ def test_what_lasts_over_restarts(text, tmp_path):
     misses = []
     event = "/jax/compilation_cache/cache_misses"
     jax.monitoring.register_event_listener(lambda name, **_: misses.append(name == event))
+    least = jax.config.jax_persistent_cache_min_compile_time_secs
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     try:
         # The second start compiles what restores a checkpoint, the third one nothing.
@@ -124,7 +126,7 @@ def test_what_lasts_over_restarts(text, tmp_path):
             assert main(arguments(text, run, "dense", **settings, **{"train.steps": length})) == 0
             assert any(misses) == compiles
     finally:
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
     assert any(programs.iterdir())
     assert checkpoints(run) == [4, 8, 12]
     starts = json.loads((run / "environment.json").read_text())
@@ -140,9 +142,9 @@ def test_what_lasts_over_restarts(text, tmp_path):
     assert_same_run(run, tmp_path / "whole")
 
 
+@needs_extra("wandb", "wandb")
 def test_wandb(text, tmp_path, monkeypatch):
     """Offline: a run is continued under its name, and all of its lines are there."""
-    pytest.importorskip("wandb", reason="needs the extra [wandb]")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     for length in (3, 6):
