@@ -97,7 +97,9 @@ def refused(folder, *expected):
 @pytest.mark.parametrize("pattern", FILES)
 def test_a_damaged_file_is_refused_and_made_again(here, pattern):
     folder, content = here
-    for file in sorted((folder / "cache").glob(pattern)):
+    files = sorted((folder / "cache").glob(pattern))
+    assert files
+    for file in files:
         before = file.read_bytes()
         damages = {
             "is not as it was written": altered(before),

@@ -40,6 +40,29 @@ def small(text="3 layers", **changes):
     return dataclasses.replace(SMALL, **schedule, **changes)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "qwen3"])
+def test_initialisation(family):
+    """Weights N(0, σ), those that are added to the stream σ/√(2·layers); layers all different."""
+    sizes = {"d_model": 64, "heads": 4, "d_ff": 64, "vocab_size": 512, "length": 64}
+    model = small("8 layers", family=family, **sizes, kv_heads=0 if family == "gpt2" else 2)
+    named = named_leaves(Transformer(model, MOE, jax.random.key(0)))
+    weights = {name: x for name, x in named.items() if np.std(x)}
+    kinds = {name.rpartition(".")[2] for name in weights}
+    assert (
+        kinds
+        == {
+            "gpt2": {"tokens", "positions", "w_qkv", "w_in", "w_out"},
+            "qwen3": {"tokens", "output", "w_q", "w_kv", "w_in", "w_gate", "w_out"},
+        }[family]
+    )
+    for name, x in weights.items():
+        std = 0.3 / 4 if name.endswith("w_out") else 0.3
+        np.testing.assert_allclose(np.std(x), std, rtol=0.05, err_msg=name)
+        np.testing.assert_allclose(np.mean(x), 0, atol=std / 20, err_msg=name)
+        if name.startswith("stages"):
+            assert len(np.unique(x.reshape(8, -1)[:, 0])) == 8, name
+
+
 @jit
 def logits(model, tokens_BxL, segments_BxL):
     return model.logits(model(tokens_BxL, segments_BxL)[0])

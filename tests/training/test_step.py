@@ -58,6 +58,27 @@ def test_accumulation_changes_nothing(text, model, moe):
     jax.tree.map(close, *results)
 
 
+def test_noise_differs_by_step_row_and_seed():
+    """The loss of one of eight equal rows, under dropout with the same weights."""
+    values = settings("1 layers", model={"dropout": 0.5})
+    state = init_state(values)
+    batch = jax.tree.map(lambda x: np.repeat(x[:1], 8, axis=0), make_batch())
+
+    def losses(seed):
+        step = jit(make_train_step(dataclasses.replace(values, seed=seed)))
+
+        def loss(number, row):
+            alone = batch._replace(mask_BxL=batch.mask_BxL & (np.arange(8) == row)[:, None])
+            return float(step(state._replace(step=jnp.int32(number)), alone)[1]["loss"])
+
+        return [loss(0, 0), loss(0, 1), loss(1, 0), loss(0, 0)]
+
+    *different, again = losses(0)
+    assert again == different[0]
+    *others, _ = losses(1)
+    assert len({round(loss, 5) for loss in different + others}) == 6
+
+
 def test_adamw_equals_numpy():
     """Two updates, clipped by the whole gradient's norm, decayed by name."""
     values = settings(optimizer={"clip_norm": 0.5, "weight_decay": 0.3, "warmup_tokens": 200})
