@@ -31,6 +31,8 @@ from prmoe_jax.errors import Failure, UserError, first_line, is_out_of_memory
 JOIN_SECONDS = 40
 # A process without heartbeats for this many seconds counts as lost, and the others end.
 HEARTBEAT_SECONDS = 20
+# Seconds that a network file system may take to show what another process wrote.
+SHOW_SECONDS = 10
 # Seconds between checks whether another process has ended.
 POLL_SECONDS = 0.5
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
@@ -241,7 +243,7 @@ def check_folders(workdir: Path, cache: Path) -> None:
     if _number() == 0:
         files.replace(mark, f"{os.getpid()} {time.time_ns()}")
     expected = of_first(mark.read_text() if _number() == 0 else None)
-    tries = iter(range(50))  # a network file system may take a moment to show it
+    tries = iter(range(5 * SHOW_SECONDS))
     while not (mark.is_file() and mark.read_text() == expected):
         if next(tries, None) is None:
             raise UserError(

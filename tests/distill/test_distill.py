@@ -431,9 +431,10 @@ def test_the_teacher_goes_when_it_has_taught(text, teacher, tmp_path, monkeypatc
     assert taught - alone == pytest.approx(teacher_bytes, rel=0.02)
 
 
+@pytest.mark.slow
 def test_killed_on_both_sides_of_the_stop_equals_undisturbed(text, teacher, student, tmp_path):
     command = arguments(text, tmp_path / "run", LEARNER, **TAUGHT | {"teacher.workdir": teacher})
-    for line in (70, 170):
+    for line in (50, 170):
         process = start(*command)
         wait_for_lines(tmp_path / "run", line, process)
         process.kill()

@@ -41,9 +41,11 @@ def oracle(logits_SxE, valid_S, top_k, slots, overflow, training):
     return ranked[:, :top_k], slot, kept, weight, aux_loss, [len(choices) for choices in asked]
 
 
-@pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("overflow", ["position", "probability"])
-@pytest.mark.parametrize("top_k", [1, 2, 3, 5])
+@pytest.mark.parametrize(
+    ("top_k", "training"),  # with another number than 2, training has the same order
+    [(1, False), (2, False), (2, True), (3, False), (5, True)],
+)
 @pytest.mark.parametrize("slots", [1, 3, 23])
 def test_equals_the_oracle_at_prime_shapes(top_k, slots, overflow, training):
     rng = np.random.default_rng(slots)

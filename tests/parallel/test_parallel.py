@@ -564,12 +564,27 @@ def test_every_leaf_is_declared():
         specs({"stages": [{"w_new": jnp.zeros((3, 3))}]}, mesh)
 
 
-def on_eight_devices(case, *arguments):
-    """Runs `tests/support/eight_devices.py CASE …`; its checks are assertions."""
-    command = [sys.executable, "-m", "tests.support.eight_devices", case, *arguments]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+@pytest.fixture(scope="module")
+def on_eight_devices(tmp_path_factory):
+    """Runs a case of `tests/support/eight_devices.py`, whose checks are assertions.
+
+    Returns its standard output and standard error.
+    """
+    files = [tmp_path_factory.mktemp("eight") / name for name in ("out", "err")]
+    command = [sys.executable, "-m", "tests.support.eight_devices"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=REPOSITORY, **pipes) as server:
+
+        def ask(case, *arguments):
+            line = json.dumps([case, *arguments, *map(str, files)])
+            print(line, file=server.stdin, flush=True)
+            code = server.stdout.readline()
+            out, err = (file.read_text() for file in files)
+            assert code == "0\n", err[-3000:]
+            return out, err
+
+        yield ask
+        server.stdin.close()
 
 
 def slow(*values):
@@ -591,79 +606,79 @@ def slow(*values):
         slow("muon", ["fsdp, expert, tensor", "fsdp of experts"]),
     ],
 )
-def test_a_step_on_a_mesh_equals_one_on_one_device(name, meshes):
+def test_a_step_on_a_mesh_equals_one_on_one_device(name, meshes, on_eight_devices):
     """Loss, every gradient, and the state after one clipped update.
 
     `experiments/meshes` has every architecture on every mesh.
     """
-    assert on_eight_devices("step", name, *meshes).count("equal") == len(meshes)
+    assert on_eight_devices("step", name, *meshes)[0].count("equal") == len(meshes)
 
 
 @pytest.mark.slow
-def test_rounds_serve_every_row_of_one_expert():
+def test_rounds_serve_every_row_of_one_expert(on_eight_devices):
     """All tokens choose the same expert: its device takes rounds of a buffer of bounded size.
 
     Four devices send it 4 · 16 rows without 8 of padding, which is 56. Its buffer has 1.25 · 16
     rows, rounded up to 24. In the coordinated exchange, two devices share 104 rows.
     """
-    lines = on_eight_devices("step", "one expert", "expert", "expert, tensor, coordinated")
+    lines = on_eight_devices("step", "one expert", "expert", "expert, tensor, coordinated")[0]
     assert lines.count("equal") == 2 and lines.count("rounds [3.0]") == 2, lines
 
 
-def test_the_same_tokens_are_dropped_on_1_2_4_and_8_devices():
-    lines = on_eight_devices("drops").splitlines()
+def test_the_same_tokens_are_dropped_on_1_2_4_and_8_devices(on_eight_devices):
+    lines = on_eight_devices("drops")[0].splitlines()
     assert [line.split()[0] for line in lines] == ["1", "2", "4", "8"]
 
 
 @pytest.mark.slow
-def test_exchanges():
+def test_exchanges(on_eight_devices):
     """The compiled program: all-to-alls, their groups and bytes, and no expert weight gathered."""
-    assert "checked" in on_eight_devices("exchanges")
+    assert "checked" in on_eight_devices("exchanges")[0]
 
 
-def test_only_sums_and_experts_rows_cross_slices():
+def test_only_sums_and_experts_rows_cross_slices(on_eight_devices):
     """The compiled program on two and four slices of eight devices."""
-    assert "checked" in on_eight_devices("across_slices")
+    assert "checked" in on_eight_devices("across_slices")[0]
 
 
-def test_a_split_vocabulary_stays_split():
+def test_a_split_vocabulary_stays_split(on_eight_devices):
     """The compiled program: no logits and no whole table cross devices."""
-    assert "checked" in on_eight_devices("vocabulary")
+    assert "checked" in on_eight_devices("vocabulary")[0]
 
 
-def test_gradients_of_experts_are_summed_in_float32():
-    assert "checked" in on_eight_devices("replicas")
+def test_gradients_of_experts_are_summed_in_float32(on_eight_devices):
+    assert "checked" in on_eight_devices("replicas")[0]
 
 
-def test_evaluation_on_devices_that_the_batch_does_not_divide(tmp_path):
-    assert "equal over" in on_eight_devices("evaluates", str(tmp_path))
+def test_evaluation_on_devices_that_the_batch_does_not_divide(tmp_path, on_eight_devices):
+    assert "equal over" in on_eight_devices("evaluates", str(tmp_path))[0]
 
 
 @pytest.mark.slow
-def test_every_mesh_generates_what_one_device_does():
-    assert on_eight_devices("generates").count("equal") == 8
+def test_every_mesh_generates_what_one_device_does(on_eight_devices):
+    assert on_eight_devices("generates")[0].count("equal") == 8
 
 
-def test_meshes_score_texts_as_one_device_does():
+def test_meshes_score_texts_as_one_device_does(on_eight_devices):
     meshes = "fsdp, expert, tensor", "expert, slice, tensor"
-    assert on_eight_devices("scores", *meshes).count("equal") == 3
+    assert on_eight_devices("scores", *meshes)[0].count("equal") == 3
 
 
-def test_check_exchanges_in_rounds_and_as_in_decoding():
-    assert "in rounds" in on_eight_devices("kernels_of_check")
+def test_check_exchanges_in_rounds_and_as_in_decoding(on_eight_devices):
+    assert "in rounds" in on_eight_devices("kernels_of_check")[0]
 
 
-def test_prefill_does_no_more_work_on_more_devices():
-    assert "times the work" in on_eight_devices("prefills")
+def test_prefill_does_no_more_work_on_more_devices(on_eight_devices):
+    assert "times the work" in on_eight_devices("prefills")[0]
 
 
 @pytest.mark.slow
-def test_checkpoints_between_meshes(tmp_path):
+def test_checkpoints_between_meshes(tmp_path, on_eight_devices):
     """Parameters, optimizer state and position, bit for bit between all pairs of five meshes."""
-    assert on_eight_devices("checkpoints", str(tmp_path)).count("restored") == 25
+    assert on_eight_devices("checkpoints", str(tmp_path))[0].count("restored") == 25
 
 
-def test_a_run_without_a_mesh_of_its_own_goes_on_anywhere(text, tmp_path):
+def test_a_run_without_a_mesh_of_its_own_goes_on_anywhere(text, tmp_path, on_eight_devices):
     """Three steps on the mesh suggested for eight devices, used there as well; three more on one.
 
     The losses are those of one device alone.
@@ -680,17 +695,11 @@ def test_a_run_without_a_mesh_of_its_own_goes_on_anywhere(text, tmp_path):
         return ["export", "--kind=safetensors", *where, "--json"]
 
     verbs = json.dumps([command("run", 3), evaluation, export("eight")])
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.support.eight_devices", "verbs", verbs],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    out, err = on_eight_devices("verbs", verbs)
     suggested = "--config.mesh.fsdp=2 --config.mesh.expert=4"
-    assert done.stderr.count(f"mesh: suggested: {suggested}; give other sizes") == 2
-    assert done.stderr.count("mesh: fsdp 2, expert_0 4; exchange between experts: flat") == 2
-    trained, evaluated, _ = map(json.loads, done.stdout.splitlines())
+    assert err.count(f"mesh: suggested: {suggested}; give other sizes") == 2
+    assert err.count("mesh: fsdp 2, expert_0 4; exchange between experts: flat") == 2
+    trained, evaluated, _ = map(json.loads, out.splitlines())
     assert main(export("one")) == 0
     eight, one = (tmp_path / out / "model.safetensors" for out in ("eight", "one"))
     assert eight.read_bytes() == one.read_bytes()

@@ -47,7 +47,7 @@ HURRIED = """
 import sys
 from prmoe_jax.parallel import processes
 
-processes.JOIN_SECONDS, processes.HEARTBEAT_SECONDS = 10, 5
+processes.JOIN_SECONDS, processes.HEARTBEAT_SECONDS, processes.SHOW_SECONDS = 10, 5, 2
 from prmoe_jax.cli import main
 
 sys.exit(main(sys.argv[1:]))
@@ -206,7 +206,6 @@ MISTAKES = {
         {"seed": 3},
         "processes of one run must have the settings in common: seed is 3 in process 1, 0 in pro",
     ),
-    "other evaluations": ({"eval.every": 2}, "eval.every is 2 in process 1, 0 in process 0"),
     "a misspelled setting": (
         {"train.stepz": 2},
         "--config.train.stepz is not a setting; did you mean --config.train.steps?",
@@ -219,7 +218,6 @@ MISTAKES = {
         {"workdir": "elsewhere"},
         "elsewhere is not shared: process 1 doesn't find there what process 0 wrote",
     ),
-    "no folder": ({"workdir": "file/run"}, "file/run is not shared: process 1 doesn't find there"),
 }
 
 
@@ -227,7 +225,6 @@ MISTAKES = {
 def test_a_mistake_of_one_process_ends_all(name, text, tmp_path):
     changes, line = MISTAKES[name]
     settings = SETTINGS | changes
-    (tmp_path / "file").write_text("")
     workdir = tmp_path / settings.pop("workdir", "run")
     good = arguments(text, tmp_path / "run", **SETTINGS)
     first, second = start_hurried([good, arguments(text, workdir, **settings)])
@@ -369,19 +366,13 @@ def test_the_reason_stands_at_the_end(tmp_path, monkeypatch):
         (("a:1", "2", "-1"), "JAX_PROCESS_ID=-1 must be a whole number"),
         (("a:1", "2", "²"), "JAX_PROCESS_ID=² must be a whole number"),
         (("a:1", "2", "2"), "JAX_PROCESS_ID=2 must be below JAX_NUM_PROCESSES=2; they count fr"),
+        (("a:1",), "JAX_COORDINATOR_ADDRESS given without JAX_NUM_PROCESSES, JAX_PROCESS_ID; give"),
     ],
 )
 def test_variables_are_checked(variables, line, monkeypatch, capsys):
-    for name, value in zip(processes.VARIABLES, variables, strict=True):
+    for name, value in zip(processes.VARIABLES, variables, strict=False):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("prmoe_jax.allocator.keep_freed_memory", lambda: None)
     assert main(["train", "--distributed", "--config=x.py"]) == 2
     said = only_line(capsys.readouterr().err)
     assert line in said
-
-
-def test_variables_are_given_together(text, tmp_path):
-    process = start("train", "--distributed", *arguments(text, tmp_path)[1:], JAX_PROCESS_ID="0")
-    code, _, err = finish(process)
-    assert code == 2
-    assert "JAX_PROCESS_ID given without JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES" in err

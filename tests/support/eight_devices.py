@@ -1,11 +1,13 @@
-"""What test_parallel.py runs on eight devices: python -m tests.support.eight_devices CASE."""
+"""What test_parallel.py runs on eight devices, by `python -m tests.support.eight_devices`."""
 
 import dataclasses
 import functools
 import json
 import math
+import os
 import re
 import sys
+import traceback
 from pathlib import Path
 from unittest import mock
 
@@ -524,5 +526,30 @@ def verbs(commands: str) -> None:
         assert main(command) == 0
 
 
+def serve() -> None:
+    """Runs cases by fork, so that only the first waits for the imports.
+
+    Each line that it reads is a JSON list: the case, its arguments, and files for what it writes to
+    standard output and standard error. Each line that it writes is the exit code.
+    """
+    for line in sys.stdin:
+        case, *arguments, out, err = json.loads(line)
+        child = os.fork()
+        if child == 0:
+            for number, path in enumerate((out, err), start=1):
+                with open(path, "wb") as file:
+                    os.dup2(file.fileno(), number)
+            code = 1
+            try:
+                globals()[case](*arguments)
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            sys.stdout.flush()
+            os._exit(code)
+        _, status = os.waitpid(child, 0)
+        print(os.waitstatus_to_exitcode(status), flush=True)
+
+
 if __name__ == "__main__":
-    globals()[sys.argv[1]](*sys.argv[2:])
+    serve()

@@ -73,7 +73,7 @@ from prmoe_jax.training.timing import StallWatch
 def waits_for_ever():
     time.sleep(2.5)
 
-with StallWatch(float(sys.argv[1])) as watch:
+with StallWatch(1 / 60) as watch:
     for _ in range(10):
         watch.alive()
         time.sleep(0.1)
@@ -84,19 +84,19 @@ time.sleep(1.5)
 
 
 @pytest.mark.parametrize("several", [False, True])
-@pytest.mark.parametrize(("minutes", "dumps"), [(1 / 60, 2), (math.inf, 0)])
-def test_stacks_of_a_run_that_hangs(minutes, dumps, several):
+def test_stacks_of_a_run_that_hangs(several):
     """On standard error, also where that of compiled code goes elsewhere (several processes)."""
     keeps = "from prmoe_jax.parallel import processes; processes._keep_output_ours()\n"
-    command = [sys.executable, "-c", keeps * several + STALLED, str(minutes)]
+    command = [sys.executable, "-c", keeps * several + STALLED]
     err = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     silent, _, stacks = err.partition("before\n")
-    assert (silent, stacks.count("waits_for_ever")) == ("", dumps)
+    assert silent == "" and stacks.count("waits_for_ever") >= 2
 
 
 @pytest.mark.parametrize("minutes", [math.inf, 1e12])
 def test_a_watch_without_end_leaves_others_alone(minutes, monkeypatch):
-    monkeypatch.setattr("faulthandler.cancel_dump_traceback_later", pytest.fail)
+    for name in "dump_traceback_later", "cancel_dump_traceback_later":
+        monkeypatch.setattr(f"faulthandler.{name}", pytest.fail)
     with StallWatch(minutes) as watch:
         watch.alive()
 

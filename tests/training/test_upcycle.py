@@ -51,7 +51,7 @@ def test_top_2_computes_what_the_dense_model_did(text):
     np.testing.assert_allclose(activations(grown), activations(model), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
