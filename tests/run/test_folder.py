@@ -234,6 +234,23 @@ def test_a_run_without_its_last_checkpoint_is_no_whole_run(saved_twice, copied, 
         assert used in err and told not in err
 
 
+def test_a_mesh_of_more_devices_is_left_out(saved_twice, copied, capsys):
+    """A run of several devices is evaluated on one, and a line says so."""
+    workdir, _ = copied
+    config = json.loads((workdir / "config.json").read_text())
+    config["mesh"]["fsdp"] = 2
+    (workdir / "config.json").write_text(json.dumps(config))
+    losses = []
+    for folder in saved_twice[0], workdir:
+        capsys.readouterr()
+        assert main(["eval", f"--workdir={folder}", "--json"]) == 0
+        out, err = capsys.readouterr()
+        losses.append(json.loads(out)["loss"])
+    assert losses[0] == losses[1]
+    assert "mesh.fsdp=2 makes 2 devices, there are 1" in err
+    assert "here each device holds the whole model" in err
+
+
 def test_a_resume_touches_nothing_that_has_not_changed(copied):
     workdir, command = copied
     names = "config.json", "tokenizer.json", "environment.json", "metrics.jsonl"

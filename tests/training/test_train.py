@@ -15,6 +15,7 @@ from prmoe_jax.run.checkpoint import Checkpoints
 from prmoe_jax.run.metrics import of_layer
 from prmoe_jax.tasks.score import Scorer
 from prmoe_jax.training import loop
+from prmoe_jax.training.preemption import PreemptionGuard
 from tests.support.runs import (
     arguments,
     assert_same_run,
@@ -291,13 +292,27 @@ def test_a_last_step_that_spoils_the_weights_is_no_success(text, tmp_path, capsy
 
 
 def test_profile(text, tmp_path):
-    command = arguments(text, tmp_path / "run", **{"train.steps": 4})
+    command = arguments(text, tmp_path / "run", **{"train.steps": 4, "log.every": 3})
     assert main([*command, "--profile=2:3"]) == 0
     assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+    lines = logged(tmp_path / "run")
+    assert [line["step"] for line in lines if "grad_norm" in line] == [3, 4]
+    (events,) = (tmp_path / "run" / "tensorboard").iterdir()
+    for name in (b"grad_norm", b"eval/loss", b"layers/03/drop_fraction"):
+        assert name in events.read_bytes()
     with pytest.raises(
         UserError, match="--profile=2:9 must be two steps in their order, from 1 to"
     ):
         loop.train(load(tmp_path / "run" / "config.json"), tmp_path / "run", (2, 9))
+
+
+def test_a_second_ctrl_c_ends_the_process():
+    with PreemptionGuard() as guard:
+        signal.raise_signal(signal.SIGINT)
+        assert guard and guard.at(7)
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
 
 
 def test_a_signal_while_text_is_prepared_ends_at_once(text, tmp_path, monkeypatch, capsys):
