@@ -5,6 +5,7 @@ import logging
 import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import threading
@@ -21,6 +22,9 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 os.environ["PRMOE_TRACEBACK"] = "1"
 # Random draws compile in a seventh of the time; see `sharding.init_sharded`.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
+
+# A shell starts what runs in the background with Ctrl-C ignored, and children inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A failed assertion of a helper shows its values, as one of a test does.
 pytest.register_assert_rewrite("tests.support")
