@@ -58,6 +58,7 @@ class MoE(nnx.Module):
         x_BxLxD: jax.Array,
         valid_BxL: jax.Array,
         keys_B: jax.Array | None = None,
+        split: bool = False,
     ) -> tuple[jax.Array, RouterMetrics]:
         """Returns the layer's output, with x's shape and dtype, and the router's statistics.
 
@@ -65,8 +66,9 @@ class MoE(nnx.Module):
           x_BxLxD: normalised activations.
           valid_BxL: False for padding, which is not routed.
           keys_B: one key per sequence in training, None in evaluation.
+          split: whether the devices of `fsdp_experts` hold parts of the experts.
         """
-        y_BxLxD, kept_BxL, metrics = self._spread(x_BxLxD, valid_BxL, keys_B)
+        y_BxLxD, kept_BxL, metrics = self._spread(x_BxLxD, valid_BxL, keys_B, split)
         if self.mlp is None:
             return y_BxLxD, metrics
 
@@ -128,7 +130,7 @@ class MoE(nnx.Module):
             return length  # nothing is dropped, so groups make no difference
         return tokens
 
-    def _spread(self, x_BxLxD, valid_BxL, keys_B):
+    def _spread(self, x_BxLxD, valid_BxL, keys_B, split):
         """Calls `_routed`; on a mesh, each device does so for its own rows."""
         names = "w_router", "bias_router", "experts"
         parts = {name: getattr(self, name) for name in names}
@@ -137,9 +139,15 @@ class MoE(nnx.Module):
             return self._routed(parts, x_BxLxD, valid_BxL, keys_B)
         axes = batch_axes(mesh)
         rows = PartitionSpec(axes)
+        places = sharding.specs(parts, mesh, in_use=True)
+        if split:
+            places["experts"] = sharding.specs(parts, mesh)["experts"]
 
         def local(parts, *inputs):
             parts = mark_varying(parts, axes)
+            parts["experts"] = sharding.all_gather_here(
+                parts["experts"], places["experts"], x_BxLxD.dtype
+            )
             if splits_experts(mesh):
                 parts["experts"] = ExpertParallel(
                     parts["experts"],
@@ -153,7 +161,7 @@ class MoE(nnx.Module):
         return jax.shard_map(
             local,
             in_specs=(
-                sharding.specs(parts, mesh, in_use=True),
+                places,
                 rows,
                 rows,
                 keys_B if keys_B is None else rows,

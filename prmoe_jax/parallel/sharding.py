@@ -147,16 +147,44 @@ def expert_replicas(experts: int) -> int:
     return mesh.size // math.prod(mesh.shape.get(name, 1) for name in splitting)
 
 
-def all_gather_params(tree):
+def all_gather_params(tree, apart: str = ""):
     """All-gathers parameters over the axes of FSDP only, right before they are used.
 
     Gradients are reduce-scattered at once, in the parameters' dtype: float32 would move twice as
     much as bfloat16.
+
+    Args:
+      tree: a tree of modules.
+      apart: the name of submodules whose parameters stay as they are.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return tree
-    return jax.tree.map(_gather, specs(tree, mesh), specs(tree, mesh, in_use=True), tree)
+
+    def whole(name: str, leaf: jax.Array) -> PartitionSpec:
+        return spec(name, leaf.shape, mesh, in_use=apart not in name.split("."))
+
+    return jax.tree.map(_gather, specs(tree, mesh), map_named(whole, tree), tree)
+
+
+def all_gather_here(tree, parts, dtype):
+    """The same inside shard_map, in a dtype: each device gets whole arrays of its parts.
+
+    Gradients are scattered over the axis before they are summed over replicas.
+
+    Args:
+      tree: a tree of the parts on this device.
+      parts: the partition of each.
+      dtype: the dtype of what is gathered.
+    """
+
+    def gather(x: jax.Array, part: PartitionSpec) -> jax.Array:
+        for dimension, axes in enumerate(part):
+            if axes in ("fsdp_experts", ("fsdp_experts",)):
+                x = jax.lax.all_gather(x.astype(dtype), axes, axis=dimension, tiled=True)
+        return x
+
+    return jax.tree.map(gather, tree, parts)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))

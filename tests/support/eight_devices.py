@@ -261,25 +261,35 @@ def replicas() -> None:
 
     As the program asks for it: a CPU's compiler would make a sum in bfloat16 one in float32.
     """
-    sums = r'"stablehlo.all_reduce".*?\}\) : \(tensor<([\dx]*)x(\w+)>\)'
-    # Two layers of 4 experts and two of 8: how many of each a device holds, and their hidden units.
+    sums = r'"stablehlo.all_reduce".*?\}\) : \(tensor<((?:\d+x)*)(\w+)>'
     values = settings("4 layers, every 1, E=4x2+8x2", dtype="bfloat16")
+
+    def summed(mesh):
+        """The dtypes of sums over devices, by their shape."""
+        kinds = {}
+        for dims, kind in re.findall(sums, lowered(*spread(values, mesh)).as_text(), re.DOTALL):
+            kinds.setdefault(dims.rstrip("x"), set()).add(kind)
+        return kinds
+
+    # Two layers of 4 experts and two of 8: how many of each a device holds, and their hidden units.
     for mesh, first, second, d_ff in (
         ({}, 4, 8, 40),
         ({"fsdp": 2, "expert": 2}, 2, 4, 40),
         ({"expert": 2, "expert_slice": 2}, 2, 4, 20),
         ({"expert": 8}, 1, 1, 40),
     ):
-        program = lowered(*spread(values, mesh)).as_text()
-        kinds = {}
-        for dims, kind in re.findall(sums, program, re.DOTALL):
-            kinds.setdefault(dims, set()).add(kind)
+        kinds = summed(mesh)
         # Eight experts on eight devices have no replicas, and are cast before their layer.
         expected = {"f32", "bf16"} if second == 1 else {"f32"}
         for experts in (first, second):
             for dims in ("24x{}", "{}", "{}x24"):
                 dims = f"{experts}x{dims.format(d_ff)}"
                 assert kinds[dims] == expected, (mesh, dims, kinds)
+    # Four devices share the experts, whose width is 24: replicas sum their own part.
+    kinds = summed({"data": 2, "fsdp_experts": 4})
+    for experts in 4, 8:
+        assert kinds[f"{experts}x6x40"] == kinds[f"{experts}x40x6"] == {"f32"}, kinds
+        assert f"{experts}x24x40" not in kinds and f"{experts}x40x24" not in kinds
     print("checked")
 
 
