@@ -53,7 +53,7 @@ def check(config: Config | None, begun: float, tell: Callable[[str], None]) -> P
             try:
                 numbers[name] = run()
             except Exception as error:  # one that needs too much memory leaves the others
-                # Not the machine is at fault where a benchmark refuses the config.
+                # Where a benchmark refuses the config, the machine is not at fault.
                 status = WARN if isinstance(error, UserError) else FAIL
                 findings.append(Finding(name, status, describe(error).line))
                 continue

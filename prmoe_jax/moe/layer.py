@@ -145,7 +145,7 @@ class MoE(nnx.Module):
 
         def local(parts, *inputs):
             parts = mark_varying(parts, axes)
-            parts["experts"] = sharding.all_gather_here(
+            parts["experts"] = sharding.all_gather_experts(
                 parts["experts"], places["experts"], x_BxLxD.dtype
             )
             if splits_experts(mesh):

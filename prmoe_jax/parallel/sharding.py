@@ -167,10 +167,10 @@ def all_gather_params(tree, apart: str = ""):
     return jax.tree.map(_gather, specs(tree, mesh), map_named(whole, tree), tree)
 
 
-def all_gather_here(tree, parts, dtype):
-    """The same inside shard_map, in a dtype: each device gets whole arrays of its parts.
+def all_gather_experts(tree, parts, dtype):
+    """All-gathers experts over `fsdp_experts`, in a dtype; called inside shard_map.
 
-    Gradients are scattered over the axis before they are summed over replicas.
+    Gradients are reduce-scattered, also in this dtype, before replicas sum them.
 
     Args:
       tree: a tree of the parts on this device.
