@@ -104,7 +104,10 @@ def operation_seconds(folder: Path) -> dict[str, float]:
 
 
 def matrix_products(hlo: str) -> set[str]:
-    """Names of the instructions that are a `dot` or call a computation with one."""
+    """Names of the instructions that are a matrix product or call a computation with one.
+
+    TPUs write a product as a convolution, other compilers as a dot or as a library's call.
+    """
     instruction = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = .*?(?:calls=%?([\w.-]+)|$)")
     with_dot, callers, names, computation = set(), {}, set(), ""
     for line in hlo.splitlines():
@@ -112,7 +115,7 @@ def matrix_products(hlo: str) -> set[str]:
             computation = line.removeprefix("ENTRY ").lstrip("%").split(" ")[0].split("(")[0]
         elif match := instruction.match(line):
             name, called = match.groups()
-            if re.search(r"\b(dot|custom-call)\(", line) and "dot" in line:
+            if re.search(r"\b(dot|convolution)\(|\bcustom-call\(.*dot", line):
                 with_dot.add(computation)
                 names.add(name)
             if called:

@@ -49,10 +49,12 @@ step "ask for $slices x $chip:$shape, unless it was asked for before" \
   $gcloud create $queue $where \\
     $kind $nodes --runtime-version=$(quote "${RUNTIME:-$runtime}")$spot"
 step 'wait for the slices' \
-  "(while true; do
-  state=\$($gcloud describe $queue $where --format='value(state.state)')
+  "(silent=0; while true; do
+  state=\$($gcloud describe $queue $where --format='value(state.state)') || state='no answer'
   echo \"\$(date +%H:%M:%S) \$state\"
+  [[ \$state == 'no answer' ]] || silent=0
   case \$state in
+    'no answer') ((++silent < 20)) || { echo 'gcloud did not answer for 10 minutes' >&2; exit 1; } ;;
     ACTIVE) break ;;
     FAILED | SUSPENDING | SUSPENDED) echo 'delete it (see below), and start again' >&2; exit 1 ;;
   esac

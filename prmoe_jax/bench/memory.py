@@ -2,6 +2,8 @@
 
 import os
 
+import jax
+
 from prmoe_jax.errors import UserError
 
 
@@ -11,13 +13,15 @@ def check(flag: str, needed: int, room: int | None = None) -> None:
     Args:
       flag: the flag as the user gave it, such as '--batch=8'.
       needed: a lower bound of the bytes that it needs.
-      room: bytes of memory; by default this machine's.
+      room: bytes of memory; by default those that JAX has of its first device, or on CPUs this
+        machine's.
 
     Raises:
       UserError: the size doesn't fit.
     """
     if room is None:
-        room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        room = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+        room = room or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > room:
         raise UserError(
             f"{flag} needs {needed / 2**30:,.0f} GiB or more, there are {room / 2**30:,.0f}; "

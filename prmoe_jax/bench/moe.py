@@ -23,6 +23,7 @@ from prmoe_jax.bench.turns import Rival, compiled, in_turns
 from prmoe_jax.bench.worker import worker
 from prmoe_jax.config import ModelConfig, MoeConfig
 from prmoe_jax.errors import UserError
+from prmoe_jax.model.transformer import cast
 from prmoe_jax.moe import dispatch
 from prmoe_jax.moe.layer import MoE
 from prmoe_jax.moe.routing import capacity, route
@@ -47,10 +48,11 @@ def bench_moe(sizes: list[Size], loads: list[str], dtype: str, repeats: int) -> 
 
     The rivals are `dense`, an MLP with the same active FLOPs; our layer by `gather` and `einsum`;
     each with `no experts`, that is routing, dispatch and combine alone; `copy`, which reads and
-    writes as many bytes as the experts' weights have; and in float32, if it is installed,
+    writes as many bytes as the experts' weights have; and in float32 on CPUs, if it is installed,
     DeepSpeed's layer in its own process. That layer has no random token selection. It runs once
     with the default allocator and once with `allocator.keep_freed_memory`, which `prmoe bench moe`
-    also calls.
+    also calls. Weights are in `dtype`, to which the model casts them once per step; the router is
+    in float32.
 
     Returns:
       One row for each rival, size and load: backend, S, M, F, E, load, dtype, device, jax,
@@ -90,7 +92,7 @@ def _bench_one(size: Size, load: str, dtype: str, repeats: int) -> list[dict]:
     x_SxM, w_router_MxE = loaded_input(size, load)
     with contextlib.ExitStack() as stack:
         rivals = _our_rivals(size, x_SxM, w_router_MxE, jnp.dtype(dtype))
-        if importlib.util.find_spec("deepspeed") and dtype == "float32":
+        if dtype == "float32" and _has_deepspeed():
             for keep in (False, True):
                 name = "deepspeed, memory kept" if keep else "deepspeed"
                 rival = stack.enter_context(_deepspeed(size, x_SxM, w_router_MxE, keep))
@@ -185,11 +187,16 @@ def _our_rivals(size: Size, x_SxM, w_router_MxE, dtype) -> dict[str, Rival]:
     def dense(mlp, x_1xSxM):
         return (mlp(x_1xSxM) * cotangent_1xSxM).sum().astype(jnp.float32)
 
-    key = jax.random.key(1)
-    rivals = {"dense": rival(dense, MLP.drawn(size.M, size.F, 0.02, 0.02, key))}
-    for backend in ("gather", "einsum"):
-        layer = MoE(size.E, model, MoeConfig(dispatch=backend), key)
+    def moe_layer(moe: MoeConfig) -> MoE:
+        layer = MoE(size.E, model, moe, key)
         layer.w_router[...] = jnp.asarray(w_router_MxE)
+        return cast({"mlp": layer}, dtype)["mlp"]
+
+    key = jax.random.key(1)
+    mlp = MLP.drawn(size.M, size.F, 0.02, 0.02, key)
+    rivals = {"dense": rival(dense, cast({"mlp": mlp}, dtype)["mlp"])}
+    for backend in ("gather", "einsum"):
+        layer = moe_layer(MoeConfig(dispatch=backend))
         _, metrics = layer(x_1xSxM, valid_1xS)
         dropped = float(metrics.dropped_E.sum() / size.S)
         # The weights are read forward and backward, and their gradients are written.
@@ -198,11 +205,15 @@ def _our_rivals(size: Size, x_SxM, w_router_MxE, dtype) -> dict[str, Rival]:
         rivals[f"{backend}, no experts"] = rival(
             without_experts(backend), jnp.asarray(w_router_MxE), 0, dropped
         )
-    layer = MoE(size.E, model, MoeConfig(eval_capacity_factor=math.inf), key)
-    layer.w_router[...] = jnp.asarray(w_router_MxE)
+    layer = moe_layer(MoeConfig(eval_capacity_factor=math.inf))
     rivals["dropless"] = rival(through(layer), jax.tree.leaves(layer), 3 * weights)
     add_one = lambda experts: jax.tree.map(lambda w: w + 1.0, experts)  # noqa: E731
     return rivals | {"copy": compiled(add_one, (layer.experts,), 2 * weights)}
+
+
+def _has_deepspeed() -> bool:
+    """Whether its layer can run here; its process uses the CPU."""
+    return jax.default_backend() == "cpu" and bool(importlib.util.find_spec("deepspeed"))
 
 
 @contextlib.contextmanager

@@ -41,7 +41,7 @@ from prmoe_jax.training.step import compile_train_step, sharded_state
 log = logging.getLogger(__name__)
 
 # Width of the square matrix product that stands for the device's peak.
-PEAK_WIDTH = 2048
+CPU_PEAK_WIDTH, PEAK_WIDTH = 2048, 8192
 
 
 def bench_step(config: Config, repeats: int) -> list[dict]:
@@ -59,8 +59,8 @@ def bench_step(config: Config, repeats: int) -> list[dict]:
     Returns:
       One row for each rival: backend, architecture, the sizes, dtype, optimizer, accumulate,
       device, jax, tokens_per_s, median_s, min_s, max_s, peak_bytes (ours as compiled, PyTorch's
-      of its process) and share_of_peak (of the rate of a square product of `PEAK_WIDTH`, measured
-      in the same run).
+      of its process) and share_of_peak (of the rate of a square product, `CPU_PEAK_WIDTH` or
+      `PEAK_WIDTH` wide, measured in the same run).
 
     Raises:
       UserError: `repeats` is below 1, or the step can't fit into memory.
@@ -70,16 +70,17 @@ def bench_step(config: Config, repeats: int) -> list[dict]:
     model = config.model
     bytes_each = STATE_BYTES[config.optimizer.kind] + 4  # and a gradient in float32
     memory.check("--config", bytes_each * cost(model).total_params)
+    width = CPU_PEAK_WIDTH if jax.default_backend() == "cpu" else PEAK_WIDTH
     with contextlib.ExitStack() as stack:
         rivals = {"prmoe_jax": compiled_step(config)}
         for name, options in _torch_rivals(config).items():
             shape = json.dumps(dataclasses.asdict(model) | _settings(config))
             ask = stack.enter_context(worker("torch_step_worker", shape, cores(), *options))
             rivals[name] = Rival(lambda ask=ask: ask("run"), lambda ask=ask: int(ask("memory")))  # noqa: B023
-        rivals["product"] = _product(model.dtype)
+        rivals["product"] = _product(width, model.dtype)
         log.info("%d steps of each of %s, in turns", repeats, ", ".join(rivals))
         times = in_turns({name: rival.seconds for name, rival in rivals.items()}, repeats)
-        peak = 2 * PEAK_WIDTH**3 / statistics.median(times.pop("product"))
+        peak = 2 * width**3 / statistics.median(times.pop("product"))
         tokens = config.tokens_per_step
         return [
             {
@@ -174,9 +175,9 @@ def compiled_step(config: Config) -> Rival:
     return Rival(seconds, lambda: parts - found.alias_size_in_bytes)
 
 
-def _product(dtype: str) -> Rival:
+def _product(width: int, dtype: str) -> Rival:
     """A square matrix product, whose rate is the peak that a step can be compared with."""
-    x = jax.random.normal(jax.random.key(0), (PEAK_WIDTH, PEAK_WIDTH), dtype)
+    x = jax.random.normal(jax.random.key(0), (width, width), dtype)
     return compiled(jnp.matmul, (x, x))
 
 

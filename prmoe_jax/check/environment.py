@@ -20,7 +20,7 @@ TPUS = "0x0027 0x0056 0x005e 0x0062 0x0063 0x006f 0x0076".split()
 PLUGINS = {"jax-cuda12-plugin": 525, "jax-cuda13-plugin": 580}
 RECORDED = *PLUGINS, "libtpu"
 # Memory that JAX should have of a device, as a share of the data sheet. JAX takes three quarters
-# of a GPU's free memory.
+# of a GPU's memory, or less where other programs hold more than the rest.
 MEMORY_SHARE = 0.6
 
 
@@ -102,7 +102,7 @@ def _memory(devices: list, numbers: dict) -> list[Finding]:
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     numbers["host_memory_bytes"] = host
     line = f"host {host / 2**30:.1f} GiB"
-    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in devices]
+    limits = [_held(device) for device in devices]
     numbers["device_memory_bytes"] = limits
     if None in limits:
         return [Finding("memory", OK, line)]
@@ -121,6 +121,17 @@ def _memory(devices: list, numbers: dict) -> list[Finding]:
             "XLA_CLIENT_MEM_FRACTION and XLA_PYTHON_CLIENT_MEM_FRACTION",
         )
     ]
+
+
+def _held(device: jax.Device) -> int | None:
+    """Bytes that JAX has of a device's memory; None if unknown."""
+    jax.block_until_ready(jax.device_put(0, device))  # before it, JAX has taken nothing
+    stats = device.memory_stats() or {}
+    limit = stats.get("bytes_limit")
+    grows = os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE", "true").lower() in ("false", "0")
+    if device.platform != "gpu" or grows:
+        return limit
+    return min(limit, stats.get("pool_bytes") or limit) if limit else limit
 
 
 def _drivers(platform: str, numbers: dict) -> list[Finding]:

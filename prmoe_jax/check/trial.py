@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import os
 import random
 import shutil
@@ -16,7 +17,7 @@ import numpy as np
 
 from prmoe_jax import config as configs
 from prmoe_jax import stores
-from prmoe_jax.check.findings import FAIL, OK, Finding, Part, rate, slow
+from prmoe_jax.check.findings import FAIL, OK, WARN, Finding, Part, rate, slow
 from prmoe_jax.config import Config, architecture
 from prmoe_jax.errors import UserError, describe
 from prmoe_jax.parallel import processes
@@ -26,6 +27,8 @@ log = logging.getLogger(__name__)
 
 FILE_BYTES = 1 << 26  # written and read by each process
 STEPS = 4
+# With this flag of XLA a GPU's sums have one order; without it a resumed run must be as near.
+GPU_FLAG, NEAR = "xla_gpu_deterministic_ops=true", 1e-3
 SLOW = 0.5  # a process's rate, as a share of the median of all, below which its host is named
 
 
@@ -229,10 +232,11 @@ def _run(config: Config, workdir: Path) -> list[Finding]:
         f"resumed from step {half}, {what} at step {step} is {resumed[step, what]!r}, and was "
         f"{expected[step, what]!r}"
     )
-    fix = "set XLA_FLAGS=--xla_gpu_deterministic_ops=true"
-    if jax.default_backend() != "gpu":
-        fix = "run nothing here; report it with the versions above"
-    return [Finding(name, FAIL, line, fix)]
+    if jax.default_backend() != "gpu" or GPU_FLAG in os.environ.get("XLA_FLAGS", ""):
+        return [Finding(name, FAIL, line, "run nothing here; report it with the versions above")]
+    # A GPU may add the gradients of a token's places in any order.
+    near = all(math.isclose(resumed[key], expected[key], rel_tol=NEAR) for key in expected)
+    return [Finding(name, WARN if near else FAIL, line, f"set XLA_FLAGS=--{GPU_FLAG}")]
 
 
 def _losses(lines: list[dict]) -> dict[tuple[int, str], float]:

@@ -3,15 +3,17 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from configs import tiny
-from prmoe_jax.bench import decode, moe
+from prmoe_jax.bench import decode, memory, moe, turns
 from prmoe_jax.bench.worker import peak_bytes
 from prmoe_jax.cli import main
 from prmoe_jax.config import resolve
+from prmoe_jax.errors import UserError
 from prmoe_jax.model.sizes import cost
 from tests.support.extras import needs_extra
 from tests.support.lines import only_line
@@ -41,6 +43,53 @@ def test_rows(capsys, monkeypatch):
     for name in ("copy", "dense", "dropless"):
         assert first[name]["drop_fraction"] == 0
     assert first["gather"]["bytes_moved"] == 3 * 2 * 4 * 8 * 16 * 4
+
+
+def test_weights_are_in_the_compute_dtype(capsys):
+    """As the model casts them, once per step."""
+    sizes = ["--sizes=64,8,16,4", "--repeats=1", "--json"]
+    assert main(["bench", "moe", *sizes, "--dtype=bfloat16"]) == 0
+    rows = {row["backend"]: row for row in json.loads(capsys.readouterr().out)}
+    for name in ("gather", "einsum", "dropless"):
+        assert rows[name]["bytes_moved"] == 3 * 2 * 4 * 8 * 16 * 2
+
+
+@pytest.mark.parametrize(("platform", "calls"), [("cpu", 7), ("gpu", 1 + 2 + 5 * 3)])
+def test_short_programs_are_called_often_on_an_accelerator(platform, calls, monkeypatch):
+    """To launch one may take longer than its work. Calls of this one take 7 ms, the first 17."""
+    clock, called = [0.0], []
+
+    def program():
+        clock[0] += 0.007 if called else 0.017
+        called.append(1)
+
+    jitted = SimpleNamespace(lower=lambda: SimpleNamespace(compile=lambda: program))
+    program.memory_analysis = lambda: SimpleNamespace(
+        argument_size_in_bytes=1, output_size_in_bytes=2, temp_size_in_bytes=4
+    )
+    monkeypatch.setattr(turns.jax, "jit", lambda function: jitted)
+    monkeypatch.setattr(turns.jax, "default_backend", lambda: platform)
+    monkeypatch.setattr(turns.time, "perf_counter", lambda: clock[0])
+    rival = turns.compiled(None, ())
+    times = turns.in_turns({"one": rival.seconds}, 5)
+    assert times["one"] == pytest.approx([0.007] * 5)
+    assert len(called) == calls
+    assert rival.peak_bytes() == 7
+
+
+def test_deepspeeds_layer_is_only_compared_with_on_a_cpu(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    assert moe._has_deepspeed()
+    monkeypatch.setattr(moe.jax, "default_backend", lambda: "gpu")
+    assert not moe._has_deepspeed()
+
+
+def test_the_room_on_an_accelerator_is_its_own(monkeypatch):
+    device = SimpleNamespace(memory_stats=lambda: {"bytes_limit": 3 << 30})
+    monkeypatch.setattr(memory.jax, "local_devices", lambda: [device])
+    memory.check("--batch=8", 3 << 30)
+    with pytest.raises(UserError, match="--batch=8 needs 4 GiB or more, there are 3; use a"):
+        memory.check("--batch=8", 4 << 30)
 
 
 def test_table(capsys):

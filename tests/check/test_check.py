@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -78,7 +79,7 @@ def test_green_on_four_devices(tmp_path):
 
 
 def test_faults_of_devices(tmp_path):
-    """A busy device, one that computes other numbers, and a collective that moves nothing."""
+    """A busy device, one that computes other numbers, and a collective that loses a part."""
     faults = "only_rates", "busy_device", "miscalculating_device", "losing_all_to_all"
     code, out, err = finish(start(faults, f"--workdir={tmp_path}"))
     assert code == 1
@@ -87,7 +88,9 @@ def test_faults_of_devices(tmp_path):
         (line,) = [line for line in out.splitlines() if line.startswith(f"  rates: {name}: slow:")]
         assert f"device 2 of {host} (process 0)" in line and line.count("of the median") == 1
         assert "end other programs there" in line
-    assert "  rates: same product: devices 3 do not compute what device 0 does; leave" in out
+    (line,) = [line for line in out.splitlines() if line.startswith("  rates: exact products: ")]
+    wrong = r"bfloat16 on device 0 by 0\.[01]\d*, float32 on device 0 by 0\.[01]\d*; leave these"
+    assert re.search(f"off, of the largest number: {wrong}", line)
     assert "  rates: collectives: wrong results: all_to_all on device 0, " in out
     assert "all_reduce on device" not in out
     assert "  rates: memory" not in out  # which no fault touches
@@ -127,17 +130,12 @@ def test_two_processes(tmp_path):
     ((_, status, line),) = found(record, "hosts")
     assert status == FAIL and line.startswith("orbax-checkpoint is 0.1 in process 1, 0.")
     wrong = [finding for finding in record["findings"] if finding["status"] == FAIL]
-    first = record["rates"]["devices"][2]["device"]
+    first, second = (device["device"] for device in record["rates"]["devices"][2:])
     assert len(wrong) == 3, wrong
-    assert found(record, "same product") == [
-        (0, OK, "all devices compute the same numbers"),
-        (
-            1,
-            FAIL,
-            f"process 1 on {socket.gethostname()}: device {first} does not compute what the first "
-            "one of process 0 does",
-        ),
-    ]
+    (_, here, _), (process, there, line) = found(record, "exact products")
+    assert (here, process, there) == (OK, 1, FAIL)
+    assert line.startswith(f"process 1 on {socket.gethostname()}: off, of the largest number: ")
+    assert f"float32 on device {first} by 0.1, float32 on device {second} by 0.1" in line
     assert len(record["rates"]["devices"]) == 4
     assert record["rates"]["collectives"]["all_reduce"] > 0
     assert "collectives of all hosts" not in record["rates"]
@@ -392,6 +390,46 @@ def test_a_resumed_run_is_the_same_bit_for_bit(resumed, status, line, tmp_path, 
     assert finding.status == status
     assert line in finding.line
     assert not (tmp_path / "checkpoints" / "4").exists() or resumed[-1][0] == 4
+
+
+@pytest.mark.parametrize(
+    ("flags", "loss", "status"),
+    [("", 3.001, WARN), ("", 3.1, FAIL), ("--xla_gpu_deterministic_ops=true", 3.001, FAIL)],
+)
+def test_a_gpu_may_sum_in_any_order(flags, loss, status, tmp_path, monkeypatch):
+    """Unless a flag of XLA keeps it from doing so."""
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(trial, "train", run_of(iter([WHOLE, [(3, loss), (4, 2.0)]])))
+    (finding,) = trial._run(None, tmp_path)
+    assert finding.status == status
+    assert f"loss at step 3 is {loss}, and was 3.0" in finding.line
+    assert (finding.fix == "set XLA_FLAGS=--xla_gpu_deterministic_ops=true") == (not flags)
+
+
+@pytest.mark.parametrize(
+    ("platform", "variable", "pool", "status", "gibibytes"),
+    [
+        ("gpu", "", 60, OK, 60),
+        ("gpu", "", 20, FAIL, 20),  # another program holds the rest
+        ("gpu", "false", 0, OK, 60),  # JAX takes memory when it needs it
+        ("gpu", "", None, OK, 60),
+        ("tpu", "", 20, OK, 60),
+    ],
+)
+def test_memory_that_another_program_holds(
+    platform, variable, pool, status, gibibytes, monkeypatch
+):
+    stats = {"bytes_limit": 60 << 30, "pool_bytes": pool and pool << 30}
+    kind = "NVIDIA H100 80GB HBM3"
+    device = SimpleNamespace(id=0, platform=platform, device_kind=kind, memory_stats=lambda: stats)
+    monkeypatch.setattr(jax, "device_put", lambda x, device: x)
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", variable or "true")
+    numbers = {}
+    (finding,) = environment._memory([device], numbers)
+    assert finding.status == status
+    assert numbers["device_memory_bytes"] == [gibibytes << 30]
+    assert f"{gibibytes}.0 " in finding.line
 
 
 # --- data sheets, corpus, benchmarks

@@ -234,6 +234,23 @@ def test_slices_that_were_taken_away_end_the_wait(tools):
     assert not [call for call in calls(tools) if " ssh " in call]
 
 
+@pytest.mark.parametrize(("failures", "started"), [(3, True), (40, False)])
+def test_a_wait_of_days_survives_a_silent_gcloud(failures, started, tools):
+    """Its first answers to `describe` are errors, as in a moment without a network."""
+    # The first of all asks whether the slices were asked for already.
+    (tools / "gcloud.does").write_text(
+        f"tail -n 1 {tools}/calls | grep -q ' describe ' || exit 0\n"
+        f"[ $(grep -c ' describe ' {tools}/calls) -gt {1 + failures} ]"
+    )
+    (tools / "sleep").write_text("#!/bin/sh\n")
+    (tools / "sleep").chmod(0o755)
+    done = launch(tools, "queued_resources.sh", *config(), **RECIPES["queued_resources.sh"])
+    assert (done.returncode == 0) == started, done.stderr
+    assert done.stdout.count("no answer") >= min(failures, 20)
+    assert ("gcloud did not answer for 10 minutes" in done.stderr) == (not started)
+    assert any(" ssh " in call for call in calls(tools)) == started
+
+
 def test_the_price_of_a_plan():
     """cost.awk finds the chip-hours in the table that `prmoe plan` prints."""
     plan = {

@@ -49,8 +49,8 @@ def busy_device() -> None:
 
     def make(measure_in_turns):
         def product(device, dtype):
-            probe, total = measure_in_turns(device, dtype)
-            return (_busy(probe) if device in jax.local_devices()[2:3] else probe), total
+            probe, error = measure_in_turns(device, dtype)
+            return (_busy(probe) if device in jax.local_devices()[2:3] else probe), error
 
         return product
 
@@ -92,34 +92,41 @@ def another_version() -> None:
 
 
 def miscalculating_device() -> None:
-    """The last device's products are off by a tenth."""
-
-    def make(product):
-        def faulty(device, dtype):
-            probe, total = product(device, dtype)
-            return probe, total * (1.1 if device == jax.local_devices()[-1] else 1)
-
-        return faulty
-
-    _wrapped(rates, "_product", make)
+    """A row of each product of the first device is off by a tenth."""
+    _miscalculating(lambda device: device == jax.local_devices()[0])
 
 
 def miscalculating_process_1() -> None:
-    """All products of the second process are off by a tenth."""
+    """A row of each product of the second process is off by a tenth."""
+    _miscalculating(lambda device: device.process_index == 1)
+
+
+def _miscalculating(faulty) -> None:
+    matmul = jax.numpy.matmul
 
     def make(product):
-        def faulty(device, dtype):
-            probe, total = product(device, dtype)
-            return probe, total * (1.1 if jax.process_index() == 1 else 1)
+        def on(device, dtype):
+            wrong = lambda x, y: matmul(x, y).at[-1].multiply(1.1)  # noqa: E731
+            jax.numpy.matmul = wrong if faulty(device) else matmul
+            try:
+                return product(device, dtype)
+            finally:
+                jax.numpy.matmul = matmul
 
-        return faulty
+        return on
 
     _wrapped(rates, "_product", make)
 
 
 def losing_all_to_all() -> None:
-    """Rows stay where they are."""
-    jax.lax.all_to_all = lambda x, *_, **__: x
+    """The first half of each row gets lost."""
+
+    def make(all_to_all):
+        return lambda x, *how, **options: (
+            all_to_all(x, *how, **options).at[:, : x.shape[1] // 2].set(0)
+        )
+
+    _wrapped(jax.lax, "all_to_all", make)
 
 
 if __name__ == "__main__":
