@@ -5,6 +5,7 @@ import io
 import logging
 import os
 import platform
+import select
 import sys
 import tempfile
 import threading
@@ -61,10 +62,10 @@ def guard(task: Callable[[], None], folder: Callable[[], Path | None]) -> int:
         finally:
             sys.stdout.flush()  # a closed pipe is noticed here, not at Python's exit
         return 0
-    except BrokenPipeError:
-        _silence(sys.stdout)
-        return 0
     except BaseException as error:
+        if isinstance(error, BrokenPipeError) and _unread(sys.stdout):
+            _silence(sys.stdout)
+            return 0
         if isinstance(error, SystemExit) and error.code == 0:  # --help or --version was shown
             raise
         failure = describe(error)
@@ -99,7 +100,7 @@ def _kept(text: str, folder: Path | None) -> str:
     for find in (lambda: folder, lambda: Path(tempfile.gettempdir())):
         with contextlib.suppress(OSError, UserError):
             if (place := find()) and place.is_dir():
-                files.replace(place / name, head + text)
+                files.replace(place / name, (head + text).encode("utf-8", "backslashreplace"))
                 return str(place / name)
     print(text, file=sys.stderr)  # no room for a file anywhere
     return "the lines above"
@@ -107,6 +108,8 @@ def _kept(text: str, folder: Path | None) -> str:
 
 def _thread_failed(failed: threading.ExceptHookArgs) -> None:
     """Reports an exception that ended a thread: one line, and the traceback in a file."""
+    if issubclass(failed.exc_type, SystemExit):  # it ends the thread, as Python has it
+        return
     error = failed.exc_value or failed.exc_type()
     failure = describe(error)
     say((failure if failure.foreseen else _with_traceback(failure, error, None)).line)
@@ -125,6 +128,15 @@ def _report_unraisable(unraisable) -> None:
         echo, error = isinstance(error, GeneratorExit), error.__cause__
     if not echo:
         sys.__unraisablehook__(unraisable)
+
+
+def _unread(stream) -> bool:
+    """Whether a stream is a pipe whose reader is gone, such as `head`."""
+    with contextlib.suppress(OSError, ValueError):
+        poll = select.poll()
+        poll.register(stream.fileno(), select.POLLOUT)
+        return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+    return False
 
 
 def _silence(stream) -> None:

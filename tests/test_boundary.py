@@ -59,6 +59,27 @@ def test_the_unforeseen_is_one_line_and_a_file(error, line, tmp_path, monkeypatc
     assert "in fail" in file.read_text() and type(error).__name__ in file.read_text()
 
 
+def test_a_traceback_may_hold_what_no_encoding_has(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PRMOE_TRACEBACK", "0")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert main(failing(monkeypatch, TypeError("a \ud800 of a broken name"))) == 1
+    assert "internal error: TypeError: a " in only_line(capsys.readouterr().err)
+    (file,) = tmp_path.iterdir()
+    assert r"TypeError: a \ud800 of a broken name" in file.read_text()
+
+
+def test_a_broken_pipe_is_no_error_only_where_nobody_reads_the_output(tmp_path, monkeypatch):
+    """Another pipe breaks when a process that gets data has ended."""
+    monkeypatch.setenv("PRMOE_TRACEBACK", "0")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    reading, writing = os.pipe()
+    with os.fdopen(writing, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert main(failing(monkeypatch, BrokenPipeError())) == 1
+        os.close(reading)
+        assert main(failing(monkeypatch, BrokenPipeError())) == 0
+
+
 def test_the_traceback_is_in_the_runs_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PRMOE_TRACEBACK", "0")
     monkeypatch.setattr("prmoe_jax.cli.eval.check_run", lambda workdir: 1 / 0)
@@ -145,6 +166,10 @@ def test_a_failed_thread_is_one_line(monkeypatch, tmp_path, capsys):
     thread.join()
     line = only_line(capsys.readouterr().err)
     assert line.startswith("prmoe: internal error: ZeroDivisionError: division by zero; the tra")
+    thread = threading.Thread(target=sys.exit, args=[3])  # which ends a thread without a word
+    thread.start()
+    thread.join()
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(("error", "lines"), [(RecursionError("deep"), 0), (ValueError("x"), 1)])

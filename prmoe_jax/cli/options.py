@@ -4,6 +4,7 @@ import argparse
 import difflib
 import os
 import re
+import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -88,6 +89,8 @@ def _load_settings(path: Path, name: str):
     """Reads a run's config.json, or calls get_config(NAME) or get_config() of a config file."""
     from ml_collections import ConfigDict
 
+    from prmoe_jax.config import default_config, resolve
+
     if re.fullmatch(r"\w+", str(path)) and not path.is_file():  # a folder may have this name
         path = userfile.shipped(str(path))
     if not stores.is_local(path) and path.suffix != ".json":
@@ -111,7 +114,14 @@ def _load_settings(path: Path, name: str):
             f"--config={path}: get_config returns {type(settings).__name__}, not a ConfigDict; "
             "start from prmoe_jax.config.default_config()"
         )
-    return settings
+    whole = default_config()  # a file need not name all settings, and any can be overridden
+    with userfile.mistakes(path, f"--config={path}"), whole.unlocked():
+        try:
+            whole.update(settings)
+        except (TypeError, AttributeError):
+            resolve(settings)  # names the setting that has a wrong type
+            raise
+    return whole
 
 
 def _override(settings, arguments: list[str]) -> None:
@@ -220,8 +230,10 @@ def check_run(workdir: Path) -> None:
 
 
 def compile_only() -> None:
-    """Prepares JAX to compile for devices that aren't there; call it before JAX is imported."""
+    """Prepares JAX to compile for devices that aren't there; call it before JAX is used."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several may compile at a time
+    if jax := sys.modules.get("jax"):  # a config file imported it, and JAX has read the variable
+        jax.config.update("jax_platforms", "cpu")

@@ -74,7 +74,7 @@ def expand(name: str, text: str | os.PathLike) -> Path:
 # except that other devices, or another compiled program, add up in another order.
 RESUMABLE = (
     "eval.", "checkpoint.", "log.", "data.cache_dir", "mesh.", "moe.exchange", "moe.buffer_factor",
-    "model.remat", "train.accumulate", "train.compile_cache",
+    "moe.dispatch", "model.attention", "model.remat", "train.accumulate", "train.compile_cache",
 )  # fmt: skip
 
 

@@ -294,7 +294,9 @@ class MoeConfig:
         False, "Gumbel noise on the second choice of top 2, in training only."
     )
     aux_loss_weight: float = setting(
-        0.01, "Weight of the load-balancing loss, summed over layers.", least=0
+        0.01,
+        "Weight of the load-balancing loss, summed over layers; no effect where experts choose.",
+        least=0,
     )
     balance: str = setting(
         "group",

@@ -88,7 +88,8 @@ def _check_type(name: str, value, setting: Setting) -> None:
     elif isinstance(value, float):
         finite, (low, high) = math.isfinite(value), FLOAT32
         require(finite or setting.infinite, f"{name}={value} must be finite")
-        fix = "0" if abs(value) < low else "inf" if setting.infinite else f"{high:.6g} or less"
+        small = "0" if setting.above is None else f"{low:.6g} or more"
+        fix = small if abs(value) < low else "inf" if setting.infinite else f"{high:.6g} or less"
         require(
             not finite or value == 0 or low <= abs(value) <= high,
             f"{name}={value} is out of float32's range; use {fix}",
@@ -346,7 +347,7 @@ def check_same_routing(config: Config, source: Config, whose: str) -> None:
         require(ours == theirs, f"moe.{name}={ours}, {whose} has {theirs}; use the same")
     ours, theirs = config.model.normalizes, source.model.normalizes
     require(
-        ours == theirs,
+        ours == theirs or config.moe.router == "expert_choice",  # which normalizes nothing
         f"model.normalize_top_k={config.model.form.normalize_top_k}: the weights of a token's "
         f"experts {'add' if ours else 'do not add'} up to 1, those of {whose} "
         f"{'do' if theirs else 'do not'}; use {'always' if theirs else 'never'}",

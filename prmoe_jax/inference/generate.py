@@ -1,7 +1,6 @@
 """Generates text from a trained run: prefill in chunks, then token by token, for many prompts."""
 
 import dataclasses
-import logging
 import math
 import os.path
 from collections.abc import Callable, Sequence
@@ -23,8 +22,6 @@ from prmoe_jax.model.attention import KVCache
 from prmoe_jax.parallel.mesh import batch_axes
 from prmoe_jax.run import directory as workdirs
 from prmoe_jax.run.restore import restore_run
-
-log = logging.getLogger(__name__)
 
 # Tokens of each prompt in one chunk of the prefill, and decoding steps until the host looks for new
 # tokens.

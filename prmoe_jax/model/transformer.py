@@ -4,7 +4,6 @@ A module is a typed pytree of float32 parameters: it goes through plain jax.jit,
 """
 
 import dataclasses
-import logging
 import math
 from collections.abc import Iterator
 
@@ -23,8 +22,6 @@ from prmoe_jax.nn.norms import norm
 from prmoe_jax.nn.parameters import declaration, map_named, normal
 from prmoe_jax.parallel import sharding
 from prmoe_jax.parallel.mesh import platform
-
-log = logging.getLogger(__name__)
 
 # On CPUs, this many layers or fewer are compiled one by one: the step is 3 to 17 % faster
 # than with a scan, which writes and reads stacked arrays, but takes longer to compile.

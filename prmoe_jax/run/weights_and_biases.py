@@ -3,11 +3,15 @@
 import dataclasses
 import hashlib
 import importlib.util
+import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from prmoe_jax.config import Config
 from prmoe_jax.errors import UserError, first_line
+
+log = logging.getLogger(__name__)
 
 
 def check_installed(config: Config) -> None:
@@ -19,7 +23,10 @@ def check_installed(config: Config) -> None:
 
 
 class WandbRun:
-    """A run there. Restarts continue it; a line that is logged again appears twice in its table."""
+    """A run there. Restarts continue it; a line that is logged again appears twice in its table.
+
+    Where its process fails, training goes on without it; metrics.jsonl has everything.
+    """
 
     def __init__(self, config: Config, workdir: Path, begun: float):
         """Starts or continues the run.
@@ -56,8 +63,19 @@ class WandbRun:
     def write(self, step: int, metrics: dict) -> None:
         """Sends the numbers among a step's metrics."""
         numbers = {name: v for name, v in metrics.items() if isinstance(v, (int, float))}
-        self._run.log({"step": step, **numbers})
+        self._send(lambda run: run.log({"step": step, **numbers}))
 
     def close(self) -> None:
         """Sends what is left."""
-        self._run.finish()
+        self._send(lambda run: run.finish())
+
+    def _send(self, act: Callable) -> None:
+        if self._run is None:
+            return
+        import wandb
+
+        try:
+            act(self._run)
+        except (wandb.errors.Error, OSError) as error:
+            log.warning("log.wandb: %s; no more is sent there", first_line(error))
+            self._run = None

@@ -1,7 +1,6 @@
 """Evaluation on the validation split: loss, perplexity, bits per byte, drops, expert load."""
 
 import itertools
-import logging
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -34,8 +33,6 @@ from prmoe_jax.run import directory as workdirs
 from prmoe_jax.run.directory import shared_settings
 from prmoe_jax.run.metrics import perplexity, summarise
 from prmoe_jax.run.restore import check_text, restore_run
-
-log = logging.getLogger(__name__)
 
 
 def evaluate_model(

@@ -262,6 +262,19 @@ def test_train_goes_where_it_is_told(monkeypatch, capsys):
     assert json.loads(capsys.readouterr().out)["loads"] == [1, 2]
 
 
+def test_a_plan_opens_no_accelerator_where_a_config_file_imports_jax():
+    """JAX reads JAX_PLATFORMS when it is imported."""
+    code = (
+        "import os, jax\nfrom prmoe_jax.cli.options import compile_only\n"
+        "os.environ.pop('JAX_PLATFORMS', None)\njax.config.update('jax_platforms', None)\n"
+        "compile_only()\nprint(jax.config.jax_platforms)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment()
+    )
+    assert done.stdout == "cpu\n", done.stderr
+
+
 def test_a_stopped_run_and_a_keyboard_interrupt_have_their_own_codes(monkeypatch, capsys):
     import prmoe_jax.training.loop
     from prmoe_jax.errors import TrainingStopped

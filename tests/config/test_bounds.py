@@ -109,6 +109,8 @@ def test_a_divisor_of_a_long_context_is_found_at_once(length, group, use):
 def test_floats_that_float32_has_no_number_for(name):
     for value in (1e39, -1e300, 1e-39, -1e-300):
         refused(lambda: resolve(nested(name, value)), f"{name}={value} is out of fl")  # noqa: B023
+    least = "0" if DECLARED[name].above is None else "1.17549e-38 or more"
+    refused(lambda: resolve(nested(name, 1e-39)), f"range; use {least}")
 
 
 def test_the_bounds_are_those_of_float32():

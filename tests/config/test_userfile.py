@@ -5,6 +5,7 @@ import json
 import pytest
 
 from prmoe_jax.cli import main
+from prmoe_jax.cli.options import parse_config
 from prmoe_jax.config import userfile
 from prmoe_jax.errors import UserError
 from tests.support.lines import only_line
@@ -35,6 +36,43 @@ def test_a_config_file_that_fails(code, message, tmp_path, capsys):
     out, err = capsys.readouterr()
     line = only_line(err)
     assert message in line and line.startswith("prmoe: --config=") and out == ""
+
+
+@pytest.mark.parametrize("kind", ["ConfigDict", "FrozenConfigDict"])
+def test_a_config_file_need_not_name_every_setting(kind, tmp_path, capsys):
+    """Those that it leaves out can be overridden, too."""
+    (tmp_path / "c.py").write_text(
+        f"from ml_collections import {kind}\n"
+        "MODEL = {'layers': 2, 'heads': 4, 'd_model': 16, "
+        "'placement': 'every 2', 'experts': [3], 'dropout': 0}\n"
+        f"def get_config():\n    return {kind}({{'model': MODEL, 'train': {{'steps': 3}}}})\n"
+    )
+    command = ["params", f"--config={tmp_path / 'c.py'}", "--json"]
+    overrides = ["model.heads=2", "model.dropout=0.5", "moe.capacity_factor=2", "seed=7"]
+    assert main([*command, *(f"--config.{override}" for override in overrides)]) == 0
+    assert json.loads(capsys.readouterr().out)["total_params"] > 0
+    parsed = parse_config([command[1], *(f"--config.{override}" for override in overrides)])
+    assert (parsed.model.heads, parsed.model.layers, parsed.model.experts) == (2, 2, (3,))
+    assert (parsed.model.dropout, parsed.moe.capacity_factor, parsed.seed) == (0.5, 2.0, 7)
+    assert parsed.train.steps == 3
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"hedas": 4}, "config.model.hedas is not a setting"),
+        ({"heads": "four"}, "config.model.heads="),
+        (7, "config.model must be a group of settings, not 7"),
+    ],
+)
+def test_wrong_settings_of_a_short_config_file(model, message, tmp_path, capsys):
+    (tmp_path / "c.py").write_text(
+        "from ml_collections import ConfigDict\n"
+        f"def get_config():\n    return ConfigDict({{'model': {model}, 'train': {{'steps': 3}}}})"
+    )
+    assert main(["params", f"--config={tmp_path / 'c.py'}"]) == 2
+    line = only_line(capsys.readouterr().err)
+    assert message in line and "internal error" not in line
 
 
 def test_ctrl_c_in_a_users_file_is_no_mistake(tmp_path):

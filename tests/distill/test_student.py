@@ -76,6 +76,13 @@ def test_experts_are_chosen_as_the_teacher_s(teacher, student, message):
     check_same_routing(student, dense, "the run to start as")
 
 
+def test_experts_that_choose_have_no_weights_to_normalize():
+    chosen = {"router": "expert_choice", "capacity_factor": 1.0, "eval_capacity_factor": 1.0}
+    two, one = (settings(f"4 layers, E=3{text}", moe=chosen) for text in (", top 2", ""))
+    assert two.model.normalizes != one.model.normalizes
+    check_same_routing(one, two, "the teacher")
+
+
 @pytest.mark.parametrize(
     ("teacher", "student", "layers"),
     [

@@ -288,6 +288,22 @@ def test_splash_equals_xla(window, key_heads, monkeypatch):
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_gradients_of_splash_equal_those_of_xla(monkeypatch):
+    """Interpreted as above; the kernel has a backward pass of its own."""
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 130, 4, 16))
+    dy = jax.random.normal(jax.random.key(1), q.shape)
+    monkeypatch.setattr(attention_kernels, "splash", functools.partial(splash, interpret=True))
+    k, v = k[:, :, :2], v[:, :, :2]
+    segments = jnp.array([[1] * 100 + [2] * 30, [1] * 90 + [0] * 40])
+
+    def gradients(implementation):
+        loss = lambda q, k, v: (attend(q, k, v, segments, implementation, 41) * dy).sum()  # noqa: E731
+        return jax.grad(loss, (0, 1, 2))(q, k, v)
+
+    for got, expected in zip(gradients("splash"), gradients("xla"), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_splash_at_a_length_that_is_padded_equals_xla(monkeypatch):
     monkeypatch.setattr(attention_kernels, "splash", functools.partial(splash, interpret=True))
     q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 61, 1, 8))

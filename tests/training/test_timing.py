@@ -4,12 +4,14 @@ import json
 import math
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import pytest
 
 from prmoe_jax.cli import main
 from prmoe_jax.run.metrics import read_metrics
+from prmoe_jax.run.weights_and_biases import WandbRun
 from prmoe_jax.training.timing import Clock, StallWatch
 from tests.support.extras import needs_extra
 from tests.support.runs import arguments, assert_same_run
@@ -156,6 +158,26 @@ def test_wandb(text, tmp_path, monkeypatch):
     content = b"".join(file.read_bytes() for file in files)
     assert content.count(b"grad_norm") >= 6
     assert b"pyramids" in content
+
+
+def test_training_goes_on_without_wandb(monkeypatch, caplog):
+    """Its process was killed."""
+    asked = []
+
+    def fails(*_):
+        asked.append(1)
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+    package = SimpleNamespace(errors=SimpleNamespace(Error=RuntimeError))
+    monkeypatch.setitem(sys.modules, "wandb", package)
+    run = WandbRun.__new__(WandbRun)
+    run._run = SimpleNamespace(log=fails, finish=fails)
+    run.write(1, {"loss": 5.0})
+    run.write(2, {"loss": 4.0})
+    run.close()
+    assert len(asked) == 1
+    (line,) = caplog.messages
+    assert "Connection reset by peer" in line and line.endswith("; no more is sent there")
 
 
 def test_wandb_that_is_missing(text, tmp_path, monkeypatch, capsys):
