@@ -7,6 +7,7 @@ from typing import NamedTuple
 from jax.experimental import topologies
 
 from prmoe_jax.errors import UserError, first_line
+from prmoe_jax.run.metrics import PEAK_FLOPS
 
 
 class Chip(NamedTuple):
@@ -36,14 +37,14 @@ class Chip(NamedTuple):
 # Peak and cycle estimates of its compiler agree with 4 units of 256 x 256 at 2.2 GHz on a device.
 # GPUs: NVIDIA's data sheets of HGX H100, DGX B200 and GB200 NVL72, with 400 Gbit/s for each GPU.
 CHIPS = {
-    "v4": Chip("tpu", 275e12, 32 * 2**30, 1.2e12, 45e9, 6.25e9, hertz=1.05e9),
-    "v5e": Chip("tpu", 197e12, 16 * 2**30, 0.82e12, 45e9, 3.125e9, hertz=1.5e9),
-    "v5p": Chip("tpu", 459e12, 95 * 2**30, 2.77e12, 90e9, 6.25e9, hertz=1.75e9),
-    "v6e": Chip("tpu", 918e12, 32 * 2**30, 1.64e12, 90e9, 12.5e9, hertz=1.75e9),
-    "tpu7x": Chip("tpu", 1153.5e12, 96 * 2**30, 3.69e12, 50e9, 6.25e9, 2.2e9, 2, 600e9),
-    "h100": Chip("gpu", 989e12, 80 * 10**9, 3.35e12, 450e9, 50e9),
-    "b200": Chip("gpu", 2250e12, 180 * 10**9, 8e12, 900e9, 50e9),
-    "gb200": Chip("gpu", 2500e12, 186 * 10**9, 8e12, 900e9, 50e9),
+    "v4": Chip("tpu", PEAK_FLOPS["TPU v4"], 32 * 2**30, 1.2e12, 45e9, 6.25e9, hertz=1.05e9),
+    "v5e": Chip("tpu", PEAK_FLOPS["TPU v5e"], 16 * 2**30, 0.82e12, 45e9, 3.125e9, hertz=1.5e9),
+    "v5p": Chip("tpu", PEAK_FLOPS["TPU v5p"], 95 * 2**30, 2.77e12, 90e9, 6.25e9, hertz=1.75e9),
+    "v6e": Chip("tpu", PEAK_FLOPS["TPU v6e"], 32 * 2**30, 1.64e12, 90e9, 12.5e9, hertz=1.75e9),
+    "tpu7x": Chip("tpu", PEAK_FLOPS["TPU7x"], 96 * 2**30, 3.69e12, 50e9, 6.25e9, 2.2e9, 2, 600e9),
+    "h100": Chip("gpu", PEAK_FLOPS["NVIDIA H100 80GB HBM3"], 80 * 10**9, 3.35e12, 450e9, 50e9),
+    "b200": Chip("gpu", PEAK_FLOPS["NVIDIA B200"], 180 * 10**9, 8e12, 900e9, 50e9),
+    "gb200": Chip("gpu", PEAK_FLOPS["NVIDIA GB200"], 186 * 10**9, 8e12, 900e9, 50e9),
 }
 
 # JAX's name of a device -> its chip.

@@ -42,7 +42,6 @@ from prmoe_jax.plan.report import (
     needed_bytes,
     table,
 )
-from prmoe_jax.run.metrics import PEAK_FLOPS
 from prmoe_jax.training.step import compile_train_step
 from tests.support.extras import needs_extra
 from tests.support.lines import only_line
@@ -656,8 +655,7 @@ def test_topologies():
     assert (unit("2xtpu7x:2x2x1"), unit("b200:2x8")) == ("device", "chip")
     assert slice_shapes("2xv5e")[:2] == ["2xv5e:1x1", "2xv5e:2x2"]
     assert slice_shapes("100xv5e")[-1] == "100xv5e:8x16"  # 16 x 16 would be too many
-    for name, chip in CHIPS.items():
-        assert chip.flops_per_s in PEAK_FLOPS.values(), name
+    for chip in CHIPS.values():
         assert chip.network_bytes_per_s < chip.link_bytes_per_s < chip.hbm_bytes_per_s
 
 
