@@ -16,12 +16,8 @@ IMAGES = Path(__file__).with_name("images")
 
 
 def main(folder: Path = IMAGES) -> None:
-    found = arms(records("prmoe"))
-    figures.curves(found, folder / "loss_tokens", by_flops=False)
-    figures.sizes(found, folder / "loss_parameters")
     figures.multipliers(multipliers(arms(records("multiplier"))), folder / "multipliers")
-    for name in "loss_tokens", "loss_parameters", "multipliers":
-        (folder / name).with_suffix(".png").unlink()  # the pages show the SVG
+    (folder / "multipliers.png").unlink()  # the pages show the SVG
     plans = [(row["model"], row) for row in records("pod_plans") if "why" not in row]
     picture.draw(plans, folder / "pod_plans.png")
 

@@ -28,7 +28,7 @@ from prmoe_jax import architecture, default_config, evaluate, resolve, train
 from prmoe_jax.distill import student
 from prmoe_jax.run.metrics import read_metrics
 
-STEPS = 200  # a taste; experiments/mos has the real thing, with seeds
+STEPS = 200  # a taste; experiments/claims/mos has longer runs
 folder = Path(tempfile.mkdtemp())
 
 
@@ -93,8 +93,8 @@ assert max(line["step"] for line in kd) == round(0.7 * STEPS)  # none after the 
 # ## How much they agree
 #
 # The divergence of each student from the teacher, and the share of tokens for which both find the
-# same token likeliest. One run of each shows no more than the direction; `experiments/mos` has three
-# seeds.
+# same token likeliest. One run of each shows no more than the direction;
+# `experiments/claims/mos` has more seeds.
 
 # %%
 for name in ("alone", "taught"):

@@ -7,7 +7,7 @@ import runpy
 from pathlib import Path
 
 PROSE = runpy.run_path(str(Path(__file__).parents[2] / "configs/prose.py"))
-ARMS = {name: (name, {}) for name in ("moe", "every_layer", "first_half", "second_half")}
+ARMS = {name: (name, {}) for name in ("moe", "every_layer", "first_half", "second_half", "dense")}
 
 
 def runs():

@@ -119,9 +119,23 @@ def test_the_citation_has_the_version():
 def test_figures_are_drawn_from_the_records(tmp_path):
     """Each is one that a page shows."""
     figures = runpy.run_path(str(ROOT / "docs" / "figures.py"))
-    svg = "loss_tokens", "loss_parameters", "multipliers"
     figures["main"](tmp_path)
     drawn = {path.name for path in tmp_path.iterdir()}
-    assert drawn == {f"{name}.svg" for name in svg} | {"pod_plans.png"}
+    assert drawn == {"multipliers.svg", "pod_plans.png"}
     shown = (ROOT / "docs" / "results.md").read_text()
     assert all(f"](images/{name})" in shown for name in drawn)
+
+
+@pytest.mark.parametrize(
+    ("page", "ends"), [("README.md", "## Two commands"), ("experiments/README.md", "### Where")]
+)
+def test_the_claims_have_the_intervals_of_the_records(page, ends):
+    """Each that a table of the claims has; experiments/claims/pooled.py makes them."""
+    pooled = runpy.run_path(str(ROOT / "experiments" / "claims" / "pooled.py"))
+    _, contrasts = pooled["contrasts"]()
+    made = {pooled["shown"](one.apart).lstrip("+-") for one in contrasts}
+    _, _, text = (ROOT / page).read_text().partition("## The paper's claims")
+    text, found, _ = text.partition(ends)
+    stated = set(re.findall(r"\d\.\d{3} ± \d\.\d{3}", text))
+    assert found and len(stated) >= 5
+    assert stated <= made
