@@ -8,11 +8,11 @@ each run once, with one effect for each seed. Prints the residual standard devia
 contrast with its 95 % interval and verdict, in nats a token.
 """
 
-import json
 from pathlib import Path
 from typing import NamedTuple
 
 from prmoe_jax.report.arms import Mean, Spread, arms, difference, holm, p_value, spread, verdict
+from prmoe_jax.sweep import records
 from prmoe_jax.sweep.definition import constants
 from prmoe_jax.tables import aligned
 
@@ -46,11 +46,13 @@ def shown(apart: Mean) -> str:
 def contrasts() -> tuple[dict[str, Spread], list[Contrast]]:
     """The spread of each sweep and of all models, and the contrasts that have two seeds."""
     stated = {path.parent.name: constants(path.parent) for path in sorted(HERE.glob("*/sweep.py"))}
-    found = {name: arms(_read(name), constant.varying) for name, constant in stated.items()}
+    found = {
+        name: arms(records.read(HERE / name), constant.varying) for name, constant in stated.items()
+    }
     spreads = {name: alone for name, runs in found.items() if (alone := spread(runs))}
     # Sweeps share models, such as `moe`.
     models = {
-        str(sorted((seed, record["loss"]) for seed, record in rows.items())): rows
+        tuple(sorted((seed, record["loss"]) for seed, record in rows.items())): rows
         for runs in found.values()
         for rows in runs.values()
     }
@@ -64,11 +66,6 @@ def contrasts() -> tuple[dict[str, Spread], list[Contrast]]:
                 is_so = verdict(runs[arm], runs[base], stated[name].margin, pooled)
                 compared.append(Contrast(name, arm, base, apart, p, is_so))
     return spreads | {"all": pooled}, compared
-
-
-def _read(name: str) -> list[dict]:
-    text = (HERE / name / "results.jsonl").read_text()
-    return list(map(json.loads, text.splitlines()))
 
 
 if __name__ == "__main__":

@@ -37,7 +37,6 @@ SHOW_SECONDS = 10
 POLL_SECONDS = 0.5
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
-
 _ENDED = "prmoe/ended/"
 _calls = itertools.count()  # equal on all processes, which make the same calls
 
