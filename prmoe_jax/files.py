@@ -228,6 +228,10 @@ def cannot_write(path: Path, error: OSError) -> UserError:
     return UserError(f"{path} cannot be written: {error.strerror or error}")
 
 
+def cannot_read(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path} cannot be read: {error.strerror or error}")
+
+
 def regular(path: Path, hint: str = "") -> Path:
     """Returns the path if it is a regular file; reading a pipe or a device might never return.
 
@@ -243,7 +247,7 @@ def regular(path: Path, hint: str = "") -> Path:
             return path
         found = path.exists()
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+        raise cannot_read(path, error) from None
     raise UserError(f"{path} is not a regular file" if found else f"{path} is missing{hint}")
 
 
@@ -261,7 +265,7 @@ def read_json(path: Path, kind: type = dict, fix: str = "restore a copy of it") 
     try:
         value = parse_json(path.read_bytes())
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+        raise cannot_read(path, error) from None
     except ValueError as error:
         raise UserError(f"{path} is damaged: {error}; {fix}") from None
     if not isinstance(value, kind):
@@ -290,7 +294,7 @@ def read_json_lines(
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+        raise cannot_read(path, error) from None
     if torn and _is_object(torn):
         lines.append(torn)  # some editors leave out the last newline
     elif torn:

@@ -4,19 +4,30 @@
 
 A sweep of two seeds has few degrees of freedom, and its models were often trained on one machine at
 one commit, whose effect it then takes for that of the seed. Here all models are in one analysis,
-each run once, with one effect for each seed. Prints the residual standard deviations, and each
-contrast with its 95 % interval and verdict, in nats a token.
+each run once, with one effect for each seed; a run that goes on from another one of its sweep is
+left out. Prints the residual standard deviations, a test whether one effect for each seed is
+enough, and each contrast with its 95 % interval and verdict, in nats a token.
 """
 
 from pathlib import Path
 from typing import NamedTuple
 
+from scipy import stats
+
 from prmoe_jax.report.arms import Mean, Spread, arms, difference, holm, p_value, spread, verdict
 from prmoe_jax.sweep import records
-from prmoe_jax.sweep.definition import constants
+from prmoe_jax.sweep.definition import planned
 from prmoe_jax.tables import aligned
 
 HERE = Path(__file__).parent
+
+
+class Model(NamedTuple):
+    """A model of one or more sweeps, with its records by seed."""
+
+    origin: str  # the sweep that trained it
+    settings: dict  # without the seed
+    rows: dict[int, dict]
 
 
 class Contrast(NamedTuple):
@@ -34,6 +45,12 @@ def main() -> None:
     spreads, compared = contrasts()
     rows = [(name, f"{one.deviation:.4f}", one.freedom) for name, one in spreads.items()]
     print(f"{aligned(('sweep', 'deviation', 'freedom'), rows)}\n")
+    inside, ratio, p = by_origin()
+    print(
+        f"one effect of the seed for each sweep that trained models: {inside.deviation:.4f}, "
+        f"{inside.freedom}; F({spreads['all'].freedom - inside.freedom}, {inside.freedom}) = "
+        f"{ratio:.1f}, p = {p:.2g}\n"
+    )
     rows = [(*one[:3], shown(one.apart), f"{one.p:.3f}", one.verdict) for one in compared]
     head = "sweep", "arm", "against", "above it", "p (Holm)", "verdict"
     print(aligned(head, rows, texts=(0, 1, 2, 5)))
@@ -45,27 +62,67 @@ def shown(apart: Mean) -> str:
 
 def contrasts() -> tuple[dict[str, Spread], list[Contrast]]:
     """The spread of each sweep and of all models, and the contrasts that have two seeds."""
-    stated = {path.parent.name: constants(path.parent) for path in sorted(HERE.glob("*/sweep.py"))}
+    stated = {path.parent.name: planned(path.parent) for path in sorted(HERE.glob("*/sweep.py"))}
     found = {
-        name: arms(records.read(HERE / name), constant.varying) for name, constant in stated.items()
+        name: arms(records.read(HERE / name), sweep.constants.varying)
+        for name, sweep in stated.items()
     }
     spreads = {name: alone for name, runs in found.items() if (alone := spread(runs))}
-    # Sweeps share models, such as `moe`.
-    models = {
-        tuple(sorted((seed, record["loss"]) for seed, record in rows.items())): rows
-        for runs in found.values()
-        for rows in runs.values()
-    }
-    pooled = spread(models)
+    pooled = spread(dict(enumerate(model.rows for model in models())))
     compared = []
     for name, runs in found.items():
-        pairs = [pair for pair in stated[name].contrasts if runs.keys() >= {*pair}]
+        constants = stated[name].constants
+        pairs = [pair for pair in constants.contrasts if runs.keys() >= {*pair}]
         corrected = holm([p_value(runs[arm], runs[base], pooled) for arm, base in pairs])
         for (arm, base), p in zip(pairs, corrected, strict=True):
             if apart := difference(runs[arm], runs[base], pooled):
-                is_so = verdict(runs[arm], runs[base], stated[name].margin, pooled)
+                is_so = verdict(runs[arm], runs[base], constants.margin, pooled)
                 compared.append(Contrast(name, arm, base, apart, p, is_so))
     return spreads | {"all": pooled}, compared
+
+
+def models() -> list[Model]:
+    """All models of the sweeps; one that several sweeps share, such as `moe`, is there once."""
+    copied = {(row["seed"], row["loss"]) for row in records.read(HERE.parent / "multiplier")}
+    found: list[Model] = []
+    for path in sorted(HERE.glob("*/sweep.py")):
+        name, sweep = path.parent.name, planned(path.parent)
+        varying = {"seed", *sweep.constants.varying}
+        for arm, rows in arms(records.read(path.parent), sweep.constants.varying).items():
+            if any(run.trunk for one, run in sweep.runs.items() if one.rpartition("/")[0] == arm):
+                continue
+            row = next(iter(rows.values()))
+            settings = {key: value for key, value in row["settings"].items() if key not in varying}
+            origin = "multiplier" if (row["seed"], row["loss"]) in copied else name
+            for model in found:
+                common = model.rows.keys() & rows.keys()
+                alike = all(model.rows[seed]["loss"] == rows[seed]["loss"] for seed in common)
+                if model.settings == settings and alike:  # else it was trained again
+                    model.rows.update(rows)
+                    break
+            else:
+                found.append(Model(origin, settings, dict(rows)))
+    return found
+
+
+def by_origin() -> tuple[Spread, float, float]:
+    """The spread with one effect of the seed for each sweep that trained models, and an F test.
+
+    Returns:
+      The spread, the F statistic of one effect for all sweeps against it, and its p value.
+    """
+    every = models()
+    whole = spread(dict(enumerate(model.rows for model in every)))
+    parts = []
+    for origin in {model.origin for model in every}:
+        those = {i: model.rows for i, model in enumerate(every) if model.origin == origin}
+        parts += filter(None, [spread(those)])
+    squares = sum(part.deviation**2 * part.freedom for part in parts)
+    freedom = sum(part.freedom for part in parts)
+    more = (whole.deviation**2 * whole.freedom - squares) / (whole.freedom - freedom)
+    ratio = more / (squares / freedom)
+    inside = Spread((squares / freedom) ** 0.5, freedom)
+    return inside, ratio, float(stats.f.sf(ratio, whole.freedom - freedom, freedom))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ import jax
 
 from prmoe_jax import config
 from prmoe_jax.config import MeshConfig
-from prmoe_jax.parallel.mesh import leaner
+from prmoe_jax.parallel.mesh import lower_memory_configs
 from prmoe_jax.plan.chips import chip_of, topology_devices
 from prmoe_jax.plan.report import plan
 
@@ -53,7 +53,7 @@ def trained(values: config.Config, topology: str) -> list[dict]:
     replicas = devices // expert
     axes = "fsdp", "fsdp_experts"
     near = [MeshConfig(data=1, expert=expert, **{axis: replicas}) for axis in axes]
-    meshes = next(iter(leaner(values, devices))).mesh, *near
+    meshes = next(iter(lower_memory_configs(values, devices))).mesh, *near
     return [
         least_remat(values, topology, mesh, portions) for portions in PORTIONS for mesh in meshes
     ]

@@ -31,12 +31,12 @@ from prmoe_jax.config import (
 )
 from prmoe_jax.errors import UserError
 from prmoe_jax.inference.decoder import Decoder, decoder
-from prmoe_jax.inference.generate import PREFILL_CHUNK, STEPS, Sampling, decode, prefill
+from prmoe_jax.inference.generate import STEPS, Sampling, decode, room, start
 from prmoe_jax.interop.gpt2 import gpt2_sizes
 from prmoe_jax.interop.settings import check_gpt2_form
 from prmoe_jax.model.sizes import cost
 from prmoe_jax.model.transformer import init_model
-from prmoe_jax.parallel.mesh import batch_axes, make_mesh, with_mesh
+from prmoe_jax.parallel.mesh import make_mesh, with_mesh
 from prmoe_jax.parallel.sharding import init_sharded
 from prmoe_jax.run.directory import device_name
 from prmoe_jax.tables import aligned
@@ -78,8 +78,8 @@ def bench_decode(
       tokens_per_s of the batch.
 
     Raises:
-      UserError: the context is too short, a mesh or a batch doesn't fit, a count is below 1, or
-        the model can't be decoded; see `check_runs_without_limit`.
+      UserError: the context is too short, a mesh doesn't fit the devices or a batch the memory, a
+        count is below 1, or the model can't be decoded; see `check_runs_without_limit`.
     """
     if repeats < 1 or min(batches) < 1:
         raise UserError("--repeats and --batch must be 1 or more")
@@ -192,10 +192,7 @@ def _placed(config: Config, layout: MeshConfig | None) -> tuple[Config, Mesh]:
     devices = jax.devices() if layout else jax.devices()[:1]
     if layout and not any(config.model.schedule.experts):
         layout = MeshConfig(fsdp=layout.fsdp, tensor=layout.tensor)
-    # A batch size that every mesh of these devices can split.
-    rows = len(devices) * max(1, config.group_size // config.model.length)
-    train = dataclasses.replace(config.train, batch_size=rows, accumulate=1)
-    config = with_mesh(dataclasses.replace(config, train=train), layout)
+    config = with_mesh(config, layout)
     mesh = make_mesh(config, devices)
     if jax.default_backend() == "cpu":
         model = dataclasses.replace(config.model, dtype="float32")
@@ -209,35 +206,23 @@ def _ours(config: Config, mesh: Mesh, kind: str) -> tuple[Decoder, Mesh]:
         return decoder(model, kind, mesh), mesh
 
 
-def _room(prompt: int) -> int:
-    """Tokens of a sequence that the KV cache holds: the prompt in whole chunks, and one more."""
-    return (-(-prompt // PREFILL_CHUNK) + 1) * PREFILL_CHUNK
-
-
 def _check_memory(config: Config, models: list[Config], batch: int, prompt: int) -> None:
     """Refuses models or a KV cache that exceed the memory of a CPU in float32."""
     if jax.default_backend() == "cpu":
         memory.check("--config", 4 * max(cost(one.model).total_params for one in models))
         model = config.model
         a_token = 2 * 4 * model.layers * model.key_heads * model.head_width
-        memory.check(f"--batch={batch}", batch * _room(prompt) * a_token)
+        memory.check(f"--batch={batch}", batch * room(prompt, STEPS) * a_token)
 
 
 def _turn(decoder: Decoder, mesh: Mesh, batch: int, prompt: int) -> Callable[[], float]:
     """A function that continues a prompt by `STEPS` tokens and returns the seconds it took."""
-    pieces = -(-prompt // PREFILL_CHUNK)
     vocabulary = decoder.config.vocab_size
-    devices = math.prod(mesh.shape[name] for name in batch_axes(mesh))
-    rows = -(-batch // devices) * devices  # rows that only fill up the batch stop at once
-    tokens_BxT = np.zeros((rows, _room(prompt)), np.int32)
-    tokens_BxT[:, :prompt] = np.random.default_rng(0).integers(0, vocabulary, (rows, prompt))
-    lengths = np.full(rows, prompt, np.int32)
-    stops = lengths + STEPS * (np.arange(rows) < batch).astype(np.int32)
-    keys_B = jax.random.split(jax.random.key(0), rows)
+    prompts = np.random.default_rng(0).integers(0, vocabulary, (batch, prompt))
 
     def turn() -> float:
         with jax.set_mesh(mesh):
-            state = prefill(decoder, tokens_BxT, lengths, stops, keys_B, pieces)
+            state = start(decoder, mesh, prompts, range(batch), STEPS)
             jax.block_until_ready(state)
             begun = time.perf_counter()
             # With -1, no id ends the text.

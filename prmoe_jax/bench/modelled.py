@@ -94,7 +94,7 @@ def _config(size: Size, dtype: str, backend: str, devices: int) -> Config:
             "model": model,
             "moe": {"dispatch": "auto" if backend == "dense" else backend},
             "mesh": {"expert": math.gcd(devices, size.E)},
-            "train": {"steps": 1, "batch_size": devices},
+            "train": {"steps": 1},
         }
     )
 

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from prmoe_jax.bench import memory
-from prmoe_jax.bench.turns import Rival, compiled, in_turns
+from prmoe_jax.bench.turns import Rival, compiled, in_turns, peak_bytes
 from prmoe_jax.bench.worker import cores, worker
 from prmoe_jax.config import Config
 from prmoe_jax.data.pipeline import Batch
@@ -71,6 +71,8 @@ def bench_step(config: Config, repeats: int) -> list[dict]:
     bytes_each = STATE_BYTES[config.optimizer.kind] + 4  # and a gradient in float32
     memory.check("--config", bytes_each * cost(model).total_params)
     width = CPU_PEAK_WIDTH if jax.default_backend() == "cpu" else PEAK_WIDTH
+    if config.kd_steps:
+        log.info("the step is timed without its teacher")
     with contextlib.ExitStack() as stack:
         rivals = {"prmoe_jax": compiled_step(config)}
         for name, options in _torch_rivals(config).items():
@@ -170,9 +172,7 @@ def compiled_step(config: Config) -> Rival:
         jax.block_until_ready((state[0], metrics))
         return time.perf_counter() - begun
 
-    found = step.memory_analysis()
-    parts = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
-    return Rival(seconds, lambda: parts - found.alias_size_in_bytes)
+    return Rival(seconds, lambda: peak_bytes(step))
 
 
 def _product(width: int, dtype: str) -> Rival:

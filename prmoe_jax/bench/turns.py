@@ -3,13 +3,14 @@
 import math
 import time
 from collections.abc import Callable, Hashable, Mapping
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 
 Name = TypeVar("Name", bound=Hashable)
 
-# What a turn of a compiled function takes at least on an accelerator, in seconds.
+# Seconds that a turn of short calls lasts at least: to launch one and to wait for it may take
+# longer than its work does.
 TURN_SECONDS = 0.02
 
 
@@ -23,30 +24,40 @@ class Rival(NamedTuple):
 
 
 def compiled(function, arguments, bytes_moved: int = 0, drop_fraction: float = 0.0) -> Rival:
-    """A rival that calls a compiled function and waits for its results.
-
-    On an accelerator a turn is many calls in a row, since to launch one and to wait for it may take
-    longer than its work does; their mean counts. The turns before those that count find how many.
-    """
+    """A rival that calls a compiled function: once in a turn on a CPU, often on an accelerator."""
     program = jax.jit(function).lower(*arguments).compile()
-    memory = program.memory_analysis()
-    parts = "argument", "output", "temp"
-    peak = sum(getattr(memory, f"{part}_size_in_bytes") for part in parts)
+    least = 0.0 if jax.default_backend() == "cpu" else TURN_SECONDS
+    seconds = mean_seconds(lambda: program(*arguments), least)
+    return Rival(seconds, lambda: peak_bytes(program), bytes_moved, drop_fraction)
 
+
+def peak_bytes(program: jax.stages.Compiled) -> int:
+    """The memory that a compiled program's arguments, results and temporary arrays need."""
+    found = program.memory_analysis()
+    parts = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
+    return parts - found.alias_size_in_bytes
+
+
+def mean_seconds(run: Callable[[], Any], least: float) -> Callable[[], float]:
+    """A turn of calls in a row, which returns the mean time of one of them.
+
+    Args:
+      run: starts the work, and returns the arrays to wait for.
+      least: seconds that a turn lasts at least, but the first one, which is a single call.
+    """
     calls = 1
 
     def seconds() -> float:
         nonlocal calls
         begun = time.perf_counter()
         for _ in range(calls):
-            results = program(*arguments)
+            results = run()
         jax.block_until_ready(results)
         each = (time.perf_counter() - begun) / calls
-        if jax.default_backend() != "cpu":
-            calls = math.ceil(TURN_SECONDS / each)
+        calls = max(1, math.ceil(least / each))
         return each
 
-    return Rival(seconds, lambda: peak, bytes_moved, drop_fraction)
+    return seconds
 
 
 def in_turns(seconds: Mapping[Name, Callable[[], float]], repeats: int) -> dict[Name, list[float]]:

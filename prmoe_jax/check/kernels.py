@@ -51,8 +51,8 @@ _quick = partial(
     },
 )
 
-# Attention by platform; `blocks` is written for CPUs.
 _CUDNN = ModelConfig(length=132, d_model=192, heads=3, dtype="bfloat16")  # as `_attention`'s
+# Attention by platform; `blocks` is written for CPUs.
 ATTENTION = {"cpu": ("xla", "blocks"), "gpu": ("xla", "cudnn"), "tpu": ("xla", "splash")}
 
 

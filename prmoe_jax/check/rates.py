@@ -11,13 +11,13 @@ import socket
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, PartitionSpec, SingleDeviceSharding
 
+from prmoe_jax.bench.turns import TURN_SECONDS, in_turns, mean_seconds
 from prmoe_jax.check.findings import FAIL, OK, Finding, Part, rate, slow
 from prmoe_jax.parallel import processes
 from prmoe_jax.plan.chips import data_sheet
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 # device sends in a collective. CPUs get smaller ones.
 WIDTH, ARRAY_BYTES, SENT_BYTES = 8192, 1 << 30, 1 << 28
 CPU_WIDTH, CPU_ARRAY_BYTES, CPU_SENT_BYTES = 1024, 1 << 27, 1 << 22
-TURNS, TURN_SECONDS = 5, 0.02
+TURNS = 5
 ROUNDS = 3  # of measuring devices that seem slow
 # A device is slow below this share of the median of all. It is worse than its data sheet allows
 # below the other shares; square products and plain copies reach more on a sound device.
@@ -43,13 +43,6 @@ NAMES = {
     "matmul_float32": "product in float32",
     "memory": "memory",
 }
-
-
-class Probe(NamedTuple):
-    """Something that one device does in turns."""
-
-    amount: float  # FLOPs or bytes of a turn
-    turn: Callable[[], float]  # returns its seconds
 
 
 def check() -> Part:
@@ -102,25 +95,23 @@ def measure(devices: list) -> tuple[dict[int, dict[str, float]], dict[str, dict[
       Device number -> rates by the names in `UNITS`; name of a product -> device number -> the
       largest error as a share of the product's largest number.
     """
-    best, errors = {}, {}
+    best: dict[int, dict[str, float]] = {device.id: {} for device in devices}
+    errors = {}
     for kind in UNITS:
         log.info("rate: %s", NAMES[kind])
         if kind == "memory":
-            probes = {device.id: _copy(device) for device in devices}
+            made = {device.id: _copy(device) for device in devices}
         else:
             made = {device.id: _product(device, kind.split("_")[1]) for device in devices}
-            probes = {number: probe for number, (probe, _) in made.items()}
-            errors[kind] = {number: error for number, (_, error) in made.items()}
-        for _ in range(TURNS):
-            for number, probe in probes.items():
-                reached = probe.amount / probe.turn()
-                rates = best.setdefault(number, {})
-                rates[kind] = max(reached, rates.get(kind, 0.0))
+            errors[kind] = {number: error for number, (_, _, error) in made.items()}
+        turns = {number: mean_seconds(run, TURN_SECONDS) for number, (run, *_) in made.items()}
+        for number, seconds in in_turns(turns, TURNS).items():
+            best[number][kind] = made[number][1] / min(seconds)
     return best, errors
 
 
-def _product(device: jax.Device, dtype: str) -> tuple[Probe, float]:
-    """A square matrix product on a device, and its largest error; see `measure`."""
+def _product(device: jax.Device, dtype: str) -> tuple[Callable[[], jax.Array], float, float]:
+    """A square matrix product on a device, its FLOPs, and its largest error; see `measure`."""
     width = CPU_WIDTH if device.platform == "cpu" else WIDTH
     row_W = np.random.default_rng(0).normal(size=width).astype(jnp.dtype(dtype))
     # A matrix whose rows are one row, turned, so that nothing large is copied to the device. Its
@@ -137,13 +128,11 @@ def _product(device: jax.Device, dtype: str) -> tuple[Probe, float]:
     product = jax.jit(jnp.matmul)
     exact = jax.device_put(exact_W.astype(np.float32), device)
     error = float(jax.jit(largest_error)(product(x_WxW, x_WxW), exact))
-    return _probe(2 * width**3, partial(product, x_WxW, x_WxW)), error / float(
-        np.abs(exact_W).max()
-    )
+    return partial(product, x_WxW, x_WxW), 2 * width**3, error / float(np.abs(exact_W).max())
 
 
-def _copy(device: jax.Device) -> Probe:
-    """A large array that is read, changed and written in place."""
+def _copy(device: jax.Device) -> tuple[Callable[[], jax.Array], float]:
+    """A large array that is read, changed and written in place, and the bytes of both."""
     size = (CPU_ARRAY_BYTES if device.platform == "cpu" else ARRAY_BYTES) // 4
     step = jax.jit(lambda x: 0.5 * x + 1, donate_argnums=0)
     place = SingleDeviceSharding(device)
@@ -153,24 +142,7 @@ def _copy(device: jax.Device) -> Probe:
         array[0] = step(array[0])
         return array[0]
 
-    return _probe(2 * 4 * size, run)
-
-
-def _probe(amount: float, run: Callable[[], jax.Array]) -> Probe:
-    """Has a turn repeat `run` for `TURN_SECONDS`; a device works them off without a pause."""
-    jax.block_until_ready(run())  # compiles
-    begun = time.perf_counter()
-    jax.block_until_ready(run())
-    repeats = max(1, math.ceil(TURN_SECONDS / (time.perf_counter() - begun)))
-
-    def turn() -> float:
-        begun = time.perf_counter()
-        for _ in range(repeats):
-            y = run()
-        jax.block_until_ready(y)
-        return time.perf_counter() - begun
-
-    return Probe(repeats * amount, turn)
+    return run, 2 * 4 * size
 
 
 def _judge(every: dict, kind: str, device_kind: str) -> Finding:

@@ -96,11 +96,7 @@ def _store(folder: Path) -> tuple[list[Finding], dict]:
     problems = processes.gathered(problem)
     if any(problems):
         return [_cannot_write(workdir, problems)], {}
-    seen = (folder / "file-0").exists()
-    tries = iter(range(50))  # a network file system may take a moment to show it
-    while not seen and next(tries, None) is not None:
-        time.sleep(0.2)
-        seen = (folder / "file-0").exists()
+    seen = processes.comes_true((folder / "file-0").exists)
     blind = [str(i) for i, found in enumerate(processes.gathered(seen)) if not found]
     with contextlib.suppress(OSError):
         (folder / f"file-{number}").unlink()

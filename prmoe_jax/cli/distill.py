@@ -1,9 +1,13 @@
 """`prmoe distill-plan` and `prmoe teacher-cache`: a student's initial model and teacher cache."""
 
+import logging
+
 from prmoe_jax import allocator
 from prmoe_jax.cli.options import parse_config, path
 from prmoe_jax.cli.output import as_json
 from prmoe_jax.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 def add(verb) -> None:
@@ -21,6 +25,8 @@ def _distill_plan(options, rest) -> None:
     from prmoe_jax.distill import student
 
     config = _student_config(rest)
+    if not config.teacher.inherit:
+        log.warning("this student starts at random; the plan is one for teacher.inherit=true")
     rows = student.plan(teacher_of(config), config)
     print(as_json(rows) if options.json else student.table(rows))
 

@@ -42,6 +42,16 @@ def run(options, rest) -> None:
 
     if not 1 <= options.samples <= MOST_SAMPLES:
         raise UserError(f"--samples={options.samples} must be 1 or more, up to {MOST_SAMPLES}")
+    for name, given in (
+        ("samples", options.samples > 1),
+        ("top-k", options.top_k != 0),
+        ("top-p", options.top_p != 1),
+    ):
+        if given and options.temperature == 0:
+            raise UserError(
+                f"--{name} has no effect with --temperature=0, which takes the likeliest token; "
+                "leave one of them out"
+            )
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
     prompts = [prompt for prompt in options.prompt or [""] for _ in range(options.samples)]
     seeds = [options.seed + i % options.samples for i in range(len(prompts))]

@@ -39,14 +39,16 @@ def add(verb) -> None:
 def run(options, rest) -> None:
     config, teacher = parse_config(rest), None
     if options.teacher:
-        from prmoe_jax.config import beside
+        from prmoe_jax.config import adapt_teacher
 
-        if not config.kd_steps or options.decode:
-            raise UserError(
-                f"--teacher={options.teacher} has no effect: "
-                + ("nobody teaches in decoding" if config.kd_steps else "the config has no teacher")
-            )
-        teacher = beside(parse_config([f"--config={options.teacher}"]), config)
+        why = "the config has no teacher" if not config.kd_steps else ""
+        if options.decode:
+            why = why or "nobody teaches in decoding"
+        if config.teacher.cache:
+            why = why or "the run learns from teacher.cache"
+        if why:
+            raise UserError(f"--teacher={options.teacher} has no effect: {why}; leave it out")
+        teacher = adapt_teacher(parse_config([f"--config={options.teacher}"]), config)
     elif config.kd_steps and not (options.decode or config.teacher.cache):
         from prmoe_jax.config import teacher_of
 

@@ -28,5 +28,5 @@ from prmoe_jax.config.schema import (
     group_rows,
     leaves,
 )
-from prmoe_jax.config.teacher import beside, teacher_of
+from prmoe_jax.config.teacher import adapt_teacher, teacher_of
 from prmoe_jax.config.validation import check_runs_without_limit, check_same_routing

@@ -1,6 +1,7 @@
 """The placement schedule of the experts, its string form, and its stages."""
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Sequence
 
@@ -211,13 +212,7 @@ def _placement_name(layers: int, indices: list[int]) -> str:
 
 
 def _runs(values: Sequence[int]) -> list[tuple[int, int]]:
-    runs: list[tuple[int, int]] = []
-    for value in values:
-        if runs and runs[-1][0] == value:
-            runs[-1] = (value, runs[-1][1] + 1)
-        else:
-            runs.append((value, 1))
-    return runs
+    return [(value, len(list(run))) for value, run in itertools.groupby(values)]
 
 
 def _counts(experts: Sequence[int]) -> str:

@@ -10,21 +10,29 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from prmoe_jax import files, stores
+from prmoe_jax.config.effects import check_effects
 from prmoe_jax.config.schema import Config, leaves
 from prmoe_jax.config.validation import check, show
 from prmoe_jax.errors import UserError
 
 
-def resolve(settings: ConfigDict | Mapping) -> Config:
+def resolve(settings: ConfigDict | Mapping, trained: bool = False) -> Config:
     """Freezes settings into a `Config` and checks them.
 
+    Args:
+      settings: groups of settings; those that are left out have their defaults.
+      trained: they are of a run that exists, which keeps settings that have no effect.
+
     Raises:
-      UserError: a key is unknown, a type is wrong, or values do not fit together; one line.
+      UserError: a key is unknown, a type is wrong, values do not fit together, or a setting has no
+        effect beside the others; one line.
     """
     if isinstance(settings, ConfigDict):
         settings = settings.to_dict()
     config = _build(Config, settings, "config")
     check(config)
+    if not trained:
+        check_effects(config)
     return config
 
 
@@ -40,11 +48,11 @@ def load(path: Path) -> Config:
       UserError: the file is missing or is not a valid config.
     """
     try:
-        return resolve(files.parse_json(path.read_bytes()))
+        return resolve(files.parse_json(path.read_bytes()), trained=True)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"no run in {path.parent}: {path.name} is missing") from None
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+        raise files.cannot_read(path, error) from None
     except ValueError as error:  # neither UTF-8 nor JSON
         raise UserError(f"{path} is damaged: {error}") from None
     except UserError as error:

@@ -7,11 +7,12 @@ values follow from these declarations. `validation.py` checks combinations of se
 import dataclasses
 import functools
 import math
+import operator
 
 from ml_collections import ConfigDict
 
 from prmoe_jax.config.architecture import Schedule
-from prmoe_jax.config.family import FAMILIES, Form
+from prmoe_jax.config.family import FAMILIES, Form, differing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,13 +165,18 @@ class ModelConfig:
     )
     init_std: float = setting(
         0.02,
-        "Standard deviation of the initial weights; output projections divide it by √(2 · layers).",
+        "Standard deviation of the initial weights; output projections divide it by √(2 · layers), "
+        "and routers and mixes are drawn as torch draws a linear layer.",
         above=0,
     )
     dtype: str = setting(
         "bfloat16",
         "Data type of activations and matrix products; parameters and router are float32.",
-        choices={"bfloat16": "", "float32": ""},
+        choices={
+            "bfloat16": "",
+            "float32": "on GPUs and TPUs products of it round their factors, except with "
+            "JAX_DEFAULT_MATMUL_PRECISION=highest",
+        },
     )
     remat: str = setting(
         "auto",
@@ -226,6 +232,24 @@ class ModelConfig:
         """The hidden width of the MLP beside the experts."""
         return self.residual_d_ff or self.expert_width
 
+    def differences(self, other: "ModelConfig") -> dict[str, tuple]:
+        """What layers of another model compute otherwise in contexts of this one's length.
+
+        Returns:
+          This model's value and the other's, by the setting's name; sizes are left out.
+        """
+        forms = self.form, other.form
+        pairs = {name: tuple(getattr(form, name) for form in forms) for name in differing(*forms)}
+        for name in ("rope_scaling", "clip_qkv"):
+            pairs[name] = getattr(self, name), getattr(other, name)
+        pairs["sliding_window"] = self.window_in(self.length), other.window_in(self.length)
+        return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+    @property
+    def output_std(self) -> float:
+        """The standard deviation of the initial weights that write to the residual stream."""
+        return self.init_std / (2 * self.layers) ** 0.5
+
     @property
     def normalizes(self) -> bool:
         """Whether the weights of a token's experts are scaled to a sum of 1."""
@@ -253,19 +277,22 @@ class MoeConfig:
     )
     capacity_factor: float = setting(
         1.0,
-        "Capacity of an expert in training, relative to an even share of its routing group; "
-        "inf never drops a token.",
+        "Capacity of an expert in training, relative to an even share of its routing group, and at "
+        "least `min_capacity`; inf never drops a token.",
         above=0,
         infinite=True,
     )
     eval_capacity_factor: float = setting(1.0, "The same in evaluation.", above=0, infinite=True)
     min_capacity: int = setting(
-        4, "Lower limit of an expert's capacity, in tokens of a routing group.", least=0
+        4,
+        "Lower limit of an expert's capacity, in tokens of a routing group, but the group at most.",
+        least=0,
     )
     group_size: int = setting(
         0,
-        "Tokens that compete for the same capacity; 0 is one sequence. It is part of the "
-        "model: it decides which tokens are dropped, and does not depend on the devices.",
+        "Tokens that compete for the same capacity, and over which `balance=group` takes its loss; "
+        "0 is one sequence. It is part of the model: it decides which tokens are dropped, and does "
+        "not depend on the devices.",
         least=0,
     )
     overflow: str = setting(
@@ -425,7 +452,9 @@ class TrainConfig:
     """How long a run is, and its batches; give either `steps` or `tokens`."""
 
     steps: int = setting(0, "Length of the run in steps.", least=0)
-    tokens: int = setting(0, "Length of the run in tokens.", least=0, most=2**53)
+    tokens: int = setting(
+        0, "Length of the run in tokens, rounded up to whole steps.", least=0, most=2**53
+    )
     batch_size: int = setting(16, "Sequences of a step, all devices together.", least=1, most=2**20)
     accumulate: int = setting(
         1,
@@ -585,7 +614,9 @@ class KdConfig:
     )
     top_k: int = setting(0, "How many likely tokens `kind=top_k` takes.")
     weight: float = setting(1.0, "Weight of the loss.", above=0)
-    temperature: float = setting(1.0, "The temperature T of both distributions.", above=0)
+    temperature: float = setting(
+        1.0, "The temperature T of both distributions.", least=0.01, most=1e3
+    )
     stop: float = setting(
         0.7,
         "Where distillation ends: up to 1 a share of the run, above 1 a number of tokens.",
@@ -625,7 +656,7 @@ class LogConfig:
     stall_minutes: float = setting(
         30.0,
         "Minutes without a step after which the stacks of all threads are printed; inf never does.",
-        above=0,
+        least=0.01,
         infinite=True,
     )
     wandb: str = setting(
@@ -682,11 +713,16 @@ class Config:
     @property
     def kd_steps(self) -> int:
         """The number of steps with a teacher, at the start of the run."""
+        return min(self.total_steps, self.kd_stop)
+
+    @property
+    def kd_stop(self) -> int:
+        """The number of steps to `kd.stop`, which may come after the end of the run."""
         if not (self.teacher.workdir or self.teacher.cache):
             return 0
         if self.kd.stop <= 1:
             return round(self.kd.stop * self.total_steps)
-        return min(self.total_steps, -(-int(self.kd.stop) // self.tokens_per_step))
+        return -(-int(self.kd.stop) // self.tokens_per_step)
 
     @property
     def group_size(self) -> int:
@@ -703,8 +739,10 @@ class Config:
     @property
     def loss_reaches_routers(self) -> bool:
         """Whether the weights of a token's experts depend on its router; a single one may be 1."""
+        experts = max(self.model.schedule.experts)
         one_choice = self.model.top_k == 1 and self.moe.router == "token_choice"
-        return not (any(self.model.schedule.experts) and one_choice and self.model.normalizes)
+        one_score = experts == 1 and self.moe.scores == "softmax"
+        return not (experts and one_choice and (self.model.normalizes or one_score))
 
 
 def declarations() -> dict[str, Setting]:
@@ -736,13 +774,7 @@ def group_rows(config: Config, teacher: Config | None = None) -> int:
 
 def leaves(config: Config) -> dict[str, object]:
     """The value of every setting, by its name on the command line, such as 'model.layers'."""
-    named = {}
-    for group, values in dataclasses.asdict(config).items():
-        if isinstance(values, dict):
-            named |= {f"{group}.{name}": value for name, value in values.items()}
-        else:
-            named[group] = values
-    return named
+    return {name: operator.attrgetter(name)(config) for name in declarations()}
 
 
 def changed(config: Config) -> dict[str, object]:

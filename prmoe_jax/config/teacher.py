@@ -10,19 +10,19 @@ from prmoe_jax.errors import UserError
 
 
 def teacher_of(config: Config) -> Config:
-    """Loads the teacher's config of a student's config and adapts it by `beside`.
+    """Loads the teacher's config of a student's config and adapts it (`adapt_teacher`).
 
     Raises:
-      UserError: the folder holds no run, or the teacher doesn't fit (see `beside`).
+      UserError: the folder holds no run, or the teacher doesn't fit; see `adapt_teacher`.
     """
     try:
         teacher = load(expand("teacher.workdir", config.teacher.workdir) / "config.json")
     except UserError as error:
         raise UserError(f"{error}; --config.teacher.workdir names the run that teaches") from None
-    return beside(teacher, config)
+    return adapt_teacher(teacher, config)
 
 
-def beside(teacher: Config, student: Config) -> Config:
+def adapt_teacher(teacher: Config, student: Config) -> Config:
     """Gives a teacher's config its student's mesh, exchange and `teacher.capacity_factor`.
 
     A `teacher.capacity_factor` of 0 leaves the teacher's own. The batches are only checked.
@@ -47,6 +47,16 @@ def beside(teacher: Config, student: Config) -> Config:
         f"model.length={model.length} exceeds the teacher's context; use {teacher.model.length} or "
         "less",
     )
+    require(
+        any(teacher.model.schedule.experts) or student.teacher.capacity_factor == 0,
+        f"teacher.capacity_factor={student.teacher.capacity_factor:g} has no effect: the teacher "
+        "has no experts; leave it at 0",
+    )
+    require(
+        student.teacher.mode == "eval" or _changes_in_training(teacher),
+        "teacher.mode=train has no effect: this teacher has neither dropout nor noise, and routes "
+        "in training as in evaluation; leave it at eval",
+    )
     capacity_factor = student.teacher.capacity_factor or teacher.moe.eval_capacity_factor
     moe = dataclasses.replace(
         teacher.moe, exchange=student.moe.exchange, eval_capacity_factor=capacity_factor
@@ -59,3 +69,15 @@ def beside(teacher: Config, student: Config) -> Config:
         except UserError as error:
             raise UserError(f"the teacher, on its student's batches: {error}") from None
     return teacher
+
+
+def _changes_in_training(config: Config) -> bool:
+    """Whether a model computes something else in training than in evaluation."""
+    moe = config.moe
+    routes = any(config.model.schedule.experts) and (
+        moe.noise != "none"
+        or moe.overflow == "random"
+        or moe.capacity_factor != moe.eval_capacity_factor
+        or config.model.top_k == 2  # training's order of choices, as in GShard
+    )
+    return config.model.dropout > 0 or routes

@@ -5,13 +5,10 @@ import math
 import os
 
 from prmoe_jax import stores
-from prmoe_jax.config.family import FAMILIES
 from prmoe_jax.config.schema import (
     Config,
     MeshConfig,
     ModelConfig,
-    MoeConfig,
-    OptimizerConfig,
     Setting,
     declarations,
     group_rows,
@@ -170,30 +167,10 @@ def _check_model(model: ModelConfig) -> None:
         all(e >= 1 for e in model.experts),
         f"model.experts={model.experts}: every MoE layer needs at least 1 expert",
     )
-    experts = [e for e in model.schedule.experts if e]
-    if not experts:
-        names = "top_k", "normalize_top_k", "expert_d_ff", "residual"
-        for name in (*names, "residual_mix", "residual_d_ff"):
-            value, default = getattr(model, name), getattr(ModelConfig, name)
-            allowed = default, getattr(FAMILIES[model.family], name, default)
-            require(
-                value in allowed,
-                f"model.{name}={value} has no effect: the architecture is dense; choose "
-                f"model.placement and model.experts, or model.{name}={default}",
-            )
-        return
-    if not model.residual:
-        require(
-            model.residual_mix in ("auto", FAMILIES[model.family].residual_mix),
-            f"model.residual_mix={model.residual_mix} has no effect without model.residual=true",
-        )
-        require(
-            model.residual_d_ff == 0,
-            f"model.residual_d_ff={model.residual_d_ff} has no effect without model.residual=true",
-        )
+    fewest = min((e for e in model.schedule.experts if e), default=model.top_k)
     require(
-        model.top_k <= min(experts),
-        f"model.top_k={model.top_k} exceeds the {min(experts)} experts of the smallest MoE layer",
+        model.top_k <= fewest,
+        f"model.top_k={model.top_k} exceeds the {fewest} experts of the smallest MoE layer",
     )
 
 
@@ -205,71 +182,33 @@ def _check_attention(model: ModelConfig) -> None:
         f"kv_heads={math.gcd(model.heads, model.kv_heads)}",
     )
     require(
-        form.positions == "rotary" or model.rope_theta == 0,
-        f"model.rope_theta={model.rope_theta} has no effect with model.positions={form.positions}; "
-        "use positions=rotary, or leave it at 0",
+        model.rope_theta == 0 or model.rope_theta > 1,
+        f"model.rope_theta={model.rope_theta} must be above 1, such as 10000; 0 is the family's",
     )
-    if model.rope_scaling:
-        _check_rope_scaling(model)
+    scaling = model.rope_scaling
+    require(
+        not scaling or (len(scaling) == 4 and min(scaling) >= 1 and scaling[1] < scaling[2]),
+        f"model.rope_scaling={show(scaling)} must be four numbers from 1, the second below the "
+        "third, such as 8,1,4,8192",
+    )
     require(
         form.positions != "rotary" or model.head_width % 2 == 0,
         f"model.positions=rotary turns pairs of numbers, and a head has {model.head_width}; use an "
         f"even model.head_dim such as {model.head_width + 1}",
     )
-    require(
-        model.sliding_window < model.length,
-        f"model.sliding_window={model.sliding_window} has no effect with model.length="
-        f"{model.length}; use a smaller one, or 0",
-    )
-
-
-def _check_rope_scaling(model: ModelConfig) -> None:
-    scaling = model.rope_scaling
-    require(
-        model.form.positions == "rotary",
-        f"model.rope_scaling={show(scaling)} has no effect with model.positions="
-        f"{model.form.positions}; use positions=rotary, or leave it out",
-    )
-    require(
-        len(scaling) == 4 and min(scaling) >= 1 and scaling[1] < scaling[2],
-        f"model.rope_scaling={show(scaling)} must be four numbers from 1, the second below the "
-        "third, such as 8,1,4,8192",
-    )
 
 
 def _check_moe(config: Config) -> None:
-    moe, model = config.moe, config.model
-    if not any(model.schedule.experts):
-        for field in dataclasses.fields(MoeConfig):
-            value = getattr(moe, field.name)
-            require(
-                value == field.default,
-                f"moe.{field.name}={value} has no effect: the architecture is dense; leave it at "
-                f"{field.default} or choose model.placement and model.experts",
-            )
+    moe = config.moe
+    if not any(config.model.schedule.experts):
         return
     for name in ("capacity_factor", "eval_capacity_factor"):
         _check_factor(f"moe.{name}", getattr(moe, name))
-    never_full = math.isinf(moe.capacity_factor) and math.isinf(moe.eval_capacity_factor)
-    if moe.overflow == "random":
-        never_full = math.isinf(moe.capacity_factor)
-    require(
-        moe.overflow == "position" or not never_full,
-        f"moe.overflow={moe.overflow} has no effect with moe.capacity_factor=inf; leave it at "
-        "position",
-    )
     require(
         moe.buffer_factor <= LARGEST,
         f"moe.buffer_factor={moe.buffer_factor} is out of range; a buffer of 1.25 to 4 even shares "
         "is usual",
     )
-    for name, only in (("noise", 1), ("second_expert_sampling", 2)):
-        value = getattr(moe, name)
-        require(
-            value not in ("rsample", True) or model.top_k == only,
-            f"moe.{name}={value} has no effect with model.top_k={model.top_k}; it is for "
-            f"top_k={only}",
-        )
     sampled = moe.noise == "rsample" or moe.second_expert_sampling
     require(
         moe.bias_update_rate == 0 or not sampled,
@@ -282,7 +221,7 @@ def _check_moe(config: Config) -> None:
         "small; use z_loss_weight=0",
     )
     if moe.router == "expert_choice":
-        _check_expert_choice(moe, model)
+        _check_expert_choice(config)
     check_groups(config)
 
 
@@ -360,37 +299,17 @@ def check_same_routing(config: Config, source: Config, whose: str) -> None:
     )
 
 
-def _check_expert_choice(moe: MoeConfig, model: ModelConfig) -> None:
-    """Refuses settings that have no effect with expert choice, and infinite capacity."""
+def _check_expert_choice(config: Config) -> None:
+    """Refuses a capacity with which every expert takes every token."""
+    moe, model = config.moe, config.model
+    fewest = min(e for e in model.schedule.experts if e)
     for name in ("capacity_factor", "eval_capacity_factor"):
+        factor, most = getattr(moe, name), fewest / model.top_k
         require(
-            math.isfinite(getattr(moe, name)),
-            f"moe.{name}=inf lets every expert of moe.router=expert_choice take every token; "
-            "use a finite one",
+            factor < most,
+            f"moe.{name}={factor:g} lets every expert of moe.router=expert_choice take every "
+            f"token; use less than {most:g}",
         )
-    for name, idle in (
-        ("overflow", "position"),
-        ("balance", "group"),
-        ("second_expert_sampling", False),
-        ("bias_update_rate", 0.0),
-        ("routed_scale", 1.0),
-    ):
-        value = getattr(moe, name)
-        require(
-            value == idle,
-            f"moe.{name}={value} has no effect: with moe.router=expert_choice no expert "
-            "overflows, the load is even and weights are the scores; use "
-            f"moe.{name}={idle}",
-        )
-    require(
-        model.form.normalize_top_k != "always",
-        "model.normalize_top_k=always has no effect: with moe.router=expert_choice weights are "
-        "the scores; use model.normalize_top_k=never",
-    )
-    require(
-        moe.noise != "rsample",
-        "moe.noise=rsample has no effect with moe.router=expert_choice; use jitter or none",
-    )
 
 
 def _check_mesh(mesh: MeshConfig) -> None:
@@ -453,18 +372,6 @@ def _check_training(config: Config) -> None:
         f"optimizer.decay_tokens={optimizer.decay_tokens} must be above warmup_tokens="
         f"{optimizer.warmup_tokens}",
     )
-    momentum = OptimizerConfig().momentum
-    require(
-        optimizer.kind == "muon" or optimizer.momentum == momentum,
-        f"optimizer.momentum={optimizer.momentum} has no effect with optimizer.kind="
-        f"{optimizer.kind}; leave it at {momentum} or use kind=muon",
-    )
-    default = OptimizerConfig().decay_fraction
-    require(
-        optimizer.schedule == "wsd" or optimizer.decay_fraction == default,
-        f"optimizer.decay_fraction={optimizer.decay_fraction} has no effect with "
-        f"optimizer.schedule={optimizer.schedule}; leave it at {default} or use schedule=wsd",
-    )
     if optimizer.schedule == "wsd":
         start = config.decay_start * config.tokens_per_step
         require(
@@ -476,12 +383,8 @@ def _check_training(config: Config) -> None:
 
 def _check_init(config: Config) -> None:
     init = config.init
-    if init.step:
+    if init.workdir and init.step:
         _check_branch_point(config)
-    require(
-        bool(init.workdir) or init.noise == 0,
-        f"init.noise={init.noise} has no effect without init.workdir, the run to start as",
-    )
     require(
         not (init.workdir and config.teacher.inherit) or init.step > 0,
         "init.workdir and teacher.inherit=true: a run starts as one other; leave one of them out",
@@ -490,10 +393,6 @@ def _check_init(config: Config) -> None:
 
 def _check_branch_point(config: Config) -> None:
     step, start = config.init.step, config.decay_start
-    require(
-        bool(config.init.workdir),
-        f"init.step={step} has no effect without init.workdir, the run to go on from",
-    )
     require(
         start is not None,
         f"init.step={step} needs optimizer.schedule=wsd, whose learning rate is the same in runs "
@@ -509,62 +408,28 @@ def _check_branch_point(config: Config) -> None:
         f"init.step={step} leaves none of train.steps={config.total_steps} to train; use fewer "
         "than these, or a longer run",
     )
-    require(
-        config.init.noise == 0,
-        f"init.noise={config.init.noise} has no effect with init.step={step}, which takes the "
-        "other run's parameters as they are",
-    )
 
 
 def _check_distillation(config: Config) -> None:
     teacher, kd = config.teacher, config.kd
     if not (teacher.workdir or teacher.cache):
-        defaults = leaves(Config())
-        for name, value in leaves(config).items():
-            require(
-                not name.startswith(("teacher.", "kd.")) or value == defaults[name],
-                f"{name}={value} has no effect: no run teaches; name one by teacher.workdir or "
-                f"leave it at {defaults[name]}",
-            )
         return
     if teacher.cache:
         require(
             kd.kind == "top_k",
             f"kd.kind={kd.kind} needs the run itself; a teacher cache is for kd.kind=top_k",
         )
-        for name, idle in (("mode", "eval"), ("capacity_factor", 0.0)):
-            value = getattr(teacher, name)
-            require(
-                value == idle,
-                f"teacher.{name}={value} has no effect on a teacher cache, which is written; leave "
-                f"it at {idle}",
-            )
         require(
             bool(teacher.workdir) or not teacher.inherit,
             "teacher.inherit=true needs the run itself, too; name it by teacher.workdir",
         )
-    require(
-        teacher.mode == "eval" or teacher.capacity_factor == 0,
-        f"teacher.capacity_factor={teacher.capacity_factor} has no effect with teacher.mode="
-        "train, which has the teacher's own; leave it at 0",
-    )
     _check_factor("teacher.capacity_factor", teacher.capacity_factor)
-    for name, idle in (("layers", ""), ("importance", "weights")):
-        value = getattr(teacher, name)
-        require(
-            teacher.inherit or value == idle,
-            f"teacher.{name}={value} has no effect without teacher.inherit=true",
-        )
     if kd.kind == "top_k":
         most = config.model.vocab_size - 1
         require(
             1 <= kd.top_k <= most,
             f"kd.top_k={kd.top_k} is out of range; use a value from 1 to {most}",
         )
-    require(
-        kd.kind == "top_k" or kd.top_k == 0,
-        f"kd.top_k={kd.top_k} has no effect with kd.kind={kd.kind}; use kind=top_k or top_k=0",
-    )
     require(
         kd.stop <= 1 or kd.stop >= config.tokens_per_step,
         f"kd.stop={kd.stop:g} is less than a step of {config.tokens_per_step:,} tokens; use a "
@@ -585,6 +450,8 @@ def _check_arrays(config: Config) -> None:
         f"tokens a step; use at most {LARGEST // model.length} sequences",
     )
     width = max(model.d_model, model.d_ff, model.expert_width, model.residual_width)
+    heads = model.heads * model.head_width
+    attention = model.layers * model.d_model * 3 * heads
     parameters = model.layers * max(1, *model.schedule.experts) * model.d_model * width
     for names, elements in (
         ("model.vocab_size and model.d_model", model.vocab_size * model.d_model),
@@ -592,6 +459,8 @@ def _check_arrays(config: Config) -> None:
         ("train.batch_size, model.length and model.d_ff", tokens * width),
         ("train.batch_size, model.length and model.vocab_size", tokens * model.vocab_size),
         ("train.batch_size, model.length and model.heads", tokens * model.length * model.heads),
+        ("model.layers, model.d_model, model.heads and model.head_dim", attention),
+        ("train.batch_size, model.length, model.heads and model.head_dim", tokens * heads),
     ):
         require(
             elements <= LARGEST_ARRAY,

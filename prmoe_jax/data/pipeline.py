@@ -8,6 +8,7 @@ import operator
 import sys
 from collections.abc import Iterator, Sequence
 from decimal import Decimal
+from pathlib import Path
 from typing import NamedTuple
 
 import grain
@@ -19,7 +20,7 @@ from prmoe_jax.data import cache, streams
 from prmoe_jax.data.corpora import TOKENS, open_corpus
 from prmoe_jax.data.streams import ShardStream
 from prmoe_jax.data.tokenizer import Tokenizer, check_fits, load_tokenizer
-from prmoe_jax.data.tokens import TokenCache, tokenise
+from prmoe_jax.data.tokens import TokenCache, cached_tokens
 from prmoe_jax.errors import UserError
 
 
@@ -129,7 +130,7 @@ class Windows:
         if not self.cross_document_attention:
             window.segments_BxL[both_L] = 0
 
-    def taught_by(self, teacher_top_k: TopKLogProbs) -> "Windows":
+    def with_teacher(self, teacher_top_k: TopKLogProbs) -> "Windows":
         """The same windows with a teacher's predictions."""
         given = self.cross_document_attention, teacher_top_k, self.tokenizer, self.text_bytes
         return Windows(self.cache, self.length, *given)
@@ -181,7 +182,7 @@ class Mixture:
         window = self.parts[i][index - (self._ends[i] - len(self.parts[i]))]
         return _with_teacher(window, self.teacher_top_k, index)
 
-    def taught_by(self, teacher_top_k: TopKLogProbs) -> "Mixture":
+    def with_teacher(self, teacher_top_k: TopKLogProbs) -> "Mixture":
         return Mixture(self.parts, self.shares, teacher_top_k)
 
 
@@ -204,7 +205,7 @@ class Data:
 
 
 def load_data(
-    config: DataConfig, vocab_size: int, length: int, tokenizer_path: str | None = None
+    config: DataConfig, vocab_size: int, length: int, tokenizer_path: Path | None = None
 ) -> Data:
     """Loads corpus, tokenizer and windows of `length`, from the caches if they are there.
 
@@ -221,8 +222,8 @@ def load_data(
     else:
         tokenizer = Tokenizer.load(tokenizer_path)
         check_fits(tokenizer, vocab_size)
-    train = tokenise(config, corpus, "train", tokenizer)
-    validation = tokenise(config, corpus, "validation", tokenizer)
+    train = cached_tokens(config, corpus, "train", tokenizer)
+    validation = cached_tokens(config, corpus, "validation", tokenizer)
     attention = config.cross_document_attention
     return Data(
         tokenizer=tokenizer,
@@ -235,7 +236,7 @@ def load_data(
 
 
 def _load_shards(
-    config: DataConfig, vocab_size: int, length: int, tokenizer_path: str | None
+    config: DataConfig, vocab_size: int, length: int, tokenizer_path: Path | None
 ) -> Data:
     """The data of a corpus 'tokens:…'."""
     tokenizer, sources = streams.open_sources(config, vocab_size, tokenizer_path)
@@ -302,7 +303,7 @@ def pipeline_fingerprint(data: Data, batch_size: int, seed: int) -> dict[str, st
 
 
 def train_iterator(
-    windows: Windows, batch_size: int, seed: int, rows: Sequence[int] | None = None
+    windows: Windows | Mixture, batch_size: int, seed: int, rows: Sequence[int] | None = None
 ) -> grain.DatasetIterator:
     """Iterates for ever over shuffled batches, as Batch.
 

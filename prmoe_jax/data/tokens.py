@@ -76,7 +76,7 @@ class TokenCache:
             )
 
 
-def tokenise(
+def cached_tokens(
     config: DataConfig,
     corpus: Corpus,
     split: Literal["train", "validation"],

@@ -24,7 +24,7 @@ class Distiller:
         """The weight of the distance from the teacher at a step."""
         weight = jnp.float32(self.config.kd.weight)
         if self.config.kd.decay == "linear":
-            weight *= 1 - step / self.config.kd_steps
+            weight *= 1 - step / self.config.kd_stop
         return weight
 
     def measure(

@@ -355,7 +355,7 @@ def prune_run(
             "the same load, and prmoe prune is for token_choice"
         )
     text = config.data if corpus is None else dataclasses.replace(config.data, corpus=corpus)
-    stored = str(workdir / workdirs.TOKENIZER)
+    stored = workdir / workdirs.TOKENIZER
     length = config.model.length
     if math.isinf(config.moe.eval_capacity_factor):
         length = min(length, PORTION_TOKENS)

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 
 from prmoe_jax.config import Config, ModelConfig, check_same_routing
-from prmoe_jax.config.family import differing
 from prmoe_jax.errors import UserError
 from prmoe_jax.model.layout import of_layer, stack_layers, unstack_layers
 from prmoe_jax.model.sizes import cost
@@ -35,44 +34,8 @@ def layer_map(teacher: ModelConfig, student: ModelConfig, chosen: str = "") -> l
     Raises:
       UserError: a layer or a dimension of the student fits in no layer of the teacher.
     """
+    _check_part(teacher, student)
     have, want = teacher.schedule.experts, student.schedule.experts
-    sizes = {name: name for name in ("d_model", "d_ff", "heads", "length")}
-    has_experts = any(want)
-    if has_experts:
-        sizes |= {"expert_d_ff": "expert_width", "residual_d_ff": "residual_width"}
-    for name, size in sizes.items():
-        ours, theirs = getattr(student, size), getattr(teacher, size)
-        if ours > theirs:
-            raise UserError(
-                f"model.{name}={ours} is more than the teacher's, and a student that starts as a "
-                f"part of its teacher has no more; use {theirs} or less"
-            )
-    widths = [model.head_width for model in (student, teacher)]
-    if widths[0] != widths[1]:
-        raise UserError(
-            f"a head of the student is {widths[0]} wide, one of the teacher {widths[1]}, and heads "
-            f"are kept whole; use model.head_dim={widths[1]}"
-        )
-    forms = student.form, teacher.form
-    same = {name: [getattr(form, name) for form in forms] for name in differing(*forms)}
-    same.pop("normalize_top_k", None)  # `check_same_routing` compares what it amounts to
-    for name in ("rope_scaling", "clip_qkv"):
-        same[name] = [getattr(student, name), getattr(teacher, name)]
-    same["sliding_window"] = [student.sliding_window, teacher.window_in(student.length)]
-    if has_experts:
-        same["residual"] = student.residual, teacher.residual
-    else:
-        same.pop("residual_mix", None)
-    if teacher.key_heads < teacher.heads or student.key_heads < student.heads:
-        # Heads of queries that share keys are kept together.
-        same["heads"] = student.heads, teacher.heads
-        same["kv_heads"] = student.key_heads, teacher.key_heads
-    for name, (ours, theirs) in same.items():
-        if ours != theirs:
-            raise UserError(
-                f"model.{name}={ours}, the teacher's is {theirs}; a student that starts as a part "
-                "of its teacher needs the same"
-            )
     if chosen:
         return _chosen_layers(have, want, chosen)
     found: dict[int, int] = {}
@@ -92,6 +55,43 @@ def layer_map(teacher: ModelConfig, student: ModelConfig, chosen: str = "") -> l
     layers = [found[i] for i in range(len(want))]
     _check_experts(have, want, layers)
     return layers
+
+
+def _check_part(teacher: ModelConfig, student: ModelConfig) -> None:
+    """Refuses a student that is wider than its teacher, or whose layers compute something else."""
+    sizes = {name: name for name in ("d_model", "d_ff", "heads", "length")}
+    has_experts = any(student.schedule.experts)
+    if has_experts:
+        sizes |= {"expert_d_ff": "expert_width", "residual_d_ff": "residual_width"}
+    for name, size in sizes.items():
+        ours, theirs = getattr(student, size), getattr(teacher, size)
+        if ours > theirs:
+            raise UserError(
+                f"model.{name}={ours} is more than the teacher's, and a student that starts as a "
+                f"part of its teacher has no more; use {theirs} or less"
+            )
+    widths = [model.head_width for model in (student, teacher)]
+    if widths[0] != widths[1]:
+        raise UserError(
+            f"a head of the student is {widths[0]} wide, one of the teacher {widths[1]}, and heads "
+            f"are kept whole; use model.head_dim={widths[1]}"
+        )
+    same = student.differences(teacher)
+    same.pop("normalize_top_k", None)  # `check_same_routing` compares what it amounts to
+    if has_experts:
+        same["residual"] = student.residual, teacher.residual
+    else:
+        same.pop("residual_mix", None)
+    if teacher.key_heads < teacher.heads or student.key_heads < student.heads:
+        # Heads of queries that share keys are kept together.
+        same["heads"] = student.heads, teacher.heads
+        same["kv_heads"] = student.key_heads, teacher.key_heads
+    for name, (ours, theirs) in same.items():
+        if ours != theirs:
+            raise UserError(
+                f"model.{name}={ours}, the teacher's is {theirs}; a student that starts as a part "
+                "of its teacher needs the same"
+            )
 
 
 def _nearest(layers: Sequence[int], places: Sequence[int]) -> tuple[int, ...]:
@@ -133,7 +133,7 @@ def source_layers(teacher: Config, student: Config) -> list[int]:
     Raises:
       UserError: the student cannot start as a part of this teacher; see `layer_map` and
         `check_same_routing`. Experts are left out by their load, which is the same for all that
-        choose their tokens.
+        choose their tokens. Or `teacher.importance` has nothing to choose.
     """
     check_same_routing(student, teacher, "the teacher")
     layers = layer_map(teacher.model, student.model, student.teacher.layers)
@@ -143,6 +143,13 @@ def source_layers(teacher: Config, student: Config) -> list[int]:
         raise UserError(
             "the teacher's experts choose their tokens (moe.router=expert_choice) and all have the "
             "same load, by which experts are left out; give the student as many experts"
+        )
+    sizes = "d_model", "d_ff", "heads", "expert_width", "residual_width"
+    narrower = any(getattr(student.model, s) < getattr(teacher.model, s) for s in sizes)
+    if student.teacher.importance == "taylor" and not narrower:
+        raise UserError(
+            "teacher.importance=taylor has no effect: the student has its teacher's widths and "
+            "heads; leave it at weights, or make the student narrower"
         )
     return layers
 

@@ -33,7 +33,7 @@ from prmoe_jax.model.sizes import cost
 from prmoe_jax.model.transformer import Transformer, cast, init_model
 from prmoe_jax.parallel import sharding
 from prmoe_jax.parallel.mesh import (
-    check_beside,
+    check_teacher_fits,
     local_rows,
     replicated,
     split_batch,
@@ -50,7 +50,7 @@ log = logging.getLogger(__name__)
 class Teacher(NamedTuple):
     """A trained run that no longer changes."""
 
-    config: Config  # the teacher's own, adapted by `config.beside`
+    config: Config  # the teacher's own, adapted by `config.adapt_teacher`
     step: int  # the checkpoint's step
     model: Transformer
 
@@ -73,7 +73,7 @@ def restore_teacher(
     workdir = expand("teacher.workdir", config.teacher.workdir)
     settings = teacher_of(config)
     check_same(workdir / workdirs.TOKENIZER, tokenizer, "the teacher")
-    check_beside(settings, config, mesh)
+    check_teacher_fits(settings, config, mesh)
     log.info("teacher: %s, %s", workdir, settings.model.schedule)
     try:
         step, model = restore_model(workdir, settings, mesh, step)

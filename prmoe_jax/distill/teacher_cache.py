@@ -150,9 +150,9 @@ def attach(data: Data, config: Config) -> Data:
         log.warning(
             "teacher.cache has the predictions of %s, not of %s", recorded, config.teacher.workdir
         )
-    top_k = TopKLogProbs(*(part[..., : kd.top_k] for part in parts))
+    predictions = TopKLogProbs(*(part[..., : kd.top_k] for part in parts))
     return dataclasses.replace(
         data,
-        train=data.train.taught_by(top_k),
+        train=data.train.with_teacher(predictions),
         teacher_cache_fingerprint=fingerprint,
     )

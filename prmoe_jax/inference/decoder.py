@@ -81,7 +81,7 @@ class Decoder(nnx.Module):
 
 
 def _held(name: str, leaf: jax.Array, weights: str, dtype: str) -> jax.Array | QuantizedWeight:
-    """A large weight in fewer bits; a bias in the compute dtype, cast once, not for every token."""
+    """A large weight in fewer bits, unless they are float32; a bias in the compute dtype."""
     declared = declaration(name)
     if declared.contracted and weights != "float32":
         dims = enumerate(declared.dims)

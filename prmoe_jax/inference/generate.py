@@ -158,7 +158,7 @@ class Generator:
             )
         written = [TextStream(self.tokenizer, stop, start[1:]) for start in starts]
         with jax.set_mesh(self.mesh):
-            state = self._start(starts, seeds, tokens)
+            state = start(self.decoder, self.mesh, starts, seeds, tokens)
             seen = [len(start) for start in starts]
             while True:
                 state = decode(
@@ -190,25 +190,6 @@ class Generator:
                     f"{self.tokenizer.size - 1}"
                 )
         return list(prompt)
-
-    def _start(self, starts: list[list[int]], seeds: Sequence[int], tokens: int) -> State:
-        """Runs the prefill; rows that only fill up the batch stop at once."""
-        devices = math.prod(self.mesh.shape[name] for name in batch_axes(self.mesh))
-        batch = -(-len(starts) // devices) * devices
-        chunks = -(-max(map(len, starts)) // PREFILL_CHUNK)
-        # Whole chunks, for the prompts and for the new tokens. The KV cache of a row that has ended
-        # is still written, at the position after its last token.
-        room = chunks * PREFILL_CHUNK + -(-tokens // PREFILL_CHUNK) * PREFILL_CHUNK
-        tokens_BxT = np.zeros((batch, room), np.int32)
-        lengths = np.ones(batch, np.int32)
-        for row, start in enumerate(starts):
-            tokens_BxT[row, : len(start)] = start
-            lengths[row] = len(start)
-        stops = lengths + np.where(np.arange(batch) < len(starts), tokens, 0).astype(np.int32)
-        seeds = jnp.array([*seeds, *[0] * (batch - len(starts))], jnp.uint32)
-        return prefill(
-            self.decoder, tokens_BxT, lengths, stops, jax.vmap(jax.random.key)(seeds), chunks
-        )
 
 
 class TextStream:
@@ -301,6 +282,44 @@ def _check_text(option: str, text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise UserError(f"{option} is not UTF-8 text (character {error.start})") from None
+
+
+def room(longest: int, tokens: int) -> int:
+    """The tokens that the KV cache of a sequence holds: whole chunks of the prompt and of the rest.
+
+    The cache of a row that has ended is still written, at the position after its last token.
+    """
+    return sum(-(-count // PREFILL_CHUNK) * PREFILL_CHUNK for count in (longest, tokens))
+
+
+def start(
+    decoder: Decoder,
+    mesh: Mesh,
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[int],
+    tokens: int,
+) -> State:
+    """Runs the prefill; `decode` then goes on.
+
+    Args:
+      decoder: the model.
+      mesh: the mesh that holds it, in use.
+      prompts: token ids.
+      seeds: one for each prompt.
+      tokens: the largest number of new tokens for each prompt.
+    """
+    devices = math.prod(mesh.shape[name] for name in batch_axes(mesh))
+    batch = -(-len(prompts) // devices) * devices  # rows that only fill it up stop at once
+    longest = max(map(len, prompts))
+    tokens_BxT = np.zeros((batch, room(longest, tokens)), np.int32)
+    lengths = np.ones(batch, np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens_BxT[row, : len(prompt)] = prompt
+        lengths[row] = len(prompt)
+    stops = lengths + np.where(np.arange(batch) < len(prompts), tokens, 0).astype(np.int32)
+    seeds = jnp.array([*seeds, *[0] * (batch - len(prompts))], jnp.uint32)
+    chunks = -(-longest // PREFILL_CHUNK)
+    return prefill(decoder, tokens_BxT, lengths, stops, jax.vmap(jax.random.key)(seeds), chunks)
 
 
 @partial(jax.jit, static_argnums=5)

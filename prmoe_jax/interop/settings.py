@@ -66,9 +66,9 @@ def shown(value: Any) -> str:
 
 
 def resolved(settings: Any, source: Any) -> Config:
-    """`config.resolve`, with the settings' file named in its errors."""
+    """`config.resolve` for a trained model, with the settings' file named in its errors."""
     try:
-        return resolve(settings)
+        return resolve(settings, trained=True)
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
 

@@ -139,8 +139,7 @@ class Attention(nnx.Module):
         self.w_q, self.b_q = maps(0, heads, width) if grouped else none
         self.w_kv, self.b_kv = maps(1, 2, key_heads, width) if grouped else none
         self.q_norm, self.k_norm = (_qk_norm(model, number) for number in (heads, key_heads))
-        std_out = std / (2 * model.layers) ** 0.5
-        self.w_out = normal(key_out, (heads, width, model.d_model), std_out)
+        self.w_out = normal(key_out, (heads, width, model.d_model), model.output_std)
         self.b_out = nnx.Param(jnp.zeros(model.d_model)) if form.biases == "all" else None
 
     def __call__(

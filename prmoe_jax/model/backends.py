@@ -13,7 +13,7 @@ from prmoe_jax.parallel.mesh import splits_experts
 log = logging.getLogger(__name__)
 
 
-def check_backends(config: Config, platform: str, mesh: Mesh | None = None) -> None:
+def check_backends(config: Config, platform: str, mesh: Mesh) -> None:
     """Checks the settings that name kernels, and logs what every 'auto' will be.
 
     The layers make the same choice when they are traced, for the mesh that is then in use.
@@ -26,13 +26,14 @@ def check_backends(config: Config, platform: str, mesh: Mesh | None = None) -> N
         if platform == "gpu":
             refusal = cudnn_refusal(config.model)
             log.info("cuDNN's attention cannot run this model (%s)", refusal)
-    split = mesh is not None and splits_experts(mesh)
     backend = dispatch.resolve(config.moe.dispatch, platform)
     kept, _ = resolve_remat(config.model, platform)
     log.info("attention: %s, MoE dispatch: %s, remat: %s (%s)", attention, backend, kept, platform)
-    if mesh is not None and mesh.size > 1:
+    if mesh.size > 1:
         sizes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
-        used = exchange.resolve(config.moe.exchange, mesh) if split else "none"
+        used = "none"
+        if splits_experts(mesh):
+            used = exchange.resolve(config.moe.exchange, mesh)
         log.info("mesh: %s; exchange between experts: %s", sizes, used)
     if not config.causal:
         log.warning(

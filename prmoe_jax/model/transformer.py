@@ -41,10 +41,8 @@ class Block(nnx.Module):
         if experts:
             self.mlp = MoE(experts, model, moe, key_mlp)
         else:
-            std = model.init_std
-            std_out = std / (2 * model.layers) ** 0.5
             gated, biases = form.activation == "swiglu", form.biases == "all"
-            shape = model.d_model, model.d_ff, std, std_out
+            shape = model.d_model, model.d_ff, model.init_std, model.output_std
             self.mlp = MLP.drawn(*shape, key_mlp, gated, biases)
 
     def __call__(
@@ -166,19 +164,19 @@ class Transformer(nnx.Module):
                 x_BxLxD += sharding.embed("positions", self.positions[...], position_BxL)
         x_BxLxD = dropout(x_BxLxD.astype(dtype), self.config.dropout, keys_B)
         metrics = []
-        schedule = self.config.schedule.stages()
-        for i, (stage, plan) in enumerate(zip(self.stages, schedule, strict=True)):
+        for i, stage in enumerate(self.stages):
             # A stage is cast once and not in every layer, so that forward and backward read half as
             # much. Experts with replicas are cast in their layer, to sum gradients in float32.
-            replicas = any(e and sharding.expert_replicas(e) > 1 for e in plan.cell)
+            counts = [b.mlp.experts.count for b in stage.blocks if isinstance(b.mlp, MoE)]
+            replicas = any(sharding.expert_replicas(count) > 1 for count in counts)
             with jax.named_scope("cast"):
                 stage = cast(stage, dtype, apart="experts" if replicas else "")
             keys_NxB = None
             if keys_B is not None:
-                repeats = jnp.arange(plan.repeats)
+                repeats = jnp.arange(stage.repeats)
                 keys_NxB = jax.vmap(fold_in, (None, 0))(fold_in(keys_B, 1 + i), repeats)
             x_BxLxD, by_cell = stage(x_BxLxD, segments_BxL, keys_NxB, position_BxL)
-            for n in range(plan.repeats):
+            for n in range(stage.repeats):
                 metrics += [jax.tree.map(lambda x: x[n], m) for m in by_cell if m is not None]  # noqa: B023
         return self.norm(x_BxLxD), metrics
 
@@ -241,8 +239,8 @@ def unstacked_blocks(model: Transformer) -> list[Block]:
     """The layers one by one, first to last, which a model holds stacked by stage."""
     return [
         jax.tree.map(lambda x: x[n], block)  # noqa: B023
-        for stage, plan in zip(model.stages, model.config.schedule.stages(), strict=True)
-        for n in range(plan.repeats)
+        for stage in model.stages
+        for n in range(stage.repeats)
         for block in stage.blocks
     ]
 
@@ -272,9 +270,9 @@ def update_router_bias(model: Transformer, routers: list[RouterMetrics], rate: f
       rate: `moe.bias_update_rate`.
     """
     remaining = iter(routers)
-    for stage, plan in zip(model.stages, model.config.schedule.stages(), strict=True):
+    for stage in model.stages:
         mlps = [block.mlp for block in stage.blocks if isinstance(block.mlp, MoE)]
-        by_repeat = [[next(remaining).assigned_E for _ in mlps] for _ in range(plan.repeats)]
+        by_repeat = [[next(remaining).assigned_E for _ in mlps] for _ in range(stage.repeats)]
         for mlp, loads_E in zip(mlps, zip(*by_repeat, strict=True), strict=True):
             load_NxE = jnp.stack(loads_E)
             step_NxE = jnp.sign(load_NxE.mean(-1, keepdims=True) - load_NxE)

@@ -71,7 +71,7 @@ class ExpertParallel(NamedTuple):
 
     def are_few(self, tokens: int) -> bool:
         """Whether `everywhere` is the faster way for this number of tokens on each device."""
-        return tokens * _size(self._senders()) <= FEW_TOKENS
+        return tokens * jax.lax.axis_size(self._senders()) <= FEW_TOKENS
 
     def everywhere(
         self, x_NxD: jax.Array, expert_NxK: jax.Array, weight_NxK: jax.Array
@@ -139,7 +139,8 @@ class ExpertParallel(NamedTuple):
             piece = 0
             if lacks_ragged_exchange(axes):
                 piece = piece_rows(rows, devices, self.buffer_factor)
-            buffer = piece * devices if piece else min(-(-wanted // 8) * 8, _size(self.axes) * rows)
+            most = jax.lax.axis_size(self.axes) * rows
+            buffer = piece * devices if piece else min(-(-wanted // 8) * 8, most)
             stages.append(rounds.Stage(axes, groups, buffer, piece))
             groups *= devices
         return stages
@@ -225,10 +226,6 @@ def _splits(coordinated: bool) -> tuple[tuple[str, ...], ...]:
     split = tuple(name for name in ("slice", "tensor") if jax.lax.axis_size(name) > 1)
     alike = () if coordinated else tuple(name for name in split if name == "tensor")
     return split, alike, tuple(name for name in split if name not in alike)
-
-
-def _size(axes: tuple[str, ...]) -> int:
-    return math.prod(jax.lax.axis_size(name) for name in axes)
 
 
 def _pad_rows(x_ExRxD: jax.Array) -> jax.Array:

@@ -29,8 +29,8 @@ class MoE(nnx.Module):
 
     def __init__(self, experts: int, model: ModelConfig, moe: MoeConfig, key: jax.Array):
         keys = jax.random.split(key, 5)
-        d_model, std, form = model.d_model, model.init_std, model.form
-        stds = std, std / (2 * model.layers) ** 0.5
+        d_model, form = model.d_model, model.form
+        stds = model.init_std, model.output_std
         parts = {"gated": form.activation == "swiglu", "biases": form.biases == "all"}
         # Router and coefficient start as torch.nn.Linear does by default, as in DeepSpeed.
         bound = d_model**-0.5

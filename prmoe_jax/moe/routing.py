@@ -117,8 +117,9 @@ def route(
     weight_GxSxK = prob_GxSxK * kept_GxSxK
     if top_k > 1 if normalize is None else normalize:  # after dropping: a lone survivor has 1
         if moe.scores == "sigmoid":
+            # From logarithms, since all scores may be too small for float32, which no share is.
             log_GxSxK = (logits_GxSxE[:, :, None] * choice_GxSxKxE).sum(-1)
-            weight_GxSxK = _shares(log_GxSxK, kept_GxSxK)
+            weight_GxSxK = jax.nn.softmax(log_GxSxK, where=kept_GxSxK)
         else:
             total_GxSx1 = weight_GxSxK.sum(-1, keepdims=True)
             weight_GxSxK /= jnp.maximum(total_GxSx1, jnp.finfo(jnp.float32).eps)
@@ -181,19 +182,6 @@ def assign(
 def _rank(choice_GxRxE: jax.Array) -> jax.Array:
     """The number of earlier choices of the same expert; -1 for no choice."""
     return (jnp.cumsum(choice_GxRxE, axis=1) * choice_GxRxE).sum(-1) - 1
-
-
-def _shares(log_GxSxK: jax.Array, kept_GxSxK: jax.Array) -> jax.Array:
-    """Kept scores as shares of their sum, from their logarithms; 0 where none is kept.
-
-    Scores of a sigmoid may all be too small for float32, and their shares are not.
-    """
-    log_GxSxK = jnp.where(kept_GxSxK, log_GxSxK, -jnp.inf)
-    largest_GxSx1 = log_GxSxK.max(-1, keepdims=True)
-    largest_GxSx1 = jax.lax.stop_gradient(jnp.where(jnp.isinf(largest_GxSx1), 0, largest_GxSx1))
-    score_GxSxK = jnp.exp(log_GxSxK - largest_GxSx1)
-    total_GxSx1 = score_GxSxK.sum(-1, keepdims=True)
-    return score_GxSxK / jnp.where(total_GxSx1 > 0, total_GxSx1, 1)
 
 
 def _choose(logits_GxSxE, probs_GxSxE, moe: MoeConfig, top_k: int, bias_E, keys) -> jax.Array:

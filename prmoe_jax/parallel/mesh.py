@@ -329,7 +329,7 @@ def suggest_mesh(
     return MeshConfig(**sizes, expert_slice=expert_slice, tensor=tensor, slices=config.mesh.slices)
 
 
-def leaner(config: Config, devices: int, portions: bool = False) -> Iterator[Config]:
+def lower_memory_configs(config: Config, devices: int, portions: bool = False) -> Iterator[Config]:
     """Configs to try for less memory per device; the cheapest come first.
 
     They begin with the mesh of `suggest_mesh`, if it fits. Later ones have more devices for FSDP,
@@ -467,7 +467,7 @@ def check_batch(config: Config, devices: int, decode: bool = False) -> None:
         )
 
 
-def check_beside(teacher: Config, student: Config, mesh: Mesh | AbstractMesh) -> None:
+def check_teacher_fits(teacher: Config, student: Config, mesh: Mesh | AbstractMesh) -> None:
     """Checks that a student's mesh can split its teacher, and its batch the teacher's groups.
 
     Raises:

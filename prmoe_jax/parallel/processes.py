@@ -24,7 +24,7 @@ from typing import IO
 import jax
 from jax._src import distributed  # the store has no public name
 
-from prmoe_jax import boundary, files, stores
+from prmoe_jax import errors, files, stores
 from prmoe_jax.errors import Failure, UserError, first_line, is_out_of_memory
 
 # Seconds within which all processes must have started.
@@ -66,7 +66,7 @@ def initialize_distributed() -> Iterator[None]:
             f"--distributed: the processes of this run were not found ({first_line(error)}); "
             f"start it on a TPU pod, under SLURM or on GKE, or give {', '.join(VARIABLES)}"
         ) from error
-    boundary.on_failure.append(_tell_others)
+    errors.on_failure.append(_tell_others)
     watch = threading.Thread(target=_watch, daemon=True)
     watch.start()
     try:
@@ -241,20 +241,25 @@ def check_folders(workdir: Path, cache: Path) -> None:
     if _number() == 0:
         files.replace(mark, f"{os.getpid()} {time.time_ns()}")
     expected = of_first(mark.read_text() if _number() == 0 else None)
-    tries = iter(range(5 * SHOW_SECONDS))
-    while not (mark.is_file() and mark.read_text() == expected):
-        if next(tries, None) is None:
-            raise UserError(
-                f"--workdir={workdir} is not shared: process {_number()} doesn't find there what "
-                "process 0 wrote; name a folder that all processes see"
-            )
-        time.sleep(0.2)
+    if not comes_true(lambda: mark.is_file() and mark.read_text() == expected):
+        raise UserError(
+            f"--workdir={workdir} is not shared: process {_number()} doesn't find there what "
+            "process 0 wrote; name a folder that all processes see"
+        )
     _probe(workdir, "--workdir")
     if not (cache / "tokens").is_dir() or os.access(cache / "tokens", os.W_OK):
         _probe(cache, "--config.data.cache_dir")
     barrier()
     if _number() == 0:
         mark.unlink()
+
+
+def comes_true(condition: Callable[[], bool]) -> bool:
+    """Whether what another process wrote shows within `SHOW_SECONDS`."""
+    end = time.monotonic() + SHOW_SECONDS
+    while not (found := condition()) and time.monotonic() < end:
+        time.sleep(0.2)
+    return found
 
 
 def _probe(folder: Path, setting: str) -> None:
@@ -338,7 +343,7 @@ def _end(line: str, code: int, others_must_read: bool = True) -> None:
     """Prints one line and ends this process without clean-up, which would wait for others."""
     if not _ending.acquire(blocking=False):
         time.sleep(60)
-    boundary.say(f"process {_number()}: {line}")
+    errors.say(f"process {_number()}: {line}")
     _leave(code, others_must_read)
 
 

@@ -6,10 +6,17 @@ import math
 
 from jax.sharding import AbstractMesh
 
-from prmoe_jax.config import Config, MeshConfig, beside
+from prmoe_jax.config import Config, MeshConfig, adapt_teacher
 from prmoe_jax.errors import UserError
 from prmoe_jax.model.sizes import cost
-from prmoe_jax.parallel.mesh import axis_sizes, choose_mesh, flags, has_own_mesh, leaner, with_mesh
+from prmoe_jax.parallel.mesh import (
+    axis_sizes,
+    choose_mesh,
+    flags,
+    has_own_mesh,
+    lower_memory_configs,
+    with_mesh,
+)
 from prmoe_jax.plan.chips import CHIPS, chip_of, device_count, several, slice_shapes
 from prmoe_jax.plan.report import check_load, decoding, held_bytes, plan
 from prmoe_jax.training.optimizer import STATE_BYTES
@@ -51,7 +58,8 @@ def fit(
     larger = [other for other in slices if device_count(other) > devices]
     search.config = with_mesh(search.config, MeshConfig(slices=config.mesh.slices))
     if config.moe.exchange == "flat":  # it suits every mesh
-        search.config = dataclasses.replace(search.config, moe=config.moe)
+        moe = dataclasses.replace(search.config.moe, exchange="flat")
+        search.config = dataclasses.replace(search.config, moe=moe)
     found = filter(None, map(search.first, [topology, *larger]))
     return result | {"instead": next(found, None), "tried": search.tried}
 
@@ -142,7 +150,7 @@ class _Search:
             result = self._once(topology, choose_mesh(config, devices, decode=self.decode > 0))
             if result or has_own_mesh(self.config):
                 return result
-            for tried in leaner(config, devices, portions=not self.decode):
+            for tried in lower_memory_configs(config, devices, portions=not self.decode):
                 rest = self.rest / devices / tried.train.accumulate
                 if rest <= room and rest + self._state_bytes(tried, devices) <= room:
                     if result := self._once(topology, tried):
@@ -163,7 +171,7 @@ class _Search:
         """The plan of a config with a mesh; a plan that doesn't fit is added to `tried`."""
         portions = config.train.accumulate
         self.planned.add((topology, config.mesh, portions))
-        teacher = self.teacher and beside(self.teacher, config)
+        teacher = self.teacher and adapt_teacher(self.teacher, config)
         result = plan(config, topology, self.decode, teacher, self.load)
         if not has_own_mesh(self.config):
             result["flags"] = flags(config.mesh)
@@ -185,7 +193,7 @@ class _Search:
         sizes = axis_sizes(config, devices)
         abstract = AbstractMesh(tuple(sizes.values()), tuple(sizes))
         try:
-            teacher = self.teacher and beside(self.teacher, config)
+            teacher = self.teacher and adapt_teacher(self.teacher, config)
             return self._state_of(held_bytes(config, abstract, self.decode, teacher))
         except UserError:  # this mesh can't split the teacher
             return math.inf

@@ -42,8 +42,8 @@ from prmoe_jax.moe.exchange import (
 from prmoe_jax.parallel import sharding
 from prmoe_jax.parallel.mesh import (
     batch_axes,
-    check_beside,
     check_fits,
+    check_teacher_fits,
     crosses_slices,
     make_mesh,
     on_slices,
@@ -87,7 +87,7 @@ def plan(
       topology: a topology of `chips.topology_devices`.
       decode: plans, instead of training, the next token of this many sequences whose context is
         full, with weights in the compute dtype, none split by FSDP, and no token dropped.
-      teacher: the config of a model that teaches in the step, from `config.beside`.
+      teacher: the config of a model that teaches in the step, from `config.adapt_teacher`.
       load: rows of the device with most of them, relative to the even share, where nothing is
         dropped. It decides how many rounds the exchange takes, and all devices wait for it.
 
@@ -148,25 +148,15 @@ def plan(
     # Activations, gradients and the program's working memory.
     held["temporaries"] = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
     length = config.model.length
-    windows = [c.model.window_in(length) or length for c in (config, teacher) if c]
-    program = operations(compiled.as_text(), rounds, max(windows))
-    sent = collectives(program, dict(mesh.shape), *_network(chip, mesh))
-    for place, collective in sent.items():
-        if collective.kind == "ragged-all-to-all":
-            moved, seconds = (x * load / rounds for x in (collective.bytes, collective.seconds))
-            sent[place] = collective._replace(bytes=round(moved), seconds=seconds)
-    seconds = [_seconds(operation, chip) for operation in program]
-    if chip.platform == "tpu":
-        sent = exposed(program, seconds, sent)
-    else:
-        sent = {i: c._replace(exposed_seconds=c.seconds) for i, c in sent.items()}
-    components = _components(program, seconds, sent)
+    window = max(c.model.window_in(length) or length for c in (config, teacher) if c)
+    program = operations(compiled.as_text(), rounds, window)
+    components, sent = _modelled(program, chip, mesh, load / rounds)
     step_s = sum(components.values())
     result |= {
         "fits": sum(held.values()) <= chip.hbm_bytes,
         "modelled_step_s": step_s,
         "components": components,
-        "collectives": _summed(sent.values(), chip),
+        "collectives": _summed(sent, chip),
     }
     if decode:
         return result | {"tokens_per_s": decode / step_s}
@@ -185,6 +175,31 @@ def plan(
         "days": whole_s / 86400,
         "chip_hours": whole_s / 3600 * (len(devices) // chip.devices),
     }
+
+
+def _modelled(
+    program: list[Operation], chip: Chip, mesh: Mesh, share: float
+) -> tuple[dict[str, float], list[Collective]]:
+    """The seconds of a compiled step by part of the model, and its collectives.
+
+    Args:
+      program: the operations of the step.
+      chip: the chip that runs it.
+      mesh: the mesh that it is compiled for.
+      share: the share of its buffer that a ragged exchange sends.
+    """
+    sent = collectives(program, dict(mesh.shape), *_network(chip, mesh))
+    for place, collective in sent.items():
+        if collective.kind == "ragged-all-to-all":
+            sent[place] = collective._replace(
+                bytes=round(collective.bytes * share), seconds=collective.seconds * share
+            )
+    seconds = [_seconds(operation, chip) for operation in program]
+    if chip.platform == "tpu":
+        sent = exposed(program, seconds, sent)
+    else:
+        sent = {i: c._replace(exposed_seconds=c.seconds) for i, c in sent.items()}
+    return _components(program, seconds, sent), list(sent.values())
 
 
 def needed_bytes(message: str, held: int, room: int) -> int:
@@ -283,7 +298,7 @@ def _arguments(
     batch = Batch(*(_rows(mesh, shape, dtype) for dtype in dtypes))
     arguments = [jax.tree.map(_place, state, sharding.shardings(state, mesh)), batch]
     if teacher:
-        check_beside(teacher, config, mesh)
+        check_teacher_fits(teacher, config, mesh)
         model = _teacher_shapes(_off_mesh(teacher))
         arguments.append(jax.tree.map(_place, model, sharding.shardings(model, mesh)))
     elif _cached(config):

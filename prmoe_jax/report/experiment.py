@@ -136,41 +136,19 @@ def report(folder: Path, base: str | None = None) -> dict:
             summary[arm] |= compared
 
     named = names[base]
+    worth = multipliers(found) if stated.ladder else []
+    by_params = multipliers(found, "active_params") if stated.ladder else []
+    for one in worth:
+        summary[one.arm]["multiplier"] = str(one)
     drawn, equal, when = found, found, "At the end"
     if lengths > 1 or named != base:
         drawn, (tokens, equal) = models(found), equally_long(found)
         when = f"After {tokens:,} tokens"
-    caption = "Validation loss against tokens; band: all seeds."
-    if figures.curves(drawn, folder / "loss_tokens", by_flops=False):
-        caption += " Hollow marks: the whole validation split; lines: a part of it."
-    pictures = {folder / "loss_tokens": caption}
-    pictures[folder / "loss_flops"] = "The same against training FLOPs of the active parameters."
-    figures.curves(drawn, folder / "loss_flops", by_flops=True)
-    if equal:
-        pictures[folder / "loss_parameters"] = f"{when}: a line from active to all parameters."
-        figures.sizes(equal, folder / "loss_parameters")
+    pictures = _curves(folder, drawn) | _sizes_and_drops(folder, equal, when)
     if apart:
-        pictures[folder / "differences"] = f"Differences from {named}, paired by seed." + (
-            f" Shaded: the margin of {stated.margin:g}." if stated.margin else ""
-        )
-        figures.differences(apart, named, folder / "differences", stated.margin)
-
-    if dropping := {arm: rows for arm, rows in equal.items() if _drops(rows)}:
-        pictures[folder / "drops"] = f"{when}: who is dropped in the evaluation."
-        figures.drops(dropping, folder / "drops")
-
-    worth = multipliers(found) if stated.ladder else []
-    by_params = multipliers(found, "active_params") if stated.ladder else []
+        pictures |= _differences(folder, apart, named, stated.margin)
     if worth:
-        pictures[folder / "multipliers"] = (
-            "Dense-equivalent multipliers. Small dots: seeds; bars: 95 % intervals of three seeds "
-            "or more, cut at the ends of the ladder. Triangles: beyond the ladder. Dashed: the "
-            "joint MoE scaling law (arXiv 2502.05172), which was fitted to models of 79 M active "
-            "parameters and more."
-        )
-        figures.multipliers(worth, folder / "multipliers")
-    for one in worth:
-        summary[one.arm]["multiplier"] = str(one)
+        pictures |= _worth(folder, worth)
 
     pairs = [(arm, other) for arm, other in stated.contrasts if arm in found and other in found]
     corrected = holm([p_value(found[arm], found[other], pooled) for arm, other in pairs])
@@ -216,6 +194,50 @@ def report(folder: Path, base: str | None = None) -> dict:
     if pooled:
         result |= pooled._asdict()
     return result
+
+
+def _curves(folder: Path, drawn: dict) -> dict[Path, str]:
+    """Draws losses against tokens and FLOPs; the figures and their captions."""
+    tokens, flops = folder / "loss_tokens", folder / "loss_flops"
+    caption = "Validation loss against tokens; band: all seeds."
+    if figures.curves(drawn, tokens, by_flops=False):
+        caption += " Hollow marks: the whole validation split; lines: a part of it."
+    figures.curves(drawn, flops, by_flops=True)
+    return {tokens: caption, flops: "The same against training FLOPs of the active parameters."}
+
+
+def _sizes_and_drops(folder: Path, equal: dict, when: str) -> dict[Path, str]:
+    """Draws sizes and drops of arms that are equally long; the figures and their captions."""
+    found = {}
+    if equal:
+        found[folder / "loss_parameters"] = f"{when}: a line from active to all parameters."
+        figures.sizes(equal, folder / "loss_parameters")
+    if dropping := {arm: rows for arm, rows in equal.items() if _drops(rows)}:
+        found[folder / "drops"] = f"{when}: who is dropped in the evaluation."
+        figures.drops(dropping, folder / "drops")
+    return found
+
+
+def _differences(
+    folder: Path, apart: dict[str, Mean], base: str, margin: float | None
+) -> dict[Path, str]:
+    """Draws differences from the arm `base`; the figure and its caption."""
+    path = folder / "differences"
+    figures.differences(apart, base, path, margin)
+    shaded = f" Shaded: the margin of {margin:g}." if margin else ""
+    return {path: f"Differences from {base}, paired by seed.{shaded}"}
+
+
+def _worth(folder: Path, worth: list[Multiplier]) -> dict[Path, str]:
+    """Draws the multipliers; the figure and its caption."""
+    path = folder / "multipliers"
+    figures.multipliers(worth, path)
+    return {
+        path: "Dense-equivalent multipliers. Small dots: seeds; bars: 95 % intervals of three "
+        "seeds or more, cut at the ends of the ladder. Triangles: beyond the ladder. Dashed: the "
+        "joint MoE scaling law (arXiv 2502.05172), which was fitted to models of 79 M active "
+        "parameters and more."
+    }
 
 
 def _apart(

@@ -172,8 +172,8 @@ def differences(
     with figure(path, 1.2 + 0.4 * len(found)) as axes:
         if margin:
             axes.axvspan(-margin, margin, color="grey", alpha=0.2, linewidth=0)
-        for number, (value, margin) in enumerate(found.values()):
-            axes.errorbar(value, number, xerr=margin, fmt="o", color=COLOURS[0], capsize=4)
+        for number, (value, interval) in enumerate(found.values()):
+            axes.errorbar(value, number, xerr=interval, fmt="o", color=COLOURS[0], capsize=4)
         axes.axvline(0, color="black", linewidth=1)
         axes.set_yticks(range(len(found)), list(map(label, found)))
         axes.set_ylim(-0.6, len(found) - 0.4)

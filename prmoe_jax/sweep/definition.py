@@ -3,6 +3,8 @@
 import ast
 import contextlib
 import dataclasses
+import difflib
+import logging
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -11,8 +13,11 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
+from prmoe_jax import files
 from prmoe_jax.config import Config, InitConfig, check_branch, leaves, resolve, userfile
 from prmoe_jax.errors import UserError
+
+log = logging.getLogger(__name__)
 
 LONGEST_NAME = 255  # bytes, on every common file system
 
@@ -84,7 +89,7 @@ def _is_there(path: Path) -> bool:
     try:
         return path.is_file()
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+        raise files.cannot_read(path, error) from None
 
 
 def _assigned(path: Path) -> dict[str, object]:
@@ -108,6 +113,12 @@ def _assigned(path: Path) -> dict[str, object]:
                 raise UserError(
                     f"{path}, line {node.lineno}: import names, not *: a report reads "
                     f"{', '.join(sorted(NAMES))} without running the file"
+                )
+        if name and name not in NAMES and name.isupper():
+            for close in difflib.get_close_matches(name, NAMES, 1, 0.8):
+                raise UserError(
+                    f"{path}, line {node.lineno}: {name} is no constant of a sweep; did you mean "
+                    f"{close}?"
                 )
         if name in NAMES:
             if not (isinstance(node, ast.expr) and node in plain):
@@ -149,6 +160,7 @@ def _checked(path: Path, items) -> dict[str, Run]:
             f"{path}: runs() returns {type(items).__name__}; it must yield (name, settings)"
         )
     found: dict[str, Run] = {}
+    named: dict[tuple, str] = {}  # the runs' names by their settings
     for item in items:  # one by one: a file may change its settings for the next run
         if not (isinstance(item, tuple) and len(item) in (2, 3) and isinstance(item[0], str)):
             raise UserError(f"{path}: runs() yields {item!r:.80}, not (name, settings)")
@@ -180,6 +192,9 @@ def _checked(path: Path, items) -> dict[str, Run]:
                 if other.trunk is not None:
                     start = branch(other.config, found[other.trunk].config, path).init.step
                 _check_trunk(run.config, trunk, other.config, start)
+            same = named.setdefault(tuple(leaves(run.config).items()), name)
+            if same != name:
+                log.warning("%s: %s has the settings of %s and is the same run", path, name, same)
             found[name] = run
         except UserError as error:
             raise UserError(f"{path}: {name}: {error}") from None

@@ -66,7 +66,7 @@ def rows(name: str, path: Path) -> list[dict]:
         pattern = QUESTIONS[name]
         return [asked(pattern, line["input"][-1]["content"], line["ideal"]) for line in lines]
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+        raise files.cannot_read(path, error) from None
     except (ValueError, TypeError, AttributeError, LookupError) as error:
         (_, package), _ = SOURCES[name]
         raise UserError(

@@ -38,6 +38,7 @@ from prmoe_jax.errors import TrainingStopped, UserError
 from prmoe_jax.model.backends import check_backends
 from prmoe_jax.model.loss import forward
 from prmoe_jax.model.sizes import cost
+from prmoe_jax.moe.routing import capacity
 from prmoe_jax.parallel import processes
 from prmoe_jax.parallel.mesh import (
     local_rows,
@@ -110,11 +111,8 @@ def train(
     processes.agree("the settings", lambda: shared_settings(config))
     placed, mesh = training_mesh(config)
     check_backends(placed, jax.default_backend(), mesh)
-    if not config.loss_reaches_routers:
-        log.warning(
-            "model.normalize_top_k=always gives a token's only expert (model.top_k=1) the weight "
-            "1: the router learns from its auxiliary losses alone"
-        )
+    _log_capacity(config)
+    _warn(config)
     first = jax.process_index() == 0
     with contextlib.ExitStack() as stack:
         lock = stack.enter_context(locked(workdir)) if first else None
@@ -132,10 +130,10 @@ def train(
         )
         stack.enter_context(compile_cache(config, workdir))
         # Restore order. 1. The config: a resumed run must be the same run.
-        settings, stored = workdir / workdirs.CONFIG, workdir / workdirs.TOKENIZER
+        config_path, tokenizer_path = workdir / workdirs.CONFIG, workdir / workdirs.TOKENIZER
         resuming = checkpoints.latest() is not None
         if resuming:
-            configs.check_resume(configs.load(settings), config)
+            configs.check_resume(configs.load(config_path), config)
         else:
             checkpoints.check_new()
             _check_new_start(workdir, config)
@@ -144,7 +142,7 @@ def train(
         # 2. The tokenizer and the data, which must be those that the run began with.
         shape = config.model.vocab_size, config.model.length
         with processes.main_process_first(cache.root(config.data)):
-            data = load_data(config.data, *shape, stored if resuming else None)
+            data = load_data(config.data, *shape, tokenizer_path if resuming else None)
         if config.teacher.cache:
             data = teacher_cache.attach(data, config)
         # Text may take long to prepare, and in a run of one process a signal ends that at once.
@@ -155,46 +153,24 @@ def train(
         rows = local_rows(mesh, config.train.batch_size)
         batches = train_iterator(data.train, config.train.batch_size, config.seed, rows)
         stack.enter_context(jax.set_mesh(mesh))
-        shapes = jax.eval_shape(lambda: init_state(placed))
         # 3. Model, optimizer and step. 4. The position in the data.
-        restored = checkpoints.restore(shapes, mesh) if resuming else None
-        if branching := not restored and config.init.step > 0:
-            restored = branch.restore(config, shapes, mesh)
-        if restored:
-            step, state, record = restored
-            how, fix = "resumed", "give another --workdir to start afresh"
-            if branching:
-                how = f"goes on from {config.init.workdir}"
-                fix = f"leave out init.step={step}, which is of the run in {config.init.workdir}"
-            check_fingerprint(record["fingerprint"], fingerprint, fix)
+        step, state, record = _start(placed, mesh, checkpoints, data, fingerprint)
+        if record:
             batches.set_state(record["iterator"])
-            log.info("%s at step %d of %d", how, step, config.total_steps)
-        else:
-            step = 0
-            state = sharded_state(placed, mesh)
-            if config.init.workdir:
-                state = state._replace(model=init_from_run(placed, mesh, data.tokenizer))
-        teacher, inherits = None, config.teacher.inherit and not restored
+        teacher, inherits = None, config.teacher.inherit and not record
         if inherits or (step < config.kd_steps and not config.teacher.cache):
             # A resumed run continues with the teacher's checkpoint that it used before.
-            teacher_step = record["teacher_step"] if restored else None
+            teacher_step = record.get("teacher_step")
             teacher = restore_teacher(placed, mesh, data.tokenizer, teacher_step)
             if inherits:
                 state = state._replace(model=init_from_teacher(placed, teacher, data, mesh))
             teacher = None if config.teacher.cache else cast_to_compute_dtype(teacher, mesh)
         if step < config.kd_steps:
             log.info("distillation in %d of %d steps", config.kd_steps, config.total_steps)
-        rises, length = config.optimizer.warmup_tokens, config.total_steps * config.tokens_per_step
-        if rises > length and not config.optimizer.decay_tokens:
-            log.warning(
-                "the run ends before the learning rate is reached: %s tokens, and "
-                "optimizer.warmup_tokens=%d",
-                *(f"{length:,}", rises),
-            )
         if first:
-            data.tokenizer.save(stored)
-            configs.save(config, settings)
-            if branching:
+            data.tokenizer.save(tokenizer_path)
+            configs.save(config, config_path)
+            if config.init.step and not resuming:
                 branch.copy_metrics(config, workdir)
         # 5. The metrics: lines of steps that will be repeated are removed.
         lines = read_metrics(workdir / METRICS) if first else []
@@ -207,7 +183,7 @@ def train(
             return last
         # Only the first process writes metrics.
         begun = workdirs.record_environment(workdir, jax.devices()) if first else time.time()
-        clock = Clock(begun, record.get("productive_s", 0.0) if restored else 0.0)
+        clock = Clock(begun, record.get("productive_s", 0.0))
         writer, wandb = None, None
         if first:
             writer = MetricsWriter(workdir, step, lock.check)
@@ -223,15 +199,100 @@ def train(
                 leave=False,
             )
         )
+        distiller = None
+        if step < config.kd_steps:
+            distiller = Distiller(placed, teacher and teacher.config)
         run = Run(
-            *(placed, workdir, data, mesh, checkpoints, fingerprint, writer, progress, clock),
-            *(wandb, stack.enter_context(StallWatch(config.log.stall_minutes))),
-            Distiller(placed, teacher and teacher.config) if step < config.kd_steps else None,
-            teacher,
-            on_metrics,
+            config=placed,
+            workdir=workdir,
+            data=data,
+            mesh=mesh,
+            checkpoints=checkpoints,
+            fingerprint=fingerprint,
+            writer=writer,
+            wandb=wandb,
+            progress=progress,
+            clock=clock,
+            stall_watch=stack.enter_context(StallWatch(config.log.stall_minutes)),
+            teacher=teacher,
+            train_step=compile_train_step(placed, mesh, distiller),
+            on_metrics=on_metrics,
         )
         del teacher  # only `run` refers to it, so that its memory is freed when distillation ends
         return run.loop(step, state, batches, interrupted, profile, evaluated)
+
+
+def _log_capacity(config: Config) -> None:
+    """Logs the capacity of experts, which rounding and `moe.min_capacity` make more than asked."""
+    model, moe = config.model, config.moe
+    counts = sorted({count for count in model.schedule.experts if count})
+    factors = {"training": moe.capacity_factor, "evaluation": moe.eval_capacity_factor}
+    for when, factor in factors.items():
+        if counts and math.isfinite(factor):
+            slots = [
+                capacity(config.group_size, count, factor, model.top_k, moe.min_capacity)
+                for count in counts
+            ]
+            each = ", ".join(f"{n} ({e} experts)" for n, e in zip(slots, counts, strict=True))
+            log.info("capacity in %s, of %d tokens: %s", when, config.group_size, each)
+
+
+def _warn(config: Config) -> None:
+    """Warns of settings that are allowed and seldom meant."""
+    if not config.loss_reaches_routers:
+        log.warning(
+            "model.normalize_top_k=always gives a token's only expert (model.top_k=1) the weight "
+            "1: the router learns from its auxiliary losses alone"
+        )
+    rises, length = config.optimizer.warmup_tokens, config.total_steps * config.tokens_per_step
+    if 0 < rises <= config.tokens_per_step:
+        log.warning(
+            "optimizer.warmup_tokens=%d is no more than a step of %s tokens, so that the learning "
+            "rate does not warm up",
+            *(rises, f"{config.tokens_per_step:,}"),
+        )
+    if config.total_steps < config.decay_end:
+        log.info(
+            "the run ends at step %d, before its learning rate has fallen, at step %d "
+            "(optimizer.decay_tokens)",
+            *(config.total_steps, config.decay_end),
+        )
+    if rises > length and not config.optimizer.decay_tokens:
+        log.warning(
+            "the run ends before the learning rate is reached: %s tokens, and "
+            "optimizer.warmup_tokens=%d",
+            *(f"{length:,}", rises),
+        )
+
+
+def _start(
+    config: Config, mesh: Mesh, checkpoints: Checkpoints, data: Data, fingerprint: dict
+) -> tuple[int, TrainState, dict]:
+    """The step at which a run starts, its state, and the data record of the checkpoint it is from.
+
+    That is the run's last checkpoint, or else its trunk's (`training.branch`). A run without either
+    starts at step 0 with the record {}.
+
+    Raises:
+      UserError: the data are not those of the checkpoint, or the checkpoint can't be read.
+      TrainingStopped: a checkpoint is damaged, and the run has several processes.
+    """
+    shapes = jax.eval_shape(lambda: init_state(config))
+    found = checkpoints.restore(shapes, mesh)
+    how, fix = "resumed", "give another --workdir to start afresh"
+    if not found and config.init.step:
+        found = branch.restore(config, shapes, mesh)
+        how = f"goes on from {config.init.workdir}"
+        fix = f"leave out init.step={found[0]}, which is of the run in {config.init.workdir}"
+    if not found:
+        state = sharded_state(config, mesh)
+        if config.init.workdir:
+            state = state._replace(model=init_from_run(config, mesh, data.tokenizer))
+        return 0, state, {}
+    step, state, record = found
+    check_fingerprint(record["fingerprint"], fingerprint, fix)
+    log.info("%s at step %d of %d", how, step, config.total_steps)
+    return step, state, record
 
 
 @contextlib.contextmanager
@@ -256,34 +317,28 @@ def compile_cache(config: Config, workdir: Path) -> Iterator[None]:
         compilation_cache.reset_cache()
 
 
+@dataclasses.dataclass
 class Run:
     """The training loop, with the objects that it uses at every step."""
 
-    def __init__(
-        self,
-        config: Config,
-        workdir: Path,
-        data: Data,
-        mesh: Mesh,
-        checkpoints: Checkpoints,
-        fingerprint: dict,
-        writer: MetricsWriter | None,
-        progress: tqdm,
-        clock: Clock,
-        wandb: WandbRun | None,
-        stall_watch: StallWatch,
-        distiller: Distiller | None = None,
-        teacher: Teacher | None = None,
-        on_metrics: Callable[[dict], None] | None = None,
-    ):
-        self.config, self.workdir, self.data, self.mesh = config, workdir, data, mesh
-        self.checkpoints, self.fingerprint = checkpoints, fingerprint
-        self.writer, self.progress, self.clock = writer, progress, clock
-        self.wandb, self.stall_watch = wandb, stall_watch
-        self.teacher, self.on_metrics = teacher, on_metrics
-        self.train_step = compile_train_step(config, mesh, distiller)
-        self.eval_step = jax.jit(forward, out_shardings=replicated(mesh))
-        self.flops_per_token = cost(config.model, config.moe).train_flops_per_token
+    config: Config
+    workdir: Path
+    data: Data
+    mesh: Mesh
+    checkpoints: Checkpoints
+    fingerprint: dict
+    writer: MetricsWriter | None  # of the first process
+    wandb: WandbRun | None
+    progress: tqdm
+    clock: Clock
+    stall_watch: StallWatch
+    teacher: Teacher | None  # until distillation ends
+    train_step: Callable[..., tuple[TrainState, dict]]
+    on_metrics: Callable[[dict], None] | None
+
+    def __post_init__(self):
+        self.eval_step = jax.jit(forward, out_shardings=replicated(self.mesh))
+        self.flops_per_token = cost(self.config.model, self.config.moe).train_flops_per_token
         self.last_metrics: dict = {}
 
     def loop(
@@ -415,11 +470,9 @@ class Run:
         self.check_finite("the validation loss", metrics["loss"], step, step)
         self.write(step, {f"eval/{name}": value for name, value in metrics.items()})
         self.sync()
-        self.say(
-            step,
-            f"validation loss {metrics['loss']:.4f}, perplexity {metrics['perplexity']:.1f}, "
-            f"{metrics['bits_per_byte']:.4f} bits/byte, {metrics['drop_fraction']:.1%} dropped",
-        )
+        line = f"validation loss {metrics['loss']:.4f}, perplexity {metrics['perplexity']:.1f}, "
+        line += f"{metrics['bits_per_byte']:.4f} bits/byte, {metrics['drop_fraction']:.1%} dropped"
+        self.say(step, line, stays=True)
 
     def write(self, step: int, metrics: dict) -> None:
         self.last_metrics = {"step": step, **metrics}
@@ -430,13 +483,13 @@ class Run:
             if self.on_metrics:
                 self.on_metrics(self.last_metrics)
 
-    def say(self, step: int, line: str) -> None:
-        """Shows a line beside the progress bar on a terminal, and as a log line elsewhere."""
+    def say(self, step: int, line: str, stays: bool = False) -> None:
+        """Shows a line beside a terminal's progress bar (above it if it `stays`), or logs it."""
         if jax.process_index() != 0:
             return
         if self.progress.disable:
             log.info("step %d/%d: %s", step, self.config.total_steps, line)
-        elif line.startswith("validation"):
+        elif stays:
             self.progress.write(f"step {step}: {line}", file=sys.stderr)
         else:
             self.progress.set_postfix_str(line)

@@ -1,4 +1,4 @@
-"""The compiled steps: initialise, train (with gradient accumulation), evaluate."""
+"""The state of a run at step 0, and the training step with gradient accumulation."""
 
 from collections.abc import Callable
 from functools import partial

@@ -25,7 +25,6 @@ from jax.sharding import Mesh
 
 from prmoe_jax import files
 from prmoe_jax.config import Config, ModelConfig, check_same_routing, expand, load
-from prmoe_jax.config.family import differing
 from prmoe_jax.data.tokenizer import Tokenizer, check_same
 from prmoe_jax.errors import UserError
 from prmoe_jax.model.layout import of_layer, places, unstack_layers
@@ -106,17 +105,15 @@ def check_fits(source: ModelConfig, model: ModelConfig) -> None:
     Raises:
       UserError: a part can't; names the setting or the layer.
     """
-    names = "layers", "d_model", "heads", "d_ff", "vocab_size"
-    names += "rope_scaling", "clip_qkv"
-    sizes = {name: name for name in names}
+    sizes = {name: name for name in ("layers", "d_model", "heads", "d_ff", "vocab_size")}
     sizes |= {"kv_heads": "key_heads", "head_dim": "head_width"}
     if any(source.schedule.experts):
         sizes |= {"expert_d_ff": "expert_width", "residual_d_ff": "residual_width"}
     pairs = {name: (getattr(model, size), getattr(source, size)) for name, size in sizes.items()}
-    pairs["sliding_window"] = model.sliding_window, source.window_in(model.length)
-    for name in differing(model.form, source.form):
-        if name not in ("residual_mix", "normalize_top_k"):
-            pairs[name] = getattr(model.form, name), getattr(source.form, name)
+    pairs |= model.differences(source)
+    # Below, and by `check_same_routing`, these are compared where they matter.
+    for name in ("residual_mix", "normalize_top_k"):
+        pairs.pop(name, None)
     for name, (ours, theirs) in pairs.items():
         if ours != theirs:
             raise UserError(f"model.{name}={ours}, the run to start as has {theirs}; use the same")

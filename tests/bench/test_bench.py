@@ -65,7 +65,10 @@ def test_short_programs_are_called_often_on_an_accelerator(platform, calls, monk
 
     jitted = SimpleNamespace(lower=lambda: SimpleNamespace(compile=lambda: program))
     program.memory_analysis = lambda: SimpleNamespace(
-        argument_size_in_bytes=1, output_size_in_bytes=2, temp_size_in_bytes=4
+        argument_size_in_bytes=1,
+        output_size_in_bytes=2,
+        temp_size_in_bytes=4,
+        alias_size_in_bytes=0,
     )
     monkeypatch.setattr(turns.jax, "jit", lambda function: jitted)
     monkeypatch.setattr(turns.jax, "default_backend", lambda: platform)
@@ -335,7 +338,7 @@ def test_the_memory_of_a_cache_of_shared_keys(monkeypatch):
     config.model.length = 4096
     models = [resolve(tiny.get_config(f"{layers} layers")) for layers in (2, 4, 3)]
     decode._check_memory(resolve(config), models, 40, 1984)
-    room = decode._room(1984)
+    room = decode.room(1984, decode.STEPS)
     assert asked == [
         ("--config", 4 * cost(models[1].model).total_params),
         ("--batch=40", 40 * room * 3 * (2 * 2 * 8) * 4),

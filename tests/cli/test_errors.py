@@ -269,9 +269,9 @@ CASES = {
     "steps and tokens": (params("train.tokens=9"), "exactly one must be above 0"),
     "random selection": (
         params("moe.overflow=random", "moe.capacity_factor=inf"),
-        "moe.overflow=random has no effect with moe.capacity_factor=inf; leave it at position",
+        "moe.overflow=random has no effect with moe.capacity_factor=inf: no expert is ever full",
     ),
-    "dense top": (params("model.top_k=2", config=DENSE), "model.top_k=2 has no effect: the arch"),
+    "dense top": (params("model.top_k=2", config=DENSE), "model.top_k=2 has no effect in a dense"),
     "dense residual": (params("model.residual=true", config=DENSE), "model.residual=True has no "),
     "dense experts": (params("model.experts=4", config=DENSE), "experts=4 has no effect: placeme"),
     "dense moe": (params("moe.min_capacity=1", config=DENSE), "moe.min_capacity=1 has no effect"),
@@ -373,6 +373,14 @@ CASES = {
     "temperature": (
         ["generate", "--workdir=run", "--temperature=-1"],
         "--temperature=-1.0 must be 0 or more",
+    ),
+    "samples of one text": (
+        ["generate", "--workdir=run", "--temperature=0", "--samples=3"],
+        "--samples has no effect with --temperature=0, which takes the likeliest token; leave one",
+    ),
+    "top k of one": (
+        ["generate", "--workdir=run", "--temperature=0", "--top-k=3"],
+        "--top-k has no effect with --temperature=0",
     ),
     "temperature nan": (
         ["generate", "--workdir=run", "--temperature=nan"],

@@ -86,6 +86,14 @@ def test_sizes_that_are_possible_one_by_one():
         lambda: tiny_config("model.length=2147483646", "train.batch_size=1", f"model.d_ff={big}"),
         "which no machine holds; use less",
     )
+    refused(
+        lambda: tiny_config("model.heads=67108864", f"model.head_dim={LARGEST}"),
+        "model.layers, model.d_model, model.heads and model.head_dim make an array of",
+    )
+    refused(
+        lambda: tiny_config("model.heads=1048576", f"model.head_dim={2**30}", *small[::2]),
+        "train.batch_size, model.length, model.heads and model.head_dim make an array of",
+    )
 
 
 def test_steps_are_counted_in_32_bits():

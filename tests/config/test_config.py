@@ -240,7 +240,7 @@ RULES = {
     "init noise": (["init.noise=0.1"], "init.noise=0.1 has no effect without init.workdir"),
     "momentum": (
         ["optimizer.momentum=0.9"],
-        "has no effect with optimizer.kind=adamw; leave it at 0.9",
+        "has no effect with optimizer.kind=adamw: it is Muon's; leave it at 0.95",
     ),
     "init step": (["init.step=9"], "init.step=9 has no effect without init.workdir"),
     "branch by cosine": (
@@ -261,7 +261,7 @@ RULES = {
     ),
     "decay of a cosine": (
         ["optimizer.decay_fraction=0.1"],
-        "decay_fraction=0.1 has no effect with optimizer.schedule=cosine; leave it at 0.2 or use",
+        "has no effect with optimizer.schedule=cosine: it is for wsd; leave it at 0.2",
     ),
     "no decay": (["optimizer.decay_fraction=1", WSD], "decay_fraction=1.0 must be between 0 and 1"),
     "long warm-up": (
@@ -288,8 +288,8 @@ RULES = {
         ["teacher.cache=a", "kd.kind=top_k", "kd.top_k=3", "teacher.inherit=true"],
         "teacher.inherit=true needs the run itself, too; name it by teacher.workdir",
     ),
-    "no teacher": (["kd.weight=2"], "kd.weight=2.0 has no effect: no run teaches; name one by"),
-    "no teacher 2": (["teacher.mode=train"], "teacher.mode=train has no effect: no run teaches"),
+    "no teacher": (["kd.weight=2"], "kd.weight=2.0 has no effect without a teacher"),
+    "no teacher 2": (["teacher.mode=train"], "teacher.mode=train has no effect without a"),
     "teacher mode": (
         [TAUGHT, "teacher.mode=asleep"],
         "'asleep' is unknown; use one of eval, train",
@@ -310,9 +310,9 @@ RULES = {
     "kd kind": ([TAUGHT, "kd.kind=l2"], "kd.kind='l2' is unknown; use one of forward, reverse"),
     "kd decay": ([TAUGHT, "kd.decay=cosine"], "'cosine' is unknown; use one of none, linear"),
     "kd weight": ([TAUGHT, "kd.weight=0"], "kd.weight=0.0 must be above 0"),
-    "kd temperature": ([TAUGHT, "kd.temperature=-1"], "kd.temperature=-1.0 must be above 0"),
+    "kd temperature": ([TAUGHT, "kd.temperature=-1"], "kd.temperature=-1.0 is out of range; use"),
     "kd top 0": ([TAUGHT, "kd.kind=top_k"], "kd.top_k=0 is out of range; use a value from 1 to"),
-    "kd top k": ([TAUGHT, "kd.top_k=4"], "kd.top_k=4 has no effect with kd.kind=forward; use"),
+    "kd top k": ([TAUGHT, "kd.top_k=4"], "kd.top_k=4 has no effect with kd.kind=forward: it"),
     "kd stop": ([TAUGHT, "kd.stop=1e-6"], "kd.stop=1e-06 ends before the first of 600 steps"),
     "kd stop of no step": (
         [TAUGHT, "kd.stop=70"],
@@ -329,7 +329,7 @@ RULES = {
     "aux weight": (["moe.aux_loss_weight=-1"], "moe.aux_loss_weight=-1.0 is out of range"),
     "random selection of all": (
         ["moe.overflow=random", "moe.capacity_factor=inf"],
-        "moe.overflow=random has no effect with moe.capacity_factor=inf",
+        "moe.overflow=random has no effect with moe.capacity_factor=inf: no expert is ever full",
     ),
     "priority without overflow": (
         ["moe.overflow=probability", "moe.capacity_factor=inf", "moe.eval_capacity_factor=inf"],
@@ -337,11 +337,11 @@ RULES = {
     ),
     "second expert of one": (
         ["moe.second_expert_sampling=true"],
-        "moe.second_expert_sampling=True has no effect with model.top_k=1; it is for top_k=2",
+        "moe.second_expert_sampling=True has no effect with model.top_k=1: it is for top_k=2",
     ),
     "rsample of two": (
         ["moe.noise=rsample", "model.top_k=2"],
-        "moe.noise=rsample has no effect with model.top_k=2; it is for top_k=1",
+        "moe.noise=rsample has no effect with model.top_k=2: it is for top_k=1",
     ),
     "balanced noise": (
         ["moe.noise=rsample", "moe.bias_update_rate=0.001"],
@@ -359,23 +359,23 @@ RULES = {
     ),
     "experts overflow": (
         ["moe.router=expert_choice", "moe.overflow=probability"],
-        "moe.overflow=probability has no effect: with moe.router=expert_choice no expert",
+        "moe.overflow=probability has no effect with moe.router=expert_choice: no expert",
     ),
     "experts balanced": (
         ["moe.router=expert_choice", "moe.bias_update_rate=0.001"],
-        "moe.bias_update_rate=0.001 has no effect: with moe.router=expert_choice",
+        "moe.bias_update_rate=0.001 has no effect with moe.router=expert_choice: no expert",
     ),
     "experts scaled": (
         ["moe.router=expert_choice", "moe.routed_scale=2.5"],
-        "moe.routed_scale=2.5 has no effect: with moe.router=expert_choice no expert",
+        "moe.routed_scale=2.5 has no effect with moe.router=expert_choice: weights are the",
     ),
     "experts normalised": (
         ["moe.router=expert_choice", "model.normalize_top_k=always"],
-        "model.normalize_top_k=always has no effect: with moe.router=expert_choice weights are",
+        "model.normalize_top_k=always has no effect with moe.router=expert_choice: weights are",
     ),
     "experts sample": (
         ["moe.router=expert_choice", "moe.noise=rsample"],
-        "moe.noise=rsample has no effect with moe.router=expert_choice; use jitter or none",
+        "moe.noise=rsample has no effect with moe.router=expert_choice: it is for tokens' choices",
     ),
     "family": (["model.family=bert"], "model.family='bert' is unknown; use one of gpt2, llama"),
     "shared keys": (
@@ -390,13 +390,21 @@ RULES = {
         ["model.heads=7"],
         "is not divisible by model.heads=7; use d_model=196, or model.head_dim",
     ),
+    "theta 1": (
+        ["model.positions=rotary", "model.rope_theta=1"],
+        "model.rope_theta=1.0 must be above 1, such as 10000; 0 is the family's",
+    ),
+    "experts choose nearly all": (
+        ["moe.router=expert_choice", "moe.capacity_factor=4"],
+        "moe.capacity_factor=4 lets every expert of moe.router=expert_choice take every token; use",
+    ),
     "theta": (
         ["model.rope_theta=5e5"],
-        "model.rope_theta=500000.0 has no effect with model.positions=learned; use positions=rota",
+        "model.rope_theta=500000.0 has no effect with model.positions=learned: it is for rotary",
     ),
     "scaled learned positions": (
         ["model.rope_scaling=8,1,4,64"],
-        "model.rope_scaling=(8, 1, 4, 64) has no effect with model.positions=learned; use positio",
+        "model.rope_scaling=(8, 1, 4, 64) has no effect with model.positions=learned: it is for",
     ),
     "half a scaling": (
         ["model.positions=rotary", "model.rope_scaling=8,1"],
@@ -408,7 +416,7 @@ RULES = {
     ),
     "window": (
         ["model.sliding_window=256"],
-        "model.sliding_window=256 has no effect with model.length=256; use a smaller one, or 0",
+        "model.sliding_window=256 has no effect with model.length=256; leave it at 0",
     ),
     "branch of nothing": (
         ["model.residual=false", "model.residual_d_ff=5"],
@@ -487,7 +495,7 @@ RULES = {
         ["checkpoint.every=20", "checkpoint.keep_every=50"],
         "checkpoint.keep_every=50 is no multiple of checkpoint.every=20, so that hardly any check",
     ),
-    "stall": (["log.stall_minutes=0"], "log.stall_minutes=0.0 must be above 0"),
+    "stall": (["log.stall_minutes=0"], "log.stall_minutes=0.0 is out of range; use 0.01 or more"),
     "log": (["log.every=0"], "log.every=0 is out of range"),
 }
 
@@ -503,20 +511,20 @@ def test_rules(overrides, message):
 @pytest.mark.parametrize(
     "override, message",
     [
-        ("model.top_k=2", "model.top_k=2 has no effect: the architecture is dense"),
-        ("model.residual=true", "model.residual=True has no effect: the architecture is dense"),
+        ("model.top_k=2", "model.top_k=2 has no effect in a dense architecture"),
+        ("model.residual=true", "model.residual=True has no effect in a dense architecture"),
         ("model.experts=4", "experts=4 has no effect: placement 'none'"),
-        ("model.expert_d_ff=4", "model.expert_d_ff=4 has no effect: the architecture is dense"),
-        ("model.normalize_top_k=never", "model.normalize_top_k=never has no effect: the archite"),
+        ("model.expert_d_ff=4", "model.expert_d_ff=4 has no effect in a dense architecture"),
+        ("model.normalize_top_k=never", "model.normalize_top_k=never has no effect in a dense"),
         ("moe.capacity_factor=2", "moe.capacity_factor=2.0 has no effect"),
         ("moe.eval_capacity_factor=2", "moe.eval_capacity_factor=2.0 has no effect"),
         ("moe.min_capacity=8", "moe.min_capacity=8 has no effect"),
         ("moe.group_size=64", "moe.group_size=64 has no effect"),
         ("moe.aux_loss_weight=0.1", "moe.aux_loss_weight=0.1 has no effect"),
-        ("moe.overflow=random", "leave it at position or choose model.placement"),
-        ("model.residual_mix=sum", "model.residual_mix=sum has no effect: the architecture is"),
+        ("moe.overflow=random", "model.experts give it experts; leave it at position"),
+        ("model.residual_mix=sum", "model.residual_mix=sum has no effect in a dense arch"),
         ("moe.second_expert_sampling=true", "moe.second_expert_sampling=True has no effect"),
-        ("moe.dispatch=einsum", "moe.dispatch=einsum has no effect: the architecture is dense"),
+        ("moe.dispatch=einsum", "moe.dispatch=einsum has no effect in a dense architecture"),
     ],
 )
 def test_a_dense_model_has_no_settings_for_experts(override, message):
@@ -615,6 +623,31 @@ def test_a_teacher_whose_experts_choose_needs_a_limit(tmp_path):
         assert teacher_of(tiny_config(taught, f"teacher.capacity_factor={factor}"))
     save(tiny_config(), tmp_path / "config.json")
     assert teacher_of(tiny_config(taught, "teacher.capacity_factor=inf"))
+
+
+@pytest.mark.parametrize(
+    ("teacher", "setting", "message"),
+    [
+        (["dense"], "teacher.capacity_factor=2", "teacher.capacity_factor=2 has no effect: the te"),
+        (["prmoe", "moe.capacity_factor=2"], "teacher.capacity_factor=2", ""),
+        (["dense"], "teacher.mode=train", "teacher.mode=train has no effect: this teacher has nei"),
+        (["dense", "model.dropout=0.1"], "teacher.mode=train", ""),
+        (["prmoe"], "teacher.mode=train", "and routes in training as in evaluation; leave it at e"),
+        (["prmoe", "moe.noise=jitter"], "teacher.mode=train", ""),
+        (["prmoe", "moe.overflow=random"], "teacher.mode=train", ""),
+        (["prmoe", "moe.capacity_factor=2"], "teacher.mode=train", ""),
+        (["prmoe", "model.top_k=2"], "teacher.mode=train", ""),
+    ],
+)
+def test_a_setting_that_this_teacher_makes_idle(tmp_path, teacher, setting, message):
+    name, *changes = teacher
+    save(tiny_config(*changes, name=name), tmp_path / "config.json")
+    student = tiny_config(f"teacher.workdir={tmp_path}", setting)
+    if not message:
+        assert teacher_of(student)
+        return
+    with pytest.raises(UserError, match=re.escape(message)):
+        teacher_of(student)
 
 
 def test_a_missing_config_means_no_run(tmp_path):

@@ -44,7 +44,7 @@ def config(tmp_path):
 @pytest.fixture
 def token_cache(config):
     corpus = corpus_of(DOCUMENTS)
-    return tokens.tokenise(config, corpus, "train", load_tokenizer(config, 257, corpus))
+    return tokens.cached_tokens(config, corpus, "train", load_tokenizer(config, 257, corpus))
 
 
 def synthetic(lengths):
@@ -137,7 +137,7 @@ def test_a_start_of_its_own_by_hand():
 def test_a_start_of_its_own_in_the_text(config):
     """From the corpus to the windows, which a resumed run compares."""
     tokenizer, corpus = started_tokenizer(), corpus_of(DOCUMENTS)
-    cache = tokens.tokenise(config, corpus, "train", tokenizer)
+    cache = tokens.cached_tokens(config, corpus, "train", tokenizer)
     windows = Windows(cache, 13, False, tokenizer=tokenizer)
     inputs = np.concatenate([window.tokens_BxL[window.mask_BxL] for window in windows])
     targets = np.concatenate([window.targets_BxL[window.mask_BxL] for window in windows])
@@ -275,7 +275,7 @@ def test_evaluation_sees_every_window_once_in_order(processes):
 
 def test_a_split_without_documents(config):
     corpus = corpus_of([])
-    cache = tokens.tokenise(config, corpus, "train", load_tokenizer(config, 257, corpus))
+    cache = tokens.cached_tokens(config, corpus, "train", load_tokenizer(config, 257, corpus))
     windows = Windows(cache, 5, False)
     with pytest.raises(UserError, match="0 documents and 1 tokens, which make 0 windows of 5"):
         train_iterator(windows, 4, 0)
@@ -290,13 +290,13 @@ def test_tokenised_once_per_corpus_and_tokenizer(config, monkeypatch):
     monkeypatch.setattr(
         Tokenizer, "encode_batch", lambda self, texts: encoded.append(texts) or encode(self, texts)
     )
-    first = tokens.tokenise(config, corpus, "train", tokenizer)
-    again = tokens.tokenise(config, corpus, "train", tokenizer)
+    first = tokens.cached_tokens(config, corpus, "train", tokenizer)
+    again = tokens.cached_tokens(config, corpus, "train", tokenizer)
     np.testing.assert_array_equal(first.tokens_T, again.tokens_T)
     assert encoded == [DOCUMENTS]
     other = corpus_of(["other", "documents"], fingerprint="other")
-    assert len(tokens.tokenise(config, other, "train", tokenizer).starts_N) == 2
-    tokens.tokenise(config, corpus, "train", bpe)
+    assert len(tokens.cached_tokens(config, other, "train", tokenizer).starts_N) == 2
+    tokens.cached_tokens(config, corpus, "train", bpe)
     assert encoded == [DOCUMENTS, ["other", "documents"], DOCUMENTS]
 
 
@@ -307,7 +307,7 @@ def test_cache_counts_and_dtypes(config, token_cache, monkeypatch):
     corpus = corpus_of(DOCUMENTS, fingerprint="wide")
     tokenizer = load_tokenizer(config, 257, corpus)
     tokenizer.size = 65537
-    wide = tokens.tokenise(config, corpus, "train", tokenizer)
+    wide = tokens.cached_tokens(config, corpus, "train", tokenizer)
     assert wide.tokens_T.dtype == np.uint32
     np.testing.assert_array_equal(wide.tokens_T, token_cache.tokens_T)
 
@@ -315,7 +315,7 @@ def test_cache_counts_and_dtypes(config, token_cache, monkeypatch):
 def test_chunks_do_not_change_the_stream(config, token_cache, monkeypatch):
     monkeypatch.setattr(tokens, "CHUNK_CHARACTERS", 3)
     corpus = corpus_of(DOCUMENTS, fingerprint="again")
-    again = tokens.tokenise(config, corpus, "train", load_tokenizer(config, 257, corpus))
+    again = tokens.cached_tokens(config, corpus, "train", load_tokenizer(config, 257, corpus))
     np.testing.assert_array_equal(again.tokens_T, token_cache.tokens_T)
     np.testing.assert_array_equal(again.starts_N, token_cache.starts_N)
 
@@ -325,9 +325,9 @@ def test_full_disk_leaves_nothing(config, tmp_path):
     tokenizer = load_tokenizer(config, 257, corpus)
     with file_size_limit(50_000):
         with pytest.raises(UserError, match="cannot write the cache .*File too large; make room"):
-            tokens.tokenise(config, corpus, "train", tokenizer)
+            tokens.cached_tokens(config, corpus, "train", tokenizer)
     assert [path.suffix for path in (tmp_path / "cache" / "tokens").iterdir()] == [".lock"]
-    assert len(tokens.tokenise(config, corpus, "train", tokenizer).tokens_T) == 100_002
+    assert len(tokens.cached_tokens(config, corpus, "train", tokenizer).tokens_T) == 100_002
 
 
 @pytest.fixture

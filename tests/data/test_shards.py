@@ -517,7 +517,7 @@ def test_a_teachers_predictions_come_with_their_window_of_a_mixture(config, tmp_
     windows = load(config, "a.npy*0.5,b.npy*0.5,validation:a.npy", length=10).train
     assert len(windows) == 10 + 5
     said = np.arange(15 * 10 * 2, dtype=np.uint16).reshape(15, 10, 2)
-    taught = windows.taught_by(TopKLogProbs(said, -np.float32(said)))
+    taught = windows.with_teacher(TopKLogProbs(said, -np.float32(said)))
     tokens = [window.tokens_BxL.tolist() for window in windows]
     for batch in [next(train_iterator(taught, 8, 0)), *eval_batches(taught, 15)]:
         for row, predicted in zip(batch.tokens_BxL, batch.teacher_top_k.tokens_BxLxK, strict=True):

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from prmoe_jax.cli import main
-from prmoe_jax.config import KdConfig, TeacherConfig, beside, save, teacher_of
+from prmoe_jax.config import KdConfig, TeacherConfig, adapt_teacher, save, teacher_of
 from prmoe_jax.data.pipeline import Batch
 from prmoe_jax.distill import loss as distill
 from prmoe_jax.distill import teacher as teachers
@@ -262,6 +262,14 @@ def classroom(student=(), **teacher):
     return values, taught_by, init_state(taught_by).model
 
 
+def test_a_weight_that_falls_falls_to_0_at_stop():
+    """After the end of the run, too: half of it is left at the end of a run of half as long."""
+    kd = {"decay": "linear", "stop": 20.0 * 64}
+    student = settings(**STUDENT, kd=kd)
+    assert (student.kd_steps, student.kd_stop) == (10, 20)
+    assert float(Distiller(student).weight(10)) == 0.5
+
+
 @pytest.mark.parametrize("mode", ["eval", "train"])
 def test_a_step_adds_the_weighted_divergence(mode):
     """Its metrics add up to the loss; portions of the batch change nothing, noise included."""
@@ -322,7 +330,7 @@ def test_modes_of_the_teacher():
     def activations(**choices):
         """Of a teacher whose config is adapted to its student's as for a run."""
         teacher = TeacherConfig("any", **choices)
-        adapted = beside(taught_by, dataclasses.replace(values, teacher=teacher))
+        adapted = adapt_teacher(taught_by, dataclasses.replace(values, teacher=teacher))
         structure = jax.tree.structure(jax.eval_shape(lambda: init_model(adapted)))
         same = jax.tree.unflatten(structure, jax.tree.leaves(model))
         return run_teacher(same, batch, teacher, keys).x_BxLxD

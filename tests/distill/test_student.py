@@ -274,6 +274,16 @@ def test_worth_is_that_of_the_whole_batch_whatever_its_portions():
     assert temporaries[1] < 0.6 * temporaries[0]
 
 
+def test_importance_that_chooses_nothing():
+    """Experts go by their load; a student of its teacher's widths keeps all channels."""
+    teacher = settings("2 layers, E=3, residual")
+    taught = {"workdir": "any", "inherit": True, "importance": "taylor"}
+    with pytest.raises(UserError, match="teacher.importance=taylor has no effect: the student has"):
+        source_layers(teacher, settings("2 layers, E=2, residual", teacher=taught))
+    narrower = settings("2 layers, E=2, residual", teacher=taught, model={"d_ff": 4})
+    assert source_layers(teacher, narrower) == [0, 1]
+
+
 @pytest.mark.parametrize("size", ["350m", "1.3b"])
 def test_the_papers_students_are_parts_of_its_teachers(size):
     """24 layers of 32x10+64x2 to 21 of 32x8+64x2, without a weight allocated."""

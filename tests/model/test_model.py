@@ -19,6 +19,7 @@ from prmoe_jax.model.loss import forward
 from prmoe_jax.model.transformer import Transformer, dropout, positions, resolve_remat
 from prmoe_jax.moe.layer import MoE
 from prmoe_jax.nn.parameters import named_leaves
+from prmoe_jax.parallel.mesh import make_mesh
 from tests.support.quick import jit
 
 SMALL = ModelConfig(
@@ -336,7 +337,9 @@ def test_cudnn_only_where_it_accepts_the_shape(changes, expected, cudnn, caplog)
     model = dataclasses.replace(SMALL, attention="auto", dtype="bfloat16", **changes)
     forced = dataclasses.replace(model, attention="cudnn")
     assert resolve_attention(model, "gpu") == ("xla" if expected else "cudnn")
-    check_backends(dataclasses.replace(Config(), model=model), "gpu")
+    check_backends(
+        dataclasses.replace(Config(), model=model), "gpu", make_mesh(Config(), jax.devices()[:1])
+    )
     why = [text for text in caplog.messages if "cuDNN's attention cannot run this" in text]
     assert [expected in text for text in why] == [True] * bool(expected)
     if expected:

@@ -8,6 +8,7 @@ import pytest
 from prmoe_jax.config import architecture, resolve
 from prmoe_jax.model.backends import check_backends
 from prmoe_jax.model.transformer import init_model
+from prmoe_jax.parallel.mesh import make_mesh
 from tests.support.quick import jit
 
 LENGTH = 32
@@ -95,5 +96,5 @@ def test_a_router_that_is_not_causal_is_announced(text, moe, causal, caplog):
     values = {"model": architecture.parse_fields(text), "moe": moe, "train": {"steps": 1}}
     config = resolve(values)
     assert config.causal == causal
-    check_backends(config, "cpu")
+    check_backends(config, "cpu", make_mesh(config, jax.devices()[:1]))
     assert ("not causal" in caplog.text) != causal

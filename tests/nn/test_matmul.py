@@ -67,3 +67,11 @@ def test_derivatives_equal_those_of_tensordot(x_shape, w_shape, axes, dtype):
         assert got.dtype == wanted.dtype
         got, wanted = (np.asarray(value, np.float32) for value in (got, wanted))
         np.testing.assert_allclose(got, wanted, atol=tolerance * np.abs(wanted).max())
+
+
+def test_int8_in_bfloat16_rounds_once():
+    """A rounded scale would make all of a channel's weights too large or too small by 0.2 %."""
+    w_DxF = jax.random.normal(jax.random.key(0), (4096, 64))
+    held_DxF = quantize(w_DxF, "int8", (-2,)).dequantize(jnp.bfloat16).astype(jnp.float32)
+    gain_F = (held_DxF * w_DxF).sum(0) / jnp.square(w_DxF).sum(0)
+    np.testing.assert_allclose(gain_F, 1, atol=1e-3)

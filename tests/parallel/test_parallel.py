@@ -29,12 +29,12 @@ from prmoe_jax.parallel import sharding
 from prmoe_jax.parallel.mesh import (
     axis_sizes,
     batch_axes,
-    check_beside,
     check_fits,
+    check_teacher_fits,
     choose_mesh,
     expert_axes,
     flags,
-    leaner,
+    lower_memory_configs,
     on_slices,
     suggest_mesh,
 )
@@ -196,7 +196,7 @@ def test_a_teacher_on_its_students_mesh_is_named():
     teacher = settings("2 layers", model={"heads": 2})
     mesh = AbstractMesh((2, 1, 1, 4), ("data", "fsdp", "slice", "tensor"))
     with pytest.raises(UserError, match="^the teacher, on its student's mesh and batches: model.h"):
-        check_beside(teacher, student, mesh)
+        check_teacher_fits(teacher, student, mesh)
 
 
 @pytest.mark.parametrize(
@@ -379,7 +379,7 @@ def test_leaner_meshes_hold_less(text, devices, batch_size):
         parts = jax.tree.map(lambda x, p: math.prod(p.shard_shape(x.shape)), state, places)
         return sum(jax.tree.leaves(parts))
 
-    meshes = [leaner_config.mesh for leaner_config in leaner(values, devices)]
+    meshes = [lower.mesh for lower in lower_memory_configs(values, devices)]
     assert len(meshes) == len(set(meshes))
     assert [mesh.tensor for mesh in meshes] == sorted(mesh.tensor for mesh in meshes)
     assert numbers(meshes[0]) <= numbers(choose_mesh(values, devices).mesh)
@@ -476,8 +476,8 @@ def test_suggested_meshes_stay_in_their_slice(text):
         whole = choose_mesh(values, devices).mesh
         alone = choose_mesh(settings(text, batch_size=devices), devices // slices).mesh
         assert whole == dataclasses.replace(alone, data=alone.data * slices, slices=slices)
-        for leaner_config in leaner(values, devices):
-            assert axis_sizes(leaner_config, devices)
+        for lower in lower_memory_configs(values, devices):
+            assert axis_sizes(lower, devices)
         given = dict(re.findall(r"--config\.mesh\.(\w+)=(\d+)", flags(whole)))
         again = settings(text, batch_size=devices, **{k: int(n) for k, n in given.items()})
         assert axis_sizes(again, devices) == axis_sizes(

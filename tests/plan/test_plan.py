@@ -618,6 +618,16 @@ CONFIG = f"--config={tiny.__file__}:prmoe"
         ([], "prmoe plan needs either --topology=v5p:4x4x8 or --find=v5p"),
         (["--find=v5p", "--topology=v5p:2x2x1"], "prmoe plan needs either"),
         (["--find=v5p", "--teacher=configs/tiny.py:prmoe"], "the config has no teacher"),
+        (
+            [
+                "--find=v5p",
+                "--teacher=configs/tiny.py:prmoe",
+                "--config.teacher.cache=a",
+                "--config.kd.kind=top_k",
+                "--config.kd.top_k=3",
+            ],
+            "has no effect: the run learns from teacher.cache; leave it out",
+        ),
     ],
 )
 def test_mistakes(arguments, line, capsys, monkeypatch):
@@ -701,7 +711,7 @@ def test_find_takes_the_first_slice_that_fits(monkeypatch):
     assert {mesh.expert for _, mesh in asked} == {2}
     asked.clear()
     student = config.resolve(paper.get_config("mos_1.3b"))
-    find(student, "v5p", teacher=config.beside(values, student))
+    find(student, "v5p", teacher=config.adapt_teacher(values, student))
     assert [mesh.expert for _, mesh in asked] == [4, 8, 16, 32]
 
 
@@ -710,7 +720,7 @@ def test_a_teacher_whose_groups_no_mesh_keeps_whole():
     values = config.resolve(paper.get_config("mos_1.3b"))
     student = dataclasses.replace(values, train=dataclasses.replace(values.train, batch_size=8))
     moe = dataclasses.replace(values.moe, group_size=4 * values.model.length)
-    teacher = config.beside(dataclasses.replace(values, moe=moe), student)
+    teacher = config.adapt_teacher(dataclasses.replace(values, moe=moe), student)
 
     def held(devices):
         sizes = axis_sizes(dataclasses.replace(student, mesh=config.MeshConfig()), devices)
@@ -869,9 +879,21 @@ def test_a_search_leaves_an_exchange_in_two_stages(compiled):
     )
     # A teacher has its student's exchange, that of the search as well.
     student = dataclasses.replace(values, moe=moe)
-    teacher = config.beside(large("1 layers", batch_size=32, d_model=1024), student)
+    teacher = config.adapt_teacher(large("1 layers", batch_size=32, d_model=1024), student)
     taught = fit(student, "v5e:4x8", teacher=teacher)
     assert taught["instead"]["flags"] == result["instead"]["flags"]
+
+
+def test_a_search_for_decoding_leaves_groups_out(compiled):
+    """With groups of eight sequences, `tensor` would have to be 8: a batch of 32 has four."""
+    compiled(activations=300)
+    values = large("2 layers, E=4", batch_size=32, mesh={"data": 8, "expert": 4})
+    moe = dataclasses.replace(values.moe, exchange="flat", group_size=8 * values.model.length)
+    result = fit(dataclasses.replace(values, moe=moe), "v5e:4x8", decode=32)
+    assert not result["fits"]
+    assert result["instead"]["flags"] == (
+        "--config.mesh.fsdp=4 --config.mesh.expert=4 --config.mesh.tensor=2"
+    )
 
 
 @pytest.mark.parametrize(

@@ -47,12 +47,12 @@ def no_kernels() -> None:
 def busy_device() -> None:
     """Another program keeps this process's third device busy, for twenty times as long."""
 
-    def make(measure_in_turns):
-        def product(device, dtype):
-            probe, error = measure_in_turns(device, dtype)
-            return (_busy(probe) if device in jax.local_devices()[2:3] else probe), error
+    def make(product):
+        def busy_there(device, dtype):
+            made = product(device, dtype)
+            return _busy(*made) if device in jax.local_devices()[2:3] else made
 
-        return product
+        return busy_there
 
     _wrapped(rates, "_product", make)
 
@@ -61,21 +61,21 @@ def busy_process_1() -> None:
     """Another program keeps all memory of the second process's host busy."""
 
     def make(copy):
-        return lambda device: _busy(copy(device)) if jax.process_index() == 1 else copy(device)
+        return lambda device: _busy(*copy(device)) if jax.process_index() == 1 else copy(device)
 
     _wrapped(rates, "_copy", make)
 
 
-def _busy(probe):
-    def turn() -> float:
+def _busy(run, *rest):
+    def slower():
         begun = time.perf_counter()
-        probe.turn()
+        result = jax.block_until_ready(run())
         end = begun + 20 * (time.perf_counter() - begun)
         while time.perf_counter() < end:
             pass
-        return time.perf_counter() - begun
+        return result
 
-    return probe._replace(turn=turn)
+    return slower, *rest
 
 
 def another_version() -> None:

@@ -509,12 +509,14 @@ def test_another_config_is_another_run(text, tmp_path, capsys):
         ("def runs():\n    yield 'a'", "runs() yields 'a', not (name, settings)"),
         ("def runs():\n    return []", "runs() yields nothing"),
         (
-            f"CONTRASTS = (('a', 'c'),)\ndef runs():\n    yield 'a/1', {ONE}\n    yield 'b', {ONE}",
+            f"CONTRASTS = (('a', 'c'),)\ndef runs():\n    yield 'a/1', {ONE}\n"
+            f"    yield 'b', {{'seed': 2, **{ONE}}}",
             "sweep.py: CONTRASTS names 'c'; the runs' arms are a, b",
         ),
         ("def runs():\n    yield '../a', {}", "'../a' can't name a folder"),
         ("def runs():\n    yield 'a', {'sed': 1}", "a: config.sed is not a setting; did you"),
         (TWICE, "sweep.py yields 'a' twice"),
+        ("CONTRAST = ()", "sweep.py, line 1: CONTRAST is no constant of a sweep; did you mean"),
         ("def runs():\n    pass", "runs() returns NoneType; it must yield (name, settings)"),
         ("def runs():\n    return 7", "runs() returns int; it must yield (name, settings)"),
         ("runs = 7", "sweep.py fails: TypeError: 'int' object is not callable"),
@@ -542,6 +544,15 @@ def test_mistakes(code, message, tmp_path, capsys):
     line = only_line(capsys.readouterr().err)
     assert message in line
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_same_run_under_two_names_is_told(tmp_path, caplog):
+    """An arm whose change has no effect, such as a setting that is the default."""
+    code = f"def runs():\n    yield 'a/1', {ONE}\n    yield 'b/1', {ONE}"
+    (tmp_path / "sweep.py").write_text(f"{code}\n    yield 'c/1', {{'seed': 1, **{ONE}}}")
+    assert list(planned(tmp_path).runs) == ["a/1", "b/1", "c/1"]
+    told = [text for text in caplog.messages if "has the settings of" in text]
+    assert told == [f"{tmp_path}/sweep.py: b/1 has the settings of a/1 and is the same run"]
 
 
 def finished_run(folder, name, given):

@@ -123,6 +123,18 @@ def test_a_warm_up_longer_than_the_run_is_told(text, tmp_path, capsys, decay, wa
     assert (told in capsys.readouterr().err) is warned
 
 
+def test_a_run_says_what_its_settings_come_to(text, tmp_path, capsys):
+    """Capacity is rounded up; a warm-up is counted in tokens, and a decay may be a longer run's."""
+    given = {"train.steps": 2, "optimizer.warmup_tokens": 64, "optimizer.decay_tokens": 4096}
+    given |= {"moe.capacity_factor": 1.1, "moe.eval_capacity_factor": "inf", "model.experts": "4"}
+    assert main(arguments(text, tmp_path / "run", "prmoe", **given)) == 0
+    told = capsys.readouterr().err
+    assert "capacity in training, of 32 tokens: 9 (4 experts)" in told
+    assert "capacity in evaluation" not in told
+    assert "optimizer.warmup_tokens=64 is no more than a step of 256 tokens, so that" in told
+    assert "the run ends at step 2, before its learning rate has fallen, at step 16" in told
+
+
 def test_complete_run_is_left_alone(text, tmp_path, capsys):
     command = arguments(text, tmp_path / "run", "dense", **{"train.steps": 3})
     assert main(command) == 0
