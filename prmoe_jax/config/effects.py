@@ -113,7 +113,7 @@ def _in_capacity(config: Config) -> Iterator[Idle]:
         factor = getattr(moe, name)
         if math.isfinite(factor) and share(max(1.0, factor), min(experts)) <= moe.min_capacity:
             why = f"with {min(experts)} experts or more in a layer and groups of {group} tokens: "
-            why += f"moe.min_capacity={moe.min_capacity} is no less than the capacity it makes"
+            why += f"the capacity is moe.min_capacity={moe.min_capacity}, as with 1.0"
             yield f"moe.{name}", 1.0, why
     # A rule for overflow matters in training alone, or in evaluation, too.
     factors = [moe.capacity_factor]

@@ -15,7 +15,7 @@ def settings(text, *changes):
     return values
 
 
-MIN = "moe.min_capacity=4 is no less than the capacity it makes"
+MIN = "the capacity is moe.min_capacity=4, as with 1.0; leave it at 1.0"
 FULL = "no expert is ever full; leave it at position"
 ALL = "every token visits all experts of its layer"
 
