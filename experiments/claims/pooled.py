@@ -45,7 +45,7 @@ def main() -> None:
     spreads, compared = contrasts()
     rows = [(name, f"{one.deviation:.4f}", one.freedom) for name, one in spreads.items()]
     print(f"{aligned(('sweep', 'deviation', 'freedom'), rows)}\n")
-    inside, ratio, p = by_origin()
+    inside, ratio, p = by_origin(spreads["all"])
     print(
         f"one effect of the seed for each sweep that trained models: {inside.deviation:.4f}, "
         f"{inside.freedom}; F({spreads['all'].freedom - inside.freedom}, {inside.freedom}) = "
@@ -105,14 +105,16 @@ def models() -> list[Model]:
     return found
 
 
-def by_origin() -> tuple[Spread, float, float]:
+def by_origin(whole: Spread) -> tuple[Spread, float, float]:
     """The spread with one effect of the seed for each sweep that trained models, and an F test.
+
+    Args:
+      whole: the spread with one effect of the seed for all of them.
 
     Returns:
       The spread, the F statistic of one effect for all sweeps against it, and its p value.
     """
     every = models()
-    whole = spread(dict(enumerate(model.rows for model in every)))
     parts = []
     for origin in {model.origin for model in every}:
         those = {i: model.rows for i, model in enumerate(every) if model.origin == origin}

@@ -24,8 +24,9 @@ class QuantizedWeight:
 
     def dequantize(self, dtype) -> jax.Array:
         """The weight in a floating-point dtype, with its axes in their original order."""
-        wide = self.values.astype(dtype)
-        if self.scales is not None:  # rounded once: a rounded scale would be off in a whole channel
+        if self.scales is None:
+            wide = self.values.astype(dtype)
+        else:  # rounded once: a rounded scale would be off in a whole channel
             wide = (self.values.astype(jnp.float32) * self.scales).astype(dtype)
         return jnp.moveaxis(wide, range(-len(self.contracted), 0), self.contracted)
 

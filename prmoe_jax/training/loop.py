@@ -241,8 +241,9 @@ def _warn(config: Config) -> None:
     """Warns of settings that are allowed and seldom meant."""
     if not config.loss_reaches_routers:
         log.warning(
-            "model.normalize_top_k=always gives a token's only expert (model.top_k=1) the weight "
-            "1: the router learns from its auxiliary losses alone"
+            "a token's only expert (model.top_k=1) always has the weight 1, by "
+            "model.normalize_top_k=always or since its layer has no other: the router learns from "
+            "its auxiliary losses alone"
         )
     rises, length = config.optimizer.warmup_tokens, config.total_steps * config.tokens_per_step
     if 0 < rises <= config.tokens_per_step:

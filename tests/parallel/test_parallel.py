@@ -366,7 +366,7 @@ def test_a_mesh_of_ones_own_is_kept(caplog):
     "text", ["4 layers", "4 layers, E=2", "6 layers, E=4", "6 layers, E=3+6+12"]
 )
 @pytest.mark.parametrize(("devices", "batch_size"), [(8, 8), (32, 32), (32, 16)])
-def test_leaner_meshes_hold_less(text, devices, batch_size):
+def test_meshes_for_lower_memory_hold_less(text, devices, batch_size):
     """Each fits. The first holds no more than the suggested one, the leanest an even share."""
     values = settings(text, batch_size=batch_size)
     state = jax.eval_shape(lambda: init_state(values))

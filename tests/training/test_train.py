@@ -80,6 +80,7 @@ def test_sigterm_saves_and_resumes(text, undisturbed, tmp_path):
         ("1 layers, every 1, E=2", "always", True),
         ("1 layers, every 1, E=2, top 2", "always", False),
         ("1 layers, every 1, E=2", "auto", False),
+        ("1 layers, every 1, E=1", "auto", True),
         ("1 layers", "always", False),
     ],
 )
@@ -87,7 +88,10 @@ def test_a_router_whose_weight_is_always_one(name, normalize, warned, tmp_path, 
     """The loss cannot reach it. The command ends before a step, at its missing text."""
     command = arguments((tmp_path / "none", tmp_path), tmp_path / "run", name)
     assert main([*command, f"--config.model.normalize_top_k={normalize}"]) == 2
-    told = "(model.top_k=1) the weight 1: the router learns from its auxiliary losses alone"
+    told = (
+        "a token's only expert (model.top_k=1) always has the weight 1, by model.normalize_top_k="
+        "always or since its layer has no other: the router learns from its auxiliary losses alone"
+    )
     assert (told in capsys.readouterr().err) is warned
 
 
