@@ -39,16 +39,16 @@ def anchors(text: str) -> set[str]:
 
 
 def broken_links(page: Path, root: Path) -> list[str]:
-    """The relative links of a page that lead to no file or heading below a folder."""
+    """The relative links of a page that lead to no file, or to no heading of one, below `root`."""
     broken = []
     for link in LINK.findall(CODE.sub("", page.read_text())):
         if re.match(r"\w+:", link):
             continue
         name, _, anchor = link.partition("#")
         target = page.parent / name if name else page
-        if not target.exists() or (anchor and anchor not in anchors(target.read_text())):
-            broken.append(link)
-        elif not target.resolve().is_relative_to(root.resolve()):
+        outside = not target.resolve().is_relative_to(root)
+        lost = not target.exists() or (anchor and anchor not in anchors(target.read_text()))
+        if outside or lost:
             broken.append(link)
     return broken
 
@@ -61,7 +61,7 @@ def missing_files(text: str) -> list[str]:
 
 @each_page
 def test_links_lead_somewhere(page):
-    # The site holds the pages of docs/ alone, so that their links stay there.
+    # The site holds the pages of docs/ alone, so their links must stay there.
     docs = ROOT / "docs"
     assert not broken_links(page, docs if page.parent == docs else ROOT)
 
