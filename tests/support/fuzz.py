@@ -1,0 +1,313 @@
+"""Reads damaged files in a process of its own: python -m tests.support.fuzz COUNT [READER...]
+
+COUNT examples of each reader are read, and what happened is counted. Of each kind of failure, the
+files of the first example stay in the folder that is named. `READER:NUMBER` in place of COUNT
+reads one example again.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import faulthandler
+import fnmatch
+import functools
+import logging
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+from prmoe_jax import errors
+
+SECONDS = 10  # for one example
+ROOM = 4 << 30  # bytes of memory, beside what the process has
+LONGEST = 1000  # characters of a line for the user
+REFUSED, EQUAL, OTHER = "refused", "equal", "another input"
+
+
+class Outcome(NamedTuple):
+    """What became of an example."""
+
+    kind: str  # REFUSED, EQUAL, OTHER, or a failure in a few words
+    change: str = ""  # what was done to which file
+    message: str = ""
+
+
+class Worker:
+    """A process that reads examples, and is replaced when it ends or hangs."""
+
+    def __init__(self, folder: Path):
+        """Takes an empty folder for all files."""
+        self._folder = folder
+        self._process = None
+
+    def read(self, reader: str, number: int) -> Outcome:
+        """Damages the files of a reader in the way of this number, and reads them."""
+        if self._process is None:
+            self._start()
+        for request, seconds in ((None, 120), (number, SECONDS)):
+            self._connection.send((reader, request))
+            try:
+                found = self._connection.recv() if self._connection.poll(seconds) else None
+            except EOFError:
+                self._process.join()
+                found, seconds = None, f"exit code {self._process.exitcode}"
+            if found is None:
+                self.close()
+                said = (self._folder / "stderr").read_text(errors="replace")
+                change = (self._folder / "change").read_text()
+                return Outcome(f"no end: {seconds} {_deepest(said)}", change, said[-3000:])
+        return found
+
+    def _start(self) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        self._connection, theirs = spawn.Pipe()
+        self._process = spawn.Process(target=_serve, args=(self._folder, theirs), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+            self._process = None
+
+
+def _serve(folder: Path, connection) -> None:
+    """Answers requests, in the worker."""
+    stderr = os.open(folder / "stderr", os.O_RDWR | os.O_CREAT | os.O_APPEND)
+    os.dup2(stderr, 1), os.dup2(stderr, 2)
+    faulthandler.enable()
+    warnings.simplefilter("always")
+    (folder / "change").write_text("none: the files are valid")
+    watch = _Watch(folder.absolute())
+    ready = functools.cache(functools.partial(_prepare, folder.absolute(), watch))
+    while True:
+        name, number = connection.recv()
+        original = ready(name)
+        if number is None:
+            connection.send(True)
+            continue
+        os.truncate(folder / "stderr", 0)
+        faulthandler.dump_traceback_later(SECONDS - 1)
+        try:
+            connection.send(_example(name, number, original, folder.absolute(), watch))
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+
+
+def _prepare(folder: Path, watch: "_Watch", name: str) -> str:
+    """Makes the valid files of a reader; returns what they hold."""
+    from tests.support.readers import FILES, READERS
+
+    place = folder / name
+    if not (place / "valid").exists():
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir()
+        os.chdir(place)
+        READERS[name].build()
+        shutil.copytree(FILES, folder / "outside" / name)
+        FILES.rename("valid")
+    os.chdir(place)
+    _fresh()
+    return _plain(READERS[name].read())
+
+
+def _fresh() -> None:
+    shutil.rmtree("files", ignore_errors=True)
+    shutil.copytree("valid", "files")
+
+
+def _example(name: str, number: int, original: str, folder: Path, watch: "_Watch") -> Outcome:
+    from tests.support.mutations import mutate
+    from tests.support.readers import FILES, READERS
+
+    reader, rng = READERS[name], random.Random(f"{name} {number}")
+    os.chdir(folder / name)
+    _fresh()
+    path = FILES
+    while path.is_dir():  # a file in a small folder is as likely as a whole large one
+        path = rng.choice(sorted(path.glob(reader.files if path == FILES else "*")))
+    inner = path.relative_to(FILES)
+    outside = Path("..", "outside", name, inner)
+    change = f"{inner}: {mutate(path, outside, rng)}"
+    signed = reader.sign and path.is_file() and not path.is_symlink() and rng.random() < 0.6
+    if signed:
+        with contextlib.suppress(Exception):  # what can't be signed stays as it is
+            reader.sign(path)
+            change += ", signed"
+    (folder / "change").write_text(change)
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + ROOM, resource.RLIM_INFINITY))
+    told = fnmatch.fnmatch(str(inner), reader.told) and os.path.lexists(path)
+    told = told and not (signed or "packed again" in change)
+    with watch.watching(may_open=outside if path.is_symlink() else None) as seen:
+        kind, message = _outcome(reader, original, told)
+    if kind in (REFUSED, EQUAL, OTHER) and seen:
+        kind, message = f"beside it: {seen[0]:.60}", "\n".join(seen)
+    return Outcome(kind, change, message)
+
+
+def _outcome(reader, original: str, told: bool) -> tuple[str, str]:
+    try:
+        value = reader.read()
+    except errors.UserError as error:
+        line = errors.describe(error).line
+        if len(line) > LONGEST:
+            return f"a line of {len(line)} characters {_place(error)}", f"{line[:300]}…"
+        if not line.isprintable():
+            return f"a line with control characters {_place(error)}", repr(line)
+        return REFUSED, line
+    except BaseException as error:  # a panic of a library's is no Exception
+        text = "".join(traceback.format_exception(error))
+        return f"{type(error).__name__} {_place(error)}", text[-6000:]
+    if _plain(value) == original:
+        return EQUAL, ""
+    if told:
+        return "different, unnoticed", _difference(_plain(value), original)
+    try:
+        sound = reader.sound(value)
+    except Exception as error:
+        sound, value = False, f"{type(error).__name__}: {error} in {_plain(value)}"
+    return (OTHER, "") if sound else ("unsound", _difference(_plain(value), original))
+
+
+def _plain(value) -> str:
+    """A text that is equal for equal values, NaN included."""
+    import numpy as np
+
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype.str}{value.shape}{value.tolist()}"
+    if isinstance(value, dict):
+        return "{%s}" % ", ".join(f"{key!r}: {_plain(x)}" for key, x in value.items())
+    if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
+        return f"[{', '.join(map(_plain, value))}]"
+    return repr(dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value)
+
+
+def _difference(found: str, original: str) -> str:
+    at = len(os.path.commonprefix([found, original]))
+    start = max(0, at - 200)
+    return f"…{found[start : at + 200]}…\nwas …{original[start : at + 200]}…"
+
+
+def _place(error: BaseException) -> str:
+    """The last line of ours that an exception came through."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "prmoe_jax" in f.filename]
+    return f"at {frames[-1].filename.partition('prmoe_jax/')[2]}:{frames[-1].lineno}" if frames else ""
+
+
+def _deepest(said: str) -> str:
+    """The same, of what faulthandler wrote."""
+    ours = [line for line in said.splitlines() if "/prmoe_jax/" in line]
+    return ours[0].partition("/prmoe_jax/")[2].replace('", line ', ":") if ours else ""
+
+
+class _Watch:
+    """Notes what a reader does besides reading its own files."""
+
+    def __init__(self, folder: Path):
+        self._folder, self._seen, self._may = folder, None, None
+        self._log = logging.Handler(logging.WARNING)
+        self._log.emit = self._logged
+        logging.getLogger("prmoe_jax").addHandler(self._log)
+        logging.getLogger("prmoe_jax").propagate = False
+        sys.addaudithook(self._opened)
+
+    @contextlib.contextmanager
+    def watching(self, may_open: Path | None):
+        """Yields a list, which is filled with what was seen at the end."""
+        before = self._tree()
+        self._seen, self._may = [], may_open
+        seen = self._seen
+        try:
+            yield seen
+        finally:
+            self._seen = None
+        seen += [f"changed {path}" for path, _ in before ^ self._tree()]
+        if said := (self._folder / "stderr").read_text(errors="replace"):
+            seen.append(f"printed {said[:2000]}")
+
+    def _tree(self) -> set:
+        """The files beside those of the reader."""
+        outside = (path for path in (self._folder / "outside").rglob("*") if path.is_file())
+        found = {(str(path), path.stat().st_mtime_ns) for path in outside}
+        return found | {(str(path), 0) for path in [*Path(".").iterdir(), *self._folder.iterdir()]}
+
+    def _opened(self, event: str, arguments: tuple) -> None:
+        if event != "open" or self._seen is None or not isinstance(arguments[0], (str, bytes)):
+            return
+        path, _, flags = arguments
+        path = os.path.abspath(os.fsdecode(path))
+        own = path.startswith(os.getcwd() + "/")
+        if path.startswith(str(self._folder)) and not own or path.startswith("/etc/passwd"):
+            self._seen.append(f"opened {path}")
+        if flags & (os.O_WRONLY | os.O_RDWR) and not own and not path.startswith(("/dev/", "/tmp")):
+            self._seen.append(f"wrote {path}")
+
+    def _logged(self, record: logging.LogRecord) -> None:
+        line = record.getMessage()
+        if self._seen is not None and not (line.isprintable() and len(line) <= LONGEST):
+            self._seen.append(f"logged at {record.filename}:{record.lineno} {line[:300]!r}")
+
+
+def main(count: str, *names: str) -> int:
+    from tests.support.readers import READERS
+
+    folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
+    worker = Worker(folder / "work")
+    (folder / "work").mkdir()
+    if ":" in count:
+        name, number = count.split(":")
+        outcome = worker.read(name, int(number))
+        print(*outcome, sep="\n")
+        print(f"the files are in {folder / 'work' / name / 'files'}")
+        worker.close()
+        return outcome.kind not in (REFUSED, EQUAL, OTHER)
+    names = names or tuple(READERS)
+    counts = {name: collections.Counter() for name in names}
+    failures: dict[tuple[str, str], list] = {}
+    begun = {name: 0.0 for name in names}
+    for name in names:
+        start = time.monotonic()
+        for number in range(int(count)):
+            outcome = worker.read(name, number)
+            good = outcome.kind in (REFUSED, EQUAL, OTHER)
+            counts[name][outcome.kind if good else "anything else"] += 1
+            if not good and failures.setdefault((name, outcome.kind), []) == []:
+                print(f"\n{name}:{number} {outcome.kind}\n{outcome.change}\n{outcome.message}", flush=True)
+                shutil.copytree(
+                    folder / "work" / name / "files", folder / f"{name}-{number}", symlinks=True,
+                    ignore_dangling_symlinks=True, ignore=_pipes,
+                )  # fmt: skip
+            if not good:
+                failures[name, outcome.kind].append(number)
+        begun[name] = time.monotonic() - start
+    worker.close()
+    kinds = REFUSED, EQUAL, OTHER, "anything else"
+    print(f"\n{'reader':20}" + "".join(f"{kind:>15}" for kind in kinds) + f"{'seconds':>10}")
+    for name in names:
+        print(f"{name:20}" + "".join(f"{counts[name][k]:15}" for k in kinds) + f"{begun[name]:10.1f}")
+    total = sum(counts.values(), collections.Counter())
+    print(f"{'all':20}" + "".join(f"{total[kind]:15}" for kind in kinds))
+    for (name, kind), numbers in failures.items():
+        print(f"{len(numbers):6} {name}: {kind}; {', '.join(f'{name}:{n}' for n in numbers[:5])}")
+    print(f"files of failures are in {folder}")
+    return bool(failures)
+
+
+def _pipes(folder: str, names: list[str]) -> list[str]:
+    return [n for n in names if Path(folder, n).is_fifo() or os.path.islink(Path(folder, n))]
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
+    sys.exit(main(*sys.argv[1:]))
