@@ -15,6 +15,7 @@ import logging
 import multiprocessing
 import os
 import random
+import re
 import resource
 import shutil
 import sys
@@ -25,18 +26,22 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple
 
-from prmoe_jax import errors
+import prmoe_jax
+from prmoe_jax import boundary, errors
+from prmoe_jax.cli import output
 
-SECONDS = 10  # for one example
+PACKAGE = str(Path(prmoe_jax.__file__).parent)
+
+SECONDS = 20  # for one example
 ROOM = 4 << 30  # bytes of memory, beside what the process has
 LONGEST = 1000  # characters of a line for the user
-REFUSED, EQUAL, OTHER = "refused", "equal", "another input"
+GOOD = REFUSED, EQUAL, OTHER = "refused", "equal", "another input"
 
 
 class Outcome(NamedTuple):
     """What became of an example."""
 
-    kind: str  # REFUSED, EQUAL, OTHER, or a failure in a few words
+    kind: str  # one of GOOD, or a failure in a few words
     change: str = ""  # what was done to which file
     message: str = ""
 
@@ -55,16 +60,17 @@ class Worker:
             self._start()
         for request, seconds in ((None, 120), (number, SECONDS)):
             self._connection.send((reader, request))
+            end = f"no end after {seconds} s"
             try:
                 found = self._connection.recv() if self._connection.poll(seconds) else None
             except EOFError:
                 self._process.join()
-                found, seconds = None, f"exit code {self._process.exitcode}"
+                found, end = None, f"exit code {self._process.exitcode}"
             if found is None:
                 self.close()
                 said = (self._folder / "stderr").read_text(errors="replace")
                 change = (self._folder / "change").read_text()
-                return Outcome(f"no end: {seconds} {_deepest(said)}", change, said[-3000:])
+                return Outcome(f"{end} {_deepest(said)}", change, said[-3000:])
         return found
 
     def _start(self) -> None:
@@ -86,7 +92,9 @@ def _serve(folder: Path, connection) -> None:
     stderr = os.open(folder / "stderr", os.O_RDWR | os.O_CREAT | os.O_APPEND)
     os.dup2(stderr, 1), os.dup2(stderr, 2)
     faulthandler.enable()
-    warnings.simplefilter("always")
+    boundary.prepare()
+    warnings.filterwarnings("always", category=RuntimeWarning)
+    output.log_to_stderr()
     (folder / "change").write_text("none: the files are valid")
     watch = _Watch(folder.absolute())
     ready = functools.cache(functools.partial(_prepare, folder.absolute(), watch))
@@ -134,8 +142,9 @@ def _example(name: str, number: int, original: str, folder: Path, watch: "_Watch
     os.chdir(folder / name)
     _fresh()
     path = FILES
-    while path.is_dir():  # a file in a small folder is as likely as a whole large one
-        path = rng.choice(sorted(path.glob(reader.files if path == FILES else "*")))
+    while path.is_dir():  # a file alone is as likely as a whole folder beside it
+        names = path.glob(reader.files if path == FILES else "*")
+        path = rng.choice(sorted(x for x in names if x.is_file() or any(x.iterdir())))
     inner = path.relative_to(FILES)
     outside = Path("..", "outside", name, inner)
     change = f"{inner}: {mutate(path, outside, rng)}"
@@ -151,7 +160,7 @@ def _example(name: str, number: int, original: str, folder: Path, watch: "_Watch
     told = told and not (signed or "packed again" in change)
     with watch.watching(may_open=outside if path.is_symlink() else None) as seen:
         kind, message = _outcome(reader, original, told)
-    if kind in (REFUSED, EQUAL, OTHER) and seen:
+    if kind in GOOD and seen:
         kind, message = f"beside it: {seen[0]:.60}", "\n".join(seen)
     return Outcome(kind, change, message)
 
@@ -201,14 +210,15 @@ def _difference(found: str, original: str) -> str:
 
 def _place(error: BaseException) -> str:
     """The last line of ours that an exception came through."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if "prmoe_jax" in f.filename]
-    return f"at {frames[-1].filename.partition('prmoe_jax/')[2]}:{frames[-1].lineno}" if frames else ""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [f"{f.filename}:{f.lineno}" for f in frames if f.filename.startswith(PACKAGE)]
+    return f"at {ours[-1].removeprefix(PACKAGE)[1:]}" if ours else ""
 
 
 def _deepest(said: str) -> str:
     """The same, of what faulthandler wrote."""
-    ours = [line for line in said.splitlines() if "/prmoe_jax/" in line]
-    return ours[0].partition("/prmoe_jax/")[2].replace('", line ', ":") if ours else ""
+    ours = re.findall(rf'File "{re.escape(PACKAGE)}/(.*)", line (\d+)', said)
+    return f"at {ours[0][0]}:{ours[0][1]}" if ours else ""
 
 
 class _Watch:
@@ -216,10 +226,9 @@ class _Watch:
 
     def __init__(self, folder: Path):
         self._folder, self._seen, self._may = folder, None, None
-        self._log = logging.Handler(logging.WARNING)
-        self._log.emit = self._logged
-        logging.getLogger("prmoe_jax").addHandler(self._log)
-        logging.getLogger("prmoe_jax").propagate = False
+        handler = logging.Handler()
+        handler.emit = self._logged
+        logging.getLogger("prmoe_jax").handlers = [handler]
         sys.addaudithook(self._opened)
 
     @contextlib.contextmanager
@@ -271,7 +280,7 @@ def main(count: str, *names: str) -> int:
         print(*outcome, sep="\n")
         print(f"the files are in {folder / 'work' / name / 'files'}")
         worker.close()
-        return outcome.kind not in (REFUSED, EQUAL, OTHER)
+        return outcome.kind not in GOOD
     names = names or tuple(READERS)
     counts = {name: collections.Counter() for name in names}
     failures: dict[tuple[str, str], list] = {}
@@ -280,7 +289,7 @@ def main(count: str, *names: str) -> int:
         start = time.monotonic()
         for number in range(int(count)):
             outcome = worker.read(name, number)
-            good = outcome.kind in (REFUSED, EQUAL, OTHER)
+            good = outcome.kind in GOOD
             counts[name][outcome.kind if good else "anything else"] += 1
             if not good and failures.setdefault((name, outcome.kind), []) == []:
                 print(f"\n{name}:{number} {outcome.kind}\n{outcome.change}\n{outcome.message}", flush=True)

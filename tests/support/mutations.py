@@ -8,6 +8,7 @@ import os
 import re
 import struct
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
@@ -158,7 +159,9 @@ def _json(content: bytes, outside: Path, rng: Random) -> tuple[bytes, str]:
 
 
 def _place(root: list, rng: Random) -> tuple[list | dict, int | str, str]:
-    """A random place in nested lists and dicts, where those high up are as likely as deep ones."""
+    """A random place in nested lists and dicts: any of them, or one on a way from the top."""
+    if rng.random() < 0.5:
+        return rng.choice(list(_places(root, 0, "")))
     holder, key, where = root, 0, ""
     while isinstance(holder[key], (list, dict)) and holder[key] and rng.random() < 0.8:
         holder = holder[key]
@@ -167,13 +170,22 @@ def _place(root: list, rng: Random) -> tuple[list | dict, int | str, str]:
     return holder, key, where
 
 
+def _places(holder: list | dict, key: int | str, where: str) -> Iterator[tuple]:
+    yield holder, key, where
+    inner = holder[key]
+    if isinstance(inner, (list, dict)):
+        for name in inner if isinstance(inner, dict) else range(len(inner)):
+            yield from _places(inner, name, f"{where}[{name!r:.80}]")
+
+
 def _other(value, outside: Path, rng: Random) -> str:
     """The JSON text of another value: something near it, or anything."""
     near = []
     if isinstance(value, str):
         paths = f"./{value}", f"x/../{value}", f"../{value}", f"/{value}"
         paths += f"{outside.parent}/{value}", f"{outside.parent.absolute()}/{value}"
-        near = [value + "x", value[:-1], value.upper(), value + "\0", f" {value}", *paths, [value]]
+        words = value + "x", value[:-1], value.upper(), value + "\0", f" {value}", [value]
+        near = rng.choice((paths, words))
     elif isinstance(value, (int, float)):
         near = [value + 1, value - 1, -value, value * 2, value + 0.5, float(value), str(value)]
         near += [value * 2**32, [value]]
@@ -181,7 +193,7 @@ def _other(value, outside: Path, rng: Random) -> str:
         near = [value * 2, value[::-1], value[1:], dict(enumerate(value)), str(value)]
     elif isinstance(value, dict):
         near = [list(value), list(value.items()), dict(list(value.items())[1:]), str(value)]
-    return json.dumps(rng.choice(near)) if near and rng.random() < 0.4 else rng.choice(RAW)
+    return json.dumps(rng.choice(near)) if near and rng.random() < 0.5 else rng.choice(RAW)
 
 
 def _npy(content: bytes, rng: Random) -> tuple[bytes, str]:

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import gzip
+import io
 import json
 import math
 import shutil
@@ -19,6 +20,7 @@ import jax
 import numpy as np
 
 from prmoe_jax import config as configs
+from prmoe_jax.cli.output import as_json, show
 from prmoe_jax.config import DataConfig
 from prmoe_jax.data import cache, pipeline, shards
 from prmoe_jax.data.sources import find_files, read_documents
@@ -33,8 +35,8 @@ from prmoe_jax.nn.parameters import named_leaves
 from prmoe_jax.parallel.mesh import training_mesh
 from prmoe_jax.report import experiment, single
 from prmoe_jax.run.checkpoint import Checkpoints
-from prmoe_jax.run.metrics import finished
-from prmoe_jax.run.restore import restore_run
+from prmoe_jax.run.metrics import finished, read_metrics
+from prmoe_jax.run.restore import restore_run, trained_text
 from prmoe_jax.sweep import records
 from prmoe_jax.tasks import choices
 from prmoe_jax.training.loop import train
@@ -66,6 +68,7 @@ class Reader(NamedTuple):
     told: str = ""  # a glob of files' paths
     sign: Callable[[Path], object] | None = None
     files: str = "*"  # a glob of what is damaged
+    examples: int = 40  # of the suite
 
 
 # Token ids.
@@ -129,7 +132,8 @@ def _foreign(write: Callable[[Path, list], object], name: str) -> Callable[[], N
 
 def _holds(load: Callable[[Path], np.ndarray], ending: str, found: list) -> bool:
     """Whether the windows have the ids that an independent reader finds in the files."""
-    ids = np.concatenate([load(path) for path in sorted(FILES.glob(f"*{ending}"))])
+    paths = sorted(path for path in FILES.glob(f"*{ending}") if path.is_file())
+    ids = np.concatenate([load(path) for path in paths])
     _, _, train, targets, mask, _, _, _, tokens, _, held, *_ = found
     read = np.concatenate([train[mask], targets[mask][-1:], tokens[held][1:]])
     mark = byte_tokenizer().end_of_text
@@ -153,8 +157,6 @@ def _text_folder() -> None:
 def _build_token_cache() -> None:
     _text_folder()
     _token_cache()
-    for lock in FILES.rglob("*.lock"):
-        lock.unlink()
 
 
 def _seal(changed: Path) -> None:
@@ -313,7 +315,7 @@ def _held() -> np.ndarray | None:
     from safetensors.flax import load_file
 
     ignored = ".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq"
-    held = [load_file(path) for path in FILES.glob("*.safetensors")]
+    held = [load_file(path) for path in FILES.glob("*.safetensors") if path.is_file()]
     held = [np.asarray(x, np.float32).ravel() for one in held for name, x in one.items()
             if not name.endswith(ignored)]  # fmt: skip
     return np.sort(np.concatenate(held)) if held else None
@@ -335,26 +337,24 @@ def _line(step: int, **more) -> dict:
     }  # fmt: skip
 
 
-def _build_run() -> None:
-    """A run that is complete, without the time that training takes."""
+def _build_run(steps: int = 10) -> None:
+    """A run after 10 steps of `steps`, without the time that training takes."""
     _text_folder()
-    config = _run_config()
+    config = _run_config(steps)
     placed, mesh = training_mesh(config)
     data = pipeline.load_data(config.data, config.model.vocab_size, config.model.length)
     fingerprint = pipeline.pipeline_fingerprint(data, config.train.batch_size, config.seed)
     with jax.set_mesh(mesh), contextlib.closing(Checkpoints(FILES, keep=3)) as checkpoints:
         state = sharded_state(placed, mesh)
-        position = {"next_index": config.total_steps}
-        data_record = {"fingerprint": fingerprint, "iterator": position, "teacher_step": None}
-        record = data_record | {"productive_s": 2.5}
-        checkpoints.save(config.total_steps, state, record)
+        read = {"fingerprint": fingerprint, "iterator": {"next_index": 10}}
+        checkpoints.save(10, state, read | {"teacher_step": None, "productive_s": 2.5})
     _build_records(config)
     data.tokenizer.save(FILES / "tokenizer.json")
 
 
-def _run_config() -> configs.Config:
+def _run_config(steps: int = 10) -> configs.Config:
     data = {"corpus": "text", "tokenizer": "bytes", "cache_dir": "cache"}
-    return settings("2 layers, E=3, residual", data=data)
+    return settings("2 layers, E=3, residual", data=data, train={"steps": steps})
 
 
 def _build_records(config: configs.Config | None = None) -> None:
@@ -385,19 +385,45 @@ def _sound_config(found: list) -> bool:
 
 
 def _resume() -> list:
+    """What `prmoe train` reads and prints of a run that is complete, and its next batch."""
+    config, iterators = configs.load(FILES / "config.json"), []
+
+    def made(*given):
+        iterators.append(pipeline.train_iterator(*given))
+        return iterators[-1]
+
+    with mock.patch("prmoe_jax.training.loop.train_iterator", made):
+        line = train(config, FILES)
+    batch = next(iterators[-1])
+    with contextlib.redirect_stdout(io.StringIO()) as shown:
+        show(line, False)
+    return [line, config.total_steps, batch[:4], as_json(line), shown.getvalue()]
+
+
+def _go_on() -> list:
+    """Two steps more, and all that is left of them but the time."""
     config = configs.load(FILES / "config.json")
-    return [train(config, FILES), config]
+    train(config, FILES)
+    steps = [line for line in read_metrics(FILES / "metrics.jsonl") if line["step"] > 10]
+    return [[line.get(name) for name in ("step", "loss", "eval/loss")] for line in steps]
+
+
+def _sound_steps(found: list) -> bool:
+    return bool(found) and all(
+        (loss is None or math.isfinite(loss)) and (evaluated is None or math.isfinite(evaluated))
+        for _, loss, evaluated in found
+    )
 
 
 def _sound_resumed(found: list) -> bool:
-    line, config = found
-    return line["step"] == config.total_steps
+    line, steps, batch, *_ = found
+    return line["step"] == steps and all(0 <= field.min() <= field.max() < 257 for field in batch)
 
 
 def _restore() -> list:
     config, step, model, _ = restore_run(FILES)
     leaves = {name: np.asarray(x) for name, x in named_leaves(model).items()}
-    return [config, step, leaves]
+    return [config, step, leaves, trained_text(FILES)]
 
 
 def _sound_restored(found: list) -> bool:
@@ -408,7 +434,7 @@ def _recorded() -> list:
     """What `prmoe sweep` notes of a run, and shows."""
     config = configs.load(FILES / "config.json")
     rows = records.complete(FILES, [records.record("a run", config, FILES)])
-    return [finished(config, FILES), rows, records.table(rows)]
+    return [rows, finished(config, FILES), records.table(rows)]
 
 
 def _build_results() -> None:
@@ -424,6 +450,7 @@ def _read_results() -> list:
 
 
 def _is_shown(found: list) -> bool:
+    json.dumps(found[0], allow_nan=False)  # all numbers are finite
     return all(line.isprintable() for line in found[-1].splitlines())
 
 
@@ -463,7 +490,7 @@ READERS = {
     ),
     # A cache is of one's own making, so that what was signed again is believed.
     "token cache": Reader(
-        _build_token_cache, lambda: _all_of(_token_cache()), lambda _: True, "*", _seal
+        _build_token_cache, lambda: _all_of(_token_cache()), lambda _: True, "*", _seal, "tokens"
     ),
     "teacher cache": Reader(
         _build_teacher_cache, _read_teacher_cache, _sound_lessons, "*", _seal
@@ -486,5 +513,8 @@ READERS = {
     "report of a run": Reader(_build_records, _report_of_run, _is_shown),
     "report of a sweep": Reader(_build_results, _report_of_sweep, _is_shown),
     "resumed run": Reader(_build_run, _resume, _sound_resumed, "checkpoints/*/[mo]*"),
+    "trained run": Reader(
+        lambda: _build_run(12), _go_on, _sound_steps, "checkpoints/*/[mo]*", examples=0
+    ),
     "restored run": Reader(_build_run, _restore, _sound_restored, "checkpoints/*/model/*"),
 }
