@@ -1,13 +1,12 @@
-"""Reads damaged files in a process of its own: python -m tests.support.fuzz COUNT [READER...]
+"""Reads damaged files in a process of its own, and judges what comes of it.
 
-COUNT examples of each reader are read, and what happened is counted. Of each kind of failure, the
-files of the first example stay in the folder that is named. `READER:NUMBER` in place of COUNT
-reads one example again.
+python -m tests.support.fuzz 1000              # so many examples of every reader, or of those
+python -m tests.support.fuzz 1000 npy shards   # that are named
+python -m tests.support.fuzz npy:29            # one example again
 """
 
 import collections
 import contextlib
-import dataclasses
 import faulthandler
 import fnmatch
 import functools
@@ -196,10 +195,10 @@ def _plain(value) -> str:
     if isinstance(value, np.ndarray):
         return f"{value.dtype.str}{value.shape}{value.tolist()}"
     if isinstance(value, dict):
-        return "{%s}" % ", ".join(f"{key!r}: {_plain(x)}" for key, x in value.items())
-    if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
+        return f"dict{_plain(list(value.items()))}"
+    if isinstance(value, (list, tuple)):
         return f"[{', '.join(map(_plain, value))}]"
-    return repr(dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value)
+    return repr(value)
 
 
 def _difference(found: str, original: str) -> str:
@@ -268,53 +267,36 @@ class _Watch:
             self._seen.append(f"logged at {record.filename}:{record.lineno} {line[:300]!r}")
 
 
-def main(count: str, *names: str) -> int:
+def main(first: str, *names: str) -> int:
     from tests.support.readers import READERS
 
     folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
-    worker = Worker(folder / "work")
-    (folder / "work").mkdir()
-    if ":" in count:
-        name, number = count.split(":")
-        outcome = worker.read(name, int(number))
-        print(*outcome, sep="\n")
-        print(f"the files are in {folder / 'work' / name / 'files'}")
+    worker = Worker(folder)
+    if ":" in first:
+        name, number = first.split(":")
+        print(*worker.read(name, int(number)), f"the files are in {folder / name}/files", sep="\n")
         worker.close()
-        return outcome.kind not in GOOD
-    names = names or tuple(READERS)
-    counts = {name: collections.Counter() for name in names}
-    failures: dict[tuple[str, str], list] = {}
-    begun = {name: 0.0 for name in names}
-    for name in names:
-        start = time.monotonic()
-        for number in range(int(count)):
+        return 0
+    kinds, failures = (*GOOD, "anything else"), collections.defaultdict(list)
+    print(f"{'reader':20}" + "".join(f"{kind:>15}" for kind in kinds) + "        seconds")
+    total = collections.Counter()
+    for name in names or READERS:
+        counts, start = collections.Counter(), time.monotonic()
+        for number in range(int(first)):
             outcome = worker.read(name, number)
-            good = outcome.kind in GOOD
-            counts[name][outcome.kind if good else "anything else"] += 1
-            if not good and failures.setdefault((name, outcome.kind), []) == []:
-                print(f"\n{name}:{number} {outcome.kind}\n{outcome.change}\n{outcome.message}", flush=True)
-                shutil.copytree(
-                    folder / "work" / name / "files", folder / f"{name}-{number}", symlinks=True,
-                    ignore_dangling_symlinks=True, ignore=_pipes,
-                )  # fmt: skip
-            if not good:
-                failures[name, outcome.kind].append(number)
-        begun[name] = time.monotonic() - start
-    worker.close()
-    kinds = REFUSED, EQUAL, OTHER, "anything else"
-    print(f"\n{'reader':20}" + "".join(f"{kind:>15}" for kind in kinds) + f"{'seconds':>10}")
-    for name in names:
-        print(f"{name:20}" + "".join(f"{counts[name][k]:15}" for k in kinds) + f"{begun[name]:10.1f}")
-    total = sum(counts.values(), collections.Counter())
+            counts[outcome.kind if outcome.kind in GOOD else kinds[-1]] += 1
+            if outcome.kind not in GOOD:
+                failures[f"{name}: {outcome.kind}"].append((number, outcome))
+        print(f"{name:20}" + "".join(f"{counts[kind]:15}" for kind in kinds), end="")
+        print(f"{time.monotonic() - start:15.1f}", flush=True)
+        total += counts
     print(f"{'all':20}" + "".join(f"{total[kind]:15}" for kind in kinds))
-    for (name, kind), numbers in failures.items():
-        print(f"{len(numbers):6} {name}: {kind}; {', '.join(f'{name}:{n}' for n in numbers[:5])}")
-    print(f"files of failures are in {folder}")
+    worker.close()
+    for kind, found in failures.items():
+        number, outcome = found[0]
+        print(f"\n{len(found)} times {kind}, first with number {number}: {outcome.change}")
+        print(outcome.message)
     return bool(failures)
-
-
-def _pipes(folder: str, names: list[str]) -> list[str]:
-    return [n for n in names if Path(folder, n).is_fifo() or os.path.islink(Path(folder, n))]
 
 
 if __name__ == "__main__":

@@ -209,8 +209,8 @@ def _npy(content: bytes, rng: Random) -> tuple[bytes, str]:
         + [(shape, f"({count // 2},2)"), (shape, shape[1:-1] or "1"), (shape, f"[{count}]")]
         + [("False", x) for x in ("True", "None", "1", "'x'")]
         + [(text, x) for x in ("", "{}", "[]", "(" * 5000, "__import__('os').getpid()", "1+", "\0")]
-        + [("'descr'", "'other'"), ("'shape'", "'descr'"), ("'descr': ", "'descr': [('a', "), ("}", "")]
-        + [(text[:1], "{'more': 1, "), ("'<", "'>"), (", }", ", 'x': " + "[" * 300 + "}")]
+        + [("'descr'", "'other'"), ("'shape'", "'descr'"), ("'descr': ", "'descr': [('a', ")]
+        + [("}", ""), ("{", "{'more': 1, "), ("'<", "'>"), (", }", ", 'x': " + "[" * 300 + "}")]
     )  # fmt: skip
     header = text.replace(old, new).encode("latin-1")
     header += b" " * (-(11 + len(header)) % 64) + b"\n"

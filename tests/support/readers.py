@@ -49,6 +49,8 @@ from tests.support.records import record
 from tests.support.tokenizers import byte_tokenizer, started_tokenizer
 
 FILES = Path("files")
+# Figures are drawn once, not in both formats.
+DRAWN = mock.patch("prmoe_jax.report.figures.KINDS", {"svg": {}})
 PROBE = "It's 9 o'clock,\n\tnaïve ☃! <|endoftext|>  "
 
 
@@ -294,7 +296,8 @@ def _import(kind: str) -> list:
     with mock.patch.object(interop, "write_run") as write:
         interop.import_run(kind, FILES, Path("run"))
     _, _, config, model, tokenizer = write.call_args.args
-    return [config, tokenizer.fingerprint, {n: np.asarray(x) for n, x in named_leaves(model).items()}]
+    leaves = {name: np.asarray(x) for name, x in named_leaves(model).items()}
+    return [config, tokenizer.fingerprint, leaves]
 
 
 def _sound_model(found: list) -> bool:
@@ -455,12 +458,14 @@ def _is_shown(found: list) -> bool:
 
 
 def _report_of_run() -> list:
-    found = single.report(FILES)
+    with DRAWN:
+        found = single.report(FILES)
     return [found, json.dumps(found)]
 
 
 def _report_of_sweep() -> list:
-    found = experiment.report(FILES, None)
+    with DRAWN:
+        found = experiment.report(FILES, None)
     return [found, experiment.table(found)]
 
 
@@ -492,15 +497,11 @@ READERS = {
     "token cache": Reader(
         _build_token_cache, lambda: _all_of(_token_cache()), lambda _: True, "*", _seal, "tokens"
     ),
-    "teacher cache": Reader(
-        _build_teacher_cache, _read_teacher_cache, _sound_lessons, "*", _seal
-    ),
+    "teacher cache": Reader(_build_teacher_cache, _read_teacher_cache, _sound_lessons, "*", _seal),
     "text": Reader(_build_documents, _read_documents, _are_texts, "*.[gz]*"),
     "tokenizer": Reader(_build_tokenizer, _read_tokenizer, _sound_tokenizer),
     "tasks": Reader(_build_tasks, _read_tasks, _sound_tasks),
-    "llama": Reader(
-        lambda: _build_model("open/llama", 2), lambda: _import("hf"), _sound_model
-    ),
+    "llama": Reader(lambda: _build_model("open/llama", 2), lambda: _import("hf"), _sound_model),
     "qwen2_moe": Reader(
         lambda: _build_model("open/qwen2_moe"), lambda: _import("hf"), _sound_model
     ),
@@ -510,8 +511,8 @@ READERS = {
     "config": Reader(_build_records, _read_config, _sound_config, files="config.json"),
     "metrics": Reader(_build_records, _recorded, _is_shown),
     "results": Reader(_build_results, _read_results, _is_shown),
-    "report of a run": Reader(_build_records, _report_of_run, _is_shown),
-    "report of a sweep": Reader(_build_results, _report_of_sweep, _is_shown),
+    "report of a run": Reader(_build_records, _report_of_run, _is_shown, examples=4),
+    "report of a sweep": Reader(_build_results, _report_of_sweep, _is_shown, examples=4),
     "resumed run": Reader(_build_run, _resume, _sound_resumed, "checkpoints/*/[mo]*"),
     "trained run": Reader(
         lambda: _build_run(12), _go_on, _sound_steps, "checkpoints/*/[mo]*", examples=0
