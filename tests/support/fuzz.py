@@ -145,7 +145,7 @@ def _example(name: str, number: int, original: str, folder: Path, watch: "_Watch
         names = path.glob(reader.files if path == FILES else "*")
         path = rng.choice(sorted(x for x in names if x.is_file() or any(x.iterdir())))
     inner = path.relative_to(FILES)
-    outside = Path("..", "outside", name, inner)
+    outside = folder / "outside" / name / inner
     change = f"{inner}: {mutate(path, outside, rng)}"
     signed = reader.sign and path.is_file() and not path.is_symlink() and rng.random() < 0.6
     if signed:

@@ -23,6 +23,7 @@ RAW += ["1" + "0" * 400, "1" * 5000, '"' + "x" * 100_000 + '"', "[" * 100_000 + 
 DESCR = "|O <f8 >u2 <u2 <i2 <u4 <u1 <i8 |b1 <c16 |S2 <U1 |V2 <m8[D] <M8[s] <f2 u2 xyz".split()
 EXTREMES = [0, 1, 2, 3, 7, 2**15, 2**31 - 1, 2**31, 2**32, 2**62, 2**63 - 1, 2**63, 2**64 - 1]
 NPY, MEGATRON = b"\x93NUMPY", b"MMIDIDX"
+_BACK = "/".join([".."] * 20)  # from any folder to the top
 _MARK, _KEY = "\0 a value", "\0 a key"
 
 
@@ -183,7 +184,7 @@ def _other(value, outside: Path, rng: Random) -> str:
     near = []
     if isinstance(value, str):
         paths = f"./{value}", f"x/../{value}", f"../{value}", f"/{value}"
-        paths += f"{outside.parent}/{value}", f"{outside.parent.absolute()}/{value}"
+        paths += f"{outside.parent}/{value}", f"{_BACK}{outside.parent}/{value}"
         words = value + "x", value[:-1], value.upper(), value + "\0", f" {value}", [value]
         near = rng.choice((paths, words))
     elif isinstance(value, (int, float)):

@@ -26,7 +26,7 @@ from prmoe_jax.data import cache, pipeline, shards
 from prmoe_jax.data.sources import find_files, read_documents
 from prmoe_jax.data.tokenizer import Tokenizer
 from prmoe_jax.distill import teacher_cache
-from prmoe_jax.interop import deepspeed
+from prmoe_jax.interop import deepspeed, hugging_face
 from prmoe_jax.interop import run as interop
 from prmoe_jax.interop.tensors import write_tensors
 from prmoe_jax.model.sizes import cost
@@ -40,7 +40,7 @@ from prmoe_jax.run.restore import restore_run, trained_text
 from prmoe_jax.sweep import records
 from prmoe_jax.tasks import choices
 from prmoe_jax.training.loop import train
-from prmoe_jax.training.step import sharded_state
+from prmoe_jax.training.step import init_state
 from tests.data.test_shards import TEXTS, encoded, write_array, write_megatron, write_ours
 from tests.support import teacher_caches
 from tests.support.configs import settings
@@ -269,11 +269,17 @@ def _build_model(name: str, files: int = 1) -> None:
         write_tensors(tensors, FILES)
 
 
-@functools.cache
 def _small_model() -> tuple:
     config = settings("2 layers, E=3, residual", data={"tokenizer": "tokenizer.json"})
-    leaves = jax.device_get(named_leaves(jax.jit(init_model, static_argnums=0)(config)))
-    return config, leaves
+    return config, named_leaves(_drawn(lambda: init_model(config)))
+
+
+def _drawn(make: Callable[[], object]):
+    """What a function makes, with other numbers, and no program is compiled for it."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda x: np.asarray(rng.normal(size=x.shape), x.dtype), jax.eval_shape(make)
+    )
 
 
 def _build_ours() -> None:
@@ -292,8 +298,11 @@ def _build_deepspeed() -> None:
 
 
 def _import(kind: str) -> list:
-    """What `prmoe import` would write."""
-    with mock.patch.object(interop, "write_run") as write:
+    """What `prmoe import` would write; no program is compiled that places it on devices."""
+    stacked = mock.patch.object(
+        hugging_face, "_stacked", lambda leaf, home, reads: np.stack([read() for read in reads])
+    )
+    with stacked, mock.patch.object(interop, "write_run") as write:
         interop.import_run(kind, FILES, Path("run"))
     _, _, config, model, tokenizer = write.call_args.args
     leaves = {name: np.asarray(x) for name, x in named_leaves(model).items()}
@@ -348,7 +357,7 @@ def _build_run(steps: int = 10) -> None:
     data = pipeline.load_data(config.data, config.model.vocab_size, config.model.length)
     fingerprint = pipeline.pipeline_fingerprint(data, config.train.batch_size, config.seed)
     with jax.set_mesh(mesh), contextlib.closing(Checkpoints(FILES, keep=3)) as checkpoints:
-        state = sharded_state(placed, mesh)
+        state = jax.device_put(_drawn(lambda: init_state(placed)))
         read = {"fingerprint": fingerprint, "iterator": {"next_index": 10}}
         checkpoints.save(10, state, read | {"teacher_step": None, "productive_s": 2.5})
     _build_records(config)
