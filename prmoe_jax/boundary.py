@@ -16,7 +16,7 @@ from pathlib import Path
 
 import prmoe_jax
 from prmoe_jax import files
-from prmoe_jax.errors import Failure, UserError, describe, on_failure, say
+from prmoe_jax.errors import Failure, UserError, describe, on_failure, say, write
 
 
 def prepare() -> None:
@@ -85,7 +85,7 @@ def _with_traceback(failure: Failure, error: BaseException, folder: Path | None)
     """Prints or keeps the traceback of an unforeseen error, and adds its place to the failure."""
     text = "".join(traceback.format_exception(error))
     if os.environ.get("PRMOE_TRACEBACK") == "1":
-        print(text, file=sys.stderr)
+        write(text)
         where = "the lines above"
     else:
         where = _kept(text, folder)
@@ -102,7 +102,7 @@ def _kept(text: str, folder: Path | None) -> str:
             if (place := find()) and place.is_dir():
                 files.replace(place / name, (head + text).encode("utf-8", "backslashreplace"))
                 return str(place / name)
-    print(text, file=sys.stderr)  # no room for a file anywhere
+    write(text)  # no room for a file anywhere
     return "the lines above"
 
 

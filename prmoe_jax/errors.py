@@ -52,8 +52,19 @@ on_failure: list[Callable[[Failure], None]] = []
 
 def say(line: str) -> None:
     """Prints a line about the command on standard error, if the stream can be written."""
+    write(f"prmoe: {line}")
+
+
+def write(text: str) -> None:
+    """Prints lines on standard error, above a progress bar, if the stream can be written.
+
+    Characters that could drive a terminal, which a file's content may have, are shown as in `repr`.
+    """
+    text = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+    tqdm = sys.modules.get("tqdm")  # no bar without it
     with contextlib.suppress(OSError, ValueError):
-        print(f"prmoe: {line}", file=sys.stderr, flush=True)
+        (tqdm.tqdm.write if tqdm else print)(text, file=sys.stderr)
+        sys.stderr.flush()
 
 
 def end(line: str) -> NoReturn:

@@ -1,10 +1,14 @@
 """Whatever a command meets ends in one line: streams, memory, devices, and our own defects."""
 
+import contextlib
 import errno
+import logging
 import os
+import pty
 import subprocess
 import sys
 import tempfile
+import termios
 
 import pytest
 
@@ -145,6 +149,54 @@ def test_the_foreseen_is_one_line(error, code, line, monkeypatch, capsys):
     assert main(failing(monkeypatch, error)) == code
     said = only_line(capsys.readouterr().err)
     assert said.startswith("prmoe: ") and line in said
+
+
+DRIVES = "a\x1b]0;b\x07c\x9b2Jd\u202ee\u2028é"
+SHOWN = r"a\x1b]0;b\x07c\x9b2Jd\u202ee"
+
+
+def test_no_message_drives_the_terminal(tmp_path, monkeypatch, capsys):
+    """In a line of the user's, in a defect's with its traceback, and in the log's."""
+    assert main(failing(monkeypatch, errors.UserError(DRIVES))) == 2
+    assert only_line(capsys.readouterr().err) == f"prmoe: {SHOWN} é"
+    assert main(failing(monkeypatch, TypeError(DRIVES))) == 1  # conftest has tracebacks printed
+    said = capsys.readouterr().err
+    assert said.count(SHOWN) == 2 and all(c.isprintable() or c == "\n" for c in said)
+    logging.getLogger("prmoe_jax.run").warning("%s\nsecond line", DRIVES)
+    assert capsys.readouterr().err == f"{SHOWN}\\u2028é\nsecond line\n"
+
+
+BESIDE_A_BAR = """
+import logging
+from tqdm import tqdm
+from prmoe_jax.cli import main
+from prmoe_jax.model import sizes
+
+def fail():
+    bar = tqdm(total=9)
+    logging.getLogger("prmoe_jax").info("logged")
+    bar.update()
+    raise MemoryError("said")
+
+sizes.paper_rows = fail
+main(["params", "--paper"])
+"""
+
+
+def test_a_message_has_a_line_of_its_own_beside_a_progress_bar():
+    here, there = pty.openpty()
+    termios.tcsetwinsize(there, (24, 80))
+    process = subprocess.Popen([sys.executable, "-c", BESIDE_A_BAR], cwd=REPOSITORY, stderr=there)
+    os.close(there)
+    shown = b""
+    with contextlib.suppress(OSError):  # the terminal is closed
+        while part := os.read(here, 1 << 16):
+            shown += part
+    os.close(here)
+    assert process.wait() == 0 and b"0/9" in shown
+    # What stands in each line in the end, after the bar was wiped out.
+    lines = [line.rpartition("\r")[2] for line in shown.decode().split("\r\n")]
+    assert "logged" in lines and any(line.startswith("prmoe: out of memory (said") for line in lines)
 
 
 def test_other_processes_are_told(monkeypatch, capsys):

@@ -5,6 +5,8 @@ import logging
 import math
 import warnings
 
+from prmoe_jax.errors import write
+
 
 def as_json(value) -> str:
     """A result as JSON, which has no infinity and no NaN: they become 'inf', '-inf' and 'nan'."""
@@ -38,11 +40,14 @@ def is_first_process() -> bool:
     return jax.process_index() == 0
 
 
+class _StandardError(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        write(self.format(record))
+
+
 def log_to_stderr() -> None:
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("prmoe_jax")
-    logger.handlers = [handler]
+    logger.handlers = [_StandardError()]
     logger.setLevel(logging.INFO)
     logger.propagate = False
     # Orbax and Grain log routine messages and failures here, in many lines. A failure also raises

@@ -8,7 +8,6 @@ import contextlib
 import ctypes
 import itertools
 import json
-import logging
 import os
 import re
 import signal
@@ -370,17 +369,13 @@ def _keep_output_ours() -> None:
     global _native, error_descriptor
     sys.stdout.flush()
     sys.stderr.flush()
-    old = sys.stderr
-    encoding = {"buffering": 1, "encoding": old.encoding, "errors": "backslashreplace"}
+    encoding = {"buffering": 1, "encoding": sys.stderr.encoding, "errors": "backslashreplace"}
     output, error = os.dup(1), os.dup(2)
     error_descriptor = error
     os.dup2(2, 1)
     _native = tempfile.TemporaryFile()  # noqa: SIM115, as long as the process
     os.dup2(_native.fileno(), 2)
     sys.stdout, sys.stderr = open(output, "w", **encoding), open(error, "w", **encoding)  # noqa: SIM115
-    for handler in logging.getLogger("prmoe_jax").handlers:
-        if isinstance(handler, logging.StreamHandler) and handler.stream is old:
-            handler.setStream(sys.stderr)
 
 
 _native: IO | None = None  # the file with compiled code's standard error
