@@ -196,7 +196,9 @@ def test_a_message_has_a_line_of_its_own_beside_a_progress_bar():
     assert process.wait() == 0 and b"0/9" in shown
     # What stands in each line in the end, after the bar was wiped out.
     lines = [line.rpartition("\r")[2] for line in shown.decode().split("\r\n")]
-    assert "logged" in lines and any(line.startswith("prmoe: out of memory (said") for line in lines)
+    assert "logged" in lines and any(
+        line.startswith("prmoe: out of memory (said") for line in lines
+    )
 
 
 def test_other_processes_are_told(monkeypatch, capsys):

@@ -103,8 +103,20 @@ def read_deepspeed(source: Path) -> tuple[Config, dict[str, np.ndarray], str]:
         )
     arrays = flat_arrays(main["module"], folder / MAIN)
     for path in sorted(folder.glob("layer_*_expert_*_mp_rank_00_model_states.pt")):
-        arrays |= flat_arrays(read_torch(path), path)
-    return converted(arrays, vars(main["args"]), folder)
+        more = flat_arrays(read_torch(path), path)
+        for name in more.keys() & arrays.keys():
+            raise UserError(f"{path} holds {shown(name)}, as another file does")
+        arrays |= more
+    config, leaves, found = converted(arrays, vars(main["args"]), folder)
+    counts = [experts for experts in config.model.schedule.experts if experts]
+    used = {_file(n, e) for n, experts in enumerate(counts) for e in range(experts)}
+    for path in sorted(folder.glob("*model_states.pt")):
+        if path.name not in used | {MAIN}:
+            raise UserError(
+                f"{path} belongs to no expert of this model, which is {config.model.schedule} on "
+                "one model-parallel rank; remove it if it is another checkpoint's"
+            )
+    return config, leaves, found
 
 
 def converted(
@@ -153,6 +165,11 @@ def write_deepspeed(config: Config, leaves: dict[str, np.ndarray], folder: Path,
     (folder / "latest").write_text(out.name)
 
 
+def _file(number: int, expert: int) -> str:
+    """The name of the file of an expert in the MoE layer of this number, from 0."""
+    return f"layer_{number}_expert_{expert}_mp_rank_00_model_states.pt"
+
+
 def files(config: Config, leaves: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
     """For each file of a checkpoint, its tensors by name."""
     moe_layers = [i for i, experts in enumerate(config.model.schedule.experts) if experts]
@@ -162,7 +179,7 @@ def files(config: Config, leaves: dict[str, np.ndarray]) -> dict[str, dict[str, 
             file = MAIN
             if expert is not None:
                 number = moe_layers.index(int(ours.split(".")[1]))
-                file = f"layer_{number}_expert_{expert}_mp_rank_00_model_states.pt"
+                file = _file(number, expert)
             one = array if expert is None else array[expert]
             contents.setdefault(file, {})[theirs] = np.ascontiguousarray(_turned(ours, one))
     return contents

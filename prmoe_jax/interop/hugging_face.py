@@ -247,7 +247,7 @@ def _config(theirs: dict, path: Path, tensors: int) -> Config:
     tied = setting(theirs, "tie_word_embeddings", bool, path, False)
     model.output = "tied" if tied else "untied"
     if "clip_qkv" in names.knows and theirs.get("clip_qkv") is not None:
-        model.clip_qkv = setting(theirs, "clip_qkv", float, path)
+        model.clip_qkv = setting(theirs, "clip_qkv", float, path, low=1e-30)
     model.sliding_window = _window(theirs, names, model, path)
     if family == "qwen2_moe" and not setting(theirs, "qkv_bias", bool, path, True):
         model.biases = "none"
@@ -280,7 +280,7 @@ def _rotary(theirs: dict, theta: float, path: Path) -> tuple[float, tuple[int, .
     ):
         if differs(value, ours):
             raise UserError(f"{path}: {name}={shown(value)}, our model has {ours!r}")
-    theta = setting(theirs | rope, "rope_theta", float, path, theta)
+    theta = setting(theirs | rope, "rope_theta", float, path, theta, low=1)
     return theta, _scaling(rope, path) if scaled else ()
 
 
@@ -300,7 +300,7 @@ def _window(theirs: dict, names: Names, model: ConfigDict, path: Path) -> int:
     switch = "use_sliding_window"
     if switch in names.knows:
         theirs = {"sliding_window": WINDOW} | theirs
-    if theirs.get("sliding_window") in (None, 0):
+    if theirs.get("sliding_window") is None:
         return 0
     if "sliding_window" not in names.knows:
         raise UserError(

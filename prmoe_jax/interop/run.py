@@ -58,6 +58,12 @@ def import_run(kind: str, source: Path, workdir: Path) -> dict:
     check_free("workdir", workdir)
     if not source.is_dir():
         raise UserError(f"--source={source} is not a folder")
+    gguf = sorted(source.glob("*.gguf"))
+    if gguf and kind != "deepspeed" and not any(source.glob("*.safetensors")):
+        raise UserError(
+            f"{gguf[0]} is in llama.cpp's format GGUF, which isn't read; give a folder with the "
+            "model's safetensors"
+        )
     tokenizer = _tokenizer(source, kind)
     read: Mapping[str, Callable[[Path], tuple[Config, Mapping, str]]] = {
         "hf": _read_hugging_face,

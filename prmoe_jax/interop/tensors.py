@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from prmoe_jax import files
-from prmoe_jax.errors import UserError
+from prmoe_jax.errors import UserError, first_line
 from prmoe_jax.interop.settings import shown
 
 # Size of one file of an export; the default of Hugging Face.
@@ -82,7 +82,7 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} can't be read as safetensors: {error}") from None
+        raise UserError(f"{path} can't be read as safetensors: {first_line(error)}") from None
 
 
 def _files(folder: Path) -> list[Path]:
@@ -156,7 +156,7 @@ def check_shape(
     """Raises UserError unless an array, or a shape, is of this shape."""
     found = found if isinstance(found, tuple) else found.shape
     if found != shape:
-        raise UserError(f"{source}: {name} has shape {found}, not {shape}")
+        raise UserError(f"{source}: {name} has shape {shown(found)}, not {shape}")
 
 
 def check_coverage(found: dict, expected: set[str], source: Path, ignored=()) -> str:
@@ -173,6 +173,7 @@ def check_coverage(found: dict, expected: set[str], source: Path, ignored=()) ->
     """
     missing = sorted(expected - found.keys())
     extra = sorted(n for n in found.keys() - expected if not n.endswith(tuple(ignored)))
+    extra = [shown(name) for name in extra[:3]] + extra[3:]
     for names, what in ((missing, "lacks"), (extra, "has what this architecture doesn't:")):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""

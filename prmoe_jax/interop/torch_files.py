@@ -54,7 +54,7 @@ def read_torch(path: Path) -> dict:
         for name in foreign:
             if name.partition(".")[0] not in HARMLESS:
                 raise UserError(
-                    f"{path} calls {name}, which no checkpoint needs; nothing of it was run"
+                    f"{path} calls {shown(name)}, which no checkpoint needs; nothing of it was run"
                 )
         with safe_globals([(Inert, name) for name in foreign]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -71,7 +71,7 @@ def flat_arrays(state: dict, path: Path) -> dict[str, np.ndarray]:
     """A file's tensors by their full names, float32; Megatron nests some of them.
 
     Raises:
-      UserError: a tensor can't hold weights, or a nested part appears twice.
+      UserError: a tensor can't hold weights, or a name or nested part appears twice.
     """
     import torch
 
@@ -86,6 +86,8 @@ def flat_arrays(state: dict, path: Path) -> dict[str, np.ndarray]:
             if isinstance(value, dict):
                 parts.append((f"{name}.", value))
             elif isinstance(value, torch.Tensor):
+                if name in arrays:
+                    raise UserError(f"{path} holds {shown(name)} twice")
                 arrays[name] = _array(name, value, path)
     return arrays
 
@@ -98,6 +100,6 @@ def _array(name: str, tensor, path: Path) -> np.ndarray:
     try:
         array = tensor.detach().float().numpy()
     except Exception as error:  # sparse tensors, and others without plain numbers
-        raise UserError(f"{path}: {shown(name)} is no plain tensor: {error}") from None
+        raise UserError(f"{path}: {shown(name)} is no plain tensor: {first_line(error)}") from None
     check_finite(name, array, path)
     return array

@@ -228,7 +228,7 @@ HOSTILE = {
     "missing": (tensors_changed(lambda t: t.pop(NAME)), "lacks h.1.mlp.c_fc.weight"),
     "extra": (
         tensors_changed(lambda t: t.update(extra=t[NAME], more=t[NAME])),
-        "has what this architecture doesn't: extra, more",
+        "has what this architecture doesn't: 'extra', 'more'",
     ),
     "shape": (
         tensors_changed(lambda t: t.update({NAME: t[NAME][:, :-1].copy()})),

@@ -206,6 +206,7 @@ TENSORS = {
     "sparse": (lambda t: {"a": t.eye(3).to_sparse()}, "'a' is no plain tensor: "),
     "no numbers": (lambda t: {"a": t.ones(3, device="meta")}, "'a' is no plain tensor: "),
     "shared": (cyclic, "holds 'again.' twice"),
+    "one name": (lambda t: {"a.b": t.ones(1), "a": {"b": t.ones(1)}}, "holds 'a.b' twice"),
 }  # fmt: skip
 
 
@@ -289,6 +290,12 @@ class Payload:
         return (os.system, ("touch executed",))
 
 
+def saved_as(path, content):
+    import torch
+
+    torch.save(content, path)
+
+
 def saved(path, change):
     import torch
 
@@ -301,11 +308,11 @@ EXPERT_FILE = "layer_1_expert_4_mp_rank_00_model_states.pt"
 HOSTILE = {
     "payload": (
         lambda step: saved(step / MAIN, lambda x: x | {"more": Payload()}),
-        f"{MAIN} calls posix.system, which no checkpoint needs; nothing of it was run",
+        f"{MAIN} calls 'posix.system', which no checkpoint needs; nothing of it was run",
     ),
     "payload of an expert": (
         lambda step: saved(step / EXPERT_FILE, lambda x: x | {"more": Payload()}),
-        f"{EXPERT_FILE} calls posix.system",
+        f"{EXPERT_FILE} calls 'posix.system'",
     ),
     "truncated": (
         lambda step: (step / EXPERT_FILE).write_bytes((step / EXPERT_FILE).read_bytes()[:3000]),
@@ -319,6 +326,28 @@ HOSTILE = {
     "old": (
         lambda step: saved(step / MAIN, lambda x: x | {"checkpoint_version": 1.0}),
         f"{MAIN}: checkpoint_version=1.0; before 2 queries, keys and values",
+    ),
+    "an expert in two files": (
+        lambda step: shutil.copy(step / EXPERT_FILE, step / EXPERT_FILE.replace("_4_", "_5_")),
+        f"layer_1_expert_5_mp_rank_00_model_states.pt holds '{PREFIX}3.mlp.deepspeed_moe.experts.",
+    ),
+    **{
+        other: (
+            lambda step, other=other: saved_as(step / other, {}),
+            f"{other} belongs to no expert of this model, which is 4 layers, ",
+        )
+        for other in (
+            EXPERT_FILE.replace("_4_", "_5_"),
+            EXPERT_FILE.replace("rank_00", "rank_01"),
+            MAIN.replace("rank_00", "rank_01"),
+            "expert_4_mp_rank_00_model_states.pt",
+        )
+    },
+    "a tensor with a hostile name": (
+        lambda step: saved(
+            step / EXPERT_FILE, lambda x: x | {"\x1b[2J" + "x" * 3000: next(iter(x.values()))}
+        ),
+        r"has what this architecture doesn't: '\x1b[2Jxx",
     ),
     "lost": (lambda step: (step / EXPERT_FILE).unlink(), f" lacks {PREFIX}3.mlp.deepspeed_moe"),
     "no main file": (lambda step: (step / MAIN).unlink(), f"{MAIN} is missing"),

@@ -298,6 +298,18 @@ def test_windows_are_those_of_transformers(family, theirs, windows):
     assert found == windows
 
 
+@pytest.mark.parametrize(
+    ("family", "theirs"),
+    [("mixtral", {}), ("qwen3", {"use_sliding_window": True}), ("llama", {})],
+)
+def test_a_window_of_nothing_is_none(family, theirs):
+    """transformers would hide every key; only where the switch is off it doesn't read the size."""
+    with pytest.raises(UserError, match="sliding_window"):
+        read_config(a_config(family, sliding_window=0, **theirs), Path("config.json"), 1000)
+    theirs = a_config("qwen3", sliding_window=0, use_sliding_window=False)
+    assert read_config(theirs, Path("config.json"), 1000).model.sliding_window == 0
+
+
 @pytest.mark.parametrize("kinds", [[FULL], [FULL, "chunked_attention", FULL, FULL], "full"])
 def test_kinds_of_attention_that_are_none(kinds):
     theirs = {"sliding_window": 5, "use_sliding_window": True, "layer_types": kinds}
@@ -430,18 +442,37 @@ FOREIGN = {
     "layers": ({"num_hidden_layers": 10**6}, "no usable num_hidden_layers: it is 1000000"),
     "a layer more": ({"num_hidden_layers": 3}, "lacks model.layers.2."),
     "an expert more": ({"num_experts": 6}, "lacks model.layers.0.mlp.experts.5.down_proj.weight"),
-    "an expert less": ({"num_experts": 4}, "has what this architecture doesn't: model.layers.0.m"),
+    "an expert less": ({"num_experts": 4}, "has what this architecture doesn't: 'model.layers.0."),
     "width": ({"hidden_size": 32}, "has shape (24,), not (32,)"),
     "top": ({"num_experts_per_tok": 6}, "model.top_k=6 exceeds the 5 experts of the smallest"),
     "heads": ({"num_key_value_heads": 3}, "model.heads=4 is not divisible by model.kv_heads=3"),
     "clip": ({"clip_qkv": "much"}, "no usable clip_qkv: it is 'much'"),
+    # Zeros, which transformers computes with, and which mean something else in our settings.
+    "no clip": ({"clip_qkv": 0.0}, "no usable clip_qkv: it is 0.0, not a number of 1e-30 or more"),
+    "no epsilon": ({"rms_norm_eps": 0}, "no usable rms_norm_eps: it is 0, not a number of 1e-30"),
+    "no theta": (
+        {"rope_theta": 0, "rope_parameters": None},
+        "no usable rope_theta: it is 0, not a number of 1 or more",
+    ),
+    "no theta of a group": (
+        {"rope_parameters": {"rope_theta": 0.0}},
+        "no usable rope_theta: it is",
+    ),
+    "no window": ({"sliding_window": 0}, "sliding_window=0, which OlmoeForCausalLM doesn't know"),
+    "no keys": ({"num_key_value_heads": 0}, "no usable num_key_value_heads: it is 0"),
+    "no head": ({"head_dim": 0}, "no usable head_dim: it is 0, not a whole number of 1 or more"),
+    "no expert width": ({"intermediate_size": 0}, "no usable intermediate_size: it is 0"),
     "dense layers": ({"mlp_only_layers": "all"}, "mlp_only_layers='all' is no list of layers"),
     "not a number": (
         lambda t: t[EXPERT].__setitem__((0, 0), math.nan),
         f"'{EXPERT}' holds NaN, infinity or numbers too large",
     ),
     "missing": (lambda t: t.pop(EXPERT), f"lacks {EXPERT}"),
-    "extra": (lambda t: t.update(extra=np.ones(3, np.float32)), "architecture doesn't: extra"),
+    "extra": (lambda t: t.update(extra=np.ones(3, np.float32)), "architecture doesn't: 'extra'"),
+    "hostile name": (
+        lambda t: t.update({"\x1b[2J" + "x" * 3000: np.ones(3, np.float32)}),
+        r"architecture doesn't: '\x1b[2Jxxxx",
+    ),
     "turned": (
         lambda t: t.update({EXPERT: np.ascontiguousarray(t[EXPERT].T)}),
         f"{EXPERT} has shape (24, 20), not (20, 24)",
@@ -463,8 +494,19 @@ def test_foreign_and_damaged_files(case, source, tmp_path, capsys):
         change(folder, **prepare)
     assert imported(folder, tmp_path / "run") == 2
     *_, line = capsys.readouterr().err.splitlines()
-    assert line.startswith("prmoe: ") and message in line
+    assert line.startswith("prmoe: ") and message in line and len(line) < 600
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("tokenizer", [True, False])
+def test_llama_cpps_files_are_named(tokenizer, source, tmp_path, capsys):
+    folder = source("llama")
+    (folder / "model.safetensors").rename(folder / "llama-Q4_K_M.gguf")
+    if not tokenizer:
+        (folder / "tokenizer.json").unlink()
+    assert imported(folder, tmp_path / "run") == 2
+    line = only_line(capsys.readouterr().err)
+    assert f"{folder / 'llama-Q4_K_M.gguf'} is in llama.cpp's format GGUF, which isn't read" in line
 
 
 def test_a_head_that_is_another_matrix(source, tmp_path, capsys):
