@@ -205,7 +205,8 @@ def _stage(
     descriptions go through Beam.
 
     Raises:
-      UserError: a task failed by a mistake in the input or by a full disk.
+      UserError: a task failed by a mistake in the input or by a full disk, or the runner needs
+        another option.
     """
     import apache_beam as beam
 
@@ -214,13 +215,16 @@ def _stage(
     if left:
         log.info("%s: %d of %d tasks", function.__name__, len(left), len(tasks))
         (work.staging / _ERROR).unlink(missing_ok=True)
-        with (
-            _single_threaded_tokenizers(),
-            _watching_workers(),
-            beam.Pipeline(runner, options) as pipeline,
-        ):
-            keyed = pipeline | beam.Create(list(enumerate(left)))
-            keyed | beam.GroupByKey() | beam.FlatMap(_perform, function, work)
+        try:
+            with (
+                _single_threaded_tokenizers(),
+                _watching_workers(),
+                beam.Pipeline(runner, options) as pipeline,
+            ):
+                keyed = pipeline | beam.Create(list(enumerate(left)))
+                keyed | beam.GroupByKey() | beam.FlatMap(_perform, function, work)
+        except NotImplementedError as error:  # a runner lacks an option, and says it only now
+            raise UserError(f"Apache Beam: {error}") from error
         if (work.staging / _ERROR).exists():
             raise UserError((work.staging / _ERROR).read_text())
     results = [work.done(name) for name in tasks]
@@ -316,11 +320,12 @@ def _options(flags: Sequence[str]):
     """Beam's options.
 
     Raises:
-      UserError: Beam is not installed, or does not know a flag.
+      UserError: Beam is not installed, or refuses a flag or its value.
     """
     logging.getLogger("apache_beam").setLevel(logging.ERROR)
     logging.disable(logging.WARNING)  # about extras of Beam that are not installed
     try:
+        from apache_beam import Pipeline
         from apache_beam.options.pipeline_options import PipelineOptions
     except ImportError:
         raise UserError("prmoe tokenize needs Apache Beam; pip install 'prmoe_jax[beam]'") from None
@@ -333,4 +338,11 @@ def _options(flags: Sequence[str]):
     if unknown:  # Beam itself would leave it out
         raise UserError(f"Apache Beam has no option '{unknown[0]}'")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return PipelineOptions([f"--direct_num_workers={cores}", *flags])
+    options = PipelineOptions([f"--direct_num_workers={cores}", *flags])
+    if (workers := options.get_all_options()["direct_num_workers"]) < 0:
+        raise UserError(f"--direct_num_workers={workers} must be 0, one for each core, or more")
+    try:
+        Pipeline(options=options)  # finds the runner, and has it check its options
+    except (AttributeError, ImportError, TypeError, ValueError) as error:
+        raise UserError(f"Apache Beam refuses {' '.join(flags)}: {error}") from error
+    return options

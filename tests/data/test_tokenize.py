@@ -381,6 +381,19 @@ def test_a_mistake_in_a_worker_is_one_line(tmp_path, monkeypatch, capsys):
 MISTAKES = {
     "a flag": ({}, [*IN_PROCESS, "--direct_num_worker=2"], None, "no option '--direct_num_worker"),
     "a value": ({}, [*IN_PROCESS, "--direct_num_workers=x"], None, "argument --direct_num_workers"),
+    "fewer than no workers": (
+        {}, ["--", "--direct_num_workers=-3"], None, "--direct_num_workers=-3 must be 0, one for ea"
+    ),
+    **{
+        runner: ({}, ["--", f"--runner={runner}"], None, message)
+        for runner, message in {
+            "Nonsense": "--runner=Nonsense: Unexpected pipeline runner: Nonsense. Valid values",
+            "nowhere.Runner": "Beam refuses --runner=nowhere.Runner: No module named 'nowhere'",
+            "os.path": "Apache Beam refuses --runner=os.path: ",
+            "DataflowRunner": "Missing required option: project.",
+            "PortableRunner": "You must specify a --job_endpoint",
+        }.items()
+    },
     "tokens": ({"corpus": "tokens:out"}, IN_PROCESS, None, "holds tokens already"),
     "no text": ({"corpus": "none"}, IN_PROCESS, None, "corpus 'none' does not exist"),
     "kind": ({"corpus": "other.csv"}, IN_PROCESS, lambda: Path("other.csv").touch(), "use .txt"),
