@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from typing import NamedTuple, NoReturn
 
@@ -96,10 +97,10 @@ def describe(error: BaseException) -> Failure:
         return Failure(_one_line(f"{name} cannot be written: {error.strerror}"), 2, True)
     if isinstance(error, OSError) and error.filename:
         return Failure(_one_line(f"{error.filename}: {error.strerror or error}"), 2, True)
-    if isinstance(error, RuntimeError) and "Unable to initialize backend" in str(error):
+    if reason := _no_device(error):
         return Failure(
-            f"JAX finds no device to run on ({first_line(error)}); set JAX_PLATFORMS to one that "
-            "is there, or unset it",
+            f"JAX finds no device to run on ({reason}); set JAX_PLATFORMS to one that is there, or "
+            "unset it",
             2,
             True,
         )
@@ -109,6 +110,18 @@ def describe(error: BaseException) -> Failure:
 
 # No space, no quota, a read-only disk or a file too large; such errors can lack a file's name.
 _NO_ROOM = errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG
+
+
+def _no_device(error: BaseException) -> str:
+    """Why JAX found no device; '' for another error."""
+    if isinstance(error, RuntimeError) and "Unable to initialize backend" in str(error):
+        return first_line(error)
+    # Without a GPU JAX passes over CUDA, and then asserts that there is another backend.
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    places = [(frame.f_globals.get("__name__"), frame.f_code.co_name) for frame in frames[-1:]]
+    if isinstance(error, AssertionError) and places == [("jax._src.xla_bridge", "backends")]:
+        return "no NVIDIA GPU is visible"
+    return ""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

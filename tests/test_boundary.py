@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import termios
+from pathlib import Path
 
 import pytest
 
@@ -327,15 +328,21 @@ def test_an_ascii_stream_gets_escapes():
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_a_platform_that_is_not_there(tmp_path):
+@pytest.mark.parametrize(
+    ("platform", "reason"),
+    [("tpux", "Unable to initialize backend"), ("cuda", "no NVIDIA GPU is visible")],
+)
+def test_a_platform_that_is_not_there(platform, reason, tmp_path):
+    if platform == "cuda" and Path("/dev/nvidia0").exists():
+        pytest.skip("a GPU is visible")
     done = subprocess.run(
         [sys.executable, "-m", "prmoe_jax", "train", TINY, f"--workdir={tmp_path / 'run'}"],
         capture_output=True,
         text=True,
         cwd=REPOSITORY,
-        env=os.environ | {"JAX_PLATFORMS": "tpux"},
+        env=os.environ | {"JAX_PLATFORMS": platform},
     )
     assert done.returncode == 2
     line = only_line(done.stderr)
-    assert line.startswith("prmoe: JAX finds no device to run on (Unable to initialize backend")
+    assert line.startswith(f"prmoe: JAX finds no device to run on ({reason}")
     assert not (tmp_path / "run").exists()

@@ -346,14 +346,15 @@ def prune_run(
     if not 1 <= batches <= sys.maxsize:
         raise UserError(f"--batches={batches} must be from 1 to {sys.maxsize}")
     workdir = stores.as_path(workdir)
-    config, step, model, _ = restore_run(workdir, jax.local_devices()[:1])
-    if not any(config.model.schedule.experts):
-        raise UserError(f"{workdir}: this run is {config.model.schedule}; it has no experts")
-    if config.moe.router != "token_choice":
+    own = configs.load(workdir / workdirs.CONFIG)  # `restore_run` may change mesh and exchange
+    if not any(own.model.schedule.experts):
+        raise UserError(f"{workdir}: this run is {own.model.schedule}; it has no experts")
+    if own.moe.router != "token_choice":
         raise UserError(
-            f"{workdir}: moe.router={config.moe.router}; experts that choose their tokens all have "
+            f"{workdir}: moe.router={own.moe.router}; experts that choose their tokens all have "
             "the same load, and prmoe prune is for token_choice"
         )
+    config, step, model, _ = restore_run(workdir, jax.local_devices()[:1])
     text = config.data if corpus is None else dataclasses.replace(config.data, corpus=corpus)
     stored = workdir / workdirs.TOKENIZER
     length = config.model.length
@@ -362,8 +363,7 @@ def prune_run(
     data = load_data(text, config.model.vocab_size, length, stored)
     found = measure(config, model, data, batches)
     kept = choose(found[kind], budget, shape, config.model.top_k)
-    # `restore_run` may have changed mesh and exchange.
-    small = pruned_config(configs.load(workdir / workdirs.CONFIG), kept)
+    small = pruned_config(own, kept)
     plan = {
         "step": step,
         "importance": kind,

@@ -15,6 +15,7 @@ from prmoe_jax.cli import main, parse_config
 from prmoe_jax.cli.options import config_argument, local_path, path
 from prmoe_jax.cli.output import as_json
 from prmoe_jax.cli.train import profile_steps, run_name
+from prmoe_jax.config import save
 from prmoe_jax.model.sizes import cost
 
 TINY = f"--config={tiny.__file__}:prmoe"
@@ -77,6 +78,13 @@ def test_params_follow_overrides(capsys):
     assert [layer["experts"] for layer in wide["layers"]] == [0, 16] * 3
 
 
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_params_of_a_run(form, tmp_path, capsys):
+    save(parse_config([TINY, *SHAPE]), tmp_path / "config.json")
+    own = printed(capsys, "params", TINY, *SHAPE, *form)
+    assert printed(capsys, "params", f"--workdir={tmp_path}", *form) == own
+
+
 def test_paper_as_json(capsys):
     rows = json.loads(printed(capsys, "params", "--paper", "--json"))
     assert [row["name"] for row in rows] == list(paper.ROWS)
@@ -112,7 +120,6 @@ def test_every_verb_explains_itself(verb, capsys):
     assert out.startswith(f"usage: prmoe {verb}") and "--json" in out
     takes_config = verb in ("train", "params")
     assert ("--config=FILE:NAME" in out) == takes_config
-    assert ("--workdir" in out) == (verb != "params")
 
 
 # Help and mistakes that need no model, in one fresh process each: with and without a verb.

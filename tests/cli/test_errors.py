@@ -162,6 +162,9 @@ CASES = {
     "short flag": (["params", TINY, "-x"], "Unknown command line flag 'x'"),
     "stray argument": (["params", TINY, "stray"], "'stray' is not understood; settings look like"),
     "config for paper": (["params", "--paper", TINY], "--paper shows fixed configs; leave out"),
+    "run for paper": (["params", "--paper", "--workdir=run"], "fixed configs; leave out --workdir"),
+    "run and config": (["params", "--workdir=run", TINY], "own config; leave out --config="),
+    "params of nothing": (["params", "--workdir=none"], "no run in none: config.json is missing"),
     "eval without run": (["eval"], "the following arguments are required: --workdir; see prmoe ev"),
     "eval with config": (["eval", "--workdir=run", TINY], "is not understood; see prmoe eval --h"),
     "tokens not a number": (

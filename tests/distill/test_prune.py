@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from prmoe_jax.cli import main
-from prmoe_jax.config import MeshConfig, load
+from prmoe_jax.config import MeshConfig, load, save
 from prmoe_jax.distill.prune import _portions, choose, measure, pruned, pruned_config
 from prmoe_jax.errors import UserError
 from prmoe_jax.model.layout import places
@@ -21,6 +21,7 @@ from prmoe_jax.nn.parameters import named_leaves
 from prmoe_jax.run.restore import restore_run
 from tests.support.batches import make_batch
 from tests.support.configs import settings
+from tests.support.lines import only_line
 from tests.support.quick import forward as run
 from tests.support.quick import jit
 from tests.support.runs import arguments
@@ -374,3 +375,16 @@ def test_options_that_make_no_sense(options, message, tmp_path, capsys):
             tmp_path, None, float(given["keep"]), "load", "pyramid", False, None,
             int(given.get("batches", 1)),
         )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "moe", "message"),
+    [
+        ("2 layers", {}, "this run is 2 layers; it has no experts"),
+        ("2 layers, E=3", {"router": "expert_choice"}, "moe.router=expert_choice; experts that ch"),
+    ],
+)
+def test_a_run_that_cannot_be_pruned_is_not_restored(text, moe, message, tmp_path, capsys):
+    save(settings(text, moe=moe), tmp_path / "config.json")  # without any checkpoint
+    assert main(["prune", f"--workdir={tmp_path}", "--keep=0.5"]) == 2
+    assert message in only_line(capsys.readouterr().err)
