@@ -60,7 +60,8 @@ def bench_moe(sizes: list[Size], loads: list[str], dtype: str, repeats: int) -> 
       process's memory), ratio_to_dense (of medians), drop_fraction, bytes_moved and gb_per_s.
 
     Raises:
-      UserError: a size is not positive or can't fit, or `repeats` is below 1.
+      UserError: a size is not positive, can't fit or is too small for DeepSpeed's layer, or
+        `repeats` is below 1.
     """
     if repeats < 1:
         raise UserError(f"--repeats={repeats} must be 1 or more")
@@ -68,6 +69,11 @@ def bench_moe(sizes: list[Size], loads: list[str], dtype: str, repeats: int) -> 
         # Weights, tokens, scores, and the tokens-by-slots array of the one-hot products.
         floats = 2 * size.E * size.M * size.F + size.S * (size.M + size.E) + size.S**2
         check_size(size, 4 * floats)
+        if size.S <= MoeConfig.min_capacity and dtype == "float32" and _has_deepspeed():
+            raise UserError(
+                f"{flag(size)}: DeepSpeed's layer, which is timed beside ours, needs more than "
+                f"{MoeConfig.min_capacity} tokens"
+            )
     rows = []
     for size in sizes:
         for load in loads:

@@ -234,6 +234,9 @@ def compile_only() -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
+    # Without these two, libtpu complains of a TPU that isn't there. They change no topology.
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several may compile at a time
     if jax := sys.modules.get("jax"):  # a config file imported it, and JAX has read the variable
         jax.config.update("jax_platforms", "cpu")

@@ -1,7 +1,9 @@
 """The chips that a plan can be made for: their data sheets, and devices without hardware."""
 
+import contextlib
 import math
 import re
+import signal
 from typing import NamedTuple
 
 from jax.experimental import topologies
@@ -188,6 +190,7 @@ def topology_devices(topology: str) -> tuple[Chip, list]:
             options["num_slices"] = slices
         asked = ("tpu", f"{name}:{shape}", options)
     platform, topology_name, options = asked
+    handler = signal.getsignal(signal.SIGTERM)
     try:
         described = topologies.get_topology_desc(
             platform=platform, topology_name=topology_name, **options
@@ -204,4 +207,7 @@ def topology_devices(topology: str) -> tuple[Chip, list]:
             f"--topology={topology} cannot be compiled for ({reason}); the compiler comes with "
             f"pip install 'prmoe_jax[{extra}]'"
         ) from error
+    finally:
+        with contextlib.suppress(ValueError):  # only the main thread may
+            signal.signal(signal.SIGTERM, handler)  # that of libtpu prints a stack trace
     return chip, list(described.devices)

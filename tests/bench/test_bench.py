@@ -87,6 +87,14 @@ def test_deepspeeds_layer_is_only_compared_with_on_a_cpu(monkeypatch):
     assert not moe._has_deepspeed()
 
 
+def test_too_few_tokens_for_deepspeeds_layer(monkeypatch):
+    monkeypatch.setattr(moe, "_has_deepspeed", lambda: True)
+    with pytest.raises(
+        UserError, match="--sizes=4,1,1,1: DeepSpeed's layer, .* more than 4 tokens"
+    ):
+        moe.bench_moe([moe.Size(4, 1, 1, 1)], ["uniform"], "float32", 1)
+
+
 def test_the_room_on_an_accelerator_is_its_own(monkeypatch):
     device = SimpleNamespace(memory_stats=lambda: {"bytes_limit": 3 << 30})
     monkeypatch.setattr(memory.jax, "local_devices", lambda: [device])

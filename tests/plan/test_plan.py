@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -1058,6 +1059,22 @@ def planned(text, *arguments, folder, **model):
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout), done.stderr
+
+
+@needs_tpu_compiler
+def test_libtpu_adds_no_word_and_sigterm_ends_a_plan(tmp_path):
+    command = [sys.executable, "-m", "prmoe_jax", "plan", f"--config={tiny.__file__}:2 layers"]
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("TPU_")}
+    path = clean | {"PYTHONPATH": str(Path(tiny.__file__).parent.parent)}
+    command += ["--topology=v5e:2x2", "--config.mesh.data=4"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=path)
+    starts = []
+    for line in process.stderr:
+        starts.append(line.partition(" ")[0])
+        if line.startswith("compiling the step"):
+            process.terminate()
+    assert process.wait() == -signal.SIGTERM
+    assert starts == ["attention:", "mesh:", "compiling"]
 
 
 @needs_tpu_compiler
