@@ -11,10 +11,10 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from prmoe_jax.errors import UserError, first_line
+from prmoe_jax.errors import UserError, describe, first_line, say
 
 try:
-    from lm_eval import simple_evaluate, utils
+    from lm_eval import evaluator, utils
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
     from lm_eval.models.utils import normalize_gen_kwargs
@@ -25,7 +25,7 @@ except ImportError:
     )
     if __name__ != "__main__":
         raise missing from None
-    print(f"prmoe: {missing}", file=sys.stderr)
+    say(str(missing))
     sys.exit(missing.exit_code)
 
 from prmoe_jax import stores
@@ -191,12 +191,13 @@ def evaluate_tasks(
         names += matching
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    evaluator.get_git_commit_hash = lambda: None  # git complains where there is no checkout
     os.environ["DISABLE_MULTIPROC"] = "1"  # JAX's threads don't survive the bootstrap's forks
     names = _largest(known, dict.fromkeys(names))
     model = PrmoeLM(str(workdir))
     if "cloze" in tasks:  # of validation documents, which the run has not seen
         check_text(workdir, config, open_corpus(config.data).fingerprint)
-    found = simple_evaluate(
+    found = evaluator.simple_evaluate(
         model,
         tasks=names,
         task_manager=known,
@@ -246,5 +247,5 @@ if __name__ == "__main__":
     try:
         cli_evaluate()
     except UserError as error:
-        print(f"prmoe: {error}", file=sys.stderr)
+        say(describe(error).line)
         sys.exit(error.exit_code)
