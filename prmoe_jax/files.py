@@ -4,31 +4,31 @@ They are on a disk or in an object store (`prmoe_jax/stores`).
 """
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
+import secrets
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from prmoe_jax import stores
 from prmoe_jax.errors import UserError
-from prmoe_jax.stores.lock import LOCK, locked
+from prmoe_jax.stores.lock import LOCK, hold, locked
 
 log = logging.getLogger(__name__)
 
 UNFINISHED = ".unfinished"
+_TEMPORARY = ".tmp"
 
 
 def replace(path: Path, content: str | bytes) -> None:
-    """Writes a temporary file beside `path` and renames it to `path`; a store does so by itself.
+    """Writes a file by `whole`; a store does so by itself.
 
-    A crash, `kill -9` or a full disk at any moment leaves the old content or the new one. A file
-    that already holds the content is not touched.
+    A file that already holds the content is not touched.
 
     Raises:
       UserError: the file cannot be written; its old content is still there.
@@ -37,22 +37,47 @@ def replace(path: Path, content: str | bytes) -> None:
     if not stores.is_local(path):
         _replace_object(path, data)
         return
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        if path.is_file() and path.read_bytes() == data:
+        if path.is_file() and not path.is_symlink() and path.read_bytes() == data:
             return
-        with temporary.open("wb") as file:
+        with whole(path) as file:
             file.write(data)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+@contextlib.contextmanager
+def whole(path: Path, scratch: Path | None = None) -> Iterator[BinaryIO]:
+    """A file of a disk that takes the name `path` when the block has ended, whatever is there.
+
+    A crash, `kill -9` or a full disk at any moment leaves the old content or the new one. The file
+    has a random hidden name until then, so that no link which waits there is followed.
+
+    Args:
+      path: the file; a link is replaced.
+      scratch: the folder of the unfinished file, on the same disk; by default that of `path`.
+
+    Raises:
+      OSError: the file cannot be written; its old content is still there.
+    """
+    temporary = (scratch or path.parent) / f".{secrets.token_hex(8)}{_TEMPORARY}"
+    try:
+        with open(temporary, "xb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        _remove(temporary)
-        raise cannot_write(path, error) from error
     except BaseException:
         _remove(temporary)
         raise
+    _sync_folder(path.parent)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Removes the files that killed processes left in a folder, for one that alone writes there."""
+    for path in folder.glob(f".*{_TEMPORARY}"):
+        if path.is_symlink() or path.is_file():
+            _remove(path)
 
 
 def _replace_object(path: Path, data: bytes) -> None:
@@ -115,13 +140,22 @@ def build_folder(folder: Path, build: Callable[[Path], None]) -> None:
       build: writes the content into the folder that it is given.
 
     Raises:
-      UserError: another process is building the same folder.
+      UserError: another process is building the same folder, or a link has the hidden name.
       OSError: the folder cannot be written, or the target exists and is not an empty folder.
     """
     folder = Path(os.path.realpath(folder))
     temporary = folder.with_name(f".{folder.name}.tmp")
+    if temporary.is_symlink():
+        raise UserError(
+            f"{temporary} is a link to {os.path.realpath(temporary)}, where files would be "
+            "deleted; remove the link"
+        )
     temporary.mkdir(parents=True, exist_ok=True)
-    with only_writer(temporary / ".lock", folder):
+    try:
+        lock = hold(temporary / ".lock")
+    except BlockingIOError:
+        raise UserError(f"another process is writing {folder}; wait for it to end") from None
+    with lock:
         try:
             for left in temporary.iterdir():
                 if left.is_dir() and not left.is_symlink():
@@ -207,22 +241,6 @@ def check_free_in_store(folder: Path, option: str) -> None:
         raise UserError(f"{option}={folder} exists; give another folder, or remove it")
 
 
-@contextlib.contextmanager
-def only_writer(lock: Path, folder: Path) -> Iterator[None]:
-    """Holds a lock file of this machine, which guards writing to a folder.
-
-    Raises:
-      UserError: another process holds it.
-      OSError: the lock file cannot be opened.
-    """
-    with open(lock, "w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process is writing {folder}; wait for it to end") from None
-        yield
-
-
 def cannot_write(path: Path, error: OSError) -> UserError:
     """Makes the error to raise when a file could not be written."""
     return UserError(f"{path} cannot be written: {error.strerror or error}")
@@ -230,6 +248,20 @@ def cannot_write(path: Path, error: OSError) -> UserError:
 
 def cannot_read(path: Path, error: OSError) -> UserError:
     return UserError(f"{path} cannot be read: {error.strerror or error}")
+
+
+def is_plain(name: Any) -> bool:
+    """Whether a value that was read from a file is the name of a file beside that one.
+
+    Such a name has no folder, no control character and no half of a surrogate pair.
+    """
+    return (
+        isinstance(name, str)
+        and name.isprintable()
+        and "/" not in name
+        and name not in ("", ".", "..")
+        and len(name.encode()) <= 255
+    )
 
 
 def regular(path: Path, hint: str = "") -> Path:
@@ -251,6 +283,23 @@ def regular(path: Path, hint: str = "") -> Path:
     raise UserError(f"{path} is not a regular file" if found else f"{path} is missing{hint}")
 
 
+def read(path: Path) -> bytes:
+    """The content of a file, which may be a stranger's.
+
+    Raises:
+      UserError: it is a pipe or a device, whose reading may never end.
+      OSError: it cannot be read.
+    """
+    refuse_pipe(path)
+    return path.read_bytes()
+
+
+def refuse_pipe(path: Path) -> None:
+    """Raises UserError if a path is a pipe, a socket or a device: reading it may never end."""
+    if stores.is_local(path) and path.exists() and not (path.is_file() or path.is_dir()):
+        raise UserError(f"{path}: a pipe, a socket or a device, not a file; leave it out")
+
+
 def read_json(path: Path, kind: type = dict, fix: str = "restore a copy of it") -> Any:
     """Reads the value that a JSON file holds.
 
@@ -263,7 +312,7 @@ def read_json(path: Path, kind: type = dict, fix: str = "restore a copy of it") 
       UserError: the file cannot be read, is not UTF-8 JSON, or holds another type.
     """
     try:
-        value = parse_json(path.read_bytes())
+        value = parse_json(read(path))
     except OSError as error:
         raise cannot_read(path, error) from None
     except ValueError as error:
@@ -290,7 +339,7 @@ def read_json_lines(
       UserError: the file cannot be read, or a line is not such an object; names the line.
     """
     try:
-        *lines, torn = path.read_bytes().split(b"\n")
+        *lines, torn = read(path).split(b"\n")
     except FileNotFoundError:
         return []
     except OSError as error:
@@ -328,7 +377,8 @@ def require(row: Any, kinds: Mapping[str, type | tuple[type, ...]], where: str, 
     if missing := [name for name in kinds if name not in row]:
         raise UserError(f"{where} is damaged: it has no {', '.join(missing)}; {fix}")
     for name, kind in kinds.items():
-        if not isinstance(row[name], kind):
+        wrong = isinstance(row[name], bool) and kind in (int, (int, float))  # True is an int
+        if wrong or not isinstance(row[name], kind):
             raise UserError(f"{where} is damaged: {name} is {row[name]!r:.60}; {fix}")
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import logging
 import os
 import re
 import sys
@@ -12,6 +13,8 @@ from pathlib import Path
 from prmoe_jax import stores
 from prmoe_jax.config import expand, userfile
 from prmoe_jax.errors import UserError
+
+log = logging.getLogger(__name__)
 
 CONFIG_HELP = """
 settings:
@@ -106,7 +109,15 @@ def _load_settings(path: Path, name: str):
 
         from prmoe_jax.config import load
 
-        return ConfigDict(dataclasses.asdict(load(path)))
+        settings = ConfigDict(dataclasses.asdict(load(path)))
+        if settings.train.compile_cache not in ("", "auto"):
+            log.warning(
+                "%s: train.compile_cache=%s is left out, since JAX runs the programs in that "
+                "folder; to use it, give --config.train.compile_cache",
+                *(path, settings.train.compile_cache),
+            )
+            settings.train.compile_cache = "auto"
+        return settings
     arguments = [name] if name else []
     settings = userfile.call(path, "get_config", *arguments, named=f"--config={path}")
     if not isinstance(settings, ConfigDict):

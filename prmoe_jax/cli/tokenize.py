@@ -15,5 +15,8 @@ def add(verb) -> None:
 def run(options, rest) -> None:
     config = parse_config(rest)
     from prmoe_jax.data.tokenize import tokenize
+    from prmoe_jax.run.directory import check_outside_checkpoints
+
+    check_outside_checkpoints("--out", options.out)
 
     show(tokenize(config, options.out, options.passed_on), options.json)

@@ -48,7 +48,7 @@ def load(path: Path) -> Config:
       UserError: the file is missing or is not a valid config.
     """
     try:
-        return resolve(files.parse_json(path.read_bytes()), trained=True)
+        return resolve(files.parse_json(files.read(path)), trained=True)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"no run in {path.parent}: {path.name} is missing") from None
     except OSError as error:

@@ -8,6 +8,8 @@ import pathlib
 import numpy as np
 import numpy.typing as npt
 
+from prmoe_jax import files
+
 
 class ArrayWriter:
     """Writes a .npy file whose number of rows is known only at the end.
@@ -71,13 +73,41 @@ def open_array(path: pathlib.Path, dtype: npt.DTypeLike, shape: tuple[int, ...])
     """Maps a .npy file into memory, read-only; only its header is read now.
 
     Raises:
-      Exception: the file is missing or damaged (any type; see `cache.reading`).
-      ValueError: the array has another dtype or shape.
+      OSError: the file cannot be read.
+      ValueError: it is damaged, or the array has another dtype or shape.
     """
-    array = np.load(path, mmap_mode="r")
-    if (array.dtype, array.shape) != (np.dtype(dtype), shape):
-        raise ValueError(
-            f"{path.name} holds {array.dtype} {array.shape}, not {np.dtype(dtype)} {shape}"
-        )
+    found, length, offset = read_header(path)
+    if (found, length) != (np.dtype(dtype), shape):
+        raise ValueError(f"{path.name} holds {found} {length}, not {np.dtype(dtype)} {shape}")
     # A plain view of the map: slicing a np.memmap costs more than the read.
-    return np.asarray(array)
+    return np.asarray(np.memmap(path, found, "r", offset, shape))
+
+
+def read_header(path: pathlib.Path) -> tuple[np.dtype, tuple[int, ...], int]:
+    """The dtype and shape of the one array in a .npy file, and the byte at which it begins.
+
+    Raises:
+      UserError: it is a pipe or a device.
+      OSError: the file cannot be read.
+      ValueError: it is damaged, holds Python's objects, or is not as long as the array.
+    """
+    files.refuse_pipe(path)
+    with open(path, "rb") as file:
+        version = np.lib.format.read_magic(file)
+        readers = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }
+        if version not in readers:
+            raise ValueError(f"it has the version {version} of NumPy's format, not (1, 0)")
+        try:
+            shape, by_column, dtype = readers[version](file)
+        except (MemoryError, RecursionError, TypeError, OverflowError) as error:
+            raise ValueError(f"its header can't be read: {error}") from None
+        offset, size = file.tell(), os.fstat(file.fileno()).st_size
+    if dtype.hasobject or any(length < 0 for length in shape) or (by_column and len(shape) > 1):
+        raise ValueError(f"it holds {dtype} {shape}, which can't be mapped into memory")
+    end = offset + math.prod(shape) * dtype.itemsize
+    if end != size:
+        raise ValueError(f"it has {size} bytes, and an array {dtype} {shape} ends at byte {end}")
+    return dtype, tuple(map(int, shape)), offset

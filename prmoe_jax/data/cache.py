@@ -1,7 +1,6 @@
 """Directories that are built once, complete or not at all, and checked when they are reused."""
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import logging
@@ -14,6 +13,7 @@ from typing import Any
 from prmoe_jax import files
 from prmoe_jax.config import DataConfig, expand
 from prmoe_jax.errors import UserError
+from prmoe_jax.stores.lock import hold
 
 log = logging.getLogger(__name__)
 
@@ -102,8 +102,9 @@ def check(directory: pathlib.Path) -> None:
             _record(path, _describe(directory))
         return
     try:
-        record, copied = files.parse_json(path.read_bytes()), False
+        record, copied = files.parse_json(files.read(path)), False
         for name, known in record.items():
+            files.refuse_pipe(directory / name)
             found = (directory / name).stat()
             if found.st_size != known["bytes"]:
                 raise ValueError(f"{name} has {found.st_size} bytes, not {known['bytes']}")
@@ -154,12 +155,13 @@ def locked(directory: pathlib.Path, setting: str = "--config.data.cache_dir") ->
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         # The lock file stays: removing it would let two processes hold "the" lock.
-        with open(f"{directory}.lock", "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                log.warning("waiting for the process that is building %s", directory)
-                fcntl.flock(lock, fcntl.LOCK_EX)
+        path = directory.with_name(f"{directory.name}.lock")
+        try:
+            lock = hold(path)
+        except BlockingIOError:
+            log.warning("waiting for the process that is building %s", directory)
+            lock = hold(path, wait=True)
+        with lock:
             yield
     except OSError as error:
         raise UserError(

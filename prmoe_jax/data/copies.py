@@ -13,6 +13,7 @@ from etils import epath
 
 from prmoe_jax import files, stores
 from prmoe_jax.data import cache, shards
+from prmoe_jax.data.shards import Index
 from prmoe_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -82,8 +83,7 @@ def sealed(folder: epath.Path, names: Sequence[str], cache_dir: Path) -> Path:
         record = files.parse_json((folder / cache.DIGESTS).read_bytes())
         wanted = {name: str(record[name]["sha256"]) for name in names}
     target = cache_dir / "copies" / cache.fingerprint(wanted)
-    with cache.locked(target):
-        target.mkdir(exist_ok=True)
+    with _copying(target):
         for name, sha256 in wanted.items():
             _copy(folder / name, target / name, sha256)
         if not (target / cache.DIGESTS).exists():
@@ -93,15 +93,13 @@ def sealed(folder: epath.Path, names: Sequence[str], cache_dir: Path) -> Path:
 
 def _copy_ours(folder: epath.Path, cache_dir: Path) -> Path:
     with _reaching(str(folder)):
-        content = files.parse_json((folder / shards.INDEX).read_bytes())
-        fingerprint = shards.fingerprint(content)
-        entries = [entry for split in content["splits"].values() for entry in split["shards"]]
-        wanted = {entry["name"]: entry["sha256"] for entry in entries}
-    target = cache_dir / "shards" / fingerprint
-    with cache.locked(target):
-        target.mkdir(exist_ok=True)
-        for name in (*wanted, shards.TOKENIZER, shards.INDEX):  # the index says that all are there
-            _copy(folder / name, target / name, wanted.get(name))
+        index = Index.open(folder)
+    target = cache_dir / "shards" / index.fingerprint
+    with _copying(target):
+        for entry in index.entries():
+            _copy(folder / entry["name"], target / entry["name"], entry["sha256"])
+        _copy(folder / shards.TOKENIZER, target / shards.TOKENIZER)
+        _copy(folder / shards.INDEX, target / shards.INDEX)  # it says that all are there
     return target
 
 
@@ -112,15 +110,25 @@ def _copy_arrays(found: list[epath.Path], pattern: str, cache_dir: Path) -> Path
         stats = [(path, path.stat()) for path in (*found, *indices.values())]
     versions = [[os.fspath(path), stat.length, stat.mtime] for path, stat in stats]
     target = cache_dir / "shards" / cache.fingerprint(versions)
-    with cache.locked(target):
-        target.mkdir(exist_ok=True)
+    with _copying(target):
         for i, path in enumerate(path for path in found if path.suffix != ".idx"):
             # Files of several folders may have one name; the order is that of the paths.
             copy = target / f"{i:05}-{path.name}"
+            if not files.is_plain(copy.name):
+                raise UserError(f"{os.fspath(path)!a} has no usable name; copy it to another one")
             if path in indices:
                 _copy(indices[path], copy.with_suffix(".idx"))
             _copy(path, copy)
     return target
+
+
+@contextlib.contextmanager
+def _copying(target: Path) -> Iterator[None]:
+    """Holds the lock of a folder of copies, which is made if needed."""
+    with cache.locked(target):
+        target.mkdir(exist_ok=True)
+        files.remove_unfinished(target)
+        yield
 
 
 def _copy(source: epath.Path, target: Path, sha256: str | None = None) -> None:
@@ -130,17 +138,16 @@ def _copy(source: epath.Path, target: Path, sha256: str | None = None) -> None:
     if target.exists() and target.stat().st_size == size:
         return
     log.info("copying %s (%d bytes) to %s", source, size, target)
-    temporary, digest, copied = target.with_name(f".{target.name}.tmp"), hashlib.sha256(), 0
-    with open(temporary, "wb") as file:
+    digest, copied = hashlib.sha256(), 0
+    with files.whole(target) as file:
         for block in _blocks(source):
             file.write(block)
             digest.update(block)
             copied += len(block)
-    if copied != size or (sha256 and digest.hexdigest() != sha256):
-        temporary.unlink()
-        raise UserError(f"{source} is not the file that its index describes; copy it there again")
-    files.sync(temporary)
-    temporary.replace(target)
+        if copied != size or (sha256 and digest.hexdigest() != sha256):
+            raise UserError(
+                f"{source} is not the file that its index describes; copy it there again"
+            )
 
 
 def _blocks(source: epath.Path) -> Iterator[bytes]:

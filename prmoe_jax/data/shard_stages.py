@@ -13,8 +13,8 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -31,7 +31,6 @@ from prmoe_jax.errors import UserError
 RANGES = 1 << 12
 _DIGEST = np.dtype([("digest", "S32"), ("document", "<u4")])
 _REPEATED = np.dtype("<u4")
-SPLITS = "train", "validation"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,17 +67,8 @@ class Work:
             with path.open("wb") as file:
                 yield file
             return
-        temporary = self.staging / f".{path.name}.{os.getpid()}.tmp"
-        try:
-            with open(temporary, "wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise
+        with files.whole(Path(path), Path(self.staging)) as file:
+            yield file
 
     def done(self, name: str) -> Any:
         """The result of a finished task, or None.

@@ -5,20 +5,27 @@ import functools
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
 from prmoe_jax import files
 from prmoe_jax.data import cache
+from prmoe_jax.data.arrays import read_header
 from prmoe_jax.data.sources import reading
 from prmoe_jax.errors import UserError, first_line
 
 INDEX, TOKENIZER = "index.json", "tokenizer.json"
 SUFFIX = ".tokens"  # of our shards
 _FORMAT = "prmoe_jax tokens 1"
+_DTYPES = "<u2", "<u4"
+SPLITS = "train", "validation"
+COUNTS = "documents", "tokens", "bytes"  # of a split, and of each of its shards
+_DIGESTS = "sha256", "blocks"
+_MOST = 1 << 62
 _FIX = "write the shards again by prmoe tokenize"
 # A shard is identified by its size and by blocks of it at even distances. Up to 1 MiB that is its
 # whole content.
@@ -85,26 +92,39 @@ class Index:
     dtype: np.dtype
     splits: dict[str, dict]  # documents, tokens, bytes and shards of train and validation
     fingerprint: str
+    inputs: Any  # identifies the text and the settings
 
     @classmethod
     def open(cls, folder: Path) -> "Index":
-        """Reads the index of a folder.
+        """Reads the index of a folder, local or in an object store, and checks all of it.
 
         Raises:
-          UserError: it is missing or damaged.
+          UserError: it is missing or damaged, or names a file that is not in the folder.
         """
         path = folder / INDEX
         content = files.read_json(path, fix=_FIX)
         kinds = {"format": str, "tokenizer": str, "vocabulary": int, "dtype": str, "splits": dict}
         files.require(content, kinds | {"fingerprint": str}, str(path), _FIX)
         if content["format"] != _FORMAT:
-            raise UserError(f"{path} has the format {content['format']!r}, not {_FORMAT!r}; {_FIX}")
-        if content["fingerprint"] != fingerprint(content):
-            raise UserError(f"{path} is damaged: it is not as it was written; {_FIX}")
+            raise UserError(
+                f"{path} has the format {content['format']!r:.60}, not {_FORMAT!r}; {_FIX}"
+            )
+        _check_splits(content["splits"], str(path))
+        wrong = ""
+        if content["dtype"] not in _DTYPES:
+            wrong = f"dtype is {content['dtype']!r:.60}, not {' or '.join(_DTYPES)}"
+        elif content["fingerprint"] != fingerprint(content):
+            wrong = "it is not as it was written"
+        if wrong:
+            raise UserError(f"{path} is damaged: {wrong}; {_FIX}")
         return cls(
             *(folder, content["tokenizer"], np.dtype(content["dtype"])),
-            *(content["splits"], content["fingerprint"]),
+            *(content["splits"], content["fingerprint"], content.get("inputs")),
         )
+
+    def entries(self) -> list[dict]:
+        """What the index says of each shard, in order: name, counts and digests."""
+        return [entry for split in self.splits.values() for entry in split["shards"]]
 
     def shards(self, split: Split) -> list[Shard]:
         """The shards of a split, compared with the index by size and by some of their content.
@@ -126,6 +146,40 @@ class Index:
                 raise UserError(f"{shard.path} is not the shard that {INDEX} describes; {_FIX}")
             found.append(shard)
         return found
+
+
+def _check_splits(splits: dict, path: str) -> None:
+    """Checks what an index says of its splits and shards, whoever wrote it.
+
+    Raises:
+      UserError: something is missing, unknown or impossible; names it.
+    """
+
+    def check(part: Any, kinds: dict[str, type], where: str) -> None:
+        files.require(part, kinds, where, _FIX)
+        if unknown := part.keys() - kinds.keys():
+            raise UserError(f"{where} is damaged: {min(unknown)!r:.60} is unknown; {_FIX}")
+
+    counts, names = dict.fromkeys(COUNTS, int), set()
+    check(splits, dict.fromkeys(SPLITS, dict), path)
+    for split, where in ((splits[name], f"{path}: {name}") for name in SPLITS):
+        check(split, counts | {"shards": list}, where)
+        for entry in split["shards"]:
+            check(entry, {"name": str, **counts} | dict.fromkeys(_DIGESTS, str), where)
+            name = entry["name"]
+            good = {count: 0 < entry[count] <= _MOST for count in COUNTS}
+            good |= {digest: re.fullmatch("[0-9a-f]{64}", entry[digest]) for digest in _DIGESTS}
+            good["name"] = files.is_plain(name) and name.endswith(SUFFIX) and name not in names
+            for key in (key for key in good if not good[key]):
+                raise UserError(f"{where} is damaged: {key} is {entry[key]!r:.60}; {_FIX}")
+            names.add(name)
+        for count in COUNTS:
+            found = sum(entry[count] for entry in split["shards"])
+            if split[count] != found:
+                raise UserError(
+                    f"{where} is damaged: {count} is {split[count]!r:.60}, and its shards have "
+                    f"{found}; {_FIX}"
+                )
 
 
 def check_whole(paths: Iterable[Path]) -> None:
@@ -205,7 +259,7 @@ def _open_array(path: Path, vocabulary: int) -> Shard:
     if path.suffix == ".bin" and path.with_suffix(".idx").exists():
         return _open_megatron(path, size)
     if start == b"\x93NUMPY":
-        return _open_npy(path, size)
+        return _open_npy(path)
     dtype = np.dtype("<u2" if vocabulary <= 1 << 16 else "<u4")
     return Shard(path, dtype, 0, _whole(path, size, dtype))
 
@@ -220,15 +274,15 @@ def _whole(path: Path, size: int, dtype: np.dtype) -> int:
     return size // dtype.itemsize
 
 
-def _open_npy(path: Path, size: int) -> Shard:
+def _open_npy(path: Path) -> Shard:
     with reading(path):
         try:
-            array = np.load(path, mmap_mode="r")
+            dtype, shape, offset = read_header(path)
         except ValueError as error:
             raise UserError(f"{path} is damaged: {first_line(error)}; copy it again") from None
-    if array.ndim != 1 or array.dtype.kind not in "iu" or not len(array):
-        raise UserError(f"{path} holds {array.dtype} {array.shape}, not a list of token ids")
-    return Shard(path, array.dtype, size - array.nbytes, len(array))
+    if len(shape) != 1 or dtype.kind not in "iu" or not shape[0]:
+        raise UserError(f"{path} holds {dtype} {shape}, not a list of token ids")
+    return Shard(path, dtype, offset, shape[0])
 
 
 def _open_megatron(path: Path, size: int) -> Shard:

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 
 from prmoe_jax.config import expand
 from prmoe_jax.errors import UserError
-from prmoe_jax.files import parse_json
+from prmoe_jax.files import parse_json, refuse_pipe
 
 log = logging.getLogger(__name__)
 
@@ -134,8 +134,7 @@ def reading(file: pathlib.Path) -> Iterator[None]:
     A pipe, a socket or a device is refused: reading it may never end.
     """
     try:
-        if file.exists() and not (file.is_file() or file.is_dir()):
-            raise UserError(f"{file}: a pipe, a socket or a device, not a file; leave it out")
+        refuse_pipe(file)
         yield
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: not UTF-8 text (byte {error.start}); convert it") from error

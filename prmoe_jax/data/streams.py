@@ -335,7 +335,7 @@ def _text_bytes(stream: ShardStream, known: Tokenizer, config: DataConfig) -> in
 
     folder = cache.build_once(cache.root(config) / "tokens" / key, build)
     with cache.reading(folder):
-        return int(files.parse_json((folder / "bytes.json").read_bytes()))
+        return int(files.parse_json(files.read(folder / "bytes.json")))
 
 
 def _documents(stream: ShardStream, end: int, marks: set[int]) -> Iterator[np.ndarray]:

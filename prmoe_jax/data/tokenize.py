@@ -16,7 +16,7 @@ from typing import Any
 
 from etils import epath
 
-from prmoe_jax import errors, files
+from prmoe_jax import errors
 from prmoe_jax.config import Config, expand
 from prmoe_jax.data import cache, shard_stages, shards, split, tokenizer, tokens
 from prmoe_jax.data.chunks import Chunk, find_chunks
@@ -29,9 +29,9 @@ log = logging.getLogger(__name__)
 
 # About so many digests of 36 bytes are compared at a time.
 _COMPARED = 1 << 21
+_PLAN = "plan"  # the task that begins the work: what the shards are of
 _ERROR = "error"  # the file in which a worker leaves a message for the user
 _COMMAND = "PRMOE_TOKENIZE"  # tells workers of this machine the process that started them
-_COUNTS = "documents", "tokens", "bytes"
 
 
 def tokenize(config: Config, out: str | os.PathLike, flags: Sequence[str] = ()) -> dict[str, Any]:
@@ -70,8 +70,7 @@ def tokenize(config: Config, out: str | os.PathLike, flags: Sequence[str] = ()) 
     with locked(folder, "--out") as lock:
         index = folder / shards.INDEX
         if index.exists():
-            content = files.read_json(index, fix="give a new --out")
-            if content.get("inputs") != inputs:
+            if shards.Index.open(folder).inputs != inputs:
                 raise UserError(f"{folder} has shards of other text or settings; give a new --out")
             if times and max(times) > epath.Path(index).stat().mtime:
                 log.warning(
@@ -88,14 +87,15 @@ def tokenize(config: Config, out: str | os.PathLike, flags: Sequence[str] = ()) 
             lock.check()
             with work.written(index) as file:
                 file.write(shards.encode(content))
-        if work.staging.exists():
+        if work.done(_PLAN) is not None:  # another folder of this name is the user's
             work.staging.rmtree()
+    found = shards.Index.open(folder)
     counts = {
-        f"{name}/{count}": content["splits"][name][count]
-        for name in shard_stages.SPLITS
-        for count in _COUNTS
+        f"{name}/{count}": found.splits[name][count]
+        for name in shards.SPLITS
+        for count in shards.COUNTS
     }
-    return counts | {"fingerprint": content["fingerprint"]}
+    return counts | {"fingerprint": found.fingerprint}
 
 
 def _make(
@@ -122,9 +122,9 @@ def _make(
         shard_stages.write, {f"shards-{chunk.number:05}": (chunk, *kept) for chunk in chunks}
     )
     splits = {}
-    for name in shard_stages.SPLITS:
+    for name in shards.SPLITS:
         entries = [result[name] for result in results if name in result]
-        splits[name] = {count: sum(entry[count] for entry in entries) for count in _COUNTS}
+        splits[name] = {count: sum(entry[count] for entry in entries) for count in shards.COUNTS}
         splits[name]["shards"] = entries
     return shards.index_content(
         known.fingerprint, known.size, tokens.dtype_of(known), splits, inputs
@@ -176,13 +176,13 @@ def _save_tokenizer(work: Work, known: Tokenizer) -> None:
 
 def _begin(work: Work, plan: dict[str, Any]) -> None:
     """Checks that a folder is empty, or that the shards of the same plan were begun there."""
-    known = work.done("plan")
+    known = work.done(_PLAN)
     if known is None:
         found = [*_files(work.folder), *_files(work.staging)]
         if any(path != work.staging for path in found):
             raise UserError(f"{work.folder} holds other files; give a new --out")
         work.staging.mkdir(parents=True, exist_ok=True)
-        work.finish("plan", plan)
+        work.finish(_PLAN, plan)
     elif known != plan:
         raise UserError(
             f"{work.folder} was begun with other text or settings; delete it, or give a new --out"

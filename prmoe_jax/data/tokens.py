@@ -64,7 +64,7 @@ class TokenCache:
           UserError: a file is missing or damaged.
         """
         with cache.reading(directory):
-            meta = files.parse_json((directory / "meta.json").read_bytes())
+            meta = files.parse_json(files.read(directory / "meta.json"))
             if type(meta["bytes"]) is not int or type(meta["fingerprint"]) is not str:
                 raise ValueError("meta.json is not as it was written")
             dtype = dtype_of(tokenizer)

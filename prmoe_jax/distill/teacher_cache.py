@@ -26,6 +26,7 @@ from prmoe_jax.data.pipeline import (
     windows_fingerprint,
 )
 from prmoe_jax.errors import UserError
+from prmoe_jax.run.directory import check_outside_checkpoints
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +57,7 @@ def write(
       UserError: the folder exists already, or cannot be written.
     """
     local = stores.is_local(folder)
+    check_outside_checkpoints("--out", folder)
     if not local:
         files.check_free_in_store(folder, "--out")
     elif folder.exists():
@@ -122,7 +124,7 @@ def attach(data: Data, config: Config) -> Data:
         fix="delete it, and write it again by prmoe teacher-cache",
     )
     with reading():
-        meta = files.parse_json((folder / "meta.json").read_bytes())
+        meta = files.parse_json(files.read(folder / "meta.json"))
         known, top_k, temperature = meta["windows"], meta["top_k"], meta["temperature"]
         fingerprint = str(meta["fingerprint"])
         recorded = dict(meta["teacher"]).get("workdir")

@@ -16,7 +16,7 @@ import numpy as np
 
 from prmoe_jax.config import Config, default_config
 from prmoe_jax.errors import UserError
-from prmoe_jax.files import regular
+from prmoe_jax.files import is_plain, regular
 from prmoe_jax.interop.settings import (
     check_gpt2_form,
     check_sizes,
@@ -221,7 +221,7 @@ def _step_folder(source: Path) -> Path:
     if not latest.exists():
         return source
     name = regular(latest).read_text(errors="replace").strip()
-    if Path(name).name != name or name == ".." or len(name) > 255:
+    if not is_plain(name):
         raise UserError(f"{latest} names {shown(name)}, which isn't beside it")
     return source / name
 

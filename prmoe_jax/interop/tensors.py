@@ -94,7 +94,7 @@ def _files(folder: Path) -> list[Path]:
     if not isinstance(places, dict) or not all(isinstance(n, str) for n in places.values()):
         raise UserError(f"{index} has no weight_map from names of tensors to names of files")
     for name in (names := sorted(set(places.values()))):
-        if Path(name).name != name:
+        if not files.is_plain(name):
             raise UserError(f"{index} names {shown(name)}, which isn't beside it")
     return [folder / name for name in names]
 

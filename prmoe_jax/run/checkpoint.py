@@ -4,11 +4,12 @@ Every array is stored whole under its name, so that a checkpoint does not depend
 """
 
 import contextlib
+import hashlib
 import itertools
 import json
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +28,7 @@ from prmoe_jax.model.transformer import Transformer, init_model
 from prmoe_jax.nn.parameters import from_named, named_leaves
 from prmoe_jax.parallel import sharding
 from prmoe_jax.parallel.mesh import replicated
-from prmoe_jax.run.directory import TOKENIZER
+from prmoe_jax.run.directory import CHECKPOINTS, TOKENIZER
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ class Checkpoints:
         kept_steps: Sequence[int] = (),
     ):
         self._local = stores.is_local(workdir)
-        self._directory = (workdir.absolute() if self._local else workdir) / "checkpoints"
+        self._directory = (workdir.absolute() if self._local else workdir) / CHECKPOINTS
         policies = [preservation.LatestN(keep), preservation.CustomSteps(kept_steps)]
         if keep_every:
             policies.append(preservation.EveryNSteps(keep_every))
@@ -99,7 +100,8 @@ class Checkpoints:
         named = {"model": named_leaves(state.model), "optimizer": named_leaves(state.optimizer)}
         if self._local:
             self._check_room(named)
-        record = data | {"checksums": {part: checksums(named[part]) for part in named}}
+        sums = {part: checksums(named[part]) for part in named} | {"record": _digest(data)}
+        record = data | {"checksums": sums}
         items = ocp.args.Composite(
             model=ocp.args.StandardSave(named["model"]),
             optimizer=ocp.args.StandardSave(named["optimizer"]),
@@ -127,7 +129,7 @@ class Checkpoints:
           UserError: the checkpoint could not be written.
         """
         named = named_leaves(model)
-        record = data | {"checksums": {"model": checksums(named)}}
+        record = data | {"checksums": {"model": checksums(named), "record": _digest(data)}}
         items = ocp.args.Composite(
             model=ocp.args.PyTreeSave(named, ocdbt_target_data_file_size=FILE_BYTES),
             data=ocp.args.JsonSave(record),
@@ -204,12 +206,8 @@ class Checkpoints:
           UserError: there is no such checkpoint, or it cannot be read.
         """
         self._check_has(step)
-        try:
+        with self._refusing(step):
             return step, *self._read_state(step, shapes, mesh)
-        except Damaged as damage:
-            raise UserError(
-                f"checkpoint {step} in {self._directory} cannot be read ({damage})"
-            ) from damage
 
     def _read_state(self, step: int, shapes: TrainState, mesh: Mesh) -> tuple[TrainState, dict]:
         """Reads a checkpoint's state and data record.
@@ -220,12 +218,14 @@ class Checkpoints:
         """
         parts = {"model": shapes.model, "optimizer": shapes.optimizer}
         arguments = {part: _restore_arguments(tree, mesh) for part, tree in parts.items()}
-        items = self._read(step, data=ocp.args.JsonRestore(), **arguments)
-        _verify({part: items[part] for part in parts}, record := dict(items["data"]))
+        record = self.record(step)
+        if "iterator" not in record:
+            raise Damaged("its data record has no position in the data")
+        items = self._read(step, **arguments)
+        _verify({part: items[part] for part in parts}, record)
         model, optimizer = (from_named(items[part], tree) for part, tree in parts.items())
         number = jax.device_put(jax.numpy.int32(step), replicated(mesh))
-        record.pop("checksums", None)
-        return TrainState(number, model, optimizer), record
+        return TrainState(number, model, optimizer), _without_checksums(record)
 
     def _check_has(self, step: int) -> None:
         if step not in self.steps():
@@ -264,17 +264,13 @@ class Checkpoints:
         if step is None:
             raise UserError(f"no checkpoint in {self._directory}; train the run first")
         shapes = jax.eval_shape(lambda: init_model(config))
-        try:
+        fix = "restore a copy of it"
+        if step == max(steps := self.steps()) > min(steps) and self._has(step, "optimizer"):
+            fix = "resume the training, which falls back to the one before it"
+        with self._refusing(step, f"; {fix}"):
             record = self.record(step) if self._has(step, "data") else {}
             items = self._read(step, model=_restore_arguments(shapes, mesh))
             _verify({"model": items["model"]}, record)
-        except Damaged as damage:
-            fix = "restore a copy of it"
-            if step == max(steps := self.steps()) > min(steps) and self._has(step, "optimizer"):
-                fix = "resume the training, which falls back to the one before it"
-            raise UserError(
-                f"checkpoint {step} in {self._directory} cannot be read ({damage}); {fix}"
-            ) from damage
         self._check_tokenizer(step, record)
         return step, from_named(items["model"], shapes)
 
@@ -282,13 +278,39 @@ class Checkpoints:
         """The data record that was saved beside a checkpoint's arrays.
 
         Raises:
-          Damaged: the record cannot be read.
+          Damaged: the record cannot be read, or it is not as it was written for this step.
         """
-        return self._read(step, data=ocp.args.JsonRestore())["data"]
+        record = self._read(step, data=ocp.args.JsonRestore())["data"]
+        if not isinstance(record, dict):
+            raise Damaged("its data record is no object")
+        for name, kind in _RECORD.items():
+            if name in record and not isinstance(record[name], kind):
+                raise Damaged(f"{name} of its data record is {record[name]!r:.60}")
+        now = _digest(_without_checksums(record))
+        if record.get("checksums", {}).get("record", now) != now:
+            raise Damaged("its data record is not as it was written")
+        if record.get("iterator", position := {"next_index": step}) != position:
+            raise Damaged(f"its position in the data is {record['iterator']!r:.60}, not {position}")
+        return record
 
     def fingerprint(self, step: int) -> dict:
-        """What a checkpoint's run read, from its data record; empty where it has none."""
-        return self.record(step).get("fingerprint", {}) if self._has(step, "data") else {}
+        """What a checkpoint's run read, from its data record; empty where it has none.
+
+        Raises:
+          UserError: the record cannot be read.
+        """
+        with self._refusing(step):
+            return self.record(step).get("fingerprint", {}) if self._has(step, "data") else {}
+
+    @contextlib.contextmanager
+    def _refusing(self, step: int, fix: str = "") -> Iterator[None]:
+        """Turns `Damaged` into a UserError."""
+        try:
+            yield
+        except Damaged as damage:
+            raise UserError(
+                f"checkpoint {step} in {self._directory} cannot be read ({damage}){fix}"
+            ) from damage
 
     def close(self) -> None:
         """Waits for the checkpoint that is being written, if any.
@@ -424,15 +446,37 @@ def _verify(found: dict[str, dict[str, jax.Array]], record: dict) -> None:
         expected = record.get("checksums", {}).get(part)
         if expected is None:  # an old checkpoint, without checksums
             continue
+        if not isinstance(expected, dict):
+            raise Damaged(f"{part}: its checksums are {expected!r:.60}")
         now = checksums(named)
         changed = [name for name in now if now[name] != expected.get(name)]
         if changed:
             raise Damaged(f"{part}: the numbers of {changed[0]} are not those that were saved")
 
 
+# The types of what a data record may hold. The position in the data is the step: Grain's iterators
+# count batches.
+_RECORD = {
+    "fingerprint": dict,
+    "iterator": dict,
+    "teacher_step": (int, type(None)),
+    "productive_s": (int, float),
+    "checksums": dict,
+}
+
+
+def _digest(data: dict) -> str:
+    """A digest of a data record, which changes with every value."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def _without_checksums(record: dict) -> dict:
+    return {name: value for name, value in record.items() if name != "checksums"}
+
+
 # Errors that mean damaged files: Orbax raises Python's errors, Tensorstore's messages begin with
 # codes.
-_DAMAGE = FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError
+_DAMAGE = FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError, RecursionError
 _DAMAGE_CODES = "DATA_LOSS", "OUT_OF_RANGE", "NOT_FOUND", "FAILED_PRECONDITION"
 
 

@@ -8,6 +8,7 @@ checkpoints/     model, optimizer, position in the data; tensorboard/; profile/
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 import re
 import subprocess
@@ -16,11 +17,13 @@ import time
 from pathlib import Path
 
 import prmoe_jax
-from prmoe_jax import files
+from prmoe_jax import files, stores
 from prmoe_jax.config import Config, leaves
+from prmoe_jax.errors import UserError
 
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
+CHECKPOINTS = "checkpoints"
 RECORDED_PACKAGES = (
     "prmoe_jax jax jaxlib flax optax orbax-checkpoint grain tensorflow-datasets tokenizers numpy"
 )
@@ -95,6 +98,21 @@ def _git(*arguments: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
+
+
+def check_outside_checkpoints(named: str, folder: Path) -> None:
+    """Refuses a folder among the checkpoints of a run, which could not be read any more.
+
+    Raises:
+      UserError: it lies there; `named` is the option that names it.
+    """
+    real = Path(os.path.realpath(folder)) if stores.is_local(folder) else folder
+    for place in (real, *real.parents):
+        if place.name == CHECKPOINTS and (place.parent / CONFIG).exists():
+            raise UserError(
+                f"{named}={folder} lies among the checkpoints of the run {place.parent}, which "
+                "holds nothing else; give another folder"
+            )
 
 
 def shared_settings(config: Config) -> dict:

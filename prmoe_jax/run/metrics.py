@@ -159,7 +159,7 @@ class MetricsWriter:
             files.replace(self._path, content)
         try:
             if stores.is_local(workdir):
-                self._file = self._path.open("ab")
+                self._file = open(self._path, "ab", opener=stores.no_link)
             else:
                 self._file = files.GrowingObject(self._path, content, check)
             self._events = _EventFile(workdir / "tensorboard", resume_step + 1, check)

@@ -49,7 +49,11 @@ def write_run(
 
 
 def check_free(option: str, folder: Path) -> None:
-    """Raises UserError unless `folder` does not exist, or is empty and not the current folder."""
+    """Raises UserError unless a new folder can be made here.
+
+    It must not exist, or be empty and not the current folder; and not be a run's checkpoint.
+    """
+    workdirs.check_outside_checkpoints(f"--{option}", folder)
     if not stores.is_local(folder):
         files.check_free_in_store(folder, f"--{option}")
         return

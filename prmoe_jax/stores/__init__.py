@@ -6,6 +6,7 @@ from prmoe_jax.stores.paths import (
     check_reachable,
     delete_folder,
     is_local,
+    no_link,
     scheme,
     upload,
 )

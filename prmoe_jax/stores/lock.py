@@ -13,10 +13,10 @@ import threading
 import time
 import uuid
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 from prmoe_jax.errors import UserError, end
-from prmoe_jax.stores.paths import is_local
+from prmoe_jax.stores.paths import is_local, no_link
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +54,26 @@ def holder(folder: Path) -> str:
     return (FileLock if is_local(folder) else Lease).holder(folder)
 
 
+def hold(path: Path, wait: bool = False) -> BinaryIO:
+    """Takes the kernel's lock on a file, which is made if needed; closing the file frees it.
+
+    Args:
+      path: the file; a link is not followed.
+      wait: whether to wait for a process that holds it.
+
+    Raises:
+      BlockingIOError: another process holds it, and `wait` is False.
+      OSError: the file can't be opened or locked.
+    """
+    file = open(path, "a+b", buffering=0, opener=no_link)  # NFS locks only files to write to
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
 class FileLock:
     """A lock of the kernel on a file, freed when the process dies."""
 
@@ -61,32 +81,26 @@ class FileLock:
         self._folder, self._option = folder, option
 
     def __enter__(self) -> "FileLock":
-        folder = self._folder
+        folder, named = self._folder, f"{self._option}={self._folder}"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT)
-        except OSError as error:
-            raise UserError(
-                f"{self._option}={folder} cannot be written: {error.strerror}"
-            ) from None
-        try:
-            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _check_links(folder, named)
+            self._file = hold(folder / LOCK)
         except BlockingIOError:
-            number = _number(self._handle)
-            os.close(self._handle)
-            raise _in_use(self._option, folder, f"process {number}") from None
-        except OSError as error:  # a file system without locks, such as some mounts of Lustre
-            os.close(self._handle)
-            raise UserError(
-                f"{self._option}={folder} cannot be locked: {error.strerror}; use a folder on "
-                "another file system, or mount this one with flock"
+            raise _in_use(self._option, folder, _process(folder / LOCK)) from None
+        except OSError as error:
+            if error.filename is not None:
+                raise UserError(f"{named} cannot be written: {error.strerror}") from None
+            raise UserError(  # a file system without locks, such as some mounts of Lustre
+                f"{named} cannot be locked: {error.strerror}; use a folder on another file "
+                "system, or mount this one with flock"
             ) from None
-        os.truncate(self._handle, 0)
-        os.write(self._handle, str(os.getpid()).encode())
+        self._file.truncate(0)
+        self._file.write(str(os.getpid()).encode())
         return self
 
     def __exit__(self, *error) -> None:
-        os.close(self._handle)
+        self._file.close()
 
     def check(self) -> None:
         """Does nothing: no other run can have taken the lock."""
@@ -99,15 +113,31 @@ class FileLock:
                     fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
                     return ""
                 except BlockingIOError:
-                    return f"process {_number(lock.fileno())}"
+                    return _process(folder / LOCK)
         except (FileNotFoundError, NotADirectoryError):
             return ""
 
 
-def _number(lock: int) -> str:
-    """The number of a process that an open lock file holds."""
-    number = os.read(lock, 100).decode("ascii", "replace").strip()
-    return number if number.isdecimal() else "unknown"
+def _process(lock: Path) -> str:
+    """The process whose number a lock file holds."""
+    with open(lock, "rb") as file:
+        number = file.read(100).decode("ascii", "replace").strip()
+    return f"process {number if number.isdecimal() else 'unknown'}"
+
+
+def _check_links(folder: Path, named: str) -> None:
+    """Refuses a folder with a link that leads out of it, through which files would be written.
+
+    The folder itself may be a link.
+    """
+    top = os.path.realpath(folder)
+    for path in folder.iterdir():
+        target = os.path.realpath(path)
+        if path.is_symlink() and os.path.commonpath([top, target]) != top:
+            raise UserError(
+                f"{named} has the link {path.name}, through which this command would write to "
+                f"{target}; put a file or folder in place of the link"
+            )
 
 
 class Lease:

@@ -5,6 +5,7 @@ Stores have no locks, no renaming of folders, no appending and no memory maps: `
 two apart where that matters.
 """
 
+import errno
 import os
 import re
 from pathlib import Path
@@ -73,6 +74,21 @@ def as_local_path(text: str | os.PathLike) -> Path:
 def is_local(path: os.PathLike) -> bool:
     """Whether a path that `as_path` made is local."""
     return isinstance(path, Path)
+
+
+def no_link(path: str, flags: int) -> int:
+    """An `opener` for `open` that follows no link, which may lead to a file of another folder.
+
+    Raises:
+      OSError: the path is a link.
+    """
+    try:
+        return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            reason = "it is a link, which is not followed; remove it"
+            raise OSError(errno.ELOOP, reason, path) from None
+        raise
 
 
 def check_reachable(folder: Path, named: str) -> None:

@@ -177,6 +177,13 @@ def _checked(path: Path, items) -> dict[str, Run]:
             )
         if name in found:
             raise UserError(f"{path} yields {name!r} twice")
+        for other in found:
+            outer, inner = sorted((other, name), key=len)
+            if inner.startswith(f"{outer}/"):
+                raise UserError(
+                    f"{path}: the folder of {inner!r} would lie in that of {outer!r}, which holds "
+                    "the files of that run alone; rename one of them"
+                )
         if not isinstance(settings, (Mapping, ConfigDict)):
             kind = type(settings).__name__
             raise UserError(f"{path}: the settings of {name} are {kind}, not a dict or ConfigDict")

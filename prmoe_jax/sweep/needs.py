@@ -94,7 +94,7 @@ def check_needed(
 
 def has_checkpoint(workdir: Path, step: int) -> bool:
     """Whether a run's folder has the checkpoint of a step."""
-    return (workdir / "checkpoints" / str(step)).is_dir()
+    return (workdir / workdirs.CHECKPOINTS / str(step)).is_dir()
 
 
 def discard_checkpoints(
@@ -120,7 +120,7 @@ def discard_checkpoints(
     learners = {other for other in needs if name in needs[other]} - branches.keys()
     if name not in done or not learners <= done:
         return
-    for path in (root / name / "checkpoints").glob("*"):
+    for path in (root / name / workdirs.CHECKPOINTS).glob("*"):
         if path.is_dir() and path.name not in map(str, needed):
             stores.delete_folder(path)
 

@@ -1,7 +1,6 @@
 """results.jsonl: a line for each finished run, made from its folder, checked when it is read."""
 
 import contextlib
-import fcntl
 import json
 import math
 import statistics
@@ -14,6 +13,7 @@ from prmoe_jax.errors import UserError
 from prmoe_jax.model.sizes import cost
 from prmoe_jax.run.directory import CONFIG
 from prmoe_jax.run.metrics import METRICS, read_metrics
+from prmoe_jax.stores.lock import hold
 from prmoe_jax.sweep.definition import Run
 from prmoe_jax.tables import aligned
 
@@ -234,14 +234,10 @@ def locked(folder: Path) -> Iterator[None]:
     """
     path = folder / LOCK
     try:
-        file = path.open("a")  # NFS locks only files that are open for writing
+        lock = hold(path, wait=True)
     except OSError as error:
         raise files.cannot_write(path, error) from error
-    with file:  # closing it frees the lock
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:
-            raise UserError(f"{path} cannot be locked: {error.strerror}") from error
+    with lock:
         yield
 
 

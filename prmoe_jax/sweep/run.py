@@ -133,7 +133,9 @@ def _done(
     saved = load(workdir / workdirs.CONFIG) if begun else None
     over = begun and finished(config, workdir)
     # A run without a checkpoint begins anew.
-    goes_on = over or any(path.name.isdecimal() for path in (workdir / "checkpoints").glob("*"))
+    goes_on = over or any(
+        path.name.isdecimal() for path in (workdir / workdirs.CHECKPOINTS).glob("*")
+    )
     given = config if trunk is None else branch(config, runs[trunk].config, root / trunk)
     if not (trunk is None or goes_on or has_checkpoint(root / trunk, given.init.step)):
         # It trains those steps itself; see `training.branch`.
@@ -172,6 +174,8 @@ def _train(name: str, config: Config, workdir: Path, progress: SweepProgress) ->
     save(config, settings)
     command = [sys.executable, "-m", "prmoe_jax.sweep.child", "train", "--json"]
     command += [f"--config={settings}", f"--workdir={workdir}"]
+    # Taken from no config.json, since JAX runs the programs of that folder.
+    command += [f"--config.train.compile_cache={config.train.compile_cache}"]
     begun = time.monotonic()
     with _appending(told) as output:
         before = output.tell()
@@ -204,7 +208,7 @@ def _train(name: str, config: Config, workdir: Path, progress: SweepProgress) ->
 def _appending(path: Path) -> Iterator[BinaryIO]:
     """A file that others can append to; in an object store it is written at the end."""
     if stores.is_local(path):
-        with path.open("ab") as file:
+        with open(path, "ab", opener=stores.no_link) as file:
             yield file
         return
     before = path.read_bytes() if path.exists() else b""

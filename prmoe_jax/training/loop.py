@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from prmoe_jax import config as configs
-from prmoe_jax import stores
+from prmoe_jax import files, stores
 from prmoe_jax.config import Config
 from prmoe_jax.data import cache
 from prmoe_jax.data.corpora import check_on_disk
@@ -105,6 +105,7 @@ def train(
             f"run's {config.total_steps}"
         )
     weights_and_biases.check_installed(config)
+    workdirs.check_outside_checkpoints("--workdir", workdir)
     check_on_disk(config.data)
     for folder in filter(None, (config.init.workdir, config.teacher.workdir, config.teacher.cache)):
         stores.as_path(folder)  # before anything is made: an object store needs a package
@@ -116,6 +117,8 @@ def train(
     first = jax.process_index() == 0
     with contextlib.ExitStack() as stack:
         lock = stack.enter_context(locked(workdir)) if first else None
+        if first and stores.is_local(workdir):
+            files.remove_unfinished(workdir)
         processes.barrier()  # after it, the run's folder exists
         processes.check_folders(workdir, cache.root(config.data))
         checkpoints = stack.enter_context(
@@ -291,6 +294,11 @@ def _start(
             state = state._replace(model=init_from_run(config, mesh, data.tokenizer))
         return 0, state, {}
     step, state, record = found
+    if step > config.total_steps:
+        raise UserError(
+            f"the run has {config.total_steps} steps, and its newest checkpoint is of step {step}, "
+            "so that it is another run's; remove it"
+        )
     check_fingerprint(record["fingerprint"], fingerprint, fix)
     log.info("%s at step %d of %d", how, step, config.total_steps)
     return step, state, record
@@ -300,8 +308,12 @@ def _start(
 def compile_cache(config: Config, workdir: Path) -> Iterator[None]:
     """Has JAX keep compiled programs in the folder of `train.compile_cache` meanwhile."""
     setting = config.train.compile_cache
-    if setting == "auto":
-        setting = "" if jax.default_backend() == "cpu" else str(workdir / "compile_cache")
+    if setting == "auto" and jax.default_backend() == "cpu":
+        setting = ""
+    elif setting == "auto":
+        # JAX runs the programs that it finds, and a folder of a disk may be a stranger's run.
+        parent = cache.root(config.data) if stores.is_local(workdir) else workdir
+        setting = str(parent / "compile_cache")
     if not setting:
         yield
         return

@@ -384,7 +384,7 @@ def vocabulary() -> None:
 def checkpoints(folder: str) -> None:
     values = settings("4 layers, E=4+8, residual")
     chosen = ["data", "fsdp", "expert", "expert, slice, tensor", "two stages"]
-    record = {"fingerprint": {}, "iterator": {"position": 17}}
+    record = {"fingerprint": {}, "iterator": {"next_index": 1}}
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(lambda: init_state(values))
     state = jax.tree.map(lambda x: rng.integers(0, 99, x.shape).astype(x.dtype), shapes)
