@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from prmoe_jax import files
+from prmoe_jax.errors import first_line
 
 
 class ArrayWriter:
@@ -102,8 +103,8 @@ def read_header(path: pathlib.Path) -> tuple[np.dtype, tuple[int, ...], int]:
             raise ValueError(f"it has the version {version} of NumPy's format, not (1, 0)")
         try:
             shape, by_column, dtype = readers[version](file)
-        except (MemoryError, RecursionError, TypeError, OverflowError) as error:
-            raise ValueError(f"its header can't be read: {error}") from None
+        except Exception as error:  # NumPy parses it as Python, and raises anything
+            raise ValueError(f"its header can't be read: {first_line(error)}") from None
         offset, size = file.tell(), os.fstat(file.fileno()).st_size
     if dtype.hasobject or any(length < 0 for length in shape) or (by_column and len(shape) > 1):
         raise ValueError(f"it holds {dtype} {shape}, which can't be mapped into memory")

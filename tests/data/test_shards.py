@@ -1,6 +1,5 @@
 """Token shards: other libraries' files by their specification, mixtures, and what is refused."""
 
-import hashlib
 import json
 import os
 import re
@@ -9,18 +8,15 @@ import struct
 from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from etils import epath
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prmoe_jax import stores
 from prmoe_jax.cli import main
 from prmoe_jax.config import DataConfig
-from prmoe_jax.data import copies, pipeline, shards, streams
+from prmoe_jax.data import pipeline, shards, streams
 from prmoe_jax.data.pipeline import (
     TopKLogProbs,
     eval_batches,
@@ -31,6 +27,7 @@ from prmoe_jax.errors import UserError
 from prmoe_jax.run.metrics import read_metrics
 from tests.data.test_pipeline import MARK, rows_of, stream_of
 from tests.support.runs import NEW
+from tests.support.shards import encoded, reach, write_array, write_ours
 from tests.support.tokenizers import byte_tokenizer, started_tokenizer
 
 TEXTS = ["the first", "é☃ of the second", "x", "a longer one " * 5, "last of all"]
@@ -47,13 +44,6 @@ def load(config, corpus, length=7, **changes):
     return pipeline.load_data(config, 384, length)
 
 
-def encoded(texts, before=False):
-    """The ids of texts, each with the mark behind it, or before it."""
-    tokenizer = byte_tokenizer()
-    marked = [([MARK] * before) + tokenizer.encode(text) + [MARK] * (not before) for text in texts]
-    return [np.array(ids) for ids in marked]
-
-
 def write_megatron(path, documents, code=8):
     """A pair as Megatron-LM's IndexedDataset describes it, written field by field."""
     kind = {4: "<i4", 8: "<u2"}[code]
@@ -64,35 +54,6 @@ def write_megatron(path, documents, code=8):
     index += b"".join(struct.pack("<q", size * start) for start in starts[:-1])
     index += b"".join(struct.pack("<q", i) for i in range(len(documents) + 1))
     path.with_suffix(".idx").write_bytes(index)
-
-
-def write_array(path, documents, kind="<u2"):
-    path.write_bytes(np.concatenate(documents).astype(kind).tobytes())
-
-
-def write_ours(folder, train, validation=("held out",), per_shard=2):
-    """A folder as prmoe tokenize leaves it."""
-    folder.mkdir()
-    tokenizer, splits = byte_tokenizer(), {}
-    tokenizer.save(folder / "tokenizer.json")
-    for split, texts in (("train", train), ("validation", validation)):
-        entries = []
-        for first in range(0, len(texts), per_shard):
-            part = texts[first : first + per_shard]
-            path = folder / f"{split}-{first:05}.tokens"
-            write_array(path, encoded(part, before=True))
-            with path.open("rb") as file:
-                tokens = path.stat().st_size // 2
-                blocks = shards.block_digest(file, np.dtype("<u2"), tokens)
-            sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-            size = sum(len(text.encode()) for text in part)
-            entry = {"name": path.name, "documents": len(part), "tokens": tokens, "bytes": size}
-            entries.append(entry | {"blocks": blocks, "sha256": sha256})
-        splits[split] = {
-            count: sum(entry[count] for entry in entries) for count in shards.COUNTS
-        } | {"shards": entries}
-    content = shards.index_content(tokenizer.fingerprint, 257, np.dtype("<u2"), splits, "")
-    (folder / "index.json").write_text(json.dumps(content))
 
 
 def texts_of(windows):
@@ -441,17 +402,7 @@ def test_a_run_on_a_mixture_resumes_bit_for_bit(config, tmp_path, capsys):
 
 @pytest.fixture
 def store(tmp_path, monkeypatch):
-    """A folder that is reached as store://."""
-    folder = tmp_path / "elsewhere"
-    folder.mkdir()
-
-    def opened(path):
-        return epath.Path(os.fspath(path).replace("store://", f"{folder}/"))
-
-    monkeypatch.setattr(stores.paths, "KNOWN", ("store",))
-    monkeypatch.setattr(copies, "stores", SimpleNamespace(as_path=opened))
-    monkeypatch.setattr(copies, "epath", SimpleNamespace(Path=opened))
-    return folder
+    return reach(tmp_path / "elsewhere", monkeypatch)
 
 
 def test_shards_of_a_store_are_copied_once(config, store, caplog):
