@@ -4,10 +4,13 @@ docs/security.md says whose files may be what. Mutations of all kinds of files a
 `test_mutations.py`.
 """
 
+import copy
 import json
 import os
 import shutil
 import struct
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -16,12 +19,14 @@ import pytest
 from prmoe_jax import files
 from prmoe_jax.cli import main, parse_config
 from prmoe_jax.config import DataConfig
-from prmoe_jax.data import cache, pipeline
+from prmoe_jax.data import cache, pipeline, shards
 from prmoe_jax.errors import UserError
 from prmoe_jax.run.metrics import read_metrics
 from prmoe_jax.stores.lock import locked
 from prmoe_jax.training.loop import compile_cache
-from tests.support.paths import GOLDENS
+from tests.support.extras import needs_extra
+from tests.support.literal_store import literal_store
+from tests.support.paths import GOLDENS, REPOSITORY
 from tests.support.runs import SETTINGS
 from tests.support.shards import encoded, reach, write_array, write_ours
 
@@ -145,14 +150,51 @@ def test_an_index_is_checked_before_anything_is_copied(lie, reached, place, monk
     (place.parent / "store" / "new.tokens").write_bytes(bytes(60))
     content = json.loads((ours / "index.json").read_text())
     change(content)
-    content["fingerprint"] = cache.fingerprint(
-        *(content[name] for name in ("tokenizer", "vocabulary", "dtype", "splits"))
-    )
+    content["fingerprint"] = shards.fingerprint(content)
     (ours / "index.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match=rf"index.json.* damaged: .*{named}") as caught:
         load("store://ours" if reached == "store" else "ours")
     assert len(str(caught.value).splitlines()) == 1
     assert not list(place.rglob("cache/shards/*"))
+
+
+READ = """
+from prmoe_jax.config import DataConfig
+from prmoe_jax.data.pipeline import load_data
+
+load_data(DataConfig("tokens:gs://bucket/shards", cache_dir="cache"), 384, 7)
+"""
+
+
+@needs_extra("gcs", "gcsfs")
+def test_an_object_of_any_name_lands_in_no_other_folder(place):
+    """The index of a bucket names an object that is there, with its size and digest."""
+    write_ours(place / "ours", TEXTS)
+    objects = {f"shards/{path.name}": path.read_bytes() for path in (place / "ours").iterdir()}
+    shutil.rmtree(place / "ours")
+    honest = json.loads(objects["shards/index.json"])
+
+    def read_as(name):
+        content = copy.deepcopy(honest)
+        content["splits"]["train"]["shards"][0]["name"] = name
+        lie = cache.fingerprint(
+            *(content[n] for n in ("tokenizer", "vocabulary", "dtype", "splits"))
+        )
+        index = json.dumps(content | {"fingerprint": lie}).encode()
+        moved = {f"shards/{name}": objects["shards/train-00000.tokens"]}
+        with literal_store(objects | {"shards/index.json": index} | moved) as address:
+            return subprocess.run(
+                [sys.executable, "-c", READ],
+                env=os.environ | {"STORAGE_EMULATOR_HOST": address, "PYTHONPATH": f"{REPOSITORY}"},
+                capture_output=True,
+                text=True,
+            )
+
+    outside = "../../../../outside/new.tokens"
+    done = read_as(outside)
+    assert f"name is '{outside}'" in done.stderr and not list(place.rglob("*.tokens"))
+    assert read_as("train.tokens").returncode == 0
+    assert len(list(place.rglob("*.tokens"))) == 4
 
 
 # --- .npy files
