@@ -11,6 +11,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -423,6 +424,7 @@ def test_no_program_comes_with_a_run(run, monkeypatch, caplog):
     assert "is left out, since JAX runs the programs" in caplog.text
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     with compile_cache(given, run):
-        assert jax.config.values["jax_compilation_cache_dir"] == "cache/compile_cache"
+        used = jax.config.values["jax_compilation_cache_dir"]
+        assert used == str(Path("~/.cache/prmoe_jax/compile_cache").expanduser())
     own = parse_config(["--config=run/config.json", "--config.train.compile_cache=mine"])
     assert own.train.compile_cache == "mine"

@@ -466,8 +466,8 @@ class TrainConfig:
     compile_cache: str = setting(
         "auto",
         "Folder of compiled programs, which a restart reads instead of compiling; `auto` is "
-        "none on CPUs, and on GPUs and TPUs compile_cache/ in `data.cache_dir`, or in the run's "
-        "folder if that is in a store; `` is none. A run's config.json cannot set it.",
+        "none on CPUs, and on GPUs and TPUs ~/.cache/prmoe_jax/compile_cache, or compile_cache/ in "
+        "the run's folder if that is in a store; `` is none. A run's config.json cannot set it.",
         path=True,
         store=True,
     )

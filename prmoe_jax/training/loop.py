@@ -311,9 +311,10 @@ def compile_cache(config: Config, workdir: Path) -> Iterator[None]:
     if setting == "auto" and jax.default_backend() == "cpu":
         setting = ""
     elif setting == "auto":
-        # JAX runs the programs that it finds, and a folder of a disk may be a stranger's run.
-        parent = cache.root(config.data) if stores.is_local(workdir) else workdir
-        setting = str(parent / "compile_cache")
+        # JAX runs the programs that it finds there. A run on a disk may be a stranger's, and so may
+        # be the settings, `data.cache_dir` among them.
+        parent = configs.DataConfig.cache_dir if stores.is_local(workdir) else workdir
+        setting = f"{parent}/compile_cache"
     if not setting:
         yield
         return
