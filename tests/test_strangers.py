@@ -26,6 +26,7 @@ from prmoe_jax.run.metrics import read_metrics
 from prmoe_jax.stores.lock import locked
 from prmoe_jax.training.loop import compile_cache
 from tests.support.extras import needs_extra
+from tests.support.faults import at_most
 from tests.support.literal_store import literal_store
 from tests.support.paths import GOLDENS, REPOSITORY
 from tests.support.runs import SETTINGS
@@ -281,6 +282,19 @@ def test_a_runs_folder_has_no_link_out_of_it(name, run, capsys):
     (run / name).symlink_to("../../outside" + "/victim" * ("." in name))
     line = refused(RUN, capsys)
     assert f"--workdir=run has the link {name}, through which this command would write" in line
+
+
+def test_a_link_in_place_of_an_unfinished_checkpoint_is_not_emptied(run):
+    shutil.rmtree(run / "checkpoints" / "2")
+    (run / "checkpoints" / "2.orbax-checkpoint-tmp").symlink_to("../../../outside")
+    with at_most(60):  # Orbax has threads that wait for that folder much longer
+        done = subprocess.run(
+            [sys.executable, "-m", "prmoe_jax", *RUN],
+            env=os.environ | {"PYTHONPATH": f"{REPOSITORY}"},
+            capture_output=True,
+            text=True,
+        )
+    assert done.returncode == 2 and "a checkpoint could not be written" in done.stderr
 
 
 def test_a_link_within_a_runs_folder_and_the_folder_as_a_link_stay_allowed(run, place, capsys):

@@ -58,7 +58,10 @@ def main(arguments: list[str] | None = None) -> int:
                 raise UserError(f"'{rest[0]}' is not understood; see prmoe {options.verb} --help")
             options.run(options, rest)
 
-    return boundary.guard(command, lambda: getattr(options, "workdir", None))
+    code = boundary.guard(command, lambda: getattr(options, "workdir", None))
+    if code and arguments is None:  # this process is the command
+        boundary.leave(code)
+    return code
 
 
 def _processes(arguments: list[str]):

@@ -491,6 +491,18 @@ def test_a_folder_named_work_is_not_taken_for_ours(tmp_path, capsys):
 
 
 @beam
+def test_finished_shards_leave_a_folder_named_work_alone(tmp_path):
+    """The command removed it as if it were its own."""
+    write_lines(tmp_path / "text" / "a.jsonl", texts(20))
+    assert tokenize(*IN_PROCESS) == 0
+    assert not (tmp_path / "out" / "work").exists()
+    (tmp_path / "out" / "work").mkdir()
+    (tmp_path / "out" / "work" / "mine").write_text("mine")
+    assert tokenize(*IN_PROCESS) == 0
+    assert (tmp_path / "out" / "work" / "mine").read_text() == "mine"
+
+
+@beam
 def test_another_text_needs_another_folder(tmp_path, capsys):
     write_lines(tmp_path / "text" / "a.jsonl", texts(20))
     assert tokenize(*IN_PROCESS) == 0
