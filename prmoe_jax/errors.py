@@ -8,6 +8,8 @@ import traceback
 from collections.abc import Callable
 from typing import NamedTuple, NoReturn
 
+LONGEST = 1000  # characters of a line for the user
+
 
 class UserError(Exception):
     """Input that cannot be used as given; the message names it, the numbers and the fix.
@@ -57,11 +59,8 @@ def say(line: str) -> None:
 
 
 def write(text: str) -> None:
-    """Prints lines on standard error, above a progress bar, if the stream can be written.
-
-    Characters that could drive a terminal, which a file's content may have, are shown as in `repr`.
-    """
-    text = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+    """Prints lines on standard error, above a progress bar, if the stream can be written."""
+    text = _printable(text)
     tqdm = sys.modules.get("tqdm")  # no bar without it
     with contextlib.suppress(OSError, ValueError):
         (tqdm.tqdm.write if tqdm else print)(text, file=sys.stderr)
@@ -136,7 +135,15 @@ def first_line(error: BaseException) -> str:
 
 
 def _one_line(message: object) -> str:
-    return " ".join(_text(message).split())
+    line = _printable(" ".join(_text(message).split()))
+    if len(line) <= LONGEST:
+        return line
+    return f"{line[: LONGEST * 2 // 3]} … {line[-LONGEST // 4 :]}"  # it may end with the fix
+
+
+def _printable(text: str) -> str:
+    """Shows characters that could drive a terminal as in `repr`: a file's content may have them."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 def _text(value: object) -> str:

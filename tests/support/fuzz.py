@@ -33,7 +33,7 @@ PACKAGE = str(Path(prmoe_jax.__file__).parent)
 
 SECONDS = 20  # for one example
 ROOM = 4 << 30  # bytes of memory, beside what the process has
-LONGEST = 1000  # characters of a line for the user
+
 GOOD = REFUSED, EQUAL, OTHER = "refused", "equal", "another input"
 
 
@@ -169,7 +169,7 @@ def _outcome(reader, original: str, told: bool) -> tuple[str, str]:
         value = reader.read()
     except errors.UserError as error:
         line = errors.describe(error).line
-        if len(line) > LONGEST:
+        if len(line) > errors.LONGEST:
             return f"a line of {len(line)} characters {_place(error)}", f"{line[:300]}…"
         if not line.isprintable():
             return f"a line with control characters {_place(error)}", repr(line)
@@ -263,7 +263,7 @@ class _Watch:
 
     def _logged(self, record: logging.LogRecord) -> None:
         line = record.getMessage()
-        if self._seen is not None and not (line.isprintable() and len(line) <= LONGEST):
+        if self._seen is not None and not (line.isprintable() and len(line) <= errors.LONGEST):
             self._seen.append(f"logged at {record.filename}:{record.lineno} {line[:300]!r}")
 
 
