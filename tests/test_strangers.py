@@ -29,7 +29,7 @@ from tests.support.extras import needs_extra
 from tests.support.faults import at_most
 from tests.support.literal_store import literal_store
 from tests.support.paths import GOLDENS, REPOSITORY
-from tests.support.runs import SETTINGS
+from tests.support.runs import SETTINGS, train_in
 from tests.support.shards import encoded, reach, write_array, write_ours
 
 TEXTS = ["the first", "é☃ of the second", "x", "a longer one " * 5, "last of all"]
@@ -53,18 +53,7 @@ def place(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A folder with a corpus, its cache and a run of two steps, each with a checkpoint."""
-    folder = tmp_path_factory.mktemp("trained")
-    (folder / "corpus").mkdir()
-    for i in range(20):
-        (folder / "corpus" / f"{i}.txt").write_text(f"Document {i} {'na ' * (20 + i)}")
-    jax.config.update("jax_disable_most_optimizations", True)  # compiles faster
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.chdir(folder)
-            assert main(RUN) == 0
-    finally:
-        jax.config.update("jax_disable_most_optimizations", False)
-    return folder
+    return train_in(tmp_path_factory.mktemp("trained"), RUN)
 
 
 @pytest.fixture

@@ -177,8 +177,8 @@ def _checked(path: Path, items) -> dict[str, Run]:
             )
         if name in found:
             raise UserError(f"{path} yields {name!r} twice")
-        for other in found:
-            outer, inner = sorted((other, name), key=len)
+        for before in found:
+            outer, inner = sorted((before, name), key=len)
             if inner.startswith(f"{outer}/"):
                 raise UserError(
                     f"{path}: the folder of {inner!r} would lie in that of {outer!r}, which holds "

@@ -15,7 +15,7 @@ import pytest
 from configs import paper, tiny
 from prmoe_jax.cli import main
 from tests.support.faults import file_size_limit
-from tests.support.runs import NEW, SETTINGS
+from tests.support.runs import NEW, SETTINGS, train_in
 
 TINY = f"--config={tiny.__file__}:6 layers, E=4x2+8, residual"
 DENSE = f"--config={tiny.__file__}:6 layers"
@@ -38,18 +38,7 @@ def resume(*overrides):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A folder with a corpus, its cache and a finished run, named relative to it."""
-    folder = tmp_path_factory.mktemp("trained")
-    (folder / "corpus").mkdir()
-    for i in range(20):
-        (folder / "corpus" / f"{i}.txt").write_text(f"Document {i} {'na ' * (20 + i)}")
-    jax.config.update("jax_disable_most_optimizations", True)  # compiles faster
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.chdir(folder)
-            assert main(RESUME) == 0
-    finally:
-        jax.config.update("jax_disable_most_optimizations", False)
-    return folder
+    return train_in(tmp_path_factory.mktemp("trained"), RESUME)
 
 
 @pytest.fixture

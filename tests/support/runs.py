@@ -7,10 +7,12 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from configs import tiny
 from prmoe_jax import stores
+from prmoe_jax.cli import main
 from prmoe_jax.nn.parameters import named_leaves
 from prmoe_jax.run.metrics import read_metrics
 from prmoe_jax.run.restore import restore_run
@@ -29,6 +31,20 @@ SETTINGS = [
     """.split(),
 ]
 NEW = ["train", "--workdir=new", *SETTINGS]
+
+
+def train_in(folder, command):
+    """Makes a corpus in a folder, and trains by a command as from there, compiled fast."""
+    (folder / "corpus").mkdir()
+    for i in range(20):
+        (folder / "corpus" / f"{i}.txt").write_text(f"Document {i} {'na ' * (20 + i)}")
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        with contextlib.chdir(folder):
+            assert main(command) == 0
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
+    return folder
 
 
 def arguments(text, workdir, name="prmoe", **overrides):
