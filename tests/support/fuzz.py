@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 import traceback
+import unicodedata
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -171,7 +172,7 @@ def _outcome(reader, original: str, told: bool) -> tuple[str, str]:
         line = errors.describe(error).line
         if len(line) > errors.LONGEST:
             return f"a line of {len(line)} characters {_place(error)}", f"{line[:300]}…"
-        if not line.isprintable():
+        if not _is_plain(line):
             return f"a line with control characters {_place(error)}", repr(line)
         return REFUSED, line
     except BaseException as error:  # a panic of a library's is no Exception
@@ -186,6 +187,11 @@ def _outcome(reader, original: str, told: bool) -> tuple[str, str]:
     except Exception as error:
         sound, value = False, f"{type(error).__name__}: {error} in {_plain(value)}"
     return (OTHER, "") if sound else ("unsound", _difference(_plain(value), original))
+
+
+def _is_plain(line: str) -> bool:
+    """Whether a terminal shows a line as it is: nothing in it controls the terminal."""
+    return not {"Cc", "Cf", "Cs", "Zl", "Zp"} & set(map(unicodedata.category, line))
 
 
 def _plain(value) -> str:
@@ -263,7 +269,7 @@ class _Watch:
 
     def _logged(self, record: logging.LogRecord) -> None:
         line = record.getMessage()
-        if self._seen is not None and not (line.isprintable() and len(line) <= errors.LONGEST):
+        if self._seen is not None and not (_is_plain(line) and len(line) <= errors.LONGEST):
             self._seen.append(f"logged at {record.filename}:{record.lineno} {line[:300]!r}")
 
 

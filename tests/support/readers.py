@@ -243,16 +243,15 @@ def _build_tasks() -> None:
     (FILES / "socialiqa.jsonl").write_text(3 * (json.dumps(line) + "\n"))
 
 
-def _read_tasks() -> list[dict]:
+def _read_tasks() -> list:
     social = choices.rows("socialiqa_local", FILES / "socialiqa.jsonl")
-    return choices.rows("wiki", FILES / "wiki.json") + social
+    rows = choices.rows("wiki", FILES / "wiki.json") + social
+    ids = [byte_tokenizer().encode_batch([row["question"], *row["choices"]]) for row in rows]
+    return [rows, ids]
 
 
-def _sound_tasks(found: list[dict]) -> bool:
-    return all(
-        _are_texts([row["question"], *row["choices"]]) and 0 <= row["answer"] < len(row["choices"])
-        for row in found
-    )
+def _sound_tasks(found: list) -> bool:
+    return all(0 <= row["answer"] < len(row["choices"]) for row in found[0])
 
 
 # Other libraries' models.
