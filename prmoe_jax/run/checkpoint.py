@@ -86,9 +86,15 @@ class Checkpoints:
                 cleanup_tmp_directories=keep is not None,
                 read_only=keep is None,
             )
-            self._manager = ocp.CheckpointManager(
-                self._directory, options=options, item_names=("model", "optimizer", "data")
-            )
+            try:
+                self._manager = ocp.CheckpointManager(
+                    self._directory, options=options, item_names=("model", "optimizer", "data")
+                )
+            except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+                raise UserError(
+                    f"the checkpoints in {self._directory} cannot be listed ({first_line(error)}); "
+                    "delete the files _CHECKPOINT_METADATA in their folders, which only tell times"
+                ) from error
 
     def save(self, step: int, state: TrainState, data: dict) -> None:
         """Starts writing a checkpoint; returns when the arrays may be overwritten.
