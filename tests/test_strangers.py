@@ -340,7 +340,8 @@ def data_record(run, step):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (at("iterator", value=GONE), "its data record has no position in the data"),
+        (at("iterator", value=GONE), "its data record has no iterator"),
+        (at("fingerprint", value=GONE), "its data record has no fingerprint"),
         (at("iterator", "next_index", value=7), "its position in the data is {'next_index': 7}"),
         (at("checksums", value=[]), "checksums of its data record is []"),
         (at("fingerprint", value=None), "fingerprint of its data record is None"),

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -29,6 +30,28 @@ from prmoe_jax.errors import UserError
 from prmoe_jax.run.directory import check_outside_checkpoints
 
 log = logging.getLogger(__name__)
+
+_FIX = "delete it, and write it again by prmoe teacher-cache"
+_LARGEST_LOG_P = 1e-3  # 0, and some rounding
+
+
+@dataclasses.dataclass(frozen=True)
+class _Checked:
+    """An array by window, whose numbers are compared with a range when they are read."""
+
+    array: np.ndarray
+    low: float
+    high: float
+    name: str
+
+    def __getitem__(self, window: int) -> np.ndarray:
+        found = self.array[window]
+        if not ((self.low <= found) & (found <= self.high)).all():  # NaN is in no range
+            raise UserError(
+                f"{self.name}: window {window} has numbers from {found.min()} to {found.max()}, "
+                f"which must be from {self.low} to {self.high}; {_FIX}"
+            )
+        return found
 
 
 def _parts(config: Config) -> tuple[tuple[str, type], ...]:
@@ -121,7 +144,7 @@ def attach(data: Data, config: Config) -> Data:
         cache.reading,
         folder,
         named="teacher.cache={}",
-        fix="delete it, and write it again by prmoe teacher-cache",
+        fix=_FIX,
     )
     with reading():
         meta = files.parse_json(files.read(folder / "meta.json"))
@@ -152,7 +175,13 @@ def attach(data: Data, config: Config) -> Data:
         log.warning(
             "teacher.cache has the predictions of %s, not of %s", recorded, config.teacher.workdir
         )
-    predictions = TopKLogProbs(*(part[..., : kd.top_k] for part in parts))
+    ranges = (0, config.model.vocab_size - 1), (-math.inf, _LARGEST_LOG_P)
+    predictions = TopKLogProbs(
+        *(
+            _Checked(part[..., : kd.top_k], *ends, f"teacher.cache={folder / name}")
+            for part, ends, (name, _) in zip(parts, ranges, _parts(config), strict=True)
+        )
+    )
     return dataclasses.replace(
         data,
         train=data.train.with_teacher(predictions),

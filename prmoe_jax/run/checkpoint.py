@@ -225,8 +225,8 @@ class Checkpoints:
         parts = {"model": shapes.model, "optimizer": shapes.optimizer}
         arguments = {part: _restore_arguments(tree, mesh) for part, tree in parts.items()}
         record = self.record(step)
-        if "iterator" not in record:
-            raise Damaged("its data record has no position in the data")
+        for name in sorted({"fingerprint", "iterator"} - record.keys()):
+            raise Damaged(f"its data record has no {name}")
         items = self._read(step, **arguments)
         _verify({part: items[part] for part in parts}, record)
         model, optimizer = (from_named(items[part], tree) for part, tree in parts.items())

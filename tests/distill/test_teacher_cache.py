@@ -50,8 +50,8 @@ def test_what_was_recorded_comes_back(written):
     assert len(data.train) % 7 and len(data.train) > 14
     taught = teacher_cache.attach(data, config_of(folder)).train.teacher_top_k
     tokens, log_p = (np.concatenate(part) for part in zip(*predictions_of(data), strict=True))
-    np.testing.assert_array_equal(taught.tokens_BxLxK, tokens[: len(data.train)])
-    np.testing.assert_array_equal(taught.log_p_BxLxK, log_p[: len(data.train)])
+    np.testing.assert_array_equal(taught.tokens_BxLxK.array, tokens[: len(data.train)])
+    np.testing.assert_array_equal(taught.log_p_BxLxK.array, log_p[: len(data.train)])
     assert taught.tokens_BxLxK.dtype == np.uint16 and taught.log_p_BxLxK.dtype == np.float32
 
 
