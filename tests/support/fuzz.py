@@ -32,7 +32,7 @@ from prmoe_jax.cli import output
 
 PACKAGE = str(Path(prmoe_jax.__file__).parent)
 
-SECONDS = 20  # for one example
+SECONDS = 30  # for one example
 ROOM = 4 << 30  # bytes of memory, beside what the process has
 
 GOOD = REFUSED, EQUAL, OTHER = "refused", "equal", "another input"
@@ -82,6 +82,8 @@ class Worker:
 
     def close(self) -> None:
         if self._process is not None:
+            self._connection.close()
+            self._process.join(2)
             self._process.kill()
             self._process.join()
             self._process = None
@@ -98,18 +100,19 @@ def _serve(folder: Path, connection) -> None:
     (folder / "change").write_text("none: the files are valid")
     watch = _Watch(folder.absolute())
     ready = functools.cache(functools.partial(_prepare, folder.absolute(), watch))
-    while True:
-        name, number = connection.recv()
-        original = ready(name)
-        if number is None:
-            connection.send(True)
-            continue
-        os.truncate(folder / "stderr", 0)
-        faulthandler.dump_traceback_later(SECONDS - 1)
-        try:
-            connection.send(_example(name, number, original, folder.absolute(), watch))
-        finally:
-            faulthandler.cancel_dump_traceback_later()
+    with contextlib.suppress(EOFError):  # the connection was closed
+        while True:
+            name, number = connection.recv()
+            original = ready(name)
+            if number is None:
+                connection.send(True)
+                continue
+            os.truncate(folder / "stderr", 0)
+            faulthandler.dump_traceback_later(SECONDS - 1)
+            try:
+                connection.send(_example(name, number, original, folder.absolute(), watch))
+            finally:
+                faulthandler.cancel_dump_traceback_later()
 
 
 def _prepare(folder: Path, watch: "_Watch", name: str) -> str:

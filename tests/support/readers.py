@@ -398,13 +398,16 @@ def _sound_config(found: list) -> bool:
 
 def _resume() -> list:
     """What `prmoe train` reads and prints of a run that is complete, and its next batch."""
-    config, iterators = configs.load(FILES / "config.json"), []
+    config, iterators = _run_config(), []
 
     def made(*given):
         iterators.append(pipeline.train_iterator(*given))
         return iterators[-1]
 
-    with mock.patch("prmoe_jax.training.loop.train_iterator", made):
+    with (
+        mock.patch("prmoe_jax.training.loop.train_iterator", made),
+        mock.patch("prmoe_jax.training.loop.evaluate_model", lambda *_, **__: {"loss": 5.4}),
+    ):
         line = train(config, FILES)
     batch = next(iterators[-1])
     with contextlib.redirect_stdout(io.StringIO()) as shown:
@@ -414,8 +417,7 @@ def _resume() -> list:
 
 def _go_on() -> list:
     """Two steps more, and all that is left of them but the time."""
-    config = configs.load(FILES / "config.json")
-    train(config, FILES)
+    train(_run_config(12), FILES)
     steps = [line for line in read_metrics(FILES / "metrics.jsonl") if line["step"] > 10]
     return [[line.get(name) for name in ("step", "loss", "eval/loss")] for line in steps]
 
