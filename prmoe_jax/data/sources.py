@@ -198,6 +198,10 @@ def _lines(file: pathlib.Path) -> Iterator[bytes]:
         yield from _zstd_lines(file)
         return
     with file.open("rb") as content:
+        if file.suffix == ".gz":
+            if not content.read(1):  # gzip takes it for a file without lines
+                raise EOFError("it is empty, as no compressed file is")
+            content.seek(0)
         yield from gzip.open(content) if file.suffix == ".gz" else content
 
 
@@ -218,7 +222,7 @@ def _zstd_lines(file: pathlib.Path) -> Iterator[bytes]:
                 yield from lines
     except zstandard.ZstdError as error:
         raise UserError(f"{file}: cannot be read: {error}") from error
-    if found and not decoder.eof:
+    if not (found and decoder.eof):
         raise EOFError("the file ends before its compressed data does")
     yield rest
 
