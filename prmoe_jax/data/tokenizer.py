@@ -1,5 +1,6 @@
 """One class for four kinds of tokenizer: bpe, gpt2, bytes and any tokenizer.json."""
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -53,14 +54,12 @@ class Tokenizer:
           UserError: it is not a tokenizer.json, has no end-of-text token, or encodes the text of
             this token as the token itself.
         """
-        try:
+        with _calling(name, "not a tokenizer.json"):
             self._tokenizer = tokenizers.Tokenizer.from_str(description)
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:  # the library's panics are not Exceptions
-            raise UserError(f"{name}: not a tokenizer.json: {error}") from error
         self._name = name
         self.description = description
+        if special := _undefined(described := json.loads(description)):
+            raise UserError(f"{name}: not a tokenizer.json: it doesn't define {special!r:.60}")
         vocabulary = self._tokenizer.get_vocab()
         mark = next((mark for mark in _END_MARKS if mark in vocabulary), None)
         if mark is None:
@@ -68,16 +67,21 @@ class Tokenizer:
         self.size = max(vocabulary.values()) + 1
         self.end_of_text = vocabulary[mark]
         self.fingerprint = hashlib.sha256(description.encode()).hexdigest()[:24]
-        self._splits_at_words = _splits_at_words(json.loads(description))
+        self._splits_at_words = _splits_at_words(described)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         if isinstance(self._tokenizer.model, tokenizers.models.BPE):
             self._tokenizer.model.dropout = None  # one text has one encoding
-        with_marks, without = (
-            self._tokenizer.encode("", add_special_tokens=marks).ids for marks in (True, False)
-        )
+        with _calling(name, "not a tokenizer.json"):
+            with_marks, without = (
+                self._tokenizer.encode("", add_special_tokens=marks).ids for marks in (True, False)
+            )
         marked = with_marks[:1] != without[:1]
         self.start_of_text = with_marks[0] if marked else self.end_of_text
+        if self.start_of_text >= self.size:
+            raise UserError(
+                f"{name}: puts the id {self.start_of_text} before a text, and has {self.size} ids"
+            )
         # A mark that is spelled out in a document is plain text.
         self._tokenizer.add_special_tokens([mark])
         self._tokenizer.encode_special_tokens = True
@@ -114,12 +118,10 @@ class Tokenizer:
         """
         parts: list[list[np.ndarray]] = [[] for _ in texts]
         for group in self._groups(texts):
-            try:
+            with _calling(self._name, "cannot encode a text"):
                 encodings = self._tokenizer.encode_batch_fast(
                     [part for _, part in group], add_special_tokens=False
                 )
-            except Exception as error:  # the library raises nothing more specific
-                raise UserError(f"{self._name}: cannot encode a text: {error}") from error
             for (i, _), encoding in zip(group, encodings, strict=True):
                 parts[i].append(np.array(encoding.ids, np.uint32))
         return [np.concatenate(ids) for ids in parts]
@@ -156,13 +158,26 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids, in which the end mark is spelled out."""
-        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
+        with _calling(self._name, "cannot decode a text"):
+            return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def decode_batch(self, batch: Sequence[Sequence[int]]) -> list[str]:
         """The text of each list of ids, computed in parallel."""
-        return self._tokenizer.decode_batch(
-            [list(map(int, ids)) for ids in batch], skip_special_tokens=False
-        )
+        with _calling(self._name, "cannot decode a text"):
+            return self._tokenizer.decode_batch(
+                [list(map(int, ids)) for ids in batch], skip_special_tokens=False
+            )
+
+
+@contextlib.contextmanager
+def _calling(name: str, what: str) -> Iterator[None]:
+    """Turns any failure of the library into a UserError; its panics are not Exceptions."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise UserError(f"{name}: {what}: {error}") from error
 
 
 def load_tokenizer(config: DataConfig, vocab_size: int, corpus: Corpus) -> Tokenizer:
@@ -277,6 +292,17 @@ def _bytes() -> Tokenizer:
     byte_level = _byte_level(models.BPE(vocab=vocabulary, merges=[]))
     byte_level.add_special_tokens([END_OF_TEXT])
     return Tokenizer(byte_level.to_str(), "bytes")
+
+
+def _undefined(description: dict[str, Any]) -> str:
+    """A special token that a tokenizer.json puts around a text and doesn't define, or ''."""
+    processor = description.get("post_processor") or {}
+    for part in (processor, *processor.get("processors", ())):
+        for piece in (*part.get("single", ()), *part.get("pair", ())):
+            special = piece.get("SpecialToken", {}).get("id")
+            if special and special not in part.get("special_tokens", {}):
+                return special
+    return ""
 
 
 def _splits_at_words(description: dict[str, Any]) -> bool:

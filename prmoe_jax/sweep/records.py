@@ -2,8 +2,8 @@
 
 import contextlib
 import json
-import math
 import statistics
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -163,8 +163,8 @@ def complete(folder: Path, rows: list[dict]) -> list[dict]:
             "losses": all(map(_is_pair, row["losses"])),
             "layers": isinstance(layers, dict) and all(map(_is_layer, layers.values())),
             "revisions": all(isinstance(revision, str) for revision in row["revisions"]),
-            "loss": math.isfinite(row["loss"]),
-            "bits_per_byte": math.isfinite(row["bits_per_byte"]),
+            "loss": _is_finite(row["loss"]),
+            "bits_per_byte": _is_finite(row["bits_per_byte"]),
         }.items():
             if not good:
                 raise UserError(f"{where} is damaged: {name} is {row[name]!r:.60}; {FIX}")
@@ -301,4 +301,9 @@ def _is_layer(value) -> bool:
 def _are_numbers(values, count: int | None = None) -> bool:
     if not isinstance(values, list) or count not in (None, len(values)):
         return False
-    return all(isinstance(value, NUMBER) for value in values)
+    return all(map(_is_finite, values))
+
+
+def _is_finite(value) -> bool:
+    """Whether a value is a number that fits a float."""
+    return isinstance(value, NUMBER) and abs(value) < sys.float_info.max
