@@ -147,11 +147,12 @@ def _example(name: str, number: int, original: str, folder: Path, watch: "_Watch
     path = FILES
     while path.is_dir():  # a file alone is as likely as a whole folder beside it
         names = path.glob(reader.files if path == FILES else "*")
-        path = rng.choice(sorted(x for x in names if x.is_file() or any(x.iterdir())))
+        found = sorted(x for x in names if x.is_file() or any(x.iterdir()))
+        path = rng.choice(found + [x for x in found if x.suffix == ".json"] * 2)
     inner = path.relative_to(FILES)
     outside = folder / "outside" / name / inner
     change = f"{inner}: {mutate(path, outside, rng)}"
-    signed = reader.sign and path.is_file() and not path.is_symlink() and rng.random() < 0.6
+    signed = reader.sign and path.is_file() and not path.is_symlink() and rng.random() < 0.8
     if signed:
         with contextlib.suppress(Exception):  # what can't be signed stays as it is
             reader.sign(path)

@@ -160,9 +160,14 @@ def _json(content: bytes, outside: Path, rng: Random) -> tuple[bytes, str]:
 
 
 def _place(root: list, rng: Random) -> tuple[list | dict, int | str, str]:
-    """A random place in nested lists and dicts: any of them, or one on a way from the top."""
-    if rng.random() < 0.5:
-        return rng.choice(list(_places(root, 0, "")))
+    """A random place in nested lists and dicts: one on a way from the top, or any of them.
+
+    Names of files are likelier than other texts.
+    """
+    if rng.random() < 0.6:
+        places = list(_places(root, 0, ""))
+        named = [place for place in places if _is_name(place[0][place[1]])]
+        return rng.choice(named if named and rng.random() < 0.3 else places)
     holder, key, where = root, 0, ""
     while isinstance(holder[key], (list, dict)) and holder[key] and rng.random() < 0.8:
         holder = holder[key]
@@ -179,14 +184,18 @@ def _places(holder: list | dict, key: int | str, where: str) -> Iterator[tuple]:
             yield from _places(inner, name, f"{where}[{name!r:.80}]")
 
 
+def _is_name(value) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[\w-]+\.[a-z]+", value) is not None
+
+
 def _other(value, outside: Path, rng: Random) -> str:
     """The JSON text of another value: something near it, or anything."""
     near = []
     if isinstance(value, str):
-        paths = f"./{value}", f"x/../{value}", f"../{value}", f"/{value}"
-        paths += f"{outside.parent}/{value}", f"{_BACK}{outside.parent}/{value}"
+        paths = [f"{outside.parent}/{value}", f"{_BACK}{outside.parent}/{value}"] * 2
+        paths += f"./{value}", f"x/../{value}", f"../{value}", f"/{value}"
         words = value + "x", value[:-1], value.upper(), value + "\0", f" {value}", [value]
-        near = rng.choice((paths, words))
+        near = paths if _is_name(value) else words
     elif isinstance(value, (int, float)):
         near = [value + 1, value - 1, -value, value * 2, value + 0.5, float(value), str(value)]
         near += [value * 2**32, [value]]
