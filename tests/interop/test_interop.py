@@ -289,9 +289,9 @@ HOSTILE = {
     "no map": (index_of(None), "index.json has no weight_map from names of tensors to names of fi"),
     "map of a list": (index_of(["model.safetensors"]), "index.json has no weight_map"),
     "map of numbers": (index_of({"wte.weight": 1}), "index.json has no weight_map"),
-    "map to a long name": (index_of({"a": "x" * 300}), " cannot be read: File name too long"),
-    "map to nothing": (index_of({"a": ""}), "source is not a regular file"),
-    "map to a NUL": (index_of({"a": "x\0"}), "is missing"),
+    "map to a long name": (index_of({"a": "x" * 300}), "xxx', which isn't beside it"),
+    "map to nothing": (index_of({"a": ""}), "names '', which isn't beside it"),
+    "map to a NUL": (index_of({"a": "x\0"}), "which isn't beside it"),
     # Tensors.
     "NaN": (holding(np.nan), f"model.safetensors: '{NAME}' holds NaN, "),
     "infinity": (holding(-np.inf), "holds NaN, infinity or numbers too large for float32"),
