@@ -215,15 +215,15 @@ def _stage(
     if left:
         log.info("%s: %d of %d tasks", function.__name__, len(left), len(tasks))
         (work.staging / _ERROR).unlink(missing_ok=True)
+        try:  # a runner checks its own options when a pipeline is made, some of them later
+            made = beam.Pipeline(runner, options)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"Apache Beam refuses its options: {error}") from error
         try:
-            with (
-                _single_threaded_tokenizers(),
-                _watching_workers(),
-                beam.Pipeline(runner, options) as pipeline,
-            ):
+            with _single_threaded_tokenizers(), _watching_workers(), made as pipeline:
                 keyed = pipeline | beam.Create(list(enumerate(left)))
                 keyed | beam.GroupByKey() | beam.FlatMap(_perform, function, work)
-        except NotImplementedError as error:  # a runner lacks an option, and says it only now
+        except NotImplementedError as error:
             raise UserError(f"Apache Beam: {error}") from error
         if (work.staging / _ERROR).exists():
             raise UserError((work.staging / _ERROR).read_text())
@@ -325,8 +325,8 @@ def _options(flags: Sequence[str]):
     logging.getLogger("apache_beam").setLevel(logging.ERROR)
     logging.disable(logging.WARNING)  # about extras of Beam that are not installed
     try:
-        from apache_beam import Pipeline
         from apache_beam.options.pipeline_options import PipelineOptions
+        from apache_beam.runners.runner import create_runner
     except ImportError:
         raise UserError("prmoe tokenize needs Apache Beam; pip install 'prmoe_jax[beam]'") from None
     finally:
@@ -341,8 +341,9 @@ def _options(flags: Sequence[str]):
     options = PipelineOptions([f"--direct_num_workers={cores}", *flags])
     if (workers := options.get_all_options()["direct_num_workers"]) < 0:
         raise UserError(f"--direct_num_workers={workers} must be 0, one for each core, or more")
-    try:
-        Pipeline(options=options)  # finds the runner, and has it check its options
-    except (AttributeError, ImportError, TypeError, ValueError) as error:
-        raise UserError(f"Apache Beam refuses {' '.join(flags)}: {error}") from error
+    if runner := options.get_all_options()["runner"]:
+        try:
+            create_runner(runner)
+        except (AttributeError, ImportError, TypeError, ValueError) as error:
+            raise UserError(f"Apache Beam refuses --runner={runner}: {error}") from error
     return options

@@ -59,7 +59,7 @@ def rows(name: str, path: Path) -> list[dict]:
       UserError: the file cannot be read or is damaged.
     """
     try:
-        data = path.read_bytes()
+        data = files.read(path)
         if name == "wiki":
             return list(articles(list(files.parse_json(data).values())))
         lines = [files.parse_json(line) for line in data.splitlines() if line.strip()]
