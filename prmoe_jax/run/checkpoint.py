@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding
 from orbax.checkpoint import checkpoint_managers as preservation
 
-from prmoe_jax import stores
+from prmoe_jax import files, stores
 from prmoe_jax.config import Config
 from prmoe_jax.data.tokenizer import Tokenizer
 from prmoe_jax.errors import TrainingStopped, UserError, first_line, is_out_of_memory
@@ -80,6 +80,8 @@ class Checkpoints:
         policies = [preservation.LatestN(keep), preservation.CustomSteps(kept_steps)]
         if keep_every:
             policies.append(preservation.EveryNSteps(keep_every))
+        for path in self._directory.rglob("*") if self._local else ():
+            files.refuse_pipe(path)  # Orbax would wait for it
         with _quiet_orbax() if keep is None else contextlib.nullcontext():
             options = ocp.CheckpointManagerOptions(
                 preservation_policy=preservation.AnyPreservationPolicy(policies),

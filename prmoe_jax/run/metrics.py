@@ -127,6 +127,7 @@ def model_flops_utilisation(flops_per_second: float) -> float | None:
 
 
 METRICS = "metrics.jsonl"
+_FIX = "delete that line, or restore a copy of the file"
 
 
 class MetricsWriter:
@@ -254,8 +255,7 @@ def read_metrics(path: Path) -> list[dict]:
     Raises:
       UserError: the file cannot be read, or a line is damaged.
     """
-    fix = "delete that line, or restore a copy of the file"
-    return files.read_json_lines(path, {"step": int}, fix)
+    return files.read_json_lines(path, {"step": int}, _FIX)
 
 
 def finished(config: Config, workdir: Path) -> bool:
@@ -271,6 +271,11 @@ def finished(config: Config, workdir: Path) -> bool:
     return not isinstance(loss, float) or math.isfinite(loss)
 
 
+# What `router_table` shows of each layer.
+_ROUTER = dict.fromkeys(("drop_fraction", "unserved_fraction", "router_entropy"), (int, float))
+_ROUTER |= dict.fromkeys(("expert_load", "expert_drop_fraction", "position_drop_fraction"), list)
+
+
 def router_table(metrics: dict) -> str:
     """A text table of the choices that each MoE layer drops, by expert and by position."""
     layers = sorted({name.split("/")[1] for name in metrics if name.startswith("layers/")})
@@ -280,6 +285,7 @@ def router_table(metrics: dict) -> str:
     rows = []
     for layer in layers:
         value = of_layer(metrics, layer)
+        files.require(value, _ROUTER, f"metrics.jsonl: the last line's layer {layer}", _FIX)
         load, by_expert = value["expert_load"], value["expert_drop_fraction"]
         by_place = value["position_drop_fraction"]
         rows.append(

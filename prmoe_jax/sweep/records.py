@@ -3,7 +3,6 @@
 import contextlib
 import json
 import statistics
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from prmoe_jax.tables import aligned
 RESULTS = "results.jsonl"
 LOCK = ".results.lock"
 NUMBER = (int, float)
+LARGEST = 1e18  # no number of a record comes near it
 # The fields of a record that `prmoe sweep` and `prmoe report` show; `record` describes them.
 # Old records have no `layers` and no `evaluated_tokens`.
 FIELDS = {
@@ -162,9 +162,9 @@ def complete(folder: Path, rows: list[dict]) -> list[dict]:
             "evaluated_tokens": counts is None or _are_numbers(counts, len(row["evaluations"])),
             "losses": all(map(_is_pair, row["losses"])),
             "layers": isinstance(layers, dict) and all(map(_is_layer, layers.values())),
+            "versions": all(isinstance(v, (str, type(None))) for v in row["versions"].values()),
             "revisions": all(isinstance(revision, str) for revision in row["revisions"]),
-            "loss": _is_finite(row["loss"]),
-            "bits_per_byte": _is_finite(row["bits_per_byte"]),
+            **{name: _fits(row[name]) for name, kind in FIELDS.items() if kind in (int, NUMBER)},
         }.items():
             if not good:
                 raise UserError(f"{where} is damaged: {name} is {row[name]!r:.60}; {FIX}")
@@ -295,15 +295,15 @@ def _is_pair(value) -> bool:
 
 def _is_layer(value) -> bool:
     shares = value.get("position_drop_fraction") if isinstance(value, dict) else None
-    return bool(shares) and _are_numbers(shares)
+    return bool(shares) and all(_fits(x) or _are_numbers(x) for x in value.values())
 
 
 def _are_numbers(values, count: int | None = None) -> bool:
     if not isinstance(values, list) or count not in (None, len(values)):
         return False
-    return all(map(_is_finite, values))
+    return all(map(_fits, values))
 
 
-def _is_finite(value) -> bool:
-    """Whether a value is a number that fits a float."""
-    return isinstance(value, NUMBER) and abs(value) < sys.float_info.max
+def _fits(value) -> bool:
+    """Whether a value is a number that can be drawn; NaN can't."""
+    return isinstance(value, NUMBER) and abs(value) < LARGEST
