@@ -115,6 +115,15 @@ def check_outside_checkpoints(named: str, folder: Path) -> None:
             )
 
 
+def check_step(workdir: Path, step: int, config: Config) -> None:
+    """Raises UserError if a run's newest checkpoint is of a step behind its end."""
+    if step > config.total_steps:
+        raise UserError(
+            f"{workdir}: the run has {config.total_steps} steps, and its newest checkpoint is of "
+            f"step {step}, so that it is another run's; remove it"
+        )
+
+
 def shared_settings(config: Config) -> dict:
     """The values that must be equal in all processes of a run before it starts."""
     # Each host may have its own cache.

@@ -78,11 +78,8 @@ def restore_model(
     check_backends(config, jax.default_backend(), mesh)
     with contextlib.closing(Checkpoints(workdir)) as checkpoints:
         found, model = checkpoints.restore_model(config, mesh, step)
-    if step is None and found > config.total_steps:
-        raise UserError(
-            f"{workdir}: the run has {config.total_steps} steps, and its newest checkpoint is of "
-            f"step {found}, so that it is another run's; remove it"
-        )
+    if step is None:
+        workdirs.check_step(workdir, found, config)
     # The metrics, which may be large, are read only where the checkpoint is not a finished run's.
     if step is None and found < config.total_steps and (last := max(found, _last_step(workdir))):
         log.warning(

@@ -159,6 +159,7 @@ def train(
         # 3. Model, optimizer and step. 4. The position in the data.
         step, state, record = _start(placed, mesh, checkpoints, data, fingerprint)
         if record:
+            workdirs.check_step(workdir, step, config)
             batches.set_state(record["iterator"])
         teacher, inherits = None, config.teacher.inherit and not record
         if inherits or (step < config.kd_steps and not config.teacher.cache):
@@ -294,11 +295,6 @@ def _start(
             state = state._replace(model=init_from_run(config, mesh, data.tokenizer))
         return 0, state, {}
     step, state, record = found
-    if step > config.total_steps:
-        raise UserError(
-            f"the run has {config.total_steps} steps, and its newest checkpoint is of step {step}, "
-            "so that it is another run's; remove it"
-        )
     check_fingerprint(record["fingerprint"], fingerprint, fix)
     log.info("%s at step %d of %d", how, step, config.total_steps)
     return step, state, record
