@@ -10,7 +10,8 @@ of 1,024, OLMoE's; no token is dropped.
 import dataclasses
 from math import inf
 
-from prmoe_jax.config import architecture, default_config
+from prmoe_jax.config import architecture
+from prmoe_jax.config.schema import default_config
 from prmoe_jax.errors import UserError
 
 

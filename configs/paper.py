@@ -14,7 +14,8 @@ moe_1.3b 268 ms and of prmoe_1.3b 314 ms; prmoe_1.3b uses 17.4 of 95 GiB a chip.
 
 import dataclasses
 
-from prmoe_jax.config import architecture, default_config
+from prmoe_jax.config import architecture
+from prmoe_jax.config.schema import default_config
 from prmoe_jax.errors import UserError
 
 BILLION = 1_000_000_000

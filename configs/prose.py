@@ -18,7 +18,7 @@ import runpy
 import sys
 from pathlib import Path
 
-from prmoe_jax.config import DataConfig
+from prmoe_jax.config.schema import DataConfig
 from prmoe_jax.data import cache, sources
 from prmoe_jax.errors import UserError
 

@@ -10,7 +10,8 @@ run in runs/prmoe, or another one that --config.teacher.workdir names.
 of held-out messages, seed 0; `xz -9e` needs 2.190.
 """
 
-from prmoe_jax.config import architecture, default_config
+from prmoe_jax.config import architecture
+from prmoe_jax.config.schema import default_config
 from prmoe_jax.errors import UserError
 
 ARCHITECTURES = {

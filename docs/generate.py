@@ -10,8 +10,7 @@ import re
 import sys
 from pathlib import Path
 
-from prmoe_jax.config import Config, leaves
-from prmoe_jax.config.schema import Setting, declarations
+from prmoe_jax.config.schema import Config, Setting, declarations, leaves
 from prmoe_jax.nn.parameters import PARAMETERS
 
 PAGE = Path(__file__).with_name("configuration.md")

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 
-from prmoe_jax.config import MoeConfig
+from prmoe_jax.config.schema import MoeConfig
 from prmoe_jax.moe import dispatch
 from prmoe_jax.moe.experts import Experts
 from prmoe_jax.moe.routing import capacity, route

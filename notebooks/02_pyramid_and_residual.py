@@ -23,7 +23,7 @@ print("prmoe_jax", prmoe_jax.__version__)
 import matplotlib.pyplot as plt
 
 from prmoe_jax.config.architecture import Schedule, parse_fields
-from prmoe_jax.config import ModelConfig, MoeConfig
+from prmoe_jax.config.schema import ModelConfig, MoeConfig
 from prmoe_jax.model.sizes import cost
 
 # %% [markdown]

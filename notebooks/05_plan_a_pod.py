@@ -26,7 +26,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 from prmoe_jax import default_config, resolve
-from prmoe_jax.config import ModelConfig
+from prmoe_jax.config.schema import ModelConfig
 from prmoe_jax.config.architecture import parse_fields
 from prmoe_jax.model.sizes import cost
 from prmoe_jax.plan.chips import CHIPS

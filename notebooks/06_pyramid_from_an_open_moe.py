@@ -31,7 +31,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 from prmoe_jax import architecture, default_config, evaluate, resolve, train
-from prmoe_jax.config import load
+from prmoe_jax.config.loading import load
 from prmoe_jax.distill.prune import prune_run
 from prmoe_jax.errors import UserError
 from prmoe_jax.interop.run import export_run, import_run

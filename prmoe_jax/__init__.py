@@ -16,9 +16,9 @@ _HOME = {
     "Sampling": "prmoe_jax.inference.generate",
     "Transformer": "prmoe_jax.model.transformer",
     "architecture": "prmoe_jax.config",
-    "default_config": "prmoe_jax.config",
+    "default_config": "prmoe_jax.config.schema",
     "evaluate": "prmoe_jax.training.evaluate",
-    "resolve": "prmoe_jax.config",
+    "resolve": "prmoe_jax.config.loading",
     "train": "prmoe_jax.training.loop",
 }
 __all__ = list(_HOME)

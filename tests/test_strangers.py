@@ -19,7 +19,7 @@ import pytest
 
 from prmoe_jax import files
 from prmoe_jax.cli import main, parse_config
-from prmoe_jax.config import DataConfig
+from prmoe_jax.config.schema import DataConfig
 from prmoe_jax.data import cache, pipeline, shards
 from prmoe_jax.errors import UserError
 from prmoe_jax.run.metrics import read_metrics
@@ -150,7 +150,7 @@ def test_an_index_is_checked_before_anything_is_copied(lie, reached, place, monk
 
 
 READ = """
-from prmoe_jax.config import DataConfig
+from prmoe_jax.config.schema import DataConfig
 from prmoe_jax.data.pipeline import load_data
 
 load_data(DataConfig("tokens:gs://bucket/shards", cache_dir="cache"), 384, 7)

@@ -9,7 +9,7 @@ import json
 import lzma
 from pathlib import Path
 
-from prmoe_jax import config
+from prmoe_jax.config.loading import load
 from prmoe_jax.data.corpora import open_corpus
 from prmoe_jax.run.directory import CONFIG
 from prmoe_jax.training.evaluate import evaluate
@@ -19,7 +19,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workdir", type=Path, required=True)
     workdir = parser.parse_args().workdir
-    corpus = open_corpus(config.load(workdir / CONFIG).data)
+    corpus = open_corpus(load(workdir / CONFIG).data)
     text = "".join(corpus.validation).encode()
     sizes = {
         "xz -9e": len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)),

@@ -13,9 +13,10 @@ import time
 import jax
 import jax.numpy as jnp
 
-from prmoe_jax import config
 from prmoe_jax.config import architecture
-from prmoe_jax.data.pipeline import Batch
+from prmoe_jax.config.loading import resolve
+from prmoe_jax.config.schema import default_config
+from prmoe_jax.model.batch import Batch
 from prmoe_jax.training.step import init_state, make_train_step
 
 DEPTHS = {
@@ -25,11 +26,11 @@ DEPTHS = {
 
 
 def compile_seconds(text: str) -> float:
-    settings = config.default_config()
+    settings = default_config()
     settings.model.update(architecture.parse_fields(text))
     settings.train.steps = 1
     settings.model.remat = "dots"  # else 8 layers are compiled one by one on a CPU
-    resolved = config.resolve(settings)
+    resolved = resolve(settings)
     shape = (resolved.train.batch_size, resolved.model.length)
     ids = jax.ShapeDtypeStruct(shape, jnp.int32)
     batch = Batch(ids, ids, jax.ShapeDtypeStruct(shape, jnp.bool_), ids)

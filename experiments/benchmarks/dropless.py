@@ -18,7 +18,8 @@ import jax
 from prmoe_jax.allocator import keep_freed_memory
 from prmoe_jax.bench.step import compiled_step
 from prmoe_jax.bench.turns import in_turns
-from prmoe_jax.config import Config, resolve
+from prmoe_jax.config.loading import resolve
+from prmoe_jax.config.schema import Config
 from prmoe_jax.run.directory import device_name
 
 TINY = runpy.run_path(str(Path(__file__).parents[2] / "configs" / "tiny.py"))

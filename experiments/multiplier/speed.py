@@ -17,7 +17,7 @@ import jax
 from prmoe_jax.allocator import keep_freed_memory
 from prmoe_jax.bench.step import compiled_step
 from prmoe_jax.bench.turns import in_turns
-from prmoe_jax.config import resolve
+from prmoe_jax.config.loading import resolve
 from prmoe_jax.run.directory import device_name
 
 HERE = Path(__file__).parent

@@ -19,7 +19,7 @@ os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
 
 import jax
 
-from prmoe_jax import config
+from prmoe_jax.config.loading import resolve
 from prmoe_jax.plan.chips import chip_of
 from prmoe_jax.plan.report import plan
 
@@ -53,7 +53,7 @@ def main() -> None:
     ]
     rows = []
     for name, topology, sequences, axes in PLANS:
-        values = config.resolve(PAPER["get_config"](name))
+        values = resolve(PAPER["get_config"](name))
         mesh = dataclasses.replace(values.mesh, **axes)
         result = plan(dataclasses.replace(values, mesh=mesh), topology, sequences)
         held = result["hbm_bytes_per_chip"]

@@ -28,8 +28,8 @@ os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 import jax
 
-from prmoe_jax import config
-from prmoe_jax.config import MeshConfig
+from prmoe_jax.config.loading import resolve
+from prmoe_jax.config.schema import Config, MeshConfig
 from prmoe_jax.parallel.mesh import lower_memory_configs
 from prmoe_jax.plan.chips import chip_of, topology_devices
 from prmoe_jax.plan.report import plan
@@ -46,7 +46,7 @@ SEQUENCES = 64
 DECODING_MESH = {"expert": 4, "tensor": 2}
 
 
-def trained(values: config.Config, topology: str) -> list[dict]:
+def trained(values: Config, topology: str) -> list[dict]:
     """Six plans: in one portion and four, experts over many devices and over neighbours."""
     devices = len(topology_devices(topology)[1])
     expert = math.gcd(NEIGHBOURS, *filter(None, values.model.schedule.experts))
@@ -59,7 +59,7 @@ def trained(values: config.Config, topology: str) -> list[dict]:
     ]
 
 
-def least_remat(values: config.Config, topology: str, mesh: MeshConfig, portions: int) -> dict:
+def least_remat(values: Config, topology: str, mesh: MeshConfig, portions: int) -> dict:
     """The plan with `remat=dots` or, if that doesn't fit, with `full`."""
     train = dataclasses.replace(values.train, accumulate=portions)
     for remat in ("dots", "full"):
@@ -70,7 +70,7 @@ def least_remat(values: config.Config, topology: str, mesh: MeshConfig, portions
     return result | {"remat": remat, "portions": portions}
 
 
-def decoded(values: config.Config, topology: str) -> list[dict]:
+def decoded(values: Config, topology: str) -> list[dict]:
     mesh = dataclasses.replace(values.mesh, **DECODING_MESH)
     result = plan(dataclasses.replace(values, mesh=mesh), topology, SEQUENCES)
     held = result["hbm_bytes_per_chip"]
@@ -130,7 +130,7 @@ def main() -> None:
                 topology = topologies[chip]
                 if (name, topology) in done:
                     continue
-                values = config.resolve(OPEN["get_config"](name))
+                values = resolve(OPEN["get_config"](name))
                 about = {"model": name, "jax": jax.__version__}
                 made = [about | result for result in make(values, topology)]
                 with RESULTS.open("a", encoding="utf-8") as file:

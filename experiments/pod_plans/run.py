@@ -24,8 +24,8 @@ os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 import jax
 
-from prmoe_jax import config
-from prmoe_jax.config import Config
+from prmoe_jax.config.loading import resolve
+from prmoe_jax.config.schema import Config
 from prmoe_jax.errors import UserError
 from prmoe_jax.parallel.mesh import on_slices, suggest_mesh
 from prmoe_jax.plan.chips import chip_of, topology_devices
@@ -45,16 +45,16 @@ def models(topology: str) -> dict[str, Config]:
     """The configs to plan for a topology: the paper's nine on whole pods, and the exchange's."""
     found = {}
     if topology != "v5p:4x4x4":
-        found = {name: config.resolve(PAPER["get_config"](name)) for name in PAPER["ROWS"]}
+        found = {name: resolve(PAPER["get_config"](name)) for name in PAPER["ROWS"]}
     if topology in EXCHANGE:
         settings = PAPER["get_config"]("moe_1.3b")
         settings.model.experts = (64,)
         settings.train.batch_size = EXCHANGE[topology]
-        found["1.3B + MoE-64"] = config.resolve(settings)
+        found["1.3B + MoE-64"] = resolve(settings)
     if topology == "v5p:4x4x8":
         settings = PAPER["get_config"]("dense_1.3b")
         settings.train.batch_size *= 2
-        found["dense_1.3b, 16,384 tokens a chip"] = config.resolve(settings)
+        found["dense_1.3b, 16,384 tokens a chip"] = resolve(settings)
     return found
 
 

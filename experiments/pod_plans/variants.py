@@ -22,7 +22,7 @@ os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 import jax
 
-from prmoe_jax import config
+from prmoe_jax.config.loading import resolve
 from prmoe_jax.plan.report import plan
 
 HERE = Path(__file__).parent
@@ -66,7 +66,7 @@ def main() -> None:
             values.update_from_flattened_dict(settings)
             described = {"model": model, "settings": shown, "load": load}
             described |= {"commit": revision, "jax": jax.__version__}
-            row = described | plan(config.resolve(values), topology, load=load)
+            row = described | plan(resolve(values), topology, load=load)
             with RESULTS.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
             print(model, topology, shown, load, row.get("modelled_step_s"), flush=True)

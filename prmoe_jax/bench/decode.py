@@ -22,13 +22,8 @@ from jax.sharding import Mesh
 from prmoe_jax.bench import memory
 from prmoe_jax.bench.turns import in_turns
 from prmoe_jax.bench.worker import cores, worker
-from prmoe_jax.config import (
-    Config,
-    MeshConfig,
-    ModelConfig,
-    MoeConfig,
-    check_runs_without_limit,
-)
+from prmoe_jax.config.schema import Config, MeshConfig, ModelConfig, MoeConfig
+from prmoe_jax.config.validation import check_runs_without_limit
 from prmoe_jax.errors import UserError
 from prmoe_jax.inference.decoder import Decoder, decoder
 from prmoe_jax.inference.generate import STEPS, Sampling, decode, room, start

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from prmoe_jax import config
 from prmoe_jax.bench.moe import Size, check_size, flag
-from prmoe_jax.config import Config
+from prmoe_jax.config.loading import resolve
+from prmoe_jax.config.schema import Config
 from prmoe_jax.errors import UserError
 from prmoe_jax.model.transformer import cast
 from prmoe_jax.moe.layer import MoE
@@ -89,7 +89,7 @@ def _config(size: Size, dtype: str, backend: str, devices: int) -> Config:
         "experts": (size.E,),
         "dtype": dtype,
     }
-    return config.resolve(
+    return resolve(
         {
             "model": model,
             "moe": {"dispatch": "auto" if backend == "dense" else backend},

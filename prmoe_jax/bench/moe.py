@@ -21,7 +21,7 @@ import numpy as np
 from prmoe_jax.bench import memory
 from prmoe_jax.bench.turns import Rival, compiled, in_turns
 from prmoe_jax.bench.worker import worker
-from prmoe_jax.config import ModelConfig, MoeConfig
+from prmoe_jax.config.schema import ModelConfig, MoeConfig
 from prmoe_jax.errors import UserError
 from prmoe_jax.model.transformer import cast
 from prmoe_jax.moe import dispatch

@@ -27,10 +27,10 @@ import numpy as np
 from prmoe_jax.bench import memory
 from prmoe_jax.bench.turns import Rival, compiled, in_turns, peak_bytes
 from prmoe_jax.bench.worker import cores, worker
-from prmoe_jax.config import Config
-from prmoe_jax.data.pipeline import Batch
+from prmoe_jax.config.schema import Config
 from prmoe_jax.errors import UserError
 from prmoe_jax.interop.settings import check_gpt2_form
+from prmoe_jax.model.batch import Batch
 from prmoe_jax.model.sizes import cost
 from prmoe_jax.parallel.mesh import make_mesh, split_batch, with_mesh
 from prmoe_jax.run.directory import device_name

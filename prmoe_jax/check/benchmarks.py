@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 import jax
 
-from prmoe_jax import config as configs
 from prmoe_jax.bench import decode, moe, step
 from prmoe_jax.check.findings import FAIL, OK, WARN, Finding, Part
-from prmoe_jax.config import Config, architecture
+from prmoe_jax.config import architecture
+from prmoe_jax.config.loading import resolve
+from prmoe_jax.config.schema import Config
 from prmoe_jax.errors import UserError, describe
 from prmoe_jax.inference.generate import STEPS
 from prmoe_jax.parallel import processes
@@ -70,7 +71,7 @@ def _benchmarks(config: Config | None) -> dict[str, tuple[Callable, Callable]]:
     turns, dtype = (CPU_TURNS, "float32") if on_cpu else (TURNS, "bfloat16")
     if config is None:
         train = {"steps": 1, "batch_size": 16 if on_cpu else 8}
-        config = configs.resolve({"model": CPU_MODEL if on_cpu else MODEL, "train": train})
+        config = resolve({"model": CPU_MODEL if on_cpu else MODEL, "train": train})
     one, prompt = {"one device": None}, max(1, min(64, config.model.length - STEPS))
     return {
         "bench moe": (lambda: moe.bench_moe(sizes, ["uniform"], dtype, turns), moe.table),

@@ -4,7 +4,7 @@ import logging
 import time
 
 from prmoe_jax.check.findings import FAIL, OK, Finding, Part, rate, slow
-from prmoe_jax.config import Config
+from prmoe_jax.config.schema import Config
 from prmoe_jax.data import cache
 from prmoe_jax.data.pipeline import load_data, train_iterator
 from prmoe_jax.model.sizes import cost

@@ -16,14 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from prmoe_jax import config as configs
 from prmoe_jax.check.findings import FAIL, OK, WARN, Finding, Part
-from prmoe_jax.config import Config, ModelConfig, MoeConfig
-from prmoe_jax.data.pipeline import Batch
+from prmoe_jax.config.loading import resolve
+from prmoe_jax.config.schema import Config, ModelConfig, MoeConfig
 from prmoe_jax.errors import describe
 from prmoe_jax.model import chunks
 from prmoe_jax.model.attention import KVCache, attend_to_cache
 from prmoe_jax.model.attention_kernels import attend, cudnn_refusal
+from prmoe_jax.model.batch import Batch
 from prmoe_jax.model.loss import cross_entropy
 from prmoe_jax.moe import dispatch, exchange
 from prmoe_jax.moe.experts import Experts
@@ -395,7 +395,7 @@ def _layer_config(
     model: dict = {"layers": 1, "placement": "every 1", "experts": (experts,), "dtype": "float32"}
     model |= {"d_model": 14, "d_ff": 22, "heads": 2, "length": length, "vocab_size": 384}
     model |= {"init_std": 0.5}
-    return configs.resolve(
+    return resolve(
         {
             "model": model,
             "moe": rules,

@@ -15,10 +15,11 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from prmoe_jax import config as configs
 from prmoe_jax import stores
 from prmoe_jax.check.findings import FAIL, OK, WARN, Finding, Part, rate, slow
-from prmoe_jax.config import Config, architecture
+from prmoe_jax.config import architecture
+from prmoe_jax.config.loading import resolve
+from prmoe_jax.config.schema import Config
 from prmoe_jax.errors import UserError, describe
 from prmoe_jax.parallel import processes
 from prmoe_jax.training.loop import train
@@ -185,7 +186,7 @@ def _config(folder: Path) -> Config:
     on_cpu, devices = jax.default_backend() == "cpu", jax.device_count()
     shape = {"vocab_size": 384, "length": 128, "d_model": 128, "heads": 2, "d_ff": 128}
     model = architecture.parse_fields("1 layers, every 1, E=4, residual") | shape
-    return configs.resolve(
+    return resolve(
         {
             "model": model | {"dtype": "float32" if on_cpu else "bfloat16"},
             "data": {

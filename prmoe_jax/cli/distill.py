@@ -21,7 +21,7 @@ def add(verb) -> None:
 
 
 def _distill_plan(options, rest) -> None:
-    from prmoe_jax.config import teacher_of
+    from prmoe_jax.config.teacher import teacher_of
     from prmoe_jax.distill import student
 
     config = _student_config(rest)

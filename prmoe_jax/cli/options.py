@@ -11,8 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from prmoe_jax import stores
-from prmoe_jax.config import expand, userfile
+from prmoe_jax.config import userfile
 from prmoe_jax.errors import UserError
+from prmoe_jax.stores import expand
 
 log = logging.getLogger(__name__)
 
@@ -44,8 +45,7 @@ class Parser(argparse.ArgumentParser):
 
 def _settings_help() -> str:
     """Every setting with its default, meaning and choices."""
-    from prmoe_jax.config import Config, leaves
-    from prmoe_jax.config.schema import declarations
+    from prmoe_jax.config.schema import Config, declarations, leaves
 
     defaults, lines = leaves(Config()), ["", "all settings, with their defaults:"]
     for name, setting in declarations().items():
@@ -65,7 +65,7 @@ def parse_config(arguments: list[str]):
     Raises:
       UserError: the config file is missing, a setting is unknown or mistyped, or a check fails.
     """
-    from prmoe_jax.config import resolve
+    from prmoe_jax.config.loading import resolve
 
     path, name, overrides = config_argument(arguments)
     settings = _load_settings(path, name)
@@ -92,7 +92,8 @@ def _load_settings(path: Path, name: str):
     """Reads a run's config.json, or calls get_config(NAME) or get_config() of a config file."""
     from ml_collections import ConfigDict
 
-    from prmoe_jax.config import default_config, resolve
+    from prmoe_jax.config.loading import resolve
+    from prmoe_jax.config.schema import default_config
 
     if re.fullmatch(r"\w+", str(path)) and not path.is_file():  # a folder may have this name
         path = userfile.shipped(str(path))
@@ -107,7 +108,7 @@ def _load_settings(path: Path, name: str):
             )
         import dataclasses
 
-        from prmoe_jax.config import load
+        from prmoe_jax.config.loading import load
 
         settings = ConfigDict(dataclasses.asdict(load(path)))
         if settings.train.compile_cache not in ("", "auto"):
@@ -140,8 +141,7 @@ def _override(settings, arguments: list[str]) -> None:
     from absl import flags
     from ml_collections import config_flags
 
-    from prmoe_jax.config import Config, leaves
-    from prmoe_jax.config.schema import declarations
+    from prmoe_jax.config.schema import Config, declarations, leaves
 
     known = leaves(Config())
     for name, setting in declarations().items():
@@ -217,7 +217,7 @@ def parse_mesh(text: str):
     """Parses 'expert:4,tensor:2' into a `MeshConfig`."""
     import dataclasses
 
-    from prmoe_jax.config import MeshConfig
+    from prmoe_jax.config.schema import MeshConfig
 
     names = [field.name for field in dataclasses.fields(MeshConfig)]
     sizes = {}
@@ -234,10 +234,10 @@ def parse_mesh(text: str):
 
 def check_run(workdir: Path) -> None:
     """Raises UserError if a folder holds no run; imports no JAX."""
-    from prmoe_jax import config
+    from prmoe_jax.config.loading import load
     from prmoe_jax.run.directory import CONFIG
 
-    config.load(workdir / CONFIG)
+    load(workdir / CONFIG)
 
 
 def compile_only() -> None:

@@ -15,7 +15,7 @@ def add(verb) -> None:
 
 
 def run(options, rest) -> None:
-    from prmoe_jax.config import load
+    from prmoe_jax.config.loading import load
     from prmoe_jax.model import sizes
     from prmoe_jax.run.directory import CONFIG
 

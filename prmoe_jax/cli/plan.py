@@ -39,7 +39,7 @@ def add(verb) -> None:
 def run(options, rest) -> None:
     config, teacher = parse_config(rest), None
     if options.teacher:
-        from prmoe_jax.config import adapt_teacher
+        from prmoe_jax.config.teacher import adapt_teacher
 
         why = "the config has no teacher" if not config.kd_steps else ""
         if options.decode:
@@ -50,7 +50,7 @@ def run(options, rest) -> None:
             raise UserError(f"--teacher={options.teacher} has no effect: {why}; leave it out")
         teacher = adapt_teacher(parse_config([f"--config={options.teacher}"]), config)
     elif config.kd_steps and not (options.decode or config.teacher.cache):
-        from prmoe_jax.config import teacher_of
+        from prmoe_jax.config.teacher import teacher_of
 
         try:
             teacher = teacher_of(config)

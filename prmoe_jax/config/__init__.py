@@ -1,32 +1,15 @@
-"""The experiment's settings: from an ml-collections ConfigDict to checked, frozen dataclasses."""
+"""The experiment's settings: from an ml-collections ConfigDict to checked, frozen dataclasses.
 
-from prmoe_jax.config.loading import (
-    RESUMABLE,
-    check_branch,
-    check_resume,
-    expand,
-    load,
-    resolve,
-    save,
-)
-from prmoe_jax.config.schema import (
-    CheckpointConfig,
-    Config,
-    DataConfig,
-    EvalConfig,
-    InitConfig,
-    KdConfig,
-    LogConfig,
-    MeshConfig,
-    ModelConfig,
-    MoeConfig,
-    OptimizerConfig,
-    TeacherConfig,
-    TrainConfig,
-    changed,
-    default_config,
-    group_rows,
-    leaves,
-)
-from prmoe_jax.config.teacher import adapt_teacher, teacher_of
-from prmoe_jax.config.validation import check_runs_without_limit, check_same_routing
+Users' files import these names from here. The package imports them from their modules, so that a
+model loads the declarations alone.
+"""
+
+import importlib
+
+from prmoe_jax.config.schema import Config, ModelConfig, MoeConfig, default_config
+
+
+def __getattr__(name: str):
+    if name not in ("load", "resolve", "save"):
+        raise AttributeError(f"module 'prmoe_jax.config' has no attribute '{name}'")
+    return getattr(importlib.import_module("prmoe_jax.config.loading"), name)

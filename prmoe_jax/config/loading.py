@@ -3,13 +3,12 @@
 import dataclasses
 import difflib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from prmoe_jax import files, stores
+from prmoe_jax import files
 from prmoe_jax.config.effects import check_effects
 from prmoe_jax.config.schema import Config, leaves
 from prmoe_jax.config.validation import check, show
@@ -57,25 +56,6 @@ def load(path: Path) -> Config:
         raise UserError(f"{path} is damaged: {error}") from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-
-
-def expand(name: str, text: str | os.PathLike) -> Path:
-    """The path in a setting, local or in an object store, with `~` for the home directory.
-
-    Args:
-      name: the setting's name, for the error message.
-      text: the setting's value.
-
-    Raises:
-      UserError: the home directory cannot be determined, or the store cannot be used.
-    """
-    try:
-        path = stores.as_path(text)
-        return path.expanduser() if stores.is_local(path) else path
-    except RuntimeError:
-        raise UserError(
-            f"{name}={text}: the home directory is not known; set HOME or give a path without ~"
-        ) from None
 
 
 # Settings that may differ when a run is resumed: they change no parameter and no training loss,

@@ -3,10 +3,11 @@
 import dataclasses
 import math
 
-from prmoe_jax.config.loading import expand, load
+from prmoe_jax.config.loading import load
 from prmoe_jax.config.schema import Config
 from prmoe_jax.config.validation import check_groups, require
 from prmoe_jax.errors import UserError
+from prmoe_jax.stores import expand
 
 
 def teacher_of(config: Config) -> Config:

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from prmoe_jax import files
-from prmoe_jax.config import DataConfig, expand
+from prmoe_jax.config.schema import DataConfig
 from prmoe_jax.errors import UserError
+from prmoe_jax.stores import expand
 from prmoe_jax.stores.lock import hold
 
 log = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from typing import Any
 from etils import epath
 
 from prmoe_jax import stores
-from prmoe_jax.config import DataConfig
+from prmoe_jax.config.schema import DataConfig
 from prmoe_jax.data import cache, copies, sources
 from prmoe_jax.errors import UserError, first_line
 

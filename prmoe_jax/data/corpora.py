@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Callable, Sequence
 
 from prmoe_jax import stores
-from prmoe_jax.config import DataConfig
+from prmoe_jax.config.schema import DataConfig
 from prmoe_jax.data import cache, sources
 from prmoe_jax.errors import UserError
 

@@ -9,44 +9,19 @@ import sys
 from collections.abc import Iterator, Sequence
 from decimal import Decimal
 from pathlib import Path
-from typing import NamedTuple
 
 import grain
 import jax
 import numpy as np
 
-from prmoe_jax.config import DataConfig
+from prmoe_jax.config.schema import DataConfig
 from prmoe_jax.data import cache, streams
 from prmoe_jax.data.corpora import TOKENS, open_corpus
 from prmoe_jax.data.streams import ShardStream
 from prmoe_jax.data.tokenizer import Tokenizer, check_fits, load_tokenizer
 from prmoe_jax.data.tokens import TokenCache, cached_tokens
 from prmoe_jax.errors import UserError
-
-
-class TopKLogProbs(NamedTuple):
-    """A teacher's K likeliest next tokens, likeliest first, with their log-probabilities (ln)."""
-
-    tokens_BxLxK: np.ndarray
-    log_p_BxLxK: np.ndarray
-
-
-class Batch(NamedTuple):
-    """A batch of windows; a single window has the same fields without the B axis.
-
-    tokens_BxL and targets_BxL are int32. mask_BxL is bool, False where there is no target.
-    segments_BxL is int32, 0 for padding and 1, 2, … for the documents of a window. The target of a
-    document's last token is the mark that ends it, predicted in its segment. The next token is the
-    mark that starts the next document, which for many tokenizers is the same one. `teacher_top_k`
-    is set if a teacher's predictions were recorded (see `distill/teacher_cache.py`).
-    """
-
-    tokens_BxL: np.ndarray
-    targets_BxL: np.ndarray
-    mask_BxL: np.ndarray
-    segments_BxL: np.ndarray
-    teacher_top_k: TopKLogProbs | None = None
-
+from prmoe_jax.model.batch import Batch, TopKLogProbs
 
 _DTYPES = np.int32, np.int32, np.bool_, np.int32
 

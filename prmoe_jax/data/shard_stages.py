@@ -21,7 +21,7 @@ import numpy as np
 from etils import epath
 
 from prmoe_jax import files, stores
-from prmoe_jax.config import DataConfig
+from prmoe_jax.config.schema import DataConfig
 from prmoe_jax.data import chunks, shards, split, tokens
 from prmoe_jax.data.chunks import Chunk
 from prmoe_jax.data.tokenizer import Tokenizer

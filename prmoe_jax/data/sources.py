@@ -13,9 +13,9 @@ import zlib
 from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator
 
-from prmoe_jax.config import expand
 from prmoe_jax.errors import UserError
 from prmoe_jax.files import parse_json, refuse_pipe
+from prmoe_jax.stores import expand
 
 log = logging.getLogger(__name__)
 

@@ -14,12 +14,13 @@ from pathlib import Path
 import numpy as np
 
 from prmoe_jax import files, stores
-from prmoe_jax.config import DataConfig, expand
+from prmoe_jax.config.schema import DataConfig
 from prmoe_jax.data import cache, copies, shards, tokenizer
 from prmoe_jax.data.corpora import TOKENS
 from prmoe_jax.data.shards import Index, Shard
 from prmoe_jax.data.tokenizer import Tokenizer
 from prmoe_jax.errors import UserError
+from prmoe_jax.stores import expand
 
 _VALIDATION = "validation:"
 _WEIGHT = re.compile(r"(.+)\*(\d*\.\d+)")

@@ -17,12 +17,13 @@ from typing import Any
 from etils import epath
 
 from prmoe_jax import errors
-from prmoe_jax.config import Config, expand
+from prmoe_jax.config.schema import Config
 from prmoe_jax.data import cache, shard_stages, shards, split, tokenizer, tokens
 from prmoe_jax.data.chunks import Chunk, find_chunks
 from prmoe_jax.data.shard_stages import RANGES, Work
 from prmoe_jax.data.tokenizer import Tokenizer
 from prmoe_jax.errors import UserError
+from prmoe_jax.stores import expand
 from prmoe_jax.stores.lock import locked
 
 log = logging.getLogger(__name__)

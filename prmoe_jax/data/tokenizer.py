@@ -16,10 +16,11 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from prmoe_jax import files, stores
-from prmoe_jax.config import DataConfig, expand
+from prmoe_jax.config.schema import DataConfig
 from prmoe_jax.data import cache, sources
 from prmoe_jax.data.corpora import Corpus
 from prmoe_jax.errors import UserError
+from prmoe_jax.stores import expand
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ import numpy as np
 import tqdm
 
 from prmoe_jax import files
-from prmoe_jax.config import DataConfig
+from prmoe_jax.config.schema import DataConfig
 from prmoe_jax.data import cache
 from prmoe_jax.data.arrays import ArrayWriter, open_array
 from prmoe_jax.data.corpora import Corpus

@@ -5,9 +5,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from prmoe_jax.config import Config
-from prmoe_jax.data.pipeline import Batch
+from prmoe_jax.config.schema import Config
 from prmoe_jax.distill.loss import run_teacher, token_sums
+from prmoe_jax.model.batch import Batch
 from prmoe_jax.model.loss import Measure
 from prmoe_jax.model.transformer import Transformer
 

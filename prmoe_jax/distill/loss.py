@@ -8,8 +8,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from prmoe_jax.config import KdConfig, TeacherConfig
-from prmoe_jax.data.pipeline import Batch, TopKLogProbs
+from prmoe_jax.config.schema import KdConfig, TeacherConfig
+from prmoe_jax.model.batch import Batch, TopKLogProbs
 from prmoe_jax.model.chunks import cut, weighted_sums
 from prmoe_jax.model.loss import token_nats
 from prmoe_jax.model.transformer import Transformer, fold_in, logits

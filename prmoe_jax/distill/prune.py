@@ -19,9 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from prmoe_jax import config as configs
 from prmoe_jax import stores
-from prmoe_jax.config import (
+from prmoe_jax.config.loading import load
+from prmoe_jax.config.schema import (
     Config,
     InitConfig,
     KdConfig,
@@ -346,7 +346,7 @@ def prune_run(
     if not 1 <= batches <= sys.maxsize:
         raise UserError(f"--batches={batches} must be from 1 to {sys.maxsize}")
     workdir = stores.as_path(workdir)
-    own = configs.load(workdir / workdirs.CONFIG)  # `restore_run` may change mesh and exchange
+    own = load(workdir / workdirs.CONFIG)  # `restore_run` may change mesh and exchange
     if not any(own.model.schedule.experts):
         raise UserError(f"{workdir}: this run is {own.model.schedule}; it has no experts")
     if own.moe.router != "token_choice":

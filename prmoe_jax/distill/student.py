@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from prmoe_jax.config import Config, ModelConfig, check_same_routing
+from prmoe_jax.config.schema import Config, ModelConfig
+from prmoe_jax.config.validation import check_same_routing
 from prmoe_jax.errors import UserError
 from prmoe_jax.model.layout import of_layer, stack_layers, unstack_layers
 from prmoe_jax.model.sizes import cost

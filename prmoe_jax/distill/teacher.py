@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from prmoe_jax.config import Config, expand, group_rows, teacher_of
+from prmoe_jax.config.schema import Config, group_rows
+from prmoe_jax.config.teacher import teacher_of
 from prmoe_jax.data.pipeline import (
     Batch,
     Data,
@@ -43,6 +44,7 @@ from prmoe_jax.parallel.portions import add_up
 from prmoe_jax.run import directory as workdirs
 from prmoe_jax.run.metrics import read_metrics
 from prmoe_jax.run.restore import restore_model
+from prmoe_jax.stores import expand
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from prmoe_jax import files, stores
-from prmoe_jax.config import Config, expand
+from prmoe_jax.config.schema import Config
 from prmoe_jax.data import cache, copies
 from prmoe_jax.data.arrays import ArrayWriter, open_array
 from prmoe_jax.data.pipeline import (
@@ -28,6 +28,7 @@ from prmoe_jax.data.pipeline import (
 )
 from prmoe_jax.errors import UserError
 from prmoe_jax.run.directory import check_outside_checkpoints
+from prmoe_jax.stores import expand
 
 log = logging.getLogger(__name__)
 

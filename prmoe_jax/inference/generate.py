@@ -14,7 +14,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from prmoe_jax import stores
-from prmoe_jax.config import MeshConfig, check_runs_without_limit
+from prmoe_jax.config.schema import MeshConfig
+from prmoe_jax.config.validation import check_runs_without_limit
 from prmoe_jax.data.tokenizer import Tokenizer
 from prmoe_jax.errors import UserError
 from prmoe_jax.inference.decoder import Decoder, decoder

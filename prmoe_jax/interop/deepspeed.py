@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from prmoe_jax.config import Config, default_config
+from prmoe_jax.config.schema import Config, default_config
 from prmoe_jax.errors import UserError
 from prmoe_jax.files import is_plain, regular
 from prmoe_jax.interop.settings import (

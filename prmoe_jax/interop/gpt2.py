@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from prmoe_jax.config import Config, ModelConfig, default_config
+from prmoe_jax.config.schema import Config, ModelConfig, default_config
 from prmoe_jax.data.tokenizer import Tokenizer
 from prmoe_jax.errors import UserError
 from prmoe_jax.interop.settings import (

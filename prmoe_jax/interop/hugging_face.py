@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from prmoe_jax.config import Config, ModelConfig, MoeConfig, default_config
+from prmoe_jax.config.schema import Config, ModelConfig, MoeConfig, default_config
 from prmoe_jax.data.tokenizer import Tokenizer
 from prmoe_jax.errors import UserError
 from prmoe_jax.interop.settings import LARGEST, differs, resolved, setting, shown

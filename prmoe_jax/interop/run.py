@@ -10,8 +10,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from prmoe_jax import config as configs
-from prmoe_jax.config import Config, MeshConfig, ModelConfig
+from prmoe_jax.config.loading import load, save
+from prmoe_jax.config.schema import Config, MeshConfig, ModelConfig
 from prmoe_jax.data.tokenizer import Tokenizer, from_vocabulary
 from prmoe_jax.errors import UserError
 from prmoe_jax.interop import hugging_face
@@ -108,7 +108,7 @@ def export_run(kind: str, workdir: Path, out: Path) -> dict:
         empty or cannot be written.
     """
     check_free("out", out)
-    config = configs.load(workdir / workdirs.CONFIG)  # `restore_run` may change mesh and exchange
+    config = load(workdir / workdirs.CONFIG)  # `restore_run` may change mesh and exchange
     if kind == "hf" and config.model.family == "gpt2":
         kind = "gpt2"
     if kind == "hf":
@@ -132,7 +132,7 @@ def export_run(kind: str, workdir: Path, out: Path) -> dict:
             write_deepspeed(config, leaves, folder, step)
         else:
             write_tensors(leaves, folder)
-            configs.save(config, folder / workdirs.CONFIG)
+            save(config, folder / workdirs.CONFIG)
             (folder / "README.md").write_text(_card(config, step, workdir))
         tokenizer.save(folder / "tokenizer.json")
         if kind in ("hf", "gpt2"):

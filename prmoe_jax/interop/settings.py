@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from prmoe_jax.config import Config, ModelConfig, resolve
 from prmoe_jax.config.family import FAMILIES, differing
+from prmoe_jax.config.loading import resolve
+from prmoe_jax.config.schema import Config, ModelConfig
 from prmoe_jax.errors import UserError
 
 # No setting is a number above this.

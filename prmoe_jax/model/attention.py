@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from prmoe_jax.config import ModelConfig
+from prmoe_jax.config.schema import ModelConfig
 from prmoe_jax.model.attention_kernels import attend, product, resolve_attention
 from prmoe_jax.nn import remat
 from prmoe_jax.nn.matmul import matmul

@@ -10,7 +10,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 from jax.sharding import PartitionSpec
 
-from prmoe_jax.config import ModelConfig
+from prmoe_jax.config.schema import ModelConfig
 from prmoe_jax.errors import UserError
 from prmoe_jax.nn import remat
 from prmoe_jax.parallel.mesh import batch_axes

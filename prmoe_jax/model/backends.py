@@ -4,7 +4,7 @@ import logging
 
 from jax.sharding import Mesh
 
-from prmoe_jax.config import Config
+from prmoe_jax.config.schema import Config
 from prmoe_jax.model.attention_kernels import cudnn_refusal, resolve_attention
 from prmoe_jax.model.transformer import resolve_remat
 from prmoe_jax.moe import dispatch, exchange

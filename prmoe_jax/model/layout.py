@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prmoe_jax.config import Config, ModelConfig
+from prmoe_jax.config.schema import Config, ModelConfig
 from prmoe_jax.model.transformer import init_model
 from prmoe_jax.nn.parameters import named_leaves
 

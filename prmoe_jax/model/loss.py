@@ -6,8 +6,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from prmoe_jax.config import Config
-from prmoe_jax.data.pipeline import Batch
+from prmoe_jax.config.schema import Config
+from prmoe_jax.model.batch import Batch
 from prmoe_jax.model.chunks import weighted_sums
 from prmoe_jax.model.transformer import Transformer, logits
 from prmoe_jax.moe.routing import RouterMetrics

@@ -3,7 +3,8 @@
 import dataclasses
 import runpy
 
-from prmoe_jax.config import ModelConfig, MoeConfig, resolve
+from prmoe_jax.config.loading import resolve
+from prmoe_jax.config.schema import ModelConfig, MoeConfig
 from prmoe_jax.config.userfile import shipped
 from prmoe_jax.tables import aligned
 

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from prmoe_jax.config import Config, ModelConfig, MoeConfig, architecture
+from prmoe_jax.config import architecture
+from prmoe_jax.config.schema import Config, ModelConfig, MoeConfig
 from prmoe_jax.model.attention import Attention, KVCache
 from prmoe_jax.moe.layer import MoE
 from prmoe_jax.moe.routing import RouterMetrics, Routing

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from prmoe_jax.config import ModelConfig, MoeConfig
+from prmoe_jax.config.schema import ModelConfig, MoeConfig
 from prmoe_jax.moe import dispatch, exchange
 from prmoe_jax.moe.exchange import ExpertParallel, mark_varying
 from prmoe_jax.moe.experts import Experts, OutputNorms

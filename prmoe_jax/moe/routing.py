@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prmoe_jax.config import MoeConfig
+from prmoe_jax.config.schema import MoeConfig
 
 
 class Routing(NamedTuple):

@@ -38,7 +38,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from prmoe_jax.config import Config, MeshConfig, group_rows
+from prmoe_jax.config.schema import Config, MeshConfig, group_rows
 from prmoe_jax.errors import UserError
 
 log = logging.getLogger(__name__)

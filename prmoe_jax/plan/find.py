@@ -6,7 +6,8 @@ import math
 
 from jax.sharding import AbstractMesh
 
-from prmoe_jax.config import Config, MeshConfig, adapt_teacher
+from prmoe_jax.config.schema import Config, MeshConfig
+from prmoe_jax.config.teacher import adapt_teacher
 from prmoe_jax.errors import UserError
 from prmoe_jax.model.sizes import cost
 from prmoe_jax.parallel.mesh import (

@@ -24,13 +24,15 @@ import numpy as np
 from jax.experimental.layout import Format, Layout
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from prmoe_jax.config import Config, MeshConfig, TeacherConfig, check_runs_without_limit
-from prmoe_jax.data.pipeline import Batch, TopKLogProbs
+from prmoe_jax.config.schema import Config, MeshConfig, TeacherConfig
+from prmoe_jax.config.validation import check_runs_without_limit
 from prmoe_jax.distill.distiller import Distiller
 from prmoe_jax.errors import UserError
 from prmoe_jax.inference.decoder import Decoder
 from prmoe_jax.model.backends import check_backends
+from prmoe_jax.model.batch import Batch, TopKLogProbs
 from prmoe_jax.model.sizes import cost
+from prmoe_jax.model.state import TrainState
 from prmoe_jax.model.transformer import Transformer, cast, init_model
 from prmoe_jax.moe.exchange import (
     FEW_TOKENS,
@@ -59,7 +61,6 @@ from prmoe_jax.plan.collectives import (
     torus,
 )
 from prmoe_jax.plan.program import END, Operation, is_grouped, is_kernel, operations
-from prmoe_jax.run.checkpoint import TrainState
 from prmoe_jax.training.step import compile_train_step, compiler_options, init_state
 
 # The named scopes of the model's code; an operation's name lists them, innermost last. What is in

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from prmoe_jax import files
-from prmoe_jax.config import Config, leaves
+from prmoe_jax.config.schema import Config, leaves
 from prmoe_jax.errors import UserError
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from prmoe_jax.config import ModelConfig
+from prmoe_jax.config.schema import ModelConfig
 from prmoe_jax.errors import UserError
 from prmoe_jax.report.arms import Factor, geometric_mean, models_of
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 
 from prmoe_jax import files
-from prmoe_jax.config import changed, load
+from prmoe_jax.config.loading import load
+from prmoe_jax.config.schema import changed
 from prmoe_jax.errors import UserError
 from prmoe_jax.model.sizes import cost
 from prmoe_jax.report import figures, page

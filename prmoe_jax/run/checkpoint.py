@@ -11,19 +11,18 @@ import logging
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding
 from orbax.checkpoint import checkpoint_managers as preservation
 
 from prmoe_jax import files, stores
-from prmoe_jax.config import Config
+from prmoe_jax.config.schema import Config
 from prmoe_jax.data.tokenizer import Tokenizer
 from prmoe_jax.errors import TrainingStopped, UserError, first_line, is_out_of_memory
+from prmoe_jax.model.state import TrainState
 from prmoe_jax.model.transformer import Transformer, init_model
 from prmoe_jax.nn.parameters import from_named, named_leaves
 from prmoe_jax.parallel import sharding
@@ -39,14 +38,6 @@ COMMITTED = "commit_success.txt"
 # 1 GB of an imported model takes 0.3 GB beside itself while it is written.
 FILE_BYTES = 2**26
 LARGE_BYTES = 2**24  # of an array whose checksum is computed on its own
-
-
-class TrainState(NamedTuple):
-    """Everything that training changes."""
-
-    step: jax.Array  # int32, number of updates so far
-    model: Transformer
-    optimizer: optax.OptState
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import prmoe_jax
 from prmoe_jax import files, stores
-from prmoe_jax.config import Config, leaves
+from prmoe_jax.config.schema import Config, leaves
 from prmoe_jax.errors import UserError
 
 CONFIG = "config.json"

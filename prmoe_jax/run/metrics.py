@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from prmoe_jax import files, stores
-from prmoe_jax.config import Config
+from prmoe_jax.config.schema import Config
 from prmoe_jax.tables import aligned
 
 # Dense bfloat16 peak of one device in FLOP/s, from the vendors' data sheets.

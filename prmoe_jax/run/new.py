@@ -6,9 +6,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from prmoe_jax import config as configs
 from prmoe_jax import files, stores
-from prmoe_jax.config import Config
+from prmoe_jax.config.loading import save
+from prmoe_jax.config.schema import Config
 from prmoe_jax.data.tokenizer import Tokenizer
 from prmoe_jax.errors import UserError
 from prmoe_jax.model.transformer import Transformer
@@ -43,7 +43,7 @@ def write_run(
             data = {"fingerprint": (text or {}) | {"tokenizer": tokenizer.fingerprint}}
             checkpoints.save_model(0, model, data)
         tokenizer.save(folder / workdirs.TOKENIZER)
-        configs.save(config, folder / workdirs.CONFIG)
+        save(config, folder / workdirs.CONFIG)
 
     write_folder(option, workdir, build)
 

@@ -10,7 +10,8 @@ import jax
 from jax.sharding import Mesh
 
 from prmoe_jax import stores
-from prmoe_jax.config import Config, MeshConfig, load
+from prmoe_jax.config.loading import load
+from prmoe_jax.config.schema import Config, MeshConfig
 from prmoe_jax.errors import UserError
 from prmoe_jax.model.attention_kernels import resolve_attention
 from prmoe_jax.model.backends import check_backends

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from prmoe_jax.config import Config
+from prmoe_jax.config.schema import Config
 from prmoe_jax.errors import UserError, first_line
 
 log = logging.getLogger(__name__)

@@ -5,6 +5,7 @@ from prmoe_jax.stores.paths import (
     as_path,
     check_reachable,
     delete_folder,
+    expand,
     is_local,
     no_link,
     scheme,

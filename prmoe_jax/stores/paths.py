@@ -60,6 +60,25 @@ def as_path(text: str | os.PathLike) -> Path:
     return gcs.as_path(os.fspath(text))
 
 
+def expand(name: str, text: str | os.PathLike) -> Path:
+    """The path in a setting, local or in an object store, with `~` for the home directory.
+
+    Args:
+      name: the setting's name, for the error message.
+      text: the setting's value.
+
+    Raises:
+      UserError: the home directory cannot be determined, or the store cannot be used.
+    """
+    try:
+        path = as_path(text)
+        return path.expanduser() if is_local(path) else path
+    except RuntimeError:
+        raise UserError(
+            f"{name}={text}: the home directory is not known; set HOME or give a path without ~"
+        ) from None
+
+
 def as_local_path(text: str | os.PathLike) -> Path:
     """The local path that a text names.
 

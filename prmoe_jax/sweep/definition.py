@@ -14,7 +14,9 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from prmoe_jax import files
-from prmoe_jax.config import Config, InitConfig, check_branch, leaves, resolve, userfile
+from prmoe_jax.config import userfile
+from prmoe_jax.config.loading import check_branch, resolve
+from prmoe_jax.config.schema import Config, InitConfig, leaves
 from prmoe_jax.errors import UserError
 
 log = logging.getLogger(__name__)

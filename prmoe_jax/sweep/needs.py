@@ -8,10 +8,12 @@ import dataclasses
 from pathlib import Path
 
 from prmoe_jax import stores
-from prmoe_jax.config import Config, check_resume, expand, load
+from prmoe_jax.config.loading import check_resume, load
+from prmoe_jax.config.schema import Config
 from prmoe_jax.errors import UserError
 from prmoe_jax.run import directory as workdirs
 from prmoe_jax.run.metrics import finished
+from prmoe_jax.stores import expand
 from prmoe_jax.sweep import records
 from prmoe_jax.sweep.definition import Run, branch
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from prmoe_jax import files
-from prmoe_jax.config import Config
+from prmoe_jax.config.schema import Config
 
 log = logging.getLogger(__name__)
 

@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from prmoe_jax import files
-from prmoe_jax.config import RESUMABLE, Config, changed, expand, load
+from prmoe_jax.config.loading import RESUMABLE, load
+from prmoe_jax.config.schema import Config, changed
 from prmoe_jax.errors import UserError
 from prmoe_jax.model.sizes import cost
 from prmoe_jax.run.directory import CONFIG
 from prmoe_jax.run.metrics import METRICS, read_metrics
+from prmoe_jax.stores import expand
 from prmoe_jax.stores.lock import hold
 from prmoe_jax.sweep.definition import Run
 from prmoe_jax.tables import aligned

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from prmoe_jax import files, stores
-from prmoe_jax.config import Config, check_resume, load, save
+from prmoe_jax.config.loading import check_resume, load, save
+from prmoe_jax.config.schema import Config
 from prmoe_jax.errors import UserError
 from prmoe_jax.run import directory as workdirs
 from prmoe_jax.run.metrics import finished

@@ -29,7 +29,8 @@ except ImportError:
     sys.exit(missing.exit_code)
 
 from prmoe_jax import stores
-from prmoe_jax.config import check_runs_without_limit, load
+from prmoe_jax.config.loading import load
+from prmoe_jax.config.validation import check_runs_without_limit
 from prmoe_jax.data.corpora import open_corpus
 from prmoe_jax.data.tokenizer import Tokenizer
 from prmoe_jax.inference.generate import Generator, Sampling

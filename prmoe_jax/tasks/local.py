@@ -4,7 +4,7 @@ import json
 from functools import partial
 from pathlib import Path
 
-from prmoe_jax.config import DataConfig
+from prmoe_jax.config.schema import DataConfig
 from prmoe_jax.data import cache
 from prmoe_jax.data.corpora import open_corpus
 from prmoe_jax.errors import UserError

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from prmoe_jax.config import check_runs_without_limit
+from prmoe_jax.config.validation import check_runs_without_limit
 from prmoe_jax.errors import UserError
 from prmoe_jax.model.chunks import chunk_length, cut
 from prmoe_jax.model.loss import token_nats

@@ -10,11 +10,13 @@ from pathlib import Path
 
 from jax.sharding import Mesh
 
-from prmoe_jax import config as configs
 from prmoe_jax import files
-from prmoe_jax.config import Config
-from prmoe_jax.run.checkpoint import Checkpoints, TrainState
+from prmoe_jax.config.loading import check_branch
+from prmoe_jax.config.schema import Config
+from prmoe_jax.model.state import TrainState
+from prmoe_jax.run.checkpoint import Checkpoints
 from prmoe_jax.run.metrics import METRICS, read_metrics
+from prmoe_jax.stores import expand
 from prmoe_jax.training.upcycle import reading_source, source_of
 
 
@@ -26,7 +28,7 @@ def check(config: Config) -> None:
     """
     with reading_source():
         workdir, trunk = source_of(config)
-        configs.check_branch(trunk, config, f"the run in {workdir}")
+        check_branch(trunk, config, f"the run in {workdir}")
 
 
 def restore(config: Config, shapes: TrainState, mesh: Mesh) -> tuple[int, TrainState, dict]:
@@ -41,7 +43,7 @@ def restore(config: Config, shapes: TrainState, mesh: Mesh) -> tuple[int, TrainS
       UserError: there is no such checkpoint, or it cannot be read.
     """
     with reading_source():
-        trunk = Checkpoints(configs.expand("init.workdir", config.init.workdir))
+        trunk = Checkpoints(expand("init.workdir", config.init.workdir))
         with contextlib.closing(trunk):
             step, state, record = trunk.restore_step(config.init.step, shapes, mesh)
     record.pop("productive_s", None)  # the trunk's seconds; the branch's wall time starts now
@@ -55,6 +57,6 @@ def copy_metrics(config: Config, workdir: Path) -> None:
       UserError: the trunk's metrics.jsonl cannot be read, or the branch's cannot be written.
     """
     with reading_source():
-        lines = read_metrics(configs.expand("init.workdir", config.init.workdir) / METRICS)
+        lines = read_metrics(expand("init.workdir", config.init.workdir) / METRICS)
     kept = [line for line in lines if line["step"] <= config.init.step]
     files.replace(workdir / METRICS, "".join(json.dumps(line) + "\n" for line in kept))

@@ -13,7 +13,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from prmoe_jax import stores
-from prmoe_jax.config import Config, TeacherConfig, group_rows, load
+from prmoe_jax.config.loading import load
+from prmoe_jax.config.schema import Config, TeacherConfig, group_rows
 from prmoe_jax.data.pipeline import (
     Batch,
     Data,

@@ -14,9 +14,9 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from prmoe_jax import config as configs
 from prmoe_jax import files, stores
-from prmoe_jax.config import Config
+from prmoe_jax.config.loading import check_resume, load, save
+from prmoe_jax.config.schema import Config, DataConfig
 from prmoe_jax.data import cache
 from prmoe_jax.data.corpora import check_on_disk
 from prmoe_jax.data.pipeline import (
@@ -38,6 +38,7 @@ from prmoe_jax.errors import TrainingStopped, UserError
 from prmoe_jax.model.backends import check_backends
 from prmoe_jax.model.loss import forward
 from prmoe_jax.model.sizes import cost
+from prmoe_jax.model.state import TrainState
 from prmoe_jax.moe.routing import capacity
 from prmoe_jax.parallel import processes
 from prmoe_jax.parallel.mesh import (
@@ -48,7 +49,7 @@ from prmoe_jax.parallel.mesh import (
 )
 from prmoe_jax.run import directory as workdirs
 from prmoe_jax.run import weights_and_biases
-from prmoe_jax.run.checkpoint import Checkpoints, TrainState
+from prmoe_jax.run.checkpoint import Checkpoints
 from prmoe_jax.run.directory import shared_settings
 from prmoe_jax.run.metrics import (
     METRICS,
@@ -59,6 +60,7 @@ from prmoe_jax.run.metrics import (
     to_python,
 )
 from prmoe_jax.run.weights_and_biases import WandbRun
+from prmoe_jax.stores import expand
 from prmoe_jax.stores.lock import locked
 from prmoe_jax.training import branch
 from prmoe_jax.training.evaluate import evaluate_model
@@ -136,7 +138,7 @@ def train(
         config_path, tokenizer_path = workdir / workdirs.CONFIG, workdir / workdirs.TOKENIZER
         resuming = checkpoints.latest() is not None
         if resuming:
-            configs.check_resume(configs.load(config_path), config)
+            check_resume(load(config_path), config)
         else:
             checkpoints.check_new()
             _check_new_start(workdir, config)
@@ -173,7 +175,7 @@ def train(
             log.info("distillation in %d of %d steps", config.kd_steps, config.total_steps)
         if first:
             data.tokenizer.save(tokenizer_path)
-            configs.save(config, config_path)
+            save(config, config_path)
             if config.init.step and not resuming:
                 branch.copy_metrics(config, workdir)
         # 5. The metrics: lines of steps that will be repeated are removed.
@@ -309,12 +311,12 @@ def compile_cache(config: Config, workdir: Path) -> Iterator[None]:
     elif setting == "auto":
         # JAX runs the programs that it finds there. A run on a disk may be a stranger's, and so may
         # be the settings, `data.cache_dir` among them.
-        parent = configs.DataConfig.cache_dir if stores.is_local(workdir) else workdir
+        parent = DataConfig.cache_dir if stores.is_local(workdir) else workdir
         setting = f"{parent}/compile_cache"
     if not setting:
         yield
         return
-    folder = configs.expand("train.compile_cache", setting)
+    folder = expand("train.compile_cache", setting)
     stores.check_reachable(folder, "train.compile_cache")  # JAX warns of each program instead
     before = jax.config.values["jax_compilation_cache_dir"]
     jax.config.update("jax_compilation_cache_dir", str(folder))
@@ -529,7 +531,7 @@ def _check_new_start(workdir: Path, config: Config) -> None:
     settings, lines = workdir / workdirs.CONFIG, read_metrics(workdir / METRICS)
     if not (lines and settings.exists()):
         return
-    saved, last = configs.load(settings), lines[-1]["step"]
+    saved, last = load(settings), lines[-1]["step"]
     over = finished(saved, workdir)
     if over or last - saved.init.step > 2 * saved.checkpoint.every > 0:
         state = "is finished" if over else f"came to step {last}"
@@ -540,5 +542,5 @@ def _check_new_start(workdir: Path, config: Config) -> None:
     if saved.init.step or config.init.step:
         # A branch equals the run from step 0, so that it may begin elsewhere than it did.
         saved = dataclasses.replace(saved, init=config.init)
-    configs.check_resume(saved, config)
+    check_resume(saved, config)
     log.info("starts again: the run in %s has no checkpoint yet", workdir)

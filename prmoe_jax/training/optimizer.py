@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from prmoe_jax.config import Config
+from prmoe_jax.config.schema import Config
 from prmoe_jax.nn.parameters import declaration, map_named
 from prmoe_jax.training.muon import muon
 

@@ -8,16 +8,16 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from prmoe_jax.config import Config, group_rows
-from prmoe_jax.data.pipeline import Batch
+from prmoe_jax.config.schema import Config, group_rows
 from prmoe_jax.distill.distiller import Distiller
+from prmoe_jax.model.batch import Batch
 from prmoe_jax.model.loss import cross_entropy, forward, totals, training_loss
+from prmoe_jax.model.state import TrainState
 from prmoe_jax.model.transformer import Transformer, init_model, update_router_bias
 from prmoe_jax.parallel import sharding
 from prmoe_jax.parallel.mesh import replicated
 from prmoe_jax.parallel.portions import add_up
 from prmoe_jax.parallel.sharding import init_sharded
-from prmoe_jax.run.checkpoint import TrainState
 from prmoe_jax.training.optimizer import learning_rate, make_optimizer
 
 # By default a TPU's compiler leaves most of the vector memory unused. With half of it, the matrix

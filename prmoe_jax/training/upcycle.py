@@ -24,7 +24,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from prmoe_jax import files
-from prmoe_jax.config import Config, ModelConfig, check_same_routing, expand, load
+from prmoe_jax.config.loading import load
+from prmoe_jax.config.schema import Config, ModelConfig
+from prmoe_jax.config.validation import check_same_routing
 from prmoe_jax.data.tokenizer import Tokenizer, check_same
 from prmoe_jax.errors import UserError
 from prmoe_jax.model.layout import of_layer, places, unstack_layers
@@ -33,6 +35,7 @@ from prmoe_jax.nn.parameters import declaration, named_leaves
 from prmoe_jax.parallel.sharding import init_sharded
 from prmoe_jax.run import directory as workdirs
 from prmoe_jax.run.restore import restore_model
+from prmoe_jax.stores import expand
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from configs import tiny
 from prmoe_jax.bench import decode, memory, moe, turns
 from prmoe_jax.bench.worker import peak_bytes
 from prmoe_jax.cli import main
-from prmoe_jax.config import resolve
+from prmoe_jax.config.loading import resolve
 from prmoe_jax.errors import UserError
 from prmoe_jax.model.sizes import cost
 from tests.support.extras import needs_extra

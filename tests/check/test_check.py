@@ -18,7 +18,7 @@ from prmoe_jax import stores
 from prmoe_jax.check import benchmarks, corpus, environment, kernels, rates, run, trial
 from prmoe_jax.check.findings import FAIL, OK, WARN, Finding, Part, slow, table
 from prmoe_jax.cli import main
-from prmoe_jax.config import MeshConfig
+from prmoe_jax.config.schema import MeshConfig
 from prmoe_jax.errors import UserError
 from prmoe_jax.moe import dispatch
 from tests.support.configs import tiny_config

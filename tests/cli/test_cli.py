@@ -15,7 +15,7 @@ from prmoe_jax.cli import main, parse_config
 from prmoe_jax.cli.options import config_argument, local_path, path
 from prmoe_jax.cli.output import as_json
 from prmoe_jax.cli.train import profile_steps, run_name
-from prmoe_jax.config import save
+from prmoe_jax.config.loading import save
 from prmoe_jax.model.sizes import cost
 
 TINY = f"--config={tiny.__file__}:prmoe"

@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prmoe_jax.config import default_config, resolve
 from prmoe_jax.config.architecture import Schedule, Stage, moe_layers, parse_fields
+from prmoe_jax.config.loading import resolve
+from prmoe_jax.config.schema import default_config
 from prmoe_jax.errors import UserError
 
 # One row of the paper's comparison each: the string, and the experts layer by layer.

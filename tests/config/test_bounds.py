@@ -8,17 +8,11 @@ import pytest
 
 from configs import paper, tiny
 from prmoe_jax.cli import main
-from prmoe_jax.config import (
-    Config,
-    default_config,
-    expand,
-    leaves,
-    load,
-    resolve,
-)
-from prmoe_jax.config.schema import declarations
+from prmoe_jax.config.loading import load, resolve
+from prmoe_jax.config.schema import Config, declarations, default_config, leaves
 from prmoe_jax.config.validation import LARGEST
 from prmoe_jax.errors import UserError
+from prmoe_jax.stores import expand
 from tests.support.configs import OTHER_VALUES, tiny_config
 from tests.support.faults import at_most
 

@@ -9,16 +9,9 @@ import pytest
 
 from configs import paper, tiny
 from prmoe_jax import cli
-from prmoe_jax.config import (
-    Config,
-    check_resume,
-    default_config,
-    leaves,
-    load,
-    resolve,
-    save,
-    teacher_of,
-)
+from prmoe_jax.config.loading import check_resume, load, resolve, save
+from prmoe_jax.config.schema import Config, default_config, leaves
+from prmoe_jax.config.teacher import teacher_of
 from prmoe_jax.errors import UserError
 from prmoe_jax.model.sizes import cost
 from prmoe_jax.parallel.mesh import check_fits

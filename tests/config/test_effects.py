@@ -2,7 +2,9 @@
 
 import pytest
 
-from prmoe_jax.config import architecture, default_config, load, resolve, save
+from prmoe_jax.config import architecture
+from prmoe_jax.config.loading import load, resolve, save
+from prmoe_jax.config.schema import default_config
 from prmoe_jax.errors import UserError
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from prmoe_jax.cli import main
-from prmoe_jax.config import DataConfig
+from prmoe_jax.config.schema import DataConfig
 from prmoe_jax.data import cache, pipeline
 from prmoe_jax.data.arrays import ArrayWriter, open_array
 from prmoe_jax.data.corpora import open_corpus

@@ -23,7 +23,7 @@ import pytest
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import shuffle
 
-from prmoe_jax.config import DataConfig
+from prmoe_jax.config.schema import DataConfig
 from prmoe_jax.data import cache, sources, split
 from prmoe_jax.data.corpora import open_corpus
 from prmoe_jax.errors import UserError

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prmoe_jax.config import DataConfig
+from prmoe_jax.config.schema import DataConfig
 from prmoe_jax.data import pipeline, tokens
 from prmoe_jax.data.corpora import Corpus
 from prmoe_jax.data.pipeline import (

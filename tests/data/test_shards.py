@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prmoe_jax.cli import main
-from prmoe_jax.config import DataConfig
+from prmoe_jax.config.schema import DataConfig
 from prmoe_jax.data import pipeline, shards, streams
 from prmoe_jax.data.pipeline import (
     TopKLogProbs,

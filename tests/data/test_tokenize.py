@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from prmoe_jax.cli import main
-from prmoe_jax.config import DataConfig
+from prmoe_jax.config.schema import DataConfig
 from prmoe_jax.data import chunks, pipeline, shard_stages, shards, split, tokens
 from prmoe_jax.data import tokenize as tokenize_module
 from prmoe_jax.data.chunks import Chunk, Piece

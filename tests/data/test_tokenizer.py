@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 
-from prmoe_jax.config import DataConfig
+from prmoe_jax.config.schema import DataConfig
 from prmoe_jax.data import sources
 from prmoe_jax.data import tokenizer as tokenizer_lib
 from prmoe_jax.data.corpora import Corpus

@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 
 from prmoe_jax.cli import main
-from prmoe_jax.config import KdConfig, TeacherConfig, adapt_teacher, save, teacher_of
-from prmoe_jax.data.pipeline import Batch
+from prmoe_jax.config.loading import save
+from prmoe_jax.config.schema import KdConfig, TeacherConfig
+from prmoe_jax.config.teacher import adapt_teacher, teacher_of
 from prmoe_jax.distill import loss as distill
 from prmoe_jax.distill import teacher as teachers
 from prmoe_jax.distill.distiller import Distiller
@@ -31,6 +32,7 @@ from prmoe_jax.distill.loss import (
 )
 from prmoe_jax.errors import UserError
 from prmoe_jax.model import chunks
+from prmoe_jax.model.batch import Batch
 from prmoe_jax.model.loss import forward, totals, training_loss
 from prmoe_jax.model.transformer import dropless, init_model
 from prmoe_jax.nn.parameters import named_leaves

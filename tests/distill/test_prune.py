@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from prmoe_jax.cli import main
-from prmoe_jax.config import MeshConfig, load, save
+from prmoe_jax.config.loading import load, save
+from prmoe_jax.config.schema import MeshConfig
 from prmoe_jax.distill.prune import _portions, choose, measure, pruned, pruned_config
 from prmoe_jax.errors import UserError
 from prmoe_jax.model.layout import places

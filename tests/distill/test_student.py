@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from configs import paper
-from prmoe_jax import config
-from prmoe_jax.config import check_same_routing
+from prmoe_jax.config.loading import resolve
+from prmoe_jax.config.validation import check_same_routing
 from prmoe_jax.distill.student import layer_map, magnitudes, prune, source_layers, taylor
 from prmoe_jax.distill.teacher import measure_importance
 from prmoe_jax.errors import UserError
@@ -287,9 +287,7 @@ def test_importance_that_chooses_nothing():
 @pytest.mark.parametrize("size", ["350m", "1.3b"])
 def test_the_papers_students_are_parts_of_its_teachers(size):
     """24 layers of 32x10+64x2 to 21 of 32x8+64x2, without a weight allocated."""
-    teacher, student = (
-        config.resolve(paper.get_config(f"{name}_{size}")) for name in ("prmoe", "mos")
-    )
+    teacher, student = (resolve(paper.get_config(f"{name}_{size}")) for name in ("prmoe", "mos"))
     layers = layer_map(teacher.model, student.model)
     have = teacher.model.schedule.experts
     assert tuple(have[layer] for layer in layers) == student.model.schedule.experts

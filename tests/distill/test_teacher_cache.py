@@ -12,7 +12,7 @@ import sys
 import numpy as np
 import pytest
 
-from prmoe_jax.config import TeacherConfig
+from prmoe_jax.config.schema import TeacherConfig
 from prmoe_jax.data import cache
 from prmoe_jax.distill import teacher_cache
 from prmoe_jax.errors import UserError

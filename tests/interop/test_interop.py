@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from prmoe_jax import config as configs
 from prmoe_jax.cli import main
 from prmoe_jax.data.tokenizer import Tokenizer
 from prmoe_jax.errors import UserError
 from prmoe_jax.interop import tensors as safetensors_files
 from prmoe_jax.interop.run import export_run, import_run
 from prmoe_jax.nn.parameters import named_leaves
+from prmoe_jax.run import new
 from prmoe_jax.run.checkpoint import Checkpoints
 from prmoe_jax.run.restore import restore_run
 from tests.support.extras import needs_extra
@@ -392,7 +392,7 @@ def test_an_import_killed_half_way(source, tmp_path, monkeypatch):
     """Between checkpoint and config: no run, and the next import is all of the second model."""
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(configs, "save", killed)
+        patch.setattr(new, "save", killed)
         patch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)  # nobody tidies up
         with pytest.raises(Killed):
             import_run("gpt2", source, run)
@@ -407,13 +407,13 @@ def test_an_import_killed_half_way(source, tmp_path, monkeypatch):
 
 KILLED = """
 import os, sys
-from prmoe_jax import config
 from prmoe_jax.cli import main
-save = config.save
+from prmoe_jax.run import new
+save = new.save
 def save_and_die(*args):
     save(*args)
     os.kill(os.getpid(), 9)
-config.save = save_and_die
+new.save = save_and_die
 main(sys.argv[1:])
 """
 

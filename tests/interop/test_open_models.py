@@ -19,7 +19,8 @@ from safetensors.numpy import load_file, save_file
 
 from configs import open_moes
 from prmoe_jax.cli import main
-from prmoe_jax.config import MeshConfig, load, resolve
+from prmoe_jax.config.loading import load, resolve
+from prmoe_jax.config.schema import MeshConfig
 from prmoe_jax.data.tokenizer import train_bpe
 from prmoe_jax.errors import UserError
 from prmoe_jax.inference.decoder import Decoder

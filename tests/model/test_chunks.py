@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prmoe_jax.data.pipeline import Batch
 from prmoe_jax.model import chunks
+from prmoe_jax.model.batch import Batch
 from prmoe_jax.model.loss import cross_entropy, forward
 from prmoe_jax.model.transformer import init_model
 from tests.support.batches import make_batch

@@ -8,13 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prmoe_jax.config import Config, ModelConfig, MoeConfig, architecture, resolve
-from prmoe_jax.data.pipeline import Batch
+from prmoe_jax.config import architecture
+from prmoe_jax.config.loading import resolve
+from prmoe_jax.config.schema import Config, ModelConfig, MoeConfig
 from prmoe_jax.errors import UserError
 from prmoe_jax.model import attention_kernels
 from prmoe_jax.model.attention import KVCache, attend_to_cache
 from prmoe_jax.model.attention_kernels import attend, resolve_attention, splash
 from prmoe_jax.model.backends import check_backends
+from prmoe_jax.model.batch import Batch
 from prmoe_jax.model.loss import forward
 from prmoe_jax.model.transformer import Transformer, dropout, positions, resolve_remat
 from prmoe_jax.moe.layer import MoE

@@ -8,7 +8,8 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from configs import paper, tiny
-from prmoe_jax.config import ModelConfig, MoeConfig, resolve
+from prmoe_jax.config.loading import resolve
+from prmoe_jax.config.schema import ModelConfig, MoeConfig
 from prmoe_jax.model.sizes import cost
 from prmoe_jax.model.transformer import init_model
 

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prmoe_jax.config import architecture, resolve
+from prmoe_jax.config import architecture
+from prmoe_jax.config.loading import resolve
 from prmoe_jax.model.backends import check_backends
 from prmoe_jax.model.transformer import init_model
 from prmoe_jax.parallel.mesh import make_mesh

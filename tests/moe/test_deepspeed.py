@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prmoe_jax.config import ModelConfig, MoeConfig
+from prmoe_jax.config.schema import ModelConfig, MoeConfig
 from prmoe_jax.moe import routing
 from prmoe_jax.moe.layer import MoE
 from prmoe_jax.moe.routing import assign, capacity

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prmoe_jax.config import ModelConfig, MoeConfig
+from prmoe_jax.config.schema import ModelConfig, MoeConfig
 from prmoe_jax.moe import dispatch
 from prmoe_jax.moe.dispatch import BACKENDS
 from prmoe_jax.moe.experts import Experts

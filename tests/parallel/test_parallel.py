@@ -18,9 +18,10 @@ from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from scipy import stats
 
-from prmoe_jax import config
 from prmoe_jax.cli import main
 from prmoe_jax.config import architecture
+from prmoe_jax.config.loading import load, resolve
+from prmoe_jax.config.schema import MeshConfig
 from prmoe_jax.errors import UserError
 from prmoe_jax.moe import exchange
 from prmoe_jax.moe.experts import Experts, UnstackedExperts
@@ -48,7 +49,7 @@ from tests.support.runs import arguments, logged
 def settings(text, batch_size=8, model=(), moe=(), train=(), **mesh):
     fields = architecture.parse_fields(text) | dict(model)
     train = {"steps": 10, "batch_size": batch_size} | dict(train)
-    return config.resolve({"model": fields, "moe": dict(moe), "mesh": mesh, "train": train})
+    return resolve({"model": fields, "moe": dict(moe), "mesh": mesh, "train": train})
 
 
 def sizes(devices, text, **changes):
@@ -337,7 +338,7 @@ def test_a_config_without_a_mesh_gets_one_that_fits(text, batch_size, devices, e
     with caplog.at_level("INFO"):
         chosen = choose_mesh(values, devices)
     sizes = {"data": 1} | expected
-    assert chosen == dataclasses.replace(values, mesh=config.MeshConfig(**sizes))
+    assert chosen == dataclasses.replace(values, mesh=MeshConfig(**sizes))
     given = flags(chosen.mesh)
     asked = dict(re.findall(r"--config\.mesh\.(\w+)=(\d+)", given))
     again = settings(text, batch_size=batch_size, **{name: int(n) for name, n in asked.items()})
@@ -705,7 +706,7 @@ def test_a_run_without_a_mesh_of_its_own_goes_on_anywhere(text, tmp_path, on_eig
     assert eight.read_bytes() == one.read_bytes()
     assert evaluated["loss"] == pytest.approx(trained["eval/loss"], rel=1e-6)
     assert main(command("run", 6)) == 0
-    assert config.load(tmp_path / "run" / "config.json").mesh == config.MeshConfig()
+    assert load(tmp_path / "run" / "config.json").mesh == MeshConfig()
     assert main(command("alone", 6)) == 0
     ours, alone = (
         [r["loss"] for r in logged(tmp_path / w) if "loss" in r] for w in ("run", "alone")

@@ -14,9 +14,11 @@ import pytest
 from jax.sharding import AbstractMesh
 
 from configs import paper, tiny
-from prmoe_jax import config
 from prmoe_jax.cli import main
 from prmoe_jax.config import architecture
+from prmoe_jax.config.loading import resolve, save
+from prmoe_jax.config.schema import MeshConfig, TeacherConfig
+from prmoe_jax.config.teacher import adapt_teacher
 from prmoe_jax.distill.distiller import Distiller
 from prmoe_jax.errors import UserError
 from prmoe_jax.parallel.mesh import axis_sizes, check_fits, make_mesh
@@ -680,7 +682,7 @@ def a_plan(topology, held, fits=True):
 
 def test_find_takes_the_first_slice_that_fits(monkeypatch):
     """What can't hold the state isn't compiled for; a mesh that doesn't fit is no plan."""
-    values = config.resolve(paper.get_config("prmoe_1.3b"))
+    values = resolve(paper.get_config("prmoe_1.3b"))
     asked = []
 
     def plan(config, topology, decode, teacher, load):
@@ -707,24 +709,24 @@ def test_find_takes_the_first_slice_that_fits(monkeypatch):
         find(values, "h100")
     assert asked[0][0] == "h100:1x8"  # 351 GiB on eight of 80 GB
     asked.clear()
-    fixed = dataclasses.replace(values, mesh=config.MeshConfig(expert=2))
+    fixed = dataclasses.replace(values, mesh=MeshConfig(expert=2))
     find(fixed, "v5p")
     assert {mesh.expert for _, mesh in asked} == {2}
     asked.clear()
-    student = config.resolve(paper.get_config("mos_1.3b"))
-    find(student, "v5p", teacher=config.adapt_teacher(values, student))
+    student = resolve(paper.get_config("mos_1.3b"))
+    find(student, "v5p", teacher=adapt_teacher(values, student))
     assert [mesh.expert for _, mesh in asked] == [4, 8, 16, 32]
 
 
 def test_a_teacher_whose_groups_no_mesh_keeps_whole():
     """A teacher routes four rows together: 8 rows suit two devices, and neither 4 nor portions."""
-    values = config.resolve(paper.get_config("mos_1.3b"))
+    values = resolve(paper.get_config("mos_1.3b"))
     student = dataclasses.replace(values, train=dataclasses.replace(values.train, batch_size=8))
     moe = dataclasses.replace(values.moe, group_size=4 * values.model.length)
-    teacher = config.adapt_teacher(dataclasses.replace(values, moe=moe), student)
+    teacher = adapt_teacher(dataclasses.replace(values, moe=moe), student)
 
     def held(devices):
-        sizes = axis_sizes(dataclasses.replace(student, mesh=config.MeshConfig()), devices)
+        sizes = axis_sizes(dataclasses.replace(student, mesh=MeshConfig()), devices)
         mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
         return held_bytes(student, mesh, teacher=teacher)
 
@@ -746,10 +748,10 @@ def test_recorded_predictions_are_a_part_of_the_step():
         "train": {"steps": 4, "batch_size": 4},
         "kd": {"kind": "top_k", "top_k": 8, "stop": 0.5},
     }
-    student = config.resolve(given | {"teacher": {"cache": "recorded"}})
+    student = resolve(given | {"teacher": {"cache": "recorded"}})
     mesh = make_mesh(student)
     held = held_bytes(student, mesh)
-    alone = dataclasses.replace(student, teacher=config.TeacherConfig())
+    alone = dataclasses.replace(student, teacher=TeacherConfig())
     assert held["batch"] - held_bytes(alone, mesh)["batch"] == 4 * 8 * 8 * (4 + 4)
     with jax.set_mesh(mesh):
         compile_train_step(student, mesh, Distiller(student)).lower(
@@ -762,7 +764,7 @@ def large(text="2 layers", batch_size=8, mesh=(), accumulate=1, **model):
     sizes = {"d_model": 16384, "d_ff": 65536, "heads": 64, "dtype": "bfloat16"}
     fields = architecture.parse_fields(text) | sizes | model
     train = {"steps": 1, "batch_size": batch_size, "accumulate": accumulate}
-    return config.resolve({"model": fields, "mesh": dict(mesh), "train": train})
+    return resolve({"model": fields, "mesh": dict(mesh), "train": train})
 
 
 GIB = 2**30
@@ -804,7 +806,7 @@ def test_a_mesh_that_does_not_fit_names_one_that_does(compiled):
     assert not result["fits"] and "flags" not in result
     assert result["instead"]["fits"]
     assert result["instead"]["flags"] == "--config.mesh.fsdp=8"
-    assert asked == [("v5p:2x2x2", m) for m in (values.mesh, config.MeshConfig(1, fsdp=8))]
+    assert asked == [("v5p:2x2x2", m) for m in (values.mesh, MeshConfig(1, fsdp=8))]
     assert result["tried"] == [("v5p:2x2x2", "needs 98.1 GiB a chip")]
     assert "this fits: --topology=v5p:2x2x2 --config.mesh.fsdp=8 (13.14 GiB" in table(result)
     asked.clear()
@@ -850,7 +852,7 @@ def test_two_slices_where_one_is_too_small(compiled):
     # A mesh of one's own is kept, and the search for another one knows the slices, too.
     asked.clear()
     result = fit(large(batch_size=8, mesh={"data": 8}), "2xv5e:2x2")
-    assert "flags" not in result and asked[0][1] == config.MeshConfig(8, slices=2)
+    assert "flags" not in result and asked[0][1] == MeshConfig(8, slices=2)
     assert result["instead"]["topology"] == "2xv5e:2x4"
     # Two devices a chip: half of the chips, of as much memory for a device.
     result = find(large(batch_size=32), "tpu7x")
@@ -880,7 +882,7 @@ def test_a_search_leaves_an_exchange_in_two_stages(compiled):
     )
     # A teacher has its student's exchange, that of the search as well.
     student = dataclasses.replace(values, moe=moe)
-    teacher = config.adapt_teacher(large("1 layers", batch_size=32, d_model=1024), student)
+    teacher = adapt_teacher(large("1 layers", batch_size=32, d_model=1024), student)
     taught = fit(student, "v5e:4x8", teacher=teacher)
     assert taught["instead"]["flags"] == result["instead"]["flags"]
 
@@ -914,7 +916,7 @@ def test_a_search_for_decoding_leaves_groups_out(compiled):
 )
 def test_rounds_by_hand(mesh, decode, load, pieces, rounds):
     """Eight devices; a step of 64 sequences of 256 tokens, or one token of each."""
-    values = config.resolve(
+    values = resolve(
         {
             "model": architecture.parse_fields("2 layers, E=4"),
             "train": {"steps": 1, "batch_size": decode or 64},
@@ -985,9 +987,9 @@ def test_the_teacher_of_a_config_teaches_in_its_plan(there, tmp_path, monkeypatc
         return a_plan(topology, 3)
 
     monkeypatch.setattr("prmoe_jax.plan.find.fit", fit)
-    values = config.resolve(tiny.get_config("prmoe"))
+    values = resolve(tiny.get_config("prmoe"))
     if there:
-        config.save(values, tmp_path / "config.json")
+        save(values, tmp_path / "config.json")
     taught = [f"--config={tiny.__file__}:mos", f"--config.teacher.workdir={tmp_path}"]
     assert main(["plan", *taught, "--topology=v5e:2x2"]) == 0
     err = capsys.readouterr().err

@@ -12,7 +12,7 @@ import pytest
 from matplotlib.image import imread
 
 from prmoe_jax.cli import main
-from prmoe_jax.config import load, resolve, save
+from prmoe_jax.config.loading import load, resolve, save
 from prmoe_jax.report import figures
 from prmoe_jax.report.arms import Mean, arms, difference, mean, spread, verdict, write_csv
 from prmoe_jax.sweep.records import record as recorded

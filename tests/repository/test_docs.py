@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import prmoe_jax
-from prmoe_jax.config import Config, leaves
+from prmoe_jax.config.schema import Config, leaves
 
 ROOT = Path(prmoe_jax.__file__).parent.parent
 PAGES = [

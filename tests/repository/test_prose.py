@@ -8,7 +8,7 @@ import zlib
 
 import pytest
 
-from prmoe_jax.config import DataConfig
+from prmoe_jax.config.schema import DataConfig
 from prmoe_jax.data import sources
 from prmoe_jax.data.corpora import open_corpus
 from prmoe_jax.errors import UserError

@@ -10,7 +10,7 @@ import prmoe_jax
 PACKAGE = Path(prmoe_jax.__file__).parent
 # From the bottom up; a folder imports those before it. Modules at the package's top come first.
 FLOORS = (
-    "errors stores files tables boundary allocator config nn data parallel moe model run distill "
+    "errors stores files tables boundary allocator config nn parallel moe model data run distill "
     "training inference interop tasks plan bench check sweep report cli __main__"
 ).split()
 

@@ -10,7 +10,7 @@ import tarfile
 
 import pytest
 
-from prmoe_jax.config import DataConfig
+from prmoe_jax.config.schema import DataConfig
 from prmoe_jax.data.corpora import open_corpus
 from prmoe_jax.errors import UserError
 from tests.support.extras import needs_extra

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from prmoe_jax.cli import main
-from prmoe_jax.config import load
+from prmoe_jax.config.loading import load
 from prmoe_jax.errors import UserError
 from prmoe_jax.parallel.mesh import make_mesh
 from prmoe_jax.run import checkpoint, directory

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from prmoe_jax.cli import main
-from prmoe_jax.config import leaves, load
-from prmoe_jax.config.schema import declarations
+from prmoe_jax.config.loading import load
+from prmoe_jax.config.schema import declarations, leaves
 from prmoe_jax.run.metrics import read_metrics
 from tests.support.paths import GOLDENS
 

@@ -10,7 +10,7 @@ import pytest
 
 from prmoe_jax import files, stores
 from prmoe_jax.cli import main, parse_config
-from prmoe_jax.config import save
+from prmoe_jax.config.loading import save
 from prmoe_jax.data import copies
 from prmoe_jax.errors import UserError
 from prmoe_jax.stores import lock

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from prmoe_jax.data.pipeline import Batch
+from prmoe_jax.model.batch import Batch
 
 
 def make_batch(seed=0, rows=8, length=8, vocabulary=384):

@@ -20,18 +20,15 @@ jax.config.update("jax_disable_most_optimizations", True)
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
-from prmoe_jax import config  # noqa: E402
 from prmoe_jax.check import kernels  # noqa: E402
 from prmoe_jax.cli import main  # noqa: E402
-from prmoe_jax.config import (  # noqa: E402
-    Config,
-    MeshConfig,
-    architecture,  # noqa: E402
-)
-from prmoe_jax.data.pipeline import Batch  # noqa: E402
+from prmoe_jax.config import architecture  # noqa: E402
+from prmoe_jax.config.loading import resolve, save  # noqa: E402
+from prmoe_jax.config.schema import Config, DataConfig, MeshConfig  # noqa: E402
 from prmoe_jax.inference.decoder import decoder  # noqa: E402
 from prmoe_jax.inference.generate import PREFILL_CHUNK, Generator, Sampling, prefill  # noqa: E402
 from prmoe_jax.model import chunks  # noqa: E402
+from prmoe_jax.model.batch import Batch  # noqa: E402
 from prmoe_jax.model.loss import forward, totals, training_loss  # noqa: E402
 from prmoe_jax.model.transformer import init_model  # noqa: E402
 from prmoe_jax.moe import exchange, rounds  # noqa: E402
@@ -123,7 +120,7 @@ def settings(text: str, train=(), moe=(), optimizer=(), **model) -> Config:
         # A first AdamW step is the gradient's sign unless epsilon matters.
         "optimizer": {"eps": 1e-2, "clip_norm": 0.1} | dict(optimizer),
     }
-    return config.resolve(values)
+    return resolve(values)
 
 
 def spread(values: Config, mesh: dict, devices=None) -> tuple[Config, jax.sharding.Mesh]:
@@ -423,9 +420,9 @@ def evaluates(folder: str) -> None:
     for name, windows in (("run", 2), ("teacher", 3)):
         values = settings("2 layers, E=4, residual", {"batch_size": 6}, init_std=0.3)
         moe = dataclasses.replace(values.moe, group_size=windows * LENGTH, overflow="position")
-        values = dataclasses.replace(values, moe=moe, data=config.DataConfig(**data), seed=windows)
+        values = dataclasses.replace(values, moe=moe, data=DataConfig(**data), seed=windows)
         (root / name).mkdir()
-        config.save(config.resolve(dataclasses.asdict(values)), root / name / "config.json")
+        save(resolve(dataclasses.asdict(values)), root / name / "config.json")
         byte_tokenizer().save(root / name / "tokenizer.json")
         store = Checkpoints(root / name, keep=1)
         store.save_model(1, init_model(values), {})

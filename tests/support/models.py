@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from prmoe_jax import config
 from prmoe_jax.config import architecture
+from prmoe_jax.config.loading import resolve
 from prmoe_jax.model.transformer import init_model
 from prmoe_jax.nn.parameters import named_leaves
 
@@ -14,7 +14,7 @@ def build(text, moe=(), **model):
     fields = architecture.parse_fields(text) | shape | {"dtype": "float32", "init_std": 0.3}
     moe = {"min_capacity": 1} | dict(moe) if fields["experts"] else {}
     values = {"model": fields | model, "moe": moe, "train": {"steps": 1}}
-    return init_model(config.resolve(values))
+    return init_model(resolve(values))
 
 
 def layers_of(model):

@@ -19,9 +19,9 @@ from unittest import mock
 import jax
 import numpy as np
 
-from prmoe_jax import config as configs
 from prmoe_jax.cli.output import as_json, show
-from prmoe_jax.config import DataConfig
+from prmoe_jax.config.loading import load, resolve, save
+from prmoe_jax.config.schema import Config, DataConfig, changed
 from prmoe_jax.data import cache, pipeline, shards
 from prmoe_jax.data.sources import find_files, read_documents
 from prmoe_jax.data.tokenizer import Tokenizer
@@ -289,7 +289,7 @@ def _build_ours() -> None:
     config, leaves = _small_model()
     FILES.mkdir()
     byte_tokenizer().save(FILES / "tokenizer.json")
-    configs.save(config, FILES / "config.json")
+    save(config, FILES / "config.json")
     write_tensors(leaves, FILES)
 
 
@@ -367,15 +367,15 @@ def _build_run(steps: int = 10) -> None:
     data.tokenizer.save(FILES / "tokenizer.json")
 
 
-def _run_config(steps: int = 10) -> configs.Config:
+def _run_config(steps: int = 10) -> Config:
     data = {"corpus": "text", "tokenizer": "bytes", "cache_dir": "cache"}
     return settings("2 layers, E=3, residual", data=data, train={"steps": steps})
 
 
-def _build_records(config: configs.Config | None = None) -> None:
+def _build_records(config: Config | None = None) -> None:
     """The records of a complete run alone."""
     FILES.mkdir(exist_ok=True)
-    configs.save(config or _run_config(), FILES / "config.json")
+    save(config or _run_config(), FILES / "config.json")
     lines = [_line(step) for step in range(2, 11, 2)]
     eval_line = {f"eval/{name}": value for name, value in _line(10).items() if name != "step"}
     lines.append({"step": 10, **eval_line, "eval/bits_per_byte": 2.0, "eval/drop_fraction": 0.1})
@@ -388,14 +388,14 @@ def _build_records(config: configs.Config | None = None) -> None:
 
 
 def _read_config() -> list:
-    config = configs.load(FILES / "config.json")
-    return [config, cost(config.model, config.moe), configs.changed(config), config.total_steps]
+    config = load(FILES / "config.json")
+    return [config, cost(config.model, config.moe), changed(config), config.total_steps]
 
 
 def _sound_config(found: list) -> bool:
     """One that is written and read again as itself."""
     config = found[0]
-    again = configs.resolve(json.loads(json.dumps(dataclasses.asdict(config))), trained=True)
+    again = resolve(json.loads(json.dumps(dataclasses.asdict(config))), trained=True)
     return repr(again) == repr(config)
 
 
@@ -449,7 +449,7 @@ def _sound_restored(found: list) -> bool:
 
 def _recorded() -> list:
     """What `prmoe sweep` notes of a run, and shows."""
-    config = configs.load(FILES / "config.json")
+    config = load(FILES / "config.json")
     rows = records.complete(FILES, [records.record("a run", config, FILES)])
     return [rows, finished(config, FILES), records.table(rows)]
 

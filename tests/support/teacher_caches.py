@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from prmoe_jax.config import Config, DataConfig, KdConfig, ModelConfig, TeacherConfig
+from prmoe_jax.config.schema import Config, DataConfig, KdConfig, ModelConfig, TeacherConfig
 from prmoe_jax.data import pipeline
-from prmoe_jax.data.pipeline import TopKLogProbs
 from prmoe_jax.distill import teacher_cache
+from prmoe_jax.model.batch import TopKLogProbs
 
 TOP_K = 3
 

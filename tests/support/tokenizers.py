@@ -3,7 +3,7 @@
 import tokenizers
 from tokenizers.processors import TemplateProcessing
 
-from prmoe_jax.config import DataConfig
+from prmoe_jax.config.schema import DataConfig
 from prmoe_jax.data.corpora import Corpus
 from prmoe_jax.data.tokenizer import Tokenizer, load_tokenizer
 

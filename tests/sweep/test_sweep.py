@@ -19,7 +19,8 @@ import pytest
 from rich.console import Console
 
 from prmoe_jax.cli import main, parse_config
-from prmoe_jax.config import InitConfig, leaves, resolve, save
+from prmoe_jax.config.loading import resolve, save
+from prmoe_jax.config.schema import InitConfig, leaves
 from prmoe_jax.errors import UserError
 from prmoe_jax.sweep import records, run
 from prmoe_jax.sweep.definition import Run, branch, planned

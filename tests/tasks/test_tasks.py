@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from prmoe_jax.cli import main
-from prmoe_jax.config import DataConfig, resolve
+from prmoe_jax.config.loading import resolve
+from prmoe_jax.config.schema import DataConfig
 from prmoe_jax.errors import UserError
 from prmoe_jax.inference.generate import Generator, Sampling
 from prmoe_jax.parallel.mesh import make_mesh

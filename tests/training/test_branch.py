@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from prmoe_jax.cli import main
-from prmoe_jax.config import check_branch
+from prmoe_jax.config.loading import check_branch
 from prmoe_jax.errors import UserError
 from tests.support.configs import settings
 from tests.support.runs import (

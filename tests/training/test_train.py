@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from prmoe_jax.cli import main
-from prmoe_jax.config import load
+from prmoe_jax.config.loading import load
 from prmoe_jax.errors import UserError
 from prmoe_jax.run.checkpoint import Checkpoints
 from prmoe_jax.run.metrics import of_layer

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prmoe_jax import config
 from prmoe_jax.cli import main
+from prmoe_jax.config.loading import save
+from prmoe_jax.config.schema import MoeConfig
 from prmoe_jax.errors import UserError
 from prmoe_jax.model.transformer import init_model
 from prmoe_jax.nn.parameters import named_leaves
@@ -247,7 +248,7 @@ def dense(tmp_path_factory):
 
 def save_config(values, run):
     """With the backends' names left open, as a run's own."""
-    config.save(dataclasses.replace(values, moe=config.MoeConfig()), run / "config.json")
+    save(dataclasses.replace(values, moe=MoeConfig()), run / "config.json")
 
 
 def written(name, content):
