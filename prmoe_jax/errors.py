@@ -5,7 +5,7 @@ import errno
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, NoReturn
 
 LONGEST = 1000  # characters of a line for the user
@@ -51,6 +51,39 @@ class Failure(NamedTuple):
 # Functions that are called with a failure after it was printed and before the process ends, in
 # order to tell other processes.
 on_failure: list[Callable[[Failure], None]] = []
+
+
+@contextlib.contextmanager
+def refusing(
+    what: str,
+    kinds: type[Exception] | tuple[type[Exception], ...] = Exception,
+    fix: str = "",
+) -> Iterator[None]:
+    """Turns exceptions of a library or of the system into a UserError of one line.
+
+    A `UserError` and a lack of memory stay as they are.
+
+    Args:
+      what: what could not be done, such as 'x.json cannot be read'; the reason follows it.
+      kinds: the expected exceptions. By default each one is: readers of damaged files raise
+        anything.
+      fix: ends the line.
+
+    Raises:
+      UserError: the block raised such an exception.
+    """
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except kinds as error:
+        line = f"{what}: {reason(error)}"
+        raise UserError(f"{line}; {fix}" if fix else line) from error
+
+
+def reason(error: BaseException) -> str:
+    """Why something failed: the system's words if it is its error, else the first line."""
+    return getattr(error, "strerror", None) or first_line(error)
 
 
 def say(line: str) -> None:

@@ -10,13 +10,12 @@ import os
 import secrets
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from prmoe_jax import stores
-from prmoe_jax.errors import UserError
+from prmoe_jax.errors import UserError, reason, refusing
 from prmoe_jax.stores.lock import LOCK, hold, locked
 
 log = logging.getLogger(__name__)
@@ -29,21 +28,16 @@ def replace(path: Path, content: str | bytes) -> None:
     """Writes a file by `whole`; a store does so by itself.
 
     A file that already holds the content is not touched.
-
-    Raises:
-      UserError: the file cannot be written; its old content is still there.
     """
     data = content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content
-    if not stores.is_local(path):
-        _replace_object(path, data)
-        return
-    try:
-        if path.is_file() and not path.is_symlink() and path.read_bytes() == data:
+    with refusing(f"{path} cannot be written", OSError):
+        if path.is_file() and not os.path.islink(path) and path.read_bytes() == data:
             return
-        with whole(path) as file:
-            file.write(data)
-    except OSError as error:
-        raise cannot_write(path, error) from error
+        if stores.is_local(path):
+            with whole(path) as file:
+                file.write(data)
+        else:
+            stores.write(path, data)
 
 
 @contextlib.contextmanager
@@ -80,71 +74,19 @@ def remove_unfinished(folder: Path) -> None:
             _remove(path)
 
 
-def _replace_object(path: Path, data: bytes) -> None:
-    from prmoe_jax.stores import gcs
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A new folder of a disk that takes the name `folder` when the block has ended.
 
-    try:
-        if not (path.exists() and path.read_bytes() == data):
-            gcs.write(path, data)
-    except OSError as error:
-        raise cannot_write(path, error) from error
-
-
-class GrowingObject:
-    """A file in an object store that grows.
-
-    An object can't be appended to: its content is kept in memory and written whole, at most every
-    `EVERY` seconds, and rarer if that took long. What a killed process had not written is lost.
-
-    It is written to like an open file. `flush` writes it when it is time, `sync` at once.
-    """
-
-    EVERY = 30.0  # seconds
-    SHARE = 20  # the seconds from one write to the next, as a multiple of those that it took
-
-    def __init__(self, path: Path, content: bytes = b"", check: Callable[[], None] = lambda: None):
-        """Takes the content that the object has; `check` is called before each write."""
-        self._path, self._content, self._check = path, bytearray(content), check
-        self._written, self._due = len(content), time.monotonic() + self.EVERY
-
-    def write(self, data: bytes) -> None:
-        self._content += data
-
-    def flush(self) -> None:
-        if time.monotonic() >= self._due:
-            self.sync()
-
-    def sync(self) -> None:
-        """Writes the object if its content has grown; OSError if it cannot be written."""
-        from prmoe_jax.stores import gcs
-
-        if self._written == len(self._content):
-            return
-        self._check()
-        begun = time.monotonic()
-        gcs.write(self._path, bytes(self._content))
-        self._written, end = len(self._content), time.monotonic()
-        self._due = end + max(self.EVERY, self.SHARE * (end - begun))
-
-    close = sync
-
-
-def build_folder(folder: Path, build: Callable[[Path], None]) -> None:
-    """Makes a local folder by `build(temporary)` and a rename: it is complete or does not exist.
-
-    The temporary folder lies beside it under a hidden name. Files that a killed process left there
-    are removed first. If the target is an empty folder, it is replaced.
-
-    Args:
-      folder: the folder to make.
-      build: writes the content into the folder that it is given.
+    It lies beside that under a hidden name until then. Files that a killed process left there are
+    removed first. If the target is an empty folder, it is replaced.
 
     Raises:
       UserError: another process is building the same folder, or a link has the hidden name.
       OSError: the folder cannot be written, or the target exists and is not an empty folder.
     """
     folder = Path(os.path.realpath(folder))
-    temporary = folder.with_name(f".{folder.name}.tmp")
+    temporary = folder.with_name(f".{folder.name}{_TEMPORARY}")
     if temporary.is_symlink():
         raise UserError(
             f"{temporary} is a link to {os.path.realpath(temporary)}, where files would be "
@@ -152,7 +94,7 @@ def build_folder(folder: Path, build: Callable[[Path], None]) -> None:
         )
     temporary.mkdir(parents=True, exist_ok=True)
     try:
-        lock = hold(temporary / ".lock")
+        lock = hold(temporary / LOCK)
     except BlockingIOError:
         raise UserError(f"another process is writing {folder}; wait for it to end") from None
     with lock:
@@ -160,9 +102,9 @@ def build_folder(folder: Path, build: Callable[[Path], None]) -> None:
             for left in temporary.iterdir():
                 if left.is_dir() and not left.is_symlink():
                     shutil.rmtree(left)
-                elif left.name != ".lock":
+                elif left.name != LOCK:
                     left.unlink()
-            build(temporary)
+            yield temporary
             for path in [*temporary.rglob("*"), temporary]:
                 if path.is_dir():
                     _sync_folder(path)
@@ -174,7 +116,7 @@ def build_folder(folder: Path, build: Callable[[Path], None]) -> None:
             raise
         # If the lock were removed before the rename, another process could lock a new file and
         # empty the folder.
-        (folder / ".lock").unlink(missing_ok=True)
+        (folder / LOCK).unlink(missing_ok=True)
         _sync_folder(folder.parent)
 
 
@@ -243,11 +185,11 @@ def check_free_in_store(folder: Path, option: str) -> None:
 
 def cannot_write(path: Path, error: OSError) -> UserError:
     """Makes the error to raise when a file could not be written."""
-    return UserError(f"{path} cannot be written: {error.strerror or error}")
+    return UserError(f"{path} cannot be written: {reason(error)}")
 
 
 def cannot_read(path: Path, error: OSError) -> UserError:
-    return UserError(f"{path} cannot be read: {error.strerror or error}")
+    return UserError(f"{path} cannot be read: {reason(error)}")
 
 
 def is_plain(name: Any) -> bool:
@@ -270,16 +212,11 @@ def regular(path: Path, hint: str = "") -> Path:
     Args:
       path: the file.
       hint: text to add to the message if the file is missing.
-
-    Raises:
-      UserError: the path is missing, or is not a regular file.
     """
-    try:
+    with refusing(f"{path} cannot be read", OSError):
         if path.is_file():
             return path
         found = path.exists()
-    except OSError as error:
-        raise cannot_read(path, error) from None
     raise UserError(f"{path} is not a regular file" if found else f"{path} is missing{hint}")
 
 
@@ -307,16 +244,12 @@ def read_json(path: Path, kind: type = dict, fix: str = "restore a copy of it") 
       path: the file.
       kind: the type that the value must have.
       fix: advice about a damaged file, for the message.
-
-    Raises:
-      UserError: the file cannot be read, is not UTF-8 JSON, or holds another type.
     """
-    try:
+    with (
+        refusing(f"{path} cannot be read", OSError),
+        refusing(f"{path} is damaged", ValueError, fix=fix),
+    ):
         value = parse_json(read(path))
-    except OSError as error:
-        raise cannot_read(path, error) from None
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}; {fix}") from None
     if not isinstance(value, kind):
         found = type(value).__name__
         raise UserError(f"{path} is damaged: it holds {found}, not {kind.__name__}; {fix}")
@@ -334,16 +267,11 @@ def read_json_lines(
       path: the file.
       kinds: names that every object must have, with the type or types of the value.
       fix: advice about a damaged line, for the message.
-
-    Raises:
-      UserError: the file cannot be read, or a line is not such an object; names the line.
     """
-    try:
+    with refusing(f"{path} cannot be read", OSError):
+        if not path.exists():
+            return []
         *lines, torn = read(path).split(b"\n")
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise cannot_read(path, error) from None
     if torn and _is_object(torn):
         lines.append(torn)  # some editors leave out the last newline
     elif torn:
@@ -351,10 +279,8 @@ def read_json_lines(
     rows = []
     for number, line in enumerate(lines, 1):
         where = f"{path}, line {number},"
-        try:
+        with refusing(f"{where} is damaged", ValueError, fix=fix):
             row = parse_json(line)
-        except ValueError as error:
-            raise UserError(f"{where} is damaged: {error}; {fix}") from None
         require(row, kinds, where, fix)
         rows.append(row)
     return rows
@@ -368,9 +294,6 @@ def require(row: Any, kinds: Mapping[str, type | tuple[type, ...]], where: str, 
       kinds: each name that it must have, with the type or types of the value.
       where: the file and the place in it, for the message.
       fix: advice for the user, for the message.
-
-    Raises:
-      UserError: a name is missing, or its value is of another type.
     """
     if not isinstance(row, dict):
         raise UserError(f"{where} is damaged: not an object but {type(row).__name__}; {fix}")

@@ -229,7 +229,7 @@ def measure_importance(
 def _expert_load(workdir: Path, step: int, layer: int) -> list[float]:
     """Each expert's share of the choices, as last logged by the teacher's run up to `step`."""
     name = f"layers/{layer:02d}/expert_load"
-    for line in reversed(read_metrics(workdir / "metrics.jsonl")):
+    for line in reversed(read_metrics(workdir / workdirs.METRICS)):
         load = line.get(f"eval/{name}", line.get(name))
         if line["step"] <= step and load:
             return load

@@ -204,7 +204,7 @@ def _tokenizer(source: Path, kind: str) -> Tokenizer:
 def _card(config: Config, step: int, workdir: Path) -> str:
     """A model card that describes the weights."""
     size, model = cost(config.model, config.moe), config.model
-    lines = [line for line in read_metrics(workdir / "metrics.jsonl") if "eval/loss" in line]
+    lines = [line for line in read_metrics(workdir / workdirs.METRICS) if "eval/loss" in line]
     measured = ""
     if lines:
         last = lines[-1]

@@ -21,7 +21,7 @@ from orbax.checkpoint import checkpoint_managers as preservation
 from prmoe_jax import files, stores
 from prmoe_jax.config.schema import Config
 from prmoe_jax.data.tokenizer import Tokenizer
-from prmoe_jax.errors import TrainingStopped, UserError, first_line, is_out_of_memory
+from prmoe_jax.errors import TrainingStopped, UserError, first_line, is_out_of_memory, refusing
 from prmoe_jax.model.state import TrainState
 from prmoe_jax.model.transformer import Transformer, init_model
 from prmoe_jax.nn.parameters import from_named, named_leaves
@@ -79,15 +79,12 @@ class Checkpoints:
                 cleanup_tmp_directories=keep is not None,
                 read_only=keep is None,
             )
-            try:
+            advice = "delete the files _CHECKPOINT_METADATA in their folders, which only tell times"
+            unlisted = f"the checkpoints in {self._directory} cannot be listed"
+            with refusing(unlisted, _UNLISTED, fix=advice):
                 self._manager = ocp.CheckpointManager(
                     self._directory, options=options, item_names=("model", "optimizer", "data")
                 )
-            except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-                raise UserError(
-                    f"the checkpoints in {self._directory} cannot be listed ({first_line(error)}); "
-                    "delete the files _CHECKPOINT_METADATA in their folders, which only tell times"
-                ) from error
 
     def save(self, step: int, state: TrainState, data: dict) -> None:
         """Starts writing a checkpoint; returns when the arrays may be overwritten.
@@ -99,17 +96,22 @@ class Checkpoints:
         named = {"model": named_leaves(state.model), "optimizer": named_leaves(state.optimizer)}
         if self._local:
             self._check_room(named)
+        arrays = {part: ocp.args.StandardSave(leaves) for part, leaves in named.items()}
+        self._save(step, named, arrays, data)
+
+    def save_model(self, step: int, model: Transformer, data: dict) -> None:
+        """Writes a checkpoint of a model alone, from which training cannot resume."""
+        named = named_leaves(model)
+        arrays = ocp.args.PyTreeSave(named, ocdbt_target_data_file_size=FILE_BYTES)
+        self._save(step, {"model": named}, {"model": arrays}, data)
+        self.wait()
+
+    def _save(self, step: int, named: dict, arrays: dict, data: dict) -> None:
+        """Starts writing arrays and a data record, with the checksums of both."""
         sums = {part: checksums(named[part]) for part in named} | {"record": _digest(data)}
-        record = data | {"checksums": sums}
-        items = ocp.args.Composite(
-            model=ocp.args.StandardSave(named["model"]),
-            optimizer=ocp.args.StandardSave(named["optimizer"]),
-            data=ocp.args.JsonSave(record),
-        )
-        try:
-            saved = self._manager.save(step, args=items)
-        except Exception as error:
-            raise self._cannot_write(error) from error
+        record = ocp.args.JsonSave(data | {"checksums": sums})
+        with self._writing():
+            saved = self._manager.save(step, args=ocp.args.Composite(**arrays, data=record))
         if not saved and step != self.latest():
             raise UserError(f"checkpoint {step} was not written to {self._directory}")
 
@@ -121,36 +123,15 @@ class Checkpoints:
             error = OSError(f"it needs {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free")
             raise self._cannot_write(error)
 
-    def save_model(self, step: int, model: Transformer, data: dict) -> None:
-        """Writes a checkpoint of a model alone, from which training cannot resume.
-
-        Raises:
-          UserError: the checkpoint could not be written.
-        """
-        named = named_leaves(model)
-        record = data | {"checksums": {"model": checksums(named), "record": _digest(data)}}
-        items = ocp.args.Composite(
-            model=ocp.args.PyTreeSave(named, ocdbt_target_data_file_size=FILE_BYTES),
-            data=ocp.args.JsonSave(record),
-        )
-        try:
-            saved = self._manager.save(step, args=items)
-        except Exception as error:
-            raise self._cannot_write(error) from error
-        self.wait()
-        if not saved:
-            raise UserError(f"checkpoint {step} was not written to {self._directory}")
-
     def wait(self) -> None:
-        """Waits until every checkpoint is complete on disk.
-
-        Raises:
-          UserError: a checkpoint could not be written.
-        """
-        try:
+        """Waits until every checkpoint is complete on disk."""
+        with self._writing():
             self._manager.wait_until_finished()
-        except Exception as error:
-            raise self._cannot_write(error) from error
+
+    def close(self) -> None:
+        """Waits for the checkpoint that is being written, if any."""
+        with self._writing():
+            self._manager.close()
 
     def steps(self) -> list[int]:
         """The steps of all complete checkpoints, in ascending order."""
@@ -160,61 +141,48 @@ class Checkpoints:
         """The step of the newest complete checkpoint, None without one."""
         return max(self.steps(), default=None)
 
-    def restore(self, shapes: TrainState, mesh: Mesh) -> tuple[int, TrainState, dict] | None:
-        """Restores the newest checkpoint that can be read: its step, state and data record.
+    def restore(
+        self, shapes: TrainState, mesh: Mesh, step: int | None = None
+    ) -> tuple[int, TrainState, dict] | None:
+        """Restores a checkpoint: its step, state and data record.
 
-        A damaged checkpoint is moved to the workdir's folder damaged-STEP with a warning, and the
-        one before it is used. A run of several processes stops after the move instead. A failure
-        for another reason (memory, permissions, a network) moves nothing. Returns None if the
-        folder has no checkpoint; `check_new` checks whether all were moved away before.
+        By default it is the newest one that can be read. A damaged checkpoint is then moved to the
+        workdir's folder damaged-STEP with a warning, and the one before it is used. A run of
+        several processes stops after the move instead. A failure for another reason (memory,
+        permissions, a network) moves nothing. Returns None if the folder has no checkpoint;
+        `check_new` checks whether all were moved away before.
 
         Args:
           shapes: the shapes of the state.
           mesh: the mesh on which the arrays are placed.
+          step: the step of the only checkpoint that will do; nothing is moved then.
 
         Raises:
-          UserError: there are checkpoints, but none can be read, or all hold a model alone.
+          UserError: there are checkpoints, but none can be read, or all hold a model alone; there
+            is no checkpoint of `step`, or it can't be read.
           TrainingStopped: a checkpoint is damaged, and the run has several processes.
         """
+        if step is not None:
+            self._check_has(step)
+            with self._refusing_damage(step):
+                return step, *self._read_state(step, shapes, mesh)
         steps = self.steps()[::-1]
-        if steps and all(self._is_model_alone(step) for step in steps):
+        if steps and all(self._is_model_alone(one) for one in steps):
             raise UserError(
                 f"checkpoint {steps[0]} in {self._directory} holds a model alone; train another "
                 "run that starts as it, by --config.init.workdir"
             )
-        for step in steps:
+        for one in steps:
             try:
-                return step, *self._read_state(step, shapes, mesh)
+                return one, *self._read_state(one, shapes, mesh)
             except Damaged as damage:
-                self._set_aside(step, damage)
+                self._set_aside(one, damage)
         if steps:  # all of them were moved away
             self.check_new()
         return None
 
-    def restore_step(
-        self, step: int, shapes: TrainState, mesh: Mesh
-    ) -> tuple[int, TrainState, dict]:
-        """Restores the checkpoint of one step, and moves nothing: its step, state and data record.
-
-        Args:
-          step: the checkpoint's step.
-          shapes: the shapes of the state.
-          mesh: the mesh on which the arrays are placed.
-
-        Raises:
-          UserError: there is no such checkpoint, or it cannot be read.
-        """
-        self._check_has(step)
-        with self._refusing(step):
-            return step, *self._read_state(step, shapes, mesh)
-
     def _read_state(self, step: int, shapes: TrainState, mesh: Mesh) -> tuple[TrainState, dict]:
-        """Reads a checkpoint's state and data record.
-
-        Raises:
-          Damaged: the files are not as they were written.
-          UserError: the files cannot be read now.
-        """
+        """Reads a checkpoint's state and data record; raises as `_read` does."""
         parts = {"model": shapes.model, "optimizer": shapes.optimizer}
         arguments = {part: _restore_arguments(tree, mesh) for part, tree in parts.items()}
         record = self.record(step)
@@ -252,10 +220,6 @@ class Checkpoints:
           config: the run's config.
           mesh: the mesh on which the arrays are placed.
           step: the checkpoint's step; the newest checkpoint by default.
-
-        Raises:
-          UserError: there is no such checkpoint, it cannot be read, or the run's tokenizer.json is
-            not the one that the model was trained with.
         """
         if step is not None:
             self._check_has(step)
@@ -266,7 +230,7 @@ class Checkpoints:
         fix = "restore a copy of it"
         if step == max(steps := self.steps()) > min(steps) and self._has(step, "optimizer"):
             fix = "resume the training, which falls back to the one before it"
-        with self._refusing(step, f"; {fix}"):
+        with self._refusing_damage(step, fix):
             record = self.record(step) if self._has(step, "data") else {}
             items = self._read(step, model=_restore_arguments(shapes, mesh))
             _verify({"model": items["model"]}, record)
@@ -293,32 +257,19 @@ class Checkpoints:
         return record
 
     def fingerprint(self, step: int) -> dict:
-        """What a checkpoint's run read, from its data record; empty where it has none.
-
-        Raises:
-          UserError: the record cannot be read.
-        """
-        with self._refusing(step):
+        """What a checkpoint's run read, from its data record; empty where it has none."""
+        with self._refusing_damage(step):
             return self.record(step).get("fingerprint", {}) if self._has(step, "data") else {}
 
+    def _refusing_damage(self, step: int, fix: str = ""):
+        what = f"checkpoint {step} in {self._directory} cannot be read"
+        return refusing(what, Damaged, fix=fix)
+
     @contextlib.contextmanager
-    def _refusing(self, step: int, fix: str = "") -> Iterator[None]:
-        """Turns `Damaged` into a UserError."""
+    def _writing(self) -> Iterator[None]:
+        """Turns whatever Orbax raises when it writes into the error of `_cannot_write`."""
         try:
             yield
-        except Damaged as damage:
-            raise UserError(
-                f"checkpoint {step} in {self._directory} cannot be read ({damage}){fix}"
-            ) from damage
-
-    def close(self) -> None:
-        """Waits for the checkpoint that is being written, if any.
-
-        Raises:
-          UserError: it could not be written.
-        """
-        try:
-            self._manager.close()
         except Exception as error:
             raise self._cannot_write(error) from error
 
@@ -366,11 +317,7 @@ class Checkpoints:
             )
 
     def _set_aside(self, step: int, damage: "Damaged") -> None:
-        """Moves a damaged checkpoint out of the way.
-
-        Raises:
-          TrainingStopped: there are several processes, and others may have read it without error.
-        """
+        """Moves a damaged checkpoint out of the way."""
         log.warning("checkpoint %d cannot be read: %s", step, damage)
         parent = self._directory.parent
         names = (f"damaged-{step}{f'-{n}' if n else ''}" for n in itertools.count())
@@ -407,6 +354,10 @@ class Checkpoints:
 
 class Damaged(Exception):
     """A checkpoint's files are not as they were written."""
+
+
+# What Orbax raises when it lists checkpoints with damaged records of their times.
+_UNLISTED = ArithmeticError, AttributeError, LookupError, TypeError, ValueError
 
 
 def checksums(named: dict[str, jax.Array]) -> dict[str, int]:

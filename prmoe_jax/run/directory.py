@@ -24,6 +24,7 @@ from prmoe_jax.errors import UserError
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
 CHECKPOINTS = "checkpoints"
+METRICS = "metrics.jsonl"
 RECORDED_PACKAGES = (
     "prmoe_jax jax jaxlib flax optax orbax-checkpoint grain tensorflow-datasets tokenizers numpy"
 )
@@ -101,11 +102,7 @@ def _git(*arguments: str) -> str | None:
 
 
 def check_outside_checkpoints(named: str, folder: Path) -> None:
-    """Refuses a folder among the checkpoints of a run, which could not be read any more.
-
-    Raises:
-      UserError: it lies there; `named` is the option that names it.
-    """
+    """Refuses a folder among the checkpoints of a run, which could not be read any more."""
     real = Path(os.path.realpath(folder)) if stores.is_local(folder) else folder
     for place in (real, *real.parents):
         if place.name == CHECKPOINTS and (place.parent / CONFIG).exists():

@@ -10,7 +10,7 @@ from prmoe_jax import files, stores
 from prmoe_jax.config.loading import save
 from prmoe_jax.config.schema import Config
 from prmoe_jax.data.tokenizer import Tokenizer
-from prmoe_jax.errors import UserError
+from prmoe_jax.errors import UserError, refusing
 from prmoe_jax.model.transformer import Transformer
 from prmoe_jax.run import directory as workdirs
 from prmoe_jax.run.checkpoint import Checkpoints
@@ -33,9 +33,6 @@ def write_run(
       model: the run's model.
       tokenizer: the run's tokenizer.
       text: the fingerprint of the text that the model was trained on, as `trained_text` has it.
-
-    Raises:
-      UserError: the folder cannot be written.
     """
 
     def build(folder: Path) -> None:
@@ -71,14 +68,13 @@ def write_folder(
     For an object store, `last` names the file that completes the folder. Without it, `build` writes
     to the store itself.
     """
-    try:
+    expected = OSError, RuntimeError, SafetensorError
+    with refusing(f"--{option}={folder} cannot be written", expected):
         if stores.is_local(folder):
-            files.build_folder(folder, build)
+            with files.whole_folder(folder) as temporary:
+                build(temporary)
         elif last:
             files.build_in_store(folder, f"--{option}", build, last)
         else:
             with files.building_in_store(folder, f"--{option}"):
                 build(folder)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        line = str(getattr(error, "strerror", None) or error).partition("\n")[0][:200]
-        raise UserError(f"--{option}={folder} cannot be written: {line}") from error

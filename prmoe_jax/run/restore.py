@@ -71,9 +71,6 @@ def restore_model(
 
     Returns:
       The checkpoint's step, and the model.
-
-    Raises:
-      UserError: there is no such checkpoint, or it cannot be read.
     """
     config = _with_attention(config)
     check_backends(config, jax.default_backend(), mesh)
@@ -105,9 +102,6 @@ def check_text(workdir: Path, config: Config, fingerprint: str) -> None:
       workdir: the run's folder.
       config: the run's config.
       fingerprint: that of `config.data.corpus` as it is now.
-
-    Raises:
-      UserError: it is another text.
     """
     if trained_text(workdir).get("corpus", fingerprint) != fingerprint:
         raise UserError(

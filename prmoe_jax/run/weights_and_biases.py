@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from prmoe_jax.config.schema import Config
-from prmoe_jax.errors import UserError, first_line
+from prmoe_jax.errors import UserError, first_line, refusing
 
 log = logging.getLogger(__name__)
 
@@ -35,14 +35,13 @@ class WandbRun:
           config: `log.wandb` is the project.
           workdir: the run's folder, whose name becomes the run's.
           begun: when the run was started for the first time; with the folder it identifies the run.
-
-        Raises:
-          UserError: it can't be started, for example without a login.
         """
         import wandb
 
         identity = hashlib.sha256(f"{os.fspath(workdir)} {begun}".encode()).hexdigest()[:12]
-        try:
+        advice = "run wandb login, or set WANDB_MODE=offline"
+        failures = wandb.errors.Error, OSError
+        with refusing(f"log.wandb={config.log.wandb}", failures, fix=advice):
             self._run = wandb.init(
                 project=config.log.wandb,
                 name=workdir.name,
@@ -51,11 +50,6 @@ class WandbRun:
                 config=dataclasses.asdict(config),
                 settings=wandb.Settings(silent=True, console="off"),
             )
-        except (wandb.errors.Error, OSError) as error:
-            raise UserError(
-                f"log.wandb={config.log.wandb}: {first_line(error)}; run wandb login, or set "
-                "WANDB_MODE=offline"
-            ) from error
         # W&B's own counter never goes back, but a resumed run does.
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")

@@ -10,4 +10,5 @@ from prmoe_jax.stores.paths import (
     no_link,
     scheme,
     upload,
+    write,
 )

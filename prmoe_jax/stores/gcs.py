@@ -3,7 +3,6 @@
 Importing this module needs the extra [gcs].
 """
 
-import asyncio
 import contextlib
 import errno
 import json
@@ -25,6 +24,8 @@ from etils import epath
 from fsspec.asyn import sync_wrapper
 from gcsfs.core import GCSFileSystem  # gcsfs.GCSFileSystem asks by gRPC for the kind of a bucket
 from gcsfs.retry import HttpError, is_retriable
+from google.api_core.exceptions import RetryError
+from google.api_core.retry import AsyncRetry
 
 from prmoe_jax.errors import first_line
 
@@ -34,6 +35,7 @@ log = logging.getLogger(__name__)
 # gcsfs itself repeats it for half a minute.
 PATIENCE = 300.0
 LONGEST_WAIT = 30.0  # seconds between two attempts
+_OBJECT = "b/{}/o/{}"  # the part of a URL that names an object
 
 
 class Version(NamedTuple):
@@ -54,70 +56,31 @@ class PatientGCS(GCSFileSystem):
     def __init__(self, *arguments, **named):
         super().__init__(*arguments, **{"use_listings_cache": False} | named)
         self._failing_since = math.inf
-        self._given_up = -math.inf  # when a request lost patience last
 
     async def _call(self, method, path, *arguments, **named):
-        begun, wait = time.monotonic(), 1.0
-        if begun < self._given_up + LONGEST_WAIT:  # the command is ending: one attempt takes 30 s
-            raise OSError(errno.EIO, "the object store fails", _named(path, arguments))
-        while True:
-            try:
-                answer = await super()._call(method, path, *arguments, **named)
+        # All requests lose patience together.
+        failing = max(0.0, time.monotonic() - self._failing_since)
+        repeat = AsyncRetry(
+            predicate=_may_pass,
+            maximum=LONGEST_WAIT,
+            timeout=PATIENCE - failing,
+            on_error=self._failed,
+        )
+        try:
+            answer = await repeat(super()._call)(method, path, *arguments, **named)
+        except Exception as error:
+            cause = error.cause if isinstance(error, RetryError) else error
+            if not _may_pass(cause):
                 self._failing_since = math.inf
-                return answer
-            except Exception as error:
-                if not _may_pass(error):
-                    self._failing_since = math.inf
-                    raise _as_os_error(error, _named(path, arguments)) from error
-                # All requests lose patience together.
-                self._failing_since = min(self._failing_since, begun)
-                left = self._failing_since + PATIENCE - time.monotonic()
-                if left <= 0:
-                    self._given_up = time.monotonic()
-                    raise _as_os_error(error, _named(path, arguments)) from error
-                log.warning(
-                    "the object store fails (%s); trying again for %.0f s", first_line(error), left
-                )
-            await asyncio.sleep(min(wait, left))
-            wait = min(2 * wait, LONGEST_WAIT)
+            raise _as_os_error(cause, _named(path, arguments)) from error
+        self._failing_since = math.inf
+        return answer
 
     call = sync_wrapper(_call)
 
-    async def _read(self, path: str) -> Version:
-        bucket, name, _ = self.split_path(path)
-        while True:
-            headers, about = await self._call("GET", "b/{}/o/{}", bucket, name)
-            described = json.loads(about)
-            generation = described["generation"]
-            try:
-                _, content = await self._call(
-                    "GET", "b/{}/o/{}", bucket, name, alt="media", generation=generation
-                )
-            except FileNotFoundError:  # replaced since, or deleted
-                continue
-            written = datetime.fromisoformat(described["updated"])
-            age = parsedate_to_datetime(headers["Date"]) - written
-            return Version(content, int(generation), max(0.0, age.total_seconds()))
-
-    async def _write_if(self, path: str, content: bytes, generation: int) -> int:
-        bucket, name, _ = self.split_path(path)
-        described = await self._call(
-            "POST",
-            f"{self._location}/upload/storage/v1/b/{quote(bucket)}/o",
-            uploadType="media",
-            name=name,
-            ifGenerationMatch=str(generation),
-            headers={"Content-Type": "text/plain"},
-            data=content,
-            json_out=True,
-        )
-        return int(described["generation"])
-
-    async def _delete_if(self, path: str, generation: int) -> None:
-        bucket, name, _ = self.split_path(path)
-        await self._call("DELETE", "b/{}/o/{}", bucket, name, ifGenerationMatch=str(generation))
-
-    read, write_if, delete_if = map(sync_wrapper, (_read, _write_if, _delete_if))
+    def _failed(self, error: Exception) -> None:
+        self._failing_since = min(self._failing_since, time.monotonic())
+        log.warning("the object store fails (%s)", first_line(error))
 
 
 def as_path(text: str) -> epath.Path:
@@ -127,7 +90,18 @@ def as_path(text: str) -> epath.Path:
 
 def read(path: Path) -> Version:
     """Reads an object with its generation; FileNotFoundError if there is none."""
-    return _store().read(os.fspath(path))
+    store, bucket, name = _located(path)
+    while True:
+        headers, about = store.call("GET", _OBJECT, bucket, name)
+        described = json.loads(about)
+        generation = described["generation"]
+        with contextlib.suppress(FileNotFoundError):  # replaced since, or deleted
+            _, content = store.call(
+                "GET", _OBJECT, bucket, name, alt="media", generation=generation
+            )
+            written = datetime.fromisoformat(described["updated"])
+            age = parsedate_to_datetime(headers["Date"]) - written
+            return Version(content, int(generation), max(0.0, age.total_seconds()))
 
 
 def write_if(path: Path, content: bytes, generation: int) -> int:
@@ -137,12 +111,24 @@ def write_if(path: Path, content: bytes, generation: int) -> int:
       FileExistsError: it has another generation. If an attempt failed, it may be our own.
       FileNotFoundError: the bucket does not exist.
     """
-    return _store().write_if(os.fspath(path), content, generation)
+    store, bucket, name = _located(path)
+    described = store.call(
+        "POST",
+        f"{store._location}/upload/storage/v1/b/{quote(bucket)}/o",
+        uploadType="media",
+        name=name,
+        ifGenerationMatch=str(generation),
+        headers={"Content-Type": "text/plain"},
+        data=content,
+        json_out=True,
+    )
+    return int(described["generation"])
 
 
 def delete_if(path: Path, generation: int) -> None:
     """Deletes an object; FileExistsError if it has another generation."""
-    _store().delete_if(os.fspath(path), generation)
+    store, bucket, name = _located(path)
+    store.call("DELETE", _OBJECT, bucket, name, ifGenerationMatch=str(generation))
 
 
 def write(path: Path, content: bytes) -> None:
@@ -157,8 +143,8 @@ def upload(file: Path, path: Path) -> None:
 
 def ask(folder: Path) -> None:
     """Asks for the name of one object; OSError if there is no such bucket, or no permission."""
-    bucket, name, _ = _store().split_path(os.fspath(folder))
-    _store().call("GET", "b/{}/o", bucket, prefix=f"{name}/", maxResults="1")
+    store, bucket, name = _located(folder)
+    store.call("GET", "b/{}/o", bucket, prefix=f"{name}/", maxResults="1")
 
 
 def find(folder: Path) -> list[Path]:
@@ -183,6 +169,12 @@ def move_folder(source: Path, target: Path, last: str) -> None:
         if f"{old}/{last}" in names:
             store.rm_file(f"{old}/{last}")
         store.rm(old, recursive=True)
+
+
+def _located(path: Path) -> tuple[PatientGCS, str, str]:
+    """The store, and the bucket and the name of an object in it."""
+    bucket, name, _ = _store().split_path(os.fspath(path))
+    return _store(), bucket, name
 
 
 def _store() -> PatientGCS:

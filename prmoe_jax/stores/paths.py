@@ -12,7 +12,7 @@ from pathlib import Path
 
 from etils import epath
 
-from prmoe_jax.errors import UserError
+from prmoe_jax.errors import UserError, refusing
 
 # A scheme at the start of a text. pathlib folds the two slashes into one.
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(//?)")
@@ -20,11 +20,7 @@ KNOWN = ("gs",)
 
 
 def scheme(text: str | os.PathLike) -> str:
-    """The scheme of a text such as gs://bucket/run, '' for a local path.
-
-    Raises:
-      UserError: no store has this scheme, a slash was lost, or the bucket is missing.
-    """
+    """The scheme of a text such as gs://bucket/run, '' for a local path."""
     text = os.fspath(text)
     found = _SCHEME.match(text)
     if not found:
@@ -44,11 +40,7 @@ def scheme(text: str | os.PathLike) -> str:
 
 
 def as_path(text: str | os.PathLike) -> Path:
-    """The path that a text names, local or in a store.
-
-    Raises:
-      UserError: the text names a store that is unknown, or whose library is not installed.
-    """
+    """The path that a text names, local or in a store."""
     if not scheme(text):
         return Path(text)
     try:
@@ -66,9 +58,6 @@ def expand(name: str, text: str | os.PathLike) -> Path:
     Args:
       name: the setting's name, for the error message.
       text: the setting's value.
-
-    Raises:
-      UserError: the home directory cannot be determined, or the store cannot be used.
     """
     try:
         path = as_path(text)
@@ -80,11 +69,7 @@ def expand(name: str, text: str | os.PathLike) -> Path:
 
 
 def as_local_path(text: str | os.PathLike) -> Path:
-    """The local path that a text names.
-
-    Raises:
-      UserError: the text names a place in a store, known or not.
-    """
+    """The local path that a text names."""
     if scheme(text):
         raise UserError(f"{os.fspath(text)} is in an object store; only local folders work here")
     return Path(text)
@@ -111,19 +96,13 @@ def no_link(path: str, flags: int) -> int:
 
 
 def check_reachable(folder: Path, named: str) -> None:
-    """Checks that a folder's store can be read, if it is in one.
-
-    Raises:
-      UserError: there is no such bucket, no permission or no answer; `named` begins the message.
-    """
+    """Checks that a folder's store can be read, if it is in one."""
     if is_local(folder):
         return
     from prmoe_jax.stores import gcs
 
-    try:
+    with refusing(f"{named}={folder} cannot be used", OSError):
         gcs.ask(folder)
-    except OSError as error:
-        raise UserError(f"{named}={folder} cannot be used: {error.strerror or error}") from None
 
 
 def delete_folder(folder: Path) -> None:
@@ -133,6 +112,17 @@ def delete_folder(folder: Path) -> None:
       OSError: something cannot be deleted.
     """
     epath.Path(folder).rmtree()
+
+
+def write(path: Path, content: bytes) -> None:
+    """Writes an object of a store whole: readers see the old content or the new one.
+
+    Raises:
+      OSError: the store fails.
+    """
+    from prmoe_jax.stores import gcs
+
+    gcs.write(path, content)
 
 
 def upload(folder: Path, target: Path, last: str = "") -> None:

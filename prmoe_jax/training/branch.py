@@ -21,11 +21,7 @@ from prmoe_jax.training.upcycle import reading_source, source_of
 
 
 def check(config: Config) -> None:
-    """Checks that a run can go on from the one in `config.init.workdir`.
-
-    Raises:
-      UserError: the folder holds no run, or a run with other settings.
-    """
+    """Checks that a run can go on from the one in `config.init.workdir`."""
     with reading_source():
         workdir, trunk = source_of(config)
         check_branch(trunk, config, f"the run in {workdir}")
@@ -45,17 +41,13 @@ def restore(config: Config, shapes: TrainState, mesh: Mesh) -> tuple[int, TrainS
     with reading_source():
         trunk = Checkpoints(expand("init.workdir", config.init.workdir))
         with contextlib.closing(trunk):
-            step, state, record = trunk.restore_step(config.init.step, shapes, mesh)
+            step, state, record = trunk.restore(shapes, mesh, config.init.step)
     record.pop("productive_s", None)  # the trunk's seconds; the branch's wall time starts now
     return step, state, record
 
 
 def copy_metrics(config: Config, workdir: Path) -> None:
-    """Starts the branch's metrics.jsonl with the lines that its trunk wrote up to there.
-
-    Raises:
-      UserError: the trunk's metrics.jsonl cannot be read, or the branch's cannot be written.
-    """
+    """Starts the branch's metrics.jsonl with the lines that its trunk wrote up to there."""
     with reading_source():
         lines = read_metrics(expand("init.workdir", config.init.workdir) / METRICS)
     kept = [line for line in lines if line["step"] <= config.init.step]

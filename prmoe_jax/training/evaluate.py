@@ -49,9 +49,6 @@ def evaluate_model(
     Returns:
       loss (nats per token), perplexity, bits_per_byte (of the text, including document ends),
       tokens, drop_fraction, aux_loss and the per-layer statistics of `metrics.summarise`.
-
-    Raises:
-      UserError: the split has no text.
     """
     if not (data.validation.tokens and data.validation.text_bytes):
         raise UserError(
