@@ -12,19 +12,17 @@ import os
 import re
 import signal
 import sys
-import tempfile
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
 
 import jax
 from jax._src import distributed  # the store has no public name
 
 from prmoe_jax import errors, files, stores
-from prmoe_jax.errors import Failure, UserError, first_line, is_out_of_memory
+from prmoe_jax.errors import Failure, UserError, first_line, is_out_of_memory, refusing
 
 # Seconds within which all processes must have started.
 JOIN_SECONDS = 40
@@ -52,19 +50,17 @@ def initialize_distributed() -> Iterator[None]:
       UserError: the run's processes are unknown, or don't find each other.
     """
     arguments = _arguments()
-    _keep_output_ours()
+    _keep_standard_output()
     _end_in_one_line_on_abort()
-    try:
+    advice = f"start it on a TPU pod, under SLURM or on GKE, or give {', '.join(VARIABLES)}"
+    unknown = "--distributed: the processes of this run were not found"
+    with refusing(unknown, (RuntimeError, ValueError), fix=advice):
         jax.distributed.initialize(
             **arguments,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             initialization_timeout=JOIN_SECONDS,
         )
-    except (RuntimeError, ValueError) as error:
-        raise UserError(
-            f"--distributed: the processes of this run were not found ({first_line(error)}); "
-            f"start it on a TPU pod, under SLURM or on GKE, or give {', '.join(VARIABLES)}"
-        ) from error
+    _joined.set()
     errors.on_failure.append(_tell_others)
     watch = threading.Thread(target=_watch, daemon=True)
     watch.start()
@@ -156,7 +152,7 @@ def of_first(value):
     if _number() == 0:
         _client().key_value_set(key, json.dumps(value))
         return value
-    return json.loads(_wait(key))
+    return json.loads(_wait(key.removesuffix("first"), 1)[key])
 
 
 def gathered(value) -> list:
@@ -165,8 +161,7 @@ def gathered(value) -> list:
         return [value]
     name = f"prmoe/{next(_calls)}/all/"
     _client().key_value_set(f"{name}{_number()}", json.dumps(value))
-    while len(found := dict(_client().key_value_dir_get(name))) < _count():
-        time.sleep(POLL_SECONDS / 5)
+    found = _wait(name, _count())
     return [json.loads(found[f"{name}{number}"]) for number in range(_count())]
 
 
@@ -174,13 +169,11 @@ def barrier() -> None:
     """Waits until all processes have called this."""
     if _count() == 1:
         return
-    name = f"prmoe/{next(_calls)}/"
-    _client().key_value_set(f"{name}here/{_number()}", "")
+    name = f"prmoe/{next(_calls)}/here/"
+    _client().key_value_set(f"{name}{_number()}", "")
     if _number() == 0:
-        while len(_client().key_value_dir_get(f"{name}here/")) < _count():
-            time.sleep(POLL_SECONDS / 5)
-        _client().key_value_set(f"{name}all", "")
-    _wait(f"{name}all")
+        _wait(name, _count())
+    of_first(None)
 
 
 @contextlib.contextmanager
@@ -190,36 +183,19 @@ def main_process_first(cache: Path) -> Iterator[None]:
     The others have caches of their own, and run it at once.
 
     Args:
-      cache: this process's folder of caches.
+      cache: this process's folder of caches. Nothing is written into one that is read-only, and so
+        complete.
     """
-    waits = _sees_first(cache) and _number() > 0
+    waits = False
+    if _count() > 1:
+        with contextlib.suppress(OSError):
+            cache.mkdir(parents=True, exist_ok=True)
+        waits = of_first(os.access(cache, os.W_OK)) and _sees_first(cache) and _number() > 0
     if waits:
         barrier()
     yield
     if not waits:
         barrier()
-
-
-def _sees_first(cache: Path) -> bool:
-    """Whether this process finds in its cache what process 0 writes into its own.
-
-    Nothing is written into a cache that is read-only, and so complete.
-    """
-    if _count() == 1:
-        return True
-    name = ""
-    if _number() == 0:
-        with contextlib.suppress(OSError):
-            cache.mkdir(parents=True, exist_ok=True)
-        if os.access(cache, os.W_OK):
-            name = f".process-0-{uuid.uuid4().hex}"
-            files.replace(cache / name, "")
-    name = of_first(name)
-    found = bool(name) and (cache / name).exists()
-    barrier()
-    if _number() == 0 and name:
-        (cache / name).unlink()
-    return found
 
 
 def check_folders(workdir: Path, cache: Path) -> None:
@@ -230,53 +206,48 @@ def check_folders(workdir: Path, cache: Path) -> None:
     Args:
       workdir: the run's folder, which process 0 has made.
       cache: this process's cache, shared or not; it may be read-only if it holds the text already.
-
-    Raises:
-      UserError: this process doesn't see or can't write a folder.
     """
     if _count() == 1:
         return
-    mark = workdir / ".shared"
-    if _number() == 0:
-        files.replace(mark, f"{os.getpid()} {time.time_ns()}")
-    expected = of_first(mark.read_text() if _number() == 0 else None)
-    if not comes_true(lambda: mark.is_file() and mark.read_text() == expected):
+    if not _sees_first(workdir, SHOW_SECONDS):
         raise UserError(
             f"--workdir={workdir} is not shared: process {_number()} doesn't find there what "
             "process 0 wrote; name a folder that all processes see"
         )
-    _probe(workdir, "--workdir")
+    _check_writable(workdir, "--workdir")
     if not (cache / "tokens").is_dir() or os.access(cache / "tokens", os.W_OK):
-        _probe(cache, "--config.data.cache_dir")
+        _check_writable(cache, "--config.data.cache_dir")
+    barrier()
+
+
+def _sees_first(folder: Path, seconds: float = 0.0) -> bool:
+    """Whether this process finds in its folder what process 0 writes into its own."""
+    written = folder / of_first(f".process-0-{uuid.uuid4().hex}")
+    if _number() == 0:
+        files.replace(written, "x")
+    barrier()
+    found = comes_true(written.exists, seconds)
     barrier()
     if _number() == 0:
-        mark.unlink()
+        written.unlink()
+    return found
 
 
-def comes_true(condition: Callable[[], bool]) -> bool:
-    """Whether what another process wrote shows within `SHOW_SECONDS`."""
-    end = time.monotonic() + SHOW_SECONDS
+def comes_true(condition: Callable[[], bool], seconds: float | None = None) -> bool:
+    """Whether what another process wrote shows within some seconds, by default `SHOW_SECONDS`."""
+    end = time.monotonic() + (SHOW_SECONDS if seconds is None else seconds)
     while not (found := condition()) and time.monotonic() < end:
         time.sleep(0.2)
     return found
 
 
-def _probe(folder: Path, setting: str) -> None:
-    """Raises UserError unless this process can write a file into a folder."""
-    try:
-        if not stores.is_local(folder):
-            probe = folder / f".probe-{_number()}"
-            files.replace(probe, "x")
-            probe.unlink()
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(b"x")
-    except OSError as error:
-        raise UserError(
-            f"{setting}={folder} cannot be written by process {_number()}: "
-            f"{error.strerror or error}"
-        ) from None
+def _check_writable(folder: Path, setting: str) -> None:
+    with refusing(f"{setting}={folder} cannot be written by process {_number()}", OSError):
+        if stores.is_local(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".process-{_number()}-{uuid.uuid4().hex}"
+        probe.write_bytes(b"x")
+        probe.unlink()
 
 
 def _count() -> int:
@@ -296,18 +267,17 @@ def _client():
     return distributed.global_state.client
 
 
-def _wait(key: str) -> str:
-    """Waits for a key and returns its value."""
-    folder = key.rpartition("/")[0] + "/"
-    while key not in (found := dict(_client().key_value_dir_get(folder))):
+def _wait(folder: str, count: int) -> dict[str, str]:
+    """Waits until a folder of the store has so many values, and returns them by key."""
+    while len(found := dict(_client().key_value_dir_get(folder))) < count:
         time.sleep(POLL_SECONDS / 5)
-    return found[key]
+    return found
 
 
 # --- How they end
 
 _AGAIN = "start the run again to resume it"
-_finished = threading.Event()
+_joined, _finished = threading.Event(), threading.Event()
 _ending = threading.Lock()  # held by the thread that ends this process
 
 
@@ -359,73 +329,34 @@ def _leave(code: int, others_must_read: bool = True) -> None:
     os._exit(code)
 
 
-def _keep_output_ours() -> None:
-    """Separates the output of libraries from ours.
+def _keep_standard_output() -> None:
+    """Sends what libraries print to standard output to standard error instead.
 
-    Gloo, which runs collectives on CPUs, prints a greeting to standard output, where --json must
-    print only JSON; it is sent to standard error. Standard error of compiled code goes to a file,
-    from which `_aborted` reads why JAX ends this process.
+    Gloo, which runs collectives on CPUs, prints a greeting there, where --json must print only
+    JSON.
     """
-    global _native, error_descriptor
     sys.stdout.flush()
-    sys.stderr.flush()
-    encoding = {"buffering": 1, "encoding": sys.stderr.encoding, "errors": "backslashreplace"}
-    output, error = os.dup(1), os.dup(2)
-    error_descriptor = error
+    output = os.dup(1)
     os.dup2(2, 1)
-    _native = tempfile.TemporaryFile()  # noqa: SIM115, as long as the process
-    os.dup2(_native.fileno(), 2)
-    sys.stdout, sys.stderr = open(output, "w", **encoding), open(error, "w", **encoding)  # noqa: SIM115
-
-
-_native: IO | None = None  # the file with compiled code's standard error
-error_descriptor = 2  # of standard error, also where Python's own stream has been replaced
-_ABORT = ctypes.CFUNCTYPE(None, ctypes.c_int)
+    sys.stdout = open(output, "w", 1, sys.stdout.encoding, "backslashreplace")  # noqa: SIM115
 
 
 def _end_in_one_line_on_abort() -> None:
-    """Handles abort(), by which JAX ends a process that lost another, after a C++ stack trace."""
+    """Adds a line to the stack trace of abort(), by which JAX ends a process that lost another."""
     signal_of_libc = ctypes.CDLL(None).signal
     signal_of_libc.restype = ctypes.c_void_p
     signal_of_libc(int(signal.SIGABRT), _aborted)
 
 
-@_ABORT
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
 def _aborted(number: int) -> None:
     """Runs inside abort(), on the thread that called it, where the store can't be used."""
-    _end(*explain(_native_text()), others_must_read=False)
-
-
-def _native_text() -> str:
-    """The end of what compiled code has printed."""
-    _native.flush()
-    last, most = os.fstat(_native.fileno()).st_size, 1 << 20
-    return os.pread(_native.fileno(), most, max(0, last - most)).decode(errors="replace")
-
-
-def explain(text: str) -> tuple[str, int]:
-    """Returns one line on why JAX aborted, from the text that it printed, and the exit code."""
-    silent = re.search(r"stopped sending heartbeats\):\s*([\d,\s]*\d)", text)
-    if silent:
-        numbers = re.findall(r"\d+", silent[1])
-        if str(_number()) in numbers:
-            why = f"nothing was heard of it for {HEARTBEAT_SECONDS} s"
-            return f"the other processes of this run ended without this one: {why}; {_AGAIN}", 1
-        who = f"process{'es' * (len(numbers) > 1)} {', '.join(numbers)}"
-        why = f"nothing was heard of {who} for {HEARTBEAT_SECONDS} s"
-        return f"another process of this run was lost: {why}; {_AGAIN}", 1
-    if "RegisterTask" in text or "Barrier timed out" in text and "REGISTER" in text.upper():
-        count = os.environ.get(VARIABLES[1], "all")
-        return (
-            f"the {count} processes of this run did not find each other within {JOIN_SECONDS} s; "
-            f"see whether each was started, what it printed, and that {VARIABLES[0]} is the same "
-            "everywhere and can be reached",
-            1,
+    if _joined.is_set():
+        line = f"another process of this run was lost, or a library failed, as told above; {_AGAIN}"
+    else:
+        line = (
+            f"the {os.environ.get(VARIABLES[1], 'all')} processes of this run did not find each "
+            f"other within {JOIN_SECONDS} s; see whether each was started, what it printed, and "
+            f"that {VARIABLES[0]} is the same everywhere and can be reached"
         )
-    if "UNAVAILABLE" in text or "DEADLINE_EXCEEDED" in text:
-        return f"another process of this run was lost: process 0 cannot be reached; {_AGAIN}", 1
-    path = Path(tempfile.gettempdir()) / f"prmoe-abort-{os.getpid()}.txt"
-    with contextlib.suppress(UserError):
-        files.replace(path, text)
-    reason = next((line for line in text.splitlines() if line.startswith("F")), "without a word")
-    return f"internal error: a library aborted: {reason[:200]}; all it printed is in {path}", 1
+    _end(line, 1, others_must_read=False)

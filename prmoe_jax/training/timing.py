@@ -16,7 +16,6 @@ from pathlib import Path
 import jax
 
 from prmoe_jax import stores
-from prmoe_jax.parallel import processes
 
 log = logging.getLogger(__name__)
 
@@ -111,8 +110,8 @@ class StallWatch:
     def alive(self) -> None:
         """Ends the silence."""
         if self._seconds < threading.TIMEOUT_MAX:
-            file = processes.error_descriptor
-            faulthandler.dump_traceback_later(self._seconds, repeat=True, file=file)
+            # The descriptor, as Python's own stream may have been replaced.
+            faulthandler.dump_traceback_later(self._seconds, repeat=True, file=2)
 
     def __enter__(self) -> "StallWatch":
         self.alive()

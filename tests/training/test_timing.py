@@ -85,11 +85,8 @@ time.sleep(1.5)
 """
 
 
-@pytest.mark.parametrize("several", [False, True])
-def test_stacks_of_a_run_that_hangs(several):
-    """On standard error, also where that of compiled code goes elsewhere (several processes)."""
-    keeps = "from prmoe_jax.parallel import processes; processes._keep_output_ours()\n"
-    command = [sys.executable, "-c", keeps * several + STALLED]
+def test_stacks_of_a_run_that_hangs():
+    command = [sys.executable, "-c", STALLED]
     err = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     silent, _, stacks = err.partition("before\n")
     assert silent == "" and stacks.count("waits_for_ever") >= 2
