@@ -101,16 +101,7 @@ def train(
         the run has several processes.
     """
     workdir = stores.as_path(workdir)
-    if profile and not 1 <= profile[0] <= profile[1] <= config.total_steps:
-        raise UserError(
-            f"--profile={profile[0]}:{profile[1]} must be two steps in their order, from 1 to the "
-            f"run's {config.total_steps}"
-        )
-    weights_and_biases.check_installed(config)
-    workdirs.check_outside_checkpoints("--workdir", workdir)
-    check_on_disk(config.data)
-    for folder in filter(None, (config.init.workdir, config.teacher.workdir, config.teacher.cache)):
-        stores.as_path(folder)  # before anything is made: an object store needs a package
+    _check_arguments(config, workdir, profile)
     processes.agree("the settings", lambda: shared_settings(config))
     placed, mesh = training_mesh(config)
     check_backends(placed, jax.default_backend(), mesh)
@@ -118,38 +109,11 @@ def train(
     _warn(config)
     first = jax.process_index() == 0
     with contextlib.ExitStack() as stack:
-        lock = stack.enter_context(locked(workdir)) if first else None
-        if first and stores.is_local(workdir):
-            files.remove_unfinished(workdir)
-        processes.barrier()  # after it, the run's folder exists
-        processes.check_folders(workdir, cache.root(config.data))
-        checkpoints = stack.enter_context(
-            contextlib.closing(
-                Checkpoints(
-                    workdir,
-                    config.checkpoint.keep,
-                    config.checkpoint.keep_every,
-                    () if config.decay_start is None else (config.decay_start,),
-                )
-            )
-        )
+        lock = stack.enter_context(_shared_folder(workdir, config))
+        checkpoints = stack.enter_context(contextlib.closing(_checkpoints(workdir, config)))
         stack.enter_context(compile_cache(config, workdir))
-        # Restore order. 1. The config: a resumed run must be the same run.
-        config_path, tokenizer_path = workdir / workdirs.CONFIG, workdir / workdirs.TOKENIZER
-        resuming = checkpoints.latest() is not None
-        if resuming:
-            check_resume(load(config_path), config)
-        else:
-            checkpoints.check_new()
-            _check_new_start(workdir, config)
-            if config.init.step:
-                branch.check(config)
-        # 2. The tokenizer and the data, which must be those that the run began with.
-        shape = config.model.vocab_size, config.model.length
-        with processes.main_process_first(cache.root(config.data)):
-            data = load_data(config.data, *shape, tokenizer_path if resuming else None)
-        if config.teacher.cache:
-            data = teacher_cache.attach(data, config)
+        resuming = _check_same_run(config, workdir, checkpoints)
+        data = _load_data(config, workdir / workdirs.TOKENIZER if resuming else None)
         # Text may take long to prepare, and in a run of one process a signal ends that at once.
         # From here on a signal stops the run with a checkpoint.
         interrupted = stack.enter_context(PreemptionGuard())
@@ -158,55 +122,25 @@ def train(
         rows = local_rows(mesh, config.train.batch_size)
         batches = train_iterator(data.train, config.train.batch_size, config.seed, rows)
         stack.enter_context(jax.set_mesh(mesh))
-        # 3. Model, optimizer and step. 4. The position in the data.
         step, state, record = _start(placed, mesh, checkpoints, data, fingerprint)
         if record:
             workdirs.check_step(workdir, step, config)
             batches.set_state(record["iterator"])
-        teacher, inherits = None, config.teacher.inherit and not record
-        if inherits or (step < config.kd_steps and not config.teacher.cache):
-            # A resumed run continues with the teacher's checkpoint that it used before.
-            teacher_step = record.get("teacher_step")
-            teacher = restore_teacher(placed, mesh, data.tokenizer, teacher_step)
-            if inherits:
-                state = state._replace(model=init_from_teacher(placed, teacher, data, mesh))
-            teacher = None if config.teacher.cache else cast_to_compute_dtype(teacher, mesh)
-        if step < config.kd_steps:
-            log.info("distillation in %d of %d steps", config.kd_steps, config.total_steps)
+        state, teacher = _teacher(placed, mesh, data, step, state, record)
         if first:
-            data.tokenizer.save(tokenizer_path)
-            save(config, config_path)
-            if config.init.step and not resuming:
-                branch.copy_metrics(config, workdir)
-        # 5. The metrics: lines of steps that will be repeated are removed.
-        lines = read_metrics(workdir / METRICS) if first else []
-        last = lines[-1] if lines else {}
-        evaluated = any(line["step"] == step and "eval/loss" in line for line in lines)
-        del lines  # of a long run, they take gigabytes
-        evaluated = processes.of_first(evaluated)
+            _write_settings(config, workdir, data, resuming)
+        last, evaluated = _last_metrics(workdir, step)
         if step >= config.total_steps and evaluated:
             log.info("the run is complete: step %d of %d", step, config.total_steps)
             return last
-        # Only the first process writes metrics.
         begun = workdirs.record_environment(workdir, jax.devices()) if first else time.time()
-        clock = Clock(begun, record.get("productive_s", 0.0))
-        writer, wandb = None, None
+        writer, wandb, distiller = None, None, None
         if first:
-            writer = MetricsWriter(workdir, step, lock.check)
-            stack.callback(writer.close)
+            writer = stack.enter_context(contextlib.closing(MetricsWriter(workdir, step, lock)))
             if config.log.wandb:
                 wandb = stack.enter_context(contextlib.closing(WandbRun(config, workdir, begun)))
-        progress = stack.enter_context(
-            tqdm(
-                total=config.total_steps,
-                initial=step,
-                unit="step",
-                disable=not (first and sys.stderr.isatty()),
-                leave=False,
-            )
-        )
-        distiller = None
         if step < config.kd_steps:
+            log.info("distillation in %d of %d steps", config.kd_steps, config.total_steps)
             distiller = Distiller(placed, teacher and teacher.config)
         run = Run(
             config=placed,
@@ -217,8 +151,8 @@ def train(
             fingerprint=fingerprint,
             writer=writer,
             wandb=wandb,
-            progress=progress,
-            clock=clock,
+            progress=stack.enter_context(_progress(step, config.total_steps)),
+            clock=Clock(begun, record.get("productive_s", 0.0)),
             stall_watch=stack.enter_context(StallWatch(config.log.stall_minutes)),
             teacher=teacher,
             train_step=compile_train_step(placed, mesh, distiller),
@@ -226,6 +160,97 @@ def train(
         )
         del teacher  # only `run` refers to it, so that its memory is freed when distillation ends
         return run.loop(step, state, batches, interrupted, profile, evaluated)
+
+
+def _check_arguments(config: Config, workdir: Path, profile: tuple[int, int] | None) -> None:
+    """Checks what can be checked before anything is made."""
+    if profile and not 1 <= profile[0] <= profile[1] <= config.total_steps:
+        raise UserError(
+            f"--profile={profile[0]}:{profile[1]} must be two steps in their order, from 1 to the "
+            f"run's {config.total_steps}"
+        )
+    weights_and_biases.check_installed(config)
+    workdirs.check_outside_checkpoints("--workdir", workdir)
+    check_on_disk(config.data)
+    for folder in filter(None, (config.init.workdir, config.teacher.workdir, config.teacher.cache)):
+        stores.as_path(folder)  # an object store needs a package
+
+
+@contextlib.contextmanager
+def _shared_folder(workdir: Path, config: Config) -> Iterator[Callable[[], None]]:
+    """The run's folder, locked by process 0 and seen by all.
+
+    Yields a function that checks the lock, for process 0 to call before it writes to a store.
+    """
+    first = jax.process_index() == 0
+    with locked(workdir) if first else contextlib.nullcontext() as lock:
+        if first and stores.is_local(workdir):
+            files.remove_unfinished(workdir)
+        processes.barrier()  # after it, the run's folder exists
+        processes.check_folders(workdir, cache.root(config.data))
+        yield lock and lock.check
+
+
+def _checkpoints(workdir: Path, config: Config) -> Checkpoints:
+    """The run's checkpoints. That where another run may go on, before the decay, stays."""
+    kept_steps = () if config.decay_start is None else (config.decay_start,)
+    settings = config.checkpoint
+    return Checkpoints(workdir, settings.keep, settings.keep_every, kept_steps)
+
+
+def _check_same_run(config: Config, workdir: Path, checkpoints: Checkpoints) -> bool:
+    """Checks that the folder's run, if it holds one, is this one; returns whether it is resumed."""
+    if checkpoints.latest() is not None:
+        check_resume(load(workdir / workdirs.CONFIG), config)
+        return True
+    checkpoints.check_new()
+    _check_new_start(workdir, config)
+    if config.init.step:
+        branch.check(config)
+    return False
+
+
+def _load_data(config: Config, tokenizer: Path | None) -> Data:
+    """The text as windows of tokens; a resumed run has its tokenizer."""
+    with processes.main_process_first(cache.root(config.data)):
+        data = load_data(config.data, config.model.vocab_size, config.model.length, tokenizer)
+    return teacher_cache.attach(data, config) if config.teacher.cache else data
+
+
+def _teacher(
+    config: Config, mesh: Mesh, data: Data, step: int, state: TrainState, record: dict
+) -> tuple[TrainState, Teacher | None]:
+    """The state, with what a new run inherits from its teacher, and the teacher if it runs."""
+    inherits = config.teacher.inherit and not record
+    runs = step < config.kd_steps and not config.teacher.cache
+    if not (inherits or runs):
+        return state, None
+    # A resumed run continues with the teacher's checkpoint that it used before.
+    teacher = restore_teacher(config, mesh, data.tokenizer, record.get("teacher_step"))
+    if inherits:
+        state = state._replace(model=init_from_teacher(config, teacher, data, mesh))
+    return state, None if config.teacher.cache else cast_to_compute_dtype(teacher, mesh)
+
+
+def _write_settings(config: Config, workdir: Path, data: Data, resuming: bool) -> None:
+    """Writes what makes the folder a run's, and the metrics of a branch's trunk."""
+    data.tokenizer.save(workdir / workdirs.TOKENIZER)
+    save(config, workdir / workdirs.CONFIG)
+    if config.init.step and not resuming:
+        branch.copy_metrics(config, workdir)
+
+
+def _last_metrics(workdir: Path, step: int) -> tuple[dict, bool]:
+    """The last line of the metrics, for process 0, and whether a step was evaluated before."""
+    lines = read_metrics(workdir / METRICS) if jax.process_index() == 0 else []
+    evaluated = any(line["step"] == step and "eval/loss" in line for line in lines)
+    return (lines[-1] if lines else {}), processes.of_first(evaluated)
+
+
+def _progress(step: int, total: int) -> tqdm:
+    """A progress bar, if process 0 has a terminal."""
+    shown = jax.process_index() == 0 and sys.stderr.isatty()
+    return tqdm(total=total, initial=step, unit="step", disable=not shown, leave=False)
 
 
 def _log_capacity(config: Config) -> None:
@@ -279,10 +304,6 @@ def _start(
 
     That is the run's last checkpoint, or else its trunk's (`training.branch`). A run without either
     starts at step 0 with the record {}.
-
-    Raises:
-      UserError: the data are not those of the checkpoint, or the checkpoint can't be read.
-      TrainingStopped: a checkpoint is damaged, and the run has several processes.
     """
     shapes = jax.eval_shape(lambda: init_state(config))
     found = checkpoints.restore(shapes, mesh)
@@ -508,11 +529,7 @@ class Run:
 
 
 def check_fingerprint(saved: dict, current: dict, fix: str) -> None:
-    """Checks that a run goes on with the data that it began with; `fix` ends the message.
-
-    Raises:
-      UserError: the data differ; names the difference.
-    """
+    """Checks that a run goes on with the data that it began with; `fix` ends the message."""
     if changes := fingerprint_changes(saved, current):
         raise UserError(
             f"the data changed since the checkpoint was written: {changes}; restore the data, or "
@@ -524,9 +541,6 @@ def _check_new_start(workdir: Path, config: Config) -> None:
     """Refuses to train a run whose checkpoints are gone anew, which would delete its metrics.
 
     One that ended before its second checkpoint was due may never have had any.
-
-    Raises:
-      UserError: the run had checkpoints, or other settings, or its files cannot be read.
     """
     settings, lines = workdir / workdirs.CONFIG, read_metrics(workdir / METRICS)
     if not (lines and settings.exists()):
