@@ -143,7 +143,8 @@ class Lease(Lock):
         self._path, self._content = folder / LOCK, owner.encode()
         self._renewing = threading.Lock()
         self._released = threading.Event()
-        with refusing(f"{option}={folder} cannot be used", OSError):
+        unusable, advice = f"{option}={folder} cannot be used", "create it, or correct its name"
+        with refusing(unusable, OSError), refusing(unusable, FileNotFoundError, fix=advice):
             found = _read(self._path)
             if found and found.age < LEASE:
                 raise self._refused(found.content, found.age)

@@ -291,7 +291,7 @@ def test_what_was_there_before_a_store_failed(
 @pytest.mark.parametrize(
     ("faults", "place", "line"),
     [
-        ({}, "gs://nobucket/run", "--workdir=gs://nobucket/run: there is no bucket nobucket; cr"),
+        ({}, "gs://nobucket/run", "cannot be used: there is no such object, or no such bucket; cr"),
         ({"read_only": True}, "gs://bucket/ro", "gs://bucket/ro cannot be used: permission denied"),
         ({"unknown_caller": True}, "gs://bucket/who", "cannot be used: no valid credentials ("),
     ],
