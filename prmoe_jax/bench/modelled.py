@@ -18,7 +18,7 @@ from prmoe_jax.config.schema import Config
 from prmoe_jax.errors import UserError
 from prmoe_jax.model.transformer import cast
 from prmoe_jax.moe.layer import MoE
-from prmoe_jax.nn.mlp import MLP
+from prmoe_jax.nn.mlp import MLP, MLPShape
 from prmoe_jax.parallel import sharding
 from prmoe_jax.parallel.mesh import batch_axes, make_mesh
 from prmoe_jax.plan.chips import chip_of, several, topology_devices
@@ -107,7 +107,7 @@ def _compile(size: Size, dtype: str, backend: str, devices: list) -> list[Operat
     def new_layer():
         key = jax.random.key(0)
         if backend == "dense":
-            mlp = lambda key: MLP.drawn(size.M, size.F, 0.02, 0.02, key)  # noqa: E731
+            mlp = lambda key: MLP.drawn(MLPShape(size.M, size.F), key)  # noqa: E731
             layer = jax.vmap(mlp)(jax.random.split(key, mesh.size))
         else:
             layer = MoE(size.E, values.model, values.moe, key)

@@ -27,7 +27,7 @@ from prmoe_jax.model.transformer import cast
 from prmoe_jax.moe import dispatch
 from prmoe_jax.moe.layer import MoE
 from prmoe_jax.moe.routing import capacity, route
-from prmoe_jax.nn.mlp import MLP
+from prmoe_jax.nn.mlp import MLP, MLPShape
 from prmoe_jax.run.directory import device_name
 from prmoe_jax.tables import aligned
 
@@ -146,14 +146,13 @@ def loaded_input(size: Size, load: str) -> tuple[np.ndarray, np.ndarray]:
     return x_SxM, w_MxE
 
 
-class _NoExperts:
+class _NoExperts(NamedTuple):
     """Replaces the experts by the identity, which leaves routing, dispatch and combine."""
 
-    def __init__(self, count: int):
-        self.count = count
+    count: int
 
-    def __call__(self, x_ExGxCxD: jax.Array) -> jax.Array:
-        return x_ExGxCxD
+    def batched(self, x_ExRxD: jax.Array) -> jax.Array:
+        return x_ExRxD
 
 
 def _our_rivals(size: Size, x_SxM, w_router_MxE, dtype) -> dict[str, Rival]:
@@ -185,7 +184,8 @@ def _our_rivals(size: Size, x_SxM, w_router_MxE, dtype) -> dict[str, Rival]:
             logits_1xSxE = x_1xSxM.astype(jnp.float32) @ w_router_MxE
             moe = MoeConfig(dispatch=backend)
             routing, metrics = route(logits_1xSxE, valid_1xS, moe, top_k=1, slots=slots)
-            y_1xSxM, _ = dispatch.BACKENDS[backend](x_1xSxM, routing, _NoExperts(size.E), slots)
+            nothing = _NoExperts(size.E)
+            y_1xSxM, _ = dispatch.through_experts(backend, x_1xSxM, routing, nothing, slots)
             return (y_1xSxM * cotangent_1xSxM).sum().astype(jnp.float32) + metrics.aux_loss
 
         return loss
@@ -199,7 +199,7 @@ def _our_rivals(size: Size, x_SxM, w_router_MxE, dtype) -> dict[str, Rival]:
         return cast({"mlp": layer}, dtype)["mlp"]
 
     key = jax.random.key(1)
-    mlp = MLP.drawn(size.M, size.F, 0.02, 0.02, key)
+    mlp = MLP.drawn(MLPShape(size.M, size.F), key)
     rivals = {"dense": rival(dense, cast({"mlp": mlp}, dtype)["mlp"])}
     for backend in ("gather", "einsum"):
         layer = moe_layer(MoeConfig(dispatch=backend))

@@ -25,11 +25,12 @@ from prmoe_jax.model.attention import KVCache, attend_to_cache
 from prmoe_jax.model.attention_kernels import attend, cudnn_refusal
 from prmoe_jax.model.batch import Batch
 from prmoe_jax.model.loss import cross_entropy
-from prmoe_jax.moe import dispatch, exchange
-from prmoe_jax.moe.experts import Experts
+from prmoe_jax.moe import dispatch, exchange, kernels
+from prmoe_jax.moe.experts import Experts, Local
 from prmoe_jax.moe.layer import MoE
 from prmoe_jax.moe.routing import route
 from prmoe_jax.nn import matmul
+from prmoe_jax.nn.mlp import MLPShape
 from prmoe_jax.nn.quantized import quantize
 from prmoe_jax.parallel import sharding
 from prmoe_jax.parallel.mesh import batch_axes, make_mesh
@@ -218,8 +219,8 @@ def _all_experts(experts: Experts, x_TxD) -> jax.Array:
 
 
 def _experts(count: int, width: int, hidden: int) -> Experts:
-    draw = partial(Experts, count, width, hidden, 0.5, 0.5)
-    experts = _quick(lambda: draw(jax.random.key(0)))()
+    shape = MLPShape(width, hidden, 0.5, 0.5)
+    experts = _quick(lambda: Experts(count, shape, jax.random.key(0)))()
     experts.b_in[...], experts.b_out[...] = _normal(2, count, hidden), _normal(3, count, width)
     return experts
 
@@ -234,12 +235,14 @@ def _dispatches() -> Iterator[Case]:
         rules = {"moe": MoeConfig(), "top_k": top_k, "slots": slots}
         routing, _ = _quick(partial(route, **rules))(scores_GxSxE, valid_GxS)
         routing = jax.tree.map(np.asarray, routing)
-        run = dispatch.BACKENDS.get(name, dispatch.per_token)
         kept_GxSxK = routing.kept_GxSxK.astype(np.float32)
 
-        def ours(dtype, x_GxSxD, weight_GxSxK, experts, run=run, routing=routing, slots=slots):
+        def ours(dtype, x_GxSxD, weight_GxSxK, experts, name=name, routing=routing, slots=slots):
             weighed = routing._replace(weight_GxSxK=weight_GxSxK * routing.kept_GxSxK)
-            return run(x_GxSxD.astype(dtype), weighed, experts, slots)[0]
+            given = x_GxSxD.astype(dtype), weighed, Local(experts)
+            if name == "per_token":
+                return dispatch.few_through_experts(*given)
+            return dispatch.through_experts(name, *given, slots)[0]
 
         def oracle(x_GxSxD, weight_GxSxK, experts, kept_GxSxK=kept_GxSxK, routing=routing):
             y_ExTxD = _all_experts(experts, x_GxSxD.reshape(-1, width))
@@ -263,7 +266,7 @@ def _unrolled() -> Case:
     arguments = _normal(0, 2, 5, 3, 7), _experts(5, 7, 11)
     return Case(
         "experts unrolled",
-        lambda dtype, x, experts: experts.unrolled(x.astype(dtype)),
+        lambda dtype, x, experts: kernels.unrolled(experts.weights(dtype), x.astype(dtype)),
         oracle,
         arguments,
     )

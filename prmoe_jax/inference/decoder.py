@@ -9,7 +9,6 @@ from jax.sharding import Mesh
 
 from prmoe_jax.model.attention import KVCache
 from prmoe_jax.model.transformer import Transformer, dropless, unstacked_blocks
-from prmoe_jax.moe import dispatch
 from prmoe_jax.moe.experts import UnstackedExperts
 from prmoe_jax.moe.layer import MoE
 from prmoe_jax.nn.matmul import scores
@@ -99,7 +98,7 @@ def decoder(model: Transformer, weights: str, mesh: Mesh) -> Decoder:
     held = jax.jit(partial(Decoder, weights=weights), out_shardings=places)(model)
     for layer in held.layers:
         if isinstance(layer.mlp, MoE):
-            name = dispatch.resolve(layer.mlp.moe.dispatch, platform())
-            if name == "gather/blocked" and not splits_experts(mesh):  # on CPUs
+            automatic = layer.mlp.moe.dispatch == "auto"
+            if automatic and platform() == "cpu" and not splits_experts(mesh):
                 layer.mlp.experts = UnstackedExperts(layer.mlp.experts)
     return held

@@ -26,15 +26,15 @@ def check_backends(config: Config, platform: str, mesh: Mesh) -> None:
         if platform == "gpu":
             refusal = cudnn_refusal(config.model)
             log.info("cuDNN's attention cannot run this model (%s)", refusal)
-    backend = dispatch.resolve(config.moe.dispatch, platform)
+    name = config.moe.dispatch
+    used = dict.fromkeys(dispatch.resolve(name, platform, dropless) for dropless in (False, True))
+    backend = "/".join(used)  # with a capacity, and where nothing is dropped
     kept, _ = resolve_remat(config.model, platform)
     log.info("attention: %s, MoE dispatch: %s, remat: %s (%s)", attention, backend, kept, platform)
     if mesh.size > 1:
         sizes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
-        used = "none"
-        if splits_experts(mesh):
-            used = exchange.resolve(config.moe.exchange, mesh)
-        log.info("mesh: %s; exchange between experts: %s", sizes, used)
+        way = exchange.resolve(config.moe.exchange, mesh) if splits_experts(mesh) else "none"
+        log.info("mesh: %s; exchange between experts: %s", sizes, way)
     if not config.causal:
         log.warning(
             "this router is not causal in evaluation: later tokens change earlier predictions, so "

@@ -18,7 +18,7 @@ from prmoe_jax.model.attention import Attention, KVCache
 from prmoe_jax.moe.layer import MoE
 from prmoe_jax.moe.routing import RouterMetrics, Routing
 from prmoe_jax.nn import remat
-from prmoe_jax.nn.mlp import MLP
+from prmoe_jax.nn.mlp import MLP, MLPShape
 from prmoe_jax.nn.norms import norm
 from prmoe_jax.nn.parameters import declaration, map_named, normal
 from prmoe_jax.parallel import sharding
@@ -42,9 +42,7 @@ class Block(nnx.Module):
         if experts:
             self.mlp = MoE(experts, model, moe, key_mlp)
         else:
-            gated, biases = form.activation == "swiglu", form.biases == "all"
-            shape = model.d_model, model.d_ff, model.init_std, model.output_std
-            self.mlp = MLP.drawn(*shape, key_mlp, gated, biases)
+            self.mlp = MLP.drawn(MLPShape.of(model, model.d_ff), key_mlp)
 
     def __call__(
         self,

@@ -25,6 +25,7 @@ from prmoe_jax.config.schema import MeshConfig
 from prmoe_jax.errors import UserError
 from prmoe_jax.moe import exchange
 from prmoe_jax.moe.experts import Experts, UnstackedExperts
+from prmoe_jax.nn.mlp import MLPShape
 from prmoe_jax.nn.parameters import PARAMETERS, named_leaves
 from prmoe_jax.parallel import sharding
 from prmoe_jax.parallel.mesh import (
@@ -546,7 +547,7 @@ def test_every_leaf_is_declared():
     state = jax.eval_shape(
         lambda: (
             [init_state(values) for values in everything],
-            UnstackedExperts(Experts(3, 8, 16, 0.1, 0.1, key, gated=True)),
+            UnstackedExperts(Experts(3, MLPShape(8, 16, gated=True), key)),
         )
     )
     mesh = mesh_of(data=2, fsdp=2, expert_0=1, slice=1, tensor=2)

@@ -493,7 +493,7 @@ def kernels_of_check() -> None:
     ways = {}
     for case in kernels.cases(jax.devices()):
         if case.name.startswith("exchange") and "nothing dropped" in case.name:
-            with jax.set_mesh(case.mesh), spied("in_rounds") as many, spied("everywhere") as few:
+            with jax.set_mesh(case.mesh), spied("grouped") as many, spied("of_few") as few:
                 jax.eval_shape(functools.partial(case.ours, jnp.float32), *case.arguments)
             ways[case.name] = many.call_count, few.call_count
     print("calls of each, in rounds and everywhere:", ways)
