@@ -30,7 +30,8 @@ import numpy as np
 from prmoe_jax.config.schema import MoeConfig
 from prmoe_jax.moe import dispatch
 from prmoe_jax.moe.experts import Experts, Local
-from prmoe_jax.moe.routing import capacity, route
+from prmoe_jax.config.routers import capacity
+from prmoe_jax.moe.routing import route
 from prmoe_jax.nn.mlp import MLPShape
 
 TOKENS = "the people of the United States have spoken".split()

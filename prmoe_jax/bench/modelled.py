@@ -92,7 +92,7 @@ def _config(size: Size, dtype: str, backend: str, devices: int) -> Config:
     return resolve(
         {
             "model": model,
-            "moe": {"dispatch": "auto" if backend == "dense" else backend},
+            "execution": {"dispatch": "auto" if backend == "dense" else backend},
             "mesh": {"expert": math.gcd(devices, size.E)},
             "train": {"steps": 1},
         }
@@ -116,7 +116,9 @@ def _compile(size: Size, dtype: str, backend: str, devices: list) -> list[Operat
     def run(layer, x_BxLxD):
         if backend == "dense":
             return jax.vmap(MLP.__call__)(layer["mlp"], x_BxLxD), jnp.zeros(())
-        y_BxLxD, metrics = layer["mlp"](x_BxLxD, jnp.ones(x_BxLxD.shape[:2], bool))
+        y_BxLxD, metrics = layer["mlp"](
+            x_BxLxD, jnp.ones(x_BxLxD.shape[:2], bool), execution=values.execution
+        )
         return y_BxLxD, metrics.aux_loss
 
     def forward_and_backward(layer, x_BxLxD, dy_BxLxD):

@@ -21,12 +21,13 @@ import numpy as np
 from prmoe_jax.bench import memory
 from prmoe_jax.bench.turns import Rival, compiled, in_turns
 from prmoe_jax.bench.worker import worker
-from prmoe_jax.config.schema import ModelConfig, MoeConfig
+from prmoe_jax.config.routers import capacity
+from prmoe_jax.config.schema import ExecutionConfig, ModelConfig, MoeConfig
 from prmoe_jax.errors import UserError
 from prmoe_jax.model.transformer import cast
 from prmoe_jax.moe import dispatch
 from prmoe_jax.moe.layer import MoE
-from prmoe_jax.moe.routing import capacity, route
+from prmoe_jax.moe.routing import route
 from prmoe_jax.nn.mlp import MLP, MLPShape
 from prmoe_jax.run.directory import device_name
 from prmoe_jax.tables import aligned
@@ -169,12 +170,12 @@ def _our_rivals(size: Size, x_SxM, w_router_MxE, dtype) -> dict[str, Rival]:
         forward_and_backward = jax.value_and_grad(loss, argnums=(0, 1))
         return compiled(forward_and_backward, (parameters, x_1xSxM), *costs)
 
-    def through(layer):
+    def through(layer, by: str = "auto"):
         structure = jax.tree.structure(layer)
 
         def loss(leaves, x_1xSxM):
             layer = jax.tree.unflatten(structure, leaves)
-            y_1xSxM, metrics = layer(x_1xSxM, valid_1xS)
+            y_1xSxM, metrics = layer(x_1xSxM, valid_1xS, execution=ExecutionConfig(dispatch=by))
             return (y_1xSxM * cotangent_1xSxM).sum().astype(jnp.float32) + metrics.aux_loss
 
         return loss
@@ -182,8 +183,7 @@ def _our_rivals(size: Size, x_SxM, w_router_MxE, dtype) -> dict[str, Rival]:
     def without_experts(backend):
         def loss(w_router_MxE, x_1xSxM):
             logits_1xSxE = x_1xSxM.astype(jnp.float32) @ w_router_MxE
-            moe = MoeConfig(dispatch=backend)
-            routing, metrics = route(logits_1xSxE, valid_1xS, moe, top_k=1, slots=slots)
+            routing, metrics = route(logits_1xSxE, valid_1xS, MoeConfig(), top_k=1, slots=slots)
             nothing = _NoExperts(size.E)
             y_1xSxM, _ = dispatch.through_experts(backend, x_1xSxM, routing, nothing, slots)
             return (y_1xSxM * cotangent_1xSxM).sum().astype(jnp.float32) + metrics.aux_loss
@@ -202,12 +202,14 @@ def _our_rivals(size: Size, x_SxM, w_router_MxE, dtype) -> dict[str, Rival]:
     mlp = MLP.drawn(MLPShape(size.M, size.F), key)
     rivals = {"dense": rival(dense, cast({"mlp": mlp}, dtype)["mlp"])}
     for backend in ("gather", "einsum"):
-        layer = moe_layer(MoeConfig(dispatch=backend))
+        layer = moe_layer(MoeConfig())
         _, metrics = layer(x_1xSxM, valid_1xS)
         dropped = float(metrics.dropped_E.sum() / size.S)
         # The weights are read forward and backward, and their gradients are written.
         weights = 2 * layer.experts.w_in[...].nbytes
-        rivals[backend] = rival(through(layer), jax.tree.leaves(layer), 3 * weights, dropped)
+        rivals[backend] = rival(
+            through(layer, backend), jax.tree.leaves(layer), 3 * weights, dropped
+        )
         rivals[f"{backend}, no experts"] = rival(
             without_experts(backend), jnp.asarray(w_router_MxE), 0, dropped
         )

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from prmoe_jax.check.findings import FAIL, OK, WARN, Finding, Part
 from prmoe_jax.config.loading import resolve
-from prmoe_jax.config.schema import Config, ModelConfig, MoeConfig
+from prmoe_jax.config.schema import Config, ExecutionConfig, ModelConfig, MoeConfig
 from prmoe_jax.errors import describe
 from prmoe_jax.model import chunks
 from prmoe_jax.model.attention import KVCache, attend_to_cache
@@ -95,7 +95,7 @@ def check() -> Part:
         findings.append(_judge(case.name, errors[case.name], devices[0].platform))
     if devices[0].platform == "gpu" and (refusal := cudnn_refusal(_CUDNN)):
         line = f"cannot run in bfloat16: {refusal}"
-        findings.append(Finding("attention cudnn", WARN, line, "use model.attention=xla"))
+        findings.append(Finding("attention cudnn", WARN, line, "use execution.attention=xla"))
     if len(devices) == 1:
         line = "not run: they need several devices of a process, and there is one"
         if jax.device_count() > 1:
@@ -124,9 +124,9 @@ def _judge(name: str, errors: dict[str, dict[str, float]], platform: str) -> Fin
 
 def _fix(name: str) -> str:
     what = {
-        "dispatch": "use another moe.dispatch",
-        "exchange": "use another moe.exchange or mesh",
-        "attention": "use another model.attention",
+        "dispatch": "use another execution.dispatch",
+        "exchange": "use another execution.exchange or mesh",
+        "attention": "use another execution.attention",
     }.get(name.split()[0], "run nothing here")
     return f"{what}; report it with the versions above, and try others of jax and of the driver"
 
@@ -388,8 +388,9 @@ def _exchanges(devices: list) -> Iterator[Case]:
     ]
     found.append(("flat, few tokens, nothing dropped", "flat", dropless, few))
     for title, name, rules, length in found:
-        rules = rules | {"exchange": name.partition(",")[0]}
-        yield _exchange(title, _layer_config(*meshes[name], rules, length, count), devices)
+        config = _layer_config(*meshes[name], rules, length, count)
+        execution = ExecutionConfig(exchange=name.partition(",")[0])
+        yield _exchange(title, dataclasses.replace(config, execution=execution), devices)
 
 
 def _layer_config(
@@ -412,21 +413,16 @@ def _layer_config(
 def _exchange(name: str, config: Config, devices: list) -> Case:
     mesh, model = make_mesh(config, devices), config.model
     (count,) = {e for e in model.schedule.experts if e}
-    alone = dataclasses.replace(config.moe, dispatch="einsum")
-    layer, plain = (
-        _quick(lambda moe=moe: MoE(count, model, moe, jax.random.key(0)))()
-        for moe in (config.moe, alone)
-    )
-    structure = jax.tree.structure(plain)
+    layer = _quick(lambda: MoE(count, model, config.moe, jax.random.key(0)))()
     x_BxLxD = _normal(0, config.train.batch_size, model.length, model.d_model)
     valid_BxL = np.ones(x_BxLxD.shape[:2], bool)
 
     def ours(dtype, tree, x_BxLxD):
-        return tree["mlp"](x_BxLxD.astype(dtype), valid_BxL)[0]
+        layer = tree["mlp"]
+        return layer(x_BxLxD.astype(dtype), valid_BxL, execution=config.execution)[0]
 
     def oracle(tree, x_BxLxD):
-        layer = jax.tree.unflatten(structure, jax.tree.leaves(tree))
-        return layer(x_BxLxD, valid_BxL)[0]
+        return tree["mlp"](x_BxLxD, valid_BxL, execution=ExecutionConfig(dispatch="einsum"))[0]
 
     rows = NamedSharding(mesh, PartitionSpec(batch_axes(mesh)))
     tree = {"mlp": layer}

@@ -23,6 +23,7 @@ from prmoe_jax import stores
 from prmoe_jax.config.loading import load
 from prmoe_jax.config.schema import (
     Config,
+    ExecutionConfig,
     InitConfig,
     KdConfig,
     MeshConfig,
@@ -75,7 +76,7 @@ def measure(config: Config, model: Transformer, data: Data, batches: int) -> dic
 
         def portion_sums(portion):
             def loss(model):
-                sums = forward(model, portion)
+                sums = forward(model, portion, execution=config.execution)
                 return sums.loss / tokens, sums.routers
 
             gradient, routers = jax.grad(loss, has_aux=True)(model)
@@ -240,7 +241,7 @@ def pruned_config(config: Config, kept: Mapping[int, np.ndarray]) -> Config:
         config.model, experts=tuple(len(experts) for _, experts in sorted(kept.items()))
     )
     unset = {"teacher": TeacherConfig(), "kd": KdConfig(), "init": InitConfig()}
-    unset |= {"mesh": MeshConfig(), "moe": dataclasses.replace(config.moe, exchange="auto")}
+    unset |= {"mesh": MeshConfig(), "execution": ExecutionConfig()}
     return dataclasses.replace(config, model=model, **unset)
 
 
@@ -349,7 +350,7 @@ def prune_run(
     own = load(workdir / workdirs.CONFIG)  # `restore_run` may change mesh and exchange
     if not any(own.model.schedule.experts):
         raise UserError(f"{workdir}: this run is {own.model.schedule}; it has no experts")
-    if own.moe.router != "token_choice":
+    if not own.moe.routes.tokens_choose:
         raise UserError(
             f"{workdir}: moe.router={own.moe.router}; experts that choose their tokens all have "
             "the same load, and prmoe prune is for token_choice"

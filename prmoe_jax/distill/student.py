@@ -140,7 +140,7 @@ def source_layers(teacher: Config, student: Config) -> list[int]:
     layers = layer_map(teacher.model, student.model, student.teacher.layers)
     have, want = teacher.model.schedule.experts, student.model.schedule.experts
     fewer = any(count < have[layer] for count, layer in zip(want, layers, strict=True))
-    if fewer and teacher.moe.router == "expert_choice":
+    if fewer and not teacher.moe.routes.tokens_choose:
         raise UserError(
             "the teacher's experts choose their tokens (moe.router=expert_choice) and all have the "
             "same load, by which experts are left out; give the student as many experts"

@@ -127,7 +127,7 @@ def write_teacher_cache(config: Config, folder: Path) -> dict:
 
         @partial(jax.jit, out_shardings=replicated(mesh))
         def predict(model: Transformer, batch: Batch) -> TopKLogProbs:
-            output = run_teacher(model, batch, config.teacher, None)
+            output = run_teacher(model, batch, config, None)
             return record_top_k(output, config.kd)
 
         def predictions():
@@ -216,7 +216,7 @@ def measure_importance(
         tokens = jnp.maximum(batch.mask_BxL.sum(), 1)
 
         def loss(model, portion):
-            return forward(model, portion).loss / tokens
+            return forward(model, portion, execution=config.execution).loss / tokens
 
         rows = group_rows(config, teacher)
         gradient = partial(jax.grad(loss), model)

@@ -109,8 +109,9 @@ class Generator:
         if jax.default_backend() == "cpu":  # bfloat16 is many times slower there
             model.config = dataclasses.replace(model.config, dtype="float32")
         tokenizer = Tokenizer.load(workdir / workdirs.TOKENIZER)
+        held = model, weights or model.config.dtype, on, config.execution
         with jax.set_mesh(on):
-            return cls(decoder(model, weights or model.config.dtype, on), tokenizer, on)
+            return cls(decoder(*held), tokenizer, on)
 
     def __call__(
         self,

@@ -4,7 +4,6 @@ A family's settings and the names of its tensors stand in tables; `pieces` says 
 tensors make one of our parameters. Reading and writing both follow it.
 """
 
-import dataclasses
 import json
 import logging
 import math
@@ -18,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from prmoe_jax.config.family import FAMILIES
 from prmoe_jax.config.schema import Config, ModelConfig, MoeConfig, default_config
 from prmoe_jax.data.tokenizer import Tokenizer
 from prmoe_jax.errors import UserError
@@ -199,7 +199,7 @@ def read_hugging_face(
         path = folder / "config.json"
         config = _config(read_json(path), path, len(tensors.shapes))
         head, table = REST["output"], REST["tokens"]
-        if config.model.form.output == "tied" and {head, table} <= tensors.shapes.keys():
+        if config.model.output == "tied" and {head, table} <= tensors.shapes.keys():
             if not np.array_equal(tensors.read(head), tensors.read(table)):
                 raise UserError(f"{path}: tie_word_embeddings=True, but {head} is not {table}")
             del tensors.shapes[head]
@@ -437,7 +437,7 @@ def check_exportable(config: Config) -> None:
 
 def _architecture(model: ModelConfig) -> dict[str, object]:
     """What a model computes, in settings with their effective values."""
-    form = dataclasses.asdict(model.form)
+    form = {name: getattr(model, name) for name in FAMILIES["gpt2"]}
     if model.normalizes or not any(model.schedule.experts):
         form["normalize_top_k"] = "always"
     if not model.residual:
@@ -506,18 +506,18 @@ def tokenizer_settings(tokenizer: Tokenizer, length: int) -> dict:
 
 def _their_settings(model: ModelConfig) -> dict:
     """A model's settings in their words."""
-    names, form = NAMES[model.family], model.form
+    names = NAMES[model.family]
     scaling = dict(zip(SCALING, model.rope_scaling, strict=False))  # which may be none
-    rope = {"rope_theta": form.rope_theta, "rope_type": "llama3" if scaling else "default"}
+    rope = {"rope_theta": model.rope_theta, "rope_type": "llama3" if scaling else "default"}
     settings = {theirs: getattr(model, ours) for ours, theirs in SIZES.items()} | {
         "architectures": [names.architecture],
         "model_type": model.family,
         "hidden_act": "silu",
         "num_key_value_heads": model.key_heads,
-        "rms_norm_eps": form.norm_eps,
-        "rope_theta": form.rope_theta,
+        "rms_norm_eps": model.norm_eps,
+        "rope_theta": model.rope_theta,
         "rope_parameters": rope | scaling,
-        "tie_word_embeddings": form.output == "tied",
+        "tie_word_embeddings": model.output == "tied",
         "attention_dropout": 0.0,
     }
     if scaling:
@@ -533,7 +533,7 @@ def _their_settings(model: ModelConfig) -> dict:
         if "layer_types" in names.knows and model.sliding_window:
             settings["layer_types"] = ["sliding_attention"] * model.layers
     if "qkv_bias" in names.knows:
-        settings["qkv_bias"] = form.biases == "qkv"
+        settings["qkv_bias"] = model.biases == "qkv"
     experts = [count for count in model.schedule.experts if count]
     if not experts:
         return settings

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from prmoe_jax.config.family import FAMILIES, differing
+from prmoe_jax.config.family import FAMILIES
 from prmoe_jax.config.loading import resolve
 from prmoe_jax.config.schema import Config, ModelConfig
 from prmoe_jax.errors import UserError
@@ -76,9 +76,9 @@ def resolved(settings: Any, source: Any) -> Config:
 
 def check_gpt2_form(model: ModelConfig, theirs: str) -> None:
     """Raises UserError unless a model's parts are GPT-2's, which is all that `theirs` knows."""
-    for name in differing(model.form, FAMILIES["gpt2"]):
-        value, only = getattr(model.form, name), getattr(FAMILIES["gpt2"], name)
-        raise UserError(f"model.{name}={value}: {theirs} knows only {only}")
+    for name, only in FAMILIES["gpt2"].items():
+        if (value := getattr(model, name)) != only:
+            raise UserError(f"model.{name}={value}: {theirs} knows only {only}")
     for name in ("kv_heads", "head_dim", "clip_qkv", "sliding_window"):
         if value := getattr(model, name):
             raise UserError(f"model.{name}={value}: {theirs} knows only 0")
@@ -95,7 +95,7 @@ def check_sizes(model: ModelConfig, tensors: Mapping[str, np.ndarray], source: A
     """
     held = {size for tensor in tensors.values() if tensor.size for size in tensor.shape}
     sizes = {"vocab_size": model.vocab_size, "d_model": model.d_model}
-    if model.form.positions == "learned":
+    if model.positions == "learned":
         sizes["length"] = model.length
     if 0 in model.schedule.experts:
         sizes["d_ff"] = model.d_ff

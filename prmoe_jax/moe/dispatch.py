@@ -155,7 +155,7 @@ BACKENDS: dict[str, tuple[type[OneHot | Slots | Runs], Kernel | None]] = {
 
 
 def resolve(name: str, platform: str, dropless: bool) -> str:
-    """Resolves `moe.dispatch`: 'auto' depends on the platform where nothing is dropped."""
+    """Resolves `execution.dispatch`: 'auto' depends on the platform where nothing is dropped."""
     if name != "auto":
         return name
     if not dropless:

@@ -37,7 +37,7 @@ FEW_TOKENS = 256
 
 
 def resolve(name: str, mesh: Mesh | AbstractMesh) -> str:
-    """Resolves `moe.exchange`; 'auto' is coordinated if the mesh splits tensors, else flat."""
+    """Resolves `execution.exchange`: 'auto' is coordinated if `tensor` is split, else flat."""
     if name != "auto":
         return name
     return "coordinated" if mesh.shape["tensor"] > 1 else "flat"

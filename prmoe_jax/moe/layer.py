@@ -8,11 +8,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from prmoe_jax.config.schema import ModelConfig, MoeConfig
+from prmoe_jax.config.routers import capacity
+from prmoe_jax.config.schema import AUTO, ExecutionConfig, ModelConfig, MoeConfig
 from prmoe_jax.moe import dispatch, exchange
 from prmoe_jax.moe.exchange import ExpertParallel, mark_varying
 from prmoe_jax.moe.experts import Experts, Local
-from prmoe_jax.moe.routing import RouterMetrics, Routing, capacity, route
+from prmoe_jax.moe.routing import RouterMetrics, Routing, route
 from prmoe_jax.nn import remat
 from prmoe_jax.nn.mlp import MLP, MLPShape, broadcast
 from prmoe_jax.parallel import sharding
@@ -30,22 +31,22 @@ class MoE(nnx.Module):
 
     def __init__(self, experts: int, model: ModelConfig, moe: MoeConfig, key: jax.Array):
         keys = jax.random.split(key, 5)
-        d_model, form = model.d_model, model.form
+        d_model = model.d_model
         # Router and coefficient start as torch.nn.Linear does by default, as in DeepSpeed.
         bound = d_model**-0.5
 
         def uniform(key, *dims):
             return nnx.Param(jax.random.uniform(key, dims, minval=-bound, maxval=bound))
 
-        self.top_k, self.moe, self.residual_mix = model.top_k, moe, form.residual_mix
+        self.top_k, self.moe, self.residual_mix = model.top_k, moe, model.residual_mix
         self.normalize = model.normalizes
         self.w_router = uniform(keys[0], d_model, experts)
         tied = moe.expert_init == "tied"
         self.experts = Experts(experts, MLPShape.of(model, model.expert_width), keys[1], tied)
         shape = MLPShape.of(model, model.residual_width)
         self.mlp = MLP.drawn(shape, keys[1] if tied else keys[2]) if model.residual else None
-        learned = model.residual and form.residual_mix == "learned"
-        gated = model.residual and form.residual_mix == "sigmoid"
+        learned = model.residual and model.residual_mix == "learned"
+        gated = model.residual and model.residual_mix == "sigmoid"
         self.w_mix = uniform(keys[3], d_model, 2) if learned else None
         self.b_mix = uniform(keys[4], 2) if learned else None
         self.w_shared = uniform(keys[3], d_model) if gated else None
@@ -58,6 +59,7 @@ class MoE(nnx.Module):
         valid_BxL: jax.Array,
         keys_B: jax.Array | None = None,
         split: bool = False,
+        execution: ExecutionConfig = AUTO,
     ) -> tuple[jax.Array, RouterMetrics]:
         """Returns the layer's output, with x's shape and dtype, and the router's statistics.
 
@@ -66,8 +68,9 @@ class MoE(nnx.Module):
           valid_BxL: False for padding, which is not routed.
           keys_B: one key per sequence in training, None in evaluation.
           split: whether the devices of `fsdp_experts` hold parts of the experts.
+          execution: how tokens are brought to their experts.
         """
-        y_BxLxD, kept_BxL, metrics = self._spread(x_BxLxD, valid_BxL, keys_B, split)
+        y_BxLxD, kept_BxL, metrics = self._spread(x_BxLxD, valid_BxL, keys_B, split, execution)
         if self.mlp is None:
             return y_BxLxD, metrics
 
@@ -112,7 +115,9 @@ class MoE(nnx.Module):
         experts, norms = Local(self.experts), []
         for first in range(0, self.experts.count, x_BxLxD.shape[-1]):
             measure = partial(_norms_in_columns, first)
-            norm_BxLxD, _, _ = self._routed(parts, experts, x_BxLxD, valid_BxL, None, measure)
+            norm_BxLxD, _, _ = self._routed(
+                parts, experts, "auto", x_BxLxD, valid_BxL, None, measure
+            )
             if self.mlp is not None:
                 norm_BxLxD = norm_BxLxD * self._mix(x_BxLxD)[..., :1]
             norms.append(norm_BxLxD.astype(jnp.float32).sum((0, 1)))
@@ -129,13 +134,15 @@ class MoE(nnx.Module):
             return length  # nothing is dropped, so groups make no difference
         return tokens
 
-    def _spread(self, x_BxLxD, valid_BxL, keys_B, split):
+    def _spread(self, x_BxLxD, valid_BxL, keys_B, split, execution):
         """Calls `_routed`; on a mesh, each device does so for its own rows."""
         names = "w_router", "bias_router", "experts"
         parts = {name: getattr(self, name) for name in names}
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty:
-            return self._routed(parts, Local(self.experts), x_BxLxD, valid_BxL, keys_B)
+            return self._routed(
+                parts, Local(self.experts), execution.dispatch, x_BxLxD, valid_BxL, keys_B
+            )
         axes = batch_axes(mesh)
         rows = PartitionSpec(axes)
         places = sharding.specs(parts, mesh, in_use=True)
@@ -150,10 +157,10 @@ class MoE(nnx.Module):
                 experts = ExpertParallel(
                     experts.experts,
                     expert_axes(mesh, experts.count),
-                    exchange.resolve(self.moe.exchange, mesh),
-                    self.moe.buffer_factor,
+                    exchange.resolve(execution.exchange, mesh),
+                    execution.buffer_factor,
                 )
-            y_BxLxD, kept_BxL, metrics = self._routed(parts, experts, *inputs)
+            y_BxLxD, kept_BxL, metrics = self._routed(parts, experts, execution.dispatch, *inputs)
             return y_BxLxD, kept_BxL, jax.lax.psum(mark_varying(metrics, axes), axes)
 
         return jax.shard_map(
@@ -162,7 +169,7 @@ class MoE(nnx.Module):
             out_specs=(rows, rows, PartitionSpec()),
         )(parts, x_BxLxD, valid_BxL, keys_B)
 
-    def _routed(self, parts: dict, experts, x_BxLxD, valid_BxL, keys_B, measure=None):
+    def _routed(self, parts: dict, experts, by: str, x_BxLxD, valid_BxL, keys_B, measure=None):
         """Returns the experts' output, which tokens were kept, and the router's statistics."""
         batch, length, width = x_BxLxD.shape
         capacity_factor = self._capacity_factor(keys_B)
@@ -180,12 +187,12 @@ class MoE(nnx.Module):
         with jax.named_scope("routing"):
             routing, metrics, slots = self._route(parts, x_GxSxD, valid_GxS, keys_G)
         dropless, top_k = math.isinf(capacity_factor), routing.expert_GxSxK.shape[-1]
-        chosen = self.moe.dispatch == "auto" and dropless and not measure
+        chosen = by == "auto" and dropless and not measure
         with jax.named_scope("dispatch"):
             if chosen and experts.are_few(batch * length, top_k):
                 y_GxSxD, rounds = dispatch.few_through_experts(x_GxSxD, routing, experts), 0
             else:
-                name = dispatch.resolve(self.moe.dispatch, platform(), dropless)
+                name = dispatch.resolve(by, platform(), dropless)
                 y_GxSxD, rounds = dispatch.through_experts(
                     name, x_GxSxD, routing, experts, slots, measure
                 )

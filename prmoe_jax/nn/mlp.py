@@ -29,7 +29,7 @@ class MLPShape(NamedTuple):
     @classmethod
     def of(cls, model: ModelConfig, d_ff: int) -> "MLPShape":
         """The shape of a model's MLP or expert with this many hidden units."""
-        gated, biases = model.form.activation == "swiglu", model.form.biases == "all"
+        gated, biases = model.activation == "swiglu", model.biases == "all"
         return cls(model.d_model, d_ff, model.init_std, model.output_std, gated, biases)
 
 

@@ -20,7 +20,7 @@ The devices may form several slices of a pod (`mesh.slices`; unrelated to the ax
 only the data-centre network links. Then there are axes that cross slices, outside all others:
 
   data_across      none: the part of `mesh.data` in different slices
-  expert_across_N  experts, only if `moe.exchange=hierarchical` asks for it
+  expert_across_N  experts, only if `execution.exchange=hierarchical` asks for it
 
 All other axes stay inside a slice. Unless experts cross slices, the data-centre network carries
 nothing but sums of gradients and of statistics.
@@ -94,8 +94,8 @@ def has_own_mesh(config: Config) -> bool:
 
 def with_mesh(config: Config, mesh: MeshConfig | None = None) -> Config:
     """The config on another mesh, by default of one device, with an exchange that suits any."""
-    moe = dataclasses.replace(config.moe, exchange="auto")
-    return dataclasses.replace(config, mesh=mesh or MeshConfig(), moe=moe)
+    execution = dataclasses.replace(config.execution, exchange="auto")
+    return dataclasses.replace(config, mesh=mesh or MeshConfig(), execution=execution)
 
 
 def on_slices(config: Config, devices: Sequence[jax.Device] | None = None) -> Config:
@@ -250,13 +250,13 @@ def _slices_of_experts(config: Config, sizes: Mapping[str, int], devices: int) -
     slices, expert = config.mesh.slices or 1, sizes["expert"]
     across = slices // math.gcd(slices, sizes["data"])
     inner = 1 if expert % across else expert // across
-    hierarchical = config.moe.exchange == "hierarchical" and config.mesh.expert_inner == inner
+    hierarchical = config.execution.exchange == "hierarchical" and config.mesh.expert_inner == inner
     if across == 1 or (hierarchical and inner > 1):
         return across
     fix = f"use sizes whose product divides {devices}"
     if inner > 1:
         fix += (
-            ", or, for experts across slices, moe.exchange=hierarchical with "
+            ", or, for experts across slices, execution.exchange=hierarchical with "
             f"mesh.expert_inner={inner}"
         )
     within = {name: size for name, size in sizes.items() if name != "data" and size > 1}
@@ -321,7 +321,7 @@ def suggest_mesh(
     inner = 1
     if expert == devices // slices:
         # Two expert axes instead of one for a whole slice, so that FSDP can leave out the smaller.
-        most = min(FSDP_DEVICES, expert - (config.moe.exchange == "hierarchical"))
+        most = min(FSDP_DEVICES, expert - (config.execution.exchange == "hierarchical"))
         fits = (d for d in _divisors(expert) if not _problem(counts, expert, d))
         inner = max((d for d in fits if d <= most), default=1)
     data = slices * rest // fsdp
@@ -377,10 +377,10 @@ def _expert_factors(config: Config, expert: int, inner: int, devices: int) -> li
         works = next(d for d in divisors if not _problem(counts, d, 1))
         fix = f"mesh.expert={works}"
         if works == expert:
-            staged = config.moe.exchange == "hierarchical"
+            staged = config.execution.exchange == "hierarchical"
             fits = (d for d in divisors if not _problem(counts, expert, d))
             found = next((d for d in fits if not (staged and d in (1, expert))), None)
-            fix = f"mesh.expert_inner={found}" if found else "moe.exchange=auto"
+            fix = f"mesh.expert_inner={found}" if found else "execution.exchange=auto"
         raise UserError(f"mesh.expert={expert}: {problem}; use {fix}")
     degrees = sorted({1, inner, *(math.gcd(count, expert) for count in counts)})
     return [large // small for small, large in itertools.pairwise(degrees)] or [1]
@@ -437,13 +437,13 @@ def check_splits(config: Config, sizes: Mapping[str, int]) -> None:
             f"model.d_model={model.d_model} is not divisible by mesh.fsdp_experts={gathered}; use "
             f"{math.gcd(model.d_model, gathered)} of them"
         )
-    if config.moe.exchange == "coordinated" and tensor == 1:
-        raise UserError("moe.exchange=coordinated has no effect with mesh.tensor=1; use auto")
+    if config.execution.exchange == "coordinated" and tensor == 1:
+        raise UserError("execution.exchange=coordinated has no effect with mesh.tensor=1; use auto")
     inner = config.mesh.expert_inner
-    if config.moe.exchange == "hierarchical" and inner in (1, sizes.get("expert")):
+    if config.execution.exchange == "hierarchical" and inner in (1, sizes.get("expert")):
         raise UserError(
-            f"moe.exchange=hierarchical needs mesh.expert_inner above 1 and below mesh.expert, not "
-            f"{inner}: the devices of its inner stage (those of one host, say)"
+            "execution.exchange=hierarchical needs mesh.expert_inner above 1 and below "
+            f"mesh.expert, not {inner}: the devices of its inner stage (those of one host, say)"
         )
 
 

@@ -266,20 +266,20 @@ def _rounds(config: Config, mesh: Mesh, decode: int, load: float, pieces: bool) 
 
     Where pairs of devices exchange pieces of one size, `load` is that of the fullest pair.
     """
-    shape, moe = mesh.shape, config.moe
+    shape, execution = mesh.shape, config.execution
     tokens = config.train.batch_size * (1 if decode else config.model.length)
     tokens *= shape["tensor"] / mesh.size / config.train.accumulate  # on each device
     axes = tuple(name for name, size in shape.items() if name.startswith("expert") and size > 1)
     sizes = [shape[name] for name in axes]
     if not axes or decode and tokens * math.prod(sizes) * shape["slice"] <= FEW_TOKENS:
         return 1  # no rows are exchanged, or each device gets all tokens
-    rows, exchange = tokens * config.model.top_k, resolve(moe.exchange, mesh)
+    rows, exchange = tokens * config.model.top_k, resolve(execution.exchange, mesh)
     if exchange == "coordinated":
         rows /= shape["tensor"]
-    buffer = max(LEAST_ROWS, moe.buffer_factor * rows)
+    buffer = max(LEAST_ROWS, execution.buffer_factor * rows)
     if pieces:
         devices = max(sizes) if exchange == "hierarchical" else math.prod(sizes)
-        buffer = devices * piece_rows(math.ceil(rows), devices, moe.buffer_factor)
+        buffer = devices * piece_rows(math.ceil(rows), devices, execution.buffer_factor)
     return math.ceil(load * rows / buffer)
 
 
@@ -331,7 +331,9 @@ def _teacher_shapes(config: Config) -> Transformer:
 
 @functools.lru_cache(maxsize=4)
 def _decode_shapes(config: Config):
-    model = jax.eval_shape(lambda: Decoder(init_model(config), config.model.dtype))
+    model = jax.eval_shape(
+        lambda: Decoder(init_model(config), config.model.dtype, config.execution)
+    )
     batch, length = config.train.batch_size, config.model.length
     return model, jax.eval_shape(lambda: model.empty_cache(batch, length))
 

@@ -176,7 +176,7 @@ def _train(name: str, config: Config, workdir: Path, progress: SweepProgress) ->
     command = [sys.executable, "-m", "prmoe_jax.sweep.child", "train", "--json"]
     command += [f"--config={settings}", f"--workdir={workdir}"]
     # Taken from no config.json, since JAX runs the programs of that folder.
-    command += [f"--config.train.compile_cache={config.train.compile_cache}"]
+    command += [f"--config.execution.compile_cache={config.execution.compile_cache}"]
     begun = time.monotonic()
     with _appending(told) as output:
         before = output.tell()

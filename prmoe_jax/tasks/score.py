@@ -6,6 +6,7 @@ on the batch size, the order or the other requests.
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from prmoe_jax.config.schema import AUTO, ExecutionConfig
 from prmoe_jax.config.validation import check_runs_without_limit
 from prmoe_jax.errors import UserError
 from prmoe_jax.model.chunks import chunk_length, cut
@@ -32,14 +34,20 @@ class Scorer:
       length: the model's context in tokens.
     """
 
-    def __init__(self, model: Transformer, mesh: Mesh, batch_size: int):
+    def __init__(
+        self,
+        model: Transformer,
+        mesh: Mesh,
+        batch_size: int,
+        execution: ExecutionConfig = AUTO,
+    ):
         """Takes a model and its mesh; each device scores `batch_size` sequences at once.
 
         Devices of the axis `tensor`, which share their sequences, count as one.
         """
         self._model, self._mesh = dropless(model), mesh
         self._rows = batch_size * (mesh.size // mesh.shape["tensor"])
-        self._score = jax.jit(_score, out_shardings=replicated(mesh))
+        self._score = jax.jit(partial(_score, execution), out_shardings=replicated(mesh))
         self.length = model.config.length
 
     @classmethod
@@ -54,7 +62,7 @@ class Scorer:
         check_runs_without_limit(config)
         if jax.default_backend() == "cpu":  # bfloat16 is many times slower there
             model.config = dataclasses.replace(model.config, dtype="float32")
-        return cls(model, mesh, batch_size)
+        return cls(model, mesh, batch_size, config.execution)
 
     def __call__(
         self, contexts: Sequence[list[int]], continuations: Sequence[list[int]]
@@ -104,9 +112,9 @@ class Scorer:
         return scores
 
 
-def _score(model: Transformer, tokens_BxL, valid_BxL, targets_BxL):
+def _score(execution: ExecutionConfig, model: Transformer, tokens_BxL, valid_BxL, targets_BxL):
     """ln p of each target, and whether it is the likeliest token; few logits exist at a time."""
-    x_BxLxD, _ = model(tokens_BxL, valid_BxL)
+    x_BxLxD, _ = model(tokens_BxL, valid_BxL, execution=execution)
     table_VxD = model.output_table(x_BxLxD.dtype)
 
     def score(inputs):

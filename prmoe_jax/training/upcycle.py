@@ -69,8 +69,7 @@ def init_from_run(config: Config, mesh: Mesh, tokenizer: Tokenizer) -> Transform
             f"init.noise={config.init.noise} has no effect: the run to start as has all experts, "
             "and only new ones get noise; leave it at 0"
         )
-    moe = dataclasses.replace(settings.moe, exchange=config.moe.exchange)
-    settings = dataclasses.replace(settings, mesh=config.mesh, moe=moe)
+    settings = dataclasses.replace(settings, mesh=config.mesh)
     with reading_source():
         step, model = restore_model(workdir, settings, mesh)
     log.info("starts as step %d of %s, %s", step, workdir, settings.model.schedule)
@@ -120,7 +119,7 @@ def check_fits(source: ModelConfig, model: ModelConfig) -> None:
     for name, (ours, theirs) in pairs.items():
         if ours != theirs:
             raise UserError(f"model.{name}={ours}, the run to start as has {theirs}; use the same")
-    if model.form.positions == "learned" and model.length > source.length:
+    if model.positions == "learned" and model.length > source.length:
         raise UserError(
             f"model.length={model.length} exceeds the {source.length} positions of the run to "
             f"start as; use {source.length} or less"
@@ -132,7 +131,7 @@ def check_fits(source: ModelConfig, model: ModelConfig) -> None:
                 f"layer {layer} has {want or 'no'} experts, that of the run to start as {have}; an "
                 "MoE layer starts as a dense one or as one with as many experts"
             )
-        mixes = [(m.residual, m.form.residual_mix) for m in (source, model)]
+        mixes = [(m.residual, m.residual_mix) for m in (source, model)]
         if have and mixes[0] != mixes[1]:
             raise UserError(
                 f"model.residual={mixes[1][0]}, residual_mix={mixes[1][1]}: the run to start as "

@@ -261,7 +261,7 @@ def test_step(capsys, monkeypatch):
     """Ours alone where PyTorch isn't installed; as a table as well."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     # The mesh and the exchange over it have no effect on one device.
-    spread = ["moe.exchange=hierarchical", "mesh.expert=4", "mesh.expert_inner=2"]
+    spread = ["execution.exchange=hierarchical", "mesh.expert=4", "mesh.expert_inner=2"]
     spread = [f"--config.{setting}" for setting in spread]
     assert main(bench_step("2 layers, E=4, residual", "--json", *spread)) == 0
     (row,) = json.loads(capsys.readouterr().out)

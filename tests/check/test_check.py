@@ -186,7 +186,7 @@ def test_a_kernel_that_returns_wrong_numbers(fault, monkeypatch):
     einsum, wrong, exchanges = kernels.check().findings
     assert (einsum.name, einsum.status) == ("dispatch einsum", OK)
     assert (wrong.name, wrong.status) == ("dispatch gather", FAIL)
-    assert wrong.fix.startswith("use another moe.dispatch; report it")
+    assert wrong.fix.startswith("use another execution.dispatch; report it")
     expected = {
         wrong_by_a_percent: "wrong numbers: float32 forward 1e-02",
         wrong_gradient: "backward 1e-02 of 1e-04",

@@ -151,7 +151,7 @@ def test_in_and_out_again(name, source, tmp_path):
         np.testing.assert_array_equal(after[key], array, err_msg=key)
     assert imported(tmp_path / "out", tmp_path / "again") == 0
     first, second = (load(path / "config.json").model for path in (run, tmp_path / "again"))
-    assert (first.form, first.schedule) == (second.form, second.schedule)
+    assert first.differences(second) == {} and first.schedule == second.schedule
     assert first.rope_scaling == second.rope_scaling
 
 
@@ -336,7 +336,7 @@ def test_what_is_missing_is_the_class_s(family):
     normalize = None
     if any(model.schedule.experts):
         normalize = "always" if model.normalizes else "never"
-    assert (model.form.norm_eps, model.form.rope_theta, normalize) == DEFAULTS[family]
+    assert (model.norm_eps, model.rope_theta, normalize) == DEFAULTS[family]
 
 
 @needs_extra("interop", "transformers")

@@ -26,9 +26,9 @@ from tests.support.quick import jit
 
 SMALL = ModelConfig(
     vocab_size=31, length=13, layers=3, d_model=10, heads=2, d_ff=11, dtype="float32",
-    init_std=0.3, attention="xla",
+    init_std=0.3,
 )  # fmt: skip
-MOE = MoeConfig(dispatch="gather", min_capacity=1)
+MOE = MoeConfig(min_capacity=1)
 
 
 def build(model, moe=MOE):
@@ -213,7 +213,7 @@ def test_remat_recomputes_and_changes_no_gradient(batch, remat):
     ],
 )
 def test_remat_choice(remat, layers, platform, expected):
-    assert resolve_remat(small(f"{layers} layers", remat=remat), platform) == expected
+    assert resolve_remat(remat, layers, platform) == expected
 
 
 def test_bfloat16_is_close_to_float32(batch):
@@ -336,9 +336,8 @@ def cudnn(monkeypatch):
 )
 def test_cudnn_only_where_it_accepts_the_shape(changes, expected, cudnn, caplog):
     caplog.set_level("INFO")
-    model = dataclasses.replace(SMALL, attention="auto", dtype="bfloat16", **changes)
-    forced = dataclasses.replace(model, attention="cudnn")
-    assert resolve_attention(model, "gpu") == ("xla" if expected else "cudnn")
+    model = dataclasses.replace(SMALL, dtype="bfloat16", **changes)
+    assert resolve_attention("auto", model, "gpu") == ("xla" if expected else "cudnn")
     check_backends(
         dataclasses.replace(Config(), model=model), "gpu", make_mesh(Config(), jax.devices()[:1])
     )
@@ -346,14 +345,14 @@ def test_cudnn_only_where_it_accepts_the_shape(changes, expected, cudnn, caplog)
     assert [expected in text for text in why] == [True] * bool(expected)
     if expected:
         with pytest.raises(UserError, match=f"attention=cudnn cannot run .*{expected}"):
-            resolve_attention(forced, "gpu")
+            resolve_attention("cudnn", model, "gpu")
     else:
-        assert resolve_attention(forced, "gpu") == "cudnn"
+        assert resolve_attention("cudnn", model, "gpu") == "cudnn"
 
 
 def test_cudnn_on_older_and_newer_gpus(cudnn, monkeypatch):
     """Heads of up to 256 from Hopper on; none before Ampere; none where cuDNN is missing."""
-    wide = dataclasses.replace(SMALL, attention="auto", dtype="bfloat16", d_model=512)
+    wide = dataclasses.replace(SMALL, dtype="bfloat16", d_model=512)
     narrow = dataclasses.replace(wide, d_model=16)
 
     class Device:
@@ -362,17 +361,17 @@ def test_cudnn_on_older_and_newer_gpus(cudnn, monkeypatch):
     monkeypatch.setattr(jax, "local_devices", lambda: [Device])
     module = "jax._src.cudnn.fused_attention_stablehlo"
     monkeypatch.setattr(f"{module}.check_compute_capability", lambda least: least <= "9.0")
-    assert resolve_attention(wide, "gpu") == "cudnn"
+    assert resolve_attention("auto", wide, "gpu") == "cudnn"
     monkeypatch.setattr(f"{module}.check_compute_capability", lambda least: False)
-    assert resolve_attention(wide, "gpu") == "xla"
+    assert resolve_attention("auto", wide, "gpu") == "xla"
     Device.compute_capability = "7.5"
-    assert resolve_attention(narrow, "gpu") == "xla"
+    assert resolve_attention("auto", narrow, "gpu") == "xla"
     with pytest.raises(UserError, match="needs compute capability 8.0, this GPU has 7.5"):
-        resolve_attention(dataclasses.replace(narrow, attention="cudnn"), "gpu")
+        resolve_attention("cudnn", narrow, "gpu")
     Device.compute_capability = "8.0"
-    assert resolve_attention(narrow, "gpu") == "cudnn"
+    assert resolve_attention("auto", narrow, "gpu") == "cudnn"
     monkeypatch.undo()
-    assert resolve_attention(narrow, "gpu") == "xla"
+    assert resolve_attention("auto", narrow, "gpu") == "xla"
 
 
 @pytest.mark.parametrize(
@@ -392,12 +391,12 @@ def test_cudnn_on_older_and_newer_gpus(cudnn, monkeypatch):
     ],
 )
 def test_attention_choice(attention, platform, changes, expected, cudnn):
-    model = dataclasses.replace(SMALL, attention=attention, **changes)
+    model = dataclasses.replace(SMALL, **changes)
     if " " not in expected:
-        assert resolve_attention(model, platform) == expected
+        assert resolve_attention(attention, model, platform) == expected
     else:
         with pytest.raises(UserError, match=expected):
-            resolve_attention(model, platform)
+            resolve_attention(attention, model, platform)
 
 
 def test_dropout():

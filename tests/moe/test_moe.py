@@ -20,7 +20,7 @@ from tests.support.quick import jit, routed
 MODEL = ModelConfig(
     d_model=7, d_ff=11, heads=1, layers=2, placement="every 2", experts=(3,), init_std=0.5
 )
-MOE = MoeConfig(dispatch="gather", min_capacity=1)
+MOE = MoeConfig(min_capacity=1)
 
 
 def layer(model=MODEL, moe=MOE, experts=3):
@@ -127,9 +127,9 @@ def test_blocks_of_rows_are_runs(sizes):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_expert_choice_by_hand(backend, factor, taken):
     """A token's output is the sum over the experts that took it, by any backend."""
-    moe = layer(moe=dataclasses.replace(MOE, router="expert_choice", dispatch=backend))
+    moe = layer(moe=dataclasses.replace(MOE, router="expert_choice"))
     x_BxLxD, valid_BxL = inputs(2, 13)
-    y_BxLxD, metrics = routed(moe, x_BxLxD, valid_BxL, factor)
+    y_BxLxD, metrics = routed(moe, x_BxLxD, valid_BxL, factor, dispatch=backend)
     probs_BxLxE = jax.nn.softmax(x_BxLxD @ moe.w_router[...])
     x_ExRxD = jnp.broadcast_to(x_BxLxD.reshape(-1, 7), (3, 26, 7))
     everything_ExBxLxD = moe.experts(x_ExRxD).reshape(3, 2, 13, 7)

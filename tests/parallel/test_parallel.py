@@ -134,12 +134,12 @@ def test_every_layer_of_a_pyramid_uses_as_many_devices_as_it_can():
         (
             "2 layers, E=4",
             {"moe": {"exchange": "coordinated"}},
-            "moe.exchange=coordinated has no effect with mesh.tensor=1; use auto",
+            "execution.exchange=coordinated has no effect with mesh.tensor=1; use auto",
         ),
         (
             "2 layers, E=4",
             {"moe": {"exchange": "hierarchical"}, "expert": 4},
-            "moe.exchange=hierarchical needs mesh.expert_inner",
+            "execution.exchange=hierarchical needs mesh.expert_inner",
         ),
         (
             "2 layers, E=8",
@@ -150,7 +150,7 @@ def test_every_layer_of_a_pyramid_uses_as_many_devices_as_it_can():
         (
             "2 layers, E=8",
             {"moe": {"exchange": "hierarchical"}, "expert": 8, "expert_inner": 8},
-            "moe.exchange=hierarchical needs mesh.expert_inner above 1 and below mesh.expert, not",
+            "hierarchical needs mesh.expert_inner above 1 and below mesh.expert, not",
         ),
         # Whatever the order of the layers.
         (
@@ -418,7 +418,7 @@ def test_axes_that_cross_slices_by_hand():
             {"slices": 2, "expert": 8},
             "mesh.expert=8 spans 8 devices, but a slice has 4 (mesh.slices=2) and only mesh.data "
             "crosses slices; use sizes whose product divides 4, or, for experts across slices, "
-            "moe.exchange=hierarchical with mesh.expert_inner=4",
+            "execution.exchange=hierarchical with mesh.expert_inner=4",
         ),
         (
             {"slices": 4, "fsdp": 2, "tensor": 2},
@@ -429,7 +429,7 @@ def test_axes_that_cross_slices_by_hand():
             {"slices": 2, "expert": 8, "expert_inner": 2, "moe": {"exchange": "hierarchical"}},
             "mesh.expert=8 spans 8 devices, but a slice has 4 (mesh.slices=2) and only mesh.data "
             "crosses slices; use sizes whose product divides 4, or, for experts across slices, "
-            "moe.exchange=hierarchical with mesh.expert_inner=4",
+            "execution.exchange=hierarchical with mesh.expert_inner=4",
         ),
         # One device of each slice has no inner stage of its own.
         (

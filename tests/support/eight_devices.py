@@ -126,8 +126,8 @@ def settings(text: str, train=(), moe=(), optimizer=(), **model) -> Config:
 def spread(values: Config, mesh: dict, devices=None) -> tuple[Config, jax.sharding.Mesh]:
     """The config for one of `MESHES`, resolved, and the mesh."""
     axes = {name: size for name, size in mesh.items() if name != "exchange"}
-    moe = dataclasses.replace(values.moe, exchange=mesh.get("exchange", "auto"))
-    values = dataclasses.replace(values, mesh=MeshConfig(**axes), moe=moe)
+    execution = dataclasses.replace(values.execution, exchange=mesh.get("exchange", "auto"))
+    values = dataclasses.replace(values, mesh=MeshConfig(**axes), execution=execution)
     mesh = make_mesh(values, devices)
     return values, mesh
 
@@ -143,7 +143,7 @@ def gradient_of(values: Config):
         keys_B = jax.random.split(jax.random.key(3), len(batch.tokens_BxL))
 
         def loss(model):
-            sums = forward(model, batch, keys_B)
+            sums = forward(model, batch, keys_B, execution=values.execution)
             return training_loss(sums, totals(batch, values), values)
 
         loss, gradient = jax.value_and_grad(loss)(model)
@@ -454,7 +454,9 @@ def generates(parts: str = "", *meshes: str) -> None:
             with jax.set_mesh(mesh):
                 model = init_model(on)
                 placed = jax.device_put(model, sharding.shardings(model, mesh))
-                generator = Generator(decoder(placed, kind, mesh), byte_tokenizer(), mesh)
+                generator = Generator(
+                    decoder(placed, kind, mesh, on.execution), byte_tokenizer(), mesh
+                )
                 texts = generator(prompts, 20, Sampling(1.0), [1, 2, 3])
             assert texts == expected.setdefault(kind, texts), (name, kind, texts, expected)
             print(name, kind, "equal", flush=True)
@@ -476,7 +478,7 @@ def scores(*meshes: str) -> None:
         with jax.set_mesh(mesh):
             model = init_model(on)
             placed = jax.device_put(model, sharding.shardings(model, mesh))
-        found = np.array(Scorer(placed, mesh, 1)(contexts, continuations))
+        found = np.array(Scorer(placed, mesh, 1, on.execution)(contexts, continuations))
         expected = found if expected is None else expected
         np.testing.assert_allclose(found, expected, rtol=1e-5)
         print(name, "equal", flush=True)
@@ -518,7 +520,13 @@ def prefills() -> None:
         with jax.set_mesh(mesh):
             model = init_model(on)
             placed = jax.device_put(model, sharding.shardings(model, mesh))
-            inputs = decoder(placed, "float32", mesh), tokens, length_B, length_B, keys_B
+            inputs = (
+                decoder(placed, "float32", mesh, on.execution),
+                tokens,
+                length_B,
+                length_B,
+                keys_B,
+            )
             with spied("everywhere") as everywhere:
                 program = prefill.lower(*inputs, 1).compile()
         assert not everywhere.called

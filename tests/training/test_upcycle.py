@@ -203,7 +203,7 @@ def test_kernels_of_the_run_to_start_as_do_not_matter(text, tmp_path, capsys):
     capsys.readouterr()
     for verb in ["eval"], ["generate", "--tokens=3"]:
         assert main([*verb, f"--workdir={dense}"]) == 0
-        line = "model.attention=splash needs a tpu, this is a cpu; use auto, as is done here"
+        line = "execution.attention=splash needs a tpu, this is a cpu; use auto, as is done here"
         assert line in capsys.readouterr().err
 
 
