@@ -168,7 +168,7 @@ CASES = {
     "misspelled setting": (params("train.stepz=2"), "did you mean --config.train.steps?"),
     "misspelled seed": (params("seeed=2"), "did you mean --config.seed?"),
     "group left out": (params("layers=2"), "did you mean --config.model.layers?"),
-    "nothing like it": (params("zzzz=2"), "is not a setting; there are seed, model, moe, mesh, da"),
+    "nothing like it": (params("zzzz=2"), "is not a setting; there are seed, model, moe, mesh, ex"),
     "no name": (params("=2"), "--config. is not a setting"),
     "a group": (params("model=2"), "--config.model is not a setting but a group of them, such as"),
     "no value": (params("model.layers"), "Missing value for flag --config.model.layers"),

@@ -158,7 +158,7 @@ def test_flops_are_those_of_the_traced_model(architecture):
     tokens = jax.ShapeDtypeStruct((batch, 7), jnp.int32)
 
     def forward(model, tokens, segments):
-        x, _ = model(tokens, segments)
+        x, _ = model(tokens, segments, execution=config.execution)
         return model.logits(x)
 
     traced = matrix_flops(jax.make_jaxpr(forward)(model, tokens, tokens).jaxpr)
