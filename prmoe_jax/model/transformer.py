@@ -85,9 +85,7 @@ class Stage(nnx.Module):
         keys = jax.random.split(key, len(stage.cell))
         self.blocks = nnx.List([stacked(e, k) for e, k in zip(stage.cell, keys, strict=True)])
 
-    def __call__(
-        self, x_BxLxD, segments_BxL, keys_NxB=None, position_BxL=None, execution=AUTO
-    ):
+    def __call__(self, x_BxLxD, segments_BxL, keys_NxB=None, position_BxL=None, execution=AUTO):
         """Returns the activations and, for each layer of the cell, statistics [N, …] or None."""
 
         def cell(x_BxLxD, stacked):

@@ -177,7 +177,7 @@ def test_stages_equal_the_layers_one_by_one(batch, remat):
                 block = jax.tree.map(lambda x: x[n], stacked)  # noqa: B023
                 x_BxLxD, metrics, _ = apply(block, x_BxLxD)
                 experts.append(0 if metrics is None else len(metrics.assigned_E))
-    got, routers = jit(partial(model, execution=execution))(tokens_BxL, segments_BxL)
+    got, routers = jit(functools.partial(model, execution=execution))(tokens_BxL, segments_BxL)
     np.testing.assert_allclose(got, model.norm(x_BxLxD), rtol=1e-4, atol=1e-4)
     assert tuple(experts) == model.config.schedule.experts == (0, 2, 0, 2, 0, 5, 0)
     assert [len(router.assigned_E) for router in routers] == [2, 2, 5]
