@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, PartitionSpec, SingleDeviceSharding
 
-from prmoe_jax.bench.turns import TURN_SECONDS, in_turns, mean_seconds
+from prmoe_jax.bench.timing import TURN_SECONDS, interleaved, mean_seconds
 from prmoe_jax.check.findings import FAIL, OK, Finding, Part, rate, slow
 from prmoe_jax.parallel import processes
 from prmoe_jax.plan.chips import data_sheet
@@ -105,7 +105,7 @@ def measure(devices: list) -> tuple[dict[int, dict[str, float]], dict[str, dict[
             made = {device.id: _product(device, kind.split("_")[1]) for device in devices}
             errors[kind] = {number: error for number, (_, _, error) in made.items()}
         turns = {number: mean_seconds(run, TURN_SECONDS) for number, (run, *_) in made.items()}
-        for number, seconds in in_turns(turns, TURNS).items():
+        for number, seconds in interleaved(turns, TURNS).items():
             best[number][kind] = made[number][1] / min(seconds)
     return best, errors
 
