@@ -38,6 +38,8 @@ class Constants(NamedTuple):
     margin: float | None = None  # nats a token: a smaller difference is none, see `report.arms`
     pooled: bool = False  # whether all arms tell how far seeds differ, see `report.arms.spread`
     ladder: bool = False  # whether MoEs are measured against the dense arms, `report.multiplier`
+    predicted: dict[str, float] = {}  # multipliers in active parameters by a scaling law, by arm
+    law: str = "a scaling law"  # its name
     varying: tuple[str, ...] = ()  # settings in which runs of an arm may differ, besides the seed
     contrasts: tuple[tuple[str, str], ...] = ()  # pairs of arms that are compared
 
@@ -84,7 +86,12 @@ def constants(folder: Path) -> Constants:
     path = folder / "sweep.py"
     if not _is_there(path):
         return Constants()
-    return Constants(**{name: _good(path, name, value) for name, value in _assigned(path).items()})
+    found = _assigned(path)
+    for name, value in found.items():
+        if not _is_good(name, value):
+            wanted = WANTED.get(name, "True or False")
+            raise UserError(f"{path}: {name.upper()} is {value!r:.80}; it must be {wanted}")
+    return Constants(**found)
 
 
 def _is_there(path: Path) -> bool:
@@ -94,11 +101,11 @@ def _is_there(path: Path) -> bool:
         raise files.cannot_read(path, error) from None
 
 
-def _assigned(path: Path) -> dict[str, object]:
-    """The values of the constants that a file defines, by their names in lower case."""
+def _assigned(path: Path) -> dict:
+    """The values of the constants that a file assigns, by their names in lower case."""
     with userfile.mistakes(path, str(path)):
         tree = ast.parse(path.read_bytes(), str(path))
-    plain = {}  # the values of assignments, by their targets
+    plain: dict[ast.AST, object] = {}  # the values of plain assignments, by their targets
     for node in tree.body:
         if isinstance(node, (ast.Assign, ast.AnnAssign)):
             target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
@@ -106,54 +113,63 @@ def _assigned(path: Path) -> dict[str, object]:
                 plain[target] = ast.literal_eval(node.value)
     found = {}
     for node in ast.walk(tree):
-        name = None
+        name = ""
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             name = node.id
         elif isinstance(node, ast.alias):
             name = node.asname or node.name
-            if name == "*":
-                raise UserError(
-                    f"{path}, line {node.lineno}: import names, not *: a report reads "
-                    f"{', '.join(sorted(NAMES))} without running the file"
-                )
-        if name and name not in NAMES and name.isupper():
-            for close in difflib.get_close_matches(name, NAMES, 1, 0.8):
-                raise UserError(
-                    f"{path}, line {node.lineno}: {name} is no constant of a sweep; did you mean "
-                    f"{close}?"
-                )
-        if name in NAMES:
-            if not (isinstance(node, ast.expr) and node in plain):
-                raise UserError(
-                    f"{path}, line {node.lineno}: {name} must be a plain value, such as 0.02 or "
-                    "True, since a report reads the file without running it"
-                )
+        if name in NAMES and node in plain:
             found[name.lower()] = plain[node]
+        elif wrong := _wrong(name):
+            raise UserError(f"{path}, line {node.lineno}: {wrong}")
     return found
 
 
-def _good(path: Path, name: str, value):
-    """Returns a constant's value.
+def _wrong(name: str) -> str:
+    """What is wrong with a name that isn't assigned a plain value; '' if nothing is."""
+    if name in NAMES:
+        return (
+            f"{name} must be a plain value, such as 0.02 or True, since a report reads the file "
+            "without running it"
+        )
+    if name == "*":
+        names = ", ".join(sorted(NAMES))
+        return f"import names, not *: a report reads {names} without running the file"
+    close = difflib.get_close_matches(name, NAMES, 1, 0.8) if name.isupper() else []
+    return f"{name} is no constant of a sweep; did you mean {close[0]}?" if close else ""
 
-    Raises:
-      UserError: the constant can't have it.
-    """
-    shown = f"{path}: {name.upper()} is {value!r:.80}; it must be"
+
+# What a constant must be, other than True or False.
+WANTED = {
+    "margin": "nats above 0, such as 0.02",
+    "predicted": "arms and numbers above 0, such as {'E8/3M': 0.6}",
+    "law": "a text",
+    "varying": "settings, such as ('init.workdir',)",
+    "contrasts": "pairs of two arms, such as (('a', 'b'), ('c', 'b'))",
+}
+
+
+def _is_good(name: str, value) -> bool:
+    """Whether a constant can have a value."""
     if name == "margin":
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not (number and 0 < value < math.inf):
-            raise UserError(f"{shown} nats above 0, such as 0.02")
-    elif name == "varying":
-        if not (isinstance(value, tuple) and set(map(str, value)) <= leaves(Config()).keys()):
-            raise UserError(f"{shown} settings, such as ('init.workdir',)")
-    elif name == "contrasts":
+        return _is_number(value)
+    if name == "predicted":
+        named = isinstance(value, dict) and all(isinstance(arm, str) for arm in value)
+        return named and all(map(_is_number, value.values()))
+    if name == "law":
+        return isinstance(value, str)
+    if name == "varying":
+        return isinstance(value, tuple) and set(map(str, value)) <= leaves(Config()).keys()
+    if name == "contrasts":
         pairs = isinstance(value, tuple) and all(isinstance(pair, tuple) for pair in value)
         two = pairs and all(list(map(type, pair)) == [str, str] for pair in value)
-        if not (two and all(arm != base for arm, base in value)):
-            raise UserError(f"{shown} pairs of two arms, such as (('a', 'b'), ('c', 'b'))")
-    elif not isinstance(value, bool):
-        raise UserError(f"{shown} True or False")
-    return value
+        return two and all(arm != base for arm, base in value)
+    return isinstance(value, bool)
+
+
+def _is_number(value) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and 0 < value < math.inf
 
 
 def _checked(path: Path, items) -> dict[str, Run]:
