@@ -26,6 +26,7 @@ from prmoe_jax.config.validation import check_runs_without_limit
 from prmoe_jax.errors import UserError
 from prmoe_jax.inference.decoder import Decoder, decoder
 from prmoe_jax.inference.generate import STEPS, Sampling, decode, room, start
+from prmoe_jax.inference.restore import for_inference
 from prmoe_jax.interop.gpt2 import gpt2_sizes
 from prmoe_jax.interop.settings import check_gpt2_form
 from prmoe_jax.model.sizes import cost
@@ -189,10 +190,7 @@ def _placed(config: Config, layout: MeshConfig | None) -> tuple[Config, Mesh]:
         layout = MeshConfig(fsdp=layout.fsdp, tensor=layout.tensor)
     config = with_mesh(config, layout)
     mesh = make_mesh(config, devices)
-    if jax.default_backend() == "cpu":
-        model = dataclasses.replace(config.model, dtype="float32")
-        config = dataclasses.replace(config, model=model)
-    return config, mesh
+    return dataclasses.replace(config, model=for_inference(config.model)), mesh
 
 
 def _ours(config: Config, mesh: Mesh, kind: str) -> tuple[Decoder, Mesh]:

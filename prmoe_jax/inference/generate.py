@@ -15,14 +15,13 @@ from jax.sharding import Mesh
 
 from prmoe_jax import stores
 from prmoe_jax.config.schema import MeshConfig
-from prmoe_jax.config.validation import check_runs_without_limit
 from prmoe_jax.data.tokenizer import Tokenizer
 from prmoe_jax.errors import UserError
 from prmoe_jax.inference.decoder import Decoder, decoder
+from prmoe_jax.inference.restore import restore_for_inference
 from prmoe_jax.model.attention import KVCache
 from prmoe_jax.parallel.mesh import batch_axes
 from prmoe_jax.run import directory as workdirs
-from prmoe_jax.run.restore import restore_run
 
 # Tokens of each prompt in one chunk of the prefill, and decoding steps until the host looks for new
 # tokens.
@@ -104,10 +103,7 @@ class Generator:
             raise UserError(f"--weights={weights} is unknown; use one of {', '.join(WEIGHTS)}")
         workdir = stores.as_path(workdir)
         devices = None if mesh else jax.local_devices()[:1]
-        config, _, model, on = restore_run(workdir, devices, mesh or MeshConfig())
-        check_runs_without_limit(config)
-        if jax.default_backend() == "cpu":  # bfloat16 is many times slower there
-            model.config = dataclasses.replace(model.config, dtype="float32")
+        model, on = restore_for_inference(workdir, devices, mesh or MeshConfig())
         tokenizer = Tokenizer.load(workdir / workdirs.TOKENIZER)
         with jax.set_mesh(on):
             return cls(decoder(model, weights or model.config.dtype, on), tokenizer, on)

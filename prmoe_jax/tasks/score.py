@@ -4,7 +4,6 @@ No token is dropped and padding affects nothing, so that a score depends on its 
 on the batch size, the order or the other requests.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,13 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from prmoe_jax.config.validation import check_runs_without_limit
 from prmoe_jax.errors import UserError
+from prmoe_jax.inference.restore import restore_for_inference
 from prmoe_jax.model.chunks import chunk_length, cut
 from prmoe_jax.model.loss import token_nats
 from prmoe_jax.model.transformer import Transformer, dropless, logits
 from prmoe_jax.parallel.mesh import replicated, split_batch
-from prmoe_jax.run.restore import restore_run
 
 # Lengths are rounded up to multiples of this, so that few shapes are compiled.
 BUCKET = 64
@@ -50,11 +48,7 @@ class Scorer:
           UserError: the folder holds no run or no readable checkpoint, or the run's experts choose
             their tokens.
         """
-        config, _, model, mesh = restore_run(workdir, jax.local_devices())
-        check_runs_without_limit(config)
-        if jax.default_backend() == "cpu":  # bfloat16 is many times slower there
-            model.config = dataclasses.replace(model.config, dtype="float32")
-        return cls(model, mesh, batch_size)
+        return cls(*restore_for_inference(workdir, jax.local_devices()), batch_size)
 
     def __call__(
         self, contexts: Sequence[list[int]], continuations: Sequence[list[int]]
