@@ -61,7 +61,7 @@ def bench_decode(
     Args:
       config: the experiment.
       batches: batch sizes in sequences.
-      weights: types of the large weights, from `generate.WEIGHTS`.
+      weights: types of the large weights, from `inference.WEIGHTS`.
       prompt: number of tokens in the KV cache at the start.
       repeats: number of timed turns.
       layouts: meshes of all devices for our models, by name; None is one device. For dense models,

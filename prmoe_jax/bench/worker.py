@@ -17,11 +17,7 @@ from prmoe_jax.errors import UserError
 
 @contextlib.contextmanager
 def worker(module: str, **settings) -> Iterator[Timed]:
-    """Starts `python -m prmoe_jax.bench.MODULE` with these settings, which calls `serve`.
-
-    Raises:
-      UserError: the process ended.
-    """
+    """Starts `python -m prmoe_jax.bench.MODULE` with these settings, which calls `serve`."""
     command = [sys.executable, "-m", f"prmoe_jax.bench.{module}", json.dumps(settings)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     peak = 0

@@ -28,8 +28,6 @@ settings:
                                 --config.train.steps=40 --config.model.experts=8,8,16
 """
 
-WEIGHTS = "float32", "bfloat16", "int8"
-
 
 class Parser(argparse.ArgumentParser):
     """Reports a mistake as a `UserError`, which is shown on one line."""

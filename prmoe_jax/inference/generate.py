@@ -17,6 +17,7 @@ from prmoe_jax import stores
 from prmoe_jax.config.schema import MeshConfig
 from prmoe_jax.data.tokenizer import Tokenizer
 from prmoe_jax.errors import UserError
+from prmoe_jax.inference import WEIGHTS
 from prmoe_jax.inference.decoder import Decoder, decoder
 from prmoe_jax.inference.restore import restore_for_inference
 from prmoe_jax.model.attention import KVCache
@@ -27,7 +28,6 @@ from prmoe_jax.run import directory as workdirs
 # tokens.
 PREFILL_CHUNK = 64
 STEPS = 16
-WEIGHTS = "float32", "bfloat16", "int8"
 # Below COLDEST, only the likeliest token has a probability above 0. Above HOTTEST, all tokens are
 # equally likely. Logits that are divided by a number outside these bounds could exceed the range of
 # float32.

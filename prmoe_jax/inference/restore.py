@@ -16,12 +16,7 @@ from prmoe_jax.run.restore import restore_run
 def restore_for_inference(
     workdir: Path, devices: Sequence[jax.Device] | None, layout: MeshConfig | None = None
 ) -> tuple[Transformer, Mesh]:
-    """Restores a run's newest model and its mesh; see `restore_run` for the arguments.
-
-    Raises:
-      UserError: the folder holds no run or no readable checkpoint, the layout doesn't fit, or the
-        run's experts choose their tokens.
-    """
+    """Restores a run's newest model and its mesh; see `restore_run` for the arguments."""
     config, _, model, mesh = restore_run(workdir, devices, layout)
     check_runs_without_limit(config)
     model.config = for_inference(model.config)

@@ -57,9 +57,6 @@ def arms(records: list[dict], varying: Collection[str] = ()) -> dict[str, dict[i
     Args:
       records: records of a sweep.
       varying: settings in which runs of an arm may differ, besides the seed.
-
-    Raises:
-      UserError: two runs of an arm differ in more than that, or not in their seed.
     """
     found: dict[str, dict[int, dict]] = {}
     for record in records:
@@ -263,11 +260,7 @@ def holm(p_values: list[float]) -> list[float]:
 
 
 def write_csv(records: list[dict], path: Path) -> None:
-    """Writes one line for each run: its results, and the settings in which runs differ.
-
-    Raises:
-      UserError: the file cannot be written.
-    """
+    """Writes one line for each run: its results, and the settings in which runs differ."""
     defaults = leaves(Config())
     names = {name for record in records for name in record["settings"]} - {"seed"}
     values = {

@@ -78,11 +78,7 @@ def planned(folder: Path) -> Sweep:
 
 
 def constants(folder: Path) -> Constants:
-    """The constants of a folder's sweep.py, which does not run; the defaults without a file.
-
-    Raises:
-      UserError: the file cannot be read, or a constant has no value that it can have.
-    """
+    """The constants of a folder's sweep.py, which does not run; the defaults without a file."""
     path = folder / "sweep.py"
     if not _is_there(path):
         return Constants()
@@ -252,9 +248,6 @@ def _check_trunk(config: Config, name: str, trunk: Config, start: int) -> None:
       name: the trunk's name.
       trunk: the trunk's config.
       start: the step at which the trunk itself goes on from another run.
-
-    Raises:
-      UserError: it can't.
     """
     if config.decay_start is None:
         raise UserError(

@@ -62,10 +62,6 @@ def check_needed(
       folder: the folder of results.jsonl.
       root: the parent of the runs' folders.
       begins: the config with which the run begins; None if it goes on from its own checkpoint.
-
-    Raises:
-      UserError: a run that it needs is not finished, or has other settings; or its last checkpoint
-        is gone, and the run begins with it.
     """
     trunk = runs[name].trunk
     starts = _starts(runs[name].config, begins) if begins else set()
@@ -106,9 +102,6 @@ def discard_checkpoints(
 
     The checkpoint at which its decay starts stays if no run goes on from it, so that a longer run
     can be added to the sweep.
-
-    Raises:
-      OSError: a checkpoint cannot be deleted.
     """
     config = runs[name].config
     branches = {other: run for other, run in runs.items() if run.trunk == name}

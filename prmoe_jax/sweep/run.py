@@ -119,12 +119,7 @@ def _done(
     root: Path,
     progress: SweepProgress,
 ) -> str:
-    """Trains and records a run and returns 'finished', or 'recorded' if there is a record already.
-
-    Raises:
-      UserError: the run cannot be trained, or its record cannot be written; gives the reason.
-      OSError: a file in the run's folder cannot be written.
-    """
+    """Trains and records a run: 'finished', or 'recorded' if there is a record already."""
     (config, trunk), workdir = runs[name], root / name
     if _is_recorded(name, folder, runs):
         return "recorded"
@@ -164,12 +159,7 @@ def _ends(folder: str, name: str) -> bool:
 
 
 def _train(name: str, config: Config, workdir: Path, progress: SweepProgress) -> None:
-    """Trains or resumes one run in its own process.
-
-    Raises:
-      UserError: the run did not finish; gives the reason.
-      OSError: a file in the run's folder cannot be written.
-    """
+    """Trains or resumes one run in its own process."""
     workdir.mkdir(parents=True, exist_ok=True)
     settings, told = workdir / "sweep.json", workdir / "log.txt"
     save(config, settings)
@@ -225,9 +215,6 @@ def _wait_until_free(name: str, workdir: Path, progress: SweepProgress) -> bool:
     """Waits until no process holds a run's folder; returns whether one did.
 
     A run whose sweep was killed stops by itself, but not at once.
-
-    Raises:
-      UserError: a process still holds it after `PATIENCE` seconds.
     """
     begun, waiting = time.monotonic(), False
     while process := lock.holder(workdir):
@@ -247,11 +234,7 @@ def _is_recorded(name: str, folder: Path, runs: dict[str, Run]) -> bool:
 
 
 def _prepare(folder: Path, root: Path) -> None:
-    """Creates the runs' folder, and checks before hours of training that results can be written.
-
-    Raises:
-      UserError: a folder cannot be written, or the disk is full.
-    """
+    """Creates the runs' folder, and checks before hours of training that results can be written."""
     stores.check_reachable(root, "--workdir")
     try:
         root.mkdir(parents=True, exist_ok=True)

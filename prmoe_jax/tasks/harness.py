@@ -216,11 +216,7 @@ def evaluate_tasks(
 
 
 def _largest(known: TaskManager, names: Iterable[str]) -> list[str]:
-    """The tasks and groups without those that lie in another group, which has their scores.
-
-    Raises:
-      UserError: one cannot be loaded, or two have only some tasks in common.
-    """
+    """The tasks and groups without those that lie in another group, which has their scores."""
     held = {}  # the tasks of each name
     for name in names:
         try:
