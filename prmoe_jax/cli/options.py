@@ -211,6 +211,12 @@ def _path(text: str, convert: Callable[[str], Path]) -> Path:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def add_distributed(parser: argparse.ArgumentParser) -> None:
+    """Declares --distributed, which `prmoe_jax.cli` obeys before it parses the arguments."""
+    kind = "be one process of several: on a TPU pod, under SLURM or on GKE"
+    parser.add_argument("--distributed", action="store_true", help=kind)
+
+
 def parse_mesh(text: str):
     """Parses 'expert:4,tensor:2' into a `MeshConfig`."""
     import dataclasses

@@ -15,7 +15,7 @@ from prmoe_jax.run.metrics import PEAK_FLOPS
 class Chip(NamedTuple):
     """The data sheet of one device, as far as a plan needs it.
 
-    A device is a chip. Only a TPU7x chip is two devices, each with half of what the chip has.
+    A device is a chip, but for TPU7x: each chip is two devices with half of what it has.
     """
 
     platform: str  # tpu | gpu

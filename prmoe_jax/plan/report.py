@@ -234,7 +234,7 @@ def held_bytes(
 
 
 def decoding(config: Config, sequences: int) -> Config:
-    """The config with that many sequences as its batch, and without groups that limit routing."""
+    """The config with that many sequences as its batch, and with moe.group_size=0."""
     check_runs_without_limit(config)
     train = dataclasses.replace(config.train, batch_size=sequences, accumulate=1)
     return dataclasses.replace(
@@ -295,8 +295,8 @@ def _arguments(
         model = _teacher_shapes(_off_mesh(teacher))
         arguments.append(jax.tree.map(_place, model, sharding.shardings(model, mesh)))
     elif _cached(config):
-        likeliest = *shape, config.kd.top_k
-        recorded = (_rows(mesh, likeliest, dtype) for dtype in (jnp.int32, jnp.float32))
+        top_k = *shape, config.kd.top_k
+        recorded = (_rows(mesh, top_k, dtype) for dtype in (jnp.int32, jnp.float32))
         arguments[1] = batch._replace(teacher_top_k=TopKLogProbs(*recorded))
     return arguments
 

@@ -131,10 +131,10 @@ def equally_long(found: dict[str, dict[int, dict]]) -> tuple[int, dict[str, dict
 
 
 def base_of(arm: str, found: dict[str, dict[int, dict]], base: str) -> str | None:
-    """The arm with which an arm is compared: `base`, or its model's arm of the same length.
+    """The arm with which an arm is compared; None if there is none, or if it is the arm itself.
 
-    None if there is no such arm, or if it is the arm itself. An arm of one of a model's lengths is
-    compared with one of as many tokens alone.
+    It is `base` or, if `base` is one length of a model, that model's arm with as many tokens. Where
+    `base` has no lengths, an arm that is one length of a model must have as many tokens as `base`.
     """
     names, tokens = models_of(found), _tokens(found[arm])
     if names[base] == base and names[arm] != arm and tokens != _tokens(found[base]):

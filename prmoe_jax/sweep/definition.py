@@ -179,25 +179,7 @@ def _checked(path: Path, items) -> dict[str, Run]:
         if not (isinstance(item, tuple) and len(item) in (2, 3) and isinstance(item[0], str)):
             raise UserError(f"{path}: runs() yields {item!r:.80}, not (name, settings)")
         name, settings, trunk = (*item, None)[:3]
-        parts = name.split("/")
-        if not re.fullmatch(r"[\w.+=-]+(/[\w.+=-]+)*", name) or ".." in name or "." in parts:
-            raise UserError(
-                f"{path}: {name!r:.80} can't name a folder; use letters, digits, '-', '/'"
-            )
-        if (longest := max(len(part.encode()) for part in parts)) > LONGEST_NAME:
-            raise UserError(
-                f"{path}: the name {name:.40}… has {longest} bytes, a folder's has at most "
-                f"{LONGEST_NAME}; shorten it"
-            )
-        if name in found:
-            raise UserError(f"{path} yields {name!r} twice")
-        for before in found:
-            outer, inner = sorted((before, name), key=len)
-            if inner.startswith(f"{outer}/"):
-                raise UserError(
-                    f"{path}: the folder of {inner!r} would lie in that of {outer!r}, which holds "
-                    "the files of that run alone; rename one of them"
-                )
+        _check_name(path, name, found)
         if not isinstance(settings, (Mapping, ConfigDict)):
             kind = type(settings).__name__
             raise UserError(f"{path}: the settings of {name} are {kind}, not a dict or ConfigDict")
@@ -224,6 +206,27 @@ def _checked(path: Path, items) -> dict[str, Run]:
     return found
 
 
+def _check_name(path: Path, name: str, found: Iterable[str]) -> None:
+    """Checks that a run's name is that of a new folder, in none and around none of those found."""
+    parts = name.split("/")
+    if not re.fullmatch(r"[\w.+=-]+(/[\w.+=-]+)*", name) or ".." in name or "." in parts:
+        raise UserError(f"{path}: {name!r:.80} can't name a folder; use letters, digits, '-', '/'")
+    if (longest := max(len(part.encode()) for part in parts)) > LONGEST_NAME:
+        raise UserError(
+            f"{path}: the name {name:.40}… has {longest} bytes, a folder's has at most "
+            f"{LONGEST_NAME}; shorten it"
+        )
+    if name in found:
+        raise UserError(f"{path} yields {name!r} twice")
+    for before in found:
+        outer, inner = sorted((before, name), key=len)
+        if inner.startswith(f"{outer}/"):
+            raise UserError(
+                f"{path}: the folder of {inner!r} would lie in that of {outer!r}, which holds the "
+                "files of that run alone; rename one of them"
+            )
+
+
 def branch(config: Config, trunk: Config, workdir: Path) -> Config:
     """The config with which a run goes on from its trunk.
 
@@ -243,11 +246,7 @@ def branch(config: Config, trunk: Config, workdir: Path) -> Config:
 def _check_trunk(config: Config, name: str, trunk: Config, start: int) -> None:
     """Checks that a run can go on from a trunk, and that the trunk keeps the checkpoint for it.
 
-    Args:
-      config: the run's config.
-      name: the trunk's name.
-      trunk: the trunk's config.
-      start: the step at which the trunk itself goes on from another run.
+    `start` is the step at which the trunk itself goes on from another run.
     """
     if config.decay_start is None:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Multiple-choice tasks from packages: which answer is the likeliest after the question?
+"""Multiple-choice tasks from packages: which answer is the most probable after the question?
 
 `wiki` gives the first sentences of an article and asks for its short description; the wrong
 choices are descriptions of three other articles of its topic. The others are sets of the package

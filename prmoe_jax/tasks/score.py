@@ -61,7 +61,7 @@ class Scorer:
 
         Returns:
           For each pair, in the given order: ln p of the continuation, and whether each of its
-          tokens is the likeliest.
+          tokens is the argmax.
 
         Raises:
           UserError: a continuation has more tokens than the model's context.
@@ -90,16 +90,16 @@ class Scorer:
             arrays = tokens_BxL, valid_BxL, targets_BxL
             with jax.set_mesh(self._mesh):
                 found = self._score(self._model, *split_batch(arrays, self._mesh, self._rows))
-            log_p_BxL, likeliest_BxL = map(np.asarray, found)
+            log_p_BxL, argmax_BxL = map(np.asarray, found)
             for row, i in enumerate(rows):
                 counted_L = counted_BxL[row]
                 total = float(log_p_BxL[row, counted_L].sum(dtype=np.float64))
-                scores[i] = total, bool(likeliest_BxL[row, counted_L].all())
+                scores[i] = total, bool(argmax_BxL[row, counted_L].all())
         return scores
 
 
 def _score(model: Transformer, tokens_BxL, valid_BxL, targets_BxL):
-    """ln p of each target, and whether it is the likeliest token; few logits exist at a time."""
+    """ln p of each target, and whether it is the argmax; few logits exist at a time."""
     x_BxLxD, _ = model(tokens_BxL, valid_BxL)
     table_VxD = model.output_table(x_BxLxD.dtype)
 
