@@ -4,7 +4,6 @@ The TPU's compiler estimates the cycles of each operation of the program. Collec
 small operations have no estimate, and the sum leaves them out.
 """
 
-import itertools
 import math
 from collections import Counter
 
@@ -23,7 +22,7 @@ from prmoe_jax.parallel import sharding
 from prmoe_jax.parallel.mesh import batch_axes, make_mesh
 from prmoe_jax.plan.chips import chip_of, several, topology_devices
 from prmoe_jax.plan.program import Operation, operations
-from prmoe_jax.tables import aligned
+from prmoe_jax.tables import blocks
 
 
 def model_moe(sizes: list[Size], dtype: str, topology: str) -> list[dict]:
@@ -148,19 +147,19 @@ def _compile(size: Size, dtype: str, backend: str, devices: list) -> list[Operat
 
 def table(rows: list[dict]) -> str:
     """The rows as text, with one block for each size."""
-    head = "backend", "cycles", "modelled", "x dense", "not estimated"
-    size = "S={S} a chip, M={M} F={F} E={E}, {dtype}, {chips} chips of {device}"
-    blocks = []
-    for title, some in itertools.groupby(rows, lambda row: size.format(**row)):
-        cells = [
-            (
-                row["backend"],
-                f"{row['cycles']:,}",
-                f"{row['modelled_s'] * 1e3:.3f} ms",
-                f"{row['ratio_to_dense']:.3f}",
-                ", ".join(f"{n} {kind}" for kind, n in row["without_estimate"].items()) or "none",
-            )
-            for row in some
-        ]
-        blocks.append(f"{title}\n{aligned(head, cells, texts=(0, 4))}")
-    return "\n\n".join(blocks)
+    shown = []
+    for row in rows:
+        uncosted = ", ".join(f"{n} {opcode}" for opcode, n in row["without_estimate"].items())
+        shown.append(row | {"ms": row["modelled_s"] * 1e3, "uncosted": uncosted or "none"})
+    return blocks(
+        shown,
+        "S={S} a chip, M={M} F={F} E={E}, {dtype}, {chips} chips of {device}",
+        {
+            "backend": "{backend}",
+            "cycles": "{cycles:,}",
+            "modelled": "{ms:.3f} ms",
+            "x dense": "{ratio_to_dense:.3f}",
+            "not estimated": "{uncosted}",
+        },
+        texts=(0, 4),
+    )

@@ -25,9 +25,6 @@ def check(config: Config, products: list[float]) -> Part:
     Args:
       config: the experiment.
       products: measured rates of a product in the config's dtype on every device, in FLOP/s.
-
-    Raises:
-      UserError: the corpus or the mesh cannot be used.
     """
     log.info("corpus: %s", config.data.corpus)
     config, mesh = training_mesh(config)

@@ -22,6 +22,7 @@ from prmoe_jax.config.loading import resolve
 from prmoe_jax.config.schema import Config
 from prmoe_jax.errors import UserError, describe
 from prmoe_jax.parallel import processes
+from prmoe_jax.run.directory import CHECKPOINTS
 from prmoe_jax.training.loop import train
 
 log = logging.getLogger(__name__)
@@ -124,11 +125,7 @@ def _store(folder: Path) -> tuple[list[Finding], dict]:
 
 
 def _write_and_read(path: Path) -> list[float]:
-    """Bytes a second of writing a file to the end, and of reading it.
-
-    Raises:
-      OSError: the file cannot be written, or does not hold what was written.
-    """
+    """Bytes a second of writing a file to the end, and of reading it."""
     content = np.random.default_rng(0).bytes(FILE_BYTES)
     begun = time.perf_counter()
     if stores.is_local(path):
@@ -208,7 +205,7 @@ def _run(config: Config, workdir: Path) -> list[Finding]:
     train(config, workdir, on_metrics=lines.append)
     whole, lines = _losses(lines), []
     if jax.process_index() == 0:
-        stores.delete_folder(workdir / "checkpoints" / str(STEPS))
+        stores.delete_folder(workdir / CHECKPOINTS / str(STEPS))
     processes.barrier()
     train(config, workdir, on_metrics=lines.append)
     resumed = _losses(lines)

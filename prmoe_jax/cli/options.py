@@ -28,8 +28,6 @@ settings:
                                 --config.train.steps=40 --config.model.experts=8,8,16
 """
 
-WEIGHTS = "float32", "bfloat16", "int8"
-
 
 class Parser(argparse.ArgumentParser):
     """Reports a mistake as a `UserError`, which is shown on one line."""
@@ -209,6 +207,12 @@ def _path(text: str, convert: Callable[[str], Path]) -> Path:
         return expand("the path", text)
     except UserError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def add_distributed(parser: argparse.ArgumentParser) -> None:
+    """Declares --distributed, which `prmoe_jax.cli` obeys before it parses the arguments."""
+    kind = "be one process of several: on a TPU pod, under SLURM or on GKE"
+    parser.add_argument("--distributed", action="store_true", help=kind)
 
 
 def parse_mesh(text: str):

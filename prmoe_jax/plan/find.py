@@ -104,11 +104,7 @@ def find(
 
 
 def on_topology(config: Config, topology: str) -> Config:
-    """The config with `mesh.slices` as the topology has them, if it has several.
-
-    Raises:
-      UserError: the topology is unknown, or the config names another number of slices.
-    """
+    """The config with `mesh.slices` as the topology has them, if it has several."""
     on_tpus, asked = chip_of(topology).platform == "tpu", config.mesh.slices
     slices, _ = several(topology.partition(":")[0])
     if on_tpus and asked not in (0, slices):

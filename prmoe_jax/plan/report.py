@@ -234,11 +234,7 @@ def held_bytes(
 
 
 def decoding(config: Config, sequences: int) -> Config:
-    """The config with that many sequences as its batch, and without groups that limit routing.
-
-    Raises:
-      UserError: the run can't be decoded; see `check_runs_without_limit`.
-    """
+    """The config with that many sequences as its batch, and with moe.group_size=0."""
     check_runs_without_limit(config)
     train = dataclasses.replace(config.train, batch_size=sequences, accumulate=1)
     return dataclasses.replace(
@@ -247,11 +243,7 @@ def decoding(config: Config, sequences: int) -> Config:
 
 
 def check_load(config: Config, decode: int, load: float) -> None:
-    """Refuses a load that changes nothing on any mesh.
-
-    Raises:
-      UserError: there are no experts; or with a capacity, every device gets as many rows.
-    """
+    """Refuses a load that changes nothing on any mesh."""
     if load != 1 and not any(config.model.schedule.experts):
         raise UserError(f"--load={load:g} has no effect: the architecture is dense; leave it out")
     if load != 1 and not (decode or math.isinf(config.moe.capacity_factor)):
@@ -303,8 +295,8 @@ def _arguments(
         model = _teacher_shapes(_off_mesh(teacher))
         arguments.append(jax.tree.map(_place, model, sharding.shardings(model, mesh)))
     elif _cached(config):
-        likeliest = *shape, config.kd.top_k
-        recorded = (_rows(mesh, likeliest, dtype) for dtype in (jnp.int32, jnp.float32))
+        top_k = *shape, config.kd.top_k
+        recorded = (_rows(mesh, top_k, dtype) for dtype in (jnp.int32, jnp.float32))
         arguments[1] = batch._replace(teacher_top_k=TopKLogProbs(*recorded))
     return arguments
 

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from prmoe_jax import files
 from prmoe_jax.config.schema import Config
+from prmoe_jax.run.metrics import METRICS
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ class SweepProgress:
     def _read(self, name: str) -> list[str]:
         workdir, config = self._runs[name]
         found: dict = {}  # the newest value by name
-        for line in _newest_first(workdir / "metrics.jsonl"):
+        for line in _newest_first(workdir / METRICS):
             found = line | found
             if "tokens_per_second" in found:
                 break
