@@ -22,11 +22,7 @@ _BLOCK_BYTES = 1 << 24
 
 
 def find(pattern: str) -> list[epath.Path]:
-    """The files and folders of a store that a glob or a path matches, in the order of their names.
-
-    Raises:
-      UserError: there is none, or the store is unknown or can't be reached.
-    """
+    """What a glob or a path of a store matches: files and folders, in the order of their names."""
     stores.as_path(pattern)  # knows the store, and registers its client
     with _reaching(pattern):
         base = re.split(r"[*?[]", pattern, maxsplit=1)[0].rpartition("/")[0]

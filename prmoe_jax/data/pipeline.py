@@ -17,9 +17,9 @@ import numpy as np
 from prmoe_jax.config.schema import DataConfig
 from prmoe_jax.data import cache, streams
 from prmoe_jax.data.corpora import TOKENS, open_corpus
-from prmoe_jax.data.streams import ShardStream
+from prmoe_jax.data.streams import ShardStream, Source
 from prmoe_jax.data.tokenizer import Tokenizer, check_fits, load_tokenizer
-from prmoe_jax.data.tokens import TokenCache, cached_tokens
+from prmoe_jax.data.tokens import cached_tokens
 from prmoe_jax.errors import UserError
 from prmoe_jax.model.batch import Batch, TopKLogProbs
 
@@ -39,14 +39,14 @@ class Windows:
 
     def __init__(
         self,
-        cache: TokenCache | ShardStream,
+        stream: ShardStream,
         length: int,
         cross_document_attention: bool,
         teacher_top_k: TopKLogProbs | None = None,
         tokenizer: Tokenizer | None = None,
         text_bytes: int = 0,
     ):
-        self.cache = cache
+        self.stream = stream
         self.tokenizer = tokenizer
         self.text_bytes = text_bytes
         self.length = length
@@ -56,12 +56,12 @@ class Windows:
     @property
     def tokens(self) -> int:
         """The number of predictions in all windows together, and of places between two marks."""
-        return len(self.cache) - 1
+        return len(self.stream) - 1
 
     @property
     def described(self) -> str:
         """The size of the stream, for messages."""
-        return self.cache.described
+        return self.stream.described
 
     def __len__(self) -> int:
         return math.ceil(self.tokens / self.length)
@@ -75,15 +75,15 @@ class Windows:
         """Window `index` as a Batch of arrays of shape L."""
         index = range(len(self))[operator.index(index)]
         first = index * self.length
-        stream = self.cache.read(first, first + self.length + 1)
-        real = len(stream) - 1
+        tokens = self.stream.read(first, first + self.length + 1)
+        real = len(tokens) - 1
         window = Batch(*(np.zeros(self.length, dtype) for dtype in _DTYPES))
-        window.tokens_BxL[:real] = stream[:-1]
-        window.targets_BxL[:real] = stream[1:]
+        window.tokens_BxL[:real] = tokens[:-1]
+        window.targets_BxL[:real] = tokens[1:]
         window.mask_BxL[:real] = True
         window.segments_BxL[:real] = 1
         if not self.cross_document_attention:
-            documents = self.cache.documents(first, stream[:-1])
+            documents = self.stream.documents(first, tokens[:-1])
             window.segments_BxL[:real] += documents.astype(np.int32)
         if self.tokenizer:
             self._start_documents(window)
@@ -108,7 +108,7 @@ class Windows:
     def with_teacher(self, teacher_top_k: TopKLogProbs) -> "Windows":
         """The same windows with a teacher's predictions."""
         given = self.cross_document_attention, teacher_top_k, self.tokenizer, self.text_bytes
-        return Windows(self.cache, self.length, *given)
+        return Windows(self.stream, self.length, *given)
 
 
 class Mixture:
@@ -190,31 +190,26 @@ def load_data(
       UserError: the corpus, the tokenizer or the cache cannot be used.
     """
     if config.corpus.startswith(TOKENS):
-        return _load_shards(config, vocab_size, length, tokenizer_path)
+        tokenizer, sources = streams.open_sources(config, vocab_size, tokenizer_path)
+        return _data(config, length, tokenizer, sources)
     corpus = open_corpus(config)
     if tokenizer_path is None:
         tokenizer = load_tokenizer(config, vocab_size, corpus)
     else:
         tokenizer = Tokenizer.load(tokenizer_path)
         check_fits(tokenizer, vocab_size)
-    train = cached_tokens(config, corpus, "train", tokenizer)
-    validation = cached_tokens(config, corpus, "validation", tokenizer)
-    attention = config.cross_document_attention
-    return Data(
-        tokenizer=tokenizer,
-        train=Windows(train, length, attention, tokenizer=tokenizer),
-        validation=Windows(
-            validation, length, attention, tokenizer=tokenizer, text_bytes=validation.bytes
-        ),
-        corpus_fingerprint=corpus.fingerprint,
-    )
+    sources = [cached_tokens(config, corpus, tokenizer)]
+    return _data(config, length, tokenizer, sources, corpus.fingerprint)
 
 
-def _load_shards(
-    config: DataConfig, vocab_size: int, length: int, tokenizer_path: Path | None
+def _data(
+    config: DataConfig,
+    length: int,
+    tokenizer: Tokenizer,
+    sources: Sequence[Source],
+    fingerprint: str | None = None,
 ) -> Data:
-    """The data of a corpus 'tokens:…'."""
-    tokenizer, sources = streams.open_sources(config, vocab_size, tokenizer_path)
+    """The windows of streams; without a fingerprint of their text it is made of theirs."""
     identity = []
 
     def windows(name: str) -> Windows | Mixture:
@@ -231,14 +226,14 @@ def _load_shards(
         ]
         shares = [source.weight or Decimal(1) for source in having]
         weights = [str(share.normalize()) for share in shares] if name == "train" else []
-        identity.append([[part.cache.fingerprint for part in found], weights])
+        identity.append([[part.stream.fingerprint for part in found], weights])
         return found[0] if len(found) == 1 else Mixture(found, shares)
 
     return Data(
         tokenizer=tokenizer,
         train=windows("train"),
         validation=windows("validation"),
-        corpus_fingerprint=cache.fingerprint("tokens", identity),
+        corpus_fingerprint=fingerprint or cache.fingerprint("tokens", identity),
     )
 
 

@@ -127,11 +127,7 @@ class Index:
         return [entry for split in self.splits.values() for entry in split["shards"]]
 
     def shards(self, split: Split) -> list[Shard]:
-        """The shards of a split, compared with the index by size and by some of their content.
-
-        Raises:
-          UserError: a shard is missing, or it is not the one that the index describes.
-        """
+        """The shards of a split, compared with the index by size and by some of their content."""
         found = []
         for entry in self.splits[split]["shards"]:
             shard = Shard(self.folder / entry["name"], self.dtype, 0, entry["tokens"])
@@ -149,11 +145,7 @@ class Index:
 
 
 def _check_splits(splits: dict, path: str) -> None:
-    """Checks what an index says of its splits and shards, whoever wrote it.
-
-    Raises:
-      UserError: something is missing, unknown or impossible; names it.
-    """
+    """Checks what an index says of its splits and shards, whoever wrote it."""
 
     def check(part: Any, kinds: dict[str, type], where: str) -> None:
         files.require(part, kinds, where, _FIX)
@@ -167,7 +159,8 @@ def _check_splits(splits: dict, path: str) -> None:
         for entry in split["shards"]:
             check(entry, {"name": str, **counts} | dict.fromkeys(_DIGESTS, str), where)
             name = entry["name"]
-            good = {count: 0 < entry[count] <= _MOST for count in COUNTS}
+            least = {"documents": 1, "tokens": 1, "bytes": 0}
+            good = {count: least[count] <= entry[count] <= _MOST for count in COUNTS}
             good |= {digest: re.fullmatch("[0-9a-f]{64}", entry[digest]) for digest in _DIGESTS}
             good["name"] = files.is_plain(name) and name.endswith(SUFFIX) and name not in names
             for key in (key for key in good if not good[key]):
@@ -183,11 +176,7 @@ def _check_splits(splits: dict, path: str) -> None:
 
 
 def check_whole(paths: Iterable[Path]) -> None:
-    """Refuses a shard of ours, which only its index may name, and a folder without an index.
-
-    Raises:
-      UserError: such a path is among these.
-    """
+    """Refuses a shard of ours, which only its index may name, and a folder without an index."""
     for path in paths:
         if path.is_dir() and not (path / INDEX).exists():
             raise UserError(
@@ -242,9 +231,6 @@ def open_arrays(paths: Sequence[Path], vocabulary: int) -> list[Shard]:
     A `.bin` file with an `.idx` file beside it is Megatron-LM's. A file that starts as NumPy's
     `.npy` files do is one. Any other file is an array without a header, of uint16 if the
     vocabulary has at most 65536 ids, else of uint32.
-
-    Raises:
-      UserError: a file is missing, damaged or empty, or has no integers.
     """
     return [_open_array(path, vocabulary) for path in paths]
 
@@ -321,11 +307,7 @@ def _open_megatron(path: Path, size: int) -> Shard:
 
 
 def check_ends(shards: Sequence[Shard], end_of_text: int) -> None:
-    """Checks that foreign shards tell their documents apart by the end-of-text id.
-
-    Raises:
-      UserError: a `.bin` file has documents without it, or no block of any shard has it.
-    """
+    """Checks that foreign shards tell their documents apart by the end-of-text id."""
     for shard in shards:
         index = shard.path.with_suffix(".idx")
         if shard.path.suffix == ".bin" and index.exists():
@@ -359,11 +341,7 @@ def _document_ends(index: Path) -> np.ndarray:
 
 
 def check_ids(shard: Shard, first: int, ids_T: np.ndarray, vocabulary: int) -> None:
-    """Checks ids that were read from a shard at token `first`.
-
-    Raises:
-      UserError: an id is not in the vocabulary.
-    """
+    """Checks ids that were read from a shard at token `first`."""
     if not len(ids_T) or (0 <= ids_T.min() and ids_T.max() < vocabulary):
         return
     place = int(np.flatnonzero((ids_T < 0) | (ids_T >= vocabulary))[0])

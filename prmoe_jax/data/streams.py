@@ -39,7 +39,11 @@ class Part:
 
 
 class ShardStream:
-    """A stream as `TokenCache` describes it: the tokens `first` to `last` of shards in a row.
+    """The tokens `first` to `last` of shards in a row: each document is a mark and its tokens.
+
+    The mark, the end-of-text id, starts a document and ends the one before it; a last mark ends the
+    stream. Predicting each token from those before it therefore predicts every token of the text
+    and the end of every document exactly once.
 
     The mark before the first document, or the one behind the last, is added where the shards have
     none. Only what is read is loaded; every id that is read is compared with the vocabulary.
@@ -73,11 +77,7 @@ class ShardStream:
         return f"{len(self)} tokens"
 
     def read(self, first: int, last: int) -> np.ndarray:
-        """The tokens `first` to `last` of the stream, fewer at its end.
-
-        Raises:
-          UserError: an id is not in the vocabulary, or a shard can't be read.
-        """
+        """The tokens `first` to `last` of the stream, fewer at its end."""
         last = min(last, len(self))
         mark = np.array([self._mark])
         parts = [mark] if first < self._before else []
@@ -145,11 +145,7 @@ def open_sources(
 
 
 def parse(corpus: str) -> list[Part]:
-    """The parts of 'tokens:A', 'tokens:A*0.7,B*0.3' or 'tokens:A,validation:B'.
-
-    Raises:
-      UserError: the corpus has not that form, or the shares don't add up to 1.
-    """
+    """The parts of 'tokens:A', 'tokens:A*0.7,B*0.3' or 'tokens:A,validation:B'."""
     parts = []
     for text in corpus.removeprefix(TOKENS).split(","):
         validation = text.strip().startswith(_VALIDATION)
@@ -204,11 +200,7 @@ def schedule(weights: Sequence[Decimal]) -> np.ndarray:
 
 
 def _find(pattern: str, config: DataConfig) -> tuple[list[Index], list[Path]]:
-    """Our folders, or the files of other libraries, that a glob matches.
-
-    Raises:
-      UserError: it matches nothing, or files of both kinds.
-    """
+    """Our folders, or the files of other libraries, that a glob matches."""
     if stores.scheme(pattern):
         pattern = copies.local_copy(pattern, cache.root(config))
     path = expand("data.corpus", pattern)
@@ -261,17 +253,25 @@ def _tokenizer(
     return known
 
 
-def _ours(index: Index, part: Part, known: Tokenizer, separate: bool) -> Source:
+def of_index(index: Index, known: Tokenizer) -> Source:
+    """Both splits of shards of ours."""
     streams = {}
     for split in ("train", "validation"):
         found = index.shards(split)
         name = cache.fingerprint(index.fingerprint, split)
         total = sum(shard.tokens for shard in found)
         streams[split] = ShardStream(found, known, 0, total, (False, True), name)
-    train = None if part.validation else streams["train"]
-    validation = None if separate and not part.validation else streams["validation"]
-    size = index.splits["validation"]["bytes"] if validation else 0
-    return Source(train, validation, size, part.weight)
+    size = index.splits["validation"]["bytes"]
+    return Source(streams["train"], streams["validation"], size, None)
+
+
+def _ours(index: Index, part: Part, known: Tokenizer, separate: bool) -> Source:
+    found = dataclasses.replace(of_index(index, known), weight=part.weight)
+    if part.validation:
+        return dataclasses.replace(found, train=None)
+    if separate:
+        return dataclasses.replace(found, validation=None, validation_bytes=0)
+    return found
 
 
 def _foreign(
