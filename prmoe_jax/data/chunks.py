@@ -55,7 +55,7 @@ def find_chunks(config: DataConfig) -> tuple[list[Chunk], list[Any], list[float]
     if config.corpus.startswith("tfds:"):
         lengths = {split: len(found) for split, found in _tfds(config).items()}
         return of_tfds(config), [config.corpus, lengths], []
-    files = [(file, _size(file)) for file in find_files(config)]
+    files = [(file, _size(file)) for file in _find_files(config)]
     times = [epath.Path(file).stat().mtime for file, _ in files]
     return _of_files(files, config), [[file.name, size] for file, size in files], times
 
@@ -82,14 +82,11 @@ def _of_files(files: Sequence[tuple[Path, int]], config: DataConfig) -> list[Chu
     return [Chunk(i, "", tuple(pieces)) for i, pieces in enumerate(groups)]
 
 
-def find_files(config: DataConfig) -> Sequence[Path]:
+def _find_files(config: DataConfig) -> Sequence[Path]:
     """The files of a corpus: of an object store, or local ones."""
-    corpus = config.corpus
-    if not stores.scheme(corpus):
-        if corpus in ("sotu", "prose"):
-            return sources.files(corpus, cache.root(config))
-        return sources.find_files(corpus, SUFFIXES)
-    found = copies.find(corpus)
+    if not stores.scheme(config.corpus):
+        return sources.files(config.corpus, cache.root(config), SUFFIXES)
+    found = copies.find(config.corpus)
     for path in found:
         if not path.name.endswith(SUFFIXES):
             raise UserError(f"{path}: unsupported kind of file; use {', '.join(SUFFIXES)}")

@@ -36,15 +36,11 @@ def find(pattern: str) -> list[epath.Path]:
 
 
 def local_copy(pattern: str, cache_dir: Path) -> str:
-    """Copies the token shards that a glob of a store matches into the cache, once.
+    """Copies the token shards that a glob or a folder of a store names into the cache, once.
 
     Shards of `prmoe tokenize` are compared with the SHA-256 of their index, other files with their
     size, and are copied again when their time of modification is another one. A copy that was
     killed goes on with the files that are missing.
-
-    Args:
-      pattern: the glob, or a folder of `prmoe tokenize`.
-      cache_dir: the folder of all caches.
 
     Returns:
       A glob, or a folder, of the copies.

@@ -2,6 +2,7 @@
 
 import bisect
 import dataclasses
+import functools
 import itertools
 import math
 import operator
@@ -26,6 +27,7 @@ from prmoe_jax.model.batch import Batch, TopKLogProbs
 _DTYPES = np.int32, np.int32, np.bool_, np.int32
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class Windows:
     """A token stream as a random-access source of windows of `length` predictions.
 
@@ -37,25 +39,16 @@ class Windows:
     0 where it is not known.
     """
 
-    def __init__(
-        self,
-        stream: ShardStream,
-        length: int,
-        cross_document_attention: bool,
-        teacher_top_k: TopKLogProbs | None = None,
-        tokenizer: Tokenizer | None = None,
-        text_bytes: int = 0,
-    ):
-        self.stream = stream
-        self.tokenizer = tokenizer
-        self.text_bytes = text_bytes
-        self.length = length
-        self.cross_document_attention = cross_document_attention
-        self.teacher_top_k = teacher_top_k
+    stream: ShardStream
+    length: int
+    cross_document_attention: bool
+    teacher_top_k: TopKLogProbs | None = None
+    tokenizer: Tokenizer | None = None
+    text_bytes: int = 0
 
     @property
     def tokens(self) -> int:
-        """The number of predictions in all windows together, and of places between two marks."""
+        """The number of predictions in all windows together."""
         return len(self.stream) - 1
 
     @property
@@ -107,10 +100,10 @@ class Windows:
 
     def with_teacher(self, teacher_top_k: TopKLogProbs) -> "Windows":
         """The same windows with a teacher's predictions."""
-        given = self.cross_document_attention, teacher_top_k, self.tokenizer, self.text_bytes
-        return Windows(self.stream, self.length, *given)
+        return dataclasses.replace(self, teacher_top_k=teacher_top_k)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class Mixture:
     """Windows of several token streams: those of the first one, then those of the next, and so on.
 
@@ -118,16 +111,21 @@ class Mixture:
     training windows, which `train_iterator` keeps to.
     """
 
-    def __init__(
-        self,
-        parts: Sequence[Windows],
-        shares: Sequence[Decimal],
-        teacher_top_k: TopKLogProbs | None = None,
-    ):
-        self.parts, self.shares, self.teacher_top_k = parts, shares, teacher_top_k
-        self.length = parts[0].length
-        self.cross_document_attention = parts[0].cross_document_attention
-        self._ends = list(itertools.accumulate(map(len, parts)))
+    parts: Sequence[Windows]
+    shares: Sequence[Decimal]
+    teacher_top_k: TopKLogProbs | None = None
+
+    @functools.cached_property
+    def _ends(self) -> list[int]:
+        return list(itertools.accumulate(map(len, self.parts)))
+
+    @property
+    def length(self) -> int:
+        return self.parts[0].length
+
+    @property
+    def cross_document_attention(self) -> bool:
+        return self.parts[0].cross_document_attention
 
     @property
     def tokens(self) -> int:
@@ -158,7 +156,7 @@ class Mixture:
         return _with_teacher(window, self.teacher_top_k, index)
 
     def with_teacher(self, teacher_top_k: TopKLogProbs) -> "Mixture":
-        return Mixture(self.parts, self.shares, teacher_top_k)
+        return dataclasses.replace(self, teacher_top_k=teacher_top_k)
 
 
 def _with_teacher(window: Batch, teacher_top_k: TopKLogProbs | None, index: int) -> Batch:
@@ -328,8 +326,8 @@ def eval_batches(
     indices = evaluated_windows(windows, limit * batch_size)
     padding = jax.tree.map(np.zeros_like, windows[0]) if len(windows) else None
     for start in range(0, len(indices), batch_size):
-        places = (start + row for row in rows)
-        batch = [windows[indices[i]] if i < len(indices) else padding for i in places]
+        offsets = (start + row for row in rows)
+        batch = [windows[indices[i]] if i < len(indices) else padding for i in offsets]
         yield jax.tree.map(lambda *field: np.stack(field), *batch)
 
 
@@ -366,9 +364,9 @@ class _Mixed:
         return sys.maxsize
 
     def __getitem__(self, index: int) -> Batch:
-        period, place = divmod(index, len(self._schedule))
-        i = self._schedule[place]
-        return self._datasets[i][int(period * self._per_period[i] + self._drawn[place, i])]
+        period, offset = divmod(index, len(self._schedule))
+        i = self._schedule[offset]
+        return self._datasets[i][int(period * self._per_period[i] + self._drawn[offset, i])]
 
 
 class _LocalRows:

