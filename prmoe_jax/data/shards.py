@@ -44,6 +44,7 @@ class Shard:
     dtype: np.dtype
     offset: int
     tokens: int
+    ends: Sequence[int] = ()  # where some documents end, if an index beside the file tells it
 
     @functools.cached_property
     def ids_T(self) -> np.ndarray:
@@ -292,41 +293,29 @@ def _open_megatron(path: Path, size: int) -> Shard:
             f"{path} has {size} bytes, not the {total * dtype.itemsize} that {index.name} says; "
             "the two don't belong together, or a copy is cut"
         )
-    return Shard(path, dtype, 0, total)
+    bounds = np.frombuffer(content, "<i8", documents, head + 12 * sequences)
+    if documents and (bounds.min() < 0 or bounds.max() > sequences):
+        raise UserError(f"{index} is damaged: a document index is out of range")
+    checked = bounds[:: math.ceil(documents / _CHECKED_ENDS) or 1]
+    return Shard(path, dtype, 0, total, np.concatenate([[0], ends])[checked].tolist())
 
 
 def check_ends(shards: Sequence[Shard], end_of_text: int) -> None:
     """Checks that foreign shards tell their documents apart by the end-of-text id."""
     for shard in shards:
-        index = shard.path.with_suffix(".idx")
-        if shard.path.suffix == ".bin" and index.exists():
-            last = _document_ends(index)
-            last = last[:: math.ceil(len(last) / _CHECKED_ENDS) or 1] - 1
-            found = shard.ids_T[last[last >= 0]]
-            if (found != end_of_text).any():
-                raise UserError(
-                    f"{shard.path}: a document ends with the id {found[found != end_of_text][0]}, "
-                    f"not the end of text {end_of_text}; write it with --append-eod, or set "
-                    "--config.data.tokenizer to its tokenizer"
-                )
+        found = shard.ids_T[[end - 1 for end in shard.ends if end]]
+        if (found != end_of_text).any():
+            raise UserError(
+                f"{shard.path}: a document ends with the id {found[found != end_of_text][0]}, "
+                f"not the end of text {end_of_text}; write it with --append-eod, or set "
+                "--config.data.tokenizer to its tokenizer"
+            )
     if not any((shard.ids_T[block] == end_of_text).any() for shard in shards
                for block in shard.blocks()):  # fmt: skip
         raise UserError(
             f"{shards[0].path} has no end-of-text id {end_of_text} where it was looked for, which "
             "tells documents apart; set --config.data.tokenizer to its tokenizer"
         )
-
-
-def _document_ends(index: Path) -> np.ndarray:
-    """The position behind each document of a checked `.idx` file, in tokens."""
-    content, head = index.read_bytes(), len(_MEGATRON_MAGIC) + 25
-    sequences, documents = np.frombuffer(content, "<u8", 2, head - 16)
-    lengths = np.frombuffer(content, "<i4", int(sequences), head)
-    bounds = np.frombuffer(content, "<i8", int(documents), head + 12 * int(sequences))
-    ends = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-    if len(bounds) and (bounds.min() < 0 or bounds.max() >= len(ends)):
-        raise UserError(f"{index} is damaged: a document index is out of range")
-    return ends[bounds]
 
 
 def check_ids(shard: Shard, first: int, ids_T: np.ndarray, vocabulary: int) -> None:
