@@ -19,7 +19,8 @@ from prmoe_jax.model.transformer import cast
 from prmoe_jax.moe.layer import MoE
 from prmoe_jax.nn.mlp import MLP, MLPShape
 from prmoe_jax.parallel import sharding
-from prmoe_jax.parallel.mesh import batch_axes, make_mesh
+from prmoe_jax.parallel.axes import batch_axes
+from prmoe_jax.parallel.mesh import make_mesh
 from prmoe_jax.plan.chips import chip_of, several, topology_devices
 from prmoe_jax.plan.program import Operation, operations
 from prmoe_jax.tables import blocks

@@ -29,7 +29,8 @@ from prmoe_jax.errors import UserError
 from prmoe_jax.interop.settings import check_gpt2_form
 from prmoe_jax.model.batch import Batch
 from prmoe_jax.model.sizes import cost
-from prmoe_jax.parallel.mesh import make_mesh, split_batch, with_mesh
+from prmoe_jax.parallel.axes import split_batch
+from prmoe_jax.parallel.mesh import make_mesh, with_mesh
 from prmoe_jax.tables import blocks
 from prmoe_jax.training.optimizer import STATE_BYTES
 from prmoe_jax.training.step import compile_train_step, sharded_state

@@ -9,7 +9,8 @@ from prmoe_jax.data import cache
 from prmoe_jax.data.pipeline import load_data, train_iterator
 from prmoe_jax.model.sizes import cost
 from prmoe_jax.parallel import processes
-from prmoe_jax.parallel.mesh import local_rows, training_mesh
+from prmoe_jax.parallel.axes import local_rows
+from prmoe_jax.parallel.mesh import training_mesh
 
 log = logging.getLogger(__name__)
 

@@ -33,7 +33,8 @@ from prmoe_jax.nn import matmul
 from prmoe_jax.nn.mlp import MLPShape
 from prmoe_jax.nn.quantized import quantize
 from prmoe_jax.parallel import sharding
-from prmoe_jax.parallel.mesh import batch_axes, make_mesh
+from prmoe_jax.parallel.axes import batch_axes
+from prmoe_jax.parallel.mesh import make_mesh
 
 log = logging.getLogger(__name__)
 

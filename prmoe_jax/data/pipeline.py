@@ -283,7 +283,7 @@ def train_iterator(
       windows: the training split.
       batch_size: rows of a step on all processes together.
       seed: the seed of the order.
-      rows: the rows of each batch that this process needs (`mesh.local_rows`); all by default.
+      rows: the rows of each batch that this process needs (`axes.local_rows`); all by default.
 
     Raises:
       UserError: there is no window at all.

@@ -33,13 +33,8 @@ from prmoe_jax.model.loss import forward
 from prmoe_jax.model.sizes import cost
 from prmoe_jax.model.transformer import Transformer, cast, init_model
 from prmoe_jax.parallel import sharding
-from prmoe_jax.parallel.mesh import (
-    check_teacher_fits,
-    local_rows,
-    replicated,
-    split_batch,
-    training_mesh,
-)
+from prmoe_jax.parallel.axes import local_rows, replicated, split_batch
+from prmoe_jax.parallel.mesh import check_teacher_fits, training_mesh
 from prmoe_jax.parallel.portions import add_up
 from prmoe_jax.run import directory as workdirs
 from prmoe_jax.run.metrics import read_metrics

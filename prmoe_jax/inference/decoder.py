@@ -16,7 +16,7 @@ from prmoe_jax.nn.matmul import scores
 from prmoe_jax.nn.parameters import declaration, map_named
 from prmoe_jax.nn.quantized import QuantizedWeight, quantize
 from prmoe_jax.parallel import sharding
-from prmoe_jax.parallel.mesh import platform, splits_experts
+from prmoe_jax.parallel.axes import platform, splits_experts
 
 
 class Decoder(nnx.Module):

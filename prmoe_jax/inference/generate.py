@@ -21,7 +21,7 @@ from prmoe_jax.inference import WEIGHTS
 from prmoe_jax.inference.decoder import Decoder, decoder
 from prmoe_jax.inference.restore import restore_for_inference
 from prmoe_jax.model.attention import KVCache
-from prmoe_jax.parallel.mesh import batch_axes
+from prmoe_jax.parallel.axes import batch_axes
 from prmoe_jax.run import directory as workdirs
 
 # Tokens of each prompt in one chunk of the prefill, and decoding steps until the host looks for new

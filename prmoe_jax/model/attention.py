@@ -13,7 +13,7 @@ from prmoe_jax.nn.matmul import matmul
 from prmoe_jax.nn.mlp import add_bias
 from prmoe_jax.nn.norms import HeadsRMSNorm, RMSNorm
 from prmoe_jax.nn.parameters import normal
-from prmoe_jax.parallel.mesh import platform
+from prmoe_jax.parallel.axes import platform
 
 TPU_ROWS = 8  # rows of a tile
 

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 from prmoe_jax.config.schema import ModelConfig
 from prmoe_jax.errors import UserError
 from prmoe_jax.nn import remat
-from prmoe_jax.parallel.mesh import batch_axes
+from prmoe_jax.parallel.axes import batch_axes
 
 # An einsum in float32, whatever its factors are.
 product = partial(jnp.einsum, preferred_element_type=jnp.float32)

@@ -8,7 +8,7 @@ from prmoe_jax.config.schema import Config
 from prmoe_jax.model.attention_kernels import cudnn_refusal, resolve_attention
 from prmoe_jax.model.transformer import resolve_remat
 from prmoe_jax.moe import dispatch, exchange
-from prmoe_jax.parallel.mesh import splits_experts
+from prmoe_jax.parallel.axes import splits_experts
 
 log = logging.getLogger(__name__)
 

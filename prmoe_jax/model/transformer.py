@@ -22,7 +22,7 @@ from prmoe_jax.nn.mlp import MLP, MLPShape
 from prmoe_jax.nn.norms import norm
 from prmoe_jax.nn.parameters import declaration, map_named, normal
 from prmoe_jax.parallel import sharding
-from prmoe_jax.parallel.mesh import platform
+from prmoe_jax.parallel.axes import platform
 
 # On CPUs, this many layers or fewer are compiled one by one: the step is 3 to 17 % faster
 # than with a scan, which writes and reads stacked arrays, but takes longer to compile.

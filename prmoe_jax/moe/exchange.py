@@ -25,7 +25,7 @@ from prmoe_jax.moe.experts import Experts
 from prmoe_jax.moe.kernels import Kernel
 from prmoe_jax.nn import remat
 from prmoe_jax.nn.mlp import add_bias
-from prmoe_jax.parallel.mesh import crosses_slices
+from prmoe_jax.parallel.axes import crosses_slices
 
 # At or below this many experts on a device, each expert's products are compiled separately.
 FEW = 4

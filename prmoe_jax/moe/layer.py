@@ -17,7 +17,7 @@ from prmoe_jax.moe.routing import RouterMetrics, Routing, route
 from prmoe_jax.nn import remat
 from prmoe_jax.nn.mlp import MLP, MLPShape, broadcast
 from prmoe_jax.parallel import sharding
-from prmoe_jax.parallel.mesh import batch_axes, expert_axes, platform, splits_experts
+from prmoe_jax.parallel.axes import batch_axes, expert_axes, platform, splits_experts
 
 
 class MoE(nnx.Module):

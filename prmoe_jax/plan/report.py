@@ -42,14 +42,8 @@ from prmoe_jax.moe.exchange import (
     resolve,
 )
 from prmoe_jax.parallel import sharding
-from prmoe_jax.parallel.mesh import (
-    batch_axes,
-    check_fits,
-    check_teacher_fits,
-    crosses_slices,
-    make_mesh,
-    on_slices,
-)
+from prmoe_jax.parallel.axes import batch_axes, crosses_slices
+from prmoe_jax.parallel.mesh import check_fits, check_teacher_fits, make_mesh, on_slices
 from prmoe_jax.plan.chips import Chip, topology_devices, unit
 from prmoe_jax.plan.collectives import (
     Collective,

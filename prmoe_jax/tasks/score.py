@@ -19,7 +19,7 @@ from prmoe_jax.inference.restore import restore_for_inference
 from prmoe_jax.model.chunks import chunk_length, cut
 from prmoe_jax.model.loss import token_nats
 from prmoe_jax.model.transformer import Transformer, dropless, logits
-from prmoe_jax.parallel.mesh import replicated, split_batch
+from prmoe_jax.parallel.axes import replicated, split_batch
 
 # Lengths are rounded up to multiples of this, so that few shapes are compiled.
 BUCKET = 64

@@ -29,7 +29,7 @@ from prmoe_jax.errors import UserError
 from prmoe_jax.model.loss import Sums, forward
 from prmoe_jax.model.transformer import Transformer
 from prmoe_jax.parallel import processes
-from prmoe_jax.parallel.mesh import local_rows, replicated, split_batch
+from prmoe_jax.parallel.axes import local_rows, replicated, split_batch
 from prmoe_jax.run import directory as workdirs
 from prmoe_jax.run.directory import shared_settings
 from prmoe_jax.run.metrics import perplexity, summarise

@@ -42,12 +42,8 @@ from prmoe_jax.model.loss import forward
 from prmoe_jax.model.sizes import cost
 from prmoe_jax.model.state import TrainState
 from prmoe_jax.parallel import processes
-from prmoe_jax.parallel.mesh import (
-    local_rows,
-    replicated,
-    split_batch,
-    training_mesh,
-)
+from prmoe_jax.parallel.axes import local_rows, replicated, split_batch
+from prmoe_jax.parallel.mesh import training_mesh
 from prmoe_jax.run import directory as workdirs
 from prmoe_jax.run import weights_and_biases
 from prmoe_jax.run.checkpoint import Checkpoints

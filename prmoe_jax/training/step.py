@@ -15,7 +15,7 @@ from prmoe_jax.model.loss import cross_entropy, forward, totals, training_loss
 from prmoe_jax.model.state import TrainState
 from prmoe_jax.model.transformer import Transformer, init_model, update_router_bias
 from prmoe_jax.parallel import sharding
-from prmoe_jax.parallel.mesh import replicated
+from prmoe_jax.parallel.axes import replicated
 from prmoe_jax.parallel.portions import add_up
 from prmoe_jax.parallel.sharding import init_sharded
 from prmoe_jax.training.optimizer import learning_rate, make_optimizer

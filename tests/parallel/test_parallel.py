@@ -28,13 +28,12 @@ from prmoe_jax.moe.experts import Experts, UnstackedExperts
 from prmoe_jax.nn.mlp import MLPShape
 from prmoe_jax.nn.parameters import PARAMETERS, named_leaves
 from prmoe_jax.parallel import sharding
+from prmoe_jax.parallel.axes import batch_axes, expert_axes
 from prmoe_jax.parallel.mesh import (
     axis_sizes,
-    batch_axes,
     check_fits,
     check_teacher_fits,
     choose_mesh,
-    expert_axes,
     flags,
     lower_memory_configs,
     on_slices,

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import prmoe_jax
+from tests.repository import house
 
 PACKAGE = Path(prmoe_jax.__file__).parent
 # From the bottom up; a folder imports those before it. Modules at the package's top come first.
@@ -50,6 +51,14 @@ def test_every_floor_is_there_and_few_modules_are_at_the_top():
     assert set(FLOORS) == rooms().keys() - {"__init__"}
     at_the_top = [file.stem for file in PACKAGE.glob("*.py") if not file.stem.startswith("__")]
     assert len(at_the_top) <= 5, at_the_top
+
+
+def test_a_reader_of_the_training_step_loads_no_text_and_no_stores():
+    needed = house.loaded("prmoe_jax.training.step")
+    assert {file.parent.name for file in needed} <= {
+        *("prmoe_jax", "config", "nn", "parallel", "moe", "model", "distill", "training")
+    }
+    assert house.lines(needed) <= 6000
 
 
 def test_the_check_sees_imports(tmp_path):

@@ -35,7 +35,8 @@ from prmoe_jax.moe import exchange, rounds  # noqa: E402
 from prmoe_jax.moe.layer import MoE  # noqa: E402
 from prmoe_jax.nn.parameters import named_leaves  # noqa: E402
 from prmoe_jax.parallel import sharding  # noqa: E402
-from prmoe_jax.parallel.mesh import make_mesh, split_batch  # noqa: E402
+from prmoe_jax.parallel.axes import split_batch  # noqa: E402
+from prmoe_jax.parallel.mesh import make_mesh  # noqa: E402
 from prmoe_jax.plan.collectives import groups  # noqa: E402
 from prmoe_jax.plan.program import COLLECTIVES  # noqa: E402
 from prmoe_jax.run.checkpoint import Checkpoints  # noqa: E402
