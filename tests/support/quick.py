@@ -24,7 +24,7 @@ def forward(model, tokens_BxL, segments_BxL):
     return x_BxLxD, model.logits(x_BxLxD)
 
 
-@functools.partial(jit, static_argnums=3)
+@functools.partial(jit, static_argnums=3, static_argnames="dispatch")
 def routed(moe, x_BxLxD, valid_BxL, capacity_factor, keys_B=None, dispatch="gather"):
     """A MoE layer's output and metrics at a capacity factor."""
     moe = jax.tree.map(lambda x: x, moe)  # a copy
