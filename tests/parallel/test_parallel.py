@@ -149,7 +149,7 @@ def test_every_layer_of_a_pyramid_uses_as_many_devices_as_it_can():
         (
             "2 layers, E=8",
             {"moe": {"exchange": "hierarchical"}, "expert": 8, "expert_inner": 8},
-            "hierarchical needs mesh.expert_inner above 1 and below mesh.expert, not",
+            "execution.exchange=hierarchical needs mesh.expert_inner above 1 and below",
         ),
         # Whatever the order of the layers.
         (
