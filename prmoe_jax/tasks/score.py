@@ -107,9 +107,9 @@ class Scorer:
         return scores
 
 
-def _score(model: Transformer, tokens_BxL, valid_BxL, targets_BxL):
+def _score(execution: ExecutionConfig, model: Transformer, tokens_BxL, valid_BxL, targets_BxL):
     """ln p of each target, and whether it is the argmax; few logits exist at a time."""
-    x_BxLxD, _ = model(tokens_BxL, valid_BxL)
+    x_BxLxD, _ = model(tokens_BxL, valid_BxL, execution=execution)
     table_VxD = model.output_table(x_BxLxD.dtype)
 
     def score(inputs):
