@@ -1,11 +1,14 @@
 """The package's folders form floors: imports go down only, so that none is part of a circle."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 import prmoe_jax
+from prmoe_jax import config
 
 PACKAGE = Path(prmoe_jax.__file__).parent
 # From the bottom up; a folder imports those before it. Modules at the package's top come first.
@@ -65,3 +68,20 @@ def test_the_check_sees_imports(tmp_path):
     file.write_text("from . import cli\n")
     with pytest.raises(AssertionError, match="relative import"):
         imports(file)
+
+
+def test_a_training_step_loads_neither_text_nor_checkpoints_nor_stores():
+    """A reader of the step, or a program that makes one, needs none of them."""
+    code = "import sys, prmoe_jax.training.step; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = done.stdout.split()
+    assert "prmoe_jax.model.transformer" in loaded
+    for name in ("data", "files", "run", "stores", "config.loading"):
+        assert f"prmoe_jax.{name}" not in loaded
+
+
+def test_names_that_users_files_import_from_config():
+    names = ("DataConfig", "MoeConfig", "default_config", "load", "resolve", "save")
+    assert all(callable(getattr(config, name)) for name in names)
+    with pytest.raises(ImportError):
+        exec("from prmoe_jax.config import nothing")
