@@ -57,7 +57,7 @@ docs: .venv/docs-$(VERSION)
 	$(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf .venv .venv-extras site build *.egg-info
+	rm -rf .venv .venv-extras .cache site build *.egg-info
 
 # Another interpreter, or changed requirements, make an environment anew.
 $(READY): setup.py

@@ -119,7 +119,7 @@ def describe(error: BaseException) -> Failure:
     if is_out_of_memory(error):
         return Failure(
             f"out of memory ({first_line(error)}); lower train.batch_size, raise train.accumulate, "
-            "set model.remat=dots or full, or split the model over more devices by mesh.fsdp, "
+            "set execution.remat=dots or full, or split the model over more devices by mesh.fsdp, "
             "mesh.expert or mesh.tensor",
             2,
             True,

@@ -1,6 +1,7 @@
 """Tables of text for the terminal."""
 
 import io
+import itertools
 from collections.abc import Iterable, Sequence
 
 
@@ -27,3 +28,21 @@ def aligned(
     text = io.StringIO()
     Console(file=text, width=1000, color_system=None).print(table)
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+
+
+def blocks(
+    rows: Iterable[dict], title: str, columns: dict[str, str], texts: Sequence[int] = (0,)
+) -> str:
+    """Tables below one another, one for each run of rows with the same title.
+
+    Args:
+      rows: the values of each row by name.
+      title: a format string of a row's values, such as 'batch {batch}'.
+      columns: for each column's head, such a format string.
+      texts: as in `aligned`.
+    """
+    parts = []
+    for name, some in itertools.groupby(rows, lambda row: title.format(**row)):
+        cells = [[shown.format(**row) for shown in columns.values()] for row in some]
+        parts.append(f"{name}\n{aligned(list(columns), cells, texts)}")
+    return "\n\n".join(parts)

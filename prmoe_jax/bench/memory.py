@@ -15,9 +15,6 @@ def check(flag: str, needed: int, room: int | None = None) -> None:
       needed: a lower bound of the bytes that it needs.
       room: bytes of memory; by default those that JAX has of its first device, or on CPUs this
         machine's.
-
-    Raises:
-      UserError: the size doesn't fit.
     """
     if room is None:
         room = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")

@@ -1,6 +1,7 @@
-"""Runs a rival in its own process, which reads lines and answers each with one line."""
+"""Another library's implementation in its own process, which runs and is timed on request."""
 
 import contextlib
+import json
 import os
 import re
 import resource
@@ -10,31 +11,31 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from prmoe_jax.bench.timing import Timed
 from prmoe_jax.errors import UserError
 
 
 @contextlib.contextmanager
-def worker(module: str, *arguments) -> Iterator[Callable[[str], float]]:
-    """Starts `python -m prmoe_jax.bench.MODULE`; yields a function from a line to its answer.
-
-    Raises:
-      UserError: the process ended.
-    """
-    command = [sys.executable, "-m", f"prmoe_jax.bench.{module}", *map(str, arguments)]
+def worker(module: str, **settings) -> Iterator[Timed]:
+    """Starts `python -m prmoe_jax.bench.MODULE` with these settings, which calls `serve`."""
+    command = [sys.executable, "-m", f"prmoe_jax.bench.{module}", json.dumps(settings)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    peak = 0
 
-    def ask(question: str) -> float:
+    def seconds(*arguments: int) -> float:
+        nonlocal peak
         answer = ""
         with contextlib.suppress(BrokenPipeError):
-            process.stdin.write(f"{question}\n")
+            process.stdin.write(f"{json.dumps(arguments)}\n")
             process.stdin.flush()
             answer = process.stdout.readline()
         if not answer:
             raise UserError(f"{module}'s process ended; its message is above")
-        return float(answer)
+        taken, peak = json.loads(answer)
+        return taken
 
     try:
-        yield ask
+        yield Timed(seconds, lambda: peak)
     finally:
         process.kill()
         process.wait()
@@ -42,19 +43,20 @@ def worker(module: str, *arguments) -> Iterator[Callable[[str], float]]:
             process.stdin.close()
 
 
-def answer(run: Callable[[], object]) -> None:
-    """In a worker's process: answers each line on standard input with one line.
+def serve(make: Callable[..., Callable[..., float | None]]) -> None:
+    """Runs in the worker's process what `make(**settings)` returns, once for each line of input.
 
-    To 'memory' the answer is the process's peak memory in bytes, to others the seconds of `run()`.
+    A line holds the arguments of a run. The answer is its seconds, measured here unless the run
+    returns them, and the process's peak memory in bytes.
     """
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is for the answers
+        run = make(**json.loads(sys.argv[1]))
     for line in sys.stdin:
-        if line.strip() == "memory":
-            print(peak_bytes(), flush=True)
-            continue
         begun = time.perf_counter()
-        with contextlib.redirect_stdout(sys.stderr):  # stdout is for the answers
-            run()
-        print(time.perf_counter() - begun, flush=True)
+        with contextlib.redirect_stdout(sys.stderr):
+            own = run(*json.loads(line))
+        taken = time.perf_counter() - begun
+        print(json.dumps([taken if own is None else own, peak_bytes()]), flush=True)
 
 
 def cores() -> int:

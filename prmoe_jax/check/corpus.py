@@ -9,7 +9,8 @@ from prmoe_jax.data import cache
 from prmoe_jax.data.pipeline import load_data, train_iterator
 from prmoe_jax.model.sizes import cost
 from prmoe_jax.parallel import processes
-from prmoe_jax.parallel.mesh import local_rows, training_mesh
+from prmoe_jax.parallel.axes import local_rows
+from prmoe_jax.parallel.mesh import training_mesh
 
 log = logging.getLogger(__name__)
 
@@ -25,9 +26,6 @@ def check(config: Config, products: list[float]) -> Part:
     Args:
       config: the experiment.
       products: measured rates of a product in the config's dtype on every device, in FLOP/s.
-
-    Raises:
-      UserError: the corpus or the mesh cannot be used.
     """
     log.info("corpus: %s", config.data.corpus)
     config, mesh = training_mesh(config)

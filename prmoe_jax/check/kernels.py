@@ -18,21 +18,23 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from prmoe_jax.check.findings import FAIL, OK, WARN, Finding, Part
 from prmoe_jax.config.loading import resolve
-from prmoe_jax.config.schema import Config, ModelConfig, MoeConfig
+from prmoe_jax.config.schema import Config, ExecutionConfig, ModelConfig, MoeConfig
 from prmoe_jax.errors import describe
 from prmoe_jax.model import chunks
 from prmoe_jax.model.attention import KVCache, attend_to_cache
 from prmoe_jax.model.attention_kernels import attend, cudnn_refusal
 from prmoe_jax.model.batch import Batch
 from prmoe_jax.model.loss import cross_entropy
-from prmoe_jax.moe import dispatch, exchange
-from prmoe_jax.moe.experts import Experts
+from prmoe_jax.moe import dispatch, exchange, kernels
+from prmoe_jax.moe.experts import Experts, Local
 from prmoe_jax.moe.layer import MoE
 from prmoe_jax.moe.routing import route
 from prmoe_jax.nn import matmul
+from prmoe_jax.nn.mlp import MLPShape
 from prmoe_jax.nn.quantized import quantize
 from prmoe_jax.parallel import sharding
-from prmoe_jax.parallel.mesh import batch_axes, make_mesh
+from prmoe_jax.parallel.axes import batch_axes
+from prmoe_jax.parallel.mesh import make_mesh
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +96,7 @@ def check() -> Part:
         findings.append(_judge(case.name, errors[case.name], devices[0].platform))
     if devices[0].platform == "gpu" and (refusal := cudnn_refusal(_CUDNN)):
         line = f"cannot run in bfloat16: {refusal}"
-        findings.append(Finding("attention cudnn", WARN, line, "use model.attention=xla"))
+        findings.append(Finding("attention cudnn", WARN, line, "use execution.attention=xla"))
     if len(devices) == 1:
         line = "not run: they need several devices of a process, and there is one"
         if jax.device_count() > 1:
@@ -123,9 +125,9 @@ def _judge(name: str, errors: dict[str, dict[str, float]], platform: str) -> Fin
 
 def _fix(name: str) -> str:
     what = {
-        "dispatch": "use another moe.dispatch",
-        "exchange": "use another moe.exchange or mesh",
-        "attention": "use another model.attention",
+        "dispatch": "use another execution.dispatch",
+        "exchange": "use another execution.exchange or mesh",
+        "attention": "use another execution.attention",
     }.get(name.split()[0], "run nothing here")
     return f"{what}; report it with the versions above, and try others of jax and of the driver"
 
@@ -218,8 +220,8 @@ def _all_experts(experts: Experts, x_TxD) -> jax.Array:
 
 
 def _experts(count: int, width: int, hidden: int) -> Experts:
-    draw = partial(Experts, count, width, hidden, 0.5, 0.5)
-    experts = _quick(lambda: draw(jax.random.key(0)))()
+    shape = MLPShape(width, hidden, 0.5, 0.5)
+    experts = _quick(lambda: Experts(count, shape, jax.random.key(0)))()
     experts.b_in[...], experts.b_out[...] = _normal(2, count, hidden), _normal(3, count, width)
     return experts
 
@@ -234,12 +236,14 @@ def _dispatches() -> Iterator[Case]:
         rules = {"moe": MoeConfig(), "top_k": top_k, "slots": slots}
         routing, _ = _quick(partial(route, **rules))(scores_GxSxE, valid_GxS)
         routing = jax.tree.map(np.asarray, routing)
-        run = dispatch.BACKENDS.get(name, dispatch.per_token)
         kept_GxSxK = routing.kept_GxSxK.astype(np.float32)
 
-        def ours(dtype, x_GxSxD, weight_GxSxK, experts, run=run, routing=routing, slots=slots):
+        def ours(dtype, x_GxSxD, weight_GxSxK, experts, name=name, routing=routing, slots=slots):
             weighed = routing._replace(weight_GxSxK=weight_GxSxK * routing.kept_GxSxK)
-            return run(x_GxSxD.astype(dtype), weighed, experts, slots)[0]
+            given = x_GxSxD.astype(dtype), weighed, Local(experts)
+            if name == "per_token":
+                return dispatch.few_through_experts(*given)
+            return dispatch.through_experts(name, *given, slots)[0]
 
         def oracle(x_GxSxD, weight_GxSxK, experts, kept_GxSxK=kept_GxSxK, routing=routing):
             y_ExTxD = _all_experts(experts, x_GxSxD.reshape(-1, width))
@@ -263,7 +267,7 @@ def _unrolled() -> Case:
     arguments = _normal(0, 2, 5, 3, 7), _experts(5, 7, 11)
     return Case(
         "experts unrolled",
-        lambda dtype, x, experts: experts.unrolled(x.astype(dtype)),
+        lambda dtype, x, experts: kernels.unrolled(experts.weights(dtype), x.astype(dtype)),
         oracle,
         arguments,
     )
@@ -385,8 +389,9 @@ def _exchanges(devices: list) -> Iterator[Case]:
     ]
     found.append(("flat, few tokens, nothing dropped", "flat", dropless, few))
     for title, name, rules, length in found:
-        rules = rules | {"exchange": name.partition(",")[0]}
-        yield _exchange(title, _layer_config(*meshes[name], rules, length, count), devices)
+        config = _layer_config(*meshes[name], rules, length, count)
+        execution = ExecutionConfig(exchange=name.partition(",")[0])
+        yield _exchange(title, dataclasses.replace(config, execution=execution), devices)
 
 
 def _layer_config(
@@ -409,21 +414,16 @@ def _layer_config(
 def _exchange(name: str, config: Config, devices: list) -> Case:
     mesh, model = make_mesh(config, devices), config.model
     (count,) = {e for e in model.schedule.experts if e}
-    alone = dataclasses.replace(config.moe, dispatch="einsum")
-    layer, plain = (
-        _quick(lambda moe=moe: MoE(count, model, moe, jax.random.key(0)))()
-        for moe in (config.moe, alone)
-    )
-    structure = jax.tree.structure(plain)
+    layer = _quick(lambda: MoE(count, model, config.moe, jax.random.key(0)))()
     x_BxLxD = _normal(0, config.train.batch_size, model.length, model.d_model)
     valid_BxL = np.ones(x_BxLxD.shape[:2], bool)
 
     def ours(dtype, tree, x_BxLxD):
-        return tree["mlp"](x_BxLxD.astype(dtype), valid_BxL)[0]
+        layer = tree["mlp"]
+        return layer(x_BxLxD.astype(dtype), valid_BxL, execution=config.execution)[0]
 
     def oracle(tree, x_BxLxD):
-        layer = jax.tree.unflatten(structure, jax.tree.leaves(tree))
-        return layer(x_BxLxD, valid_BxL)[0]
+        return tree["mlp"](x_BxLxD, valid_BxL, execution=ExecutionConfig(dispatch="einsum"))[0]
 
     rows = NamedSharding(mesh, PartitionSpec(batch_axes(mesh)))
     tree = {"mlp": layer}

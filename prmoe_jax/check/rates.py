@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, PartitionSpec, SingleDeviceSharding
 
-from prmoe_jax.bench.turns import TURN_SECONDS, in_turns, mean_seconds
+from prmoe_jax.bench.timing import TURN_SECONDS, interleaved, mean_seconds
 from prmoe_jax.check.findings import FAIL, OK, Finding, Part, rate, slow
 from prmoe_jax.parallel import processes
 from prmoe_jax.plan.chips import data_sheet
@@ -31,8 +31,8 @@ WIDTH, ARRAY_BYTES, SENT_BYTES = 8192, 1 << 30, 1 << 28
 CPU_WIDTH, CPU_ARRAY_BYTES, CPU_SENT_BYTES = 1024, 1 << 27, 1 << 22
 TURNS = 5
 ROUNDS = 3  # of measuring devices that seem slow
-# A device is slow below this share of the median of all. It is worse than its data sheet allows
-# below the other shares; square products and plain copies reach more on a sound device.
+# A device fails below these shares: of the median of all, of its data sheet's products and memory,
+# and of its data sheet's links. A sound device reaches more of its data sheet.
 SLOW, SHEET, LINK_SHEET = 0.8, 0.5, 0.2
 # The largest error of a product, as a share of its largest number. In bfloat16 a sound device has
 # 2e-3, in float32 as little as 1e-6 or, where the factors are rounded, 1e-3.
@@ -105,7 +105,7 @@ def measure(devices: list) -> tuple[dict[int, dict[str, float]], dict[str, dict[
             made = {device.id: _product(device, kind.split("_")[1]) for device in devices}
             errors[kind] = {number: error for number, (_, _, error) in made.items()}
         turns = {number: mean_seconds(run, TURN_SECONDS) for number, (run, *_) in made.items()}
-        for number, seconds in in_turns(turns, TURNS).items():
+        for number, seconds in interleaved(turns, TURNS).items():
             best[number][kind] = made[number][1] / min(seconds)
     return best, errors
 
@@ -218,7 +218,7 @@ def collectives(devices: list) -> tuple[dict[str, float], list[str]]:
     row_C = np.arange(count)
     over = partial(jax.shard_map, mesh=mesh, out_specs=PartitionSpec("all"))
 
-    def rows_CxS():  # a device's rows, one for each device
+    def rows_CxS():  # the rows that this device sends, one per receiver
         number_C = _number(jax.lax.axis_index("all"), jnp.arange(count)).astype(jnp.float32)
         return jnp.broadcast_to(number_C[:, None], (count, size))
 

@@ -125,11 +125,7 @@ def _store(folder: Path) -> tuple[list[Finding], dict]:
 
 
 def _write_and_read(path: Path) -> list[float]:
-    """Bytes a second of writing a file to the end, and of reading it.
-
-    Raises:
-      OSError: the file cannot be written, or does not hold what was written.
-    """
+    """Bytes a second of writing a file to the end, and of reading it."""
     content = np.random.default_rng(0).bytes(FILE_BYTES)
     begun = time.perf_counter()
     if stores.is_local(path):

@@ -3,9 +3,11 @@
 import re
 
 from prmoe_jax import allocator
-from prmoe_jax.cli.options import WEIGHTS, compile_only, parse_config, parse_mesh
-from prmoe_jax.cli.output import as_json
+from prmoe_jax.bench import LOADS
+from prmoe_jax.cli.options import compile_only, parse_config, parse_mesh
+from prmoe_jax.cli.output import emit
 from prmoe_jax.errors import UserError
+from prmoe_jax.inference import WEIGHTS
 
 # S, M, F, E of `prmoe bench moe`.
 BENCH_SIZES = (
@@ -51,7 +53,7 @@ def add(verb, verbs) -> None:
     )
     sub.add_argument(
         "--load",
-        choices=["uniform", "zipf"],
+        choices=LOADS,
         action="append",
         help="how tokens choose experts; may be repeated (default: uniform)",
     )
@@ -76,8 +78,7 @@ def _bench_step(options, rest) -> None:
     config = parse_config(rest)
     from prmoe_jax.bench import step
 
-    rows = step.bench_step(config, options.repeats)
-    print(as_json(rows) if options.json else step.table(rows))
+    emit(step.bench_step(config, options.repeats), options.json, step.table)
 
 
 def _bench_decode(options, rest) -> None:
@@ -87,7 +88,7 @@ def _bench_decode(options, rest) -> None:
 
     batches, weights = options.batch or [1, 8], options.weights or ["float32", "int8"]
     rows = decode.bench_decode(config, batches, weights, options.prompt, options.repeats, layouts)
-    print(as_json(rows) if options.json else decode.table(rows))
+    emit(rows, options.json, decode.table)
 
 
 def _bench_moe(options, rest) -> None:
@@ -103,7 +104,7 @@ def _bench_moe(options, rest) -> None:
             raise UserError(f"--{given[0]} has no effect with --topology; leave one of them out")
         sizes = [moe.Size(*size) for size in options.sizes or MODELLED_SIZES]
         rows = modelled.model_moe(sizes, options.dtype or "bfloat16", options.topology)
-        print(as_json(rows) if options.json else modelled.table(rows))
+        emit(rows, options.json, modelled.table)
         return
     rows = moe.bench_moe(
         [moe.Size(*size) for size in options.sizes or BENCH_SIZES],
@@ -111,7 +112,7 @@ def _bench_moe(options, rest) -> None:
         options.dtype or "float32",
         15 if options.repeats is None else options.repeats,
     )
-    print(as_json(rows) if options.json else moe.table(rows))
+    emit(rows, options.json, moe.table)
 
 
 def _size(text: str) -> tuple[int, ...]:

@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 
 from prmoe_jax import allocator
-from prmoe_jax.cli.options import parse_config, path
+from prmoe_jax.cli.options import add_distributed, parse_config, path
 from prmoe_jax.cli.output import as_json, is_first_process
 from prmoe_jax.errors import CheckFailed
 
@@ -17,8 +17,7 @@ def add(verb) -> None:
     sub = verb("check", run, kind, True)
     where = "the folder in whose store a tiny run is trained, and removed (default: runs)"
     sub.add_argument("--workdir", type=path, default=Path("runs"), help=where)
-    distributed = "be one process of several: on a TPU pod, under SLURM or on GKE"
-    sub.add_argument("--distributed", action="store_true", help=distributed)
+    add_distributed(sub)
     bench = "also run prmoe bench moe, step and decode, in at most ten minutes in all"
     sub.add_argument("--bench", action="store_true", help=bench)
 

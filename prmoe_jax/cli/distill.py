@@ -4,7 +4,7 @@ import logging
 
 from prmoe_jax import allocator
 from prmoe_jax.cli.options import parse_config, path
-from prmoe_jax.cli.output import as_json
+from prmoe_jax.cli.output import emit
 from prmoe_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -27,8 +27,7 @@ def _distill_plan(options, rest) -> None:
     config = _student_config(rest)
     if not config.teacher.inherit:
         log.warning("this student starts at random; the plan is one for teacher.inherit=true")
-    rows = student.plan(teacher_of(config), config)
-    print(as_json(rows) if options.json else student.table(rows))
+    emit(student.plan(teacher_of(config), config), options.json, student.table)
 
 
 def _teacher_cache(options, rest) -> None:
@@ -44,7 +43,7 @@ def _teacher_cache(options, rest) -> None:
 
     meta = write_teacher_cache(config, options.out)
     size = sum(file.stat().length for file in epath.Path(options.out).iterdir())
-    print(as_json(meta) if options.json else f"{options.out}: {size / 1e6:,.0f} MB")
+    emit(meta, options.json, lambda _: f"{options.out}: {size / 1e6:,.0f} MB")
 
 
 def _student_config(rest):

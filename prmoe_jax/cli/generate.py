@@ -1,8 +1,9 @@
 """`prmoe generate`: continues prompts with a trained run."""
 
-from prmoe_jax.cli.options import WEIGHTS, check_run, parse_mesh, path
-from prmoe_jax.cli.output import as_json
+from prmoe_jax.cli.options import check_run, parse_mesh, path
+from prmoe_jax.cli.output import emit
 from prmoe_jax.errors import UserError
+from prmoe_jax.inference import WEIGHTS
 
 MOST_SAMPLES = 1_000_000  # `prmoe generate` makes all samples at once
 
@@ -62,17 +63,11 @@ def run(options, rest) -> None:
     def show(_, text: str) -> None:
         print(lead.pop() if lead else "", text, sep="", end="", flush=True)
 
-    texts = generator(
-        prompts,
-        options.tokens,
-        sampling,
-        seeds,
-        options.stop or (),
-        show if streamed else None,
-    )
+    on_text, stop = show if streamed else None, options.stop or ()
+    texts = generator(prompts, options.tokens, sampling, seeds, stop, on_text)
     if streamed:
         print(*lead)
         return
     for prompt, seed, text in zip(prompts, seeds, texts, strict=True):
         answer = {"prompt": prompt, "seed": seed, "text": text}
-        print(as_json(answer) if options.json else f"{prompt}{text}\n")
+        emit(answer, options.json, "{prompt}{text}\n".format_map)

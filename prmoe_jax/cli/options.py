@@ -28,8 +28,6 @@ settings:
                                 --config.train.steps=40 --config.model.experts=8,8,16
 """
 
-WEIGHTS = "float32", "bfloat16", "int8"
-
 
 class Parser(argparse.ArgumentParser):
     """Reports a mistake as a `UserError`, which is shown on one line."""
@@ -45,11 +43,11 @@ class Parser(argparse.ArgumentParser):
 
 def _settings_help() -> str:
     """Every setting with its default, meaning and choices."""
-    from prmoe_jax.config.schema import Config, declarations, leaves
+    from prmoe_jax.config.schema import declarations
 
-    defaults, lines = leaves(Config()), ["", "all settings, with their defaults:"]
+    lines = ["", "all settings, with their defaults:"]
     for name, setting in declarations().items():
-        shown = defaults[name]
+        shown = setting.default
         if shown and isinstance(shown, tuple):
             shown = ",".join(map(str, shown))
         lines.append(f"  --config.{name}={shown}")
@@ -106,18 +104,17 @@ def _load_settings(path: Path, name: str):
             raise UserError(
                 f"--config={path}:{name}: a run's config.json has no names; give it alone"
             )
-        import dataclasses
-
         from prmoe_jax.config.loading import load
+        from prmoe_jax.config.schema import as_settings
 
-        settings = ConfigDict(dataclasses.asdict(load(path)))
-        if settings.train.compile_cache not in ("", "auto"):
+        settings = as_settings(load(path))
+        if settings.execution.compile_cache not in ("", "auto"):
             log.warning(
-                "%s: train.compile_cache=%s is left out, since JAX runs the programs in that "
-                "folder; to use it, give --config.train.compile_cache",
-                *(path, settings.train.compile_cache),
+                "%s: execution.compile_cache=%s is left out, since JAX runs the programs in that "
+                "folder; to use it, give --config.execution.compile_cache",
+                *(path, settings.execution.compile_cache),
             )
-            settings.train.compile_cache = "auto"
+            settings.execution.compile_cache = "auto"
         return settings
     arguments = [name] if name else []
     settings = userfile.call(path, "get_config", *arguments, named=f"--config={path}")
@@ -146,8 +143,7 @@ def _override(settings, arguments: list[str]) -> None:
     known = leaves(Config())
     for name, setting in declarations().items():
         if setting.formerly:
-            earlier = f"--config.{name.rpartition('.')[0]}.{setting.formerly}"
-            whole = re.compile(re.escape(earlier) + "(?==|$)")
+            whole = re.compile(re.escape(f"--config.{setting.formerly}") + "(?==|$)")
             arguments = [whole.sub(f"--config.{name}", argument) for argument in arguments]
     for argument in arguments:
         if not argument.startswith("--"):
@@ -211,6 +207,12 @@ def _path(text: str, convert: Callable[[str], Path]) -> Path:
         return expand("the path", text)
     except UserError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def add_distributed(parser: argparse.ArgumentParser) -> None:
+    """Declares --distributed, which `prmoe_jax.cli` obeys before it parses the arguments."""
+    kind = "be one process of several: on a TPU pod, under SLURM or on GKE"
+    parser.add_argument("--distributed", action="store_true", help=kind)
 
 
 def parse_mesh(text: str):

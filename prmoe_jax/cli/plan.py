@@ -3,7 +3,7 @@
 import logging
 
 from prmoe_jax.cli.options import compile_only, filled, local_path, parse_config
-from prmoe_jax.cli.output import as_json
+from prmoe_jax.cli.output import emit
 from prmoe_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -71,6 +71,6 @@ def run(options, rest) -> None:
         result = find.find(config, options.find, options.decode, teacher, options.load)
     else:
         result = find.fit(config, options.topology, options.decode, teacher, options.load)
-    print(as_json(result) if options.json else report.table(result))
+    emit(result, options.json, report.table)
     if options.picture:
         picture.draw([("step", result)], options.picture)

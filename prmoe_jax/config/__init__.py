@@ -6,7 +6,23 @@ model loads the declarations alone.
 
 import importlib
 
-from prmoe_jax.config.schema import Config, ModelConfig, MoeConfig, default_config
+from prmoe_jax.config.schema import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    EvalConfig,
+    ExecutionConfig,
+    InitConfig,
+    KdConfig,
+    LogConfig,
+    MeshConfig,
+    ModelConfig,
+    MoeConfig,
+    OptimizerConfig,
+    TeacherConfig,
+    TrainConfig,
+    default_config,
+)
 
 
 def __getattr__(name: str):

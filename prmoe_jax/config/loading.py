@@ -10,8 +10,8 @@ from ml_collections import ConfigDict
 
 from prmoe_jax import files
 from prmoe_jax.config.effects import check_effects
-from prmoe_jax.config.schema import Config, leaves
-from prmoe_jax.config.validation import check, show
+from prmoe_jax.config.schema import Config, declarations, leaves
+from prmoe_jax.config.validation import check
 from prmoe_jax.errors import UserError
 
 
@@ -28,7 +28,7 @@ def resolve(settings: ConfigDict | Mapping, trained: bool = False) -> Config:
     """
     if isinstance(settings, ConfigDict):
         settings = settings.to_dict()
-    config = _build(Config, settings, "config")
+    config = _build(Config, _renamed(settings), "config")
     check(config)
     if not trained:
         check_effects(config)
@@ -61,8 +61,7 @@ def load(path: Path) -> Config:
 # Settings that may differ when a run is resumed: they change no parameter and no training loss,
 # except that other devices, or another compiled program, add up in another order.
 RESUMABLE = (
-    "eval.", "checkpoint.", "log.", "data.cache_dir", "mesh.", "moe.exchange", "moe.buffer_factor",
-    "moe.dispatch", "model.attention", "model.remat", "train.accumulate", "train.compile_cache",
+    "eval.", "checkpoint.", "log.", "data.cache_dir", "mesh.", "execution.", "train.accumulate",
 )  # fmt: skip
 
 
@@ -72,7 +71,7 @@ def check_resume(saved: Config, given: Config) -> None:
     Raises:
       UserError: settings differ; names each, with both values.
     """
-    before, after = _effective(saved), _effective(given)
+    before, after = leaves(saved), leaves(given)
     changed = {k for k in before if before[k] != after[k] and not k.startswith(RESUMABLE)}
     longer = given.total_steps > saved.total_steps and given.kd_steps == saved.kd_steps
     if given.optimizer.decay_tokens and longer:
@@ -83,12 +82,6 @@ def check_resume(saved: Config, given: Config) -> None:
             f"the run in this workdir has another config: {details}; "
             "give the same settings to resume it, or another --workdir to start afresh"
         )
-
-
-def _effective(config: Config) -> dict[str, object]:
-    """`leaves`, with the family's values instead of 'auto' or 0."""
-    form = dataclasses.asdict(config.model.form)
-    return leaves(config) | {f"model.{name}": value for name, value in form.items()}
 
 
 # Settings in which a branch may differ from the run it goes on from, too: they change nothing
@@ -110,7 +103,7 @@ def check_branch(trunk: Config, branch: Config, name: str) -> None:
     Raises:
       UserError: settings differ, or the trunk's learning rate has fallen by then; with both values.
     """
-    before, after = _effective(trunk), _effective(branch)
+    before, after = leaves(trunk), leaves(branch)
     changed = [k for k in before if before[k] != after[k] and not k.startswith(BRANCHABLE)]
     if changed:
         details = ", ".join(f"{k} is {before[k]!r} there, {after[k]!r} here" for k in changed)
@@ -133,7 +126,6 @@ def _build(cls, values, path: str):
     if not isinstance(values, Mapping):
         raise UserError(f"{path} must be a group of settings, not {values!r}")
     fields = {field.name: field for field in dataclasses.fields(cls)}
-    values = _renamed(fields, values, path)
     for name in values:
         if name not in fields:
             close = difflib.get_close_matches(str(name), fields, 1)
@@ -144,18 +136,24 @@ def _build(cls, values, path: str):
     )
 
 
-def _renamed(fields: Mapping, values: Mapping, path: str) -> Mapping:
+def _renamed(settings: Mapping) -> Mapping:
     """Renames settings that an older config has under an earlier name (`Setting.formerly`)."""
-    values = dict(values)
-    for name, field in fields.items():
-        earlier = field.metadata["setting"].formerly if "setting" in field.metadata else ""
-        if not earlier or earlier not in values:
+    if not isinstance(settings, Mapping):
+        return settings  # which `_build` refuses
+    settings = {k: dict(v) if isinstance(v, Mapping) else v for k, v in settings.items()}
+    for name, setting in declarations().items():
+        before, _, earlier = setting.formerly.partition(".")
+        if not isinstance(settings.get(before), dict) or earlier not in settings[before]:
             continue
-        value = values.pop(earlier)
-        if values.get(name, field.default) not in (field.default, value):
-            raise UserError(f"{path}.{earlier} is {path}.{name} today; give only the latter")
-        values[name] = value
-    return values
+        value = settings[before].pop(earlier)
+        now, _, key = name.partition(".")
+        values = settings.setdefault(now, {})
+        if values.get(key, setting.default) not in (setting.default, value):
+            raise UserError(
+                f"config.{setting.formerly} is config.{name} today; give only the latter"
+            )
+        values[key] = value
+    return settings
 
 
 def _convert(kind, value, path: str):
@@ -165,12 +163,9 @@ def _convert(kind, value, path: str):
         value = (value,) if isinstance(value, int) else value
         if isinstance(value, (tuple, list)) and all(type(v) is int for v in value):
             return tuple(value)
-        raise UserError(f"{path}={show(value)} must be whole numbers such as 8,8,16")
+        raise UserError(f"{path}={value!r} must be whole numbers such as 8,8,16")
     if kind is float and type(value) is int:
-        try:
-            return float(value)
-        except OverflowError:
-            raise UserError(f"{path}={show(value)} is too large") from None
+        return float(value)
     if type(value) is not kind:
-        raise UserError(f"{path}={show(value)} must be of type {kind.__name__}")
+        raise UserError(f"{path}={value!r} must be of type {kind.__name__}")
     return value

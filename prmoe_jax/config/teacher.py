@@ -24,7 +24,7 @@ def teacher_of(config: Config) -> Config:
 
 
 def adapt_teacher(teacher: Config, student: Config) -> Config:
-    """Gives a teacher's config its student's mesh, exchange and `teacher.capacity_factor`.
+    """Gives a teacher's config its student's mesh, execution and `teacher.capacity_factor`.
 
     A `teacher.capacity_factor` of 0 leaves the teacher's own. The batches are only checked.
 
@@ -34,10 +34,10 @@ def adapt_teacher(teacher: Config, student: Config) -> Config:
     """
     model = student.model
     require(
-        teacher.moe.router == "token_choice" or math.isfinite(student.teacher.capacity_factor),
-        "teacher.capacity_factor=inf lets every expert of this teacher (moe.router=expert_choice) "
-        f"take every token; use 0, for its own {teacher.moe.eval_capacity_factor:g}, or a finite "
-        "one",
+        teacher.moe.routes.tokens_choose or math.isfinite(student.teacher.capacity_factor),
+        "teacher.capacity_factor=inf lets every expert of this teacher "
+        f"(moe.router={teacher.moe.router}) take every token; use 0, for its "
+        f"own {teacher.moe.eval_capacity_factor:g}, or a finite one",
     )
     require(
         teacher.model.vocab_size == model.vocab_size,
@@ -59,10 +59,8 @@ def adapt_teacher(teacher: Config, student: Config) -> Config:
         "in training as in evaluation; leave it at eval",
     )
     capacity_factor = student.teacher.capacity_factor or teacher.moe.eval_capacity_factor
-    moe = dataclasses.replace(
-        teacher.moe, exchange=student.moe.exchange, eval_capacity_factor=capacity_factor
-    )
-    teacher = dataclasses.replace(teacher, mesh=student.mesh, moe=moe)
+    moe = dataclasses.replace(teacher.moe, eval_capacity_factor=capacity_factor)
+    teacher = dataclasses.replace(teacher, mesh=student.mesh, execution=student.execution, moe=moe)
     if teacher.moe.group_size:
         shape = dataclasses.replace(teacher.model, length=model.length)
         try:

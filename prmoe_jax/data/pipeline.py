@@ -2,6 +2,7 @@
 
 import bisect
 import dataclasses
+import functools
 import itertools
 import math
 import operator
@@ -17,15 +18,16 @@ import numpy as np
 from prmoe_jax.config.schema import DataConfig
 from prmoe_jax.data import cache, streams
 from prmoe_jax.data.corpora import TOKENS, open_corpus
-from prmoe_jax.data.streams import ShardStream
+from prmoe_jax.data.streams import ShardStream, Source
 from prmoe_jax.data.tokenizer import Tokenizer, check_fits, load_tokenizer
-from prmoe_jax.data.tokens import TokenCache, cached_tokens
+from prmoe_jax.data.tokens import cached_tokens
 from prmoe_jax.errors import UserError
 from prmoe_jax.model.batch import Batch, TopKLogProbs
 
 _DTYPES = np.int32, np.int32, np.bool_, np.int32
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class Windows:
     """A token stream as a random-access source of windows of `length` predictions.
 
@@ -37,31 +39,22 @@ class Windows:
     0 where it is not known.
     """
 
-    def __init__(
-        self,
-        cache: TokenCache | ShardStream,
-        length: int,
-        cross_document_attention: bool,
-        teacher_top_k: TopKLogProbs | None = None,
-        tokenizer: Tokenizer | None = None,
-        text_bytes: int = 0,
-    ):
-        self.cache = cache
-        self.tokenizer = tokenizer
-        self.text_bytes = text_bytes
-        self.length = length
-        self.cross_document_attention = cross_document_attention
-        self.teacher_top_k = teacher_top_k
+    stream: ShardStream
+    length: int
+    cross_document_attention: bool
+    teacher_top_k: TopKLogProbs | None = None
+    tokenizer: Tokenizer | None = None
+    text_bytes: int = 0
 
     @property
     def tokens(self) -> int:
-        """The number of predictions in all windows together, and of places between two marks."""
-        return len(self.cache) - 1
+        """The number of predictions in all windows together."""
+        return len(self.stream) - 1
 
     @property
     def described(self) -> str:
         """The size of the stream, for messages."""
-        return self.cache.described
+        return self.stream.described
 
     def __len__(self) -> int:
         return math.ceil(self.tokens / self.length)
@@ -75,15 +68,15 @@ class Windows:
         """Window `index` as a Batch of arrays of shape L."""
         index = range(len(self))[operator.index(index)]
         first = index * self.length
-        stream = self.cache.read(first, first + self.length + 1)
-        real = len(stream) - 1
+        tokens = self.stream.read(first, first + self.length + 1)
+        real = len(tokens) - 1
         window = Batch(*(np.zeros(self.length, dtype) for dtype in _DTYPES))
-        window.tokens_BxL[:real] = stream[:-1]
-        window.targets_BxL[:real] = stream[1:]
+        window.tokens_BxL[:real] = tokens[:-1]
+        window.targets_BxL[:real] = tokens[1:]
         window.mask_BxL[:real] = True
         window.segments_BxL[:real] = 1
         if not self.cross_document_attention:
-            documents = self.cache.documents(first, stream[:-1])
+            documents = self.stream.documents(first, tokens[:-1])
             window.segments_BxL[:real] += documents.astype(np.int32)
         if self.tokenizer:
             self._start_documents(window)
@@ -107,10 +100,10 @@ class Windows:
 
     def with_teacher(self, teacher_top_k: TopKLogProbs) -> "Windows":
         """The same windows with a teacher's predictions."""
-        given = self.cross_document_attention, teacher_top_k, self.tokenizer, self.text_bytes
-        return Windows(self.cache, self.length, *given)
+        return dataclasses.replace(self, teacher_top_k=teacher_top_k)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class Mixture:
     """Windows of several token streams: those of the first one, then those of the next, and so on.
 
@@ -118,16 +111,21 @@ class Mixture:
     training windows, which `train_iterator` keeps to.
     """
 
-    def __init__(
-        self,
-        parts: Sequence[Windows],
-        shares: Sequence[Decimal],
-        teacher_top_k: TopKLogProbs | None = None,
-    ):
-        self.parts, self.shares, self.teacher_top_k = parts, shares, teacher_top_k
-        self.length = parts[0].length
-        self.cross_document_attention = parts[0].cross_document_attention
-        self._ends = list(itertools.accumulate(map(len, parts)))
+    parts: Sequence[Windows]
+    shares: Sequence[Decimal]
+    teacher_top_k: TopKLogProbs | None = None
+
+    @functools.cached_property
+    def _ends(self) -> list[int]:
+        return list(itertools.accumulate(map(len, self.parts)))
+
+    @property
+    def length(self) -> int:
+        return self.parts[0].length
+
+    @property
+    def cross_document_attention(self) -> bool:
+        return self.parts[0].cross_document_attention
 
     @property
     def tokens(self) -> int:
@@ -158,7 +156,7 @@ class Mixture:
         return _with_teacher(window, self.teacher_top_k, index)
 
     def with_teacher(self, teacher_top_k: TopKLogProbs) -> "Mixture":
-        return Mixture(self.parts, self.shares, teacher_top_k)
+        return dataclasses.replace(self, teacher_top_k=teacher_top_k)
 
 
 def _with_teacher(window: Batch, teacher_top_k: TopKLogProbs | None, index: int) -> Batch:
@@ -190,31 +188,26 @@ def load_data(
       UserError: the corpus, the tokenizer or the cache cannot be used.
     """
     if config.corpus.startswith(TOKENS):
-        return _load_shards(config, vocab_size, length, tokenizer_path)
+        tokenizer, sources = streams.open_sources(config, vocab_size, tokenizer_path)
+        return _data(config, length, tokenizer, sources)
     corpus = open_corpus(config)
     if tokenizer_path is None:
         tokenizer = load_tokenizer(config, vocab_size, corpus)
     else:
         tokenizer = Tokenizer.load(tokenizer_path)
         check_fits(tokenizer, vocab_size)
-    train = cached_tokens(config, corpus, "train", tokenizer)
-    validation = cached_tokens(config, corpus, "validation", tokenizer)
-    attention = config.cross_document_attention
-    return Data(
-        tokenizer=tokenizer,
-        train=Windows(train, length, attention, tokenizer=tokenizer),
-        validation=Windows(
-            validation, length, attention, tokenizer=tokenizer, text_bytes=validation.bytes
-        ),
-        corpus_fingerprint=corpus.fingerprint,
-    )
+    sources = [cached_tokens(config, corpus, tokenizer)]
+    return _data(config, length, tokenizer, sources, corpus.fingerprint)
 
 
-def _load_shards(
-    config: DataConfig, vocab_size: int, length: int, tokenizer_path: Path | None
+def _data(
+    config: DataConfig,
+    length: int,
+    tokenizer: Tokenizer,
+    sources: Sequence[Source],
+    fingerprint: str | None = None,
 ) -> Data:
-    """The data of a corpus 'tokens:…'."""
-    tokenizer, sources = streams.open_sources(config, vocab_size, tokenizer_path)
+    """The windows of streams; without a fingerprint of their text it is made of theirs."""
     identity = []
 
     def windows(name: str) -> Windows | Mixture:
@@ -231,14 +224,14 @@ def _load_shards(
         ]
         shares = [source.weight or Decimal(1) for source in having]
         weights = [str(share.normalize()) for share in shares] if name == "train" else []
-        identity.append([[part.cache.fingerprint for part in found], weights])
+        identity.append([[part.stream.fingerprint for part in found], weights])
         return found[0] if len(found) == 1 else Mixture(found, shares)
 
     return Data(
         tokenizer=tokenizer,
         train=windows("train"),
         validation=windows("validation"),
-        corpus_fingerprint=cache.fingerprint("tokens", identity),
+        corpus_fingerprint=fingerprint or cache.fingerprint("tokens", identity),
     )
 
 
@@ -290,7 +283,7 @@ def train_iterator(
       windows: the training split.
       batch_size: rows of a step on all processes together.
       seed: the seed of the order.
-      rows: the rows of each batch that this process needs (`mesh.local_rows`); all by default.
+      rows: the rows of each batch that this process needs (`axes.local_rows`); all by default.
 
     Raises:
       UserError: there is no window at all.
@@ -333,8 +326,8 @@ def eval_batches(
     indices = evaluated_windows(windows, limit * batch_size)
     padding = jax.tree.map(np.zeros_like, windows[0]) if len(windows) else None
     for start in range(0, len(indices), batch_size):
-        places = (start + row for row in rows)
-        batch = [windows[indices[i]] if i < len(indices) else padding for i in places]
+        offsets = (start + row for row in rows)
+        batch = [windows[indices[i]] if i < len(indices) else padding for i in offsets]
         yield jax.tree.map(lambda *field: np.stack(field), *batch)
 
 
@@ -371,9 +364,9 @@ class _Mixed:
         return sys.maxsize
 
     def __getitem__(self, index: int) -> Batch:
-        period, place = divmod(index, len(self._schedule))
-        i = self._schedule[place]
-        return self._datasets[i][int(period * self._per_period[i] + self._drawn[place, i])]
+        period, offset = divmod(index, len(self._schedule))
+        i = self._schedule[offset]
+        return self._datasets[i][int(period * self._per_period[i] + self._drawn[offset, i])]
 
 
 class _LocalRows:

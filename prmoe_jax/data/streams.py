@@ -39,7 +39,11 @@ class Part:
 
 
 class ShardStream:
-    """A stream as `TokenCache` describes it: the tokens `first` to `last` of shards in a row.
+    """The tokens `first` to `last` of shards in a row: each document is a mark and its tokens.
+
+    The mark, the end-of-text id, starts a document and ends the one before it; a last mark ends the
+    stream. Predicting each token from those before it therefore predicts every token of the text
+    and the end of every document exactly once.
 
     The mark before the first document, or the one behind the last, is added where the shards have
     none. Only what is read is loaded; every id that is read is compared with the vocabulary.
@@ -73,11 +77,7 @@ class ShardStream:
         return f"{len(self)} tokens"
 
     def read(self, first: int, last: int) -> np.ndarray:
-        """The tokens `first` to `last` of the stream, fewer at its end.
-
-        Raises:
-          UserError: an id is not in the vocabulary, or a shard can't be read.
-        """
+        """The tokens `first` to `last` of the stream, fewer at its end."""
         last = min(last, len(self))
         mark = np.array([self._mark])
         parts = [mark] if first < self._before else []
@@ -118,10 +118,7 @@ def open_sources(
 ) -> tuple[Tokenizer, list[Source]]:
     """Opens the shards of 'tokens:…'.
 
-    Args:
-      config: its `corpus` is that of `parse`.
-      vocab_size: the size of the model's vocabulary.
-      tokenizer_path: the tokenizer of a run that is resumed or evaluated.
+    A run that is resumed or evaluated gives the path of its tokenizer.
 
     Returns:
       the tokenizer, and a source for each part.
@@ -132,24 +129,20 @@ def open_sources(
     """
     parts = parse(config.corpus)
     found = [_find(part.pattern, config) for part in parts]
-    indices = [index for indices, _ in found for index in indices]
+    indices = [index for index, _ in found if index]
     known = _tokenizer(config, vocab_size, indices, tokenizer_path)
     separate = any(part.validation for part in parts)
-    sources = []
-    for part, (indices, paths) in zip(parts, found, strict=True):
-        if indices:
-            sources += [_ours(index, part, known, separate) for index in indices]
-        else:
-            sources.append(_foreign(paths, part, known, separate, config))
+    sources = [
+        _ours(index, part, known, separate)
+        if index
+        else _foreign(paths, part, known, separate, config)
+        for part, (index, paths) in zip(parts, found, strict=True)
+    ]
     return known, sources
 
 
 def parse(corpus: str) -> list[Part]:
-    """The parts of 'tokens:A', 'tokens:A*0.7,B*0.3' or 'tokens:A,validation:B'.
-
-    Raises:
-      UserError: the corpus has not that form, or the shares don't add up to 1.
-    """
+    """The parts of 'tokens:A', 'tokens:A*0.7,B*0.3' or 'tokens:A,validation:B'."""
     parts = []
     for text in corpus.removeprefix(TOKENS).split(","):
         validation = text.strip().startswith(_VALIDATION)
@@ -185,11 +178,10 @@ def parse(corpus: str) -> list[Part]:
 
 
 def schedule(weights: Sequence[Decimal]) -> np.ndarray:
-    """For each window of a period the number of its source.
+    """For each window of a period, the index of its source.
 
-    After every n windows, from the start on, each source has had its share of n, rounded down or
-    up. Each draw has a window of time in which it keeps to that; the draw whose time ends first
-    comes first, which meets all of them (as in real-time scheduling of periodic tasks).
+    After any number of windows each source has had its share of them, rounded down or up. This is
+    the earliest-deadline-first schedule of periodic tasks.
     """
     ratios = [weight.as_integer_ratio() for weight in weights]
     period = math.lcm(*(denominator for _, denominator in ratios))
@@ -203,12 +195,8 @@ def schedule(weights: Sequence[Decimal]) -> np.ndarray:
     return np.array(order)
 
 
-def _find(pattern: str, config: DataConfig) -> tuple[list[Index], list[Path]]:
-    """Our folders, or the files of other libraries, that a glob matches.
-
-    Raises:
-      UserError: it matches nothing, or files of both kinds.
-    """
+def _find(pattern: str, config: DataConfig) -> tuple[Index | None, list[Path]]:
+    """The folder of ours, or the files of other libraries, that a glob matches."""
     if stores.scheme(pattern):
         pattern = copies.local_copy(pattern, cache.root(config))
     path = expand("data.corpus", pattern)
@@ -227,7 +215,7 @@ def _find(pattern: str, config: DataConfig) -> tuple[list[Index], list[Path]]:
         raise UserError(f"{pattern!r} matches {ours[0]} and {paths[0]}; give two parts with shares")
     if len(ours) > 1:
         raise UserError(f"{pattern!r} matches {len(ours)} folders; give each one with its share")
-    return [Index.open(folder) for folder in ours], paths
+    return Index.open(ours[0]) if ours else None, paths
 
 
 def _tokenizer(
@@ -261,17 +249,25 @@ def _tokenizer(
     return known
 
 
-def _ours(index: Index, part: Part, known: Tokenizer, separate: bool) -> Source:
+def of_index(index: Index, known: Tokenizer) -> Source:
+    """Both splits of shards of ours."""
     streams = {}
     for split in ("train", "validation"):
         found = index.shards(split)
         name = cache.fingerprint(index.fingerprint, split)
         total = sum(shard.tokens for shard in found)
         streams[split] = ShardStream(found, known, 0, total, (False, True), name)
-    train = None if part.validation else streams["train"]
-    validation = None if separate and not part.validation else streams["validation"]
-    size = index.splits["validation"]["bytes"] if validation else 0
-    return Source(train, validation, size, part.weight)
+    size = index.splits["validation"]["bytes"]
+    return Source(streams["train"], streams["validation"], size, None)
+
+
+def _ours(index: Index, part: Part, known: Tokenizer, separate: bool) -> Source:
+    found = dataclasses.replace(of_index(index, known), weight=part.weight)
+    if part.validation:
+        return dataclasses.replace(found, train=None)
+    if separate:
+        return dataclasses.replace(found, validation=None, validation_bytes=0)
+    return found
 
 
 def _foreign(
@@ -306,16 +302,16 @@ def _foreign(
 def _cut(whole: ShardStream, fraction: float, mark: int, path: Path) -> int:
     """Where the last `fraction` of a stream's tokens begins, moved on to the next document."""
     before, total = whole._before, len(whole) - whole._behind
-    # A document that begins at token i of the files has its mark at place i of the stream.
+    # A document that begins at token i of the files has its mark at position i of the stream.
     start = math.floor((1 - fraction) * (total - before))
     starts_with_mark = not before
     for first in range(max(start, 1), total, _READ_TOKENS):
         marks = np.flatnonzero(whole.read(first, min(first + _READ_TOKENS, total)) == mark)
-        for place in first + marks:
-            place = int(place) if starts_with_mark else int(place) + 1
+        for position in first + marks:
+            position = int(position) if starts_with_mark else int(position) + 1
             # A mark at the very end starts no document.
-            if place < total - starts_with_mark:
-                return place - before
+            if position < total - starts_with_mark:
+                return position - before
     raise UserError(
         f"the last {fraction:.2%} of {path} and the files with it hold no start of a document; "
         "raise data.validation_fraction, or name validation shards: tokens:…,validation:GLOB"

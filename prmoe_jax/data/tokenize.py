@@ -18,9 +18,10 @@ from etils import epath
 
 from prmoe_jax import errors
 from prmoe_jax.config.schema import Config
-from prmoe_jax.data import cache, shard_stages, shards, split, tokenizer, tokens
+from prmoe_jax.data import cache, shards, split, tokenizer, tokens
 from prmoe_jax.data.chunks import Chunk, find_chunks
-from prmoe_jax.data.shard_stages import RANGES, Work
+from prmoe_jax.data.split import Selection
+from prmoe_jax.data.stages import Work
 from prmoe_jax.data.tokenizer import Tokenizer
 from prmoe_jax.errors import UserError
 from prmoe_jax.stores import expand
@@ -28,8 +29,6 @@ from prmoe_jax.stores.lock import locked
 
 log = logging.getLogger(__name__)
 
-# About so many digests of 36 bytes are compared at a time.
-_COMPARED = 1 << 21
 _PLAN = "plan"  # the task that begins the work: what the shards are of
 _ERROR = "error"  # the file in which a worker leaves a message for the user
 _COMMAND = "PRMOE_TOKENIZE"  # tells workers of this machine the process that started them
@@ -58,8 +57,6 @@ def tokenize(config: Config, out: str | os.PathLike, flags: Sequence[str] = ()) 
     options = _options(flags)
     folder = expand("--out", out)
     chunks, listed, times = find_chunks(config.data)
-    if not chunks:
-        raise UserError(f"the files of data.corpus={config.data.corpus} are empty")
     given = None if config.data.tokenizer == "bpe" else tokenizer.load_given(config.data)
     if given:
         tokenizer.check_fits(given, config.model.vocab_size)
@@ -83,11 +80,13 @@ def tokenize(config: Config, out: str | os.PathLike, flags: Sequence[str] = ()) 
         else:
             _begin(work, {"inputs": inputs, "times": times})
             if given:
-                _save_tokenizer(work, given)
-            content = _make(work, chunks, given, inputs, config, options)
+                tokens.save_tokenizer(work, given)
+            run = functools.partial(_stage, work, options)
+            selection = split.select(work, chunks, run)
+            known = given or _trained(work, chunks, selection, config)
+            content = tokens.write_shards(work, chunks, selection, known, inputs, run)
             lock.check()
-            with work.written(index) as file:
-                file.write(shards.encode(content))
+            tokens.save_index(work, content)
         if work.done(_PLAN) is not None:  # another folder of this name is the user's
             work.staging.rmtree()
     found = shards.Index.open(folder)
@@ -99,80 +98,18 @@ def tokenize(config: Config, out: str | os.PathLike, flags: Sequence[str] = ()) 
     return counts | {"fingerprint": found.fingerprint}
 
 
-def _make(
-    work: Work,
-    chunks: Sequence[Chunk],
-    given: Tokenizer | None,
-    inputs: str,
-    config: Config,
-    options,
-) -> dict[str, Any]:
-    """Runs the stages that are not complete yet; returns the content of the index."""
-    stage = functools.partial(_stage, work, options)
-    counts = stage(shard_stages.digest, {f"digests-{c.number:05}": (c,) for c in chunks})
-    total, empty = (sum(count[name] for count in counts) for name in ("documents", "empty"))
-    # Powers of two, so that each group has the same number of ranges.
-    step = RANGES >> min((total // _COMPARED).bit_length(), RANGES.bit_length() - 1)
-    groups = [(first, first + step) for first in range(0, RANGES, step)]
-    counts = stage(shard_stages.compare, {shard_stages.repeated_name(g): (g,) for g in groups})
-    different = [count["different"] for count in counts]
-    log.info("%d documents: %d empty, %d repeated", total, empty, total - empty - sum(different))
-    kept = groups, _threshold(work, chunks, groups, different, total, empty)
-    known = given or _trained(work, chunks, kept, config)
-    results = stage(
-        shard_stages.write, {f"shards-{chunk.number:05}": (chunk, *kept) for chunk in chunks}
-    )
-    splits = {}
-    for name in shards.SPLITS:
-        entries = [result[name] for result in results if name in result]
-        splits[name] = {count: sum(entry[count] for entry in entries) for count in shards.COUNTS}
-        splits[name]["shards"] = entries
-    return shards.index_content(
-        known.fingerprint, known.size, tokens.dtype_of(known), splits, inputs
-    )
-
-
-def _threshold(
-    work: Work,
-    chunks: Sequence[Chunk],
-    groups: Sequence[tuple[int, int]],
-    different: Sequence[int],
-    total: int,
-    empty: int,
-) -> bytes:
-    """The largest digest of a validation document; b'' for a dataset with splits of its own."""
-    if any(chunk.split for chunk in chunks):
-        return b""
-    corpus, fraction = work.config.corpus, work.config.validation_fraction
-    left = split.held_out_count(sum(different), total, empty, fraction, corpus)
-    for group, count in zip(groups, different, strict=True):
-        if left <= count:
-            return shard_stages.largest_of(work, group, left)
-        left -= count
-    raise AssertionError("fewer digests than counted")
-
-
-def _trained(work: Work, chunks: Sequence[Chunk], kept: tuple, config: Config) -> Tokenizer:
+def _trained(
+    work: Work, chunks: Sequence[Chunk], selection: Selection, config: Config
+) -> Tokenizer:
     """The tokenizer that this process trains on the training split, once."""
-    path = work.folder / shards.TOKENIZER
-    if path.exists():
-        return Tokenizer(path.read_text(encoding="utf-8"), str(path))
-
-    def documents() -> Iterator[str]:
-        for chunk in chunks:
-            for name, text in shard_stages.kept(work, chunk, *kept):
-                if name == "train":
-                    yield text
-
+    if (work.folder / shards.TOKENIZER).exists():
+        return tokens.load_saved(work)
+    kept = (split.kept(work, chunk, selection) for chunk in chunks)
+    documents = (text for chunk in kept for name, text in chunk if name == "train")
     log.info("training a BPE of %d entries", config.model.vocab_size)
-    trained = tokenizer.train_bpe(documents(), config.model.vocab_size)
-    _save_tokenizer(work, trained)
+    trained = tokenizer.train_bpe(documents, config.model.vocab_size)
+    tokens.save_tokenizer(work, trained)
     return trained
-
-
-def _save_tokenizer(work: Work, known: Tokenizer) -> None:
-    with work.written(work.folder / shards.TOKENIZER) as file:
-        file.write(known.description.encode())
 
 
 def _begin(work: Work, plan: dict[str, Any]) -> None:
@@ -204,10 +141,6 @@ def _stage(
 
     Each task has a key of its own, so that runners may give it to any worker. Only the tasks'
     descriptions go through Beam.
-
-    Raises:
-      UserError: a task failed by a mistake in the input or by a full disk, or the runner needs
-        another option.
     """
     import apache_beam as beam
 
@@ -221,7 +154,7 @@ def _stage(
         except (TypeError, ValueError) as error:
             raise UserError(f"Apache Beam refuses its options: {error}") from error
         try:
-            with _single_threaded_tokenizers(), _watching_workers(), made as pipeline:
+            with _watching_workers(), made as pipeline:
                 keyed = pipeline | beam.Create(list(enumerate(left)))
                 keyed | beam.GroupByKey() | beam.FlatMap(_perform, function, work)
         except NotImplementedError as error:
@@ -261,30 +194,20 @@ def _perform(
 def _local_runner(work: Work):
     """Beam's runner of this machine, with worker processes whose log is a file.
 
-    It hands out a stage's tasks to the workers in turn, before it starts.
+    It hands out a stage's tasks to the workers in turn, before it starts. There are as many workers
+    as cores, so that each encodes in one thread.
     """
     from apache_beam.runners.portability.fn_api_runner import FnApiRunner
     from apache_beam.transforms.environments import SubprocessSDKEnvironment
 
-    command = f"env {_COMMAND}={os.getpid()} {shlex.quote(sys.executable)}"
+    threads = shlex.quote(os.environ.get("TOKENIZERS_PARALLELISM", "false"))
+    command = f"env {_COMMAND}={os.getpid()} TOKENIZERS_PARALLELISM={threads}"
+    command += f" {shlex.quote(sys.executable)}"
     command += " -m apache_beam.runners.worker.sdk_worker_main"
     log_file = shlex.quote(str(work.staging / "workers.log")) if work.local else os.devnull
     return FnApiRunner(
         SubprocessSDKEnvironment.from_command_string(f"exec {command} 2>>{log_file}")
     )
-
-
-@contextlib.contextmanager
-def _single_threaded_tokenizers() -> Iterator[None]:
-    """Workers encode in one thread each; there are as many workers as cores."""
-    name = "TOKENIZERS_PARALLELISM"
-    before = os.environ.get(name)
-    os.environ[name] = before or "false"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
 
 
 @contextlib.contextmanager
@@ -318,11 +241,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _options(flags: Sequence[str]):
-    """Beam's options.
-
-    Raises:
-      UserError: Beam is not installed, or refuses a flag or its value.
-    """
+    """Beam's options."""
     logging.getLogger("apache_beam").setLevel(logging.ERROR)
     logging.disable(logging.WARNING)  # about extras of Beam that are not installed
     try:

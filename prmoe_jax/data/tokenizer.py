@@ -112,11 +112,7 @@ class Tokenizer:
         return self.encode_batch([text])[0].tolist()
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """The ids of each text as uint32, computed in parallel.
-
-        Raises:
-          UserError: the tokenizer has no id for a part of a text.
-        """
+        """The ids of each text as uint32, computed in parallel."""
         parts: list[list[np.ndarray]] = [[] for _ in texts]
         for group in self._groups(texts):
             with _calling(self._name, "cannot encode a text"):
@@ -273,11 +269,7 @@ def _gpt2() -> Tokenizer:
 
 
 def from_vocabulary(vocabulary: pathlib.Path, merges: pathlib.Path) -> Tokenizer:
-    """Makes a byte-level BPE from files like GPT-2's vocab.json and merges.txt.
-
-    Raises:
-      UserError: the files do not have that form.
-    """
+    """Makes a byte-level BPE from files like GPT-2's vocab.json and merges.txt."""
     try:
         model = models.BPE.from_file(str(vocabulary), str(merges))
     except Exception as error:  # the library raises nothing more specific

@@ -41,7 +41,7 @@ class Distiller:
         def measure(model: Transformer, x_BxLxD: jax.Array, batch: Batch) -> dict[str, jax.Array]:
             output = batch.teacher_top_k
             if self.teacher:
-                output = run_teacher(teacher_model, batch, self.config.teacher, keys_B)
+                output = run_teacher(teacher_model, batch, self.config, keys_B)
             table_VxD = model.output_table(x_BxLxD.dtype)
             weights = 1.0, self.config.train.z_loss, weight
             return token_sums(x_BxLxD, table_VxD, output, batch, self.config.kd, weights)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from prmoe_jax.config.schema import KdConfig, TeacherConfig
+from prmoe_jax.config.schema import Config, KdConfig
 from prmoe_jax.model.batch import Batch, TopKLogProbs
 from prmoe_jax.model.chunks import cut, weighted_sums
 from prmoe_jax.model.loss import token_nats
@@ -28,18 +28,18 @@ class TeacherOutput(NamedTuple):
 
 
 def run_teacher(
-    model: Transformer, batch: Batch, settings: TeacherConfig, keys_B: jax.Array | None
+    model: Transformer, batch: Batch, config: Config, keys_B: jax.Array | None
 ) -> TeacherOutput:
     """Runs a frozen teacher over a batch.
 
     Args:
       model: the teacher's model.
       batch: the student's batch.
-      settings: the group `teacher` of the student's config; only its `mode` is used here.
+      config: the student's config, with the mode of its teacher.
       keys_B: the student's random keys, from which a teacher in mode train derives its own.
     """
-    keys_B = fold_in(keys_B, 1 << 16) if settings.mode == "train" else None
-    x_BxLxD, _ = model(batch.tokens_BxL, batch.segments_BxL, keys_B)
+    keys_B = fold_in(keys_B, 1 << 16) if config.teacher.mode == "train" else None
+    x_BxLxD, _ = model(batch.tokens_BxL, batch.segments_BxL, keys_B, config.execution)
     return TeacherOutput(x_BxLxD, model.output_table(x_BxLxD.dtype))
 
 

@@ -5,13 +5,11 @@ run of its own, which can learn from the run it came from (MoS, paper section 4.
 """
 
 import dataclasses
-import heapq
 import itertools
 import logging
 import math
 import sys
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -23,6 +21,7 @@ from prmoe_jax import stores
 from prmoe_jax.config.loading import load
 from prmoe_jax.config.schema import (
     Config,
+    ExecutionConfig,
     InitConfig,
     KdConfig,
     MeshConfig,
@@ -31,13 +30,13 @@ from prmoe_jax.config.schema import (
     group_rows,
 )
 from prmoe_jax.data.pipeline import Data, load_data, train_iterator
-from prmoe_jax.distill.student import magnitudes, prune
 from prmoe_jax.errors import UserError
-from prmoe_jax.model.layout import of_layer, stack_layers, unstack_layers
+from prmoe_jax.model.layout import unstack_layers
 from prmoe_jax.model.loss import forward
 from prmoe_jax.model.sizes import cost
+from prmoe_jax.model.surgery import build, take
 from prmoe_jax.model.transformer import Transformer, init_model
-from prmoe_jax.nn.parameters import from_named, named_leaves
+from prmoe_jax.nn.parameters import declaration, named_leaves
 from prmoe_jax.parallel.portions import add_up
 from prmoe_jax.run import directory as workdirs
 from prmoe_jax.run.new import check_free, write_run
@@ -75,7 +74,7 @@ def measure(config: Config, model: Transformer, data: Data, batches: int) -> dic
 
         def portion_sums(portion):
             def loss(model):
-                sums = forward(model, portion)
+                sums = forward(model, portion, execution=config.execution)
                 return sums.loss / tokens, sums.routers
 
             gradient, routers = jax.grad(loss, has_aux=True)(model)
@@ -143,9 +142,6 @@ def choose(
       shape: for a share, 'pyramid', 'uniform' (the same in every layer) or 'inverse' (the pyramid's
         numbers in reverse order).
       least: the smallest number in a layer.
-
-    Raises:
-      UserError: so few or so many cannot be kept.
     """
     ranked = {layer: np.argsort(-of_E, kind="stable") for layer, of_E in importance.items()}
     if isinstance(budget, tuple):
@@ -198,25 +194,19 @@ def _shared(importance, ranked, keep: float, shape: str, least: int) -> dict[int
             f"--keep={keep} leaves {wanted * unit} experts for {len(sizes)} layers, and each needs "
             f"{first * unit}; use {first * unit * len(sizes) / sum(sizes.values()):.3g} or more"
         )
-    counts = dict.fromkeys(sizes, first)
     if shape == "uniform":
-        counts = {
-            layer: max(first, min(units[layer], round(keep * size / unit)))
-            for layer, size in sizes.items()
-        }
-    else:
-        left = [
-            (-_next(importance, ranked, layer, first, unit), layer)
-            for layer in sizes
-            if first < units[layer]
-        ]
-        heapq.heapify(left)
-        for _ in range(wanted - first * len(sizes)):
-            _, layer = heapq.heappop(left)
-            counts[layer] += 1
-            if counts[layer] < units[layer]:
-                following = -_next(importance, ranked, layer, counts[layer], unit)
-                heapq.heappush(left, (following, layer))
+        even = {layer: round(keep * size / unit) for layer, size in sizes.items()}
+        return {layer: unit * max(first, min(units[layer], n)) for layer, n in even.items()}
+
+    def worth(layer: int, number: int) -> float:
+        """The importance of a layer's unit of experts, of which the best is number 0."""
+        experts = ranked[layer][number * unit : (number + 1) * unit]
+        return float(importance[layer][experts].sum())
+
+    counts = dict.fromkeys(sizes, first)
+    more = sorted((-worth(layer, n), layer) for layer in sizes for n in range(first, units[layer]))
+    for _, layer in more[: wanted - first * len(sizes)]:
+        counts[layer] += 1
     if shape == "inverse":
         counts = dict(zip(counts, reversed(counts.values()), strict=True))
         for layer, count in counts.items():
@@ -228,19 +218,13 @@ def _shared(importance, ranked, keep: float, shape: str, least: int) -> dict[int
     return {layer: count * unit for layer, count in counts.items()}
 
 
-def _next(importance, ranked, layer: int, count: int, unit: int) -> float:
-    """The importance of the next `unit` experts of a layer after the first `count` units."""
-    following = ranked[layer][count * unit : (count + 1) * unit]
-    return float(importance[layer][following].sum())
-
-
 def pruned_config(config: Config, kept: Mapping[int, np.ndarray]) -> Config:
     """The config of the run with the experts that stay; its mesh is open, as they may not fit."""
     model = dataclasses.replace(
         config.model, experts=tuple(len(experts) for _, experts in sorted(kept.items()))
     )
     unset = {"teacher": TeacherConfig(), "kd": KdConfig(), "init": InitConfig()}
-    unset |= {"mesh": MeshConfig(), "moe": dataclasses.replace(config.moe, exchange="auto")}
+    unset |= {"mesh": MeshConfig(), "execution": ExecutionConfig()}
     return dataclasses.replace(config, model=model, **unset)
 
 
@@ -259,44 +243,42 @@ def pruned(
       load: each expert's share of the choices; if given, the experts that go are merged into those
         whose router is most like theirs, weighted by load. Without it they are dropped.
     """
-    if load is not None:
-        model = _merged(config.model, model, kept, load)
-    small = pruned_config(config, kept)
-    shapes = jax.eval_shape(lambda: init_model(small))
-    marks = {  # 1 for experts that stay, of which `prune` keeps the largest
-        layer: np.isin(np.arange(config.model.schedule.experts[layer]), experts).astype(np.float32)
-        for layer, experts in kept.items()
-    }
-    layers = list(range(config.model.layers))
-    cut = partial(prune, student=shapes, layers=layers, load=marks)
-    return jax.jit(lambda model: cut(model, importance=magnitudes(model)))(model)
-
-
-def _merged(config: ModelConfig, model: Transformer, kept, load) -> Transformer:
-    """The model whose kept experts are means of themselves and of those that go."""
+    # Copies, in which experts are merged.
     leaves = {name: np.array(leaf) for name, leaf in named_leaves(model).items()}
-    named = unstack_layers(config, leaves)
-    for layer, experts in kept.items():
-        parts = of_layer(named, layer)
-        router_DxE = parts["mlp.w_router"] / np.linalg.norm(parts["mlp.w_router"], axis=0)
-        like_ExE = router_DxE.T @ router_DxE
-        groups = {int(e): [int(e)] for e in experts}
-        for gone in sorted(set(range(len(like_ExE))) - groups.keys()):
-            groups[int(experts[np.argmax(like_ExE[gone, experts])])].append(gone)
-        weights = {n: x for n, x in parts.items() if n.startswith("mlp.experts.")}
-        for e, members in groups.items():
-            share = np.asarray(load[layer])[members] + 1e-9
-            _average(weights, e, members, share / share.sum())
-    return jax.tree.map(jnp.asarray, from_named(stack_layers(config, named), model))
+    parameters = unstack_layers(config.model, leaves)
+    if load is not None:
+        for layer, experts in kept.items():
+            _merge(parameters, f"layers.{layer}.mlp.", experts, load[layer])
+
+    def part(name: str) -> jax.Array:
+        dims = declaration(name).dims
+        experts = {"E": kept[int(name.split(".")[1])]} if "E" in dims else {}
+        return take(parameters[name], dims, experts)
+
+    return build(jax.eval_shape(lambda: init_model(pruned_config(config, kept))), part)
+
+
+def _merge(parameters: Mapping[str, np.ndarray], prefix: str, kept, load) -> None:
+    """Makes a layer's kept experts the means of themselves and of those that go, in place."""
+    router_DxE = parameters[f"{prefix}w_router"]
+    router_DxE = router_DxE / np.linalg.norm(router_DxE, axis=0)
+    like_ExE = router_DxE.T @ router_DxE
+    groups = {int(e): [int(e)] for e in kept}
+    for gone in sorted(set(range(len(like_ExE))) - groups.keys()):
+        groups[int(kept[np.argmax(like_ExE[gone, kept])])].append(gone)
+    weights = {n: x for n, x in parameters.items() if n.startswith(f"{prefix}experts.")}
+    for e, members in groups.items():
+        share = np.asarray(load)[members] + 1e-9
+        _average(weights, e, members, share / share.sum())
 
 
 def _average(weights: Mapping[str, np.ndarray], e: int, members: list[int], share) -> None:
     """Replaces expert e by the mean of the members, in place, with like hidden units matched."""
-    hidden = {"mlp.experts.w_in": 1, "mlp.experts.w_gate": 1, "mlp.experts.b_in": 0}
-    hidden["mlp.experts.w_out"] = 0  # the axis of hidden units
+    axes = {name: declaration(name).dims[1:].find("F") for name in weights}
+    hidden = {name: axis for name, axis in axes.items() if axis >= 0}  # that of hidden units
 
     def units(member: int) -> np.ndarray:  # [F, …]
-        parts = [np.moveaxis(w[member], hidden[n], 0) for n, w in weights.items() if n in hidden]
+        parts = [np.moveaxis(weights[name][member], axis, 0) for name, axis in hidden.items()]
         return np.concatenate([part.reshape(len(part), -1) for part in parts], 1)
 
     base = units(e)
@@ -324,10 +306,9 @@ def prune_run(
     Args:
       workdir: the run's folder.
       out: the folder of the new run; None plans only.
-      budget: the share of all experts that stays, or the number of each MoE layer, or one for all.
+      budget: as in `choose`.
       kind: one of `IMPORTANCES`.
-      shape: for a share, 'pyramid', 'uniform' (the same in every layer) or 'inverse' (the pyramid's
-        numbers in reverse order).
+      shape: as in `choose`.
       merge: whether the experts that go are merged into others instead of dropped.
       corpus: the text to measure on, as in `data.corpus`; None is the run's own.
       batches: how many batches of it.
@@ -349,7 +330,7 @@ def prune_run(
     own = load(workdir / workdirs.CONFIG)  # `restore_run` may change mesh and exchange
     if not any(own.model.schedule.experts):
         raise UserError(f"{workdir}: this run is {own.model.schedule}; it has no experts")
-    if own.moe.router != "token_choice":
+    if not own.moe.routes.tokens_choose:
         raise UserError(
             f"{workdir}: moe.router={own.moe.router}; experts that choose their tokens all have "
             "the same load, and prmoe prune is for token_choice"

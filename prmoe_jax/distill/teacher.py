@@ -33,13 +33,8 @@ from prmoe_jax.model.loss import forward
 from prmoe_jax.model.sizes import cost
 from prmoe_jax.model.transformer import Transformer, cast, init_model
 from prmoe_jax.parallel import sharding
-from prmoe_jax.parallel.mesh import (
-    check_teacher_fits,
-    local_rows,
-    replicated,
-    split_batch,
-    training_mesh,
-)
+from prmoe_jax.parallel.axes import local_rows, replicated, split_batch
+from prmoe_jax.parallel.mesh import check_teacher_fits, training_mesh
 from prmoe_jax.parallel.portions import add_up
 from prmoe_jax.run import directory as workdirs
 from prmoe_jax.run.metrics import read_metrics
@@ -127,7 +122,7 @@ def write_teacher_cache(config: Config, folder: Path) -> dict:
 
         @partial(jax.jit, out_shardings=replicated(mesh))
         def predict(model: Transformer, batch: Batch) -> TopKLogProbs:
-            output = run_teacher(model, batch, config.teacher, None)
+            output = run_teacher(model, batch, config, None)
             return record_top_k(output, config.kd)
 
         def predictions():
@@ -216,7 +211,7 @@ def measure_importance(
         tokens = jnp.maximum(batch.mask_BxL.sum(), 1)
 
         def loss(model, portion):
-            return forward(model, portion).loss / tokens
+            return forward(model, portion, execution=config.execution).loss / tokens
 
         rows = group_rows(config, teacher)
         gradient = partial(jax.grad(loss), model)

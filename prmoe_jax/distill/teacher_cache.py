@@ -98,11 +98,9 @@ def write(
         digest = hashlib.sha256()
         with contextlib.ExitStack() as stack:
             writers = [
-                stack.enter_context(ArrayWriter(temporary / name, dtype, shape[1:]))
+                stack.enter_context(ArrayWriter(temporary / name, dtype, shape))
                 for name, dtype in _parts(config)
             ]
-            for writer in writers:
-                writer.reserve(shape[0])
             for part in predictions:
                 for writer, rows in zip(writers, part, strict=True):
                     digest.update(writer.append(rows[: shape[0] - writer.rows]))

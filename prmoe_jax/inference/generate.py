@@ -15,23 +15,21 @@ from jax.sharding import Mesh
 
 from prmoe_jax import stores
 from prmoe_jax.config.schema import MeshConfig
-from prmoe_jax.config.validation import check_runs_without_limit
 from prmoe_jax.data.tokenizer import Tokenizer
 from prmoe_jax.errors import UserError
+from prmoe_jax.inference import WEIGHTS
 from prmoe_jax.inference.decoder import Decoder, decoder
+from prmoe_jax.inference.restore import restore_for_inference
 from prmoe_jax.model.attention import KVCache
-from prmoe_jax.parallel.mesh import batch_axes
+from prmoe_jax.parallel.axes import batch_axes
 from prmoe_jax.run import directory as workdirs
-from prmoe_jax.run.restore import restore_run
 
 # Tokens of each prompt in one chunk of the prefill, and decoding steps until the host looks for new
 # tokens.
 PREFILL_CHUNK = 64
 STEPS = 16
-WEIGHTS = "float32", "bfloat16", "int8"
-# Below COLDEST, only the likeliest token has a probability above 0. Above HOTTEST, all tokens are
-# equally likely. Logits that are divided by a number outside these bounds could exceed the range of
-# float32.
+# Below COLDEST, only the argmax has a probability above 0. Above HOTTEST, all tokens are equally
+# probable. Logits that are divided by a number outside these bounds could exceed float32's range.
 COLDEST, HOTTEST = 1e-30, 1e30
 LARGEST_TOP_K = 2**31 - 1
 # A tokenizer decodes bytes that are not UTF-8, such as half a character, to this.
@@ -46,9 +44,9 @@ class Sampling:
       UserError: a value is out of range.
     """
 
-    temperature: float = 0.8  # below COLDEST, such as 0, takes the likeliest token
-    # Tokens that are as likely as the last one that stays also stay.
-    top_k: int = 0  # draws from this many likeliest tokens; 0 is all
+    temperature: float = 0.8  # below COLDEST, such as 0, takes the argmax
+    # Tokens that are as probable as the last one that stays also stay.
+    top_k: int = 0  # draws from this many most probable tokens; 0 is all
     top_p: float = 1.0  # draws from the fewest tokens that have this total probability
 
     def __post_init__(self):
@@ -104,13 +102,11 @@ class Generator:
             raise UserError(f"--weights={weights} is unknown; use one of {', '.join(WEIGHTS)}")
         workdir = stores.as_path(workdir)
         devices = None if mesh else jax.local_devices()[:1]
-        config, _, model, on = restore_run(workdir, devices, mesh or MeshConfig())
-        check_runs_without_limit(config)
-        if jax.default_backend() == "cpu":  # bfloat16 is many times slower there
-            model.config = dataclasses.replace(model.config, dtype="float32")
+        model, on, execution = restore_for_inference(workdir, devices, mesh or MeshConfig())
         tokenizer = Tokenizer.load(workdir / workdirs.TOKENIZER)
+        held = model, weights or model.config.dtype, on, execution
         with jax.set_mesh(on):
-            return cls(decoder(model, weights or model.config.dtype, on), tokenizer, on)
+            return cls(decoder(*held), tokenizer, on)
 
     def __call__(
         self,
@@ -127,7 +123,7 @@ class Generator:
         token is dropped, whatever its expert's load.
 
         Args:
-          prompts: texts, or their token ids without the mark that starts a document.
+          prompts: texts, or their token ids without the BOS token.
           tokens: the largest number of new tokens for each prompt.
           sampling: how tokens are drawn.
           seeds: one seed for each prompt; 0 by default.
@@ -202,7 +198,7 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], prompt: Sequence[int] = ()):
-        """Takes the stop texts, and the prompt's tokens without its mark."""
+        """Takes the stop texts, and the prompt's tokens without BOS."""
         self._tokenizer, self._stop = tokenizer, stop
         self._before, self._ids = list(prompt), []  # tokens before the new ones; tokens to decode
         self._decoded = ""  # the text of all tokens that need not be decoded again

@@ -3,32 +3,24 @@
 import dataclasses
 import json
 import logging
-import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
 
 from prmoe_jax.config.loading import load, save
-from prmoe_jax.config.schema import Config, MeshConfig, ModelConfig
+from prmoe_jax.config.schema import Config, ModelConfig
 from prmoe_jax.data.tokenizer import Tokenizer, from_vocabulary
 from prmoe_jax.errors import UserError
-from prmoe_jax.interop import hugging_face
-from prmoe_jax.interop.deepspeed import check_exportable, read_deepspeed, write_deepspeed
-from prmoe_jax.interop.gpt2 import check_dense, read_gpt2, write_gpt2
-from prmoe_jax.interop.settings import check_sizes, differs, resolved, shown
-from prmoe_jax.interop.tensors import (
-    check_coverage,
-    check_shape,
-    read_json,
-    read_tensors,
-    write_tensors,
-)
+from prmoe_jax.interop import deepspeed, hugging_face
+from prmoe_jax.interop.mapping import spread_over
+from prmoe_jax.interop.settings import differs, resolved, shown
+from prmoe_jax.interop.tensors import Tensors, check_shapes, read_json, write_tensors
 from prmoe_jax.model.sizes import cost
 from prmoe_jax.model.transformer import init_model
 from prmoe_jax.nn.parameters import from_named, named_leaves
-from prmoe_jax.parallel.mesh import make_mesh
 from prmoe_jax.run import directory as workdirs
 from prmoe_jax.run.metrics import read_metrics
 from prmoe_jax.run.new import check_free, write_folder, write_run
@@ -66,13 +58,13 @@ def import_run(kind: str, source: Path, workdir: Path) -> dict:
         )
     tokenizer = _tokenizer(source, kind)
     read: Mapping[str, Callable[[Path], tuple[Config, Mapping, str]]] = {
-        "hf": _read_hugging_face,
-        "gpt2": read_gpt2,
-        "deepspeed": read_deepspeed,
+        "hf": hugging_face.read_hugging_face,
+        "gpt2": partial(hugging_face.read_hugging_face, only="gpt2"),
+        "deepspeed": deepspeed.read_deepspeed,
         "safetensors": _read_ours,
     }
-    config, leaves, found = read[kind](source)
-    log.info("%s: %s", source, found)
+    config, leaves, summary = read[kind](source)
+    log.info("%s: %s", source, summary)
     stored = workdir / workdirs.TOKENIZER
     data = dataclasses.replace(config.data, tokenizer=str(stored))
     config = dataclasses.replace(config, data=data)
@@ -109,14 +101,11 @@ def export_run(kind: str, workdir: Path, out: Path) -> dict:
     """
     check_free("out", out)
     config = load(workdir / workdirs.CONFIG)  # `restore_run` may change mesh and exchange
-    if kind == "hf" and config.model.family == "gpt2":
-        kind = "gpt2"
-    if kind == "hf":
-        hugging_face.check_exportable(config)
-    if kind == "gpt2":
-        check_dense(config.model)
+    family = {"hf": config.model.family, "gpt2": "gpt2"}.get(kind)
+    if family:
+        hugging_face.check_exportable(config, family)
     if kind == "deepspeed":
-        check_exportable(config)
+        deepspeed.check_exportable(config)
     devices = jax.local_devices()
     layout = spread_over(config.model, len(devices))  # a device need not hold the whole model
     _, step, model, _ = restore_run(workdir, devices, layout)
@@ -124,18 +113,16 @@ def export_run(kind: str, workdir: Path, out: Path) -> dict:
     leaves = {name: np.asarray(leaf) for name, leaf in named_leaves(model).items()}
 
     def build(folder: Path) -> None:
-        if kind == "hf":
-            hugging_face.write_hugging_face(config, leaves, tokenizer, folder)
-        elif kind == "gpt2":
-            write_gpt2(config, leaves, tokenizer, folder)
+        if family:
+            hugging_face.write_hugging_face(config, family, leaves, tokenizer, folder)
         elif kind == "deepspeed":
-            write_deepspeed(config, leaves, folder, step)
+            deepspeed.write_deepspeed(config, leaves, folder, step)
         else:
             write_tensors(leaves, folder)
             save(config, folder / workdirs.CONFIG)
             (folder / "README.md").write_text(_card(config, step, workdir))
         tokenizer.save(folder / "tokenizer.json")
-        if kind in ("hf", "gpt2"):
+        if family:
             settings = hugging_face.tokenizer_settings(tokenizer, config.model.length)
             (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
@@ -144,46 +131,22 @@ def export_run(kind: str, workdir: Path, out: Path) -> dict:
     return {"out": str(out), "step": step, "parameters": size}
 
 
-def _read_hugging_face(folder: Path) -> tuple[Config, dict[str, jax.Array], str]:
-    """Reads a model of whatever class; its parameters are spread over all devices."""
-    if read_json(folder / "config.json").get("model_type") == "gpt2":
-        return read_gpt2(folder)
-
-    def place(config: Config) -> jax.sharding.Mesh:
-        mesh = spread_over(config.model, len(jax.devices()))
-        return make_mesh(dataclasses.replace(config, mesh=mesh))
-
-    return hugging_face.read_hugging_face(folder, place)
-
-
-def spread_over(model: ModelConfig, devices: int) -> MeshConfig:
-    """The mesh on which the devices hold a model once, as far as its sizes allow."""
-    experts = list(filter(None, model.schedule.experts))
-    expert = math.gcd(devices, *experts) if experts else 1
-    widths = model.d_ff, model.expert_width, model.residual_width
-    parts = math.gcd(devices // expert, *widths) if experts else 1
-    fsdp = devices // expert // parts
-    return MeshConfig(data=1, fsdp=fsdp, expert=expert, expert_slice=parts)
-
-
 def _read_ours(folder: Path) -> tuple[Config, dict[str, np.ndarray], str]:
     path = folder / workdirs.CONFIG
-    settings, tensors = read_json(path), read_tensors(folder)
+    settings, tensors = read_json(path), Tensors(folder)
     # Each layer has one norm before its MLP. Layers are counted before the config is resolved,
     # since resolving a false, huge number of layers would take long.
-    norms = (x for name, x in tensors.items() if name.endswith(".norm_mlp.scale") and x.ndim)
-    layers = sum(map(len, norms))
+    norms = [shape for name, shape in tensors.shapes.items() if name.endswith(".norm_mlp.scale")]
+    layers = sum(shape[0] for shape in norms if shape)
     model = settings.get("model")
     given = model.get("layers", ModelConfig.layers) if isinstance(model, dict) else layers
     if differs(given, layers):
         raise UserError(f"{path}: model.layers={shown(given)}, the tensors are of {layers} layers")
     config = resolved(settings, path)
-    check_sizes(config.model, tensors, path)
-    shapes = named_leaves(jax.eval_shape(lambda: init_model(config)))
-    found = check_coverage(tensors, set(shapes), folder)
-    for name, shape in shapes.items():
-        check_shape(name, tensors[name], shape.shape, folder)
-    return config, tensors, found
+    leaves = named_leaves(jax.eval_shape(lambda: init_model(config)))
+    shapes = {name: leaf.shape for name, leaf in leaves.items()}
+    summary = check_shapes(tensors.shapes, shapes, folder)
+    return config, {name: tensors.read(name) for name in shapes}, summary
 
 
 def _tokenizer(source: Path, kind: str) -> Tokenizer:

@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -27,39 +27,30 @@ class Tensors:
 
         Args:
           folder: the folder of these files.
-          ignored: endings of the names of tensors that are not weights, and are not checked.
+          ignored: endings of the names of tensors that are no weights, and are left out.
 
         Raises:
           UserError: a file is missing or damaged, or a tensor's type can't be that of weights.
         """
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self._ignored, self._files, self._open = ignored, {}, contextlib.ExitStack()
-        try:
-            for path in _files(folder):
-                self._add(path)
-        except BaseException:
-            self._open.close()
-            raise
+        self._files: dict[str, tuple] = {}
+        for path in _files(folder):
+            self._add(path, ignored)
 
-    def __enter__(self) -> "Tensors":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._open.close()
-
-    def _add(self, path: Path) -> None:
+    def _add(self, path: Path, ignored: tuple[str, ...]) -> None:
         other = sorted(p.name for p in path.parent.glob("*.bin"))
         hint = f"; {other[0]} may run code when it is read: convert it" if other else ""
         files.regular(path, hint)
         with _reading(path):
             # The file is read as JAX's arrays, because NumPy has no bfloat16.
-            file = self._open.enter_context(safe_open(path, framework="flax"))
+            file = safe_open(path, framework="flax")
             for name in file.keys():
-                part = file.get_slice(name)
+                if name.endswith(ignored):
+                    continue
                 if name in self.shapes:
                     raise UserError(f"{path} holds {shown(name)}, as another file does")
-                if not name.endswith(self._ignored):
-                    check_dtype(name, part.get_dtype(), DTYPES, path)
+                part = file.get_slice(name)
+                check_dtype(name, part.get_dtype(), DTYPES, path)
                 self.shapes[name] = tuple(part.get_shape())
                 self._files[name] = path, file
 
@@ -72,8 +63,7 @@ class Tensors:
         path, file = self._files[name]
         with _reading(path), np.errstate(over="ignore"):
             array = np.asarray(file.get_tensor(name), np.float32)
-        if not name.endswith(self._ignored):
-            check_finite(name, array, path)
+        check_finite(name, array, path)
         return array
 
 
@@ -97,12 +87,6 @@ def _files(folder: Path) -> list[Path]:
         if not files.is_plain(name):
             raise UserError(f"{index} names {shown(name)}, which isn't beside it")
     return [folder / name for name in names]
-
-
-def read_tensors(folder: Path, ignored: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
-    """All arrays of `Tensors`; float32."""
-    with Tensors(folder, ignored) as tensors:
-        return {name: tensors.read(name) for name in tensors.shapes}
 
 
 def read_json(path: Path) -> dict:
@@ -150,33 +134,27 @@ def check_finite(name: str, array: np.ndarray, path: Path) -> None:
         )
 
 
-def check_shape(
-    name: str, found: np.ndarray | tuple[int, ...], shape: tuple[int, ...], source: Path
-) -> None:
-    """Raises UserError unless an array, or a shape, is of this shape."""
-    found = found if isinstance(found, tuple) else found.shape
-    if found != shape:
-        raise UserError(f"{source}: {name} has shape {shown(found)}, not {shape}")
-
-
-def check_coverage(found: dict, expected: set[str], source: Path, ignored=()) -> str:
-    """Compares the names of arrays with the expected ones; returns a summary for the user.
+def check_shapes(
+    found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], source: Path
+) -> str:
+    """Compares the shapes of arrays by name with the expected ones; returns a summary for the user.
 
     Args:
-      found: arrays by name.
-      expected: the names that are required.
+      found: the shapes that there are.
+      expected: those that are required.
       source: the file or folder of the arrays, for messages.
-      ignored: endings of names that are allowed but not used.
 
     Raises:
-      UserError: some names are missing, or there are others.
+      UserError: an array is missing, is not expected or has another shape.
     """
-    missing = sorted(expected - found.keys())
-    extra = sorted(n for n in found.keys() - expected if not n.endswith(tuple(ignored)))
+    missing = sorted(expected.keys() - found.keys())
+    extra = sorted(found.keys() - expected.keys())
     extra = [shown(name) for name in extra[:3]] + extra[3:]
     for names, what in ((missing, "lacks"), (extra, "has what this architecture doesn't:")):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise UserError(f"{source} {what} {', '.join(names[:3])}{more}")
-    left = len(found.keys() - expected)
-    return f"{len(expected)} tensors read, none missing, {left} of no meaning left out"
+    for name, shape in expected.items():
+        if found[name] != shape:
+            raise UserError(f"{source}: {name} has shape {shown(found[name])}, not {shape}")
+    return f"{len(expected)} tensors read, none missing"

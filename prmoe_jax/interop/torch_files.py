@@ -68,11 +68,7 @@ def read_torch(path: Path) -> dict:
 
 
 def flat_arrays(state: dict, path: Path) -> dict[str, np.ndarray]:
-    """A file's tensors by their full names, float32; Megatron nests some of them.
-
-    Raises:
-      UserError: a tensor can't hold weights, or a name or nested part appears twice.
-    """
+    """A file's tensors by their full names, float32; Megatron nests some of them."""
     import torch
 
     arrays, parts, seen = {}, [("", state)], set()
@@ -86,8 +82,6 @@ def flat_arrays(state: dict, path: Path) -> dict[str, np.ndarray]:
             if isinstance(value, dict):
                 parts.append((f"{name}.", value))
             elif isinstance(value, torch.Tensor):
-                if name in arrays:
-                    raise UserError(f"{path} holds {shown(name)} twice")
                 arrays[name] = _array(name, value, path)
     return arrays
 

@@ -6,14 +6,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from prmoe_jax.config.schema import ModelConfig
+from prmoe_jax.config.schema import AUTO, ExecutionConfig, ModelConfig
 from prmoe_jax.model.attention_kernels import attend, product, resolve_attention
 from prmoe_jax.nn import remat
 from prmoe_jax.nn.matmul import matmul
 from prmoe_jax.nn.mlp import add_bias
 from prmoe_jax.nn.norms import HeadsRMSNorm, RMSNorm
 from prmoe_jax.nn.parameters import normal
-from prmoe_jax.parallel.mesh import platform
+from prmoe_jax.parallel.axes import platform
 
 TPU_ROWS = 8  # rows of a tile
 
@@ -96,7 +96,7 @@ def rotary_frequencies(model: ModelConfig) -> jax.Array:
     (Llama 3.1, arXiv 2407.21783).
     """
     half = model.head_width // 2
-    turns_F = model.form.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    turns_F = model.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     if not model.rope_scaling:
         return turns_F
     factor, low, high, length = model.rope_scaling
@@ -118,11 +118,11 @@ def rotate(x_BxLxHxK: jax.Array, position_BxL: jax.Array, turns_F: jax.Array) ->
 
 
 class Attention(nnx.Module):
-    """Multi-head or grouped-query attention, of the form that `model.form` says."""
+    """Multi-head or grouped-query attention, as the config says."""
 
     def __init__(self, model: ModelConfig, key: jax.Array):
         key_in, key_out = jax.random.split(key)
-        form, std = model.form, model.init_std
+        std = model.init_std
         heads, key_heads, width = model.heads, model.key_heads, model.head_width
         self.config = model
 
@@ -130,7 +130,7 @@ class Attention(nnx.Module):
             """The weight and the bias of one map or of several, if there are any."""
             key = jax.random.fold_in(key_in, number) if grouped else key_in
             weight = normal(key, (model.d_model, *shape), std)
-            return weight, None if form.biases == "none" else nnx.Param(jnp.zeros(shape))
+            return weight, None if model.biases == "none" else nnx.Param(jnp.zeros(shape))
 
         # Queries, keys and values have one weight, unless there are fewer heads of keys and values.
         grouped = key_heads < heads
@@ -140,7 +140,7 @@ class Attention(nnx.Module):
         self.w_kv, self.b_kv = maps(1, 2, key_heads, width) if grouped else none
         self.q_norm, self.k_norm = (_qk_norm(model, number) for number in (heads, key_heads))
         self.w_out = normal(key_out, (heads, width, model.d_model), model.output_std)
-        self.b_out = nnx.Param(jnp.zeros(model.d_model)) if form.biases == "all" else None
+        self.b_out = nnx.Param(jnp.zeros(model.d_model)) if model.biases == "all" else None
 
     def __call__(
         self,
@@ -148,6 +148,7 @@ class Attention(nnx.Module):
         segments_BxL: jax.Array,
         cache: KVCache | None = None,
         position_BxL: jax.Array | None = None,
+        execution: ExecutionConfig = AUTO,
     ) -> tuple[jax.Array, KVCache | None]:
         """Returns the output [B, L, D] in x's dtype, and `cache` with these tokens.
 
@@ -157,13 +158,14 @@ class Attention(nnx.Module):
           cache: in decoding, the KV cache of earlier tokens.
           position_BxL: the tokens' positions in their document, in ascending order: with a cache,
             their places in it.
+          execution: names the attention kernel.
         """
         q, k, v = self._project(x_BxLxD, decoding=cache is not None)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if clip := self.config.clip_qkv:
             q, k, v = (jnp.clip(x, -clip, clip) for x in (q, k, v))
-        if self.config.form.positions == "rotary":
+        if self.config.positions == "rotary":
             turns_F = rotary_frequencies(self.config)
             q, k = (rotate(x, position_BxL, turns_F) for x in (q, k))
         if cache is not None:
@@ -171,7 +173,7 @@ class Attention(nnx.Module):
             cache = jax.lax.optimization_barrier(cache.extended(k, v, position_BxL))
             y = attend_to_cache(q, cache, position_BxL, self.config.sliding_window)
         else:
-            implementation = resolve_attention(self.config, platform())
+            implementation = resolve_attention(execution.attention, self.config, platform())
             y = attend(q, k, v, segments_BxL, implementation, self.config.sliding_window)
         return add_bias(matmul(y, self.w_out[...], axes=2), self.b_out), cache
 
@@ -185,10 +187,10 @@ class Attention(nnx.Module):
 
 def _qk_norm(model: ModelConfig, heads: int) -> RMSNorm | HeadsRMSNorm | None:
     """The norm of queries or keys, by `model.qk_norm`."""
-    eps, width = model.form.norm_eps, model.head_width
-    if model.form.qk_norm == "none":
+    eps, width = model.norm_eps, model.head_width
+    if model.qk_norm == "none":
         return None
-    return RMSNorm(width, eps) if model.form.qk_norm == "head" else HeadsRMSNorm(heads, width, eps)
+    return RMSNorm(width, eps) if model.qk_norm == "head" else HeadsRMSNorm(heads, width, eps)
 
 
 def _parts(x_BxLxD, w_DxNxHxK, b_NxHxK, decoding: bool) -> list[jax.Array]:

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 from prmoe_jax.config.schema import ModelConfig
 from prmoe_jax.errors import UserError
 from prmoe_jax.nn import remat
-from prmoe_jax.parallel.mesh import batch_axes
+from prmoe_jax.parallel.axes import batch_axes
 
 # An einsum in float32, whatever its factors are.
 product = partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -186,35 +186,35 @@ def splash(
     return batched(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segments_BxL)
 
 
-def resolve_attention(model: ModelConfig, platform: str) -> str:
-    """Resolves `model.attention` to an implementation; 'auto' chooses by platform and shape.
+def resolve_attention(name: str, model: ModelConfig, platform: str) -> str:
+    """Resolves `execution.attention` to an implementation; 'auto' chooses by platform and shape.
 
     Raises:
       UserError: the named implementation cannot run on this platform or at these sizes.
     """
     splash_fits = model.length % LENGTH_MULTIPLE["splash"] == 0
-    if model.attention == "auto":
+    if name == "auto":
         if platform == "tpu" and splash_fits:
             return "splash"
         if platform == "gpu" and model.dtype == "bfloat16" and not cudnn_refusal(model):
             return "cudnn"
         return "blocks" if platform == "cpu" else "xla"
-    needed = {"splash": "tpu", "cudnn": "gpu"}.get(model.attention, platform)
+    needed = {"splash": "tpu", "cudnn": "gpu"}.get(name, platform)
     if needed != platform:
         raise UserError(
-            f"model.attention={model.attention} needs a {needed}, this is a {platform}; use auto"
+            f"execution.attention={name} needs a {needed}, this is a {platform}; use auto"
         )
-    if model.attention == "splash" and not splash_fits:
+    if name == "splash" and not splash_fits:
         raise UserError(
-            f"model.attention=splash needs model.length={model.length} divisible by 128; use "
+            f"execution.attention=splash needs model.length={model.length} divisible by 128; use "
             f"{-(-model.length // 128) * 128} or attention=xla"
         )
-    if model.attention == "cudnn" and (refusal := cudnn_refusal(model)):
+    if name == "cudnn" and (refusal := cudnn_refusal(model)):
         raise UserError(
-            f"model.attention=cudnn cannot run model.length={model.length} with heads of "
+            f"execution.attention=cudnn cannot run model.length={model.length} with heads of "
             f"{model.head_width}: {refusal}; use auto"
         )
-    return model.attention
+    return name
 
 
 def cudnn_refusal(model: ModelConfig) -> str:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec
 
-from prmoe_jax.parallel.mesh import batch_axes, platform
+from prmoe_jax.parallel.axes import batch_axes, platform
 
 # Tokens of one sequence in a chunk, and on CPUs of all sequences together: there the logits of a
 # chunk stay in the cache.

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from prmoe_jax.config.schema import Config
+from prmoe_jax.config.schema import AUTO, Config, ExecutionConfig
 from prmoe_jax.model.batch import Batch
 from prmoe_jax.model.chunks import weighted_sums
 from prmoe_jax.model.transformer import Transformer, logits
@@ -78,6 +78,7 @@ def forward(
     batch: Batch,
     keys_B: jax.Array | None = None,
     measure: Measure | None = None,
+    execution: ExecutionConfig = AUTO,
 ) -> Sums:
     """Runs the model over a batch.
 
@@ -87,9 +88,10 @@ def forward(
       keys_B: one key per sequence for training; None for evaluation.
       measure: maps final activations [B, L, D] to sums of losses, `cross_entropy()` by default; a
         distiller's adds `kd_loss`.
+      execution: which kernels compute it.
     """
     measure = measure or cross_entropy()
-    x_BxLxD, routers = model(batch.tokens_BxL, batch.segments_BxL, keys_B)
+    x_BxLxD, routers = model(batch.tokens_BxL, batch.segments_BxL, keys_B, execution)
     return Sums(tokens=batch.mask_BxL.sum(), routers=routers, **measure(model, x_BxLxD, batch))
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import runpy
 
 from prmoe_jax.config.loading import resolve
+from prmoe_jax.config.routers import capacity
 from prmoe_jax.config.schema import ModelConfig, MoeConfig
 from prmoe_jax.config.userfile import shipped
 from prmoe_jax.tables import aligned
@@ -55,25 +56,23 @@ def cost(model: ModelConfig, moe: MoeConfig | None = None) -> Cost:
       model: the model.
       moe: how it is trained; without it, tokens choose `top_k` experts.
     """
-    d, form = model.d_model, model.form
+    d = model.d_model
     heads, pairs = model.heads * model.head_width, model.key_heads * model.head_width
-    biased = form.biases == "all"
-    norm = (2 if form.norm == "layernorm" else 1) * d
+    biased = model.biases == "all"
+    norm = (2 if model.norm == "layernorm" else 1) * d
     attention = 2 * d * (heads + pairs)
     flops = 2 * attention + 4 * (model.window_in(model.length) or model.length) * heads
-    attention += (heads + 2 * pairs) * (form.biases != "none") + d * biased
-    attention += {"none": 0, "head": 2 * model.head_width, "whole": heads + pairs}[form.qk_norm]
-    matrices = 3 if form.activation == "swiglu" else 2
+    attention += (heads + 2 * pairs) * (model.biases != "none") + d * biased
+    attention += {"none": 0, "head": 2 * model.head_width, "whole": heads + pairs}[model.qk_norm]
+    matrices = 3 if model.activation == "swiglu" else 2
 
     def mlp(width: int) -> int:
         return matrices * d * width + (width + d) * biased
 
     def visits(experts: int) -> float:
         """The experts that serve a token, the mean."""
-        if moe is None or moe.router == "token_choice":
+        if moe is None or moe.routes.tokens_choose:
             return model.top_k
-        from prmoe_jax.moe.routing import capacity  # and JAX, for which others need not wait
-
         tokens = moe.group_size or model.length
         factor, least = moe.capacity_factor, moe.min_capacity
         return experts * capacity(tokens, experts, factor, model.top_k, least) / tokens
@@ -89,8 +88,8 @@ def cost(model: ModelConfig, moe: MoeConfig | None = None) -> Cost:
         if model.residual:
             shared += mlp(model.residual_width)
             shared_flops += 2 * matrices * d * model.residual_width
-            columns = {"learned": 2, "sigmoid": 1}.get(form.residual_mix, 0)
-            shared += columns * d + 2 * (form.residual_mix == "learned")
+            columns = {"learned": 2, "sigmoid": 1}.get(model.residual_mix, 0)
+            shared += columns * d + 2 * (model.residual_mix == "learned")
             shared_flops += 2 * columns * d
         expert = mlp(model.expert_width)
         visited = min(visits(experts), experts)
@@ -101,8 +100,8 @@ def cost(model: ModelConfig, moe: MoeConfig | None = None) -> Cost:
             flops + shared_flops + round(visited * 2 * matrices * d * model.expert_width),
         )
 
-    positions = model.length if form.positions == "learned" else 0
-    tables = 1 if form.output == "tied" else 2
+    positions = model.length if model.positions == "learned" else 0
+    tables = 1 if model.output == "tied" else 2
     return Cost(
         layers=tuple(layer(e) for e in model.schedule.experts),
         embedding_params=(tables * model.vocab_size + positions) * d + norm,

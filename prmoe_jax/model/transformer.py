@@ -13,16 +13,16 @@ from flax import nnx
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from prmoe_jax.config import architecture
-from prmoe_jax.config.schema import Config, ModelConfig, MoeConfig
+from prmoe_jax.config.schema import AUTO, Config, ExecutionConfig, ModelConfig, MoeConfig
 from prmoe_jax.model.attention import Attention, KVCache
 from prmoe_jax.moe.layer import MoE
 from prmoe_jax.moe.routing import RouterMetrics, Routing
 from prmoe_jax.nn import remat
-from prmoe_jax.nn.mlp import MLP
+from prmoe_jax.nn.mlp import MLP, MLPShape
 from prmoe_jax.nn.norms import norm
 from prmoe_jax.nn.parameters import declaration, map_named, normal
 from prmoe_jax.parallel import sharding
-from prmoe_jax.parallel.mesh import platform
+from prmoe_jax.parallel.axes import platform
 
 # On CPUs, this many layers or fewer are compiled one by one: the step is 3 to 17 % faster
 # than with a scan, which writes and reads stacked arrays, but takes longer to compile.
@@ -35,16 +35,13 @@ class Block(nnx.Module):
     def __init__(self, experts: int, model: ModelConfig, moe: MoeConfig, key: jax.Array):
         key_attention, key_mlp = jax.random.split(key)
         self.dropout = model.dropout
-        form = model.form
-        self.norm_attention = norm(form.norm, model.d_model, form.norm_eps)
+        self.norm_attention = norm(model.norm, model.d_model, model.norm_eps)
         self.attention = Attention(model, key_attention)
-        self.norm_mlp = norm(form.norm, model.d_model, form.norm_eps)
+        self.norm_mlp = norm(model.norm, model.d_model, model.norm_eps)
         if experts:
             self.mlp = MoE(experts, model, moe, key_mlp)
         else:
-            gated, biases = form.activation == "swiglu", form.biases == "all"
-            shape = model.d_model, model.d_ff, model.init_std, model.output_std
-            self.mlp = MLP.drawn(*shape, key_mlp, gated, biases)
+            self.mlp = MLP.drawn(MLPShape.of(model, model.d_ff), key_mlp)
 
     def __call__(
         self,
@@ -53,19 +50,22 @@ class Block(nnx.Module):
         keys_B=None,
         cache=None,
         position_BxL=None,
+        execution: ExecutionConfig = AUTO,
     ) -> tuple[jax.Array, RouterMetrics | None, KVCache | None]:
         """Returns the activations, a MoE layer's statistics, and `cache` with these tokens."""
         keys = [None] * 3 if keys_B is None else [fold_in(keys_B, i) for i in range(3)]
         with jax.named_scope("attention"):
             normed_BxLxD = self.norm_attention(x_BxLxD)
-            y_BxLxD, cache = self.attention(normed_BxLxD, segments_BxL, cache, position_BxL)
+            y_BxLxD, cache = self.attention(
+                normed_BxLxD, segments_BxL, cache, position_BxL, execution
+            )
             x_BxLxD = remat.save_matmul(x_BxLxD + dropout(y_BxLxD, self.dropout, keys[0]))
         y_BxLxD = self.norm_mlp(x_BxLxD)
         metrics = None
         if isinstance(self.mlp, MoE):
             # In decoding, no device holds a part of an expert.
             split = cache is None
-            y_BxLxD, metrics = self.mlp(y_BxLxD, segments_BxL > 0, keys[1], split)
+            y_BxLxD, metrics = self.mlp(y_BxLxD, segments_BxL > 0, keys[1], split, execution)
         else:
             with jax.named_scope("mlp"):
                 y_BxLxD = self.mlp(y_BxLxD)
@@ -85,7 +85,7 @@ class Stage(nnx.Module):
         keys = jax.random.split(key, len(stage.cell))
         self.blocks = nnx.List([stacked(e, k) for e, k in zip(stage.cell, keys, strict=True)])
 
-    def __call__(self, x_BxLxD, segments_BxL, keys_NxB=None, position_BxL=None):
+    def __call__(self, x_BxLxD, segments_BxL, keys_NxB=None, position_BxL=None, execution=AUTO):
         """Returns the activations and, for each layer of the cell, statistics [N, …] or None."""
 
         def cell(x_BxLxD, stacked):
@@ -98,11 +98,11 @@ class Stage(nnx.Module):
             # A MoE layer gathers its experts itself.
             for i, block in enumerate(sharding.all_gather_params(blocks, apart="experts")):
                 keys = None if keys_B is None else fold_in(keys_B, i)
-                x_BxLxD, m, _ = block(x_BxLxD, segments_BxL, keys, None, position_BxL)
+                x_BxLxD, m, _ = block(x_BxLxD, segments_BxL, keys, None, position_BxL, execution)
                 metrics.append(m)
             return x_BxLxD, metrics
 
-        kept, unrolled = resolve_remat(self.config, platform())
+        kept, unrolled = resolve_remat(execution.remat, self.config.layers, platform())
         if kept != "none":
             # In a loop, no compiler finds that the recomputation is a repetition.
             once = self.repeats == 1
@@ -111,17 +111,16 @@ class Stage(nnx.Module):
             return jax.lax.scan(cell, x_BxLxD, (self.blocks, keys_NxB), unroll=unrolled)
 
 
-def resolve_remat(model: ModelConfig, platform: str) -> tuple[str, bool]:
-    """Resolves `model.remat` to a policy, or 'none', and whether layers are compiled one by one.
+def resolve_remat(name: str, layers: int, platform: str) -> tuple[str, bool]:
+    """Resolves `execution.remat` to a policy or 'none', and whether layers are compiled one by one.
 
     Layers are compiled one by one only where everything is kept: else the compiler would find that
     the recomputation is a repetition, and keep its results after all.
     """
-    few = platform == "cpu" and model.layers <= UNROLLED_LAYERS
-    kept = model.remat
-    if kept == "auto":
-        kept = "none" if few else "dots"
-    return kept, few and kept == "none"
+    few = platform == "cpu" and layers <= UNROLLED_LAYERS
+    if name == "auto":
+        name = "none" if few else "dots"
+    return name, few and name == "none"
 
 
 class Transformer(nnx.Module):
@@ -130,16 +129,16 @@ class Transformer(nnx.Module):
     def __init__(self, model: ModelConfig, moe: MoeConfig, key: jax.Array):
         stages = model.schedule.stages()
         keys = jax.random.split(key, 2 + len(stages))
-        form, table, std = model.form, (model.vocab_size, model.d_model), model.init_std
+        table, std = (model.vocab_size, model.d_model), model.init_std
         self.config = model
         self.tokens = normal(keys[0], table, std)
-        learned = form.positions == "learned"
+        learned = model.positions == "learned"
         self.positions = normal(keys[1], (model.length, model.d_model), std) if learned else None
         self.stages = nnx.List(
             [Stage(s, model, moe, k) for s, k in zip(stages, keys[2:], strict=True)]
         )
-        self.norm = norm(form.norm, model.d_model, form.norm_eps)
-        tied = form.output == "tied"
+        self.norm = norm(model.norm, model.d_model, model.norm_eps)
+        tied = model.output == "tied"
         self.output = None if tied else normal(jax.random.fold_in(keys[0], 1), table, std)
 
     def __call__(
@@ -147,6 +146,7 @@ class Transformer(nnx.Module):
         tokens_BxL: jax.Array,
         segments_BxL: jax.Array,
         keys_B: jax.Array | None = None,
+        execution: ExecutionConfig = AUTO,
     ) -> tuple[jax.Array, list[RouterMetrics]]:
         """Returns the final activations [B, L, D] and the router statistics of each MoE layer.
 
@@ -156,6 +156,7 @@ class Transformer(nnx.Module):
             document, and its positions start at 0.
           keys_B: one key per sequence for training, with its randomness and its capacity; None
             for evaluation.
+          execution: which kernels compute it.
         """
         position_BxL = positions(segments_BxL)
         dtype = jnp.dtype(self.config.dtype)
@@ -176,7 +177,7 @@ class Transformer(nnx.Module):
             if keys_B is not None:
                 repeats = jnp.arange(stage.repeats)
                 keys_NxB = jax.vmap(fold_in, (None, 0))(fold_in(keys_B, 1 + i), repeats)
-            x_BxLxD, by_cell = stage(x_BxLxD, segments_BxL, keys_NxB, position_BxL)
+            x_BxLxD, by_cell = stage(x_BxLxD, segments_BxL, keys_NxB, position_BxL, execution)
             for n in range(stage.repeats):
                 metrics += [jax.tree.map(lambda x: x[n], m) for m in by_cell if m is not None]  # noqa: B023
         return self.norm(x_BxLxD), metrics

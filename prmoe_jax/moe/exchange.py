@@ -7,7 +7,7 @@ all-to-all) is for rows that are replicated over the L devices of `tensor`: each
 only its share, 1/L of the bytes, and an all-gather puts the shares together.
 
 With a capacity, every device sends a buffer of equal size to every other one. Without one, rows
-travel in rounds (`rounds.py`), or, if they are few, to all devices (`ExpertParallel.everywhere`).
+travel in rounds (`rounds.py`), or, if they are few, to all devices (`ExpertParallel.of_few`).
 
 X is the number of devices that exchange with each other, I the number of experts on each.
 """
@@ -20,11 +20,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
-from prmoe_jax.moe import rounds
+from prmoe_jax.moe import kernels, rounds
 from prmoe_jax.moe.experts import Experts
+from prmoe_jax.moe.kernels import Kernel
 from prmoe_jax.nn import remat
 from prmoe_jax.nn.mlp import add_bias
-from prmoe_jax.parallel.mesh import crosses_slices
+from prmoe_jax.parallel.axes import crosses_slices
 
 # At or below this many experts on a device, each expert's products are compiled separately.
 FEW = 4
@@ -36,14 +37,17 @@ FEW_TOKENS = 256
 
 
 def resolve(name: str, mesh: Mesh | AbstractMesh) -> str:
-    """Resolves `moe.exchange`; 'auto' is coordinated if the mesh splits tensors, else flat."""
+    """Resolves `execution.exchange`: 'auto' is coordinated if `tensor` is split, else flat."""
     if name != "auto":
         return name
     return "coordinated" if mesh.shape["tensor"] > 1 else "flat"
 
 
 class ExpertParallel(NamedTuple):
-    """All experts of a layer, called on one device of the mesh like `Experts`."""
+    """Applies a layer's experts where a mesh spreads them, on one device of it.
+
+    The methods are those of `experts.Local`; each device calls them for its own rows.
+    """
 
     experts: Experts  # this device's part
     axes: tuple[str, ...]  # mesh axes over which the experts are spread, outermost first
@@ -55,31 +59,54 @@ class ExpertParallel(NamedTuple):
         """The number of experts of the layer."""
         return self.experts.count
 
-    def __call__(self, x_ExRxD: jax.Array) -> jax.Array:
-        """Applies expert e to x[e], for the rows of every device; same shape and dtype."""
+    @property
+    def coordinated(self) -> bool:
+        """Whether each device of `tensor` exchanges only its share of the rows."""
+        return self.exchange == "coordinated"
+
+    def batched(self, x_ExRxD: jax.Array) -> jax.Array:
+        """As `Local.batched`."""
         rows = x_ExRxD.shape[1]
-        coordinated = self.exchange == "coordinated"
-        if coordinated:
+        if self.coordinated:
             x_ExRxD = _own_rows(_pad_rows(x_ExRxD))
         devices = jax.lax.axis_size(self.axes)
         x_XxIxRxD = x_ExRxD.reshape(devices, -1, *x_ExRxD.shape[1:])
-        y_XxIxRxD = self._exchange(self._apply(self._exchange(x_XxIxRxD), coordinated))
+        y_XxIxRxD = self._exchange(self._apply(self._exchange(x_XxIxRxD)))
         y_ExRxD = y_XxIxRxD.reshape(x_ExRxD.shape)
-        if coordinated:
+        if self.coordinated:
             y_ExRxD = _all_rows(y_ExRxD)[:, :rows]
         return y_ExRxD
 
-    def are_few(self, tokens: int) -> bool:
-        """Whether `everywhere` is the faster way for this number of tokens on each device."""
+    def grouped(
+        self, kernel: Kernel, x_RxD: jax.Array, rows_E: jax.Array, expert_R: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """As `Local.grouped`, in rounds of a bounded number of rows (see `rounds.py`)."""
+        rows, width = x_RxD.shape
+        if self.coordinated:
+            # Every L-th row, so that each of the L devices has its share of every expert's rows.
+            parts, missing = jax.lax.axis_size("tensor"), -rows % jax.lax.axis_size("tensor")
+            x_RxD = _own_rows(_pad_rows(x_RxD[None]).reshape(-1, parts, width))[:, 0]
+            expert_R = jnp.pad(expert_R, (0, missing), constant_values=self.count)
+            own_R = expert_R.reshape(-1, parts)[:, jax.lax.axis_index("tensor")]
+            rows_E = (own_R[:, None] == jnp.arange(self.count)).sum(0)
+        apply = partial(self._apply_grouped, kernel)
+        for stage in self._stages(len(x_RxD)):
+            apply = partial(rounds.serve, stage, apply)
+        y_RxD, runs = apply(self.experts, x_RxD, rows_E)
+        if self.coordinated:
+            y_RxD = _all_rows(y_RxD[:, None]).reshape(-1, width)[:rows]
+        return y_RxD, runs
+
+    def are_few(self, tokens: int, top_k: int) -> bool:
+        """As `Local.are_few`, for this number of tokens on each device."""
+        del top_k
         return tokens * jax.lax.axis_size(self._senders()) <= FEW_TOKENS
 
-    def everywhere(
-        self, x_NxD: jax.Array, expert_NxK: jax.Array, weight_NxK: jax.Array
-    ) -> jax.Array:
-        """The weighted sum of each token's experts, for the tokens of every device; [N, D].
+    def of_few(self, x_NxD: jax.Array, expert_NxK: jax.Array, weight_NxK: jax.Array) -> jax.Array:
+        """As `Local.of_few`: all devices apply all their experts to the tokens of every device.
 
-        All devices get all tokens, apply all their experts to them, and add up the results. For few
-        tokens, as in decoding: no numbers of rows are exchanged, and each weight is read once.
+        Then they add up the results. No numbers of rows are exchanged, and each weight is read
+        once.
         """
         split, alike, _ = _splits(coordinated=False)
         if senders := self._senders():
@@ -89,9 +116,12 @@ class ExpertParallel(NamedTuple):
         first = self.experts.here * jax.lax.axis_index(self.axes)
         chosen_NxKxI = (expert_NxK - first)[..., None] == jnp.arange(self.experts.here)
         weight_NxI = jnp.where(chosen_NxKxI, weight_NxK[..., None], 0).sum(1)
-        lead = sum(jax.lax.axis_index(name) for name in split) == 0  # adds the last bias
+        weights = self.experts.weights(x_NxD.dtype)
+        if weights.b_out_D is not None:  # only one of the devices that split an expert adds it
+            leads = sum(jax.lax.axis_index(name) for name in split) == 0
+            weights = weights._replace(b_out_D=jnp.where(leads, weights.b_out_D, 0))
         x_NxD, weight_NxI = mark_varying((x_NxD, weight_NxI), split)
-        y_NxD = self.experts.weighted(x_NxD, weight_NxI, lead)
+        y_NxD = kernels.of_all(weights, x_NxD, weight_NxI)
         if senders:
             y_NxD = jax.lax.psum_scatter(y_NxD, senders, tiled=True)
         return jax.lax.psum(y_NxD, alike) if alike else y_NxD
@@ -99,35 +129,6 @@ class ExpertParallel(NamedTuple):
     def _senders(self) -> tuple[str, ...]:
         """The axes over which devices have different rows for the same experts."""
         return (*self.axes, *_splits(coordinated=False)[2])
-
-    def in_rounds(
-        self, form: str, x_RxD: jax.Array, rows_E: jax.Array, expert_R: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        """As the method of `Experts` named `form`, for the rows of every device.
-
-        Args:
-          form: "ragged", "block_loop" or "padded".
-          x_RxD, rows_E, expert_R: as in `Experts.ragged`.
-
-        Returns:
-          The outputs, [R, D], and the number of rounds that they took.
-        """
-        rows, width = x_RxD.shape
-        coordinated = self.exchange == "coordinated"
-        if coordinated:
-            # Every L-th row, so that each of the L devices has its share of every expert's rows.
-            parts, missing = jax.lax.axis_size("tensor"), -rows % jax.lax.axis_size("tensor")
-            x_RxD = _own_rows(_pad_rows(x_RxD[None]).reshape(-1, parts, width))[:, 0]
-            expert_R = jnp.pad(expert_R, (0, missing), constant_values=self.count)
-            own_R = expert_R.reshape(-1, parts)[:, jax.lax.axis_index("tensor")]
-            rows_E = (own_R[:, None] == jnp.arange(self.count)).sum(0)
-        apply = partial(self._apply_runs, form, coordinated)
-        for stage in self._stages(len(x_RxD)):
-            apply = partial(rounds.serve, stage, apply)
-        y_RxD, runs = apply(self.experts, x_RxD, rows_E)
-        if coordinated:
-            y_RxD = _all_rows(y_RxD[:, None]).reshape(-1, width)[:rows]
-        return y_RxD, runs
 
     def _stages(self, rows: int) -> list[rounds.Stage]:
         """The exchanges for this number of rows on each device; the last one comes first."""
@@ -145,28 +146,28 @@ class ExpertParallel(NamedTuple):
             groups *= devices
         return stages
 
-    def _apply_runs(self, form: str, coordinated: bool, experts: Experts, x_BxD, rows_I):
+    def _apply_grouped(self, kernel: Kernel, experts: Experts, x_BxD, rows_I):
         """Applies this device's experts to received rows, which are sorted by expert."""
-        split, alike, others = _splits(coordinated)
-        places_B = jnp.arange(len(x_BxD))
+        split, alike, others = _splits(self.coordinated)
+        index_B = jnp.arange(len(x_BxD))
         ends_I = jnp.cumsum(rows_I)
-        expert_B = jnp.searchsorted(ends_I, places_B, side="right", method="compare_all")
-        if form != "block_loop" and len(rows_I) == 1:
-            form = "alone"  # a grouped product of one group is slow on TPUs and GPUs
-        apply = getattr(experts, form)
+        expert_B = jnp.searchsorted(ends_I, index_B, side="right", method="compare_all")
+        if kernel is not kernels.blocked and len(rows_I) == 1:
+            kernel = kernels.single
+        weights = experts.weights(x_BxD.dtype)
         if not split:
-            return apply(x_BxD, rows_I, expert_B), jnp.int32(1)
+            return kernel(weights, x_BxD, rows_I, expert_B), jnp.int32(1)
+        apply = partial(kernel, weights._replace(b_out_D=None))
         x_BxD = mark_varying(x_BxD, split)
         if others:
             gathered = (jax.lax.all_gather(a, others) for a in (x_BxD, rows_I, expert_B))
-            each = zip(*gathered, strict=True)
-            y_PxBxD = jnp.stack([apply(*inputs, last_bias=False) for inputs in each])
+            y_PxBxD = jnp.stack([apply(*inputs) for inputs in zip(*gathered, strict=True)])
             y_BxD = jax.lax.psum_scatter(y_PxBxD, others)
         else:
-            y_BxD = apply(x_BxD, rows_I, expert_B, last_bias=False)
+            y_BxD = apply(x_BxD, rows_I, expert_B)
         if alike:
             y_BxD = jax.lax.psum(y_BxD, alike)
-        return add_bias(y_BxD, experts.last_bias(expert_B, y_BxD.dtype)), jnp.int32(1)
+        return add_bias(y_BxD, kernels.biases_of(weights.b_out_D, expert_B)), jnp.int32(1)
 
     def _exchange(self, x_XxIxRxD: jax.Array) -> jax.Array:
         """Sends part x to device x, and receives part x from device x."""
@@ -179,7 +180,7 @@ class ExpertParallel(NamedTuple):
                 x = jax.lax.all_to_all(x, name, i, i)
             return remat.save_collective(x.reshape(x_XxIxRxD.shape))
 
-    def _apply(self, x_XxIxRxD: jax.Array, coordinated: bool) -> jax.Array:
+    def _apply(self, x_XxIxRxD: jax.Array) -> jax.Array:
         """Applies this device's experts to the rows that all devices sent.
 
         Devices that split an expert's hidden units all-gather their rows and reduce-scatter the
@@ -187,19 +188,21 @@ class ExpertParallel(NamedTuple):
         `tensor` have the same rows, and sum up the results.
         """
         devices, local, rows, width = x_XxIxRxD.shape
-        split, alike, others = _splits(coordinated)
+        split, alike, others = _splits(self.coordinated)
+        weights = self.experts.weights(x_XxIxRxD.dtype)
         if not split and local <= FEW:
-            return self.experts.unrolled(x_XxIxRxD)
+            return kernels.unrolled(weights, x_XxIxRxD)
         x_IxRxD = x_XxIxRxD.swapaxes(0, 1).reshape(local, -1, width)
         if others:
             x_IxRxD = jax.lax.all_gather(x_IxRxD, others, axis=1, tiled=True)
         # Each device has its own part of the weights, and so of the rows' gradient.
-        y_IxRxD = self.experts.without_last_bias(mark_varying(x_IxRxD, split))
+        y_IxRxD = kernels.batched(weights._replace(b_out_D=None), mark_varying(x_IxRxD, split))
         if others:
             y_IxRxD = jax.lax.psum_scatter(y_IxRxD, others, scatter_dimension=1, tiled=True)
         if alike:
             y_IxRxD = jax.lax.psum(y_IxRxD, alike)
-        y_IxRxD = self.experts.add_last_bias(y_IxRxD)
+        if weights.b_out_D is not None:
+            y_IxRxD = add_bias(y_IxRxD, weights.b_out_D[:, None])
         return y_IxRxD.reshape(local, devices, rows, width).swapaxes(0, 1)
 
 

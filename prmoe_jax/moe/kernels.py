@@ -1,4 +1,8 @@
-"""The experts' matrix products, with derivatives and loops by hand where XLA's are slow."""
+"""The experts' matrix products, with derivatives and loops by hand where XLA's are slow.
+
+A `Kernel` applies all experts of a device to rows that are sorted by expert. D is the width of a
+row, F that of the hidden units, R the number of rows, E the number of experts.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -10,6 +14,11 @@ import jax.numpy as jnp
 from prmoe_jax.nn import remat
 from prmoe_jax.nn.mlp import Hidden, MLPWeights, activate, add_bias
 
+# A function of the experts' weights, rows [R, D] sorted by expert, the number of rows of each
+# expert [E], and the expert of each row [R]; returns [R, D]. Rows at the end may belong to no
+# expert: their number in the last argument is E, and their output is 0.
+Kernel = Callable[[MLPWeights, jax.Array, jax.Array, jax.Array], jax.Array]
+
 
 def hidden(multiply: Callable, weights: MLPWeights) -> Hidden:
     """The hidden units of rows before their activation; `multiply(w)` is their product with w."""
@@ -17,6 +26,75 @@ def hidden(multiply: Callable, weights: MLPWeights) -> Hidden:
     if weights.w_gate_DxF is None:
         return Hidden(x_F)
     return Hidden(x_F, remat.save_matmul(multiply(weights.w_gate_DxF)))
+
+
+def batched(weights: MLPWeights, x_ExRxD: jax.Array) -> jax.Array:
+    """Applies expert e to x[e], [E, R, D]."""
+    b_in_Ex1xF = None if weights.b_in_F is None else weights.b_in_F[:, None]
+    with jax.named_scope("experts"):
+        multiply = partial(batched_matmul, x_ExRxD)
+        kept = hidden(multiply, weights._replace(b_in_F=b_in_Ex1xF))
+        y_ExRxD = batched_matmul(activate(kept), weights.w_out_FxD)
+    return y_ExRxD if weights.b_out_D is None else add_bias(y_ExRxD, weights.b_out_D[:, None])
+
+
+def unrolled(weights: MLPWeights, x_XxExRxD: jax.Array) -> jax.Array:
+    """Applies expert e to x[:, e], for a device with few experts.
+
+    Rows stay where an exchange put them, and every product is that of a dense MLP, compiled on its
+    own.
+    """
+    with jax.named_scope("experts"):
+        return _unrolled(x_XxExRxD, weights)
+
+
+def of_all(weights: MLPWeights, x_NxD: jax.Array, weight_NxE: jax.Array) -> jax.Array:
+    """The sum of all experts' outputs for every row by these weights, [N, D].
+
+    For few rows, where the cost is reading the experts' weights.
+    """
+    experts = weight_NxE.shape[1]
+    y_ExNxD = batched(weights, jnp.broadcast_to(x_NxD, (experts, *x_NxD.shape)))
+    return jnp.einsum("END,NE->ND", y_ExNxD, weight_NxE).astype(x_NxD.dtype)
+
+
+def ragged(weights: MLPWeights, x_RxD, rows_E, expert_R) -> jax.Array:
+    """The `Kernel` by XLA's grouped product, which is fast on TPUs."""
+    served_Rx1 = (expert_R < len(rows_E))[:, None]
+
+    def grouped(x_R, w_E):
+        # Rows of no run may hold anything, here and in the derivative. Masks on both sides
+        # ensure that these are never read.
+        y_R = jax.lax.ragged_dot(jnp.where(served_Rx1, x_R, 0), w_E, rows_E)
+        return jnp.where(served_Rx1, y_R, 0)
+
+    with jax.named_scope("experts"):
+        b_in_RxF = biases_of(weights.b_in_F, expert_R)
+        kept = hidden(partial(grouped, x_RxD), weights._replace(b_in_F=b_in_RxF))
+        y_RxD = grouped(activate(kept), weights.w_out_FxD)
+    return add_bias(y_RxD, biases_of(weights.b_out_D, expert_R))
+
+
+def single(weights: MLPWeights, x_RxD, rows_1, expert_R) -> jax.Array:
+    """The `Kernel` for a device's only expert, but the output for rows of no expert is anything.
+
+    Such rows must be 0 in x and in the gradient of the output. A grouped product of one group is
+    slow on TPUs and GPUs.
+    """
+    del rows_1, expert_R
+    return batched(weights, x_RxD[None])[0]
+
+
+def biases_of(b_ExF: jax.Array | None, expert_R: jax.Array) -> jax.Array | None:
+    """The biases of these experts, [R, F], 0 at a number that is none; None if there are none.
+
+    The gradient is a product, which adds up in float32 and in a fixed order. That of an index would
+    add up thousands of rows in the bias's dtype.
+    """
+    if b_ExF is None:
+        return None
+    chosen_RxE = jax.nn.one_hot(expert_R, len(b_ExF), dtype=b_ExF.dtype)
+    return jnp.matmul(chosen_RxE, b_ExF, precision="highest")
 
 
 def block_rows(rows: int, experts: int) -> int:
@@ -93,8 +171,7 @@ def _gradients(weights: MLPWeights, x_RxD, kept: Hidden, dy_RxD, dot=jnp.matmul,
 
 
 @jax.custom_vjp
-def unrolled(x_XxExRxD, weights: MLPWeights):
-    """Applies expert e to x[:, e]; each expert's products are compiled separately."""
+def _unrolled(x_XxExRxD, weights: MLPWeights):
     return _unrolled_forward(x_XxExRxD, weights)[0]
 
 
@@ -124,7 +201,7 @@ def _unrolled_backward(residuals, dy_XxExRxD):
     return _join(inputs, 1), jax.tree.map(lambda *parts: _join(list(parts), 0), *gradients)
 
 
-unrolled.defvjp(_unrolled_forward, _unrolled_backward)
+_unrolled.defvjp(_unrolled_forward, _unrolled_backward)
 
 
 class Blocks(NamedTuple):
@@ -166,10 +243,20 @@ class Blocks(NamedTuple):
         """The product of each block with the weights of its expert, [P, Q, F]."""
         return _block_matmul(x_PxQxD, w_ExDxF, self.expert_P)
 
-    def biases(self, b_ExF: jax.Array) -> jax.Array:
-        """The bias of each block's expert, [P, 1, F]; its gradient has a fixed order of sums."""
-        chosen_PxE = jax.nn.one_hot(self.expert_P, len(b_ExF), dtype=b_ExF.dtype)
-        return jnp.matmul(chosen_PxE, b_ExF, precision="highest")[:, None]
+    def biases(self, b_ExF: jax.Array | None) -> jax.Array | None:
+        """The bias of each block's expert, [P, 1, F]."""
+        return None if b_ExF is None else biases_of(b_ExF, self.expert_P)[:, None]
+
+
+def padded(weights: MLPWeights, x_RxD, rows_E, expert_R) -> jax.Array:
+    """The `Kernel` in one product of equal blocks, to which runs are padded; for GPUs."""
+    blocks = Blocks.of(rows_E, expert_R)
+    with jax.named_scope("experts"):
+        b_in_Px1xF = blocks.biases(weights.b_in_F)
+        multiply = partial(blocks.matmul, blocks.filled(x_RxD))
+        kept = hidden(multiply, weights._replace(b_in_F=b_in_Px1xF))
+        y_PxQxD = blocks.matmul(activate(kept), weights.w_out_FxD)
+        return blocks.emptied(add_bias(y_PxQxD, blocks.biases(weights.b_out_D)))
 
 
 @jax.custom_vjp
@@ -204,9 +291,38 @@ _block_matmul.defvjp(
 )
 
 
+def blocked(weights: MLPWeights, x_RxD, rows_E, expert_R) -> jax.Array:
+    """The `Kernel` in a loop over experts, and one over blocks of their rows; for CPUs."""
+    del expert_R
+    return _block_loop(block_rows(len(x_RxD), len(rows_E)), x_RxD, rows_E, weights)
+
+
+def loop_over_blocks(apply: Callable, x_RxD: jax.Array, rows_E: jax.Array) -> jax.Array:
+    """Like a `Kernel`, in one loop over the blocks of all experts' rows; it has no derivative.
+
+    Args:
+      apply: applies expert e to rows, `apply(e, x_RxD)`.
+      x_RxD, rows_E: as for a `Kernel`.
+    """
+    block = block_rows(len(x_RxD), len(rows_E))
+    blocks_E = -(-rows_E // block)
+    ends_E, starts_E = jnp.cumsum(blocks_E), jnp.cumsum(rows_E) - rows_E
+    x_QxD = jnp.pad(x_RxD, ((0, block), (0, 0)))
+
+    def multiply(i, y_QxD):
+        e = jnp.searchsorted(ends_E, i, side="right")
+        start = starts_E[e] + (i - ends_E[e] + blocks_E[e]) * block
+        y = apply(e, slice_rows(x_QxD, start, block))
+        return jax.lax.dynamic_update_slice_in_dim(y_QxD, y, start, 0)
+
+    with jax.named_scope("experts"):
+        # A run's last block reaches into the next run, which is written later.
+        y_QxD = jax.lax.fori_loop(0, ends_E[-1], multiply, jnp.zeros_like(x_QxD))
+    return first_rows(y_QxD[: len(x_RxD)], rows_E.sum())
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def block_loop(block: int, x_RxD, rows_E, weights: MLPWeights):
-    """Applies experts to sorted rows, in a loop over experts and one over blocks of their runs."""
+def _block_loop(block: int, x_RxD, rows_E, weights: MLPWeights):
     return _block_loop_forward(block, x_RxD, rows_E, weights)[0]
 
 
@@ -274,4 +390,4 @@ def _block_loop_backward(block: int, saved, dy_RxD):
     return dx_QxD[: len(dy_RxD)], None, gradients
 
 
-block_loop.defvjp(_block_loop_forward, _block_loop_backward)
+_block_loop.defvjp(_block_loop_forward, _block_loop_backward)

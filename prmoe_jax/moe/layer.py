@@ -1,21 +1,23 @@
 """The MoE layer: route, dispatch, experts, combine, and the residual branch beside them."""
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from prmoe_jax.config.schema import ModelConfig, MoeConfig
+from prmoe_jax.config.routers import capacity
+from prmoe_jax.config.schema import AUTO, ExecutionConfig, ModelConfig, MoeConfig
 from prmoe_jax.moe import dispatch, exchange
 from prmoe_jax.moe.exchange import ExpertParallel, mark_varying
-from prmoe_jax.moe.experts import Experts, OutputNorms
-from prmoe_jax.moe.routing import RouterMetrics, Routing, capacity, route
+from prmoe_jax.moe.experts import Experts, Local
+from prmoe_jax.moe.routing import RouterMetrics, Routing, route
 from prmoe_jax.nn import remat
-from prmoe_jax.nn.mlp import MLP, broadcast
+from prmoe_jax.nn.mlp import MLP, MLPShape, broadcast
 from prmoe_jax.parallel import sharding
-from prmoe_jax.parallel.mesh import batch_axes, expert_axes, platform, splits_experts
+from prmoe_jax.parallel.axes import batch_axes, expert_axes, platform, splits_experts
 
 
 class MoE(nnx.Module):
@@ -29,24 +31,22 @@ class MoE(nnx.Module):
 
     def __init__(self, experts: int, model: ModelConfig, moe: MoeConfig, key: jax.Array):
         keys = jax.random.split(key, 5)
-        d_model, form = model.d_model, model.form
-        stds = model.init_std, model.output_std
-        parts = {"gated": form.activation == "swiglu", "biases": form.biases == "all"}
+        d_model = model.d_model
         # Router and coefficient start as torch.nn.Linear does by default, as in DeepSpeed.
         bound = d_model**-0.5
 
         def uniform(key, *dims):
             return nnx.Param(jax.random.uniform(key, dims, minval=-bound, maxval=bound))
 
-        self.top_k, self.moe, self.residual_mix = model.top_k, moe, form.residual_mix
+        self.top_k, self.moe, self.residual_mix = model.top_k, moe, model.residual_mix
         self.normalize = model.normalizes
         self.w_router = uniform(keys[0], d_model, experts)
         tied = moe.expert_init == "tied"
-        self.experts = Experts(experts, d_model, model.expert_width, *stds, keys[1], tied, **parts)
-        mlp = d_model, model.residual_width, *stds, keys[1] if tied else keys[2]
-        self.mlp = MLP.drawn(*mlp, **parts) if model.residual else None
-        learned = model.residual and form.residual_mix == "learned"
-        gated = model.residual and form.residual_mix == "sigmoid"
+        self.experts = Experts(experts, MLPShape.of(model, model.expert_width), keys[1], tied)
+        shape = MLPShape.of(model, model.residual_width)
+        self.mlp = MLP.drawn(shape, keys[1] if tied else keys[2]) if model.residual else None
+        learned = model.residual and model.residual_mix == "learned"
+        gated = model.residual and model.residual_mix == "sigmoid"
         self.w_mix = uniform(keys[3], d_model, 2) if learned else None
         self.b_mix = uniform(keys[4], 2) if learned else None
         self.w_shared = uniform(keys[3], d_model) if gated else None
@@ -59,6 +59,7 @@ class MoE(nnx.Module):
         valid_BxL: jax.Array,
         keys_B: jax.Array | None = None,
         split: bool = False,
+        execution: ExecutionConfig = AUTO,
     ) -> tuple[jax.Array, RouterMetrics]:
         """Returns the layer's output, with x's shape and dtype, and the router's statistics.
 
@@ -67,8 +68,9 @@ class MoE(nnx.Module):
           valid_BxL: False for padding, which is not routed.
           keys_B: one key per sequence in training, None in evaluation.
           split: whether the devices of `fsdp_experts` hold parts of the experts.
+          execution: how tokens are brought to their experts.
         """
-        y_BxLxD, kept_BxL, metrics = self._spread(x_BxLxD, valid_BxL, keys_B, split)
+        y_BxLxD, kept_BxL, metrics = self._spread(x_BxLxD, valid_BxL, keys_B, split, execution)
         if self.mlp is None:
             return y_BxLxD, metrics
 
@@ -110,10 +112,12 @@ class MoE(nnx.Module):
           x_BxLxD, valid_BxL: as for a call.
         """
         parts = {"w_router": self.w_router, "bias_router": self.bias_router}
-        norms = []
+        experts, norms = Local(self.experts), []
         for first in range(0, self.experts.count, x_BxLxD.shape[-1]):
-            parts["experts"] = OutputNorms(self.experts, first)
-            norm_BxLxD, _, _ = self._routed(parts, x_BxLxD, valid_BxL, None)
+            measure = partial(_norms_in_columns, first)
+            norm_BxLxD, _, _ = self._routed(
+                parts, experts, "auto", x_BxLxD, valid_BxL, None, measure
+            )
             if self.mlp is not None:
                 norm_BxLxD = norm_BxLxD * self._mix(x_BxLxD)[..., :1]
             norms.append(norm_BxLxD.astype(jnp.float32).sum((0, 1)))
@@ -130,13 +134,15 @@ class MoE(nnx.Module):
             return length  # nothing is dropped, so groups make no difference
         return tokens
 
-    def _spread(self, x_BxLxD, valid_BxL, keys_B, split):
+    def _spread(self, x_BxLxD, valid_BxL, keys_B, split, execution):
         """Calls `_routed`; on a mesh, each device does so for its own rows."""
         names = "w_router", "bias_router", "experts"
         parts = {name: getattr(self, name) for name in names}
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty:
-            return self._routed(parts, x_BxLxD, valid_BxL, keys_B)
+            return self._routed(
+                parts, Local(self.experts), execution.dispatch, x_BxLxD, valid_BxL, keys_B
+            )
         axes = batch_axes(mesh)
         rows = PartitionSpec(axes)
         places = sharding.specs(parts, mesh, in_use=True)
@@ -145,31 +151,25 @@ class MoE(nnx.Module):
 
         def local(parts, *inputs):
             parts = mark_varying(parts, axes)
-            parts["experts"] = sharding.all_gather_experts(
-                parts["experts"], places["experts"], x_BxLxD.dtype
-            )
+            held = parts["experts"], places["experts"], x_BxLxD.dtype
+            experts = Local(sharding.all_gather_experts(*held))
             if splits_experts(mesh):
-                parts["experts"] = ExpertParallel(
-                    parts["experts"],
-                    expert_axes(mesh, self.experts.count),
-                    exchange.resolve(self.moe.exchange, mesh),
-                    self.moe.buffer_factor,
+                experts = ExpertParallel(
+                    experts.experts,
+                    expert_axes(mesh, experts.count),
+                    exchange.resolve(execution.exchange, mesh),
+                    execution.buffer_factor,
                 )
-            y_BxLxD, kept_BxL, metrics = self._routed(parts, *inputs)
+            y_BxLxD, kept_BxL, metrics = self._routed(parts, experts, execution.dispatch, *inputs)
             return y_BxLxD, kept_BxL, jax.lax.psum(mark_varying(metrics, axes), axes)
 
         return jax.shard_map(
             local,
-            in_specs=(
-                places,
-                rows,
-                rows,
-                keys_B if keys_B is None else rows,
-            ),
+            in_specs=(places, rows, rows, None if keys_B is None else rows),
             out_specs=(rows, rows, PartitionSpec()),
         )(parts, x_BxLxD, valid_BxL, keys_B)
 
-    def _routed(self, parts: dict, x_BxLxD, valid_BxL, keys_B):
+    def _routed(self, parts: dict, experts, by: str, x_BxLxD, valid_BxL, keys_B, measure=None):
         """Returns the experts' output, which tokens were kept, and the router's statistics."""
         batch, length, width = x_BxLxD.shape
         capacity_factor = self._capacity_factor(keys_B)
@@ -186,13 +186,16 @@ class MoE(nnx.Module):
 
         with jax.named_scope("routing"):
             routing, metrics, slots = self._route(parts, x_GxSxD, valid_GxS, keys_G)
-        experts, top_k = parts["experts"], routing.expert_GxSxK.shape[-1]
-        spread = isinstance(experts, ExpertParallel)
-        few = experts.are_few(batch * length) if spread else batch * length * top_k <= experts.count
-        name = dispatch.resolve(self.moe.dispatch, platform())
-        backend = dispatch.backend(name, math.isinf(capacity_factor), few)
+        dropless, top_k = math.isinf(capacity_factor), routing.expert_GxSxK.shape[-1]
+        chosen = by == "auto" and dropless and not measure
         with jax.named_scope("dispatch"):
-            y_GxSxD, rounds = backend(x_GxSxD, routing, experts, slots)
+            if chosen and experts.are_few(batch * length, top_k):
+                y_GxSxD, rounds = dispatch.few_through_experts(x_GxSxD, routing, experts), 0
+            else:
+                name = dispatch.resolve(by, platform(), dropless)
+                y_GxSxD, rounds = dispatch.through_experts(
+                    name, x_GxSxD, routing, experts, slots, measure
+                )
         metrics = metrics._replace(rounds=rounds * metrics.tokens)
         kept_BxL = routing.kept_GxSxK.any(-1).reshape(batch, length)
         return y_GxSxD.reshape(x_BxLxD.shape), kept_BxL, metrics
@@ -230,6 +233,12 @@ class MoE(nnx.Module):
             return jnp.stack([jnp.ones_like(shared_BxL), shared_BxL], -1)
         weight = {"sum": 1.0, "half": 0.5}[self.residual_mix]
         return jnp.full((*x_BxLxD.shape[:-1], 2), weight)
+
+
+def _norms_in_columns(first: int, y_RxD: jax.Array, expert_R: jax.Array) -> jax.Array:
+    """The norm of each output, in column d of D if the output is that of expert `first + d`."""
+    norm_Rx1 = jnp.linalg.norm(y_RxD.astype(jnp.float32), axis=-1, keepdims=True)
+    return norm_Rx1 * jax.nn.one_hot(expert_R - first, y_RxD.shape[-1])
 
 
 def _jitter(x_SxD: jax.Array, key: jax.Array) -> jax.Array:

@@ -22,7 +22,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 from prmoe_jax.moe.kernels import alike, first_rows
 from prmoe_jax.nn import remat
-from prmoe_jax.parallel.mesh import platform
+from prmoe_jax.parallel.axes import platform
 
 TILE_ROWS, TILE = 8, 8 * 128  # rows and numbers of a TPU's tile
 

@@ -6,12 +6,10 @@ take no capacity and count in no statistic; evaluation is deterministic, and cau
 expert choice or overflow by probability.
 """
 
-import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from prmoe_jax.config.schema import MoeConfig
 
@@ -45,18 +43,6 @@ class RouterMetrics(NamedTuple):
     prob_E: jax.Array | None = None  # summed over tokens; only with `moe.balance=batch`
 
 
-def capacity(tokens: int, experts: int, capacity_factor: float, top_k: int, minimum: int) -> int:
-    """Slots of an expert for a group of `tokens`: max(ceil(S/E · factor · k), minimum).
-
-    It is computed in float32 as in DeepSpeed (100 tokens, 4 experts and factor 1.2 make 31), and
-    never exceeds S, since a token chooses an expert at most once. An infinite factor gives S.
-    """
-    if math.isinf(capacity_factor):
-        return tokens
-    slots = math.ceil(np.float32(tokens / experts) * np.float32(capacity_factor * top_k))
-    return min(max(slots, minimum), tokens)
-
-
 def route(
     logits_GxSxE: jax.Array,
     valid_GxS: jax.Array,
@@ -85,22 +71,39 @@ def route(
       The decision, in arrays [G, S, K], and its statistics. K is `top_k`, or with expert choice the
       number of experts E.
     """
-    experts = logits_GxSxE.shape[-1]
     probs_GxSxE = jax.nn.softmax(logits_GxSxE)
     if moe.scores == "sigmoid":
         probs_GxSxE = jax.nn.sigmoid(logits_GxSxE)
         # As logits of a softmax, these make the scores' shares of their sum.
         logits_GxSxE = jax.nn.log_sigmoid(logits_GxSxE)
-    if moe.router == "expert_choice":
-        routing = _experts_choose(probs_GxSxE, valid_GxS, slots)
-        return routing, _measure_expert_choice(routing, logits_GxSxE, valid_GxS)
+    normalize = top_k > 1 if normalize is None else normalize
+    rules = Rules(moe, top_k, slots, normalize, bias_E, keys_G)
+    return DECIDE[moe.router](logits_GxSxE, probs_GxSxE, valid_GxS, rules)
 
+
+class Rules(NamedTuple):
+    """What a router decides by, beside the scores."""
+
+    moe: MoeConfig
+    top_k: int
+    slots: int
+    normalize: bool
+    bias_E: jax.Array | None
+    keys_G: jax.Array | None
+
+
+def _tokens_choose(
+    logits_GxSxE, probs_GxSxE, valid_GxS, rules: Rules
+) -> tuple[Routing, RouterMetrics]:
+    """Each token chooses its top k experts, which keep as many tokens as they have slots."""
+    moe, top_k, slots, normalize, bias_E, keys_G = rules
     keys = {}
     if keys_G is not None:
         names = "rsample", "second", "random"
         split_GxN = jax.vmap(lambda key: jax.random.split(key, len(names)))(keys_G)
         keys = {name: split_GxN[:, i] for i, name in enumerate(names)}
     expert_GxSxK = _choose(logits_GxSxE, probs_GxSxE, moe, top_k, bias_E, keys)
+    experts = logits_GxSxE.shape[-1]
     choice_GxSxKxE = jax.nn.one_hot(expert_GxSxK, experts) * valid_GxS[..., None, None]
     prob_GxSxK = (probs_GxSxE[:, :, None] * choice_GxSxKxE).sum(-1)
 
@@ -115,7 +118,7 @@ def route(
     slot_GxSxK, kept_GxSxK = assign(choice_GxSxKxE, slots, priority_GxSxK, firsts_first)
 
     weight_GxSxK = prob_GxSxK * kept_GxSxK
-    if top_k > 1 if normalize is None else normalize:  # after dropping: a lone survivor has 1
+    if normalize:  # after dropping: a lone survivor has 1
         if moe.scores == "sigmoid":
             # From logarithms, since all scores may be too small for float32, which no share is.
             log_GxSxK = (logits_GxSxE[:, :, None] * choice_GxSxKxE).sum(-1)
@@ -206,20 +209,28 @@ def _choose(logits_GxSxE, probs_GxSxE, moe: MoeConfig, top_k: int, bias_E, keys)
     return jnp.stack([first_GxS, second_GxS], axis=-1)
 
 
-def _experts_choose(probs_GxSxE, valid_GxS, slots: int) -> Routing:
+def _experts_choose(
+    logits_GxSxE, probs_GxSxE, valid_GxS, rules: Rules
+) -> tuple[Routing, RouterMetrics]:
     """Each expert takes the C tokens of highest probability (Zhou et al., arXiv 2202.09368).
 
     The result has E choices per token, and keeps those by the experts that took the token.
     """
     groups, tokens, experts = probs_GxSxE.shape
     wanted_GxExS = jnp.where(valid_GxS[..., None], probs_GxSxE, -1).swapaxes(1, 2)
-    token_GxExC = jax.lax.top_k(wanted_GxExS, slots)[1]
+    token_GxExC = jax.lax.top_k(wanted_GxExS, rules.slots)[1]
     group, expert = jnp.arange(groups)[:, None, None], jnp.arange(experts)[:, None]
     slot_GxSxE = jnp.full((groups, tokens, experts), -1, jnp.int32)
-    slot_GxSxE = slot_GxSxE.at[group, token_GxExC, expert].set(jnp.arange(slots))
+    slot_GxSxE = slot_GxSxE.at[group, token_GxExC, expert].set(jnp.arange(rules.slots))
     kept_GxSxE = (slot_GxSxE >= 0) & valid_GxS[..., None]
     expert_GxSxE = jnp.broadcast_to(jnp.arange(experts), kept_GxSxE.shape)
-    return Routing(expert_GxSxE, slot_GxSxE, kept_GxSxE, probs_GxSxE * kept_GxSxE)
+    routing = Routing(expert_GxSxE, slot_GxSxE, kept_GxSxE, probs_GxSxE * kept_GxSxE)
+    return routing, _measure_expert_choice(routing, logits_GxSxE, valid_GxS)
+
+
+# What each of `config.routers.ROUTERS` computes: a function of the scores as logits [G, S, E] and
+# as weights [G, S, E], the tokens that are not padding [G, S], and the rules.
+DECIDE = {"token_choice": _tokens_choose, "expert_choice": _experts_choose}
 
 
 def _measure(routing: Routing, choice_GxSxKxE, logits_GxSxE, valid_GxS) -> RouterMetrics:

@@ -7,7 +7,7 @@ EXCHANGED = "exchanged"  # received from other devices
 PRODUCT = "product"  # result of a matrix product or an attention kernel
 
 _named = jax.checkpoint_policies.save_only_these_names
-# `model.remat` -> the values that are kept; all others are computed again.
+# `execution.remat` -> the values that are kept; all others are computed again.
 POLICIES = {"dots": _named(PRODUCT, EXCHANGED), "full": _named(EXCHANGED)}
 
 

@@ -1,30 +1,4 @@
-"""The device mesh: its axes, their sizes, and the parameters that each axis splits.
-
-Each axis with the parameters that it splits, outermost first; devices of the innermost axis are
-neighbours:
-
-  data      none: its devices are replicas
-  fsdp      parameters outside the experts (ZeRO-3)
-  fsdp_experts
-            all parameters (ZeRO-3); only where `mesh.fsdp_experts` asks for it
-  expert_N  experts, from several axes with numbers N; expert_0 is the innermost. A layer with
-            fewer experts than devices uses only the inner axes
-  slice     the hidden units of every expert, so that there may be more devices than experts
-  tensor    attention heads, hidden units and vocabulary
-
-All axes but `tensor` split the batch. FSDP splits parameters outside the experts over all axes but
-`data`, `tensor` and those that cross slices; if these are several, and all that a slice has, over
-all but the smallest.
-
-The devices may form several slices of a pod (`mesh.slices`; unrelated to the axis `slice`), which
-only the data-centre network links. Then there are axes that cross slices, outside all others:
-
-  data_across      none: the part of `mesh.data` in different slices
-  expert_across_N  experts, only if `moe.exchange=hierarchical` asks for it
-
-All other axes stay inside a slice. Unless experts cross slices, the data-centre network carries
-nothing but sums of gradients and of statistics.
-"""
+"""Which mesh a run has: its sizes, given or suggested, and whether a config fits them."""
 
 import dataclasses
 import itertools
@@ -36,10 +10,11 @@ from collections.abc import Iterator, Mapping, Sequence
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from prmoe_jax.config.schema import Config, MeshConfig, group_rows
 from prmoe_jax.errors import UserError
+from prmoe_jax.parallel.axes import crosses_slices
 
 log = logging.getLogger(__name__)
 
@@ -94,8 +69,8 @@ def has_own_mesh(config: Config) -> bool:
 
 def with_mesh(config: Config, mesh: MeshConfig | None = None) -> Config:
     """The config on another mesh, by default of one device, with an exchange that suits any."""
-    moe = dataclasses.replace(config.moe, exchange="auto")
-    return dataclasses.replace(config, mesh=mesh or MeshConfig(), moe=moe)
+    execution = dataclasses.replace(config.execution, exchange="auto")
+    return dataclasses.replace(config, mesh=mesh or MeshConfig(), execution=execution)
 
 
 def on_slices(config: Config, devices: Sequence[jax.Device] | None = None) -> Config:
@@ -153,19 +128,6 @@ def flags(mesh: MeshConfig) -> str:
     """The command-line flags of a mesh: '--config.mesh.data=8 --config.mesh.fsdp=16'."""
     sizes = dataclasses.asdict(mesh).items()
     return " ".join(f"--config.mesh.{name}={size}" for name, size in sizes if size > 1)
-
-
-def platform() -> str:
-    """The platform that code is traced for: that of the mesh in use, or JAX's default."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return device.platform if device else jax.default_backend()
-
-
-def splits_experts(mesh: Mesh | AbstractMesh) -> bool:
-    """Whether a layer's experts, or parts of them, are on several devices."""
-    alike = "data_across", "data", "fsdp", "fsdp_experts"
-    replicas = [size for name, size in mesh.shape.items() if name in alike]
-    return math.prod(replicas) < mesh.size
 
 
 def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -231,11 +193,6 @@ def axis_sizes(config: Config, devices: int) -> dict[str, int]:
     }
 
 
-def crosses_slices(axis: str) -> bool:
-    """Whether an axis of the mesh crosses slices."""
-    return "_across" in axis
-
-
 def _slices_of_experts(config: Config, sizes: Mapping[str, int], devices: int) -> int:
     """The number of slices over which experts are spread; 1 unless the config asks for more.
 
@@ -250,13 +207,13 @@ def _slices_of_experts(config: Config, sizes: Mapping[str, int], devices: int) -
     slices, expert = config.mesh.slices or 1, sizes["expert"]
     across = slices // math.gcd(slices, sizes["data"])
     inner = 1 if expert % across else expert // across
-    hierarchical = config.moe.exchange == "hierarchical" and config.mesh.expert_inner == inner
+    hierarchical = config.execution.exchange == "hierarchical" and config.mesh.expert_inner == inner
     if across == 1 or (hierarchical and inner > 1):
         return across
     fix = f"use sizes whose product divides {devices}"
     if inner > 1:
         fix += (
-            ", or, for experts across slices, moe.exchange=hierarchical with "
+            ", or, for experts across slices, execution.exchange=hierarchical with "
             f"mesh.expert_inner={inner}"
         )
     within = {name: size for name, size in sizes.items() if name != "data" and size > 1}
@@ -321,7 +278,7 @@ def suggest_mesh(
     inner = 1
     if expert == devices // slices:
         # Two expert axes instead of one for a whole slice, so that FSDP can leave out the smaller.
-        most = min(FSDP_DEVICES, expert - (config.moe.exchange == "hierarchical"))
+        most = min(FSDP_DEVICES, expert - (config.execution.exchange == "hierarchical"))
         fits = (d for d in _divisors(expert) if not _problem(counts, expert, d))
         inner = max((d for d in fits if d <= most), default=1)
     data = slices * rest // fsdp
@@ -377,10 +334,10 @@ def _expert_factors(config: Config, expert: int, inner: int, devices: int) -> li
         works = next(d for d in divisors if not _problem(counts, d, 1))
         fix = f"mesh.expert={works}"
         if works == expert:
-            staged = config.moe.exchange == "hierarchical"
+            staged = config.execution.exchange == "hierarchical"
             fits = (d for d in divisors if not _problem(counts, expert, d))
             found = next((d for d in fits if not (staged and d in (1, expert))), None)
-            fix = f"mesh.expert_inner={found}" if found else "moe.exchange=auto"
+            fix = f"mesh.expert_inner={found}" if found else "execution.exchange=auto"
         raise UserError(f"mesh.expert={expert}: {problem}; use {fix}")
     degrees = sorted({1, inner, *(math.gcd(count, expert) for count in counts)})
     return [large // small for small, large in itertools.pairwise(degrees)] or [1]
@@ -437,13 +394,13 @@ def check_splits(config: Config, sizes: Mapping[str, int]) -> None:
             f"model.d_model={model.d_model} is not divisible by mesh.fsdp_experts={gathered}; use "
             f"{math.gcd(model.d_model, gathered)} of them"
         )
-    if config.moe.exchange == "coordinated" and tensor == 1:
-        raise UserError("moe.exchange=coordinated has no effect with mesh.tensor=1; use auto")
+    if config.execution.exchange == "coordinated" and tensor == 1:
+        raise UserError("execution.exchange=coordinated has no effect with mesh.tensor=1; use auto")
     inner = config.mesh.expert_inner
-    if config.moe.exchange == "hierarchical" and inner in (1, sizes.get("expert")):
+    if config.execution.exchange == "hierarchical" and inner in (1, sizes.get("expert")):
         raise UserError(
-            f"moe.exchange=hierarchical needs mesh.expert_inner above 1 and below mesh.expert, not "
-            f"{inner}: the devices of its inner stage (those of one host, say)"
+            "execution.exchange=hierarchical needs mesh.expert_inner above 1 and below "
+            f"mesh.expert, not {inner}: the devices of its inner stage (those of one host, say)"
         )
 
 
@@ -482,45 +439,3 @@ def check_teacher_fits(teacher: Config, student: Config, mesh: Mesh | AbstractMe
         check_batch(taught, mesh.size // mesh.shape["tensor"])
     except UserError as error:
         raise UserError(f"the teacher, on its student's mesh and batches: {error}") from None
-
-
-def batch_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
-    """The axes that split a batch."""
-    return tuple(name for name in mesh.axis_names if name != "tensor")
-
-
-def expert_axes(mesh: Mesh | AbstractMesh, experts: int) -> tuple[str, ...]:
-    """The axes over which a layer's experts are spread, outermost first."""
-    axes, degree = [], 1
-    for name in reversed([name for name in mesh.axis_names if name.startswith("expert")]):
-        degree *= mesh.shape[name]
-        if experts % degree:
-            break
-        axes.insert(0, name)
-    return tuple(axes)
-
-
-def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
-    """The indices, in ascending order, of the batch rows that this process's devices hold."""
-    places = _rows(mesh).addressable_devices_indices_map((batch_size,))
-    return sorted({row for (part,) in places.values() for row in range(batch_size)[part]})
-
-
-def split_batch(batch, mesh: Mesh, batch_size: int):
-    """Makes global arrays of `batch_size` rows from the `local_rows` of each process."""
-
-    def place(x):
-        x = np.asarray(x)
-        shape = batch_size, *x.shape[1:]
-        return jax.make_array_from_process_local_data(_rows(mesh), x, shape)
-
-    return jax.tree.map(place, batch)
-
-
-def _rows(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, PartitionSpec(batch_axes(mesh)))
-
-
-def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding with the whole array on every device."""
-    return NamedSharding(mesh, PartitionSpec())

@@ -12,11 +12,13 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 import jax
 from jax._src import distributed  # the store has no public name
@@ -50,7 +52,7 @@ def initialize_distributed() -> Iterator[None]:
       UserError: the run's processes are unknown, or don't find each other.
     """
     arguments = _arguments()
-    _keep_standard_output()
+    _keep_output_ours()
     _end_in_one_line_on_abort()
     advice = f"start it on a TPU pod, under SLURM or on GKE, or give {', '.join(VARIABLES)}"
     unknown = "--distributed: the processes of this run were not found"
@@ -60,7 +62,6 @@ def initialize_distributed() -> Iterator[None]:
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             initialization_timeout=JOIN_SECONDS,
         )
-    _joined.set()
     errors.on_failure.append(_tell_others)
     watch = threading.Thread(target=_watch, daemon=True)
     watch.start()
@@ -277,7 +278,7 @@ def _wait(folder: str, count: int) -> dict[str, str]:
 # --- How they end
 
 _AGAIN = "start the run again to resume it"
-_joined, _finished = threading.Event(), threading.Event()
+_finished = threading.Event()
 _ending = threading.Lock()  # held by the thread that ends this process
 
 
@@ -329,34 +330,73 @@ def _leave(code: int, others_must_read: bool = True) -> None:
     os._exit(code)
 
 
-def _keep_standard_output() -> None:
-    """Sends what libraries print to standard output to standard error instead.
+def _keep_output_ours() -> None:
+    """Separates the output of libraries from ours.
 
-    Gloo, which runs collectives on CPUs, prints a greeting there, where --json must print only
-    JSON.
+    Gloo, which runs collectives on CPUs, prints a greeting to standard output, where --json must
+    print only JSON; it is sent to standard error. Standard error of compiled code goes to a file,
+    from which `_aborted` reads why JAX ends this process.
     """
+    global _native, error_descriptor
     sys.stdout.flush()
-    output = os.dup(1)
+    sys.stderr.flush()
+    encoding = {"buffering": 1, "encoding": sys.stderr.encoding, "errors": "backslashreplace"}
+    output, error = os.dup(1), os.dup(2)
+    error_descriptor = error
     os.dup2(2, 1)
-    sys.stdout = open(output, "w", 1, sys.stdout.encoding, "backslashreplace")  # noqa: SIM115
+    _native = tempfile.TemporaryFile()  # noqa: SIM115, as long as the process
+    os.dup2(_native.fileno(), 2)
+    sys.stdout, sys.stderr = open(output, "w", **encoding), open(error, "w", **encoding)  # noqa: SIM115
+
+
+_native: IO | None = None  # the file with compiled code's standard error
+error_descriptor = 2  # of standard error, also where Python's own stream has been replaced
+_ABORT = ctypes.CFUNCTYPE(None, ctypes.c_int)
 
 
 def _end_in_one_line_on_abort() -> None:
-    """Adds a line to the stack trace of abort(), by which JAX ends a process that lost another."""
+    """Handles abort(), by which JAX ends a process that lost another, after a C++ stack trace."""
     signal_of_libc = ctypes.CDLL(None).signal
     signal_of_libc.restype = ctypes.c_void_p
     signal_of_libc(int(signal.SIGABRT), _aborted)
 
 
-@ctypes.CFUNCTYPE(None, ctypes.c_int)
+@_ABORT
 def _aborted(number: int) -> None:
     """Runs inside abort(), on the thread that called it, where the store can't be used."""
-    if _joined.is_set():
-        line = f"another process of this run was lost, or a library failed, as told above; {_AGAIN}"
-    else:
-        line = (
-            f"the {os.environ.get(VARIABLES[1], 'all')} processes of this run did not find each "
-            f"other within {JOIN_SECONDS} s; see whether each was started, what it printed, and "
-            f"that {VARIABLES[0]} is the same everywhere and can be reached"
+    _end(*explain(_native_text()), others_must_read=False)
+
+
+def _native_text() -> str:
+    """The end of what compiled code has printed."""
+    _native.flush()
+    last, most = os.fstat(_native.fileno()).st_size, 1 << 20
+    return os.pread(_native.fileno(), most, max(0, last - most)).decode(errors="replace")
+
+
+def explain(text: str) -> tuple[str, int]:
+    """Returns one line on why JAX aborted, from the text that it printed, and the exit code."""
+    silent = re.search(r"stopped sending heartbeats\):\s*([\d,\s]*\d)", text)
+    if silent:
+        numbers = re.findall(r"\d+", silent[1])
+        if str(_number()) in numbers:
+            why = f"nothing was heard of it for {HEARTBEAT_SECONDS} s"
+            return f"the other processes of this run ended without this one: {why}; {_AGAIN}", 1
+        who = f"process{'es' * (len(numbers) > 1)} {', '.join(numbers)}"
+        why = f"nothing was heard of {who} for {HEARTBEAT_SECONDS} s"
+        return f"another process of this run was lost: {why}; {_AGAIN}", 1
+    if "RegisterTask" in text or "Barrier timed out" in text and "REGISTER" in text.upper():
+        count = os.environ.get(VARIABLES[1], "all")
+        return (
+            f"the {count} processes of this run did not find each other within {JOIN_SECONDS} s; "
+            f"see whether each was started, what it printed, and that {VARIABLES[0]} is the same "
+            "everywhere and can be reached",
+            1,
         )
-    _end(line, 1, others_must_read=False)
+    if "UNAVAILABLE" in text or "DEADLINE_EXCEEDED" in text:
+        return f"another process of this run was lost: process 0 cannot be reached; {_AGAIN}", 1
+    path = Path(tempfile.gettempdir()) / f"prmoe-abort-{os.getpid()}.txt"
+    with contextlib.suppress(UserError):
+        files.replace(path, text)
+    reason = next((line for line in text.splitlines() if line.startswith("F")), "without a word")
+    return f"internal error: a library aborted: {reason[:200]}; all it printed is in {path}", 1

@@ -10,7 +10,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from prmoe_jax.nn.parameters import declaration, map_named
 from prmoe_jax.nn.quantized import QuantizedWeight
-from prmoe_jax.parallel.mesh import batch_axes, crosses_slices, expert_axes
+from prmoe_jax.parallel.axes import batch_axes, crosses_slices, expert_axes
 
 
 def spec(

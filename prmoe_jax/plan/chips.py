@@ -15,7 +15,7 @@ from prmoe_jax.run.metrics import PEAK_FLOPS
 class Chip(NamedTuple):
     """The data sheet of one device, as far as a plan needs it.
 
-    A device is a chip. Only a TPU7x chip is two devices, each with half of what the chip has.
+    A device is a chip, but for TPU7x: each chip is two devices with half of what it has.
     """
 
     platform: str  # tpu | gpu
@@ -118,11 +118,7 @@ def several(chip: str) -> tuple[int, str]:
 
 
 def chip_of(topology: str) -> Chip:
-    """The chip of a topology such as 'v5p:4x4x8', or '2xv5p:4x4x8' for two such slices.
-
-    Raises:
-      UserError: the topology is unknown, or larger than any pod.
-    """
+    """The chip of a topology such as 'v5p:4x4x8', or '2xv5p:4x4x8' for two such slices."""
     chip, _, shape = topology.partition(":")
     slices, name = several(chip)
     dimensions = SLICES[name][0].count("x") + 1 if name in CHIPS else 0
@@ -170,11 +166,7 @@ def unit(topology: str) -> str:
 
 
 def topology_devices(topology: str) -> tuple[Chip, list]:
-    """The chip and the devices of a topology, which need no hardware.
-
-    Raises:
-      UserError: the topology is unknown or no slice of a pod, or the compiler is not installed.
-    """
+    """The chip and the devices of a topology, which need no hardware."""
     chip = chip_of(topology)
     prefix, _, shape = topology.partition(":")
     slices, name = several(prefix)

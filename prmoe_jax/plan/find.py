@@ -58,9 +58,9 @@ def fit(
     slices = slice_shapes(topology.partition(":")[0])
     larger = [other for other in slices if device_count(other) > devices]
     search.config = with_mesh(search.config, MeshConfig(slices=config.mesh.slices))
-    if config.moe.exchange == "flat":  # it suits every mesh
-        moe = dataclasses.replace(search.config.moe, exchange="flat")
-        search.config = dataclasses.replace(search.config, moe=moe)
+    if config.execution.exchange == "flat":  # it suits every mesh
+        execution = dataclasses.replace(search.config.execution, exchange="flat")
+        search.config = dataclasses.replace(search.config, execution=execution)
     found = filter(None, map(search.first, [topology, *larger]))
     return result | {"instead": next(found, None), "tried": search.tried}
 
@@ -104,11 +104,7 @@ def find(
 
 
 def on_topology(config: Config, topology: str) -> Config:
-    """The config with `mesh.slices` as the topology has them, if it has several.
-
-    Raises:
-      UserError: the topology is unknown, or the config names another number of slices.
-    """
+    """The config with `mesh.slices` as the topology has them, if it has several."""
     on_tpus, asked = chip_of(topology).platform == "tpu", config.mesh.slices
     slices, _ = several(topology.partition(":")[0])
     if on_tpus and asked not in (0, slices):
@@ -133,7 +129,7 @@ class _Search:
         check_load(config, decode, load)
         self.config = decoding(config, decode) if decode else config
         self.decode, self.teacher, self.load = decode, teacher, load
-        self.exchange = config.moe.exchange  # as given; a search may have to change it
+        self.exchange = config.execution.exchange  # as given; a search may have to change it
         self.planned: set[tuple[str, MeshConfig, int]] = set()
         self.tried: list[tuple[str, str]] = []
         # What the last failed plan needed beside its state: bytes on all chips, times its portions.
@@ -176,8 +172,8 @@ class _Search:
         result = plan(config, topology, self.decode, teacher, self.load)
         if not has_own_mesh(self.config):
             result["flags"] = flags(config.mesh)
-            if config.moe.exchange != self.exchange:
-                result["flags"] += f" --config.moe.exchange={config.moe.exchange}"
+            if config.execution.exchange != self.exchange:
+                result["flags"] += f" --config.execution.exchange={config.execution.exchange}"
             if portions != self.config.train.accumulate:
                 result["flags"] += f" --config.train.accumulate={portions}"
         if not result["fits"]:

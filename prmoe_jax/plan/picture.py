@@ -41,12 +41,7 @@ HELD = {
 
 
 def check(path: Path) -> None:
-    """Raises the errors of `draw` early, before a plan is made.
-
-    Raises:
-      UserError: matplotlib is missing or does not support the format, or the folder can't be
-        written.
-    """
+    """Raises the errors of `draw` early, before a plan is made."""
     try:
         from matplotlib.backend_bases import FigureCanvasBase
     except ImportError:
@@ -69,9 +64,6 @@ def draw(plans: Sequence[tuple[str, dict]], path: Path) -> None:
     Args:
       plans: a label, unique for its topology, and the plan from `report.plan`.
       path: the picture's path, whose suffix gives the format.
-
-    Raises:
-      UserError: see `check`, or the file cannot be written.
     """
     check(path)
     import matplotlib

@@ -42,14 +42,8 @@ from prmoe_jax.moe.exchange import (
     resolve,
 )
 from prmoe_jax.parallel import sharding
-from prmoe_jax.parallel.mesh import (
-    batch_axes,
-    check_fits,
-    check_teacher_fits,
-    crosses_slices,
-    make_mesh,
-    on_slices,
-)
+from prmoe_jax.parallel.axes import batch_axes, crosses_slices
+from prmoe_jax.parallel.mesh import check_fits, check_teacher_fits, make_mesh, on_slices
 from prmoe_jax.plan.chips import Chip, topology_devices, unit
 from prmoe_jax.plan.collectives import (
     Collective,
@@ -234,11 +228,7 @@ def held_bytes(
 
 
 def decoding(config: Config, sequences: int) -> Config:
-    """The config with that many sequences as its batch, and without groups that limit routing.
-
-    Raises:
-      UserError: the run can't be decoded; see `check_runs_without_limit`.
-    """
+    """The config with that many sequences as its batch, and with moe.group_size=0."""
     check_runs_without_limit(config)
     train = dataclasses.replace(config.train, batch_size=sequences, accumulate=1)
     return dataclasses.replace(
@@ -247,11 +237,7 @@ def decoding(config: Config, sequences: int) -> Config:
 
 
 def check_load(config: Config, decode: int, load: float) -> None:
-    """Refuses a load that changes nothing on any mesh.
-
-    Raises:
-      UserError: there are no experts; or with a capacity, every device gets as many rows.
-    """
+    """Refuses a load that changes nothing on any mesh."""
     if load != 1 and not any(config.model.schedule.experts):
         raise UserError(f"--load={load:g} has no effect: the architecture is dense; leave it out")
     if load != 1 and not (decode or math.isinf(config.moe.capacity_factor)):
@@ -266,20 +252,20 @@ def _rounds(config: Config, mesh: Mesh, decode: int, load: float, pieces: bool) 
 
     Where pairs of devices exchange pieces of one size, `load` is that of the fullest pair.
     """
-    shape, moe = mesh.shape, config.moe
+    shape, execution = mesh.shape, config.execution
     tokens = config.train.batch_size * (1 if decode else config.model.length)
     tokens *= shape["tensor"] / mesh.size / config.train.accumulate  # on each device
     axes = tuple(name for name, size in shape.items() if name.startswith("expert") and size > 1)
     sizes = [shape[name] for name in axes]
     if not axes or decode and tokens * math.prod(sizes) * shape["slice"] <= FEW_TOKENS:
         return 1  # no rows are exchanged, or each device gets all tokens
-    rows, exchange = tokens * config.model.top_k, resolve(moe.exchange, mesh)
+    rows, exchange = tokens * config.model.top_k, resolve(execution.exchange, mesh)
     if exchange == "coordinated":
         rows /= shape["tensor"]
-    buffer = max(LEAST_ROWS, moe.buffer_factor * rows)
+    buffer = max(LEAST_ROWS, execution.buffer_factor * rows)
     if pieces:
         devices = max(sizes) if exchange == "hierarchical" else math.prod(sizes)
-        buffer = devices * piece_rows(math.ceil(rows), devices, moe.buffer_factor)
+        buffer = devices * piece_rows(math.ceil(rows), devices, execution.buffer_factor)
     return math.ceil(load * rows / buffer)
 
 
@@ -303,8 +289,8 @@ def _arguments(
         model = _teacher_shapes(_off_mesh(teacher))
         arguments.append(jax.tree.map(_place, model, sharding.shardings(model, mesh)))
     elif _cached(config):
-        likeliest = *shape, config.kd.top_k
-        recorded = (_rows(mesh, likeliest, dtype) for dtype in (jnp.int32, jnp.float32))
+        top_k = *shape, config.kd.top_k
+        recorded = (_rows(mesh, top_k, dtype) for dtype in (jnp.int32, jnp.float32))
         arguments[1] = batch._replace(teacher_top_k=TopKLogProbs(*recorded))
     return arguments
 
@@ -331,7 +317,9 @@ def _teacher_shapes(config: Config) -> Transformer:
 
 @functools.lru_cache(maxsize=4)
 def _decode_shapes(config: Config):
-    model = jax.eval_shape(lambda: Decoder(init_model(config), config.model.dtype))
+    model = jax.eval_shape(
+        lambda: Decoder(init_model(config), config.model.dtype, config.execution)
+    )
     batch, length = config.train.batch_size, config.model.length
     return model, jax.eval_shape(lambda: model.empty_cache(batch, length))
 

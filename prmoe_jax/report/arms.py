@@ -27,12 +27,10 @@ class Mean(NamedTuple):
 
 def mean(values: list[float]) -> Mean:
     """The mean of values, with a margin by Student's t."""
-    from scipy import stats
-
     if len(values) < 2:
         return Mean(values[0], math.nan)
-    t = float(stats.t.ppf(0.975, len(values) - 1))
-    return Mean(statistics.fmean(values), t * statistics.stdev(values) / len(values) ** 0.5)
+    error = statistics.stdev(values) / len(values) ** 0.5
+    return Mean(statistics.fmean(values), _quantile(0.975, len(values) - 1) * error)
 
 
 class Factor(NamedTuple):
@@ -59,9 +57,6 @@ def arms(records: list[dict], varying: Collection[str] = ()) -> dict[str, dict[i
     Args:
       records: records of a sweep.
       varying: settings in which runs of an arm may differ, besides the seed.
-
-    Raises:
-      UserError: two runs of an arm differ in more than that, or not in their seed.
     """
     found: dict[str, dict[int, dict]] = {}
     for record in records:
@@ -136,10 +131,10 @@ def equally_long(found: dict[str, dict[int, dict]]) -> tuple[int, dict[str, dict
 
 
 def base_of(arm: str, found: dict[str, dict[int, dict]], base: str) -> str | None:
-    """The arm with which an arm is compared: `base`, or its model's arm of the same length.
+    """The arm with which an arm is compared; None if there is none, or if it is the arm itself.
 
-    None if there is no such arm, or if it is the arm itself. An arm of one of a model's lengths is
-    compared with one of as many tokens alone.
+    It is `base` or, if `base` is one length of a model, that model's arm with as many tokens. Where
+    `base` has no lengths, an arm that is one length of a model must have as many tokens as `base`.
     """
     names, tokens = models_of(found), _tokens(found[arm])
     if names[base] == base and names[arm] != arm and tokens != _tokens(found[base]):
@@ -185,77 +180,69 @@ def spread(found: dict[str, dict[int, dict]]) -> Spread | None:
     return Spread(math.sqrt(residuals @ residuals / freedom), freedom)
 
 
+class Difference(NamedTuple):
+    """How far an arm's mean loss is above that of another, paired by seed."""
+
+    value: float
+    error: float  # the standard error
+    freedom: int  # degrees of freedom of the standard error
+
+    @property
+    def margin(self) -> float:
+        """Half of the 95 % interval (Student's t)."""
+        return _quantile(0.975, self.freedom) * self.error
+
+    @property
+    def p(self) -> float:
+        """The p value of a two-sided t test."""
+        from scipy import stats
+
+        if not self.error:
+            return 0.0 if self.value else 1.0
+        return float(2 * stats.t.sf(abs(self.value) / self.error, self.freedom))
+
+    def verdict(self, margin: float) -> str:
+        """What it amounts to: 'equivalent', 'better', 'worse' or 'not resolved'.
+
+        The arm is equivalent if two one-sided t tests at 5 % reject a difference of the margin or
+        more in either direction, even where the difference is resolved from 0. Else it is better
+        or worse where the 95 % interval excludes 0.
+
+        Args:
+          margin: the largest difference that counts as none, in nats, chosen before the runs.
+        """
+        if abs(self.value) + _quantile(0.95, self.freedom) * self.error < margin:
+            return "equivalent"
+        if abs(self.value) <= self.margin:
+            return "not resolved"
+        return "better" if self.value < 0 else "worse"
+
+    def __str__(self) -> str:
+        return str(Mean(self.value, self.margin))
+
+
 def difference(
     arm: dict[int, dict], base: dict[int, dict], pooled: Spread | None = None
-) -> Mean | None:
+) -> Difference | None:
     """An arm's mean difference in loss from another; None with under two common seeds.
 
-    It is paired by seed. Its margin is that of the pairs (Student's t), or with `pooled` that of
-    two losses with this spread.
+    Its standard error is that of the pairs, or with `pooled` that of two losses with this spread.
     """
-    found, _ = _difference(arm, base, pooled)
-    return found
-
-
-def _difference(
-    arm: dict[int, dict], base: dict[int, dict], pooled: Spread | None
-) -> tuple[Mean | None, int]:
-    """The difference, and the degrees of freedom of its margin."""
-    from scipy import stats
-
     common = sorted(arm.keys() & base.keys())
     if len(common) < 2:
-        return None, 0
-    found = mean([arm[seed]["loss"] - base[seed]["loss"] for seed in common])
-    if pooled is None:
-        return found, len(common) - 1
-    t = float(stats.t.ppf(0.975, pooled.freedom))
-    margin = t * pooled.deviation * math.sqrt(2 / len(common))
-    return Mean(found.value, margin), pooled.freedom
-
-
-def verdict(
-    arm: dict[int, dict], base: dict[int, dict], margin: float, pooled: Spread | None = None
-) -> str | None:
-    """What an arm's difference from another in loss amounts to; None with under two common seeds.
-
-    The arm is 'equivalent' if two one-sided t tests at 5 % reject a difference of the margin or
-    more in either direction, even where the difference is resolved from 0. Else it is 'better' or
-    'worse' where the 95 % interval excludes 0, and otherwise 'not resolved'.
-
-    Args:
-      arm: records by seed.
-      base: those of the arm that it is compared with.
-      margin: the largest difference that counts as none, in nats, chosen before the runs.
-      pooled: as in `difference`.
-    """
-    from scipy import stats
-
-    apart, freedom = _difference(arm, base, pooled)
-    if apart is None:
         return None
-    two_sided, one_sided = (float(stats.t.ppf(q, freedom)) for q in (0.975, 0.95))
-    if abs(apart.value) + apart.margin * one_sided / two_sided < margin:
-        return "equivalent"
-    if abs(apart.value) <= apart.margin:
-        return "not resolved"
-    return "better" if apart.value < 0 else "worse"
+    pairs = [arm[seed]["loss"] - base[seed]["loss"] for seed in common]
+    deviation, freedom = statistics.stdev(pairs), len(common) - 1
+    if pooled:
+        deviation, freedom = pooled.deviation * math.sqrt(2), pooled.freedom
+    return Difference(statistics.fmean(pairs), deviation / math.sqrt(len(common)), freedom)
 
 
-def p_value(arm: dict[int, dict], base: dict[int, dict], pooled: Spread | None = None) -> float:
-    """The p value of a two-sided t test of the difference of an arm's loss from another's.
-
-    The arguments are those of `difference`. It is NaN with under two common seeds.
-    """
+def _quantile(probability: float, freedom: int) -> float:
+    """A quantile of Student's t distribution."""
     from scipy import stats
 
-    apart, freedom = _difference(arm, base, pooled)
-    if apart is None:
-        return math.nan
-    if not apart.margin:
-        return 0.0 if apart.value else 1.0
-    deviations = abs(apart.value) / apart.margin * stats.t.ppf(0.975, freedom)
-    return float(2 * stats.t.sf(deviations, freedom))
+    return float(stats.t.ppf(probability, freedom))
 
 
 def holm(p_values: list[float]) -> list[float]:
@@ -273,11 +260,7 @@ def holm(p_values: list[float]) -> list[float]:
 
 
 def write_csv(records: list[dict], path: Path) -> None:
-    """Writes one line for each run: its results, and the settings in which runs differ.
-
-    Raises:
-      UserError: the file cannot be written.
-    """
+    """Writes one line for each run: its results, and the settings in which runs differ."""
     defaults = leaves(Config())
     names = {name for record in records for name in record["settings"]} - {"seed"}
     values = {

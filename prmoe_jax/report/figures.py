@@ -183,12 +183,13 @@ def differences(
 
 
 def multipliers(found: list[Multiplier], path: Path) -> None:
-    """Draws multipliers against tokens per active parameter, and the scaling law's prediction.
+    """Draws multipliers against tokens per active parameter, and what a scaling law predicts.
 
     Arms of one model are joined by a line. One that is beyond the ladder is a triangle at the
     ladder's end, which points away from it. Small dots are seeds; a bar is the 95 % interval, cut
     at the ladder's ends, of three seeds or more, since that of two is several times as wide.
     """
+    predicted = not all(np.isnan(one.law) for one in found)
     series: dict[str, list[Multiplier]] = {}
     for one in sorted(found, key=lambda one: (one.experts, one.tokens)):
         series.setdefault(one.model, []).append(one)
@@ -213,9 +214,11 @@ def multipliers(found: list[Multiplier], path: Path) -> None:
                 beyond, above = True, one.value > 0
                 end, mark = (one.most, "^") if above else (one.least, "v")
                 axes.plot(at, end, mark, markersize=9, markerfacecolor="none", **style)
-            axes.plot(x, [one.law for one in some], linestyle="--", linewidth=1, **style)
+            if predicted:
+                axes.plot(x, [one.law for one in some], linestyle="--", linewidth=1, **style)
         axes.axhline(1, color="black", linewidth=1)
-        axes.plot([], [], linestyle="--", linewidth=1, color="grey", label="scaling law")
+        if predicted:
+            axes.plot([], [], linestyle="--", linewidth=1, color="grey", label="scaling law")
         if beyond:
             mark = {"marker": "^", "markersize": 9, "markerfacecolor": "none", "color": "grey"}
             axes.plot([], [], linestyle="", label="beyond the ladder", **mark)

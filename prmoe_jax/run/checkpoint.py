@@ -26,7 +26,7 @@ from prmoe_jax.model.state import TrainState
 from prmoe_jax.model.transformer import Transformer, init_model
 from prmoe_jax.nn.parameters import from_named, named_leaves
 from prmoe_jax.parallel import sharding
-from prmoe_jax.parallel.mesh import replicated
+from prmoe_jax.parallel.axes import replicated
 from prmoe_jax.run.directory import CHECKPOINTS, TOKENIZER
 
 log = logging.getLogger(__name__)

@@ -54,7 +54,7 @@ def summarise(sums, config: Config) -> dict:
       position_drop_fraction (by the token's position in its routing group, in up to 16 equal
       parts), unserved_fraction (share of tokens that no expert kept) and router_entropy (nats).
       Where rows reach other devices without drops, also exchange_rounds (1 unless a device, or a
-      pair of devices, got more rows than its buffer holds; `moe.buffer_factor`).
+      pair of devices, got more rows than its buffer holds; `execution.buffer_factor`).
       With a residual also the mean weight of the experts' branch: residual_coefficient over all
       tokens, residual_coefficient_kept over tokens that an expert kept, and
       residual_coefficient_dropped over the others. If experts choose tokens, a dropped choice is a

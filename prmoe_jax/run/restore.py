@@ -122,8 +122,8 @@ def _last_step(workdir: Path) -> int:
 def _with_attention(config: Config) -> Config:
     """The config with attention that can run here, where it names a kernel of other devices."""
     try:
-        resolve_attention(config.model, jax.default_backend())
+        resolve_attention(config.execution.attention, config.model, jax.default_backend())
     except UserError as error:
         log.info("%s, as is done here", error)
-        return replace(config, model=replace(config.model, attention="auto"))
+        return replace(config, execution=replace(config.execution, attention="auto"))
     return config

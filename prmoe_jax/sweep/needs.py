@@ -5,6 +5,7 @@ the run trains those steps itself, with the same result.
 """
 
 import dataclasses
+import functools
 from pathlib import Path
 
 from prmoe_jax import stores
@@ -18,20 +19,28 @@ from prmoe_jax.sweep import records
 from prmoe_jax.sweep.definition import Run, branch
 
 
-def needs_of(runs: dict[str, Run], root: Path) -> dict[str, list[str]]:
-    """The names of the runs of the sweep that each run needs.
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """The runs of a sweep, the folder of its records, and the parent of the runs' folders."""
 
-    Args:
-      runs: the sweep's runs, by name.
-      root: the parent of the runs' folders.
-    """
-    names = {_place(root / name): name for name in runs}
-    needs = {}
-    for name, (config, trunk) in runs.items():
-        read = [config.init.workdir, config.teacher.workdir]
-        found = [trunk, *(names.get(place) for place in _places(read))]
-        needs[name] = [other for other in dict.fromkeys(found) if other not in (None, name)]
-    return needs
+    runs: dict[str, Run]
+    folder: Path
+    root: Path
+
+    @functools.cached_property
+    def needs(self) -> dict[str, list[str]]:
+        """The names of the runs of the sweep that each run needs."""
+        names = {_place(self.root / name): name for name in self.runs}
+        needs = {}
+        for name, (config, trunk) in self.runs.items():
+            read = [config.init.workdir, config.teacher.workdir]
+            found = [trunk, *(names.get(place) for place in _places(read))]
+            needs[name] = [other for other in dict.fromkeys(found) if other not in (None, name)]
+        return needs
+
+    def recorded(self) -> set[str]:
+        """The runs of which there is a record with their settings."""
+        return {row["run"] for row in records.of_runs(records.read(self.folder), self.runs)}
 
 
 def share(needs: dict[str, list[str]], number: int, count: int) -> list[str]:
@@ -45,43 +54,29 @@ def share(needs: dict[str, list[str]], number: int, count: int) -> list[str]:
     return [name for name in needs if first[name] in mine]
 
 
-def check_needed(
-    name: str,
-    runs: dict[str, Run],
-    others: list[str],
-    folder: Path,
-    root: Path,
-    begins: Config | None,
-) -> None:
-    """Checks the runs that a run needs: that each is finished, with the settings of the sweep.
+def check_needed(work: Work, name: str, begins: Config | None) -> None:
+    """Checks that each run that a run needs is finished, with the settings of the sweep.
 
     Args:
+      work: the sweep.
       name: the run.
-      runs: the sweep's runs, by name.
-      others: the runs that it needs.
-      folder: the folder of results.jsonl.
-      root: the parent of the runs' folders.
       begins: the config with which the run begins; None if it goes on from its own checkpoint.
-
-    Raises:
-      UserError: a run that it needs is not finished, or has other settings; or its last checkpoint
-        is gone, and the run begins with it.
     """
-    trunk = runs[name].trunk
-    starts = _starts(runs[name].config, begins) if begins else set()
-    for other in others:
+    config, trunk = work.runs[name]
+    starts = _starts(config, begins) if begins else set()
+    for other in work.needs[name]:
         if other == trunk:
             continue
-        config, workdir = runs[other].config, root / other
-        where = folder / records.RESULTS
+        config, workdir = work.runs[other].config, work.root / other
+        where = work.folder / records.RESULTS
         again = f"to train {other} again, delete its folder and its line in {where}"
         if not finished(config, workdir):
             fix = f"the same command goes on with {name} once it is"
-            if records.of_runs(records.read(folder), {other: runs[other]}):
+            if other in work.recorded():
                 fix = f"since it is recorded, {again}"
             raise UserError(f"it needs {other}, which is not finished in {workdir}; {fix}")
         saved = load(workdir / workdirs.CONFIG)
-        if runs[other].trunk is not None:  # a branch is the run from step 0, wherever it began
+        if work.runs[other].trunk is not None:  # a branch is the run from step 0, wherever it began
             config = dataclasses.replace(config, init=saved.init)
         try:
             check_resume(saved, config)
@@ -99,30 +94,25 @@ def has_checkpoint(workdir: Path, step: int) -> bool:
     return (workdir / workdirs.CHECKPOINTS / str(step)).is_dir()
 
 
-def discard_checkpoints(
-    name: str, runs: dict[str, Run], needs: dict[str, list[str]], rows: list[dict], root: Path
-) -> None:
+def discard_checkpoints(work: Work, name: str) -> None:
     """Deletes the checkpoints of a recorded run that no run of the sweep will need.
 
     The checkpoint at which its decay starts stays if no run goes on from it, so that a longer run
     can be added to the sweep.
-
-    Raises:
-      OSError: a checkpoint cannot be deleted.
     """
-    config = runs[name].config
-    branches = {other: run for other, run in runs.items() if run.trunk == name}
-    done = {row["run"] for row in records.of_runs(rows, runs)}
+    config, workdir, done = work.runs[name].config, work.root / name, work.recorded()
     starts = {
-        other: branch(run.config, config, root / name).init.step for other, run in branches.items()
+        other: branch(run.config, config, workdir).init.step
+        for other, run in work.runs.items()
+        if run.trunk == name
     }
     needed = {step for other, step in starts.items() if other not in done}
     if config.decay_start not in starts.values():
         needed.add(config.decay_start or 0)
-    learners = {other for other in needs if name in needs[other]} - branches.keys()
+    learners = {other for other, others in work.needs.items() if name in others} - starts.keys()
     if name not in done or not learners <= done:
         return
-    for path in (root / name / workdirs.CHECKPOINTS).glob("*"):
+    for path in (workdir / workdirs.CHECKPOINTS).glob("*"):
         if path.is_dir() and path.name not in map(str, needed):
             stores.delete_folder(path)
 

@@ -70,9 +70,6 @@ def record(name: str, config: Config, workdir: Path) -> dict:
       number; evaluations and losses, each a list of [tokens, nats per token]; evaluated_tokens,
       the number of the validation split's tokens in each evaluation; tokens_per_second, the median
       of a branch's own steps; revisions, those of a branch's trunk included; versions and device.
-
-    Raises:
-      UserError: metrics.jsonl or environment.json cannot be read, or lacks a field that is needed.
     """
     (trained, evaluated), size = logged(workdir), cost(config.model, config.moe)
     if not (trained and evaluated):
@@ -110,11 +107,7 @@ def record(name: str, config: Config, workdir: Path) -> dict:
 
 
 def logged(workdir: Path) -> tuple[list[dict], list[dict]]:
-    """The lines of a run's metrics.jsonl: those of steps, and those of evaluations.
-
-    Raises:
-      UserError: the file cannot be read, or a line lacks a field; names the line.
-    """
+    """The lines of a run's metrics.jsonl: those of steps, and those of evaluations."""
     path = workdir / METRICS
     lines = read_metrics(path)
     trained = [line for line in lines if "loss" in line]
@@ -130,10 +123,6 @@ def read(folder: Path) -> list[dict]:
     """All records of a folder's results.jsonl, in the file's order; none if there is no file.
 
     Each record has the name of its run and its settings; `complete` checks the rest.
-
-    Raises:
-      UserError: the file cannot be read, one of its lines is not a record (names the line), or
-        the file holds something else.
     """
     path = folder / RESULTS
     rows = files.read_json_lines(path, {}, FIX)
@@ -151,9 +140,6 @@ def complete(folder: Path, rows: list[dict]) -> list[dict]:
     """The records, after checking that each has all fields that are shown.
 
     Settings that may change on resuming are left out.
-
-    Raises:
-      UserError: a record lacks a field or is damaged; names the record.
     """
     for row in rows:
         where = f"{folder / RESULTS}: the record of {row['run']}"
@@ -174,11 +160,7 @@ def complete(folder: Path, rows: list[dict]) -> list[dict]:
 
 
 def check_one_text(rows: list[dict]) -> None:
-    """Checks that runs with the same settings of the text were evaluated on as many tokens.
-
-    Raises:
-      UserError: two were not, so that their texts differ; names them.
-    """
+    """Checks that runs with the same settings of the text were evaluated on as many tokens."""
     counted: dict[str, dict] = {}
     for row in rows:
         if not row.get("evaluated_tokens"):
@@ -215,9 +197,6 @@ def add(folder: Path, record: dict, order: list[str]) -> None:
       folder: the folder of results.jsonl, to which other processes may add at the same time.
       record: from `record`.
       order: names of runs, whose records come first and in this order.
-
-    Raises:
-      UserError: the file cannot be read or written; it is then unchanged.
     """
     rank = {name: number for number, name in enumerate(order)}
     with locked(folder):
@@ -229,11 +208,7 @@ def add(folder: Path, record: dict, order: list[str]) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Waits for the lock of a folder's results, and holds it.
-
-    Raises:
-      UserError: the folder cannot be written.
-    """
+    """Waits for the lock of a folder's results, and holds it."""
     path = folder / LOCK
     try:
         lock = hold(path, wait=True)

@@ -25,13 +25,7 @@ from prmoe_jax.run.metrics import finished
 from prmoe_jax.stores import lock
 from prmoe_jax.sweep import records
 from prmoe_jax.sweep.definition import Run, branch, planned
-from prmoe_jax.sweep.needs import (
-    check_needed,
-    discard_checkpoints,
-    has_checkpoint,
-    needs_of,
-    share,
-)
+from prmoe_jax.sweep.needs import Work, check_needed, discard_checkpoints, has_checkpoint, share
 from prmoe_jax.sweep.progress import SweepProgress
 
 log = logging.getLogger(__name__)
@@ -67,26 +61,26 @@ def sweep(folder: Path, root: Path, shard: tuple[int, int] = (1, 1)) -> list[dic
     number, count = shard
     if not 1 <= number <= count:
         raise UserError(f"--shard={number}/{count} must be I/N, with I from 1 to N")
-    needs = needs_of(runs, root)
-    mine = share(needs, number, count)
+    work = Work(runs, folder, root)
+    mine = share(work.needs, number, count)
     rows = records.read(folder)
     _check_text(folder, rows, runs)
     if others := len(rows) - len(records.of_runs(rows, runs)):
         log.info("%s: keeps %d records of other runs or settings", folder / records.RESULTS, others)
-    if len(records.of_runs(rows, {name: runs[name] for name in mine})) < len(mine):
+    if not work.recorded().issuperset(mine):
         _prepare(folder, root)
     failed: list[str] = []
     shown = {name: (root / name, runs[name].config) for name in mine}
     with SweepProgress(shown) as progress:
         for name in mine:
             try:
-                for needed in needs[name]:
+                for needed in work.needs[name]:
                     if needed in failed:
                         raise UserError(f"it needs {needed}, which failed")
-                state = _done(folder, name, runs, needs, root, progress)
+                state = _done(work, name, progress)
                 if not constants.keep_checkpoints:
-                    for one in (name, *needs[name]):
-                        discard_checkpoints(one, runs, needs, records.read(folder), root)
+                    for one in (name, *work.needs[name]):
+                        discard_checkpoints(work, one)
             except (UserError, OSError) as error:
                 failed.append(name)
                 state = _one_line(error)
@@ -111,24 +105,13 @@ def _check_text(folder: Path, rows: list[dict], runs: dict[str, Run]) -> None:
                 )
 
 
-def _done(
-    folder: Path,
-    name: str,
-    runs: dict[str, Run],
-    needs: dict[str, list[str]],
-    root: Path,
-    progress: SweepProgress,
-) -> str:
-    """Trains and records a run and returns 'finished', or 'recorded' if there is a record already.
-
-    Raises:
-      UserError: the run cannot be trained, or its record cannot be written; gives the reason.
-      OSError: a file in the run's folder cannot be written.
-    """
-    (config, trunk), workdir = runs[name], root / name
-    if _is_recorded(name, folder, runs):
+def _done(work: Work, name: str, progress: SweepProgress) -> str:
+    """Trains and records a run: 'finished', or 'recorded' if there is a record already."""
+    (config, trunk), root = work.runs[name], work.root
+    workdir = root / name
+    if name in work.recorded():
         return "recorded"
-    if _wait_until_free(name, workdir, progress) and _is_recorded(name, folder, runs):
+    if _wait_until_free(name, workdir, progress) and name in work.recorded():
         return "recorded"  # by another sweep
     begun = (workdir / workdirs.CONFIG).exists()
     saved = load(workdir / workdirs.CONFIG) if begun else None
@@ -137,13 +120,13 @@ def _done(
     goes_on = over or any(
         path.name.isdecimal() for path in (workdir / workdirs.CHECKPOINTS).glob("*")
     )
-    given = config if trunk is None else branch(config, runs[trunk].config, root / trunk)
+    given = config if trunk is None else branch(config, work.runs[trunk].config, root / trunk)
     if not (trunk is None or goes_on or has_checkpoint(root / trunk, given.init.step)):
         # It trains those steps itself; see `training.branch`.
         there = f"{trunk} has no checkpoint of step {given.init.step} in {root / trunk}"
         log.info("%s: starts at step 0, since %s", name, there)
         given = config
-    check_needed(name, runs, needs[name], folder, root, None if goes_on else given)
+    check_needed(work, name, None if goes_on else given)
     if begun:
         asked = given
         if trunk is not None and (saved.init == config.init or _ends(saved.init.workdir, trunk)):
@@ -154,7 +137,7 @@ def _done(
             given = asked
     if not over:
         _train(name, given, workdir, progress)
-    records.add(folder, records.record(name, config, workdir), list(runs))
+    records.add(work.folder, records.record(name, config, workdir), list(work.runs))
     return "finished"
 
 
@@ -164,19 +147,14 @@ def _ends(folder: str, name: str) -> bool:
 
 
 def _train(name: str, config: Config, workdir: Path, progress: SweepProgress) -> None:
-    """Trains or resumes one run in its own process.
-
-    Raises:
-      UserError: the run did not finish; gives the reason.
-      OSError: a file in the run's folder cannot be written.
-    """
+    """Trains or resumes one run in its own process."""
     workdir.mkdir(parents=True, exist_ok=True)
     settings, told = workdir / "sweep.json", workdir / "log.txt"
     save(config, settings)
     command = [sys.executable, "-m", "prmoe_jax.sweep.child", "train", "--json"]
     command += [f"--config={settings}", f"--workdir={workdir}"]
     # Taken from no config.json, since JAX runs the programs of that folder.
-    command += [f"--config.train.compile_cache={config.train.compile_cache}"]
+    command += [f"--config.execution.compile_cache={config.execution.compile_cache}"]
     begun = time.monotonic()
     with _appending(told) as output:
         before = output.tell()
@@ -225,9 +203,6 @@ def _wait_until_free(name: str, workdir: Path, progress: SweepProgress) -> bool:
     """Waits until no process holds a run's folder; returns whether one did.
 
     A run whose sweep was killed stops by itself, but not at once.
-
-    Raises:
-      UserError: a process still holds it after `PATIENCE` seconds.
     """
     begun, waiting = time.monotonic(), False
     while process := lock.holder(workdir):
@@ -242,16 +217,8 @@ def _wait_until_free(name: str, workdir: Path, progress: SweepProgress) -> bool:
     return waiting
 
 
-def _is_recorded(name: str, folder: Path, runs: dict[str, Run]) -> bool:
-    return bool(records.of_runs(records.read(folder), {name: runs[name]}))
-
-
 def _prepare(folder: Path, root: Path) -> None:
-    """Creates the runs' folder, and checks before hours of training that results can be written.
-
-    Raises:
-      UserError: a folder cannot be written, or the disk is full.
-    """
+    """Creates the runs' folder, and checks before hours of training that results can be written."""
     stores.check_reachable(root, "--workdir")
     try:
         root.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Multiple-choice tasks from packages: which answer is the likeliest after the question?
+"""Multiple-choice tasks from packages: which answer is the most probable after the question?
 
 `wiki` gives the first sentences of an article and asks for its short description; the wrong
 choices are descriptions of three other articles of its topic. The others are sets of the package
@@ -38,11 +38,7 @@ SENTENCES = 2  # number of an article's sentences in its question
 
 
 def find(name: str) -> Path:
-    """The file of one of `SOURCES`, found without importing the package.
-
-    Raises:
-      UserError: the package is not installed.
-    """
+    """The file of one of `SOURCES`, found without importing the package."""
     (module, package), file = SOURCES[name]
     spec = importlib.util.find_spec(module)
     folders = (spec and spec.submodule_search_locations) or []
@@ -53,11 +49,7 @@ def find(name: str) -> Path:
 
 
 def rows(name: str, path: Path) -> list[dict]:
-    """Examples with question, choices, and answer, the index of the right choice.
-
-    Raises:
-      UserError: the file cannot be read or is damaged.
-    """
+    """Examples with question, choices, and answer, the index of the right choice."""
     try:
         data = files.read(path)
         if name == "wiki":

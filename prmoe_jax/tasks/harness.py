@@ -48,7 +48,7 @@ KNOWN = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}
 
 @register_model("prmoe")
 class PrmoeLM(TemplateLM):
-    """A run's newest model; every text starts with the end-of-text mark, as in training."""
+    """A run's newest model; every text starts with the BOS token, as in training."""
 
     def __init__(
         self,
@@ -66,8 +66,8 @@ class PrmoeLM(TemplateLM):
           max_batch_size, device: the harness's, without effect.
 
         Raises:
-          UserError: the batch size is no number above 0, another name is given, or the run cannot
-            be read.
+          UserError: the batch size is not positive, an argument is unknown, or the run cannot be
+            read.
         """
         if unknown:
             raise UserError(f"--model_args: {', '.join(unknown)} is not known; give workdir=DIR")
@@ -97,8 +97,8 @@ class PrmoeLM(TemplateLM):
         return self._tokenizer.encode(string)
 
     def _loglikelihood_tokens(self, requests, **ignored) -> list[tuple[float, bool]]:
-        mark = [self.prefix_token_id]
-        contexts = [c if c[:1] == mark else mark + c for _, c, _ in requests]
+        bos = [self.prefix_token_id]
+        contexts = [c if c[:1] == bos else bos + c for _, c, _ in requests]
         return self._scorer(contexts, [continuation for _, _, continuation in requests])
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
@@ -153,7 +153,7 @@ class PrmoeLM(TemplateLM):
         return texts
 
     def _end(self, prompt: str, tokens: int) -> list[int]:
-        """The end of a prompt's tokens, cut to leave room for `tokens` new ones and the mark."""
+        """The end of a prompt's tokens, cut to leave room for `tokens` new ones and BOS."""
         ids = self.tok_encode(prompt)
         return ids[max(0, len(ids) + 1 + tokens - self._scorer.length) :]
 
@@ -216,11 +216,7 @@ def evaluate_tasks(
 
 
 def _largest(known: TaskManager, names: Iterable[str]) -> list[str]:
-    """The tasks and groups without those that lie in another group, which has their scores.
-
-    Raises:
-      UserError: one cannot be loaded, or two have only some tasks in common.
-    """
+    """The tasks and groups without those that lie in another group, which has their scores."""
     held = {}  # the tasks of each name
     for name in names:
         try:

@@ -49,11 +49,7 @@ NAMES = "cloze", *choices.SOURCES
 
 
 def prepare(name: str, config: DataConfig) -> Path:
-    """A folder with one of the tasks `NAMES`, made once for each corpus or package.
-
-    Raises:
-      UserError: the corpus can't be read or has no suitable passage, or the package is missing.
-    """
+    """A folder with one of the tasks `NAMES`, made once for each corpus or package."""
     if name == "cloze":
         corpus = open_corpus(config)
         source, rows = corpus.fingerprint, partial(cloze.rows, corpus)

@@ -29,7 +29,7 @@ from prmoe_jax.errors import UserError
 from prmoe_jax.model.loss import Sums, forward
 from prmoe_jax.model.transformer import Transformer
 from prmoe_jax.parallel import processes
-from prmoe_jax.parallel.mesh import local_rows, replicated, split_batch
+from prmoe_jax.parallel.axes import local_rows, replicated, split_batch
 from prmoe_jax.run import directory as workdirs
 from prmoe_jax.run.directory import shared_settings
 from prmoe_jax.run.metrics import perplexity, summarise
@@ -139,7 +139,9 @@ def evaluate(workdir: Path, teacher: Path | None = None, corpus: str | None = No
     if corpus is None:
         check_text(workdir, config, data.corpus_fingerprint)
     with jax.set_mesh(mesh):
-        measure = jax.jit(forward, out_shardings=replicated(mesh))
+        measure = jax.jit(
+            partial(forward, execution=config.execution), out_shardings=replicated(mesh)
+        )
         metrics = {"step": step} | evaluate_model(measure, model, config, data, mesh)
         if teacher:
             metrics |= _beside_teacher(model, config, teacher, data, mesh)
@@ -156,8 +158,8 @@ def _beside_teacher(
 
     @partial(jax.jit, out_shardings=replicated(mesh))
     def compare(model: Transformer, teacher_model: Transformer, batch: Batch) -> Agreement:
-        output = run_teacher(teacher_model, batch, config.teacher, None)
-        x_BxLxD, _ = model(batch.tokens_BxL, batch.segments_BxL)
+        output = run_teacher(teacher_model, batch, config, None)
+        x_BxLxD, _ = model(batch.tokens_BxL, batch.segments_BxL, execution=config.execution)
         return agreement(x_BxLxD, model.output_table(x_BxLxD.dtype), output, batch)
 
     sums = _summed(lambda batch: compare(model, teacher.model, batch), rows, data, mesh)

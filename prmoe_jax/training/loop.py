@@ -7,6 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -16,6 +17,7 @@ from tqdm import tqdm
 
 from prmoe_jax import files, stores
 from prmoe_jax.config.loading import check_resume, load, save
+from prmoe_jax.config.routers import capacity
 from prmoe_jax.config.schema import Config, DataConfig
 from prmoe_jax.data import cache
 from prmoe_jax.data.corpora import check_on_disk
@@ -39,14 +41,9 @@ from prmoe_jax.model.backends import check_backends
 from prmoe_jax.model.loss import forward
 from prmoe_jax.model.sizes import cost
 from prmoe_jax.model.state import TrainState
-from prmoe_jax.moe.routing import capacity
 from prmoe_jax.parallel import processes
-from prmoe_jax.parallel.mesh import (
-    local_rows,
-    replicated,
-    split_batch,
-    training_mesh,
-)
+from prmoe_jax.parallel.axes import local_rows, replicated, split_batch
+from prmoe_jax.parallel.mesh import training_mesh
 from prmoe_jax.run import directory as workdirs
 from prmoe_jax.run import weights_and_biases
 from prmoe_jax.run.checkpoint import Checkpoints
@@ -325,8 +322,8 @@ def _start(
 
 @contextlib.contextmanager
 def compile_cache(config: Config, workdir: Path) -> Iterator[None]:
-    """Has JAX keep compiled programs in the folder of `train.compile_cache` meanwhile."""
-    setting = config.train.compile_cache
+    """Has JAX keep compiled programs in the folder of `execution.compile_cache` meanwhile."""
+    setting = config.execution.compile_cache
     if setting == "auto" and jax.default_backend() == "cpu":
         setting = ""
     elif setting == "auto":
@@ -337,8 +334,8 @@ def compile_cache(config: Config, workdir: Path) -> Iterator[None]:
     if not setting:
         yield
         return
-    folder = expand("train.compile_cache", setting)
-    stores.check_reachable(folder, "train.compile_cache")  # JAX warns of each program instead
+    folder = expand("execution.compile_cache", setting)
+    stores.check_reachable(folder, "execution.compile_cache")  # JAX warns of each program instead
     before = jax.config.values["jax_compilation_cache_dir"]
     jax.config.update("jax_compilation_cache_dir", str(folder))
     compilation_cache.reset_cache()  # JAX chooses the folder at the first compilation
@@ -370,7 +367,8 @@ class Run:
     on_metrics: Callable[[dict], None] | None
 
     def __post_init__(self):
-        self.eval_step = jax.jit(forward, out_shardings=replicated(self.mesh))
+        evaluated = partial(forward, execution=self.config.execution)
+        self.eval_step = jax.jit(evaluated, out_shardings=replicated(self.mesh))
         self.flops_per_token = cost(self.config.model, self.config.moe).train_flops_per_token
         self.last_metrics: dict = {}
 

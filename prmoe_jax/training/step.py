@@ -15,7 +15,7 @@ from prmoe_jax.model.loss import cross_entropy, forward, totals, training_loss
 from prmoe_jax.model.state import TrainState
 from prmoe_jax.model.transformer import Transformer, init_model, update_router_bias
 from prmoe_jax.parallel import sharding
-from prmoe_jax.parallel.mesh import replicated
+from prmoe_jax.parallel.axes import replicated
 from prmoe_jax.parallel.portions import add_up
 from prmoe_jax.parallel.sharding import init_sharded
 from prmoe_jax.training.optimizer import learning_rate, make_optimizer
@@ -67,7 +67,12 @@ def make_train_step(
         if balanced and config.train.accumulate > 1:
 
             def choices(batch_and_keys):
-                return [r.assigned_E for r in forward(state.model, *batch_and_keys).routers]
+                return [
+                    r.assigned_E
+                    for r in forward(
+                        state.model, *batch_and_keys, execution=config.execution
+                    ).routers
+                ]
 
             inputs, portions = (batch, keys_B), config.train.accumulate
             total = total._replace(assigned=add_up(choices, inputs, portions, rows_together))
@@ -77,7 +82,7 @@ def make_train_step(
             measure = cross_entropy(config.train.z_loss)
             if distiller:
                 measure = distiller.measure(teacher_model, keys_B, kd_weight)
-            sums = forward(model, batch, keys_B, measure)
+            sums = forward(model, batch, keys_B, measure, config.execution)
             return training_loss(sums, total, config), sums
 
         gradient, sums = add_up(

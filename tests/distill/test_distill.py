@@ -335,7 +335,7 @@ def test_modes_of_the_teacher():
         adapted = adapt_teacher(taught_by, dataclasses.replace(values, teacher=teacher))
         structure = jax.tree.structure(jax.eval_shape(lambda: init_model(adapted)))
         same = jax.tree.unflatten(structure, jax.tree.leaves(model))
-        return run_teacher(same, batch, teacher, keys).x_BxLxD
+        return run_teacher(same, batch, dataclasses.replace(values, teacher=teacher), keys).x_BxLxD
 
     evaluated = model(batch.tokens_BxL, batch.segments_BxL)[0]
     np.testing.assert_array_equal(activations(), evaluated)
@@ -703,7 +703,7 @@ TODAY = {
     "model.clip_qkv": 1.0,
     "model.sliding_window": 9,
     "model.normalize_top_k": "always",
-    "model.remat": "full",
+    "execution.remat": "full",
     "moe.scores": "sigmoid",
     "moe.routed_scale": 2.5,
     "moe.balance": "batch",

@@ -305,8 +305,8 @@ def test_the_papers_students_are_parts_of_its_teachers(size):
     [
         ("6 layers, E=3x3, residual", {"d_ff": 11}, "", "model.d_ff=11 is more than the teacher's"),
         ("6 layers, E=3x3, residual", {"d_model": 8}, "", "is 4 wide, one of the teacher 6, and"),
-        ("6 layers, E=3x3", {}, "", "model.residual=False, the teacher's is True; a student that"),
-        ("6 layers, E=3x3, residual", {"clip_qkv": 2.0}, "", "model.clip_qkv=2.0, the teacher's"),
+        ("6 layers, E=3x3", {}, "", "model.residual=False, the teacher has True; a student that"),
+        ("6 layers, E=3x3, residual", {"clip_qkv": 2.0}, "", "model.clip_qkv=2.0, the teacher has"),
         ("8 layers, E=3x2+5x2, residual", {}, "", "the student has 4 dense layers, the teacher 3"),
         ("4 layers, every 1, E=3, residual", {}, "", "4 MoE layers, the teacher 3; use as many"),
         ("4 layers, E=3+7, residual", {}, "", "has 7 experts, layer 5 of the teacher 5; name"),

@@ -16,7 +16,7 @@ from prmoe_jax.errors import UserError
 from prmoe_jax.inference import decoder as decoders
 from prmoe_jax.inference import generate
 from prmoe_jax.inference.generate import Generator, Sampling, TextStream
-from prmoe_jax.moe.experts import UnstackedExperts
+from prmoe_jax.moe.experts import Local
 from prmoe_jax.nn.parameters import named_leaves
 from prmoe_jax.nn.quantized import QuantizedWeight
 from tests.support.models import build
@@ -343,13 +343,13 @@ def test_streaming_and_stops_in_a_batch():
 @pytest.mark.parametrize(("batch", "calls"), [(1, 2), (3, 1), (8, 0)])
 def test_steps_of_few_sequences_read_the_chosen_experts_alone(batch, calls, monkeypatch):
     """Layers of 2 and of 7 experts: where there are no more choices than experts."""
-    counts, chosen = [], UnstackedExperts.per_token
+    counts, chosen = [], Local.of_few
 
     def watched(experts, *arguments):
         counts.append(experts.count)
         return chosen(experts, *arguments)
 
-    monkeypatch.setattr(UnstackedExperts, "per_token", watched)
+    monkeypatch.setattr(Local, "of_few", watched)
     decoder = held(build("4 layers, E=2+7, residual"))
     ones = jnp.ones((batch, 1), jnp.int32)
     jax.eval_shape(decoder, ones, ones > 0, decoder.empty_cache(batch, 9), ones[:, 0])

@@ -17,7 +17,7 @@ from configs import paper, tiny
 from prmoe_jax.cli import main
 from prmoe_jax.config import architecture
 from prmoe_jax.config.loading import resolve, save
-from prmoe_jax.config.schema import MeshConfig, TeacherConfig
+from prmoe_jax.config.schema import ExecutionConfig, MeshConfig, TeacherConfig
 from prmoe_jax.config.teacher import adapt_teacher
 from prmoe_jax.distill.distiller import Distiller
 from prmoe_jax.errors import UserError
@@ -874,14 +874,14 @@ def test_a_search_leaves_an_exchange_in_two_stages(compiled):
     compiled(activations=1)
     mesh = {"expert": 4, "expert_inner": 2, "fsdp": 8}
     values = large("2 layers, E=4", batch_size=32, mesh=mesh)
-    moe = dataclasses.replace(values.moe, exchange="hierarchical")
-    result = fit(dataclasses.replace(values, moe=moe), "v5e:4x8")
+    staged = ExecutionConfig(exchange="hierarchical")
+    result = fit(dataclasses.replace(values, execution=staged), "v5e:4x8")
     assert not result["fits"]
     assert result["instead"]["flags"] == (
-        "--config.mesh.fsdp_experts=8 --config.mesh.expert=4 --config.moe.exchange=auto"
+        "--config.mesh.fsdp_experts=8 --config.mesh.expert=4 --config.execution.exchange=auto"
     )
     # A teacher has its student's exchange, that of the search as well.
-    student = dataclasses.replace(values, moe=moe)
+    student = dataclasses.replace(values, execution=staged)
     teacher = adapt_teacher(large("1 layers", batch_size=32, d_model=1024), student)
     taught = fit(student, "v5e:4x8", teacher=teacher)
     assert taught["instead"]["flags"] == result["instead"]["flags"]
@@ -891,8 +891,9 @@ def test_a_search_for_decoding_leaves_groups_out(compiled):
     """With groups of eight sequences, `tensor` would have to be 8: a batch of 32 has four."""
     compiled(activations=300)
     values = large("2 layers, E=4", batch_size=32, mesh={"data": 8, "expert": 4})
-    moe = dataclasses.replace(values.moe, exchange="flat", group_size=8 * values.model.length)
-    result = fit(dataclasses.replace(values, moe=moe), "v5e:4x8", decode=32)
+    moe = dataclasses.replace(values.moe, group_size=8 * values.model.length)
+    flat = ExecutionConfig(exchange="flat")
+    result = fit(dataclasses.replace(values, moe=moe, execution=flat), "v5e:4x8", decode=32)
     assert not result["fits"]
     assert result["instead"]["flags"] == (
         "--config.mesh.fsdp=4 --config.mesh.expert=4 --config.mesh.tensor=2"

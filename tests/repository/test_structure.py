@@ -1,11 +1,15 @@
 """The package's folders form floors: imports go down only, so that none is part of a circle."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 import prmoe_jax
+from prmoe_jax import config
+from tests.repository import house
 
 PACKAGE = Path(prmoe_jax.__file__).parent
 # From the bottom up; a folder imports those before it. Modules at the package's top come first.
@@ -52,6 +56,19 @@ def test_every_floor_is_there_and_few_modules_are_at_the_top():
     assert len(at_the_top) <= 5, at_the_top
 
 
+def test_a_reader_of_the_training_step_loads_no_text_and_no_stores():
+    """Nor does a program that makes one."""
+    needed = house.loaded("prmoe_jax.training.step")
+    assert {file.parent.name for file in needed} <= {
+        *("prmoe_jax", "config", "nn", "parallel", "moe", "model", "distill", "training")
+    }
+    assert house.lines(needed) <= 6000
+    code = "import sys, prmoe_jax.training.step; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = {name for name in done.stdout.split() if name.startswith("prmoe_jax")}
+    assert loaded == {name for name, file in house.modules().items() if file in needed}
+
+
 def test_the_check_sees_imports(tmp_path):
     """Each form of an import; else an arrow up could hide in it."""
     file = tmp_path / "module.py"
@@ -65,3 +82,10 @@ def test_the_check_sees_imports(tmp_path):
     file.write_text("from . import cli\n")
     with pytest.raises(AssertionError, match="relative import"):
         imports(file)
+
+
+def test_names_that_users_files_import_from_config():
+    names = ("DataConfig", "MoeConfig", "default_config", "load", "resolve", "save")
+    assert all(callable(getattr(config, name)) for name in names)
+    with pytest.raises(ImportError):
+        exec("from prmoe_jax.config import nothing")

@@ -1,15 +1,13 @@
-"""An object store in a process of its own, for tests: python -m tests.support.object_store PORT.
+"""An object store in a process of its own, for tests: python -m tests.support.object_store.
 
 It is gcp-storage-emulator, with what Google's store has and the emulator lacks: writes and
 deletions that depend on an object's generation (`ifGenerationMatch`), and the generation beside the
 content that is read. It can also fail on request, see `ObjectStore.fail`.
 """
 
-import contextlib
 import functools
 import json
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -21,7 +19,7 @@ from urllib.parse import parse_qs, unquote, urlparse
 BUCKET = "bucket"
 
 
-def _main(port: int) -> None:
+def _main() -> None:
     import gcp_storage_emulator.server as emulator
     from gcp_storage_emulator.handlers import buckets
     from gcp_storage_emulator.storage import Storage
@@ -118,38 +116,31 @@ def _main(port: int) -> None:
     buckets.create_bucket(BUCKET, storage)
     server.ThreadingHTTPServer.request_queue_size = 128
     handler = functools.partial(Handler, storage)
-    server.ThreadingHTTPServer(("localhost", port), handler).serve_forever()
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return free.getsockname()[1]
+    listening = server.ThreadingHTTPServer(("localhost", 0), handler)
+    print(listening.server_port, flush=True)
+    sys.stdout = open(os.devnull, "w")  # nobody reads on
+    listening.serve_forever()
 
 
 class ObjectStore:
     """The store, as a context manager that sets the variables by which clients find it."""
 
     def __enter__(self) -> "ObjectStore":
-        port = _free_port()
-        self.url = f"http://localhost:{port}"
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.support.object_store"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        port = self._process.stdout.readline()
+        assert port, "the store's process ended"
+        self.url = f"http://localhost:{int(port)}"
         self.variables = {
             "STORAGE_EMULATOR_HOST": self.url,
             "TENSORSTORE_GCS_HTTP_URL": self.url,
             "GOOGLE_AUTH_TOKEN_FOR_TESTING": "x",
         }
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.support.object_store", str(port)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        while True:
-            with contextlib.suppress(OSError):
-                urllib.request.urlopen(self.url).close()
-                break
-            assert self._process.poll() is None
-            time.sleep(0.05)
         self._before = {name: os.environ.get(name) for name in self.variables}
         os.environ.update(self.variables)
         return self
@@ -171,4 +162,4 @@ class ObjectStore:
 
 
 if __name__ == "__main__":
-    _main(int(sys.argv[1]))
+    _main()

@@ -26,7 +26,7 @@ from prmoe_jax.data import cache, pipeline, shards
 from prmoe_jax.data.sources import find_files, read_documents
 from prmoe_jax.data.tokenizer import Tokenizer
 from prmoe_jax.distill import teacher_cache
-from prmoe_jax.interop import deepspeed, hugging_face
+from prmoe_jax.interop import deepspeed, mapping
 from prmoe_jax.interop import run as interop
 from prmoe_jax.interop.tensors import write_tensors
 from prmoe_jax.model.sizes import cost
@@ -303,7 +303,7 @@ def _build_deepspeed() -> None:
 def _import(kind: str) -> list:
     """What `prmoe import` would write; no program is compiled that places it on devices."""
     stacked = mock.patch.object(
-        hugging_face, "_stacked", lambda leaf, home, reads: np.stack([read() for read in reads])
+        mapping, "_stacked", lambda leaf, home, reads: np.stack([read() for read in reads])
     )
     with stacked, mock.patch.object(interop, "write_run") as write:
         interop.import_run(kind, FILES, Path("run"))

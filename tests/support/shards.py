@@ -51,6 +51,34 @@ def write_ours(folder, train, validation=("held out",), per_shard=2):
     (folder / "index.json").write_text(json.dumps(content))
 
 
+class Texts(list):
+    """A split of a dataset of TFDS."""
+
+    def read(self, first, last):
+        return iter(self[first:last])
+
+
+class Stream:
+    """A token stream in memory, whose documents begin at `starts` whatever the tokens are."""
+
+    fingerprint = "fingerprint"
+
+    def __init__(self, tokens_T, starts_N):
+        self.tokens_T, self.starts_N = np.asarray(tokens_T), np.asarray(starts_N, np.int64)
+        self.described = f"{len(self.starts_N)} documents and {len(self)} tokens"
+
+    def __len__(self):
+        return len(self.tokens_T)
+
+    def read(self, first, last):
+        return self.tokens_T[first:last]
+
+    def documents(self, first, tokens_T):
+        positions = np.arange(first, first + len(tokens_T))
+        documents = np.searchsorted(self.starts_N, positions, side="right")
+        return documents - documents[:1]
+
+
 def reach(folder, monkeypatch):
     """Has a new folder be reached as store://."""
     folder.mkdir()

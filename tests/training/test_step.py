@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from prmoe_jax.data.pipeline import Data, Mixture, Windows
-from prmoe_jax.data.tokens import TokenCache
 from prmoe_jax.errors import UserError
 from prmoe_jax.model.loss import Sums, forward, totals, training_loss
 from prmoe_jax.model.transformer import dropless, init_model, positions, unstacked_blocks
@@ -23,6 +22,7 @@ from prmoe_jax.training.step import init_state, make_train_step
 from tests.support.batches import make_batch
 from tests.support.configs import GENTLE, settings
 from tests.support.quick import jit
+from tests.support.shards import Stream
 
 
 @pytest.mark.parametrize(
@@ -260,8 +260,8 @@ def validation(windows, length=8, seed=0):
     """Data whose validation split has so many windows, the last one half full."""
     tokens = windows * length - length // 2
     stream = np.random.default_rng(seed).integers(0, 384, tokens + 1).astype(np.uint16)
-    cache = TokenCache(stream, np.arange(0, tokens, 11), bytes=tokens, fingerprint="")
-    return Data(None, None, Windows(cache, length, False, text_bytes=cache.bytes), "")
+    stream = Stream(stream, np.arange(0, tokens, 11))
+    return Data(None, None, Windows(stream, length, False, text_bytes=tokens), "")
 
 
 def evaluated(values, data, run, model=None, limit=0):
@@ -302,8 +302,8 @@ def test_bits_per_byte_of_a_part_of_the_split():
         return Sums(np.int32(14), count * np.log(2), count * np.log(2), np.float32(0), [])
 
     data = validation(4)
-    few = Windows(data.validation.cache, 8, False, text_bytes=56)
-    many = Windows(data.validation.cache, 8, False, text_bytes=5600)
+    few = Windows(data.validation.stream, 8, False, text_bytes=56)
+    many = Windows(data.validation.stream, 8, False, text_bytes=5600)
     mixed = dataclasses.replace(data, validation=Mixture([few, many], [Decimal(1)] * 2))
     bytes_read = 56 * 8 / few.tokens + 5600 * 8 / many.tokens  # a window of each
     found = evaluated(values, mixed, run, limit=1)
@@ -350,8 +350,7 @@ def test_the_next_batch_runs_while_the_sums_of_the_one_before_are_fetched():
 @pytest.mark.parametrize("stream", [[256], [256, 256]])
 def test_a_validation_split_without_text(stream):
     """No document, and one that is empty."""
-    cache = TokenCache(np.array(stream), np.arange(len(stream) - 1), bytes=0, fingerprint="")
-    data = Data(None, None, Windows(cache, 8, False), "")
+    data = Data(None, None, Windows(Stream(stream, np.arange(len(stream) - 1)), 8, False), "")
     with pytest.raises(UserError, match=rf"=sotu has no text \({len(stream) - 1} documents"):
         evaluated(settings("2 layers"), data, run=None)
 

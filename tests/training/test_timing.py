@@ -85,8 +85,11 @@ time.sleep(1.5)
 """
 
 
-def test_stacks_of_a_run_that_hangs():
-    command = [sys.executable, "-c", STALLED]
+@pytest.mark.parametrize("several", [False, True])
+def test_stacks_of_a_run_that_hangs(several):
+    """On standard error, also where that of compiled code goes elsewhere (several processes)."""
+    keeps = "from prmoe_jax.parallel import processes; processes._keep_output_ours()\n"
+    command = [sys.executable, "-c", keeps * several + STALLED]
     err = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     silent, _, stacks = err.partition("before\n")
     assert silent == "" and stacks.count("waits_for_ever") >= 2
@@ -111,7 +114,7 @@ def test_what_lasts_over_restarts(text, tmp_path):
     assert checkpoints(tmp_path / "whole") == [4, 8, 12]
 
     run, programs = tmp_path / "run", tmp_path / "programs"
-    settings["train.compile_cache"] = str(programs)
+    settings["execution.compile_cache"] = str(programs)
     misses = []
     event = "/jax/compilation_cache/cache_misses"
     jax.monitoring.register_event_listener(lambda name, **_: misses.append(name == event))

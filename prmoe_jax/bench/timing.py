@@ -1,11 +1,14 @@
-"""Times several things in turns, so that what else the machine does meets all of them alike."""
+"""Times several things in interleaved turns, so that noise of the machine affects all alike."""
 
 import math
+import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import jax
+
+from prmoe_jax.run.directory import device_name
 
 Name = TypeVar("Name", bound=Hashable)
 
@@ -14,24 +17,24 @@ Name = TypeVar("Name", bound=Hashable)
 TURN_SECONDS = 0.02
 
 
-class Rival(NamedTuple):
+class Timed(NamedTuple):
     """Something to time beside others."""
 
-    seconds: Callable[[], float]  # runs once, and returns the time it took
+    seconds: Callable[..., float]  # runs once, and returns the time it took
     peak_bytes: Callable[[], int]
     bytes_moved: int = 0  # bytes of weights and their gradients that it must read and write
     drop_fraction: float = 0.0
 
 
-def compiled(function, arguments, bytes_moved: int = 0, drop_fraction: float = 0.0) -> Rival:
-    """A rival that calls a compiled function: once in a turn on a CPU, often on an accelerator."""
+def compiled(function, arguments, bytes_moved: int = 0, drop_fraction: float = 0.0) -> Timed:
+    """Times a compiled function: called once in a turn on a CPU, often on an accelerator."""
     program = jax.jit(function).lower(*arguments).compile()
     least = 0.0 if jax.default_backend() == "cpu" else TURN_SECONDS
     seconds = mean_seconds(lambda: program(*arguments), least)
-    return Rival(seconds, lambda: peak_bytes(program), bytes_moved, drop_fraction)
+    return Timed(seconds, lambda: program_bytes(program), bytes_moved, drop_fraction)
 
 
-def peak_bytes(program: jax.stages.Compiled) -> int:
+def program_bytes(program: jax.stages.Compiled) -> int:
     """The memory that a compiled program's arguments, results and temporary arrays need."""
     found = program.memory_analysis()
     parts = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
@@ -60,8 +63,10 @@ def mean_seconds(run: Callable[[], Any], least: float) -> Callable[[], float]:
     return seconds
 
 
-def in_turns(seconds: Mapping[Name, Callable[[], float]], repeats: int) -> dict[Name, list[float]]:
-    """The seconds of each, in the order of the turns, after two turns to compile and to warm up.
+def interleaved(
+    seconds: Mapping[Name, Callable[[], float]], repeats: int
+) -> dict[Name, list[float]]:
+    """The seconds of each by turn, after two turns of all to compile and to warm up.
 
     Args:
       seconds: for each name a function that runs once and returns the time that this took.
@@ -74,3 +79,14 @@ def in_turns(seconds: Mapping[Name, Callable[[], float]], repeats: int) -> dict[
             if turn >= 0:
                 times[name].append(taken)
     return times
+
+
+def summary(seconds: list[float]) -> dict:
+    """The fields of a row that all timings of the library have."""
+    return {
+        "device": device_name(jax.devices()[0]),
+        "jax": jax.__version__,
+        "median_s": statistics.median(seconds),
+        "min_s": min(seconds),
+        "max_s": max(seconds),
+    }
