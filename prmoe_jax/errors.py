@@ -81,6 +81,20 @@ def refusing(
         raise UserError(f"{line}; {fix}" if fix else line) from error
 
 
+@contextlib.contextmanager
+def telling(before: str = "", fix: str = "") -> Iterator[None]:
+    """Adds to the line of a UserError: before it where it arose, and behind it what to do."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{before}{error}{f'; {fix}' if fix else ''}") from error
+
+
+def missing(what: str, package: str):
+    """Tells what to install, in one line, if an import in the block fails."""
+    return refusing(what, ImportError, fix=f"pip install '{package}'")
+
+
 def reason(error: BaseException) -> str:
     """Why something failed: the system's words if it is its error, else the first line."""
     return getattr(error, "strerror", None) or first_line(error)

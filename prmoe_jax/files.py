@@ -330,14 +330,10 @@ def sync(path: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    try:
+    with contextlib.suppress(OSError):  # some file systems can't do this; the rename has happened
         sync(folder)
-    except OSError:  # some file systems can't do this; the rename itself has happened
-        log.debug("%s cannot be synchronised", folder)
 
 
 def _remove(temporary: Path) -> None:
-    try:
+    with contextlib.suppress(OSError):  # it stays
         temporary.unlink(missing_ok=True)
-    except OSError:
-        log.debug("%s stays", temporary)

@@ -1,5 +1,6 @@
 """Versions, devices, memory and drivers, and accelerators that JAX does not find."""
 
+import contextlib
 import os
 import re
 import sys
@@ -179,7 +180,6 @@ def _driver_files() -> bool:
 
 
 def _read(path: Path) -> str:
-    try:
+    with contextlib.suppress(OSError):
         return path.read_text().strip()
-    except OSError:
-        return ""
+    return ""

@@ -26,7 +26,7 @@ from prmoe_jax.cli import (
 )
 from prmoe_jax.cli.options import CONFIG_HELP, Parser, parse_config
 from prmoe_jax.cli.output import log_to_stderr
-from prmoe_jax.errors import UserError
+from prmoe_jax.errors import UserError, refusing
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -44,10 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
     def command() -> None:
         nonlocal options
         for argument in given:
-            try:
+            with refusing(f"the argument {argument!a} is not UTF-8 text", UnicodeEncodeError):
                 argument.encode()
-            except UnicodeEncodeError:
-                raise UserError(f"the argument {argument!a} is not UTF-8 text") from None
         with _processes(given):
             own, passed_on = _split(given)
             options, rest = _parser().parse_known_args(own)

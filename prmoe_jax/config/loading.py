@@ -12,7 +12,7 @@ from prmoe_jax import files
 from prmoe_jax.config.effects import check_effects
 from prmoe_jax.config.schema import Config, declarations, leaves
 from prmoe_jax.config.validation import check
-from prmoe_jax.errors import UserError
+from prmoe_jax.errors import UserError, refusing, telling
 
 
 def resolve(settings: ConfigDict | Mapping, trained: bool = False) -> Config:
@@ -46,16 +46,14 @@ def load(path: Path) -> Config:
     Raises:
       UserError: the file is missing or is not a valid config.
     """
-    try:
-        return resolve(files.parse_json(files.read(path)), trained=True)
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"no run in {path.parent}: {path.name} is missing") from None
-    except OSError as error:
-        raise files.cannot_read(path, error) from None
-    except ValueError as error:  # neither UTF-8 nor JSON
-        raise UserError(f"{path} is damaged: {error}") from None
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+    with (
+        refusing(f"{path} cannot be read", OSError),
+        refusing(f"no run in {path.parent}", (FileNotFoundError, NotADirectoryError)),
+        refusing(f"{path} is damaged", ValueError),  # neither UTF-8 nor JSON
+    ):
+        settings = files.parse_json(files.read(path))
+    with telling(f"{path}: "):
+        return resolve(settings, trained=True)
 
 
 # Settings that may differ when a run is resumed: they change no parameter and no training loss,

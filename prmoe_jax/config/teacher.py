@@ -6,7 +6,7 @@ import math
 from prmoe_jax.config.loading import load
 from prmoe_jax.config.schema import Config
 from prmoe_jax.config.validation import check_groups, require
-from prmoe_jax.errors import UserError
+from prmoe_jax.errors import telling
 from prmoe_jax.stores import expand
 
 
@@ -16,10 +16,8 @@ def teacher_of(config: Config) -> Config:
     Raises:
       UserError: the folder holds no run, or the teacher doesn't fit; see `adapt_teacher`.
     """
-    try:
+    with telling(fix="--config.teacher.workdir names the run that teaches"):
         teacher = load(expand("teacher.workdir", config.teacher.workdir) / "config.json")
-    except UserError as error:
-        raise UserError(f"{error}; --config.teacher.workdir names the run that teaches") from None
     return adapt_teacher(teacher, config)
 
 
@@ -63,10 +61,8 @@ def adapt_teacher(teacher: Config, student: Config) -> Config:
     teacher = dataclasses.replace(teacher, mesh=student.mesh, execution=student.execution, moe=moe)
     if teacher.moe.group_size:
         shape = dataclasses.replace(teacher.model, length=model.length)
-        try:
+        with telling("the teacher, on its student's batches: "):
             check_groups(dataclasses.replace(teacher, model=shape, train=student.train), student)
-        except UserError as error:
-            raise UserError(f"the teacher, on its student's batches: {error}") from None
     return teacher
 
 

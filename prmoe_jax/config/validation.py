@@ -13,7 +13,7 @@ from prmoe_jax.config.schema import (
     group_rows,
     leaves,
 )
-from prmoe_jax.errors import UserError
+from prmoe_jax.errors import UserError, telling
 
 
 def check_runs_without_limit(config: Config) -> None:
@@ -109,10 +109,8 @@ def _check_bounds(name: str, value, setting: Setting) -> None:
 
 def _check_store(name: str, value: str, setting: Setting) -> None:
     """Refuses a path in a store that is unknown, or where only a local path works."""
-    try:
+    with telling(f"{name}="):
         in_store = stores.scheme(value)
-    except UserError as error:
-        raise UserError(f"{name}={error}") from None
     require(
         not in_store or setting.store,
         f"{name}={value} is in an object store; this setting needs a local path",

@@ -17,7 +17,7 @@ import tensorflow_datasets as tfds
 
 from prmoe_jax.config.schema import DataConfig
 from prmoe_jax.data import cache
-from prmoe_jax.errors import UserError
+from prmoe_jax.errors import UserError, refusing
 
 log = logging.getLogger(__name__)
 
@@ -53,12 +53,8 @@ class Documents:
         with cache.reading(self._directory):
             examples = self._examples.__getitems__(list(indices))
         for index, example in zip(indices, examples, strict=True):
-            try:
+            with refusing(f"document {index} of {self._directory} is not text", ValueError):
                 yield example[self._field].decode()
-            except UnicodeDecodeError as error:
-                raise UserError(
-                    f"document {index} of {self._directory} is not UTF-8 text (byte {error.start})"
-                ) from error
 
 
 def prepare_named(config: DataConfig, directory: pathlib.Path) -> dict[str, Documents]:
@@ -127,12 +123,11 @@ def _find_builder(name: str, directory: pathlib.Path) -> tfds.core.DatasetBuilde
     if config and config not in configs:
         close = difflib.get_close_matches(config, configs, n=8, cutoff=0) or ["none"]
         raise UserError(f"TFDS dataset {dataset!r} has no config {config!r}; it has {close}")
-    try:
+    prepared = directory / dataset
+    fix = f"if {prepared} is damaged, delete it, it is made again" * prepared.exists()
+    # The datasets have 400 authors and raise anything.
+    with refusing(f"cannot open TFDS dataset {name!r}", fix=fix):
         return tfds.builder(name, data_dir=directory, file_format=_FORMAT)
-    except Exception as error:  # the datasets have 400 authors and raise anything
-        prepared = directory / dataset
-        fix = f"; if {prepared} is damaged, delete it, it is made again" * prepared.exists()
-        raise UserError(f"cannot open TFDS dataset {name!r}: {_first_line(error)}{fix}") from error
 
 
 def _check_text_field(builder: tfds.core.DatasetBuilder, config: DataConfig) -> None:
@@ -147,16 +142,13 @@ def _check_text_field(builder: tfds.core.DatasetBuilder, config: DataConfig) -> 
 
 def _check_network(name: str, directory: pathlib.Path) -> None:
     """Fails within seconds if there is no network; TFDS would retry for minutes."""
-    try:
+    unreached = (
+        f"TFDS dataset {name!r} is not prepared in {directory} and {_HOST} cannot be reached"
+    )
+    fix = "prepare it where there is a network, and copy it into that folder"
+    any_answer = contextlib.suppress(urllib.error.HTTPError)  # shows that the host can be reached
+    with refusing(unreached, OSError, fix), any_answer:
         urllib.request.urlopen(_HOST, timeout=3).close()
-    except urllib.error.HTTPError:
-        return  # any answer shows that the host can be reached
-    except OSError as error:
-        raise UserError(
-            f"TFDS dataset {name!r} is not prepared in {directory} and {_HOST} cannot be "
-            f"reached ({_first_line(error)}); prepare it where there is a network, and copy it "
-            "into that folder"
-        ) from error
 
 
 def _named_splits(splits: dict, config: DataConfig) -> dict[str, str]:

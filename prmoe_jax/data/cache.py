@@ -12,7 +12,7 @@ from typing import Any
 
 from prmoe_jax import files
 from prmoe_jax.config.schema import DataConfig
-from prmoe_jax.errors import UserError
+from prmoe_jax.errors import UserError, refusing
 from prmoe_jax.stores import expand
 from prmoe_jax.stores.lock import hold
 
@@ -25,10 +25,9 @@ DIGESTS = "digests.json"
 def root(config: DataConfig) -> pathlib.Path:
     """The folder of all caches."""
     folder = expand("data.cache_dir", config.cache_dir)
-    try:
+    fix = "give another folder"  # array_record cannot write to such a path
+    with refusing(f"data.cache_dir={str(folder)!a} is not UTF-8", UnicodeEncodeError, fix):
         str(folder).encode()
-    except UnicodeEncodeError:  # array_record cannot write to such a path
-        raise UserError(f"data.cache_dir={folder} is not UTF-8; give another folder") from None
     return folder
 
 
@@ -125,23 +124,21 @@ def reading(
       named: the directory's name in messages; `{}` in it stands for the path.
       fix: advice about a damaged directory.
     """
-    try:
+    unread = f"{named.format(directory)} can't be read"
+    gone = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+    with (
+        refusing(unread, fix=fix),  # readers of damaged files raise anything
+        refusing(unread, OSError),  # not damaged: no permission, for example
+        refusing(unread, gone, fix=fix),
+    ):
         yield
-    except MemoryError:
-        raise
-    except Exception as error:  # readers of damaged files raise anything
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        message = f"{named.format(directory)} can't be read ({reason})"
-        gone = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
-        if isinstance(error, OSError) and not isinstance(error, gone):
-            raise UserError(message) from error  # not damaged: no permission, for example
-        raise UserError(f"{message}; {fix}") from error
 
 
 @contextlib.contextmanager
 def locked(directory: pathlib.Path, setting: str = "--config.data.cache_dir") -> Iterator[None]:
     """Holds the exclusive lock that guards writing to `directory`, and makes its parent."""
-    try:
+    fix = f"make room or set {setting} to another folder"
+    with refusing(f"cannot write the cache {directory}", OSError, fix=fix):
         directory.parent.mkdir(parents=True, exist_ok=True)
         # The lock file stays: removing it would let two processes hold "the" lock.
         path = directory.with_name(f"{directory.name}.lock")
@@ -152,11 +149,6 @@ def locked(directory: pathlib.Path, setting: str = "--config.data.cache_dir") ->
             lock = hold(path, wait=True)
         with lock:
             yield
-    except OSError as error:
-        raise UserError(
-            f"cannot write the cache {directory}: {error.strerror or error}; "
-            f"make room or set {setting} to another folder"
-        ) from error
 
 
 def _describe(directory: pathlib.Path) -> dict[str, dict[str, int | str]]:

@@ -11,7 +11,7 @@ from etils import epath
 from prmoe_jax import stores
 from prmoe_jax.config.schema import DataConfig
 from prmoe_jax.data import cache, copies, sources
-from prmoe_jax.errors import UserError, first_line
+from prmoe_jax.errors import UserError, missing, refusing
 
 SUFFIXES = *sources.SUFFIXES, ".parquet"
 # A chunk has this many bytes of a file, within these bounds. It is the unit that a worker takes
@@ -153,21 +153,16 @@ def _rows(file: Path, piece: Piece, text_field: str) -> Iterator[str]:
 @contextlib.contextmanager
 def _parquet(file: Path) -> Iterator[Any]:
     """Opens a Parquet file; what cannot be read of it ends in a UserError that names it."""
-    try:
+    with missing(f"{file}: .parquet files need pyarrow", "prmoe_jax[beam]"):
         import pyarrow
         import pyarrow.parquet
-    except ImportError:
-        raise UserError(f"{file}: .parquet files need pip install 'prmoe_jax[beam]'") from None
     with sources.reading(file):
-        try:
-            with (
-                epath.Path(file).open("rb") as opened,
-                pyarrow.parquet.ParquetFile(opened) as table,
-            ):
-                yield table
-        except pyarrow.ArrowException as error:
-            line = first_line(error)
-            raise UserError(f"{file}: not a Parquet file, or damaged: {line}") from None
+        with (
+            refusing(f"{file}: not a Parquet file, or damaged", pyarrow.ArrowException),
+            epath.Path(file).open("rb") as opened,
+            pyarrow.parquet.ParquetFile(opened) as table,
+        ):
+            yield table
 
 
 def of_tfds(config: DataConfig) -> list[Chunk]:

@@ -14,7 +14,7 @@ from etils import epath
 from prmoe_jax import files, stores
 from prmoe_jax.data import cache, shards
 from prmoe_jax.data.shards import Index
-from prmoe_jax.errors import UserError
+from prmoe_jax.errors import UserError, refusing
 
 log = logging.getLogger(__name__)
 
@@ -154,13 +154,5 @@ def _blocks(source: epath.Path) -> Iterator[bytes]:
             yield block
 
 
-@contextlib.contextmanager
-def _reaching(name: str) -> Iterator[None]:
-    """Turns any failure of a store's client into a UserError."""
-    try:
-        yield
-    except (UserError, MemoryError):
-        raise
-    except Exception as error:  # clients raise anything
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise UserError(f"{name} can't be read: {reason}") from error
+def _reaching(name: str):
+    return refusing(f"{name} can't be read")  # a store's client may raise anything

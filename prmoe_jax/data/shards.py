@@ -15,7 +15,7 @@ from prmoe_jax import files
 from prmoe_jax.data import cache
 from prmoe_jax.data.arrays import read_header
 from prmoe_jax.data.sources import reading
-from prmoe_jax.errors import UserError, first_line
+from prmoe_jax.errors import UserError, refusing
 
 INDEX, TOKENIZER = "index.json", "tokenizer.json"
 SUFFIX = ".tokens"  # of our shards
@@ -252,10 +252,8 @@ def _whole(path: Path, size: int, dtype: np.dtype) -> int:
 
 def _open_npy(path: Path) -> Shard:
     with reading(path):
-        try:
+        with refusing(f"{path} is damaged", ValueError, fix="copy it again"):
             dtype, shape, offset = read_header(path)
-        except ValueError as error:
-            raise UserError(f"{path} is damaged: {first_line(error)}; copy it again") from None
     if len(shape) != 1 or dtype.kind not in "iu" or not shape[0]:
         raise UserError(f"{path} holds {dtype} {shape}, not a list of token ids")
     return Shard(path, dtype, offset, shape[0])

@@ -16,7 +16,7 @@ import zlib
 from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator
 
-from prmoe_jax.errors import UserError
+from prmoe_jax.errors import UserError, missing, refusing
 from prmoe_jax.files import parse_json, refuse_pipe
 from prmoe_jax.stores import expand
 
@@ -145,13 +145,12 @@ def reading(file: pathlib.Path) -> Iterator[None]:
 
     A pipe, a socket or a device is refused: reading it may never end.
     """
-    try:
+    with (
+        refusing(f"{file}: not UTF-8 text", UnicodeDecodeError, fix="convert it"),
+        refusing(f"{file}: cannot be read", (OSError, EOFError, zlib.error)),  # gzip raises all
+    ):
         refuse_pipe(file)
         yield
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 text (byte {error.start}); convert it") from error
-    except (OSError, EOFError, zlib.error) as error:  # gzip raises all three
-        raise UserError(f"{file}: cannot be read: {error}") from error
 
 
 def _text_files(folder: pathlib.Path, suffixes: tuple[str, ...]) -> Iterator[pathlib.Path]:
@@ -217,22 +216,17 @@ def _compressed_lines(file: pathlib.Path) -> Iterator[bytes]:
 
 
 def _zstd_lines(file: pathlib.Path) -> Iterator[bytes]:
-    try:
+    with missing(f"{file}: .zst files need zstandard", "zstandard"):
         import zstandard
-    except ImportError as error:
-        raise UserError(f"{file}: .zst files need zstandard; pip install zstandard") from error
     rest, found = b"", False
-    try:
-        with file.open("rb") as stream:
-            decoder = zstandard.ZstdDecompressor().decompressobj()
-            while content := decoder.unused_data or stream.read(_CHUNK_BYTES):
-                found = True
-                if decoder.eof:  # a file may hold several frames, one after the other
-                    decoder = zstandard.ZstdDecompressor().decompressobj()
-                *lines, rest = (rest + decoder.decompress(content)).split(b"\n")
-                yield from lines
-    except zstandard.ZstdError as error:
-        raise UserError(f"{file}: cannot be read: {error}") from error
+    with refusing(f"{file}: cannot be read", zstandard.ZstdError), file.open("rb") as stream:
+        decoder = zstandard.ZstdDecompressor().decompressobj()
+        while content := decoder.unused_data or stream.read(_CHUNK_BYTES):
+            found = True
+            if decoder.eof:  # a file may hold several frames, one after the other
+                decoder = zstandard.ZstdDecompressor().decompressobj()
+            *lines, rest = (rest + decoder.decompress(content)).split(b"\n")
+            yield from lines
     if not (found and decoder.eof):
         raise EOFError("the file ends before its compressed data does")
     yield rest
@@ -240,10 +234,8 @@ def _zstd_lines(file: pathlib.Path) -> Iterator[bytes]:
 
 def parse_line(line: bytes, text_field: str, place: str) -> str:
     """The text of a JSON line; `place` names the line in messages."""
-    try:
+    with refusing(f"{place}: not a line of UTF-8 JSON", ValueError):
         example = parse_json(line.removeprefix(BOM_UTF8))
-    except ValueError as error:  # the line is not UTF-8, or not JSON
-        raise UserError(f"{place}: not a line of UTF-8 JSON: {error}") from error
     if not isinstance(example, dict):
         raise UserError(f"{place}: not a JSON object but {type(example).__name__}")
     if text_field not in example:

@@ -22,7 +22,7 @@ from etils import epath
 
 from prmoe_jax import files, stores
 from prmoe_jax.config.schema import DataConfig
-from prmoe_jax.errors import UserError
+from prmoe_jax.errors import refusing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,12 +65,13 @@ class Work:
     def done(self, name: str) -> Any:
         """The result of a finished task, or None."""
         path = self.staging / f"{name}.json"
-        try:
+        fix = "delete it, it is made again"
+        with (
+            refusing(f"{path} is damaged", ValueError, fix),
+            contextlib.suppress(FileNotFoundError),
+        ):
             return files.parse_json(path.read_bytes())
-        except FileNotFoundError:
-            return None
-        except ValueError as error:
-            raise UserError(f"{path} is damaged: {error}; delete it, it is made again") from None
+        return None
 
     def finish(self, name: str, result: Any) -> None:
         """Records that a task is done."""

@@ -23,7 +23,7 @@ from prmoe_jax.data.chunks import Chunk, find_chunks
 from prmoe_jax.data.split import Selection
 from prmoe_jax.data.stages import Work
 from prmoe_jax.data.tokenizer import Tokenizer
-from prmoe_jax.errors import UserError
+from prmoe_jax.errors import UserError, missing, refusing
 from prmoe_jax.stores import expand
 from prmoe_jax.stores.lock import locked
 
@@ -149,16 +149,12 @@ def _stage(
     if left:
         log.info("%s: %d of %d tasks", function.__name__, len(left), len(tasks))
         (work.staging / _ERROR).unlink(missing_ok=True)
-        try:  # a runner checks its own options when a pipeline is made, some of them later
+        # A runner checks its own options when a pipeline is made, some of them later.
+        with refusing("Apache Beam refuses its options", (TypeError, ValueError)):
             made = beam.Pipeline(runner, options)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"Apache Beam refuses its options: {error}") from error
-        try:
-            with _watching_workers(), made as pipeline:
-                keyed = pipeline | beam.Create(list(enumerate(left)))
-                keyed | beam.GroupByKey() | beam.FlatMap(_perform, function, work)
-        except NotImplementedError as error:
-            raise UserError(f"Apache Beam: {error}") from error
+        with refusing("Apache Beam", NotImplementedError), _watching_workers(), made as pipeline:
+            keyed = pipeline | beam.Create(list(enumerate(left)))
+            keyed | beam.GroupByKey() | beam.FlatMap(_perform, function, work)
         if (work.staging / _ERROR).exists():
             raise UserError((work.staging / _ERROR).read_text())
     results = [work.done(name) for name in tasks]
@@ -245,10 +241,9 @@ def _options(flags: Sequence[str]):
     logging.getLogger("apache_beam").setLevel(logging.ERROR)
     logging.disable(logging.WARNING)  # about extras of Beam that are not installed
     try:
-        from apache_beam.options.pipeline_options import PipelineOptions
-        from apache_beam.runners.runner import create_runner
-    except ImportError:
-        raise UserError("prmoe tokenize needs Apache Beam; pip install 'prmoe_jax[beam]'") from None
+        with missing("prmoe tokenize needs Apache Beam", "prmoe_jax[beam]"):
+            from apache_beam.options.pipeline_options import PipelineOptions
+            from apache_beam.runners.runner import create_runner
     finally:
         logging.disable(logging.NOTSET)
     parser = _Parser(add_help=False, allow_abbrev=False)
@@ -262,8 +257,7 @@ def _options(flags: Sequence[str]):
     if (workers := options.get_all_options()["direct_num_workers"]) < 0:
         raise UserError(f"--direct_num_workers={workers} must be 0, one for each core, or more")
     if runner := options.get_all_options()["runner"]:
-        try:
+        kinds = AttributeError, ImportError, TypeError, ValueError
+        with refusing(f"Apache Beam refuses --runner={runner}", kinds):
             create_runner(runner)
-        except (AttributeError, ImportError, TypeError, ValueError) as error:
-            raise UserError(f"Apache Beam refuses --runner={runner}: {error}") from error
     return options

@@ -19,7 +19,7 @@ from prmoe_jax import files, stores
 from prmoe_jax.config.schema import DataConfig
 from prmoe_jax.data import cache, sources
 from prmoe_jax.data.corpora import Corpus
-from prmoe_jax.errors import UserError
+from prmoe_jax.errors import UserError, refusing
 from prmoe_jax.stores import expand
 
 log = logging.getLogger(__name__)
@@ -270,10 +270,8 @@ def _gpt2() -> Tokenizer:
 
 def from_vocabulary(vocabulary: pathlib.Path, merges: pathlib.Path) -> Tokenizer:
     """Makes a byte-level BPE from files like GPT-2's vocab.json and merges.txt."""
-    try:
+    with refusing(f"{vocabulary} and {merges.name} make no BPE"):
         model = models.BPE.from_file(str(vocabulary), str(merges))
-    except Exception as error:  # the library raises nothing more specific
-        raise UserError(f"{vocabulary} and {merges.name} make no BPE: {error}") from None
     gpt2 = _byte_level(model)
     gpt2.add_special_tokens([END_OF_TEXT])
     return Tokenizer(gpt2.to_str(), str(vocabulary))

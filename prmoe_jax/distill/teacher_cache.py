@@ -26,7 +26,7 @@ from prmoe_jax.data.pipeline import (
     fingerprint_changes,
     windows_fingerprint,
 )
-from prmoe_jax.errors import UserError
+from prmoe_jax.errors import UserError, refusing
 from prmoe_jax.run.directory import check_outside_checkpoints
 from prmoe_jax.stores import expand
 
@@ -117,14 +117,10 @@ def write(
             raise UserError(f"--out={folder}: another command has just written it; give another")
         return meta
     scratch = cache.root(config.data)
-    try:
+    unwritten = f"--out={folder}, which is made in {scratch} and copied, cannot be written"
+    with refusing(unwritten, OSError):
         scratch.mkdir(parents=True, exist_ok=True)
         files.build_in_store(folder, "--out", build_and_seal, cache.DIGESTS, scratch)
-    except OSError as error:
-        raise UserError(
-            f"--out={folder}, which is made in {scratch} and copied, cannot be written: "
-            f"{error.strerror or error}"
-        ) from error
     return meta
 
 

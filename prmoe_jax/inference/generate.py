@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from prmoe_jax import stores
 from prmoe_jax.config.schema import MeshConfig
 from prmoe_jax.data.tokenizer import Tokenizer
-from prmoe_jax.errors import UserError
+from prmoe_jax.errors import UserError, refusing
 from prmoe_jax.inference import WEIGHTS
 from prmoe_jax.inference.decoder import Decoder, decoder
 from prmoe_jax.inference.restore import restore_for_inference
@@ -275,10 +275,8 @@ def _check(tokens: int, seeds: Sequence[int], stop: Sequence[str]) -> None:
 
 def _check_text(option: str, text: str) -> None:
     """Refuses lone surrogates, which Python makes of bytes on a command line that aren't UTF-8."""
-    try:
+    with refusing(f"{option} is not UTF-8 text", UnicodeEncodeError):
         text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{option} is not UTF-8 text (character {error.start})") from None
 
 
 def room(longest: int, tokens: int) -> int:

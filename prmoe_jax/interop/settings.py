@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from prmoe_jax.config.loading import resolve
 from prmoe_jax.config.schema import Config, ModelConfig, MoeConfig, default_config
-from prmoe_jax.errors import UserError
+from prmoe_jax.errors import UserError, telling
 from prmoe_jax.model.surgery import OPEN_SIZES, check_equal, compared
 
 # No setting is a number above this.
@@ -77,10 +77,8 @@ def import_settings() -> ConfigDict:
 
 def resolved(settings: Any, source: Any) -> Config:
     """`config.resolve` for a trained model, with the settings' file named in its errors."""
-    try:
+    with telling(f"{source}: "):
         return resolve(settings, trained=True)
-    except UserError as error:
-        raise UserError(f"{source}: {error}") from None
 
 
 def check_expressed(config: Config, there: ModelConfig, whose: str) -> None:

@@ -1,8 +1,7 @@
 """Folders of .safetensors files, which hold arrays by name and no code."""
 
-import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from prmoe_jax import files
-from prmoe_jax.errors import UserError, first_line
+from prmoe_jax.errors import UserError, refusing
 from prmoe_jax.interop.settings import shown
 
 # Size of one file of an export; the default of Hugging Face.
@@ -67,12 +66,9 @@ class Tensors:
         return array
 
 
-@contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} can't be read as safetensors: {first_line(error)}") from None
+def _reading(path: Path):
+    kinds = SafetensorError, OSError, ValueError
+    return refusing(f"{path} can't be read as safetensors", kinds)
 
 
 def _files(folder: Path) -> list[Path]:

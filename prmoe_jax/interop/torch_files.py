@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from prmoe_jax import files
-from prmoe_jax.errors import UserError, first_line
+from prmoe_jax.errors import UserError, refusing
 from prmoe_jax.interop.settings import shown
 from prmoe_jax.interop.tensors import check_dtype, check_finite
 
@@ -49,7 +49,7 @@ def read_torch(path: Path) -> dict:
     from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
     files.regular(path)
-    try:
+    with refusing(f"{path} can't be read as torch's"):  # torch raises anything for damaged files
         foreign = get_unsafe_globals_in_checkpoint(path)
         for name in foreign:
             if name.partition(".")[0] not in HARMLESS:
@@ -58,10 +58,6 @@ def read_torch(path: Path) -> dict:
                 )
         with safe_globals([(Inert, name) for name in foreign]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except UserError:
-        raise
-    except Exception as error:  # torch raises anything for damaged files
-        raise UserError(f"{path} can't be read as torch's: {first_line(error)}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no dict")
     return content
@@ -91,9 +87,7 @@ def _array(name: str, tensor, path: Path) -> np.ndarray:
     # With a stride of 0, a tensor in a small file can have any size.
     if tensor.numel() * tensor.element_size() > path.stat().st_size:
         raise UserError(f"{path}: {shown(name)} is larger than the file")
-    try:
+    with refusing(f"{path}: {shown(name)} is no plain tensor"):  # a sparse one, for example
         array = tensor.detach().float().numpy()
-    except Exception as error:  # sparse tensors, and others without plain numbers
-        raise UserError(f"{path}: {shown(name)} is no plain tensor: {first_line(error)}") from None
     check_finite(name, array, path)
     return array

@@ -13,7 +13,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from prmoe_jax.config.schema import Config, MeshConfig, group_rows
-from prmoe_jax.errors import UserError
+from prmoe_jax.errors import UserError, telling
 from prmoe_jax.parallel.axes import crosses_slices
 
 log = logging.getLogger(__name__)
@@ -434,8 +434,6 @@ def check_teacher_fits(teacher: Config, student: Config, mesh: Mesh | AbstractMe
     sizes = {"tensor": shape["tensor"], "expert_slice": shape["slice"]}
     model = dataclasses.replace(teacher.model, length=student.model.length)
     taught = dataclasses.replace(teacher, model=model, train=student.train)
-    try:
+    with telling("the teacher, on its student's mesh and batches: "):
         check_splits(teacher, sizes | {"fsdp_experts": shape.get("fsdp_experts", 1)})
         check_batch(taught, mesh.size // mesh.shape["tensor"])
-    except UserError as error:
-        raise UserError(f"the teacher, on its student's mesh and batches: {error}") from None

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from prmoe_jax import files
-from prmoe_jax.errors import UserError
+from prmoe_jax.errors import UserError, missing
 from prmoe_jax.plan.chips import chip_of, unit
 
 # Parts of a step in the order of the bars, matrix products first.
@@ -42,10 +42,8 @@ HELD = {
 
 def check(path: Path) -> None:
     """Raises the errors of `draw` early, before a plan is made."""
-    try:
+    with missing("a picture needs matplotlib", "prmoe_jax[plot]"):
         from matplotlib.backend_bases import FigureCanvasBase
-    except ImportError:
-        raise UserError("a picture needs matplotlib: pip install 'prmoe_jax[plot]'") from None
     formats = FigureCanvasBase.get_supported_filetypes().keys() - {"pgf"}  # which needs LaTeX
     if path.suffix[1:].lower() not in formats:
         raise UserError(

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from prmoe_jax import files
-from prmoe_jax.errors import UserError
+from prmoe_jax.errors import missing
 from prmoe_jax.report.arms import mean
 from prmoe_jax.report.multiplier import Multiplier
 
@@ -30,10 +30,8 @@ def figure(path: Path, height: float = 3.6, rows: int = 1) -> Iterator:
     Raises:
       UserError: matplotlib is missing, or a file cannot be written, which is then unchanged.
     """
-    try:
+    with missing("a report needs matplotlib", "prmoe_jax[plot]"):
         import matplotlib
-    except ImportError:
-        raise UserError("a report needs matplotlib: pip install 'prmoe_jax[plot]'") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

@@ -7,7 +7,7 @@ import numpy as np
 from prmoe_jax import files
 from prmoe_jax.config.loading import load
 from prmoe_jax.config.schema import changed
-from prmoe_jax.errors import UserError
+from prmoe_jax.errors import UserError, refusing
 from prmoe_jax.model.sizes import cost
 from prmoe_jax.report import figures, page
 from prmoe_jax.run import directory as workdirs
@@ -37,10 +37,8 @@ def report(workdir: Path) -> dict:
         raise UserError(f"{workdir}/metrics.jsonl holds no step yet")
     step = max(lines[-1]["step"] for lines in (trained, evaluated) if lines)
     out = workdir / "report"
-    try:
+    with refusing(f"{out} cannot be written", OSError):
         out.mkdir(exist_ok=True)
-    except OSError as error:
-        raise files.cannot_write(out, error) from error
     steps = [line["step"] for line in trained]
 
     def drawn(name: str, caption: str, draw, *arguments) -> None:
@@ -80,13 +78,10 @@ def report(workdir: Path) -> dict:
         having = [line for line in trained if all(key in line for key in keys.values())]
         maps = {}
         for layer, key in keys.items() if having else ():
-            try:
+            damaged = f"{workdir}/metrics.jsonl is damaged: odd values of {key}"
+            with refusing(damaged, (IndexError, TypeError, ValueError)):
                 values_SxE = np.array([line[key] for line in having], float)
                 maps[layer] = values_SxE * (values_SxE.shape[1] if name == "expert_load" else 1)
-            except (IndexError, TypeError, ValueError):
-                raise UserError(
-                    f"{workdir}/metrics.jsonl is damaged: odd values of {key}"
-                ) from None
         if maps:
             caption = {
                 "expert_load": "Choices of each expert, in shares of an even load.",

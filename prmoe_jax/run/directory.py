@@ -5,6 +5,7 @@ tokenizer.json   the tokenizer       metrics.jsonl     one line for each logged 
 checkpoints/     model, optimizer, position in the data; tensorboard/; profile/
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -85,20 +86,18 @@ def versions() -> dict[str, str | None]:
 
 def installed_version(package: str) -> str | None:
     """The version of an installed package; None if it is not installed."""
-    try:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    return None
 
 
 def _git(*arguments: str) -> str | None:
     """What git says in this package's folder; None where it is not git's, or there is no git."""
     command = ["git", "-C", str(Path(prmoe_jax.__file__).parent), *arguments]
-    try:
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
+        return done.stdout.strip()
+    return None
 
 
 def check_outside_checkpoints(named: str, folder: Path) -> None:

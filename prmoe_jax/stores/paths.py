@@ -12,7 +12,7 @@ from pathlib import Path
 
 from etils import epath
 
-from prmoe_jax.errors import UserError, refusing
+from prmoe_jax.errors import UserError, missing, refusing
 
 # A scheme at the start of a text. pathlib folds the two slashes into one.
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(//?)")
@@ -43,12 +43,8 @@ def as_path(text: str | os.PathLike) -> Path:
     """The path that a text names, local or in a store."""
     if not scheme(text):
         return Path(text)
-    try:
+    with missing(f"{os.fspath(text)}: gs:// needs gcsfs", "prmoe_jax[gcs]"):
         from prmoe_jax.stores import gcs
-    except ImportError:
-        raise UserError(
-            f"{os.fspath(text)}: gs:// needs gcsfs; pip install 'prmoe_jax[gcs]'"
-        ) from None
     return gcs.as_path(os.fspath(text))
 
 
@@ -59,13 +55,9 @@ def expand(name: str, text: str | os.PathLike) -> Path:
       name: the setting's name, for the error message.
       text: the setting's value.
     """
-    try:
-        path = as_path(text)
+    path = as_path(text)
+    with refusing(f"{name}={text}", RuntimeError, fix="set HOME or give a path without ~"):
         return path.expanduser() if is_local(path) else path
-    except RuntimeError:
-        raise UserError(
-            f"{name}={text}: the home directory is not known; set HOME or give a path without ~"
-        ) from None
 
 
 def as_local_path(text: str | os.PathLike) -> Path:

@@ -13,11 +13,10 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from prmoe_jax import files
 from prmoe_jax.config import userfile
 from prmoe_jax.config.loading import check_branch, resolve
 from prmoe_jax.config.schema import Config, InitConfig, leaves
-from prmoe_jax.errors import UserError
+from prmoe_jax.errors import UserError, refusing, telling
 
 log = logging.getLogger(__name__)
 
@@ -91,10 +90,8 @@ def constants(folder: Path) -> Constants:
 
 
 def _is_there(path: Path) -> bool:
-    try:
+    with refusing(f"{path} cannot be read", OSError):
         return path.is_file()
-    except OSError as error:
-        raise files.cannot_read(path, error) from None
 
 
 def _assigned(path: Path) -> dict:
@@ -187,7 +184,7 @@ def _checked(path: Path, items) -> dict[str, Run]:
             raise UserError(
                 f"{path}: {name} goes on from {trunk!r:.80}, which is no run that comes before it"
             )
-        try:
+        with telling(f"{path}: {name}: "):
             run = Run(resolve(settings), trunk)
             if trunk is not None:
                 other = found[trunk]
@@ -199,8 +196,6 @@ def _checked(path: Path, items) -> dict[str, Run]:
             if same != name:
                 log.warning("%s: %s has the settings of %s and is the same run", path, name, same)
             found[name] = run
-        except UserError as error:
-            raise UserError(f"{path}: {name}: {error}") from None
     if not found:
         raise UserError(f"{path}: runs() yields nothing")
     return found

@@ -11,7 +11,7 @@ from pathlib import Path
 from prmoe_jax import stores
 from prmoe_jax.config.loading import check_resume, load
 from prmoe_jax.config.schema import Config
-from prmoe_jax.errors import UserError
+from prmoe_jax.errors import UserError, telling
 from prmoe_jax.run import directory as workdirs
 from prmoe_jax.run.metrics import finished
 from prmoe_jax.stores import expand
@@ -78,10 +78,8 @@ def check_needed(work: Work, name: str, begins: Config | None) -> None:
         saved = load(workdir / workdirs.CONFIG)
         if work.runs[other].trunk is not None:  # a branch is the run from step 0, wherever it began
             config = dataclasses.replace(config, init=saved.init)
-        try:
+        with telling(f"it needs {other}: in {workdir} "):
             check_resume(saved, config)
-        except UserError as error:
-            raise UserError(f"it needs {other}: in {workdir} {error}") from None
         if _place(workdir) in starts and not has_checkpoint(workdir, config.total_steps):
             raise UserError(
                 f"it needs the checkpoint of step {config.total_steps} of {other}, which is not in "

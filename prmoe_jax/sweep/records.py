@@ -9,7 +9,7 @@ from pathlib import Path
 from prmoe_jax import files
 from prmoe_jax.config.loading import RESUMABLE, load
 from prmoe_jax.config.schema import Config, changed
-from prmoe_jax.errors import UserError
+from prmoe_jax.errors import UserError, refusing
 from prmoe_jax.model.sizes import cost
 from prmoe_jax.run.directory import CONFIG
 from prmoe_jax.run.metrics import METRICS, read_metrics
@@ -210,10 +210,8 @@ def add(folder: Path, record: dict, order: list[str]) -> None:
 def locked(folder: Path) -> Iterator[None]:
     """Waits for the lock of a folder's results, and holds it."""
     path = folder / LOCK
-    try:
+    with refusing(f"{path} cannot be written", OSError):
         lock = hold(path, wait=True)
-    except OSError as error:
-        raise files.cannot_write(path, error) from error
     with lock:
         yield
 

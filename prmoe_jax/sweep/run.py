@@ -19,7 +19,7 @@ from typing import BinaryIO
 from prmoe_jax import files, stores
 from prmoe_jax.config.loading import check_resume, load, save
 from prmoe_jax.config.schema import Config
-from prmoe_jax.errors import UserError
+from prmoe_jax.errors import UserError, refusing
 from prmoe_jax.run import directory as workdirs
 from prmoe_jax.run.metrics import finished
 from prmoe_jax.stores import lock
@@ -220,17 +220,13 @@ def _wait_until_free(name: str, workdir: Path, progress: SweepProgress) -> bool:
 def _prepare(folder: Path, root: Path) -> None:
     """Creates the runs' folder, and checks before hours of training that results can be written."""
     stores.check_reachable(root, "--workdir")
-    try:
+    with refusing(f"{root} cannot be written", OSError):
         root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise files.cannot_write(root, error) from error
     with records.locked(folder):
-        try:
-            with tempfile.TemporaryFile(dir=folder) as file:
-                file.write(bytes(4096))
-                file.flush()
-        except OSError as error:
-            raise files.cannot_write(folder / records.RESULTS, error) from error
+        unwritten = f"{folder / records.RESULTS} cannot be written"
+        with refusing(unwritten, OSError), tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(4096))
+            file.flush()
 
 
 def _one_line(error: UserError | OSError) -> str:

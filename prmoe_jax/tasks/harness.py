@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from prmoe_jax.errors import UserError, describe, first_line, say
+from prmoe_jax.errors import UserError, describe, refusing, say
 
 try:
     from lm_eval import evaluator, utils
@@ -219,11 +219,10 @@ def _largest(known: TaskManager, names: Iterable[str]) -> list[str]:
     """The tasks and groups without those that lie in another group, which has their scores."""
     held = {}  # the tasks of each name
     for name in names:
-        try:
+        # A task's own package, the network, or a dataset that is a script.
+        kinds = ImportError, OSError, RuntimeError, ValueError
+        with refusing(f"--tasks={name} cannot be loaded", kinds):
             held[name] = set(known.load(name)["tasks"])
-        except (ImportError, OSError, RuntimeError, ValueError) as error:
-            # A task's own package, the network, or a dataset that is a script.
-            raise UserError(f"--tasks={name} cannot be loaded: {first_line(error)}") from error
     largest: list[str] = []
     for name in sorted(held, key=lambda name: -len(held[name])):
         shared = {other: held[name] & held[other] for other in largest}

@@ -13,10 +13,8 @@ is mixed by weights that add up to 1, too (`model.residual_mix` 'learned' or 'ha
 its expert by the router's probability and starts with a higher loss.
 """
 
-import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -28,7 +26,7 @@ from prmoe_jax.config.loading import load
 from prmoe_jax.config.schema import Config
 from prmoe_jax.config.validation import check_same_routing
 from prmoe_jax.data.tokenizer import Tokenizer, check_same
-from prmoe_jax.errors import UserError
+from prmoe_jax.errors import UserError, telling
 from prmoe_jax.model.layout import unstack_layers
 from prmoe_jax.model.surgery import build, check_equal, compared
 from prmoe_jax.model.transformer import Transformer, init_model
@@ -68,13 +66,9 @@ def init_from_run(config: Config, mesh: Mesh, tokenizer: Tokenizer) -> Transform
     return init_sharded(start, mesh, model)
 
 
-@contextlib.contextmanager
-def reading_source() -> Iterator[None]:
+def reading_source():
     """Adds the setting that names the other run to errors about that run."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{error}; --config.init.workdir names the run to start as") from error
+    return telling(fix="--config.init.workdir names the run to start as")
 
 
 def source_of(config: Config) -> tuple[Path, Config]:
