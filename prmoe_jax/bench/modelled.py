@@ -38,10 +38,6 @@ def model_moe(sizes: list[Size], dtype: str, topology: str) -> list[dict]:
     Returns:
       One row for each layer and size: backend, S, M, F, E, dtype, device, chips, jax, cycles,
       modelled_s, ratio_to_dense, and without_estimate (number of operations by opcode).
-
-    Raises:
-      UserError: the topology is unknown; its compiler is missing or estimates no cycles; a size is
-        not positive or doesn't fit a chip.
     """
     if not chip_of(topology).hertz:
         raise UserError(f"--topology={topology}: the compiler estimates cycles for TPUs only")

@@ -58,11 +58,7 @@ def _settings_help() -> str:
 
 
 def parse_config(arguments: list[str]):
-    """The `Config` that --config and its overrides describe.
-
-    Raises:
-      UserError: the config file is missing, a setting is unknown or mistyped, or a check fails.
-    """
+    """The `Config` that --config and its overrides describe."""
     from prmoe_jax.config.loading import resolve
 
     path, name, overrides = config_argument(arguments)

@@ -21,9 +21,6 @@ def check_effects(config: Config) -> None:
 
     Args:
       config: settings that `validation.check` found in order.
-
-    Raises:
-      UserError: a setting has no effect; names it, the reason, and the value to leave it at.
     """
     values, defaults = leaves(config), preset(config)
     for name, why in _unused(config, values):

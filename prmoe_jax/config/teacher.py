@@ -11,11 +11,7 @@ from prmoe_jax.stores import expand
 
 
 def teacher_of(config: Config) -> Config:
-    """Loads the teacher's config of a student's config and adapts it (`adapt_teacher`).
-
-    Raises:
-      UserError: the folder holds no run, or the teacher doesn't fit; see `adapt_teacher`.
-    """
+    """Loads the teacher's config of a student's config and adapts it (`adapt_teacher`)."""
     with telling(fix="--config.teacher.workdir names the run that teaches"):
         teacher = load(expand("teacher.workdir", config.teacher.workdir) / "config.json")
     return adapt_teacher(teacher, config)
@@ -25,10 +21,6 @@ def adapt_teacher(teacher: Config, student: Config) -> Config:
     """Gives a teacher's config its student's mesh, execution and `teacher.capacity_factor`.
 
     A `teacher.capacity_factor` of 0 leaves the teacher's own. The batches are only checked.
-
-    Raises:
-      UserError: the teacher doesn't fit its student's vocabulary, context, batch or capacity
-        factor.
     """
     model = student.model
     require(

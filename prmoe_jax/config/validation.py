@@ -17,12 +17,7 @@ from prmoe_jax.errors import UserError, telling
 
 
 def check_runs_without_limit(config: Config) -> None:
-    """Checks that a run can predict without an expert capacity, as generation and tasks do.
-
-    Raises:
-      UserError: the experts choose their tokens. Their choice depends on later tokens, and without
-        a capacity every expert would take every token.
-    """
+    """Checks that a run can predict without an expert capacity, as generation and tasks do."""
     require(
         config.moe.routes.tokens_choose,
         f"this run's experts choose their tokens (moe.router={config.moe.router}): whom they "
@@ -41,11 +36,7 @@ LARGEST = 2**31 - 1
 
 
 def check(config: Config) -> None:
-    """Refuses values that are out of range, or that do not fit together.
-
-    Raises:
-      UserError: values were refused; names the settings, their values, and valid values.
-    """
+    """Refuses values that are out of range, or that do not fit together."""
     declared, values = declarations(), leaves(config)
     for name, setting in declared.items():
         _check_type(name, values[name], setting)
@@ -230,9 +221,6 @@ def check_same_routing(config: Config, source: Config, whose: str) -> None:
       config: the new run.
       source: the run whose parameters it takes.
       whose: that run in words, for the message.
-
-    Raises:
-      UserError: both have experts, and the parameters mean something else in the new run.
     """
     if not (any(config.model.schedule.experts) and any(source.model.schedule.experts)):
         return

@@ -46,9 +46,6 @@ def build_once(
     Other processes that want the same directory wait for the first one. A build that fails or is
     killed leaves nothing that looks finished. A directory that exists already is checked.
     `setting` is the setting that chooses another directory, for error messages.
-
-    Raises:
-      UserError: the directory is damaged, or cannot be written (permissions, a full disk).
     """
     if directory.is_dir():  # a complete cache may be read-only: take no lock
         with reading(directory):

@@ -44,9 +44,6 @@ def local_copy(pattern: str, cache_dir: Path) -> str:
 
     Returns:
       A glob, or a folder, of the copies.
-
-    Raises:
-      UserError: the store can't be read, a file is damaged, or the cache can't be written.
     """
     found = find(pattern)
     with _reaching(pattern):
@@ -66,10 +63,6 @@ def sealed(folder: epath.Path, names: Sequence[str], cache_dir: Path) -> Path:
 
     Returns:
       The folder of the copies, which is sealed.
-
-    Raises:
-      UserError: the store can't be read, a file is missing or damaged, or the cache can't be
-        written.
     """
     with _reaching(str(folder)):
         record = files.parse_json((folder / cache.DIGESTS).read_bytes())

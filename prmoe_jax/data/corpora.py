@@ -83,9 +83,6 @@ def open_corpus(config: DataConfig) -> Corpus:
 
     Every local file is read once: its content makes the fingerprint, so that a moved or copied
     corpus is the same corpus. A TFDS dataset is fingerprinted by its name.
-
-    Raises:
-      UserError: the corpus does not exist or is not installed.
     """
     if config.corpus.startswith(TOKENS):
         raise UserError(f"data.corpus={config.corpus} holds tokens, and text is needed here")

@@ -95,11 +95,7 @@ class Index:
 
     @classmethod
     def open(cls, folder: Path) -> "Index":
-        """Reads the index of a folder, local or in an object store, and checks all of it.
-
-        Raises:
-          UserError: it is missing or damaged, or names a file that is not in the folder.
-        """
+        """Reads the index of a folder, local or in an object store, and checks all of it."""
         path = folder / INDEX
         content = files.read_json(path, fix=_FIX)
         kinds = {"format": str, "tokenizer": str, "vocabulary": int, "dtype": str, "splits": dict}

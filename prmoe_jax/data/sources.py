@@ -69,12 +69,7 @@ def prose_files(cache_dir: pathlib.Path) -> list[pathlib.Path]:
 
 
 def find_files(corpus: str, suffixes: tuple[str, ...] = SUFFIXES) -> list[pathlib.Path]:
-    """The text files of a folder (recursively, without hidden ones), a glob or one path.
-
-    Raises:
-      UserError: no file is found, a glob matches a file of another format, or its `**` would
-        follow a loop of links.
-    """
+    """The text files of a folder (recursively, without hidden ones), a glob or one path."""
     kinds = ", ".join(suffixes)
     path = expand("data.corpus", corpus)
     if path.is_dir():
@@ -102,11 +97,7 @@ def find_files(corpus: str, suffixes: tuple[str, ...] = SUFFIXES) -> list[pathli
 
 
 def read_documents(files: Iterable[pathlib.Path], text_field: str) -> Iterator[str]:
-    """Yields the documents of text files: a whole .txt file, or `text_field` of each JSON line.
-
-    Raises:
-      UserError: a file cannot be read or decoded; names the file, and the line of a JSON file.
-    """
+    """Yields the documents of text files: a whole .txt file, or `text_field` of each JSON line."""
     for file in files:
         if file.suffix == ".jsonl":
             yield from json_lines(file, text_field)

@@ -122,10 +122,6 @@ def open_sources(
 
     Returns:
       the tokenizer, and a source for each part.
-
-    Raises:
-      UserError: the corpus is not well formed, a shard is missing, damaged or of another
-        tokenizer, or no tokenizer is known.
     """
     parts = parse(config.corpus)
     found = [_find(part.pattern, config) for part in parts]

@@ -49,10 +49,6 @@ def tokenize(config: Config, out: str | os.PathLike, flags: Sequence[str] = ()) 
 
     Returns:
       The documents, tokens and bytes of each split, and the fingerprint of all shards.
-
-    Raises:
-      UserError: Beam is missing, the text or the tokenizer can't be used, or the folder holds
-        something else or can't be written.
     """
     options = _options(flags)
     folder = expand("--out", out)

@@ -143,9 +143,6 @@ def plan(teacher: Config, student: Config) -> dict:
       layers (for each layer of the student: from, experts, params), total_params and
       active_params, each as [teacher's, student's], and saved, the share of the teacher's
       parameters that is left out.
-
-    Raises:
-      UserError: the student cannot start as a part of this teacher.
     """
     layers = source_layers(teacher, student)
     costs = [cost(one.model, one.moe) for one in (teacher, student)]

@@ -62,10 +62,6 @@ def restore_teacher(
       mesh: the student's mesh.
       tokenizer: the student's tokenizer, which must be the teacher's.
       step: the checkpoint to read; the newest by default.
-
-    Raises:
-      UserError: the folder holds no run or no such checkpoint, or the run cannot teach this
-        student.
     """
     workdir = expand("teacher.workdir", config.teacher.workdir)
     settings = teacher_of(config)
@@ -106,10 +102,6 @@ def write_teacher_cache(config: Config, folder: Path) -> dict:
 
     Returns:
       The content of the folder's meta.json.
-
-    Raises:
-      UserError: the teacher can't teach this student; its predictions for a window depend on other
-        windows; the folder exists or can't be written.
     """
     config, mesh = training_mesh(config)
     data = load_data(config.data, config.model.vocab_size, config.model.length)
@@ -158,10 +150,6 @@ def init_from_teacher(config: Config, teacher: Teacher, data: Data, mesh: Mesh) 
       teacher: the teacher, in float32.
       data: the student's text, on which importance is measured.
       mesh: the mesh of both.
-
-    Raises:
-      UserError: the student isn't a part of the teacher, or it has fewer experts and their load
-        isn't known.
     """
     layers = source_layers(teacher.config, config)
     shapes = jax.eval_shape(lambda: init_model(config))

@@ -100,9 +100,6 @@ def read_deepspeed(source: Path) -> tuple[Config, dict[str, jax.Array], str]:
 
     Args:
       source: the folder with `latest`, or a step's folder.
-
-    Raises:
-      UserError: our model can't compute the same, or the checkpoint's tensors don't fit.
     """
     folder = _step_folder(source)
     main = read_torch(folder / MAIN)

@@ -156,10 +156,6 @@ def read_hugging_face(
 
     Returns:
       The config, the parameters by our names, and a summary in words.
-
-    Raises:
-      UserError: the model's family is unknown or another one, or it computes something else than
-        ours, or the folder's tensors don't fit.
     """
     path = folder / "config.json"
     theirs = read_json(path)

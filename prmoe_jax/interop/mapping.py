@@ -113,9 +113,6 @@ def read_parameters(
 
     Returns:
       The parameters by our names, and a summary for the user.
-
-    Raises:
-      UserError: tensors are missing, are too many or have other shapes.
     """
     model = jax.eval_shape(lambda: init_model(config))
     ours = layer_shapes(model)

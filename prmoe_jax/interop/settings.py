@@ -36,9 +36,6 @@ def setting(
       default: replaces a setting that is missing or None; without a default it is required.
       low: the smallest number allowed.
       high: the largest number allowed.
-
-    Raises:
-      UserError: the setting is missing, of another type or out of range.
     """
     value = settings.get(name)
     value = default if value is None else value

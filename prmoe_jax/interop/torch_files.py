@@ -38,12 +38,7 @@ def require_torch() -> None:
 
 
 def read_torch(path: Path) -> dict:
-    """Reads a file of torch.save: tensors are on the CPU, other objects become `Inert`.
-
-    Raises:
-      UserError: the file is missing, is not torch's or holds no dict, or it would call code that
-        checkpoints don't need.
-    """
+    """Reads a file of torch.save: tensors are on the CPU, other objects become `Inert`."""
     require_torch()
     import torch
     from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals

@@ -187,11 +187,7 @@ def splash(
 
 
 def resolve_attention(name: str, model: ModelConfig, platform: str) -> str:
-    """Resolves `execution.attention` to an implementation; 'auto' chooses by platform and shape.
-
-    Raises:
-      UserError: the named implementation cannot run on this platform or at these sizes.
-    """
+    """Resolves `execution.attention` to an implementation; 'auto' chooses by platform and shape."""
     splash_fits = model.length % LENGTH_MULTIPLE["splash"] == 0
     if name == "auto":
         if platform == "tpu" and splash_fits:

@@ -17,9 +17,6 @@ def check_backends(config: Config, platform: str, mesh: Mesh) -> None:
     """Checks the settings that name kernels, and logs what every 'auto' will be.
 
     The layers make the same choice when they are traced, for the mesh that is then in use.
-
-    Raises:
-      UserError: this platform or mesh cannot run a kernel or backend that the config names.
     """
     execution = config.execution
     attention = resolve_attention(execution.attention, config.model, platform)

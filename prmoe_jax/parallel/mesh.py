@@ -32,10 +32,6 @@ def choose_mesh(
       devices: the number of devices.
       any_batch: the mesh is not for training and need not fit the config's batch.
       decode: the mesh is for decoding, and the config's batch has its sequences.
-
-    Raises:
-      UserError: no mesh of these devices fits the config, or its own doesn't; suggests a size that
-        would.
     """
     if has_own_mesh(config):
         width = config.model.d_model
@@ -82,9 +78,6 @@ def on_slices(config: Config, devices: Sequence[jax.Device] | None = None) -> Co
     Args:
       config: the experiment.
       devices: the devices to use; all by default.
-
-    Raises:
-      UserError: the config names another number of slices, or they differ in size.
     """
     devices = jax.devices() if devices is None else devices
     sizes = Counter(map(_slice_index, devices))
@@ -110,11 +103,7 @@ def _slice_index(device: jax.Device) -> int:
 
 
 def slice_count(config: Config, devices: int) -> int:
-    """The number of slices that the config says, 1 by default.
-
-    Raises:
-      UserError: it doesn't divide the number of devices.
-    """
+    """The number of slices that the config says, 1 by default."""
     slices = config.mesh.slices or 1
     if devices % slices:
         raise UserError(
@@ -131,11 +120,7 @@ def flags(mesh: MeshConfig) -> str:
 
 
 def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh that `config.mesh` describes, of all devices or of those given.
-
-    Raises:
-      UserError: the mesh does not fit the devices or the model; see `on_slices` and `axis_sizes`.
-    """
+    """The mesh that `config.mesh` describes, of all devices or of those given."""
     devices = jax.devices() if devices is None else devices
     config = on_slices(config, devices)
     sizes = axis_sizes(config, len(devices))
@@ -151,11 +136,7 @@ def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Me
 
 
 def axis_sizes(config: Config, devices: int) -> dict[str, int]:
-    """The number of devices on each axis of the mesh, outermost first.
-
-    Raises:
-      UserError: `config.mesh` does not fit the devices or the model; suggests a change.
-    """
+    """The number of devices on each axis of the mesh, outermost first."""
     slices = slice_count(config, devices)
     sizes = dataclasses.asdict(config.mesh)
     inner = sizes.pop("expert_inner")
@@ -200,9 +181,6 @@ def _slices_of_experts(config: Config, sizes: Mapping[str, int], devices: int) -
       config: the experiment.
       sizes: devices on each axis of `config.mesh`.
       devices: the devices of a slice.
-
-    Raises:
-      UserError: axes that should stay inside a slice don't fit there.
     """
     slices, expert = config.mesh.slices or 1, sizes["expert"]
     across = slices // math.gcd(slices, sizes["data"])
@@ -225,20 +203,12 @@ def _slices_of_experts(config: Config, sizes: Mapping[str, int], devices: int) -
 
 
 def check_fits(config: Config, devices: int, decode: bool = False) -> None:
-    """Refuses a mesh on which the config can't be trained, or with `decode` can't decode its batch.
-
-    Raises:
-      UserError: the mesh does not fit the devices, the model or the batch; suggests a change.
-    """
+    """Refuses a mesh on which the config can't be trained, or with `decode` can't decode its batch."""
     check_batch(config, devices // axis_sizes(config, devices)["tensor"], decode)
 
 
 def training_mesh(config: Config) -> tuple[Config, Mesh]:
-    """The config with the mesh on which all devices train it, its own or a suggested one.
-
-    Raises:
-      UserError: no mesh fits the devices, the model and the batch; suggests a change.
-    """
+    """The config with the mesh on which all devices train it, its own or a suggested one."""
     devices = jax.device_count()
     config = choose_mesh(on_slices(config), devices)
     check_fits(config, devices)
@@ -366,9 +336,6 @@ def check_splits(config: Config, sizes: Mapping[str, int]) -> None:
     Args:
       config: the experiment, or another one on the same mesh.
       sizes: devices on `tensor`, `expert_slice` and `fsdp_experts`.
-
-    Raises:
-      UserError: a dimension or the exchange does not fit; suggests a change.
     """
     model, tensor = config.model, sizes["tensor"]
     units = tensor * sizes["expert_slice"]
@@ -405,11 +372,7 @@ def check_splits(config: Config, sizes: Mapping[str, int]) -> None:
 
 
 def check_batch(config: Config, devices: int, decode: bool = False) -> None:
-    """Checks that every device gets the same number of whole routing groups in every portion.
-
-    Raises:
-      UserError: it doesn't; suggests a batch, or with `decode` a number of sequences.
-    """
+    """Checks that every device gets the same number of whole routing groups in every portion."""
     batch, rows = config.train.batch_size, devices * config.train.accumulate * group_rows(config)
     if batch % rows and decode:
         raise UserError(
@@ -425,11 +388,7 @@ def check_batch(config: Config, devices: int, decode: bool = False) -> None:
 
 
 def check_teacher_fits(teacher: Config, student: Config, mesh: Mesh | AbstractMesh) -> None:
-    """Checks that a student's mesh can split its teacher, and its batch the teacher's groups.
-
-    Raises:
-      UserError: a dimension of the teacher or its routing groups do not fit; suggests a change.
-    """
+    """Checks that a student's mesh can split its teacher, and its batch the teacher's groups."""
     shape = mesh.shape
     sizes = {"tensor": shape["tensor"], "expert_slice": shape["slice"]}
     model = dataclasses.replace(teacher.model, length=student.model.length)

@@ -47,9 +47,6 @@ def initialize_distributed() -> Iterator[None]:
     On Cloud TPU pods, GKE, SLURM and Open MPI, JAX finds the processes of a run; elsewhere all of
     `VARIABLES` must be set. Inside the block, all processes end when one does: within two seconds
     and with its reason if it could publish one, else when its heartbeats stop.
-
-    Raises:
-      UserError: the run's processes are unknown, or don't find each other.
     """
     arguments = _arguments()
     _keep_output_ours()
@@ -127,9 +124,6 @@ def agree(what: str, values: Callable[[], dict]) -> None:
     Args:
       what: describes the values in the error message.
       values: returns this process's values by name, as JSON can hold them.
-
-    Raises:
-      UserError: values differ; names them.
     """
     if _count() == 1:
         return

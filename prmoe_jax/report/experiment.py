@@ -90,10 +90,6 @@ def report(folder: Path, base: str | None = None) -> dict:
       difference, difference_margin, p (a two-sided t test, corrected for the number of pairs) and,
       with MARGIN, verdict; with POOLED also deviation, in nats, and freedom, its degrees of
       freedom.
-
-    Raises:
-      UserError: the results are missing or damaged, a constant of sweep.py is wrong, the arm
-        is unknown, matplotlib is missing, or a file cannot be written, which is then unchanged.
     """
     path = folder / RESULTS
     records = complete(folder, read(folder))

@@ -25,11 +25,7 @@ KINDS = {
 
 @contextlib.contextmanager
 def figure(path: Path, height: float = 3.6, rows: int = 1) -> Iterator:
-    """Yields axes to draw on; saves `path` with .png and .svg, reproducibly to the byte.
-
-    Raises:
-      UserError: matplotlib is missing, or a file cannot be written, which is then unchanged.
-    """
+    """Yields axes to draw on; saves `path` with .png and .svg, reproducibly to the byte."""
     with missing("a report needs matplotlib", "prmoe_jax[plot]"):
         import matplotlib
     matplotlib.use("Agg")

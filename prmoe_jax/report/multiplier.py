@@ -106,9 +106,6 @@ def multipliers(
 
     Returns:
       One for each MoE arm; none for an arm with fewer than two dense ones to compare it with.
-
-    Raises:
-      UserError: two dense arms of as many tokens compute as much for each.
     """
     found, names = [], models_of(arms)
     first = {arm: next(iter(rows.values())) for arm, rows in arms.items()}

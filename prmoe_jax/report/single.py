@@ -26,10 +26,6 @@ def report(workdir: Path) -> dict:
 
     Returns:
       page, the path; step, loss and validation_loss as logged last.
-
-    Raises:
-      UserError: the folder holds no run, the run has logged nothing yet, its metrics are damaged,
-        or a file cannot be written, which is then unchanged.
     """
     config = load(workdir / workdirs.CONFIG)
     trained, evaluated = logged(workdir)

@@ -37,9 +37,6 @@ def restore_run(
       layout: the mesh. By default it is the run's mesh, or the suggested one if the run has none.
         If that doesn't fit these devices, each device holds the whole model. A mesh need not suit
         the run's batch size.
-
-    Raises:
-      UserError: the folder holds no run or no readable checkpoint, or the layout doesn't fit.
     """
     workdir = stores.as_path(workdir)
     config = _with_attention(load(workdir / workdirs.CONFIG))

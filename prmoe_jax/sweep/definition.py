@@ -58,9 +58,6 @@ def planned(folder: Path) -> Sweep:
 
     Its function `runs` yields (name, settings) for each run, or (name, settings, trunk) for one
     that goes on from an earlier run of the sweep.
-
-    Raises:
-      UserError: the file is missing or defines something else; no run has started then.
     """
     path = folder / "sweep.py"
     if not _is_there(path):
