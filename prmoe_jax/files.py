@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from prmoe_jax import stores
-from prmoe_jax.errors import UserError, reason, refusing
+from prmoe_jax.errors import UserError, refusing
 from prmoe_jax.stores.lock import LOCK, hold, locked
 
 log = logging.getLogger(__name__)
@@ -181,15 +181,6 @@ def check_free_in_store(folder: Path, option: str) -> None:
     found = {path.relative_to(folder).parts[:1] for path in gcs.find(folder)} - {(LOCK,)}
     if found and (UNFINISHED,) not in found:
         raise UserError(f"{option}={folder} exists; give another folder, or remove it")
-
-
-def cannot_write(path: Path, error: OSError) -> UserError:
-    """Makes the error to raise when a file could not be written."""
-    return UserError(f"{path} cannot be written: {reason(error)}")
-
-
-def cannot_read(path: Path, error: OSError) -> UserError:
-    return UserError(f"{path} cannot be read: {reason(error)}")
 
 
 def is_plain(name: Any) -> bool:

@@ -19,7 +19,7 @@ from typing import BinaryIO
 from prmoe_jax import files, stores
 from prmoe_jax.config.loading import check_resume, load, save
 from prmoe_jax.config.schema import Config
-from prmoe_jax.errors import UserError, refusing
+from prmoe_jax.errors import UserError, reason, refusing
 from prmoe_jax.run import directory as workdirs
 from prmoe_jax.run.metrics import finished
 from prmoe_jax.stores import lock
@@ -231,5 +231,5 @@ def _prepare(folder: Path, root: Path) -> None:
 
 def _one_line(error: UserError | OSError) -> str:
     if isinstance(error, OSError) and error.filename:
-        error = files.cannot_write(Path(error.filename), error)
+        return f"{error.filename} cannot be written: {reason(error)}"
     return " ".join(str(error).split())
