@@ -203,7 +203,7 @@ def _slices_of_experts(config: Config, sizes: Mapping[str, int], devices: int) -
 
 
 def check_fits(config: Config, devices: int, decode: bool = False) -> None:
-    """Refuses a mesh on which the config can't be trained, or with `decode` can't decode its batch."""
+    """Refuses a mesh that the config can't train on, or with `decode` can't decode its batch on."""
     check_batch(config, devices // axis_sizes(config, devices)["tensor"], decode)
 
 
