@@ -34,7 +34,7 @@ def _teacher_cache(options, rest) -> None:
     allocator.keep_freed_memory()
     config = _student_config(rest)
     if config.kd.kind != "top_k":
-        raise UserError("the likeliest tokens are kept; use --config.kd.kind=top_k, with kd.top_k")
+        raise UserError("only top-k tokens are kept; use --config.kd.kind=top_k, with kd.top_k")
     if config.teacher.mode != "eval" or config.teacher.cache:
         raise UserError("leave teacher.cache out, and leave teacher.mode at eval")
     from etils import epath

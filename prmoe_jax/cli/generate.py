@@ -18,10 +18,13 @@ def add(verb) -> None:
     sub.add_argument("--tokens", type=int, default=100, help="at most this many (default: 100)")
     sub.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default: 0.8)")
     sub.add_argument(
-        "--top-k", type=int, default=0, help="draw from the K likeliest only, and others as likely"
+        "--top-k", type=int, default=0, help="sample from the K most probable tokens, and ties"
     )
     sub.add_argument(
-        "--top-p", type=float, default=1.0, help="draw from the P likeliest share only"
+        "--top-p",
+        type=float,
+        default=1.0,
+        help="sample from the most probable tokens whose probabilities reach P",
     )
     sub.add_argument("--stop", action="append", help="a text to end before; may be repeated")
     sub.add_argument(
@@ -50,7 +53,7 @@ def run(options, rest) -> None:
     ):
         if given and options.temperature == 0:
             raise UserError(
-                f"--{name} has no effect with --temperature=0, which takes the likeliest token; "
+                f"--{name} has no effect with --temperature=0, which takes the top token; "
                 "leave one of them out"
             )
     sampling = Sampling(options.temperature, options.top_k, options.top_p)

@@ -358,7 +358,7 @@ class MoeConfig:
         "Over which tokens the load-balancing loss is taken.",
         choices={
             "group": "each routing group, as in GShard",
-            "batch": "the whole batch (arXiv 2501.11873); where it is accumulated in portions, "
+            "batch": "the whole batch (arXiv 2501.11873); where it is accumulated in microbatches, "
             "another forward pass counts the choices first",
         },
         only=("moe.aux_loss_weight",),
@@ -535,7 +535,7 @@ class TrainConfig:
     batch_size: int = setting(16, "Sequences of a step, all devices together.", least=1, most=2**20)
     accumulate: int = setting(
         1,
-        "Gradient accumulation: the portions (microbatches) in which a batch is computed, in "
+        "Gradient accumulation: the microbatches in which a batch is computed, in "
         "evaluation too; it changes memory and time, and no result but by rounding.",
         least=1,
     )
@@ -692,10 +692,10 @@ class KdConfig:
         choices={
             "forward": "KL(teacher ‖ student), as in the paper",
             "reverse": "KL(student ‖ teacher)",
-            "top_k": "forward, over the teacher's likeliest tokens; all others are one outcome",
+            "top_k": "forward, over the teacher's top k tokens; all others are one outcome",
         },
     )
-    top_k: int = setting(0, "How many likely tokens `kind=top_k` takes.", only=("kd.kind=top_k",))
+    top_k: int = setting(0, "How many tokens `kind=top_k` takes.", only=("kd.kind=top_k",))
     weight: float = setting(1.0, "Weight of the loss.", above=0)
     temperature: float = setting(
         1.0, "The temperature T of both distributions.", least=0.01, most=1e3

@@ -195,14 +195,14 @@ def check_groups(config: Config, student: Config | None = None) -> None:
         f"moe.group_size={group} neither divides nor is a multiple of model.length={length}; "
         f"use {fix}",
     )
-    portion = train.batch_size // max(1, train.accumulate) * length
-    fix = math.gcd(portion, group)
+    microbatch = train.batch_size // max(1, train.accumulate) * length
+    fix = math.gcd(microbatch, group)
     if student:
         rows = train.accumulate * group_rows(student, config)
         fix = f"train.batch_size={-(-train.batch_size // rows) * rows}"
     require(
-        portion % group == 0,
-        f"moe.group_size={group} does not divide the {portion} tokens that are computed at once "
+        microbatch % group == 0,
+        f"moe.group_size={group} does not divide the {microbatch} tokens that are computed at once "
         f"(train.batch_size={train.batch_size} / train.accumulate={train.accumulate} x "
         f"model.length={length}); use {fix}",
     )

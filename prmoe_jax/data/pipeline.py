@@ -33,10 +33,9 @@ class Windows:
 
     Window i reads stream[i*length : (i+1)*length + 1]; only the last one is padded.
     With `cross_document_attention`, all tokens of a window are one segment. `teacher_top_k` holds
-    a teacher's recorded predictions for every window, or is None. The stream has one mark between
-    documents. If the tokenizer starts a document with another mark than it ends one, the second is
-    a target, and the first is read. `text_bytes` is the number of UTF-8 bytes of the stream's text,
-    0 where it is not known.
+    a teacher's recorded predictions for every window, or is None. The stream has one EOS between
+    documents. If the tokenizer's BOS is another id than its EOS, EOS is a target, and BOS is read.
+    `text_bytes` is the number of UTF-8 bytes of the stream's text, 0 where it is not known.
     """
 
     stream: ShardStream
@@ -83,12 +82,12 @@ class Windows:
         return _with_teacher(window, self.teacher_top_k, index)
 
     def _start_documents(self, window: Batch) -> None:
-        """Has documents begin with the mark that the tokenizer starts them with, in place.
+        """Has documents begin with BOS, in place.
 
-        Shards of another library may have both marks between documents. Then the end mark is no
-        input: it predicts nothing, and the document begins after it.
+        Shards of another library may have EOS and BOS between documents. Then EOS is no input:
+        it predicts nothing, and the document begins after it.
         """
-        start, end = self.tokenizer.start_of_text, self.tokenizer.end_of_text
+        start, end = self.tokenizer.bos_id, self.tokenizer.eos_id
         if start == end:
             return
         ends_L = (window.tokens_BxL == end) & window.mask_BxL
@@ -244,8 +243,8 @@ def windows_fingerprint(data: Data) -> dict[str, str | int]:
         "cross_document_attention": int(data.train.cross_document_attention),
         "windows": len(data.train),
     }
-    if data.tokenizer.start_of_text != data.tokenizer.end_of_text:
-        found["start_of_text"] = data.tokenizer.start_of_text
+    if data.tokenizer.bos_id != data.tokenizer.eos_id:
+        found["start_of_text"] = data.tokenizer.bos_id
     return found
 
 

@@ -294,20 +294,20 @@ def _open_megatron(path: Path, size: int) -> Shard:
     return Shard(path, dtype, 0, total, np.concatenate([[0], ends])[checked].tolist())
 
 
-def check_ends(shards: Sequence[Shard], end_of_text: int) -> None:
+def check_ends(shards: Sequence[Shard], eos_id: int) -> None:
     """Checks that foreign shards tell their documents apart by the end-of-text id."""
     for shard in shards:
         found = shard.ids_T[[end - 1 for end in shard.ends if end]]
-        if (found != end_of_text).any():
+        if (found != eos_id).any():
             raise UserError(
-                f"{shard.path}: a document ends with the id {found[found != end_of_text][0]}, "
-                f"not the end of text {end_of_text}; write it with --append-eod, or set "
+                f"{shard.path}: a document ends with the id {found[found != eos_id][0]}, "
+                f"not the end of text {eos_id}; write it with --append-eod, or set "
                 "--config.data.tokenizer to its tokenizer"
             )
-    if not any((shard.ids_T[block] == end_of_text).any() for shard in shards
+    if not any((shard.ids_T[block] == eos_id).any() for shard in shards
                for block in shard.blocks()):  # fmt: skip
         raise UserError(
-            f"{shards[0].path} has no end-of-text id {end_of_text} where it was looked for, which "
+            f"{shards[0].path} has no end-of-text id {eos_id} where it was looked for, which "
             "tells documents apart; set --config.data.tokenizer to its tokenizer"
         )
 

@@ -39,13 +39,13 @@ class Part:
 
 
 class ShardStream:
-    """The tokens `first` to `last` of shards in a row: each document is a mark and its tokens.
+    """The tokens `first` to `last` of shards in a row: each document is EOS and its tokens.
 
-    The mark, the end-of-text id, starts a document and ends the one before it; a last mark ends the
+    EOS starts a document and ends the one before it; a last EOS ends the
     stream. Predicting each token from those before it therefore predicts every token of the text
     and the end of every document exactly once.
 
-    The mark before the first document, or the one behind the last, is added where the shards have
+    EOS before the first document, or behind the last, is added where the shards have
     none. Only what is read is loaded; every id that is read is compared with the vocabulary.
 
     Attributes:
@@ -58,14 +58,14 @@ class ShardStream:
         tokenizer: Tokenizer,
         first: int,
         last: int,
-        marks: tuple[bool, bool],
+        has_eos: tuple[bool, bool],
         fingerprint: str,
     ):
         self._shards = parts
         self._starts = _starts(parts)
         self._first, self._last = first, last
-        self._before, self._behind = map(int, marks)
-        self._mark, self._vocabulary = tokenizer.end_of_text, tokenizer.size
+        self._before, self._behind = map(int, has_eos)
+        self._eos_id, self._vocabulary = tokenizer.eos_id, tokenizer.size
         self.fingerprint = fingerprint
 
     def __len__(self) -> int:
@@ -79,18 +79,18 @@ class ShardStream:
     def read(self, first: int, last: int) -> np.ndarray:
         """The tokens `first` to `last` of the stream, fewer at its end."""
         last = min(last, len(self))
-        mark = np.array([self._mark])
-        parts = [mark] if first < self._before else []
+        eos = np.array([self._eos_id])
+        parts = [eos] if first < self._before else []
         shift = self._first - self._before
         parts += self._within(max(first + shift, self._first), min(last + shift, self._last))
         if self._behind and first < len(self) == last:
-            parts.append(mark)
-        return np.concatenate(parts) if parts else mark[:0]
+            parts.append(eos)
+        return np.concatenate(parts) if parts else eos[:0]
 
     def documents(self, first: int, tokens_T: np.ndarray) -> np.ndarray:
         """For each token that was read at `first`: how many documents began since the first one."""
-        marks = tokens_T == self._mark
-        return np.cumsum(marks) - marks[:1]
+        is_eos_T = tokens_T == self._eos_id
+        return np.cumsum(is_eos_T) - is_eos_T[:1]
 
     def _within(self, first: int, last: int) -> Iterator[np.ndarray]:
         """The tokens of the shards, piece by piece."""
@@ -273,7 +273,7 @@ def _foreign(
     for shard in found:
         for block in shard.blocks():
             shards.check_ids(shard, block.start, shard.ids_T[block], known.size)
-    shards.check_ends(found, known.end_of_text)
+    shards.check_ends(found, known.eos_id)
     content = [[shard.tokens, shard.dtype.str, shard.digest()] for shard in found]
     total = sum(shard.tokens for shard in found)
 
@@ -281,32 +281,32 @@ def _foreign(
         name = cache.fingerprint("arrays", content, known.fingerprint, first, last)
         whole = ShardStream(found, known, first, last, (False, False), name)
         ends = whole.read(0, 1)[0], whole.read(len(whole) - 1, len(whole))[0]
-        marks = tuple(bool(token != known.end_of_text) for token in ends)
-        return ShardStream(found, known, first, last, marks, name)
+        has_eos = tuple(bool(token != known.eos_id) for token in ends)
+        return ShardStream(found, known, first, last, has_eos, name)
 
     if part.validation:
         validation = stream(0, total)
         return Source(None, validation, _text_bytes(validation, known, config), None)
     if separate:
         return Source(stream(0, total), None, 0, part.weight)
-    cut = _cut(stream(0, total), config.validation_fraction, known.end_of_text, paths[0])
+    cut = _cut(stream(0, total), config.validation_fraction, known.eos_id, paths[0])
     validation = stream(cut, total)
     size = _text_bytes(validation, known, config)
     return Source(stream(0, cut), validation, size, part.weight)
 
 
-def _cut(whole: ShardStream, fraction: float, mark: int, path: Path) -> int:
+def _cut(whole: ShardStream, fraction: float, eos_id: int, path: Path) -> int:
     """Where the last `fraction` of a stream's tokens begins, moved on to the next document."""
     before, total = whole._before, len(whole) - whole._behind
-    # A document that begins at token i of the files has its mark at position i of the stream.
+    # A document that begins at token i of the files has its EOS at position i of the stream.
     start = math.floor((1 - fraction) * (total - before))
-    starts_with_mark = not before
+    starts_with_eos = not before
     for first in range(max(start, 1), total, _READ_TOKENS):
-        marks = np.flatnonzero(whole.read(first, min(first + _READ_TOKENS, total)) == mark)
-        for position in first + marks:
-            position = int(position) if starts_with_mark else int(position) + 1
-            # A mark at the very end starts no document.
-            if position < total - starts_with_mark:
+        positions = np.flatnonzero(whole.read(first, min(first + _READ_TOKENS, total)) == eos_id)
+        for position in first + positions:
+            position = int(position) if starts_with_eos else int(position) + 1
+            # An EOS at the very end starts no document.
+            if position < total - starts_with_eos:
                 return position - before
     raise UserError(
         f"the last {fraction:.2%} of {path} and the files with it hold no start of a document; "
@@ -316,12 +316,12 @@ def _cut(whole: ShardStream, fraction: float, mark: int, path: Path) -> int:
 
 def _text_bytes(stream: ShardStream, known: Tokenizer, config: DataConfig) -> int:
     """The UTF-8 bytes of a stream's text, decoded once and kept in the cache."""
-    marks = {known.end_of_text, known.start_of_text}
-    also = ["without both marks"] if len(marks) > 1 else []
+    special = {known.eos_id, known.bos_id}
+    also = ["without BOS and EOS"] if len(special) > 1 else []
     key = cache.fingerprint("bytes", stream.fingerprint, known.fingerprint, *also)
 
     def build(temporary: Path) -> None:
-        size, documents = 0, _documents(stream, known.end_of_text, marks)
+        size, documents = 0, _documents(stream, known.eos_id, special)
         while batch := list(itertools.islice(documents, _DECODED_DOCUMENTS)):
             size += sum(len(text.encode()) for text in known.decode_batch(batch))
         (temporary / "bytes.json").write_text(json.dumps(size))
@@ -331,22 +331,22 @@ def _text_bytes(stream: ShardStream, known: Tokenizer, config: DataConfig) -> in
         return int(files.parse_json(files.read(folder / "bytes.json")))
 
 
-def _documents(stream: ShardStream, end: int, marks: set[int]) -> Iterator[np.ndarray]:
-    """The documents of a stream, without marks; an end mark stands between them."""
+def _documents(stream: ShardStream, end: int, special: set[int]) -> Iterator[np.ndarray]:
+    """The documents of a stream, without BOS and EOS; an EOS stands between them."""
     rest: list[np.ndarray] = []
     for first in range(0, len(stream), _READ_TOKENS):
         tokens = stream.read(first, first + _READ_TOKENS)
         *ended, last = np.split(tokens, np.flatnonzero(tokens == end))
         for piece in ended:
             rest.append(piece)
-            yield _without(np.concatenate(rest), marks)
+            yield _without(np.concatenate(rest), special)
             rest = []
         rest.append(last)
-    yield _without(np.concatenate(rest), marks)
+    yield _without(np.concatenate(rest), special)
 
 
-def _without(tokens: np.ndarray, marks: set[int]) -> np.ndarray:
-    return tokens[~np.isin(tokens, list(marks))]
+def _without(tokens: np.ndarray, special: set[int]) -> np.ndarray:
+    return tokens[~np.isin(tokens, list(special))]
 
 
 def _starts(parts: Sequence[Shard]) -> list[int]:

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 END_OF_TEXT = "<|endoftext|>"
 # Names of the end-of-text token in other tokenizers, in order of preference.
-_END_MARKS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
+_EOS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
 # The trainer of a BPE reads at most about this many characters. More text would hardly change the
 # merges, but memory and time grow with it.
 _TRAINING_CHARACTERS = 200_000_000
@@ -41,9 +41,9 @@ class Tokenizer:
 
     Attributes:
       size: number of ids, all below it.
-      end_of_text: the id that ends every document; no text encodes to it.
-      start_of_text: the id that starts every document: what the tokenizer.json puts before a text
-        (Llama's <s>), or else `end_of_text`, as in GPT-2.
+      eos_id: the id that ends every document; no text encodes to it.
+      bos_id: the id that starts every document: what the tokenizer.json puts before a text
+        (Llama's <s>), or else `eos_id`, as in GPT-2.
       description: the content of the tokenizer.json.
       fingerprint: digest of the description.
     """
@@ -62,11 +62,11 @@ class Tokenizer:
         if special := _undefined(described := json.loads(description)):
             raise UserError(f"{name}: not a tokenizer.json: it doesn't define {special!r:.60}")
         vocabulary = self._tokenizer.get_vocab()
-        mark = next((mark for mark in _END_MARKS if mark in vocabulary), None)
-        if mark is None:
-            raise UserError(f"{name}: has no end-of-text token (one of {', '.join(_END_MARKS)})")
+        eos = next((token for token in _EOS if token in vocabulary), None)
+        if eos is None:
+            raise UserError(f"{name}: has no end-of-text token (one of {', '.join(_EOS)})")
         self.size = max(vocabulary.values()) + 1
-        self.end_of_text = vocabulary[mark]
+        self.eos_id = vocabulary[eos]
         self.fingerprint = hashlib.sha256(description.encode()).hexdigest()[:24]
         self._splits_at_words = _splits_at_words(described)
         self._tokenizer.no_truncation()
@@ -74,21 +74,22 @@ class Tokenizer:
         if isinstance(self._tokenizer.model, tokenizers.models.BPE):
             self._tokenizer.model.dropout = None  # one text has one encoding
         with _calling(name, "not a tokenizer.json"):
-            with_marks, without = (
-                self._tokenizer.encode("", add_special_tokens=marks).ids for marks in (True, False)
+            with_special, without = (
+                self._tokenizer.encode("", add_special_tokens=special).ids
+                for special in (True, False)
             )
-        marked = with_marks[:1] != without[:1]
-        self.start_of_text = with_marks[0] if marked else self.end_of_text
-        if self.start_of_text >= self.size:
+        starts = with_special[:1] != without[:1]
+        self.bos_id = with_special[0] if starts else self.eos_id
+        if self.bos_id >= self.size:
             raise UserError(
-                f"{name}: puts the id {self.start_of_text} before a text, and has {self.size} ids"
+                f"{name}: puts the id {self.bos_id} before a text, and has {self.size} ids"
             )
-        # A mark that is spelled out in a document is plain text.
-        self._tokenizer.add_special_tokens([mark])
+        # An EOS that is spelled out in a document is plain text.
+        self._tokenizer.add_special_tokens([eos])
         self._tokenizer.encode_special_tokens = True
-        if self.end_of_text in self.encode(mark):
+        if self.eos_id in self.encode(eos):
             raise UserError(
-                f"{name}: reads {mark!r} in a text as the end of a document; "
+                f"{name}: reads {eos!r} in a text as the end of a document; "
                 "use a tokenizer that keeps them apart, such as a byte-level BPE"
             )
 
@@ -108,7 +109,7 @@ class Tokenizer:
         return self._tokenizer.id_to_token(number)
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, without any mark."""
+        """The ids of a text, without BOS or EOS."""
         return self.encode_batch([text])[0].tolist()
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -154,7 +155,7 @@ class Tokenizer:
         yield text[first:]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids, in which the end mark is spelled out."""
+        """The text of ids, in which EOS is spelled out."""
         with _calling(self._name, "cannot decode a text"):
             return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
 
@@ -228,7 +229,7 @@ def check_fits(tokenizer: Tokenizer, vocab_size: int) -> None:
 
 
 def train_bpe(documents: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Trains a byte-level BPE of at most `vocab_size` entries, including the end mark."""
+    """Trains a byte-level BPE of at most `vocab_size` entries, including EOS."""
     bpe = _byte_level(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,

@@ -112,7 +112,7 @@ class ShardWriter:
     def __init__(self, file: BinaryIO, path: epath.Path, tokenizer: Tokenizer):
         self._file, self._path, self._tokenizer = file, path, tokenizer
         self._dtype = dtype_of(tokenizer)
-        self._end_of_text = np.uint32(tokenizer.end_of_text)
+        self._eos_id = np.uint32(tokenizer.eos_id)
         self._digest = hashlib.sha256()
         self._texts: list[str] = []
         self._characters = self._documents = self._tokens = self._bytes = 0
@@ -127,7 +127,7 @@ class ShardWriter:
     def flush(self) -> None:
         """Writes what was not written yet."""
         for text, ids in zip(self._texts, self._tokenizer.encode_batch(self._texts), strict=True):
-            content = np.append(self._end_of_text, ids).astype(self._dtype).tobytes()
+            content = np.append(self._eos_id, ids).astype(self._dtype).tobytes()
             self._file.write(content)
             self._digest.update(content)
             self._documents += 1

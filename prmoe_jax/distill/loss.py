@@ -90,7 +90,7 @@ class Agreement(NamedTuple):
 
     tokens: jax.Array
     kl: jax.Array  # KL(teacher ‖ model) in nats
-    same: jax.Array  # targets where both have the same likeliest token
+    same: jax.Array  # targets where both have the same argmax
     teacher_loss: jax.Array  # the teacher's cross-entropy in nats
 
 
@@ -134,7 +134,7 @@ def divergence(teacher_BxTxV, student_BxTxV, kd: KdConfig) -> jax.Array:
     """T² times the divergence of softmax(student / T) from softmax(teacher / T); nats, [B, T].
 
     The kind 'forward' is KL(teacher ‖ student), as in the paper; 'reverse' is
-    KL(student ‖ teacher); 'top_k' is the forward KL over the teacher's k likeliest tokens and one
+    KL(student ‖ teacher); 'top_k' is the forward KL over the teacher's top k tokens and one
     more outcome, any other token. Logits are float32.
     """
     if kd.kind == "top_k":
@@ -146,7 +146,7 @@ def divergence(teacher_BxTxV, student_BxTxV, kd: KdConfig) -> jax.Array:
 
 
 def top_k_log_probs(teacher_BxTxV, kd: KdConfig) -> TopKLogProbs:
-    """The `kd.top_k` likeliest tokens of softmax(teacher / T); log-probabilities in float32."""
+    """The `kd.top_k` most probable tokens of softmax(teacher / T); log-probabilities in float32."""
     log_p, tokens = jax.lax.top_k(jax.nn.log_softmax(teacher_BxTxV / kd.temperature), kd.top_k)
     return TopKLogProbs(tokens, log_p)
 

@@ -37,7 +37,7 @@ from prmoe_jax.model.sizes import cost
 from prmoe_jax.model.surgery import build, take
 from prmoe_jax.model.transformer import Transformer, init_model
 from prmoe_jax.nn.parameters import declaration, named_leaves
-from prmoe_jax.parallel.portions import add_up
+from prmoe_jax.parallel.microbatches import add_up
 from prmoe_jax.run import directory as workdirs
 from prmoe_jax.run.new import check_free, write_run
 from prmoe_jax.run.restore import restore_run, trained_text
@@ -49,7 +49,7 @@ log = logging.getLogger(__name__)
 # the mean); (Σ weight · gradient)², the squared change of the loss without it, to first order.
 IMPORTANCES = "load", "activation", "loss"
 # The most tokens that are measured at once, and the longest window where nothing is dropped.
-PORTION_TOKENS = 4096
+MICROBATCH_TOKENS = 4096
 
 
 def measure(config: Config, model: Transformer, data: Data, batches: int) -> dict[str, dict]:
@@ -66,25 +66,25 @@ def measure(config: Config, model: Transformer, data: Data, batches: int) -> dic
       layer's number. Each layer's loads add up to 1; the others compare between layers.
     """
     layers = [i for i, experts in enumerate(config.model.schedule.experts) if experts]
-    portions = _portions(config, data.train.length)
+    microbatches = _microbatches(config, data.train.length)
 
     @jax.jit
     def found(model, batch):
         tokens = jnp.maximum(batch.mask_BxL.sum(), 1)
 
-        def portion_sums(portion):
+        def microbatch_sums(microbatch):
             def loss(model):
-                sums = forward(model, portion, execution=config.execution)
+                sums = forward(model, microbatch, execution=config.execution)
                 return sums.loss / tokens, sums.routers
 
             gradient, routers = jax.grad(loss, has_aux=True)(model)
             return {
                 "load": {i: r.assigned_E for i, r in zip(layers, routers, strict=True)},
-                "activation": model.added_norms(portion.tokens_BxL, portion.segments_BxL),
+                "activation": model.added_norms(microbatch.tokens_BxL, microbatch.segments_BxL),
                 "loss": _first_order(config.model, model, gradient),
             }
 
-        sums = add_up(portion_sums, batch, portions, group_rows(config))
+        sums = add_up(microbatch_sums, batch, microbatches, group_rows(config))
         return sums | {"loss": jax.tree.map(jnp.square, sums["loss"])}
 
     total = None
@@ -96,17 +96,17 @@ def measure(config: Config, model: Transformer, data: Data, batches: int) -> dic
     return total | {"load": shares}
 
 
-def _portions(config: Config, length: int) -> int:
-    """Into how many portions a batch is cut so that each has `PORTION_TOKENS` or fewer.
+def _microbatches(config: Config, length: int) -> int:
+    """Into how many microbatches a batch is cut so that each has `MICROBATCH_TOKENS` or fewer.
 
     There are no more than its rows allow, and at least `train.accumulate`.
     """
     together = group_rows(config)
     most = config.train.batch_size // together
-    for portions in range(config.train.accumulate, most):
-        rows, rest = divmod(most, portions)
-        if not rest and rows * together * length <= PORTION_TOKENS:
-            return portions
+    for microbatches in range(config.train.accumulate, most):
+        rows, rest = divmod(most, microbatches)
+        if not rest and rows * together * length <= MICROBATCH_TOKENS:
+            return microbatches
     return most
 
 
@@ -340,7 +340,7 @@ def prune_run(
     stored = workdir / workdirs.TOKENIZER
     length = config.model.length
     if math.isinf(config.moe.eval_capacity_factor):
-        length = min(length, PORTION_TOKENS)
+        length = min(length, MICROBATCH_TOKENS)
     data = load_data(text, config.model.vocab_size, length, stored)
     found = measure(config, model, data, batches)
     kept = choose(found[kind], budget, shape, config.model.top_k)

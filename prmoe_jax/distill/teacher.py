@@ -35,7 +35,7 @@ from prmoe_jax.model.transformer import Transformer, cast, init_model
 from prmoe_jax.parallel import sharding
 from prmoe_jax.parallel.axes import local_rows, replicated, split_batch
 from prmoe_jax.parallel.mesh import check_teacher_fits, training_mesh
-from prmoe_jax.parallel.portions import add_up
+from prmoe_jax.parallel.microbatches import add_up
 from prmoe_jax.run import directory as workdirs
 from prmoe_jax.run.metrics import read_metrics
 from prmoe_jax.run.restore import restore_model
@@ -108,7 +108,7 @@ def write_teacher_cache(config: Config, folder: Path) -> dict:
     with jax.set_mesh(mesh):
         teacher = cast_to_compute_dtype(restore_teacher(config, mesh, data.tokenizer), mesh)
         _check_windows_apart(teacher.config, config.model.length)
-        # One portion of training's batch at a time: predictions don't depend on other windows.
+        # One microbatch of training's batch at a time: predictions don't depend on other windows.
         rows = config.train.batch_size // config.train.accumulate
         batches = eval_batches(data.train, rows, rows=local_rows(mesh, rows))
 
@@ -192,14 +192,14 @@ def measure_importance(
 ) -> Callable[[Transformer, Batch], dict[str, jax.Array]]:
     """A function of (the teacher's model, batch) that gives `student.taylor` of the mean loss.
 
-    The gradient is added up over `train.accumulate` portions of the batch before it is squared.
+    The gradient is added up over `train.accumulate` microbatches of the batch before it is squared.
     """
 
     def measure(model: Transformer, batch: Batch) -> dict[str, jax.Array]:
         tokens = jnp.maximum(batch.mask_BxL.sum(), 1)
 
-        def loss(model, portion):
-            return forward(model, portion, execution=config.execution).loss / tokens
+        def loss(model, microbatch):
+            return forward(model, microbatch, execution=config.execution).loss / tokens
 
         rows = group_rows(config, teacher)
         gradient = partial(jax.grad(loss), model)

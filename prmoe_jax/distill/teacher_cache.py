@@ -165,7 +165,7 @@ def attach(data: Data, config: Config) -> Data:
         cache.check(folder)
         shape = len(data.train), data.train.length, top_k
         parts = [open_array(folder / name, dtype, shape) for name, dtype in _parts(config)]
-    log.info("teacher cache of %.300s: the %d likeliest tokens", meta["teacher"], kd.top_k)
+    log.info("teacher cache of %.300s: the top %d tokens", meta["teacher"], kd.top_k)
     if config.teacher.workdir not in ("", recorded):
         log.warning(
             "teacher.cache has the predictions of %s, not of %s", recorded, config.teacher.workdir

@@ -144,7 +144,7 @@ class Generator:
             raise UserError(f"{len(seeds)} seeds for {len(prompts)} prompts; give one for each")
         if not len(prompts):
             return []
-        starts = [[self.tokenizer.start_of_text, *self._ids(prompt)] for prompt in prompts]
+        starts = [[self.tokenizer.bos_id, *self._ids(prompt)] for prompt in prompts]
         length = self.decoder.config.length
         longest = max(map(len, starts))
         if longest + tokens > length:
@@ -159,7 +159,7 @@ class Generator:
             seen = [len(start) for start in starts]
             while True:
                 state = decode(
-                    self.decoder, state, sampling, self.tokenizer.size, self.tokenizer.end_of_text
+                    self.decoder, state, sampling, self.tokenizer.size, self.tokenizer.eos_id
                 )
                 lengths = np.asarray(state.length_B)
                 come = np.asarray(state.tokens_BxT)
@@ -213,7 +213,7 @@ class TextStream:
         """
         if self.ended:
             return ""
-        end = self._tokenizer.end_of_text
+        end = self._tokenizer.eos_id
         if end in ids:
             ids, last = ids[: ids.index(end)], True
         self._ids += ids
@@ -343,7 +343,7 @@ def prefill(decoder: Decoder, tokens_BxT, length_B, stop_B, key_B, chunks: int) 
 
 @partial(jax.jit, static_argnums=(2, 3, 4), donate_argnums=1)
 def decode(
-    decoder: Decoder, state: State, sampling: Sampling, vocabulary: int, end_of_text: int
+    decoder: Decoder, state: State, sampling: Sampling, vocabulary: int, eos_id: int
 ) -> State:
     """Generates up to `STEPS` more tokens; ids from `vocabulary` on are padding, never drawn."""
     rows = jnp.arange(len(state.length_B))
@@ -363,7 +363,7 @@ def decode(
         tokens_BxT = state.tokens_BxT.at[rows, position_B].set(token_B, mode="drop")
         x_Bx1xD, caches = decoder(token_B[:, None], active_B[:, None], state.caches, state.length_B)
         length_B = state.length_B + active_B
-        stop_B = jnp.where(active_B & (token_B == end_of_text), length_B, state.stop_B)
+        stop_B = jnp.where(active_B & (token_B == eos_id), length_B, state.stop_B)
         return step + 1, State(tokens_BxT, length_B, stop_B, x_Bx1xD[:, 0], caches, state.key_B)
 
     return jax.lax.while_loop(unfinished, next_token, (0, state))[1]

@@ -125,7 +125,7 @@ FAMILIES = {
 }
 # Settings that change the computation, with the values that our model has.
 FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "pretraining_tp": 1}
-PORTION_TOKENS = 2**16  # the most of a portion of an imported run's batch
+MICROBATCH_TOKENS = 2**16  # the most of a microbatch of an imported run's batch
 # From our settings to theirs.
 SIZES = {
     "vocab_size": "vocab_size",
@@ -214,9 +214,9 @@ def read_config(theirs: dict, path: Path, tensors: int) -> Config:
     dtype = theirs.get("dtype", theirs.get("torch_dtype"))
     if dtype == "bfloat16":
         model.dtype = dtype
-    # `prmoe eval` computes a portion of a batch at once.
+    # `prmoe eval` computes a microbatch of a batch at once.
     rows = settings.train.batch_size
-    while rows > 1 and rows * model.length > PORTION_TOKENS:
+    while rows > 1 and rows * model.length > MICROBATCH_TOKENS:
         rows //= 2
     settings.train.accumulate = settings.train.batch_size // rows
     return resolved(settings, path)
@@ -382,8 +382,8 @@ def write_hugging_face(
     settings = _their_settings(config.model, family) | {
         "dtype": dtype,
         "torch_dtype": dtype,  # as transformers 4 names it
-        "bos_token_id": tokenizer.start_of_text,
-        "eos_token_id": tokenizer.end_of_text,
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id,
         "pad_token_id": None,
     }
     (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
@@ -399,7 +399,7 @@ def tokenizer_settings(tokenizer: Tokenizer, length: int) -> dict:
       tokenizer: the run's.
       length: the longest context, in tokens.
     """
-    start, end = map(tokenizer.token, (tokenizer.start_of_text, tokenizer.end_of_text))
+    start, end = map(tokenizer.token, (tokenizer.bos_id, tokenizer.eos_id))
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": start,

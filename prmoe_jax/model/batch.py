@@ -6,7 +6,7 @@ import numpy as np
 
 
 class TopKLogProbs(NamedTuple):
-    """A teacher's K likeliest next tokens, likeliest first, with their log-probabilities (ln)."""
+    """A teacher's top K next tokens, the most probable first, with their log-probabilities (ln)."""
 
     tokens_BxLxK: np.ndarray
     log_p_BxLxK: np.ndarray
@@ -17,8 +17,8 @@ class Batch(NamedTuple):
 
     tokens_BxL and targets_BxL are int32. mask_BxL is bool, False where there is no target.
     segments_BxL is int32, 0 for padding and 1, 2, … for the documents of a window. The target of a
-    document's last token is the mark that ends it, predicted in its segment. The next token is the
-    mark that starts the next document, which for many tokenizers is the same one. `teacher_top_k`
+    document's last token is its EOS, predicted in its segment. The next token is the
+    BOS of the next document, which for many tokenizers is the same one. `teacher_top_k`
     is set if a teacher's predictions were recorded (see `distill/teacher_cache.py`).
     """
 

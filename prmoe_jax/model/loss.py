@@ -1,4 +1,4 @@
-"""The training loss and its parts, as sums over tokens, so that portions of a batch add up."""
+"""The training loss and its parts, as sums over tokens, so that microbatches of a batch add up."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -35,7 +35,7 @@ class Totals(NamedTuple):
 
 
 def totals(batch: Batch, config: Config) -> Totals:
-    """Counts a batch before it is cut into portions."""
+    """Counts a batch before it is cut into microbatches."""
     groups_GxS = batch.segments_BxL.reshape(-1, config.group_size)
     return Totals(
         tokens=jnp.maximum(batch.mask_BxL.sum(), 1),
@@ -84,7 +84,7 @@ def forward(
 
     Args:
       model: the model.
-      batch: a portion of a batch, or all of it.
+      batch: a microbatch of a batch, or all of it.
       keys_B: one key per sequence for training; None for evaluation.
       measure: maps final activations [B, L, D] to sums of losses, `cross_entropy()` by default; a
         distiller's adds `kd_loss`.
@@ -99,7 +99,7 @@ def batch_balance(router: RouterMetrics, assigned_E: jax.Array) -> jax.Array:
     """E · Σ (an expert's share of a whole batch's choices) · (its probability), summed over tokens.
 
     Args:
-      router: the statistics of a portion of the batch, or of all of it.
+      router: the statistics of a microbatch of the batch, or of all of it.
       assigned_E: the choices of the whole batch.
     """
     share_E = assigned_E / jnp.maximum(assigned_E.sum(), 1)
@@ -109,7 +109,7 @@ def batch_balance(router: RouterMetrics, assigned_E: jax.Array) -> jax.Array:
 def training_loss(sums: Sums, total: Totals, config: Config) -> jax.Array:
     """Cross-entropy (+ z-loss, + distillation) + the routers' losses, summed over MoE layers.
 
-    The losses of a batch's portions add up to that of the whole batch.
+    The losses of a batch's microbatches add up to that of the whole batch.
     """
     zero = jnp.zeros(())
     if config.moe.balance == "batch":

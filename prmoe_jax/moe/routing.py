@@ -24,7 +24,7 @@ class Routing(NamedTuple):
 
 
 class RouterMetrics(NamedTuple):
-    """Statistics of a MoE layer, as sums over its tokens, so that portions of a batch add up."""
+    """Statistics of a MoE layer, as sums over its tokens: those of microbatches add up."""
 
     aux_loss: jax.Array  # summed over routing groups
     z_loss: jax.Array  # log(Σ exp(logits))², summed over tokens

@@ -256,18 +256,20 @@ def suggest_mesh(
     return MeshConfig(**sizes, expert_slice=expert_slice, tensor=tensor, slices=config.mesh.slices)
 
 
-def lower_memory_configs(config: Config, devices: int, portions: bool = False) -> Iterator[Config]:
+def lower_memory_configs(
+    config: Config, devices: int, microbatches: bool = False
+) -> Iterator[Config]:
     """Configs to try for less memory per device; the cheapest come first.
 
     They begin with the mesh of `suggest_mesh`, if it fits. Later ones have more devices for FSDP,
-    then FSDP that includes the experts, then, if `portions`, the batch in more portions
+    then FSDP that includes the experts, then, if `microbatches`, the batch in more microbatches
     (`train.accumulate`), then split each expert over devices, then have more devices on `tensor`.
     Each fits the config's sizes and batch, but may need more memory than an earlier one.
     """
     moe = any(config.model.schedule.experts)
     inside = devices // slice_count(config, devices)
     numbers = [config.train.accumulate]
-    while portions and config.train.batch_size % (2 * numbers[-1]) == 0:
+    while microbatches and config.train.batch_size % (2 * numbers[-1]) == 0:
         numbers.append(2 * numbers[-1])
     for tensor in _divisors(inside):
         for expert_slice in _divisors(inside // tensor) if moe else [1]:
@@ -372,7 +374,7 @@ def check_splits(config: Config, sizes: Mapping[str, int]) -> None:
 
 
 def check_batch(config: Config, devices: int, decode: bool = False) -> None:
-    """Checks that every device gets the same number of whole routing groups in every portion."""
+    """Checks that every device gets the same number of whole routing groups in every microbatch."""
     batch, rows = config.train.batch_size, devices * config.train.accumulate * group_rows(config)
     if batch % rows and decode:
         raise UserError(

@@ -35,7 +35,7 @@ def fit(
     """Plans for a topology; if the step doesn't fit, also searches for a plan that fits.
 
     The mesh is the config's own, or the suggested one (`parallel.mesh.choose_mesh`). The search
-    tries the other meshes of these chips and, in training, batches in more portions
+    tries the other meshes of these chips and, in training, batches in more microbatches
     (`train.accumulate`); then larger slices, smallest first. `decode`, `teacher` and `load` are
     those of `report.plan`.
 
@@ -43,7 +43,7 @@ def fit(
       The plan. If the config has no mesh, it also has `flags`, the command line's flags of the mesh
       that was suggested. If the step doesn't fit, it also has `instead`, another plan that fits, or
       None if none was found, and `tried`, a list of (topology, reason) for the plans that failed.
-      The flags of `instead` also have the portions, and the exchange if it had to change.
+      The flags of `instead` also have the microbatches, and the exchange if it had to change.
 
     Raises:
       UserError: see `choose_mesh` and `report.plan`.
@@ -71,7 +71,7 @@ def find(
     """Plans for one slice after the other until the step fits.
 
     The mesh is the config's own; without one, it is the suggested mesh, or another mesh or number
-    of portions that fits. The step is not compiled for a slice whose chips together can't hold the
+    of microbatches that fits. The step isn't compiled for a slice whose chips can't hold the
     parameters and, for training, the optimizer's state. `decode`, `teacher` and `load` are those of
     `report.plan`.
 
@@ -117,12 +117,12 @@ def on_topology(config: Config, topology: str) -> Config:
 
 
 class _Search:
-    """Plans of one config on one topology and mesh after the other, in one portion or more.
+    """Plans of one config on one topology and mesh after the other, in one microbatch or more.
 
     On each topology the suggested mesh, or the config's own, is compiled first. Anything else is
     compiled only if a prediction of its memory fits a chip: the bytes of its state, plus the bytes
     that the last failed plan needed in addition to its state. The second number depends on the
-    tokens of a chip in one portion, not on the mesh.
+    tokens of a chip in one microbatch, not on the mesh.
     """
 
     def __init__(self, config: Config, decode: int, teacher: Config | None, load: float):
@@ -132,7 +132,7 @@ class _Search:
         self.exchange = config.execution.exchange  # as given; a search may have to change it
         self.planned: set[tuple[str, MeshConfig, int]] = set()
         self.tried: list[tuple[str, str]] = []
-        # What the last failed plan needed beside its state: bytes on all chips, times its portions.
+        # What the last failed plan needed beside its state: bytes on all chips × microbatches.
         self.rest = 0.0
 
     def first(self, topology: str) -> dict | None:
@@ -147,7 +147,7 @@ class _Search:
             result = self._once(topology, choose_mesh(config, devices, decode=self.decode > 0))
             if result or has_own_mesh(self.config):
                 return result
-            for tried in lower_memory_configs(config, devices, portions=not self.decode):
+            for tried in lower_memory_configs(config, devices, microbatches=not self.decode):
                 rest = self.rest / devices / tried.train.accumulate
                 if rest <= room and rest + self._state_bytes(tried, devices) <= room:
                     if result := self._once(topology, tried):
@@ -166,22 +166,22 @@ class _Search:
 
     def plan(self, topology: str, config: Config) -> dict:
         """The plan of a config with a mesh; a plan that doesn't fit is added to `tried`."""
-        portions = config.train.accumulate
-        self.planned.add((topology, config.mesh, portions))
+        microbatches = config.train.accumulate
+        self.planned.add((topology, config.mesh, microbatches))
         teacher = self.teacher and adapt_teacher(self.teacher, config)
         result = plan(config, topology, self.decode, teacher, self.load)
         if not has_own_mesh(self.config):
             result["flags"] = flags(config.mesh)
             if config.execution.exchange != self.exchange:
                 result["flags"] += f" --config.execution.exchange={config.execution.exchange}"
-            if portions != self.config.train.accumulate:
-                result["flags"] += f" --config.train.accumulate={portions}"
+            if microbatches != self.config.train.accumulate:
+                result["flags"] += f" --config.train.accumulate={microbatches}"
         if not result["fits"]:
             held = dict(result["hbm_bytes_per_chip"])
             needed = held.pop("needed", None) or sum(held.values())
             held.pop("temporaries", None)
             rest = max(0, needed - self._state_of(held))
-            self.rest = rest * device_count(topology) * portions
+            self.rest = rest * device_count(topology) * microbatches
             self._failed(topology, f"needs {needed / 2**30:,.1f} GiB a chip")
         return result
 

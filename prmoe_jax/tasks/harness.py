@@ -87,11 +87,11 @@ class PrmoeLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        return self._tokenizer.end_of_text
+        return self._tokenizer.eos_id
 
     @property
     def prefix_token_id(self) -> int:
-        return self._tokenizer.start_of_text
+        return self._tokenizer.bos_id
 
     def tok_encode(self, string: str, add_special_tokens=None, **ignored) -> list[int]:
         return self._tokenizer.encode(string)

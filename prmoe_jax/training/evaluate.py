@@ -72,13 +72,13 @@ def evaluate_model(
 
 
 def _rows(config: Config, mesh: Mesh, teacher: Config | None = None) -> int:
-    """The number of windows that are evaluated at once: a portion of training's batch, rounded up.
+    """The number of windows that are evaluated at once: training's microbatch, rounded up.
 
     After rounding all devices get the same number of windows, and no routing group is cut.
     """
-    portion = config.train.batch_size // config.train.accumulate
+    microbatch = config.train.batch_size // config.train.accumulate
     shared = mesh.size // mesh.shape["tensor"] * group_rows(config, teacher)
-    return -(-portion // shared) * shared
+    return -(-microbatch // shared) * shared
 
 
 def _summed(
@@ -115,7 +115,7 @@ def evaluate(workdir: Path, teacher: Path | None = None, corpus: str | None = No
     Returns:
       step and the results of `evaluate_model`. With a teacher also teacher/step, teacher/loss,
       teacher/kl (KL(teacher ‖ run), nats per token) and teacher/agreement (the share of tokens
-      where both have the same likeliest token).
+      where both have the same argmax).
 
     Raises:
       UserError: a folder holds no run or no checkpoint, the teacher has another vocabulary or

@@ -16,7 +16,7 @@ from prmoe_jax.model.state import TrainState
 from prmoe_jax.model.transformer import Transformer, init_model, update_router_bias
 from prmoe_jax.parallel import sharding
 from prmoe_jax.parallel.axes import replicated
-from prmoe_jax.parallel.portions import add_up
+from prmoe_jax.parallel.microbatches import add_up
 from prmoe_jax.parallel.sharding import init_sharded
 from prmoe_jax.training.optimizer import learning_rate, make_optimizer
 
@@ -57,7 +57,7 @@ def make_train_step(
     ) -> tuple[TrainState, dict]:
         total = totals(batch, config)
         kd_weight = distiller.weight(state.step) if distiller else 0.0
-        # A row's key depends on its place in the whole batch, so that portions don't change it.
+        # A row's key depends on its place in the whole batch, so that microbatches don't change it.
         key = jax.random.fold_in(jax.random.key(config.seed + 1), state.step)
         rows = jnp.arange(config.train.batch_size)
         keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
@@ -74,8 +74,8 @@ def make_train_step(
                     ).routers
                 ]
 
-            inputs, portions = (batch, keys_B), config.train.accumulate
-            total = total._replace(assigned=add_up(choices, inputs, portions, rows_together))
+            inputs, microbatches = (batch, keys_B), config.train.accumulate
+            total = total._replace(assigned=add_up(choices, inputs, microbatches, rows_together))
 
         def loss(model, batch_and_keys):
             batch, keys_B = batch_and_keys

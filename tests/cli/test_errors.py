@@ -368,7 +368,7 @@ CASES = {
     ),
     "samples of one text": (
         ["generate", "--workdir=run", "--temperature=0", "--samples=3"],
-        "--samples has no effect with --temperature=0, which takes the likeliest token; leave one",
+        "--samples has no effect with --temperature=0, which takes the top token; leave one",
     ),
     "top k of one": (
         ["generate", "--workdir=run", "--temperature=0", "--top-k=3"],

@@ -438,7 +438,7 @@ RULES = {
         "moe.group_size=100 neither divides nor is a multiple of model.length=256; use 64",
     ),
     "group of lengths": (["moe.group_size=300"], "is a multiple of model.length=256; use 256"),
-    "group in portion": (
+    "group in microbatch": (
         ["moe.group_size=1024", "train.accumulate=8"],
         "moe.group_size=1024 does not divide the 512 tokens that are computed at once "
         "(train.batch_size=16 / train.accumulate=8 x model.length=256); use 512",
@@ -466,8 +466,8 @@ RULES = {
         ["train.batch_size=0"],
         "train.batch_size=0 is out of range; use a value from 1 to 1048576",
     ),
-    "portions": (["train.accumulate=0"], "train.accumulate=0 is out of range; use 1 or more"),
-    "portions divide": (
+    "microbatches": (["train.accumulate=0"], "train.accumulate=0 is out of range; use 1 or more"),
+    "microbatches divide": (
         ["train.accumulate=6"],
         "train.batch_size=16 is not divisible by train.accumulate=6; use 2",
     ),

@@ -127,7 +127,7 @@ def test_segments_by_hand():
 def test_a_start_of_its_own_by_hand():
     """Documents are read from their start and end with the end: ‹s› a b ‹/s› as a ‹s› b ‹/s›."""
     tokenizer = started_tokenizer()
-    start, end = tokenizer.start_of_text, tokenizer.end_of_text
+    start, end = tokenizer.bos_id, tokenizer.eos_id
     stream = np.array([end, 1, 2, end, 3, end], np.uint32)
     cache = Stream(stream, [0, 3])
     first, second = Windows(cache, 4, False, tokenizer=tokenizer)

@@ -274,7 +274,7 @@ def test_a_weight_that_falls_falls_to_0_at_stop():
 
 @pytest.mark.parametrize("mode", ["eval", "train"])
 def test_a_step_adds_the_weighted_divergence(mode):
-    """Its metrics add up to the loss; portions of the batch change nothing, noise included."""
+    """Its metrics add up to the loss; microbatches of the batch change nothing, noise included."""
     student = {
         "teacher": {"workdir": "any", "mode": mode},
         "kd": {"weight": 0.5, "decay": "linear", "stop": 1.0},
@@ -311,8 +311,8 @@ def test_portions_keep_the_teachers_routing_groups_whole():
     taught |= {"teacher": {"workdir": "any"}, "moe": {"group_size": 16}}
     state, model = jit(lambda: (init_state(settings(**taught)), init_model(taught_by)))()
     found = []
-    for portions in (1, 2):
-        values = settings(**taught, train={"accumulate": portions})
+    for microbatches in (1, 2):
+        values = settings(**taught, train={"accumulate": microbatches})
         _, metrics = jit(make_train_step(values, Distiller(values, taught_by)))(
             state, make_batch(rows=12), model
         )

@@ -255,13 +255,15 @@ def test_worth_by_the_loss_is_what_scaling_a_part_away_does():
     np.testing.assert_array_equal(after, before[:, best])
 
 
-def test_worth_is_that_of_the_whole_batch_whatever_its_portions():
+def test_worth_is_that_of_the_whole_batch_whatever_its_microbatches():
     """Squares of one gradient, not a sum of squares; with less memory, as XLA compiles it."""
     teacher = settings("2 layers, E=3, residual", moe={"group_size": 16})
     model, batch = init_model(teacher), make_batch()
     found, temporaries = [], []
-    for portions in (1, 4):
-        student = settings("2 layers", teacher={"workdir": "any"}, train={"accumulate": portions})
+    for microbatches in (1, 4):
+        student = settings(
+            "2 layers", teacher={"workdir": "any"}, train={"accumulate": microbatches}
+        )
         measure = jit(measure_importance(student, teacher)).lower(model, batch).compile()
         temporaries.append(measure.memory_analysis().temp_size_in_bytes)
         found.append(measure(model, batch))

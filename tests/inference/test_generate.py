@@ -116,7 +116,7 @@ def test_greedy_text_is_the_likeliest_token_by_token(text, monkeypatch):
     texts = generator(model)(prompts, 12, Sampling(temperature=0))
     tokenizer = byte_tokenizer()
     for prompt, found in zip(prompts, texts, strict=True):
-        ids = [tokenizer.end_of_text, *tokenizer.encode(prompt)]
+        ids = [tokenizer.eos_id, *tokenizer.encode(prompt)]
         new = []
         for _ in range(12):
             tokens_1xL = np.zeros((1, 40), np.int32)
@@ -124,7 +124,7 @@ def test_greedy_text_is_the_likeliest_token_by_token(text, monkeypatch):
             valid_1xL = np.int32(np.arange(40) < len(ids))[None]
             logits_V = forward(model, tokens_1xL, valid_1xL)[1][0, len(ids) - 1]
             ids.append(int(logits_V[: tokenizer.size].argmax()))
-            if ids[-1] == tokenizer.end_of_text:
+            if ids[-1] == tokenizer.eos_id:
                 break
             new.append(ids[-1])
         assert found == tokenizer.decode(new)
@@ -135,7 +135,7 @@ def test_a_text_begins_with_the_start_of_its_tokenizer():
     """The start of 257, not the end of 256, is what the first token is drawn after."""
     model, tokenizer = build("3 layers, E=3, top 2"), started_tokenizer()
     logits = []
-    for first in (tokenizer.start_of_text, tokenizer.end_of_text):
+    for first in (tokenizer.bos_id, tokenizer.eos_id):
         tokens_1xL = np.array([[first, *tokenizer.encode("a")]], np.int32)
         logits.append(forward(model, tokens_1xL, np.ones_like(tokens_1xL))[1][0, -1])
     likeliest = [int(found_V[: tokenizer.size].argmax()) for found_V in logits]
@@ -292,7 +292,7 @@ def test_prompts_of_ids_and_of_text_are_the_same():
     assert run(ids, 20, Sampling(1.0), seeds) == texts
     for row, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
         whole = states[-1].tokens_BxT[row, 1 : states[-1].length_B[row]].tolist()
-        whole = [i for i in whole if i != tokenizer.end_of_text]
+        whole = [i for i in whole if i != tokenizer.eos_id]
         assert prompt + text == tokenizer.decode(whole)
     assert not texts[0].startswith(" ") and any(text.startswith(" ") for text in texts)
     with pytest.raises(UserError, match="token 33 is out of range; the tokenizer's are from 0 to"):
@@ -317,7 +317,7 @@ def test_text_as_it_comes():
         assert "".join(pieces) == written.text == "déjà vu "
         assert written.ended and not any("�" in piece or "S" in piece for piece in pieces)
     written = TextStream(tokenizer, [])
-    assert written.add([*ids[:3], tokenizer.end_of_text, *ids], False) == "dé"
+    assert written.add([*ids[:3], tokenizer.eos_id, *ids], False) == "dé"
     assert written.ended
     written = TextStream(tokenizer, ["STOP"])
     assert written.add(tokenizer.encode("a ST"), False) == "a "

@@ -264,7 +264,7 @@ def test_settings_that_a_class_ignores(family):
 
 @pytest.mark.parametrize(("length", "rows"), [(2048, 16), (4096, 16), (5000, 8), (131_072, 1)])
 def test_a_portion_of_long_contexts_is_small(length, rows):
-    """`prmoe eval` computes a portion at once: at most 65,536 tokens, or one sequence."""
+    """`prmoe eval` computes a microbatch at once: at most 65,536 tokens, or one sequence."""
     theirs = a_config("llama", max_position_embeddings=length)
     train = read_config(theirs, Path("config.json"), 1000).train
     assert train.batch_size // train.accumulate == rows
@@ -376,7 +376,7 @@ def test_transformers_reads_a_text_as_we_do(name, source, tmp_path):
     theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
     for text in ("the union of 123", " \n\n state", "e\u0301lite.\n\n", "  a  b"):
         assert theirs.encode(text) == tokenizer.encode(text), text
-    assert theirs.eos_token_id == tokenizer.end_of_text
+    assert theirs.eos_token_id == tokenizer.eos_id
 
 
 def test_gpt2s_words_are_not_another_models(source, tmp_path, capsys):

@@ -16,7 +16,7 @@ from tests.support.tokenizers import byte_tokenizer
 def encoded(texts, before=False):
     """The ids of texts, each with the mark behind it, or before it."""
     tokenizer = byte_tokenizer()
-    mark = [tokenizer.end_of_text]
+    mark = [tokenizer.eos_id]
     marked = [mark * before + tokenizer.encode(text) + mark * (not before) for text in texts]
     return [np.array(ids) for ids in marked]
 

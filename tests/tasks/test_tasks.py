@@ -304,7 +304,7 @@ def continued(lm, *requests):
 @with_harness
 def test_scores_begin_with_the_start_of_the_tokenizer(run, lm, monkeypatch):
     """As with Llama's <s>, here the id 7: before a context, before none, in the first window."""
-    monkeypatch.setattr(lm._tokenizer, "start_of_text", 7)
+    monkeypatch.setattr(lm._tokenizer, "bos_id", 7)
     _, _, model, _ = restore_run(run)
     model.config = dataclasses.replace(model.config, dtype="float32")
     ids = lm.tok_encode("token")

@@ -14,7 +14,7 @@ from prmoe_jax.model.loss import Sums, forward, totals, training_loss
 from prmoe_jax.model.transformer import dropless, init_model, positions, unstacked_blocks
 from prmoe_jax.nn.parameters import named_leaves
 from prmoe_jax.parallel.mesh import make_mesh
-from prmoe_jax.parallel.portions import add_up
+from prmoe_jax.parallel.microbatches import add_up
 from prmoe_jax.run.metrics import to_python
 from prmoe_jax.training.evaluate import evaluate_model
 from prmoe_jax.training.optimizer import decay_mask, learning_rate, make_optimizer
@@ -46,8 +46,8 @@ from tests.support.shards import Stream
 def test_accumulation_changes_nothing(text, model, moe):
     """Parameters and every metric, with padding, dropout and random routing, in 1 and 4 parts."""
     results = []
-    for portions in (1, 4):
-        train = {"accumulate": portions, "z_loss": 0.01}
+    for microbatches in (1, 4):
+        train = {"accumulate": microbatches, "z_loss": 0.01}
         values = settings(text, model=model, moe=moe, train=train, optimizer=GENTLE)
         state = init_state(values)
         step = jit(make_train_step(values))
@@ -236,24 +236,24 @@ def test_evaluation_uses_its_own_capacity():
     assert ample.routers[0].dropped_E.sum() == 0
 
 
-@pytest.mark.parametrize(("portions", "together"), [(1, 1), (3, 1), (2, 3), (5, 2)])
-def test_a_batch_is_cut_into_portions(portions, together):
-    """Every row is in one portion, beside its neighbours, and portions reach over the batch."""
+@pytest.mark.parametrize(("microbatches", "together"), [(1, 1), (3, 1), (2, 3), (5, 2)])
+def test_a_batch_is_cut_into_microbatches(microbatches, together):
+    """Every row is in one microbatch, beside its neighbours; each reaches over the batch."""
     rows, seen = jnp.arange(30), []
 
     def measure(row_B):
         jax.debug.callback(lambda row_B: seen.append(row_B.tolist()), row_B)
         return row_B.sum(), (row_B**2).sum()
 
-    assert [int(x) for x in add_up(measure, rows, portions, together)] == [435, 8555]
+    assert [int(x) for x in add_up(measure, rows, microbatches, together)] == [435, 8555]
     jax.effects_barrier()
     assert sorted(sum(seen, [])) == list(range(30))
-    assert len(seen) == portions
-    for portion in seen:
-        starts = portion[::together]
-        assert portion == [start + i for start in starts for i in range(together)]
+    assert len(seen) == microbatches
+    for microbatch in seen:
+        starts = microbatch[::together]
+        assert microbatch == [start + i for start in starts for i in range(together)]
         assert all(start % together == 0 for start in starts)
-        assert max(portion) - min(portion) >= 30 - portions * together
+        assert max(microbatch) - min(microbatch) >= 30 - microbatches * together
 
 
 def validation(windows, length=8, seed=0):
@@ -273,8 +273,8 @@ def evaluated(values, data, run, model=None, limit=0):
 def test_evaluation_in_portions_measures_the_same_with_less_memory(limit):
     """As XLA compiles it; routing groups of two windows stay what they are."""
     found, temporaries, model = [], [], init_model(settings())
-    for portions in (1, 4):
-        values = settings(train={"accumulate": portions}, moe={"group_size": 16})
+    for microbatches in (1, 4):
+        values = settings(train={"accumulate": microbatches}, moe={"group_size": 16})
         step = jit(forward)
 
         def run(model, batch):
