@@ -22,7 +22,7 @@ def modules() -> dict[str, Path]:
     return found
 
 
-def _imported(file: Path, known: dict[str, Path]) -> set[str]:
+def imported(file: Path, known: dict[str, Path]) -> set[str]:
     """The modules that a file imports when it is imported itself."""
     names: set[str] = set()
     for node in ast.parse(file.read_text()).body:
@@ -43,7 +43,7 @@ def loaded(module: str) -> set[Path]:
         if name in seen or not name:
             continue
         seen.add(name)
-        todo += [name.rpartition(".")[0], *_imported(known[name], known)]
+        todo += [name.rpartition(".")[0], *imported(known[name], known)]
     return {known[name] for name in seen}
 
 
