@@ -14,7 +14,9 @@ TESTS = house.PACKAGE.parent / "tests"
 def changed() -> set[Path]:
     """The files that differ from the last commit, or are new."""
     commands = "git diff --name-only HEAD", "git ls-files --others --exclude-standard"
-    lines = [subprocess.check_output(line.split(), cwd=TESTS.parent, text=True) for line in commands]
+    lines = [
+        subprocess.check_output(line.split(), cwd=TESTS.parent, text=True) for line in commands
+    ]
     return {TESTS.parent / line for line in "".join(lines).splitlines()}
 
 
