@@ -35,7 +35,7 @@ def _text(node: ast.expr) -> str:
     return f"{{{ast.unparse(node)}}}"
 
 
-def _messages(file: Path) -> list[str]:
+def messages(file: Path) -> list[str]:
     """The messages of a file, in their order, with the code of what is filled in."""
     tree = ast.parse(file.read_text())
     named = {
@@ -65,7 +65,7 @@ def _messages(file: Path) -> list[str]:
 def collected() -> str:
     parts = []
     for file in house.modules().values():
-        if lines := _messages(file):
+        if lines := messages(file):
             name = file.relative_to(house.PACKAGE)
             parts.append("\n".join([f"# {name}", *lines]))
     return "\n\n".join(parts) + "\n"
