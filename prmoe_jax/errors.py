@@ -1,4 +1,4 @@
-"""How a command ends: the errors that a user is meant to read, and one line for every other one."""
+"""The errors that a user is meant to read, and a line for the user for every other error."""
 
 import contextlib
 import errno
@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, NoReturn
 
-LONGEST = 1000  # characters of a line for the user
+LONGEST = 1000  # characters in a line for the user
 
 
 class UserError(Exception):
@@ -24,8 +24,8 @@ class TrainingStopped(UserError):
     """A run that cannot go on, although the command was right.
 
     Its loss or gradient is not finite, or a checkpoint of a run of several processes is damaged.
-    The command line prints the message on one line and exits with code 1. A full disk is not such
-    an error: it ends the command with code 2.
+    The command line prints the message on one line and exits with code 1. A full disk is another
+    error, with code 2.
     """
 
     exit_code = 1
@@ -48,8 +48,8 @@ class Failure(NamedTuple):
     foreseen: bool  # False for a defect, whose traceback is worth keeping
 
 
-# Functions that are called with a failure after it was printed and before the process ends, in
-# order to tell other processes.
+# Functions to call with a failure after it was printed, before the process ends. They tell other
+# processes.
 on_failure: list[Callable[[Failure], None]] = []
 
 
@@ -61,12 +61,11 @@ def refusing(
 ) -> Iterator[None]:
     """Turns exceptions of a library or of the system into a UserError of one line.
 
-    A `UserError` and a lack of memory stay as they are.
+    A `UserError` and a `MemoryError` stay as they are.
 
     Args:
       what: what could not be done, such as 'x.json cannot be read'; the reason follows it.
-      kinds: the expected exceptions. By default each one is: readers of damaged files raise
-        anything.
+      kinds: the exceptions; by default all, since readers of damaged files raise anything.
       fix: ends the line.
 
     Raises:
@@ -83,7 +82,7 @@ def refusing(
 
 @contextlib.contextmanager
 def telling(before: str = "", fix: str = "") -> Iterator[None]:
-    """Adds to the line of a UserError: before it where it arose, and behind it what to do."""
+    """Adds to a UserError: `before` says where it arose, `fix` what to do."""
     try:
         yield
     except UserError as error:
@@ -91,12 +90,12 @@ def telling(before: str = "", fix: str = "") -> Iterator[None]:
 
 
 def missing(what: str, package: str):
-    """Tells what to install, in one line, if an import in the block fails."""
+    """Turns an ImportError in the block into a UserError that says what to install."""
     return refusing(what, ImportError, fix=f"pip install '{package}'")
 
 
 def reason(error: BaseException) -> str:
-    """Why something failed: the system's words if it is its error, else the first line."""
+    """Why something failed: the operating system's message, or else the error's first line."""
     return getattr(error, "strerror", None) or first_line(error)
 
 
@@ -162,7 +161,7 @@ def _no_device(error: BaseException) -> str:
     """Why JAX found no device; '' for another error."""
     if isinstance(error, RuntimeError) and "Unable to initialize backend" in str(error):
         return first_line(error)
-    # Without a GPU JAX passes over CUDA, and then asserts that there is another backend.
+    # Without a GPU, JAX skips CUDA and then asserts that there is another backend.
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     places = [(frame.f_globals.get("__name__"), frame.f_code.co_name) for frame in frames[-1:]]
     if isinstance(error, AssertionError) and places == [("jax._src.xla_bridge", "backends")]:
@@ -185,11 +184,11 @@ def _one_line(message: object) -> str:
     line = _printable(" ".join(_text(message).split()))
     if len(line) <= LONGEST:
         return line
-    return f"{line[: LONGEST * 2 // 3]} … {line[-LONGEST // 4 :]}"  # it may end with the fix
+    return f"{line[: LONGEST * 2 // 3]} … {line[-LONGEST // 4 :]}"  # the end may say the fix
 
 
 def _printable(text: str) -> str:
-    """Shows characters that could drive a terminal as in `repr`: a file's content may have them."""
+    """Escapes control characters, which text from a file may hold, as `repr` does."""
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 

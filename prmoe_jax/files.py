@@ -1,7 +1,4 @@
-"""Writes a run's files so that none is ever half written, and checks them when they are read.
-
-They are on a disk or in an object store (`prmoe_jax/stores`).
-"""
+"""Reads and checks files, and writes files and folders atomically, also in an object store."""
 
 import contextlib
 import json
@@ -25,10 +22,7 @@ _TEMPORARY = ".tmp"
 
 
 def replace(path: Path, content: str | bytes) -> None:
-    """Writes a file by `whole`; a store does so by itself.
-
-    A file that already holds the content is not touched.
-    """
+    """Writes a file atomically. One that already holds the content is not touched."""
     data = content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content
     with refusing(f"{path} cannot be written", OSError):
         if path.is_file() and not os.path.islink(path) and path.read_bytes() == data:
@@ -42,10 +36,10 @@ def replace(path: Path, content: str | bytes) -> None:
 
 @contextlib.contextmanager
 def whole(path: Path, scratch: Path | None = None) -> Iterator[BinaryIO]:
-    """A file of a disk that takes the name `path` when the block has ended, whatever is there.
+    """A new file on a disk, which replaces `path` when the block has ended.
 
-    A crash, `kill -9` or a full disk at any moment leaves the old content or the new one. The file
-    has a random hidden name until then, so that no link which waits there is followed.
+    A crash, `kill -9` or a full disk at any moment leaves the old content or the new one. Until the
+    end the file has a random hidden name, so that no link with this name can be there.
 
     Args:
       path: the file; a link is replaced.
@@ -68,7 +62,7 @@ def whole(path: Path, scratch: Path | None = None) -> Iterator[BinaryIO]:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Removes the files that killed processes left in a folder, for one that alone writes there."""
+    """Removes files that killed processes left in a folder where no other process writes."""
     for path in folder.glob(f".*{_TEMPORARY}"):
         if path.is_symlink() or path.is_file():
             _remove(path)
@@ -76,14 +70,14 @@ def remove_unfinished(folder: Path) -> None:
 
 @contextlib.contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A new folder of a disk that takes the name `folder` when the block has ended.
+    """A new folder on a disk, which is renamed to `folder` when the block has ended.
 
-    It lies beside that under a hidden name until then. Files that a killed process left there are
-    removed first. If the target is an empty folder, it is replaced.
+    Until then it lies beside `folder` under a hidden name. Files that a killed process left in it
+    are removed first. If `folder` exists and is empty, it is replaced.
 
     Raises:
       UserError: another process is building the same folder, or a link has the hidden name.
-      OSError: the folder cannot be written, or the target exists and is not an empty folder.
+      OSError: the folder cannot be written, or `folder` exists and is not empty.
     """
     folder = Path(os.path.realpath(folder))
     temporary = folder.with_name(f".{folder.name}{_TEMPORARY}")
@@ -122,11 +116,11 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def building_in_store(folder: Path, option: str) -> Iterator[None]:
-    """Guards the making of a folder in an object store, where folders can't be renamed.
+    """Makes the block, which writes a folder in an object store, safe to repeat.
 
-    The lock of the folder is held meanwhile. Until the block has succeeded, the object `UNFINISHED`
-    is there: a command that was killed, or failed, left the folder's other objects, and they are
-    removed first. The block writes last what makes the folder usable for those who read it.
+    It holds the folder's lock, and keeps an object `UNFINISHED` there until the block has
+    succeeded. If a command was killed or failed, the next one removes its objects first. The block
+    must write last the object without which readers refuse the folder.
 
     Raises:
       UserError: the folder holds something else, or another process is building it.
@@ -153,14 +147,14 @@ def build_in_store(
     last: str,
     scratch: Path | None = None,
 ) -> None:
-    """Makes a folder in an object store by `build(temporary)` on a disk and a copy.
+    """Makes a folder in an object store: builds it on a disk, then uploads it.
 
     Args:
       folder: the folder to make.
       option: names it in messages.
-      build: writes the content into the folder that it is given.
+      build: writes the content into a local folder.
       last: the file without which the folder counts as incomplete; it is copied last.
-      scratch: where the temporary folder is made, by default where the system has them.
+      scratch: the parent of the temporary local folder; the system's by default.
 
     Raises:
       UserError: the folder holds something else, or another process is building it.
@@ -175,7 +169,7 @@ def build_in_store(
 
 
 def check_free_in_store(folder: Path, option: str) -> None:
-    """Raises UserError if a folder in a store holds something that `building_in_store` didn't."""
+    """Raises UserError if a folder in a store holds anything but an unfinished build."""
     from prmoe_jax.stores import gcs
 
     found = {path.relative_to(folder).parts[:1] for path in gcs.find(folder)} - {(LOCK,)}
@@ -184,9 +178,9 @@ def check_free_in_store(folder: Path, option: str) -> None:
 
 
 def is_plain(name: Any) -> bool:
-    """Whether a value that was read from a file is the name of a file beside that one.
+    """Whether an untrusted value is a plain file name, which cannot lead to another folder.
 
-    Such a name has no folder, no control character and no half of a surrogate pair.
+    It also has no control characters and no lone surrogates.
     """
     return (
         isinstance(name, str)
@@ -198,7 +192,7 @@ def is_plain(name: Any) -> bool:
 
 
 def regular(path: Path, hint: str = "") -> Path:
-    """Returns the path if it is a regular file; reading a pipe or a device might never return.
+    """Returns the path of a regular file, and refuses others: reading a pipe may never end.
 
     Args:
       path: the file.
@@ -212,10 +206,10 @@ def regular(path: Path, hint: str = "") -> Path:
 
 
 def read(path: Path) -> bytes:
-    """The content of a file, which may be a stranger's.
+    """The content of an untrusted file.
 
     Raises:
-      UserError: it is a pipe or a device, whose reading may never end.
+      UserError: it is a pipe, a socket or a device.
       OSError: it cannot be read.
     """
     refuse_pipe(path)
@@ -256,7 +250,7 @@ def read_json_lines(
 
     Args:
       path: the file.
-      kinds: names that every object must have, with the type or types of the value.
+      kinds: names that every object must have, with the allowed types of their values.
       fix: advice about a damaged line, for the message.
     """
     with refusing(f"{path} cannot be read", OSError):
@@ -282,8 +276,8 @@ def require(row: Any, kinds: Mapping[str, type | tuple[type, ...]], where: str, 
 
     Args:
       row: the value, which must be a dict.
-      kinds: each name that it must have, with the type or types of the value.
-      where: the file and the place in it, for the message.
+      kinds: names that it must have, with the allowed types of their values.
+      where: the file and the line or object in it, for the message.
       fix: advice for the user, for the message.
     """
     if not isinstance(row, dict):
@@ -326,5 +320,5 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _remove(temporary: Path) -> None:
-    with contextlib.suppress(OSError):  # it stays
+    with contextlib.suppress(OSError):  # the file then stays
         temporary.unlink(missing_ok=True)

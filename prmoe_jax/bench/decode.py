@@ -1,6 +1,6 @@
-"""`prmoe bench decode`: times the next token of a model beside its baselines.
+"""`prmoe bench decode`: times a model's decoding beside its baselines.
 
-Weights are random, which changes no cost.
+Weights are random, which doesn't change the time.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ from prmoe_jax.tables import blocks
 log = logging.getLogger(__name__)
 
 GREEDY = Sampling(temperature=0)
-# Parameters of the larger dense model, as a multiple of the model's active parameters. In the paper
+# The larger dense model has at least this many times the model's active parameters. In the paper
 # (section 5.5) a dense 6.7B model has the quality of a 1.3B + MoE-128.
 LARGER = 5
 
@@ -54,9 +54,9 @@ def bench_decode(
 ) -> list[dict]:
     """Times the config's model and its baselines; a turn is `generate.STEPS` tokens.
 
-    The baselines are its dense base, the same without experts; a dense model of the same depth with
-    `LARGER` times the model's active parameters; and, on CPUs if transformers is installed, its
-    GPT-2 with the base's shape. Our models compute in float32 on CPUs.
+    The baselines are the dense base (the same model without experts), a dense model of the same
+    depth with `LARGER` times the active parameters, and GPT-2 of the library transformers with the
+    base's shape. The last one needs a CPU and the library. Our models compute in float32 on CPUs.
 
     Args:
       config: the experiment.
@@ -64,17 +64,17 @@ def bench_decode(
       weights: types of the large weights, from `inference.WEIGHTS`.
       prompt: number of tokens in the KV cache at the start.
       repeats: number of timed turns.
-      layouts: meshes of all devices for our models, by name; None is one device. For dense models,
-        the devices on expert axes join the `data` axis.
+      layouts: meshes of all devices for our models, by name; None means one device. In a dense
+        model's mesh, the devices of the expert axes move to the `data` axis.
 
     Returns:
-      One row for each batch size, model and mesh: model, weights, mesh, batch, device, jax, params,
-      active_params, ms_per_token (median time of a token of each sequence), min_ms, max_ms, and
-      tokens_per_s of the batch.
+      One row for each batch size, model, type of weights and mesh: model, weights, mesh, batch,
+      device, jax, params, active_params, ms_per_token (median time of a decoding step, which adds
+      one token to each sequence), min_ms, max_ms, and tokens_per_s of the whole batch.
 
     Raises:
-      UserError: the context is too short, a mesh doesn't fit the devices or a batch the memory, a
-        count is below 1, or the model can't be decoded; see `check_runs_without_limit`.
+      UserError: the context is too short, a mesh doesn't fit the devices, a batch doesn't fit the
+        memory, a count is below 1, or the model can't decode (`check_runs_without_limit`).
     """
     if repeats < 1 or min(batches) < 1:
         raise UserError("--repeats and --batch must be 1 or more")
@@ -95,7 +95,7 @@ def bench_decode(
     models = {"dense base": base, f"dense, {LARGER} times as active": larger(config, sliced)}
     if any(config.model.schedule.experts):
         models = {str(config.model.schedule): config} | models
-    # Every mesh is checked before the first model is made, which may take long.
+    # Check every mesh first: to make a model may take long.
     placed = {
         (name, mesh): _placed(model, layout)
         for name, model in models.items()
@@ -145,7 +145,7 @@ def bench_decode(
 
 
 def _transformers_shapes(model: ModelConfig) -> list[dict]:
-    """The settings of transformers' GPT-2 as a dense model; none where it can't run."""
+    """Settings that give transformers' GPT-2 the model's shape; none if it can't run here."""
     try:
         check_gpt2_form(model, "transformers' GPT-2 to compare with")
     except UserError as error:
@@ -168,7 +168,8 @@ def dense(config: Config) -> Config:
 def larger(config: Config, sliced: int = 1) -> Config:
     """A dense model of the same depth and head width, with `LARGER` times the active parameters.
 
-    Heads are added in steps of `sliced`, so that they can be sliced as those of the model.
+    It has the smallest number of heads for this that `sliced` (the size of the `tensor` axis) and
+    the model's KV heads divide.
     """
     base, active = dense(config), cost(config.model).active_params
     model = base.model
@@ -184,7 +185,7 @@ def larger(config: Config, sliced: int = 1) -> Config:
 
 
 def _placed(config: Config, layout: MeshConfig | None) -> tuple[Config, Mesh]:
-    """The config for decoding on these devices, and its mesh."""
+    """The config for decoding on a layout's devices (None: on one device), and its mesh."""
     devices = jax.devices() if layout else jax.devices()[:1]
     if layout and not any(config.model.schedule.experts):
         layout = MeshConfig(fsdp=layout.fsdp, tensor=layout.tensor)
@@ -200,7 +201,7 @@ def _ours(config: Config, mesh: Mesh, kind: str) -> tuple[Decoder, Mesh]:
 
 
 def _check_memory(config: Config, models: list[Config], batch: int, prompt: int) -> None:
-    """Refuses models or a KV cache that exceed the memory of a CPU in float32."""
+    """On CPUs, refuses models or a KV cache that exceed the memory in float32."""
     if jax.default_backend() == "cpu":
         memory.check("--config", 4 * max(cost(one.model).total_params for one in models))
         model = config.model
@@ -218,7 +219,7 @@ def _turn(decoder: Decoder, mesh: Mesh, batch: int, prompt: int) -> Callable[[],
             state = start(decoder, mesh, prompts, range(batch), STEPS)
             jax.block_until_ready(state)
             begun = time.perf_counter()
-            # With -1, no id ends the text.
+            # -1 means no EOS, so that decoding never ends early.
             jax.block_until_ready(decode(decoder, state, GREEDY, vocabulary, -1))
             return time.perf_counter() - begun
 

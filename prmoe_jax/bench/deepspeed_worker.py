@@ -5,12 +5,12 @@ from prmoe_jax.bench.worker import serve
 
 
 def layer(path: str, d_ff: int, keep_memory: bool):
-    """A function that runs the layer forward and backward once; top 1, capacity factor 1.
+    """Returns a function that runs one forward and backward pass; top 1, capacity factor 1.
 
     Args:
       path: an .npz with x [S, M] and w_router [M, E].
       d_ff: the experts' hidden width.
-      keep_memory: whether the process keeps the memory that it frees.
+      keep_memory: whether to call `keep_freed_memory`.
     """
     if keep_memory:
         keep_freed_memory()

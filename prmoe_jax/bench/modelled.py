@@ -1,7 +1,7 @@
-"""`prmoe bench moe --topology=…`: one MoE layer over TPU chips that aren't there, in cycles.
+"""`prmoe bench moe --topology=…`: estimates an MoE layer's cycles without TPU chips.
 
 The TPU's compiler estimates the cycles of each operation of the program. Collectives and a few
-small operations have no estimate, and the sum leaves them out.
+small operations have no estimate, so the sum leaves them out. M is the model width.
 """
 
 import math
@@ -32,8 +32,8 @@ def model_moe(sizes: list[Size], dtype: str, topology: str) -> list[dict]:
     Every chip has S tokens in one routing group. The experts are spread over as many chips as the
     greatest common divisor of chips and experts. The layer has top 1 and capacity factor 1.
     Weights are in `dtype`, to which the model casts them once per step; the router is in float32.
-    `dense` is the MLP with the same active FLOPs. Each chip has its own, so that neither layer sums
-    weight gradients over chips.
+    `dense` is an MLP with the same active FLOPs. Each chip has its own MLP, so that no weight
+    gradients are summed over chips.
 
     Returns:
       One row for each layer and size: backend, S, M, F, E, dtype, device, chips, jax, cycles,
@@ -45,7 +45,7 @@ def model_moe(sizes: list[Size], dtype: str, topology: str) -> list[dict]:
         raise UserError(f"--topology={topology}: a layer's exchange stays in a slice; name one")
     chip, devices = topology_devices(topology)
     for size in sizes:
-        # The weights of a chip's experts and its tokens, with two bytes for each number.
+        # The weights of a chip's experts, and its tokens, in two bytes per number.
         experts = size.E // math.gcd(len(devices), size.E)
         numbers = 2 * size.M * size.F * experts + size.S * size.M
         check_size(size, 2 * numbers, chip.hbm_bytes)

@@ -1,4 +1,4 @@
-"""`prmoe bench moe`: times forward and backward of one MoE layer beside its baselines."""
+"""`prmoe bench moe`: times forward and backward pass of an MoE layer beside baselines."""
 
 import contextlib
 import importlib.util
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 class Size(NamedTuple):
-    """One layer: S tokens in one routing group, widths M and F, E experts."""
+    """One layer: S tokens in one routing group, model width M, hidden width F, E experts."""
 
     S: int
     M: int
@@ -42,27 +42,27 @@ class Size(NamedTuple):
 def bench_moe(sizes: list[Size], loads: list[str], dtype: str, repeats: int) -> list[dict]:
     """Times the layer and its baselines at every size and load, with top 1 and capacity factor 1.
 
-    Our layer runs by `gather` and `einsum`, each also with `no experts`, that is routing, dispatch
-    and combine alone. The baselines are `dense`, an MLP with the same active FLOPs; `copy`, which
-    reads and writes as many bytes as the experts' weights have; and in float32 on CPUs, if it is
-    installed, DeepSpeed's layer in its own process. That layer has no random token selection. It
-    runs once with the default allocator and once with `allocator.keep_freed_memory`, which
+    Our layer runs with `gather` and `einsum`, each also with `no experts` (routing, dispatch and
+    combine alone), and as `dropless`. The baselines are `dense`, an MLP with the same active FLOPs,
+    and `copy`, which reads and writes the experts' weights once. In float32 on CPUs, DeepSpeed's
+    layer is another baseline, if it is installed. It runs in its own process, without random token
+    selection, both with the default allocator and with `allocator.keep_freed_memory`, which
     `prmoe bench moe` also calls. Weights are in `dtype`, to which the model casts them once per
     step; the router is in float32.
 
     Returns:
       One row for each implementation, size and load: backend, S, M, F, E, load, dtype, device, jax,
       median_s, min_s, max_s, peak_bytes (arguments, results and temporaries; for DeepSpeed the
-      process's memory), ratio_to_dense (of medians), drop_fraction, bytes_moved and gb_per_s.
+      process's peak), ratio_to_dense (of medians), drop_fraction, bytes_moved and gb_per_s.
 
     Raises:
-      UserError: a size is not positive, can't fit or is too small for DeepSpeed's layer, or
-        `repeats` is below 1.
+      UserError: a size is not positive, needs too much memory or is too small for DeepSpeed's
+        layer, or `repeats` is below 1.
     """
     if repeats < 1:
         raise UserError(f"--repeats={repeats} must be 1 or more")
     for size in sizes:
-        # Weights, tokens, scores, and the tokens-by-slots array of the one-hot products.
+        # Weights, tokens, router scores, and the tokens-by-slots array of `einsum`.
         floats = 2 * size.E * size.M * size.F + size.S * (size.M + size.E) + size.S**2
         check_size(size, 4 * floats)
         if size.S <= MoeConfig.min_capacity and dtype == "float32" and _has_deepspeed():
@@ -98,7 +98,7 @@ def _bench_one(size: Size, load: str, dtype: str, repeats: int) -> list[dict]:
             for keep in (False, True):
                 name = "deepspeed, memory kept" if keep else "deepspeed"
                 theirs = stack.enter_context(_deepspeed(size, x_SxM, w_router_MxE, keep))
-                # Scores and capacity are the same, so as many tokens are dropped.
+                # Router and capacity are ours, so the same number of tokens is dropped.
                 layers[name] = theirs._replace(drop_fraction=layers["gather"].drop_fraction)
         times = interleaved({name: layer.seconds for name, layer in layers.items()}, repeats)
         dense = statistics.median(times["dense"])
@@ -123,9 +123,9 @@ def _bench_one(size: Size, load: str, dtype: str, repeats: int) -> list[dict]:
 
 
 def loaded_input(size: Size, load: str) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens, and a router that distributes them over the experts by a load.
+    """Makes tokens, and a router that sends them to the experts with a given load.
 
-    `uniform` draws each token's expert evenly; `zipf` draws the n-th expert in proportion to 1/n.
+    `uniform` draws each token's expert evenly; `zipf` draws expert n with probability ∝ 1/n.
 
     Returns:
       x [S, M] and w_router [M, E], float32.
@@ -157,7 +157,7 @@ def _our_layers(size: Size, x_SxM, w_router_MxE, dtype) -> dict[str, Timed]:
     slots = capacity(size.S, size.E, 1.0, 1, MoeConfig().min_capacity)
 
     def timed(loss, parameters, *costs) -> Timed:
-        # Without the loss's value, the dense MLP's second product would be dead code.
+        # Return the loss, too, or XLA removes the dense MLP's second matmul as dead code.
         forward_and_backward = jax.value_and_grad(loss, argnums=(0, 1))
         return compiled(forward_and_backward, (parameters, x_1xSxM), *costs)
 
@@ -210,7 +210,7 @@ def _our_layers(size: Size, x_SxM, w_router_MxE, dtype) -> dict[str, Timed]:
 
 
 def _has_deepspeed() -> bool:
-    """Whether its layer can run here; its process uses the CPU."""
+    """Whether DeepSpeed is installed and JAX runs on CPUs, as DeepSpeed's process does."""
     return jax.default_backend() == "cpu" and bool(importlib.util.find_spec("deepspeed"))
 
 

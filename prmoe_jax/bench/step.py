@@ -1,10 +1,9 @@
-"""`prmoe bench step`: times a config's whole training step beside PyTorch's, in one run.
+"""`prmoe bench step`: times a config's whole training step beside PyTorch's.
 
-All train on the same random tokens, with one document in each row: PyTorch's model has no document
-mask, and ours then masks nothing that its attention reads. Both clip the gradient, apply AdamW, and
-keep the memory that they free (`allocator.keep_freed_memory`; PyTorch gains 10 to 30 % from it,
-measured on Zen 5). Only ours measures the router and keeps its parameters in float32 if the compute
-dtype is bfloat16.
+Each implementation repeats the step on one batch of random tokens. Each row is one document, since
+PyTorch's model has no document mask. Both clip the gradient, apply AdamW, and keep the memory that
+they free (`allocator.keep_freed_memory`; PyTorch gains 10 to 30 % from it, measured on Zen 5). Only
+ours computes router statistics, and keeps float32 parameters if the compute dtype is bfloat16.
 """
 
 import contextlib
@@ -37,17 +36,16 @@ from prmoe_jax.training.step import compile_train_step, sharded_state
 
 log = logging.getLogger(__name__)
 
-# Width of the square matrix product that stands for the device's peak.
+# Width of the square matmul whose speed counts as the device's peak.
 CPU_PEAK_WIDTH, PEAK_WIDTH = 2048, 8192
 
 
 def bench_step(config: Config, repeats: int) -> list[dict]:
     """Times a training step of a config's model on one device.
 
-    The baseline on CPUs, if torch is installed, is a PyTorch model of the same sizes: for dense
-    models as it is and compiled by torch.compile, for MoE models, if DeepSpeed is installed, with
-    DeepSpeed's MoE layer. PyTorch's step is one of AdamW on the whole batch, and is left out beside
-    another one.
+    On CPUs, if torch is installed, the baseline is a PyTorch model of the same sizes. A dense model
+    runs without and with torch.compile; an MoE model uses DeepSpeed's layer, if it is installed.
+    The baseline has AdamW, no microbatches and no dropout; it is left out if the config differs.
 
     Args:
       config: the experiment; its mesh and exchange are not used.
@@ -55,9 +53,9 @@ def bench_step(config: Config, repeats: int) -> list[dict]:
 
     Returns:
       One row for each implementation: backend, architecture, the sizes, dtype, optimizer,
-      accumulate, device, jax, median_s, min_s, max_s, tokens_per_s, peak_bytes (ours as compiled,
-      PyTorch's of its process) and share_of_peak (of the rate of a square product,
-      `CPU_PEAK_WIDTH` or `PEAK_WIDTH` wide, measured in the same run).
+      accumulate, device, jax, median_s, min_s, max_s, tokens_per_s, peak_bytes (of our compiled
+      program, or of PyTorch's process) and share_of_peak. The peak is the FLOP/s of a square
+      matmul, `CPU_PEAK_WIDTH` or `PEAK_WIDTH` wide, measured in the same run.
 
     Raises:
       UserError: `repeats` is below 1, or the step can't fit into memory.
@@ -65,7 +63,7 @@ def bench_step(config: Config, repeats: int) -> list[dict]:
     if repeats < 1:
         raise UserError(f"--repeats={repeats} must be 1 or more")
     model = config.model
-    bytes_each = STATE_BYTES[config.optimizer.kind] + 4  # and a gradient in float32
+    bytes_each = STATE_BYTES[config.optimizer.kind] + 4  # 4 for the gradient in float32
     memory.check("--config", bytes_each * cost(model).total_params)
     width = CPU_PEAK_WIDTH if jax.default_backend() == "cpu" else PEAK_WIDTH
     if config.kd_steps:
@@ -107,7 +105,7 @@ def bench_step(config: Config, repeats: int) -> list[dict]:
 
 
 def _torch_baselines(config: Config) -> dict[str, bool]:
-    """The PyTorch forms that can run here, and whether torch.compile compiles them."""
+    """The PyTorch baselines that can run here, and whether each uses torch.compile."""
 
     def installed(package: str) -> bool:
         return importlib.util.find_spec(package) is not None
@@ -134,7 +132,7 @@ def _torch_baselines(config: Config) -> dict[str, bool]:
 
 
 def _torch_settings(config: Config) -> dict:
-    """What PyTorch's model takes beside the settings of `model`."""
+    """Settings of the PyTorch step besides those of `ModelConfig`."""
     return {
         "schedule": config.model.schedule.experts,
         "batch_size": config.train.batch_size,
@@ -170,7 +168,7 @@ def compiled_step(config: Config) -> Timed:
 
 
 def _product(width: int, dtype: str) -> Timed:
-    """A square matrix product, whose rate is the peak that a step can be compared with."""
+    """A square matmul, whose FLOP/s count as the device's peak."""
     x = jax.random.normal(jax.random.key(0), (width, width), dtype)
     return compiled(jnp.matmul, (x, x))
 

@@ -1,4 +1,4 @@
-"""Times several things in interleaved turns, so that noise of the machine affects all alike."""
+"""Times several functions in interleaved turns, so that the machine's noise affects all alike."""
 
 import math
 import statistics
@@ -12,22 +12,22 @@ from prmoe_jax.run.directory import device_name
 
 Name = TypeVar("Name", bound=Hashable)
 
-# Seconds that a turn of short calls lasts at least: to launch one and to wait for it may take
-# longer than its work does.
+# A turn repeats short calls for about this many seconds: to launch one and to wait for it may take
+# longer than its work.
 TURN_SECONDS = 0.02
 
 
 class Timed(NamedTuple):
-    """Something to time beside others."""
+    """A function to time, and what a table shows beside its time."""
 
-    seconds: Callable[..., float]  # runs once, and returns the time it took
+    seconds: Callable[..., float]  # runs one turn, and returns the seconds of a call
     peak_bytes: Callable[[], int]
     bytes_moved: int = 0  # bytes of weights and their gradients that it must read and write
     drop_fraction: float = 0.0
 
 
 def compiled(function, arguments, bytes_moved: int = 0, drop_fraction: float = 0.0) -> Timed:
-    """Times a compiled function: called once in a turn on a CPU, often on an accelerator."""
+    """Compiles a function to be timed; a turn is one call on a CPU, many on an accelerator."""
     program = jax.jit(function).lower(*arguments).compile()
     least = 0.0 if jax.default_backend() == "cpu" else TURN_SECONDS
     seconds = mean_seconds(lambda: program(*arguments), least)
@@ -42,11 +42,11 @@ def program_bytes(program: jax.stages.Compiled) -> int:
 
 
 def mean_seconds(run: Callable[[], Any], least: float) -> Callable[[], float]:
-    """A turn of calls in a row, which returns the mean time of one of them.
+    """Returns a function that makes one turn of calls, and returns their mean seconds.
 
     Args:
       run: starts the work, and returns the arrays to wait for.
-      least: seconds that a turn lasts at least, but the first one, which is a single call.
+      least: seconds that a turn should last. The first turn is a single call.
     """
     calls = 1
 
@@ -66,11 +66,11 @@ def mean_seconds(run: Callable[[], Any], least: float) -> Callable[[], float]:
 def interleaved(
     seconds: Mapping[Name, Callable[[], float]], repeats: int
 ) -> dict[Name, list[float]]:
-    """The seconds of each by turn, after two turns of all to compile and to warm up.
+    """Calls the functions turn by turn; returns each one's seconds after two warm-up turns.
 
     Args:
-      seconds: for each name a function that runs once and returns the time that this took.
-      repeats: number of turns that count.
+      seconds: functions by name; each makes its turn and returns the seconds.
+      repeats: number of turns after the warm-up.
     """
     times: dict[Name, list[float]] = {name: [] for name in seconds}
     for turn in range(-2, repeats):
@@ -82,7 +82,7 @@ def interleaved(
 
 
 def summary(seconds: list[float]) -> dict:
-    """The fields of a row that all timings of the library have."""
+    """The fields that rows of `prmoe bench moe` and `prmoe bench step` share."""
     return {
         "device": device_name(jax.devices()[0]),
         "jax": jax.__version__,

@@ -1,8 +1,8 @@
 """A PyTorch GPT's training step, timed in a process of its own for `prmoe bench step`.
 
 The model is what a PyTorch user would write: fused attention (SDPA), tied embeddings, clipping,
-AdamW, and DeepSpeed's layer where a layer has experts. Memory that it frees stays with the process,
-as in ours.
+AdamW, and DeepSpeed's MoE layer where the schedule has experts. The process keeps the memory that
+it frees, as ours does.
 """
 
 import os
@@ -13,12 +13,12 @@ from prmoe_jax.bench.worker import serve
 
 
 def train_step(shape: dict, threads: int, compiled: bool):
-    """A function that makes one step of AdamW on the same random tokens.
+    """Returns a function that makes one step of AdamW, always on the same random tokens.
 
     Args:
       shape: settings from `step._torch_settings`.
-      threads: of PyTorch.
-      compiled: whether by torch.compile.
+      threads: number of PyTorch's threads.
+      compiled: whether to use torch.compile.
     """
     keep_freed_memory()
     import torch

@@ -6,12 +6,12 @@ from prmoe_jax.bench.worker import serve
 
 
 def generation(shape: dict, dtype: str, threads: int):
-    """A function that generates greedily, and returns the seconds after the first token.
+    """Returns a function that decodes greedily, and returns the seconds after the first token.
 
     Args:
       shape: GPT2Config's settings.
-      dtype: that of the parameters.
-      threads: of PyTorch.
+      dtype: dtype of the parameters.
+      threads: number of PyTorch's threads.
     """
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel

@@ -1,4 +1,4 @@
-"""Another library's implementation in its own process, which runs and is timed on request."""
+"""Runs and times another library's implementation in a process of its own."""
 
 import contextlib
 import json
@@ -17,7 +17,7 @@ from prmoe_jax.errors import UserError
 
 @contextlib.contextmanager
 def worker(module: str, **settings) -> Iterator[Timed]:
-    """Starts `python -m prmoe_jax.bench.MODULE` with these settings, which calls `serve`."""
+    """Starts `prmoe_jax.bench.MODULE`, which calls `serve`, as a process with these settings."""
     command = [sys.executable, "-m", f"prmoe_jax.bench.{module}", json.dumps(settings)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     peak = 0
@@ -39,15 +39,15 @@ def worker(module: str, **settings) -> Iterator[Timed]:
     finally:
         process.kill()
         process.wait()
-        with contextlib.suppress(BrokenPipeError):  # a question that it did not read
+        with contextlib.suppress(BrokenPipeError):  # it ended before it read the last line
             process.stdin.close()
 
 
 def serve(make: Callable[..., Callable[..., float | None]]) -> None:
-    """Runs in the worker's process what `make(**settings)` returns, once for each line of input.
+    """In the worker's process, calls the function from `make(**settings)` for each line of input.
 
-    A line holds the arguments of a run. The answer is its seconds, measured here unless the run
-    returns them, and the process's peak memory in bytes.
+    A line holds the call's arguments. The answer is the call's seconds, measured here unless the
+    function returns them, and the process's peak memory in bytes.
     """
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for the answers
         run = make(**json.loads(sys.argv[1]))
@@ -65,9 +65,9 @@ def cores() -> int:
 
 
 def peak_bytes() -> int:
-    """The most memory that this process has had.
+    """The peak memory of this process.
 
-    On Linux that is not `ru_maxrss`, which begins with the peak of the process that started it.
+    On Linux `ru_maxrss` is too large: it starts from the peak of the parent process.
     """
     status = Path("/proc/self/status")
     if status.exists() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):

@@ -9,18 +9,18 @@ from prmoe_jax.cli.output import emit
 from prmoe_jax.errors import UserError
 from prmoe_jax.inference import WEIGHTS
 
-# S, M, F, E of `prmoe bench moe`.
+# Tokens S, width M, hidden width F and experts E of `prmoe bench moe`.
 BENCH_SIZES = (
     (4096, 256, 1024, 32),
     (4096, 512, 2048, 64),
     (2048, 512, 2048, 128),
     (8192, 256, 1024, 8),
 )
-MODELLED_SIZES = ((4096, 2048, 8192, 128),)  # with --topology, where S is the tokens of one chip
+MODELLED_SIZES = ((4096, 2048, 8192, 128),)  # with --topology; S for each chip
 
 
 def add(verb, verbs) -> None:
-    """Declares the verbs and their options."""
+    """Declares the subcommands and their options."""
     verb_of_bench = verbs.add_parser(
         "bench", help="time parts of the library beside their rivals", allow_abbrev=False
     ).add_subparsers(dest="what", required=True, metavar="WHAT")

@@ -12,7 +12,7 @@ log = logging.getLogger("prmoe_jax.check")
 
 
 def add(verb) -> None:
-    """Declares the verb and its options."""
+    """Declares the subcommand and its options."""
     kind = "check this machine or pod: devices, kernels, rates, and a tiny run in the workdir"
     sub = verb("check", run, kind, True)
     where = "the folder in whose store a tiny run is trained, and removed (default: runs)"
@@ -28,7 +28,7 @@ def run(options, rest) -> None:
     from prmoe_jax.check.run import check, wrong
 
     tell = print
-    if options.json:  # the lines for people go where the log goes
+    if options.json:  # only JSON on standard output; lines for people go to the log
         tell = lambda text: log.info("%s", text)  # noqa: E731
     record = check(options.workdir, config, options.bench, tell)
     if "backend" in record["environment"] and not is_first_process():

@@ -1,4 +1,4 @@
-"""`prmoe distill-plan` and `prmoe teacher-cache`: a student's initial model and teacher cache."""
+"""`prmoe distill-plan` and `prmoe teacher-cache`: a student's layers and its teacher's cache."""
 
 import logging
 
@@ -11,7 +11,7 @@ log = logging.getLogger(__name__)
 
 
 def add(verb) -> None:
-    """Declares the verbs and their options."""
+    """Declares the subcommands and their options."""
     part = "show which part of its teacher a student starts as"
     verb("distill-plan", _distill_plan, part, True, formerly="distil-plan")
 

@@ -9,7 +9,7 @@ from prmoe_jax.errors import UserError
 
 
 def add(verb) -> None:
-    """Declares the verb and its options."""
+    """Declares the subcommand and its options."""
     sub = verb("eval", run, "evaluate a run on its validation split")
     sub.add_argument("--workdir", type=path, required=True, help="the run's folder")
     add_distributed(sub)

@@ -5,11 +5,11 @@ from prmoe_jax.cli.output import emit
 from prmoe_jax.errors import UserError
 from prmoe_jax.inference import WEIGHTS
 
-MOST_SAMPLES = 1_000_000  # `prmoe generate` makes all samples at once
+MOST_SAMPLES = 1_000_000  # since all samples are made at once
 
 
 def add(verb) -> None:
-    """Declares the verb and its options."""
+    """Declares the subcommand and its options."""
     sub = verb("generate", run, "continue a prompt with a trained run")
     sub.add_argument("--workdir", type=path, required=True, help="the run's folder")
     sub.add_argument(

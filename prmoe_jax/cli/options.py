@@ -1,4 +1,4 @@
-"""Arguments that verbs share: --config and its overrides, paths, meshes."""
+"""Arguments that subcommands share: --config and its overrides, paths, meshes."""
 
 import argparse
 import difflib
@@ -77,7 +77,7 @@ def config_argument(arguments: list[str]) -> tuple[Path, str, list[str]]:
     file, _, name = options.config.partition(":")
     if not file:
         raise UserError("no --config; for example --config=configs/tiny.py:prmoe")
-    if os.path.isfile(whole := expand("--config", options.config)):  # with a colon in its name
+    if os.path.isfile(whole := expand("--config", options.config)):  # its name has a colon
         return whole, "", rest
     return expand("--config", file), name, rest
 
@@ -95,7 +95,7 @@ def _load_settings(path: Path, name: str):
         raise UserError(f"--config={path} is in an object store: there only a run's config.json")
     if not path.is_file():
         raise UserError(f"--config={path} is not a file; for example configs/tiny.py:prmoe")
-    if path.suffix == ".json":  # of a run
+    if path.suffix == ".json":  # a run's config
         if name:
             raise UserError(
                 f"--config={path}:{name}: a run's config.json has no names; give it alone"
@@ -206,7 +206,7 @@ def _path(text: str, convert: Callable[[str], Path]) -> Path:
 
 
 def add_distributed(parser: argparse.ArgumentParser) -> None:
-    """Declares --distributed, which `prmoe_jax.cli` obeys before it parses the arguments."""
+    """Declares --distributed, which `prmoe_jax.cli` handles before it parses the arguments."""
     kind = "be one process of several: on a TPU pod, under SLURM or on GKE"
     parser.add_argument("--distributed", action="store_true", help=kind)
 
@@ -246,6 +246,6 @@ def compile_only() -> None:
     # Without these two, libtpu complains of a TPU that isn't there. They change no topology.
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several may compile at a time
-    if jax := sys.modules.get("jax"):  # a config file imported it, and JAX has read the variable
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several processes may compile
+    if jax := sys.modules.get("jax"):  # imported by a config file; it has read JAX_PLATFORMS
         jax.config.update("jax_platforms", "cpu")

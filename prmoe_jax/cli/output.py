@@ -1,4 +1,4 @@
-"""Output of the verbs: numbers for people or as JSON, and the log on standard error."""
+"""Output of the subcommands: numbers as text or JSON, and the log on standard error."""
 
 import json
 import logging
@@ -24,7 +24,7 @@ def _finite(value):
 
 
 def emit(result, in_json: bool, as_text: Callable[[Any], str]) -> None:
-    """Prints a verb's result, as JSON or as the text that a function makes of it."""
+    """Prints a subcommand's result, as JSON or as the text that `as_text` makes of it."""
     print(as_json(result) if in_json else as_text(result))
 
 

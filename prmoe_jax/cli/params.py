@@ -6,7 +6,7 @@ from prmoe_jax.errors import UserError
 
 
 def add(verb) -> None:
-    """Declares the verb and its options."""
+    """Declares the subcommand and its options."""
     sub = verb(
         "params", run, "count a config's or a run's parameters and FLOPs, building nothing", True
     )

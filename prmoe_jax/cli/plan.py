@@ -10,7 +10,7 @@ log = logging.getLogger(__name__)
 
 
 def add(verb) -> None:
-    """Declares the verb and its options."""
+    """Declares the subcommand and its options."""
     sub = verb("plan", run, "compile a config's train step for a pod, and model its cost", True)
     sub.add_argument("--topology", help="chips, such as v5p:4x4x8, h100:16x8 or 2xv5p:4x4x4")
     sub.add_argument("--find", metavar="CHIP", help="instead, the smallest slice that fits")

@@ -9,7 +9,7 @@ from prmoe_jax.errors import UserError
 
 
 def add(verb) -> None:
-    """Declares the verb and its options."""
+    """Declares the subcommand and its options."""
     sub = verb("prune", run, "cut a MoE run down to a share of its experts")
     sub.add_argument("--workdir", type=path, required=True, help="the run's folder")
     sub.add_argument("--out", type=path, help="the folder of the new run; without it, plan only")

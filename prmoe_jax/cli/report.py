@@ -6,7 +6,7 @@ from prmoe_jax.errors import UserError
 
 
 def add(verb) -> None:
-    """Declares the verb and its options."""
+    """Declares the subcommand and its options."""
     sub = verb("report", run, "make a page with figures about a sweep, or about one run")
     sub.add_argument(
         "folder", type=local_path, nargs="?", help="a sweep's folder, with results.jsonl"

@@ -9,7 +9,7 @@ from prmoe_jax.errors import UserError
 
 
 def add(verb) -> None:
-    """Declares the verb and its options."""
+    """Declares the subcommand and its options."""
     sub = verb("sweep", run, "train the runs that a folder's sweep.py names, and record them")
     sub.add_argument("folder", type=local_path, help="for example experiments/placement")
     sub.add_argument("--workdir", type=path, help="the runs' folder (default: runs/FOLDER)")

@@ -11,7 +11,7 @@ from prmoe_jax.errors import UserError
 
 
 def add(verb) -> None:
-    """Declares the verb and its options."""
+    """Declares the subcommand and its options."""
     sub = verb("train", run, "train a config, or resume the run in its workdir", True)
     sub.add_argument("--workdir", type=path, help="the run's folder (default: runs/NAME)")
     sub.add_argument("--profile", metavar="FIRST:LAST", help="trace these steps with the profiler")

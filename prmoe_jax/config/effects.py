@@ -1,9 +1,9 @@
-"""Refuses settings that do nothing: with one of them, a study would compare a model with itself.
+"""Refuses settings without effect: a study that varies one would compare a model with itself.
 
-A setting's declaration says on which others it depends (`Setting.only`, `Setting.unless`), and a
-router's which settings it ignores. Here are the cases that depend on numbers.
+`Setting.only` and `Setting.unless` declare conditions on other settings; `Router.ignores` lists
+what a router does not read. This file adds the cases that depend on numbers.
 
-A run that was trained earlier may have such settings: its config.json is not checked for them.
+An existing run may have such settings, so its config.json is not checked for them.
 """
 
 from collections.abc import Iterator, Mapping
@@ -17,10 +17,10 @@ Unused = tuple[str, str]
 
 
 def check_effects(config: Config) -> None:
-    """Refuses settings that have no effect beside the others.
+    """Refuses settings that differ from their defaults and have no effect.
 
     Args:
-      config: settings that `validation.check` found in order.
+      config: settings that `validation.check` accepted.
     """
     values, defaults = leaves(config), preset(config)
     for name, why in _unused(config, values):
@@ -53,7 +53,7 @@ def _holds(condition: str, values: Mapping[str, object]) -> bool:
 
 
 def _holding(condition: str, values: Mapping[str, object]) -> str:
-    """The first of the alternatives of a condition that holds, as NAME=VALUE; '' if none does."""
+    """The first alternative of a condition that holds, as NAME=VALUE; '' if none holds."""
     for one in condition.split(" or "):
         name, _, wanted = one.partition("=")
         value = values[name]
@@ -85,12 +85,12 @@ def _in_routing(config: Config) -> Iterator[Unused]:
         yield "moe.bias_update_rate", why
         if sampled:
             yield "moe.noise", why
-        if model.top_k != 2:  # GShard's loss balances first choices
+        if model.top_k != 2:  # with top 2 the loss balances first choices (GShard)
             yield "moe.aux_loss_weight", why
 
 
 def _in_capacity(config: Config) -> Iterator[Unused]:
-    """Settings of capacity, which some numbers of experts and tokens make the same."""
+    """Capacity settings without effect for these numbers of experts and tokens."""
     model, moe, group = config.model, config.moe, config.group_size
     experts = [count for count in model.schedule.experts if count]
 
@@ -102,7 +102,7 @@ def _in_capacity(config: Config) -> Iterator[Unused]:
         if slots(max(1.0, getattr(moe, name)), min(experts)) <= least:
             why = f"with {min(experts)} experts or more in a layer and groups of {group} tokens: "
             yield f"moe.{name}", f"{why}the capacity is moe.min_capacity={moe.min_capacity}"
-    # A rule for overflow matters in training alone, or in evaluation, too.
+    # In evaluation, `random` drops the same tokens as `position`; only `probability` differs.
     factors = [moe.capacity_factor]
     if moe.overflow == "probability":
         factors.append(moe.eval_capacity_factor)

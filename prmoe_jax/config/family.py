@@ -1,4 +1,4 @@
-"""Presets: the parts of the decoder in families of published models."""
+"""Presets of model settings for families of published models."""
 
 _GPT2 = {
     "norm": "layernorm",
@@ -21,7 +21,7 @@ _LLAMA = _GPT2 | {
 }
 _QWEN3 = _LLAMA | {"norm_eps": 1e-6, "rope_theta": 1e6, "qk_norm": "head"}
 
-# The settings of the group `model` that each family has, by their names.
+# Each family's values for settings of the group `model`.
 FAMILIES = {
     "gpt2": _GPT2,
     "llama": _LLAMA,

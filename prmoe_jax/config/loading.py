@@ -19,12 +19,12 @@ def resolve(settings: ConfigDict | Mapping, trained: bool = False) -> Config:
     """Freezes settings into a `Config` and checks them.
 
     Args:
-      settings: groups of settings; those that are left out have their defaults.
-      trained: they are of a run that exists, which keeps settings that have no effect.
+      settings: groups of settings; missing ones get their defaults.
+      trained: whether these are an existing run's settings, which may have no effect.
 
     Raises:
       UserError: a key is unknown, a type is wrong, values do not fit together, or a setting has no
-        effect beside the others; one line.
+        effect.
     """
     if isinstance(settings, ConfigDict):
         settings = settings.to_dict()
@@ -49,25 +49,25 @@ def load(path: Path) -> Config:
     with (
         refusing(f"{path} cannot be read", OSError),
         refusing(f"no run in {path.parent}", (FileNotFoundError, NotADirectoryError)),
-        refusing(f"{path} is damaged", ValueError),  # neither UTF-8 nor JSON
+        refusing(f"{path} is damaged", ValueError),  # not UTF-8, or not JSON
     ):
         settings = files.parse_json(files.read(path))
     with telling(f"{path}: "):
         return resolve(settings, trained=True)
 
 
-# Settings that may differ when a run is resumed: they change no parameter and no training loss,
-# except that other devices, or another compiled program, add up in another order.
+# Settings that may differ when a run is resumed. They change parameters and training loss by
+# rounding only, because another mesh or program sums in another order.
 RESUMABLE = (
     "eval.", "checkpoint.", "log.", "data.cache_dir", "mesh.", "execution.", "train.accumulate",
 )  # fmt: skip
 
 
 def check_resume(saved: Config, given: Config) -> None:
-    """Refuses a resumed run whose settings would make it another run.
+    """Refuses to resume a run with settings that would change its result.
 
     Raises:
-      UserError: settings differ; names each, with both values.
+      UserError: settings differ; the message gives each with both values.
     """
     before, after = leaves(saved), leaves(given)
     changed = {k for k in before if before[k] != after[k] and not k.startswith(RESUMABLE)}
@@ -82,8 +82,8 @@ def check_resume(saved: Config, given: Config) -> None:
         )
 
 
-# Settings in which a branch may differ from the run it goes on from, too: they change nothing
-# before that run's learning rate decays.
+# A decay branch (WSD schedule) continues its base run, here `trunk`, from a checkpoint before the
+# decay. It may also differ in these settings, which change nothing before the decay.
 BRANCHABLE = (
     *RESUMABLE, "init.", "train.steps", "train.tokens", "optimizer.decay_tokens",
     "optimizer.decay_fraction", "optimizer.min_learning_rate",
@@ -91,15 +91,15 @@ BRANCHABLE = (
 
 
 def check_branch(trunk: Config, branch: Config, name: str) -> None:
-    """Refuses a branch that would not be the same run as its trunk up to `branch.init.step`.
+    """Refuses a decay branch that differs from its base run before `branch.init.step`.
 
     Args:
-      trunk: the config of the run that the branch goes on from.
+      trunk: the base run's config.
       branch: the branch's config.
-      name: the trunk's name or folder, for the message.
+      name: the base run's name or folder, for the message.
 
     Raises:
-      UserError: settings differ, or the trunk's learning rate has fallen by then; with both values.
+      UserError: settings differ, or the base run's decay starts before that step.
     """
     before, after = leaves(trunk), leaves(branch)
     changed = [k for k in before if before[k] != after[k] and not k.startswith(BRANCHABLE)]
@@ -137,7 +137,7 @@ def _build(cls, values, path: str):
 def _renamed(settings: Mapping) -> Mapping:
     """Renames settings that an older config has under an earlier name (`Setting.formerly`)."""
     if not isinstance(settings, Mapping):
-        return settings  # which `_build` refuses
+        return settings  # `_build` refuses it
     settings = {k: dict(v) if isinstance(v, Mapping) else v for k, v in settings.items()}
     for name, setting in declarations().items():
         before, _, earlier = setting.formerly.partition(".")

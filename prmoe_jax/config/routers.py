@@ -1,4 +1,4 @@
-"""What the settings know about each router; `moe/routing.py` has what it computes."""
+"""Facts about each router that the settings need; `moe/routing.py` computes the routing."""
 
 import dataclasses
 import math
@@ -10,8 +10,8 @@ import numpy as np
 class Router:
     """The facts about a value of `moe.router`."""
 
-    # Whether each token chooses `model.top_k` experts. If not, the experts choose their tokens: a
-    # token's visits are not fixed, and a model can't predict without an expert capacity.
+    # Whether each token chooses `model.top_k` experts. If not, the experts choose tokens: a token's
+    # number of experts varies, and the model needs an expert capacity in inference, too.
     tokens_choose: bool
     causal: bool  # whether a token's experts don't depend on the tokens after it
     ignores: tuple[str, ...] = ()  # settings that it does not read
@@ -37,8 +37,8 @@ ROUTERS = {
 def capacity(tokens: int, experts: int, capacity_factor: float, top_k: int, minimum: int) -> int:
     """Slots of an expert for a group of `tokens`: max(ceil(S/E · factor · k), minimum).
 
-    It is computed in float32 as in DeepSpeed (100 tokens, 4 experts and factor 1.2 make 31), and
-    never exceeds S, since a token chooses an expert at most once. An infinite factor gives S.
+    As in DeepSpeed, the product is a float32, so that 25 · 1.2 makes 31 slots. The result never
+    exceeds S, since a token chooses an expert at most once. An infinite factor gives S.
     """
     if math.isinf(capacity_factor):
         return tokens

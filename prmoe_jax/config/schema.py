@@ -30,10 +30,10 @@ class Setting:
     infinite: bool = False  # whether inf is allowed
     path: bool = False  # whether the value is, or may be, the path of a file or folder
     store: bool = False  # whether such a path may be in an object store
-    formerly: str = ""  # an earlier name, which older configs have
-    layer: bool = False  # whether it changes what a layer computes with given parameters
-    # Conditions without which the setting has no effect, and one with which it has none: the name
-    # of another setting that must not be off, or NAME=VALUE; `or` joins two.
+    formerly: str = ""  # its name in older configs
+    layer: bool = False  # whether it changes a layer's output for given parameters
+    # The setting has an effect only if all conditions of `only` hold and `unless` doesn't. A
+    # condition is the name of a setting that must be on, or NAME=VALUE; `or` joins alternatives.
     only: tuple[str, ...] = ()
     unless: str = ""
 
@@ -56,7 +56,7 @@ def setting(default, meaning: str, **declared):
 
 
 def group(kind: type, *only: str):
-    """A group of settings, which have no effect without these conditions; see `Setting.only`."""
+    """A group of settings that need these conditions to have an effect; see `Setting.only`."""
     return dataclasses.field(default_factory=kind, metadata={"only": only})
 
 
@@ -226,7 +226,7 @@ class ModelConfig:
     )
 
     def __post_init__(self):
-        """Gives settings that are 'auto' or 0 the family's values, if it has some."""
+        """Replaces 'auto' and 0 by the family's values, where it has some."""
         for name, value in FAMILIES.get(self.family, {}).items():
             if getattr(self, name) in ("auto", 0):
                 object.__setattr__(self, name, value)
@@ -247,7 +247,7 @@ class ModelConfig:
         return self.kv_heads or self.heads
 
     def window_in(self, length: int) -> int:
-        """The sliding window in contexts of this length; 0 if it leaves nothing out there."""
+        """The sliding window for contexts of this length; 0 if none is set or it covers them."""
         return self.sliding_window if self.sliding_window < length else 0
 
     @property
@@ -257,14 +257,14 @@ class ModelConfig:
 
     @property
     def residual_width(self) -> int:
-        """The hidden width of the MLP beside the experts."""
+        """The hidden width of the residual MLP (shared expert)."""
         return self.residual_d_ff or self.expert_width
 
     def differences(self, other: "ModelConfig") -> dict[str, tuple]:
-        """What layers of another model compute otherwise in contexts of this one's length.
+        """Settings, other than sizes, in which two models' layers differ at this model's length.
 
         Returns:
-          This model's value and the other's, by the setting's name; sizes are left out.
+          This model's value and the other's, by the setting's name.
         """
         names = [f.name for f in dataclasses.fields(self) if f.metadata["setting"].layer]
         pairs = {name: (getattr(self, name), getattr(other, name)) for name in names}
@@ -273,7 +273,7 @@ class ModelConfig:
 
     @property
     def output_std(self) -> float:
-        """The standard deviation of the initial weights that write to the residual stream."""
+        """The initial standard deviation of projections that write to the residual stream."""
         return self.init_std / (2 * self.layers) ** 0.5
 
     @property
@@ -786,9 +786,9 @@ class Config:
 
     @property
     def decay_start(self) -> int | None:
-        """The number of steps before the decay of `optimizer.schedule=wsd`; None with another.
+        """The step at which the decay of `optimizer.schedule=wsd` starts; None for others.
 
-        Up to there the learning rate does not depend on the length of the run.
+        Before it, the learning rate does not depend on the length of the run.
         """
         if self.optimizer.schedule != "wsd":
             return None
@@ -796,12 +796,12 @@ class Config:
 
     @property
     def kd_steps(self) -> int:
-        """The number of steps with a teacher, at the start of the run."""
+        """The number of steps with distillation, counted from the start of the run."""
         return min(self.total_steps, self.kd_stop)
 
     @property
     def kd_stop(self) -> int:
-        """The number of steps to `kd.stop`, which may come after the end of the run."""
+        """The step of `kd.stop`, which may be after the end of the run; 0 without a teacher."""
         if not (self.teacher.workdir or self.teacher.cache):
             return 0
         if self.kd.stop <= 1:
@@ -815,14 +815,14 @@ class Config:
 
     @property
     def causal(self) -> bool:
-        """Whether, in evaluation, no token's prediction depends on the tokens after it."""
+        """Whether no prediction in evaluation depends on later tokens."""
         by_position = self.moe.overflow != "probability"
         drops = math.isfinite(self.moe.eval_capacity_factor)
         return self.moe.routes.causal and (by_position or not drops)
 
     @property
     def loss_reaches_routers(self) -> bool:
-        """Whether the weights of a token's experts depend on its router; a single one may be 1."""
+        """Whether routers get a gradient from the cross-entropy; not if all weights are fixed."""
         experts = max(self.model.schedule.experts)
         one_choice = self.model.top_k == 1 and self.moe.routes.tokens_choose
         one_score = experts == 1 and self.moe.scores == "softmax"
@@ -843,7 +843,7 @@ def declarations() -> dict[str, Setting]:
 
 
 def conditions() -> dict[str, tuple[str, ...]]:
-    """The conditions without which all settings of a group have no effect, by the group's name."""
+    """The conditions that all settings of a group need to have an effect, by the group's name."""
     return {field.name: field.metadata.get("only", ()) for field in dataclasses.fields(Config)}
 
 
@@ -853,7 +853,7 @@ def default_config() -> ConfigDict:
 
 
 def as_settings(config: Config) -> ConfigDict:
-    """A config as settings that can be changed; what its family has is left to the family."""
+    """A config as mutable settings; values equal to the family's become 'auto' or 0 again."""
     return _without_family(ConfigDict(dataclasses.asdict(config)))
 
 
@@ -867,7 +867,7 @@ def _without_family(settings: ConfigDict) -> ConfigDict:
 def group_rows(config: Config, teacher: Config | None = None) -> int:
     """The number of neighbouring sequences of a batch that must be computed together.
 
-    This keeps routing groups of several sequences whole, the teacher's as well.
+    It keeps routing groups of several sequences whole, in the teacher as well.
     """
     length = config.model.length
     groups = [one.moe.group_size or length for one in (config, teacher) if one]
@@ -880,11 +880,11 @@ def leaves(config: Config) -> dict[str, object]:
 
 
 def preset(config: Config) -> dict[str, object]:
-    """The defaults of this config's family, as `leaves` names them."""
+    """The defaults for this config's family, by name as in `leaves`."""
     return leaves(Config(model=ModelConfig(family=config.model.family)))
 
 
 def changed(config: Config) -> dict[str, object]:
-    """The settings that differ from their defaults, as `leaves` names them."""
+    """The settings that differ from their defaults, by name as in `leaves`."""
     defaults = preset(config) | {"model.family": ModelConfig.family}
     return {name: value for name, value in leaves(config).items() if value != defaults[name]}

@@ -1,4 +1,4 @@
-"""A teacher's config, adapted to the mesh and batches of its student."""
+"""A teacher's config, adapted to its student's mesh and checked against its batches."""
 
 import dataclasses
 import math
@@ -11,7 +11,7 @@ from prmoe_jax.stores import expand
 
 
 def teacher_of(config: Config) -> Config:
-    """Loads the teacher's config of a student's config and adapts it (`adapt_teacher`)."""
+    """Loads the config of a student's teacher and adapts it (`adapt_teacher`)."""
     with telling(fix="--config.teacher.workdir names the run that teaches"):
         teacher = load(expand("teacher.workdir", config.teacher.workdir) / "config.json")
     return adapt_teacher(teacher, config)
@@ -20,7 +20,7 @@ def teacher_of(config: Config) -> Config:
 def adapt_teacher(teacher: Config, student: Config) -> Config:
     """Gives a teacher's config its student's mesh, execution and `teacher.capacity_factor`.
 
-    A `teacher.capacity_factor` of 0 leaves the teacher's own. The batches are only checked.
+    A factor of 0 keeps the teacher's own. Its routing groups must fit the student's batches.
     """
     model = student.model
     require(
@@ -59,12 +59,12 @@ def adapt_teacher(teacher: Config, student: Config) -> Config:
 
 
 def _changes_in_training(config: Config) -> bool:
-    """Whether a model computes something else in training than in evaluation."""
+    """Whether a model computes differently in training and in evaluation."""
     moe = config.moe
     routes = any(config.model.schedule.experts) and (
         moe.noise != "none"
         or moe.overflow == "random"
         or moe.capacity_factor != moe.eval_capacity_factor
-        or config.model.top_k == 2  # training's order of choices, as in GShard
+        or config.model.top_k == 2  # in training all first choices precede second ones (GShard)
     )
     return config.model.dropout > 0 or routes

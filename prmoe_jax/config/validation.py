@@ -17,7 +17,7 @@ from prmoe_jax.errors import UserError, telling
 
 
 def check_runs_without_limit(config: Config) -> None:
-    """Checks that a run can predict without an expert capacity, as generation and tasks do."""
+    """Checks that a run works without an expert capacity, as generation and tasks require."""
     require(
         config.moe.routes.tokens_choose,
         f"this run's experts choose their tokens (moe.router={config.moe.router}): whom they "
@@ -30,7 +30,7 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
-# The largest whole number of a setting that declares no other limit. JAX counts steps and the
+# The largest integer in a setting that does not declare both limits: JAX counts steps and the
 # tokens of a step in 32 bits.
 LARGEST = 2**31 - 1
 
@@ -99,7 +99,7 @@ def _check_bounds(name: str, value, setting: Setting) -> None:
 
 
 def _check_store(name: str, value: str, setting: Setting) -> None:
-    """Refuses a path in a store that is unknown, or where only a local path works."""
+    """Refuses paths in unknown stores, and in any store if the setting needs a local path."""
     with telling(f"{name}="):
         in_store = stores.scheme(value)
     require(
@@ -180,10 +180,11 @@ def _check_factor(name: str, factor: float) -> None:
 
 
 def check_groups(config: Config, student: Config | None = None) -> None:
-    """Checks that routing groups consist of whole sequences, or sequences of whole groups.
+    """Checks that routing groups fit sequences and microbatches.
 
-    If `config` is the teacher of a `student`, its group size is fixed, and the error suggests
-    another length or batch for the student.
+    A group must divide a sequence or be a multiple of one, and must divide a microbatch. If
+    `config` is the teacher of a `student`, its group size is fixed, and the error suggests another
+    length or batch for the student.
     """
     train, group, length = config.train, config.group_size, config.model.length
     fix = _largest_divisor(length, group)
@@ -215,12 +216,12 @@ def _largest_divisor(number: int, limit: int) -> int:
 
 
 def check_same_routing(config: Config, source: Config, whose: str) -> None:
-    """Checks that a model with the parameters of another one chooses and weighs experts as it does.
+    """Checks that a run chooses and weighs experts like the run whose parameters it takes.
 
     Args:
       config: the new run.
       source: the run whose parameters it takes.
-      whose: that run in words, for the message.
+      whose: `source` in words, for the message.
     """
     if not (any(config.model.schedule.experts) and any(source.model.schedule.experts)):
         return
@@ -229,7 +230,7 @@ def check_same_routing(config: Config, source: Config, whose: str) -> None:
         require(ours == theirs, f"moe.{name}={ours}, {whose} has {theirs}; use the same")
     ours, theirs = config.model.normalizes, source.model.normalizes
     require(
-        ours == theirs or not config.moe.routes.tokens_choose,  # nothing is normalized
+        ours == theirs or not config.moe.routes.tokens_choose,  # else nothing is normalised
         f"model.normalize_top_k={config.model.normalize_top_k}: the weights of a token's "
         f"experts {'add' if ours else 'do not add'} up to 1, those of {whose} "
         f"{'do' if theirs else 'do not'}; use {'always' if theirs else 'never'}",
@@ -243,7 +244,7 @@ def check_same_routing(config: Config, source: Config, whose: str) -> None:
 
 
 def _check_expert_choice(config: Config) -> None:
-    """Refuses a capacity with which every expert takes every token, and normalised weights."""
+    """Refuses normalised weights, and a capacity at which every expert takes every token."""
     moe, model = config.moe, config.model
     require(
         model.normalize_top_k != "always",

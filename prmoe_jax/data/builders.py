@@ -1,4 +1,4 @@
-"""The corpora `tfds:NAME`: datasets of TFDS, stored as array_record and read without TensorFlow."""
+"""The corpora `tfds:NAME`: TFDS datasets, stored as array_record and read without TensorFlow."""
 
 import contextlib
 import difflib
@@ -28,7 +28,7 @@ _READ_AHEAD = 64
 
 
 class Documents:
-    """The documents of one prepared split, read from disk when they are used.
+    """The documents of one prepared split, read from disk on demand.
 
     Reading raises a UserError if a file is damaged or a text is not UTF-8.
     """
@@ -45,7 +45,7 @@ class Documents:
         return self.read(0, len(self))
 
     def read(self, first: int, last: int) -> Iterator[str]:
-        """The documents `first` to `last`."""
+        """Documents [first, last)."""
         for start in range(first, last, _READ_AHEAD):  # one read for many examples
             yield from self._read(range(start, min(start + _READ_AHEAD, last)))
 
@@ -60,8 +60,8 @@ class Documents:
 def prepare_named(config: DataConfig, directory: pathlib.Path) -> dict[str, Documents]:
     """Opens the TFDS dataset of 'tfds:NAME'; downloads it to `directory` the first time.
 
-    The validation split is the dataset's own 'validation' split. Without one it is 'test', and
-    without that the first `validation_fraction` of 'train'.
+    The validation split is the dataset's 'validation' split, else its 'test' split, else the first
+    `validation_fraction` of 'train'.
     """
     name = config.corpus.removeprefix("tfds:")
     builder = _find_builder(name, directory)
@@ -73,10 +73,10 @@ def prepare_named(config: DataConfig, directory: pathlib.Path) -> dict[str, Docu
     else:
         _check_network(name, directory)
         with cache.locked(prepared):
-            if not prepared.exists():  # another process may have made it meanwhile
+            if not prepared.exists():  # another process may have prepared it meanwhile
                 _prepare(builder, config.corpus)
                 cache.seal(prepared)
-        builder = _find_builder(name, directory)  # knows its splits
+        builder = _find_builder(name, directory)  # unlike the old one, it knows the splits
     splits = _named_splits(builder.info.splits, config)
     with cache.reading(prepared):
         return {
@@ -86,12 +86,12 @@ def prepare_named(config: DataConfig, directory: pathlib.Path) -> dict[str, Docu
 
 
 def _prepare(builder: tfds.core.DatasetBuilder, corpus: str) -> None:
-    """Prepares a dataset; raises a UserError of one line, or an OSError if the disk is full."""
+    """Prepares a dataset; raises an OSError if the disk is full, else a one-line UserError."""
     log.info("preparing the corpus %s in %s", corpus, builder.data_path)
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()
     try:
-        # TFDS prints to stdout, which belongs to the command's own results.
+        # TFDS prints to stdout, which is for the command's own results.
         with contextlib.redirect_stdout(io.StringIO()):
             builder.download_and_prepare(file_format=_FORMAT)
     except UserError:
@@ -102,7 +102,7 @@ def _prepare(builder: tfds.core.DatasetBuilder, corpus: str) -> None:
                 f"{corpus!r} can't be prepared without TensorFlow, which TFDS needs for some "
                 "datasets, and for those of more than 1 GB; pip install tensorflow"
             ) from error
-        # A writer's own error may quote the system's message.
+        # A writer may wrap the system's error and only quote its message.
         for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             if os.strerror(number) in str(error):
                 raise OSError(number, os.strerror(number)) from error
@@ -125,7 +125,7 @@ def _find_builder(name: str, directory: pathlib.Path) -> tfds.core.DatasetBuilde
         raise UserError(f"TFDS dataset {dataset!r} has no config {config!r}; it has {close}")
     prepared = directory / dataset
     fix = f"if {prepared} is damaged, delete it, it is made again" * prepared.exists()
-    # The datasets have 400 authors and raise anything.
+    # Datasets are code by many authors, which may raise anything.
     with refusing(f"cannot open TFDS dataset {name!r}", fix=fix):
         return tfds.builder(name, data_dir=directory, file_format=_FORMAT)
 

@@ -1,4 +1,4 @@
-"""Directories that are built once, complete or not at all, and checked when they are reused."""
+"""Cache directories, built once and atomically, and checked when they are reused."""
 
 import contextlib
 import hashlib
@@ -18,7 +18,7 @@ from prmoe_jax.stores.lock import hold
 
 log = logging.getLogger(__name__)
 
-# Every directory has this file: size, modification time and digest of each of its other files.
+# A file in each directory, with size, modification time and digest of every other file.
 DIGESTS = "digests.json"
 
 
@@ -41,11 +41,11 @@ def build_once(
     build: Callable[[pathlib.Path], None],
     setting: str = "--config.data.cache_dir",
 ) -> pathlib.Path:
-    """Returns `directory`, made by `build(temporary)` and a rename if it does not exist yet.
+    """Returns `directory`; if it does not exist, `build(temporary)` and a rename make it.
 
     Other processes that want the same directory wait for the first one. A build that fails or is
-    killed leaves nothing that looks finished. A directory that exists already is checked.
-    `setting` is the setting that chooses another directory, for error messages.
+    killed leaves nothing that looks finished. An existing directory is checked. Error messages
+    name `setting` as the option that selects another directory.
     """
     if directory.is_dir():  # a complete cache may be read-only: take no lock
         with reading(directory):
@@ -78,8 +78,8 @@ def seal(directory: pathlib.Path) -> None:
 def check(directory: pathlib.Path) -> None:
     """Compares the files of a directory with the record of `seal`; ignores other files.
 
-    Sizes are always compared. Content is compared only if a file's modification time differs,
-    since it was then altered or copied. An old directory that has no record gets one.
+    Sizes are always compared. Content is compared only if a file's modification time differs: the
+    file was then altered or copied. A directory without a record gets one if it is writable.
 
     Raises:
       ValueError, OSError: a file is missing, altered or unreadable; see `reading`.
@@ -124,8 +124,8 @@ def reading(
     unread = f"{named.format(directory)} can't be read"
     gone = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
     with (
-        refusing(unread, fix=fix),  # readers of damaged files raise anything
-        refusing(unread, OSError),  # not damaged: no permission, for example
+        refusing(unread, fix=fix),  # readers of damaged files raise any exception
+        refusing(unread, OSError),  # no `fix`: a permission may be missing
         refusing(unread, gone, fix=fix),
     ):
         yield
@@ -137,7 +137,7 @@ def locked(directory: pathlib.Path, setting: str = "--config.data.cache_dir") ->
     fix = f"make room or set {setting} to another folder"
     with refusing(f"cannot write the cache {directory}", OSError, fix=fix):
         directory.parent.mkdir(parents=True, exist_ok=True)
-        # The lock file stays: removing it would let two processes hold "the" lock.
+        # Keep the lock file: after a removal another process could lock a new file of this name.
         path = directory.with_name(f"{directory.name}.lock")
         try:
             lock = hold(path)

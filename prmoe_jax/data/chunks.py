@@ -1,4 +1,4 @@
-"""The text of a corpus, in chunks that are read independently of each other."""
+"""The text of a corpus, in chunks that can be read independently."""
 
 import contextlib
 import dataclasses
@@ -14,17 +14,17 @@ from prmoe_jax.data import cache, copies, sources
 from prmoe_jax.errors import UserError, missing, refusing
 
 SUFFIXES = *sources.SUFFIXES, ".parquet"
-# A chunk has this many bytes of a file, within these bounds. It is the unit that a worker takes
-# and that is done again after a kill, and gives one shard.
+# The number of chunks to aim at, within these bounds of a chunk's size. A chunk is one task of a
+# worker, is repeated as a whole after a kill, and gives one shard per split.
 _CHUNKS = 2048
 _MIN_BYTES, _MAX_BYTES = 16 << 20, 1 << 30
 
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """A part of a file: bytes of JSON lines, row groups of Parquet, or examples of a TFDS split.
+    """Bytes of a .jsonl file, row groups of a .parquet file, or examples of a TFDS split.
 
-    A JSON line belongs to the piece in which it begins. Other files have one piece.
+    A JSON line belongs to the piece in which it begins. A file of another kind is one piece.
     """
 
     path: str
@@ -36,7 +36,7 @@ class Piece:
 class Chunk:
     """Pieces that are read one after the other.
 
-    `split` is the split that a TFDS dataset has them in, or '' if it follows from the documents.
+    `split` is their split in a TFDS dataset, or '' if each document's content decides its split.
     """
 
     number: int
@@ -48,7 +48,8 @@ def find_chunks(config: DataConfig) -> tuple[list[Chunk], list[Any], list[float]
     """The chunks of `config.corpus` for `prmoe tokenize`, in the order of the text.
 
     Returns:
-      the chunks; what identifies the files, name and size of each; and when each was written.
+      the chunks; what identifies the text: name and size of each file or TFDS split; and the
+      modification times of the files.
     """
     if config.corpus.startswith("tokens:"):
         raise UserError(f"data.corpus={config.corpus} holds tokens already; give text")
@@ -61,7 +62,7 @@ def find_chunks(config: DataConfig) -> tuple[list[Chunk], list[Any], list[float]
 
 
 def of_files(files: Sequence[Path], config: DataConfig) -> list[Chunk]:
-    """The chunks of local files, whose bounds depend on the order and the sizes only."""
+    """The chunks of local files; they depend only on the files' order and sizes."""
     return _of_files([(file, _size(file)) for file in files], config)
 
 
@@ -83,7 +84,7 @@ def _of_files(files: Sequence[tuple[Path, int]], config: DataConfig) -> list[Chu
 
 
 def _find_files(config: DataConfig) -> Sequence[Path]:
-    """The files of a corpus: of an object store, or local ones."""
+    """The files of a corpus, local or in an object store."""
     if not stores.scheme(config.corpus):
         return sources.files(config.corpus, cache.root(config), SUFFIXES)
     found = copies.find(config.corpus)
@@ -94,7 +95,7 @@ def _find_files(config: DataConfig) -> Sequence[Path]:
 
 
 def documents(chunk: Chunk, config: DataConfig) -> Iterator[str]:
-    """The documents of a chunk; raises a UserError if a file can't be read, or has no such text."""
+    """The documents of a chunk; UserError if a file can't be read or lacks the text field."""
     for piece in chunk.pieces:
         yield from _documents(piece, chunk.split, config)
 
@@ -116,7 +117,7 @@ def _size(file: Path) -> int:
 
 
 def _pieces(file: Path, length: int, size: int) -> Iterator[tuple[Piece, int]]:
-    """The pieces of a file, each with the bytes that it counts for."""
+    """The pieces of a file, each with its size in bytes."""
     path = str(file)
     if path.endswith(".jsonl"):
         for first in range(0, length, size):
@@ -152,7 +153,7 @@ def _rows(file: Path, piece: Piece, text_field: str) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _parquet(file: Path) -> Iterator[Any]:
-    """Opens a Parquet file; what cannot be read of it ends in a UserError that names it."""
+    """Opens a Parquet file; failures to read it become a UserError that names it."""
     with missing(f"{file}: .parquet files need pyarrow", "prmoe_jax[beam]"):
         import pyarrow
         import pyarrow.parquet
@@ -166,7 +167,7 @@ def _parquet(file: Path) -> Iterator[Any]:
 
 
 def of_tfds(config: DataConfig) -> list[Chunk]:
-    """Held-out documents come first, so that a copy of one in the training split is dropped."""
+    """The chunks; validation first, so that `prmoe tokenize` drops its duplicates from training."""
     chunks: list[Chunk] = []
     for split in ("validation", "train"):
         length = len(_tfds(config)[split])

@@ -1,4 +1,4 @@
-"""Opens a corpus: its text is identified at once, but split only when it is read."""
+"""Opens a corpus: computes its fingerprint at once, and its split on first use."""
 
 import dataclasses
 import functools
@@ -15,20 +15,19 @@ from prmoe_jax.data.split import Selection
 from prmoe_jax.data.stages import in_this_process
 from prmoe_jax.errors import UserError
 
-# Increase this when the same source gives other documents or another split than before.
+# Increase this when changed code makes other documents or another split of the same source.
 _RECIPE = 1
 _SPLIT = "split.json"
-TOKENS = "tokens:"  # starts a corpus of token shards; see `streams.py`
+TOKENS = "tokens:"  # prefix of a corpus of token shards; see `streams.py`
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
     """Training and validation documents, which are read from their source each time.
 
-    `fingerprint` changes with the text and the split, and is known before anything is prepared.
-    Data that was derived from the corpus, and cached under its fingerprint, can therefore be used
-    without preparing the corpus. Local files must still exist, since the fingerprint is computed
-    from their content.
+    `fingerprint` is known before anything is prepared. Data that was derived from the corpus and
+    cached under this fingerprint can therefore be used without preparing the corpus. Local files
+    must still exist, since the fingerprint is computed from their content.
     """
 
     fingerprint: str
@@ -37,14 +36,14 @@ class Corpus:
 
     @functools.cached_property
     def chunks(self) -> list[Chunk]:
-        """The text in chunks; the first use prepares a dataset of TFDS (UserError if it fails)."""
+        """The text in chunks; the first use prepares a TFDS dataset (UserError if that fails)."""
         if self.files:
             return chunks.of_files(self.files, self.config)
         return chunks.of_tfds(self.config)
 
     @functools.cached_property
     def selection(self) -> Selection:
-        """The split, found once and cached (UserError if that fails); repetitions stay in it."""
+        """The split, computed once and cached (UserError if that fails); duplicates are kept."""
         if not self.files:
             return Selection(b"")
         directory = cache.root(self.config) / "splits" / self.fingerprint
@@ -81,8 +80,8 @@ class Corpus:
 def open_corpus(config: DataConfig) -> Corpus:
     """Opens `config.corpus`; see DataConfig for its forms.
 
-    Every local file is read once: its content makes the fingerprint, so that a moved or copied
-    corpus is the same corpus. A TFDS dataset is fingerprinted by its name.
+    Local files are read and fingerprinted by their content, so that a moved corpus stays the same.
+    A TFDS dataset is fingerprinted by its name.
     """
     if config.corpus.startswith(TOKENS):
         raise UserError(f"data.corpus={config.corpus} holds tokens, and text is needed here")
@@ -105,7 +104,7 @@ def check_on_disk(config: DataConfig) -> None:
 
 
 def _content(files: Sequence[pathlib.Path]) -> list[list[str]]:
-    """Format and digest of each file, in reading order; the names do not matter."""
+    """Suffix and digest of each file, in reading order; the names do not matter."""
     content = []
     for file in files:
         with sources.reading(file), open(file, "rb") as stream:

@@ -1,4 +1,7 @@
-"""From a corpus to batches: windows of fixed length over the tokens, and Grain's iterator."""
+"""From a corpus to batches: windows of fixed length over the tokens, and Grain's iterator.
+
+Axes of this file: N windows, K tokens that a teacher predicts at a position.
+"""
 
 import bisect
 import dataclasses
@@ -34,8 +37,8 @@ class Windows:
     Window i reads stream[i*length : (i+1)*length + 1]; only the last one is padded.
     With `cross_document_attention`, all tokens of a window are one segment. `teacher_top_k` holds
     a teacher's recorded predictions for every window, or is None. The stream has one EOS between
-    documents. If the tokenizer's BOS is another id than its EOS, EOS is a target, and BOS is read.
-    `text_bytes` is the number of UTF-8 bytes of the stream's text, 0 where it is not known.
+    documents. If the tokenizer's BOS and EOS differ, EOS stays as a target and becomes BOS as an
+    input. `text_bytes` is the number of UTF-8 bytes of the stream's text, 0 if unknown.
     """
 
     stream: ShardStream
@@ -59,7 +62,7 @@ class Windows:
         return math.ceil(self.tokens / self.length)
 
     def bytes_of(self, indices_N: np.ndarray) -> float:
-        """The bytes of these windows, if bytes are in proportion to tokens."""
+        """The UTF-8 bytes of these windows, estimated from their share of the tokens."""
         tokens = np.minimum(self.length, self.tokens - indices_N * self.length).sum()
         return float(self.text_bytes * (tokens / max(self.tokens, 1)))
 
@@ -82,10 +85,10 @@ class Windows:
         return _with_teacher(window, self.teacher_top_k, index)
 
     def _start_documents(self, window: Batch) -> None:
-        """Has documents begin with BOS, in place.
+        """Makes each document begin with BOS, in place.
 
-        Shards of another library may have EOS and BOS between documents. Then EOS is no input:
-        it predicts nothing, and the document begins after it.
+        In shards of other libraries BOS may already follow EOS. Then the position of this EOS is
+        masked, and the document begins at the BOS after it.
         """
         start, end = self.tokenizer.bos_id, self.tokenizer.eos_id
         if start == end:
@@ -104,10 +107,9 @@ class Windows:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Mixture:
-    """Windows of several token streams: those of the first one, then those of the next, and so on.
+    """The windows of several token streams, concatenated, with the interface of `Windows`.
 
-    Its attributes and methods are those of `Windows`. `shares` is each stream's share of the
-    training windows, which `train_iterator` keeps to.
+    `shares` holds each stream's share of the training windows that `train_iterator` draws.
     """
 
     parts: Sequence[Windows]
@@ -167,7 +169,7 @@ def _with_teacher(window: Batch, teacher_top_k: TopKLogProbs | None, index: int)
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """A run's tokenizer and text."""
+    """A run's tokenizer and its windows of text."""
 
     tokenizer: Tokenizer
     train: Windows | Mixture
@@ -179,9 +181,9 @@ class Data:
 def load_data(
     config: DataConfig, vocab_size: int, length: int, tokenizer_path: Path | None = None
 ) -> Data:
-    """Loads corpus, tokenizer and windows of `length`, from the caches if they are there.
+    """Loads corpus, tokenizer and windows of `length` tokens, from the caches if possible.
 
-    A run that is resumed or evaluated gives the `tokenizer_path` of its stored tokenizer.
+    `tokenizer_path` is the stored tokenizer of a run that is resumed or evaluated.
 
     Raises:
       UserError: the corpus, the tokenizer or the cache cannot be used.
@@ -206,7 +208,7 @@ def _data(
     sources: Sequence[Source],
     fingerprint: str | None = None,
 ) -> Data:
-    """The windows of streams; without a fingerprint of their text it is made of theirs."""
+    """Makes the Data of sources; without `fingerprint`, their streams identify the corpus."""
     identity = []
 
     def windows(name: str) -> Windows | Mixture:
@@ -260,12 +262,12 @@ def fingerprint_changes(saved: dict, current: dict) -> str:
 def pipeline_fingerprint(data: Data, batch_size: int, seed: int) -> dict[str, str | int]:
     """All values that determine the rows of step i; compare them before restoring an iterator.
 
-    An iterator's state is only the number of the next step, which stands for other rows after any
-    of these values has changed. The number of processes and devices does not matter.
+    An iterator's state is only the number of the next step. If one of these values changed, this
+    step would have other rows. The numbers of processes and devices do not matter.
     """
     found = windows_fingerprint(data) | {"batch_size": batch_size, "seed": seed}
     if data.teacher_cache_fingerprint:
-        found["lessons"] = data.teacher_cache_fingerprint  # checkpoints know it by this name
+        found["lessons"] = data.teacher_cache_fingerprint  # the key in existing checkpoints
     return found
 
 
@@ -276,7 +278,7 @@ def train_iterator(
 
     Every epoch has its own order, and a batch can hold the end of one epoch and the start of the
     next. `get_state()` is the next step, the same on every process. Each source of a mixture has
-    epochs of its own; after any number of rows it has had its share, rounded down or up.
+    its own epochs. After any number of rows it has given its share of them, rounded down or up.
 
     Args:
       windows: the training split.
@@ -285,7 +287,7 @@ def train_iterator(
       rows: the rows of each batch that this process needs (`axes.local_rows`); all by default.
 
     Raises:
-      UserError: there is no window at all.
+      UserError: the split, or a source of a mixture, has no window.
     """
     for part in _parts(windows):
         if not len(part):
@@ -295,15 +297,15 @@ def train_iterator(
     rows = range(batch_size) if rows is None else rows
     shuffled = _shuffled(windows, seed)
     dataset = grain.MapDataset.source(_LocalRows(shuffled, batch_size, rows)).batch(len(rows))
-    # Threads, not processes: reading a memory map is cheap, and notebooks need no set-up for them.
+    # Threads, not processes: memory maps are cheap to read, and threads work in notebooks.
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)))
 
 
 def evaluated_windows(windows: Windows | Mixture, limit: int = 0) -> np.ndarray:
-    """The indices of all windows, or of `limit` of them, in the order of their evaluation.
+    """The indices of all windows, or of `limit` of them, in the order of evaluation.
 
-    A part of a stream is its first windows. A part of a mixture is spread evenly over it, so that
-    each stream has its share of the windows.
+    With a limit these are the first windows of a single stream. In a mixture they are evenly
+    spaced, so that each stream takes part in proportion to its size.
     """
     count = len(windows)
     part = min(limit, count) if limit else count
@@ -316,7 +318,7 @@ def eval_batches(
     limit: int = 0,
     rows: Sequence[int] | None = None,
 ) -> Iterator[Batch]:
-    """Yields the windows of `evaluated_windows`, each once: all, or `limit` batches of them.
+    """Yields the `evaluated_windows` in batches: all, or `limit` batches.
 
     All batches have the same number of rows; rows beyond the last window are masked. `rows` is as
     in `train_iterator`.
@@ -335,10 +337,9 @@ def _parts(windows: Windows | Mixture) -> Sequence[Windows]:
 
 
 def _shuffled(windows: Windows | Mixture, seed: int) -> Sequence[Batch]:
-    """The windows in the order of training, without an end."""
+    """The windows in the order of training, endlessly."""
     parts = _parts(windows)
-    # Grain shuffles epoch e with seed+e. Without hashing, seed 1 would start with seed 0's second
-    # epoch.
+    # Grain shuffles epoch e with seed + e. Unhashed, seed 1's epoch 0 would be seed 0's epoch 1.
     seeds = map(int, np.random.SeedSequence(seed).generate_state(len(parts)))
     whole, starts = grain.MapDataset.source(windows), [0, *itertools.accumulate(map(len, parts))]
     shuffled = [
@@ -351,13 +352,13 @@ def _shuffled(windows: Windows | Mixture, seed: int) -> Sequence[Batch]:
 
 
 class _Mixed:
-    """Endless datasets, drawn from by a schedule that is repeated."""
+    """Interleaves endless datasets by a periodic schedule."""
 
     def __init__(self, datasets: Sequence[grain.MapDataset], schedule: np.ndarray):
         self._datasets, self._schedule = datasets, schedule
         draws = schedule[:, None] == np.arange(len(datasets))
         self._per_period = draws.sum(0)
-        self._drawn = draws.cumsum(0) - draws  # before each window of the period
+        self._drawn = draws.cumsum(0) - draws  # earlier draws of each dataset in the period
 
     def __len__(self) -> int:
         return sys.maxsize
@@ -369,7 +370,7 @@ class _Mixed:
 
 
 class _LocalRows:
-    """The given rows of every batch, one batch after the other."""
+    """The given rows of every batch, batch by batch."""
 
     def __init__(self, dataset: grain.MapDataset, batch_size: int, rows: Sequence[int]):
         self._dataset = dataset
@@ -377,7 +378,7 @@ class _LocalRows:
         self._rows = rows
 
     def __len__(self) -> int:
-        # Endless, but far from the end of int64, which Grain computes with as a float.
+        # Endless in practice, but far below 2**63: Grain computes with the length as a float.
         return min(len(self._dataset) // self._batch_size, 1 << 40) * len(self._rows)
 
     def __getitem__(self, index: int) -> Batch:

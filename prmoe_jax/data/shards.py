@@ -26,12 +26,12 @@ COUNTS = "documents", "tokens", "bytes"  # of a split, and of each of its shards
 _DIGESTS = "sha256", "blocks"
 _MOST = 1 << 62
 _FIX = "write the shards again by prmoe tokenize"
-# A shard is identified by its size and by blocks of it at even distances. Up to 1 MiB that is its
-# whole content.
+# A shard is identified by its size and the digest of some evenly spaced blocks, which are its whole
+# content if it has at most 1 MiB.
 _BLOCKS, _BLOCK_BYTES = 16, 1 << 16
 _MEGATRON_MAGIC = b"MMIDIDX\x00\x00"
 _MEGATRON_DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
-# The ends of so many documents of a .bin file are looked at.
+# At most this many document ends of a .bin file are checked.
 _CHECKED_ENDS = 1000
 Split = Literal["train", "validation"]
 
@@ -44,7 +44,7 @@ class Shard:
     dtype: np.dtype
     offset: int
     tokens: int
-    ends: Sequence[int] = ()  # where some documents end, if an index beside the file tells it
+    ends: Sequence[int] = ()  # after the last token of some documents, from an .idx file
 
     @functools.cached_property
     def ids_T(self) -> np.ndarray:
@@ -54,18 +54,18 @@ class Shard:
         return np.asarray(mapped)  # slicing a np.memmap costs more than the read
 
     def blocks(self) -> list[slice]:
-        """The parts of `ids_T` that identify the shard."""
+        """The slices of `ids_T` that `digest` reads."""
         size = _BLOCK_BYTES // self.dtype.itemsize
         return [slice(first, first + size) for first in _even(self.tokens, size)]
 
     def digest(self) -> str:
-        """The digest of `blocks`."""
+        """The SHA-256 of `blocks`."""
         with reading(self.path), open(self.path, "rb") as file:
             return block_digest(file, self.dtype, self.tokens, self.offset)
 
 
 def block_digest(file: BinaryIO, dtype: np.dtype, tokens: int, offset: int = 0) -> str:
-    """The same as `Shard.digest`, of a file that is open for reading."""
+    """`Shard.digest` of a file that is open for reading."""
     digest = hashlib.sha256()
     size = _BLOCK_BYTES // dtype.itemsize
     for first in _even(tokens, size):
@@ -75,7 +75,7 @@ def block_digest(file: BinaryIO, dtype: np.dtype, tokens: int, offset: int = 0) 
 
 
 def _even(tokens: int, size: int) -> list[int]:
-    """The first tokens of the blocks of `size` tokens: all of them, or some at even distances."""
+    """Where blocks of `size` tokens begin: all blocks, or `_BLOCKS` evenly spaced ones."""
     count = math.ceil(tokens / size)
     if count <= _BLOCKS:
         return [i * size for i in range(count)]
@@ -84,18 +84,18 @@ def _even(tokens: int, size: int) -> list[int]:
 
 @dataclasses.dataclass(frozen=True)
 class Index:
-    """What `prmoe tokenize` wrote into a folder; its `index.json`."""
+    """The `index.json` of a folder of our shards."""
 
     folder: Path
     tokenizer: str  # the tokenizer's fingerprint
     dtype: np.dtype
     splits: dict[str, dict]  # documents, tokens, bytes and shards of train and validation
     fingerprint: str
-    inputs: Any  # identifies the text and the settings
+    inputs: Any  # identifies the text and the settings of `prmoe tokenize`
 
     @classmethod
     def open(cls, folder: Path) -> "Index":
-        """Reads the index of a folder, local or in an object store, and checks all of it."""
+        """Reads and checks the index of a folder, which may be in an object store."""
         path = folder / INDEX
         content = files.read_json(path, fix=_FIX)
         kinds = {"format": str, "tokenizer": str, "vocabulary": int, "dtype": str, "splits": dict}
@@ -118,11 +118,11 @@ class Index:
         )
 
     def entries(self) -> list[dict]:
-        """What the index says of each shard, in order: name, counts and digests."""
+        """The entry of each shard, in order: name, counts and digests."""
         return [entry for split in self.splits.values() for entry in split["shards"]]
 
     def shards(self, split: Split) -> list[Shard]:
-        """The shards of a split, compared with the index by size and by some of their content."""
+        """The shards of a split; checks the size and the block digest of each."""
         found = []
         for entry in self.splits[split]["shards"]:
             shard = Shard(self.folder / entry["name"], self.dtype, 0, entry["tokens"])
@@ -140,7 +140,7 @@ class Index:
 
 
 def _check_splits(splits: dict, path: str) -> None:
-    """Checks what an index says of its splits and shards, whoever wrote it."""
+    """Checks the splits and shards of an index, since a stranger may have written it."""
 
     def check(part: Any, kinds: dict[str, type], where: str) -> None:
         files.require(part, kinds, where, _FIX)
@@ -171,7 +171,7 @@ def _check_splits(splits: dict, path: str) -> None:
 
 
 def check_whole(paths: Iterable[Path]) -> None:
-    """Refuses a shard of ours, which only its index may name, and a folder without an index."""
+    """Refuses a single shard of ours, which needs its index, and a folder without an index."""
     for path in paths:
         if path.is_dir() and not (path / INDEX).exists():
             raise UserError(
@@ -190,9 +190,9 @@ def index_content(
 ) -> dict:
     """The content of an `index.json`.
 
-    It has the tokenizer's fingerprint and size, and `inputs`, which identifies the text and the
-    settings. For each split it has the documents, tokens, bytes of text, and shards in order, each
-    with name, documents, tokens, bytes, sha256 and blocks (`block_digest`).
+    `inputs` identifies the text and the settings. A split has the numbers of its documents, tokens
+    and bytes of text, and a list of shards in order. Each shard has a name, these three numbers,
+    the SHA-256 of its file, and `blocks` (see `block_digest`).
     """
     content = {
         "format": _FORMAT,
@@ -206,17 +206,17 @@ def index_content(
 
 
 def fingerprint(content: dict) -> str:
-    """Identifies the tokens of an index: the same tokenizer, shards and splits."""
+    """A digest of what determines an index's tokens: tokenizer, shards and splits."""
     names = "tokenizer", "vocabulary", "dtype", "splits"
     return cache.fingerprint(*(content[name] for name in names))
 
 
 def open_arrays(paths: Sequence[Path], vocabulary: int) -> list[Shard]:
-    """Opens files that other libraries wrote, one after the other.
+    """Opens token files that other libraries wrote.
 
-    A `.bin` file with an `.idx` file beside it is Megatron-LM's. A file that starts as NumPy's
-    `.npy` files do is one. Any other file is an array without a header, of uint16 if the
-    vocabulary has at most 65536 ids, else of uint32.
+    A `.bin` file with an `.idx` file of the same name is Megatron-LM's. A file with NumPy's magic
+    bytes is read as `.npy`. Any other file is an array without a header: uint16 if the vocabulary
+    has at most 65536 ids, else uint32.
     """
     return [_open_array(path, vocabulary) for path in paths]
 
@@ -237,7 +237,7 @@ def _open_array(path: Path, vocabulary: int) -> Shard:
 
 
 def _whole(path: Path, size: int, dtype: np.dtype) -> int:
-    """How many ids `size` bytes hold; UserError if the last one is cut."""
+    """The number of ids in `size` bytes; UserError if the last id is incomplete."""
     if size % dtype.itemsize:
         raise UserError(
             f"{path} has {size} bytes, no multiple of the {dtype.itemsize} of {dtype.name}; it is "
@@ -256,7 +256,7 @@ def _open_npy(path: Path) -> Shard:
 
 
 def _open_megatron(path: Path, size: int) -> Shard:
-    """A `.bin` file, compared with its `.idx` file."""
+    """Opens a `.bin` file and checks it against its `.idx` file."""
     index = path.with_suffix(".idx")
     with reading(index):
         content = index.read_bytes()
@@ -295,7 +295,7 @@ def _open_megatron(path: Path, size: int) -> Shard:
 
 
 def check_ends(shards: Sequence[Shard], eos_id: int) -> None:
-    """Checks that foreign shards tell their documents apart by the end-of-text id."""
+    """Checks that EOS separates the documents in shards of other libraries."""
     for shard in shards:
         found = shard.ids_T[[end - 1 for end in shard.ends if end]]
         if (found != eos_id).any():
@@ -313,7 +313,7 @@ def check_ends(shards: Sequence[Shard], eos_id: int) -> None:
 
 
 def check_ids(shard: Shard, first: int, ids_T: np.ndarray, vocabulary: int) -> None:
-    """Checks ids that were read from a shard at token `first`."""
+    """Raises UserError if ids read at token `first` of a shard are not in the vocabulary."""
     if not len(ids_T) or (0 <= ids_T.min() and ids_T.max() < vocabulary):
         return
     index = int(np.flatnonzero((ids_T < 0) | (ids_T >= vocabulary))[0])

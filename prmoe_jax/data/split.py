@@ -1,7 +1,7 @@
-"""Chooses the documents of a corpus, and those that are held out, by their content alone.
+"""Finds a corpus's duplicates and validation documents, by their content alone.
 
-The stages `digest` and `compare` (see `stages`) find the documents that repeat an earlier one, and
-the largest digest of a document that is held out for validation.
+The stages `digest` and `compare` (see `stages`) find the duplicates. Validation documents are those
+with the smallest digests, up to a threshold.
 """
 
 import hashlib
@@ -20,8 +20,8 @@ from prmoe_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
-# Digests are put into this many ranges by their first bits. Ranges are compared in groups, of about
-# so many digests of 36 bytes.
+# Digests are divided into this many ranges by their first 12 bits. One task compares a group of
+# ranges, with at most about this many digests (36 bytes each).
 RANGES = 1 << 12
 _COMPARED = 1 << 21
 RANK_BYTES = 32
@@ -33,9 +33,9 @@ class Selection(NamedTuple):
     """Which documents are kept, and the split of each.
 
     Attributes:
-      threshold: the largest digest of a validation document; b'' if the text has splits of its own.
-      groups: the groups of ranges whose repetitions are left out. Without any, repetitions are
-        kept, and a dataset with splits of its own is read as it is.
+      threshold: the largest digest of a validation document; b'' if the text has its own splits.
+      groups: the groups of ranges whose duplicates are dropped. If it is empty, duplicates are
+        kept, and a dataset with its own splits keeps its empty documents too.
     """
 
     threshold: bytes
@@ -43,7 +43,7 @@ class Selection(NamedTuple):
 
 
 def rank(text: str) -> bytes:
-    """The digest by which documents are ranked."""
+    """The digest by which documents are ranked, SHA-256."""
     return hashlib.sha256(text.encode()).digest()
 
 
@@ -57,7 +57,7 @@ def selected(
 ) -> Iterator[tuple[str, str]]:
     """Yields (split, text) for each document of a chunk that is kept.
 
-    Documents whose numbers are in `repeated` are left out.
+    `repeated` holds the indices in the chunk of duplicates to drop.
     """
     for number, text in enumerate(chunks.documents(chunk, config)):
         if chunk.split and not selection.groups:
@@ -68,14 +68,14 @@ def selected(
 
 
 def select(work: Work, parts: Sequence[Chunk], run: Run) -> Selection:
-    """Finds the repetitions and the split of a text by the stages `digest` and `compare`.
+    """Finds the duplicates and the split of a text by the stages `digest` and `compare`.
 
-    Ranking unique documents by digest keeps exact duplicates in one split, and makes the choice
-    independent of file names and order. Both splits get at least one document.
+    Ranking by digest keeps exact duplicates in one split, and makes the choice independent of file
+    names and order. Both splits get at least one document.
     """
     counts = run(digest, {_digests_name(chunk): (chunk,) for chunk in parts})
     total, empty = (sum(count[name] for count in counts) for name in ("documents", "empty"))
-    # Powers of two, so that each group has the same number of ranges.
+    # A power of two, so that each group has the same number of ranges.
     step = RANGES >> min((total // _COMPARED).bit_length(), RANGES.bit_length() - 1)
     groups = [(first, first + step) for first in range(0, RANGES, step)]
     counts = run(compare, {_repeated_name(group): (group,) for group in groups})
@@ -92,7 +92,7 @@ def select(work: Work, parts: Sequence[Chunk], run: Run) -> Selection:
 
 
 def _held_out_count(different: int, total: int, empty: int, config: DataConfig) -> int:
-    """The number of validation documents: a share of the different ones, rounded up."""
+    """The number of validation documents: a share of the distinct documents, rounded up."""
     if empty:
         log.warning("corpus %s: %d of %d documents are empty; skipped", config.corpus, empty, total)
     if different < 2:
@@ -105,11 +105,11 @@ def _held_out_count(different: int, total: int, empty: int, config: DataConfig) 
 
 
 def digest(work: Work, chunk: Chunk) -> None:
-    """Writes the sorted digests of a chunk's documents, without empty ones and repetitions.
+    """Writes the sorted digests of a chunk's distinct documents, without empty ones.
 
-    The file begins with the position of each range, as RANGES + 1 numbers. Repetitions within the
-    chunk are left out here, so that no digest comes more often than there are chunks; their
-    numbers go into another file.
+    The file begins with a table of RANGES + 1 offsets, counted in digests. Duplicates within the
+    chunk are dropped here, so that a digest occurs at most once per chunk; their indices go into
+    a second file.
     """
     found = bytearray()
     total = 0
@@ -135,22 +135,23 @@ def _digests_name(chunk: Chunk) -> str:
 
 
 def _repeats(rows: np.ndarray) -> np.ndarray:
-    """Which of the sorted digests equal the one before."""
+    """A mask of the sorted digests that equal the previous digest."""
     repeats = np.zeros(len(rows), bool)
     repeats[1:] = rows["digest"][1:] == rows["digest"][:-1]
     return repeats
 
 
 def _range(rows: np.ndarray) -> np.ndarray:
-    """The number of the range of each digest: its first 12 bits."""
+    """The range of each digest: the number in its first 12 bits."""
     first = np.ascontiguousarray(rows["digest"]).view("u1").reshape(-1, RANK_BYTES)
     return (first[:, 0].astype(np.int64) << 4) | (first[:, 1] >> 4)
 
 
 def compare(work: Work, ranges: tuple[int, int]) -> None:
-    """Finds the documents in a group of ranges that repeat an earlier document.
+    """Finds the documents in a group of ranges that duplicate one of an earlier chunk.
 
-    Writes an offset for each chunk, and then the numbers of the documents, chunk by chunk.
+    Writes a table of offsets, one per chunk and one for the end; then the duplicates' indices in
+    their chunks, chunk by chunk.
     """
     rows, chunk = _sorted_digests(work, *ranges)
     repeats = _repeats(rows)
@@ -169,27 +170,27 @@ def _repeated_name(ranges: tuple[int, int]) -> str:
 
 
 def _largest_of(work: Work, ranges: tuple[int, int], count: int) -> bytes:
-    """The largest of the first `count` different digests of a group of ranges, in their order."""
+    """The `count`-th smallest distinct digest in a group of ranges."""
     rows, _ = _sorted_digests(work, *ranges)
     # NumPy drops NUL bytes at the end of a string.
     return bytes(rows[~_repeats(rows)]["digest"][count - 1]).ljust(RANK_BYTES, b"\0")
 
 
 def _sorted_digests(work: Work, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
-    """All digests of ranges, equal ones in the order of the text, and the chunk of each."""
+    """The sorted digests in ranges [first, last), equal ones by chunk; and the chunk of each."""
     parts = []
     for number in range(work.chunks):
         with (work.staging / f"digests-{number:05}").open("rb") as file:
             parts.append(_section(file, first, last, RANGES, _DIGEST))
     chunk = np.repeat(np.arange(work.chunks), [len(part) for part in parts])
     rows = np.concatenate(parts)
-    # Within a chunk equal digests are in order, and a stable sort keeps that of the chunks.
+    # A digest occurs at most once per chunk, and a stable sort keeps the order of the chunks.
     order = np.argsort(rows["digest"], kind="stable")
     return rows[order], chunk[order]
 
 
 def _section(file: BinaryIO, first: int, last: int, sections: int, dtype: np.dtype) -> Any:
-    """The rows of some sections of a file that begins with the position of each."""
+    """The rows of sections [first, last) in a file that begins with a table of offsets."""
     file.seek(8 * first)
     bounds = np.frombuffer(file.read(8 * (last - first + 1)), "<i8")
     file.seek(8 * (sections + 1) + int(bounds[0]) * dtype.itemsize)
@@ -197,7 +198,7 @@ def _section(file: BinaryIO, first: int, last: int, sections: int, dtype: np.dty
 
 
 def kept(work: Work, chunk: Chunk, selection: Selection) -> Iterator[tuple[str, str]]:
-    """`selected`, without the repetitions that the stages found."""
+    """`selected`, without the duplicates that the stages found."""
     repeated: set[int] = set()
     if selection.groups:
         again = (work.staging / f"again-{chunk.number:05}").read_bytes()

@@ -1,12 +1,12 @@
-"""Text to shards is work in stages: each task reads files and writes files of its own.
+"""Makes shards of text in three stages, whose tasks exchange data only by files.
 
-    digest    for each chunk: the digest of every document, in sorted order       (`split`)
-    compare   for each range of digests: the documents that repeat an earlier one (`split`)
+    digest    for each chunk: the sorted digests of its documents                 (`split`)
+    compare   for each group of digest ranges: duplicates of earlier documents    (`split`)
     write     for each chunk: its documents as tokens, in both splits             (`tokens`)
 
 A task's result does not depend on which process runs it, when, or how often. A small JSON file,
-written last, says that a task is done. Memory is bounded by a chunk's digests, by a range of
-digests, and by the text that is encoded at once; texts never leave the task that reads them.
+written last, says that a task is done. A task holds the digests of a chunk, the digests of a group
+of ranges, or the text that is encoded at once; texts never leave the task that reads them.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from prmoe_jax.errors import refusing
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """The folder of the shards, and what all tasks know."""
+    """The folder of the shards, and the arguments that all tasks share."""
 
     out: str
     config: DataConfig
@@ -40,7 +40,7 @@ class Work:
 
     @property
     def staging(self) -> epath.Path:
-        """The folder of the files that are removed at the end."""
+        """The folder of temporary files, removed at the end."""
         return self.folder / "work"
 
     @property
@@ -50,10 +50,10 @@ class Work:
 
     @contextlib.contextmanager
     def written(self, path: epath.Path) -> Iterator[BinaryIO]:
-        """A file that gets its name when it is complete.
+        """Opens a file that gets its name only when it is complete.
 
-        Until then it is among those that are removed at the end. An object of a store appears
-        whole anyway.
+        Until then it has a temporary name in `staging`. An object store needs no such name: its
+        objects appear only when they are complete.
         """
         if not self.local:
             with path.open("wb") as file:
@@ -74,19 +74,19 @@ class Work:
         return None
 
     def finish(self, name: str, result: Any) -> None:
-        """Records that a task is done."""
+        """Records that a task is done, and its result."""
         with self.written(self.staging / f"{name}.json") as file:
             file.write(json.dumps(result).encode())
 
 
-# Runs the tasks of a stage, given as a function and its arguments by the task's name; returns the
-# results of all.
+# Runs a stage: a function, and its arguments for each task by the task's name. Returns the results
+# of all tasks.
 Run = Callable[[Callable[..., None], dict[str, tuple]], list[Any]]
 
 
 @contextlib.contextmanager
 def in_this_process(folder: Path, config: DataConfig, chunks: int) -> Iterator[tuple[Work, Run]]:
-    """Work in a new local folder, whose tasks this process runs one after the other."""
+    """Gives the Work of a new local folder, and a Run that this process does task by task."""
     work = Work(str(folder), config, chunks)
     work.staging.mkdir()
 

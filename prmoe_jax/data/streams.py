@@ -39,14 +39,13 @@ class Part:
 
 
 class ShardStream:
-    """The tokens `first` to `last` of shards in a row: each document is EOS and its tokens.
+    """Tokens [first, last) of concatenated shards: EOS before each document, and EOS at the end.
 
-    EOS starts a document and ends the one before it; a last EOS ends the
-    stream. Predicting each token from those before it therefore predicts every token of the text
-    and the end of every document exactly once.
+    Next-token prediction over the stream therefore covers every token of the text, and the end of
+    every document, exactly once.
 
-    EOS before the first document, or behind the last, is added where the shards have
-    none. Only what is read is loaded; every id that is read is compared with the vocabulary.
+    `has_eos` says whether EOS is added before the first document and after the last, where the
+    shards have none. Only what is read is loaded, and checked against the vocabulary.
 
     Attributes:
       fingerprint: identifies the tokens.
@@ -77,7 +76,7 @@ class ShardStream:
         return f"{len(self)} tokens"
 
     def read(self, first: int, last: int) -> np.ndarray:
-        """The tokens `first` to `last` of the stream, fewer at its end."""
+        """Tokens [first, last) of the stream, fewer at its end."""
         last = min(last, len(self))
         eos = np.array([self._eos_id])
         parts = [eos] if first < self._before else []
@@ -88,12 +87,12 @@ class ShardStream:
         return np.concatenate(parts) if parts else eos[:0]
 
     def documents(self, first: int, tokens_T: np.ndarray) -> np.ndarray:
-        """For each token that was read at `first`: how many documents began since the first one."""
+        """For each token that `read` returned: how many documents began after the first token."""
         is_eos_T = tokens_T == self._eos_id
         return np.cumsum(is_eos_T) - is_eos_T[:1]
 
     def _within(self, first: int, last: int) -> Iterator[np.ndarray]:
-        """The tokens of the shards, piece by piece."""
+        """Tokens [first, last) of the shards, one array per shard."""
         i = bisect.bisect_right(self._starts, first) - 1
         while first < last:
             shard, start = self._shards[i], self._starts[i]
@@ -105,7 +104,7 @@ class ShardStream:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """The training and validation streams of one part of the corpus, each None if it has none."""
+    """The training and validation streams of one part of the corpus; either may be None."""
 
     train: ShardStream | None
     validation: ShardStream | None
@@ -118,7 +117,7 @@ def open_sources(
 ) -> tuple[Tokenizer, list[Source]]:
     """Opens the shards of 'tokens:…'.
 
-    A run that is resumed or evaluated gives the path of its tokenizer.
+    `tokenizer_path` is the stored tokenizer of a run that is resumed or evaluated.
 
     Returns:
       the tokenizer, and a source for each part.
@@ -176,8 +175,8 @@ def parse(corpus: str) -> list[Part]:
 def schedule(weights: Sequence[Decimal]) -> np.ndarray:
     """For each window of a period, the index of its source.
 
-    After any number of windows each source has had its share of them, rounded down or up. This is
-    the earliest-deadline-first schedule of periodic tasks.
+    Among the first n windows, for any n, each source has its share of n, rounded down or up. This
+    is the earliest-deadline-first schedule of periodic tasks.
     """
     ratios = [weight.as_integer_ratio() for weight in weights]
     period = math.lcm(*(denominator for _, denominator in ratios))
@@ -192,7 +191,7 @@ def schedule(weights: Sequence[Decimal]) -> np.ndarray:
 
 
 def _find(pattern: str, config: DataConfig) -> tuple[Index | None, list[Path]]:
-    """The folder of ours, or the files of other libraries, that a glob matches."""
+    """What a glob matches: the index of our shards, or files of other libraries."""
     if stores.scheme(pattern):
         pattern = copies.local_copy(pattern, cache.root(config))
     path = expand("data.corpus", pattern)
@@ -246,7 +245,7 @@ def _tokenizer(
 
 
 def of_index(index: Index, known: Tokenizer) -> Source:
-    """Both splits of shards of ours."""
+    """The source of both splits of our shards."""
     streams = {}
     for split in ("train", "validation"):
         found = index.shards(split)
@@ -296,9 +295,9 @@ def _foreign(
 
 
 def _cut(whole: ShardStream, fraction: float, eos_id: int, path: Path) -> int:
-    """Where the last `fraction` of a stream's tokens begins, moved on to the next document."""
+    """Where the first document begins in the last `fraction` of the shards' tokens."""
     before, total = whole._before, len(whole) - whole._behind
-    # A document that begins at token i of the files has its EOS at position i of the stream.
+    # Position i of the stream is an EOS if a document begins at token i of the files.
     start = math.floor((1 - fraction) * (total - before))
     starts_with_eos = not before
     for first in range(max(start, 1), total, _READ_TOKENS):
@@ -315,7 +314,7 @@ def _cut(whole: ShardStream, fraction: float, eos_id: int, path: Path) -> int:
 
 
 def _text_bytes(stream: ShardStream, known: Tokenizer, config: DataConfig) -> int:
-    """The UTF-8 bytes of a stream's text, decoded once and kept in the cache."""
+    """The number of UTF-8 bytes of a stream's text, computed once and cached."""
     special = {known.eos_id, known.bos_id}
     also = ["without BOS and EOS"] if len(special) > 1 else []
     key = cache.fingerprint("bytes", stream.fingerprint, known.fingerprint, *also)
@@ -332,7 +331,7 @@ def _text_bytes(stream: ShardStream, known: Tokenizer, config: DataConfig) -> in
 
 
 def _documents(stream: ShardStream, end: int, special: set[int]) -> Iterator[np.ndarray]:
-    """The documents of a stream, without BOS and EOS; an EOS stands between them."""
+    """Splits a stream at EOS into documents, without BOS and EOS."""
     rest: list[np.ndarray] = []
     for first in range(0, len(stream), _READ_TOKENS):
         tokens = stream.read(first, first + _READ_TOKENS)

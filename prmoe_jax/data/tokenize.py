@@ -29,23 +29,23 @@ from prmoe_jax.stores.lock import locked
 
 log = logging.getLogger(__name__)
 
-_PLAN = "plan"  # the task that begins the work: what the shards are of
-_ERROR = "error"  # the file in which a worker leaves a message for the user
-_COMMAND = "PRMOE_TOKENIZE"  # tells workers of this machine the process that started them
+_PLAN = "plan"  # the first task; its result identifies text and settings
+_ERROR = "error"  # the file with a worker's error message for the user
+_COMMAND = "PRMOE_TOKENIZE"  # environment variable of local workers: the command's process id
 
 
 def tokenize(config: Config, out: str | os.PathLike, flags: Sequence[str] = ()) -> dict[str, Any]:
     """Writes the shards of `config.data.corpus`, and their index last.
 
-    Documents that repeat an earlier one are left out, and so are empty ones. The others keep their
-    order, and are split as in training on the text itself. The shards are the same for any number
-    of workers. If the folder holds a part of them already, only the rest is made.
+    Duplicates and empty documents are dropped. The others keep their order, and are split as in
+    training on the text itself. The shards do not depend on the number of workers. After an
+    interruption the same call makes only what is missing.
 
     Args:
-      config: its `data` and `model.vocab_size` are used.
+      config: only `data` and `model.vocab_size` are used.
       out: the folder, which may be in an object store.
-      flags: Beam's options; without a runner among them, processes of this machine do the work,
-        one for each core.
+      flags: Beam's options. Without `--runner`, local processes do the work, by default one per
+        core.
 
     Returns:
       The documents, tokens and bytes of each split, and the fingerprint of all shards.
@@ -83,7 +83,7 @@ def tokenize(config: Config, out: str | os.PathLike, flags: Sequence[str] = ()) 
             content = tokens.write_shards(work, chunks, selection, known, inputs, run)
             lock.check()
             tokens.save_index(work, content)
-        if work.done(_PLAN) is not None:  # another folder of this name is the user's
+        if work.done(_PLAN) is not None:  # else a folder of this name is the user's
             work.staging.rmtree()
     found = shards.Index.open(folder)
     counts = {
@@ -97,7 +97,7 @@ def tokenize(config: Config, out: str | os.PathLike, flags: Sequence[str] = ()) 
 def _trained(
     work: Work, chunks: Sequence[Chunk], selection: Selection, config: Config
 ) -> Tokenizer:
-    """The tokenizer that this process trains on the training split, once."""
+    """Trains a BPE on the training split, in this process; or loads it if it was saved."""
     if (work.folder / shards.TOKENIZER).exists():
         return tokens.load_saved(work)
     kept = (split.kept(work, chunk, selection) for chunk in chunks)
@@ -109,7 +109,7 @@ def _trained(
 
 
 def _begin(work: Work, plan: dict[str, Any]) -> None:
-    """Checks that a folder is empty, or that the shards of the same plan were begun there."""
+    """Records the plan in an empty folder, or checks that a begun folder has the same plan."""
     known = work.done(_PLAN)
     if known is None:
         found = [*_files(work.folder), *_files(work.staging)]
@@ -124,7 +124,7 @@ def _begin(work: Work, plan: dict[str, Any]) -> None:
 
 
 def _files(folder: epath.Path) -> list[epath.Path]:
-    """What is in a folder, without hidden files."""
+    """The paths in a folder, without hidden ones."""
     if not folder.exists():
         return []
     return [path for path in folder.iterdir() if not path.name.startswith(".")]
@@ -133,10 +133,10 @@ def _files(folder: epath.Path) -> list[epath.Path]:
 def _stage(
     work: Work, options, function: Callable[..., None], tasks: dict[str, tuple]
 ) -> list[Any]:
-    """Has Beam run the tasks of a stage that are not done; returns the results of all.
+    """Runs the unfinished tasks of a stage by Beam; returns the results of all its tasks.
 
-    Each task has a key of its own, so that runners may give it to any worker. Only the tasks'
-    descriptions go through Beam.
+    Each task has its own key, so that a runner can give it to any worker. Only the tasks' arguments
+    go through Beam, no text.
     """
     import apache_beam as beam
 
@@ -145,7 +145,7 @@ def _stage(
     if left:
         log.info("%s: %d of %d tasks", function.__name__, len(left), len(tasks))
         (work.staging / _ERROR).unlink(missing_ok=True)
-        # A runner checks its own options when a pipeline is made, some of them later.
+        # A runner checks some of its options when the pipeline is made, and others later.
         with refusing("Apache Beam refuses its options", (TypeError, ValueError)):
             made = beam.Pipeline(runner, options)
         with refusing("Apache Beam", NotImplementedError), _watching_workers(), made as pipeline:
@@ -163,8 +163,8 @@ def _perform(
 ) -> list:
     """Runs tasks in a worker.
 
-    A mistake in the input ends the stage without Beam's retries. After the command was killed its
-    workers stop with the task at hand.
+    A foreseen error, such as bad input, ends the stage without Beam's retries. If the command is
+    killed, its local workers finish their current task and start no other.
     """
     error, parent = work.staging / _ERROR, str(os.getppid())
     for name, arguments in keyed[1]:
@@ -184,10 +184,10 @@ def _perform(
 
 
 def _local_runner(work: Work):
-    """Beam's runner of this machine, with worker processes whose log is a file.
+    """Beam's local runner, whose worker processes log to a file if the folder is local.
 
-    It hands out a stage's tasks to the workers in turn, before it starts. There are as many workers
-    as cores, so that each encodes in one thread.
+    It assigns a stage's tasks round-robin before the stage starts. By default there is one worker
+    per core, so each encodes in one thread.
     """
     from apache_beam.runners.portability.fn_api_runner import FnApiRunner
     from apache_beam.transforms.environments import SubprocessSDKEnvironment
@@ -204,7 +204,7 @@ def _local_runner(work: Work):
 
 @contextlib.contextmanager
 def _watching_workers() -> Iterator[None]:
-    """Ends the command if a signal ends a worker of this machine: Beam would wait for ever."""
+    """Ends the command if a signal kills a local worker: Beam would wait for it for ever."""
     before = threading.excepthook
 
     def failed(raised: threading.ExceptHookArgs) -> None:
@@ -214,7 +214,7 @@ def _watching_workers() -> Iterator[None]:
                 f"signal {found[1]} ended a worker process (9 is often for lack of memory); the "
                 "same command makes the rest, with fewer workers by -- --direct_num_workers=N"
             )
-        time.sleep(1)  # other errors may follow from that one, whose line says more
+        time.sleep(1)  # a killed worker may be the cause: its report ends the command
         before(raised)
 
     threading.excepthook = failed
@@ -233,9 +233,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _options(flags: Sequence[str]):
-    """Beam's options."""
+    """Parses and checks Beam's options."""
     logging.getLogger("apache_beam").setLevel(logging.ERROR)
-    logging.disable(logging.WARNING)  # about extras of Beam that are not installed
+    logging.disable(logging.WARNING)  # hides warnings about missing extras of Beam
     try:
         with missing("prmoe tokenize needs Apache Beam", "prmoe_jax[beam]"):
             from apache_beam.options.pipeline_options import PipelineOptions
@@ -246,7 +246,7 @@ def _options(flags: Sequence[str]):
     for kind in PipelineOptions.__subclasses__():
         kind._add_argparse_args(parser)
     _, unknown = parser.parse_known_args(list(flags))
-    if unknown:  # Beam itself would leave it out
+    if unknown:  # Beam itself would ignore it
         raise UserError(f"Apache Beam has no option '{unknown[0]}'")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     options = PipelineOptions([f"--direct_num_workers={cores}", *flags])

@@ -25,25 +25,25 @@ from prmoe_jax.stores import expand
 log = logging.getLogger(__name__)
 
 END_OF_TEXT = "<|endoftext|>"
-# Names of the end-of-text token in other tokenizers, in order of preference.
+# Names of the EOS token in tokenizers, in order of preference.
 _EOS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
-# The trainer of a BPE reads at most about this many characters. More text would hardly change the
-# merges, but memory and time grow with it.
+# A BPE is trained on at most about this many characters. More would hardly change the merges, but
+# would need more memory and time.
 _TRAINING_CHARACTERS = 200_000_000
-# About so many characters are encoded at once, enough to keep the library's threads busy; longer
-# texts are cut into parts of this size.
+# Characters that are encoded at once, enough to keep the library's threads busy; and characters of
+# each part of a longer text.
 _ENCODED_CHARACTERS, _PART_CHARACTERS = 1 << 20, 1 << 14
 _WORD_END = re.compile(r"(?<=\S)(?=[ \n])|(?<=[0-9A-Za-z])(?=[!-/:-@[-`{-~])")
 
 
 class Tokenizer:
-    """Text to ids and back; its tokenizer.json, which it can store, describes it completely.
+    """Converts text to ids and back; its tokenizer.json describes it completely.
 
     Attributes:
-      size: number of ids, all below it.
-      eos_id: the id that ends every document; no text encodes to it.
-      bos_id: the id that starts every document: what the tokenizer.json puts before a text
-        (Llama's <s>), or else `eos_id`, as in GPT-2.
+      size: one more than the largest id.
+      eos_id: the id that ends every document; no text is encoded as it.
+      bos_id: the id that starts every document: the first id that the tokenizer.json adds before a
+        text (Llama's <s>), or else `eos_id`, as in GPT-2.
       description: the content of the tokenizer.json.
       fingerprint: digest of the description.
     """
@@ -52,8 +52,8 @@ class Tokenizer:
         """Reads the content of a tokenizer.json; `name` is its name in messages.
 
         Raises:
-          UserError: it is not a tokenizer.json, has no end-of-text token, or encodes the text of
-            this token as the token itself.
+          UserError: it is not a tokenizer.json, has no EOS, or can't tell a spelled-out EOS in a
+            text from the token itself.
         """
         with _calling(name, "not a tokenizer.json"):
             self._tokenizer = tokenizers.Tokenizer.from_str(description)
@@ -72,7 +72,7 @@ class Tokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         if isinstance(self._tokenizer.model, tokenizers.models.BPE):
-            self._tokenizer.model.dropout = None  # one text has one encoding
+            self._tokenizer.model.dropout = None  # dropout would make encodings random
         with _calling(name, "not a tokenizer.json"):
             with_special, without = (
                 self._tokenizer.encode("", add_special_tokens=special).ids
@@ -84,7 +84,7 @@ class Tokenizer:
             raise UserError(
                 f"{name}: puts the id {self.bos_id} before a text, and has {self.size} ids"
             )
-        # An EOS that is spelled out in a document is plain text.
+        # An EOS spelled out in a document must be encoded as plain text.
         self._tokenizer.add_special_tokens([eos])
         self._tokenizer.encode_special_tokens = True
         if self.eos_id in self.encode(eos):
@@ -101,7 +101,7 @@ class Tokenizer:
             return cls(file.read_text(encoding="utf-8"), str(file))
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes the tokenizer.json from which `load` makes the same tokenizer."""
+        """Writes the tokenizer.json, for `load`."""
         files.replace(stores.as_path(path), self.description)
 
     def token(self, number: int) -> str:
@@ -125,9 +125,9 @@ class Tokenizer:
         return [np.concatenate(ids) for ids in parts]
 
     def _groups(self, texts: Sequence[str]) -> Iterator[list[tuple[int, str]]]:
-        """The texts with their numbers, long ones in parts, in groups that are encoded at once.
+        """Groups of (index of a text, part of it) that are encoded at once.
 
-        While a text is encoded it takes about a hundred times its size.
+        A group's size is limited, because encoding needs about a hundred times the text's memory.
         """
         group, room = [], _ENCODED_CHARACTERS
         for i, text in enumerate(texts):
@@ -141,7 +141,7 @@ class Tokenizer:
             yield group
 
     def _parts(self, text: str) -> Iterator[str]:
-        """The parts of a long text that have the same tokens as the whole.
+        """Cuts a long text at ends of words, which does not change its tokens.
 
         GPT-2's rule ends a word before white space, and between a letter or digit and punctuation.
         """
@@ -155,7 +155,7 @@ class Tokenizer:
         yield text[first:]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids, in which EOS is spelled out."""
+        """The text of ids, with EOS spelled out."""
         with _calling(self._name, "cannot decode a text"):
             return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
 
@@ -169,7 +169,7 @@ class Tokenizer:
 
 @contextlib.contextmanager
 def _calling(name: str, what: str) -> Iterator[None]:
-    """Turns any failure of the library into a UserError; its panics are not Exceptions."""
+    """Turns any failure of the library into a UserError; its panics are BaseExceptions."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
@@ -213,7 +213,7 @@ def load_given(config: DataConfig) -> Tokenizer:
 
 
 def check_same(path: pathlib.Path, tokenizer: Tokenizer, whose: str) -> None:
-    """Raises UserError unless the tokenizer at a path is this one; `whose` names its owner."""
+    """Raises UserError unless `path` holds the same tokenizer; `whose` names its owner."""
     if Tokenizer.load(path).fingerprint != tokenizer.fingerprint:
         raise UserError(f"{whose} has another tokenizer; use --config.data.tokenizer={path}")
 
@@ -287,7 +287,7 @@ def _bytes() -> Tokenizer:
 
 
 def _undefined(description: dict[str, Any]) -> str:
-    """A special token that a tokenizer.json puts around a text and doesn't define, or ''."""
+    """A special token that a tokenizer.json adds to texts but doesn't define, or ''."""
     processor = description.get("post_processor") or {}
     for part in (processor, *processor.get("processors", ())):
         for piece in (*part.get("single", ()), *part.get("pair", ())):
@@ -298,7 +298,7 @@ def _undefined(description: dict[str, Any]) -> str:
 
 
 def _splits_at_words(description: dict[str, Any]) -> bool:
-    """Whether a tokenizer.json has GPT-2's rule for words, and nothing that looks beyond a word."""
+    """Whether a tokenizer.json splits words by GPT-2's rule and encodes each on its own."""
     words = description.get("pre_tokenizer") or {}
     return (
         words.get("type") == "ByteLevel"

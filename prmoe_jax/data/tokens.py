@@ -1,4 +1,4 @@
-"""Text to shards: the stage `write`, and the shards of a corpus in the cache."""
+"""Writes text as shards: the stage `write`, and the shards of a corpus in the cache."""
 
 import contextlib
 import hashlib
@@ -23,13 +23,13 @@ from prmoe_jax.data.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-# Documents are encoded and written in batches of about so many characters.
+# Documents are encoded and written in batches of about this many characters.
 CHUNK_CHARACTERS = 1 << 20
 
 
 def cached_tokens(config: DataConfig, corpus: Corpus, tokenizer: Tokenizer) -> Source:
-    """The tokens of a corpus, from the cache or made by this process."""
-    # Caches before had no shards, and other names.
+    """The tokens of a corpus, from the cache or computed by this process."""
+    # Caches of earlier versions, without shards, have other keys.
     key = cache.fingerprint("shards", corpus.fingerprint, tokenizer.fingerprint)
     directory = cache.root(config) / "tokens" / key
 
@@ -53,7 +53,7 @@ def save_tokenizer(work: Work, tokenizer: Tokenizer) -> None:
 
 
 def load_saved(work: Work) -> Tokenizer:
-    """The tokenizer of `save_tokenizer`."""
+    """Reads the tokenizer that `save_tokenizer` wrote."""
     path = work.folder / shards.TOKENIZER
     return Tokenizer(path.read_text(encoding="utf-8"), str(path))
 
@@ -68,7 +68,7 @@ def write_shards(
 ) -> dict[str, Any]:
     """Writes the shards of all chunks by the stage `write`; returns the content of their index.
 
-    The folder has the tokenizer already. `inputs` identifies the text and the settings.
+    Call `save_tokenizer` first. `inputs` identifies the text and the settings.
     """
     results = run(write, {f"shards-{chunk.number:05}": (chunk, selection) for chunk in parts})
     splits = {}
@@ -82,7 +82,7 @@ def write_shards(
 
 
 def save_index(work: Work, content: dict[str, Any]) -> None:
-    """Writes the index, which says that all shards are there."""
+    """Writes the index, which marks the shards as complete."""
     with work.written(work.folder / shards.INDEX) as file:
         file.write(json.dumps(content, indent=1).encode() + b"\n")
 
@@ -107,7 +107,7 @@ def write(work: Work, chunk: Chunk, selection: Selection) -> None:
 
 
 class ShardWriter:
-    """Writes the documents of one shard, each an end-of-text id followed by its tokens."""
+    """Writes the documents of one shard, each as EOS and its tokens."""
 
     def __init__(self, file: BinaryIO, path: epath.Path, tokenizer: Tokenizer):
         self._file, self._path, self._tokenizer = file, path, tokenizer
@@ -118,14 +118,14 @@ class ShardWriter:
         self._characters = self._documents = self._tokens = self._bytes = 0
 
     def add(self, text: str) -> None:
-        """Appends a document; it is encoded and written with those that follow."""
+        """Appends a document, to be encoded and written in a batch."""
         self._texts.append(text)
         self._characters += len(text)
         if self._characters >= CHUNK_CHARACTERS:
             self.flush()
 
     def flush(self) -> None:
-        """Writes what was not written yet."""
+        """Encodes and writes the pending documents."""
         for text, ids in zip(self._texts, self._tokenizer.encode_batch(self._texts), strict=True):
             content = np.append(self._eos_id, ids).astype(self._dtype).tobytes()
             self._file.write(content)
@@ -150,5 +150,5 @@ class ShardWriter:
 
 
 def dtype_of(tokenizer: Tokenizer) -> np.dtype:
-    """The type in which a tokenizer's ids are stored: uint16 or uint32, little-endian."""
+    """The dtype in which a tokenizer's ids are stored: uint16 or uint32, little-endian."""
     return np.dtype("<u2" if tokenizer.size <= 1 << 16 else "<u4")

@@ -1,7 +1,7 @@
-"""`prmoe prune`: cuts a MoE down to a share of its experts, chosen by measured importance.
+"""`prmoe prune`: removes experts of a MoE, chosen by measured importance.
 
-What is cut is planned first: how many experts each layer keeps, and which. The pruned model is a
-run of its own, which can learn from the run it came from (MoS, paper section 4.2).
+A plan comes first: how many experts each layer keeps, and which. The pruned model is a new run,
+which can be distilled from the original one (MoS, paper section 4.2). N: repeats of a stage.
 """
 
 import dataclasses
@@ -45,10 +45,11 @@ from prmoe_jax.tables import aligned
 
 log = logging.getLogger(__name__)
 
-# An expert's share of the choices; Σ norm of its output · its weight (REAP, arXiv 2510.13999, takes
-# the mean); (Σ weight · gradient)², the squared change of the loss without it, to first order.
+# load: the share of a layer's choices; activation: Σ ‖expert's output‖ · routing weight (REAP,
+# arXiv 2510.13999, takes the mean); loss: (Σ parameter · gradient)², to first order the squared
+# change of the loss without the expert.
 IMPORTANCES = "load", "activation", "loss"
-# The most tokens that are measured at once, and the longest window where nothing is dropped.
+# The most tokens of a microbatch and, for a run without drops, of a window.
 MICROBATCH_TOKENS = 4096
 
 
@@ -62,8 +63,8 @@ def measure(config: Config, model: Transformer, data: Data, batches: int) -> dic
       batches: how many batches of `train.batch_size` sequences.
 
     Returns:
-      For each kind of `IMPORTANCES`, the importance [E] of the experts of each MoE layer, by the
-      layer's number. Each layer's loads add up to 1; the others compare between layers.
+      For each kind of `IMPORTANCES`, the importance of every MoE layer's experts, [E], by layer
+      number. Each layer's loads add up to 1; the other kinds are comparable between layers.
     """
     layers = [i for i, experts in enumerate(config.model.schedule.experts) if experts]
     microbatches = _microbatches(config, data.train.length)
@@ -97,9 +98,9 @@ def measure(config: Config, model: Transformer, data: Data, batches: int) -> dic
 
 
 def _microbatches(config: Config, length: int) -> int:
-    """Into how many microbatches a batch is cut so that each has `MICROBATCH_TOKENS` or fewer.
+    """The fewest microbatches, from `train.accumulate` on, of at most `MICROBATCH_TOKENS` each.
 
-    There are no more than its rows allow, and at least `train.accumulate`.
+    If none are small enough, they are as small as routing groups allow.
     """
     together = group_rows(config)
     most = config.train.batch_size // together
@@ -115,8 +116,8 @@ def _first_order(
 ) -> dict[int, jax.Array]:
     """Σ weight · gradient over each expert's output weights, [E], for each MoE layer.
 
-    The experts' output is linear in these weights, so this is the derivative of the loss by a
-    factor of the output.
+    An expert's output is linear in these weights, so this is the derivative of the loss by a factor
+    on that output.
     """
     slopes = named_leaves(gradient)
     products = {
@@ -134,14 +135,14 @@ def _first_order(
 def choose(
     importance: Mapping[int, np.ndarray], budget: float | tuple[int, ...], shape: str, least: int
 ) -> dict[int, np.ndarray]:
-    """The experts that stay, ascending, by the number of their layer.
+    """The kept experts of each layer, ascending, by the layer's number.
 
     Args:
-      importance: that of every expert, [E], by the layer's number.
-      budget: the share of all experts that stays, or the number of each MoE layer, or one for all.
+      importance: the importance of each layer's experts, [E], by the layer's number.
+      budget: the share of all experts to keep, or the number in each MoE layer, or one for all.
       shape: for a share, 'pyramid', 'uniform' (the same in every layer) or 'inverse' (the pyramid's
         numbers in reverse order).
-      least: the smallest number in a layer.
+      least: the fewest experts that a layer may keep.
     """
     ranked = {layer: np.argsort(-of_E, kind="stable") for layer, of_E in importance.items()}
     if isinstance(budget, tuple):
@@ -155,7 +156,7 @@ def choose(
 
 
 def _given(budget: tuple[int, ...], sizes: Mapping[int, int], least: int) -> dict[int, int]:
-    """The number of experts of each layer, as a user gave it."""
+    """The number of experts to keep in each layer, as a user gave it."""
     if len(budget) not in (1, len(sizes)):
         raise UserError(
             f"--experts={','.join(map(str, budget))} has {len(budget)} numbers, and the run has "
@@ -173,11 +174,11 @@ def _given(budget: tuple[int, ...], sizes: Mapping[int, int], least: int) -> dic
 
 
 def _shared(importance, ranked, keep: float, shape: str, least: int) -> dict[int, int]:
-    """The number of experts of each layer, by its layer's number.
+    """The number of experts to keep in each layer, for a share `keep` of all experts.
 
-    Numbers are multiples of a power of two, the largest that is at most an eighth of the smallest
-    layer's experts, so that meshes can split them. In a pyramid, each next multiple goes to the
-    layer whose best experts that are not kept yet matter most.
+    Experts are kept in units of a power of two, so that meshes can split them: the largest up to an
+    eighth of the smallest layer's experts. In a pyramid, the units beyond `least` are those that
+    matter most in all layers together.
     """
     sizes = {layer: len(values) for layer, values in importance.items()}
     unit = 1 << max(1, min(sizes.values()) // 8).bit_length() - 1
@@ -199,7 +200,7 @@ def _shared(importance, ranked, keep: float, shape: str, least: int) -> dict[int
         return {layer: unit * max(first, min(units[layer], n)) for layer, n in even.items()}
 
     def worth(layer: int, number: int) -> float:
-        """The importance of a layer's unit of experts, of which the best is number 0."""
+        """The importance of a layer's unit of experts; number 0 is the best unit."""
         experts = ranked[layer][number * unit : (number + 1) * unit]
         return float(importance[layer][experts].sum())
 
@@ -219,7 +220,7 @@ def _shared(importance, ranked, keep: float, shape: str, least: int) -> dict[int
 
 
 def pruned_config(config: Config, kept: Mapping[int, np.ndarray]) -> Config:
-    """The config of the run with the experts that stay; its mesh is open, as they may not fit."""
+    """The pruned run's config; its mesh is the default, as the old one may not fit."""
     model = dataclasses.replace(
         config.model, experts=tuple(len(experts) for _, experts in sorted(kept.items()))
     )
@@ -234,16 +235,16 @@ def pruned(
     kept: Mapping[int, np.ndarray],
     load: Mapping[int, np.ndarray] | None = None,
 ) -> Transformer:
-    """The model with the experts that stay, and routers cut to fit.
+    """The model with the kept experts, and routers cut to fit.
 
     Args:
       config: the run's config.
       model: its model.
       kept: from `choose`.
-      load: each expert's share of the choices; if given, the experts that go are merged into those
-        whose router is most like theirs, weighted by load. Without it they are dropped.
+      load: each expert's share of the choices. If given, a removed expert is merged, weighted by
+        load, into the kept one with the most similar router column. Otherwise it is dropped.
     """
-    # Copies, in which experts are merged.
+    # Copies, since merging changes them in place.
     leaves = {name: np.array(leaf) for name, leaf in named_leaves(model).items()}
     parameters = unstack_layers(config.model, leaves)
     if load is not None:
@@ -259,7 +260,7 @@ def pruned(
 
 
 def _merge(parameters: Mapping[str, np.ndarray], prefix: str, kept, load) -> None:
-    """Makes a layer's kept experts the means of themselves and of those that go, in place."""
+    """Merges each removed expert of a layer into the kept one most like it, in place."""
     router_DxE = parameters[f"{prefix}w_router"]
     router_DxE = router_DxE / np.linalg.norm(router_DxE, axis=0)
     like_ExE = router_DxE.T @ router_DxE
@@ -273,9 +274,9 @@ def _merge(parameters: Mapping[str, np.ndarray], prefix: str, kept, load) -> Non
 
 
 def _average(weights: Mapping[str, np.ndarray], e: int, members: list[int], share) -> None:
-    """Replaces expert e by the mean of the members, in place, with like hidden units matched."""
+    """Replaces expert e, in place, by the mean of the members, with hidden units matched."""
     axes = {name: declaration(name).dims[1:].find("F") for name in weights}
-    hidden = {name: axis for name, axis in axes.items() if axis >= 0}  # that of hidden units
+    hidden = {name: axis for name, axis in axes.items() if axis >= 0}  # the axis of hidden units
 
     def units(member: int) -> np.ndarray:  # [F, …]
         parts = [np.moveaxis(weights[name][member], axis, 0) for name, axis in hidden.items()]
@@ -301,7 +302,7 @@ def prune_run(
     corpus: str | None,
     batches: int,
 ) -> dict:
-    """`prmoe prune`: plans which experts of a run stay, and writes the run that has them.
+    """`prmoe prune`: plans which experts of a run to keep, and writes the run with them.
 
     Args:
       workdir: the run's folder.
@@ -309,13 +310,13 @@ def prune_run(
       budget: as in `choose`.
       kind: one of `IMPORTANCES`.
       shape: as in `choose`.
-      merge: whether the experts that go are merged into others instead of dropped.
+      merge: whether removed experts are merged into others instead of dropped.
       corpus: the text to measure on, as in `data.corpus`; None is the run's own.
       batches: how many batches of it.
 
     Returns:
-      The plan: architecture and total_params, each as [before, after], importance, and layers (for
-      each MoE layer: layer, experts, kept, and the kept share of each kind of importance).
+      The plan: step, importance (the kind), architecture and total_params, each as [before, after],
+      and layers (for each MoE layer: layer, experts, kept, and the kept share of each importance).
 
     Raises:
       UserError: the run has no experts, the options don't fit it, or the folder can't be written.

@@ -1,9 +1,9 @@
-"""A student's first parameters, cut from its teacher's: fewer layers, experts or channels.
+"""Initialises a student by structured pruning of its teacher: fewer layers, experts or channels.
 
-Layers are matched by kind, so that a pyramid shrinks as in the paper: 24 layers of 32×10 + 64×2
-experts become 21 of 32×8 + 64×2. The most loaded experts are kept, and the most important
-channels, heads and hidden units. Their importance is measured by their weights (`magnitudes`), or
-by how the loss would change without them (`taylor`).
+Layers are matched by kind, so that a pyramid shrinks as in the paper: eight of ten layers with 32
+experts stay, and both layers with 64. The experts with the highest load are kept, and the most
+important channels, heads and hidden units: by their weights (`magnitudes`), or by how the loss
+would change without them (`taylor`). Axis N here: repeats of a stage.
 """
 
 from collections.abc import Sequence
@@ -23,15 +23,15 @@ from prmoe_jax.tables import aligned
 
 
 def layer_map(teacher: ModelConfig, student: ModelConfig, chosen: str = "") -> list[int]:
-    """The teacher's layer that each layer of the student starts as.
+    """The teacher's layer from which each layer of the student is initialised.
 
     Args:
       teacher: the teacher's shape.
       student: the student's shape.
       chosen: a layer of the teacher for each layer of the student, such as '0 1 3'. By default
-        the layers of each kind (dense, or MoE with a number of experts) start as those of their
-        kind that are nearest in relative depth, in order and each at most once. If the numbers of
-        experts differ, all MoE layers are one kind.
+        each layer takes the teacher's layer of its kind (dense, or MoE with a number of experts)
+        that is nearest in relative depth, in order and each at most once. If the teacher has too
+        few layers of a kind, all MoE layers count as one kind.
     """
     _check_part(teacher, student)
     have, want = teacher.schedule.experts, student.schedule.experts
@@ -40,7 +40,7 @@ def layer_map(teacher: ModelConfig, student: ModelConfig, chosen: str = "") -> l
     found: dict[int, int] = {}
     exact = all(have.count(count) >= want.count(count) for count in want)
     kinds = [lambda e, count=count: e == count for count in sorted(set(want))]
-    if not exact:  # the student also has fewer experts: all MoE layers are of one kind
+    if not exact:  # all MoE layers count as one kind
         kinds = [lambda e: e == 0, lambda e: e > 0]
     for kind in kinds:
         from_, to = ([i for i, e in enumerate(experts) if kind(e)] for experts in (have, want))
@@ -75,7 +75,7 @@ def _check_part(teacher: ModelConfig, student: ModelConfig) -> None:
             f"model.head_dim={teacher.head_width}"
         )
     grouped = any(model.key_heads < model.heads for model in (teacher, student))
-    # Heads of queries that share keys are kept together.
+    # Query heads that share keys cannot be separated.
     pairs = compared(student, teacher, ("heads", "kv_heads") if grouped else ())
     check_equal(
         pairs, "the teacher", "a student that starts as a part of its teacher needs the same"
@@ -83,8 +83,8 @@ def _check_part(teacher: ModelConfig, student: ModelConfig) -> None:
 
 
 def _nearest(layers: Sequence[int], places: Sequence[int]) -> tuple[int, ...]:
-    """A layer for each place, in order and none twice, with the least sum of distances."""
-    best: dict[int, tuple[int, tuple[int, ...]]] = {0: (0, ())}  # of the first places, by number
+    """One of the layers for each of `places`, ascending, with the least sum of distances."""
+    best: dict[int, tuple[int, tuple[int, ...]]] = {0: (0, ())}  # for the first n places, by n
     for layer in layers:
         for number in sorted(best, reverse=True):
             if number < len(places):
@@ -116,7 +116,7 @@ def _check_experts(have: Sequence[int], want: Sequence[int], layers: list[int]) 
 
 
 def source_layers(teacher: Config, student: Config) -> list[int]:
-    """The teacher's layer of each layer of a student; an error if it is no part of its teacher."""
+    """Checks that a student can be pruned from its teacher; returns `layer_map`'s result."""
     check_same_routing(student, teacher, "the teacher")
     layers = layer_map(teacher.model, student.model, student.teacher.layers)
     have, want = teacher.model.schedule.experts, student.model.schedule.experts
@@ -175,13 +175,13 @@ def table(plan: dict) -> str:
 def magnitudes(model: Transformer) -> dict[str, jax.Array]:
     """The importance of hidden units, heads and channels by their weights.
 
-    It is ‖w_in‖²·‖w_out‖² for a hidden unit, with a gate times ‖w_gate‖², ‖w_v‖²·‖w_out‖² for a
-    head and ‖embedding‖² for a channel.
+    A hidden unit has ‖w_in‖²·‖w_out‖², times ‖w_gate‖² if there is a gate. A head has
+    ‖w_v‖²·‖w_out‖², and a channel ‖embedding‖².
 
     Returns:
       Importances by the name of a parameter: [D] for channels under 'tokens', and, under the names
       that end in 'w_out', [N, H] for heads of attention, [N, F] for hidden units of an MLP and
-      [N, E, F] for those of experts. N is the number of repeats of a stage.
+      [N, E, F] for hidden units of experts.
     """
     named = named_leaves(model)
     importance = {"tokens": jnp.square(named["tokens"]).sum(0)}
@@ -198,7 +198,7 @@ def magnitudes(model: Transformer) -> dict[str, jax.Array]:
 
 
 def _value_norms(named: dict[str, jax.Array], w_out: str) -> jax.Array:
-    """‖w_v‖² of each head of queries, [N, H], beside the attention's `w_out` of this name."""
+    """‖w_v‖² for each query head, [N, H], of the attention whose output matrix is `w_out`."""
     w_qkv = named.get(w_out.replace("w_out", "w_qkv"))
     if w_qkv is not None:
         return jnp.square(w_qkv[:, :, 2]).sum((1, 3))
@@ -207,10 +207,11 @@ def _value_norms(named: dict[str, jax.Array], w_out: str) -> jax.Array:
 
 
 def taylor(model: Transformer, gradient: Transformer) -> dict[str, jax.Array]:
-    """The importance of the same parts by the loss, under the same names as in `magnitudes`.
+    """The importance of the parts of `magnitudes`, under the same names, by the loss.
 
-    It is (Σ activation · gradient)² over a batch's tokens: to first order, the squared change of
-    the loss without the part (Molchanov et al., arXiv 1906.10771). Add it up over batches.
+    A part has (Σ weight · gradient)² over its output weights or embeddings: to first order, the
+    squared change of the loss without it (Molchanov et al., arXiv 1906.10771). Add it up over
+    batches.
 
     Args:
       model: the teacher.
@@ -256,9 +257,9 @@ def prune(
             layer = layers[int(number)]
             name = f"layers.{layer}.{rest}"
             heads = values[f"layers.{layer}.attention.w_out"]
-            units = values.get(name.rpartition(".")[0] + ".w_out")  # of this MLP, or its experts
+            units = values.get(name.rpartition(".")[0] + ".w_out")  # of an MLP or its experts
             worth = worth | {"H": heads, "J": heads, "F": units, "E": load.get(layer)}
-        if name not in parameters:  # the biases of a router, which the teacher may not have
+        if name not in parameters:  # a router's bias, which the teacher may lack
             return jnp.zeros(shape)
         whole = parameters[name]
         kept = {

@@ -1,4 +1,4 @@
-"""Restores a teacher onto its student's mesh, cuts students from it, and writes its cache."""
+"""Restores a teacher onto its student's mesh, prunes students from it, and writes its cache."""
 
 import itertools
 import logging
@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 class Teacher(NamedTuple):
     """A trained run that no longer changes."""
 
-    config: Config  # the teacher's own, adapted by `config.adapt_teacher`
+    config: Config  # the teacher's own, adapted by `config.teacher.adapt_teacher`
     step: int  # the checkpoint's step
     model: Transformer
 
@@ -94,10 +94,10 @@ def cast_to_compute_dtype(teacher: Teacher, mesh: Mesh) -> Teacher:
 
 
 def write_teacher_cache(config: Config, folder: Path) -> dict:
-    """`prmoe teacher-cache`: records the predictions of the teacher of `config`, for many students.
+    """`prmoe teacher-cache`: records a teacher's predictions, for many students.
 
     Args:
-      config: a student's config, whose training split is used.
+      config: a student's config, with the teacher and the training split.
       folder: a new folder, for `config.teacher.cache`; see `teacher_cache.py`.
 
     Returns:
@@ -143,7 +143,7 @@ MEASURED_BATCHES = 16
 
 
 def init_from_teacher(config: Config, teacher: Teacher, data: Data, mesh: Mesh) -> Transformer:
-    """The student of `config` as the part of its teacher that `student.py` describes.
+    """Initialises the student of `config` by pruning its teacher, see `student.py`.
 
     Args:
       config: the student's config.
@@ -173,7 +173,7 @@ def init_from_teacher(config: Config, teacher: Teacher, data: Data, mesh: Mesh) 
 
 
 def _importance(config: Config, teacher: Teacher, data: Data, mesh: Mesh) -> dict[str, jax.Array]:
-    """`student.taylor` summed over the run's first batches, in the mode of evaluation."""
+    """`student.taylor` summed over the run's first batches, computed as in evaluation."""
     measure, batch_size = (
         jax.jit(measure_importance(config, teacher.config)),
         config.train.batch_size,
@@ -190,9 +190,9 @@ def _importance(config: Config, teacher: Teacher, data: Data, mesh: Mesh) -> dic
 def measure_importance(
     config: Config, teacher: Config
 ) -> Callable[[Transformer, Batch], dict[str, jax.Array]]:
-    """A function of (the teacher's model, batch) that gives `student.taylor` of the mean loss.
+    """A function of (the teacher's model, batch) that returns `student.taylor` of the mean loss.
 
-    The gradient is added up over `train.accumulate` microbatches of the batch before it is squared.
+    The gradient is summed over `train.accumulate` microbatches of the batch before it is squared.
     """
 
     def measure(model: Transformer, batch: Batch) -> dict[str, jax.Array]:
@@ -210,7 +210,7 @@ def measure_importance(
 
 
 def _expert_load(workdir: Path, step: int, layer: int) -> list[float]:
-    """Each expert's share of the choices, as last logged by the teacher's run up to `step`."""
+    """Each expert's share of the layer's choices, as the teacher's run last logged it by `step`."""
     name = f"layers/{layer:02d}/expert_load"
     for line in reversed(read_metrics(workdir / workdirs.METRICS)):
         load = line.get(f"eval/{name}", line.get(name))

@@ -1,6 +1,6 @@
 """A teacher's predictions for a training split, recorded once for many students.
 
-A folder holds tokens.npy and log_p.npy, each [windows, L, K] (`pipeline.TopKLogProbs`), and
+A folder holds tokens.npy and log_p.npy, each [windows, L, K] (`batch.TopKLogProbs`), and
 meta.json, which identifies the windows, the teacher and the temperature.
 """
 
@@ -33,12 +33,12 @@ from prmoe_jax.stores import expand
 log = logging.getLogger(__name__)
 
 _FIX = "delete it, and write it again by prmoe teacher-cache"
-_LARGEST_LOG_P = 1e-3  # 0, and some rounding
+_LARGEST_LOG_P = 1e-3  # log 1, and some rounding
 
 
 @dataclasses.dataclass(frozen=True)
 class _Checked:
-    """An array by window, whose numbers are compared with a range when they are read."""
+    """An array [windows, …] that checks the range of a window's numbers when it is read."""
 
     array: np.ndarray
     low: float
@@ -64,15 +64,15 @@ def _parts(config: Config) -> tuple[tuple[str, type], ...]:
 def write(
     folder: Path, data: Data, config: Config, teacher: dict, predictions: Iterable[TopKLogProbs]
 ) -> dict:
-    """Writes a folder completely, or not at all.
+    """Writes a cache folder completely, or not at all.
 
     Args:
       folder: a new folder.
       data: the text, whose training split the predictions are for.
-      config: a student's config; its `kd` has the number of tokens and the temperature.
+      config: a student's config; its `kd` has the top k and the temperature.
       teacher: a description of the teacher for meta.json.
-      predictions: predictions for the windows in order, for several windows at a time; rows past
-        the last window are left out.
+      predictions: batches of predictions, for all windows in order; rows past the last window are
+        left out.
 
     Returns:
       The content of meta.json.
@@ -113,7 +113,7 @@ def write(
 
     if local:
         cache.build_once(folder, build, setting="--out")
-        if "fingerprint" not in meta:  # nothing was built
+        if "fingerprint" not in meta:  # `build` did not run
             raise UserError(f"--out={folder}: another command has just written it; give another")
         return meta
     scratch = cache.root(config.data)
@@ -128,8 +128,8 @@ def attach(data: Data, config: Config) -> Data:
     """Adds the predictions in `config.teacher.cache` to the windows of the training split.
 
     Raises:
-      UserError: the folder is missing or damaged, or it has other windows, fewer tokens or
-        another temperature.
+      UserError: the folder is missing or damaged, or it has other windows, fewer tokens than
+        `kd.top_k` or another temperature.
     """
     folder, kd = expand("teacher.cache", config.teacher.cache), config.kd
     if not stores.is_local(folder):

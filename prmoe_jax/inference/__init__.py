@@ -1,3 +1,3 @@
 """Decoding and text generation."""
 
-WEIGHTS = "float32", "bfloat16", "int8"  # the types that large weights are held in
+WEIGHTS = "float32", "bfloat16", "int8"  # types in which large weights can be held

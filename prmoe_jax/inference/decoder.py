@@ -1,4 +1,4 @@
-"""The model that inference uses: its layers one by one, with a KV cache for each."""
+"""The model that inference uses: unstacked layers, each with a KV cache."""
 
 from functools import partial
 
@@ -20,9 +20,9 @@ from prmoe_jax.parallel.axes import platform, splits_experts
 
 
 class Decoder(nnx.Module):
-    """The layers of a `Transformer`, to decode one token after the other.
+    """A `Transformer` that decodes one token after the other.
 
-    No token is dropped, so that no sequence depends on the others in its batch.
+    No token is dropped, so a sequence does not depend on the others in its batch.
     """
 
     def __init__(self, model: Transformer, weights: str, execution: ExecutionConfig = AUTO):
@@ -32,7 +32,7 @@ class Decoder(nnx.Module):
           model: the model.
           weights: the type of the large weights, float32, bfloat16 or int8; the compute dtype is
             `model.config.dtype`.
-          execution: how tokens are brought to their experts.
+          execution: how this machine computes.
         """
         self.execution = execution
         self.config, self.positions, self.norm = model.config, model.positions, model.norm
@@ -55,7 +55,7 @@ class Decoder(nnx.Module):
         caches: list[KVCache],
         length_B: jax.Array,
     ) -> tuple[jax.Array, list[KVCache]]:
-        """Computes the next tokens' final activations [B, Q, D], and the KV caches with them added.
+        """Computes the next tokens' final activations [B, Q, D], and caches that hold them too.
 
         Args:
           tokens_BxQ: the next tokens of each sequence: a chunk of its prompt, or a single token.
@@ -85,7 +85,7 @@ class Decoder(nnx.Module):
 
 
 def _held(name: str, leaf: jax.Array, weights: str, dtype: str) -> jax.Array | QuantizedWeight:
-    """A large weight in fewer bits, unless they are float32; a bias in the compute dtype."""
+    """Converts a large weight to the type `weights`, and biases and the like to `dtype`."""
     declared = declaration(name)
     if declared.contracted and weights != "float32":
         dims = enumerate(declared.dims)

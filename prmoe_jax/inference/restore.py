@@ -1,4 +1,4 @@
-"""Restores a run to decode or to score texts."""
+"""Restores a run for generation or scoring."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from prmoe_jax.run.restore import restore_run
 def restore_for_inference(
     workdir: Path, devices: Sequence[jax.Device] | None, layout: MeshConfig | None = None
 ) -> tuple[Transformer, Mesh, ExecutionConfig]:
-    """A run's newest model, its mesh and how it computes; `restore_run` has the arguments."""
+    """Returns a run's newest model, its mesh and execution; arguments as in `restore_run`."""
     config, _, model, mesh = restore_run(workdir, devices, layout)
     check_runs_without_limit(config)
     model.config = for_inference(model.config)
@@ -24,7 +24,7 @@ def restore_for_inference(
 
 
 def for_inference(config: ModelConfig) -> ModelConfig:
-    """The config in float32 on CPUs, where bfloat16 is many times slower."""
+    """The config, in float32 on CPUs, where bfloat16 is many times slower."""
     return (
         dataclasses.replace(config, dtype="float32") if jax.default_backend() == "cpu" else config
     )

@@ -39,7 +39,7 @@ EXPERT = "mlp.deepspeed_moe.experts.deepspeed_experts"
 
 
 def _mlp(ours: str, theirs: str) -> dict[str, tuple[str, str]]:
-    """The parameters of an MLP, or of each expert."""
+    """The table's rows for an MLP, or for each expert."""
     return {
         f"{ours}.w_in": (f"{theirs}.dense_h_to_4h.weight", "F D"),
         f"{ours}.b_in": (f"{theirs}.dense_h_to_4h.bias", "F"),
@@ -48,7 +48,7 @@ def _mlp(ours: str, theirs: str) -> dict[str, tuple[str, str]]:
     }
 
 
-# Megatron stores queries, keys and values head by head.
+# H3K: Megatron stores queries, keys and values head by head.
 TABLE = Table(
     layer=ENCODER + "layers.{}.",
     parameters={
@@ -132,7 +132,7 @@ def read_deepspeed(source: Path) -> tuple[Config, dict[str, jax.Array], str]:
 def converted(
     arrays: dict[str, np.ndarray], args: dict, source: Path
 ) -> tuple[Config, dict[str, jax.Array], str]:
-    """`read_deepspeed` for a checkpoint's tensors by name and Megatron's arguments."""
+    """As `read_deepspeed`, but from tensors by name and Megatron's arguments."""
     heads = args.get("num_attention_heads")
     for name, value in (FIXED | {"num_key_value_heads": heads}).items():
         theirs = args.get(name)
@@ -159,18 +159,18 @@ def write_deepspeed(config: Config, leaves: dict[str, np.ndarray], folder: Path,
         try:
             with open(out / file, "wb") as opened:
                 torch.save(content, opened)
-        except RuntimeError as error:  # torch's error hides the file's own, such as a full disk
+        except RuntimeError as error:  # torch hides the cause, such as a full disk
             raise (error.__context__ or error) from None
     (folder / "latest").write_text(out.name)
 
 
 def _file(number: int, expert: int) -> str:
-    """The name of the file of an expert in the MoE layer of this number, from 0."""
+    """The file name of an expert; `number` counts only MoE layers, from 0."""
     return f"layer_{number}_expert_{expert}_mp_rank_00_model_states.pt"
 
 
 def files(config: Config, leaves: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
-    """For each file of a checkpoint, its tensors by name."""
+    """The tensors of a checkpoint: file name -> tensor name -> array."""
     moe_layers = [str(i) for i, experts in enumerate(config.model.schedule.experts) if experts]
     of_expert = re.compile(re.escape(ENCODER) + rf"layers\.(\d+)\.{re.escape(EXPERT)}\.(\d+)\.")
     contents: dict[str, dict] = {MAIN: {}}
@@ -182,7 +182,7 @@ def files(config: Config, leaves: dict[str, np.ndarray]) -> dict[str, dict[str, 
 
 
 def check_exportable(config: Config) -> None:
-    """Raises UserError if DeepSpeed's layer computes something else, or torch is missing."""
+    """Raises UserError unless DeepSpeed's layer can compute the run's model and torch is there."""
     check_expressed(config, gpt2_shaped(config.model), "DeepSpeed's layer")
     factors = config.moe.capacity_factor, config.moe.eval_capacity_factor
     if math.isfinite(factors[0]) != math.isfinite(factors[1]):
@@ -200,7 +200,7 @@ def check_exportable(config: Config) -> None:
 
 
 def _overflow(top_k: int) -> str:
-    """Whom a full expert of DeepSpeed's gate keeps by default, as a value of `moe.overflow`."""
+    """The value of `moe.overflow` by which DeepSpeed's gate drops tokens by default."""
     return {1: "random", 2: "position"}.get(top_k, "probability")
 
 

@@ -1,4 +1,4 @@
-"""Hugging Face's GPT-2 as our dense model, which computes the same: settings and names."""
+"""Maps Hugging Face's GPT-2 to our dense model, which computes the same, and back."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ FIXED = {
     "add_cross_attention": False,
     "tie_word_embeddings": True,
 }
-# From our settings to GPT-2's.
+# Our setting -> GPT2Config's.
 SIZES = {
     "vocab_size": "vocab_size",
     "length": "n_positions",
@@ -50,7 +50,7 @@ TABLE = Table(
 
 
 def read_config(theirs: dict, path: Path, tensors: int) -> Config:
-    """The config of GPT-2's settings; there are no more layers than tensors."""
+    """Converts GPT-2's settings; the number of `tensors` limits the layers."""
     for name, value in FIXED.items():
         if differs(theirs.get(name, value), value):
             raise UserError(f"{path}: {name}={shown(theirs[name])}, our dense model has {value!r}")
@@ -64,14 +64,14 @@ def read_config(theirs: dict, path: Path, tensors: int) -> Config:
 
 
 def gpt2_sizes(model: ModelConfig) -> dict[str, int]:
-    """The shape of a dense model in the settings of GPT2Config."""
+    """A dense model's sizes under GPT2Config's names."""
     return {theirs: getattr(model, ours) for ours, theirs in SIZES.items()} | {
         "n_inner": model.d_ff
     }
 
 
 def their_settings(model: ModelConfig) -> dict:
-    """A dense model's settings in GPT-2's words."""
+    """A dense model's settings as in GPT-2's config.json."""
     return FIXED | {
         "architectures": ["GPT2LMHeadModel"],
         **gpt2_sizes(model),

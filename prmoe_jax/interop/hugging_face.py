@@ -1,6 +1,6 @@
-"""Open models of Hugging Face's transformers as ours, which compute the same, and back.
+"""Converts models of Hugging Face's transformers to ours, which compute the same, and back.
 
-A family's settings and the names of its tensors stand in tables. Reading and writing follow them.
+Tables list each family's names of settings and tensors, for reading and for writing.
 """
 
 import json
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 def _mlp(
     ours: str, theirs: str, names=("gate_proj", "up_proj", "down_proj")
 ) -> dict[str, tuple[str, str]]:
-    """The matrices of an MLP, or of each expert."""
+    """The table's rows for an MLP, or for each expert."""
     gate, up, down = (f"{theirs}.{name}.weight" for name in names)
     return {f"{ours}.w_gate": (gate, "F D"), f"{ours}.w_in": (up, "F D")} | {
         f"{ours}.w_out": (down, "D F")
@@ -44,7 +44,7 @@ def _mlp(
 
 
 def _moe(module: str, *names) -> Table:
-    """The names of a family whose MoE layers are this module."""
+    """The table of a family whose MoE layers are modules of this name."""
     router = {"mlp.w_router": (f"{module}.gate.weight", "E D")}
     experts = _mlp("mlp.experts", module + ".experts.{}", *names)
     return Table(LLAMA.parameters | router | experts, LLAMA.layer)
@@ -78,19 +78,19 @@ SHARED_EXPERT = _mlp("mlp.mlp", "mlp.shared_expert") | {
 
 
 class Family(NamedTuple):
-    """A family's names of settings and tensors, as far as families differ."""
+    """What differs between families: names of settings and tensors, and defaults."""
 
     architecture: str
     table: Table
     knows: tuple[str, ...] = ()  # settings that not all families have
     experts: str = "num_experts"  # the setting with the number of experts
     expert_width: str = "moe_intermediate_size"
-    norm_eps: float = 1e-6  # what the class takes where config.json says nothing
-    rope_theta: float = 10_000.0  # likewise
+    norm_eps: float = 1e-6  # transformers' default, for a config.json without it
+    rope_theta: float = 10_000.0  # transformers' default
 
     @property
     def has_experts(self) -> bool:
-        """Whether its class has MoE layers."""
+        """Whether the family has MoE layers."""
         return "mlp.w_router" in self.table.parameters
 
 
@@ -125,8 +125,8 @@ FAMILIES = {
 }
 # Settings that change the computation, with the values that our model has.
 FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "pretraining_tp": 1}
-MICROBATCH_TOKENS = 2**16  # the most of a microbatch of an imported run's batch
-# From our settings to theirs.
+MICROBATCH_TOKENS = 2**16  # the largest microbatch of an imported run
+# Our setting -> transformers' setting.
 SIZES = {
     "vocab_size": "vocab_size",
     "length": "max_position_embeddings",
@@ -135,13 +135,13 @@ SIZES = {
     "heads": "num_attention_heads",
     "d_ff": "intermediate_size",
 }
-# The numbers of `model.rope_scaling`.
+# transformers' names of the numbers in `model.rope_scaling`, in order.
 SCALING = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
-# The sliding window of Qwen's classes where it is switched on and no size is given.
+# Qwen's default of `sliding_window`, in tokens.
 WINDOW = 4096
-# The output matrix, which a file may also hold where it is the embedding.
+# The output matrix. With tied embeddings, a file may hold it as a copy of the embedding.
 HEAD = "lm_head.weight"
-# Endings of the names of buffers in old files.
+# Name endings of buffers in old files; buffers are no weights.
 BUFFERS = ".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias"
 
 
@@ -152,7 +152,7 @@ def read_hugging_face(
 
     Args:
       folder: the folder; nothing in it is executed.
-      only: the family that it must be; any by default.
+      only: the required family; any by default.
 
     Returns:
       The config, the parameters by our names, and a summary in words.
@@ -166,7 +166,7 @@ def read_hugging_face(
     config = read_config({**theirs, "model_type": family}, path, len(tensors.shapes))
     table, shapes = FAMILIES[config.model.family].table, dict(tensors.shapes)
     if not any(name.startswith(table.prefix) for name in shapes):
-        table = table._replace(prefix="")  # as files of the model without its head have it
+        table = table._replace(prefix="")  # in files of the model without its head
     tokens = table.prefix + table.parameters["tokens"][0]
     if config.model.output == "tied" and {HEAD, tokens} <= shapes.keys():
         if not np.array_equal(tensors.read(HEAD), tensors.read(tokens)):
@@ -177,7 +177,7 @@ def read_hugging_face(
 
 
 def read_config(theirs: dict, path: Path, tensors: int) -> Config:
-    """The config of their settings; there are no more layers or experts than tensors."""
+    """Converts transformers' settings; the number of `tensors` limits layers and experts."""
     family = theirs.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES:
         raise UserError(
@@ -214,7 +214,7 @@ def read_config(theirs: dict, path: Path, tensors: int) -> Config:
     dtype = theirs.get("dtype", theirs.get("torch_dtype"))
     if dtype == "bfloat16":
         model.dtype = dtype
-    # `prmoe eval` computes a microbatch of a batch at once.
+    # `prmoe eval` computes one microbatch at a time, which must fit in memory.
     rows = settings.train.batch_size
     while rows > 1 and rows * model.length > MICROBATCH_TOKENS:
         rows //= 2
@@ -223,7 +223,7 @@ def read_config(theirs: dict, path: Path, tensors: int) -> Config:
 
 
 def _rotary(theirs: dict, theta: float, path: Path) -> tuple[float, tuple[int, ...]]:
-    """The base of rotary positions and their scaling, which must be Llama 3's or none."""
+    """RoPE's base and its scaling, which must be Llama 3's or none."""
     name = "rope_scaling" if theirs.get("rope_scaling") else "rope_parameters"
     rope = theirs.get(name) or {}
     if not isinstance(rope, dict):
@@ -242,7 +242,7 @@ def _rotary(theirs: dict, theta: float, path: Path) -> tuple[float, tuple[int, .
 
 
 def _scaling(rope: dict, path: Path) -> tuple[int, ...]:
-    """Llama 3's numbers, which are whole in all of its models."""
+    """The numbers of Llama 3's scaling; all of its models have whole numbers."""
     numbers = []
     for name in SCALING:
         number = setting(rope, name, float, path, low=1)
@@ -253,7 +253,7 @@ def _scaling(rope: dict, path: Path) -> tuple[int, ...]:
 
 
 def _window(theirs: dict, names: Family, model: ConfigDict, path: Path) -> int:
-    """The sliding window of all layers; 0 if there is none or it is as long as the context."""
+    """The sliding window of all layers; 0 if there is none, or it covers the whole context."""
     switch = "use_sliding_window"
     if switch in names.knows:
         theirs = {"sliding_window": WINDOW} | theirs
@@ -299,7 +299,7 @@ def _windowed(theirs: dict, family: str, layers: int, path: Path) -> list[bool]:
 
 
 def _read_experts(theirs: dict, names: Family, settings: ConfigDict, path: Path, high: int) -> None:
-    """Sets what concerns experts, which drop no token."""
+    """Reads the settings of experts; no token is dropped."""
     model, moe = settings.model, settings.moe
     # transformers reads and writes either name.
     name = next((n for n in ("num_experts", "num_local_experts") if n in theirs), "num_experts")
@@ -327,9 +327,9 @@ def _read_experts(theirs: dict, names: Family, settings: ConfigDict, path: Path,
 
 
 def check_exportable(config: Config, family: str) -> None:
-    """Raises UserError if the family's class of transformers computes something else.
+    """Raises UserError unless the family's class in transformers can compute the run's model.
 
-    It computes the same if reading what would be written gives the same architecture.
+    The settings that would be written must give the same architecture when they are read.
     """
     model, names = config.model, FAMILIES[family]
     instead = f"{names.architecture} of transformers"
@@ -361,14 +361,14 @@ def write_hugging_face(
 ) -> None:
     """Writes a model in the format of a family's class.
 
-    The tensors keep every bit: they are bfloat16 if that holds all of their numbers and the family
+    No number is rounded. Tensors are bfloat16 if that represents all of them exactly and the family
     is not GPT-2, else float32.
 
     Args:
       config: the run's config.
       family: a key of `FAMILIES`.
       leaves: the run's parameters by our names.
-      tokenizer: the run's, for the ids that start and end a document.
+      tokenizer: the run's, for the ids of BOS and EOS.
       folder: the folder to write into.
     """
     tensors = their_tensors(config.model, FAMILIES[family].table, leaves)
@@ -381,7 +381,7 @@ def write_hugging_face(
     write_tensors(tensors, folder)
     settings = _their_settings(config.model, family) | {
         "dtype": dtype,
-        "torch_dtype": dtype,  # as transformers 4 names it
+        "torch_dtype": dtype,  # its name in transformers 4
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": tokenizer.eos_id,
         "pad_token_id": None,
@@ -390,10 +390,10 @@ def write_hugging_face(
 
 
 def tokenizer_settings(tokenizer: Tokenizer, length: int) -> dict:
-    """The content of a tokenizer_config.json, by which transformers takes tokenizer.json as it is.
+    """The content of tokenizer_config.json, which makes transformers use tokenizer.json as it is.
 
-    Without it AutoTokenizer chooses a class by the model's type, which may divide a text into words
-    in another way than tokenizer.json.
+    Without it AutoTokenizer chooses a class by the model's type, which may split a text into words
+    differently.
 
     Args:
       tokenizer: the run's.
@@ -410,11 +410,11 @@ def tokenizer_settings(tokenizer: Tokenizer, length: int) -> dict:
 
 
 def _their_settings(model: ModelConfig, family: str) -> dict:
-    """A model's settings in a family's words."""
+    """A model's settings as in the family's config.json."""
     if family == "gpt2":
         return gpt2.their_settings(model)
     names = FAMILIES[family]
-    scaling = dict(zip(SCALING, model.rope_scaling, strict=False))  # which may be none
+    scaling = dict(zip(SCALING, model.rope_scaling, strict=False))  # rope_scaling may be empty
     rope = {"rope_theta": model.rope_theta, "rope_type": "llama3" if scaling else "default"}
     settings = {theirs: getattr(model, ours) for ours, theirs in SIZES.items()} | {
         "architectures": [names.architecture],
@@ -428,7 +428,7 @@ def _their_settings(model: ModelConfig, family: str) -> dict:
         "attention_dropout": 0.0,
     }
     if scaling:
-        settings["rope_scaling"] = rope | scaling  # as transformers 4 names it
+        settings["rope_scaling"] = rope | scaling  # its name in transformers 4
     if "head_dim" in names.knows:
         settings["head_dim"] = model.head_width
     if "clip_qkv" in names.knows:

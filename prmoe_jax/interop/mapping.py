@@ -1,13 +1,13 @@
-"""Our parameters as another library's tensors, and back, by one table for each library.
+"""Converts our parameters to another library's tensors, and back, by one table for each library.
 
-A table has their name and layout for each of our parameters:
+A table gives the name and the layout of their tensor for each of our parameters:
 
     "attention.w_q": ("self_attn.q_proj.weight", "HK D"),
 
-A layout has a word for each dimension of their tensor, made of the letters of our dimensions.
-`PARAMETERS` declares w_q as "DHK": heads times the width of a head are their rows, D their columns.
-A dimension of ours that a layout leaves out is spread over several tensors: {} in their name stands
-for the number of an expert, or for 'q', 'k' or 'v'.
+A layout has one word for each dimension of their tensor. The letters of a word are our dimensions,
+which that dimension merges: our w_q is "DHK" (see `nn.parameters.PARAMETERS`), and their tensor has
+H·K rows and D columns. If a layout lacks one of our dimensions, they have one tensor for each index
+of it. {} in their name is then an expert's number, or 'q', 'k' or 'v'.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from prmoe_jax.nn.parameters import declaration, named_leaves
 from prmoe_jax.parallel import sharding
 from prmoe_jax.parallel.mesh import make_mesh
 
-# What {} stands for where it is not a number, by the dimension that is spread.
+# For these dimensions, {} in a name is a letter instead of a number.
 LETTERS = {"3": "qkv", "2": "kv"}
 
 
@@ -37,15 +37,15 @@ class Table(NamedTuple):
     """Another library's names and layouts."""
 
     parameters: dict[str, tuple[str, str]]  # by our name, without 'layers.3.'
-    layer: str  # the start of the names of a layer's tensors, with {} for the layer's number
-    prefix: str = ""  # the start of all names
+    layer: str  # prefix of the names of a layer's tensors; {} is the layer's number
+    prefix: str = ""  # prefix of all names
 
 
 class Piece(NamedTuple):
-    """One of their tensors, which is a part of one of our parameters."""
+    """One of their tensors; it holds one of our parameters, or a part of one."""
 
     name: str
-    index: tuple  # where the part lies in our array
+    index: tuple  # the part's index in our array
     dims: dict[str, int]  # the part's dimensions in our order, and their sizes
     layout: str
 
@@ -73,7 +73,7 @@ class Piece(NamedTuple):
 
 
 def pieces(table: Table, name: str, shape: tuple[int, ...]) -> list[Piece]:
-    """Their tensors that make up one of our parameters, by its name in `layer_shapes`."""
+    """Their tensors that make up one of our parameters, named as in `layer_shapes`."""
     prefix, own_name = table.prefix, name
     if name.startswith("layers."):
         _, layer, own_name = name.split(".", 2)
@@ -102,13 +102,13 @@ def read_parameters(
 ) -> tuple[dict[str, jax.Array], str]:
     """Reads a model's parameters from another library's tensors onto all devices.
 
-    The host holds no more than one layer's part of one of our parameters at a time.
+    The host holds one parameter of one layer at a time.
 
     Args:
       config: the model's config.
-      table: the library's.
+      table: the library's names and layouts.
       shapes: the shapes of all of their tensors by name.
-      read: reads one of them.
+      read: reads one of their tensors by its name.
       source: the tensors' file or folder, for messages.
 
     Returns:
@@ -132,7 +132,7 @@ def read_parameters(
 def their_tensors(
     model: ModelConfig, table: Table, leaves: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """A model's parameters as another library's tensors by name."""
+    """Converts a model's parameters to another library's tensors by name."""
     return {
         piece.name: piece.to_theirs(array[piece.index])
         for name, array in unstack_layers(model, leaves).items()
@@ -141,7 +141,7 @@ def their_tensors(
 
 
 def spread_over(model: ModelConfig, devices: int) -> MeshConfig:
-    """The mesh on which the devices hold a model once, as far as its sizes allow."""
+    """A mesh that splits one copy of a model over the devices, as far as its sizes allow."""
     experts = list(filter(None, model.schedule.experts))
     expert = math.gcd(devices, *experts) if experts else 1
     widths = model.d_ff, model.expert_width, model.residual_width
@@ -153,7 +153,7 @@ def spread_over(model: ModelConfig, devices: int) -> MeshConfig:
 def _placed(
     config: Config, model: Transformer, read: Callable[[str], np.ndarray]
 ) -> dict[str, jax.Array]:
-    """The parameters of a model of these shapes, spread over all devices, layer by layer."""
+    """Reads parameters onto all devices, layer by layer; `model` holds only their shapes."""
     layout = spread_over(config.model, len(jax.devices()))
     mesh = make_mesh(dataclasses.replace(config, mesh=layout))
     homes, leaves = named_leaves(sharding.shardings(model, mesh)), {}
@@ -167,7 +167,7 @@ def _placed(
 
 
 def _stacked(leaf, home: jax.sharding.NamedSharding, reads: list[Callable]) -> jax.Array:
-    """An array on a mesh whose rows are read one by one, each when the one before is in place."""
+    """Reads an array onto a mesh row by row; the next row is read when a row has been copied."""
     whole = jax.jit(partial(jnp.zeros, leaf.shape, leaf.dtype), out_shardings=home)()
     row_home = jax.sharding.NamedSharding(home.mesh, jax.sharding.PartitionSpec(*home.spec[1:]))
     put = jax.jit(lambda x, row, n: x.at[n].set(row), donate_argnums=0, out_shardings=home)

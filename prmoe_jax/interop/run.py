@@ -33,9 +33,9 @@ def import_run(kind: str, source: Path, workdir: Path) -> dict:
     """Makes a run's folder, at step 0, from another library's folder.
 
     Args:
-      kind: 'hf' for Hugging Face's transformers, whatever family of ours the folder's model_type
-        names, and 'gpt2' for GPT2LMHeadModel alone; 'deepspeed' for Megatron-DeepSpeed's GPT,
-        dense, MoE or PR-MoE; 'safetensors' for a folder that `export_run` wrote.
+      kind: 'hf' for any model type of `hugging_face.FAMILIES`; 'gpt2' for GPT2LMHeadModel only;
+        'deepspeed' for Megatron-DeepSpeed's GPT, dense, MoE or PR-MoE; 'safetensors' for a folder
+        that `export_run` wrote.
       source: the folder to read; nothing in it is executed.
       workdir: the folder to make.
 
@@ -43,7 +43,7 @@ def import_run(kind: str, source: Path, workdir: Path) -> dict:
       workdir, parameters, vocab_size.
 
     Raises:
-      UserError: the source doesn't fit, or the workdir is not empty or cannot be written.
+      UserError: the source can't be imported, or the workdir is not empty or not writable.
     """
     if (workdir / workdirs.CONFIG).exists():
         raise UserError(f"--workdir={workdir} holds a run; give another folder")
@@ -86,9 +86,9 @@ def export_run(kind: str, workdir: Path, out: Path) -> dict:
     """Writes a run's newest checkpoint for another library.
 
     Args:
-      kind: 'hf' for the class of Hugging Face's transformers that `model.family` names, 'gpt2' for
-        GPT2LMHeadModel alone; 'deepspeed' for a checkpoint of Megatron-DeepSpeed; 'safetensors'
-        for our names, with the config and a model card.
+      kind: 'hf' for the transformers class of the run's `model.family`; 'gpt2' for GPT2LMHeadModel
+        only; 'deepspeed' for a checkpoint of Megatron-DeepSpeed; 'safetensors' for our names, with
+        the config and a model card.
       workdir: the run's folder.
       out: the folder to make.
 
@@ -100,7 +100,7 @@ def export_run(kind: str, workdir: Path, out: Path) -> dict:
         empty or cannot be written.
     """
     check_free("out", out)
-    config = load(workdir / workdirs.CONFIG)  # `restore_run` may change mesh and exchange
+    config = load(workdir / workdirs.CONFIG)  # `restore_run` changes mesh and execution
     family = {"hf": config.model.family, "gpt2": "gpt2"}.get(kind)
     if family:
         hugging_face.check_exportable(config, family)
@@ -134,7 +134,7 @@ def export_run(kind: str, workdir: Path, out: Path) -> dict:
 def _read_ours(folder: Path) -> tuple[Config, dict[str, np.ndarray], str]:
     path = folder / workdirs.CONFIG
     settings, tensors = read_json(path), Tensors(folder)
-    # Each layer has one norm before its MLP. Layers are counted before the config is resolved,
+    # Layers are counted by the norms before their MLPs. This comes before the config is resolved,
     # since resolving a false, huge number of layers would take long.
     norms = [shape for name, shape in tensors.shapes.items() if name.endswith(".norm_mlp.scale")]
     layers = sum(shape[0] for shape in norms if shape)
@@ -158,7 +158,7 @@ def _tokenizer(source: Path, kind: str) -> Tokenizer:
             f"{source} has no tokenizer.json; make it by AutoTokenizer.from_pretrained(FOLDER)"
             ".save_pretrained(FOLDER) of transformers"
         )
-    # They are GPT-2's: other models divide a text into words in other ways.
+    # These two files suffice for GPT-2 only: other models split a text into words differently.
     if (source / "vocab.json").is_file() and (source / "merges.txt").is_file():
         return from_vocabulary(source / "vocab.json", source / "merges.txt")
     raise UserError(f"{source} has no tokenizer.json, nor vocab.json with merges.txt")

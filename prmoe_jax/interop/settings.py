@@ -11,7 +11,7 @@ from prmoe_jax.config.schema import Config, ModelConfig, MoeConfig, default_conf
 from prmoe_jax.errors import UserError, telling
 from prmoe_jax.model.surgery import OPEN_SIZES, check_equal, compared
 
-# No setting is a number above this.
+# The largest number that a setting may have.
 LARGEST = 2**63 - 1
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 120  # enough for a tensor's whole name
@@ -64,7 +64,7 @@ def shown(value: Any) -> str:
 
 
 def import_settings() -> ConfigDict:
-    """The settings of an imported run, before those of its model are read."""
+    """Default settings of an imported run, into which the model's settings are then read."""
     settings = default_config()
     settings.model.dtype = "float32"
     settings.data.tokenizer = "tokenizer.json"  # the file in the same folder
@@ -73,18 +73,18 @@ def import_settings() -> ConfigDict:
 
 
 def resolved(settings: Any, source: Any) -> Config:
-    """`config.resolve` for a trained model, with the settings' file named in its errors."""
+    """Resolves a trained model's settings; errors name `source`, their file."""
     with telling(f"{source}: "):
         return resolve(settings, trained=True)
 
 
 def check_expressed(config: Config, there: ModelConfig, whose: str) -> None:
-    """Raises UserError unless another library's model, which has no other choice, is the same.
+    """Raises UserError unless another library's model computes the same as a run's model.
 
     Args:
-      config: the run to write.
-      there: that model in our settings; its experts are placed as the run's.
-      whose: that model in words, for the message.
+      config: the run's config.
+      there: the other model in our settings, with experts in the same layers.
+      whose: the other model in words, for the message.
     """
     fix = "use --kind=safetensors"
     check_equal(compared(config.model, there, OPEN_SIZES), whose, fix)
@@ -102,11 +102,11 @@ def check_expressed(config: Config, there: ModelConfig, whose: str) -> None:
 
 
 def gpt2_shaped(model: ModelConfig) -> ModelConfig:
-    """The model of the same sizes and experts whose parts are GPT-2's."""
+    """A model of GPT-2's architecture with this model's sizes and experts."""
     names = "vocab_size length layers d_model heads d_ff placement experts top_k residual".split()
     return ModelConfig(**{name: getattr(model, name) for name in names})
 
 
 def check_gpt2_form(model: ModelConfig, whose: str) -> None:
-    """Raises UserError unless a model's parts are GPT-2's, as those of `whose` are."""
+    """Raises UserError unless a model has GPT-2's architecture; its message names `whose`."""
     check_equal(compared(model, gpt2_shaped(model), OPEN_SIZES), whose, "use the same")

@@ -12,7 +12,7 @@ from prmoe_jax import files
 from prmoe_jax.errors import UserError, refusing
 from prmoe_jax.interop.settings import shown
 
-# Size of one file of an export; the default of Hugging Face.
+# Larger exports are split into files of about this size, as by default in Hugging Face.
 SHARD_BYTES = 5_000_000_000
 # Types that weights may be stored as. Numbers of 8 bits or fewer need scales, which aren't read.
 DTYPES = "F16", "BF16", "F32", "F64"
@@ -26,10 +26,10 @@ class Tensors:
 
         Args:
           folder: the folder of these files.
-          ignored: endings of the names of tensors that are no weights, and are left out.
+          ignored: name endings of tensors to leave out, since they are no weights.
 
         Raises:
-          UserError: a file is missing or damaged, or a tensor's type can't be that of weights.
+          UserError: a file is missing or damaged, or a tensor's type is not in `DTYPES`.
         """
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._files: dict[str, tuple] = {}
@@ -57,7 +57,7 @@ class Tensors:
         """One array, float32.
 
         Raises:
-          UserError: the file is damaged, or the numbers can't be weights.
+          UserError: the file is damaged, or `check_finite` refuses the array.
         """
         path, file = self._files[name]
         with _reading(path), np.errstate(over="ignore"):
@@ -89,13 +89,13 @@ def read_json(path: Path) -> dict:
     """The object in another library's JSON file.
 
     Raises:
-      UserError: the file is missing, or holds something else.
+      UserError: the file is missing, or holds no JSON object.
     """
     return files.read_json(files.regular(path), fix="copy it from its source again")
 
 
 def write_tensors(tensors: dict[str, np.ndarray], folder: Path) -> None:
-    """Writes model.safetensors, or several files of `SHARD_BYTES` with their index."""
+    """Writes model.safetensors or, above `SHARD_BYTES`, several files and their index."""
     shards, size = [{}], 0
     for name, array in tensors.items():
         if shards[-1] and size + array.nbytes > SHARD_BYTES:
@@ -133,11 +133,11 @@ def check_finite(name: str, array: np.ndarray, path: Path) -> None:
 def check_shapes(
     found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], source: Path
 ) -> str:
-    """Compares the shapes of arrays by name with the expected ones; returns a summary for the user.
+    """Compares shapes, by name, with the expected ones; returns a summary for the user.
 
     Args:
-      found: the shapes that there are.
-      expected: those that are required.
+      found: the arrays' shapes.
+      expected: the required shapes.
       source: the file or folder of the arrays, for messages.
 
     Raises:

@@ -12,8 +12,8 @@ from prmoe_jax.interop.tensors import check_dtype, check_finite
 
 # Types that weights may be stored as.
 DTYPES = "torch.float16", "torch.bfloat16", "torch.float32", "torch.float64"
-# A training script also stores objects of these modules: settings and the state of random numbers.
-# No such module is imported; an `Inert` replaces each object.
+# A training script also stores objects of these modules: settings and the states of random number
+# generators. No such module is imported; an `Inert` replaces each object.
 HARMLESS = "_codecs", "argparse", "deepspeed", "megatron", "numpy"
 
 
@@ -44,7 +44,7 @@ def read_torch(path: Path) -> dict:
     from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
     files.regular(path)
-    with refusing(f"{path} can't be read as torch's"):  # torch raises anything for damaged files
+    with refusing(f"{path} can't be read as torch's"):  # for damaged files, torch raises any error
         foreign = get_unsafe_globals_in_checkpoint(path)
         for name in foreign:
             if name.partition(".")[0] not in HARMLESS:
@@ -59,7 +59,7 @@ def read_torch(path: Path) -> dict:
 
 
 def flat_arrays(state: dict, path: Path) -> dict[str, np.ndarray]:
-    """A file's tensors by their full names, float32; Megatron nests some of them."""
+    """A file's tensors in float32 by name; the keys of nested dicts are joined by dots."""
     import torch
 
     arrays, parts, seen = {}, [("", state)], set()

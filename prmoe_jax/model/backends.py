@@ -14,9 +14,9 @@ log = logging.getLogger(__name__)
 
 
 def check_backends(config: Config, platform: str, mesh: Mesh) -> None:
-    """Checks the settings that name kernels, and logs what every 'auto' will be.
+    """Checks the settings that name kernels, and logs what each 'auto' resolves to.
 
-    The layers make the same choice when they are traced, for the mesh that is then in use.
+    The layers resolve 'auto' in the same way when they are traced, for the mesh then in use.
     """
     execution = config.execution
     attention = resolve_attention(execution.attention, config.model, platform)
@@ -27,7 +27,7 @@ def check_backends(config: Config, platform: str, mesh: Mesh) -> None:
     used = dict.fromkeys(
         dispatch.resolve(execution.dispatch, platform, dropless) for dropless in (False, True)
     )
-    backend = "/".join(used)  # with a capacity, and where nothing is dropped
+    backend = "/".join(used)  # with a capacity / dropless
     kept, _ = resolve_remat(execution.remat, config.model.layers, platform)
     log.info("attention: %s, MoE dispatch: %s, remat: %s (%s)", attention, backend, kept, platform)
     if mesh.size > 1:

@@ -1,4 +1,4 @@
-"""Converts between layers one by one and layers stacked by stage, as a model holds them."""
+"""Relates a model's arrays, stacked over the repeats of each stage, to its single layers."""
 
 import functools
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from prmoe_jax.nn.parameters import named_leaves
 Array = TypeVar("Array", jax.Array, np.ndarray)
 
 
-@functools.lru_cache  # the stages of many layers take long to find
+@functools.lru_cache  # finding the stages of many layers is slow
 def places(model: ModelConfig) -> list[tuple[int, int, int]]:
     """The (stage, block in the cell, repeat) of each layer, first to last."""
     return [
@@ -26,10 +26,10 @@ def places(model: ModelConfig) -> list[tuple[int, int, int]]:
 
 
 def layer_names(model: ModelConfig, name: str) -> list[str]:
-    """The names of the layers' arrays that an array of a model is stacked from.
+    """The names of the layers' arrays that are stacked in an array of a model, in this order.
 
-    For 'stages.0.blocks.1.mlp.w_in' they are 'layers.1.mlp.w_in', 'layers.3.mlp.w_in' and so on,
-    in the order of its first dimension. An array outside the stages has none.
+    With a cell of two layers, 'stages.0.blocks.1.mlp.w_in' stacks 'layers.1.mlp.w_in',
+    'layers.3.mlp.w_in' and so on. For an array outside the stages, the list is empty.
     """
     if not name.startswith("stages."):
         return []
@@ -39,7 +39,7 @@ def layer_names(model: ModelConfig, name: str) -> list[str]:
 
 
 def unstack_layers(model: ModelConfig, leaves: Mapping[str, Array]) -> dict[str, Array]:
-    """Replaces each array that is stacked over the repeats of a stage by the arrays of its layers.
+    """Replaces each stacked array by the arrays of its layers, named as in `layer_names`.
 
     Arrays outside the stages keep their names and shapes.
     """

@@ -1,4 +1,4 @@
-"""The training loss and its parts, as sums over tokens, so that microbatches of a batch add up."""
+"""The training loss and its parts, as sums that add up over the microbatches of a batch."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -17,7 +17,7 @@ class Sums(NamedTuple):
     """The measurements of one forward pass, as sums."""
 
     tokens: jax.Array  # targets that count
-    loss: jax.Array  # the tokens' part of the training loss; gradients flow through it alone
+    loss: jax.Array  # without the routers' losses; only this and `routers` have gradients
     lm_loss: jax.Array  # cross-entropy in nats
     z_loss: jax.Array  # log(Z)²
     routers: list[RouterMetrics]  # one per MoE layer
@@ -25,12 +25,12 @@ class Sums(NamedTuple):
 
 
 class Totals(NamedTuple):
-    """The counts of a whole batch, by which sums are divided."""
+    """The counts of a whole batch by which `training_loss` divides sums."""
 
     tokens: jax.Array  # targets that count
     routed: jax.Array  # tokens that are not padding
     groups: jax.Array  # routing groups that hold a token
-    # Choices of each expert, for each MoE layer; None where they are counted with the loss.
+    # Tokens assigned to each expert, per MoE layer; None if `Sums.routers` counts the whole batch.
     assigned: list[jax.Array] | None = None
 
 
@@ -48,7 +48,7 @@ Measure = Callable[[Transformer, jax.Array, Batch], dict[str, jax.Array]]
 
 
 def cross_entropy(z_weight: float = 0.0) -> Measure:
-    """A measure of `loss`, `lm_loss` and `z_loss` of `Sums`, with a weight for the z-loss."""
+    """A measure of three fields of `Sums`; its `loss` is lm_loss + z_weight · z_loss."""
 
     def measure(model: Transformer, x_BxLxD: jax.Array, batch: Batch) -> dict[str, jax.Array]:
         inputs, table_VxD = (batch.targets_BxL, batch.mask_BxL), model.output_table(x_BxLxD.dtype)
@@ -84,10 +84,10 @@ def forward(
 
     Args:
       model: the model.
-      batch: a microbatch of a batch, or all of it.
+      batch: a whole batch or a microbatch.
       keys_B: one key per sequence for training; None for evaluation.
-      measure: maps final activations [B, L, D] to sums of losses, `cross_entropy()` by default; a
-        distiller's adds `kd_loss`.
+      measure: maps final activations [B, L, D] to sums of losses, `cross_entropy()` by default; the
+        measure of a distiller adds `kd_loss`.
       execution: which kernels compute it.
     """
     measure = measure or cross_entropy()
@@ -96,11 +96,11 @@ def forward(
 
 
 def batch_balance(router: RouterMetrics, assigned_E: jax.Array) -> jax.Array:
-    """E · Σ (an expert's share of a whole batch's choices) · (its probability), summed over tokens.
+    """E · Σ (an expert's share of the batch's assignments) · (its probability, summed over tokens).
 
     Args:
-      router: the statistics of a microbatch of the batch, or of all of it.
-      assigned_E: the choices of the whole batch.
+      router: the statistics of a microbatch or of the whole batch.
+      assigned_E: the number of assignments to each expert in the whole batch.
     """
     share_E = assigned_E / jnp.maximum(assigned_E.sum(), 1)
     return len(share_E) * (share_E * router.prob_E).sum()
@@ -109,7 +109,7 @@ def batch_balance(router: RouterMetrics, assigned_E: jax.Array) -> jax.Array:
 def training_loss(sums: Sums, total: Totals, config: Config) -> jax.Array:
     """Cross-entropy (+ z-loss, + distillation) + the routers' losses, summed over MoE layers.
 
-    The losses of a batch's microbatches add up to that of the whole batch.
+    The losses of the microbatches add up to the loss of the whole batch.
     """
     zero = jnp.zeros(())
     if config.moe.balance == "batch":

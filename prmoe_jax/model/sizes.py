@@ -12,7 +12,7 @@ from prmoe_jax.tables import aligned
 
 @dataclasses.dataclass(frozen=True)
 class LayerCost:
-    """One layer's parameters, those that a token uses, and the forward FLOPs per token."""
+    """One layer's experts, parameters, active parameters and forward FLOPs per token."""
 
     experts: int
     params: int
@@ -24,11 +24,10 @@ class LayerCost:
 class Cost:
     """A model's size and compute; `layers` are first to last, without embedding and logits.
 
-    A token's active parameters are all but those of the experts it does not visit. Where experts
-    choose tokens, a token's visits are the mean of all tokens.
-    FLOPs are those of the matrix products, 2 per multiply-add; attention is counted over the
-    full square of the context, as in PaLM (arXiv 2204.02311, appendix B), or with a sliding window
-    over as many tokens as it has.
+    Active parameters are those that a token uses: all but the experts that it is not routed to.
+    Where experts choose tokens, the number of experts per token is the mean.
+    FLOPs are those of the matrix products, 2 per multiply-add. In attention, each query counts with
+    all tokens of the context, as in PaLM (arXiv 2204.02311, appendix B), or of the sliding window.
     """
 
     layers: tuple[LayerCost, ...]
@@ -50,11 +49,11 @@ class Cost:
 
 
 def cost(model: ModelConfig, moe: MoeConfig | None = None) -> Cost:
-    """Counts a model, with residual branches and routers, without building it.
+    """Counts a model, with shared experts (residual MLPs) and routers.
 
     Args:
       model: the model.
-      moe: how it is trained; without it, tokens choose `top_k` experts.
+      moe: how it routes; without it, tokens choose `top_k` experts.
     """
     d = model.d_model
     heads, pairs = model.heads * model.head_width, model.key_heads * model.head_width
@@ -70,7 +69,7 @@ def cost(model: ModelConfig, moe: MoeConfig | None = None) -> Cost:
         return matrices * d * width + (width + d) * biased
 
     def visits(experts: int) -> float:
-        """The experts that serve a token, the mean."""
+        """The mean number of experts per token."""
         if moe is None or moe.routes.tokens_choose:
             return model.top_k
         tokens = moe.group_size or model.length
@@ -151,7 +150,7 @@ def table(model: ModelConfig, moe: MoeConfig | None = None) -> str:
 
 
 def paper_rows() -> list[dict]:
-    """The paper's nine models, each with the size the paper states (in parameters)."""
+    """The counts of the paper's nine models, each with the parameters that the paper states."""
     paper = runpy.run_path(str(shipped("paper")))
     rows = []
     for name, row in paper["ROWS"].items():

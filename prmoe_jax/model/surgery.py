@@ -1,7 +1,7 @@
-"""Models that take their parameters from another model: what must match, and how they are made.
+"""Builds a model from another model's parameters, and checks what both must share.
 
-A student that starts as a part of its teacher, a pruned run and an upcycled one are built from the
-other model's parameters, layer by layer and by the dimensions that `PARAMETERS` declares.
+A student cut from its teacher, a pruned run and an upcycled run are built in this way: layer by
+layer, and by the dimensions that `PARAMETERS` declares.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -15,7 +15,7 @@ from prmoe_jax.model.layout import layer_names
 from prmoe_jax.model.transformer import Transformer
 from prmoe_jax.nn.parameters import map_named
 
-# Settings that follow from others where they are 0, and what they amount to.
+# Settings whose 0 stands for another setting -> the property with the size that results.
 OPEN_SIZES = {
     "kv_heads": "key_heads",
     "head_dim": "head_width",
@@ -25,24 +25,24 @@ OPEN_SIZES = {
 
 
 def size(model: ModelConfig, name: str) -> int:
-    """A size of a model by its setting's name."""
+    """A size of a model by its setting's name, where 0 is resolved."""
     return getattr(model, OPEN_SIZES.get(name, name))
 
 
 def compared(
     model: ModelConfig, source: ModelConfig, sizes: Iterable[str] = ()
 ) -> dict[str, tuple]:
-    """The settings by which the same parameters may mean something else in two models.
+    """The settings that must be equal, so that parameters mean the same in two models.
 
-    What routers do is left out: `check_same_routing` compares it.
+    Routing is left out: `validation.check_same_routing` compares it.
 
     Args:
-      model: one model.
-      source: the other one.
-      sizes: the sizes that they must share.
+      model: the model to build.
+      source: the model that it is built from.
+      sizes: the names of sizes that must also be equal.
 
     Returns:
-      The values of both by the setting's name.
+      Setting name -> (value in `model`, value in `source`).
     """
     pairs = {name: (size(model, name), size(source, name)) for name in sizes}
     pairs |= model.differences(source)
@@ -63,9 +63,9 @@ def check_equal(pairs: Mapping[str, tuple], whose: str, fix: str) -> None:
 
 
 def build(like: Transformer, part: Callable[[str], jax.Array]) -> Transformer:
-    """A model like another one, or like its shapes; `part` gives each parameter by its name.
+    """A model with the structure of `like`, which may hold shapes instead of arrays.
 
-    Names are those of `unstack_layers`: the layers are asked for one by one.
+    `part` returns the parameter with a name of `unstack_layers`: layers are not stacked.
     """
 
     def leaf(name, _):
@@ -81,10 +81,10 @@ def take(x: jax.Array, dims: str, kept: Mapping[str, jax.Array]) -> jax.Array:
     Args:
       x: the parameter.
       dims: its dimensions, as in `PARAMETERS`.
-      kept: indices by a dimension's letter. Those of experts' hidden units may be [E, F], for each
-        of the parameter's experts its own.
+      kept: indices by a dimension's letter. The indices of experts' hidden units may be [E, F]:
+        each expert that `x` holds has its own.
     """
-    # From the last dimension: hidden units are taken while all experts are there.
+    # From the last dimension on, so that hidden units are taken before experts are removed.
     for axis, letter in reversed(list(enumerate(dims))):
         index = kept.get(letter)
         if index is None:

@@ -1,10 +1,10 @@
 """Dispatch brings tokens to their experts, and combines the experts' outputs for each token.
 
-A dispatcher holds the maps of one routing decision. Its `dispatch` copies tokens [G, S, D] into the
-rows of experts, and its `combine` adds up the experts' outputs [G, S, D] by the router's weights.
-`OneHot` is the readable oracle; the others must equal it.
+A dispatcher holds the index maps of one routing decision. Its `dispatch` copies tokens [G, S, D]
+into the experts' input rows; its `combine` sums each token's output rows, [G, S, D], by the
+router's weights. `OneHot` is the readable oracle; the others must equal it.
 
-N = G·S is the number of tokens, R = N·K that of their choices, P that of the rows of experts.
+Axes: N = G·S tokens, R = N·K choices (in ExRxD, an expert's G·C rows), P rows of all experts.
 """
 
 import operator
@@ -22,7 +22,7 @@ from prmoe_jax.moe.routing import Routing
 
 
 class OneHot(NamedTuple):
-    """One-hot products as in GShard, at a cost of S·E·C·D."""
+    """One-hot products as in GShard, at a cost of G·S·E·C·D multiplications."""
 
     chosen_GxSxExC: jax.Array  # 1 where expert e holds the token in slot c
     weight_GxSxExC: jax.Array
@@ -53,7 +53,7 @@ class OneHot(NamedTuple):
 
 
 class Slots(NamedTuple):
-    """Token-to-slot maps each way (paper, section 5.4); rows are copied, not multiplied.
+    """Index maps from tokens to slots and back (paper, section 5.4); rows are gathered.
 
     The P rows are the slots of all experts, flattened from [E, G, C]: slot c of expert e in group g
     is row (e·G + g)·C + c. A dropped choice has row P, which is past the end.
@@ -82,9 +82,9 @@ class Slots(NamedTuple):
 
     @property
     def few_rows(self) -> bool:
-        """Whether most choices have no row, as where experts choose: a token then has E choices.
+        """Whether a token has K = E choices, as with expert choice, and most choices have no row.
 
-        There only the rows are held, and added up by XLA's scatter (on GPUs in any order).
+        If so, only the P rows are gathered, and XLA's scatter sums them (on GPUs in any order).
         """
         return self.top_k == self.experts and 2 * len(self.choice_P) < len(self.row_R)
 
@@ -111,9 +111,9 @@ class Slots(NamedTuple):
 
 
 class Runs(NamedTuple):
-    """Rows sorted by expert, without slots: the cost follows the number of tokens.
+    """Rows sorted by expert, without slots: the cost does not depend on the capacity.
 
-    The P = R rows are all choices. Dropped ones come last, and belong to no expert.
+    Each choice has a row (P = R). Rows of dropped choices come last and belong to no expert.
     """
 
     weight_GxSxK: jax.Array
@@ -124,7 +124,7 @@ class Runs(NamedTuple):
 
     @classmethod
     def of(cls, routing: Routing, experts: int, slots: int) -> "Runs":
-        """The maps for these experts."""
+        """The maps for this number of experts."""
         del slots
         expert_R = jnp.where(routing.kept_GxSxK, routing.expert_GxSxK, experts).reshape(-1)
         choice_P = jnp.argsort(expert_R)
@@ -143,7 +143,7 @@ class Runs(NamedTuple):
         return _combine(y_RxD, self.weight_GxSxK, self.row_R, self.choice_P)
 
 
-# The dispatcher of each name, and the kernel for its rows if these are sorted by expert.
+# The dispatcher of each name, and a kernel if its rows are sorted by expert.
 BACKENDS: dict[str, tuple[type[OneHot | Slots | Runs], Kernel | None]] = {
     "einsum": (OneHot, None),
     "gather": (Slots, None),
@@ -155,7 +155,7 @@ BACKENDS: dict[str, tuple[type[OneHot | Slots | Runs], Kernel | None]] = {
 
 
 def resolve(name: str, platform: str, dropless: bool) -> str:
-    """Resolves `execution.dispatch`: 'auto' depends on the platform where nothing is dropped."""
+    """Resolves `execution.dispatch`; 'auto' depends on the platform if no token is dropped."""
     if name != "auto":
         return name
     if not dropless:
@@ -177,13 +177,13 @@ def through_experts(
       name: one of `BACKENDS`.
       x_GxSxD: the tokens.
       routing: the decision.
-      experts: applies them.
+      experts: the layer's experts.
       slots: capacity C of an expert for each group.
-      measure: a function of the experts' outputs [.., D] and the expert of each, whose values are
+      measure: a function of the experts' output rows [.., D] and each row's expert. Its values are
         combined instead of the outputs.
 
     Returns:
-      The tokens' outputs [G, S, D], and the rounds of exchange that they took, 0 for most.
+      The tokens' outputs [G, S, D], and the rounds of the dropless exchange, 0 without it.
     """
     dispatcher, kernel = BACKENDS[name]
     maps = dispatcher.of(routing, experts.count, slots)
@@ -200,7 +200,7 @@ def through_experts(
 def few_through_experts(
     x_GxSxD: jax.Array, routing: Routing, experts: Local | ExpertParallel
 ) -> jax.Array:
-    """As `through_experts` for few tokens, of which none is dropped."""
+    """As `through_experts`, without drops and faster for few tokens."""
     top_k = routing.expert_GxSxK.shape[-1]
     choices_NxK = (a.reshape(-1, top_k) for a in (routing.expert_GxSxK, routing.weight_GxSxK))
     y_NxD = experts.of_few(x_GxSxD.reshape(-1, x_GxSxD.shape[-1]), *choices_NxK)
@@ -209,21 +209,21 @@ def few_through_experts(
 
 # XLA's derivative of a gather is a scatter-add, the slow part of a sparse dispatch. Here both the
 # forward and the backward pass gather, one by a map and the other by its inverse. An index past the
-# end gives some row that is never read. This row need not be 0; only its gradient must be 0.
+# end gives an arbitrary row. What it holds has no effect, but its gradient must be 0.
 
 
 def _weighted_sum(x_KxNxD, weight_KxN):
-    """The sum of K arrays by a weight for each row, [N, D], added up in float32.
+    """The sum of K arrays, each row times its weight, [N, D]; computed in float32.
 
-    They are added one after the other: a TPU's compiler makes slow code of a reduction over them,
-    and has to move rows if they are [N, K, D].
+    The arrays are added one after the other. On TPUs a reduction over K is slow, and the layout
+    [N, K, D] would require moving rows.
     """
     terms = [w[:, None] * x for x, w in zip(x_KxNxD, weight_KxN.astype(jnp.float32), strict=True)]
     return reduce(operator.add, terms).astype(x_KxNxD.dtype)
 
 
 def _take_choices(x_PxD, index_NxK):
-    """x at each choice of each token, [K, N, D]; an index past the end gives an arbitrary row."""
+    """The row of each choice of each token, [K, N, D]; arbitrary at an index past the end."""
     top_k = index_NxK.shape[1]
     x_RxD = jnp.take(x_PxD, index_NxK.T.reshape(-1), axis=0, mode="clip")
     return x_RxD.reshape(top_k, -1, x_PxD.shape[1])
@@ -250,10 +250,10 @@ _take_rows.defvjp(
 
 @jax.custom_vjp
 def _combine(y_PxD, weight_GxSxK, row_R, choice_P):
-    """Sums each token's choices, read from their rows of y, by their weights: [G, S, D].
+    """The weighted sum of each token's rows of y, [G, S, D].
 
-    row_R has the row of y for each of the R choices, and choice_P has the choice for each row of
-    y. A dropped choice has weight 0. An empty slot has R in choice_P, a number past the end.
+    row_R is the row of y for each choice, and choice_P the choice for each row of y: R, which is
+    past the end, for an empty row. A dropped choice has weight 0.
     """
     return _combine_forward(y_PxD, weight_GxSxK, row_R, choice_P)[0]
 
@@ -268,7 +268,7 @@ def _combine_forward(y_PxD, weight_GxSxK, row_R, choice_P):
 def _combine_backward(residuals, dy_GxSxD):
     y_KxNxD, weight_GxSxK, choice_P = residuals
     dy_NxD = dy_GxSxD.reshape(-1, dy_GxSxD.shape[-1])
-    # The weight of each slot; it is 0 in empty slots, and no other mask is needed.
+    # An empty row has weight 0 and so no gradient; no other mask is needed.
     weight_R = weight_GxSxK.reshape(-1).astype(dy_NxD.dtype)
     weight_P = jnp.take(weight_R, choice_P, mode="fill", fill_value=0)
     dy_PxD = jnp.take(dy_NxD, choice_P // len(y_KxNxD), axis=0, mode="clip")

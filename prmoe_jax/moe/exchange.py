@@ -1,15 +1,16 @@
 """Expert parallelism inside shard_map: rows go to their expert's device and come back.
 
-The flat exchange is one all-to-all each way over all of the layer's axes. The hierarchical one (the
-paper's hierarchical all-to-all) takes one axis after the other: devices of one host exchange first,
-and hosts exchange larger pieces. The coordinated one (the paper's parallelism-coordinated
+The flat exchange is one all-to-all each way over all expert axes together. The hierarchical one
+(the paper's hierarchical all-to-all) takes one axis after the other: devices of one host exchange
+first, and hosts exchange larger pieces. The coordinated one (the paper's parallelism-coordinated
 all-to-all) is for rows that are replicated over the L devices of `tensor`: each device exchanges
 only its share, 1/L of the bytes, and an all-gather puts the shares together.
 
-With a capacity, every device sends a buffer of equal size to every other one. Without one, rows
-travel in rounds (`rounds.py`), or, if they are few, to all devices (`ExpertParallel.of_few`).
+With a capacity, every device sends a buffer of equal size to every other one. Without a capacity,
+rows travel in rounds (`rounds.py`), or, if they are few, to all devices (`of_few`).
 
-X is the number of devices that exchange with each other, I the number of experts on each.
+Axes: X devices that exchange, I experts on each, B buffer rows, N tokens, P devices that split
+the hidden units of the same experts.
 """
 
 import math
@@ -29,10 +30,10 @@ from prmoe_jax.parallel.axes import crosses_slices
 
 # At or below this many experts on a device, each expert's products are compiled separately.
 FEW = 4
-# Rows of the smallest buffer of the dropless exchange: below that, the cost is the weights'.
+# Rows of the dropless exchange's smallest buffer; with fewer, reading weights dominates the time.
 LEAST_ROWS = 128
-# At or below this many tokens of all devices, each device applies its experts to all of them: on
-# TPUs and GPUs, products of so few rows take hardly longer than reading the weights.
+# At or below this many tokens on all devices together, each device applies its experts to all
+# tokens: on TPUs and GPUs, products of so few rows take hardly longer than reading the weights.
 FEW_TOKENS = 256
 
 
@@ -44,9 +45,9 @@ def resolve(name: str, mesh: Mesh | AbstractMesh) -> str:
 
 
 class ExpertParallel(NamedTuple):
-    """Applies a layer's experts where a mesh spreads them, on one device of it.
+    """Applies a layer's experts where a mesh splits them.
 
-    The methods are those of `experts.Local`; each device calls them for its own rows.
+    It has the methods of `experts.Local`; each device calls them for its own rows.
     """
 
     experts: Experts  # this device's part
@@ -83,7 +84,7 @@ class ExpertParallel(NamedTuple):
         """As `Local.grouped`, in rounds of a bounded number of rows (see `rounds.py`)."""
         rows, width = x_RxD.shape
         if self.coordinated:
-            # Every L-th row, so that each of the L devices has its share of every expert's rows.
+            # A device takes every L-th row, and thus its share of every expert's rows.
             parts, missing = jax.lax.axis_size("tensor"), -rows % jax.lax.axis_size("tensor")
             x_RxD = _own_rows(_pad_rows(x_RxD[None]).reshape(-1, parts, width))[:, 0]
             expert_R = jnp.pad(expert_R, (0, missing), constant_values=self.count)
@@ -103,10 +104,10 @@ class ExpertParallel(NamedTuple):
         return tokens * jax.lax.axis_size(self._senders()) <= FEW_TOKENS
 
     def of_few(self, x_NxD: jax.Array, expert_NxK: jax.Array, weight_NxK: jax.Array) -> jax.Array:
-        """As `Local.of_few`: all devices apply all their experts to the tokens of every device.
+        """As `Local.of_few`: each device applies its experts to the tokens of all devices.
 
-        Then they add up the results. No numbers of rows are exchanged, and each weight is read
-        once.
+        The results are summed over the devices. No row counts are exchanged, and each weight is
+        read once.
         """
         split, alike, _ = _splits(coordinated=False)
         if senders := self._senders():
@@ -127,11 +128,11 @@ class ExpertParallel(NamedTuple):
         return jax.lax.psum(y_NxD, alike) if alike else y_NxD
 
     def _senders(self) -> tuple[str, ...]:
-        """The axes over which devices have different rows for the same experts."""
+        """The axes of the devices that hold different tokens for this device's experts."""
         return (*self.axes, *_splits(coordinated=False)[2])
 
     def _stages(self, rows: int) -> list[rounds.Stage]:
-        """The exchanges for this number of rows on each device; the last one comes first."""
+        """The exchanges for this number of rows per device, in reverse order of execution."""
         names = [(name,) for name in self.axes] if self.exchange == "hierarchical" else [self.axes]
         wanted = max(LEAST_ROWS, math.ceil(self.buffer_factor * rows))
         stages, groups = [], 1
@@ -184,8 +185,8 @@ class ExpertParallel(NamedTuple):
         """Applies this device's experts to the rows that all devices sent.
 
         Devices that split an expert's hidden units all-gather their rows and reduce-scatter the
-        results. Over `tensor` they do so only in the coordinated exchange. Otherwise all devices of
-        `tensor` have the same rows, and sum up the results.
+        results. The exception is `tensor` without the coordinated exchange: its devices have the
+        same rows and only sum the results.
         """
         devices, local, rows, width = x_XxIxRxD.shape
         split, alike, others = _splits(self.coordinated)
@@ -195,7 +196,7 @@ class ExpertParallel(NamedTuple):
         x_IxRxD = x_XxIxRxD.swapaxes(0, 1).reshape(local, -1, width)
         if others:
             x_IxRxD = jax.lax.all_gather(x_IxRxD, others, axis=1, tiled=True)
-        # Each device has its own part of the weights, and so of the rows' gradient.
+        # Each device has a part of the weights, so its gradient of the rows is a partial sum.
         y_IxRxD = kernels.batched(weights._replace(b_out_D=None), mark_varying(x_IxRxD, split))
         if others:
             y_IxRxD = jax.lax.psum_scatter(y_IxRxD, others, scatter_dimension=1, tiled=True)
@@ -207,10 +208,10 @@ class ExpertParallel(NamedTuple):
 
 
 def piece_rows(rows: int, devices: int, buffer_factor: float) -> int:
-    """Rows of the pieces of one size that `devices` exchange, each of which sends `rows` in all.
+    """Rows per piece in an all-to-all of equal pieces, where each device sends `rows` rows in all.
 
-    A piece has room for `buffer_factor` times a pair's even share. It also has room for chance: if
-    choices are made evenly at random, some pair of 128 devices needs more in one of 700 exchanges.
+    A piece holds `buffer_factor` times a pair's even share, and at least 5 standard deviations more
+    than the share: with uniform random routing on 128 devices, one exchange in 700 exceeds it.
     """
     share = rows / devices
     wanted = max(LEAST_ROWS / devices, buffer_factor * share, share + 5 * math.sqrt(share) + 4)
@@ -218,14 +219,14 @@ def piece_rows(rows: int, devices: int, buffer_factor: float) -> int:
 
 
 def lacks_ragged_exchange(axes: tuple[str, ...]) -> bool:
-    """Whether XLA can't exchange pieces of unequal size there: on TPU v5e, and between slices."""
+    """Whether XLA has no ragged all-to-all for these axes: on TPU v5e and between pod slices."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     v5e = device is not None and device.device_kind == "TPU v5 lite"
     return v5e or any(map(crosses_slices, axes))
 
 
 def _splits(coordinated: bool) -> tuple[tuple[str, ...], ...]:
-    """The axes that split hidden units: all, those with equal rows, those with different rows."""
+    """The axes that split hidden units: all, those with replicated rows, those with other rows."""
     split = tuple(name for name in ("slice", "tensor") if jax.lax.axis_size(name) > 1)
     alike = () if coordinated else tuple(name for name in split if name == "tensor")
     return split, alike, tuple(name for name in split if name not in alike)
@@ -257,7 +258,7 @@ _own_rows.defvjp(lambda x: (_own_rows(x), None), lambda _, dy: (_all_rows(dy),))
 
 
 def mark_varying(tree, axes: tuple[str, ...]):
-    """Marks replicated arrays as varying over `axes`, so that their gradients are summed here."""
+    """Marks replicated arrays as varying over `axes`, so that gradients are summed over them."""
 
     def mark(x):
         already = jax.typeof(x).manual_axis_type.varying

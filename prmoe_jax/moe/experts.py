@@ -1,4 +1,7 @@
-"""The experts of a layer: E MLPs that share one array for each parameter."""
+"""The experts of a layer: E MLPs, stacked in one array for each parameter.
+
+Axes: R rows of all experts, sorted by expert; in ExRxD, R rows of each expert.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -15,9 +18,9 @@ from prmoe_jax.nn.quantized import to_dtype
 
 
 class Experts(nnx.Module):
-    """The weights of E MLPs of equal shape, with independent initial values.
+    """The weights of E MLPs of equal shape.
 
-    If `tied`, all of them start as the MLP that `MLP.drawn` makes from the same key.
+    They are initialised independently or, if `tied`, all as `MLP.drawn` does with the same key.
     """
 
     def __init__(self, count: int, shape: MLPShape, key: jax.Array, tied: bool = False):
@@ -39,7 +42,7 @@ class Experts(nnx.Module):
 
     @property
     def here(self) -> int:
-        """The number of experts on this device, where a mesh spreads them."""
+        """The number of experts on this device."""
         return jax.tree.leaves(self.w_out[...])[0].shape[0]
 
     def __call__(self, x_ExRxD: jax.Array) -> jax.Array:
@@ -47,7 +50,7 @@ class Experts(nnx.Module):
         return kernels.batched(self.weights(x_ExRxD.dtype), x_ExRxD)
 
     def weights(self, dtype) -> MLPWeights:
-        """All experts' weights in a compute dtype, each with E in front."""
+        """All experts' weights in a compute dtype, with E as the first axis."""
         held = self.w_in, self.w_out, self.b_in, self.b_out, self.w_gate
         return MLPWeights(*(None if p is None else to_dtype(p[...], dtype) for p in held))
 
@@ -65,8 +68,8 @@ class Experts(nnx.Module):
 class UnstackedExperts(nnx.Module):
     """Experts with separate arrays and without derivatives, for decoding on CPUs.
 
-    XLA would copy an expert's part of a shared array on one core, and multiply by the copy. It
-    reads a separate array in place, on all cores, but must compile an MLP for each expert.
+    XLA would copy an expert's part of a stacked array on one core, and multiply by the copy. It
+    reads separate arrays in place, on all cores, but must compile an MLP for each expert.
     """
 
     def __init__(self, experts: Experts):
@@ -86,7 +89,7 @@ def _traced_once(mlp: MLP, x_RxD: jax.Array) -> jax.Array:
 class Local(NamedTuple):
     """Applies a layer's experts where one device holds all of them.
 
-    `exchange.ExpertParallel` has the same methods, for a mesh that spreads them.
+    `exchange.ExpertParallel` has the same methods, for a mesh that splits them.
     """
 
     experts: Experts | UnstackedExperts
@@ -106,11 +109,11 @@ class Local(NamedTuple):
         """Applies the experts to rows sorted by expert.
 
         Args:
-          kernel: how.
+          kernel: multiplies rows by weights.
           x_RxD, rows_E, expert_R: as for a `kernels.Kernel`.
 
         Returns:
-          The results, [R, D], and the rounds of exchange that they took.
+          The results, [R, D], and the rounds of the dropless exchange, here 0.
         """
         if isinstance(self.experts, UnstackedExperts):
             return kernels.loop_over_blocks(self.experts.apply, x_RxD, rows_E), 0
@@ -121,15 +124,15 @@ class Local(NamedTuple):
         return tokens * top_k <= self.count
 
     def of_few(self, x_NxD: jax.Array, expert_NxK: jax.Array, weight_NxK: jax.Array) -> jax.Array:
-        """The weighted sum of each token's experts, one choice after the other; [N, D].
+        """The weighted sum of each token's experts, [N, D], one choice after the other.
 
-        For few tokens, as in decoding, which is bound by reading weights: it reads only those of
-        the chosen experts.
+        Decoding has few tokens and is bound by reading weights; this reads the chosen experts'
+        weights only.
         """
         x_RxD = jnp.repeat(x_NxD, expert_NxK.shape[1], axis=0)
         y_RxD = _row_by_row(self.experts.apply, x_RxD, expert_NxK.reshape(-1))
         y_NxKxD = y_RxD.reshape(*expert_NxK.shape, -1)
-        # In float32, as `dispatch` adds up the choices of many tokens.
+        # The sum is computed in float32, as in `dispatch`.
         return jnp.einsum("NKD,NK->ND", y_NxKxD, weight_NxK).astype(x_NxD.dtype)
 
 

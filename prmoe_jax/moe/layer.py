@@ -1,4 +1,4 @@
-"""The MoE layer: route, dispatch, experts, combine, and the residual branch beside them."""
+"""The MoE layer: route, dispatch, experts, combine, and the residual MLP (shared expert)."""
 
 import math
 from functools import partial
@@ -21,18 +21,18 @@ from prmoe_jax.parallel.axes import batch_axes, expert_axes, platform, splits_ex
 
 
 class MoE(nnx.Module):
-    """Top-k routed experts, optionally mixed with a fixed MLP (paper, section 4.1.2).
+    """Top-k routed experts, optionally mixed with a residual MLP (paper, section 4.1.2).
 
-    With the residual, y = c₀ · experts(x) + c₁ · mlp(x) with c = softmax(W x + b), so that a token
-    that no expert kept still passes the MLP. `model.residual_mix` may fix c at (1, 1) or (½, ½), or
-    make it (1, σ(w x)), which is the shared expert of Qwen2-MoE.
-    Training (calls with keys) and evaluation have capacities of their own.
+    With the MLP, y = c₀ · experts(x) + c₁ · mlp(x) and c = softmax(W x + b), so that a token that
+    all experts dropped still passes the MLP. `model.residual_mix` may fix c at (1, 1) or (½, ½), or
+    make it (1, σ(w x)), as for the shared expert of Qwen2-MoE.
+    Training (calls with keys) and evaluation have separate capacities.
     """
 
     def __init__(self, experts: int, model: ModelConfig, moe: MoeConfig, key: jax.Array):
         keys = jax.random.split(key, 5)
         d_model = model.d_model
-        # Router and coefficient start as torch.nn.Linear does by default, as in DeepSpeed.
+        # Router and mix are initialised like torch.nn.Linear, as in DeepSpeed.
         bound = d_model**-0.5
 
         def uniform(key, *dims):
@@ -50,7 +50,7 @@ class MoE(nnx.Module):
         self.w_mix = uniform(keys[3], d_model, 2) if learned else None
         self.b_mix = uniform(keys[4], 2) if learned else None
         self.w_shared = uniform(keys[3], d_model) if gated else None
-        # Moved by the train step (`transformer.update_router_bias`); no gradient reaches it.
+        # The train step updates it (`transformer.update_router_bias`); it has no gradient.
         self.bias_router = nnx.Variable(jnp.zeros(experts)) if moe.bias_update_rate else None
 
     def __call__(
@@ -93,8 +93,8 @@ class MoE(nnx.Module):
           x_BxLxD, valid_BxL: as for a call.
 
         Returns:
-          The decision, in arrays [G, S, K], for the groups and their tokens in the order of the
-          batch: reshaped to [B, L, K], they are in the order of x. With expert choice K is E.
+          The decision, in arrays [G, S, K]. Their tokens are in the order of x, so that they can
+          be reshaped to [B, L, K]. With expert choice, K is E.
         """
         batch, length, width = x_BxLxD.shape
         tokens = self._group_size(batch, length, self.moe.eval_capacity_factor)
@@ -103,10 +103,10 @@ class MoE(nnx.Module):
         return self._route(parts, x_GxSxD, valid_GxS, None)[0]
 
     def added_norms(self, x_BxLxD: jax.Array, valid_BxL: jax.Array) -> jax.Array:
-        """What each expert adds in evaluation, on one device: float32 [E].
+        """The norm of each expert's contribution in evaluation, on one device: float32 [E].
 
-        It is the norm of the expert's output times its weight (and, beside a residual MLP, times
-        the experts' share of the mix), summed over the tokens.
+        It is the norm of the expert's output times its weight (and, with a residual MLP, times the
+        experts' mixing weight), summed over the tokens.
 
         Args:
           x_BxLxD, valid_BxL: as for a call.
@@ -124,7 +124,7 @@ class MoE(nnx.Module):
         return jnp.concatenate(norms)[: self.experts.count]
 
     def _capacity_factor(self, keys) -> float:
-        """An expert's capacity over its even share of a group; inf drops nothing."""
+        """An expert's capacity divided by its even share of a group; inf drops nothing."""
         return self.moe.eval_capacity_factor if keys is None else self.moe.capacity_factor
 
     def _group_size(self, batch: int, length: int, capacity_factor: float) -> int:
@@ -135,7 +135,7 @@ class MoE(nnx.Module):
         return tokens
 
     def _spread(self, x_BxLxD, valid_BxL, keys_B, split, execution):
-        """Calls `_routed`; on a mesh, each device does so for its own rows."""
+        """Calls `_routed`; on a mesh, each device calls it for its own rows."""
         names = "w_router", "bias_router", "experts"
         parts = {name: getattr(self, name) for name in names}
         mesh = jax.sharding.get_abstract_mesh()
@@ -178,8 +178,8 @@ class MoE(nnx.Module):
         valid_GxS = valid_BxL.reshape(-1, tokens)
         keys_G = None
         if keys_B is not None:
-            # The key of a group is that of its (first) sequence, with the group's number within
-            # the sequence folded in.
+            # A group's key is the key of its first sequence, with the group's index in that
+            # sequence folded in.
             within = jnp.arange(max(1, length // tokens))
             split = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
             keys_G = split(keys_B[:: max(1, tokens // length)], within).reshape(-1)
@@ -201,7 +201,7 @@ class MoE(nnx.Module):
         return y_GxSxD.reshape(x_BxLxD.shape), kept_BxL, metrics
 
     def _route(self, parts: dict, x_GxSxD, valid_GxS, keys_G):
-        """Returns the decision, its statistics, and the slots of an expert in each group."""
+        """Returns the decision, its statistics, and the number of slots of an expert per group."""
         x_GxSxD = x_GxSxD.astype(jnp.float32)
         if self.moe.noise == "jitter" and keys_G is not None:
             keys_G, jitter_keys_G = jax.vmap(jax.random.split, out_axes=1)(keys_G)
@@ -224,7 +224,7 @@ class MoE(nnx.Module):
         return routing, metrics, slots
 
     def _mix(self, x_BxLxD: jax.Array) -> jax.Array:
-        """The weights of the experts' branch and of the MLP, float32 [B, L, 2]."""
+        """The mixing weights of the experts and of the residual MLP, float32 [B, L, 2]."""
         if self.residual_mix == "learned":
             x_BxLxD = x_BxLxD.astype(jnp.float32)
             return jax.nn.softmax(dot32(x_BxLxD, self.w_mix[...]) + self.b_mix[...])
@@ -236,7 +236,7 @@ class MoE(nnx.Module):
 
 
 def _norms_in_columns(first: int, y_RxD: jax.Array, expert_R: jax.Array) -> jax.Array:
-    """The norm of each output, in column d of D if the output is that of expert `first + d`."""
+    """The norm of each output of expert `first + d` in column d of D, and zeros elsewhere."""
     norm_Rx1 = jnp.linalg.norm(y_RxD.astype(jnp.float32), axis=-1, keepdims=True)
     return norm_Rx1 * jax.nn.one_hot(expert_R - first, y_RxD.shape[-1])
 

@@ -34,7 +34,7 @@ class MLPShape(NamedTuple):
 
 
 class MLPWeights(NamedTuple):
-    """The weights of an MLP, or those of E experts, each with E in front."""
+    """The weights of an MLP, or of E experts with a leading axis E."""
 
     w_in_DxF: jax.Array
     w_out_FxD: jax.Array
@@ -63,10 +63,10 @@ def add_bias(x: jax.Array, bias: jax.Array | nnx.Param | None) -> jax.Array:
 
 
 def broadcast(part: jax.Array, x: jax.Array) -> jax.Array:
-    """`part` in x's shape and dtype; its gradient is summed up in float32.
+    """`part` in x's shape and dtype, with a gradient that is summed in float32.
 
-    What JAX broadcasts by itself has a gradient that is summed in its dtype. In bfloat16 such a
-    sum of ones ends at 256 or, by parts, at few thousands.
+    With JAX's implicit broadcast, the gradient is summed in x's dtype. In bfloat16, a sum of ones
+    stops growing at 256, or at a few thousand if XLA sums in parts.
     """
     return jnp.broadcast_to(part.astype(jnp.float32), x.shape).astype(x.dtype)
 

@@ -37,7 +37,7 @@ class RMSNorm(nnx.Module):
 
 
 class HeadsRMSNorm(nnx.Module):
-    """RMSNorm over all heads together, as OLMoE has it for queries and keys."""
+    """RMSNorm over all heads together, as for queries and keys in OLMoE."""
 
     def __init__(self, heads: int, width: int, eps: float):
         self.eps = eps

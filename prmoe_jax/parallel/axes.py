@@ -6,24 +6,24 @@ neighbours:
   data      none: its devices are replicas
   fsdp      parameters outside the experts (ZeRO-3)
   fsdp_experts
-            all parameters (ZeRO-3); only where `mesh.fsdp_experts` asks for it
-  expert_N  experts, from several axes with numbers N; expert_0 is the innermost. A layer with
-            fewer experts than devices uses only the inner axes
-  slice     the hidden units of every expert, so that there may be more devices than experts
+            all parameters (ZeRO-3); only if `mesh.fsdp_experts` is set
+  expert_N  experts, over several axes; expert_0 is the innermost. A layer uses only the inner axes
+            whose product divides its number of experts
+  slice     the hidden units of every expert (expert tensor parallelism)
   tensor    attention heads, hidden units and vocabulary
 
-All axes but `tensor` split the batch. FSDP splits parameters outside the experts over all axes but
-`data`, `tensor` and those that cross slices; if these are several, and all that a slice has, over
-all but the smallest.
+All axes but `tensor` split the batch. FSDP splits parameters outside the experts over all axes
+except `data`, `tensor` and the axes across slices. `sharding._most_axes` leaves out one more axis
+in some meshes.
 
 The devices may form several slices of a pod (`mesh.slices`; unrelated to the axis `slice`), which
-only the data-centre network links. Then there are axes that cross slices, outside all others:
+only the data-centre network links. The outermost axes then cross slices:
 
-  data_across      none: the part of `mesh.data` in different slices
-  expert_across_N  experts, only if `execution.exchange=hierarchical` asks for it
+  data_across      none: replicas in different slices, a part of `mesh.data`
+  expert_across_N  experts; only with `execution.exchange=hierarchical`
 
 All other axes stay inside a slice. Unless experts cross slices, the data-centre network carries
-nothing but sums of gradients and of statistics.
+only sums of gradients and of statistics.
 """
 
 import math
@@ -34,7 +34,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 
 def platform() -> str:
-    """The platform that code is traced for: that of the mesh in use, or JAX's default."""
+    """The platform that code is traced for: the current mesh's, or else JAX's default."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.platform if device else jax.default_backend()
 
@@ -56,7 +56,7 @@ def expert_axes(mesh: Mesh | AbstractMesh, experts: int) -> tuple[str, ...]:
 
 
 def splits_experts(mesh: Mesh | AbstractMesh) -> bool:
-    """Whether a layer's experts, or parts of them, are on several devices."""
+    """Whether a layer's experts, or parts of them, are on several devices after FSDP's gather."""
     alike = "data_across", "data", "fsdp", "fsdp_experts"
     replicas = [size for name, size in mesh.shape.items() if name in alike]
     return math.prod(replicas) < mesh.size
@@ -74,7 +74,7 @@ def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
 
 
 def split_batch(batch, mesh: Mesh, batch_size: int):
-    """Makes global arrays of `batch_size` rows from the `local_rows` of each process."""
+    """Makes global arrays of `batch_size` rows; each process gives its `local_rows`."""
 
     def place(x):
         x = np.asarray(x)

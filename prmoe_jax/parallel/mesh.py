@@ -1,4 +1,4 @@
-"""Which mesh a run has: its sizes, given or suggested, and whether a config fits them."""
+"""Chooses the sizes of a run's mesh, given or suggested, and checks that the config fits them."""
 
 import dataclasses
 import itertools
@@ -22,16 +22,16 @@ log = logging.getLogger(__name__)
 def choose_mesh(
     config: Config, devices: int, any_batch: bool = False, decode: bool = False
 ) -> Config:
-    """The config with the mesh to run on: its own, or a suggested one if it has none.
+    """The config with the mesh to run on: its own or, without one, a suggested mesh.
 
     `suggest_mesh` makes the suggestion, with as few devices on the `tensor` axis as the batch
     allows. It depends only on the config and the number of devices, and is logged.
 
     Args:
-      config: the experiment, from `on_slices` if there may be several slices.
+      config: the experiment, after `on_slices` if there may be several slices.
       devices: the number of devices.
-      any_batch: the mesh is not for training and need not fit the config's batch.
-      decode: the mesh is for decoding, and the config's batch has its sequences.
+      any_batch: whether the batch may be of another size than the config's, as outside training.
+      decode: whether the mesh is for decoding `train.batch_size` sequences.
     """
     if has_own_mesh(config):
         width = config.model.d_model
@@ -59,21 +59,21 @@ def choose_mesh(
 
 
 def has_own_mesh(config: Config) -> bool:
-    """Whether a size of an axis is not at its default."""
+    """Whether the config sets the size of an axis."""
     return dataclasses.replace(config.mesh, slices=0) != MeshConfig()
 
 
 def with_mesh(config: Config, mesh: MeshConfig | None = None) -> Config:
-    """The config on another mesh, by default of one device, with an exchange that suits any."""
+    """The config on another mesh (by default replicas only), with an exchange that suits any."""
     execution = dataclasses.replace(config.execution, exchange="auto")
     return dataclasses.replace(config, mesh=mesh or MeshConfig(), execution=execution)
 
 
 def on_slices(config: Config, devices: Sequence[jax.Device] | None = None) -> Config:
-    """The config with the number of slices that the devices form, if there are several.
+    """Sets `mesh.slices` to the number of slices that the devices form, if there are several.
 
-    TPUs know their slice. For other devices it is the config that says how many slices they form;
-    each slice consists of neighbours in the list of devices.
+    Only TPUs report their slice. Other devices form as many slices as the config says; neighbours
+    in the list of devices are in one slice.
 
     Args:
       config: the experiment.
@@ -98,12 +98,12 @@ def on_slices(config: Config, devices: Sequence[jax.Device] | None = None) -> Co
 
 
 def _slice_index(device: jax.Device) -> int:
-    """The slice of a TPU. A GPU's number of that name tells its NVLink domain."""
+    """A TPU's slice; 0 for other devices, since a GPU's `slice_index` is its NVLink domain."""
     return getattr(device, "slice_index", 0) if device.platform == "tpu" else 0
 
 
 def slice_count(config: Config, devices: int) -> int:
-    """The number of slices that the config says, 1 by default."""
+    """`mesh.slices`, or 1 if it is 0."""
     slices = config.mesh.slices or 1
     if devices % slices:
         raise UserError(
@@ -120,13 +120,13 @@ def flags(mesh: MeshConfig) -> str:
 
 
 def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh that `config.mesh` describes, of all devices or of those given."""
+    """The mesh that `config.mesh` describes, of all devices by default."""
     devices = jax.devices() if devices is None else devices
     config = on_slices(config, devices)
     sizes = axis_sizes(config, len(devices))
     inside = [size for name, size in sizes.items() if not crosses_slices(name)]
     members = np.reshape(sorted(devices, key=_slice_index), (-1, math.prod(inside)))
-    # An axis may need a part of a torus dimension, such as 64 of 4 x 4 x 8 chips.
+    # An axis may take part of a torus dimension: 64 of 4 x 4 x 8 chips need half of the last one.
     placed = [
         mesh_utils.create_device_mesh(inside, list(one_slice), allow_split_physical_axes=True)
         for one_slice in members
@@ -180,7 +180,7 @@ def _slices_of_experts(config: Config, sizes: Mapping[str, int], devices: int) -
     Args:
       config: the experiment.
       sizes: devices on each axis of `config.mesh`.
-      devices: the devices of a slice.
+      devices: the number of devices in a slice.
     """
     slices, expert = config.mesh.slices or 1, sizes["expert"]
     across = slices // math.gcd(slices, sizes["data"])
@@ -203,19 +203,19 @@ def _slices_of_experts(config: Config, sizes: Mapping[str, int], devices: int) -
 
 
 def check_fits(config: Config, devices: int, decode: bool = False) -> None:
-    """Refuses a mesh that the config can't train on, or with `decode` can't decode its batch on."""
+    """Refuses a mesh on which the config can't train or, with `decode`, can't decode its batch."""
     check_batch(config, devices // axis_sizes(config, devices)["tensor"], decode)
 
 
 def training_mesh(config: Config) -> tuple[Config, Mesh]:
-    """The config with the mesh on which all devices train it, its own or a suggested one."""
+    """Chooses the mesh for training on all devices; returns the config with it, and the mesh."""
     devices = jax.device_count()
     config = choose_mesh(on_slices(config), devices)
     check_fits(config, devices)
     return config, make_mesh(config)
 
 
-# The most devices on which FSDP is worth its all-gathers, unless memory requires more.
+# FSDP over more devices isn't worth its all-gathers, unless memory requires it.
 FSDP_DEVICES = 16
 
 
@@ -231,10 +231,10 @@ def suggest_mesh(
     Experts and FSDP stay inside a slice.
 
     Args:
-      config: the experiment; only its width, and its numbers of experts and of slices, matter.
+      config: the experiment; its width, experts, slices and exchange matter.
       devices: the number of all devices.
-      tensor: devices on the `tensor` axis, a divisor of the devices of a slice.
-      expert_slice: devices on the `slice` axis, a divisor of a slice's devices / tensor.
+      tensor: devices on the `tensor` axis; divides the devices of a slice.
+      expert_slice: devices on the `slice` axis; divides the devices of a slice / tensor.
       fsdp_devices: the most devices on the `fsdp` axis.
     """
     counts = {e: i for i, e in enumerate(config.model.schedule.experts) if e}
@@ -242,12 +242,12 @@ def suggest_mesh(
     rest = devices // slices // tensor // expert_slice
     expert = next(d for d in reversed(_divisors(rest)) if not _problem(counts, d, 1))
     rest //= expert
-    # FSDP splits the model's width, and leaves whole what a size doesn't divide.
+    # FSDP splits the model's width, so an axis must divide it.
     width = config.model.d_model // tensor
     fsdp = max(d for d in _divisors(rest) if d <= fsdp_devices and width % d == 0)
     inner = 1
     if expert == devices // slices:
-        # Two expert axes instead of one for a whole slice, so that FSDP can leave out the smaller.
+        # Make two expert axes instead of one: FSDP leaves out the smaller if they fill a slice.
         most = min(FSDP_DEVICES, expert - (config.execution.exchange == "hierarchical"))
         fits = (d for d in _divisors(expert) if not _problem(counts, expert, d))
         inner = max((d for d in fits if d <= most), default=1)
@@ -261,9 +261,9 @@ def lower_memory_configs(
 ) -> Iterator[Config]:
     """Configs to try for less memory per device; the cheapest come first.
 
-    They begin with the mesh of `suggest_mesh`, if it fits. Later ones have more devices for FSDP,
-    then FSDP that includes the experts, then, if `microbatches`, the batch in more microbatches
-    (`train.accumulate`), then split each expert over devices, then have more devices on `tensor`.
+    The first one has the mesh of `suggest_mesh`, if it fits. Later ones have, in this order:
+    FSDP over more devices; FSDP over the experts, too; more microbatches (`train.accumulate`), if
+    `microbatches`; each expert split over devices; more devices on `tensor`.
     Each fits the config's sizes and batch, but may need more memory than an earlier one.
     """
     moe = any(config.model.schedule.experts)
@@ -294,10 +294,10 @@ def _divisors(number: int) -> list[int]:
 
 
 def _expert_factors(config: Config, expert: int, inner: int, devices: int) -> list[int]:
-    """Sizes of the expert axes, inner first, so that every layer uses as many devices as it can.
+    """Sizes of the expert axes, innermost first; every layer uses as many devices as it can.
 
-    A layer of E experts is spread over gcd(E, mesh.expert) devices, which must be a product of
-    inner axes: 32, 64 and 128 experts on 128 devices make axes of 32, 2 and 2.
+    A layer of E experts is spread over gcd(E, mesh.expert) devices, which the innermost axes must
+    make up. Example: layers of 32, 64 and 128 experts on 128 devices need axes of 32, 2 and 2.
     """
     counts = {e: i for i, e in enumerate(config.model.schedule.experts) if e}
     problem = _problem(counts, expert, inner)
@@ -316,7 +316,7 @@ def _expert_factors(config: Config, expert: int, inner: int, devices: int) -> li
 
 
 def _problem(counts: Mapping[int, int], expert: int, inner: int) -> str | None:
-    """Why experts of these counts (count -> a layer that has it) can't be spread, or None."""
+    """Why the experts can't be spread, or None; `counts` has a layer for each number of experts."""
     degrees = {math.gcd(count, expert) for count in counts}
     for count, layer in counts.items():
         if math.gcd(count, expert) == 1 < min(count, expert):
@@ -333,10 +333,10 @@ def _problem(counts: Mapping[int, int], expert: int, inner: int) -> str | None:
 
 
 def check_splits(config: Config, sizes: Mapping[str, int]) -> None:
-    """Checks that the mesh can split every dimension it must, and that the exchange has an effect.
+    """Checks that the mesh divides the dimensions that it splits, and suits the exchange.
 
     Args:
-      config: the experiment, or another one on the same mesh.
+      config: the experiment, or its teacher on the same mesh.
       sizes: devices on `tensor`, `expert_slice` and `fsdp_experts`.
     """
     model, tensor = config.model, sizes["tensor"]
@@ -390,7 +390,7 @@ def check_batch(config: Config, devices: int, decode: bool = False) -> None:
 
 
 def check_teacher_fits(teacher: Config, student: Config, mesh: Mesh | AbstractMesh) -> None:
-    """Checks that a student's mesh can split its teacher, and its batch the teacher's groups."""
+    """Checks that a teacher fits its student's mesh, and its routing groups the student's batch."""
     shape = mesh.shape
     sizes = {"tensor": shape["tensor"], "expert_slice": shape["slice"]}
     model = dataclasses.replace(teacher.model, length=student.model.length)

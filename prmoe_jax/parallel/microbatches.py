@@ -16,15 +16,15 @@ def add_up(
 ) -> Any:
     """Adds up `measure(microbatch)` over the microbatches of a batch, computed one after the other.
 
-    Every microbatch takes rows from all over the batch, so that no device is idle.
+    Every microbatch takes rows from the whole batch, so that every device has some of them.
 
     Args:
-      measure: maps a microbatch of the batch to sums over its rows, a pytree of arrays.
+      measure: maps a microbatch to sums over its rows, a pytree of arrays.
       batch: a pytree of arrays [B, …].
-      microbatches: their number; with 1, `measure` is called once, on the whole batch.
+      microbatches: their number.
       rows_together: the number of neighbouring rows that stay together, see `config.group_rows`.
         B is a multiple of microbatches · rows_together.
-      place: constrains the sums to their partition of the mesh.
+      place: constrains the sums to their partition over the mesh.
     """
     if microbatches == 1:
         return measure(batch)

@@ -1,7 +1,7 @@
 """Several processes as one run: how they find each other, agree, and end together.
 
 They communicate through the key-value store of JAX's coordination service, which process 0 runs.
-No call to it blocks: processes poll, so that a process that fails can end all others.
+No call to it blocks. Processes poll instead, so that one that fails can end all others.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ POLL_SECONDS = 0.5
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 _ENDED = "prmoe/ended/"
-_calls = itertools.count()  # equal on all processes, which make the same calls
+_calls = itertools.count()  # equal everywhere: all processes make the same calls
 
 
 @contextlib.contextmanager
@@ -45,8 +45,8 @@ def initialize_distributed() -> Iterator[None]:
     """Joins the processes of a run; use this before JAX is used for anything else.
 
     On Cloud TPU pods, GKE, SLURM and Open MPI, JAX finds the processes of a run; elsewhere all of
-    `VARIABLES` must be set. Inside the block, all processes end when one does: within two seconds
-    and with its reason if it could publish one, else when its heartbeats stop.
+    `VARIABLES` must be set. If a process fails inside the block, all others end: within two seconds
+    and with its reason if it could publish that, else once its heartbeats are missed.
     """
     arguments = _arguments()
     _keep_output_ours()
@@ -67,7 +67,7 @@ def initialize_distributed() -> Iterator[None]:
     except RuntimeError as error:
         if not is_lost(error):
             raise
-        # A process is lost during a collective. Which one, and why, is known a little later.
+        # Another process was lost. `_watch` and JAX's abort know why: let them end this one first.
         time.sleep(2 * HEARTBEAT_SECONDS)
         _end(f"another process of this run was lost ({first_line(error)}); {_AGAIN}", 1)
     barrier()
@@ -78,8 +78,8 @@ def initialize_distributed() -> Iterator[None]:
 def is_lost(error: RuntimeError) -> bool:
     """Whether an error of a run of several processes means that one of them was lost.
 
-    It does if it comes from compiled code, where processes wait for each other, or from the start
-    of JAX's backend, which asks process 0 for the devices of all.
+    Such an error comes from compiled code, where processes wait for each other, or from the start
+    of JAX's backend when process 0, which collects the devices of all, cannot be reached.
     """
     if "Unable to initialize backend" in str(error):
         try:
@@ -91,7 +91,7 @@ def is_lost(error: RuntimeError) -> bool:
 
 
 def _arguments() -> dict:
-    """Arguments of jax.distributed.initialize from `VARIABLES`; none if they are not set."""
+    """Arguments of jax.distributed.initialize from `VARIABLES`; empty if none is set."""
     given = [name for name in VARIABLES if name in os.environ]
     if not given:
         return {}
@@ -119,11 +119,11 @@ def _arguments() -> dict:
 
 
 def agree(what: str, values: Callable[[], dict]) -> None:
-    """Compares values with those of process 0; does nothing in a run of one process.
+    """Refuses values that differ from process 0's; does nothing in a run of one process.
 
     Args:
       what: describes the values in the error message.
-      values: returns this process's values by name, as JSON can hold them.
+      values: returns this process's values by name; JSON must be able to hold them.
     """
     if _count() == 1:
         return
@@ -140,7 +140,7 @@ def agree(what: str, values: Callable[[], dict]) -> None:
 
 
 def of_first(value):
-    """Returns process 0's value, which JSON can hold, on all processes."""
+    """Returns process 0's value, which JSON must be able to hold, on all processes."""
     if _count() == 1:
         return value
     key = f"prmoe/{next(_calls)}/first"
@@ -151,7 +151,7 @@ def of_first(value):
 
 
 def gathered(value) -> list:
-    """Returns all processes' values, which JSON can hold, in order, on all processes."""
+    """Returns the values of all processes, in order, on all processes; they travel as JSON."""
     if _count() == 1:
         return [value]
     name = f"prmoe/{next(_calls)}/all/"
@@ -173,13 +173,13 @@ def barrier() -> None:
 
 @contextlib.contextmanager
 def main_process_first(cache: Path) -> Iterator[None]:
-    """Process 0 runs the block first; those that share its cache run it next, and find its files.
+    """Process 0 runs the block first; processes that share its cache then find its files there.
 
-    The others have caches of their own, and run it at once.
+    Processes with a cache of their own don't wait. Nobody waits if process 0's cache is read-only,
+    since it must then be complete.
 
     Args:
-      cache: this process's folder of caches. Nothing is written into one that is read-only, and so
-        complete.
+      cache: this process's cache folder.
     """
     waits = False
     if _count() > 1:
@@ -196,7 +196,7 @@ def main_process_first(cache: Path) -> Iterator[None]:
 def check_folders(workdir: Path, cache: Path) -> None:
     """Checks that every process sees the run's folder, and can write there and to its cache.
 
-    Does nothing in a run of one process, whose first write shows such errors.
+    Does nothing in a run of one process: its first write shows such errors.
 
     Args:
       workdir: the run's folder, which process 0 has made.
@@ -216,7 +216,7 @@ def check_folders(workdir: Path, cache: Path) -> None:
 
 
 def _sees_first(folder: Path, seconds: float = 0.0) -> bool:
-    """Whether this process finds in its folder what process 0 writes into its own."""
+    """Whether a file that process 0 writes into its folder shows in this process's folder."""
     written = folder / of_first(f".process-0-{uuid.uuid4().hex}")
     if _number() == 0:
         files.replace(written, "x")
@@ -229,7 +229,7 @@ def _sees_first(folder: Path, seconds: float = 0.0) -> bool:
 
 
 def comes_true(condition: Callable[[], bool], seconds: float | None = None) -> bool:
-    """Whether what another process wrote shows within some seconds, by default `SHOW_SECONDS`."""
+    """Whether a condition on another process's files holds within `seconds` (`SHOW_SECONDS`)."""
     end = time.monotonic() + (SHOW_SECONDS if seconds is None else seconds)
     while not (found := condition()) and time.monotonic() < end:
         time.sleep(0.2)
@@ -263,7 +263,7 @@ def _client():
 
 
 def _wait(folder: str, count: int) -> dict[str, str]:
-    """Waits until a folder of the store has so many values, and returns them by key."""
+    """Waits until a folder of the store has `count` values, and returns them by key."""
     while len(found := dict(_client().key_value_dir_get(folder))) < count:
         time.sleep(POLL_SECONDS / 5)
     return found
@@ -290,7 +290,7 @@ def _watch() -> None:
 
 
 def _tell_others(failure: Failure) -> None:
-    """Ends this process after a printed failure, and publishes it, so that the others end too."""
+    """Publishes a printed failure, so that the others end, too; then ends this process."""
     if not _ending.acquire(blocking=False):  # another thread is ending this process
         time.sleep(60)
     _publish(cause=True, line=failure.line, code=failure.exit_code)
@@ -338,18 +338,18 @@ def _keep_output_ours() -> None:
     output, error = os.dup(1), os.dup(2)
     error_descriptor = error
     os.dup2(2, 1)
-    _native = tempfile.TemporaryFile()  # noqa: SIM115, as long as the process
+    _native = tempfile.TemporaryFile()  # noqa: SIM115, open until the process ends
     os.dup2(_native.fileno(), 2)
     sys.stdout, sys.stderr = open(output, "w", **encoding), open(error, "w", **encoding)  # noqa: SIM115
 
 
 _native: IO | None = None  # the file with compiled code's standard error
-error_descriptor = 2  # of standard error, also where Python's own stream has been replaced
+error_descriptor = 2  # the user's standard error, also after `_keep_output_ours`
 _ABORT = ctypes.CFUNCTYPE(None, ctypes.c_int)
 
 
 def _end_in_one_line_on_abort() -> None:
-    """Handles abort(), by which JAX ends a process that lost another, after a C++ stack trace."""
+    """Handles abort(): JAX calls it, after a C++ stack trace, if another process was lost."""
     signal_of_libc = ctypes.CDLL(None).signal
     signal_of_libc.restype = ctypes.c_void_p
     signal_of_libc(int(signal.SIGABRT), _aborted)
@@ -369,7 +369,7 @@ def _native_text() -> str:
 
 
 def explain(text: str) -> tuple[str, int]:
-    """Returns one line on why JAX aborted, from the text that it printed, and the exit code."""
+    """From the text that JAX printed, returns one line on why it aborted, and the exit code."""
     silent = re.search(r"stopped sending heartbeats\):\s*([\d,\s]*\d)", text)
     if silent:
         numbers = re.findall(r"\d+", silent[1])

@@ -1,4 +1,4 @@
-"""Groups a sweep's records by arm (runs that differ in their seed), and compares arms."""
+"""Groups a sweep's records by arm (runs that differ only in their seed), and compares arms."""
 
 import csv
 import io
@@ -16,7 +16,7 @@ from prmoe_jax.errors import UserError
 
 
 class Mean(NamedTuple):
-    """A mean and the half-width of its 95 % confidence interval; NaN for a single value."""
+    """A mean and the half-width of its 95 % confidence interval (NaN for a single value)."""
 
     value: float
     margin: float
@@ -26,7 +26,7 @@ class Mean(NamedTuple):
 
 
 def mean(values: list[float]) -> Mean:
-    """The mean of values, with a margin by Student's t."""
+    """The mean of values, with a margin from Student's t distribution."""
     if len(values) < 2:
         return Mean(values[0], math.nan)
     error = statistics.stdev(values) / len(values) ** 0.5
@@ -34,7 +34,7 @@ def mean(values: list[float]) -> Mean:
 
 
 class Factor(NamedTuple):
-    """A geometric mean and the ends of its 95 % confidence interval; NaN for a single value."""
+    """A geometric mean and the ends of its 95 % confidence interval (NaN for a single value)."""
 
     value: float
     low: float
@@ -46,7 +46,7 @@ class Factor(NamedTuple):
 
 
 def geometric_mean(values: Iterable[float]) -> Factor:
-    """The geometric mean of numbers above 0, with an interval by Student's t of the logarithms."""
+    """The geometric mean of numbers above 0; Student's t of the logarithms gives the interval."""
     value, margin = mean([math.log(value) for value in values])
     return Factor(math.exp(value), math.exp(value - margin), math.exp(value + margin))
 
@@ -82,9 +82,9 @@ def arms(records: list[dict], varying: Collection[str] = ()) -> dict[str, dict[i
 
 
 def models_of(found: dict[str, dict[int, dict]]) -> dict[str, str]:
-    """The name of each arm's model, which a sweep of several lengths names MODEL/LENGTH.
+    """The model of each arm: MODEL for an arm MODEL/LENGTH, else the arm's own name.
 
-    Where two arms of a name before the last '/' are equally long, each is a model of its own.
+    If two arms of a MODEL have equal tokens, each arm of this MODEL is a model of its own.
     """
     lengths: dict[str, list[int]] = {}
     for arm, by_seed in found.items():
@@ -97,7 +97,7 @@ def models_of(found: dict[str, dict[int, dict]]) -> dict[str, str]:
 
 
 def models(found: dict[str, dict[int, dict]]) -> dict[str, dict[int, dict]]:
-    """Records by model and seed: the longest run of each, with the last evaluations of all."""
+    """Records by model and seed: the longest run's, with the last evaluation of every run."""
     runs: dict[tuple[str, int], list[dict]] = {}
     names = models_of(found)
     for arm, by_seed in found.items():
@@ -108,15 +108,16 @@ def models(found: dict[str, dict[int, dict]]) -> dict[str, dict[int, dict]]:
         records.sort(key=lambda record: record["tokens"])
         joined.setdefault(model, {})[seed] = records[-1] | {
             "evaluations": [record["evaluations"][-1] for record in records],
-            "evaluated_tokens": [1] * len(records),  # alike: all are on the whole split
+            "evaluated_tokens": [1] * len(records),  # equal, since all are on the whole split
         }
     return joined
 
 
 def equally_long(found: dict[str, dict[int, dict]]) -> tuple[int, dict[str, dict[int, dict]]]:
-    """The largest number of tokens that runs of all models and seeds have, and those runs.
+    """The largest number of tokens on which every model was trained with each of its seeds.
 
-    The records are by model and seed. If no number is common to all, it is 0, and there are none.
+    Returns:
+      This number, and the records of its runs by model and seed. Without such a number, 0 and {}.
     """
     names = models_of(found)
     runs: dict[tuple[str, int], dict[int, dict]] = {}
@@ -131,10 +132,10 @@ def equally_long(found: dict[str, dict[int, dict]]) -> tuple[int, dict[str, dict
 
 
 def base_of(arm: str, found: dict[str, dict[int, dict]], base: str) -> str | None:
-    """The arm with which an arm is compared; None if there is none, or if it is the arm itself.
+    """The baseline of an arm; None if there is none, or if the baseline is the arm itself.
 
-    It is `base` or, if `base` is one length of a model, that model's arm with as many tokens. Where
-    `base` has no lengths, an arm that is one length of a model must have as many tokens as `base`.
+    If `base` is MODEL/LENGTH, the baseline is the arm of MODEL with as many tokens as the arm.
+    Otherwise it is `base`, but an arm MODEL/LENGTH needs as many tokens as `base`.
     """
     names, tokens = models_of(found), _tokens(found[arm])
     if names[base] == base and names[arm] != arm and tokens != _tokens(found[base]):
@@ -158,10 +159,10 @@ class Spread(NamedTuple):
 
 
 def spread(found: dict[str, dict[int, dict]]) -> Spread | None:
-    """How far losses are from the sum of an effect of their arm and one of their seed.
+    """The spread of losses around the sum of an arm effect and a seed effect.
 
-    This is the residual of a two-way analysis of variance without interaction (randomised blocks).
-    It takes the losses of all arms to vary alike. None if the arms and seeds are too few for it.
+    This is the residual standard deviation of a two-way analysis of variance without interaction
+    (randomised blocks). It assumes one variance for all arms. None without a degree of freedom.
 
     Args:
       found: records by arm and seed.
@@ -181,7 +182,7 @@ def spread(found: dict[str, dict[int, dict]]) -> Spread | None:
 
 
 class Difference(NamedTuple):
-    """How far an arm's mean loss is above that of another, paired by seed."""
+    """An arm's mean loss minus its baseline's, paired by seed."""
 
     value: float
     error: float  # the standard error
@@ -202,14 +203,14 @@ class Difference(NamedTuple):
         return float(2 * stats.t.sf(abs(self.value) / self.error, self.freedom))
 
     def verdict(self, margin: float) -> str:
-        """What it amounts to: 'equivalent', 'better', 'worse' or 'not resolved'.
+        """The verdict on the arm: 'equivalent', 'better', 'worse' or 'not resolved'.
 
         The arm is equivalent if two one-sided t tests at 5 % reject a difference of the margin or
-        more in either direction, even where the difference is resolved from 0. Else it is better
-        or worse where the 95 % interval excludes 0.
+        more in either direction, even if the 95 % interval excludes 0. Otherwise the arm is better
+        or worse if the 95 % interval excludes 0.
 
         Args:
-          margin: the largest difference that counts as none, in nats, chosen before the runs.
+          margin: smaller differences count as none; in nats, chosen before the runs.
         """
         if abs(self.value) + _quantile(0.95, self.freedom) * self.error < margin:
             return "equivalent"
@@ -224,9 +225,9 @@ class Difference(NamedTuple):
 def difference(
     arm: dict[int, dict], base: dict[int, dict], pooled: Spread | None = None
 ) -> Difference | None:
-    """An arm's mean difference in loss from another; None with under two common seeds.
+    """An arm's mean loss minus the baseline's; None with fewer than two common seeds.
 
-    Its standard error is that of the pairs, or with `pooled` that of two losses with this spread.
+    The standard error is estimated from the pairs or, if given, from the spread `pooled` of losses.
     """
     common = sorted(arm.keys() & base.keys())
     if len(common) < 2:
@@ -246,10 +247,9 @@ def _quantile(probability: float, freedom: int) -> float:
 
 
 def holm(p_values: list[float]) -> list[float]:
-    """P values corrected for their number (Holm 1979); NaN counts as no test.
+    """P values corrected for the number of tests (Holm 1979); NaN counts as no test.
 
-    Where none of the tested differences exists, the chance that the least corrected p value is
-    below 0.05 is at most 5 %.
+    The chance of any corrected p value below 0.05 for a difference that is not real is at most 5 %.
     """
     tests = sorted((p, i) for i, p in enumerate(p_values) if not math.isnan(p))
     corrected, least = [math.nan] * len(p_values), 0.0

@@ -72,24 +72,24 @@ GROWTH = "Multipliers of neighbours, one divided by the other, paired by seed."
 def report(folder: Path, base: str | None = None) -> dict:
     """Writes results.csv, figures and report.html beside results.jsonl.
 
-    The report shows every record in results.jsonl, even if sweep.py no longer names its run. The
-    constants of sweep.py ask for more: MARGIN for verdicts on differences, CONTRASTS for pairs of
-    arms to compare, POOLED for intervals from the spread of all arms, LADDER for multipliers, with
-    PREDICTED beside those of a LAW. VARYING names settings in which an arm's runs differ.
+    The report shows every record in results.jsonl, even if sweep.py no longer names its run.
+    Constants in sweep.py add to it: MARGIN (verdicts on differences), CONTRASTS (comparisons of
+    pairs of arms), LADDER (multipliers) and PREDICTED (multipliers by the scaling law LAW). POOLED
+    takes intervals from the spread of all arms. VARYING names settings in which runs of an arm may
+    differ.
 
     Args:
       folder: the folder of results.jsonl.
-      base: the arm that the others are compared with; by default the first one. If it is named
-        MODEL/LENGTH, arms are compared with the model's arm of their own number of tokens.
+      base: the baseline arm; by default the first one. If it is MODEL/LENGTH, each arm is compared
+        with the arm of MODEL that has the same number of tokens.
 
     Returns:
-      page, the path; base; its model; and arms. For each arm: seeds, tokens, loss and, with two
-      seeds or more, margin (of the 95 % interval); with two seeds in common with the base also
-      difference and difference_margin, paired by seed, and with MARGIN the verdict; with LADDER a
-      MoE has its multiplier, as text. With CONTRASTS also contrasts, a list of arm, base,
-      difference, difference_margin, p (a two-sided t test, corrected for the number of pairs) and,
-      with MARGIN, verdict; with POOLED also deviation, in nats, and freedom, its degrees of
-      freedom.
+      page (its path), base, model (of the base) and arms. Each arm has seeds, tokens and loss; with
+      two seeds or more, margin (half of the 95 % interval); with two seeds in common with its
+      baseline, difference and difference_margin, and with MARGIN a verdict; with LADDER, a MoE has
+      its multiplier as text. CONTRASTS add contrasts, a list with arm, base, difference,
+      difference_margin, p (two-sided t test, corrected for the number of pairs) and, with MARGIN,
+      verdict. POOLED adds deviation (in nats) and freedom (its degrees of freedom).
     """
     path = folder / RESULTS
     records = complete(folder, read(folder))
@@ -172,7 +172,7 @@ def _compared(above: Difference, margin: float | None) -> dict:
 
 
 def _shown(row: dict, name: str, margin: str, sign: str = "") -> str:
-    """A number of the result with its margin, as far as it is there."""
+    """A number of a row with its margin; a missing one is left out."""
     if name not in row:
         return ""
     return f"{row[name]:{sign}.4f}" + (f" ± {row[margin]:.4f}" if margin in row else "")
@@ -204,7 +204,7 @@ def _pictures(
     worth: list[Multiplier],
     stated: Constants,
 ) -> dict[Path, str]:
-    """Draws all figures, and returns them with their captions; `base` is a model."""
+    """Draws all figures; returns their paths and captions. `base` is a model's name."""
     drawn, equal, when = found, found, "At the end"
     if len(set(models_of(found).values())) < len(found) or base not in found:
         drawn, (tokens, equal) = models(found), equally_long(found)

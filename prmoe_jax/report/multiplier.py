@@ -1,9 +1,9 @@
 """How much dense compute a MoE is worth, measured against a ladder of dense models.
 
-The dense-equivalent multiplier m of a MoE is the compute for each token of the dense model that
-reaches the MoE's loss with the same tokens, divided by the MoE's own. Compute is counted in FLOPs,
-in active parameters, or by anything else that a record has. Between two dense models of the ladder,
-log(loss) is taken as linear in log(compute); beyond its ends there is no multiplier.
+A MoE's dense-equivalent multiplier is a quotient: the compute per token of the dense model that
+reaches the MoE's loss with the same tokens, divided by the MoE's compute. Compute is FLOPs, active
+parameters, or another field of a record. Between two dense models of the ladder, log(loss) is taken
+as linear in log(compute); beyond its ends there is no multiplier. R: rungs, the dense models.
 """
 
 import itertools
@@ -19,17 +19,17 @@ from prmoe_jax.report.arms import Factor, geometric_mean, models_of
 
 
 class Multiplier(NamedTuple):
-    """The multiplier of one MoE arm. Here 0 is below the ladder and inf above it.
+    """The multiplier of one MoE arm: 0 stands for below the ladder, and inf for above it.
 
-    `value` is the geometric mean of the seeds' multipliers and `low` and `high` the ends of its
-    95 % interval (Student's t of their logarithms), NaN with a single seed. If the multiplier of
-    some seed is beyond the ladder, `value` is that of the mean losses, without an interval. `least`
-    and `most` are the multipliers that the ends of the ladder would have.
+    `value` is the geometric mean of the seeds' multipliers. `low` and `high` are the ends of its
+    95 % interval (Student's t of the logarithms), NaN with a single seed. If a seed is beyond the
+    ladder, `value` is the multiplier of the mean losses, without an interval. `least` and `most`
+    are the smallest and the largest multiplier that the ladder can measure.
     """
 
     arm: str
     model: str
-    experts: float  # of a layer, the mean of all layers; a dense one counts as 1
+    experts: float  # per layer, the mean of all; a dense layer counts as 1
     tokens: int
     active_params: int
     by_seed: dict[int, float]
@@ -39,11 +39,11 @@ class Multiplier(NamedTuple):
     least: float
     most: float
     law: float  # the prediction of a scaling law; NaN without one
-    plain: bool  # a token has one expert in a layer, as wide as the dense MLP, and no MLP beside it
+    plain: bool  # top-1 token choice of experts as wide as the dense MLP, no residual MLP
 
     @property
     def inside(self) -> bool:
-        """Whether every seed's multiplier is a number."""
+        """Whether every seed is within the ladder."""
         return all(0 < value < math.inf for value in self.by_seed.values())
 
     @property
@@ -62,7 +62,7 @@ class Multiplier(NamedTuple):
 
 
 class Ratio(NamedTuple):
-    """By what factor an arm's multiplier is that of another one, its base."""
+    """An arm's multiplier divided by that of its base."""
 
     arm: str
     base: str
@@ -74,7 +74,7 @@ def equivalent_compute(loss: float, ladder: Sequence[tuple[float, float]]) -> fl
 
     Args:
       loss: in nats.
-      ladder: (compute, loss) of each dense model, by compute; at least two.
+      ladder: (compute, loss) of each dense model, least compute first; at least two.
 
     Returns:
       The compute; 0 if the smallest model's loss is lower, and inf if no model reaches the loss.
@@ -97,7 +97,7 @@ def multipliers(
 ) -> list[Multiplier]:
     """The multiplier of every MoE arm of a sweep, against the dense arms with as many tokens.
 
-    Each seed that the MoE and all dense models of its ladder have in common gives one.
+    Only seeds that the MoE and all dense arms of its ladder have in common are used.
 
     Args:
       arms: records by arm and seed.
@@ -105,11 +105,11 @@ def multipliers(
       predicted: multipliers in active parameters that a scaling law predicts, by arm.
 
     Returns:
-      One for each MoE arm; none for an arm with fewer than two dense ones to compare it with.
+      One for each MoE arm that has two dense arms or more, and a common seed.
     """
     found, names = [], models_of(arms)
     first = {arm: next(iter(rows.values())) for arm, rows in arms.items()}
-    # A MoE whose tokens use every expert has as many active parameters as a dense model, too.
+    # Not by active = total parameters: this also holds for a MoE whose tokens use every expert.
     dense = [arm for arm, record in first.items() if not record["settings"].get("model.experts")]
     for arm, rows in arms.items():
         if arm in dense:
@@ -131,10 +131,10 @@ def multipliers(
 
 
 def ratios(found: Sequence[Multiplier]) -> list[Ratio]:
-    """How multipliers grow, paired by seed: with the tokens of a model, and with the experts.
+    """Ratios of neighbouring multipliers, paired by seed.
 
-    Compared are neighbours: runs of one model, by tokens, and models of as many tokens, by experts,
-    if these are plain. Those with a seed beyond the ladder are left out, and pairs with under two
+    Neighbours are arms of one model, sorted by tokens, and plain models with equal tokens, sorted
+    by experts. Arms with a seed beyond the ladder are left out, as are pairs with fewer than two
     common seeds.
     """
     inside = [one for one in found if one.inside]
@@ -197,7 +197,7 @@ def _measure(
 
 
 def _mean_experts(record: dict) -> float:
-    """Experts of a layer, the mean over all; a dense layer counts as one."""
+    """The mean number of experts per layer; a dense layer counts as one."""
     names = "layers", "placement", "experts"
     given = {name: record["settings"].get(f"model.{name}") for name in names}
     given = {name: value for name, value in given.items() if value is not None}
@@ -213,9 +213,9 @@ def _is_plain(settings: dict) -> bool:
 
 
 def _compute_of(params: float, sizes: list[int], compute: list[float]) -> float:
-    """The compute of a dense model of the ladder's kind with so many parameters.
+    """The compute of a dense model of the ladder's kind with `params` parameters.
 
-    Its logarithm is linear in that of the parameters between two rungs, and beyond the last two.
+    log(compute) is linear in log(parameters) between two rungs, and beyond the two at either end.
     """
     if math.isinf(params):
         return params

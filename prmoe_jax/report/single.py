@@ -1,4 +1,4 @@
-"""`prmoe report --workdir=DIR`: a report about one run's losses, speed and routers."""
+"""`prmoe report --workdir=DIR`: one run's losses, speed and routers; here S is steps."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from prmoe_jax.report import figures, page
 from prmoe_jax.run import directory as workdirs
 from prmoe_jax.sweep.records import NUMBER, logged
 
-# Metrics of an MoE layer that are drawn by layer against the step.
+# Metrics that are drawn against the step, with a line for each MoE layer.
 BY_LAYER = {
     "drop_fraction": "choices dropped, share",
     "router_entropy": "entropy of the router, nats",
@@ -25,7 +25,7 @@ def report(workdir: Path) -> dict:
     """Writes the folder report/ with figures and report.html into a run's folder.
 
     Returns:
-      page, the path; step, loss and validation_loss as logged last.
+      page (its path), and the last logged step, loss and, if evaluated, validation_loss.
     """
     config = load(workdir / workdirs.CONFIG)
     trained, evaluated = logged(workdir)
@@ -43,7 +43,7 @@ def report(workdir: Path) -> dict:
 
     pictures: dict[Path, str] = {}
     losses = {"training": (steps, [line["lm_loss"] for line in trained])}
-    # Evaluations on fewer tokens are on a part of the split, and get their own line.
+    # Evaluations on a part of the split have fewer tokens, and get their own line.
     counts = sorted({line["eval/tokens"] for line in evaluated})
     whole = {line["eval/tokens"] for line in evaluated if line["step"] == config.total_steps}
     for count in counts:

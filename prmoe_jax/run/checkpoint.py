@@ -1,6 +1,6 @@
 """Checkpoints of model, optimizer and position in the data, saved in the background by Orbax.
 
-Every array is stored whole under its name, so that a checkpoint does not depend on devices.
+Every array is stored whole under its name, so that a checkpoint fits any number of devices.
 """
 
 import contextlib
@@ -32,17 +32,17 @@ from prmoe_jax.run.directory import CHECKPOINTS, TOKENIZER
 log = logging.getLogger(__name__)
 
 
-# In an object store, Orbax writes this object last: a checkpoint without it is none.
+# In an object store, Orbax writes this object last: a checkpoint without it is incomplete.
 COMMITTED = "commit_success.txt"
-# Orbax holds a file of arrays in memory until it is full, and its default is 2 GB. With this size,
-# 1 GB of an imported model takes 0.3 GB beside itself while it is written.
+# Orbax fills a file of arrays in memory before it writes it, by default 2 GB. With this size,
+# writing an imported model of 1 GB takes 0.3 GB more.
 FILE_BYTES = 2**26
-LARGE_BYTES = 2**24  # of an array whose checksum is computed on its own
+LARGE_BYTES = 2**24  # the checksums of larger arrays are computed one by one
 
 
 @contextlib.contextmanager
 def _quiet_orbax():
-    """Leaves out Orbax's three warnings about each folder that it opens to read."""
+    """Hides Orbax's three warnings about each folder that it opens to read."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(max(level, logging.ERROR))
@@ -55,8 +55,8 @@ def _quiet_orbax():
 class Checkpoints:
     """The checkpoints of one run.
 
-    The newest `keep` checkpoints stay, those of steps that `keep_every` divides, and those of
-    `kept_steps`; others are deleted. Without `keep`, checkpoints can be read but not written.
+    It keeps the newest `keep` checkpoints, those whose step is a multiple of `keep_every`, and
+    those of `kept_steps`; it deletes others. Without `keep`, checkpoints can only be read.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Checkpoints:
         """Starts writing a checkpoint; returns when the arrays may be overwritten.
 
         Raises:
-          UserError: this or the checkpoint before it could not be written.
+          UserError: this checkpoint or the previous one could not be written.
         """
         self.wait()
         named = {"model": named_leaves(state.model), "optimizer": named_leaves(state.optimizer)}
@@ -146,21 +146,21 @@ class Checkpoints:
     ) -> tuple[int, TrainState, dict] | None:
         """Restores a checkpoint: its step, state and data record.
 
-        By default it is the newest one that can be read. A damaged checkpoint is then moved to the
-        workdir's folder damaged-STEP with a warning, and the one before it is used. A run of
-        several processes stops after the move instead. A failure for another reason (memory,
-        permissions, a network) moves nothing. Returns None if the folder has no checkpoint;
-        `check_new` checks whether all were moved away before.
+        Without `step` it is the newest checkpoint that can be read. A damaged one is moved to the
+        workdir's folder damaged-STEP with a warning, and the one before it is used; a run of
+        several processes stops instead. A failure for another reason (memory, permissions, a
+        network) moves nothing. Returns None if there is no checkpoint; `check_new` then tells
+        whether damaged ones were moved away before.
 
         Args:
           shapes: the shapes of the state.
           mesh: the mesh on which the arrays are placed.
-          step: the step of the only checkpoint that will do; nothing is moved then.
+          step: the step of the checkpoint to restore; nothing is moved if it is damaged.
 
         Raises:
-          UserError: there are checkpoints, but none can be read, or all hold a model alone; there
-            is no checkpoint of `step`, or it can't be read.
-          TrainingStopped: a checkpoint is damaged, and the run has several processes.
+          UserError: the checkpoint of `step` is missing or can't be read. Without `step`: none of
+            the checkpoints can be read, or all hold a model alone.
+          TrainingStopped: a checkpoint was moved, and the run has several processes.
         """
         if step is not None:
             self._check_has(step)
@@ -202,7 +202,7 @@ class Checkpoints:
             )
 
     def check_new(self) -> None:
-        """Raises UserError if a run without checkpoints has lost some and would start again."""
+        """Raises UserError if damaged checkpoints were moved away: the run would start anew."""
         aside = sorted(path.name for path in self._directory.parent.glob("damaged-*"))
         if aside:
             raise UserError(
@@ -241,7 +241,7 @@ class Checkpoints:
         """The data record that was saved beside a checkpoint's arrays.
 
         Raises:
-          Damaged: the record cannot be read, or it is not as it was written for this step.
+          Damaged: the record cannot be read, or has changed since it was written for this step.
         """
         record = self._read(step, data=ocp.args.JsonRestore())["data"]
         if not isinstance(record, dict):
@@ -257,7 +257,7 @@ class Checkpoints:
         return record
 
     def fingerprint(self, step: int) -> dict:
-        """What a checkpoint's run read, from its data record; empty where it has none."""
+        """The fingerprints of text and tokenizer in a checkpoint's data record; empty if none."""
         with self._refusing_damage(step):
             return self.record(step).get("fingerprint", {}) if self._has(step, "data") else {}
 
@@ -267,7 +267,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """Turns whatever Orbax raises when it writes into the error of `_cannot_write`."""
+        """Turns any error of Orbax's writing into that of `_cannot_write`."""
         try:
             yield
         except Exception as error:
@@ -277,7 +277,7 @@ class Checkpoints:
         return (self._directory / str(step) / item).is_dir()
 
     def _is_model_alone(self, step: int) -> bool:
-        """Whether `save_model` wrote the checkpoint: it then has no position in the data."""
+        """Whether `save_model` wrote the checkpoint: without optimizer and position in the data."""
         if self._has(step, "optimizer") or not self._has(step, "model"):
             return False
         try:
@@ -297,7 +297,7 @@ class Checkpoints:
                 raise Damaged(f"it has no {item}")
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**arguments))
-        except Exception as error:  # readers of truncated files raise anything
+        except Exception as error:  # truncated files can raise any exception
             cause = _first_cause(error)
             if _is_damage(cause):
                 raise Damaged(first_line(cause)) from error
@@ -343,7 +343,7 @@ class Checkpoints:
     def _cannot_write(self, error: Exception) -> UserError | RuntimeError:
         cause = _first_cause(error)
         if jax.process_count() > 1 and isinstance(cause, jax.errors.JaxRuntimeError):
-            # Processes wait for each other before a checkpoint counts, and one was lost.
+            # A process was lost: they all wait for each other before a checkpoint is complete.
             return jax.errors.JaxRuntimeError(str(cause))
         good = self.latest()
         return UserError(
@@ -356,18 +356,18 @@ class Damaged(Exception):
     """A checkpoint's files are not as they were written."""
 
 
-# What Orbax raises when it lists checkpoints with damaged records of their times.
+# Errors of Orbax when it lists checkpoints whose _CHECKPOINT_METADATA, with times, is damaged.
 _UNLISTED = ArithmeticError, AttributeError, LookupError, TypeError, ValueError
 
 
 def checksums(named: dict[str, jax.Array]) -> dict[str, int]:
-    """A checksum for each array, which changes with any single element.
+    """A checksum for each array, which changes if any single element changes.
 
-    It is a sum modulo 2³²: each element's bits times an odd number that follows from its
-    position. It is therefore the same on every mesh.
+    It is the sum modulo 2³² of each element's bits times an odd number, which depends on the
+    element's position. It is therefore the same on every mesh.
     """
-    # The bits are a copy. That of all arrays would take as much memory as a model, so large ones
-    # come one by one, and the others in one program.
+    # Each checksum copies its array. To save memory, large arrays come one by one, and only the
+    # others in one program.
     large = {name: x for name, x in named.items() if x.nbytes > LARGE_BYTES}
     small = {name: x for name, x in named.items() if name not in large}
     values = jax.device_get(_checksums(small))
@@ -404,8 +404,8 @@ def _verify(found: dict[str, dict[str, jax.Array]], record: dict) -> None:
             raise Damaged(f"{part}: the numbers of {changed[0]} are not those that were saved")
 
 
-# The types of what a data record may hold. The position in the data is the step: Grain's iterators
-# count batches.
+# The types of a data record's fields. `iterator`, the position in the data, must equal the step:
+# Grain's iterators count batches.
 _RECORD = {
     "fingerprint": dict,
     "iterator": dict,
@@ -416,7 +416,7 @@ _RECORD = {
 
 
 def _digest(data: dict) -> str:
-    """A digest of a data record, which changes with every value."""
+    """A digest of a data record, which changes if any value changes."""
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
@@ -424,8 +424,8 @@ def _without_checksums(record: dict) -> dict:
     return {name: value for name, value in record.items() if name != "checksums"}
 
 
-# Errors that mean damaged files: Orbax raises Python's errors, Tensorstore's messages begin with
-# codes.
+# Errors that mean damaged files. Orbax raises Python's errors; Tensorstore's messages begin with a
+# code.
 _DAMAGE = FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError, RecursionError
 _DAMAGE_CODES = "DATA_LOSS", "OUT_OF_RANGE", "NOT_FOUND", "FAILED_PRECONDITION"
 

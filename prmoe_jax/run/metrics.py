@@ -30,7 +30,7 @@ PEAK_FLOPS = {
     "TPU v5p": 459e12,
     "TPU v6 lite": 918e12,
     "TPU v6e": 918e12,
-    "TPU7x": 1153.5e12,  # half a chip
+    "TPU7x": 1153.5e12,  # a device is half a chip
     "NVIDIA A100-SXM4-40GB": 312e12,
     "NVIDIA A100-SXM4-80GB": 312e12,
     "NVIDIA H100 80GB HBM3": 989e12,
@@ -41,24 +41,26 @@ PEAK_FLOPS = {
 
 
 def summarise(sums, config: Config) -> dict:
-    """Means from a `loss.Sums`; names of the MoE layer with number NN start with 'layers/NN/'.
+    """Turns the sums of a `loss.Sums` into means.
 
-    It runs on the host; as a part of the compiled step it would be many small kernels.
+    It runs on the host; as a part of the compiled step it would be many small kernels. A choice is
+    one of a token's top-k assignments. If experts choose tokens, each token counts as one choice,
+    dropped if no expert took the token.
 
     Returns:
       Plain numbers and lists. For the whole model: lm_loss (nats per token), z_loss, aux_loss
-      (summed over the MoE layers), kd_loss (T² · KL in nats per token, without its weight; only
-      with a teacher) and drop_fraction (share of choices lost to capacity).
-      For each MoE layer: aux_loss, router_z_loss, drop_fraction, expert_load (share of all
-      choices, [E]), expert_drop_fraction (dropped share of each expert's choices, [E]),
-      position_drop_fraction (by the token's position in its routing group, in up to 16 equal
-      parts), unserved_fraction (share of tokens that no expert kept) and router_entropy (nats).
-      Where rows reach other devices without drops, also exchange_rounds (1 unless a device, or a
-      pair of devices, got more rows than its buffer holds; `execution.buffer_factor`).
-      With a residual also the mean weight of the experts' branch: residual_coefficient over all
-      tokens, residual_coefficient_kept over tokens that an expert kept, and
-      residual_coefficient_dropped over the others. If experts choose tokens, a dropped choice is a
-      token that no expert took.
+      (summed over MoE layers), drop_fraction (share of choices dropped for lack of capacity) and,
+      with a teacher, kd_loss (T² · KL in nats per token, without its weight).
+      For each MoE layer, with names that start with its number ('layers/03/'): aux_loss,
+      router_z_loss, drop_fraction, router_entropy (nats), and
+        expert_load: each expert's share of all choices, [E].
+        expert_drop_fraction: dropped share of each expert's choices, [E].
+        position_drop_fraction: dropped share by position in the routing group, in up to 16 parts.
+        unserved_fraction: share of tokens whose choices were all dropped.
+        exchange_rounds: only where experts are on several devices and nothing is dropped; above 1
+          if some buffer was too small for its rows (`execution.buffer_factor`).
+        residual_coefficient: mean weight of the experts beside the residual MLP (shared expert);
+          its means over tokens that an expert kept, and over the others, end in _kept and _dropped.
     """
     sums = jax.device_get(sums)
     metrics = {
@@ -113,7 +115,7 @@ def _share(part, whole) -> np.ndarray:
 
 
 def _in_parts(count_S: np.ndarray) -> np.ndarray:
-    """Sums of counts by token over up to 16 equal parts of a routing group."""
+    """Counts by token position, summed over up to 16 equal parts of a routing group."""
     tokens = len(count_S)
     parts = min(16, tokens)
     return np.bincount(np.arange(tokens) * parts // tokens, count_S, parts)
@@ -133,18 +135,18 @@ def model_flops_utilisation(flops_per_second: float) -> float | None:
 
 
 _FIX = "delete that line, or restore a copy of the file"
-# An object can't be appended to: files in a store are written whole, at most every `EVERY` seconds.
-# The seconds from one write to the next are also at least `SHARE` times those that it took.
+# Objects can't be appended to, so files in a store are always written whole. After a write,
+# the next one waits `EVERY` seconds, or `SHARE` times the write's duration if this is longer.
 EVERY, SHARE = 30.0, 20
 
 
 class MetricsWriter:
     """Appends to metrics.jsonl and to TensorBoard's file; only process 0 has one.
 
-    Each logged step is a line of metrics.jsonl, and each evaluation is another line. The files of a
-    run in an object store are written on this machine's disk, and from there to the store when it
-    is time: lines since the last `sync` may be lost with the process. A run calls it before each
-    checkpoint, so that such lines are of steps that the resumed run repeats.
+    Each logged step is a line of metrics.jsonl, and each evaluation is another line. If the run is
+    in an object store, the files are written to this machine's disk, and `sync` copies them to the
+    store now and then. A crash loses the lines since the last `sync`. A run therefore calls `sync`
+    before each checkpoint: the resumed run repeats the steps of lost lines.
     """
 
     def __init__(self, workdir: Path, resume_step: int, check: Callable[[], None] = lambda: None):
@@ -171,12 +173,12 @@ class MetricsWriter:
             (self._folder / "tensorboard").mkdir(exist_ok=True)
             self._lines, self._events = map(self._open, (METRICS, _name_of_events(resume_step)))
             self._append_event(0, file_version="brain.Event:2")
-            # This start has TensorBoard ignore older files' events of the steps that are repeated.
+            # This event makes TensorBoard ignore older events of the steps that are repeated.
             self._append_event(resume_step + 1, session_log={"status": 1})
         self._changed, self._due = False, time.monotonic() + EVERY
 
     def write(self, step: int, metrics: dict) -> None:
-        """Writes one line and flushes it, in an object store when it is time."""
+        """Writes one line and flushes it; calls `sync` when it is time."""
         with self._refusing():
             self._lines.write((json.dumps({"step": step, **metrics}) + "\n").encode())
             self._lines.flush()
@@ -188,7 +190,7 @@ class MetricsWriter:
             self.sync()
 
     def sync(self) -> None:
-        """Writes the files to the object store if they have grown; a local folder has them."""
+        """Copies the files to the object store if they have grown; does nothing for a local run."""
         if self._folder == self._workdir or not self._changed:
             return
         begun = time.monotonic()
@@ -199,7 +201,7 @@ class MetricsWriter:
         self._changed, self._due = False, end + max(EVERY, SHARE * (end - begun))
 
     def close(self) -> None:
-        with self._cleanup, contextlib.suppress(OSError, UserError):  # it was reported before
+        with self._cleanup, contextlib.suppress(OSError, UserError):  # reported before
             self._lines.close()
             self._events.close()
             self.sync()
@@ -211,7 +213,7 @@ class MetricsWriter:
         return open(self._folder / name, "ab", opener=stores.no_link)
 
     def _append_event(self, step: int, **content) -> None:
-        """Writes an event as TensorBoard reads it: its length and itself, each with a checksum."""
+        """Writes an event in TensorBoard's format: length and event, a checksum after each."""
         from tensorboardX.proto.event_pb2 import Event
         from tensorboardX.record_writer import masked_crc32c
 
@@ -228,12 +230,12 @@ def _name_of_events(resume_step: int) -> str:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """Reads the lines of a metrics.jsonl; a last line torn by a crash is left out, and told."""
+    """Reads the lines of a metrics.jsonl; warns of a last line torn by a crash, and omits it."""
     return files.read_json_lines(path, {"step": int}, _FIX)
 
 
 def finished(config: Config, workdir: Path) -> bool:
-    """Whether a run's folder has the evaluation at its end, with a finite loss."""
+    """Whether a run's metrics have the evaluation after its last step, with a finite loss."""
     lines = read_metrics(workdir / METRICS)
     if not lines or lines[-1]["step"] != config.total_steps:
         return False

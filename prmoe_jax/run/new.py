@@ -1,4 +1,4 @@
-"""Makes the folder of a run whose model was not trained there: an imported or a pruned one."""
+"""Makes a run's folder for an imported or a pruned model."""
 
 import contextlib
 from collections.abc import Callable
@@ -24,7 +24,7 @@ def write_run(
     tokenizer: Tokenizer,
     text: dict[str, str] | None = None,
 ) -> None:
-    """Writes a run at step 0, whole or not at all.
+    """Writes a run at step 0 atomically.
 
     Args:
       option: the command's option that names the folder, for messages.
@@ -32,7 +32,7 @@ def write_run(
       config: the run's config.
       model: the run's model.
       tokenizer: the run's tokenizer.
-      text: the fingerprint of the text that the model was trained on, as `trained_text` has it.
+      text: the fingerprint of the text that the model was trained on, from `trained_text`.
     """
 
     def build(folder: Path) -> None:
@@ -48,7 +48,7 @@ def write_run(
 def check_free(option: str, folder: Path) -> None:
     """Raises UserError unless a new folder can be made here.
 
-    It must not exist, or be empty and not the current folder; and not be a run's checkpoint.
+    It must be missing or empty, not the current folder, and not among a run's checkpoints.
     """
     workdirs.check_outside_checkpoints(f"--{option}", folder)
     if not stores.is_local(folder):
@@ -63,10 +63,10 @@ def check_free(option: str, folder: Path) -> None:
 def write_folder(
     option: str, folder: Path, build: Callable[[Path], None], last: str | None = None
 ) -> None:
-    """Builds a folder whole or not at all; errors of the libraries that write files are one line.
+    """Builds a folder atomically; libraries' errors become a UserError of one line.
 
-    For an object store, `last` names the file that completes the folder. Without it, `build` writes
-    to the store itself.
+    In an object store, `build` writes to a local folder, which is then uploaded; `last` names the
+    file that comes last, as a sign of completeness. Without `last`, `build` writes to the store.
     """
     expected = OSError, RuntimeError, SafetensorError
     with refusing(f"--{option}={folder} cannot be written", expected):

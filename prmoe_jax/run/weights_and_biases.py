@@ -23,18 +23,18 @@ def check_installed(config: Config) -> None:
 
 
 class WandbRun:
-    """A run there. Restarts continue it; a line that is logged again appears twice in its table.
+    """A run at Weights & Biases. A resumed run continues it; repeated steps appear there twice.
 
-    Where its process fails, training goes on without it; metrics.jsonl has everything.
+    If Weights & Biases fails, training goes on without it; metrics.jsonl has everything.
     """
 
     def __init__(self, config: Config, workdir: Path, begun: float):
         """Starts or continues the run.
 
         Args:
-          config: `log.wandb` is the project.
-          workdir: the run's folder, whose name becomes the run's.
-          begun: when the run was started for the first time; with the folder it identifies the run.
+          config: `log.wandb` names the project.
+          workdir: the run's folder; its name is also the name at Weights & Biases.
+          begun: time of the run's first start; with the folder it identifies the run.
         """
         import wandb
 

@@ -1,7 +1,7 @@
 """The lock of a folder, so that one command at a time writes there.
 
-On a disk it is the kernel's, which ends with the process. In an object store it is a lease: an
-object that its owner writes again and again, and that counts for nothing once it is too old.
+On a disk it is a lock of the kernel, which ends with the process. In an object store it is a lease:
+an object that its owner rewrites regularly, and that expires if it is not rewritten.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from prmoe_jax.stores.paths import is_local, no_link
 log = logging.getLogger(__name__)
 
 LOCK = ".lock"
-# Seconds after its last renewal at which a lease may be taken over.
+# Seconds after its last renewal at which a lease expires.
 LEASE = 60.0
 
 
@@ -30,10 +30,10 @@ class Lock:
     """The lock of a folder on a disk, while it is held."""
 
     def check(self) -> None:
-        """Call this before a write; it doesn't return if another run has taken the lock over.
+        """Call this before a write; it ends the process if another run has taken over the lock.
 
         Raises:
-          OSError: the store that would tell it fails.
+          OSError: the store with the lock fails.
         """
 
 
@@ -54,7 +54,7 @@ def locked(folder: Path, option: str = "--workdir") -> Iterator[Lock]:
 
 
 def holder(folder: Path) -> str:
-    """Who holds a folder's lock, such as 'process 17', or ''."""
+    """Who holds a folder's lock, such as 'process 17'; '' if nobody does."""
     if is_local(folder):
         return _process(folder / LOCK)
     with refusing(f"{folder / LOCK} cannot be read", OSError):
@@ -63,7 +63,7 @@ def holder(folder: Path) -> str:
 
 
 def hold(path: Path, wait: bool = False) -> BinaryIO:
-    """Takes the kernel's lock on a file, which is made if needed; closing the file frees it.
+    """Takes the kernel's lock on a file, which it creates if needed; closing the file frees it.
 
     Args:
       path: the file; a link is not followed.
@@ -73,7 +73,7 @@ def hold(path: Path, wait: bool = False) -> BinaryIO:
       BlockingIOError: another process holds it, and `wait` is False.
       OSError: the file can't be opened or locked.
     """
-    file = open(path, "a+b", buffering=0, opener=no_link)  # NFS locks only files to write to
+    file = open(path, "a+b", buffering=0, opener=no_link)  # NFS locks only writable files
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError as error:
@@ -114,7 +114,7 @@ def _process(lock: Path) -> str:
 
 
 def _check_links(folder: Path, option: str) -> None:
-    """Refuses a folder with a link that leads out of it, through which files would be written.
+    """Refuses a folder that contains a link to the outside, where this command would write.
 
     The folder itself may be a link.
     """
@@ -129,12 +129,11 @@ def _check_links(folder: Path, option: str) -> None:
 
 
 class Lease(Lock):
-    """A lock in an object store: an object that is written only if no other run wrote it since.
+    """A lock in an object store: an object that a run writes only if no other run has written it.
 
-    A thread renews it. A run that was killed leaves it behind, for `LEASE` seconds at most: after
-    them another run may take it over. The age is measured by the store's clock. A run that comes
-    back late, after it was suspended for example, ends as soon as it sees that its lease was taken
-    over.
+    A thread renews the lease. If the run is killed, another one may take over the lease `LEASE`
+    seconds later, by the store's clock. A run that was suspended for longer than that ends as soon
+    as it sees that its lease was taken over.
     """
 
     def __init__(self, folder: Path, option: str):
@@ -163,7 +162,7 @@ class Lease(Lock):
         with self._renewing:
             try:
                 gcs.delete_if(self._path, self._generation)
-            except OSError as error:  # it ends by itself
+            except OSError as error:  # the lease expires anyway
                 log.info("%s was not deleted: %s", self._path, reason(error))
 
     def check(self) -> None:
@@ -179,7 +178,7 @@ class Lease(Lock):
                     return
                 try:
                     self._renew()
-                except OSError as error:  # the next write to the store tells it, if it lasts
+                except OSError as error:  # if this lasts, the next write fails, too
                     log.warning("%s was not renewed: %s", self._path, reason(error))
 
     def _renew(self) -> None:
@@ -187,21 +186,21 @@ class Lease(Lock):
         try:
             self._write(self._generation)
         except (FileExistsError, FileNotFoundError):
-            # Whatever this process wrote now could spoil the other run.
+            # Any further write of this process could damage the other run's files.
             end(
                 f"{self._option}={self._folder}: another run has taken over the folder, since this "
                 f"one was silent for {LEASE:.0f} s; it ends"
             )
 
     def _write(self, generation: int) -> None:
-        """Writes the lock object; FileExistsError if another run wrote it."""
+        """Writes the lock object; FileExistsError if another run has written it."""
         from prmoe_jax.stores import gcs
 
         begun = time.time()
         try:
             self._generation = gcs.write_if(self._path, self._content, generation)
         except FileExistsError:
-            # An attempt whose answer was lost may have written it, before it was repeated.
+            # Perhaps we wrote it: the store's answer was lost, and the request was repeated.
             found = _read(self._path)
             if not found or found.content != self._content:
                 raise

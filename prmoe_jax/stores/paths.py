@@ -1,8 +1,8 @@
-"""Paths of files and folders from text: local ones, and those in an object store.
+"""Makes paths from text, local or in an object store.
 
-A local path is a `pathlib.Path`, one in a store an `etils.epath.Path`, which has the same methods.
-Stores have no locks, no renaming of folders, no appending and no memory maps: `is_local` tells the
-two apart where that matters.
+A local path is a `pathlib.Path`. A path in a store is an `etils.epath.Path`, which has the same
+methods. Stores have no locks, no renaming of folders, no appending and no memory maps; code for
+which that matters asks `is_local`.
 """
 
 import errno
@@ -14,7 +14,7 @@ from etils import epath
 
 from prmoe_jax.errors import UserError, missing, refusing
 
-# A scheme at the start of a text. pathlib folds the two slashes into one.
+# A scheme at the start of a text. One slash matches, too: pathlib makes one of two.
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(//?)")
 KNOWN = ("gs",)
 
@@ -26,7 +26,7 @@ def scheme(text: str | os.PathLike) -> str:
     if not found:
         return ""
     name, slashes = found.groups()
-    if name not in KNOWN and slashes != "//":  # a file's name with a colon, or 'tokens:/shards'
+    if name not in KNOWN and slashes != "//":  # a file's name, such as 'tokens:/shards'
         return ""
     if name not in KNOWN:
         raise UserError(f"{text}: there is no store {name}://; give a local folder, or gs://BUCKET")
@@ -73,7 +73,7 @@ def is_local(path: os.PathLike) -> bool:
 
 
 def no_link(path: str, flags: int) -> int:
-    """An `opener` for `open` that follows no link, which may lead to a file of another folder.
+    """An `opener` for `open` that follows no link: it may lead to a file of another folder.
 
     Raises:
       OSError: the path is a link.
@@ -88,7 +88,7 @@ def no_link(path: str, flags: int) -> int:
 
 
 def check_reachable(folder: Path, named: str) -> None:
-    """Checks that a folder's store can be read, if it is in one."""
+    """If a folder is in an object store, checks that the store can be read."""
     if is_local(folder):
         return
     from prmoe_jax.stores import gcs

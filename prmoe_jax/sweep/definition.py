@@ -1,4 +1,8 @@
-"""What a sweep's folder defines in its sweep.py: runs, and constants."""
+"""Reads a sweep's sweep.py: the runs and the constants that it defines.
+
+A run may be a branch: it continues from a checkpoint of another run, its trunk, as the decay branch
+of a WSD schedule does.
+"""
 
 import ast
 import contextlib
@@ -34,12 +38,12 @@ class Constants(NamedTuple):
     """The constants that a sweep.py may define, in capitals."""
 
     keep_checkpoints: bool = True  # whether checkpoints of recorded runs stay
-    margin: float | None = None  # nats a token: a smaller difference is none, see `report.arms`
-    pooled: bool = False  # whether all arms tell how far seeds differ, see `report.arms.spread`
-    ladder: bool = False  # whether MoEs are measured against the dense arms, `report.multiplier`
-    predicted: dict[str, float] = {}  # multipliers in active parameters by a scaling law, by arm
-    law: str = "a scaling law"  # its name
-    varying: tuple[str, ...] = ()  # settings in which runs of an arm may differ, besides the seed
+    margin: float | None = None  # nats per token; smaller differences count as none, `report.arms`
+    pooled: bool = False  # whether to estimate seed noise from all arms, `report.arms.spread`
+    ladder: bool = False  # whether to compare MoEs with the dense arms, `report.multiplier`
+    predicted: dict[str, float] = {}  # by arm: multiplier of active parameters by a scaling law
+    law: str = "a scaling law"  # name of that law
+    varying: tuple[str, ...] = ()  # settings besides the seed that may differ in an arm
     contrasts: tuple[tuple[str, str], ...] = ()  # pairs of arms that are compared
 
 
@@ -54,10 +58,10 @@ class Sweep(NamedTuple):
 
 
 def planned(folder: Path) -> Sweep:
-    """The sweep of a folder's sweep.py.
+    """Reads the sweep in a folder's sweep.py.
 
-    Its function `runs` yields (name, settings) for each run, or (name, settings, trunk) for one
-    that goes on from an earlier run of the sweep.
+    The file's function `runs` yields (name, settings) for each run, or (name, settings, trunk) for
+    a branch; the trunk is the name of an earlier run.
     """
     path = folder / "sweep.py"
     if not _is_there(path):
@@ -74,7 +78,7 @@ def planned(folder: Path) -> Sweep:
 
 
 def constants(folder: Path) -> Constants:
-    """The constants of a folder's sweep.py, which does not run; the defaults without a file."""
+    """Reads a sweep.py's constants without running it; the defaults if there is no file."""
     path = folder / "sweep.py"
     if not _is_there(path):
         return Constants()
@@ -140,7 +144,6 @@ WANTED = {
 
 
 def _is_good(name: str, value) -> bool:
-    """Whether a constant can have a value."""
     if name == "margin":
         return _is_number(value)
     if name == "predicted":
@@ -169,7 +172,7 @@ def _checked(path: Path, items) -> dict[str, Run]:
         )
     found: dict[str, Run] = {}
     named: dict[tuple, str] = {}  # the runs' names by their settings
-    for item in items:  # one by one: a file may change its settings for the next run
+    for item in items:  # one by one: the file may reuse one settings object
         if not (isinstance(item, tuple) and len(item) in (2, 3) and isinstance(item[0], str)):
             raise UserError(f"{path}: runs() yields {item!r:.80}, not (name, settings)")
         name, settings, trunk = (*item, None)[:3]
@@ -199,7 +202,7 @@ def _checked(path: Path, items) -> dict[str, Run]:
 
 
 def _check_name(path: Path, name: str, found: Iterable[str]) -> None:
-    """Checks that a run's name is that of a new folder, in none and around none of those found."""
+    """Checks that a run's folder is a new one, neither inside nor around another run's folder."""
     parts = name.split("/")
     if not re.fullmatch(r"[\w.+=-]+(/[\w.+=-]+)*", name) or ".." in name or "." in parts:
         raise UserError(f"{path}: {name!r:.80} can't name a folder; use letters, digits, '-', '/'")
@@ -220,13 +223,13 @@ def _check_name(path: Path, name: str, found: Iterable[str]) -> None:
 
 
 def branch(config: Config, trunk: Config, workdir: Path) -> Config:
-    """The config with which a run goes on from its trunk.
+    """The config with which a branch is trained.
 
-    It takes the checkpoint at which the trunk's learning rate begins to decay or, if its own
-    begins earlier, the one of that step.
+    It starts from the trunk's checkpoint of the step at which the trunk's or the branch's learning
+    rate begins to decay, whichever comes first.
 
     Args:
-      config: the run's config, as if it started at step 0.
+      config: the branch's config, as if it started at step 0.
       trunk: the trunk's config.
       workdir: the trunk's folder.
     """
@@ -236,9 +239,9 @@ def branch(config: Config, trunk: Config, workdir: Path) -> Config:
 
 
 def _check_trunk(config: Config, name: str, trunk: Config, start: int) -> None:
-    """Checks that a run can go on from a trunk, and that the trunk keeps the checkpoint for it.
+    """Checks that a run can branch off a trunk, and that the trunk keeps the checkpoint for it.
 
-    `start` is the step at which the trunk itself goes on from another run.
+    `start` is the step at which the trunk itself branched off another run, or 0.
     """
     if config.decay_start is None:
         raise UserError(

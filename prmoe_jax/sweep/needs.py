@@ -1,7 +1,7 @@
-"""What a run of a sweep needs of the others: its trunk, its start and its teacher, in folders.
+"""Which runs of a sweep a run needs: its trunk, the run that initialises it, and its teacher.
 
-A run needs all of its start and of its teacher. Of its trunk it needs one checkpoint; without it,
-the run trains those steps itself, with the same result.
+The latter two must be finished. The trunk is the run from whose checkpoint a branch continues;
+without that checkpoint the branch trains the trunk's steps itself, with the same result.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ class Work:
 
     @functools.cached_property
     def needs(self) -> dict[str, list[str]]:
-        """The names of the runs of the sweep that each run needs."""
+        """For each run, the names of the sweep's runs that it needs."""
         names = {_place(self.root / name): name for name in self.runs}
         needs = {}
         for name, (config, trunk) in self.runs.items():
@@ -39,13 +39,13 @@ class Work:
         return needs
 
     def recorded(self) -> set[str]:
-        """The runs of which there is a record with their settings."""
+        """The runs that have a record with the same settings."""
         return {row["run"] for row in records.of_runs(records.read(self.folder), self.runs)}
 
 
 def share(needs: dict[str, list[str]], number: int, count: int) -> list[str]:
-    """The runs of the `number`-th of `count` shares; those that need one another count as one."""
-    first = {name: name for name in needs}  # one run of those that belong together
+    """The runs in the `number`-th of `count` shares; runs that need one another stay together."""
+    first = {name: name for name in needs}  # the same for all runs that belong together
     for name, others in needs.items():
         for other in others:
             old, new = first[name], first[other]
@@ -55,12 +55,12 @@ def share(needs: dict[str, list[str]], number: int, count: int) -> list[str]:
 
 
 def check_needed(work: Work, name: str, begins: Config | None) -> None:
-    """Checks that each run that a run needs is finished, with the settings of the sweep.
+    """Checks that the runs that a run needs, except its trunk, are finished as the sweep says.
 
     Args:
       work: the sweep.
       name: the run.
-      begins: the config with which the run begins; None if it goes on from its own checkpoint.
+      begins: the config with which the run starts; None if it resumes from its own checkpoint.
     """
     config, trunk = work.runs[name]
     starts = _starts(config, begins) if begins else set()
@@ -76,7 +76,7 @@ def check_needed(work: Work, name: str, begins: Config | None) -> None:
                 fix = f"since it is recorded, {again}"
             raise UserError(f"it needs {other}, which is not finished in {workdir}; {fix}")
         saved = load(workdir / workdirs.CONFIG)
-        if work.runs[other].trunk is not None:  # a branch is the run from step 0, wherever it began
+        if work.runs[other].trunk is not None:  # a branch may have started anywhere
             config = dataclasses.replace(config, init=saved.init)
         with telling(f"it needs {other}: in {workdir} "):
             check_resume(saved, config)
@@ -93,10 +93,10 @@ def has_checkpoint(workdir: Path, step: int) -> bool:
 
 
 def discard_checkpoints(work: Work, name: str) -> None:
-    """Deletes the checkpoints of a recorded run that no run of the sweep will need.
+    """Deletes the checkpoints of a recorded run that no run of the sweep needs any more.
 
-    The checkpoint at which its decay starts stays if no run goes on from it, so that a longer run
-    can be added to the sweep.
+    The checkpoint at the start of its decay stays if no run branches off there, so that a longer
+    run can be added to the sweep.
     """
     config, workdir, done = work.runs[name].config, work.root / name, work.recorded()
     starts = {
@@ -116,7 +116,7 @@ def discard_checkpoints(work: Work, name: str) -> None:
 
 
 def _place(folder: Path) -> Path:
-    """A run's folder by one path, however it is named."""
+    """The path of a run's folder in one form, without links, so that paths can be compared."""
     return folder.resolve() if stores.is_local(folder) else folder
 
 
@@ -125,11 +125,11 @@ def _places(folders: list[str]) -> list[Path]:
 
 
 def _starts(config: Config, given: Config) -> set[Path]:
-    """The folders of runs of which a run reads the last checkpoint when it begins.
+    """The folders of the runs whose last checkpoint a run reads when it starts.
 
     Args:
       config: the run's config, as if it started at step 0.
-      given: the config with which it is trained; a branch takes its parameters from its trunk.
+      given: the config with which it is trained, with another `init` if it is a branch.
     """
     starts = []
     if not given.init.step:

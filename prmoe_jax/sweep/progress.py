@@ -20,13 +20,13 @@ COLUMNS = "step", "loss", "tokens/s"
 
 
 class SweepProgress:
-    """A context manager that shows the state of each run; `put` changes the state of one."""
+    """A context manager that shows the state of each run; `put` changes it."""
 
     def __init__(self, runs: dict[str, tuple[Path, Config]]):
         """Takes each run's folder and config."""
         self._runs = runs
         self._states = dict.fromkeys(runs, "waiting")
-        self._cells: dict[str, list[str]] = {}  # of the runs that are not running
+        self._cells: dict[str, list[str]] = {}  # of all runs but the running one
         console = Console(stderr=True)
         self._live = Live(get_renderable=self.table, console=console, refresh_per_second=1)
         self._shown = sys.stderr.isatty()
@@ -54,7 +54,7 @@ class SweepProgress:
         table = Table("run", "state", *COLUMNS)
         for name, state in self._states.items():
             cells = self._read(name) if state == "running" else self._cells.get(name, [])
-            # Without Text, rich would take brackets in a message for a style.
+            # Text keeps rich from reading brackets in a message as a style.
             table.add_row(*map(Text, (name, state, *cells)))
         return table
 
@@ -74,7 +74,7 @@ class SweepProgress:
 
 
 def _newest_first(path: Path) -> Iterator[dict]:
-    """Yields complete lines, newest first, up to a damaged one; a run may be adding lines."""
+    """Yields lines from the newest to a damaged one; omits a last line that is being written."""
     try:
         for line in reversed(path.read_bytes().split(b"\n")[:-1]):
             yield dict(files.parse_json(line))

