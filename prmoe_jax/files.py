@@ -126,15 +126,13 @@ def building_in_store(folder: Path, option: str) -> Iterator[None]:
       UserError: the folder holds something else, or another process is building it.
       OSError: the store fails.
     """
-    from prmoe_jax.stores import gcs
-
-    mark = folder / UNFINISHED
+    store, mark = stores.client(folder), folder / UNFINISHED
     with locked(folder, option) as lock:
         check_free_in_store(folder, option)
-        for path in gcs.find(folder):
+        for path in store.find(folder):
             if path not in (mark, folder / LOCK):
                 path.unlink()
-        gcs.write(mark, b"another command may remove this folder's objects\n")
+        store.write(mark, b"another command may remove this folder's objects\n")
         yield
         lock.check()
         mark.unlink()
@@ -170,9 +168,8 @@ def build_in_store(
 
 def check_free_in_store(folder: Path, option: str) -> None:
     """Raises UserError if a folder in a store holds anything but an unfinished build."""
-    from prmoe_jax.stores import gcs
-
-    found = {path.relative_to(folder).parts[:1] for path in gcs.find(folder)} - {(LOCK,)}
+    paths = stores.client(folder).find(folder)
+    found = {path.relative_to(folder).parts[:1] for path in paths} - {(LOCK,)}
     if found and (UNFINISHED,) not in found:
         raise UserError(f"{option}={folder} exists; give another folder, or remove it")
 

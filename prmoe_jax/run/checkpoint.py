@@ -336,9 +336,7 @@ class Checkpoints:
             with contextlib.suppress(FileNotFoundError):  # another process was faster
                 source.rename(target)
             return
-        from prmoe_jax.stores import gcs
-
-        gcs.move_folder(source, target, COMMITTED)
+        stores.client(source).move_folder(source, target, COMMITTED)
 
     def _cannot_write(self, error: Exception) -> UserError | RuntimeError:
         cause = _first_cause(error)

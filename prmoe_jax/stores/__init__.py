@@ -4,6 +4,7 @@ from prmoe_jax.stores.paths import (
     as_local_path,
     as_path,
     check_reachable,
+    client,
     delete_folder,
     expand,
     is_local,

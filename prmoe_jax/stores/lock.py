@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from prmoe_jax.errors import UserError, end, reason, refusing
-from prmoe_jax.stores.paths import is_local, no_link
+from prmoe_jax.stores.paths import client, is_local, no_link
 
 log = logging.getLogger(__name__)
 
@@ -156,12 +156,10 @@ class Lease(Lock):
         threading.Thread(target=self._keep, daemon=True).start()
 
     def close(self) -> None:
-        from prmoe_jax.stores import gcs
-
         self._released.set()
         with self._renewing:
             try:
-                gcs.delete_if(self._path, self._generation)
+                client(self._path).delete_if(self._path, self._generation)
             except OSError as error:  # the lease expires anyway
                 log.info("%s was not deleted: %s", self._path, reason(error))
 
@@ -194,11 +192,9 @@ class Lease(Lock):
 
     def _write(self, generation: int) -> None:
         """Writes the lock object; FileExistsError if another run has written it."""
-        from prmoe_jax.stores import gcs
-
         begun = time.time()
         try:
-            self._generation = gcs.write_if(self._path, self._content, generation)
+            self._generation = client(self._path).write_if(self._path, self._content, generation)
         except FileExistsError:
             # Perhaps we wrote it: the store's answer was lost, and the request was repeated.
             found = _read(self._path)
@@ -213,11 +209,9 @@ class Lease(Lock):
 
 
 def _read(path: Path):
-    """A lock object as `gcs.read` returns it; None if there is none."""
-    from prmoe_jax.stores import gcs
-
+    """A lock object as the store's `read` returns it; None if there is none."""
     with contextlib.suppress(FileNotFoundError):
-        return gcs.read(path)
+        return client(path).read(path)
     return None
 
 

@@ -6,6 +6,7 @@ which that matters asks `is_local`.
 """
 
 import errno
+import importlib
 import os
 import re
 from pathlib import Path
@@ -16,7 +17,9 @@ from prmoe_jax.errors import UserError, missing, refusing
 
 # A scheme at the start of a text. One slash matches, too: pathlib makes one of two.
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(//?)")
-KNOWN = ("gs",)
+# Of each scheme the module of its store, its library, and the extra that installs it.
+_CLIENTS = {"gs": ("prmoe_jax.stores.gcs", "gcsfs", "prmoe_jax[gcs]")}
+KNOWN = tuple(_CLIENTS)
 
 
 def scheme(text: str | os.PathLike) -> str:
@@ -43,9 +46,14 @@ def as_path(text: str | os.PathLike) -> Path:
     """The path that a text names, local or in a store."""
     if not scheme(text):
         return Path(text)
-    with missing(f"{os.fspath(text)}: gs:// needs gcsfs", "prmoe_jax[gcs]"):
-        from prmoe_jax.stores import gcs
-    return gcs.as_path(os.fspath(text))
+    return client(text).as_path(os.fspath(text))
+
+
+def client(path: str | os.PathLike):
+    """The module for the object store of a path, which need not exist."""
+    module, library, extra = _CLIENTS[scheme(path)]
+    with missing(f"{os.fspath(path)}: {scheme(path)}:// needs {library}", extra):
+        return importlib.import_module(module)
 
 
 def expand(name: str, text: str | os.PathLike) -> Path:
@@ -91,10 +99,8 @@ def check_reachable(folder: Path, named: str) -> None:
     """If a folder is in an object store, checks that the store can be read."""
     if is_local(folder):
         return
-    from prmoe_jax.stores import gcs
-
     with refusing(f"{named}={folder} cannot be used", OSError):
-        gcs.ask(folder)
+        client(folder).ask(folder)
 
 
 def delete_folder(folder: Path) -> None:
@@ -112,9 +118,7 @@ def write(path: Path, content: bytes) -> None:
     Raises:
       OSError: the store fails.
     """
-    from prmoe_jax.stores import gcs
-
-    gcs.write(path, content)
+    client(path).write(path, content)
 
 
 def upload(folder: Path, target: Path, last: str = "") -> None:
@@ -123,8 +127,6 @@ def upload(folder: Path, target: Path, last: str = "") -> None:
     Raises:
       OSError: a file cannot be read or written.
     """
-    from prmoe_jax.stores import gcs
-
     found = [file for file in folder.rglob("*") if file.is_file()]
     for file in sorted(found, key=lambda file: (file == folder / last, file)):
-        gcs.upload(file, target / file.relative_to(folder))
+        client(target).upload(file, target / file.relative_to(folder))
