@@ -89,14 +89,23 @@ def telling(before: str = "", fix: str = "") -> Iterator[None]:
         raise UserError(f"{before}{error}{f'; {fix}' if fix else ''}") from error
 
 
-def missing(what: str, package: str):
+@contextlib.contextmanager
+def missing(what: str, package: str) -> Iterator[None]:
     """Turns an ImportError in the block into a UserError that says what to install."""
-    return refusing(what, ImportError, fix=f"pip install '{package}'")
+    try:
+        yield
+    except ImportError as error:
+        raise UserError(f"{what}; pip install '{package}'") from error
 
 
 def reason(error: BaseException) -> str:
-    """Why something failed: the operating system's message, or else the error's first line."""
-    return getattr(error, "strerror", None) or first_line(error)
+    """Why something failed: the operating system's message, or else the error's first line.
+
+    Errors whose message is rarely a sentence, such as KeyError, come with their type.
+    """
+    line = (getattr(error, "strerror", None) or first_line(error)).removesuffix(".")
+    unclear = isinstance(error, (AttributeError, LookupError, TypeError))
+    return f"{type(error).__name__}: {line}" if unclear else line
 
 
 def say(line: str) -> None:

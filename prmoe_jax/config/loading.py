@@ -48,9 +48,10 @@ def load(path: Path) -> Config:
     """
     with (
         refusing(f"{path} cannot be read", OSError),
-        refusing(f"no run in {path.parent}", (FileNotFoundError, NotADirectoryError)),
         refusing(f"{path} is damaged", ValueError),  # not UTF-8, or not JSON
     ):
+        if not path.exists():
+            raise UserError(f"no run in {path.parent}: {path.name} is missing")
         settings = files.parse_json(files.read(path))
     with telling(f"{path}: "):
         return resolve(settings, trained=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 from prmoe_jax import files
 from prmoe_jax.config.schema import DataConfig
-from prmoe_jax.errors import UserError, refusing
+from prmoe_jax.errors import UserError, first_line, refusing
 from prmoe_jax.stores import expand
 from prmoe_jax.stores.lock import hold
 
@@ -121,14 +121,16 @@ def reading(
       named: the directory's name in messages; `{}` in it stands for the path.
       fix: advice about a damaged directory.
     """
-    unread = f"{named.format(directory)} can't be read"
-    gone = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
-    with (
-        refusing(unread, fix=fix),  # readers of damaged files raise any exception
-        refusing(unread, OSError),  # no `fix`: a permission may be missing
-        refusing(unread, gone, fix=fix),
-    ):
+    try:
         yield
+    except MemoryError:
+        raise
+    except Exception as error:  # readers of damaged files raise anything
+        message = f"{named.format(directory)} can't be read ({first_line(error)})"
+        gone = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+        if isinstance(error, OSError) and not isinstance(error, gone):
+            raise UserError(message) from error  # not damaged: no permission, for example
+        raise UserError(f"{message}; {fix}") from error
 
 
 @contextlib.contextmanager

@@ -97,23 +97,26 @@ class Checkpoints:
         if self._local:
             self._check_room(named)
         arrays = {part: ocp.args.StandardSave(leaves) for part, leaves in named.items()}
-        self._save(step, named, arrays, data)
+        if not self._save(step, named, arrays, data) and step != self.latest():
+            raise self._not_written(step)
 
     def save_model(self, step: int, model: Transformer, data: dict) -> None:
         """Writes a checkpoint of a model alone, from which training cannot resume."""
         named = named_leaves(model)
         arrays = ocp.args.PyTreeSave(named, ocdbt_target_data_file_size=FILE_BYTES)
-        self._save(step, {"model": named}, {"model": arrays}, data)
+        if not self._save(step, {"model": named}, {"model": arrays}, data):
+            raise self._not_written(step)
         self.wait()
 
-    def _save(self, step: int, named: dict, arrays: dict, data: dict) -> None:
+    def _save(self, step: int, named: dict, arrays: dict, data: dict) -> bool:
         """Starts writing arrays and a data record, with the checksums of both."""
         sums = {part: checksums(named[part]) for part in named} | {"record": _digest(data)}
         record = ocp.args.JsonSave(data | {"checksums": sums})
         with self._writing():
-            saved = self._manager.save(step, args=ocp.args.Composite(**arrays, data=record))
-        if not saved and step != self.latest():
-            raise UserError(f"checkpoint {step} was not written to {self._directory}")
+            return self._manager.save(step, args=ocp.args.Composite(**arrays, data=record))
+
+    def _not_written(self, step: int) -> UserError:
+        return UserError(f"checkpoint {step} was not written to {self._directory}")
 
     def _check_room(self, named: dict[str, dict[str, jax.Array]]) -> None:
         """Raises UserError if the disk is too full; Orbax would only notice after filling it."""

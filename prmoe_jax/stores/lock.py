@@ -56,7 +56,7 @@ def locked(folder: Path, option: str = "--workdir") -> Iterator[Lock]:
 def holder(folder: Path) -> str:
     """Who holds a folder's lock, such as 'process 17'; '' if nobody does."""
     if is_local(folder):
-        return _process(folder / LOCK)
+        return _process(folder / LOCK) if _is_locked(folder / LOCK) else ""
     with refusing(f"{folder / LOCK} cannot be read", OSError):
         found = _read(folder / LOCK)
     return _owner(found.content) if found and found.age < LEASE else ""
@@ -94,23 +94,29 @@ def _kernel_lock(folder: Path, option: str) -> BinaryIO:
         try:
             file = hold(folder / LOCK)
         except BlockingIOError:
-            raise _in_use(option, folder, holder(folder) or "which just ended") from None
+            raise _in_use(option, folder, _process(folder / LOCK)) from None
         file.truncate(0)
         file.write(str(os.getpid()).encode())
         return file
 
 
-def _process(lock: Path) -> str:
-    """The process that holds a lock file, by the number in it; '' if none does."""
+def _is_locked(lock: Path) -> bool:
+    """Whether a process holds a lock file."""
     if not lock.exists():
-        return ""
+        return False
     with open(lock, "rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
-            number = file.read(100).decode("ascii", "replace").strip()
-            return f"process {number if number.isdecimal() else 'unknown'}"
-    return ""
+            return True
+    return False
+
+
+def _process(lock: Path) -> str:
+    """The process whose number is in a lock file."""
+    with open(lock, "rb") as file:
+        number = file.read(100).decode("ascii", "replace").strip()
+    return f"process {number if number.isdecimal() else 'unknown'}"
 
 
 def _check_links(folder: Path, option: str) -> None:

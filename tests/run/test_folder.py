@@ -466,7 +466,7 @@ def test_a_damaged_checkpoint_to_read(copied, tmp_path, capsys):
     command = ["generate", f"--workdir={workdir}", "--prompt=a", "--tokens=1"]
     assert main(command) == 2
     assert "cannot be read: " in (line := capsys.readouterr().err) and "resume the train" in line
-    with pytest.raises(UserError, match="cannot be read .*; restore a copy of it"):
+    with pytest.raises(UserError, match="cannot be read: .*; restore a copy of it"):
         flip(workdir / "checkpoints" / "10" / "model")
         config = load(workdir / "config.json")
         restore_model(workdir, config, make_mesh(config, jax.devices()[:1]), 10)
