@@ -196,10 +196,10 @@ def parse_fields(text: str) -> dict:
     experts = fields.setdefault("experts", ())
     if experts:
         placement = fields.setdefault("placement", "every 2")
-        if one_layer and (count := len(moe_layers(fields["layers"], placement))) > 1:
+        if one_layer and (made := len(moe_layers(fields["layers"], placement))) > 1:
             raise UserError(
                 f"architecture '{text}': E={experts[0]}x1 is for one MoE layer, and placement "
-                f"'{placement}' makes {count}; write E={experts[0]} for all of them"
+                f"'{placement}' makes {made}; write E={experts[0]} for all of them"
             )
     elif fields.keys() - {"layers", "experts"}:
         raise UserError(f"architecture '{text}' has no experts, so the rest has no effect; add E=…")

@@ -187,7 +187,7 @@ def check_groups(config: Config, student: Config | None = None) -> None:
     length or batch for the student.
     """
     train, group, length = config.train, config.group_size, config.model.length
-    fix = _largest_divisor(length, group)
+    fix: int | str = _largest_divisor(length, group)
     if student:
         longest = length // group * group or _largest_divisor(group, length)
         fix = f"model.length={longest if longest > 1 else group}"

@@ -128,7 +128,7 @@ class Attention(nnx.Module):
         heads, key_heads, width = model.heads, model.key_heads, model.head_width
         self.config = model
 
-        def maps(number: int, *shape: int):
+        def maps(number: int, *shape: int) -> tuple[nnx.Param | None, nnx.Param | None]:
             """The weight of one or several projections, and their bias or None."""
             key = jax.random.fold_in(key_in, number) if grouped else key_in
             weight = normal(key, (model.d_model, *shape), std)
@@ -136,7 +136,7 @@ class Attention(nnx.Module):
 
         # One weight for queries, keys and values; with fewer key heads, queries have their own.
         grouped = key_heads < heads
-        none = None, None
+        none: tuple[nnx.Param | None, nnx.Param | None] = None, None
         self.w_qkv, self.b_qkv = none if grouped else maps(0, 3, heads, width)
         self.w_q, self.b_q = maps(0, heads, width) if grouped else none
         self.w_kv, self.b_kv = maps(1, 2, key_heads, width) if grouped else none

@@ -51,7 +51,7 @@ def attend(
         kernel = splash if implementation == "splash" else blocks
         return kernel(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segments_BxL, window)
     same_Bx1xLxL = (segments_BxL[:, :, None] == segments_BxL[:, None, :])[:, None]
-    return jax.nn.dot_product_attention(
+    return jax.nn.dot_product_attention(  # type: ignore[call-overload]
         q_BxLxHxK,
         k_BxLxHxK,
         v_BxLxHxK,
@@ -159,7 +159,7 @@ def splash(
     if not mesh.empty:
         heads //= mesh.shape["tensor"]
     block = next(size for size in (512, 256, 128) if length % size == 0)
-    mask = splash_attention_mask.CausalMask((length, length))
+    mask: splash_attention_mask.Mask = splash_attention_mask.CausalMask((length, length))
     if window:
         mask = splash_attention_mask.LocalMask((length, length), (window - 1, 0), offset=0)
     kernel = splash_attention_kernel.make_splash_mha(

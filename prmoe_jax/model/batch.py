@@ -2,18 +2,18 @@
 
 from typing import NamedTuple
 
-import numpy as np
+import jax
 
 
 class TopKLogProbs(NamedTuple):
     """A teacher's top K next tokens, the most probable first, with their log-probabilities (ln)."""
 
-    tokens_BxLxK: np.ndarray
-    log_p_BxLxK: np.ndarray
+    tokens_BxLxK: jax.Array
+    log_p_BxLxK: jax.Array
 
 
 class Batch(NamedTuple):
-    """A batch of windows; a single window has the same fields without the B axis.
+    """Windows, as NumPy or JAX arrays; a single window has the same fields without the B axis.
 
     tokens_BxL and targets_BxL are int32. mask_BxL is bool, False where there is no target.
     segments_BxL is int32, 0 for padding and 1, 2, … for the documents of a window (all 1 with
@@ -22,8 +22,8 @@ class Batch(NamedTuple):
     `teacher_top_k` is set if a teacher's predictions were recorded (`distill/teacher_cache.py`).
     """
 
-    tokens_BxL: np.ndarray
-    targets_BxL: np.ndarray
-    mask_BxL: np.ndarray
-    segments_BxL: np.ndarray
+    tokens_BxL: jax.Array
+    targets_BxL: jax.Array
+    mask_BxL: jax.Array
+    segments_BxL: jax.Array
     teacher_top_k: TopKLogProbs | None = None

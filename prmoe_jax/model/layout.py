@@ -43,7 +43,7 @@ def unstack_layers(model: ModelConfig, leaves: Mapping[str, Array]) -> dict[str,
 
     Arrays outside the stages keep their names and shapes.
     """
-    named = {}
+    named: dict[str, Array] = {}
     for name, leaf in leaves.items():
         layers = layer_names(model, name)
         named |= {layer: leaf[n] for n, layer in enumerate(layers)} if layers else {name: leaf}
@@ -52,7 +52,7 @@ def unstack_layers(model: ModelConfig, leaves: Mapping[str, Array]) -> dict[str,
 
 def layer_shapes(like: Transformer) -> dict[str, tuple[int, ...]]:
     """The shapes of a model's parameters by the names of `unstack_layers`."""
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for name, leaf in named_leaves(like).items():
         layers = layer_names(like.config, name)
         shapes |= dict.fromkeys(layers, leaf.shape[1:]) if layers else {name: leaf.shape}

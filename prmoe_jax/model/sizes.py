@@ -137,7 +137,9 @@ def table(model: ModelConfig, moe: MoeConfig | None = None) -> str:
     counts = report(model, moe)
     embedding, logits = counts["embedding_params"], 3 * cost(model, moe).logits_flops
     total = [counts[name] for name in ("total_params", "active_params", "train_flops_per_token")]
-    rows = [("embedding", "", f"{embedding:,}", f"{embedding:,}", f"{logits:,}")]
+    rows: list[tuple[str, ...]] = [
+        ("embedding", "", f"{embedding:,}", f"{embedding:,}", f"{logits:,}")
+    ]
     for layer in counts["layers"]:
         numbers = layer["params"], layer["active_params"], layer["train_flops_per_token"]
         rows.append((layer["layer"], layer["experts"] or "dense", *(f"{n:,}" for n in numbers)))

@@ -38,6 +38,7 @@ class Block(nnx.Module):
         self.norm_attention = norm(model.norm, model.d_model, model.norm_eps)
         self.attention = Attention(model, key_attention)
         self.norm_mlp = norm(model.norm, model.d_model, model.norm_eps)
+        self.mlp: MoE | MLP
         if experts:
             self.mlp = MoE(experts, model, moe, key_mlp)
         else:

@@ -187,8 +187,9 @@ def through_experts(
     """
     dispatcher, kernel = BACKENDS[name]
     maps = dispatcher.of(routing, experts.count, slots)
-    rows, rounds = maps.dispatch(x_GxSxD), 0
-    if kernel:
+    rows = maps.dispatch(x_GxSxD)
+    rounds: jax.Array | int = 0
+    if isinstance(maps, Runs):
         expert = maps.expert_P
         y, rounds = experts.grouped(kernel, rows, maps.rows_E, expert)
     else:

@@ -56,7 +56,7 @@ class ExpertParallel(NamedTuple):
     buffer_factor: float  # rows of the dropless exchange's buffer, relative to the even share
 
     @property
-    def count(self) -> int:
+    def count(self) -> int:  # type: ignore[override]
         """The number of experts of the layer."""
         return self.experts.count
 

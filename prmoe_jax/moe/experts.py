@@ -95,7 +95,7 @@ class Local(NamedTuple):
     experts: Experts | UnstackedExperts
 
     @property
-    def count(self) -> int:
+    def count(self) -> int:  # type: ignore[override]
         """The number of experts of the layer."""
         return self.experts.count
 

@@ -152,10 +152,11 @@ class MoE(nnx.Module):
         def local(parts, *inputs):
             parts = mark_varying(parts, axes)
             held = parts["experts"], places["experts"], x_BxLxD.dtype
-            experts = Local(sharding.all_gather_experts(*held))
+            own = sharding.all_gather_experts(*held)
+            experts: Local | ExpertParallel = Local(own)
             if splits_experts(mesh):
                 experts = ExpertParallel(
-                    experts.experts,
+                    own,
                     expert_axes(mesh, experts.count),
                     exchange.resolve(execution.exchange, mesh),
                     execution.buffer_factor,
@@ -188,9 +189,10 @@ class MoE(nnx.Module):
             routing, metrics, slots = self._route(parts, x_GxSxD, valid_GxS, keys_G)
         dropless, top_k = math.isinf(capacity_factor), routing.expert_GxSxK.shape[-1]
         chosen = by == "auto" and dropless and not measure
+        rounds: jax.Array | int = 0
         with jax.named_scope("dispatch"):
             if chosen and experts.are_few(batch * length, top_k):
-                y_GxSxD, rounds = dispatch.few_through_experts(x_GxSxD, routing, experts), 0
+                y_GxSxD = dispatch.few_through_experts(x_GxSxD, routing, experts)
             else:
                 name = dispatch.resolve(by, platform(), dropless)
                 y_GxSxD, rounds = dispatch.through_experts(

@@ -10,6 +10,7 @@ R: rows. F: outputs. P: parts of a row. S: P·R. N: slices of a weight; d and f:
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +37,7 @@ def matmul(x: jax.Array, w: jax.Array | QuantizedWeight, axes: int = 1) -> jax.A
 
     rows, depth = x.shape[: x.ndim - axes], math.prod(x.shape[x.ndim - axes :])
     quantized = isinstance(w, QuantizedWeight)
-    if math.prod(rows) > FEW_ROWS or not (quantized or x.dtype == w.dtype == jnp.float32):
+    if math.prod(rows) > FEW_ROWS or not _has_few_rows_form(x, w):
         return plain(x, w)
 
     def of_few(x, w):
@@ -81,6 +82,11 @@ def _tensordot_backward(axes: int, residuals, dy):
 _tensordot.defvjp(lambda axes, x, w: (_tensordot(axes, x, w), (x, w)), _tensordot_backward)
 
 
+def _has_few_rows_form(x: jax.Array, w: jax.Array | QuantizedWeight) -> bool:
+    """Whether a product of few rows has a form of its own here."""
+    return isinstance(w, QuantizedWeight) or x.dtype == w.dtype == jnp.float32
+
+
 def scores(x_BxD: jax.Array, table_VxD: jax.Array | QuantizedWeight) -> jax.Array:
     """x @ tableᵀ in float32."""
 
@@ -89,7 +95,7 @@ def scores(x_BxD: jax.Array, table_VxD: jax.Array | QuantizedWeight) -> jax.Arra
         return jnp.einsum("BD,VD->BV", x_BxD, table_VxD, preferred_element_type=jnp.float32)
 
     quantized = isinstance(table_VxD, QuantizedWeight)
-    if len(x_BxD) > FEW_ROWS or not (quantized or x_BxD.dtype == table_VxD.dtype == jnp.float32):
+    if len(x_BxD) > FEW_ROWS or not _has_few_rows_form(x_BxD, table_VxD):
         return plain(x_BxD, table_VxD)
 
     def of_few(x_BxD, table_VxD):
@@ -103,6 +109,7 @@ def scores(x_BxD: jax.Array, table_VxD: jax.Array | QuantizedWeight) -> jax.Arra
 def _by_parts(x_RxD: jax.Array, w_FxD: jax.Array, scales: jax.Array | None) -> jax.Array:
     """x @ wᵀ · scales in float32; each row of x is a sum of `PARTS` rows in w's dtype."""
     rest_RxD = x_RxD.astype(jnp.float32)
+    nearest: Callable[[jax.Array], jax.Array]
     if scales is None:
         finer, kind = 1, jnp.float32
         # Not a cast to bfloat16 and back, which XLA may remove.

@@ -57,4 +57,4 @@ def _rms(x: jax.Array, scale: jax.Array, eps: float, axes) -> jax.Array:
 
 def norm(kind: str, width: int, eps: float) -> LayerNorm | RMSNorm:
     """A norm of activations, by the value of `model.norm`."""
-    return {"layernorm": LayerNorm, "rmsnorm": RMSNorm}[kind](width, eps)
+    return RMSNorm(width, eps) if kind == "rmsnorm" else LayerNorm(width, eps)

@@ -16,6 +16,6 @@ def save_matmul(x: jax.Array) -> jax.Array:
     return checkpoint_name(x, PRODUCT)
 
 
-def save_collective(x: jax.Array) -> jax.Array:
+def save_collective(x):
     """Marks values received from other devices to keep, so that no exchange is repeated."""
     return checkpoint_name(x, EXCHANGED)
