@@ -296,10 +296,9 @@ def parse_json(data: bytes) -> Any:
 
 
 def _is_object(line: bytes) -> bool:
-    try:
+    with contextlib.suppress(ValueError):
         return isinstance(parse_json(line), dict)
-    except ValueError:
-        return False
+    return False
 
 
 def sync(path: Path) -> None:

@@ -1,5 +1,6 @@
 """The progress of a sweep: a live table on a terminal, elsewhere a log line for each change."""
 
+import contextlib
 import logging
 import sys
 from collections.abc import Iterator
@@ -65,18 +66,16 @@ class SweepProgress:
             found = line | found
             if "tokens_per_second" in found:
                 break
-        try:
+        # There may be no line yet, or damage, which the run reports.
+        with contextlib.suppress(KeyError, TypeError, ValueError):
             loss = found.get("eval/loss", found.get("loss", 0))
             speed = found.get("tokens_per_second", 0)
             return [f"{found['step']}/{config.total_steps}", f"{loss:.4f}", f"{speed:,.0f}"]
-        except (KeyError, TypeError, ValueError):  # no line yet, or damage, which the run reports
-            return []
+        return []
 
 
 def _newest_first(path: Path) -> Iterator[dict]:
     """Yields lines from the newest to a damaged one; omits a last line that is being written."""
-    try:
+    with contextlib.suppress(OSError, TypeError, ValueError):
         for line in reversed(path.read_bytes().split(b"\n")[:-1]):
             yield dict(files.parse_json(line))
-    except (OSError, TypeError, ValueError):
-        return
