@@ -145,9 +145,10 @@ def _stage(
     if left:
         log.info("%s: %d of %d tasks", function.__name__, len(left), len(tasks))
         (work.staging / _ERROR).unlink(missing_ok=True)
-        # A runner checks some of its options when the pipeline is made, and others later.
-        with refusing("Apache Beam refuses its options", (TypeError, ValueError)):
+        try:  # a runner checks some of its options when the pipeline is made, and others later
             made = beam.Pipeline(runner, options)
+        except (TypeError, ValueError) as error:  # of several lines
+            raise UserError(f"Apache Beam refuses its options: {error}") from error
         with refusing("Apache Beam", NotImplementedError), _watching_workers(), made as pipeline:
             keyed = pipeline | beam.Create(list(enumerate(left)))
             keyed | beam.GroupByKey() | beam.FlatMap(_perform, function, work)

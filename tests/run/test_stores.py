@@ -245,11 +245,11 @@ def test_a_store_that_goes_on_failing(folder, monkeypatch):
     with pytest.raises(UserError, match=r"the object store fails \(Service Unavailable, 503\)"):
         writer.sync()
     assert len(tries) > 1
-    # The command ends now: each further request is made once.
+    # The command ends now: further requests share what is left of the patience.
     tries.clear()
     with pytest.raises(OSError, match="the object store fails"):
         gcs.write(workdir / "x", b"content")
-    assert len(tries) == 1
+    assert len(tries) <= 2
     monkeypatch.undo()
     writer.close()  # nothing was lost
     assert read_metrics(workdir / "metrics.jsonl") == [{"step": 1, "loss": 2.0}]
