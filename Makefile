@@ -1,6 +1,7 @@
 # `make demo` and `make test` set themselves up: they need only Python and pip.
 #
 #   PYTHON=python3.13 make test     chooses the interpreter; .venv follows it
+#   make quick                      the tests of what git says has changed
 #   make test-slow                  the slowest tests: more meshes, lost processes, kills, notebooks that train
 #   make test-extras                the tests that need torch, lm-eval, gcsfs, Beam, W&B and a TPU's compiler (7.6 GB)
 #   make docs                       the pages of docs/ as a site, in site/
@@ -12,7 +13,7 @@ RUN ?= runs/demo
 BIN := .venv/bin
 EXTRAS := .venv-extras/ready-$(VERSION)
 
-.PHONY: demo test test-slow test-extras test-wheel lint docs notebooks clean
+.PHONY: demo test quick test-slow test-extras test-wheel lint docs notebooks clean
 
 demo: $(READY)
 	$(BIN)/prmoe train --config=configs/tiny.py:prmoe --workdir=$(RUN)
@@ -25,6 +26,10 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/pytest -n 2 --dist worksteal -m "not slow"
+
+quick: $(READY)
+	@tests=$$($(BIN)/python -m tests.repository.changed) && echo "tests: $${tests:-none}" && \
+	{ test -z "$$tests" || $(BIN)/pytest -n 2 --dist worksteal -m "not slow" $$tests; }
 
 test-slow: $(READY)
 	$(BIN)/pytest -n 2 --dist worksteal -m slow
@@ -57,7 +62,7 @@ docs: .venv/docs-$(VERSION)
 	$(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf .venv .venv-extras site build *.egg-info
+	rm -rf .venv .venv-extras .cache site build *.egg-info
 
 # Another interpreter, or changed requirements, make an environment anew.
 $(READY): setup.py

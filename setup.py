@@ -37,10 +37,12 @@ setup(
         "importlib_resources",
         "jax>=0.10",
         "ml-collections>=1.1",
+        "numpy",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12",
         "rich",
         "safetensors",
+        "scipy",  # the statistics of prmoe report and prmoe prune
         "tensorboardX>=2.6",
         "tensorflow-datasets>=4.9.10",
         "tokenizers>=0.21",

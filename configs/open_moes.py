@@ -72,7 +72,7 @@ def get_config(name: str = "olmoe_1b_7b"):
     config.model.update(architecture.parse_fields(values.pop("architecture")))
     config.model.update(values)
     config.model.length = 4096
-    config.model.remat = "dots"
+    config.execution.remat = "dots"
     config.moe.capacity_factor = config.moe.eval_capacity_factor = inf
     config.data.tokenizer = "tokenizer.json"  # of the released model
     config.train.tokens = 1_000_000_000_000

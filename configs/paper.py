@@ -77,7 +77,7 @@ def get_config(name: str = "prmoe_350m"):
     config.model.heads = row.heads
     config.model.d_ff = 4 * row.d_model
     config.model.init_std = row.init_std
-    config.model.remat = "dots"
+    config.execution.remat = "dots"
     if config.model.placement != "none":
         config.moe.overflow = "random"  # DeepSpeed's default
     if name.startswith("mos"):

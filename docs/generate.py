@@ -10,7 +10,7 @@ import re
 import sys
 from pathlib import Path
 
-from prmoe_jax.config.schema import Config, Setting, declarations, leaves
+from prmoe_jax.config.schema import Config, Setting, conditions, declarations, leaves
 from prmoe_jax.nn.parameters import PARAMETERS
 
 PAGE = Path(__file__).with_name("configuration.md")
@@ -22,11 +22,14 @@ def table() -> str:
     """All settings, as a Markdown section for each group."""
     groups = {f.name: f.type for f in dataclasses.fields(Config) if f.name not in leaves(Config())}
     sections: dict[str, list[str]] = {"": []} | {name: [] for name in groups}
-    values = leaves(Config())
     for name, setting in declarations().items():
-        sections[name.rpartition(".")[0]].append(_row(name, values[name], setting))
+        sections[name.rpartition(".")[0]].append(_row(name, setting))
     parts = [_section("The run", "Settings outside all groups.", sections.pop(""))]
-    parts += [_section(f"`{name}`", groups[name].__doc__, rows) for name, rows in sections.items()]
+    for name, rows in sections.items():
+        intro = groups[name].__doc__
+        if only := conditions()[name]:
+            intro += f" These settings have an effect only with {' and '.join(only)}."
+        parts.append(_section(f"`{name}`", intro, rows))
     return "\n\n".join([*parts, _parameters()])
 
 
@@ -62,8 +65,8 @@ def _section(title: str, intro: str, rows: list[str]) -> str:
     return "\n".join([f"### {title}", "", intro, "", *head, *rows])
 
 
-def _row(name: str, default, setting: Setting) -> str:
-    shown = f"`{default}`" if default not in ("", ()) else "empty"
+def _row(name: str, setting: Setting) -> str:
+    shown = f"`{setting.default}`" if setting.default not in ("", ()) else "empty"
     text = re.sub(r"(?<![\w'])'([^']+)'", r"`\1`", setting.described())
     return f"| `{name}` | {shown} | {text.replace('|', chr(92) + '|')} |"
 

@@ -29,8 +29,10 @@ import numpy as np
 
 from prmoe_jax.config.schema import MoeConfig
 from prmoe_jax.moe import dispatch
-from prmoe_jax.moe.experts import Experts
-from prmoe_jax.moe.routing import capacity, route
+from prmoe_jax.moe.experts import Experts, Local
+from prmoe_jax.config.routers import capacity
+from prmoe_jax.moe.routing import route
+from prmoe_jax.nn.mlp import MLPShape
 
 TOKENS = "the people of the United States have spoken".split()
 S, E, D = len(TOKENS), 4, 6
@@ -117,7 +119,7 @@ print("choices of each expert", metrics.assigned_E, "of which dropped", metrics.
 # Every expert is given its C slots; empty ones hold zeros.
 
 # %%
-experts = Experts(E, D, 4 * D, 0.5, 0.5, keys[2])
+experts = Experts(E, MLPShape(D, 4 * D, 0.5, 0.5), keys[2])
 slots_ExCxD = np.zeros((E, C, D), np.float32)
 for s, (e, slot) in enumerate(zip(chosen_S, slot_S, strict=True)):
     if slot is not None:
@@ -151,8 +153,9 @@ plt.show()
 # (`gather`, the paper's section 5.4); all of them, and our hands, agree.
 
 # %%
-for name, backend in dispatch.BACKENDS.items():
-    difference = jnp.abs(backend(x_GxSxD, routing, experts, C)[0] - y_SxD).max()
+for name in dispatch.BACKENDS:
+    ours_GxSxD, _ = dispatch.through_experts(name, x_GxSxD, routing, Local(experts), C)
+    difference = jnp.abs(ours_GxSxD[0] - y_SxD).max()
     print(f"{name:8} differs by at most {difference:.1e}")
     assert difference < 1e-5
 

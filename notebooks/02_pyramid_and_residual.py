@@ -124,7 +124,7 @@ from prmoe_jax.moe.layer import MoE
 small = ModelConfig(
     d_model=16, heads=2, d_ff=32, dtype="float32", **parse_fields("2 layers, E=4, residual")
 )
-layer = MoE(4, small, MoeConfig(dispatch="gather"), jax.random.key(0))
+layer = MoE(4, small, MoeConfig(), jax.random.key(0))
 x_BxLxD = jax.random.normal(jax.random.key(1), (1, 8, 16))
 everyone, nobody = jnp.ones((1, 8), bool), jnp.zeros((1, 8), bool)
 y_BxLxD, served = layer(x_BxLxD, everyone)

@@ -1,4 +1,4 @@
-"""The standard streams of a command, and how each exception ends it."""
+"""Prepares a command's standard streams, and turns each exception into its exit."""
 
 import contextlib
 import io
@@ -31,7 +31,7 @@ def prepare() -> None:
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, this one
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is `number`
         stream = getattr(sys, name)
         if stream is None:
             stream = open(number, "r" if name == "stdin" else "w", closefd=False)  # noqa: SIM115
@@ -51,8 +51,7 @@ def guard(task: Callable[[], None], folder: Callable[[], Path | None]) -> int:
 
     Args:
       task: the command.
-      folder: called after an unforeseen error; returns the run's folder, in which the traceback may
-        be kept.
+      folder: returns the run's folder, in which the traceback of an unforeseen error is kept.
 
     Returns:
       The exit code.
@@ -61,7 +60,7 @@ def guard(task: Callable[[], None], folder: Callable[[], Path | None]) -> int:
         try:
             task()
         finally:
-            sys.stdout.flush()  # a closed pipe is noticed here, not at Python's exit
+            sys.stdout.flush()  # notice a closed pipe here, not at Python's exit
         return 0
     except BaseException as error:
         if isinstance(error, BrokenPipeError) and _unread(sys.stdout):
@@ -85,7 +84,7 @@ def guard(task: Callable[[], None], folder: Callable[[], Path | None]) -> int:
 def leave(code: int) -> NoReturn:
     """Ends the process without waiting for threads.
 
-    Orbax's wait for ten minutes for a checkpoint's folder that could not be made.
+    Orbax's threads would wait ten minutes for a checkpoint's folder that could not be made.
     """
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
@@ -94,7 +93,7 @@ def leave(code: int) -> NoReturn:
 
 
 def _with_traceback(failure: Failure, error: BaseException, folder: Path | None) -> Failure:
-    """Prints or keeps the traceback of an unforeseen error, and adds its place to the failure."""
+    """Prints an error's traceback or writes it to a file; the failure's line then says where."""
     text = "".join(traceback.format_exception(error))
     if os.environ.get("PRMOE_TRACEBACK") == "1":
         write(text)
@@ -114,13 +113,13 @@ def _kept(text: str, folder: Path | None) -> str:
             if (place := find()) and place.is_dir():
                 files.replace(place / name, (head + text).encode("utf-8", "backslashreplace"))
                 return str(place / name)
-    write(text)  # no room for a file anywhere
+    write(text)  # neither folder could be written
     return "the lines above"
 
 
 def _thread_failed(failed: threading.ExceptHookArgs) -> None:
     """Reports an exception that ended a thread: one line, and the traceback in a file."""
-    if issubclass(failed.exc_type, SystemExit):  # it ends the thread, as Python has it
+    if issubclass(failed.exc_type, SystemExit):  # ends only the thread, as Python's own hook does
         return
     error = failed.exc_value or failed.exc_type()
     failure = describe(error)
@@ -128,11 +127,11 @@ def _thread_failed(failed: threading.ExceptHookArgs) -> None:
 
 
 def _report_unraisable(unraisable) -> None:
-    """Prints Python's own report of an error in a callback, unless it only follows another error.
+    """Prints Python's own report of an error in a callback, unless another error caused it.
 
     When writing a checkpoint fails, each of Tensorstore's threads finds Orbax's event loop closed.
     When reading a damaged one fails, Orbax abandons its other reads, which end with an error each.
-    When a user's code recurses too deeply, JAX's garbage collection callback does so too.
+    When a user's code recurses too deeply, JAX's garbage collection callback fails in the same way.
     """
     error = unraisable.exc_value
     echo = isinstance(error, RecursionError) or str(error) == "Event loop is closed"

@@ -1,14 +1,14 @@
-"""How a command ends: the errors that a user is meant to read, and one line for every other one."""
+"""The errors that a user is meant to read, and a line for the user for every other error."""
 
 import contextlib
 import errno
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, NoReturn
 
-LONGEST = 1000  # characters of a line for the user
+LONGEST = 1000  # characters in a line for the user
 
 
 class UserError(Exception):
@@ -24,8 +24,8 @@ class TrainingStopped(UserError):
     """A run that cannot go on, although the command was right.
 
     Its loss or gradient is not finite, or a checkpoint of a run of several processes is damaged.
-    The command line prints the message on one line and exits with code 1. A full disk is not such
-    an error: it ends the command with code 2.
+    The command line prints the message on one line and exits with code 1. A full disk is another
+    error, with code 2.
     """
 
     exit_code = 1
@@ -48,9 +48,64 @@ class Failure(NamedTuple):
     foreseen: bool  # False for a defect, whose traceback is worth keeping
 
 
-# Functions that are called with a failure after it was printed and before the process ends, in
-# order to tell other processes.
+# Functions to call with a failure after it was printed, before the process ends. They tell other
+# processes.
 on_failure: list[Callable[[Failure], None]] = []
+
+
+@contextlib.contextmanager
+def refusing(
+    what: str,
+    kinds: type[Exception] | tuple[type[Exception], ...] = Exception,
+    fix: str = "",
+) -> Iterator[None]:
+    """Turns exceptions of a library or of the system into a UserError of one line.
+
+    A `UserError` and a `MemoryError` stay as they are.
+
+    Args:
+      what: what could not be done, such as 'x.json cannot be read'; the reason follows it.
+      kinds: the exceptions; by default all, since readers of damaged files raise anything.
+      fix: ends the line.
+
+    Raises:
+      UserError: the block raised such an exception.
+    """
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except kinds as error:
+        line = f"{what}: {reason(error)}"
+        raise UserError(f"{line}; {fix}" if fix else line) from error
+
+
+@contextlib.contextmanager
+def telling(before: str = "", fix: str = "") -> Iterator[None]:
+    """Adds to a UserError: `before` says where it arose, `fix` what to do."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{before}{error}{f'; {fix}' if fix else ''}") from error
+
+
+@contextlib.contextmanager
+def missing(what: str, package: str) -> Iterator[None]:
+    """Turns an ImportError in the block into a UserError that says what to install."""
+    try:
+        yield
+    except ImportError as error:
+        raise UserError(f"{what}; pip install '{package}'") from error
+
+
+def reason(error: BaseException) -> str:
+    """Why something failed: the operating system's message, or else the error's first line.
+
+    Errors whose message is rarely a sentence, such as KeyError, come with their type.
+    """
+    line = (getattr(error, "strerror", None) or first_line(error)).removesuffix(".")
+    unclear = isinstance(error, (AttributeError, LookupError, TypeError))
+    return f"{type(error).__name__}: {line}" if unclear else line
 
 
 def say(line: str) -> None:
@@ -86,7 +141,7 @@ def describe(error: BaseException) -> Failure:
     if is_out_of_memory(error):
         return Failure(
             f"out of memory ({first_line(error)}); lower train.batch_size, raise train.accumulate, "
-            "set model.remat=dots or full, or split the model over more devices by mesh.fsdp, "
+            "set execution.remat=dots or full, or split the model over more devices by mesh.fsdp, "
             "mesh.expert or mesh.tensor",
             2,
             True,
@@ -115,7 +170,7 @@ def _no_device(error: BaseException) -> str:
     """Why JAX found no device; '' for another error."""
     if isinstance(error, RuntimeError) and "Unable to initialize backend" in str(error):
         return first_line(error)
-    # Without a GPU JAX passes over CUDA, and then asserts that there is another backend.
+    # Without a GPU, JAX skips CUDA and then asserts that there is another backend.
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     places = [(frame.f_globals.get("__name__"), frame.f_code.co_name) for frame in frames[-1:]]
     if isinstance(error, AssertionError) and places == [("jax._src.xla_bridge", "backends")]:
@@ -138,11 +193,11 @@ def _one_line(message: object) -> str:
     line = _printable(" ".join(_text(message).split()))
     if len(line) <= LONGEST:
         return line
-    return f"{line[: LONGEST * 2 // 3]} … {line[-LONGEST // 4 :]}"  # it may end with the fix
+    return f"{line[: LONGEST * 2 // 3]} … {line[-LONGEST // 4 :]}"  # the end may say the fix
 
 
 def _printable(text: str) -> str:
-    """Shows characters that could drive a terminal as in `repr`: a file's content may have them."""
+    """Escapes control characters, which text from a file may hold, as `repr` does."""
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 

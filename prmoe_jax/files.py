@@ -1,7 +1,4 @@
-"""Writes a run's files so that none is ever half written, and checks them when they are read.
-
-They are on a disk or in an object store (`prmoe_jax/stores`).
-"""
+"""Reads and checks files, and writes files and folders atomically, also in an object store."""
 
 import contextlib
 import json
@@ -10,13 +7,12 @@ import os
 import secrets
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from prmoe_jax import stores
-from prmoe_jax.errors import UserError
+from prmoe_jax.errors import UserError, refusing
 from prmoe_jax.stores.lock import LOCK, hold, locked
 
 log = logging.getLogger(__name__)
@@ -26,32 +22,24 @@ _TEMPORARY = ".tmp"
 
 
 def replace(path: Path, content: str | bytes) -> None:
-    """Writes a file by `whole`; a store does so by itself.
-
-    A file that already holds the content is not touched.
-
-    Raises:
-      UserError: the file cannot be written; its old content is still there.
-    """
+    """Writes a file atomically. One that already holds the content is not touched."""
     data = content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content
-    if not stores.is_local(path):
-        _replace_object(path, data)
-        return
-    try:
-        if path.is_file() and not path.is_symlink() and path.read_bytes() == data:
+    with refusing(f"{path} cannot be written", OSError):
+        if path.is_file() and not os.path.islink(path) and path.read_bytes() == data:
             return
-        with whole(path) as file:
-            file.write(data)
-    except OSError as error:
-        raise cannot_write(path, error) from error
+        if stores.is_local(path):
+            with whole(path) as file:
+                file.write(data)
+        else:
+            stores.write(path, data)
 
 
 @contextlib.contextmanager
 def whole(path: Path, scratch: Path | None = None) -> Iterator[BinaryIO]:
-    """A file of a disk that takes the name `path` when the block has ended, whatever is there.
+    """A new file on a disk, which replaces `path` when the block has ended.
 
-    A crash, `kill -9` or a full disk at any moment leaves the old content or the new one. The file
-    has a random hidden name until then, so that no link which waits there is followed.
+    A crash, `kill -9` or a full disk at any moment leaves the old content or the new one. Until the
+    end the file has a random hidden name, so that no link with this name can be there.
 
     Args:
       path: the file; a link is replaced.
@@ -74,77 +62,25 @@ def whole(path: Path, scratch: Path | None = None) -> Iterator[BinaryIO]:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Removes the files that killed processes left in a folder, for one that alone writes there."""
+    """Removes files that killed processes left in a folder where no other process writes."""
     for path in folder.glob(f".*{_TEMPORARY}"):
         if path.is_symlink() or path.is_file():
             _remove(path)
 
 
-def _replace_object(path: Path, data: bytes) -> None:
-    from prmoe_jax.stores import gcs
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A new folder on a disk, which is renamed to `folder` when the block has ended.
 
-    try:
-        if not (path.exists() and path.read_bytes() == data):
-            gcs.write(path, data)
-    except OSError as error:
-        raise cannot_write(path, error) from error
-
-
-class GrowingObject:
-    """A file in an object store that grows.
-
-    An object can't be appended to: its content is kept in memory and written whole, at most every
-    `EVERY` seconds, and rarer if that took long. What a killed process had not written is lost.
-
-    It is written to like an open file. `flush` writes it when it is time, `sync` at once.
-    """
-
-    EVERY = 30.0  # seconds
-    SHARE = 20  # the seconds from one write to the next, as a multiple of those that it took
-
-    def __init__(self, path: Path, content: bytes = b"", check: Callable[[], None] = lambda: None):
-        """Takes the content that the object has; `check` is called before each write."""
-        self._path, self._content, self._check = path, bytearray(content), check
-        self._written, self._due = len(content), time.monotonic() + self.EVERY
-
-    def write(self, data: bytes) -> None:
-        self._content += data
-
-    def flush(self) -> None:
-        if time.monotonic() >= self._due:
-            self.sync()
-
-    def sync(self) -> None:
-        """Writes the object if its content has grown; OSError if it cannot be written."""
-        from prmoe_jax.stores import gcs
-
-        if self._written == len(self._content):
-            return
-        self._check()
-        begun = time.monotonic()
-        gcs.write(self._path, bytes(self._content))
-        self._written, end = len(self._content), time.monotonic()
-        self._due = end + max(self.EVERY, self.SHARE * (end - begun))
-
-    close = sync
-
-
-def build_folder(folder: Path, build: Callable[[Path], None]) -> None:
-    """Makes a local folder by `build(temporary)` and a rename: it is complete or does not exist.
-
-    The temporary folder lies beside it under a hidden name. Files that a killed process left there
-    are removed first. If the target is an empty folder, it is replaced.
-
-    Args:
-      folder: the folder to make.
-      build: writes the content into the folder that it is given.
+    Until then it lies beside `folder` under a hidden name. Files that a killed process left in it
+    are removed first. If `folder` exists and is empty, it is replaced.
 
     Raises:
       UserError: another process is building the same folder, or a link has the hidden name.
-      OSError: the folder cannot be written, or the target exists and is not an empty folder.
+      OSError: the folder cannot be written, or `folder` exists and is not empty.
     """
     folder = Path(os.path.realpath(folder))
-    temporary = folder.with_name(f".{folder.name}.tmp")
+    temporary = folder.with_name(f".{folder.name}{_TEMPORARY}")
     if temporary.is_symlink():
         raise UserError(
             f"{temporary} is a link to {os.path.realpath(temporary)}, where files would be "
@@ -152,7 +88,7 @@ def build_folder(folder: Path, build: Callable[[Path], None]) -> None:
         )
     temporary.mkdir(parents=True, exist_ok=True)
     try:
-        lock = hold(temporary / ".lock")
+        lock = hold(temporary / LOCK)
     except BlockingIOError:
         raise UserError(f"another process is writing {folder}; wait for it to end") from None
     with lock:
@@ -160,9 +96,9 @@ def build_folder(folder: Path, build: Callable[[Path], None]) -> None:
             for left in temporary.iterdir():
                 if left.is_dir() and not left.is_symlink():
                     shutil.rmtree(left)
-                elif left.name != ".lock":
+                elif left.name != LOCK:
                     left.unlink()
-            build(temporary)
+            yield temporary
             for path in [*temporary.rglob("*"), temporary]:
                 if path.is_dir():
                     _sync_folder(path)
@@ -174,31 +110,29 @@ def build_folder(folder: Path, build: Callable[[Path], None]) -> None:
             raise
         # If the lock were removed before the rename, another process could lock a new file and
         # empty the folder.
-        (folder / ".lock").unlink(missing_ok=True)
+        (folder / LOCK).unlink(missing_ok=True)
         _sync_folder(folder.parent)
 
 
 @contextlib.contextmanager
 def building_in_store(folder: Path, option: str) -> Iterator[None]:
-    """Guards the making of a folder in an object store, where folders can't be renamed.
+    """Makes the block, which writes a folder in an object store, safe to repeat.
 
-    The lock of the folder is held meanwhile. Until the block has succeeded, the object `UNFINISHED`
-    is there: a command that was killed, or failed, left the folder's other objects, and they are
-    removed first. The block writes last what makes the folder usable for those who read it.
+    It holds the folder's lock, and keeps an object `UNFINISHED` there until the block has
+    succeeded. If a command was killed or failed, the next one removes its objects first. The block
+    must write last the object without which readers refuse the folder.
 
     Raises:
       UserError: the folder holds something else, or another process is building it.
       OSError: the store fails.
     """
-    from prmoe_jax.stores import gcs
-
-    mark = folder / UNFINISHED
+    store, mark = stores.client(folder), folder / UNFINISHED
     with locked(folder, option) as lock:
         check_free_in_store(folder, option)
-        for path in gcs.find(folder):
+        for path in store.find(folder):
             if path not in (mark, folder / LOCK):
                 path.unlink()
-        gcs.write(mark, b"another command may remove this folder's objects\n")
+        store.write(mark, b"another command may remove this folder's objects\n")
         yield
         lock.check()
         mark.unlink()
@@ -211,14 +145,14 @@ def build_in_store(
     last: str,
     scratch: Path | None = None,
 ) -> None:
-    """Makes a folder in an object store by `build(temporary)` on a disk and a copy.
+    """Makes a folder in an object store: builds it on a disk, then uploads it.
 
     Args:
       folder: the folder to make.
       option: names it in messages.
-      build: writes the content into the folder that it is given.
+      build: writes the content into a local folder.
       last: the file without which the folder counts as incomplete; it is copied last.
-      scratch: where the temporary folder is made, by default where the system has them.
+      scratch: the parent of the temporary local folder; the system's by default.
 
     Raises:
       UserError: the folder holds something else, or another process is building it.
@@ -233,27 +167,17 @@ def build_in_store(
 
 
 def check_free_in_store(folder: Path, option: str) -> None:
-    """Raises UserError if a folder in a store holds something that `building_in_store` didn't."""
-    from prmoe_jax.stores import gcs
-
-    found = {path.relative_to(folder).parts[:1] for path in gcs.find(folder)} - {(LOCK,)}
+    """Raises UserError if a folder in a store holds anything but an unfinished build."""
+    paths = stores.client(folder).find(folder)
+    found = {path.relative_to(folder).parts[:1] for path in paths} - {(LOCK,)}
     if found and (UNFINISHED,) not in found:
         raise UserError(f"{option}={folder} exists; give another folder, or remove it")
 
 
-def cannot_write(path: Path, error: OSError) -> UserError:
-    """Makes the error to raise when a file could not be written."""
-    return UserError(f"{path} cannot be written: {error.strerror or error}")
-
-
-def cannot_read(path: Path, error: OSError) -> UserError:
-    return UserError(f"{path} cannot be read: {error.strerror or error}")
-
-
 def is_plain(name: Any) -> bool:
-    """Whether a value that was read from a file is the name of a file beside that one.
+    """Whether an untrusted value is a plain file name, which cannot lead to another folder.
 
-    Such a name has no folder, no control character and no half of a surrogate pair.
+    It also has no control characters and no lone surrogates.
     """
     return (
         isinstance(name, str)
@@ -265,29 +189,24 @@ def is_plain(name: Any) -> bool:
 
 
 def regular(path: Path, hint: str = "") -> Path:
-    """Returns the path if it is a regular file; reading a pipe or a device might never return.
+    """Returns the path of a regular file, and refuses others: reading a pipe may never end.
 
     Args:
       path: the file.
       hint: text to add to the message if the file is missing.
-
-    Raises:
-      UserError: the path is missing, or is not a regular file.
     """
-    try:
+    with refusing(f"{path} cannot be read", OSError):
         if path.is_file():
             return path
         found = path.exists()
-    except OSError as error:
-        raise cannot_read(path, error) from None
     raise UserError(f"{path} is not a regular file" if found else f"{path} is missing{hint}")
 
 
 def read(path: Path) -> bytes:
-    """The content of a file, which may be a stranger's.
+    """The content of an untrusted file.
 
     Raises:
-      UserError: it is a pipe or a device, whose reading may never end.
+      UserError: it is a pipe, a socket or a device.
       OSError: it cannot be read.
     """
     refuse_pipe(path)
@@ -307,16 +226,12 @@ def read_json(path: Path, kind: type = dict, fix: str = "restore a copy of it") 
       path: the file.
       kind: the type that the value must have.
       fix: advice about a damaged file, for the message.
-
-    Raises:
-      UserError: the file cannot be read, is not UTF-8 JSON, or holds another type.
     """
-    try:
+    with (
+        refusing(f"{path} cannot be read", OSError),
+        refusing(f"{path} is damaged", ValueError, fix=fix),
+    ):
         value = parse_json(read(path))
-    except OSError as error:
-        raise cannot_read(path, error) from None
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}; {fix}") from None
     if not isinstance(value, kind):
         found = type(value).__name__
         raise UserError(f"{path} is damaged: it holds {found}, not {kind.__name__}; {fix}")
@@ -332,18 +247,13 @@ def read_json_lines(
 
     Args:
       path: the file.
-      kinds: names that every object must have, with the type or types of the value.
+      kinds: names that every object must have, with the allowed types of their values.
       fix: advice about a damaged line, for the message.
-
-    Raises:
-      UserError: the file cannot be read, or a line is not such an object; names the line.
     """
-    try:
+    with refusing(f"{path} cannot be read", OSError):
+        if not path.exists():
+            return []
         *lines, torn = read(path).split(b"\n")
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise cannot_read(path, error) from None
     if torn and _is_object(torn):
         lines.append(torn)  # some editors leave out the last newline
     elif torn:
@@ -351,10 +261,8 @@ def read_json_lines(
     rows = []
     for number, line in enumerate(lines, 1):
         where = f"{path}, line {number},"
-        try:
+        with refusing(f"{where} is damaged", ValueError, fix=fix):
             row = parse_json(line)
-        except ValueError as error:
-            raise UserError(f"{where} is damaged: {error}; {fix}") from None
         require(row, kinds, where, fix)
         rows.append(row)
     return rows
@@ -365,12 +273,9 @@ def require(row: Any, kinds: Mapping[str, type | tuple[type, ...]], where: str, 
 
     Args:
       row: the value, which must be a dict.
-      kinds: each name that it must have, with the type or types of the value.
-      where: the file and the place in it, for the message.
+      kinds: names that it must have, with the allowed types of their values.
+      where: the file and the line or object in it, for the message.
       fix: advice for the user, for the message.
-
-    Raises:
-      UserError: a name is missing, or its value is of another type.
     """
     if not isinstance(row, dict):
         raise UserError(f"{where} is damaged: not an object but {type(row).__name__}; {fix}")
@@ -391,10 +296,9 @@ def parse_json(data: bytes) -> Any:
 
 
 def _is_object(line: bytes) -> bool:
-    try:
+    with contextlib.suppress(ValueError):
         return isinstance(parse_json(line), dict)
-    except ValueError:
-        return False
+    return False
 
 
 def sync(path: Path) -> None:
@@ -407,14 +311,10 @@ def sync(path: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    try:
+    with contextlib.suppress(OSError):  # some file systems can't do this; the rename has happened
         sync(folder)
-    except OSError:  # some file systems can't do this; the rename itself has happened
-        log.debug("%s cannot be synchronised", folder)
 
 
 def _remove(temporary: Path) -> None:
-    try:
+    with contextlib.suppress(OSError):  # the file then stays
         temporary.unlink(missing_ok=True)
-    except OSError:
-        log.debug("%s stays", temporary)

@@ -1,13 +1,14 @@
 """Tables of text for the terminal."""
 
 import io
+import itertools
 from collections.abc import Iterable, Sequence
 
 
 def aligned(
     head: Sequence[str], rows: Iterable[Sequence[object]], texts: Sequence[int] = (0,)
 ) -> str:
-    """The rows below their head, as text of any width.
+    """A text table, as wide as its cells need.
 
     Args:
       head: a name for each column.
@@ -22,8 +23,26 @@ def aligned(
     for i, name in enumerate(head):
         table.add_column(Text(name), justify="left" if i in texts else "right", no_wrap=True)
     for row in rows:
-        # Without Text, rich would take brackets for a style.
+        # Text keeps rich from reading brackets as a style.
         table.add_row(*[Text(str(cell)) for cell in row])
     text = io.StringIO()
     Console(file=text, width=1000, color_system=None).print(table)
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+
+
+def blocks(
+    rows: Iterable[dict], title: str, columns: dict[str, str], texts: Sequence[int] = (0,)
+) -> str:
+    """Text tables, one for each group of consecutive rows with the same title.
+
+    Args:
+      rows: the values of each row by name.
+      title: a format string of a row's values, such as 'batch {batch}'.
+      columns: a format string for each column's head.
+      texts: as in `aligned`.
+    """
+    parts = []
+    for name, some in itertools.groupby(rows, lambda row: title.format(**row)):
+        cells = [[shown.format(**row) for shown in columns.values()] for row in some]
+        parts.append(f"{name}\n{aligned(list(columns), cells, texts)}")
+    return "\n\n".join(parts)

@@ -1,22 +1,31 @@
 """What every test needs."""
 
-import atexit
 import logging
 import os
 import random
-import shutil
 import signal
 import sys
-import tempfile
 import threading
+import time
+from pathlib import Path
 
 import pytest
 
-# Many tests start the same small run anew, some in a process of their own: compile it once.
+# Many tests start the same small run anew, some in a process of their own: compile it once, and
+# keep the programs for the next time. What nobody used for a week goes.
 # Set before JAX is imported; the workers of pytest-xdist and subprocesses inherit it.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    cache = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="prmoe-tests-")
-    atexit.register(shutil.rmtree, cache, ignore_errors=True)
+    kept = Path(__file__).parent.parent / ".cache"
+    programs = kept / "programs"
+    programs.mkdir(parents=True, exist_ok=True)
+    for file in programs.iterdir():
+        if time.time() - file.stat().st_atime > 7 * 24 * 3600:
+            file.unlink(missing_ok=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(programs)
+    # DeepSpeed compiles, too, and waits for ever for a process that was killed meanwhile.
+    for lock in kept.glob("torch/**/lock"):
+        lock.unlink()
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(kept / "torch")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 # What the command line would keep in a file is shown.
 os.environ["PRMOE_TRACEBACK"] = "1"

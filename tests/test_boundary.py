@@ -129,7 +129,7 @@ def test_the_traceback_is_printed_on_demand(tmp_path, monkeypatch, capsys):
         (
             RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 7 bytes"),
             2,
-            "allocating 7 bytes); lower train.batch_size, raise train.accumulate, set model.remat",
+            "lower train.batch_size, raise train.accumulate, set execution.remat",
         ),
         (OSError(errno.ENAMETOOLONG, "File name too long", "nnn"), 2, "nnn: File name too long"),
         (OSError(errno.ENOSPC, "No space left on device"), 2, "output cannot be written: No space"),

@@ -424,11 +424,11 @@ def test_no_program_comes_with_a_run(run, monkeypatch, caplog):
     config["train"]["compile_cache"] = str(run / "compile_cache")
     (run / "config.json").write_text(json.dumps(config))
     given = parse_config(["--config=run/config.json"])
-    assert given.train.compile_cache == "auto"
+    assert given.execution.compile_cache == "auto"
     assert "is left out, since JAX runs the programs" in caplog.text
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     with compile_cache(given, run):
         used = jax.config.values["jax_compilation_cache_dir"]
         assert used == str(Path("~/.cache/prmoe_jax/compile_cache").expanduser())
-    own = parse_config(["--config=run/config.json", "--config.train.compile_cache=mine"])
-    assert own.train.compile_cache == "mine"
+    own = parse_config(["--config=run/config.json", "--config.execution.compile_cache=mine"])
+    assert own.execution.compile_cache == "mine"

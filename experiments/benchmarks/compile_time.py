@@ -29,7 +29,7 @@ def compile_seconds(text: str) -> float:
     settings = default_config()
     settings.model.update(architecture.parse_fields(text))
     settings.train.steps = 1
-    settings.model.remat = "dots"  # else 8 layers are compiled one by one on a CPU
+    settings.execution.remat = "dots"  # else 8 layers are compiled one by one on a CPU
     resolved = resolve(settings)
     shape = (resolved.train.batch_size, resolved.model.length)
     ids = jax.ShapeDtypeStruct(shape, jnp.int32)

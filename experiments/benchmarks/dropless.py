@@ -1,4 +1,4 @@
-"""Training steps without drops beside those with a capacity factor of 1, in turns in one process.
+"""Training steps without drops interleaved with those with a capacity factor of 1, in one process.
 
     python experiments/benchmarks/dropless.py                 # on all cores
     taskset -c 0 python experiments/benchmarks/dropless.py    # on one
@@ -17,7 +17,7 @@ import jax
 
 from prmoe_jax.allocator import keep_freed_memory
 from prmoe_jax.bench.step import compiled_step
-from prmoe_jax.bench.turns import in_turns
+from prmoe_jax.bench.timing import interleaved
 from prmoe_jax.config.loading import resolve
 from prmoe_jax.config.schema import Config
 from prmoe_jax.run.directory import device_name
@@ -45,7 +45,7 @@ def main() -> None:
     keep_freed_memory()
     configs = {(name, factor): config(name, factor) for name in MODELS for factor in FACTORS}
     steps = {case: compiled_step(values) for case, values in configs.items()}
-    seconds = in_turns({case: step.seconds for case, step in steps.items()}, REPEATS)
+    seconds = interleaved({case: step.seconds for case, step in steps.items()}, REPEATS)
     for (name, factor), times in seconds.items():
         row = {"model": name, "capacity_factor": str(factor)}
         row |= {"tokens_per_s": configs[name, factor].tokens_per_step / statistics.median(times)}

@@ -22,8 +22,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from prmoe_jax.config.schema import DataConfig
-from prmoe_jax.data.corpora import Corpus
-from prmoe_jax.data.tokenizer import load_tokenizer
+from prmoe_jax.data.tokenizer import load_given
 
 WIDTH, HIDDEN, VOCABULARY = 512, 416, 512
 TINY = 16  # both widths of the tiny model
@@ -118,7 +117,7 @@ def write(folder: Path, layers: int, experts: int, width: int, hidden: int) -> t
     sizes = {"num_hidden_layers": layers, "num_experts": experts}
     sizes |= {"hidden_size": width, "intermediate_size": hidden}
     (folder / "config.json").write_text(json.dumps(CONFIG | sizes))
-    bytes_only = load_tokenizer(DataConfig(tokenizer="bytes"), 257, Corpus("none", dict))
+    bytes_only = load_given(DataConfig(tokenizer="bytes"))
     bytes_only.save(folder / "tokenizer.json")
     return total, layer
 

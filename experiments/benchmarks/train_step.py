@@ -21,7 +21,8 @@ from prmoe_jax.allocator import keep_freed_memory
 from prmoe_jax.cli import parse_config
 from prmoe_jax.data.pipeline import load_data, train_iterator
 from prmoe_jax.model.sizes import cost
-from prmoe_jax.parallel.mesh import make_mesh, split_batch
+from prmoe_jax.parallel.axes import split_batch
+from prmoe_jax.parallel.mesh import make_mesh
 from prmoe_jax.run.directory import device_name
 from prmoe_jax.training.step import compile_train_step, sharded_state
 

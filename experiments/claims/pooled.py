@@ -9,12 +9,13 @@ left out. Prints the residual standard deviations, a test whether one effect for
 enough, and each contrast with its 95 % interval and verdict, in nats a token.
 """
 
+import math
 from pathlib import Path
 from typing import NamedTuple
 
 from scipy import stats
 
-from prmoe_jax.report.arms import Mean, Spread, arms, difference, holm, p_value, spread, verdict
+from prmoe_jax.report.arms import Difference, Spread, arms, difference, holm, spread
 from prmoe_jax.sweep import records
 from prmoe_jax.sweep.definition import planned
 from prmoe_jax.tables import aligned
@@ -36,7 +37,7 @@ class Contrast(NamedTuple):
     sweep: str
     arm: str
     base: str
-    apart: Mean
+    apart: Difference
     p: float  # corrected for the sweep's contrasts
     verdict: str
 
@@ -56,7 +57,7 @@ def main() -> None:
     print(aligned(head, rows, texts=(0, 1, 2, 5)))
 
 
-def shown(apart: Mean) -> str:
+def shown(apart: Difference) -> str:
     return f"{apart.value:+.3f} ± {apart.margin:.3f}"
 
 
@@ -73,10 +74,11 @@ def contrasts() -> tuple[dict[str, Spread], list[Contrast]]:
     for name, runs in found.items():
         constants = stated[name].constants
         pairs = [pair for pair in constants.contrasts if runs.keys() >= {*pair}]
-        corrected = holm([p_value(runs[arm], runs[base], pooled) for arm, base in pairs])
-        for (arm, base), p in zip(pairs, corrected, strict=True):
-            if apart := difference(runs[arm], runs[base], pooled):
-                is_so = verdict(runs[arm], runs[base], constants.margin, pooled)
+        differences = [difference(runs[arm], runs[base], pooled) for arm, base in pairs]
+        corrected = holm([apart.p if apart else math.nan for apart in differences])
+        for (arm, base), apart, p in zip(pairs, differences, corrected, strict=True):
+            if apart:
+                is_so = apart.verdict(constants.margin)
                 compared.append(Contrast(name, arm, base, apart, p, is_so))
     return spreads | {"all": pooled}, compared
 

@@ -1,4 +1,4 @@
-"""Training steps of all models of this experiment, in turns in one process.
+"""Training steps of all models of this experiment, interleaved in one process.
 
     taskset -c 0 python experiments/multiplier/speed.py > experiments/multiplier/speed.jsonl
 
@@ -16,7 +16,7 @@ import jax
 
 from prmoe_jax.allocator import keep_freed_memory
 from prmoe_jax.bench.step import compiled_step
-from prmoe_jax.bench.turns import in_turns
+from prmoe_jax.bench.timing import interleaved
 from prmoe_jax.config.loading import resolve
 from prmoe_jax.run.directory import device_name
 
@@ -30,7 +30,7 @@ def main() -> None:
     arms = [arm for arm in SWEEP["ARMS"] if arm != "dense_216"]
     configs = {arm: resolve(SWEEP["get_config"](arm, 350, SWEEP["rate"](arm))) for arm in arms}
     steps = {arm: compiled_step(config) for arm, config in configs.items()}
-    seconds = in_turns({arm: step.seconds for arm, step in steps.items()}, REPEATS)
+    seconds = interleaved({arm: step.seconds for arm, step in steps.items()}, REPEATS)
     command = ["git", "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(command, capture_output=True, text=True, cwd=HERE).stdout.strip()
     for arm, times in seconds.items():

@@ -18,6 +18,24 @@ from pathlib import Path
 
 PROSE = runpy.run_path(str(Path(__file__).parents[2] / "configs/prose.py"))
 LADDER = True  # MoEs are measured against the dense arms
+LAW = (
+    "the joint MoE scaling law (arXiv 2502.05172), which was fitted to models of 79 M active "
+    "parameters and more"
+)
+PREDICTED = {  # by law.py
+    "E128/3M": 0.115728,
+    "E128/6M": 0.241591,
+    "E128/11M": 0.466622,
+    "E128/23M": 0.83133,
+    "E64/3M": 0.189579,
+    "E64/6M": 0.347758,
+    "E64/11M": 0.593253,
+    "E64/23M": 0.941475,
+    "E8/3M": 0.622643,
+    "E8/6M": 0.771307,
+    "E8/11M": 0.923191,
+    "E8/23M": 1.07188,
+}
 KEEP_CHECKPOINTS = False  # one of 128 experts takes 0.2 GB
 
 BATCH, LENGTH = 32, 256  # 8,192 tokens a step

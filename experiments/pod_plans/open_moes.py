@@ -63,8 +63,9 @@ def least_remat(values: Config, topology: str, mesh: MeshConfig, portions: int) 
     """The plan with `remat=dots` or, if that doesn't fit, with `full`."""
     train = dataclasses.replace(values.train, accumulate=portions)
     for remat in ("dots", "full"):
-        model = dataclasses.replace(values.model, remat=remat)
-        result = plan(dataclasses.replace(values, model=model, train=train, mesh=mesh), topology)
+        execution = dataclasses.replace(values.execution, remat=remat)
+        changes = {"execution": execution, "train": train, "mesh": mesh}
+        result = plan(dataclasses.replace(values, **changes), topology)
         if result["fits"]:
             break
     return result | {"remat": remat, "portions": portions}

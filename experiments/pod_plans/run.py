@@ -63,8 +63,8 @@ def planned(values: Config, topology: str) -> dict:
     devices = topology_devices(topology)[1]
     mesh = suggest_mesh(on_slices(values, devices), len(devices))
     for remat in ("dots", "full"):
-        model = dataclasses.replace(values.model, remat=remat)
-        result = plan(dataclasses.replace(values, model=model, mesh=mesh), topology)
+        execution = dataclasses.replace(values.execution, remat=remat)
+        result = plan(dataclasses.replace(values, execution=execution, mesh=mesh), topology)
         if result["fits"]:
             break
     return result | {"remat": remat}

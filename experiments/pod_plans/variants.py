@@ -33,7 +33,7 @@ DROPLESS = {"moe.capacity_factor": float("inf"), "moe.overflow": "position"}
 V5E = {"mesh.fsdp": 2, "mesh.expert": 128}
 OVER_SLICES = {
     "mesh.slices": 2, "mesh.data": 1, "mesh.expert": 128, "mesh.expert_inner": 64,
-    "moe.exchange": "hierarchical",
+    "execution.exchange": "hierarchical",
 }  # fmt: skip
 # Topology, settings, load of the fullest device; each for the models below.
 PLANS = (

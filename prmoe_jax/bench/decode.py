@@ -1,32 +1,32 @@
-"""`prmoe bench decode`: times the next token of a model and of its rivals, in one run.
+"""`prmoe bench decode`: times a model's decoding beside its baselines.
 
-The rivals take turns, so that noise of the machine affects all of them equally. Weights are random,
-which changes no cost.
+Weights are random, which doesn't change the time.
 """
 
 import contextlib
 import dataclasses
 import importlib.util
 import itertools
-import json
 import logging
 import math
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from prmoe_jax.bench import memory
-from prmoe_jax.bench.turns import in_turns
+from prmoe_jax.bench.timing import interleaved
 from prmoe_jax.bench.worker import cores, worker
 from prmoe_jax.config.schema import Config, MeshConfig, ModelConfig, MoeConfig
 from prmoe_jax.config.validation import check_runs_without_limit
 from prmoe_jax.errors import UserError
 from prmoe_jax.inference.decoder import Decoder, decoder
 from prmoe_jax.inference.generate import STEPS, Sampling, decode, room, start
+from prmoe_jax.inference.restore import for_inference
 from prmoe_jax.interop.gpt2 import gpt2_sizes
 from prmoe_jax.interop.settings import check_gpt2_form
 from prmoe_jax.model.sizes import cost
@@ -34,12 +34,12 @@ from prmoe_jax.model.transformer import init_model
 from prmoe_jax.parallel.mesh import make_mesh, with_mesh
 from prmoe_jax.parallel.sharding import init_sharded
 from prmoe_jax.run.directory import device_name
-from prmoe_jax.tables import aligned
+from prmoe_jax.tables import blocks
 
 log = logging.getLogger(__name__)
 
 GREEDY = Sampling(temperature=0)
-# Parameters of the larger dense model, as a multiple of the model's active parameters. In the paper
+# The larger dense model has at least this many times the model's active parameters. In the paper
 # (section 5.5) a dense 6.7B model has the quality of a 1.3B + MoE-128.
 LARGER = 5
 
@@ -52,29 +52,29 @@ def bench_decode(
     repeats: int,
     layouts: dict[str, MeshConfig | None],
 ) -> list[dict]:
-    """Times each rival at each batch size; a turn is `generate.STEPS` tokens.
+    """Times the config's model and its baselines; a turn is `generate.STEPS` tokens.
 
-    The rivals are the config's model; its dense base, the same without experts; a dense model of
-    the same depth with `LARGER` times the model's active parameters; and, on CPUs if transformers
-    is installed, its GPT-2 with the base's shape. Our models compute in float32 on CPUs.
+    The baselines are the dense base (the same model without experts), a dense model of the same
+    depth with `LARGER` times the active parameters, and GPT-2 of the library transformers with the
+    base's shape. The last one needs a CPU and the library. Our models compute in float32 on CPUs.
 
     Args:
       config: the experiment.
       batches: batch sizes in sequences.
-      weights: types of the large weights, from `generate.WEIGHTS`.
+      weights: types of the large weights, from `inference.WEIGHTS`.
       prompt: number of tokens in the KV cache at the start.
       repeats: number of timed turns.
-      layouts: meshes of all devices for our models, by name; None is one device. For dense models,
-        the devices on expert axes join the `data` axis.
+      layouts: meshes of all devices for our models, by name; None means one device. In a dense
+        model's mesh, the devices of the expert axes move to the `data` axis.
 
     Returns:
-      One row for each batch size, rival and mesh: model, weights, mesh, batch, device, jax, params,
-      active_params, ms_per_token (median time of a token of each sequence), min_ms, max_ms, and
-      tokens_per_s of the batch.
+      One row for each batch size, model, type of weights and mesh: model, weights, mesh, batch,
+      device, jax, params, active_params, ms_per_token (median time of a decoding step, which adds
+      one token to each sequence), min_ms, max_ms, and tokens_per_s of the whole batch.
 
     Raises:
-      UserError: the context is too short, a mesh doesn't fit the devices or a batch the memory, a
-        count is below 1, or the model can't be decoded; see `check_runs_without_limit`.
+      UserError: the context is too short, a mesh doesn't fit the devices, a batch doesn't fit the
+        memory, a count is below 1, or the model can't decode (`check_runs_without_limit`).
     """
     if repeats < 1 or min(batches) < 1:
         raise UserError("--repeats and --batch must be 1 or more")
@@ -95,7 +95,7 @@ def bench_decode(
     models = {"dense base": base, f"dense, {LARGER} times as active": larger(config, sliced)}
     if any(config.model.schedule.experts):
         models = {str(config.model.schedule): config} | models
-    # Every mesh is checked before the first model is made, which may take long.
+    # Check every mesh first: to make a model may take long.
     placed = {
         (name, mesh): _placed(model, layout)
         for name, model in models.items()
@@ -110,22 +110,19 @@ def bench_decode(
             for kind in weights
             for mesh in layouts
         }
-        theirs = {}
-        gpt2 = _is_gpt2(base.model)
-        found = all(map(importlib.util.find_spec, ("transformers", "torch")))
-        if gpt2 and found and jax.default_backend() == "cpu":
-            shape = json.dumps(gpt2_sizes(base.model) | {"bos_token_id": 0, "eos_token_id": 0})
-            for dtype in ("float32", "bfloat16"):
-                name = "transformers' GPT-2 as the base", dtype, "one device"
-                theirs[name] = stack.enter_context(
-                    worker("transformers_worker", shape, dtype, cores())
-                )
+        theirs = {
+            ("transformers' GPT-2 as the base", dtype, "one device"): stack.enter_context(
+                worker("transformers_worker", shape=shape, dtype=dtype, threads=cores())
+            )
+            for shape in _transformers_shapes(base.model)
+            for dtype in ("float32", "bfloat16")
+        }
         for batch in batches:
             log.info("batch %d", batch)
             turns = {name: _turn(*held, batch, prompt) for name, held in ours.items()}
-            for name, ask in theirs.items():
-                turns[name] = lambda ask=ask: ask(f"{batch} {prompt} {STEPS}")  # noqa: B023
-            for (name, kind, mesh), values in in_turns(turns, repeats).items():
+            for name, gpt2 in theirs.items():
+                turns[name] = partial(gpt2.seconds, batch, prompt, STEPS)
+            for (name, kind, mesh), values in interleaved(turns, repeats).items():
                 size = cost(models.get(name, base).model)
                 ms = sorted(value / STEPS * 1e3 for value in values)
                 rows.append(
@@ -147,13 +144,17 @@ def bench_decode(
     return rows
 
 
-def _is_gpt2(model: ModelConfig) -> bool:
+def _transformers_shapes(model: ModelConfig) -> list[dict]:
+    """Settings that give transformers' GPT-2 the model's shape; none if it can't run here."""
     try:
         check_gpt2_form(model, "transformers' GPT-2 to compare with")
     except UserError as error:
         log.info("%s; it is left out", error)
-        return False
-    return True
+        return []
+    installed = all(map(importlib.util.find_spec, ("transformers", "torch")))
+    if not installed or jax.default_backend() != "cpu":
+        return []
+    return [gpt2_sizes(model) | {"bos_token_id": 0, "eos_token_id": 0}]
 
 
 def dense(config: Config) -> Config:
@@ -167,7 +168,8 @@ def dense(config: Config) -> Config:
 def larger(config: Config, sliced: int = 1) -> Config:
     """A dense model of the same depth and head width, with `LARGER` times the active parameters.
 
-    Heads are added in steps of `sliced`, so that they can be sliced as those of the model.
+    It has the smallest number of heads for this that `sliced` (the size of the `tensor` axis) and
+    the model's KV heads divide.
     """
     base, active = dense(config), cost(config.model).active_params
     model = base.model
@@ -183,26 +185,23 @@ def larger(config: Config, sliced: int = 1) -> Config:
 
 
 def _placed(config: Config, layout: MeshConfig | None) -> tuple[Config, Mesh]:
-    """The config for decoding on these devices, and its mesh."""
+    """The config for decoding on a layout's devices (None: on one device), and its mesh."""
     devices = jax.devices() if layout else jax.devices()[:1]
     if layout and not any(config.model.schedule.experts):
         layout = MeshConfig(fsdp=layout.fsdp, tensor=layout.tensor)
     config = with_mesh(config, layout)
     mesh = make_mesh(config, devices)
-    if jax.default_backend() == "cpu":
-        model = dataclasses.replace(config.model, dtype="float32")
-        config = dataclasses.replace(config, model=model)
-    return config, mesh
+    return dataclasses.replace(config, model=for_inference(config.model)), mesh
 
 
 def _ours(config: Config, mesh: Mesh, kind: str) -> tuple[Decoder, Mesh]:
     with jax.set_mesh(mesh):
         model = init_sharded(lambda: init_model(config), mesh)
-        return decoder(model, kind, mesh), mesh
+        return decoder(model, kind, mesh, config.execution), mesh
 
 
 def _check_memory(config: Config, models: list[Config], batch: int, prompt: int) -> None:
-    """Refuses models or a KV cache that exceed the memory of a CPU in float32."""
+    """On CPUs, refuses models or a KV cache that exceed the memory in float32."""
     if jax.default_backend() == "cpu":
         memory.check("--config", 4 * max(cost(one.model).total_params for one in models))
         model = config.model
@@ -220,7 +219,7 @@ def _turn(decoder: Decoder, mesh: Mesh, batch: int, prompt: int) -> Callable[[],
             state = start(decoder, mesh, prompts, range(batch), STEPS)
             jax.block_until_ready(state)
             begun = time.perf_counter()
-            # With -1, no id ends the text.
+            # -1 means no EOS, so that decoding never ends early.
             jax.block_until_ready(decode(decoder, state, GREEDY, vocabulary, -1))
             return time.perf_counter() - begun
 
@@ -229,20 +228,20 @@ def _turn(decoder: Decoder, mesh: Mesh, batch: int, prompt: int) -> Callable[[],
 
 def table(rows: list[dict]) -> str:
     """The rows as text, with one block for each batch size."""
-    head = "model", "weights", "mesh", "params", "active", "ms/token", "min", "max", "tokens/s"
-    blocks = []
-    for batch, some in itertools.groupby(rows, lambda row: row["batch"]):
-        cells = [
-            (
-                row["model"],
-                row["weights"],
-                row["mesh"],
-                f"{row['params'] / 1e6:.1f}M",
-                f"{row['active_params'] / 1e6:.1f}M",
-                *(f"{row[name]:.2f}" for name in ("ms_per_token", "min_ms", "max_ms")),
-                f"{row['tokens_per_s']:.1f}",
-            )
-            for row in some
-        ]
-        blocks.append(f"batch {batch}\n{aligned(head, cells, texts=(0, 1, 2))}")
-    return "\n\n".join(blocks)
+    millions = {"params_m": "params", "active_m": "active_params"}
+    return blocks(
+        [row | {name: row[whole] / 1e6 for name, whole in millions.items()} for row in rows],
+        "batch {batch}",
+        {
+            "model": "{model}",
+            "weights": "{weights}",
+            "mesh": "{mesh}",
+            "params": "{params_m:.1f}M",
+            "active": "{active_m:.1f}M",
+            "ms/token": "{ms_per_token:.2f}",
+            "min": "{min_ms:.2f}",
+            "max": "{max_ms:.2f}",
+            "tokens/s": "{tokens_per_s:.1f}",
+        },
+        texts=(0, 1, 2),
+    )

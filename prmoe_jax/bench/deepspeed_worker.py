@@ -1,32 +1,19 @@
-"""DeepSpeed's MoE layer, timed in a process of its own for `prmoe bench moe`.
-
-It reads lines. To 'run' it answers with the seconds of one forward and backward pass, and to
-'memory' with the process's peak memory in bytes.
-"""
-
-import argparse
-import contextlib
-import sys
+"""DeepSpeed's MoE layer, timed in a process of its own for `prmoe bench moe`."""
 
 from prmoe_jax.allocator import keep_freed_memory
-from prmoe_jax.bench.worker import answer
+from prmoe_jax.bench.worker import serve
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("input", help="an .npz with x [S, M] and w_router [M, E]")
-    parser.add_argument("d_ff", type=int)
-    parser.add_argument("--keep-memory", action="store_true")
-    options = parser.parse_args()
-    if options.keep_memory:
+def layer(path: str, d_ff: int, keep_memory: bool):
+    """Returns a function that runs one forward and backward pass; top 1, capacity factor 1.
+
+    Args:
+      path: an .npz with x [S, M] and w_router [M, E].
+      d_ff: the experts' hidden width.
+      keep_memory: whether to call `keep_freed_memory`.
+    """
+    if keep_memory:
         keep_freed_memory()
-    with contextlib.redirect_stdout(sys.stderr):  # stdout is for the answers
-        run = layer(options.input, options.d_ff)
-    answer(run)
-
-
-def layer(path: str, d_ff: int):
-    """A function that runs the layer forward and backward once; top 1, capacity factor 1."""
     import numpy as np
     import torch
     from deepspeed.moe.layer import MoE
@@ -55,4 +42,4 @@ def layer(path: str, d_ff: int):
 
 
 if __name__ == "__main__":
-    main()
+    serve(layer)

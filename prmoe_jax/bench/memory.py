@@ -1,4 +1,4 @@
-"""Checks that a benchmark's arrays can fit into memory, before anything is made or compiled."""
+"""Checks that a benchmark's arrays can fit into memory, before they are made."""
 
 import os
 
@@ -13,11 +13,8 @@ def check(flag: str, needed: int, room: int | None = None) -> None:
     Args:
       flag: the flag as the user gave it, such as '--batch=8'.
       needed: a lower bound of the bytes that it needs.
-      room: bytes of memory; by default those that JAX has of its first device, or on CPUs this
-        machine's.
-
-    Raises:
-      UserError: the size doesn't fit.
+      room: available bytes. The default is JAX's limit for the first device; on CPUs it is this
+        machine's memory.
     """
     if room is None:
         room = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")

@@ -1,10 +1,9 @@
-"""`prmoe bench moe --topology=…`: one MoE layer over TPU chips that aren't there, in cycles.
+"""`prmoe bench moe --topology=…`: estimates an MoE layer's cycles without TPU chips.
 
 The TPU's compiler estimates the cycles of each operation of the program. Collectives and a few
-small operations have no estimate, and the sum leaves them out.
+small operations have no estimate, so the sum leaves them out. M is the model width.
 """
 
-import itertools
 import math
 from collections import Counter
 
@@ -18,12 +17,13 @@ from prmoe_jax.config.schema import Config
 from prmoe_jax.errors import UserError
 from prmoe_jax.model.transformer import cast
 from prmoe_jax.moe.layer import MoE
-from prmoe_jax.nn.mlp import MLP
+from prmoe_jax.nn.mlp import MLP, MLPShape
 from prmoe_jax.parallel import sharding
-from prmoe_jax.parallel.mesh import batch_axes, make_mesh
+from prmoe_jax.parallel.axes import batch_axes
+from prmoe_jax.parallel.mesh import make_mesh
 from prmoe_jax.plan.chips import chip_of, several, topology_devices
 from prmoe_jax.plan.program import Operation, operations
-from prmoe_jax.tables import aligned
+from prmoe_jax.tables import blocks
 
 
 def model_moe(sizes: list[Size], dtype: str, topology: str) -> list[dict]:
@@ -32,16 +32,12 @@ def model_moe(sizes: list[Size], dtype: str, topology: str) -> list[dict]:
     Every chip has S tokens in one routing group. The experts are spread over as many chips as the
     greatest common divisor of chips and experts. The layer has top 1 and capacity factor 1.
     Weights are in `dtype`, to which the model casts them once per step; the router is in float32.
-    `dense` is the MLP with the same active FLOPs. Each chip has its own, so that neither layer sums
-    weight gradients over chips.
+    `dense` is an MLP with the same active FLOPs. Each chip has its own MLP, so that no weight
+    gradients are summed over chips.
 
     Returns:
       One row for each layer and size: backend, S, M, F, E, dtype, device, chips, jax, cycles,
       modelled_s, ratio_to_dense, and without_estimate (number of operations by opcode).
-
-    Raises:
-      UserError: the topology is unknown; its compiler is missing or estimates no cycles; a size is
-        not positive or doesn't fit a chip.
     """
     if not chip_of(topology).hertz:
         raise UserError(f"--topology={topology}: the compiler estimates cycles for TPUs only")
@@ -49,7 +45,7 @@ def model_moe(sizes: list[Size], dtype: str, topology: str) -> list[dict]:
         raise UserError(f"--topology={topology}: a layer's exchange stays in a slice; name one")
     chip, devices = topology_devices(topology)
     for size in sizes:
-        # The weights of a chip's experts and its tokens, with two bytes for each number.
+        # The weights of a chip's experts, and its tokens, in two bytes per number.
         experts = size.E // math.gcd(len(devices), size.E)
         numbers = 2 * size.M * size.F * experts + size.S * size.M
         check_size(size, 2 * numbers, chip.hbm_bytes)
@@ -92,7 +88,7 @@ def _config(size: Size, dtype: str, backend: str, devices: int) -> Config:
     return resolve(
         {
             "model": model,
-            "moe": {"dispatch": "auto" if backend == "dense" else backend},
+            "execution": {"dispatch": "auto" if backend == "dense" else backend},
             "mesh": {"expert": math.gcd(devices, size.E)},
             "train": {"steps": 1},
         }
@@ -107,7 +103,7 @@ def _compile(size: Size, dtype: str, backend: str, devices: list) -> list[Operat
     def new_layer():
         key = jax.random.key(0)
         if backend == "dense":
-            mlp = lambda key: MLP.drawn(size.M, size.F, 0.02, 0.02, key)  # noqa: E731
+            mlp = lambda key: MLP.drawn(MLPShape(size.M, size.F), key)  # noqa: E731
             layer = jax.vmap(mlp)(jax.random.split(key, mesh.size))
         else:
             layer = MoE(size.E, values.model, values.moe, key)
@@ -116,7 +112,9 @@ def _compile(size: Size, dtype: str, backend: str, devices: list) -> list[Operat
     def run(layer, x_BxLxD):
         if backend == "dense":
             return jax.vmap(MLP.__call__)(layer["mlp"], x_BxLxD), jnp.zeros(())
-        y_BxLxD, metrics = layer["mlp"](x_BxLxD, jnp.ones(x_BxLxD.shape[:2], bool))
+        y_BxLxD, metrics = layer["mlp"](
+            x_BxLxD, jnp.ones(x_BxLxD.shape[:2], bool), execution=values.execution
+        )
         return y_BxLxD, metrics.aux_loss
 
     def forward_and_backward(layer, x_BxLxD, dy_BxLxD):
@@ -146,19 +144,19 @@ def _compile(size: Size, dtype: str, backend: str, devices: list) -> list[Operat
 
 def table(rows: list[dict]) -> str:
     """The rows as text, with one block for each size."""
-    head = "backend", "cycles", "modelled", "x dense", "not estimated"
-    size = "S={S} a chip, M={M} F={F} E={E}, {dtype}, {chips} chips of {device}"
-    blocks = []
-    for title, some in itertools.groupby(rows, lambda row: size.format(**row)):
-        cells = [
-            (
-                row["backend"],
-                f"{row['cycles']:,}",
-                f"{row['modelled_s'] * 1e3:.3f} ms",
-                f"{row['ratio_to_dense']:.3f}",
-                ", ".join(f"{n} {kind}" for kind, n in row["without_estimate"].items()) or "none",
-            )
-            for row in some
-        ]
-        blocks.append(f"{title}\n{aligned(head, cells, texts=(0, 4))}")
-    return "\n\n".join(blocks)
+    shown = []
+    for row in rows:
+        uncosted = ", ".join(f"{n} {opcode}" for opcode, n in row["without_estimate"].items())
+        shown.append(row | {"ms": row["modelled_s"] * 1e3, "uncosted": uncosted or "none"})
+    return blocks(
+        shown,
+        "S={S} a chip, M={M} F={F} E={E}, {dtype}, {chips} chips of {device}",
+        {
+            "backend": "{backend}",
+            "cycles": "{cycles:,}",
+            "modelled": "{ms:.3f} ms",
+            "x dense": "{ratio_to_dense:.3f}",
+            "not estimated": "{uncosted}",
+        },
+        texts=(0, 4),
+    )

@@ -1,11 +1,7 @@
-"""`prmoe bench moe`: times forward and backward of one MoE layer and of its rivals, in one run.
-
-The rivals take turns, so that noise of the machine affects all of them equally.
-"""
+"""`prmoe bench moe`: times forward and backward pass of an MoE layer beside baselines."""
 
 import contextlib
 import importlib.util
-import itertools
 import logging
 import math
 import statistics
@@ -19,23 +15,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from prmoe_jax.bench import memory
-from prmoe_jax.bench.turns import Rival, compiled, in_turns
+from prmoe_jax.bench.timing import Timed, compiled, interleaved, summary
 from prmoe_jax.bench.worker import worker
-from prmoe_jax.config.schema import ModelConfig, MoeConfig
+from prmoe_jax.config.routers import capacity
+from prmoe_jax.config.schema import ExecutionConfig, ModelConfig, MoeConfig
 from prmoe_jax.errors import UserError
 from prmoe_jax.model.transformer import cast
 from prmoe_jax.moe import dispatch
 from prmoe_jax.moe.layer import MoE
-from prmoe_jax.moe.routing import capacity, route
-from prmoe_jax.nn.mlp import MLP
-from prmoe_jax.run.directory import device_name
-from prmoe_jax.tables import aligned
+from prmoe_jax.moe.routing import route
+from prmoe_jax.nn.mlp import MLP, MLPShape
+from prmoe_jax.tables import blocks
 
 log = logging.getLogger(__name__)
 
 
 class Size(NamedTuple):
-    """One layer: S tokens in one routing group, widths M and F, E experts."""
+    """One layer: S tokens in one routing group, model width M, hidden width F, E experts."""
 
     S: int
     M: int
@@ -44,29 +40,29 @@ class Size(NamedTuple):
 
 
 def bench_moe(sizes: list[Size], loads: list[str], dtype: str, repeats: int) -> list[dict]:
-    """Times every rival at every size and load, with top 1 and capacity factor 1.
+    """Times the layer and its baselines at every size and load, with top 1 and capacity factor 1.
 
-    The rivals are `dense`, an MLP with the same active FLOPs; our layer by `gather` and `einsum`;
-    each with `no experts`, that is routing, dispatch and combine alone; `copy`, which reads and
-    writes as many bytes as the experts' weights have; and in float32 on CPUs, if it is installed,
-    DeepSpeed's layer in its own process. That layer has no random token selection. It runs once
-    with the default allocator and once with `allocator.keep_freed_memory`, which `prmoe bench moe`
-    also calls. Weights are in `dtype`, to which the model casts them once per step; the router is
-    in float32.
+    Our layer runs with `gather` and `einsum`, each also with `no experts` (routing, dispatch and
+    combine alone), and as `dropless`. The baselines are `dense`, an MLP with the same active FLOPs,
+    and `copy`, which reads and writes the experts' weights once. In float32 on CPUs, DeepSpeed's
+    layer is another baseline, if it is installed. It runs in its own process, without random token
+    selection, both with the default allocator and with `allocator.keep_freed_memory`, which
+    `prmoe bench moe` also calls. Weights are in `dtype`, to which the model casts them once per
+    step; the router is in float32.
 
     Returns:
-      One row for each rival, size and load: backend, S, M, F, E, load, dtype, device, jax,
+      One row for each implementation, size and load: backend, S, M, F, E, load, dtype, device, jax,
       median_s, min_s, max_s, peak_bytes (arguments, results and temporaries; for DeepSpeed the
-      process's memory), ratio_to_dense (of medians), drop_fraction, bytes_moved and gb_per_s.
+      process's peak), ratio_to_dense (of medians), drop_fraction, bytes_moved and gb_per_s.
 
     Raises:
-      UserError: a size is not positive, can't fit or is too small for DeepSpeed's layer, or
-        `repeats` is below 1.
+      UserError: a size is not positive, needs too much memory or is too small for DeepSpeed's
+        layer, or `repeats` is below 1.
     """
     if repeats < 1:
         raise UserError(f"--repeats={repeats} must be 1 or more")
     for size in sizes:
-        # Weights, tokens, scores, and the tokens-by-slots array of the one-hot products.
+        # Weights, tokens, router scores, and the tokens-by-slots array of `einsum`.
         floats = 2 * size.E * size.M * size.F + size.S * (size.M + size.E) + size.S**2
         check_size(size, 4 * floats)
         if size.S <= MoeConfig.min_capacity and dtype == "float32" and _has_deepspeed():
@@ -97,17 +93,17 @@ def flag(size: Size) -> str:
 def _bench_one(size: Size, load: str, dtype: str, repeats: int) -> list[dict]:
     x_SxM, w_router_MxE = loaded_input(size, load)
     with contextlib.ExitStack() as stack:
-        rivals = _our_rivals(size, x_SxM, w_router_MxE, jnp.dtype(dtype))
+        layers = _our_layers(size, x_SxM, w_router_MxE, jnp.dtype(dtype))
         if dtype == "float32" and _has_deepspeed():
             for keep in (False, True):
                 name = "deepspeed, memory kept" if keep else "deepspeed"
-                rival = stack.enter_context(_deepspeed(size, x_SxM, w_router_MxE, keep))
-                # Scores and capacity are the same, so as many tokens are dropped.
-                rivals[name] = rival._replace(drop_fraction=rivals["gather"].drop_fraction)
-        times = in_turns({name: rival.seconds for name, rival in rivals.items()}, repeats)
+                theirs = stack.enter_context(_deepspeed(size, x_SxM, w_router_MxE, keep))
+                # Router and capacity are ours, so the same number of tokens is dropped.
+                layers[name] = theirs._replace(drop_fraction=layers["gather"].drop_fraction)
+        times = interleaved({name: layer.seconds for name, layer in layers.items()}, repeats)
         dense = statistics.median(times["dense"])
         rows = []
-        for name, rival in rivals.items():
+        for name, layer in layers.items():
             median = statistics.median(times[name])
             rows.append(
                 {
@@ -115,25 +111,21 @@ def _bench_one(size: Size, load: str, dtype: str, repeats: int) -> list[dict]:
                     **size._asdict(),
                     "load": load,
                     "dtype": dtype,
-                    "device": device_name(jax.devices()[0]),
-                    "jax": jax.__version__,
-                    "median_s": median,
-                    "min_s": min(times[name]),
-                    "max_s": max(times[name]),
-                    "peak_bytes": rival.peak_bytes(),
+                    **summary(times[name]),
+                    "peak_bytes": layer.peak_bytes(),
                     "ratio_to_dense": median / dense,
-                    "drop_fraction": rival.drop_fraction,
-                    "bytes_moved": rival.bytes_moved,
-                    "gb_per_s": rival.bytes_moved / median / 1e9,
+                    "drop_fraction": layer.drop_fraction,
+                    "bytes_moved": layer.bytes_moved,
+                    "gb_per_s": layer.bytes_moved / median / 1e9,
                 }
             )
     return rows
 
 
 def loaded_input(size: Size, load: str) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens, and a router that distributes them over the experts by a load.
+    """Makes tokens, and a router that sends them to the experts with a given load.
 
-    `uniform` draws each token's expert evenly; `zipf` draws the n-th expert in proportion to 1/n.
+    `uniform` draws each token's expert evenly; `zipf` draws expert n with probability ∝ 1/n.
 
     Returns:
       x [S, M] and w_router [M, E], float32.
@@ -146,17 +138,16 @@ def loaded_input(size: Size, load: str) -> tuple[np.ndarray, np.ndarray]:
     return x_SxM, w_MxE
 
 
-class _NoExperts:
+class _NoExperts(NamedTuple):
     """Replaces the experts by the identity, which leaves routing, dispatch and combine."""
 
-    def __init__(self, count: int):
-        self.count = count
+    count: int
 
-    def __call__(self, x_ExGxCxD: jax.Array) -> jax.Array:
-        return x_ExGxCxD
+    def batched(self, x_ExRxD: jax.Array) -> jax.Array:
+        return x_ExRxD
 
 
-def _our_rivals(size: Size, x_SxM, w_router_MxE, dtype) -> dict[str, Rival]:
+def _our_layers(size: Size, x_SxM, w_router_MxE, dtype) -> dict[str, Timed]:
     model = ModelConfig(
         layers=1, d_model=size.M, d_ff=size.F, heads=1, placement="every 1", experts=(size.E,)
     )
@@ -165,17 +156,17 @@ def _our_rivals(size: Size, x_SxM, w_router_MxE, dtype) -> dict[str, Rival]:
     valid_1xS = jnp.ones((1, size.S), bool)
     slots = capacity(size.S, size.E, 1.0, 1, MoeConfig().min_capacity)
 
-    def rival(loss, parameters, *costs) -> Rival:
-        # Without the loss's value, the dense MLP's second product would be dead code.
+    def timed(loss, parameters, *costs) -> Timed:
+        # Return the loss, too, or XLA removes the dense MLP's second matmul as dead code.
         forward_and_backward = jax.value_and_grad(loss, argnums=(0, 1))
         return compiled(forward_and_backward, (parameters, x_1xSxM), *costs)
 
-    def through(layer):
+    def through(layer, by: str = "auto"):
         structure = jax.tree.structure(layer)
 
         def loss(leaves, x_1xSxM):
             layer = jax.tree.unflatten(structure, leaves)
-            y_1xSxM, metrics = layer(x_1xSxM, valid_1xS)
+            y_1xSxM, metrics = layer(x_1xSxM, valid_1xS, execution=ExecutionConfig(dispatch=by))
             return (y_1xSxM * cotangent_1xSxM).sum().astype(jnp.float32) + metrics.aux_loss
 
         return loss
@@ -183,9 +174,9 @@ def _our_rivals(size: Size, x_SxM, w_router_MxE, dtype) -> dict[str, Rival]:
     def without_experts(backend):
         def loss(w_router_MxE, x_1xSxM):
             logits_1xSxE = x_1xSxM.astype(jnp.float32) @ w_router_MxE
-            moe = MoeConfig(dispatch=backend)
-            routing, metrics = route(logits_1xSxE, valid_1xS, moe, top_k=1, slots=slots)
-            y_1xSxM, _ = dispatch.BACKENDS[backend](x_1xSxM, routing, _NoExperts(size.E), slots)
+            routing, metrics = route(logits_1xSxE, valid_1xS, MoeConfig(), top_k=1, slots=slots)
+            nothing = _NoExperts(size.E)
+            y_1xSxM, _ = dispatch.through_experts(backend, x_1xSxM, routing, nothing, slots)
             return (y_1xSxM * cotangent_1xSxM).sum().astype(jnp.float32) + metrics.aux_loss
 
         return loss
@@ -199,59 +190,54 @@ def _our_rivals(size: Size, x_SxM, w_router_MxE, dtype) -> dict[str, Rival]:
         return cast({"mlp": layer}, dtype)["mlp"]
 
     key = jax.random.key(1)
-    mlp = MLP.drawn(size.M, size.F, 0.02, 0.02, key)
-    rivals = {"dense": rival(dense, cast({"mlp": mlp}, dtype)["mlp"])}
+    mlp = MLP.drawn(MLPShape(size.M, size.F), key)
+    layers = {"dense": timed(dense, cast({"mlp": mlp}, dtype)["mlp"])}
     for backend in ("gather", "einsum"):
-        layer = moe_layer(MoeConfig(dispatch=backend))
+        layer = moe_layer(MoeConfig())
         _, metrics = layer(x_1xSxM, valid_1xS)
         dropped = float(metrics.dropped_E.sum() / size.S)
         # The weights are read forward and backward, and their gradients are written.
         weights = 2 * layer.experts.w_in[...].nbytes
-        rivals[backend] = rival(through(layer), jax.tree.leaves(layer), 3 * weights, dropped)
-        rivals[f"{backend}, no experts"] = rival(
+        leaves = jax.tree.leaves(layer)
+        layers[backend] = timed(through(layer, backend), leaves, 3 * weights, dropped)
+        layers[f"{backend}, no experts"] = timed(
             without_experts(backend), jnp.asarray(w_router_MxE), 0, dropped
         )
     layer = moe_layer(MoeConfig(eval_capacity_factor=math.inf))
-    rivals["dropless"] = rival(through(layer), jax.tree.leaves(layer), 3 * weights)
+    layers["dropless"] = timed(through(layer), jax.tree.leaves(layer), 3 * weights)
     add_one = lambda experts: jax.tree.map(lambda w: w + 1.0, experts)  # noqa: E731
-    return rivals | {"copy": compiled(add_one, (layer.experts,), 2 * weights)}
+    return layers | {"copy": compiled(add_one, (layer.experts,), 2 * weights)}
 
 
 def _has_deepspeed() -> bool:
-    """Whether its layer can run here; its process uses the CPU."""
+    """Whether DeepSpeed is installed and JAX runs on CPUs, as DeepSpeed's process does."""
     return jax.default_backend() == "cpu" and bool(importlib.util.find_spec("deepspeed"))
 
 
 @contextlib.contextmanager
-def _deepspeed(size: Size, x_SxM, w_router_MxE, keep_memory: bool) -> Iterator[Rival]:
+def _deepspeed(size: Size, x_SxM, w_router_MxE, keep_memory: bool) -> Iterator[Timed]:
     """DeepSpeed's layer in a worker process."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "input.npz"
         np.savez(path, x=x_SxM, w_router=w_router_MxE)
-        arguments = path, size.F, *(["--keep-memory"] if keep_memory else [])
-        with worker("deepspeed_worker", *arguments) as ask:
-            yield Rival(
-                lambda: ask("run"), lambda: int(ask("memory")), 3 * 2 * size.E * size.M * size.F * 4
-            )
+        settings = {"path": str(path), "d_ff": size.F, "keep_memory": keep_memory}
+        with worker("deepspeed_worker", **settings) as layer:
+            yield layer._replace(bytes_moved=3 * 2 * size.E * size.M * size.F * 4)
 
 
 def table(rows: list[dict]) -> str:
     """The rows as text, with one block for each size and load."""
-    head = "backend", "median", "min", "max", "x dense", "peak", "GB/s", "dropped"
-    names = "S", "M", "F", "E", "load", "dtype"
-    blocks = []
-    for size, some in itertools.groupby(rows, lambda row: tuple(row[name] for name in names)):
-        cells = [
-            (
-                row["backend"],
-                *(f"{row[name]:.4f}s" for name in ("median_s", "min_s", "max_s")),
-                f"{row['ratio_to_dense']:.2f}",
-                f"{row['peak_bytes'] / 1e6:.0f}MB",
-                f"{row['gb_per_s']:.1f}",
-                f"{row['drop_fraction']:.1%}",
-            )
-            for row in some
-        ]
-        title = "S={} M={} F={} E={}, {} load, {}".format(*size)
-        blocks.append(f"{title}\n{aligned(head, cells)}")
-    return "\n\n".join(blocks)
+    return blocks(
+        [row | {"peak_mb": row["peak_bytes"] / 1e6} for row in rows],
+        "S={S} M={M} F={F} E={E}, {load} load, {dtype}",
+        {
+            "backend": "{backend}",
+            "median": "{median_s:.4f}s",
+            "min": "{min_s:.4f}s",
+            "max": "{max_s:.4f}s",
+            "x dense": "{ratio_to_dense:.2f}",
+            "peak": "{peak_mb:.0f}MB",
+            "GB/s": "{gb_per_s:.1f}",
+            "dropped": "{drop_fraction:.1%}",
+        },
+    )

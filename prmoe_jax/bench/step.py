@@ -1,18 +1,14 @@
-"""`prmoe bench step`: times a config's whole training step beside PyTorch's, in one run.
+"""`prmoe bench step`: times a config's whole training step beside PyTorch's.
 
-The rivals take turns, so that noise of the machine affects all of them equally. All train on the
-same random tokens, with one document in each row: PyTorch's model has no document mask, and ours
-then masks nothing that its attention reads. Both clip the gradient, apply AdamW, and keep the
-memory that they free (`allocator.keep_freed_memory`; PyTorch gains 10 to 30 % from it, measured on
-Zen 5). Only ours measures the router and keeps its parameters in float32 if the compute dtype is
-bfloat16.
+Each implementation repeats the step on one batch of random tokens. Each row is one document, since
+PyTorch's model has no document mask. Both clip the gradient, apply AdamW, and keep the memory that
+they free (`allocator.keep_freed_memory`; PyTorch gains 10 to 30 % from it, measured on Zen 5). Only
+ours computes router statistics, and keeps float32 parameters if the compute dtype is bfloat16.
 """
 
 import contextlib
 import dataclasses
 import importlib.util
-import itertools
-import json
 import logging
 import math
 import os
@@ -25,42 +21,41 @@ import jax.numpy as jnp
 import numpy as np
 
 from prmoe_jax.bench import memory
-from prmoe_jax.bench.turns import Rival, compiled, in_turns, peak_bytes
+from prmoe_jax.bench.timing import Timed, compiled, interleaved, program_bytes, summary
 from prmoe_jax.bench.worker import cores, worker
 from prmoe_jax.config.schema import Config
 from prmoe_jax.errors import UserError
 from prmoe_jax.interop.settings import check_gpt2_form
 from prmoe_jax.model.batch import Batch
 from prmoe_jax.model.sizes import cost
-from prmoe_jax.parallel.mesh import make_mesh, split_batch, with_mesh
-from prmoe_jax.run.directory import device_name
-from prmoe_jax.tables import aligned
+from prmoe_jax.parallel.axes import split_batch
+from prmoe_jax.parallel.mesh import make_mesh, with_mesh
+from prmoe_jax.tables import blocks
 from prmoe_jax.training.optimizer import STATE_BYTES
 from prmoe_jax.training.step import compile_train_step, sharded_state
 
 log = logging.getLogger(__name__)
 
-# Width of the square matrix product that stands for the device's peak.
+# Width of the square matmul whose speed counts as the device's peak.
 CPU_PEAK_WIDTH, PEAK_WIDTH = 2048, 8192
 
 
 def bench_step(config: Config, repeats: int) -> list[dict]:
     """Times a training step of a config's model on one device.
 
-    The rivals are ours; on CPUs, if torch is installed, a PyTorch model of the same sizes, for
-    dense models also compiled by torch.compile; for MoE models, if DeepSpeed is installed, with
-    DeepSpeed's MoE layer. PyTorch's step is one of AdamW on the whole batch, and is left out beside
-    another one.
+    On CPUs, if torch is installed, the baseline is a PyTorch model of the same sizes. A dense model
+    runs without and with torch.compile; an MoE model uses DeepSpeed's layer, if it is installed.
+    The baseline has AdamW, no microbatches and no dropout; it is left out if the config differs.
 
     Args:
       config: the experiment; its mesh and exchange are not used.
       repeats: number of timed steps.
 
     Returns:
-      One row for each rival: backend, architecture, the sizes, dtype, optimizer, accumulate,
-      device, jax, tokens_per_s, median_s, min_s, max_s, peak_bytes (ours as compiled, PyTorch's
-      of its process) and share_of_peak (of the rate of a square product, `CPU_PEAK_WIDTH` or
-      `PEAK_WIDTH` wide, measured in the same run).
+      One row for each implementation: backend, architecture, the sizes, dtype, optimizer,
+      accumulate, device, jax, median_s, min_s, max_s, tokens_per_s, peak_bytes (of our compiled
+      program, or of PyTorch's process) and share_of_peak. The peak is the FLOP/s of a square
+      matmul, `CPU_PEAK_WIDTH` or `PEAK_WIDTH` wide, measured in the same run.
 
     Raises:
       UserError: `repeats` is below 1, or the step can't fit into memory.
@@ -68,22 +63,26 @@ def bench_step(config: Config, repeats: int) -> list[dict]:
     if repeats < 1:
         raise UserError(f"--repeats={repeats} must be 1 or more")
     model = config.model
-    bytes_each = STATE_BYTES[config.optimizer.kind] + 4  # and a gradient in float32
+    bytes_each = STATE_BYTES[config.optimizer.kind] + 4  # 4 for the gradient in float32
     memory.check("--config", bytes_each * cost(model).total_params)
     width = CPU_PEAK_WIDTH if jax.default_backend() == "cpu" else PEAK_WIDTH
     if config.kd_steps:
         log.info("the step is timed without its teacher")
     with contextlib.ExitStack() as stack:
-        rivals = {"prmoe_jax": compiled_step(config)}
-        for name, options in _torch_rivals(config).items():
-            shape = json.dumps(dataclasses.asdict(model) | _settings(config))
-            ask = stack.enter_context(worker("torch_step_worker", shape, cores(), *options))
-            rivals[name] = Rival(lambda ask=ask: ask("run"), lambda ask=ask: int(ask("memory")))  # noqa: B023
-        rivals["product"] = _product(width, model.dtype)
-        log.info("%d steps of each of %s, in turns", repeats, ", ".join(rivals))
-        times = in_turns({name: rival.seconds for name, rival in rivals.items()}, repeats)
+        steps = {"prmoe_jax": compiled_step(config)}
+        settings = {
+            "shape": dataclasses.asdict(model) | _torch_settings(config),
+            "threads": cores(),
+        }
+        for name, compiles in _torch_baselines(config).items():
+            theirs = worker("torch_step_worker", **settings, compiled=compiles)
+            steps[name] = stack.enter_context(theirs)
+        steps["product"] = _product(width, model.dtype)
+        log.info("%d steps of each of %s, interleaved", repeats, ", ".join(steps))
+        times = interleaved({name: step.seconds for name, step in steps.items()}, repeats)
         peak = 2 * width**3 / statistics.median(times.pop("product"))
         tokens = config.tokens_per_step
+        flops = cost(model, config.moe).train_flops_per_token * tokens
         return [
             {
                 "backend": name,
@@ -96,24 +95,17 @@ def bench_step(config: Config, repeats: int) -> list[dict]:
                 "dtype": model.dtype,
                 "optimizer": config.optimizer.kind,
                 "accumulate": config.train.accumulate,
-                "device": device_name(jax.devices()[0]),
-                "jax": jax.__version__,
+                **summary(seconds),
                 "tokens_per_s": tokens / statistics.median(seconds),
-                "median_s": statistics.median(seconds),
-                "min_s": min(seconds),
-                "max_s": max(seconds),
-                "peak_bytes": rivals[name].peak_bytes(),
-                "share_of_peak": cost(model, config.moe).train_flops_per_token
-                * tokens
-                / statistics.median(seconds)
-                / peak,
+                "peak_bytes": steps[name].peak_bytes(),
+                "share_of_peak": flops / statistics.median(seconds) / peak,
             }
             for name, seconds in times.items()
         ]
 
 
-def _torch_rivals(config: Config) -> dict[str, list[str]]:
-    """The PyTorch forms that can run here, with the options of their process."""
+def _torch_baselines(config: Config) -> dict[str, bool]:
+    """The PyTorch baselines that can run here, and whether each uses torch.compile."""
 
     def installed(package: str) -> bool:
         return importlib.util.find_spec(package) is not None
@@ -134,13 +126,13 @@ def _torch_rivals(config: Config) -> dict[str, list[str]]:
         log.info("%s; it is left out", error)
         return {}
     if any(config.model.schedule.experts):
-        return {"pytorch + deepspeed": []} if installed("deepspeed") else {}
+        return {"pytorch + deepspeed": False} if installed("deepspeed") else {}
     compiles = shutil.which(os.environ.get("CXX", "c++"))
-    return {"pytorch": []} | ({"torch.compile": ["--compile"]} if compiles else {})
+    return {"pytorch": False} | ({"torch.compile": True} if compiles else {})
 
 
-def _settings(config: Config) -> dict:
-    """What PyTorch's model takes beside the settings of `model`."""
+def _torch_settings(config: Config) -> dict:
+    """Settings of the PyTorch step besides those of `ModelConfig`."""
     return {
         "schedule": config.model.schedule.experts,
         "batch_size": config.train.batch_size,
@@ -153,7 +145,7 @@ def _settings(config: Config) -> dict:
     }
 
 
-def compiled_step(config: Config) -> Rival:
+def compiled_step(config: Config) -> Timed:
     """Our training step on one device, on random tokens."""
     config = with_mesh(config)
     mesh = make_mesh(config, jax.devices()[:1])
@@ -172,35 +164,33 @@ def compiled_step(config: Config) -> Rival:
         jax.block_until_ready((state[0], metrics))
         return time.perf_counter() - begun
 
-    return Rival(seconds, lambda: peak_bytes(step))
+    return Timed(seconds, lambda: program_bytes(step))
 
 
-def _product(width: int, dtype: str) -> Rival:
-    """A square matrix product, whose rate is the peak that a step can be compared with."""
+def _product(width: int, dtype: str) -> Timed:
+    """A square matmul, whose FLOP/s count as the device's peak."""
     x = jax.random.normal(jax.random.key(0), (width, width), dtype)
     return compiled(jnp.matmul, (x, x))
 
 
 def table(rows: list[dict]) -> str:
-    """The rows as text, with one block for each model."""
-    head = "backend", "tokens/s", "median", "min", "max", "of ours", "peak memory", "of the peak"
-    title = (
+    """The rows of one call as text."""
+    ours = rows[0]["tokens_per_s"]
+    return blocks(
+        [
+            row | {"of_ours": row["tokens_per_s"] / ours, "peak_mb": row["peak_bytes"] / 1e6}
+            for row in rows
+        ],
         "{architecture}; d_model {d_model}, d_ff {d_ff}, vocabulary {vocab_size}, "
-        "{batch_size} x {length} tokens, accumulate {accumulate}, {optimizer}, {dtype}, {device}"
+        "{batch_size} x {length} tokens, accumulate {accumulate}, {optimizer}, {dtype}, {device}",
+        {
+            "backend": "{backend}",
+            "tokens/s": "{tokens_per_s:,.0f}",
+            "median": "{median_s:.3f}s",
+            "min": "{min_s:.3f}s",
+            "max": "{max_s:.3f}s",
+            "of ours": "{of_ours:.2f}",
+            "peak memory": "{peak_mb:,.0f}MB",
+            "of the peak": "{share_of_peak:.0%}",
+        },
     )
-    blocks = []
-    for name, some in itertools.groupby(rows, lambda row: title.format(**row)):
-        block = list(some)
-        cells = [
-            (
-                row["backend"],
-                f"{row['tokens_per_s']:,.0f}",
-                *(f"{row[part]:.3f}s" for part in ("median_s", "min_s", "max_s")),
-                f"{row['tokens_per_s'] / block[0]['tokens_per_s']:.2f}",
-                f"{row['peak_bytes'] / 1e6:,.0f}MB",
-                f"{row['share_of_peak']:.0%}",
-            )
-            for row in block
-        ]
-        blocks.append(f"{name}\n{aligned(head, cells)}")
-    return "\n\n".join(blocks)

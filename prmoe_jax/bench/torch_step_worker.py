@@ -1,36 +1,26 @@
 """A PyTorch GPT's training step, timed in a process of its own for `prmoe bench step`.
 
-It reads lines. To 'run' it answers with the seconds of one step, and to 'memory' with the process's
-peak memory in bytes. The model is what a PyTorch user would write: fused attention (SDPA), tied
-embeddings, clipping, AdamW, and DeepSpeed's layer where a layer has experts. Memory that it frees
-stays with the process, as in ours.
+The model is what a PyTorch user would write: fused attention (SDPA), tied embeddings, clipping,
+AdamW, and DeepSpeed's MoE layer where the schedule has experts. The process keeps the memory that
+it frees, as ours does.
 """
 
-import argparse
-import contextlib
-import json
 import os
 import socket
-import sys
 
 from prmoe_jax.allocator import keep_freed_memory
-from prmoe_jax.bench.worker import answer
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("shape", type=json.loads, help="settings, as JSON; see bench/step.py")
-    parser.add_argument("threads", type=int)
-    parser.add_argument("--compile", action="store_true")
-    options = parser.parse_args()
-    keep_freed_memory()
-    with contextlib.redirect_stdout(sys.stderr):  # stdout is for the answers
-        step = train_step(options.shape, options.threads, options.compile)
-    answer(step)
+from prmoe_jax.bench.worker import serve
 
 
 def train_step(shape: dict, threads: int, compiled: bool):
-    """A function that makes one step of AdamW on the same random tokens."""
+    """Returns a function that makes one step of AdamW, always on the same random tokens.
+
+    Args:
+      shape: settings from `step._torch_settings`.
+      threads: number of PyTorch's threads.
+      compiled: whether to use torch.compile.
+    """
+    keep_freed_memory()
     import torch
     from torch import nn
     from torch.nn import functional
@@ -127,4 +117,4 @@ def _join_alone() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    serve(train_step)

@@ -1,39 +1,34 @@
-"""transformers' GPT-2, generating in a process of its own for `prmoe bench decode`.
+"""transformers' GPT-2, generating in a process of its own for `prmoe bench decode`."""
 
-It reads lines 'BATCH PROMPT TOKENS', and answers with the seconds of generating TOKENS tokens
-greedily after the first one, for BATCH sequences with prompts of PROMPT tokens.
-"""
-
-import argparse
-import contextlib
-import json
-import sys
 import time
 
+from prmoe_jax.bench.worker import serve
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("config", help="GPT2Config's settings, as JSON")
-    parser.add_argument("dtype", choices=["float32", "bfloat16"])
-    parser.add_argument("threads", type=int)
-    options = parser.parse_args()
-    with contextlib.redirect_stdout(sys.stderr):  # stdout is for the answers
-        import torch
-        from transformers import GPT2Config, GPT2LMHeadModel
 
-        torch.set_num_threads(options.threads)
-        torch.manual_seed(0)
-        model = GPT2LMHeadModel(GPT2Config(**json.loads(options.config))).eval()
-        model.to(getattr(torch, options.dtype))
+def generation(shape: dict, dtype: str, threads: int):
+    """Returns a function that decodes greedily, and returns the seconds after the first token.
 
-    def seconds(batch: int, prompt: int, tokens: int) -> float:
+    Args:
+      shape: GPT2Config's settings.
+      dtype: dtype of the parameters.
+      threads: number of PyTorch's threads.
+    """
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(**shape)).eval()
+    model.to(getattr(torch, dtype))
+
+    def run(batch: int, prompt: int, tokens: int) -> float:
         ids, times = torch.randint(0, model.config.vocab_size, (batch, prompt)), []
 
         def after_a_token(ids, scores):
             times.append(time.perf_counter())
             return torch.zeros(batch, dtype=torch.bool)
 
-        with torch.inference_mode(), contextlib.redirect_stdout(sys.stderr):
+        with torch.inference_mode():
             model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
@@ -45,9 +40,8 @@ def main() -> None:
             )
         return times[-1] - times[0]
 
-    for line in sys.stdin:
-        print(seconds(*map(int, line.split())), flush=True)
+    return run
 
 
 if __name__ == "__main__":
-    main()
+    serve(generation)

@@ -1,6 +1,7 @@
-"""Runs a rival in its own process, which reads lines and answers each with one line."""
+"""Runs and times another library's implementation in a process of its own."""
 
 import contextlib
+import json
 import os
 import re
 import resource
@@ -10,51 +11,52 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from prmoe_jax.bench.timing import Timed
 from prmoe_jax.errors import UserError
 
 
 @contextlib.contextmanager
-def worker(module: str, *arguments) -> Iterator[Callable[[str], float]]:
-    """Starts `python -m prmoe_jax.bench.MODULE`; yields a function from a line to its answer.
-
-    Raises:
-      UserError: the process ended.
-    """
-    command = [sys.executable, "-m", f"prmoe_jax.bench.{module}", *map(str, arguments)]
+def worker(module: str, **settings) -> Iterator[Timed]:
+    """Starts `prmoe_jax.bench.MODULE`, which calls `serve`, as a process with these settings."""
+    command = [sys.executable, "-m", f"prmoe_jax.bench.{module}", json.dumps(settings)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    peak = 0
 
-    def ask(question: str) -> float:
+    def seconds(*arguments: int) -> float:
+        nonlocal peak
         answer = ""
         with contextlib.suppress(BrokenPipeError):
-            process.stdin.write(f"{question}\n")
+            process.stdin.write(f"{json.dumps(arguments)}\n")
             process.stdin.flush()
             answer = process.stdout.readline()
         if not answer:
             raise UserError(f"{module}'s process ended; its message is above")
-        return float(answer)
+        taken, peak = json.loads(answer)
+        return taken
 
     try:
-        yield ask
+        yield Timed(seconds, lambda: peak)
     finally:
         process.kill()
         process.wait()
-        with contextlib.suppress(BrokenPipeError):  # a question that it did not read
+        with contextlib.suppress(BrokenPipeError):  # it ended before it read the last line
             process.stdin.close()
 
 
-def answer(run: Callable[[], object]) -> None:
-    """In a worker's process: answers each line on standard input with one line.
+def serve(make: Callable[..., Callable[..., float | None]]) -> None:
+    """In the worker's process, calls the function from `make(**settings)` for each line of input.
 
-    To 'memory' the answer is the process's peak memory in bytes, to others the seconds of `run()`.
+    A line holds the call's arguments. The answer is the call's seconds, measured here unless the
+    function returns them, and the process's peak memory in bytes.
     """
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is for the answers
+        run = make(**json.loads(sys.argv[1]))
     for line in sys.stdin:
-        if line.strip() == "memory":
-            print(peak_bytes(), flush=True)
-            continue
         begun = time.perf_counter()
-        with contextlib.redirect_stdout(sys.stderr):  # stdout is for the answers
-            run()
-        print(time.perf_counter() - begun, flush=True)
+        with contextlib.redirect_stdout(sys.stderr):
+            own = run(*json.loads(line))
+        taken = time.perf_counter() - begun
+        print(json.dumps([taken if own is None else own, peak_bytes()]), flush=True)
 
 
 def cores() -> int:
@@ -63,9 +65,9 @@ def cores() -> int:
 
 
 def peak_bytes() -> int:
-    """The most memory that this process has had.
+    """The peak memory of this process.
 
-    On Linux that is not `ru_maxrss`, which begins with the peak of the process that started it.
+    On Linux `ru_maxrss` is too large: it starts from the peak of the parent process.
     """
     status = Path("/proc/self/status")
     if status.exists() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):

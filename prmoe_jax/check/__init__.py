@@ -1,1 +1,1 @@
-"""What a machine or pod can do, found out before money is spent: `prmoe check`."""
+"""`prmoe check`: finds out what a machine or pod can do before money is spent on it."""

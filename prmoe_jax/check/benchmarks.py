@@ -1,4 +1,4 @@
-"""The first numbers of an accelerator: `prmoe bench moe`, `step` and `decode` in one call."""
+"""Runs `prmoe bench moe`, `step` and `decode` in one call, for an accelerator's first numbers."""
 
 import logging
 import time
@@ -20,8 +20,8 @@ log = logging.getLogger(__name__)
 # No benchmark starts later than this many seconds after the check began, so that a call ends within
 # ten minutes.
 START_BY = 420.0
-# On CPUs and on accelerators: S, M, F, E of `bench moe`; the model of `bench step` and
-# `bench decode`; timed turns.
+# Each for CPUs and for accelerators: S, M, F, E of `bench moe.Size`; the model of `bench step` and
+# `bench decode`; the number of timed turns.
 CPU_SIZES, SIZES = [(4096, 256, 1024, 32)], [(4096, 512, 2048, 64), (8192, 1024, 4096, 32)]
 CPU_MODEL = architecture.parse_fields("6 layers, E=4x2+8, residual") | {"dtype": "float32"}
 MODEL = architecture.parse_fields("12 layers, E=8, residual") | {
@@ -36,7 +36,7 @@ CPU_TURNS, TURNS = 5, 15
 
 
 def check(config: Config | None, begun: float, tell: Callable[[str], None]) -> Part:
-    """Runs the benchmarks on process 0's first device, as long as there is time.
+    """Runs the benchmarks on process 0's first device; none starts after `START_BY`.
 
     Args:
       config: the experiment of `bench step` and `bench decode`; a small PR-MoE by default.
@@ -53,8 +53,8 @@ def check(config: Config | None, begun: float, tell: Callable[[str], None]) -> P
             log.info("%s", name)
             try:
                 numbers[name] = run()
-            except Exception as error:  # one that needs too much memory leaves the others
-                # Where a benchmark refuses the config, the machine is not at fault.
+            except Exception as error:  # such as too little memory; the others still run
+                # The machine is not at fault if a benchmark refuses the config.
                 status = WARN if isinstance(error, UserError) else FAIL
                 findings.append(Finding(name, status, describe(error).line))
                 continue
@@ -65,7 +65,7 @@ def check(config: Config | None, begun: float, tell: Callable[[str], None]) -> P
 
 
 def _benchmarks(config: Config | None) -> dict[str, tuple[Callable, Callable]]:
-    """The name of each benchmark, the function that runs it, and that which shows its rows."""
+    """Benchmark -> the function that runs it, and the function that formats its rows as a table."""
     on_cpu = jax.default_backend() == "cpu"
     sizes = [moe.Size(*size) for size in (CPU_SIZES if on_cpu else SIZES)]
     turns, dtype = (CPU_TURNS, "float32") if on_cpu else (TURNS, "bfloat16")

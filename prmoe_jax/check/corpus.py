@@ -1,4 +1,4 @@
-"""How fast the corpus of a config is read, beside what its training step can use."""
+"""Checks that a config's corpus is read as fast as a training step needs it."""
 
 import logging
 import time
@@ -9,25 +9,23 @@ from prmoe_jax.data import cache
 from prmoe_jax.data.pipeline import load_data, train_iterator
 from prmoe_jax.model.sizes import cost
 from prmoe_jax.parallel import processes
-from prmoe_jax.parallel.mesh import local_rows, training_mesh
+from prmoe_jax.parallel.axes import local_rows
+from prmoe_jax.parallel.mesh import training_mesh
 
 log = logging.getLogger(__name__)
 
-SECONDS = 3.0  # of reading
-# A step is taken to reach this share of the rate of a square product.
+SECONDS = 3.0  # how long batches are read
+# A training step is assumed to reach this share of the FLOP/s of a square matrix product.
 UTILISATION = 0.5
-SLOW = 0.5  # a process's rate, as a share of the median of all, below which its host is named
+SLOW = 0.5  # a process fails if its rate is below this share of the median
 
 
 def check(config: Config, products: list[float]) -> Part:
-    """Reads batches as training does; text that was not prepared before is prepared first.
+    """Reads batches as training does; prepares the text first if that was not done before.
 
     Args:
       config: the experiment.
-      products: measured rates of a product in the config's dtype on every device, in FLOP/s.
-
-    Raises:
-      UserError: the corpus or the mesh cannot be used.
+      products: each device's rate of a matrix product in the config's dtype, in FLOP/s.
     """
     log.info("corpus: %s", config.data.corpus)
     config, mesh = training_mesh(config)
@@ -40,7 +38,7 @@ def check(config: Config, products: list[float]) -> Part:
     while (seconds := time.perf_counter() - begun) < SECONDS:
         next(batches)
         read += 1
-    # In tokens of whole batches, of which each process reads its rows.
+    # Tokens of whole batches: each process reads only its own rows of a batch.
     rates = processes.gathered(read * config.tokens_per_step / seconds)
     needed = UTILISATION * sum(products) / cost(config.model, config.moe).train_flops_per_token
     numbers = {"tokens_per_s": rates, "needed_tokens_per_s": needed}

@@ -1,5 +1,6 @@
-"""Versions, devices, memory and drivers, and accelerators that JAX does not find."""
+"""Checks versions, devices, memory and drivers; finds accelerators that JAX does not use."""
 
+import contextlib
 import os
 import re
 import sys
@@ -12,20 +13,20 @@ from prmoe_jax.errors import first_line
 from prmoe_jax.plan.chips import data_sheet
 from prmoe_jax.run.directory import environment, installed_version
 
-ROOT = Path("/")  # of the files by which the kernel shows its devices
+ROOT = Path("/")  # of /dev, /proc and /sys; tests replace it
 NVIDIA, GOOGLE = "0x10de", "0x1ae0"
-# PCI numbers of TPUs from v3 on; Google's other devices are disks and networks.
+# PCI device ids of TPUs from v3 on; Google's other PCI devices are disks and network cards.
 TPUS = "0x0027 0x0056 0x005e 0x0062 0x0063 0x006f 0x0076".split()
-# The packages by which JAX runs on GPUs, and the oldest driver that each runs with.
+# JAX's GPU plugins, and the oldest driver version that each supports.
 PLUGINS = {"jax-cuda12-plugin": 525, "jax-cuda13-plugin": 580}
 RECORDED = *PLUGINS, "libtpu"
-# Memory that JAX should have of a device, as a share of the data sheet. JAX takes three quarters
-# of a GPU's memory, or less where other programs hold more than the rest.
+# JAX should have at least this share of a device's memory (by its data sheet). JAX preallocates
+# three quarters of a GPU's memory, or less if other programs hold more than one quarter.
 MEMORY_SHARE = 0.6
 
 
 def check() -> Part:
-    """Looks at this process's machine; without any device, JAX's reason is a finding."""
+    """Checks this process's machine. If JAX has no device, its error is a finding."""
     findings, numbers = [], {"accelerators": accelerators()}
     try:
         devices = jax.devices()
@@ -52,13 +53,13 @@ def check() -> Part:
 
 
 def accelerators() -> dict[str, list[str]]:
-    """The accelerators that this machine shows, whether JAX finds them or not.
+    """The accelerators of this machine, whether JAX finds them or not.
 
     Returns:
-      platform -> files that show one; `gpu` means NVIDIA's.
+      Platform ('gpu' for NVIDIA's, or 'tpu') -> paths in `ROOT` that show such a device.
     """
     gpus = [*ROOT.glob("dev/nvidia[0-9]*"), *ROOT.glob("proc/driver/nvidia/gpus/*")]
-    if any(ROOT.glob("usr/lib/wsl/lib/libcuda.so*")):  # /dev/dxg is any maker's GPU
+    if any(ROOT.glob("usr/lib/wsl/lib/libcuda.so*")):  # on WSL, /dev/dxg is any vendor's GPU
         gpus += ROOT.glob("dev/dxg")
     tpus = [*ROOT.glob("dev/accel[0-9]*")]
     for device in ROOT.glob("sys/bus/pci/devices/*"):
@@ -124,8 +125,8 @@ def _memory(devices: list, numbers: dict) -> list[Finding]:
 
 
 def _held(device: jax.Device) -> int | None:
-    """Bytes that JAX has of a device's memory; None if unknown."""
-    jax.block_until_ready(jax.device_put(0, device))  # before it, JAX has taken nothing
+    """Bytes of a device's memory that JAX can use; None if unknown."""
+    jax.block_until_ready(jax.device_put(0, device))  # JAX preallocates at the first use
     stats = device.memory_stats() or {}
     limit = stats.get("bytes_limit")
     grows = os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE", "true").lower() in ("false", "0")
@@ -179,7 +180,6 @@ def _driver_files() -> bool:
 
 
 def _read(path: Path) -> str:
-    try:
+    with contextlib.suppress(OSError):
         return path.read_text().strip()
-    except OSError:
-        return ""
+    return ""

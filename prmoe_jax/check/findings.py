@@ -1,4 +1,4 @@
-"""What a check finds: one line each, with the fix where something is wrong."""
+"""Findings of a check: one line each, with a fix if something is wrong."""
 
 import statistics
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ OK, WARN, FAIL = "ok", "warn", "fail"
 
 
 class Finding(NamedTuple):
-    """One thing that was looked at."""
+    """The result of one test."""
 
     name: str
     status: str  # OK | WARN | FAIL; only FAIL makes the whole check red
@@ -19,14 +19,14 @@ class Finding(NamedTuple):
 
 
 class Part(NamedTuple):
-    """What one part of the check finds, and the numbers for the record."""
+    """The findings of one part of the check, and its numbers for the record."""
 
     findings: list[Finding]
     numbers: dict
 
 
 def slow(rates: Mapping, share: float) -> dict:
-    """The members whose rate is below `share` of the median of all, with their share of it."""
+    """Members whose rate is below `share` of the median -> their rate divided by the median."""
     if not rates:
         return {}
     median = statistics.median(rates.values())
@@ -34,7 +34,7 @@ def slow(rates: Mapping, share: float) -> dict:
 
 
 def table(findings: list[Finding]) -> str:
-    """The findings as lines; a fix stands below what it mends."""
+    """The findings as lines; a fix is in the line below its finding."""
     lines = aligned(
         ("", "", ""),
         [(finding.status, finding.name, finding.line) for finding in findings],
@@ -49,7 +49,7 @@ def table(findings: list[Finding]) -> str:
 
 
 def rate(value: float, unit: str) -> str:
-    """A rate for people: '1.23 TFLOP/s'."""
+    """Formats a rate: '1.23 TFLOP/s'."""
     for prefix, scale in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if value >= scale:
             return f"{value / scale:.3g} {prefix}{unit}/s"

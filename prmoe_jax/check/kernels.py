@@ -1,7 +1,9 @@
-"""Every kernel that this platform can run, compared with plain formulas in float32 on the CPU.
+"""Compares every kernel that this platform can run with plain formulas in float32 on the CPU.
 
-The formulas are written anew here and use none of the code that they check; only the exchanges,
-which are about devices, are compared with the layer on one device.
+The formulas are written anew here, and use none of the code that they check. Only exchanges are
+compared with our own layer on one device.
+
+T: all tokens, or tokens in the KV cache. K: a token's choices, or the width of a head.
 """
 
 import dataclasses
@@ -18,31 +20,33 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from prmoe_jax.check.findings import FAIL, OK, WARN, Finding, Part
 from prmoe_jax.config.loading import resolve
-from prmoe_jax.config.schema import Config, ModelConfig, MoeConfig
+from prmoe_jax.config.schema import Config, ExecutionConfig, ModelConfig, MoeConfig
 from prmoe_jax.errors import describe
 from prmoe_jax.model import chunks
 from prmoe_jax.model.attention import KVCache, attend_to_cache
 from prmoe_jax.model.attention_kernels import attend, cudnn_refusal
 from prmoe_jax.model.batch import Batch
 from prmoe_jax.model.loss import cross_entropy
-from prmoe_jax.moe import dispatch, exchange
-from prmoe_jax.moe.experts import Experts
+from prmoe_jax.moe import dispatch, exchange, kernels
+from prmoe_jax.moe.experts import Experts, Local
 from prmoe_jax.moe.layer import MoE
 from prmoe_jax.moe.routing import route
 from prmoe_jax.nn import matmul
+from prmoe_jax.nn.mlp import MLPShape
 from prmoe_jax.nn.quantized import quantize
 from prmoe_jax.parallel import sharding
-from prmoe_jax.parallel.mesh import batch_axes, make_mesh
+from prmoe_jax.parallel.axes import batch_axes
+from prmoe_jax.parallel.mesh import make_mesh
 
 log = logging.getLogger(__name__)
 
-# The largest error of an array, as a share of the oracle's largest number. Accelerators may round
-# the factors of a float32 product to fewer bits.
+# The largest error allowed, as a share of the oracle's largest absolute value. Accelerators may
+# round the factors of a float32 product to fewer bits, and have `ROUNDED_FLOAT32` instead.
 TOLERANCES = {"float32": 1e-4, "bfloat16": 3e-2}
 ROUNDED_FLOAT32 = 1e-2
 BOTH = "float32", "bfloat16"
 
-# What runs once on the CPU is compiled in a fraction of the time without optimisations.
+# For functions that run once on the CPU: without optimisations they compile much faster.
 _quick = partial(
     jax.jit,
     compiler_options={
@@ -51,28 +55,28 @@ _quick = partial(
     },
 )
 
-_CUDNN = ModelConfig(length=132, d_model=192, heads=3, dtype="bfloat16")  # as `_attention`'s
-# Attention by platform; `blocks` is written for CPUs.
+_CUDNN = ModelConfig(length=132, d_model=192, heads=3, dtype="bfloat16")  # `_attention`'s, padded
+# Attention kernels by platform.
 ATTENTION = {"cpu": ("xla", "blocks"), "gpu": ("xla", "cudnn"), "tpu": ("xla", "splash")}
 
 
 class Case(NamedTuple):
-    """A kernel and its oracle, functions of the same arguments."""
+    """A kernel, and the formula (oracle) with which it is compared."""
 
     name: str
-    ours: Callable[..., jax.Array]  # of the compute dtype and the arguments
-    oracle: Callable[..., jax.Array]  # of the arguments
-    arguments: tuple  # trees of float32
+    ours: Callable[..., jax.Array]  # called with the compute dtype and the arguments
+    oracle: Callable[..., jax.Array]  # called with the arguments
+    arguments: tuple  # pytrees of float32 arrays
     gradients: bool = True
     dtypes: tuple[str, ...] = BOTH
-    mesh: Mesh | None = None  # of several devices, over which the arguments are spread
+    mesh: Mesh | None = None  # the devices over which `shardings` spread the arguments
     shardings: Any = None
 
 
 def check() -> Part:
-    """Runs each kernel forward and backward on this process's first device.
+    """Runs each kernel, and its gradient if it has one, on this process's first device.
 
-    Exchanges run on all devices of this process.
+    Exchanges run on all devices of this process, or on the largest power of two of them.
     """
     devices = jax.local_devices()
     try:
@@ -94,7 +98,7 @@ def check() -> Part:
         findings.append(_judge(case.name, errors[case.name], devices[0].platform))
     if devices[0].platform == "gpu" and (refusal := cudnn_refusal(_CUDNN)):
         line = f"cannot run in bfloat16: {refusal}"
-        findings.append(Finding("attention cudnn", WARN, line, "use model.attention=xla"))
+        findings.append(Finding("attention cudnn", WARN, line, "use execution.attention=xla"))
     if len(devices) == 1:
         line = "not run: they need several devices of a process, and there is one"
         if jax.device_count() > 1:
@@ -123,24 +127,24 @@ def _judge(name: str, errors: dict[str, dict[str, float]], platform: str) -> Fin
 
 def _fix(name: str) -> str:
     what = {
-        "dispatch": "use another moe.dispatch",
-        "exchange": "use another moe.exchange or mesh",
-        "attention": "use another model.attention",
+        "dispatch": "use another execution.dispatch",
+        "exchange": "use another execution.exchange or mesh",
+        "attention": "use another execution.attention",
     }.get(name.split()[0], "run nothing here")
     return f"{what}; report it with the versions above, and try others of jax and of the driver"
 
 
 def compare(case: Case, device: jax.Device, cpu: jax.Device) -> dict[str, dict[str, float]]:
-    """The largest errors of a kernel by dtype, each as a share of the oracle's largest number.
+    """The largest errors of a kernel, each as a share of the oracle's largest absolute value.
 
     Args:
       case: the kernel.
       device: where it runs, unless the case has a mesh.
-      cpu: where the oracle runs, on arguments that were rounded to the dtype.
+      cpu: where the oracle runs, on the same arguments, rounded to the dtype.
 
     Returns:
-      For each dtype `forward`, the error of the result, and `backward`, that of the gradients by
-      all arguments.
+      dtype -> `forward`, the error of the result, and `backward`, the largest error of the
+      gradients, if the case has them.
     """
     shape = jax.eval_shape(case.oracle, *case.arguments).shape
     target = _normal(5, *shape)
@@ -163,13 +167,13 @@ def _errors(case: Case, dtype: str, target, expect, device, cpu) -> dict[str, fl
     found = {"forward": _error(got[0], expected[0])}
     if case.gradients:
         pairs = zip(jax.tree.leaves(got[1]), jax.tree.leaves(expected[1]), strict=True)
-        # Not max(): it may lose a NaN.
+        # np.max keeps a NaN; max() may lose it.
         found["backward"] = float(np.max([_error(a, b) for a, b in pairs]))
     return found
 
 
 def _outputs(function, gradients: bool, arguments, target):
-    """The result, and its gradients by all arguments for this cotangent."""
+    """The result, and the gradients of all arguments if the result's gradient is `target`."""
 
     def loss(arguments):
         y = function(*arguments).astype(jnp.float32)
@@ -187,7 +191,7 @@ def _error(got, expected) -> float:
 
 
 def cases(devices: list) -> Iterator[Case]:
-    """The kernels that these devices can run, at prime sizes where the kernel allows it."""
+    """The kernels that these devices can run, mostly at prime sizes, which no block divides."""
     platform = devices[0].platform
     yield from _dispatches()
     yield _unrolled()
@@ -218,8 +222,8 @@ def _all_experts(experts: Experts, x_TxD) -> jax.Array:
 
 
 def _experts(count: int, width: int, hidden: int) -> Experts:
-    draw = partial(Experts, count, width, hidden, 0.5, 0.5)
-    experts = _quick(lambda: draw(jax.random.key(0)))()
+    shape = MLPShape(width, hidden, 0.5, 0.5)
+    experts = _quick(lambda: Experts(count, shape, jax.random.key(0)))()
     experts.b_in[...], experts.b_out[...] = _normal(2, count, hidden), _normal(3, count, width)
     return experts
 
@@ -234,12 +238,14 @@ def _dispatches() -> Iterator[Case]:
         rules = {"moe": MoeConfig(), "top_k": top_k, "slots": slots}
         routing, _ = _quick(partial(route, **rules))(scores_GxSxE, valid_GxS)
         routing = jax.tree.map(np.asarray, routing)
-        run = dispatch.BACKENDS.get(name, dispatch.per_token)
         kept_GxSxK = routing.kept_GxSxK.astype(np.float32)
 
-        def ours(dtype, x_GxSxD, weight_GxSxK, experts, run=run, routing=routing, slots=slots):
+        def ours(dtype, x_GxSxD, weight_GxSxK, experts, name=name, routing=routing, slots=slots):
             weighed = routing._replace(weight_GxSxK=weight_GxSxK * routing.kept_GxSxK)
-            return run(x_GxSxD.astype(dtype), weighed, experts, slots)[0]
+            given = x_GxSxD.astype(dtype), weighed, Local(experts)
+            if name == "per_token":
+                return dispatch.few_through_experts(*given)
+            return dispatch.through_experts(name, *given, slots)[0]
 
         def oracle(x_GxSxD, weight_GxSxK, experts, kept_GxSxK=kept_GxSxK, routing=routing):
             y_ExTxD = _all_experts(experts, x_GxSxD.reshape(-1, width))
@@ -253,7 +259,7 @@ def _dispatches() -> Iterator[Case]:
 
 
 def _unrolled() -> Case:
-    """Experts whose products are compiled one by one, as after an exchange."""
+    """`kernels.unrolled`: each expert has its own matrix products, as after an exchange."""
 
     def oracle(x_XxExRxD, experts):
         every = jnp.stack([_all_experts(experts, x.reshape(-1, 7)) for x in x_XxExRxD])
@@ -263,7 +269,7 @@ def _unrolled() -> Case:
     arguments = _normal(0, 2, 5, 3, 7), _experts(5, 7, 11)
     return Case(
         "experts unrolled",
-        lambda dtype, x, experts: experts.unrolled(x.astype(dtype)),
+        lambda dtype, x, experts: kernels.unrolled(experts.weights(dtype), x.astype(dtype)),
         oracle,
         arguments,
     )
@@ -282,7 +288,7 @@ def _softmax_attention(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segments_BxL) -> jax.Arr
 
 
 def _attention(name: str) -> Iterator[Case]:
-    """Documents in sequences of 131 tokens, and padding at their end."""
+    """Two sequences of several documents; the second one ends with padding."""
     batch, length, heads, width = 2, 131, 3, 64
     segments_BxL = np.sort(np.random.default_rng(4).integers(1, 4, (batch, length)), 1)
     segments_BxL[1, 113:] = 0
@@ -299,7 +305,7 @@ def _attention(name: str) -> Iterator[Case]:
 
 
 def _cached_attention() -> Case:
-    """The last 5 of 23 tokens, whose earlier ones are in the KV cache."""
+    """The last 5 of 23 tokens attend to a KV cache of all 23."""
     batch, length, heads, width = 2, 23, 3, 16
     position_BxQ = np.broadcast_to(np.arange(length - 5, length), (batch, 5))
 
@@ -316,7 +322,7 @@ def _cached_attention() -> Case:
 
 
 def _products() -> Iterator[Case]:
-    for rows in (37, 3):  # CPUs have another form for few rows
+    for rows in (37, 3):  # CPUs have another kernel for few rows
         arguments = _normal(0, rows, 29), _normal(1, 29, 31)
         few = ", few rows" if rows == 3 else ""
 
@@ -336,7 +342,7 @@ def _products() -> Iterator[Case]:
 
 
 class _Table(NamedTuple):
-    """Stands for a model, of which the loss only needs its output matrix."""
+    """Stands in for a model; the loss needs only its output matrix."""
 
     table_VxD: jax.Array
 
@@ -345,7 +351,7 @@ class _Table(NamedTuple):
 
 
 def _cross_entropy() -> Case:
-    """The loss in chunks, whose gradients are computed in the forward pass."""
+    """The loss in chunks of tokens; it computes its gradients in the forward pass."""
     rows, length, width, vocabulary = 3, 2 * chunks.CHUNK + 3, 7, 61
     rng = np.random.default_rng(0)
     tokens, targets = rng.integers(0, vocabulary, (2, rows, length)).astype(np.int32)
@@ -366,10 +372,10 @@ def _cross_entropy() -> Case:
 
 
 def _exchanges(devices: list) -> Iterator[Case]:
-    """A MoE layer over several devices, by each exchange that so many can do."""
+    """A MoE layer on several devices, with each exchange that their number allows."""
     count = len(devices)
     half = count // 2
-    # The sizes of the mesh, and the experts: few on a device are compiled one by one.
+    # Mesh sizes and number of experts. One expert per device (`flat`) runs `kernels.unrolled`.
     meshes = {
         "flat": ({"expert": count}, count),
         "flat, sliced": ({"expert": half, "expert_slice": 2}, 5 * count),
@@ -378,15 +384,16 @@ def _exchanges(devices: list) -> Iterator[Case]:
     if count >= 4:
         meshes["hierarchical"] = {"expert": count, "expert_inner": half}, 5 * count
     dropless: dict = {"eval_capacity_factor": math.inf}
-    few, many = 13, exchange.FEW_TOKENS + 3  # tokens of a sequence; many are exchanged in rounds
+    few, many = 13, exchange.FEW_TOKENS + 3  # tokens of a sequence; many need `moe/rounds.py`
     found: list[tuple] = [(name, name, {"min_capacity": 3}, few) for name in meshes]
     found += [
         (f"{name}, nothing dropped", name, dropless, many) for name in ("flat", "coordinated")
     ]
     found.append(("flat, few tokens, nothing dropped", "flat", dropless, few))
     for title, name, rules, length in found:
-        rules = rules | {"exchange": name.partition(",")[0]}
-        yield _exchange(title, _layer_config(*meshes[name], rules, length, count), devices)
+        config = _layer_config(*meshes[name], rules, length, count)
+        execution = ExecutionConfig(exchange=name.partition(",")[0])
+        yield _exchange(title, dataclasses.replace(config, execution=execution), devices)
 
 
 def _layer_config(
@@ -409,21 +416,16 @@ def _layer_config(
 def _exchange(name: str, config: Config, devices: list) -> Case:
     mesh, model = make_mesh(config, devices), config.model
     (count,) = {e for e in model.schedule.experts if e}
-    alone = dataclasses.replace(config.moe, dispatch="einsum")
-    layer, plain = (
-        _quick(lambda moe=moe: MoE(count, model, moe, jax.random.key(0)))()
-        for moe in (config.moe, alone)
-    )
-    structure = jax.tree.structure(plain)
+    layer = _quick(lambda: MoE(count, model, config.moe, jax.random.key(0)))()
     x_BxLxD = _normal(0, config.train.batch_size, model.length, model.d_model)
     valid_BxL = np.ones(x_BxLxD.shape[:2], bool)
 
     def ours(dtype, tree, x_BxLxD):
-        return tree["mlp"](x_BxLxD.astype(dtype), valid_BxL)[0]
+        layer = tree["mlp"]
+        return layer(x_BxLxD.astype(dtype), valid_BxL, execution=config.execution)[0]
 
     def oracle(tree, x_BxLxD):
-        layer = jax.tree.unflatten(structure, jax.tree.leaves(tree))
-        return layer(x_BxLxD, valid_BxL)[0]
+        return tree["mlp"](x_BxLxD, valid_BxL, execution=ExecutionConfig(dispatch="einsum"))[0]
 
     rows = NamedSharding(mesh, PartitionSpec(batch_axes(mesh)))
     tree = {"mlp": layer}

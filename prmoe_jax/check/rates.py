@@ -1,8 +1,10 @@
-"""Rates of matrix products, memory and collectives, beside the data sheets.
+"""Measures matrix products, memory and collectives, and compares the rates with data sheets.
 
-Each device is measured alone, so that a slow one has a name. A rate is the best of several turns,
-which the devices take one after the other: what else the machine does in a moment slows down one
-turn and not the rate. A device that seems slow is measured again before it is called so.
+Each device is measured alone, so that a slow one can be named. The devices take turns, and a rate
+is a device's best turn: other work on the machine slows down a turn, but hardly the rate. A device
+that seems slow is measured again before it fails.
+
+Axis letters: W is the width of a matrix; C devices that receive, R rows of all devices, S numbers.
 """
 
 import logging
@@ -17,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, PartitionSpec, SingleDeviceSharding
 
-from prmoe_jax.bench.turns import TURN_SECONDS, in_turns, mean_seconds
+from prmoe_jax.bench.timing import TURN_SECONDS, interleaved, mean_seconds
 from prmoe_jax.check.findings import FAIL, OK, Finding, Part, rate, slow
 from prmoe_jax.parallel import processes
 from prmoe_jax.plan.chips import data_sheet
@@ -25,17 +27,17 @@ from prmoe_jax.run.metrics import PEAK_FLOPS
 
 log = logging.getLogger(__name__)
 
-# Width of the square matrix product; bytes of the array that is read and written; bytes that each
-# device sends in a collective. CPUs get smaller ones.
+# Width of the square matrix product; bytes of the array that is read and written; bytes of each
+# device's array in a collective. CPUs get smaller ones.
 WIDTH, ARRAY_BYTES, SENT_BYTES = 8192, 1 << 30, 1 << 28
 CPU_WIDTH, CPU_ARRAY_BYTES, CPU_SENT_BYTES = 1024, 1 << 27, 1 << 22
 TURNS = 5
-ROUNDS = 3  # of measuring devices that seem slow
-# A device is slow below this share of the median of all. It is worse than its data sheet allows
-# below the other shares; square products and plain copies reach more on a sound device.
+ROUNDS = 3  # a device that seems slow is measured this many times
+# The check fails below these shares: SLOW of the median of all devices; SHEET of the data sheet's
+# rates of products and memory; LINK_SHEET of the data sheet's link, for an all-reduce.
 SLOW, SHEET, LINK_SHEET = 0.8, 0.5, 0.2
-# The largest error of a product, as a share of its largest number. In bfloat16 a sound device has
-# 2e-3, in float32 as little as 1e-6 or, where the factors are rounded, 1e-3.
+# The largest error allowed in a product, as a share of its largest number. Sound devices have 2e-3
+# in bfloat16; in float32 1e-6, or 1e-3 if they round the factors.
 ERROR = 1e-2
 UNITS = {"matmul_bfloat16": "FLOP", "matmul_float32": "FLOP", "memory": "B"}
 NAMES = {
@@ -46,7 +48,7 @@ NAMES = {
 
 
 def check() -> Part:
-    """Measures each device of each process, and collectives between those of a host and all."""
+    """Measures each device alone, then collectives within each host and over all devices."""
     devices = jax.local_devices()
     names = processes.gathered(socket.gethostname())
     host = f"{names[jax.process_index()]} (process {jax.process_index()})"
@@ -105,17 +107,17 @@ def measure(devices: list) -> tuple[dict[int, dict[str, float]], dict[str, dict[
             made = {device.id: _product(device, kind.split("_")[1]) for device in devices}
             errors[kind] = {number: error for number, (_, _, error) in made.items()}
         turns = {number: mean_seconds(run, TURN_SECONDS) for number, (run, *_) in made.items()}
-        for number, seconds in in_turns(turns, TURNS).items():
+        for number, seconds in interleaved(turns, TURNS).items():
             best[number][kind] = made[number][1] / min(seconds)
     return best, errors
 
 
 def _product(device: jax.Device, dtype: str) -> tuple[Callable[[], jax.Array], float, float]:
-    """A square matrix product on a device, its FLOPs, and its largest error; see `measure`."""
+    """A function that multiplies matrices, its FLOPs, and its error as in `measure`."""
     width = CPU_WIDTH if device.platform == "cpu" else WIDTH
     row_W = np.random.default_rng(0).normal(size=width).astype(jnp.dtype(dtype))
-    # A matrix whose rows are one row, turned, so that nothing large is copied to the device. Its
-    # square is such a matrix, too, whose row is the first one's cyclic convolution with itself.
+    # A circulant matrix, so that only its first row is copied to the device. Its square is also
+    # circulant, and has as first row the cyclic convolution of this row with itself.
     exact_W = np.fft.irfft(np.fft.rfft(row_W.astype(np.float64)) ** 2, width)
 
     def turned(row_W):
@@ -132,7 +134,7 @@ def _product(device: jax.Device, dtype: str) -> tuple[Callable[[], jax.Array], f
 
 
 def _copy(device: jax.Device) -> tuple[Callable[[], jax.Array], float]:
-    """A large array that is read, changed and written in place, and the bytes of both."""
+    """A function that reads and writes a large array in place, and the bytes that it moves."""
     size = (CPU_ARRAY_BYTES if device.platform == "cpu" else ARRAY_BYTES) // 4
     step = jax.jit(lambda x: 0.5 * x + 1, donate_argnums=0)
     place = SingleDeviceSharding(device)
@@ -146,7 +148,7 @@ def _copy(device: jax.Device) -> tuple[Callable[[], jax.Array], float]:
 
 
 def _judge(every: dict, kind: str, device_kind: str) -> Finding:
-    """Names the devices that are slower than others, or than half of their data sheet."""
+    """Fails if a rate is below `SLOW` of the median, or below `SHEET` of the data sheet."""
     name, unit = NAMES[kind], UNITS[kind]
     rates = {device: found[kind] for device, found in every.items()}
     least, most = min(rates.values()), max(rates.values())
@@ -193,10 +195,10 @@ def _judge_errors(errors: dict[str, dict[int, float]]) -> Finding:
 
 
 def _groups(names: list[str]) -> dict[str, list]:
-    """The devices that communicate: those of this host, and all of them.
+    """Groups of devices whose collectives are measured: those of this host, and all devices.
 
     Args:
-      names: each process's host.
+      names: the name of each process's host.
     """
     here, every = names[jax.process_index()], jax.devices()
     local = [device for device in every if names[device.process_index] == here]
@@ -205,11 +207,11 @@ def _groups(names: list[str]) -> dict[str, list]:
 
 
 def collectives(devices: list) -> tuple[dict[str, float], list[str]]:
-    """The rates of an all-to-all and an all-reduce, and the names of those with wrong results.
+    """Measures an all-to-all and an all-reduce, and checks their results.
 
     Returns:
-      Bytes that each device sends in a second. An all-reduce counts as a ring does it, which sends
-      2 (n - 1) / n of the array.
+      Collective -> bytes per second that each device sends; and where results are wrong, in words.
+      An all-reduce is counted as a ring of n devices, which sends 2 (n - 1) / n of its array.
     """
     count = len(devices)
     mesh = Mesh(np.array(devices), ("all",), axis_types=(AxisType.Auto,))
@@ -218,7 +220,7 @@ def collectives(devices: list) -> tuple[dict[str, float], list[str]]:
     row_C = np.arange(count)
     over = partial(jax.shard_map, mesh=mesh, out_specs=PartitionSpec("all"))
 
-    def rows_CxS():  # a device's rows, one for each device
+    def rows_CxS():  # the rows that this device sends, one per receiver
         number_C = _number(jax.lax.axis_index("all"), jnp.arange(count)).astype(jnp.float32)
         return jnp.broadcast_to(number_C[:, None], (count, size))
 
@@ -253,7 +255,7 @@ def collectives(devices: list) -> tuple[dict[str, float], list[str]]:
 
 
 def _number(device, row):
-    """What a device's row holds before a collective; sums of it are exact."""
+    """The number that fills a device's row before a collective; float32 sums of it are exact."""
     return (31 * device + 17 * row) % 1009
 
 

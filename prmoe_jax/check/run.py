@@ -1,4 +1,4 @@
-"""`prmoe check`: the parts one after the other, on one process or several, and their record."""
+"""`prmoe check`: runs its parts one after the other, in one or more processes."""
 
 import logging
 import socket
@@ -29,17 +29,17 @@ def check(
     """Runs all parts, in all processes of the run if there are several.
 
     Args:
-      workdir: the folder, local or in an object store, in which a tiny run is trained; what is made
-        there is removed.
-      config: the experiment whose corpus is read, and which is benchmarked; by default no corpus is
+      workdir: the folder, local or in an object store, in which a tiny run is trained. All that is
+        made there is removed.
+      config: the experiment whose corpus is read and which is benchmarked. By default no corpus is
         read, and a small PR-MoE is benchmarked.
       bench: whether to run `prmoe bench moe`, `step` and `decode` as well, on process 0.
       tell: called with the lines of each part when it ends, by process 0.
 
     Returns:
-      The record: `findings`, a list of dicts with part, process, name, status (ok, warn or fail),
-      line and fix; the numbers of each part by its name, for `bench` the rows of each benchmark;
-      and `seconds`. A process has its own findings, and those of others that are not ok.
+      The record. `findings` is a list of dicts with part, process, name, status (ok, warn or fail),
+      line and fix. Each part's name has the part's numbers; `bench` has the rows of each benchmark.
+      `seconds` is the duration. Other processes' findings are left out if they are ok.
     """
     begun = time.perf_counter()
     record: dict = {"findings": []}
@@ -64,7 +64,7 @@ def check(
 
 
 def wrong(record: dict) -> list[str]:
-    """What makes a check red, in one line each, with the fix."""
+    """The failures of a check, one line each, with the fix."""
     lines = []
     for found in record["findings"]:
         if found["status"] == FAIL:
@@ -74,7 +74,7 @@ def wrong(record: dict) -> list[str]:
 
 
 def _run(name: str, part: Callable[[], Part]) -> Part:
-    """Runs a part; an error is a finding, unless other processes would wait for this one."""
+    """Runs a part. An error is a finding; it is raised if other processes wait for this one."""
     try:
         return part()
     except Exception as error:
@@ -86,7 +86,7 @@ def _run(name: str, part: Callable[[], Part]) -> Part:
 
 
 def _add(record: dict, name: str, found: Part, tell: Callable[[str], None]) -> None:
-    """Puts a part into the record, with what other processes found, and tells it."""
+    """Adds a part's numbers and all processes' findings to the record; process 0 tells them."""
     record[name] = found.numbers
     ours, own = (socket.gethostname(), found.findings), 0
     gathered = [ours]
@@ -98,7 +98,7 @@ def _add(record: dict, name: str, found: Part, tell: Callable[[str], None]) -> N
     for process, findings in enumerate(every):
         for finding in findings:
             where = [p for p, theirs in enumerate(every) if finding in theirs]
-            # What is ok is left out for others, and what several have found is shown once.
+            # Other processes' ok findings are left out. A finding of several is shown once.
             if process != (own if finding.status == OK else where[0]):
                 continue
             if finding.status != OK and len(where) < len(gathered):
@@ -112,7 +112,7 @@ def _add(record: dict, name: str, found: Part, tell: Callable[[str], None]) -> N
 
 
 def hosts() -> Part:
-    """Compares the processes' code, versions and devices; one process has nothing to compare."""
+    """Compares the processes' code, versions and devices."""
     if jax.process_count() == 1:
         return Part([], {})
     devices = jax.local_devices()

@@ -1,4 +1,4 @@
-"""A tiny run in the workdir's store: written, read, trained, resumed, and the same bit for bit."""
+"""Writes and reads a file in the workdir, trains a tiny run there, and resumes it bit for bit."""
 
 import contextlib
 import logging
@@ -22,19 +22,20 @@ from prmoe_jax.config.loading import resolve
 from prmoe_jax.config.schema import Config
 from prmoe_jax.errors import UserError, describe
 from prmoe_jax.parallel import processes
+from prmoe_jax.run.directory import CHECKPOINTS
 from prmoe_jax.training.loop import train
 
 log = logging.getLogger(__name__)
 
 FILE_BYTES = 1 << 26  # written and read by each process
 STEPS = 4
-# With this flag of XLA a GPU's sums have one order; without it a resumed run must be as near.
+# With this XLA flag a GPU sums in a fixed order. Without it, NEAR is the relative error allowed.
 GPU_FLAG, NEAR = "xla_gpu_deterministic_ops=true", 1e-3
-SLOW = 0.5  # a process's rate, as a share of the median of all, below which its host is named
+SLOW = 0.5  # a process fails if its rate is below this share of the median
 
 
 def check(workdir: Path) -> Part:
-    """Writes and trains in a new folder in the workdir, which is removed afterwards."""
+    """Writes and trains in a new folder of the workdir, and removes that folder afterwards."""
     with _folder(workdir) as (folder, problem):
         problems = processes.gathered(problem)
         if any(problems):
@@ -50,10 +51,10 @@ def check(workdir: Path) -> Part:
 
 @contextlib.contextmanager
 def _folder(workdir: Path) -> Iterator[tuple[Path, str]]:
-    """A new folder in the workdir and why it cannot be made, or ''; both folders go if new."""
+    """Yields a new folder and an error message ('' if none); removes all folders that it made."""
     folder = workdir / processes.of_first(f"check-{uuid.uuid4().hex[:8]}")
     first, problem = jax.process_index() == 0, ""
-    # The folders above it that are not there yet, innermost first.
+    # Its parents that do not exist yet, innermost first.
     new = [path for path in folder.parents if stores.is_local(path) and not path.exists()]
     if first:
         try:
@@ -64,7 +65,7 @@ def _folder(workdir: Path) -> Iterator[tuple[Path, str]]:
         yield folder, problem
     finally:
         if first and not problem:
-            with contextlib.suppress(OSError):  # in use by now
+            with contextlib.suppress(OSError):  # another program may use it by now
                 stores.delete_folder(folder)
                 for path in new:
                     path.rmdir()
@@ -85,11 +86,11 @@ def _reason(error: Exception) -> str:
 
 
 def _store(folder: Path) -> tuple[list[Finding], dict]:
-    """Each process writes a file and reads it, and looks for what process 0 wrote."""
+    """Each process writes and reads a file, and looks for process 0's file."""
     log.info("writing and reading %d MB", FILE_BYTES / 1e6)
     workdir, number = folder.parent, jax.process_index()
     problem, rates = "", [0.0, 0.0]
-    processes.barrier()  # the folder is there
+    processes.barrier()  # process 0 has made the folder
     try:
         rates = _write_and_read(folder / f"file-{number}")
     except (OSError, UserError) as error:
@@ -124,11 +125,7 @@ def _store(folder: Path) -> tuple[list[Finding], dict]:
 
 
 def _write_and_read(path: Path) -> list[float]:
-    """Bytes a second of writing a file to the end, and of reading it.
-
-    Raises:
-      OSError: the file cannot be written, or does not hold what was written.
-    """
+    """Bytes per second of writing a file (with fsync if local) and of reading it."""
     content = np.random.default_rng(0).bytes(FILE_BYTES)
     begun = time.perf_counter()
     if stores.is_local(path):
@@ -138,7 +135,7 @@ def _write_and_read(path: Path) -> list[float]:
             os.fsync(file.fileno())
             written = time.perf_counter()
             if hasattr(os, "posix_fadvise"):  # not on macOS
-                # Else memory would be read, not the disk.
+                # Drops the page cache; otherwise memory would be read instead of the disk.
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     else:
         path.write_bytes(content)
@@ -153,7 +150,7 @@ def _write_and_read(path: Path) -> list[float]:
 
 @contextlib.contextmanager
 def _corpus() -> Iterator[Path]:
-    """A folder of text on this machine's disk, the same on every host."""
+    """Yields a folder of text on this machine's disk; all hosts have the same path and content."""
     made = tempfile.mkdtemp(prefix="prmoe-check-") if jax.process_index() == 0 else None
     folder = Path(processes.of_first(made))
     (folder / "text").mkdir(parents=True, exist_ok=True)
@@ -182,7 +179,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _config(folder: Path) -> Config:
-    """One residual MoE layer whose length and head width suit every kernel of attention."""
+    """One PR-MoE layer; its length and head width suit every attention kernel."""
     on_cpu, devices = jax.default_backend() == "cpu", jax.device_count()
     shape = {"vocab_size": 384, "length": 128, "d_model": 128, "heads": 2, "d_ff": 128}
     model = architecture.parse_fields("1 layers, every 1, E=4, residual") | shape
@@ -203,12 +200,12 @@ def _config(folder: Path) -> Config:
 
 
 def _run(config: Config, workdir: Path) -> list[Finding]:
-    """Trains to the end, and again from the checkpoint before the last."""
+    """Trains to the end, deletes the last checkpoint, and resumes from the one before it."""
     lines: list[dict] = []
     train(config, workdir, on_metrics=lines.append)
     whole, lines = _losses(lines), []
     if jax.process_index() == 0:
-        stores.delete_folder(workdir / "checkpoints" / str(STEPS))
+        stores.delete_folder(workdir / CHECKPOINTS / str(STEPS))
     processes.barrier()
     train(config, workdir, on_metrics=lines.append)
     resumed = _losses(lines)
@@ -231,7 +228,7 @@ def _run(config: Config, workdir: Path) -> list[Finding]:
     )
     if jax.default_backend() != "gpu" or GPU_FLAG in os.environ.get("XLA_FLAGS", ""):
         return [Finding(name, FAIL, line, "run nothing here; report it with the versions above")]
-    # A GPU may add the gradients of a token's places in any order.
+    # A GPU may add up a gradient in any order.
     near = all(math.isclose(resumed[key], expected[key], rel_tol=NEAR) for key in expected)
     return [Finding(name, WARN if near else FAIL, line, f"set XLA_FLAGS=--{GPU_FLAG}")]
 

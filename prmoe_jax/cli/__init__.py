@@ -1,6 +1,6 @@
-"""The command line: a file for each verb, which declares its options and calls one function.
+"""The command line: a file for each subcommand declares its options and calls one function.
 
-JAX is imported inside the verbs, so that help and error messages appear at once.
+JAX is imported inside the subcommands, so that help and error messages appear at once.
 """
 
 import argparse
@@ -26,11 +26,11 @@ from prmoe_jax.cli import (
 )
 from prmoe_jax.cli.options import CONFIG_HELP, Parser, parse_config
 from prmoe_jax.cli.output import log_to_stderr
-from prmoe_jax.errors import UserError
+from prmoe_jax.errors import UserError, refusing
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one verb.
+    """Runs one subcommand.
 
     Returns:
       The exit code: 0; 1 if the run or this program failed; 2 if the input, the files or the
@@ -44,10 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
     def command() -> None:
         nonlocal options
         for argument in given:
-            try:
+            with refusing(f"the argument {argument!a} is not UTF-8 text", UnicodeEncodeError):
                 argument.encode()
-            except UnicodeEncodeError:
-                raise UserError(f"the argument {argument!a} is not UTF-8 text") from None
         with _processes(given):
             own, passed_on = _split(given)
             options, rest = _parser().parse_known_args(own)
@@ -75,7 +73,7 @@ def _processes(arguments: list[str]):
 
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """The arguments before a `--`, and those behind it, which are another program's."""
+    """The arguments before a `--`, and the arguments after it, which are for another program."""
     if "--" not in arguments:
         return arguments, []
     place = arguments.index("--")

@@ -3,22 +3,24 @@
 import re
 
 from prmoe_jax import allocator
-from prmoe_jax.cli.options import WEIGHTS, compile_only, parse_config, parse_mesh
-from prmoe_jax.cli.output import as_json
+from prmoe_jax.bench import LOADS
+from prmoe_jax.cli.options import compile_only, parse_config, parse_mesh
+from prmoe_jax.cli.output import emit
 from prmoe_jax.errors import UserError
+from prmoe_jax.inference import WEIGHTS
 
-# S, M, F, E of `prmoe bench moe`.
+# Tokens S, width M, hidden width F and experts E of `prmoe bench moe`.
 BENCH_SIZES = (
     (4096, 256, 1024, 32),
     (4096, 512, 2048, 64),
     (2048, 512, 2048, 128),
     (8192, 256, 1024, 8),
 )
-MODELLED_SIZES = ((4096, 2048, 8192, 128),)  # with --topology, where S is the tokens of one chip
+MODELLED_SIZES = ((4096, 2048, 8192, 128),)  # with --topology; S for each chip
 
 
 def add(verb, verbs) -> None:
-    """Declares the verbs and their options."""
+    """Declares the subcommands and their options."""
     verb_of_bench = verbs.add_parser(
         "bench", help="time parts of the library beside their rivals", allow_abbrev=False
     ).add_subparsers(dest="what", required=True, metavar="WHAT")
@@ -51,7 +53,7 @@ def add(verb, verbs) -> None:
     )
     sub.add_argument(
         "--load",
-        choices=["uniform", "zipf"],
+        choices=LOADS,
         action="append",
         help="how tokens choose experts; may be repeated (default: uniform)",
     )
@@ -76,8 +78,7 @@ def _bench_step(options, rest) -> None:
     config = parse_config(rest)
     from prmoe_jax.bench import step
 
-    rows = step.bench_step(config, options.repeats)
-    print(as_json(rows) if options.json else step.table(rows))
+    emit(step.bench_step(config, options.repeats), options.json, step.table)
 
 
 def _bench_decode(options, rest) -> None:
@@ -87,7 +88,7 @@ def _bench_decode(options, rest) -> None:
 
     batches, weights = options.batch or [1, 8], options.weights or ["float32", "int8"]
     rows = decode.bench_decode(config, batches, weights, options.prompt, options.repeats, layouts)
-    print(as_json(rows) if options.json else decode.table(rows))
+    emit(rows, options.json, decode.table)
 
 
 def _bench_moe(options, rest) -> None:
@@ -103,7 +104,7 @@ def _bench_moe(options, rest) -> None:
             raise UserError(f"--{given[0]} has no effect with --topology; leave one of them out")
         sizes = [moe.Size(*size) for size in options.sizes or MODELLED_SIZES]
         rows = modelled.model_moe(sizes, options.dtype or "bfloat16", options.topology)
-        print(as_json(rows) if options.json else modelled.table(rows))
+        emit(rows, options.json, modelled.table)
         return
     rows = moe.bench_moe(
         [moe.Size(*size) for size in options.sizes or BENCH_SIZES],
@@ -111,7 +112,7 @@ def _bench_moe(options, rest) -> None:
         options.dtype or "float32",
         15 if options.repeats is None else options.repeats,
     )
-    print(as_json(rows) if options.json else moe.table(rows))
+    emit(rows, options.json, moe.table)
 
 
 def _size(text: str) -> tuple[int, ...]:

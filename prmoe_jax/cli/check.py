@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 
 from prmoe_jax import allocator
-from prmoe_jax.cli.options import parse_config, path
+from prmoe_jax.cli.options import add_distributed, parse_config, path
 from prmoe_jax.cli.output import as_json, is_first_process
 from prmoe_jax.errors import CheckFailed
 
@@ -12,13 +12,12 @@ log = logging.getLogger("prmoe_jax.check")
 
 
 def add(verb) -> None:
-    """Declares the verb and its options."""
+    """Declares the subcommand and its options."""
     kind = "check this machine or pod: devices, kernels, rates, and a tiny run in the workdir"
     sub = verb("check", run, kind, True)
     where = "the folder in whose store a tiny run is trained, and removed (default: runs)"
     sub.add_argument("--workdir", type=path, default=Path("runs"), help=where)
-    distributed = "be one process of several: on a TPU pod, under SLURM or on GKE"
-    sub.add_argument("--distributed", action="store_true", help=distributed)
+    add_distributed(sub)
     bench = "also run prmoe bench moe, step and decode, in at most ten minutes in all"
     sub.add_argument("--bench", action="store_true", help=bench)
 
@@ -29,7 +28,7 @@ def run(options, rest) -> None:
     from prmoe_jax.check.run import check, wrong
 
     tell = print
-    if options.json:  # the lines for people go where the log goes
+    if options.json:  # only JSON on standard output; lines for people go to the log
         tell = lambda text: log.info("%s", text)  # noqa: E731
     record = check(options.workdir, config, options.bench, tell)
     if "backend" in record["environment"] and not is_first_process():

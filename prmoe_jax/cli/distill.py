@@ -1,17 +1,17 @@
-"""`prmoe distill-plan` and `prmoe teacher-cache`: a student's initial model and teacher cache."""
+"""`prmoe distill-plan` and `prmoe teacher-cache`: a student's layers and its teacher's cache."""
 
 import logging
 
 from prmoe_jax import allocator
 from prmoe_jax.cli.options import parse_config, path
-from prmoe_jax.cli.output import as_json
+from prmoe_jax.cli.output import emit
 from prmoe_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
 
 def add(verb) -> None:
-    """Declares the verbs and their options."""
+    """Declares the subcommands and their options."""
     part = "show which part of its teacher a student starts as"
     verb("distill-plan", _distill_plan, part, True, formerly="distil-plan")
 
@@ -27,15 +27,14 @@ def _distill_plan(options, rest) -> None:
     config = _student_config(rest)
     if not config.teacher.inherit:
         log.warning("this student starts at random; the plan is one for teacher.inherit=true")
-    rows = student.plan(teacher_of(config), config)
-    print(as_json(rows) if options.json else student.table(rows))
+    emit(student.plan(teacher_of(config), config), options.json, student.table)
 
 
 def _teacher_cache(options, rest) -> None:
     allocator.keep_freed_memory()
     config = _student_config(rest)
     if config.kd.kind != "top_k":
-        raise UserError("the likeliest tokens are kept; use --config.kd.kind=top_k, with kd.top_k")
+        raise UserError("only top-k tokens are kept; use --config.kd.kind=top_k, with kd.top_k")
     if config.teacher.mode != "eval" or config.teacher.cache:
         raise UserError("leave teacher.cache out, and leave teacher.mode at eval")
     from etils import epath
@@ -44,7 +43,7 @@ def _teacher_cache(options, rest) -> None:
 
     meta = write_teacher_cache(config, options.out)
     size = sum(file.stat().length for file in epath.Path(options.out).iterdir())
-    print(as_json(meta) if options.json else f"{options.out}: {size / 1e6:,.0f} MB")
+    emit(meta, options.json, lambda _: f"{options.out}: {size / 1e6:,.0f} MB")
 
 
 def _student_config(rest):

@@ -3,17 +3,16 @@
 import sys
 
 from prmoe_jax import allocator
-from prmoe_jax.cli.options import check_run, filled, path
+from prmoe_jax.cli.options import add_distributed, check_run, filled, path
 from prmoe_jax.cli.output import as_json, is_first_process, show
 from prmoe_jax.errors import UserError
 
 
 def add(verb) -> None:
-    """Declares the verb and its options."""
+    """Declares the subcommand and its options."""
     sub = verb("eval", run, "evaluate a run on its validation split")
     sub.add_argument("--workdir", type=path, required=True, help="the run's folder")
-    distributed = "be one process of several: on a TPU pod, under SLURM or on GKE"
-    sub.add_argument("--distributed", action="store_true", help=distributed)
+    add_distributed(sub)
     corpus = "the text whose validation split it is (default: the run's)"
     sub.add_argument("--corpus", type=filled, help=corpus)
     sub.add_argument("--teacher", type=path, help="another run, to compare its predictions with")

@@ -1,14 +1,15 @@
 """`prmoe generate`: continues prompts with a trained run."""
 
-from prmoe_jax.cli.options import WEIGHTS, check_run, parse_mesh, path
-from prmoe_jax.cli.output import as_json
+from prmoe_jax.cli.options import check_run, parse_mesh, path
+from prmoe_jax.cli.output import emit
 from prmoe_jax.errors import UserError
+from prmoe_jax.inference import WEIGHTS
 
-MOST_SAMPLES = 1_000_000  # `prmoe generate` makes all samples at once
+MOST_SAMPLES = 1_000_000  # since all samples are made at once
 
 
 def add(verb) -> None:
-    """Declares the verb and its options."""
+    """Declares the subcommand and its options."""
     sub = verb("generate", run, "continue a prompt with a trained run")
     sub.add_argument("--workdir", type=path, required=True, help="the run's folder")
     sub.add_argument(
@@ -17,10 +18,13 @@ def add(verb) -> None:
     sub.add_argument("--tokens", type=int, default=100, help="at most this many (default: 100)")
     sub.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default: 0.8)")
     sub.add_argument(
-        "--top-k", type=int, default=0, help="draw from the K likeliest only, and others as likely"
+        "--top-k", type=int, default=0, help="sample from the K most probable tokens, and ties"
     )
     sub.add_argument(
-        "--top-p", type=float, default=1.0, help="draw from the P likeliest share only"
+        "--top-p",
+        type=float,
+        default=1.0,
+        help="sample from the most probable tokens whose probabilities reach P",
     )
     sub.add_argument("--stop", action="append", help="a text to end before; may be repeated")
     sub.add_argument(
@@ -49,7 +53,7 @@ def run(options, rest) -> None:
     ):
         if given and options.temperature == 0:
             raise UserError(
-                f"--{name} has no effect with --temperature=0, which takes the likeliest token; "
+                f"--{name} has no effect with --temperature=0, which takes the top token; "
                 "leave one of them out"
             )
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
@@ -62,17 +66,11 @@ def run(options, rest) -> None:
     def show(_, text: str) -> None:
         print(lead.pop() if lead else "", text, sep="", end="", flush=True)
 
-    texts = generator(
-        prompts,
-        options.tokens,
-        sampling,
-        seeds,
-        options.stop or (),
-        show if streamed else None,
-    )
+    on_text, stop = show if streamed else None, options.stop or ()
+    texts = generator(prompts, options.tokens, sampling, seeds, stop, on_text)
     if streamed:
         print(*lead)
         return
     for prompt, seed, text in zip(prompts, seeds, texts, strict=True):
         answer = {"prompt": prompt, "seed": seed, "text": text}
-        print(as_json(answer) if options.json else f"{prompt}{text}\n")
+        emit(answer, options.json, "{prompt}{text}\n".format_map)

@@ -7,7 +7,7 @@ KINDS = "hf", "gpt2", "deepspeed", "safetensors"
 
 
 def add(verb) -> None:
-    """Declares the verbs and their options."""
+    """Declares the subcommands and their options."""
     kinds = (
         "hf: Hugging Face's transformers (GPT-2, Llama, Qwen3, OLMoE, Mixtral, Qwen2-MoE, "
         "Qwen3-MoE); gpt2: its GPT2LMHeadModel alone; deepspeed: Megatron-DeepSpeed's GPT, dense, "

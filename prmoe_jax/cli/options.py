@@ -1,4 +1,4 @@
-"""Arguments that verbs share: --config and its overrides, paths, meshes."""
+"""Arguments that subcommands share: --config and its overrides, paths, meshes."""
 
 import argparse
 import difflib
@@ -28,8 +28,6 @@ settings:
                                 --config.train.steps=40 --config.model.experts=8,8,16
 """
 
-WEIGHTS = "float32", "bfloat16", "int8"
-
 
 class Parser(argparse.ArgumentParser):
     """Reports a mistake as a `UserError`, which is shown on one line."""
@@ -45,11 +43,11 @@ class Parser(argparse.ArgumentParser):
 
 def _settings_help() -> str:
     """Every setting with its default, meaning and choices."""
-    from prmoe_jax.config.schema import Config, declarations, leaves
+    from prmoe_jax.config.schema import declarations
 
-    defaults, lines = leaves(Config()), ["", "all settings, with their defaults:"]
+    lines = ["", "all settings, with their defaults:"]
     for name, setting in declarations().items():
-        shown = defaults[name]
+        shown = setting.default
         if shown and isinstance(shown, tuple):
             shown = ",".join(map(str, shown))
         lines.append(f"  --config.{name}={shown}")
@@ -60,11 +58,7 @@ def _settings_help() -> str:
 
 
 def parse_config(arguments: list[str]):
-    """The `Config` that --config and its overrides describe.
-
-    Raises:
-      UserError: the config file is missing, a setting is unknown or mistyped, or a check fails.
-    """
+    """The `Config` that --config and its overrides describe."""
     from prmoe_jax.config.loading import resolve
 
     path, name, overrides = config_argument(arguments)
@@ -83,7 +77,7 @@ def config_argument(arguments: list[str]) -> tuple[Path, str, list[str]]:
     file, _, name = options.config.partition(":")
     if not file:
         raise UserError("no --config; for example --config=configs/tiny.py:prmoe")
-    if os.path.isfile(whole := expand("--config", options.config)):  # with a colon in its name
+    if os.path.isfile(whole := expand("--config", options.config)):  # its name has a colon
         return whole, "", rest
     return expand("--config", file), name, rest
 
@@ -101,23 +95,22 @@ def _load_settings(path: Path, name: str):
         raise UserError(f"--config={path} is in an object store: there only a run's config.json")
     if not path.is_file():
         raise UserError(f"--config={path} is not a file; for example configs/tiny.py:prmoe")
-    if path.suffix == ".json":  # of a run
+    if path.suffix == ".json":  # a run's config
         if name:
             raise UserError(
                 f"--config={path}:{name}: a run's config.json has no names; give it alone"
             )
-        import dataclasses
-
         from prmoe_jax.config.loading import load
+        from prmoe_jax.config.schema import as_settings
 
-        settings = ConfigDict(dataclasses.asdict(load(path)))
-        if settings.train.compile_cache not in ("", "auto"):
+        settings = as_settings(load(path))
+        if settings.execution.compile_cache not in ("", "auto"):
             log.warning(
-                "%s: train.compile_cache=%s is left out, since JAX runs the programs in that "
-                "folder; to use it, give --config.train.compile_cache",
-                *(path, settings.train.compile_cache),
+                "%s: execution.compile_cache=%s is left out, since JAX runs the programs in that "
+                "folder; to use it, give --config.execution.compile_cache",
+                *(path, settings.execution.compile_cache),
             )
-            settings.train.compile_cache = "auto"
+            settings.execution.compile_cache = "auto"
         return settings
     arguments = [name] if name else []
     settings = userfile.call(path, "get_config", *arguments, named=f"--config={path}")
@@ -146,8 +139,7 @@ def _override(settings, arguments: list[str]) -> None:
     known = leaves(Config())
     for name, setting in declarations().items():
         if setting.formerly:
-            earlier = f"--config.{name.rpartition('.')[0]}.{setting.formerly}"
-            whole = re.compile(re.escape(earlier) + "(?==|$)")
+            whole = re.compile(re.escape(f"--config.{setting.formerly}") + "(?==|$)")
             arguments = [whole.sub(f"--config.{name}", argument) for argument in arguments]
     for argument in arguments:
         if not argument.startswith("--"):
@@ -213,6 +205,12 @@ def _path(text: str, convert: Callable[[str], Path]) -> Path:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def add_distributed(parser: argparse.ArgumentParser) -> None:
+    """Declares --distributed, which `prmoe_jax.cli` handles before it parses the arguments."""
+    kind = "be one process of several: on a TPU pod, under SLURM or on GKE"
+    parser.add_argument("--distributed", action="store_true", help=kind)
+
+
 def parse_mesh(text: str):
     """Parses 'expert:4,tensor:2' into a `MeshConfig`."""
     import dataclasses
@@ -248,6 +246,6 @@ def compile_only() -> None:
     # Without these two, libtpu complains of a TPU that isn't there. They change no topology.
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several may compile at a time
-    if jax := sys.modules.get("jax"):  # a config file imported it, and JAX has read the variable
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several processes may compile
+    if jax := sys.modules.get("jax"):  # imported by a config file; it has read JAX_PLATFORMS
         jax.config.update("jax_platforms", "cpu")

@@ -1,9 +1,11 @@
-"""Output of the verbs: numbers for people or as JSON, and the log on standard error."""
+"""Output of the subcommands: numbers as text or JSON, and the log on standard error."""
 
 import json
 import logging
 import math
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 from prmoe_jax.errors import write
 
@@ -19,6 +21,11 @@ def _finite(value):
     if isinstance(value, (list, tuple)):
         return [_finite(one) for one in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def emit(result, in_json: bool, as_text: Callable[[Any], str]) -> None:
+    """Prints a subcommand's result, as JSON or as the text that `as_text` makes of it."""
+    print(as_json(result) if in_json else as_text(result))
 
 
 def show(metrics: dict, in_json: bool) -> None:

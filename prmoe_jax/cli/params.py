@@ -1,12 +1,12 @@
 """`prmoe params`: counts parameters and FLOPs without building a model."""
 
 from prmoe_jax.cli.options import parse_config, path
-from prmoe_jax.cli.output import as_json
+from prmoe_jax.cli.output import emit
 from prmoe_jax.errors import UserError
 
 
 def add(verb) -> None:
-    """Declares the verb and its options."""
+    """Declares the subcommand and its options."""
     sub = verb(
         "params", run, "count a config's or a run's parameters and FLOPs, building nothing", True
     )
@@ -25,10 +25,8 @@ def run(options, rest) -> None:
     if options.workdir and rest:
         raise UserError(f"--workdir shows a run's own config; leave out {rest[0]}")
     if options.paper:
-        rows = sizes.paper_rows()
-        print(as_json(rows) if options.json else sizes.paper_table(rows))
-    else:
-        config = load(options.workdir / CONFIG) if options.workdir else parse_config(rest)
-        show = sizes.report if options.json else sizes.table
-        counts = show(config.model, config.moe)
-        print(as_json(counts) if options.json else counts)
+        emit(sizes.paper_rows(), options.json, sizes.paper_table)
+        return
+    config = load(options.workdir / CONFIG) if options.workdir else parse_config(rest)
+    count = sizes.report if options.json else sizes.table
+    emit(count(config.model, config.moe), options.json, str)

@@ -3,14 +3,14 @@
 import logging
 
 from prmoe_jax.cli.options import compile_only, filled, local_path, parse_config
-from prmoe_jax.cli.output import as_json
+from prmoe_jax.cli.output import emit
 from prmoe_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
 
 def add(verb) -> None:
-    """Declares the verb and its options."""
+    """Declares the subcommand and its options."""
     sub = verb("plan", run, "compile a config's train step for a pod, and model its cost", True)
     sub.add_argument("--topology", help="chips, such as v5p:4x4x8, h100:16x8 or 2xv5p:4x4x4")
     sub.add_argument("--find", metavar="CHIP", help="instead, the smallest slice that fits")
@@ -71,6 +71,6 @@ def run(options, rest) -> None:
         result = find.find(config, options.find, options.decode, teacher, options.load)
     else:
         result = find.fit(config, options.topology, options.decode, teacher, options.load)
-    print(as_json(result) if options.json else report.table(result))
+    emit(result, options.json, report.table)
     if options.picture:
         picture.draw([("step", result)], options.picture)

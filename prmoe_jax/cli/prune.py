@@ -4,12 +4,12 @@ import argparse
 
 from prmoe_jax import allocator
 from prmoe_jax.cli.options import check_run, filled, path
-from prmoe_jax.cli.output import as_json
+from prmoe_jax.cli.output import emit
 from prmoe_jax.errors import UserError
 
 
 def add(verb) -> None:
-    """Declares the verb and its options."""
+    """Declares the subcommand and its options."""
     sub = verb("prune", run, "cut a MoE run down to a share of its experts")
     sub.add_argument("--workdir", type=path, required=True, help="the run's folder")
     sub.add_argument("--out", type=path, help="the folder of the new run; without it, plan only")
@@ -18,10 +18,9 @@ def add(verb) -> None:
     budget.add_argument(
         "--experts", type=_counts, help="experts that stay in each MoE layer, such as 4,8,8"
     )
-    kinds = ("load", "activation", "loss")
     sub.add_argument(
         "--importance",
-        choices=kinds,
+        choices=("load", "activation", "loss"),
         default="activation",
         help="what makes an expert important: its share of the choices, what it adds to the "
         "tokens (default), or the loss without it, to first order",
@@ -65,7 +64,5 @@ def run(options, rest) -> None:
         options.corpus,
         options.batches,
     )
-    if options.json:
-        print(as_json(plan))
-    elif options.out is None:  # otherwise it was logged before the run was written
-        print(table(plan))
+    if options.json or options.out is None:  # else it was logged before the run was written
+        emit(plan, options.json, table)

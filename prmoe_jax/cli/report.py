@@ -1,12 +1,12 @@
 """`prmoe report`: draws a page of figures about a sweep or a run."""
 
 from prmoe_jax.cli.options import check_run, local_path, path
-from prmoe_jax.cli.output import as_json, show
+from prmoe_jax.cli.output import emit, show
 from prmoe_jax.errors import UserError
 
 
 def add(verb) -> None:
-    """Declares the verb and its options."""
+    """Declares the subcommand and its options."""
     sub = verb("report", run, "make a page with figures about a sweep, or about one run")
     sub.add_argument(
         "folder", type=local_path, nargs="?", help="a sweep's folder, with results.jsonl"
@@ -28,5 +28,4 @@ def run(options, rest) -> None:
         return
     from prmoe_jax.report import experiment
 
-    result = experiment.report(options.folder, options.base)
-    print(as_json(result) if options.json else experiment.table(result))
+    emit(experiment.report(options.folder, options.base), options.json, experiment.table)

@@ -4,12 +4,12 @@ import re
 from pathlib import Path
 
 from prmoe_jax.cli.options import local_path, path
-from prmoe_jax.cli.output import as_json
+from prmoe_jax.cli.output import emit
 from prmoe_jax.errors import UserError
 
 
 def add(verb) -> None:
-    """Declares the verb and its options."""
+    """Declares the subcommand and its options."""
     sub = verb("sweep", run, "train the runs that a folder's sweep.py names, and record them")
     sub.add_argument("folder", type=local_path, help="for example experiments/placement")
     sub.add_argument("--workdir", type=path, help="the runs' folder (default: runs/FOLDER)")
@@ -26,4 +26,4 @@ def run(options, rest) -> None:
 
     root = options.workdir or Path("runs") / options.folder.resolve().name
     rows = run.sweep(options.folder, root, (int(shard[1]), int(shard[2])))
-    print(as_json(rows) if options.json else records.table(rows))
+    emit(rows, options.json, records.table)

@@ -5,7 +5,7 @@ from prmoe_jax.cli.output import show
 
 
 def add(verb) -> None:
-    """Declares the verb and its options."""
+    """Declares the subcommand and its options."""
     sub = verb("tokenize", run, "write the tokens of a config's text as shards", True)
     sub.add_argument("--out", type=path, required=True, help="the folder; it may be gs://…")
     sub.usage = "prmoe tokenize --config=FILE:NAME --out=FOLDER [--json] [-- BEAM_OPTIONS]"

@@ -5,18 +5,17 @@ import sys
 from pathlib import Path
 
 from prmoe_jax import allocator
-from prmoe_jax.cli.options import config_argument, parse_config, path
+from prmoe_jax.cli.options import add_distributed, config_argument, parse_config, path
 from prmoe_jax.cli.output import is_first_process, show
 from prmoe_jax.errors import UserError
 
 
 def add(verb) -> None:
-    """Declares the verb and its options."""
+    """Declares the subcommand and its options."""
     sub = verb("train", run, "train a config, or resume the run in its workdir", True)
     sub.add_argument("--workdir", type=path, help="the run's folder (default: runs/NAME)")
     sub.add_argument("--profile", metavar="FIRST:LAST", help="trace these steps with the profiler")
-    distributed = "be one process of several: on a TPU pod, under SLURM or on GKE"
-    sub.add_argument("--distributed", action="store_true", help=distributed)
+    add_distributed(sub)
 
 
 def run(options, rest) -> None:

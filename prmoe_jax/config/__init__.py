@@ -11,6 +11,7 @@ from prmoe_jax.config.schema import (
     Config,
     DataConfig,
     EvalConfig,
+    ExecutionConfig,
     InitConfig,
     KdConfig,
     LogConfig,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from prmoe_jax.errors import UserError
 
-_TERM = r"[1-9]\d*(x[1-9]\d{0,3})?"  # a term of 'E=…': numbers of experts and of layers
+_TERM = r"[1-9]\d*(x[1-9]\d{0,3})?"  # a term of 'E=…': EXPERTS or EXPERTSxLAYERS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,10 +23,11 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """The feed-forward network of every layer, first to last: one row of the paper's comparison.
+    """The feed-forward network of every layer, from first to last.
 
     `experts` has one entry per layer: the number of experts of its MoE, 0 for a dense MLP.
-    `top_k` experts serve each token; `residual` adds a fixed MLP beside them (paper, 4.1.2).
+    Each token is routed to `top_k` experts. `residual` adds an MLP that all tokens pass, known as a
+    shared expert (paper, section 4.1.2).
     """
 
     experts: tuple[int, ...]
@@ -37,10 +38,10 @@ class Schedule:
     def place(
         cls, layers: int, placement: str, experts: Sequence[int], top_k: int = 1, residual=False
     ) -> "Schedule":
-        """Gives `experts`, one count per MoE layer or one for all, to the layers of a placement.
+        """Makes a schedule; `experts` has one count per MoE layer of the placement, or one for all.
 
         Raises:
-          UserError: the placement is unknown or has no layers, or the counts do not fit it.
+          UserError: the placement is unknown or has no MoE layer, or the counts do not fit it.
         """
         indices = moe_layers(layers, placement)
         if not indices:
@@ -91,11 +92,11 @@ class Schedule:
         return ", ".join(parts)
 
     def stages(self) -> tuple[Stage, ...]:
-        """Cuts the layers into runs of identical cells, so that the fewest layers are compiled.
+        """Cuts the layers into stages so that the fewest layers are compiled.
 
         Compile time grows with the sum of the cell lengths. Dynamic programming over the end of
-        the first run minimises this sum. Ties go to the fewest stages, then to the longest first
-        run, so that a student of 21 layers gets the cells of its teacher of 24.
+        the first stage minimises this sum. Ties go to the fewest stages, then to the longest first
+        stage, so that a student of 21 layers has the same cells as its teacher of 24.
         """
         n = len(self.experts)
         best: list[tuple[int, tuple[Stage, ...]]] = [(0, ())] * (n + 1)
@@ -154,13 +155,13 @@ def moe_layers(layers: int, placement: str) -> tuple[int, ...]:
 def parse_fields(text: str) -> dict:
     """Parses an architecture string into the arguments of `Schedule.place`.
 
-    All of them are there, so that `config.model.update(parse_fields(text))` leaves nothing of the
-    architecture that a config had before.
+    The result has every argument, so that `config.model.update(parse_fields(text))` replaces the
+    whole architecture of a config.
 
     Raises:
       UserError: a part is unknown, given twice, or missing.
     """
-    one_layer = False  # the experts are those of one layer, and not of each
+    one_layer = False  # whether E=…x1 gives the experts of a single MoE layer
     fields: dict = {}
 
     def put(part, **values):
@@ -195,10 +196,10 @@ def parse_fields(text: str) -> dict:
     experts = fields.setdefault("experts", ())
     if experts:
         placement = fields.setdefault("placement", "every 2")
-        if one_layer and (count := len(moe_layers(fields["layers"], placement))) > 1:
+        if one_layer and (made := len(moe_layers(fields["layers"], placement))) > 1:
             raise UserError(
                 f"architecture '{text}': E={experts[0]}x1 is for one MoE layer, and placement "
-                f"'{placement}' makes {count}; write E={experts[0]} for all of them"
+                f"'{placement}' makes {made}; write E={experts[0]} for all of them"
             )
     elif fields.keys() - {"layers", "experts"}:
         raise UserError(f"architecture '{text}' has no experts, so the rest has no effect; add E=…")

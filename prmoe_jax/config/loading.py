@@ -10,25 +10,25 @@ from ml_collections import ConfigDict
 
 from prmoe_jax import files
 from prmoe_jax.config.effects import check_effects
-from prmoe_jax.config.schema import Config, leaves
-from prmoe_jax.config.validation import check, show
-from prmoe_jax.errors import UserError
+from prmoe_jax.config.schema import Config, declarations, leaves
+from prmoe_jax.config.validation import check
+from prmoe_jax.errors import UserError, refusing, telling
 
 
 def resolve(settings: ConfigDict | Mapping, trained: bool = False) -> Config:
     """Freezes settings into a `Config` and checks them.
 
     Args:
-      settings: groups of settings; those that are left out have their defaults.
-      trained: they are of a run that exists, which keeps settings that have no effect.
+      settings: groups of settings; missing ones get their defaults.
+      trained: whether these are an existing run's settings, which may have no effect.
 
     Raises:
       UserError: a key is unknown, a type is wrong, values do not fit together, or a setting has no
-        effect beside the others; one line.
+        effect.
     """
     if isinstance(settings, ConfigDict):
         settings = settings.to_dict()
-    config = _build(Config, settings, "config")
+    config = _build(Config, _renamed(settings), "config")
     check(config)
     if not trained:
         check_effects(config)
@@ -46,33 +46,31 @@ def load(path: Path) -> Config:
     Raises:
       UserError: the file is missing or is not a valid config.
     """
-    try:
-        return resolve(files.parse_json(files.read(path)), trained=True)
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"no run in {path.parent}: {path.name} is missing") from None
-    except OSError as error:
-        raise files.cannot_read(path, error) from None
-    except ValueError as error:  # neither UTF-8 nor JSON
-        raise UserError(f"{path} is damaged: {error}") from None
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+    with (
+        refusing(f"{path} cannot be read", OSError),
+        refusing(f"{path} is damaged", ValueError),  # not UTF-8, or not JSON
+    ):
+        if not path.exists():
+            raise UserError(f"no run in {path.parent}: {path.name} is missing")
+        settings = files.parse_json(files.read(path))
+    with telling(f"{path}: "):
+        return resolve(settings, trained=True)
 
 
-# Settings that may differ when a run is resumed: they change no parameter and no training loss,
-# except that other devices, or another compiled program, add up in another order.
+# Settings that may differ when a run is resumed. They change parameters and training loss by
+# rounding only, because another mesh or program sums in another order.
 RESUMABLE = (
-    "eval.", "checkpoint.", "log.", "data.cache_dir", "mesh.", "moe.exchange", "moe.buffer_factor",
-    "moe.dispatch", "model.attention", "model.remat", "train.accumulate", "train.compile_cache",
+    "eval.", "checkpoint.", "log.", "data.cache_dir", "mesh.", "execution.", "train.accumulate",
 )  # fmt: skip
 
 
 def check_resume(saved: Config, given: Config) -> None:
-    """Refuses a resumed run whose settings would make it another run.
+    """Refuses to resume a run with settings that would change its result.
 
     Raises:
-      UserError: settings differ; names each, with both values.
+      UserError: settings differ; the message gives each with both values.
     """
-    before, after = _effective(saved), _effective(given)
+    before, after = leaves(saved), leaves(given)
     changed = {k for k in before if before[k] != after[k] and not k.startswith(RESUMABLE)}
     longer = given.total_steps > saved.total_steps and given.kd_steps == saved.kd_steps
     if given.optimizer.decay_tokens and longer:
@@ -85,14 +83,8 @@ def check_resume(saved: Config, given: Config) -> None:
         )
 
 
-def _effective(config: Config) -> dict[str, object]:
-    """`leaves`, with the family's values instead of 'auto' or 0."""
-    form = dataclasses.asdict(config.model.form)
-    return leaves(config) | {f"model.{name}": value for name, value in form.items()}
-
-
-# Settings in which a branch may differ from the run it goes on from, too: they change nothing
-# before that run's learning rate decays.
+# A decay branch (WSD schedule) continues its base run, here `trunk`, from a checkpoint before the
+# decay. It may also differ in these settings, which change nothing before the decay.
 BRANCHABLE = (
     *RESUMABLE, "init.", "train.steps", "train.tokens", "optimizer.decay_tokens",
     "optimizer.decay_fraction", "optimizer.min_learning_rate",
@@ -100,17 +92,17 @@ BRANCHABLE = (
 
 
 def check_branch(trunk: Config, branch: Config, name: str) -> None:
-    """Refuses a branch that would not be the same run as its trunk up to `branch.init.step`.
+    """Refuses a decay branch that differs from its base run before `branch.init.step`.
 
     Args:
-      trunk: the config of the run that the branch goes on from.
+      trunk: the base run's config.
       branch: the branch's config.
-      name: the trunk's name or folder, for the message.
+      name: the base run's name or folder, for the message.
 
     Raises:
-      UserError: settings differ, or the trunk's learning rate has fallen by then; with both values.
+      UserError: settings differ, or the base run's decay starts before that step.
     """
-    before, after = _effective(trunk), _effective(branch)
+    before, after = leaves(trunk), leaves(branch)
     changed = [k for k in before if before[k] != after[k] and not k.startswith(BRANCHABLE)]
     if changed:
         details = ", ".join(f"{k} is {before[k]!r} there, {after[k]!r} here" for k in changed)
@@ -133,7 +125,6 @@ def _build(cls, values, path: str):
     if not isinstance(values, Mapping):
         raise UserError(f"{path} must be a group of settings, not {values!r}")
     fields = {field.name: field for field in dataclasses.fields(cls)}
-    values = _renamed(fields, values, path)
     for name in values:
         if name not in fields:
             close = difflib.get_close_matches(str(name), fields, 1)
@@ -144,18 +135,24 @@ def _build(cls, values, path: str):
     )
 
 
-def _renamed(fields: Mapping, values: Mapping, path: str) -> Mapping:
+def _renamed(settings: Mapping) -> Mapping:
     """Renames settings that an older config has under an earlier name (`Setting.formerly`)."""
-    values = dict(values)
-    for name, field in fields.items():
-        earlier = field.metadata["setting"].formerly if "setting" in field.metadata else ""
-        if not earlier or earlier not in values:
+    if not isinstance(settings, Mapping):
+        return settings  # `_build` refuses it
+    settings = {k: dict(v) if isinstance(v, Mapping) else v for k, v in settings.items()}
+    for name, setting in declarations().items():
+        before, _, earlier = setting.formerly.partition(".")
+        if not isinstance(settings.get(before), dict) or earlier not in settings[before]:
             continue
-        value = values.pop(earlier)
-        if values.get(name, field.default) not in (field.default, value):
-            raise UserError(f"{path}.{earlier} is {path}.{name} today; give only the latter")
-        values[name] = value
-    return values
+        value = settings[before].pop(earlier)
+        now, _, key = name.partition(".")
+        values = settings.setdefault(now, {})
+        if values.get(key, setting.default) not in (setting.default, value):
+            raise UserError(
+                f"config.{setting.formerly} is config.{name} today; give only the latter"
+            )
+        values[key] = value
+    return settings
 
 
 def _convert(kind, value, path: str):
@@ -165,12 +162,9 @@ def _convert(kind, value, path: str):
         value = (value,) if isinstance(value, int) else value
         if isinstance(value, (tuple, list)) and all(type(v) is int for v in value):
             return tuple(value)
-        raise UserError(f"{path}={show(value)} must be whole numbers such as 8,8,16")
+        raise UserError(f"{path}={value!r} must be whole numbers such as 8,8,16")
     if kind is float and type(value) is int:
-        try:
-            return float(value)
-        except OverflowError:
-            raise UserError(f"{path}={show(value)} is too large") from None
+        return float(value)
     if type(value) is not kind:
-        raise UserError(f"{path}={show(value)} must be of type {kind.__name__}")
+        raise UserError(f"{path}={value!r} must be of type {kind.__name__}")
     return value

@@ -12,13 +12,15 @@ import operator
 from ml_collections import ConfigDict
 
 from prmoe_jax.config.architecture import Schedule
-from prmoe_jax.config.family import FAMILIES, Form, differing
+from prmoe_jax.config.family import FAMILIES
+from prmoe_jax.config.routers import ROUTERS, Router
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """The declaration of a setting, apart from its type and default."""
+    """The declaration of a setting, apart from its type."""
 
+    default: object
     meaning: str
     choices: dict[str, str] | None = None  # value -> remark
     least: float | None = None
@@ -28,19 +30,34 @@ class Setting:
     infinite: bool = False  # whether inf is allowed
     path: bool = False  # whether the value is, or may be, the path of a file or folder
     store: bool = False  # whether such a path may be in an object store
-    formerly: str = ""  # an earlier name, which older configs have
+    formerly: str = ""  # its name in older configs
+    layer: bool = False  # whether it changes a layer's output for given parameters
+    # The setting has an effect only if all conditions of `only` hold and `unless` doesn't. A
+    # condition is the name of a setting that must be on, or NAME=VALUE; `or` joins alternatives.
+    only: tuple[str, ...] = ()
+    unless: str = ""
 
     def described(self) -> str:
-        """The meaning and the choices as plain text; quotes mark the values to write."""
-        if not self.choices:
-            return self.meaning
-        choices = [f"'{c}'" + f" ({remark})" * bool(remark) for c, remark in self.choices.items()]
-        return f"{self.meaning} One of {', '.join(choices)}."
+        """The meaning, the choices and the conditions as text; quotes mark the values to write."""
+        text = self.meaning
+        if self.choices:
+            choices = [f"'{c}'" + f" ({why})" * bool(why) for c, why in self.choices.items()]
+            text += f" One of {', '.join(choices)}."
+        if self.only:
+            text += " Only with " + " and ".join(f"'{condition}'" for condition in self.only) + "."
+        return text + f" Not with '{self.unless}'." * bool(self.unless)
 
 
 def setting(default, meaning: str, **declared):
     """A field of a group of settings; see `Setting` for what can be declared."""
-    return dataclasses.field(default=default, metadata={"setting": Setting(meaning, **declared)})
+    return dataclasses.field(
+        default=default, metadata={"setting": Setting(default, meaning, **declared)}
+    )
+
+
+def group(kind: type, *only: str):
+    """A group of settings that need these conditions to have an effect; see `Setting.only`."""
+    return dataclasses.field(default_factory=kind, metadata={"only": only})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,9 +84,14 @@ class ModelConfig:
     )
     head_dim: int = setting(0, "Width of a head; 0 is `d_model / heads`.", least=0)
     d_ff: int = setting(512, "Hidden width of the dense MLPs.", least=1)
-    expert_d_ff: int = setting(0, "Hidden width of each expert; 0 is `d_ff`.", least=0)
+    expert_d_ff: int = setting(
+        0, "Hidden width of each expert; 0 is `d_ff`.", least=0, only=("model.experts",)
+    )
     residual_d_ff: int = setting(
-        0, "Hidden width of the MLP beside the experts; 0 is that of an expert.", least=0
+        0,
+        "Hidden width of the MLP beside the experts; 0 is that of an expert.",
+        least=0,
+        only=("model.residual=true",),
     )
     family: str = setting(
         "gpt2",
@@ -81,8 +103,9 @@ class ModelConfig:
         "auto",
         "Normalisation.",
         choices={"auto": "", "layernorm": "", "rmsnorm": "without mean and shift"},
+        layer=True,
     )
-    norm_eps: float = setting(0.0, "The norms' ε; 0 is the family's.", least=0)
+    norm_eps: float = setting(0.0, "The norms' ε; 0 is the family's.", least=0, layer=True)
     positions: str = setting(
         "auto",
         "How positions enter attention.",
@@ -91,41 +114,58 @@ class ModelConfig:
             "learned": "embeddings that are added to the tokens'",
             "rotary": "rotated queries and keys (arXiv 2104.09864)",
         },
+        layer=True,
     )
     rope_theta: float = setting(
-        0.0, "Base θ of rotary positions' wavelengths; 0 is the family's.", least=0
+        0.0,
+        "Base θ of rotary positions' wavelengths; 0 is the family's.",
+        least=0,
+        layer=True,
+        only=("model.positions=rotary",),
     )
     rope_scaling: tuple[int, ...] = setting(
         (),
         "Longer wavelengths of rotary positions for a longer context, as in Llama 3.1: the factor, "
         "the low and the high frequency factor, and the length before, such as 8,1,4,8192; () is "
         "none.",
+        layer=True,
+        only=("model.positions=rotary",),
     )
     activation: str = setting(
         "auto",
         "Hidden units of MLPs and experts.",
         choices={"auto": "", "gelu": "", "swiglu": "silu(W_gate x) · (W_in x), arXiv 2002.05202"},
+        layer=True,
     )
     biases: str = setting(
         "auto",
         "Linear maps that have a bias.",
         choices={"auto": "", "all": "", "qkv": "queries, keys and values", "none": ""},
+        layer=True,
     )
     qk_norm: str = setting(
         "auto",
         "RMSNorm of queries and keys, before rotary positions.",
         choices={"auto": "", "none": "", "head": "of each head", "whole": "of all heads together"},
+        layer=True,
     )
     output: str = setting(
         "auto",
         "The output matrix.",
         choices={"auto": "", "tied": "the token embedding", "untied": ""},
+        layer=True,
     )
     clip_qkv: float = setting(
-        0.0, "Queries, keys and values are clamped to ± this; 0 does not clamp.", least=0
+        0.0,
+        "Queries, keys and values are clamped to ± this; 0 does not clamp.",
+        least=0,
+        layer=True,
     )
     sliding_window: int = setting(
-        0, "Tokens that a token attends to, itself included; 0 is all before it.", least=0
+        0,
+        "Tokens that a token attends to, itself included; 0 is all before it.",
+        least=0,
+        layer=True,
     )
     placement: str = setting(
         "none",
@@ -135,14 +175,18 @@ class ModelConfig:
     experts: tuple[int, ...] = setting(
         (), "Number of experts: one count for each MoE layer, or one count for all of them."
     )
-    top_k: int = setting(1, "Experts that serve each token.", least=1)
+    top_k: int = setting(1, "Experts that serve each token.", least=1, only=("model.experts",))
     normalize_top_k: str = setting(
         "auto",
         "When the weights of a token's experts are divided by their sum.",
         choices={"auto": "", "several": "if `top_k` is above 1", "always": "", "never": ""},
+        layer=True,
+        only=("model.experts",),
     )
     residual: bool = setting(
-        False, "Whether a dense MLP stands beside the experts of each MoE layer."
+        False,
+        "Whether a dense MLP stands beside the experts of each MoE layer.",
+        only=("model.experts",),
     )
     residual_mix: str = setting(
         "auto",
@@ -154,6 +198,8 @@ class ModelConfig:
             "half": "the mean",
             "sigmoid": "experts + σ(a linear map of the token) · MLP, as in Qwen2-MoE",
         },
+        layer=True,
+        only=("model.residual=true",),
     )
     dropout: float = setting(
         0.0,
@@ -178,35 +224,17 @@ class ModelConfig:
             "JAX_DEFAULT_MATMUL_PRECISION=highest",
         },
     )
-    remat: str = setting(
-        "auto",
-        "Rematerialisation: what the forward pass keeps for the backward pass.",
-        choices={
-            "auto": "'none' for at most 8 layers on a CPU, else 'dots'",
-            "none": "everything",
-            "dots": "results of matrix products, attention kernels and exchanges",
-            "full": "the input of each layer (of each cell of layers that repeat together) and "
-            "results of exchanges",
-        },
-    )
-    attention: str = setting(
-        "auto",
-        "Attention kernel; 'auto' takes the fastest one that the device has.",
-        choices={"auto": "", "xla": "", "blocks": "for CPUs", "cudnn": "", "splash": ""},
-    )
+
+    def __post_init__(self):
+        """Replaces 'auto' and 0 by the family's values, where it has some."""
+        for name, value in FAMILIES.get(self.family, {}).items():
+            if getattr(self, name) in ("auto", 0):
+                object.__setattr__(self, name, value)
 
     @functools.cached_property
     def schedule(self) -> Schedule:
         """The placement of the experts, layer by layer."""
         return Schedule.place(self.layers, self.placement, self.experts, self.top_k, self.residual)
-
-    @functools.cached_property
-    def form(self) -> Form:
-        """The form of the decoder's parts: the settings, or the family's where they are unset."""
-        names = [field.name for field in dataclasses.fields(Form)]
-        given = {name: getattr(self, name) for name in names}
-        given = {name: value for name, value in given.items() if value not in ("auto", 0)}
-        return dataclasses.replace(FAMILIES[self.family], **given)
 
     @property
     def head_width(self) -> int:
@@ -219,7 +247,7 @@ class ModelConfig:
         return self.kv_heads or self.heads
 
     def window_in(self, length: int) -> int:
-        """The sliding window in contexts of this length; 0 if it leaves nothing out there."""
+        """The sliding window for contexts of this length; 0 if none is set or it covers them."""
         return self.sliding_window if self.sliding_window < length else 0
 
     @property
@@ -229,32 +257,30 @@ class ModelConfig:
 
     @property
     def residual_width(self) -> int:
-        """The hidden width of the MLP beside the experts."""
+        """The hidden width of the residual MLP (shared expert)."""
         return self.residual_d_ff or self.expert_width
 
     def differences(self, other: "ModelConfig") -> dict[str, tuple]:
-        """What layers of another model compute otherwise in contexts of this one's length.
+        """Settings, other than sizes, in which two models' layers differ at this model's length.
 
         Returns:
-          This model's value and the other's, by the setting's name; sizes are left out.
+          This model's value and the other's, by the setting's name.
         """
-        forms = self.form, other.form
-        pairs = {name: tuple(getattr(form, name) for form in forms) for name in differing(*forms)}
-        for name in ("rope_scaling", "clip_qkv"):
-            pairs[name] = getattr(self, name), getattr(other, name)
+        names = [f.name for f in dataclasses.fields(self) if f.metadata["setting"].layer]
+        pairs = {name: (getattr(self, name), getattr(other, name)) for name in names}
         pairs["sliding_window"] = self.window_in(self.length), other.window_in(self.length)
         return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
     @property
     def output_std(self) -> float:
-        """The standard deviation of the initial weights that write to the residual stream."""
+        """The initial standard deviation of projections that write to the residual stream."""
         return self.init_std / (2 * self.layers) ** 0.5
 
     @property
     def normalizes(self) -> bool:
         """Whether the weights of a token's experts are scaled to a sum of 1."""
-        normalize = self.form.normalize_top_k
-        return normalize == "always" or (normalize == "several" and self.top_k > 1)
+        several = self.normalize_top_k == "several" and self.top_k > 1
+        return several or self.normalize_top_k == "always"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,7 +291,7 @@ class MoeConfig:
         "token_choice",
         "Who chooses. Expert choice is not causal: whether a token is chosen depends on the "
         "tokens after it.",
-        choices={"token_choice": "", "expert_choice": ""},
+        choices=dict.fromkeys(ROUTERS, ""),
     )
     scores: str = setting(
         "softmax",
@@ -318,7 +344,9 @@ class MoeConfig:
         },
     )
     second_expert_sampling: bool = setting(
-        False, "Gumbel noise on the second choice of top 2, in training only."
+        False,
+        "Gumbel noise on the second choice of top 2, in training only.",
+        only=("model.top_k=2",),
     )
     aux_loss_weight: float = setting(
         0.01,
@@ -330,9 +358,10 @@ class MoeConfig:
         "Over which tokens the load-balancing loss is taken.",
         choices={
             "group": "each routing group, as in GShard",
-            "batch": "the whole batch (arXiv 2501.11873); where it is accumulated in portions, "
+            "batch": "the whole batch (arXiv 2501.11873); where it is accumulated in microbatches, "
             "another forward pass counts the choices first",
         },
+        only=("moe.aux_loss_weight",),
     )
     z_loss_weight: float = setting(
         0.0, "Weight of the router's z-loss log(Z)², summed over layers; ST-MoE used 1e-3.", least=0
@@ -351,36 +380,13 @@ class MoeConfig:
             "independent": "each drawn on its own",
             "tied": "all as copies of one MLP, as in DeepSpeed",
         },
+        unless="init.workdir or teacher.inherit=true",
     )
-    dispatch: str = setting(
-        "auto",
-        "How tokens are brought to their experts; all give the same values.",
-        choices={
-            "auto": "",
-            "gather": "buffers of slots",
-            "einsum": "one-hot products, the oracle",
-            "ragged": "runs of rows, grouped matrix product",
-            "blocked": "runs of rows, loops for CPUs",
-            "padded": "runs of rows, padded to blocks, for GPUs",
-        },
-    )
-    exchange: str = setting(
-        "auto",
-        "How rows reach experts on other devices; all give the same values.",
-        choices={
-            "auto": "",
-            "flat": "one all-to-all",
-            "hierarchical": "neighbours first",
-            "coordinated": "each device of `tensor` exchanges its share",
-        },
-    )
-    buffer_factor: float = setting(
-        1.25,
-        "Rows that a device receives at once, relative to an even share, where nothing is dropped "
-        "and experts are on several devices; more rows come in further rounds. Pieces of one size "
-        "(TPU v5e, between slices) are larger where their share is small.",
-        least=1,
-    )
+
+    @property
+    def routes(self) -> Router:
+        """The facts about the router."""
+        return ROUTERS[self.router]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -408,6 +414,77 @@ class MeshConfig:
         "the slices of TPUs; other devices form one slice unless this is larger.",
         least=0,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class ExecutionConfig:
+    """How this machine computes. Results differ by rounding only, speed and memory differ."""
+
+    attention: str = setting(
+        "auto",
+        "Attention kernel; 'auto' takes the fastest one that the device has.",
+        choices={"auto": "", "xla": "", "blocks": "for CPUs", "cudnn": "", "splash": ""},
+        formerly="model.attention",
+    )
+    remat: str = setting(
+        "auto",
+        "Rematerialisation: what the forward pass keeps for the backward pass.",
+        choices={
+            "auto": "'none' for at most 8 layers on a CPU, else 'dots'",
+            "none": "everything",
+            "dots": "results of matrix products, attention kernels and exchanges",
+            "full": "the input of each layer (of each cell of layers that repeat together) and "
+            "results of exchanges",
+        },
+        formerly="model.remat",
+    )
+    dispatch: str = setting(
+        "auto",
+        "How tokens are brought to their experts; all give the same values.",
+        choices={
+            "auto": "",
+            "gather": "buffers of slots",
+            "einsum": "one-hot products, the oracle",
+            "ragged": "runs of rows, grouped matrix product",
+            "blocked": "runs of rows, loops for CPUs",
+            "padded": "runs of rows, padded to blocks, for GPUs",
+        },
+        formerly="moe.dispatch",
+        only=("model.experts",),
+    )
+    exchange: str = setting(
+        "auto",
+        "How rows reach experts on other devices; all give the same values.",
+        choices={
+            "auto": "",
+            "flat": "one all-to-all",
+            "hierarchical": "neighbours first",
+            "coordinated": "each device of `tensor` exchanges its share",
+        },
+        formerly="moe.exchange",
+        only=("model.experts",),
+    )
+    buffer_factor: float = setting(
+        1.25,
+        "Rows that a device receives at once, relative to an even share, where nothing is dropped "
+        "and experts are on several devices; more rows come in further rounds. Pieces of one size "
+        "(TPU v5e, between slices) are larger where their share is small.",
+        least=1,
+        formerly="moe.buffer_factor",
+        only=("model.experts",),
+    )
+    compile_cache: str = setting(
+        "auto",
+        "Folder of compiled programs, which a restart reads instead of compiling; `auto` is "
+        "none on CPUs, and on GPUs and TPUs ~/.cache/prmoe_jax/compile_cache, or compile_cache/ in "
+        "the run's folder if that is in a store; `` is none. A run's config.json cannot set it.",
+        path=True,
+        store=True,
+        formerly="train.compile_cache",
+    )
+
+
+AUTO = ExecutionConfig()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -458,19 +535,11 @@ class TrainConfig:
     batch_size: int = setting(16, "Sequences of a step, all devices together.", least=1, most=2**20)
     accumulate: int = setting(
         1,
-        "Gradient accumulation: the portions (microbatches) in which a batch is computed, in "
+        "Gradient accumulation: the microbatches in which a batch is computed, in "
         "evaluation too; it changes memory and time, and no result but by rounding.",
         least=1,
     )
     z_loss: float = setting(0.0, "Weight of log(Z)² of the logits.", least=0)
-    compile_cache: str = setting(
-        "auto",
-        "Folder of compiled programs, which a restart reads instead of compiling; `auto` is "
-        "none on CPUs, and on GPUs and TPUs ~/.cache/prmoe_jax/compile_cache, or compile_cache/ in "
-        "the run's folder if that is in a store; `` is none. A run's config.json cannot set it.",
-        path=True,
-        store=True,
-    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -510,7 +579,11 @@ class OptimizerConfig:
         most=2**53,
     )
     decay_fraction: float = setting(
-        0.2, "The share of these tokens in which `schedule=wsd` decays.", above=0, below=1
+        0.2,
+        "The share of these tokens in which `schedule=wsd` decays.",
+        above=0,
+        below=1,
+        only=("optimizer.schedule=wsd",),
     )
     b1: float = setting(
         0.9, "AdamW's β₁, decay rate of the mean of the gradients.", least=0, most=0.99999
@@ -519,7 +592,9 @@ class OptimizerConfig:
         0.95, "AdamW's β₂, decay rate of the mean of their squares.", least=0, most=0.99999
     )
     eps: float = setting(1e-8, "AdamW's ε.", above=0)
-    momentum: float = setting(0.95, "Decay rate of Muon's momentum.", least=0, most=0.99999)
+    momentum: float = setting(
+        0.95, "Decay rate of Muon's momentum.", least=0, most=0.99999, only=("optimizer.kind=muon",)
+    )
     weight_decay: float = setting(
         0.1, "Weight decay of matrices; biases and norms have none.", least=0
     )
@@ -544,11 +619,14 @@ class InitConfig:
         "optimizer's state and the position in the data; 0 takes the parameters alone, and starts "
         "at step 0. It needs `optimizer.schedule=wsd`.",
         least=0,
+        only=("init.workdir",),
     )
     noise: float = setting(
         0.0,
         "Noise on experts that start as copies of an MLP, in standard deviations of the weight.",
         least=0,
+        only=("init.workdir",),
+        unless="init.step",
     )
 
 
@@ -567,7 +645,7 @@ class TeacherConfig:
         "Folder that `prmoe teacher-cache` wrote, used instead of the run itself.",
         path=True,
         store=True,
-        formerly="lessons",
+        formerly="teacher.lessons",
     )
     mode: str = setting(
         "eval",
@@ -576,6 +654,7 @@ class TeacherConfig:
             "eval": "as in evaluation",
             "train": ("with dropout, noise and training's capacity, as in Megatron-DeepSpeed"),
         },
+        unless="teacher.cache",
     )
     capacity_factor: float = setting(
         0.0,
@@ -583,12 +662,14 @@ class TeacherConfig:
         "drops nothing.",
         least=0,
         infinite=True,
+        unless="teacher.cache or teacher.mode=train",
     )
     inherit: bool = setting(False, "Whether the student starts as a part of its teacher.")
     layers: str = setting(
         "",
         "For each layer of the student, the layer of the teacher that it starts as, such as "
         "'0 1 3'; unless given, layers are chosen evenly among those of the same kind.",
+        only=("teacher.inherit=true",),
     )
     importance: str = setting(
         "weights",
@@ -597,6 +678,7 @@ class TeacherConfig:
             "weights": "the largest weights",
             "taylor": "the largest (activation · gradient)²",
         },
+        only=("teacher.inherit=true",),
     )
 
 
@@ -610,10 +692,10 @@ class KdConfig:
         choices={
             "forward": "KL(teacher ‖ student), as in the paper",
             "reverse": "KL(student ‖ teacher)",
-            "top_k": "forward, over the teacher's likeliest tokens; all others are one outcome",
+            "top_k": "forward, over the teacher's top k tokens; all others are one outcome",
         },
     )
-    top_k: int = setting(0, "How many likely tokens `kind=top_k` takes.")
+    top_k: int = setting(0, "How many tokens `kind=top_k` takes.", only=("kd.kind=top_k",))
     weight: float = setting(1.0, "Weight of the loss.", above=0)
     temperature: float = setting(
         1.0, "The temperature T of both distributions.", least=0.01, most=1e3
@@ -675,18 +757,19 @@ class Config:
         least=0,
         most=2**32 - 2,
     )
-    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
-    moe: MoeConfig = dataclasses.field(default_factory=MoeConfig)
-    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
-    data: DataConfig = dataclasses.field(default_factory=DataConfig)
-    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
-    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
-    init: InitConfig = dataclasses.field(default_factory=InitConfig)
-    teacher: TeacherConfig = dataclasses.field(default_factory=TeacherConfig)
-    kd: KdConfig = dataclasses.field(default_factory=KdConfig)
-    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
-    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
-    log: LogConfig = dataclasses.field(default_factory=LogConfig)
+    model: ModelConfig = group(ModelConfig)
+    moe: MoeConfig = group(MoeConfig, "model.experts")
+    mesh: MeshConfig = group(MeshConfig)
+    execution: ExecutionConfig = group(ExecutionConfig)
+    data: DataConfig = group(DataConfig)
+    train: TrainConfig = group(TrainConfig)
+    optimizer: OptimizerConfig = group(OptimizerConfig)
+    init: InitConfig = group(InitConfig)
+    teacher: TeacherConfig = group(TeacherConfig, "teacher.workdir or teacher.cache")
+    kd: KdConfig = group(KdConfig, "teacher.workdir or teacher.cache")
+    eval: EvalConfig = group(EvalConfig)
+    checkpoint: CheckpointConfig = group(CheckpointConfig)
+    log: LogConfig = group(LogConfig)
 
     @property
     def tokens_per_step(self) -> int:
@@ -703,9 +786,9 @@ class Config:
 
     @property
     def decay_start(self) -> int | None:
-        """The number of steps before the decay of `optimizer.schedule=wsd`; None with another.
+        """The step at which the decay of `optimizer.schedule=wsd` starts; None for others.
 
-        Up to there the learning rate does not depend on the length of the run.
+        Before it, the learning rate does not depend on the length of the run.
         """
         if self.optimizer.schedule != "wsd":
             return None
@@ -713,12 +796,12 @@ class Config:
 
     @property
     def kd_steps(self) -> int:
-        """The number of steps with a teacher, at the start of the run."""
+        """The number of steps with distillation, counted from the start of the run."""
         return min(self.total_steps, self.kd_stop)
 
     @property
     def kd_stop(self) -> int:
-        """The number of steps to `kd.stop`, which may come after the end of the run."""
+        """The step of `kd.stop`, which may be after the end of the run; 0 without a teacher."""
         if not (self.teacher.workdir or self.teacher.cache):
             return 0
         if self.kd.stop <= 1:
@@ -732,20 +815,21 @@ class Config:
 
     @property
     def causal(self) -> bool:
-        """Whether, in evaluation, no token's prediction depends on the tokens after it."""
+        """Whether no prediction in evaluation depends on later tokens."""
         by_position = self.moe.overflow != "probability"
         drops = math.isfinite(self.moe.eval_capacity_factor)
-        return self.moe.router == "token_choice" and (by_position or not drops)
+        return self.moe.routes.causal and (by_position or not drops)
 
     @property
     def loss_reaches_routers(self) -> bool:
-        """Whether the weights of a token's experts depend on its router; a single one may be 1."""
+        """Whether routers get a gradient from the cross-entropy; not if all weights are fixed."""
         experts = max(self.model.schedule.experts)
-        one_choice = self.model.top_k == 1 and self.moe.router == "token_choice"
+        one_choice = self.model.top_k == 1 and self.moe.routes.tokens_choose
         one_score = experts == 1 and self.moe.scores == "softmax"
         return not (experts and one_choice and (self.model.normalizes or one_score))
 
 
+@functools.cache
 def declarations() -> dict[str, Setting]:
     """The declaration of every setting, by its name on the command line, in order."""
     declared = {}
@@ -758,15 +842,32 @@ def declarations() -> dict[str, Setting]:
     return declared
 
 
+def conditions() -> dict[str, tuple[str, ...]]:
+    """The conditions that all settings of a group need to have an effect, by the group's name."""
+    return {field.name: field.metadata.get("only", ()) for field in dataclasses.fields(Config)}
+
+
 def default_config() -> ConfigDict:
     """All settings with their defaults: the start of a config file."""
-    return ConfigDict(dataclasses.asdict(Config()))
+    return as_settings(Config())
+
+
+def as_settings(config: Config) -> ConfigDict:
+    """A config as mutable settings; values equal to the family's become 'auto' or 0 again."""
+    return _without_family(ConfigDict(dataclasses.asdict(config)))
+
+
+def _without_family(settings: ConfigDict) -> ConfigDict:
+    for name, value in FAMILIES[settings.model.family].items():
+        if settings.model[name] == value:
+            settings.model[name] = declarations()[f"model.{name}"].default
+    return settings
 
 
 def group_rows(config: Config, teacher: Config | None = None) -> int:
     """The number of neighbouring sequences of a batch that must be computed together.
 
-    This keeps routing groups of several sequences whole, the teacher's as well.
+    It keeps routing groups of several sequences whole, in the teacher as well.
     """
     length = config.model.length
     groups = [one.moe.group_size or length for one in (config, teacher) if one]
@@ -778,7 +879,12 @@ def leaves(config: Config) -> dict[str, object]:
     return {name: operator.attrgetter(name)(config) for name in declarations()}
 
 
+def preset(config: Config) -> dict[str, object]:
+    """The defaults for this config's family, by name as in `leaves`."""
+    return leaves(Config(model=ModelConfig(family=config.model.family)))
+
+
 def changed(config: Config) -> dict[str, object]:
-    """The settings that differ from the defaults, as `leaves` names them."""
-    defaults = leaves(Config())
+    """The settings that differ from their defaults, by name as in `leaves`."""
+    defaults = preset(config) | {"model.family": ModelConfig.family}
     return {name: value for name, value in leaves(config).items() if value != defaults[name]}

@@ -1,4 +1,4 @@
-"""A teacher's config, adapted to the mesh and batches of its student."""
+"""A teacher's config, adapted to its student's mesh and checked against its batches."""
 
 import dataclasses
 import math
@@ -6,38 +6,28 @@ import math
 from prmoe_jax.config.loading import load
 from prmoe_jax.config.schema import Config
 from prmoe_jax.config.validation import check_groups, require
-from prmoe_jax.errors import UserError
+from prmoe_jax.errors import telling
 from prmoe_jax.stores import expand
 
 
 def teacher_of(config: Config) -> Config:
-    """Loads the teacher's config of a student's config and adapts it (`adapt_teacher`).
-
-    Raises:
-      UserError: the folder holds no run, or the teacher doesn't fit; see `adapt_teacher`.
-    """
-    try:
+    """Loads the config of a student's teacher and adapts it (`adapt_teacher`)."""
+    with telling(fix="--config.teacher.workdir names the run that teaches"):
         teacher = load(expand("teacher.workdir", config.teacher.workdir) / "config.json")
-    except UserError as error:
-        raise UserError(f"{error}; --config.teacher.workdir names the run that teaches") from None
     return adapt_teacher(teacher, config)
 
 
 def adapt_teacher(teacher: Config, student: Config) -> Config:
-    """Gives a teacher's config its student's mesh, exchange and `teacher.capacity_factor`.
+    """Gives a teacher's config its student's mesh, execution and `teacher.capacity_factor`.
 
-    A `teacher.capacity_factor` of 0 leaves the teacher's own. The batches are only checked.
-
-    Raises:
-      UserError: the teacher doesn't fit its student's vocabulary, context, batch or capacity
-        factor.
+    A factor of 0 keeps the teacher's own. Its routing groups must fit the student's batches.
     """
     model = student.model
     require(
-        teacher.moe.router == "token_choice" or math.isfinite(student.teacher.capacity_factor),
-        "teacher.capacity_factor=inf lets every expert of this teacher (moe.router=expert_choice) "
-        f"take every token; use 0, for its own {teacher.moe.eval_capacity_factor:g}, or a finite "
-        "one",
+        teacher.moe.routes.tokens_choose or math.isfinite(student.teacher.capacity_factor),
+        "teacher.capacity_factor=inf lets every expert of this teacher "
+        f"(moe.router={teacher.moe.router}) take every token; use 0, for its "
+        f"own {teacher.moe.eval_capacity_factor:g}, or a finite one",
     )
     require(
         teacher.model.vocab_size == model.vocab_size,
@@ -59,26 +49,22 @@ def adapt_teacher(teacher: Config, student: Config) -> Config:
         "in training as in evaluation; leave it at eval",
     )
     capacity_factor = student.teacher.capacity_factor or teacher.moe.eval_capacity_factor
-    moe = dataclasses.replace(
-        teacher.moe, exchange=student.moe.exchange, eval_capacity_factor=capacity_factor
-    )
-    teacher = dataclasses.replace(teacher, mesh=student.mesh, moe=moe)
+    moe = dataclasses.replace(teacher.moe, eval_capacity_factor=capacity_factor)
+    teacher = dataclasses.replace(teacher, mesh=student.mesh, execution=student.execution, moe=moe)
     if teacher.moe.group_size:
         shape = dataclasses.replace(teacher.model, length=model.length)
-        try:
+        with telling("the teacher, on its student's batches: "):
             check_groups(dataclasses.replace(teacher, model=shape, train=student.train), student)
-        except UserError as error:
-            raise UserError(f"the teacher, on its student's batches: {error}") from None
     return teacher
 
 
 def _changes_in_training(config: Config) -> bool:
-    """Whether a model computes something else in training than in evaluation."""
+    """Whether a model computes differently in training and in evaluation."""
     moe = config.moe
     routes = any(config.model.schedule.experts) and (
         moe.noise != "none"
         or moe.overflow == "random"
         or moe.capacity_factor != moe.eval_capacity_factor
-        or config.model.top_k == 2  # training's order of choices, as in GShard
+        or config.model.top_k == 2  # in training all first choices precede second ones (GShard)
     )
     return config.model.dropout > 0 or routes

@@ -1,4 +1,4 @@
-"""Runs config and sweep files, Python of the user or of this package, and reports their errors."""
+"""Runs Python files of the user or of this package (configs, sweeps) and reports their errors."""
 
 import contextlib
 import runpy
@@ -23,7 +23,7 @@ def call(path: Path, function: str, *arguments, named: str):
       named: the file as the user named it, for error messages.
 
     Raises:
-      UserError: there is no such function, or the file fails; gives the error and its line.
+      UserError: there is no such function, or the file fails; the message names error and line.
     """
     with mistakes(path, named):
         found = runpy.run_path(str(path)).get(function)
@@ -52,13 +52,13 @@ def shipped(name: str) -> Path:
 
 @contextlib.contextmanager
 def mistakes(path: Path, named: str) -> Iterator[None]:
-    """Surrounds code that may run code of a user's file; see `call` for the arguments.
+    """Reports errors in a user's file whose code runs in this context; arguments as for `call`.
 
     Output of that code goes to stderr, because stdout is for the command's own result.
 
     Raises:
-      UserError: the code raised any exception, including SystemExit, but not KeyboardInterrupt,
-        which is the user's Ctrl-C.
+      UserError: the code raised any exception, even SystemExit. Only KeyboardInterrupt (Ctrl-C)
+        passes unchanged.
     """
     try:
         with contextlib.redirect_stdout(sys.stderr):
@@ -76,5 +76,5 @@ def mistakes(path: Path, named: str) -> Iterator[None]:
 def _message(error: BaseException) -> str:
     try:
         return str(error)
-    except BaseException:  # the exception's class is also the user's code
+    except BaseException:  # its __str__ may be the user's code, too
         return "(its message cannot be shown)"

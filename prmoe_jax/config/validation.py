@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import os
 
 from prmoe_jax import stores
 from prmoe_jax.config.schema import (
@@ -14,29 +13,16 @@ from prmoe_jax.config.schema import (
     group_rows,
     leaves,
 )
-from prmoe_jax.errors import UserError
+from prmoe_jax.errors import UserError, telling
 
 
 def check_runs_without_limit(config: Config) -> None:
-    """Checks that a run can predict without an expert capacity, as generation and tasks do.
-
-    Raises:
-      UserError: the experts choose their tokens. Their choice depends on later tokens, and without
-        a capacity every expert would take every token.
-    """
+    """Checks that a run works without an expert capacity, as generation and tasks require."""
     require(
-        config.moe.router == "token_choice",
-        "this run's experts choose their tokens (moe.router=expert_choice): whom they choose "
-        "depends on the tokens to come, so it can neither generate nor be scored in tasks",
+        config.moe.routes.tokens_choose,
+        f"this run's experts choose their tokens (moe.router={config.moe.router}): whom they "
+        "choose depends on the tokens to come, so it can neither generate nor be scored in tasks",
     )
-
-
-def show(value) -> str:
-    """A value as text for a message; Python prints no number of more than 4,300 digits."""
-    try:
-        return repr(value)
-    except ValueError:
-        return "a number of thousands of digits"
 
 
 def require(condition: bool, message: str) -> None:
@@ -44,57 +30,44 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
-# The largest whole number of a setting that declares no other limit. JAX counts steps and the
+# The largest integer in a setting that does not declare both limits: JAX counts steps and the
 # tokens of a step in 32 bits.
 LARGEST = 2**31 - 1
-# The range of float32's normal numbers: larger ones become inf, and smaller ones 0.
-FLOAT32 = 2.0**-126, 2.0**128 - 2.0**104
-
-# Most elements of an array. XLA aborts the process if an array's bytes overflow 63 bits.
-LARGEST_ARRAY = 2**60
 
 
 def check(config: Config) -> None:
-    """Refuses values that are out of range, or that do not fit together.
-
-    Raises:
-      UserError: values were refused; names the settings, their values, and valid values.
-    """
+    """Refuses values that are out of range, or that do not fit together."""
     declared, values = declarations(), leaves(config)
     for name, setting in declared.items():
         _check_type(name, values[name], setting)
     for name, setting in declared.items():
         _check_bounds(name, values[name], setting)
     _check_model(config.model)
+    require(
+        config.execution.attention != "cudnn" or config.model.dtype == "bfloat16",
+        f"execution.attention=cudnn needs model.dtype=bfloat16, not {config.model.dtype}",
+    )
     _check_moe(config)
     _check_mesh(config.mesh)
     _check_data(config)
     _check_training(config)
     _check_init(config)
     _check_distillation(config)
-    _check_arrays(config)
 
 
 def _check_type(name: str, value, setting: Setting) -> None:
     """Refuses values that no setting of this type can have."""
     if isinstance(value, str):
         if setting.path:
-            _check_path(name, value)
             _check_store(name, value, setting)
-        require(len(value) < 4096, f"{name} is too long: {len(value)} characters of at most 4095")
+        require(value.isprintable(), f"{name}={value!r} holds a character that can't be printed")
     elif isinstance(value, float):
-        finite, (low, high) = math.isfinite(value), FLOAT32
+        finite = math.isfinite(value)
         require(finite or setting.infinite, f"{name}={value} must be finite")
-        small = "0" if setting.above is None else f"{low:.6g} or more"
-        fix = small if abs(value) < low else "inf" if setting.infinite else f"{high:.6g} or less"
-        require(
-            not finite or value == 0 or low <= abs(value) <= high,
-            f"{name}={value} is out of float32's range; use {fix}",
-        )
     elif setting.most is None or setting.least is None:
         require(
             all(abs(n) <= LARGEST for n in (value if isinstance(value, tuple) else (value,))),
-            f"{name}={show(value)} is out of range; the largest is {LARGEST}",
+            f"{name}={value} is out of range; the largest is {LARGEST}",
         )
 
 
@@ -119,36 +92,19 @@ def _check_bounds(name: str, value, setting: Setting) -> None:
     elif least is not None and most is not None:
         require(
             least <= value <= most,
-            f"{name}={show(value)} is out of range; use a value from {least} to {most}",
+            f"{name}={value} is out of range; use a value from {least} to {most}",
         )
     elif least is not None:
         require(value >= least, f"{name}={value} is out of range; use {least} or more")
 
 
 def _check_store(name: str, value: str, setting: Setting) -> None:
-    """Refuses a path in a store that is unknown, or where only a local path works."""
-    try:
+    """Refuses paths in unknown stores, and in any store if the setting needs a local path."""
+    with telling(f"{name}="):
         in_store = stores.scheme(value)
-    except UserError as error:
-        raise UserError(f"{name}={error}") from None
     require(
         not in_store or setting.store,
         f"{name}={value} is in an object store; this setting needs a local path",
-    )
-
-
-def _check_path(name: str, value: str) -> None:
-    """Refuses a path that no file system can hold; it need not exist before it is used."""
-    try:
-        encoded = os.fsencode(value)
-    except UnicodeEncodeError:
-        raise UserError(f"{name}={value!r} is not a path: half of a surrogate pair") from None
-    require(b"\0" not in encoded, f"{name}={value!r} is not a path: it holds a NUL character")
-    longest = max(len(part) for part in encoded.split(b"/"))
-    require(
-        longest <= 255 and len(encoded) < 4096,
-        f"{name} is too long: a path has up to 4095 bytes, and 255 from one / to the next; "
-        f"this one has {len(encoded)} and {longest}",
     )
 
 
@@ -159,10 +115,6 @@ def _check_model(model: ModelConfig) -> None:
         f"use d_model={-(-model.d_model // model.heads) * model.heads}, or model.head_dim",
     )
     _check_attention(model)
-    require(
-        model.attention != "cudnn" or model.dtype == "bfloat16",
-        f"model.attention=cudnn needs model.dtype=bfloat16, not {model.dtype}",
-    )
     require(
         all(e >= 1 for e in model.experts),
         f"model.experts={model.experts}: every MoE layer needs at least 1 expert",
@@ -175,24 +127,23 @@ def _check_model(model: ModelConfig) -> None:
 
 
 def _check_attention(model: ModelConfig) -> None:
-    form = model.form
     require(
         model.heads % model.key_heads == 0,
         f"model.heads={model.heads} is not divisible by model.kv_heads={model.kv_heads}; use "
         f"kv_heads={math.gcd(model.heads, model.kv_heads)}",
     )
     require(
-        model.rope_theta == 0 or model.rope_theta > 1,
+        model.rope_theta > 1,
         f"model.rope_theta={model.rope_theta} must be above 1, such as 10000; 0 is the family's",
     )
     scaling = model.rope_scaling
     require(
         not scaling or (len(scaling) == 4 and min(scaling) >= 1 and scaling[1] < scaling[2]),
-        f"model.rope_scaling={show(scaling)} must be four numbers from 1, the second below the "
+        f"model.rope_scaling={scaling} must be four numbers from 1, the second below the "
         "third, such as 8,1,4,8192",
     )
     require(
-        form.positions != "rotary" or model.head_width % 2 == 0,
+        model.positions != "rotary" or model.head_width % 2 == 0,
         f"model.positions=rotary turns pairs of numbers, and a head has {model.head_width}; use an "
         f"even model.head_dim such as {model.head_width + 1}",
     )
@@ -204,11 +155,6 @@ def _check_moe(config: Config) -> None:
         return
     for name in ("capacity_factor", "eval_capacity_factor"):
         _check_factor(f"moe.{name}", getattr(moe, name))
-    require(
-        moe.buffer_factor <= LARGEST,
-        f"moe.buffer_factor={moe.buffer_factor} is out of range; a buffer of 1.25 to 4 even shares "
-        "is usual",
-    )
     sampled = moe.noise == "rsample" or moe.second_expert_sampling
     require(
         moe.bias_update_rate == 0 or not sampled,
@@ -220,7 +166,7 @@ def _check_moe(config: Config) -> None:
         f"moe.z_loss_weight={moe.z_loss_weight} is for moe.scores=softmax, whose logits it keeps "
         "small; use z_loss_weight=0",
     )
-    if moe.router == "expert_choice":
+    if not moe.routes.tokens_choose:
         _check_expert_choice(config)
     check_groups(config)
 
@@ -234,13 +180,14 @@ def _check_factor(name: str, factor: float) -> None:
 
 
 def check_groups(config: Config, student: Config | None = None) -> None:
-    """Checks that routing groups consist of whole sequences, or sequences of whole groups.
+    """Checks that routing groups fit sequences and microbatches.
 
-    If `config` is the teacher of a `student`, its group size is fixed, and the error suggests
-    another length or batch for the student.
+    A group must divide a sequence or be a multiple of one, and must divide a microbatch. If
+    `config` is the teacher of a `student`, its group size is fixed, and the error suggests another
+    length or batch for the student.
     """
     train, group, length = config.train, config.group_size, config.model.length
-    fix = _largest_divisor(length, group)
+    fix: int | str = _largest_divisor(length, group)
     if student:
         longest = length // group * group or _largest_divisor(group, length)
         fix = f"model.length={longest if longest > 1 else group}"
@@ -249,14 +196,14 @@ def check_groups(config: Config, student: Config | None = None) -> None:
         f"moe.group_size={group} neither divides nor is a multiple of model.length={length}; "
         f"use {fix}",
     )
-    portion = train.batch_size // max(1, train.accumulate) * length
-    fix = math.gcd(portion, group)
+    microbatch = train.batch_size // max(1, train.accumulate) * length
+    fix = math.gcd(microbatch, group)
     if student:
         rows = train.accumulate * group_rows(student, config)
         fix = f"train.batch_size={-(-train.batch_size // rows) * rows}"
     require(
-        portion % group == 0,
-        f"moe.group_size={group} does not divide the {portion} tokens that are computed at once "
+        microbatch % group == 0,
+        f"moe.group_size={group} does not divide the {microbatch} tokens that are computed at once "
         f"(train.batch_size={train.batch_size} / train.accumulate={train.accumulate} x "
         f"model.length={length}); use {fix}",
     )
@@ -269,15 +216,12 @@ def _largest_divisor(number: int, limit: int) -> int:
 
 
 def check_same_routing(config: Config, source: Config, whose: str) -> None:
-    """Checks that a model with the parameters of another one chooses and weighs experts as it does.
+    """Checks that a run chooses and weighs experts like the run whose parameters it takes.
 
     Args:
       config: the new run.
       source: the run whose parameters it takes.
-      whose: that run in words, for the message.
-
-    Raises:
-      UserError: both have experts, and the parameters mean something else in the new run.
+      whose: `source` in words, for the message.
     """
     if not (any(config.model.schedule.experts) and any(source.model.schedule.experts)):
         return
@@ -286,8 +230,8 @@ def check_same_routing(config: Config, source: Config, whose: str) -> None:
         require(ours == theirs, f"moe.{name}={ours}, {whose} has {theirs}; use the same")
     ours, theirs = config.model.normalizes, source.model.normalizes
     require(
-        ours == theirs or config.moe.router == "expert_choice",  # which normalizes nothing
-        f"model.normalize_top_k={config.model.form.normalize_top_k}: the weights of a token's "
+        ours == theirs or not config.moe.routes.tokens_choose,  # else nothing is normalised
+        f"model.normalize_top_k={config.model.normalize_top_k}: the weights of a token's "
         f"experts {'add' if ours else 'do not add'} up to 1, those of {whose} "
         f"{'do' if theirs else 'do not'}; use {'always' if theirs else 'never'}",
     )
@@ -300,14 +244,19 @@ def check_same_routing(config: Config, source: Config, whose: str) -> None:
 
 
 def _check_expert_choice(config: Config) -> None:
-    """Refuses a capacity with which every expert takes every token."""
+    """Refuses normalised weights, and a capacity at which every expert takes every token."""
     moe, model = config.moe, config.model
+    require(
+        model.normalize_top_k != "always",
+        f"model.normalize_top_k=always has no effect with moe.router={moe.router}, whose weights "
+        "are the scores; use never",
+    )
     fewest = min(e for e in model.schedule.experts if e)
     for name in ("capacity_factor", "eval_capacity_factor"):
         factor, most = getattr(moe, name), fewest / model.top_k
         require(
             factor < most,
-            f"moe.{name}={factor:g} lets every expert of moe.router=expert_choice take every "
+            f"moe.{name}={factor:g} lets every expert of moe.router={moe.router} take every "
             f"token; use less than {most:g}",
         )
 
@@ -356,6 +305,12 @@ def _check_training(config: Config) -> None:
         train.batch_size % train.accumulate == 0,
         f"train.batch_size={train.batch_size} is not divisible by train.accumulate="
         f"{train.accumulate}; use {math.gcd(train.batch_size, train.accumulate)}",
+    )
+    require(
+        config.tokens_per_step <= LARGEST,
+        f"train.batch_size={train.batch_size} x model.length={config.model.length} are "
+        f"{config.tokens_per_step} tokens a step; use at most {LARGEST // config.model.length} "
+        "sequences",
     )
     require(
         config.total_steps <= LARGEST,
@@ -439,30 +394,3 @@ def _check_distillation(config: Config) -> None:
         config.kd_steps > 0,
         f"kd.stop={kd.stop} ends before the first of {config.total_steps} steps; use a larger one",
     )
-
-
-def _check_arrays(config: Config) -> None:
-    """Refuses sizes that are possible one by one but make too large an array together."""
-    model, tokens = config.model, config.tokens_per_step
-    require(
-        tokens <= LARGEST,
-        f"train.batch_size={config.train.batch_size} x model.length={model.length} are {tokens} "
-        f"tokens a step; use at most {LARGEST // model.length} sequences",
-    )
-    width = max(model.d_model, model.d_ff, model.expert_width, model.residual_width)
-    heads = model.heads * model.head_width
-    attention = model.layers * model.d_model * 3 * heads
-    parameters = model.layers * max(1, *model.schedule.experts) * model.d_model * width
-    for names, elements in (
-        ("model.vocab_size and model.d_model", model.vocab_size * model.d_model),
-        ("model.layers, model.experts, model.d_model and model.d_ff", parameters),
-        ("train.batch_size, model.length and model.d_ff", tokens * width),
-        ("train.batch_size, model.length and model.vocab_size", tokens * model.vocab_size),
-        ("train.batch_size, model.length and model.heads", tokens * model.length * model.heads),
-        ("model.layers, model.d_model, model.heads and model.head_dim", attention),
-        ("train.batch_size, model.length, model.heads and model.head_dim", tokens * heads),
-    ):
-        require(
-            elements <= LARGEST_ARRAY,
-            f"{names} make an array of {elements:.2g} numbers, which no machine holds; use less",
-        )

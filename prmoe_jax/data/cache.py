@@ -1,4 +1,4 @@
-"""Directories that are built once, complete or not at all, and checked when they are reused."""
+"""Cache directories, built once and atomically, and checked when they are reused."""
 
 import contextlib
 import hashlib
@@ -12,27 +12,22 @@ from typing import Any
 
 from prmoe_jax import files
 from prmoe_jax.config.schema import DataConfig
-from prmoe_jax.errors import UserError
+from prmoe_jax.errors import UserError, first_line, refusing
 from prmoe_jax.stores import expand
 from prmoe_jax.stores.lock import hold
 
 log = logging.getLogger(__name__)
 
-# Every directory has this file: size, modification time and digest of each of its other files.
+# A file in each directory, with size, modification time and digest of every other file.
 DIGESTS = "digests.json"
 
 
 def root(config: DataConfig) -> pathlib.Path:
-    """The folder of all caches.
-
-    Raises:
-      UserError: its name is not UTF-8, or it is in a home directory that is unknown.
-    """
+    """The folder of all caches."""
     folder = expand("data.cache_dir", config.cache_dir)
-    try:
+    fix = "give another folder"  # array_record cannot write to such a path
+    with refusing(f"data.cache_dir={str(folder)!a} is not UTF-8", UnicodeEncodeError, fix):
         str(folder).encode()
-    except UnicodeEncodeError:  # array_record cannot write to such a path
-        raise UserError(f"data.cache_dir={folder} is not UTF-8; give another folder") from None
     return folder
 
 
@@ -46,14 +41,11 @@ def build_once(
     build: Callable[[pathlib.Path], None],
     setting: str = "--config.data.cache_dir",
 ) -> pathlib.Path:
-    """Returns `directory`, made by `build(temporary)` and a rename if it does not exist yet.
+    """Returns `directory`; if it does not exist, `build(temporary)` and a rename make it.
 
     Other processes that want the same directory wait for the first one. A build that fails or is
-    killed leaves nothing that looks finished. A directory that exists already is checked.
-    `setting` is the setting that chooses another directory, for error messages.
-
-    Raises:
-      UserError: the directory is damaged, or cannot be written (permissions, a full disk).
+    killed leaves nothing that looks finished. An existing directory is checked. Error messages
+    name `setting` as the option that selects another directory.
     """
     if directory.is_dir():  # a complete cache may be read-only: take no lock
         with reading(directory):
@@ -75,11 +67,7 @@ def build_once(
 
 
 def seal(directory: pathlib.Path) -> None:
-    """Flushes every file to the disk, and writes the record that `check` compares them with.
-
-    Raises:
-      OSError: a file cannot be read, or the record cannot be written.
-    """
+    """Flushes every file to the disk, and writes the record that `check` compares them with."""
     record = _describe(directory)
     for name in record:
         files.sync(directory / name)
@@ -90,8 +78,8 @@ def seal(directory: pathlib.Path) -> None:
 def check(directory: pathlib.Path) -> None:
     """Compares the files of a directory with the record of `seal`; ignores other files.
 
-    Sizes are always compared. Content is compared only if a file's modification time differs,
-    since it was then altered or copied. An old directory that has no record gets one.
+    Sizes are always compared. Content is compared only if a file's modification time differs: the
+    file was then altered or copied. A directory without a record gets one if it is writable.
 
     Raises:
       ValueError, OSError: a file is missing, altered or unreadable; see `reading`.
@@ -138,8 +126,7 @@ def reading(
     except MemoryError:
         raise
     except Exception as error:  # readers of damaged files raise anything
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        message = f"{named.format(directory)} can't be read ({reason})"
+        message = f"{named.format(directory)} can't be read ({first_line(error)})"
         gone = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
         if isinstance(error, OSError) and not isinstance(error, gone):
             raise UserError(message) from error  # not damaged: no permission, for example
@@ -148,14 +135,11 @@ def reading(
 
 @contextlib.contextmanager
 def locked(directory: pathlib.Path, setting: str = "--config.data.cache_dir") -> Iterator[None]:
-    """Holds the exclusive lock that guards writing to `directory`, and makes its parent.
-
-    Raises:
-      UserError: the block raised an OSError, which must come from writing the cache.
-    """
-    try:
+    """Holds the exclusive lock that guards writing to `directory`, and makes its parent."""
+    fix = f"make room or set {setting} to another folder"
+    with refusing(f"cannot write the cache {directory}", OSError, fix=fix):
         directory.parent.mkdir(parents=True, exist_ok=True)
-        # The lock file stays: removing it would let two processes hold "the" lock.
+        # Keep the lock file: after a removal another process could lock a new file of this name.
         path = directory.with_name(f"{directory.name}.lock")
         try:
             lock = hold(path)
@@ -164,11 +148,6 @@ def locked(directory: pathlib.Path, setting: str = "--config.data.cache_dir") ->
             lock = hold(path, wait=True)
         with lock:
             yield
-    except OSError as error:
-        raise UserError(
-            f"cannot write the cache {directory}: {error.strerror or error}; "
-            f"make room or set {setting} to another folder"
-        ) from error
 
 
 def _describe(directory: pathlib.Path) -> dict[str, dict[str, int | str]]:

@@ -1,9 +1,7 @@
-"""The input of `prmoe tokenize`, in chunks that workers read independently of each other."""
+"""The text of a corpus, in chunks that can be read independently."""
 
 import contextlib
 import dataclasses
-import functools
-import io
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,20 +11,20 @@ from etils import epath
 from prmoe_jax import stores
 from prmoe_jax.config.schema import DataConfig
 from prmoe_jax.data import cache, copies, sources
-from prmoe_jax.errors import UserError, first_line
+from prmoe_jax.errors import UserError, missing, refusing
 
 SUFFIXES = *sources.SUFFIXES, ".parquet"
-# A chunk has this many bytes of a file, within these bounds. It is the unit that a worker takes
-# and that is done again after a kill, and gives one shard.
+# The number of chunks to aim at, within these bounds of a chunk's size. A chunk is one task of a
+# worker, is repeated as a whole after a kill, and gives one shard per split.
 _CHUNKS = 2048
 _MIN_BYTES, _MAX_BYTES = 16 << 20, 1 << 30
 
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """A part of a file: bytes of JSON lines, row groups of Parquet, or examples of a TFDS split.
+    """Bytes of a .jsonl file, row groups of a .parquet file, or examples of a TFDS split.
 
-    A JSON line belongs to the piece in which it begins. Other files have one piece.
+    A JSON line belongs to the piece in which it begins. A file of another kind is one piece.
     """
 
     path: str
@@ -38,7 +36,7 @@ class Piece:
 class Chunk:
     """Pieces that are read one after the other.
 
-    `split` is the split that a TFDS dataset has them in, or '' if it follows from the documents.
+    `split` is their split in a TFDS dataset, or '' if each document's content decides its split.
     """
 
     number: int
@@ -47,21 +45,28 @@ class Chunk:
 
 
 def find_chunks(config: DataConfig) -> tuple[list[Chunk], list[Any], list[float]]:
-    """The chunks of `config.corpus`, in the order of the text.
-
-    Their bounds depend on the files' names and sizes only.
+    """The chunks of `config.corpus` for `prmoe tokenize`, in the order of the text.
 
     Returns:
-      the chunks; what identifies the files, name and size of each; and when each was written.
-
-    Raises:
-      UserError: the corpus does not exist, or holds tokens.
+      the chunks; what identifies the text: name and size of each file or TFDS split; and the
+      modification times of the files.
     """
     if config.corpus.startswith("tokens:"):
         raise UserError(f"data.corpus={config.corpus} holds tokens already; give text")
     if config.corpus.startswith("tfds:"):
-        return _tfds_chunks(config)
-    files = [(file, _size(file)) for file in find_files(config)]
+        lengths = {split: len(found) for split, found in _tfds(config).items()}
+        return of_tfds(config), [config.corpus, lengths], []
+    files = [(file, _size(file)) for file in _find_files(config)]
+    times = [epath.Path(file).stat().mtime for file, _ in files]
+    return _of_files(files, config), [[file.name, size] for file, size in files], times
+
+
+def of_files(files: Sequence[Path], config: DataConfig) -> list[Chunk]:
+    """The chunks of local files; they depend only on the files' order and sizes."""
+    return _of_files([(file, _size(file)) for file in files], config)
+
+
+def _of_files(files: Sequence[tuple[Path, int]], config: DataConfig) -> list[Chunk]:
     size = sum(size for _, size in files) // _CHUNKS
     size = min(max(size, _MIN_BYTES), _MAX_BYTES)
     groups: list[list[Piece]] = []
@@ -73,23 +78,16 @@ def find_chunks(config: DataConfig) -> tuple[list[Chunk], list[Any], list[float]
                 room = size
             groups[-1].append(piece)
             room -= weight
-    chunks = [Chunk(i, "", tuple(pieces)) for i, pieces in enumerate(groups)]
-    times = [epath.Path(file).stat().mtime for file, _ in files]
-    return chunks, [[file.name, size] for file, size in files], times
+    if not groups:
+        raise UserError(f"the files of data.corpus={config.corpus} are empty")
+    return [Chunk(i, "", tuple(pieces)) for i, pieces in enumerate(groups)]
 
 
-def find_files(config: DataConfig) -> Sequence[Path]:
-    """The files of a corpus: of an object store, or local ones.
-
-    Raises:
-      UserError: there is none, or the store can't be reached.
-    """
-    corpus = config.corpus
-    if not stores.scheme(corpus):
-        if corpus in ("sotu", "prose"):
-            return sources.files(corpus, cache.root(config))
-        return sources.find_files(corpus, SUFFIXES)
-    found = copies.find(corpus)
+def _find_files(config: DataConfig) -> Sequence[Path]:
+    """The files of a corpus, local or in an object store."""
+    if not stores.scheme(config.corpus):
+        return sources.files(config.corpus, cache.root(config), SUFFIXES)
+    found = copies.find(config.corpus)
     for path in found:
         if not path.name.endswith(SUFFIXES):
             raise UserError(f"{path}: unsupported kind of file; use {', '.join(SUFFIXES)}")
@@ -97,21 +95,17 @@ def find_files(config: DataConfig) -> Sequence[Path]:
 
 
 def documents(chunk: Chunk, config: DataConfig) -> Iterator[str]:
-    """The documents of a chunk.
-
-    Raises:
-      UserError: a file can't be read, or has no such text.
-    """
+    """The documents of a chunk; UserError if a file can't be read or lacks the text field."""
     for piece in chunk.pieces:
         yield from _documents(piece, chunk.split, config)
 
 
 def _documents(piece: Piece, split: str, config: DataConfig) -> Iterable[str]:
     if split:
-        return _tfds_documents(piece, split, config)
+        return _tfds(config)[split].read(piece.first, piece.last)
     file = epath.Path(piece.path)
     if piece.path.endswith(".jsonl"):
-        return _json_lines(file, piece, config.text_field)
+        return sources.json_lines(file, config.text_field, piece.first, piece.last)
     if piece.path.endswith(".parquet"):
         return _rows(file, piece, config.text_field)
     return sources.read_documents([file], config.text_field)
@@ -123,7 +117,7 @@ def _size(file: Path) -> int:
 
 
 def _pieces(file: Path, length: int, size: int) -> Iterator[tuple[Piece, int]]:
-    """The pieces of a file, each with the bytes that it counts for."""
+    """The pieces of a file, each with its size in bytes."""
     path = str(file)
     if path.endswith(".jsonl"):
         for first in range(0, length, size):
@@ -133,21 +127,8 @@ def _pieces(file: Path, length: int, size: int) -> Iterator[tuple[Piece, int]]:
         with _parquet(file) as table:
             for i in range(table.num_row_groups):
                 yield Piece(path, i, i + 1), table.metadata.row_group(i).total_byte_size
-    elif length or not path.endswith(".txt"):  # an empty file is no compressed one, and is refused
+    else:
         yield Piece(path, 0, length), length
-
-
-def _json_lines(file: Path, piece: Piece, text_field: str) -> Iterator[str]:
-    # The file of an object store itself would fetch megabytes anew for each line.
-    with sources.reading(file), io.BufferedReader(file.open("rb"), 1 << 20) as lines:
-        if piece.first:  # the line that holds the byte before belongs to the piece before
-            lines.seek(piece.first - 1)
-            lines.readline()
-        place = lines.tell()
-        while place < piece.last and (line := lines.readline()):
-            if line.strip():
-                yield sources.parse_line(line, text_field, f"{file}, line at byte {place}")
-            place += len(line)
 
 
 def _rows(file: Path, piece: Piece, text_field: str) -> Iterator[str]:
@@ -172,43 +153,33 @@ def _rows(file: Path, piece: Piece, text_field: str) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _parquet(file: Path) -> Iterator[Any]:
-    """Opens a Parquet file; what cannot be read of it ends in a UserError that names it."""
-    try:
+    """Opens a Parquet file; failures to read it become a UserError that names it."""
+    with missing(f"{file}: .parquet files need pyarrow", "prmoe_jax[beam]"):
         import pyarrow
         import pyarrow.parquet
-    except ImportError:
-        raise UserError(f"{file}: .parquet files need pip install 'prmoe_jax[beam]'") from None
     with sources.reading(file):
-        try:
-            with (
-                epath.Path(file).open("rb") as opened,
-                pyarrow.parquet.ParquetFile(opened) as table,
-            ):
-                yield table
-        except pyarrow.ArrowException as error:
-            line = first_line(error)
-            raise UserError(f"{file}: not a Parquet file, or damaged: {line}") from None
+        with (
+            refusing(f"{file}: not a Parquet file, or damaged", pyarrow.ArrowException),
+            epath.Path(file).open("rb") as opened,
+            pyarrow.parquet.ParquetFile(opened) as table,
+        ):
+            yield table
 
 
-def _tfds_chunks(config: DataConfig) -> tuple[list[Chunk], list[Any], list[float]]:
-    """Held-out documents come first, so that a copy of one in the training split is dropped."""
+def of_tfds(config: DataConfig) -> list[Chunk]:
+    """The chunks; validation first, so that `prmoe tokenize` drops its duplicates from training."""
     chunks: list[Chunk] = []
-    lengths = {split: len(found) for split, found in _tfds(config).items()}
     for split in ("validation", "train"):
-        step = max(lengths[split] // _CHUNKS, 10_000)
-        for first in range(0, lengths[split], step):
-            piece = Piece(config.corpus, first, min(first + step, lengths[split]))
+        length = len(_tfds(config)[split])
+        step = max(length // _CHUNKS, 10_000)
+        for first in range(0, length, step):
+            piece = Piece(config.corpus, first, min(first + step, length))
             chunks.append(Chunk(len(chunks), split, (piece,)))
-    return chunks, [config.corpus, lengths], []
+    return chunks
 
 
-def _tfds_documents(piece: Piece, split: str, config: DataConfig) -> Iterator[str]:
-    found = _tfds(config)[split]
-    return (found[i] for i in range(piece.first, piece.last))
-
-
-@functools.lru_cache(maxsize=1)
-def _tfds(config: DataConfig) -> dict[str, Sequence[str]]:
+def _tfds(config: DataConfig) -> dict[str, Any]:
+    """The documents of each split, as `builders.Documents`."""
     from prmoe_jax.data import builders  # takes a second to import
 
     return builders.prepare_named(config, cache.root(config) / "tfds")

@@ -1,4 +1,4 @@
-"""Files in object stores, and local copies of token shards and teacher caches that lie there."""
+"""Finds files in object stores, and copies token shards and teacher caches to the local cache."""
 
 import contextlib
 import glob
@@ -14,7 +14,7 @@ from etils import epath
 from prmoe_jax import files, stores
 from prmoe_jax.data import cache, shards
 from prmoe_jax.data.shards import Index
-from prmoe_jax.errors import UserError
+from prmoe_jax.errors import UserError, refusing
 
 log = logging.getLogger(__name__)
 
@@ -22,12 +22,8 @@ _BLOCK_BYTES = 1 << 24
 
 
 def find(pattern: str) -> list[epath.Path]:
-    """The files and folders of a store that a glob or a path matches, in the order of their names.
-
-    Raises:
-      UserError: there is none, or the store is unknown or can't be reached.
-    """
-    stores.as_path(pattern)  # knows the store, and registers its client
+    """The files and folders that a store's path or glob matches, sorted by path."""
+    stores.as_path(pattern)  # checks the store's name, and registers its client
     with _reaching(pattern):
         base = re.split(r"[*?[]", pattern, maxsplit=1)[0].rpartition("/")[0]
         if glob.has_magic(pattern):
@@ -36,25 +32,18 @@ def find(pattern: str) -> list[epath.Path]:
             found = [path for path in [epath.Path(pattern)] if path.exists()]
     if not found:
         raise UserError(f"nothing matches {pattern!r}")
-    return sorted(found, key=lambda path: path.parts)  # as local paths are sorted
+    return sorted(found, key=lambda path: path.parts)  # the order of local paths
 
 
 def local_copy(pattern: str, cache_dir: Path) -> str:
-    """Copies the token shards that a glob of a store matches into the cache, once.
+    """Copies token shards, a folder or a glob in a store, into the cache, once.
 
-    Shards of `prmoe tokenize` are compared with the SHA-256 of their index, other files with their
-    size, and are copied again when their time of modification is another one. A copy that was
-    killed goes on with the files that are missing.
-
-    Args:
-      pattern: the glob, or a folder of `prmoe tokenize`.
-      cache_dir: the folder of all caches.
+    Shards of `prmoe tokenize` are verified by the SHA-256 in their index. Other files are verified
+    by size, and copied again after their modification time changed. After an interruption the
+    next call copies only the missing files.
 
     Returns:
       A glob, or a folder, of the copies.
-
-    Raises:
-      UserError: the store can't be read, a file is damaged, or the cache can't be written.
     """
     found = find(pattern)
     with _reaching(pattern):
@@ -67,17 +56,13 @@ def local_copy(pattern: str, cache_dir: Path) -> str:
 
 
 def sealed(folder: epath.Path, names: Sequence[str], cache_dir: Path) -> Path:
-    """Copies files of a folder that `cache.seal` sealed into the cache, once.
+    """Copies files of a folder in a store that has `cache.seal`'s record into the cache, once.
 
-    Each is compared with its SHA-256. A copy that was killed goes on with the files that are
-    missing.
+    Each file's SHA-256 is verified. After an interruption the next call copies only the missing
+    files.
 
     Returns:
       The folder of the copies, which is sealed.
-
-    Raises:
-      UserError: the store can't be read, a file is missing or damaged, or the cache can't be
-        written.
     """
     with _reaching(str(folder)):
         record = files.parse_json((folder / cache.DIGESTS).read_bytes())
@@ -99,7 +84,7 @@ def _copy_ours(folder: epath.Path, cache_dir: Path) -> Path:
         for entry in index.entries():
             _copy(folder / entry["name"], target / entry["name"], entry["sha256"])
         _copy(folder / shards.TOKENIZER, target / shards.TOKENIZER)
-        _copy(folder / shards.INDEX, target / shards.INDEX)  # it says that all are there
+        _copy(folder / shards.INDEX, target / shards.INDEX)  # last: it marks the copy as complete
     return target
 
 
@@ -112,7 +97,7 @@ def _copy_arrays(found: list[epath.Path], pattern: str, cache_dir: Path) -> Path
     target = cache_dir / "shards" / cache.fingerprint(versions)
     with _copying(target):
         for i, path in enumerate(path for path in found if path.suffix != ".idx"):
-            # Files of several folders may have one name; the order is that of the paths.
+            # The number keeps the order of the paths, and tells equal names of two folders apart.
             copy = target / f"{i:05}-{path.name}"
             if not files.is_plain(copy.name):
                 raise UserError(f"{os.fspath(path)!a} has no usable name; copy it to another one")
@@ -124,7 +109,7 @@ def _copy_arrays(found: list[epath.Path], pattern: str, cache_dir: Path) -> Path
 
 @contextlib.contextmanager
 def _copying(target: Path) -> Iterator[None]:
-    """Holds the lock of a folder of copies, which is made if needed."""
+    """Holds the lock of a folder of copies; creates the folder if needed."""
     with cache.locked(target):
         target.mkdir(exist_ok=True)
         files.remove_unfinished(target)
@@ -132,7 +117,7 @@ def _copying(target: Path) -> Iterator[None]:
 
 
 def _copy(source: epath.Path, target: Path, sha256: str | None = None) -> None:
-    """Copies a file, unless a copy of its size is there."""
+    """Copies a file, unless a copy of the same size exists."""
     with _reaching(os.fspath(source)):
         size = source.stat().length
     if target.exists() and target.stat().st_size == size:
@@ -162,13 +147,5 @@ def _blocks(source: epath.Path) -> Iterator[bytes]:
             yield block
 
 
-@contextlib.contextmanager
-def _reaching(name: str) -> Iterator[None]:
-    """Turns any failure of a store's client into a UserError."""
-    try:
-        yield
-    except (UserError, MemoryError):
-        raise
-    except Exception as error:  # clients raise anything
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise UserError(f"{name} can't be read: {reason}") from error
+def _reaching(name: str):
+    return refusing(f"{name} can't be read")  # a store's client may raise anything

@@ -1,67 +1,97 @@
-"""Opens a corpus: its text is identified at once, but prepared only when it is read."""
+"""Opens a corpus: computes its fingerprint at once, and its split on first use."""
 
 import dataclasses
 import functools
 import hashlib
+import json
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 
-from prmoe_jax import stores
+from prmoe_jax import files, stores
 from prmoe_jax.config.schema import DataConfig
-from prmoe_jax.data import cache, sources
+from prmoe_jax.data import cache, chunks, sources, split
+from prmoe_jax.data.chunks import Chunk
+from prmoe_jax.data.split import Selection
+from prmoe_jax.data.stages import in_this_process
 from prmoe_jax.errors import UserError
 
-# Increase this when the same source gives other documents or another split than before.
+# Increase this when changed code makes other documents or another split of the same source.
 _RECIPE = 1
-TOKENS = "tokens:"  # starts a corpus of token shards; see `streams.py`
+_SPLIT = "split.json"
+TOKENS = "tokens:"  # prefix of a corpus of token shards; see `streams.py`
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """Training and validation documents, as random-access sequences of str.
+    """Training and validation documents, which are read from their source each time.
 
-    `fingerprint` changes with the text and the split, and is known before anything is prepared.
-    Data that was derived from the corpus, and cached under its fingerprint, can therefore be used
-    without preparing the corpus. Local files must still exist, since the fingerprint is computed
-    from their content.
+    `fingerprint` is known before anything is prepared. Data that was derived from the corpus and
+    cached under this fingerprint can therefore be used without preparing the corpus. Local files
+    must still exist, since the fingerprint is computed from their content.
     """
 
     fingerprint: str
-    prepare: Callable[[], dict[str, Sequence[str]]]
+    config: DataConfig
+    files: Sequence[pathlib.Path] = ()  # none for a dataset of TFDS
 
     @functools.cached_property
-    def _splits(self) -> dict[str, Sequence[str]]:
-        return self.prepare()
+    def chunks(self) -> list[Chunk]:
+        """The text in chunks; the first use prepares a TFDS dataset (UserError if that fails)."""
+        if self.files:
+            return chunks.of_files(self.files, self.config)
+        return chunks.of_tfds(self.config)
+
+    @functools.cached_property
+    def selection(self) -> Selection:
+        """The split, computed once and cached (UserError if that fails); duplicates are kept."""
+        if not self.files:
+            return Selection(b"")
+        directory = cache.root(self.config) / "splits" / self.fingerprint
+        cache.build_once(directory, self._find_split)
+        with cache.reading(directory):
+            known = files.parse_json(files.read(directory / _SPLIT))
+            threshold = bytes.fromhex(known["threshold"])
+            if len(threshold) != split.RANK_BYTES:
+                raise ValueError(f"{_SPLIT} is not as it was written")
+            return Selection(threshold)
+
+    def _find_split(self, folder: pathlib.Path) -> None:
+        with in_this_process(folder, self.config, len(self.chunks)) as (work, run):
+            threshold = split.select(work, self.chunks, run).threshold
+        (folder / _SPLIT).write_text(json.dumps({"threshold": threshold.hex()}))
 
     @property
-    def train(self) -> Sequence[str]:
-        """The training documents; the first use prepares the corpus (UserError if that fails)."""
-        return self._splits["train"]
+    def train(self) -> Iterator[str]:
+        """The training documents."""
+        return self._documents("train")
 
     @property
-    def validation(self) -> Sequence[str]:
-        """The held-out documents; the first use prepares the corpus (UserError if that fails)."""
-        return self._splits["validation"]
+    def validation(self) -> Iterator[str]:
+        """The held-out documents."""
+        return self._documents("validation")
+
+    def _documents(self, name: str) -> Iterator[str]:
+        for chunk in self.chunks:
+            if chunk.split in ("", name):
+                found = split.selected(chunk, self.config, self.selection)
+                yield from (text for part, text in found if part == name)
 
 
 def open_corpus(config: DataConfig) -> Corpus:
     """Opens `config.corpus`; see DataConfig for its forms.
 
-    Every local file is read once: its content makes the fingerprint, so that a moved or copied
-    corpus is the same corpus. A TFDS dataset is fingerprinted by its name.
-
-    Raises:
-      UserError: the corpus does not exist or is not installed.
+    Local files are read and fingerprinted by their content, so that a moved corpus stays the same.
+    A TFDS dataset is fingerprinted by its name.
     """
     if config.corpus.startswith(TOKENS):
         raise UserError(f"data.corpus={config.corpus} holds tokens, and text is needed here")
     check_on_disk(config)
-    if config.corpus.startswith("tfds:"):
-        content = config.corpus
-    else:
-        content = _content(sources.files(config.corpus, cache.root(config)))
+    found, content = [], config.corpus
+    if not config.corpus.startswith("tfds:"):
+        found = sources.files(config.corpus, cache.root(config))
+        content = _content(found)
     fingerprint = cache.fingerprint(_RECIPE, content, config.text_field, config.validation_fraction)
-    return Corpus(fingerprint, functools.partial(_prepare, config, fingerprint))
+    return Corpus(fingerprint, config, found)
 
 
 def check_on_disk(config: DataConfig) -> None:
@@ -73,18 +103,8 @@ def check_on_disk(config: DataConfig) -> None:
         )
 
 
-def _prepare(config: DataConfig, fingerprint: str) -> dict[str, Sequence[str]]:
-    # Importing TFDS takes a second; if the tokens are cached, this is never called.
-    from prmoe_jax.data import builders
-
-    cache_dir = cache.root(config)
-    if config.corpus.startswith("tfds:"):
-        return builders.prepare_named(config, cache_dir / "tfds")
-    return builders.prepare_files(config, cache_dir, cache_dir / "corpora" / fingerprint)
-
-
-def _content(files: list[pathlib.Path]) -> list[list[str]]:
-    """Format and digest of each file, in reading order; the names do not matter."""
+def _content(files: Sequence[pathlib.Path]) -> list[list[str]]:
+    """Suffix and digest of each file, in reading order; the names do not matter."""
     content = []
     for file in files:
         with sources.reading(file), open(file, "rb") as stream:

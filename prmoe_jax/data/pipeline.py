@@ -1,7 +1,11 @@
-"""From a corpus to batches: windows of fixed length over the tokens, and Grain's iterator."""
+"""From a corpus to batches: windows of fixed length over the tokens, and Grain's iterator.
+
+Axes of this file: N windows, K tokens that a teacher predicts at a position.
+"""
 
 import bisect
 import dataclasses
+import functools
 import itertools
 import math
 import operator
@@ -17,57 +21,48 @@ import numpy as np
 from prmoe_jax.config.schema import DataConfig
 from prmoe_jax.data import cache, streams
 from prmoe_jax.data.corpora import TOKENS, open_corpus
-from prmoe_jax.data.streams import ShardStream
+from prmoe_jax.data.streams import ShardStream, Source
 from prmoe_jax.data.tokenizer import Tokenizer, check_fits, load_tokenizer
-from prmoe_jax.data.tokens import TokenCache, cached_tokens
+from prmoe_jax.data.tokens import cached_tokens
 from prmoe_jax.errors import UserError
 from prmoe_jax.model.batch import Batch, TopKLogProbs
 
 _DTYPES = np.int32, np.int32, np.bool_, np.int32
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class Windows:
     """A token stream as a random-access source of windows of `length` predictions.
 
     Window i reads stream[i*length : (i+1)*length + 1]; only the last one is padded.
     With `cross_document_attention`, all tokens of a window are one segment. `teacher_top_k` holds
-    a teacher's recorded predictions for every window, or is None. The stream has one mark between
-    documents. If the tokenizer starts a document with another mark than it ends one, the second is
-    a target, and the first is read. `text_bytes` is the number of UTF-8 bytes of the stream's text,
-    0 where it is not known.
+    a teacher's recorded predictions for every window, or is None. The stream has one EOS between
+    documents. If the tokenizer's BOS and EOS differ, EOS stays as a target and becomes BOS as an
+    input. `text_bytes` is the number of UTF-8 bytes of the stream's text, 0 if unknown.
     """
 
-    def __init__(
-        self,
-        cache: TokenCache | ShardStream,
-        length: int,
-        cross_document_attention: bool,
-        teacher_top_k: TopKLogProbs | None = None,
-        tokenizer: Tokenizer | None = None,
-        text_bytes: int = 0,
-    ):
-        self.cache = cache
-        self.tokenizer = tokenizer
-        self.text_bytes = text_bytes
-        self.length = length
-        self.cross_document_attention = cross_document_attention
-        self.teacher_top_k = teacher_top_k
+    stream: ShardStream
+    length: int
+    cross_document_attention: bool
+    teacher_top_k: TopKLogProbs | None = None
+    tokenizer: Tokenizer | None = None
+    text_bytes: int = 0
 
     @property
     def tokens(self) -> int:
-        """The number of predictions in all windows together, and of places between two marks."""
-        return len(self.cache) - 1
+        """The number of predictions in all windows together."""
+        return len(self.stream) - 1
 
     @property
     def described(self) -> str:
         """The size of the stream, for messages."""
-        return self.cache.described
+        return self.stream.described
 
     def __len__(self) -> int:
         return math.ceil(self.tokens / self.length)
 
     def bytes_of(self, indices_N: np.ndarray) -> float:
-        """The bytes of these windows, if bytes are in proportion to tokens."""
+        """The UTF-8 bytes of these windows, estimated from their share of the tokens."""
         tokens = np.minimum(self.length, self.tokens - indices_N * self.length).sum()
         return float(self.text_bytes * (tokens / max(self.tokens, 1)))
 
@@ -75,27 +70,27 @@ class Windows:
         """Window `index` as a Batch of arrays of shape L."""
         index = range(len(self))[operator.index(index)]
         first = index * self.length
-        stream = self.cache.read(first, first + self.length + 1)
-        real = len(stream) - 1
+        tokens = self.stream.read(first, first + self.length + 1)
+        real = len(tokens) - 1
         window = Batch(*(np.zeros(self.length, dtype) for dtype in _DTYPES))
-        window.tokens_BxL[:real] = stream[:-1]
-        window.targets_BxL[:real] = stream[1:]
+        window.tokens_BxL[:real] = tokens[:-1]
+        window.targets_BxL[:real] = tokens[1:]
         window.mask_BxL[:real] = True
         window.segments_BxL[:real] = 1
         if not self.cross_document_attention:
-            documents = self.cache.documents(first, stream[:-1])
+            documents = self.stream.documents(first, tokens[:-1])
             window.segments_BxL[:real] += documents.astype(np.int32)
         if self.tokenizer:
             self._start_documents(window)
         return _with_teacher(window, self.teacher_top_k, index)
 
     def _start_documents(self, window: Batch) -> None:
-        """Has documents begin with the mark that the tokenizer starts them with, in place.
+        """Makes each document begin with BOS, in place.
 
-        Shards of another library may have both marks between documents. Then the end mark is no
-        input: it predicts nothing, and the document begins after it.
+        In shards of other libraries BOS may already follow EOS. Then the position of this EOS is
+        masked, and the document begins at the BOS after it.
         """
-        start, end = self.tokenizer.start_of_text, self.tokenizer.end_of_text
+        start, end = self.tokenizer.bos_id, self.tokenizer.eos_id
         if start == end:
             return
         ends_L = (window.tokens_BxL == end) & window.mask_BxL
@@ -107,27 +102,31 @@ class Windows:
 
     def with_teacher(self, teacher_top_k: TopKLogProbs) -> "Windows":
         """The same windows with a teacher's predictions."""
-        given = self.cross_document_attention, teacher_top_k, self.tokenizer, self.text_bytes
-        return Windows(self.cache, self.length, *given)
+        return dataclasses.replace(self, teacher_top_k=teacher_top_k)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class Mixture:
-    """Windows of several token streams: those of the first one, then those of the next, and so on.
+    """The windows of several token streams, concatenated, with the interface of `Windows`.
 
-    Its attributes and methods are those of `Windows`. `shares` is each stream's share of the
-    training windows, which `train_iterator` keeps to.
+    `shares` holds each stream's share of the training windows that `train_iterator` draws.
     """
 
-    def __init__(
-        self,
-        parts: Sequence[Windows],
-        shares: Sequence[Decimal],
-        teacher_top_k: TopKLogProbs | None = None,
-    ):
-        self.parts, self.shares, self.teacher_top_k = parts, shares, teacher_top_k
-        self.length = parts[0].length
-        self.cross_document_attention = parts[0].cross_document_attention
-        self._ends = list(itertools.accumulate(map(len, parts)))
+    parts: Sequence[Windows]
+    shares: Sequence[Decimal]
+    teacher_top_k: TopKLogProbs | None = None
+
+    @functools.cached_property
+    def _ends(self) -> list[int]:
+        return list(itertools.accumulate(map(len, self.parts)))
+
+    @property
+    def length(self) -> int:
+        return self.parts[0].length
+
+    @property
+    def cross_document_attention(self) -> bool:
+        return self.parts[0].cross_document_attention
 
     @property
     def tokens(self) -> int:
@@ -158,7 +157,7 @@ class Mixture:
         return _with_teacher(window, self.teacher_top_k, index)
 
     def with_teacher(self, teacher_top_k: TopKLogProbs) -> "Mixture":
-        return Mixture(self.parts, self.shares, teacher_top_k)
+        return dataclasses.replace(self, teacher_top_k=teacher_top_k)
 
 
 def _with_teacher(window: Batch, teacher_top_k: TopKLogProbs | None, index: int) -> Batch:
@@ -170,7 +169,7 @@ def _with_teacher(window: Batch, teacher_top_k: TopKLogProbs | None, index: int)
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """A run's tokenizer and text."""
+    """A run's tokenizer and its windows of text."""
 
     tokenizer: Tokenizer
     train: Windows | Mixture
@@ -182,39 +181,34 @@ class Data:
 def load_data(
     config: DataConfig, vocab_size: int, length: int, tokenizer_path: Path | None = None
 ) -> Data:
-    """Loads corpus, tokenizer and windows of `length`, from the caches if they are there.
+    """Loads corpus, tokenizer and windows of `length` tokens, from the caches if possible.
 
-    A run that is resumed or evaluated gives the `tokenizer_path` of its stored tokenizer.
+    `tokenizer_path` is the stored tokenizer of a run that is resumed or evaluated.
 
     Raises:
       UserError: the corpus, the tokenizer or the cache cannot be used.
     """
     if config.corpus.startswith(TOKENS):
-        return _load_shards(config, vocab_size, length, tokenizer_path)
+        tokenizer, sources = streams.open_sources(config, vocab_size, tokenizer_path)
+        return _data(config, length, tokenizer, sources)
     corpus = open_corpus(config)
     if tokenizer_path is None:
         tokenizer = load_tokenizer(config, vocab_size, corpus)
     else:
         tokenizer = Tokenizer.load(tokenizer_path)
         check_fits(tokenizer, vocab_size)
-    train = cached_tokens(config, corpus, "train", tokenizer)
-    validation = cached_tokens(config, corpus, "validation", tokenizer)
-    attention = config.cross_document_attention
-    return Data(
-        tokenizer=tokenizer,
-        train=Windows(train, length, attention, tokenizer=tokenizer),
-        validation=Windows(
-            validation, length, attention, tokenizer=tokenizer, text_bytes=validation.bytes
-        ),
-        corpus_fingerprint=corpus.fingerprint,
-    )
+    sources = [cached_tokens(config, corpus, tokenizer)]
+    return _data(config, length, tokenizer, sources, corpus.fingerprint)
 
 
-def _load_shards(
-    config: DataConfig, vocab_size: int, length: int, tokenizer_path: Path | None
+def _data(
+    config: DataConfig,
+    length: int,
+    tokenizer: Tokenizer,
+    sources: Sequence[Source],
+    fingerprint: str | None = None,
 ) -> Data:
-    """The data of a corpus 'tokens:…'."""
-    tokenizer, sources = streams.open_sources(config, vocab_size, tokenizer_path)
+    """Makes the Data of sources; without `fingerprint`, their streams identify the corpus."""
     identity = []
 
     def windows(name: str) -> Windows | Mixture:
@@ -231,14 +225,14 @@ def _load_shards(
         ]
         shares = [source.weight or Decimal(1) for source in having]
         weights = [str(share.normalize()) for share in shares] if name == "train" else []
-        identity.append([[part.cache.fingerprint for part in found], weights])
+        identity.append([[part.stream.fingerprint for part in found], weights])
         return found[0] if len(found) == 1 else Mixture(found, shares)
 
     return Data(
         tokenizer=tokenizer,
         train=windows("train"),
         validation=windows("validation"),
-        corpus_fingerprint=cache.fingerprint("tokens", identity),
+        corpus_fingerprint=fingerprint or cache.fingerprint("tokens", identity),
     )
 
 
@@ -251,8 +245,8 @@ def windows_fingerprint(data: Data) -> dict[str, str | int]:
         "cross_document_attention": int(data.train.cross_document_attention),
         "windows": len(data.train),
     }
-    if data.tokenizer.start_of_text != data.tokenizer.end_of_text:
-        found["start_of_text"] = data.tokenizer.start_of_text
+    if data.tokenizer.bos_id != data.tokenizer.eos_id:
+        found["start_of_text"] = data.tokenizer.bos_id
     return found
 
 
@@ -268,12 +262,12 @@ def fingerprint_changes(saved: dict, current: dict) -> str:
 def pipeline_fingerprint(data: Data, batch_size: int, seed: int) -> dict[str, str | int]:
     """All values that determine the rows of step i; compare them before restoring an iterator.
 
-    An iterator's state is only the number of the next step, which stands for other rows after any
-    of these values has changed. The number of processes and devices does not matter.
+    An iterator's state is only the number of the next step. If one of these values changed, this
+    step would have other rows. The numbers of processes and devices do not matter.
     """
     found = windows_fingerprint(data) | {"batch_size": batch_size, "seed": seed}
     if data.teacher_cache_fingerprint:
-        found["lessons"] = data.teacher_cache_fingerprint  # checkpoints know it by this name
+        found["lessons"] = data.teacher_cache_fingerprint  # the key in existing checkpoints
     return found
 
 
@@ -284,16 +278,16 @@ def train_iterator(
 
     Every epoch has its own order, and a batch can hold the end of one epoch and the start of the
     next. `get_state()` is the next step, the same on every process. Each source of a mixture has
-    epochs of its own; after any number of rows it has had its share, rounded down or up.
+    its own epochs. After any number of rows it has given its share of them, rounded down or up.
 
     Args:
       windows: the training split.
       batch_size: rows of a step on all processes together.
       seed: the seed of the order.
-      rows: the rows of each batch that this process needs (`mesh.local_rows`); all by default.
+      rows: the rows of each batch that this process needs (`axes.local_rows`); all by default.
 
     Raises:
-      UserError: there is no window at all.
+      UserError: the split, or a source of a mixture, has no window.
     """
     for part in _parts(windows):
         if not len(part):
@@ -303,15 +297,15 @@ def train_iterator(
     rows = range(batch_size) if rows is None else rows
     shuffled = _shuffled(windows, seed)
     dataset = grain.MapDataset.source(_LocalRows(shuffled, batch_size, rows)).batch(len(rows))
-    # Threads, not processes: reading a memory map is cheap, and notebooks need no set-up for them.
+    # Threads, not processes: memory maps are cheap to read, and threads work in notebooks.
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)))
 
 
 def evaluated_windows(windows: Windows | Mixture, limit: int = 0) -> np.ndarray:
-    """The indices of all windows, or of `limit` of them, in the order of their evaluation.
+    """The indices of all windows, or of `limit` of them, in the order of evaluation.
 
-    A part of a stream is its first windows. A part of a mixture is spread evenly over it, so that
-    each stream has its share of the windows.
+    With a limit these are the first windows of a single stream. In a mixture they are evenly
+    spaced, so that each stream takes part in proportion to its size.
     """
     count = len(windows)
     part = min(limit, count) if limit else count
@@ -324,7 +318,7 @@ def eval_batches(
     limit: int = 0,
     rows: Sequence[int] | None = None,
 ) -> Iterator[Batch]:
-    """Yields the windows of `evaluated_windows`, each once: all, or `limit` batches of them.
+    """Yields the `evaluated_windows` in batches: all, or `limit` batches.
 
     All batches have the same number of rows; rows beyond the last window are masked. `rows` is as
     in `train_iterator`.
@@ -333,8 +327,8 @@ def eval_batches(
     indices = evaluated_windows(windows, limit * batch_size)
     padding = jax.tree.map(np.zeros_like, windows[0]) if len(windows) else None
     for start in range(0, len(indices), batch_size):
-        places = (start + row for row in rows)
-        batch = [windows[indices[i]] if i < len(indices) else padding for i in places]
+        offsets = (start + row for row in rows)
+        batch = [windows[indices[i]] if i < len(indices) else padding for i in offsets]
         yield jax.tree.map(lambda *field: np.stack(field), *batch)
 
 
@@ -343,10 +337,9 @@ def _parts(windows: Windows | Mixture) -> Sequence[Windows]:
 
 
 def _shuffled(windows: Windows | Mixture, seed: int) -> Sequence[Batch]:
-    """The windows in the order of training, without an end."""
+    """The windows in the order of training, endlessly."""
     parts = _parts(windows)
-    # Grain shuffles epoch e with seed+e. Without hashing, seed 1 would start with seed 0's second
-    # epoch.
+    # Grain shuffles epoch e with seed + e. Unhashed, seed 1's epoch 0 would be seed 0's epoch 1.
     seeds = map(int, np.random.SeedSequence(seed).generate_state(len(parts)))
     whole, starts = grain.MapDataset.source(windows), [0, *itertools.accumulate(map(len, parts))]
     shuffled = [
@@ -359,25 +352,25 @@ def _shuffled(windows: Windows | Mixture, seed: int) -> Sequence[Batch]:
 
 
 class _Mixed:
-    """Endless datasets, drawn from by a schedule that is repeated."""
+    """Interleaves endless datasets by a periodic schedule."""
 
     def __init__(self, datasets: Sequence[grain.MapDataset], schedule: np.ndarray):
         self._datasets, self._schedule = datasets, schedule
         draws = schedule[:, None] == np.arange(len(datasets))
         self._per_period = draws.sum(0)
-        self._drawn = draws.cumsum(0) - draws  # before each window of the period
+        self._drawn = draws.cumsum(0) - draws  # earlier draws of each dataset in the period
 
     def __len__(self) -> int:
         return sys.maxsize
 
     def __getitem__(self, index: int) -> Batch:
-        period, place = divmod(index, len(self._schedule))
-        i = self._schedule[place]
-        return self._datasets[i][int(period * self._per_period[i] + self._drawn[place, i])]
+        period, offset = divmod(index, len(self._schedule))
+        i = self._schedule[offset]
+        return self._datasets[i][int(period * self._per_period[i] + self._drawn[offset, i])]
 
 
 class _LocalRows:
-    """The given rows of every batch, one batch after the other."""
+    """The given rows of every batch, batch by batch."""
 
     def __init__(self, dataset: grain.MapDataset, batch_size: int, rows: Sequence[int]):
         self._dataset = dataset
@@ -385,7 +378,7 @@ class _LocalRows:
         self._rows = rows
 
     def __len__(self) -> int:
-        # Endless, but far from the end of int64, which Grain computes with as a float.
+        # Endless in practice, but far below 2**63: Grain computes with the length as a float.
         return min(len(self._dataset) // self._batch_size, 1 << 40) * len(self._rows)
 
     def __getitem__(self, index: int) -> Batch:

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import hashlib
-import json
 import math
 import re
 from collections.abc import Iterable, Sequence
@@ -16,7 +15,7 @@ from prmoe_jax import files
 from prmoe_jax.data import cache
 from prmoe_jax.data.arrays import read_header
 from prmoe_jax.data.sources import reading
-from prmoe_jax.errors import UserError, first_line
+from prmoe_jax.errors import UserError, refusing
 
 INDEX, TOKENIZER = "index.json", "tokenizer.json"
 SUFFIX = ".tokens"  # of our shards
@@ -27,12 +26,12 @@ COUNTS = "documents", "tokens", "bytes"  # of a split, and of each of its shards
 _DIGESTS = "sha256", "blocks"
 _MOST = 1 << 62
 _FIX = "write the shards again by prmoe tokenize"
-# A shard is identified by its size and by blocks of it at even distances. Up to 1 MiB that is its
-# whole content.
+# A shard is identified by its size and the digest of some evenly spaced blocks, which are its whole
+# content if it has at most 1 MiB.
 _BLOCKS, _BLOCK_BYTES = 16, 1 << 16
 _MEGATRON_MAGIC = b"MMIDIDX\x00\x00"
 _MEGATRON_DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
-# The ends of so many documents of a .bin file are looked at.
+# At most this many document ends of a .bin file are checked.
 _CHECKED_ENDS = 1000
 Split = Literal["train", "validation"]
 
@@ -45,6 +44,7 @@ class Shard:
     dtype: np.dtype
     offset: int
     tokens: int
+    ends: Sequence[int] = ()  # after the last token of some documents, from an .idx file
 
     @functools.cached_property
     def ids_T(self) -> np.ndarray:
@@ -54,29 +54,28 @@ class Shard:
         return np.asarray(mapped)  # slicing a np.memmap costs more than the read
 
     def blocks(self) -> list[slice]:
-        """The parts of `ids_T` that identify the shard."""
+        """The slices of `ids_T` that `digest` reads."""
         size = _BLOCK_BYTES // self.dtype.itemsize
         return [slice(first, first + size) for first in _even(self.tokens, size)]
 
     def digest(self) -> str:
-        """The digest of `blocks`."""
-        digest = hashlib.sha256()
-        for block in self.blocks():
-            digest.update(self.ids_T[block].tobytes())
-        return digest.hexdigest()
+        """The SHA-256 of `blocks`."""
+        with reading(self.path), open(self.path, "rb") as file:
+            return block_digest(file, self.dtype, self.tokens, self.offset)
 
 
-def block_digest(file: BinaryIO, dtype: np.dtype, tokens: int) -> str:
-    """The same as `Shard.digest`, of a file without a header that is open for reading."""
+def block_digest(file: BinaryIO, dtype: np.dtype, tokens: int, offset: int = 0) -> str:
+    """`Shard.digest` of a file that is open for reading."""
     digest = hashlib.sha256()
-    for first in _even(tokens, _BLOCK_BYTES // dtype.itemsize):
-        file.seek(first * dtype.itemsize)
-        digest.update(file.read(_BLOCK_BYTES))
+    size = _BLOCK_BYTES // dtype.itemsize
+    for first in _even(tokens, size):
+        file.seek(offset + first * dtype.itemsize)
+        digest.update(file.read(min(size, tokens - first) * dtype.itemsize))
     return digest.hexdigest()
 
 
 def _even(tokens: int, size: int) -> list[int]:
-    """The first tokens of the blocks of `size` tokens: all of them, or some at even distances."""
+    """Where blocks of `size` tokens begin: all blocks, or `_BLOCKS` evenly spaced ones."""
     count = math.ceil(tokens / size)
     if count <= _BLOCKS:
         return [i * size for i in range(count)]
@@ -85,22 +84,18 @@ def _even(tokens: int, size: int) -> list[int]:
 
 @dataclasses.dataclass(frozen=True)
 class Index:
-    """What `prmoe tokenize` wrote into a folder; its `index.json`."""
+    """The `index.json` of a folder of our shards."""
 
     folder: Path
     tokenizer: str  # the tokenizer's fingerprint
     dtype: np.dtype
     splits: dict[str, dict]  # documents, tokens, bytes and shards of train and validation
     fingerprint: str
-    inputs: Any  # identifies the text and the settings
+    inputs: Any  # identifies the text and the settings of `prmoe tokenize`
 
     @classmethod
     def open(cls, folder: Path) -> "Index":
-        """Reads the index of a folder, local or in an object store, and checks all of it.
-
-        Raises:
-          UserError: it is missing or damaged, or names a file that is not in the folder.
-        """
+        """Reads and checks the index of a folder, which may be in an object store."""
         path = folder / INDEX
         content = files.read_json(path, fix=_FIX)
         kinds = {"format": str, "tokenizer": str, "vocabulary": int, "dtype": str, "splits": dict}
@@ -123,15 +118,11 @@ class Index:
         )
 
     def entries(self) -> list[dict]:
-        """What the index says of each shard, in order: name, counts and digests."""
+        """The entry of each shard, in order: name, counts and digests."""
         return [entry for split in self.splits.values() for entry in split["shards"]]
 
     def shards(self, split: Split) -> list[Shard]:
-        """The shards of a split, compared with the index by size and by some of their content.
-
-        Raises:
-          UserError: a shard is missing, or it is not the one that the index describes.
-        """
+        """The shards of a split; checks the size and the block digest of each."""
         found = []
         for entry in self.splits[split]["shards"]:
             shard = Shard(self.folder / entry["name"], self.dtype, 0, entry["tokens"])
@@ -149,11 +140,7 @@ class Index:
 
 
 def _check_splits(splits: dict, path: str) -> None:
-    """Checks what an index says of its splits and shards, whoever wrote it.
-
-    Raises:
-      UserError: something is missing, unknown or impossible; names it.
-    """
+    """Checks the splits and shards of an index, since a stranger may have written it."""
 
     def check(part: Any, kinds: dict[str, type], where: str) -> None:
         files.require(part, kinds, where, _FIX)
@@ -167,7 +154,8 @@ def _check_splits(splits: dict, path: str) -> None:
         for entry in split["shards"]:
             check(entry, {"name": str, **counts} | dict.fromkeys(_DIGESTS, str), where)
             name = entry["name"]
-            good = {count: 0 < entry[count] <= _MOST for count in COUNTS}
+            least = {"documents": 1, "tokens": 1, "bytes": 0}
+            good = {count: least[count] <= entry[count] <= _MOST for count in COUNTS}
             good |= {digest: re.fullmatch("[0-9a-f]{64}", entry[digest]) for digest in _DIGESTS}
             good["name"] = files.is_plain(name) and name.endswith(SUFFIX) and name not in names
             for key in (key for key in good if not good[key]):
@@ -183,11 +171,7 @@ def _check_splits(splits: dict, path: str) -> None:
 
 
 def check_whole(paths: Iterable[Path]) -> None:
-    """Refuses a shard of ours, which only its index may name, and a folder without an index.
-
-    Raises:
-      UserError: such a path is among these.
-    """
+    """Refuses a single shard of ours, which needs its index, and a folder without an index."""
     for path in paths:
         if path.is_dir() and not (path / INDEX).exists():
             raise UserError(
@@ -206,13 +190,9 @@ def index_content(
 ) -> dict:
     """The content of an `index.json`.
 
-    Args:
-      tokenizer: the tokenizer's fingerprint.
-      vocabulary: the number of its ids.
-      dtype: the dtype of the shards.
-      splits: for each split its documents, tokens, bytes of text, and shards in order, each with
-        name, documents, tokens, bytes, sha256 and blocks (`block_digest`).
-      inputs: identifies the text and the settings.
+    `inputs` identifies the text and the settings. A split has the numbers of its documents, tokens
+    and bytes of text, and a list of shards in order. Each shard has a name, these three numbers,
+    the SHA-256 of its file, and `blocks` (see `block_digest`).
     """
     content = {
         "format": _FORMAT,
@@ -225,26 +205,18 @@ def index_content(
     return content | {"fingerprint": fingerprint(content)}
 
 
-def encode(content: dict) -> bytes:
-    """The bytes of an `index.json`."""
-    return json.dumps(content, indent=1).encode() + b"\n"
-
-
 def fingerprint(content: dict) -> str:
-    """Identifies the tokens of an index: the same tokenizer, shards and splits."""
+    """A digest of what determines an index's tokens: tokenizer, shards and splits."""
     names = "tokenizer", "vocabulary", "dtype", "splits"
     return cache.fingerprint(*(content[name] for name in names))
 
 
 def open_arrays(paths: Sequence[Path], vocabulary: int) -> list[Shard]:
-    """Opens files that other libraries wrote, one after the other.
+    """Opens token files that other libraries wrote.
 
-    A `.bin` file with an `.idx` file beside it is Megatron-LM's. A file that starts as NumPy's
-    `.npy` files do is one. Any other file is an array without a header, of uint16 if the
-    vocabulary has at most 65536 ids, else of uint32.
-
-    Raises:
-      UserError: a file is missing, damaged or empty, or has no integers.
+    A `.bin` file with an `.idx` file of the same name is Megatron-LM's. A file with NumPy's magic
+    bytes is read as `.npy`. Any other file is an array without a header: uint16 if the vocabulary
+    has at most 65536 ids, else uint32.
     """
     return [_open_array(path, vocabulary) for path in paths]
 
@@ -265,7 +237,7 @@ def _open_array(path: Path, vocabulary: int) -> Shard:
 
 
 def _whole(path: Path, size: int, dtype: np.dtype) -> int:
-    """How many ids `size` bytes hold; UserError if the last one is cut."""
+    """The number of ids in `size` bytes; UserError if the last id is incomplete."""
     if size % dtype.itemsize:
         raise UserError(
             f"{path} has {size} bytes, no multiple of the {dtype.itemsize} of {dtype.name}; it is "
@@ -276,17 +248,15 @@ def _whole(path: Path, size: int, dtype: np.dtype) -> int:
 
 def _open_npy(path: Path) -> Shard:
     with reading(path):
-        try:
+        with refusing(f"{path} is damaged", ValueError, fix="copy it again"):
             dtype, shape, offset = read_header(path)
-        except ValueError as error:
-            raise UserError(f"{path} is damaged: {first_line(error)}; copy it again") from None
     if len(shape) != 1 or dtype.kind not in "iu" or not shape[0]:
         raise UserError(f"{path} holds {dtype} {shape}, not a list of token ids")
     return Shard(path, dtype, offset, shape[0])
 
 
 def _open_megatron(path: Path, size: int) -> Shard:
-    """A `.bin` file, compared with its `.idx` file."""
+    """Opens a `.bin` file and checks it against its `.idx` file."""
     index = path.with_suffix(".idx")
     with reading(index):
         content = index.read_bytes()
@@ -317,57 +287,37 @@ def _open_megatron(path: Path, size: int) -> Shard:
             f"{path} has {size} bytes, not the {total * dtype.itemsize} that {index.name} says; "
             "the two don't belong together, or a copy is cut"
         )
-    return Shard(path, dtype, 0, total)
+    bounds = np.frombuffer(content, "<i8", documents, head + 12 * sequences)
+    if documents and (bounds.min() < 0 or bounds.max() > sequences):
+        raise UserError(f"{index} is damaged: a document index is out of range")
+    checked = bounds[:: math.ceil(documents / _CHECKED_ENDS) or 1]
+    return Shard(path, dtype, 0, total, np.concatenate([[0], ends])[checked].tolist())
 
 
-def check_ends(shards: Sequence[Shard], end_of_text: int) -> None:
-    """Checks that foreign shards tell their documents apart by the end-of-text id.
-
-    Raises:
-      UserError: a `.bin` file has documents without it, or no block of any shard has it.
-    """
+def check_ends(shards: Sequence[Shard], eos_id: int) -> None:
+    """Checks that EOS separates the documents in shards of other libraries."""
     for shard in shards:
-        index = shard.path.with_suffix(".idx")
-        if shard.path.suffix == ".bin" and index.exists():
-            last = _document_ends(index)
-            last = last[:: math.ceil(len(last) / _CHECKED_ENDS) or 1] - 1
-            found = shard.ids_T[last[last >= 0]]
-            if (found != end_of_text).any():
-                raise UserError(
-                    f"{shard.path}: a document ends with the id {found[found != end_of_text][0]}, "
-                    f"not the end of text {end_of_text}; write it with --append-eod, or set "
-                    "--config.data.tokenizer to its tokenizer"
-                )
-    if not any((shard.ids_T[block] == end_of_text).any() for shard in shards
+        found = shard.ids_T[[end - 1 for end in shard.ends if end]]
+        if (found != eos_id).any():
+            raise UserError(
+                f"{shard.path}: a document ends with the id {found[found != eos_id][0]}, "
+                f"not the end of text {eos_id}; write it with --append-eod, or set "
+                "--config.data.tokenizer to its tokenizer"
+            )
+    if not any((shard.ids_T[block] == eos_id).any() for shard in shards
                for block in shard.blocks()):  # fmt: skip
         raise UserError(
-            f"{shards[0].path} has no end-of-text id {end_of_text} where it was looked for, which "
+            f"{shards[0].path} has no end-of-text id {eos_id} where it was looked for, which "
             "tells documents apart; set --config.data.tokenizer to its tokenizer"
         )
 
 
-def _document_ends(index: Path) -> np.ndarray:
-    """The position behind each document of a checked `.idx` file, in tokens."""
-    content, head = index.read_bytes(), len(_MEGATRON_MAGIC) + 25
-    sequences, documents = np.frombuffer(content, "<u8", 2, head - 16)
-    lengths = np.frombuffer(content, "<i4", int(sequences), head)
-    bounds = np.frombuffer(content, "<i8", int(documents), head + 12 * int(sequences))
-    ends = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-    if len(bounds) and (bounds.min() < 0 or bounds.max() >= len(ends)):
-        raise UserError(f"{index} is damaged: a document index is out of range")
-    return ends[bounds]
-
-
 def check_ids(shard: Shard, first: int, ids_T: np.ndarray, vocabulary: int) -> None:
-    """Checks ids that were read from a shard at token `first`.
-
-    Raises:
-      UserError: an id is not in the vocabulary.
-    """
+    """Raises UserError if ids read at token `first` of a shard are not in the vocabulary."""
     if not len(ids_T) or (0 <= ids_T.min() and ids_T.max() < vocabulary):
         return
-    place = int(np.flatnonzero((ids_T < 0) | (ids_T >= vocabulary))[0])
+    index = int(np.flatnonzero((ids_T < 0) | (ids_T >= vocabulary))[0])
     raise UserError(
-        f"{shard.path} has the id {ids_T[place]} at token {first + place}, and the tokenizer has "
+        f"{shard.path} has the id {ids_T[index]} at token {first + index}, and the tokenizer has "
         f"{vocabulary} ids; the shard is damaged or of another tokenizer (data.tokenizer)"
     )

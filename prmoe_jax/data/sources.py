@@ -5,15 +5,18 @@ import csv
 import glob
 import gzip
 import importlib.util
+import io
+import itertools
 import logging
 import os
 import pathlib
 import re
+import sys
 import zlib
 from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator
 
-from prmoe_jax.errors import UserError
+from prmoe_jax.errors import UserError, missing, refusing
 from prmoe_jax.files import parse_json, refuse_pipe
 from prmoe_jax.stores import expand
 
@@ -24,21 +27,19 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst")
 
 
-def files(corpus: str, cache_dir: pathlib.Path) -> list[pathlib.Path]:
-    """The files of 'sotu', 'prose' or local text.
-
-    Raises:
-      UserError: the files do not exist.
-    """
+def files(
+    corpus: str, cache_dir: pathlib.Path, suffixes: tuple[str, ...] = SUFFIXES
+) -> list[pathlib.Path]:
+    """The files of 'sotu', 'prose' or local text."""
     if corpus == "sotu":
         return sotu_files()
-    return prose_files(cache_dir) if corpus == "prose" else find_files(corpus)
+    return prose_files(cache_dir) if corpus == "prose" else find_files(corpus, suffixes)
 
 
 def package_folder(package: str) -> pathlib.Path | None:
     """An installed package's folder, found without importing it; None if it is not installed."""
     spec = importlib.util.find_spec(package)
-    if spec is None or spec.origin is None:  # without an origin it is only a folder of that name
+    if spec is None or spec.origin is None:  # without an origin it is a plain folder
         return None
     return pathlib.Path(spec.origin).parent
 
@@ -48,9 +49,6 @@ def sotu_files() -> list[pathlib.Path]:
 
     Rows marked `is_sotu=False` are left out: the package also lists a radio summary, remarks, and
     the parts of Nixon's 1973 message.
-
-    Raises:
-      UserError: the package is not installed.
     """
     folder = package_folder("sotu")
     if folder is None:
@@ -61,11 +59,7 @@ def sotu_files() -> list[pathlib.Path]:
 
 
 def prose_files(cache_dir: pathlib.Path) -> list[pathlib.Path]:
-    """The prose mix: the presidential messages, and the files of experiments/prose/install.sh.
-
-    Raises:
-      UserError: those files are missing, or the package `sotu` is not installed.
-    """
+    """The prose mix: `sotu_files`, and the files that experiments/prose/install.sh puts there."""
     folder = cache_dir / "prose"
     if not folder.is_dir():
         raise UserError(
@@ -75,16 +69,7 @@ def prose_files(cache_dir: pathlib.Path) -> list[pathlib.Path]:
 
 
 def find_files(corpus: str, suffixes: tuple[str, ...] = SUFFIXES) -> list[pathlib.Path]:
-    """The text files of a folder (recursively, without hidden ones), a glob or one path.
-
-    Args:
-      corpus: the folder, glob or path.
-      suffixes: the kinds of file.
-
-    Raises:
-      UserError: no file is found, a glob matches a file of another format, or its `**` would
-        follow a loop of links.
-    """
+    """The text files of a folder (recursively, without hidden ones), a glob or one path."""
     kinds = ", ".join(suffixes)
     path = expand("data.corpus", corpus)
     if path.is_dir():
@@ -112,19 +97,37 @@ def find_files(corpus: str, suffixes: tuple[str, ...] = SUFFIXES) -> list[pathli
 
 
 def read_documents(files: Iterable[pathlib.Path], text_field: str) -> Iterator[str]:
-    """Yields the documents of text files: a whole .txt file, or `text_field` of each JSON line.
-
-    Raises:
-      UserError: a file cannot be read or decoded; names the file, and the line of a JSON file.
-    """
+    """Yields the documents of text files: a whole .txt file, or `text_field` of each JSON line."""
     for file in files:
+        if file.suffix == ".jsonl":
+            yield from json_lines(file, text_field)
+            continue
         with reading(file):
             if file.suffix == ".txt":
                 yield read_text(file)
             else:
-                for number, line in enumerate(_lines(file), 1):
+                for number, line in enumerate(_compressed_lines(file), 1):
                     if line.strip():
                         yield parse_line(line, text_field, f"{file}:{number}")
+
+
+def json_lines(
+    file: pathlib.Path, text_field: str, first: int = 0, last: int = sys.maxsize
+) -> Iterator[str]:
+    """The documents of the JSON lines that begin at bytes [first, last) of a file."""
+    # Without this buffer a file in an object store would fetch megabytes for each line.
+    with reading(file), io.BufferedReader(file.open("rb"), 1 << 20) as lines:
+        if first:  # skip the line that begins before `first`
+            lines.seek(first - 1)
+            lines.readline()
+        position = lines.tell()
+        for number in itertools.count(1):
+            if position >= last or not (line := lines.readline()):
+                return
+            if line.strip():
+                place = f"{file}, line at byte {position}" if first else f"{file}:{number}"
+                yield parse_line(line, text_field, place)
+            position += len(line)
 
 
 @contextlib.contextmanager
@@ -133,38 +136,36 @@ def reading(file: pathlib.Path) -> Iterator[None]:
 
     A pipe, a socket or a device is refused: reading it may never end.
     """
-    try:
+    with (
+        refusing(f"{file}: not UTF-8 text", UnicodeDecodeError, fix="convert it"),
+        refusing(f"{file}: cannot be read", (OSError, EOFError, zlib.error)),  # gzip raises all
+    ):
         refuse_pipe(file)
         yield
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 text (byte {error.start}); convert it") from error
-    except (OSError, EOFError, zlib.error) as error:  # gzip raises all three
-        raise UserError(f"{file}: cannot be read: {error}") from error
 
 
 def _text_files(folder: pathlib.Path, suffixes: tuple[str, ...]) -> Iterator[pathlib.Path]:
     """The text files of a folder, without hidden ones.
 
-    Links to folders are not followed, and a warning names each; another one names the kinds of
-    files that are left out.
+    Links to folders are not followed. Warnings name these links, and the suffixes of skipped files.
     """
     others: set[str] = set()
 
     def left_out(error: OSError) -> None:
         log.warning("%s cannot be read (%s); it is left out", error.filename, error.strerror)
 
-    for place, folders, names in os.walk(folder, onerror=left_out):
+    for parent, folders, names in os.walk(folder, onerror=left_out):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        for linked in (name for name in folders if os.path.islink(os.path.join(place, name))):
+        for linked in (name for name in folders if os.path.islink(os.path.join(parent, name))):
             log.warning(
                 "%s is a link to a folder, and is left out; a glob with ** follows it",
-                os.path.join(place, linked),
+                os.path.join(parent, linked),
             )
         for name in names:
             if name.startswith("."):
                 continue
             if name.endswith(suffixes):
-                yield pathlib.Path(place, name)
+                yield pathlib.Path(parent, name)
             else:
                 others.add(os.path.splitext(name)[1] or name)
     if others:
@@ -173,70 +174,58 @@ def _text_files(folder: pathlib.Path, suffixes: tuple[str, ...]) -> Iterator[pat
 
 
 def _check_loops(pattern: str) -> None:
-    """Refuses a glob whose `**` would follow a link back to a folder that it came from."""
+    """Refuses a glob whose `**` would follow a link to a folder above the link."""
     base, stars, _ = pattern.partition("**")
     for top in glob.glob(base or ".") if stars else ():
-        above = {top: [os.path.realpath(top)]}  # the real paths of a folder and of those above it
-        for place, folders, _ in os.walk(top, followlinks=True):
+        above = {top: [os.path.realpath(top)]}  # real paths of each folder and its parents
+        for parent, folders, _ in os.walk(top, followlinks=True):
             folders[:] = [name for name in folders if not name.startswith(".")]
-            for path in (os.path.join(place, name) for name in folders):
-                above[path] = [*above[place], os.path.realpath(path)]
-                if above[path][-1] in above[place]:
+            for path in (os.path.join(parent, name) for name in folders):
+                above[path] = [*above[parent], os.path.realpath(path)]
+                if above[path][-1] in above[parent]:
                     raise UserError(f"{path}: a link back to a folder above it, which ** follows")
 
 
 def read_text(file: pathlib.Path) -> str:
-    """The text of a .txt file; raises an error that `reading` turns into a UserError."""
+    """The text of a .txt file; call it within `reading`, which handles its errors."""
     text = file.read_bytes().decode("utf-8-sig")
     if "\0" in text:
         raise UserError(f"{file}: not a text file (it holds NUL characters)")
     return text
 
 
-def _lines(file: pathlib.Path) -> Iterator[bytes]:
+def _compressed_lines(file: pathlib.Path) -> Iterator[bytes]:
     if file.suffix == ".zst":
         yield from _zstd_lines(file)
         return
     with file.open("rb") as content:
-        if file.suffix == ".gz":
-            if not content.read(1):  # gzip takes it for a file without lines
-                raise EOFError("it is empty, as no compressed file is")
-            content.seek(0)
-        yield from gzip.open(content) if file.suffix == ".gz" else content
+        if not content.read(1):  # gzip would read it as a file without lines
+            raise EOFError("it is empty, as no compressed file is")
+        content.seek(0)
+        yield from gzip.open(content)
 
 
 def _zstd_lines(file: pathlib.Path) -> Iterator[bytes]:
-    try:
+    with missing(f"{file}: .zst files need zstandard", "zstandard"):
         import zstandard
-    except ImportError as error:
-        raise UserError(f"{file}: .zst files need zstandard; pip install zstandard") from error
     rest, found = b"", False
-    try:
-        with file.open("rb") as stream:
-            decoder = zstandard.ZstdDecompressor().decompressobj()
-            while content := decoder.unused_data or stream.read(_CHUNK_BYTES):
-                found = True
-                if decoder.eof:  # a file may hold several frames, one after the other
-                    decoder = zstandard.ZstdDecompressor().decompressobj()
-                *lines, rest = (rest + decoder.decompress(content)).split(b"\n")
-                yield from lines
-    except zstandard.ZstdError as error:
-        raise UserError(f"{file}: cannot be read: {error}") from error
+    with refusing(f"{file}: cannot be read", zstandard.ZstdError), file.open("rb") as stream:
+        decoder = zstandard.ZstdDecompressor().decompressobj()
+        while content := decoder.unused_data or stream.read(_CHUNK_BYTES):
+            found = True
+            if decoder.eof:  # a file may hold several frames, one after the other
+                decoder = zstandard.ZstdDecompressor().decompressobj()
+            *lines, rest = (rest + decoder.decompress(content)).split(b"\n")
+            yield from lines
     if not (found and decoder.eof):
         raise EOFError("the file ends before its compressed data does")
     yield rest
 
 
 def parse_line(line: bytes, text_field: str, place: str) -> str:
-    """The text of a JSON line; `place` names the line in messages.
-
-    Raises:
-      UserError: it is not a JSON object in UTF-8 whose field `text_field` is text.
-    """
-    try:
+    """The text of a JSON line; `place` names the line in messages."""
+    with refusing(f"{place}: not a line of UTF-8 JSON", ValueError):
         example = parse_json(line.removeprefix(BOM_UTF8))
-    except ValueError as error:  # the line is not UTF-8, or not JSON
-        raise UserError(f"{place}: not a line of UTF-8 JSON: {error}") from error
     if not isinstance(example, dict):
         raise UserError(f"{place}: not a JSON object but {type(example).__name__}")
     if text_field not in example:

@@ -1,17 +1,49 @@
-"""Chooses the documents that are held out for validation, by their content alone."""
+"""Finds a corpus's duplicates and validation documents, by their content alone.
+
+The stages `digest` and `compare` (see `stages`) find the duplicates. Validation documents are those
+with the smallest digests, up to a threshold.
+"""
 
 import hashlib
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any, BinaryIO, NamedTuple
 
+import numpy as np
+
+from prmoe_jax.config.schema import DataConfig
+from prmoe_jax.data import chunks
+from prmoe_jax.data.chunks import Chunk
+from prmoe_jax.data.stages import Run, Work
 from prmoe_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
+# Digests are divided into this many ranges by their first 12 bits. One task compares a group of
+# ranges, with at most about this many digests (36 bytes each).
+RANGES = 1 << 12
+_COMPARED = 1 << 21
+RANK_BYTES = 32
+_DIGEST = np.dtype([("digest", f"S{RANK_BYTES}"), ("document", "<u4")])
+_REPEATED = np.dtype("<u4")
 
-def digest(text: str) -> bytes:
-    """The digest that ranks a document."""
+
+class Selection(NamedTuple):
+    """Which documents are kept, and the split of each.
+
+    Attributes:
+      threshold: the largest digest of a validation document; b'' if the text has its own splits.
+      groups: the groups of ranges whose duplicates are dropped. If it is empty, duplicates are
+        kept, and a dataset with its own splits keeps its empty documents too.
+    """
+
+    threshold: bytes
+    groups: Sequence[tuple[int, int]] = ()
+
+
+def rank(text: str) -> bytes:
+    """The digest by which documents are ranked, SHA-256."""
     return hashlib.sha256(text.encode()).digest()
 
 
@@ -20,45 +52,159 @@ def is_empty(text: str) -> bool:
     return not text.strip()
 
 
-def held_out(documents: Iterable[str], fraction: float, corpus: str) -> frozenset[bytes]:
-    """The digests of the validation documents: the first `fraction` by rank, rounded up.
+def selected(
+    chunk: Chunk, config: DataConfig, selection: Selection, repeated: Collection[int] = ()
+) -> Iterator[tuple[str, str]]:
+    """Yields (split, text) for each document of a chunk that is kept.
 
-    Ranking unique documents by digest keeps exact duplicates in one split, and makes the choice
-    independent of file names and order. Both splits get at least one document.
-
-    Raises:
-      UserError: there are fewer than two different documents.
+    `repeated` holds the indices in the chunk of duplicates to drop.
     """
-    digests, total, empty = set(), 0, 0
-    for text in documents:
-        total += 1
-        if is_empty(text):
-            empty += 1
-        else:
-            digests.add(digest(text))
-    count = held_out_count(len(digests), total, empty, fraction, corpus)
-    return frozenset(sorted(digests)[:count])
+    for number, text in enumerate(chunks.documents(chunk, config)):
+        if chunk.split and not selection.groups:
+            yield chunk.split, text
+        elif number not in repeated and not is_empty(text):
+            held_out = rank(text) <= selection.threshold
+            yield chunk.split or ("validation" if held_out else "train"), text
 
 
-def held_out_count(different: int, total: int, empty: int, fraction: float, corpus: str) -> int:
-    """The number of validation documents.
+def select(work: Work, parts: Sequence[Chunk], run: Run) -> Selection:
+    """Finds the duplicates and the split of a text by the stages `digest` and `compare`.
 
-    Args:
-      different: the number of different documents that are not empty.
-      total: the number of all documents.
-      empty: the number of empty ones; a warning tells about them.
-      fraction: the share that is held out.
-      corpus: the name in messages.
-
-    Raises:
-      UserError: there are fewer than two different documents.
+    Ranking by digest keeps exact duplicates in one split, and makes the choice independent of file
+    names and order. Both splits get at least one document.
     """
+    counts = run(digest, {_digests_name(chunk): (chunk,) for chunk in parts})
+    total, empty = (sum(count[name] for count in counts) for name in ("documents", "empty"))
+    # A power of two, so that each group has the same number of ranges.
+    step = RANGES >> min((total // _COMPARED).bit_length(), RANGES.bit_length() - 1)
+    groups = [(first, first + step) for first in range(0, RANGES, step)]
+    counts = run(compare, {_repeated_name(group): (group,) for group in groups})
+    different = [count["different"] for count in counts]
+    log.info("%d documents: %d empty, %d repeated", total, empty, total - empty - sum(different))
+    if any(chunk.split for chunk in parts):
+        return Selection(b"", groups)
+    left = _held_out_count(sum(different), total, empty, work.config)
+    for group, count in zip(groups, different, strict=True):
+        if left <= count:
+            return Selection(_largest_of(work, group, left), groups)
+        left -= count
+    raise AssertionError("fewer digests than counted")
+
+
+def _held_out_count(different: int, total: int, empty: int, config: DataConfig) -> int:
+    """The number of validation documents: a share of the distinct documents, rounded up."""
     if empty:
-        log.warning("corpus %s: %d of %d documents are empty; skipped", corpus, empty, total)
+        log.warning("corpus %s: %d of %d documents are empty; skipped", config.corpus, empty, total)
     if different < 2:
         raise UserError(
-            f"corpus {corpus!r} has {different} different non-empty documents "
+            f"corpus {config.corpus!r} has {different} different non-empty documents "
             f"(of {total}, {empty} empty); training and validation need at least 2: "
             "split the text into several files or JSON lines"
         )
-    return min(math.ceil(fraction * different), different - 1)
+    return min(math.ceil(config.validation_fraction * different), different - 1)
+
+
+def digest(work: Work, chunk: Chunk) -> None:
+    """Writes the sorted digests of a chunk's distinct documents, without empty ones.
+
+    The file begins with a table of RANGES + 1 offsets, counted in digests. Duplicates within the
+    chunk are dropped here, so that a digest occurs at most once per chunk; their indices go into
+    a second file.
+    """
+    found = bytearray()
+    total = 0
+    for total, text in enumerate(chunks.documents(chunk, work.config), 1):
+        if not is_empty(text):
+            found += rank(text) + np.array(total - 1, "<u4").tobytes()
+    rows = np.frombuffer(bytes(found), _DIGEST)
+    rows = rows[np.argsort(rows["digest"], kind="stable")]
+    repeats = _repeats(rows)
+    counts = {"documents": total, "empty": total - len(rows)}
+    with work.written(work.staging / f"again-{chunk.number:05}") as file:
+        file.write(rows["document"][repeats].tobytes())
+    rows = rows[~repeats]
+    name = _digests_name(chunk)
+    with work.written(work.staging / name) as file:
+        file.write(np.searchsorted(_range(rows), np.arange(RANGES + 1)).astype("<i8").tobytes())
+        file.write(rows.tobytes())
+    work.finish(name, counts)
+
+
+def _digests_name(chunk: Chunk) -> str:
+    return f"digests-{chunk.number:05}"
+
+
+def _repeats(rows: np.ndarray) -> np.ndarray:
+    """A mask of the sorted digests that equal the previous digest."""
+    repeats = np.zeros(len(rows), bool)
+    repeats[1:] = rows["digest"][1:] == rows["digest"][:-1]
+    return repeats
+
+
+def _range(rows: np.ndarray) -> np.ndarray:
+    """The range of each digest: the number in its first 12 bits."""
+    first = np.ascontiguousarray(rows["digest"]).view("u1").reshape(-1, RANK_BYTES)
+    return (first[:, 0].astype(np.int64) << 4) | (first[:, 1] >> 4)
+
+
+def compare(work: Work, ranges: tuple[int, int]) -> None:
+    """Finds the documents in a group of ranges that duplicate one of an earlier chunk.
+
+    Writes a table of offsets, one per chunk and one for the end; then the duplicates' indices in
+    their chunks, chunk by chunk.
+    """
+    rows, chunk = _sorted_digests(work, *ranges)
+    repeats = _repeats(rows)
+    chunk, numbers = chunk[repeats], rows["document"][repeats]
+    order = np.lexsort((numbers, chunk))
+    name = _repeated_name(ranges)
+    with work.written(work.staging / name) as file:
+        bounds = np.searchsorted(chunk[order], np.arange(work.chunks + 1))
+        file.write(bounds.astype("<i8").tobytes())
+        file.write(numbers[order].astype(_REPEATED).tobytes())
+    work.finish(name, {"different": int(len(rows) - repeats.sum())})
+
+
+def _repeated_name(ranges: tuple[int, int]) -> str:
+    return f"repeated-{ranges[0]:04}-{ranges[1]:04}"
+
+
+def _largest_of(work: Work, ranges: tuple[int, int], count: int) -> bytes:
+    """The `count`-th smallest distinct digest in a group of ranges."""
+    rows, _ = _sorted_digests(work, *ranges)
+    # NumPy drops NUL bytes at the end of a string.
+    return bytes(rows[~_repeats(rows)]["digest"][count - 1]).ljust(RANK_BYTES, b"\0")
+
+
+def _sorted_digests(work: Work, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+    """The sorted digests in ranges [first, last), equal ones by chunk; and the chunk of each."""
+    parts = []
+    for number in range(work.chunks):
+        with (work.staging / f"digests-{number:05}").open("rb") as file:
+            parts.append(_section(file, first, last, RANGES, _DIGEST))
+    chunk = np.repeat(np.arange(work.chunks), [len(part) for part in parts])
+    rows = np.concatenate(parts)
+    # A digest occurs at most once per chunk, and a stable sort keeps the order of the chunks.
+    order = np.argsort(rows["digest"], kind="stable")
+    return rows[order], chunk[order]
+
+
+def _section(file: BinaryIO, first: int, last: int, sections: int, dtype: np.dtype) -> Any:
+    """The rows of sections [first, last) in a file that begins with a table of offsets."""
+    file.seek(8 * first)
+    bounds = np.frombuffer(file.read(8 * (last - first + 1)), "<i8")
+    file.seek(8 * (sections + 1) + int(bounds[0]) * dtype.itemsize)
+    return np.frombuffer(file.read(int(bounds[-1] - bounds[0]) * dtype.itemsize), dtype)
+
+
+def kept(work: Work, chunk: Chunk, selection: Selection) -> Iterator[tuple[str, str]]:
+    """`selected`, without the duplicates that the stages found."""
+    repeated: set[int] = set()
+    if selection.groups:
+        again = (work.staging / f"again-{chunk.number:05}").read_bytes()
+        repeated.update(np.frombuffer(again, _REPEATED).tolist())
+    for group in selection.groups:
+        with (work.staging / _repeated_name(group)).open("rb") as file:
+            found = _section(file, chunk.number, chunk.number + 1, work.chunks, _REPEATED)
+            repeated.update(found.tolist())
+    return selected(chunk, work.config, selection, repeated)

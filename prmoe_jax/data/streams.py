@@ -39,10 +39,13 @@ class Part:
 
 
 class ShardStream:
-    """A stream as `TokenCache` describes it: the tokens `first` to `last` of shards in a row.
+    """Tokens [first, last) of concatenated shards: EOS before each document, and EOS at the end.
 
-    The mark before the first document, or the one behind the last, is added where the shards have
-    none. Only what is read is loaded; every id that is read is compared with the vocabulary.
+    Next-token prediction over the stream therefore covers every token of the text, and the end of
+    every document, exactly once.
+
+    `has_eos` says whether EOS is added before the first document and after the last, where the
+    shards have none. Only what is read is loaded, and checked against the vocabulary.
 
     Attributes:
       fingerprint: identifies the tokens.
@@ -54,14 +57,14 @@ class ShardStream:
         tokenizer: Tokenizer,
         first: int,
         last: int,
-        marks: tuple[bool, bool],
+        has_eos: tuple[bool, bool],
         fingerprint: str,
     ):
         self._shards = parts
         self._starts = _starts(parts)
         self._first, self._last = first, last
-        self._before, self._behind = map(int, marks)
-        self._mark, self._vocabulary = tokenizer.end_of_text, tokenizer.size
+        self._before, self._behind = map(int, has_eos)
+        self._eos_id, self._vocabulary = tokenizer.eos_id, tokenizer.size
         self.fingerprint = fingerprint
 
     def __len__(self) -> int:
@@ -73,27 +76,23 @@ class ShardStream:
         return f"{len(self)} tokens"
 
     def read(self, first: int, last: int) -> np.ndarray:
-        """The tokens `first` to `last` of the stream, fewer at its end.
-
-        Raises:
-          UserError: an id is not in the vocabulary, or a shard can't be read.
-        """
+        """Tokens [first, last) of the stream, fewer at its end."""
         last = min(last, len(self))
-        mark = np.array([self._mark])
-        parts = [mark] if first < self._before else []
+        eos = np.array([self._eos_id])
+        parts = [eos] if first < self._before else []
         shift = self._first - self._before
         parts += self._within(max(first + shift, self._first), min(last + shift, self._last))
         if self._behind and first < len(self) == last:
-            parts.append(mark)
-        return np.concatenate(parts) if parts else mark[:0]
+            parts.append(eos)
+        return np.concatenate(parts) if parts else eos[:0]
 
     def documents(self, first: int, tokens_T: np.ndarray) -> np.ndarray:
-        """For each token that was read at `first`: how many documents began since the first one."""
-        marks = tokens_T == self._mark
-        return np.cumsum(marks) - marks[:1]
+        """For each token that `read` returned: how many documents began after the first token."""
+        is_eos_T = tokens_T == self._eos_id
+        return np.cumsum(is_eos_T) - is_eos_T[:1]
 
     def _within(self, first: int, last: int) -> Iterator[np.ndarray]:
-        """The tokens of the shards, piece by piece."""
+        """Tokens [first, last) of the shards, one array per shard."""
         i = bisect.bisect_right(self._starts, first) - 1
         while first < last:
             shard, start = self._shards[i], self._starts[i]
@@ -105,7 +104,7 @@ class ShardStream:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """The training and validation streams of one part of the corpus, each None if it has none."""
+    """The training and validation streams of one part of the corpus; either may be None."""
 
     train: ShardStream | None
     validation: ShardStream | None
@@ -118,38 +117,27 @@ def open_sources(
 ) -> tuple[Tokenizer, list[Source]]:
     """Opens the shards of 'tokens:…'.
 
-    Args:
-      config: its `corpus` is that of `parse`.
-      vocab_size: the size of the model's vocabulary.
-      tokenizer_path: the tokenizer of a run that is resumed or evaluated.
+    `tokenizer_path` is the stored tokenizer of a run that is resumed or evaluated.
 
     Returns:
       the tokenizer, and a source for each part.
-
-    Raises:
-      UserError: the corpus is not well formed, a shard is missing, damaged or of another
-        tokenizer, or no tokenizer is known.
     """
     parts = parse(config.corpus)
     found = [_find(part.pattern, config) for part in parts]
-    indices = [index for indices, _ in found for index in indices]
+    indices = [index for index, _ in found if index]
     known = _tokenizer(config, vocab_size, indices, tokenizer_path)
     separate = any(part.validation for part in parts)
-    sources = []
-    for part, (indices, paths) in zip(parts, found, strict=True):
-        if indices:
-            sources += [_ours(index, part, known, separate) for index in indices]
-        else:
-            sources.append(_foreign(paths, part, known, separate, config))
+    sources = [
+        _ours(index, part, known, separate)
+        if index
+        else _foreign(paths, part, known, separate, config)
+        for part, (index, paths) in zip(parts, found, strict=True)
+    ]
     return known, sources
 
 
 def parse(corpus: str) -> list[Part]:
-    """The parts of 'tokens:A', 'tokens:A*0.7,B*0.3' or 'tokens:A,validation:B'.
-
-    Raises:
-      UserError: the corpus has not that form, or the shares don't add up to 1.
-    """
+    """The parts of 'tokens:A', 'tokens:A*0.7,B*0.3' or 'tokens:A,validation:B'."""
     parts = []
     for text in corpus.removeprefix(TOKENS).split(","):
         validation = text.strip().startswith(_VALIDATION)
@@ -185,11 +173,10 @@ def parse(corpus: str) -> list[Part]:
 
 
 def schedule(weights: Sequence[Decimal]) -> np.ndarray:
-    """For each window of a period the number of its source.
+    """For each window of a period, the index of its source.
 
-    After every n windows, from the start on, each source has had its share of n, rounded down or
-    up. Each draw has a window of time in which it keeps to that; the draw whose time ends first
-    comes first, which meets all of them (as in real-time scheduling of periodic tasks).
+    Among the first n windows, for any n, each source has its share of n, rounded down or up. This
+    is the earliest-deadline-first schedule of periodic tasks.
     """
     ratios = [weight.as_integer_ratio() for weight in weights]
     period = math.lcm(*(denominator for _, denominator in ratios))
@@ -203,12 +190,8 @@ def schedule(weights: Sequence[Decimal]) -> np.ndarray:
     return np.array(order)
 
 
-def _find(pattern: str, config: DataConfig) -> tuple[list[Index], list[Path]]:
-    """Our folders, or the files of other libraries, that a glob matches.
-
-    Raises:
-      UserError: it matches nothing, or files of both kinds.
-    """
+def _find(pattern: str, config: DataConfig) -> tuple[Index | None, list[Path]]:
+    """What a glob matches: the index of our shards, or files of other libraries."""
     if stores.scheme(pattern):
         pattern = copies.local_copy(pattern, cache.root(config))
     path = expand("data.corpus", pattern)
@@ -227,7 +210,7 @@ def _find(pattern: str, config: DataConfig) -> tuple[list[Index], list[Path]]:
         raise UserError(f"{pattern!r} matches {ours[0]} and {paths[0]}; give two parts with shares")
     if len(ours) > 1:
         raise UserError(f"{pattern!r} matches {len(ours)} folders; give each one with its share")
-    return [Index.open(folder) for folder in ours], paths
+    return Index.open(ours[0]) if ours else None, paths
 
 
 def _tokenizer(
@@ -261,17 +244,25 @@ def _tokenizer(
     return known
 
 
-def _ours(index: Index, part: Part, known: Tokenizer, separate: bool) -> Source:
+def of_index(index: Index, known: Tokenizer) -> Source:
+    """The source of both splits of our shards."""
     streams = {}
     for split in ("train", "validation"):
         found = index.shards(split)
         name = cache.fingerprint(index.fingerprint, split)
         total = sum(shard.tokens for shard in found)
         streams[split] = ShardStream(found, known, 0, total, (False, True), name)
-    train = None if part.validation else streams["train"]
-    validation = None if separate and not part.validation else streams["validation"]
-    size = index.splits["validation"]["bytes"] if validation else 0
-    return Source(train, validation, size, part.weight)
+    size = index.splits["validation"]["bytes"]
+    return Source(streams["train"], streams["validation"], size, None)
+
+
+def _ours(index: Index, part: Part, known: Tokenizer, separate: bool) -> Source:
+    found = dataclasses.replace(of_index(index, known), weight=part.weight)
+    if part.validation:
+        return dataclasses.replace(found, train=None)
+    if separate:
+        return dataclasses.replace(found, validation=None, validation_bytes=0)
+    return found
 
 
 def _foreign(
@@ -281,7 +272,7 @@ def _foreign(
     for shard in found:
         for block in shard.blocks():
             shards.check_ids(shard, block.start, shard.ids_T[block], known.size)
-    shards.check_ends(found, known.end_of_text)
+    shards.check_ends(found, known.eos_id)
     content = [[shard.tokens, shard.dtype.str, shard.digest()] for shard in found]
     total = sum(shard.tokens for shard in found)
 
@@ -289,33 +280,33 @@ def _foreign(
         name = cache.fingerprint("arrays", content, known.fingerprint, first, last)
         whole = ShardStream(found, known, first, last, (False, False), name)
         ends = whole.read(0, 1)[0], whole.read(len(whole) - 1, len(whole))[0]
-        marks = tuple(bool(token != known.end_of_text) for token in ends)
-        return ShardStream(found, known, first, last, marks, name)
+        has_eos = tuple(bool(token != known.eos_id) for token in ends)
+        return ShardStream(found, known, first, last, has_eos, name)
 
     if part.validation:
         validation = stream(0, total)
         return Source(None, validation, _text_bytes(validation, known, config), None)
     if separate:
         return Source(stream(0, total), None, 0, part.weight)
-    cut = _cut(stream(0, total), config.validation_fraction, known.end_of_text, paths[0])
+    cut = _cut(stream(0, total), config.validation_fraction, known.eos_id, paths[0])
     validation = stream(cut, total)
     size = _text_bytes(validation, known, config)
     return Source(stream(0, cut), validation, size, part.weight)
 
 
-def _cut(whole: ShardStream, fraction: float, mark: int, path: Path) -> int:
-    """Where the last `fraction` of a stream's tokens begins, moved on to the next document."""
+def _cut(whole: ShardStream, fraction: float, eos_id: int, path: Path) -> int:
+    """Where the first document begins in the last `fraction` of the shards' tokens."""
     before, total = whole._before, len(whole) - whole._behind
-    # A document that begins at token i of the files has its mark at place i of the stream.
+    # Position i of the stream is an EOS if a document begins at token i of the files.
     start = math.floor((1 - fraction) * (total - before))
-    starts_with_mark = not before
+    starts_with_eos = not before
     for first in range(max(start, 1), total, _READ_TOKENS):
-        marks = np.flatnonzero(whole.read(first, min(first + _READ_TOKENS, total)) == mark)
-        for place in first + marks:
-            place = int(place) if starts_with_mark else int(place) + 1
-            # A mark at the very end starts no document.
-            if place < total - starts_with_mark:
-                return place - before
+        positions = np.flatnonzero(whole.read(first, min(first + _READ_TOKENS, total)) == eos_id)
+        for position in first + positions:
+            position = int(position) if starts_with_eos else int(position) + 1
+            # An EOS at the very end starts no document.
+            if position < total - starts_with_eos:
+                return position - before
     raise UserError(
         f"the last {fraction:.2%} of {path} and the files with it hold no start of a document; "
         "raise data.validation_fraction, or name validation shards: tokens:…,validation:GLOB"
@@ -323,13 +314,13 @@ def _cut(whole: ShardStream, fraction: float, mark: int, path: Path) -> int:
 
 
 def _text_bytes(stream: ShardStream, known: Tokenizer, config: DataConfig) -> int:
-    """The UTF-8 bytes of a stream's text, decoded once and kept in the cache."""
-    marks = {known.end_of_text, known.start_of_text}
-    also = ["without both marks"] if len(marks) > 1 else []
+    """The number of UTF-8 bytes of a stream's text, computed once and cached."""
+    special = {known.eos_id, known.bos_id}
+    also = ["without BOS and EOS"] if len(special) > 1 else []
     key = cache.fingerprint("bytes", stream.fingerprint, known.fingerprint, *also)
 
     def build(temporary: Path) -> None:
-        size, documents = 0, _documents(stream, known.end_of_text, marks)
+        size, documents = 0, _documents(stream, known.eos_id, special)
         while batch := list(itertools.islice(documents, _DECODED_DOCUMENTS)):
             size += sum(len(text.encode()) for text in known.decode_batch(batch))
         (temporary / "bytes.json").write_text(json.dumps(size))
@@ -339,22 +330,22 @@ def _text_bytes(stream: ShardStream, known: Tokenizer, config: DataConfig) -> in
         return int(files.parse_json(files.read(folder / "bytes.json")))
 
 
-def _documents(stream: ShardStream, end: int, marks: set[int]) -> Iterator[np.ndarray]:
-    """The documents of a stream, without marks; an end mark stands between them."""
+def _documents(stream: ShardStream, end: int, special: set[int]) -> Iterator[np.ndarray]:
+    """Splits a stream at EOS into documents, without BOS and EOS."""
     rest: list[np.ndarray] = []
     for first in range(0, len(stream), _READ_TOKENS):
         tokens = stream.read(first, first + _READ_TOKENS)
         *ended, last = np.split(tokens, np.flatnonzero(tokens == end))
         for piece in ended:
             rest.append(piece)
-            yield _without(np.concatenate(rest), marks)
+            yield _without(np.concatenate(rest), special)
             rest = []
         rest.append(last)
-    yield _without(np.concatenate(rest), marks)
+    yield _without(np.concatenate(rest), special)
 
 
-def _without(tokens: np.ndarray, marks: set[int]) -> np.ndarray:
-    return tokens[~np.isin(tokens, list(marks))]
+def _without(tokens: np.ndarray, special: set[int]) -> np.ndarray:
+    return tokens[~np.isin(tokens, list(special))]
 
 
 def _starts(parts: Sequence[Shard]) -> list[int]:

@@ -18,48 +18,41 @@ from etils import epath
 
 from prmoe_jax import errors
 from prmoe_jax.config.schema import Config
-from prmoe_jax.data import cache, shard_stages, shards, split, tokenizer, tokens
+from prmoe_jax.data import cache, shards, split, tokenizer, tokens
 from prmoe_jax.data.chunks import Chunk, find_chunks
-from prmoe_jax.data.shard_stages import RANGES, Work
+from prmoe_jax.data.split import Selection
+from prmoe_jax.data.stages import Work
 from prmoe_jax.data.tokenizer import Tokenizer
-from prmoe_jax.errors import UserError
+from prmoe_jax.errors import UserError, missing, refusing
 from prmoe_jax.stores import expand
 from prmoe_jax.stores.lock import locked
 
 log = logging.getLogger(__name__)
 
-# About so many digests of 36 bytes are compared at a time.
-_COMPARED = 1 << 21
-_PLAN = "plan"  # the task that begins the work: what the shards are of
-_ERROR = "error"  # the file in which a worker leaves a message for the user
-_COMMAND = "PRMOE_TOKENIZE"  # tells workers of this machine the process that started them
+_PLAN = "plan"  # the first task; its result identifies text and settings
+_ERROR = "error"  # the file with a worker's error message for the user
+_COMMAND = "PRMOE_TOKENIZE"  # environment variable of local workers: the command's process id
 
 
 def tokenize(config: Config, out: str | os.PathLike, flags: Sequence[str] = ()) -> dict[str, Any]:
     """Writes the shards of `config.data.corpus`, and their index last.
 
-    Documents that repeat an earlier one are left out, and so are empty ones. The others keep their
-    order, and are split as in training on the text itself. The shards are the same for any number
-    of workers. If the folder holds a part of them already, only the rest is made.
+    Duplicates and empty documents are dropped. The others keep their order, and are split as in
+    training on the text itself. The shards do not depend on the number of workers. After an
+    interruption the same call makes only what is missing.
 
     Args:
-      config: its `data` and `model.vocab_size` are used.
+      config: only `data` and `model.vocab_size` are used.
       out: the folder, which may be in an object store.
-      flags: Beam's options; without a runner among them, processes of this machine do the work,
-        one for each core.
+      flags: Beam's options. Without `--runner`, local processes do the work, by default one per
+        core.
 
     Returns:
       The documents, tokens and bytes of each split, and the fingerprint of all shards.
-
-    Raises:
-      UserError: Beam is missing, the text or the tokenizer can't be used, or the folder holds
-        something else or can't be written.
     """
     options = _options(flags)
     folder = expand("--out", out)
     chunks, listed, times = find_chunks(config.data)
-    if not chunks:
-        raise UserError(f"the files of data.corpus={config.data.corpus} are empty")
     given = None if config.data.tokenizer == "bpe" else tokenizer.load_given(config.data)
     if given:
         tokenizer.check_fits(given, config.model.vocab_size)
@@ -83,12 +76,14 @@ def tokenize(config: Config, out: str | os.PathLike, flags: Sequence[str] = ()) 
         else:
             _begin(work, {"inputs": inputs, "times": times})
             if given:
-                _save_tokenizer(work, given)
-            content = _make(work, chunks, given, inputs, config, options)
+                tokens.save_tokenizer(work, given)
+            run = functools.partial(_stage, work, options)
+            selection = split.select(work, chunks, run)
+            known = given or _trained(work, chunks, selection, config)
+            content = tokens.write_shards(work, chunks, selection, known, inputs, run)
             lock.check()
-            with work.written(index) as file:
-                file.write(shards.encode(content))
-        if work.done(_PLAN) is not None:  # another folder of this name is the user's
+            tokens.save_index(work, content)
+        if work.done(_PLAN) is not None:  # else a folder of this name is the user's
             work.staging.rmtree()
     found = shards.Index.open(folder)
     counts = {
@@ -99,84 +94,22 @@ def tokenize(config: Config, out: str | os.PathLike, flags: Sequence[str] = ()) 
     return counts | {"fingerprint": found.fingerprint}
 
 
-def _make(
-    work: Work,
-    chunks: Sequence[Chunk],
-    given: Tokenizer | None,
-    inputs: str,
-    config: Config,
-    options,
-) -> dict[str, Any]:
-    """Runs the stages that are not complete yet; returns the content of the index."""
-    stage = functools.partial(_stage, work, options)
-    counts = stage(shard_stages.digest, {f"digests-{c.number:05}": (c,) for c in chunks})
-    total, empty = (sum(count[name] for count in counts) for name in ("documents", "empty"))
-    # Powers of two, so that each group has the same number of ranges.
-    step = RANGES >> min((total // _COMPARED).bit_length(), RANGES.bit_length() - 1)
-    groups = [(first, first + step) for first in range(0, RANGES, step)]
-    counts = stage(shard_stages.compare, {shard_stages.repeated_name(g): (g,) for g in groups})
-    different = [count["different"] for count in counts]
-    log.info("%d documents: %d empty, %d repeated", total, empty, total - empty - sum(different))
-    kept = groups, _threshold(work, chunks, groups, different, total, empty)
-    known = given or _trained(work, chunks, kept, config)
-    results = stage(
-        shard_stages.write, {f"shards-{chunk.number:05}": (chunk, *kept) for chunk in chunks}
-    )
-    splits = {}
-    for name in shards.SPLITS:
-        entries = [result[name] for result in results if name in result]
-        splits[name] = {count: sum(entry[count] for entry in entries) for count in shards.COUNTS}
-        splits[name]["shards"] = entries
-    return shards.index_content(
-        known.fingerprint, known.size, tokens.dtype_of(known), splits, inputs
-    )
-
-
-def _threshold(
-    work: Work,
-    chunks: Sequence[Chunk],
-    groups: Sequence[tuple[int, int]],
-    different: Sequence[int],
-    total: int,
-    empty: int,
-) -> bytes:
-    """The largest digest of a validation document; b'' for a dataset with splits of its own."""
-    if any(chunk.split for chunk in chunks):
-        return b""
-    corpus, fraction = work.config.corpus, work.config.validation_fraction
-    left = split.held_out_count(sum(different), total, empty, fraction, corpus)
-    for group, count in zip(groups, different, strict=True):
-        if left <= count:
-            return shard_stages.largest_of(work, group, left)
-        left -= count
-    raise AssertionError("fewer digests than counted")
-
-
-def _trained(work: Work, chunks: Sequence[Chunk], kept: tuple, config: Config) -> Tokenizer:
-    """The tokenizer that this process trains on the training split, once."""
-    path = work.folder / shards.TOKENIZER
-    if path.exists():
-        return Tokenizer(path.read_text(encoding="utf-8"), str(path))
-
-    def documents() -> Iterator[str]:
-        for chunk in chunks:
-            for name, text in shard_stages.kept(work, chunk, *kept):
-                if name == "train":
-                    yield text
-
+def _trained(
+    work: Work, chunks: Sequence[Chunk], selection: Selection, config: Config
+) -> Tokenizer:
+    """Trains a BPE on the training split, in this process; or loads it if it was saved."""
+    if (work.folder / shards.TOKENIZER).exists():
+        return tokens.load_saved(work)
+    kept = (split.kept(work, chunk, selection) for chunk in chunks)
+    documents = (text for chunk in kept for name, text in chunk if name == "train")
     log.info("training a BPE of %d entries", config.model.vocab_size)
-    trained = tokenizer.train_bpe(documents(), config.model.vocab_size)
-    _save_tokenizer(work, trained)
+    trained = tokenizer.train_bpe(documents, config.model.vocab_size)
+    tokens.save_tokenizer(work, trained)
     return trained
 
 
-def _save_tokenizer(work: Work, known: Tokenizer) -> None:
-    with work.written(work.folder / shards.TOKENIZER) as file:
-        file.write(known.description.encode())
-
-
 def _begin(work: Work, plan: dict[str, Any]) -> None:
-    """Checks that a folder is empty, or that the shards of the same plan were begun there."""
+    """Records the plan in an empty folder, or checks that a begun folder has the same plan."""
     known = work.done(_PLAN)
     if known is None:
         found = [*_files(work.folder), *_files(work.staging)]
@@ -191,7 +124,7 @@ def _begin(work: Work, plan: dict[str, Any]) -> None:
 
 
 def _files(folder: epath.Path) -> list[epath.Path]:
-    """What is in a folder, without hidden files."""
+    """The paths in a folder, without hidden ones."""
     if not folder.exists():
         return []
     return [path for path in folder.iterdir() if not path.name.startswith(".")]
@@ -200,14 +133,10 @@ def _files(folder: epath.Path) -> list[epath.Path]:
 def _stage(
     work: Work, options, function: Callable[..., None], tasks: dict[str, tuple]
 ) -> list[Any]:
-    """Has Beam run the tasks of a stage that are not done; returns the results of all.
+    """Runs the unfinished tasks of a stage by Beam; returns the results of all its tasks.
 
-    Each task has a key of its own, so that runners may give it to any worker. Only the tasks'
-    descriptions go through Beam.
-
-    Raises:
-      UserError: a task failed by a mistake in the input or by a full disk, or the runner needs
-        another option.
+    Each task has its own key, so that a runner can give it to any worker. Only the tasks' arguments
+    go through Beam, no text.
     """
     import apache_beam as beam
 
@@ -216,16 +145,13 @@ def _stage(
     if left:
         log.info("%s: %d of %d tasks", function.__name__, len(left), len(tasks))
         (work.staging / _ERROR).unlink(missing_ok=True)
-        try:  # a runner checks its own options when a pipeline is made, some of them later
+        try:  # a runner checks some of its options when the pipeline is made, and others later
             made = beam.Pipeline(runner, options)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError) as error:  # of several lines
             raise UserError(f"Apache Beam refuses its options: {error}") from error
-        try:
-            with _single_threaded_tokenizers(), _watching_workers(), made as pipeline:
-                keyed = pipeline | beam.Create(list(enumerate(left)))
-                keyed | beam.GroupByKey() | beam.FlatMap(_perform, function, work)
-        except NotImplementedError as error:
-            raise UserError(f"Apache Beam: {error}") from error
+        with refusing("Apache Beam", NotImplementedError), _watching_workers(), made as pipeline:
+            keyed = pipeline | beam.Create(list(enumerate(left)))
+            keyed | beam.GroupByKey() | beam.FlatMap(_perform, function, work)
         if (work.staging / _ERROR).exists():
             raise UserError((work.staging / _ERROR).read_text())
     results = [work.done(name) for name in tasks]
@@ -238,8 +164,8 @@ def _perform(
 ) -> list:
     """Runs tasks in a worker.
 
-    A mistake in the input ends the stage without Beam's retries. After the command was killed its
-    workers stop with the task at hand.
+    A foreseen error, such as bad input, ends the stage without Beam's retries. If the command is
+    killed, its local workers finish their current task and start no other.
     """
     error, parent = work.staging / _ERROR, str(os.getppid())
     for name, arguments in keyed[1]:
@@ -259,14 +185,17 @@ def _perform(
 
 
 def _local_runner(work: Work):
-    """Beam's runner of this machine, with worker processes whose log is a file.
+    """Beam's local runner, whose worker processes log to a file if the folder is local.
 
-    It hands out a stage's tasks to the workers in turn, before it starts.
+    It assigns a stage's tasks round-robin before the stage starts. By default there is one worker
+    per core, so each encodes in one thread.
     """
     from apache_beam.runners.portability.fn_api_runner import FnApiRunner
     from apache_beam.transforms.environments import SubprocessSDKEnvironment
 
-    command = f"env {_COMMAND}={os.getpid()} {shlex.quote(sys.executable)}"
+    threads = shlex.quote(os.environ.get("TOKENIZERS_PARALLELISM", "false"))
+    command = f"env {_COMMAND}={os.getpid()} TOKENIZERS_PARALLELISM={threads}"
+    command += f" {shlex.quote(sys.executable)}"
     command += " -m apache_beam.runners.worker.sdk_worker_main"
     log_file = shlex.quote(str(work.staging / "workers.log")) if work.local else os.devnull
     return FnApiRunner(
@@ -275,21 +204,8 @@ def _local_runner(work: Work):
 
 
 @contextlib.contextmanager
-def _single_threaded_tokenizers() -> Iterator[None]:
-    """Workers encode in one thread each; there are as many workers as cores."""
-    name = "TOKENIZERS_PARALLELISM"
-    before = os.environ.get(name)
-    os.environ[name] = before or "false"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-
-
-@contextlib.contextmanager
 def _watching_workers() -> Iterator[None]:
-    """Ends the command if a signal ends a worker of this machine: Beam would wait for ever."""
+    """Ends the command if a signal kills a local worker: Beam would wait for it for ever."""
     before = threading.excepthook
 
     def failed(raised: threading.ExceptHookArgs) -> None:
@@ -299,7 +215,7 @@ def _watching_workers() -> Iterator[None]:
                 f"signal {found[1]} ended a worker process (9 is often for lack of memory); the "
                 "same command makes the rest, with fewer workers by -- --direct_num_workers=N"
             )
-        time.sleep(1)  # other errors may follow from that one, whose line says more
+        time.sleep(1)  # a killed worker may be the cause: its report ends the command
         before(raised)
 
     threading.excepthook = failed
@@ -318,33 +234,27 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _options(flags: Sequence[str]):
-    """Beam's options.
-
-    Raises:
-      UserError: Beam is not installed, or refuses a flag or its value.
-    """
+    """Parses and checks Beam's options."""
     logging.getLogger("apache_beam").setLevel(logging.ERROR)
-    logging.disable(logging.WARNING)  # about extras of Beam that are not installed
+    logging.disable(logging.WARNING)  # hides warnings about missing extras of Beam
     try:
-        from apache_beam.options.pipeline_options import PipelineOptions
-        from apache_beam.runners.runner import create_runner
-    except ImportError:
-        raise UserError("prmoe tokenize needs Apache Beam; pip install 'prmoe_jax[beam]'") from None
+        with missing("prmoe tokenize needs Apache Beam", "prmoe_jax[beam]"):
+            from apache_beam.options.pipeline_options import PipelineOptions
+            from apache_beam.runners.runner import create_runner
     finally:
         logging.disable(logging.NOTSET)
     parser = _Parser(add_help=False, allow_abbrev=False)
     for kind in PipelineOptions.__subclasses__():
         kind._add_argparse_args(parser)
     _, unknown = parser.parse_known_args(list(flags))
-    if unknown:  # Beam itself would leave it out
+    if unknown:  # Beam itself would ignore it
         raise UserError(f"Apache Beam has no option '{unknown[0]}'")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     options = PipelineOptions([f"--direct_num_workers={cores}", *flags])
     if (workers := options.get_all_options()["direct_num_workers"]) < 0:
         raise UserError(f"--direct_num_workers={workers} must be 0, one for each core, or more")
     if runner := options.get_all_options()["runner"]:
-        try:
+        kinds = AttributeError, ImportError, TypeError, ValueError
+        with refusing(f"Apache Beam refuses --runner={runner}", kinds):
             create_runner(runner)
-        except (AttributeError, ImportError, TypeError, ValueError) as error:
-            raise UserError(f"Apache Beam refuses --runner={runner}: {error}") from error
     return options

@@ -19,31 +19,31 @@ from prmoe_jax import files, stores
 from prmoe_jax.config.schema import DataConfig
 from prmoe_jax.data import cache, sources
 from prmoe_jax.data.corpora import Corpus
-from prmoe_jax.errors import UserError
+from prmoe_jax.errors import UserError, refusing
 from prmoe_jax.stores import expand
 
 log = logging.getLogger(__name__)
 
 END_OF_TEXT = "<|endoftext|>"
-# Names of the end-of-text token in other tokenizers, in order of preference.
-_END_MARKS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
-# The trainer of a BPE reads at most about this many characters. More text would hardly change the
-# merges, but memory and time grow with it.
+# Names of the EOS token in tokenizers, in order of preference.
+_EOS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
+# A BPE is trained on at most about this many characters. More would hardly change the merges, but
+# would need more memory and time.
 _TRAINING_CHARACTERS = 200_000_000
-# About so many characters are encoded at once, enough to keep the library's threads busy; longer
-# texts are cut into parts of this size.
+# Characters that are encoded at once, enough to keep the library's threads busy; and characters of
+# each part of a longer text.
 _ENCODED_CHARACTERS, _PART_CHARACTERS = 1 << 20, 1 << 14
 _WORD_END = re.compile(r"(?<=\S)(?=[ \n])|(?<=[0-9A-Za-z])(?=[!-/:-@[-`{-~])")
 
 
 class Tokenizer:
-    """Text to ids and back; its tokenizer.json, which it can store, describes it completely.
+    """Converts text to ids and back; its tokenizer.json describes it completely.
 
     Attributes:
-      size: number of ids, all below it.
-      end_of_text: the id that ends every document; no text encodes to it.
-      start_of_text: the id that starts every document: what the tokenizer.json puts before a text
-        (Llama's <s>), or else `end_of_text`, as in GPT-2.
+      size: one more than the largest id.
+      eos_id: the id that ends every document; no text is encoded as it.
+      bos_id: the id that starts every document: the first id that the tokenizer.json adds before a
+        text (Llama's <s>), or else `eos_id`, as in GPT-2.
       description: the content of the tokenizer.json.
       fingerprint: digest of the description.
     """
@@ -52,8 +52,8 @@ class Tokenizer:
         """Reads the content of a tokenizer.json; `name` is its name in messages.
 
         Raises:
-          UserError: it is not a tokenizer.json, has no end-of-text token, or encodes the text of
-            this token as the token itself.
+          UserError: it is not a tokenizer.json, has no EOS, or can't tell a spelled-out EOS in a
+            text from the token itself.
         """
         with _calling(name, "not a tokenizer.json"):
             self._tokenizer = tokenizers.Tokenizer.from_str(description)
@@ -62,33 +62,34 @@ class Tokenizer:
         if special := _undefined(described := json.loads(description)):
             raise UserError(f"{name}: not a tokenizer.json: it doesn't define {special!r:.60}")
         vocabulary = self._tokenizer.get_vocab()
-        mark = next((mark for mark in _END_MARKS if mark in vocabulary), None)
-        if mark is None:
-            raise UserError(f"{name}: has no end-of-text token (one of {', '.join(_END_MARKS)})")
+        eos = next((token for token in _EOS if token in vocabulary), None)
+        if eos is None:
+            raise UserError(f"{name}: has no end-of-text token (one of {', '.join(_EOS)})")
         self.size = max(vocabulary.values()) + 1
-        self.end_of_text = vocabulary[mark]
+        self.eos_id = vocabulary[eos]
         self.fingerprint = hashlib.sha256(description.encode()).hexdigest()[:24]
         self._splits_at_words = _splits_at_words(described)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         if isinstance(self._tokenizer.model, tokenizers.models.BPE):
-            self._tokenizer.model.dropout = None  # one text has one encoding
+            self._tokenizer.model.dropout = None  # dropout would make encodings random
         with _calling(name, "not a tokenizer.json"):
-            with_marks, without = (
-                self._tokenizer.encode("", add_special_tokens=marks).ids for marks in (True, False)
+            with_special, without = (
+                self._tokenizer.encode("", add_special_tokens=special).ids
+                for special in (True, False)
             )
-        marked = with_marks[:1] != without[:1]
-        self.start_of_text = with_marks[0] if marked else self.end_of_text
-        if self.start_of_text >= self.size:
+        starts = with_special[:1] != without[:1]
+        self.bos_id = with_special[0] if starts else self.eos_id
+        if self.bos_id >= self.size:
             raise UserError(
-                f"{name}: puts the id {self.start_of_text} before a text, and has {self.size} ids"
+                f"{name}: puts the id {self.bos_id} before a text, and has {self.size} ids"
             )
-        # A mark that is spelled out in a document is plain text.
-        self._tokenizer.add_special_tokens([mark])
+        # An EOS spelled out in a document must be encoded as plain text.
+        self._tokenizer.add_special_tokens([eos])
         self._tokenizer.encode_special_tokens = True
-        if self.end_of_text in self.encode(mark):
+        if self.eos_id in self.encode(eos):
             raise UserError(
-                f"{name}: reads {mark!r} in a text as the end of a document; "
+                f"{name}: reads {eos!r} in a text as the end of a document; "
                 "use a tokenizer that keeps them apart, such as a byte-level BPE"
             )
 
@@ -100,7 +101,7 @@ class Tokenizer:
             return cls(file.read_text(encoding="utf-8"), str(file))
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes the tokenizer.json from which `load` makes the same tokenizer."""
+        """Writes the tokenizer.json, for `load`."""
         files.replace(stores.as_path(path), self.description)
 
     def token(self, number: int) -> str:
@@ -108,15 +109,11 @@ class Tokenizer:
         return self._tokenizer.id_to_token(number)
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, without any mark."""
+        """The ids of a text, without BOS or EOS."""
         return self.encode_batch([text])[0].tolist()
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """The ids of each text as uint32, computed in parallel.
-
-        Raises:
-          UserError: the tokenizer has no id for a part of a text.
-        """
+        """The ids of each text as uint32, computed in parallel."""
         parts: list[list[np.ndarray]] = [[] for _ in texts]
         for group in self._groups(texts):
             with _calling(self._name, "cannot encode a text"):
@@ -128,9 +125,9 @@ class Tokenizer:
         return [np.concatenate(ids) for ids in parts]
 
     def _groups(self, texts: Sequence[str]) -> Iterator[list[tuple[int, str]]]:
-        """The texts with their numbers, long ones in parts, in groups that are encoded at once.
+        """Groups of (index of a text, part of it) that are encoded at once.
 
-        While a text is encoded it takes about a hundred times its size.
+        A group's size is limited, because encoding needs about a hundred times the text's memory.
         """
         group, room = [], _ENCODED_CHARACTERS
         for i, text in enumerate(texts):
@@ -144,7 +141,7 @@ class Tokenizer:
             yield group
 
     def _parts(self, text: str) -> Iterator[str]:
-        """The parts of a long text that have the same tokens as the whole.
+        """Cuts a long text at ends of words, which does not change its tokens.
 
         GPT-2's rule ends a word before white space, and between a letter or digit and punctuation.
         """
@@ -158,7 +155,7 @@ class Tokenizer:
         yield text[first:]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids, in which the end mark is spelled out."""
+        """The text of ids, with EOS spelled out."""
         with _calling(self._name, "cannot decode a text"):
             return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
 
@@ -172,7 +169,7 @@ class Tokenizer:
 
 @contextlib.contextmanager
 def _calling(name: str, what: str) -> Iterator[None]:
-    """Turns any failure of the library into a UserError; its panics are not Exceptions."""
+    """Turns any failure of the library into a UserError; its panics are BaseExceptions."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
@@ -216,7 +213,7 @@ def load_given(config: DataConfig) -> Tokenizer:
 
 
 def check_same(path: pathlib.Path, tokenizer: Tokenizer, whose: str) -> None:
-    """Raises UserError unless the tokenizer at a path is this one; `whose` names its owner."""
+    """Raises UserError unless `path` holds the same tokenizer; `whose` names its owner."""
     if Tokenizer.load(path).fingerprint != tokenizer.fingerprint:
         raise UserError(f"{whose} has another tokenizer; use --config.data.tokenizer={path}")
 
@@ -232,7 +229,7 @@ def check_fits(tokenizer: Tokenizer, vocab_size: int) -> None:
 
 
 def train_bpe(documents: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Trains a byte-level BPE of at most `vocab_size` entries, including the end mark."""
+    """Trains a byte-level BPE of at most `vocab_size` entries, including EOS."""
     bpe = _byte_level(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -273,15 +270,9 @@ def _gpt2() -> Tokenizer:
 
 
 def from_vocabulary(vocabulary: pathlib.Path, merges: pathlib.Path) -> Tokenizer:
-    """Makes a byte-level BPE from files like GPT-2's vocab.json and merges.txt.
-
-    Raises:
-      UserError: the files do not have that form.
-    """
-    try:
+    """Makes a byte-level BPE from files like GPT-2's vocab.json and merges.txt."""
+    with refusing(f"{vocabulary} and {merges.name} make no BPE"):
         model = models.BPE.from_file(str(vocabulary), str(merges))
-    except Exception as error:  # the library raises nothing more specific
-        raise UserError(f"{vocabulary} and {merges.name} make no BPE: {error}") from None
     gpt2 = _byte_level(model)
     gpt2.add_special_tokens([END_OF_TEXT])
     return Tokenizer(gpt2.to_str(), str(vocabulary))
@@ -296,7 +287,7 @@ def _bytes() -> Tokenizer:
 
 
 def _undefined(description: dict[str, Any]) -> str:
-    """A special token that a tokenizer.json puts around a text and doesn't define, or ''."""
+    """A special token that a tokenizer.json adds to texts but doesn't define, or ''."""
     processor = description.get("post_processor") or {}
     for part in (processor, *processor.get("processors", ())):
         for piece in (*part.get("single", ()), *part.get("pair", ())):
@@ -307,7 +298,7 @@ def _undefined(description: dict[str, Any]) -> str:
 
 
 def _splits_at_words(description: dict[str, Any]) -> bool:
-    """Whether a tokenizer.json has GPT-2's rule for words, and nothing that looks beyond a word."""
+    """Whether a tokenizer.json splits words by GPT-2's rule and encodes each on its own."""
     words = description.get("pre_tokenizer") or {}
     return (
         words.get("type") == "ByteLevel"

@@ -1,140 +1,154 @@
-"""The token cache: each split is tokenised once, and kept as one memory-mapped stream."""
+"""Writes text as shards: the stage `write`, and the shards of a corpus in the cache."""
 
-import dataclasses
+import contextlib
+import hashlib
 import json
 import logging
 import pathlib
-import sys
-from collections.abc import Iterator, Sequence
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, BinaryIO
 
 import numpy as np
-import tqdm
+from etils import epath
 
-from prmoe_jax import files
 from prmoe_jax.config.schema import DataConfig
-from prmoe_jax.data import cache
-from prmoe_jax.data.arrays import ArrayWriter, open_array
+from prmoe_jax.data import cache, shards, split, streams
+from prmoe_jax.data.chunks import Chunk
 from prmoe_jax.data.corpora import Corpus
+from prmoe_jax.data.shards import Index
+from prmoe_jax.data.split import Selection
+from prmoe_jax.data.stages import Run, Work, in_this_process
+from prmoe_jax.data.streams import Source
 from prmoe_jax.data.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-# Documents are encoded and written in batches of about so many characters.
+# Documents are encoded and written in batches of about this many characters.
 CHUNK_CHARACTERS = 1 << 20
 
 
-@dataclasses.dataclass(frozen=True)
-class TokenCache:
-    """A stream of T tokens: every document is an end-of-text mark followed by its tokens.
-
-    The mark starts a document and ends the one before it; a last mark ends the stream. Predicting
-    each token from those before it therefore predicts every token of the text and the end of
-    every document exactly once.
-    """
-
-    tokens_T: np.ndarray  # uint16 or uint32
-    starts_N: np.ndarray  # int64, the position in the stream where each of the N documents begins
-    bytes: int  # size of the text in UTF-8
-    fingerprint: str
-
-    def __len__(self) -> int:
-        return len(self.tokens_T)
-
-    @property
-    def described(self) -> str:
-        """The size, for messages."""
-        return f"{len(self.starts_N)} documents and {len(self)} tokens"
-
-    def read(self, first: int, last: int) -> np.ndarray:
-        """The tokens `first` to `last`, fewer at the end of the stream."""
-        return self.tokens_T[first:last]
-
-    def documents(self, first: int, tokens_T: np.ndarray) -> np.ndarray:
-        """For each token that was read at `first`: how many documents began since the first one."""
-        positions = np.arange(first, first + len(tokens_T))
-        documents = np.searchsorted(self.starts_N, positions, side="right")
-        return documents - documents[:1]
-
-    @classmethod
-    def open(cls, directory: pathlib.Path, tokenizer: Tokenizer) -> "TokenCache":
-        """Maps the files of a finished cache of this tokenizer; reads no token yet.
-
-        Raises:
-          UserError: a file is missing or damaged.
-        """
-        with cache.reading(directory):
-            meta = files.parse_json(files.read(directory / "meta.json"))
-            if type(meta["bytes"]) is not int or type(meta["fingerprint"]) is not str:
-                raise ValueError("meta.json is not as it was written")
-            dtype = dtype_of(tokenizer)
-            return cls(
-                tokens_T=open_array(directory / "tokens.npy", dtype, (meta["tokens"],)),
-                starts_N=open_array(directory / "starts.npy", np.int64, (meta["documents"],)),
-                bytes=meta["bytes"],
-                fingerprint=meta["fingerprint"],
-            )
-
-
-def cached_tokens(
-    config: DataConfig,
-    corpus: Corpus,
-    split: Literal["train", "validation"],
-    tokenizer: Tokenizer,
-) -> TokenCache:
-    """The tokens of one split, read from the cache or computed and cached.
-
-    Raises:
-      UserError: the corpus cannot be prepared, or the cache cannot be written.
-    """
-    fingerprint = cache.fingerprint(corpus.fingerprint, split, tokenizer.fingerprint)
-    directory = cache.root(config) / "tokens" / fingerprint
+def cached_tokens(config: DataConfig, corpus: Corpus, tokenizer: Tokenizer) -> Source:
+    """The tokens of a corpus, from the cache or computed by this process."""
+    # Caches of earlier versions, without shards, have other keys.
+    key = cache.fingerprint("shards", corpus.fingerprint, tokenizer.fingerprint)
+    directory = cache.root(config) / "tokens" / key
 
     def build(temporary: pathlib.Path) -> None:
-        documents = getattr(corpus, split)
-        log.info("tokenising %d %s documents of %s", len(documents), split, config.corpus)
-        meta = _write(documents, tokenizer, temporary, description=f"tokenising {split}")
-        meta["fingerprint"] = fingerprint
-        (temporary / "meta.json").write_text(json.dumps(meta))
-        log.info("%s: %s", split, meta)
+        parts, selection = corpus.chunks, corpus.selection
+        log.info("tokenising %s in %d chunks", config.corpus, len(parts))
+        with in_this_process(temporary, config, len(parts)) as (work, run):
+            save_tokenizer(work, tokenizer)
+            content = write_shards(work, parts, selection, tokenizer, corpus.fingerprint, run)
+            save_index(work, content)
 
-    return TokenCache.open(cache.build_once(directory, build), tokenizer)
+    cache.build_once(directory, build)
+    with cache.reading(directory):
+        return streams.of_index(Index.open(directory), tokenizer)
 
 
-def _write(
-    documents: Sequence[str], tokenizer: Tokenizer, directory: pathlib.Path, description: str
-) -> dict[str, int]:
-    size = 0
-    with (
-        ArrayWriter(directory / "tokens.npy", dtype_of(tokenizer)) as tokens,
-        ArrayWriter(directory / "starts.npy", np.int64) as starts,
-        tqdm.tqdm(
-            total=len(documents), desc=description, unit="doc", disable=not sys.stderr.isatty()
-        ) as progress,
-    ):
-        for texts in _chunks(documents):
-            for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
-                starts.append([tokens.rows])
-                tokens.append([tokenizer.end_of_text])
-                tokens.append(ids)
-                size += len(text.encode())
-            progress.update(len(texts))
-        tokens.append([tokenizer.end_of_text])
-        return {"documents": starts.rows, "tokens": tokens.rows, "bytes": size}
+def save_tokenizer(work: Work, tokenizer: Tokenizer) -> None:
+    """Writes the tokenizer that `write` uses."""
+    with work.written(work.folder / shards.TOKENIZER) as file:
+        file.write(tokenizer.description.encode())
+
+
+def load_saved(work: Work) -> Tokenizer:
+    """Reads the tokenizer that `save_tokenizer` wrote."""
+    path = work.folder / shards.TOKENIZER
+    return Tokenizer(path.read_text(encoding="utf-8"), str(path))
+
+
+def write_shards(
+    work: Work,
+    parts: Sequence[Chunk],
+    selection: Selection,
+    tokenizer: Tokenizer,
+    inputs: str,
+    run: Run,
+) -> dict[str, Any]:
+    """Writes the shards of all chunks by the stage `write`; returns the content of their index.
+
+    Call `save_tokenizer` first. `inputs` identifies the text and the settings.
+    """
+    results = run(write, {f"shards-{chunk.number:05}": (chunk, selection) for chunk in parts})
+    splits = {}
+    for name in shards.SPLITS:
+        entries = [result[name] for result in results if name in result]
+        splits[name] = {count: sum(entry[count] for entry in entries) for count in shards.COUNTS}
+        splits[name]["shards"] = entries
+    return shards.index_content(
+        tokenizer.fingerprint, tokenizer.size, dtype_of(tokenizer), splits, inputs
+    )
+
+
+def save_index(work: Work, content: dict[str, Any]) -> None:
+    """Writes the index, which marks the shards as complete."""
+    with work.written(work.folder / shards.INDEX) as file:
+        file.write(json.dumps(content, indent=1).encode() + b"\n")
+
+
+def write(work: Work, chunk: Chunk, selection: Selection) -> None:
+    """Writes a chunk's shards, one for each split in which it has documents."""
+    tokenizer = load_saved(work)
+    writers: dict[str, ShardWriter] = {}
+    with contextlib.ExitStack() as stack:
+        for name, text in split.kept(work, chunk, selection):
+            if name not in writers:
+                path = work.folder / f"{name}-{chunk.number:05}{shards.SUFFIX}"
+                writers[name] = ShardWriter(
+                    stack.enter_context(work.written(path)), path, tokenizer
+                )
+            writers[name].add(text)
+        for writer in writers.values():
+            writer.flush()
+    work.finish(
+        f"shards-{chunk.number:05}", {name: writer.entry() for name, writer in writers.items()}
+    )
+
+
+class ShardWriter:
+    """Writes the documents of one shard, each as EOS and its tokens."""
+
+    def __init__(self, file: BinaryIO, path: epath.Path, tokenizer: Tokenizer):
+        self._file, self._path, self._tokenizer = file, path, tokenizer
+        self._dtype = dtype_of(tokenizer)
+        self._eos_id = np.uint32(tokenizer.eos_id)
+        self._digest = hashlib.sha256()
+        self._texts: list[str] = []
+        self._characters = self._documents = self._tokens = self._bytes = 0
+
+    def add(self, text: str) -> None:
+        """Appends a document, to be encoded and written in a batch."""
+        self._texts.append(text)
+        self._characters += len(text)
+        if self._characters >= CHUNK_CHARACTERS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Encodes and writes the pending documents."""
+        for text, ids in zip(self._texts, self._tokenizer.encode_batch(self._texts), strict=True):
+            content = np.append(self._eos_id, ids).astype(self._dtype).tobytes()
+            self._file.write(content)
+            self._digest.update(content)
+            self._documents += 1
+            self._tokens += 1 + len(ids)
+            self._bytes += len(text.encode())
+        self._texts, self._characters = [], 0
+
+    def entry(self) -> dict[str, Any]:
+        """The shard's entry in the index; its file must be closed."""
+        with self._path.open("rb") as file:
+            blocks = shards.block_digest(file, self._dtype, self._tokens)
+        return {
+            "name": self._path.name,
+            "documents": self._documents,
+            "tokens": self._tokens,
+            "bytes": self._bytes,
+            "sha256": self._digest.hexdigest(),
+            "blocks": blocks,
+        }
 
 
 def dtype_of(tokenizer: Tokenizer) -> np.dtype:
-    """The type in which a tokenizer's ids are stored: uint16 or uint32, little-endian."""
+    """The dtype in which a tokenizer's ids are stored: uint16 or uint32, little-endian."""
     return np.dtype("<u2" if tokenizer.size <= 1 << 16 else "<u4")
-
-
-def _chunks(documents: Sequence[str]) -> Iterator[list[str]]:
-    chunk, characters = [], 0
-    for text in documents:
-        chunk.append(text)
-        characters += len(text)
-        if characters >= CHUNK_CHARACTERS:
-            yield chunk
-            chunk, characters = [], 0
-    if chunk:
-        yield chunk

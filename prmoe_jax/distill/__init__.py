@@ -1,1 +1,1 @@
-"""Distillation: teachers, the loss, recorded predictions, and students cut from a teacher."""
+"""Distillation: teachers, the loss, recorded predictions, and students pruned from teachers."""

@@ -17,11 +17,11 @@ class Distiller:
     """The distillation of a student, from a running teacher or from recorded predictions."""
 
     config: Config  # the student's config
-    # The config of a teacher that runs; None if the batches hold its predictions.
+    # The config of a running teacher; None if the batches hold recorded predictions.
     teacher: Config | None = None
 
     def weight(self, step: jax.Array) -> jax.Array:
-        """The weight of the distance from the teacher at a step."""
+        """The weight of the divergence from the teacher at a step."""
         weight = jnp.float32(self.config.kd.weight)
         if self.config.kd.decay == "linear":
             weight *= 1 - step / self.config.kd_stop
@@ -30,18 +30,18 @@ class Distiller:
     def measure(
         self, teacher_model: Transformer | None, keys_B: jax.Array | None, weight: jax.Array
     ) -> Measure:
-        """A `Measure` for `model.loss.forward`, which adds the distance from the teacher (kd_loss).
+        """A `Measure` for `model.loss.forward` that adds the divergence from the teacher (kd_loss).
 
         Args:
-          teacher_model: the model of a teacher that runs; no gradient reaches it.
+          teacher_model: a running teacher's model, or None; no gradient reaches it.
           keys_B: the student's keys; see `run_teacher`.
-          weight: the weight of the distance from the teacher in the loss.
+          weight: the weight of this divergence in the loss.
         """
 
         def measure(model: Transformer, x_BxLxD: jax.Array, batch: Batch) -> dict[str, jax.Array]:
             output = batch.teacher_top_k
             if self.teacher:
-                output = run_teacher(teacher_model, batch, self.config.teacher, keys_B)
+                output = run_teacher(teacher_model, batch, self.config, keys_B)
             table_VxD = model.output_table(x_BxLxD.dtype)
             weights = 1.0, self.config.train.z_loss, weight
             return token_sums(x_BxLxD, table_VxD, output, batch, self.config.kd, weights)

@@ -1,6 +1,6 @@
-"""The distillation loss (MoS, paper section 4.2): a student's distance from its teacher.
+"""The distillation loss (MoS, paper section 4.2): a student's divergence from its teacher.
 
-The teacher is any model with the student's vocabulary; `teacher.py` restores it.
+The teacher is any model with the student's vocabulary; `teacher.py` restores it. K: top k tokens.
 """
 
 from typing import NamedTuple
@@ -8,16 +8,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from prmoe_jax.config.schema import KdConfig, TeacherConfig
+from prmoe_jax.config.schema import Config, KdConfig
 from prmoe_jax.model.batch import Batch, TopKLogProbs
 from prmoe_jax.model.chunks import cut, weighted_sums
 from prmoe_jax.model.loss import token_nats
 from prmoe_jax.model.transformer import Transformer, fold_in, logits
 
-# For this many tokens of a sequence, student's and teacher's logits are in memory at once where no
-# gradient is needed.
+# Where no gradient is needed, logits exist for CHUNK tokens of each sequence at a time.
 CHUNK = 256
-LEAST_REST = 1e-7  # P(any other token) where rounding makes it 0
+LEAST_REST = 1e-7  # lower bound of P(any other token), which rounding can make 0
 
 
 class TeacherOutput(NamedTuple):
@@ -28,18 +27,18 @@ class TeacherOutput(NamedTuple):
 
 
 def run_teacher(
-    model: Transformer, batch: Batch, settings: TeacherConfig, keys_B: jax.Array | None
+    model: Transformer, batch: Batch, config: Config, keys_B: jax.Array | None
 ) -> TeacherOutput:
     """Runs a frozen teacher over a batch.
 
     Args:
       model: the teacher's model.
       batch: the student's batch.
-      settings: the group `teacher` of the student's config; only its `mode` is used here.
-      keys_B: the student's random keys, from which a teacher in mode train derives its own.
+      config: the student's config, with the mode of its teacher.
+      keys_B: the student's random keys; a teacher in mode 'train' derives its own from them.
     """
-    keys_B = fold_in(keys_B, 1 << 16) if settings.mode == "train" else None
-    x_BxLxD, _ = model(batch.tokens_BxL, batch.segments_BxL, keys_B)
+    keys_B = fold_in(keys_B, 1 << 16) if config.teacher.mode == "train" else None
+    x_BxLxD, _ = model(batch.tokens_BxL, batch.segments_BxL, keys_B, config.execution)
     return TeacherOutput(x_BxLxD, model.output_table(x_BxLxD.dtype))
 
 
@@ -51,7 +50,7 @@ def token_sums(
     kd: KdConfig,
     weights: tuple,
 ) -> dict[str, jax.Array]:
-    """Cross-entropy, z-loss and distance from the teacher, computed in chunks of tokens.
+    """Cross-entropy, z-loss and divergence from the teacher, computed in chunks of tokens.
 
     Both models' logits exist for only one chunk at a time.
 
@@ -60,7 +59,7 @@ def token_sums(
       table_VxD: the student's output matrix.
       output: the teacher's activations and output matrix, or its recorded predictions.
       batch: the student's batch.
-      kd: the kind of distance.
+      kd: the kind of divergence and its temperature.
       weights: the weights of `lm_loss`, `z_loss` and `kd_loss` in `loss`.
 
     Returns:
@@ -86,11 +85,11 @@ def token_sums(
 
 
 class Agreement(NamedTuple):
-    """How close a model is to its teacher: sums over the targets that count (mask_BxL)."""
+    """How close a model is to its teacher: sums over the targets in mask_BxL."""
 
     tokens: jax.Array
     kl: jax.Array  # KL(teacher ‖ model) in nats
-    same: jax.Array  # targets where both have the same likeliest token
+    same: jax.Array  # targets where both have the same argmax
     teacher_loss: jax.Array  # the teacher's cross-entropy in nats
 
 
@@ -116,7 +115,7 @@ def agreement(x_BxLxD, table_VxD, output: TeacherOutput, batch: Batch) -> Agreem
 
 
 def record_top_k(output: TeacherOutput, kd: KdConfig) -> TopKLogProbs:
-    """A teacher's top-k log-probabilities for its cache, for `CHUNK` tokens at a time."""
+    """A teacher's top-k log-probabilities for its cache, computed `CHUNK` tokens at a time."""
 
     def of_chunk(x_BxTxD):
         return top_k_log_probs(logits(x_BxTxD, output.table_VxD), kd)
@@ -131,11 +130,12 @@ def _cut(x_BxL):
 
 
 def divergence(teacher_BxTxV, student_BxTxV, kd: KdConfig) -> jax.Array:
-    """T² times the divergence of softmax(student / T) from softmax(teacher / T); nats, [B, T].
+    """Each token's divergence of student from teacher, in nats: [B, T].
 
-    The kind 'forward' is KL(teacher ‖ student), as in the paper; 'reverse' is
-    KL(student ‖ teacher); 'top_k' is the forward KL over the teacher's k likeliest tokens and one
-    more outcome, any other token. Logits are float32.
+    Both distributions are softmax(logits / temperature), and the result is multiplied by
+    temperature². The kind 'forward' is KL(teacher ‖ student), as in the paper; 'reverse' is
+    KL(student ‖ teacher); 'top_k' is the forward KL over the teacher's top k tokens and one more
+    outcome, any other token. Logits are float32.
     """
     if kd.kind == "top_k":
         return divergence_from_top_k(top_k_log_probs(teacher_BxTxV, kd), student_BxTxV, kd)
@@ -146,7 +146,7 @@ def divergence(teacher_BxTxV, student_BxTxV, kd: KdConfig) -> jax.Array:
 
 
 def top_k_log_probs(teacher_BxTxV, kd: KdConfig) -> TopKLogProbs:
-    """The `kd.top_k` likeliest tokens of softmax(teacher / T); log-probabilities in float32."""
+    """The top k tokens of softmax(teacher / temperature), with float32 log-probabilities."""
     log_p, tokens = jax.lax.top_k(jax.nn.log_softmax(teacher_BxTxV / kd.temperature), kd.top_k)
     return TopKLogProbs(tokens, log_p)
 
@@ -156,7 +156,7 @@ def divergence_from_top_k(teacher: TopKLogProbs, student_BxTxV, kd: KdConfig) ->
     tokens_BxTxK, log_p_BxTxK = teacher
     log_q_BxTxV = jax.nn.log_softmax(student_BxTxV / kd.temperature)
     log_q_BxTxK = jnp.take_along_axis(log_q_BxTxV, tokens_BxTxK, -1)
-    # From 1 - Σ q of the teacher's tokens the rest would lose its gradient where it is small.
+    # The rest sums the other tokens, since 1 - Σ q would lose the gradient of a small rest.
     others_BxTxV = jnp.put_along_axis(log_q_BxTxV, tokens_BxTxK, -jnp.inf, -1, inplace=False)
     rest_BxTx1 = jax.nn.logsumexp(others_BxTxV, axis=-1, keepdims=True)
     log_q = jnp.concatenate([log_q_BxTxK, rest_BxTx1], axis=-1)

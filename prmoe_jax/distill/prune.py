@@ -1,17 +1,15 @@
-"""`prmoe prune`: cuts a MoE down to a share of its experts, chosen by measured importance.
+"""`prmoe prune`: removes experts of a MoE, chosen by measured importance.
 
-What is cut is planned first: how many experts each layer keeps, and which. The pruned model is a
-run of its own, which can learn from the run it came from (MoS, paper section 4.2).
+A plan comes first: how many experts each layer keeps, and which. The pruned model is a new run,
+which can be distilled from the original one (MoS, paper section 4.2). N: repeats of a stage.
 """
 
 import dataclasses
-import heapq
 import itertools
 import logging
 import math
 import sys
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -23,6 +21,7 @@ from prmoe_jax import stores
 from prmoe_jax.config.loading import load
 from prmoe_jax.config.schema import (
     Config,
+    ExecutionConfig,
     InitConfig,
     KdConfig,
     MeshConfig,
@@ -31,14 +30,14 @@ from prmoe_jax.config.schema import (
     group_rows,
 )
 from prmoe_jax.data.pipeline import Data, load_data, train_iterator
-from prmoe_jax.distill.student import magnitudes, prune
 from prmoe_jax.errors import UserError
-from prmoe_jax.model.layout import of_layer, stack_layers, unstack_layers
+from prmoe_jax.model.layout import unstack_layers
 from prmoe_jax.model.loss import forward
 from prmoe_jax.model.sizes import cost
+from prmoe_jax.model.surgery import build, take
 from prmoe_jax.model.transformer import Transformer, init_model
-from prmoe_jax.nn.parameters import from_named, named_leaves
-from prmoe_jax.parallel.portions import add_up
+from prmoe_jax.nn.parameters import declaration, named_leaves
+from prmoe_jax.parallel.microbatches import add_up
 from prmoe_jax.run import directory as workdirs
 from prmoe_jax.run.new import check_free, write_run
 from prmoe_jax.run.restore import restore_run, trained_text
@@ -46,11 +45,12 @@ from prmoe_jax.tables import aligned
 
 log = logging.getLogger(__name__)
 
-# An expert's share of the choices; Σ norm of its output · its weight (REAP, arXiv 2510.13999, takes
-# the mean); (Σ weight · gradient)², the squared change of the loss without it, to first order.
+# load: the share of a layer's choices; activation: Σ ‖expert's output‖ · routing weight (REAP,
+# arXiv 2510.13999, takes the mean); loss: (Σ parameter · gradient)², to first order the squared
+# change of the loss without the expert.
 IMPORTANCES = "load", "activation", "loss"
-# The most tokens that are measured at once, and the longest window where nothing is dropped.
-PORTION_TOKENS = 4096
+# The most tokens of a microbatch and, for a run without drops, of a window.
+MICROBATCH_TOKENS = 4096
 
 
 def measure(config: Config, model: Transformer, data: Data, batches: int) -> dict[str, dict]:
@@ -63,29 +63,29 @@ def measure(config: Config, model: Transformer, data: Data, batches: int) -> dic
       batches: how many batches of `train.batch_size` sequences.
 
     Returns:
-      For each kind of `IMPORTANCES`, the importance [E] of the experts of each MoE layer, by the
-      layer's number. Each layer's loads add up to 1; the others compare between layers.
+      For each kind of `IMPORTANCES`, the importance of every MoE layer's experts, [E], by layer
+      number. Each layer's loads add up to 1; the other kinds are comparable between layers.
     """
     layers = [i for i, experts in enumerate(config.model.schedule.experts) if experts]
-    portions = _portions(config, data.train.length)
+    microbatches = _microbatches(config, data.train.length)
 
     @jax.jit
     def found(model, batch):
         tokens = jnp.maximum(batch.mask_BxL.sum(), 1)
 
-        def portion_sums(portion):
+        def microbatch_sums(microbatch):
             def loss(model):
-                sums = forward(model, portion)
+                sums = forward(model, microbatch, execution=config.execution)
                 return sums.loss / tokens, sums.routers
 
             gradient, routers = jax.grad(loss, has_aux=True)(model)
             return {
                 "load": {i: r.assigned_E for i, r in zip(layers, routers, strict=True)},
-                "activation": model.added_norms(portion.tokens_BxL, portion.segments_BxL),
+                "activation": model.added_norms(microbatch.tokens_BxL, microbatch.segments_BxL),
                 "loss": _first_order(config.model, model, gradient),
             }
 
-        sums = add_up(portion_sums, batch, portions, group_rows(config))
+        sums = add_up(microbatch_sums, batch, microbatches, group_rows(config))
         return sums | {"loss": jax.tree.map(jnp.square, sums["loss"])}
 
     total = None
@@ -97,17 +97,17 @@ def measure(config: Config, model: Transformer, data: Data, batches: int) -> dic
     return total | {"load": shares}
 
 
-def _portions(config: Config, length: int) -> int:
-    """Into how many portions a batch is cut so that each has `PORTION_TOKENS` or fewer.
+def _microbatches(config: Config, length: int) -> int:
+    """The fewest microbatches, from `train.accumulate` on, of at most `MICROBATCH_TOKENS` each.
 
-    There are no more than its rows allow, and at least `train.accumulate`.
+    If none are small enough, they are as small as routing groups allow.
     """
     together = group_rows(config)
     most = config.train.batch_size // together
-    for portions in range(config.train.accumulate, most):
-        rows, rest = divmod(most, portions)
-        if not rest and rows * together * length <= PORTION_TOKENS:
-            return portions
+    for microbatches in range(config.train.accumulate, most):
+        rows, rest = divmod(most, microbatches)
+        if not rest and rows * together * length <= MICROBATCH_TOKENS:
+            return microbatches
     return most
 
 
@@ -116,8 +116,8 @@ def _first_order(
 ) -> dict[int, jax.Array]:
     """Σ weight · gradient over each expert's output weights, [E], for each MoE layer.
 
-    The experts' output is linear in these weights, so this is the derivative of the loss by a
-    factor of the output.
+    An expert's output is linear in these weights, so this is the derivative of the loss by a factor
+    on that output.
     """
     slopes = named_leaves(gradient)
     products = {
@@ -135,17 +135,14 @@ def _first_order(
 def choose(
     importance: Mapping[int, np.ndarray], budget: float | tuple[int, ...], shape: str, least: int
 ) -> dict[int, np.ndarray]:
-    """The experts that stay, ascending, by the number of their layer.
+    """The kept experts of each layer, ascending, by the layer's number.
 
     Args:
-      importance: that of every expert, [E], by the layer's number.
-      budget: the share of all experts that stays, or the number of each MoE layer, or one for all.
+      importance: the importance of each layer's experts, [E], by the layer's number.
+      budget: the share of all experts to keep, or the number in each MoE layer, or one for all.
       shape: for a share, 'pyramid', 'uniform' (the same in every layer) or 'inverse' (the pyramid's
         numbers in reverse order).
-      least: the smallest number in a layer.
-
-    Raises:
-      UserError: so few or so many cannot be kept.
+      least: the fewest experts that a layer may keep.
     """
     ranked = {layer: np.argsort(-of_E, kind="stable") for layer, of_E in importance.items()}
     if isinstance(budget, tuple):
@@ -159,7 +156,7 @@ def choose(
 
 
 def _given(budget: tuple[int, ...], sizes: Mapping[int, int], least: int) -> dict[int, int]:
-    """The number of experts of each layer, as a user gave it."""
+    """The number of experts to keep in each layer, as a user gave it."""
     if len(budget) not in (1, len(sizes)):
         raise UserError(
             f"--experts={','.join(map(str, budget))} has {len(budget)} numbers, and the run has "
@@ -177,11 +174,11 @@ def _given(budget: tuple[int, ...], sizes: Mapping[int, int], least: int) -> dic
 
 
 def _shared(importance, ranked, keep: float, shape: str, least: int) -> dict[int, int]:
-    """The number of experts of each layer, by its layer's number.
+    """The number of experts to keep in each layer, for a share `keep` of all experts.
 
-    Numbers are multiples of a power of two, the largest that is at most an eighth of the smallest
-    layer's experts, so that meshes can split them. In a pyramid, each next multiple goes to the
-    layer whose best experts that are not kept yet matter most.
+    Experts are kept in units of a power of two, so that meshes can split them: the largest up to an
+    eighth of the smallest layer's experts. In a pyramid, the units beyond `least` are those that
+    matter most in all layers together.
     """
     sizes = {layer: len(values) for layer, values in importance.items()}
     unit = 1 << max(1, min(sizes.values()) // 8).bit_length() - 1
@@ -198,25 +195,19 @@ def _shared(importance, ranked, keep: float, shape: str, least: int) -> dict[int
             f"--keep={keep} leaves {wanted * unit} experts for {len(sizes)} layers, and each needs "
             f"{first * unit}; use {first * unit * len(sizes) / sum(sizes.values()):.3g} or more"
         )
-    counts = dict.fromkeys(sizes, first)
     if shape == "uniform":
-        counts = {
-            layer: max(first, min(units[layer], round(keep * size / unit)))
-            for layer, size in sizes.items()
-        }
-    else:
-        left = [
-            (-_next(importance, ranked, layer, first, unit), layer)
-            for layer in sizes
-            if first < units[layer]
-        ]
-        heapq.heapify(left)
-        for _ in range(wanted - first * len(sizes)):
-            _, layer = heapq.heappop(left)
-            counts[layer] += 1
-            if counts[layer] < units[layer]:
-                following = -_next(importance, ranked, layer, counts[layer], unit)
-                heapq.heappush(left, (following, layer))
+        even = {layer: round(keep * size / unit) for layer, size in sizes.items()}
+        return {layer: unit * max(first, min(units[layer], n)) for layer, n in even.items()}
+
+    def worth(layer: int, number: int) -> float:
+        """The importance of a layer's unit of experts; number 0 is the best unit."""
+        experts = ranked[layer][number * unit : (number + 1) * unit]
+        return float(importance[layer][experts].sum())
+
+    counts = dict.fromkeys(sizes, first)
+    more = sorted((-worth(layer, n), layer) for layer in sizes for n in range(first, units[layer]))
+    for _, layer in more[: wanted - first * len(sizes)]:
+        counts[layer] += 1
     if shape == "inverse":
         counts = dict(zip(counts, reversed(counts.values()), strict=True))
         for layer, count in counts.items():
@@ -228,19 +219,13 @@ def _shared(importance, ranked, keep: float, shape: str, least: int) -> dict[int
     return {layer: count * unit for layer, count in counts.items()}
 
 
-def _next(importance, ranked, layer: int, count: int, unit: int) -> float:
-    """The importance of the next `unit` experts of a layer after the first `count` units."""
-    following = ranked[layer][count * unit : (count + 1) * unit]
-    return float(importance[layer][following].sum())
-
-
 def pruned_config(config: Config, kept: Mapping[int, np.ndarray]) -> Config:
-    """The config of the run with the experts that stay; its mesh is open, as they may not fit."""
+    """The pruned run's config; its mesh is the default, as the old one may not fit."""
     model = dataclasses.replace(
         config.model, experts=tuple(len(experts) for _, experts in sorted(kept.items()))
     )
     unset = {"teacher": TeacherConfig(), "kd": KdConfig(), "init": InitConfig()}
-    unset |= {"mesh": MeshConfig(), "moe": dataclasses.replace(config.moe, exchange="auto")}
+    unset |= {"mesh": MeshConfig(), "execution": ExecutionConfig()}
     return dataclasses.replace(config, model=model, **unset)
 
 
@@ -250,53 +235,51 @@ def pruned(
     kept: Mapping[int, np.ndarray],
     load: Mapping[int, np.ndarray] | None = None,
 ) -> Transformer:
-    """The model with the experts that stay, and routers cut to fit.
+    """The model with the kept experts, and routers cut to fit.
 
     Args:
       config: the run's config.
       model: its model.
       kept: from `choose`.
-      load: each expert's share of the choices; if given, the experts that go are merged into those
-        whose router is most like theirs, weighted by load. Without it they are dropped.
+      load: each expert's share of the choices. If given, a removed expert is merged, weighted by
+        load, into the kept one with the most similar router column. Otherwise it is dropped.
     """
-    if load is not None:
-        model = _merged(config.model, model, kept, load)
-    small = pruned_config(config, kept)
-    shapes = jax.eval_shape(lambda: init_model(small))
-    marks = {  # 1 for experts that stay, of which `prune` keeps the largest
-        layer: np.isin(np.arange(config.model.schedule.experts[layer]), experts).astype(np.float32)
-        for layer, experts in kept.items()
-    }
-    layers = list(range(config.model.layers))
-    cut = partial(prune, student=shapes, layers=layers, load=marks)
-    return jax.jit(lambda model: cut(model, importance=magnitudes(model)))(model)
-
-
-def _merged(config: ModelConfig, model: Transformer, kept, load) -> Transformer:
-    """The model whose kept experts are means of themselves and of those that go."""
+    # Copies, since merging changes them in place.
     leaves = {name: np.array(leaf) for name, leaf in named_leaves(model).items()}
-    named = unstack_layers(config, leaves)
-    for layer, experts in kept.items():
-        parts = of_layer(named, layer)
-        router_DxE = parts["mlp.w_router"] / np.linalg.norm(parts["mlp.w_router"], axis=0)
-        like_ExE = router_DxE.T @ router_DxE
-        groups = {int(e): [int(e)] for e in experts}
-        for gone in sorted(set(range(len(like_ExE))) - groups.keys()):
-            groups[int(experts[np.argmax(like_ExE[gone, experts])])].append(gone)
-        weights = {n: x for n, x in parts.items() if n.startswith("mlp.experts.")}
-        for e, members in groups.items():
-            share = np.asarray(load[layer])[members] + 1e-9
-            _average(weights, e, members, share / share.sum())
-    return jax.tree.map(jnp.asarray, from_named(stack_layers(config, named), model))
+    parameters = unstack_layers(config.model, leaves)
+    if load is not None:
+        for layer, experts in kept.items():
+            _merge(parameters, f"layers.{layer}.mlp.", experts, load[layer])
+
+    def part(name: str) -> jax.Array:
+        dims = declaration(name).dims
+        experts = {"E": kept[int(name.split(".")[1])]} if "E" in dims else {}
+        return take(parameters[name], dims, experts)
+
+    return build(jax.eval_shape(lambda: init_model(pruned_config(config, kept))), part)
+
+
+def _merge(parameters: Mapping[str, np.ndarray], prefix: str, kept, load) -> None:
+    """Merges each removed expert of a layer into the kept one most like it, in place."""
+    router_DxE = parameters[f"{prefix}w_router"]
+    router_DxE = router_DxE / np.linalg.norm(router_DxE, axis=0)
+    like_ExE = router_DxE.T @ router_DxE
+    groups = {int(e): [int(e)] for e in kept}
+    for gone in sorted(set(range(len(like_ExE))) - groups.keys()):
+        groups[int(kept[np.argmax(like_ExE[gone, kept])])].append(gone)
+    weights = {n: x for n, x in parameters.items() if n.startswith(f"{prefix}experts.")}
+    for e, members in groups.items():
+        share = np.asarray(load)[members] + 1e-9
+        _average(weights, e, members, share / share.sum())
 
 
 def _average(weights: Mapping[str, np.ndarray], e: int, members: list[int], share) -> None:
-    """Replaces expert e by the mean of the members, in place, with like hidden units matched."""
-    hidden = {"mlp.experts.w_in": 1, "mlp.experts.w_gate": 1, "mlp.experts.b_in": 0}
-    hidden["mlp.experts.w_out"] = 0  # the axis of hidden units
+    """Replaces expert e, in place, by the mean of the members, with hidden units matched."""
+    axes = {name: declaration(name).dims[1:].find("F") for name in weights}
+    hidden = {name: axis for name, axis in axes.items() if axis >= 0}  # the axis of hidden units
 
     def units(member: int) -> np.ndarray:  # [F, …]
-        parts = [np.moveaxis(w[member], hidden[n], 0) for n, w in weights.items() if n in hidden]
+        parts = [np.moveaxis(weights[name][member], axis, 0) for name, axis in hidden.items()]
         return np.concatenate([part.reshape(len(part), -1) for part in parts], 1)
 
     base = units(e)
@@ -319,22 +302,21 @@ def prune_run(
     corpus: str | None,
     batches: int,
 ) -> dict:
-    """`prmoe prune`: plans which experts of a run stay, and writes the run that has them.
+    """`prmoe prune`: plans which experts of a run to keep, and writes the run with them.
 
     Args:
       workdir: the run's folder.
       out: the folder of the new run; None plans only.
-      budget: the share of all experts that stays, or the number of each MoE layer, or one for all.
+      budget: as in `choose`.
       kind: one of `IMPORTANCES`.
-      shape: for a share, 'pyramid', 'uniform' (the same in every layer) or 'inverse' (the pyramid's
-        numbers in reverse order).
-      merge: whether the experts that go are merged into others instead of dropped.
+      shape: as in `choose`.
+      merge: whether removed experts are merged into others instead of dropped.
       corpus: the text to measure on, as in `data.corpus`; None is the run's own.
       batches: how many batches of it.
 
     Returns:
-      The plan: architecture and total_params, each as [before, after], importance, and layers (for
-      each MoE layer: layer, experts, kept, and the kept share of each kind of importance).
+      The plan: step, importance (the kind), architecture and total_params, each as [before, after],
+      and layers (for each MoE layer: layer, experts, kept, and the kept share of each importance).
 
     Raises:
       UserError: the run has no experts, the options don't fit it, or the folder can't be written.
@@ -349,7 +331,7 @@ def prune_run(
     own = load(workdir / workdirs.CONFIG)  # `restore_run` may change mesh and exchange
     if not any(own.model.schedule.experts):
         raise UserError(f"{workdir}: this run is {own.model.schedule}; it has no experts")
-    if own.moe.router != "token_choice":
+    if not own.moe.routes.tokens_choose:
         raise UserError(
             f"{workdir}: moe.router={own.moe.router}; experts that choose their tokens all have "
             "the same load, and prmoe prune is for token_choice"
@@ -359,7 +341,7 @@ def prune_run(
     stored = workdir / workdirs.TOKENIZER
     length = config.model.length
     if math.isinf(config.moe.eval_capacity_factor):
-        length = min(length, PORTION_TOKENS)
+        length = min(length, MICROBATCH_TOKENS)
     data = load_data(text, config.model.vocab_size, length, stored)
     found = measure(config, model, data, batches)
     kept = choose(found[kind], budget, shape, config.model.top_k)

@@ -1,9 +1,9 @@
-"""A student's first parameters, cut from its teacher's: fewer layers, experts or channels.
+"""Initialises a student by structured pruning of its teacher: fewer layers, experts or channels.
 
-Layers are matched by kind, so that a pyramid shrinks as in the paper: 24 layers of 32×10 + 64×2
-experts become 21 of 32×8 + 64×2. The most loaded experts are kept, and the most important
-channels, heads and hidden units. Their importance is measured by their weights (`magnitudes`), or
-by how the loss would change without them (`taylor`).
+Layers are matched by kind, so that a pyramid shrinks as in the paper: eight of ten layers with 32
+experts stay, and both layers with 64. The experts with the highest load are kept, and the most
+important channels, heads and hidden units: by their weights (`magnitudes`), or by how the loss
+would change without them (`taylor`). Axis N here: repeats of a stage.
 """
 
 from collections.abc import Sequence
@@ -14,26 +14,24 @@ import jax.numpy as jnp
 from prmoe_jax.config.schema import Config, ModelConfig
 from prmoe_jax.config.validation import check_same_routing
 from prmoe_jax.errors import UserError
-from prmoe_jax.model.layout import of_layer, stack_layers, unstack_layers
+from prmoe_jax.model.layout import layer_shapes, unstack_layers
 from prmoe_jax.model.sizes import cost
+from prmoe_jax.model.surgery import build, check_equal, compared, size, take
 from prmoe_jax.model.transformer import Transformer
-from prmoe_jax.nn.parameters import declaration, from_named, named_leaves
+from prmoe_jax.nn.parameters import declaration, named_leaves
 from prmoe_jax.tables import aligned
 
 
 def layer_map(teacher: ModelConfig, student: ModelConfig, chosen: str = "") -> list[int]:
-    """The teacher's layer that each layer of the student starts as.
+    """The teacher's layer from which each layer of the student is initialised.
 
     Args:
       teacher: the teacher's shape.
       student: the student's shape.
       chosen: a layer of the teacher for each layer of the student, such as '0 1 3'. By default
-        the layers of each kind (dense, or MoE with a number of experts) start as those of their
-        kind that are nearest in relative depth, in order and each at most once. If the numbers of
-        experts differ, all MoE layers are one kind.
-
-    Raises:
-      UserError: a layer or a dimension of the student fits in no layer of the teacher.
+        each layer takes the teacher's layer of its kind (dense, or MoE with a number of experts)
+        that is nearest in relative depth, in order and each at most once. If the teacher has too
+        few layers of a kind, all MoE layers count as one kind.
     """
     _check_part(teacher, student)
     have, want = teacher.schedule.experts, student.schedule.experts
@@ -42,7 +40,7 @@ def layer_map(teacher: ModelConfig, student: ModelConfig, chosen: str = "") -> l
     found: dict[int, int] = {}
     exact = all(have.count(count) >= want.count(count) for count in want)
     kinds = [lambda e, count=count: e == count for count in sorted(set(want))]
-    if not exact:  # the student also has fewer experts: all MoE layers are of one kind
+    if not exact:  # all MoE layers count as one kind
         kinds = [lambda e: e == 0, lambda e: e > 0]
     for kind in kinds:
         from_, to = ([i for i, e in enumerate(experts) if kind(e)] for experts in (have, want))
@@ -60,44 +58,33 @@ def layer_map(teacher: ModelConfig, student: ModelConfig, chosen: str = "") -> l
 
 def _check_part(teacher: ModelConfig, student: ModelConfig) -> None:
     """Refuses a student that is wider than its teacher, or whose layers compute something else."""
-    sizes = {name: name for name in ("d_model", "d_ff", "heads", "length")}
-    has_experts = any(student.schedule.experts)
-    if has_experts:
-        sizes |= {"expert_d_ff": "expert_width", "residual_d_ff": "residual_width"}
-    for name, size in sizes.items():
-        ours, theirs = getattr(student, size), getattr(teacher, size)
-        if ours > theirs:
+    names = ["d_model", "d_ff", "heads", "length"]
+    if any(student.schedule.experts):
+        names += ["expert_d_ff", "residual_d_ff"]
+    for name in names:
+        ours, most = size(student, name), size(teacher, name)
+        if ours > most:
             raise UserError(
                 f"model.{name}={ours} is more than the teacher's, and a student that starts as a "
-                f"part of its teacher has no more; use {theirs} or less"
+                f"part of its teacher has no more; use {most} or less"
             )
-    widths = [model.head_width for model in (student, teacher)]
-    if widths[0] != widths[1]:
+    if student.head_width != teacher.head_width:
         raise UserError(
-            f"a head of the student is {widths[0]} wide, one of the teacher {widths[1]}, and heads "
-            f"are kept whole; use model.head_dim={widths[1]}"
+            f"a head of the student is {student.head_width} wide, one of the teacher "
+            f"{teacher.head_width}, and heads are kept whole; use "
+            f"model.head_dim={teacher.head_width}"
         )
-    same = student.differences(teacher)
-    same.pop("normalize_top_k", None)  # `check_same_routing` compares what it amounts to
-    if has_experts:
-        same["residual"] = student.residual, teacher.residual
-    else:
-        same.pop("residual_mix", None)
-    if teacher.key_heads < teacher.heads or student.key_heads < student.heads:
-        # Heads of queries that share keys are kept together.
-        same["heads"] = student.heads, teacher.heads
-        same["kv_heads"] = student.key_heads, teacher.key_heads
-    for name, (ours, theirs) in same.items():
-        if ours != theirs:
-            raise UserError(
-                f"model.{name}={ours}, the teacher's is {theirs}; a student that starts as a part "
-                "of its teacher needs the same"
-            )
+    grouped = any(model.key_heads < model.heads for model in (teacher, student))
+    # Query heads that share keys cannot be separated.
+    pairs = compared(student, teacher, ("heads", "kv_heads") if grouped else ())
+    check_equal(
+        pairs, "the teacher", "a student that starts as a part of its teacher needs the same"
+    )
 
 
 def _nearest(layers: Sequence[int], places: Sequence[int]) -> tuple[int, ...]:
-    """A layer for each place, in order and none twice, with the least sum of distances."""
-    best: dict[int, tuple[int, tuple[int, ...]]] = {0: (0, ())}  # of the first places, by number
+    """One of the layers for each of `places`, ascending, with the least sum of distances."""
+    best: dict[int, tuple[int, tuple[int, ...]]] = {0: (0, ())}  # for the first n places, by n
     for layer in layers:
         for number in sorted(best, reverse=True):
             if number < len(places):
@@ -129,24 +116,18 @@ def _check_experts(have: Sequence[int], want: Sequence[int], layers: list[int]) 
 
 
 def source_layers(teacher: Config, student: Config) -> list[int]:
-    """The teacher's layer of each layer of a student that starts as a part of its teacher.
-
-    Raises:
-      UserError: the student cannot start as a part of this teacher; see `layer_map` and
-        `check_same_routing`. Experts are left out by their load, which is the same for all that
-        choose their tokens. Or `teacher.importance` has nothing to choose.
-    """
+    """Checks that a student can be pruned from its teacher; returns `layer_map`'s result."""
     check_same_routing(student, teacher, "the teacher")
     layers = layer_map(teacher.model, student.model, student.teacher.layers)
     have, want = teacher.model.schedule.experts, student.model.schedule.experts
     fewer = any(count < have[layer] for count, layer in zip(want, layers, strict=True))
-    if fewer and teacher.moe.router == "expert_choice":
+    if fewer and not teacher.moe.routes.tokens_choose:
         raise UserError(
             "the teacher's experts choose their tokens (moe.router=expert_choice) and all have the "
             "same load, by which experts are left out; give the student as many experts"
         )
-    sizes = "d_model", "d_ff", "heads", "expert_width", "residual_width"
-    narrower = any(getattr(student.model, s) < getattr(teacher.model, s) for s in sizes)
+    names = "d_model", "d_ff", "heads", "expert_d_ff", "residual_d_ff"
+    narrower = any(size(student.model, name) < size(teacher.model, name) for name in names)
     if student.teacher.importance == "taylor" and not narrower:
         raise UserError(
             "teacher.importance=taylor has no effect: the student has its teacher's widths and "
@@ -162,9 +143,6 @@ def plan(teacher: Config, student: Config) -> dict:
       layers (for each layer of the student: from, experts, params), total_params and
       active_params, each as [teacher's, student's], and saved, the share of the teacher's
       parameters that is left out.
-
-    Raises:
-      UserError: see `source_layers`.
     """
     layers = source_layers(teacher, student)
     costs = [cost(one.model, one.moe) for one in (teacher, student)]
@@ -197,13 +175,13 @@ def table(plan: dict) -> str:
 def magnitudes(model: Transformer) -> dict[str, jax.Array]:
     """The importance of hidden units, heads and channels by their weights.
 
-    It is ‖w_in‖²·‖w_out‖² for a hidden unit, with a gate times ‖w_gate‖², ‖w_v‖²·‖w_out‖² for a
-    head and ‖embedding‖² for a channel.
+    A hidden unit has ‖w_in‖²·‖w_out‖², times ‖w_gate‖² if there is a gate. A head has
+    ‖w_v‖²·‖w_out‖², and a channel ‖embedding‖².
 
     Returns:
       Importances by the name of a parameter: [D] for channels under 'tokens', and, under the names
       that end in 'w_out', [N, H] for heads of attention, [N, F] for hidden units of an MLP and
-      [N, E, F] for those of experts. N is the number of repeats of a stage.
+      [N, E, F] for hidden units of experts.
     """
     named = named_leaves(model)
     importance = {"tokens": jnp.square(named["tokens"]).sum(0)}
@@ -220,7 +198,7 @@ def magnitudes(model: Transformer) -> dict[str, jax.Array]:
 
 
 def _value_norms(named: dict[str, jax.Array], w_out: str) -> jax.Array:
-    """‖w_v‖² of each head of queries, [N, H], beside the attention's `w_out` of this name."""
+    """‖w_v‖² for each query head, [N, H], of the attention whose output matrix is `w_out`."""
     w_qkv = named.get(w_out.replace("w_out", "w_qkv"))
     if w_qkv is not None:
         return jnp.square(w_qkv[:, :, 2]).sum((1, 3))
@@ -229,10 +207,11 @@ def _value_norms(named: dict[str, jax.Array], w_out: str) -> jax.Array:
 
 
 def taylor(model: Transformer, gradient: Transformer) -> dict[str, jax.Array]:
-    """The importance of the same parts by the loss, under the same names as in `magnitudes`.
+    """The importance of the parts of `magnitudes`, under the same names, by the loss.
 
-    It is (Σ activation · gradient)² over a batch's tokens: to first order, the squared change of
-    the loss without the part (Molchanov et al., arXiv 1906.10771). Add it up over batches.
+    A part has (Σ weight · gradient)² over its output weights or embeddings: to first order, the
+    squared change of the loss without it (Molchanov et al., arXiv 1906.10771). Add it up over
+    batches.
 
     Args:
       model: the teacher.
@@ -265,55 +244,34 @@ def prune(
       load: each expert's share of the choices, for each teacher layer that loses experts.
       importance: from `magnitudes` or `taylor`.
     """
-    theirs, ours = teacher.config, student.config
-    keep = {"D": _largest(importance["tokens"], ours.d_model), "L": jnp.arange(ours.length)}
-    teacher_layers = unstack_layers(theirs, named_leaves(teacher))
-    importance_layers = unstack_layers(theirs, importance)
-    named = {
-        name: _take(x, declaration(name).dims, keep)
-        for name, x in teacher_layers.items()
-        if not name.startswith("layers.")
-    }
-    biased = any(name.endswith("mlp.bias_router") for name in named_leaves(student))
-    for i, layer in enumerate(layers):
-        experts, kept = ours.schedule.experts[i], dict(keep)
-        if experts < theirs.schedule.experts[layer]:
-            kept["E"] = _largest(jnp.asarray(load[layer]), experts)
-        whole, valued = of_layer(teacher_layers, layer), of_layer(importance_layers, layer)
-        parts = _cut_layer(whole, valued, kept, ours)
-        if biased and experts:  # the teacher may have none
-            parts.setdefault("mlp.bias_router", jnp.zeros(experts))
-        named |= {f"layers.{i}.{name}": x for name, x in parts.items()}
-    return from_named(stack_layers(ours, named), student)
+    parameters = unstack_layers(teacher.config, named_leaves(teacher))
+    values = unstack_layers(teacher.config, importance)
+    shapes = layer_shapes(student)
+    first = -jnp.arange(teacher.config.length)
+    everywhere = {"D": importance["tokens"], "L": first}
+
+    def part(name: str) -> jax.Array:
+        dims, shape, worth = declaration(name).dims, shapes[name], everywhere
+        if name.startswith("layers."):
+            _, number, rest = name.split(".", 2)
+            layer = layers[int(number)]
+            name = f"layers.{layer}.{rest}"
+            heads = values[f"layers.{layer}.attention.w_out"]
+            units = values.get(name.rpartition(".")[0] + ".w_out")  # of an MLP or its experts
+            worth = worth | {"H": heads, "J": heads, "F": units, "E": load.get(layer)}
+        if name not in parameters:  # a router's bias, which the teacher may lack
+            return jnp.zeros(shape)
+        whole = parameters[name]
+        kept = {
+            letter: _largest(worth[letter], size)
+            for letter, size, of in zip(dims, shape, whole.shape, strict=True)
+            if size < of
+        }
+        return take(whole, dims, kept)
+
+    return build(student, part)
 
 
-def _cut_layer(whole: dict, importance: dict, keep: dict, student: ModelConfig) -> dict:
-    """One layer's parameters by name, cut to `keep` and the student's heads and hidden units."""
-    keep = keep | {"H": _largest(importance["attention.w_out"], student.heads)}
-    if student.key_heads == student.heads:
-        keep["J"] = keep["H"]
-    parts = {}
-    for name, x in whole.items():
-        dimensions = declaration(name).dims
-        if "F" in dimensions:  # every MLP and expert has its own hidden units
-            module = name.rpartition(".")[0]
-            widths = {"mlp.experts": student.expert_width, "mlp.mlp": student.residual_width}
-            width = widths.get(module, student.d_ff)
-            units_F = _largest(importance[f"{module}.w_out"], width)
-            sizes = {"E": len(units_F), "F": width}
-            index = units_F.reshape([sizes.get(role, 1) for role in dimensions])
-            x = jnp.take_along_axis(x, index, dimensions.index("F"))
-        parts[name] = _take(x, dimensions, keep)
-    return parts
-
-
-def _take(x: jax.Array, dimensions: str, keep: dict) -> jax.Array:
-    for axis, role in enumerate(dimensions):
-        if role in keep:
-            x = jnp.take(x, keep[role], axis)
-    return x
-
-
-def _largest(value: jax.Array, count: int) -> jax.Array:
+def _largest(value, count: int) -> jax.Array:
     """Indices of the `count` largest values along the last axis, in ascending order."""
-    return jnp.sort(jax.lax.top_k(value, count)[1], -1)
+    return jnp.sort(jax.lax.top_k(jnp.asarray(value), count)[1], -1)

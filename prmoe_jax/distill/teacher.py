@@ -1,4 +1,4 @@
-"""Restores a teacher onto its student's mesh, cuts students from it, and writes its cache."""
+"""Restores a teacher onto its student's mesh, prunes students from it, and writes its cache."""
 
 import itertools
 import logging
@@ -33,14 +33,9 @@ from prmoe_jax.model.loss import forward
 from prmoe_jax.model.sizes import cost
 from prmoe_jax.model.transformer import Transformer, cast, init_model
 from prmoe_jax.parallel import sharding
-from prmoe_jax.parallel.mesh import (
-    check_teacher_fits,
-    local_rows,
-    replicated,
-    split_batch,
-    training_mesh,
-)
-from prmoe_jax.parallel.portions import add_up
+from prmoe_jax.parallel.axes import local_rows, replicated, split_batch
+from prmoe_jax.parallel.mesh import check_teacher_fits, training_mesh
+from prmoe_jax.parallel.microbatches import add_up
 from prmoe_jax.run import directory as workdirs
 from prmoe_jax.run.metrics import read_metrics
 from prmoe_jax.run.restore import restore_model
@@ -52,7 +47,7 @@ log = logging.getLogger(__name__)
 class Teacher(NamedTuple):
     """A trained run that no longer changes."""
 
-    config: Config  # the teacher's own, adapted by `config.adapt_teacher`
+    config: Config  # the teacher's own, adapted by `config.teacher.adapt_teacher`
     step: int  # the checkpoint's step
     model: Transformer
 
@@ -67,10 +62,6 @@ def restore_teacher(
       mesh: the student's mesh.
       tokenizer: the student's tokenizer, which must be the teacher's.
       step: the checkpoint to read; the newest by default.
-
-    Raises:
-      UserError: the folder holds no run or no such checkpoint, or the run cannot teach this
-        student.
     """
     workdir = expand("teacher.workdir", config.teacher.workdir)
     settings = teacher_of(config)
@@ -103,31 +94,27 @@ def cast_to_compute_dtype(teacher: Teacher, mesh: Mesh) -> Teacher:
 
 
 def write_teacher_cache(config: Config, folder: Path) -> dict:
-    """`prmoe teacher-cache`: records the predictions of the teacher of `config`, for many students.
+    """`prmoe teacher-cache`: records a teacher's predictions, for many students.
 
     Args:
-      config: a student's config, whose training split is used.
+      config: a student's config, with the teacher and the training split.
       folder: a new folder, for `config.teacher.cache`; see `teacher_cache.py`.
 
     Returns:
       The content of the folder's meta.json.
-
-    Raises:
-      UserError: the teacher can't teach this student; its predictions for a window depend on other
-        windows; the folder exists or can't be written.
     """
     config, mesh = training_mesh(config)
     data = load_data(config.data, config.model.vocab_size, config.model.length)
     with jax.set_mesh(mesh):
         teacher = cast_to_compute_dtype(restore_teacher(config, mesh, data.tokenizer), mesh)
         _check_windows_apart(teacher.config, config.model.length)
-        # One portion of training's batch at a time: predictions don't depend on other windows.
+        # One microbatch of training's batch at a time: predictions don't depend on other windows.
         rows = config.train.batch_size // config.train.accumulate
         batches = eval_batches(data.train, rows, rows=local_rows(mesh, rows))
 
         @partial(jax.jit, out_shardings=replicated(mesh))
         def predict(model: Transformer, batch: Batch) -> TopKLogProbs:
-            output = run_teacher(model, batch, config.teacher, None)
+            output = run_teacher(model, batch, config, None)
             return record_top_k(output, config.kd)
 
         def predictions():
@@ -156,17 +143,13 @@ MEASURED_BATCHES = 16
 
 
 def init_from_teacher(config: Config, teacher: Teacher, data: Data, mesh: Mesh) -> Transformer:
-    """The student of `config` as the part of its teacher that `student.py` describes.
+    """Initialises the student of `config` by pruning its teacher, see `student.py`.
 
     Args:
       config: the student's config.
       teacher: the teacher, in float32.
       data: the student's text, on which importance is measured.
       mesh: the mesh of both.
-
-    Raises:
-      UserError: the student isn't a part of the teacher, or it has fewer experts and their load
-        isn't known.
     """
     layers = source_layers(teacher.config, config)
     shapes = jax.eval_shape(lambda: init_model(config))
@@ -190,7 +173,7 @@ def init_from_teacher(config: Config, teacher: Teacher, data: Data, mesh: Mesh) 
 
 
 def _importance(config: Config, teacher: Teacher, data: Data, mesh: Mesh) -> dict[str, jax.Array]:
-    """`student.taylor` summed over the run's first batches, in the mode of evaluation."""
+    """`student.taylor` summed over the run's first batches, computed as in evaluation."""
     measure, batch_size = (
         jax.jit(measure_importance(config, teacher.config)),
         config.train.batch_size,
@@ -207,16 +190,16 @@ def _importance(config: Config, teacher: Teacher, data: Data, mesh: Mesh) -> dic
 def measure_importance(
     config: Config, teacher: Config
 ) -> Callable[[Transformer, Batch], dict[str, jax.Array]]:
-    """A function of (the teacher's model, batch) that gives `student.taylor` of the mean loss.
+    """A function of (the teacher's model, batch) that returns `student.taylor` of the mean loss.
 
-    The gradient is added up over `train.accumulate` portions of the batch before it is squared.
+    The gradient is summed over `train.accumulate` microbatches of the batch before it is squared.
     """
 
     def measure(model: Transformer, batch: Batch) -> dict[str, jax.Array]:
         tokens = jnp.maximum(batch.mask_BxL.sum(), 1)
 
-        def loss(model, portion):
-            return forward(model, portion).loss / tokens
+        def loss(model, microbatch):
+            return forward(model, microbatch, execution=config.execution).loss / tokens
 
         rows = group_rows(config, teacher)
         gradient = partial(jax.grad(loss), model)
@@ -227,9 +210,9 @@ def measure_importance(
 
 
 def _expert_load(workdir: Path, step: int, layer: int) -> list[float]:
-    """Each expert's share of the choices, as last logged by the teacher's run up to `step`."""
+    """Each expert's share of the layer's choices, as the teacher's run last logged it by `step`."""
     name = f"layers/{layer:02d}/expert_load"
-    for line in reversed(read_metrics(workdir / "metrics.jsonl")):
+    for line in reversed(read_metrics(workdir / workdirs.METRICS)):
         load = line.get(f"eval/{name}", line.get(name))
         if line["step"] <= step and load:
             return load

@@ -1,6 +1,6 @@
 """A teacher's predictions for a training split, recorded once for many students.
 
-A folder holds tokens.npy and log_p.npy, each [windows, L, K] (`pipeline.TopKLogProbs`), and
+A folder holds tokens.npy and log_p.npy, each [windows, L, K] (`batch.TopKLogProbs`), and
 meta.json, which identifies the windows, the teacher and the temperature.
 """
 
@@ -26,19 +26,19 @@ from prmoe_jax.data.pipeline import (
     fingerprint_changes,
     windows_fingerprint,
 )
-from prmoe_jax.errors import UserError
+from prmoe_jax.errors import UserError, refusing
 from prmoe_jax.run.directory import check_outside_checkpoints
 from prmoe_jax.stores import expand
 
 log = logging.getLogger(__name__)
 
 _FIX = "delete it, and write it again by prmoe teacher-cache"
-_LARGEST_LOG_P = 1e-3  # 0, and some rounding
+_LARGEST_LOG_P = 1e-3  # log 1, and some rounding
 
 
 @dataclasses.dataclass(frozen=True)
 class _Checked:
-    """An array by window, whose numbers are compared with a range when they are read."""
+    """An array [windows, …] that checks the range of a window's numbers when it is read."""
 
     array: np.ndarray
     low: float
@@ -64,15 +64,15 @@ def _parts(config: Config) -> tuple[tuple[str, type], ...]:
 def write(
     folder: Path, data: Data, config: Config, teacher: dict, predictions: Iterable[TopKLogProbs]
 ) -> dict:
-    """Writes a folder completely, or not at all.
+    """Writes a cache folder completely, or not at all.
 
     Args:
       folder: a new folder.
       data: the text, whose training split the predictions are for.
-      config: a student's config; its `kd` has the number of tokens and the temperature.
+      config: a student's config; its `kd` has the top k and the temperature.
       teacher: a description of the teacher for meta.json.
-      predictions: predictions for the windows in order, for several windows at a time; rows past
-        the last window are left out.
+      predictions: batches of predictions, for all windows in order; rows past the last window are
+        left out.
 
     Returns:
       The content of meta.json.
@@ -98,11 +98,9 @@ def write(
         digest = hashlib.sha256()
         with contextlib.ExitStack() as stack:
             writers = [
-                stack.enter_context(ArrayWriter(temporary / name, dtype, shape[1:]))
+                stack.enter_context(ArrayWriter(temporary / name, dtype, shape))
                 for name, dtype in _parts(config)
             ]
-            for writer in writers:
-                writer.reserve(shape[0])
             for part in predictions:
                 for writer, rows in zip(writers, part, strict=True):
                     digest.update(writer.append(rows[: shape[0] - writer.rows]))
@@ -115,18 +113,14 @@ def write(
 
     if local:
         cache.build_once(folder, build, setting="--out")
-        if "fingerprint" not in meta:  # nothing was built
+        if "fingerprint" not in meta:  # `build` did not run
             raise UserError(f"--out={folder}: another command has just written it; give another")
         return meta
     scratch = cache.root(config.data)
-    try:
+    unwritten = f"--out={folder}, which is made in {scratch} and copied, cannot be written"
+    with refusing(unwritten, OSError):
         scratch.mkdir(parents=True, exist_ok=True)
         files.build_in_store(folder, "--out", build_and_seal, cache.DIGESTS, scratch)
-    except OSError as error:
-        raise UserError(
-            f"--out={folder}, which is made in {scratch} and copied, cannot be written: "
-            f"{error.strerror or error}"
-        ) from error
     return meta
 
 
@@ -134,8 +128,8 @@ def attach(data: Data, config: Config) -> Data:
     """Adds the predictions in `config.teacher.cache` to the windows of the training split.
 
     Raises:
-      UserError: the folder is missing or damaged, or it has other windows, fewer tokens or
-        another temperature.
+      UserError: the folder is missing or damaged, or it has other windows, fewer tokens than
+        `kd.top_k` or another temperature.
     """
     folder, kd = expand("teacher.cache", config.teacher.cache), config.kd
     if not stores.is_local(folder):
@@ -171,7 +165,7 @@ def attach(data: Data, config: Config) -> Data:
         cache.check(folder)
         shape = len(data.train), data.train.length, top_k
         parts = [open_array(folder / name, dtype, shape) for name, dtype in _parts(config)]
-    log.info("teacher cache of %.300s: the %d likeliest tokens", meta["teacher"], kd.top_k)
+    log.info("teacher cache of %.300s: the top %d tokens", meta["teacher"], kd.top_k)
     if config.teacher.workdir not in ("", recorded):
         log.warning(
             "teacher.cache has the predictions of %s, not of %s", recorded, config.teacher.workdir

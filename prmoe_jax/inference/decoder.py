@@ -1,4 +1,4 @@
-"""The model that inference uses: its layers one by one, with a KV cache for each."""
+"""The model that inference uses: unstacked layers, each with a KV cache."""
 
 from functools import partial
 
@@ -7,32 +7,34 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from prmoe_jax.config.schema import AUTO, ExecutionConfig
 from prmoe_jax.model.attention import KVCache
 from prmoe_jax.model.transformer import Transformer, dropless, unstacked_blocks
-from prmoe_jax.moe import dispatch
 from prmoe_jax.moe.experts import UnstackedExperts
 from prmoe_jax.moe.layer import MoE
 from prmoe_jax.nn.matmul import scores
 from prmoe_jax.nn.parameters import declaration, map_named
 from prmoe_jax.nn.quantized import QuantizedWeight, quantize
 from prmoe_jax.parallel import sharding
-from prmoe_jax.parallel.mesh import platform, splits_experts
+from prmoe_jax.parallel.axes import platform, splits_experts
 
 
 class Decoder(nnx.Module):
-    """The layers of a `Transformer`, to decode one token after the other.
+    """A `Transformer` that decodes one token after the other.
 
-    No token is dropped, so that no sequence depends on the others in its batch.
+    No token is dropped, so a sequence does not depend on the others in its batch.
     """
 
-    def __init__(self, model: Transformer, weights: str):
+    def __init__(self, model: Transformer, weights: str, execution: ExecutionConfig = AUTO):
         """Unstacks a model's layers; call it under jit.
 
         Args:
           model: the model.
           weights: the type of the large weights, float32, bfloat16 or int8; the compute dtype is
             `model.config.dtype`.
+          execution: how this machine computes.
         """
+        self.execution = execution
         self.config, self.positions, self.norm = model.config, model.positions, model.norm
         layers = unstacked_blocks(dropless(model))
         parts = {"tokens": model.tokens, "output": model.output, "layers": layers}
@@ -53,7 +55,7 @@ class Decoder(nnx.Module):
         caches: list[KVCache],
         length_B: jax.Array,
     ) -> tuple[jax.Array, list[KVCache]]:
-        """Computes the next tokens' final activations [B, Q, D], and the KV caches with them added.
+        """Computes the next tokens' final activations [B, Q, D], and caches that hold them too.
 
         Args:
           tokens_BxQ: the next tokens of each sequence: a chunk of its prompt, or a single token.
@@ -70,7 +72,9 @@ class Decoder(nnx.Module):
         x_BxQxD = sharding.constrain_batch(x_BxQxD.astype(self.config.dtype))
         segments_BxQ, extended = valid_BxQ.astype(jnp.int32), []
         for block, cache in zip(self.layers, caches, strict=True):
-            x_BxQxD, _, cache = block(x_BxQxD, segments_BxQ, None, cache, position_BxQ)
+            x_BxQxD, _, cache = block(
+                x_BxQxD, segments_BxQ, None, cache, position_BxQ, self.execution
+            )
             extended.append(cache)
         return self.norm(x_BxQxD), extended
 
@@ -81,7 +85,7 @@ class Decoder(nnx.Module):
 
 
 def _held(name: str, leaf: jax.Array, weights: str, dtype: str) -> jax.Array | QuantizedWeight:
-    """A large weight in fewer bits, unless they are float32; a bias in the compute dtype."""
+    """Converts a large weight to the type `weights`, and biases and the like to `dtype`."""
     declared = declaration(name)
     if declared.contracted and weights != "float32":
         dims = enumerate(declared.dims)
@@ -92,14 +96,16 @@ def _held(name: str, leaf: jax.Array, weights: str, dtype: str) -> jax.Array | Q
     return leaf
 
 
-def decoder(model: Transformer, weights: str, mesh: Mesh) -> Decoder:
+def decoder(
+    model: Transformer, weights: str, mesh: Mesh, execution: ExecutionConfig = AUTO
+) -> Decoder:
     """Makes the decoder of a model on a mesh; nothing is split by FSDP."""
-    shapes = jax.eval_shape(partial(Decoder, weights=weights), model)
+    make = partial(Decoder, weights=weights, execution=execution)
+    shapes = jax.eval_shape(make, model)
     places = sharding.shardings(shapes, mesh, in_use=True)
-    held = jax.jit(partial(Decoder, weights=weights), out_shardings=places)(model)
-    for layer in held.layers:
-        if isinstance(layer.mlp, MoE):
-            name = dispatch.resolve(layer.mlp.moe.dispatch, platform())
-            if name == "gather/blocked" and not splits_experts(mesh):  # on CPUs
+    held = jax.jit(make, out_shardings=places)(model)
+    if execution.dispatch == "auto" and platform() == "cpu" and not splits_experts(mesh):
+        for layer in held.layers:
+            if isinstance(layer.mlp, MoE):
                 layer.mlp.experts = UnstackedExperts(layer.mlp.experts)
     return held

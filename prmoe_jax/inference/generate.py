@@ -1,4 +1,4 @@
-"""Generates text from a trained run: prefill in chunks, then token by token, for many prompts."""
+"""Generates text from a trained run: prefill in chunks, then decoding token by token."""
 
 import dataclasses
 import math
@@ -15,23 +15,20 @@ from jax.sharding import Mesh
 
 from prmoe_jax import stores
 from prmoe_jax.config.schema import MeshConfig
-from prmoe_jax.config.validation import check_runs_without_limit
 from prmoe_jax.data.tokenizer import Tokenizer
-from prmoe_jax.errors import UserError
+from prmoe_jax.errors import UserError, refusing
+from prmoe_jax.inference import WEIGHTS
 from prmoe_jax.inference.decoder import Decoder, decoder
+from prmoe_jax.inference.restore import restore_for_inference
 from prmoe_jax.model.attention import KVCache
-from prmoe_jax.parallel.mesh import batch_axes
+from prmoe_jax.parallel.axes import batch_axes
 from prmoe_jax.run import directory as workdirs
-from prmoe_jax.run.restore import restore_run
 
-# Tokens of each prompt in one chunk of the prefill, and decoding steps until the host looks for new
-# tokens.
+# Tokens of each prompt in a chunk of the prefill; decoding steps between two reads by the host.
 PREFILL_CHUNK = 64
 STEPS = 16
-WEIGHTS = "float32", "bfloat16", "int8"
-# Below COLDEST, only the likeliest token has a probability above 0. Above HOTTEST, all tokens are
-# equally likely. Logits that are divided by a number outside these bounds could exceed the range of
-# float32.
+# Below COLDEST, only the argmax has a probability above 0. Above HOTTEST, all tokens are equally
+# probable. Logits that are divided by a number outside these bounds could exceed float32's range.
 COLDEST, HOTTEST = 1e-30, 1e30
 LARGEST_TOP_K = 2**31 - 1
 # A tokenizer decodes bytes that are not UTF-8, such as half a character, to this.
@@ -46,10 +43,10 @@ class Sampling:
       UserError: a value is out of range.
     """
 
-    temperature: float = 0.8  # below COLDEST, such as 0, takes the likeliest token
-    # Tokens that are as likely as the last one that stays also stay.
-    top_k: int = 0  # draws from this many likeliest tokens; 0 is all
-    top_p: float = 1.0  # draws from the fewest tokens that have this total probability
+    temperature: float = 0.8  # below COLDEST, such as 0, takes the argmax
+    # Tokens that are as probable as the least probable kept one are also kept.
+    top_k: int = 0  # draws from this many most probable tokens; 0 is all
+    top_p: float = 1.0  # draws from the fewest tokens of at least this total probability
 
     def __post_init__(self):
         if not 0 <= self.temperature < math.inf:
@@ -67,14 +64,14 @@ class State(NamedTuple):
 
     tokens_BxT: jax.Array  # prompt and continuation
     length_B: jax.Array  # number of tokens so far
-    stop_B: jax.Array  # the length at which each ends at the latest
+    stop_B: jax.Array  # the maximum length of each
     x_BxD: jax.Array  # the last token's final activations
     caches: list[KVCache]
     key_B: jax.Array
 
 
 class Generator:
-    """A model that continues prompts: restored once, and compiled once for each shape.
+    """Continues prompts; the model is compiled once for each shape.
 
     Attributes:
       decoder: the model.
@@ -93,8 +90,8 @@ class Generator:
 
         Args:
           workdir: the run's folder.
-          weights: the type of the large weights, one of `WEIGHTS`; by default the compute dtype:
-            the run's dtype, on CPUs float32.
+          weights: the type of the large weights, one of `WEIGHTS`. By default it is the compute
+            dtype: float32 on CPUs, elsewhere the run's dtype.
           mesh: a mesh of all devices; by default one device.
 
         Raises:
@@ -104,13 +101,11 @@ class Generator:
             raise UserError(f"--weights={weights} is unknown; use one of {', '.join(WEIGHTS)}")
         workdir = stores.as_path(workdir)
         devices = None if mesh else jax.local_devices()[:1]
-        config, _, model, on = restore_run(workdir, devices, mesh or MeshConfig())
-        check_runs_without_limit(config)
-        if jax.default_backend() == "cpu":  # bfloat16 is many times slower there
-            model.config = dataclasses.replace(model.config, dtype="float32")
+        model, on, execution = restore_for_inference(workdir, devices, mesh or MeshConfig())
         tokenizer = Tokenizer.load(workdir / workdirs.TOKENIZER)
+        held = model, weights or model.config.dtype, on, execution
         with jax.set_mesh(on):
-            return cls(decoder(model, weights or model.config.dtype, on), tokenizer, on)
+            return cls(decoder(*held), tokenizer, on)
 
     def __call__(
         self,
@@ -121,16 +116,16 @@ class Generator:
         stop: Sequence[str] = (),
         on_text: Callable[[int, str], None] | None = None,
     ) -> list[str]:
-        """Continues prompts by up to `tokens` tokens each, or to the document's end.
+        """Continues each prompt until EOS, a stop text, or `tokens` new tokens.
 
-        A continuation depends only on its prompt and its seed, not on the rest of its batch; no
-        token is dropped, whatever its expert's load.
+        A continuation depends only on its prompt and its seed, not on the rest of its batch: no
+        token is dropped.
 
         Args:
-          prompts: texts, or their token ids without the mark that starts a document.
+          prompts: texts, or their token ids without the BOS token.
           tokens: the largest number of new tokens for each prompt.
           sampling: how tokens are drawn.
-          seeds: one seed for each prompt; 0 by default.
+          seeds: one for each prompt; all 0 by default.
           stop: texts before which a continuation ends.
           on_text: called with a prompt's number and each new piece of its continuation.
 
@@ -148,7 +143,7 @@ class Generator:
             raise UserError(f"{len(seeds)} seeds for {len(prompts)} prompts; give one for each")
         if not len(prompts):
             return []
-        starts = [[self.tokenizer.start_of_text, *self._ids(prompt)] for prompt in prompts]
+        starts = [[self.tokenizer.bos_id, *self._ids(prompt)] for prompt in prompts]
         length = self.decoder.config.length
         longest = max(map(len, starts))
         if longest + tokens > length:
@@ -163,7 +158,7 @@ class Generator:
             seen = [len(start) for start in starts]
             while True:
                 state = decode(
-                    self.decoder, state, sampling, self.tokenizer.size, self.tokenizer.end_of_text
+                    self.decoder, state, sampling, self.tokenizer.size, self.tokenizer.eos_id
                 )
                 lengths = np.asarray(state.length_B)
                 come = np.asarray(state.tokens_BxT)
@@ -196,13 +191,13 @@ class Generator:
 class TextStream:
     """The text of one continuation, decoded while its tokens are generated.
 
-    The text of a token can depend on the tokens before it: a space between words, or a character
-    whose bytes are several tokens. New tokens are therefore decoded together with the tokens just
-    before them; the first ones with the prompt's.
+    A token's text can depend on the tokens before it, such as a space between words, or a character
+    whose bytes are several tokens. So new tokens are decoded together with the tokens just before
+    them, and the first ones together with the prompt.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], prompt: Sequence[int] = ()):
-        """Takes the stop texts, and the prompt's tokens without its mark."""
+        """Takes the stop texts, and the prompt's tokens without BOS."""
         self._tokenizer, self._stop = tokenizer, stop
         self._before, self._ids = list(prompt), []  # tokens before the new ones; tokens to decode
         self._decoded = ""  # the text of all tokens that need not be decoded again
@@ -211,13 +206,13 @@ class TextStream:
             self._drop_rest_of_a_character()
 
     def add(self, ids: list[int], last: bool) -> str:
-        """Adds tokens; returns the text that has become certain with them.
+        """Adds tokens; returns the new text that later tokens can't change.
 
-        Half a character, or the possible beginning of a stop text, waits for the next tokens.
+        Part of a character, or what may begin a stop text, waits for the next tokens.
         """
         if self.ended:
             return ""
-        end = self._tokenizer.end_of_text
+        end = self._tokenizer.eos_id
         if end in ids:
             ids, last = ids[: ids.index(end)], True
         self._ids += ids
@@ -236,7 +231,7 @@ class TextStream:
     def _drop_rest_of_a_character(self) -> None:
         """Drops leading tokens of a prompt that was cut inside a character.
 
-        After such tokens, some tokenizers decode none of the following bytes.
+        Some tokenizers can't decode the bytes that follow such tokens.
         """
         for lost in range(1, 4):
             text = self._tokenizer.decode(self._before[lost:])
@@ -245,7 +240,7 @@ class TextStream:
                 return
 
     def _decode(self, last: bool) -> None:
-        """Adds to the decoded text; before the `last` call, only whole characters are added."""
+        """Decodes new tokens; adds an incomplete character only in the `last` call."""
         before = self._tokenizer.decode(self._before)
         count = len(self._ids)
         # A character has at most four bytes, so at most three tokens belong to an incomplete one.
@@ -278,17 +273,15 @@ def _check(tokens: int, seeds: Sequence[int], stop: Sequence[str]) -> None:
 
 
 def _check_text(option: str, text: str) -> None:
-    """Refuses lone surrogates, which Python makes of bytes on a command line that aren't UTF-8."""
-    try:
+    """Refuses lone surrogates: Python's form of command-line bytes that are not UTF-8."""
+    with refusing(f"{option} is not UTF-8 text", UnicodeEncodeError):
         text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{option} is not UTF-8 text (character {error.start})") from None
 
 
 def room(longest: int, tokens: int) -> int:
-    """The tokens that the KV cache of a sequence holds: whole chunks of the prompt and of the rest.
+    """Positions in a sequence's KV cache: prompt and new tokens, each rounded up to whole chunks.
 
-    The cache of a row that has ended is still written, at the position after its last token.
+    A sequence that has ended still writes to its cache, at the position after its last token.
     """
     return sum(-(-count // PREFILL_CHUNK) * PREFILL_CHUNK for count in (longest, tokens))
 
@@ -300,17 +293,17 @@ def start(
     seeds: Sequence[int],
     tokens: int,
 ) -> State:
-    """Runs the prefill; `decode` then goes on.
+    """Runs the prefill; returns the state for `decode`.
 
     Args:
       decoder: the model.
-      mesh: the mesh that holds it, in use.
+      mesh: the mesh that holds the model; it must be JAX's current mesh.
       prompts: token ids.
       seeds: one for each prompt.
       tokens: the largest number of new tokens for each prompt.
     """
     devices = math.prod(mesh.shape[name] for name in batch_axes(mesh))
-    batch = -(-len(prompts) // devices) * devices  # rows that only fill it up stop at once
+    batch = -(-len(prompts) // devices) * devices  # padding rows stop at once
     longest = max(map(len, prompts))
     tokens_BxT = np.zeros((batch, room(longest, tokens)), np.int32)
     lengths = np.ones(batch, np.int32)
@@ -349,9 +342,9 @@ def prefill(decoder: Decoder, tokens_BxT, length_B, stop_B, key_B, chunks: int) 
 
 @partial(jax.jit, static_argnums=(2, 3, 4), donate_argnums=1)
 def decode(
-    decoder: Decoder, state: State, sampling: Sampling, vocabulary: int, end_of_text: int
+    decoder: Decoder, state: State, sampling: Sampling, vocabulary: int, eos_id: int
 ) -> State:
-    """Generates up to `STEPS` more tokens; ids from `vocabulary` on are padding, never drawn."""
+    """Generates up to `STEPS` tokens; ids from `vocabulary` on are padding and never drawn."""
     rows = jnp.arange(len(state.length_B))
 
     def unfinished(carry):
@@ -369,14 +362,14 @@ def decode(
         tokens_BxT = state.tokens_BxT.at[rows, position_B].set(token_B, mode="drop")
         x_Bx1xD, caches = decoder(token_B[:, None], active_B[:, None], state.caches, state.length_B)
         length_B = state.length_B + active_B
-        stop_B = jnp.where(active_B & (token_B == end_of_text), length_B, state.stop_B)
+        stop_B = jnp.where(active_B & (token_B == eos_id), length_B, state.stop_B)
         return step + 1, State(tokens_BxT, length_B, stop_B, x_Bx1xD[:, 0], caches, state.key_B)
 
     return jax.lax.while_loop(unfinished, next_token, (0, state))[1]
 
 
 def _draw(logits_BxV, sampling: Sampling, keys_B) -> jax.Array:
-    """Draws a token for each row, int32 [B]."""
+    """Draws the next token of each row, int32 [B]."""
     if sampling.temperature < COLDEST:
         return jnp.argmax(logits_BxV, axis=-1).astype(jnp.int32)
     logits_BxV /= min(sampling.temperature, HOTTEST)

@@ -5,6 +5,7 @@ mp_rank_00_model_states.pt (everything except the experts, and Megatron's argume
 each expert of each MoE layer.
 """
 
+import itertools
 import logging
 import math
 import re
@@ -14,52 +15,64 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from prmoe_jax.config.schema import Config, default_config
+from prmoe_jax.config.schema import Config
 from prmoe_jax.errors import UserError
 from prmoe_jax.files import is_plain, regular
+from prmoe_jax.interop.mapping import Table, read_parameters, their_tensors
 from prmoe_jax.interop.settings import (
-    check_gpt2_form,
-    check_sizes,
+    check_expressed,
     differs,
+    gpt2_shaped,
+    import_settings,
     resolved,
     setting,
     shown,
 )
-from prmoe_jax.interop.tensors import check_coverage, check_shape
 from prmoe_jax.interop.torch_files import Inert, flat_arrays, read_torch, require_torch
-from prmoe_jax.model.layout import layer_shapes, stack_layers, unstack_layers
 
 log = logging.getLogger(__name__)
 
 MAIN = "mp_rank_00_model_states.pt"
 ENCODER = "language_model.encoder."
+ROUTER = "mlp.deepspeed_moe.gate.wg.weight"
 EXPERT = "mlp.deepspeed_moe.experts.deepspeed_experts"
-# From our names to DeepSpeed's: parameters of a layer, of an MLP in it, and the rest.
-LAYER = {
-    "norm_attention.scale": "input_layernorm.weight",
-    "norm_attention.shift": "input_layernorm.bias",
-    "attention.w_qkv": "self_attention.query_key_value.weight",
-    "attention.b_qkv": "self_attention.query_key_value.bias",
-    "attention.w_out": "self_attention.dense.weight",
-    "attention.b_out": "self_attention.dense.bias",
-    "norm_mlp.scale": "post_attention_layernorm.weight",
-    "norm_mlp.shift": "post_attention_layernorm.bias",
-    "mlp.w_router": "mlp.deepspeed_moe.gate.wg.weight",
-    "mlp.w_mix": "mlp.coefficient.weight",
-    "mlp.b_mix": "mlp.coefficient.bias",
-}
-MLP = {
-    "w_in": "dense_h_to_4h.weight",
-    "b_in": "dense_h_to_4h.bias",
-    "w_out": "dense_4h_to_h.weight",
-    "b_out": "dense_4h_to_h.bias",
-}
-REST = {
-    "tokens": "language_model.embedding.word_embeddings.weight",
-    "positions": "language_model.embedding.position_embeddings.weight",
-    "norm.scale": ENCODER + "final_layernorm.weight",
-    "norm.shift": ENCODER + "final_layernorm.bias",
-}
+
+
+def _mlp(ours: str, theirs: str) -> dict[str, tuple[str, str]]:
+    """The table's rows for an MLP, or for each expert."""
+    return {
+        f"{ours}.w_in": (f"{theirs}.dense_h_to_4h.weight", "F D"),
+        f"{ours}.b_in": (f"{theirs}.dense_h_to_4h.bias", "F"),
+        f"{ours}.w_out": (f"{theirs}.dense_4h_to_h.weight", "D F"),
+        f"{ours}.b_out": (f"{theirs}.dense_4h_to_h.bias", "D"),
+    }
+
+
+# H3K: Megatron stores queries, keys and values head by head.
+TABLE = Table(
+    layer=ENCODER + "layers.{}.",
+    parameters={
+        "tokens": ("language_model.embedding.word_embeddings.weight", "V D"),
+        "positions": ("language_model.embedding.position_embeddings.weight", "L D"),
+        "norm.scale": (ENCODER + "final_layernorm.weight", "D"),
+        "norm.shift": (ENCODER + "final_layernorm.bias", "D"),
+        "norm_attention.scale": ("input_layernorm.weight", "D"),
+        "norm_attention.shift": ("input_layernorm.bias", "D"),
+        "attention.w_qkv": ("self_attention.query_key_value.weight", "H3K D"),
+        "attention.b_qkv": ("self_attention.query_key_value.bias", "H3K"),
+        "attention.w_out": ("self_attention.dense.weight", "D HK"),
+        "attention.b_out": ("self_attention.dense.bias", "D"),
+        "norm_mlp.scale": ("post_attention_layernorm.weight", "D"),
+        "norm_mlp.shift": ("post_attention_layernorm.bias", "D"),
+        "mlp.w_router": (ROUTER, "E D"),
+        "mlp.w_mix": ("mlp.coefficient.weight", "2 D"),
+        "mlp.b_mix": ("mlp.coefficient.bias", "2"),
+    }
+    | _mlp("mlp", "mlp")
+    | _mlp("mlp.mlp", "mlp.mlp")
+    | _mlp("mlp.experts", EXPERT + ".{}"),
+)
+TOKENS, POSITIONS = (TABLE.parameters[name][0] for name in ("tokens", "positions"))
 # Megatron's arguments that change the computation, with the values that match our model.
 FIXED = {
     "tensor_model_parallel_size": 1,
@@ -82,14 +95,11 @@ CAPACITY = {
 }
 
 
-def read_deepspeed(source: Path) -> tuple[Config, dict[str, np.ndarray], str]:
+def read_deepspeed(source: Path) -> tuple[Config, dict[str, jax.Array], str]:
     """Reads a checkpoint; returns a config, parameters by our names, and a summary in words.
 
     Args:
       source: the folder with `latest`, or a step's folder.
-
-    Raises:
-      UserError: our model can't compute the same, or the checkpoint's tensors don't fit.
     """
     folder = _step_folder(source)
     main = read_torch(folder / MAIN)
@@ -121,8 +131,8 @@ def read_deepspeed(source: Path) -> tuple[Config, dict[str, np.ndarray], str]:
 
 def converted(
     arrays: dict[str, np.ndarray], args: dict, source: Path
-) -> tuple[Config, dict[str, np.ndarray], str]:
-    """`read_deepspeed` for a checkpoint's tensors by name and Megatron's arguments."""
+) -> tuple[Config, dict[str, jax.Array], str]:
+    """As `read_deepspeed`, but from tensors by name and Megatron's arguments."""
     heads = args.get("num_attention_heads")
     for name, value in (FIXED | {"num_key_value_heads": heads}).items():
         theirs = args.get(name)
@@ -132,20 +142,9 @@ def converted(
     if not (openai_gelu or setting(args, "bias_gelu_fusion", bool, source, True)):
         raise UserError(f"{source}: bias_gelu_fusion=False means the exact GELU, ours is tanh's")
     config = _config(arrays, args, source)
-    shapes = layer_shapes(config)
-    expected = {theirs: (ours, which) for ours in shapes for theirs, which in _names(ours, config)}
-    found = check_coverage(arrays, set(expected), source)
-    named: dict[str, np.ndarray] = {}
-    for theirs, (ours, expert) in expected.items():
-        shape = shapes[ours] if expert is None else shapes[ours][1:]
-        want = jax.eval_shape(lambda x, n=ours: _turned(n, x), jax.ShapeDtypeStruct(shape, "f4"))
-        check_shape(theirs, arrays[theirs], want.shape, source)
-        if expert is None:
-            named[ours] = _turned_back(ours, arrays[theirs], shape)
-        else:
-            whole = named.setdefault(ours, np.empty(shapes[ours], np.float32))
-            whole[expert] = _turned_back(ours, arrays[theirs], shape)
-    return config, stack_layers(config.model, named), found
+    shapes = {name: array.shape for name, array in arrays.items()}
+    leaves, summary = read_parameters(config, TABLE, shapes, arrays.__getitem__, source)
+    return config, leaves, summary
 
 
 def write_deepspeed(config: Config, leaves: dict[str, np.ndarray], folder: Path, step: int) -> None:
@@ -160,42 +159,31 @@ def write_deepspeed(config: Config, leaves: dict[str, np.ndarray], folder: Path,
         try:
             with open(out / file, "wb") as opened:
                 torch.save(content, opened)
-        except RuntimeError as error:  # torch's error hides the file's own, such as a full disk
+        except RuntimeError as error:  # torch hides the cause, such as a full disk
             raise (error.__context__ or error) from None
     (folder / "latest").write_text(out.name)
 
 
 def _file(number: int, expert: int) -> str:
-    """The name of the file of an expert in the MoE layer of this number, from 0."""
+    """The file name of an expert; `number` counts only MoE layers, from 0."""
     return f"layer_{number}_expert_{expert}_mp_rank_00_model_states.pt"
 
 
 def files(config: Config, leaves: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
-    """For each file of a checkpoint, its tensors by name."""
-    moe_layers = [i for i, experts in enumerate(config.model.schedule.experts) if experts]
+    """The tensors of a checkpoint: file name -> tensor name -> array."""
+    moe_layers = [str(i) for i, experts in enumerate(config.model.schedule.experts) if experts]
+    of_expert = re.compile(re.escape(ENCODER) + rf"layers\.(\d+)\.{re.escape(EXPERT)}\.(\d+)\.")
     contents: dict[str, dict] = {MAIN: {}}
-    for ours, array in unstack_layers(config.model, leaves).items():
-        for theirs, expert in _names(ours, config):
-            file = MAIN
-            if expert is not None:
-                number = moe_layers.index(int(ours.split(".")[1]))
-                file = _file(number, expert)
-            one = array if expert is None else array[expert]
-            contents.setdefault(file, {})[theirs] = np.ascontiguousarray(_turned(ours, one))
+    for name, array in their_tensors(config.model, TABLE, leaves).items():
+        found = of_expert.match(name)
+        file = _file(moe_layers.index(found[1]), int(found[2])) if found else MAIN
+        contents.setdefault(file, {})[name] = np.ascontiguousarray(array)
     return contents
 
 
 def check_exportable(config: Config) -> None:
-    """Raises UserError if DeepSpeed's layer computes something else, or torch is missing."""
-    check_gpt2_form(config.model, "DeepSpeed's layer")
-    for name, value, theirs in (
-        ("moe.router", config.moe.router, "token_choice"),
-        ("moe.scores", config.moe.scores, "softmax"),
-        ("moe.routed_scale", config.moe.routed_scale, 1.0),
-        ("moe.bias_update_rate", config.moe.bias_update_rate, 0.0),
-    ):
-        if value != theirs:
-            raise UserError(f"{name}={value}: DeepSpeed's layer knows only {theirs}")
+    """Raises UserError unless DeepSpeed's layer can compute the run's model and torch is there."""
+    check_expressed(config, gpt2_shaped(config.model), "DeepSpeed's layer")
     factors = config.moe.capacity_factor, config.moe.eval_capacity_factor
     if math.isfinite(factors[0]) != math.isfinite(factors[1]):
         raise UserError(
@@ -212,7 +200,7 @@ def check_exportable(config: Config) -> None:
 
 
 def _overflow(top_k: int) -> str:
-    """Whom a full expert of DeepSpeed's gate keeps by default, as a value of `moe.overflow`."""
+    """The value of `moe.overflow` by which DeepSpeed's gate drops tokens by default."""
     return {1: "random", 2: "position"}.get(top_k, "probability")
 
 
@@ -228,21 +216,18 @@ def _step_folder(source: Path) -> Path:
 
 def _config(arrays: dict[str, np.ndarray], args: dict, source: Path) -> Config:
     """The architecture, from the tensors' names and shapes where possible, else from `args`."""
-    pattern = re.compile(re.escape(ENCODER) + r"layers\.([0-9]{1,9})\.")
-    layers = sorted({int(match[1]) for match in map(pattern.match, arrays) if match})
-    if layers != list(range(len(layers))) or not layers:
-        raise UserError(f"{source} holds the layers {shown(layers)} of {ENCODER}layers")
-    names = {i: f"{ENCODER}layers.{i}.mlp.deepspeed_moe.gate.wg.weight" for i in layers}
-    experts = {i: _matrix(arrays, n, source)[0] for i, n in names.items() if n in arrays}
-    settings = default_config()
+    layer, norm = TABLE.layer, TABLE.parameters["norm_attention.scale"][0]
+    layers = next(n for n in itertools.count() if layer.format(n) + norm not in arrays)
+    routers = {n: layer.format(n) + ROUTER for n in range(layers)}
+    experts = {n: _matrix(arrays, x, source)[0] for n, x in routers.items() if x in arrays}
+    settings = import_settings()
     model, moe = settings.model, settings.moe
-    model.vocab_size, model.d_model = _matrix(arrays, REST["tokens"], source)
-    model.length, _ = _matrix(arrays, REST["positions"], source)
-    model.layers = len(layers)
+    model.vocab_size, model.d_model = _matrix(arrays, TOKENS, source)
+    model.length, _ = _matrix(arrays, POSITIONS, source)
+    model.layers = layers
     model.heads = setting(args, "num_attention_heads", int, source, low=1)
     model.d_ff = setting(args, "ffn_hidden_size", int, source, 4 * model.d_model, low=1)
     model.dropout = setting(args, "hidden_dropout", float, source, 0.0)
-    model.dtype = "float32"
     if experts:
         model.placement = "layers " + " ".join(map(str, experts))
         model.experts = tuple(experts.values())
@@ -260,11 +245,7 @@ def _config(arrays: dict[str, np.ndarray], args: dict, source: Path) -> Config:
         if model.top_k == 2:
             name = "moe_top2_2nd_expert_sampling"
             moe.second_expert_sampling = setting(args, name, bool, source, True)
-    settings.data.tokenizer = "tokenizer.json"  # the file in the same folder
-    settings.train.steps = 1
-    config = resolved(settings, source)
-    check_sizes(config.model, arrays, source)
-    return config
+    return resolved(settings, source)
 
 
 def _matrix(arrays: dict[str, np.ndarray], name: str, source: Path) -> tuple[int, int]:
@@ -277,50 +258,9 @@ def _matrix(arrays: dict[str, np.ndarray], name: str, source: Path) -> tuple[int
     return shape
 
 
-def _names(ours: str, config: Config) -> list[tuple[str, int | None]]:
-    """DeepSpeed's names of one of our parameters, with the expert's number or None."""
-    if ours in REST:
-        return [(REST[ours], None)]
-    _, layer, name = ours.split(".", 2)
-    prefix = f"{ENCODER}layers.{layer}."
-    if name in LAYER:
-        return [(prefix + LAYER[name], None)]
-    kind = MLP[name.rpartition(".")[2]]
-    if name.startswith("mlp.experts."):
-        count = config.model.schedule.experts[int(layer)]
-        return [(f"{prefix}{EXPERT}.{e}.{kind}", e) for e in range(count)]
-    return [(f"{prefix}{name.rpartition('.')[0]}.{kind}", None)]
-
-
-def _turned(name: str, x):
-    """Converts our parameter to DeepSpeed's layout.
-
-    Matrices of torch are [out, in], and Megatron stores queries, keys and values head by head.
-    """
-    if name.endswith("w_qkv"):
-        return x.transpose(2, 1, 3, 0).reshape(-1, x.shape[0])
-    if name.endswith("b_qkv"):
-        return x.transpose(1, 0, 2).reshape(-1)
-    if name.endswith("attention.w_out"):
-        return x.reshape(-1, x.shape[-1]).T
-    return x.T if name.startswith("layers.") and x.ndim == 2 else x
-
-
-def _turned_back(name: str, x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    if name.endswith("w_qkv"):
-        d_model, _, heads, width = shape
-        return x.reshape(heads, 3, width, d_model).transpose(3, 1, 0, 2)
-    if name.endswith("b_qkv"):
-        _, heads, width = shape
-        return x.reshape(heads, 3, width).transpose(1, 0, 2)
-    return (x.T if name.startswith("layers.") and x.ndim == 2 else x).reshape(shape)
-
-
 def _main(config: Config, tensors: dict, step: int) -> dict:
     """The main file's content, nested as Megatron loads it, with the fields the engine requires."""
-    embedding = {
-        n.split(".")[2]: {"weight": tensors[n]} for n in REST.values() if ".embedding." in n
-    }
+    embedding = {n.split(".")[2]: {"weight": tensors[n]} for n in (TOKENS, POSITIONS)}
     encoder = {n.removeprefix(ENCODER): x for n, x in tensors.items() if n.startswith(ENCODER)}
     model = config.model
     experts = [count for count in model.schedule.experts if count]

@@ -1,15 +1,11 @@
-"""Converts between open models of Hugging Face's transformers and ours, which compute the same.
+"""Converts models of Hugging Face's transformers to ours, which compute the same, and back.
 
-A family's settings and the names of its tensors stand in tables; `pieces` says which of their
-tensors make one of our parameters. Reading and writing both follow it.
+Tables list each family's names of settings and tensors, for reading and for writing.
 """
 
-import dataclasses
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,63 +14,119 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from prmoe_jax.config.schema import Config, ModelConfig, MoeConfig, default_config
+from prmoe_jax.config.schema import Config, ModelConfig
 from prmoe_jax.data.tokenizer import Tokenizer
 from prmoe_jax.errors import UserError
-from prmoe_jax.interop.settings import LARGEST, differs, resolved, setting, shown
-from prmoe_jax.interop.tensors import Tensors, check_coverage, check_shape, read_json, write_tensors
-from prmoe_jax.model.layout import layer_shapes, places, unstack_layers
-from prmoe_jax.model.transformer import init_model
-from prmoe_jax.nn.parameters import named_leaves
-from prmoe_jax.parallel import sharding
+from prmoe_jax.interop import gpt2
+from prmoe_jax.interop.mapping import Table, read_parameters, their_tensors
+from prmoe_jax.interop.settings import (
+    LARGEST,
+    check_expressed,
+    differs,
+    import_settings,
+    resolved,
+    setting,
+    shown,
+)
+from prmoe_jax.interop.tensors import Tensors, read_json, write_tensors
 
 log = logging.getLogger(__name__)
 
 
-class Names(NamedTuple):
-    """A family's names of settings and tensors, as far as families differ."""
+def _mlp(
+    ours: str, theirs: str, names=("gate_proj", "up_proj", "down_proj")
+) -> dict[str, tuple[str, str]]:
+    """The table's rows for an MLP, or for each expert."""
+    gate, up, down = (f"{theirs}.{name}.weight" for name in names)
+    return {f"{ours}.w_gate": (gate, "F D"), f"{ours}.w_in": (up, "F D")} | {
+        f"{ours}.w_out": (down, "D F")
+    }
+
+
+def _moe(module: str, *names) -> Table:
+    """The table of a family whose MoE layers are modules of this name."""
+    router = {"mlp.w_router": (f"{module}.gate.weight", "E D")}
+    experts = _mlp("mlp.experts", module + ".experts.{}", *names)
+    return Table(LLAMA.parameters | router | experts, LLAMA.layer)
+
+
+LLAMA = Table(
+    layer="model.layers.{}.",
+    parameters={
+        "tokens": ("model.embed_tokens.weight", "V D"),
+        "norm.scale": ("model.norm.weight", "D"),
+        "output": ("lm_head.weight", "V D"),
+        "norm_attention.scale": ("input_layernorm.weight", "D"),
+        "attention.w_qkv": ("self_attn.{}_proj.weight", "HK D"),
+        "attention.b_qkv": ("self_attn.{}_proj.bias", "HK"),
+        "attention.w_q": ("self_attn.q_proj.weight", "HK D"),
+        "attention.b_q": ("self_attn.q_proj.bias", "HK"),
+        "attention.w_kv": ("self_attn.{}_proj.weight", "JK D"),
+        "attention.b_kv": ("self_attn.{}_proj.bias", "JK"),
+        "attention.q_norm.scale": ("self_attn.q_norm.weight", "K"),
+        "attention.k_norm.scale": ("self_attn.k_norm.weight", "K"),
+        "attention.q_norm.by_head": ("self_attn.q_norm.weight", "HK"),
+        "attention.k_norm.by_head": ("self_attn.k_norm.weight", "JK"),
+        "attention.w_out": ("self_attn.o_proj.weight", "D HK"),
+        "norm_mlp.scale": ("post_attention_layernorm.weight", "D"),
+    }
+    | _mlp("mlp", "mlp"),
+)
+SHARED_EXPERT = _mlp("mlp.mlp", "mlp.shared_expert") | {
+    "mlp.w_shared": ("mlp.shared_expert_gate.weight", "1 D")
+}
+
+
+class Family(NamedTuple):
+    """What differs between families: names of settings and tensors, and defaults."""
 
     architecture: str
-    knows: tuple[str, ...]  # settings that not all families have
-    moe_layer: str = ""  # the module of a MoE layer; '' for dense models
+    table: Table
+    knows: tuple[str, ...] = ()  # settings that not all families have
     experts: str = "num_experts"  # the setting with the number of experts
     expert_width: str = "moe_intermediate_size"
-    matrices: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")  # of an expert
-    norm_eps: float = 1e-6  # what the class takes where config.json says nothing
-    rope_theta: float = 10_000.0  # likewise
+    norm_eps: float = 1e-6  # transformers' default, for a config.json without it
+    rope_theta: float = 10_000.0  # transformers' default
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether the family has MoE layers."""
+        return "mlp.w_router" in self.table.parameters
 
 
 _QWEN = "sliding_window", "use_sliding_window"
 _QWEN_MOE = *_QWEN, "norm_topk_prob", "mlp_only_layers"
-NAMES = {
-    "llama": Names("LlamaForCausalLM", ("head_dim",)),
-    "qwen3": Names("Qwen3ForCausalLM", (*_QWEN, "layer_types", "head_dim")),
-    "olmoe": Names(
+FAMILIES = {
+    "gpt2": Family("GPT2LMHeadModel", gpt2.TABLE),
+    "llama": Family("LlamaForCausalLM", LLAMA, ("head_dim",)),
+    "qwen3": Family("Qwen3ForCausalLM", LLAMA, (*_QWEN, "layer_types", "head_dim")),
+    "olmoe": Family(
         "OlmoeForCausalLM",
+        _moe("mlp"),
         ("clip_qkv", "norm_topk_prob"),
-        "mlp",
         expert_width="intermediate_size",
         norm_eps=1e-5,
     ),
-    "mixtral": Names(
+    "mixtral": Family(
         "MixtralForCausalLM",
+        _moe("block_sparse_moe", ("w1", "w3", "w2")),
         ("head_dim", "sliding_window"),
-        "block_sparse_moe",
-        "num_local_experts",
-        "intermediate_size",
-        ("w1", "w3", "w2"),
+        experts="num_local_experts",
+        expert_width="intermediate_size",
         norm_eps=1e-5,
         rope_theta=1e6,
     ),
-    "qwen2_moe": Names(
-        "Qwen2MoeForCausalLM", (*_QWEN_MOE, "layer_types", "qkv_bias", "shared_expert"), "mlp"
+    "qwen2_moe": Family(
+        "Qwen2MoeForCausalLM",
+        Table(_moe("mlp").parameters | SHARED_EXPERT, LLAMA.layer),
+        (*_QWEN_MOE, "layer_types", "qkv_bias", "shared_expert"),
     ),
-    "qwen3_moe": Names("Qwen3MoeForCausalLM", (*_QWEN_MOE, "head_dim"), "mlp"),
+    "qwen3_moe": Family("Qwen3MoeForCausalLM", _moe("mlp"), (*_QWEN_MOE, "head_dim")),
 }
 # Settings that change the computation, with the values that our model has.
 FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "pretraining_tp": 1}
-PORTION_TOKENS = 2**16  # the most of a portion of an imported run's batch
-# From our settings to theirs.
+MICROBATCH_TOKENS = 2**16  # the largest microbatch of an imported run
+# Our setting -> transformers' setting.
 SIZES = {
     "vocab_size": "vocab_size",
     "length": "max_position_embeddings",
@@ -83,154 +135,60 @@ SIZES = {
     "heads": "num_attention_heads",
     "d_ff": "intermediate_size",
 }
-# From our names to theirs: of a layer, and of the rest.
-LAYER = {
-    "norm_attention.scale": "input_layernorm.weight",
-    "norm_mlp.scale": "post_attention_layernorm.weight",
-    "attention.w_q": "self_attn.q_proj.weight",
-    "attention.b_q": "self_attn.q_proj.bias",
-    "attention.w_out": "self_attn.o_proj.weight",
-    "attention.q_norm.scale": "self_attn.q_norm.weight",
-    "attention.k_norm.scale": "self_attn.k_norm.weight",
-    "attention.q_norm.by_head": "self_attn.q_norm.weight",
-    "attention.k_norm.by_head": "self_attn.k_norm.weight",
-}
-REST = {
-    "tokens": "model.embed_tokens.weight",
-    "norm.scale": "model.norm.weight",
-    "output": "lm_head.weight",
-}
-# The numbers of `model.rope_scaling`.
+# transformers' names of the numbers in `model.rope_scaling`, in order.
 SCALING = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
-# Our parameters of several maps.
-SEVERAL = {"w_qkv": "qkv", "b_qkv": "qkv", "w_kv": "kv", "b_kv": "kv"}
-# The sliding window of Qwen's classes where it is switched on and no size is given.
+# Qwen's default of `sliding_window`, in tokens.
 WINDOW = 4096
-# Endings of the names of buffers in old files.
-IGNORED = (".rotary_emb.inv_freq",)
-
-
-class Piece(NamedTuple):
-    """A part of one layer's parameter that is one of their tensors."""
-
-    name: str
-    index: tuple  # where it lies in our array
-    inputs: int  # the leading dimensions of the part that a product sums over; theirs come last
-
-
-def pieces(name: str, shape: tuple[int, ...], family: str) -> list[Piece]:
-    """The parts of one of our parameters.
-
-    Args:
-      name: its name after `unstack_layers`, such as 'layers.3.mlp.w_in'.
-      shape: the parameter's shape.
-      family: the value of `model.family`.
-    """
-    if name in REST:
-        return [Piece(REST[name], (), 0)]
-    _, layer, rest = name.split(".", 2)
-    prefix, names = f"model.layers.{layer}.", NAMES[family]
-    if rest in LAYER:
-        inputs = {"attention.w_q": 1, "attention.w_out": 2}.get(rest, 0)
-        return [Piece(prefix + LAYER[rest], (), inputs)]
-    module, _, last = rest.rpartition(".")
-    if last in SEVERAL:
-        weight = last.startswith("w")
-        kind, index = ("weight", (slice(None),)) if weight else ("bias", ())
-        return [
-            Piece(f"{prefix}self_attn.{letter}_proj.{kind}", (*index, i), int(weight))
-            for i, letter in enumerate(SEVERAL[last])
-        ]
-    if last == "w_router":
-        return [Piece(f"{prefix}{names.moe_layer}.gate.weight", (), 1)]
-    if last == "w_shared":
-        return [Piece(f"{prefix}mlp.shared_expert_gate.weight", (), 0)]
-    number = ("w_gate", "w_in", "w_out").index(last)
-    if module == "mlp.experts":
-        start, end = f"{prefix}{names.moe_layer}.experts.", f".{names.matrices[number]}.weight"
-        return [Piece(f"{start}{e}{end}", (e,), 1) for e in range(shape[0])]
-    matrix = Names._field_defaults["matrices"][number]
-    shared = "shared_expert." if module == "mlp.mlp" else ""
-    return [Piece(f"{prefix}mlp.{shared}{matrix}.weight", (), 1)]
-
-
-def _theirs(part: np.ndarray, piece: Piece) -> np.ndarray:
-    """A part of ours as their tensor [out, in]."""
-    if not piece.inputs:
-        # A norm over all heads is a vector there, and the gate of a shared expert has one row.
-        if piece.name.endswith("shared_expert_gate.weight"):
-            return part[None]
-        return part if piece.name in REST.values() else part.reshape(-1)
-    rows = math.prod(part.shape[: piece.inputs])
-    return part.reshape(rows, -1).T
-
-
-def _ours(tensor: np.ndarray, piece: Piece, shape: tuple[int, ...]) -> np.ndarray:
-    """Their tensor as a part of ours."""
-    return (tensor.T if piece.inputs else tensor).reshape(shape)
-
-
-def _parts(name: str, shape: tuple[int, ...], family: str) -> Iterator[tuple[Piece, tuple]]:
-    """Each part of a parameter, and its shape there."""
-    like = np.broadcast_to(np.float32(0), shape)
-    for piece in pieces(name, shape, family):
-        yield piece, like[piece.index].shape
+# The output matrix. With tied embeddings, a file may hold it as a copy of the embedding.
+HEAD = "lm_head.weight"
+# Name endings of buffers in old files; buffers are no weights.
+BUFFERS = ".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias"
 
 
 def read_hugging_face(
-    folder: Path, place: Callable[[Config], jax.sharding.Mesh]
+    folder: Path, only: str | None = None
 ) -> tuple[Config, dict[str, jax.Array], str]:
-    """Reads a model that `save_pretrained` wrote, tensor by tensor, onto a mesh.
-
-    The host holds no more than one layer's part of one of our parameters at a time.
+    """Reads a model that `save_pretrained` wrote, tensor by tensor, onto all devices.
 
     Args:
       folder: the folder; nothing in it is executed.
-      place: makes the mesh for a config.
+      only: the required family; any by default.
 
     Returns:
       The config, the parameters by our names, and a summary in words.
-
-    Raises:
-      UserError: the model's family is unknown, or it computes something else than ours, or the
-        folder's tensors don't fit.
     """
-    with Tensors(folder, IGNORED) as tensors:
-        path = folder / "config.json"
-        config = _config(read_json(path), path, len(tensors.shapes))
-        head, table = REST["output"], REST["tokens"]
-        if config.model.form.output == "tied" and {head, table} <= tensors.shapes.keys():
-            if not np.array_equal(tensors.read(head), tensors.read(table)):
-                raise UserError(f"{path}: tie_word_embeddings=True, but {head} is not {table}")
-            del tensors.shapes[head]
-        shapes, wanted = layer_shapes(config), {}
-        for name, shape in shapes.items():
-            for piece, part in _parts(name, shape, config.model.family):
-                wanted[piece.name] = _theirs(np.broadcast_to(np.float32(0), part), piece).shape
-        found = check_coverage(tensors.shapes, set(wanted), folder, IGNORED)
-        for name, shape in wanted.items():
-            check_shape(name, tensors.shapes[name], shape, folder)
-
-        def read(name: str) -> np.ndarray:
-            array = np.empty(shapes[name], np.float32)
-            for piece, shape in _parts(name, shapes[name], config.model.family):
-                array[piece.index] = _ours(tensors.read(piece.name), piece, shape)
-            return array
-
-        return config, _placed(config, place(config), read), found
+    path = folder / "config.json"
+    theirs = read_json(path)
+    family = theirs.get("model_type", only)
+    if only and family != only:
+        raise UserError(f"{path}: model_type={shown(family)} is not {only}; use --kind=hf")
+    tensors = Tensors(folder, BUFFERS)
+    config = read_config({**theirs, "model_type": family}, path, len(tensors.shapes))
+    table, shapes = FAMILIES[config.model.family].table, dict(tensors.shapes)
+    if not any(name.startswith(table.prefix) for name in shapes):
+        table = table._replace(prefix="")  # in files of the model without its head
+    tokens = table.prefix + table.parameters["tokens"][0]
+    if config.model.output == "tied" and {HEAD, tokens} <= shapes.keys():
+        if not np.array_equal(tensors.read(HEAD), tensors.read(tokens)):
+            raise UserError(f"{path}: tie_word_embeddings=True, but {HEAD} is not {tokens}")
+        del shapes[HEAD]
+    leaves, summary = read_parameters(config, table, shapes, tensors.read, folder)
+    return config, leaves, summary
 
 
-def _config(theirs: dict, path: Path, tensors: int) -> Config:
-    """The config of their settings; there are no more layers or experts than tensors."""
+def read_config(theirs: dict, path: Path, tensors: int) -> Config:
+    """Converts transformers' settings; the number of `tensors` limits layers and experts."""
     family = theirs.get("model_type")
-    if not isinstance(family, str) or family not in NAMES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise UserError(
-            f"{path}: model_type={shown(family)} is unknown; known are gpt2, {', '.join(NAMES)}"
+            f"{path}: model_type={shown(family)} is unknown; known are {', '.join(FAMILIES)}"
         )
+    if family == "gpt2":
+        return gpt2.read_config(theirs, path, tensors)
     for name, value in FIXED.items():
         if theirs.get(name) is not None and differs(theirs[name], value):
             raise UserError(f"{path}: {name}={shown(theirs[name])}, our model has {value!r}")
-    settings = default_config()
+    settings = import_settings()
     model = settings.model
     model.family = family
     for ours, name in SIZES.items():
@@ -241,7 +199,7 @@ def _config(theirs: dict, path: Path, tensors: int) -> Config:
     if theirs.get("head_dim") is not None:
         width = setting(theirs, "head_dim", int, path, low=1)
         model.head_dim = 0 if width * model.heads == model.d_model else width
-    names = NAMES[family]
+    names = FAMILIES[family]
     model.norm_eps = setting(theirs, "rms_norm_eps", float, path, names.norm_eps, low=1e-30)
     model.rope_theta, model.rope_scaling = _rotary(theirs, names.rope_theta, path)
     tied = setting(theirs, "tie_word_embeddings", bool, path, False)
@@ -251,22 +209,21 @@ def _config(theirs: dict, path: Path, tensors: int) -> Config:
     model.sliding_window = _window(theirs, names, model, path)
     if family == "qwen2_moe" and not setting(theirs, "qkv_bias", bool, path, True):
         model.biases = "none"
-    if names.moe_layer:
+    if names.has_experts:
         _read_experts(theirs, names, settings, path, tensors)
     dtype = theirs.get("dtype", theirs.get("torch_dtype"))
-    model.dtype = "bfloat16" if dtype == "bfloat16" else "float32"
-    settings.data.tokenizer = "tokenizer.json"  # the file in the same folder
-    settings.train.steps = 1
-    # `prmoe eval` computes a portion of a batch at once.
+    if dtype == "bfloat16":
+        model.dtype = dtype
+    # `prmoe eval` computes one microbatch at a time, which must fit in memory.
     rows = settings.train.batch_size
-    while rows > 1 and rows * model.length > PORTION_TOKENS:
+    while rows > 1 and rows * model.length > MICROBATCH_TOKENS:
         rows //= 2
     settings.train.accumulate = settings.train.batch_size // rows
     return resolved(settings, path)
 
 
 def _rotary(theirs: dict, theta: float, path: Path) -> tuple[float, tuple[int, ...]]:
-    """The base of rotary positions and their scaling, which must be Llama 3's or none."""
+    """RoPE's base and its scaling, which must be Llama 3's or none."""
     name = "rope_scaling" if theirs.get("rope_scaling") else "rope_parameters"
     rope = theirs.get(name) or {}
     if not isinstance(rope, dict):
@@ -285,7 +242,7 @@ def _rotary(theirs: dict, theta: float, path: Path) -> tuple[float, tuple[int, .
 
 
 def _scaling(rope: dict, path: Path) -> tuple[int, ...]:
-    """Llama 3's numbers, which are whole in all of its models."""
+    """The numbers of Llama 3's scaling; all of its models have whole numbers."""
     numbers = []
     for name in SCALING:
         number = setting(rope, name, float, path, low=1)
@@ -295,8 +252,8 @@ def _scaling(rope: dict, path: Path) -> tuple[int, ...]:
     return tuple(numbers)
 
 
-def _window(theirs: dict, names: Names, model: ConfigDict, path: Path) -> int:
-    """The sliding window of all layers; 0 if there is none or it is as long as the context."""
+def _window(theirs: dict, names: Family, model: ConfigDict, path: Path) -> int:
+    """The sliding window of all layers; 0 if there is none, or it covers the whole context."""
     switch = "use_sliding_window"
     if switch in names.knows:
         theirs = {"sliding_window": WINDOW} | theirs
@@ -324,7 +281,7 @@ def _window(theirs: dict, names: Names, model: ConfigDict, path: Path) -> int:
 def _windowed(theirs: dict, family: str, layers: int, path: Path) -> list[bool]:
     """Whether each layer has the sliding window, as the family's class decides it."""
     numbers = range(layers)
-    if "layer_types" not in NAMES[family].knows:
+    if "layer_types" not in FAMILIES[family].knows:
         return [True for _ in numbers]
     kinds = theirs.get("layer_types")
     if kinds is None:
@@ -341,8 +298,8 @@ def _windowed(theirs: dict, family: str, layers: int, path: Path) -> list[bool]:
     return [kind == known[1] for kind in kinds]
 
 
-def _read_experts(theirs: dict, names: Names, settings: ConfigDict, path: Path, high: int) -> None:
-    """Sets what concerns experts, which drop no token."""
+def _read_experts(theirs: dict, names: Family, settings: ConfigDict, path: Path, high: int) -> None:
+    """Reads the settings of experts; no token is dropped."""
     model, moe = settings.model, settings.moe
     # transformers reads and writes either name.
     name = next((n for n in ("num_experts", "num_local_experts") if n in theirs), "num_experts")
@@ -369,132 +326,80 @@ def _read_experts(theirs: dict, names: Names, settings: ConfigDict, path: Path, 
     moe.capacity_factor = moe.eval_capacity_factor = math.inf
 
 
-def _placed(
-    config: Config, mesh: jax.sharding.Mesh, read: Callable[[str], np.ndarray]
-) -> dict[str, jax.Array]:
-    """The parameters on a mesh, from those of the layers one by one."""
-    tree = jax.eval_shape(lambda: init_model(config))
-    homes = named_leaves(sharding.shardings(tree, mesh))
-    layer_of = {place: number for number, place in enumerate(places(config.model))}
-    leaves = {}
-    for name, leaf in named_leaves(tree).items():
-        if not name.startswith("stages."):
-            leaves[name] = jax.device_put(read(name), homes[name])
-            continue
-        _, stage, _, block, rest = name.split(".", 4)
-        numbers = [layer_of[int(stage), int(block), n] for n in range(leaf.shape[0])]
-        reads = [partial(read, f"layers.{number}.{rest}") for number in numbers]
-        leaves[name] = _stacked(leaf, homes[name], reads)
-    return leaves
+def check_exportable(config: Config, family: str) -> None:
+    """Raises UserError unless the family's class in transformers can compute the run's model.
 
-
-def _stacked(leaf, home: jax.sharding.NamedSharding, reads: list[Callable]) -> jax.Array:
-    """An array on a mesh whose rows are read one by one, each when the one before is in place."""
-    whole = jax.jit(partial(jnp.zeros, leaf.shape, leaf.dtype), out_shardings=home)()
-    row_home = jax.sharding.NamedSharding(home.mesh, jax.sharding.PartitionSpec(*home.spec[1:]))
-    put = jax.jit(lambda x, row, n: x.at[n].set(row), donate_argnums=0, out_shardings=home)
-    for n, read in enumerate(reads):
-        whole = put(whole, jax.device_put(read(), row_home), n)
-        whole.block_until_ready()
-    return whole
-
-
-def check_exportable(config: Config) -> None:
-    """Raises UserError if the family's class of transformers computes something else.
-
-    It computes the same if reading what would be written gives the same architecture.
+    The settings that would be written must give the same architecture when they are read.
     """
-    model, moe = config.model, config.moe
-    if model.family not in NAMES:
-        raise UserError(f"model.family={model.family}: transformers has no such class")
-    names = NAMES[model.family]
+    model, names = config.model, FAMILIES[family]
     instead = f"{names.architecture} of transformers"
-    if any(model.schedule.experts) != bool(names.moe_layer):
-        has = "experts" if names.moe_layer else "none"
-        raise UserError(f"this run is {model.schedule}, and {instead} has {has}")
-    there = _config(_their_settings(model), Path("config.json"), LARGEST).model
+    if any(model.schedule.experts) != names.has_experts:
+        has = "experts" if names.has_experts else "none"
+        raise UserError(
+            f"this run is {model.schedule}, and {instead} has {has}; use --kind=safetensors"
+        )
+    there = read_config(_their_settings(model, family), Path("config.json"), LARGEST).model
     if str(there.schedule) != str(model.schedule):
         raise UserError(
             f"this run is '{model.schedule}': {instead} can only be '{there.schedule}'; use "
             "--kind=safetensors"
         )
-    theirs = _architecture(there)
-    for name, value in _architecture(model).items():
-        if theirs[name] != value:
-            raise UserError(
-                f"model.{name}={value}: {instead} has {theirs[name]}; use --kind=safetensors"
-            )
-    for name in ("router", "scores", "routed_scale", "bias_update_rate"):
-        value, only = getattr(moe, name), getattr(MoeConfig, name)
-        if value != only:
-            raise UserError(f"moe.{name}={value}: {instead} has {only}; use --kind=safetensors")
-    if names.moe_layer and math.isfinite(moe.eval_capacity_factor):
+    check_expressed(config, there, instead)
+    if names.has_experts and math.isfinite(config.moe.eval_capacity_factor):
         log.warning(
             "moe.eval_capacity_factor=%s: transformers drops no token, as with inf",
-            moe.eval_capacity_factor,
+            config.moe.eval_capacity_factor,
         )
 
 
-def _architecture(model: ModelConfig) -> dict[str, object]:
-    """What a model computes, in settings with their effective values."""
-    form = dataclasses.asdict(model.form)
-    if model.normalizes or not any(model.schedule.experts):
-        form["normalize_top_k"] = "always"
-    if not model.residual:
-        form["residual_mix"] = "none"
-    return {
-        **form,
-        "kv_heads": model.key_heads,
-        "head_dim": model.head_width,
-        "clip_qkv": model.clip_qkv,
-        "sliding_window": model.sliding_window,
-        "rope_scaling": model.rope_scaling,
-    }
-
-
 def write_hugging_face(
-    config: Config, leaves: dict[str, np.ndarray], tokenizer: Tokenizer, folder: Path
+    config: Config,
+    family: str,
+    leaves: dict[str, np.ndarray],
+    tokenizer: Tokenizer,
+    folder: Path,
 ) -> None:
-    """Writes a model in the format of its family's class.
+    """Writes a model in the format of a family's class.
 
-    The tensors keep every bit: they are bfloat16 if that holds all of their numbers, else float32.
+    No number is rounded. Tensors are bfloat16 if that represents all of them exactly and the family
+    is not GPT-2, else float32.
 
     Args:
       config: the run's config.
+      family: a key of `FAMILIES`.
       leaves: the run's parameters by our names.
-      tokenizer: the run's, for the ids that start and end a document.
+      tokenizer: the run's, for the ids of BOS and EOS.
       folder: the folder to write into.
     """
-    tensors = {}
-    for name, array in unstack_layers(config.model, leaves).items():
-        for piece, _ in _parts(name, array.shape, config.model.family):
-            tensors[piece.name] = _theirs(array[piece.index], piece)
+    tensors = their_tensors(config.model, FAMILIES[family].table, leaves)
     dtype = "float32"
-    if all((x.astype(jnp.bfloat16).astype(np.float32) == x).all() for x in tensors.values()):
+    if family != "gpt2" and all(
+        (x.astype(jnp.bfloat16).astype(np.float32) == x).all() for x in tensors.values()
+    ):
         dtype = "bfloat16"
         tensors = {name: x.astype(jnp.bfloat16) for name, x in tensors.items()}
     write_tensors(tensors, folder)
-    settings = _their_settings(config.model) | {
+    settings = _their_settings(config.model, family) | {
         "dtype": dtype,
-        "torch_dtype": dtype,  # as transformers 4 names it
-        "bos_token_id": tokenizer.start_of_text,
-        "eos_token_id": tokenizer.end_of_text,
+        "torch_dtype": dtype,  # its name in transformers 4
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id,
         "pad_token_id": None,
     }
     (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def tokenizer_settings(tokenizer: Tokenizer, length: int) -> dict:
-    """The content of a tokenizer_config.json, by which transformers takes tokenizer.json as it is.
+    """The content of tokenizer_config.json, which makes transformers use tokenizer.json as it is.
 
-    Without it AutoTokenizer chooses a class by the model's type, which may divide a text into words
-    in another way than tokenizer.json.
+    Without it AutoTokenizer chooses a class by the model's type, which may split a text into words
+    differently.
 
     Args:
       tokenizer: the run's.
       length: the longest context, in tokens.
     """
-    start, end = map(tokenizer.token, (tokenizer.start_of_text, tokenizer.end_of_text))
+    start, end = map(tokenizer.token, (tokenizer.bos_id, tokenizer.eos_id))
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": start,
@@ -504,24 +409,26 @@ def tokenizer_settings(tokenizer: Tokenizer, length: int) -> dict:
     }
 
 
-def _their_settings(model: ModelConfig) -> dict:
-    """A model's settings in their words."""
-    names, form = NAMES[model.family], model.form
-    scaling = dict(zip(SCALING, model.rope_scaling, strict=False))  # which may be none
-    rope = {"rope_theta": form.rope_theta, "rope_type": "llama3" if scaling else "default"}
+def _their_settings(model: ModelConfig, family: str) -> dict:
+    """A model's settings as in the family's config.json."""
+    if family == "gpt2":
+        return gpt2.their_settings(model)
+    names = FAMILIES[family]
+    scaling = dict(zip(SCALING, model.rope_scaling, strict=False))  # rope_scaling may be empty
+    rope = {"rope_theta": model.rope_theta, "rope_type": "llama3" if scaling else "default"}
     settings = {theirs: getattr(model, ours) for ours, theirs in SIZES.items()} | {
         "architectures": [names.architecture],
-        "model_type": model.family,
+        "model_type": family,
         "hidden_act": "silu",
         "num_key_value_heads": model.key_heads,
-        "rms_norm_eps": form.norm_eps,
-        "rope_theta": form.rope_theta,
+        "rms_norm_eps": model.norm_eps,
+        "rope_theta": model.rope_theta,
         "rope_parameters": rope | scaling,
-        "tie_word_embeddings": form.output == "tied",
+        "tie_word_embeddings": model.output == "tied",
         "attention_dropout": 0.0,
     }
     if scaling:
-        settings["rope_scaling"] = rope | scaling  # as transformers 4 names it
+        settings["rope_scaling"] = rope | scaling  # its name in transformers 4
     if "head_dim" in names.knows:
         settings["head_dim"] = model.head_width
     if "clip_qkv" in names.knows:
@@ -533,7 +440,7 @@ def _their_settings(model: ModelConfig) -> dict:
         if "layer_types" in names.knows and model.sliding_window:
             settings["layer_types"] = ["sliding_attention"] * model.layers
     if "qkv_bias" in names.knows:
-        settings["qkv_bias"] = form.biases == "qkv"
+        settings["qkv_bias"] = model.biases == "qkv"
     experts = [count for count in model.schedule.experts if count]
     if not experts:
         return settings

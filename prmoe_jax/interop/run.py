@@ -3,32 +3,24 @@
 import dataclasses
 import json
 import logging
-import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
 
 from prmoe_jax.config.loading import load, save
-from prmoe_jax.config.schema import Config, MeshConfig, ModelConfig
+from prmoe_jax.config.schema import Config, ModelConfig
 from prmoe_jax.data.tokenizer import Tokenizer, from_vocabulary
 from prmoe_jax.errors import UserError
-from prmoe_jax.interop import hugging_face
-from prmoe_jax.interop.deepspeed import check_exportable, read_deepspeed, write_deepspeed
-from prmoe_jax.interop.gpt2 import check_dense, read_gpt2, write_gpt2
-from prmoe_jax.interop.settings import check_sizes, differs, resolved, shown
-from prmoe_jax.interop.tensors import (
-    check_coverage,
-    check_shape,
-    read_json,
-    read_tensors,
-    write_tensors,
-)
+from prmoe_jax.interop import deepspeed, hugging_face
+from prmoe_jax.interop.mapping import spread_over
+from prmoe_jax.interop.settings import differs, resolved, shown
+from prmoe_jax.interop.tensors import Tensors, check_shapes, read_json, write_tensors
 from prmoe_jax.model.sizes import cost
 from prmoe_jax.model.transformer import init_model
 from prmoe_jax.nn.parameters import from_named, named_leaves
-from prmoe_jax.parallel.mesh import make_mesh
 from prmoe_jax.run import directory as workdirs
 from prmoe_jax.run.metrics import read_metrics
 from prmoe_jax.run.new import check_free, write_folder, write_run
@@ -41,9 +33,9 @@ def import_run(kind: str, source: Path, workdir: Path) -> dict:
     """Makes a run's folder, at step 0, from another library's folder.
 
     Args:
-      kind: 'hf' for Hugging Face's transformers, whatever family of ours the folder's model_type
-        names, and 'gpt2' for GPT2LMHeadModel alone; 'deepspeed' for Megatron-DeepSpeed's GPT,
-        dense, MoE or PR-MoE; 'safetensors' for a folder that `export_run` wrote.
+      kind: 'hf' for any model type of `hugging_face.FAMILIES`; 'gpt2' for GPT2LMHeadModel only;
+        'deepspeed' for Megatron-DeepSpeed's GPT, dense, MoE or PR-MoE; 'safetensors' for a folder
+        that `export_run` wrote.
       source: the folder to read; nothing in it is executed.
       workdir: the folder to make.
 
@@ -51,7 +43,7 @@ def import_run(kind: str, source: Path, workdir: Path) -> dict:
       workdir, parameters, vocab_size.
 
     Raises:
-      UserError: the source doesn't fit, or the workdir is not empty or cannot be written.
+      UserError: the source can't be imported, or the workdir is not empty or not writable.
     """
     if (workdir / workdirs.CONFIG).exists():
         raise UserError(f"--workdir={workdir} holds a run; give another folder")
@@ -66,13 +58,13 @@ def import_run(kind: str, source: Path, workdir: Path) -> dict:
         )
     tokenizer = _tokenizer(source, kind)
     read: Mapping[str, Callable[[Path], tuple[Config, Mapping, str]]] = {
-        "hf": _read_hugging_face,
-        "gpt2": read_gpt2,
-        "deepspeed": read_deepspeed,
+        "hf": hugging_face.read_hugging_face,
+        "gpt2": partial(hugging_face.read_hugging_face, only="gpt2"),
+        "deepspeed": deepspeed.read_deepspeed,
         "safetensors": _read_ours,
     }
-    config, leaves, found = read[kind](source)
-    log.info("%s: %s", source, found)
+    config, leaves, summary = read[kind](source)
+    log.info("%s: %s", source, summary)
     stored = workdir / workdirs.TOKENIZER
     data = dataclasses.replace(config.data, tokenizer=str(stored))
     config = dataclasses.replace(config, data=data)
@@ -94,9 +86,9 @@ def export_run(kind: str, workdir: Path, out: Path) -> dict:
     """Writes a run's newest checkpoint for another library.
 
     Args:
-      kind: 'hf' for the class of Hugging Face's transformers that `model.family` names, 'gpt2' for
-        GPT2LMHeadModel alone; 'deepspeed' for a checkpoint of Megatron-DeepSpeed; 'safetensors'
-        for our names, with the config and a model card.
+      kind: 'hf' for the transformers class of the run's `model.family`; 'gpt2' for GPT2LMHeadModel
+        only; 'deepspeed' for a checkpoint of Megatron-DeepSpeed; 'safetensors' for our names, with
+        the config and a model card.
       workdir: the run's folder.
       out: the folder to make.
 
@@ -108,15 +100,12 @@ def export_run(kind: str, workdir: Path, out: Path) -> dict:
         empty or cannot be written.
     """
     check_free("out", out)
-    config = load(workdir / workdirs.CONFIG)  # `restore_run` may change mesh and exchange
-    if kind == "hf" and config.model.family == "gpt2":
-        kind = "gpt2"
-    if kind == "hf":
-        hugging_face.check_exportable(config)
-    if kind == "gpt2":
-        check_dense(config.model)
+    config = load(workdir / workdirs.CONFIG)  # `restore_run` changes mesh and execution
+    family = {"hf": config.model.family, "gpt2": "gpt2"}.get(kind)
+    if family:
+        hugging_face.check_exportable(config, family)
     if kind == "deepspeed":
-        check_exportable(config)
+        deepspeed.check_exportable(config)
     devices = jax.local_devices()
     layout = spread_over(config.model, len(devices))  # a device need not hold the whole model
     _, step, model, _ = restore_run(workdir, devices, layout)
@@ -124,18 +113,16 @@ def export_run(kind: str, workdir: Path, out: Path) -> dict:
     leaves = {name: np.asarray(leaf) for name, leaf in named_leaves(model).items()}
 
     def build(folder: Path) -> None:
-        if kind == "hf":
-            hugging_face.write_hugging_face(config, leaves, tokenizer, folder)
-        elif kind == "gpt2":
-            write_gpt2(config, leaves, tokenizer, folder)
+        if family:
+            hugging_face.write_hugging_face(config, family, leaves, tokenizer, folder)
         elif kind == "deepspeed":
-            write_deepspeed(config, leaves, folder, step)
+            deepspeed.write_deepspeed(config, leaves, folder, step)
         else:
             write_tensors(leaves, folder)
             save(config, folder / workdirs.CONFIG)
             (folder / "README.md").write_text(_card(config, step, workdir))
         tokenizer.save(folder / "tokenizer.json")
-        if kind in ("hf", "gpt2"):
+        if family:
             settings = hugging_face.tokenizer_settings(tokenizer, config.model.length)
             (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
@@ -144,46 +131,22 @@ def export_run(kind: str, workdir: Path, out: Path) -> dict:
     return {"out": str(out), "step": step, "parameters": size}
 
 
-def _read_hugging_face(folder: Path) -> tuple[Config, dict[str, jax.Array], str]:
-    """Reads a model of whatever class; its parameters are spread over all devices."""
-    if read_json(folder / "config.json").get("model_type") == "gpt2":
-        return read_gpt2(folder)
-
-    def place(config: Config) -> jax.sharding.Mesh:
-        mesh = spread_over(config.model, len(jax.devices()))
-        return make_mesh(dataclasses.replace(config, mesh=mesh))
-
-    return hugging_face.read_hugging_face(folder, place)
-
-
-def spread_over(model: ModelConfig, devices: int) -> MeshConfig:
-    """The mesh on which the devices hold a model once, as far as its sizes allow."""
-    experts = list(filter(None, model.schedule.experts))
-    expert = math.gcd(devices, *experts) if experts else 1
-    widths = model.d_ff, model.expert_width, model.residual_width
-    parts = math.gcd(devices // expert, *widths) if experts else 1
-    fsdp = devices // expert // parts
-    return MeshConfig(data=1, fsdp=fsdp, expert=expert, expert_slice=parts)
-
-
 def _read_ours(folder: Path) -> tuple[Config, dict[str, np.ndarray], str]:
     path = folder / workdirs.CONFIG
-    settings, tensors = read_json(path), read_tensors(folder)
-    # Each layer has one norm before its MLP. Layers are counted before the config is resolved,
+    settings, tensors = read_json(path), Tensors(folder)
+    # Layers are counted by the norms before their MLPs. This comes before the config is resolved,
     # since resolving a false, huge number of layers would take long.
-    norms = (x for name, x in tensors.items() if name.endswith(".norm_mlp.scale") and x.ndim)
-    layers = sum(map(len, norms))
+    norms = [shape for name, shape in tensors.shapes.items() if name.endswith(".norm_mlp.scale")]
+    layers = sum(shape[0] for shape in norms if shape)
     model = settings.get("model")
     given = model.get("layers", ModelConfig.layers) if isinstance(model, dict) else layers
     if differs(given, layers):
         raise UserError(f"{path}: model.layers={shown(given)}, the tensors are of {layers} layers")
     config = resolved(settings, path)
-    check_sizes(config.model, tensors, path)
-    shapes = named_leaves(jax.eval_shape(lambda: init_model(config)))
-    found = check_coverage(tensors, set(shapes), folder)
-    for name, shape in shapes.items():
-        check_shape(name, tensors[name], shape.shape, folder)
-    return config, tensors, found
+    leaves = named_leaves(jax.eval_shape(lambda: init_model(config)))
+    shapes = {name: leaf.shape for name, leaf in leaves.items()}
+    summary = check_shapes(tensors.shapes, shapes, folder)
+    return config, {name: tensors.read(name) for name in shapes}, summary
 
 
 def _tokenizer(source: Path, kind: str) -> Tokenizer:
@@ -195,7 +158,7 @@ def _tokenizer(source: Path, kind: str) -> Tokenizer:
             f"{source} has no tokenizer.json; make it by AutoTokenizer.from_pretrained(FOLDER)"
             ".save_pretrained(FOLDER) of transformers"
         )
-    # They are GPT-2's: other models divide a text into words in other ways.
+    # These two files suffice for GPT-2 only: other models split a text into words differently.
     if (source / "vocab.json").is_file() and (source / "merges.txt").is_file():
         return from_vocabulary(source / "vocab.json", source / "merges.txt")
     raise UserError(f"{source} has no tokenizer.json, nor vocab.json with merges.txt")
@@ -204,7 +167,7 @@ def _tokenizer(source: Path, kind: str) -> Tokenizer:
 def _card(config: Config, step: int, workdir: Path) -> str:
     """A model card that describes the weights."""
     size, model = cost(config.model, config.moe), config.model
-    lines = [line for line in read_metrics(workdir / "metrics.jsonl") if "eval/loss" in line]
+    lines = [line for line in read_metrics(workdir / workdirs.METRICS) if "eval/loss" in line]
     measured = ""
     if lines:
         last = lines[-1]

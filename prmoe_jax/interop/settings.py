@@ -4,14 +4,14 @@ import reprlib
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
+from ml_collections import ConfigDict
 
-from prmoe_jax.config.family import FAMILIES, differing
 from prmoe_jax.config.loading import resolve
-from prmoe_jax.config.schema import Config, ModelConfig
-from prmoe_jax.errors import UserError
+from prmoe_jax.config.schema import Config, ModelConfig, MoeConfig, default_config
+from prmoe_jax.errors import UserError, telling
+from prmoe_jax.model.surgery import OPEN_SIZES, check_equal, compared
 
-# No setting is a number above this.
+# The largest number that a setting may have.
 LARGEST = 2**63 - 1
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 120  # enough for a tensor's whole name
@@ -36,9 +36,6 @@ def setting(
       default: replaces a setting that is missing or None; without a default it is required.
       low: the smallest number allowed.
       high: the largest number allowed.
-
-    Raises:
-      UserError: the setting is missing, of another type or out of range.
     """
     value = settings.get(name)
     value = default if value is None else value
@@ -66,43 +63,50 @@ def shown(value: Any) -> str:
         return type(value).__name__
 
 
+def import_settings() -> ConfigDict:
+    """Default settings of an imported run, into which the model's settings are then read."""
+    settings = default_config()
+    settings.model.dtype = "float32"
+    settings.data.tokenizer = "tokenizer.json"  # the file in the same folder
+    settings.train.steps = 1
+    return settings
+
+
 def resolved(settings: Any, source: Any) -> Config:
-    """`config.resolve` for a trained model, with the settings' file named in its errors."""
-    try:
+    """Resolves a trained model's settings; errors name `source`, their file."""
+    with telling(f"{source}: "):
         return resolve(settings, trained=True)
-    except UserError as error:
-        raise UserError(f"{source}: {error}") from None
 
 
-def check_gpt2_form(model: ModelConfig, theirs: str) -> None:
-    """Raises UserError unless a model's parts are GPT-2's, which is all that `theirs` knows."""
-    for name in differing(model.form, FAMILIES["gpt2"]):
-        value, only = getattr(model.form, name), getattr(FAMILIES["gpt2"], name)
-        raise UserError(f"model.{name}={value}: {theirs} knows only {only}")
-    for name in ("kv_heads", "head_dim", "clip_qkv", "sliding_window"):
-        if value := getattr(model, name):
-            raise UserError(f"model.{name}={value}: {theirs} knows only 0")
-    for name in ("expert_d_ff", "residual_d_ff"):
-        if (value := getattr(model, name)) not in (0, model.d_ff):
-            raise UserError(f"model.{name}={value}: {theirs} knows only model.d_ff, {model.d_ff}")
+def check_expressed(config: Config, there: ModelConfig, whose: str) -> None:
+    """Raises UserError unless another library's model computes the same as a run's model.
 
-
-def check_sizes(model: ModelConfig, tensors: Mapping[str, np.ndarray], source: Any) -> None:
-    """Raises UserError unless each size that the model uses is a dimension of some tensor.
-
-    The sizes are vocab_size, d_model, length (of learned positions) and the widths of MLPs and
-    experts. Call this before anything is allocated.
+    Args:
+      config: the run's config.
+      there: the other model in our settings, with experts in the same layers.
+      whose: the other model in words, for the message.
     """
-    held = {size for tensor in tensors.values() if tensor.size for size in tensor.shape}
-    sizes = {"vocab_size": model.vocab_size, "d_model": model.d_model}
-    if model.form.positions == "learned":
-        sizes["length"] = model.length
-    if 0 in model.schedule.experts:
-        sizes["d_ff"] = model.d_ff
-    if any(model.schedule.experts):
-        sizes["expert_d_ff" if model.expert_d_ff else "d_ff"] = model.expert_width
-        if model.residual and model.residual_d_ff:  # else it is the experts'
-            sizes["residual_d_ff"] = model.residual_d_ff
-    for name, size in sizes.items():
-        if size not in held:
-            raise UserError(f"{source}: {name} is {shown(size)}, a size that no tensor has")
+    fix = "use --kind=safetensors"
+    check_equal(compared(config.model, there, OPEN_SIZES), whose, fix)
+    if not any(config.model.schedule.experts):
+        return
+    for name in ("router", "scores", "routed_scale", "bias_update_rate"):
+        value, only = getattr(config.moe, name), getattr(MoeConfig, name)
+        if value != only:
+            raise UserError(f"moe.{name}={value}, {whose} has {only}; {fix}")
+    if config.model.normalizes != there.normalizes:
+        raise UserError(
+            f"model.normalize_top_k={config.model.normalize_top_k}, {whose} has "
+            f"{there.normalize_top_k}; {fix}"
+        )
+
+
+def gpt2_shaped(model: ModelConfig) -> ModelConfig:
+    """A model of GPT-2's architecture with this model's sizes and experts."""
+    names = "vocab_size length layers d_model heads d_ff placement experts top_k residual".split()
+    return ModelConfig(**{name: getattr(model, name) for name in names})
+
+
+def check_gpt2_form(model: ModelConfig, whose: str) -> None:
+    """Raises UserError unless a model has GPT-2's architecture; its message names `whose`."""
+    check_equal(compared(model, gpt2_shaped(model), OPEN_SIZES), whose, "use the same")

@@ -1,8 +1,7 @@
 """Folders of .safetensors files, which hold arrays by name and no code."""
 
-import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +9,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from prmoe_jax import files
-from prmoe_jax.errors import UserError, first_line
+from prmoe_jax.errors import UserError, refusing
 from prmoe_jax.interop.settings import shown
 
-# Size of one file of an export; the default of Hugging Face.
+# Larger exports are split into files of about this size, as by default in Hugging Face.
 SHARD_BYTES = 5_000_000_000
 # Types that weights may be stored as. Numbers of 8 bits or fewer need scales, which aren't read.
 DTYPES = "F16", "BF16", "F32", "F64"
@@ -27,39 +26,30 @@ class Tensors:
 
         Args:
           folder: the folder of these files.
-          ignored: endings of the names of tensors that are not weights, and are not checked.
+          ignored: name endings of tensors to leave out, since they are no weights.
 
         Raises:
-          UserError: a file is missing or damaged, or a tensor's type can't be that of weights.
+          UserError: a file is missing or damaged, or a tensor's type is not in `DTYPES`.
         """
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self._ignored, self._files, self._open = ignored, {}, contextlib.ExitStack()
-        try:
-            for path in _files(folder):
-                self._add(path)
-        except BaseException:
-            self._open.close()
-            raise
+        self._files: dict[str, tuple] = {}
+        for path in _files(folder):
+            self._add(path, ignored)
 
-    def __enter__(self) -> "Tensors":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._open.close()
-
-    def _add(self, path: Path) -> None:
+    def _add(self, path: Path, ignored: tuple[str, ...]) -> None:
         other = sorted(p.name for p in path.parent.glob("*.bin"))
         hint = f"; {other[0]} may run code when it is read: convert it" if other else ""
         files.regular(path, hint)
         with _reading(path):
             # The file is read as JAX's arrays, because NumPy has no bfloat16.
-            file = self._open.enter_context(safe_open(path, framework="flax"))
+            file = safe_open(path, framework="flax")
             for name in file.keys():
-                part = file.get_slice(name)
+                if name.endswith(ignored):
+                    continue
                 if name in self.shapes:
                     raise UserError(f"{path} holds {shown(name)}, as another file does")
-                if not name.endswith(self._ignored):
-                    check_dtype(name, part.get_dtype(), DTYPES, path)
+                part = file.get_slice(name)
+                check_dtype(name, part.get_dtype(), DTYPES, path)
                 self.shapes[name] = tuple(part.get_shape())
                 self._files[name] = path, file
 
@@ -67,22 +57,18 @@ class Tensors:
         """One array, float32.
 
         Raises:
-          UserError: the file is damaged, or the numbers can't be weights.
+          UserError: the file is damaged, or `check_finite` refuses the array.
         """
         path, file = self._files[name]
         with _reading(path), np.errstate(over="ignore"):
             array = np.asarray(file.get_tensor(name), np.float32)
-        if not name.endswith(self._ignored):
-            check_finite(name, array, path)
+        check_finite(name, array, path)
         return array
 
 
-@contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} can't be read as safetensors: {first_line(error)}") from None
+def _reading(path: Path):
+    kinds = SafetensorError, OSError, ValueError
+    return refusing(f"{path} can't be read as safetensors", kinds)
 
 
 def _files(folder: Path) -> list[Path]:
@@ -99,23 +85,17 @@ def _files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def read_tensors(folder: Path, ignored: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
-    """All arrays of `Tensors`; float32."""
-    with Tensors(folder, ignored) as tensors:
-        return {name: tensors.read(name) for name in tensors.shapes}
-
-
 def read_json(path: Path) -> dict:
     """The object in another library's JSON file.
 
     Raises:
-      UserError: the file is missing, or holds something else.
+      UserError: the file is missing, or holds no JSON object.
     """
     return files.read_json(files.regular(path), fix="copy it from its source again")
 
 
 def write_tensors(tensors: dict[str, np.ndarray], folder: Path) -> None:
-    """Writes model.safetensors, or several files of `SHARD_BYTES` with their index."""
+    """Writes model.safetensors or, above `SHARD_BYTES`, several files and their index."""
     shards, size = [{}], 0
     for name, array in tensors.items():
         if shards[-1] and size + array.nbytes > SHARD_BYTES:
@@ -150,33 +130,27 @@ def check_finite(name: str, array: np.ndarray, path: Path) -> None:
         )
 
 
-def check_shape(
-    name: str, found: np.ndarray | tuple[int, ...], shape: tuple[int, ...], source: Path
-) -> None:
-    """Raises UserError unless an array, or a shape, is of this shape."""
-    found = found if isinstance(found, tuple) else found.shape
-    if found != shape:
-        raise UserError(f"{source}: {name} has shape {shown(found)}, not {shape}")
-
-
-def check_coverage(found: dict, expected: set[str], source: Path, ignored=()) -> str:
-    """Compares the names of arrays with the expected ones; returns a summary for the user.
+def check_shapes(
+    found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], source: Path
+) -> str:
+    """Compares shapes, by name, with the expected ones; returns a summary for the user.
 
     Args:
-      found: arrays by name.
-      expected: the names that are required.
+      found: the arrays' shapes.
+      expected: the required shapes.
       source: the file or folder of the arrays, for messages.
-      ignored: endings of names that are allowed but not used.
 
     Raises:
-      UserError: some names are missing, or there are others.
+      UserError: an array is missing, is not expected or has another shape.
     """
-    missing = sorted(expected - found.keys())
-    extra = sorted(n for n in found.keys() - expected if not n.endswith(tuple(ignored)))
+    missing = sorted(expected.keys() - found.keys())
+    extra = sorted(found.keys() - expected.keys())
     extra = [shown(name) for name in extra[:3]] + extra[3:]
     for names, what in ((missing, "lacks"), (extra, "has what this architecture doesn't:")):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise UserError(f"{source} {what} {', '.join(names[:3])}{more}")
-    left = len(found.keys() - expected)
-    return f"{len(expected)} tensors read, none missing, {left} of no meaning left out"
+    for name, shape in expected.items():
+        if found[name] != shape:
+            raise UserError(f"{source}: {name} has shape {shown(found[name])}, not {shape}")
+    return f"{len(expected)} tensors read, none missing"

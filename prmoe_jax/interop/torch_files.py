@@ -6,14 +6,14 @@ from pathlib import Path
 import numpy as np
 
 from prmoe_jax import files
-from prmoe_jax.errors import UserError, first_line
+from prmoe_jax.errors import UserError, refusing
 from prmoe_jax.interop.settings import shown
 from prmoe_jax.interop.tensors import check_dtype, check_finite
 
 # Types that weights may be stored as.
 DTYPES = "torch.float16", "torch.bfloat16", "torch.float32", "torch.float64"
-# A training script also stores objects of these modules: settings and the state of random numbers.
-# No such module is imported; an `Inert` replaces each object.
+# A training script also stores objects of these modules: settings and the states of random number
+# generators. No such module is imported; an `Inert` replaces each object.
 HARMLESS = "_codecs", "argparse", "deepspeed", "megatron", "numpy"
 
 
@@ -38,18 +38,13 @@ def require_torch() -> None:
 
 
 def read_torch(path: Path) -> dict:
-    """Reads a file of torch.save: tensors are on the CPU, other objects become `Inert`.
-
-    Raises:
-      UserError: the file is missing, is not torch's or holds no dict, or it would call code that
-        checkpoints don't need.
-    """
+    """Reads a file of torch.save: tensors are on the CPU, other objects become `Inert`."""
     require_torch()
     import torch
     from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
     files.regular(path)
-    try:
+    with refusing(f"{path} can't be read as torch's"):  # for damaged files, torch raises any error
         foreign = get_unsafe_globals_in_checkpoint(path)
         for name in foreign:
             if name.partition(".")[0] not in HARMLESS:
@@ -58,21 +53,13 @@ def read_torch(path: Path) -> dict:
                 )
         with safe_globals([(Inert, name) for name in foreign]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except UserError:
-        raise
-    except Exception as error:  # torch raises anything for damaged files
-        raise UserError(f"{path} can't be read as torch's: {first_line(error)}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no dict")
     return content
 
 
 def flat_arrays(state: dict, path: Path) -> dict[str, np.ndarray]:
-    """A file's tensors by their full names, float32; Megatron nests some of them.
-
-    Raises:
-      UserError: a tensor can't hold weights, or a name or nested part appears twice.
-    """
+    """A file's tensors in float32 by name; the keys of nested dicts are joined by dots."""
     import torch
 
     arrays, parts, seen = {}, [("", state)], set()
@@ -86,8 +73,6 @@ def flat_arrays(state: dict, path: Path) -> dict[str, np.ndarray]:
             if isinstance(value, dict):
                 parts.append((f"{name}.", value))
             elif isinstance(value, torch.Tensor):
-                if name in arrays:
-                    raise UserError(f"{path} holds {shown(name)} twice")
                 arrays[name] = _array(name, value, path)
     return arrays
 
@@ -97,9 +82,7 @@ def _array(name: str, tensor, path: Path) -> np.ndarray:
     # With a stride of 0, a tensor in a small file can have any size.
     if tensor.numel() * tensor.element_size() > path.stat().st_size:
         raise UserError(f"{path}: {shown(name)} is larger than the file")
-    try:
+    with refusing(f"{path}: {shown(name)} is no plain tensor"):  # a sparse one, for example
         array = tensor.detach().float().numpy()
-    except Exception as error:  # sparse tensors, and others without plain numbers
-        raise UserError(f"{path}: {shown(name)} is no plain tensor: {first_line(error)}") from None
     check_finite(name, array, path)
     return array

@@ -1,4 +1,7 @@
-"""Causal self-attention within documents, and the KV cache of decoding."""
+"""Causal self-attention within documents, and the KV cache of decoding.
+
+N: query heads per key head, or projections in one weight. R: queries that share a key head. F: K/2.
+"""
 
 from typing import NamedTuple
 
@@ -6,27 +9,27 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from prmoe_jax.config.schema import ModelConfig
+from prmoe_jax.config.schema import AUTO, ExecutionConfig, ModelConfig
 from prmoe_jax.model.attention_kernels import attend, product, resolve_attention
 from prmoe_jax.nn import remat
 from prmoe_jax.nn.matmul import matmul
 from prmoe_jax.nn.mlp import add_bias
 from prmoe_jax.nn.norms import HeadsRMSNorm, RMSNorm
 from prmoe_jax.nn.parameters import normal
-from prmoe_jax.parallel.mesh import platform
+from prmoe_jax.parallel.axes import platform
 
 TPU_ROWS = 8  # rows of a tile
 
 
 class KVCache(NamedTuple):
-    """KV cache of earlier tokens, in the layout that matrix products on CPUs read."""
+    """Keys and values of earlier tokens, laid out as matrix products on CPUs read them."""
 
     k_BxHxKxT: jax.Array
     v_BxHxTxK: jax.Array
 
     @classmethod
     def empty(cls, batch: int, heads: int, width: int, room: int, dtype) -> "KVCache":
-        """An empty cache for `room` tokens."""
+        """An empty cache with a maximum length of `room` tokens."""
         shapes = (batch, heads, width, room), (batch, heads, room, width)
         return cls(*(jnp.zeros(shape, dtype) for shape in shapes))
 
@@ -40,7 +43,7 @@ class KVCache(NamedTuple):
                 self.k_BxHxKxT.at[row_Bx1, :, :, position_BxQ].set(k_BxQxHxK),
                 self.v_BxHxTxK.at[row_Bx1, :, position_BxQ].set(v_BxQxHxK),
             )
-        # Where heads are indexed as well, the compiler keeps the keys of each head together.
+        # Indexing heads as well makes the compiler keep the keys of each head together.
         row_Bx1x1, head_Hx1 = row_Bx1[..., None], jnp.arange(k_BxQxHxK.shape[2])[:, None]
         position_Bx1xQ = position_BxQ[:, None]
         k_BxHxQxK, v_BxHxQxK = k_BxQxHxK.swapaxes(1, 2), v_BxQxHxK.swapaxes(1, 2)
@@ -53,12 +56,11 @@ class KVCache(NamedTuple):
 def attend_to_cache(q_BxQxHxK, cache: KVCache, position_BxQ, window: int = 0) -> jax.Array:
     """softmax(q kᵀ / √K) v over the keys up to each query's position; [B, Q, H, K].
 
-    If keys have J heads, fewer than the queries' H, the H / J queries that share one are rows of
-    the same products. With a window, a query meets only that many keys, its own included.
+    With J key heads, fewer than H, the N = H / J query heads of a key head are rows of one product.
+    With a window, a query attends only to that many keys, its own included.
 
-    A TPU gets at least eight rows, if need be equal ones, which its matrix unit multiplies in the
-    time of one. Products of one row would be sums on the vector unit, which take three times as
-    long.
+    On TPUs, a single query is repeated to at least eight rows, which the matrix unit multiplies in
+    the time of one. A single row would go to the vector unit, which takes three times as long.
     """
     batch, queries, heads, width = q_BxQxHxK.shape
     key_heads = cache.k_BxHxKxT.shape[1]
@@ -67,7 +69,7 @@ def attend_to_cache(q_BxQxHxK, cache: KVCache, position_BxQ, window: int = 0) ->
     if key_heads < heads:
         q_BxQxJxNxK = q_BxQxHxK.reshape(batch, queries, key_heads, -1, width)
         q_BxRxJxK = q_BxQxJxNxK.swapaxes(2, 3).reshape(batch, rows, key_heads, width)
-        if queries > 1:  # else one position is that of all rows
+        if queries > 1:  # one position broadcasts to all rows
             position_BxQ = jnp.repeat(position_BxQ, heads // key_heads, axis=1)
     copies = -(-TPU_ROWS // rows) if queries == 1 and platform() == "tpu" else 1
     if copies > 1:
@@ -89,26 +91,26 @@ def attend_to_cache(q_BxQxHxK, cache: KVCache, position_BxQ, window: int = 0) ->
 
 
 def rotary_frequencies(model: ModelConfig) -> jax.Array:
-    """The angles [F] by which pairs of a head's numbers turn from one position to the next.
+    """The frequencies [F] of rotary positions, in radians per position.
 
-    With `model.rope_scaling`, waves longer than the low limit turn slower by the factor, those
-    shorter than the high limit turn as before, and between the limits a mean of both is taken
-    (Llama 3.1, arXiv 2407.21783).
+    `model.rope_scaling` divides a frequency by its factor if fewer than `low` periods fit into the
+    original length, keeps it if more than `high` fit, and interpolates between both (Llama 3.1,
+    arXiv 2407.21783).
     """
     half = model.head_width // 2
-    turns_F = model.form.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    turns_F = model.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     if not model.rope_scaling:
         return turns_F
     factor, low, high, length = model.rope_scaling
-    waves_F = length * turns_F / (2 * jnp.pi)  # that fit into the length before
+    waves_F = length * turns_F / (2 * jnp.pi)  # periods in the original length
     kept_F = jnp.clip((waves_F - low) / (high - low), 0, 1)
     return turns_F * (kept_F + (1 - kept_F) / factor)
 
 
 def rotate(x_BxLxHxK: jax.Array, position_BxL: jax.Array, turns_F: jax.Array) -> jax.Array:
-    """Rotates pairs of a head's numbers by angles that grow with the position (RoFormer).
+    """Rotates pairs of a head's dimensions by angles that grow with the position (RoFormer).
 
-    A pair is a number of the first half of the head and its counterpart in the second half.
+    Dimension i of the head's first half and dimension i of its second half are a pair.
     """
     angle_BxLx1xF = (position_BxL[..., None].astype(jnp.float32) * turns_F)[:, :, None]
     cos, sin = jnp.cos(angle_BxLx1xF), jnp.sin(angle_BxLx1xF)
@@ -118,29 +120,29 @@ def rotate(x_BxLxHxK: jax.Array, position_BxL: jax.Array, turns_F: jax.Array) ->
 
 
 class Attention(nnx.Module):
-    """Multi-head or grouped-query attention, of the form that `model.form` says."""
+    """Multi-head or grouped-query attention, as the config says."""
 
     def __init__(self, model: ModelConfig, key: jax.Array):
         key_in, key_out = jax.random.split(key)
-        form, std = model.form, model.init_std
+        std = model.init_std
         heads, key_heads, width = model.heads, model.key_heads, model.head_width
         self.config = model
 
-        def maps(number: int, *shape: int):
-            """The weight and the bias of one map or of several, if there are any."""
+        def maps(number: int, *shape: int) -> tuple[nnx.Param | None, nnx.Param | None]:
+            """The weight of one or several projections, and their bias or None."""
             key = jax.random.fold_in(key_in, number) if grouped else key_in
             weight = normal(key, (model.d_model, *shape), std)
-            return weight, None if form.biases == "none" else nnx.Param(jnp.zeros(shape))
+            return weight, None if model.biases == "none" else nnx.Param(jnp.zeros(shape))
 
-        # Queries, keys and values have one weight, unless there are fewer heads of keys and values.
+        # One weight for queries, keys and values; with fewer key heads, queries have their own.
         grouped = key_heads < heads
-        none = None, None
+        none: tuple[nnx.Param | None, nnx.Param | None] = None, None
         self.w_qkv, self.b_qkv = none if grouped else maps(0, 3, heads, width)
         self.w_q, self.b_q = maps(0, heads, width) if grouped else none
         self.w_kv, self.b_kv = maps(1, 2, key_heads, width) if grouped else none
         self.q_norm, self.k_norm = (_qk_norm(model, number) for number in (heads, key_heads))
         self.w_out = normal(key_out, (heads, width, model.d_model), model.output_std)
-        self.b_out = nnx.Param(jnp.zeros(model.d_model)) if form.biases == "all" else None
+        self.b_out = nnx.Param(jnp.zeros(model.d_model)) if model.biases == "all" else None
 
     def __call__(
         self,
@@ -148,6 +150,7 @@ class Attention(nnx.Module):
         segments_BxL: jax.Array,
         cache: KVCache | None = None,
         position_BxL: jax.Array | None = None,
+        execution: ExecutionConfig = AUTO,
     ) -> tuple[jax.Array, KVCache | None]:
         """Returns the output [B, L, D] in x's dtype, and `cache` with these tokens.
 
@@ -155,23 +158,24 @@ class Attention(nnx.Module):
           x_BxLxD: normalised activations.
           segments_BxL: the document of each token, within which it attends; unused with a cache.
           cache: in decoding, the KV cache of earlier tokens.
-          position_BxL: the tokens' positions in their document, in ascending order: with a cache,
-            their places in it.
+          position_BxL: the tokens' positions in their document, ascending; with a cache, they are
+            also the tokens' indices in it.
+          execution: names the attention kernel.
         """
         q, k, v = self._project(x_BxLxD, decoding=cache is not None)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if clip := self.config.clip_qkv:
             q, k, v = (jnp.clip(x, -clip, clip) for x in (q, k, v))
-        if self.config.form.positions == "rotary":
+        if self.config.positions == "rotary":
             turns_F = rotary_frequencies(self.config)
             q, k = (rotate(x, position_BxL, turns_F) for x in (q, k))
         if cache is not None:
-            # Else XLA writes the new keys twice, once into a copy of the cache for the product.
+            # Without the barrier, XLA also writes the new keys into a copy of the cache.
             cache = jax.lax.optimization_barrier(cache.extended(k, v, position_BxL))
             y = attend_to_cache(q, cache, position_BxL, self.config.sliding_window)
         else:
-            implementation = resolve_attention(self.config, platform())
+            implementation = resolve_attention(execution.attention, self.config, platform())
             y = attend(q, k, v, segments_BxL, implementation, self.config.sliding_window)
         return add_bias(matmul(y, self.w_out[...], axes=2), self.b_out), cache
 
@@ -185,14 +189,14 @@ class Attention(nnx.Module):
 
 def _qk_norm(model: ModelConfig, heads: int) -> RMSNorm | HeadsRMSNorm | None:
     """The norm of queries or keys, by `model.qk_norm`."""
-    eps, width = model.form.norm_eps, model.head_width
-    if model.form.qk_norm == "none":
+    eps, width = model.norm_eps, model.head_width
+    if model.qk_norm == "none":
         return None
-    return RMSNorm(width, eps) if model.form.qk_norm == "head" else HeadsRMSNorm(heads, width, eps)
+    return RMSNorm(width, eps) if model.qk_norm == "head" else HeadsRMSNorm(heads, width, eps)
 
 
 def _parts(x_BxLxD, w_DxNxHxK, b_NxHxK, decoding: bool) -> list[jax.Array]:
-    """The N maps of x that lie in one weight. Decoding makes them by one product."""
+    """Applies the N projections of one weight to x; in decoding, with a single product."""
     w_DxNxHxK = w_DxNxHxK[...]
     if decoding:
         y_BxLxNxHxK = add_bias(matmul(x_BxLxD, w_DxNxHxK), b_NxHxK)

@@ -1,4 +1,7 @@
-"""Attention's kernels, and the choice among them by platform and shape."""
+"""Attention kernels, and the choice among them by platform and shape.
+
+Q and T: the queries of a block, and the keys that it reads.
+"""
 
 from functools import partial
 
@@ -13,12 +16,12 @@ from jax.sharding import PartitionSpec
 from prmoe_jax.config.schema import ModelConfig
 from prmoe_jax.errors import UserError
 from prmoe_jax.nn import remat
-from prmoe_jax.parallel.mesh import batch_axes
+from prmoe_jax.parallel.axes import batch_axes
 
-# An einsum in float32, whatever its factors are.
+# An einsum with a float32 result, whatever the operands' dtype.
 product = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
-# A kernel accepts only multiples of this length.
+# Kernels that need a sequence length divisible by this number.
 LENGTH_MULTIPLE = {"splash": 128, "cudnn": 2}
 
 
@@ -27,11 +30,11 @@ def attend(
 ) -> jax.Array:
     """softmax(q kᵀ / √K) v over each token and the earlier ones of its segment; [B, L, H, K].
 
-    Keys and values may have fewer heads than queries, each for as many neighbouring ones. With a
-    window, a token attends to that many tokens, itself included.
+    Keys and values may have J heads, fewer than H, each for H / J neighbouring heads of queries.
+    With a window, a token attends to at most that many tokens, itself included.
 
-    L may be any length: if the kernel accepts multiples only, sequences are padded at the end, to
-    which none of their tokens attends.
+    Any L is allowed: sequences are padded at the end where the kernel needs it. No token attends to
+    the padding.
     """
     length = segments_BxL.shape[1]
     padding = -length % LENGTH_MULTIPLE.get(implementation, 1)
@@ -48,7 +51,7 @@ def attend(
         kernel = splash if implementation == "splash" else blocks
         return kernel(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segments_BxL, window)
     same_Bx1xLxL = (segments_BxL[:, :, None] == segments_BxL[:, None, :])[:, None]
-    return jax.nn.dot_product_attention(
+    return jax.nn.dot_product_attention(  # type: ignore[call-overload]
         q_BxLxHxK,
         k_BxLxHxK,
         v_BxLxHxK,
@@ -60,19 +63,17 @@ def attend(
 
 
 def blocks(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segments_BxL, window: int = 0) -> jax.Array:
-    """A triangle of query blocks for CPUs: each block meets only the keys up to its end.
+    """Causal attention by blocks of queries, for CPUs: a block reads only the keys up to its end.
 
-    With a window, it also leaves out the keys that are out of reach of its first query.
-
-    Scores are never made for the upper half of the square of queries and keys, and never kept: the
-    backward pass makes a block's scores again, as in FlashAttention (arXiv 2205.14135).
+    With a window, it also skips the keys before its first query's window. No scores are kept: the
+    backward pass recomputes them by block, as in FlashAttention (arXiv 2205.14135).
     """
     heads_first = (x.swapaxes(1, 2) for x in (q_BxLxHxK, k_BxLxHxK, v_BxLxHxK))
     return _blocks(window, *heads_first, segments_BxL).swapaxes(1, 2)
 
 
 def _query_blocks(length: int, window: int) -> list[tuple[slice, slice]]:
-    """The queries of each block, at most 16 blocks, and the keys that they meet."""
+    """The queries of each block and the keys that they read; at most 16 blocks."""
     size = max(64, -(-length // 16))
     found = []
     for start in range(0, length, size):
@@ -122,7 +123,7 @@ def _blocks_backward(window: int, kept, dy_BxHxLxK):
     dtype = q_BxHxLxK.dtype
     mean_BxHxLx1 = product("BHLK,BHLK->BHL", y_BxHxLxK, dy_BxHxLxK)[..., None]
     # Transposed once here, so that no product has to transpose its large scores. Without the
-    # barriers, XLA would move the transpositions into the products, and refuse some in bfloat16.
+    # barriers, XLA would move the transposes into the products, and refuse some in bfloat16.
     barrier = jax.lax.optimization_barrier
     q_BxHxKxL, dy_BxHxKxL = barrier((q_BxHxLxK.mT, dy_BxHxLxK.mT))
     dq, dk_BxHxKxL, dv_BxHxKxL = [], jnp.zeros(q_BxHxKxL.shape), jnp.zeros(q_BxHxKxL.shape)
@@ -149,7 +150,7 @@ _blocks.defvjp(_blocks_forward, _blocks_backward)
 def splash(
     q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segments_BxL, window: int = 0, interpret: bool = False
 ) -> jax.Array:
-    """The TPU's blockwise kernel; each device attends over its own part of the batch and heads.
+    """JAX's Splash kernel for TPUs; each device computes its own part of the batch and heads.
 
     The length must be a multiple of 128.
     """
@@ -158,7 +159,7 @@ def splash(
     if not mesh.empty:
         heads //= mesh.shape["tensor"]
     block = next(size for size in (512, 256, 128) if length % size == 0)
-    mask = splash_attention_mask.CausalMask((length, length))
+    mask: splash_attention_mask.Mask = splash_attention_mask.CausalMask((length, length))
     if window:
         mask = splash_attention_mask.LocalMask((length, length), (window - 1, 0), offset=0)
     kernel = splash_attention_kernel.make_splash_mha(
@@ -177,7 +178,7 @@ def splash(
 
     batched = jax.vmap(sequence)
     if not mesh.empty:
-        # The partitioner can't split a kernel, so its partition is given explicitly.
+        # XLA can't partition a kernel, so shard_map does.
         rows = PartitionSpec(batch_axes(mesh))
         heads = PartitionSpec(batch_axes(mesh), None, "tensor")
         batched = jax.shard_map(
@@ -186,35 +187,31 @@ def splash(
     return batched(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segments_BxL)
 
 
-def resolve_attention(model: ModelConfig, platform: str) -> str:
-    """Resolves `model.attention` to an implementation; 'auto' chooses by platform and shape.
-
-    Raises:
-      UserError: the named implementation cannot run on this platform or at these sizes.
-    """
+def resolve_attention(name: str, model: ModelConfig, platform: str) -> str:
+    """Resolves `execution.attention` to an implementation; 'auto' chooses by platform and shape."""
     splash_fits = model.length % LENGTH_MULTIPLE["splash"] == 0
-    if model.attention == "auto":
+    if name == "auto":
         if platform == "tpu" and splash_fits:
             return "splash"
         if platform == "gpu" and model.dtype == "bfloat16" and not cudnn_refusal(model):
             return "cudnn"
         return "blocks" if platform == "cpu" else "xla"
-    needed = {"splash": "tpu", "cudnn": "gpu"}.get(model.attention, platform)
+    needed = {"splash": "tpu", "cudnn": "gpu"}.get(name, platform)
     if needed != platform:
         raise UserError(
-            f"model.attention={model.attention} needs a {needed}, this is a {platform}; use auto"
+            f"execution.attention={name} needs a {needed}, this is a {platform}; use auto"
         )
-    if model.attention == "splash" and not splash_fits:
+    if name == "splash" and not splash_fits:
         raise UserError(
-            f"model.attention=splash needs model.length={model.length} divisible by 128; use "
+            f"execution.attention=splash needs model.length={model.length} divisible by 128; use "
             f"{-(-model.length // 128) * 128} or attention=xla"
         )
-    if model.attention == "cudnn" and (refusal := cudnn_refusal(model)):
+    if name == "cudnn" and (refusal := cudnn_refusal(model)):
         raise UserError(
-            f"model.attention=cudnn cannot run model.length={model.length} with heads of "
+            f"execution.attention=cudnn cannot run model.length={model.length} with heads of "
             f"{model.head_width}: {refusal}; use auto"
         )
-    return model.attention
+    return name
 
 
 def cudnn_refusal(model: ModelConfig) -> str:

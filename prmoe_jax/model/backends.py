@@ -8,33 +8,32 @@ from prmoe_jax.config.schema import Config
 from prmoe_jax.model.attention_kernels import cudnn_refusal, resolve_attention
 from prmoe_jax.model.transformer import resolve_remat
 from prmoe_jax.moe import dispatch, exchange
-from prmoe_jax.parallel.mesh import splits_experts
+from prmoe_jax.parallel.axes import splits_experts
 
 log = logging.getLogger(__name__)
 
 
 def check_backends(config: Config, platform: str, mesh: Mesh) -> None:
-    """Checks the settings that name kernels, and logs what every 'auto' will be.
+    """Checks the settings that name kernels, and logs what each 'auto' resolves to.
 
-    The layers make the same choice when they are traced, for the mesh that is then in use.
-
-    Raises:
-      UserError: this platform or mesh cannot run a kernel or backend that the config names.
+    The layers resolve 'auto' in the same way when they are traced, for the mesh then in use.
     """
-    attention = resolve_attention(config.model, platform)
-    if (config.model.attention, config.model.dtype, attention) == ("auto", "bfloat16", "xla"):
+    execution = config.execution
+    attention = resolve_attention(execution.attention, config.model, platform)
+    if (execution.attention, config.model.dtype, attention) == ("auto", "bfloat16", "xla"):
         if platform == "gpu":
             refusal = cudnn_refusal(config.model)
             log.info("cuDNN's attention cannot run this model (%s)", refusal)
-    backend = dispatch.resolve(config.moe.dispatch, platform)
-    kept, _ = resolve_remat(config.model, platform)
+    used = dict.fromkeys(
+        dispatch.resolve(execution.dispatch, platform, dropless) for dropless in (False, True)
+    )
+    backend = "/".join(used)  # with a capacity / dropless
+    kept, _ = resolve_remat(execution.remat, config.model.layers, platform)
     log.info("attention: %s, MoE dispatch: %s, remat: %s (%s)", attention, backend, kept, platform)
     if mesh.size > 1:
         sizes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
-        used = "none"
-        if splits_experts(mesh):
-            used = exchange.resolve(config.moe.exchange, mesh)
-        log.info("mesh: %s; exchange between experts: %s", sizes, used)
+        way = exchange.resolve(execution.exchange, mesh) if splits_experts(mesh) else "none"
+        log.info("mesh: %s; exchange between experts: %s", sizes, way)
     if not config.causal:
         log.warning(
             "this router is not causal in evaluation: later tokens change earlier predictions, so "

@@ -1,29 +1,29 @@
-"""What a model reads: a batch of windows of tokens, and what a teacher predicted for it."""
+"""A model's input: a batch of windows of tokens, and a teacher's predictions for it."""
 
 from typing import NamedTuple
 
-import numpy as np
+import jax
 
 
 class TopKLogProbs(NamedTuple):
-    """A teacher's K likeliest next tokens, likeliest first, with their log-probabilities (ln)."""
+    """A teacher's top K next tokens, the most probable first, with their log-probabilities (ln)."""
 
-    tokens_BxLxK: np.ndarray
-    log_p_BxLxK: np.ndarray
+    tokens_BxLxK: jax.Array
+    log_p_BxLxK: jax.Array
 
 
 class Batch(NamedTuple):
-    """A batch of windows; a single window has the same fields without the B axis.
+    """Windows, as NumPy or JAX arrays; a single window has the same fields without the B axis.
 
     tokens_BxL and targets_BxL are int32. mask_BxL is bool, False where there is no target.
-    segments_BxL is int32, 0 for padding and 1, 2, … for the documents of a window. The target of a
-    document's last token is the mark that ends it, predicted in its segment. The next token is the
-    mark that starts the next document, which for many tokenizers is the same one. `teacher_top_k`
-    is set if a teacher's predictions were recorded (see `distill/teacher_cache.py`).
+    segments_BxL is int32, 0 for padding and 1, 2, … for the documents of a window (all 1 with
+    `data.cross_document_attention`). The target of a document's last token is EOS, in the same
+    segment. The next input is the next document's BOS; many tokenizers use one id for both.
+    `teacher_top_k` is set if a teacher's predictions were recorded (`distill/teacher_cache.py`).
     """
 
-    tokens_BxL: np.ndarray
-    targets_BxL: np.ndarray
-    mask_BxL: np.ndarray
-    segments_BxL: np.ndarray
+    tokens_BxL: jax.Array
+    targets_BxL: jax.Array
+    mask_BxL: jax.Array
+    segments_BxL: jax.Array
     teacher_top_k: TopKLogProbs | None = None

@@ -1,8 +1,8 @@
-"""Losses of tokens from their final activations, in chunks, so that few logits exist at a time.
+"""Losses from final activations, in chunks of tokens, so that few logits exist at a time.
 
-The forward pass of a chunk also computes the chunk's gradients: the logits are then made once, and
-neither kept nor made again. This is exact, since the loss is a sum over tokens: the backward pass
-only scales the gradients by one number.
+The forward pass of a chunk also computes its gradients, so that logits are computed only once and
+never kept. This is exact: the loss is a sum over tokens, so the backward pass only has to multiply
+the gradients by one number. C: chunks.
 """
 
 from collections.abc import Callable
@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec
 
-from prmoe_jax.parallel.mesh import batch_axes, platform
+from prmoe_jax.parallel.axes import batch_axes, platform
 
-# Tokens of one sequence in a chunk, and on CPUs of all sequences together: there the logits of a
-# chunk stay in the cache.
+# Tokens of a chunk: of each sequence, and on CPUs of all sequences together. There, the logits of a
+# chunk then stay in the processor's cache.
 CHUNK, CPU_CHUNK = 256, 256
 
 # Maps (x_BxTxD, table_VxD, inputs of the chunk, inputs of all chunks) to sums over tokens.
@@ -52,9 +52,9 @@ def weighted_sums(
       measure: see `ChunkMeasure`.
       x_BxLxD: final activations.
       table_VxD: the output matrix.
-      inputs: a pytree of arrays [B, L, …] that are cut like x; masks make padding count nothing.
+      inputs: a pytree of arrays [B, L, …] that are cut like x; masks must exclude the padding.
       shared: a pytree of arrays that every chunk gets whole.
-      weights: the weight of each of the sums in the loss.
+      weights: the weight of each sum in the loss.
 
     Returns:
       The loss, which can be differentiated by x and the table, and the sums, which can't.
@@ -122,15 +122,15 @@ def _chunks(x_BxLxD: jax.Array, inputs):
 
 
 def _on_each_device(function: Callable, x_BxLxD, table_VxD, inputs, shared):
-    """Calls a function on each device with its own rows.
+    """Calls a function on each device with its own rows of the batch.
 
     Args:
-      function: maps (x, table, inputs, shared) to a pytree of sums over tokens, and another one of
+      function: maps (x, table, inputs, shared) to a pytree of sums over tokens and a pytree of
         arrays by row.
 
     Returns:
-      The sums over all devices, and the arrays by row. A sum crosses devices once and not in every
-      chunk. `tensor` may split the vocabulary all the while.
+      The sums over all devices, and the arrays by row. Devices are summed once, not in every chunk.
+      `tensor` may still split the vocabulary.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:

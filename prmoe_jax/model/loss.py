@@ -1,4 +1,4 @@
-"""The training loss and its parts, as sums over tokens, so that portions of a batch add up."""
+"""The training loss and its parts, as sums that add up over the microbatches of a batch."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from prmoe_jax.config.schema import Config
+from prmoe_jax.config.schema import AUTO, Config, ExecutionConfig
 from prmoe_jax.model.batch import Batch
 from prmoe_jax.model.chunks import weighted_sums
 from prmoe_jax.model.transformer import Transformer, logits
@@ -17,7 +17,7 @@ class Sums(NamedTuple):
     """The measurements of one forward pass, as sums."""
 
     tokens: jax.Array  # targets that count
-    loss: jax.Array  # the tokens' part of the training loss; gradients flow through it alone
+    loss: jax.Array  # without the routers' losses; only this and `routers` have gradients
     lm_loss: jax.Array  # cross-entropy in nats
     z_loss: jax.Array  # log(Z)²
     routers: list[RouterMetrics]  # one per MoE layer
@@ -25,17 +25,17 @@ class Sums(NamedTuple):
 
 
 class Totals(NamedTuple):
-    """The counts of a whole batch, by which sums are divided."""
+    """The counts of a whole batch by which `training_loss` divides sums."""
 
     tokens: jax.Array  # targets that count
     routed: jax.Array  # tokens that are not padding
     groups: jax.Array  # routing groups that hold a token
-    # Choices of each expert, for each MoE layer; None where they are counted with the loss.
+    # Tokens assigned to each expert, per MoE layer; None if `Sums.routers` counts the whole batch.
     assigned: list[jax.Array] | None = None
 
 
 def totals(batch: Batch, config: Config) -> Totals:
-    """Counts a batch before it is cut into portions."""
+    """Counts a batch before it is cut into microbatches."""
     groups_GxS = batch.segments_BxL.reshape(-1, config.group_size)
     return Totals(
         tokens=jnp.maximum(batch.mask_BxL.sum(), 1),
@@ -48,7 +48,7 @@ Measure = Callable[[Transformer, jax.Array, Batch], dict[str, jax.Array]]
 
 
 def cross_entropy(z_weight: float = 0.0) -> Measure:
-    """A measure of `loss`, `lm_loss` and `z_loss` of `Sums`, with a weight for the z-loss."""
+    """A measure of three fields of `Sums`; its `loss` is lm_loss + z_weight · z_loss."""
 
     def measure(model: Transformer, x_BxLxD: jax.Array, batch: Batch) -> dict[str, jax.Array]:
         inputs, table_VxD = (batch.targets_BxL, batch.mask_BxL), model.output_table(x_BxLxD.dtype)
@@ -78,27 +78,29 @@ def forward(
     batch: Batch,
     keys_B: jax.Array | None = None,
     measure: Measure | None = None,
+    execution: ExecutionConfig = AUTO,
 ) -> Sums:
     """Runs the model over a batch.
 
     Args:
       model: the model.
-      batch: a portion of a batch, or all of it.
+      batch: a whole batch or a microbatch.
       keys_B: one key per sequence for training; None for evaluation.
-      measure: maps final activations [B, L, D] to sums of losses, `cross_entropy()` by default; a
-        distiller's adds `kd_loss`.
+      measure: maps final activations [B, L, D] to sums of losses, `cross_entropy()` by default; the
+        measure of a distiller adds `kd_loss`.
+      execution: which kernels compute it.
     """
     measure = measure or cross_entropy()
-    x_BxLxD, routers = model(batch.tokens_BxL, batch.segments_BxL, keys_B)
+    x_BxLxD, routers = model(batch.tokens_BxL, batch.segments_BxL, keys_B, execution)
     return Sums(tokens=batch.mask_BxL.sum(), routers=routers, **measure(model, x_BxLxD, batch))
 
 
 def batch_balance(router: RouterMetrics, assigned_E: jax.Array) -> jax.Array:
-    """E · Σ (an expert's share of a whole batch's choices) · (its probability), summed over tokens.
+    """E · Σ (an expert's share of the batch's assignments) · (its probability, summed over tokens).
 
     Args:
-      router: the statistics of a portion of the batch, or of all of it.
-      assigned_E: the choices of the whole batch.
+      router: the statistics of a microbatch or of the whole batch.
+      assigned_E: the number of assignments to each expert in the whole batch.
     """
     share_E = assigned_E / jnp.maximum(assigned_E.sum(), 1)
     return len(share_E) * (share_E * router.prob_E).sum()
@@ -107,7 +109,7 @@ def batch_balance(router: RouterMetrics, assigned_E: jax.Array) -> jax.Array:
 def training_loss(sums: Sums, total: Totals, config: Config) -> jax.Array:
     """Cross-entropy (+ z-loss, + distillation) + the routers' losses, summed over MoE layers.
 
-    The losses of a batch's portions add up to that of the whole batch.
+    The losses of the microbatches add up to the loss of the whole batch.
     """
     zero = jnp.zeros(())
     if config.moe.balance == "batch":

@@ -4,6 +4,7 @@ import dataclasses
 import runpy
 
 from prmoe_jax.config.loading import resolve
+from prmoe_jax.config.routers import capacity
 from prmoe_jax.config.schema import ModelConfig, MoeConfig
 from prmoe_jax.config.userfile import shipped
 from prmoe_jax.tables import aligned
@@ -11,7 +12,7 @@ from prmoe_jax.tables import aligned
 
 @dataclasses.dataclass(frozen=True)
 class LayerCost:
-    """One layer's parameters, those that a token uses, and the forward FLOPs per token."""
+    """One layer's experts, parameters, active parameters and forward FLOPs per token."""
 
     experts: int
     params: int
@@ -23,11 +24,10 @@ class LayerCost:
 class Cost:
     """A model's size and compute; `layers` are first to last, without embedding and logits.
 
-    A token's active parameters are all but those of the experts it does not visit. Where experts
-    choose tokens, a token's visits are the mean of all tokens.
-    FLOPs are those of the matrix products, 2 per multiply-add; attention is counted over the
-    full square of the context, as in PaLM (arXiv 2204.02311, appendix B), or with a sliding window
-    over as many tokens as it has.
+    Active parameters are those that a token uses: all but the experts that it is not routed to.
+    Where experts choose tokens, the number of experts per token is the mean.
+    FLOPs are those of the matrix products, 2 per multiply-add. In attention, each query counts with
+    all tokens of the context, as in PaLM (arXiv 2204.02311, appendix B), or of the sliding window.
     """
 
     layers: tuple[LayerCost, ...]
@@ -49,31 +49,29 @@ class Cost:
 
 
 def cost(model: ModelConfig, moe: MoeConfig | None = None) -> Cost:
-    """Counts a model, with residual branches and routers, without building it.
+    """Counts a model, with shared experts (residual MLPs) and routers.
 
     Args:
       model: the model.
-      moe: how it is trained; without it, tokens choose `top_k` experts.
+      moe: how it routes; without it, tokens choose `top_k` experts.
     """
-    d, form = model.d_model, model.form
+    d = model.d_model
     heads, pairs = model.heads * model.head_width, model.key_heads * model.head_width
-    biased = form.biases == "all"
-    norm = (2 if form.norm == "layernorm" else 1) * d
+    biased = model.biases == "all"
+    norm = (2 if model.norm == "layernorm" else 1) * d
     attention = 2 * d * (heads + pairs)
     flops = 2 * attention + 4 * (model.window_in(model.length) or model.length) * heads
-    attention += (heads + 2 * pairs) * (form.biases != "none") + d * biased
-    attention += {"none": 0, "head": 2 * model.head_width, "whole": heads + pairs}[form.qk_norm]
-    matrices = 3 if form.activation == "swiglu" else 2
+    attention += (heads + 2 * pairs) * (model.biases != "none") + d * biased
+    attention += {"none": 0, "head": 2 * model.head_width, "whole": heads + pairs}[model.qk_norm]
+    matrices = 3 if model.activation == "swiglu" else 2
 
     def mlp(width: int) -> int:
         return matrices * d * width + (width + d) * biased
 
     def visits(experts: int) -> float:
-        """The experts that serve a token, the mean."""
-        if moe is None or moe.router == "token_choice":
+        """The mean number of experts per token."""
+        if moe is None or moe.routes.tokens_choose:
             return model.top_k
-        from prmoe_jax.moe.routing import capacity  # and JAX, for which others need not wait
-
         tokens = moe.group_size or model.length
         factor, least = moe.capacity_factor, moe.min_capacity
         return experts * capacity(tokens, experts, factor, model.top_k, least) / tokens
@@ -89,8 +87,8 @@ def cost(model: ModelConfig, moe: MoeConfig | None = None) -> Cost:
         if model.residual:
             shared += mlp(model.residual_width)
             shared_flops += 2 * matrices * d * model.residual_width
-            columns = {"learned": 2, "sigmoid": 1}.get(form.residual_mix, 0)
-            shared += columns * d + 2 * (form.residual_mix == "learned")
+            columns = {"learned": 2, "sigmoid": 1}.get(model.residual_mix, 0)
+            shared += columns * d + 2 * (model.residual_mix == "learned")
             shared_flops += 2 * columns * d
         expert = mlp(model.expert_width)
         visited = min(visits(experts), experts)
@@ -101,8 +99,8 @@ def cost(model: ModelConfig, moe: MoeConfig | None = None) -> Cost:
             flops + shared_flops + round(visited * 2 * matrices * d * model.expert_width),
         )
 
-    positions = model.length if form.positions == "learned" else 0
-    tables = 1 if form.output == "tied" else 2
+    positions = model.length if model.positions == "learned" else 0
+    tables = 1 if model.output == "tied" else 2
     return Cost(
         layers=tuple(layer(e) for e in model.schedule.experts),
         embedding_params=(tables * model.vocab_size + positions) * d + norm,
@@ -139,7 +137,9 @@ def table(model: ModelConfig, moe: MoeConfig | None = None) -> str:
     counts = report(model, moe)
     embedding, logits = counts["embedding_params"], 3 * cost(model, moe).logits_flops
     total = [counts[name] for name in ("total_params", "active_params", "train_flops_per_token")]
-    rows = [("embedding", "", f"{embedding:,}", f"{embedding:,}", f"{logits:,}")]
+    rows: list[tuple[str, ...]] = [
+        ("embedding", "", f"{embedding:,}", f"{embedding:,}", f"{logits:,}")
+    ]
     for layer in counts["layers"]:
         numbers = layer["params"], layer["active_params"], layer["train_flops_per_token"]
         rows.append((layer["layer"], layer["experts"] or "dense", *(f"{n:,}" for n in numbers)))
@@ -152,7 +152,7 @@ def table(model: ModelConfig, moe: MoeConfig | None = None) -> str:
 
 
 def paper_rows() -> list[dict]:
-    """The paper's nine models, each with the size the paper states (in parameters)."""
+    """The counts of the paper's nine models, each with the parameters that the paper states."""
     paper = runpy.run_path(str(shipped("paper")))
     rows = []
     for name, row in paper["ROWS"].items():

@@ -1,6 +1,6 @@
-"""The decoder: embeddings, blocks with norms in front, scanned by stage, and logits.
+"""The decoder: embeddings, pre-norm blocks, scanned by stage, and logits.
 
-A module is a typed pytree of float32 parameters: it goes through plain jax.jit, grad and scan.
+A module is a pytree of float32 parameters, so that plain jax.jit, jax.grad and scan accept it.
 """
 
 import dataclasses
@@ -13,19 +13,19 @@ from flax import nnx
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from prmoe_jax.config import architecture
-from prmoe_jax.config.schema import Config, ModelConfig, MoeConfig
+from prmoe_jax.config.schema import AUTO, Config, ExecutionConfig, ModelConfig, MoeConfig
 from prmoe_jax.model.attention import Attention, KVCache
 from prmoe_jax.moe.layer import MoE
 from prmoe_jax.moe.routing import RouterMetrics, Routing
 from prmoe_jax.nn import remat
-from prmoe_jax.nn.mlp import MLP
+from prmoe_jax.nn.mlp import MLP, MLPShape
 from prmoe_jax.nn.norms import norm
 from prmoe_jax.nn.parameters import declaration, map_named, normal
 from prmoe_jax.parallel import sharding
-from prmoe_jax.parallel.mesh import platform
+from prmoe_jax.parallel.axes import platform
 
-# On CPUs, this many layers or fewer are compiled one by one: the step is 3 to 17 % faster
-# than with a scan, which writes and reads stacked arrays, but takes longer to compile.
+# On CPUs, this many layers or fewer are unrolled: the step takes longer to compile, but is 3 to
+# 17 % faster than with a scan, which writes and reads stacked arrays.
 UNROLLED_LAYERS = 8
 
 
@@ -35,16 +35,14 @@ class Block(nnx.Module):
     def __init__(self, experts: int, model: ModelConfig, moe: MoeConfig, key: jax.Array):
         key_attention, key_mlp = jax.random.split(key)
         self.dropout = model.dropout
-        form = model.form
-        self.norm_attention = norm(form.norm, model.d_model, form.norm_eps)
+        self.norm_attention = norm(model.norm, model.d_model, model.norm_eps)
         self.attention = Attention(model, key_attention)
-        self.norm_mlp = norm(form.norm, model.d_model, form.norm_eps)
+        self.norm_mlp = norm(model.norm, model.d_model, model.norm_eps)
+        self.mlp: MoE | MLP
         if experts:
             self.mlp = MoE(experts, model, moe, key_mlp)
         else:
-            gated, biases = form.activation == "swiglu", form.biases == "all"
-            shape = model.d_model, model.d_ff, model.init_std, model.output_std
-            self.mlp = MLP.drawn(*shape, key_mlp, gated, biases)
+            self.mlp = MLP.drawn(MLPShape.of(model, model.d_ff), key_mlp)
 
     def __call__(
         self,
@@ -53,19 +51,22 @@ class Block(nnx.Module):
         keys_B=None,
         cache=None,
         position_BxL=None,
+        execution: ExecutionConfig = AUTO,
     ) -> tuple[jax.Array, RouterMetrics | None, KVCache | None]:
-        """Returns the activations, a MoE layer's statistics, and `cache` with these tokens."""
+        """Returns the activations, the router's statistics or None, and the extended `cache`."""
         keys = [None] * 3 if keys_B is None else [fold_in(keys_B, i) for i in range(3)]
         with jax.named_scope("attention"):
             normed_BxLxD = self.norm_attention(x_BxLxD)
-            y_BxLxD, cache = self.attention(normed_BxLxD, segments_BxL, cache, position_BxL)
+            y_BxLxD, cache = self.attention(
+                normed_BxLxD, segments_BxL, cache, position_BxL, execution
+            )
             x_BxLxD = remat.save_matmul(x_BxLxD + dropout(y_BxLxD, self.dropout, keys[0]))
         y_BxLxD = self.norm_mlp(x_BxLxD)
         metrics = None
         if isinstance(self.mlp, MoE):
-            # In decoding, no device holds a part of an expert.
+            # In decoding, `fsdp_experts` doesn't split the experts.
             split = cache is None
-            y_BxLxD, metrics = self.mlp(y_BxLxD, segments_BxL > 0, keys[1], split)
+            y_BxLxD, metrics = self.mlp(y_BxLxD, segments_BxL > 0, keys[1], split, execution)
         else:
             with jax.named_scope("mlp"):
                 y_BxLxD = self.mlp(y_BxLxD)
@@ -73,7 +74,7 @@ class Block(nnx.Module):
 
 
 class Stage(nnx.Module):
-    """A cell of layers and its N repeats, over which each parameter is stacked."""
+    """A cell of layers that is repeated N times; each parameter is stacked over the repeats."""
 
     def __init__(self, stage: architecture.Stage, model: ModelConfig, moe: MoeConfig, key):
         self.config, self.repeats = model, stage.repeats
@@ -85,43 +86,41 @@ class Stage(nnx.Module):
         keys = jax.random.split(key, len(stage.cell))
         self.blocks = nnx.List([stacked(e, k) for e, k in zip(stage.cell, keys, strict=True)])
 
-    def __call__(self, x_BxLxD, segments_BxL, keys_NxB=None, position_BxL=None):
+    def __call__(self, x_BxLxD, segments_BxL, keys_NxB=None, position_BxL=None, execution=AUTO):
         """Returns the activations and, for each layer of the cell, statistics [N, …] or None."""
 
         def cell(x_BxLxD, stacked):
             blocks, keys_B = stacked
             x_BxLxD, metrics = sharding.constrain_batch(x_BxLxD), []
             if platform() == "tpu":
-                # Else XLA may keep them transposed, and copies them in every layer of the backward
-                # pass: 9 of the 238 ms of a dense 1.3B's step on v5p (modelled).
+                # Otherwise XLA may store the activations transposed, and copy them in every layer's
+                # backward pass: 9 of 238 ms of a dense 1.3B model's step on v5p (modelled).
                 x_BxLxD = with_layout_constraint(x_BxLxD, Layout((0, 1, 2)))
-            # A MoE layer gathers its experts itself.
+            # A MoE layer all-gathers its experts itself.
             for i, block in enumerate(sharding.all_gather_params(blocks, apart="experts")):
                 keys = None if keys_B is None else fold_in(keys_B, i)
-                x_BxLxD, m, _ = block(x_BxLxD, segments_BxL, keys, None, position_BxL)
+                x_BxLxD, m, _ = block(x_BxLxD, segments_BxL, keys, None, position_BxL, execution)
                 metrics.append(m)
             return x_BxLxD, metrics
 
-        kept, unrolled = resolve_remat(self.config, platform())
+        kept, unrolled = resolve_remat(execution.remat, self.config.layers, platform())
         if kept != "none":
-            # In a loop, no compiler finds that the recomputation is a repetition.
+            # Inside a loop, CSE can't undo the rematerialisation.
             once = self.repeats == 1
             cell = jax.checkpoint(cell, policy=remat.POLICIES[kept], prevent_cse=once)
         with jax.named_scope("layers"):
             return jax.lax.scan(cell, x_BxLxD, (self.blocks, keys_NxB), unroll=unrolled)
 
 
-def resolve_remat(model: ModelConfig, platform: str) -> tuple[str, bool]:
-    """Resolves `model.remat` to a policy, or 'none', and whether layers are compiled one by one.
+def resolve_remat(name: str, layers: int, platform: str) -> tuple[str, bool]:
+    """Resolves `execution.remat` to a policy or 'none', and whether layers are unrolled.
 
-    Layers are compiled one by one only where everything is kept: else the compiler would find that
-    the recomputation is a repetition, and keep its results after all.
+    Layers are unrolled only with 'none': otherwise XLA's CSE would undo the rematerialisation.
     """
-    few = platform == "cpu" and model.layers <= UNROLLED_LAYERS
-    kept = model.remat
-    if kept == "auto":
-        kept = "none" if few else "dots"
-    return kept, few and kept == "none"
+    few = platform == "cpu" and layers <= UNROLLED_LAYERS
+    if name == "auto":
+        name = "none" if few else "dots"
+    return name, few and name == "none"
 
 
 class Transformer(nnx.Module):
@@ -130,16 +129,16 @@ class Transformer(nnx.Module):
     def __init__(self, model: ModelConfig, moe: MoeConfig, key: jax.Array):
         stages = model.schedule.stages()
         keys = jax.random.split(key, 2 + len(stages))
-        form, table, std = model.form, (model.vocab_size, model.d_model), model.init_std
+        table, std = (model.vocab_size, model.d_model), model.init_std
         self.config = model
         self.tokens = normal(keys[0], table, std)
-        learned = form.positions == "learned"
+        learned = model.positions == "learned"
         self.positions = normal(keys[1], (model.length, model.d_model), std) if learned else None
         self.stages = nnx.List(
             [Stage(s, model, moe, k) for s, k in zip(stages, keys[2:], strict=True)]
         )
-        self.norm = norm(form.norm, model.d_model, form.norm_eps)
-        tied = form.output == "tied"
+        self.norm = norm(model.norm, model.d_model, model.norm_eps)
+        tied = model.output == "tied"
         self.output = None if tied else normal(jax.random.fold_in(keys[0], 1), table, std)
 
     def __call__(
@@ -147,15 +146,17 @@ class Transformer(nnx.Module):
         tokens_BxL: jax.Array,
         segments_BxL: jax.Array,
         keys_B: jax.Array | None = None,
+        execution: ExecutionConfig = AUTO,
     ) -> tuple[jax.Array, list[RouterMetrics]]:
         """Returns the final activations [B, L, D] and the router statistics of each MoE layer.
 
         Args:
           tokens_BxL: int32 token ids.
           segments_BxL: document number within the row, 0 for padding. Attention stays inside a
-            document, and its positions start at 0.
-          keys_B: one key per sequence for training, with its randomness and its capacity; None
-            for evaluation.
+            document, and positions start at 0 in each.
+          keys_B: one key per sequence in training, for dropout, routing noise and the training
+            capacity; None in evaluation.
+          execution: which kernels compute it.
         """
         position_BxL = positions(segments_BxL)
         dtype = jnp.dtype(self.config.dtype)
@@ -166,7 +167,7 @@ class Transformer(nnx.Module):
         x_BxLxD = dropout(x_BxLxD.astype(dtype), self.config.dropout, keys_B)
         metrics = []
         for i, stage in enumerate(self.stages):
-            # A stage is cast once and not in every layer, so that forward and backward read half as
+            # A stage is cast once, not in every layer, so that forward and backward read half as
             # much. Experts with replicas are cast in their layer, to sum gradients in float32.
             counts = [b.mlp.experts.count for b in stage.blocks if isinstance(b.mlp, MoE)]
             replicas = any(sharding.expert_replicas(count) > 1 for count in counts)
@@ -176,13 +177,13 @@ class Transformer(nnx.Module):
             if keys_B is not None:
                 repeats = jnp.arange(stage.repeats)
                 keys_NxB = jax.vmap(fold_in, (None, 0))(fold_in(keys_B, 1 + i), repeats)
-            x_BxLxD, by_cell = stage(x_BxLxD, segments_BxL, keys_NxB, position_BxL)
+            x_BxLxD, by_cell = stage(x_BxLxD, segments_BxL, keys_NxB, position_BxL, execution)
             for n in range(stage.repeats):
                 metrics += [jax.tree.map(lambda x: x[n], m) for m in by_cell if m is not None]  # noqa: B023
         return self.norm(x_BxLxD), metrics
 
     def routing(self, tokens_BxL: jax.Array, segments_BxL: jax.Array) -> dict[int, Routing]:
-        """The routing decision of each MoE layer in evaluation, by the layer's number.
+        """The routing decision of each MoE layer in evaluation, by the layer's index.
 
         It is for analysis, on one device. The arrays of a `Routing` are [G, S, K]; a group is one
         sequence unless `moe.group_size` says otherwise.
@@ -196,7 +197,7 @@ class Transformer(nnx.Module):
         }
 
     def added_norms(self, tokens_BxL: jax.Array, segments_BxL: jax.Array) -> dict[int, jax.Array]:
-        """`MoE.added_norms` of each MoE layer, by the layer's number, on one device.
+        """`MoE.added_norms` of each MoE layer, by the layer's index, on one device.
 
         Args:
           tokens_BxL, segments_BxL: as for a call.
@@ -207,7 +208,7 @@ class Transformer(nnx.Module):
         }
 
     def _moe_inputs(self, tokens_BxL, segments_BxL) -> Iterator[tuple[int, MoE, jax.Array]]:
-        """The number of each MoE layer, the layer, and its input in evaluation."""
+        """The index of each MoE layer, the layer, and its input in evaluation."""
         dtype, position_BxL = jnp.dtype(self.config.dtype), positions(segments_BxL)
         x_BxLxD = self.tokens[...][tokens_BxL]
         if self.positions is not None:
@@ -222,22 +223,22 @@ class Transformer(nnx.Module):
             x_BxLxD, _, _ = block(x_BxLxD, segments_BxL, None, None, position_BxL)
 
     def logits(self, x_BxLxD: jax.Array) -> jax.Array:
-        """Scores of the next token, float32 [B, L, V]."""
+        """The next token's logits, float32 [B, L, V]."""
         return logits(x_BxLxD, self.output_table(x_BxLxD.dtype))
 
     def output_table(self, dtype) -> jax.Array:
-        """The output matrix [V, D] in a dtype; only `tensor` splits it."""
+        """The output matrix [V, D] in a dtype, split over `tensor` only."""
         name = "tokens" if self.output is None else "output"
         return sharding.all_gather_params({name: getattr(self, name)[...].astype(dtype)})[name]
 
 
 def logits(x_D: jax.Array, table_VxD: jax.Array) -> jax.Array:
-    """Maps [..., D] to scores of the next token, float32 [..., V]."""
+    """Maps [..., D] to the next token's logits, float32 [..., V]."""
     return jnp.einsum("...D,VD->...V", x_D, table_VxD, preferred_element_type=jnp.float32)
 
 
 def unstacked_blocks(model: Transformer) -> list[Block]:
-    """The layers one by one, first to last, which a model holds stacked by stage."""
+    """A model's layers as single blocks, first to last."""
     return [
         jax.tree.map(lambda x: x[n], block)  # noqa: B023
         for stage in model.stages
@@ -263,10 +264,10 @@ def dropless(model: Transformer) -> Transformer:
 def update_router_bias(model: Transformer, routers: list[RouterMetrics], rate: float) -> None:
     """Moves every router's bias by `rate` towards even load, in place (DeepSeek-V3, 2.1.2).
 
-    The mean of a layer's biases, which has no effect, stays 0.
+    A layer's mean bias has no effect and is kept at 0.
 
     Args:
-      model: a new model inside the train step.
+      model: the model inside the train step, which may be changed.
       routers: the statistics of a whole batch, one per MoE layer.
       rate: `moe.bias_update_rate`.
     """
@@ -282,7 +283,7 @@ def update_router_bias(model: Transformer, routers: list[RouterMetrics], rate: f
 
 
 def cast(modules, dtype, apart: str = ""):
-    """Casts the parameters that are declared with `cast` to a dtype, but not those in `apart`.
+    """Casts the parameters that are declared with `cast` to a dtype, except those in `apart`.
 
     Args:
       modules: a tree of modules.
@@ -307,7 +308,7 @@ def positions(segments_BxL: jax.Array) -> jax.Array:
 
 
 def fold_in(keys_B: jax.Array, number) -> jax.Array:
-    """Folds one number into each key."""
+    """Folds the same number into every key."""
     return jax.vmap(jax.random.fold_in, (0, None))(keys_B, number)
 
 

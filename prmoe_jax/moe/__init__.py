@@ -1,1 +1,1 @@
-"""The Mixture-of-Experts layer: route, dispatch, experts, combine, residual branch."""
+"""The Mixture-of-Experts layer: route, dispatch, experts, combine, residual MLP."""

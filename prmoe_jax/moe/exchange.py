@@ -1,15 +1,16 @@
 """Expert parallelism inside shard_map: rows go to their expert's device and come back.
 
-The flat exchange is one all-to-all each way over all of the layer's axes. The hierarchical one (the
-paper's hierarchical all-to-all) takes one axis after the other: devices of one host exchange first,
-and hosts exchange larger pieces. The coordinated one (the paper's parallelism-coordinated
+The flat exchange is one all-to-all each way over all expert axes together. The hierarchical one
+(the paper's hierarchical all-to-all) takes one axis after the other: devices of one host exchange
+first, and hosts exchange larger pieces. The coordinated one (the paper's parallelism-coordinated
 all-to-all) is for rows that are replicated over the L devices of `tensor`: each device exchanges
 only its share, 1/L of the bytes, and an all-gather puts the shares together.
 
-With a capacity, every device sends a buffer of equal size to every other one. Without one, rows
-travel in rounds (`rounds.py`), or, if they are few, to all devices (`ExpertParallel.everywhere`).
+With a capacity, every device sends a buffer of equal size to every other one. Without a capacity,
+rows travel in rounds (`rounds.py`), or, if they are few, to all devices (`of_few`).
 
-X is the number of devices that exchange with each other, I the number of experts on each.
+Axes: X devices that exchange, I experts on each, B buffer rows, N tokens, P devices that split
+the hidden units of the same experts.
 """
 
 import math
@@ -20,30 +21,34 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
-from prmoe_jax.moe import rounds
+from prmoe_jax.moe import kernels, rounds
 from prmoe_jax.moe.experts import Experts
+from prmoe_jax.moe.kernels import Kernel
 from prmoe_jax.nn import remat
 from prmoe_jax.nn.mlp import add_bias
-from prmoe_jax.parallel.mesh import crosses_slices
+from prmoe_jax.parallel.axes import crosses_slices
 
 # At or below this many experts on a device, each expert's products are compiled separately.
 FEW = 4
-# Rows of the smallest buffer of the dropless exchange: below that, the cost is the weights'.
+# Rows of the dropless exchange's smallest buffer; with fewer, reading weights dominates the time.
 LEAST_ROWS = 128
-# At or below this many tokens of all devices, each device applies its experts to all of them: on
-# TPUs and GPUs, products of so few rows take hardly longer than reading the weights.
+# At or below this many tokens on all devices together, each device applies its experts to all
+# tokens: on TPUs and GPUs, products of so few rows take hardly longer than reading the weights.
 FEW_TOKENS = 256
 
 
 def resolve(name: str, mesh: Mesh | AbstractMesh) -> str:
-    """Resolves `moe.exchange`; 'auto' is coordinated if the mesh splits tensors, else flat."""
+    """Resolves `execution.exchange`: 'auto' is coordinated if `tensor` is split, else flat."""
     if name != "auto":
         return name
     return "coordinated" if mesh.shape["tensor"] > 1 else "flat"
 
 
 class ExpertParallel(NamedTuple):
-    """All experts of a layer, called on one device of the mesh like `Experts`."""
+    """Applies a layer's experts where a mesh splits them.
+
+    It has the methods of `experts.Local`; each device calls them for its own rows.
+    """
 
     experts: Experts  # this device's part
     axes: tuple[str, ...]  # mesh axes over which the experts are spread, outermost first
@@ -51,35 +56,58 @@ class ExpertParallel(NamedTuple):
     buffer_factor: float  # rows of the dropless exchange's buffer, relative to the even share
 
     @property
-    def count(self) -> int:
+    def count(self) -> int:  # type: ignore[override]
         """The number of experts of the layer."""
         return self.experts.count
 
-    def __call__(self, x_ExRxD: jax.Array) -> jax.Array:
-        """Applies expert e to x[e], for the rows of every device; same shape and dtype."""
+    @property
+    def coordinated(self) -> bool:
+        """Whether each device of `tensor` exchanges only its share of the rows."""
+        return self.exchange == "coordinated"
+
+    def batched(self, x_ExRxD: jax.Array) -> jax.Array:
+        """As `Local.batched`."""
         rows = x_ExRxD.shape[1]
-        coordinated = self.exchange == "coordinated"
-        if coordinated:
+        if self.coordinated:
             x_ExRxD = _own_rows(_pad_rows(x_ExRxD))
         devices = jax.lax.axis_size(self.axes)
         x_XxIxRxD = x_ExRxD.reshape(devices, -1, *x_ExRxD.shape[1:])
-        y_XxIxRxD = self._exchange(self._apply(self._exchange(x_XxIxRxD), coordinated))
+        y_XxIxRxD = self._exchange(self._apply(self._exchange(x_XxIxRxD)))
         y_ExRxD = y_XxIxRxD.reshape(x_ExRxD.shape)
-        if coordinated:
+        if self.coordinated:
             y_ExRxD = _all_rows(y_ExRxD)[:, :rows]
         return y_ExRxD
 
-    def are_few(self, tokens: int) -> bool:
-        """Whether `everywhere` is the faster way for this number of tokens on each device."""
+    def grouped(
+        self, kernel: Kernel, x_RxD: jax.Array, rows_E: jax.Array, expert_R: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """As `Local.grouped`, in rounds of a bounded number of rows (see `rounds.py`)."""
+        rows, width = x_RxD.shape
+        if self.coordinated:
+            # A device takes every L-th row, and thus its share of every expert's rows.
+            parts, missing = jax.lax.axis_size("tensor"), -rows % jax.lax.axis_size("tensor")
+            x_RxD = _own_rows(_pad_rows(x_RxD[None]).reshape(-1, parts, width))[:, 0]
+            expert_R = jnp.pad(expert_R, (0, missing), constant_values=self.count)
+            own_R = expert_R.reshape(-1, parts)[:, jax.lax.axis_index("tensor")]
+            rows_E = (own_R[:, None] == jnp.arange(self.count)).sum(0)
+        apply = partial(self._apply_grouped, kernel)
+        for stage in self._stages(len(x_RxD)):
+            apply = partial(rounds.serve, stage, apply)
+        y_RxD, runs = apply(self.experts, x_RxD, rows_E)
+        if self.coordinated:
+            y_RxD = _all_rows(y_RxD[:, None]).reshape(-1, width)[:rows]
+        return y_RxD, runs
+
+    def are_few(self, tokens: int, top_k: int) -> bool:
+        """As `Local.are_few`, for this number of tokens on each device."""
+        del top_k
         return tokens * jax.lax.axis_size(self._senders()) <= FEW_TOKENS
 
-    def everywhere(
-        self, x_NxD: jax.Array, expert_NxK: jax.Array, weight_NxK: jax.Array
-    ) -> jax.Array:
-        """The weighted sum of each token's experts, for the tokens of every device; [N, D].
+    def of_few(self, x_NxD: jax.Array, expert_NxK: jax.Array, weight_NxK: jax.Array) -> jax.Array:
+        """As `Local.of_few`: each device applies its experts to the tokens of all devices.
 
-        All devices get all tokens, apply all their experts to them, and add up the results. For few
-        tokens, as in decoding: no numbers of rows are exchanged, and each weight is read once.
+        The results are summed over the devices. No row counts are exchanged, and each weight is
+        read once.
         """
         split, alike, _ = _splits(coordinated=False)
         if senders := self._senders():
@@ -89,48 +117,22 @@ class ExpertParallel(NamedTuple):
         first = self.experts.here * jax.lax.axis_index(self.axes)
         chosen_NxKxI = (expert_NxK - first)[..., None] == jnp.arange(self.experts.here)
         weight_NxI = jnp.where(chosen_NxKxI, weight_NxK[..., None], 0).sum(1)
-        lead = sum(jax.lax.axis_index(name) for name in split) == 0  # adds the last bias
+        weights = self.experts.weights(x_NxD.dtype)
+        if weights.b_out_D is not None:  # only one of the devices that split an expert adds it
+            leads = sum(jax.lax.axis_index(name) for name in split) == 0
+            weights = weights._replace(b_out_D=jnp.where(leads, weights.b_out_D, 0))
         x_NxD, weight_NxI = mark_varying((x_NxD, weight_NxI), split)
-        y_NxD = self.experts.weighted(x_NxD, weight_NxI, lead)
+        y_NxD = kernels.of_all(weights, x_NxD, weight_NxI)
         if senders:
             y_NxD = jax.lax.psum_scatter(y_NxD, senders, tiled=True)
         return jax.lax.psum(y_NxD, alike) if alike else y_NxD
 
     def _senders(self) -> tuple[str, ...]:
-        """The axes over which devices have different rows for the same experts."""
+        """The axes of the devices that hold different tokens for this device's experts."""
         return (*self.axes, *_splits(coordinated=False)[2])
 
-    def in_rounds(
-        self, form: str, x_RxD: jax.Array, rows_E: jax.Array, expert_R: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        """As the method of `Experts` named `form`, for the rows of every device.
-
-        Args:
-          form: "ragged", "block_loop" or "padded".
-          x_RxD, rows_E, expert_R: as in `Experts.ragged`.
-
-        Returns:
-          The outputs, [R, D], and the number of rounds that they took.
-        """
-        rows, width = x_RxD.shape
-        coordinated = self.exchange == "coordinated"
-        if coordinated:
-            # Every L-th row, so that each of the L devices has its share of every expert's rows.
-            parts, missing = jax.lax.axis_size("tensor"), -rows % jax.lax.axis_size("tensor")
-            x_RxD = _own_rows(_pad_rows(x_RxD[None]).reshape(-1, parts, width))[:, 0]
-            expert_R = jnp.pad(expert_R, (0, missing), constant_values=self.count)
-            own_R = expert_R.reshape(-1, parts)[:, jax.lax.axis_index("tensor")]
-            rows_E = (own_R[:, None] == jnp.arange(self.count)).sum(0)
-        apply = partial(self._apply_runs, form, coordinated)
-        for stage in self._stages(len(x_RxD)):
-            apply = partial(rounds.serve, stage, apply)
-        y_RxD, runs = apply(self.experts, x_RxD, rows_E)
-        if coordinated:
-            y_RxD = _all_rows(y_RxD[:, None]).reshape(-1, width)[:rows]
-        return y_RxD, runs
-
     def _stages(self, rows: int) -> list[rounds.Stage]:
-        """The exchanges for this number of rows on each device; the last one comes first."""
+        """The exchanges for this number of rows per device, in reverse order of execution."""
         names = [(name,) for name in self.axes] if self.exchange == "hierarchical" else [self.axes]
         wanted = max(LEAST_ROWS, math.ceil(self.buffer_factor * rows))
         stages, groups = [], 1
@@ -145,28 +147,28 @@ class ExpertParallel(NamedTuple):
             groups *= devices
         return stages
 
-    def _apply_runs(self, form: str, coordinated: bool, experts: Experts, x_BxD, rows_I):
+    def _apply_grouped(self, kernel: Kernel, experts: Experts, x_BxD, rows_I):
         """Applies this device's experts to received rows, which are sorted by expert."""
-        split, alike, others = _splits(coordinated)
-        places_B = jnp.arange(len(x_BxD))
+        split, alike, others = _splits(self.coordinated)
+        index_B = jnp.arange(len(x_BxD))
         ends_I = jnp.cumsum(rows_I)
-        expert_B = jnp.searchsorted(ends_I, places_B, side="right", method="compare_all")
-        if form != "block_loop" and len(rows_I) == 1:
-            form = "alone"  # a grouped product of one group is slow on TPUs and GPUs
-        apply = getattr(experts, form)
+        expert_B = jnp.searchsorted(ends_I, index_B, side="right", method="compare_all")
+        if kernel is not kernels.blocked and len(rows_I) == 1:
+            kernel = kernels.single
+        weights = experts.weights(x_BxD.dtype)
         if not split:
-            return apply(x_BxD, rows_I, expert_B), jnp.int32(1)
+            return kernel(weights, x_BxD, rows_I, expert_B), jnp.int32(1)
+        apply = partial(kernel, weights._replace(b_out_D=None))
         x_BxD = mark_varying(x_BxD, split)
         if others:
             gathered = (jax.lax.all_gather(a, others) for a in (x_BxD, rows_I, expert_B))
-            each = zip(*gathered, strict=True)
-            y_PxBxD = jnp.stack([apply(*inputs, last_bias=False) for inputs in each])
+            y_PxBxD = jnp.stack([apply(*inputs) for inputs in zip(*gathered, strict=True)])
             y_BxD = jax.lax.psum_scatter(y_PxBxD, others)
         else:
-            y_BxD = apply(x_BxD, rows_I, expert_B, last_bias=False)
+            y_BxD = apply(x_BxD, rows_I, expert_B)
         if alike:
             y_BxD = jax.lax.psum(y_BxD, alike)
-        return add_bias(y_BxD, experts.last_bias(expert_B, y_BxD.dtype)), jnp.int32(1)
+        return add_bias(y_BxD, kernels.biases_of(weights.b_out_D, expert_B)), jnp.int32(1)
 
     def _exchange(self, x_XxIxRxD: jax.Array) -> jax.Array:
         """Sends part x to device x, and receives part x from device x."""
@@ -179,35 +181,37 @@ class ExpertParallel(NamedTuple):
                 x = jax.lax.all_to_all(x, name, i, i)
             return remat.save_collective(x.reshape(x_XxIxRxD.shape))
 
-    def _apply(self, x_XxIxRxD: jax.Array, coordinated: bool) -> jax.Array:
+    def _apply(self, x_XxIxRxD: jax.Array) -> jax.Array:
         """Applies this device's experts to the rows that all devices sent.
 
         Devices that split an expert's hidden units all-gather their rows and reduce-scatter the
-        results. Over `tensor` they do so only in the coordinated exchange. Otherwise all devices of
-        `tensor` have the same rows, and sum up the results.
+        results. The exception is `tensor` without the coordinated exchange: its devices have the
+        same rows and only sum the results.
         """
         devices, local, rows, width = x_XxIxRxD.shape
-        split, alike, others = _splits(coordinated)
+        split, alike, others = _splits(self.coordinated)
+        weights = self.experts.weights(x_XxIxRxD.dtype)
         if not split and local <= FEW:
-            return self.experts.unrolled(x_XxIxRxD)
+            return kernels.unrolled(weights, x_XxIxRxD)
         x_IxRxD = x_XxIxRxD.swapaxes(0, 1).reshape(local, -1, width)
         if others:
             x_IxRxD = jax.lax.all_gather(x_IxRxD, others, axis=1, tiled=True)
-        # Each device has its own part of the weights, and so of the rows' gradient.
-        y_IxRxD = self.experts.without_last_bias(mark_varying(x_IxRxD, split))
+        # Each device has a part of the weights, so its gradient of the rows is a partial sum.
+        y_IxRxD = kernels.batched(weights._replace(b_out_D=None), mark_varying(x_IxRxD, split))
         if others:
             y_IxRxD = jax.lax.psum_scatter(y_IxRxD, others, scatter_dimension=1, tiled=True)
         if alike:
             y_IxRxD = jax.lax.psum(y_IxRxD, alike)
-        y_IxRxD = self.experts.add_last_bias(y_IxRxD)
+        if weights.b_out_D is not None:
+            y_IxRxD = add_bias(y_IxRxD, weights.b_out_D[:, None])
         return y_IxRxD.reshape(local, devices, rows, width).swapaxes(0, 1)
 
 
 def piece_rows(rows: int, devices: int, buffer_factor: float) -> int:
-    """Rows of the pieces of one size that `devices` exchange, each of which sends `rows` in all.
+    """Rows per piece in an all-to-all of equal pieces, where each device sends `rows` rows in all.
 
-    A piece has room for `buffer_factor` times a pair's even share. It also has room for chance: if
-    choices are made evenly at random, some pair of 128 devices needs more in one of 700 exchanges.
+    A piece holds `buffer_factor` times a pair's even share, and at least 5 standard deviations more
+    than the share: with uniform random routing on 128 devices, one exchange in 700 exceeds it.
     """
     share = rows / devices
     wanted = max(LEAST_ROWS / devices, buffer_factor * share, share + 5 * math.sqrt(share) + 4)
@@ -215,14 +219,14 @@ def piece_rows(rows: int, devices: int, buffer_factor: float) -> int:
 
 
 def lacks_ragged_exchange(axes: tuple[str, ...]) -> bool:
-    """Whether XLA can't exchange pieces of unequal size there: on TPU v5e, and between slices."""
+    """Whether XLA has no ragged all-to-all for these axes: on TPU v5e and between pod slices."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     v5e = device is not None and device.device_kind == "TPU v5 lite"
     return v5e or any(map(crosses_slices, axes))
 
 
 def _splits(coordinated: bool) -> tuple[tuple[str, ...], ...]:
-    """The axes that split hidden units: all, those with equal rows, those with different rows."""
+    """The axes that split hidden units: all, those with replicated rows, those with other rows."""
     split = tuple(name for name in ("slice", "tensor") if jax.lax.axis_size(name) > 1)
     alike = () if coordinated else tuple(name for name in split if name == "tensor")
     return split, alike, tuple(name for name in split if name not in alike)
@@ -254,7 +258,7 @@ _own_rows.defvjp(lambda x: (_own_rows(x), None), lambda _, dy: (_all_rows(dy),))
 
 
 def mark_varying(tree, axes: tuple[str, ...]):
-    """Marks replicated arrays as varying over `axes`, so that their gradients are summed here."""
+    """Marks replicated arrays as varying over `axes`, so that gradients are summed over them."""
 
     def mark(x):
         already = jax.typeof(x).manual_axis_type.varying

@@ -1,56 +1,56 @@
-"""The MoE layer: route, dispatch, experts, combine, and the residual branch beside them."""
+"""The MoE layer: route, dispatch, experts, combine, and the residual MLP (shared expert)."""
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from prmoe_jax.config.schema import ModelConfig, MoeConfig
+from prmoe_jax.config.routers import capacity
+from prmoe_jax.config.schema import AUTO, ExecutionConfig, ModelConfig, MoeConfig
 from prmoe_jax.moe import dispatch, exchange
 from prmoe_jax.moe.exchange import ExpertParallel, mark_varying
-from prmoe_jax.moe.experts import Experts, OutputNorms
-from prmoe_jax.moe.routing import RouterMetrics, Routing, capacity, route
+from prmoe_jax.moe.experts import Experts, Local
+from prmoe_jax.moe.routing import RouterMetrics, Routing, route
 from prmoe_jax.nn import remat
-from prmoe_jax.nn.mlp import MLP, broadcast
+from prmoe_jax.nn.mlp import MLP, MLPShape, broadcast
 from prmoe_jax.parallel import sharding
-from prmoe_jax.parallel.mesh import batch_axes, expert_axes, platform, splits_experts
+from prmoe_jax.parallel.axes import batch_axes, expert_axes, platform, splits_experts
 
 
 class MoE(nnx.Module):
-    """Top-k routed experts, optionally mixed with a fixed MLP (paper, section 4.1.2).
+    """Top-k routed experts, optionally mixed with a residual MLP (paper, section 4.1.2).
 
-    With the residual, y = c₀ · experts(x) + c₁ · mlp(x) with c = softmax(W x + b), so that a token
-    that no expert kept still passes the MLP. `model.residual_mix` may fix c at (1, 1) or (½, ½), or
-    make it (1, σ(w x)), which is the shared expert of Qwen2-MoE.
-    Training (calls with keys) and evaluation have capacities of their own.
+    With the MLP, y = c₀ · experts(x) + c₁ · mlp(x) and c = softmax(W x + b), so that a token that
+    all experts dropped still passes the MLP. `model.residual_mix` may fix c at (1, 1) or (½, ½), or
+    make it (1, σ(w x)), as for the shared expert of Qwen2-MoE.
+    Training (calls with keys) and evaluation have separate capacities.
     """
 
     def __init__(self, experts: int, model: ModelConfig, moe: MoeConfig, key: jax.Array):
         keys = jax.random.split(key, 5)
-        d_model, form = model.d_model, model.form
-        stds = model.init_std, model.output_std
-        parts = {"gated": form.activation == "swiglu", "biases": form.biases == "all"}
-        # Router and coefficient start as torch.nn.Linear does by default, as in DeepSpeed.
+        d_model = model.d_model
+        # Router and mix are initialised like torch.nn.Linear, as in DeepSpeed.
         bound = d_model**-0.5
 
         def uniform(key, *dims):
             return nnx.Param(jax.random.uniform(key, dims, minval=-bound, maxval=bound))
 
-        self.top_k, self.moe, self.residual_mix = model.top_k, moe, form.residual_mix
+        self.top_k, self.moe, self.residual_mix = model.top_k, moe, model.residual_mix
         self.normalize = model.normalizes
         self.w_router = uniform(keys[0], d_model, experts)
         tied = moe.expert_init == "tied"
-        self.experts = Experts(experts, d_model, model.expert_width, *stds, keys[1], tied, **parts)
-        mlp = d_model, model.residual_width, *stds, keys[1] if tied else keys[2]
-        self.mlp = MLP.drawn(*mlp, **parts) if model.residual else None
-        learned = model.residual and form.residual_mix == "learned"
-        gated = model.residual and form.residual_mix == "sigmoid"
+        self.experts = Experts(experts, MLPShape.of(model, model.expert_width), keys[1], tied)
+        shape = MLPShape.of(model, model.residual_width)
+        self.mlp = MLP.drawn(shape, keys[1] if tied else keys[2]) if model.residual else None
+        learned = model.residual and model.residual_mix == "learned"
+        gated = model.residual and model.residual_mix == "sigmoid"
         self.w_mix = uniform(keys[3], d_model, 2) if learned else None
         self.b_mix = uniform(keys[4], 2) if learned else None
         self.w_shared = uniform(keys[3], d_model) if gated else None
-        # Moved by the train step (`transformer.update_router_bias`); no gradient reaches it.
+        # The train step updates it (`transformer.update_router_bias`); it has no gradient.
         self.bias_router = nnx.Variable(jnp.zeros(experts)) if moe.bias_update_rate else None
 
     def __call__(
@@ -59,6 +59,7 @@ class MoE(nnx.Module):
         valid_BxL: jax.Array,
         keys_B: jax.Array | None = None,
         split: bool = False,
+        execution: ExecutionConfig = AUTO,
     ) -> tuple[jax.Array, RouterMetrics]:
         """Returns the layer's output, with x's shape and dtype, and the router's statistics.
 
@@ -67,8 +68,9 @@ class MoE(nnx.Module):
           valid_BxL: False for padding, which is not routed.
           keys_B: one key per sequence in training, None in evaluation.
           split: whether the devices of `fsdp_experts` hold parts of the experts.
+          execution: how tokens are brought to their experts.
         """
-        y_BxLxD, kept_BxL, metrics = self._spread(x_BxLxD, valid_BxL, keys_B, split)
+        y_BxLxD, kept_BxL, metrics = self._spread(x_BxLxD, valid_BxL, keys_B, split, execution)
         if self.mlp is None:
             return y_BxLxD, metrics
 
@@ -91,8 +93,8 @@ class MoE(nnx.Module):
           x_BxLxD, valid_BxL: as for a call.
 
         Returns:
-          The decision, in arrays [G, S, K], for the groups and their tokens in the order of the
-          batch: reshaped to [B, L, K], they are in the order of x. With expert choice K is E.
+          The decision, in arrays [G, S, K]. Their tokens are in the order of x, so that they can
+          be reshaped to [B, L, K]. With expert choice, K is E.
         """
         batch, length, width = x_BxLxD.shape
         tokens = self._group_size(batch, length, self.moe.eval_capacity_factor)
@@ -101,26 +103,28 @@ class MoE(nnx.Module):
         return self._route(parts, x_GxSxD, valid_GxS, None)[0]
 
     def added_norms(self, x_BxLxD: jax.Array, valid_BxL: jax.Array) -> jax.Array:
-        """What each expert adds in evaluation, on one device: float32 [E].
+        """The norm of each expert's contribution in evaluation, on one device: float32 [E].
 
-        It is the norm of the expert's output times its weight (and, beside a residual MLP, times
-        the experts' share of the mix), summed over the tokens.
+        It is the norm of the expert's output times its weight (and, with a residual MLP, times the
+        experts' mixing weight), summed over the tokens.
 
         Args:
           x_BxLxD, valid_BxL: as for a call.
         """
         parts = {"w_router": self.w_router, "bias_router": self.bias_router}
-        norms = []
+        experts, norms = Local(self.experts), []
         for first in range(0, self.experts.count, x_BxLxD.shape[-1]):
-            parts["experts"] = OutputNorms(self.experts, first)
-            norm_BxLxD, _, _ = self._routed(parts, x_BxLxD, valid_BxL, None)
+            measure = partial(_norms_in_columns, first)
+            norm_BxLxD, _, _ = self._routed(
+                parts, experts, "auto", x_BxLxD, valid_BxL, None, measure
+            )
             if self.mlp is not None:
                 norm_BxLxD = norm_BxLxD * self._mix(x_BxLxD)[..., :1]
             norms.append(norm_BxLxD.astype(jnp.float32).sum((0, 1)))
         return jnp.concatenate(norms)[: self.experts.count]
 
     def _capacity_factor(self, keys) -> float:
-        """An expert's capacity over its even share of a group; inf drops nothing."""
+        """An expert's capacity divided by its even share of a group; inf drops nothing."""
         return self.moe.eval_capacity_factor if keys is None else self.moe.capacity_factor
 
     def _group_size(self, batch: int, length: int, capacity_factor: float) -> int:
@@ -130,13 +134,15 @@ class MoE(nnx.Module):
             return length  # nothing is dropped, so groups make no difference
         return tokens
 
-    def _spread(self, x_BxLxD, valid_BxL, keys_B, split):
-        """Calls `_routed`; on a mesh, each device does so for its own rows."""
+    def _spread(self, x_BxLxD, valid_BxL, keys_B, split, execution):
+        """Calls `_routed`; on a mesh, each device calls it for its own rows."""
         names = "w_router", "bias_router", "experts"
         parts = {name: getattr(self, name) for name in names}
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty:
-            return self._routed(parts, x_BxLxD, valid_BxL, keys_B)
+            return self._routed(
+                parts, Local(self.experts), execution.dispatch, x_BxLxD, valid_BxL, keys_B
+            )
         axes = batch_axes(mesh)
         rows = PartitionSpec(axes)
         places = sharding.specs(parts, mesh, in_use=True)
@@ -145,31 +151,26 @@ class MoE(nnx.Module):
 
         def local(parts, *inputs):
             parts = mark_varying(parts, axes)
-            parts["experts"] = sharding.all_gather_experts(
-                parts["experts"], places["experts"], x_BxLxD.dtype
-            )
+            held = parts["experts"], places["experts"], x_BxLxD.dtype
+            own = sharding.all_gather_experts(*held)
+            experts: Local | ExpertParallel = Local(own)
             if splits_experts(mesh):
-                parts["experts"] = ExpertParallel(
-                    parts["experts"],
-                    expert_axes(mesh, self.experts.count),
-                    exchange.resolve(self.moe.exchange, mesh),
-                    self.moe.buffer_factor,
+                experts = ExpertParallel(
+                    own,
+                    expert_axes(mesh, experts.count),
+                    exchange.resolve(execution.exchange, mesh),
+                    execution.buffer_factor,
                 )
-            y_BxLxD, kept_BxL, metrics = self._routed(parts, *inputs)
+            y_BxLxD, kept_BxL, metrics = self._routed(parts, experts, execution.dispatch, *inputs)
             return y_BxLxD, kept_BxL, jax.lax.psum(mark_varying(metrics, axes), axes)
 
         return jax.shard_map(
             local,
-            in_specs=(
-                places,
-                rows,
-                rows,
-                keys_B if keys_B is None else rows,
-            ),
+            in_specs=(places, rows, rows, None if keys_B is None else rows),
             out_specs=(rows, rows, PartitionSpec()),
         )(parts, x_BxLxD, valid_BxL, keys_B)
 
-    def _routed(self, parts: dict, x_BxLxD, valid_BxL, keys_B):
+    def _routed(self, parts: dict, experts, by: str, x_BxLxD, valid_BxL, keys_B, measure=None):
         """Returns the experts' output, which tokens were kept, and the router's statistics."""
         batch, length, width = x_BxLxD.shape
         capacity_factor = self._capacity_factor(keys_B)
@@ -178,27 +179,31 @@ class MoE(nnx.Module):
         valid_GxS = valid_BxL.reshape(-1, tokens)
         keys_G = None
         if keys_B is not None:
-            # The key of a group is that of its (first) sequence, with the group's number within
-            # the sequence folded in.
+            # A group's key is the key of its first sequence, with the group's index in that
+            # sequence folded in.
             within = jnp.arange(max(1, length // tokens))
             split = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
             keys_G = split(keys_B[:: max(1, tokens // length)], within).reshape(-1)
 
         with jax.named_scope("routing"):
             routing, metrics, slots = self._route(parts, x_GxSxD, valid_GxS, keys_G)
-        experts, top_k = parts["experts"], routing.expert_GxSxK.shape[-1]
-        spread = isinstance(experts, ExpertParallel)
-        few = experts.are_few(batch * length) if spread else batch * length * top_k <= experts.count
-        name = dispatch.resolve(self.moe.dispatch, platform())
-        backend = dispatch.backend(name, math.isinf(capacity_factor), few)
+        dropless, top_k = math.isinf(capacity_factor), routing.expert_GxSxK.shape[-1]
+        chosen = by == "auto" and dropless and not measure
+        rounds: jax.Array | int = 0
         with jax.named_scope("dispatch"):
-            y_GxSxD, rounds = backend(x_GxSxD, routing, experts, slots)
+            if chosen and experts.are_few(batch * length, top_k):
+                y_GxSxD = dispatch.few_through_experts(x_GxSxD, routing, experts)
+            else:
+                name = dispatch.resolve(by, platform(), dropless)
+                y_GxSxD, rounds = dispatch.through_experts(
+                    name, x_GxSxD, routing, experts, slots, measure
+                )
         metrics = metrics._replace(rounds=rounds * metrics.tokens)
         kept_BxL = routing.kept_GxSxK.any(-1).reshape(batch, length)
         return y_GxSxD.reshape(x_BxLxD.shape), kept_BxL, metrics
 
     def _route(self, parts: dict, x_GxSxD, valid_GxS, keys_G):
-        """Returns the decision, its statistics, and the slots of an expert in each group."""
+        """Returns the decision, its statistics, and the number of slots of an expert per group."""
         x_GxSxD = x_GxSxD.astype(jnp.float32)
         if self.moe.noise == "jitter" and keys_G is not None:
             keys_G, jitter_keys_G = jax.vmap(jax.random.split, out_axes=1)(keys_G)
@@ -221,7 +226,7 @@ class MoE(nnx.Module):
         return routing, metrics, slots
 
     def _mix(self, x_BxLxD: jax.Array) -> jax.Array:
-        """The weights of the experts' branch and of the MLP, float32 [B, L, 2]."""
+        """The mixing weights of the experts and of the residual MLP, float32 [B, L, 2]."""
         if self.residual_mix == "learned":
             x_BxLxD = x_BxLxD.astype(jnp.float32)
             return jax.nn.softmax(dot32(x_BxLxD, self.w_mix[...]) + self.b_mix[...])
@@ -230,6 +235,12 @@ class MoE(nnx.Module):
             return jnp.stack([jnp.ones_like(shared_BxL), shared_BxL], -1)
         weight = {"sum": 1.0, "half": 0.5}[self.residual_mix]
         return jnp.full((*x_BxLxD.shape[:-1], 2), weight)
+
+
+def _norms_in_columns(first: int, y_RxD: jax.Array, expert_R: jax.Array) -> jax.Array:
+    """The norm of each output of expert `first + d` in column d of D, and zeros elsewhere."""
+    norm_Rx1 = jnp.linalg.norm(y_RxD.astype(jnp.float32), axis=-1, keepdims=True)
+    return norm_Rx1 * jax.nn.one_hot(expert_R - first, y_RxD.shape[-1])
 
 
 def _jitter(x_SxD: jax.Array, key: jax.Array) -> jax.Array:

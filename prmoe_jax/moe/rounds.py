@@ -1,16 +1,16 @@
-"""The dropless exchange: rows go to their experts' devices, in rounds of bounded size.
+"""The dropless exchange: a chunked all-to-all brings rows to their experts and back, in rounds.
 
-Without a capacity, a device may get any number of rows. So the devices exchange these numbers
-first. Then each receives up to B rows at once, the size of its buffer, applies its experts to them
-and sends the results back. One round is enough for loads up to B on the fullest device; otherwise
-all devices take more rounds, until every row was served. Nothing is dropped and no buffer grows.
+Without a capacity, a device may get any number of rows, so devices exchange row counts first. In a
+round, each device receives up to B rows (its buffer), applies its experts to them and sends the
+results back. All devices run as many rounds as the fullest device needs; one is enough if it gets
+at most B rows. Nothing is dropped and no buffer grows.
 
-A device's rows arrive sorted by expert, and for each expert by sender. Round r serves the rows
-[r·B, (r + 1)·B) of that order. Some devices can only exchange pieces of equal size. There a round
-serves rows [r·P, (r + 1)·P) of those of each pair of devices, and B is X·P.
+A receiver orders its rows by expert, then by sender. Round r takes the rows [r·B, (r + 1)·B) of
+this order. Some devices can only exchange pieces of equal size. There, round r takes the rows
+[r·P, (r + 1)·P) that each sender has for each receiver, and B = X·P.
 
-S and X are the devices that exchange with each other, as senders and receivers. I is the number of
-experts that a sender tells apart at a receiver. R is the number of a sender's rows.
+Axes: S senders and X receivers (the same devices), I experts that a sender addresses through one
+receiver, R rows of a sender, Q rows of the result, N flattened pairs of a device and an expert.
 """
 
 from collections.abc import Callable
@@ -22,62 +22,62 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 from prmoe_jax.moe.kernels import alike, first_rows
 from prmoe_jax.nn import remat
-from prmoe_jax.parallel.mesh import platform
+from prmoe_jax.parallel.axes import platform
 
-TILE_ROWS, TILE = 8, 8 * 128  # rows and numbers of a TPU's tile
+TILE_ROWS, TILE = 8, 8 * 128  # rows and elements of a TPU's tile
 
-# Applies a device's experts to [B, D] rows sorted by expert, the second argument of them for each
-# expert; also returns the rounds that this took.
+# Applies experts to rows [B, D] sorted by expert; the third argument is the number of rows of each
+# expert. Returns the results and the number of rounds.
 Apply = Callable[[object, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 
 class Stage(NamedTuple):
-    """An exchange over mesh axes: X devices, each with one part of every group of experts."""
+    """An exchange over mesh axes: each of the X devices has a part of every group of experts."""
 
     axes: tuple[str, ...]
     groups: int  # expert e of E is on device e // (E / groups / X) % X
     buffer: int  # B, the rows that a device receives in a round
-    piece: int  # P, the most rows that one device sends to another in a round; 0 is any number
+    piece: int  # P, the most rows that one device sends to another in a round; 0 is no limit
 
 
 class _Pieces(NamedTuple):
-    """The runs of rows that one sender has for one receiver's experts; each array is [S, X, I]."""
+    """The rows that each sender has for each receiver's experts; each array is [S, X, I]."""
 
-    rows: jax.Array
-    start: jax.Array  # the first row's place at the sender
-    order: jax.Array  # the first row's place in the order in which rounds take rows
+    rows: jax.Array  # number of rows
+    start: jax.Array  # the first row's index at the sender
+    order: jax.Array  # its index at the receiver; with equal pieces, among the rows of the pair
 
 
 class _Transfer(NamedTuple):
-    """What one device sends and receives in a round; flat arrays, by device and expert."""
+    """What one device sends and receives in a round; flat arrays [N], by device and expert."""
 
-    sent: jax.Array  # rows
-    sent_from: jax.Array  # places in this device's rows
-    sent_to: jax.Array  # places in the receivers' buffers
-    received: jax.Array
-    received_from: jax.Array  # places in the senders' rows
-    received_to: jax.Array  # places in this device's buffer
+    sent: jax.Array  # numbers of rows
+    sent_from: jax.Array  # offsets in this device's rows
+    sent_to: jax.Array  # offsets in the receivers' buffers
+    received: jax.Array  # numbers of rows
+    received_from: jax.Array  # offsets in the senders' rows
+    received_to: jax.Array  # offsets in this device's buffer
 
 
 def serve(stage: Stage, apply: Apply, experts, x_RxD: jax.Array, rows_E: jax.Array):
     """Applies experts on all devices of a stage to each device's rows.
 
-    The first round's values are kept for the backward pass, as `remat` says. What later rounds
-    computed is exchanged and computed again there.
+    The backward pass reads values of the first round, which are kept as `remat` says. It repeats
+    the exchange and the computation of later rounds.
 
     Args:
       stage: which devices exchange.
       apply: applies the experts of this device.
       experts: the first argument of `apply`, a pytree with a gradient.
-      x_RxD: rows sorted by expert; those of no expert come last.
+      x_RxD: rows sorted by expert; rows of no expert come last.
       rows_E: the number of rows for each of the stage's experts.
 
     Returns:
-      The results for x, 0 for rows of no expert, and the number of times that `apply` ran.
+      The results for x, 0 for rows of no expert, and the sum of the rounds that `apply` returned.
     """
 
     def arrive(x_RxD, transfer: _Transfer) -> jax.Array:
-        """The rows that this device receives in a round, and zeros behind them."""
+        """The rows that this device receives in a round, and zeros after them."""
         with jax.named_scope("exchange"):
             x_Bx = _ragged_all_to_all(
                 _as_exchanged(x_RxD, stage),
@@ -91,7 +91,7 @@ def serve(stage: Stage, apply: Apply, experts, x_RxD: jax.Array, rows_E: jax.Arr
             return first_rows(_as_matrix(x_Bx, stage), transfer.received.sum())
 
     def give_back(y_BxD, into_Rx, transfer: _Transfer) -> jax.Array:
-        """The same with a round's results written into their places; rows as exchanged."""
+        """Sends a round's results back and writes them into `into_Rx`, at their rows."""
         with jax.named_scope("exchange"):
             return _ragged_all_to_all(
                 _as_exchanged(y_BxD, stage),
@@ -104,7 +104,7 @@ def serve(stage: Stage, apply: Apply, experts, x_RxD: jax.Array, rows_E: jax.Arr
             )
 
     def served(y_Rx, pieces: _Pieces) -> jax.Array:
-        """The same, [R, D], with zeros for rows of no expert."""
+        """All results as a matrix [R, D], with zeros for rows of no expert."""
         sent = pieces.rows[jax.lax.axis_index(stage.axes)].sum()
         return first_rows(_as_matrix(y_Rx, stage), sent)
 
@@ -193,7 +193,7 @@ def _pieces(rows_E: jax.Array, stage: Stage) -> _Pieces:
 
 
 def _arrival(rows_SxXxI: jax.Array) -> jax.Array:
-    """The place of each piece at its receiver, where rows are sorted by expert, then by sender."""
+    """The index of each first row at its receiver, which orders by expert, then by sender."""
     senders, receivers, _ = rows_SxXxI.shape
     ordered_XxN = rows_SxXxI.transpose(1, 2, 0).reshape(receivers, -1)
     place_XxN = jnp.cumsum(ordered_XxN, 1) - ordered_XxN
@@ -201,10 +201,11 @@ def _arrival(rows_SxXxI: jax.Array) -> jax.Array:
 
 
 def _rounds(pieces: _Pieces, stage: Stage) -> jax.Array:
-    """Rounds until all rows of the whole mesh were received."""
+    """The number of rounds in which all rows of the whole mesh are received."""
     at_once, together = (stage.piece, 2) if stage.piece else (stage.buffer, (0, 2))
     most = pieces.rows.sum(together).max()
-    # All devices of the stage know this number. Others take as many rounds, as collectives need.
+    # Devices of a stage compute the same number. All others must run as many rounds, too: else a
+    # collective would wait for ever.
     others = tuple(jax.typeof(most).manual_axis_type.varying)
     if others:
         most = jax.lax.pmax(most, others)
@@ -225,11 +226,11 @@ def _transfer(pieces: _Pieces, index, stage: Stage) -> _Transfer:
 
 
 def _as_exchanged(x_RxD: jax.Array, stage: Stage) -> jax.Array:
-    """Rows as the devices exchange them: on a TPU, each has its own tiles in memory, [R, 8, D / 8].
+    """Rows in the layout of the exchange: on a TPU [R, 8, D / 8], so that each row fills tiles.
 
-    A tile of a matrix has parts of eight rows. Left to itself, the TPU's compiler would move rows
-    to quarters of tiles, which is three times slower, and often by way of columns. Rows that don't
-    fill tiles go to quarters of tiles here, too, but never by way of columns.
+    A tile of a matrix [R, D] has parts of eight rows. By default, the TPU's compiler would move
+    rows to quarters of tiles, which is three times slower, and often transpose them first. Rows
+    whose width does not fill tiles still go to quarters of tiles, but are not transposed.
     """
     if platform() != "tpu" or stage.piece:
         return x_RxD
@@ -245,27 +246,27 @@ def _as_matrix(x_Rx: jax.Array, stage: Stage) -> jax.Array:
 
 
 def _by_rows(x_RxD: jax.Array) -> jax.Array:
-    """The same matrix, by rows in memory even if a product beside it would rather have columns."""
+    """The same matrix in row-major layout, even if a product next to it prefers another."""
     return with_layout_constraint(x_RxD, Layout(major_to_minor=(0, 1)))
 
 
 def _empty(rows: int, like_RxD: jax.Array, stage: Stage) -> jax.Array:
-    """A buffer of anything for rows like these, as the devices exchange them."""
+    """An uninitialised buffer for rows like these, in the layout of the exchange."""
     part = jax.eval_shape(lambda x: _as_exchanged(x, stage), like_RxD)
 
     def fresh() -> jax.Array:
         return jax.lax.empty((rows, *part.shape[1:]), part.dtype)
 
-    # JAX takes what doesn't depend on a layer out of the scan over layers, and the TPU then copies
-    # the one buffer for each layer. The result of `cond` seems to depend on it.
+    # JAX would hoist the constant buffer out of the scan over layers, and the TPU would copy it for
+    # each layer. `cond`, with two equal branches, makes it depend on the layer.
     buffer = jax.lax.cond(like_RxD[0, 0] == 0, fresh, fresh) if platform() == "tpu" else fresh()
     return alike(buffer, like_RxD)
 
 
 def _ragged_all_to_all(x_RxD, into_QxD, starts, sizes, places, received, stage: Stage) -> jax.Array:
-    """`jax.lax.ragged_all_to_all`, or an equal exchange of pieces that are padded to one size.
+    """`jax.lax.ragged_all_to_all`, or an all-to-all of pieces that are padded to one size.
 
-    XLA has no ragged exchange on CPUs. There, a piece has room for everything.
+    XLA has no ragged all-to-all on CPUs. There, a piece is large enough for all rows.
     """
     if not stage.piece and platform() != "cpu":
         return jax.lax.ragged_all_to_all(
@@ -285,7 +286,7 @@ def _ragged_all_to_all(x_RxD, into_QxD, starts, sizes, places, received, stage: 
     size_SxI, place_SxI = (
         jax.lax.all_to_all(n.reshape(devices, -1), stage.axes, 0, 0) for n in place_3xN
     )
-    # The piece, and the row in it, for each row of the result.
+    # For each row of the result, its index in the received pieces.
     begin_SxI = jnp.cumsum(size_SxI, 1) - size_SxI + piece * jnp.arange(devices)[:, None]
     size_N, place_N, begin_N = (n.reshape(-1) for n in (size_SxI, place_SxI, begin_SxI))
     slot_Qx1 = jnp.arange(len(into_QxD))[:, None]

@@ -1,23 +1,21 @@
 """Routing turns router scores into a decision: each token's experts, slots and weights.
 
 The semantics are DeepSpeed's (`sharded_moe.py`: top1gating, top2gating, topkgating), in float32,
-with three changes: tokens compete within a routing group that the model fixes; masked tokens
-take no capacity and count in no statistic; evaluation is deterministic, and causal except with
-expert choice or overflow by probability.
+with three changes. Tokens compete within a routing group, whose size is part of the model. Masked
+tokens take no capacity and count in no statistic. Evaluation is deterministic, and causal except
+with expert choice or `overflow=probability`.
 """
 
-import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from prmoe_jax.config.schema import MoeConfig
 
 
 class Routing(NamedTuple):
-    """Where each of a token's K choices goes; a choice that isn't kept has weight 0."""
+    """Where each of a token's K choices goes; a dropped choice has weight 0."""
 
     expert_GxSxK: jax.Array  # int32
     slot_GxSxK: jax.Array  # int32, position in the expert's buffer of C tokens
@@ -26,35 +24,23 @@ class Routing(NamedTuple):
 
 
 class RouterMetrics(NamedTuple):
-    """Statistics of a MoE layer, as sums over its tokens, so that portions of a batch add up."""
+    """Statistics of an MoE layer, as sums that add up over microbatches."""
 
     aux_loss: jax.Array  # summed over routing groups
     z_loss: jax.Array  # log(Σ exp(logits))², summed over tokens
     groups: jax.Array  # routing groups that hold a token
     tokens: jax.Array  # tokens that are not masked
-    unserved: jax.Array  # those of `tokens` that no expert kept
+    unserved: jax.Array  # tokens that no expert kept
     entropy: jax.Array  # of the router's distribution, in nats, summed over tokens
     assigned_E: jax.Array  # choices of each expert before capacity
-    dropped_E: jax.Array  # those of `assigned_E` that were lost to capacity
-    # With expert choice, a token counts as one choice, which is lost if no expert took the token.
+    dropped_E: jax.Array  # choices of each expert that exceeded its capacity
+    # In the next two, expert choice counts a token as one choice, dropped if no expert took it.
     choices_S: jax.Array  # choices by the token's position in its group
-    dropped_S: jax.Array  # those of `choices_S` that were lost
-    coefficient: jax.Array  # mixing weight of the experts' branch, summed over tokens
-    coefficient_unserved: jax.Array  # the same over unserved tokens
-    rounds: jax.Array  # of the dropless exchange between devices, times tokens
-    prob_E: jax.Array | None = None  # summed over tokens; only with `moe.balance=batch`
-
-
-def capacity(tokens: int, experts: int, capacity_factor: float, top_k: int, minimum: int) -> int:
-    """Slots of an expert for a group of `tokens`: max(ceil(S/E · factor · k), minimum).
-
-    It is computed in float32 as in DeepSpeed (100 tokens, 4 experts and factor 1.2 make 31), and
-    never exceeds S, since a token chooses an expert at most once. An infinite factor gives S.
-    """
-    if math.isinf(capacity_factor):
-        return tokens
-    slots = math.ceil(np.float32(tokens / experts) * np.float32(capacity_factor * top_k))
-    return min(max(slots, minimum), tokens)
+    dropped_S: jax.Array  # dropped choices by the token's position in its group
+    coefficient: jax.Array  # mixing weight of the experts' output, summed over tokens
+    coefficient_unserved: jax.Array  # the same, summed over `unserved` tokens
+    rounds: jax.Array  # rounds of the dropless exchange, times tokens
+    prob_E: jax.Array | None = None  # probabilities, summed over tokens; only with `balance=batch`
 
 
 def route(
@@ -74,33 +60,50 @@ def route(
       logits_GxSxE: float32 router scores.
       valid_GxS: False for padding, which is not routed.
       moe: the rules.
-      top_k: experts per token; with expert choice, their mean number.
+      top_k: experts per token; with expert choice, their mean at capacity factor 1.
       slots: capacity C of an expert.
       normalize: whether the weights of a token's kept experts are divided by their sum; by default
-        for more than one expert.
-      bias_E: added to the probabilities for the choice of experts, but not for their weights.
+        if `top_k` is above 1.
+      bias_E: added to the probabilities that choose experts, but not to the weights.
       keys_G: one key per group switches training's randomness on; None for evaluation.
 
     Returns:
       The decision, in arrays [G, S, K], and its statistics. K is `top_k`, or with expert choice the
       number of experts E.
     """
-    experts = logits_GxSxE.shape[-1]
     probs_GxSxE = jax.nn.softmax(logits_GxSxE)
     if moe.scores == "sigmoid":
         probs_GxSxE = jax.nn.sigmoid(logits_GxSxE)
-        # As logits of a softmax, these make the scores' shares of their sum.
+        # A softmax of these logarithms divides each score by the sum of all scores.
         logits_GxSxE = jax.nn.log_sigmoid(logits_GxSxE)
-    if moe.router == "expert_choice":
-        routing = _experts_choose(probs_GxSxE, valid_GxS, slots)
-        return routing, _measure_expert_choice(routing, logits_GxSxE, valid_GxS)
+    normalize = top_k > 1 if normalize is None else normalize
+    rules = Rules(moe, top_k, slots, normalize, bias_E, keys_G)
+    return DECIDE[moe.router](logits_GxSxE, probs_GxSxE, valid_GxS, rules)
 
+
+class Rules(NamedTuple):
+    """The inputs of a router other than the scores."""
+
+    moe: MoeConfig
+    top_k: int
+    slots: int
+    normalize: bool
+    bias_E: jax.Array | None
+    keys_G: jax.Array | None
+
+
+def _tokens_choose(
+    logits_GxSxE, probs_GxSxE, valid_GxS, rules: Rules
+) -> tuple[Routing, RouterMetrics]:
+    """Each token chooses its top k experts, which keep as many tokens as they have slots."""
+    moe, top_k, slots, normalize, bias_E, keys_G = rules
     keys = {}
     if keys_G is not None:
         names = "rsample", "second", "random"
         split_GxN = jax.vmap(lambda key: jax.random.split(key, len(names)))(keys_G)
         keys = {name: split_GxN[:, i] for i, name in enumerate(names)}
     expert_GxSxK = _choose(logits_GxSxE, probs_GxSxE, moe, top_k, bias_E, keys)
+    experts = logits_GxSxE.shape[-1]
     choice_GxSxKxE = jax.nn.one_hot(expert_GxSxK, experts) * valid_GxS[..., None, None]
     prob_GxSxK = (probs_GxSxE[:, :, None] * choice_GxSxKxE).sum(-1)
 
@@ -110,14 +113,14 @@ def route(
     elif moe.overflow == "random" and keys:
         draw = lambda key: jax.random.uniform(key, prob_GxSxK.shape[1:])  # noqa: E731
         priority_GxSxK = jax.vmap(draw)(keys["random"])
-    # GShard's order lets a later token's first choice displace an earlier one's second.
+    # In GShard's order, a later token's first choice precedes an earlier token's second choice.
     firsts_first = top_k == 2 and keys_G is not None
     slot_GxSxK, kept_GxSxK = assign(choice_GxSxKxE, slots, priority_GxSxK, firsts_first)
 
     weight_GxSxK = prob_GxSxK * kept_GxSxK
-    if top_k > 1 if normalize is None else normalize:  # after dropping: a lone survivor has 1
+    if normalize:  # after dropping, so that a single kept choice has weight 1
         if moe.scores == "sigmoid":
-            # From logarithms, since all scores may be too small for float32, which no share is.
+            # From logarithms: all of a token's scores may underflow in float32.
             log_GxSxK = (logits_GxSxE[:, :, None] * choice_GxSxKxE).sum(-1)
             weight_GxSxK = jax.nn.softmax(log_GxSxK, where=kept_GxSxK)
         else:
@@ -141,15 +144,15 @@ def assign(
 ) -> tuple[jax.Array, jax.Array]:
     """Assigns the slots of the experts' buffers; returns slot and kept, both [G, S, K].
 
-    An expert keeps the `slots` choices of highest priority or, without priorities, the first ones
-    in order. The slots of the kept choices are numbered in order, too, not by priority. The order
-    is that of the tokens, and of each token's choices; `firsts_first` changes it.
+    Choices are in the order of the tokens and, for a token, in the order of its choices. An expert
+    keeps the `slots` choices of highest priority or, without priorities, the first ones. The slots
+    of kept choices are numbered in this order, not by priority.
 
     Args:
       choice_GxSxKxE: 1 at the chosen expert, all 0 for padding.
       slots: capacity C of an expert.
       priority_GxSxK: the highest are kept; ties go to the earlier choice.
-      firsts_first: the order puts all first choices before all second ones.
+      firsts_first: changes the order: all first choices precede all second ones.
     """
     groups, tokens, top_k, _ = choice_GxSxKxE.shape
 
@@ -165,8 +168,8 @@ def assign(
     choice_GxRxE = in_order(choice_GxSxKxE.astype(jnp.int32))
     rank_GxR = _rank(choice_GxRxE)
     if slots >= tokens:
-        # A token chooses an expert at most once, so that none is full. Where nobody reads the
-        # slots, XLA leaves the ranks out.
+        # A token chooses an expert at most once, so that none is full. XLA removes the ranks if
+        # nothing reads the slots.
         slot_GxR, kept_GxR = rank_GxR, choice_GxRxE.any(-1)
     elif priority_GxSxK is None:
         slot_GxR, kept_GxR = rank_GxR, (rank_GxR >= 0) & (rank_GxR < slots)
@@ -206,20 +209,29 @@ def _choose(logits_GxSxE, probs_GxSxE, moe: MoeConfig, top_k: int, bias_E, keys)
     return jnp.stack([first_GxS, second_GxS], axis=-1)
 
 
-def _experts_choose(probs_GxSxE, valid_GxS, slots: int) -> Routing:
+def _experts_choose(
+    logits_GxSxE, probs_GxSxE, valid_GxS, rules: Rules
+) -> tuple[Routing, RouterMetrics]:
     """Each expert takes the C tokens of highest probability (Zhou et al., arXiv 2202.09368).
 
-    The result has E choices per token, and keeps those by the experts that took the token.
+    In the result each token has E choices, one for each expert; a choice is kept if the expert took
+    the token.
     """
     groups, tokens, experts = probs_GxSxE.shape
     wanted_GxExS = jnp.where(valid_GxS[..., None], probs_GxSxE, -1).swapaxes(1, 2)
-    token_GxExC = jax.lax.top_k(wanted_GxExS, slots)[1]
+    token_GxExC = jax.lax.top_k(wanted_GxExS, rules.slots)[1]
     group, expert = jnp.arange(groups)[:, None, None], jnp.arange(experts)[:, None]
     slot_GxSxE = jnp.full((groups, tokens, experts), -1, jnp.int32)
-    slot_GxSxE = slot_GxSxE.at[group, token_GxExC, expert].set(jnp.arange(slots))
+    slot_GxSxE = slot_GxSxE.at[group, token_GxExC, expert].set(jnp.arange(rules.slots))
     kept_GxSxE = (slot_GxSxE >= 0) & valid_GxS[..., None]
     expert_GxSxE = jnp.broadcast_to(jnp.arange(experts), kept_GxSxE.shape)
-    return Routing(expert_GxSxE, slot_GxSxE, kept_GxSxE, probs_GxSxE * kept_GxSxE)
+    routing = Routing(expert_GxSxE, slot_GxSxE, kept_GxSxE, probs_GxSxE * kept_GxSxE)
+    return routing, _measure_expert_choice(routing, logits_GxSxE, valid_GxS)
+
+
+# The function of each router in `config.routers.ROUTERS`. Its arguments are the logits and the
+# scores, both [G, S, E], a mask of the tokens that are not padding [G, S], and the rules.
+DECIDE = {"token_choice": _tokens_choose, "expert_choice": _experts_choose}
 
 
 def _measure(routing: Routing, choice_GxSxKxE, logits_GxSxE, valid_GxS) -> RouterMetrics:

@@ -1,1 +1,1 @@
-"""Parts of models: parameters, matrix products, MLPs, quantization, rematerialisation."""
+"""Parts of models: parameters, matrix products, MLPs, norms, quantization, rematerialisation."""

@@ -1,29 +1,31 @@
-"""Matrix products with weights, in forms that are fast on CPUs.
+"""Matrix products with weights, in variants that are fast on CPUs.
 
-For few rows, reading the weight is the cost. XLA's product reads it with one core; here the weight
-is cut into slices that all cores read. A quantized weight is not dequantized: instead, each of the
-few rows is split into parts in the weight's dtype.
+For few rows, reading the weight is the cost. XLA would read it with one core, so here the weight is
+cut into slices, which different cores read. A quantized weight is not dequantized: instead, each of
+the few rows is split into a sum of parts in the weight's dtype. For many rows, the gradient is
+written by hand, so that it transposes as little as possible.
 
-For many rows, the derivative is written by hand, so that it transposes as little as possible.
+R: rows. F: outputs. P: parts of a row. S: P·R. N: slices of a weight; d and f: D and F of a slice.
 """
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from prmoe_jax.nn.quantized import QuantizedWeight, to_dtype
 
-# At or below this many rows a product is bound by reading the weight.
+# With at most this many rows, a product is bound by reading the weight.
 FEW_ROWS = 16
 # Slices of a float32 weight, one for each core that reads (measured).
 SLICES = 8
-# Bytes of the largest weight that is multiplied in one piece. XLA may read a larger int8 weight at
-# a fifth of the speed (measured with jax 0.12 on Zen 4).
+# From this many bytes on, a weight is multiplied in slices: XLA may read a larger int8 weight at a
+# fifth of the speed (measured with jax 0.12 on Zen 4).
 LARGEST = 1 << 23
-# Parts of a float32 number: three bfloat16 hold all its bits; three int8 hold it to 2⁻²⁴ of its
-# row's largest number.
+# Parts of a float32 number. Three bfloat16 hold all its bits; three int8 hold it with an error of
+# 2⁻²⁴, relative to the largest number of its row.
 PARTS = 3
 
 
@@ -35,7 +37,7 @@ def matmul(x: jax.Array, w: jax.Array | QuantizedWeight, axes: int = 1) -> jax.A
 
     rows, depth = x.shape[: x.ndim - axes], math.prod(x.shape[x.ndim - axes :])
     quantized = isinstance(w, QuantizedWeight)
-    if math.prod(rows) > FEW_ROWS or not (quantized or x.dtype == w.dtype == jnp.float32):
+    if math.prod(rows) > FEW_ROWS or not _has_few_rows_form(x, w):
         return plain(x, w)
 
     def of_few(x, w):
@@ -62,8 +64,8 @@ def _tensordot_backward(axes: int, residuals, dy):
         return dx, jnp.tensordot(x, dy, (rows, rows))
 
     def turned(x, w, dy):
-        # On CPUs, XLA copies a first factor that is to be transposed: here the narrower one. The
-        # barrier keeps the copy out of a slow loop of several operations.
+        # On CPUs, XLA copies a left operand that is transposed, so the narrower one comes left. The
+        # barrier keeps XLA from fusing the copy with other operations into a slow loop.
         w_DxF = w.reshape(math.prod(w.shape[:axes]), -1)
         depth, width = w_DxF.shape
         x_RxD, dy_RxF = x.reshape(-1, depth), dy.reshape(-1, width)
@@ -80,6 +82,11 @@ def _tensordot_backward(axes: int, residuals, dy):
 _tensordot.defvjp(lambda axes, x, w: (_tensordot(axes, x, w), (x, w)), _tensordot_backward)
 
 
+def _has_few_rows_form(x: jax.Array, w: jax.Array | QuantizedWeight) -> bool:
+    """Whether a product of few rows has a form of its own here."""
+    return isinstance(w, QuantizedWeight) or x.dtype == w.dtype == jnp.float32
+
+
 def scores(x_BxD: jax.Array, table_VxD: jax.Array | QuantizedWeight) -> jax.Array:
     """x @ tableᵀ in float32."""
 
@@ -88,7 +95,7 @@ def scores(x_BxD: jax.Array, table_VxD: jax.Array | QuantizedWeight) -> jax.Arra
         return jnp.einsum("BD,VD->BV", x_BxD, table_VxD, preferred_element_type=jnp.float32)
 
     quantized = isinstance(table_VxD, QuantizedWeight)
-    if len(x_BxD) > FEW_ROWS or not (quantized or x_BxD.dtype == table_VxD.dtype == jnp.float32):
+    if len(x_BxD) > FEW_ROWS or not _has_few_rows_form(x_BxD, table_VxD):
         return plain(x_BxD, table_VxD)
 
     def of_few(x_BxD, table_VxD):
@@ -100,11 +107,12 @@ def scores(x_BxD: jax.Array, table_VxD: jax.Array | QuantizedWeight) -> jax.Arra
 
 
 def _by_parts(x_RxD: jax.Array, w_FxD: jax.Array, scales: jax.Array | None) -> jax.Array:
-    """x @ wᵀ · scales in float32; each row of x is split into `PARTS` summands of w's dtype."""
+    """x @ wᵀ · scales in float32; each row of x is a sum of `PARTS` rows in w's dtype."""
     rest_RxD = x_RxD.astype(jnp.float32)
+    nearest: Callable[[jax.Array], jax.Array]
     if scales is None:
         finer, kind = 1, jnp.float32
-        # XLA may remove a cast to bfloat16 and back.
+        # Not a cast to bfloat16 and back, which XLA may remove.
         nearest = functools.partial(jax.lax.reduce_precision, exponent_bits=8, mantissa_bits=7)
     else:
         finer, kind, nearest = 254, jnp.int32, jnp.round
@@ -130,7 +138,7 @@ def _by_outputs(x_RxD: jax.Array, w_FxD: jax.Array, kind) -> jax.Array:
 
 
 def _by_slices(x_RxD: jax.Array, w_DxF: jax.Array) -> jax.Array:
-    """x @ w in slices of the depth D, which XLA gives to different cores."""
+    """x @ w as a sum over slices of D, which XLA gives to different cores."""
     slices = math.gcd(len(w_DxF), SLICES)
     x_NxRxd = x_RxD.reshape(len(x_RxD), slices, -1).swapaxes(0, 1)
     w_NxdxF = w_DxF.reshape(slices, -1, w_DxF.shape[1])

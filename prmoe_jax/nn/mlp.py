@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from prmoe_jax.config.schema import ModelConfig
 from prmoe_jax.nn import remat
 from prmoe_jax.nn.matmul import matmul
 
@@ -15,8 +16,25 @@ def gelu(x: jax.Array) -> jax.Array:
     return jax.nn.gelu(x, approximate=True)
 
 
+class MLPShape(NamedTuple):
+    """The shape of an MLP, and the standard deviations of its initial weights."""
+
+    d_model: int
+    d_ff: int
+    std: float = 0.02  # of w_in and w_gate
+    std_out: float = 0.02
+    gated: bool = False
+    biases: bool = True
+
+    @classmethod
+    def of(cls, model: ModelConfig, d_ff: int) -> "MLPShape":
+        """The shape of a model's MLP or expert with this many hidden units."""
+        gated, biases = model.activation == "swiglu", model.biases == "all"
+        return cls(model.d_model, d_ff, model.init_std, model.output_std, gated, biases)
+
+
 class MLPWeights(NamedTuple):
-    """The weights of an MLP, or those of E experts, each with E in front."""
+    """The weights of an MLP, or of E experts with a leading axis E."""
 
     w_in_DxF: jax.Array
     w_out_FxD: jax.Array
@@ -45,10 +63,10 @@ def add_bias(x: jax.Array, bias: jax.Array | nnx.Param | None) -> jax.Array:
 
 
 def broadcast(part: jax.Array, x: jax.Array) -> jax.Array:
-    """`part` in x's shape and dtype; its gradient is summed up in float32.
+    """`part` in x's shape and dtype, with a gradient that is summed in float32.
 
-    What JAX broadcasts by itself has a gradient that is summed in its dtype. In bfloat16 such a
-    sum of ones ends at 256 or, by parts, at few thousands.
+    With JAX's implicit broadcast, the gradient is summed in x's dtype. In bfloat16, a sum of ones
+    stops growing at 256, or at a few thousand if XLA sums in parts.
     """
     return jnp.broadcast_to(part.astype(jnp.float32), x.shape).astype(x.dtype)
 
@@ -62,17 +80,9 @@ class MLP(nnx.Module):
         self.w_gate = _parameter(w_gate)
 
     @classmethod
-    def drawn(
-        cls,
-        d_model: int,
-        d_ff: int,
-        std: float,
-        std_out: float,
-        key: jax.Array,
-        gated: bool = False,
-        biases: bool = True,
-    ) -> "MLP":
+    def drawn(cls, shape: MLPShape, key: jax.Array) -> "MLP":
         """Draws w_in and the gate from N(0, std²) and w_out from N(0, std_out²); biases are 0."""
+        d_model, d_ff, std, std_out, gated, biases = shape
         key_in, key_out = jax.random.split(key)
         w_in = std * jax.random.normal(key_in, (d_model, d_ff))
         w_out = std_out * jax.random.normal(key_out, (d_ff, d_model))

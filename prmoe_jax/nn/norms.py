@@ -37,7 +37,7 @@ class RMSNorm(nnx.Module):
 
 
 class HeadsRMSNorm(nnx.Module):
-    """RMSNorm over all heads together, as OLMoE has it for queries and keys."""
+    """RMSNorm over all heads together, as for queries and keys in OLMoE."""
 
     def __init__(self, heads: int, width: int, eps: float):
         self.eps = eps
@@ -57,4 +57,4 @@ def _rms(x: jax.Array, scale: jax.Array, eps: float, axes) -> jax.Array:
 
 def norm(kind: str, width: int, eps: float) -> LayerNorm | RMSNorm:
     """A norm of activations, by the value of `model.norm`."""
-    return {"layernorm": LayerNorm, "rmsnorm": RMSNorm}[kind](width, eps)
+    return RMSNorm(width, eps) if kind == "rmsnorm" else LayerNorm(width, eps)

@@ -1,7 +1,7 @@
 """The declaration of every parameter, and the names of parameters in a tree.
 
-One entry of `PARAMETERS` decides sharding, optimizer, weight decay, compute dtype, quantization,
-students and upcycling.
+A parameter's entry in `PARAMETERS` decides its sharding, optimizer, weight decay, compute dtype and
+quantization, and how students and upcycled models get it.
 """
 
 import dataclasses
@@ -13,15 +13,14 @@ from flax import nnx
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
-    """The declaration of a parameter of one layer, or of one outside the layers."""
+    """The declaration of a parameter, inside a layer (without the stacked axis) or outside."""
 
     # One letter per dimension: V vocabulary, L positions, D model width, H heads, J heads of keys
-    # and values if they are fewer, K width of a head, F hidden units, E experts; digits are sizes.
+    # and values if they are fewer, K width of a head, F hidden units, E experts. Digits are sizes.
     dims: str
     # How the mesh splits each dimension:
     #   T  over `tensor`
-    #   S  over the axes of FSDP (those that split the batch, except `data`) that divide the
-    #      dimension
+    #   S  over the axes of FSDP (see parallel/axes.py) that divide the dimension
     #   A  over `tensor` and the axes of FSDP
     #   E  over as many expert axes as the number of experts allows
     #   X  over `fsdp_experts`
@@ -30,17 +29,17 @@ class Parameter:
     split: str
     decays: bool = False  # has weight decay
     cast: bool = False  # `transformer.cast` casts it to the compute dtype
-    contracted: str = ""  # dimensions that its product sums over, if it can be quantized
-    only_moe: bool = False  # dense layers lack it, so that upcycling initialises it anew
+    contracted: str = ""  # dimensions that its product sums over; "" can't be quantized
+    only_moe: bool = False  # not in dense layers, so that upcycling initialises it
 
     @property
     def is_matrix(self) -> bool:
-        """Whether it holds weight matrices of a layer, which Muon can update."""
+        """Whether it holds a layer's weight matrices, which Muon can update."""
         return self.cast and bool(self.contracted)
 
 
-# The keys are the ends of names in `named_leaves`. Weight decay can't follow from the number of
-# dimensions: in stacked layers a bias has two, and an expert's bias three.
+# The keys are the last one or two parts of names in `named_leaves`. Weight decay can't follow from
+# the number of dimensions: stacked over layers, a bias has two and an expert's bias three.
 PARAMETERS = {
     "tokens": Parameter("VD", "TS", decays=True, contracted="D"),
     "positions": Parameter("LD", "-S", decays=True),
@@ -67,7 +66,7 @@ PARAMETERS = {
     "experts.b_in": Parameter("EF", "EF", cast=True),
     "experts.w_out": Parameter("EFD", "EFX", decays=True, cast=True, contracted="F"),
     "experts.b_out": Parameter("ED", "E-", cast=True),
-    "each.w_in": Parameter("DF", "-F", decays=True, cast=True, contracted="D"),  # of one expert
+    "each.w_in": Parameter("DF", "-F", decays=True, cast=True, contracted="D"),  # one expert
     "each.w_gate": Parameter("DF", "-F", decays=True, cast=True, contracted="D"),
     "each.b_in": Parameter("F", "F", cast=True),
     "each.w_out": Parameter("FD", "F-", decays=True, cast=True, contracted="F"),
@@ -79,7 +78,7 @@ PARAMETERS = {
     "w_shared": Parameter("D", "-", decays=True, only_moe=True),
     "scale": Parameter("D", "-"),
     "shift": Parameter("D", "-"),
-    "count": Parameter("", ""),  # of the optimizer
+    "count": Parameter("", ""),  # optimizer state
     "step": Parameter("", ""),
 }
 
@@ -106,12 +105,12 @@ def named_leaves(tree) -> dict[str, jax.Array]:
 
 
 def map_named(function: Callable, tree):
-    """A tree like this one, of `function(name, leaf)`; names are those of `named_leaves`."""
+    """Maps each leaf of a tree to `function(name, leaf)`; names are those of `named_leaves`."""
     return jax.tree.map_with_path(lambda path, leaf: function(_name(path), leaf), tree)
 
 
 def from_named(named: Mapping[str, jax.Array], like):
-    """A tree like this one, with the leaves that have the names of its leaves."""
+    """A tree like `like`, whose leaves are taken from `named` by name."""
     return map_named(lambda name, _: named[name], like)
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 class QuantizedWeight:
     """A weight in bfloat16, or in int8 with a scale for each output.
 
-    The contracted axes, which its product sums over, come last: so CPUs multiply few rows faster.
+    The contracted axes, which its product sums over, come last: CPUs then multiply few rows faster.
     """
 
     values: jax.Array
@@ -26,7 +26,7 @@ class QuantizedWeight:
         """The weight in a floating-point dtype, with its axes in their original order."""
         if self.scales is None:
             wide = self.values.astype(dtype)
-        else:  # rounded once: a rounded scale would be off in a whole channel
+        else:  # in float32: rounding a scale would shift a whole channel
             wide = (self.values.astype(jnp.float32) * self.scales).astype(dtype)
         return jnp.moveaxis(wide, range(-len(self.contracted), 0), self.contracted)
 

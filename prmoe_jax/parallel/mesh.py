@@ -1,30 +1,4 @@
-"""The device mesh: its axes, their sizes, and the parameters that each axis splits.
-
-Each axis with the parameters that it splits, outermost first; devices of the innermost axis are
-neighbours:
-
-  data      none: its devices are replicas
-  fsdp      parameters outside the experts (ZeRO-3)
-  fsdp_experts
-            all parameters (ZeRO-3); only where `mesh.fsdp_experts` asks for it
-  expert_N  experts, from several axes with numbers N; expert_0 is the innermost. A layer with
-            fewer experts than devices uses only the inner axes
-  slice     the hidden units of every expert, so that there may be more devices than experts
-  tensor    attention heads, hidden units and vocabulary
-
-All axes but `tensor` split the batch. FSDP splits parameters outside the experts over all axes but
-`data`, `tensor` and those that cross slices; if these are several, and all that a slice has, over
-all but the smallest.
-
-The devices may form several slices of a pod (`mesh.slices`; unrelated to the axis `slice`), which
-only the data-centre network links. Then there are axes that cross slices, outside all others:
-
-  data_across      none: the part of `mesh.data` in different slices
-  expert_across_N  experts, only if `moe.exchange=hierarchical` asks for it
-
-All other axes stay inside a slice. Unless experts cross slices, the data-centre network carries
-nothing but sums of gradients and of statistics.
-"""
+"""Chooses the sizes of a run's mesh, given or suggested, and checks that the config fits them."""
 
 import dataclasses
 import itertools
@@ -36,10 +10,11 @@ from collections.abc import Iterator, Mapping, Sequence
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from prmoe_jax.config.schema import Config, MeshConfig, group_rows
-from prmoe_jax.errors import UserError
+from prmoe_jax.errors import UserError, telling
+from prmoe_jax.parallel.axes import crosses_slices
 
 log = logging.getLogger(__name__)
 
@@ -47,20 +22,16 @@ log = logging.getLogger(__name__)
 def choose_mesh(
     config: Config, devices: int, any_batch: bool = False, decode: bool = False
 ) -> Config:
-    """The config with the mesh to run on: its own, or a suggested one if it has none.
+    """The config with the mesh to run on: its own or, without one, a suggested mesh.
 
     `suggest_mesh` makes the suggestion, with as few devices on the `tensor` axis as the batch
     allows. It depends only on the config and the number of devices, and is logged.
 
     Args:
-      config: the experiment, from `on_slices` if there may be several slices.
+      config: the experiment, after `on_slices` if there may be several slices.
       devices: the number of devices.
-      any_batch: the mesh is not for training and need not fit the config's batch.
-      decode: the mesh is for decoding, and the config's batch has its sequences.
-
-    Raises:
-      UserError: no mesh of these devices fits the config, or its own doesn't; suggests a size that
-        would.
+      any_batch: whether the batch may be of another size than the config's, as outside training.
+      decode: whether the mesh is for decoding `train.batch_size` sequences.
     """
     if has_own_mesh(config):
         width = config.model.d_model
@@ -88,28 +59,25 @@ def choose_mesh(
 
 
 def has_own_mesh(config: Config) -> bool:
-    """Whether a size of an axis is not at its default."""
+    """Whether the config sets the size of an axis."""
     return dataclasses.replace(config.mesh, slices=0) != MeshConfig()
 
 
 def with_mesh(config: Config, mesh: MeshConfig | None = None) -> Config:
-    """The config on another mesh, by default of one device, with an exchange that suits any."""
-    moe = dataclasses.replace(config.moe, exchange="auto")
-    return dataclasses.replace(config, mesh=mesh or MeshConfig(), moe=moe)
+    """The config on another mesh (by default replicas only), with an exchange that suits any."""
+    execution = dataclasses.replace(config.execution, exchange="auto")
+    return dataclasses.replace(config, mesh=mesh or MeshConfig(), execution=execution)
 
 
 def on_slices(config: Config, devices: Sequence[jax.Device] | None = None) -> Config:
-    """The config with the number of slices that the devices form, if there are several.
+    """Sets `mesh.slices` to the number of slices that the devices form, if there are several.
 
-    TPUs know their slice. For other devices it is the config that says how many slices they form;
-    each slice consists of neighbours in the list of devices.
+    Only TPUs report their slice. Other devices form as many slices as the config says; neighbours
+    in the list of devices are in one slice.
 
     Args:
       config: the experiment.
       devices: the devices to use; all by default.
-
-    Raises:
-      UserError: the config names another number of slices, or they differ in size.
     """
     devices = jax.devices() if devices is None else devices
     sizes = Counter(map(_slice_index, devices))
@@ -130,16 +98,12 @@ def on_slices(config: Config, devices: Sequence[jax.Device] | None = None) -> Co
 
 
 def _slice_index(device: jax.Device) -> int:
-    """The slice of a TPU. A GPU's number of that name tells its NVLink domain."""
+    """A TPU's slice; 0 for other devices, since a GPU's `slice_index` is its NVLink domain."""
     return getattr(device, "slice_index", 0) if device.platform == "tpu" else 0
 
 
 def slice_count(config: Config, devices: int) -> int:
-    """The number of slices that the config says, 1 by default.
-
-    Raises:
-      UserError: it doesn't divide the number of devices.
-    """
+    """`mesh.slices`, or 1 if it is 0."""
     slices = config.mesh.slices or 1
     if devices % slices:
         raise UserError(
@@ -155,31 +119,14 @@ def flags(mesh: MeshConfig) -> str:
     return " ".join(f"--config.mesh.{name}={size}" for name, size in sizes if size > 1)
 
 
-def platform() -> str:
-    """The platform that code is traced for: that of the mesh in use, or JAX's default."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return device.platform if device else jax.default_backend()
-
-
-def splits_experts(mesh: Mesh | AbstractMesh) -> bool:
-    """Whether a layer's experts, or parts of them, are on several devices."""
-    alike = "data_across", "data", "fsdp", "fsdp_experts"
-    replicas = [size for name, size in mesh.shape.items() if name in alike]
-    return math.prod(replicas) < mesh.size
-
-
 def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh that `config.mesh` describes, of all devices or of those given.
-
-    Raises:
-      UserError: the mesh does not fit the devices or the model; see `on_slices` and `axis_sizes`.
-    """
+    """The mesh that `config.mesh` describes, of all devices by default."""
     devices = jax.devices() if devices is None else devices
     config = on_slices(config, devices)
     sizes = axis_sizes(config, len(devices))
     inside = [size for name, size in sizes.items() if not crosses_slices(name)]
     members = np.reshape(sorted(devices, key=_slice_index), (-1, math.prod(inside)))
-    # An axis may need a part of a torus dimension, such as 64 of 4 x 4 x 8 chips.
+    # An axis may take part of a torus dimension: 64 of 4 x 4 x 8 chips need half of the last one.
     placed = [
         mesh_utils.create_device_mesh(inside, list(one_slice), allow_split_physical_axes=True)
         for one_slice in members
@@ -189,11 +136,7 @@ def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Me
 
 
 def axis_sizes(config: Config, devices: int) -> dict[str, int]:
-    """The number of devices on each axis of the mesh, outermost first.
-
-    Raises:
-      UserError: `config.mesh` does not fit the devices or the model; suggests a change.
-    """
+    """The number of devices on each axis of the mesh, outermost first."""
     slices = slice_count(config, devices)
     sizes = dataclasses.asdict(config.mesh)
     inner = sizes.pop("expert_inner")
@@ -231,32 +174,24 @@ def axis_sizes(config: Config, devices: int) -> dict[str, int]:
     }
 
 
-def crosses_slices(axis: str) -> bool:
-    """Whether an axis of the mesh crosses slices."""
-    return "_across" in axis
-
-
 def _slices_of_experts(config: Config, sizes: Mapping[str, int], devices: int) -> int:
     """The number of slices over which experts are spread; 1 unless the config asks for more.
 
     Args:
       config: the experiment.
       sizes: devices on each axis of `config.mesh`.
-      devices: the devices of a slice.
-
-    Raises:
-      UserError: axes that should stay inside a slice don't fit there.
+      devices: the number of devices in a slice.
     """
     slices, expert = config.mesh.slices or 1, sizes["expert"]
     across = slices // math.gcd(slices, sizes["data"])
     inner = 1 if expert % across else expert // across
-    hierarchical = config.moe.exchange == "hierarchical" and config.mesh.expert_inner == inner
+    hierarchical = config.execution.exchange == "hierarchical" and config.mesh.expert_inner == inner
     if across == 1 or (hierarchical and inner > 1):
         return across
     fix = f"use sizes whose product divides {devices}"
     if inner > 1:
         fix += (
-            ", or, for experts across slices, moe.exchange=hierarchical with "
+            ", or, for experts across slices, execution.exchange=hierarchical with "
             f"mesh.expert_inner={inner}"
         )
     within = {name: size for name, size in sizes.items() if name != "data" and size > 1}
@@ -268,27 +203,19 @@ def _slices_of_experts(config: Config, sizes: Mapping[str, int], devices: int) -
 
 
 def check_fits(config: Config, devices: int, decode: bool = False) -> None:
-    """Refuses a mesh on which the config can't be trained, or with `decode` can't decode its batch.
-
-    Raises:
-      UserError: the mesh does not fit the devices, the model or the batch; suggests a change.
-    """
+    """Refuses a mesh on which the config can't train or, with `decode`, can't decode its batch."""
     check_batch(config, devices // axis_sizes(config, devices)["tensor"], decode)
 
 
 def training_mesh(config: Config) -> tuple[Config, Mesh]:
-    """The config with the mesh on which all devices train it, its own or a suggested one.
-
-    Raises:
-      UserError: no mesh fits the devices, the model and the batch; suggests a change.
-    """
+    """Chooses the mesh for training on all devices; returns the config with it, and the mesh."""
     devices = jax.device_count()
     config = choose_mesh(on_slices(config), devices)
     check_fits(config, devices)
     return config, make_mesh(config)
 
 
-# The most devices on which FSDP is worth its all-gathers, unless memory requires more.
+# FSDP over more devices isn't worth its all-gathers, unless memory requires it.
 FSDP_DEVICES = 16
 
 
@@ -304,10 +231,10 @@ def suggest_mesh(
     Experts and FSDP stay inside a slice.
 
     Args:
-      config: the experiment; only its width, and its numbers of experts and of slices, matter.
+      config: the experiment; its width, experts, slices and exchange matter.
       devices: the number of all devices.
-      tensor: devices on the `tensor` axis, a divisor of the devices of a slice.
-      expert_slice: devices on the `slice` axis, a divisor of a slice's devices / tensor.
+      tensor: devices on the `tensor` axis; divides the devices of a slice.
+      expert_slice: devices on the `slice` axis; divides the devices of a slice / tensor.
       fsdp_devices: the most devices on the `fsdp` axis.
     """
     counts = {e: i for i, e in enumerate(config.model.schedule.experts) if e}
@@ -315,13 +242,13 @@ def suggest_mesh(
     rest = devices // slices // tensor // expert_slice
     expert = next(d for d in reversed(_divisors(rest)) if not _problem(counts, d, 1))
     rest //= expert
-    # FSDP splits the model's width, and leaves whole what a size doesn't divide.
+    # FSDP splits the model's width, so an axis must divide it.
     width = config.model.d_model // tensor
     fsdp = max(d for d in _divisors(rest) if d <= fsdp_devices and width % d == 0)
     inner = 1
     if expert == devices // slices:
-        # Two expert axes instead of one for a whole slice, so that FSDP can leave out the smaller.
-        most = min(FSDP_DEVICES, expert - (config.moe.exchange == "hierarchical"))
+        # Make two expert axes instead of one: FSDP leaves out the smaller if they fill a slice.
+        most = min(FSDP_DEVICES, expert - (config.execution.exchange == "hierarchical"))
         fits = (d for d in _divisors(expert) if not _problem(counts, expert, d))
         inner = max((d for d in fits if d <= most), default=1)
     data = slices * rest // fsdp
@@ -329,18 +256,20 @@ def suggest_mesh(
     return MeshConfig(**sizes, expert_slice=expert_slice, tensor=tensor, slices=config.mesh.slices)
 
 
-def lower_memory_configs(config: Config, devices: int, portions: bool = False) -> Iterator[Config]:
+def lower_memory_configs(
+    config: Config, devices: int, microbatches: bool = False
+) -> Iterator[Config]:
     """Configs to try for less memory per device; the cheapest come first.
 
-    They begin with the mesh of `suggest_mesh`, if it fits. Later ones have more devices for FSDP,
-    then FSDP that includes the experts, then, if `portions`, the batch in more portions
-    (`train.accumulate`), then split each expert over devices, then have more devices on `tensor`.
+    The first one has the mesh of `suggest_mesh`, if it fits. Later ones have, in this order:
+    FSDP over more devices; FSDP over the experts, too; more microbatches (`train.accumulate`), if
+    `microbatches`; each expert split over devices; more devices on `tensor`.
     Each fits the config's sizes and batch, but may need more memory than an earlier one.
     """
     moe = any(config.model.schedule.experts)
     inside = devices // slice_count(config, devices)
     numbers = [config.train.accumulate]
-    while portions and config.train.batch_size % (2 * numbers[-1]) == 0:
+    while microbatches and config.train.batch_size % (2 * numbers[-1]) == 0:
         numbers.append(2 * numbers[-1])
     for tensor in _divisors(inside):
         for expert_slice in _divisors(inside // tensor) if moe else [1]:
@@ -365,10 +294,10 @@ def _divisors(number: int) -> list[int]:
 
 
 def _expert_factors(config: Config, expert: int, inner: int, devices: int) -> list[int]:
-    """Sizes of the expert axes, inner first, so that every layer uses as many devices as it can.
+    """Sizes of the expert axes, innermost first; every layer uses as many devices as it can.
 
-    A layer of E experts is spread over gcd(E, mesh.expert) devices, which must be a product of
-    inner axes: 32, 64 and 128 experts on 128 devices make axes of 32, 2 and 2.
+    A layer of E experts is spread over gcd(E, mesh.expert) devices, which the innermost axes must
+    make up. Example: layers of 32, 64 and 128 experts on 128 devices need axes of 32, 2 and 2.
     """
     counts = {e: i for i, e in enumerate(config.model.schedule.experts) if e}
     problem = _problem(counts, expert, inner)
@@ -377,17 +306,17 @@ def _expert_factors(config: Config, expert: int, inner: int, devices: int) -> li
         works = next(d for d in divisors if not _problem(counts, d, 1))
         fix = f"mesh.expert={works}"
         if works == expert:
-            staged = config.moe.exchange == "hierarchical"
+            staged = config.execution.exchange == "hierarchical"
             fits = (d for d in divisors if not _problem(counts, expert, d))
             found = next((d for d in fits if not (staged and d in (1, expert))), None)
-            fix = f"mesh.expert_inner={found}" if found else "moe.exchange=auto"
+            fix = f"mesh.expert_inner={found}" if found else "execution.exchange=auto"
         raise UserError(f"mesh.expert={expert}: {problem}; use {fix}")
     degrees = sorted({1, inner, *(math.gcd(count, expert) for count in counts)})
     return [large // small for small, large in itertools.pairwise(degrees)] or [1]
 
 
 def _problem(counts: Mapping[int, int], expert: int, inner: int) -> str | None:
-    """Why experts of these counts (count -> a layer that has it) can't be spread, or None."""
+    """Why the experts can't be spread, or None; `counts` has a layer for each number of experts."""
     degrees = {math.gcd(count, expert) for count in counts}
     for count, layer in counts.items():
         if math.gcd(count, expert) == 1 < min(count, expert):
@@ -404,14 +333,11 @@ def _problem(counts: Mapping[int, int], expert: int, inner: int) -> str | None:
 
 
 def check_splits(config: Config, sizes: Mapping[str, int]) -> None:
-    """Checks that the mesh can split every dimension it must, and that the exchange has an effect.
+    """Checks that the mesh divides the dimensions that it splits, and suits the exchange.
 
     Args:
-      config: the experiment, or another one on the same mesh.
+      config: the experiment, or its teacher on the same mesh.
       sizes: devices on `tensor`, `expert_slice` and `fsdp_experts`.
-
-    Raises:
-      UserError: a dimension or the exchange does not fit; suggests a change.
     """
     model, tensor = config.model, sizes["tensor"]
     units = tensor * sizes["expert_slice"]
@@ -437,22 +363,18 @@ def check_splits(config: Config, sizes: Mapping[str, int]) -> None:
             f"model.d_model={model.d_model} is not divisible by mesh.fsdp_experts={gathered}; use "
             f"{math.gcd(model.d_model, gathered)} of them"
         )
-    if config.moe.exchange == "coordinated" and tensor == 1:
-        raise UserError("moe.exchange=coordinated has no effect with mesh.tensor=1; use auto")
+    if config.execution.exchange == "coordinated" and tensor == 1:
+        raise UserError("execution.exchange=coordinated has no effect with mesh.tensor=1; use auto")
     inner = config.mesh.expert_inner
-    if config.moe.exchange == "hierarchical" and inner in (1, sizes.get("expert")):
+    if config.execution.exchange == "hierarchical" and inner in (1, sizes.get("expert")):
         raise UserError(
-            f"moe.exchange=hierarchical needs mesh.expert_inner above 1 and below mesh.expert, not "
-            f"{inner}: the devices of its inner stage (those of one host, say)"
+            "execution.exchange=hierarchical needs mesh.expert_inner above 1 and below "
+            f"mesh.expert, not {inner}: the devices of its inner stage (those of one host, say)"
         )
 
 
 def check_batch(config: Config, devices: int, decode: bool = False) -> None:
-    """Checks that every device gets the same number of whole routing groups in every portion.
-
-    Raises:
-      UserError: it doesn't; suggests a batch, or with `decode` a number of sequences.
-    """
+    """Checks that every device gets the same number of whole routing groups in every microbatch."""
     batch, rows = config.train.batch_size, devices * config.train.accumulate * group_rows(config)
     if batch % rows and decode:
         raise UserError(
@@ -468,59 +390,11 @@ def check_batch(config: Config, devices: int, decode: bool = False) -> None:
 
 
 def check_teacher_fits(teacher: Config, student: Config, mesh: Mesh | AbstractMesh) -> None:
-    """Checks that a student's mesh can split its teacher, and its batch the teacher's groups.
-
-    Raises:
-      UserError: a dimension of the teacher or its routing groups do not fit; suggests a change.
-    """
+    """Checks that a teacher fits its student's mesh, and its routing groups the student's batch."""
     shape = mesh.shape
     sizes = {"tensor": shape["tensor"], "expert_slice": shape["slice"]}
     model = dataclasses.replace(teacher.model, length=student.model.length)
     taught = dataclasses.replace(teacher, model=model, train=student.train)
-    try:
+    with telling("the teacher, on its student's mesh and batches: "):
         check_splits(teacher, sizes | {"fsdp_experts": shape.get("fsdp_experts", 1)})
         check_batch(taught, mesh.size // mesh.shape["tensor"])
-    except UserError as error:
-        raise UserError(f"the teacher, on its student's mesh and batches: {error}") from None
-
-
-def batch_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
-    """The axes that split a batch."""
-    return tuple(name for name in mesh.axis_names if name != "tensor")
-
-
-def expert_axes(mesh: Mesh | AbstractMesh, experts: int) -> tuple[str, ...]:
-    """The axes over which a layer's experts are spread, outermost first."""
-    axes, degree = [], 1
-    for name in reversed([name for name in mesh.axis_names if name.startswith("expert")]):
-        degree *= mesh.shape[name]
-        if experts % degree:
-            break
-        axes.insert(0, name)
-    return tuple(axes)
-
-
-def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
-    """The indices, in ascending order, of the batch rows that this process's devices hold."""
-    places = _rows(mesh).addressable_devices_indices_map((batch_size,))
-    return sorted({row for (part,) in places.values() for row in range(batch_size)[part]})
-
-
-def split_batch(batch, mesh: Mesh, batch_size: int):
-    """Makes global arrays of `batch_size` rows from the `local_rows` of each process."""
-
-    def place(x):
-        x = np.asarray(x)
-        shape = batch_size, *x.shape[1:]
-        return jax.make_array_from_process_local_data(_rows(mesh), x, shape)
-
-    return jax.tree.map(place, batch)
-
-
-def _rows(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, PartitionSpec(batch_axes(mesh)))
-
-
-def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding with the whole array on every device."""
-    return NamedSharding(mesh, PartitionSpec())

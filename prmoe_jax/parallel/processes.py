@@ -1,7 +1,7 @@
 """Several processes as one run: how they find each other, agree, and end together.
 
 They communicate through the key-value store of JAX's coordination service, which process 0 runs.
-No call to it blocks: processes poll, so that a process that fails can end all others.
+No call to it blocks. Processes poll instead, so that one that fails can end all others.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ import jax
 from jax._src import distributed  # the store has no public name
 
 from prmoe_jax import errors, files, stores
-from prmoe_jax.errors import Failure, UserError, first_line, is_out_of_memory
+from prmoe_jax.errors import Failure, UserError, first_line, is_out_of_memory, refusing
 
 # Seconds within which all processes must have started.
 JOIN_SECONDS = 40
@@ -37,7 +37,7 @@ POLL_SECONDS = 0.5
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 _ENDED = "prmoe/ended/"
-_calls = itertools.count()  # equal on all processes, which make the same calls
+_calls = itertools.count()  # equal everywhere: all processes make the same calls
 
 
 @contextlib.contextmanager
@@ -45,26 +45,20 @@ def initialize_distributed() -> Iterator[None]:
     """Joins the processes of a run; use this before JAX is used for anything else.
 
     On Cloud TPU pods, GKE, SLURM and Open MPI, JAX finds the processes of a run; elsewhere all of
-    `VARIABLES` must be set. Inside the block, all processes end when one does: within two seconds
-    and with its reason if it could publish one, else when its heartbeats stop.
-
-    Raises:
-      UserError: the run's processes are unknown, or don't find each other.
+    `VARIABLES` must be set. If a process fails inside the block, all others end: within two seconds
+    and with its reason if it could publish that, else once its heartbeats are missed.
     """
     arguments = _arguments()
     _keep_output_ours()
     _end_in_one_line_on_abort()
-    try:
+    advice = f"start it on a TPU pod, under SLURM or on GKE, or give {', '.join(VARIABLES)}"
+    unknown = "--distributed: the processes of this run were not found"
+    with refusing(unknown, (RuntimeError, ValueError), fix=advice):
         jax.distributed.initialize(
             **arguments,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             initialization_timeout=JOIN_SECONDS,
         )
-    except (RuntimeError, ValueError) as error:
-        raise UserError(
-            f"--distributed: the processes of this run were not found ({first_line(error)}); "
-            f"start it on a TPU pod, under SLURM or on GKE, or give {', '.join(VARIABLES)}"
-        ) from error
     errors.on_failure.append(_tell_others)
     watch = threading.Thread(target=_watch, daemon=True)
     watch.start()
@@ -73,7 +67,7 @@ def initialize_distributed() -> Iterator[None]:
     except RuntimeError as error:
         if not is_lost(error):
             raise
-        # A process is lost during a collective. Which one, and why, is known a little later.
+        # Another process was lost. `_watch` and JAX's abort know why: let them end this one first.
         time.sleep(2 * HEARTBEAT_SECONDS)
         _end(f"another process of this run was lost ({first_line(error)}); {_AGAIN}", 1)
     barrier()
@@ -84,8 +78,8 @@ def initialize_distributed() -> Iterator[None]:
 def is_lost(error: RuntimeError) -> bool:
     """Whether an error of a run of several processes means that one of them was lost.
 
-    It does if it comes from compiled code, where processes wait for each other, or from the start
-    of JAX's backend, which asks process 0 for the devices of all.
+    Such an error comes from compiled code, where processes wait for each other, or from the start
+    of JAX's backend when process 0, which collects the devices of all, cannot be reached.
     """
     if "Unable to initialize backend" in str(error):
         try:
@@ -97,7 +91,7 @@ def is_lost(error: RuntimeError) -> bool:
 
 
 def _arguments() -> dict:
-    """Arguments of jax.distributed.initialize from `VARIABLES`; none if they are not set."""
+    """Arguments of jax.distributed.initialize from `VARIABLES`; empty if none is set."""
     given = [name for name in VARIABLES if name in os.environ]
     if not given:
         return {}
@@ -125,14 +119,11 @@ def _arguments() -> dict:
 
 
 def agree(what: str, values: Callable[[], dict]) -> None:
-    """Compares values with those of process 0; does nothing in a run of one process.
+    """Refuses values that differ from process 0's; does nothing in a run of one process.
 
     Args:
       what: describes the values in the error message.
-      values: returns this process's values by name, as JSON can hold them.
-
-    Raises:
-      UserError: values differ; names them.
+      values: returns this process's values by name; JSON must be able to hold them.
     """
     if _count() == 1:
         return
@@ -149,24 +140,23 @@ def agree(what: str, values: Callable[[], dict]) -> None:
 
 
 def of_first(value):
-    """Returns process 0's value, which JSON can hold, on all processes."""
+    """Returns process 0's value, which JSON must be able to hold, on all processes."""
     if _count() == 1:
         return value
     key = f"prmoe/{next(_calls)}/first"
     if _number() == 0:
         _client().key_value_set(key, json.dumps(value))
         return value
-    return json.loads(_wait(key))
+    return json.loads(_wait(key.removesuffix("first"), 1)[key])
 
 
 def gathered(value) -> list:
-    """Returns all processes' values, which JSON can hold, in order, on all processes."""
+    """Returns the values of all processes, in order, on all processes; they travel as JSON."""
     if _count() == 1:
         return [value]
     name = f"prmoe/{next(_calls)}/all/"
     _client().key_value_set(f"{name}{_number()}", json.dumps(value))
-    while len(found := dict(_client().key_value_dir_get(name))) < _count():
-        time.sleep(POLL_SECONDS / 5)
+    found = _wait(name, _count())
     return [json.loads(found[f"{name}{number}"]) for number in range(_count())]
 
 
@@ -174,25 +164,28 @@ def barrier() -> None:
     """Waits until all processes have called this."""
     if _count() == 1:
         return
-    name = f"prmoe/{next(_calls)}/"
-    _client().key_value_set(f"{name}here/{_number()}", "")
+    name = f"prmoe/{next(_calls)}/here/"
+    _client().key_value_set(f"{name}{_number()}", "")
     if _number() == 0:
-        while len(_client().key_value_dir_get(f"{name}here/")) < _count():
-            time.sleep(POLL_SECONDS / 5)
-        _client().key_value_set(f"{name}all", "")
-    _wait(f"{name}all")
+        _wait(name, _count())
+    of_first(None)
 
 
 @contextlib.contextmanager
 def main_process_first(cache: Path) -> Iterator[None]:
-    """Process 0 runs the block first; those that share its cache run it next, and find its files.
+    """Process 0 runs the block first; processes that share its cache then find its files there.
 
-    The others have caches of their own, and run it at once.
+    Processes with a cache of their own don't wait. Nobody waits if process 0's cache is read-only,
+    since it must then be complete.
 
     Args:
-      cache: this process's folder of caches.
+      cache: this process's cache folder.
     """
-    waits = _sees_first(cache) and _number() > 0
+    waits = False
+    if _count() > 1:
+        with contextlib.suppress(OSError):
+            cache.mkdir(parents=True, exist_ok=True)
+        waits = of_first(os.access(cache, os.W_OK)) and _sees_first(cache) and _number() > 0
     if waits:
         barrier()
     yield
@@ -200,83 +193,56 @@ def main_process_first(cache: Path) -> Iterator[None]:
         barrier()
 
 
-def _sees_first(cache: Path) -> bool:
-    """Whether this process finds in its cache what process 0 writes into its own.
-
-    Nothing is written into a cache that is read-only, and so complete.
-    """
-    if _count() == 1:
-        return True
-    name = ""
-    if _number() == 0:
-        with contextlib.suppress(OSError):
-            cache.mkdir(parents=True, exist_ok=True)
-        if os.access(cache, os.W_OK):
-            name = f".process-0-{uuid.uuid4().hex}"
-            files.replace(cache / name, "")
-    name = of_first(name)
-    found = bool(name) and (cache / name).exists()
-    barrier()
-    if _number() == 0 and name:
-        (cache / name).unlink()
-    return found
-
-
 def check_folders(workdir: Path, cache: Path) -> None:
     """Checks that every process sees the run's folder, and can write there and to its cache.
 
-    Does nothing in a run of one process, whose first write shows such errors.
+    Does nothing in a run of one process: its first write shows such errors.
 
     Args:
       workdir: the run's folder, which process 0 has made.
       cache: this process's cache, shared or not; it may be read-only if it holds the text already.
-
-    Raises:
-      UserError: this process doesn't see or can't write a folder.
     """
     if _count() == 1:
         return
-    mark = workdir / ".shared"
-    if _number() == 0:
-        files.replace(mark, f"{os.getpid()} {time.time_ns()}")
-    expected = of_first(mark.read_text() if _number() == 0 else None)
-    if not comes_true(lambda: mark.is_file() and mark.read_text() == expected):
+    if not _sees_first(workdir, SHOW_SECONDS):
         raise UserError(
             f"--workdir={workdir} is not shared: process {_number()} doesn't find there what "
             "process 0 wrote; name a folder that all processes see"
         )
-    _probe(workdir, "--workdir")
+    _check_writable(workdir, "--workdir")
     if not (cache / "tokens").is_dir() or os.access(cache / "tokens", os.W_OK):
-        _probe(cache, "--config.data.cache_dir")
+        _check_writable(cache, "--config.data.cache_dir")
+    barrier()
+
+
+def _sees_first(folder: Path, seconds: float = 0.0) -> bool:
+    """Whether a file that process 0 writes into its folder shows in this process's folder."""
+    written = folder / of_first(f".process-0-{uuid.uuid4().hex}")
+    if _number() == 0:
+        files.replace(written, "x")
+    barrier()
+    found = comes_true(written.exists, seconds)
     barrier()
     if _number() == 0:
-        mark.unlink()
+        written.unlink()
+    return found
 
 
-def comes_true(condition: Callable[[], bool]) -> bool:
-    """Whether what another process wrote shows within `SHOW_SECONDS`."""
-    end = time.monotonic() + SHOW_SECONDS
+def comes_true(condition: Callable[[], bool], seconds: float | None = None) -> bool:
+    """Whether a condition on another process's files holds within `seconds` (`SHOW_SECONDS`)."""
+    end = time.monotonic() + (SHOW_SECONDS if seconds is None else seconds)
     while not (found := condition()) and time.monotonic() < end:
         time.sleep(0.2)
     return found
 
 
-def _probe(folder: Path, setting: str) -> None:
-    """Raises UserError unless this process can write a file into a folder."""
-    try:
-        if not stores.is_local(folder):
-            probe = folder / f".probe-{_number()}"
-            files.replace(probe, "x")
-            probe.unlink()
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(b"x")
-    except OSError as error:
-        raise UserError(
-            f"{setting}={folder} cannot be written by process {_number()}: "
-            f"{error.strerror or error}"
-        ) from None
+def _check_writable(folder: Path, setting: str) -> None:
+    with refusing(f"{setting}={folder} cannot be written by process {_number()}", OSError):
+        if stores.is_local(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".process-{_number()}-{uuid.uuid4().hex}"
+        probe.write_bytes(b"x")
+        probe.unlink()
 
 
 def _count() -> int:
@@ -296,12 +262,11 @@ def _client():
     return distributed.global_state.client
 
 
-def _wait(key: str) -> str:
-    """Waits for a key and returns its value."""
-    folder = key.rpartition("/")[0] + "/"
-    while key not in (found := dict(_client().key_value_dir_get(folder))):
+def _wait(folder: str, count: int) -> dict[str, str]:
+    """Waits until a folder of the store has `count` values, and returns them by key."""
+    while len(found := dict(_client().key_value_dir_get(folder))) < count:
         time.sleep(POLL_SECONDS / 5)
-    return found[key]
+    return found
 
 
 # --- How they end
@@ -325,7 +290,7 @@ def _watch() -> None:
 
 
 def _tell_others(failure: Failure) -> None:
-    """Ends this process after a printed failure, and publishes it, so that the others end too."""
+    """Publishes a printed failure, so that the others end, too; then ends this process."""
     if not _ending.acquire(blocking=False):  # another thread is ending this process
         time.sleep(60)
     _publish(cause=True, line=failure.line, code=failure.exit_code)
@@ -373,18 +338,18 @@ def _keep_output_ours() -> None:
     output, error = os.dup(1), os.dup(2)
     error_descriptor = error
     os.dup2(2, 1)
-    _native = tempfile.TemporaryFile()  # noqa: SIM115, as long as the process
+    _native = tempfile.TemporaryFile()  # noqa: SIM115, open until the process ends
     os.dup2(_native.fileno(), 2)
     sys.stdout, sys.stderr = open(output, "w", **encoding), open(error, "w", **encoding)  # noqa: SIM115
 
 
 _native: IO | None = None  # the file with compiled code's standard error
-error_descriptor = 2  # of standard error, also where Python's own stream has been replaced
+error_descriptor = 2  # the user's standard error, also after `_keep_output_ours`
 _ABORT = ctypes.CFUNCTYPE(None, ctypes.c_int)
 
 
 def _end_in_one_line_on_abort() -> None:
-    """Handles abort(), by which JAX ends a process that lost another, after a C++ stack trace."""
+    """Handles abort(): JAX calls it, after a C++ stack trace, if another process was lost."""
     signal_of_libc = ctypes.CDLL(None).signal
     signal_of_libc.restype = ctypes.c_void_p
     signal_of_libc(int(signal.SIGABRT), _aborted)
@@ -404,7 +369,7 @@ def _native_text() -> str:
 
 
 def explain(text: str) -> tuple[str, int]:
-    """Returns one line on why JAX aborted, from the text that it printed, and the exit code."""
+    """From the text that JAX printed, returns one line on why it aborted, and the exit code."""
     silent = re.search(r"stopped sending heartbeats\):\s*([\d,\s]*\d)", text)
     if silent:
         numbers = re.findall(r"\d+", silent[1])

@@ -10,7 +10,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from prmoe_jax.nn.parameters import declaration, map_named
 from prmoe_jax.nn.quantized import QuantizedWeight
-from prmoe_jax.parallel.mesh import batch_axes, crosses_slices, expert_axes
+from prmoe_jax.parallel.axes import batch_axes, crosses_slices, expert_axes
 
 
 def spec(
@@ -22,7 +22,7 @@ def spec(
       name: its name in `parameters.named_leaves`.
       shape: the shape of the whole array.
       mesh: from `mesh.make_mesh`.
-      in_use: the partition in use, after FSDP's all-gather.
+      in_use: whether FSDP has all-gathered the array.
 
     Raises:
       KeyError: the name is not declared, or is declared with other dimensions.
@@ -56,11 +56,10 @@ def spec(
 
 
 def _most_axes(mesh: Mesh | AbstractMesh, size: int) -> tuple[str, ...]:
-    """The FSDP axes that split a dimension: from the inner ones on, all that divide it.
+    """The axes over which FSDP splits a dimension: from the innermost on, all that divide it.
 
-    If these are several and a slice of the mesh has no other axis, the smallest is left out. Over
-    all chips of a 3-D torus, the compiler gathers by an all-reduce of whole arrays, which moves
-    twice as much.
+    If these are several, and fill a slice of the mesh, the smallest one is left out: over all chips
+    of a 3-D torus, XLA would gather by an all-reduce of whole arrays, which moves twice the bytes.
     """
     inside = [name for name in mesh.axis_names if not crosses_slices(name) and mesh.shape[name] > 1]
     axes: list[str] = []
@@ -100,9 +99,10 @@ def constrain_leaf(name: str, x: jax.Array) -> jax.Array:
 
 
 def pad_layers(name: str, x: jax.Array) -> jax.Array:
-    """Appends layers of zeros to a parameter, [layers, …], so that devices can divide the layers.
+    """Appends layers of zeros to a stacked parameter, [layers, …], for `constrain_matrices`.
 
-    These are the devices of `constrain_matrices`; the result is split as the parameter.
+    The number of layers becomes a multiple of the devices that split them there. The result is
+    split as the parameter.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -113,19 +113,19 @@ def pad_layers(name: str, x: jax.Array) -> jax.Array:
 
 
 def constrain_matrices(name: str, x: jax.Array) -> jax.Array:
-    """Constrains matrices of one parameter, [layers, …, rows, columns], to whole ones on a device.
+    """Splits a stacked parameter, [layers, …, rows, columns], into whole matrices, for Muon.
 
-    Experts are split as usual, and layers over the other axes of a slice, but for `data`.
+    Experts are split as usual, and layers over the other axes of a slice except `data`.
 
     Args:
       name: the parameter's name in `parameters.named_leaves`.
-      x: its matrices, of a number of layers as after `pad_layers`; experts come after layers.
+      x: its matrices after `pad_layers`; the second dimension is the experts, if any.
     """
     return _constrain(x, lambda mesh: PartitionSpec(*_matrix_axes(name, x.shape, mesh)))
 
 
 def _matrix_axes(name: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh):
-    """The axes that split the layers of a parameter's matrices, and its experts if it has some."""
+    """The mesh axes for the layers of a stacked parameter, and for its experts if it has any."""
     experts = declaration(name).dims.startswith("E")
     split = expert_axes(mesh, shape[1]) if experts else ()
     inside = (axis for axis in mesh.axis_names if not crosses_slices(axis))
@@ -139,7 +139,7 @@ def constrain_batch(x_BxLxD: jax.Array) -> jax.Array:
 
 
 def expert_replicas(experts: int) -> int:
-    """The number of devices that hold the same part of a layer's experts on the mesh in use."""
+    """The number of devices with the same part of a layer's experts, on the current mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return 1
@@ -148,14 +148,14 @@ def expert_replicas(experts: int) -> int:
 
 
 def all_gather_params(tree, apart: str = ""):
-    """All-gathers parameters over the axes of FSDP only, right before they are used.
+    """All-gathers parameters over FSDP's axes, right before they are used.
 
-    Gradients are reduce-scattered at once, in the parameters' dtype: float32 would move twice as
-    much as bfloat16.
+    Gradients are reduce-scattered at once, in the dtype of `tree`: float32 would move twice the
+    bytes of bfloat16.
 
     Args:
       tree: a tree of modules.
-      apart: the name of submodules whose parameters stay as they are.
+      apart: the name of submodules whose parameters are not gathered.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -168,14 +168,14 @@ def all_gather_params(tree, apart: str = ""):
 
 
 def all_gather_experts(tree, parts, dtype):
-    """All-gathers experts over `fsdp_experts`, in a dtype; called inside shard_map.
+    """All-gathers experts over `fsdp_experts`; call it inside shard_map.
 
-    Gradients are reduce-scattered, also in this dtype, before replicas sum them.
+    Gradients are reduce-scattered before replicas sum them.
 
     Args:
-      tree: a tree of the parts on this device.
-      parts: the partition of each.
-      dtype: the dtype of what is gathered.
+      tree: the experts' parameters on this device.
+      parts: their partitions.
+      dtype: the dtype in which parameters and gradients travel.
     """
 
     def gather(x: jax.Array, part: PartitionSpec) -> jax.Array:
@@ -208,9 +208,9 @@ def embed(
 
     Args:
       name: the declared name of the table.
-      table_VxD: the table, split over the mesh or not.
+      table_VxD: the table.
       ids_BxL: indices below V.
-      in_use: FSDP doesn't split the table.
+      in_use: whether FSDP has all-gathered the table.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if isinstance(table_VxD, QuantizedWeight):
@@ -226,7 +226,7 @@ def embed(
 
     def local(table_VxD, ids_BxL):
         if width:
-            # So that a gradient is scattered over `width` before the replicas' are summed.
+            # With this cast, gradients are reduce-scattered before replicas sum them.
             table_VxD = jax.lax.pcast(table_VxD, replicas, to="varying")
             table_VxD = jax.lax.all_gather(table_VxD, width, axis=1, tiled=True)
         if not entries:
@@ -243,6 +243,6 @@ def init_sharded(make: Callable, mesh: Mesh, *arguments):
     """`make(*arguments)`, a tree of random parameters; each device computes only its own part."""
     places = shardings(jax.eval_shape(make, *arguments), mesh)
     on_cpus = mesh.devices.flat[0].platform == "cpu"
-    # LLVM's highest two levels compile a random draw to the same code in seven times the time.
+    # LLVM's two highest levels need 7 times as long to compile a random draw to the same code.
     options = {"xla_backend_optimization_level": 1} if on_cpus else None
     return jax.jit(make, out_shardings=places, compiler_options=options)(*arguments)

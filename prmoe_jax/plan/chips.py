@@ -15,29 +15,29 @@ from prmoe_jax.run.metrics import PEAK_FLOPS
 class Chip(NamedTuple):
     """The data sheet of one device, as far as a plan needs it.
 
-    A device is a chip. Only a TPU7x chip is two devices, each with half of what the chip has.
+    A device is a whole chip; on TPU7x, it is half a chip.
     """
 
     platform: str  # tpu | gpu
     flops_per_s: float  # dense bfloat16 peak
     hbm_bytes: int
     hbm_bytes_per_s: float
-    # One link in one direction: a TPU's to a neighbour in the torus, or a GPU's to the switch of
-    # its host or rack (NVLink).
+    # A device's share of one link, in one direction. On TPUs the link goes to a neighbour in the
+    # torus, on GPUs to the switch of the host or rack (NVLink).
     link_bytes_per_s: float
     # A device's share of the network between slices (TPUs) or hosts (GPUs), in one direction.
     network_bytes_per_s: float
     hertz: float = 0.0  # clock rate of a TensorCore, from the peak and the matrix units
-    devices: int = 1  # of a chip
+    devices: int = 1  # per chip
     die_bytes_per_s: float = 0.0  # between the devices of a chip, in one direction
 
 
-# TPUs: the pages of Google Cloud's documentation about each version. The data-centre network of
-# v5p, v6e and TPU7x is stated there for a chip (50, 100 and 100 Gbit/s), that of v5e for a host of
-# 8 chips (2 x 100 Gbit/s). No page states it for v4: 50 Gbit/s is an assumption. A link of TPU7x is
-# a sixth of a chip's 1,200 GB/s for both directions, and its die-to-die link is six times as fast.
-# Peak and cycle estimates of its compiler agree with 4 units of 256 x 256 at 2.2 GHz on a device.
-# GPUs: NVIDIA's data sheets of HGX H100, DGX B200 and GB200 NVL72, with 400 Gbit/s for each GPU.
+# TPUs: Google Cloud's documentation. It states the data-centre network per chip for v5p (50 Gbit/s)
+# and for v6e and TPU7x (100 Gbit/s), and per host of 8 chips for v5e (200 Gbit/s). The 50 Gbit/s of
+# v4 are assumed. A TPU7x chip has six links with 1,200 GB/s in all, both directions together, and a
+# die-to-die link that is six times as fast as one of them. Its peak and the cycle estimates of its
+# compiler agree with 4 matrix units of 256 x 256 per device at 2.2 GHz.
+# GPUs: NVIDIA's data sheets of HGX H100, DGX B200 and GB200 NVL72; 400 Gbit/s per GPU.
 CHIPS = {
     "v4": Chip("tpu", PEAK_FLOPS["TPU v4"], 32 * 2**30, 1.2e12, 45e9, 6.25e9, hertz=1.05e9),
     "v5e": Chip("tpu", PEAK_FLOPS["TPU v5e"], 16 * 2**30, 0.82e12, 45e9, 3.125e9, hertz=1.5e9),
@@ -64,8 +64,8 @@ KINDS = {
     "NVIDIA GB200": "gb200",
 }
 
-# The slices that exist, smallest first. For GPUs, 'Nx8' is N hosts with eight GPUs each. A GB200
-# NVL72 is a rack of 72 GPUs around one switch, of which a power of two suits most models.
+# The slices that exist, smallest first. For GPUs, 'Nx8' is N hosts with eight GPUs each. For GB200
+# NVL72, 'NxM' is N racks, each with M of the 72 GPUs: a power of two suits most models.
 TORUS = "2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x16".split()
 PLANE = "1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16".split()
 SLICES = {
@@ -95,7 +95,7 @@ gpu_device_info {{
 platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }}
 device_description_str: "NVIDIA {name}"
 """
-# What the driver says of an H100 (SXM), a B200 and a GB200.
+# Device properties as the driver reports them; the H100 is the SXM version.
 GPUS = {
     "h100": dict(cores=132, bandwidth=3352000000000, cache=52428800, clock=1.98)
     | dict(memory=84978434048, major=9, name="H100 80GB HBM3"),
@@ -107,7 +107,7 @@ GPUS = {
 
 
 def data_sheet(device_kind: str) -> Chip | None:
-    """The data sheet of a device that is there, by JAX's name of its kind; None if unknown."""
+    """The data sheet of a device by its `device_kind` in JAX; None if unknown."""
     return CHIPS.get(KINDS.get(device_kind))
 
 
@@ -118,11 +118,7 @@ def several(chip: str) -> tuple[int, str]:
 
 
 def chip_of(topology: str) -> Chip:
-    """The chip of a topology such as 'v5p:4x4x8', or '2xv5p:4x4x8' for two such slices.
-
-    Raises:
-      UserError: the topology is unknown, or larger than any pod.
-    """
+    """The chip of a topology such as 'v5p:4x4x8', or '2xv5p:4x4x8' for two such slices."""
     chip, _, shape = topology.partition(":")
     slices, name = several(chip)
     dimensions = SLICES[name][0].count("x") + 1 if name in CHIPS else 0
@@ -159,7 +155,7 @@ def device_count(topology: str) -> int:
 
 
 def slice_shapes(chip: str) -> list[str]:
-    """The topologies of a chip, smallest first; of two slices each for '2xv5p'."""
+    """A chip's topologies, smallest first; '2xv5p' gives topologies of two slices each."""
     first, *others = (f"{chip}:{shape}" for shape in SLICES[several(chip)[1]])
     return [first, *(other for other in others if chip_count(other) <= LARGEST)]
 
@@ -170,11 +166,7 @@ def unit(topology: str) -> str:
 
 
 def topology_devices(topology: str) -> tuple[Chip, list]:
-    """The chip and the devices of a topology, which need no hardware.
-
-    Raises:
-      UserError: the topology is unknown or no slice of a pod, or the compiler is not installed.
-    """
+    """The chip of a topology, and devices to compile for, without any hardware."""
     chip = chip_of(topology)
     prefix, _, shape = topology.partition(":")
     slices, name = several(prefix)
@@ -182,7 +174,7 @@ def topology_devices(topology: str) -> tuple[Chip, list]:
         target = TARGET.format(**GPUS[name])
         asked = ("cuda", "", {"topology": f"1x{shape}", "target_config": target})
     else:
-        # A v4's two cores count as one device, as everywhere else.
+        # A v4's two cores are one device, as in the rest of the package.
         options = {"chip_config_name": "megacore"} if name == "v4" else {}
         if math.prod(map(int, shape.split("x"))) == 1:  # a host with a single chip
             options["chips_per_host_bounds"] = (1, 1, 1)
@@ -208,6 +200,6 @@ def topology_devices(topology: str) -> tuple[Chip, list]:
             f"pip install 'prmoe_jax[{extra}]'"
         ) from error
     finally:
-        with contextlib.suppress(ValueError):  # only the main thread may
-            signal.signal(signal.SIGTERM, handler)  # that of libtpu prints a stack trace
+        with contextlib.suppress(ValueError):  # raised outside the main thread
+            signal.signal(signal.SIGTERM, handler)  # libtpu's handler prints a stack trace
     return chip, list(described.devices)

@@ -8,32 +8,32 @@ import numpy as np
 
 from prmoe_jax.plan.program import COLLECTIVES, END, Operation, result, size
 
-# Seconds from one slice's memory to another's: two copies to and from hosts, and the network. No
-# data sheet states it; this is an assumption.
+# Latency in seconds of a transfer between slices: device to host, network, host to device. It is an
+# assumption, since no data sheet states it.
 LATENCY = 50e-6
-# A function from a collective's kind, the devices of a group, and the bytes of its larger side
-# (operands or result) to its seconds.
+# Maps a collective's kind, the devices of one group and the bytes of the larger side (operands or
+# result) to seconds.
 Network = Callable[[str, np.ndarray, int], float]
 
 
 class Collective(NamedTuple):
-    """All runs of one operation in a step."""
+    """A collective operation; numbers are sums over all its runs in a step."""
 
     kind: str  # one of COLLECTIVES
     axes: tuple[str, ...]  # the mesh axes over which it communicates
-    asynchronous: bool  # computation goes on between its begin and its end
+    asynchronous: bool  # computation goes on between its start and its end
     runs: int
-    bytes: int  # a device's larger side (operands or result), all runs together
+    bytes: int  # per device, of the larger side (operands or result)
     seconds: float
     away: bool = False  # between slices, or between hosts of GPUs
-    exposed_seconds: float = 0.0  # in which computation waits for it
+    exposed_seconds: float = 0.0  # time that computation waits for it
 
 
 def kind(operation: Operation) -> str | None:
-    """The kind of collective that an operation is; None if it is none.
+    """The kind of a collective operation; None for other operations.
 
-    A TPU program of several slices has collectives of its own slice only. What crosses slices is a
-    `send` to the host that says what the hosts do together, and a `recv` of the result.
+    In a program for several TPU slices, collectives stay inside a slice. Across slices, a `send` to
+    the host names the collective that the hosts perform, and a `recv` takes its result.
     """
     if operation.opcode == "send":
         named = re.search(r'_xla_megascale_transfer_type="(\w+)"', operation.text)
@@ -50,16 +50,16 @@ def collectives(
     island: np.ndarray | None = None,
     partitions: int | None = None,
 ) -> dict[int, Collective]:
-    """The collectives among a program's operations, by their place in the sequence.
+    """The collectives among a program's operations, by their index in the sequence.
 
     Args:
       operations: from `program.operations`.
       mesh_shape: axis -> number of devices, outermost axis first.
       network: from `torus`, `hosts` or `slices`.
       island: [devices], the slice of each TPU or the host of each GPU, in the order of the mesh;
-        all devices are on one island by default.
-      partitions: the devices of the program, which come first in the mesh: those of a slice, for
-        TPUs; all of the mesh by default.
+        the same for all by default.
+      partitions: the number of devices that run one program: of a TPU slice, or (default) of the
+        mesh. They come first in the mesh.
     """
     devices = int(np.prod(list(mesh_shape.values())))
     island = np.zeros(devices, int) if island is None else island
@@ -73,17 +73,17 @@ def collectives(
 def exposed(
     operations: Sequence[Operation], seconds: Sequence[float], sent: dict[int, Collective]
 ) -> dict[int, Collective]:
-    """The collectives with the time that computation waits for each.
+    """Sets `exposed_seconds`: the time that computation waits for each collective.
 
-    Operations run one after the other in their order. Meanwhile the links inside a slice and the
-    network between slices move the data of asynchronous collectives, each one collective after the
-    other; the latency between slices occupies no network. All runs of a loop are taken together:
-    they are equal, and what a run waits for began in the same run, or long ago. The end of the step
-    waits for everything.
+    Operations run one after the other, in program order. Asynchronous collectives run beside them,
+    on the links inside a slice or on the network between slices. Each of the two carries one
+    collective at a time, but `LATENCY` does not occupy the network. All runs of a loop are modelled
+    as one: they are equal, and each waits only for collectives that began in it or long before it.
+    The step ends when all collectives have ended.
 
     Args:
       operations: from `program.operations`.
-      seconds: the time of each operation, all runs together; that of collectives is not used.
+      seconds: the time of each operation, all runs together; ignored for collectives.
       sent: from `collectives`.
     """
     now, free = 0.0, {False: 0.0, True: 0.0}
@@ -140,8 +140,8 @@ def _collective(operation, mesh_shape, network, island, partitions) -> Collectiv
 def _slices(text: str) -> np.ndarray:
     """The slices, counted from 0, that take part in a transfer.
 
-    XLA writes '"{1,2}x{0:3}"', slices counted from 1 and the chips of each, or groups of devices
-    such as '{{100000,200000},{100001,200001}}', whose slices are counted in 100,000s from 1.
+    XLA counts slices from 1. It writes slices and the chips of each, '"{1,2}x{0:3}"', or groups of
+    devices, '{{100000,200000},{100001,200001}}', where a device is 100,000 * slice + chip.
     """
     target = text.partition("_xla_megascale_target=")[2]
     listed = [int(number) for number in re.match(r'["{]*([\d,]+)\}', target)[1].split(",")]
@@ -149,17 +149,17 @@ def _slices(text: str) -> np.ndarray:
 
 
 def _bytes(operation: Operation, members: int) -> int:
-    """Bytes of the larger side; the shape of a '-start' holds operands, result and flags.
+    """Bytes of the larger side, operands or result.
 
-    Several arrays that are sent at once are tuples in it. An all-reduce, whose sides are equal, may
-    have one of them alone.
+    The shape of a '-start' is a tuple of operands, result and flags; several arrays sent at once
+    form a tuple inside it. For an all-reduce, it may hold one side only, since both are equal.
     """
     shape = result(operation)
     if operation.opcode == "send":
         part = size(re.search(r"\w+\[[\d,]*\]", shape)[0])
         return part * (members if kind(operation) == "all-gather" else 1)
     if operation.opcode.startswith("ragged-all-to-all"):
-        # Rows without a gap, and a buffer with room for more than an even load.
+        # One side holds rows without padding, the other a buffer for more than an even load.
         return min(size(part) for part in re.findall(r"\w+\[\d+,[\d,]*\]", shape))
     if operation.opcode.endswith("-start"):
         parts = _elements(shape)
@@ -169,7 +169,7 @@ def _bytes(operation: Operation, members: int) -> int:
 
 
 def _elements(shape: str) -> list[str]:
-    """The elements of a tuple's shape, which may be tuples; a shape that is none is its own."""
+    """The elements of a tuple's shape, which may be tuples; [shape] if it is no tuple."""
     if not shape.startswith("("):
         return [shape]
     found, depth = [""], 0
@@ -192,8 +192,8 @@ def torus(
     is bound by the middle of the longest dimension: a quarter of the data crosses it in each
     direction. Nothing else is assumed to use the links.
 
-    Devices of one chip divide its links evenly. Those of one group share them, and only a group
-    inside a chip takes the time of the link between its dies.
+    The devices of a chip have equal shares of its links; a group with several devices of a chip
+    uses all their shares. Only a group inside one chip uses the die-to-die link.
 
     Args:
       coordinates: [devices, dimensions], in the order of the mesh.
@@ -223,13 +223,13 @@ def torus(
 def slices(inside: Network, devices: int, network_bytes_per_s: float) -> Network:
     """Models TPU slices that the data-centre network links.
 
-    A host's network is divided evenly between its chips. Each chip sends its part of an array by
-    way of its host: all but 1/S of it where S slices gather, scatter or exchange, twice as much for
-    an all-reduce. Each transfer takes `LATENCY` in addition.
+    The chips of a host have equal shares of its network. If S slices gather, scatter or exchange,
+    each chip sends 1 - 1/S of its part of the array, twice as much for an all-reduce. `LATENCY` is
+    added to each transfer.
 
     Args:
       inside: from `torus`, the model of a slice's links.
-      devices: the devices of a slice; those of the first slice come first in the mesh.
+      devices: the number of devices in a slice; slices follow each other in the mesh.
       network_bytes_per_s: a device's share of the network, in one direction.
     """
 
@@ -247,9 +247,9 @@ def slices(inside: Network, devices: int, network_bytes_per_s: float) -> Network
 def hosts(host: np.ndarray, link_bytes_per_s: float, network_bytes_per_s: float) -> Network:
     """Models GPUs that share a switch in each host and divide the host's network evenly.
 
-    Traffic within a host uses the switch, and traffic between hosts the network, one after the
-    other and each at full speed. Over the network go all but 1/H of an array that H hosts gather,
-    twice as much for an all-reduce, and for an all-to-all the parts for other hosts.
+    Traffic inside a host uses the switch, traffic between hosts the network; their times add up. If
+    H hosts gather or scatter an array, 1 - 1/H of it crosses the network, twice as much for an
+    all-reduce. In an all-to-all, the parts for other hosts cross it.
 
     Args:
       host: [devices], the host of each device in the order of the mesh.
@@ -260,7 +260,7 @@ def hosts(host: np.ndarray, link_bytes_per_s: float, network_bytes_per_s: float)
     def seconds(kind: str, members: np.ndarray, moved: int) -> float:
         places = host[members]
         spanned = len(set(places))
-        inside = len(members) / spanned  # devices of a group on one host
+        inside = len(members) / spanned  # devices of the group per host
         if kind in ("all-to-all", "ragged-all-to-all"):
             away = 1 - inside / len(members)
             within = (inside - 1) / len(members)

@@ -35,15 +35,14 @@ def fit(
     """Plans for a topology; if the step doesn't fit, also searches for a plan that fits.
 
     The mesh is the config's own, or the suggested one (`parallel.mesh.choose_mesh`). The search
-    tries the other meshes of these chips and, in training, batches in more portions
-    (`train.accumulate`); then larger slices, smallest first. `decode`, `teacher` and `load` are
-    those of `report.plan`.
+    tries other meshes of these chips and, in training, more microbatches (`train.accumulate`); then
+    larger slices, smallest first. See `report.plan` for `decode`, `teacher` and `load`.
 
     Returns:
-      The plan. If the config has no mesh, it also has `flags`, the command line's flags of the mesh
-      that was suggested. If the step doesn't fit, it also has `instead`, another plan that fits, or
-      None if none was found, and `tried`, a list of (topology, reason) for the plans that failed.
-      The flags of `instead` also have the portions, and the exchange if it had to change.
+      The plan. If the config sets no mesh, its `flags` are the command-line flags of the suggested
+      mesh. If the step doesn't fit, `instead` is another plan that fits, or None, and `tried` lists
+      (topology, reason) for the plans that failed. The flags of `instead` include the number of
+      microbatches and the exchange, where these had to change.
 
     Raises:
       UserError: see `choose_mesh` and `report.plan`.
@@ -58,9 +57,9 @@ def fit(
     slices = slice_shapes(topology.partition(":")[0])
     larger = [other for other in slices if device_count(other) > devices]
     search.config = with_mesh(search.config, MeshConfig(slices=config.mesh.slices))
-    if config.moe.exchange == "flat":  # it suits every mesh
-        moe = dataclasses.replace(search.config.moe, exchange="flat")
-        search.config = dataclasses.replace(search.config, moe=moe)
+    if config.execution.exchange == "flat":  # it suits every mesh
+        execution = dataclasses.replace(search.config.execution, exchange="flat")
+        search.config = dataclasses.replace(search.config, execution=execution)
     found = filter(None, map(search.first, [topology, *larger]))
     return result | {"instead": next(found, None), "tried": search.tried}
 
@@ -68,16 +67,15 @@ def fit(
 def find(
     config: Config, chip: str, decode: int = 0, teacher: Config | None = None, load: float = 1.0
 ) -> dict:
-    """Plans for one slice after the other until the step fits.
+    """Plans for one slice after the other, smallest first, until the step fits.
 
-    The mesh is the config's own; without one, it is the suggested mesh, or another mesh or number
-    of portions that fits. The step is not compiled for a slice whose chips together can't hold the
-    parameters and, for training, the optimizer's state. `decode`, `teacher` and `load` are those of
-    `report.plan`.
+    If the config sets no mesh, the suggested mesh is tried first, then other meshes and numbers of
+    microbatches. The step isn't compiled for a slice whose chips can't hold the parameters and, for
+    training, the optimizer's state. See `report.plan` for `decode`, `teacher` and `load`.
 
     Returns:
-      The first plan that fits, with `flags` as in `fit`, and `tried`, (topology, reason) for each
-      plan that failed.
+      The first plan that fits, with `flags` as in `fit`, and with `tried`: (topology, reason) for
+      each plan that failed.
 
     Raises:
       UserError: the chip is unknown, or the step fits none of its slices.
@@ -104,11 +102,7 @@ def find(
 
 
 def on_topology(config: Config, topology: str) -> Config:
-    """The config with `mesh.slices` as the topology has them, if it has several.
-
-    Raises:
-      UserError: the topology is unknown, or the config names another number of slices.
-    """
+    """The config with the topology's number of slices in `mesh.slices`, if it is above 1."""
     on_tpus, asked = chip_of(topology).platform == "tpu", config.mesh.slices
     slices, _ = several(topology.partition(":")[0])
     if on_tpus and asked not in (0, slices):
@@ -121,26 +115,26 @@ def on_topology(config: Config, topology: str) -> Config:
 
 
 class _Search:
-    """Plans of one config on one topology and mesh after the other, in one portion or more.
+    """Plans one config on several topologies, meshes and numbers of microbatches.
 
     On each topology the suggested mesh, or the config's own, is compiled first. Anything else is
-    compiled only if a prediction of its memory fits a chip: the bytes of its state, plus the bytes
-    that the last failed plan needed in addition to its state. The second number depends on the
-    tokens of a chip in one portion, not on the mesh.
+    compiled only if its predicted memory fits a device. The prediction is the bytes of its state,
+    plus what the last failed plan needed beside its state. That rest is taken as proportional to
+    the tokens of a device in one microbatch, whatever the mesh.
     """
 
     def __init__(self, config: Config, decode: int, teacher: Config | None, load: float):
         check_load(config, decode, load)
         self.config = decoding(config, decode) if decode else config
         self.decode, self.teacher, self.load = decode, teacher, load
-        self.exchange = config.moe.exchange  # as given; a search may have to change it
+        self.exchange = config.execution.exchange  # the user's setting
         self.planned: set[tuple[str, MeshConfig, int]] = set()
         self.tried: list[tuple[str, str]] = []
-        # What the last failed plan needed beside its state: bytes on all chips, times its portions.
+        # What the last failed plan needed beside its state: bytes on all devices × microbatches.
         self.rest = 0.0
 
     def first(self, topology: str) -> dict | None:
-        """The first plan that fits a topology, or None; the config's own mesh is used if set."""
+        """The first plan that fits a topology, or None; if the config has a mesh, only on that."""
         devices, room = device_count(topology), chip_of(topology).hbm_bytes
         config = on_topology(self.config, topology)
         bytes_each = 2 if self.decode else STATE_BYTES[config.optimizer.kind]
@@ -151,7 +145,7 @@ class _Search:
             result = self._once(topology, choose_mesh(config, devices, decode=self.decode > 0))
             if result or has_own_mesh(self.config):
                 return result
-            for tried in lower_memory_configs(config, devices, portions=not self.decode):
+            for tried in lower_memory_configs(config, devices, microbatches=not self.decode):
                 rest = self.rest / devices / tried.train.accumulate
                 if rest <= room and rest + self._state_bytes(tried, devices) <= room:
                     if result := self._once(topology, tried):
@@ -169,23 +163,23 @@ class _Search:
         return result if result["fits"] else None
 
     def plan(self, topology: str, config: Config) -> dict:
-        """The plan of a config with a mesh; a plan that doesn't fit is added to `tried`."""
-        portions = config.train.accumulate
-        self.planned.add((topology, config.mesh, portions))
+        """Plans a config that has a mesh; a plan that doesn't fit is added to `tried`."""
+        microbatches = config.train.accumulate
+        self.planned.add((topology, config.mesh, microbatches))
         teacher = self.teacher and adapt_teacher(self.teacher, config)
         result = plan(config, topology, self.decode, teacher, self.load)
         if not has_own_mesh(self.config):
             result["flags"] = flags(config.mesh)
-            if config.moe.exchange != self.exchange:
-                result["flags"] += f" --config.moe.exchange={config.moe.exchange}"
-            if portions != self.config.train.accumulate:
-                result["flags"] += f" --config.train.accumulate={portions}"
+            if config.execution.exchange != self.exchange:
+                result["flags"] += f" --config.execution.exchange={config.execution.exchange}"
+            if microbatches != self.config.train.accumulate:
+                result["flags"] += f" --config.train.accumulate={microbatches}"
         if not result["fits"]:
             held = dict(result["hbm_bytes_per_chip"])
             needed = held.pop("needed", None) or sum(held.values())
             held.pop("temporaries", None)
             rest = max(0, needed - self._state_of(held))
-            self.rest = rest * device_count(topology) * portions
+            self.rest = rest * device_count(topology) * microbatches
             self._failed(topology, f"needs {needed / 2**30:,.1f} GiB a chip")
         return result
 
@@ -200,7 +194,7 @@ class _Search:
             return math.inf
 
     def _state_of(self, held: dict[str, int]) -> int:
-        """Bytes of a step's arguments, and in training of a gradient as large as the parameters."""
+        """Bytes of a step's arguments and, in training, of gradients of the parameters' size."""
         return sum(held.values()) + (0 if self.decode else held["parameters"])
 
     def _failed(self, topology: str, reason: str) -> None:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from prmoe_jax import files
-from prmoe_jax.errors import UserError
+from prmoe_jax.errors import UserError, missing
 from prmoe_jax.plan.chips import chip_of, unit
 
-# Parts of a step in the order of the bars, matrix products first.
+# Parts of a step and their colours, in the order of the bars: matrix products come first.
 PARTS = {
     "mlp": "#1b6ca8",
     "experts": "#4a9fd8",
@@ -41,17 +41,10 @@ HELD = {
 
 
 def check(path: Path) -> None:
-    """Raises the errors of `draw` early, before a plan is made.
-
-    Raises:
-      UserError: matplotlib is missing or does not support the format, or the folder can't be
-        written.
-    """
-    try:
+    """Raises the errors of `draw` early, before a plan is made."""
+    with missing("a picture needs matplotlib", "prmoe_jax[plot]"):
         from matplotlib.backend_bases import FigureCanvasBase
-    except ImportError:
-        raise UserError("a picture needs matplotlib: pip install 'prmoe_jax[plot]'") from None
-    formats = FigureCanvasBase.get_supported_filetypes().keys() - {"pgf"}  # which needs LaTeX
+    formats = FigureCanvasBase.get_supported_filetypes().keys() - {"pgf"}  # pgf needs LaTeX
     if path.suffix[1:].lower() not in formats:
         raise UserError(
             f"{path}: '{path.suffix}' is no format of a picture; use .png, .svg or .pdf"
@@ -64,14 +57,11 @@ def draw(plans: Sequence[tuple[str, dict]], path: Path) -> None:
     """Writes a figure with two bars for each plan: its step's time by part, its memory by use.
 
     Bars are shares of the step and of a chip's memory, so that plans of any size can be compared;
-    the milliseconds and GiB stand beside them. Plans of one topology are in one row of the figure.
+    the milliseconds and GiB stand beside them. Each topology has one row of the figure.
 
     Args:
-      plans: a label, unique for its topology, and the plan from `report.plan`.
-      path: the picture's path, whose suffix gives the format.
-
-    Raises:
-      UserError: see `check`, or the file cannot be written.
+      plans: pairs of a label, unique within its topology, and a plan from `report.plan`.
+      path: the picture's path; its suffix gives the format.
     """
     check(path)
     import matplotlib
@@ -133,7 +123,7 @@ def _time(result: dict) -> str:
 
 
 def _shown(plans: Sequence[tuple[str, dict]]) -> tuple[list[str], list[str]]:
-    """The parts that take at least a hundredth of some step, or of some chip's memory."""
+    """The parts with at least 1 % of some plan's step, and uses with 1 % of a chip's memory."""
     parts, uses = set(), set()
     for _, plan in plans:
         room = chip_of(plan["topology"]).hbm_bytes

@@ -15,15 +15,14 @@ COLLECTIVES = (
     "all-reduce all-gather reduce-scatter all-to-all ragged-all-to-all collective-permute".split()
 )
 END = "collective-end"  # the opcode here of the wait for an asynchronous collective
-SENTINEL = 1 << 50  # larger estimates mean "unknown", which is written as a number near 2^64
+SENTINEL = 1 << 50  # "unknown" estimates are numbers near 2^64, above this
 SPARSE_CORE = "call-done"  # the end of a gather or scatter on a TPU's SparseCore
 # These read only as many bytes of their operand as their result has.
 SLICES = "dynamic-slice", "gather", "slice", SPARSE_CORE
-# These write in place; the number of the operand that is written.
+# These update an operand in place. The value is the index of the operand that holds the update.
 UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
-# Attention kernels, by the beginning of their names. The first number counts a kernel's matrix
-# products that have queries times keys as a side (length x length). The second number is the
-# dimension of the queries' array that is the length.
+# Attention kernels, by the prefix of their names: the number of matrix products with a matrix of
+# scores (length x length) as operand or result, and the axis of the queries that is the length.
 KERNELS = {
     "splash_mha_fwd": (2, -2),
     "splash_mha_dq": (3, -2),
@@ -40,10 +39,10 @@ class Operation(NamedTuple):
     opcode: str
     cycles: int | None  # cycles of one run by the TPU compiler's estimate; None without one
     runs: int  # product of the trip counts of the loops around it
-    text: str  # its text in the program: shape, opcode, operands, attributes
+    text: str  # from the program: shape, opcode, operands, attributes
     flops: int = 0  # FLOPs of the matrix products and attention kernels in one run
     bytes: int = 0  # bytes read and written in one run
-    pair: str = ""  # an asynchronous collective and its `END` have the same, others have none
+    pair: str = ""  # shared by an asynchronous collective and its `END`; "" for all others
 
 
 class _Line(NamedTuple):
@@ -54,18 +53,17 @@ class _Line(NamedTuple):
 
 
 def operations(hlo: str, rounds: int = 1, window: int = 0) -> list[Operation]:
-    """The operations that run: those of the entry and of its loops, with the number of their runs.
+    """The operations that run, in the compiler's order, each with the number of its runs.
 
-    Their order is the compiler's schedule. A fusion is one operation. If it contains an all-reduce,
-    it is a reduce-scatter, which the TPU's compiler writes as a slice of an all-reduce. An
-    asynchronous collective is two operations: its begin and its `END`. So is a transfer to other
-    slices, by way of the host: its `send`, and an `END` where the result is received. All branches
-    of a conditional are counted, which gives an upper bound.
+    A fusion is one operation. One that contains an all-reduce is a reduce-scatter, which the TPU
+    compiler writes as a slice of an all-reduce. An asynchronous collective is two operations, its
+    start and its `END`. A transfer to other slices is a `send` to the host and an `END` where the
+    result is received. All branches of a conditional are counted, which gives an upper bound.
 
     Args:
       hlo: `compiled.as_text()`.
-      rounds: the rounds of the dropless exchange (`moe.rounds`); all but the first are a loop.
-      window: the sliding window of attention kernels; 0 is none.
+      rounds: rounds of the dropless exchange (`moe/rounds.py`); all but the first run in a loop.
+      window: the sliding window of attention kernels, in tokens; 0 is none.
 
     Raises:
       ValueError: a loop's trip count or an attention kernel's queries can't be found in the text.
@@ -75,7 +73,7 @@ def operations(hlo: str, rounds: int = 1, window: int = 0) -> list[Operation]:
         name: {line.name: result(line) for line in lines} for name, lines in computations.items()
     }
     found = []
-    received = {}  # the name of a `recv` -> what it has in common with its `send`
+    received = {}  # name of a `recv` -> its `pair`
 
     def visit(computation: str, runs: int) -> None:
         parts = _asynchronous(computations[computation], computations)
@@ -87,7 +85,7 @@ def operations(hlo: str, rounds: int = 1, window: int = 0) -> list[Operation]:
                 if opcode.endswith("-done"):
                     found.append(Operation(name, END, 0, runs, text, pair=pair))
                 elif pair not in begun and any(o != pair for o in _operands(line)):
-                    begun.add(pair)  # here it gets its operands
+                    begun.add(pair)  # the part that takes the operands
                     found.append(Operation(name, sent.opcode, None, runs, sent.text, pair=pair))
             elif opcode == "send":
                 found.append(Operation(name, opcode, None, runs, text, pair=_rendezvous(text)))
@@ -98,7 +96,7 @@ def operations(hlo: str, rounds: int = 1, window: int = 0) -> list[Operation]:
                 found.append(Operation(name, END, 0, runs, text, pair=pair))
             elif opcode == "while":
                 if loop := re.search(r'op_name="([^"]*)\brounds\)*/while"', text):
-                    # The outer of two stages takes the rounds, the inner one a single one in each.
+                    # Of two nested stages, only the outer one takes more than one round.
                     inner = re.search(r"\brounds/while/body|jvp\($", loop[1])
                     trips = 0 if inner else rounds - 1
                 else:
@@ -120,7 +118,7 @@ def operations(hlo: str, rounds: int = 1, window: int = 0) -> list[Operation]:
                 estimate = re.search(r'"estimated_cycles":"(\d+)"', text)
                 cycles = int(estimate[1]) if estimate else SENTINEL
                 known = shapes[computation]
-                if opcode == "ragged-all-to-all":  # operand and result, as where it is asynchronous
+                if opcode == "ragged-all-to-all":  # both sides, as if asynchronous
                     sides = f"({known[_operands(line)[0]]}, {result(line)})"
                     text = sides + text[len(result(line)) :]
                 inner = shapes[_attribute(text, "calls")] if inside and not collective else {}
@@ -144,10 +142,10 @@ def operations(hlo: str, rounds: int = 1, window: int = 0) -> list[Operation]:
 def _asynchronous(
     lines: list[_Line], computations: dict[str, list[_Line]]
 ) -> dict[str, tuple[str, _Line]]:
-    """Each part of an asynchronous collective -> the name of its first part, and the collective.
+    """Maps each part of an asynchronous collective to its start's name and the collective.
 
-    The parts are a start, perhaps updates, and the done. The collective is the start itself or, on
-    a SparseCore, in the computation that the start calls.
+    The parts are a start, perhaps updates, and a done. The collective is the start itself or, on a
+    SparseCore, an operation in the computation that the start calls.
     """
     parts: dict[str, tuple[str, _Line]] = {}
     for line in lines:
@@ -163,7 +161,7 @@ def _asynchronous(
 
 
 def _rendezvous(text: str) -> str:
-    """What a `send` and its `recv` have in common."""
+    """The name that a `send` and its `recv` share."""
     found = re.search(r'_xla_host_transfer_rendezvous="([^"]*)"', text)
     return found[1] if found else ""
 
@@ -215,10 +213,10 @@ def _operands(line: _Line) -> list[str]:
 
 
 def _flops(line: _Line, shapes: dict[str, str], window: int) -> int:
-    """FLOPs: 2 for each term of a matrix product; half the square for a causal attention kernel.
+    """FLOPs of a matrix product (2 per multiply-add) or of an attention kernel; otherwise 0.
 
-    With a window, that is the part of the half that it shows. A grouped product counts with all
-    rows of its buffer.
+    A causal kernel computes half of the queries x keys, or the part of it inside the window. A
+    grouped product counts all rows of its buffer.
     """
     if is_grouped(line):
         names = [result(line), *(shapes[n] for n in _operands(line))]
@@ -233,7 +231,7 @@ def _flops(line: _Line, shapes: dict[str, str], window: int) -> int:
         if queries is None:
             raise ValueError(f"the attention kernel {line.name} has no visible queries")
         keys = int(queries.split(",")[length])
-        if 0 < window < keys:  # query i sees min(i, window) keys: twice their mean
+        if 0 < window < keys:  # twice the mean of min(i, window)
             keys = 2 * window - window * window // keys
         return products * _count(queries) * keys
     contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", line.text)
@@ -252,7 +250,7 @@ def _flops(line: _Line, shapes: dict[str, str], window: int) -> int:
 
 
 def _bytes(line: _Line, shapes, inside: list[_Line], inner) -> int:
-    """Bytes of results and operands; an array that is sliced or updated counts with that part."""
+    """Bytes of result and operands; of an array that is sliced or updated, only of that part."""
     whole = size(result(line))
     operands = [size(shapes.get(name, "")) for name in _operands(line)]
     if not inside:
@@ -261,7 +259,7 @@ def _bytes(line: _Line, shapes, inside: list[_Line], inner) -> int:
         if line.opcode in UPDATES:
             return 2 * operands[UPDATES[line.opcode]]
         return whole + sum(operands)
-    # The shape of an asynchronous fusion also holds its operands.
+    # Not the line's own shape: that of an asynchronous fusion also holds its operands.
     whole = next(size(inner[i.name]) for i in inside if i.root)
     uses: dict[str, list[_Line]] = {}
     for i in inside:
@@ -282,7 +280,7 @@ def _bytes(line: _Line, shapes, inside: list[_Line], inner) -> int:
 
 
 def _starts_with(line: _Line, name: str, opcodes: Container[str]) -> bool:
-    """Whether a line is one of these operations and slices or updates `name`."""
+    """Whether a line has one of these opcodes and slices or updates `name`."""
     return line.opcode in opcodes and _operands(line)[0] == name
 
 
@@ -290,7 +288,7 @@ def _parse(hlo: str) -> tuple[dict[str, list[_Line]], str]:
     """Each computation's operations, and the entry's name."""
     computations: dict[str, list] = {}
     current = entry = None
-    # The attributes of a kernel can fill several lines, which are joined first.
+    # Join the attributes of a kernel, which can span several lines.
     for line in re.sub(r"\n(?=[^\s}%E]|}(?!, execution_thread)[^\n])", "", hlo).splitlines():
         if current is None:
             if header := re.match(r"(ENTRY )?%?([\w.\-]+) .*->.*\{\s*$", line):
@@ -328,10 +326,10 @@ def _branches(text: str) -> list[str]:
 
 
 def _first(loop: _Line, lines: list[_Line]) -> int:
-    """The number that a loop counts from: 1 where the compiler took the first trip out of it.
+    """The initial value of a loop's counter: 1 if the compiler peeled the first trip off.
 
-    The counter is the first element of the loop's tuple. The result is 0 if its value isn't plain,
-    or the number of trips is known anyway.
+    The counter is the first element of the loop's tuple. The result is 0 if its initial value is no
+    constant, or if the text states the trip count.
     """
     if '"known_trip_count"' in loop.text:
         return 0

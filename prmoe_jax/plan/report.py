@@ -1,13 +1,12 @@
 """`prmoe plan`: a whole step, compiled for chips that aren't there, and a model of its cost.
 
-The time of an operation on TPUs is the compiler's estimate in cycles, times the trips of the loops
-around it. Attention kernels and grouped products have no estimate: they take their FLOPs at
-`KERNEL_EFFICIENCY` of the peak. Other operations without an estimate take their bytes at the
-memory's speed. GPUs' compiler has no estimates: every operation takes the longer of its FLOPs at
-the peak and its bytes at the memory's speed, which gives a lower bound. Collectives are modelled by
-`collectives.torus` or `collectives.hosts`. On TPUs, asynchronous ones and transfers between slices
-cost the time in which the compiler's schedule waits for them (`collectives.exposed`); on GPUs, all
-cost their whole time. The model leaves out the hosts and the input.
+On TPUs, the time of an operation is the compiler's estimate in cycles, times the trips of the loops
+around it; without an estimate, it is that of its bytes at the memory's speed. On GPUs it is the
+longer of the FLOPs at the peak and the bytes at the memory's speed, which gives a lower bound.
+Attention kernels take their FLOPs at `KERNEL_EFFICIENCY` of the peak. So do grouped products on
+TPUs, unless their bytes take longer. `collectives.torus`, `slices` and `hosts` model the time of
+collectives. On TPUs, asynchronous ones cost only the time that the compiler's schedule waits for
+them (`collectives.exposed`); on GPUs, all cost their whole time. Hosts and input are left out.
 """
 
 import dataclasses
@@ -42,14 +41,8 @@ from prmoe_jax.moe.exchange import (
     resolve,
 )
 from prmoe_jax.parallel import sharding
-from prmoe_jax.parallel.mesh import (
-    batch_axes,
-    check_fits,
-    check_teacher_fits,
-    crosses_slices,
-    make_mesh,
-    on_slices,
-)
+from prmoe_jax.parallel.axes import batch_axes, crosses_slices
+from prmoe_jax.parallel.mesh import check_fits, check_teacher_fits, make_mesh, on_slices
 from prmoe_jax.plan.chips import Chip, topology_devices, unit
 from prmoe_jax.plan.collectives import (
     Collective,
@@ -63,9 +56,9 @@ from prmoe_jax.plan.collectives import (
 from prmoe_jax.plan.program import END, Operation, is_grouped, is_kernel, operations
 from prmoe_jax.training.step import compile_train_step, compiler_options, init_state
 
-# The named scopes of the model's code; an operation's name lists them, innermost last. What is in
-# `layers` alone is the scan over them: residual additions, and reading and writing of stacked
-# arrays (parameters, gradients, and the values that are kept for the backward pass).
+# The named scopes of the model's code; an operation's name lists them, innermost last. Operations
+# in `layers` alone belong to the scan over layers: residual additions, and reads and writes of
+# stacked arrays (parameters, gradients, and the values that are kept for the backward pass).
 COMPONENTS = (
     "attention mlp experts routing dispatch exchange norm layers cast embedding logits optimizer"
 ).split()
@@ -86,22 +79,21 @@ def plan(
     Args:
       config: the experiment; its mesh must fit the topology.
       topology: a topology of `chips.topology_devices`.
-      decode: plans, instead of training, the next token of this many sequences whose context is
-        full, with weights in the compute dtype, none split by FSDP, and no token dropped.
-      teacher: the config of a model that teaches in the step, from `config.adapt_teacher`.
-      load: rows of the device with most of them, relative to the even share, where nothing is
-        dropped. It decides how many rounds the exchange takes, and all devices wait for it.
+      decode: if above 0, plans the decoding of one token for this many sequences at full context,
+        with weights in the compute dtype, without FSDP and without dropped tokens.
+      teacher: the config of a model that teaches in the step, from `config.teacher.adapt_teacher`.
+      load: where no token is dropped, the rows of the most loaded device, relative to the even
+        share. It decides how many rounds the exchange takes on all devices.
 
     Returns:
-      topology, mesh, chips, fits; hbm_bytes_per_chip by use (also `needed` if the step doesn't
-      fit); modelled_step_s, components (seconds by part of the model), collectives (kind, axes,
-      asynchronous, network, runs, bytes, seconds, exposed_seconds; summed by the first four;
-      network is 'ici' or 'dcn' of TPUs, 'nvlink' or 'network' of GPUs) and tokens_per_s; for
-      training also modelled_mfu, days (for the config's steps), chip_hours and, where a teacher
-      stops earlier than the run, step_without_teacher_s. The times are
-      missing if the arguments alone don't fit, or the compiler finds that the step doesn't. For a
-      TPU7x, whose chips are two devices each, `mesh` and everything by chip are by device, except
-      `chips` and chip_hours.
+      topology, mesh, chips, fits, and hbm_bytes_per_chip by use, with the total `needed` if the
+      arguments alone don't fit or the compiler refuses the step. Otherwise also:
+        modelled_step_s, tokens_per_s, and components: seconds by part of the model;
+        collectives: runs, bytes, seconds and exposed_seconds, summed by kind, axes, asynchronous
+          and network ('ici' or 'dcn' of TPUs, 'nvlink' or 'network' of GPUs);
+        in training: modelled_mfu, days and chip_hours of the run, and step_without_teacher_s if
+          the teacher stops before the run ends.
+      For a TPU7x, mesh and hbm_bytes_per_chip count devices, which are half chips.
 
     Raises:
       UserError: the topology is unknown, the compiler is not installed, the mesh does not fit, or
@@ -144,7 +136,7 @@ def plan(
         return result
     memory = compiled.memory_analysis()
     padding = memory.argument_size_in_bytes - sum(held.values())
-    if padding > 0.01 * sum(held.values()):  # a TPU's tiles
+    if padding > 0.01 * sum(held.values()):  # from the tiled layouts of TPUs
         held["padding"] = padding
     # Activations, gradients and the program's working memory.
     held["temporaries"] = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
@@ -187,7 +179,8 @@ def _modelled(
       program: the operations of the step.
       chip: the chip that runs it.
       mesh: the mesh that it is compiled for.
-      share: the share of its buffer that a ragged exchange sends.
+      share: rows that the most loaded device gets in one round of a ragged exchange, relative to
+        an even share of all rows.
     """
     sent = collectives(program, dict(mesh.shape), *_network(chip, mesh))
     for place, collective in sent.items():
@@ -204,13 +197,13 @@ def _modelled(
 
 
 def needed_bytes(message: str, held: int, room: int) -> int:
-    """Bytes per chip that a step which doesn't fit needs, from the compiler's message.
+    """Bytes per chip that a step needs, from the compiler's message that it doesn't fit.
 
     If the message has no number, the result is a lower bound, the larger of `held` and `room`.
 
     Args:
       message: the compiler's error message.
-      held: bytes of the step's arguments, which some messages leave out.
+      held: bytes of the step's arguments per chip, which some messages leave out.
       room: bytes of a chip's memory.
     """
     if used := re.search(r"Used ([\d.]+)G of", message):
@@ -223,7 +216,7 @@ def needed_bytes(message: str, held: int, room: int) -> int:
 def held_bytes(
     config: Config, mesh: Mesh | AbstractMesh, decode: int = 0, teacher: Config | None = None
 ) -> dict[str, int]:
-    """Bytes per chip of the step's arguments, by use, before anything is compiled.
+    """Bytes per chip of a step's arguments, by use, without compiling the step.
 
     Args:
       config, decode, teacher: as in `plan`.
@@ -234,11 +227,7 @@ def held_bytes(
 
 
 def decoding(config: Config, sequences: int) -> Config:
-    """The config with that many sequences as its batch, and without groups that limit routing.
-
-    Raises:
-      UserError: the run can't be decoded; see `check_runs_without_limit`.
-    """
+    """The config with that many sequences as its batch, which need not fill routing groups."""
     check_runs_without_limit(config)
     train = dataclasses.replace(config.train, batch_size=sequences, accumulate=1)
     return dataclasses.replace(
@@ -247,11 +236,7 @@ def decoding(config: Config, sequences: int) -> Config:
 
 
 def check_load(config: Config, decode: int, load: float) -> None:
-    """Refuses a load that changes nothing on any mesh.
-
-    Raises:
-      UserError: there are no experts; or with a capacity, every device gets as many rows.
-    """
+    """Refuses a load that changes nothing on any mesh."""
     if load != 1 and not any(config.model.schedule.experts):
         raise UserError(f"--load={load:g} has no effect: the architecture is dense; leave it out")
     if load != 1 and not (decode or math.isinf(config.moe.capacity_factor)):
@@ -262,24 +247,24 @@ def check_load(config: Config, decode: int, load: float) -> None:
 
 
 def _rounds(config: Config, mesh: Mesh, decode: int, load: float, pieces: bool) -> int:
-    """The rounds of a dropless exchange where the fullest device has `load` times the even share.
+    """Rounds of a dropless exchange if the most loaded device gets `load` times the even share.
 
-    Where pairs of devices exchange pieces of one size, `load` is that of the fullest pair.
+    With `pieces`, pairs of devices exchange equal pieces, and `load` is for the most loaded pair.
     """
-    shape, moe = mesh.shape, config.moe
+    shape, execution = mesh.shape, config.execution
     tokens = config.train.batch_size * (1 if decode else config.model.length)
     tokens *= shape["tensor"] / mesh.size / config.train.accumulate  # on each device
     axes = tuple(name for name, size in shape.items() if name.startswith("expert") and size > 1)
     sizes = [shape[name] for name in axes]
     if not axes or decode and tokens * math.prod(sizes) * shape["slice"] <= FEW_TOKENS:
         return 1  # no rows are exchanged, or each device gets all tokens
-    rows, exchange = tokens * config.model.top_k, resolve(moe.exchange, mesh)
+    rows, exchange = tokens * config.model.top_k, resolve(execution.exchange, mesh)
     if exchange == "coordinated":
         rows /= shape["tensor"]
-    buffer = max(LEAST_ROWS, moe.buffer_factor * rows)
+    buffer = max(LEAST_ROWS, execution.buffer_factor * rows)
     if pieces:
         devices = max(sizes) if exchange == "hierarchical" else math.prod(sizes)
-        buffer = devices * piece_rows(math.ceil(rows), devices, moe.buffer_factor)
+        buffer = devices * piece_rows(math.ceil(rows), devices, execution.buffer_factor)
     return math.ceil(load * rows / buffer)
 
 
@@ -303,19 +288,19 @@ def _arguments(
         model = _teacher_shapes(_off_mesh(teacher))
         arguments.append(jax.tree.map(_place, model, sharding.shardings(model, mesh)))
     elif _cached(config):
-        likeliest = *shape, config.kd.top_k
-        recorded = (_rows(mesh, likeliest, dtype) for dtype in (jnp.int32, jnp.float32))
+        top_k = *shape, config.kd.top_k
+        recorded = (_rows(mesh, top_k, dtype) for dtype in (jnp.int32, jnp.float32))
         arguments[1] = batch._replace(teacher_top_k=TopKLogProbs(*recorded))
     return arguments
 
 
 def _cached(config: Config) -> bool:
-    """Whether a run learns from recorded predictions."""
+    """Whether a run learns from a teacher's recorded predictions."""
     return config.kd_steps > 0 and config.teacher.cache != ""
 
 
 def _off_mesh(config: Config) -> Config:
-    """The config without its mesh: a key for the caches of shapes, which don't depend on meshes."""
+    """The config without its mesh: the key of the cached shapes, which don't depend on meshes."""
     return dataclasses.replace(config, mesh=MeshConfig())
 
 
@@ -331,13 +316,15 @@ def _teacher_shapes(config: Config) -> Transformer:
 
 @functools.lru_cache(maxsize=4)
 def _decode_shapes(config: Config):
-    model = jax.eval_shape(lambda: Decoder(init_model(config), config.model.dtype))
+    model = jax.eval_shape(
+        lambda: Decoder(init_model(config), config.model.dtype, config.execution)
+    )
     batch, length = config.train.batch_size, config.model.length
     return model, jax.eval_shape(lambda: model.empty_cache(batch, length))
 
 
 def _decode_step(config: Config, mesh: Mesh):
-    """The compiled step that computes each sequence's next token."""
+    """The jitted step that computes each sequence's next token."""
     batch = config.train.batch_size
     model, _ = _decode_shapes(_off_mesh(config))
     tokens = _rows(mesh, (batch,), jnp.int32)
@@ -347,7 +334,7 @@ def _decode_step(config: Config, mesh: Mesh):
         x_Bx1xD, caches = model(tokens_B[:, None], jnp.ones((batch, 1), bool), caches, length_B)
         return jnp.argmax(model.logits(x_Bx1xD[:, 0]), axis=-1), caches
 
-    # The compiler chooses the KV cache's layout, as between the steps of `generate.decode`.
+    # The compiler chooses the KV cache's layout, as in `generate.decode`.
     by_head = Format(Layout.AUTO, NamedSharding(mesh, PartitionSpec(batch_axes(mesh), "tensor")))
     return jax.jit(
         step,
@@ -374,7 +361,7 @@ def _held(arguments: list, decode: int) -> dict[str, int]:
 
 
 def _uses(argument, model: str) -> list[tuple[str, object]]:
-    """The use of a step's argument, in words; `model` is the use of an argument that is a model."""
+    """Splits a step's argument by use; a model's use is called `model`."""
     if isinstance(argument, TrainState):
         return [("parameters", argument.model), ("optimizer", argument.optimizer)]
     if isinstance(argument, (Transformer, Decoder)):
@@ -390,7 +377,7 @@ def _bytes_per_chip(tree) -> int:
 
 
 def _network(chip: Chip, mesh: Mesh) -> tuple[Network, np.ndarray, int]:
-    """The arguments of `collectives` after the mesh."""
+    """The last three arguments of `collectives`: network, island and partitions."""
     if chip.platform == "gpu":
         host = np.array([device.process_index for device in mesh.devices.flat])
         return hosts(host, chip.link_bytes_per_s, chip.network_bytes_per_s), host, mesh.size
@@ -402,7 +389,7 @@ def _network(chip: Chip, mesh: Mesh) -> tuple[Network, np.ndarray, int]:
 
 
 def _seconds(operation: Operation, chip: Chip) -> float:
-    """The time of an operation that is no collective, all runs together."""
+    """The time of an operation other than a collective, all runs together."""
     if operation.opcode == END:
         return 0.0
     if is_kernel(operation) or is_grouped(operation):
@@ -421,7 +408,7 @@ def _seconds(operation: Operation, chip: Chip) -> float:
 def _components(
     program: list[Operation], seconds: list[float], sent: dict[int, Collective]
 ) -> dict[str, float]:
-    """Seconds of a step by part of the model; attention kernels and collectives are own parts."""
+    """Seconds of a step by part; attention kernels and collectives are parts of their own."""
     total = Counter()
     for place, operation in enumerate(program):
         if place not in sent:
@@ -442,7 +429,7 @@ NETWORKS = {"tpu": ("ici", "dcn"), "gpu": ("nvlink", "network")}
 
 
 def _summed(sent: Iterable[Collective], chip: Chip) -> list[dict]:
-    """The collectives summed by kind, axes, asynchronous or not, and network, longest first."""
+    """Sums collectives by kind, axes, asynchronous and network; those with most seconds first."""
     totals: dict[tuple, Counter] = {}
     for collective in sent:
         network = NETWORKS[chip.platform][collective.away]
@@ -457,7 +444,7 @@ def _summed(sent: Iterable[Collective], chip: Chip) -> list[dict]:
 
 
 def _instead(result: dict) -> str:
-    """One line about the plan that fits instead of one that doesn't."""
+    """One line about `instead`, the plan that fits where this one doesn't."""
     other = result["instead"]
     if not other:
         chip = result["topology"].partition(":")[0]

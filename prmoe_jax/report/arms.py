@@ -1,4 +1,4 @@
-"""Groups a sweep's records by arm (runs that differ in their seed), and compares arms."""
+"""Groups a sweep's records by arm (runs that differ only in their seed), and compares arms."""
 
 import csv
 import io
@@ -16,7 +16,7 @@ from prmoe_jax.errors import UserError
 
 
 class Mean(NamedTuple):
-    """A mean and the half-width of its 95 % confidence interval; NaN for a single value."""
+    """A mean and the half-width of its 95 % confidence interval (NaN for a single value)."""
 
     value: float
     margin: float
@@ -26,17 +26,15 @@ class Mean(NamedTuple):
 
 
 def mean(values: list[float]) -> Mean:
-    """The mean of values, with a margin by Student's t."""
-    from scipy import stats
-
+    """The mean of values, with a margin from Student's t distribution."""
     if len(values) < 2:
         return Mean(values[0], math.nan)
-    t = float(stats.t.ppf(0.975, len(values) - 1))
-    return Mean(statistics.fmean(values), t * statistics.stdev(values) / len(values) ** 0.5)
+    error = statistics.stdev(values) / len(values) ** 0.5
+    return Mean(statistics.fmean(values), _quantile(0.975, len(values) - 1) * error)
 
 
 class Factor(NamedTuple):
-    """A geometric mean and the ends of its 95 % confidence interval; NaN for a single value."""
+    """A geometric mean and the ends of its 95 % confidence interval (NaN for a single value)."""
 
     value: float
     low: float
@@ -48,7 +46,7 @@ class Factor(NamedTuple):
 
 
 def geometric_mean(values: Iterable[float]) -> Factor:
-    """The geometric mean of numbers above 0, with an interval by Student's t of the logarithms."""
+    """The geometric mean of numbers above 0; Student's t of the logarithms gives the interval."""
     value, margin = mean([math.log(value) for value in values])
     return Factor(math.exp(value), math.exp(value - margin), math.exp(value + margin))
 
@@ -59,9 +57,6 @@ def arms(records: list[dict], varying: Collection[str] = ()) -> dict[str, dict[i
     Args:
       records: records of a sweep.
       varying: settings in which runs of an arm may differ, besides the seed.
-
-    Raises:
-      UserError: two runs of an arm differ in more than that, or not in their seed.
     """
     found: dict[str, dict[int, dict]] = {}
     for record in records:
@@ -87,9 +82,9 @@ def arms(records: list[dict], varying: Collection[str] = ()) -> dict[str, dict[i
 
 
 def models_of(found: dict[str, dict[int, dict]]) -> dict[str, str]:
-    """The name of each arm's model, which a sweep of several lengths names MODEL/LENGTH.
+    """The model of each arm: MODEL for an arm MODEL/LENGTH, else the arm's own name.
 
-    Where two arms of a name before the last '/' are equally long, each is a model of its own.
+    If two arms of a MODEL have equal tokens, each arm of this MODEL is a model of its own.
     """
     lengths: dict[str, list[int]] = {}
     for arm, by_seed in found.items():
@@ -102,7 +97,7 @@ def models_of(found: dict[str, dict[int, dict]]) -> dict[str, str]:
 
 
 def models(found: dict[str, dict[int, dict]]) -> dict[str, dict[int, dict]]:
-    """Records by model and seed: the longest run of each, with the last evaluations of all."""
+    """Records by model and seed: the longest run's, with the last evaluation of every run."""
     runs: dict[tuple[str, int], list[dict]] = {}
     names = models_of(found)
     for arm, by_seed in found.items():
@@ -113,15 +108,16 @@ def models(found: dict[str, dict[int, dict]]) -> dict[str, dict[int, dict]]:
         records.sort(key=lambda record: record["tokens"])
         joined.setdefault(model, {})[seed] = records[-1] | {
             "evaluations": [record["evaluations"][-1] for record in records],
-            "evaluated_tokens": [1] * len(records),  # alike: all are on the whole split
+            "evaluated_tokens": [1] * len(records),  # equal, since all are on the whole split
         }
     return joined
 
 
 def equally_long(found: dict[str, dict[int, dict]]) -> tuple[int, dict[str, dict[int, dict]]]:
-    """The largest number of tokens that runs of all models and seeds have, and those runs.
+    """The largest number of tokens on which every model was trained with each of its seeds.
 
-    The records are by model and seed. If no number is common to all, it is 0, and there are none.
+    Returns:
+      This number, and the records of its runs by model and seed. Without such a number, 0 and {}.
     """
     names = models_of(found)
     runs: dict[tuple[str, int], dict[int, dict]] = {}
@@ -136,10 +132,10 @@ def equally_long(found: dict[str, dict[int, dict]]) -> tuple[int, dict[str, dict
 
 
 def base_of(arm: str, found: dict[str, dict[int, dict]], base: str) -> str | None:
-    """The arm with which an arm is compared: `base`, or its model's arm of the same length.
+    """The baseline of an arm; None if there is none, or if the baseline is the arm itself.
 
-    None if there is no such arm, or if it is the arm itself. An arm of one of a model's lengths is
-    compared with one of as many tokens alone.
+    If `base` is MODEL/LENGTH, the baseline is the arm of MODEL with as many tokens as the arm.
+    Otherwise it is `base`, but an arm MODEL/LENGTH needs as many tokens as `base`.
     """
     names, tokens = models_of(found), _tokens(found[arm])
     if names[base] == base and names[arm] != arm and tokens != _tokens(found[base]):
@@ -163,10 +159,10 @@ class Spread(NamedTuple):
 
 
 def spread(found: dict[str, dict[int, dict]]) -> Spread | None:
-    """How far losses are from the sum of an effect of their arm and one of their seed.
+    """The spread of losses around the sum of an arm effect and a seed effect.
 
-    This is the residual of a two-way analysis of variance without interaction (randomised blocks).
-    It takes the losses of all arms to vary alike. None if the arms and seeds are too few for it.
+    This is the residual standard deviation of a two-way analysis of variance without interaction
+    (randomised blocks). It assumes one variance for all arms. None without a degree of freedom.
 
     Args:
       found: records by arm and seed.
@@ -185,84 +181,75 @@ def spread(found: dict[str, dict[int, dict]]) -> Spread | None:
     return Spread(math.sqrt(residuals @ residuals / freedom), freedom)
 
 
+class Difference(NamedTuple):
+    """An arm's mean loss minus its baseline's, paired by seed."""
+
+    value: float
+    error: float  # the standard error
+    freedom: int  # degrees of freedom of the standard error
+
+    @property
+    def margin(self) -> float:
+        """Half of the 95 % interval (Student's t)."""
+        return _quantile(0.975, self.freedom) * self.error
+
+    @property
+    def p(self) -> float:
+        """The p value of a two-sided t test."""
+        from scipy import stats
+
+        if not self.error:
+            return 0.0 if self.value else 1.0
+        return float(2 * stats.t.sf(abs(self.value) / self.error, self.freedom))
+
+    def verdict(self, margin: float) -> str:
+        """The verdict on the arm: 'equivalent', 'better', 'worse' or 'not resolved'.
+
+        The arm is equivalent if two one-sided t tests at 5 % reject a difference of the margin or
+        more in either direction, even if the 95 % interval excludes 0. Otherwise the arm is better
+        or worse if the 95 % interval excludes 0.
+
+        Args:
+          margin: smaller differences count as none; in nats, chosen before the runs.
+        """
+        if abs(self.value) + _quantile(0.95, self.freedom) * self.error < margin:
+            return "equivalent"
+        if abs(self.value) <= self.margin:
+            return "not resolved"
+        return "better" if self.value < 0 else "worse"
+
+    def __str__(self) -> str:
+        return str(Mean(self.value, self.margin))
+
+
 def difference(
     arm: dict[int, dict], base: dict[int, dict], pooled: Spread | None = None
-) -> Mean | None:
-    """An arm's mean difference in loss from another; None with under two common seeds.
+) -> Difference | None:
+    """An arm's mean loss minus the baseline's; None with fewer than two common seeds.
 
-    It is paired by seed. Its margin is that of the pairs (Student's t), or with `pooled` that of
-    two losses with this spread.
+    The standard error is estimated from the pairs or, if given, from the spread `pooled` of losses.
     """
-    found, _ = _difference(arm, base, pooled)
-    return found
-
-
-def _difference(
-    arm: dict[int, dict], base: dict[int, dict], pooled: Spread | None
-) -> tuple[Mean | None, int]:
-    """The difference, and the degrees of freedom of its margin."""
-    from scipy import stats
-
     common = sorted(arm.keys() & base.keys())
     if len(common) < 2:
-        return None, 0
-    found = mean([arm[seed]["loss"] - base[seed]["loss"] for seed in common])
-    if pooled is None:
-        return found, len(common) - 1
-    t = float(stats.t.ppf(0.975, pooled.freedom))
-    margin = t * pooled.deviation * math.sqrt(2 / len(common))
-    return Mean(found.value, margin), pooled.freedom
-
-
-def verdict(
-    arm: dict[int, dict], base: dict[int, dict], margin: float, pooled: Spread | None = None
-) -> str | None:
-    """What an arm's difference from another in loss amounts to; None with under two common seeds.
-
-    The arm is 'equivalent' if two one-sided t tests at 5 % reject a difference of the margin or
-    more in either direction, even where the difference is resolved from 0. Else it is 'better' or
-    'worse' where the 95 % interval excludes 0, and otherwise 'not resolved'.
-
-    Args:
-      arm: records by seed.
-      base: those of the arm that it is compared with.
-      margin: the largest difference that counts as none, in nats, chosen before the runs.
-      pooled: as in `difference`.
-    """
-    from scipy import stats
-
-    apart, freedom = _difference(arm, base, pooled)
-    if apart is None:
         return None
-    two_sided, one_sided = (float(stats.t.ppf(q, freedom)) for q in (0.975, 0.95))
-    if abs(apart.value) + apart.margin * one_sided / two_sided < margin:
-        return "equivalent"
-    if abs(apart.value) <= apart.margin:
-        return "not resolved"
-    return "better" if apart.value < 0 else "worse"
+    pairs = [arm[seed]["loss"] - base[seed]["loss"] for seed in common]
+    deviation, freedom = statistics.stdev(pairs), len(common) - 1
+    if pooled:
+        deviation, freedom = pooled.deviation * math.sqrt(2), pooled.freedom
+    return Difference(statistics.fmean(pairs), deviation / math.sqrt(len(common)), freedom)
 
 
-def p_value(arm: dict[int, dict], base: dict[int, dict], pooled: Spread | None = None) -> float:
-    """The p value of a two-sided t test of the difference of an arm's loss from another's.
-
-    The arguments are those of `difference`. It is NaN with under two common seeds.
-    """
+def _quantile(probability: float, freedom: int) -> float:
+    """A quantile of Student's t distribution."""
     from scipy import stats
 
-    apart, freedom = _difference(arm, base, pooled)
-    if apart is None:
-        return math.nan
-    if not apart.margin:
-        return 0.0 if apart.value else 1.0
-    deviations = abs(apart.value) / apart.margin * stats.t.ppf(0.975, freedom)
-    return float(2 * stats.t.sf(deviations, freedom))
+    return float(stats.t.ppf(probability, freedom))
 
 
 def holm(p_values: list[float]) -> list[float]:
-    """P values corrected for their number (Holm 1979); NaN counts as no test.
+    """P values corrected for the number of tests (Holm 1979); NaN counts as no test.
 
-    Where none of the tested differences exists, the chance that the least corrected p value is
-    below 0.05 is at most 5 %.
+    The chance of any corrected p value below 0.05 for a difference that is not real is at most 5 %.
     """
     tests = sorted((p, i) for i, p in enumerate(p_values) if not math.isnan(p))
     corrected, least = [math.nan] * len(p_values), 0.0
@@ -273,11 +260,7 @@ def holm(p_values: list[float]) -> list[float]:
 
 
 def write_csv(records: list[dict], path: Path) -> None:
-    """Writes one line for each run: its results, and the settings in which runs differ.
-
-    Raises:
-      UserError: the file cannot be written.
-    """
+    """Writes one line for each run: its results, and the settings in which runs differ."""
     defaults = leaves(Config())
     names = {name for record in records for name in record["settings"]} - {"seed"}
     values = {

@@ -9,8 +9,7 @@ from prmoe_jax import files
 from prmoe_jax.errors import UserError
 from prmoe_jax.report import figures, page
 from prmoe_jax.report.arms import (
-    Mean,
-    Spread,
+    Difference,
     arms,
     base_of,
     difference,
@@ -19,13 +18,11 @@ from prmoe_jax.report.arms import (
     mean,
     models,
     models_of,
-    p_value,
     spread,
-    verdict,
     write_csv,
 )
 from prmoe_jax.report.multiplier import Multiplier, multipliers, ratios
-from prmoe_jax.sweep.definition import constants
+from prmoe_jax.sweep.definition import Constants, constants
 from prmoe_jax.sweep.records import RESULTS, check_one_text, complete, read
 from prmoe_jax.tables import aligned
 
@@ -57,11 +54,11 @@ LADDER = (
     "same tokens, and how many times its active parameters. Between two dense arms, log(loss) is "
     "linear in log(FLOPs), and beyond them no multiplier is measured. The geometric mean over "
     "seeds, and in brackets its 95 % interval (Student's t). FLOPs count attention to all "
-    "positions of a sequence, later ones included. D/N: tokens per active parameter. The scaling "
-    "law predicts active parameters; its dense model has as many FLOPs as the ladder's models "
-    "would have with these, linear in logarithms, beyond the ladder's ends, too. The law is for "
-    "experts in every layer, so that it takes the mean number of all layers, and for one expert a "
-    "token with nothing beside it."
+    "positions of a sequence, later ones included. D/N: tokens per active parameter."
+)
+PREDICTED = (
+    " The scaling law predicts active parameters; its dense model has as many FLOPs as the "
+    "ladder's models would have with these, linear in logarithms, beyond the ladder's ends, too."
 )
 PAIR = ["arm", "base", "arm - base", "p, Holm", "verdict"]
 COMPARISONS = (
@@ -75,28 +72,24 @@ GROWTH = "Multipliers of neighbours, one divided by the other, paired by seed."
 def report(folder: Path, base: str | None = None) -> dict:
     """Writes results.csv, figures and report.html beside results.jsonl.
 
-    The report shows every record in results.jsonl, even if sweep.py no longer names its run. The
-    constants of sweep.py ask for more: MARGIN for verdicts on differences, CONTRASTS for pairs of
-    arms to compare, POOLED for intervals from the spread of all arms, LADDER for multipliers.
-    VARYING names settings in which an arm's runs differ.
+    The report shows every record in results.jsonl, even if sweep.py no longer names its run.
+    Constants in sweep.py add to it: MARGIN (verdicts on differences), CONTRASTS (comparisons of
+    pairs of arms), LADDER (multipliers) and PREDICTED (multipliers by the scaling law LAW). POOLED
+    takes intervals from the spread of all arms. VARYING names settings in which runs of an arm may
+    differ.
 
     Args:
       folder: the folder of results.jsonl.
-      base: the arm that the others are compared with; by default the first one. If it is named
-        MODEL/LENGTH, arms are compared with the model's arm of their own number of tokens.
+      base: the baseline arm; by default the first one. If it is MODEL/LENGTH, each arm is compared
+        with the arm of MODEL that has the same number of tokens.
 
     Returns:
-      page, the path; base; its model; and arms. For each arm: seeds, tokens, loss and, with two
-      seeds or more, margin (of the 95 % interval); with two seeds in common with the base also
-      difference and difference_margin, paired by seed, and with MARGIN the verdict; with LADDER a
-      MoE has its multiplier, as text. With CONTRASTS also contrasts, a list of arm, base,
-      difference, difference_margin, p (a two-sided t test, corrected for the number of pairs) and,
-      with MARGIN, verdict; with POOLED also deviation, in nats, and freedom, its degrees of
-      freedom.
-
-    Raises:
-      UserError: the results are missing or damaged, a constant of sweep.py is wrong, the arm
-        is unknown, matplotlib is missing, or a file cannot be written, which is then unchanged.
+      page (its path), base, model (of the base) and arms. Each arm has seeds, tokens and loss; with
+      two seeds or more, margin (half of the 95 % interval); with two seeds in common with its
+      baseline, difference and difference_margin, and with MARGIN a verdict; with LADDER, a MoE has
+      its multiplier as text. CONTRASTS add contrasts, a list with arm, base, difference,
+      difference_margin, p (two-sided t test, corrected for the number of pairs) and, with MARGIN,
+      verdict. POOLED adds deviation (in nats) and freedom (its degrees of freedom).
     """
     path = folder / RESULTS
     records = complete(folder, read(folder))
@@ -119,45 +112,28 @@ def report(folder: Path, base: str | None = None) -> dict:
             "lengths; leave it out"
         )
     pooled = spread(found) if stated.pooled else None
-    rows, summary, apart = [], {}, {}
+    summary, apart = {}, {}
     for arm, by_seed in found.items():
         loss = mean([row["loss"] for row in by_seed.values()])
-        other = base_of(arm, found, base)
-        compared = _apart(by_seed, found[other], stated.margin, pooled) if other else {}
-        told = ", ".join(filter(None, _told(compared)))
-        tokens = next(iter(by_seed.values()))["tokens"]
-        head = [arm, len(by_seed), f"{tokens:,}"]
-        rows.append([*head, loss, told, *_costs(list(by_seed.values()))])
-        summary[arm] = {"seeds": len(by_seed), "tokens": tokens, "loss": loss.value}
+        summary[arm] = {"seeds": len(by_seed), "tokens": _first(by_seed)["tokens"]}
+        summary[arm] |= {"loss": loss.value}
         if len(by_seed) > 1:
             summary[arm]["margin"] = loss.margin
-        if compared:
-            apart[arm] = Mean(compared["difference"], compared["difference_margin"])
-            summary[arm] |= compared
-
-    named = names[base]
-    worth = multipliers(found) if stated.ladder else []
-    by_params = multipliers(found, "active_params") if stated.ladder else []
+        other = base_of(arm, found, base)
+        if other and (above := difference(by_seed, found[other], pooled)):
+            apart[arm] = above
+            summary[arm] |= _compared(above, stated.margin)
+    contrasts = []
+    pairs = [(arm, other) for arm, other in stated.contrasts if arm in found and other in found]
+    between = [difference(found[arm], found[other], pooled) for arm, other in pairs]
+    corrected = holm([one.p if one else math.nan for one in between])
+    for (arm, other), above, p in zip(pairs, between, corrected, strict=True):
+        row = _compared(above, stated.margin) | {"p": p} if above else {}
+        contrasts.append({"arm": arm, "base": other} | row)
+    worth = multipliers(found, predicted=stated.predicted) if stated.ladder else []
     for one in worth:
         summary[one.arm]["multiplier"] = str(one)
-    drawn, equal, when = found, found, "At the end"
-    if lengths > 1 or named != base:
-        drawn, (tokens, equal) = models(found), equally_long(found)
-        when = f"After {tokens:,} tokens"
-    pictures = _curves(folder, drawn) | _sizes_and_drops(folder, equal, when)
-    if apart:
-        pictures |= _differences(folder, apart, named, stated.margin)
-    if worth:
-        pictures |= _worth(folder, worth)
 
-    pairs = [(arm, other) for arm, other in stated.contrasts if arm in found and other in found]
-    corrected = holm([p_value(found[arm], found[other], pooled) for arm, other in pairs])
-    contrasts = []
-    for (arm, other), p in zip(pairs, corrected, strict=True):
-        compared = _apart(found[arm], found[other], stated.margin, pooled)
-        contrasts.append((arm, other, compared | {"p": p} if compared else compared))
-    revisions = sorted({revision for row in records for revision in row["revisions"]})
-    devices = sorted({f"{row['device']}, jax {row['versions'].get('jax', '?')}" for row in records})
     parts = [
         page.paragraph(
             f"{len(records)} runs in {len(found)} arms. Losses are nats a token on the whole "
@@ -166,134 +142,165 @@ def report(folder: Path, base: str | None = None) -> dict:
             + (POOLED.format(pooled) if pooled else "")
             + (EQUIVALENCE.format(margin=stated.margin) if stated.margin else "")
         ),
-        page.table([name.format(base=named) for name in HEAD], rows),
-        page.figures(pictures),
-        *_contrasts(contrasts),
-        *(_multipliers(worth, by_params) if stated.ladder else []),
-        page.heading("Runs"),
         page.table(
-            ["run", "loss", "bits/byte", "tokens", "tokens/s"],
-            [
-                [
-                    row["run"],
-                    f"{row['loss']:.4f}",
-                    f"{row['bits_per_byte']:.4f}",
-                    f"{row['tokens']:,}",
-                    f"{row['tokens_per_second']:,.0f}",
-                ]
-                for row in records
-            ],
+            [name.format(base=names[base]) for name in HEAD],
+            [_arm(arm, row, list(found[arm].values())) for arm, row in summary.items()],
         ),
-        page.paragraph(f"Made by revisions {', '.join(revisions)} on {'; '.join(devices)}."),
+        page.figures(_pictures(folder, found, names[base], apart, worth, stated)),
+        *_contrasts(contrasts),
+        *(_multipliers(worth, found, stated.predicted) if stated.ladder else []),
+        *_runs(records),
     ]
     out = folder / "report.html"
     files.replace(out, page.page(folder.resolve().name, parts))
-    result = {"page": str(out), "base": base, "model": named, "arms": summary}
-    if contrasts:
-        result["contrasts"] = [{"arm": arm, "base": other} | row for arm, other, row in contrasts]
-    if pooled:
-        result |= pooled._asdict()
-    return result
+    result = {"page": str(out), "base": base, "model": names[base], "arms": summary}
+    return (
+        result
+        | ({"contrasts": contrasts} if contrasts else {})
+        | (pooled._asdict() if pooled else {})
+    )
 
 
-def _curves(folder: Path, drawn: dict) -> dict[Path, str]:
-    """Draws losses against tokens and FLOPs; the figures and their captions."""
-    tokens, flops = folder / "loss_tokens", folder / "loss_flops"
-    caption = "Validation loss against tokens; band: all seeds."
-    if figures.curves(drawn, tokens, by_flops=False):
-        caption += " Hollow marks: the whole validation split; lines: a part of it."
-    figures.curves(drawn, flops, by_flops=True)
-    return {tokens: caption, flops: "The same against training FLOPs of the active parameters."}
+def _first(by_seed: dict[int, dict]) -> dict:
+    return next(iter(by_seed.values()))
 
 
-def _sizes_and_drops(folder: Path, equal: dict, when: str) -> dict[Path, str]:
-    """Draws sizes and drops of arms that are equally long; the figures and their captions."""
-    found = {}
-    if equal:
-        found[folder / "loss_parameters"] = f"{when}: a line from active to all parameters."
-        figures.sizes(equal, folder / "loss_parameters")
-    if dropping := {arm: rows for arm, rows in equal.items() if _drops(rows)}:
-        found[folder / "drops"] = f"{when}: who is dropped in the evaluation."
-        figures.drops(dropping, folder / "drops")
-    return found
-
-
-def _differences(
-    folder: Path, apart: dict[str, Mean], base: str, margin: float | None
-) -> dict[Path, str]:
-    """Draws differences from the arm `base`; the figure and its caption."""
-    path = folder / "differences"
-    figures.differences(apart, base, path, margin)
-    shaded = f" Shaded: the margin of {margin:g}." if margin else ""
-    return {path: f"Differences from {base}, paired by seed.{shaded}"}
-
-
-def _worth(folder: Path, worth: list[Multiplier]) -> dict[Path, str]:
-    """Draws the multipliers; the figure and its caption."""
-    path = folder / "multipliers"
-    figures.multipliers(worth, path)
-    return {
-        path: "Dense-equivalent multipliers. Small dots: seeds; bars: 95 % intervals of three "
-        "seeds or more, cut at the ends of the ladder. Triangles: beyond the ladder. Dashed: the "
-        "joint MoE scaling law (arXiv 2502.05172), which was fitted to models of 79 M active "
-        "parameters and more."
-    }
-
-
-def _apart(
-    arm: dict[int, dict], other: dict[int, dict], margin: float | None, pooled: Spread | None
-) -> dict:
-    """An arm's difference from another, its margin and its verdict, as far as there are any."""
-    above = difference(arm, other, pooled=pooled)
-    if above is None:
-        return {}
+def _compared(above: Difference, margin: float | None) -> dict:
+    """The fields of a difference in the result, with a verdict if there is a margin."""
     found = {"difference": above.value, "difference_margin": above.margin}
-    return found | ({"verdict": verdict(arm, other, margin, pooled)} if margin else {})
+    return found | ({"verdict": above.verdict(margin)} if margin else {})
 
 
-def _told(compared: dict) -> tuple[str, str]:
-    """A difference and its verdict as text; '' for what there isn't."""
-    if not compared:
-        return "", ""
-    apart = Mean(compared["difference"], compared["difference_margin"])
-    return str(apart), compared.get("verdict", "")
+def _shown(row: dict, name: str, margin: str, sign: str = "") -> str:
+    """A number of a row with its margin; a missing one is left out."""
+    if name not in row:
+        return ""
+    return f"{row[name]:{sign}.4f}" + (f" ± {row[margin]:.4f}" if margin in row else "")
 
 
-def _contrast(arm: str, base: str, compared: dict) -> list[str]:
-    """A row of the table of comparisons."""
-    apart, verdict = _told(compared)
-    return [arm, base, apart, f"{compared['p']:.2g}" if compared else "", verdict]
+def _arm(arm: str, row: dict, records: list[dict]) -> list:
+    """The cells of an arm on the page."""
+    one = records[0]
+    apart = [_shown(row, "difference", "difference_margin"), row.get("verdict")]
+    return [
+        arm,
+        row["seeds"],
+        f"{row['tokens']:,}",
+        _shown(row, "loss", "margin"),
+        ", ".join(filter(None, apart)),
+        f"{one['total_params'] / 1e6:.2f} M",
+        f"{one['active_params'] / 1e6:.2f} M",
+        f"{one['flops_per_token'] / 1e6:.1f} M",
+        f"{statistics.fmean(record['drop_fraction'] for record in records):.1%}",
+        f"{statistics.fmean(record['tokens_per_second'] for record in records):,.0f}",
+    ]
 
 
-def _contrasts(contrasts: list[tuple[str, str, dict]]) -> list[str]:
+def _pictures(
+    folder: Path,
+    found: dict,
+    base: str,
+    apart: dict[str, Difference],
+    worth: list[Multiplier],
+    stated: Constants,
+) -> dict[Path, str]:
+    """Draws all figures; returns their paths and captions. `base` is a model's name."""
+    drawn, equal, when = found, found, "At the end"
+    if len(set(models_of(found).values())) < len(found) or base not in found:
+        drawn, (tokens, equal) = models(found), equally_long(found)
+        when = f"After {tokens:,} tokens"
+    captions = {"loss_tokens": "Validation loss against tokens; band: all seeds."}
+    if figures.curves(drawn, folder / "loss_tokens", by_flops=False):
+        captions["loss_tokens"] += " Hollow marks: the whole validation split; lines: a part of it."
+    figures.curves(drawn, folder / "loss_flops", by_flops=True)
+    captions["loss_flops"] = "The same against training FLOPs of the active parameters."
+    if equal:
+        figures.sizes(equal, folder / "loss_parameters")
+        captions["loss_parameters"] = f"{when}: a line from active to all parameters."
+    if dropping := {arm: rows for arm, rows in equal.items() if _drops(rows)}:
+        figures.drops(dropping, folder / "drops")
+        captions["drops"] = f"{when}: who is dropped in the evaluation."
+    if apart:
+        shown = {arm: (above.value, above.margin) for arm, above in apart.items()}
+        figures.differences(shown, base, folder / "differences", stated.margin)
+        captions["differences"] = f"Differences from {base}, paired by seed."
+        if stated.margin:
+            captions["differences"] += f" Shaded: the margin of {stated.margin:g}."
+    if worth:
+        figures.multipliers(worth, folder / "multipliers")
+        captions["multipliers"] = (
+            "Dense-equivalent multipliers. Small dots: seeds; bars: 95 % intervals of three seeds "
+            "or more, cut at the ends of the ladder. Triangles: beyond the ladder."
+        )
+        if stated.predicted:
+            captions["multipliers"] += f" Dashed: {stated.law}."
+    return {folder / name: caption for name, caption in captions.items()}
+
+
+def _contrast(row: dict) -> list[str]:
+    """The cells of a comparison."""
+    apart = _shown(row, "difference", "difference_margin")
+    return [
+        row["arm"],
+        row["base"],
+        apart,
+        f"{row['p']:.2g}" if apart else "",
+        row.get("verdict", ""),
+    ]
+
+
+def _contrasts(contrasts: list[dict]) -> list[str]:
     """The part of the page about the pairs that sweep.py names."""
     if not contrasts:
         return []
     return [
         page.heading("Comparisons"),
         page.paragraph(COMPARISONS),
-        page.table(PAIR, [_contrast(*contrast) for contrast in contrasts]),
+        page.table(PAIR, list(map(_contrast, contrasts))),
     ]
 
 
-def _multipliers(worth: list[Multiplier], by_params: list[Multiplier]) -> list[str]:
+def _multipliers(worth: list[Multiplier], found: dict, predicted: dict) -> list[str]:
     """The part of the page about multipliers in FLOPs and in active parameters."""
     if not worth:
         return [page.paragraph("No MoE has two dense arms with as many tokens and a common seed.")]
-    head = ["arm", "tokens", "D/N", "seeds", "multiplier", "scaling law"]
-    head += ["by active parameters", "scaling law"]
+    law = ["scaling law"] if predicted else []
+    head = ["arm", "tokens", "D/N", "seeds", "multiplier", *law, "by active parameters", *law]
     rows = []
-    for one, other in zip(worth, by_params, strict=True):
+    for one, other in zip(worth, multipliers(found, "active_params", predicted), strict=True):
         rows.append([one.arm, f"{one.tokens:,}", f"{one.tokens_per_parameter:.1f}"])
         rows[-1].append(len(one.by_seed))
         for each in one, other:
-            rows[-1] += [each, "" if math.isnan(each.law) else f"{each.law:.2f}"]
+            rows[-1].append(each)
+            if predicted:
+                rows[-1].append("" if math.isnan(each.law) else f"{each.law:.2f}")
     return [
         page.heading("Dense-equivalent multipliers"),
-        page.paragraph(LADDER),
+        page.paragraph(LADDER + (PREDICTED if predicted else "")),
         page.table(head, rows),
         page.paragraph(GROWTH),
         page.table(["arm", "base", "ratio"], [list(one) for one in ratios(worth)]),
+    ]
+
+
+def _runs(records: list[dict]) -> list[str]:
+    """The part of the page about the runs one by one."""
+    rows = [
+        [
+            row["run"],
+            f"{row['loss']:.4f}",
+            f"{row['bits_per_byte']:.4f}",
+            f"{row['tokens']:,}",
+            f"{row['tokens_per_second']:,.0f}",
+        ]
+        for row in records
+    ]
+    revisions = sorted({revision for row in records for revision in row["revisions"]})
+    devices = sorted({f"{row['device']}, jax {row['versions'].get('jax', '?')}" for row in records})
+    return [
+        page.heading("Runs"),
+        page.table(["run", "loss", "bits/byte", "tokens", "tokens/s"], rows),
+        page.paragraph(f"Made by revisions {', '.join(revisions)} on {'; '.join(devices)}."),
     ]
 
 
@@ -302,39 +309,26 @@ def _drops(rows: dict[int, dict]) -> bool:
     return known and any(row["drop_fraction"] for row in rows.values())
 
 
-def _costs(rows: list[dict]) -> list[str]:
-    row = rows[0]
-    return [
-        f"{row['total_params'] / 1e6:.2f} M",
-        f"{row['active_params'] / 1e6:.2f} M",
-        f"{row['flops_per_token'] / 1e6:.1f} M",
-        f"{statistics.fmean(r['drop_fraction'] for r in rows):.1%}",
-        f"{statistics.fmean(r['tokens_per_second'] for r in rows):,.0f}",
-    ]
-
-
 def table(result: dict) -> str:
     """The result of `report` as text."""
-    rows = []
-    several = len({row["tokens"] for row in result["arms"].values()}) > 1
-    for arm, row in result["arms"].items():
-        loss = f"{row['loss']:.4f}" + (f" ± {row['margin']:.4f}" if "margin" in row else "")
-        above = ""
-        if "difference" in row:
-            above = f"{row['difference']:+.4f} ± {row['difference_margin']:.4f}"
-        tokens = [f"{row['tokens']:,}"] if several else []
-        rows.append([arm, row["seeds"], *tokens, loss, above])
-    head = ["arm", "seeds", *(["tokens"] if several else []), "loss", f"above {result['model']}"]
-    for column in "verdict", "multiplier":
-        if any(column in row for row in result["arms"].values()):
-            head.append(column)
-            for cells, row in zip(rows, result["arms"].values(), strict=True):
-                cells.append(row.get(column, ""))
-    tables = [aligned(head, rows)]
-    contrasts = [row for row in result.get("contrasts", ()) if "difference" in row]
-    if contrasts:
-        rows = [_contrast(row["arm"], row["base"], row) for row in contrasts]
-        tables.append(aligned(PAIR, rows))
+    rows = result["arms"]
+    columns = {
+        "seeds": lambda row: row["seeds"],
+        "tokens": lambda row: f"{row['tokens']:,}",
+        "loss": lambda row: _shown(row, "loss", "margin"),
+        f"above {result['model']}": lambda row: _shown(row, "difference", "difference_margin", "+"),
+        "verdict": lambda row: row.get("verdict", ""),
+        "multiplier": lambda row: row.get("multiplier", ""),
+    }
+    if len({row["tokens"] for row in rows.values()}) == 1:
+        del columns["tokens"]
+    for name in "verdict", "multiplier":
+        if not any(name in row for row in rows.values()):
+            del columns[name]
+    cells = [[arm, *(column(row) for column in columns.values())] for arm, row in rows.items()]
+    tables = [aligned(["arm", *columns], cells)]
+    if contrasts := [row for row in result.get("contrasts", ()) if "difference" in row]:
+        tables.append(aligned(PAIR, list(map(_contrast, contrasts))))
     if "deviation" in result:
         tables.append(
             "all arms: a standard deviation of {deviation:.4f} nats, {freedom} degrees of "

@@ -1,4 +1,4 @@
-"""Figures of sweeps and of single runs, each as PNG and SVG."""
+"""Figures of sweeps and of single runs, each as PNG and SVG; here S is steps, P positions."""
 
 import contextlib
 import io
@@ -8,15 +8,15 @@ from pathlib import Path
 import numpy as np
 
 from prmoe_jax import files
-from prmoe_jax.errors import UserError
+from prmoe_jax.errors import missing
 from prmoe_jax.report.arms import mean
 from prmoe_jax.report.multiplier import Multiplier
 
 # Colours that people with red-green colour blindness can tell apart (Okabe and Ito).
 COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000 #8C6D31".split()
 MARKS = "o s ^ D v P X *".split()
-LEGEND = 8  # the most names of a legend inside a figure's axes
-# Resolution of each kind of file, and metadata that must not change from day to day.
+LEGEND = 8  # a legend of more names goes below the figure
+# Each file type's resolution, and metadata without a date, so that files are reproducible.
 KINDS = {
     "svg": {"dpi": "figure", "metadata": {"Date": None, "Creator": None}},
     "png": {"dpi": 140, "metadata": {"Software": None}},
@@ -25,15 +25,9 @@ KINDS = {
 
 @contextlib.contextmanager
 def figure(path: Path, height: float = 3.6, rows: int = 1) -> Iterator:
-    """Yields axes to draw on; saves `path` with .png and .svg, reproducibly to the byte.
-
-    Raises:
-      UserError: matplotlib is missing, or a file cannot be written, which is then unchanged.
-    """
-    try:
+    """Yields axes to draw on; saves them as `path`.png and .svg, reproducible to the byte."""
+    with missing("a report needs matplotlib", "prmoe_jax[plot]"):
         import matplotlib
-    except ImportError:
-        raise UserError("a report needs matplotlib: pip install 'prmoe_jax[plot]'") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -55,7 +49,7 @@ def figure(path: Path, height: float = 3.6, rows: int = 1) -> Iterator:
 
 
 def _style(number: int) -> dict[str, str]:
-    """The colour and mark of the arm of that number; 64 arms have pairs of their own."""
+    """The colour and marker of an arm by its number; pairs repeat after 64 arms."""
     again = number // len(COLOURS)
     return {
         "color": COLOURS[number % len(COLOURS)],
@@ -64,7 +58,7 @@ def _style(number: int) -> dict[str, str]:
 
 
 def _legend(axes) -> None:
-    """Adds a legend: inside the axes, or below a higher figure if it is long."""
+    """Adds a legend inside the axes; a long one goes below, and makes the figure higher."""
     handles, names = axes.get_legend_handles_labels()
     if len(names) <= LEGEND:
         axes.legend(frameon=False)
@@ -89,9 +83,9 @@ def label(name: str) -> str:
 def curves(arms: dict[str, dict[int, dict]], path: Path, by_flops: bool) -> bool:
     """Draws validation loss against tokens or training FLOPs: mean and range of the seeds.
 
-    The last evaluation is on the whole split, and earlier ones may be on a part of it. A line joins
-    evaluations of one kind only: if there are partial ones, evaluations on the whole split are
-    single, hollow marks.
+    The last evaluation is on the whole split, and earlier ones may be on a part of it. If an arm
+    has partial evaluations, its line joins only these, and evaluations on the whole split are
+    hollow marks.
 
     Returns:
       Whether there are partial evaluations.
@@ -165,9 +159,9 @@ def sizes(arms: dict[str, dict[int, dict]], path: Path) -> None:
 def differences(
     found: dict[str, tuple[float, float]], base: str, path: Path, margin: float | None = None
 ) -> None:
-    """Draws each arm's difference from the arm `base`, with its 95 % interval.
+    """Draws each arm's difference from `base` with its 95 % interval.
 
-    A margin within which arms are equivalent is shaded.
+    The range of equivalence, ±`margin`, is shaded.
     """
     with figure(path, 1.2 + 0.4 * len(found)) as axes:
         if margin:
@@ -178,17 +172,18 @@ def differences(
         axes.set_yticks(range(len(found)), list(map(label, found)))
         axes.set_ylim(-0.6, len(found) - 0.4)
         axes.invert_yaxis()
-        axes.locator_params(axis="x", nbins=6)  # more numbers would touch
+        axes.locator_params(axis="x", nbins=6)  # more tick labels would touch
         axes.set(xlabel=f"validation loss above {label(base)}, nats (95 %)")
 
 
 def multipliers(found: list[Multiplier], path: Path) -> None:
-    """Draws multipliers against tokens per active parameter, and the scaling law's prediction.
+    """Draws multipliers against tokens per active parameter, and what a scaling law predicts.
 
-    Arms of one model are joined by a line. One that is beyond the ladder is a triangle at the
-    ladder's end, which points away from it. Small dots are seeds; a bar is the 95 % interval, cut
-    at the ladder's ends, of three seeds or more, since that of two is several times as wide.
+    A line joins the arms of a model. An arm beyond the ladder is a triangle at the ladder's end,
+    which points outwards. Small dots are seeds. A bar is the 95 % interval, cut at the ladder's
+    ends; it needs three seeds, since two would make it several times as wide.
     """
+    predicted = not all(np.isnan(one.law) for one in found)
     series: dict[str, list[Multiplier]] = {}
     for one in sorted(found, key=lambda one: (one.experts, one.tokens)):
         series.setdefault(one.model, []).append(one)
@@ -213,9 +208,11 @@ def multipliers(found: list[Multiplier], path: Path) -> None:
                 beyond, above = True, one.value > 0
                 end, mark = (one.most, "^") if above else (one.least, "v")
                 axes.plot(at, end, mark, markersize=9, markerfacecolor="none", **style)
-            axes.plot(x, [one.law for one in some], linestyle="--", linewidth=1, **style)
+            if predicted:
+                axes.plot(x, [one.law for one in some], linestyle="--", linewidth=1, **style)
         axes.axhline(1, color="black", linewidth=1)
-        axes.plot([], [], linestyle="--", linewidth=1, color="grey", label="scaling law")
+        if predicted:
+            axes.plot([], [], linestyle="--", linewidth=1, color="grey", label="scaling law")
         if beyond:
             mark = {"marker": "^", "markersize": 9, "markerfacecolor": "none", "color": "grey"}
             axes.plot([], [], linestyle="", label="beyond the ladder", **mark)
@@ -229,12 +226,12 @@ def multipliers(found: list[Multiplier], path: Path) -> None:
 
 
 def drops(arms: dict[str, dict[int, dict]], path: Path) -> None:
-    """Draws the dropped share of choices by position in the group, mean of layers and seeds."""
+    """Draws the dropped share of choices by position in the group (mean of layers and seeds)."""
     with figure(path) as axes:
         for number, (arm, rows) in enumerate(arms.items()):
             layers = [layer for record in rows.values() for layer in record["layers"].values()]
             shares = [layer["position_drop_fraction"] for layer in layers]
-            places_P = _middles(max(map(len, shares)))  # groups of a few tokens have fewer places
+            places_P = _middles(max(map(len, shares)))  # small groups have fewer
             share_P = np.mean([np.interp(places_P, _middles(len(s)), s) for s in shares], 0)
             axes.plot(places_P, share_P, markersize=4, label=label(arm), **_style(number))
         axes.set(xlabel="place in the routing group, from 0 to 1", ylabel="choices dropped, share")
@@ -242,7 +239,7 @@ def drops(arms: dict[str, dict[int, dict]], path: Path) -> None:
 
 
 def _middles(parts: int) -> np.ndarray:
-    """The middle of each of equal parts of the range from 0 to 1."""
+    """The middles of `parts` equal parts of the range from 0 to 1."""
     return (np.arange(parts) + 0.5) / parts
 
 
@@ -262,7 +259,7 @@ def lines(series: dict[str, tuple[list, list]], quantity: str, path: Path) -> No
 def heat(layers: dict[str, np.ndarray], steps: list[int], quantity: str, path: Path) -> None:
     """Draws a map for each layer: steps on the x-axis, experts on the y-axis, values as colours.
 
-    The highest 1 % of the values have one colour.
+    The highest 1 % of the values share one colour.
     """
     with figure(path, 0.8 + 1.3 * len(layers), len(layers)) as axes:
         axes = axes if isinstance(axes, list) else [axes]

@@ -1,4 +1,4 @@
-"""Makes one HTML file that contains text, tables and pictures, for any browser and width."""
+"""Makes one HTML file that contains its text, tables and pictures, for any screen width."""
 
 import base64
 import html

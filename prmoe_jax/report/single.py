@@ -1,4 +1,4 @@
-"""`prmoe report --workdir=DIR`: a report about one run's losses, speed and routers."""
+"""`prmoe report --workdir=DIR`: one run's losses, speed and routers; here S is steps."""
 
 from pathlib import Path
 
@@ -7,13 +7,13 @@ import numpy as np
 from prmoe_jax import files
 from prmoe_jax.config.loading import load
 from prmoe_jax.config.schema import changed
-from prmoe_jax.errors import UserError
+from prmoe_jax.errors import UserError, refusing
 from prmoe_jax.model.sizes import cost
 from prmoe_jax.report import figures, page
 from prmoe_jax.run import directory as workdirs
 from prmoe_jax.sweep.records import NUMBER, logged
 
-# Metrics of an MoE layer that are drawn by layer against the step.
+# Metrics that are drawn against the step, with a line for each MoE layer.
 BY_LAYER = {
     "drop_fraction": "choices dropped, share",
     "router_entropy": "entropy of the router, nats",
@@ -25,11 +25,7 @@ def report(workdir: Path) -> dict:
     """Writes the folder report/ with figures and report.html into a run's folder.
 
     Returns:
-      page, the path; step, loss and validation_loss as logged last.
-
-    Raises:
-      UserError: the folder holds no run, the run has logged nothing yet, its metrics are damaged,
-        or a file cannot be written, which is then unchanged.
+      page (its path), and the last logged step, loss and, if evaluated, validation_loss.
     """
     config = load(workdir / workdirs.CONFIG)
     trained, evaluated = logged(workdir)
@@ -37,10 +33,8 @@ def report(workdir: Path) -> dict:
         raise UserError(f"{workdir}/metrics.jsonl holds no step yet")
     step = max(lines[-1]["step"] for lines in (trained, evaluated) if lines)
     out = workdir / "report"
-    try:
+    with refusing(f"{out} cannot be written", OSError):
         out.mkdir(exist_ok=True)
-    except OSError as error:
-        raise files.cannot_write(out, error) from error
     steps = [line["step"] for line in trained]
 
     def drawn(name: str, caption: str, draw, *arguments) -> None:
@@ -49,7 +43,7 @@ def report(workdir: Path) -> dict:
 
     pictures: dict[Path, str] = {}
     losses = {"training": (steps, [line["lm_loss"] for line in trained])}
-    # Evaluations on fewer tokens are on a part of the split, and get their own line.
+    # Evaluations on a part of the split have fewer tokens, and get their own line.
     counts = sorted({line["eval/tokens"] for line in evaluated})
     whole = {line["eval/tokens"] for line in evaluated if line["step"] == config.total_steps}
     for count in counts:
@@ -80,13 +74,10 @@ def report(workdir: Path) -> dict:
         having = [line for line in trained if all(key in line for key in keys.values())]
         maps = {}
         for layer, key in keys.items() if having else ():
-            try:
+            damaged = f"{workdir}/metrics.jsonl is damaged: odd values of {key}"
+            with refusing(damaged, (IndexError, TypeError, ValueError)):
                 values_SxE = np.array([line[key] for line in having], float)
                 maps[layer] = values_SxE * (values_SxE.shape[1] if name == "expert_load" else 1)
-            except (IndexError, TypeError, ValueError):
-                raise UserError(
-                    f"{workdir}/metrics.jsonl is damaged: odd values of {key}"
-                ) from None
         if maps:
             caption = {
                 "expert_load": "Choices of each expert, in shares of an even load.",

@@ -1,6 +1,6 @@
 """Checkpoints of model, optimizer and position in the data, saved in the background by Orbax.
 
-Every array is stored whole under its name, so that a checkpoint does not depend on devices.
+Every array is stored whole under its name, so that a checkpoint fits any number of devices.
 """
 
 import contextlib
@@ -21,28 +21,28 @@ from orbax.checkpoint import checkpoint_managers as preservation
 from prmoe_jax import files, stores
 from prmoe_jax.config.schema import Config
 from prmoe_jax.data.tokenizer import Tokenizer
-from prmoe_jax.errors import TrainingStopped, UserError, first_line, is_out_of_memory
+from prmoe_jax.errors import TrainingStopped, UserError, first_line, is_out_of_memory, refusing
 from prmoe_jax.model.state import TrainState
 from prmoe_jax.model.transformer import Transformer, init_model
 from prmoe_jax.nn.parameters import from_named, named_leaves
 from prmoe_jax.parallel import sharding
-from prmoe_jax.parallel.mesh import replicated
+from prmoe_jax.parallel.axes import replicated
 from prmoe_jax.run.directory import CHECKPOINTS, TOKENIZER
 
 log = logging.getLogger(__name__)
 
 
-# In an object store, Orbax writes this object last: a checkpoint without it is none.
+# In an object store, Orbax writes this object last: a checkpoint without it is incomplete.
 COMMITTED = "commit_success.txt"
-# Orbax holds a file of arrays in memory until it is full, and its default is 2 GB. With this size,
-# 1 GB of an imported model takes 0.3 GB beside itself while it is written.
+# Orbax fills a file of arrays in memory before it writes it, by default 2 GB. With this size,
+# writing an imported model of 1 GB takes 0.3 GB more.
 FILE_BYTES = 2**26
-LARGE_BYTES = 2**24  # of an array whose checksum is computed on its own
+LARGE_BYTES = 2**24  # the checksums of larger arrays are computed one by one
 
 
 @contextlib.contextmanager
 def _quiet_orbax():
-    """Leaves out Orbax's three warnings about each folder that it opens to read."""
+    """Hides Orbax's three warnings about each folder that it opens to read."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(max(level, logging.ERROR))
@@ -55,8 +55,8 @@ def _quiet_orbax():
 class Checkpoints:
     """The checkpoints of one run.
 
-    The newest `keep` checkpoints stay, those of steps that `keep_every` divides, and those of
-    `kept_steps`; others are deleted. Without `keep`, checkpoints can be read but not written.
+    It keeps the newest `keep` checkpoints, those whose step is a multiple of `keep_every`, and
+    those of `kept_steps`; it deletes others. Without `keep`, checkpoints can only be read.
     """
 
     def __init__(
@@ -79,39 +79,44 @@ class Checkpoints:
                 cleanup_tmp_directories=keep is not None,
                 read_only=keep is None,
             )
-            try:
+            advice = "delete the files _CHECKPOINT_METADATA in their folders, which only tell times"
+            unlisted = f"the checkpoints in {self._directory} cannot be listed"
+            with refusing(unlisted, _UNLISTED, fix=advice):
                 self._manager = ocp.CheckpointManager(
                     self._directory, options=options, item_names=("model", "optimizer", "data")
                 )
-            except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-                raise UserError(
-                    f"the checkpoints in {self._directory} cannot be listed ({first_line(error)}); "
-                    "delete the files _CHECKPOINT_METADATA in their folders, which only tell times"
-                ) from error
 
     def save(self, step: int, state: TrainState, data: dict) -> None:
         """Starts writing a checkpoint; returns when the arrays may be overwritten.
 
         Raises:
-          UserError: this or the checkpoint before it could not be written.
+          UserError: this checkpoint or the previous one could not be written.
         """
         self.wait()
         named = {"model": named_leaves(state.model), "optimizer": named_leaves(state.optimizer)}
         if self._local:
             self._check_room(named)
+        arrays = {part: ocp.args.StandardSave(leaves) for part, leaves in named.items()}
+        if not self._save(step, named, arrays, data) and step != self.latest():
+            raise self._not_written(step)
+
+    def save_model(self, step: int, model: Transformer, data: dict) -> None:
+        """Writes a checkpoint of a model alone, from which training cannot resume."""
+        named = named_leaves(model)
+        arrays = ocp.args.PyTreeSave(named, ocdbt_target_data_file_size=FILE_BYTES)
+        if not self._save(step, {"model": named}, {"model": arrays}, data):
+            raise self._not_written(step)
+        self.wait()
+
+    def _save(self, step: int, named: dict, arrays: dict, data: dict) -> bool:
+        """Starts writing arrays and a data record, with the checksums of both."""
         sums = {part: checksums(named[part]) for part in named} | {"record": _digest(data)}
-        record = data | {"checksums": sums}
-        items = ocp.args.Composite(
-            model=ocp.args.StandardSave(named["model"]),
-            optimizer=ocp.args.StandardSave(named["optimizer"]),
-            data=ocp.args.JsonSave(record),
-        )
-        try:
-            saved = self._manager.save(step, args=items)
-        except Exception as error:
-            raise self._cannot_write(error) from error
-        if not saved and step != self.latest():
-            raise UserError(f"checkpoint {step} was not written to {self._directory}")
+        record = ocp.args.JsonSave(data | {"checksums": sums})
+        with self._writing():
+            return self._manager.save(step, args=ocp.args.Composite(**arrays, data=record))
+
+    def _not_written(self, step: int) -> UserError:
+        return UserError(f"checkpoint {step} was not written to {self._directory}")
 
     def _check_room(self, named: dict[str, dict[str, jax.Array]]) -> None:
         """Raises UserError if the disk is too full; Orbax would only notice after filling it."""
@@ -121,36 +126,15 @@ class Checkpoints:
             error = OSError(f"it needs {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free")
             raise self._cannot_write(error)
 
-    def save_model(self, step: int, model: Transformer, data: dict) -> None:
-        """Writes a checkpoint of a model alone, from which training cannot resume.
-
-        Raises:
-          UserError: the checkpoint could not be written.
-        """
-        named = named_leaves(model)
-        record = data | {"checksums": {"model": checksums(named), "record": _digest(data)}}
-        items = ocp.args.Composite(
-            model=ocp.args.PyTreeSave(named, ocdbt_target_data_file_size=FILE_BYTES),
-            data=ocp.args.JsonSave(record),
-        )
-        try:
-            saved = self._manager.save(step, args=items)
-        except Exception as error:
-            raise self._cannot_write(error) from error
-        self.wait()
-        if not saved:
-            raise UserError(f"checkpoint {step} was not written to {self._directory}")
-
     def wait(self) -> None:
-        """Waits until every checkpoint is complete on disk.
-
-        Raises:
-          UserError: a checkpoint could not be written.
-        """
-        try:
+        """Waits until every checkpoint is complete on disk."""
+        with self._writing():
             self._manager.wait_until_finished()
-        except Exception as error:
-            raise self._cannot_write(error) from error
+
+    def close(self) -> None:
+        """Waits for the checkpoint that is being written, if any."""
+        with self._writing():
+            self._manager.close()
 
     def steps(self) -> list[int]:
         """The steps of all complete checkpoints, in ascending order."""
@@ -160,61 +144,48 @@ class Checkpoints:
         """The step of the newest complete checkpoint, None without one."""
         return max(self.steps(), default=None)
 
-    def restore(self, shapes: TrainState, mesh: Mesh) -> tuple[int, TrainState, dict] | None:
-        """Restores the newest checkpoint that can be read: its step, state and data record.
+    def restore(
+        self, shapes: TrainState, mesh: Mesh, step: int | None = None
+    ) -> tuple[int, TrainState, dict] | None:
+        """Restores a checkpoint: its step, state and data record.
 
-        A damaged checkpoint is moved to the workdir's folder damaged-STEP with a warning, and the
-        one before it is used. A run of several processes stops after the move instead. A failure
-        for another reason (memory, permissions, a network) moves nothing. Returns None if the
-        folder has no checkpoint; `check_new` checks whether all were moved away before.
+        Without `step` it is the newest checkpoint that can be read. A damaged one is moved to the
+        workdir's folder damaged-STEP with a warning, and the one before it is used; a run of
+        several processes stops instead. A failure for another reason (memory, permissions, a
+        network) moves nothing. Returns None if there is no checkpoint; `check_new` then tells
+        whether damaged ones were moved away before.
 
         Args:
           shapes: the shapes of the state.
           mesh: the mesh on which the arrays are placed.
+          step: the step of the checkpoint to restore; nothing is moved if it is damaged.
 
         Raises:
-          UserError: there are checkpoints, but none can be read, or all hold a model alone.
-          TrainingStopped: a checkpoint is damaged, and the run has several processes.
+          UserError: the checkpoint of `step` is missing or can't be read. Without `step`: none of
+            the checkpoints can be read, or all hold a model alone.
+          TrainingStopped: a checkpoint was moved, and the run has several processes.
         """
+        if step is not None:
+            self._check_has(step)
+            with self._refusing_damage(step):
+                return step, *self._read_state(step, shapes, mesh)
         steps = self.steps()[::-1]
-        if steps and all(self._is_model_alone(step) for step in steps):
+        if steps and all(self._is_model_alone(one) for one in steps):
             raise UserError(
                 f"checkpoint {steps[0]} in {self._directory} holds a model alone; train another "
                 "run that starts as it, by --config.init.workdir"
             )
-        for step in steps:
+        for one in steps:
             try:
-                return step, *self._read_state(step, shapes, mesh)
+                return one, *self._read_state(one, shapes, mesh)
             except Damaged as damage:
-                self._set_aside(step, damage)
+                self._set_aside(one, damage)
         if steps:  # all of them were moved away
             self.check_new()
         return None
 
-    def restore_step(
-        self, step: int, shapes: TrainState, mesh: Mesh
-    ) -> tuple[int, TrainState, dict]:
-        """Restores the checkpoint of one step, and moves nothing: its step, state and data record.
-
-        Args:
-          step: the checkpoint's step.
-          shapes: the shapes of the state.
-          mesh: the mesh on which the arrays are placed.
-
-        Raises:
-          UserError: there is no such checkpoint, or it cannot be read.
-        """
-        self._check_has(step)
-        with self._refusing(step):
-            return step, *self._read_state(step, shapes, mesh)
-
     def _read_state(self, step: int, shapes: TrainState, mesh: Mesh) -> tuple[TrainState, dict]:
-        """Reads a checkpoint's state and data record.
-
-        Raises:
-          Damaged: the files are not as they were written.
-          UserError: the files cannot be read now.
-        """
+        """Reads a checkpoint's state and data record; raises as `_read` does."""
         parts = {"model": shapes.model, "optimizer": shapes.optimizer}
         arguments = {part: _restore_arguments(tree, mesh) for part, tree in parts.items()}
         record = self.record(step)
@@ -234,7 +205,7 @@ class Checkpoints:
             )
 
     def check_new(self) -> None:
-        """Raises UserError if a run without checkpoints has lost some and would start again."""
+        """Raises UserError if damaged checkpoints were moved away: the run would start anew."""
         aside = sorted(path.name for path in self._directory.parent.glob("damaged-*"))
         if aside:
             raise UserError(
@@ -252,10 +223,6 @@ class Checkpoints:
           config: the run's config.
           mesh: the mesh on which the arrays are placed.
           step: the checkpoint's step; the newest checkpoint by default.
-
-        Raises:
-          UserError: there is no such checkpoint, it cannot be read, or the run's tokenizer.json is
-            not the one that the model was trained with.
         """
         if step is not None:
             self._check_has(step)
@@ -266,7 +233,7 @@ class Checkpoints:
         fix = "restore a copy of it"
         if step == max(steps := self.steps()) > min(steps) and self._has(step, "optimizer"):
             fix = "resume the training, which falls back to the one before it"
-        with self._refusing(step, f"; {fix}"):
+        with self._refusing_damage(step, fix):
             record = self.record(step) if self._has(step, "data") else {}
             items = self._read(step, model=_restore_arguments(shapes, mesh))
             _verify({"model": items["model"]}, record)
@@ -277,7 +244,7 @@ class Checkpoints:
         """The data record that was saved beside a checkpoint's arrays.
 
         Raises:
-          Damaged: the record cannot be read, or it is not as it was written for this step.
+          Damaged: the record cannot be read, or has changed since it was written for this step.
         """
         record = self._read(step, data=ocp.args.JsonRestore())["data"]
         if not isinstance(record, dict):
@@ -293,32 +260,19 @@ class Checkpoints:
         return record
 
     def fingerprint(self, step: int) -> dict:
-        """What a checkpoint's run read, from its data record; empty where it has none.
-
-        Raises:
-          UserError: the record cannot be read.
-        """
-        with self._refusing(step):
+        """The fingerprints of text and tokenizer in a checkpoint's data record; empty if none."""
+        with self._refusing_damage(step):
             return self.record(step).get("fingerprint", {}) if self._has(step, "data") else {}
 
+    def _refusing_damage(self, step: int, fix: str = ""):
+        what = f"checkpoint {step} in {self._directory} cannot be read"
+        return refusing(what, Damaged, fix=fix)
+
     @contextlib.contextmanager
-    def _refusing(self, step: int, fix: str = "") -> Iterator[None]:
-        """Turns `Damaged` into a UserError."""
+    def _writing(self) -> Iterator[None]:
+        """Turns any error of Orbax's writing into that of `_cannot_write`."""
         try:
             yield
-        except Damaged as damage:
-            raise UserError(
-                f"checkpoint {step} in {self._directory} cannot be read ({damage}){fix}"
-            ) from damage
-
-    def close(self) -> None:
-        """Waits for the checkpoint that is being written, if any.
-
-        Raises:
-          UserError: it could not be written.
-        """
-        try:
-            self._manager.close()
         except Exception as error:
             raise self._cannot_write(error) from error
 
@@ -326,7 +280,7 @@ class Checkpoints:
         return (self._directory / str(step) / item).is_dir()
 
     def _is_model_alone(self, step: int) -> bool:
-        """Whether `save_model` wrote the checkpoint: it then has no position in the data."""
+        """Whether `save_model` wrote the checkpoint: without optimizer and position in the data."""
         if self._has(step, "optimizer") or not self._has(step, "model"):
             return False
         try:
@@ -346,7 +300,7 @@ class Checkpoints:
                 raise Damaged(f"it has no {item}")
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**arguments))
-        except Exception as error:  # readers of truncated files raise anything
+        except Exception as error:  # truncated files can raise any exception
             cause = _first_cause(error)
             if _is_damage(cause):
                 raise Damaged(first_line(cause)) from error
@@ -366,11 +320,7 @@ class Checkpoints:
             )
 
     def _set_aside(self, step: int, damage: "Damaged") -> None:
-        """Moves a damaged checkpoint out of the way.
-
-        Raises:
-          TrainingStopped: there are several processes, and others may have read it without error.
-        """
+        """Moves a damaged checkpoint out of the way."""
         log.warning("checkpoint %d cannot be read: %s", step, damage)
         parent = self._directory.parent
         names = (f"damaged-{step}{f'-{n}' if n else ''}" for n in itertools.count())
@@ -389,14 +339,12 @@ class Checkpoints:
             with contextlib.suppress(FileNotFoundError):  # another process was faster
                 source.rename(target)
             return
-        from prmoe_jax.stores import gcs
-
-        gcs.move_folder(source, target, COMMITTED)
+        stores.client(source).move_folder(source, target, COMMITTED)
 
     def _cannot_write(self, error: Exception) -> UserError | RuntimeError:
         cause = _first_cause(error)
         if jax.process_count() > 1 and isinstance(cause, jax.errors.JaxRuntimeError):
-            # Processes wait for each other before a checkpoint counts, and one was lost.
+            # A process was lost: they all wait for each other before a checkpoint is complete.
             return jax.errors.JaxRuntimeError(str(cause))
         good = self.latest()
         return UserError(
@@ -409,14 +357,18 @@ class Damaged(Exception):
     """A checkpoint's files are not as they were written."""
 
 
-def checksums(named: dict[str, jax.Array]) -> dict[str, int]:
-    """A checksum for each array, which changes with any single element.
+# Errors of Orbax when it lists checkpoints whose _CHECKPOINT_METADATA, with times, is damaged.
+_UNLISTED = ArithmeticError, AttributeError, LookupError, TypeError, ValueError
 
-    It is a sum modulo 2³²: each element's bits times an odd number that follows from its
-    position. It is therefore the same on every mesh.
+
+def checksums(named: dict[str, jax.Array]) -> dict[str, int]:
+    """A checksum for each array, which changes if any single element changes.
+
+    It is the sum modulo 2³² of each element's bits times an odd number, which depends on the
+    element's position. It is therefore the same on every mesh.
     """
-    # The bits are a copy. That of all arrays would take as much memory as a model, so large ones
-    # come one by one, and the others in one program.
+    # Each checksum copies its array. To save memory, large arrays come one by one, and only the
+    # others in one program.
     large = {name: x for name, x in named.items() if x.nbytes > LARGE_BYTES}
     small = {name: x for name, x in named.items() if name not in large}
     values = jax.device_get(_checksums(small))
@@ -453,8 +405,8 @@ def _verify(found: dict[str, dict[str, jax.Array]], record: dict) -> None:
             raise Damaged(f"{part}: the numbers of {changed[0]} are not those that were saved")
 
 
-# The types of what a data record may hold. The position in the data is the step: Grain's iterators
-# count batches.
+# The types of a data record's fields. `iterator`, the position in the data, must equal the step:
+# Grain's iterators count batches.
 _RECORD = {
     "fingerprint": dict,
     "iterator": dict,
@@ -465,7 +417,7 @@ _RECORD = {
 
 
 def _digest(data: dict) -> str:
-    """A digest of a data record, which changes with every value."""
+    """A digest of a data record, which changes if any value changes."""
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
@@ -473,8 +425,8 @@ def _without_checksums(record: dict) -> dict:
     return {name: value for name, value in record.items() if name != "checksums"}
 
 
-# Errors that mean damaged files: Orbax raises Python's errors, Tensorstore's messages begin with
-# codes.
+# Errors that mean damaged files. Orbax raises Python's errors; Tensorstore's messages begin with a
+# code.
 _DAMAGE = FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError, RecursionError
 _DAMAGE_CODES = "DATA_LOSS", "OUT_OF_RANGE", "NOT_FOUND", "FAILED_PRECONDITION"
 

@@ -5,6 +5,7 @@ tokenizer.json   the tokenizer       metrics.jsonl     one line for each logged 
 checkpoints/     model, optimizer, position in the data; tensorboard/; profile/
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -24,6 +25,7 @@ from prmoe_jax.errors import UserError
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
 CHECKPOINTS = "checkpoints"
+METRICS = "metrics.jsonl"
 RECORDED_PACKAGES = (
     "prmoe_jax jax jaxlib flax optax orbax-checkpoint grain tensorflow-datasets tokenizers numpy"
 )
@@ -47,7 +49,7 @@ def record_environment(workdir: Path, devices: list) -> float:
 
 def environment(devices: list) -> dict:
     """Time, command, git revision, platform, devices and versions of this process."""
-    # The package may be installed inside another project's repository, whose state is no matter.
+    # The package may be installed inside another project's repository; ignore that one's revision.
     tracked = _git("ls-files", "--error-unmatch", "__init__.py") is not None
     return {
         "time": time.time(),
@@ -63,7 +65,7 @@ def environment(devices: list) -> dict:
 
 
 def device_name(device) -> str:
-    """The kind of a device, with a CPU's model: CPUs differ in speed and in last digits."""
+    """The kind of a device; of CPUs the model, since they differ in speed and in last digits."""
     if device.platform != "cpu":
         return device.device_kind
     model, info = platform.processor(), Path("/proc/cpuinfo")
@@ -84,28 +86,22 @@ def versions() -> dict[str, str | None]:
 
 def installed_version(package: str) -> str | None:
     """The version of an installed package; None if it is not installed."""
-    try:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    return None
 
 
 def _git(*arguments: str) -> str | None:
-    """What git says in this package's folder; None where it is not git's, or there is no git."""
+    """Output of git in this package's folder; None if git fails, as outside a repository."""
     command = ["git", "-C", str(Path(prmoe_jax.__file__).parent), *arguments]
-    try:
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
+        return done.stdout.strip()
+    return None
 
 
 def check_outside_checkpoints(named: str, folder: Path) -> None:
-    """Refuses a folder among the checkpoints of a run, which could not be read any more.
-
-    Raises:
-      UserError: it lies there; `named` is the option that names it.
-    """
+    """Refuses a folder inside a run's checkpoints, which Orbax could then not read any more."""
     real = Path(os.path.realpath(folder)) if stores.is_local(folder) else folder
     for place in (real, *real.parents):
         if place.name == CHECKPOINTS and (place.parent / CONFIG).exists():
@@ -116,7 +112,7 @@ def check_outside_checkpoints(named: str, folder: Path) -> None:
 
 
 def check_step(workdir: Path, step: int, config: Config) -> None:
-    """Raises UserError if a run's newest checkpoint is of a step behind its end."""
+    """Raises UserError if the step of a run's newest checkpoint is beyond the run's last step."""
     if step > config.total_steps:
         raise UserError(
             f"{workdir}: the run has {config.total_steps} steps, and its newest checkpoint is of "

@@ -4,15 +4,21 @@ import contextlib
 import json
 import math
 import os
+import platform
+import struct
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import jax
 import numpy as np
 
 from prmoe_jax import files, stores
 from prmoe_jax.config.schema import Config
+from prmoe_jax.errors import UserError, refusing
+from prmoe_jax.run.directory import METRICS
 from prmoe_jax.tables import aligned
 
 # Dense bfloat16 peak of one device in FLOP/s, from the vendors' data sheets.
@@ -24,7 +30,7 @@ PEAK_FLOPS = {
     "TPU v5p": 459e12,
     "TPU v6 lite": 918e12,
     "TPU v6e": 918e12,
-    "TPU7x": 1153.5e12,  # half a chip
+    "TPU7x": 1153.5e12,  # a device is half a chip
     "NVIDIA A100-SXM4-40GB": 312e12,
     "NVIDIA A100-SXM4-80GB": 312e12,
     "NVIDIA H100 80GB HBM3": 989e12,
@@ -35,24 +41,26 @@ PEAK_FLOPS = {
 
 
 def summarise(sums, config: Config) -> dict:
-    """Means from a `loss.Sums`; names of the MoE layer with number NN start with 'layers/NN/'.
+    """Turns the sums of a `loss.Sums` into means.
 
-    It runs on the host; as a part of the compiled step it would be many small kernels.
+    It runs on the host; as a part of the compiled step it would be many small kernels. A choice is
+    one of a token's top-k assignments. If experts choose tokens, each token counts as one choice,
+    dropped if no expert took the token.
 
     Returns:
       Plain numbers and lists. For the whole model: lm_loss (nats per token), z_loss, aux_loss
-      (summed over the MoE layers), kd_loss (T² · KL in nats per token, without its weight; only
-      with a teacher) and drop_fraction (share of choices lost to capacity).
-      For each MoE layer: aux_loss, router_z_loss, drop_fraction, expert_load (share of all
-      choices, [E]), expert_drop_fraction (dropped share of each expert's choices, [E]),
-      position_drop_fraction (by the token's position in its routing group, in up to 16 equal
-      parts), unserved_fraction (share of tokens that no expert kept) and router_entropy (nats).
-      Where rows reach other devices without drops, also exchange_rounds (1 unless a device, or a
-      pair of devices, got more rows than its buffer holds; `moe.buffer_factor`).
-      With a residual also the mean weight of the experts' branch: residual_coefficient over all
-      tokens, residual_coefficient_kept over tokens that an expert kept, and
-      residual_coefficient_dropped over the others. If experts choose tokens, a dropped choice is a
-      token that no expert took.
+      (summed over MoE layers), drop_fraction (share of choices dropped for lack of capacity) and,
+      with a teacher, kd_loss (T² · KL in nats per token, without its weight).
+      For each MoE layer, with names that start with its number ('layers/03/'): aux_loss,
+      router_z_loss, drop_fraction, router_entropy (nats), and
+        expert_load: each expert's share of all choices, [E].
+        expert_drop_fraction: dropped share of each expert's choices, [E].
+        position_drop_fraction: dropped share by position in the routing group, in up to 16 parts.
+        unserved_fraction: share of tokens whose choices were all dropped.
+        exchange_rounds: only where experts are on several devices and nothing is dropped; above 1
+          if some buffer was too small for its rows (`execution.buffer_factor`).
+        residual_coefficient: mean weight of the experts beside the residual MLP (shared expert);
+          its means over tokens that an expert kept, and over the others, end in _kept and _dropped.
     """
     sums = jax.device_get(sums)
     metrics = {
@@ -107,7 +115,7 @@ def _share(part, whole) -> np.ndarray:
 
 
 def _in_parts(count_S: np.ndarray) -> np.ndarray:
-    """Sums of counts by token over up to 16 equal parts of a routing group."""
+    """Counts by token position, summed over up to 16 equal parts of a routing group."""
     tokens = len(count_S)
     parts = min(16, tokens)
     return np.bincount(np.arange(tokens) * parts // tokens, count_S, parts)
@@ -126,17 +134,19 @@ def model_flops_utilisation(flops_per_second: float) -> float | None:
     return flops_per_second / (peak * jax.device_count()) if peak else None
 
 
-METRICS = "metrics.jsonl"
 _FIX = "delete that line, or restore a copy of the file"
+# Objects can't be appended to, so files in a store are always written whole. After a write,
+# the next one waits `EVERY` seconds, or `SHARE` times the write's duration if this is longer.
+EVERY, SHARE = 30.0, 20
 
 
 class MetricsWriter:
     """Appends to metrics.jsonl and to TensorBoard's file; only process 0 has one.
 
-    Each logged step is a line of metrics.jsonl, and each evaluation is another line. In an object
-    store the files are `files.GrowingObject`: lines since the last `sync` may be lost with the
-    process. A run calls it before each checkpoint, so that such lines are of steps that the resumed
-    run repeats.
+    Each logged step is a line of metrics.jsonl, and each evaluation is another line. If the run is
+    in an object store, the files are written to this machine's disk, and `sync` copies them to the
+    store now and then. A crash loses the lines since the last `sync`. A run therefore calls `sync`
+    before each checkpoint: the resumed run repeats the steps of lost lines.
     """
 
     def __init__(self, workdir: Path, resume_step: int, check: Callable[[], None] = lambda: None):
@@ -149,121 +159,83 @@ class MetricsWriter:
           workdir: the run's folder.
           resume_step: the step of the checkpoint with which the run goes on.
           check: called before each write to an object store.
-
-        Raises:
-          UserError: metrics.jsonl is damaged, or a file cannot be written.
         """
-        self._path, self._check = workdir / METRICS, check
-        kept = [m for m in read_metrics(self._path) if m["step"] <= resume_step]
-        content = "".join(json.dumps(m) + "\n" for m in kept).encode()
-        if self._path.exists():
-            files.replace(self._path, content)
-        try:
-            if stores.is_local(workdir):
-                self._file = open(self._path, "ab", opener=stores.no_link)
-            else:
-                self._file = files.GrowingObject(self._path, content, check)
-            self._events = _EventFile(workdir / "tensorboard", resume_step + 1, check)
-        except OSError as error:
-            raise files.cannot_write(self._path, error) from error
+        self._workdir, self._check = workdir, check
+        self._cleanup, self._folder = contextlib.ExitStack(), workdir
+        kept = [m for m in read_metrics(workdir / METRICS) if m["step"] <= resume_step]
+        with self._refusing():
+            if not stores.is_local(workdir):
+                temporary = tempfile.TemporaryDirectory(prefix="prmoe-")
+                self._folder = Path(self._cleanup.enter_context(temporary))
+            content = "".join(json.dumps(m) + "\n" for m in kept)
+            if kept or (self._folder / METRICS).exists():
+                files.replace(self._folder / METRICS, content)
+            (self._folder / "tensorboard").mkdir(exist_ok=True)
+            self._lines, self._events = map(self._open, (METRICS, _name_of_events(resume_step)))
+            self._append_event(0, file_version="brain.Event:2")
+            # This event makes TensorBoard ignore older events of the steps that are repeated.
+            self._append_event(resume_step + 1, session_log={"status": 1})
+        self._changed, self._due = False, time.monotonic() + EVERY
 
     def write(self, step: int, metrics: dict) -> None:
-        """Writes one line and flushes it, in an object store when it is time.
-
-        Raises:
-          UserError: the line cannot be written; an incomplete line is ignored on reading.
-        """
-        try:
-            self._file.write((json.dumps({"step": step, **metrics}) + "\n").encode())
-            self._file.flush()
-            self._events.add(step, metrics)
-        except OSError as error:
-            raise files.cannot_write(self._path, error) from error
+        """Writes one line and flushes it; calls `sync` when it is time."""
+        with self._refusing():
+            self._lines.write((json.dumps({"step": step, **metrics}) + "\n").encode())
+            self._lines.flush()
+            numbers = [(n, v) for n, v in metrics.items() if isinstance(v, (int, float))]
+            values = [{"tag": name, "simple_value": value} for name, value in numbers]
+            self._append_event(step, summary={"value": values})
+        self._changed = True
+        if time.monotonic() >= self._due:
+            self.sync()
 
     def sync(self) -> None:
-        """Writes the lines that an object store lacks, after `check`; a local file has them.
-
-        Raises:
-          UserError: they cannot be written.
-        """
-        self._check()
-        try:
-            for file in (self._file, self._events.object):
-                if isinstance(file, files.GrowingObject):
-                    file.sync()
-        except OSError as error:
-            raise files.cannot_write(self._path, error) from error
+        """Copies the files to the object store if they have grown; does nothing for a local run."""
+        if self._folder == self._workdir or not self._changed:
+            return
+        begun = time.monotonic()
+        with self._refusing():
+            self._check()
+            stores.upload(self._folder, self._workdir)
+        end = time.monotonic()
+        self._changed, self._due = False, end + max(EVERY, SHARE * (end - begun))
 
     def close(self) -> None:
-        for file in (self._file, self._events):
-            with contextlib.suppress(OSError):  # the disk is full, which was reported before
-                file.close()
+        with self._cleanup, contextlib.suppress(OSError, UserError):  # reported before
+            self._lines.close()
+            self._events.close()
+            self.sync()
 
+    def _refusing(self):
+        return refusing(f"{self._workdir / METRICS} cannot be written", OSError)
 
-class _EventFile:
-    """A file for TensorBoard, flushed after every event.
+    def _open(self, name: str) -> BinaryIO:
+        return open(self._folder / name, "ab", opener=stores.no_link)
 
-    tensorboardX's own writer uses a thread, and waits for ever if that thread has failed.
-
-    Attributes:
-      object: the file if it is in an object store, else None.
-    """
-
-    def __init__(self, folder: Path, purge_step: int, check: Callable[[], None]):
-        """Opens a new file; TensorBoard then ignores older files' events from `purge_step` on."""
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import SessionLog
-        from tensorboardX.record_writer import register_writer_factory
-
-        self.object: files.GrowingObject | None = None
-        if stores.is_local(folder):
-            folder.mkdir(exist_ok=True)
-        else:
-            self._check = check
-            register_writer_factory("gs", self)
-        # The library's own file name is unique only within a second.
-        self._writer = EventsWriter(str(folder / "events"), f".{os.getpid()}.{purge_step}")
-        self._append(purge_step, session_log=SessionLog(status=SessionLog.START))
-
-    def open(self, path: str) -> files.GrowingObject:
-        """tensorboardX calls this for a file in an object store, which its own would write whole
-        after every event."""
-        self.object = files.GrowingObject(stores.as_path(path), check=self._check)
-        return self.object
-
-    def add(self, step: int, metrics: dict) -> None:
-        """Appends the numbers among a step's metrics."""
-        from tensorboardX.proto.summary_pb2 import Summary
-
-        numbers = {name: v for name, v in metrics.items() if isinstance(v, (int, float))}
-        values = [Summary.Value(tag=name, simple_value=v) for name, v in numbers.items()]
-        self._append(step, summary=Summary(value=values))
-
-    def close(self) -> None:
-        self._writer.close()
-
-    def _append(self, step: int, **content) -> None:
+    def _append_event(self, step: int, **content) -> None:
+        """Writes an event in TensorBoard's format: length and event, a checksum after each."""
         from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.record_writer import masked_crc32c
 
-        self._writer.write_event(Event(wall_time=time.time(), step=step, **content))
-        self._writer.flush()
+        event = Event(wall_time=time.time(), step=step, **content).SerializeToString()
+        for part in (struct.pack("<Q", len(event)), event):
+            self._events.write(part + struct.pack("<I", masked_crc32c(part)))
+        self._events.flush()
+
+
+def _name_of_events(resume_step: int) -> str:
+    """The name of a new file for TensorBoard."""
+    parts = f"{time.time():.0f}", platform.node(), str(os.getpid()), str(resume_step + 1)
+    return f"tensorboard/events.out.tfevents.{'.'.join(parts)}"
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """Reads the lines of a metrics.jsonl; leaves out a last line torn by a crash, with a warning.
-
-    Raises:
-      UserError: the file cannot be read, or a line is damaged.
-    """
+    """Reads the lines of a metrics.jsonl; warns of a last line torn by a crash, and omits it."""
     return files.read_json_lines(path, {"step": int}, _FIX)
 
 
 def finished(config: Config, workdir: Path) -> bool:
-    """Whether a run's folder has the evaluation at its end, with a finite loss.
-
-    Raises:
-      UserError: metrics.jsonl cannot be read, or a line is damaged.
-    """
+    """Whether a run's metrics have the evaluation after its last step, with a finite loss."""
     lines = read_metrics(workdir / METRICS)
     if not lines or lines[-1]["step"] != config.total_steps:
         return False

@@ -1,4 +1,4 @@
-"""Makes the folder of a run whose model was not trained there: an imported or a pruned one."""
+"""Makes a run's folder for an imported or a pruned model."""
 
 import contextlib
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from prmoe_jax import files, stores
 from prmoe_jax.config.loading import save
 from prmoe_jax.config.schema import Config
 from prmoe_jax.data.tokenizer import Tokenizer
-from prmoe_jax.errors import UserError
+from prmoe_jax.errors import UserError, refusing
 from prmoe_jax.model.transformer import Transformer
 from prmoe_jax.run import directory as workdirs
 from prmoe_jax.run.checkpoint import Checkpoints
@@ -24,7 +24,7 @@ def write_run(
     tokenizer: Tokenizer,
     text: dict[str, str] | None = None,
 ) -> None:
-    """Writes a run at step 0, whole or not at all.
+    """Writes a run at step 0 atomically.
 
     Args:
       option: the command's option that names the folder, for messages.
@@ -32,10 +32,7 @@ def write_run(
       config: the run's config.
       model: the run's model.
       tokenizer: the run's tokenizer.
-      text: the fingerprint of the text that the model was trained on, as `trained_text` has it.
-
-    Raises:
-      UserError: the folder cannot be written.
+      text: the fingerprint of the text that the model was trained on, from `trained_text`.
     """
 
     def build(folder: Path) -> None:
@@ -51,7 +48,7 @@ def write_run(
 def check_free(option: str, folder: Path) -> None:
     """Raises UserError unless a new folder can be made here.
 
-    It must not exist, or be empty and not the current folder; and not be a run's checkpoint.
+    It must be missing or empty, not the current folder, and not among a run's checkpoints.
     """
     workdirs.check_outside_checkpoints(f"--{option}", folder)
     if not stores.is_local(folder):
@@ -66,19 +63,18 @@ def check_free(option: str, folder: Path) -> None:
 def write_folder(
     option: str, folder: Path, build: Callable[[Path], None], last: str | None = None
 ) -> None:
-    """Builds a folder whole or not at all; errors of the libraries that write files are one line.
+    """Builds a folder atomically; libraries' errors become a UserError of one line.
 
-    For an object store, `last` names the file that completes the folder. Without it, `build` writes
-    to the store itself.
+    In an object store, `build` writes to a local folder, which is then uploaded; `last` names the
+    file that comes last, as a sign of completeness. Without `last`, `build` writes to the store.
     """
-    try:
+    expected = OSError, RuntimeError, SafetensorError
+    with refusing(f"--{option}={folder} cannot be written", expected):
         if stores.is_local(folder):
-            files.build_folder(folder, build)
+            with files.whole_folder(folder) as temporary:
+                build(temporary)
         elif last:
             files.build_in_store(folder, f"--{option}", build, last)
         else:
             with files.building_in_store(folder, f"--{option}"):
                 build(folder)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        line = str(getattr(error, "strerror", None) or error).partition("\n")[0][:200]
-        raise UserError(f"--{option}={folder} cannot be written: {line}") from error

@@ -37,9 +37,6 @@ def restore_run(
       layout: the mesh. By default it is the run's mesh, or the suggested one if the run has none.
         If that doesn't fit these devices, each device holds the whole model. A mesh need not suit
         the run's batch size.
-
-    Raises:
-      UserError: the folder holds no run or no readable checkpoint, or the layout doesn't fit.
     """
     workdir = stores.as_path(workdir)
     config = _with_attention(load(workdir / workdirs.CONFIG))
@@ -61,7 +58,7 @@ def restore_run(
 def restore_model(
     workdir: Path, config: Config, mesh: Mesh, step: int | None = None
 ) -> tuple[int, Transformer]:
-    """Restores a run's model onto a given mesh, such as the mesh of its student.
+    """Restores a run's model onto a given mesh, such as its student's.
 
     Args:
       workdir: the run's folder.
@@ -71,9 +68,6 @@ def restore_model(
 
     Returns:
       The checkpoint's step, and the model.
-
-    Raises:
-      UserError: there is no such checkpoint, or it cannot be read.
     """
     config = _with_attention(config)
     check_backends(config, jax.default_backend(), mesh)
@@ -81,7 +75,7 @@ def restore_model(
         found, model = checkpoints.restore_model(config, mesh, step)
     if step is None:
         workdirs.check_step(workdir, found, config)
-    # The metrics, which may be large, are read only where the checkpoint is not a finished run's.
+    # Metrics may be large, so they are read only if the checkpoint is not the run's last one.
     if step is None and found < config.total_steps and (last := max(found, _last_step(workdir))):
         log.warning(
             "%s: its newest checkpoint, that of step %d of %d, is used%s",
@@ -92,22 +86,19 @@ def restore_model(
 
 
 def trained_text(workdir: Path) -> dict[str, str]:
-    """The fingerprint of the text that a run was trained on, as 'corpus'; empty if not known."""
+    """{'corpus': fingerprint of the text that a run was trained on}; empty if not known."""
     with contextlib.closing(Checkpoints(workdir)) as checkpoints:
         found = checkpoints.fingerprint(checkpoints.latest())
     return {name: value for name, value in found.items() if name == "corpus"}
 
 
 def check_text(workdir: Path, config: Config, fingerprint: str) -> None:
-    """Checks that a run's text is still that which it was trained on.
+    """Checks that a run's text has not changed since its training.
 
     Args:
       workdir: the run's folder.
       config: the run's config.
-      fingerprint: that of `config.data.corpus` as it is now.
-
-    Raises:
-      UserError: it is another text.
+      fingerprint: the present fingerprint of `config.data.corpus`.
     """
     if trained_text(workdir).get("corpus", fingerprint) != fingerprint:
         raise UserError(
@@ -118,7 +109,7 @@ def check_text(workdir: Path, config: Config, fingerprint: str) -> None:
 
 
 def _last_step(workdir: Path) -> int:
-    """The step of the last line of a run's metrics, or 0 if there is none or it is damaged."""
+    """The last step in a run's metrics; 0 if there is none, or they are damaged."""
     with contextlib.suppress(UserError):
         if lines := read_metrics(workdir / METRICS):
             return lines[-1]["step"]
@@ -126,10 +117,10 @@ def _last_step(workdir: Path) -> int:
 
 
 def _with_attention(config: Config) -> Config:
-    """The config with attention that can run here, where it names a kernel of other devices."""
+    """The config, with attention `auto` if its attention kernel cannot run on these devices."""
     try:
-        resolve_attention(config.model, jax.default_backend())
+        resolve_attention(config.execution.attention, config.model, jax.default_backend())
     except UserError as error:
         log.info("%s, as is done here", error)
-        return replace(config, model=replace(config.model, attention="auto"))
+        return replace(config, execution=replace(config.execution, attention="auto"))
     return config

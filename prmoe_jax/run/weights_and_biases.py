@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from prmoe_jax.config.schema import Config
-from prmoe_jax.errors import UserError, first_line
+from prmoe_jax.errors import UserError, first_line, refusing
 
 log = logging.getLogger(__name__)
 
@@ -23,26 +23,25 @@ def check_installed(config: Config) -> None:
 
 
 class WandbRun:
-    """A run there. Restarts continue it; a line that is logged again appears twice in its table.
+    """A run at Weights & Biases. A resumed run continues it; repeated steps appear there twice.
 
-    Where its process fails, training goes on without it; metrics.jsonl has everything.
+    If Weights & Biases fails, training goes on without it; metrics.jsonl has everything.
     """
 
     def __init__(self, config: Config, workdir: Path, begun: float):
         """Starts or continues the run.
 
         Args:
-          config: `log.wandb` is the project.
-          workdir: the run's folder, whose name becomes the run's.
-          begun: when the run was started for the first time; with the folder it identifies the run.
-
-        Raises:
-          UserError: it can't be started, for example without a login.
+          config: `log.wandb` names the project.
+          workdir: the run's folder; its name is also the name at Weights & Biases.
+          begun: time of the run's first start; with the folder it identifies the run.
         """
         import wandb
 
         identity = hashlib.sha256(f"{os.fspath(workdir)} {begun}".encode()).hexdigest()[:12]
-        try:
+        advice = "run wandb login, or set WANDB_MODE=offline"
+        failures = wandb.errors.Error, OSError
+        with refusing(f"log.wandb={config.log.wandb}", failures, fix=advice):
             self._run = wandb.init(
                 project=config.log.wandb,
                 name=workdir.name,
@@ -51,11 +50,6 @@ class WandbRun:
                 config=dataclasses.asdict(config),
                 settings=wandb.Settings(silent=True, console="off"),
             )
-        except (wandb.errors.Error, OSError) as error:
-            raise UserError(
-                f"log.wandb={config.log.wandb}: {first_line(error)}; run wandb login, or set "
-                "WANDB_MODE=offline"
-            ) from error
         # W&B's own counter never goes back, but a resumed run does.
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")

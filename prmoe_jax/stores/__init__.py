@@ -4,10 +4,12 @@ from prmoe_jax.stores.paths import (
     as_local_path,
     as_path,
     check_reachable,
+    client,
     delete_folder,
     expand,
     is_local,
     no_link,
     scheme,
     upload,
+    write,
 )

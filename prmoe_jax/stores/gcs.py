@@ -1,9 +1,8 @@
-"""Google Cloud Storage by gcsfs: patient with a store that fails, and with conditional writes.
+"""Google Cloud Storage through gcsfs, with patient retries and conditional writes.
 
 Importing this module needs the extra [gcs].
 """
 
-import asyncio
 import contextlib
 import errno
 import json
@@ -25,124 +24,112 @@ from etils import epath
 from fsspec.asyn import sync_wrapper
 from gcsfs.core import GCSFileSystem  # gcsfs.GCSFileSystem asks by gRPC for the kind of a bucket
 from gcsfs.retry import HttpError, is_retriable
+from google.api_core.exceptions import RetryError
+from google.api_core.retry import AsyncRetry
 
 from prmoe_jax.errors import first_line
 
 log = logging.getLogger(__name__)
 
-# Seconds for which a request is repeated that the store does not answer, or answers by 429 or 5xx.
-# gcsfs itself repeats it for half a minute.
+# Seconds for which a request is retried if the store does not answer, or answers 429 or 5xx. gcsfs
+# itself retries for half a minute.
 PATIENCE = 300.0
 LONGEST_WAIT = 30.0  # seconds between two attempts
+_OBJECT = "b/{}/o/{}"  # the part of a URL that names an object
 
 
 class Version(NamedTuple):
     """An object as it was read."""
 
     content: bytes
-    generation: int  # the store gives each write of an object another one
+    generation: int  # the store's number of this version; each write has another
     age: float  # seconds since it was written, by the store's clock
 
 
 class PatientGCS(GCSFileSystem):
-    """gcsfs's file system, which outlasts failures and raises only OSError.
+    """gcsfs's file system, which retries for `PATIENCE` and raises the store's errors as OSError.
 
-    `etils.epath`, and with it Orbax, use it as well. Listings are not cached, because other
+    `etils.epath`, and through it Orbax, use it as well. Listings are not cached, because other
     processes write, too.
     """
 
     def __init__(self, *arguments, **named):
         super().__init__(*arguments, **{"use_listings_cache": False} | named)
         self._failing_since = math.inf
-        self._given_up = -math.inf  # when a request lost patience last
 
     async def _call(self, method, path, *arguments, **named):
-        begun, wait = time.monotonic(), 1.0
-        if begun < self._given_up + LONGEST_WAIT:  # the command is ending: one attempt takes 30 s
-            raise OSError(errno.EIO, "the object store fails", _named(path, arguments))
-        while True:
-            try:
-                answer = await super()._call(method, path, *arguments, **named)
+        # All requests share the time limit, which starts at the first failure.
+        failing = max(0.0, time.monotonic() - self._failing_since)
+        repeat = AsyncRetry(
+            predicate=_may_pass,
+            maximum=LONGEST_WAIT,
+            timeout=PATIENCE - failing,
+            on_error=self._failed,
+        )
+        try:
+            answer = await repeat(super()._call)(method, path, *arguments, **named)
+        except Exception as error:
+            cause = error.cause if isinstance(error, RetryError) else error
+            if not _may_pass(cause):
                 self._failing_since = math.inf
-                return answer
-            except Exception as error:
-                if not _may_pass(error):
-                    self._failing_since = math.inf
-                    raise _as_os_error(error, _named(path, arguments)) from error
-                # All requests lose patience together.
-                self._failing_since = min(self._failing_since, begun)
-                left = self._failing_since + PATIENCE - time.monotonic()
-                if left <= 0:
-                    self._given_up = time.monotonic()
-                    raise _as_os_error(error, _named(path, arguments)) from error
-                log.warning(
-                    "the object store fails (%s); trying again for %.0f s", first_line(error), left
-                )
-            await asyncio.sleep(min(wait, left))
-            wait = min(2 * wait, LONGEST_WAIT)
+            raise _as_os_error(cause, _named(path, arguments)) from error
+        self._failing_since = math.inf
+        return answer
 
     call = sync_wrapper(_call)
 
-    async def _read(self, path: str) -> Version:
-        bucket, name, _ = self.split_path(path)
-        while True:
-            headers, about = await self._call("GET", "b/{}/o/{}", bucket, name)
-            described = json.loads(about)
-            generation = described["generation"]
-            try:
-                _, content = await self._call(
-                    "GET", "b/{}/o/{}", bucket, name, alt="media", generation=generation
-                )
-            except FileNotFoundError:  # replaced since, or deleted
-                continue
-            written = datetime.fromisoformat(described["updated"])
-            age = parsedate_to_datetime(headers["Date"]) - written
-            return Version(content, int(generation), max(0.0, age.total_seconds()))
-
-    async def _write_if(self, path: str, content: bytes, generation: int) -> int:
-        bucket, name, _ = self.split_path(path)
-        described = await self._call(
-            "POST",
-            f"{self._location}/upload/storage/v1/b/{quote(bucket)}/o",
-            uploadType="media",
-            name=name,
-            ifGenerationMatch=str(generation),
-            headers={"Content-Type": "text/plain"},
-            data=content,
-            json_out=True,
-        )
-        return int(described["generation"])
-
-    async def _delete_if(self, path: str, generation: int) -> None:
-        bucket, name, _ = self.split_path(path)
-        await self._call("DELETE", "b/{}/o/{}", bucket, name, ifGenerationMatch=str(generation))
-
-    read, write_if, delete_if = map(sync_wrapper, (_read, _write_if, _delete_if))
+    def _failed(self, error: Exception) -> None:
+        self._failing_since = min(self._failing_since, time.monotonic())
+        log.warning("the object store fails (%s)", first_line(error))
 
 
 def as_path(text: str) -> epath.Path:
-    """The path gs://BUCKET/… ."""
+    """The path of gs://BUCKET/…."""
     return epath.Path(text)
 
 
 def read(path: Path) -> Version:
     """Reads an object with its generation; FileNotFoundError if there is none."""
-    return _store().read(os.fspath(path))
+    store, bucket, name = _located(path)
+    while True:
+        headers, about = store.call("GET", _OBJECT, bucket, name)
+        described = json.loads(about)
+        generation = described["generation"]
+        with contextlib.suppress(FileNotFoundError):  # replaced since, or deleted
+            _, content = store.call(
+                "GET", _OBJECT, bucket, name, alt="media", generation=generation
+            )
+            written = datetime.fromisoformat(described["updated"])
+            age = parsedate_to_datetime(headers["Date"]) - written
+            return Version(content, int(generation), max(0.0, age.total_seconds()))
 
 
 def write_if(path: Path, content: bytes, generation: int) -> int:
-    """Writes an object if its generation is this one, 0 if there is none; returns the new one.
+    """Writes an object if it still has this generation (0: does not exist); returns the new one.
 
     Raises:
-      FileExistsError: it has another generation. If an attempt failed, it may be our own.
+      FileExistsError: it has another generation, perhaps from an attempt of ours whose answer was
+        lost.
       FileNotFoundError: the bucket does not exist.
     """
-    return _store().write_if(os.fspath(path), content, generation)
+    store, bucket, name = _located(path)
+    described = store.call(
+        "POST",
+        f"{store._location}/upload/storage/v1/b/{quote(bucket)}/o",
+        uploadType="media",
+        name=name,
+        ifGenerationMatch=str(generation),
+        headers={"Content-Type": "text/plain"},
+        data=content,
+        json_out=True,
+    )
+    return int(described["generation"])
 
 
 def delete_if(path: Path, generation: int) -> None:
     """Deletes an object; FileExistsError if it has another generation."""
-    _store().delete_if(os.fspath(path), generation)
+    store, bucket, name = _located(path)
+    store.call("DELETE", _OBJECT, bucket, name, ifGenerationMatch=str(generation))
 
 
 def write(path: Path, content: bytes) -> None:
@@ -151,18 +138,18 @@ def write(path: Path, content: bytes) -> None:
 
 
 def upload(file: Path, path: Path) -> None:
-    """Writes an object with the content of a local file, which is read part by part."""
+    """Copies a local file, part by part, to an object."""
     _store().put_file(os.fspath(file), os.fspath(path))
 
 
 def ask(folder: Path) -> None:
-    """Asks for the name of one object; OSError if there is no such bucket, or no permission."""
-    bucket, name, _ = _store().split_path(os.fspath(folder))
-    _store().call("GET", "b/{}/o", bucket, prefix=f"{name}/", maxResults="1")
+    """Lists one object; OSError if there is no such bucket, or no permission."""
+    store, bucket, name = _located(folder)
+    store.call("GET", "b/{}/o", bucket, prefix=f"{name}/", maxResults="1")
 
 
 def find(folder: Path) -> list[Path]:
-    """All objects of a folder and of those in it."""
+    """All objects of a folder and its subfolders."""
     return [as_path(f"gs://{name}") for name in _store().find(os.fspath(folder))]
 
 
@@ -172,8 +159,8 @@ def move_folder(source: Path, target: Path, last: str) -> None:
     Args:
       source: the folder.
       target: the new folder.
-      last: the name of an object in `source` that is deleted first. While it is there, the folder
-        counts as complete, so that the move can be done again if this process is killed.
+      last: the name of the object that was written last to `source`. It is deleted first. Until
+        then the folder counts as complete, so that a killed process's move can be repeated.
     """
     store = _store()
     old, new = (os.fspath(path).removeprefix("gs://") for path in (source, target))
@@ -185,13 +172,19 @@ def move_folder(source: Path, target: Path, last: str) -> None:
         store.rm(old, recursive=True)
 
 
+def _located(path: Path) -> tuple[PatientGCS, str, str]:
+    """The store, and the bucket and the name of an object in it."""
+    bucket, name, _ = _store().split_path(os.fspath(path))
+    return _store(), bucket, name
+
+
 def _store() -> PatientGCS:
-    # As epath makes it, so that both share one.
+    # With epath's arguments, so that both share one file system.
     return fsspec.filesystem("gcs", finalize_on_close=True)
 
 
 def _may_pass(error: Exception) -> bool:
-    """Whether the same request may succeed later."""
+    """Whether the same request may succeed later, so that a retry makes sense."""
     if isinstance(error, google.auth.exceptions.GoogleAuthError):
         return False
     if isinstance(error, TimeoutError):
@@ -200,13 +193,13 @@ def _may_pass(error: Exception) -> bool:
 
 
 def _named(path: str, arguments: Sequence[str]) -> str:
-    """What a request is about: gs://BUCKET/OBJECT, or gs://BUCKET."""
-    bucket = re.search(r"(?:^|/)b/([^/{}]+)", path)  # it may be a whole URL
+    """The name of what a request reads or writes: gs://BUCKET/OBJECT, or gs://BUCKET."""
+    bucket = re.search(r"(?:^|/)b/([^/{}]+)", path)  # the path may be a whole URL
     return "gs://" + ("/".join(arguments[:2]) or (bucket[1] if bucket else ""))
 
 
 def _as_os_error(error: Exception, name: str) -> Exception:
-    """An OSError with a reason that a user can act on; errors of others stay as they are."""
+    """Turns errors of the store into OSErrors that tell a user what to do; returns others as is."""
     line = first_line(error)
     if isinstance(error, FileExistsError):
         return error
@@ -231,12 +224,12 @@ def _as_os_error(error: Exception, name: str) -> Exception:
 
 
 def _register() -> None:
-    """Has fsspec, and epath through it, use `PatientGCS` for gs://."""
-    # With TensorFlow installed, epath would use that instead.
+    """Makes fsspec, and through it epath, use `PatientGCS` for gs://."""
+    # If TensorFlow is installed, epath would use its file system instead.
     os.environ.setdefault("EPATH_USE_TF", "false")
     for name in ("gcs", "gs"):
         fsspec.register_implementation(name, PatientGCS, clobber=True)
-    # It logs each failure with its traceback; ours are told in one line.
+    # gcsfs logs each failure with a traceback; `PatientGCS` logs one line.
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL + 1)
 
 

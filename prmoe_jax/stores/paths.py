@@ -1,36 +1,35 @@
-"""Paths of files and folders from text: local ones, and those in an object store.
+"""Makes paths from text, local or in an object store.
 
-A local path is a `pathlib.Path`, one in a store an `etils.epath.Path`, which has the same methods.
-Stores have no locks, no renaming of folders, no appending and no memory maps: `is_local` tells the
-two apart where that matters.
+A local path is a `pathlib.Path`. A path in a store is an `etils.epath.Path`, which has the same
+methods. Stores have no locks, no renaming of folders, no appending and no memory maps; code for
+which that matters asks `is_local`.
 """
 
 import errno
+import importlib
 import os
 import re
 from pathlib import Path
 
 from etils import epath
 
-from prmoe_jax.errors import UserError
+from prmoe_jax.errors import UserError, missing, refusing
 
-# A scheme at the start of a text. pathlib folds the two slashes into one.
+# A scheme at the start of a text. One slash matches, too: pathlib makes one of two.
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(//?)")
-KNOWN = ("gs",)
+# Of each scheme the module of its store, its library, and the extra that installs it.
+_CLIENTS = {"gs": ("prmoe_jax.stores.gcs", "gcsfs", "prmoe_jax[gcs]")}
+KNOWN = tuple(_CLIENTS)
 
 
 def scheme(text: str | os.PathLike) -> str:
-    """The scheme of a text such as gs://bucket/run, '' for a local path.
-
-    Raises:
-      UserError: no store has this scheme, a slash was lost, or the bucket is missing.
-    """
+    """The scheme of a text such as gs://bucket/run, '' for a local path."""
     text = os.fspath(text)
     found = _SCHEME.match(text)
     if not found:
         return ""
     name, slashes = found.groups()
-    if name not in KNOWN and slashes != "//":  # a file's name with a colon, or 'tokens:/shards'
+    if name not in KNOWN and slashes != "//":  # a file's name, such as 'tokens:/shards'
         return ""
     if name not in KNOWN:
         raise UserError(f"{text}: there is no store {name}://; give a local folder, or gs://BUCKET")
@@ -44,20 +43,17 @@ def scheme(text: str | os.PathLike) -> str:
 
 
 def as_path(text: str | os.PathLike) -> Path:
-    """The path that a text names, local or in a store.
-
-    Raises:
-      UserError: the text names a store that is unknown, or whose library is not installed.
-    """
+    """The path that a text names, local or in a store."""
     if not scheme(text):
         return Path(text)
-    try:
-        from prmoe_jax.stores import gcs
-    except ImportError:
-        raise UserError(
-            f"{os.fspath(text)}: gs:// needs gcsfs; pip install 'prmoe_jax[gcs]'"
-        ) from None
-    return gcs.as_path(os.fspath(text))
+    return client(text).as_path(os.fspath(text))
+
+
+def client(path: str | os.PathLike):
+    """The module for the object store of a path, which need not exist."""
+    module, library, extra = _CLIENTS[scheme(path)]
+    with missing(f"{os.fspath(path)}: {scheme(path)}:// needs {library}", extra):
+        return importlib.import_module(module)
 
 
 def expand(name: str, text: str | os.PathLike) -> Path:
@@ -66,25 +62,14 @@ def expand(name: str, text: str | os.PathLike) -> Path:
     Args:
       name: the setting's name, for the error message.
       text: the setting's value.
-
-    Raises:
-      UserError: the home directory cannot be determined, or the store cannot be used.
     """
-    try:
-        path = as_path(text)
+    path = as_path(text)
+    with refusing(f"{name}={text}", RuntimeError, fix="set HOME or give a path without ~"):
         return path.expanduser() if is_local(path) else path
-    except RuntimeError:
-        raise UserError(
-            f"{name}={text}: the home directory is not known; set HOME or give a path without ~"
-        ) from None
 
 
 def as_local_path(text: str | os.PathLike) -> Path:
-    """The local path that a text names.
-
-    Raises:
-      UserError: the text names a place in a store, known or not.
-    """
+    """The local path that a text names."""
     if scheme(text):
         raise UserError(f"{os.fspath(text)} is in an object store; only local folders work here")
     return Path(text)
@@ -96,7 +81,7 @@ def is_local(path: os.PathLike) -> bool:
 
 
 def no_link(path: str, flags: int) -> int:
-    """An `opener` for `open` that follows no link, which may lead to a file of another folder.
+    """An `opener` for `open` that follows no link: it may lead to a file of another folder.
 
     Raises:
       OSError: the path is a link.
@@ -111,19 +96,11 @@ def no_link(path: str, flags: int) -> int:
 
 
 def check_reachable(folder: Path, named: str) -> None:
-    """Checks that a folder's store can be read, if it is in one.
-
-    Raises:
-      UserError: there is no such bucket, no permission or no answer; `named` begins the message.
-    """
+    """If a folder is in an object store, checks that the store can be read."""
     if is_local(folder):
         return
-    from prmoe_jax.stores import gcs
-
-    try:
-        gcs.ask(folder)
-    except OSError as error:
-        raise UserError(f"{named}={folder} cannot be used: {error.strerror or error}") from None
+    with refusing(f"{named}={folder} cannot be used", OSError):
+        client(folder).ask(folder)
 
 
 def delete_folder(folder: Path) -> None:
@@ -135,14 +112,21 @@ def delete_folder(folder: Path) -> None:
     epath.Path(folder).rmtree()
 
 
+def write(path: Path, content: bytes) -> None:
+    """Writes an object of a store whole: readers see the old content or the new one.
+
+    Raises:
+      OSError: the store fails.
+    """
+    client(path).write(path, content)
+
+
 def upload(folder: Path, target: Path, last: str = "") -> None:
     """Copies the files of a local folder to a folder in a store; the file named `last` comes last.
 
     Raises:
       OSError: a file cannot be read or written.
     """
-    from prmoe_jax.stores import gcs
-
     found = [file for file in folder.rglob("*") if file.is_file()]
     for file in sorted(found, key=lambda file: (file == folder / last, file)):
-        gcs.upload(file, target / file.relative_to(folder))
+        client(target).upload(file, target / file.relative_to(folder))

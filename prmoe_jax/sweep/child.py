@@ -1,6 +1,6 @@
 """One run of a sweep, in its own process, which does not outlive the sweep.
 
-    python -m prmoe_jax.sweep.child ARGUMENTS         # as prmoe ARGUMENTS
+    python -m prmoe_jax.sweep.child ARGUMENTS         # same as `prmoe ARGUMENTS`
 
 The sweep holds the other end of this process's standard input and never writes to it. The input
 ends when the sweep ends, even by `kill -9`; the run then saves a checkpoint and stops, as on

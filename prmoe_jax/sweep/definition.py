@@ -1,4 +1,8 @@
-"""What a sweep's folder defines in its sweep.py: runs, and constants."""
+"""Reads a sweep's sweep.py: the runs and the constants that it defines.
+
+A run may be a branch: it continues from a checkpoint of another run, its trunk, as the decay branch
+of a WSD schedule does.
+"""
 
 import ast
 import contextlib
@@ -13,11 +17,10 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from prmoe_jax import files
 from prmoe_jax.config import userfile
 from prmoe_jax.config.loading import check_branch, resolve
 from prmoe_jax.config.schema import Config, InitConfig, leaves
-from prmoe_jax.errors import UserError
+from prmoe_jax.errors import UserError, refusing, telling
 
 log = logging.getLogger(__name__)
 
@@ -35,10 +38,12 @@ class Constants(NamedTuple):
     """The constants that a sweep.py may define, in capitals."""
 
     keep_checkpoints: bool = True  # whether checkpoints of recorded runs stay
-    margin: float | None = None  # nats a token: a smaller difference is none, see `report.arms`
-    pooled: bool = False  # whether all arms tell how far seeds differ, see `report.arms.spread`
-    ladder: bool = False  # whether MoEs are measured against the dense arms, `report.multiplier`
-    varying: tuple[str, ...] = ()  # settings in which runs of an arm may differ, besides the seed
+    margin: float | None = None  # nats per token; smaller differences count as none, `report.arms`
+    pooled: bool = False  # whether to estimate seed noise from all arms, `report.arms.spread`
+    ladder: bool = False  # whether to compare MoEs with the dense arms, `report.multiplier`
+    predicted: dict[str, float] = {}  # by arm: multiplier of active parameters by a scaling law
+    law: str = "a scaling law"  # name of that law
+    varying: tuple[str, ...] = ()  # settings besides the seed that may differ in an arm
     contrasts: tuple[tuple[str, str], ...] = ()  # pairs of arms that are compared
 
 
@@ -53,13 +58,10 @@ class Sweep(NamedTuple):
 
 
 def planned(folder: Path) -> Sweep:
-    """The sweep of a folder's sweep.py.
+    """Reads the sweep in a folder's sweep.py.
 
-    Its function `runs` yields (name, settings) for each run, or (name, settings, trunk) for one
-    that goes on from an earlier run of the sweep.
-
-    Raises:
-      UserError: the file is missing or defines something else; no run has started then.
+    The file's function `runs` yields (name, settings) for each run, or (name, settings, trunk) for
+    a branch; the trunk is the name of an earlier run.
     """
     path = folder / "sweep.py"
     if not _is_there(path):
@@ -76,29 +78,28 @@ def planned(folder: Path) -> Sweep:
 
 
 def constants(folder: Path) -> Constants:
-    """The constants of a folder's sweep.py, which does not run; the defaults without a file.
-
-    Raises:
-      UserError: the file cannot be read, or a constant has no value that it can have.
-    """
+    """Reads a sweep.py's constants without running it; the defaults if there is no file."""
     path = folder / "sweep.py"
     if not _is_there(path):
         return Constants()
-    return Constants(**{name: _good(path, name, value) for name, value in _assigned(path).items()})
+    found = _assigned(path)
+    for name, value in found.items():
+        if not _is_good(name, value):
+            wanted = WANTED.get(name, "True or False")
+            raise UserError(f"{path}: {name.upper()} is {value!r:.80}; it must be {wanted}")
+    return Constants(**found)
 
 
 def _is_there(path: Path) -> bool:
-    try:
+    with refusing(f"{path} cannot be read", OSError):
         return path.is_file()
-    except OSError as error:
-        raise files.cannot_read(path, error) from None
 
 
-def _assigned(path: Path) -> dict[str, object]:
-    """The values of the constants that a file defines, by their names in lower case."""
+def _assigned(path: Path) -> dict:
+    """The values of the constants that a file assigns, by their names in lower case."""
     with userfile.mistakes(path, str(path)):
         tree = ast.parse(path.read_bytes(), str(path))
-    plain = {}  # the values of assignments, by their targets
+    plain: dict[ast.AST, object] = {}  # the values of plain assignments, by their targets
     for node in tree.body:
         if isinstance(node, (ast.Assign, ast.AnnAssign)):
             target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
@@ -106,54 +107,62 @@ def _assigned(path: Path) -> dict[str, object]:
                 plain[target] = ast.literal_eval(node.value)
     found = {}
     for node in ast.walk(tree):
-        name = None
+        name = ""
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             name = node.id
         elif isinstance(node, ast.alias):
             name = node.asname or node.name
-            if name == "*":
-                raise UserError(
-                    f"{path}, line {node.lineno}: import names, not *: a report reads "
-                    f"{', '.join(sorted(NAMES))} without running the file"
-                )
-        if name and name not in NAMES and name.isupper():
-            for close in difflib.get_close_matches(name, NAMES, 1, 0.8):
-                raise UserError(
-                    f"{path}, line {node.lineno}: {name} is no constant of a sweep; did you mean "
-                    f"{close}?"
-                )
-        if name in NAMES:
-            if not (isinstance(node, ast.expr) and node in plain):
-                raise UserError(
-                    f"{path}, line {node.lineno}: {name} must be a plain value, such as 0.02 or "
-                    "True, since a report reads the file without running it"
-                )
+        if name in NAMES and node in plain:
             found[name.lower()] = plain[node]
+        elif wrong := _wrong(name):
+            raise UserError(f"{path}, line {node.lineno}: {wrong}")
     return found
 
 
-def _good(path: Path, name: str, value):
-    """Returns a constant's value.
+def _wrong(name: str) -> str:
+    """What is wrong with a name that isn't assigned a plain value; '' if nothing is."""
+    if name in NAMES:
+        return (
+            f"{name} must be a plain value, such as 0.02 or True, since a report reads the file "
+            "without running it"
+        )
+    if name == "*":
+        names = ", ".join(sorted(NAMES))
+        return f"import names, not *: a report reads {names} without running the file"
+    close = difflib.get_close_matches(name, NAMES, 1, 0.8) if name.isupper() else []
+    return f"{name} is no constant of a sweep; did you mean {close[0]}?" if close else ""
 
-    Raises:
-      UserError: the constant can't have it.
-    """
-    shown = f"{path}: {name.upper()} is {value!r:.80}; it must be"
+
+# What a constant must be, other than True or False.
+WANTED = {
+    "margin": "nats above 0, such as 0.02",
+    "predicted": "arms and numbers above 0, such as {'E8/3M': 0.6}",
+    "law": "a text",
+    "varying": "settings, such as ('init.workdir',)",
+    "contrasts": "pairs of two arms, such as (('a', 'b'), ('c', 'b'))",
+}
+
+
+def _is_good(name: str, value) -> bool:
     if name == "margin":
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not (number and 0 < value < math.inf):
-            raise UserError(f"{shown} nats above 0, such as 0.02")
-    elif name == "varying":
-        if not (isinstance(value, tuple) and set(map(str, value)) <= leaves(Config()).keys()):
-            raise UserError(f"{shown} settings, such as ('init.workdir',)")
-    elif name == "contrasts":
+        return _is_number(value)
+    if name == "predicted":
+        named = isinstance(value, dict) and all(isinstance(arm, str) for arm in value)
+        return named and all(map(_is_number, value.values()))
+    if name == "law":
+        return isinstance(value, str)
+    if name == "varying":
+        return isinstance(value, tuple) and set(map(str, value)) <= leaves(Config()).keys()
+    if name == "contrasts":
         pairs = isinstance(value, tuple) and all(isinstance(pair, tuple) for pair in value)
         two = pairs and all(list(map(type, pair)) == [str, str] for pair in value)
-        if not (two and all(arm != base for arm, base in value)):
-            raise UserError(f"{shown} pairs of two arms, such as (('a', 'b'), ('c', 'b'))")
-    elif not isinstance(value, bool):
-        raise UserError(f"{shown} True or False")
-    return value
+        return two and all(arm != base for arm, base in value)
+    return isinstance(value, bool)
+
+
+def _is_number(value) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and 0 < value < math.inf
 
 
 def _checked(path: Path, items) -> dict[str, Run]:
@@ -163,29 +172,11 @@ def _checked(path: Path, items) -> dict[str, Run]:
         )
     found: dict[str, Run] = {}
     named: dict[tuple, str] = {}  # the runs' names by their settings
-    for item in items:  # one by one: a file may change its settings for the next run
+    for item in items:  # one by one: the file may reuse one settings object
         if not (isinstance(item, tuple) and len(item) in (2, 3) and isinstance(item[0], str)):
             raise UserError(f"{path}: runs() yields {item!r:.80}, not (name, settings)")
         name, settings, trunk = (*item, None)[:3]
-        parts = name.split("/")
-        if not re.fullmatch(r"[\w.+=-]+(/[\w.+=-]+)*", name) or ".." in name or "." in parts:
-            raise UserError(
-                f"{path}: {name!r:.80} can't name a folder; use letters, digits, '-', '/'"
-            )
-        if (longest := max(len(part.encode()) for part in parts)) > LONGEST_NAME:
-            raise UserError(
-                f"{path}: the name {name:.40}… has {longest} bytes, a folder's has at most "
-                f"{LONGEST_NAME}; shorten it"
-            )
-        if name in found:
-            raise UserError(f"{path} yields {name!r} twice")
-        for before in found:
-            outer, inner = sorted((before, name), key=len)
-            if inner.startswith(f"{outer}/"):
-                raise UserError(
-                    f"{path}: the folder of {inner!r} would lie in that of {outer!r}, which holds "
-                    "the files of that run alone; rename one of them"
-                )
+        _check_name(path, name, found)
         if not isinstance(settings, (Mapping, ConfigDict)):
             kind = type(settings).__name__
             raise UserError(f"{path}: the settings of {name} are {kind}, not a dict or ConfigDict")
@@ -193,7 +184,7 @@ def _checked(path: Path, items) -> dict[str, Run]:
             raise UserError(
                 f"{path}: {name} goes on from {trunk!r:.80}, which is no run that comes before it"
             )
-        try:
+        with telling(f"{path}: {name}: "):
             run = Run(resolve(settings), trunk)
             if trunk is not None:
                 other = found[trunk]
@@ -205,21 +196,40 @@ def _checked(path: Path, items) -> dict[str, Run]:
             if same != name:
                 log.warning("%s: %s has the settings of %s and is the same run", path, name, same)
             found[name] = run
-        except UserError as error:
-            raise UserError(f"{path}: {name}: {error}") from None
     if not found:
         raise UserError(f"{path}: runs() yields nothing")
     return found
 
 
-def branch(config: Config, trunk: Config, workdir: Path) -> Config:
-    """The config with which a run goes on from its trunk.
+def _check_name(path: Path, name: str, found: Iterable[str]) -> None:
+    """Checks that a run's folder is a new one, neither inside nor around another run's folder."""
+    parts = name.split("/")
+    if not re.fullmatch(r"[\w.+=-]+(/[\w.+=-]+)*", name) or ".." in name or "." in parts:
+        raise UserError(f"{path}: {name!r:.80} can't name a folder; use letters, digits, '-', '/'")
+    if (longest := max(len(part.encode()) for part in parts)) > LONGEST_NAME:
+        raise UserError(
+            f"{path}: the name {name:.40}… has {longest} bytes, a folder's has at most "
+            f"{LONGEST_NAME}; shorten it"
+        )
+    if name in found:
+        raise UserError(f"{path} yields {name!r} twice")
+    for before in found:
+        outer, inner = sorted((before, name), key=len)
+        if inner.startswith(f"{outer}/"):
+            raise UserError(
+                f"{path}: the folder of {inner!r} would lie in that of {outer!r}, which holds the "
+                "files of that run alone; rename one of them"
+            )
 
-    It takes the checkpoint at which the trunk's learning rate begins to decay or, if its own
-    begins earlier, the one of that step.
+
+def branch(config: Config, trunk: Config, workdir: Path) -> Config:
+    """The config with which a branch is trained.
+
+    It starts from the trunk's checkpoint of the step at which the trunk's or the branch's learning
+    rate begins to decay, whichever comes first.
 
     Args:
-      config: the run's config, as if it started at step 0.
+      config: the branch's config, as if it started at step 0.
       trunk: the trunk's config.
       workdir: the trunk's folder.
     """
@@ -229,16 +239,9 @@ def branch(config: Config, trunk: Config, workdir: Path) -> Config:
 
 
 def _check_trunk(config: Config, name: str, trunk: Config, start: int) -> None:
-    """Checks that a run can go on from a trunk, and that the trunk keeps the checkpoint for it.
+    """Checks that a run can branch off a trunk, and that the trunk keeps the checkpoint for it.
 
-    Args:
-      config: the run's config.
-      name: the trunk's name.
-      trunk: the trunk's config.
-      start: the step at which the trunk itself goes on from another run.
-
-    Raises:
-      UserError: it can't.
+    `start` is the step at which the trunk itself branched off another run, or 0.
     """
     if config.decay_start is None:
         raise UserError(

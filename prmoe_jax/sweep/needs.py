@@ -1,16 +1,17 @@
-"""What a run of a sweep needs of the others: its trunk, its start and its teacher, in folders.
+"""Which runs of a sweep a run needs: its trunk, the run that initialises it, and its teacher.
 
-A run needs all of its start and of its teacher. Of its trunk it needs one checkpoint; without it,
-the run trains those steps itself, with the same result.
+The latter two must be finished. The trunk is the run from whose checkpoint a branch continues;
+without that checkpoint the branch trains the trunk's steps itself, with the same result.
 """
 
 import dataclasses
+import functools
 from pathlib import Path
 
 from prmoe_jax import stores
 from prmoe_jax.config.loading import check_resume, load
 from prmoe_jax.config.schema import Config
-from prmoe_jax.errors import UserError
+from prmoe_jax.errors import UserError, telling
 from prmoe_jax.run import directory as workdirs
 from prmoe_jax.run.metrics import finished
 from prmoe_jax.stores import expand
@@ -18,25 +19,33 @@ from prmoe_jax.sweep import records
 from prmoe_jax.sweep.definition import Run, branch
 
 
-def needs_of(runs: dict[str, Run], root: Path) -> dict[str, list[str]]:
-    """The names of the runs of the sweep that each run needs.
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """The runs of a sweep, the folder of its records, and the parent of the runs' folders."""
 
-    Args:
-      runs: the sweep's runs, by name.
-      root: the parent of the runs' folders.
-    """
-    names = {_place(root / name): name for name in runs}
-    needs = {}
-    for name, (config, trunk) in runs.items():
-        read = [config.init.workdir, config.teacher.workdir]
-        found = [trunk, *(names.get(place) for place in _places(read))]
-        needs[name] = [other for other in dict.fromkeys(found) if other not in (None, name)]
-    return needs
+    runs: dict[str, Run]
+    folder: Path
+    root: Path
+
+    @functools.cached_property
+    def needs(self) -> dict[str, list[str]]:
+        """For each run, the names of the sweep's runs that it needs."""
+        names = {_place(self.root / name): name for name in self.runs}
+        needs = {}
+        for name, (config, trunk) in self.runs.items():
+            read = [config.init.workdir, config.teacher.workdir]
+            found = [trunk, *(names.get(place) for place in _places(read))]
+            needs[name] = [other for other in dict.fromkeys(found) if other not in (None, name)]
+        return needs
+
+    def recorded(self) -> set[str]:
+        """The runs that have a record with the same settings."""
+        return {row["run"] for row in records.of_runs(records.read(self.folder), self.runs)}
 
 
 def share(needs: dict[str, list[str]], number: int, count: int) -> list[str]:
-    """The runs of the `number`-th of `count` shares; those that need one another count as one."""
-    first = {name: name for name in needs}  # one run of those that belong together
+    """The runs in the `number`-th of `count` shares; runs that need one another stay together."""
+    first = {name: name for name in needs}  # the same for all runs that belong together
     for name, others in needs.items():
         for other in others:
             old, new = first[name], first[other]
@@ -45,48 +54,32 @@ def share(needs: dict[str, list[str]], number: int, count: int) -> list[str]:
     return [name for name in needs if first[name] in mine]
 
 
-def check_needed(
-    name: str,
-    runs: dict[str, Run],
-    others: list[str],
-    folder: Path,
-    root: Path,
-    begins: Config | None,
-) -> None:
-    """Checks the runs that a run needs: that each is finished, with the settings of the sweep.
+def check_needed(work: Work, name: str, begins: Config | None) -> None:
+    """Checks that the runs that a run needs, except its trunk, are finished as the sweep says.
 
     Args:
+      work: the sweep.
       name: the run.
-      runs: the sweep's runs, by name.
-      others: the runs that it needs.
-      folder: the folder of results.jsonl.
-      root: the parent of the runs' folders.
-      begins: the config with which the run begins; None if it goes on from its own checkpoint.
-
-    Raises:
-      UserError: a run that it needs is not finished, or has other settings; or its last checkpoint
-        is gone, and the run begins with it.
+      begins: the config with which the run starts; None if it resumes from its own checkpoint.
     """
-    trunk = runs[name].trunk
-    starts = _starts(runs[name].config, begins) if begins else set()
-    for other in others:
+    config, trunk = work.runs[name]
+    starts = _starts(config, begins) if begins else set()
+    for other in work.needs[name]:
         if other == trunk:
             continue
-        config, workdir = runs[other].config, root / other
-        where = folder / records.RESULTS
+        config, workdir = work.runs[other].config, work.root / other
+        where = work.folder / records.RESULTS
         again = f"to train {other} again, delete its folder and its line in {where}"
         if not finished(config, workdir):
             fix = f"the same command goes on with {name} once it is"
-            if records.of_runs(records.read(folder), {other: runs[other]}):
+            if other in work.recorded():
                 fix = f"since it is recorded, {again}"
             raise UserError(f"it needs {other}, which is not finished in {workdir}; {fix}")
         saved = load(workdir / workdirs.CONFIG)
-        if runs[other].trunk is not None:  # a branch is the run from step 0, wherever it began
+        if work.runs[other].trunk is not None:  # a branch may have started anywhere
             config = dataclasses.replace(config, init=saved.init)
-        try:
+        with telling(f"it needs {other}: in {workdir} "):
             check_resume(saved, config)
-        except UserError as error:
-            raise UserError(f"it needs {other}: in {workdir} {error}") from None
         if _place(workdir) in starts and not has_checkpoint(workdir, config.total_steps):
             raise UserError(
                 f"it needs the checkpoint of step {config.total_steps} of {other}, which is not in "
@@ -99,36 +92,31 @@ def has_checkpoint(workdir: Path, step: int) -> bool:
     return (workdir / workdirs.CHECKPOINTS / str(step)).is_dir()
 
 
-def discard_checkpoints(
-    name: str, runs: dict[str, Run], needs: dict[str, list[str]], rows: list[dict], root: Path
-) -> None:
-    """Deletes the checkpoints of a recorded run that no run of the sweep will need.
+def discard_checkpoints(work: Work, name: str) -> None:
+    """Deletes the checkpoints of a recorded run that no run of the sweep needs any more.
 
-    The checkpoint at which its decay starts stays if no run goes on from it, so that a longer run
-    can be added to the sweep.
-
-    Raises:
-      OSError: a checkpoint cannot be deleted.
+    The checkpoint at the start of its decay stays if no run branches off there, so that a longer
+    run can be added to the sweep.
     """
-    config = runs[name].config
-    branches = {other: run for other, run in runs.items() if run.trunk == name}
-    done = {row["run"] for row in records.of_runs(rows, runs)}
+    config, workdir, done = work.runs[name].config, work.root / name, work.recorded()
     starts = {
-        other: branch(run.config, config, root / name).init.step for other, run in branches.items()
+        other: branch(run.config, config, workdir).init.step
+        for other, run in work.runs.items()
+        if run.trunk == name
     }
     needed = {step for other, step in starts.items() if other not in done}
     if config.decay_start not in starts.values():
         needed.add(config.decay_start or 0)
-    learners = {other for other in needs if name in needs[other]} - branches.keys()
+    learners = {other for other, others in work.needs.items() if name in others} - starts.keys()
     if name not in done or not learners <= done:
         return
-    for path in (root / name / workdirs.CHECKPOINTS).glob("*"):
+    for path in (workdir / workdirs.CHECKPOINTS).glob("*"):
         if path.is_dir() and path.name not in map(str, needed):
             stores.delete_folder(path)
 
 
 def _place(folder: Path) -> Path:
-    """A run's folder by one path, however it is named."""
+    """The path of a run's folder in one form, without links, so that paths can be compared."""
     return folder.resolve() if stores.is_local(folder) else folder
 
 
@@ -137,11 +125,11 @@ def _places(folders: list[str]) -> list[Path]:
 
 
 def _starts(config: Config, given: Config) -> set[Path]:
-    """The folders of runs of which a run reads the last checkpoint when it begins.
+    """The folders of the runs whose last checkpoint a run reads when it starts.
 
     Args:
       config: the run's config, as if it started at step 0.
-      given: the config with which it is trained; a branch takes its parameters from its trunk.
+      given: the config with which it is trained, with another `init` if it is a branch.
     """
     starts = []
     if not given.init.step:

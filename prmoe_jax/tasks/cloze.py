@@ -1,7 +1,7 @@
-"""A task that needs no network: to predict the last word of passages the model has not seen.
+"""A task that needs no network: predict the last word of passages that the model has not seen.
 
-As in LAMBADA (arXiv 1606.06031), the word also occurs earlier in the passage, so that the passage
-makes it predictable. Passages come from the run's own validation documents.
+The word also occurs earlier in the passage, as in most passages of LAMBADA (arXiv 1606.06031), so
+that the passage makes it predictable. Passages come from the run's own validation documents.
 """
 
 import re

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from prmoe_jax.errors import UserError, describe, first_line, say
+from prmoe_jax.errors import UserError, describe, refusing, say
 
 try:
     from lm_eval import evaluator, utils
@@ -48,7 +48,7 @@ KNOWN = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}
 
 @register_model("prmoe")
 class PrmoeLM(TemplateLM):
-    """A run's newest model; every text starts with the end-of-text mark, as in training."""
+    """A run's newest model; every text starts with the BOS token, as in training."""
 
     def __init__(
         self,
@@ -63,11 +63,11 @@ class PrmoeLM(TemplateLM):
         Args:
           workdir: the run's folder.
           batch_size: sequences that a device scores at once; 16 for None and 'auto'.
-          max_batch_size, device: the harness's, without effect.
+          max_batch_size, device: arguments of the harness that are ignored.
 
         Raises:
-          UserError: the batch size is no number above 0, another name is given, or the run cannot
-            be read.
+          UserError: the batch size is not positive, an argument is unknown, or the run cannot be
+            read.
         """
         if unknown:
             raise UserError(f"--model_args: {', '.join(unknown)} is not known; give workdir=DIR")
@@ -83,22 +83,22 @@ class PrmoeLM(TemplateLM):
 
     @functools.cached_property
     def _generator(self) -> Generator:
-        return Generator.restore(self._workdir)  # a second model, which few tasks need
+        return Generator.restore(self._workdir)  # a second copy of the model; few tasks need it
 
     @property
     def eot_token_id(self) -> int:
-        return self._tokenizer.end_of_text
+        return self._tokenizer.eos_id
 
     @property
     def prefix_token_id(self) -> int:
-        return self._tokenizer.start_of_text
+        return self._tokenizer.bos_id
 
     def tok_encode(self, string: str, add_special_tokens=None, **ignored) -> list[int]:
         return self._tokenizer.encode(string)
 
     def _loglikelihood_tokens(self, requests, **ignored) -> list[tuple[float, bool]]:
-        mark = [self.prefix_token_id]
-        contexts = [c if c[:1] == mark else mark + c for _, c, _ in requests]
+        bos = [self.prefix_token_id]
+        contexts = [c if c[:1] == bos else bos + c for _, c, _ in requests]
         return self._scorer(contexts, [continuation for _, _, continuation in requests])
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
@@ -120,7 +120,7 @@ class PrmoeLM(TemplateLM):
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
         texts = [""] * len(requests)
-        # Repeats of one request are numbered, and the number is the seed.
+        # Equal requests are numbered from 0, and the number is the seed.
         asked = collections.Counter()
         seeds = []
         # Requests with the same settings are generated together.
@@ -153,7 +153,7 @@ class PrmoeLM(TemplateLM):
         return texts
 
     def _end(self, prompt: str, tokens: int) -> list[int]:
-        """The end of a prompt's tokens, cut to leave room for `tokens` new ones and the mark."""
+        """The end of a prompt's tokens, cut to leave room for `tokens` new ones and BOS."""
         ids = self.tok_encode(prompt)
         return ids[max(0, len(ids) + 1 + tokens - self._scorer.length) :]
 
@@ -161,7 +161,7 @@ class PrmoeLM(TemplateLM):
 def evaluate_tasks(
     workdir: Path, tasks: Sequence[str], limit: int | None = None
 ) -> dict[str, dict]:
-    """Scores a run in local tasks or tasks of the harness.
+    """Scores a run on local tasks or tasks of the harness.
 
     Args:
       workdir: the run's folder.
@@ -169,12 +169,12 @@ def evaluate_tasks(
       limit: number of examples of each task; all by default.
 
     Returns:
-      For each task its metrics, their standard errors (acc_stderr that of acc), and the number of
-      examples; for each group of tasks its metrics.
+      Task or group of tasks -> its metrics, and their standard errors, such as acc_stderr for acc.
+      A task also has `examples`, the number of its examples.
 
     Raises:
       UserError: a task is unknown or cannot be loaded, the folder holds no run, the run cannot be
-        scored, or the text of `cloze` is no longer the run's.
+        scored, or the corpus, from which `cloze` is made, has changed since training.
     """
     config = load(workdir / workdirs.CONFIG)
     check_runs_without_limit(config)
@@ -183,7 +183,7 @@ def evaluate_tasks(
     known = TaskManager(include_path=folders, include_defaults=not ours.issuperset(tasks))
     names = []
     for task in tasks:
-        matching = known.match_tasks([task])  # patterns such as lambada_* as well
+        matching = known.match_tasks([task])  # this also expands patterns such as lambada_*
         if not matching:
             raise UserError(
                 f"--tasks={task} is unknown; use {', '.join(local.NAMES)} or any of "
@@ -196,7 +196,7 @@ def evaluate_tasks(
     os.environ["DISABLE_MULTIPROC"] = "1"  # JAX's threads don't survive the bootstrap's forks
     names = _largest(known, dict.fromkeys(names))
     model = PrmoeLM(str(workdir))
-    if "cloze" in tasks:  # of validation documents, which the run has not seen
+    if "cloze" in tasks:  # the run must not have trained on its documents
         check_text(workdir, config, open_corpus(config.data).fingerprint)
     found = evaluator.simple_evaluate(
         model,
@@ -209,25 +209,20 @@ def evaluate_tasks(
     scores = {}
     for task, values in found["results"].items():
         named = {n.removesuffix(",none"): v for n, v in values.items() if isinstance(v, float)}
-        if task in found["n-samples"]:  # which a group is not
+        if task in found["n-samples"]:  # groups are not in it
             named["examples"] = found["n-samples"][task]["effective"]
         scores[task] = named
     return scores
 
 
 def _largest(known: TaskManager, names: Iterable[str]) -> list[str]:
-    """The tasks and groups without those that lie in another group, which has their scores.
-
-    Raises:
-      UserError: one cannot be loaded, or two have only some tasks in common.
-    """
+    """Leaves out tasks and groups that are in another group, since it has their scores."""
     held = {}  # the tasks of each name
     for name in names:
-        try:
+        # Causes: a package that the task needs, the network, or a dataset that is a script.
+        kinds = ImportError, OSError, RuntimeError, ValueError
+        with refusing(f"--tasks={name} cannot be loaded", kinds):
             held[name] = set(known.load(name)["tasks"])
-        except (ImportError, OSError, RuntimeError, ValueError) as error:
-            # A task's own package, the network, or a dataset that is a script.
-            raise UserError(f"--tasks={name} cannot be loaded: {first_line(error)}") from error
     largest: list[str] = []
     for name in sorted(held, key=lambda name: -len(held[name])):
         shared = {other: held[name] & held[other] for other in largest}

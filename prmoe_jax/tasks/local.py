@@ -10,7 +10,7 @@ from prmoe_jax.data.corpora import open_corpus
 from prmoe_jax.errors import UserError
 from prmoe_jax.tasks import choices, cloze
 
-EXAMPLES = 1000  # a task's largest number of examples, taken evenly from all
+EXAMPLES = 1000  # a task has at most this many examples, evenly spaced
 RECIPE = 2  # version of the tasks; increase it when their examples change
 
 HEAD = """\
@@ -49,11 +49,7 @@ NAMES = "cloze", *choices.SOURCES
 
 
 def prepare(name: str, config: DataConfig) -> Path:
-    """A folder with one of the tasks `NAMES`, made once for each corpus or package.
-
-    Raises:
-      UserError: the corpus can't be read or has no suitable passage, or the package is missing.
-    """
+    """The folder of a task in `NAMES`; it is made once for each corpus or package."""
     if name == "cloze":
         corpus = open_corpus(config)
         source, rows = corpus.fingerprint, partial(cloze.rows, corpus)
@@ -61,7 +57,7 @@ def prepare(name: str, config: DataConfig) -> Path:
         path = choices.find(name)
         source, rows = path.stat().st_size, partial(choices.rows, name, path)
     tasks = cache.root(config) / "tasks"
-    # The .yaml names the place where the examples are.
+    # The path is part of the fingerprint, since the .yaml holds the path of the examples.
     folder = tasks / cache.fingerprint(name, RECIPE, source, str(tasks))
 
     def build(temporary: Path) -> None:

@@ -1,11 +1,11 @@
 """Log-probabilities of continuations, from which the scores of tasks are computed.
 
-No token is dropped and padding affects nothing, so that a score depends on its own text alone, not
-on the batch size, the order or the other requests.
+A score depends only on its own text, not on the batch size, the order or other requests: no token
+is dropped, and padding affects nothing. Axis letters: C chunks of a sequence, T tokens of a chunk.
 """
 
-import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -13,48 +13,51 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from prmoe_jax.config.validation import check_runs_without_limit
+from prmoe_jax.config.schema import AUTO, ExecutionConfig
 from prmoe_jax.errors import UserError
+from prmoe_jax.inference.restore import restore_for_inference
 from prmoe_jax.model.chunks import chunk_length, cut
 from prmoe_jax.model.loss import token_nats
 from prmoe_jax.model.transformer import Transformer, dropless, logits
-from prmoe_jax.parallel.mesh import replicated, split_batch
-from prmoe_jax.run.restore import restore_run
+from prmoe_jax.parallel.axes import replicated, split_batch
 
 # Lengths are rounded up to multiples of this, so that few shapes are compiled.
 BUCKET = 64
 
 
 class Scorer:
-    """Scores texts by a run's newest model.
+    """Scores texts with a model.
 
     Attributes:
       length: the model's context in tokens.
     """
 
-    def __init__(self, model: Transformer, mesh: Mesh, batch_size: int):
+    def __init__(
+        self,
+        model: Transformer,
+        mesh: Mesh,
+        batch_size: int,
+        execution: ExecutionConfig = AUTO,
+    ):
         """Takes a model and its mesh; each device scores `batch_size` sequences at once.
 
-        Devices of the axis `tensor`, which share their sequences, count as one.
+        Devices along the axis `tensor` count as one, since they share their sequences.
         """
         self._model, self._mesh = dropless(model), mesh
         self._rows = batch_size * (mesh.size // mesh.shape["tensor"])
-        self._score = jax.jit(_score, out_shardings=replicated(mesh))
+        self._score = jax.jit(partial(_score, execution), out_shardings=replicated(mesh))
         self.length = model.config.length
 
     @classmethod
     def restore(cls, workdir: Path, batch_size: int) -> "Scorer":
-        """Restores a run onto the devices of this process, on its mesh if that fits them.
+        """Restores a run's newest model onto this process's devices, on the run's mesh if it fits.
 
         Raises:
-          UserError: the folder holds no run or no readable checkpoint, or the run's experts choose
-            their tokens.
+          UserError: the folder holds no run or no readable checkpoint, or the run has expert-choice
+            routing.
         """
-        config, _, model, mesh = restore_run(workdir, jax.local_devices())
-        check_runs_without_limit(config)
-        if jax.default_backend() == "cpu":  # bfloat16 is many times slower there
-            model.config = dataclasses.replace(model.config, dtype="float32")
-        return cls(model, mesh, batch_size)
+        model, mesh, execution = restore_for_inference(workdir, jax.local_devices())
+        return cls(model, mesh, batch_size, execution)
 
     def __call__(
         self, contexts: Sequence[list[int]], continuations: Sequence[list[int]]
@@ -67,7 +70,7 @@ class Scorer:
 
         Returns:
           For each pair, in the given order: ln p of the continuation, and whether each of its
-          tokens is the likeliest.
+          tokens is the argmax.
 
         Raises:
           UserError: a continuation has more tokens than the model's context.
@@ -96,17 +99,17 @@ class Scorer:
             arrays = tokens_BxL, valid_BxL, targets_BxL
             with jax.set_mesh(self._mesh):
                 found = self._score(self._model, *split_batch(arrays, self._mesh, self._rows))
-            log_p_BxL, likeliest_BxL = map(np.asarray, found)
+            log_p_BxL, argmax_BxL = map(np.asarray, found)
             for row, i in enumerate(rows):
                 counted_L = counted_BxL[row]
                 total = float(log_p_BxL[row, counted_L].sum(dtype=np.float64))
-                scores[i] = total, bool(likeliest_BxL[row, counted_L].all())
+                scores[i] = total, bool(argmax_BxL[row, counted_L].all())
         return scores
 
 
-def _score(model: Transformer, tokens_BxL, valid_BxL, targets_BxL):
-    """ln p of each target, and whether it is the likeliest token; few logits exist at a time."""
-    x_BxLxD, _ = model(tokens_BxL, valid_BxL)
+def _score(execution: ExecutionConfig, model: Transformer, tokens_BxL, valid_BxL, targets_BxL):
+    """ln p of each target, and whether it is the argmax; computed in chunks to save memory."""
+    x_BxLxD, _ = model(tokens_BxL, valid_BxL, execution=execution)
     table_VxD = model.output_table(x_BxLxD.dtype)
 
     def score(inputs):

@@ -1,1 +1,1 @@
-"""The training loop, its steps, the optimizer, evaluation, and runs that start as another run."""
+"""The training loop, its steps, the optimizer, evaluation, and runs initialised from other runs."""

@@ -1,7 +1,7 @@
-"""Branches: runs that go on from a checkpoint of another run, their trunk.
+"""Decay branches: runs that continue from a checkpoint of a base run (`trunk`).
 
 With `optimizer.schedule=wsd` the learning rate does not depend on a run's length until it decays.
-A branch is therefore, to the last bit, the run of its length that would have started at step 0.
+A branch therefore equals, to the last bit, a run of the same length that started at step 0.
 """
 
 import contextlib
@@ -21,18 +21,14 @@ from prmoe_jax.training.upcycle import reading_source, source_of
 
 
 def check(config: Config) -> None:
-    """Checks that a run can go on from the one in `config.init.workdir`.
-
-    Raises:
-      UserError: the folder holds no run, or a run with other settings.
-    """
+    """Checks that a run can branch off from the run in `config.init.workdir`."""
     with reading_source():
         workdir, trunk = source_of(config)
         check_branch(trunk, config, f"the run in {workdir}")
 
 
 def restore(config: Config, shapes: TrainState, mesh: Mesh) -> tuple[int, TrainState, dict]:
-    """The trunk's checkpoint of step `config.init.step`: its step, state and data record.
+    """Reads checkpoint `config.init.step` of the base run: its step, state and data record.
 
     Args:
       config: the branch's config.
@@ -45,17 +41,13 @@ def restore(config: Config, shapes: TrainState, mesh: Mesh) -> tuple[int, TrainS
     with reading_source():
         trunk = Checkpoints(expand("init.workdir", config.init.workdir))
         with contextlib.closing(trunk):
-            step, state, record = trunk.restore_step(config.init.step, shapes, mesh)
-    record.pop("productive_s", None)  # the trunk's seconds; the branch's wall time starts now
+            step, state, record = trunk.restore(shapes, mesh, config.init.step)
+    record.pop("productive_s", None)  # the base run's; the branch's wall time starts now
     return step, state, record
 
 
 def copy_metrics(config: Config, workdir: Path) -> None:
-    """Starts the branch's metrics.jsonl with the lines that its trunk wrote up to there.
-
-    Raises:
-      UserError: the trunk's metrics.jsonl cannot be read, or the branch's cannot be written.
-    """
+    """Starts the branch's metrics.jsonl with the base run's lines up to `config.init.step`."""
     with reading_source():
         lines = read_metrics(expand("init.workdir", config.init.workdir) / METRICS)
     kept = [line for line in lines if line["step"] <= config.init.step]

@@ -29,7 +29,7 @@ from prmoe_jax.errors import UserError
 from prmoe_jax.model.loss import Sums, forward
 from prmoe_jax.model.transformer import Transformer
 from prmoe_jax.parallel import processes
-from prmoe_jax.parallel.mesh import local_rows, replicated, split_batch
+from prmoe_jax.parallel.axes import local_rows, replicated, split_batch
 from prmoe_jax.run import directory as workdirs
 from prmoe_jax.run.directory import shared_settings
 from prmoe_jax.run.metrics import perplexity, summarise
@@ -47,11 +47,8 @@ def evaluate_model(
     """Measures a model on the validation split, or `limit` batches of it, deterministically.
 
     Returns:
-      loss (nats per token), perplexity, bits_per_byte (of the text, including document ends),
-      tokens, drop_fraction, aux_loss and the per-layer statistics of `metrics.summarise`.
-
-    Raises:
-      UserError: the split has no text.
+      loss (nats per token), perplexity, bits_per_byte (with the loss of EOS tokens), tokens,
+      drop_fraction, aux_loss and the per-layer statistics of `metrics.summarise`.
     """
     if not (data.validation.tokens and data.validation.text_bytes):
         raise UserError(
@@ -75,13 +72,13 @@ def evaluate_model(
 
 
 def _rows(config: Config, mesh: Mesh, teacher: Config | None = None) -> int:
-    """The number of windows that are evaluated at once: a portion of training's batch, rounded up.
+    """The number of windows that are evaluated at once: training's microbatch, rounded up.
 
-    After rounding all devices get the same number of windows, and no routing group is cut.
+    Rounding gives all devices the same number of windows, and cuts no routing group.
     """
-    portion = config.train.batch_size // config.train.accumulate
+    microbatch = config.train.batch_size // config.train.accumulate
     shared = mesh.size // mesh.shape["tensor"] * group_rows(config, teacher)
-    return -(-portion // shared) * shared
+    return -(-microbatch // shared) * shared
 
 
 def _summed(
@@ -111,14 +108,13 @@ def evaluate(workdir: Path, teacher: Path | None = None, corpus: str | None = No
 
     Args:
       workdir: the run's folder.
-      teacher: the folder of another run, whose predictions are compared with this run's; it need
-        not have taught this run.
-      corpus: the text whose validation split it is, as in `data.corpus`; None is the run's own.
+      teacher: the folder of a run to compare predictions with; it need not have taught this run.
+      corpus: the text to evaluate on, as in `data.corpus`; None is the run's own.
 
     Returns:
       step and the results of `evaluate_model`. With a teacher also teacher/step, teacher/loss,
       teacher/kl (KL(teacher ‖ run), nats per token) and teacher/agreement (the share of tokens
-      where both have the same likeliest token).
+      where both have the same argmax).
 
     Raises:
       UserError: a folder holds no run or no checkpoint, the teacher has another vocabulary or
@@ -142,7 +138,9 @@ def evaluate(workdir: Path, teacher: Path | None = None, corpus: str | None = No
     if corpus is None:
         check_text(workdir, config, data.corpus_fingerprint)
     with jax.set_mesh(mesh):
-        measure = jax.jit(forward, out_shardings=replicated(mesh))
+        measure = jax.jit(
+            partial(forward, execution=config.execution), out_shardings=replicated(mesh)
+        )
         metrics = {"step": step} | evaluate_model(measure, model, config, data, mesh)
         if teacher:
             metrics |= _beside_teacher(model, config, teacher, data, mesh)
@@ -159,8 +157,8 @@ def _beside_teacher(
 
     @partial(jax.jit, out_shardings=replicated(mesh))
     def compare(model: Transformer, teacher_model: Transformer, batch: Batch) -> Agreement:
-        output = run_teacher(teacher_model, batch, config.teacher, None)
-        x_BxLxD, _ = model(batch.tokens_BxL, batch.segments_BxL)
+        output = run_teacher(teacher_model, batch, config, None)
+        x_BxLxD, _ = model(batch.tokens_BxL, batch.segments_BxL, execution=config.execution)
         return agreement(x_BxLxD, model.output_table(x_BxLxD.dtype), output, batch)
 
     sums = _summed(lambda batch: compare(model, teacher.model, batch), rows, data, mesh)

@@ -7,6 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -16,6 +17,7 @@ from tqdm import tqdm
 
 from prmoe_jax import files, stores
 from prmoe_jax.config.loading import check_resume, load, save
+from prmoe_jax.config.routers import capacity
 from prmoe_jax.config.schema import Config, DataConfig
 from prmoe_jax.data import cache
 from prmoe_jax.data.corpora import check_on_disk
@@ -39,14 +41,9 @@ from prmoe_jax.model.backends import check_backends
 from prmoe_jax.model.loss import forward
 from prmoe_jax.model.sizes import cost
 from prmoe_jax.model.state import TrainState
-from prmoe_jax.moe.routing import capacity
 from prmoe_jax.parallel import processes
-from prmoe_jax.parallel.mesh import (
-    local_rows,
-    replicated,
-    split_batch,
-    training_mesh,
-)
+from prmoe_jax.parallel.axes import local_rows, replicated, split_batch
+from prmoe_jax.parallel.mesh import training_mesh
 from prmoe_jax.run import directory as workdirs
 from prmoe_jax.run import weights_and_biases
 from prmoe_jax.run.checkpoint import Checkpoints
@@ -89,10 +86,10 @@ def train(
       on_metrics: called with every line of metrics.jsonl after it is written, for a live plot.
 
     Returns:
-      The metrics that were written last. After the run's end they are those of the evaluation at
-      its end: step, and the results of `evaluate_model` under names that start with 'eval/'. A run
-      that SIGTERM or Ctrl-C interrupted is saved, and has no such evaluation. For a run that was
-      complete before, other processes than the first return {}.
+      The metrics that were written last. A finished run returns its final evaluation: step, and the
+      results of `evaluate_model` with the prefix 'eval/'. A run that SIGTERM or Ctrl-C interrupts
+      is saved without an evaluation. If the run was complete before, only the first process returns
+      its metrics, and the others return {}.
 
     Raises:
       UserError: the settings cannot be used, contradict the run in the workdir, or are not the
@@ -101,16 +98,7 @@ def train(
         the run has several processes.
     """
     workdir = stores.as_path(workdir)
-    if profile and not 1 <= profile[0] <= profile[1] <= config.total_steps:
-        raise UserError(
-            f"--profile={profile[0]}:{profile[1]} must be two steps in their order, from 1 to the "
-            f"run's {config.total_steps}"
-        )
-    weights_and_biases.check_installed(config)
-    workdirs.check_outside_checkpoints("--workdir", workdir)
-    check_on_disk(config.data)
-    for folder in filter(None, (config.init.workdir, config.teacher.workdir, config.teacher.cache)):
-        stores.as_path(folder)  # before anything is made: an object store needs a package
+    _check_arguments(config, workdir, profile)
     processes.agree("the settings", lambda: shared_settings(config))
     placed, mesh = training_mesh(config)
     check_backends(placed, jax.default_backend(), mesh)
@@ -118,95 +106,38 @@ def train(
     _warn(config)
     first = jax.process_index() == 0
     with contextlib.ExitStack() as stack:
-        lock = stack.enter_context(locked(workdir)) if first else None
-        if first and stores.is_local(workdir):
-            files.remove_unfinished(workdir)
-        processes.barrier()  # after it, the run's folder exists
-        processes.check_folders(workdir, cache.root(config.data))
-        checkpoints = stack.enter_context(
-            contextlib.closing(
-                Checkpoints(
-                    workdir,
-                    config.checkpoint.keep,
-                    config.checkpoint.keep_every,
-                    () if config.decay_start is None else (config.decay_start,),
-                )
-            )
-        )
+        lock = stack.enter_context(_shared_folder(workdir, config))
+        checkpoints = stack.enter_context(contextlib.closing(_checkpoints(workdir, config)))
         stack.enter_context(compile_cache(config, workdir))
-        # Restore order. 1. The config: a resumed run must be the same run.
-        config_path, tokenizer_path = workdir / workdirs.CONFIG, workdir / workdirs.TOKENIZER
-        resuming = checkpoints.latest() is not None
-        if resuming:
-            check_resume(load(config_path), config)
-        else:
-            checkpoints.check_new()
-            _check_new_start(workdir, config)
-            if config.init.step:
-                branch.check(config)
-        # 2. The tokenizer and the data, which must be those that the run began with.
-        shape = config.model.vocab_size, config.model.length
-        with processes.main_process_first(cache.root(config.data)):
-            data = load_data(config.data, *shape, tokenizer_path if resuming else None)
-        if config.teacher.cache:
-            data = teacher_cache.attach(data, config)
-        # Text may take long to prepare, and in a run of one process a signal ends that at once.
-        # From here on a signal stops the run with a checkpoint.
+        resuming = _check_same_run(config, workdir, checkpoints)
+        data = _load_data(config, workdir / workdirs.TOKENIZER if resuming else None)
+        # Preparing text may take long: until here, a signal ends a run of one process at once. From
+        # here on, a signal stops the run with a checkpoint.
         interrupted = stack.enter_context(PreemptionGuard())
         fingerprint = pipeline_fingerprint(data, config.train.batch_size, config.seed)
         processes.agree("the text", lambda: fingerprint)
         rows = local_rows(mesh, config.train.batch_size)
         batches = train_iterator(data.train, config.train.batch_size, config.seed, rows)
         stack.enter_context(jax.set_mesh(mesh))
-        # 3. Model, optimizer and step. 4. The position in the data.
         step, state, record = _start(placed, mesh, checkpoints, data, fingerprint)
         if record:
             workdirs.check_step(workdir, step, config)
             batches.set_state(record["iterator"])
-        teacher, inherits = None, config.teacher.inherit and not record
-        if inherits or (step < config.kd_steps and not config.teacher.cache):
-            # A resumed run continues with the teacher's checkpoint that it used before.
-            teacher_step = record.get("teacher_step")
-            teacher = restore_teacher(placed, mesh, data.tokenizer, teacher_step)
-            if inherits:
-                state = state._replace(model=init_from_teacher(placed, teacher, data, mesh))
-            teacher = None if config.teacher.cache else cast_to_compute_dtype(teacher, mesh)
-        if step < config.kd_steps:
-            log.info("distillation in %d of %d steps", config.kd_steps, config.total_steps)
+        state, teacher = _teacher(placed, mesh, data, step, state, record)
         if first:
-            data.tokenizer.save(tokenizer_path)
-            save(config, config_path)
-            if config.init.step and not resuming:
-                branch.copy_metrics(config, workdir)
-        # 5. The metrics: lines of steps that will be repeated are removed.
-        lines = read_metrics(workdir / METRICS) if first else []
-        last = lines[-1] if lines else {}
-        evaluated = any(line["step"] == step and "eval/loss" in line for line in lines)
-        del lines  # of a long run, they take gigabytes
-        evaluated = processes.of_first(evaluated)
+            _write_settings(config, workdir, data, resuming)
+        last, evaluated = _last_metrics(workdir, step)
         if step >= config.total_steps and evaluated:
             log.info("the run is complete: step %d of %d", step, config.total_steps)
             return last
-        # Only the first process writes metrics.
         begun = workdirs.record_environment(workdir, jax.devices()) if first else time.time()
-        clock = Clock(begun, record.get("productive_s", 0.0))
-        writer, wandb = None, None
+        writer, wandb, distiller = None, None, None
         if first:
-            writer = MetricsWriter(workdir, step, lock.check)
-            stack.callback(writer.close)
+            writer = stack.enter_context(contextlib.closing(MetricsWriter(workdir, step, lock)))
             if config.log.wandb:
                 wandb = stack.enter_context(contextlib.closing(WandbRun(config, workdir, begun)))
-        progress = stack.enter_context(
-            tqdm(
-                total=config.total_steps,
-                initial=step,
-                unit="step",
-                disable=not (first and sys.stderr.isatty()),
-                leave=False,
-            )
-        )
-        distiller = None
         if step < config.kd_steps:
+            log.info("distillation in %d of %d steps", config.kd_steps, config.total_steps)
             distiller = Distiller(placed, teacher and teacher.config)
         run = Run(
             config=placed,
@@ -217,8 +148,8 @@ def train(
             fingerprint=fingerprint,
             writer=writer,
             wandb=wandb,
-            progress=progress,
-            clock=clock,
+            progress=stack.enter_context(_progress(step, config.total_steps)),
+            clock=Clock(begun, record.get("productive_s", 0.0)),
             stall_watch=stack.enter_context(StallWatch(config.log.stall_minutes)),
             teacher=teacher,
             train_step=compile_train_step(placed, mesh, distiller),
@@ -228,8 +159,99 @@ def train(
         return run.loop(step, state, batches, interrupted, profile, evaluated)
 
 
+def _check_arguments(config: Config, workdir: Path, profile: tuple[int, int] | None) -> None:
+    """Checks what can be checked before any file is written."""
+    if profile and not 1 <= profile[0] <= profile[1] <= config.total_steps:
+        raise UserError(
+            f"--profile={profile[0]}:{profile[1]} must be two steps in their order, from 1 to the "
+            f"run's {config.total_steps}"
+        )
+    weights_and_biases.check_installed(config)
+    workdirs.check_outside_checkpoints("--workdir", workdir)
+    check_on_disk(config.data)
+    for folder in filter(None, (config.init.workdir, config.teacher.workdir, config.teacher.cache)):
+        stores.as_path(folder)  # an object store needs a package
+
+
+@contextlib.contextmanager
+def _shared_folder(workdir: Path, config: Config) -> Iterator[Callable[[], None]]:
+    """The run's folder, locked by process 0 and seen by all.
+
+    Yields a function that checks the lock, for process 0 to call before it writes to a store.
+    """
+    first = jax.process_index() == 0
+    with locked(workdir) if first else contextlib.nullcontext() as lock:
+        if first and stores.is_local(workdir):
+            files.remove_unfinished(workdir)
+        processes.barrier()  # after it, the run's folder exists
+        processes.check_folders(workdir, cache.root(config.data))
+        yield lock and lock.check
+
+
+def _checkpoints(workdir: Path, config: Config) -> Checkpoints:
+    """The run's checkpoints; the one before the WSD decay stays, since branches start from it."""
+    kept_steps = () if config.decay_start is None else (config.decay_start,)
+    settings = config.checkpoint
+    return Checkpoints(workdir, settings.keep, settings.keep_every, kept_steps)
+
+
+def _check_same_run(config: Config, workdir: Path, checkpoints: Checkpoints) -> bool:
+    """Checks that a run in the folder has this config; returns whether it is resumed."""
+    if checkpoints.latest() is not None:
+        check_resume(load(workdir / workdirs.CONFIG), config)
+        return True
+    checkpoints.check_new()
+    _check_new_start(workdir, config)
+    if config.init.step:
+        branch.check(config)
+    return False
+
+
+def _load_data(config: Config, tokenizer: Path | None) -> Data:
+    """The text as windows of tokens; a resumed run gives the path of its tokenizer."""
+    with processes.main_process_first(cache.root(config.data)):
+        data = load_data(config.data, config.model.vocab_size, config.model.length, tokenizer)
+    return teacher_cache.attach(data, config) if config.teacher.cache else data
+
+
+def _teacher(
+    config: Config, mesh: Mesh, data: Data, step: int, state: TrainState, record: dict
+) -> tuple[TrainState, Teacher | None]:
+    """The state, which a new run may inherit from its teacher, and the teacher if one must run."""
+    inherits = config.teacher.inherit and not record
+    runs = step < config.kd_steps and not config.teacher.cache
+    if not (inherits or runs):
+        return state, None
+    # A resumed run restores the same step of the teacher as before.
+    teacher = restore_teacher(config, mesh, data.tokenizer, record.get("teacher_step"))
+    if inherits:
+        state = state._replace(model=init_from_teacher(config, teacher, data, mesh))
+    return state, None if config.teacher.cache else cast_to_compute_dtype(teacher, mesh)
+
+
+def _write_settings(config: Config, workdir: Path, data: Data, resuming: bool) -> None:
+    """Writes tokenizer and config and, for a new branch, the metrics of its base run."""
+    data.tokenizer.save(workdir / workdirs.TOKENIZER)
+    save(config, workdir / workdirs.CONFIG)
+    if config.init.step and not resuming:
+        branch.copy_metrics(config, workdir)
+
+
+def _last_metrics(workdir: Path, step: int) -> tuple[dict, bool]:
+    """Process 0's last line of metrics ({} elsewhere), and whether `step` was evaluated."""
+    lines = read_metrics(workdir / METRICS) if jax.process_index() == 0 else []
+    evaluated = any(line["step"] == step and "eval/loss" in line for line in lines)
+    return (lines[-1] if lines else {}), processes.of_first(evaluated)
+
+
+def _progress(step: int, total: int) -> tqdm:
+    """A progress bar, if process 0 has a terminal."""
+    shown = jax.process_index() == 0 and sys.stderr.isatty()
+    return tqdm(total=total, initial=step, unit="step", disable=not shown, leave=False)
+
+
 def _log_capacity(config: Config) -> None:
-    """Logs the capacity of experts, which rounding and `moe.min_capacity` make more than asked."""
+    """Logs the experts' capacity, which rounding and `moe.min_capacity` may increase."""
     model, moe = config.model, config.moe
     counts = sorted({count for count in model.schedule.experts if count})
     factors = {"training": moe.capacity_factor, "evaluation": moe.eval_capacity_factor}
@@ -244,7 +266,7 @@ def _log_capacity(config: Config) -> None:
 
 
 def _warn(config: Config) -> None:
-    """Warns of settings that are allowed and seldom meant."""
+    """Warns of settings that are valid but seldom intended."""
     if not config.loss_reaches_routers:
         log.warning(
             "a token's only expert (model.top_k=1) always has the weight 1, by "
@@ -275,14 +297,10 @@ def _warn(config: Config) -> None:
 def _start(
     config: Config, mesh: Mesh, checkpoints: Checkpoints, data: Data, fingerprint: dict
 ) -> tuple[int, TrainState, dict]:
-    """The step at which a run starts, its state, and the data record of the checkpoint it is from.
+    """The step at which a run starts, its state and its data record.
 
-    That is the run's last checkpoint, or else its trunk's (`training.branch`). A run without either
-    starts at step 0 with the record {}.
-
-    Raises:
-      UserError: the data are not those of the checkpoint, or the checkpoint can't be read.
-      TrainingStopped: a checkpoint is damaged, and the run has several processes.
+    They are from the run's newest checkpoint or, for a new branch, from its base run's
+    (`training.branch`). A run without either starts at step 0 with the record {}.
     """
     shapes = jax.eval_shape(lambda: init_state(config))
     found = checkpoints.restore(shapes, mesh)
@@ -304,20 +322,20 @@ def _start(
 
 @contextlib.contextmanager
 def compile_cache(config: Config, workdir: Path) -> Iterator[None]:
-    """Has JAX keep compiled programs in the folder of `train.compile_cache` meanwhile."""
-    setting = config.train.compile_cache
+    """Within the block, JAX keeps compiled programs in the folder `execution.compile_cache`."""
+    setting = config.execution.compile_cache
     if setting == "auto" and jax.default_backend() == "cpu":
         setting = ""
     elif setting == "auto":
-        # JAX runs the programs that it finds there. A run on a disk may be a stranger's, and so may
-        # be the settings, `data.cache_dir` among them.
+        # JAX runs the programs that it finds in this folder. A local workdir may come from a
+        # stranger, and so may its settings; the default of `data.cache_dir` does not.
         parent = DataConfig.cache_dir if stores.is_local(workdir) else workdir
         setting = f"{parent}/compile_cache"
     if not setting:
         yield
         return
-    folder = expand("train.compile_cache", setting)
-    stores.check_reachable(folder, "train.compile_cache")  # JAX warns of each program instead
+    folder = expand("execution.compile_cache", setting)
+    stores.check_reachable(folder, "execution.compile_cache")  # else JAX warns for each program
     before = jax.config.values["jax_compilation_cache_dir"]
     jax.config.update("jax_compilation_cache_dir", str(folder))
     compilation_cache.reset_cache()  # JAX chooses the folder at the first compilation
@@ -339,17 +357,18 @@ class Run:
     mesh: Mesh
     checkpoints: Checkpoints
     fingerprint: dict
-    writer: MetricsWriter | None  # of the first process
+    writer: MetricsWriter | None  # on the first process alone
     wandb: WandbRun | None
     progress: tqdm
     clock: Clock
     stall_watch: StallWatch
-    teacher: Teacher | None  # until distillation ends
+    teacher: Teacher | None  # None after distillation
     train_step: Callable[..., tuple[TrainState, dict]]
     on_metrics: Callable[[dict], None] | None
 
     def __post_init__(self):
-        self.eval_step = jax.jit(forward, out_shardings=replicated(self.mesh))
+        evaluated = partial(forward, execution=self.config.execution)
+        self.eval_step = jax.jit(evaluated, out_shardings=replicated(self.mesh))
         self.flops_per_token = cost(self.config.model, self.config.moe).train_flops_per_token
         self.last_metrics: dict = {}
 
@@ -394,14 +413,14 @@ class Run:
             trace.after(step, metrics, stopping)
 
             checkpoint_due = self.due(self.config.checkpoint.every, step) or stopping
-            checkpoint_due |= step == self.config.decay_start  # where another run may go on
+            checkpoint_due |= step == self.config.decay_start  # branches start here
             eval_due = self.due(self.config.eval.every, step)
             if checkpoint_due or eval_due:
-                self.report(*pending)  # a checkpoint is only written after its loss was checked
+                self.report(*pending)  # checks the loss before a checkpoint is written
                 pending = None
-                if checkpoint_due:  # first, since an evaluation may last long
+                if checkpoint_due:  # before the evaluation, which may take long
                     self.save(step, state, batches)
-                if step == total:  # a run whose end was evaluated has its checkpoint
+                if step == total:  # so that a run with a final evaluation has its checkpoint
                     self.checkpoints.wait()
                 if eval_due and (step == total or not stopping):
                     self.evaluate(step, state)
@@ -429,7 +448,7 @@ class Run:
         self.checkpoints.save(step, state, record)
 
     def sync(self) -> None:
-        """Has the lines so far written to the object store that the run's folder may be in."""
+        """Writes the metrics so far to the object store, if the run's folder is in one."""
         if self.writer:
             self.writer.sync()
 
@@ -438,7 +457,7 @@ class Run:
 
     def report(self, step: int, metrics: dict) -> None:
         """Waits for a step's metrics, stops the run if they aren't finite, logs them if due."""
-        # A step's loss is that of the weights before it, which may be in a checkpoint already.
+        # Step n computes its loss with the weights of step n - 1, which a checkpoint may hold.
         for name, broken in (("loss", step - 1), ("grad_norm", step)):
             self.check_finite(name, float(metrics[name]), step, broken)
         self.stall_watch.alive()
@@ -461,7 +480,7 @@ class Run:
         self.say(step, line)
 
     def check_finite(self, name: str, value: float, step: int, broken: int) -> None:
-        """Stops the run if a number is not finite; checkpoints from step `broken` on are no use."""
+        """Stops the run if a number is not finite; checkpoints from step `broken` on are bad."""
         if math.isfinite(value):
             return
         self.checkpoints.wait()
@@ -508,11 +527,7 @@ class Run:
 
 
 def check_fingerprint(saved: dict, current: dict, fix: str) -> None:
-    """Checks that a run goes on with the data that it began with; `fix` ends the message.
-
-    Raises:
-      UserError: the data differ; names the difference.
-    """
+    """Checks that the data did not change since a checkpoint; `fix` ends the message."""
     if changes := fingerprint_changes(saved, current):
         raise UserError(
             f"the data changed since the checkpoint was written: {changes}; restore the data, or "
@@ -521,12 +536,9 @@ def check_fingerprint(saved: dict, current: dict, fix: str) -> None:
 
 
 def _check_new_start(workdir: Path, config: Config) -> None:
-    """Refuses to train a run whose checkpoints are gone anew, which would delete its metrics.
+    """Refuses to restart a run whose checkpoints are gone, which would delete its metrics.
 
-    One that ended before its second checkpoint was due may never have had any.
-
-    Raises:
-      UserError: the run had checkpoints, or other settings, or its files cannot be read.
+    A run that stopped before its second checkpoint was due may never have had one.
     """
     settings, lines = workdir / workdirs.CONFIG, read_metrics(workdir / METRICS)
     if not (lines and settings.exists()):
@@ -540,7 +552,7 @@ def _check_new_start(workdir: Path, config: Config) -> None:
             f"--workdir, or, to train it again from step 0, move its {METRICS} away"
         )
     if saved.init.step or config.init.step:
-        # A branch equals the run from step 0, so that it may begin elsewhere than it did.
+        # A branch equals the run from step 0, so it may now start from another checkpoint.
         saved = dataclasses.replace(saved, init=config.init)
     check_resume(saved, config)
     log.info("starts again: the run in %s has no checkpoint yet", workdir)

@@ -1,7 +1,7 @@
-"""Muon: the momentum of every weight matrix of a layer, orthogonalised (Jordan et al., 2024).
+"""Muon (Jordan et al., 2024): updates each layer's weight matrices by orthogonalised momentum.
 
 https://kellerjordan.github.io/posts/muon. Updates are scaled as in Moonlight (arXiv 2502.16982,
-section 2.2), so that AdamW's learning rate and weight decay suit them.
+section 2.2), so that AdamW's learning rate and weight decay suit them. N, M: rows, columns.
 """
 
 import math
@@ -15,11 +15,11 @@ from prmoe_jax.parallel import sharding
 
 STEPS = 5
 COEFFICIENTS = 3.4445, -4.7750, 2.0315
-RMS = 0.2  # that of AdamW's updates, by measurement (Moonlight, section 2.2)
+RMS = 0.2  # the root mean square of AdamW's updates (measured in Moonlight, section 2.2)
 
 
 def muon(momentum: float) -> optax.GradientTransformation:
-    """Nesterov momentum, then its orthogonal factor; weight decay and learning rate come after it.
+    """Nesterov momentum, orthogonalised; the caller adds weight decay and learning rate.
 
     Args:
       momentum: the decay rate of the momentum.
@@ -29,13 +29,13 @@ def muon(momentum: float) -> optax.GradientTransformation:
 
 
 def orthogonalize(updates: optax.Updates) -> optax.Updates:
-    """About U Vᵀ of every matrix U S Vᵀ, scaled to a root mean square of about `RMS`.
+    """Replaces every matrix U S Vᵀ by about U Vᵀ, scaled to a root mean square of about `RMS`.
 
-    Queries, keys and values are a matrix each, with the heads side by side, and so is each expert.
-    A device computes whole matrices (`sharding.constrain_matrices`).
+    Queries, keys and values have one matrix each, with the heads side by side, and each expert has
+    matrices of its own. A device computes whole matrices (`sharding.constrain_matrices`).
 
     Args:
-      updates: a tree of the layers' weight matrices; others are left out.
+      updates: a tree of the layers' weight matrices, without other parameters.
     """
     return sharding.constrain(map_named(_orthogonal, updates))
 
@@ -56,7 +56,7 @@ def _orthogonal(name: str, x: jax.Array) -> jax.Array:
     scale = RMS * math.sqrt(max(rows, columns))
     done = scale * _newton_schulz(matrices)
     back = sorted(range(x.ndim), key=order.__getitem__)
-    # Split as before, so that no device has to cut off layers of its own.
+    # The parameter's own partition does not split layers, so the padding is cut off locally.
     return sharding.constrain_leaf(name, done.reshape(moved.shape).transpose(back))[:layers]
 
 

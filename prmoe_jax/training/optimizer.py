@@ -1,4 +1,4 @@
-"""AdamW or Muon with a schedule by tokens; declarations decide weight decay and optimizer."""
+"""AdamW or Muon with a schedule in tokens; `nn/parameters.py` declares which applies where."""
 
 import math
 
@@ -10,8 +10,8 @@ from prmoe_jax.config.schema import Config
 from prmoe_jax.nn.parameters import declaration, map_named
 from prmoe_jax.training.muon import muon
 
-# The fewest bytes of a parameter: itself in float32, and two moments of AdamW or at least one of
-# Muon, whose embeddings and vectors have AdamW's.
+# Least bytes per parameter: its float32 value, and two moments with AdamW or one with Muon.
+# (Muon leaves embeddings and vectors to AdamW, so that a model needs more.)
 STATE_BYTES = {"adamw": 12, "muon": 8}
 
 
@@ -27,9 +27,8 @@ def decay_mask(params):
 def learning_rate(config: Config):
     """A function from an update's 0-based step to its learning rate.
 
-    The rate warms up linearly. Then it falls to the minimum along a cosine, or stays constant
-    before it falls linearly. The schedule is in tokens (such as 375 M tokens of warm-up), and a
-    step counts with the tokens seen at its end.
+    After a linear warm-up, the rate falls to the minimum along a cosine (`cosine`), or linearly
+    after a constant part (`wsd`). The schedule is in tokens: those seen at a step's end count.
     """
     settings = config.optimizer
     warmup = settings.warmup_tokens / config.tokens_per_step
@@ -42,11 +41,11 @@ def learning_rate(config: Config):
         if settings.schedule == "wsd":
             length = config.decay_end - config.decay_start
             progress = jnp.clip((seen - config.decay_start) / length, 0.0, 1.0)
-            falling = high * (1 - progress) + low * progress  # `high` to the last bit at first
+            falling = high * (1 - progress) + low * progress  # exactly `high` at progress 0
         else:
             progress = jnp.clip((seen - warmup) / max(end - warmup, 1.0), 0.0, 1.0)
             falling = low + 0.5 * (high - low) * (1 + jnp.cos(jnp.pi * progress))
-        # Without the barrier, a compiler would compute this number again for every parameter.
+        # Without the barrier, XLA would recompute this number for every parameter.
         return jax.lax.optimization_barrier(jnp.where(seen < warmup, rising, falling))
 
     return rate

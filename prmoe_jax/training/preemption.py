@@ -11,9 +11,9 @@ from jax.experimental import multihost_utils
 class PreemptionGuard:
     """While this is active, SIGTERM and Ctrl-C ask the run to stop instead of ending the process.
 
-    In a run of one process, `bool(guard)` is true after such a signal. In a run of several, it is
-    always false: JAX catches SIGTERM, and all processes agree on the step after which they stop
-    (see `at`). A process that gets Ctrl-C sends itself SIGTERM. A second Ctrl-C ends the process.
+    With one process, `bool(guard)` is true after such a signal. With several, it is always false:
+    JAX catches SIGTERM, and `at` tells all processes the same step to stop after; on Ctrl-C, a
+    process sends itself SIGTERM. A second Ctrl-C ends the process.
     """
 
     def __init__(self):

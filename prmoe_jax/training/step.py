@@ -15,15 +15,15 @@ from prmoe_jax.model.loss import cross_entropy, forward, totals, training_loss
 from prmoe_jax.model.state import TrainState
 from prmoe_jax.model.transformer import Transformer, init_model, update_router_bias
 from prmoe_jax.parallel import sharding
-from prmoe_jax.parallel.mesh import replicated
-from prmoe_jax.parallel.portions import add_up
+from prmoe_jax.parallel.axes import replicated
+from prmoe_jax.parallel.microbatches import add_up
 from prmoe_jax.parallel.sharding import init_sharded
 from prmoe_jax.training.optimizer import learning_rate, make_optimizer
 
 # By default a TPU's compiler leaves most of the vector memory unused. With half of it, the matrix
-# products of a step take 10 % less time. On SparseCores collectives are asynchronous: they hide 21
-# of the 24 ms that the collectives of a dense 1.3B's step take on v5p (modelled). Compilers for
-# chips without SparseCores accept the options.
+# products of a step take 10 % less time. SparseCores run collectives beside other work: in a dense
+# 1.3B's step on v5p (modelled), this hides 21 of the 24 ms of collectives. Compilers for chips
+# without SparseCores accept the options.
 OFFLOADED = (
     "all_gather 2d_all_gather 3d_all_gather reduce_scatter nd_reduce_scatter all_reduce "
     "dense_all_to_all"
@@ -46,8 +46,8 @@ def make_train_step(
     """A function of (state, batch) that makes one update and returns the new state and metrics.
 
     The metrics are loss, grad_norm, learning_rate, kd_weight (with a distiller), and sums, which
-    `metrics.summarise` turns into means. If the teacher runs beside its student, its model is the
-    third argument.
+    `metrics.summarise` turns into means. If a teacher runs beside the student, the teacher's model
+    is the third argument.
     """
     optimizer = make_optimizer(config)
     rate = learning_rate(config)
@@ -57,7 +57,7 @@ def make_train_step(
     ) -> tuple[TrainState, dict]:
         total = totals(batch, config)
         kd_weight = distiller.weight(state.step) if distiller else 0.0
-        # A row's key depends on its place in the whole batch, so that portions don't change it.
+        # A row's key depends on its index in the whole batch, so that microbatches don't change it.
         key = jax.random.fold_in(jax.random.key(config.seed + 1), state.step)
         rows = jnp.arange(config.train.batch_size)
         keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
@@ -67,17 +67,22 @@ def make_train_step(
         if balanced and config.train.accumulate > 1:
 
             def choices(batch_and_keys):
-                return [r.assigned_E for r in forward(state.model, *batch_and_keys).routers]
+                return [
+                    r.assigned_E
+                    for r in forward(
+                        state.model, *batch_and_keys, execution=config.execution
+                    ).routers
+                ]
 
-            inputs, portions = (batch, keys_B), config.train.accumulate
-            total = total._replace(assigned=add_up(choices, inputs, portions, rows_together))
+            inputs, microbatches = (batch, keys_B), config.train.accumulate
+            total = total._replace(assigned=add_up(choices, inputs, microbatches, rows_together))
 
         def loss(model, batch_and_keys):
             batch, keys_B = batch_and_keys
             measure = cross_entropy(config.train.z_loss)
             if distiller:
                 measure = distiller.measure(teacher_model, keys_B, kd_weight)
-            sums = forward(model, batch, keys_B, measure)
+            sums = forward(model, batch, keys_B, measure, config.execution)
             return training_loss(sums, total, config), sums
 
         gradient, sums = add_up(
@@ -107,7 +112,7 @@ def make_train_step(
 
 
 def sharded_state(config: Config, mesh: Mesh) -> TrainState:
-    """The training state at step 0, of which each device computes its own part."""
+    """The training state at step 0; each device computes only its own part."""
     return init_sharded(lambda: init_state(config), mesh)
 
 

@@ -1,4 +1,4 @@
-"""The speed of a run's steps: throughput, slow and endless steps, and the profiler's trace."""
+"""The speed of a run's steps: throughput, slow and hanging steps, and the profiler's trace."""
 
 import contextlib
 import faulthandler
@@ -21,20 +21,20 @@ from prmoe_jax.parallel import processes
 log = logging.getLogger(__name__)
 
 
-# A step is reported as slow if it takes this many times the median of the steps before it, of which
-# so many are remembered, and at least so many are needed.
+# A step is slow if it takes over SLOW times the median of the last REMEMBERED steps, of
+# which there must be at least NEEDED.
 SLOW, REMEMBERED, NEEDED = 5.0, 100, 10
 
 
 class Clock:
     """The speed of the steps since the last restart, and the goodput since the run began.
 
-    Goodput is the share of wall time, over all restarts, that went into steps that count: not into
-    compiling, evaluating, saving, waiting for machines, or steps that a restart repeated.
+    Goodput is the share of wall time, over all restarts, that was spent in productive steps: not in
+    compiling, evaluating, saving, waiting for machines, or steps that a restart repeats.
 
     Attributes:
       begun: when the run was started for the first time, in seconds since 1970.
-      productive: seconds spent in steps that count.
+      productive: seconds spent in productive steps.
     """
 
     def __init__(self, begun: float, productive: float = 0.0):
@@ -61,7 +61,7 @@ class Clock:
         self.wait += time.perf_counter() - begun
 
     def step_done(self, tokens: int) -> str:
-        """Counts a step; returns a warning if it took much longer than steps usually do, or ''."""
+        """Counts a step; returns a warning if the step was slow, else ''."""
         if self.start is None:
             self.restart()
             return ""
@@ -82,8 +82,8 @@ class Clock:
         """Rates since the clock last started, or the previous rates if no step finished.
 
         Returns:
-          tokens_per_second; input_wait_fraction; step_time_deviation, the standard deviation of the
-          steps' times over their mean; goodput.
+          tokens_per_second; input_wait_fraction; step_time_deviation, the standard deviation of
+          step times divided by their mean; goodput.
         """
         if self.tokens:
             seconds = time.perf_counter() - self.start
@@ -98,18 +98,18 @@ class Clock:
 
 
 class StallWatch:
-    """While this is active, a silence of some minutes has the stacks of all threads printed.
+    """While this is active, prints all threads' stacks after some minutes without `alive()`.
 
-    The stacks tell what a hanging run waits for. They are printed again after each further silence
-    of the same length, even if a thread holds Python's lock.
+    The stacks tell what a hanging run waits for. They are printed again after each such time, even
+    if a thread holds Python's global lock (GIL).
     """
 
     def __init__(self, minutes: float):
-        """Takes the minutes; inf, and more than 292 years, print nothing."""
+        """Takes the minutes; inf and other times above `threading.TIMEOUT_MAX` print nothing."""
         self._seconds = minutes * 60
 
     def alive(self) -> None:
-        """Ends the silence."""
+        """Restarts the timer."""
         if self._seconds < threading.TIMEOUT_MAX:
             file = processes.error_descriptor
             faulthandler.dump_traceback_later(self._seconds, repeat=True, file=file)
@@ -130,7 +130,7 @@ class Trace:
     """
 
     def __init__(self, profile: tuple[int, int] | None, step: int, folder: Path):
-        """Takes the steps to trace, and the last step done, which may be later in a resumed run."""
+        """Takes the steps to trace, and the last step done, which may be past them on resuming."""
         self.first, self.last = profile or (0, 0)
         self.folder, self.running = folder, False
         if profile and step >= self.last:
@@ -145,7 +145,7 @@ class Trace:
             self.running = True
 
     def after(self, step: int, metrics: dict, stopping: bool) -> None:
-        """Call this after a step was started; it writes the trace after the last traced step."""
+        """Call this after a step is dispatched; after the last traced step it writes the trace."""
         if self.running and (step == self.last or stopping):
             jax.block_until_ready(metrics)
             jax.profiler.stop_trace()

@@ -1,4 +1,4 @@
-"""`prmoe bench`: the rows' keys, the loads, and that every rival computes what it says."""
+"""`prmoe bench`: the rows' keys, the loads, and that every baseline computes what it says."""
 
 import json
 import subprocess
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from configs import tiny
-from prmoe_jax.bench import decode, memory, moe, turns
+from prmoe_jax.bench import decode, memory, moe, timing
 from prmoe_jax.bench.worker import peak_bytes
 from prmoe_jax.cli import main
 from prmoe_jax.config.loading import resolve
@@ -70,14 +70,14 @@ def test_short_programs_are_called_often_on_an_accelerator(platform, calls, monk
         temp_size_in_bytes=4,
         alias_size_in_bytes=0,
     )
-    monkeypatch.setattr(turns.jax, "jit", lambda function: jitted)
-    monkeypatch.setattr(turns.jax, "default_backend", lambda: platform)
-    monkeypatch.setattr(turns.time, "perf_counter", lambda: clock[0])
-    rival = turns.compiled(None, ())
-    times = turns.in_turns({"one": rival.seconds}, 5)
+    monkeypatch.setattr(timing.jax, "jit", lambda function: jitted)
+    monkeypatch.setattr(timing.jax, "default_backend", lambda: platform)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+    timed = timing.compiled(None, ())
+    times = timing.interleaved({"one": timed.seconds}, 5)
     assert times["one"] == pytest.approx([0.007] * 5)
     assert len(called) == calls
-    assert rival.peak_bytes() == 7
+    assert timed.peak_bytes() == 7
 
 
 def test_deepspeeds_layer_is_only_compared_with_on_a_cpu(monkeypatch):
@@ -261,7 +261,7 @@ def test_step(capsys, monkeypatch):
     """Ours alone where PyTorch isn't installed; as a table as well."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     # The mesh and the exchange over it have no effect on one device.
-    spread = ["moe.exchange=hierarchical", "mesh.expert=4", "mesh.expert_inner=2"]
+    spread = ["execution.exchange=hierarchical", "mesh.expert=4", "mesh.expert_inner=2"]
     spread = [f"--config.{setting}" for setting in spread]
     assert main(bench_step("2 layers, E=4, residual", "--json", *spread)) == 0
     (row,) = json.loads(capsys.readouterr().out)
@@ -302,14 +302,14 @@ def test_decoding_beside_transformers(capsys):
 
 @needs_extra("interop", "deepspeed")
 @pytest.mark.parametrize(
-    ("text", "rival"),
+    ("text", "baseline"),
     [("2 layers", "pytorch"), ("2 layers, E=3, residual", "pytorch + deepspeed")],
 )
-def test_step_beside_pytorch(text, rival, capsys):
+def test_step_beside_pytorch(text, baseline, capsys):
     assert main(bench_step(text, "--json")) == 0
     rows = {row["backend"]: row for row in json.loads(capsys.readouterr().out)}
-    assert {"prmoe_jax", rival} <= rows.keys()
-    assert rows[rival]["median_s"] > 0 and rows[rival]["peak_bytes"] > 10**7
+    assert {"prmoe_jax", baseline} <= rows.keys()
+    assert rows[baseline]["median_s"] > 0 and rows[baseline]["peak_bytes"] > 10**7
 
 
 @pytest.mark.parametrize(

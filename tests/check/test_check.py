@@ -169,13 +169,12 @@ def raises(x):
 @pytest.mark.parametrize("fault", [wrong_by_a_percent, wrong_gradient, not_a_number, raises])
 def test_a_kernel_that_returns_wrong_numbers(fault, monkeypatch):
     """It alone is named."""
-    gather = dispatch.BACKENDS["gather"]
 
-    def faulty(*inputs):
-        y_GxSxD, rounds = gather(*inputs)
-        return fault(y_GxSxD), rounds
+    class Faulty(dispatch.Slots):
+        def combine(self, y_ExRxD):
+            return fault(super().combine(y_ExRxD))
 
-    monkeypatch.setitem(dispatch.BACKENDS, "gather", faulty)
+    monkeypatch.setitem(dispatch.BACKENDS, "gather", (Faulty, None))
     chosen = {"dispatch einsum", "dispatch gather"}
 
     def cases(devices):
@@ -187,7 +186,7 @@ def test_a_kernel_that_returns_wrong_numbers(fault, monkeypatch):
     einsum, wrong, exchanges = kernels.check().findings
     assert (einsum.name, einsum.status) == ("dispatch einsum", OK)
     assert (wrong.name, wrong.status) == ("dispatch gather", FAIL)
-    assert wrong.fix.startswith("use another moe.dispatch; report it")
+    assert wrong.fix.startswith("use another execution.dispatch; report it")
     expected = {
         wrong_by_a_percent: "wrong numbers: float32 forward 1e-02",
         wrong_gradient: "backward 1e-02 of 1e-04",

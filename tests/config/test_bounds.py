@@ -1,9 +1,7 @@
 """Settings that nothing can compute with or no file system can hold: one line each, at once."""
 
 import math
-import os
 
-import numpy as np
 import pytest
 
 from configs import paper, tiny
@@ -46,7 +44,6 @@ def test_whole_numbers_have_a_largest_value(name):
     for value in (10**20, LARGEST_OF.get(name, LARGEST) + 1):
         refused(lambda: resolve(nested(name, value)), f"{name}=", "is out of range")  # noqa: B023
     refused(lambda: resolve(nested(name, -(10**20))), f"{name}=", "is out of range")
-    refused(lambda: resolve(nested(name, 10**5000)), "a number of thousands of digits")
 
 
 def test_each_of_several_numbers_has_a_largest_value():
@@ -60,7 +57,7 @@ def test_the_largest_values_are_settings(name):
     assert name in WHOLE
 
 
-def test_sizes_that_are_possible_one_by_one():
+def test_the_tokens_of_a_step_are_counted_in_32_bits():
     small = ["model.d_model=1", "model.heads=1", "model.d_ff=1", "model.vocab_size=257"]
     refused(
         lambda: tiny_config("train.batch_size=131072", "model.length=16384"),
@@ -68,26 +65,6 @@ def test_sizes_that_are_possible_one_by_one():
         "131071 sequences",
     )
     tiny_config("train.batch_size=131071", "model.length=16384", *small)
-    big = f"{2**30}"
-    refused(
-        lambda: tiny_config(f"model.d_model={big}", "model.heads=1", f"model.d_ff={big}"),
-        "model.layers, model.experts, model.d_model and model.d_ff make an array of",
-    )
-    refused(
-        lambda: tiny_config(f"model.experts={LARGEST}", f"model.d_ff={big}"), "model.experts, mod"
-    )
-    refused(
-        lambda: tiny_config("model.length=2147483646", "train.batch_size=1", f"model.d_ff={big}"),
-        "which no machine holds; use less",
-    )
-    refused(
-        lambda: tiny_config("model.heads=67108864", f"model.head_dim={LARGEST}"),
-        "model.layers, model.d_model, model.heads and model.head_dim make an array of",
-    )
-    refused(
-        lambda: tiny_config("model.heads=1048576", f"model.head_dim={2**30}", *small[::2]),
-        "train.batch_size, model.length, model.heads and model.head_dim make an array of",
-    )
 
 
 def test_steps_are_counted_in_32_bits():
@@ -105,26 +82,6 @@ def test_steps_are_counted_in_32_bits():
 def test_a_divisor_of_a_long_context_is_found_at_once(length, group, use):
     batch = ["train.batch_size=1", f"model.length={length}", f"moe.group_size={group}"]
     refused(lambda: tiny_config(*batch), f"nor is a multiple of model.length={length}; use {use}")
-
-
-@pytest.mark.parametrize("name", FLOATS)
-def test_floats_that_float32_has_no_number_for(name):
-    for value in (1e39, -1e300, 1e-39, -1e-300):
-        refused(lambda: resolve(nested(name, value)), f"{name}={value} is out of fl")  # noqa: B023
-    least = "0" if DECLARED[name].above is None else "1.17549e-38 or more"
-    refused(lambda: resolve(nested(name, 1e-39)), f"range; use {least}")
-
-
-def test_the_bounds_are_those_of_float32():
-    for value in (np.finfo(np.float32).max, np.finfo(np.float32).tiny):
-        config = tiny_config(f"model.init_std={float(value)!r}")
-        assert np.float32(config.model.init_std) == value
-    for value in (np.finfo(np.float32).max, np.finfo(np.float32).tiny):
-        beyond = float(value) * (2 if value > 1 else 0.5)
-        refused(lambda: tiny_config(f"model.init_std={beyond!r}"), "is out of float32")  # noqa: B023
-    refused(
-        lambda: resolve({"optimizer": {"eps": 10**400}}), "config.optimizer.eps=1000", "too larg"
-    )
 
 
 @pytest.mark.parametrize("name", ["moe.capacity_factor", "moe.eval_capacity_factor"])
@@ -156,30 +113,10 @@ def with_path(name, value):
 
 @pytest.mark.parametrize("name", PATHS)
 def test_paths_that_no_file_system_holds(name):
-    for value, reason in (
-        ("a\0b", r"='a\x00b' is not a path: it holds a NUL character"),
-        ("a\ud800b", r"='a\ud800b' is not a path: half of a surrogate pair"),
-        ("x" * 256, " is too long: a path has up to 4095 bytes, and 255 from one / to the next"),
-        ("a/" + "é" * 128 + "/b", "this one has 260 and 256"),
-        ("a/" * 2048, "this one has 4096 and 1"),
-    ):
-        refused(lambda: resolve(with_path(name, value)), name, reason)  # noqa: B023
-    for value in ("x" * 255, "é" * 127, "a/" * 2047, os.fsdecode(b"caf\xe9")):
+    for value in ("a\0b", "a\ud800b", "a\x1b[2Jb"):
+        refused(lambda: resolve(with_path(name, value)), name, f"{value!r} holds a character")  # noqa: B023
+    for value in ("x" * 255, "é" * 127, "a b/c d"):
         assert leaves(resolve(with_path(name, value)))[name] == value
-
-
-@pytest.mark.parametrize("name", PATHS)
-def test_the_command_line_tells_of_a_path_that_is_too_long(name, capsys):
-    arguments = [f"--config={tiny.__file__}:prmoe", f"--config.{name}={'x' * 300}"]
-    assert main(["params", *arguments]) == 2
-    assert capsys.readouterr().err.splitlines()[-1].startswith(f"prmoe: {name} is too long: ")
-
-
-@pytest.mark.parametrize("name", [name for name, value in VALUES.items() if type(value) is str])
-def test_no_text_is_longer_than_a_path(name):
-    """Some are read as numbers, of which Python reads 4,300 digits."""
-    text = "every " + "9" * 5000
-    refused(lambda: resolve(nested(name, text)), f"{name} is too long: ")
 
 
 def test_an_architecture_of_more_layers_than_can_be_listed(capsys):
@@ -207,10 +144,12 @@ def test_a_home_directory_that_is_not_known(monkeypatch):
     monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
     assert str(expand("data.corpus", "a/~")) == "a/~"
     refused(
-        lambda: expand("data.corpus", "~/a"), "data.corpus=~/a: the home directory is not known"
+        lambda: expand("data.corpus", "~/a"),
+        "data.corpus=~/a: Could not determine home directory",
     )
     refused(
-        lambda: expand("data.corpus", "~nobody-of-this-name/a"), "the home directory is not known"
+        lambda: expand("data.corpus", "~nobody-of-this-name/a"),
+        "Could not determine home direct",
     )
 
 
@@ -224,7 +163,7 @@ def test_settings_do_not_need_a_home_directory(monkeypatch):
 @pytest.mark.parametrize("name", [name for name, d in DECLARED.items() if d.choices])
 def test_choices_are_those_declared(name):
     """Another value is refused, with the list; the default is one of them."""
-    assert VALUES[name] in DECLARED[name].choices
+    assert DECLARED[name].default in DECLARED[name].choices
     with pytest.raises(UserError) as caught:
         tiny_config(f"{name}=nonsense")
     assert f"{name}='nonsense' is unknown; use one of {', '.join(DECLARED[name].choices)}" in str(

@@ -17,8 +17,8 @@ def settings(text, *changes):
     return values
 
 
-MIN = "the capacity is moe.min_capacity=4, as with 1.0; leave it at 1.0"
-FULL = "no expert is ever full; leave it at position"
+MIN = "the capacity is moe.min_capacity=4; leave it at 1.0"
+FULL = "no expert is full; leave it at position"
 ALL = "every token visits all experts of its layer"
 
 # Architecture, settings that are fine beside it, one that has no effect, and the reason.
@@ -46,25 +46,25 @@ IDLE = {
         "4 layers, E=8",
         {"moe.aux_loss_weight": 0.0},
         {"moe.balance": "batch"},
-        "with moe.aux_loss_weight=0; leave it at group",
+        "without moe.aux_loss_weight; leave it at group",
     ),
     "experts choose": (
         "4 layers, E=8",
         {"moe.router": "expert_choice"},
         {"moe.aux_loss_weight": 0.1},
-        "the load is even; leave it at 0.01",
+        "with moe.router=expert_choice; leave it at 0.01",
     ),
     "upcycled": (
         "4 layers, E=8",
         {"init.workdir": "runs/dense"},
         {"moe.expert_init": "tied"},
-        "experts start as those, or as the MLPs, of that run",
+        "with init.workdir=runs/dense; leave it at independent",
     ),
     "inherited": (
         "4 layers, E=8",
         {"teacher.workdir": "runs/teacher", "teacher.inherit": True},
         {"moe.expert_init": "tied"},
-        "experts start as the teacher's",
+        "with teacher.inherit=True; leave it at independent",
     ),
 }  # fmt: skip
 

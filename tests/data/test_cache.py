@@ -22,14 +22,12 @@ from tests.support.runs import NEW
 
 # One file of each kind in a cache.
 FILES = (
-    "tokens/*/tokens.npy",
-    "tokens/*/starts.npy",
-    "tokens/*/meta.json",
+    "tokens/*/train-00000.tokens",
+    "tokens/*/validation-00000.tokens",
+    "tokens/*/index.json",
+    "tokens/*/tokenizer.json",
     "tokenizers/*/tokenizer.json",
-    "corpora/*/text_files/1.0.0/text_files-train.array_record*",
-    "corpora/*/text_files/1.0.0/text_files-validation.array_record*",
-    "corpora/*/text_files/1.0.0/dataset_info.json",
-    "corpora/*/text_files/1.0.0/features.json",
+    "splits/*/split.json",
     "tasks/*/examples.jsonl",
     "tasks/*/cloze.yaml",
 )
@@ -37,6 +35,10 @@ FILES = (
 
 def config_in(folder):
     return DataConfig(corpus=str(folder / "corpus"), cache_dir=str(folder / "cache"))
+
+
+def ids(windows):
+    return windows.stream.read(0, len(windows.stream)).tolist()
 
 
 def use(folder):
@@ -47,7 +49,7 @@ def use(folder):
     task = local.prepare("cloze", config)
     return (
         data.tokenizer.fingerprint,
-        [windows.cache.tokens_T.tolist() for windows in (data.train, data.validation)],
+        [ids(windows) for windows in (data.train, data.validation)],
         [*corpus.train, *corpus.validation],
         (task / "examples.jsonl").read_text(),
     )
@@ -124,7 +126,7 @@ def test_other_files_are_ignored(here):
 
 def records(folder, tasks=1):
     paths = sorted((folder / "cache").rglob(cache.DIGESTS))
-    assert len(paths) == 4 + tasks  # two token caches, a tokenizer, a corpus, perhaps a task
+    assert len(paths) == 3 + tasks  # tokens, a tokenizer, a split, perhaps a task
     return paths
 
 
@@ -162,9 +164,22 @@ def test_a_cache_from_before_is_sealed_by_its_first_use(here):
         path.unlink()
     assert use(folder) == content
     assert [path.read_bytes() for path in records(folder)] == before
-    file = next((folder / "cache").glob("tokens/*/tokens.npy"))
+    file = next((folder / "cache").glob("tokens/*/train-00000.tokens"))
     file.write_bytes(altered(file.read_bytes()))
-    refused(folder, "tokens.npy is not as it was written")
+    refused(folder, "train-00000.tokens is not as it was written")
+
+
+def test_caches_of_earlier_versions_are_not_read(here):
+    """They had an array for each split, and a copy of the text."""
+    folder, content = here
+    config = config_in(folder)
+    corpus, tokenizer = open_corpus(config), pipeline.load_data(config, 300, 16).tokenizer
+    for name in ("train", "validation"):
+        before = cache.fingerprint(corpus.fingerprint, name, tokenizer.fingerprint)
+        (folder / "cache" / "tokens" / before).mkdir()
+        (folder / "cache" / "tokens" / before / "tokens.npy").write_bytes(b"old")
+    (folder / "cache" / "corpora" / corpus.fingerprint).mkdir(parents=True)
+    assert use(folder) == content
 
 
 @pytest.mark.parametrize(
@@ -178,49 +193,36 @@ def test_a_damaged_record_is_refused(here, damage):
     assert use(folder) == content
 
 
-def replaced(name, value):
-    """meta.json with another value."""
-    return lambda content: json.dumps(json.loads(content) | {name: value}).encode()
+def replaced(**changes):
+    """The same JSON object with other values."""
+    return lambda content: json.dumps(json.loads(content) | changes).encode()
 
 
-def other_array(array):
-    def damage(content):
-        file = Path("other.npy")
-        np.save(file, array)
-        return file.read_bytes()
-
-    return damage
-
-
+INDEX, SHARD, SPLIT = "tokens/*/index.json", "tokens/*/train-00000.tokens", "splits/*/split.json"
 # Damage in caches that hold no digests: the kind of file, and what happens to its content.
 BEFORE = {
-    "no meta": ("tokens/*/meta.json", lambda content: b""),
-    "garbage": ("tokens/*/meta.json", lambda content: b"\xff\xfe"),
-    "half": ("tokens/*/meta.json", lambda content: content[:-9]),
-    "list": ("tokens/*/meta.json", lambda content: b"[]"),
-    "nothing in it": ("tokens/*/meta.json", lambda content: b"{}"),
-    "bytes as text": ("tokens/*/meta.json", replaced("bytes", "many")),
-    "fingerprint as number": ("tokens/*/meta.json", replaced("fingerprint", 3)),
-    "tokens as text": ("tokens/*/meta.json", replaced("tokens", "many")),
-    "other number of tokens": ("tokens/*/meta.json", replaced("tokens", 3)),
-    "other number of documents": ("tokens/*/meta.json", replaced("documents", 3)),
-    "no header": ("tokens/*/tokens.npy", lambda content: content[128:]),
-    "empty": ("tokens/*/tokens.npy", lambda content: b""),
-    "header's dictionary": ("tokens/*/tokens.npy", lambda content: content.replace(b"{", b"(", 1)),
-    "header's shape": ("tokens/*/tokens.npy", lambda content: content.replace(b",)", b"9)", 1)),
-    "cut": ("tokens/*/tokens.npy", lambda content: content[:-2]),
-    "other dtype": ("tokens/*/tokens.npy", lambda content: content.replace(b"<u2", b"<i2", 1)),
-    "a matrix": ("tokens/*/starts.npy", other_array(np.zeros((2, 3), np.int64))),
-    "objects": ("tokens/*/starts.npy", other_array(np.array([None, {}]))),
+    "no index": (INDEX, lambda content: b""),
+    "garbage": (INDEX, lambda content: b"\xff\xfe"),
+    "half": (INDEX, lambda content: content[:-9]),
+    "list": (INDEX, lambda content: b"[]"),
+    "nothing in it": (INDEX, lambda content: b"{}"),
+    "splits as text": (INDEX, replaced(splits="many")),
+    "fingerprint as number": (INDEX, replaced(fingerprint=3)),
+    "other fingerprint": (INDEX, replaced(fingerprint="3")),
+    "other dtype": (INDEX, replaced(dtype="<i2")),
+    "empty": (SHARD, lambda content: b""),
+    "cut": (SHARD, lambda content: content[:-2]),
+    "other tokens": (SHARD, lambda content: content[:-2] + b"\0\0"),
     "tokenizer": ("tokenizers/*/tokenizer.json", lambda content: content[:-99]),
     "tokenizer's type": ("tokenizers/*/tokenizer.json", lambda content: b'{"model": 3}'),
     "tokenizer's encoding": ("tokenizers/*/tokenizer.json", lambda content: b"\xff"),
-    "records cut": ("corpora/*/*/*/*train.array_record*", lambda content: content[:-1]),
-    "records": ("corpora/*/*/*/*train.array_record*", lambda content: content[:64] + b"?" * 64000),
-    "record": ("corpora/*/*/*/*train.array_record*", lambda content: b"\0" * len(content)),
-    "info": ("corpora/*/*/*/dataset_info.json", lambda content: b"{"),
-    "info's splits": ("corpora/*/*/*/dataset_info.json", lambda content: b"{}"),
-    "info's encoding": ("corpora/*/*/*/dataset_info.json", lambda content: b"\xff"),
+    "no split": (SPLIT, lambda content: b""),
+    "split's encoding": (SPLIT, lambda content: b"\xff"),
+    "split as list": (SPLIT, lambda content: b"[]"),
+    "nothing in the split": (SPLIT, lambda content: b"{}"),
+    "threshold as number": (SPLIT, replaced(threshold=3)),
+    "threshold as text": (SPLIT, replaced(threshold="low")),
+    "short threshold": (SPLIT, replaced(threshold="00")),
 }
 
 
@@ -242,10 +244,10 @@ def test_a_file_without_permission_is_not_called_damaged(here, monkeypatch):
     folder, _ = here
 
     def closed(directory):
-        raise PermissionError(errno.EACCES, "Permission denied", "tokens.npy")
+        raise PermissionError(errno.EACCES, "Permission denied", "index.json")
 
     monkeypatch.setattr(cache, "check", closed)
-    with pytest.raises(UserError, match=r"can't be read \(.*Permission denied: 'tokens.npy'\)$"):
+    with pytest.raises(UserError, match=r"can't be read \(.*Permission denied: 'index.json'\)$"):
         use(folder)
 
 
@@ -253,14 +255,14 @@ def test_the_command_line_tells_of_altered_tokens_and_does_not_train(here, monke
     folder, _ = here
     monkeypatch.chdir(folder)
     config = DataConfig("corpus", tokenizer="bytes", cache_dir="cache")  # as NEW has it
-    before = set(Path("cache").glob("tokens/*/tokens.npy"))
+    before = set(Path("cache").glob(SHARD))
     pipeline.load_data(config, 384, 32)
-    for file in set(Path("cache").glob("tokens/*/tokens.npy")) - before:
+    for file in set(Path("cache").glob(SHARD)) - before:
         file.write_bytes(altered(file.read_bytes()))
     assert main(NEW) == 2
     message = capsys.readouterr().err.splitlines()[-1]
     assert message.startswith("prmoe: the cache cache/tokens/")
-    assert "tokens.npy is not as it was written); delete the folder" in message
+    assert "train-00000.tokens is not as it was written); delete the folder" in message
     assert not list(Path("new").rglob("metrics.jsonl"))
 
 
@@ -271,7 +273,7 @@ def test_every_write_to_a_full_disk_is_one_line_and_leaves_nothing_half(
 ):
     source, _ = warm
     config = DataConfig(str(source / "corpus"), tokenizer=tokenizer, cache_dir=str(tmp_path / "c"))
-    if prepared:  # its files are the largest
+    if prepared:
         list(open_corpus(config).train)
     stopped = set()
     for size in (1, 50, 113, 307, 1009, 4099, 5003):  # bytes that a file may have
@@ -284,15 +286,15 @@ def test_every_write_to_a_full_disk_is_one_line_and_leaves_nothing_half(
         stopped.add(kind[1])
         assert not list(tmp_path.glob("c/*/*.tmp"))
     assert stopped == (
-        {"corpora"}
+        {"splits"}
         if not prepared
         else {"tokens"} | ({"tokenizers"} if tokenizer == "bpe" else set())
     )
     out, err = capfd.readouterr()
     assert out == "" and "Traceback" not in err
-    tokens = pipeline.load_data(config, 300, 16).train.cache.tokens_T.tolist()
+    tokens = ids(pipeline.load_data(config, 300, 16).train)
     shutil.rmtree(tmp_path / "c")
-    assert pipeline.load_data(config, 300, 16).train.cache.tokens_T.tolist() == tokens
+    assert ids(pipeline.load_data(config, 300, 16).train) == tokens
 
 
 def test_a_disk_that_is_full_when_the_digests_are_written(tmp_path):
@@ -311,9 +313,8 @@ def test_a_disk_that_is_full_when_the_digests_are_written(tmp_path):
 
 def test_an_array_is_what_was_appended(tmp_path):
     rows_NxAxB = np.arange(7 * 3 * 5, dtype=np.int64).reshape(7, 3, 5)
-    with ArrayWriter(tmp_path / "a.npy", np.uint16, (3, 5)) as writer:
-        writer.reserve(11)  # more than there will be
-        assert (tmp_path / "a.npy").stat().st_size >= 11 * 3 * 5 * 2
+    with ArrayWriter(tmp_path / "a.npy", np.uint16, (7, 3, 5)) as writer:
+        assert (tmp_path / "a.npy").stat().st_size >= 7 * 3 * 5 * 2
         written = [writer.append(rows_NxAxB[:2]), writer.append(rows_NxAxB[2:])]
     assert writer.rows == 7
     assert b"".join(written) == rows_NxAxB.astype(np.uint16).tobytes()
@@ -336,17 +337,23 @@ def test_a_file_system_that_cannot_reserve_is_written_to(tmp_path, monkeypatch, 
         monkeypatch.setattr(os, "posix_fallocate", fail)
     else:
         monkeypatch.delattr(os, "posix_fallocate")
-    with ArrayWriter(tmp_path / "a.npy", np.uint16) as writer:
-        writer.reserve(3)
+    with ArrayWriter(tmp_path / "a.npy", np.uint16, (3,)) as writer:
         writer.append([5, 7, 11])
     assert np.load(tmp_path / "a.npy").tolist() == [5, 7, 11]
 
 
 def test_room_for_all_rows_is_taken_before_the_first(tmp_path):
-    with file_size_limit(1000), ArrayWriter(tmp_path / "a.npy", np.uint16) as writer:
-        writer.reserve(436)  # behind a header of 128 bytes
-        with pytest.raises(OSError, match="File too large"):
-            writer.reserve(437)
+    with file_size_limit(1000):
+        ArrayWriter(tmp_path / "a.npy", np.uint16, (436,)).__exit__(None, None, None)
+        with pytest.raises(OSError, match="File too large"):  # behind a header of 128 bytes
+            ArrayWriter(tmp_path / "a.npy", np.uint16, (437,))
+
+
+def test_an_array_with_too_few_rows_is_refused(tmp_path):
+    with ArrayWriter(tmp_path / "a.npy", np.uint16, (3,)) as writer:
+        writer.append([5, 7])
+    with pytest.raises(ValueError, match="it has 132 bytes, and"):
+        open_array(tmp_path / "a.npy", np.uint16, (3,))
 
 
 def test_a_cache_in_an_unknown_home_directory(monkeypatch, tmp_path):
@@ -366,10 +373,10 @@ def test_a_cache_in_an_unknown_home_directory(monkeypatch, tmp_path):
         with pytest.raises(UserError) as error:
             pipeline.load_data(DataConfig(**{"cache_dir": "cache"} | changes), 300, 16)
         assert str(error.value) == (
-            f"{name}: the home directory is not known; set HOME or give a path without ~"
+            f"{name}: Could not determine home directory; set HOME or give a path without ~"
         )
 
 
 def test_a_cache_whose_name_is_not_utf8():
-    with pytest.raises(UserError, match="is not UTF-8; give another folder"):
+    with pytest.raises(UserError, match="is not UTF-8: .*; give another folder"):
         cache.root(DataConfig(cache_dir=os.fsdecode(b"a\xff")))

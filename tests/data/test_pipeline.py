@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prmoe_jax.config.schema import DataConfig
-from prmoe_jax.data import pipeline, tokens
-from prmoe_jax.data.corpora import Corpus
+from prmoe_jax.data import chunks, pipeline, streams, tokens
+from prmoe_jax.data.corpora import open_corpus
 from prmoe_jax.data.pipeline import (
     Batch,
     TopKLogProbs,
@@ -26,32 +26,41 @@ from prmoe_jax.data.pipeline import (
 from prmoe_jax.data.tokenizer import Tokenizer, load_tokenizer
 from prmoe_jax.errors import UserError
 from tests.support.faults import file_size_limit
-from tests.support.tokenizers import started_tokenizer
+from tests.support.shards import Stream, Texts
+from tests.support.tokenizers import byte_tokenizer, started_tokenizer
 
 DOCUMENTS = ["the first", "é☃", "x", "a longer document than the others " * 3, "<|endoftext|>"]
 MARK = 256  # The end of text of the tokenizer 'bytes'.
 
 
-def corpus_of(train, validation=("held out",), fingerprint="fingerprint"):
-    return Corpus(fingerprint, lambda: {"train": list(train), "validation": list(validation)})
-
-
 @pytest.fixture
 def config(tmp_path):
-    return DataConfig(tokenizer="bytes", cache_dir=str(tmp_path / "cache"))
+    write_lines(tmp_path / "text.jsonl", DOCUMENTS)
+    return DataConfig(
+        corpus=str(tmp_path / "text.jsonl"), tokenizer="bytes", cache_dir=str(tmp_path / "cache")
+    )
 
 
-@pytest.fixture
-def token_cache(config):
-    corpus = corpus_of(DOCUMENTS)
-    return tokens.cached_tokens(config, corpus, "train", load_tokenizer(config, 257, corpus))
+def write_lines(path, texts):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
+def tokenised(config, tokenizer=None):
+    """The training and validation streams of the text."""
+    corpus = open_corpus(config)
+    tokenizer = tokenizer or load_tokenizer(config, 257, corpus)
+    source = tokens.cached_tokens(config, corpus, tokenizer)
+    return source.train, source.validation
+
+
+def ids(streams):
+    return [stream.read(0, len(stream)).tolist() for stream in streams]
 
 
 def synthetic(lengths):
-    """A cache whose documents of the given lengths (mark included) hold distinct tokens."""
+    """A stream whose documents of the given lengths (mark included) hold distinct tokens."""
     starts = np.cumsum([0, *lengths])
-    stream = np.arange(1, starts[-1] + 2, dtype=np.uint32)
-    return tokens.TokenCache(stream, starts[:-1].astype(np.int64), 0, "fingerprint")
+    return Stream(np.arange(1, starts[-1] + 2, dtype=np.uint32), starts[:-1])
 
 
 def stream_of(windows):
@@ -72,14 +81,16 @@ def rows_of(batch, rows):
 
 
 @pytest.mark.parametrize("length", [1, 7, 13, 1009])
-def test_windows_hold_the_exact_text(config, token_cache, length):
-    stream = stream_of(Windows(token_cache, length, False))
-    assert stream[0] == stream[-1] == MARK
-    ends = np.flatnonzero(stream == MARK)
-    assert len(ends) == len(DOCUMENTS) + 1
-    tokenizer = load_tokenizer(config, 257, corpus_of(DOCUMENTS))
-    texts = [tokenizer.decode(stream[a + 1 : b]) for a, b in zip(ends, ends[1:], strict=False)]
-    assert texts == DOCUMENTS
+def test_windows_hold_the_exact_text(config, length):
+    corpus, tokenizer = open_corpus(config), byte_tokenizer()
+    assert sorted([*corpus.train, *corpus.validation]) == sorted(DOCUMENTS)
+    expected = [text for text in DOCUMENTS if text in list(corpus.train)], list(corpus.validation)
+    for tokenised_split, documents in zip(tokenised(config), expected, strict=True):
+        stream = stream_of(Windows(tokenised_split, length, False))
+        assert stream[0] == stream[-1] == MARK
+        ends = np.flatnonzero(stream == MARK)
+        texts = [tokenizer.decode(stream[a + 1 : b]) for a, b in zip(ends, ends[1:], strict=False)]
+        assert texts == documents
 
 
 @settings(max_examples=200, deadline=None)
@@ -116,9 +127,9 @@ def test_segments_by_hand():
 def test_a_start_of_its_own_by_hand():
     """Documents are read from their start and end with the end: ‹s› a b ‹/s› as a ‹s› b ‹/s›."""
     tokenizer = started_tokenizer()
-    start, end = tokenizer.start_of_text, tokenizer.end_of_text
+    start, end = tokenizer.bos_id, tokenizer.eos_id
     stream = np.array([end, 1, 2, end, 3, end], np.uint32)
-    cache = tokens.TokenCache(stream, np.array([0, 3]), 0, "fingerprint")
+    cache = Stream(stream, [0, 3])
     first, second = Windows(cache, 4, False, tokenizer=tokenizer)
     assert_same(first, Batch([start, 1, 2, start], [1, 2, end, 3], [True] * 4, [1, 1, 1, 2]))
     assert_same(
@@ -126,7 +137,7 @@ def test_a_start_of_its_own_by_hand():
     )
     # Shards of another library may have both: then the end mark predicts nothing.
     stream = np.array([end, start, 1, end, start, 2, end], np.uint32)
-    cache = tokens.TokenCache(stream, np.array([0, 3]), 0, "fingerprint")
+    cache = Stream(stream, [0, 3])
     (window,) = Windows(cache, 6, False, tokenizer=tokenizer)
     real = [False, True, True, False, True, True]
     assert_same(window, Batch(stream[:-1], stream[1:], real, [0, 1, 1, 0, 2, 2]))
@@ -136,16 +147,16 @@ def test_a_start_of_its_own_by_hand():
 
 def test_a_start_of_its_own_in_the_text(config):
     """From the corpus to the windows, which a resumed run compares."""
-    tokenizer, corpus = started_tokenizer(), corpus_of(DOCUMENTS)
-    cache = tokens.cached_tokens(config, corpus, "train", tokenizer)
-    windows = Windows(cache, 13, False, tokenizer=tokenizer)
+    tokenizer = started_tokenizer()
+    train, _ = tokenised(config, tokenizer)
+    windows = Windows(train, 13, False, tokenizer=tokenizer)
     inputs = np.concatenate([window.tokens_BxL[window.mask_BxL] for window in windows])
     targets = np.concatenate([window.targets_BxL[window.mask_BxL] for window in windows])
-    assert (inputs == 257).sum() == (targets == MARK).sum() == len(DOCUMENTS)
+    assert (inputs == 257).sum() == (targets == MARK).sum() == len(DOCUMENTS) - 1
     assert MARK not in inputs and 257 not in targets
     data = pipeline.Data(tokenizer, windows, windows, "fingerprint")
     known = pipeline.windows_fingerprint(data)
-    same = dataclasses.replace(data, tokenizer=load_tokenizer(config, 257, corpus))
+    same = dataclasses.replace(data, tokenizer=byte_tokenizer())
     assert known["start_of_text"] == 257
     assert "start_of_text" not in pipeline.windows_fingerprint(same)
 
@@ -266,68 +277,80 @@ def test_evaluation_sees_every_window_once_in_order(processes):
     assert [batch.tokens_BxL.shape for batch in batches] == [(4, 7)] * 2
     np.testing.assert_array_equal(
         np.concatenate([batch.targets_BxL[batch.mask_BxL] for batch in batches]),
-        windows.cache.tokens_T[1:],
+        windows.stream.tokens_T[1:],
     )
     assert not batches[-1].mask_BxL[3].any() and not batches[-1].segments_BxL[3].any()
     assert len(list(eval_batches(windows, 4, limit=1))) == 1
     assert len(list(eval_batches(windows, 4, limit=99))) == 2
 
 
-def test_a_split_without_documents(config):
-    corpus = corpus_of([])
-    cache = tokens.cached_tokens(config, corpus, "train", load_tokenizer(config, 257, corpus))
-    windows = Windows(cache, 5, False)
-    with pytest.raises(UserError, match="0 documents and 1 tokens, which make 0 windows of 5"):
+def test_a_split_without_documents():
+    stream = streams.ShardStream([], byte_tokenizer(), 0, 0, (False, True), "")
+    windows = Windows(stream, 5, False)
+    with pytest.raises(UserError, match="split has 1 tokens, which make 0 windows of 5"):
         train_iterator(windows, 4, 0)
     assert list(eval_batches(windows, 4)) == []
 
 
-def test_tokenised_once_per_corpus_and_tokenizer(config, monkeypatch):
-    corpus = corpus_of(DOCUMENTS)
-    tokenizer = load_tokenizer(config, 257, corpus)
-    bpe = load_tokenizer(dataclasses.replace(config, tokenizer="bpe"), 300, corpus)
+def test_tokenised_once_per_corpus_and_tokenizer(config, tmp_path, monkeypatch):
+    bpe = load_tokenizer(dataclasses.replace(config, tokenizer="bpe"), 300, open_corpus(config))
     encoded, encode = [], Tokenizer.encode_batch
     monkeypatch.setattr(
-        Tokenizer, "encode_batch", lambda self, texts: encoded.append(texts) or encode(self, texts)
+        Tokenizer, "encode_batch", lambda self, texts: encoded.extend(texts) or encode(self, texts)
     )
-    first = tokens.cached_tokens(config, corpus, "train", tokenizer)
-    again = tokens.cached_tokens(config, corpus, "train", tokenizer)
-    np.testing.assert_array_equal(first.tokens_T, again.tokens_T)
-    assert encoded == [DOCUMENTS]
-    other = corpus_of(["other", "documents"], fingerprint="other")
-    assert len(tokens.cached_tokens(config, other, "train", tokenizer).starts_N) == 2
-    tokens.cached_tokens(config, corpus, "train", bpe)
-    assert encoded == [DOCUMENTS, ["other", "documents"], DOCUMENTS]
+
+    first = ids(tokenised(config))
+    assert ids(tokenised(config)) == first and encoded.count(DOCUMENTS[3]) == 1
+    tokenised(config, bpe)
+    assert encoded.count(DOCUMENTS[3]) == 2
+    write_lines(tmp_path / "text.jsonl", ["other", "documents"])
+    tokenised(config)
+    assert {"other", "documents"} <= set(encoded)
 
 
-def test_cache_counts_and_dtypes(config, token_cache, monkeypatch):
-    assert token_cache.bytes == sum(len(text.encode()) for text in DOCUMENTS)
-    assert len(token_cache.tokens_T) == token_cache.bytes + len(DOCUMENTS) + 1
-    assert token_cache.tokens_T.dtype == np.uint16
-    corpus = corpus_of(DOCUMENTS, fingerprint="wide")
-    tokenizer = load_tokenizer(config, 257, corpus)
-    tokenizer.size = 65537
-    wide = tokens.cached_tokens(config, corpus, "train", tokenizer)
-    assert wide.tokens_T.dtype == np.uint32
-    np.testing.assert_array_equal(wide.tokens_T, token_cache.tokens_T)
+def test_counts_and_dtypes(config, tmp_path):
+    description = json.loads(byte_tokenizer().description)
+    description["model"]["vocab"]["wide"] = 1 << 16
+    wide = Tokenizer(json.dumps(description), "wide")
+    narrow, wide = (tokenised(config, tokenizer) for tokenizer in (byte_tokenizer(), wide))
+    sizes = [
+        sum(path.stat().st_size for path in folder.glob("*.tokens"))
+        for folder in (tmp_path / "cache" / "tokens").iterdir()
+        if folder.is_dir()
+    ]
+    count = sum(map(len, DOCUMENTS)) + sum(len(text.encode()) - len(text) for text in DOCUMENTS)
+    assert sorted(sizes) == [2 * (count + len(DOCUMENTS)), 4 * (count + len(DOCUMENTS))]
+    (mark,) = {stream[0] for stream in ids(wide)}
+    assert [[MARK if i == mark else i for i in stream] for stream in ids(wide)] == ids(narrow)
 
 
-def test_chunks_do_not_change_the_stream(config, token_cache, monkeypatch):
+def test_a_dataset_is_read_as_it_is(config, monkeypatch):
+    """Its own splits, with repeated documents and empty ones; only `prmoe tokenize` drops them."""
+    splits = {"train": ["a", "b", "", "b", "c"], "validation": ["c", "e", "e", " "]}
+    monkeypatch.setattr(chunks, "_tfds", lambda config: {k: Texts(v) for k, v in splits.items()})
+    streams = tokenised(dataclasses.replace(config, corpus="tfds:lm1b"))
+    for stream, texts in zip(ids(streams), splits.values(), strict=True):
+        decoded = byte_tokenizer().decode(stream)
+        assert decoded == "".join(f"<|endoftext|>{text}" for text in texts) + "<|endoftext|>"
+
+
+def test_chunks_do_not_change_the_stream(config, tmp_path, monkeypatch):
+    known = ids(tokenised(config))
     monkeypatch.setattr(tokens, "CHUNK_CHARACTERS", 3)
-    corpus = corpus_of(DOCUMENTS, fingerprint="again")
-    again = tokens.cached_tokens(config, corpus, "train", load_tokenizer(config, 257, corpus))
-    np.testing.assert_array_equal(again.tokens_T, token_cache.tokens_T)
-    np.testing.assert_array_equal(again.starts_N, token_cache.starts_N)
+    monkeypatch.setattr(chunks, "_MIN_BYTES", 50)
+    again = dataclasses.replace(config, cache_dir=str(tmp_path / "again"))
+    assert ids(tokenised(again)) == known
+    assert len(list((tmp_path / "again" / "tokens").glob("*/*.tokens"))) > 3
 
 
 def test_full_disk_leaves_nothing(config, tmp_path):
-    corpus = corpus_of(["x" * 100_000])
-    tokenizer = load_tokenizer(config, 257, corpus)
+    write_lines(tmp_path / "text.jsonl", ["x" * 100_000, "y" * 100_000])
+    list(open_corpus(config).train)
     with file_size_limit(50_000):
         with pytest.raises(UserError, match="cannot write the cache .*File too large; make room"):
-            tokens.cached_tokens(config, corpus, "train", tokenizer)
+            tokenised(config)
     assert [path.suffix for path in (tmp_path / "cache" / "tokens").iterdir()] == [".lock"]
-    assert len(tokens.cached_tokens(config, corpus, "train", tokenizer).tokens_T) == 100_002
+    assert [len(stream) for stream in tokenised(config)] == [100_002] * 2
 
 
 @pytest.fixture
@@ -377,7 +400,8 @@ def test_warm_start_needs_no_tfds(config, folder):
     config = dataclasses.replace(config, corpus=folder)
     data = pipeline.load_data(config, 257, 16)
     code = (
-        "import sys; from prmoe_jax.config import DataConfig; from prmoe_jax.data import pipeline\n"
+        "import sys; from prmoe_jax.data import pipeline\n"
+        "from prmoe_jax.config.schema import DataConfig\n"
         f"data = pipeline.load_data({config!r}, 257, 16)\n"
         "assert 'tensorflow_datasets' not in sys.modules\n"
         "print(len(data.train))"

@@ -27,7 +27,7 @@ from prmoe_jax.errors import UserError
 from prmoe_jax.run.metrics import read_metrics
 from tests.data.test_pipeline import MARK, rows_of, stream_of
 from tests.support.runs import NEW
-from tests.support.shards import encoded, reach, write_array, write_ours
+from tests.support.shards import Stream, encoded, reach, write_array, write_ours
 from tests.support.tokenizers import byte_tokenizer, started_tokenizer
 
 TEXTS = ["the first", "é☃ of the second", "x", "a longer one " * 5, "last of all"]
@@ -133,7 +133,7 @@ def test_our_shards(config, tmp_path):
         assert data.validation.text_bytes == len("held out")
     # Marks in the tokens tell the documents apart as the positions of a token cache do.
     stream = np.concatenate([*encoded(TEXTS, before=True), [MARK]])
-    known = pipeline.TokenCache(stream, np.flatnonzero(stream == MARK)[:-1], 0, "")
+    known = Stream(stream, np.flatnonzero(stream == MARK)[:-1])
     for length in (1, 7, 1009):
         expected = pipeline.Windows(known, length, False)
         windows = load(config, "a", length).train

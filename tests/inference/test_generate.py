@@ -16,7 +16,7 @@ from prmoe_jax.errors import UserError
 from prmoe_jax.inference import decoder as decoders
 from prmoe_jax.inference import generate
 from prmoe_jax.inference.generate import Generator, Sampling, TextStream
-from prmoe_jax.moe.experts import UnstackedExperts
+from prmoe_jax.moe.experts import Local
 from prmoe_jax.nn.parameters import named_leaves
 from prmoe_jax.nn.quantized import QuantizedWeight
 from tests.support.models import build
@@ -116,7 +116,7 @@ def test_greedy_text_is_the_likeliest_token_by_token(text, monkeypatch):
     texts = generator(model)(prompts, 12, Sampling(temperature=0))
     tokenizer = byte_tokenizer()
     for prompt, found in zip(prompts, texts, strict=True):
-        ids = [tokenizer.end_of_text, *tokenizer.encode(prompt)]
+        ids = [tokenizer.eos_id, *tokenizer.encode(prompt)]
         new = []
         for _ in range(12):
             tokens_1xL = np.zeros((1, 40), np.int32)
@@ -124,7 +124,7 @@ def test_greedy_text_is_the_likeliest_token_by_token(text, monkeypatch):
             valid_1xL = np.int32(np.arange(40) < len(ids))[None]
             logits_V = forward(model, tokens_1xL, valid_1xL)[1][0, len(ids) - 1]
             ids.append(int(logits_V[: tokenizer.size].argmax()))
-            if ids[-1] == tokenizer.end_of_text:
+            if ids[-1] == tokenizer.eos_id:
                 break
             new.append(ids[-1])
         assert found == tokenizer.decode(new)
@@ -135,7 +135,7 @@ def test_a_text_begins_with_the_start_of_its_tokenizer():
     """The start of 257, not the end of 256, is what the first token is drawn after."""
     model, tokenizer = build("3 layers, E=3, top 2"), started_tokenizer()
     logits = []
-    for first in (tokenizer.start_of_text, tokenizer.end_of_text):
+    for first in (tokenizer.bos_id, tokenizer.eos_id):
         tokens_1xL = np.array([[first, *tokenizer.encode("a")]], np.int32)
         logits.append(forward(model, tokens_1xL, np.ones_like(tokens_1xL))[1][0, -1])
     likeliest = [int(found_V[: tokenizer.size].argmax()) for found_V in logits]
@@ -292,7 +292,7 @@ def test_prompts_of_ids_and_of_text_are_the_same():
     assert run(ids, 20, Sampling(1.0), seeds) == texts
     for row, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
         whole = states[-1].tokens_BxT[row, 1 : states[-1].length_B[row]].tolist()
-        whole = [i for i in whole if i != tokenizer.end_of_text]
+        whole = [i for i in whole if i != tokenizer.eos_id]
         assert prompt + text == tokenizer.decode(whole)
     assert not texts[0].startswith(" ") and any(text.startswith(" ") for text in texts)
     with pytest.raises(UserError, match="token 33 is out of range; the tokenizer's are from 0 to"):
@@ -317,7 +317,7 @@ def test_text_as_it_comes():
         assert "".join(pieces) == written.text == "déjà vu "
         assert written.ended and not any("�" in piece or "S" in piece for piece in pieces)
     written = TextStream(tokenizer, [])
-    assert written.add([*ids[:3], tokenizer.end_of_text, *ids], False) == "dé"
+    assert written.add([*ids[:3], tokenizer.eos_id, *ids], False) == "dé"
     assert written.ended
     written = TextStream(tokenizer, ["STOP"])
     assert written.add(tokenizer.encode("a ST"), False) == "a "
@@ -343,13 +343,13 @@ def test_streaming_and_stops_in_a_batch():
 @pytest.mark.parametrize(("batch", "calls"), [(1, 2), (3, 1), (8, 0)])
 def test_steps_of_few_sequences_read_the_chosen_experts_alone(batch, calls, monkeypatch):
     """Layers of 2 and of 7 experts: where there are no more choices than experts."""
-    counts, chosen = [], UnstackedExperts.per_token
+    counts, chosen = [], Local.of_few
 
     def watched(experts, *arguments):
         counts.append(experts.count)
         return chosen(experts, *arguments)
 
-    monkeypatch.setattr(UnstackedExperts, "per_token", watched)
+    monkeypatch.setattr(Local, "of_few", watched)
     decoder = held(build("4 layers, E=2+7, residual"))
     ones = jnp.ones((batch, 1), jnp.int32)
     jax.eval_shape(decoder, ones, ones > 0, decoder.empty_cache(batch, 9), ones[:, 0])

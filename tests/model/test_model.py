@@ -10,7 +10,7 @@ import pytest
 
 from prmoe_jax.config import architecture
 from prmoe_jax.config.loading import resolve
-from prmoe_jax.config.schema import Config, ModelConfig, MoeConfig
+from prmoe_jax.config.schema import Config, ExecutionConfig, ModelConfig, MoeConfig
 from prmoe_jax.errors import UserError
 from prmoe_jax.model import attention_kernels
 from prmoe_jax.model.attention import KVCache, attend_to_cache
@@ -24,11 +24,10 @@ from prmoe_jax.nn.parameters import named_leaves
 from prmoe_jax.parallel.mesh import make_mesh
 from tests.support.quick import jit
 
-SMALL = ModelConfig(
-    vocab_size=31, length=13, layers=3, d_model=10, heads=2, d_ff=11, dtype="float32",
-    init_std=0.3, attention="xla",
-)  # fmt: skip
-MOE = MoeConfig(dispatch="gather", min_capacity=1)
+SIZES: dict = {"vocab_size": 31, "length": 13, "layers": 3, "d_model": 10, "heads": 2, "d_ff": 11}
+SIZES |= {"dtype": "float32", "init_std": 0.3}
+SMALL = ModelConfig(**SIZES)
+MOE = MoeConfig(min_capacity=1)
 
 
 def build(model, moe=MOE):
@@ -40,7 +39,7 @@ def build(model, moe=MOE):
 
 def small(text="3 layers", **changes):
     schedule = architecture.parse_fields(text)
-    return dataclasses.replace(SMALL, **schedule, **changes)
+    return ModelConfig(**SIZES | schedule | changes)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "qwen3"])
@@ -167,7 +166,7 @@ def test_positions():
 @pytest.mark.parametrize("remat", ["auto", "dots"])  # unrolled, and as a loop
 def test_stages_equal_the_layers_one_by_one(batch, remat):
     """The scan over a pyramid's stages is the plain sequence of its blocks."""
-    model = build(small("7 layers, E=2x2+5, residual", remat=remat))
+    model, execution = build(small("7 layers, E=2x2+5, residual")), ExecutionConfig(remat=remat)
     tokens_BxL, segments_BxL = batch
     x_BxLxD = model.tokens[...][tokens_BxL] + model.positions[...][positions(segments_BxL)]
     apply = jit(lambda block, x_BxLxD: block(x_BxLxD, segments_BxL))
@@ -178,7 +177,7 @@ def test_stages_equal_the_layers_one_by_one(batch, remat):
                 block = jax.tree.map(lambda x: x[n], stacked)  # noqa: B023
                 x_BxLxD, metrics, _ = apply(block, x_BxLxD)
                 experts.append(0 if metrics is None else len(metrics.assigned_E))
-    got, routers = jit(model)(tokens_BxL, segments_BxL)
+    got, routers = jit(functools.partial(model, execution=execution))(tokens_BxL, segments_BxL)
     np.testing.assert_allclose(got, model.norm(x_BxLxD), rtol=1e-4, atol=1e-4)
     assert tuple(experts) == model.config.schedule.experts == (0, 2, 0, 2, 0, 5, 0)
     assert [len(router.assigned_E) for router in routers] == [2, 2, 5]
@@ -186,16 +185,21 @@ def test_stages_equal_the_layers_one_by_one(batch, remat):
 
 @pytest.mark.parametrize("remat", ["dots", "full"])
 def test_remat_recomputes_and_changes_no_gradient(batch, remat):
-    gradient = jax.grad(lambda model: jnp.square(logits.__wrapped__(model, *batch)).mean())
+    def gradient(remat):
+        def loss(model):
+            x_BxLxD, _ = model(*batch, execution=ExecutionConfig(remat=remat))
+            return jnp.square(model.logits(x_BxLxD)).mean()
 
-    plain = build(small("4 layers, E=3"))
-    thrifty = build(small("4 layers, E=3", remat=remat))  # a loop of two repeats
+        return jax.grad(loss)
+
+    model = build(small("4 layers, E=3"))  # a loop of two repeats
+    plain, thrifty = gradient("none"), gradient(remat)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
-        jax.tree.leaves(jit(gradient)(plain)),
-        jax.tree.leaves(jit(gradient)(thrifty)),
+        jit(plain)(model),
+        jit(thrifty)(model),
     )
-    count = [str(jax.make_jaxpr(gradient)(m)).count(" tanh ") for m in (plain, thrifty)]
+    count = [str(jax.make_jaxpr(g)(model)).count(" tanh ") for g in (plain, thrifty)]
     assert count[1] > count[0]  # the activations are computed again
 
 
@@ -213,7 +217,7 @@ def test_remat_recomputes_and_changes_no_gradient(batch, remat):
     ],
 )
 def test_remat_choice(remat, layers, platform, expected):
-    assert resolve_remat(small(f"{layers} layers", remat=remat), platform) == expected
+    assert resolve_remat(remat, layers, platform) == expected
 
 
 def test_bfloat16_is_close_to_float32(batch):
@@ -336,9 +340,8 @@ def cudnn(monkeypatch):
 )
 def test_cudnn_only_where_it_accepts_the_shape(changes, expected, cudnn, caplog):
     caplog.set_level("INFO")
-    model = dataclasses.replace(SMALL, attention="auto", dtype="bfloat16", **changes)
-    forced = dataclasses.replace(model, attention="cudnn")
-    assert resolve_attention(model, "gpu") == ("xla" if expected else "cudnn")
+    model = dataclasses.replace(SMALL, dtype="bfloat16", **changes)
+    assert resolve_attention("auto", model, "gpu") == ("xla" if expected else "cudnn")
     check_backends(
         dataclasses.replace(Config(), model=model), "gpu", make_mesh(Config(), jax.devices()[:1])
     )
@@ -346,14 +349,14 @@ def test_cudnn_only_where_it_accepts_the_shape(changes, expected, cudnn, caplog)
     assert [expected in text for text in why] == [True] * bool(expected)
     if expected:
         with pytest.raises(UserError, match=f"attention=cudnn cannot run .*{expected}"):
-            resolve_attention(forced, "gpu")
+            resolve_attention("cudnn", model, "gpu")
     else:
-        assert resolve_attention(forced, "gpu") == "cudnn"
+        assert resolve_attention("cudnn", model, "gpu") == "cudnn"
 
 
 def test_cudnn_on_older_and_newer_gpus(cudnn, monkeypatch):
     """Heads of up to 256 from Hopper on; none before Ampere; none where cuDNN is missing."""
-    wide = dataclasses.replace(SMALL, attention="auto", dtype="bfloat16", d_model=512)
+    wide = dataclasses.replace(SMALL, dtype="bfloat16", d_model=512)
     narrow = dataclasses.replace(wide, d_model=16)
 
     class Device:
@@ -362,17 +365,17 @@ def test_cudnn_on_older_and_newer_gpus(cudnn, monkeypatch):
     monkeypatch.setattr(jax, "local_devices", lambda: [Device])
     module = "jax._src.cudnn.fused_attention_stablehlo"
     monkeypatch.setattr(f"{module}.check_compute_capability", lambda least: least <= "9.0")
-    assert resolve_attention(wide, "gpu") == "cudnn"
+    assert resolve_attention("auto", wide, "gpu") == "cudnn"
     monkeypatch.setattr(f"{module}.check_compute_capability", lambda least: False)
-    assert resolve_attention(wide, "gpu") == "xla"
+    assert resolve_attention("auto", wide, "gpu") == "xla"
     Device.compute_capability = "7.5"
-    assert resolve_attention(narrow, "gpu") == "xla"
+    assert resolve_attention("auto", narrow, "gpu") == "xla"
     with pytest.raises(UserError, match="needs compute capability 8.0, this GPU has 7.5"):
-        resolve_attention(dataclasses.replace(narrow, attention="cudnn"), "gpu")
+        resolve_attention("cudnn", narrow, "gpu")
     Device.compute_capability = "8.0"
-    assert resolve_attention(narrow, "gpu") == "cudnn"
+    assert resolve_attention("auto", narrow, "gpu") == "cudnn"
     monkeypatch.undo()
-    assert resolve_attention(narrow, "gpu") == "xla"
+    assert resolve_attention("auto", narrow, "gpu") == "xla"
 
 
 @pytest.mark.parametrize(
@@ -392,12 +395,12 @@ def test_cudnn_on_older_and_newer_gpus(cudnn, monkeypatch):
     ],
 )
 def test_attention_choice(attention, platform, changes, expected, cudnn):
-    model = dataclasses.replace(SMALL, attention=attention, **changes)
+    model = dataclasses.replace(SMALL, **changes)
     if " " not in expected:
-        assert resolve_attention(model, platform) == expected
+        assert resolve_attention(attention, model, platform) == expected
     else:
         with pytest.raises(UserError, match=expected):
-            resolve_attention(model, platform)
+            resolve_attention(attention, model, platform)
 
 
 def test_dropout():

@@ -151,14 +151,14 @@ def test_flops_are_those_of_the_traced_model(architecture):
     settings.model.update(vocab_size=263, length=7, d_model=6, heads=2, d_ff=11)
     if settings.model.experts:
         settings.moe.capacity_factor = settings.moe.eval_capacity_factor = math.inf
-        settings.moe.dispatch = "gather"  # a loop over blocks hides how often it runs
+        settings.execution.dispatch = "gather"  # a loop over blocks hides how often it runs
     config = resolve(settings)
     model = jax.eval_shape(lambda: init_model(config))
     batch = 3
     tokens = jax.ShapeDtypeStruct((batch, 7), jnp.int32)
 
     def forward(model, tokens, segments):
-        x, _ = model(tokens, segments)
+        x, _ = model(tokens, segments, execution=config.execution)
         return model.logits(x)
 
     traced = matrix_flops(jax.make_jaxpr(forward)(model, tokens, tokens).jaxpr)

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prmoe_jax.config.schema import ModelConfig, MoeConfig
+from prmoe_jax.config.routers import capacity
+from prmoe_jax.config.schema import ExecutionConfig, ModelConfig, MoeConfig
 from prmoe_jax.moe import routing
 from prmoe_jax.moe.layer import MoE
-from prmoe_jax.moe.routing import assign, capacity
+from prmoe_jax.moe.routing import assign
 from tests.support.extras import needs_extra
 from tests.support.paths import GOLDENS
 from tests.support.quick import jit
@@ -38,7 +39,7 @@ def capacity_factor(settings):
     return settings["capacity_factor" if settings["training"] else "eval_capacity_factor"]
 
 
-def build(settings, arrays, dispatch):
+def build(settings, arrays):
     """The layer with a golden's parameters."""
     d_model, d_ff = arrays["w_in"].shape[1:]
     model = ModelConfig(
@@ -47,7 +48,7 @@ def build(settings, arrays, dispatch):
     )  # fmt: skip
     factor = capacity_factor(settings)
     moe = MoeConfig(
-        min_capacity=settings["min_capacity"], overflow=settings["priority"], dispatch=dispatch,
+        min_capacity=settings["min_capacity"], overflow=settings["priority"],
         capacity_factor=factor, eval_capacity_factor=factor,
     )  # fmt: skip
     layer = MoE(settings["experts"], model, moe, jax.random.key(0))
@@ -72,17 +73,17 @@ def parameters(layer):
 def test_layer_equals_deepspeed(name, dispatch, monkeypatch):
     """Output, auxiliary loss, counts, who is kept, and the gradient of every tensor."""
     settings, golden = load(name)
-    layer = build(settings, golden, dispatch)
+    layer = build(settings, golden)
     keys_B = jax.random.split(jax.random.key(0), 1) if settings["training"] else None
     if settings["priority"] == "random":
         # DeepSpeed draws for each token and expert; what counts is the draw at the chosen one.
         expert_S = (golden["x"] @ golden["w_router"]).argmax(1)
         drawn_SxK = np.take_along_axis(golden["rts_uniform"], expert_S[:, None], 1)
         monkeypatch.setattr(routing.jax.random, "uniform", lambda key, shape: jnp.array(drawn_SxK))
-    valid_BxL = jnp.ones((1, settings["tokens"]), bool)
+    valid_BxL, by = jnp.ones((1, settings["tokens"]), bool), ExecutionConfig(dispatch=dispatch)
 
     def loss(layer, x_SxD):
-        y_BxLxD, metrics = layer(x_SxD[None], valid_BxL, keys_B)
+        y_BxLxD, metrics = layer(x_SxD[None], valid_BxL, keys_B, execution=by)
         return (y_BxLxD[0] * golden["cotangent"]).sum() + metrics.aux_loss, (y_BxLxD[0], metrics)
 
     gradient = jit(jax.grad(loss, argnums=(0, 1), has_aux=True))

@@ -1,17 +1,21 @@
 """Experts in one array, or in an array each: row by row, and block by block."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prmoe_jax.moe.experts import Experts, UnstackedExperts
+from prmoe_jax.moe import kernels
+from prmoe_jax.moe.experts import Experts, Local, UnstackedExperts
+from prmoe_jax.nn.mlp import MLPShape
 from tests.support.quick import jit
 
 
 def test_chosen_experts_are_the_experts():
     """Row by row as in their own batch; weights of others are never read: they may be NaN."""
-    experts = Experts(5, 6, 8, 0.3, 0.3, jax.random.key(0))
+    experts = Experts(5, MLPShape(6, 8, 0.3, 0.3), jax.random.key(0))
     x_RxD = jax.random.normal(jax.random.key(1), (4, 6))
     expert_R = jnp.array([3, 0, 3, 1])
     expected = experts(jnp.broadcast_to(x_RxD, (5, 4, 6)))[expert_R, jnp.arange(4)]
@@ -19,34 +23,35 @@ def test_chosen_experts_are_the_experts():
         weight = getattr(experts, name)
         weight[...] = weight[...].at[jnp.array([2, 4])].set(jnp.nan)
     for held in (experts, UnstackedExperts(experts)):
-        y_RxD = jit(held.per_token)(x_RxD, expert_R)
+        y_RxD = jit(Local(held).of_few)(x_RxD, expert_R[:, None], jnp.ones((4, 1)))
         np.testing.assert_allclose(y_RxD, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("rows", [(0, 37, 2, 0, 20), (59, 0, 0, 0, 0), (0, 0, 0, 0, 0)])
 def test_separate_experts_by_blocks(rows):
     """What one array's are: runs longer than a block, empty ones, and rows of none, which are 0."""
-    experts = Experts(5, 6, 8, 0.3, 0.3, jax.random.key(0))
+    experts = Experts(5, MLPShape(6, 8, 0.3, 0.3), jax.random.key(0))
     experts.b_out[...] = jax.random.normal(jax.random.key(2), (5, 6))
     expert_R = jnp.repeat(jnp.arange(6), jnp.array([*rows, 61 - sum(rows)]))
     x_RxD = jax.random.normal(jax.random.key(1), (61, 6))
     each_ExRxD = experts(jnp.broadcast_to(x_RxD, (5, 61, 6)))
     expected = jnp.where((expert_R < 5)[:, None], each_ExRxD[expert_R % 5, jnp.arange(61)], 0)
     for held in (experts, UnstackedExperts(experts)):
-        y_RxD = jit(held.block_loop)(x_RxD, jnp.array(rows), expert_R)
+        apply = partial(Local(held).grouped, kernels.blocked)
+        y_RxD, _ = jit(apply)(x_RxD, jnp.array(rows), expert_R)
         np.testing.assert_allclose(y_RxD, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("form", ["ragged", "padded", "block_loop"])
-def test_gradients_of_biases_are_summed_in_float32(form):
+@pytest.mark.parametrize("kernel", [kernels.ragged, kernels.padded, kernels.blocked])
+def test_gradients_of_biases_are_summed_in_float32(kernel):
     """In bfloat16, whose sums of ones end at 256: of nearly all rows, and of one."""
-    experts = Experts(3, 6, 8, 0.3, 0.3, jax.random.key(0))
+    experts = Experts(3, MLPShape(6, 8, 0.3, 0.3), jax.random.key(0))
     rows = (1, 4093, 2)
     expert_R = jnp.repeat(jnp.arange(3), jnp.array(rows), total_repeat_length=4096)
     x_RxD = jax.random.normal(jax.random.key(1), (4096, 6))
 
     def total(experts, x_RxD):
-        y_RxD = getattr(experts, form)(x_RxD, jnp.array(rows), expert_R)
+        y_RxD = kernel(experts.weights(x_RxD.dtype), x_RxD, jnp.array(rows), expert_R)
         return y_RxD.astype(jnp.float32).sum()
 
     gradient = jit(jax.grad(total))
@@ -59,7 +64,7 @@ def test_gradients_of_biases_are_summed_in_float32(form):
 
 def test_gradients_of_biases_of_equally_many_rows_are_summed_in_float32():
     """The same of 32,768 rows for each expert, as a capacity has them."""
-    experts = Experts(2, 6, 8, 0.3, 0.3, jax.random.key(0))
+    experts = Experts(2, MLPShape(6, 8, 0.3, 0.3), jax.random.key(0))
     x_ExRxD = jax.random.normal(jax.random.key(1), (2, 32768, 6))
     gradient = jit(jax.grad(lambda experts, x: experts(x).astype(jnp.float32).sum()))
     exact, rounded = (gradient(experts, x_ExRxD.astype(t)) for t in ("float32", "bfloat16"))

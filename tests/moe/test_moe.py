@@ -9,17 +9,18 @@ import numpy as np
 import pytest
 
 from prmoe_jax.config.schema import ModelConfig, MoeConfig
-from prmoe_jax.moe import dispatch
-from prmoe_jax.moe.dispatch import BACKENDS
-from prmoe_jax.moe.experts import Experts
+from prmoe_jax.moe import dispatch, kernels
+from prmoe_jax.moe.dispatch import BACKENDS, through_experts
+from prmoe_jax.moe.experts import Experts, Local
 from prmoe_jax.moe.layer import MoE
 from prmoe_jax.moe.routing import route
+from prmoe_jax.nn.mlp import MLPShape
 from tests.support.quick import jit, routed
 
 MODEL = ModelConfig(
     d_model=7, d_ff=11, heads=1, layers=2, placement="every 2", experts=(3,), init_std=0.5
 )
-MOE = MoeConfig(dispatch="gather", min_capacity=1)
+MOE = MoeConfig(min_capacity=1)
 
 
 def layer(model=MODEL, moe=MOE, experts=3):
@@ -57,8 +58,8 @@ SITUATIONS = {
 def test_backends_equal_the_oracle(situation, dtype, gated):
     """Outputs and every gradient of every backend, padding included, with a gate or biases."""
     groups, tokens, experts_count, top_k, slots, preference = SITUATIONS[situation]
-    form = {"gated": gated, "biases": not gated}
-    experts = Experts(experts_count, 7, 11, 0.5, 0.5, jax.random.key(0), **form)
+    shape = MLPShape(7, 11, 0.5, 0.5, gated, biases=not gated)
+    experts = Experts(experts_count, shape, jax.random.key(0))
     for i, bias in enumerate(() if gated else (experts.b_in, experts.b_out)):
         bias[...] = jax.random.normal(jax.random.key(10 + i), bias.shape)
     x_GxSxD = jax.random.normal(jax.random.key(1), (groups, tokens, 7), dtype)
@@ -72,7 +73,7 @@ def test_backends_equal_the_oracle(situation, dtype, gated):
             logits_GxSxE = x_GxSxD.astype(jnp.float32) @ w_DxE
             logits_GxSxE = logits_GxSxE.at[..., 0].add(preference)
             routing, _ = route(logits_GxSxE, valid_GxS, MOE, top_k=top_k, slots=slots)
-            y_GxSxD, _ = BACKENDS[backend](x_GxSxD, routing, experts, slots)
+            y_GxSxD, _ = through_experts(backend, x_GxSxD, routing, Local(experts), slots)
             return (y_GxSxD * target_GxSxD).sum(), y_GxSxD
 
         gradient = jit(jax.grad(output, argnums=(0, 1, 2), has_aux=True))
@@ -96,7 +97,7 @@ def test_backends_equal_the_oracle(situation, dtype, gated):
 def test_blocks_of_rows_are_runs(sizes):
     """Runs shorter than a block, longer than one, empty, and rows that belong to no expert."""
     rows, d_model, d_ff, count = sizes
-    experts = Experts(count, d_model, d_ff, 0.5, 0.5, jax.random.key(0))
+    experts = Experts(count, MLPShape(d_model, d_ff, 0.5, 0.5), jax.random.key(0))
     experts.b_out[...] = jax.random.normal(jax.random.key(1), experts.b_out.shape)
     rows_E = jnp.array([rows // 2, 0, 3, 1, 2][:count] if count > 2 else [1, rows - 20])
     expert_R = jnp.repeat(jnp.arange(count + 1), jnp.append(rows_E, rows - rows_E.sum()))
@@ -104,17 +105,17 @@ def test_blocks_of_rows_are_runs(sizes):
     served_Rx1 = (expert_R < count)[:, None]
 
     def loss(experts, x_RxD, apply):
-        y_RxD = apply(experts, x_RxD, rows_E, expert_R)
+        y_RxD = apply(experts.weights(x_RxD.dtype), x_RxD, rows_E, expert_R)
         return (jnp.where(served_Rx1, y_RxD, 0) ** 2).sum()
 
-    def row_by_row(experts, x_RxD, rows_E, expert_R):
-        e_R = jnp.minimum(expert_R, count - 1)
-        h_RxF = jnp.einsum("RD,RDF->RF", x_RxD, experts.w_in[...][e_R]) + experts.b_in[...][e_R]
+    def row_by_row(weights, x_RxD, rows_E, expert_R):
+        own = jax.tree.map(lambda w: w[jnp.minimum(expert_R, count - 1)], weights)
+        h_RxF = jnp.einsum("RD,RDF->RF", x_RxD, own.w_in_DxF) + own.b_in_F
         h_RxF = jax.nn.gelu(h_RxF, approximate=True)
-        return jnp.einsum("RF,RFD->RD", h_RxF, experts.w_out[...][e_R]) + experts.b_out[...][e_R]
+        return jnp.einsum("RF,RFD->RD", h_RxF, own.w_out_FxD) + own.b_out_D
 
     gradient = jit(jax.value_and_grad(loss, argnums=(0, 1)), static_argnums=2)
-    for apply in (Experts.block_loop, Experts.ragged, Experts.padded):
+    for apply in (kernels.blocked, kernels.ragged, kernels.padded):
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
             gradient(experts, x_RxD, apply),
@@ -126,9 +127,9 @@ def test_blocks_of_rows_are_runs(sizes):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_expert_choice_by_hand(backend, factor, taken):
     """A token's output is the sum over the experts that took it, by any backend."""
-    moe = layer(moe=dataclasses.replace(MOE, router="expert_choice", dispatch=backend))
+    moe = layer(moe=dataclasses.replace(MOE, router="expert_choice"))
     x_BxLxD, valid_BxL = inputs(2, 13)
-    y_BxLxD, metrics = routed(moe, x_BxLxD, valid_BxL, factor)
+    y_BxLxD, metrics = routed(moe, x_BxLxD, valid_BxL, factor, dispatch=backend)
     probs_BxLxE = jax.nn.softmax(x_BxLxD @ moe.w_router[...])
     x_ExRxD = jnp.broadcast_to(x_BxLxD.reshape(-1, 7), (3, 26, 7))
     everything_ExBxLxD = moe.experts(x_ExRxD).reshape(3, 2, 13, 7)
@@ -146,7 +147,7 @@ def test_expert_choice_by_hand(backend, factor, taken):
 def test_experts_that_choose_tokens_hold_the_rows_of_their_slots(dtype):
     """Values and gradients are those of the oracle, and not every pair of both is in memory."""
     groups, tokens, width, count, slots = 3, 64, 48, 32, 3
-    experts = Experts(count, width, 5, 0.5, 0.5, jax.random.key(0))
+    experts = Experts(count, MLPShape(width, 5, 0.5, 0.5), jax.random.key(0))
     x_GxSxD = jax.random.normal(jax.random.key(1), (groups, tokens, width), dtype)
     w_DxE = jax.random.normal(jax.random.key(2), (width, count))
     valid_GxS = jnp.arange(groups * tokens).reshape(groups, tokens) % 7 > 0
@@ -156,7 +157,7 @@ def test_experts_that_choose_tokens_hold_the_rows_of_their_slots(dtype):
         def loss(x_GxSxD, w_DxE, experts):
             logits_GxSxE = x_GxSxD.astype(jnp.float32) @ w_DxE
             routing, _ = route(logits_GxSxE, valid_GxS, moe, top_k=1, slots=slots)
-            y_GxSxD, _ = BACKENDS[backend](x_GxSxD, routing, experts, slots)
+            y_GxSxD, _ = through_experts(backend, x_GxSxD, routing, Local(experts), slots)
             return (y_GxSxD.astype(jnp.float32) ** 2).sum(), y_GxSxD
 
         gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))
@@ -175,15 +176,15 @@ def test_experts_that_choose_tokens_hold_the_rows_of_their_slots(dtype):
     assert ours.memory_analysis().temp_size_in_bytes < pairs
 
 
-@pytest.mark.parametrize("apply", [Experts.ragged, Experts.padded])
+@pytest.mark.parametrize("apply", [kernels.ragged, kernels.padded])
 def test_rows_of_no_run_are_never_read(apply):
     """A device may leave them as they were in memory: no NaN of theirs comes out, nor back."""
-    experts = Experts(2, 3, 5, 0.5, 0.5, jax.random.key(0))
+    experts = Experts(2, MLPShape(3, 5, 0.5, 0.5), jax.random.key(0))
     rows_E, expert_R = jnp.array([3, 2]), jnp.array([0, 0, 0, 1, 1, 2, 2])
     x_RxD = jax.random.normal(jax.random.key(1), (7, 3)).at[5:].set(jnp.nan)
 
     def loss(experts, x_RxD):
-        y_RxD = apply(experts, x_RxD, rows_E, expert_R)
+        y_RxD = apply(experts.weights(x_RxD.dtype), x_RxD, rows_E, expert_R)
         return (y_RxD**2).sum(), y_RxD
 
     gradient, y_RxD = jax.grad(loss, argnums=(0, 1), has_aux=True)(experts, x_RxD)
@@ -193,19 +194,17 @@ def test_rows_of_no_run_are_never_read(apply):
 
 
 def test_dropless_and_capacity_may_have_backends_of_their_own():
-    assert dispatch.resolve("auto", "cpu") == "gather/blocked"
-    assert dispatch.resolve("auto", "tpu") == "gather/ragged"
-    assert dispatch.resolve("auto", "gpu") == dispatch.resolve("auto", "cuda") == "gather/padded"
-    assert dispatch.resolve("einsum", "tpu") == "einsum"
-    assert dispatch.backend("gather/blocked", dropless=False) is dispatch.gather
-    assert dispatch.backend("gather/blocked", dropless=True) is dispatch.BACKENDS["blocked"]
-    assert dispatch.backend("einsum", dropless=True) is dispatch.einsum
+    dropless = {"cpu": "blocked", "tpu": "ragged", "gpu": "padded", "cuda": "padded"}
+    for platform, name in dropless.items():
+        assert dispatch.resolve("auto", platform, dropless=True) == name
+        assert dispatch.resolve("auto", platform, dropless=False) == "gather"
+        assert dispatch.resolve("einsum", platform, dropless=True) == "einsum"
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5])
 def test_experts_of_few_rows_and_of_many_have_the_same_gradients(rows):
     """On CPUs rows go another way if they are at most a sixteenth of the units that come out."""
-    experts = Experts(3, 32, 48, 0.1, 0.1, jax.random.key(0))
+    experts = Experts(3, MLPShape(32, 48, 0.1, 0.1), jax.random.key(0))
     experts.b_in[...] = jax.random.normal(jax.random.key(1), experts.b_in.shape)
     x_ExRxD = jax.random.normal(jax.random.key(2), (3, rows, 32))
     weight_ExRxD = jax.random.normal(jax.random.key(3), x_ExRxD.shape)

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from prmoe_jax.config.routers import capacity
 from prmoe_jax.config.schema import MoeConfig
-from prmoe_jax.moe.routing import capacity
 from prmoe_jax.moe.routing import route as decide
 from tests.support.quick import jit
 

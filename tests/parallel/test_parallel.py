@@ -25,15 +25,15 @@ from prmoe_jax.config.schema import MeshConfig
 from prmoe_jax.errors import UserError
 from prmoe_jax.moe import exchange
 from prmoe_jax.moe.experts import Experts, UnstackedExperts
+from prmoe_jax.nn.mlp import MLPShape
 from prmoe_jax.nn.parameters import PARAMETERS, named_leaves
 from prmoe_jax.parallel import sharding
+from prmoe_jax.parallel.axes import batch_axes, expert_axes
 from prmoe_jax.parallel.mesh import (
     axis_sizes,
-    batch_axes,
     check_fits,
     check_teacher_fits,
     choose_mesh,
-    expert_axes,
     flags,
     lower_memory_configs,
     on_slices,
@@ -133,12 +133,12 @@ def test_every_layer_of_a_pyramid_uses_as_many_devices_as_it_can():
         (
             "2 layers, E=4",
             {"moe": {"exchange": "coordinated"}},
-            "moe.exchange=coordinated has no effect with mesh.tensor=1; use auto",
+            "execution.exchange=coordinated has no effect with mesh.tensor=1; use auto",
         ),
         (
             "2 layers, E=4",
             {"moe": {"exchange": "hierarchical"}, "expert": 4},
-            "moe.exchange=hierarchical needs mesh.expert_inner",
+            "execution.exchange=hierarchical needs mesh.expert_inner",
         ),
         (
             "2 layers, E=8",
@@ -149,7 +149,7 @@ def test_every_layer_of_a_pyramid_uses_as_many_devices_as_it_can():
         (
             "2 layers, E=8",
             {"moe": {"exchange": "hierarchical"}, "expert": 8, "expert_inner": 8},
-            "moe.exchange=hierarchical needs mesh.expert_inner above 1 and below mesh.expert, not",
+            "execution.exchange=hierarchical needs mesh.expert_inner above 1 and below",
         ),
         # Whatever the order of the layers.
         (
@@ -417,7 +417,7 @@ def test_axes_that_cross_slices_by_hand():
             {"slices": 2, "expert": 8},
             "mesh.expert=8 spans 8 devices, but a slice has 4 (mesh.slices=2) and only mesh.data "
             "crosses slices; use sizes whose product divides 4, or, for experts across slices, "
-            "moe.exchange=hierarchical with mesh.expert_inner=4",
+            "execution.exchange=hierarchical with mesh.expert_inner=4",
         ),
         (
             {"slices": 4, "fsdp": 2, "tensor": 2},
@@ -428,7 +428,7 @@ def test_axes_that_cross_slices_by_hand():
             {"slices": 2, "expert": 8, "expert_inner": 2, "moe": {"exchange": "hierarchical"}},
             "mesh.expert=8 spans 8 devices, but a slice has 4 (mesh.slices=2) and only mesh.data "
             "crosses slices; use sizes whose product divides 4, or, for experts across slices, "
-            "moe.exchange=hierarchical with mesh.expert_inner=4",
+            "execution.exchange=hierarchical with mesh.expert_inner=4",
         ),
         # One device of each slice has no inner stage of its own.
         (
@@ -546,7 +546,7 @@ def test_every_leaf_is_declared():
     state = jax.eval_shape(
         lambda: (
             [init_state(values) for values in everything],
-            UnstackedExperts(Experts(3, 8, 16, 0.1, 0.1, key, gated=True)),
+            UnstackedExperts(Experts(3, MLPShape(8, 16, gated=True), key)),
         )
     )
     mesh = mesh_of(data=2, fsdp=2, expert_0=1, slice=1, tensor=2)

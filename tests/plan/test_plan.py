@@ -17,7 +17,7 @@ from configs import paper, tiny
 from prmoe_jax.cli import main
 from prmoe_jax.config import architecture
 from prmoe_jax.config.loading import resolve, save
-from prmoe_jax.config.schema import MeshConfig, TeacherConfig
+from prmoe_jax.config.schema import ExecutionConfig, MeshConfig, TeacherConfig
 from prmoe_jax.config.teacher import adapt_teacher
 from prmoe_jax.distill.distiller import Distiller
 from prmoe_jax.errors import UserError
@@ -189,12 +189,12 @@ def test_flops_and_bytes_by_hand():
     assert (sent.kind, sent.axes, sent.bytes) == ("reduce-scatter", ("b",), 2 * 8 * 6)
 
 
-# Attention kernels as the TPU's compiler writes them, [B, H, L, K], in a loop of 5 portions; and
+# Attention kernels as the TPU's compiler writes them, [B, H, L, K], in a loop of 5; and
 # cuDNN's, [B, L, H, K]. What comes before the queries has no heads, or is no float.
 KERNELS = """\
 HloModule jit_step, is_scheduled=true
 
-%portion (s: (s32[], bf16[2,3,7,11])) -> (s32[], bf16[2,3,7,11]) {
+%microbatch (s: (s32[], bf16[2,3,7,11])) -> (s32[], bf16[2,3,7,11]) {
   %s = (s32[], bf16[2,3,7,11]{3,2,1,0}) parameter(0)
   %mask = s8[1,1,1]{2,1,0} constant(0)
   %scale = f32[7]{0} constant(0)
@@ -213,7 +213,7 @@ ENTRY %main (x: bf16[2,3,7,11]) -> bf16[2,3,7,11] {
   %x = bf16[2,13,3,11]{3,2,1,0} parameter(0)
   %dot_product_attention_fwd.1 = (bf16[2,3,13,11]{3,1,2,0}, u8[0]{0}) custom-call(%x, %x, %x), custom_call_target="__cudnn$fmhaSoftmax"
   %dot_product_attention_bwd.1 = (bf16[2,3,13,11]{3,1,2,0}, u8[0]{0}) custom-call(%x, %x, %x), custom_call_target="__cudnn$fmhaSoftmaxBackward"
-  ROOT %w = (s32[], bf16[2,3,7,11]{3,2,1,0}) while(%x), condition=%condition, body=%portion, backend_config={"known_trip_count":{"n":"5"}}
+  ROOT %w = (s32[], bf16[2,3,7,11]{3,2,1,0}) while(%x), condition=%condition, body=%microbatch, backend_config={"known_trip_count":{"n":"5"}}
 }
 """  # noqa: E501
 
@@ -221,7 +221,7 @@ ENTRY %main (x: bf16[2,3,7,11]) -> bf16[2,3,7,11] {
 def test_attention_kernels_by_hand():
     """A causal product of B x H queries and keys, L by L of width K: half of 2 BHL²K FLOPs.
 
-    The sizes are the kernel's own: a portion's, and those of whichever model it is of.
+    The sizes are the kernel's own: a microbatch's, and those of whichever model it is of.
     """
     found = {o.name.partition(".")[0]: (o.flops, o.runs) for o in operations(KERNELS)}
     one, cudnn = 2 * 3 * 7 * 7 * 11, 2 * 3 * 13 * 13 * 11
@@ -690,7 +690,7 @@ def test_find_takes_the_first_slice_that_fits(monkeypatch):
         asked.append((topology, config.mesh))
         if topology == "v5p:2x2x2":
             raise UserError("the mesh does not fit")
-        # So much that no number of portions is expected to help.
+        # So much that no number of microbatches is expected to help.
         return a_plan(topology, held=10**5 * 2**30, fits=topology == "v5p:2x4x4")
 
     monkeypatch.setattr("prmoe_jax.plan.find.plan", plan)
@@ -719,7 +719,7 @@ def test_find_takes_the_first_slice_that_fits(monkeypatch):
 
 
 def test_a_teacher_whose_groups_no_mesh_keeps_whole():
-    """A teacher routes four rows together: 8 rows suit two devices, and neither 4 nor portions."""
+    """A teacher routes four rows together: 8 rows suit two devices, not 4, nor microbatches."""
     values = resolve(paper.get_config("mos_1.3b"))
     student = dataclasses.replace(values, train=dataclasses.replace(values.train, batch_size=8))
     moe = dataclasses.replace(values.moe, group_size=4 * values.model.length)
@@ -775,7 +775,7 @@ def compiled(monkeypatch):
     """Plans without a compiler; the list has (topology, mesh) of each.
 
     A step takes its state, the gradient and, over all chips, `activations` GiB for a batch in one
-    portion.
+    microbatch.
     """
     asked = []
 
@@ -874,14 +874,14 @@ def test_a_search_leaves_an_exchange_in_two_stages(compiled):
     compiled(activations=1)
     mesh = {"expert": 4, "expert_inner": 2, "fsdp": 8}
     values = large("2 layers, E=4", batch_size=32, mesh=mesh)
-    moe = dataclasses.replace(values.moe, exchange="hierarchical")
-    result = fit(dataclasses.replace(values, moe=moe), "v5e:4x8")
+    staged = ExecutionConfig(exchange="hierarchical")
+    result = fit(dataclasses.replace(values, execution=staged), "v5e:4x8")
     assert not result["fits"]
     assert result["instead"]["flags"] == (
-        "--config.mesh.fsdp_experts=8 --config.mesh.expert=4 --config.moe.exchange=auto"
+        "--config.mesh.fsdp_experts=8 --config.mesh.expert=4 --config.execution.exchange=auto"
     )
     # A teacher has its student's exchange, that of the search as well.
-    student = dataclasses.replace(values, moe=moe)
+    student = dataclasses.replace(values, execution=staged)
     teacher = adapt_teacher(large("1 layers", batch_size=32, d_model=1024), student)
     taught = fit(student, "v5e:4x8", teacher=teacher)
     assert taught["instead"]["flags"] == result["instead"]["flags"]
@@ -891,8 +891,9 @@ def test_a_search_for_decoding_leaves_groups_out(compiled):
     """With groups of eight sequences, `tensor` would have to be 8: a batch of 32 has four."""
     compiled(activations=300)
     values = large("2 layers, E=4", batch_size=32, mesh={"data": 8, "expert": 4})
-    moe = dataclasses.replace(values.moe, exchange="flat", group_size=8 * values.model.length)
-    result = fit(dataclasses.replace(values, moe=moe), "v5e:4x8", decode=32)
+    moe = dataclasses.replace(values.moe, group_size=8 * values.model.length)
+    flat = ExecutionConfig(exchange="flat")
+    result = fit(dataclasses.replace(values, moe=moe, execution=flat), "v5e:4x8", decode=32)
     assert not result["fits"]
     assert result["instead"]["flags"] == (
         "--config.mesh.fsdp=4 --config.mesh.expert=4 --config.mesh.tensor=2"
@@ -937,8 +938,8 @@ def test_a_batch_in_portions_where_its_activations_do_not_fit(compiled):
     assert result["tried"] == [("v5e:4x4", "needs 43.6 GiB a chip")]
     assert result["instead"]["flags"] == "--config.mesh.fsdp=16 --config.train.accumulate=4"
     assert "v5e:4x4 --config.mesh.fsdp=16 --config.train.accumulate=4 (15.45 GiB" in table(result)
-    assert len(asked) == 2  # two portions would need 24.8 GiB, and were not compiled for
-    # Portions of the user's own are doubled; a context's activations are no portions of a batch.
+    assert len(asked) == 2  # two microbatches would need 24.8 GiB, and were not compiled for
+    # Microbatches of the user's own are doubled; a context's activations are not of a batch.
     halves = large(batch_size=64, accumulate=2)
     assert fit(halves, "v5e:4x4")["instead"]["flags"].endswith("--config.train.accumulate=4")
     result = fit(large(batch_size=64, length=2048), "v5e:2x4", decode=64)
@@ -1081,7 +1082,7 @@ def test_libtpu_adds_no_word_and_sigterm_ends_a_plan(tmp_path):
 
 @needs_tpu_compiler
 def test_attention_kernels_of_portions_and_of_a_teacher(tmp_path):
-    """In two portions a step's kernels take what they take in one; a wider teacher's, its own."""
+    """In two microbatches kernels take what they take in one; a wider teacher's, its own."""
     (tmp_path / "teacher.py").write_text(
         "from configs import tiny\n\n\ndef get_config():\n"
         "    values = tiny.get_config('3 layers')\n"

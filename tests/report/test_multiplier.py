@@ -2,6 +2,7 @@
 
 import json
 import math
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -11,15 +12,17 @@ from scipy import stats
 from prmoe_jax.cli import main
 from prmoe_jax.errors import UserError
 from prmoe_jax.report import figures
-from prmoe_jax.report.arms import arms, equally_long, holm, models, p_value, spread, verdict
+from prmoe_jax.report.arms import arms, difference, equally_long, holm, models, spread
 from prmoe_jax.report.multiplier import (
     equivalent_compute,
-    law_multiplier,
     multipliers,
     ratios,
 )
+from prmoe_jax.sweep.definition import constants
 from tests.support.lines import only_line
 from tests.support.records import record
+
+EXPERIMENT = Path(__file__).parents[2] / "experiments" / "multiplier"
 
 # Rungs of a ladder on which loss = 5 compute^-0.1.
 RUNGS = [(compute, 5 * compute**-0.1) for compute in (1.0, 2.0, 5.0, 7.0)]
@@ -145,27 +148,22 @@ def test_growth_by_hand():
     assert str(grown["few/2000", "few/4000"].factor) == "1.50 (1.50 to 1.50)"
 
 
-def test_the_law_in_the_units_of_the_ladder():
-    """Its dense model's parameters as FLOPs of the ladder, which grow as their square root here.
-
-    With experts in half of the layers it takes half as many in each.
-    """
+def test_a_prediction_in_the_units_of_the_ladder():
+    """Its dense model's parameters as FLOPs of the ladder, which grow as their square root here."""
     rows = sweep({"moe": (1e3, loss_of(2.0))}, seeds={1: 0.0})
     for row, size in zip(rows, (1e6, 4e6, 9e6, 1.6e7), strict=False):
         row |= {"total_params": size, "active_params": size, "flops_per_token": size**0.5}
     settings = {"model.layers": 4, "model.experts": [9], "model.placement": "every 2"}
     rows[-1] |= {"settings": settings | {"seed": 1}, "total_params": 9e6, "active_params": 1e6}
-    for tokens in (1e6, 1e8, 1e9):  # below the ladder, and between and beyond its rungs
-        for row in rows:
-            row["tokens"] = tokens
-        (one,) = multipliers(arms(rows))
-        assert one.experts == 5.0  # 1, 9, 1, 9
-        assert one.law == pytest.approx(law_multiplier(5.0, 1e6, tokens) ** 0.5)
+    for law in (0.2, 5.0, 40.0):  # below the ladder, and between and beyond its rungs
+        (one,) = multipliers(arms(rows), predicted={"moe/2000": law})
+        assert one.law == pytest.approx(law**0.5)
+        assert one.plain and one.experts == 5.0  # 1, 9, 1, 9
     for other in {"top_k": 2}, {"residual": True}, {"expert_d_ff": 7}:
         ((name, value),) = other.items()
         rows[-1]["settings"] = settings | {"seed": 1, f"model.{name}": value}
         (one,) = multipliers(arms(rows))
-        assert math.isnan(one.law) and one.value == pytest.approx(2.0)
+        assert math.isnan(one.law) and not one.plain and one.value == pytest.approx(2.0)
 
 
 def test_another_unit_of_compute():
@@ -217,9 +215,17 @@ LAW = [
 
 @pytest.mark.parametrize(("active", "ratio", "few", "some", "many"), LAW)
 def test_the_scaling_law(active, ratio, few, some, many):
-    found = [law_multiplier(experts, active, active * ratio) for experts in (8, 32, 128)]
+    multiplier = runpy.run_path(str(EXPERIMENT / "law.py"))["law_multiplier"]
+    found = [multiplier(experts, active, active * ratio) for experts in (8, 32, 128)]
     assert [round(one, 1) for one in found] == [few, some, many]
-    assert law_multiplier(1, active, active * ratio) == pytest.approx(1.0)
+    assert multiplier(1, active, active * ratio) == pytest.approx(1.0)
+
+
+def test_the_experiment_states_what_the_law_predicts():
+    """For each model that the law is for, by the numbers of its records."""
+    predicted = runpy.run_path(str(EXPERIMENT / "law.py"))["predicted"]()
+    assert constants(EXPERIMENT).predicted == pytest.approx(predicted, rel=1e-5)
+    assert {arm.partition("/")[0] for arm in predicted} == {"E8", "E64", "E128"}
 
 
 def test_report(tmp_path, capsys):
@@ -240,7 +246,7 @@ def test_report(tmp_path, capsys):
     assert (top2["arm"], top2["base"], top2["verdict"]) == ("top2/2000", "moe/2000", "better")
     assert dense["verdict"] == "equivalent" and dense["difference"] == pytest.approx(0.0)
     by_seed = arms(rows)
-    pair = p_value(by_seed["top2/2000"], by_seed["moe/2000"])
+    pair = difference(by_seed["top2/2000"], by_seed["moe/2000"]).p
     assert top2["p"] == pytest.approx(2 * pair) and pair < 1e-3  # two pairs have records
     assert found["moe/2000"]["multiplier"].startswith("2.00 (")
     assert found["top2/9000"]["multiplier"] == "beyond the ladder: at least 7.00"
@@ -275,7 +281,8 @@ def test_the_figure_shows_what_is_beyond_the_ladder(drawn):
     few = sweep({"few": (1.0, loss_of(3.0))}, rungs=[])
     for row in few:
         row["settings"]["model.experts"] = [2]
-    figures.multipliers(multipliers(arms(rows + few)), Path())
+    law = {"few/2000": 0.5, "moe/2000": 0.6}
+    figures.multipliers(multipliers(arms(rows + few), predicted=law), Path())
     few, _, few_law, moe, seeds, triangle, law, *_ = drawn.pop().lines
     np.testing.assert_allclose(few.get_ydata(), [3.0])
     np.testing.assert_allclose(moe.get_ydata(), [2.0, np.nan])
@@ -303,12 +310,12 @@ def test_no_bar_without_an_interval(drawn):
 
 def test_only_what_is_drawn_is_in_the_legend(drawn):
     rows = sweep({"moe": (1.0, loss_of(2.0))})
-    figures.multipliers(multipliers(arms(rows)), Path())
-    legend = ["moe", "scaling law"]
-    assert drawn.pop().get_legend_handles_labels()[1] == legend
+    law = {"moe/2000": 0.5}
+    figures.multipliers(multipliers(arms(rows), predicted=law), Path())
+    assert drawn.pop().get_legend_handles_labels()[1] == ["moe", "scaling law"]
     rows = sweep({"moe": (1.0, loss_of(9.0))})
     figures.multipliers(multipliers(arms(rows)), Path())
-    assert drawn.pop().get_legend_handles_labels()[1] == [*legend, "beyond the ladder"]
+    assert drawn.pop().get_legend_handles_labels()[1] == ["moe", "beyond the ladder"]
 
 
 def test_a_models_runs_of_all_lengths_are_one_curve():
@@ -372,6 +379,8 @@ def test_a_length_is_compared_with_as_many_tokens_alone(tmp_path, capsys):
     [
         ("MARGIN = 0", "MARGIN is 0; it must be nats above 0, such as 0.02"),
         ("MARGIN = '0.02'", "MARGIN is '0.02'; it must be nats above 0"),
+        ("PREDICTED = {'a': -1}", "PREDICTED is {'a': -1}; it must be arms and numbers above 0"),
+        ("LAW = 7", "LAW is 7; it must be a text"),
         ("LADDER = 'dense'", "LADDER is 'dense'; it must be True or False"),
         ("VARYING = 'seed'", "VARYING is 'seed'; it must be settings, such as ('init.workdir',)"),
         (
@@ -425,7 +434,7 @@ def pair(*apart):
     ],
 )
 def test_verdicts_by_hand(apart, margin, expected):
-    assert verdict(*pair(*apart), margin) == expected
+    assert difference(*pair(*apart)).verdict(margin) == expected
 
 
 def test_equivalence_is_that_of_two_one_sided_tests():
@@ -438,20 +447,22 @@ def test_equivalence_is_that_of_two_one_sided_tests():
         above = stats.ttest_1samp(apart, -margin, alternative="greater").pvalue
         below = stats.ttest_1samp(apart, margin, alternative="less").pvalue
         equivalent = max(above, below) < 0.05
-        assert (verdict(*pair(*apart), margin) == "equivalent") == equivalent, margin
+        verdict = difference(*pair(*apart)).verdict(margin)
+        assert (verdict == "equivalent") == equivalent, margin
         seen.add(equivalent)
     assert seen == {True, False}
-    assert verdict(*pair(0.1), 0.02) is None
+    assert difference(*pair(0.1)) is None
 
 
 def test_p_values_are_those_of_students_t():
     """Pairs by seed as in scipy; pooled, two arms have the spread of their pairs."""
     one, other = ({s: {"loss": loss} for s, loss in enumerate(L)} for L in LOSSES)
-    assert p_value(one, other) == pytest.approx(stats.ttest_rel(*LOSSES).pvalue)
+    assert difference(one, other).p == pytest.approx(stats.ttest_rel(*LOSSES).pvalue)
     pooled = spread({"one": one, "other": other})  # with two arms it is that of the pairs
-    assert p_value(one, other, pooled) == pytest.approx(stats.ttest_rel(*LOSSES).pvalue)
-    assert math.isnan(p_value(one, {7: {"loss": 1.0}}))
-    assert (p_value(one, one), p_value({1: {"loss": 2.0}, 2: {"loss": 3.0}}, EQUAL)) == (1.0, 0.0)
+    assert difference(one, other, pooled).p == pytest.approx(stats.ttest_rel(*LOSSES).pvalue)
+    assert difference(one, {7: {"loss": 1.0}}) is None
+    above = {seed: {"loss": row["loss"] + 1} for seed, row in EQUAL.items()}
+    assert (difference(one, one).p, difference(above, EQUAL).p) == (1.0, 0.0)
 
 
 def test_holm_by_hand():

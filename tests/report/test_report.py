@@ -14,7 +14,7 @@ from matplotlib.image import imread
 from prmoe_jax.cli import main
 from prmoe_jax.config.loading import load, resolve, save
 from prmoe_jax.report import figures
-from prmoe_jax.report.arms import Mean, arms, difference, mean, spread, verdict, write_csv
+from prmoe_jax.report.arms import Mean, arms, difference, mean, spread, write_csv
 from prmoe_jax.sweep.records import record as recorded
 from tests.support.faults import file_size_limit
 from tests.support.lines import only_line
@@ -38,7 +38,8 @@ def test_statistics_by_hand():
     assert list(found) == list(LOSSES)
     assert mean([3.0, 3.2, 3.1]) == pytest.approx((3.1, 4.302653 * 0.1 / 3**0.5), rel=1e-6)
     apart = difference(found["two"], found["one"])  # -0.1, -0.2, -0.3
-    assert apart == pytest.approx((-0.2, 4.302653 * 0.1 / 3**0.5), rel=1e-6)
+    margin = 4.302653 * 0.1 / 3**0.5
+    assert (apart.value, apart.margin) == pytest.approx((-0.2, margin), rel=1e-6)
     assert str(apart) == "-0.2000 ± 0.2484"
     assert difference(found["<b>"], found["one"]) is None
     assert str(Mean(*mean([2.0]))) == "2.0000"
@@ -64,9 +65,9 @@ def test_the_spread_of_all_arms_by_hand():
     # t of 4 degrees of freedom is 2.776, and 2.132 at 5 % on one side.
     apart = difference(two, one, pooled=found)
     half = 0.01 * (1.5 * 2 / 3) ** 0.5
-    assert apart == pytest.approx((0.1, 2.776445 * half), rel=1e-6)
-    assert verdict(two, one, 0.1 + 2.14 * half, found) == "equivalent"
-    assert verdict(two, one, 0.1 + 2.12 * half, found) == "worse"
+    assert (apart.value, apart.margin) == pytest.approx((0.1, 2.776445 * half), rel=1e-6)
+    assert apart.verdict(0.1 + 2.14 * half) == "equivalent"
+    assert apart.verdict(0.1 + 2.12 * half) == "worse"
     # An arm with one seed, and a seed of one arm, tell nothing about the others.
     more = blocks(losses) | {3: {0: {"loss": 9.0}}}
     more[0][7] = {"loss": 5.0}
@@ -89,7 +90,7 @@ def test_pooled_intervals_hold_what_they_promise(missing):
         pooled = spread(found)
         apart = difference(found[0], found[1], pooled=pooled)
         inside += abs(apart.value - margin) < apart.margin
-        equivalent += verdict(found[0], found[1], margin, pooled) == "equivalent"
+        equivalent += apart.verdict(margin) == "equivalent"
     assert inside / trials == pytest.approx(0.95, abs=0.012)
     assert equivalent / trials == pytest.approx(0.05, abs=0.012)
 

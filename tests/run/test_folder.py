@@ -198,7 +198,8 @@ def test_a_file_system_without_locks(copied, monkeypatch, capsys):
     capsys.readouterr()
     assert main(command) == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert f"--workdir={workdir} cannot be locked: Function not implemented; use a folder" in line
+    assert f"--workdir={workdir} cannot be written: it cannot be locked (Function not" in line
+    assert line.endswith("use a folder on another file system, or mount this one with flock")
 
 
 def test_a_finished_run_is_evaluated_if_it_was_not(saved_twice, copied, capsys):
@@ -464,8 +465,8 @@ def test_a_damaged_checkpoint_to_read(copied, tmp_path, capsys):
     flip(workdir / "checkpoints" / "12" / "model")
     command = ["generate", f"--workdir={workdir}", "--prompt=a", "--tokens=1"]
     assert main(command) == 2
-    assert "cannot be read (" in (line := capsys.readouterr().err) and "resume the train" in line
-    with pytest.raises(UserError, match="cannot be read .*; restore a copy of it"):
+    assert "cannot be read: " in (line := capsys.readouterr().err) and "resume the train" in line
+    with pytest.raises(UserError, match="cannot be read: .*; restore a copy of it"):
         flip(workdir / "checkpoints" / "10" / "model")
         config = load(workdir / "config.json")
         restore_model(workdir, config, make_mesh(config, jax.devices()[:1]), 10)

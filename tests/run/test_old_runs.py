@@ -58,10 +58,6 @@ def test_its_settings_are_all_known(expected):
         for group, values in saved.items()
         for name in (values if isinstance(values, dict) else [""])
     }
-    now = {
-        f"{name.rpartition('.')[0]}.{setting.formerly}": name
-        for name, setting in declarations().items()
-        if setting.formerly
-    }
+    now = {setting.formerly: name for name, setting in declarations().items()}
     known = leaves(load(Path("run/config.json")))
     assert {now.get(name, name) for name in names} <= known.keys()

@@ -12,7 +12,9 @@ import pytest
 from prmoe_jax import boundary, files, stores
 from prmoe_jax.cli import main
 from prmoe_jax.errors import UserError
+from prmoe_jax.run import metrics
 from prmoe_jax.run.checkpoint import Checkpoints
+from prmoe_jax.run.metrics import MetricsWriter, read_metrics
 from prmoe_jax.stores import lock
 from tests.support.extras import needs_extra
 from tests.support.lines import only_line
@@ -40,14 +42,20 @@ def local(text, tmp_path_factory):
 # A lease of four seconds, and lines written four times a second.
 QUICK = """
 import sys
-from prmoe_jax import files
+from prmoe_jax.run import metrics
 from prmoe_jax.stores import lock
 
-lock.LEASE, files.GrowingObject.EVERY = 4.0, 0.25
+lock.LEASE, metrics.EVERY = 4.0, 0.25
 from prmoe_jax.cli import main
 
 sys.exit(main(sys.argv[1:]))
 """
+
+
+@pytest.fixture
+def short_lease(monkeypatch):
+    """This process judges leases as those that `start` makes do."""
+    monkeypatch.setattr(lock, "LEASE", 4.0)
 
 
 def start(command):
@@ -115,6 +123,7 @@ def test_tensorboard_reads_its_file(text, folder, tmp_path):
     assert steps == [1, 2, 3]
 
 
+@pytest.mark.usefixtures("short_lease")
 def test_killed_in_the_middle(text, folder, tmp_path, capsys):
     """It costs the rest of the lease; then the run goes on to the lines of one on a disk."""
     settings = {"train.steps": 30, "checkpoint.every": 5, "eval.every": 10}
@@ -149,15 +158,13 @@ def test_two_runs_in_one_folder(text, folder, capsys):
 
 def test_of_two_that_come_at_once_one_gets_the_lease(folder, monkeypatch):
     """The second reads the folder before the first has written its lock."""
-    workdir = stores.as_path(folder)
-    first, second = lock.Lease(workdir, "--workdir"), lock.Lease(workdir, "--workdir")
-    found = lock._Found.at
-    with monkeypatch.context() as patch, first:
+    workdir, read = stores.as_path(folder), lock._read
+    with monkeypatch.context() as patch, lock.locked(workdir):
         answers = iter([lambda path: None])
-        patch.setattr(lock._Found, "at", lambda path: next(answers, found)(path))
+        patch.setattr(lock, "_read", lambda path: next(answers, read)(path))
         with pytest.raises(UserError, match="is in use by another run"):
-            second.__enter__()
-    with second:
+            lock.locked(workdir).__enter__()
+    with lock.locked(workdir):
         pass
 
 
@@ -182,6 +189,7 @@ def test_a_write_whose_answer_was_lost_is_our_own(folder, object_store, monkeypa
     assert not stores.as_path(folder).exists()
 
 
+@pytest.mark.usefixtures("short_lease")
 def test_a_run_that_was_suspended_ends_when_it_comes_back(text, folder):
     """Another run has its folder then; nothing more is written."""
     workdir = stores.as_path(folder)
@@ -229,23 +237,28 @@ def test_a_store_that_goes_on_failing(folder, monkeypatch):
         tries.append(arguments)
         raise HttpError({"code": 503, "message": "Service Unavailable"})
 
+    workdir = stores.as_path(folder)
+    writer = MetricsWriter(workdir, 0)
+    writer.write(1, {"loss": 2.0})
     monkeypatch.setattr(gcs, "PATIENCE", 2.5)
     monkeypatch.setattr(GCSFileSystem, "_request", fail)
-    grown = files.GrowingObject(stores.as_path(folder) / "metrics.jsonl")
-    grown.write(b"a line\n")
-    with pytest.raises(OSError, match=r"the object store fails \(Service Unavailable, 503\)"):
-        grown.sync()
-    assert len(tries) == 3  # at once, after 1 s and after 2.5 s
-    # The command ends now: no more attempts for a while.
-    with pytest.raises(UserError, match="x cannot be written: the object store fails"):
-        files.replace(stores.as_path(folder) / "x", "content")
-    assert len(tries) == 3
+    with pytest.raises(UserError, match=r"the object store fails \(Service Unavailable, 503\)"):
+        writer.sync()
+    assert len(tries) > 1
+    # When the patience is at its end, each further request is made once.
+    store, *_ = gcs._located(workdir / "x")
+    assert store._failing_since < time.monotonic()
+    store._failing_since -= 2.5
+    tries.clear()
+    with pytest.raises(OSError, match="the object store fails"):
+        gcs.write(workdir / "x", b"content")
+    assert len(tries) == 1
     monkeypatch.undo()
-    gcs._store()._given_up = 0
-    grown.sync()  # nothing was lost
-    assert (stores.as_path(folder) / "metrics.jsonl").read_bytes() == b"a line\n"
+    writer.close()  # nothing was lost
+    assert read_metrics(workdir / "metrics.jsonl") == [{"step": 1, "loss": 2.0}]
 
 
+@pytest.mark.usefixtures("short_lease")
 def test_what_was_there_before_a_store_failed(
     text, folder, local, object_store, monkeypatch, capsys
 ):
@@ -265,11 +278,9 @@ def test_what_was_there_before_a_store_failed(
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoints, "save", fail_from_step_six)
         patch.setattr(gcs, "PATIENCE", 1.0)
-        patch.setattr(lock, "LEASE", 2.0)
         patch.setattr(GCSFileSystem, "_request", GCSFileSystem._request.__wrapped__)  # one attempt
         assert main(arguments(text, folder, "dense", **SETTINGS)) == 2
     object_store.fail()
-    gcs._store()._given_up = 0
     err = capsys.readouterr().err
     (line,) = [line for line in err.splitlines() if line.startswith("prmoe: ")]
     assert "the object store fails" in line and "Traceback" not in err
@@ -283,7 +294,7 @@ def test_what_was_there_before_a_store_failed(
 @pytest.mark.parametrize(
     ("faults", "place", "line"),
     [
-        ({}, "gs://nobucket/run", "--workdir=gs://nobucket/run: there is no bucket nobucket; cr"),
+        ({}, "gs://nobucket/run", "cannot be used: there is no such object, or no such bucket; cr"),
         ({"read_only": True}, "gs://bucket/ro", "gs://bucket/ro cannot be used: permission denied"),
         ({"unknown_caller": True}, "gs://bucket/who", "cannot be used: no valid credentials ("),
     ],
@@ -325,23 +336,24 @@ def test_a_damaged_checkpoint_is_set_aside(damage, text, folder, local, capsys):
     assert_same_run(folder, local)
 
 
-def test_an_object_that_grows(folder, monkeypatch):
-    """It is written when it is time, and whole; rarer if a write takes long."""
-    monkeypatch.setattr(files.GrowingObject, "EVERY", 0.3)
-    path, checks = stores.as_path(folder) / "file", []
-    grown = files.GrowingObject(path, b"old\n", lambda: checks.append(path.exists()))
-    grown.write(b"a\n")
-    grown.flush()
-    assert not path.exists()
+def test_metrics_are_written_when_it_is_time(folder, monkeypatch):
+    """And whole, after a check that the folder is still this run's."""
+    monkeypatch.setattr(metrics, "EVERY", 0.3)
+    path, checks = stores.as_path(folder) / "metrics.jsonl", []
+    files.replace(path, '{"step": 1}\n{"step": 2}\n')
+    writer = MetricsWriter(path.parent, 1, lambda: checks.append(path.read_text()))
+    writer.write(2, {})
+    assert not checks
     time.sleep(0.35)
-    grown.flush()
-    assert path.read_bytes() == b"old\na\n"
-    grown.write(b"b\n")
-    grown.flush()
-    assert path.read_bytes() == b"old\na\n"
-    grown.sync()
-    grown.sync()
-    assert path.read_bytes() == b"old\na\nb\n" and checks == [False, True]
+    writer.write(3, {})
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3}\n'
+    writer.write(4, {})
+    assert len(checks) == 1
+    writer.sync()
+    writer.sync()
+    assert len(checks) == 2 and path.read_text().endswith('{"step": 4}\n')
+    writer.close()
+    assert len(checks) == 2
 
 
 def test_a_profile(text, folder):

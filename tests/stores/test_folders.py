@@ -168,7 +168,7 @@ def test_a_teacher_cache(text, run, folder, tmp_path, capsys, caplog):
 
 def test_a_compile_cache(text, folder, capsys):
     """A restart compiles nothing."""
-    settings = {"train.compile_cache": f"{folder}/programs", "train.steps": 2}
+    settings = {"execution.compile_cache": f"{folder}/programs", "train.steps": 2}
     events = []
     jax.monitoring.register_event_listener(lambda name, **_: events.append(name.split("/")[-1]))
     least = jax.config.jax_persistent_cache_min_compile_time_secs
@@ -184,9 +184,11 @@ def test_a_compile_cache(text, folder, capsys):
         jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
     assert any(name.startswith("jit_") for name in content(f"{folder}/programs"))
     capsys.readouterr()
-    settings["train.compile_cache"] = "gs://nobucket/programs"
+    settings["execution.compile_cache"] = "gs://nobucket/programs"
     assert main(arguments(text, f"{folder}/other", "dense", **settings)) == 2
-    line = "prmoe: train.compile_cache=gs://nobucket/programs cannot be used: there is no such obj"
+    line = (
+        "prmoe: execution.compile_cache=gs://nobucket/programs cannot be used: there is no such obj"
+    )
     assert line in capsys.readouterr().err
     assert not os.listdir()
 

@@ -10,7 +10,7 @@ def make_batch(seed=0, rows=8, length=8, vocabulary=384):
     tokens = rng.integers(0, vocabulary, (rows, length + 1)).astype(np.int32)
     segments = np.sort(rng.integers(1, 3, (rows, length)), axis=1).astype(np.int32)
     mask = np.ones((rows, length), bool)
-    # Portions of unequal weight: one row is half padding, one all padding.
+    # Microbatches of unequal weight: one row is half padding, one all padding.
     segments[2, length // 2 :], mask[2, length // 2 :] = 0, False
     segments[5], mask[5] = 0, False
     return Batch(tokens[:, :-1], tokens[:, 1:], mask, segments)

@@ -35,7 +35,8 @@ from prmoe_jax.moe import exchange, rounds  # noqa: E402
 from prmoe_jax.moe.layer import MoE  # noqa: E402
 from prmoe_jax.nn.parameters import named_leaves  # noqa: E402
 from prmoe_jax.parallel import sharding  # noqa: E402
-from prmoe_jax.parallel.mesh import make_mesh, split_batch  # noqa: E402
+from prmoe_jax.parallel.axes import split_batch  # noqa: E402
+from prmoe_jax.parallel.mesh import make_mesh  # noqa: E402
 from prmoe_jax.plan.collectives import groups  # noqa: E402
 from prmoe_jax.plan.program import COLLECTIVES  # noqa: E402
 from prmoe_jax.run.checkpoint import Checkpoints  # noqa: E402
@@ -126,8 +127,8 @@ def settings(text: str, train=(), moe=(), optimizer=(), **model) -> Config:
 def spread(values: Config, mesh: dict, devices=None) -> tuple[Config, jax.sharding.Mesh]:
     """The config for one of `MESHES`, resolved, and the mesh."""
     axes = {name: size for name, size in mesh.items() if name != "exchange"}
-    moe = dataclasses.replace(values.moe, exchange=mesh.get("exchange", "auto"))
-    values = dataclasses.replace(values, mesh=MeshConfig(**axes), moe=moe)
+    execution = dataclasses.replace(values.execution, exchange=mesh.get("exchange", "auto"))
+    values = dataclasses.replace(values, mesh=MeshConfig(**axes), execution=execution)
     mesh = make_mesh(values, devices)
     return values, mesh
 
@@ -143,7 +144,7 @@ def gradient_of(values: Config):
         keys_B = jax.random.split(jax.random.key(3), len(batch.tokens_BxL))
 
         def loss(model):
-            sums = forward(model, batch, keys_B)
+            sums = forward(model, batch, keys_B, execution=values.execution)
             return training_loss(sums, totals(batch, values), values)
 
         loss, gradient = jax.value_and_grad(loss)(model)
@@ -454,7 +455,9 @@ def generates(parts: str = "", *meshes: str) -> None:
             with jax.set_mesh(mesh):
                 model = init_model(on)
                 placed = jax.device_put(model, sharding.shardings(model, mesh))
-                generator = Generator(decoder(placed, kind, mesh), byte_tokenizer(), mesh)
+                generator = Generator(
+                    decoder(placed, kind, mesh, on.execution), byte_tokenizer(), mesh
+                )
                 texts = generator(prompts, 20, Sampling(1.0), [1, 2, 3])
             assert texts == expected.setdefault(kind, texts), (name, kind, texts, expected)
             print(name, kind, "equal", flush=True)
@@ -476,7 +479,7 @@ def scores(*meshes: str) -> None:
         with jax.set_mesh(mesh):
             model = init_model(on)
             placed = jax.device_put(model, sharding.shardings(model, mesh))
-        found = np.array(Scorer(placed, mesh, 1)(contexts, continuations))
+        found = np.array(Scorer(placed, mesh, 1, on.execution)(contexts, continuations))
         expected = found if expected is None else expected
         np.testing.assert_allclose(found, expected, rtol=1e-5)
         print(name, "equal", flush=True)
@@ -493,7 +496,7 @@ def kernels_of_check() -> None:
     ways = {}
     for case in kernels.cases(jax.devices()):
         if case.name.startswith("exchange") and "nothing dropped" in case.name:
-            with jax.set_mesh(case.mesh), spied("in_rounds") as many, spied("everywhere") as few:
+            with jax.set_mesh(case.mesh), spied("grouped") as many, spied("of_few") as few:
                 jax.eval_shape(functools.partial(case.ours, jnp.float32), *case.arguments)
             ways[case.name] = many.call_count, few.call_count
     print("calls of each, in rounds and everywhere:", ways)
@@ -518,10 +521,16 @@ def prefills() -> None:
         with jax.set_mesh(mesh):
             model = init_model(on)
             placed = jax.device_put(model, sharding.shardings(model, mesh))
-            inputs = decoder(placed, "float32", mesh), tokens, length_B, length_B, keys_B
-            with spied("everywhere") as everywhere:
+            inputs = (
+                decoder(placed, "float32", mesh, on.execution),
+                tokens,
+                length_B,
+                length_B,
+                keys_B,
+            )
+            with spied("of_few") as of_few:
                 program = prefill.lower(*inputs, 1).compile()
-        assert not everywhere.called
+        assert not of_few.called
         work[count] = count * program.cost_analysis()["flops"]
     print(f"{work[8] / work[1]:.2f} times the work")
     assert work[8] < 2 * work[1]

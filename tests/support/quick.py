@@ -5,6 +5,7 @@ import functools
 
 import jax
 
+from prmoe_jax.config.schema import ExecutionConfig
 from prmoe_jax.model.transformer import dropless
 
 jit = functools.partial(
@@ -23,10 +24,10 @@ def forward(model, tokens_BxL, segments_BxL):
     return x_BxLxD, model.logits(x_BxLxD)
 
 
-@functools.partial(jit, static_argnums=3)
-def routed(moe, x_BxLxD, valid_BxL, capacity_factor, keys_B=None):
+@functools.partial(jit, static_argnums=3, static_argnames="dispatch")
+def routed(moe, x_BxLxD, valid_BxL, capacity_factor, keys_B=None, dispatch="gather"):
     """A MoE layer's output and metrics at a capacity factor."""
     moe = jax.tree.map(lambda x: x, moe)  # a copy
     factors = {"capacity_factor": capacity_factor, "eval_capacity_factor": capacity_factor}
     moe.moe = dataclasses.replace(moe.moe, **factors)
-    return moe(x_BxLxD, valid_BxL, keys_B)
+    return moe(x_BxLxD, valid_BxL, keys_B, execution=ExecutionConfig(dispatch=dispatch))

@@ -26,7 +26,7 @@ from prmoe_jax.data import cache, pipeline, shards
 from prmoe_jax.data.sources import find_files, read_documents
 from prmoe_jax.data.tokenizer import Tokenizer
 from prmoe_jax.distill import teacher_cache
-from prmoe_jax.interop import deepspeed, hugging_face
+from prmoe_jax.interop import deepspeed, mapping
 from prmoe_jax.interop import run as interop
 from prmoe_jax.interop.tensors import write_tensors
 from prmoe_jax.model.sizes import cost
@@ -142,7 +142,7 @@ def _holds(load: Callable[[Path], np.ndarray], ending: str, found: list) -> bool
     ids = np.concatenate([load(path) for path in paths])
     _, _, train, targets, mask, _, _, _, tokens, _, held, *_ = found
     read = np.concatenate([train[mask], targets[mask][-1:], tokens[held][1:]])
-    mark = byte_tokenizer().end_of_text
+    mark = byte_tokenizer().eos_id
     words = [part[part != mark] for part in (read, ids)]
     return _sound_windows(found) and np.array_equal(*words)
 
@@ -224,9 +224,9 @@ def _build_tokenizer() -> None:
 def _read_tokenizer() -> list:
     known = Tokenizer.load(FILES / "tokenizer.json")
     ids = known.encode(PROBE)
-    texts = [known.decode([i]) for i in (*ids, known.start_of_text, known.end_of_text)]
-    tokens = known.token(known.start_of_text), known.token(known.end_of_text)
-    return [known.size, known.start_of_text, known.end_of_text, tokens, ids, texts]
+    texts = [known.decode([i]) for i in (*ids, known.bos_id, known.eos_id)]
+    tokens = known.token(known.bos_id), known.token(known.eos_id)
+    return [known.size, known.bos_id, known.eos_id, tokens, ids, texts]
 
 
 def _sound_tokenizer(found: list) -> bool:
@@ -303,7 +303,7 @@ def _build_deepspeed() -> None:
 def _import(kind: str) -> list:
     """What `prmoe import` would write; no program is compiled that places it on devices."""
     stacked = mock.patch.object(
-        hugging_face, "_stacked", lambda leaf, home, reads: np.stack([read() for read in reads])
+        mapping, "_stacked", lambda leaf, home, reads: np.stack([read() for read in reads])
     )
     with stacked, mock.patch.object(interop, "write_run") as write:
         interop.import_run(kind, FILES, Path("run"))

@@ -16,7 +16,7 @@ from tests.support.tokenizers import byte_tokenizer
 def encoded(texts, before=False):
     """The ids of texts, each with the mark behind it, or before it."""
     tokenizer = byte_tokenizer()
-    mark = [tokenizer.end_of_text]
+    mark = [tokenizer.eos_id]
     marked = [mark * before + tokenizer.encode(text) + mark * (not before) for text in texts]
     return [np.array(ids) for ids in marked]
 
@@ -49,6 +49,34 @@ def write_ours(folder, train, validation=("held out",), per_shard=2):
         } | {"shards": entries}
     content = shards.index_content(tokenizer.fingerprint, 257, np.dtype("<u2"), splits, "")
     (folder / "index.json").write_text(json.dumps(content))
+
+
+class Texts(list):
+    """A split of a dataset of TFDS."""
+
+    def read(self, first, last):
+        return iter(self[first:last])
+
+
+class Stream:
+    """A token stream in memory, whose documents begin at `starts` whatever the tokens are."""
+
+    fingerprint = "fingerprint"
+
+    def __init__(self, tokens_T, starts_N):
+        self.tokens_T, self.starts_N = np.asarray(tokens_T), np.asarray(starts_N, np.int64)
+        self.described = f"{len(self.starts_N)} documents and {len(self)} tokens"
+
+    def __len__(self):
+        return len(self.tokens_T)
+
+    def read(self, first, last):
+        return self.tokens_T[first:last]
+
+    def documents(self, first, tokens_T):
+        positions = np.arange(first, first + len(tokens_T))
+        documents = np.searchsorted(self.starts_N, positions, side="right")
+        return documents - documents[:1]
 
 
 def reach(folder, monkeypatch):

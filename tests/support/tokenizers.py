@@ -4,13 +4,12 @@ import tokenizers
 from tokenizers.processors import TemplateProcessing
 
 from prmoe_jax.config.schema import DataConfig
-from prmoe_jax.data.corpora import Corpus
-from prmoe_jax.data.tokenizer import Tokenizer, load_tokenizer
+from prmoe_jax.data.tokenizer import Tokenizer, load_given
 
 
 def byte_tokenizer() -> Tokenizer:
     """A token for each byte, and the end of text."""
-    return load_tokenizer(DataConfig(tokenizer="bytes"), 257, Corpus("none", dict))
+    return load_given(DataConfig(tokenizer="bytes"))
 
 
 def started_tokenizer() -> Tokenizer:

@@ -24,7 +24,7 @@ from prmoe_jax.config.schema import InitConfig, leaves
 from prmoe_jax.errors import UserError
 from prmoe_jax.sweep import records, run
 from prmoe_jax.sweep.definition import Run, branch, planned
-from prmoe_jax.sweep.needs import discard_checkpoints, needs_of
+from prmoe_jax.sweep.needs import Work, discard_checkpoints
 from prmoe_jax.sweep.progress import SweepProgress
 from prmoe_jax.training import loop
 from tests.support.faults import file_size_limit
@@ -290,8 +290,8 @@ def test_students_wait_for_their_teacher(text, tmp_path, monkeypatch, capsys):
     kept = []
     discard = run.discard_checkpoints
 
-    def look(name, *rest):
-        discard(name, *rest)
+    def look(work, name):
+        discard(work, name)
         kept.append((name, os.listdir(folder / "runs" / "teacher" / "1" / "checkpoints")))
 
     monkeypatch.setattr(run, "discard_checkpoints", look)
@@ -448,11 +448,13 @@ def test_a_trunk_keeps_where_its_own_decay_starts(text, tmp_path):
         rows.append(records.record(name, one.config, workdir))
     for step in (8, 16, 40, 50):
         (root / "50" / "1" / "checkpoints" / str(step)).mkdir(parents=True)
-    needs = needs_of(runs, root)
-    discard_checkpoints("50/1", runs, needs, rows[:2], root)
+    work = Work(runs, folder, root)
+    put_rows(folder, *rows[:2])
+    discard_checkpoints(work, "50/1")
     kept = root / "50" / "1" / "checkpoints"
     assert sorted(path.name for path in kept.iterdir()) == ["16", "40"]
-    discard_checkpoints("50/1", runs, needs, rows, root)
+    put_rows(folder, *rows)
+    discard_checkpoints(work, "50/1")
     assert [path.name for path in kept.iterdir()] == ["40"]
 
 

@@ -131,7 +131,7 @@ def test_a_damaged_branch_point(text, trunk, tmp_path, capsys):
     shutil.rmtree(source / "checkpoints" / "32" / "optimizer")
     assert main(branch(text, tmp_path / "run", source, 32, **{"train.steps": 80})) == 2
     line = error_of(capsys)
-    assert "checkpoint 32 in" in line and "cannot be read (it has no optimizer)" in line
+    assert "checkpoint 32 in" in line and "cannot be read: it has no optimizer" in line
     assert steps_of(source) == [32, 40] and not list(source.glob("damaged-*"))
 
 

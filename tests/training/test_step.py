@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 
 from prmoe_jax.data.pipeline import Data, Mixture, Windows
-from prmoe_jax.data.tokens import TokenCache
 from prmoe_jax.errors import UserError
 from prmoe_jax.model.loss import Sums, forward, totals, training_loss
 from prmoe_jax.model.transformer import dropless, init_model, positions, unstacked_blocks
 from prmoe_jax.nn.parameters import named_leaves
 from prmoe_jax.parallel.mesh import make_mesh
-from prmoe_jax.parallel.portions import add_up
+from prmoe_jax.parallel.microbatches import add_up
 from prmoe_jax.run.metrics import to_python
 from prmoe_jax.training.evaluate import evaluate_model
 from prmoe_jax.training.optimizer import decay_mask, learning_rate, make_optimizer
@@ -23,6 +22,7 @@ from prmoe_jax.training.step import init_state, make_train_step
 from tests.support.batches import make_batch
 from tests.support.configs import GENTLE, settings
 from tests.support.quick import jit
+from tests.support.shards import Stream
 
 
 @pytest.mark.parametrize(
@@ -46,8 +46,8 @@ from tests.support.quick import jit
 def test_accumulation_changes_nothing(text, model, moe):
     """Parameters and every metric, with padding, dropout and random routing, in 1 and 4 parts."""
     results = []
-    for portions in (1, 4):
-        train = {"accumulate": portions, "z_loss": 0.01}
+    for microbatches in (1, 4):
+        train = {"accumulate": microbatches, "z_loss": 0.01}
         values = settings(text, model=model, moe=moe, train=train, optimizer=GENTLE)
         state = init_state(values)
         step = jit(make_train_step(values))
@@ -236,32 +236,32 @@ def test_evaluation_uses_its_own_capacity():
     assert ample.routers[0].dropped_E.sum() == 0
 
 
-@pytest.mark.parametrize(("portions", "together"), [(1, 1), (3, 1), (2, 3), (5, 2)])
-def test_a_batch_is_cut_into_portions(portions, together):
-    """Every row is in one portion, beside its neighbours, and portions reach over the batch."""
+@pytest.mark.parametrize(("microbatches", "together"), [(1, 1), (3, 1), (2, 3), (5, 2)])
+def test_a_batch_is_cut_into_microbatches(microbatches, together):
+    """Every row is in one microbatch, beside its neighbours; each reaches over the batch."""
     rows, seen = jnp.arange(30), []
 
     def measure(row_B):
         jax.debug.callback(lambda row_B: seen.append(row_B.tolist()), row_B)
         return row_B.sum(), (row_B**2).sum()
 
-    assert [int(x) for x in add_up(measure, rows, portions, together)] == [435, 8555]
+    assert [int(x) for x in add_up(measure, rows, microbatches, together)] == [435, 8555]
     jax.effects_barrier()
     assert sorted(sum(seen, [])) == list(range(30))
-    assert len(seen) == portions
-    for portion in seen:
-        starts = portion[::together]
-        assert portion == [start + i for start in starts for i in range(together)]
+    assert len(seen) == microbatches
+    for microbatch in seen:
+        starts = microbatch[::together]
+        assert microbatch == [start + i for start in starts for i in range(together)]
         assert all(start % together == 0 for start in starts)
-        assert max(portion) - min(portion) >= 30 - portions * together
+        assert max(microbatch) - min(microbatch) >= 30 - microbatches * together
 
 
 def validation(windows, length=8, seed=0):
     """Data whose validation split has so many windows, the last one half full."""
     tokens = windows * length - length // 2
     stream = np.random.default_rng(seed).integers(0, 384, tokens + 1).astype(np.uint16)
-    cache = TokenCache(stream, np.arange(0, tokens, 11), bytes=tokens, fingerprint="")
-    return Data(None, None, Windows(cache, length, False, text_bytes=cache.bytes), "")
+    stream = Stream(stream, np.arange(0, tokens, 11))
+    return Data(None, None, Windows(stream, length, False, text_bytes=tokens), "")
 
 
 def evaluated(values, data, run, model=None, limit=0):
@@ -273,8 +273,8 @@ def evaluated(values, data, run, model=None, limit=0):
 def test_evaluation_in_portions_measures_the_same_with_less_memory(limit):
     """As XLA compiles it; routing groups of two windows stay what they are."""
     found, temporaries, model = [], [], init_model(settings())
-    for portions in (1, 4):
-        values = settings(train={"accumulate": portions}, moe={"group_size": 16})
+    for microbatches in (1, 4):
+        values = settings(train={"accumulate": microbatches}, moe={"group_size": 16})
         step = jit(forward)
 
         def run(model, batch):
@@ -302,8 +302,8 @@ def test_bits_per_byte_of_a_part_of_the_split():
         return Sums(np.int32(14), count * np.log(2), count * np.log(2), np.float32(0), [])
 
     data = validation(4)
-    few = Windows(data.validation.cache, 8, False, text_bytes=56)
-    many = Windows(data.validation.cache, 8, False, text_bytes=5600)
+    few = Windows(data.validation.stream, 8, False, text_bytes=56)
+    many = Windows(data.validation.stream, 8, False, text_bytes=5600)
     mixed = dataclasses.replace(data, validation=Mixture([few, many], [Decimal(1)] * 2))
     bytes_read = 56 * 8 / few.tokens + 5600 * 8 / many.tokens  # a window of each
     found = evaluated(values, mixed, run, limit=1)
@@ -350,8 +350,7 @@ def test_the_next_batch_runs_while_the_sums_of_the_one_before_are_fetched():
 @pytest.mark.parametrize("stream", [[256], [256, 256]])
 def test_a_validation_split_without_text(stream):
     """No document, and one that is empty."""
-    cache = TokenCache(np.array(stream), np.arange(len(stream) - 1), bytes=0, fingerprint="")
-    data = Data(None, None, Windows(cache, 8, False), "")
+    data = Data(None, None, Windows(Stream(stream, np.arange(len(stream) - 1)), 8, False), "")
     with pytest.raises(UserError, match=rf"=sotu has no text \({len(stream) - 1} documents"):
         evaluated(settings("2 layers"), data, run=None)
 

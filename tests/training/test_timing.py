@@ -114,7 +114,7 @@ def test_what_lasts_over_restarts(text, tmp_path):
     assert checkpoints(tmp_path / "whole") == [4, 8, 12]
 
     run, programs = tmp_path / "run", tmp_path / "programs"
-    settings["train.compile_cache"] = str(programs)
+    settings["execution.compile_cache"] = str(programs)
     misses = []
     event = "/jax/compilation_cache/cache_misses"
     jax.monitoring.register_event_listener(lambda name, **_: misses.append(name == event))

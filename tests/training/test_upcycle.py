@@ -32,7 +32,7 @@ from tests.support.tokenizers import byte_tokenizer
 
 def init_from_run(source, target, noise=0.0):
     """The source's model, and the target's that starts as it."""
-    check_fits(source.model, target.model)
+    check_fits(source, target)
     model, fresh = init_model(source), init_model(target)
     key = jax.random.key(5)
     return model, jit(lambda model: upcycled(model, fresh, key, noise))(model)
@@ -69,7 +69,7 @@ def test_modern_models_and_slices_compute_what_the_dense_model_did(family, text,
     dropless = {"capacity_factor": float("inf"), "eval_capacity_factor": float("inf")}
     source = settings(text.partition(",")[0], model=model, seed=3)
     target = settings(text, model=model | parts | {"normalize_top_k": "always"}, moe=dropless)
-    check_fits(source.model, target.model)
+    check_fits(source, target)
     model, fresh = init_model(source), init_model(target)
     rng = np.random.default_rng(0)  # biases start at zero
     model = jax.tree.map(lambda x: x + jnp.asarray(0.1 * rng.normal(size=x.shape), x.dtype), model)
@@ -130,15 +130,18 @@ def test_noise_on_slices():
 def test_the_second_half_of_an_mlp_is_not_drawn():
     sampled = {"second_expert_sampling": True}
     halves = settings("2 layers, E=4, top 2", model={"expert_d_ff": 5}, moe=sampled)
-    with pytest.raises(UserError, match="moe.second_expert_sampling=True draws the second expert"):
-        upcycle._check_choices(settings("2 layers").model, halves)
+    message = "moe.second_expert_sampling=True draws the second expert"
+    with pytest.raises(UserError, match=message):
+        check_fits(settings("2 layers"), halves)
     some = settings("4 layers, E=4, top 2", model={"expert_d_ff": 5}, moe=sampled)
-    with pytest.raises(UserError, match="moe.second_expert_sampling=True draws the second expert"):
-        upcycle._check_choices(settings("4 layers, layers 1, E=4, top 2").model, some)
-    upcycle._check_choices(
-        settings("2 layers").model, settings("2 layers, E=4, top 2", moe=sampled)
+    fewer, as_many = (
+        settings(f"4 layers, {text}, top 2", model={"expert_d_ff": 5})
+        for text in ("layers 1, E=4", "E=4")
     )
-    upcycle._check_choices(settings("4 layers, E=4, top 2").model, some)
+    with pytest.raises(UserError, match=message):
+        check_fits(fewer, some)
+    check_fits(settings("2 layers"), settings("2 layers, E=4, top 2", moe=sampled))
+    check_fits(as_many, some)
 
 
 def test_a_window_as_long_as_the_context_leaves_nothing_out():
@@ -146,12 +149,12 @@ def test_a_window_as_long_as_the_context_leaves_nothing_out():
 
     def model(length, window=0):
         parts = {"length": length, "positions": "rotary", "sliding_window": window}
-        return settings("2 layers", model=parts).model
+        return settings("2 layers", model=parts)
 
-    upcycle.check_fits(model(24, 12), model(12))
-    upcycle.check_fits(model(24, 12), model(20, 12))
+    check_fits(model(24, 12), model(12))
+    check_fits(model(24, 12), model(20, 12))
     with pytest.raises(UserError, match="model.sliding_window=0, the run to start as has 12"):
-        upcycle.check_fits(model(24, 12), model(20))
+        check_fits(model(24, 12), model(20))
 
 
 @pytest.mark.parametrize(
@@ -182,12 +185,17 @@ def test_a_window_as_long_as_the_context_leaves_nothing_out():
         ),
         ("4 layers, E=3", "4 layers", {}, "layer 1 has no experts, that of the run to start as 3"),
         ("4 layers, E=3", "4 layers, E=3+4", {}, "layer 3 has 4 experts, that of the run to star"),
-        ("4 layers, E=3", "4 layers, E=3, residual", {}, "model.residual=True, residual_mix=learn"),
+        (
+            "4 layers, E=3",
+            "4 layers, E=3, residual",
+            {},
+            "model.residual=True, the run to start as",
+        ),
     ],
 )
 def test_what_does_not_fit(source, target, model, message):
     with pytest.raises(UserError) as error:
-        check_fits(settings(source).model, settings(target, model=model).model)
+        check_fits(settings(source), settings(target, model=model))
     assert message in str(error.value)
 
 
@@ -203,7 +211,7 @@ def test_kernels_of_the_run_to_start_as_do_not_matter(text, tmp_path, capsys):
     capsys.readouterr()
     for verb in ["eval"], ["generate", "--tokens=3"]:
         assert main([*verb, f"--workdir={dense}"]) == 0
-        line = "model.attention=splash needs a tpu, this is a cpu; use auto, as is done here"
+        line = "execution.attention=splash needs a tpu, this is a cpu; use auto, as is done here"
         assert line in capsys.readouterr().err
 
 

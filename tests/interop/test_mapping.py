@@ -1,0 +1,50 @@
+"""Our parameters in another library's layouts: by hand, and back to the last bit."""
+
+import numpy as np
+import pytest
+
+from prmoe_jax.interop import deepspeed, gpt2, hugging_face
+from prmoe_jax.interop.mapping import Table, pieces
+from prmoe_jax.nn.parameters import declaration
+
+SIZES = {"V": 23, "L": 19, "D": 17, "H": 13, "J": 11, "K": 7, "F": 5, "E": 3, "2": 2, "3": 3}
+TABLES = {
+    "gpt2": gpt2.TABLE,
+    "deepspeed": deepspeed.TABLE,
+    "llama": hugging_face.LLAMA,
+    "qwen2_moe": hugging_face.FAMILIES["qwen2_moe"].table,
+}
+
+
+def numbered(name):
+    """A parameter whose numbers tell their places."""
+    shape = [SIZES[letter] for letter in declaration(name).dims]
+    return np.arange(np.prod(shape)).reshape(shape)
+
+
+def test_layouts_by_hand():
+    w_Dx3xHxK, w_ExDxF = numbered("attention.w_qkv"), numbered("experts.w_in")
+    table = Table({"attention.w_qkv": ("qkv", "H3K D")}, "layer {} ", "the ")
+    (whole,) = pieces(table, "layers.4.attention.w_qkv", w_Dx3xHxK.shape)
+    assert whole.name == "the layer 4 qkv" and whole.shape == (13 * 3 * 7, 17)
+    assert whole.to_theirs(w_Dx3xHxK)[(5 * 3 + 2) * 7 + 4, 9] == w_Dx3xHxK[9, 2, 5, 4]
+
+    table = Table({"attention.w_qkv": ("{}", "HK D"), "mlp.experts.w_in": ("{}", "F D")}, "")
+    parts = pieces(table, "layers.4.attention.w_qkv", w_Dx3xHxK.shape)
+    assert [part.name for part in parts] == ["q", "k", "v"]
+    assert parts[1].to_theirs(w_Dx3xHxK[parts[1].index])[5 * 7 + 4, 9] == w_Dx3xHxK[9, 1, 5, 4]
+    parts = pieces(table, "layers.4.mlp.experts.w_in", w_ExDxF.shape)
+    assert [part.name for part in parts] == ["0", "1", "2"]
+    np.testing.assert_array_equal(parts[2].to_theirs(w_ExDxF[parts[2].index]), w_ExDxF[2].T)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_every_parameter_there_and_back(name):
+    for ours in TABLES[name].parameters:
+        array = numbered(ours)
+        back = np.full_like(array, -1)
+        for piece in pieces(TABLES[name], ours, array.shape):
+            theirs = piece.to_theirs(array[piece.index])
+            assert theirs.shape == piece.shape
+            back[piece.index] = piece.to_ours(theirs)
+        np.testing.assert_array_equal(back, array, err_msg=ours)
