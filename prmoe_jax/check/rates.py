@@ -91,11 +91,11 @@ def _slow(every: dict, kind: str) -> dict[tuple[str, int], float]:
 
 
 def measure(devices: list) -> tuple[dict[int, dict[str, float]], dict[str, dict[int, float]]]:
-    """Rates of each device, in FLOP/s and bytes/s, and the errors of its products.
+    """Rates of each device, in FLOP/s and bytes/s, and the errors of its matmuls.
 
     Returns:
-      Device number -> rates by the names in `UNITS`; name of a product -> device number -> the
-      largest error as a share of the product's largest number.
+      {device number: {name in `UNITS`: rate}}, and {name in `UNITS`: {device number: largest
+      error, as a share of the matmul's largest number}}.
     """
     best: dict[int, dict[str, float]] = {device.id: {} for device in devices}
     errors = {}

@@ -391,7 +391,7 @@ class MoeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices of each axis of the mesh; one axis may be -1, the rest of the devices."""
+    """Devices on each axis of the mesh; -1, on one axis, means all that are left."""
 
     data: int = setting(
         -1, "Replicas; -1 is the devices that are left. Without any axis, a mesh is suggested."

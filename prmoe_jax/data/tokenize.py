@@ -83,7 +83,7 @@ def tokenize(config: Config, out: str | os.PathLike, flags: Sequence[str] = ()) 
             content = tokens.write_shards(work, chunks, selection, known, inputs, run)
             lock.check()
             tokens.save_index(work, content)
-        if work.done(_PLAN) is not None:  # else a folder of this name is the user's
+        if work.done(_PLAN) is not None:  # else `staging` is the user's own folder
             work.staging.rmtree()
     found = shards.Index.open(folder)
     counts = {

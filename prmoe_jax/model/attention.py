@@ -22,7 +22,7 @@ TPU_ROWS = 8  # rows of a tile
 
 
 class KVCache(NamedTuple):
-    """Keys and values of earlier tokens, laid out as matrix products on CPUs read them."""
+    """Keys and values of earlier tokens, in the order that CPU matmuls read them."""
 
     k_BxHxKxT: jax.Array
     v_BxHxTxK: jax.Array

@@ -16,7 +16,7 @@ from prmoe_jax.moe.routing import RouterMetrics
 class Sums(NamedTuple):
     """The measurements of one forward pass, as sums."""
 
-    tokens: jax.Array  # targets that count
+    tokens: jax.Array  # unmasked targets
     loss: jax.Array  # without the routers' losses; only this and `routers` have gradients
     lm_loss: jax.Array  # cross-entropy in nats
     z_loss: jax.Array  # log(Z)²
@@ -27,7 +27,7 @@ class Sums(NamedTuple):
 class Totals(NamedTuple):
     """The counts of a whole batch by which `training_loss` divides sums."""
 
-    tokens: jax.Array  # targets that count
+    tokens: jax.Array  # unmasked targets
     routed: jax.Array  # tokens that are not padding
     groups: jax.Array  # routing groups that hold a token
     # Tokens assigned to each expert, per MoE layer; None if `Sums.routers` counts the whole batch.
@@ -60,7 +60,7 @@ def cross_entropy(z_weight: float = 0.0) -> Measure:
 
 
 def _nats(x_BxTxD, table_VxD, inputs, _) -> tuple[jax.Array, ...]:
-    """Cross-entropy and log(Z)², summed over the targets that count."""
+    """Cross-entropy and log(Z)², summed over unmasked targets."""
     targets_BxT, mask_BxT = inputs
     found = token_nats(logits(x_BxTxD, table_VxD), targets_BxT)
     return tuple((nats_BxT * mask_BxT).sum() for nats_BxT in found)

@@ -79,7 +79,7 @@ def is_lost(error: RuntimeError) -> bool:
     """Whether an error of a run of several processes means that one of them was lost.
 
     Such an error comes from compiled code, where processes wait for each other, or from the start
-    of JAX's backend when process 0, which collects the devices of all, cannot be reached.
+    of JAX's backend when process 0, which gathers all device lists, cannot be reached.
     """
     if "Unable to initialize backend" in str(error):
         try:

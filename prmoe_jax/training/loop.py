@@ -196,7 +196,7 @@ def _checkpoints(workdir: Path, config: Config) -> Checkpoints:
 
 
 def _check_same_run(config: Config, workdir: Path, checkpoints: Checkpoints) -> bool:
-    """Checks that a run in the folder has this config; returns whether it is resumed."""
+    """If the folder holds a run, checks its config; returns whether it is resumed."""
     if checkpoints.latest() is not None:
         check_resume(load(workdir / workdirs.CONFIG), config)
         return True
