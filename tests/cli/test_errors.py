@@ -22,6 +22,11 @@ DENSE = f"--config={tiny.__file__}:6 layers"
 HUGE = 10**20
 RESUME = ["train", "--workdir=run", *SETTINGS]
 
+NOT_UTF8 = (
+    "not UTF-8 text: 'utf-8' codec can't decode byte 0xff in position 0: invalid start byte; "
+    "convert it"
+)
+
 
 def params(*overrides, config=TINY):
     return ["params", config, *(f"--config.{override}" for override in overrides)]
@@ -289,7 +294,7 @@ CASES = {
     "one document": (new("data.corpus=single"), "at least 2: split the text into", one_document),
     "binary file": (
         new("data.corpus=x.txt"),
-        "x.txt: not UTF-8 text: 'utf-8' codec can't decode byte 0xff in position 0",
+        "x.txt: " + NOT_UTF8,
         write("x.txt", b"\xff\xfe"),
     ),
     "kind of file": (
@@ -438,7 +443,7 @@ CASES = {
     ),
     "generate with a binary tokenizer": (
         ["generate", "--workdir=run"],
-        "run/tokenizer.json: not UTF-8 text: 'utf-8' codec can't decode byte 0xff in pos",
+        "run/tokenizer.json: " + NOT_UTF8,
         write("run/tokenizer.json", b"\xff\xfe"),
     ),
     "no tasks": (["eval", "--workdir=run", "--tasks="], "--tasks= has an empty name; use names su"),

@@ -32,6 +32,8 @@ from tests.support.faults import altered, at_most
 
 TEXTS = [f"Document {i}: {'na ' * i}ünï\r\n" for i in range(17)]
 
+NOT_UTF8 = "a.txt: not UTF-8 text: 'utf-8' codec can't decode byte 0xe9 in position 3"
+
 
 def write_folder(folder, texts, name="{:03}.txt"):
     for i, text in enumerate(texts):
@@ -192,7 +194,7 @@ ERRORS = {
     "empty folder": ("{}", None, "no .txt, .jsonl, .jsonl.gz, .jsonl.zst file in the folder"),
     "empty glob": ("{}/*.txt", None, "no file matches the glob"),
     "suffix": ("{}/*", write("a.csv", b"x"), "a.csv: unsupported kind of file; use .txt"),
-    "not UTF-8": ("{}", write("a.txt", b"caf\xe9"), "a.txt: not UTF-8 text: 'utf-8' co"),
+    "not UTF-8": ("{}", write("a.txt", b"caf\xe9"), NOT_UTF8),
     "binary": ("{}", write("a.txt", b"a\0b"), "a.txt: not a text file"),
     "bad line": ("{}", write("a.jsonl", b'{"text": "a"}\n{"te\n'), "a.jsonl:2: not a line of"),
     "line not UTF-8": ("{}", write("a.jsonl", b'{"text": "\xe9"}'), "a.jsonl:1: not a line of"),

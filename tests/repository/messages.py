@@ -38,13 +38,20 @@ def _text(node: ast.expr) -> str:
 def messages(file: Path) -> list[str]:
     """The messages of a file, in their order, with the code of what is filled in."""
     tree = ast.parse(file.read_text())
-    named = {
-        target.id: node.value
+    assigned = [
+        (node.lineno, target.id, node.value)
         for node in ast.walk(tree)
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant | ast.JoinedStr)
         for target in node.targets
         if isinstance(target, ast.Name)
-    }
+    ]
+
+    def meant(value: ast.expr, line: int) -> ast.expr:
+        """The text that a name was given last before a line; anything else as it is."""
+        name = value.id if isinstance(value, ast.Name) else None
+        before = [(at, text) for at, other, text in assigned if other == name and at < line]
+        return max(before, key=lambda found: found[0])[1] if before else value
+
     found = []
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
@@ -54,10 +61,7 @@ def messages(file: Path) -> list[str]:
         wanted = TEXTS[node.func.id]
         values = [value for i, value in enumerate(node.args) if i in wanted]
         values += [keyword.value for keyword in node.keywords if keyword.arg in wanted]
-        texts = [
-            _text(named.get(value.id, value) if isinstance(value, ast.Name) else value)
-            for value in values
-        ]
+        texts = [_text(meant(value, node.lineno)) for value in values]
         found.append((node.lineno, node.col_offset, "; ".join(filter(None, texts))))
     return [text for _, _, text in sorted(found) if text]
 

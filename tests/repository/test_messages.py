@@ -21,6 +21,7 @@ def test_every_message_was_read():
             "with refusing(f'{path} is bad', ValueError, fix='copy it'): pass",
             ["{path} is bad; copy it"],
         ),
+        ("a = 'b'\nUserError(a)\na = 'c'\nUserError(a)", ["b", "c"]),
         ("require(n > 0, 'b')\nrequire(\n n > 1, 'a')", ["b", "a"]),
         ("raise ValueError('nothing for users')", []),
     ],

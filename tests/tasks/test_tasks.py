@@ -200,7 +200,7 @@ ARTICLE = {"extract": "One.", "topic": "Arts", "description": "a thing"}
         ("quartz_local", "{}", "KeyError: 'input'"),
         ("quartz_local", "null", "'NoneType' object is not subscriptable"),
         ("quartz_local", QUESTION | {"input": []}, "IndexError: list index out of range"),
-        ("quartz_local", QUESTION | {"ideal": "C"}, ""),
+        ("quartz_local", QUESTION | {"ideal": "C"}, "substring not found"),
         ("quartz_local", QUESTION | {"ideal": 1}, "TypeError: "),
         ("quartz_local", json.dumps(QUESTION)[:-20], "Unterminated string"),
         (
