@@ -473,6 +473,18 @@ class ExecutionConfig:
         formerly="moe.buffer_factor",
         only=("model.experts",),
     )
+    cpu_products: str = setting(
+        "auto",
+        "Factors of matrix products on CPUs, where a model of dtype bfloat16 is trained. Their "
+        "results, and all between products, are float32; so is evaluation.",
+        choices={
+            "auto": "'bfloat16' if the CPU has instructions for it (AVX512-BF16, AMX), else "
+            "'float32'",
+            "bfloat16": "",
+            "float32": "",
+        },
+        only=("model.dtype=bfloat16",),
+    )
     compile_cache: str = setting(
         "auto",
         "Folder of compiled programs, which a restart reads instead of compiling; `auto` is "

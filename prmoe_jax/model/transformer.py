@@ -18,9 +18,11 @@ from prmoe_jax.model.attention import Attention, KVCache
 from prmoe_jax.moe.layer import MoE
 from prmoe_jax.moe.routing import RouterMetrics, Routing
 from prmoe_jax.nn import remat
+from prmoe_jax.nn.matmul import products_by_row
 from prmoe_jax.nn.mlp import MLP, MLPShape
 from prmoe_jax.nn.norms import norm
 from prmoe_jax.nn.parameters import declaration, map_named, normal
+from prmoe_jax.nn.precision import Precision
 from prmoe_jax.parallel import sharding
 from prmoe_jax.parallel.axes import platform
 
@@ -159,12 +161,12 @@ class Transformer(nnx.Module):
           execution: which kernels compute it.
         """
         position_BxL = positions(segments_BxL)
-        dtype = jnp.dtype(self.config.dtype)
+        precision = Precision.of(self.config.dtype, execution, keys_B is not None)
         with jax.named_scope("embedding"):
             x_BxLxD = sharding.embed("tokens", self.tokens[...], tokens_BxL)
             if self.positions is not None:
                 x_BxLxD += sharding.embed("positions", self.positions[...], position_BxL)
-        x_BxLxD = dropout(x_BxLxD.astype(dtype), self.config.dropout, keys_B)
+        x_BxLxD = dropout(x_BxLxD.astype(precision.activations), self.config.dropout, keys_B)
         metrics = []
         for i, stage in enumerate(self.stages):
             # A stage is cast once, not in every layer, so that forward and backward read half as
@@ -172,7 +174,7 @@ class Transformer(nnx.Module):
             counts = [b.mlp.experts.count for b in stage.blocks if isinstance(b.mlp, MoE)]
             replicas = any(sharding.expert_replicas(count) > 1 for count in counts)
             with jax.named_scope("cast"):
-                stage = cast(stage, dtype, apart="experts" if replicas else "")
+                stage = cast(stage, precision.factors, apart="experts" if replicas else "")
             keys_NxB = None
             if keys_B is not None:
                 repeats = jnp.arange(stage.repeats)
@@ -180,7 +182,7 @@ class Transformer(nnx.Module):
             x_BxLxD, by_cell = stage(x_BxLxD, segments_BxL, keys_NxB, position_BxL, execution)
             for n in range(stage.repeats):
                 metrics += [jax.tree.map(lambda x: x[n], m) for m in by_cell if m is not None]  # noqa: B023
-        return self.norm(x_BxLxD), metrics
+        return self.norm(x_BxLxD).astype(precision.factors), metrics
 
     def routing(self, tokens_BxL: jax.Array, segments_BxL: jax.Array) -> dict[int, Routing]:
         """The routing decision of each MoE layer in evaluation, by the layer's index.
@@ -234,6 +236,9 @@ class Transformer(nnx.Module):
 
 def logits(x_D: jax.Array, table_VxD: jax.Array) -> jax.Array:
     """Maps [..., D] to the next token's logits, float32 [..., V]."""
+    if platform() == "cpu" and table_VxD.dtype == jnp.bfloat16:
+        x_RxD = x_D.reshape(-1, x_D.shape[-1])
+        return products_by_row(x_RxD, table_VxD).reshape(*x_D.shape[:-1], -1)
     return jnp.einsum("...D,VD->...V", x_D, table_VxD, preferred_element_type=jnp.float32)
 
 

@@ -14,7 +14,9 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
+from prmoe_jax.parallel.axes import platform
 from prmoe_jax.nn.quantized import QuantizedWeight, to_dtype
 
 # With at most this many rows, a product is bound by reading the weight.
@@ -30,7 +32,10 @@ PARTS = 3
 
 
 def matmul(x: jax.Array, w: jax.Array | QuantizedWeight, axes: int = 1) -> jax.Array:
-    """Sums over the last `axes` axes of x and the first `axes` of w; the result has x's dtype."""
+    """Sums over the last `axes` axes of x and the first `axes` of w; the result has x's dtype.
+
+    Both factors have the dtype of fewer bits (see `precision.py`).
+    """
 
     def plain(x, w):
         return _tensordot(axes, x, to_dtype(w, x.dtype))
@@ -50,14 +55,41 @@ def matmul(x: jax.Array, w: jax.Array | QuantizedWeight, axes: int = 1) -> jax.A
     return jax.lax.platform_dependent(x, w, cpu=of_few, default=plain)
 
 
+def dot(x_RxD: jax.Array, w_DxF: jax.Array) -> jax.Array:
+    """x @ w with x in w's dtype; the result has the dtype that x has here."""
+    return jnp.matmul(x_RxD.astype(w_DxF.dtype), w_DxF, preferred_element_type=x_RxD.dtype)
+
+
+def sum_over_rows(x_RxD: jax.Array, dy_RxF: jax.Array, dtype, result=None) -> jax.Array:
+    """xᵀ @ dy with factors in `dtype`, the gradient of a weight of that dtype.
+
+    Args:
+      x_RxD, dy_RxF: the weight's input and the gradient of its output.
+      dtype: the dtype of the factors, with at most as many bits as dy's.
+      result: the dtype of the result, by default dy's.
+    """
+    result = result or dy_RxF.dtype
+    if dtype == dy_RxF.dtype:
+        return jnp.matmul(x_RxD.T, dy_RxF, preferred_element_type=result)
+    # XLA for CPUs multiplies bfloat16 fast only if no factor is transposed in place.
+    x_DxR = with_layout_constraint(x_RxD.astype(dtype).T, Layout((0, 1)))
+    return jnp.matmul(x_DxR, dy_RxF.astype(dtype), preferred_element_type=result)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _tensordot(axes: int, x: jax.Array, w: jax.Array) -> jax.Array:
-    return jnp.tensordot(x, w, axes)
+    return jnp.tensordot(x.astype(w.dtype), w, axes, preferred_element_type=x.dtype)
 
 
 def _tensordot_backward(axes: int, residuals, dy):
     x, w = residuals
     rows, outputs = tuple(range(x.ndim - axes)), tuple(range(axes, w.ndim))
+    if dy.dtype != w.dtype:
+        depth = math.prod(w.shape[:axes])
+        dy_RxF = dy.reshape(-1, w.size // depth)
+        dx_RxD = dot(dy_RxF, w.reshape(depth, -1).T)
+        dw_DxF = sum_over_rows(x.reshape(-1, depth), dy_RxF, w.dtype)
+        return dx_RxD.reshape(x.shape), dw_DxF.reshape(w.shape).astype(w.dtype)
 
     def plain(x, w, dy):
         dx = jnp.tensordot(dy, w, (tuple(range(len(rows), dy.ndim)), outputs))
@@ -79,7 +111,29 @@ def _tensordot_backward(axes: int, residuals, dy):
     return jax.lax.platform_dependent(x, w, dy, cpu=turned, default=plain)
 
 
-_tensordot.defvjp(lambda axes, x, w: (_tensordot(axes, x, w), (x, w)), _tensordot_backward)
+_tensordot.defvjp(
+    lambda axes, x, w: (_tensordot(axes, x, w), (x.astype(w.dtype), w)), _tensordot_backward
+)
+
+
+@jax.custom_vjp
+def products_by_row(x_RxD: jax.Array, w_VxD: jax.Array) -> jax.Array:
+    """x @ wᵀ in float32; the gradients have factors of the same dtype as x and w."""
+    return jnp.einsum("RD,VD->RV", x_RxD, w_VxD, preferred_element_type=jnp.float32)
+
+
+def _products_backward(residuals, dy_RxV):
+    x_RxD, w_VxD = residuals
+    dy_RxV = dy_RxV.astype(w_VxD.dtype)
+    dx_RxD = jnp.matmul(dy_RxV, w_VxD, preferred_element_type=jnp.float32).astype(x_RxD.dtype)
+    dy_VxR = dy_RxV.T
+    if w_VxD.dtype != jnp.float32 and platform() == "cpu":
+        dy_VxR = with_layout_constraint(dy_VxR, Layout((0, 1)))
+    dw_VxD = jnp.matmul(dy_VxR, x_RxD, preferred_element_type=jnp.float32)
+    return dx_RxD, dw_VxD.astype(w_VxD.dtype)
+
+
+products_by_row.defvjp(lambda x, w: (products_by_row(x, w), (x, w)), _products_backward)
 
 
 def _has_few_rows_form(x: jax.Array, w: jax.Array | QuantizedWeight) -> bool:

@@ -48,5 +48,7 @@ def quantize(w: jax.Array, kind: str, contracted: tuple[int, ...]) -> QuantizedW
 
 
 def to_dtype(w: jax.Array | QuantizedWeight, dtype) -> jax.Array:
-    """Casts or dequantizes a weight to the compute dtype."""
-    return w.dequantize(dtype) if isinstance(w, QuantizedWeight) else w.astype(dtype)
+    """Casts or dequantizes a weight to a dtype; one of fewer bits stays as it is."""
+    if isinstance(w, QuantizedWeight):
+        return w.dequantize(dtype)
+    return w.astype(min(w.dtype, jnp.dtype(dtype), key=lambda dtype: dtype.itemsize))
