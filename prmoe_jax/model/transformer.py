@@ -18,7 +18,7 @@ from prmoe_jax.model.attention import Attention, KVCache
 from prmoe_jax.moe.layer import MoE
 from prmoe_jax.moe.routing import RouterMetrics, Routing
 from prmoe_jax.nn import remat
-from prmoe_jax.nn.matmul import products_by_row
+from prmoe_jax.nn.matmul import cpu_scores
 from prmoe_jax.nn.mlp import MLP, MLPShape
 from prmoe_jax.nn.norms import norm
 from prmoe_jax.nn.parameters import declaration, map_named, normal
@@ -161,7 +161,8 @@ class Transformer(nnx.Module):
           execution: which kernels compute it.
         """
         position_BxL = positions(segments_BxL)
-        precision = Precision.of(self.config.dtype, execution, keys_B is not None)
+        training = keys_B is not None
+        precision = Precision.of(self.config.dtype, execution, platform(), training)
         with jax.named_scope("embedding"):
             x_BxLxD = sharding.embed("tokens", self.tokens[...], tokens_BxL)
             if self.positions is not None:
@@ -211,13 +212,14 @@ class Transformer(nnx.Module):
 
     def _moe_inputs(self, tokens_BxL, segments_BxL) -> Iterator[tuple[int, MoE, jax.Array]]:
         """The index of each MoE layer, the layer, and its input in evaluation."""
-        dtype, position_BxL = jnp.dtype(self.config.dtype), positions(segments_BxL)
+        position_BxL = positions(segments_BxL)
+        precision = Precision.of(self.config.dtype, AUTO, platform(), training=False)
         x_BxLxD = self.tokens[...][tokens_BxL]
         if self.positions is not None:
             x_BxLxD += self.positions[...][position_BxL]
-        x_BxLxD = x_BxLxD.astype(dtype)
+        x_BxLxD = x_BxLxD.astype(precision.activations)
         for number, block in enumerate(unstacked_blocks(self)):
-            block = cast(block, dtype)
+            block = cast(block, precision.factors)
             if isinstance(block.mlp, MoE):
                 normed_BxLxD = block.norm_attention(x_BxLxD)
                 y_BxLxD, _ = block.attention(normed_BxLxD, segments_BxL, None, position_BxL)
@@ -238,7 +240,7 @@ def logits(x_D: jax.Array, table_VxD: jax.Array) -> jax.Array:
     """Maps [..., D] to the next token's logits, float32 [..., V]."""
     if platform() == "cpu" and table_VxD.dtype == jnp.bfloat16:
         x_RxD = x_D.reshape(-1, x_D.shape[-1])
-        return products_by_row(x_RxD, table_VxD).reshape(*x_D.shape[:-1], -1)
+        return cpu_scores(x_RxD, table_VxD).reshape(*x_D.shape[:-1], -1)
     return jnp.einsum("...D,VD->...V", x_D, table_VxD, preferred_element_type=jnp.float32)
 
 

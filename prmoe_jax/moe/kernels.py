@@ -67,7 +67,8 @@ def ragged(weights: MLPWeights, x_RxD, rows_E, expert_R) -> jax.Array:
     def grouped(x_R, w_E):
         # The grouped product leaves rows of no expert undefined, in the derivative as well. The
         # masks before and after it ensure that these are never read.
-        y_R = jax.lax.ragged_dot(jnp.where(served_Rx1, x_R, 0), w_E, rows_E)
+        x_R = jnp.where(served_Rx1, x_R, 0)
+        y_R = jax.lax.ragged_dot(x_R.astype(w_E.dtype), w_E, rows_E).astype(x_R.dtype)
         return jnp.where(served_Rx1, y_R, 0)
 
     with jax.named_scope("experts"):
@@ -282,20 +283,22 @@ _move_rows.defvjp(
 @jax.custom_vjp
 def _block_matmul(x_PxQxD: jax.Array, w_ExDxF: jax.Array, expert_P: jax.Array) -> jax.Array:
     """x[p] @ w[expert[p]], which copies the weights for each block."""
-    return x_PxQxD @ w_ExDxF[expert_P]
+    return dot(x_PxQxD, w_ExDxF[expert_P])
 
 
 def _block_matmul_backward(saved, dy_PxQxF):
     x_PxQxD, w_ExDxF, expert_P = saved
-    dw_PxDxF = x_PxQxD.mT @ dy_PxQxF
+    narrow = dy_PxQxF.astype(w_ExDxF.dtype)
+    dw_PxDxF = jnp.matmul(x_PxQxD.mT, narrow, preferred_element_type=dy_PxQxF.dtype)
     # This product sums in float32 and in a fixed order; a scatter on GPUs adds in any order.
     chosen_ExP = jax.nn.one_hot(expert_P, len(w_ExDxF), dtype=dw_PxDxF.dtype, axis=0)
     dw_ExDxF = jnp.tensordot(chosen_ExP, dw_PxDxF, 1, precision="highest")
-    return dy_PxQxF @ w_ExDxF[expert_P].mT, dw_ExDxF, None
+    return dot(dy_PxQxF, w_ExDxF[expert_P].mT), dw_ExDxF.astype(w_ExDxF.dtype), None
 
 
 _block_matmul.defvjp(
-    lambda x, w, expert: (_block_matmul(x, w, expert), (x, w, expert)), _block_matmul_backward
+    lambda x, w, expert: (_block_matmul(x, w, expert), (x.astype(w.dtype), w, expert)),
+    _block_matmul_backward,
 )
 
 

@@ -152,7 +152,8 @@ class MoE(nnx.Module):
 
         def local(parts, *inputs):
             parts = mark_varying(parts, axes)
-            factors = Precision.of(self.dtype, execution, keys_B is not None).factors
+            training = keys_B is not None
+            factors = Precision.of(self.dtype, execution, platform(), training).factors
             own = sharding.all_gather_experts(parts["experts"], places["experts"], factors)
             own = jax.tree.map(lambda w: w.astype(factors), own)
             experts: Local | ExpertParallel = Local(own)

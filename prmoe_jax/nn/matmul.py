@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from prmoe_jax.parallel.axes import platform
 from prmoe_jax.nn.quantized import QuantizedWeight, to_dtype
 
 # With at most this many rows, a product is bound by reading the weight.
@@ -61,18 +60,18 @@ def dot(x_RxD: jax.Array, w_DxF: jax.Array) -> jax.Array:
 
 
 def sum_over_rows(x_RxD: jax.Array, dy_RxF: jax.Array, dtype, result=None) -> jax.Array:
-    """xᵀ @ dy with factors in `dtype`, the gradient of a weight of that dtype.
+    """xᵀ @ dy with factors in `dtype`, as in the gradient of a weight.
 
     Args:
       x_RxD, dy_RxF: the weight's input and the gradient of its output.
-      dtype: the dtype of the factors, with at most as many bits as dy's.
+      dtype: the dtype of the factors.
       result: the dtype of the result, by default dy's.
     """
     result = result or dy_RxF.dtype
-    if dtype == dy_RxF.dtype:
-        return jnp.matmul(x_RxD.T, dy_RxF, preferred_element_type=result)
-    # XLA for CPUs multiplies bfloat16 fast only if no factor is transposed in place.
-    x_DxR = with_layout_constraint(x_RxD.astype(dtype).T, Layout((0, 1)))
+    x_DxR = x_RxD.astype(dtype).T
+    if dtype != result:
+        # On CPUs, XLA multiplies bfloat16 fast only if no factor is transposed in place.
+        x_DxR = with_layout_constraint(x_DxR, Layout((0, 1)))
     return jnp.matmul(x_DxR, dy_RxF.astype(dtype), preferred_element_type=result)
 
 
@@ -117,23 +116,22 @@ _tensordot.defvjp(
 
 
 @jax.custom_vjp
-def products_by_row(x_RxD: jax.Array, w_VxD: jax.Array) -> jax.Array:
-    """x @ wᵀ in float32; the gradients have factors of the same dtype as x and w."""
-    return jnp.einsum("RD,VD->RV", x_RxD, w_VxD, preferred_element_type=jnp.float32)
+def cpu_scores(x_RxD: jax.Array, table_VxD: jax.Array) -> jax.Array:
+    """x @ tableᵀ in float32, with factors of the same dtype in its derivative, for CPUs.
+
+    JAX's derivative would multiply the float32 gradient of the result.
+    """
+    return scores(x_RxD, table_VxD)
 
 
-def _products_backward(residuals, dy_RxV):
-    x_RxD, w_VxD = residuals
-    dy_RxV = dy_RxV.astype(w_VxD.dtype)
-    dx_RxD = jnp.matmul(dy_RxV, w_VxD, preferred_element_type=jnp.float32).astype(x_RxD.dtype)
-    dy_VxR = dy_RxV.T
-    if w_VxD.dtype != jnp.float32 and platform() == "cpu":
-        dy_VxR = with_layout_constraint(dy_VxR, Layout((0, 1)))
-    dw_VxD = jnp.matmul(dy_VxR, x_RxD, preferred_element_type=jnp.float32)
-    return dx_RxD, dw_VxD.astype(w_VxD.dtype)
+def _cpu_scores_backward(residuals, dy_RxV):
+    x_RxD, table_VxD = residuals
+    dx_RxD = dot(dy_RxV, table_VxD).astype(x_RxD.dtype)
+    dtable_VxD = sum_over_rows(dy_RxV, x_RxD, table_VxD.dtype, jnp.float32)
+    return dx_RxD, dtable_VxD.astype(table_VxD.dtype)
 
 
-products_by_row.defvjp(lambda x, w: (products_by_row(x, w), (x, w)), _products_backward)
+cpu_scores.defvjp(lambda x, table: (cpu_scores(x, table), (x, table)), _cpu_scores_backward)
 
 
 def _has_few_rows_form(x: jax.Array, w: jax.Array | QuantizedWeight) -> bool:

@@ -12,7 +12,6 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from prmoe_jax.config.schema import ExecutionConfig
-from prmoe_jax.parallel.axes import platform
 
 
 class Precision(NamedTuple):
@@ -22,9 +21,11 @@ class Precision(NamedTuple):
     activations: jnp.dtype
 
     @classmethod
-    def of(cls, dtype: str, execution: ExecutionConfig, training: bool) -> "Precision":
-        """The dtypes for a `model.dtype` where this is traced."""
-        if platform() != "cpu":
+    def of(
+        cls, dtype: str, execution: ExecutionConfig, platform: str, training: bool
+    ) -> "Precision":
+        """The dtypes for a `model.dtype` on a platform."""
+        if platform != "cpu":
             return cls(jnp.dtype(dtype), jnp.dtype(dtype))
         if not training or resolve_products(execution.cpu_products) == "float32":
             dtype = "float32"
