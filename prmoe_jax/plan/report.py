@@ -25,7 +25,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from prmoe_jax.config.schema import Config, MeshConfig, TeacherConfig
 from prmoe_jax.config.validation import check_runs_without_limit
-from prmoe_jax.distill.distiller import Distiller
+from prmoe_jax.distill.loss import Distiller
 from prmoe_jax.errors import UserError
 from prmoe_jax.inference.decoder import Decoder
 from prmoe_jax.model.backends import check_backends

@@ -21,8 +21,8 @@ from prmoe_jax.config.schema import KdConfig, TeacherConfig
 from prmoe_jax.config.teacher import adapt_teacher, teacher_of
 from prmoe_jax.distill import loss as distill
 from prmoe_jax.distill import teacher as teachers
-from prmoe_jax.distill.distiller import Distiller
 from prmoe_jax.distill.loss import (
+    Distiller,
     TeacherOutput,
     agreement,
     divergence,

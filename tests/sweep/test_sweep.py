@@ -26,7 +26,7 @@ from prmoe_jax.sweep import records, run
 from prmoe_jax.sweep.definition import Run, branch, planned
 from prmoe_jax.sweep.needs import Work, discard_checkpoints
 from prmoe_jax.sweep.progress import SweepProgress
-from prmoe_jax.training import loop
+from prmoe_jax.training.start import check_new_start
 from tests.support.faults import file_size_limit
 from tests.support.lines import only_line
 from tests.support.paths import REPOSITORY
@@ -428,7 +428,7 @@ def test_a_branch_that_saved_nothing_may_begin_elsewhere(began, now, step, tmp_p
         saved, given = (dataclasses.replace(longer, init=InitConfig(*x)) for x in (saved, given))
         save(saved, tmp_path / "config.json")
         (tmp_path / "metrics.jsonl").write_text(f'{{"step": {step}, "loss": 4.0}}\n')
-        loop._check_new_start(tmp_path, given)
+        check_new_start(tmp_path, given)
 
     start(began, now, step)
     for saved, given in (((), ("there",)), (("there",), ())):  # a start, and no branch
