@@ -121,14 +121,11 @@ def _first_order(
 def choose(
     importance: Mapping[int, np.ndarray], budget: float | tuple[int, ...], shape: str, least: int
 ) -> dict[int, np.ndarray]:
-    """The kept experts of each layer, ascending, by the layer's number.
+    """The kept experts of each layer, ascending, by the layer's number, like the importance, [E].
 
-    Args:
-      importance: the importance of each layer's experts, [E], by the layer's number.
-      budget: the share of all experts to keep, or the number in each MoE layer, or one for all.
-      shape: for a share, 'pyramid', 'uniform' (the same in every layer) or 'inverse' (the pyramid's
-        numbers in reverse order).
-      least: the fewest experts that a layer may keep.
+    `budget` is the share of all experts to keep, or the number in each MoE layer, or one for all.
+    For a share, `shape` is 'pyramid', 'uniform' (the same in every layer) or 'inverse' (the
+    pyramid's numbers in reverse order). A layer keeps at least `least` experts.
     """
     ranked = {layer: np.argsort(-of_E, kind="stable") for layer, of_E in importance.items()}
     sizes = {layer: len(order) for layer, order in ranked.items()}

@@ -13,7 +13,7 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial, reduce
 from pathlib import Path
 from typing import NamedTuple
@@ -115,8 +115,7 @@ def write_teacher_cache(config: Config, folder: Path) -> dict:
 
         @partial(jax.jit, out_shardings=replicated(mesh))
         def predict(model: Transformer, batch: Batch) -> TopKLogProbs:
-            output = run_teacher(model, batch, config, None)
-            return record_top_k(output, config.kd)
+            return record_top_k(run_teacher(model, batch, config, None), config.kd)
 
         def predictions():
             count = -(-len(data.train) // rows)
@@ -273,7 +272,7 @@ def init_from_teacher(config: Config, teacher: Teacher, data: Data, mesh: Mesh) 
 
 def _importance(config: Config, teacher: Teacher, data: Data, mesh: Mesh) -> dict[str, jax.Array]:
     """`student.taylor` summed over the run's first batches, computed as in evaluation."""
-    measure = jax.jit(measure_importance(config, teacher.config))
+    measure = jax.jit(partial(measure_importance, config, teacher.config))
     size = config.train.batch_size
     batches = train_iterator(data.train, size, config.seed, local_rows(mesh, size))
     found = (
@@ -284,25 +283,20 @@ def _importance(config: Config, teacher: Teacher, data: Data, mesh: Mesh) -> dic
 
 
 def measure_importance(
-    config: Config, teacher: Config
-) -> Callable[[Transformer, Batch], dict[str, jax.Array]]:
-    """A function of (the teacher's model, batch) that returns `student.taylor` of the mean loss.
+    config: Config, teacher: Config, model: Transformer, batch: Batch
+) -> dict[str, jax.Array]:
+    """`student.taylor` of a teacher's mean loss on a batch of the student with this config.
 
     The gradient is summed over `train.accumulate` microbatches of the batch before it is squared.
     """
+    tokens = jnp.maximum(batch.mask_BxL.sum(), 1)
 
-    def measure(model: Transformer, batch: Batch) -> dict[str, jax.Array]:
-        tokens = jnp.maximum(batch.mask_BxL.sum(), 1)
+    def loss(model, microbatch):
+        return forward(model, microbatch, execution=config.execution).loss / tokens
 
-        def loss(model, microbatch):
-            return forward(model, microbatch, execution=config.execution).loss / tokens
-
-        rows = group_rows(config, teacher)
-        gradient = partial(jax.grad(loss), model)
-        gradient = add_up(gradient, batch, config.train.accumulate, rows, sharding.constrain)
-        return taylor(model, gradient)
-
-    return measure
+    gradient, rows = partial(jax.grad(loss), model), group_rows(config, teacher)
+    gradient = add_up(gradient, batch, config.train.accumulate, rows, sharding.constrain)
+    return taylor(model, gradient)
 
 
 def _expert_load(workdir: Path, step: int, layer: int) -> list[float]:

@@ -225,11 +225,10 @@ def write_metrics(workdir: Path, lines: list[dict]) -> None:
 
 def finished(config: Config, workdir: Path) -> bool:
     """Whether a run's metrics have the evaluation after its last step, with a finite loss."""
-    lines = read_metrics(workdir / METRICS)
-    if not lines or lines[-1]["step"] != config.total_steps:
-        return False
-    loss = lines[-1].get("eval/loss", math.nan)
-    return not isinstance(loss, float) or math.isfinite(loss)
+    last = [{"step": -1}, *read_metrics(workdir / METRICS)][-1]
+    loss = last.get("eval/loss", math.nan)
+    finite = not isinstance(loss, float) or math.isfinite(loss)
+    return finite and last["step"] == config.total_steps
 
 
 # What `router_table` shows of each layer.

@@ -124,14 +124,13 @@ class Trace:
             log.warning("--profile=%d:%d: those steps are done, nothing is traced", *profile)
 
     def before(self, step: int) -> None:
-        """Call this before a step is started."""
         if self.first <= step <= self.last and not self.local:
             on_disk = stores.is_local(self.folder)
             self.local = self.folder if on_disk else Path(tempfile.mkdtemp(prefix="prmoe-"))
             jax.profiler.start_trace(str(self.local))
 
     def after(self, step: int, metrics: dict, stopping: bool) -> None:
-        """Call this after a step is dispatched; after the last traced step it writes the trace."""
+        """After the last traced step, which may still be computed, this writes the trace."""
         if self.local and (step == self.last or stopping):
             jax.block_until_ready(metrics)
             jax.profiler.stop_trace()
