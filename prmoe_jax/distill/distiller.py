@@ -42,8 +42,8 @@ class Distiller:
             output = batch.teacher_top_k
             if self.teacher:
                 output = run_teacher(teacher_model, batch, self.config, keys_B)
-            table_VxD = model.output_table(x_BxLxD.dtype)
+            unembedding = model.unembedding(x_BxLxD.dtype)
             weights = 1.0, self.config.train.z_loss, weight
-            return token_sums(x_BxLxD, table_VxD, output, batch, self.config.kd, weights)
+            return token_sums(x_BxLxD, unembedding, output, batch, self.config.kd, weights)
 
         return measure

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from prmoe_jax.config.schema import AUTO, Config, ExecutionConfig
 from prmoe_jax.model.batch import Batch
 from prmoe_jax.model.chunks import weighted_sums
-from prmoe_jax.model.transformer import Transformer, logits
+from prmoe_jax.model.transformer import Transformer
 from prmoe_jax.moe.routing import RouterMetrics
 
 
@@ -51,18 +51,18 @@ def cross_entropy(z_weight: float = 0.0) -> Measure:
     """A measure of three fields of `Sums`; its `loss` is lm_loss + z_weight · z_loss."""
 
     def measure(model: Transformer, x_BxLxD: jax.Array, batch: Batch) -> dict[str, jax.Array]:
-        inputs, table_VxD = (batch.targets_BxL, batch.mask_BxL), model.output_table(x_BxLxD.dtype)
+        inputs, unembedding = (batch.targets_BxL, batch.mask_BxL), model.unembedding(x_BxLxD.dtype)
         with jax.named_scope("logits"):
-            loss, sums = weighted_sums(_nats, x_BxLxD, table_VxD, inputs, (), (1.0, z_weight))
+            loss, sums = weighted_sums(_nats, x_BxLxD, unembedding, inputs, (), (1.0, z_weight))
         return {"loss": loss, "lm_loss": sums[0], "z_loss": sums[1]}
 
     return measure
 
 
-def _nats(x_BxTxD, table_VxD, inputs, _) -> tuple[jax.Array, ...]:
+def _nats(x_BxTxD, unembedding, inputs, _) -> tuple[jax.Array, ...]:
     """Cross-entropy and log(Z)², summed over unmasked targets."""
     targets_BxT, mask_BxT = inputs
-    found = token_nats(logits(x_BxTxD, table_VxD), targets_BxT)
+    found = token_nats(unembedding.logits(x_BxTxD), targets_BxT)
     return tuple((nats_BxT * mask_BxT).sum() for nats_BxT in found)
 
 

@@ -5,11 +5,11 @@ A module is a pytree of float32 parameters, so that plain jax.jit, jax.grad and 
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+from flax import nnx, struct
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from prmoe_jax.config import architecture
@@ -21,6 +21,7 @@ from prmoe_jax.nn import remat
 from prmoe_jax.nn.mlp import MLP, MLPShape
 from prmoe_jax.nn.norms import norm
 from prmoe_jax.nn.parameters import declaration, map_named, normal
+from prmoe_jax.nn.quantized import QuantizedWeight
 from prmoe_jax.parallel import sharding
 from prmoe_jax.parallel.axes import platform
 
@@ -224,17 +225,32 @@ class Transformer(nnx.Module):
 
     def logits(self, x_BxLxD: jax.Array) -> jax.Array:
         """The next token's logits, float32 [B, L, V]."""
-        return logits(x_BxLxD, self.output_table(x_BxLxD.dtype))
+        return self.unembedding(x_BxLxD.dtype).logits(x_BxLxD)
 
-    def output_table(self, dtype) -> jax.Array:
-        """The output matrix [V, D] in a dtype, split over `tensor` only."""
-        name = "tokens" if self.output is None else "output"
-        return sharding.all_gather_params({name: getattr(self, name)[...].astype(dtype)})[name]
+    def unembedding(self, dtype) -> "Unembedding":
+        """The map to logits in a dtype, split over `tensor` only."""
+        own = Unembedding.of(self)
+        return sharding.all_gather_params(jax.tree.map(lambda x: x.astype(dtype), own))
 
 
-def logits(x_D: jax.Array, table_VxD: jax.Array) -> jax.Array:
-    """Maps [..., D] to the next token's logits, float32 [..., V]."""
-    return jnp.einsum("...D,VD->...V", x_D, table_VxD, preferred_element_type=jnp.float32)
+def _scores(x_D: jax.Array, output_VxD: jax.Array) -> jax.Array:
+    return jnp.einsum("...D,VD->...V", x_D, output_VxD, preferred_element_type=jnp.float32)
+
+
+@struct.dataclass
+class Unembedding:
+    """The map from final activations to logits; all that is done to logits is done here."""
+
+    output: jax.Array | QuantizedWeight  # [V, D], under its name in `PARAMETERS`
+
+    @classmethod
+    def of(cls, model) -> "Unembedding":
+        """That of a `Transformer` or a `Decoder`, with the parameter as it is."""
+        return cls((model.tokens if model.output is None else model.output)[...])
+
+    def logits(self, x_D: jax.Array, product: Callable = _scores) -> jax.Array:
+        """Maps [..., D] to the next token's logits, float32 [..., V], by a kernel x @ outputᵀ."""
+        return product(x_D, self.output)
 
 
 def unstacked_blocks(model: Transformer) -> list[Block]:
