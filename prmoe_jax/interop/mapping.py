@@ -56,20 +56,19 @@ class Piece(NamedTuple):
         return tuple(math.prod(self.dims.get(letter, 1) for letter in word) for word in words)
 
     @property
-    def their_order(self) -> list[str]:
-        """The dimensions in the order of their tensor."""
-        return [letter for letter in self.layout if letter in self.dims]
+    def order(self) -> list[int]:
+        """Our dimensions' numbers in the order of their tensor."""
+        ours = list(self.dims)
+        return [ours.index(letter) for letter in self.layout if letter in ours]
 
     def to_theirs(self, part: np.ndarray) -> np.ndarray:
         """Our part in their layout."""
-        ours = list(self.dims)
-        return part.transpose([ours.index(x) for x in self.their_order]).reshape(self.shape)
+        return part.transpose(self.order).reshape(self.shape)
 
     def to_ours(self, tensor: np.ndarray) -> np.ndarray:
         """Their tensor in our layout."""
-        theirs = self.their_order
-        split = tensor.reshape([self.dims[x] for x in theirs])
-        return split.transpose([theirs.index(x) for x in self.dims])
+        sizes = list(self.dims.values())
+        return tensor.reshape([sizes[i] for i in self.order]).transpose(np.argsort(self.order))
 
 
 def pieces(table: Table, name: str, shape: tuple[int, ...]) -> list[Piece]:
@@ -102,14 +101,8 @@ def read_parameters(
 ) -> tuple[dict[str, jax.Array], str]:
     """Reads a model's parameters from another library's tensors onto all devices.
 
-    The host holds one parameter of one layer at a time.
-
-    Args:
-      config: the model's config.
-      table: the library's names and layouts.
-      shapes: the shapes of all of their tensors by name.
-      read: reads one of their tensors by its name.
-      source: the tensors' file or folder, for messages.
+    The host holds one parameter of one layer at a time. `shapes` has all of their tensors, `read`
+    reads one by its name, and `source` names the file or folder in messages.
 
     Returns:
       The parameters by our names, and a summary for the user.
