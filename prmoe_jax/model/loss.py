@@ -80,15 +80,12 @@ def forward(
     measure: Measure | None = None,
     execution: ExecutionConfig = AUTO,
 ) -> Sums:
-    """Runs the model over a batch.
+    """Runs the model over a batch or a microbatch.
 
     Args:
-      model: the model.
-      batch: a whole batch or a microbatch.
       keys_B: one key per sequence for training; None for evaluation.
       measure: maps final activations [B, L, D] to sums of losses, `cross_entropy()` by default; the
         measure of a distiller adds `kd_loss`.
-      execution: which kernels compute it.
     """
     measure = measure or cross_entropy()
     x_BxLxD, routers = model(batch.tokens_BxL, batch.segments_BxL, keys_B, execution)
@@ -98,9 +95,7 @@ def forward(
 def batch_balance(router: RouterMetrics, assigned_E: jax.Array) -> jax.Array:
     """E · Σ (an expert's share of the batch's assignments) · (its probability, summed over tokens).
 
-    Args:
-      router: the statistics of a microbatch or of the whole batch.
-      assigned_E: the number of assignments to each expert in the whole batch.
+    `router` may be of a microbatch; `assigned_E` counts the assignments in the whole batch.
     """
     share_E = assigned_E / jnp.maximum(assigned_E.sum(), 1)
     return len(share_E) * (share_E * router.prob_E).sum()
@@ -111,13 +106,14 @@ def training_loss(sums: Sums, total: Totals, config: Config) -> jax.Array:
 
     The losses of the microbatches add up to the loss of the whole batch.
     """
-    zero = jnp.zeros(())
+    zero, groups = jnp.zeros(()), total.groups
+    balances = [router.aux_loss for router in sums.routers]
     if config.moe.balance == "batch":
+        groups = total.routed
         assigned = total.assigned or [router.assigned_E for router in sums.routers]
         pairs = zip(sums.routers, assigned, strict=True)
-        balance, groups = sum((batch_balance(*pair) for pair in pairs), zero), total.routed
-    else:
-        balance, groups = sum((router.aux_loss for router in sums.routers), zero), total.groups
+        balances = [batch_balance(*pair) for pair in pairs]
+    balance = sum(balances, zero)
     router_z = sum((router.z_loss for router in sums.routers), zero)
     return (
         sums.loss / total.tokens

@@ -133,13 +133,11 @@ class Transformer(nnx.Module):
         table, std = (model.vocab_size, model.d_model), model.init_std
         self.config = model
         self.tokens = normal(keys[0], table, std)
-        learned = model.positions == "learned"
+        learned, tied = model.positions == "learned", model.output == "tied"
         self.positions = normal(keys[1], (model.length, model.d_model), std) if learned else None
-        self.stages = nnx.List(
-            [Stage(s, model, moe, k) for s, k in zip(stages, keys[2:], strict=True)]
-        )
+        pairs = zip(stages, keys[2:], strict=True)
+        self.stages = nnx.List([Stage(stage, model, moe, key) for stage, key in pairs])
         self.norm = norm(model.norm, model.d_model, model.norm_eps)
-        tied = model.output == "tied"
         self.output = None if tied else normal(jax.random.fold_in(keys[0], 1), table, std)
 
     def __call__(
@@ -159,14 +157,9 @@ class Transformer(nnx.Module):
             capacity; None in evaluation.
           execution: which kernels compute it.
         """
-        position_BxL = positions(segments_BxL)
-        dtype = jnp.dtype(self.config.dtype)
-        with jax.named_scope("embedding"):
-            x_BxLxD = sharding.embed("tokens", self.tokens[...], tokens_BxL)
-            if self.positions is not None:
-                x_BxLxD += sharding.embed("positions", self.positions[...], position_BxL)
-        x_BxLxD = dropout(x_BxLxD.astype(dtype), self.config.dropout, keys_B)
-        metrics = []
+        x_BxLxD, position_BxL = self._embed(tokens_BxL, segments_BxL)
+        dtype, metrics = x_BxLxD.dtype, []
+        x_BxLxD = dropout(x_BxLxD, self.config.dropout, keys_B)
         for i, stage in enumerate(self.stages):
             # A stage is cast once, not in every layer, so that forward and backward read half as
             # much. Experts with replicas are cast in their layer, to sum gradients in float32.
@@ -183,14 +176,20 @@ class Transformer(nnx.Module):
                 metrics += [jax.tree.map(lambda x: x[n], m) for m in by_cell if m is not None]  # noqa: B023
         return self.norm(x_BxLxD), metrics
 
+    def _embed(self, tokens_BxL, segments_BxL) -> tuple[jax.Array, jax.Array]:
+        """The first layer's input in the compute dtype, and the positions [B, L]."""
+        position_BxL = positions(segments_BxL)
+        with jax.named_scope("embedding"):
+            x_BxLxD = sharding.embed("tokens", self.tokens[...], tokens_BxL)
+            if self.positions is not None:
+                x_BxLxD += sharding.embed("positions", self.positions[...], position_BxL)
+        return x_BxLxD.astype(self.config.dtype), position_BxL
+
     def routing(self, tokens_BxL: jax.Array, segments_BxL: jax.Array) -> dict[int, Routing]:
         """The routing decision of each MoE layer in evaluation, by the layer's index.
 
         It is for analysis, on one device. The arrays of a `Routing` are [G, S, K]; a group is one
         sequence unless `moe.group_size` says otherwise.
-
-        Args:
-          tokens_BxL, segments_BxL: as for a call.
         """
         return {
             number: moe.decide(x_BxLxD, segments_BxL > 0)
@@ -198,11 +197,7 @@ class Transformer(nnx.Module):
         }
 
     def added_norms(self, tokens_BxL: jax.Array, segments_BxL: jax.Array) -> dict[int, jax.Array]:
-        """`MoE.added_norms` of each MoE layer, by the layer's index, on one device.
-
-        Args:
-          tokens_BxL, segments_BxL: as for a call.
-        """
+        """`MoE.added_norms` of each MoE layer, by the layer's index, on one device."""
         return {
             number: moe.added_norms(x_BxLxD, segments_BxL > 0)
             for number, moe, x_BxLxD in self._moe_inputs(tokens_BxL, segments_BxL)
@@ -210,13 +205,9 @@ class Transformer(nnx.Module):
 
     def _moe_inputs(self, tokens_BxL, segments_BxL) -> Iterator[tuple[int, MoE, jax.Array]]:
         """The index of each MoE layer, the layer, and its input in evaluation."""
-        dtype, position_BxL = jnp.dtype(self.config.dtype), positions(segments_BxL)
-        x_BxLxD = self.tokens[...][tokens_BxL]
-        if self.positions is not None:
-            x_BxLxD += self.positions[...][position_BxL]
-        x_BxLxD = x_BxLxD.astype(dtype)
+        x_BxLxD, position_BxL = self._embed(tokens_BxL, segments_BxL)
         for number, block in enumerate(unstacked_blocks(self)):
-            block = cast(block, dtype)
+            block = cast(block, x_BxLxD.dtype)
             if isinstance(block.mlp, MoE):
                 normed_BxLxD = block.norm_attention(x_BxLxD)
                 y_BxLxD, _ = block.attention(normed_BxLxD, segments_BxL, None, position_BxL)
@@ -280,12 +271,8 @@ def dropless(model: Transformer) -> Transformer:
 def update_router_bias(model: Transformer, routers: list[RouterMetrics], rate: float) -> None:
     """Moves every router's bias by `rate` towards even load, in place (DeepSeek-V3, 2.1.2).
 
-    A layer's mean bias has no effect and is kept at 0.
-
-    Args:
-      model: the model inside the train step, which may be changed.
-      routers: the statistics of a whole batch, one per MoE layer.
-      rate: `moe.bias_update_rate`.
+    `routers` has the statistics of a whole batch, one per MoE layer. A layer's mean bias has no
+    effect and is kept at 0.
     """
     remaining = iter(routers)
     for stage in model.stages:
@@ -299,18 +286,11 @@ def update_router_bias(model: Transformer, routers: list[RouterMetrics], rate: f
 
 
 def cast(modules, dtype, apart: str = ""):
-    """Casts the parameters that are declared with `cast` to a dtype, except those in `apart`.
-
-    Args:
-      modules: a tree of modules.
-      dtype: the compute dtype.
-      apart: the name of submodules whose parameters keep their dtype.
-    """
+    """Casts the parameters declared with `cast`, except those of the submodules named `apart`."""
 
     def held(name: str, leaf: jax.Array) -> jax.Array:
-        if declaration(name).cast and apart not in name.split("."):
-            return leaf.astype(dtype)
-        return leaf
+        casts = declaration(name).cast and apart not in name.split(".")
+        return leaf.astype(dtype) if casts else leaf
 
     return map_named(held, modules)
 
