@@ -96,9 +96,9 @@ CAPACITY = {
 
 
 def read_deepspeed(source: Path) -> tuple[Config, dict[str, jax.Array], str]:
-    """Reads a checkpoint; returns a config, parameters by our names, and a summary in words.
+    """Reads a checkpoint, the folder with `latest` or a step's folder.
 
-    `source` is the folder with `latest`, or a step's folder.
+    Returns a config, parameters by our names, and a summary in words.
     """
     folder, latest = source, source / "latest"
     if latest.exists():
@@ -117,10 +117,7 @@ def read_deepspeed(source: Path) -> tuple[Config, dict[str, jax.Array], str]:
         )
     arrays = flat_arrays(main["module"], folder / MAIN)
     for path in sorted(folder.glob("layer_*_expert_*_mp_rank_00_model_states.pt")):
-        more = flat_arrays(read_torch(path), path)
-        for name in more.keys() & arrays.keys():
-            raise UserError(f"{path} holds {shown(name)}, as another file does")
-        arrays |= more
+        arrays |= flat_arrays(read_torch(path), path)
     config, leaves, found = converted(arrays, vars(main["args"]), folder)
     counts = filter(None, config.model.schedule.experts)
     used = {MAIN} | {_file(n, e) for n, experts in enumerate(counts) for e in range(experts)}

@@ -26,7 +26,7 @@ class Family(NamedTuple):
     table: Table
     knows: tuple[str, ...]  # names in config.json
     fixed: dict[str, Any] = {"hidden_act": "silu"}  # settings with the values of our model
-    defaults: dict[str, Any] = {}  # transformers' defaults that aren't those of `PLAIN`
+    defaults: dict[str, Any] = {}  # transformers' where they aren't those of `PLAIN`
     experts: str = ""  # the setting with the number of experts; "" for a dense family
 
     def known(self, rows: dict[str, Plain]) -> dict[str, Plain]:
@@ -148,6 +148,7 @@ _LLAMA = (
 )
 _MOE = *_LLAMA, "num_experts_per_tok"
 _QWEN = "sliding_window", "use_sliding_window"
+_QWEN_WINDOW = {"sliding_window": 4096}
 _QWEN_MOE = *_MOE, *_QWEN, "moe_intermediate_size", "norm_topk_prob", "mlp_only_layers"
 FAMILIES = {
     "gpt2": Family(
@@ -164,7 +165,12 @@ FAMILIES = {
         },
     ),
     "llama": Family("LlamaForCausalLM", LLAMA, (*_LLAMA, "head_dim")),
-    "qwen3": Family("Qwen3ForCausalLM", LLAMA, (*_LLAMA, *_QWEN, "layer_types", "head_dim")),
+    "qwen3": Family(
+        "Qwen3ForCausalLM",
+        LLAMA,
+        (*_LLAMA, *_QWEN, "layer_types", "head_dim"),
+        defaults=_QWEN_WINDOW,
+    ),
     "olmoe": Family(
         "OlmoeForCausalLM",
         _moe("mlp"),
@@ -183,10 +189,15 @@ FAMILIES = {
         "Qwen2MoeForCausalLM",
         QWEN2_MOE,
         (*_QWEN_MOE, "layer_types", "qkv_bias", "shared_expert_intermediate_size"),
+        defaults=_QWEN_WINDOW,
         experts="num_experts",
     ),
     "qwen3_moe": Family(
-        "Qwen3MoeForCausalLM", _moe("mlp"), (*_QWEN_MOE, "head_dim"), experts="num_experts"
+        "Qwen3MoeForCausalLM",
+        _moe("mlp"),
+        (*_QWEN_MOE, "head_dim"),
+        defaults=_QWEN_WINDOW,
+        experts="num_experts",
     ),
 }
 # Settings that change the computation in some family, with the values that our model has.

@@ -32,8 +32,6 @@ log = logging.getLogger(__name__)
 MICROBATCH_TOKENS = 2**16  # the largest microbatch of an imported run
 # transformers' names of the numbers in `model.rope_scaling`, in order.
 SCALING = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
-# Qwen's default of `sliding_window`, in tokens.
-WINDOW = 4096
 # The output matrix. With tied embeddings, a file may hold it as a copy of the embedding.
 HEAD = "lm_head.weight"
 # Name endings of buffers in old files; buffers are no weights.
@@ -45,12 +43,8 @@ def read_hugging_face(
 ) -> tuple[Config, dict[str, jax.Array], str]:
     """Reads a model that `save_pretrained` wrote, tensor by tensor, onto all devices.
 
-    Args:
-      folder: the folder; nothing in it is executed.
-      only: the required family; any by default.
-
-    Returns:
-      The config, the parameters by our names, and a summary in words.
+    `only` is the required family. Returns the config, the parameters by our names, and a summary in
+    words.
     """
     path = folder / "config.json"
     theirs = read_json(path)
@@ -91,7 +85,7 @@ def read_config(theirs: dict, path: Path, tensors: int) -> Config:
         model.d_ff = 4 * model.d_model
     model.sliding_window = _window(theirs, names, model, path)
     if names.experts:
-        _read_placement(theirs, model, path, tensors)
+        _read_placement(theirs, names.experts, model, path, tensors)
     if model.experts:
         _read_plain(OF_EXPERTS, theirs, names, model, path)
         model.residual = model.residual_d_ff > 0
@@ -142,19 +136,18 @@ def _with_rope(theirs: dict, path: Path) -> tuple[dict, tuple[int, ...]]:
 
 def _window(theirs: dict, names: Family, model: ConfigDict, path: Path) -> int:
     """The sliding window of all layers; 0 if there is none, or it covers the whole context."""
-    switch = "use_sliding_window"
-    if switch in names.knows:
-        theirs = {"sliding_window": WINDOW} | theirs
-    if theirs.get("sliding_window") is None:
+    name, switch = "sliding_window", "use_sliding_window"
+    theirs = names.defaults | theirs
+    if theirs.get(name) is None:
         return 0
-    if "sliding_window" not in names.knows:
+    if name not in names.knows:
         raise UserError(
-            f"{path}: sliding_window={shown(theirs['sliding_window'])}, which "
-            f"{names.architecture} doesn't know; set it to null"
+            f"{path}: {name}={shown(theirs[name])}, which {names.architecture} doesn't know; set "
+            "it to null"
         )
     if switch in names.knows and not setting(theirs, switch, bool, path, False):
         return 0
-    window = setting(theirs, "sliding_window", int, path, low=1)
+    window = setting(theirs, name, int, path, low=1)
     windowed = _windowed(theirs, model.family, model.layers, path)
     if window >= model.length or not any(windowed):
         return 0
@@ -173,9 +166,9 @@ def _windowed(theirs: dict, family: str, layers: int, path: Path) -> list[bool]:
     kinds = theirs.get("layer_types")
     if kinds is None:
         first = setting(theirs, "max_window_layers", int, path, 28)
-        if family == "qwen3":
-            return [i >= first for i in range(layers)]
-        return [i % 2 == 0 and i < first for i in range(layers)]
+        if family == "qwen2_moe":
+            return [i % 2 == 0 and i < first for i in range(layers)]
+        return [i >= first for i in range(layers)]
     known = ["full_attention", "sliding_attention"]
     if not isinstance(kinds, list) or len(kinds) != layers or any(k not in known for k in kinds):
         raise UserError(
@@ -185,10 +178,10 @@ def _windowed(theirs: dict, family: str, layers: int, path: Path) -> list[bool]:
     return [kind == known[1] for kind in kinds]
 
 
-def _read_placement(theirs: dict, model: ConfigDict, path: Path, high: int) -> None:
+def _read_placement(theirs: dict, name: str, model: ConfigDict, path: Path, high: int) -> None:
     """Reads the number of experts, and in which layers they are, if in any."""
-    # transformers reads and writes either name.
-    name = next((n for n in ("num_experts", "num_local_experts") if n in theirs), "num_experts")
+    either = name, "num_experts", "num_local_experts"  # transformers knows these two as one
+    name = next((each for each in either if each in theirs), name)
     experts = setting(theirs, name, int, path, low=1, high=high)
     step = setting(theirs, "decoder_sparse_step", int, path, 1, low=1)
     dense = theirs.get("mlp_only_layers") or []
@@ -202,10 +195,7 @@ def _read_placement(theirs: dict, model: ConfigDict, path: Path, high: int) -> N
 
 
 def check_exportable(config: Config, family: str) -> None:
-    """Raises UserError unless the family's class in transformers can compute the run's model.
-
-    The settings that would be written must give the same architecture when they are read.
-    """
+    """Raises UserError unless the family's class in transformers can compute the run's model."""
     model, names = config.model, FAMILIES[family]
     instead = f"{names.architecture} of transformers"
     if any(model.schedule.experts) != bool(names.experts):
@@ -213,6 +203,7 @@ def check_exportable(config: Config, family: str) -> None:
         raise UserError(
             f"this run is {model.schedule}, and {instead} has {has}; use --kind=safetensors"
         )
+    # The settings that would be written must give the same architecture when they are read.
     there = read_config(their_settings(model, family), Path("config.json"), LARGEST).model
     if str(there.schedule) != str(model.schedule):
         raise UserError(

@@ -24,7 +24,7 @@ import numpy as np
 from prmoe_jax.config.schema import Config, MeshConfig, ModelConfig
 from prmoe_jax.interop.tensors import check_shapes
 from prmoe_jax.model.layout import layer_names, layer_shapes, unstack_layers
-from prmoe_jax.model.transformer import Transformer, init_model
+from prmoe_jax.model.transformer import init_model
 from prmoe_jax.nn.parameters import declaration, named_leaves
 from prmoe_jax.parallel import sharding
 from prmoe_jax.parallel.mesh import make_mesh
@@ -119,7 +119,16 @@ def read_parameters(
             array[piece.index] = piece.to_ours(read(piece.name))
         return array
 
-    return _placed(config, model, parameter), summary
+    layout = spread_over(config.model, jax.device_count())
+    mesh = make_mesh(dataclasses.replace(config, mesh=layout))
+    homes, leaves = named_leaves(sharding.shardings(model, mesh)), {}
+    for name, leaf in named_leaves(model).items():
+        if layers := layer_names(config.model, name):
+            rows = [partial(parameter, layer) for layer in layers]
+            leaves[name] = _stacked(leaf, homes[name], rows)
+        else:
+            leaves[name] = jax.device_put(parameter(name), homes[name])
+    return leaves, summary
 
 
 def their_tensors(
@@ -141,22 +150,6 @@ def spread_over(model: ModelConfig, devices: int) -> MeshConfig:
     parts = math.gcd(devices // expert, *widths) if experts else 1
     fsdp = devices // expert // parts
     return MeshConfig(data=1, fsdp=fsdp, expert=expert, expert_slice=parts)
-
-
-def _placed(
-    config: Config, model: Transformer, read: Callable[[str], np.ndarray]
-) -> dict[str, jax.Array]:
-    """Reads parameters onto all devices, layer by layer; `model` holds only their shapes."""
-    layout = spread_over(config.model, len(jax.devices()))
-    mesh = make_mesh(dataclasses.replace(config, mesh=layout))
-    homes, leaves = named_leaves(sharding.shardings(model, mesh)), {}
-    for name, leaf in named_leaves(model).items():
-        layers = layer_names(config.model, name)
-        if layers:
-            leaves[name] = _stacked(leaf, homes[name], [partial(read, layer) for layer in layers])
-        else:
-            leaves[name] = jax.device_put(read(name), homes[name])
-    return leaves
 
 
 def _stacked(leaf, home: jax.sharding.NamedSharding, reads: list[Callable]) -> jax.Array:

@@ -29,14 +29,12 @@ log = logging.getLogger(__name__)
 
 
 def import_run(kind: str, source: Path, workdir: Path) -> dict:
-    """Makes a run's folder, at step 0, from another library's folder.
+    """Makes a run's folder, at step 0, from another library's folder; nothing in it is executed.
 
     Args:
-      kind: 'hf' for any model type of `hugging_face.FAMILIES`; 'gpt2' for GPT2LMHeadModel only;
+      kind: 'hf' for any model type of `families.FAMILIES`; 'gpt2' for GPT2LMHeadModel only;
         'deepspeed' for Megatron-DeepSpeed's GPT, dense, MoE or PR-MoE; 'safetensors' for a folder
         that `export_run` wrote.
-      source: the folder to read; nothing in it is executed.
-      workdir: the folder to make.
 
     Returns:
       workdir, parameters, vocab_size.
@@ -80,8 +78,6 @@ def export_run(kind: str, workdir: Path, out: Path) -> dict:
       kind: 'hf' for the transformers class of the run's `model.family`; 'gpt2' for GPT2LMHeadModel
         only; 'deepspeed' for a checkpoint of Megatron-DeepSpeed; 'safetensors' for our names, with
         the config and a model card.
-      workdir: the run's folder.
-      out: the folder to make.
 
     Returns:
       out, step, parameters.

@@ -25,25 +25,23 @@ class Tensors:
         """Opens the files and reads the shapes, except of names that end as in `ignored`."""
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._files: dict[str, tuple] = {}
-        for path in _files(folder):
-            self._add(path, ignored)
-
-    def _add(self, path: Path, ignored: tuple[str, ...]) -> None:
-        other = sorted(p.name for p in path.parent.glob("*.bin"))
+        other = sorted(path.name for path in folder.glob("*.bin"))
         hint = f"; {other[0]} may run code when it is read: convert it" if other else ""
-        files.regular(path, hint)
-        with _reading(path):
-            # The file is read as JAX's arrays, because NumPy has no bfloat16.
-            file = safe_open(path, framework="flax")
-            for name in file.keys():
-                if name.endswith(ignored):
-                    continue
-                if name in self.shapes:
-                    raise UserError(f"{path} holds {shown(name)}, as another file does")
-                part = file.get_slice(name)
-                check_dtype(name, part.get_dtype(), DTYPES, path)
-                self.shapes[name] = tuple(part.get_shape())
-                self._files[name] = path, file
+        for path in _files(folder):
+            files.regular(path, hint)
+            with _reading(path):
+                # The file is read as JAX's arrays, because NumPy has no bfloat16.
+                file = safe_open(path, framework="flax")
+                for name in file.keys():
+                    if not name.endswith(ignored):
+                        self._add(name, path, file)
+
+    def _add(self, name: str, path: Path, file) -> None:
+        if name in self.shapes:
+            raise UserError(f"{path} holds {shown(name)}, as another file does")
+        part = file.get_slice(name)
+        check_dtype(name, part.get_dtype(), DTYPES, path)
+        self.shapes[name], self._files[name] = tuple(part.get_shape()), (path, file)
 
     def read(self, name: str) -> np.ndarray:
         """One array, float32."""

@@ -6,6 +6,7 @@ A module is a pytree of float32 parameters, so that plain jax.jit, jax.grad and 
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from prmoe_jax.config import architecture
 from prmoe_jax.config.schema import AUTO, Config, ExecutionConfig, ModelConfig, MoeConfig
 from prmoe_jax.model.attention import Attention, KVCache
+from prmoe_jax.model.attention_kernels import product
 from prmoe_jax.moe.layer import MoE
 from prmoe_jax.moe.routing import RouterMetrics, Routing
 from prmoe_jax.nn import remat
@@ -79,13 +81,13 @@ class Stage(nnx.Module):
 
     def __init__(self, stage: architecture.Stage, model: ModelConfig, moe: MoeConfig, key):
         self.config, self.repeats = model, stage.repeats
-
-        def stacked(experts: int, key: jax.Array) -> Block:
-            block = lambda key: Block(experts, model, moe, key)  # noqa: E731
-            return jax.vmap(block)(jax.random.split(key, stage.repeats))
-
         keys = jax.random.split(key, len(stage.cell))
-        self.blocks = nnx.List([stacked(e, k) for e, k in zip(stage.cell, keys, strict=True)])
+        self.blocks = nnx.List(
+            [
+                jax.vmap(partial(Block, experts, model, moe))(jax.random.split(key, stage.repeats))
+                for experts, key in zip(stage.cell, keys, strict=True)
+            ]
+        )
 
     def __call__(self, x_BxLxD, segments_BxL, keys_NxB=None, position_BxL=None, execution=AUTO):
         """Returns the activations and, for each layer of the cell, statistics [N, …] or None."""
@@ -224,8 +226,7 @@ class Transformer(nnx.Module):
         return sharding.all_gather_params(jax.tree.map(lambda x: x.astype(dtype), own))
 
 
-def _scores(x_D: jax.Array, output_VxD: jax.Array) -> jax.Array:
-    return jnp.einsum("...D,VD->...V", x_D, output_VxD, preferred_element_type=jnp.float32)
+_scores = partial(product, "...D,VD->...V")
 
 
 @struct.dataclass
@@ -239,9 +240,9 @@ class Unembedding:
         """That of a `Transformer` or a `Decoder`, with the parameter as it is."""
         return cls((model.tokens if model.output is None else model.output)[...])
 
-    def logits(self, x_D: jax.Array, product: Callable = _scores) -> jax.Array:
-        """Maps [..., D] to the next token's logits, float32 [..., V], by a kernel x @ outputᵀ."""
-        return product(x_D, self.output)
+    def logits(self, x_D: jax.Array, scores: Callable = _scores) -> jax.Array:
+        """Maps [..., D] to the next token's logits, float32 [..., V]; `scores` is x @ outputᵀ."""
+        return scores(x_D, self.output)
 
 
 def unstacked_blocks(model: Transformer) -> list[Block]:
