@@ -104,9 +104,15 @@ QWEN2_MOE = Table(
     LLAMA.layer,
 )
 
-# Each family takes the rows that it knows. The other names in `Family.knows` are read and written
-# by code of their own.
-PLAIN = {
+_GPT2_PLAIN = {
+    "vocab_size": Plain("vocab_size"),
+    "n_positions": Plain("length"),
+    "n_layer": Plain("layers"),
+    "n_embd": Plain("d_model"),
+    "n_head": Plain("heads"),
+    "n_inner": Plain("d_ff", optional=True),
+}
+_LLAMA_PLAIN = {
     "vocab_size": Plain("vocab_size"),
     "max_position_embeddings": Plain("length"),
     "num_hidden_layers": Plain("layers"),
@@ -114,17 +120,18 @@ PLAIN = {
     "num_attention_heads": Plain("heads"),
     "intermediate_size": Plain("d_ff"),
     "num_key_value_heads": Plain("kv_heads", optional=True),
-    "head_dim": Plain("head_dim", optional=True),
     "rms_norm_eps": Plain("norm_eps", float, 1e-30, 1e-6),
     "rope_theta": Plain("rope_theta", float, 1, 10_000.0),
     "tie_word_embeddings": Plain("output", bool, default=False, words=("untied", "tied")),
+}
+# Each family takes the rows that it knows. The other names in `Family.knows` are read and written
+# by code of their own.
+PLAIN = {
+    **_GPT2_PLAIN,
+    **_LLAMA_PLAIN,
+    "head_dim": Plain("head_dim", optional=True),
     "clip_qkv": Plain("clip_qkv", float, 1e-30, optional=True),
     "qkv_bias": Plain("biases", bool, default=True, words=("none", "qkv")),
-    "n_positions": Plain("length"),
-    "n_layer": Plain("layers"),
-    "n_embd": Plain("d_model"),
-    "n_head": Plain("heads"),
-    "n_inner": Plain("d_ff", optional=True),
 }
 # Those that only models with MoE layers have.
 OF_EXPERTS = {
@@ -134,18 +141,7 @@ OF_EXPERTS = {
     "shared_expert_intermediate_size": Plain("residual_d_ff", optional=True),
 }
 
-_LLAMA = (
-    "vocab_size",
-    "max_position_embeddings",
-    "num_hidden_layers",
-    "hidden_size",
-    "num_attention_heads",
-    "intermediate_size",
-    "num_key_value_heads",
-    "rms_norm_eps",
-    "rope_theta",
-    "tie_word_embeddings",
-)
+_LLAMA = tuple(_LLAMA_PLAIN)
 _MOE = *_LLAMA, "num_experts_per_tok"
 _QWEN = "sliding_window", "use_sliding_window"
 _QWEN_WINDOW = {"sliding_window": 4096}
@@ -154,7 +150,7 @@ FAMILIES = {
     "gpt2": Family(
         "GPT2LMHeadModel",
         GPT2,
-        ("vocab_size", "n_positions", "n_layer", "n_embd", "n_head", "n_inner"),
+        tuple(_GPT2_PLAIN),
         fixed={
             "activation_function": "gelu_new",
             "layer_norm_epsilon": 1e-5,

@@ -90,7 +90,7 @@ def read_config(theirs: dict, path: Path, tensors: int) -> Config:
         _read_plain(OF_EXPERTS, theirs, names, model, path)
         model.residual = model.residual_d_ff > 0
         moe.capacity_factor = moe.eval_capacity_factor = math.inf  # no token is dropped
-    if theirs.get("dtype", theirs.get("torch_dtype")) == "bfloat16":
+    if family != "gpt2" and theirs.get("dtype", theirs.get("torch_dtype")) == "bfloat16":
         model.dtype = "bfloat16"
     # `prmoe eval` computes one microbatch at a time, which must fit in memory.
     rows = settings.train.batch_size

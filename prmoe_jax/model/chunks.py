@@ -21,7 +21,7 @@ from prmoe_jax.parallel.axes import batch_axes, platform
 CHUNK, CPU_CHUNK = 256, 256
 
 # Maps (x_BxTxD, unembedding, inputs of the chunk, inputs of all chunks) to sums over tokens.
-ChunkMeasure = Callable[[jax.Array, jax.Array, Any, Any], tuple[jax.Array, ...]]
+ChunkMeasure = Callable[[jax.Array, Any, Any, Any], tuple[jax.Array, ...]]
 
 
 def chunk_length(batch: int, length: int) -> int:
@@ -126,13 +126,8 @@ def _chunks(x_BxLxD: jax.Array, inputs):
 def _on_each_device(function: Callable, x_BxLxD, unembedding, inputs, shared):
     """Calls a function on each device with its own rows of the batch.
 
-    Args:
-      function: maps (x, table, inputs, shared) to a pytree of sums over tokens and a pytree of
-        arrays by row.
-
-    Returns:
-      The sums over all devices, and the arrays by row. Devices are summed once, not in every chunk.
-      `tensor` may still split the vocabulary.
+    It returns a pytree of sums over tokens, which are then added up over devices, once and not in
+    every chunk, and a pytree of arrays by row. `tensor` may still split the vocabulary.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
