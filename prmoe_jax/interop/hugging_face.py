@@ -124,14 +124,16 @@ def _with_rope(theirs: dict, path: Path) -> tuple[dict, tuple[int, ...]]:
     rope = theirs.get(name) or {}
     if not isinstance(rope, dict):
         raise UserError(f"{path}: {name}={shown(rope)} is not a group of settings")
-    kind, scaling = rope.get("rope_type", rope.get("type", "default")), {}
-    if kind == "llama3":
-        kind = "default"
-        scaling = {name: setting(rope, name, float, path, low=1) for name in SCALING}
-    for name, number in scaling.items():
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "llama3":
+        return theirs | rope | {"rope_type": kind}, ()
+    scaling = []
+    for name in SCALING:
+        number = setting(rope, name, float, path, low=1)
         if number % 1:
             raise UserError(f"{path}: {name}={number}, our model has only whole numbers")
-    return theirs | rope | {"rope_type": kind}, tuple(map(int, scaling.values()))
+        scaling.append(int(number))
+    return theirs | rope | {"rope_type": "default"}, tuple(scaling)
 
 
 def _window(theirs: dict, names: Family, model: ConfigDict, path: Path) -> int:
