@@ -80,14 +80,14 @@ def read_config(theirs: dict, path: Path, tensors: int) -> Config:
     for name, value in (FIXED | names.fixed).items():
         if differs(theirs.get(name, value) or False, value):  # null counts as false
             raise UserError(f"{path}: {name}={shown(theirs[name])}, our model has {value!r}")
-    _read_plain(PLAIN, theirs, names, model, path, tensors)
+    model.update(_plain(PLAIN, theirs, names, path, tensors))
     if family == "gpt2" and theirs.get("n_inner") is None:
         model.d_ff = 4 * model.d_model
     model.sliding_window = _window(theirs, names, model, path)
     if names.experts:
         _read_placement(theirs, names.experts, model, path, tensors)
     if model.experts:
-        _read_plain(OF_EXPERTS, theirs, names, model, path)
+        model.update(_plain(OF_EXPERTS, theirs, names, path, tensors))
         model.residual = model.residual_d_ff > 0
         moe.capacity_factor = moe.eval_capacity_factor = math.inf  # no token is dropped
     if family != "gpt2" and theirs.get("dtype", theirs.get("torch_dtype")) == "bfloat16":
@@ -100,22 +100,16 @@ def read_config(theirs: dict, path: Path, tensors: int) -> Config:
     return resolved(settings, path)
 
 
-def _read_plain(
-    rows: dict[str, Plain],
-    theirs: dict,
-    names: Family,
-    model: ConfigDict,
-    path: Path,
-    layers: int = LARGEST,
-) -> None:
-    """Reads the settings in a table, as far as the family knows them; at most so many `layers`."""
+def _plain(rows: dict[str, Plain], theirs: dict, names: Family, path: Path, layers: int) -> dict:
+    """Our values of the settings in a table that the family knows, with at most `layers`."""
+    ours = {}
     for name, row in names.known(rows).items():
-        if row.optional and theirs.get(name) is None:
-            continue
-        default = names.defaults.get(name, row.default)
-        high = layers if row.ours == "layers" else LARGEST
-        value = setting(theirs, name, row.kind, path, default, row.low, high)
-        model[row.ours] = row.words[value] if row.words else value
+        if not row.optional or theirs.get(name) is not None:
+            default = names.defaults.get(name, row.default)
+            high = layers if row.ours == "layers" else LARGEST
+            value = setting(theirs, name, row.kind, path, default, row.low, high)
+            ours[row.ours] = row.words[value] if row.words else value
+    return ours
 
 
 def _with_rope(theirs: dict, path: Path) -> tuple[dict, tuple[int, ...]]:

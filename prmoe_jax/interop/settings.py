@@ -76,18 +76,15 @@ def check_expressed(config: Config, there: ModelConfig, whose: str) -> None:
     It has experts in the same layers, and the message calls it `whose`.
     """
     fix = "use --kind=safetensors"
-    check_equal(compared(config.model, there, OPEN_SIZES), whose, fix)
-    if not any(config.model.schedule.experts):
-        return
-    for name in ("router", "scores", "routed_scale", "bias_update_rate"):
+    model, pairs = config.model, compared(config.model, there, OPEN_SIZES)
+    experts = any(model.schedule.experts)
+    if experts and model.normalizes != there.normalizes:
+        pairs["normalize_top_k"] = model.normalize_top_k, there.normalize_top_k
+    check_equal(pairs, whose, fix)
+    for name in ("router", "scores", "routed_scale", "bias_update_rate") if experts else ():
         value, only = getattr(config.moe, name), getattr(MoeConfig, name)
         if value != only:
             raise UserError(f"moe.{name}={value}, {whose} has {only}; {fix}")
-    if config.model.normalizes != there.normalizes:
-        raise UserError(
-            f"model.normalize_top_k={config.model.normalize_top_k}, {whose} has "
-            f"{there.normalize_top_k}; {fix}"
-        )
 
 
 def gpt2_shaped(model: ModelConfig) -> ModelConfig:
