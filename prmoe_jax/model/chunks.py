@@ -87,10 +87,9 @@ def _forward(measure: ChunkMeasure, *arguments):
         def add(carry, part):
             gradient = jax.value_and_grad(loss, (0, 1), has_aux=True)
             (_, sums), (dx_BxTxD, found) = gradient(part[0], unembedding, part[1])
-            found = jax.tree.map(lambda d: d.astype(jnp.float32), found)
             return jax.tree.map(jnp.add, carry, (sums, found)), dx_BxTxD
 
-        no_gradient = jax.tree.map(lambda table: jnp.zeros(table.shape), unembedding)
+        no_gradient = jax.tree.map(lambda x: jnp.zeros(x.shape), unembedding)  # float32
         zeros = (jnp.zeros(()),) * len(weights), no_gradient
         carry, dx_CxBxTxD = jax.lax.scan(add, zeros, _chunks(x_BxLxD, inputs))
         sums, dunembedding = carry
