@@ -27,7 +27,7 @@ from prmoe_jax.errors import UserError
 from prmoe_jax.inference.decoder import Decoder, decoder
 from prmoe_jax.inference.generate import STEPS, Sampling, decode, room, start
 from prmoe_jax.inference.restore import for_inference
-from prmoe_jax.interop.gpt2 import gpt2_sizes
+from prmoe_jax.interop.hugging_face import their_settings
 from prmoe_jax.interop.settings import check_gpt2_form
 from prmoe_jax.model.sizes import cost
 from prmoe_jax.model.transformer import init_model
@@ -154,7 +154,7 @@ def _transformers_shapes(model: ModelConfig) -> list[dict]:
     installed = all(map(importlib.util.find_spec, ("transformers", "torch")))
     if not installed or jax.default_backend() != "cpu":
         return []
-    return [gpt2_sizes(model) | {"bos_token_id": 0, "eos_token_id": 0}]
+    return [their_settings(model, "gpt2") | {"bos_token_id": 0, "eos_token_id": 0}]
 
 
 def dense(config: Config) -> Config:

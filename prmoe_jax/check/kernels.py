@@ -27,6 +27,7 @@ from prmoe_jax.model.attention import KVCache, attend_to_cache
 from prmoe_jax.model.attention_kernels import attend, cudnn_refusal
 from prmoe_jax.model.batch import Batch
 from prmoe_jax.model.loss import cross_entropy
+from prmoe_jax.model.transformer import Unembedding
 from prmoe_jax.moe import dispatch, exchange, kernels
 from prmoe_jax.moe.experts import Experts, Local
 from prmoe_jax.moe.layer import MoE
@@ -342,12 +343,12 @@ def _products() -> Iterator[Case]:
 
 
 class _Table(NamedTuple):
-    """Stands in for a model; the loss needs only its output matrix."""
+    """Stands in for a model; the loss needs only its map to logits."""
 
     table_VxD: jax.Array
 
-    def output_table(self, dtype) -> jax.Array:
-        return self.table_VxD.astype(dtype)
+    def unembedding(self, dtype) -> Unembedding:
+        return Unembedding(self.table_VxD.astype(dtype))
 
 
 def _cross_entropy() -> Case:

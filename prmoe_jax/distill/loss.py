@@ -13,7 +13,7 @@ from prmoe_jax.config.schema import Config, KdConfig
 from prmoe_jax.model.batch import Batch, TopKLogProbs
 from prmoe_jax.model.chunks import cut, weighted_sums
 from prmoe_jax.model.loss import Measure, token_nats
-from prmoe_jax.model.transformer import Transformer, fold_in, logits
+from prmoe_jax.model.transformer import Transformer, Unembedding, fold_in
 
 # Where no gradient is needed, logits exist for CHUNK tokens of each sequence at a time.
 CHUNK = 256
@@ -48,18 +48,18 @@ class Distiller:
             output = batch.teacher_top_k
             if self.teacher:
                 output = run_teacher(teacher_model, batch, self.config, keys_B)
-            table_VxD = model.output_table(x_BxLxD.dtype)
+            unembedding = model.unembedding(x_BxLxD.dtype)
             weights = 1.0, self.config.train.z_loss, weight
-            return token_sums(x_BxLxD, table_VxD, output, batch, self.config.kd, weights)
+            return token_sums(x_BxLxD, unembedding, output, batch, self.config.kd, weights)
 
         return measure
 
 
 class TeacherOutput(NamedTuple):
-    """A teacher's final activations for a batch, and its output matrix."""
+    """A teacher's final activations for a batch, and its map to logits."""
 
     x_BxLxD: jax.Array
-    table_VxD: jax.Array
+    unembedding: Unembedding
 
 
 def run_teacher(
@@ -71,12 +71,12 @@ def run_teacher(
     """
     keys_B = fold_in(keys_B, 1 << 16) if config.teacher.mode == "train" else None
     x_BxLxD, _ = model(batch.tokens_BxL, batch.segments_BxL, keys_B, config.execution)
-    return TeacherOutput(x_BxLxD, model.output_table(x_BxLxD.dtype))
+    return TeacherOutput(x_BxLxD, model.unembedding(x_BxLxD.dtype))
 
 
 def token_sums(
     x_BxLxD,
-    table_VxD,
+    unembedding: Unembedding,
     output: TeacherOutput | TopKLogProbs,
     batch: Batch,
     kd: KdConfig,
@@ -84,25 +84,25 @@ def token_sums(
 ) -> dict[str, jax.Array]:
     """`loss`, `lm_loss`, `z_loss` and `kd_loss` of `model.loss.Sums`, in chunks of tokens.
 
-    Both models' logits exist for only one chunk at a time. `x_BxLxD` and `table_VxD` are the
+    Both models' logits exist for only one chunk at a time. `x_BxLxD` and `unembedding` are the
     student's; `weights` are those of `lm_loss`, `z_loss` and `kd_loss` in `loss`.
     """
     recorded = isinstance(output, TopKLogProbs)
 
-    def measure(x_BxTxD, table_VxD, inputs, theirs_table_VxD):
+    def measure(x_BxTxD, unembedding, inputs, of_teacher):
         theirs, targets_BxT, mask_BxT = inputs
-        logits_BxTxV = logits(x_BxTxD, table_VxD)
+        logits_BxTxV = unembedding.logits(x_BxTxD)
         if recorded:
             distance_BxT = divergence_from_top_k(theirs, logits_BxTxV, kd)
         else:
-            distance_BxT = divergence(logits(theirs, theirs_table_VxD), logits_BxTxV, kd)
+            distance_BxT = divergence(of_teacher.logits(theirs), logits_BxTxV, kd)
         found = *token_nats(logits_BxTxV, targets_BxT), distance_BxT
         return tuple((nats_BxT * mask_BxT).sum() for nats_BxT in found)
 
     theirs, shared = (output, ()) if recorded else output
     inputs = theirs, batch.targets_BxL, batch.mask_BxL
     with jax.named_scope("logits"):
-        loss, sums = weighted_sums(measure, x_BxLxD, table_VxD, inputs, shared, weights)
+        loss, sums = weighted_sums(measure, x_BxLxD, unembedding, inputs, shared, weights)
     return {"loss": loss} | dict(zip(("lm_loss", "z_loss", "kd_loss"), sums, strict=True))
 
 
@@ -115,13 +115,13 @@ class Agreement(NamedTuple):
     teacher_loss: jax.Array  # the teacher's cross-entropy in nats
 
 
-def agreement(x_BxLxD, table_VxD, output: TeacherOutput, batch: Batch) -> Agreement:
+def agreement(x_BxLxD, unembedding: Unembedding, output: TeacherOutput, batch: Batch) -> Agreement:
     """Compares a model's final activations with its teacher's, `CHUNK` tokens at a time."""
 
     def add(sums, part):
         x_BxTxD, theirs_BxTxD, targets_BxT, mask_BxT = part
-        ours_BxTxV = logits(x_BxTxD, table_VxD)
-        theirs_BxTxV = logits(theirs_BxTxD, output.table_VxD)
+        ours_BxTxV = unembedding.logits(x_BxTxD)
+        theirs_BxTxV = output.unembedding.logits(theirs_BxTxD)
         log_p_BxTxV = jax.nn.log_softmax(theirs_BxTxV)
         target_BxT = jnp.take_along_axis(log_p_BxTxV, targets_BxT[..., None], -1)[..., 0]
         found = (
@@ -140,7 +140,7 @@ def record_top_k(output: TeacherOutput, kd: KdConfig) -> TopKLogProbs:
     """A teacher's top-k log-probabilities for its cache, computed `CHUNK` tokens at a time."""
 
     def of_chunk(x_BxTxD):
-        return top_k_log_probs(logits(x_BxTxD, output.table_VxD), kd)
+        return top_k_log_probs(output.unembedding.logits(x_BxTxD), kd)
 
     batch, length = output.x_BxLxD.shape[:2]
     chunks = jax.lax.map(of_chunk, _cut(output.x_BxLxD))

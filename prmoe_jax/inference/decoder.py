@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from prmoe_jax.config.schema import AUTO, ExecutionConfig
 from prmoe_jax.model.attention import KVCache
-from prmoe_jax.model.transformer import Transformer, dropless, unstacked_blocks
+from prmoe_jax.model.transformer import Transformer, Unembedding, dropless, unstacked_blocks
 from prmoe_jax.moe.experts import UnstackedExperts
 from prmoe_jax.moe.layer import MoE
 from prmoe_jax.nn.matmul import scores
@@ -81,7 +81,7 @@ class Decoder(nnx.Module):
     def logits(self, x_BxD: jax.Array) -> jax.Array:
         """Logits of the next token, float32 [B, V]."""
         with jax.named_scope("logits"):
-            return scores(x_BxD, (self.tokens if self.output is None else self.output)[...])
+            return Unembedding.of(self).logits(x_BxD, scores)
 
 
 def _held(name: str, leaf: jax.Array, weights: str, dtype: str) -> jax.Array | QuantizedWeight:

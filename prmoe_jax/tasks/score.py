@@ -18,7 +18,7 @@ from prmoe_jax.errors import UserError
 from prmoe_jax.inference.restore import restore_for_inference
 from prmoe_jax.model.chunks import chunk_length, cut
 from prmoe_jax.model.loss import token_nats
-from prmoe_jax.model.transformer import Transformer, dropless, logits
+from prmoe_jax.model.transformer import Transformer, dropless
 from prmoe_jax.parallel.axes import replicated, split_batch
 
 # Lengths are rounded up to multiples of this, so that few shapes are compiled.
@@ -110,11 +110,11 @@ class Scorer:
 def _score(execution: ExecutionConfig, model: Transformer, tokens_BxL, valid_BxL, targets_BxL):
     """ln p of each target, and whether it is the argmax; computed in chunks to save memory."""
     x_BxLxD, _ = model(tokens_BxL, valid_BxL, execution=execution)
-    table_VxD = model.output_table(x_BxLxD.dtype)
+    unembedding = model.unembedding(x_BxLxD.dtype)
 
     def score(inputs):
         x_BxTxD, targets_BxT = inputs
-        logits_BxTxV = logits(x_BxTxD, table_VxD)
+        logits_BxTxV = unembedding.logits(x_BxTxD)
         nats_BxT, _ = token_nats(logits_BxTxV, targets_BxT)
         return -nats_BxT, targets_BxT == jnp.argmax(logits_BxTxV, axis=-1)
 

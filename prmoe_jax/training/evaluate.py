@@ -147,7 +147,7 @@ def _beside_teacher(model, config: Config, workdir: Path, data: Data, mesh: Mesh
     def compare(model: Transformer, teacher_model: Transformer, batch: Batch) -> Agreement:
         output = run_teacher(teacher_model, batch, config, None)
         x_BxLxD, _ = model(batch.tokens_BxL, batch.segments_BxL, execution=config.execution)
-        return agreement(x_BxLxD, model.output_table(x_BxLxD.dtype), output, batch)
+        return agreement(x_BxLxD, model.unembedding(x_BxLxD.dtype), output, batch)
 
     sums = _summed(lambda batch: compare(model, teacher.model, batch), rows, data, mesh)
     return {
