@@ -179,6 +179,6 @@ def attach(data: Data, config: Config) -> Data:
     )
     return dataclasses.replace(
         data,
-        train=data.train.with_teacher(predictions),
+        train=dataclasses.replace(data.train, teacher_top_k=predictions),
         teacher_cache_fingerprint=fingerprint,
     )
