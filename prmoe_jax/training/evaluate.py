@@ -52,7 +52,7 @@ def evaluate_model(
     if not (data.validation.tokens and data.validation.text_bytes):
         raise UserError(
             f"the validation split of data.corpus={config.data.corpus} has no text "
-            f"({data.validation.described}); use a corpus with some in it"
+            f"({data.validation.tokens} tokens); use a corpus with some in it"
         )
     rows = _rows(config, mesh)
     limit = -(-limit * config.train.batch_size // rows)

@@ -289,7 +289,7 @@ CASES = {
     ),
     # Corpora and tokenizers.
     "no corpus": (new("data.corpus=sotuu"), "corpus 'sotuu' does not exist; give 'sotu', 'tfds:"),
-    "no corpus path": (new("data.corpus=no/*.txt"), "no file matches the glob 'no/*.txt'"),
+    "no corpus path": (new("data.corpus=no/*.txt"), "corpus 'no/*.txt' does not exist; give"),
     "empty folder": (new("data.corpus=empty"), "file in the folder 'empty'", empty_folder),
     "one document": (new("data.corpus=single"), "at least 2: split the text into", one_document),
     "binary file": (
