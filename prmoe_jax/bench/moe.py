@@ -92,12 +92,12 @@ def _bench_one(size: Size, load: str, dtype: str, repeats: int) -> list[dict]:
         if dtype == "float32" and can_run("deepspeed"):
             path = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "input.npz"
             np.savez(path, x=x_SxM, w_router=w_router_MxE)
-            # Weights, router and capacity are as ours: as much is moved and dropped.
-            *_, moved, dropped = layers["gather"]
+            # Weights, router and capacity are ours, so as much is moved and dropped.
+            _, _, *same = layers["gather"]
             for name, keep in {"deepspeed": False, "deepspeed, memory kept": True}.items():
                 theirs = worker("deepspeed_layer", path=str(path), d_ff=size.F, keep_memory=keep)
                 layer = stack.enter_context(theirs)
-                layers[name] = layer._replace(bytes_moved=moved, drop_fraction=dropped)
+                layers[name] = Timed(layer.seconds, layer.peak_bytes, *same)
         seconds = interleaved(layers, repeats)
         medians = {name: statistics.median(values) for name, values in seconds.items()}
         return [
@@ -178,12 +178,12 @@ def _our_layers(size: Size, x_SxM, w_router_MxE, dtype) -> dict[str, Timed]:
     key = jax.random.key(1)
     mlp = cast({"mlp": MLP.drawn(MLPShape(size.M, size.F), key)}, dtype)["mlp"]
     layers = {"dense": timed(lambda mlp, x_1xSxM: (mlp(x_1xSxM), 0.0), mlp)}
+    layer = moe_layer(MoeConfig())
+    _, metrics = layer(x_1xSxM, valid_1xS)
+    dropped = float(metrics.dropped_E.sum() / size.S)
+    # The weights are read forward and backward, and their gradients are written.
+    weights = 2 * layer.experts.w_in[...].nbytes
     for backend in ("gather", "einsum"):
-        layer = moe_layer(MoeConfig())
-        _, metrics = layer(x_1xSxM, valid_1xS)
-        dropped = float(metrics.dropped_E.sum() / size.S)
-        # The weights are read forward and backward, and their gradients are written.
-        weights = 2 * layer.experts.w_in[...].nbytes
         layers[backend] = timed(partial(through, by=backend), layer, 3 * weights, dropped)
         layers[f"{backend}, no experts"] = timed(
             partial(without_experts, by=backend), jnp.asarray(w_router_MxE), 0, dropped

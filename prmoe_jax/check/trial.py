@@ -98,8 +98,8 @@ def _store(folder: Path) -> tuple[list[Finding], dict]:
     if blind:
         line = f"{workdir} is not shared: process {', '.join(blind)} doesn't see process 0's file"
         return [Finding("workdir", FAIL, line, "name a folder that all processes see")], {}
-    names = "write_bytes_per_s", "read_bytes_per_s"
-    numbers = dict(zip(names, map(list, zip(*processes.gathered(rates), strict=True)), strict=True))
+    written, read = (list(values) for values in zip(*processes.gathered(rates), strict=True))
+    numbers = {"write_bytes_per_s": written, "read_bytes_per_s": read}
     findings = []
     for name, values in numbers.items():
         verb = name.partition("_")[0]
@@ -129,9 +129,10 @@ def _write_and_read(path: Path) -> list[float]:
         path.write_bytes(content)
         written = time.perf_counter()
     reading = time.perf_counter()
-    if path.read_bytes() != content:
-        raise OSError(0, "it does not hold what was written to it")
+    found = path.read_bytes()
     read = time.perf_counter()
+    if found != content:
+        raise OSError(0, "it does not hold what was written to it")
     return [FILE_BYTES / (written - begun), FILE_BYTES / (read - reading)]
 
 

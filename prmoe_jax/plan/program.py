@@ -98,8 +98,8 @@ def operations(hlo: str, rounds: int = 1, window: int = 0) -> list[Operation]:
                     inner = re.search(r"\brounds/while/body|jvp\($", loop[1])
                     trips = 0 if inner else rounds - 1
                 else:
-                    trips = _trip_count(text, computations[_attribute(text, "condition")])
-                    trips -= _first(line, computations[computation])
+                    condition = computations[_attribute(text, "condition")]
+                    trips = _trip_count(line, computations[computation], condition)
                 visit(_attribute(text, "body"), runs * trips)
             elif opcode == "conditional":
                 for branch in _branches(text):
@@ -305,25 +305,20 @@ def _branches(text: str) -> list[str]:
     return [_attribute(text, f"{value}_computation") for value in ("true", "false")]
 
 
-def _first(loop: _Line, lines: list[_Line]) -> int:
-    """The initial value of a loop's counter: 1 if the compiler peeled the first trip off.
+def _trip_count(loop: _Line, lines: list[_Line], condition: list[_Line]) -> int:
+    """A loop's trips, fewer if its counter begins at 1, since the compiler took the first one out.
 
-    The counter is the first element of the loop's tuple. The result is 0 if its initial value is no
-    constant, or if the text states the trip count.
+    The counter is the first element of the loop's tuple. If its initial value is no constant, it
+    counts from 0.
     """
-    if '"known_trip_count"' in loop.text:
-        return 0
+    if stated := field(loop.text, r'"known_trip_count":\{"n":"(\d+)"\}'):
+        return int(stated)
+    bounds = [int(v) for line in condition for v in re.findall(r"constant\((\d+)\)", line.text)]
+    if not bounds:
+        raise ValueError("a loop without a visible trip count")
     known = {line.name: line for line in lines}
     line = known.get(_operands(loop)[0])
     while line and line.opcode in ("tuple", "copy", "bitcast"):
         line = known.get(_operands(line)[0])
-    return int(field(line.text, r" constant\((\d+)\)") or 0) if line else 0
-
-
-def _trip_count(text: str, condition: list[_Line]) -> int:
-    if known := field(text, r'"known_trip_count":\{"n":"(\d+)"\}'):
-        return int(known)
-    bounds = [int(v) for line in condition for v in re.findall(r"constant\((\d+)\)", line.text)]
-    if not bounds:
-        raise ValueError("a loop without a visible trip count")
-    return max(bounds)
+    first = field(line.text, r" constant\((\d+)\)") if line else ""
+    return max(bounds) - int(first or 0)
