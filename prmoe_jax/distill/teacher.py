@@ -235,7 +235,8 @@ def attach_predictions(data: Data, config: Config) -> Data:
         log.warning(
             "teacher.cache has the predictions of %s, not of %s", recorded, config.teacher.workdir
         )
-    train = data.train.with_teacher(TopKLogProbs(*(part[..., : kd.top_k] for part in parts)))
+    predictions = TopKLogProbs(*(part[..., : kd.top_k] for part in parts))
+    train = dataclasses.replace(data.train, teacher_top_k=predictions)
     return dataclasses.replace(data, train=train, teacher_cache_fingerprint=fingerprint)
 
 
