@@ -5,14 +5,13 @@ import sys
 from pathlib import Path
 
 from prmoe_jax import allocator
-from prmoe_jax.cli.options import add_distributed, config_argument, parse_config, path
+from prmoe_jax.cli.options import add_distributed, config_argument, parse_config, path, verb
 from prmoe_jax.cli.output import is_first_process, show
 from prmoe_jax.errors import UserError
 
 
-def add(verb) -> None:
-    """Declares the subcommand and its options."""
-    sub = verb("train", run, "train a config, or resume the run in its workdir", True)
+def add(verbs) -> None:
+    sub = verb(verbs, "train", run, "train a config, or resume the run in its workdir", "config")
     sub.add_argument("--workdir", type=path, help="the run's folder (default: runs/NAME)")
     sub.add_argument("--profile", metavar="FIRST:LAST", help="trace these steps with the profiler")
     add_distributed(sub)
