@@ -24,11 +24,11 @@ def add(verbs) -> None:
     sub.add_argument("--seed", type=int, default=0, help="seed of the first sample (default: 0)")
     weights = "type of the large weights (default: the run's dtype, on CPUs float32)"
     sub.add_argument("--weights", choices=WEIGHTS, help=weights)
-    sub.add_argument("--mesh", help="devices by axis, such as expert:4,tensor:2 (default: one)")
+    axes = "devices by axis, such as expert:4,tensor:2 (default: one)"
+    sub.add_argument("--mesh", type=parse_mesh, help=axes)
 
 
 def run(options, rest) -> None:
-    mesh = parse_mesh(options.mesh) if options.mesh is not None else None
     from prmoe_jax.inference.generate import Generator, Sampling
 
     if not 1 <= options.samples <= MOST_SAMPLES:
@@ -42,7 +42,7 @@ def run(options, rest) -> None:
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
     prompts = [prompt for prompt in options.prompt or [""] for _ in range(options.samples)]
     seeds = [options.seed + i % options.samples for i in range(len(prompts))]
-    generator = Generator.restore(options.workdir, options.weights or "", mesh)
+    generator = Generator.restore(options.workdir, options.weights or "", options.mesh)
     streamed = len(prompts) == 1 and not options.json
     lead = prompts[:1]
 

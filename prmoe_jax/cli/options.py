@@ -28,7 +28,8 @@ settings:
                                 prmoe_jax (tiny:prmoe); or a run's own config.json
   --config.GROUP.NAME=VALUE     overrides any setting:
                                 --config.train.steps=40 --config.model.experts=8,8,16
-"""
+
+all settings, with their defaults:"""
 
 
 class Parser(argparse.ArgumentParser):
@@ -47,7 +48,7 @@ def _settings_help() -> str:
     """Every setting with its default, meaning and choices."""
     from prmoe_jax.config.schema import declarations
 
-    lines = [f"{CONFIG_HELP}\nall settings, with their defaults:"]
+    lines = [CONFIG_HELP]
     for name, setting in declarations().items():
         lines.append(f"  --config.{name}={setting.default}")
         lines.append(textwrap.indent(textwrap.fill(setting.described(), 88), " " * 8))
@@ -220,10 +221,10 @@ def filled(text: str) -> str:
     return text
 
 
-def add_distributed(parser: argparse.ArgumentParser) -> None:
+def add_distributed(sub: Parser) -> None:
     """Declares --distributed, which `prmoe_jax.cli` handles before it parses the arguments."""
     kind = "be one process of several: on a TPU pod, under SLURM or on GKE"
-    parser.add_argument("--distributed", action="store_true", help=kind)
+    sub.add_argument("--distributed", action="store_true", help=kind)
 
 
 def parse_mesh(text: str):
@@ -254,14 +255,11 @@ def check_run(workdir: Path) -> None:
 def compile_only() -> None:
     """Prepares JAX to compile for devices that aren't there; call it before JAX is used."""
     os.environ["JAX_PLATFORMS"] = "cpu"
-    quiet = {
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_MIN_LOG_LEVEL": "3",
-        # Without these two, libtpu complains of a TPU that isn't there. They change no topology.
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_ACCELERATOR_TYPE": "v5p-8",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several processes may compile
-    }
-    os.environ |= quiet | os.environ
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
+    # Without these two, libtpu complains of a TPU that isn't there. They change no topology.
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several processes may compile
     if jax := sys.modules.get("jax"):  # imported by a config file; it has read JAX_PLATFORMS
         jax.config.update("jax_platforms", "cpu")

@@ -220,11 +220,7 @@ class ModelConfig:
         return self.residual_d_ff or self.expert_width
 
     def differences(self, other: "ModelConfig") -> dict[str, tuple]:
-        """Settings, other than sizes, in which two models' layers differ at this model's length.
-
-        Returns:
-          This model's value and the other's, by the setting's name.
-        """
+        """Settings, sizes aside, in which layers differ at this model's length: both values."""
         names = [f.name for f in dataclasses.fields(self) if f.metadata["setting"].layer]
         pairs = {name: (getattr(self, name), getattr(other, name)) for name in names}
         pairs["sliding_window"] = self.window_in(self.length), other.window_in(self.length)
@@ -661,10 +657,7 @@ class Config:
 
     @property
     def decay_start(self) -> int | None:
-        """The step at which the decay of `optimizer.schedule=wsd` starts; None for others.
-
-        Before it, the learning rate does not depend on the length of the run.
-        """
+        """The step at which the decay of `optimizer.schedule=wsd` starts; None for others."""
         if self.optimizer.schedule != "wsd":
             return None
         return self.decay_end - max(1, round(self.optimizer.decay_fraction * self.decay_end))
@@ -737,10 +730,7 @@ def as_settings(config: Config) -> ConfigDict:
 
 
 def group_rows(config: Config, teacher: Config | None = None) -> int:
-    """The number of neighbouring sequences of a batch that must be computed together.
-
-    It keeps routing groups of several sequences whole, in the teacher as well.
-    """
+    """The neighbouring sequences that must be computed together, to keep routing groups whole."""
     length = config.model.length
     groups = [one.moe.group_size or length for one in (config, teacher) if one]
     return math.lcm(*(max(1, group // length) for group in groups))

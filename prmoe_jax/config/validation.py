@@ -65,8 +65,8 @@ def _check_value(name: str, value, setting: Setting) -> None:
         require(math.isfinite(value), f"{name}={value} must be finite{or_inf}")
     most = LARGEST if setting.most is None and not isinstance(value, float) else setting.most
     for holds, limit, words in (
-        (operator.ge, setting.least if setting.above is None else None, "{} or more"),
         (operator.gt, setting.above, "more than {}"),
+        (operator.ge, setting.least, "{} or more"),
         (operator.le, most, "at most {}"),
         (operator.lt, setting.below, "less than {}"),
     ):
@@ -85,10 +85,9 @@ def _check_text(name: str, value: str, setting: Setting) -> None:
             f"{name}={value} is in an object store; this setting needs a local path",
         )
     require(value.isprintable(), f"{name}={value!r} holds a character that can't be printed")
-    require(
-        not setting.choices or value in setting.choices,
-        f"{name}='{value}' is unknown; use one of {', '.join(setting.choices or ())}",
-    )
+    if setting.choices:
+        known = ", ".join(setting.choices)
+        require(value in setting.choices, f"{name}='{value}' is unknown; use one of {known}")
 
 
 def _check_model(model: ModelConfig) -> None:
@@ -158,9 +157,7 @@ def _check_expert_choice(config: Config) -> None:
 def check_groups(config: Config, student: Config | None = None) -> None:
     """Checks that routing groups fit sequences and microbatches.
 
-    A group must divide a sequence or be a multiple of one, and must divide a microbatch. If
-    `config` is the teacher of a `student`, its group size is fixed, and the error suggests another
-    length or batch for the student.
+    The group size of a `student`'s teacher is fixed: the fix is another length or batch.
     """
     train, group, length = config.train, config.group_size, config.model.length
     fix: int | str = _largest_divisor(length, group)
