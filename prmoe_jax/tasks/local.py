@@ -23,28 +23,28 @@ test_split: test
 metadata:
   version: {recipe}
 """
+METRIC = """\
+  - metric: {}
+    aggregation: mean
+    higher_is_better: true
+"""
 CLOZE = """\
 output_type: loglikelihood
 doc_to_text: "{{context}}"
 doc_to_target: " {{word}}"
 metric_list:
-  - metric: acc
-    aggregation: mean
-    higher_is_better: true
-"""
-CHOICE = """\
+""" + METRIC.format("acc")
+CHOICE = (
+    """\
 output_type: multiple_choice
 doc_to_text: "{{question}}"
 doc_to_choice: "{{choices}}"
 doc_to_target: "{{answer}}"
 metric_list:
-  - metric: acc
-    aggregation: mean
-    higher_is_better: true
-  - metric: acc_norm
-    aggregation: mean
-    higher_is_better: true
 """
+    + METRIC.format("acc")
+    + METRIC.format("acc_norm")
+)
 NAMES = "cloze", *choices.SOURCES
 
 
@@ -71,7 +71,6 @@ def prepare(name: str, config: DataConfig) -> Path:
         (temporary / "examples.jsonl").write_text(lines)
         place = json.dumps(str(folder / "examples.jsonl"))
         head = HEAD.format(name=name, path=place, recipe=RECIPE)
-        kind = CLOZE if name == "cloze" else CHOICE
-        (temporary / f"{name}.yaml").write_text(head + kind)
+        (temporary / f"{name}.yaml").write_text(head + (CLOZE if name == "cloze" else CHOICE))
 
     return cache.build_once(folder, build)
