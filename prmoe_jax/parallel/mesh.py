@@ -4,10 +4,8 @@ import contextlib
 import itertools
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import partial
-from typing import Any
 
 import jax
 import numpy as np
@@ -41,14 +39,14 @@ def choose_mesh(
             told = "mesh.fsdp=%d splits hardly anything, since it doesn't divide d_model=%d"
             log.warning(told, size, width)
         return config
-    check: Callable[[Config, int], Any] = partial(check_fits, decode=decode)
-    if any_batch:
-        check = axis_sizes
     problem = None
     for tensor in _divisors(devices // slice_count(config, devices)):
         suggested = replace(config, mesh=suggest_mesh(config, devices, tensor))
         try:
-            check(suggested, devices)
+            if any_batch:
+                axis_sizes(suggested, devices)
+            else:
+                check_fits(suggested, devices, decode)
         except UserError as error:
             problem = problem or error
             continue
@@ -219,8 +217,8 @@ def suggest_mesh(
     Args:
       config: the experiment; its width, experts, slices and exchange matter.
       devices: the number of all devices.
-      tensor: devices on the `tensor` axis; divides the devices of a slice.
-      expert_slice: devices on the `slice` axis; divides the devices of a slice / tensor.
+      tensor: devices on the `tensor` axis.
+      expert_slice: devices on the `slice` axis; tensor · expert_slice divides those of a slice.
       fsdp_devices: the most devices on the `fsdp` axis.
     """
     slices = slice_count(config, devices)
@@ -359,17 +357,15 @@ def check_splits(config: Config, sizes: Mapping[str, int]) -> None:
 def check_batch(config: Config, devices: int, decode: bool = False) -> None:
     """Checks that every device gets the same number of whole routing groups in every microbatch."""
     batch, rows = config.train.batch_size, devices * config.train.accumulate * group_rows(config)
-    if batch % rows and decode:
-        raise UserError(
-            f"--decode={batch} sequences are not divisible by {rows} devices; use "
-            f"{max(1, batch // rows) * rows}"
-        )
-    if batch % rows:
-        raise UserError(
-            f"train.batch_size={batch} is not divisible by {devices} devices x "
-            f"train.accumulate={config.train.accumulate} x routing groups of "
-            f"{config.group_size} tokens; use {max(1, batch // rows) * rows}"
-        )
+    if batch % rows == 0:
+        return
+    fix = f"use {max(1, batch // rows) * rows}"
+    if decode:
+        raise UserError(f"--decode={batch} sequences are not divisible by {rows} devices; {fix}")
+    raise UserError(
+        f"train.batch_size={batch} is not divisible by {devices} devices x train.accumulate="
+        f"{config.train.accumulate} x routing groups of {config.group_size} tokens; {fix}"
+    )
 
 
 def check_teacher_fits(teacher: Config, student: Config, mesh: Mesh | AbstractMesh) -> None:

@@ -243,7 +243,6 @@ def _client():
 
 
 def _put(folder: str, value) -> None:
-    """Puts this process's value into a folder of the store."""
     _client().key_value_set(f"{folder}{_number()}", json.dumps(value))
 
 
@@ -349,7 +348,6 @@ def _aborted(number: int) -> None:
 
 
 def _native_text() -> str:
-    """The end of what compiled code has printed."""
     _native.flush()
     last, most = os.fstat(_native.fileno()).st_size, 1 << 20
     return os.pread(_native.fileno(), most, max(0, last - most)).decode(errors="replace")

@@ -81,7 +81,6 @@ def shardings(tree, mesh: Mesh, in_use: bool = False):
 
 
 def _constrain(tree, partition: Callable):
-    """Constrains a tree to `partition(mesh)`, if a mesh is in use."""
     mesh = jax.sharding.get_abstract_mesh()
     return tree if mesh.empty else jax.lax.with_sharding_constraint(tree, partition(mesh))
 

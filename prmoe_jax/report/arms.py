@@ -223,7 +223,6 @@ def difference(
 
 
 def _quantile(probability: float, freedom: int) -> float:
-    """A quantile of Student's t distribution."""
     from scipy import stats
 
     return float(stats.t.ppf(probability, freedom))

@@ -10,6 +10,7 @@ from prmoe_jax.errors import UserError
 from prmoe_jax.report import figures, page
 from prmoe_jax.report.arms import (
     Difference,
+    Mean,
     arms,
     base_of,
     difference,
@@ -26,6 +27,10 @@ from prmoe_jax.sweep.definition import Constants, constants
 from prmoe_jax.sweep.records import RESULTS, check_one_text, complete, read
 from prmoe_jax.tables import aligned
 
+SUMMARY = (
+    "{} runs in {} arms. Losses are nats a token on the whole validation split, ± half of a 95 % "
+    "interval (Student's t); differences are paired by seed."
+)
 EQUIVALENCE = (
     " An arm is equivalent to another if two one-sided t tests at 5 % place its difference within "
     "±{margin:g}, the margin that sweep.py states; else it is better or worse if the 95 % interval "
@@ -120,15 +125,11 @@ def report(folder: Path, base: str | None = None) -> dict:
     worth = multipliers(found, predicted=stated.predicted) if stated.ladder else []
     for one in worth:
         summary[one.arm]["multiplier"] = str(one)
-
+    text = SUMMARY.format(len(records), len(found))
+    text += POOLED.format(pooled) if pooled else ""
+    text += EQUIVALENCE.format(margin=stated.margin) if stated.margin else ""
     parts = [
-        page.paragraph(
-            f"{len(records)} runs in {len(found)} arms. Losses are nats a token on the whole "
-            "validation split, ± half of a 95 % interval (Student's t); differences are paired by "
-            "seed."
-            + (POOLED.format(pooled) if pooled else "")
-            + (EQUIVALENCE.format(margin=stated.margin) if stated.margin else "")
-        ),
+        page.paragraph(text),
         _arms(summary, found, names[base]),
         page.figures(_pictures(folder, found, names[base], apart, worth, stated)),
     ]
@@ -152,8 +153,8 @@ def _compared(above: Difference, margin: float | None) -> dict:
     return found | ({"verdict": above.verdict(margin)} if margin else {})
 
 
-def _loss(row: dict) -> str:
-    return f"{row['loss']:.4f}" + (f" ± {row['margin']:.4f}" if "margin" in row else "")
+def _loss(row: dict) -> Mean:
+    return Mean(row["loss"], row.get("margin", math.nan))
 
 
 def _above(row: dict, sign: str = "") -> str:
@@ -164,7 +165,6 @@ def _above(row: dict, sign: str = "") -> str:
 
 
 def _arms(summary: dict[str, dict], found: dict[str, dict[int, dict]], base: str) -> str:
-    """The table of all arms on the page."""
     rows = []
     for arm, row in summary.items():
         records = list(found[arm].values())
@@ -226,13 +226,11 @@ def _pictures(
 
 
 def _contrast(row: dict) -> list[str]:
-    """The cells of a comparison."""
     p = f"{row['p']:.2g}" if "p" in row else ""
     return [row["arm"], row["base"], _above(row), p, row.get("verdict", "")]
 
 
 def _multipliers(worth: list[Multiplier], found: dict, predicted: dict) -> list[str]:
-    """The part of the page about multipliers in FLOPs and in active parameters."""
     if not worth:
         return [page.paragraph("No MoE has two dense arms with as many tokens and a common seed.")]
     law = ["scaling law"] if predicted else []
@@ -255,7 +253,6 @@ def _multipliers(worth: list[Multiplier], found: dict, predicted: dict) -> list[
 
 
 def _runs(records: list[dict]) -> list[str]:
-    """The part of the page about the runs one by one."""
     cells = "{run}", "{loss:.4f}", "{bits_per_byte:.4f}", "{tokens:,}", "{tokens_per_second:,.0f}"
     rows = [[cell.format(**row) for cell in cells] for row in records]
     revisions = sorted({revision for row in records for revision in row["revisions"]})
@@ -276,25 +273,23 @@ def table(result: dict) -> str:
     """The result of `report` as text."""
     rows = result["arms"]
     columns = {
-        "seeds": lambda row: row["seeds"],
-        "tokens": lambda row: f"{row['tokens']:,}",
-        "loss": _loss,
-        f"above {result['model']}": lambda row: _above(row, "+"),
-        "verdict": lambda row: row.get("verdict", ""),
-        "multiplier": lambda row: row.get("multiplier", ""),
+        "arm": list(rows),
+        "seeds": [row["seeds"] for row in rows.values()],
+        "tokens": [f"{row['tokens']:,}" for row in rows.values()],
+        "loss": list(map(_loss, rows.values())),
+        f"above {result['model']}": [_above(row, "+") for row in rows.values()],
     }
-    if len({row["tokens"] for row in rows.values()}) == 1:
+    if len(set(columns["tokens"])) == 1:
         del columns["tokens"]
     for name in "verdict", "multiplier":
-        if not any(name in row for row in rows.values()):
-            del columns[name]
-    cells = [[arm, *(column(row) for column in columns.values())] for arm, row in rows.items()]
-    tables = [aligned(["arm", *columns], cells)]
+        if any(name in row for row in rows.values()):
+            columns[name] = [row.get(name, "") for row in rows.values()]
+    tables = [aligned(list(columns), zip(*columns.values(), strict=True))]
     if contrasts := [row for row in result.get("contrasts", ()) if "difference" in row]:
         tables.append(aligned(PAIR, list(map(_contrast, contrasts))))
     if "deviation" in result:
-        tables.append(
-            "all arms: a standard deviation of {deviation:.4f} nats, {freedom} degrees of "
-            "freedom".format(**result)
+        told = (
+            "all arms: a standard deviation of {deviation:.4f} nats, {freedom} degrees of freedom"
         )
+        tables.append(told.format(**result))
     return "\n\n".join(tables) + f"\n{result['page']}"

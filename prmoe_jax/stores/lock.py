@@ -101,7 +101,6 @@ def _kernel_lock(folder: Path, option: str) -> BinaryIO:
 
 
 def _process(lock: Path) -> str:
-    """The process whose number is in a lock file."""
     with open(lock, "rb") as file:
         number = file.read(100).decode("ascii", "replace").strip()
     return f"process {number if number.isdecimal() else 'unknown'}"
@@ -199,7 +198,6 @@ def _read(path: Path):
 
 
 def _owner(content: bytes) -> str:
-    """Who wrote a lock object."""
     return content.decode("ascii", "replace").partition("\n")[0][:100]
 
 

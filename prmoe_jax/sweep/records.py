@@ -70,6 +70,7 @@ def record(name: str, config: Config, workdir: Path) -> dict:
     last, a_step = evaluated[-1], config.tokens_per_step
     starts, branch_step = _starts(workdir)
     own = [line for line in trained if line["step"] > branch_step] or trained
+    every = -(-len(trained) // POINTS)
     layers: dict[str, dict] = {}
     for key, value in last.items():
         if key.startswith("eval/layers/"):
@@ -89,9 +90,7 @@ def record(name: str, config: Config, workdir: Path) -> dict:
         "layers": layers,
         "evaluations": [[line["step"] * a_step, line["eval/loss"]] for line in evaluated],
         "evaluated_tokens": [line["eval/tokens"] for line in evaluated],
-        "losses": [
-            [line["tokens"], line["lm_loss"]] for line in trained[:: -(-len(trained) // POINTS)]
-        ],
+        "losses": [[line["tokens"], line["lm_loss"]] for line in trained[::every]],
         "tokens_per_second": statistics.median(line["tokens_per_second"] for line in own),
         "revisions": sorted({start["git_revision"] or "unknown" for start in starts}),
         "versions": starts[-1]["versions"],
@@ -235,9 +234,8 @@ def _starts(workdir: Path) -> tuple[list[dict], int]:
 
 
 def _settings(config: Config) -> dict:
-    """Settings that differ from the defaults, without those that may change on resuming."""
-    settings = _lasting(changed(config))
-    return {n: list(v) if isinstance(v, tuple) else v for n, v in settings.items()}
+    """Settings that differ from the defaults, as JSON has them, but those that may change."""
+    return _lasting(json.loads(json.dumps(changed(config))))
 
 
 def _lasting(settings: dict) -> dict:

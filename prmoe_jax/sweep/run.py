@@ -142,7 +142,6 @@ def _done(work: Work, name: str, progress: SweepProgress) -> str:
 
 
 def _train(name: str, config: Config, workdir: Path, progress: SweepProgress) -> None:
-    """Trains or resumes one run in its own process."""
     workdir.mkdir(parents=True, exist_ok=True)
     settings, told = workdir / "sweep.json", workdir / "log.txt"
     save(config, settings)
