@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from scipy import stats
 
 from prmoe_jax import files
 from prmoe_jax.config.schema import Config, leaves
@@ -31,7 +32,7 @@ def mean(values: list[float]) -> Mean:
     if len(values) < 2:
         return Mean(values[0], math.nan)
     error = statistics.stdev(values) / len(values) ** 0.5
-    return Mean(statistics.fmean(values), _quantile(0.975, len(values) - 1) * error)
+    return Mean(statistics.fmean(values), float(stats.t.ppf(0.975, len(values) - 1)) * error)
 
 
 class Factor(NamedTuple):
@@ -174,13 +175,11 @@ class Difference(NamedTuple):
     @property
     def margin(self) -> float:
         """Half of the 95 % interval (Student's t)."""
-        return _quantile(0.975, self.freedom) * self.error
+        return float(stats.t.ppf(0.975, self.freedom)) * self.error
 
     @property
     def p(self) -> float:
         """The p value of a two-sided t test."""
-        from scipy import stats
-
         if not self.error:
             return 0.0 if self.value else 1.0
         return float(2 * stats.t.sf(abs(self.value) / self.error, self.freedom))
@@ -195,7 +194,7 @@ class Difference(NamedTuple):
         Args:
           margin: smaller differences count as none; in nats, chosen before the runs.
         """
-        if abs(self.value) + _quantile(0.95, self.freedom) * self.error < margin:
+        if abs(self.value) + stats.t.ppf(0.95, self.freedom) * self.error < margin:
             return "equivalent"
         if abs(self.value) <= self.margin:
             return "not resolved"
@@ -220,12 +219,6 @@ def difference(
     if pooled:
         deviation, freedom = pooled.deviation * math.sqrt(2), pooled.freedom
     return Difference(statistics.fmean(pairs), deviation / math.sqrt(len(common)), freedom)
-
-
-def _quantile(probability: float, freedom: int) -> float:
-    from scipy import stats
-
-    return float(stats.t.ppf(probability, freedom))
 
 
 def holm(p_values: list[float]) -> list[float]:
