@@ -126,8 +126,8 @@ def _starts(config: Config, begins: Config) -> list[Path]:
     step, starts = begins.init.step, []
     if not step:
         starts.append(config.init.workdir)
-    if (config.teacher.inherit and not step) or (
-        step < config.kd_steps and not config.teacher.cache
-    ):
+    inherits = config.teacher.inherit and not step
+    learns = step < config.kd_steps and not config.teacher.cache
+    if inherits or learns:
         starts.append(config.teacher.workdir)
     return _places(starts)
