@@ -31,7 +31,7 @@ def replace(path: Path, content: str | bytes) -> None:
             with whole(path) as file:
                 file.write(data)
         else:
-            stores.write(path, data)
+            stores.client(path).write(path, data)
 
 
 @contextlib.contextmanager
@@ -110,14 +110,14 @@ def building_in_store(folder: Path, option: str) -> Iterator[None]:
     must write last the object without which readers refuse the folder.
     """
     store, mark = stores.client(folder), folder / UNFINISHED
-    with locked(folder, option) as lock:
+    with locked(folder, option) as check_lock:
         check_free_in_store(folder, option)
         for path in store.find(folder):
             if path not in (mark, folder / LOCK):
                 path.unlink()
         store.write(mark, b"another command may remove this folder's objects\n")
         yield
-        lock.check()
+        check_lock()
         mark.unlink()
 
 

@@ -62,7 +62,7 @@ def tokenize(config: Config, out: str | os.PathLike, flags: Sequence[str] = ()) 
         given.fingerprint if given else ["bpe", config.model.vocab_size],
     )
     work = Work(str(folder), config.data, len(chunks))
-    with locked(folder, "--out") as lock:
+    with locked(folder, "--out") as check_lock:
         index = folder / shards.INDEX
         if index.exists():
             if shards.Index.open(folder).inputs != inputs:
@@ -82,7 +82,7 @@ def tokenize(config: Config, out: str | os.PathLike, flags: Sequence[str] = ()) 
             selection = split.select(work, chunks, run)
             known = given or _trained(work, chunks, selection, config)
             content = tokens.write_shards(work, chunks, selection, known, inputs, run)
-            lock.check()
+            check_lock()
             work.save(index, content)
         if work.done(_PLAN) is not None:  # else `staging` is the user's own folder
             work.staging.rmtree()

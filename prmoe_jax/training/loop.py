@@ -181,7 +181,7 @@ def _shared_folder(workdir: Path, config: Config) -> Iterator[Callable[[], None]
             files.remove_unfinished(workdir)
         processes.barrier()  # after it, the run's folder exists
         processes.check_folders(workdir, cache.root(config.data))
-        yield lock and lock.check
+        yield lock
 
 
 def _load_data(config: Config, tokenizer: Path | None) -> Data:
