@@ -34,9 +34,7 @@ class KVCache(NamedTuple):
         shapes = (batch, heads, width, room), (batch, heads, room, width)
         return cls(*(jnp.zeros(shape, dtype) for shape in shapes))
 
-    def extended(
-        self, k_BxQxHxK: jax.Array, v_BxQxHxK: jax.Array, position_BxQ: jax.Array
-    ) -> "KVCache":
+    def extended(self, k_BxQxHxK, v_BxQxHxK, position_BxQ: jax.Array) -> "KVCache":
         """The cache with more tokens at their positions; tokens past its end are dropped."""
         row_Bx1 = jnp.arange(len(position_BxQ))[:, None]
         if platform() != "tpu":
@@ -161,9 +159,9 @@ class Attention(nnx.Module):
           cache: in decoding, the KV cache of earlier tokens.
           position_BxL: the tokens' positions in their document, ascending; with a cache, they are
             also the tokens' indices in it.
-          execution: names the attention kernel.
         """
         q, k, v = self._project(x_BxLxD, decoding=cache is not None)
+        window = self.config.sliding_window
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if clip := self.config.clip_qkv:
@@ -174,12 +172,12 @@ class Attention(nnx.Module):
         if cache is not None:
             # Without the barrier, XLA also writes the new keys into a copy of the cache.
             cache = jax.lax.optimization_barrier(cache.extended(k, v, position_BxL))
-            y = attend_to_cache(q, cache, position_BxL, self.config.sliding_window)
+            y = attend_to_cache(q, cache, position_BxL, window)
         else:
             implementation = resolve_attention(execution.attention, self.config, platform())
             # Between products, activations may have more bits than weights (`nn/precision.py`).
             q, k, v = (to_dtype(x, self.w_out[...].dtype) for x in (q, k, v))
-            y = attend(q, k, v, segments_BxL, implementation, self.config.sliding_window)
+            y = attend(q, k, v, segments_BxL, implementation, window)
             y = y.astype(x_BxLxD.dtype)
         return add_bias(matmul(y, self.w_out[...], axes=2), self.b_out), cache
 

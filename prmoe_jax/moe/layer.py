@@ -17,6 +17,7 @@ from prmoe_jax.moe.routing import RouterMetrics, Routing, route
 from prmoe_jax.nn import remat
 from prmoe_jax.nn.mlp import MLP, MLPShape, broadcast
 from prmoe_jax.nn.precision import Precision
+from prmoe_jax.nn.quantized import narrowed
 from prmoe_jax.parallel import sharding
 from prmoe_jax.parallel.axes import batch_axes, expert_axes, platform, splits_experts
 
@@ -155,7 +156,7 @@ class MoE(nnx.Module):
             training = keys_B is not None
             factors = Precision.of(self.dtype, execution, platform(), training).factors
             own = sharding.all_gather_experts(parts["experts"], places["experts"], factors)
-            own = jax.tree.map(lambda w: w.astype(factors), own)
+            own = narrowed(own, factors)
             experts: Local | ExpertParallel = Local(own)
             if splits_experts(mesh):
                 experts = ExpertParallel(

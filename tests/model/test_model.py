@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -247,7 +249,7 @@ def test_a_step_in_bfloat16_on_a_cpu_multiplies_only_bfloat16():
     execution = ExecutionConfig(cpu_products="bfloat16")
     step = jax.jit(jax.grad(lambda model: forward(model, batch, keys_B, None, execution).loss))
     products = re.findall(
-        r"dot_general.*: \(tensor<([x\d]+)x(\w+)>, tensor<([x\d]+)x(\w+)>\) -> tensor<[x\d]+x(\w+)>",
+        r"dot_general.*: \(tensor<([x\d]+)x(\w+)>, tensor<([x\d]+)x(\w+)>\) -> tensor<.*x(\w+)>",
         step.lower(model).as_text(),
     )
     assert len(products) > 20

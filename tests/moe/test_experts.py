@@ -93,7 +93,8 @@ def test_bfloat16_weights_of_float32_rows(kernel, gated):
         assert {dw.dtype for dw in jax.tree.leaves(dweights)} == {jnp.dtype(dtype)}
         return y_RxD, dx_RxD, dweights
 
-    for ours, exact in zip(*(jax.tree.leaves(results(t)) for t in ("bfloat16", "float32"))):
+    both = (jax.tree.leaves(results(dtype)) for dtype in ("bfloat16", "float32"))
+    for ours, exact in zip(*both, strict=True):
         error = np.linalg.norm(ours.astype(jnp.float32) - exact) / np.linalg.norm(exact)
         assert 0 < error < 0.02
 
