@@ -15,7 +15,6 @@ from prmoe_jax import files
 from prmoe_jax.data import cache
 from prmoe_jax.data.arrays import read_header
 from prmoe_jax.data.sources import reading
-from prmoe_jax.data.tokenizer import Tokenizer
 from prmoe_jax.errors import UserError, refusing
 
 INDEX, TOKENIZER = "index.json", "tokenizer.json"
@@ -121,13 +120,19 @@ class Index:
 
 def _check_splits(splits: dict, path: str) -> None:
     """Checks the splits and shards of an index, since a stranger may have written it."""
+
+    def check(part: Any, kinds: dict[str, type], where: str) -> None:
+        files.require(part, kinds, where, _FIX)
+        if unknown := part.keys() - kinds.keys():
+            raise UserError(f"{where} is damaged: {min(unknown)!r:.60} is unknown; {_FIX}")
+
     counts, names = dict.fromkeys(COUNTS, int), set()
     kinds = {"name": str, **counts} | dict.fromkeys(_DIGESTS, str)
-    files.require(splits, dict.fromkeys(SPLITS, dict), path, _FIX)
+    check(splits, dict.fromkeys(SPLITS, dict), path)
     for split, where in ((splits[name], f"{path}: {name}") for name in SPLITS):
-        files.require(split, counts | {"shards": list}, where, _FIX)
+        check(split, counts | {"shards": list}, where)
         for entry in split["shards"]:
-            files.require(entry, kinds, where, _FIX)
+            check(entry, kinds, where)
             name = entry["name"]
             least = {"documents": 1, "tokens": 1, "bytes": 0}
             good = {count: least[count] <= entry[count] <= _MOST for count in COUNTS}
@@ -160,8 +165,8 @@ def check_whole(paths: Iterable[Path]) -> None:
             )
 
 
-def index_content(tokenizer: Tokenizer, splits: dict[str, dict], inputs: str) -> dict:
-    """The content of an `index.json`.
+def index_content(tokenizer: str, vocabulary: int, splits: dict[str, dict], inputs: str) -> dict:
+    """The content of an `index.json`, for a tokenizer's fingerprint and its size.
 
     `inputs` identifies the text and the settings. A split has the numbers of its documents, tokens
     and bytes of text, and a list of shards in order. Each shard has a name, these three numbers,
@@ -169,9 +174,9 @@ def index_content(tokenizer: Tokenizer, splits: dict[str, dict], inputs: str) ->
     """
     content = {
         "format": _FORMAT,
-        "tokenizer": tokenizer.fingerprint,
-        "vocabulary": tokenizer.size,
-        "dtype": smallest_dtype(tokenizer.size).str,
+        "tokenizer": tokenizer,
+        "vocabulary": vocabulary,
+        "dtype": smallest_dtype(vocabulary).str,
         "inputs": inputs,
         "splits": splits,
     }

@@ -70,7 +70,7 @@ def write_shards(
         entries = [result[name] for result in results if name in result]
         splits[name] = {count: sum(entry[count] for entry in entries) for count in shards.COUNTS}
         splits[name]["shards"] = entries
-    content = shards.index_content(tokenizer, splits, inputs)
+    content = shards.index_content(tokenizer.fingerprint, tokenizer.size, splits, inputs)
     return json.dumps(content, indent=1).encode() + b"\n"
 
 

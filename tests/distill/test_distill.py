@@ -562,7 +562,7 @@ def test_a_damaged_cache(text, recorded_teacher, tmp_path, capsys):
     assert "can't be read (" in capsys.readouterr().err.splitlines()[-1]
     (folder / "meta.json").write_text("{}")
     assert main(command) == 2
-    assert "can't be read ('windows')" in capsys.readouterr().err.splitlines()[-1]
+    assert "can't be read (KeyError: 'windows')" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_cache_is_written_once(text, teacher, recorded_teacher, capsys):

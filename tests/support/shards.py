@@ -46,7 +46,7 @@ def write_ours(folder, train, validation=("held out",), per_shard=2):
             count: sum(entry[count] for entry in entries)
             for count in ("documents", "tokens", "bytes")
         } | {"shards": entries}
-    content = shards.index_content(tokenizer, splits, "")
+    content = shards.index_content(tokenizer.fingerprint, tokenizer.size, splits, "")
     (folder / "index.json").write_text(json.dumps(content))
 
 
