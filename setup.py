@@ -28,7 +28,6 @@ setup(
         "Typing :: Typed",
     ],
     install_requires=[
-        "absl-py",
         "etils[epath]",
         "flax>=0.12.8",
         "grain>=0.2.18",

@@ -10,7 +10,7 @@ import re
 import sys
 from pathlib import Path
 
-from prmoe_jax.config.schema import Config, Setting, conditions, declarations, leaves
+from prmoe_jax.config.schema import ONLY, Config, Setting, declarations, leaves
 from prmoe_jax.nn.parameters import PARAMETERS
 
 PAGE = Path(__file__).with_name("configuration.md")
@@ -27,8 +27,8 @@ def table() -> str:
     parts = [_section("The run", "Settings outside all groups.", sections.pop(""))]
     for name, rows in sections.items():
         intro = groups[name].__doc__
-        if only := conditions()[name]:
-            intro += f" These settings have an effect only with {' and '.join(only)}."
+        if only := ONLY.get(name):
+            intro += f" These settings have an effect only with {only}."
         parts.append(_section(f"`{name}`", intro, rows))
     return "\n\n".join([*parts, _parameters()])
 

@@ -14,10 +14,8 @@ def keep_freed_memory() -> None:
     XLA's CPU runtime allocates the buffers anew at every step. By default glibc takes large ones
     from the kernel and gives them back, so that the kernel zeroes their pages at every step; with
     many experts this takes longer than the arithmetic. All threads share one arena, since the
-    others cannot grow past 64 MB. Call this function before JAX starts its threads. The process
-    never gives memory back, so use it only where the same steps run over and over. Commands
-    that repeat a step, such as `prmoe train` and `eval`, call it; a notebook can call it first.
-    Without glibc it does nothing.
+    others cannot grow past 64 MB. Call this before JAX starts its threads, and only where the same
+    steps run over and over, since the process never gives memory back. It needs glibc.
     """
     if platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt

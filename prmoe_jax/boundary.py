@@ -44,17 +44,10 @@ def prepare() -> None:
 
 
 def guard(task: Callable[[], None], folder: Callable[[], Path | None]) -> int:
-    """Runs a command to its end.
+    """Runs a command to its end; returns the exit code.
 
     Every failure ends in one line on standard error. An unforeseen one also leaves its traceback
-    in a file, or prints it if PRMOE_TRACEBACK=1.
-
-    Args:
-      task: the command.
-      folder: returns the run's folder, in which the traceback of an unforeseen error is kept.
-
-    Returns:
-      The exit code.
+    in a file in the run's `folder()`, or prints it if PRMOE_TRACEBACK=1.
     """
     try:
         try:
@@ -74,10 +67,10 @@ def guard(task: Callable[[], None], folder: Callable[[], Path | None]) -> int:
         say(failure.line)
         for tell in on_failure:
             tell(failure)
-        with contextlib.suppress(OSError, ValueError):
+        try:
             sys.stdout.flush()
-            return failure.exit_code
-        _silence(sys.stdout)
+        except (OSError, ValueError):
+            _silence(sys.stdout)
         return failure.exit_code
 
 
@@ -95,16 +88,14 @@ def leave(code: int) -> NoReturn:
 def _with_traceback(failure: Failure, error: BaseException, folder: Path | None) -> Failure:
     """Prints an error's traceback or writes it to a file; the failure's line then says where."""
     text = "".join(traceback.format_exception(error))
-    if os.environ.get("PRMOE_TRACEBACK") == "1":
+    kept = None if os.environ.get("PRMOE_TRACEBACK") == "1" else _kept(text, folder)
+    if not kept:
         write(text)
-        where = "the lines above"
-    else:
-        where = _kept(text, folder)
-    line = f"{failure.line}; the traceback is in {where}, please report it"
-    return failure._replace(line=line)
+    where = kept or "the lines above"
+    return failure._replace(line=f"{failure.line}; the traceback is in {where}, please report it")
 
 
-def _kept(text: str, folder: Path | None) -> str:
+def _kept(text: str, folder: Path | None) -> Path | None:
     """Writes a traceback into the run's folder, or the temporary folder; returns its path."""
     head = f"prmoe_jax {prmoe_jax.__version__}, Python {platform.python_version()}\n{sys.argv}\n\n"
     name = f"error-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
@@ -112,9 +103,8 @@ def _kept(text: str, folder: Path | None) -> str:
         with contextlib.suppress(OSError, UserError):
             if (place := find()) and place.is_dir():
                 files.replace(place / name, (head + text).encode("utf-8", "backslashreplace"))
-                return str(place / name)
-    write(text)  # neither folder could be written
-    return "the lines above"
+                return place / name
+    return None
 
 
 def _thread_failed(failed: threading.ExceptHookArgs) -> None:

@@ -14,7 +14,7 @@ LONGEST = 1000  # characters in a line for the user
 class UserError(Exception):
     """Input that cannot be used as given; the message names it, the numbers and the fix.
 
-    The command line prints it on one line and exits with code 2.
+    The command line prints it on one line and exits with `exit_code`.
     """
 
     exit_code = 2
@@ -24,18 +24,13 @@ class TrainingStopped(UserError):
     """A run that cannot go on, although the command was right.
 
     Its loss or gradient is not finite, or a checkpoint of a run of several processes is damaged.
-    The command line prints the message on one line and exits with code 1. A full disk is another
-    error, with code 2.
     """
 
     exit_code = 1
 
 
 class CheckFailed(UserError):
-    """Something is wrong with the machine, although the command was right.
-
-    The command line prints the message on one line and exits with code 1.
-    """
+    """Something is wrong with the machine, although the command was right."""
 
     exit_code = 1
 
@@ -44,12 +39,11 @@ class Failure(NamedTuple):
     """How a command ends."""
 
     line: str  # for the user
-    exit_code: int
-    foreseen: bool  # False for a defect, whose traceback is worth keeping
+    exit_code: int = 2
+    foreseen: bool = True  # False for a defect, whose traceback is worth keeping
 
 
-# Functions to call with a failure after it was printed, before the process ends. They tell other
-# processes.
+# Called with a failure after it was printed, before the process ends, to tell other processes.
 on_failure: list[Callable[[Failure], None]] = []
 
 
@@ -67,9 +61,6 @@ def refusing(
       what: what could not be done, such as 'x.json cannot be read'; the reason follows it.
       kinds: the exceptions; by default all, since readers of damaged files raise anything.
       fix: ends the line.
-
-    Raises:
-      UserError: the block raised such an exception.
     """
     try:
         yield
@@ -126,7 +117,7 @@ def end(line: str) -> NoReturn:
     """Ends this process at once, from any thread, with one line and exit code 1."""
     say(line)
     for tell in on_failure:
-        tell(Failure(line, 1, True))
+        tell(Failure(line, 1))
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
     os._exit(1)
@@ -135,31 +126,26 @@ def end(line: str) -> NoReturn:
 def describe(error: BaseException) -> Failure:
     """Turns any exception into one line for the user and an exit code."""
     if isinstance(error, UserError):
-        return Failure(_one_line(error), error.exit_code, True)
+        return Failure(_one_line(error), error.exit_code)
     if isinstance(error, KeyboardInterrupt):
-        return Failure("interrupted", 130, True)
+        return Failure("interrupted", 130)
     if is_out_of_memory(error):
         return Failure(
             f"out of memory ({first_line(error)}); lower train.batch_size, raise train.accumulate, "
             "set execution.remat=dots or full, or split the model over more devices by mesh.fsdp, "
-            "mesh.expert or mesh.tensor",
-            2,
-            True,
+            "mesh.expert or mesh.tensor"
         )
     if isinstance(error, OSError) and error.errno in _NO_ROOM:
         name = error.filename or "a file or standard output"
-        return Failure(_one_line(f"{name} cannot be written: {error.strerror}"), 2, True)
+        return Failure(_one_line(f"{name} cannot be written: {error.strerror}"))
     if isinstance(error, OSError) and error.filename:
-        return Failure(_one_line(f"{error.filename}: {error.strerror or error}"), 2, True)
+        return Failure(_one_line(f"{error.filename}: {error.strerror or error}"))
     if reason := _no_device(error):
         return Failure(
             f"JAX finds no device to run on ({reason}); set JAX_PLATFORMS to one that is there, or "
-            "unset it",
-            2,
-            True,
+            "unset it"
         )
-    kind = type(error).__name__
-    return Failure(f"internal error: {kind}: {first_line(error)}", 1, False)
+    return Failure(f"internal error: {type(error).__name__}: {first_line(error)}", 1, False)
 
 
 # No space, no quota, a read-only disk or a file too large; such errors can lack a file's name.

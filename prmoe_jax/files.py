@@ -31,7 +31,7 @@ def replace(path: Path, content: str | bytes) -> None:
             with whole(path) as file:
                 file.write(data)
         else:
-            stores.write(path, data)
+            stores.client(path).write(path, data)
 
 
 @contextlib.contextmanager
@@ -39,14 +39,8 @@ def whole(path: Path, scratch: Path | None = None) -> Iterator[BinaryIO]:
     """A new file on a disk, which replaces `path` when the block has ended.
 
     A crash, `kill -9` or a full disk at any moment leaves the old content or the new one. Until the
-    end the file has a random hidden name, so that no link with this name can be there.
-
-    Args:
-      path: the file; a link is replaced.
-      scratch: the folder of the unfinished file, on the same disk; by default that of `path`.
-
-    Raises:
-      OSError: the file cannot be written; its old content is still there.
+    end the file has a random hidden name in `scratch`, a folder on the same disk, by default that
+    of `path`. A link is replaced.
     """
     temporary = (scratch or path.parent) / f".{secrets.token_hex(8)}{_TEMPORARY}"
     try:
@@ -73,11 +67,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     """A new folder on a disk, which is renamed to `folder` when the block has ended.
 
     Until then it lies beside `folder` under a hidden name. Files that a killed process left in it
-    are removed first. If `folder` exists and is empty, it is replaced.
-
-    Raises:
-      UserError: another process is building the same folder, or a link has the hidden name.
-      OSError: the folder cannot be written, or `folder` exists and is not empty.
+    are removed first. If `folder` exists and is empty, it is replaced; else an OSError is raised.
     """
     folder = Path(os.path.realpath(folder))
     temporary = folder.with_name(f".{folder.name}{_TEMPORARY}")
@@ -100,10 +90,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
                     left.unlink()
             yield temporary
             for path in [*temporary.rglob("*"), temporary]:
-                if path.is_dir():
-                    _sync_folder(path)
-                else:
-                    sync(path)
+                (_sync_folder if path.is_dir() else sync)(path)
             temporary.rename(folder)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -121,20 +108,16 @@ def building_in_store(folder: Path, option: str) -> Iterator[None]:
     It holds the folder's lock, and keeps an object `UNFINISHED` there until the block has
     succeeded. If a command was killed or failed, the next one removes its objects first. The block
     must write last the object without which readers refuse the folder.
-
-    Raises:
-      UserError: the folder holds something else, or another process is building it.
-      OSError: the store fails.
     """
     store, mark = stores.client(folder), folder / UNFINISHED
-    with locked(folder, option) as lock:
+    with locked(folder, option) as check_lock:
         check_free_in_store(folder, option)
         for path in store.find(folder):
             if path not in (mark, folder / LOCK):
                 path.unlink()
         store.write(mark, b"another command may remove this folder's objects\n")
         yield
-        lock.check()
+        check_lock()
         mark.unlink()
 
 
@@ -153,10 +136,6 @@ def build_in_store(
       build: writes the content into a local folder.
       last: the file without which the folder counts as incomplete; it is copied last.
       scratch: the parent of the temporary local folder; the system's by default.
-
-    Raises:
-      UserError: the folder holds something else, or another process is building it.
-      OSError: a file cannot be written, or the store fails.
     """
     with (
         building_in_store(folder, option),
@@ -191,9 +170,7 @@ def is_plain(name: Any) -> bool:
 def regular(path: Path, hint: str = "") -> Path:
     """Returns the path of a regular file, and refuses others: reading a pipe may never end.
 
-    Args:
-      path: the file.
-      hint: text to add to the message if the file is missing.
+    `hint` is added to the message if the file is missing.
     """
     with refusing(f"{path} cannot be read", OSError):
         if path.is_file():
@@ -203,12 +180,7 @@ def regular(path: Path, hint: str = "") -> Path:
 
 
 def read(path: Path) -> bytes:
-    """The content of an untrusted file.
-
-    Raises:
-      UserError: it is a pipe, a socket or a device.
-      OSError: it cannot be read.
-    """
+    """The content of an untrusted file, which may be a pipe."""
     refuse_pipe(path)
     return path.read_bytes()
 
@@ -220,13 +192,7 @@ def refuse_pipe(path: Path) -> None:
 
 
 def read_json(path: Path, kind: type = dict, fix: str = "restore a copy of it") -> Any:
-    """Reads the value that a JSON file holds.
-
-    Args:
-      path: the file.
-      kind: the type that the value must have.
-      fix: advice about a damaged file, for the message.
-    """
+    """Reads the value that a JSON file holds, of the type `kind`; `fix` is advice about damage."""
     with (
         refusing(f"{path} cannot be read", OSError),
         refusing(f"{path} is damaged", ValueError, fix=fix),
@@ -244,11 +210,7 @@ def read_json_lines(
     """Reads a file with one JSON object on each line; a missing file has no objects.
 
     A last line without a newline is left out, with a warning, unless it is a complete object.
-
-    Args:
-      path: the file.
-      kinds: names that every object must have, with the allowed types of their values.
-      fix: advice about a damaged line, for the message.
+    `kinds` and `fix` are as in `require`.
     """
     with refusing(f"{path} cannot be read", OSError):
         if not path.exists():
@@ -269,10 +231,10 @@ def read_json_lines(
 
 
 def require(row: Any, kinds: Mapping[str, type | tuple[type, ...]], where: str, fix: str) -> None:
-    """Checks the fields of an object that was read from a file.
+    """Checks that a value that was read from a file is a dict with certain fields.
 
     Args:
-      row: the value, which must be a dict.
+      row: the value.
       kinds: names that it must have, with the allowed types of their values.
       where: the file and the line or object in it, for the message.
       fix: advice for the user, for the message.

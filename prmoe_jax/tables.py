@@ -8,13 +8,7 @@ from collections.abc import Iterable, Sequence
 def aligned(
     head: Sequence[str], rows: Iterable[Sequence[object]], texts: Sequence[int] = (0,)
 ) -> str:
-    """A text table, as wide as its cells need.
-
-    Args:
-      head: a name for each column.
-      rows: the cells of each row.
-      texts: the columns that are aligned to the left; the others hold numbers.
-    """
+    """A text table, as wide as its cells need; columns not in `texts` are aligned to the right."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -35,11 +29,7 @@ def blocks(
 ) -> str:
     """Text tables, one for each group of consecutive rows with the same title.
 
-    Args:
-      rows: the values of each row by name.
-      title: a format string of a row's values, such as 'batch {batch}'.
-      columns: a format string for each column's head.
-      texts: as in `aligned`.
+    `title` and the values of `columns` by the columns' heads are format strings of a row's values.
     """
     parts = []
     for name, some in itertools.groupby(rows, lambda row: title.format(**row)):

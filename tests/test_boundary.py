@@ -87,7 +87,7 @@ def test_a_broken_pipe_is_no_error_only_where_nobody_reads_the_output(tmp_path, 
 
 def test_the_traceback_is_in_the_runs_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PRMOE_TRACEBACK", "0")
-    monkeypatch.setattr("prmoe_jax.cli.eval.check_run", lambda workdir: 1 / 0)
+    monkeypatch.setattr("prmoe_jax.cli.check_run", lambda workdir: 1 / 0)
     assert main(["eval", f"--workdir={tmp_path}"]) == 1
     (file,) = tmp_path.iterdir()
     assert str(file) in capsys.readouterr().err and "ZeroDivisionError" in file.read_text()
@@ -101,7 +101,7 @@ def test_without_any_temporary_folder(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setenv("PRMOE_TRACEBACK", "0")
     monkeypatch.setattr(tempfile, "gettempdir", nowhere)
-    monkeypatch.setattr("prmoe_jax.cli.eval.check_run", lambda workdir: 1 / 0)
+    monkeypatch.setattr("prmoe_jax.cli.check_run", lambda workdir: 1 / 0)
     assert main(["eval", f"--workdir={tmp_path}"]) == 1
     (file,) = tmp_path.iterdir()
     assert f"the traceback is in {file}, please report it" in capsys.readouterr().err

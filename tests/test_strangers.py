@@ -343,9 +343,11 @@ def data_record(run, step):
         (at("iterator", value=GONE), "its data record has no iterator"),
         (at("fingerprint", value=GONE), "its data record has no fingerprint"),
         (at("iterator", "next_index", value=7), "its position in the data is {'next_index': 7}"),
-        (at("checksums", value=[]), "checksums of its data record is []"),
-        (at("fingerprint", value=None), "fingerprint of its data record is None"),
-        (at("checksums", "model", value=3), "model: its checksums are 3"),
+        (at("checksums", value=[]), "its data record is not as it was written"),
+        (
+            at("checksums", "model", value=3),
+            "the numbers of its model are not those that were",
+        ),
     ],
 )
 def test_a_damaged_data_record_is_set_aside(change, message, signed, run, capsys):
@@ -377,18 +379,6 @@ def test_an_old_record_without_a_digest_must_be_of_its_step(run, capsys):
     capsys.readouterr()
     line = refused(["eval", "--workdir=run"], capsys)
     assert "its position in the data is {'next_index': 2}, not {'next_index': 8}" in line
-
-
-def test_a_checkpoint_behind_the_runs_end_is_refused(run, capsys):
-    """It is of another run, whatever its record says."""
-    config = json.loads((run / "config.json").read_text())
-    config["train"]["steps"] = 1
-    (run / "config.json").write_text(json.dumps(config))
-    shorter = [*RUN, "--config.train.steps=1"]
-    for command in (["eval", "--workdir=run"], shorter):
-        assert "the run has 1 steps, and its newest checkpoint is of step 2" in refused(
-            command, capsys
-        )
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ Weights are random, which doesn't change the time.
 
 import contextlib
 import dataclasses
-import importlib.util
 import itertools
 import logging
 import math
@@ -18,17 +17,15 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from prmoe_jax.bench import memory
-from prmoe_jax.bench.timing import interleaved
-from prmoe_jax.bench.worker import cores, worker
+from prmoe_jax.bench.timing import check_memory, interleaved
+from prmoe_jax.bench.worker import can_run, cores, has_form, worker
 from prmoe_jax.config.schema import Config, MeshConfig, ModelConfig, MoeConfig
 from prmoe_jax.config.validation import check_runs_without_limit
 from prmoe_jax.errors import UserError
 from prmoe_jax.inference.decoder import Decoder, decoder
 from prmoe_jax.inference.generate import STEPS, Sampling, decode, room, start
 from prmoe_jax.inference.restore import for_inference
-from prmoe_jax.interop.gpt2 import gpt2_sizes
-from prmoe_jax.interop.settings import check_gpt2_form
+from prmoe_jax.interop.hugging_face import their_settings
 from prmoe_jax.model.sizes import cost
 from prmoe_jax.model.transformer import init_model
 from prmoe_jax.parallel.mesh import make_mesh, with_mesh
@@ -76,7 +73,7 @@ def bench_decode(
       UserError: the context is too short, a mesh doesn't fit the devices, a batch doesn't fit the
         memory, a count is below 1, or the model can't decode (`check_runs_without_limit`).
     """
-    if repeats < 1 or min(batches) < 1:
+    if min(repeats, *batches) < 1:
         raise UserError("--repeats and --batch must be 1 or more")
     check_runs_without_limit(config)
     length = config.model.length
@@ -85,10 +82,10 @@ def bench_decode(
             f"model.length={length} has no room for {STEPS} tokens after a prompt; use "
             f"{STEPS + 1} or more"
         )
-    if prompt < 1 or prompt + STEPS > length:
+    if not 1 <= prompt <= length - STEPS:
         raise UserError(
-            f"--prompt={prompt} and {STEPS} tokens more must fit model.length="
-            f"{length}; use --prompt={length - STEPS} or less"
+            f"--prompt={prompt} and {STEPS} tokens more must fit model.length={length}; use "
+            f"--prompt={length - STEPS} or less"
         )
     base = dense(config)
     sliced = max((layout.tensor for layout in layouts.values() if layout), default=1)
@@ -97,22 +94,19 @@ def bench_decode(
         models = {str(config.model.schedule): config} | models
     # Check every mesh first: to make a model may take long.
     placed = {
-        (name, mesh): _placed(model, layout)
-        for name, model in models.items()
-        for mesh, layout in layouts.items()
+        (name, mesh): _placed(models[name], layouts[mesh])
+        for name, mesh in itertools.product(models, layouts)
     }
     _check_memory(config, list(models.values()), max(batches), prompt)
     rows = []
     with contextlib.ExitStack() as stack:
         ours = {
             (name, kind, mesh): _ours(*placed[name, mesh], kind)
-            for name in models
-            for kind in weights
-            for mesh in layouts
+            for name, kind, mesh in itertools.product(models, weights, layouts)
         }
         theirs = {
             ("transformers' GPT-2 as the base", dtype, "one device"): stack.enter_context(
-                worker("transformers_worker", shape=shape, dtype=dtype, threads=cores())
+                worker("gpt2_decoding", shape=shape, dtype=dtype, threads=cores())
             )
             for shape in _transformers_shapes(base.model)
             for dtype in ("float32", "bfloat16")
@@ -120,11 +114,10 @@ def bench_decode(
         for batch in batches:
             log.info("batch %d", batch)
             turns = {name: _turn(*held, batch, prompt) for name, held in ours.items()}
-            for name, gpt2 in theirs.items():
-                turns[name] = partial(gpt2.seconds, batch, prompt, STEPS)
-            for (name, kind, mesh), values in interleaved(turns, repeats).items():
+            turns |= {name: partial(gpt2, batch, prompt, STEPS) for name, gpt2 in theirs.items()}
+            for (name, kind, mesh), seconds in interleaved(turns, repeats).items():
                 size = cost(models.get(name, base).model)
-                ms = sorted(value / STEPS * 1e3 for value in values)
+                ms = [value / STEPS * 1e3 for value in seconds]
                 rows.append(
                     {
                         "model": name,
@@ -136,8 +129,8 @@ def bench_decode(
                         "params": size.total_params,
                         "active_params": size.active_params,
                         "ms_per_token": statistics.median(ms),
-                        "min_ms": ms[0],
-                        "max_ms": ms[-1],
+                        "min_ms": min(ms),
+                        "max_ms": max(ms),
                         "tokens_per_s": batch / statistics.median(ms) * 1e3,
                     }
                 )
@@ -146,15 +139,9 @@ def bench_decode(
 
 def _transformers_shapes(model: ModelConfig) -> list[dict]:
     """Settings that give transformers' GPT-2 the model's shape; none if it can't run here."""
-    try:
-        check_gpt2_form(model, "transformers' GPT-2 to compare with")
-    except UserError as error:
-        log.info("%s; it is left out", error)
+    if not has_form(model, "transformers' GPT-2") or not can_run("transformers", "torch"):
         return []
-    installed = all(map(importlib.util.find_spec, ("transformers", "torch")))
-    if not installed or jax.default_backend() != "cpu":
-        return []
-    return [gpt2_sizes(model) | {"bos_token_id": 0, "eos_token_id": 0}]
+    return [their_settings(model, "gpt2") | {"bos_token_id": 0, "eos_token_id": 0}]
 
 
 def dense(config: Config) -> Config:
@@ -203,10 +190,10 @@ def _ours(config: Config, mesh: Mesh, kind: str) -> tuple[Decoder, Mesh]:
 def _check_memory(config: Config, models: list[Config], batch: int, prompt: int) -> None:
     """On CPUs, refuses models or a KV cache that exceed the memory in float32."""
     if jax.default_backend() == "cpu":
-        memory.check("--config", 4 * max(cost(one.model).total_params for one in models))
+        check_memory("--config", 4 * max(cost(one.model).total_params for one in models))
         model = config.model
         a_token = 2 * 4 * model.layers * model.key_heads * model.head_width
-        memory.check(f"--batch={batch}", batch * room(prompt, STEPS) * a_token)
+        check_memory(f"--batch={batch}", batch * room(prompt, STEPS) * a_token)
 
 
 def _turn(decoder: Decoder, mesh: Mesh, batch: int, prompt: int) -> Callable[[], float]:
@@ -228,9 +215,11 @@ def _turn(decoder: Decoder, mesh: Mesh, batch: int, prompt: int) -> Callable[[],
 
 def table(rows: list[dict]) -> str:
     """The rows as text, with one block for each batch size."""
-    millions = {"params_m": "params", "active_m": "active_params"}
     return blocks(
-        [row | {name: row[whole] / 1e6 for name, whole in millions.items()} for row in rows],
+        [
+            row | {"params_m": row["params"] / 1e6, "active_m": row["active_params"] / 1e6}
+            for row in rows
+        ],
         "batch {batch}",
         {
             "model": "{model}",

@@ -11,9 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from prmoe_jax.bench.moe import Size, check_size, flag
+from prmoe_jax.bench.moe import Size
 from prmoe_jax.config.loading import resolve
-from prmoe_jax.config.schema import Config
 from prmoe_jax.errors import UserError
 from prmoe_jax.model.transformer import cast
 from prmoe_jax.moe.layer import MoE
@@ -21,7 +20,7 @@ from prmoe_jax.nn.mlp import MLP, MLPShape
 from prmoe_jax.parallel import sharding
 from prmoe_jax.parallel.axes import batch_axes
 from prmoe_jax.parallel.mesh import make_mesh
-from prmoe_jax.plan.chips import chip_of, several, topology_devices
+from prmoe_jax.plan.chips import chip_of, split, topology_devices
 from prmoe_jax.plan.program import Operation, operations
 from prmoe_jax.tables import blocks
 
@@ -41,21 +40,20 @@ def model_moe(sizes: list[Size], dtype: str, topology: str) -> list[dict]:
     """
     if not chip_of(topology).hertz:
         raise UserError(f"--topology={topology}: the compiler estimates cycles for TPUs only")
-    if several(topology.partition(":")[0])[0] > 1:
+    if split(topology)[0] > 1:
         raise UserError(f"--topology={topology}: a layer's exchange stays in a slice; name one")
     chip, devices = topology_devices(topology)
     for size in sizes:
         # The weights of a chip's experts, and its tokens, in two bytes per number.
         experts = size.E // math.gcd(len(devices), size.E)
         numbers = 2 * size.M * size.F * experts + size.S * size.M
-        check_size(size, 2 * numbers, chip.hbm_bytes)
+        size.check(2 * numbers, chip.hbm_bytes)
     rows = []
     for size in sizes:
         dense = None
         for backend in ("dense", "gather", "einsum"):
             program = _compile(size, dtype, backend, devices)
             cycles = sum((operation.cycles or 0) * operation.runs for operation in program)
-            uncosted = Counter(o.opcode for o in program if o.cycles is None)
             dense = dense or cycles
             rows.append(
                 {
@@ -68,36 +66,23 @@ def model_moe(sizes: list[Size], dtype: str, topology: str) -> list[dict]:
                     "cycles": cycles,
                     "modelled_s": cycles / chip.hertz,
                     "ratio_to_dense": cycles / dense,
-                    "without_estimate": dict(uncosted),
+                    "without_estimate": Counter(o.opcode for o in program if o.cycles is None),
                 }
             )
     return rows
 
 
-def _config(size: Size, dtype: str, backend: str, devices: int) -> Config:
-    model = {
-        "layers": 1,
-        "d_model": size.M,
-        "d_ff": size.F,
-        "heads": 1,
-        "length": size.S,
-        "placement": "every 1",
-        "experts": (size.E,),
-        "dtype": dtype,
-    }
-    return resolve(
+def _compile(size: Size, dtype: str, backend: str, devices: list) -> list[Operation]:
+    model = {"layers": 1, "heads": 1, "placement": "every 1", "experts": (size.E,), "dtype": dtype}
+    config = resolve(
         {
-            "model": model,
+            "model": model | {"length": size.S, "d_model": size.M, "d_ff": size.F},
             "execution": {"dispatch": "auto" if backend == "dense" else backend},
-            "mesh": {"expert": math.gcd(devices, size.E)},
+            "mesh": {"expert": math.gcd(len(devices), size.E)},
             "train": {"steps": 1},
         }
     )
-
-
-def _compile(size: Size, dtype: str, backend: str, devices: list) -> list[Operation]:
-    values = _config(size, dtype, backend, len(devices))
-    mesh = make_mesh(values, devices)
+    mesh = make_mesh(config, devices)
     rows = PartitionSpec(batch_axes(mesh))
 
     def new_layer():
@@ -106,15 +91,14 @@ def _compile(size: Size, dtype: str, backend: str, devices: list) -> list[Operat
             mlp = lambda key: MLP.drawn(MLPShape(size.M, size.F), key)  # noqa: E731
             layer = jax.vmap(mlp)(jax.random.split(key, mesh.size))
         else:
-            layer = MoE(size.E, values.model, values.moe, key)
+            layer = MoE(size.E, config.model, config.moe, key)
         return cast({"mlp": layer}, jnp.dtype(dtype))
 
     def run(layer, x_BxLxD):
         if backend == "dense":
             return jax.vmap(MLP.__call__)(layer["mlp"], x_BxLxD), jnp.zeros(())
-        y_BxLxD, metrics = layer["mlp"](
-            x_BxLxD, jnp.ones(x_BxLxD.shape[:2], bool), execution=values.execution
-        )
+        valid_BxL = jnp.ones(x_BxLxD.shape[:2], bool)
+        y_BxLxD, metrics = layer["mlp"](x_BxLxD, valid_BxL, execution=config.execution)
         return y_BxLxD, metrics.aux_loss
 
     def forward_and_backward(layer, x_BxLxD, dy_BxLxD):
@@ -125,9 +109,8 @@ def _compile(size: Size, dtype: str, backend: str, devices: list) -> list[Operat
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
 
     shapes = jax.eval_shape(new_layer)
-    specs = jax.tree.map(lambda _: rows, shapes)
-    if backend != "dense":
-        specs = sharding.specs(shapes, mesh)
+    dense = backend == "dense"
+    specs = jax.tree.map(lambda _: rows, shapes) if dense else sharding.specs(shapes, mesh)
     x_BxLxD = place(jax.ShapeDtypeStruct((mesh.size, size.S, size.M), jnp.dtype(dtype)), rows)
     with jax.set_mesh(mesh):
         step = jax.jit(forward_and_backward)
@@ -138,7 +121,7 @@ def _compile(size: Size, dtype: str, backend: str, devices: list) -> list[Operat
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             raise UserError(
-                f"{flag(size)}: the {backend} layer needs more than a chip has"
+                f"{size.flag}: the {backend} layer needs more than a chip has"
             ) from error
 
 

@@ -1,12 +1,11 @@
 """`prmoe bench moe`: times forward and backward pass of an MoE layer beside baselines."""
 
 import contextlib
-import importlib.util
 import logging
 import math
 import statistics
 import tempfile
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,9 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prmoe_jax.bench import memory
-from prmoe_jax.bench.timing import Timed, compiled, interleaved, summary
-from prmoe_jax.bench.worker import worker
+from prmoe_jax.bench.timing import Timed, check_memory, compiled, interleaved, summary
+from prmoe_jax.bench.worker import can_run, worker
 from prmoe_jax.config.routers import capacity
 from prmoe_jax.config.schema import ExecutionConfig, ModelConfig, MoeConfig
 from prmoe_jax.errors import UserError
@@ -37,6 +35,17 @@ class Size(NamedTuple):
     M: int
     F: int
     E: int
+
+    @property
+    def flag(self) -> str:
+        """The command line's flag for this size."""
+        return f"--sizes={','.join(map(str, self))}"
+
+    def check(self, needed: int, room: int | None = None) -> None:
+        """Refuses a number below 1, and a layer that can't fit; see `check_memory`."""
+        if min(self) < 1:
+            raise UserError(f"{self.flag} must be four counts above 0")
+        check_memory(self.flag, needed, room)
 
 
 def bench_moe(sizes: list[Size], loads: list[str], dtype: str, repeats: int) -> list[dict]:
@@ -64,62 +73,48 @@ def bench_moe(sizes: list[Size], loads: list[str], dtype: str, repeats: int) -> 
     for size in sizes:
         # Weights, tokens, router scores, and the tokens-by-slots array of `einsum`.
         floats = 2 * size.E * size.M * size.F + size.S * (size.M + size.E) + size.S**2
-        check_size(size, 4 * floats)
-        if size.S <= MoeConfig.min_capacity and dtype == "float32" and _has_deepspeed():
+        size.check(4 * floats)
+        if size.S <= MoeConfig.min_capacity and dtype == "float32" and can_run("deepspeed"):
             raise UserError(
-                f"{flag(size)}: DeepSpeed's layer, which is timed beside ours, needs more than "
+                f"{size.flag}: DeepSpeed's layer, which is timed beside ours, needs more than "
                 f"{MoeConfig.min_capacity} tokens"
             )
-    rows = []
-    for size in sizes:
-        for load in loads:
-            log.info("S=%d M=%d F=%d E=%d, %s load", *size, load)
-            rows += _bench_one(size, load, dtype, repeats)
-    return rows
-
-
-def check_size(size: Size, needed: int, room: int | None = None) -> None:
-    """Refuses a size with a number below 1, or a layer that can't fit; see `memory.check`."""
-    if min(size) < 1:
-        raise UserError(f"{flag(size)} must be four counts above 0")
-    memory.check(flag(size), needed, room)
-
-
-def flag(size: Size) -> str:
-    """The command line's flag for a size."""
-    return f"--sizes={','.join(map(str, size))}"
+    return [
+        row for size in sizes for load in loads for row in _bench_one(size, load, dtype, repeats)
+    ]
 
 
 def _bench_one(size: Size, load: str, dtype: str, repeats: int) -> list[dict]:
+    log.info("S=%d M=%d F=%d E=%d, %s load", *size, load)
     x_SxM, w_router_MxE = loaded_input(size, load)
     with contextlib.ExitStack() as stack:
         layers = _our_layers(size, x_SxM, w_router_MxE, jnp.dtype(dtype))
-        if dtype == "float32" and _has_deepspeed():
-            for keep in (False, True):
-                name = "deepspeed, memory kept" if keep else "deepspeed"
-                theirs = stack.enter_context(_deepspeed(size, x_SxM, w_router_MxE, keep))
-                # Router and capacity are ours, so the same number of tokens is dropped.
-                layers[name] = theirs._replace(drop_fraction=layers["gather"].drop_fraction)
-        times = interleaved({name: layer.seconds for name, layer in layers.items()}, repeats)
-        dense = statistics.median(times["dense"])
-        rows = []
-        for name, layer in layers.items():
-            median = statistics.median(times[name])
-            rows.append(
-                {
-                    "backend": name,
-                    **size._asdict(),
-                    "load": load,
-                    "dtype": dtype,
-                    **summary(times[name]),
-                    "peak_bytes": layer.peak_bytes(),
-                    "ratio_to_dense": median / dense,
-                    "drop_fraction": layer.drop_fraction,
-                    "bytes_moved": layer.bytes_moved,
-                    "gb_per_s": layer.bytes_moved / median / 1e9,
-                }
-            )
-    return rows
+        if dtype == "float32" and can_run("deepspeed"):
+            path = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "input.npz"
+            np.savez(path, x=x_SxM, w_router=w_router_MxE)
+            # Weights, router and capacity are ours, so as much is moved and dropped.
+            _, _, *same = layers["gather"]
+            for name, keep in {"deepspeed": False, "deepspeed, memory kept": True}.items():
+                theirs = worker("deepspeed_layer", path=str(path), d_ff=size.F, keep_memory=keep)
+                layer = stack.enter_context(theirs)
+                layers[name] = Timed(layer.seconds, layer.peak_bytes, *same)
+        seconds = interleaved(layers, repeats)
+        medians = {name: statistics.median(values) for name, values in seconds.items()}
+        return [
+            {
+                "backend": name,
+                **size._asdict(),
+                "load": load,
+                "dtype": dtype,
+                **summary(seconds[name]),
+                "peak_bytes": layer.peak_bytes(),
+                "ratio_to_dense": medians[name] / medians["dense"],
+                "drop_fraction": layer.drop_fraction,
+                "bytes_moved": layer.bytes_moved,
+                "gb_per_s": layer.bytes_moved / medians[name] / 1e9,
+            }
+            for name, layer in layers.items()
+        ]
 
 
 def loaded_input(size: Size, load: str) -> tuple[np.ndarray, np.ndarray]:
@@ -156,33 +151,24 @@ def _our_layers(size: Size, x_SxM, w_router_MxE, dtype) -> dict[str, Timed]:
     valid_1xS = jnp.ones((1, size.S), bool)
     slots = capacity(size.S, size.E, 1.0, 1, MoeConfig().min_capacity)
 
-    def timed(loss, parameters, *costs) -> Timed:
+    def timed(run, parameters, *costs) -> Timed:
+        def loss(parameters, x_1xSxM):
+            y_1xSxM, aux_loss = run(parameters, x_1xSxM)
+            return (y_1xSxM * cotangent_1xSxM).sum().astype(jnp.float32) + aux_loss
+
         # Return the loss, too, or XLA removes the dense MLP's second matmul as dead code.
         forward_and_backward = jax.value_and_grad(loss, argnums=(0, 1))
         return compiled(forward_and_backward, (parameters, x_1xSxM), *costs)
 
-    def through(layer, by: str = "auto"):
-        structure = jax.tree.structure(layer)
+    def through(layer, x_1xSxM, by: str = "auto"):
+        y_1xSxM, metrics = layer(x_1xSxM, valid_1xS, execution=ExecutionConfig(dispatch=by))
+        return y_1xSxM, metrics.aux_loss
 
-        def loss(leaves, x_1xSxM):
-            layer = jax.tree.unflatten(structure, leaves)
-            y_1xSxM, metrics = layer(x_1xSxM, valid_1xS, execution=ExecutionConfig(dispatch=by))
-            return (y_1xSxM * cotangent_1xSxM).sum().astype(jnp.float32) + metrics.aux_loss
-
-        return loss
-
-    def without_experts(backend):
-        def loss(w_router_MxE, x_1xSxM):
-            logits_1xSxE = x_1xSxM.astype(jnp.float32) @ w_router_MxE
-            routing, metrics = route(logits_1xSxE, valid_1xS, MoeConfig(), top_k=1, slots=slots)
-            nothing = _NoExperts(size.E)
-            y_1xSxM, _ = dispatch.through_experts(backend, x_1xSxM, routing, nothing, slots)
-            return (y_1xSxM * cotangent_1xSxM).sum().astype(jnp.float32) + metrics.aux_loss
-
-        return loss
-
-    def dense(mlp, x_1xSxM):
-        return (mlp(x_1xSxM) * cotangent_1xSxM).sum().astype(jnp.float32)
+    def without_experts(w_router_MxE, x_1xSxM, by: str):
+        logits_1xSxE = x_1xSxM.astype(jnp.float32) @ w_router_MxE
+        routing, metrics = route(logits_1xSxE, valid_1xS, MoeConfig(), top_k=1, slots=slots)
+        nothing = _NoExperts(size.E)
+        return dispatch.through_experts(by, x_1xSxM, routing, nothing, slots)[0], metrics.aux_loss
 
     def moe_layer(moe: MoeConfig) -> MoE:
         layer = MoE(size.E, model, moe, key)
@@ -190,39 +176,22 @@ def _our_layers(size: Size, x_SxM, w_router_MxE, dtype) -> dict[str, Timed]:
         return cast({"mlp": layer}, dtype)["mlp"]
 
     key = jax.random.key(1)
-    mlp = MLP.drawn(MLPShape(size.M, size.F), key)
-    layers = {"dense": timed(dense, cast({"mlp": mlp}, dtype)["mlp"])}
+    mlp = cast({"mlp": MLP.drawn(MLPShape(size.M, size.F), key)}, dtype)["mlp"]
+    layers = {"dense": timed(lambda mlp, x_1xSxM: (mlp(x_1xSxM), 0.0), mlp)}
+    layer = moe_layer(MoeConfig())
+    _, metrics = layer(x_1xSxM, valid_1xS)
+    dropped = float(metrics.dropped_E.sum() / size.S)
+    # The weights are read forward and backward, and their gradients are written.
+    weights = 2 * layer.experts.w_in[...].nbytes
     for backend in ("gather", "einsum"):
-        layer = moe_layer(MoeConfig())
-        _, metrics = layer(x_1xSxM, valid_1xS)
-        dropped = float(metrics.dropped_E.sum() / size.S)
-        # The weights are read forward and backward, and their gradients are written.
-        weights = 2 * layer.experts.w_in[...].nbytes
-        leaves = jax.tree.leaves(layer)
-        layers[backend] = timed(through(layer, backend), leaves, 3 * weights, dropped)
+        layers[backend] = timed(partial(through, by=backend), layer, 3 * weights, dropped)
         layers[f"{backend}, no experts"] = timed(
-            without_experts(backend), jnp.asarray(w_router_MxE), 0, dropped
+            partial(without_experts, by=backend), jnp.asarray(w_router_MxE), 0, dropped
         )
     layer = moe_layer(MoeConfig(eval_capacity_factor=math.inf))
-    layers["dropless"] = timed(through(layer), jax.tree.leaves(layer), 3 * weights)
+    layers["dropless"] = timed(through, layer, 3 * weights)
     add_one = lambda experts: jax.tree.map(lambda w: w + 1.0, experts)  # noqa: E731
     return layers | {"copy": compiled(add_one, (layer.experts,), 2 * weights)}
-
-
-def _has_deepspeed() -> bool:
-    """Whether DeepSpeed is installed and JAX runs on CPUs, as DeepSpeed's process does."""
-    return jax.default_backend() == "cpu" and bool(importlib.util.find_spec("deepspeed"))
-
-
-@contextlib.contextmanager
-def _deepspeed(size: Size, x_SxM, w_router_MxE, keep_memory: bool) -> Iterator[Timed]:
-    """DeepSpeed's layer in a worker process."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "input.npz"
-        np.savez(path, x=x_SxM, w_router=w_router_MxE)
-        settings = {"path": str(path), "d_ff": size.F, "keep_memory": keep_memory}
-        with worker("deepspeed_worker", **settings) as layer:
-            yield layer._replace(bytes_moved=3 * 2 * size.E * size.M * size.F * 4)
 
 
 def table(rows: list[dict]) -> str:

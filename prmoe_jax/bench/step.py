@@ -8,9 +8,9 @@ ours computes router statistics, and keeps float32 parameters if the compute dty
 
 import contextlib
 import dataclasses
-import importlib.util
 import logging
 import math
+import operator
 import os
 import shutil
 import statistics
@@ -20,12 +20,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prmoe_jax.bench import memory
-from prmoe_jax.bench.timing import Timed, compiled, interleaved, program_bytes, summary
-from prmoe_jax.bench.worker import cores, worker
+from prmoe_jax.bench.timing import (
+    Timed,
+    check_memory,
+    compiled,
+    interleaved,
+    program_bytes,
+    summary,
+)
+from prmoe_jax.bench.worker import can_run, check_no_build, cores, has_form, worker
 from prmoe_jax.config.schema import Config
 from prmoe_jax.errors import UserError
-from prmoe_jax.interop.settings import check_gpt2_form
 from prmoe_jax.model.batch import Batch
 from prmoe_jax.model.sizes import cost
 from prmoe_jax.parallel.axes import split_batch
@@ -35,9 +40,6 @@ from prmoe_jax.training.optimizer import STATE_BYTES
 from prmoe_jax.training.step import compile_train_step, sharded_state
 
 log = logging.getLogger(__name__)
-
-# Width of the square matmul whose speed counts as the device's peak.
-CPU_PEAK_WIDTH, PEAK_WIDTH = 2048, 8192
 
 
 def bench_step(config: Config, repeats: int) -> list[dict]:
@@ -55,31 +57,30 @@ def bench_step(config: Config, repeats: int) -> list[dict]:
       One row for each implementation: backend, architecture, the sizes, dtype, optimizer,
       accumulate, device, jax, median_s, min_s, max_s, tokens_per_s, peak_bytes (of our compiled
       program, or of PyTorch's process) and share_of_peak. The peak is the FLOP/s of a square
-      matmul, `CPU_PEAK_WIDTH` or `PEAK_WIDTH` wide, measured in the same run.
+      matmul, 2048 wide on a CPU and 8192 elsewhere, measured in the same run.
 
     Raises:
-      UserError: `repeats` is below 1, or the step can't fit into memory.
+      UserError: `repeats` is below 1, the step can't fit into memory, or PyTorch would wait for
+        another process (`check_no_build`).
     """
     if repeats < 1:
         raise UserError(f"--repeats={repeats} must be 1 or more")
     model = config.model
     bytes_each = STATE_BYTES[config.optimizer.kind] + 4  # 4 for the gradient in float32
-    memory.check("--config", bytes_each * cost(model).total_params)
-    width = CPU_PEAK_WIDTH if jax.default_backend() == "cpu" else PEAK_WIDTH
+    check_memory("--config", bytes_each * cost(model).total_params)
+    width = 2048 if jax.default_backend() == "cpu" else 8192  # of the square matmul
     if config.kd_steps:
         log.info("the step is timed without its teacher")
     with contextlib.ExitStack() as stack:
         steps = {"prmoe_jax": compiled_step(config)}
-        settings = {
-            "shape": dataclasses.asdict(model) | _torch_settings(config),
-            "threads": cores(),
-        }
-        for name, compiles in _torch_baselines(config).items():
-            theirs = worker("torch_step_worker", **settings, compiled=compiles)
+        for name, (dtype, compiles) in _torch_baselines(config).items():
+            settings = {"dtype": dtype, "compiled": compiles, "threads": cores()}
+            theirs = worker("torch_step", shape=_torch_shape(config), **settings)
             steps[name] = stack.enter_context(theirs)
-        steps["product"] = _product(width, model.dtype)
+        x = jax.random.normal(jax.random.key(0), (width, width), model.dtype)
+        steps["product"] = compiled(jnp.matmul, (x, x))
         log.info("%d steps of each of %s, interleaved", repeats, ", ".join(steps))
-        times = interleaved({name: step.seconds for name, step in steps.items()}, repeats)
+        times = interleaved(steps, repeats)
         peak = 2 * width**3 / statistics.median(times.pop("product"))
         tokens = config.tokens_per_step
         flops = cost(model, config.moe).train_flops_per_token * tokens
@@ -104,36 +105,31 @@ def bench_step(config: Config, repeats: int) -> list[dict]:
         ]
 
 
-def _torch_baselines(config: Config) -> dict[str, bool]:
-    """The PyTorch baselines that can run here, and whether each uses torch.compile."""
-
-    def installed(package: str) -> bool:
-        return importlib.util.find_spec(package) is not None
-
-    if jax.default_backend() != "cpu" or not installed("torch"):
+def _torch_baselines(config: Config) -> dict[str, tuple[str, bool]]:
+    """The PyTorch steps that can run here: the dtype of each, and whether it uses torch.compile."""
+    if not can_run("torch"):
         return {}
-    for name, asked, theirs in (
-        ("optimizer.kind", config.optimizer.kind, "adamw"),
-        ("train.accumulate", config.train.accumulate, 1),
-        ("model.dropout", config.model.dropout, 0.0),
-    ):
+    needed = {"optimizer.kind": "adamw", "train.accumulate": 1, "model.dropout": 0.0}
+    for name, theirs in needed.items():
+        asked = operator.attrgetter(name)(config)
         if asked != theirs:
             log.info("the PyTorch step has %s=%s, not %s; it is left out", name, theirs, asked)
             return {}
-    try:
-        check_gpt2_form(config.model, "the PyTorch model to compare with")
-    except UserError as error:
-        log.info("%s; it is left out", error)
+    if not has_form(config.model, "the PyTorch model"):
         return {}
-    if any(config.model.schedule.experts):
-        return {"pytorch + deepspeed": False} if installed("deepspeed") else {}
-    compiles = shutil.which(os.environ.get("CXX", "c++"))
-    return {"pytorch": False} | ({"torch.compile": True} if compiles else {})
+    dtype = config.model.dtype
+    if not any(config.model.schedule.experts):
+        compiles = shutil.which(os.environ.get("CXX", "c++"))
+        return {"pytorch": (dtype, False)} | ({"torch.compile": (dtype, True)} if compiles else {})
+    if not can_run("deepspeed"):
+        return {}
+    check_no_build()
+    return {"pytorch + deepspeed": (dtype, False)}
 
 
-def _torch_settings(config: Config) -> dict:
-    """Settings of the PyTorch step besides those of `ModelConfig`."""
-    return {
+def _torch_shape(config: Config) -> dict:
+    """What `baselines.torch_step` needs to know of a config."""
+    return dataclasses.asdict(config.model) | {
         "schedule": config.model.schedule.experts,
         "batch_size": config.train.batch_size,
         "capacity_factor": min(config.moe.capacity_factor, 1e9),
@@ -160,17 +156,10 @@ def compiled_step(config: Config) -> Timed:
 
     def seconds() -> float:
         begun = time.perf_counter()
-        state[0], metrics = step(state[0], batch)
-        jax.block_until_ready((state[0], metrics))
+        state[0], _ = jax.block_until_ready(step(state[0], batch))
         return time.perf_counter() - begun
 
     return Timed(seconds, lambda: program_bytes(step))
-
-
-def _product(width: int, dtype: str) -> Timed:
-    """A square matmul, whose FLOP/s count as the device's peak."""
-    x = jax.random.normal(jax.random.key(0), (width, width), dtype)
-    return compiled(jnp.matmul, (x, x))
 
 
 def table(rows: list[dict]) -> str:

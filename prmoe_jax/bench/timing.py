@@ -1,16 +1,16 @@
-"""Times several functions in interleaved turns, so that the machine's noise affects all alike."""
+"""Times functions in interleaved turns, so that the machine's noise affects all alike."""
 
 import math
+import os
 import statistics
 import time
-from collections.abc import Callable, Hashable, Mapping
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 
+from prmoe_jax.errors import UserError
 from prmoe_jax.run.directory import device_name
-
-Name = TypeVar("Name", bound=Hashable)
 
 # A turn repeats short calls for about this many seconds: to launch one and to wait for it may take
 # longer than its work.
@@ -18,12 +18,15 @@ TURN_SECONDS = 0.02
 
 
 class Timed(NamedTuple):
-    """A function to time, and what a table shows beside its time."""
+    """What a benchmark calls to time something, and what a table shows beside its time."""
 
     seconds: Callable[..., float]  # runs one turn, and returns the seconds of a call
     peak_bytes: Callable[[], int]
     bytes_moved: int = 0  # bytes of weights and their gradients that it must read and write
     drop_fraction: float = 0.0
+
+    def __call__(self, *arguments) -> float:
+        return self.seconds(*arguments)
 
 
 def compiled(function, arguments, bytes_moved: int = 0, drop_fraction: float = 0.0) -> Timed:
@@ -44,9 +47,8 @@ def program_bytes(program: jax.stages.Compiled) -> int:
 def mean_seconds(run: Callable[[], Any], least: float) -> Callable[[], float]:
     """Returns a function that makes one turn of calls, and returns their mean seconds.
 
-    Args:
-      run: starts the work, and returns the arrays to wait for.
-      least: seconds that a turn should last. The first turn is a single call.
+    `run` starts the work, and returns the arrays to wait for. A turn should last `least` seconds;
+    the first is a single call.
     """
     calls = 1
 
@@ -63,22 +65,13 @@ def mean_seconds(run: Callable[[], Any], least: float) -> Callable[[], float]:
     return seconds
 
 
-def interleaved(
-    seconds: Mapping[Name, Callable[[], float]], repeats: int
-) -> dict[Name, list[float]]:
-    """Calls the functions turn by turn; returns each one's seconds after two warm-up turns.
-
-    Args:
-      seconds: functions by name; each makes its turn and returns the seconds.
-      repeats: number of turns after the warm-up.
-    """
-    times: dict[Name, list[float]] = {name: [] for name in seconds}
-    for turn in range(-2, repeats):
+def interleaved(seconds: Mapping[Any, Callable[[], float]], repeats: int) -> dict[Any, list[float]]:
+    """Calls the functions turn by turn, and returns each one's seconds after two warm-up turns."""
+    times: dict[Any, list[float]] = {name: [] for name in seconds}
+    for _ in range(2 + repeats):
         for name, run in seconds.items():
-            taken = run()
-            if turn >= 0:
-                times[name].append(taken)
-    return times
+            times[name].append(run())
+    return {name: values[2:] for name, values in times.items()}
 
 
 def summary(seconds: list[float]) -> dict:
@@ -90,3 +83,19 @@ def summary(seconds: list[float]) -> dict:
         "min_s": min(seconds),
         "max_s": max(seconds),
     }
+
+
+def check_memory(flag: str, needed: int, room: int | None = None) -> None:
+    """Refuses a flag such as '--batch=8' whose arrays need more memory than there is.
+
+    `needed` is a lower bound of their bytes. `room` is JAX's limit for the first device by default,
+    and on CPUs this machine's memory.
+    """
+    if room is None:
+        room = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+        room = room or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > room:
+        raise UserError(
+            f"{flag} needs {needed / 2**30:,.0f} GiB or more, there are {room / 2**30:,.0f}; "
+            "use a smaller one"
+        )

@@ -1,24 +1,29 @@
 """Runs and times another library's implementation in a process of its own."""
 
 import contextlib
+import importlib.util
 import json
+import logging
 import os
-import re
-import resource
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
+import jax
+
 from prmoe_jax.bench.timing import Timed
+from prmoe_jax.config.schema import ModelConfig
 from prmoe_jax.errors import UserError
+from prmoe_jax.interop.settings import check_gpt2_form
+
+log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def worker(module: str, **settings) -> Iterator[Timed]:
-    """Starts `prmoe_jax.bench.MODULE`, which calls `serve`, as a process with these settings."""
-    command = [sys.executable, "-m", f"prmoe_jax.bench.{module}", json.dumps(settings)]
+def worker(name: str, **settings) -> Iterator[Timed]:
+    """Starts a process that runs what `baselines.NAME(**settings)` returns, once for each turn."""
+    command = [sys.executable, "-m", "prmoe_jax.bench.baselines", name, json.dumps(settings)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     peak = 0
 
@@ -30,7 +35,7 @@ def worker(module: str, **settings) -> Iterator[Timed]:
             process.stdin.flush()
             answer = process.stdout.readline()
         if not answer:
-            raise UserError(f"{module}'s process ended; its message is above")
+            raise UserError(f"the process of {name} ended; its message is above")
         taken, peak = json.loads(answer)
         return taken
 
@@ -43,33 +48,35 @@ def worker(module: str, **settings) -> Iterator[Timed]:
             process.stdin.close()
 
 
-def serve(make: Callable[..., Callable[..., float | None]]) -> None:
-    """In the worker's process, calls the function from `make(**settings)` for each line of input.
+def can_run(*packages: str) -> bool:
+    """Whether packages are installed, and JAX runs on CPUs as the worker's process does."""
+    return jax.default_backend() == "cpu" and all(map(importlib.util.find_spec, packages))
 
-    A line holds the call's arguments. The answer is the call's seconds, measured here unless the
-    function returns them, and the process's peak memory in bytes.
+
+def has_form(model: ModelConfig, what: str) -> bool:
+    """Whether another library's GPT-2 computes what the model does; if not, a line says why."""
+    try:
+        check_gpt2_form(model, f"{what} to compare with")
+    except UserError as error:
+        log.info("%s; it is left out", error)
+        return False
+    return True
+
+
+def check_no_build() -> None:
+    """Refuses the lock of an unfinished build, for whose removal torch would wait forever.
+
+    DeepSpeed compiles an extension of PyTorch at its first use.
     """
-    with contextlib.redirect_stdout(sys.stderr):  # stdout is for the answers
-        run = make(**json.loads(sys.argv[1]))
-    for line in sys.stdin:
-        begun = time.perf_counter()
-        with contextlib.redirect_stdout(sys.stderr):
-            own = run(*json.loads(line))
-        taken = time.perf_counter() - begun
-        print(json.dumps([taken if own is None else own, peak_bytes()]), flush=True)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch_extensions"
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cache)
+    for lock in folder.rglob("deepspeed_*/lock"):
+        raise UserError(
+            f"{lock} is there, because a process compiles DeepSpeed's extension or was killed "
+            "while it did; wait for that process, or delete the file if there is none"
+        )
 
 
 def cores() -> int:
     """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-def peak_bytes() -> int:
-    """The peak memory of this process.
-
-    On Linux `ru_maxrss` is too large: it starts from the peak of the parent process.
-    """
-    status = Path("/proc/self/status")
-    if status.exists() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
-        return int(found[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes, on macOS

@@ -20,9 +20,7 @@ log = logging.getLogger(__name__)
 # No benchmark starts later than this many seconds after the check began, so that a call ends within
 # ten minutes.
 START_BY = 420.0
-# Each for CPUs and for accelerators: S, M, F, E of `bench moe.Size`; the model of `bench step` and
-# `bench decode`; the number of timed turns.
-CPU_SIZES, SIZES = [(4096, 256, 1024, 32)], [(4096, 512, 2048, 64), (8192, 1024, 4096, 32)]
+# The model of `bench step` and `bench decode` on CPUs, and on accelerators.
 CPU_MODEL = architecture.parse_fields("6 layers, E=4x2+8, residual") | {"dtype": "float32"}
 MODEL = architecture.parse_fields("12 layers, E=8, residual") | {
     "vocab_size": 50_304,
@@ -32,16 +30,13 @@ MODEL = architecture.parse_fields("12 layers, E=8, residual") | {
     "d_ff": 3072,
     "remat": "dots",
 }
-CPU_TURNS, TURNS = 5, 15
 
 
 def check(config: Config | None, begun: float, tell: Callable[[str], None]) -> Part:
     """Runs the benchmarks on process 0's first device; none starts after `START_BY`.
 
-    Args:
-      config: the experiment of `bench step` and `bench decode`; a small PR-MoE by default.
-      begun: when the check began, by `time.perf_counter`.
-      tell: called with the table of each benchmark.
+    The experiment of `bench step` and `bench decode` is the config, or a small PR-MoE. The check
+    began at `begun`, by `time.perf_counter`. `tell` is called with the table of each benchmark.
     """
     findings, numbers = [], {}
     if jax.process_index() == 0:
@@ -66,12 +61,14 @@ def check(config: Config | None, begun: float, tell: Callable[[str], None]) -> P
 
 def _benchmarks(config: Config | None) -> dict[str, tuple[Callable, Callable]]:
     """Benchmark -> the function that runs it, and the function that formats its rows as a table."""
-    on_cpu = jax.default_backend() == "cpu"
-    sizes = [moe.Size(*size) for size in (CPU_SIZES if on_cpu else SIZES)]
-    turns, dtype = (CPU_TURNS, "float32") if on_cpu else (TURNS, "bfloat16")
+    if jax.default_backend() == "cpu":
+        sizes, turns, dtype = [moe.Size(4096, 256, 1024, 32)], 5, "float32"
+        model, batch_size = CPU_MODEL, 16
+    else:
+        sizes = [moe.Size(4096, 512, 2048, 64), moe.Size(8192, 1024, 4096, 32)]
+        turns, dtype, model, batch_size = 15, "bfloat16", MODEL, 8
     if config is None:
-        train = {"steps": 1, "batch_size": 16 if on_cpu else 8}
-        config = resolve({"model": CPU_MODEL if on_cpu else MODEL, "train": train})
+        config = resolve({"model": model, "train": {"steps": 1, "batch_size": batch_size}})
     one, prompt = {"one device": None}, max(1, min(64, config.model.length - STEPS))
     return {
         "bench moe": (lambda: moe.bench_moe(sizes, ["uniform"], dtype, turns), moe.table),

@@ -3,7 +3,7 @@
 import logging
 import time
 
-from prmoe_jax.check.findings import FAIL, OK, Finding, Part, rate, slow
+from prmoe_jax.check.findings import FAIL, OK, Finding, Part, rate, slow_processes
 from prmoe_jax.config.schema import Config
 from prmoe_jax.data import cache
 from prmoe_jax.data.pipeline import load_data, train_iterator
@@ -23,9 +23,7 @@ SLOW = 0.5  # a process fails if its rate is below this share of the median
 def check(config: Config, products: list[float]) -> Part:
     """Reads batches as training does; prepares the text first if that was not done before.
 
-    Args:
-      config: the experiment.
-      products: each device's rate of a matrix product in the config's dtype, in FLOP/s.
+    `products` has each device's FLOP/s of a matrix product in the config's dtype.
     """
     log.info("corpus: %s", config.data.corpus)
     config, mesh = training_mesh(config)
@@ -45,8 +43,8 @@ def check(config: Config, products: list[float]) -> Part:
     line = f"{rate(min(rates), 'token')} read, {rate(needed, 'token')} used by a step at "
     line += f"{UTILISATION:.0%} of the products' rate"
     fix = "put data.cache_dir on a local disk, or the token shards nearer"
-    if behind := slow(dict(enumerate(rates)), SLOW):
-        line = ", ".join(f"process {i} {rate(rates[i], 'token')}" for i in behind)
-        return Part([Finding("read rate", FAIL, f"slow: {line}", fix)], numbers)
-    status = OK if min(rates) >= needed else FAIL
-    return Part([Finding("read rate", status, line, fix if status == FAIL else "")], numbers)
+    if behind := slow_processes(rates, SLOW, "token"):
+        line = f"slow: {behind}"
+    elif min(rates) >= needed:
+        return Part([Finding("read rate", OK, line)], numbers)
+    return Part([Finding("read rate", FAIL, line, fix)], numbers)

@@ -33,19 +33,20 @@ def slow(rates: Mapping, share: float) -> dict:
     return {name: rate / median for name, rate in rates.items() if rate < share * median}
 
 
+def slow_processes(rates: list[float], share: float, unit: str) -> str:
+    """Names the processes whose rate is below `share` of the median; '' if there is none."""
+    behind = slow(dict(enumerate(rates)), share)
+    return ", ".join(f"process {number} {rate(rates[number], unit)}" for number in behind)
+
+
 def table(findings: list[Finding]) -> str:
     """The findings as lines; a fix is in the line below its finding."""
-    lines = aligned(
-        ("", "", ""),
-        [(finding.status, finding.name, finding.line) for finding in findings],
-        texts=(0, 1, 2),
-    ).splitlines()[1:]
-    shown = []
-    for finding, line in zip(findings, lines, strict=True):
-        shown.append(line)
-        if finding.fix:
-            shown.append(f"      fix: {finding.fix}")
-    return "\n".join(shown)
+    cells = [(finding.status, finding.name, finding.line) for finding in findings]
+    lines = aligned(("", "", ""), cells, texts=(0, 1, 2)).splitlines()[1:]
+    return "\n".join(
+        f"{line}\n      fix: {finding.fix}" if finding.fix else line
+        for finding, line in zip(findings, lines, strict=True)
+    )
 
 
 def rate(value: float, unit: str) -> str:

@@ -8,9 +8,7 @@ Axis letters: W is the width of a matrix; C devices that receive, R rows of all 
 """
 
 import logging
-import math
 import socket
-import time
 from collections.abc import Callable
 from functools import partial
 
@@ -39,11 +37,11 @@ SLOW, SHEET, LINK_SHEET = 0.8, 0.5, 0.2
 # The largest error allowed in a product, as a share of its largest number. Sound devices have 2e-3
 # in bfloat16; in float32 1e-6, or 1e-3 if they round the factors.
 ERROR = 1e-2
-UNITS = {"matmul_bfloat16": "FLOP", "matmul_float32": "FLOP", "memory": "B"}
-NAMES = {
-    "matmul_bfloat16": "product in bfloat16",
-    "matmul_float32": "product in float32",
-    "memory": "memory",
+# What is measured of a device: in words, and the unit.
+KINDS = {
+    "matmul_bfloat16": ("product in bfloat16", "FLOP"),
+    "matmul_float32": ("product in float32", "FLOP"),
+    "memory": ("memory", "B"),
 }
 
 
@@ -55,28 +53,26 @@ def check() -> Part:
     local, errors = measure(devices)
     every = _gather(host, local)
     for _ in range(ROUNDS - 1):
-        suspects = {name for kind in UNITS for name in _slow(every, kind)}
+        suspects = {name for kind in KINDS for name in _slow(every, kind)}
         if not suspects:
             break
-        again = [d for d in devices if (host, d.id) in suspects]
-        if again:
+        if again := [d for d in devices if (host, d.id) in suspects]:
             log.info("measuring again: devices %s", ", ".join(str(d.id) for d in again))
             for number, rates in measure(again)[0].items():
-                better = {kind: max(rates[kind], local[number][kind]) for kind in rates}
-                local[number] = better
+                local[number] = {kind: max(rates[kind], local[number][kind]) for kind in rates}
         every = _gather(host, local)
-    findings = [_judge(every, kind, devices[0].device_kind) for kind in UNITS]
+    findings = [_judge(every, kind, devices[0].device_kind) for kind in KINDS]
     findings.append(_judge_errors(errors))
     numbers = {"devices": [{"host": h, "device": d, **rates} for (h, d), rates in every.items()]}
     groups = _groups(names)
     measured = {name: collectives(members) for name, members in groups.items()}
     everywhere = processes.gathered({name: rates for name, (rates, _) in measured.items()})
     for name, members in groups.items():
-        found = [everywhere[process][name] for process in {d.process_index for d in members}]
+        owners = {device.process_index for device in members}
+        found = [everywhere[process][name] for process in owners]
         numbers[name] = {kind: min(rates[kind] for rates in found) for kind in found[0]}
-        hosts = len({names[device.process_index] for device in members})
-        wrong = measured[name][1]
-        findings += _judge_collectives(name, numbers[name], wrong, members, hosts)
+        hosts, wrong = len({names[process] for process in owners}), measured[name][1]
+        findings.append(_judge_collectives(name, numbers[name], wrong, members, hosts))
     return Part(findings, numbers)
 
 
@@ -91,16 +87,14 @@ def _slow(every: dict, kind: str) -> dict[tuple[str, int], float]:
 
 
 def measure(devices: list) -> tuple[dict[int, dict[str, float]], dict[str, dict[int, float]]]:
-    """Rates of each device, in FLOP/s and bytes/s, and the errors of its matmuls.
+    """Rates of each device: {number: {name in `KINDS`: FLOP/s or bytes/s}}; errors of its matmuls.
 
-    Returns:
-      {device number: {name in `UNITS`: rate}}, and {name in `UNITS`: {device number: largest
-      error, as a share of the matmul's largest number}}.
+    The errors are {name in `KINDS`: {number: largest, as a share of the largest number}}.
     """
     best: dict[int, dict[str, float]] = {device.id: {} for device in devices}
     errors = {}
-    for kind in UNITS:
-        log.info("rate: %s", NAMES[kind])
+    for kind, (name, _) in KINDS.items():
+        log.info("rate: %s", name)
         if kind == "memory":
             made = {device.id: _copy(device) for device in devices}
         else:
@@ -149,32 +143,27 @@ def _copy(device: jax.Device) -> tuple[Callable[[], jax.Array], float]:
 
 def _judge(every: dict, kind: str, device_kind: str) -> Finding:
     """Fails if a rate is below `SLOW` of the median, or below `SHEET` of the data sheet."""
-    name, unit = NAMES[kind], UNITS[kind]
+    name, unit = KINDS[kind]
     rates = {device: found[kind] for device, found in every.items()}
     least, most = min(rates.values()), max(rates.values())
     line = rate(most, unit) if len(rates) == 1 else f"{rate(least, unit)} to {rate(most, unit)}"
     chip = data_sheet(device_kind)
-    peak = None
-    if kind == "matmul_bfloat16":
-        peak = PEAK_FLOPS.get(device_kind)
-    elif kind == "memory" and chip:
-        peak = chip.hbm_bytes_per_s
-    if peak:
+    memory = chip.hbm_bytes_per_s if chip else None
+    peaks = {"matmul_bfloat16": PEAK_FLOPS.get(device_kind), "memory": memory}
+    if peak := peaks.get(kind):
         line += f", {least / peak:.0%} of the data sheet's {rate(peak, unit)}"
-    elif kind != "matmul_float32":
+    elif kind in peaks:
         line += f"; no data sheet of {device_kind}"
-    others = (
-        "end other programs there; nvidia-smi -q -d PERFORMANCE shows whether a GPU is throttled; "
-        "if it stays so, leave the device out or replace its host"
-    )
+    fix = "end other programs there; nvidia-smi -q -d PERFORMANCE shows whether a GPU is "
+    fix += "throttled; if it stays so, leave the device out or replace its host"
     if behind := _slow(every, kind):
         slowest = ", ".join(
             f"device {number} of {host} {rate(rates[host, number], unit)}, {part:.2f} of the median"
             for (host, number), part in behind.items()
         )
-        return Finding(name, FAIL, f"slow: {slowest}", others)
+        return Finding(name, FAIL, f"slow: {slowest}", fix)
     if peak and least < SHEET * peak:
-        return Finding(name, FAIL, f"{line}, where {SHEET:.0%} is the least", others)
+        return Finding(name, FAIL, f"{line}, where {SHEET:.0%} is the least", fix)
     return Finding(name, OK, line)
 
 
@@ -195,11 +184,7 @@ def _judge_errors(errors: dict[str, dict[int, float]]) -> Finding:
 
 
 def _groups(names: list[str]) -> dict[str, list]:
-    """Groups of devices whose collectives are measured: those of this host, and all devices.
-
-    Args:
-      names: the name of each process's host.
-    """
+    """Devices whose collectives are measured: this host's, and all; names: of processes' hosts."""
     here, every = names[jax.process_index()], jax.devices()
     local = [device for device in every if names[device.process_index] == here]
     groups = {"collectives": local} if len(local) > 1 else {}
@@ -207,11 +192,10 @@ def _groups(names: list[str]) -> dict[str, list]:
 
 
 def collectives(devices: list) -> tuple[dict[str, float], list[str]]:
-    """Measures an all-to-all and an all-reduce, and checks their results.
+    """Measures an all-to-all and an all-reduce: bytes per second that each device sends.
 
-    Returns:
-      Collective -> bytes per second that each device sends; and where results are wrong, in words.
-      An all-reduce is counted as a ring of n devices, which sends 2 (n - 1) / n of its array.
+    An all-reduce is counted as a ring of n devices, which sends 2 (n - 1) / n of its array. The
+    second result says in words where numbers are wrong.
     """
     count = len(devices)
     mesh = Mesh(np.array(devices), ("all",), axis_types=(AxisType.Auto,))
@@ -231,27 +215,23 @@ def collectives(devices: list) -> tuple[dict[str, float], list[str]]:
         return jax.lax.pcast(jax.lax.psum(x_CxS, "all"), "all", to="varying")
 
     x_RxS = jax.jit(over(rows_CxS, in_specs=()))()
-    rates, wrong = {}, []
-    for run, times in ((all_to_all, 1), (all_reduce, 2)):
+    turns, wrong = {}, []
+    number_CxC = _number(row_C[:, None], row_C)  # by sender and receiver
+    for run, expected_CxC in (
+        (all_to_all, number_CxC.T),
+        (all_reduce, np.broadcast_to(number_CxC.sum(0), (count, count))),
+    ):
         name = run.__name__
         log.info("rate: %s over %d devices", name, count)
         compiled = jax.jit(over(run, in_specs=PartitionSpec("all")))
-        y_RxS = compiled(x_RxS)
-        for shard in y_RxS.addressable_shards:
-            device = devices.index(shard.device)
-            if run is all_to_all:
-                expected_C = _number(row_C, device)
-            else:
-                expected_C = sum(_number(other, row_C) for other in range(count))
-            if not (shard.data == jnp.asarray(expected_C, jnp.float32)[:, None]).all():
+        for shard in compiled(x_RxS).addressable_shards:
+            expected_C = jnp.asarray(expected_CxC[devices.index(shard.device)], jnp.float32)
+            if not (shard.data == expected_C[:, None]).all():
                 wrong.append(f"{name} on device {shard.device.id}")
-        best = math.inf
-        for _ in range(TURNS):
-            begun = time.perf_counter()
-            jax.block_until_ready(compiled(x_RxS))
-            best = min(best, time.perf_counter() - begun)
-        rates[name] = times * (count - 1) / count * 4 * count * size / best
-    return rates, wrong
+        turns[name] = mean_seconds(partial(compiled, x_RxS), 0)
+    best = {name: min(seconds) for name, seconds in interleaved(turns, TURNS).items()}
+    sides = {"all_to_all": 1, "all_reduce": 2}
+    return {name: sides[name] * (count - 1) * 4 * size / best[name] for name in best}, wrong
 
 
 def _number(device, row):
@@ -261,25 +241,24 @@ def _number(device, row):
 
 def _judge_collectives(
     name: str, rates: dict, wrong: list[str], devices: list, hosts: int
-) -> list[Finding]:
+) -> Finding:
     if wrong:
         fix = "run nothing over several devices here; report it with the versions above"
-        return [Finding(name, FAIL, f"wrong results: {', '.join(wrong)}", fix)]
+        return Finding(name, FAIL, f"wrong results: {', '.join(wrong)}", fix)
     chip = data_sheet(devices[0].device_kind)
-    shown = {kind.replace("_", "-"): rate(value, "B") for kind, value in rates.items()}
-    line = ", ".join(f"{kind} {value}" for kind, value in shown.items())
-    line += f" from each of {len(devices)} devices"
+    shown = (f"{kind.replace('_', '-')} {rate(value, 'B')}" for kind, value in rates.items())
+    line = f"{', '.join(shown)} from each of {len(devices)} devices"
     if not chip:
-        return [Finding(name, OK, f"{line}; no data sheet of {devices[0].device_kind}")]
+        return Finding(name, OK, f"{line}; no data sheet of {devices[0].device_kind}")
     slices = {getattr(device, "slice_index", 0) for device in devices}
     across = hosts > 1 if chip.platform == "gpu" else len(slices) > 1
     link = chip.network_bytes_per_s if across else chip.link_bytes_per_s
     line += f"; one {'network' if across else 'link'} has {rate(link, 'B')} by the data sheet"
     if rates["all_reduce"] >= LINK_SHEET * link:
-        return [Finding(name, OK, line)]
+        return Finding(name, OK, line)
     fix = "see whether all chips of the slice are healthy"
     if across:
         fix = "see whether NCCL uses the fast network (NCCL_DEBUG=INFO), or what slices share"
     elif chip.platform == "gpu":
         fix = "see by nvidia-smi topo -m whether the GPUs have NVLink"
-    return [Finding(name, FAIL, f"{line}, of which an all-reduce reaches less than a fifth", fix)]
+    return Finding(name, FAIL, f"{line}, of which an all-reduce reaches less than a fifth", fix)

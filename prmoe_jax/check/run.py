@@ -17,8 +17,6 @@ from prmoe_jax.run.directory import versions
 
 log = logging.getLogger(__name__)
 
-SAME = "the same code and versions everywhere"
-
 
 def check(
     workdir: Path,
@@ -51,7 +49,10 @@ def check(
         "run": lambda: trial.check(workdir),
     }
     if config:
-        parts["corpus"] = lambda: corpus.check(config, _products(record, config))
+        rate = f"matmul_{config.model.dtype}"
+        parts["corpus"] = lambda: corpus.check(
+            config, [device[rate] for device in record["rates"].get("devices", [])]
+        )
     if bench:
         parts["bench"] = lambda: benchmarks.check(config, begun, tell)
     for name, part in parts.items():
@@ -65,12 +66,11 @@ def check(
 
 def wrong(record: dict) -> list[str]:
     """The failures of a check, one line each, with the fix."""
-    lines = []
-    for found in record["findings"]:
-        if found["status"] == FAIL:
-            fix = f"; {found['fix']}" if found["fix"] else ""
-            lines.append(f"{found['part']}: {found['name']}: {found['line']}{fix}")
-    return lines
+    return [
+        f"{found['part']}: {found['name']}: {found['line']}{found['fix'] and '; '}{found['fix']}"
+        for found in record["findings"]
+        if found["status"] == FAIL
+    ]
 
 
 def _run(name: str, part: Callable[[], Part]) -> Part:
@@ -88,10 +88,9 @@ def _run(name: str, part: Callable[[], Part]) -> Part:
 def _add(record: dict, name: str, found: Part, tell: Callable[[str], None]) -> None:
     """Adds a part's numbers and all processes' findings to the record; process 0 tells them."""
     record[name] = found.numbers
-    ours, own = (socket.gethostname(), found.findings), 0
-    gathered = [ours]
+    own, gathered = 0, [(socket.gethostname(), found.findings)]
     if "backend" in record["environment"]:
-        gathered, own = processes.gathered(ours), jax.process_index()
+        own, gathered = jax.process_index(), processes.gathered(gathered[0])
     names = [host for host, _ in gathered]
     every = [[Finding(*finding) for finding in theirs] for _, theirs in gathered]
     shown = []
@@ -125,14 +124,8 @@ def hosts() -> Part:
         for name in ours
         if theirs[name] != gathered[0][name]
     ]
+    same = "the same code and versions everywhere"
+    finding = Finding("hosts", OK, f"{len(names)} processes on {len(set(names))} hosts, {same}")
     if differing:
-        finding = Finding("hosts", FAIL, "; ".join(differing), f"install {SAME}")
-    else:
-        line = f"{len(names)} processes on {len(set(names))} hosts, {SAME}"
-        finding = Finding("hosts", OK, line)
+        finding = Finding("hosts", FAIL, "; ".join(differing), f"install {same}")
     return Part([finding], {"names": names})
-
-
-def _products(record: dict, config: Config) -> list[float]:
-    kind = f"matmul_{config.model.dtype}"
-    return [device[kind] for device in record["rates"].get("devices", [])]

@@ -16,11 +16,11 @@ import jax
 import numpy as np
 
 from prmoe_jax import stores
-from prmoe_jax.check.findings import FAIL, OK, WARN, Finding, Part, rate, slow
+from prmoe_jax.check.findings import FAIL, OK, WARN, Finding, Part, rate, slow_processes
 from prmoe_jax.config import architecture
 from prmoe_jax.config.loading import resolve
 from prmoe_jax.config.schema import Config
-from prmoe_jax.errors import UserError, describe
+from prmoe_jax.errors import UserError, reason
 from prmoe_jax.parallel import processes
 from prmoe_jax.run.directory import CHECKPOINTS
 from prmoe_jax.training.loop import train
@@ -60,7 +60,7 @@ def _folder(workdir: Path) -> Iterator[tuple[Path, str]]:
         try:
             folder.mkdir(parents=True)
         except (OSError, UserError) as error:
-            problem = _reason(error)
+            problem = reason(error)
     try:
         yield folder, problem
     finally:
@@ -72,54 +72,42 @@ def _folder(workdir: Path) -> Iterator[tuple[Path, str]]:
 
 
 def _cannot_write(workdir: Path, problems: list[str]) -> Finding:
-    listed = "; ".join(
-        f"process {number}: {problem}" if len(problems) > 1 else problem
-        for number, problem in enumerate(problems)
-        if problem
-    )
+    shown = [f"process {i}: {problem}" for i, problem in enumerate(problems) if problem]
+    listed = "; ".join(shown if len(problems) > 1 else problems)
     fix = "give --workdir a folder that this user may write, or a bucket (gs://BUCKET/FOLDER)"
     return Finding("workdir", FAIL, f"{workdir} cannot be written: {listed}", fix)
-
-
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or describe(error).line
 
 
 def _store(folder: Path) -> tuple[list[Finding], dict]:
     """Each process writes and reads a file, and looks for process 0's file."""
     log.info("writing and reading %d MB", FILE_BYTES / 1e6)
-    workdir, number = folder.parent, jax.process_index()
+    workdir, file = folder.parent, folder / f"file-{jax.process_index()}"
     problem, rates = "", [0.0, 0.0]
     processes.barrier()  # process 0 has made the folder
     try:
-        rates = _write_and_read(folder / f"file-{number}")
+        rates = _write_and_read(file)
     except (OSError, UserError) as error:
-        problem = _reason(error)
+        problem = reason(error)
     problems = processes.gathered(problem)
     if any(problems):
         return [_cannot_write(workdir, problems)], {}
     seen = processes.comes_true((folder / "file-0").exists)
     blind = [str(i) for i, found in enumerate(processes.gathered(seen)) if not found]
     with contextlib.suppress(OSError):
-        (folder / f"file-{number}").unlink()
+        file.unlink()
     if blind:
         line = f"{workdir} is not shared: process {', '.join(blind)} doesn't see process 0's file"
         return [Finding("workdir", FAIL, line, "name a folder that all processes see")], {}
-    gathered = processes.gathered(rates)
-    numbers = {
-        "write_bytes_per_s": [written for written, _ in gathered],
-        "read_bytes_per_s": [read for _, read in gathered],
-    }
+    written, read = (list(values) for values in zip(*processes.gathered(rates), strict=True))
+    numbers = {"write_bytes_per_s": written, "read_bytes_per_s": read}
     findings = []
     for name, values in numbers.items():
         verb = name.partition("_")[0]
-        behind = slow(dict(enumerate(values)), SLOW)
-        listed = ", ".join(f"process {i} {rate(values[i], 'B')}" for i in behind)
-        line = f"{rate(min(values), 'B')} {'into' if verb == 'write' else 'from'} {workdir}"
-        if behind:
+        if behind := slow_processes(values, SLOW, "B"):
             fix = "see that host's network and disk, or replace it"
-            findings.append(Finding(f"store {verb}", FAIL, f"slow: {listed}", fix))
+            findings.append(Finding(f"store {verb}", FAIL, f"slow: {behind}", fix))
         else:
+            line = f"{rate(min(values), 'B')} {'into' if verb == 'write' else 'from'} {workdir}"
             findings.append(Finding(f"store {verb}", OK, line))
     return findings, numbers
 
@@ -180,17 +168,14 @@ def _quiet() -> Iterator[None]:
 
 def _config(folder: Path) -> Config:
     """One PR-MoE layer; its length and head width suit every attention kernel."""
-    on_cpu, devices = jax.default_backend() == "cpu", jax.device_count()
+    devices, dtype = jax.device_count(), "float32" if jax.default_backend() == "cpu" else "bfloat16"
     shape = {"vocab_size": 384, "length": 128, "d_model": 128, "heads": 2, "d_ff": 128}
     model = architecture.parse_fields("1 layers, every 1, E=4, residual") | shape
+    data = {"corpus": str(folder / "text"), "cache_dir": str(folder / "cache")}
     return resolve(
         {
-            "model": model | {"dtype": "float32" if on_cpu else "bfloat16"},
-            "data": {
-                "corpus": str(folder / "text"),
-                "tokenizer": "bytes",
-                "cache_dir": str(folder / "cache"),
-            },
+            "model": model | {"dtype": dtype},
+            "data": data | {"tokenizer": "bytes"},
             "train": {"steps": STEPS, "batch_size": devices * -(-8 // devices)},
             "eval": {"every": 0},
             "log": {"every": 1},
@@ -201,14 +186,11 @@ def _config(folder: Path) -> Config:
 
 def _run(config: Config, workdir: Path) -> list[Finding]:
     """Trains to the end, deletes the last checkpoint, and resumes from the one before it."""
-    lines: list[dict] = []
-    train(config, workdir, on_metrics=lines.append)
-    whole, lines = _losses(lines), []
+    whole = _losses(config, workdir)
     if jax.process_index() == 0:
         stores.delete_folder(workdir / CHECKPOINTS / str(STEPS))
     processes.barrier()
-    train(config, workdir, on_metrics=lines.append)
-    resumed = _losses(lines)
+    resumed = _losses(config, workdir)
     if jax.process_index() != 0:  # only process 0 has metrics
         return []
     half = STEPS // 2
@@ -222,10 +204,8 @@ def _run(config: Config, workdir: Path) -> list[Finding]:
         line = f"steps {sorted({step for step, _ in resumed})} were resumed, not those after {half}"
         return [Finding(name, FAIL, line, "report it with the versions above")]
     step, what = next(key for key in expected if resumed[key] != expected[key])
-    line = (
-        f"resumed from step {half}, {what} at step {step} is {resumed[step, what]!r}, and was "
-        f"{expected[step, what]!r}"
-    )
+    line = f"resumed from step {half}, {what} at step {step} is {resumed[step, what]!r}, "
+    line += f"and was {expected[step, what]!r}"
     if jax.default_backend() != "gpu" or GPU_FLAG in os.environ.get("XLA_FLAGS", ""):
         return [Finding(name, FAIL, line, "run nothing here; report it with the versions above")]
     # A GPU may add up a gradient in any order.
@@ -233,6 +213,9 @@ def _run(config: Config, workdir: Path) -> list[Finding]:
     return [Finding(name, WARN if near else FAIL, line, f"set XLA_FLAGS=--{GPU_FLAG}")]
 
 
-def _losses(lines: list[dict]) -> dict[tuple[int, str], float]:
+def _losses(config: Config, workdir: Path) -> dict[tuple[int, str], float]:
+    """Trains to the end; (step, name) -> number."""
+    lines: list[dict] = []
+    train(config, workdir, on_metrics=lines.append)
     names = "loss", "grad_norm", "eval/loss"
     return {(line["step"], name): line[name] for line in lines for name in names if name in line}

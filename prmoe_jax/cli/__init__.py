@@ -5,28 +5,19 @@ JAX is imported inside the subcommands, so that help and error messages appear a
 
 import argparse
 import contextlib
+import importlib
 import sys
 
 import prmoe_jax
 from prmoe_jax import allocator, boundary
-from prmoe_jax.cli import (
-    bench,
-    check,
-    distill,
-    eval,
-    generate,
-    interop,
-    params,
-    plan,
-    prune,
-    report,
-    sweep,
-    tokenize,
-    train,
-)
-from prmoe_jax.cli.options import CONFIG_HELP, Parser, parse_config
+from prmoe_jax.cli.options import Parser, check_run, parse_config
 from prmoe_jax.cli.output import log_to_stderr
 from prmoe_jax.errors import UserError, refusing
+
+# The modules of this folder that declare subcommands, in the order of `prmoe --help`.
+MODULES = (
+    "train eval generate sweep report interop params distill prune plan check tokenize bench"
+).split()
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -40,26 +31,28 @@ def main(arguments: list[str] | None = None) -> int:
     log_to_stderr()
     given = sys.argv[1:] if arguments is None else arguments
     options = argparse.Namespace()
-
-    def command() -> None:
-        nonlocal options
-        for argument in given:
-            with refusing(f"the argument {argument!a} is not UTF-8 text", UnicodeEncodeError):
-                argument.encode()
-        with _processes(given):
-            own, passed_on = _split(given)
-            options, rest = _parser().parse_known_args(own)
-            if passed_on and not options.passes_on:
-                raise UserError(f"'--' is not understood; see prmoe {options.verb} --help")
-            options.passed_on = passed_on
-            if rest and not options.takes_config:
-                raise UserError(f"'{rest[0]}' is not understood; see prmoe {options.verb} --help")
-            options.run(options, rest)
-
-    code = boundary.guard(command, lambda: getattr(options, "workdir", None))
+    code = boundary.guard(lambda: _run(given, options), lambda: getattr(options, "workdir", None))
     if code and arguments is None:  # this process is the command
         boundary.leave(code)
     return code
+
+
+def _run(given: list[str], options: argparse.Namespace) -> None:
+    """Parses the arguments into `options` and runs the subcommand."""
+    for argument in given:
+        with refusing(f"the argument {argument!a} is not UTF-8 text", UnicodeEncodeError):
+            argument.encode()
+    with _processes(given):
+        place = given.index("--") if "--" in given else len(given)
+        _, rest = _parser().parse_known_args(given[:place], options)
+        options.passed_on = given[place + 1 :]  # for another program
+        unknown = ["--"] if options.passed_on and not options.passes_on else []
+        unknown += rest if options.takes != "config" else []
+        if unknown:
+            raise UserError(f"'{unknown[0]}' is not understood; see prmoe {options.verb} --help")
+        if options.takes == "run":
+            check_run(options.workdir)
+        options.run(options, rest)
 
 
 def _processes(arguments: list[str]):
@@ -72,14 +65,6 @@ def _processes(arguments: list[str]):
     return processes.initialize_distributed()
 
 
-def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """The arguments before a `--`, and the arguments after it, which are for another program."""
-    if "--" not in arguments:
-        return arguments, []
-    place = arguments.index("--")
-    return arguments[:place], arguments[place + 1 :]
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="prmoe",
@@ -88,26 +73,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=prmoe_jax.__version__)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-
-    def verb(name: str, run, help: str, takes_config=False, parsers=verbs, formerly: str = ""):
-        sub = parsers.add_parser(
-            name,
-            aliases=[formerly] if formerly else [],
-            help=help,
-            description=help[0].upper() + help[1:] + ".",
-            epilog=CONFIG_HELP if takes_config else None,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
-        sub.add_argument("--json", action="store_true", help="print JSON for machines")
-        sub.set_defaults(run=run, takes_config=takes_config, passes_on=False)
-        sub.takes_config = takes_config
-        return sub
-
-    for module in (
-        train, eval, generate, sweep, report, interop, params, distill, prune, plan, check,
-        tokenize,
-    ):  # fmt: skip
-        module.add(verb)
-    bench.add(verb, verbs)
+    for name in MODULES:
+        importlib.import_module(f"prmoe_jax.cli.{name}").add(verbs)
     return parser

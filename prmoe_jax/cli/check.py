@@ -4,17 +4,16 @@ import logging
 from pathlib import Path
 
 from prmoe_jax import allocator
-from prmoe_jax.cli.options import add_distributed, parse_config, path
+from prmoe_jax.cli.options import add_distributed, parse_config, path, verb
 from prmoe_jax.cli.output import as_json, is_first_process
 from prmoe_jax.errors import CheckFailed
 
 log = logging.getLogger("prmoe_jax.check")
 
 
-def add(verb) -> None:
-    """Declares the subcommand and its options."""
+def add(verbs) -> None:
     kind = "check this machine or pod: devices, kernels, rates, and a tiny run in the workdir"
-    sub = verb("check", run, kind, True)
+    sub = verb(verbs, "check", run, kind, "config")
     where = "the folder in whose store a tiny run is trained, and removed (default: runs)"
     sub.add_argument("--workdir", type=path, default=Path("runs"), help=where)
     add_distributed(sub)

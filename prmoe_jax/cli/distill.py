@@ -3,20 +3,19 @@
 import logging
 
 from prmoe_jax import allocator
-from prmoe_jax.cli.options import parse_config, path
+from prmoe_jax.cli.options import parse_config, path, verb
 from prmoe_jax.cli.output import emit
 from prmoe_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
 
-def add(verb) -> None:
-    """Declares the subcommands and their options."""
+def add(verbs) -> None:
     part = "show which part of its teacher a student starts as"
-    verb("distill-plan", _distill_plan, part, True, formerly="distil-plan")
+    verb(verbs, "distill-plan", _distill_plan, part, "config", formerly="distil-plan")
 
     keep = "record a teacher's predictions for a student's training text, for many students"
-    sub = verb("teacher-cache", _teacher_cache, keep, True)
+    sub = verb(verbs, "teacher-cache", _teacher_cache, keep, "config")
     sub.add_argument("--out", type=path, required=True, help="the folder to write, a new one")
 
 

@@ -3,15 +3,13 @@
 import sys
 
 from prmoe_jax import allocator
-from prmoe_jax.cli.options import add_distributed, check_run, filled, path
-from prmoe_jax.cli.output import as_json, is_first_process, show
+from prmoe_jax.cli.options import add_distributed, filled, path, verb
+from prmoe_jax.cli.output import is_first_process, show
 from prmoe_jax.errors import UserError
 
 
-def add(verb) -> None:
-    """Declares the subcommand and its options."""
-    sub = verb("eval", run, "evaluate a run on its validation split")
-    sub.add_argument("--workdir", type=path, required=True, help="the run's folder")
+def add(verbs) -> None:
+    sub = verb(verbs, "eval", run, "evaluate a run on its validation split", "run")
     add_distributed(sub)
     corpus = "the text whose validation split it is (default: the run's)"
     sub.add_argument("--corpus", type=filled, help=corpus)
@@ -26,7 +24,6 @@ def add(verb) -> None:
 
 def run(options, rest) -> None:
     allocator.keep_freed_memory()
-    check_run(options.workdir)
     tasks = [] if options.tasks is None else [task.strip() for task in options.tasks.split(",")]
     if not all(tasks):
         raise UserError(f"--tasks={options.tasks} has an empty name; use names such as cloze,wiki")
@@ -34,20 +31,16 @@ def run(options, rest) -> None:
         raise UserError(
             f"--limit={options.limit} is a number of examples, for --tasks: from 1 to {sys.maxsize}"
         )
-    for name in ("teacher", "corpus"):
-        if tasks and getattr(options, name):
-            raise UserError(f"--{name} is for the validation split; leave it or --tasks out")
-    if tasks and options.distributed:
-        raise UserError("--tasks runs in one process; leave --distributed out")
     if tasks:
+        for name in ("teacher", "corpus", "distributed"):
+            if getattr(options, name):
+                raise UserError(f"--{name} is for the validation split; leave it or --tasks out")
         from prmoe_jax.tasks.harness import evaluate_tasks
 
-        scores = evaluate_tasks(options.workdir, tasks, options.limit)
-        if options.json:
-            print(as_json(scores))
-        else:
-            for task, values in scores.items():
-                show({f"{task} {name}": value for name, value in values.items()}, False)
+        shown = evaluate_tasks(options.workdir, tasks, options.limit)
+        if not options.json:
+            shown = {f"{task} {name}": x for task, of in shown.items() for name, x in of.items()}
+        show(shown, options.json)
         return
     from prmoe_jax.training.evaluate import evaluate
 

@@ -1,26 +1,25 @@
 """`prmoe import` and `prmoe export`: models from other libraries and for them."""
 
-from prmoe_jax.cli.options import check_run, local_path, path
+from prmoe_jax.cli.options import local_path, path, verb
 from prmoe_jax.cli.output import show
 
 KINDS = "hf", "gpt2", "deepspeed", "safetensors"
 
 
-def add(verb) -> None:
-    """Declares the subcommands and their options."""
+def add(verbs) -> None:
     kinds = (
         "hf: Hugging Face's transformers (GPT-2, Llama, Qwen3, OLMoE, Mixtral, Qwen2-MoE, "
         "Qwen3-MoE); gpt2: its GPT2LMHeadModel alone; deepspeed: Megatron-DeepSpeed's GPT, dense, "
         "MoE or PR-MoE; safetensors: our own names, with a model card"
     )
-    sub = verb("import", _import, "make a run's folder from another library's model")
+    sub = verb(verbs, "import", _import, "make a run's folder from another library's model")
     sub.add_argument("--kind", choices=KINDS, required=True, help=kinds)
     sub.add_argument("--source", type=local_path, required=True, help="the folder to read")
     sub.add_argument("--workdir", type=path, required=True, help="the run's folder, a new one")
 
-    sub = verb("export", _export, "write a run's newest model for another library")
+    what = "write a run's newest model for another library"
+    sub = verb(verbs, "export", _export, what, "run")
     sub.add_argument("--kind", choices=KINDS, required=True, help=kinds)
-    sub.add_argument("--workdir", type=path, required=True, help="the run's folder")
     sub.add_argument("--out", type=path, required=True, help="the folder to write, a new one")
 
 
@@ -31,7 +30,6 @@ def _import(options, rest) -> None:
 
 
 def _export(options, rest) -> None:
-    check_run(options.workdir)
     from prmoe_jax.interop.run import export_run
 
     show(export_run(options.kind, options.workdir, options.out), options.json)

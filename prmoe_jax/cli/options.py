@@ -1,8 +1,11 @@
 """Arguments that subcommands share: --config and its overrides, paths, meshes."""
 
 import argparse
+import ast
+import dataclasses
 import difflib
 import logging
+import operator
 import os
 import re
 import sys
@@ -13,7 +16,6 @@ from pathlib import Path
 from prmoe_jax import stores
 from prmoe_jax.config import userfile
 from prmoe_jax.errors import UserError
-from prmoe_jax.stores import expand
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +28,8 @@ settings:
                                 prmoe_jax (tiny:prmoe); or a run's own config.json
   --config.GROUP.NAME=VALUE     overrides any setting:
                                 --config.train.steps=40 --config.model.experts=8,8,16
-"""
+
+all settings, with their defaults:"""
 
 
 class Parser(argparse.ArgumentParser):
@@ -45,16 +48,28 @@ def _settings_help() -> str:
     """Every setting with its default, meaning and choices."""
     from prmoe_jax.config.schema import declarations
 
-    lines = ["", "all settings, with their defaults:"]
+    lines = [CONFIG_HELP]
     for name, setting in declarations().items():
-        shown = setting.default
-        if shown and isinstance(shown, tuple):
-            shown = ",".join(map(str, shown))
-        lines.append(f"  --config.{name}={shown}")
-        lines += textwrap.wrap(
-            setting.described(), 96, initial_indent="  " * 4, subsequent_indent="  " * 4
-        )
+        lines.append(f"  --config.{name}={setting.default}")
+        lines.append(textwrap.indent(textwrap.fill(setting.described(), 88), " " * 8))
     return "\n".join(lines) + "\n"
+
+
+def verb(verbs, name: str, run, help: str, takes: str = "", formerly: str = "") -> Parser:
+    """Adds a subcommand to `verbs`; `run` gets its options and the arguments that are none of them.
+
+    It `takes` a "config" by --config and overrides, or the folder of a "run" by --workdir.
+    `formerly` is an earlier name, which still works.
+    """
+    text = help[0].upper() + help[1:] + "."
+    aliases = [formerly] if formerly else []
+    sub = verbs.add_parser(name, aliases=aliases, help=help, description=text, allow_abbrev=False)
+    sub.takes_config = takes == "config"
+    sub.add_argument("--json", action="store_true", help="print JSON for machines")
+    if takes == "run":
+        sub.add_argument("--workdir", type=path, required=True, help="the run's folder")
+    sub.set_defaults(run=run, takes=takes, passes_on=False)
+    return sub
 
 
 def parse_config(arguments: list[str]):
@@ -72,55 +87,59 @@ def config_argument(arguments: list[str]) -> tuple[Path, str, list[str]]:
     parser = Parser(prog="prmoe", add_help=False, allow_abbrev=False)
     parser.add_argument("--config", default="")
     options, rest = parser.parse_known_args(arguments)
-    if stores.scheme(options.config):
-        return stores.as_path(options.config), "", rest
-    file, _, name = options.config.partition(":")
+    whole = options.config
+    file, _, name = whole.partition(":")
+    if stores.scheme(whole):
+        return stores.as_path(whole), "", rest
     if not file:
         raise UserError("no --config; for example --config=configs/tiny.py:prmoe")
-    if os.path.isfile(whole := expand("--config", options.config)):  # its name has a colon
-        return whole, "", rest
-    return expand("--config", file), name, rest
+    if os.path.isfile(stores.expand("--config", whole)):  # its name has a colon
+        file, name = whole, ""
+    return stores.expand("--config", file), name, rest
 
 
 def _load_settings(path: Path, name: str):
     """Reads a run's config.json, or calls get_config(NAME) or get_config() of a config file."""
-    from ml_collections import ConfigDict
-
-    from prmoe_jax.config.loading import resolve
-    from prmoe_jax.config.schema import default_config
-
     if re.fullmatch(r"\w+", str(path)) and not path.is_file():  # a folder may have this name
         path = userfile.shipped(str(path))
     if not stores.is_local(path) and path.suffix != ".json":
         raise UserError(f"--config={path} is in an object store: there only a run's config.json")
     if not path.is_file():
         raise UserError(f"--config={path} is not a file; for example configs/tiny.py:prmoe")
-    if path.suffix == ".json":  # a run's config
-        if name:
-            raise UserError(
-                f"--config={path}:{name}: a run's config.json has no names; give it alone"
-            )
-        from prmoe_jax.config.loading import load
-        from prmoe_jax.config.schema import as_settings
+    if path.suffix != ".json":
+        return _call_config(path, name)
+    if name:
+        raise UserError(f"--config={path}:{name}: a run's config.json has no names; give it alone")
+    from prmoe_jax.config.loading import load
+    from prmoe_jax.config.schema import as_settings
 
-        settings = as_settings(load(path))
-        if settings.execution.compile_cache not in ("", "auto"):
-            log.warning(
-                "%s: execution.compile_cache=%s is left out, since JAX runs the programs in that "
-                "folder; to use it, give --config.execution.compile_cache",
-                *(path, settings.execution.compile_cache),
-            )
-            settings.execution.compile_cache = "auto"
-        return settings
-    arguments = [name] if name else []
-    settings = userfile.call(path, "get_config", *arguments, named=f"--config={path}")
+    settings = as_settings(load(path))
+    if settings.execution.compile_cache not in ("", "auto"):
+        log.warning(
+            "%s: execution.compile_cache=%s is left out, since JAX runs the programs in that "
+            "folder; to use it, give --config.execution.compile_cache",
+            *(path, settings.execution.compile_cache),
+        )
+        settings.execution.compile_cache = "auto"
+    return settings
+
+
+def _call_config(path: Path, name: str):
+    """The settings that a config file's get_config returns, with the defaults of all others."""
+    from ml_collections import ConfigDict
+
+    from prmoe_jax.config.loading import resolve
+    from prmoe_jax.config.schema import default_config
+
+    named = f"--config={path}"
+    settings = userfile.call(path, "get_config", *filter(None, [name]), named=named)
     if not isinstance(settings, ConfigDict):
         raise UserError(
             f"--config={path}: get_config returns {type(settings).__name__}, not a ConfigDict; "
             "start from prmoe_jax.config.default_config()"
         )
     whole = default_config()  # a file need not name all settings, and any can be overridden
-    with userfile.mistakes(path, f"--config={path}"), whole.unlocked():
+    with userfile.mistakes(path, named), whole.unlocked():
         try:
             whole.update(settings)
         except (TypeError, AttributeError):
@@ -131,63 +150,68 @@ def _load_settings(path: Path, name: str):
 
 def _override(settings, arguments: list[str]) -> None:
     """Applies arguments such as --config.train.steps=40 to `settings`."""
-    from absl import flags
-    from ml_collections import config_flags
-
     from prmoe_jax.config.schema import Config, declarations, leaves
 
     known = leaves(Config())
-    for name, setting in declarations().items():
-        if setting.formerly:
-            whole = re.compile(re.escape(f"--config.{setting.formerly}") + "(?==|$)")
-            arguments = [whole.sub(f"--config.{name}", argument) for argument in arguments]
-    for argument in arguments:
-        if not argument.startswith("--"):
-            continue  # the value of the flag before it; any other is `leftover` below
-        match = re.fullmatch(r"--(?:no)?config\.(.*)", argument.partition("=")[0])
+    today = {setting.formerly or name: name for name, setting in declarations().items()}
+    remaining = iter(arguments)
+    for argument in remaining:
+        match = re.fullmatch(r"--(no)?config\.([^=]*)(?:=(.*))?", argument, re.DOTALL)
         if not match:
             raise UserError(f"'{argument}' is not understood; settings look like --config.seed=1")
-        if match[1] not in known:
-            raise UserError(f"--config.{match[1]} is not a setting{_did_you_mean(match[1], known)}")
+        no, given, text = match.groups()
+        name = today.get(given, given)
+        if name not in known:
+            raise UserError(f"--config.{name} is not a setting{_did_you_mean(name, known)}")
+        kind = type(known[name])
+        if no:
+            text = "false" if kind is bool and text is None else None
+        elif text is None:
+            text = "true" if kind is bool else next(remaining, None)
+        if text is None:
+            raise UserError(f"'{argument}' is not understood; write --config.{name}=VALUE")
+        settings.update_from_flattened_dict({name: _parsed(name, text, kind)})
 
-    argv = ["prmoe", *arguments]
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_dict("config", settings, flag_values=values, sys_argv=argv)
+
+def _parsed(name: str, text: str, kind: type):
+    """The value of a setting as it is typed."""
+    wanted = f"of type {kind.__name__}"
     try:
-        leftover = values(argv)[1:]
-    except flags.IllegalFlagValueError as error:
-        # 'flag --config.seed=x: invalid literal for int() with base 10'
-        given = str(error).removeprefix("flag ").removesuffix(f": {error.__context__}")
-        kind = type(known[given.partition("=")[0].removeprefix("--config.")])
-        wanted = "whole numbers such as 8,8,16" if kind is tuple else f"of type {kind.__name__}"
-        raise UserError(f"{given} must be {wanted}") from error
-    except (flags.Error, ValueError) as error:  # --noconfig.x=1 is a ValueError
-        raise UserError(str(error)) from error
-    if leftover:
-        raise UserError(f"'{leftover[0]}' is not understood; settings look like --config.seed=1")
+        if kind is bool:
+            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+        if kind is tuple:
+            wanted = "whole numbers such as 8,8,16"
+            value = ast.literal_eval(text)
+            return tuple(map(operator.index, [value] if isinstance(value, int) else value))
+        return kind(text)
+    except (KeyError, SyntaxError, TypeError, ValueError) as error:
+        raise UserError(f"--config.{name}={text} must be {wanted}") from error
 
 
 def _did_you_mean(name: str, known) -> str:
     """A hint: a setting of the group `name`, the setting spelled most like it, or all groups."""
-    members = [setting for setting in known if setting.startswith(f"{name}.")]
-    if members:
+    if members := [setting for setting in known if setting.startswith(f"{name}.")]:
         return f" but a group of them, such as --config.{members[0]}"
     by_last_part = {setting.rpartition(".")[2]: setting for setting in known}
     close = difflib.get_close_matches(name, known, 1)
-    for last_part in difflib.get_close_matches(name.rpartition(".")[2], by_last_part, 1):
-        close.append(by_last_part[last_part])
-    groups = ", ".join(dict.fromkeys(setting.partition(".")[0] for setting in known))
-    return f"; did you mean --config.{close[0]}?" if close else f"; there are {groups}"
+    last_parts = difflib.get_close_matches(name.rpartition(".")[2], by_last_part, 1)
+    if close := [*close, *map(by_last_part.get, last_parts)]:
+        return f"; did you mean --config.{close[0]}?"
+    return f"; there are {', '.join(dict.fromkeys(s.partition('.')[0] for s in known))}"
 
 
-def path(text: str) -> Path:
+def path(text: str, convert: Callable[[str], Path] = stores.as_path) -> Path:
     """Converts an option's value to a path, local or in an object store; refuses an empty one."""
-    return _path(text, stores.as_path)
+    try:
+        convert(filled(text))
+        return stores.expand("the path", text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def local_path(text: str) -> Path:
     """Converts an option's value to a local path; refuses an empty one."""
-    return _path(text, stores.as_local_path)
+    return path(text, stores.as_local_path)
 
 
 def filled(text: str) -> str:
@@ -197,24 +221,14 @@ def filled(text: str) -> str:
     return text
 
 
-def _path(text: str, convert: Callable[[str], Path]) -> Path:
-    try:
-        convert(filled(text))
-        return expand("the path", text)
-    except UserError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def add_distributed(parser: argparse.ArgumentParser) -> None:
+def add_distributed(sub: Parser) -> None:
     """Declares --distributed, which `prmoe_jax.cli` handles before it parses the arguments."""
     kind = "be one process of several: on a TPU pod, under SLURM or on GKE"
-    parser.add_argument("--distributed", action="store_true", help=kind)
+    sub.add_argument("--distributed", action="store_true", help=kind)
 
 
 def parse_mesh(text: str):
     """Parses 'expert:4,tensor:2' into a `MeshConfig`."""
-    import dataclasses
-
     from prmoe_jax.config.schema import MeshConfig
 
     names = [field.name for field in dataclasses.fields(MeshConfig)]

@@ -2,37 +2,24 @@
 
 import logging
 
-from prmoe_jax.cli.options import compile_only, filled, local_path, parse_config
+from prmoe_jax.cli.options import compile_only, filled, local_path, parse_config, verb
 from prmoe_jax.cli.output import emit
 from prmoe_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
 
-def add(verb) -> None:
-    """Declares the subcommand and its options."""
-    sub = verb("plan", run, "compile a config's train step for a pod, and model its cost", True)
+def add(verbs) -> None:
+    kind = "compile a config's train step for a pod, and model its cost"
+    sub = verb(verbs, "plan", run, kind, "config")
     sub.add_argument("--topology", help="chips, such as v5p:4x4x8, h100:16x8 or 2xv5p:4x4x4")
     sub.add_argument("--find", metavar="CHIP", help="instead, the smallest slice that fits")
-    sub.add_argument(
-        "--decode",
-        type=int,
-        default=0,
-        metavar="SEQUENCES",
-        help="instead of training, the next token of so many sequences of full context",
-    )
-    sub.add_argument(
-        "--teacher",
-        type=filled,
-        metavar="FILE:NAME",
-        help="the teacher's config; plans a step of distillation",
-    )
-    sub.add_argument(
-        "--load",
-        type=float,
-        default=1.0,
-        help="rows of the fullest device relative to an even share, without drops (default: 1)",
-    )
+    decode = "instead of training, the next token of so many sequences of full context"
+    sub.add_argument("--decode", type=int, default=0, metavar="SEQUENCES", help=decode)
+    teacher = "the teacher's config; plans a step of distillation"
+    sub.add_argument("--teacher", type=filled, metavar="FILE:NAME", help=teacher)
+    load = "rows of the fullest device relative to an even share, without drops (default: 1)"
+    sub.add_argument("--load", type=float, default=1.0, help=load)
     sub.add_argument("--picture", type=local_path, help="also draw the plan: a .png, .svg or .pdf")
 
 
@@ -41,12 +28,12 @@ def run(options, rest) -> None:
     if options.teacher:
         from prmoe_jax.config.teacher import adapt_teacher
 
-        why = "the config has no teacher" if not config.kd_steps else ""
-        if options.decode:
-            why = why or "nobody teaches in decoding"
-        if config.teacher.cache:
-            why = why or "the run learns from teacher.cache"
-        if why:
+        reasons = {
+            "the config has no teacher": not config.kd_steps,
+            "nobody teaches in decoding": options.decode,
+            "the run learns from teacher.cache": config.teacher.cache,
+        }
+        if why := next((why for why, holds in reasons.items() if holds), None):
             raise UserError(f"--teacher={options.teacher} has no effect: {why}; leave it out")
         teacher = adapt_teacher(parse_config([f"--config={options.teacher}"]), config)
     elif config.kd_steps and not (options.decode or config.teacher.cache):

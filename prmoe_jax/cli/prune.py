@@ -3,21 +3,19 @@
 import argparse
 
 from prmoe_jax import allocator
-from prmoe_jax.cli.options import check_run, filled, path
+from prmoe_jax.cli.options import filled, path, verb
 from prmoe_jax.cli.output import emit
 from prmoe_jax.errors import UserError
 
 
-def add(verb) -> None:
-    """Declares the subcommand and its options."""
-    sub = verb("prune", run, "cut a MoE run down to a share of its experts")
-    sub.add_argument("--workdir", type=path, required=True, help="the run's folder")
+def add(verbs) -> None:
+    kind = "cut a MoE run down to a share of its experts"
+    sub = verb(verbs, "prune", run, kind, "run")
     sub.add_argument("--out", type=path, help="the folder of the new run; without it, plan only")
     budget = sub.add_mutually_exclusive_group(required=True)
     budget.add_argument("--keep", type=float, help="share of all experts that stays")
-    budget.add_argument(
-        "--experts", type=_counts, help="experts that stay in each MoE layer, such as 4,8,8"
-    )
+    experts = "experts that stay in each MoE layer, such as 4,8,8"
+    budget.add_argument("--experts", type=_counts, help=experts)
     sub.add_argument(
         "--importance",
         choices=("load", "activation", "loss"),
@@ -46,7 +44,6 @@ def _counts(text: str) -> tuple[int, ...]:
 
 def run(options, rest) -> None:
     allocator.keep_freed_memory()
-    check_run(options.workdir)
     from prmoe_jax.distill.prune import prune_run, table
 
     if options.experts and options.shape:

@@ -1,16 +1,14 @@
 """`prmoe report`: draws a page of figures about a sweep or a run."""
 
-from prmoe_jax.cli.options import check_run, local_path, path
+from prmoe_jax.cli.options import check_run, local_path, path, verb
 from prmoe_jax.cli.output import emit, show
 from prmoe_jax.errors import UserError
 
 
-def add(verb) -> None:
-    """Declares the subcommand and its options."""
-    sub = verb("report", run, "make a page with figures about a sweep, or about one run")
-    sub.add_argument(
-        "folder", type=local_path, nargs="?", help="a sweep's folder, with results.jsonl"
-    )
+def add(verbs) -> None:
+    sub = verb(verbs, "report", run, "make a page with figures about a sweep, or about one run")
+    folder = "a sweep's folder, with results.jsonl"
+    sub.add_argument("folder", type=local_path, nargs="?", help=folder)
     sub.add_argument("--base", help="the arm the others are compared with (default: the first)")
     sub.add_argument("--workdir", type=path, help="instead, a run's folder; writes report/ there")
 

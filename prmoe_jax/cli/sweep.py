@@ -3,19 +3,18 @@
 import re
 from pathlib import Path
 
-from prmoe_jax.cli.options import local_path, path
+from prmoe_jax.cli.options import local_path, path, verb
 from prmoe_jax.cli.output import emit
 from prmoe_jax.errors import UserError
 
 
-def add(verb) -> None:
-    """Declares the subcommand and its options."""
-    sub = verb("sweep", run, "train the runs that a folder's sweep.py names, and record them")
+def add(verbs) -> None:
+    kind = "train the runs that a folder's sweep.py names, and record them"
+    sub = verb(verbs, "sweep", run, kind)
     sub.add_argument("folder", type=local_path, help="for example experiments/placement")
     sub.add_argument("--workdir", type=path, help="the runs' folder (default: runs/FOLDER)")
-    sub.add_argument(
-        "--shard", default="1/1", metavar="I/N", help="be the I-th of N processes that share runs"
-    )
+    shard = "be the I-th of N processes that share runs"
+    sub.add_argument("--shard", default="1/1", metavar="I/N", help=shard)
 
 
 def run(options, rest) -> None:

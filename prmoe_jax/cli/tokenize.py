@@ -1,12 +1,11 @@
 """`prmoe tokenize`: text to token shards."""
 
-from prmoe_jax.cli.options import parse_config, path
+from prmoe_jax.cli.options import parse_config, path, verb
 from prmoe_jax.cli.output import show
 
 
-def add(verb) -> None:
-    """Declares the subcommand and its options."""
-    sub = verb("tokenize", run, "write the tokens of a config's text as shards", True)
+def add(verbs) -> None:
+    sub = verb(verbs, "tokenize", run, "write the tokens of a config's text as shards", "config")
     sub.add_argument("--out", type=path, required=True, help="the folder; it may be gs://…")
     sub.usage = "prmoe tokenize --config=FILE:NAME --out=FOLDER [--json] [-- BEAM_OPTIONS]"
     sub.set_defaults(passes_on=True)

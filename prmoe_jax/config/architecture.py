@@ -38,26 +38,21 @@ class Schedule:
     def place(
         cls, layers: int, placement: str, experts: Sequence[int], top_k: int = 1, residual=False
     ) -> "Schedule":
-        """Makes a schedule; `experts` has one count per MoE layer of the placement, or one for all.
-
-        Raises:
-          UserError: the placement is unknown or has no MoE layer, or the counts do not fit it.
-        """
+        """Makes a schedule; `experts` has a count for each MoE layer, or one for all."""
         indices = moe_layers(layers, placement)
-        if not indices:
-            if experts or placement != "none":
-                raise UserError(
-                    f"experts={_counts(experts)} has no effect: placement '{placement}' puts no "
-                    f"MoE layer into {layers} layers; use placement 'every 2', or no experts"
-                )
-            return cls((0,) * layers, top_k, residual)
+        given = f"experts={','.join(map(str, experts)) or '()'}"
+        if not indices and (experts or placement != "none"):
+            raise UserError(
+                f"{given} has no effect: placement '{placement}' puts no MoE layer into {layers} "
+                "layers; use placement 'every 2', or no experts"
+            )
         if len(experts) == 1:
             experts = tuple(experts) * len(indices)
         if len(experts) != len(indices):
             raise UserError(
-                f"experts={_counts(experts)} has {len(experts)} entries, but placement "
-                f"'{placement}' makes {len(indices)} MoE layers of {layers} layers; give "
-                f"{len(indices)} entries, or one for all"
+                f"{given} has {len(experts)} entries, but placement '{placement}' makes "
+                f"{len(indices)} MoE layers of {layers} layers; give {len(indices)} entries, or "
+                "one for all"
             )
         by_layer = dict(zip(indices, experts, strict=True))
         return cls(tuple(by_layer.get(i, 0) for i in range(layers)), top_k, residual)
@@ -69,27 +64,32 @@ class Schedule:
         The parts are separated by commas: 'N layers'; a placement (default 'every 2'; see
         `moe_layers`); 'E=128', or one term 'EXPERTSxLAYERS' per run of equal MoE layers;
         'top 2'; 'residual'. Without an E the model is dense.
-
-        Raises:
-          UserError: a part is unknown, given twice, or contradicts another.
         """
         return cls.place(**parse_fields(text))
 
     def __str__(self) -> str:
-        parts = [f"{len(self.experts)} layers"]
-        indices = [i for i, count in enumerate(self.experts) if count]
-        if indices:
-            placement = _placement_name(len(self.experts), indices)
-            if placement != "every 2":
-                parts.append(placement)
-            runs = _runs([count for count in self.experts if count])
-            terms = [f"{count}x{repeats}" if repeats > 1 else str(count) for count, repeats in runs]
-            parts.append(f"E={runs[0][0]}" if len(runs) == 1 else "E=" + "+".join(terms))
-            if self.top_k > 1:
-                parts.append(f"top {self.top_k}")
-            if self.residual:
-                parts.append("residual")
-        return ", ".join(parts)
+        layers = f"{len(self.experts)} layers"
+        counts = list(filter(None, self.experts))
+        if not counts:
+            return layers
+        runs = [(count, len(list(run))) for count, run in itertools.groupby(counts)]
+        terms = [f"{count}x{repeats}" if repeats > 1 else str(count) for count, repeats in runs]
+        placement = self._placement()
+        parts = [
+            layers,
+            placement if placement != "every 2" else "",
+            f"E={counts[0]}" if len(runs) == 1 else "E=" + "+".join(terms),
+            f"top {self.top_k}" if self.top_k > 1 else "",
+            "residual" if self.residual else "",
+        ]
+        return ", ".join(filter(None, parts))
+
+    def _placement(self) -> str:
+        layers = len(self.experts)
+        indices = tuple(i for i, count in enumerate(self.experts) if count)
+        names = [f"every {n}" for n in range(1, layers + 1)] + ["first half", "second half"]
+        matching = (name for name in names if moe_layers(layers, name) == indices)
+        return next(matching, "layers " + " ".join(map(str, indices)))
 
     def stages(self) -> tuple[Stage, ...]:
         """Cuts the layers into stages so that the fewest layers are compiled.
@@ -119,33 +119,28 @@ def moe_layers(layers: int, placement: str) -> tuple[int, ...]:
 
     Placements are 'none', 'every N' (the N-th, 2N-th, … layer), 'first half', 'second half'
     (every layer of that half), and 'layers 1 3 7'.
-
-    Raises:
-      UserError: the placement is none of these, or names a layer that does not exist.
     """
-    half = layers // 2
-    named = {
-        "none": range(0),
-        "first half": range(half),
-        "second half": range(layers - half, layers),
-    }
-    if placement in named:
-        return tuple(named[placement])
-    if match := re.fullmatch(r"every (\d+)", placement):
-        period = int(match[1])
-        if not 1 <= period <= layers:
-            raise UserError(
-                f"placement '{placement}' makes no MoE layer in {layers} layers; use 'every N' "
-                f"with N from 1 to {layers}"
-            )
-        return tuple(range(period - 1, layers, period))
-    if re.fullmatch(r"layers \d+( \d+)*", placement):
-        indices = [int(i) for i in placement.split()[1:]]
-        if indices != sorted(set(indices)) or indices[-1] >= layers:
-            raise UserError(
-                f"placement '{placement}' must name ascending layers from 0 to {layers - 1}"
-            )
-        return tuple(indices)
+    match placement.split(" "):
+        case ["none"]:
+            return ()
+        case ["first", "half"]:
+            return tuple(range(layers // 2))
+        case ["second", "half"]:
+            return tuple(range(layers - layers // 2, layers))
+        case ["every", period] if period.isdecimal():
+            if not 1 <= int(period) <= layers:
+                raise UserError(
+                    f"placement '{placement}' makes no MoE layer in {layers} layers; use 'every N' "
+                    f"with N from 1 to {layers}"
+                )
+            return tuple(range(int(period) - 1, layers, int(period)))
+        case ["layers", *names] if names and all(map(str.isdecimal, names)):
+            indices = tuple(map(int, names))
+            if indices != tuple(sorted(set(indices))) or indices[-1] >= layers:
+                raise UserError(
+                    f"placement '{placement}' must name ascending layers from 0 to {layers - 1}"
+                )
+            return indices
     raise UserError(
         f"placement '{placement}' is unknown; use 'none', 'every 2', 'first half', "
         "'second half' or 'layers 1 3 5'"
@@ -161,36 +156,32 @@ def parse_fields(text: str) -> dict:
     Raises:
       UserError: a part is unknown, given twice, or missing.
     """
-    one_layer = False  # whether E=…x1 gives the experts of a single MoE layer
     fields: dict = {}
-
-    def put(part, **values):
-        for name, value in values.items():
-            if name in fields:
-                raise UserError(f"architecture '{text}': '{part}' gives the {name} a second time")
-            fields[name] = value
-
-    for part in (p.strip() for p in text.split(",")):
+    one_layer = False  # whether E=…x1 gives the experts of a single MoE layer
+    for part in map(str.strip, text.split(",")):
         if match := re.fullmatch(r"([1-9]\d*) layers", part):
-            put(part, layers=int(match[1]))
+            field: dict = {"layers": int(match[1])}
         elif re.fullmatch(rf"E={_TERM}(\+{_TERM})*", part):
-            counts: list[int] = []
-            for term in part[2:].split("+"):
-                count, _, repeats = term.partition("x")
-                counts += [int(count)] * int(repeats or 1)
-            one_layer = len(counts) == 1 and "x" in part
-            put(part, experts=tuple(counts))
+            terms = [term.partition("x") for term in part[2:].split("+")]
+            counts = [[int(count)] * int(repeats or 1) for count, _, repeats in terms]
+            field = {"experts": tuple(itertools.chain(*counts))}
+            one_layer = "x" in part and len(field["experts"]) == 1
         elif match := re.fullmatch(r"top (\d+)", part):
-            put(part, top_k=int(match[1]))
+            field = {"top_k": int(match[1])}
         elif part == "residual":
-            put(part, residual=True)
+            field = {"residual": True}
         elif re.match(r"(every|first|second|layers|none)\b", part):
-            put(part, placement=part)
+            field = {"placement": part}
         else:
             raise UserError(
                 f"architecture '{text}': '{part}' is not understood; "
                 "write for example '24 layers, E=32x10+64x2, residual'"
             )
+        if twice := fields.keys() & field:
+            raise UserError(
+                f"architecture '{text}': '{part}' gives the {twice.pop()} a second time"
+            )
+        fields |= field
     if "layers" not in fields:
         raise UserError(f"architecture '{text}' does not say how many layers; add '24 layers'")
     experts = fields.setdefault("experts", ())
@@ -204,17 +195,3 @@ def parse_fields(text: str) -> dict:
     elif fields.keys() - {"layers", "experts"}:
         raise UserError(f"architecture '{text}' has no experts, so the rest has no effect; add E=…")
     return {"placement": "none", "top_k": 1, "residual": False} | fields
-
-
-def _placement_name(layers: int, indices: list[int]) -> str:
-    names = [f"every {n}" for n in range(1, layers + 1)] + ["first half", "second half"]
-    matching = (name for name in names if moe_layers(layers, name) == tuple(indices))
-    return next(matching, "layers " + " ".join(map(str, indices)))
-
-
-def _runs(values: Sequence[int]) -> list[tuple[int, int]]:
-    return [(value, len(list(run))) for value, run in itertools.groupby(values)]
-
-
-def _counts(experts: Sequence[int]) -> str:
-    return ",".join(map(str, experts)) or "()"

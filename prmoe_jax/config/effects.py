@@ -9,36 +9,31 @@ An existing run may have such settings, so its config.json is not checked for th
 from collections.abc import Iterator, Mapping
 
 from prmoe_jax.config.routers import capacity
-from prmoe_jax.config.schema import Config, conditions, declarations, leaves, preset
+from prmoe_jax.config.schema import ONLY, Config, declarations, leaves, preset
 from prmoe_jax.errors import UserError
 
-# A setting's name, and why it has no effect.
-Unused = tuple[str, str]
+Unused = tuple[str, str]  # a setting's name, and why it has no effect
 
 
 def check_effects(config: Config) -> None:
-    """Refuses settings that differ from their defaults and have no effect.
-
-    Args:
-      config: settings that `validation.check` accepted.
-    """
+    """Refuses settings of a checked config that differ from their defaults and have no effect."""
     values, defaults = leaves(config), preset(config)
     for name, why in _unused(config, values):
         value, default = values[name], defaults[name]
-        if value == default or (name == "moe.aux_loss_weight" and value == 0):
-            continue
-        fix = f"leave it at {default}" if default not in ("", ()) else "leave it out"
-        raise UserError(f"{name}={value} has no effect {why}; {fix}")
+        if value != default and (name, value) != ("moe.aux_loss_weight", 0):
+            fix = f"leave it at {default}" if default not in ("", ()) else "leave it out"
+            raise UserError(f"{name}={value} has no effect {why}; {fix}")
 
 
 def _unused(config: Config, values: Mapping[str, object]) -> Iterator[Unused]:
-    of_groups = conditions()
     for name, setting in declarations().items():
-        for condition in (*of_groups[name.partition(".")[0]], *setting.only):
-            if not _holds(condition, values):
-                yield name, _without(condition, values)
-        if setting.unless and _holds(setting.unless, values):
-            yield name, f"with {_holding(setting.unless, values)}"
+        for condition in filter(None, (ONLY.get(name.partition(".")[0]), setting.only)):
+            if not _holding(condition, values):
+                other, _, wanted = condition.partition("=")
+                with_other = f"with {other}={values.get(other)}: it is for {condition}"
+                yield name, with_other if wanted else f"without {condition}"
+        if setting.unless and (holding := _holding(setting.unless, values)):
+            yield name, f"with {holding}"
     if any(config.model.schedule.experts):
         for name in config.moe.routes.ignores:
             yield name, f"with moe.router={config.moe.router}"
@@ -48,25 +43,13 @@ def _unused(config: Config, values: Mapping[str, object]) -> Iterator[Unused]:
         yield "model.sliding_window", f"with model.length={config.model.length}"
 
 
-def _holds(condition: str, values: Mapping[str, object]) -> bool:
-    return bool(_holding(condition, values))
-
-
 def _holding(condition: str, values: Mapping[str, object]) -> str:
     """The first alternative of a condition that holds, as NAME=VALUE; '' if none holds."""
-    for one in condition.split(" or "):
-        name, _, wanted = one.partition("=")
+    for name, _, wanted in (one.partition("=") for one in condition.split(" or ")):
         value = values[name]
         if str(value).lower() == wanted if wanted else value:
             return f"{name}={value}"
     return ""
-
-
-def _without(condition: str, values: Mapping[str, object]) -> str:
-    name, _, wanted = condition.partition("=")
-    return (
-        f"with {name}={values[name]}: it is for {condition}" if wanted else f"without {condition}"
-    )
 
 
 def _in_routing(config: Config) -> Iterator[Unused]:
@@ -78,8 +61,7 @@ def _in_routing(config: Config) -> Iterator[Unused]:
         yield "moe.noise", f"with model.top_k={model.top_k}: it is for top_k=1"
     most = max(model.schedule.experts)
     if most <= 2:
-        why = "with 2 experts in a layer: the second choice is the other one"
-        yield "moe.second_expert_sampling", why
+        yield "moe.second_expert_sampling", "with 2 experts in a layer: the second is the other one"
     if moe.routes.tokens_choose and most == model.top_k:
         why = f"with model.top_k={model.top_k}: every token visits all experts of its layer"
         yield "moe.bias_update_rate", why

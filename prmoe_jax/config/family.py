@@ -19,7 +19,8 @@ _LLAMA = _GPT2 | {
     "biases": "none",
     "output": "untied",
 }
-_QWEN3 = _LLAMA | {"norm_eps": 1e-6, "rope_theta": 1e6, "qk_norm": "head"}
+_QWEN = _LLAMA | {"norm_eps": 1e-6, "rope_theta": 1e6}
+_QWEN3 = _QWEN | {"qk_norm": "head"}
 
 # Each family's values for settings of the group `model`.
 FAMILIES = {
@@ -27,14 +28,7 @@ FAMILIES = {
     "llama": _LLAMA,
     "olmoe": _LLAMA | {"qk_norm": "whole", "normalize_top_k": "never"},
     "mixtral": _LLAMA | {"rope_theta": 1e6, "normalize_top_k": "always"},
-    "qwen2_moe": _LLAMA
-    | {
-        "norm_eps": 1e-6,
-        "rope_theta": 1e6,
-        "biases": "qkv",
-        "residual_mix": "sigmoid",
-        "normalize_top_k": "never",
-    },
+    "qwen2_moe": _QWEN | {"biases": "qkv", "residual_mix": "sigmoid", "normalize_top_k": "never"},
     "qwen3": _QWEN3,
     "qwen3_moe": _QWEN3 | {"normalize_top_k": "always"},
 }

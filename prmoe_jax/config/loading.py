@@ -41,11 +41,7 @@ def save(config: Config, path: Path) -> None:
 
 
 def load(path: Path) -> Config:
-    """Reads a config that `save` wrote.
-
-    Raises:
-      UserError: the file is missing or is not a valid config.
-    """
+    """Reads a config that `save` wrote."""
     with (
         refusing(f"{path} cannot be read", OSError),
         refusing(f"{path} is damaged", ValueError),  # not UTF-8, or not JSON
@@ -65,22 +61,23 @@ RESUMABLE = (
 
 
 def check_resume(saved: Config, given: Config) -> None:
-    """Refuses to resume a run with settings that would change its result.
-
-    Raises:
-      UserError: settings differ; the message gives each with both values.
-    """
-    before, after = leaves(saved), leaves(given)
-    changed = {k for k in before if before[k] != after[k] and not k.startswith(RESUMABLE)}
+    """Refuses to resume a run with settings that would change its result."""
+    free: tuple[str, ...] = RESUMABLE
     longer = given.total_steps > saved.total_steps and given.kd_steps == saved.kd_steps
-    if given.optimizer.decay_tokens and longer:
-        changed -= {"train.steps", "train.tokens"}  # a longer run on the same schedule
-    if changed:
-        details = ", ".join(f"{k} was {before[k]!r}, is {after[k]!r}" for k in sorted(changed))
+    if given.optimizer.decay_tokens and longer:  # on the same schedule
+        free += "train.steps", "train.tokens"
+    if details := _differences(saved, given, free):
         raise UserError(
             f"the run in this workdir has another config: {details}; "
             "give the same settings to resume it, or another --workdir to start afresh"
         )
+
+
+def _differences(before: Config, after: Config, free: tuple[str, ...]) -> str:
+    """The settings that differ and don't start with a name in `free`, each with both values."""
+    old, new = leaves(before), leaves(after)
+    changed = [k for k in sorted(old) if old[k] != new[k] and not k.startswith(free)]
+    return ", ".join(f"{k} was {old[k]!r}, is {new[k]!r}" for k in changed)
 
 
 # A decay branch (WSD schedule) continues its base run, here `trunk`, from a checkpoint before the
@@ -92,20 +89,8 @@ BRANCHABLE = (
 
 
 def check_branch(trunk: Config, branch: Config, name: str) -> None:
-    """Refuses a decay branch that differs from its base run before `branch.init.step`.
-
-    Args:
-      trunk: the base run's config.
-      branch: the branch's config.
-      name: the base run's name or folder, for the message.
-
-    Raises:
-      UserError: settings differ, or the base run's decay starts before that step.
-    """
-    before, after = leaves(trunk), leaves(branch)
-    changed = [k for k in before if before[k] != after[k] and not k.startswith(BRANCHABLE)]
-    if changed:
-        details = ", ".join(f"{k} is {before[k]!r} there, {after[k]!r} here" for k in changed)
+    """Refuses a decay branch that differs from its base run, `name`, before `branch.init.step`."""
+    if details := _differences(trunk, branch, BRANCHABLE):
         raise UserError(
             f"{name} has another config: {details}; a branch differs in its length alone"
         )
@@ -130,9 +115,7 @@ def _build(cls, values, path: str):
             close = difflib.get_close_matches(str(name), fields, 1)
             hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(fields)}"
             raise UserError(f"{path}.{name} is not a setting; {hint}")
-    return cls(
-        **{name: _convert(fields[name].type, v, f"{path}.{name}") for name, v in values.items()}
-    )
+    return cls(**{k: _convert(fields[k].type, v, f"{path}.{k}") for k, v in values.items()})
 
 
 def _renamed(settings: Mapping) -> Mapping:
@@ -141,17 +124,14 @@ def _renamed(settings: Mapping) -> Mapping:
         return settings  # `_build` refuses it
     settings = {k: dict(v) if isinstance(v, Mapping) else v for k, v in settings.items()}
     for name, setting in declarations().items():
-        before, _, earlier = setting.formerly.partition(".")
-        if not isinstance(settings.get(before), dict) or earlier not in settings[before]:
-            continue
-        value = settings[before].pop(earlier)
-        now, _, key = name.partition(".")
-        values = settings.setdefault(now, {})
-        if values.get(key, setting.default) not in (setting.default, value):
-            raise UserError(
-                f"config.{setting.formerly} is config.{name} today; give only the latter"
-            )
-        values[key] = value
+        (before, _, earlier), (now, _, key) = setting.formerly.partition("."), name.partition(".")
+        if isinstance(settings.get(before), dict) and earlier in settings[before]:
+            value = settings[before].pop(earlier)
+            if settings.setdefault(now, {}).get(key, value) not in (setting.default, value):
+                raise UserError(
+                    f"config.{setting.formerly} is config.{name} today; give only the latter"
+                )
+            settings[now][key] = value
     return settings
 
 

@@ -22,13 +22,10 @@ ROUTERS = {
     "expert_choice": Router(
         tokens_choose=False,
         causal=False,
-        ignores=(  # no expert overflows, the load is even, and weights are the scores
-            "moe.overflow",
-            "moe.balance",
-            "moe.bias_update_rate",
-            "moe.aux_loss_weight",
-            "moe.routed_scale",
-            "moe.second_expert_sampling",
+        # No expert overflows, the load is even, and weights are the scores.
+        ignores=(
+            *("moe.overflow", "moe.balance", "moe.bias_update_rate", "moe.aux_loss_weight"),
+            *("moe.routed_scale", "moe.second_expert_sampling"),
         ),
     ),
 }

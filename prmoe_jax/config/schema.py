@@ -15,27 +15,30 @@ from prmoe_jax.config.architecture import Schedule
 from prmoe_jax.config.family import FAMILIES
 from prmoe_jax.config.routers import ROUTERS, Router
 
+# The largest integer in a setting that declares no limit: JAX counts in 32 bits.
+LARGEST = 2**31 - 1
+
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """The declaration of a setting, apart from its type."""
+    """The declaration of a setting, apart from its type.
+
+    A condition is the name of a setting that must be on, or NAME=VALUE; `or` joins alternatives.
+    """
 
     default: object
     meaning: str
     choices: dict[str, str] | None = None  # value -> remark
-    least: float | None = None
-    most: float | None = None
+    least: float = 0
+    most: float | None = None  # of integers LARGEST
     above: float | None = None  # the value must be larger
     below: float | None = None  # the value must be smaller
     infinite: bool = False  # whether inf is allowed
-    path: bool = False  # whether the value is, or may be, the path of a file or folder
-    store: bool = False  # whether such a path may be in an object store
+    path: str = ""  # "local" or, if it may be in an object store, "anywhere"
     formerly: str = ""  # its name in older configs
     layer: bool = False  # whether it changes a layer's output for given parameters
-    # The setting has an effect only if all conditions of `only` hold and `unless` doesn't. A
-    # condition is the name of a setting that must be on, or NAME=VALUE; `or` joins alternatives.
-    only: tuple[str, ...] = ()
-    unless: str = ""
+    only: str = ""  # the condition without which the setting has no effect
+    unless: str = ""  # the condition with which it has none
 
     def described(self) -> str:
         """The meaning, the choices and the conditions as text; quotes mark the values to write."""
@@ -43,21 +46,30 @@ class Setting:
         if self.choices:
             choices = [f"'{c}'" + f" ({why})" * bool(why) for c, why in self.choices.items()]
             text += f" One of {', '.join(choices)}."
-        if self.only:
-            text += " Only with " + " and ".join(f"'{condition}'" for condition in self.only) + "."
+        text += f" Only with '{self.only}'." * bool(self.only)
         return text + f" Not with '{self.unless}'." * bool(self.unless)
 
 
 def setting(default, meaning: str, **declared):
     """A field of a group of settings; see `Setting` for what can be declared."""
-    return dataclasses.field(
-        default=default, metadata={"setting": Setting(default, meaning, **declared)}
-    )
+    metadata = {"setting": Setting(default, meaning, **declared)}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
-def group(kind: type, *only: str):
-    """A group of settings that need these conditions to have an effect; see `Setting.only`."""
-    return dataclasses.field(default_factory=kind, metadata={"only": only})
+def choice(meaning: str, only="", unless="", formerly="", layer=False, **choices: str):
+    """A setting whose default is the first of its choices, each with a remark."""
+    declared = {"only": only, "unless": unless, "formerly": formerly, "layer": layer}
+    return setting(next(iter(choices)), meaning, choices=choices, **declared)
+
+
+def of_family(meaning: str, only="", **choices: str):
+    """A setting of the model with these choices; its default is the family's choice."""
+    return choice(meaning, only, layer=True, auto="", **choices)
+
+
+def axis(meaning: str, default=1):
+    """An axis of the mesh: a number of devices, or -1."""
+    return setting(default, meaning, least=-1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,10 +77,7 @@ class ModelConfig:
     """The decoder's shape and where its experts are."""
 
     vocab_size: int = setting(
-        4096,
-        "Entries of the embedding table, at least as many as the tokenizer has.",
-        least=2,
-        most=2**24,
+        4096, "Entries of the embedding table; at least the tokenizer's.", least=2, most=2**24
     )
     length: int = setting(256, "Context length: the tokens of a sequence.", least=2)
     layers: int = setting(6, "Number of layers (blocks).", least=1, most=1000)
@@ -80,92 +89,58 @@ class ModelConfig:
         0,
         "Heads of keys and values, each for as many heads of queries (grouped-query attention, "
         "arXiv 2305.13245); 0 is one for each.",
-        least=0,
     )
-    head_dim: int = setting(0, "Width of a head; 0 is `d_model / heads`.", least=0)
+    head_dim: int = setting(0, "Width of a head; 0 is `d_model / heads`.")
     d_ff: int = setting(512, "Hidden width of the dense MLPs.", least=1)
-    expert_d_ff: int = setting(
-        0, "Hidden width of each expert; 0 is `d_ff`.", least=0, only=("model.experts",)
-    )
+    expert_d_ff: int = setting(0, "Hidden width of each expert; 0 is `d_ff`.", only="model.experts")
     residual_d_ff: int = setting(
-        0,
-        "Hidden width of the MLP beside the experts; 0 is that of an expert.",
-        least=0,
-        only=("model.residual=true",),
+        0, "Hidden width of the residual MLP; 0 is an expert's.", only="model.residual=true"
     )
-    family: str = setting(
-        "gpt2",
+    family: str = choice(
         "Published models whose form the decoder has where settings below are 'auto', and where "
         "`norm_eps` and `rope_theta` are 0.",
-        choices=dict.fromkeys(FAMILIES, ""),
+        **dict.fromkeys(FAMILIES, ""),
     )
-    norm: str = setting(
-        "auto",
-        "Normalisation.",
-        choices={"auto": "", "layernorm": "", "rmsnorm": "without mean and shift"},
-        layer=True,
-    )
-    norm_eps: float = setting(0.0, "The norms' ε; 0 is the family's.", least=0, layer=True)
-    positions: str = setting(
-        "auto",
+    norm: str = of_family("Normalisation.", layernorm="", rmsnorm="without mean and shift")
+    norm_eps: float = setting(0.0, "The norms' ε; 0 is the family's.", layer=True)
+    positions: str = of_family(
         "How positions enter attention.",
-        choices={
-            "auto": "",
-            "learned": "embeddings that are added to the tokens'",
-            "rotary": "rotated queries and keys (arXiv 2104.09864)",
-        },
-        layer=True,
+        learned="embeddings that are added to the tokens'",
+        rotary="rotated queries and keys (arXiv 2104.09864)",
     )
     rope_theta: float = setting(
         0.0,
-        "Base θ of rotary positions' wavelengths; 0 is the family's.",
-        least=0,
+        "Base θ of rotary positions' wavelengths, above 1; 0 is the family's.",
+        above=1,
         layer=True,
-        only=("model.positions=rotary",),
+        only="model.positions=rotary",
     )
     rope_scaling: tuple[int, ...] = setting(
         (),
-        "Longer wavelengths of rotary positions for a longer context, as in Llama 3.1: the factor, "
-        "the low and the high frequency factor, and the length before, such as 8,1,4,8192; () is "
-        "none.",
+        "Longer wavelengths for a longer context, as in Llama 3.1: the factor, the low and the "
+        "high frequency factor, and the length before, such as 8,1,4,8192; () is none.",
+        least=1,
         layer=True,
-        only=("model.positions=rotary",),
+        only="model.positions=rotary",
     )
-    activation: str = setting(
-        "auto",
-        "Hidden units of MLPs and experts.",
-        choices={"auto": "", "gelu": "", "swiglu": "silu(W_gate x) · (W_in x), arXiv 2002.05202"},
-        layer=True,
+    activation: str = of_family(
+        "Hidden units of MLPs and experts.", gelu="", swiglu="silu(W_gate x) · (W_in x)"
     )
-    biases: str = setting(
-        "auto",
-        "Linear maps that have a bias.",
-        choices={"auto": "", "all": "", "qkv": "queries, keys and values", "none": ""},
-        layer=True,
+    biases: str = of_family(
+        "Linear maps that have a bias.", all="", qkv="queries, keys and values", none=""
     )
-    qk_norm: str = setting(
-        "auto",
+    qk_norm: str = of_family(
         "RMSNorm of queries and keys, before rotary positions.",
-        choices={"auto": "", "none": "", "head": "of each head", "whole": "of all heads together"},
-        layer=True,
+        none="",
+        head="of each head",
+        whole="of all heads together",
     )
-    output: str = setting(
-        "auto",
-        "The output matrix.",
-        choices={"auto": "", "tied": "the token embedding", "untied": ""},
-        layer=True,
-    )
+    output: str = of_family("The output matrix.", tied="the token embedding", untied="")
     clip_qkv: float = setting(
-        0.0,
-        "Queries, keys and values are clamped to ± this; 0 does not clamp.",
-        least=0,
-        layer=True,
+        0.0, "Queries, keys and values are clamped to ± this; 0 does not clamp.", layer=True
     )
     sliding_window: int = setting(
-        0,
-        "Tokens that a token attends to, itself included; 0 is all before it.",
-        least=0,
-        layer=True,
+        0, "Tokens that a token attends to, itself included; 0 is all before it.", layer=True
     )
     placement: str = setting(
         "none",
@@ -173,40 +148,31 @@ class ModelConfig:
         "'layers 1 3 5', counted from 0.",
     )
     experts: tuple[int, ...] = setting(
-        (), "Number of experts: one count for each MoE layer, or one count for all of them."
+        (), "Number of experts: one count for each MoE layer, or one for all.", least=1
     )
-    top_k: int = setting(1, "Experts that serve each token.", least=1, only=("model.experts",))
-    normalize_top_k: str = setting(
-        "auto",
+    top_k: int = setting(1, "Experts that serve each token.", least=1, only="model.experts")
+    normalize_top_k: str = of_family(
         "When the weights of a token's experts are divided by their sum.",
-        choices={"auto": "", "several": "if `top_k` is above 1", "always": "", "never": ""},
-        layer=True,
-        only=("model.experts",),
+        only="model.experts",
+        several="if `top_k` is above 1",
+        always="",
+        never="",
     )
     residual: bool = setting(
-        False,
-        "Whether a dense MLP stands beside the experts of each MoE layer.",
-        only=("model.experts",),
+        False, "Whether a dense MLP stands beside a layer's experts.", only="model.experts"
     )
-    residual_mix: str = setting(
-        "auto",
+    residual_mix: str = of_family(
         "How the experts' output and that of the residual MLP are mixed.",
-        choices={
-            "auto": "",
-            "learned": "softmax of a linear map of the token, as in the paper",
-            "sum": "",
-            "half": "the mean",
-            "sigmoid": "experts + σ(a linear map of the token) · MLP, as in Qwen2-MoE",
-        },
-        layer=True,
-        only=("model.residual=true",),
+        only="model.residual=true",
+        learned="softmax of a linear map of the token, as in the paper",
+        sum="",
+        half="the mean",
+        sigmoid="experts + σ(a linear map of the token) · MLP, as in Qwen2-MoE",
     )
     dropout: float = setting(
         0.0,
-        "Dropout rate of the embedding and of the output of attention and feed-forward. The "
-        "paper's recipe had 0.1 here and on the attention weights (Megatron's default); 0 is "
-        "usual for one epoch.",
-        least=0,
+        "Dropout rate of the embedding and of the output of attention and feed-forward; 0 is usual "
+        "for one epoch. The paper's recipe had 0.1, on the attention weights too (Megatron's).",
         below=1,
     )
     init_std: float = setting(
@@ -215,14 +181,11 @@ class ModelConfig:
         "and routers and mixes are drawn as torch draws a linear layer.",
         above=0,
     )
-    dtype: str = setting(
-        "bfloat16",
+    dtype: str = choice(
         "Data type of activations and matrix products; parameters and router are float32.",
-        choices={
-            "bfloat16": "",
-            "float32": "on GPUs and TPUs products of it round their factors, except with "
-            "JAX_DEFAULT_MATMUL_PRECISION=highest",
-        },
+        bfloat16="",
+        float32="on GPUs and TPUs products of it round their factors, except with "
+        "JAX_DEFAULT_MATMUL_PRECISION=highest",
     )
 
     def __post_init__(self):
@@ -238,12 +201,10 @@ class ModelConfig:
 
     @property
     def head_width(self) -> int:
-        """The width of a head."""
         return self.head_dim or self.d_model // self.heads
 
     @property
     def key_heads(self) -> int:
-        """The number of heads of keys and values."""
         return self.kv_heads or self.heads
 
     def window_in(self, length: int) -> int:
@@ -252,20 +213,14 @@ class ModelConfig:
 
     @property
     def expert_width(self) -> int:
-        """The hidden width of an expert."""
         return self.expert_d_ff or self.d_ff
 
     @property
     def residual_width(self) -> int:
-        """The hidden width of the residual MLP (shared expert)."""
         return self.residual_d_ff or self.expert_width
 
     def differences(self, other: "ModelConfig") -> dict[str, tuple]:
-        """Settings, other than sizes, in which two models' layers differ at this model's length.
-
-        Returns:
-          This model's value and the other's, by the setting's name.
-        """
+        """Settings, sizes aside, in which layers differ at this model's length: both values."""
         names = [f.name for f in dataclasses.fields(self) if f.metadata["setting"].layer]
         pairs = {name: (getattr(self, name), getattr(other, name)) for name in names}
         pairs["sliding_window"] = self.window_in(self.length), other.window_in(self.length)
@@ -287,16 +242,15 @@ class ModelConfig:
 class MoeConfig:
     """Routing of tokens (DeepSpeed's capacity routing) and the exchange between experts."""
 
-    router: str = setting(
-        "token_choice",
+    router: str = choice(
         "Who chooses. Expert choice is not causal: whether a token is chosen depends on the "
         "tokens after it.",
-        choices=dict.fromkeys(ROUTERS, ""),
+        **dict.fromkeys(ROUTERS, ""),
     )
-    scores: str = setting(
-        "softmax",
+    scores: str = choice(
         "The router's score of an expert, which is its weight.",
-        choices={"softmax": "", "sigmoid": "of each expert on its own, as in DeepSeek-V3"},
+        softmax="",
+        sigmoid="of each expert on its own, as in DeepSeek-V3",
     )
     routed_scale: float = setting(
         1.0, "Factor of the weights of a token's experts, after they are normalised.", above=0
@@ -306,86 +260,64 @@ class MoeConfig:
         "Capacity of an expert in training, relative to an even share of its routing group, and at "
         "least `min_capacity`; inf never drops a token.",
         above=0,
+        most=LARGEST,
         infinite=True,
     )
-    eval_capacity_factor: float = setting(1.0, "The same in evaluation.", above=0, infinite=True)
+    eval_capacity_factor: float = setting(
+        1.0, "The same in evaluation.", above=0, most=LARGEST, infinite=True
+    )
     min_capacity: int = setting(
-        4,
-        "Lower limit of an expert's capacity, in tokens of a routing group, but the group at most.",
-        least=0,
+        4, "Lower limit of an expert's capacity in tokens, but its routing group at most."
     )
     group_size: int = setting(
         0,
         "Tokens that compete for the same capacity, and over which `balance=group` takes its loss; "
         "0 is one sequence. It is part of the model: it decides which tokens are dropped, and does "
         "not depend on the devices.",
-        least=0,
     )
-    overflow: str = setting(
-        "position",
+    overflow: str = choice(
         "Which choices a full expert keeps.",
-        choices={
-            "position": (
-                "the first in the order of the tokens; in training with top 2 all first "
-                "choices precede all second ones, as in GShard"
-            ),
-            "probability": "the most probable, which is not causal",
-            "random": "in training a random subset, DeepSpeed's random token selection; in "
-            "evaluation as position",
-        },
+        position="the first in the order of the tokens; in training with top 2 all first "
+        "choices precede all second ones, as in GShard",
+        probability="the most probable, which is not causal",
+        random="in training a random subset, DeepSpeed's random token selection; in "
+        "evaluation as position",
     )
-    noise: str = setting(
-        "none",
+    noise: str = choice(
         "Noise in routing, in training only.",
-        choices={
-            "none": "",
-            "rsample": "Gumbel noise on the scores, for top 1",
-            "jitter": "the router's input times U(0.99, 1.01)",
-        },
+        none="",
+        rsample="Gumbel noise on the scores, for top 1",
+        jitter="the router's input times U(0.99, 1.01)",
     )
     second_expert_sampling: bool = setting(
-        False,
-        "Gumbel noise on the second choice of top 2, in training only.",
-        only=("model.top_k=2",),
+        False, "Gumbel noise on the second choice, in training only.", only="model.top_k=2"
     )
-    aux_loss_weight: float = setting(
-        0.01,
-        "Weight of the load-balancing loss, summed over layers; no effect where experts choose.",
-        least=0,
-    )
-    balance: str = setting(
-        "group",
+    aux_loss_weight: float = setting(0.01, "Weight of the load-balancing loss, summed over layers.")
+    balance: str = choice(
         "Over which tokens the load-balancing loss is taken.",
-        choices={
-            "group": "each routing group, as in GShard",
-            "batch": "the whole batch (arXiv 2501.11873); where it is accumulated in microbatches, "
-            "another forward pass counts the choices first",
-        },
-        only=("moe.aux_loss_weight",),
+        only="moe.aux_loss_weight",
+        group="each routing group, as in GShard",
+        batch="the whole batch (arXiv 2501.11873); where it is accumulated in microbatches, "
+        "another forward pass counts the choices first",
     )
     z_loss_weight: float = setting(
-        0.0, "Weight of the router's z-loss log(Z)², summed over layers; ST-MoE used 1e-3.", least=0
+        0.0, "Weight of the router's z-loss log(Z)², summed over layers; ST-MoE used 1e-3."
     )
     bias_update_rate: float = setting(
         0.0,
         "Balancing without a loss (DeepSeek-V3): after every step each expert's bias, which "
         "counts in the choice alone, moves by this much towards even load, and the mean of all "
         "biases back to 0; 0 is off.",
-        least=0,
     )
-    expert_init: str = setting(
-        "independent",
+    expert_init: str = choice(
         "How the experts of a layer start.",
-        choices={
-            "independent": "each drawn on its own",
-            "tied": "all as copies of one MLP, as in DeepSpeed",
-        },
         unless="init.workdir or teacher.inherit=true",
+        independent="each drawn on its own",
+        tied="all as copies of one MLP, as in DeepSpeed",
     )
 
     @property
     def routes(self) -> Router:
-        """The facts about the router."""
         return ROUTERS[self.router]
 
 
@@ -393,26 +325,22 @@ class MoeConfig:
 class MeshConfig:
     """Devices on each axis of the mesh; -1, on one axis, means all that are left."""
 
-    data: int = setting(
-        -1, "Replicas; -1 is the devices that are left. Without any axis, a mesh is suggested."
-    )
-    fsdp: int = setting(1, "Devices that share the parameters outside the experts (ZeRO-3).")
-    fsdp_experts: int = setting(
-        1, "Devices that share all parameters, the experts' included (ZeRO-3)."
-    )
-    expert: int = setting(1, "Devices that share the experts.")
-    expert_slice: int = setting(1, "Devices that share the hidden units of every expert.")
-    tensor: int = setting(1, "Devices that share attention heads, hidden units and vocabulary.")
+    data: int = axis("Replicas. Without any axis, a mesh is suggested.", default=-1)
+    fsdp: int = axis("Devices that share the parameters outside the experts (ZeRO-3).")
+    fsdp_experts: int = axis("Devices that share all parameters, the experts' too (ZeRO-3).")
+    expert: int = axis("Devices that share the experts.")
+    expert_slice: int = axis("Devices that share the hidden units of every expert.")
+    tensor: int = axis("Devices that share attention heads, hidden units and vocabulary.")
     expert_inner: int = setting(
         1,
         "Neighbours among the `expert` devices that form the inner stage of an exchange, and that "
         "FSDP may use without the others.",
+        least=1,
     )
     slices: int = setting(
         0,
         "Slices of a pod, which only the data-centre network links; `data` crosses them. 0 finds "
         "the slices of TPUs; other devices form one slice unless this is larger.",
-        least=0,
     )
 
 
@@ -420,49 +348,43 @@ class MeshConfig:
 class ExecutionConfig:
     """How this machine computes. Results differ by rounding only, speed and memory differ."""
 
-    attention: str = setting(
-        "auto",
+    attention: str = choice(
         "Attention kernel; 'auto' takes the fastest one that the device has.",
-        choices={"auto": "", "xla": "", "blocks": "for CPUs", "cudnn": "", "splash": ""},
         formerly="model.attention",
+        auto="",
+        xla="",
+        blocks="for CPUs",
+        cudnn="",
+        splash="",
     )
-    remat: str = setting(
-        "auto",
+    remat: str = choice(
         "Rematerialisation: what the forward pass keeps for the backward pass.",
-        choices={
-            "auto": "'none' for at most 8 layers on a CPU, else 'dots'",
-            "none": "everything",
-            "dots": "results of matrix products, attention kernels and exchanges",
-            "full": "the input of each layer (of each cell of layers that repeat together) and "
-            "results of exchanges",
-        },
         formerly="model.remat",
+        auto="'none' for at most 8 layers on a CPU, else 'dots'",
+        none="everything",
+        dots="results of matrix products, attention kernels and exchanges",
+        full="the input of each layer (of each cell of layers that repeat together) and "
+        "results of exchanges",
     )
-    dispatch: str = setting(
-        "auto",
+    dispatch: str = choice(
         "How tokens are brought to their experts; all give the same values.",
-        choices={
-            "auto": "",
-            "gather": "buffers of slots",
-            "einsum": "one-hot products, the oracle",
-            "ragged": "runs of rows, grouped matrix product",
-            "blocked": "runs of rows, loops for CPUs",
-            "padded": "runs of rows, padded to blocks, for GPUs",
-        },
         formerly="moe.dispatch",
-        only=("model.experts",),
+        only="model.experts",
+        auto="",
+        gather="buffers of slots",
+        einsum="one-hot products, the oracle",
+        ragged="runs of rows, grouped matrix product",
+        blocked="runs of rows, loops for CPUs",
+        padded="runs of rows, padded to blocks, for GPUs",
     )
-    exchange: str = setting(
-        "auto",
+    exchange: str = choice(
         "How rows reach experts on other devices; all give the same values.",
-        choices={
-            "auto": "",
-            "flat": "one all-to-all",
-            "hierarchical": "neighbours first",
-            "coordinated": "each device of `tensor` exchanges its share",
-        },
         formerly="moe.exchange",
-        only=("model.experts",),
+        only="model.experts",
+        auto="",
+        flat="one all-to-all",
+        hierarchical="neighbours first",
+        coordinated="each device of `tensor` exchanges its share",
     )
     buffer_factor: float = setting(
         1.25,
@@ -471,15 +393,14 @@ class ExecutionConfig:
         "(TPU v5e, between slices) are larger where their share is small.",
         least=1,
         formerly="moe.buffer_factor",
-        only=("model.experts",),
+        only="model.experts",
     )
     compile_cache: str = setting(
         "auto",
         "Folder of compiled programs, which a restart reads instead of compiling; `auto` is "
         "none on CPUs, and on GPUs and TPUs ~/.cache/prmoe_jax/compile_cache, or compile_cache/ in "
         "the run's folder if that is in a store; `` is none. A run's config.json cannot set it.",
-        path=True,
-        store=True,
+        path="anywhere",
         formerly="train.compile_cache",
     )
 
@@ -496,8 +417,7 @@ class DataConfig:
         "The text: 'sotu', 'prose', 'tfds:NAME' or 'tfds:NAME/CONFIG', a folder, or a glob of"
         " .txt, .jsonl, .jsonl.gz or .jsonl.zst files. 'tokens:GLOB' reads token shards instead,"
         " and 'tokens:GLOB*0.7,GLOB*0.3' mixes them.",
-        path=True,
-        store=True,
+        path="anywhere",
     )
     text_field: str = setting(
         "text", "The field that holds the text, in .jsonl lines and TFDS examples."
@@ -506,8 +426,7 @@ class DataConfig:
         "bpe",
         "'bpe' (trained on the training split; with token shards, their own tokenizer), 'gpt2', "
         "'bytes', or the path of a tokenizer.json.",
-        path=True,
-        store=True,
+        path="anywhere",
     )
     validation_fraction: float = setting(
         0.05,
@@ -521,17 +440,15 @@ class DataConfig:
         "Whether tokens attend to earlier documents of their window. Without it a token "
         "attends within its own document only, and positions restart with each document.",
     )
-    cache_dir: str = setting("~/.cache/prmoe_jax", "Folder of prepared text.", path=True)
+    cache_dir: str = setting("~/.cache/prmoe_jax", "Folder of prepared text.", path="local")
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """How long a run is, and its batches; give either `steps` or `tokens`."""
 
-    steps: int = setting(0, "Length of the run in steps.", least=0)
-    tokens: int = setting(
-        0, "Length of the run in tokens, rounded up to whole steps.", least=0, most=2**53
-    )
+    steps: int = setting(0, "Length of the run in steps.")
+    tokens: int = setting(0, "Length of the run in tokens, rounded up to whole steps.", most=2**53)
     batch_size: int = setting(16, "Sequences of a step, all devices together.", least=1, most=2**20)
     accumulate: int = setting(
         1,
@@ -539,70 +456,48 @@ class TrainConfig:
         "evaluation too; it changes memory and time, and no result but by rounding.",
         least=1,
     )
-    z_loss: float = setting(0.0, "Weight of log(Z)² of the logits.", least=0)
+    z_loss: float = setting(0.0, "Weight of log(Z)² of the logits.")
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW or Muon, with linear warm-up and a decay of the learning rate, measured in tokens."""
 
-    kind: str = setting(
-        "adamw",
+    kind: str = choice(
         "The optimizer.",
-        choices={
-            "adamw": "",
-            "muon": (
-                "the orthogonalised momentum for the weight matrices of layers, each expert's on "
-                "its own, scaled to suit AdamW's rates (arXiv 2502.16982), and AdamW for "
-                "embeddings, output, routers, biases and norms"
-            ),
-        },
+        adamw="",
+        muon="the orthogonalised momentum for the weight matrices of layers, each expert's "
+        "on its own, scaled to suit AdamW's rates (arXiv 2502.16982), and AdamW for "
+        "embeddings, output, routers, biases and norms",
     )
     learning_rate: float = setting(1e-3, "Highest learning rate, after warm-up.", above=0)
     min_learning_rate: float = setting(1e-4, "Learning rate at the end of the decay.")
-    schedule: str = setting(
-        "cosine",
+    schedule: str = choice(
         "The learning rate after warm-up.",
-        choices={
-            "cosine": "it falls along half a cosine",
-            "wsd": (
-                "warm-up, stable, decay: constant, then linear; the checkpoint where the decay "
-                "starts is kept, and another run can go on from it by `init.step`"
-            ),
-        },
+        cosine="it falls along half a cosine",
+        wsd="warm-up, stable, decay: constant, then linear; the checkpoint where the decay "
+        "starts is kept, and another run can go on from it by `init.step`",
     )
-    warmup_tokens: int = setting(0, "Tokens of linear warm-up.", least=0, most=2**53)
+    warmup_tokens: int = setting(0, "Tokens of linear warm-up.", most=2**53)
     decay_tokens: int = setting(
-        0,
-        "Tokens from the start of the run to the end of the decay; 0 is the end of the run.",
-        least=0,
-        most=2**53,
+        0, "Tokens from the run's start to the decay's end; 0 is the end of the run.", most=2**53
     )
     decay_fraction: float = setting(
         0.2,
         "The share of these tokens in which `schedule=wsd` decays.",
         above=0,
         below=1,
-        only=("optimizer.schedule=wsd",),
+        only="optimizer.schedule=wsd",
     )
-    b1: float = setting(
-        0.9, "AdamW's β₁, decay rate of the mean of the gradients.", least=0, most=0.99999
-    )
-    b2: float = setting(
-        0.95, "AdamW's β₂, decay rate of the mean of their squares.", least=0, most=0.99999
-    )
+    b1: float = setting(0.9, "AdamW's β₁, decay rate of the mean of the gradients.", most=0.99999)
+    b2: float = setting(0.95, "AdamW's β₂, decay rate of the mean of their squares.", most=0.99999)
     eps: float = setting(1e-8, "AdamW's ε.", above=0)
     momentum: float = setting(
-        0.95, "Decay rate of Muon's momentum.", least=0, most=0.99999, only=("optimizer.kind=muon",)
+        0.95, "Decay rate of Muon's momentum.", most=0.99999, only="optimizer.kind=muon"
     )
-    weight_decay: float = setting(
-        0.1, "Weight decay of matrices; biases and norms have none.", least=0
-    )
+    weight_decay: float = setting(0.1, "Weight decay of matrices; biases and norms have none.")
     clip_norm: float = setting(
-        1.0,
-        "Largest norm of the whole gradient; inf switches clipping off.",
-        above=0,
-        infinite=True,
+        1.0, "Largest norm of the whole gradient; inf does not clip.", above=0, infinite=True
     )
 
 
@@ -611,21 +506,19 @@ class InitConfig:
     """Initial parameters from another run; without a workdir they are random."""
 
     workdir: str = setting(
-        "", "Folder of a run, whose newest checkpoint is the start.", path=True, store=True
+        "", "Folder of a run, whose newest checkpoint is the start.", path="anywhere"
     )
     step: int = setting(
         0,
         "Step of a checkpoint of that run, where this one goes on as its branch, with the "
         "optimizer's state and the position in the data; 0 takes the parameters alone, and starts "
         "at step 0. It needs `optimizer.schedule=wsd`.",
-        least=0,
-        only=("init.workdir",),
+        only="init.workdir",
     )
     noise: float = setting(
         0.0,
         "Noise on experts that start as copies of an MLP, in standard deviations of the weight.",
-        least=0,
-        only=("init.workdir",),
+        only="init.workdir",
         unless="init.step",
     )
 
@@ -635,32 +528,25 @@ class TeacherConfig:
     """The teacher of distillation (MoS, paper section 4.2); none without `workdir` or `cache`."""
 
     workdir: str = setting(
-        "",
-        "Folder of the teacher's run; its newest checkpoint is restored and does not change.",
-        path=True,
-        store=True,
+        "", "Folder of the teacher's run, whose newest checkpoint is restored.", path="anywhere"
     )
     cache: str = setting(
         "",
         "Folder that `prmoe teacher-cache` wrote, used instead of the run itself.",
-        path=True,
-        store=True,
+        path="anywhere",
         formerly="teacher.lessons",
     )
-    mode: str = setting(
-        "eval",
+    mode: str = choice(
         "How the teacher computes.",
-        choices={
-            "eval": "as in evaluation",
-            "train": ("with dropout, noise and training's capacity, as in Megatron-DeepSpeed"),
-        },
         unless="teacher.cache",
+        eval="as in evaluation",
+        train="with dropout, noise and training's capacity, as in Megatron-DeepSpeed",
     )
     capacity_factor: float = setting(
         0.0,
         "Capacity factor of the teacher in mode 'eval'; 0 is that of its own evaluation, inf "
         "drops nothing.",
-        least=0,
+        most=LARGEST,
         infinite=True,
         unless="teacher.cache or teacher.mode=train",
     )
@@ -669,16 +555,13 @@ class TeacherConfig:
         "",
         "For each layer of the student, the layer of the teacher that it starts as, such as "
         "'0 1 3'; unless given, layers are chosen evenly among those of the same kind.",
-        only=("teacher.inherit=true",),
+        only="teacher.inherit=true",
     )
-    importance: str = setting(
-        "weights",
+    importance: str = choice(
         "Which channels, heads and hidden units a narrower student takes.",
-        choices={
-            "weights": "the largest weights",
-            "taylor": "the largest (activation · gradient)²",
-        },
-        only=("teacher.inherit=true",),
+        only="teacher.inherit=true",
+        weights="the largest weights",
+        taylor="the largest (activation · gradient)²",
     )
 
 
@@ -686,38 +569,29 @@ class TeacherConfig:
 class KdConfig:
     """The loss of distillation: weight · T² · KL is added for each token."""
 
-    kind: str = setting(
-        "forward",
+    kind: str = choice(
         "The divergence.",
-        choices={
-            "forward": "KL(teacher ‖ student), as in the paper",
-            "reverse": "KL(student ‖ teacher)",
-            "top_k": "forward, over the teacher's top k tokens; all others are one outcome",
-        },
+        forward="KL(teacher ‖ student), as in the paper",
+        reverse="KL(student ‖ teacher)",
+        top_k="forward, over the teacher's top k tokens; all others are one outcome",
     )
-    top_k: int = setting(0, "How many tokens `kind=top_k` takes.", only=("kd.kind=top_k",))
+    top_k: int = setting(0, "How many tokens `kind=top_k` takes.", only="kd.kind=top_k")
     weight: float = setting(1.0, "Weight of the loss.", above=0)
     temperature: float = setting(
         1.0, "The temperature T of both distributions.", least=0.01, most=1e3
     )
     stop: float = setting(
-        0.7,
-        "Where distillation ends: up to 1 a share of the run, above 1 a number of tokens.",
-        above=0,
+        0.7, "Where distillation ends: a share of the run, or above 1 a number of tokens.", above=0
     )
-    decay: str = setting(
-        "none", "How the weight changes.", choices={"none": "", "linear": "it falls to 0 at `stop`"}
-    )
+    decay: str = choice("How the weight changes.", none="", linear="it falls to 0 at `stop`")
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
     """Evaluation on the validation split during training; the end of a run always evaluates."""
 
-    every: int = setting(0, "Steps between evaluations; 0 evaluates at the end only.", least=0)
-    batches: int = setting(
-        0, "Batches of each evaluation before the last; 0 is the whole split.", least=0
-    )
+    every: int = setting(0, "Steps between evaluations; 0 evaluates at the end only.")
+    batches: int = setting(0, "Batches of each evaluation before the last; 0 is the whole split.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -727,7 +601,7 @@ class CheckpointConfig:
     every: int = setting(100, "Steps between checkpoints.", least=1)
     keep: int = setting(3, "How many of the newest checkpoints stay.", least=1)
     keep_every: int = setting(
-        0, "Checkpoints of steps that this divides stay as well; 0 keeps none of them.", least=0
+        0, "Checkpoints of steps that this divides stay as well; 0 keeps none of them."
     )
 
 
@@ -752,24 +626,21 @@ class Config:
     """One experiment. Attribute names are the names on the command line."""
 
     seed: int = setting(
-        0,
-        "Seed of parameters, of the order of the data, and of training's randomness.",
-        least=0,
-        most=2**32 - 2,
+        0, "Seed of parameters, order of the data and training's randomness.", most=2**32 - 2
     )
-    model: ModelConfig = group(ModelConfig)
-    moe: MoeConfig = group(MoeConfig, "model.experts")
-    mesh: MeshConfig = group(MeshConfig)
-    execution: ExecutionConfig = group(ExecutionConfig)
-    data: DataConfig = group(DataConfig)
-    train: TrainConfig = group(TrainConfig)
-    optimizer: OptimizerConfig = group(OptimizerConfig)
-    init: InitConfig = group(InitConfig)
-    teacher: TeacherConfig = group(TeacherConfig, "teacher.workdir or teacher.cache")
-    kd: KdConfig = group(KdConfig, "teacher.workdir or teacher.cache")
-    eval: EvalConfig = group(EvalConfig)
-    checkpoint: CheckpointConfig = group(CheckpointConfig)
-    log: LogConfig = group(LogConfig)
+    model: ModelConfig = ModelConfig()
+    moe: MoeConfig = MoeConfig()
+    mesh: MeshConfig = MeshConfig()
+    execution: ExecutionConfig = AUTO
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    init: InitConfig = InitConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    kd: KdConfig = KdConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
 
     @property
     def tokens_per_step(self) -> int:
@@ -786,10 +657,7 @@ class Config:
 
     @property
     def decay_start(self) -> int | None:
-        """The step at which the decay of `optimizer.schedule=wsd` starts; None for others.
-
-        Before it, the learning rate does not depend on the length of the run.
-        """
+        """The step at which the decay of `optimizer.schedule=wsd` starts; None for others."""
         if self.optimizer.schedule != "wsd":
             return None
         return self.decay_end - max(1, round(self.optimizer.decay_fraction * self.decay_end))
@@ -817,8 +685,7 @@ class Config:
     def causal(self) -> bool:
         """Whether no prediction in evaluation depends on later tokens."""
         by_position = self.moe.overflow != "probability"
-        drops = math.isfinite(self.moe.eval_capacity_factor)
-        return self.moe.routes.causal and (by_position or not drops)
+        return self.moe.routes.causal and (by_position or self.moe.eval_capacity_factor == math.inf)
 
     @property
     def loss_reaches_routers(self) -> bool:
@@ -827,6 +694,12 @@ class Config:
         one_choice = self.model.top_k == 1 and self.moe.routes.tokens_choose
         one_score = experts == 1 and self.moe.scores == "softmax"
         return not (experts and one_choice and (self.model.normalizes or one_score))
+
+
+# The conditions without which the settings of a whole group have no effect.
+ONLY = {"moe": "model.experts"} | dict.fromkeys(
+    ("teacher", "kd"), "teacher.workdir or teacher.cache"
+)
 
 
 @functools.cache
@@ -842,11 +715,6 @@ def declarations() -> dict[str, Setting]:
     return declared
 
 
-def conditions() -> dict[str, tuple[str, ...]]:
-    """The conditions that all settings of a group need to have an effect, by the group's name."""
-    return {field.name: field.metadata.get("only", ()) for field in dataclasses.fields(Config)}
-
-
 def default_config() -> ConfigDict:
     """All settings with their defaults: the start of a config file."""
     return as_settings(Config())
@@ -854,21 +722,15 @@ def default_config() -> ConfigDict:
 
 def as_settings(config: Config) -> ConfigDict:
     """A config as mutable settings; values equal to the family's become 'auto' or 0 again."""
-    return _without_family(ConfigDict(dataclasses.asdict(config)))
-
-
-def _without_family(settings: ConfigDict) -> ConfigDict:
-    for name, value in FAMILIES[settings.model.family].items():
+    settings = ConfigDict(dataclasses.asdict(config))
+    for name, value in FAMILIES[config.model.family].items():
         if settings.model[name] == value:
             settings.model[name] = declarations()[f"model.{name}"].default
     return settings
 
 
 def group_rows(config: Config, teacher: Config | None = None) -> int:
-    """The number of neighbouring sequences of a batch that must be computed together.
-
-    It keeps routing groups of several sequences whole, in the teacher as well.
-    """
+    """The neighbouring sequences that must be computed together, to keep routing groups whole."""
     length = config.model.length
     groups = [one.moe.group_size or length for one in (config, teacher) if one]
     return math.lcm(*(max(1, group // length) for group in groups))

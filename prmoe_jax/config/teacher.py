@@ -22,9 +22,9 @@ def adapt_teacher(teacher: Config, student: Config) -> Config:
 
     A factor of 0 keeps the teacher's own. Its routing groups must fit the student's batches.
     """
-    model = student.model
+    model, factor = student.model, student.teacher.capacity_factor
     require(
-        teacher.moe.routes.tokens_choose or math.isfinite(student.teacher.capacity_factor),
+        teacher.moe.routes.tokens_choose or math.isfinite(factor),
         "teacher.capacity_factor=inf lets every expert of this teacher "
         f"(moe.router={teacher.moe.router}) take every token; use 0, for its "
         f"own {teacher.moe.eval_capacity_factor:g}, or a finite one",
@@ -39,17 +39,17 @@ def adapt_teacher(teacher: Config, student: Config) -> Config:
         "less",
     )
     require(
-        any(teacher.model.schedule.experts) or student.teacher.capacity_factor == 0,
-        f"teacher.capacity_factor={student.teacher.capacity_factor:g} has no effect: the teacher "
-        "has no experts; leave it at 0",
+        any(teacher.model.schedule.experts) or factor == 0,
+        f"teacher.capacity_factor={factor:g} has no effect: the teacher has no experts; leave it "
+        "at 0",
     )
     require(
         student.teacher.mode == "eval" or _changes_in_training(teacher),
         "teacher.mode=train has no effect: this teacher has neither dropout nor noise, and routes "
         "in training as in evaluation; leave it at eval",
     )
-    capacity_factor = student.teacher.capacity_factor or teacher.moe.eval_capacity_factor
-    moe = dataclasses.replace(teacher.moe, eval_capacity_factor=capacity_factor)
+    factor = factor or teacher.moe.eval_capacity_factor
+    moe = dataclasses.replace(teacher.moe, eval_capacity_factor=factor)
     teacher = dataclasses.replace(teacher, mesh=student.mesh, execution=student.execution, moe=moe)
     if teacher.moe.group_size:
         shape = dataclasses.replace(teacher.model, length=model.length)

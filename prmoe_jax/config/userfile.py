@@ -14,16 +14,8 @@ from prmoe_jax.errors import UserError
 def call(path: Path, function: str, *arguments, named: str):
     """Runs a file, calls a function in it, and returns the result.
 
-    If the result is a generator, it has not run yet: iterate over it inside `mistakes`.
-
-    Args:
-      path: the file.
-      function: the function's name.
-      *arguments: the function's arguments.
-      named: the file as the user named it, for error messages.
-
-    Raises:
-      UserError: there is no such function, or the file fails; the message names error and line.
+    If the result is a generator, it has not run yet: iterate over it inside `mistakes`. `named` is
+    the file as the user named it, for error messages.
     """
     with mistakes(path, named):
         found = runpy.run_path(str(path)).get(function)
@@ -33,11 +25,7 @@ def call(path: Path, function: str, *arguments, named: str):
 
 
 def shipped(name: str) -> Path:
-    """The path of a config file that comes with this package, such as 'tiny'.
-
-    Raises:
-      UserError: there is no such file.
-    """
+    """The path of a config file that comes with this package, such as 'tiny'."""
     package = Path(prmoe_jax.__file__).parent
     # A wheel has the configs inside the package; a checkout has them beside it.
     folder = next(f for f in (package / "configs", package.parent / "configs") if f.is_dir())
@@ -54,11 +42,8 @@ def shipped(name: str) -> Path:
 def mistakes(path: Path, named: str) -> Iterator[None]:
     """Reports errors in a user's file whose code runs in this context; arguments as for `call`.
 
-    Output of that code goes to stderr, because stdout is for the command's own result.
-
-    Raises:
-      UserError: the code raised any exception, even SystemExit. Only KeyboardInterrupt (Ctrl-C)
-        passes unchanged.
+    Output of that code goes to stderr, because stdout is for the command's own result. Any
+    exception becomes a UserError, even SystemExit; only KeyboardInterrupt (Ctrl-C) passes.
     """
     try:
         with contextlib.redirect_stdout(sys.stderr):
@@ -68,13 +53,9 @@ def mistakes(path: Path, named: str) -> Iterator[None]:
     except BaseException as error:
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == str(path)]
-        place = f" at line {lines[-1]}" if lines else ""
-        kind = type(error).__name__
-        raise UserError(f"{named} fails{place}: {kind}: {_message(error)}") from error
-
-
-def _message(error: BaseException) -> str:
-    try:
-        return str(error)
-    except BaseException:  # its __str__ may be the user's code, too
-        return "(its message cannot be shown)"
+        where = f"{named} fails at line {lines[-1]}" if lines else f"{named} fails"
+        try:
+            message = str(error)
+        except BaseException:  # its __str__ may be the user's code, too
+            message = "(its message cannot be shown)"
+        raise UserError(f"{where}: {type(error).__name__}: {message}") from error

@@ -2,9 +2,11 @@
 
 import dataclasses
 import math
+import operator
 
 from prmoe_jax import stores
 from prmoe_jax.config.schema import (
+    LARGEST,
     Config,
     MeshConfig,
     ModelConfig,
@@ -30,82 +32,62 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
-# The largest integer in a setting that does not declare both limits: JAX counts steps and the
-# tokens of a step in 32 bits.
-LARGEST = 2**31 - 1
-
-
 def check(config: Config) -> None:
     """Refuses values that are out of range, or that do not fit together."""
-    declared, values = declarations(), leaves(config)
-    for name, setting in declared.items():
-        _check_type(name, values[name], setting)
-    for name, setting in declared.items():
-        _check_bounds(name, values[name], setting)
+    values = leaves(config)
+    for name, setting in declarations().items():
+        _check_value(name, values[name], setting)
     _check_model(config.model)
     require(
         config.execution.attention != "cudnn" or config.model.dtype == "bfloat16",
         f"execution.attention=cudnn needs model.dtype=bfloat16, not {config.model.dtype}",
     )
-    _check_moe(config)
+    if any(config.model.schedule.experts):
+        _check_moe(config)
     _check_mesh(config.mesh)
     _check_data(config)
     _check_training(config)
     _check_init(config)
-    _check_distillation(config)
+    if config.teacher.workdir or config.teacher.cache:
+        _check_distillation(config)
 
 
-def _check_type(name: str, value, setting: Setting) -> None:
-    """Refuses values that no setting of this type can have."""
-    if isinstance(value, str):
-        if setting.path:
-            _check_store(name, value, setting)
-        require(value.isprintable(), f"{name}={value!r} holds a character that can't be printed")
-    elif isinstance(value, float):
-        finite = math.isfinite(value)
-        require(finite or setting.infinite, f"{name}={value} must be finite")
-    elif setting.most is None or setting.least is None:
-        require(
-            all(abs(n) <= LARGEST for n in (value if isinstance(value, tuple) else (value,))),
-            f"{name}={value} is out of range; the largest is {LARGEST}",
-        )
-
-
-def _check_bounds(name: str, value, setting: Setting) -> None:
+def _check_value(name: str, value, setting: Setting) -> None:
     """Refuses values that the setting's own declaration excludes."""
-    least, most, above, below = setting.least, setting.most, setting.above, setting.below
+    if isinstance(value, str):
+        _check_text(name, value, setting)
+        return
+    numbers = value if isinstance(value, tuple) else (value,)
+    if setting.infinite and value == math.inf:
+        return
+    or_inf = ", or inf" * setting.infinite
+    if isinstance(value, float):
+        require(math.isfinite(value), f"{name}={value} must be finite{or_inf}")
+    most = LARGEST if setting.most is None and not isinstance(value, float) else setting.most
+    for holds, limit, words in (
+        (operator.gt, setting.above, "more than {}"),
+        (operator.ge, setting.least, "{} or more"),
+        (operator.le, most, "at most {}"),
+        (operator.lt, setting.below, "less than {}"),
+    ):
+        require(
+            limit is None or all(holds(number, limit) for number in numbers),
+            f"{name}={value} is out of range; use {words.format(limit)}{or_inf}",
+        )
+
+
+def _check_text(name: str, value: str, setting: Setting) -> None:
+    if setting.path:
+        with telling(f"{name}="):
+            in_store = stores.scheme(value)
+        require(
+            not in_store or setting.path == "anywhere",
+            f"{name}={value} is in an object store; this setting needs a local path",
+        )
+    require(value.isprintable(), f"{name}={value!r} holds a character that can't be printed")
     if setting.choices:
-        require(
-            value in setting.choices,
-            f"{name}='{value}' is unknown; use one of {', '.join(setting.choices)}",
-        )
-    if above is not None and below is not None:
-        require(
-            above < value < below,
-            f"{name}={value} must be between {above} and {below}, exclusive",
-        )
-    elif above is not None:
-        hint = " (inf never drops)" if setting.infinite and "capacity" in name else ""
-        require(value > above, f"{name}={value} must be above {above}{hint}")
-    elif below is not None:
-        require(least <= value < below, f"{name}={value} must be in [{least}, {below})")
-    elif least is not None and most is not None:
-        require(
-            least <= value <= most,
-            f"{name}={value} is out of range; use a value from {least} to {most}",
-        )
-    elif least is not None:
-        require(value >= least, f"{name}={value} is out of range; use {least} or more")
-
-
-def _check_store(name: str, value: str, setting: Setting) -> None:
-    """Refuses paths in unknown stores, and in any store if the setting needs a local path."""
-    with telling(f"{name}="):
-        in_store = stores.scheme(value)
-    require(
-        not in_store or setting.store,
-        f"{name}={value} is in an object store; this setting needs a local path",
-    )
+        known = ", ".join(setting.choices)
+        require(value in setting.choices, f"{name}='{value}' is unknown; use one of {known}")
 
 
 def _check_model(model: ModelConfig) -> None:
@@ -114,50 +96,33 @@ def _check_model(model: ModelConfig) -> None:
         f"model.d_model={model.d_model} is not divisible by model.heads={model.heads}; "
         f"use d_model={-(-model.d_model // model.heads) * model.heads}, or model.head_dim",
     )
-    _check_attention(model)
-    require(
-        all(e >= 1 for e in model.experts),
-        f"model.experts={model.experts}: every MoE layer needs at least 1 expert",
-    )
-    fewest = min((e for e in model.schedule.experts if e), default=model.top_k)
-    require(
-        model.top_k <= fewest,
-        f"model.top_k={model.top_k} exceeds the {fewest} experts of the smallest MoE layer",
-    )
-
-
-def _check_attention(model: ModelConfig) -> None:
     require(
         model.heads % model.key_heads == 0,
         f"model.heads={model.heads} is not divisible by model.kv_heads={model.kv_heads}; use "
         f"kv_heads={math.gcd(model.heads, model.kv_heads)}",
     )
-    require(
-        model.rope_theta > 1,
-        f"model.rope_theta={model.rope_theta} must be above 1, such as 10000; 0 is the family's",
-    )
     scaling = model.rope_scaling
     require(
-        not scaling or (len(scaling) == 4 and min(scaling) >= 1 and scaling[1] < scaling[2]),
-        f"model.rope_scaling={scaling} must be four numbers from 1, the second below the "
-        "third, such as 8,1,4,8192",
+        not scaling or (len(scaling) == 4 and scaling[1] < scaling[2]),
+        f"model.rope_scaling={scaling} must be four numbers, the second below the third, such as "
+        "8,1,4,8192",
     )
     require(
         model.positions != "rotary" or model.head_width % 2 == 0,
         f"model.positions=rotary turns pairs of numbers, and a head has {model.head_width}; use an "
         f"even model.head_dim such as {model.head_width + 1}",
     )
+    fewest = min(filter(None, model.schedule.experts), default=model.top_k)
+    require(
+        model.top_k <= fewest,
+        f"model.top_k={model.top_k} exceeds the {fewest} experts of the smallest MoE layer",
+    )
 
 
 def _check_moe(config: Config) -> None:
     moe = config.moe
-    if not any(config.model.schedule.experts):
-        return
-    for name in ("capacity_factor", "eval_capacity_factor"):
-        _check_factor(f"moe.{name}", getattr(moe, name))
-    sampled = moe.noise == "rsample" or moe.second_expert_sampling
     require(
-        moe.bias_update_rate == 0 or not sampled,
+        moe.bias_update_rate == 0 or not (moe.noise == "rsample" or moe.second_expert_sampling),
         "moe.bias_update_rate balances the router's own choice; switch moe.noise=rsample and "
         "moe.second_expert_sampling off",
     )
@@ -171,20 +136,28 @@ def _check_moe(config: Config) -> None:
     check_groups(config)
 
 
-def _check_factor(name: str, factor: float) -> None:
-    """Refuses finite factors that may overflow when multiplied by a number of tokens."""
+def _check_expert_choice(config: Config) -> None:
+    """Refuses normalised weights, and a capacity at which every expert takes every token."""
+    moe, model = config.moe, config.model
     require(
-        factor <= LARGEST or factor == math.inf,
-        f"{name}={factor} is out of range; use inf, which never drops",
+        model.normalize_top_k != "always",
+        f"model.normalize_top_k=always has no effect with moe.router={moe.router}, whose weights "
+        "are the scores; use never",
     )
+    most = min(filter(None, model.schedule.experts)) / model.top_k
+    for name in ("capacity_factor", "eval_capacity_factor"):
+        factor = getattr(moe, name)
+        require(
+            factor < most,
+            f"moe.{name}={factor:g} lets every expert of moe.router={moe.router} take every "
+            f"token; use less than {most:g}",
+        )
 
 
 def check_groups(config: Config, student: Config | None = None) -> None:
     """Checks that routing groups fit sequences and microbatches.
 
-    A group must divide a sequence or be a multiple of one, and must divide a microbatch. If
-    `config` is the teacher of a `student`, its group size is fixed, and the error suggests another
-    length or batch for the student.
+    The group size of a `student`'s teacher is fixed: the fix is another length or batch.
     """
     train, group, length = config.train, config.group_size, config.model.length
     fix: int | str = _largest_divisor(length, group)
@@ -210,18 +183,14 @@ def check_groups(config: Config, student: Config | None = None) -> None:
 
 
 def _largest_divisor(number: int, limit: int) -> int:
-    """The largest divisor of a number that doesn't exceed a limit."""
     small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
     return max(d for d in [*small, *(number // d for d in small)] if d <= limit)
 
 
 def check_same_routing(config: Config, source: Config, whose: str) -> None:
-    """Checks that a run chooses and weighs experts like the run whose parameters it takes.
+    """Checks that a run chooses and weighs experts like `source`, whose parameters it takes.
 
-    Args:
-      config: the new run.
-      source: the run whose parameters it takes.
-      whose: `source` in words, for the message.
+    `whose` is the source in words, for the message.
     """
     if not (any(config.model.schedule.experts) and any(source.model.schedule.experts)):
         return
@@ -243,60 +212,35 @@ def check_same_routing(config: Config, source: Config, whose: str) -> None:
     )
 
 
-def _check_expert_choice(config: Config) -> None:
-    """Refuses normalised weights, and a capacity at which every expert takes every token."""
-    moe, model = config.moe, config.model
-    require(
-        model.normalize_top_k != "always",
-        f"model.normalize_top_k=always has no effect with moe.router={moe.router}, whose weights "
-        "are the scores; use never",
-    )
-    fewest = min(e for e in model.schedule.experts if e)
-    for name in ("capacity_factor", "eval_capacity_factor"):
-        factor, most = getattr(moe, name), fewest / model.top_k
-        require(
-            factor < most,
-            f"moe.{name}={factor:g} lets every expert of moe.router={moe.router} take every "
-            f"token; use less than {most:g}",
-        )
-
-
 def _check_mesh(mesh: MeshConfig) -> None:
     """Makes the checks that need no devices; `parallel.mesh.axis_sizes` makes the others."""
-    sizes = dataclasses.asdict(mesh)
-    del sizes["slices"]
+    sizes = {f"mesh.{name}": size for name, size in dataclasses.asdict(mesh).items()}
+    del sizes["mesh.slices"]
     for name, size in sizes.items():
-        may_be_rest = name != "expert_inner"
-        require(
-            size >= 1 or (size == -1 and may_be_rest),
-            f"mesh.{name}={size} is out of range; use 1 or more"
-            + (", or -1 for the rest of the devices" if may_be_rest else ""),
-        )
-    rest = [f"mesh.{name}" for name, size in sizes.items() if size == -1]
+        require(size != 0, f"{name}=0 is out of range; use 1 or more, or -1 for all other devices")
+    rest = [name for name, size in sizes.items() if size == -1]
     require(len(rest) < 2, f"{' and '.join(rest)} are both -1 (the rest); give all but one")
 
 
 def _check_data(config: Config) -> None:
-    data, model = config.data, config.model
+    data, vocabulary = config.data, config.model.vocab_size
     for name in ("corpus", "tokenizer", "text_field", "cache_dir"):
         require(getattr(data, name) != "", f"data.{name} is empty")
     smallest = {"bpe": 257, "bytes": 257, "gpt2": 50257}.get(data.tokenizer, 0)
     require(
-        model.vocab_size >= smallest,
-        f"model.vocab_size={model.vocab_size} is too small for data.tokenizer={data.tokenizer}; "
-        f"use {-(-smallest // 128) * 128} or more",
+        vocabulary >= smallest,
+        f"model.vocab_size={vocabulary} is too small for data.tokenizer={data.tokenizer}; use "
+        f"{-(-smallest // 128) * 128} or more",
     )
 
 
 def _check_training(config: Config) -> None:
-    checkpoint = config.checkpoint
+    train, optimizer, saved = config.train, config.optimizer, config.checkpoint
     require(
-        checkpoint.keep_every % checkpoint.every == 0,
-        f"checkpoint.keep_every={checkpoint.keep_every} is no multiple of checkpoint.every="
-        f"{checkpoint.every}, so that hardly any checkpoint would stay; use "
-        f"{-(-checkpoint.keep_every // checkpoint.every) * checkpoint.every}",
+        saved.keep_every % saved.every == 0,
+        f"checkpoint.keep_every={saved.keep_every} is no multiple of checkpoint.every={saved.every}"
+        f", so that hardly any stay; use {-(-saved.keep_every // saved.every) * saved.every}",
     )
-    train, optimizer = config.train, config.optimizer
     require(
         bool(train.steps) != bool(train.tokens),
         f"train.steps={train.steps} and train.tokens={train.tokens}: exactly one must be above 0",
@@ -307,27 +251,16 @@ def _check_training(config: Config) -> None:
         f"{train.accumulate}; use {math.gcd(train.batch_size, train.accumulate)}",
     )
     require(
-        config.tokens_per_step <= LARGEST,
-        f"train.batch_size={train.batch_size} x model.length={config.model.length} are "
-        f"{config.tokens_per_step} tokens a step; use at most {LARGEST // config.model.length} "
-        "sequences",
-    )
-    require(
-        config.total_steps <= LARGEST,
-        f"train.tokens={train.tokens} makes {config.total_steps} steps of "
-        f"{config.tokens_per_step} tokens; use at most {LARGEST * config.tokens_per_step}",
-    )
-    require(
-        0 <= optimizer.min_learning_rate <= optimizer.learning_rate,
-        f"optimizer.min_learning_rate={optimizer.min_learning_rate} must be from 0 to "
-        f"learning_rate={optimizer.learning_rate}",
+        optimizer.min_learning_rate <= optimizer.learning_rate,
+        f"optimizer.min_learning_rate={optimizer.min_learning_rate} exceeds learning_rate="
+        f"{optimizer.learning_rate}; use at most that",
     )
     require(
         optimizer.decay_tokens == 0 or optimizer.decay_tokens > optimizer.warmup_tokens,
         f"optimizer.decay_tokens={optimizer.decay_tokens} must be above warmup_tokens="
         f"{optimizer.warmup_tokens}",
     )
-    if optimizer.schedule == "wsd":
+    if config.decay_start is not None:
         start = config.decay_start * config.tokens_per_step
         require(
             optimizer.warmup_tokens <= start,
@@ -337,24 +270,20 @@ def _check_training(config: Config) -> None:
 
 
 def _check_init(config: Config) -> None:
-    init = config.init
-    if init.workdir and init.step:
-        _check_branch_point(config)
+    step, start = config.init.step, config.decay_start
+    if not config.init.workdir:
+        return
     require(
-        not (init.workdir and config.teacher.inherit) or init.step > 0,
+        step > 0 or not config.teacher.inherit,
         "init.workdir and teacher.inherit=true: a run starts as one other; leave one of them out",
     )
-
-
-def _check_branch_point(config: Config) -> None:
-    step, start = config.init.step, config.decay_start
     require(
-        start is not None,
+        step == 0 or start is not None,
         f"init.step={step} needs optimizer.schedule=wsd, whose learning rate is the same in runs "
         f"of any length until it decays; optimizer.schedule is {config.optimizer.schedule}",
     )
     require(
-        step <= start,
+        step == 0 or step <= start,
         f"init.step={step} comes after the decay of this run starts, at step {start} of "
         f"{config.total_steps}; use {start} or less, or a longer run",
     )
@@ -366,25 +295,19 @@ def _check_branch_point(config: Config) -> None:
 
 
 def _check_distillation(config: Config) -> None:
-    teacher, kd = config.teacher, config.kd
-    if not (teacher.workdir or teacher.cache):
-        return
-    if teacher.cache:
-        require(
-            kd.kind == "top_k",
-            f"kd.kind={kd.kind} needs the run itself; a teacher cache is for kd.kind=top_k",
-        )
-        require(
-            bool(teacher.workdir) or not teacher.inherit,
-            "teacher.inherit=true needs the run itself, too; name it by teacher.workdir",
-        )
-    _check_factor("teacher.capacity_factor", teacher.capacity_factor)
-    if kd.kind == "top_k":
-        most = config.model.vocab_size - 1
-        require(
-            1 <= kd.top_k <= most,
-            f"kd.top_k={kd.top_k} is out of range; use a value from 1 to {most}",
-        )
+    teacher, kd, top = config.teacher, config.kd, config.model.vocab_size - 1
+    require(
+        not teacher.cache or kd.kind == "top_k",
+        f"kd.kind={kd.kind} needs the run itself; a teacher cache is for kd.kind=top_k",
+    )
+    require(
+        bool(teacher.workdir) or not teacher.inherit,
+        "teacher.inherit=true needs the run itself, too; name it by teacher.workdir",
+    )
+    require(
+        kd.kind != "top_k" or 1 <= kd.top_k <= top,
+        f"kd.top_k={kd.top_k} is out of range; use a value from 1 to {top}",
+    )
     require(
         kd.stop <= 1 or kd.stop >= config.tokens_per_step,
         f"kd.stop={kd.stop:g} is less than a step of {config.tokens_per_step:,} tokens; use a "

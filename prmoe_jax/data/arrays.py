@@ -19,24 +19,18 @@ class ArrayWriter:
     kill the process by a signal. A disk that is too small for all rows fails at once, unless the
     file system can't reserve space.
 
-    Attributes:
-      rows: number of rows written so far.
+    `rows` is the number of rows written so far.
     """
 
     def __init__(self, path: pathlib.Path, dtype: npt.DTypeLike, shape: tuple[int, ...]):
-        self._file = open(path, "wb")
-        self._dtype = np.dtype(dtype)
-        self.rows = 0
+        self._file, self._dtype, self.rows = open(path, "wb"), np.dtype(dtype), 0
         description = np.lib.format.dtype_to_descr(self._dtype)
         header = {"descr": description, "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(self._file, header)
-        self._reserve(math.prod(shape) * self._dtype.itemsize)
-
-    def _reserve(self, size: int) -> None:
-        if not hasattr(os, "posix_fallocate"):  # macOS
-            return
+        size = self._file.tell() + math.prod(shape) * self._dtype.itemsize
         try:
-            os.posix_fallocate(self._file.fileno(), 0, self._file.tell() + size)
+            if hasattr(os, "posix_fallocate"):  # not on macOS
+                os.posix_fallocate(self._file.fileno(), 0, size)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 self._file.close()
@@ -62,9 +56,7 @@ class ArrayWriter:
 def open_array(path: pathlib.Path, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> np.ndarray:
     """Maps a .npy file into memory, read-only; only its header is read now.
 
-    Raises:
-      OSError: the file cannot be read.
-      ValueError: the file is damaged, or the array has another dtype or shape.
+    Raises ValueError if the array has another dtype or shape, and as `read_header`.
     """
     found, length, offset = read_header(path)
     if (found, length) != (np.dtype(dtype), shape):

@@ -17,7 +17,7 @@ import tensorflow_datasets as tfds
 
 from prmoe_jax.config.schema import DataConfig
 from prmoe_jax.data import cache
-from prmoe_jax.errors import UserError, refusing
+from prmoe_jax.errors import UserError, first_line, refusing
 
 log = logging.getLogger(__name__)
 
@@ -28,33 +28,24 @@ _READ_AHEAD = 64
 
 
 class Documents:
-    """The documents of one prepared split, read from disk on demand.
-
-    Reading raises a UserError if a file is damaged or a text is not UTF-8.
-    """
+    """The documents of one prepared split, read from disk on demand."""
 
     def __init__(self, examples: Sequence[dict], text_field: str, directory: pathlib.Path):
-        self._examples = examples
-        self._field = text_field
-        self._directory = directory
+        self._examples, self._field, self._directory = examples, text_field, directory
 
     def __len__(self) -> int:
         return len(self._examples)
 
-    def __iter__(self) -> Iterator[str]:
-        return self.read(0, len(self))
-
     def read(self, first: int, last: int) -> Iterator[str]:
         """Documents [first, last)."""
         for start in range(first, last, _READ_AHEAD):  # one read for many examples
-            yield from self._read(range(start, min(start + _READ_AHEAD, last)))
-
-    def _read(self, indices: Sequence[int]) -> Iterator[str]:
-        with cache.reading(self._directory):
-            examples = self._examples.__getitems__(list(indices))
-        for index, example in zip(indices, examples, strict=True):
-            with refusing(f"document {index} of {self._directory} is not text", ValueError):
-                yield example[self._field].decode()
+            indices = range(start, min(start + _READ_AHEAD, last))
+            with cache.reading(self._directory):
+                examples = self._examples.__getitems__(list(indices))
+            for index, example in zip(indices, examples, strict=True):
+                with refusing(f"document {index} of {self._directory} is not text", ValueError):
+                    text = example[self._field].decode()
+                yield text
 
 
 def prepare_named(config: DataConfig, directory: pathlib.Path) -> dict[str, Documents]:
@@ -94,8 +85,6 @@ def _prepare(builder: tfds.core.DatasetBuilder, corpus: str) -> None:
         # TFDS prints to stdout, which is for the command's own results.
         with contextlib.redirect_stdout(io.StringIO()):
             builder.download_and_prepare(file_format=_FORMAT)
-    except UserError:
-        raise
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and "tensorflow" in str(error):
             raise UserError(
@@ -107,19 +96,18 @@ def _prepare(builder: tfds.core.DatasetBuilder, corpus: str) -> None:
             if os.strerror(number) in str(error):
                 raise OSError(number, os.strerror(number)) from error
         raise UserError(
-            f"cannot prepare {corpus!r} in {builder.data_path}: {_first_line(error)}"
+            f"cannot prepare {corpus!r} in {builder.data_path}: {first_line(error)}"
         ) from error
 
 
 def _find_builder(name: str, directory: pathlib.Path) -> tfds.core.DatasetBuilder:
+    dataset, _, config = name.split(":")[0].partition("/")
     known = set(tfds.list_builders(with_community_datasets=False))
-    dataset = name.split("/")[0].split(":")[0]
     if dataset not in known:
         close = difflib.get_close_matches(dataset, known)
         hint = f"did you mean {' or '.join(close)}?" if close else f"it knows {len(known)} others"
         raise UserError(f"TFDS has no dataset {dataset!r}; {hint}")
     configs = tfds.builder_cls(dataset).builder_configs
-    config = name.split(":")[0].partition("/")[2]
     if config and config not in configs:
         close = difflib.get_close_matches(config, configs, n=8, cutoff=0) or ["none"]
         raise UserError(f"TFDS dataset {dataset!r} has no config {config!r}; it has {close}")
@@ -142,12 +130,10 @@ def _check_text_field(builder: tfds.core.DatasetBuilder, config: DataConfig) -> 
 
 def _check_network(name: str, directory: pathlib.Path) -> None:
     """Fails within seconds if there is no network; TFDS would retry for minutes."""
-    unreached = (
-        f"TFDS dataset {name!r} is not prepared in {directory} and {_HOST} cannot be reached"
-    )
+    what = f"TFDS dataset {name!r} is not prepared in {directory} and {_HOST} cannot be reached"
     fix = "prepare it where there is a network, and copy it into that folder"
     any_answer = contextlib.suppress(urllib.error.HTTPError)  # shows that the host can be reached
-    with refusing(unreached, OSError, fix), any_answer:
+    with refusing(what, OSError, fix), any_answer:
         urllib.request.urlopen(_HOST, timeout=3).close()
 
 
@@ -160,7 +146,3 @@ def _named_splits(splits: dict, config: DataConfig) -> dict[str, str]:
     total = splits["train"].num_examples
     count = math.ceil(config.validation_fraction * total)
     return {"train": f"train[{count}:]", "validation": f"train[:{count}]"}
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

@@ -12,7 +12,7 @@ from typing import Any
 
 from prmoe_jax import files
 from prmoe_jax.config.schema import DataConfig
-from prmoe_jax.errors import UserError, first_line, refusing
+from prmoe_jax.errors import UserError, first_line, reason, refusing
 from prmoe_jax.stores import expand
 from prmoe_jax.stores.lock import hold
 
@@ -24,11 +24,7 @@ DIGESTS = "digests.json"
 
 def root(config: DataConfig) -> pathlib.Path:
     """The folder of all caches."""
-    folder = expand("data.cache_dir", config.cache_dir)
-    fix = "give another folder"  # array_record cannot write to such a path
-    with refusing(f"data.cache_dir={str(folder)!a} is not UTF-8", UnicodeEncodeError, fix):
-        str(folder).encode()
-    return folder
+    return expand("data.cache_dir", config.cache_dir)
 
 
 def fingerprint(*parts: Any) -> str:
@@ -60,9 +56,8 @@ def build_once(
                 build(temporary)
                 seal(temporary)
                 temporary.rename(directory)
-            except BaseException:
+            finally:
                 shutil.rmtree(temporary, ignore_errors=True)
-                raise
     return directory
 
 
@@ -81,8 +76,7 @@ def check(directory: pathlib.Path) -> None:
     Sizes are always compared. Content is compared only if a file's modification time differs: the
     file was then altered or copied. A directory without a record gets one if it is writable.
 
-    Raises:
-      ValueError, OSError: a file is missing, altered or unreadable; see `reading`.
+    Call it within `reading`, which handles its errors: a file is missing, altered or unreadable.
     """
     path = directory / DIGESTS
     if not path.exists():
@@ -90,20 +84,18 @@ def check(directory: pathlib.Path) -> None:
             log.info("recording the digests of %s", directory)
             _record(path, _describe(directory))
         return
-    try:
-        record, copied = files.parse_json(files.read(path)), False
-        for name, known in record.items():
-            files.refuse_pipe(directory / name)
-            found = (directory / name).stat()
-            if found.st_size != known["bytes"]:
-                raise ValueError(f"{name} has {found.st_size} bytes, not {known['bytes']}")
-            if found.st_mtime_ns != known["mtime_ns"]:
-                log.info("comparing the content of %s with its digest", directory / name)
-                if _digest(directory / name) != known["sha256"]:
-                    raise ValueError(f"{name} is not as it was written")
-                known["mtime_ns"], copied = found.st_mtime_ns, True
-    except (AttributeError, KeyError, TypeError):
-        raise ValueError(f"{DIGESTS} is not as it was written") from None
+    record, copied = files.parse_json(files.read(path)), False
+    for name, known in record.items():
+        file = directory / name
+        files.refuse_pipe(file)
+        found = file.stat()
+        if found.st_size != known["bytes"]:
+            raise ValueError(f"{name} has {found.st_size} bytes, not {known['bytes']}")
+        if found.st_mtime_ns != known["mtime_ns"]:
+            log.info("comparing the content of %s with its digest", file)
+            if _digest(file) != known["sha256"]:
+                raise ValueError(f"{name} is not as it was written")
+            known["mtime_ns"], copied = found.st_mtime_ns, True
     if copied:
         _record(path, record)
 
@@ -114,19 +106,14 @@ def reading(
     named: str = "the cache {}",
     fix: str = "delete the folder, it is made again",
 ) -> Iterator[None]:
-    """Turns any failure to read a directory into a UserError.
-
-    Args:
-      directory: the directory.
-      named: the directory's name in messages; `{}` in it stands for the path.
-      fix: advice about a damaged directory.
-    """
+    """Turns any failure to read a directory, which messages call `named`, into a UserError."""
     try:
         yield
     except MemoryError:
         raise
     except Exception as error:  # readers of damaged files raise anything
-        message = f"{named.format(directory)} can't be read ({first_line(error)})"
+        why = first_line(error) if isinstance(error, OSError) else reason(error)
+        message = f"{named.format(directory)} can't be read ({why})"
         gone = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
         if isinstance(error, OSError) and not isinstance(error, gone):
             raise UserError(message) from error  # not damaged: no permission, for example
@@ -152,16 +139,16 @@ def locked(directory: pathlib.Path, setting: str = "--config.data.cache_dir") ->
 
 def _describe(directory: pathlib.Path) -> dict[str, dict[str, int | str]]:
     """Size, modification time and digest of each file, by its path in the directory."""
-    record = {}
-    for file in sorted(directory.rglob("*")):
-        if file.is_file() and file != directory / DIGESTS:
-            found = file.stat()
-            record[str(file.relative_to(directory))] = {
-                "bytes": found.st_size,
-                "mtime_ns": found.st_mtime_ns,
-                "sha256": _digest(file),
-            }
-    return record
+    found = [file for file in sorted(directory.rglob("*")) if file.is_file()]
+    return {
+        str(file.relative_to(directory)): {
+            "bytes": file.stat().st_size,
+            "mtime_ns": file.stat().st_mtime_ns,
+            "sha256": _digest(file),
+        }
+        for file in found
+        if file != directory / DIGESTS
+    }
 
 
 def _digest(file: pathlib.Path) -> str:

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,22 +56,19 @@ def find_chunks(config: DataConfig) -> tuple[list[Chunk], list[Any], list[float]
     if config.corpus.startswith("tfds:"):
         lengths = {split: len(found) for split, found in _tfds(config).items()}
         return of_tfds(config), [config.corpus, lengths], []
-    files = [(file, _size(file)) for file in _find_files(config)]
-    times = [epath.Path(file).stat().mtime for file, _ in files]
-    return _of_files(files, config), [[file.name, size] for file, size in files], times
+    found = _find_files(config)
+    stats = [_stat(file) for file in found]
+    listed = [[file.name, stat.length] for file, stat in zip(found, stats, strict=True)]
+    return of_files(found, config), listed, [stat.mtime for stat in stats]
 
 
 def of_files(files: Sequence[Path], config: DataConfig) -> list[Chunk]:
-    """The chunks of local files; they depend only on the files' order and sizes."""
-    return _of_files([(file, _size(file)) for file in files], config)
-
-
-def _of_files(files: Sequence[tuple[Path, int]], config: DataConfig) -> list[Chunk]:
-    size = sum(size for _, size in files) // _CHUNKS
-    size = min(max(size, _MIN_BYTES), _MAX_BYTES)
+    """The chunks of files; they depend only on the files' order and sizes."""
+    lengths = [_stat(file).length for file in files]
+    size = min(max(sum(lengths) // _CHUNKS, _MIN_BYTES), _MAX_BYTES)
     groups: list[list[Piece]] = []
     room = 0
-    for file, length in files:
+    for file, length in zip(files, lengths, strict=True):
         for piece, weight in _pieces(file, length, size):
             if weight > room or not groups:
                 groups.append([])
@@ -97,33 +94,30 @@ def _find_files(config: DataConfig) -> Sequence[Path]:
 def documents(chunk: Chunk, config: DataConfig) -> Iterator[str]:
     """The documents of a chunk; UserError if a file can't be read or lacks the text field."""
     for piece in chunk.pieces:
-        yield from _documents(piece, chunk.split, config)
+        file = epath.Path(piece.path)
+        if chunk.split:
+            yield from _tfds(config)[chunk.split].read(piece.first, piece.last)
+        elif file.suffix == ".jsonl":
+            yield from sources.json_lines(file, config.text_field, piece.first, piece.last)
+        elif file.suffix == ".parquet":
+            yield from _rows(file, piece, config.text_field)
+        else:
+            yield from sources.read_documents([file], config.text_field)
 
 
-def _documents(piece: Piece, split: str, config: DataConfig) -> Iterable[str]:
-    if split:
-        return _tfds(config)[split].read(piece.first, piece.last)
-    file = epath.Path(piece.path)
-    if piece.path.endswith(".jsonl"):
-        return sources.json_lines(file, config.text_field, piece.first, piece.last)
-    if piece.path.endswith(".parquet"):
-        return _rows(file, piece, config.text_field)
-    return sources.read_documents([file], config.text_field)
-
-
-def _size(file: Path) -> int:
+def _stat(file: Path):
     with sources.reading(file):
-        return epath.Path(file).stat().length
+        return epath.Path(file).stat()
 
 
 def _pieces(file: Path, length: int, size: int) -> Iterator[tuple[Piece, int]]:
     """The pieces of a file, each with its size in bytes."""
     path = str(file)
-    if path.endswith(".jsonl"):
+    if file.suffix == ".jsonl":
         for first in range(0, length, size):
             last = min(first + size, length)
             yield Piece(path, first, last), last - first
-    elif path.endswith(".parquet"):
+    elif file.suffix == ".parquet":
         with _parquet(file) as table:
             for i in range(table.num_row_groups):
                 yield Piece(path, i, i + 1), table.metadata.row_group(i).total_byte_size
@@ -139,16 +133,16 @@ def _rows(file: Path, piece: Piece, text_field: str) -> Iterator[str]:
                 f"{file}: no column {text_field!r}; it has {', '.join(names)}; "
                 "set --config.data.text_field"
             )
-        groups, row = list(range(piece.first, piece.last)), 0
-        for batch in table.iter_batches(1024, row_groups=groups, columns=[text_field]):
-            for text in batch.column(0).to_pylist():
-                if not isinstance(text, str):
-                    raise UserError(
-                        f"{file}: row {row} of row group {piece.first} has "
-                        f"{type(text).__name__} in the column {text_field!r}, not text"
-                    )
-                row += 1
-                yield text
+        groups = list(range(piece.first, piece.last))
+        batches = table.iter_batches(1024, row_groups=groups, columns=[text_field])
+        texts = (text for batch in batches for text in batch.column(0).to_pylist())
+        for row, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise UserError(
+                    f"{file}: row {row} of row group {piece.first} has "
+                    f"{type(text).__name__} in the column {text_field!r}, not text"
+                )
+            yield text
 
 
 @contextlib.contextmanager
@@ -157,13 +151,13 @@ def _parquet(file: Path) -> Iterator[Any]:
     with missing(f"{file}: .parquet files need pyarrow", "prmoe_jax[beam]"):
         import pyarrow
         import pyarrow.parquet
-    with sources.reading(file):
-        with (
-            refusing(f"{file}: not a Parquet file, or damaged", pyarrow.ArrowException),
-            epath.Path(file).open("rb") as opened,
-            pyarrow.parquet.ParquetFile(opened) as table,
-        ):
-            yield table
+    with (
+        sources.reading(file),
+        refusing(f"{file}: not a Parquet file, or damaged", pyarrow.ArrowException),
+        epath.Path(file).open("rb") as opened,
+        pyarrow.parquet.ParquetFile(opened) as table,
+    ):
+        yield table
 
 
 def of_tfds(config: DataConfig) -> list[Chunk]:

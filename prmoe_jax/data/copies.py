@@ -40,10 +40,7 @@ def local_copy(pattern: str, cache_dir: Path) -> str:
 
     Shards of `prmoe tokenize` are verified by the SHA-256 in their index. Other files are verified
     by size, and copied again after their modification time changed. After an interruption the
-    next call copies only the missing files.
-
-    Returns:
-      A glob, or a folder, of the copies.
+    next call copies only the missing files. Returns a glob, or a folder, of the copies.
     """
     found = find(pattern)
     with _reaching(pattern):
@@ -59,10 +56,7 @@ def sealed(folder: epath.Path, names: Sequence[str], cache_dir: Path) -> Path:
     """Copies files of a folder in a store that has `cache.seal`'s record into the cache, once.
 
     Each file's SHA-256 is verified. After an interruption the next call copies only the missing
-    files.
-
-    Returns:
-      The folder of the copies, which is sealed.
+    files. Returns the folder of the copies, which is sealed.
     """
     with _reaching(str(folder)):
         record = files.parse_json((folder / cache.DIGESTS).read_bytes())
@@ -81,8 +75,9 @@ def _copy_ours(folder: epath.Path, cache_dir: Path) -> Path:
         index = Index.open(folder)
     target = cache_dir / "shards" / index.fingerprint
     with _copying(target):
-        for entry in index.entries():
-            _copy(folder / entry["name"], target / entry["name"], entry["sha256"])
+        for split in shards.SPLITS:
+            for entry in index.splits[split]["shards"]:
+                _copy(folder / entry["name"], target / entry["name"], entry["sha256"])
         _copy(folder / shards.TOKENIZER, target / shards.TOKENIZER)
         _copy(folder / shards.INDEX, target / shards.INDEX)  # last: it marks the copy as complete
     return target

@@ -36,14 +36,14 @@ class Corpus:
 
     @functools.cached_property
     def chunks(self) -> list[Chunk]:
-        """The text in chunks; the first use prepares a TFDS dataset (UserError if that fails)."""
+        """The text in chunks; the first use prepares a TFDS dataset."""
         if self.files:
             return chunks.of_files(self.files, self.config)
         return chunks.of_tfds(self.config)
 
     @functools.cached_property
     def selection(self) -> Selection:
-        """The split, computed once and cached (UserError if that fails); duplicates are kept."""
+        """The split, computed once and cached; duplicates are kept."""
         if not self.files:
             return Selection(b"")
         directory = cache.root(self.config) / "splits" / self.fingerprint

@@ -9,7 +9,6 @@ import functools
 import itertools
 import math
 import operator
-import sys
 from collections.abc import Iterator, Sequence
 from decimal import Decimal
 from pathlib import Path
@@ -21,7 +20,7 @@ import numpy as np
 from prmoe_jax.config.schema import DataConfig
 from prmoe_jax.data import cache, streams
 from prmoe_jax.data.corpora import TOKENS, open_corpus
-from prmoe_jax.data.streams import ShardStream, Source
+from prmoe_jax.data.streams import ShardStream
 from prmoe_jax.data.tokenizer import Tokenizer, check_fits, load_tokenizer
 from prmoe_jax.data.tokens import cached_tokens
 from prmoe_jax.errors import UserError
@@ -34,29 +33,22 @@ _DTYPES = np.int32, np.int32, np.bool_, np.int32
 class Windows:
     """A token stream as a random-access source of windows of `length` predictions.
 
-    Window i reads stream[i*length : (i+1)*length + 1]; only the last one is padded.
-    With `cross_document_attention`, all tokens of a window are one segment. `teacher_top_k` holds
-    a teacher's recorded predictions for every window, or is None. The stream has one EOS between
-    documents. If the tokenizer's BOS and EOS differ, EOS stays as a target and becomes BOS as an
-    input. `text_bytes` is the number of UTF-8 bytes of the stream's text, 0 if unknown.
+    Window i reads stream[i*length : (i+1)*length + 1]; only the last one is padded. The stream has
+    one EOS between documents. If the tokenizer's BOS and EOS differ, EOS stays as a target and
+    becomes BOS as an input.
     """
 
     stream: ShardStream
     length: int
-    cross_document_attention: bool
-    teacher_top_k: TopKLogProbs | None = None
+    cross_document_attention: bool  # all tokens of a window are one segment
+    teacher_top_k: TopKLogProbs | None = None  # a teacher's recorded predictions for all windows
     tokenizer: Tokenizer | None = None
-    text_bytes: int = 0
+    text_bytes: int = 0  # UTF-8 bytes of the stream's text, 0 if unknown
 
     @property
     def tokens(self) -> int:
         """The number of predictions in all windows together."""
         return len(self.stream) - 1
-
-    @property
-    def described(self) -> str:
-        """The size of the stream, for messages."""
-        return self.stream.described
 
     def __len__(self) -> int:
         return math.ceil(self.tokens / self.length)
@@ -87,8 +79,7 @@ class Windows:
     def _start_documents(self, window: Batch) -> None:
         """Makes each document begin with BOS, in place.
 
-        In shards of other libraries BOS may already follow EOS. Then the position of this EOS is
-        masked, and the document begins at the BOS after it.
+        Where BOS already follows EOS, as in shards of other libraries, the EOS is masked instead.
         """
         start, end = self.tokenizer.bos_id, self.tokenizer.eos_id
         if start == end:
@@ -99,10 +90,6 @@ class Windows:
         window.mask_BxL[both_L] = False
         if not self.cross_document_attention:
             window.segments_BxL[both_L] = 0
-
-    def with_teacher(self, teacher_top_k: TopKLogProbs) -> "Windows":
-        """The same windows with a teacher's predictions."""
-        return dataclasses.replace(self, teacher_top_k=teacher_top_k)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -117,8 +104,9 @@ class Mixture:
     teacher_top_k: TopKLogProbs | None = None
 
     @functools.cached_property
-    def _ends(self) -> list[int]:
-        return list(itertools.accumulate(map(len, self.parts)))
+    def starts(self) -> list[int]:
+        """The index of each part's first window, and the number of all windows."""
+        return [0, *itertools.accumulate(map(len, self.parts))]
 
     @property
     def length(self) -> int:
@@ -137,27 +125,17 @@ class Mixture:
         return sum(part.text_bytes for part in self.parts)
 
     def bytes_of(self, indices_N: np.ndarray) -> float:
-        part_N = np.searchsorted(self._ends, indices_N, side="right")
-        starts = [0, *self._ends]
-        return sum(
-            part.bytes_of(indices_N[part_N == i] - starts[i]) for i, part in enumerate(self.parts)
-        )
-
-    @property
-    def described(self) -> str:
-        return " and ".join(part.described for part in self.parts)
+        part_N = np.searchsorted(self.starts, indices_N, side="right") - 1
+        parts = enumerate(zip(self.parts, self.starts, strict=False))
+        return sum(part.bytes_of(indices_N[part_N == i] - start) for i, (part, start) in parts)
 
     def __len__(self) -> int:
-        return self._ends[-1]
+        return self.starts[-1]
 
     def __getitem__(self, index: int) -> Batch:
         index = range(len(self))[operator.index(index)]
-        i = bisect.bisect_right(self._ends, index)
-        window = self.parts[i][index - (self._ends[i] - len(self.parts[i]))]
-        return _with_teacher(window, self.teacher_top_k, index)
-
-    def with_teacher(self, teacher_top_k: TopKLogProbs) -> "Mixture":
-        return dataclasses.replace(self, teacher_top_k=teacher_top_k)
+        i = bisect.bisect_right(self.starts, index) - 1
+        return _with_teacher(self.parts[i][index - self.starts[i]], self.teacher_top_k, index)
 
 
 def _with_teacher(window: Batch, teacher_top_k: TopKLogProbs | None, index: int) -> Batch:
@@ -184,40 +162,26 @@ def load_data(
     """Loads corpus, tokenizer and windows of `length` tokens, from the caches if possible.
 
     `tokenizer_path` is the stored tokenizer of a run that is resumed or evaluated.
-
-    Raises:
-      UserError: the corpus, the tokenizer or the cache cannot be used.
     """
+    fingerprint = None  # then the streams identify the corpus
     if config.corpus.startswith(TOKENS):
         tokenizer, sources = streams.open_sources(config, vocab_size, tokenizer_path)
-        return _data(config, length, tokenizer, sources)
-    corpus = open_corpus(config)
-    if tokenizer_path is None:
-        tokenizer = load_tokenizer(config, vocab_size, corpus)
     else:
-        tokenizer = Tokenizer.load(tokenizer_path)
-        check_fits(tokenizer, vocab_size)
-    sources = [cached_tokens(config, corpus, tokenizer)]
-    return _data(config, length, tokenizer, sources, corpus.fingerprint)
+        corpus = open_corpus(config)
+        fingerprint = corpus.fingerprint
+        if tokenizer_path is None:
+            tokenizer = load_tokenizer(config, vocab_size, corpus)
+        else:
+            tokenizer = Tokenizer.load(tokenizer_path)
+            check_fits(tokenizer, vocab_size)
+        sources = [cached_tokens(config, corpus, tokenizer)]
 
-
-def _data(
-    config: DataConfig,
-    length: int,
-    tokenizer: Tokenizer,
-    sources: Sequence[Source],
-    fingerprint: str | None = None,
-) -> Data:
-    """Makes the Data of sources; without `fingerprint`, their streams identify the corpus."""
-    identity = []
-
-    def windows(name: str) -> Windows | Mixture:
+    identity, splits = [], {}
+    for name in ("train", "validation"):
         having = [source for source in sources if getattr(source, name)]
         found = [
             Windows(
-                getattr(source, name),
-                length,
-                config.cross_document_attention,
+                *(getattr(source, name), length, config.cross_document_attention),
                 tokenizer=tokenizer,
                 text_bytes=source.validation_bytes if name == "validation" else 0,
             )
@@ -226,14 +190,9 @@ def _data(
         shares = [source.weight or Decimal(1) for source in having]
         weights = [str(share.normalize()) for share in shares] if name == "train" else []
         identity.append([[part.stream.fingerprint for part in found], weights])
-        return found[0] if len(found) == 1 else Mixture(found, shares)
-
-    return Data(
-        tokenizer=tokenizer,
-        train=windows("train"),
-        validation=windows("validation"),
-        corpus_fingerprint=fingerprint or cache.fingerprint("tokens", identity),
-    )
+        splits[name] = found[0] if len(found) == 1 else Mixture(found, shares)
+    fingerprint = fingerprint or cache.fingerprint("tokens", identity)
+    return Data(tokenizer, splits["train"], splits["validation"], fingerprint)
 
 
 def windows_fingerprint(data: Data) -> dict[str, str | int]:
@@ -285,18 +244,17 @@ def train_iterator(
       batch_size: rows of a step on all processes together.
       seed: the seed of the order.
       rows: the rows of each batch that this process needs (`axes.local_rows`); all by default.
-
-    Raises:
-      UserError: the split, or a source of a mixture, has no window.
     """
-    for part in _parts(windows):
+    mixture = windows if isinstance(windows, Mixture) else Mixture([windows], [Decimal(1)])
+    for part in mixture.parts:
         if not len(part):
             raise UserError(
-                f"the training split has {part.described}, which make 0 windows of {part.length}"
+                f"the training split has {len(part.stream)} tokens, which make 0 windows of "
+                f"{part.length}"
             )
     rows = range(batch_size) if rows is None else rows
-    shuffled = _shuffled(windows, seed)
-    dataset = grain.MapDataset.source(_LocalRows(shuffled, batch_size, rows)).batch(len(rows))
+    source = _Rows(mixture, batch_size, rows, seed)
+    dataset = grain.MapDataset.source(source).batch(len(rows))
     # Threads, not processes: memory maps are cheap to read, and threads work in notebooks.
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)))
 
@@ -313,10 +271,7 @@ def evaluated_windows(windows: Windows | Mixture, limit: int = 0) -> np.ndarray:
 
 
 def eval_batches(
-    windows: Windows | Mixture,
-    batch_size: int,
-    limit: int = 0,
-    rows: Sequence[int] | None = None,
+    windows: Windows | Mixture, batch_size: int, limit: int = 0, rows: Sequence[int] | None = None
 ) -> Iterator[Batch]:
     """Yields the `evaluated_windows` in batches: all, or `limit` batches.
 
@@ -332,55 +287,33 @@ def eval_batches(
         yield jax.tree.map(lambda *field: np.stack(field), *batch)
 
 
-def _parts(windows: Windows | Mixture) -> Sequence[Windows]:
-    return windows.parts if isinstance(windows, Mixture) else [windows]
+class _Rows:
+    """The given rows of every batch, batch by batch, endlessly, in the order of training.
 
+    Each part of a mixture is shuffled and repeated alone; a periodic schedule interleaves them.
+    """
 
-def _shuffled(windows: Windows | Mixture, seed: int) -> Sequence[Batch]:
-    """The windows in the order of training, endlessly."""
-    parts = _parts(windows)
-    # Grain shuffles epoch e with seed + e. Unhashed, seed 1's epoch 0 would be seed 0's epoch 1.
-    seeds = map(int, np.random.SeedSequence(seed).generate_state(len(parts)))
-    whole, starts = grain.MapDataset.source(windows), [0, *itertools.accumulate(map(len, parts))]
-    shuffled = [
-        whole[start:end].shuffle(seed=one).repeat()
-        for (start, end), one in zip(itertools.pairwise(starts), seeds, strict=True)
-    ]
-    if isinstance(windows, Mixture):
-        return _Mixed(shuffled, streams.schedule(windows.shares))
-    return shuffled[0]
-
-
-class _Mixed:
-    """Interleaves endless datasets by a periodic schedule."""
-
-    def __init__(self, datasets: Sequence[grain.MapDataset], schedule: np.ndarray):
-        self._datasets, self._schedule = datasets, schedule
-        draws = schedule[:, None] == np.arange(len(datasets))
+    def __init__(self, mixture: Mixture, batch_size: int, rows: Sequence[int], seed: int):
+        # Grain shuffles epoch e with seed + e: unhashed, seed 1 would begin with seed 0's epoch 1.
+        seeds = map(int, np.random.SeedSequence(seed).generate_state(len(mixture.parts)))
+        whole, ranges = grain.MapDataset.source(mixture), itertools.pairwise(mixture.starts)
+        self._parts = [
+            whole[start:end].shuffle(seed=part_seed).repeat()
+            for (start, end), part_seed in zip(ranges, seeds, strict=True)
+        ]
+        self._schedule = streams.schedule(mixture.shares)
+        draws = self._schedule[:, None] == np.arange(len(self._parts))
         self._per_period = draws.sum(0)
-        self._drawn = draws.cumsum(0) - draws  # earlier draws of each dataset in the period
-
-    def __len__(self) -> int:
-        return sys.maxsize
-
-    def __getitem__(self, index: int) -> Batch:
-        period, offset = divmod(index, len(self._schedule))
-        i = self._schedule[offset]
-        return self._datasets[i][int(period * self._per_period[i] + self._drawn[offset, i])]
-
-
-class _LocalRows:
-    """The given rows of every batch, batch by batch."""
-
-    def __init__(self, dataset: grain.MapDataset, batch_size: int, rows: Sequence[int]):
-        self._dataset = dataset
-        self._batch_size = batch_size
-        self._rows = rows
+        self._drawn = draws.cumsum(0) - draws  # earlier draws of each part in the period
+        self._batch_size, self._rows = batch_size, rows
 
     def __len__(self) -> int:
         # Endless in practice, but far below 2**63: Grain computes with the length as a float.
-        return min(len(self._dataset) // self._batch_size, 1 << 40) * len(self._rows)
+        return (1 << 40) * len(self._rows)
 
     def __getitem__(self, index: int) -> Batch:
         step, row = divmod(index, len(self._rows))
-        return self._dataset[step * self._batch_size + self._rows[row]]
+        window = step * self._batch_size + self._rows[row]
+        period, offset = divmod(window, len(self._schedule))
+        i = self._schedule[offset]
+        return self._parts[i][int(period * self._per_period[i] + self._drawn[offset, i])]

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -31,8 +31,7 @@ _FIX = "write the shards again by prmoe tokenize"
 _BLOCKS, _BLOCK_BYTES = 16, 1 << 16
 _MEGATRON_MAGIC = b"MMIDIDX\x00\x00"
 _MEGATRON_DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
-# At most this many document ends of a .bin file are checked.
-_CHECKED_ENDS = 1000
+_CHECKED_ENDS = 1000  # of the documents of a .bin file
 Split = Literal["train", "validation"]
 
 
@@ -54,32 +53,21 @@ class Shard:
         return np.asarray(mapped)  # slicing a np.memmap costs more than the read
 
     def blocks(self) -> list[slice]:
-        """The slices of `ids_T` that `digest` reads."""
+        """The slices of `ids_T` that `digest` reads: all, or `_BLOCKS` evenly spaced ones."""
         size = _BLOCK_BYTES // self.dtype.itemsize
-        return [slice(first, first + size) for first in _even(self.tokens, size)]
+        firsts: Iterable[int] = range(0, self.tokens, size)
+        if self.tokens > _BLOCKS * size:
+            firsts = [i * (self.tokens - size) // (_BLOCKS - 1) for i in range(_BLOCKS)]
+        return [slice(first, min(first + size, self.tokens)) for first in firsts]
 
     def digest(self) -> str:
-        """The SHA-256 of `blocks`."""
-        with reading(self.path), open(self.path, "rb") as file:
-            return block_digest(file, self.dtype, self.tokens, self.offset)
-
-
-def block_digest(file: BinaryIO, dtype: np.dtype, tokens: int, offset: int = 0) -> str:
-    """`Shard.digest` of a file that is open for reading."""
-    digest = hashlib.sha256()
-    size = _BLOCK_BYTES // dtype.itemsize
-    for first in _even(tokens, size):
-        file.seek(offset + first * dtype.itemsize)
-        digest.update(file.read(min(size, tokens - first) * dtype.itemsize))
-    return digest.hexdigest()
-
-
-def _even(tokens: int, size: int) -> list[int]:
-    """Where blocks of `size` tokens begin: all blocks, or `_BLOCKS` evenly spaced ones."""
-    count = math.ceil(tokens / size)
-    if count <= _BLOCKS:
-        return [i * size for i in range(count)]
-    return [i * (tokens - size) // (_BLOCKS - 1) for i in range(_BLOCKS)]
+        """The SHA-256 of `blocks`; the file may be in an object store."""
+        digest = hashlib.sha256()
+        with reading(self.path), self.path.open("rb") as file:
+            for block in self.blocks():
+                file.seek(self.offset + block.start * self.dtype.itemsize)
+                digest.update(file.read((block.stop - block.start) * self.dtype.itemsize))
+        return digest.hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,26 +88,17 @@ class Index:
         content = files.read_json(path, fix=_FIX)
         kinds = {"format": str, "tokenizer": str, "vocabulary": int, "dtype": str, "splits": dict}
         files.require(content, kinds | {"fingerprint": str}, str(path), _FIX)
-        if content["format"] != _FORMAT:
-            raise UserError(
-                f"{path} has the format {content['format']!r:.60}, not {_FORMAT!r}; {_FIX}"
-            )
+        for name, known in {"format": [_FORMAT], "dtype": _DTYPES}.items():
+            if content[name] not in known:
+                found = f"{name} is {content[name]!r:.60}, not {' or '.join(known)}"
+                raise UserError(f"{path} is damaged: {found}; {_FIX}")
         _check_splits(content["splits"], str(path))
-        wrong = ""
-        if content["dtype"] not in _DTYPES:
-            wrong = f"dtype is {content['dtype']!r:.60}, not {' or '.join(_DTYPES)}"
-        elif content["fingerprint"] != fingerprint(content):
-            wrong = "it is not as it was written"
-        if wrong:
-            raise UserError(f"{path} is damaged: {wrong}; {_FIX}")
+        if content["fingerprint"] != fingerprint(content):
+            raise UserError(f"{path} is damaged: it is not as it was written; {_FIX}")
         return cls(
             *(folder, content["tokenizer"], np.dtype(content["dtype"])),
             *(content["splits"], content["fingerprint"], content.get("inputs")),
         )
-
-    def entries(self) -> list[dict]:
-        """The entry of each shard, in order: name, counts and digests."""
-        return [entry for split in self.splits.values() for entry in split["shards"]]
 
     def shards(self, split: Split) -> list[Shard]:
         """The shards of a split; checks the size and the block digest of each."""
@@ -128,10 +107,10 @@ class Index:
             shard = Shard(self.folder / entry["name"], self.dtype, 0, entry["tokens"])
             with reading(shard.path):
                 size = shard.path.stat().st_size
-            if size != shard.tokens * self.dtype.itemsize:
+            expected = shard.tokens * self.dtype.itemsize
+            if size != expected:
                 raise UserError(
-                    f"{shard.path} has {size} bytes, not the "
-                    f"{shard.tokens * self.dtype.itemsize} that {INDEX} says; {_FIX}"
+                    f"{shard.path} has {size} bytes, not the {expected} that {INDEX} says; {_FIX}"
                 )
             if shard.digest() != entry["blocks"]:
                 raise UserError(f"{shard.path} is not the shard that {INDEX} describes; {_FIX}")
@@ -148,11 +127,12 @@ def _check_splits(splits: dict, path: str) -> None:
             raise UserError(f"{where} is damaged: {min(unknown)!r:.60} is unknown; {_FIX}")
 
     counts, names = dict.fromkeys(COUNTS, int), set()
+    kinds = {"name": str, **counts} | dict.fromkeys(_DIGESTS, str)
     check(splits, dict.fromkeys(SPLITS, dict), path)
     for split, where in ((splits[name], f"{path}: {name}") for name in SPLITS):
         check(split, counts | {"shards": list}, where)
         for entry in split["shards"]:
-            check(entry, {"name": str, **counts} | dict.fromkeys(_DIGESTS, str), where)
+            check(entry, kinds, where)
             name = entry["name"]
             least = {"documents": 1, "tokens": 1, "bytes": 0}
             good = {count: least[count] <= entry[count] <= _MOST for count in COUNTS}
@@ -185,20 +165,18 @@ def check_whole(paths: Iterable[Path]) -> None:
             )
 
 
-def index_content(
-    tokenizer: str, vocabulary: int, dtype: np.dtype, splits: dict[str, dict], inputs: str
-) -> dict:
-    """The content of an `index.json`.
+def index_content(tokenizer: str, vocabulary: int, splits: dict[str, dict], inputs: str) -> dict:
+    """The content of an `index.json`, for a tokenizer's fingerprint and its size.
 
     `inputs` identifies the text and the settings. A split has the numbers of its documents, tokens
     and bytes of text, and a list of shards in order. Each shard has a name, these three numbers,
-    the SHA-256 of its file, and `blocks` (see `block_digest`).
+    the SHA-256 of its file, and `blocks` (see `Shard.digest`).
     """
     content = {
         "format": _FORMAT,
         "tokenizer": tokenizer,
         "vocabulary": vocabulary,
-        "dtype": dtype.str,
+        "dtype": smallest_dtype(vocabulary).str,
         "inputs": inputs,
         "splits": splits,
     }
@@ -211,17 +189,12 @@ def fingerprint(content: dict) -> str:
     return cache.fingerprint(*(content[name] for name in names))
 
 
-def open_arrays(paths: Sequence[Path], vocabulary: int) -> list[Shard]:
-    """Opens token files that other libraries wrote.
+def open_array(path: Path, vocabulary: int) -> Shard:
+    """Opens a token file that another library wrote.
 
     A `.bin` file with an `.idx` file of the same name is Megatron-LM's. A file with NumPy's magic
-    bytes is read as `.npy`. Any other file is an array without a header: uint16 if the vocabulary
-    has at most 65536 ids, else uint32.
+    bytes is read as `.npy`. Any other file is an array without a header, of `smallest_dtype`.
     """
-    return [_open_array(path, vocabulary) for path in paths]
-
-
-def _open_array(path: Path, vocabulary: int) -> Shard:
     with reading(path):
         size = path.stat().st_size
         with open(path, "rb") as file:
@@ -232,24 +205,23 @@ def _open_array(path: Path, vocabulary: int) -> Shard:
         return _open_megatron(path, size)
     if start == b"\x93NUMPY":
         return _open_npy(path)
-    dtype = np.dtype("<u2" if vocabulary <= 1 << 16 else "<u4")
-    return Shard(path, dtype, 0, _whole(path, size, dtype))
-
-
-def _whole(path: Path, size: int, dtype: np.dtype) -> int:
-    """The number of ids in `size` bytes; UserError if the last id is incomplete."""
+    dtype = smallest_dtype(vocabulary)
     if size % dtype.itemsize:
         raise UserError(
             f"{path} has {size} bytes, no multiple of the {dtype.itemsize} of {dtype.name}; it is "
             "cut, or data.tokenizer is not its tokenizer"
         )
-    return size // dtype.itemsize
+    return Shard(path, dtype, 0, size // dtype.itemsize)
+
+
+def smallest_dtype(vocabulary: int) -> np.dtype:
+    """The dtype in which ids are stored: uint16 or uint32, little-endian."""
+    return np.dtype(_DTYPES[vocabulary > 1 << 16])
 
 
 def _open_npy(path: Path) -> Shard:
-    with reading(path):
-        with refusing(f"{path} is damaged", ValueError, fix="copy it again"):
-            dtype, shape, offset = read_header(path)
+    with reading(path), refusing(f"{path} is damaged", ValueError, fix="copy it again"):
+        dtype, shape, offset = read_header(path)
     if len(shape) != 1 or dtype.kind not in "iu" or not shape[0]:
         raise UserError(f"{path} holds {dtype} {shape}, not a list of token ids")
     return Shard(path, dtype, offset, shape[0])
@@ -270,10 +242,11 @@ def _open_megatron(path: Path, size: int) -> Shard:
             f"{index} has version {version} and dtype code {code}; version 1 and a code of "
             f"{', '.join(map(str, _MEGATRON_DTYPES))} can be read"
         )
-    if len(content) != head + 12 * sequences + 8 * documents:
+    expected = head + 12 * sequences + 8 * documents
+    if len(content) != expected:
         raise UserError(
-            f"{index} has {len(content)} bytes, not the {head + 12 * sequences + 8 * documents} of "
-            f"{sequences} sequences and {documents} document indices; copy it again"
+            f"{index} has {len(content)} bytes, not the {expected} of {sequences} sequences and "
+            f"{documents} document indices; copy it again"
         )
     dtype = np.dtype(_MEGATRON_DTYPES[code])
     lengths = np.frombuffer(content, "<i4", sequences, head).astype(np.int64)
@@ -304,8 +277,8 @@ def check_ends(shards: Sequence[Shard], eos_id: int) -> None:
                 f"not the end of text {eos_id}; write it with --append-eod, or set "
                 "--config.data.tokenizer to its tokenizer"
             )
-    if not any((shard.ids_T[block] == eos_id).any() for shard in shards
-               for block in shard.blocks()):  # fmt: skip
+    looked_at = (shard.ids_T[block] for shard in shards for block in shard.blocks())
+    if not any((ids == eos_id).any() for ids in looked_at):
         raise UserError(
             f"{shards[0].path} has no end-of-text id {eos_id} where it was looked for, which "
             "tells documents apart; set --config.data.tokenizer to its tokenizer"

@@ -30,10 +30,17 @@ SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst")
 def files(
     corpus: str, cache_dir: pathlib.Path, suffixes: tuple[str, ...] = SUFFIXES
 ) -> list[pathlib.Path]:
-    """The files of 'sotu', 'prose' or local text."""
+    """The files of 'sotu', of local text, or of 'prose', which is 'sotu' and more."""
+    if corpus not in ("sotu", "prose"):
+        return find_files(corpus, suffixes)
     if corpus == "sotu":
-        return sotu_files()
-    return prose_files(cache_dir) if corpus == "prose" else find_files(corpus, suffixes)
+        return _sotu_files()
+    folder = cache_dir / "prose"
+    if not folder.is_dir():
+        raise UserError(
+            f"corpus 'prose' is not in {folder}; sh experiments/prose/install.sh puts it there"
+        )
+    return _sotu_files() + find_files(str(folder))
 
 
 def package_folder(package: str) -> pathlib.Path | None:
@@ -44,11 +51,10 @@ def package_folder(package: str) -> pathlib.Path | None:
     return pathlib.Path(spec.origin).parent
 
 
-def sotu_files() -> list[pathlib.Path]:
+def _sotu_files() -> list[pathlib.Path]:
     """The State of the Union messages of the installed package `sotu`, by year.
 
-    Rows marked `is_sotu=False` are left out: the package also lists a radio summary, remarks, and
-    the parts of Nixon's 1973 message.
+    Rows marked `is_sotu=False` are left out, such as a radio summary and remarks.
     """
     folder = package_folder("sotu")
     if folder is None:
@@ -56,16 +62,6 @@ def sotu_files() -> list[pathlib.Path]:
     with open(folder / "data" / "metadata.csv", encoding="utf-8", newline="") as rows:
         names = [row["fileid"] for row in csv.DictReader(rows) if row["is_sotu"] == "True"]
     return [folder / "data" / "speeches" / f"{name}.txt" for name in names]
-
-
-def prose_files(cache_dir: pathlib.Path) -> list[pathlib.Path]:
-    """The prose mix: `sotu_files`, and the files that experiments/prose/install.sh puts there."""
-    folder = cache_dir / "prose"
-    if not folder.is_dir():
-        raise UserError(
-            f"corpus 'prose' is not in {folder}; sh experiments/prose/install.sh puts it there"
-        )
-    return sotu_files() + find_files(str(folder))
 
 
 def find_files(corpus: str, suffixes: tuple[str, ...] = SUFFIXES) -> list[pathlib.Path]:
@@ -77,14 +73,11 @@ def find_files(corpus: str, suffixes: tuple[str, ...] = SUFFIXES) -> list[pathli
         if not files:
             raise UserError(f"no {kinds} file in the folder {corpus!r}")
         return sorted(files)
-    if path.exists():
-        files = [path]
-    else:
+    files = [path]
+    if not path.exists():
         _check_loops(str(path))
-        files = [pathlib.Path(name) for name in glob.glob(str(path), recursive=True)]
-        files = [file for file in files if not file.is_dir()]
-    if not files and glob.has_magic(corpus):
-        raise UserError(f"no file matches the glob {corpus!r}")
+        found = map(pathlib.Path, glob.glob(str(path), recursive=True))
+        files = [file for file in found if not file.is_dir()]
     if not files:
         raise UserError(
             f"corpus {corpus!r} does not exist; give 'sotu', 'tfds:NAME', 'prose', a folder, "
@@ -104,11 +97,11 @@ def read_documents(files: Iterable[pathlib.Path], text_field: str) -> Iterator[s
             continue
         with reading(file):
             if file.suffix == ".txt":
-                yield read_text(file)
+                yield _read_text(file)
             else:
                 for number, line in enumerate(_compressed_lines(file), 1):
                     if line.strip():
-                        yield parse_line(line, text_field, f"{file}:{number}")
+                        yield _parse_line(line, text_field, f"{file}:{number}")
 
 
 def json_lines(
@@ -126,7 +119,7 @@ def json_lines(
                 return
             if line.strip():
                 place = f"{file}, line at byte {position}" if first else f"{file}:{number}"
-                yield parse_line(line, text_field, place)
+                yield _parse_line(line, text_field, place)
             position += len(line)
 
 
@@ -156,14 +149,12 @@ def _text_files(folder: pathlib.Path, suffixes: tuple[str, ...]) -> Iterator[pat
 
     for parent, folders, names in os.walk(folder, onerror=left_out):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        for linked in (name for name in folders if os.path.islink(os.path.join(parent, name))):
-            log.warning(
-                "%s is a link to a folder, and is left out; a glob with ** follows it",
-                os.path.join(parent, linked),
-            )
-        for name in names:
-            if name.startswith("."):
-                continue
+        for path in (os.path.join(parent, name) for name in folders):
+            if os.path.islink(path):
+                log.warning(
+                    "%s is a link to a folder, and is left out; a glob with ** follows it", path
+                )
+        for name in (name for name in names if not name.startswith(".")):
             if name.endswith(suffixes):
                 yield pathlib.Path(parent, name)
             else:
@@ -186,8 +177,7 @@ def _check_loops(pattern: str) -> None:
                     raise UserError(f"{path}: a link back to a folder above it, which ** follows")
 
 
-def read_text(file: pathlib.Path) -> str:
-    """The text of a .txt file; call it within `reading`, which handles its errors."""
+def _read_text(file: pathlib.Path) -> str:
     text = file.read_bytes().decode("utf-8-sig")
     if "\0" in text:
         raise UserError(f"{file}: not a text file (it holds NUL characters)")
@@ -222,7 +212,7 @@ def _zstd_lines(file: pathlib.Path) -> Iterator[bytes]:
     yield rest
 
 
-def parse_line(line: bytes, text_field: str, place: str) -> str:
+def _parse_line(line: bytes, text_field: str, place: str) -> str:
     """The text of a JSON line; `place` names the line in messages."""
     with refusing(f"{place}: not a line of UTF-8 JSON", ValueError):
         example = parse_json(line.removeprefix(BOM_UTF8))

@@ -8,9 +8,10 @@ import hashlib
 import logging
 import math
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any, BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from etils import epath
 
 from prmoe_jax.config.schema import DataConfig
 from prmoe_jax.data import chunks
@@ -30,26 +31,17 @@ _REPEATED = np.dtype("<u4")
 
 
 class Selection(NamedTuple):
-    """Which documents are kept, and the split of each.
+    """Which documents are kept, and the split of each."""
 
-    Attributes:
-      threshold: the largest digest of a validation document; b'' if the text has its own splits.
-      groups: the groups of ranges whose duplicates are dropped. If it is empty, duplicates are
-        kept, and a dataset with its own splits keeps its empty documents too.
-    """
-
-    threshold: bytes
+    threshold: bytes  # the largest digest of a validation document; b'' if the text has splits
+    # The groups of ranges whose duplicates are dropped. If there are none, duplicates are kept,
+    # and a dataset with its own splits keeps its empty documents too.
     groups: Sequence[tuple[int, int]] = ()
 
 
 def rank(text: str) -> bytes:
     """The digest by which documents are ranked, SHA-256."""
     return hashlib.sha256(text.encode()).digest()
-
-
-def is_empty(text: str) -> bool:
-    """Whether a document holds only white space; such documents are left out."""
-    return not text.strip()
 
 
 def selected(
@@ -62,7 +54,7 @@ def selected(
     for number, text in enumerate(chunks.documents(chunk, config)):
         if chunk.split and not selection.groups:
             yield chunk.split, text
-        elif number not in repeated and not is_empty(text):
+        elif number not in repeated and text.strip():
             held_out = rank(text) <= selection.threshold
             yield chunk.split or ("validation" if held_out else "train"), text
 
@@ -73,7 +65,7 @@ def select(work: Work, parts: Sequence[Chunk], run: Run) -> Selection:
     Ranking by digest keeps exact duplicates in one split, and makes the choice independent of file
     names and order. Both splits get at least one document.
     """
-    counts = run(digest, {_digests_name(chunk): (chunk,) for chunk in parts})
+    counts = run(digest, {f"digests-{chunk.number:05}": (chunk,) for chunk in parts})
     total, empty = (sum(count[name] for count in counts) for name in ("documents", "empty"))
     # A power of two, so that each group has the same number of ranges.
     step = RANGES >> min((total // _COMPARED).bit_length(), RANGES.bit_length() - 1)
@@ -107,38 +99,28 @@ def _held_out_count(different: int, total: int, empty: int, config: DataConfig) 
 def digest(work: Work, chunk: Chunk) -> None:
     """Writes the sorted digests of a chunk's distinct documents, without empty ones.
 
-    The file begins with a table of RANGES + 1 offsets, counted in digests. Duplicates within the
-    chunk are dropped here, so that a digest occurs at most once per chunk; their indices go into
-    a second file.
+    The file begins with a table of RANGES + 1 offsets, in digests. The indices of duplicates
+    within the chunk go into a second file, so that a digest occurs at most once per chunk.
     """
-    found = bytearray()
-    total = 0
+    found, total = bytearray(), 0
     for total, text in enumerate(chunks.documents(chunk, work.config), 1):
-        if not is_empty(text):
-            found += rank(text) + np.array(total - 1, "<u4").tobytes()
-    rows = np.frombuffer(bytes(found), _DIGEST)
+        if text.strip():
+            found += rank(text) + (total - 1).to_bytes(4, "little")
+    rows = np.frombuffer(found, _DIGEST)
     rows = rows[np.argsort(rows["digest"], kind="stable")]
     repeats = _repeats(rows)
     counts = {"documents": total, "empty": total - len(rows)}
-    with work.written(work.staging / f"again-{chunk.number:05}") as file:
-        file.write(rows["document"][repeats].tobytes())
+    work.save(work.staging / f"again-{chunk.number:05}", rows["document"][repeats].tobytes())
     rows = rows[~repeats]
-    name = _digests_name(chunk)
-    with work.written(work.staging / name) as file:
-        file.write(np.searchsorted(_range(rows), np.arange(RANGES + 1)).astype("<i8").tobytes())
-        file.write(rows.tobytes())
+    name = f"digests-{chunk.number:05}"
+    bounds = np.searchsorted(_range(rows), np.arange(RANGES + 1)).astype("<i8")
+    work.save(work.staging / name, bounds.tobytes() + rows.tobytes())
     work.finish(name, counts)
-
-
-def _digests_name(chunk: Chunk) -> str:
-    return f"digests-{chunk.number:05}"
 
 
 def _repeats(rows: np.ndarray) -> np.ndarray:
     """A mask of the sorted digests that equal the previous digest."""
-    repeats = np.zeros(len(rows), bool)
-    repeats[1:] = rows["digest"][1:] == rows["digest"][:-1]
-    return repeats
+    return np.append(False, rows["digest"][1:] == rows["digest"][:-1])[: len(rows)]
 
 
 def _range(rows: np.ndarray) -> np.ndarray:
@@ -148,20 +130,17 @@ def _range(rows: np.ndarray) -> np.ndarray:
 
 
 def compare(work: Work, ranges: tuple[int, int]) -> None:
-    """Finds the documents in a group of ranges that duplicate one of an earlier chunk.
+    """Writes which documents in a group of ranges duplicate one of an earlier chunk.
 
-    Writes a table of offsets, one per chunk and one for the end; then the duplicates' indices in
-    their chunks, chunk by chunk.
+    A table of offsets, one per chunk and one for the end, precedes the indices in their chunks.
     """
     rows, chunk = _sorted_digests(work, *ranges)
     repeats = _repeats(rows)
     chunk, numbers = chunk[repeats], rows["document"][repeats]
     order = np.lexsort((numbers, chunk))
     name = _repeated_name(ranges)
-    with work.written(work.staging / name) as file:
-        bounds = np.searchsorted(chunk[order], np.arange(work.chunks + 1))
-        file.write(bounds.astype("<i8").tobytes())
-        file.write(numbers[order].astype(_REPEATED).tobytes())
+    bounds = np.searchsorted(chunk[order], np.arange(work.chunks + 1)).astype("<i8")
+    work.save(work.staging / name, bounds.tobytes() + numbers[order].astype(_REPEATED).tobytes())
     work.finish(name, {"different": int(len(rows) - repeats.sum())})
 
 
@@ -178,10 +157,8 @@ def _largest_of(work: Work, ranges: tuple[int, int], count: int) -> bytes:
 
 def _sorted_digests(work: Work, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
     """The sorted digests in ranges [first, last), equal ones by chunk; and the chunk of each."""
-    parts = []
-    for number in range(work.chunks):
-        with (work.staging / f"digests-{number:05}").open("rb") as file:
-            parts.append(_section(file, first, last, RANGES, _DIGEST))
+    names = [f"digests-{number:05}" for number in range(work.chunks)]
+    parts = [_section(work.staging / name, first, last, RANGES, _DIGEST) for name in names]
     chunk = np.repeat(np.arange(work.chunks), [len(part) for part in parts])
     rows = np.concatenate(parts)
     # A digest occurs at most once per chunk, and a stable sort keeps the order of the chunks.
@@ -189,12 +166,13 @@ def _sorted_digests(work: Work, first: int, last: int) -> tuple[np.ndarray, np.n
     return rows[order], chunk[order]
 
 
-def _section(file: BinaryIO, first: int, last: int, sections: int, dtype: np.dtype) -> Any:
+def _section(path: epath.Path, first: int, last: int, sections: int, dtype: np.dtype) -> np.ndarray:
     """The rows of sections [first, last) in a file that begins with a table of offsets."""
-    file.seek(8 * first)
-    bounds = np.frombuffer(file.read(8 * (last - first + 1)), "<i8")
-    file.seek(8 * (sections + 1) + int(bounds[0]) * dtype.itemsize)
-    return np.frombuffer(file.read(int(bounds[-1] - bounds[0]) * dtype.itemsize), dtype)
+    with path.open("rb") as file:
+        file.seek(8 * first)
+        bounds = np.frombuffer(file.read(8 * (last - first + 1)), "<i8")
+        file.seek(8 * (sections + 1) + int(bounds[0]) * dtype.itemsize)
+        return np.frombuffer(file.read(int(bounds[-1] - bounds[0]) * dtype.itemsize), dtype)
 
 
 def kept(work: Work, chunk: Chunk, selection: Selection) -> Iterator[tuple[str, str]]:
@@ -204,7 +182,6 @@ def kept(work: Work, chunk: Chunk, selection: Selection) -> Iterator[tuple[str, 
         again = (work.staging / f"again-{chunk.number:05}").read_bytes()
         repeated.update(np.frombuffer(again, _REPEATED).tolist())
     for group in selection.groups:
-        with (work.staging / _repeated_name(group)).open("rb") as file:
-            found = _section(file, chunk.number, chunk.number + 1, work.chunks, _REPEATED)
-            repeated.update(found.tolist())
+        path, number = work.staging / _repeated_name(group), chunk.number
+        repeated.update(_section(path, number, number + 1, work.chunks, _REPEATED).tolist())
     return selected(chunk, work.config, selection, repeated)

@@ -12,7 +12,6 @@ of ranges, or the text that is encoded at once; texts never leave the task that 
 import contextlib
 import dataclasses
 import json
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -43,44 +42,36 @@ class Work:
         """The folder of temporary files, removed at the end."""
         return self.folder / "work"
 
-    @property
-    def local(self) -> bool:
-        """Whether the folder is on this machine."""
-        return not stores.scheme(self.out)
-
     @contextlib.contextmanager
     def written(self, path: epath.Path) -> Iterator[BinaryIO]:
-        """Opens a file that gets its name only when it is complete.
+        """Opens a file that gets its name only when it is complete, as a store's objects do.
 
-        Until then it has a temporary name in `staging`. An object store needs no such name: its
-        objects appear only when they are complete.
+        On a disk it has a temporary name in `staging` until then.
         """
-        if not self.local:
-            with path.open("wb") as file:
-                yield file
-            return
-        with files.whole(Path(path), Path(self.staging)) as file:
+        in_store = stores.scheme(self.out)
+        whole = path.open("wb") if in_store else files.whole(Path(path), Path(self.staging))
+        with whole as file:
             yield file
+
+    def save(self, path: epath.Path, content: bytes) -> None:
+        """Writes a file whole."""
+        with self.written(path) as file:
+            file.write(content)
 
     def done(self, name: str) -> Any:
         """The result of a finished task, or None."""
         path = self.staging / f"{name}.json"
-        fix = "delete it, it is made again"
-        with (
-            refusing(f"{path} is damaged", ValueError, fix),
-            contextlib.suppress(FileNotFoundError),
-        ):
+        missing, fix = contextlib.suppress(FileNotFoundError), "delete it, it is made again"
+        with refusing(f"{path} is damaged", ValueError, fix), missing:
             return files.parse_json(path.read_bytes())
         return None
 
     def finish(self, name: str, result: Any) -> None:
         """Records that a task is done, and its result."""
-        with self.written(self.staging / f"{name}.json") as file:
-            file.write(json.dumps(result).encode())
+        self.save(self.staging / f"{name}.json", json.dumps(result).encode())
 
 
-# Runs a stage: a function, and its arguments for each task by the task's name. Returns the results
-# of all tasks.
+# Runs a function with the arguments of each task, by the task's name; returns all results.
 Run = Callable[[Callable[..., None], dict[str, tuple]], list[Any]]
 
 
@@ -91,8 +82,7 @@ def in_this_process(folder: Path, config: DataConfig, chunks: int) -> Iterator[t
     work.staging.mkdir()
 
     def run(function: Callable[..., None], tasks: dict[str, tuple]) -> list[Any]:
-        hidden = not sys.stderr.isatty()
-        for arguments in tqdm.tqdm(tasks.values(), function.__name__, unit="task", disable=hidden):
+        for arguments in tqdm.tqdm(tasks.values(), function.__name__, unit="task", disable=None):
             function(work, *arguments)
         return [work.done(name) for name in tasks]
 

@@ -24,7 +24,6 @@ from prmoe_jax.stores import expand
 
 _VALIDATION = "validation:"
 _WEIGHT = re.compile(r"(.+)\*(\d*\.\d+)")
-_MAX_DECIMALS = 4
 _READ_TOKENS = 1 << 20
 _DECODED_DOCUMENTS = 1000
 
@@ -42,13 +41,9 @@ class ShardStream:
     """Tokens [first, last) of concatenated shards: EOS before each document, and EOS at the end.
 
     Next-token prediction over the stream therefore covers every token of the text, and the end of
-    every document, exactly once.
-
-    `has_eos` says whether EOS is added before the first document and after the last, where the
-    shards have none. Only what is read is loaded, and checked against the vocabulary.
-
-    Attributes:
-      fingerprint: identifies the tokens.
+    every document, exactly once. `has_eos` says whether EOS is added before the first document and
+    after the last, where the shards have none. `fingerprint` identifies the tokens. Only what is
+    read is loaded, and checked against the vocabulary.
     """
 
     def __init__(
@@ -61,7 +56,7 @@ class ShardStream:
         fingerprint: str,
     ):
         self._shards = parts
-        self._starts = _starts(parts)
+        self._ends = list(itertools.accumulate(shard.tokens for shard in parts))
         self._first, self._last = first, last
         self._before, self._behind = map(int, has_eos)
         self._eos_id, self._vocabulary = tokenizer.eos_id, tokenizer.size
@@ -69,11 +64,6 @@ class ShardStream:
 
     def __len__(self) -> int:
         return self._before + (self._last - self._first) + self._behind
-
-    @property
-    def described(self) -> str:
-        """The size, for messages."""
-        return f"{len(self)} tokens"
 
     def read(self, first: int, last: int) -> np.ndarray:
         """Tokens [first, last) of the stream, fewer at its end."""
@@ -93,9 +83,10 @@ class ShardStream:
 
     def _within(self, first: int, last: int) -> Iterator[np.ndarray]:
         """Tokens [first, last) of the shards, one array per shard."""
-        i = bisect.bisect_right(self._starts, first) - 1
+        i = bisect.bisect_right(self._ends, first)
         while first < last:
-            shard, start = self._shards[i], self._starts[i]
+            shard = self._shards[i]
+            start = self._ends[i] - shard.tokens
             ids = shard.ids_T[first - start : min(last - start, shard.tokens)]
             shards.check_ids(shard, first - start, ids, self._vocabulary)
             yield ids
@@ -115,24 +106,18 @@ class Source:
 def open_sources(
     config: DataConfig, vocab_size: int, tokenizer_path: str | None = None
 ) -> tuple[Tokenizer, list[Source]]:
-    """Opens the shards of 'tokens:…'.
-
-    `tokenizer_path` is the stored tokenizer of a run that is resumed or evaluated.
-
-    Returns:
-      the tokenizer, and a source for each part.
-    """
+    """The tokenizer of 'tokens:…', and a source for each part; arguments as in `load_data`."""
     parts = parse(config.corpus)
     found = [_find(part.pattern, config) for part in parts]
     indices = [index for index, _ in found if index]
     known = _tokenizer(config, vocab_size, indices, tokenizer_path)
     separate = any(part.validation for part in parts)
-    sources = [
-        _ours(index, part, known, separate)
-        if index
-        else _foreign(paths, part, known, separate, config)
-        for part, (index, paths) in zip(parts, found, strict=True)
-    ]
+    sources = []
+    for part, (index, paths) in zip(parts, found, strict=True):
+        if index:
+            sources.append(_ours(index, part, known, separate))
+        else:
+            sources.append(_foreign(paths, part, known, separate, config))
     return known, sources
 
 
@@ -140,8 +125,8 @@ def parse(corpus: str) -> list[Part]:
     """The parts of 'tokens:A', 'tokens:A*0.7,B*0.3' or 'tokens:A,validation:B'."""
     parts = []
     for text in corpus.removeprefix(TOKENS).split(","):
-        validation = text.strip().startswith(_VALIDATION)
         pattern = text.strip().removeprefix(_VALIDATION)
+        validation = pattern != text.strip()
         weighted = _WEIGHT.fullmatch(pattern)
         if not pattern or (weighted and validation):
             raise UserError(
@@ -156,19 +141,19 @@ def parse(corpus: str) -> list[Part]:
     weights = [part.weight for part in train if part.weight is not None]
     if not train:
         raise UserError(f"data.corpus={corpus} has only validation; give a GLOB to train on")
-    if weights or len(train) > 1:
-        if len(weights) < len(train):
-            raise UserError(
-                f"data.corpus={corpus}: {len(weights)} of {len(train)} parts have a share; give "
-                "each one its own, such as tokens:A*0.7,B*0.3"
-            )
-        if sum(weights) != 1 or not all(weights):
-            raise UserError(
-                f"data.corpus={corpus}: the shares are {', '.join(map(str, weights))}, in sum "
-                f"{sum(weights)}; they must be above 0 and add up to 1"
-            )
-        if any(weight != round(weight, _MAX_DECIMALS) for weight in weights):
-            raise UserError(f"data.corpus={corpus}: give shares of at most 4 decimals")
+    if not weights and len(train) == 1:
+        return parts
+    if len(weights) < len(train):
+        raise UserError(
+            f"data.corpus={corpus}: {len(weights)} of {len(train)} parts have a share; give "
+            "each one its own, such as tokens:A*0.7,B*0.3"
+        )
+    wrong = any(weight != round(weight, 4) for weight in weights)
+    if wrong or sum(weights) != 1 or not all(weights):
+        raise UserError(
+            f"data.corpus={corpus}: the shares are {', '.join(map(str, weights))}, in sum "
+            f"{sum(weights)}; they must be above 0, of at most 4 decimals, and add up to 1"
+        )
     return parts
 
 
@@ -195,15 +180,13 @@ def _find(pattern: str, config: DataConfig) -> tuple[Index | None, list[Path]]:
     if stores.scheme(pattern):
         pattern = copies.local_copy(pattern, cache.root(config))
     path = expand("data.corpus", pattern)
-    if path.exists():
-        matched = [path]
-    else:
-        matched = sorted(map(Path, glob.glob(str(path), recursive=True)))
-    ours = [path.parent if path.name == shards.INDEX else path for path in matched]
-    ours = [path for path in ours if (path / shards.INDEX).exists()]
+    names = [path] if path.exists() else glob.glob(str(path), recursive=True)
+    matched = sorted(map(Path, names))
     shards.check_whole(matched)
-    paths = [path for path in matched if path.is_file() and path.suffix != ".idx"]
-    paths = [path for path in paths if path.parent not in ours]
+    folders = [path.parent if path.name == shards.INDEX else path for path in matched]
+    ours = [path for path in folders if (path / shards.INDEX).exists()]
+    files = [path for path in matched if path.is_file() and path.suffix != ".idx"]
+    paths = [path for path in files if path.parent not in ours]
     if not (ours or paths):
         raise UserError(f"no token shards match {pattern!r}; give a folder or a glob of files")
     if ours and paths:
@@ -231,14 +214,12 @@ def _tokenizer(
         )
     for index in indices:
         if index.tokenizer != known.fingerprint:
+            fix = "write them again with this tokenizer"
+            if whose.startswith("data."):
+                fix = f"set --config.data.tokenizer={index.folder / shards.TOKENIZER}"
             raise UserError(
                 f"the shards in {index.folder} have the tokenizer {index.tokenizer}, not "
-                f"{known.fingerprint} ({whose}); "
-                + (
-                    f"set --config.data.tokenizer={index.folder / shards.TOKENIZER}"
-                    if path is None and whose.startswith("data.")
-                    else "write them again with this tokenizer"
-                )
+                f"{known.fingerprint} ({whose}); {fix}"
             )
     tokenizer.check_fits(known, vocab_size)
     return known
@@ -246,14 +227,14 @@ def _tokenizer(
 
 def of_index(index: Index, known: Tokenizer) -> Source:
     """The source of both splits of our shards."""
-    streams = {}
-    for split in ("train", "validation"):
-        found = index.shards(split)
+
+    def stream(split: shards.Split) -> ShardStream:
         name = cache.fingerprint(index.fingerprint, split)
-        total = sum(shard.tokens for shard in found)
-        streams[split] = ShardStream(found, known, 0, total, (False, True), name)
+        total = index.splits[split]["tokens"]
+        return ShardStream(index.shards(split), known, 0, total, (False, True), name)
+
     size = index.splits["validation"]["bytes"]
-    return Source(streams["train"], streams["validation"], size, None)
+    return Source(stream("train"), stream("validation"), size, None)
 
 
 def _ours(index: Index, part: Part, known: Tokenizer, separate: bool) -> Source:
@@ -268,45 +249,40 @@ def _ours(index: Index, part: Part, known: Tokenizer, separate: bool) -> Source:
 def _foreign(
     paths: Sequence[Path], part: Part, known: Tokenizer, separate: bool, config: DataConfig
 ) -> Source:
-    found = shards.open_arrays(paths, known.size)
+    found = [shards.open_array(path, known.size) for path in paths]
     for shard in found:
         for block in shard.blocks():
             shards.check_ids(shard, block.start, shard.ids_T[block], known.size)
     shards.check_ends(found, known.eos_id)
     content = [[shard.tokens, shard.dtype.str, shard.digest()] for shard in found]
     total = sum(shard.tokens for shard in found)
+    plain = ShardStream(found, known, 0, total, (False, False), "")
 
     def stream(first: int, last: int) -> ShardStream:
         name = cache.fingerprint("arrays", content, known.fingerprint, first, last)
-        whole = ShardStream(found, known, first, last, (False, False), name)
-        ends = whole.read(0, 1)[0], whole.read(len(whole) - 1, len(whole))[0]
-        has_eos = tuple(bool(token != known.eos_id) for token in ends)
+        ends = plain.read(first, first + 1)[0], plain.read(last - 1, last)[0]
+        has_eos = bool(ends[0] != known.eos_id), bool(ends[1] != known.eos_id)
         return ShardStream(found, known, first, last, has_eos, name)
 
     if part.validation:
-        validation = stream(0, total)
-        return Source(None, validation, _text_bytes(validation, known, config), None)
-    if separate:
-        return Source(stream(0, total), None, 0, part.weight)
-    cut = _cut(stream(0, total), config.validation_fraction, known.eos_id, paths[0])
-    validation = stream(cut, total)
-    size = _text_bytes(validation, known, config)
-    return Source(stream(0, cut), validation, size, part.weight)
+        cut = 0
+    else:
+        cut = total if separate else _cut(plain, known.eos_id, config, paths[0])
+    train = stream(0, cut) if cut else None
+    validation = stream(cut, total) if cut < total else None
+    size = _text_bytes(validation, known, config) if validation else 0
+    return Source(train, validation, size, part.weight)
 
 
-def _cut(whole: ShardStream, fraction: float, eos_id: int, path: Path) -> int:
-    """Where the first document begins in the last `fraction` of the shards' tokens."""
-    before, total = whole._before, len(whole) - whole._behind
-    # Position i of the stream is an EOS if a document begins at token i of the files.
-    start = math.floor((1 - fraction) * (total - before))
-    starts_with_eos = not before
-    for first in range(max(start, 1), total, _READ_TOKENS):
-        positions = np.flatnonzero(whole.read(first, min(first + _READ_TOKENS, total)) == eos_id)
-        for position in first + positions:
-            position = int(position) if starts_with_eos else int(position) + 1
-            # An EOS at the very end starts no document.
-            if position < total - starts_with_eos:
-                return position - before
+def _cut(plain: ShardStream, eos_id: int, config: DataConfig, path: Path) -> int:
+    """Where the first document begins in the last `validation_fraction` of the shards' tokens."""
+    fraction, last = config.validation_fraction, len(plain) - 1
+    ahead = int(plain.read(0, 1)[0] != eos_id)  # 1 if EOS ends documents, 0 if it begins them
+    start = max(math.floor((1 - fraction) * len(plain)), 1) - ahead
+    for first in range(start, last, _READ_TOKENS):  # an EOS at the very end starts no document
+        tokens = plain.read(first, min(first + _READ_TOKENS, last))
+        if (tokens == eos_id).any():
+            return first + int(np.argmax(tokens == eos_id)) + ahead
     raise UserError(
         f"the last {fraction:.2%} of {path} and the files with it hold no start of a document; "
         "raise data.validation_fraction, or name validation shards: tokens:…,validation:GLOB"
@@ -315,13 +291,14 @@ def _cut(whole: ShardStream, fraction: float, eos_id: int, path: Path) -> int:
 
 def _text_bytes(stream: ShardStream, known: Tokenizer, config: DataConfig) -> int:
     """The number of UTF-8 bytes of a stream's text, computed once and cached."""
-    special = {known.eos_id, known.bos_id}
+    special = list({known.eos_id, known.bos_id})
     also = ["without BOS and EOS"] if len(special) > 1 else []
     key = cache.fingerprint("bytes", stream.fingerprint, known.fingerprint, *also)
 
     def build(temporary: Path) -> None:
-        size, documents = 0, _documents(stream, known.eos_id, special)
-        while batch := list(itertools.islice(documents, _DECODED_DOCUMENTS)):
+        texts = (ids[~np.isin(ids, special)] for ids in _documents(stream, known.eos_id))
+        size = 0
+        while batch := list(itertools.islice(texts, _DECODED_DOCUMENTS)):
             size += sum(len(text.encode()) for text in known.decode_batch(batch))
         (temporary / "bytes.json").write_text(json.dumps(size))
 
@@ -330,24 +307,14 @@ def _text_bytes(stream: ShardStream, known: Tokenizer, config: DataConfig) -> in
         return int(files.parse_json(files.read(folder / "bytes.json")))
 
 
-def _documents(stream: ShardStream, end: int, special: set[int]) -> Iterator[np.ndarray]:
-    """Splits a stream at EOS into documents, without BOS and EOS."""
+def _documents(stream: ShardStream, end: int) -> Iterator[np.ndarray]:
+    """Splits a stream before each EOS."""
     rest: list[np.ndarray] = []
     for first in range(0, len(stream), _READ_TOKENS):
         tokens = stream.read(first, first + _READ_TOKENS)
         *ended, last = np.split(tokens, np.flatnonzero(tokens == end))
         for piece in ended:
-            rest.append(piece)
-            yield _without(np.concatenate(rest), special)
+            yield np.concatenate([*rest, piece])
             rest = []
         rest.append(last)
-    yield _without(np.concatenate(rest), special)
-
-
-def _without(tokens: np.ndarray, special: set[int]) -> np.ndarray:
-    return tokens[~np.isin(tokens, list(special))]
-
-
-def _starts(parts: Sequence[Shard]) -> list[int]:
-    """The position of each shard's first token."""
-    return [0, *itertools.accumulate(shard.tokens for shard in parts)][: len(parts)]
+    yield np.concatenate(rest)

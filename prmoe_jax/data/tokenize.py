@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import functools
+import itertools
 import logging
 import os
 import re
@@ -16,7 +17,7 @@ from typing import Any
 
 from etils import epath
 
-from prmoe_jax import errors
+from prmoe_jax import errors, stores
 from prmoe_jax.config.schema import Config
 from prmoe_jax.data import cache, shards, split, tokenizer, tokens
 from prmoe_jax.data.chunks import Chunk, find_chunks
@@ -61,7 +62,7 @@ def tokenize(config: Config, out: str | os.PathLike, flags: Sequence[str] = ()) 
         given.fingerprint if given else ["bpe", config.model.vocab_size],
     )
     work = Work(str(folder), config.data, len(chunks))
-    with locked(folder, "--out") as lock:
+    with locked(folder, "--out") as check_lock:
         index = folder / shards.INDEX
         if index.exists():
             if shards.Index.open(folder).inputs != inputs:
@@ -81,16 +82,13 @@ def tokenize(config: Config, out: str | os.PathLike, flags: Sequence[str] = ()) 
             selection = split.select(work, chunks, run)
             known = given or _trained(work, chunks, selection, config)
             content = tokens.write_shards(work, chunks, selection, known, inputs, run)
-            lock.check()
-            tokens.save_index(work, content)
+            check_lock()
+            work.save(index, content)
         if work.done(_PLAN) is not None:  # else `staging` is the user's own folder
             work.staging.rmtree()
     found = shards.Index.open(folder)
-    counts = {
-        f"{name}/{count}": found.splits[name][count]
-        for name in shards.SPLITS
-        for count in shards.COUNTS
-    }
+    names = itertools.product(shards.SPLITS, shards.COUNTS)
+    counts = {f"{split}/{count}": found.splits[split][count] for split, count in names}
     return counts | {"fingerprint": found.fingerprint}
 
 
@@ -98,8 +96,8 @@ def _trained(
     work: Work, chunks: Sequence[Chunk], selection: Selection, config: Config
 ) -> Tokenizer:
     """Trains a BPE on the training split, in this process; or loads it if it was saved."""
-    if (work.folder / shards.TOKENIZER).exists():
-        return tokens.load_saved(work)
+    if (saved := work.folder / shards.TOKENIZER).exists():
+        return Tokenizer.load(saved)
     kept = (split.kept(work, chunk, selection) for chunk in chunks)
     documents = (text for chunk in kept for name, text in chunk if name == "train")
     log.info("training a BPE of %d entries", config.model.vocab_size)
@@ -112,8 +110,9 @@ def _begin(work: Work, plan: dict[str, Any]) -> None:
     """Records the plan in an empty folder, or checks that a begun folder has the same plan."""
     known = work.done(_PLAN)
     if known is None:
-        found = [*_files(work.folder), *_files(work.staging)]
-        if any(path != work.staging for path in found):
+        folders = [folder for folder in (work.folder, work.staging) if folder.exists()]
+        found = [path for folder in folders for path in folder.iterdir()]
+        if any(path != work.staging and not path.name.startswith(".") for path in found):
             raise UserError(f"{work.folder} holds other files; give a new --out")
         work.staging.mkdir(parents=True, exist_ok=True)
         work.finish(_PLAN, plan)
@@ -121,13 +120,6 @@ def _begin(work: Work, plan: dict[str, Any]) -> None:
         raise UserError(
             f"{work.folder} was begun with other text or settings; delete it, or give a new --out"
         )
-
-
-def _files(folder: epath.Path) -> list[epath.Path]:
-    """The paths in a folder, without hidden ones."""
-    if not folder.exists():
-        return []
-    return [path for path in folder.iterdir() if not path.name.startswith(".")]
 
 
 def _stage(
@@ -179,28 +171,26 @@ def _perform(
             failure = errors.describe(problem)
             if not failure.foreseen:
                 raise
-            with work.written(error) as file:
-                file.write(failure.line.encode())
+            work.save(error, failure.line.encode())
     return []
 
 
 def _local_runner(work: Work):
     """Beam's local runner, whose worker processes log to a file if the folder is local.
 
-    It assigns a stage's tasks round-robin before the stage starts. By default there is one worker
-    per core, so each encodes in one thread.
+    By default there is one worker per core, so each encodes in one thread.
     """
     from apache_beam.runners.portability.fn_api_runner import FnApiRunner
     from apache_beam.transforms.environments import SubprocessSDKEnvironment
 
     threads = shlex.quote(os.environ.get("TOKENIZERS_PARALLELISM", "false"))
-    command = f"env {_COMMAND}={os.getpid()} TOKENIZERS_PARALLELISM={threads}"
-    command += f" {shlex.quote(sys.executable)}"
-    command += " -m apache_beam.runners.worker.sdk_worker_main"
-    log_file = shlex.quote(str(work.staging / "workers.log")) if work.local else os.devnull
-    return FnApiRunner(
-        SubprocessSDKEnvironment.from_command_string(f"exec {command} 2>>{log_file}")
+    log_file = os.devnull if stores.scheme(work.out) else str(work.staging / "workers.log")
+    command = (
+        f"exec env {_COMMAND}={os.getpid()} TOKENIZERS_PARALLELISM={threads} "
+        f"{shlex.quote(sys.executable)} -m apache_beam.runners.worker.sdk_worker_main "
+        f"2>>{shlex.quote(log_file)}"
     )
+    return FnApiRunner(SubprocessSDKEnvironment.from_command_string(command))
 
 
 @contextlib.contextmanager
@@ -228,11 +218,6 @@ def _watching_workers() -> Iterator[None]:
         threading.excepthook = before
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(f"Apache Beam: {message}")
-
-
 def _options(flags: Sequence[str]):
     """Parses and checks Beam's options."""
     logging.getLogger("apache_beam").setLevel(logging.ERROR)
@@ -243,10 +228,11 @@ def _options(flags: Sequence[str]):
             from apache_beam.runners.runner import create_runner
     finally:
         logging.disable(logging.NOTSET)
-    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for kind in PipelineOptions.__subclasses__():
         kind._add_argparse_args(parser)
-    _, unknown = parser.parse_known_args(list(flags))
+    with refusing("Apache Beam", argparse.ArgumentError):
+        _, unknown = parser.parse_known_args(list(flags))
     if unknown:  # Beam itself would ignore it
         raise UserError(f"Apache Beam has no option '{unknown[0]}'")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

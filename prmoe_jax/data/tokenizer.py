@@ -25,8 +25,7 @@ from prmoe_jax.stores import expand
 log = logging.getLogger(__name__)
 
 END_OF_TEXT = "<|endoftext|>"
-# Names of the EOS token in tokenizers, in order of preference.
-_EOS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
+_EOS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")  # in order of preference
 # A BPE is trained on at most about this many characters. More would hardly change the merges, but
 # would need more memory and time.
 _TRAINING_CHARACTERS = 200_000_000
@@ -49,16 +48,10 @@ class Tokenizer:
     """
 
     def __init__(self, description: str, name: str):
-        """Reads the content of a tokenizer.json; `name` is its name in messages.
-
-        Raises:
-          UserError: it is not a tokenizer.json, has no EOS, or can't tell a spelled-out EOS in a
-            text from the token itself.
-        """
+        """Reads the content of a tokenizer.json; `name` is its name in messages."""
         with _calling(name, "not a tokenizer.json"):
             self._tokenizer = tokenizers.Tokenizer.from_str(description)
-        self._name = name
-        self.description = description
+        self._name, self.description = name, description
         if special := _undefined(described := json.loads(description)):
             raise UserError(f"{name}: not a tokenizer.json: it doesn't define {special!r:.60}")
         vocabulary = self._tokenizer.get_vocab()
@@ -74,12 +67,9 @@ class Tokenizer:
         if isinstance(self._tokenizer.model, tokenizers.models.BPE):
             self._tokenizer.model.dropout = None  # dropout would make encodings random
         with _calling(name, "not a tokenizer.json"):
-            with_special, without = (
-                self._tokenizer.encode("", add_special_tokens=special).ids
-                for special in (True, False)
-            )
-        starts = with_special[:1] != without[:1]
-        self.bos_id = with_special[0] if starts else self.eos_id
+            with_special = self._tokenizer.encode("").ids
+            without = self._tokenizer.encode("", add_special_tokens=False).ids
+        self.bos_id = with_special[0] if with_special[:1] != without[:1] else self.eos_id
         if self.bos_id >= self.size:
             raise UserError(
                 f"{name}: puts the id {self.bos_id} before a text, and has {self.size} ids"
@@ -95,7 +85,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Tokenizer":
-        """Reads a tokenizer.json; UserError if it cannot be used."""
+        """Reads a tokenizer.json."""
         file = expand("tokenizer", str(path))
         with sources.reading(file):
             return cls(file.read_text(encoding="utf-8"), str(file))
@@ -114,15 +104,14 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The ids of each text as uint32, computed in parallel."""
-        parts: list[list[np.ndarray]] = [[] for _ in texts]
+        found: list[list[np.ndarray]] = [[] for _ in texts]
         for group in self._groups(texts):
+            numbers, parts = zip(*group, strict=True)
             with _calling(self._name, "cannot encode a text"):
-                encodings = self._tokenizer.encode_batch_fast(
-                    [part for _, part in group], add_special_tokens=False
-                )
-            for (i, _), encoding in zip(group, encodings, strict=True):
-                parts[i].append(np.array(encoding.ids, np.uint32))
-        return [np.concatenate(ids) for ids in parts]
+                encodings = self._tokenizer.encode_batch_fast(list(parts), add_special_tokens=False)
+            for i, encoding in zip(numbers, encodings, strict=True):
+                found[i].append(np.array(encoding.ids, np.uint32))
+        return [np.concatenate(ids) for ids in found]
 
     def _groups(self, texts: Sequence[str]) -> Iterator[list[tuple[int, str]]]:
         """Groups of (index of a text, part of it) that are encoded at once.
@@ -156,10 +145,9 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids, with EOS spelled out."""
-        with _calling(self._name, "cannot decode a text"):
-            return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
+        return self.decode_batch([ids])[0]
 
-    def decode_batch(self, batch: Sequence[Sequence[int]]) -> list[str]:
+    def decode_batch(self, batch: Iterable[Iterable[int]]) -> list[str]:
         """The text of each list of ids, computed in parallel."""
         with _calling(self._name, "cannot decode a text"):
             return self._tokenizer.decode_batch(
@@ -183,28 +171,21 @@ def load_tokenizer(config: DataConfig, vocab_size: int, corpus: Corpus) -> Token
 
     The trainer reads only the training split. A corpus that is too small for `vocab_size` entries
     gives a smaller tokenizer; the model's remaining ids are then never targets.
-
-    Raises:
-      UserError: the tokenizer is unknown, unusable or larger than `vocab_size`.
     """
-    if config.tokenizer == "bpe":
-        tokenizer = _bpe(config, vocab_size, corpus)
-    else:
-        tokenizer = load_given(config)
+    trained = config.tokenizer == "bpe"
+    tokenizer = _bpe(config, vocab_size, corpus) if trained else load_given(config)
     check_fits(tokenizer, vocab_size)
     return tokenizer
 
 
 def load_given(config: DataConfig) -> Tokenizer:
-    """Loads a `config.tokenizer` that is not trained: 'gpt2', 'bytes' or a file.
-
-    Raises:
-      UserError: the tokenizer is unknown or unusable.
-    """
+    """Loads a `config.tokenizer` that is not trained: 'gpt2', 'bytes' or a file."""
     if config.tokenizer == "gpt2":
         return _gpt2()
     if config.tokenizer == "bytes":
-        return _bytes()
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        vocabulary = {character: i for i, character in enumerate(alphabet)}
+        return _byte_level(models.BPE(vocab=vocabulary, merges=[]), "bytes")
     if expand("data.tokenizer", config.tokenizer).is_file():
         return Tokenizer.load(config.tokenizer)
     raise UserError(
@@ -230,7 +211,7 @@ def check_fits(tokenizer: Tokenizer, vocab_size: int) -> None:
 
 def train_bpe(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     """Trains a byte-level BPE of at most `vocab_size` entries, including EOS."""
-    bpe = _byte_level(models.BPE())
+    bpe = _byte_level_words(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[END_OF_TEXT],
@@ -243,16 +224,16 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> Tokenizer:
 
 def _bpe(config: DataConfig, vocab_size: int, corpus: Corpus) -> Tokenizer:
     key = cache.fingerprint("bpe", corpus.fingerprint, vocab_size)
-    directory = cache.root(config) / "tokenizers" / key
+    folder = cache.root(config) / "tokenizers" / key
 
     def build(temporary: pathlib.Path) -> None:
         log.info("training a BPE of %d entries on %s", vocab_size, config.corpus)
         description = train_bpe(corpus.train, vocab_size).description
         (temporary / "tokenizer.json").write_text(description, encoding="utf-8")
 
-    cache.build_once(directory, build)
-    with cache.reading(directory):
-        tokenizer = Tokenizer.load(directory / "tokenizer.json")
+    cache.build_once(folder, build)
+    with cache.reading(folder):
+        tokenizer = Tokenizer.load(folder / "tokenizer.json")
     if tokenizer.size < vocab_size:
         log.warning(
             "corpus %s is too small for a BPE of %d entries; it has %d",
@@ -273,17 +254,7 @@ def from_vocabulary(vocabulary: pathlib.Path, merges: pathlib.Path) -> Tokenizer
     """Makes a byte-level BPE from files like GPT-2's vocab.json and merges.txt."""
     with refusing(f"{vocabulary} and {merges.name} make no BPE"):
         model = models.BPE.from_file(str(vocabulary), str(merges))
-    gpt2 = _byte_level(model)
-    gpt2.add_special_tokens([END_OF_TEXT])
-    return Tokenizer(gpt2.to_str(), str(vocabulary))
-
-
-def _bytes() -> Tokenizer:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {character: i for i, character in enumerate(alphabet)}
-    byte_level = _byte_level(models.BPE(vocab=vocabulary, merges=[]))
-    byte_level.add_special_tokens([END_OF_TEXT])
-    return Tokenizer(byte_level.to_str(), "bytes")
+    return _byte_level(model, str(vocabulary))
 
 
 def _undefined(description: dict[str, Any]) -> str:
@@ -309,7 +280,13 @@ def _splits_at_words(description: dict[str, Any]) -> bool:
     )
 
 
-def _byte_level(model: models.Model) -> tokenizers.Tokenizer:
+def _byte_level(model: models.Model, name: str) -> Tokenizer:
+    tokenizer = _byte_level_words(model)
+    tokenizer.add_special_tokens([END_OF_TEXT])
+    return Tokenizer(tokenizer.to_str(), name)
+
+
+def _byte_level_words(model: models.Model) -> tokenizers.Tokenizer:
     tokenizer = tokenizers.Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -5,7 +5,7 @@ import hashlib
 import json
 import logging
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -38,8 +38,8 @@ def cached_tokens(config: DataConfig, corpus: Corpus, tokenizer: Tokenizer) -> S
         log.info("tokenising %s in %d chunks", config.corpus, len(parts))
         with in_this_process(temporary, config, len(parts)) as (work, run):
             save_tokenizer(work, tokenizer)
-            content = write_shards(work, parts, selection, tokenizer, corpus.fingerprint, run)
-            save_index(work, content)
+            index = write_shards(work, parts, selection, tokenizer, corpus.fingerprint, run)
+            work.save(work.folder / shards.INDEX, index)
 
     cache.build_once(directory, build)
     with cache.reading(directory):
@@ -48,14 +48,7 @@ def cached_tokens(config: DataConfig, corpus: Corpus, tokenizer: Tokenizer) -> S
 
 def save_tokenizer(work: Work, tokenizer: Tokenizer) -> None:
     """Writes the tokenizer that `write` uses."""
-    with work.written(work.folder / shards.TOKENIZER) as file:
-        file.write(tokenizer.description.encode())
-
-
-def load_saved(work: Work) -> Tokenizer:
-    """Reads the tokenizer that `save_tokenizer` wrote."""
-    path = work.folder / shards.TOKENIZER
-    return Tokenizer(path.read_text(encoding="utf-8"), str(path))
+    work.save(work.folder / shards.TOKENIZER, tokenizer.description.encode())
 
 
 def write_shards(
@@ -65,10 +58,11 @@ def write_shards(
     tokenizer: Tokenizer,
     inputs: str,
     run: Run,
-) -> dict[str, Any]:
+) -> bytes:
     """Writes the shards of all chunks by the stage `write`; returns the content of their index.
 
-    Call `save_tokenizer` first. `inputs` identifies the text and the settings.
+    Call `save_tokenizer` first, and save the index last: it marks the shards as complete. `inputs`
+    identifies the text and the settings.
     """
     results = run(write, {f"shards-{chunk.number:05}": (chunk, selection) for chunk in parts})
     splits = {}
@@ -76,79 +70,60 @@ def write_shards(
         entries = [result[name] for result in results if name in result]
         splits[name] = {count: sum(entry[count] for entry in entries) for count in shards.COUNTS}
         splits[name]["shards"] = entries
-    return shards.index_content(
-        tokenizer.fingerprint, tokenizer.size, dtype_of(tokenizer), splits, inputs
-    )
-
-
-def save_index(work: Work, content: dict[str, Any]) -> None:
-    """Writes the index, which marks the shards as complete."""
-    with work.written(work.folder / shards.INDEX) as file:
-        file.write(json.dumps(content, indent=1).encode() + b"\n")
+    content = shards.index_content(tokenizer.fingerprint, tokenizer.size, splits, inputs)
+    return json.dumps(content, indent=1).encode() + b"\n"
 
 
 def write(work: Work, chunk: Chunk, selection: Selection) -> None:
     """Writes a chunk's shards, one for each split in which it has documents."""
-    tokenizer = load_saved(work)
-    writers: dict[str, ShardWriter] = {}
+    tokenizer = Tokenizer.load(work.folder / shards.TOKENIZER)
+    writers: dict[str, _ShardWriter] = {}
     with contextlib.ExitStack() as stack:
-        for name, text in split.kept(work, chunk, selection):
-            if name not in writers:
-                path = work.folder / f"{name}-{chunk.number:05}{shards.SUFFIX}"
-                writers[name] = ShardWriter(
-                    stack.enter_context(work.written(path)), path, tokenizer
-                )
-            writers[name].add(text)
-        for writer in writers.values():
-            writer.flush()
-    work.finish(
-        f"shards-{chunk.number:05}", {name: writer.entry() for name, writer in writers.items()}
-    )
+        for batch in _batches(split.kept(work, chunk, selection)):
+            encoded = tokenizer.encode_batch([text for _, text in batch])
+            for (name, text), ids in zip(batch, encoded, strict=True):
+                if name not in writers:
+                    path = work.folder / f"{name}-{chunk.number:05}{shards.SUFFIX}"
+                    file = stack.enter_context(work.written(path))
+                    writers[name] = _ShardWriter(file, path, tokenizer)
+                writers[name].add(text, ids)
+    entries = {name: writer.entry() for name, writer in writers.items()}
+    work.finish(f"shards-{chunk.number:05}", entries)
 
 
-class ShardWriter:
+def _batches(documents: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
+    """Groups (split, text) pairs into batches of about `CHUNK_CHARACTERS`."""
+    batch, characters = [], 0
+    for name, text in documents:
+        batch.append((name, text))
+        characters += len(text)
+        if characters >= CHUNK_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+class _ShardWriter:
     """Writes the documents of one shard, each as EOS and its tokens."""
 
     def __init__(self, file: BinaryIO, path: epath.Path, tokenizer: Tokenizer):
-        self._file, self._path, self._tokenizer = file, path, tokenizer
-        self._dtype = dtype_of(tokenizer)
+        self._file, self._path = file, path
+        self._dtype = shards.smallest_dtype(tokenizer.size)
         self._eos_id = np.uint32(tokenizer.eos_id)
         self._digest = hashlib.sha256()
-        self._texts: list[str] = []
-        self._characters = self._documents = self._tokens = self._bytes = 0
+        self._counts = dict.fromkeys(shards.COUNTS, 0)
 
-    def add(self, text: str) -> None:
-        """Appends a document, to be encoded and written in a batch."""
-        self._texts.append(text)
-        self._characters += len(text)
-        if self._characters >= CHUNK_CHARACTERS:
-            self.flush()
-
-    def flush(self) -> None:
-        """Encodes and writes the pending documents."""
-        for text, ids in zip(self._texts, self._tokenizer.encode_batch(self._texts), strict=True):
-            content = np.append(self._eos_id, ids).astype(self._dtype).tobytes()
-            self._file.write(content)
-            self._digest.update(content)
-            self._documents += 1
-            self._tokens += 1 + len(ids)
-            self._bytes += len(text.encode())
-        self._texts, self._characters = [], 0
+    def add(self, text: str, ids: np.ndarray) -> None:
+        """Appends a document."""
+        content = np.append(self._eos_id, ids).astype(self._dtype).tobytes()
+        self._file.write(content)
+        self._digest.update(content)
+        for name, count in zip(shards.COUNTS, (1, 1 + len(ids), len(text.encode())), strict=True):
+            self._counts[name] += count
 
     def entry(self) -> dict[str, Any]:
         """The shard's entry in the index; its file must be closed."""
-        with self._path.open("rb") as file:
-            blocks = shards.block_digest(file, self._dtype, self._tokens)
-        return {
-            "name": self._path.name,
-            "documents": self._documents,
-            "tokens": self._tokens,
-            "bytes": self._bytes,
-            "sha256": self._digest.hexdigest(),
-            "blocks": blocks,
-        }
-
-
-def dtype_of(tokenizer: Tokenizer) -> np.dtype:
-    """The dtype in which a tokenizer's ids are stored: uint16 or uint32, little-endian."""
-    return np.dtype("<u2" if tokenizer.size <= 1 << 16 else "<u4")
+        blocks = shards.Shard(self._path, self._dtype, 0, self._counts["tokens"]).digest()
+        digests = {"sha256": self._digest.hexdigest(), "blocks": blocks}
+        return {"name": self._path.name} | self._counts | digests

@@ -8,8 +8,8 @@ import dataclasses
 import itertools
 import logging
 import math
-import sys
 from collections.abc import Mapping
+from functools import partial, reduce
 from pathlib import Path
 
 import jax
@@ -19,16 +19,7 @@ from scipy.optimize import linear_sum_assignment
 
 from prmoe_jax import stores
 from prmoe_jax.config.loading import load
-from prmoe_jax.config.schema import (
-    Config,
-    ExecutionConfig,
-    InitConfig,
-    KdConfig,
-    MeshConfig,
-    ModelConfig,
-    TeacherConfig,
-    group_rows,
-)
+from prmoe_jax.config.schema import Config, ModelConfig, group_rows
 from prmoe_jax.data.pipeline import Data, load_data, train_iterator
 from prmoe_jax.errors import UserError
 from prmoe_jax.model.layout import unstack_layers
@@ -38,7 +29,7 @@ from prmoe_jax.model.surgery import build, take
 from prmoe_jax.model.transformer import Transformer, init_model
 from prmoe_jax.nn.parameters import declaration, named_leaves
 from prmoe_jax.parallel.microbatches import add_up
-from prmoe_jax.run import directory as workdirs
+from prmoe_jax.run.directory import CONFIG, TOKENIZER
 from prmoe_jax.run.new import check_free, write_run
 from prmoe_jax.run.restore import restore_run, trained_text
 from prmoe_jax.tables import aligned
@@ -54,13 +45,7 @@ MICROBATCH_TOKENS = 4096
 
 
 def measure(config: Config, model: Transformer, data: Data, batches: int) -> dict[str, dict]:
-    """The importance of every expert on training text, on one device.
-
-    Args:
-      config: the run's config.
-      model: its model.
-      data: the text; the first `batches` batches of its training split are used.
-      batches: how many batches of `train.batch_size` sequences.
+    """The importance of every expert on the first batches of training text, on one device.
 
     Returns:
       For each kind of `IMPORTANCES`, the importance of every MoE layer's experts, [E], by layer
@@ -88,11 +73,12 @@ def measure(config: Config, model: Transformer, data: Data, batches: int) -> dic
         sums = add_up(microbatch_sums, batch, microbatches, group_rows(config))
         return sums | {"loss": jax.tree.map(jnp.square, sums["loss"])}
 
-    total = None
     iterator = train_iterator(data.train, config.train.batch_size, config.seed)
-    for batch in itertools.islice(iterator, batches):
-        one = jax.device_get(found(model, batch._replace(teacher_top_k=None)))
-        total = one if total is None else jax.tree.map(np.add, total, one)
+    parts = (
+        jax.device_get(found(model, batch._replace(teacher_top_k=None)))
+        for batch in itertools.islice(iterator, batches)
+    )
+    total = reduce(partial(jax.tree.map, np.add), parts)
     shares = {i: load_E / max(load_E.sum(), 1) for i, load_E in total["load"].items()}
     return total | {"load": shares}
 
@@ -135,23 +121,21 @@ def _first_order(
 def choose(
     importance: Mapping[int, np.ndarray], budget: float | tuple[int, ...], shape: str, least: int
 ) -> dict[int, np.ndarray]:
-    """The kept experts of each layer, ascending, by the layer's number.
+    """The kept experts of each layer, ascending, by the layer's number, like the importance, [E].
 
-    Args:
-      importance: the importance of each layer's experts, [E], by the layer's number.
-      budget: the share of all experts to keep, or the number in each MoE layer, or one for all.
-      shape: for a share, 'pyramid', 'uniform' (the same in every layer) or 'inverse' (the pyramid's
-        numbers in reverse order).
-      least: the fewest experts that a layer may keep.
+    `budget` is the share of all experts to keep, or the number in each MoE layer, or one for all.
+    For a share, `shape` is 'pyramid', 'uniform' (the same in every layer) or 'inverse' (the
+    pyramid's numbers in reverse order). A layer keeps at least `least` experts.
     """
     ranked = {layer: np.argsort(-of_E, kind="stable") for layer, of_E in importance.items()}
+    sizes = {layer: len(order) for layer, order in ranked.items()}
     if isinstance(budget, tuple):
-        counts = _given(budget, {layer: len(order) for layer, order in ranked.items()}, least)
+        counts = _given(budget, sizes, least)
     else:
         counts = _shared(importance, ranked, budget, shape, least)
-    if all(counts[layer] == len(order) for layer, order in ranked.items()):
+    if counts == sizes:
         given = f"--keep={budget}" if isinstance(budget, float) else "--experts"
-        raise UserError(f"{given} keeps all {sum(counts.values())} experts; give less")
+        raise UserError(f"{given} keeps all {sum(sizes.values())} experts; give less")
     return {layer: np.sort(order[: counts[layer]]) for layer, order in ranked.items()}
 
 
@@ -181,19 +165,21 @@ def _shared(importance, ranked, keep: float, shape: str, least: int) -> dict[int
     matter most in all layers together.
     """
     sizes = {layer: len(values) for layer, values in importance.items()}
-    unit = 1 << max(1, min(sizes.values()) // 8).bit_length() - 1
+    total, smallest = sum(sizes.values()), min(sizes.values())
+    unit = 1 << max(1, smallest // 8).bit_length() - 1
     units = {layer: size // unit for layer, size in sizes.items()}
-    wanted = min(round(keep * sum(sizes.values()) / unit), sum(units.values()))
+    wanted = min(round(keep * total / unit), sum(units.values()))
     first = -(-least // unit)
-    if first * unit * len(sizes) >= sum(sizes.values()) or first > min(units.values()):
+    needed = first * len(sizes)
+    if needed * unit >= total or first > min(units.values()):
         raise UserError(
             f"--keep={keep}: each layer needs {first * unit} experts for model.top_k={least}, and "
-            f"the smallest has {min(sizes.values())}; --keep has nothing to cut here"
+            f"the smallest has {smallest}; --keep has nothing to cut here"
         )
-    if wanted < first * len(sizes):
+    if wanted < needed:
         raise UserError(
             f"--keep={keep} leaves {wanted * unit} experts for {len(sizes)} layers, and each needs "
-            f"{first * unit}; use {first * unit * len(sizes) / sum(sizes.values()):.3g} or more"
+            f"{first * unit}; use {needed * unit / total:.3g} or more"
         )
     if shape == "uniform":
         even = {layer: round(keep * size / unit) for layer, size in sizes.items()}
@@ -206,7 +192,7 @@ def _shared(importance, ranked, keep: float, shape: str, least: int) -> dict[int
 
     counts = dict.fromkeys(sizes, first)
     more = sorted((-worth(layer, n), layer) for layer in sizes for n in range(first, units[layer]))
-    for _, layer in more[: wanted - first * len(sizes)]:
+    for _, layer in more[: wanted - needed]:
         counts[layer] += 1
     if shape == "inverse":
         counts = dict(zip(counts, reversed(counts.values()), strict=True))
@@ -221,12 +207,11 @@ def _shared(importance, ranked, keep: float, shape: str, least: int) -> dict[int
 
 def pruned_config(config: Config, kept: Mapping[int, np.ndarray]) -> Config:
     """The pruned run's config; its mesh is the default, as the old one may not fit."""
-    model = dataclasses.replace(
-        config.model, experts=tuple(len(experts) for _, experts in sorted(kept.items()))
-    )
-    unset = {"teacher": TeacherConfig(), "kd": KdConfig(), "init": InitConfig()}
-    unset |= {"mesh": MeshConfig(), "execution": ExecutionConfig()}
-    return dataclasses.replace(config, model=model, **unset)
+    experts = tuple(len(kept[layer]) for layer in sorted(kept))
+    unset = "teacher", "kd", "init", "mesh", "execution"
+    groups = {name: getattr(Config(), name) for name in unset}
+    groups["model"] = dataclasses.replace(config.model, experts=experts)
+    return dataclasses.replace(config, **groups)
 
 
 def pruned(
@@ -235,14 +220,10 @@ def pruned(
     kept: Mapping[int, np.ndarray],
     load: Mapping[int, np.ndarray] | None = None,
 ) -> Transformer:
-    """The model with the kept experts, and routers cut to fit.
+    """The model with the experts that `choose` kept, and routers cut to fit.
 
-    Args:
-      config: the run's config.
-      model: its model.
-      kept: from `choose`.
-      load: each expert's share of the choices. If given, a removed expert is merged, weighted by
-        load, into the kept one with the most similar router column. Otherwise it is dropped.
+    With `load`, each expert's share of the choices, a removed expert is merged, weighted by load,
+    into the kept one with the most similar router column. Otherwise it is dropped.
     """
     # Copies, since merging changes them in place.
     leaves = {name: np.array(leaf) for name, leaf in named_leaves(model).items()}
@@ -285,11 +266,10 @@ def _average(weights: Mapping[str, np.ndarray], e: int, members: list[int], shar
     base = units(e)
     orders = [linear_sum_assignment(-base @ units(member).T)[1] for member in members]
     for name, w in weights.items():
-        aligned_parts = [
-            np.take(w[m], order, hidden[name]) if name in hidden else w[m]
-            for m, order in zip(members, orders, strict=True)
-        ]
-        w[e] = sum(s * part for s, part in zip(share, aligned_parts, strict=True))
+        w[e] = sum(
+            s * (np.take(w[m], order, hidden[name]) if name in hidden else w[m])
+            for s, m, order in zip(share, members, orders, strict=True)
+        )
 
 
 def prune_run(
@@ -307,28 +287,24 @@ def prune_run(
     Args:
       workdir: the run's folder.
       out: the folder of the new run; None plans only.
-      budget: as in `choose`.
+      budget, shape: as in `choose`.
       kind: one of `IMPORTANCES`.
-      shape: as in `choose`.
       merge: whether removed experts are merged into others instead of dropped.
-      corpus: the text to measure on, as in `data.corpus`; None is the run's own.
-      batches: how many batches of it.
+      corpus, batches: the text to measure on, as in `data.corpus` (None is the run's own), and how
+        many batches of it.
 
     Returns:
       The plan: step, importance (the kind), architecture and total_params, each as [before, after],
       and layers (for each MoE layer: layer, experts, kept, and the kept share of each importance).
-
-    Raises:
-      UserError: the run has no experts, the options don't fit it, or the folder can't be written.
     """
     if out is not None:
         check_free("out", out)
     if not (isinstance(budget, tuple) or 0 < budget < 1):
         raise UserError(f"--keep={budget} must be between 0 and 1, exclusive; 0.5 keeps half")
-    if not 1 <= batches <= sys.maxsize:
-        raise UserError(f"--batches={batches} must be from 1 to {sys.maxsize}")
+    if batches < 1:
+        raise UserError(f"--batches={batches} must be 1 or more")
     workdir = stores.as_path(workdir)
-    own = load(workdir / workdirs.CONFIG)  # `restore_run` may change mesh and exchange
+    own = load(workdir / CONFIG)  # `restore_run` may change mesh and exchange
     if not any(own.model.schedule.experts):
         raise UserError(f"{workdir}: this run is {own.model.schedule}; it has no experts")
     if not own.moe.routes.tokens_choose:
@@ -338,11 +314,10 @@ def prune_run(
         )
     config, step, model, _ = restore_run(workdir, jax.local_devices()[:1])
     text = config.data if corpus is None else dataclasses.replace(config.data, corpus=corpus)
-    stored = workdir / workdirs.TOKENIZER
     length = config.model.length
     if math.isinf(config.moe.eval_capacity_factor):
         length = min(length, MICROBATCH_TOKENS)
-    data = load_data(text, config.model.vocab_size, length, stored)
+    data = load_data(text, config.model.vocab_size, length, workdir / TOKENIZER)
     found = measure(config, model, data, batches)
     kept = choose(found[kind], budget, shape, config.model.top_k)
     small = pruned_config(own, kept)
@@ -366,10 +341,11 @@ def prune_run(
 
 def table(plan: dict) -> str:
     """A plan as text."""
-    rows = []
-    for row in plan["layers"]:
-        shares = (f"{row[f'{kind}_kept']:.1%}" for kind in IMPORTANCES)
-        rows.append((row["layer"], row["experts"], len(row["kept"]), *shares))
+    rows = [
+        (row["layer"], row["experts"], len(row["kept"]))
+        + tuple(f"{row[f'{kind}_kept']:.1%}" for kind in IMPORTANCES)
+        for row in plan["layers"]
+    ]
     before, after = plan["total_params"]
     head = ("layer", "experts", "kept", *(f"{kind} kept" for kind in IMPORTANCES))
     return (

@@ -25,35 +25,47 @@ from prmoe_jax.tables import aligned
 def layer_map(teacher: ModelConfig, student: ModelConfig, chosen: str = "") -> list[int]:
     """The teacher's layer from which each layer of the student is initialised.
 
-    Args:
-      teacher: the teacher's shape.
-      student: the student's shape.
-      chosen: a layer of the teacher for each layer of the student, such as '0 1 3'. By default
-        each layer takes the teacher's layer of its kind (dense, or MoE with a number of experts)
-        that is nearest in relative depth, in order and each at most once. If the teacher has too
-        few layers of a kind, all MoE layers count as one kind.
+    `chosen` names a layer of the teacher for each layer of the student, such as '0 1 3'. By default
+    each layer takes the teacher's layer of its kind (dense, or MoE with a number of experts) that
+    is nearest in relative depth, in order and each at most once. If the teacher has too few layers
+    of a kind, all MoE layers count as one kind.
     """
     _check_part(teacher, student)
     have, want = teacher.schedule.experts, student.schedule.experts
-    if chosen:
-        return _chosen_layers(have, want, chosen)
+    layers = _chosen_layers(have, want, chosen) if chosen else _matched_layers(have, want)
+    for i, layer in enumerate(layers):
+        if bool(want[i]) != bool(have[layer]) or want[i] > have[layer]:
+            raise UserError(
+                f"layer {i} of the student has {want[i] or 'no'} experts, layer {layer} of the "
+                f"teacher {have[layer] or 'none'}; name other layers by teacher.layers"
+            )
+    return layers
+
+
+def _chosen_layers(have: Sequence[int], want: Sequence[int], chosen: str) -> list[int]:
+    layers = [int(word) if word.isdecimal() else len(have) for word in chosen.split()]
+    if len(layers) != len(want) or any(layer >= len(have) for layer in layers):
+        raise UserError(
+            f"teacher.layers='{chosen}' must be {len(want)} of the teacher's layers, 0 to "
+            f"{len(have) - 1}, one for each of the student's"
+        )
+    return layers
+
+
+def _matched_layers(have: Sequence[int], want: Sequence[int]) -> list[int]:
     found: dict[int, int] = {}
-    exact = all(have.count(count) >= want.count(count) for count in want)
-    kinds = [lambda e, count=count: e == count for count in sorted(set(want))]
-    if not exact:  # all MoE layers count as one kind
-        kinds = [lambda e: e == 0, lambda e: e > 0]
-    for kind in kinds:
-        from_, to = ([i for i, e in enumerate(experts) if kind(e)] for experts in (have, want))
+    exact = all(have.count(experts) >= want.count(experts) for experts in want)
+    kind_of = int if exact else bool
+    for kind in sorted(set(map(kind_of, want))):
+        from_, to = ([i for i, e in enumerate(each) if kind_of(e) == kind] for each in (have, want))
         if len(from_) < len(to):
-            what = "dense layers" if kind(0) else "MoE layers"
+            what = "MoE layers" if kind else "dense layers"
             raise UserError(
                 f"the student has {len(to)} {what}, the teacher {len(from_)}; use as many or fewer"
             )
         ends = [(s + 1) * len(have) // len(want) - 1 for s in to]
         found |= zip(to, _nearest(from_, ends), strict=True)
-    layers = [found[i] for i in range(len(want))]
-    _check_experts(have, want, layers)
-    return layers
+    return [found[i] for i in range(len(want))]
 
 
 def _check_part(teacher: ModelConfig, student: ModelConfig) -> None:
@@ -77,9 +89,8 @@ def _check_part(teacher: ModelConfig, student: ModelConfig) -> None:
     grouped = any(model.key_heads < model.heads for model in (teacher, student))
     # Query heads that share keys cannot be separated.
     pairs = compared(student, teacher, ("heads", "kv_heads") if grouped else ())
-    check_equal(
-        pairs, "the teacher", "a student that starts as a part of its teacher needs the same"
-    )
+    fix = "a student that starts as a part of its teacher needs the same"
+    check_equal(pairs, "the teacher", fix)
 
 
 def _nearest(layers: Sequence[int], places: Sequence[int]) -> tuple[int, ...]:
@@ -92,27 +103,6 @@ def _nearest(layers: Sequence[int], places: Sequence[int]) -> tuple[int, ...]:
                 longer = distance + abs(layer - places[number]), (*chosen, layer)
                 best[number + 1] = min(best.get(number + 1, longer), longer)
     return best[len(places)][1]
-
-
-def _chosen_layers(have: Sequence[int], want: Sequence[int], chosen: str) -> list[int]:
-    words = chosen.split()
-    layers = [int(word) if word.isdecimal() else len(have) for word in words]
-    if len(layers) != len(want) or any(layer >= len(have) for layer in layers):
-        raise UserError(
-            f"teacher.layers='{chosen}' must be {len(want)} of the teacher's layers, 0 to "
-            f"{len(have) - 1}, one for each of the student's"
-        )
-    _check_experts(have, want, layers)
-    return layers
-
-
-def _check_experts(have: Sequence[int], want: Sequence[int], layers: list[int]) -> None:
-    for i, layer in enumerate(layers):
-        if bool(want[i]) != bool(have[layer]) or want[i] > have[layer]:
-            raise UserError(
-                f"layer {i} of the student has {want[i] or 'no'} experts, layer {layer} of the "
-                f"teacher {have[layer] or 'none'}; name other layers by teacher.layers"
-            )
 
 
 def source_layers(teacher: Config, student: Config) -> list[int]:
@@ -139,10 +129,8 @@ def source_layers(teacher: Config, student: Config) -> list[int]:
 def plan(teacher: Config, student: Config) -> dict:
     """`prmoe distill-plan`: the student's layers and size, before anything is trained.
 
-    Returns:
-      layers (for each layer of the student: from, experts, params), total_params and
-      active_params, each as [teacher's, student's], and saved, the share of the teacher's
-      parameters that is left out.
+    The numbers of parameters are each [teacher's, student's], and `saved` is the share of the
+    teacher's parameters that is left out.
     """
     layers = source_layers(teacher, student)
     costs = [cost(one.model, one.moe) for one in (teacher, student)]
@@ -176,12 +164,8 @@ def magnitudes(model: Transformer) -> dict[str, jax.Array]:
     """The importance of hidden units, heads and channels by their weights.
 
     A hidden unit has ‖w_in‖²·‖w_out‖², times ‖w_gate‖² if there is a gate. A head has
-    ‖w_v‖²·‖w_out‖², and a channel ‖embedding‖².
-
-    Returns:
-      Importances by the name of a parameter: [D] for channels under 'tokens', and, under the names
-      that end in 'w_out', [N, H] for heads of attention, [N, F] for hidden units of an MLP and
-      [N, E, F] for hidden units of experts.
+    ‖w_v‖²·‖w_out‖², and a channel ‖embedding‖². Channels, [D], are under the name 'tokens'. Under
+    the names that end in 'w_out' are heads, [N, H], and hidden units, [N, F] or [N, E, F].
     """
     named = named_leaves(model)
     importance = {"tokens": jnp.square(named["tokens"]).sum(0)}
@@ -210,20 +194,13 @@ def taylor(model: Transformer, gradient: Transformer) -> dict[str, jax.Array]:
     """The importance of the parts of `magnitudes`, under the same names, by the loss.
 
     A part has (Σ weight · gradient)² over its output weights or embeddings: to first order, the
-    squared change of the loss without it (Molchanov et al., arXiv 1906.10771). Add it up over
-    batches.
-
-    Args:
-      model: the teacher.
-      gradient: the gradient of a batch's mean loss.
+    squared change of the loss without it (Molchanov et al., arXiv 1906.10771). `gradient` is that
+    of a batch's mean loss; add the importance up over batches.
     """
-    found = {}
-    slopes = named_leaves(gradient)
+    found, slopes = {}, named_leaves(gradient)
     for name, weight in named_leaves(model).items():
-        if name == "tokens":
-            found[name] = jnp.square((weight * slopes[name]).sum(0))
-        elif name.endswith("w_out"):
-            axes = (-2, -1) if name.endswith("attention.w_out") else -1
+        if name == "tokens" or name.endswith("w_out"):
+            axes = 0 if name == "tokens" else (-2, -1) if ".attention." in name else -1
             found[name] = jnp.square((weight * slopes[name]).sum(axes))
     return found
 
@@ -235,20 +212,15 @@ def prune(
     load: dict[int, list[float]],
     importance: dict[str, jax.Array],
 ) -> Transformer:
-    """The student with a part of the teacher's parameters; call it under jit.
+    """The student, given by its shapes, with a part of the teacher's parameters; call it under jit.
 
-    Args:
-      teacher: the teacher.
-      student: the student, or its shapes.
-      layers: from `source_layers`.
-      load: each expert's share of the choices, for each teacher layer that loses experts.
-      importance: from `magnitudes` or `taylor`.
+    `layers` is from `source_layers`, and `importance` from `magnitudes` or `taylor`. `load` has
+    each expert's share of the choices, for each teacher layer that loses experts.
     """
     parameters = unstack_layers(teacher.config, named_leaves(teacher))
     values = unstack_layers(teacher.config, importance)
     shapes = layer_shapes(student)
-    first = -jnp.arange(teacher.config.length)
-    everywhere = {"D": importance["tokens"], "L": first}
+    everywhere = {"D": importance["tokens"], "L": -jnp.arange(teacher.config.length)}
 
     def part(name: str) -> jax.Array:
         dims, shape, worth = declaration(name).dims, shapes[name], everywhere
@@ -263,15 +235,11 @@ def prune(
             return jnp.zeros(shape)
         whole = parameters[name]
         kept = {
-            letter: _largest(worth[letter], size)
+            # The indices of the largest values along the last axis, in ascending order.
+            letter: jnp.sort(jax.lax.top_k(jnp.asarray(worth[letter]), size)[1], -1)
             for letter, size, of in zip(dims, shape, whole.shape, strict=True)
             if size < of
         }
         return take(whole, dims, kept)
 
     return build(student, part)
-
-
-def _largest(value, count: int) -> jax.Array:
-    """Indices of the `count` largest values along the last axis, in ascending order."""
-    return jnp.sort(jax.lax.top_k(jnp.asarray(value), count)[1], -1)

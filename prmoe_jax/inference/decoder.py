@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from prmoe_jax.config.schema import AUTO, ExecutionConfig
 from prmoe_jax.model.attention import KVCache
-from prmoe_jax.model.transformer import Transformer, dropless, unstacked_blocks
+from prmoe_jax.model.transformer import Transformer, Unembedding, dropless, unstacked_blocks
 from prmoe_jax.moe.experts import UnstackedExperts
 from prmoe_jax.moe.layer import MoE
 from prmoe_jax.nn.matmul import scores
@@ -28,11 +28,8 @@ class Decoder(nnx.Module):
     def __init__(self, model: Transformer, weights: str, execution: ExecutionConfig = AUTO):
         """Unstacks a model's layers; call it under jit.
 
-        Args:
-          model: the model.
-          weights: the type of the large weights, float32, bfloat16 or int8; the compute dtype is
-            `model.config.dtype`.
-          execution: how this machine computes.
+        `weights` is the type of the large weights, float32, bfloat16 or int8. The compute dtype is
+        `model.config.dtype`.
         """
         self.execution = execution
         self.config, self.positions, self.norm = model.config, model.positions, model.norm
@@ -44,9 +41,8 @@ class Decoder(nnx.Module):
 
     def empty_cache(self, batch: int, room: int) -> list[KVCache]:
         """An empty KV cache for each layer, with space for `room` tokens of each sequence."""
-        config = self.config
-        shape = batch, config.key_heads, config.head_width, room
-        return [KVCache.empty(*shape, config.dtype) for _ in self.layers]
+        shape = batch, self.config.key_heads, self.config.head_width, room
+        return [KVCache.empty(*shape, self.config.dtype) for _ in self.layers]
 
     def __call__(
         self,
@@ -81,7 +77,7 @@ class Decoder(nnx.Module):
     def logits(self, x_BxD: jax.Array) -> jax.Array:
         """Logits of the next token, float32 [B, V]."""
         with jax.named_scope("logits"):
-            return scores(x_BxD, (self.tokens if self.output is None else self.output)[...])
+            return Unembedding.of(self).logits(x_BxD, scores)
 
 
 def _held(name: str, leaf: jax.Array, weights: str, dtype: str) -> jax.Array | QuantizedWeight:

@@ -37,11 +37,7 @@ NOT_UTF8 = "\ufffd"
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn; `top_k` and `top_p` both apply.
-
-    Raises:
-      UserError: a value is out of range.
-    """
+    """How the next token is drawn; `top_k` and `top_p` both apply."""
 
     temperature: float = 0.8  # below COLDEST, such as 0, takes the argmax
     # Tokens that are as probable as the least probable kept one are also kept.
@@ -71,13 +67,7 @@ class State(NamedTuple):
 
 
 class Generator:
-    """Continues prompts; the model is compiled once for each shape.
-
-    Attributes:
-      decoder: the model.
-      tokenizer: the model's tokenizer.
-      mesh: the mesh that holds the model.
-    """
+    """Continues prompts; the model is compiled once for each shape."""
 
     def __init__(self, decoder: Decoder, tokenizer: Tokenizer, mesh: Mesh):
         self.decoder, self.tokenizer, self.mesh = decoder, tokenizer, mesh
@@ -93,9 +83,6 @@ class Generator:
           weights: the type of the large weights, one of `WEIGHTS`. By default it is the compute
             dtype: float32 on CPUs, elsewhere the run's dtype.
           mesh: a mesh of all devices; by default one device.
-
-        Raises:
-          UserError: the folder holds no run, the run can't generate, or the mesh doesn't fit.
         """
         if weights not in ("", *WEIGHTS):
             raise UserError(f"--weights={weights} is unknown; use one of {', '.join(WEIGHTS)}")
@@ -103,9 +90,9 @@ class Generator:
         devices = None if mesh else jax.local_devices()[:1]
         model, on, execution = restore_for_inference(workdir, devices, mesh or MeshConfig())
         tokenizer = Tokenizer.load(workdir / workdirs.TOKENIZER)
-        held = model, weights or model.config.dtype, on, execution
         with jax.set_mesh(on):
-            return cls(decoder(*held), tokenizer, on)
+            held = decoder(model, weights or model.config.dtype, on, execution)
+        return cls(held, tokenizer, on)
 
     def __call__(
         self,
@@ -118,8 +105,7 @@ class Generator:
     ) -> list[str]:
         """Continues each prompt until EOS, a stop text, or `tokens` new tokens.
 
-        A continuation depends only on its prompt and its seed, not on the rest of its batch: no
-        token is dropped.
+        A continuation depends only on its prompt and its seed: no token is dropped.
 
         Args:
           prompts: texts, or their token ids without the BOS token.
@@ -131,9 +117,6 @@ class Generator:
 
         Returns:
           The text of each continuation, without its prompt, in the order of the prompts.
-
-        Raises:
-          UserError: a prompt and its continuation exceed the context, or a value is out of range.
         """
         if isinstance(prompts, str):
             raise UserError("prompts is one text, not a list of texts; give [text]")
@@ -157,11 +140,9 @@ class Generator:
             state = start(self.decoder, self.mesh, starts, seeds, tokens)
             seen = [len(start) for start in starts]
             while True:
-                state = decode(
-                    self.decoder, state, sampling, self.tokenizer.size, self.tokenizer.eos_id
-                )
-                lengths = np.asarray(state.length_B)
-                come = np.asarray(state.tokens_BxT)
+                ids = self.tokenizer.size, self.tokenizer.eos_id
+                state = decode(self.decoder, state, sampling, *ids)
+                lengths, come = np.asarray(state.length_B), np.asarray(state.tokens_BxT)
                 ended = np.array(state.stop_B)
                 for i, text in enumerate(written):
                     piece = text.add(come[i, seen[i] : lengths[i]].tolist(), lengths[i] >= ended[i])
@@ -193,11 +174,10 @@ class TextStream:
 
     A token's text can depend on the tokens before it, such as a space between words, or a character
     whose bytes are several tokens. So new tokens are decoded together with the tokens just before
-    them, and the first ones together with the prompt.
+    them, and the first ones together with the prompt (`prompt`, without BOS).
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], prompt: Sequence[int] = ()):
-        """Takes the stop texts, and the prompt's tokens without BOS."""
         self._tokenizer, self._stop = tokenizer, stop
         self._before, self._ids = list(prompt), []  # tokens before the new ones; tokens to decode
         self._decoded = ""  # the text of all tokens that need not be decoded again
@@ -223,8 +203,9 @@ class TextStream:
         if found:
             text, last = text[: min(found)], True
         self.ended = last
-        if not last:
-            text = text[: len(text) - _possible_stop(text, self._stop)]
+        if not last:  # leave out what may begin a stop text
+            starts = [n for stop in self._stop for n in range(len(stop)) if text.endswith(stop[:n])]
+            text = text[: len(text) - max(starts, default=0)]
         new, self.text = text[len(self.text) :], text
         return new
 
@@ -252,12 +233,6 @@ class TextStream:
                 kept = self._before if before.endswith(NOT_UTF8) else []
                 self._before, self._ids = kept + self._ids[:size], self._ids[size:]
                 return
-
-
-def _possible_stop(text: str, stop: Sequence[str]) -> int:
-    """The number of characters at the end of a text that may begin a stop text."""
-    sizes = [n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])]
-    return max(sizes, default=0)
 
 
 def _check(tokens: int, seeds: Sequence[int], stop: Sequence[str]) -> None:
@@ -293,14 +268,9 @@ def start(
     seeds: Sequence[int],
     tokens: int,
 ) -> State:
-    """Runs the prefill; returns the state for `decode`.
+    """Runs the prefill of prompts of token ids; returns the state for `decode`.
 
-    Args:
-      decoder: the model.
-      mesh: the mesh that holds the model; it must be JAX's current mesh.
-      prompts: token ids.
-      seeds: one for each prompt.
-      tokens: the largest number of new tokens for each prompt.
+    `mesh` must be JAX's current mesh. Each prompt has a seed, and at most `tokens` new tokens.
     """
     devices = math.prod(mesh.shape[name] for name in batch_axes(mesh))
     batch = -(-len(prompts) // devices) * devices  # padding rows stop at once
@@ -308,8 +278,7 @@ def start(
     tokens_BxT = np.zeros((batch, room(longest, tokens)), np.int32)
     lengths = np.ones(batch, np.int32)
     for row, prompt in enumerate(prompts):
-        tokens_BxT[row, : len(prompt)] = prompt
-        lengths[row] = len(prompt)
+        tokens_BxT[row, : len(prompt)], lengths[row] = prompt, len(prompt)
     stops = lengths + np.where(np.arange(batch) < len(prompts), tokens, 0).astype(np.int32)
     seeds = jnp.array([*seeds, *[0] * (batch - len(prompts))], jnp.uint32)
     chunks = -(-longest // PREFILL_CHUNK)

@@ -96,12 +96,16 @@ CAPACITY = {
 
 
 def read_deepspeed(source: Path) -> tuple[Config, dict[str, jax.Array], str]:
-    """Reads a checkpoint; returns a config, parameters by our names, and a summary in words.
+    """Reads a checkpoint, the folder with `latest` or a step's folder.
 
-    Args:
-      source: the folder with `latest`, or a step's folder.
+    Returns a config, parameters by our names, and a summary in words.
     """
-    folder = _step_folder(source)
+    folder, latest = source, source / "latest"
+    if latest.exists():
+        name = regular(latest).read_text(errors="replace").strip()
+        if not is_plain(name):
+            raise UserError(f"{latest} names {shown(name)}, which isn't beside it")
+        folder = source / name
     main = read_torch(folder / MAIN)
     if not isinstance(main.get("module"), dict) or not isinstance(main.get("args"), Inert):
         raise UserError(f"{folder / MAIN} lacks the module or the args that Megatron stores")
@@ -113,15 +117,12 @@ def read_deepspeed(source: Path) -> tuple[Config, dict[str, jax.Array], str]:
         )
     arrays = flat_arrays(main["module"], folder / MAIN)
     for path in sorted(folder.glob("layer_*_expert_*_mp_rank_00_model_states.pt")):
-        more = flat_arrays(read_torch(path), path)
-        for name in more.keys() & arrays.keys():
-            raise UserError(f"{path} holds {shown(name)}, as another file does")
-        arrays |= more
+        arrays |= flat_arrays(read_torch(path), path)
     config, leaves, found = converted(arrays, vars(main["args"]), folder)
-    counts = [experts for experts in config.model.schedule.experts if experts]
-    used = {_file(n, e) for n, experts in enumerate(counts) for e in range(experts)}
+    counts = filter(None, config.model.schedule.experts)
+    used = {MAIN} | {_file(n, e) for n, experts in enumerate(counts) for e in range(experts)}
     for path in sorted(folder.glob("*model_states.pt")):
-        if path.name not in used | {MAIN}:
+        if path.name not in used:
             raise UserError(
                 f"{path} belongs to no expert of this model, which is {config.model.schedule} on "
                 "one model-parallel rank; remove it if it is another checkpoint's"
@@ -190,12 +191,9 @@ def check_exportable(config: Config) -> None:
             f"moe.capacity_factor={factors[0]}, moe.eval_capacity_factor={factors[1]}: DeepSpeed's "
             "layer drops tokens in both or in neither"
         )
-    theirs = _overflow(config.model.top_k)
-    has_experts = any(config.model.schedule.experts)
-    if has_experts and math.isfinite(factors[0]) and config.moe.overflow != theirs:
-        log.warning(
-            "moe.overflow=%s: DeepSpeed's layer drops as overflow=%s", config.moe.overflow, theirs
-        )
+    ours, theirs = config.moe.overflow, _overflow(config.model.top_k)
+    if any(config.model.schedule.experts) and math.isfinite(factors[0]) and ours != theirs:
+        log.warning("moe.overflow=%s: DeepSpeed's layer drops as overflow=%s", ours, theirs)
     require_torch()
 
 
@@ -204,27 +202,16 @@ def _overflow(top_k: int) -> str:
     return {1: "random", 2: "position"}.get(top_k, "probability")
 
 
-def _step_folder(source: Path) -> Path:
-    latest = source / "latest"
-    if not latest.exists():
-        return source
-    name = regular(latest).read_text(errors="replace").strip()
-    if not is_plain(name):
-        raise UserError(f"{latest} names {shown(name)}, which isn't beside it")
-    return source / name
-
-
 def _config(arrays: dict[str, np.ndarray], args: dict, source: Path) -> Config:
     """The architecture, from the tensors' names and shapes where possible, else from `args`."""
-    layer, norm = TABLE.layer, TABLE.parameters["norm_attention.scale"][0]
-    layers = next(n for n in itertools.count() if layer.format(n) + norm not in arrays)
-    routers = {n: layer.format(n) + ROUTER for n in range(layers)}
-    experts = {n: _matrix(arrays, x, source)[0] for n, x in routers.items() if x in arrays}
     settings = import_settings()
     model, moe = settings.model, settings.moe
+    layer, norm = TABLE.layer, TABLE.parameters["norm_attention.scale"][0]
+    model.layers = next(n for n in itertools.count() if layer.format(n) + norm not in arrays)
+    routers = {n: layer.format(n) + ROUTER for n in range(model.layers)}
+    experts = {n: _matrix(arrays, x, source)[0] for n, x in routers.items() if x in arrays}
     model.vocab_size, model.d_model = _matrix(arrays, TOKENS, source)
     model.length, _ = _matrix(arrays, POSITIONS, source)
-    model.layers = layers
     model.heads = setting(args, "num_attention_heads", int, source, low=1)
     model.d_ff = setting(args, "ffn_hidden_size", int, source, 4 * model.d_model, low=1)
     model.dropout = setting(args, "hidden_dropout", float, source, 0.0)
@@ -239,9 +226,9 @@ def _config(arrays: dict[str, np.ndarray], args: dict, source: Path) -> Config:
         drops = setting(args, "moe_token_dropping", bool, source, True)
         for ours, theirs in CAPACITY.items():
             moe[ours] = setting(args, theirs, float, source) if drops else math.inf
-        moe.min_capacity = setting(args, "moe_min_capacity", int, source)
         if drops:
             moe.overflow = _overflow(model.top_k)
+        moe.min_capacity = setting(args, "moe_min_capacity", int, source)
         if model.top_k == 2:
             name = "moe_top2_2nd_expert_sampling"
             moe.second_expert_sampling = setting(args, name, bool, source, True)
@@ -262,11 +249,10 @@ def _main(config: Config, tensors: dict, step: int) -> dict:
     """The main file's content, nested as Megatron loads it, with the fields the engine requires."""
     embedding = {n.split(".")[2]: {"weight": tensors[n]} for n in (TOKENS, POSITIONS)}
     encoder = {n.removeprefix(ENCODER): x for n, x in tensors.items() if n.startswith(ENCODER)}
-    model = config.model
-    experts = [count for count in model.schedule.experts if count]
+    arguments = _arguments(config)
     return {
         "module": {"language_model": {"embedding": embedding, "encoder": encoder}},
-        "num_experts": experts or [1],
+        "num_experts": arguments.num_experts,
         "optimizer": None,
         "lr_scheduler": None,
         "global_steps": step,
@@ -276,11 +262,11 @@ def _main(config: Config, tensors: dict, step: int) -> dict:
         "mp_world_size": 1,
         "iteration": step,
         "checkpoint_version": 3.0,
-        "args": _arguments(config, experts),
+        "args": arguments,
     }
 
 
-def _arguments(config: Config, experts: list[int]) -> Namespace:
+def _arguments(config: Config) -> Namespace:
     model, moe = config.model, config.moe
     drops = math.isfinite(moe.capacity_factor)
     return Namespace(
@@ -296,7 +282,7 @@ def _arguments(config: Config, experts: list[int]) -> Namespace:
         padded_vocab_size=model.vocab_size,
         hidden_dropout=model.dropout,
         attention_dropout=0.0,
-        num_experts=experts or [1],
+        num_experts=list(filter(None, model.schedule.experts)) or [1],
         mlp_type="residual" if model.residual else "standard",
         topk=model.top_k,
         **{theirs: getattr(moe, ours) if drops else 1.0 for ours, theirs in CAPACITY.items()},

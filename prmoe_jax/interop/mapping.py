@@ -24,7 +24,7 @@ import numpy as np
 from prmoe_jax.config.schema import Config, MeshConfig, ModelConfig
 from prmoe_jax.interop.tensors import check_shapes
 from prmoe_jax.model.layout import layer_names, layer_shapes, unstack_layers
-from prmoe_jax.model.transformer import Transformer, init_model
+from prmoe_jax.model.transformer import init_model
 from prmoe_jax.nn.parameters import declaration, named_leaves
 from prmoe_jax.parallel import sharding
 from prmoe_jax.parallel.mesh import make_mesh
@@ -56,20 +56,19 @@ class Piece(NamedTuple):
         return tuple(math.prod(self.dims.get(letter, 1) for letter in word) for word in words)
 
     @property
-    def their_order(self) -> list[str]:
-        """The dimensions in the order of their tensor."""
-        return [letter for letter in self.layout if letter in self.dims]
+    def order(self) -> list[int]:
+        """Our dimensions' numbers in the order of their tensor."""
+        ours = list(self.dims)
+        return [ours.index(letter) for letter in self.layout if letter in ours]
 
     def to_theirs(self, part: np.ndarray) -> np.ndarray:
         """Our part in their layout."""
-        ours = list(self.dims)
-        return part.transpose([ours.index(x) for x in self.their_order]).reshape(self.shape)
+        return part.transpose(self.order).reshape(self.shape)
 
     def to_ours(self, tensor: np.ndarray) -> np.ndarray:
         """Their tensor in our layout."""
-        theirs = self.their_order
-        split = tensor.reshape([self.dims[x] for x in theirs])
-        return split.transpose([theirs.index(x) for x in self.dims])
+        sizes = list(self.dims.values())
+        return tensor.reshape([sizes[i] for i in self.order]).transpose(np.argsort(self.order))
 
 
 def pieces(table: Table, name: str, shape: tuple[int, ...]) -> list[Piece]:
@@ -102,14 +101,8 @@ def read_parameters(
 ) -> tuple[dict[str, jax.Array], str]:
     """Reads a model's parameters from another library's tensors onto all devices.
 
-    The host holds one parameter of one layer at a time.
-
-    Args:
-      config: the model's config.
-      table: the library's names and layouts.
-      shapes: the shapes of all of their tensors by name.
-      read: reads one of their tensors by its name.
-      source: the tensors' file or folder, for messages.
+    The host holds one parameter of one layer at a time. `shapes` has all of their tensors, `read`
+    reads one by its name, and `source` names the file or folder in messages.
 
     Returns:
       The parameters by our names, and a summary for the user.
@@ -126,7 +119,16 @@ def read_parameters(
             array[piece.index] = piece.to_ours(read(piece.name))
         return array
 
-    return _placed(config, model, parameter), summary
+    layout = spread_over(config.model, jax.device_count())
+    mesh = make_mesh(dataclasses.replace(config, mesh=layout))
+    homes, leaves = named_leaves(sharding.shardings(model, mesh)), {}
+    for name, leaf in named_leaves(model).items():
+        if layers := layer_names(config.model, name):
+            rows = [partial(parameter, layer) for layer in layers]
+            leaves[name] = _stacked(leaf, homes[name], rows)
+        else:
+            leaves[name] = jax.device_put(parameter(name), homes[name])
+    return leaves, summary
 
 
 def their_tensors(
@@ -148,22 +150,6 @@ def spread_over(model: ModelConfig, devices: int) -> MeshConfig:
     parts = math.gcd(devices // expert, *widths) if experts else 1
     fsdp = devices // expert // parts
     return MeshConfig(data=1, fsdp=fsdp, expert=expert, expert_slice=parts)
-
-
-def _placed(
-    config: Config, model: Transformer, read: Callable[[str], np.ndarray]
-) -> dict[str, jax.Array]:
-    """Reads parameters onto all devices, layer by layer; `model` holds only their shapes."""
-    layout = spread_over(config.model, len(jax.devices()))
-    mesh = make_mesh(dataclasses.replace(config, mesh=layout))
-    homes, leaves = named_leaves(sharding.shardings(model, mesh)), {}
-    for name, leaf in named_leaves(model).items():
-        layers = layer_names(config.model, name)
-        if layers:
-            leaves[name] = _stacked(leaf, homes[name], [partial(read, layer) for layer in layers])
-        else:
-            leaves[name] = jax.device_put(read(name), homes[name])
-    return leaves
 
 
 def _stacked(leaf, home: jax.sharding.NamedSharding, reads: list[Callable]) -> jax.Array:

@@ -1,7 +1,6 @@
 """`prmoe import` and `prmoe export` convert between other libraries' files and a run's folder."""
 
 import dataclasses
-import json
 import logging
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -30,14 +29,12 @@ log = logging.getLogger(__name__)
 
 
 def import_run(kind: str, source: Path, workdir: Path) -> dict:
-    """Makes a run's folder, at step 0, from another library's folder.
+    """Makes a run's folder, at step 0, from another library's folder; nothing in it is executed.
 
     Args:
-      kind: 'hf' for any model type of `hugging_face.FAMILIES`; 'gpt2' for GPT2LMHeadModel only;
+      kind: 'hf' for any model type of `families.FAMILIES`; 'gpt2' for GPT2LMHeadModel only;
         'deepspeed' for Megatron-DeepSpeed's GPT, dense, MoE or PR-MoE; 'safetensors' for a folder
         that `export_run` wrote.
-      source: the folder to read; nothing in it is executed.
-      workdir: the folder to make.
 
     Returns:
       workdir, parameters, vocab_size.
@@ -57,16 +54,9 @@ def import_run(kind: str, source: Path, workdir: Path) -> dict:
             "model's safetensors"
         )
     tokenizer = _tokenizer(source, kind)
-    read: Mapping[str, Callable[[Path], tuple[Config, Mapping, str]]] = {
-        "hf": hugging_face.read_hugging_face,
-        "gpt2": partial(hugging_face.read_hugging_face, only="gpt2"),
-        "deepspeed": deepspeed.read_deepspeed,
-        "safetensors": _read_ours,
-    }
-    config, leaves, summary = read[kind](source)
+    config, leaves, summary = READERS[kind](source)
     log.info("%s: %s", source, summary)
-    stored = workdir / workdirs.TOKENIZER
-    data = dataclasses.replace(config.data, tokenizer=str(stored))
+    data = dataclasses.replace(config.data, tokenizer=str(workdir / workdirs.TOKENIZER))
     config = dataclasses.replace(config, data=data)
     if tokenizer.size > config.model.vocab_size:
         raise UserError(
@@ -76,7 +66,6 @@ def import_run(kind: str, source: Path, workdir: Path) -> dict:
         )
     shapes = jax.eval_shape(lambda: init_model(config))
     model = jax.tree.map(jax.numpy.asarray, from_named(leaves, shapes))
-
     write_run("workdir", workdir, config, model, tokenizer)
     size = sum(leaf.size for leaf in leaves.values())
     return {"workdir": str(workdir), "parameters": size, "vocab_size": config.model.vocab_size}
@@ -89,8 +78,6 @@ def export_run(kind: str, workdir: Path, out: Path) -> dict:
       kind: 'hf' for the transformers class of the run's `model.family`; 'gpt2' for GPT2LMHeadModel
         only; 'deepspeed' for a checkpoint of Megatron-DeepSpeed; 'safetensors' for our names, with
         the config and a model card.
-      workdir: the run's folder.
-      out: the folder to make.
 
     Returns:
       out, step, parameters.
@@ -106,15 +93,14 @@ def export_run(kind: str, workdir: Path, out: Path) -> dict:
         hugging_face.check_exportable(config, family)
     if kind == "deepspeed":
         deepspeed.check_exportable(config)
-    devices = jax.local_devices()
-    layout = spread_over(config.model, len(devices))  # a device need not hold the whole model
-    _, step, model, _ = restore_run(workdir, devices, layout)
+    devices = jax.local_devices()  # one need not hold the whole model
+    _, step, model, _ = restore_run(workdir, devices, spread_over(config.model, len(devices)))
     tokenizer = Tokenizer.load(workdir / workdirs.TOKENIZER)
     leaves = {name: np.asarray(leaf) for name, leaf in named_leaves(model).items()}
 
     def build(folder: Path) -> None:
         if family:
-            hugging_face.write_hugging_face(config, family, leaves, tokenizer, folder)
+            hugging_face.write_hugging_face(config.model, family, leaves, tokenizer, folder)
         elif kind == "deepspeed":
             deepspeed.write_deepspeed(config, leaves, folder, step)
         else:
@@ -122,9 +108,6 @@ def export_run(kind: str, workdir: Path, out: Path) -> dict:
             save(config, folder / workdirs.CONFIG)
             (folder / "README.md").write_text(_card(config, step, workdir))
         tokenizer.save(folder / "tokenizer.json")
-        if family:
-            settings = hugging_face.tokenizer_settings(tokenizer, config.model.length)
-            (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
     write_folder("out", out, build, "latest" if kind == "deepspeed" else workdirs.CONFIG)
     size = sum(leaf.size for leaf in leaves.values())
@@ -149,6 +132,14 @@ def _read_ours(folder: Path) -> tuple[Config, dict[str, np.ndarray], str]:
     return config, {name: tensors.read(name) for name in shapes}, summary
 
 
+READERS: Mapping[str, Callable[[Path], tuple[Config, Mapping, str]]] = {
+    "hf": hugging_face.read_hugging_face,
+    "gpt2": partial(hugging_face.read_hugging_face, only="gpt2"),
+    "deepspeed": deepspeed.read_deepspeed,
+    "safetensors": _read_ours,
+}
+
+
 def _tokenizer(source: Path, kind: str) -> Tokenizer:
     if (source / "tokenizer.json").is_file():
         return Tokenizer.load(source / "tokenizer.json")
@@ -166,22 +157,20 @@ def _tokenizer(source: Path, kind: str) -> Tokenizer:
 
 def _card(config: Config, step: int, workdir: Path) -> str:
     """A model card that describes the weights."""
-    size, model = cost(config.model, config.moe), config.model
-    lines = [line for line in read_metrics(workdir / workdirs.METRICS) if "eval/loss" in line]
-    measured = ""
-    if lines:
-        last = lines[-1]
-        measured = (
-            f"Validation loss {last['eval/loss']:.4f} nats a token, "
-            f"{last['eval/bits_per_byte']:.4f} bits a byte, after step {last['step']}.\n"
-        )
-    trained = ""
+    size, model, measured, trained = cost(config.model, config.moe), config.model, "", ""
+    for line in read_metrics(workdir / workdirs.METRICS):
+        if "eval/loss" in line:  # the last one counts
+            measured = (
+                f"Validation loss {line['eval/loss']:.4f} nats a token, "
+                f"{line['eval/bits_per_byte']:.4f} bits a byte, after step {line['step']}.\n"
+            )
     if config.init.workdir:
         trained = f" It started as the run {config.init.workdir}."
     if step:
-        tokens = step * config.tokens_per_step
-        trained += f" Trained for {tokens:,} tokens of\n`{config.data.corpus}` by prmoe_jax, "
-        trained += f"seed {config.seed}."
+        trained += (
+            f" Trained for {step * config.tokens_per_step:,} tokens of\n`{config.data.corpus}` by "
+            f"prmoe_jax, seed {config.seed}."
+        )
     return f"""# {model.schedule}
 
 A decoder of {size.total_params:,} parameters, {size.active_params:,} of them active for a token.

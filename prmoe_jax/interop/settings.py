@@ -26,21 +26,13 @@ def setting(
     low: float = 0,
     high: float = LARGEST,
 ) -> Any:
-    """Returns a setting after checking its type and range.
+    """Returns a setting of a file, `source`, after checking its type and range.
 
-    Args:
-      settings: the settings of a file, by name.
-      name: the setting's name.
-      kind: bool, int, float or str; a whole number is also accepted as a float.
-      source: the file, for the message.
-      default: replaces a setting that is missing or None; without a default it is required.
-      low: the smallest number allowed.
-      high: the largest number allowed.
+    A whole number is also accepted as a float. `default` replaces a setting that is missing or
+    None; without a default it is required.
     """
-    value = settings.get(name)
-    value = default if value is None else value
-    allowed = (int, float) if kind is float else (kind,)
-    fits = type(value) in allowed
+    value = default if settings.get(name) is None else settings[name]
+    fits = type(value) in ((int, float) if kind is float else (kind,))
     wanted = {bool: "true or false", str: "text", int: "a whole number", float: "a number"}[kind]
     if kind in (int, float):
         fits = fits and low <= value <= high
@@ -79,26 +71,20 @@ def resolved(settings: Any, source: Any) -> Config:
 
 
 def check_expressed(config: Config, there: ModelConfig, whose: str) -> None:
-    """Raises UserError unless another library's model computes the same as a run's model.
+    """Raises UserError unless another library's model, `there`, computes the same as a run's.
 
-    Args:
-      config: the run's config.
-      there: the other model in our settings, with experts in the same layers.
-      whose: the other model in words, for the message.
+    It has experts in the same layers, and the message calls it `whose`.
     """
     fix = "use --kind=safetensors"
-    check_equal(compared(config.model, there, OPEN_SIZES), whose, fix)
-    if not any(config.model.schedule.experts):
-        return
-    for name in ("router", "scores", "routed_scale", "bias_update_rate"):
+    model, pairs = config.model, compared(config.model, there, OPEN_SIZES)
+    experts = any(model.schedule.experts)
+    if experts and model.normalizes != there.normalizes:
+        pairs["normalize_top_k"] = model.normalize_top_k, there.normalize_top_k
+    check_equal(pairs, whose, fix)
+    for name in ("router", "scores", "routed_scale", "bias_update_rate") if experts else ():
         value, only = getattr(config.moe, name), getattr(MoeConfig, name)
         if value != only:
             raise UserError(f"moe.{name}={value}, {whose} has {only}; {fix}")
-    if config.model.normalizes != there.normalizes:
-        raise UserError(
-            f"model.normalize_top_k={config.model.normalize_top_k}, {whose} has "
-            f"{there.normalize_top_k}; {fix}"
-        )
 
 
 def gpt2_shaped(model: ModelConfig) -> ModelConfig:

@@ -22,43 +22,29 @@ class Tensors:
     """The arrays of model.safetensors, or of the files that its index names, read one by one."""
 
     def __init__(self, folder: Path, ignored: tuple[str, ...] = ()):
-        """Opens the files and reads the shapes.
-
-        Args:
-          folder: the folder of these files.
-          ignored: name endings of tensors to leave out, since they are no weights.
-
-        Raises:
-          UserError: a file is missing or damaged, or a tensor's type is not in `DTYPES`.
-        """
+        """Opens the files and reads the shapes, except of names that end as in `ignored`."""
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._files: dict[str, tuple] = {}
-        for path in _files(folder):
-            self._add(path, ignored)
-
-    def _add(self, path: Path, ignored: tuple[str, ...]) -> None:
-        other = sorted(p.name for p in path.parent.glob("*.bin"))
+        other = sorted(path.name for path in folder.glob("*.bin"))
         hint = f"; {other[0]} may run code when it is read: convert it" if other else ""
-        files.regular(path, hint)
-        with _reading(path):
-            # The file is read as JAX's arrays, because NumPy has no bfloat16.
-            file = safe_open(path, framework="flax")
-            for name in file.keys():
-                if name.endswith(ignored):
-                    continue
-                if name in self.shapes:
-                    raise UserError(f"{path} holds {shown(name)}, as another file does")
-                part = file.get_slice(name)
-                check_dtype(name, part.get_dtype(), DTYPES, path)
-                self.shapes[name] = tuple(part.get_shape())
-                self._files[name] = path, file
+        for path in _files(folder):
+            files.regular(path, hint)
+            with _reading(path):
+                # The file is read as JAX's arrays, because NumPy has no bfloat16.
+                file = safe_open(path, framework="flax")
+                for name in file.keys():
+                    if not name.endswith(ignored):
+                        self._add(name, path, file)
+
+    def _add(self, name: str, path: Path, file) -> None:
+        if name in self.shapes:
+            raise UserError(f"{path} holds {shown(name)}, as another file does")
+        part = file.get_slice(name)
+        check_dtype(name, part.get_dtype(), DTYPES, path)
+        self.shapes[name], self._files[name] = tuple(part.get_shape()), (path, file)
 
     def read(self, name: str) -> np.ndarray:
-        """One array, float32.
-
-        Raises:
-          UserError: the file is damaged, or `check_finite` refuses the array.
-        """
+        """One array, float32."""
         path, file = self._files[name]
         with _reading(path), np.errstate(over="ignore"):
             array = np.asarray(file.get_tensor(name), np.float32)
@@ -86,11 +72,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def read_json(path: Path) -> dict:
-    """The object in another library's JSON file.
-
-    Raises:
-      UserError: the file is missing, or holds no JSON object.
-    """
+    """The object in another library's JSON file."""
     return files.read_json(files.regular(path), fix="copy it from its source again")
 
 
@@ -98,22 +80,21 @@ def write_tensors(tensors: dict[str, np.ndarray], folder: Path) -> None:
     """Writes model.safetensors or, above `SHARD_BYTES`, several files and their index."""
     shards, size = [{}], 0
     for name, array in tensors.items():
-        if shards[-1] and size + array.nbytes > SHARD_BYTES:
-            shards.append({})
-            size = 0
-        shards[-1][name] = np.ascontiguousarray(array)
         size += array.nbytes
-    if len(shards) == 1:
-        save_file(shards[0], folder / "model.safetensors", {"format": "pt"})
-        return
+        if shards[-1] and size > SHARD_BYTES:
+            shards.append({})
+            size = array.nbytes
+        shards[-1][name] = np.ascontiguousarray(array)
     places = {}
     for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        several = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        file = several if len(shards) > 1 else "model.safetensors"
         save_file(shard, folder / file, {"format": "pt"})
         places |= dict.fromkeys(shard, file)
-    total = sum(array.nbytes for array in tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": places}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    if len(shards) > 1:
+        total = sum(array.nbytes for array in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def check_dtype(name: str, dtype: str, allowed: tuple[str, ...], path: Path) -> None:
@@ -133,23 +114,15 @@ def check_finite(name: str, array: np.ndarray, path: Path) -> None:
 def check_shapes(
     found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], source: Path
 ) -> str:
-    """Compares shapes, by name, with the expected ones; returns a summary for the user.
-
-    Args:
-      found: the arrays' shapes.
-      expected: the required shapes.
-      source: the file or folder of the arrays, for messages.
-
-    Raises:
-      UserError: an array is missing, is not expected or has another shape.
-    """
-    missing = sorted(expected.keys() - found.keys())
-    extra = sorted(found.keys() - expected.keys())
-    extra = [shown(name) for name in extra[:3]] + extra[3:]
-    for names, what in ((missing, "lacks"), (extra, "has what this architecture doesn't:")):
+    """Checks the shapes of a source's arrays, by name; returns a summary for the user."""
+    missing, extra = expected.keys() - found.keys(), found.keys() - expected.keys()
+    for names, what, text in (
+        (missing, "lacks", str),
+        (extra, "has what this architecture doesn't:", shown),
+    ):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise UserError(f"{source} {what} {', '.join(names[:3])}{more}")
+            raise UserError(f"{source} {what} {', '.join(map(text, sorted(names)[:3]))}{more}")
     for name, shape in expected.items():
         if found[name] != shape:
             raise UserError(f"{source}: {name} has shape {shown(found[name])}, not {shape}")

@@ -33,9 +33,7 @@ class KVCache(NamedTuple):
         shapes = (batch, heads, width, room), (batch, heads, room, width)
         return cls(*(jnp.zeros(shape, dtype) for shape in shapes))
 
-    def extended(
-        self, k_BxQxHxK: jax.Array, v_BxQxHxK: jax.Array, position_BxQ: jax.Array
-    ) -> "KVCache":
+    def extended(self, k_BxQxHxK, v_BxQxHxK, position_BxQ: jax.Array) -> "KVCache":
         """The cache with more tokens at their positions; tokens past its end are dropped."""
         row_Bx1 = jnp.arange(len(position_BxQ))[:, None]
         if platform() != "tpu":
@@ -160,9 +158,9 @@ class Attention(nnx.Module):
           cache: in decoding, the KV cache of earlier tokens.
           position_BxL: the tokens' positions in their document, ascending; with a cache, they are
             also the tokens' indices in it.
-          execution: names the attention kernel.
         """
         q, k, v = self._project(x_BxLxD, decoding=cache is not None)
+        window = self.config.sliding_window
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if clip := self.config.clip_qkv:
@@ -173,10 +171,10 @@ class Attention(nnx.Module):
         if cache is not None:
             # Without the barrier, XLA also writes the new keys into a copy of the cache.
             cache = jax.lax.optimization_barrier(cache.extended(k, v, position_BxL))
-            y = attend_to_cache(q, cache, position_BxL, self.config.sliding_window)
+            y = attend_to_cache(q, cache, position_BxL, window)
         else:
             implementation = resolve_attention(execution.attention, self.config, platform())
-            y = attend(q, k, v, segments_BxL, implementation, self.config.sliding_window)
+            y = attend(q, k, v, segments_BxL, implementation, window)
         return add_bias(matmul(y, self.w_out[...], axes=2), self.b_out), cache
 
     def _project(self, x_BxLxD: jax.Array, decoding: bool) -> list[jax.Array]:

@@ -20,10 +20,9 @@ def check_backends(config: Config, platform: str, mesh: Mesh) -> None:
     """
     execution = config.execution
     attention = resolve_attention(execution.attention, config.model, platform)
-    if (execution.attention, config.model.dtype, attention) == ("auto", "bfloat16", "xla"):
-        if platform == "gpu":
-            refusal = cudnn_refusal(config.model)
-            log.info("cuDNN's attention cannot run this model (%s)", refusal)
+    found = platform, execution.attention, config.model.dtype, attention
+    if found == ("gpu", "auto", "bfloat16", "xla"):
+        log.info("cuDNN's attention cannot run this model (%s)", cudnn_refusal(config.model))
     used = dict.fromkeys(
         dispatch.resolve(execution.dispatch, platform, dropless) for dropless in (False, True)
     )

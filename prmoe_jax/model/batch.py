@@ -19,7 +19,7 @@ class Batch(NamedTuple):
     segments_BxL is int32, 0 for padding and 1, 2, … for the documents of a window (all 1 with
     `data.cross_document_attention`). The target of a document's last token is EOS, in the same
     segment. The next input is the next document's BOS; many tokenizers use one id for both.
-    `teacher_top_k` is set if a teacher's predictions were recorded (`distill/teacher_cache.py`).
+    `teacher_top_k` is set if a teacher's predictions were recorded (`distill/teacher.py`).
     """
 
     tokens_BxL: jax.Array

@@ -20,8 +20,8 @@ from prmoe_jax.parallel.axes import batch_axes, platform
 # chunk then stay in the processor's cache.
 CHUNK, CPU_CHUNK = 256, 256
 
-# Maps (x_BxTxD, table_VxD, inputs of the chunk, inputs of all chunks) to sums over tokens.
-ChunkMeasure = Callable[[jax.Array, jax.Array, Any, Any], tuple[jax.Array, ...]]
+# Maps (x_BxTxD, unembedding, inputs of the chunk, inputs of all chunks) to sums over tokens.
+ChunkMeasure = Callable[[jax.Array, Any, Any, Any], tuple[jax.Array, ...]]
 
 
 def chunk_length(batch: int, length: int) -> int:
@@ -41,7 +41,7 @@ def cut(x_BxL: jax.Array, chunk: int) -> jax.Array:
 def weighted_sums(
     measure: ChunkMeasure,
     x_BxLxD: jax.Array,
-    table_VxD: jax.Array,
+    unembedding: Any,
     inputs: Any,
     shared: Any,
     weights: tuple,
@@ -51,55 +51,56 @@ def weighted_sums(
     Args:
       measure: see `ChunkMeasure`.
       x_BxLxD: final activations.
-      table_VxD: the output matrix.
+      unembedding: a pytree, the map to logits.
       inputs: a pytree of arrays [B, L, …] that are cut like x; masks must exclude the padding.
       shared: a pytree of arrays that every chunk gets whole.
       weights: the weight of each sum in the loss.
 
     Returns:
-      The loss, which can be differentiated by x and the table, and the sums, which can't.
+      The loss, which can be differentiated by x and the unembedding, and the sums, which can't.
 
     Raises:
       TypeError: a sum is differentiated.
     """
 
-    def on_device(x_BxLxD, table_VxD, inputs, shared):
+    def on_device(x_BxLxD, unembedding, inputs, shared):
         def add(sums, part):
-            return jax.tree.map(jnp.add, sums, measure(part[0], table_VxD, part[1], shared)), None
+            return jax.tree.map(jnp.add, sums, measure(part[0], unembedding, part[1], shared)), None
 
         zeros = (jnp.zeros(()),) * len(weights)
         return jax.lax.scan(add, zeros, _chunks(x_BxLxD, inputs))[0], ()
 
-    sums = _on_each_device(on_device, x_BxLxD, table_VxD, inputs, shared)[0]
+    sums = _on_each_device(on_device, x_BxLxD, unembedding, inputs, shared)[0]
     return _weighted(sums, weights), sums
 
 
 def _forward(measure: ChunkMeasure, *arguments):
-    x_BxLxD, table_VxD, inputs, shared, weights = jax.tree.map(lambda a: a.value, arguments)
+    x_BxLxD, unembedding, inputs, shared, weights = jax.tree.map(lambda a: a.value, arguments)
 
-    def on_device(x_BxLxD, table_VxD, inputs, shared_and_weights):
+    def on_device(x_BxLxD, unembedding, inputs, shared_and_weights):
         shared, weights = shared_and_weights
 
-        def loss(x_BxTxD, table_VxD, part):
-            sums = measure(x_BxTxD, table_VxD, part, shared)
+        def loss(x_BxTxD, unembedding, part):
+            sums = measure(x_BxTxD, unembedding, part, shared)
             return _weighted(sums, weights), sums
 
         def add(carry, part):
-            (_, sums), (dx_BxTxD, dtable_VxD) = jax.value_and_grad(loss, (0, 1), has_aux=True)(
-                part[0], table_VxD, part[1]
-            )
-            return jax.tree.map(jnp.add, carry, (sums, dtable_VxD.astype(jnp.float32))), dx_BxTxD
+            gradient = jax.value_and_grad(loss, (0, 1), has_aux=True)
+            (_, sums), (dx_BxTxD, found) = gradient(part[0], unembedding, part[1])
+            return jax.tree.map(jnp.add, carry, (sums, found)), dx_BxTxD
 
-        zeros = (jnp.zeros(()),) * len(weights), jnp.zeros(table_VxD.shape)
+        no_gradient = jax.tree.map(lambda x: jnp.zeros(x.shape), unembedding)  # float32
+        zeros = (jnp.zeros(()),) * len(weights), no_gradient
         carry, dx_CxBxTxD = jax.lax.scan(add, zeros, _chunks(x_BxLxD, inputs))
-        sums, dtable_VxD = carry
+        sums, dunembedding = carry
         batch, length, width = x_BxLxD.shape
         dx_BxLxD = dx_CxBxTxD.swapaxes(0, 1).reshape(batch, -1, width)[:, :length]
-        return (sums, dtable_VxD.astype(table_VxD.dtype)), dx_BxLxD
+        dunembedding = jax.tree.map(lambda d, x: d.astype(x.dtype), dunembedding, unembedding)
+        return (sums, dunembedding), dx_BxLxD
 
-    added, dx_BxLxD = _on_each_device(on_device, x_BxLxD, table_VxD, inputs, (shared, weights))
-    sums, dtable_VxD = added
-    return (_weighted(sums, weights), sums), (dx_BxLxD, dtable_VxD)
+    added, dx_BxLxD = _on_each_device(on_device, x_BxLxD, unembedding, inputs, (shared, weights))
+    sums, dunembedding = added
+    return (_weighted(sums, weights), sums), (dx_BxLxD, dunembedding)
 
 
 def _backward(measure: ChunkMeasure, gradients, cotangents):
@@ -121,20 +122,15 @@ def _chunks(x_BxLxD: jax.Array, inputs):
     return jax.tree.map(partial(cut, chunk=chunk), (x_BxLxD, inputs))
 
 
-def _on_each_device(function: Callable, x_BxLxD, table_VxD, inputs, shared):
+def _on_each_device(function: Callable, x_BxLxD, unembedding, inputs, shared):
     """Calls a function on each device with its own rows of the batch.
 
-    Args:
-      function: maps (x, table, inputs, shared) to a pytree of sums over tokens and a pytree of
-        arrays by row.
-
-    Returns:
-      The sums over all devices, and the arrays by row. Devices are summed once, not in every chunk.
-      `tensor` may still split the vocabulary.
+    It returns a pytree of sums over tokens, which are then added up over devices, once and not in
+    every chunk, and a pytree of arrays by row. `tensor` may still split the vocabulary.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return function(x_BxLxD, table_VxD, inputs, shared)
+        return function(x_BxLxD, unembedding, inputs, shared)
 
     def local(*arguments):
         sums, by_row = function(*arguments)
@@ -148,5 +144,5 @@ def _on_each_device(function: Callable, x_BxLxD, table_VxD, inputs, shared):
         out_specs=(rows, rows),
         axis_names=set(axes),
         check_vma=False,
-    )(x_BxLxD, table_VxD, inputs, shared)
+    )(x_BxLxD, unembedding, inputs, shared)
     return jax.tree.map(lambda x: x.sum(0), sums), by_row

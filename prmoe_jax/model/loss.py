@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from prmoe_jax.config.schema import AUTO, Config, ExecutionConfig
 from prmoe_jax.model.batch import Batch
 from prmoe_jax.model.chunks import weighted_sums
-from prmoe_jax.model.transformer import Transformer, logits
+from prmoe_jax.model.transformer import Transformer
 from prmoe_jax.moe.routing import RouterMetrics
 
 
@@ -51,18 +51,18 @@ def cross_entropy(z_weight: float = 0.0) -> Measure:
     """A measure of three fields of `Sums`; its `loss` is lm_loss + z_weight · z_loss."""
 
     def measure(model: Transformer, x_BxLxD: jax.Array, batch: Batch) -> dict[str, jax.Array]:
-        inputs, table_VxD = (batch.targets_BxL, batch.mask_BxL), model.output_table(x_BxLxD.dtype)
+        inputs, unembedding = (batch.targets_BxL, batch.mask_BxL), model.unembedding(x_BxLxD.dtype)
         with jax.named_scope("logits"):
-            loss, sums = weighted_sums(_nats, x_BxLxD, table_VxD, inputs, (), (1.0, z_weight))
+            loss, sums = weighted_sums(_nats, x_BxLxD, unembedding, inputs, (), (1.0, z_weight))
         return {"loss": loss, "lm_loss": sums[0], "z_loss": sums[1]}
 
     return measure
 
 
-def _nats(x_BxTxD, table_VxD, inputs, _) -> tuple[jax.Array, ...]:
+def _nats(x_BxTxD, unembedding, inputs, _) -> tuple[jax.Array, ...]:
     """Cross-entropy and log(Z)², summed over unmasked targets."""
     targets_BxT, mask_BxT = inputs
-    found = token_nats(logits(x_BxTxD, table_VxD), targets_BxT)
+    found = token_nats(unembedding.logits(x_BxTxD), targets_BxT)
     return tuple((nats_BxT * mask_BxT).sum() for nats_BxT in found)
 
 
@@ -80,15 +80,12 @@ def forward(
     measure: Measure | None = None,
     execution: ExecutionConfig = AUTO,
 ) -> Sums:
-    """Runs the model over a batch.
+    """Runs the model over a batch or a microbatch.
 
     Args:
-      model: the model.
-      batch: a whole batch or a microbatch.
       keys_B: one key per sequence for training; None for evaluation.
       measure: maps final activations [B, L, D] to sums of losses, `cross_entropy()` by default; the
         measure of a distiller adds `kd_loss`.
-      execution: which kernels compute it.
     """
     measure = measure or cross_entropy()
     x_BxLxD, routers = model(batch.tokens_BxL, batch.segments_BxL, keys_B, execution)
@@ -98,9 +95,7 @@ def forward(
 def batch_balance(router: RouterMetrics, assigned_E: jax.Array) -> jax.Array:
     """E · Σ (an expert's share of the batch's assignments) · (its probability, summed over tokens).
 
-    Args:
-      router: the statistics of a microbatch or of the whole batch.
-      assigned_E: the number of assignments to each expert in the whole batch.
+    `router` may be of a microbatch; `assigned_E` counts the assignments in the whole batch.
     """
     share_E = assigned_E / jnp.maximum(assigned_E.sum(), 1)
     return len(share_E) * (share_E * router.prob_E).sum()
@@ -111,13 +106,14 @@ def training_loss(sums: Sums, total: Totals, config: Config) -> jax.Array:
 
     The losses of the microbatches add up to the loss of the whole batch.
     """
-    zero = jnp.zeros(())
+    zero, groups = jnp.zeros(()), total.groups
+    balances = [router.aux_loss for router in sums.routers]
     if config.moe.balance == "batch":
+        groups = total.routed
         assigned = total.assigned or [router.assigned_E for router in sums.routers]
         pairs = zip(sums.routers, assigned, strict=True)
-        balance, groups = sum((batch_balance(*pair) for pair in pairs), zero), total.routed
-    else:
-        balance, groups = sum((router.aux_loss for router in sums.routers), zero), total.groups
+        balances = [batch_balance(*pair) for pair in pairs]
+    balance = sum(balances, zero)
     router_z = sum((router.z_loss for router in sums.routers), zero)
     return (
         sums.loss / total.tokens

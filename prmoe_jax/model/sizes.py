@@ -51,9 +51,7 @@ class Cost:
 def cost(model: ModelConfig, moe: MoeConfig | None = None) -> Cost:
     """Counts a model, with shared experts (residual MLPs) and routers.
 
-    Args:
-      model: the model.
-      moe: how it routes; without it, tokens choose `top_k` experts.
+    `moe` says how it routes; without it, tokens choose `top_k` experts.
     """
     d = model.d_model
     heads, pairs = model.heads * model.head_width, model.key_heads * model.head_width
@@ -77,26 +75,24 @@ def cost(model: ModelConfig, moe: MoeConfig | None = None) -> Cost:
         return experts * capacity(tokens, experts, factor, model.top_k, least) / tokens
 
     def layer(experts: int) -> LayerCost:
+        columns = experts  # of the router, and of the residual's mix
+        width = 0 if experts else model.d_ff  # of the MLP that every token visits
         params = 2 * norm + attention
-        if not experts:
-            params += mlp(model.d_ff)
-            return LayerCost(0, params, params, flops + 2 * matrices * d * model.d_ff)
-        shared, shared_flops = d * experts, 2 * d * experts
-        if moe is not None and moe.bias_update_rate > 0:
-            shared += experts
-        if model.residual:
-            shared += mlp(model.residual_width)
-            shared_flops += 2 * matrices * d * model.residual_width
-            columns = {"learned": 2, "sigmoid": 1}.get(model.residual_mix, 0)
-            shared += columns * d + 2 * (model.residual_mix == "learned")
-            shared_flops += 2 * columns * d
+        if experts and moe is not None and moe.bias_update_rate > 0:
+            params += experts
+        if experts and model.residual:
+            width = model.residual_width
+            columns += {"learned": 2, "sigmoid": 1}.get(model.residual_mix, 0)
+            params += 2 * (model.residual_mix == "learned")
+        params += columns * d + (mlp(width) if width else 0)
+        shared_flops = flops + 2 * columns * d + 2 * matrices * d * width
         expert = mlp(model.expert_width)
-        visited = min(visits(experts), experts)
+        visited = min(visits(experts), experts) if experts else 0
         return LayerCost(
             experts,
-            params + shared + experts * expert,
-            params + shared + round(visited * expert),
-            flops + shared_flops + round(visited * 2 * matrices * d * model.expert_width),
+            params + experts * expert,
+            params + round(visited * expert),
+            shared_flops + round(visited * 2 * matrices * d * model.expert_width),
         )
 
     positions = model.length if model.positions == "learned" else 0
@@ -111,43 +107,40 @@ def cost(model: ModelConfig, moe: MoeConfig | None = None) -> Cost:
 def report(model: ModelConfig, moe: MoeConfig | None = None) -> dict:
     """A model's parameters, active parameters and training FLOPs per token: total and by layer."""
     counted = cost(model, moe)
-    layers = [
-        {
-            "layer": i,
-            "kind": "moe" if layer.experts else "dense",
-            "experts": layer.experts,
-            "params": layer.params,
-            "active_params": layer.active_params,
-            "train_flops_per_token": 3 * layer.forward_flops,
-        }
-        for i, layer in enumerate(counted.layers)
-    ]
     return {
         "architecture": str(model.schedule),
         "total_params": counted.total_params,
         "active_params": counted.active_params,
         "train_flops_per_token": counted.train_flops_per_token,
         "embedding_params": counted.embedding_params,
-        "layers": layers,
+        "layers": [
+            {
+                "layer": i,
+                "kind": "moe" if layer.experts else "dense",
+                "experts": layer.experts,
+                "params": layer.params,
+                "active_params": layer.active_params,
+                "train_flops_per_token": 3 * layer.forward_flops,
+            }
+            for i, layer in enumerate(counted.layers)
+        ],
     }
 
 
 def table(model: ModelConfig, moe: MoeConfig | None = None) -> str:
     """The counts of `report` as a table in text."""
-    counts = report(model, moe)
-    embedding, logits = counts["embedding_params"], 3 * cost(model, moe).logits_flops
-    total = [counts[name] for name in ("total_params", "active_params", "train_flops_per_token")]
-    rows: list[tuple[str, ...]] = [
-        ("embedding", "", f"{embedding:,}", f"{embedding:,}", f"{logits:,}")
-    ]
-    for layer in counts["layers"]:
-        numbers = layer["params"], layer["active_params"], layer["train_flops_per_token"]
-        rows.append((layer["layer"], layer["experts"] or "dense", *(f"{n:,}" for n in numbers)))
-    rows.append(("total", "", *(f"{n:,}" for n in total)))
+    counted = cost(model, moe)
+    embedding, flops = counted.embedding_params, counted.train_flops_per_token
+    rows: list[tuple] = [("embedding", "", embedding, embedding, 3 * counted.logits_flops)]
+    for i, layer in enumerate(counted.layers):
+        numbers = layer.params, layer.active_params, 3 * layer.forward_flops
+        rows.append((i, layer.experts or "dense", *numbers))
+    rows.append(("total", "", counted.total_params, counted.active_params, flops))
+    cells = [(*row[:2], *(f"{number:,}" for number in row[2:])) for row in rows]
     return (
-        f"{counts['architecture']}; d_model {model.d_model}, d_ff {model.d_ff}, "
-        f"heads {model.heads}, context {model.length}, vocabulary {model.vocab_size}\n\n"
-        + aligned(("layer", "experts", "params", "active", "train FLOPs/token"), rows)
+        f"{model.schedule}; d_model {model.d_model}, d_ff {model.d_ff}, heads {model.heads}, "
+        f"context {model.length}, vocabulary {model.vocab_size}\n\n"
+        + aligned(("layer", "experts", "params", "active", "train FLOPs/token"), cells)
     )
 
 
@@ -157,16 +150,8 @@ def paper_rows() -> list[dict]:
     rows = []
     for name, row in paper["ROWS"].items():
         counts = report(resolve(paper["get_config"](name)).model)
-        rows.append(
-            {
-                "name": name,
-                "architecture": counts["architecture"],
-                "total_params": counts["total_params"],
-                "paper_params": row.params * 1e9,
-                "active_params": counts["active_params"],
-                "train_flops_per_token": counts["train_flops_per_token"],
-            }
-        )
+        del counts["embedding_params"], counts["layers"]
+        rows.append({"name": name, **counts, "paper_params": row.params * 1e9})
     return rows
 
 

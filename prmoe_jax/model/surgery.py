@@ -32,17 +32,9 @@ def size(model: ModelConfig, name: str) -> int:
 def compared(
     model: ModelConfig, source: ModelConfig, sizes: Iterable[str] = ()
 ) -> dict[str, tuple]:
-    """The settings that must be equal, so that parameters mean the same in two models.
+    """The values of two models' settings that must be equal, so that parameters mean the same.
 
-    Routing is left out: `validation.check_same_routing` compares it.
-
-    Args:
-      model: the model to build.
-      source: the model that it is built from.
-      sizes: the names of sizes that must also be equal.
-
-    Returns:
-      Setting name -> (value in `model`, value in `source`).
+    `sizes` names more of them. Routing is left out: `validation.check_same_routing` compares it.
     """
     pairs = {name: (size(model, name), size(source, name)) for name in sizes}
     pairs |= model.differences(source)
@@ -76,23 +68,16 @@ def build(like: Transformer, part: Callable[[str], jax.Array]) -> Transformer:
 
 
 def take(x: jax.Array, dims: str, kept: Mapping[str, jax.Array]) -> jax.Array:
-    """The part of a parameter at some indices of its dimensions.
+    """The part of a parameter, with the dimensions `dims`, at some indices by a dimension's letter.
 
-    Args:
-      x: the parameter.
-      dims: its dimensions, as in `PARAMETERS`.
-      kept: indices by a dimension's letter. The indices of experts' hidden units may be [E, F]:
-        each expert that `x` holds has its own.
+    The indices of experts' hidden units may be [E, F]: each expert that `x` holds has its own.
     """
     # From the last dimension on, so that hidden units are taken before experts are removed.
     for axis, letter in reversed(list(enumerate(dims))):
         index = kept.get(letter)
-        if index is None:
-            continue
-        if index.ndim == 1:
+        if index is not None and index.ndim == 1:
             x = jnp.take(x, index, axis)
-        else:
+        elif index is not None:
             sizes = dict(zip("EF", index.shape, strict=True))
-            index = index.reshape([sizes.get(each, 1) for each in dims])
-            x = jnp.take_along_axis(x, index, axis)
+            x = jnp.take_along_axis(x, index.reshape([sizes.get(d, 1) for d in dims]), axis)
     return x

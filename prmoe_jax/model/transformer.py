@@ -5,22 +5,25 @@ A module is a pytree of float32 parameters, so that plain jax.jit, jax.grad and 
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+from flax import nnx, struct
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from prmoe_jax.config import architecture
 from prmoe_jax.config.schema import AUTO, Config, ExecutionConfig, ModelConfig, MoeConfig
 from prmoe_jax.model.attention import Attention, KVCache
+from prmoe_jax.model.attention_kernels import product
 from prmoe_jax.moe.layer import MoE
 from prmoe_jax.moe.routing import RouterMetrics, Routing
 from prmoe_jax.nn import remat
 from prmoe_jax.nn.mlp import MLP, MLPShape
 from prmoe_jax.nn.norms import norm
 from prmoe_jax.nn.parameters import declaration, map_named, normal
+from prmoe_jax.nn.quantized import QuantizedWeight
 from prmoe_jax.parallel import sharding
 from prmoe_jax.parallel.axes import platform
 
@@ -78,13 +81,13 @@ class Stage(nnx.Module):
 
     def __init__(self, stage: architecture.Stage, model: ModelConfig, moe: MoeConfig, key):
         self.config, self.repeats = model, stage.repeats
-
-        def stacked(experts: int, key: jax.Array) -> Block:
-            block = lambda key: Block(experts, model, moe, key)  # noqa: E731
-            return jax.vmap(block)(jax.random.split(key, stage.repeats))
-
         keys = jax.random.split(key, len(stage.cell))
-        self.blocks = nnx.List([stacked(e, k) for e, k in zip(stage.cell, keys, strict=True)])
+        self.blocks = nnx.List(
+            [
+                jax.vmap(partial(Block, experts, model, moe))(jax.random.split(key, stage.repeats))
+                for experts, key in zip(stage.cell, keys, strict=True)
+            ]
+        )
 
     def __call__(self, x_BxLxD, segments_BxL, keys_NxB=None, position_BxL=None, execution=AUTO):
         """Returns the activations and, for each layer of the cell, statistics [N, …] or None."""
@@ -132,13 +135,11 @@ class Transformer(nnx.Module):
         table, std = (model.vocab_size, model.d_model), model.init_std
         self.config = model
         self.tokens = normal(keys[0], table, std)
-        learned = model.positions == "learned"
+        learned, tied = model.positions == "learned", model.output == "tied"
         self.positions = normal(keys[1], (model.length, model.d_model), std) if learned else None
-        self.stages = nnx.List(
-            [Stage(s, model, moe, k) for s, k in zip(stages, keys[2:], strict=True)]
-        )
+        pairs = zip(stages, keys[2:], strict=True)
+        self.stages = nnx.List([Stage(stage, model, moe, key) for stage, key in pairs])
         self.norm = norm(model.norm, model.d_model, model.norm_eps)
-        tied = model.output == "tied"
         self.output = None if tied else normal(jax.random.fold_in(keys[0], 1), table, std)
 
     def __call__(
@@ -158,14 +159,9 @@ class Transformer(nnx.Module):
             capacity; None in evaluation.
           execution: which kernels compute it.
         """
-        position_BxL = positions(segments_BxL)
-        dtype = jnp.dtype(self.config.dtype)
-        with jax.named_scope("embedding"):
-            x_BxLxD = sharding.embed("tokens", self.tokens[...], tokens_BxL)
-            if self.positions is not None:
-                x_BxLxD += sharding.embed("positions", self.positions[...], position_BxL)
-        x_BxLxD = dropout(x_BxLxD.astype(dtype), self.config.dropout, keys_B)
-        metrics = []
+        x_BxLxD, position_BxL = self._embed(tokens_BxL, segments_BxL)
+        dtype, metrics = x_BxLxD.dtype, []
+        x_BxLxD = dropout(x_BxLxD, self.config.dropout, keys_B)
         for i, stage in enumerate(self.stages):
             # A stage is cast once, not in every layer, so that forward and backward read half as
             # much. Experts with replicas are cast in their layer, to sum gradients in float32.
@@ -182,14 +178,20 @@ class Transformer(nnx.Module):
                 metrics += [jax.tree.map(lambda x: x[n], m) for m in by_cell if m is not None]  # noqa: B023
         return self.norm(x_BxLxD), metrics
 
+    def _embed(self, tokens_BxL, segments_BxL) -> tuple[jax.Array, jax.Array]:
+        """The first layer's input in the compute dtype, and the positions [B, L]."""
+        position_BxL = positions(segments_BxL)
+        with jax.named_scope("embedding"):
+            x_BxLxD = sharding.embed("tokens", self.tokens[...], tokens_BxL)
+            if self.positions is not None:
+                x_BxLxD += sharding.embed("positions", self.positions[...], position_BxL)
+        return x_BxLxD.astype(self.config.dtype), position_BxL
+
     def routing(self, tokens_BxL: jax.Array, segments_BxL: jax.Array) -> dict[int, Routing]:
         """The routing decision of each MoE layer in evaluation, by the layer's index.
 
         It is for analysis, on one device. The arrays of a `Routing` are [G, S, K]; a group is one
         sequence unless `moe.group_size` says otherwise.
-
-        Args:
-          tokens_BxL, segments_BxL: as for a call.
         """
         return {
             number: moe.decide(x_BxLxD, segments_BxL > 0)
@@ -197,11 +199,7 @@ class Transformer(nnx.Module):
         }
 
     def added_norms(self, tokens_BxL: jax.Array, segments_BxL: jax.Array) -> dict[int, jax.Array]:
-        """`MoE.added_norms` of each MoE layer, by the layer's index, on one device.
-
-        Args:
-          tokens_BxL, segments_BxL: as for a call.
-        """
+        """`MoE.added_norms` of each MoE layer, by the layer's index, on one device."""
         return {
             number: moe.added_norms(x_BxLxD, segments_BxL > 0)
             for number, moe, x_BxLxD in self._moe_inputs(tokens_BxL, segments_BxL)
@@ -209,13 +207,9 @@ class Transformer(nnx.Module):
 
     def _moe_inputs(self, tokens_BxL, segments_BxL) -> Iterator[tuple[int, MoE, jax.Array]]:
         """The index of each MoE layer, the layer, and its input in evaluation."""
-        dtype, position_BxL = jnp.dtype(self.config.dtype), positions(segments_BxL)
-        x_BxLxD = self.tokens[...][tokens_BxL]
-        if self.positions is not None:
-            x_BxLxD += self.positions[...][position_BxL]
-        x_BxLxD = x_BxLxD.astype(dtype)
+        x_BxLxD, position_BxL = self._embed(tokens_BxL, segments_BxL)
         for number, block in enumerate(unstacked_blocks(self)):
-            block = cast(block, dtype)
+            block = cast(block, x_BxLxD.dtype)
             if isinstance(block.mlp, MoE):
                 normed_BxLxD = block.norm_attention(x_BxLxD)
                 y_BxLxD, _ = block.attention(normed_BxLxD, segments_BxL, None, position_BxL)
@@ -224,17 +218,31 @@ class Transformer(nnx.Module):
 
     def logits(self, x_BxLxD: jax.Array) -> jax.Array:
         """The next token's logits, float32 [B, L, V]."""
-        return logits(x_BxLxD, self.output_table(x_BxLxD.dtype))
+        return self.unembedding(x_BxLxD.dtype).logits(x_BxLxD)
 
-    def output_table(self, dtype) -> jax.Array:
-        """The output matrix [V, D] in a dtype, split over `tensor` only."""
-        name = "tokens" if self.output is None else "output"
-        return sharding.all_gather_params({name: getattr(self, name)[...].astype(dtype)})[name]
+    def unembedding(self, dtype) -> "Unembedding":
+        """The map to logits in a dtype, split over `tensor` only."""
+        own = Unembedding.of(self)
+        return sharding.all_gather_params(jax.tree.map(lambda x: x.astype(dtype), own))
 
 
-def logits(x_D: jax.Array, table_VxD: jax.Array) -> jax.Array:
-    """Maps [..., D] to the next token's logits, float32 [..., V]."""
-    return jnp.einsum("...D,VD->...V", x_D, table_VxD, preferred_element_type=jnp.float32)
+_scores = partial(product, "...D,VD->...V")
+
+
+@struct.dataclass
+class Unembedding:
+    """The map from final activations to logits; all that is done to logits is done here."""
+
+    output: jax.Array | QuantizedWeight  # [V, D], under its name in `PARAMETERS`
+
+    @classmethod
+    def of(cls, model) -> "Unembedding":
+        """That of a `Transformer` or a `Decoder`, with the parameter as it is."""
+        return cls((model.tokens if model.output is None else model.output)[...])
+
+    def logits(self, x_D: jax.Array, scores: Callable = _scores) -> jax.Array:
+        """Maps [..., D] to the next token's logits, float32 [..., V]; `scores` is x @ outputᵀ."""
+        return scores(x_D, self.output)
 
 
 def unstacked_blocks(model: Transformer) -> list[Block]:
@@ -264,12 +272,8 @@ def dropless(model: Transformer) -> Transformer:
 def update_router_bias(model: Transformer, routers: list[RouterMetrics], rate: float) -> None:
     """Moves every router's bias by `rate` towards even load, in place (DeepSeek-V3, 2.1.2).
 
-    A layer's mean bias has no effect and is kept at 0.
-
-    Args:
-      model: the model inside the train step, which may be changed.
-      routers: the statistics of a whole batch, one per MoE layer.
-      rate: `moe.bias_update_rate`.
+    `routers` has the statistics of a whole batch, one per MoE layer. A layer's mean bias has no
+    effect and is kept at 0.
     """
     remaining = iter(routers)
     for stage in model.stages:
@@ -283,18 +287,11 @@ def update_router_bias(model: Transformer, routers: list[RouterMetrics], rate: f
 
 
 def cast(modules, dtype, apart: str = ""):
-    """Casts the parameters that are declared with `cast` to a dtype, except those in `apart`.
-
-    Args:
-      modules: a tree of modules.
-      dtype: the compute dtype.
-      apart: the name of submodules whose parameters keep their dtype.
-    """
+    """Casts the parameters declared with `cast`, except those of the submodules named `apart`."""
 
     def held(name: str, leaf: jax.Array) -> jax.Array:
-        if declaration(name).cast and apart not in name.split("."):
-            return leaf.astype(dtype)
-        return leaf
+        casts = declaration(name).cast and apart not in name.split(".")
+        return leaf.astype(dtype) if casts else leaf
 
     return map_named(held, modules)
 

@@ -46,12 +46,9 @@ def batch_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
 
 def expert_axes(mesh: Mesh | AbstractMesh, experts: int) -> tuple[str, ...]:
     """The axes over which a layer's experts are spread, outermost first."""
-    axes, degree = [], 1
-    for name in reversed([name for name in mesh.axis_names if name.startswith("expert")]):
-        degree *= mesh.shape[name]
-        if experts % degree:
-            break
-        axes.insert(0, name)
+    axes = [name for name in mesh.axis_names if name.startswith("expert")]
+    while experts % math.prod(mesh.shape[name] for name in axes):
+        del axes[0]
     return tuple(axes)
 
 

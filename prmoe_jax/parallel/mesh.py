@@ -1,11 +1,11 @@
 """Chooses the sizes of a run's mesh, given or suggested, and checks that the config fits them."""
 
-import dataclasses
+import contextlib
 import itertools
 import logging
 import math
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 
 import jax
 import numpy as np
@@ -36,14 +36,12 @@ def choose_mesh(
     if has_own_mesh(config):
         width = config.model.d_model
         if config.mesh.fsdp != 1 and width % (size := axis_sizes(config, devices)["fsdp"]):
-            log.warning(
-                "mesh.fsdp=%d splits hardly anything, since it doesn't divide d_model=%d",
-                *(size, width),
-            )
+            told = "mesh.fsdp=%d splits hardly anything, since it doesn't divide d_model=%d"
+            log.warning(told, size, width)
         return config
     problem = None
     for tensor in _divisors(devices // slice_count(config, devices)):
-        suggested = dataclasses.replace(config, mesh=suggest_mesh(config, devices, tensor))
+        suggested = replace(config, mesh=suggest_mesh(config, devices, tensor))
         try:
             if any_batch:
                 axis_sizes(suggested, devices)
@@ -60,41 +58,30 @@ def choose_mesh(
 
 def has_own_mesh(config: Config) -> bool:
     """Whether the config sets the size of an axis."""
-    return dataclasses.replace(config.mesh, slices=0) != MeshConfig()
+    return replace(config.mesh, slices=0) != MeshConfig()
 
 
 def with_mesh(config: Config, mesh: MeshConfig | None = None) -> Config:
     """The config on another mesh (by default replicas only), with an exchange that suits any."""
-    execution = dataclasses.replace(config.execution, exchange="auto")
-    return dataclasses.replace(config, mesh=mesh or MeshConfig(), execution=execution)
+    execution = replace(config.execution, exchange="auto")
+    return replace(config, mesh=mesh or MeshConfig(), execution=execution)
 
 
 def on_slices(config: Config, devices: Sequence[jax.Device] | None = None) -> Config:
     """Sets `mesh.slices` to the number of slices that the devices form, if there are several.
 
     Only TPUs report their slice. Other devices form as many slices as the config says; neighbours
-    in the list of devices are in one slice.
-
-    Args:
-      config: the experiment.
-      devices: the devices to use; all by default.
+    in the list of devices, by default all, are in one slice.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = Counter(map(_slice_index, devices))
-    asked, found = config.mesh.slices, len(sizes)
+    asked, found = config.mesh.slices, len(set(map(_slice_index, devices)))
     if asked not in (0, found) and devices[0].platform == "tpu":
         raise UserError(
             f"mesh.slices={asked}, but the devices form {found}; use {found}, or 0 to find them"
         )
-    if len(set(sizes.values())) > 1:
-        listed = ", ".join(str(sizes[index]) for index in sorted(sizes))
-        raise UserError(
-            f"the slices have {listed} devices, and a mesh needs slices of one size; start the run "
-            "on equal slices"
-        )
     if found == 1:
         return config
-    return dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, slices=found))
+    return replace(config, mesh=replace(config.mesh, slices=found))
 
 
 def _slice_index(device: jax.Device) -> int:
@@ -115,7 +102,7 @@ def slice_count(config: Config, devices: int) -> int:
 
 def flags(mesh: MeshConfig) -> str:
     """The command-line flags of a mesh: '--config.mesh.data=8 --config.mesh.fsdp=16'."""
-    sizes = dataclasses.asdict(mesh).items()
+    sizes = asdict(mesh).items()
     return " ".join(f"--config.mesh.{name}={size}" for name, size in sizes if size > 1)
 
 
@@ -125,11 +112,10 @@ def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Me
     config = on_slices(config, devices)
     sizes = axis_sizes(config, len(devices))
     inside = [size for name, size in sizes.items() if not crosses_slices(name)]
-    members = np.reshape(sorted(devices, key=_slice_index), (-1, math.prod(inside)))
     # An axis may take part of a torus dimension: 64 of 4 x 4 x 8 chips need half of the last one.
     placed = [
         mesh_utils.create_device_mesh(inside, list(one_slice), allow_split_physical_axes=True)
-        for one_slice in members
+        for one_slice in np.reshape(sorted(devices, key=_slice_index), (-1, math.prod(inside)))
     ]
     placed = np.reshape(placed, tuple(sizes.values()))
     return Mesh(placed, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
@@ -138,19 +124,17 @@ def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Me
 def axis_sizes(config: Config, devices: int) -> dict[str, int]:
     """The number of devices on each axis of the mesh, outermost first."""
     slices = slice_count(config, devices)
-    sizes = dataclasses.asdict(config.mesh)
+    sizes = asdict(config.mesh)
     inner = sizes.pop("expert_inner")
     del sizes["slices"]
     given = math.prod(size for size in sizes.values() if size != -1)
     rest = next((name for name, size in sizes.items() if size == -1), None)
     if devices % given or (rest is None and given != devices):
-        text = " x ".join(f"mesh.{name}={size}" for name, size in sizes.items() if size > 1)
+        text = _axes_text(sizes) or "a mesh of 1"
         fix = "use sizes whose product divides it"
         if rest is None:
             fix = "leave one at -1, which means the rest"
-        raise UserError(
-            f"{text or 'a mesh of 1'} makes {given} devices, there are {devices}; {fix}"
-        )
+        raise UserError(f"{text} makes {given} devices, there are {devices}; {fix}")
     if rest:
         sizes[rest] = devices // given
     check_splits(config, sizes)
@@ -174,13 +158,14 @@ def axis_sizes(config: Config, devices: int) -> dict[str, int]:
     }
 
 
-def _slices_of_experts(config: Config, sizes: Mapping[str, int], devices: int) -> int:
-    """The number of slices over which experts are spread; 1 unless the config asks for more.
+def _axes_text(sizes: Mapping[str, int]) -> str:
+    return " x ".join(f"mesh.{name}={size}" for name, size in sizes.items() if size > 1)
 
-    Args:
-      config: the experiment.
-      sizes: devices on each axis of `config.mesh`.
-      devices: the number of devices in a slice.
+
+def _slices_of_experts(config: Config, sizes: Mapping[str, int], devices: int) -> int:
+    """The number of slices, of `devices` each, over which experts are spread.
+
+    It is 1 unless the config asks for more. `sizes` has the devices on each axis of `config.mesh`.
     """
     slices, expert = config.mesh.slices or 1, sizes["expert"]
     across = slices // math.gcd(slices, sizes["data"])
@@ -194,11 +179,10 @@ def _slices_of_experts(config: Config, sizes: Mapping[str, int], devices: int) -
             ", or, for experts across slices, execution.exchange=hierarchical with "
             f"mesh.expert_inner={inner}"
         )
-    within = {name: size for name, size in sizes.items() if name != "data" and size > 1}
-    text = " x ".join(f"mesh.{name}={size}" for name, size in within.items())
+    within = {name: size for name, size in sizes.items() if name != "data"}
     raise UserError(
-        f"{text} spans {math.prod(within.values())} devices, but a slice has {devices} "
-        f"(mesh.slices={slices}) and only mesh.data crosses slices; {fix}"
+        f"{_axes_text(within)} spans {math.prod(within.values())} devices, but a slice has "
+        f"{devices} (mesh.slices={slices}) and only mesh.data crosses slices; {fix}"
     )
 
 
@@ -233,14 +217,13 @@ def suggest_mesh(
     Args:
       config: the experiment; its width, experts, slices and exchange matter.
       devices: the number of all devices.
-      tensor: devices on the `tensor` axis; divides the devices of a slice.
-      expert_slice: devices on the `slice` axis; divides the devices of a slice / tensor.
+      tensor: devices on the `tensor` axis.
+      expert_slice: devices on the `slice` axis; tensor · expert_slice divides those of a slice.
       fsdp_devices: the most devices on the `fsdp` axis.
     """
-    counts = {e: i for i, e in enumerate(config.model.schedule.experts) if e}
     slices = slice_count(config, devices)
     rest = devices // slices // tensor // expert_slice
-    expert = next(d for d in reversed(_divisors(rest)) if not _problem(counts, d, 1))
+    expert = next(d for d in reversed(_divisors(rest)) if not _problem(config, d, 1))
     rest //= expert
     # FSDP splits the model's width, so an axis must divide it.
     width = config.model.d_model // tensor
@@ -249,11 +232,18 @@ def suggest_mesh(
     if expert == devices // slices:
         # Make two expert axes instead of one: FSDP leaves out the smaller if they fill a slice.
         most = min(FSDP_DEVICES, expert - (config.execution.exchange == "hierarchical"))
-        fits = (d for d in _divisors(expert) if not _problem(counts, expert, d))
+        fits = (d for d in _divisors(expert) if not _problem(config, expert, d))
         inner = max((d for d in fits if d <= most), default=1)
     data = slices * rest // fsdp
-    sizes = {"data": data, "fsdp": fsdp, "expert": expert, "expert_inner": inner}
-    return MeshConfig(**sizes, expert_slice=expert_slice, tensor=tensor, slices=config.mesh.slices)
+    return MeshConfig(
+        data=data,
+        fsdp=fsdp,
+        expert=expert,
+        expert_inner=inner,
+        expert_slice=expert_slice,
+        tensor=tensor,
+        slices=config.mesh.slices,
+    )
 
 
 def lower_memory_configs(
@@ -276,17 +266,13 @@ def lower_memory_configs(
             most = [d for d in _divisors(inside) if d >= FSDP_DEVICES or d == inside]
             found = [suggest_mesh(config, devices, tensor, expert_slice, fsdp) for fsdp in most]
             if moe:
-                found += [
-                    dataclasses.replace(mesh, fsdp=1, fsdp_experts=mesh.fsdp) for mesh in found
-                ]
+                found += [replace(mesh, fsdp=1, fsdp_experts=mesh.fsdp) for mesh in found]
             for number, mesh in itertools.product(numbers, dict.fromkeys(found)):
-                train = dataclasses.replace(config.train, accumulate=number)
-                changed = dataclasses.replace(config, mesh=mesh, train=train)
-                try:
+                train = replace(config.train, accumulate=number)
+                changed = replace(config, mesh=mesh, train=train)
+                with contextlib.suppress(UserError):
                     check_fits(changed, devices)
-                except UserError:
-                    continue
-                yield changed
+                    yield changed
 
 
 def _divisors(number: int) -> list[int]:
@@ -299,26 +285,26 @@ def _expert_factors(config: Config, expert: int, inner: int, devices: int) -> li
     A layer of E experts is spread over gcd(E, mesh.expert) devices, which the innermost axes must
     make up. Example: layers of 32, 64 and 128 experts on 128 devices need axes of 32, 2 and 2.
     """
-    counts = {e: i for i, e in enumerate(config.model.schedule.experts) if e}
-    problem = _problem(counts, expert, inner)
-    if problem:
+    if problem := _problem(config, expert, inner):
         divisors = [d for d in reversed(_divisors(devices)) if d <= expert]
-        works = next(d for d in divisors if not _problem(counts, d, 1))
+        works = next(d for d in divisors if not _problem(config, d, 1))
         fix = f"mesh.expert={works}"
         if works == expert:
             staged = config.execution.exchange == "hierarchical"
-            fits = (d for d in divisors if not _problem(counts, expert, d))
+            fits = (d for d in divisors if not _problem(config, expert, d))
             found = next((d for d in fits if not (staged and d in (1, expert))), None)
             fix = f"mesh.expert_inner={found}" if found else "execution.exchange=auto"
         raise UserError(f"mesh.expert={expert}: {problem}; use {fix}")
+    counts = filter(None, config.model.schedule.experts)
     degrees = sorted({1, inner, *(math.gcd(count, expert) for count in counts)})
     return [large // small for small, large in itertools.pairwise(degrees)] or [1]
 
 
-def _problem(counts: Mapping[int, int], expert: int, inner: int) -> str | None:
-    """Why the experts can't be spread, or None; `counts` has a layer for each number of experts."""
-    degrees = {math.gcd(count, expert) for count in counts}
-    for count, layer in counts.items():
+def _problem(config: Config, expert: int, inner: int) -> str | None:
+    """Why the experts can't be spread, or None."""
+    layers = {count: layer for layer, count in enumerate(config.model.schedule.experts) if count}
+    degrees = {math.gcd(count, expert) for count in layers}
+    for count, layer in layers.items():
         if math.gcd(count, expert) == 1 < min(count, expert):
             return f"the {count} experts of layer {layer} share no divisor with it"
     most = max(degrees, default=1)
@@ -340,29 +326,24 @@ def check_splits(config: Config, sizes: Mapping[str, int]) -> None:
       sizes: devices on `tensor`, `expert_slice` and `fsdp_experts`.
     """
     model, tensor = config.model, sizes["tensor"]
-    units = tensor * sizes["expert_slice"]
-    values = {"heads": model.heads, "kv_heads": model.key_heads, "vocab_size": model.vocab_size}
     experts = model.schedule.experts
+    values = {"heads": model.heads, "kv_heads": model.key_heads, "vocab_size": model.vocab_size}
     if 0 in experts:
         values["d_ff"] = model.d_ff
-    if any(experts):
-        values["expert_d_ff"] = model.expert_width
     if any(experts) and model.residual:
         values["residual_d_ff"] = model.residual_width
-    for name, value in values.items():
-        parts = units if name == "expert_d_ff" else tensor
+    splits = [(name, value, "mesh.tensor", tensor) for name, value in values.items()]
+    if any(experts):
+        units = tensor * sizes["expert_slice"]
+        axes = "mesh.tensor" if units == tensor else "mesh.tensor x mesh.expert_slice"
+        splits.append(("expert_d_ff", model.expert_width, axes, units))
+    splits.append(("d_model", model.d_model, "mesh.fsdp_experts", sizes["fsdp_experts"]))
+    for name, value, axes, parts in splits:
         if value % parts:
-            axes = "mesh.tensor" if parts == tensor else "mesh.tensor x mesh.expert_slice"
             raise UserError(
                 f"model.{name}={value} is not divisible by {axes}={parts}; use "
                 f"{math.gcd(value, parts)} of them"
             )
-    gathered = sizes["fsdp_experts"]
-    if model.d_model % gathered:
-        raise UserError(
-            f"model.d_model={model.d_model} is not divisible by mesh.fsdp_experts={gathered}; use "
-            f"{math.gcd(model.d_model, gathered)} of them"
-        )
     if config.execution.exchange == "coordinated" and tensor == 1:
         raise UserError("execution.exchange=coordinated has no effect with mesh.tensor=1; use auto")
     inner = config.mesh.expert_inner
@@ -376,25 +357,23 @@ def check_splits(config: Config, sizes: Mapping[str, int]) -> None:
 def check_batch(config: Config, devices: int, decode: bool = False) -> None:
     """Checks that every device gets the same number of whole routing groups in every microbatch."""
     batch, rows = config.train.batch_size, devices * config.train.accumulate * group_rows(config)
-    if batch % rows and decode:
-        raise UserError(
-            f"--decode={batch} sequences are not divisible by {rows} devices; use "
-            f"{max(1, batch // rows) * rows}"
-        )
-    if batch % rows:
-        raise UserError(
-            f"train.batch_size={batch} is not divisible by {devices} devices x "
-            f"train.accumulate={config.train.accumulate} x routing groups of "
-            f"{config.group_size} tokens; use {max(1, batch // rows) * rows}"
-        )
+    if batch % rows == 0:
+        return
+    fix = f"use {max(1, batch // rows) * rows}"
+    if decode:
+        raise UserError(f"--decode={batch} sequences are not divisible by {rows} devices; {fix}")
+    raise UserError(
+        f"train.batch_size={batch} is not divisible by {devices} devices x train.accumulate="
+        f"{config.train.accumulate} x routing groups of {config.group_size} tokens; {fix}"
+    )
 
 
 def check_teacher_fits(teacher: Config, student: Config, mesh: Mesh | AbstractMesh) -> None:
     """Checks that a teacher fits its student's mesh, and its routing groups the student's batch."""
     shape = mesh.shape
     sizes = {"tensor": shape["tensor"], "expert_slice": shape["slice"]}
-    model = dataclasses.replace(teacher.model, length=student.model.length)
-    taught = dataclasses.replace(teacher, model=model, train=student.train)
+    model = replace(teacher.model, length=student.model.length)
+    taught = replace(teacher, model=model, train=student.train)
     with telling("the teacher, on its student's mesh and batches: "):
         check_splits(teacher, sizes | {"fsdp_experts": shape.get("fsdp_experts", 1)})
         check_batch(taught, mesh.size // mesh.shape["tensor"])

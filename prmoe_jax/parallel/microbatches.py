@@ -20,10 +20,9 @@ def add_up(
 
     Args:
       measure: maps a microbatch to sums over its rows, a pytree of arrays.
-      batch: a pytree of arrays [B, …].
+      batch: a pytree of arrays [B, …]; B is a multiple of microbatches · rows_together.
       microbatches: their number.
       rows_together: the number of neighbouring rows that stay together, see `config.group_rows`.
-        B is a multiple of microbatches · rows_together.
       place: constrains the sums to their partition over the mesh.
     """
     if microbatches == 1:

@@ -26,14 +26,10 @@ from jax._src import distributed  # the store has no public name
 from prmoe_jax import errors, files, stores
 from prmoe_jax.errors import Failure, UserError, first_line, is_out_of_memory, refusing
 
-# Seconds within which all processes must have started.
-JOIN_SECONDS = 40
-# A process without heartbeats for this many seconds counts as lost, and the others end.
-HEARTBEAT_SECONDS = 20
-# Seconds that a network file system may take to show what another process wrote.
-SHOW_SECONDS = 10
-# Seconds between checks whether another process has ended.
-POLL_SECONDS = 0.5
+JOIN_SECONDS = 40  # within which all processes must have started
+HEARTBEAT_SECONDS = 20  # a process that was silent for so long is lost, and the others end
+SHOW_SECONDS = 10  # a network file system may take so long to show another process's file
+POLL_SECONDS = 0.5  # between checks whether another process has ended
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 _ENDED = "prmoe/ended/"
@@ -50,7 +46,6 @@ def initialize_distributed() -> Iterator[None]:
     """
     arguments = _arguments()
     _keep_output_ours()
-    _end_in_one_line_on_abort()
     advice = f"start it on a TPU pod, under SLURM or on GKE, or give {', '.join(VARIABLES)}"
     unknown = "--distributed: the processes of this run were not found"
     with refusing(unknown, (RuntimeError, ValueError), fix=advice):
@@ -92,13 +87,12 @@ def is_lost(error: RuntimeError) -> bool:
 
 def _arguments() -> dict:
     """Arguments of jax.distributed.initialize from `VARIABLES`; empty if none is set."""
-    given = [name for name in VARIABLES if name in os.environ]
+    given = {name: os.environ[name] for name in VARIABLES if name in os.environ}
     if not given:
         return {}
-    if len(given) < len(VARIABLES):
-        missing = ", ".join(name for name in VARIABLES if name not in given)
-        raise UserError(f"{', '.join(given)} given without {missing}; give all or none")
-    address, count, number = (os.environ[name] for name in VARIABLES)
+    if missing := [name for name in VARIABLES if name not in given]:
+        raise UserError(f"{', '.join(given)} given without {', '.join(missing)}; give all or none")
+    address, count, number = given.values()
     if not re.fullmatch(r"\S+:\d{1,5}", address, re.ASCII):
         raise UserError(f"{VARIABLES[0]}={address} must be HOST:PORT, where process 0 runs")
     for name, value in ((VARIABLES[1], count), (VARIABLES[2], number)):
@@ -108,11 +102,7 @@ def _arguments() -> dict:
         raise UserError(
             f"{VARIABLES[2]}={number} must be below {VARIABLES[1]}={count}; they count from 0"
         )
-    return {
-        "coordinator_address": address,
-        "num_processes": int(count),
-        "process_id": int(number),
-    }
+    return dict(coordinator_address=address, num_processes=int(count), process_id=int(number))
 
 
 # --- How they communicate
@@ -121,53 +111,49 @@ def _arguments() -> dict:
 def agree(what: str, values: Callable[[], dict]) -> None:
     """Refuses values that differ from process 0's; does nothing in a run of one process.
 
-    Args:
-      what: describes the values in the error message.
-      values: returns this process's values by name; JSON must be able to hold them.
+    `what` describes the values in the message. `values` returns them by name, as JSON has them.
     """
     if _count() == 1:
         return
     ours = json.loads(json.dumps(values()))
     theirs = of_first(ours)
-    differing = [name for name in theirs | ours if theirs.get(name) != ours.get(name)]
-    if differing:
-        details = ", ".join(
-            f"{name} is {ours.get(name)!r} in process {_number()}, {theirs.get(name)!r} in "
-            "process 0"
-            for name in differing
-        )
-        raise UserError(f"processes of one run must have {what} in common: {details}")
+    details = [
+        f"{name} is {ours.get(name)!r} in process {_number()}, {theirs.get(name)!r} in process 0"
+        for name in theirs | ours
+        if theirs.get(name) != ours.get(name)
+    ]
+    if details:
+        raise UserError(f"processes of one run must have {what} in common: {', '.join(details)}")
 
 
 def of_first(value):
     """Returns process 0's value, which JSON must be able to hold, on all processes."""
     if _count() == 1:
         return value
-    key = f"prmoe/{next(_calls)}/first"
+    folder = f"prmoe/{next(_calls)}/"
     if _number() == 0:
-        _client().key_value_set(key, json.dumps(value))
+        _put(folder, value)
         return value
-    return json.loads(_wait(key.removesuffix("first"), 1)[key])
+    return _wait(folder, 1)[0]
 
 
 def gathered(value) -> list:
     """Returns the values of all processes, in order, on all processes; they travel as JSON."""
     if _count() == 1:
         return [value]
-    name = f"prmoe/{next(_calls)}/all/"
-    _client().key_value_set(f"{name}{_number()}", json.dumps(value))
-    found = _wait(name, _count())
-    return [json.loads(found[f"{name}{number}"]) for number in range(_count())]
+    folder = f"prmoe/{next(_calls)}/"
+    _put(folder, value)
+    return [value for _, value in sorted(_wait(folder, _count()).items())]
 
 
 def barrier() -> None:
     """Waits until all processes have called this."""
     if _count() == 1:
         return
-    name = f"prmoe/{next(_calls)}/here/"
-    _client().key_value_set(f"{name}{_number()}", "")
+    folder = f"prmoe/{next(_calls)}/"
+    _put(folder, None)
     if _number() == 0:
-        _wait(name, _count())
+        _wait(folder, _count())
     of_first(None)
 
 
@@ -176,10 +162,7 @@ def main_process_first(cache: Path) -> Iterator[None]:
     """Process 0 runs the block first; processes that share its cache then find its files there.
 
     Processes with a cache of their own don't wait. Nobody waits if process 0's cache is read-only,
-    since it must then be complete.
-
-    Args:
-      cache: this process's cache folder.
+    since it must then be complete. `cache` is this process's cache folder.
     """
     waits = False
     if _count() > 1:
@@ -196,11 +179,8 @@ def main_process_first(cache: Path) -> Iterator[None]:
 def check_folders(workdir: Path, cache: Path) -> None:
     """Checks that every process sees the run's folder, and can write there and to its cache.
 
-    Does nothing in a run of one process: its first write shows such errors.
-
-    Args:
-      workdir: the run's folder, which process 0 has made.
-      cache: this process's cache, shared or not; it may be read-only if it holds the text already.
+    The cache may be read-only if it holds the text already. Does nothing in a run of one process:
+    its first write shows such errors.
     """
     if _count() == 1:
         return
@@ -262,9 +242,19 @@ def _client():
     return distributed.global_state.client
 
 
-def _wait(folder: str, count: int) -> dict[str, str]:
-    """Waits until a folder of the store has `count` values, and returns them by key."""
-    while len(found := dict(_client().key_value_dir_get(folder))) < count:
+def _put(folder: str, value) -> None:
+    _client().key_value_set(f"{folder}{_number()}", json.dumps(value))
+
+
+def _read(folder: str) -> dict:
+    """The values in a folder of the store by process."""
+    found = _client().key_value_dir_get(folder)
+    return {int(key.rpartition("/")[2]): json.loads(value) for key, value in found}
+
+
+def _wait(folder: str, count: int) -> dict:
+    """Waits until a folder of the store has `count` values, and returns them by process."""
+    while len(found := _read(folder)) < count:
         time.sleep(POLL_SECONDS / 5)
     return found
 
@@ -280,27 +270,28 @@ def _watch() -> None:
     """Ends this process as soon as another one has published its failure."""
     while not _finished.wait(POLL_SECONDS):
         try:
-            ended = [json.loads(value) for _, value in _client().key_value_dir_get(_ENDED)]
+            causes = {number: cause for number, cause in _read(_ENDED).items() if cause}
         except Exception:  # process 0 is gone: JAX aborts this process
             return
-        if causes := [end for end in ended if end["cause"]]:
-            cause = min(causes, key=lambda end: end["process"])
-            _publish(cause=False)
-            _end(f"process {cause['process']} ended: {cause['line']}", cause["code"])
+        if causes:
+            number = min(causes)
+            line, code = causes[number]
+            _publish(None)
+            _end(f"process {number} ended: {line}", code)
 
 
 def _tell_others(failure: Failure) -> None:
     """Publishes a printed failure, so that the others end, too; then ends this process."""
     if not _ending.acquire(blocking=False):  # another thread is ending this process
         time.sleep(60)
-    _publish(cause=True, line=failure.line, code=failure.exit_code)
+    _publish([failure.line, failure.exit_code])
     _leave(failure.exit_code)
 
 
-def _publish(cause: bool, line: str = "", code: int = 1) -> None:
-    end = {"process": _number(), "cause": cause, "line": line, "code": code}
+def _publish(cause: list | None) -> None:
+    """Says that this process ends: by itself, with a line and a code, or because another did."""
     with contextlib.suppress(Exception):  # process 0 is gone, or the key is set already
-        _client().key_value_set(f"{_ENDED}{_number()}", json.dumps(end))
+        _put(_ENDED, cause)
 
 
 def _end(line: str, code: int, others_must_read: bool = True) -> None:
@@ -319,8 +310,7 @@ def _leave(code: int, others_must_read: bool = True) -> None:
     # The store ends with process 0, which therefore waits until the others have read the reason.
     if others_must_read and _number() == 0:
         with contextlib.suppress(Exception):
-            while len(_client().key_value_dir_get(_ENDED)) < _count():
-                time.sleep(POLL_SECONDS / 2)
+            _wait(_ENDED, _count())
     os._exit(code)
 
 
@@ -328,8 +318,9 @@ def _keep_output_ours() -> None:
     """Separates the output of libraries from ours.
 
     Gloo, which runs collectives on CPUs, prints a greeting to standard output, where --json must
-    print only JSON; it is sent to standard error. Standard error of compiled code goes to a file,
-    from which `_aborted` reads why JAX ends this process.
+    print only JSON; it is sent to standard error. Standard error of compiled code goes to a file.
+    If another process was lost, JAX prints a C++ stack trace there and aborts this process. Then
+    `_aborted` reads the reason from the file and ends this process with one line.
     """
     global _native, error_descriptor
     sys.stdout.flush()
@@ -341,56 +332,48 @@ def _keep_output_ours() -> None:
     _native = tempfile.TemporaryFile()  # noqa: SIM115, open until the process ends
     os.dup2(_native.fileno(), 2)
     sys.stdout, sys.stderr = open(output, "w", **encoding), open(error, "w", **encoding)  # noqa: SIM115
+    libc = ctypes.CDLL(None)
+    libc.signal.restype = ctypes.c_void_p
+    libc.signal(int(signal.SIGABRT), _aborted)
 
 
 _native: IO | None = None  # the file with compiled code's standard error
 error_descriptor = 2  # the user's standard error, also after `_keep_output_ours`
-_ABORT = ctypes.CFUNCTYPE(None, ctypes.c_int)
 
 
-def _end_in_one_line_on_abort() -> None:
-    """Handles abort(): JAX calls it, after a C++ stack trace, if another process was lost."""
-    signal_of_libc = ctypes.CDLL(None).signal
-    signal_of_libc.restype = ctypes.c_void_p
-    signal_of_libc(int(signal.SIGABRT), _aborted)
-
-
-@_ABORT
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
 def _aborted(number: int) -> None:
     """Runs inside abort(), on the thread that called it, where the store can't be used."""
-    _end(*explain(_native_text()), others_must_read=False)
+    _end(explain(_native_text()), 1, others_must_read=False)
 
 
 def _native_text() -> str:
-    """The end of what compiled code has printed."""
     _native.flush()
     last, most = os.fstat(_native.fileno()).st_size, 1 << 20
     return os.pread(_native.fileno(), most, max(0, last - most)).decode(errors="replace")
 
 
-def explain(text: str) -> tuple[str, int]:
-    """From the text that JAX printed, returns one line on why it aborted, and the exit code."""
-    silent = re.search(r"stopped sending heartbeats\):\s*([\d,\s]*\d)", text)
-    if silent:
+def explain(text: str) -> str:
+    """One line on why JAX aborted this process, from the text that it printed."""
+    if silent := re.search(r"stopped sending heartbeats\):\s*([\d,\s]*\d)", text):
         numbers = re.findall(r"\d+", silent[1])
+        what, who = "another process of this run was lost", f"process {numbers[0]}"
         if str(_number()) in numbers:
-            why = f"nothing was heard of it for {HEARTBEAT_SECONDS} s"
-            return f"the other processes of this run ended without this one: {why}; {_AGAIN}", 1
-        who = f"process{'es' * (len(numbers) > 1)} {', '.join(numbers)}"
-        why = f"nothing was heard of {who} for {HEARTBEAT_SECONDS} s"
-        return f"another process of this run was lost: {why}; {_AGAIN}", 1
+            what, who = "the other processes of this run ended without this one", "it"
+        elif len(numbers) > 1:
+            who = f"processes {', '.join(numbers)}"
+        return f"{what}: nothing was heard of {who} for {HEARTBEAT_SECONDS} s; {_AGAIN}"
     if "RegisterTask" in text or "Barrier timed out" in text and "REGISTER" in text.upper():
         count = os.environ.get(VARIABLES[1], "all")
         return (
             f"the {count} processes of this run did not find each other within {JOIN_SECONDS} s; "
             f"see whether each was started, what it printed, and that {VARIABLES[0]} is the same "
-            "everywhere and can be reached",
-            1,
+            "everywhere and can be reached"
         )
     if "UNAVAILABLE" in text or "DEADLINE_EXCEEDED" in text:
-        return f"another process of this run was lost: process 0 cannot be reached; {_AGAIN}", 1
+        return f"another process of this run was lost: process 0 cannot be reached; {_AGAIN}"
     path = Path(tempfile.gettempdir()) / f"prmoe-abort-{os.getpid()}.txt"
     with contextlib.suppress(UserError):
         files.replace(path, text)
     reason = next((line for line in text.splitlines() if line.startswith("F")), "without a word")
-    return f"internal error: a library aborted: {reason[:200]}; all it printed is in {path}", 1
+    return f"internal error: a library aborted: {reason[:200]}; all it printed is in {path}"

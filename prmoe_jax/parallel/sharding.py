@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from functools import partial
+from operator import itemgetter
 
 import jax
 import jax.numpy as jnp
@@ -29,15 +30,12 @@ def spec(
     """
     weight = name.removesuffix(".values").removesuffix(".scales")
     declared = declaration(weight)
-    roles = declared.split
-    if len(shape) - len(roles) not in (0, 1):
+    roles, stacked = declared.split, len(shape) - len(declared.split)
+    if stacked not in (0, 1):
         raise KeyError(f"{name} of shape {shape} is declared with dimensions {declared.dims}")
     if weight != name:  # quantized, with the contracted axes last
-        order = sorted(
-            range(len(roles)), key=lambda axis: declared.dims[axis] in declared.contracted
-        )
-        roles = "".join(roles[axis] for axis in order)
-    stacked = len(shape) - len(roles)
+        contracted = [dim in declared.contracted for dim in declared.dims]
+        roles = [role for _, role in sorted(zip(contracted, roles, strict=True), key=itemgetter(0))]
 
     def axes(role: str, size: int) -> tuple[str, ...]:
         if size == 1:  # a scale, along a contracted axis
@@ -83,7 +81,6 @@ def shardings(tree, mesh: Mesh, in_use: bool = False):
 
 
 def _constrain(tree, partition: Callable):
-    """Constrains a tree to `partition(mesh)`, if a mesh is in use."""
     mesh = jax.sharding.get_abstract_mesh()
     return tree if mesh.empty else jax.lax.with_sharding_constraint(tree, partition(mesh))
 
@@ -99,10 +96,9 @@ def constrain_leaf(name: str, x: jax.Array) -> jax.Array:
 
 
 def pad_layers(name: str, x: jax.Array) -> jax.Array:
-    """Appends layers of zeros to a stacked parameter, [layers, …], for `constrain_matrices`.
+    """Appends layers of zeros to a stacked parameter, [layers, …], split as before.
 
-    The number of layers becomes a multiple of the devices that split them there. The result is
-    split as the parameter.
+    Their number becomes a multiple of the devices that split them in `constrain_matrices`.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -115,11 +111,8 @@ def pad_layers(name: str, x: jax.Array) -> jax.Array:
 def constrain_matrices(name: str, x: jax.Array) -> jax.Array:
     """Splits a stacked parameter, [layers, …, rows, columns], into whole matrices, for Muon.
 
-    Experts are split as usual, and layers over the other axes of a slice except `data`.
-
-    Args:
-      name: the parameter's name in `parameters.named_leaves`.
-      x: its matrices after `pad_layers`; the second dimension is the experts, if any.
+    Experts, the second dimension if there are any, are split as usual. Layers, after `pad_layers`,
+    are split over the other axes of a slice except `data`.
     """
     return _constrain(x, lambda mesh: PartitionSpec(*_matrix_axes(name, x.shape, mesh)))
 
@@ -151,11 +144,7 @@ def all_gather_params(tree, apart: str = ""):
     """All-gathers parameters over FSDP's axes, right before they are used.
 
     Gradients are reduce-scattered at once, in the dtype of `tree`: float32 would move twice the
-    bytes of bfloat16.
-
-    Args:
-      tree: a tree of modules.
-      apart: the name of submodules whose parameters are not gathered.
+    bytes of bfloat16. Parameters of submodules named `apart` are not gathered.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -170,12 +159,8 @@ def all_gather_params(tree, apart: str = ""):
 def all_gather_experts(tree, parts, dtype):
     """All-gathers experts over `fsdp_experts`; call it inside shard_map.
 
-    Gradients are reduce-scattered before replicas sum them.
-
-    Args:
-      tree: the experts' parameters on this device.
-      parts: their partitions.
-      dtype: the dtype in which parameters and gradients travel.
+    Gradients are reduce-scattered before replicas sum them. Both travel in `dtype`. `tree` has the
+    parameters on this device, and `parts` their partitions.
     """
 
     def gather(x: jax.Array, part: PartitionSpec) -> jax.Array:
@@ -204,13 +189,7 @@ def embed(
     """table[ids], [B, L, D] in the table's dtype; float32 for a quantized table.
 
     On a mesh each device looks up the ids of its part of the batch. The gradients are summed into
-    each device's part of the table.
-
-    Args:
-      name: the declared name of the table.
-      table_VxD: the table.
-      ids_BxL: indices below V.
-      in_use: whether FSDP has all-gathered the table.
+    each device's part of the table. `name` and `in_use` are as in `spec`.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if isinstance(table_VxD, QuantizedWeight):

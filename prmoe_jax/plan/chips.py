@@ -68,14 +68,15 @@ KINDS = {
 # NVL72, 'NxM' is N racks, each with M of the 72 GPUs: a power of two suits most models.
 TORUS = "2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x16".split()
 PLANE = "1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16".split()
+HOSTS = "1x8 2x8 4x8 8x8 16x8 32x8 64x8 128x8".split()
 SLICES = {
     "v4": TORUS,
     "v5e": PLANE,
     "v5p": TORUS,
     "v6e": PLANE,
     "tpu7x": TORUS,
-    "h100": [f"{1 << i}x8" for i in range(8)],
-    "b200": [f"{1 << i}x8" for i in range(8)],
+    "h100": HOSTS,
+    "b200": HOSTS,
     "gb200": "1x4 1x8 1x16 1x32 1x64 2x64 4x64 8x64 16x64".split(),
 }
 
@@ -111,20 +112,19 @@ def data_sheet(device_kind: str) -> Chip | None:
     return CHIPS.get(KINDS.get(device_kind))
 
 
-def several(chip: str) -> tuple[int, str]:
-    """The number of slices and the name of a chip: (2, 'v5p') for '2xv5p', (1, 'v5p') for 'v5p'."""
-    found = re.fullmatch(r"([1-9][0-9]{0,3})x(\w+)", chip)
-    return (int(found[1]), found[2]) if found else (1, chip)
+def split(topology: str) -> tuple[int, str, str]:
+    """Slices, chip and shape: (2, 'v5p', '4x4x8') for '2xv5p:4x4x8', (1, 'v5p', '') for 'v5p'."""
+    pattern = r"(?s)(?:([1-9][0-9]{0,3})x)?([^:]*):?(.*)"
+    slices, name, shape = re.fullmatch(pattern, topology).groups()
+    return int(slices or 1), name, shape
 
 
 def chip_of(topology: str) -> Chip:
     """The chip of a topology such as 'v5p:4x4x8', or '2xv5p:4x4x8' for two such slices."""
-    chip, _, shape = topology.partition(":")
-    slices, name = several(chip)
-    dimensions = SLICES[name][0].count("x") + 1 if name in CHIPS else 0
-    if not re.fullmatch(r"[1-9][0-9]{0,5}(x[1-9][0-9]{0,5}){1,2}", shape) or (
-        shape.count("x") >= dimensions
-    ):
+    slices, name, shape = split(topology)
+    more = SLICES[name][0].count("x") if name in CHIPS else 1  # dimensions beyond the first
+    counts = rf"[1-9][0-9]{{0,5}}(x[1-9][0-9]{{0,5}}){{1,{more}}}"
+    if name not in CHIPS or not re.fullmatch(counts, shape):
         raise UserError(
             f"--topology={topology} is unknown; use one of {', '.join(CHIPS)} and the chips of "
             "each dimension, such as v5p:4x4x8, v5e:16x16, or h100:16x8 for 16 hosts of 8; "
@@ -145,8 +145,8 @@ def chip_of(topology: str) -> Chip:
 
 def chip_count(topology: str) -> int:
     """The number of chips of a topology that `chip_of` accepts."""
-    chip, _, shape = topology.partition(":")
-    return several(chip)[0] * math.prod(map(int, shape.split("x")))
+    slices, _, shape = split(topology)
+    return slices * math.prod(map(int, shape.split("x")))
 
 
 def device_count(topology: str) -> int:
@@ -156,7 +156,7 @@ def device_count(topology: str) -> int:
 
 def slice_shapes(chip: str) -> list[str]:
     """A chip's topologies, smallest first; '2xv5p' gives topologies of two slices each."""
-    first, *others = (f"{chip}:{shape}" for shape in SLICES[several(chip)[1]])
+    first, *others = (f"{chip}:{shape}" for shape in SLICES[split(chip)[1]])
     return [first, *(other for other in others if chip_count(other) <= LARGEST)]
 
 
@@ -167,32 +167,28 @@ def unit(topology: str) -> str:
 
 def topology_devices(topology: str) -> tuple[Chip, list]:
     """The chip of a topology, and devices to compile for, without any hardware."""
-    chip = chip_of(topology)
-    prefix, _, shape = topology.partition(":")
-    slices, name = several(prefix)
+    chip, (slices, name, shape) = chip_of(topology), split(topology)
     if chip.platform == "gpu":
         target = TARGET.format(**GPUS[name])
-        asked = ("cuda", "", {"topology": f"1x{shape}", "target_config": target})
+        asked = {"platform": "cuda", "topology_name": "", "target_config": target}
+        asked["topology"] = f"1x{shape}"
     else:
-        # A v4's two cores are one device, as in the rest of the package.
-        options = {"chip_config_name": "megacore"} if name == "v4" else {}
+        asked = {"platform": "tpu", "topology_name": f"{name}:{shape}"}
+        if name == "v4":  # its two cores are one device, as in the rest of the package
+            asked["chip_config_name"] = "megacore"
         if math.prod(map(int, shape.split("x"))) == 1:  # a host with a single chip
-            options["chips_per_host_bounds"] = (1, 1, 1)
+            asked["chips_per_host_bounds"] = (1, 1, 1)
         if slices > 1:
-            options["num_slices"] = slices
-        asked = ("tpu", f"{name}:{shape}", options)
-    platform, topology_name, options = asked
+            asked["num_slices"] = slices
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        described = topologies.get_topology_desc(
-            platform=platform, topology_name=topology_name, **options
-        )
+        devices = topologies.get_topology_desc(**asked).devices
     except Exception as error:  # a missing or failing compiler raises anything
         reason = first_line(error)
         if "INVALID_ARGUMENT" in reason:
             raise UserError(
                 f"--topology={topology} is no slice of a pod ({reason}); use one of "
-                f"{', '.join(slice_shapes(prefix))}"
+                f"{', '.join(slice_shapes(topology.partition(':')[0]))}"
             ) from error
         extra = "tpu" if chip.platform == "tpu" else "cuda"
         raise UserError(
@@ -202,4 +198,4 @@ def topology_devices(topology: str) -> tuple[Chip, list]:
     finally:
         with contextlib.suppress(ValueError):  # raised outside the main thread
             signal.signal(signal.SIGTERM, handler)  # libtpu's handler prints a stack trace
-    return chip, list(described.devices)
+    return chip, list(devices)

@@ -1,12 +1,13 @@
 """The collectives of a compiled program: kind, mesh axes, bytes, and a model of their time."""
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from prmoe_jax.plan.program import COLLECTIVES, END, Operation, result, size
+from prmoe_jax.plan.program import COLLECTIVES, END, Operation, field, numbers, result, size
 
 # Latency in seconds of a transfer between slices: device to host, network, host to device. It is an
 # assumption, since no data sheet states it.
@@ -35,12 +36,12 @@ def kind(operation: Operation) -> str | None:
     In a program for several TPU slices, collectives stay inside a slice. Across slices, a `send` to
     the host names the collective that the hosts perform, and a `recv` takes its result.
     """
-    if operation.opcode == "send":
-        named = re.search(r'_xla_megascale_transfer_type="(\w+)"', operation.text)
-        name = named[1].lower().replace("_", "-") if named else ""
-        return name if name in COLLECTIVES else "collective-permute"
-    name = operation.opcode.removesuffix("-start")
-    return name if name in COLLECTIVES else None
+    if operation.opcode != "send":
+        name = operation.opcode.removesuffix("-start")
+        return name if name in COLLECTIVES else None
+    named = field(operation.text, r'_xla_megascale_transfer_type="(\w+)"')
+    name = named.lower().replace("_", "-")
+    return name if name in COLLECTIVES else "collective-permute"
 
 
 def collectives(
@@ -56,18 +57,32 @@ def collectives(
       operations: from `program.operations`.
       mesh_shape: axis -> number of devices, outermost axis first.
       network: from `torus`, `hosts` or `slices`.
-      island: [devices], the slice of each TPU or the host of each GPU, in the order of the mesh;
-        the same for all by default.
-      partitions: the number of devices that run one program: of a TPU slice, or (default) of the
-        mesh. They come first in the mesh.
+      island: [devices], the slice of each TPU or the host of each GPU; by default all are in one.
+      partitions: the number of devices that run one program, those of a TPU slice or (default) of
+        the mesh. They come first in the mesh.
     """
-    devices = int(np.prod(list(mesh_shape.values())))
-    island = np.zeros(devices, int) if island is None else island
-    return {
-        place: _collective(operation, mesh_shape, network, island, partitions or devices)
-        for place, operation in enumerate(operations)
-        if kind(operation)
-    }
+    sizes, found = list(mesh_shape.values()), {}
+    partitions = partitions or math.prod(sizes)
+    for index, operation in enumerate(operations):
+        name, runs = kind(operation), operation.runs
+        if name is None:
+            continue
+        if operation.opcode == "send":
+            members = _slices(operation.text) * partitions
+        else:
+            members = groups(operation.text, partitions)[0]
+        places = zip(mesh_shape, np.unravel_index(members, sizes), strict=True)
+        moved = _bytes(operation, len(members))
+        found[index] = Collective(
+            kind=name,
+            axes=tuple(axis for axis, place in places if len(set(place)) > 1),
+            asynchronous=bool(operation.pair),
+            runs=runs,
+            bytes=moved * runs,
+            seconds=network(name, members, moved) * runs,
+            away=island is not None and len(set(island[members])) > 1,
+        )
+    return found
 
 
 def exposed(
@@ -79,12 +94,8 @@ def exposed(
     on the links inside a slice or on the network between slices. Each of the two carries one
     collective at a time, but `LATENCY` does not occupy the network. All runs of a loop are modelled
     as one: they are equal, and each waits only for collectives that began in it or long before it.
-    The step ends when all collectives have ended.
-
-    Args:
-      operations: from `program.operations`.
-      seconds: the time of each operation, all runs together; ignored for collectives.
-      sent: from `collectives`.
+    The step ends when all collectives have ended. `seconds` has the time of each operation, all
+    runs together; it is ignored for the collectives in `sent`.
     """
     now, free = 0.0, {False: 0.0, True: 0.0}
     found, ends = dict(sent), {}
@@ -95,8 +106,7 @@ def exposed(
         now = max(now, end)
 
     for place, operation in enumerate(operations):
-        if place in sent:
-            collective = sent[place]
+        if collective := sent.get(place):
             latency = LATENCY * collective.runs if operation.opcode == "send" else 0.0
             free[collective.away] = max(now, free[collective.away]) + collective.seconds - latency
             end = free[collective.away] + latency
@@ -104,37 +114,13 @@ def exposed(
                 ends[operation.pair] = place, end
             else:
                 wait(place, end)
-        elif operation.opcode == END:
-            if operation.pair in ends:
-                wait(*ends.pop(operation.pair))
-        else:
+        elif operation.opcode != END:
             now += seconds[place]
+        elif operation.pair in ends:
+            wait(*ends.pop(operation.pair))
     for place, end in ends.values():
         wait(place, end)
     return found
-
-
-def _collective(operation, mesh_shape, network, island, partitions) -> Collective:
-    sent, runs = operation.opcode == "send", operation.runs
-    if sent:
-        members = _slices(operation.text) * partitions
-    else:
-        members = groups(operation.text, partitions)[0]
-    places = np.stack(np.unravel_index(members, list(mesh_shape.values())), 1)
-    axes = tuple(
-        name for name, column in zip(mesh_shape, places.T, strict=True) if len(set(column)) > 1
-    )
-    moved = _bytes(operation, len(members))
-    seconds = network(kind(operation), members, moved)
-    return Collective(
-        kind=kind(operation),
-        axes=axes,
-        asynchronous=bool(operation.pair),
-        runs=runs,
-        bytes=moved * runs,
-        seconds=seconds * runs,
-        away=len(set(island[members])) > 1,
-    )
 
 
 def _slices(text: str) -> np.ndarray:
@@ -144,7 +130,7 @@ def _slices(text: str) -> np.ndarray:
     devices, '{{100000,200000},{100001,200001}}', where a device is 100,000 * slice + chip.
     """
     target = text.partition("_xla_megascale_target=")[2]
-    listed = [int(number) for number in re.match(r'["{]*([\d,]+)\}', target)[1].split(",")]
+    listed = numbers(field(target, r'^["{]*([\d,]+)\}'))
     return np.array([number // 100_000 or number for number in listed]) - 1
 
 
@@ -197,8 +183,7 @@ def torus(
 
     Args:
       coordinates: [devices, dimensions], in the order of the mesh.
-      link_bytes_per_s: a device's share of one link, in one direction.
-      die_bytes_per_s: bandwidth between the devices of a chip, in one direction.
+      link_bytes_per_s, die_bytes_per_s: see `chips.Chip`.
     """
 
     def seconds(kind: str, members: np.ndarray, moved: int) -> float:
@@ -206,8 +191,7 @@ def torus(
         rings = sum(extent > 1 for extent in extents)
         share = 1 - 1 / len(members)
         if not rings and len(members) > 1 and die_bytes_per_s:
-            sides = {"all-reduce": 2 * share, "collective-permute": 1}.get(kind, share)
-            return moved * sides / die_bytes_per_s
+            return moved * _sent(kind, len(members)) / die_bytes_per_s
         together = len(members) // len(np.unique(coordinates[members], axis=0))
         wires = 2 * link_bytes_per_s * max(1, rings) * together
         return {
@@ -230,18 +214,22 @@ def slices(inside: Network, devices: int, network_bytes_per_s: float) -> Network
     Args:
       inside: from `torus`, the model of a slice's links.
       devices: the number of devices in a slice; slices follow each other in the mesh.
-      network_bytes_per_s: a device's share of the network, in one direction.
+      network_bytes_per_s: see `chips.Chip`.
     """
 
     def seconds(kind: str, members: np.ndarray, moved: int) -> float:
         count = len(set(members // devices))
         if count == 1:
             return inside(kind, members, moved)
-        share = 1 - 1 / count
-        sides = {"all-reduce": 2 * share, "collective-permute": 1}.get(kind, share)
-        return LATENCY + moved * sides / network_bytes_per_s
+        return LATENCY + moved * _sent(kind, count) / network_bytes_per_s
 
     return seconds
+
+
+def _sent(kind: str, members: int) -> float:
+    """The share of an array that each of the members sends."""
+    share = 1 - 1 / members
+    return {"all-reduce": 2 * share, "collective-permute": 1}.get(kind, share)
 
 
 def hosts(host: np.ndarray, link_bytes_per_s: float, network_bytes_per_s: float) -> Network:
@@ -253,18 +241,16 @@ def hosts(host: np.ndarray, link_bytes_per_s: float, network_bytes_per_s: float)
 
     Args:
       host: [devices], the host of each device in the order of the mesh.
-      link_bytes_per_s: bandwidth of a GPU's link to the switch, in one direction.
-      network_bytes_per_s: bandwidth of a GPU's share of the network, in one direction.
+      link_bytes_per_s, network_bytes_per_s: see `chips.Chip`.
     """
 
     def seconds(kind: str, members: np.ndarray, moved: int) -> float:
-        places = host[members]
-        spanned = len(set(places))
+        spanned = len(set(host[members]))
         inside = len(members) / spanned  # devices of the group per host
         if kind in ("all-to-all", "ragged-all-to-all"):
-            away = 1 - inside / len(members)
-            within = (inside - 1) / len(members)
-            return moved * (away / network_bytes_per_s + within / link_bytes_per_s)
+            away = (1 - inside / len(members)) / network_bytes_per_s
+            within = (inside - 1) / len(members) / link_bytes_per_s
+            return moved * (away + within)
         if kind == "collective-permute":
             return moved / (link_bytes_per_s if spanned == 1 else network_bytes_per_s)
         # Every GPU of a host moves its own part of the array over the network.
@@ -288,25 +274,20 @@ def groups(text: str, devices: int) -> np.ndarray:
         return np.arange(devices)[None]
     if text.startswith("{"):
         listed = re.match(r"\{(\{[\d,{}]+\})\}", text)[1]
-        return np.array([_numbers(group) for group in re.findall(r"\{([\d,]+)\}", listed)])
+        return np.array([numbers(group) for group in re.findall(r"\{([\d,]+)\}", listed)])
     if not text.startswith("mesh"):
         shape, order = re.match(r"\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", text).groups()
-        return _iota(order).reshape(_numbers(shape))
-    sizes = dict(re.findall(r"'(\w+)'=(\d+)", text.partition("]")[0]))
+        return _iota(order).reshape(numbers(shape))
+    sizes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", text.partition("]")[0])}
     order = re.search(r"device_ids=\((\[[\d,]+\](?:T\([\d,]+\))?)\)", text)
-    ids = _iota(order[1]) if order else np.arange(devices)
-    ids = ids.reshape([int(size) for size in sizes.values()])
-    inside = re.findall(r"'(\w+)'", re.search(r" \{(.*?)\}", text)[1])
+    ids = (_iota(order[1]) if order else np.arange(devices)).reshape(list(sizes.values()))
+    inside = re.findall(r"'(\w+)'", field(text, r" \{(.*?)\}"))
     ids = np.moveaxis(ids, [list(sizes).index(name) for name in inside], range(-len(inside), 0))
-    return ids.reshape(-1, np.prod([int(sizes[name]) for name in inside]))
+    return ids.reshape(-1, math.prod(sizes[name] for name in inside))
 
 
 def _iota(text: str) -> np.ndarray:
     """Device numbers: '[2,4]T(1,0)' is 0 to 7 in that shape, transposed and flattened."""
     shape, order = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text).groups()
-    ids = np.arange(np.prod(_numbers(shape))).reshape(_numbers(shape))
-    return (ids.transpose(_numbers(order)) if order else ids).reshape(-1)
-
-
-def _numbers(text: str) -> list[int]:
-    return [int(number) for number in text.split(",")]
+    ids = np.arange(np.prod(numbers(shape))).reshape(numbers(shape))
+    return (ids.transpose(numbers(order)) if order else ids).reshape(-1)

@@ -18,7 +18,7 @@ from prmoe_jax.parallel.mesh import (
     lower_memory_configs,
     with_mesh,
 )
-from prmoe_jax.plan.chips import CHIPS, chip_of, device_count, several, slice_shapes
+from prmoe_jax.plan.chips import CHIPS, chip_of, device_count, slice_shapes, split
 from prmoe_jax.plan.report import check_load, decoding, held_bytes, plan
 from prmoe_jax.training.optimizer import STATE_BYTES
 
@@ -26,26 +26,19 @@ log = logging.getLogger(__name__)
 
 
 def fit(
-    config: Config,
-    topology: str,
-    decode: int = 0,
-    teacher: Config | None = None,
-    load: float = 1.0,
+    config: Config, topology: str, decode: int = 0, teacher: Config | None = None, load: float = 1.0
 ) -> dict:
     """Plans for a topology; if the step doesn't fit, also searches for a plan that fits.
 
     The mesh is the config's own, or the suggested one (`parallel.mesh.choose_mesh`). The search
     tries other meshes of these chips and, in training, more microbatches (`train.accumulate`); then
-    larger slices, smallest first. See `report.plan` for `decode`, `teacher` and `load`.
+    larger slices, smallest first. See `report.plan` for `decode`, `teacher`, `load` and errors.
 
     Returns:
       The plan. If the config sets no mesh, its `flags` are the command-line flags of the suggested
       mesh. If the step doesn't fit, `instead` is another plan that fits, or None, and `tried` lists
       (topology, reason) for the plans that failed. The flags of `instead` include the number of
       microbatches and the exchange, where these had to change.
-
-    Raises:
-      UserError: see `choose_mesh` and `report.plan`.
     """
     chip_of(topology)
     search = _Search(config, decode, teacher, load)
@@ -74,38 +67,33 @@ def find(
     training, the optimizer's state. See `report.plan` for `decode`, `teacher` and `load`.
 
     Returns:
-      The first plan that fits, with `flags` as in `fit`, and with `tried`: (topology, reason) for
-      each plan that failed.
+      The first plan that fits, with `flags` and `tried` as in `fit`.
 
     Raises:
       UserError: the chip is unknown, or the step fits none of its slices.
     """
-    if several(chip)[1] not in CHIPS:
+    count, name, shape = split(chip)
+    if name not in CHIPS or shape:
         raise UserError(
             f"--find={chip} is unknown; use one of {', '.join(CHIPS)}, or 2xv5p for two slices"
         )
-    if several(chip)[0] > 1 and CHIPS[several(chip)[1]].platform == "gpu":
-        raise UserError(
-            f"--find={chip} asks for slices, which only TPUs have; use --find={several(chip)[1]}"
-        )
+    if count > 1 and CHIPS[name].platform == "gpu":
+        raise UserError(f"--find={chip} asks for slices, which only TPUs have; use --find={name}")
     slices = slice_shapes(chip)
     on_topology(config, slices[0])
     search = _Search(config, decode, teacher, load)
-    for topology in slices:
-        if result := search.first(topology):
-            return result | {"tried": search.tried}
+    if result := next(filter(None, map(search.first, slices)), None):
+        return result | {"tried": search.tried}
     topology, reason = search.tried[-1]
-    fix = ""
-    if has_own_mesh(config):
-        fix = "; leave --config.mesh.… out for a mesh that suits each slice"
+    fix = "; leave --config.mesh.… out for a mesh that suits each slice"
+    fix = fix if has_own_mesh(config) else ""
     raise UserError(f"--find={chip}: no slice fits; {topology}: {reason}{fix}")
 
 
 def on_topology(config: Config, topology: str) -> Config:
     """The config with the topology's number of slices in `mesh.slices`, if it is above 1."""
-    on_tpus, asked = chip_of(topology).platform == "tpu", config.mesh.slices
-    slices, _ = several(topology.partition(":")[0])
-    if on_tpus and asked not in (0, slices):
+    asked, (slices, *_) = config.mesh.slices, split(topology)
+    if chip_of(topology).platform == "tpu" and asked not in (0, slices):
         raise UserError(
             f"mesh.slices={asked}, but --topology={topology} has {slices}; use {slices}, or 0"
         )
@@ -157,10 +145,9 @@ class _Search:
         return None
 
     def _once(self, topology: str, config: Config) -> dict | None:
-        if (topology, config.mesh, config.train.accumulate) in self.planned:
-            return None
-        result = self.plan(topology, config)
-        return result if result["fits"] else None
+        if (topology, config.mesh, config.train.accumulate) not in self.planned:
+            result = self.plan(topology, config)
+            return result if result["fits"] else None
 
     def plan(self, topology: str, config: Config) -> dict:
         """Plans a config that has a mesh; a plan that doesn't fit is added to `tried`."""

@@ -3,6 +3,7 @@
 import io
 import math
 import os
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -70,9 +71,9 @@ def draw(plans: Sequence[tuple[str, dict]], path: Path) -> None:
     from matplotlib import pyplot
     from matplotlib.ticker import PercentFormatter
 
-    groups: dict[str, dict[str, dict]] = {}
+    groups: dict[str, dict[str, dict]] = defaultdict(dict)
     for label, result in plans:
-        groups.setdefault(result["topology"], {})[label] = result
+        groups[result["topology"]][label] = result
     sizes = [len(group) + 1 for group in groups.values()]
     figure, axes = pyplot.subplots(
         *(len(groups), 2),
@@ -86,13 +87,10 @@ def draw(plans: Sequence[tuple[str, dict]], path: Path) -> None:
         room = chip_of(topology).hbm_bytes
         for place, result in enumerate(group.values()):
             step_s = result.get("modelled_step_s", math.nan)
-            parts = result.get("components", {})
-            _bar(times, place, {p: parts[p] / step_s for p in PARTS if p in parts}, PARTS)
-            _beside(times, place, _time(result))
+            _bar(times, place, result.get("components", {}), step_s, PARTS, _time(result))
             held = result["hbm_bytes_per_chip"]
-            uses = ["needed"] if "needed" in held else [use for use in HELD if use in held]
-            _bar(memory, place, {use: held[use] / room for use in uses}, HELD)
-            _beside(memory, place, f"{sum(held[use] for use in uses) / 2**30:.1f} GiB")
+            held = {"needed": held["needed"]} if "needed" in held else held
+            _bar(memory, place, held, room, HELD, f"{sum(held.values()) / 2**30:.1f} GiB")
         times.set_yticks(range(len(group)), group.keys())
         memory.set_yticks([])
         times.set_title(topology, loc="left", fontsize=10)
@@ -126,21 +124,19 @@ def _shown(plans: Sequence[tuple[str, dict]]) -> tuple[list[str], list[str]]:
     """The parts with at least 1 % of some plan's step, and uses with 1 % of a chip's memory."""
     parts, uses = set(), set()
     for _, plan in plans:
-        room = chip_of(plan["topology"]).hbm_bytes
-        held = plan["hbm_bytes_per_chip"]
-        uses |= {use for use, size in held.items() if size >= 0.01 * room}
+        least = 0.01 * chip_of(plan["topology"]).hbm_bytes
+        uses |= {use for use, size in plan["hbm_bytes_per_chip"].items() if size >= least}
         least = 0.01 * plan.get("modelled_step_s", 0)
         parts |= {part for part, seconds in plan.get("components", {}).items() if seconds >= least}
     return [part for part in PARTS if part in parts], [use for use in HELD if use in uses]
 
 
-def _bar(axes, place: int, shares: dict[str, float], colours: dict[str, str]) -> None:
+def _bar(
+    axes, place: int, sizes: dict[str, float], whole: float, colours: dict[str, str], text: str
+) -> None:
+    """Draws a bar, and writes a text to the right of the axes in its row."""
     left = 0.0
-    for name, share in shares.items():
-        axes.barh(place, share, left=left, color=colours[name], height=0.7)
-        left += share
-
-
-def _beside(axes, place: int, text: str) -> None:
-    """Writes a text to the right of the axes, in the row of a bar."""
+    for name in filter(sizes.__contains__, colours):
+        axes.barh(place, sizes[name] / whole, left=left, color=colours[name], height=0.7)
+        left += sizes[name] / whole
     axes.text(1.01, place, text, va="center", fontsize=8, transform=axes.get_yaxis_transform())

@@ -1,8 +1,9 @@
 """Reads a compiled program: its operations, how often each runs, and their FLOPs and bytes."""
 
+import collections
 import math
 import re
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from typing import NamedTuple
 
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
@@ -16,6 +17,7 @@ COLLECTIVES = (
 )
 END = "collective-end"  # the opcode here of the wait for an asynchronous collective
 SENTINEL = 1 << 50  # "unknown" estimates are numbers near 2^64, above this
+SHARED = r'_xla_host_transfer_rendezvous="([^"]*)"'  # the name that a `send` and its `recv` share
 SPARSE_CORE = "call-done"  # the end of a gather or scatter on a TPU's SparseCore
 # These read only as many bytes of their operand as their result has.
 SLICES = "dynamic-slice", "gather", "slice", SPARSE_CORE
@@ -64,16 +66,12 @@ def operations(hlo: str, rounds: int = 1, window: int = 0) -> list[Operation]:
       hlo: `compiled.as_text()`.
       rounds: rounds of the dropless exchange (`moe/rounds.py`); all but the first run in a loop.
       window: the sliding window of attention kernels, in tokens; 0 is none.
-
-    Raises:
-      ValueError: a loop's trip count or an attention kernel's queries can't be found in the text.
     """
     computations, entry = _parse(hlo)
     shapes = {
         name: {line.name: result(line) for line in lines} for name, lines in computations.items()
     }
-    found = []
-    received = {}  # name of a `recv` -> its `pair`
+    found, received = [], {}  # received: name of a `recv` -> its `pair`
 
     def visit(computation: str, runs: int) -> None:
         parts = _asynchronous(computations[computation], computations)
@@ -88,9 +86,9 @@ def operations(hlo: str, rounds: int = 1, window: int = 0) -> list[Operation]:
                     begun.add(pair)  # the part that takes the operands
                     found.append(Operation(name, sent.opcode, None, runs, sent.text, pair=pair))
             elif opcode == "send":
-                found.append(Operation(name, opcode, None, runs, text, pair=_rendezvous(text)))
+                found.append(Operation(name, opcode, None, runs, text, pair=field(text, SHARED)))
             elif opcode == "recv":
-                received[name] = _rendezvous(text)
+                received[name] = field(text, SHARED)
             elif opcode == "recv-done":
                 pair = received.get(_operands(line)[0], "")
                 found.append(Operation(name, END, 0, runs, text, pair=pair))
@@ -100,8 +98,8 @@ def operations(hlo: str, rounds: int = 1, window: int = 0) -> list[Operation]:
                     inner = re.search(r"\brounds/while/body|jvp\($", loop[1])
                     trips = 0 if inner else rounds - 1
                 else:
-                    trips = _trip_count(text, computations[_attribute(text, "condition")])
-                    trips -= _first(line, computations[computation])
+                    condition = computations[_attribute(text, "condition")]
+                    trips = _trip_count(line, computations[computation], condition)
                 visit(_attribute(text, "body"), runs * trips)
             elif opcode == "conditional":
                 for branch in _branches(text):
@@ -115,25 +113,17 @@ def operations(hlo: str, rounds: int = 1, window: int = 0) -> list[Operation]:
                     summed = text.partition(f" {opcode}(")[0]
                     attributes = collective.text.partition("all-reduce(")[2]
                     opcode, text = "reduce-scatter", f"{summed} reduce-scatter({attributes}"
-                estimate = re.search(r'"estimated_cycles":"(\d+)"', text)
-                cycles = int(estimate[1]) if estimate else SENTINEL
+                cycles = int(field(text, r'"estimated_cycles":"(\d+)"') or SENTINEL)
                 known = shapes[computation]
                 if opcode == "ragged-all-to-all":  # both sides, as if asynchronous
                     sides = f"({known[_operands(line)[0]]}, {result(line)})"
                     text = sides + text[len(result(line)) :]
-                inner = shapes[_attribute(text, "calls")] if inside and not collective else {}
-                found.append(
-                    Operation(
-                        name,
-                        opcode,
-                        cycles if cycles < SENTINEL else None,
-                        runs,
-                        text,
-                        _flops(line, known, window)
-                        + sum(_flops(i, inner, window) for i in inside if inner),
-                        _bytes(line, known, inside if inner else [], inner),
-                    )
-                )
+                inside = [] if collective else inside
+                inner = shapes[_attribute(text, "calls")] if inside else {}
+                flops = _flops(line, known, window) + sum(_flops(i, inner, window) for i in inside)
+                moved = _bytes(line, known, inside, inner)
+                estimate = cycles if cycles < SENTINEL else None
+                found.append(Operation(name, opcode, estimate, runs, text, flops, moved))
 
     visit(entry, 1)
     return found
@@ -142,16 +132,15 @@ def operations(hlo: str, rounds: int = 1, window: int = 0) -> list[Operation]:
 def _asynchronous(
     lines: list[_Line], computations: dict[str, list[_Line]]
 ) -> dict[str, tuple[str, _Line]]:
-    """Maps each part of an asynchronous collective to its start's name and the collective.
+    """Maps each part (start, update, done) of a collective to its start's name and the collective.
 
-    The parts are a start, perhaps updates, and a done. The collective is the start itself or, on a
-    SparseCore, an operation in the computation that the start calls.
+    The collective is the start itself or, on a SparseCore, in the computation that it calls.
     """
     parts: dict[str, tuple[str, _Line]] = {}
     for line in lines:
         if line.opcode.endswith("-start"):
-            called = re.search(r"\b(?:to_apply|calls)=%?([\w.\-]+)", line.text)
-            for inner in [line, *(computations.get(called[1], []) if called else [])]:
+            called = field(line.text, r"\b(?:to_apply|calls)=%?([\w.\-]+)")
+            for inner in [line, *computations.get(called, [])]:
                 if inner.opcode.removesuffix("-start") in COLLECTIVES:
                     parts[line.name] = line.name, inner
                     break
@@ -160,9 +149,9 @@ def _asynchronous(
     return parts
 
 
-def _rendezvous(text: str) -> str:
-    """The name that a `send` and its `recv` share."""
-    found = re.search(r'_xla_host_transfer_rendezvous="([^"]*)"', text)
+def field(text: str, pattern: str) -> str:
+    """The first group of a pattern's first match in a text; '' without a match."""
+    found = re.search(pattern, text)
     return found[1] if found else ""
 
 
@@ -174,7 +163,7 @@ def _is_free(opcode: str, text: str) -> bool:
 
 def size(shape: str) -> int:
     """Bytes of a shape such as 'bf16[2,3]{1,0}', or of a tuple of shapes."""
-    return sum(BYTES[kind] * _count(dims) for kind, dims in _arrays(shape))
+    return sum(BYTES[kind] * math.prod(dims) for kind, dims in _arrays(shape))
 
 
 def result(operation: Operation | _Line) -> str:
@@ -182,12 +171,20 @@ def result(operation: Operation | _Line) -> str:
     return operation.text.partition(f" {operation.opcode}(")[0]
 
 
-def _arrays(shape: str) -> list[tuple[str, str]]:
-    return [found for found in re.findall(r"\b(\w+)\[([\d,]*)\]", shape) if found[0] in BYTES]
+def _arrays(shape: str) -> list[tuple[str, list[int]]]:
+    """The types and dimensions of a shape's arrays."""
+    found = re.findall(r"\b(\w+)\[([\d,]*)\]", shape)
+    return [(kind, numbers(dims)) for kind, dims in found if kind in BYTES]
 
 
-def _count(dims: str) -> int:
-    return math.prod(int(d) for d in dims.split(",") if d)
+def _floats(shapes: Iterable[str]) -> list[list[int]]:
+    """The dimensions of the arrays of floats."""
+    return [dims for shape in shapes for kind, dims in _arrays(shape) if "f" in kind]
+
+
+def numbers(text: str) -> list[int]:
+    """The numbers of '2,3', none of ''."""
+    return [int(number) for number in text.split(",") if number]
 
 
 def is_grouped(operation: Operation | _Line) -> bool:
@@ -219,57 +216,51 @@ def _flops(line: _Line, shapes: dict[str, str], window: int) -> int:
     grouped product counts all rows of its buffer.
     """
     if is_grouped(line):
-        names = [result(line), *(shapes[n] for n in _operands(line))]
-        arrays = [dims.split(",") for kind, dims in _arrays(" ".join(names)) if "f" in kind]
-        rows = max(int(dims[0]) for dims in arrays if len(dims) == 2)
-        return 2 * rows * math.prod(int(d) for dims in arrays if len(dims) == 3 for d in dims[1:])
+        arrays = _floats([result(line), *(shapes[name] for name in _operands(line))])
+        rows = max(dims[0] for dims in arrays if len(dims) == 2)
+        return 2 * rows * math.prod(d for dims in arrays if len(dims) == 3 for d in dims[1:])
     if is_kernel(line):
         products, length = next(v for k, v in KERNELS.items() if line.name.startswith(k))
-        arrays = [a for name in _operands(line) for a in _arrays(shapes.get(name, ""))]
+        operands = _floats(shapes.get(name, "") for name in _operands(line))
         # The first operand with heads holds the queries.
-        queries = next((s for kind, s in arrays if "f" in kind and s.count(",") > 1), None)
+        queries = next((dims for dims in operands if len(dims) > 2), None)
         if queries is None:
             raise ValueError(f"the attention kernel {line.name} has no visible queries")
-        keys = int(queries.split(",")[length])
+        keys = queries[length]
         if 0 < window < keys:  # twice the mean of min(i, window)
             keys = 2 * window - window * window // keys
-        return products * _count(queries) * keys
-    contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", line.text)
-    if line.opcode == "custom-call" and "__cublas" in line.text:
-        listed = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', line.text)
-        contracted = re.search(r"([\d,]+)", listed[1].replace('"', "")) if listed else None
-    elif line.opcode != "dot":
+        return products * math.prod(queries) * keys
+    if line.opcode == "dot":
+        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", line.text)
+    elif line.opcode == "custom-call" and "__cublas" in line.text:
+        contracted = re.search(r'"lhs_contracting_dimensions":\[([\d,"]+)\]', line.text)
+    else:
         return 0
-    left = _arrays(shapes.get(_operands(line)[0], ""))
-    output = _arrays(result(line))
+    left, output = _arrays(shapes.get(_operands(line)[0], "")), _arrays(result(line))
     if not (contracted and left and output):
         return 0
-    sides = left[0][1].split(",")
-    terms = math.prod(int(sides[int(i)]) for i in contracted[1].split(",") if i)
-    return 2 * terms * _count(output[0][1])
+    terms = math.prod(left[0][1][i] for i in numbers(contracted[1].replace('"', "")))
+    return 2 * terms * math.prod(output[0][1])
 
 
 def _bytes(line: _Line, shapes, inside: list[_Line], inner) -> int:
     """Bytes of result and operands; of an array that is sliced or updated, only of that part."""
-    whole = size(result(line))
     operands = [size(shapes.get(name, "")) for name in _operands(line)]
     if not inside:
         if line.opcode in SLICES:
-            return 2 * whole
+            return 2 * size(result(line))
         if line.opcode in UPDATES:
             return 2 * operands[UPDATES[line.opcode]]
-        return whole + sum(operands)
+        return size(result(line)) + sum(operands)
     # Not the line's own shape: that of an asynchronous fusion also holds its operands.
-    whole = next(size(inner[i.name]) for i in inside if i.root)
-    uses: dict[str, list[_Line]] = {}
+    total = whole = next(size(inner[i.name]) for i in inside if i.root)
+    uses = collections.defaultdict(list)
     for i in inside:
         for name in _operands(i):
-            uses.setdefault(name, []).append(i)
-    total = whole
+            uses[name].append(i)
     for i in inside:
         if i.opcode == "parameter":
-            number = int(re.search(r"parameter\((\d+)\)", i.text)[1])
-            using = uses.get(i.name, [])
+            number, using = int(field(i.text, r"parameter\((\d+)\)")), uses[i.name]
             if using and all(_starts_with(u, i.name, SLICES) for u in using):
                 total += sum(size(inner[u.name]) for u in using)
             elif not (using and all(_starts_with(u, i.name, UPDATES) for u in using)):
@@ -299,20 +290,9 @@ def _parse(hlo: str) -> tuple[dict[str, list[_Line]], str]:
             current = None
         elif found := re.match(r"\s+(ROOT )?%?([\w.\-]+) = (.*)$", line):
             root, name, text = found.groups()
-            computations[current].append(_Line(name, _opcode(text), text, bool(root)))
+            opcode = re.search(r" ([\w\-]+)\(", text)[1]  # after the shape, which has no such word
+            computations[current].append(_Line(name, opcode, text, bool(root)))
     return computations, entry
-
-
-def _opcode(text: str) -> str:
-    """The word after the result's shape, which may be a tuple with parentheses inside."""
-    end = text.find(" ")
-    if text.startswith("("):
-        depth = 0
-        for end, character in enumerate(text, 1):  # noqa: B007, read after the loop
-            depth += (character == "(") - (character == ")")
-            if depth == 0:
-                break
-    return re.match(r"\s*([\w\-]+)\(", text[end:])[1]
 
 
 def _attribute(text: str, name: str) -> str:
@@ -325,27 +305,20 @@ def _branches(text: str) -> list[str]:
     return [_attribute(text, f"{value}_computation") for value in ("true", "false")]
 
 
-def _first(loop: _Line, lines: list[_Line]) -> int:
-    """The initial value of a loop's counter: 1 if the compiler peeled the first trip off.
+def _trip_count(loop: _Line, lines: list[_Line], condition: list[_Line]) -> int:
+    """A loop's trips, fewer if its counter begins at 1, since the compiler took the first one out.
 
-    The counter is the first element of the loop's tuple. The result is 0 if its initial value is no
-    constant, or if the text states the trip count.
+    The counter is the first element of the loop's tuple. If its initial value is no constant, it
+    counts from 0.
     """
-    if '"known_trip_count"' in loop.text:
-        return 0
+    if stated := field(loop.text, r'"known_trip_count":\{"n":"(\d+)"\}'):
+        return int(stated)
+    bounds = [int(v) for line in condition for v in re.findall(r"constant\((\d+)\)", line.text)]
+    if not bounds:
+        raise ValueError("a loop without a visible trip count")
     known = {line.name: line for line in lines}
     line = known.get(_operands(loop)[0])
     while line and line.opcode in ("tuple", "copy", "bitcast"):
         line = known.get(_operands(line)[0])
-    if not line or line.opcode != "constant":
-        return 0
-    return int(re.search(r"constant\((\d+)\)", line.text)[1])
-
-
-def _trip_count(text: str, condition: list[_Line]) -> int:
-    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', text):
-        return int(known[1])
-    bounds = [int(v) for line in condition for v in re.findall(r"constant\((\d+)\)", line.text)]
-    if not bounds:
-        raise ValueError("a loop without a visible trip count")
-    return max(bounds)
+    first = field(line.text, r" constant\((\d+)\)") if line else ""
+    return max(bounds) - int(first or 0)

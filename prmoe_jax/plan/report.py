@@ -14,7 +14,7 @@ import functools
 import logging
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 
 import jax
@@ -25,14 +25,13 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from prmoe_jax.config.schema import Config, MeshConfig, TeacherConfig
 from prmoe_jax.config.validation import check_runs_without_limit
-from prmoe_jax.distill.distiller import Distiller
+from prmoe_jax.distill.loss import Distiller
 from prmoe_jax.errors import UserError
 from prmoe_jax.inference.decoder import Decoder
 from prmoe_jax.model.backends import check_backends
 from prmoe_jax.model.batch import Batch, TopKLogProbs
 from prmoe_jax.model.sizes import cost
-from prmoe_jax.model.state import TrainState
-from prmoe_jax.model.transformer import Transformer, cast, init_model
+from prmoe_jax.model.transformer import cast, init_model
 from prmoe_jax.moe.exchange import (
     FEW_TOKENS,
     LEAST_ROWS,
@@ -53,7 +52,7 @@ from prmoe_jax.plan.collectives import (
     slices,
     torus,
 )
-from prmoe_jax.plan.program import END, Operation, is_grouped, is_kernel, operations
+from prmoe_jax.plan.program import END, Operation, field, is_grouped, is_kernel, operations
 from prmoe_jax.training.step import compile_train_step, compiler_options, init_state
 
 # The named scopes of the model's code; an operation's name lists them, innermost last. Operations
@@ -68,11 +67,7 @@ log = logging.getLogger(__name__)
 
 
 def plan(
-    config: Config,
-    topology: str,
-    decode: int = 0,
-    teacher: Config | None = None,
-    load: float = 1.0,
+    config: Config, topology: str, decode: int = 0, teacher: Config | None = None, load: float = 1.0
 ) -> dict:
     """Compiles a training or decoding step for a topology such as 'v5p:4x4x8' and models its cost.
 
@@ -107,10 +102,9 @@ def plan(
     with jax.set_mesh(mesh):
         pieces = lacks_ragged_exchange(tuple(n for n in mesh.axis_names if n.startswith("expert")))
     rounds = _rounds(config, mesh, decode, load, pieces)
-    check_backends(config, chip.platform, mesh)
-    if teacher:
-        check_backends(teacher, chip.platform, mesh)
-    taught = teacher or (_cached(config) and not decode)
+    for model in filter(None, (config, teacher)):
+        check_backends(model, chip.platform, mesh)
+    taught = teacher or (_is_cached(config) and not decode)
     distiller = Distiller(config, teacher) if taught else None
     arguments = _arguments(config, mesh, decode, teacher)
     held = _held(arguments, decode)
@@ -121,8 +115,9 @@ def plan(
         "fits": False,
         "hbm_bytes_per_chip": held,
     }
-    if sum(held.values()) > chip.hbm_bytes:  # the compiler may not report this
-        held["needed"] = sum(held.values())
+    total = sum(held.values())
+    if total > chip.hbm_bytes:  # the compiler may not report this
+        held["needed"] = total
         return result
     step = _decode_step(config, mesh) if decode else compile_train_step(config, mesh, distiller)
     log.info("compiling the step for %s", topology)
@@ -132,11 +127,11 @@ def plan(
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        held["needed"] = needed_bytes(str(error), sum(held.values()), chip.hbm_bytes)
+        held["needed"] = needed_bytes(str(error), total, chip.hbm_bytes)
         return result
     memory = compiled.memory_analysis()
-    padding = memory.argument_size_in_bytes - sum(held.values())
-    if padding > 0.01 * sum(held.values()):  # from the tiled layouts of TPUs
+    padding = memory.argument_size_in_bytes - total
+    if padding > 0.01 * total:  # from the tiled layouts of TPUs
         held["padding"] = padding
     # Activations, gradients and the program's working memory.
     held["temporaries"] = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
@@ -175,12 +170,8 @@ def _modelled(
 ) -> tuple[dict[str, float], list[Collective]]:
     """The seconds of a compiled step by part of the model, and its collectives.
 
-    Args:
-      program: the operations of the step.
-      chip: the chip that runs it.
-      mesh: the mesh that it is compiled for.
-      share: rows that the most loaded device gets in one round of a ragged exchange, relative to
-        an even share of all rows.
+    Attention kernels and collectives are parts of their own. `share` is the rows that the most
+    loaded device gets in one round of a ragged exchange, relative to an even share of all rows.
     """
     sent = collectives(program, dict(mesh.shape), *_network(chip, mesh))
     for place, collective in sent.items():
@@ -193,35 +184,32 @@ def _modelled(
         sent = exposed(program, seconds, sent)
     else:
         sent = {i: c._replace(exposed_seconds=c.seconds) for i, c in sent.items()}
-    return _components(program, seconds, sent), list(sent.values())
+    total = Counter()
+    for place, operation in enumerate(program):
+        if place not in sent:
+            part = "attention kernels" if is_kernel(operation) else component(operation)
+            total[part] += seconds[place]
+    total["collectives"] = sum(collective.exposed_seconds for collective in sent.values())
+    return dict(total.most_common()), list(sent.values())
 
 
 def needed_bytes(message: str, held: int, room: int) -> int:
     """Bytes per chip that a step needs, from the compiler's message that it doesn't fit.
 
-    If the message has no number, the result is a lower bound, the larger of `held` and `room`.
-
-    Args:
-      message: the compiler's error message.
-      held: bytes of the step's arguments per chip, which some messages leave out.
-      room: bytes of a chip's memory.
+    Without a number in the message it is a lower bound. `held` are the bytes of the step's
+    arguments, which some messages leave out, and `room` those of a chip's memory.
     """
-    if used := re.search(r"Used ([\d.]+)G of", message):
-        return round(float(used[1]) * 2**30)
-    if temporaries := re.search(r"temporaries \(([\d.]+)G\)", message):
-        return held + round(float(temporaries[1]) * 2**30)
+    if used := field(message, r"Used ([\d.]+)G of"):
+        return round(float(used) * 2**30)
+    if temporaries := field(message, r"temporaries \(([\d.]+)G\)"):
+        return held + round(float(temporaries) * 2**30)
     return max(held, room)
 
 
 def held_bytes(
     config: Config, mesh: Mesh | AbstractMesh, decode: int = 0, teacher: Config | None = None
 ) -> dict[str, int]:
-    """Bytes per chip of a step's arguments, by use, without compiling the step.
-
-    Args:
-      config, decode, teacher: as in `plan`.
-      mesh: a mesh, which need not have devices.
-    """
+    """Bytes per chip of a step's arguments, by use, without compiling the step; see `plan`."""
     config = decoding(config, decode) if decode else config
     return _held(_arguments(config, mesh, decode, teacher), decode)
 
@@ -230,16 +218,17 @@ def decoding(config: Config, sequences: int) -> Config:
     """The config with that many sequences as its batch, which need not fill routing groups."""
     check_runs_without_limit(config)
     train = dataclasses.replace(config.train, batch_size=sequences, accumulate=1)
-    return dataclasses.replace(
-        config, train=train, moe=dataclasses.replace(config.moe, group_size=0)
-    )
+    moe = dataclasses.replace(config.moe, group_size=0)
+    return dataclasses.replace(config, train=train, moe=moe)
 
 
 def check_load(config: Config, decode: int, load: float) -> None:
     """Refuses a load that changes nothing on any mesh."""
-    if load != 1 and not any(config.model.schedule.experts):
+    if load == 1:
+        return
+    if not any(config.model.schedule.experts):
         raise UserError(f"--load={load:g} has no effect: the architecture is dense; leave it out")
-    if load != 1 and not (decode or math.isinf(config.moe.capacity_factor)):
+    if not (decode or math.isinf(config.moe.capacity_factor)):
         raise UserError(
             f"--load={load:g} has no effect with moe.capacity_factor={config.moe.capacity_factor:g}"
             ", by which no expert takes more rows; use --config.moe.capacity_factor=inf"
@@ -271,12 +260,11 @@ def _rounds(config: Config, mesh: Mesh, decode: int, load: float, pieces: bool) 
 def _arguments(
     config: Config, mesh: Mesh | AbstractMesh, decode: int, teacher: Config | None
 ) -> list:
-    """A step's arguments as shapes with shardings: model or state, batch, teacher."""
+    """A step's arguments as shapes with shardings: state, batch, teacher, or those of decoding."""
     if decode:
         model, caches = _decode_shapes(_off_mesh(config))
         places = sharding.shardings(model, mesh, in_use=True)
-        by_head = NamedSharding(mesh, PartitionSpec(batch_axes(mesh), "tensor"))
-        caches = jax.tree.map(lambda leaf: _place(leaf, by_head), caches)
+        caches = jax.tree.map(lambda leaf: _place(leaf, _split(mesh, "tensor")), caches)
         return [jax.tree.map(_place, model, places), caches, _rows(mesh, (decode,), jnp.int32)]
     state = _state_shapes(_off_mesh(config))
     shape = config.train.batch_size, config.model.length
@@ -287,14 +275,14 @@ def _arguments(
         check_teacher_fits(teacher, config, mesh)
         model = _teacher_shapes(_off_mesh(teacher))
         arguments.append(jax.tree.map(_place, model, sharding.shardings(model, mesh)))
-    elif _cached(config):
+    elif _is_cached(config):
         top_k = *shape, config.kd.top_k
         recorded = (_rows(mesh, top_k, dtype) for dtype in (jnp.int32, jnp.float32))
         arguments[1] = batch._replace(teacher_top_k=TopKLogProbs(*recorded))
     return arguments
 
 
-def _cached(config: Config) -> bool:
+def _is_cached(config: Config) -> bool:
     """Whether a run learns from a teacher's recorded predictions."""
     return config.kd_steps > 0 and config.teacher.cache != ""
 
@@ -305,12 +293,12 @@ def _off_mesh(config: Config) -> Config:
 
 
 @functools.lru_cache(maxsize=4)
-def _state_shapes(config: Config) -> TrainState:
+def _state_shapes(config: Config):
     return jax.eval_shape(lambda: init_state(config))
 
 
 @functools.lru_cache(maxsize=4)
-def _teacher_shapes(config: Config) -> Transformer:
+def _teacher_shapes(config: Config):
     return jax.eval_shape(lambda: cast(init_model(config), jnp.dtype(config.model.dtype)))
 
 
@@ -327,7 +315,7 @@ def _decode_step(config: Config, mesh: Mesh):
     """The jitted step that computes each sequence's next token."""
     batch = config.train.batch_size
     model, _ = _decode_shapes(_off_mesh(config))
-    tokens = _rows(mesh, (batch,), jnp.int32)
+    rows = _split(mesh)
 
     def step(model, caches, tokens_B):
         length_B = jnp.full(batch, config.model.length - 1)
@@ -335,12 +323,12 @@ def _decode_step(config: Config, mesh: Mesh):
         return jnp.argmax(model.logits(x_Bx1xD[:, 0]), axis=-1), caches
 
     # The compiler chooses the KV cache's layout, as in `generate.decode`.
-    by_head = Format(Layout.AUTO, NamedSharding(mesh, PartitionSpec(batch_axes(mesh), "tensor")))
+    by_head = Format(Layout.AUTO, _split(mesh, "tensor"))
     return jax.jit(
         step,
         donate_argnums=1,
-        in_shardings=(sharding.shardings(model, mesh, in_use=True), by_head, tokens.sharding),
-        out_shardings=(tokens.sharding, by_head),
+        in_shardings=(sharding.shardings(model, mesh, in_use=True), by_head, rows),
+        out_shardings=(rows, by_head),
         compiler_options=compiler_options(mesh),
     )
 
@@ -350,30 +338,29 @@ def _place(leaf, sharding):
 
 
 def _rows(mesh: Mesh, shape: tuple[int, ...], dtype):
-    sharding = NamedSharding(mesh, PartitionSpec(batch_axes(mesh)))
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=_split(mesh))
+
+
+def _split(mesh: Mesh | AbstractMesh, *others: str) -> NamedSharding:
+    """Splits the first axis, a batch, over the devices, and other axes over `others`."""
+    return NamedSharding(mesh, PartitionSpec(batch_axes(mesh), *others))
 
 
 def _held(arguments: list, decode: int) -> dict[str, int]:
     """Bytes per chip of a step's arguments, by use."""
-    model = "parameters" if decode else "teacher"
-    return {use: _bytes_per_chip(part) for a in arguments for use, part in _uses(a, model)}
-
-
-def _uses(argument, model: str) -> list[tuple[str, object]]:
-    """Splits a step's argument by use; a model's use is called `model`."""
-    if isinstance(argument, TrainState):
-        return [("parameters", argument.model), ("optimizer", argument.optimizer)]
-    if isinstance(argument, (Transformer, Decoder)):
-        return [(model, argument)]
-    return [("past" if isinstance(argument, list) else "batch", argument)]
-
-
-def _bytes_per_chip(tree) -> int:
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
-    )
+    if decode:
+        parts = dict(zip(("parameters", "past", "batch"), arguments, strict=True))
+    else:
+        state, *others = arguments
+        parts = {"parameters": state.model, "optimizer": state.optimizer}
+        parts |= zip(("batch", "teacher"), others, strict=False)
+    return {
+        use: sum(
+            math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+            for leaf in jax.tree.leaves(part)
+        )
+        for use, part in parts.items()
+    }
 
 
 def _network(chip: Chip, mesh: Mesh) -> tuple[Network, np.ndarray, int]:
@@ -390,50 +377,32 @@ def _network(chip: Chip, mesh: Mesh) -> tuple[Network, np.ndarray, int]:
 
 def _seconds(operation: Operation, chip: Chip) -> float:
     """The time of an operation other than a collective, all runs together."""
+    computing, moving = operation.flops / chip.flops_per_s, operation.bytes / chip.hbm_bytes_per_s
     if operation.opcode == END:
-        return 0.0
-    if is_kernel(operation) or is_grouped(operation):
-        once = operation.flops / chip.flops_per_s / KERNEL_EFFICIENCY
-        if is_grouped(operation):  # few rows read all weights
-            once = max(once, operation.bytes / chip.hbm_bytes_per_s)
+        once = 0.0
+    elif is_kernel(operation):
+        once = computing / KERNEL_EFFICIENCY
+    elif is_grouped(operation):  # few rows read all weights
+        once = max(computing / KERNEL_EFFICIENCY, moving)
     elif operation.cycles is not None:
         once = operation.cycles / chip.hertz
     else:
-        once = operation.bytes / chip.hbm_bytes_per_s
-        if chip.platform == "gpu":
-            once = max(once, operation.flops / chip.flops_per_s)
+        once = max(computing, moving) if chip.platform == "gpu" else moving
     return once * operation.runs
-
-
-def _components(
-    program: list[Operation], seconds: list[float], sent: dict[int, Collective]
-) -> dict[str, float]:
-    """Seconds of a step by part; attention kernels and collectives are parts of their own."""
-    total = Counter()
-    for place, operation in enumerate(program):
-        if place not in sent:
-            part = "attention kernels" if is_kernel(operation) else component(operation)
-            total[part] += seconds[place]
-    total["collectives"] = sum(collective.exposed_seconds for collective in sent.values())
-    return dict(total.most_common())
 
 
 def component(operation: Operation) -> str:
     """The innermost scope of the model's code that an operation comes from, or 'other'."""
-    name = re.search(r'op_name="([^"]*)"', operation.text)
-    scopes = [part for part in re.findall(r"\w+", name[1] if name else "") if part in COMPONENTS]
-    return scopes[-1] if scopes else "other"
-
-
-NETWORKS = {"tpu": ("ici", "dcn"), "gpu": ("nvlink", "network")}
+    words = re.findall(r"\w+", field(operation.text, r'op_name="([^"]*)"'))
+    return next((word for word in reversed(words) if word in COMPONENTS), "other")
 
 
 def _summed(sent: Iterable[Collective], chip: Chip) -> list[dict]:
     """Sums collectives by kind, axes, asynchronous and network; those with most seconds first."""
-    totals: dict[tuple, Counter] = {}
+    networks = {"tpu": ("ici", "dcn"), "gpu": ("nvlink", "network")}[chip.platform]
+    totals: dict[tuple, Counter] = defaultdict(Counter)
     for collective in sent:
-        network = NETWORKS[chip.platform][collective.away]
-        total = totals.setdefault((*collective[:3], network), Counter())
+        total = totals[*collective[:3], networks[collective.away]]
         for name in ("runs", "bytes", "seconds", "exposed_seconds"):
             total[name] += getattr(collective, name)
     rows = [
@@ -444,14 +413,13 @@ def _summed(sent: Iterable[Collective], chip: Chip) -> list[dict]:
 
 
 def _instead(result: dict) -> str:
-    """One line about `instead`, the plan that fits where this one doesn't."""
     other = result["instead"]
     if not other:
         chip = result["topology"].partition(":")[0]
         return f"nothing that was tried fits: no mesh of these chips, no slice of {chip}"
     held = sum(other["hbm_bytes_per_chip"].values()) / 2**30
     return (
-        f"this fits: {' '.join(['--topology=' + other['topology'], *other['flags'].split()])} "
+        f"this fits: --topology={other['topology']}{other['flags'] and ' '}{other['flags']} "
         f"({held:.2f} GiB a chip, modelled step {other['modelled_step_s'] * 1e3:.4g} ms)"
     )
 
@@ -464,30 +432,30 @@ def table(result: dict) -> str:
     if result.get("flags"):
         lines.append(f"the mesh is the suggested one: {result['flags']}")
     lines.append("fits" if result["fits"] else "does not fit")
-    for name, size in result["hbm_bytes_per_chip"].items():
-        lines.append(f"  {name:20} {size / 2**30:9.2f} GiB a {each}")
+    held = result["hbm_bytes_per_chip"].items()
+    lines += [f"  {name:20} {size / 2**30:9.2f} GiB a {each}" for name, size in held]
     if "instead" in result:
         lines.append(_instead(result))
     if "modelled_step_s" not in result:
         return "\n".join(lines)
     step_s = result["modelled_step_s"]
     mfu = f", MFU {result['modelled_mfu']:.1%}" if "modelled_mfu" in result else ""
-    alone = result.get("step_without_teacher_s")
-    alone = f"; without its teacher {alone * 1e3:.4g} ms" if alone else ""
+    alone_s = result.get("step_without_teacher_s")
+    alone = f"; without its teacher {alone_s * 1e3:.4g} ms" if alone_s else ""
     lines.append(f"modelled step {step_s * 1e3:.4g} ms{mfu}{alone}")
-    for name, seconds in result["components"].items():
-        lines.append(f"  {name:20} {seconds * 1e3:9.1f} ms {seconds / step_s:6.1%}")
+    lines += [
+        f"  {name:20} {seconds * 1e3:9.1f} ms {seconds / step_s:6.1%}"
+        for name, seconds in result["components"].items()
+    ]
     lines.append(f"collectives, a {each} and step")
-    for row in result["collectives"]:
-        lines.append(
-            f"  {row['kind']:20} {row['bytes'] / 1e6:9.0f} MB {row['runs']:5} x "
-            f"{row['seconds'] * 1e3:7.1f} ms, {row['exposed_seconds'] * 1e3:.1f} exposed, by "
-            f"{row['network']} over {' '.join(row['axes']) or 'one device'}"
-        )
-    cost_text = ""
-    if "days" in result:
-        cost_text = f", {result['days']:.1f} days, {result['chip_hours']:,.0f} chip-hours"
-    lines.append(f"{result['tokens_per_s']:,.0f} tokens/s{cost_text}")
+    lines += [
+        f"  {row['kind']:20} {row['bytes'] / 1e6:9.0f} MB {row['runs']:5} x "
+        f"{row['seconds'] * 1e3:7.1f} ms, {row['exposed_seconds'] * 1e3:.1f} exposed, by "
+        f"{row['network']} over {' '.join(row['axes']) or 'one device'}"
+        for row in result["collectives"]
+    ]
+    whole = ", {days:.1f} days, {chip_hours:,.0f} chip-hours" if "days" in result else ""
+    lines.append(("{tokens_per_s:,.0f} tokens/s" + whole).format(**result))
     lines.append(
         "Modelled, not measured: the compiler's cycles on TPUs, a roofline on GPUs; attention "
         "kernels at half the peak; on TPUs, asynchronous collectives cost the compiler's waits."

@@ -4,11 +4,13 @@ import csv
 import io
 import math
 import statistics
+from collections import Counter
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from scipy import stats
 
 from prmoe_jax import files
 from prmoe_jax.config.schema import Config, leaves
@@ -30,7 +32,7 @@ def mean(values: list[float]) -> Mean:
     if len(values) < 2:
         return Mean(values[0], math.nan)
     error = statistics.stdev(values) / len(values) ** 0.5
-    return Mean(statistics.fmean(values), _quantile(0.975, len(values) - 1) * error)
+    return Mean(statistics.fmean(values), float(stats.t.ppf(0.975, len(values) - 1)) * error)
 
 
 class Factor(NamedTuple):
@@ -54,24 +56,18 @@ def geometric_mean(values: Iterable[float]) -> Factor:
 def arms(records: list[dict], varying: Collection[str] = ()) -> dict[str, dict[int, dict]]:
     """Records by arm and seed; the arm is the run's name up to the last '/'.
 
-    Args:
-      records: records of a sweep.
-      varying: settings in which runs of an arm may differ, besides the seed.
+    Besides the seed, runs of an arm may differ in the settings `varying`.
     """
     found: dict[str, dict[int, dict]] = {}
     for record in records:
-        arm = record["run"].rpartition("/")[0] or record["run"]
+        arm, ours = record["run"].rpartition("/")[0] or record["run"], record["settings"]
         rows = found.setdefault(arm, {})
         for other in rows.values():
-            differing = {
-                name
-                for name in record["settings"].keys() | other["settings"].keys()
-                if record["settings"].get(name) != other["settings"].get(name)
-            }
-            if "seed" not in differing or (more := differing - {"seed", *varying}):
-                what = "not in seed"
-                if "seed" in differing:
-                    what = f"in {', '.join(sorted(more))}"
+            theirs = other["settings"]
+            differing = {name for name in ours | theirs if ours.get(name) != theirs.get(name)}
+            more = ", ".join(sorted(differing - {"seed", *varying}))
+            if more or "seed" not in differing:
+                what = f"in {more}" if "seed" in differing else "not in seed"
                 raise UserError(
                     f"{other['run']} and {record['run']} are of one arm, but differ {what}; "
                     "train one of them again, give them names of two arms, or name in VARYING of "
@@ -86,26 +82,27 @@ def models_of(found: dict[str, dict[int, dict]]) -> dict[str, str]:
 
     If two arms of a MODEL have equal tokens, each arm of this MODEL is a model of its own.
     """
-    lengths: dict[str, list[int]] = {}
-    for arm, by_seed in found.items():
-        lengths.setdefault(arm.rpartition("/")[0], []).append(_tokens(by_seed))
     models = {arm: arm.rpartition("/")[0] for arm in found}
-    return {
-        arm: model if model and len(set(lengths[model])) == len(lengths[model]) else arm
-        for arm, model in models.items()
-    }
+    lengths = Counter((models[arm], _tokens(by_seed)) for arm, by_seed in found.items())
+    equal = {model for (model, _), count in lengths.items() if count > 1}
+    return {arm: arm if model in ("", *equal) else model for arm, model in models.items()}
+
+
+def _runs(found: dict[str, dict[int, dict]]) -> dict[tuple[str, int], dict[int, dict]]:
+    """The records of each model and seed by their tokens."""
+    names = models_of(found)
+    runs: dict[tuple[str, int], dict[int, dict]] = {}
+    for arm, by_seed in found.items():
+        for seed, record in by_seed.items():
+            runs.setdefault((names[arm], seed), {})[record["tokens"]] = record
+    return runs
 
 
 def models(found: dict[str, dict[int, dict]]) -> dict[str, dict[int, dict]]:
     """Records by model and seed: the longest run's, with the last evaluation of every run."""
-    runs: dict[tuple[str, int], list[dict]] = {}
-    names = models_of(found)
-    for arm, by_seed in found.items():
-        for seed, record in by_seed.items():
-            runs.setdefault((names[arm], seed), []).append(record)
     joined: dict[str, dict[int, dict]] = {}
-    for (model, seed), records in runs.items():
-        records.sort(key=lambda record: record["tokens"])
+    for (model, seed), by_tokens in _runs(found).items():
+        records = [by_tokens[tokens] for tokens in sorted(by_tokens)]
         joined.setdefault(model, {})[seed] = records[-1] | {
             "evaluations": [record["evaluations"][-1] for record in records],
             "evaluated_tokens": [1] * len(records),  # equal, since all are on the whole split
@@ -119,11 +116,7 @@ def equally_long(found: dict[str, dict[int, dict]]) -> tuple[int, dict[str, dict
     Returns:
       This number, and the records of its runs by model and seed. Without such a number, 0 and {}.
     """
-    names = models_of(found)
-    runs: dict[tuple[str, int], dict[int, dict]] = {}
-    for arm, by_seed in found.items():
-        for seed, record in by_seed.items():
-            runs.setdefault((names[arm], seed), {})[record["tokens"]] = record
+    runs = _runs(found)
     tokens = max(set.intersection(*map(set, runs.values())), default=0)
     joined: dict[str, dict[int, dict]] = {}
     for (model, seed), by_tokens in runs.items() if tokens else ():
@@ -141,9 +134,8 @@ def base_of(arm: str, found: dict[str, dict[int, dict]], base: str) -> str | Non
     if names[base] == base and names[arm] != arm and tokens != _tokens(found[base]):
         return None
     if names[base] != base:
-        base = next(
-            (b for b in found if names[b] == names[base] and _tokens(found[b]) == tokens), arm
-        )
+        alike = (b for b in found if names[b] == names[base] and _tokens(found[b]) == tokens)
+        base = next(alike, arm)
     return None if base == arm else base
 
 
@@ -163,22 +155,14 @@ def spread(found: dict[str, dict[int, dict]]) -> Spread | None:
 
     This is the residual standard deviation of a two-way analysis of variance without interaction
     (randomised blocks). It assumes one variance for all arms. None without a degree of freedom.
-
-    Args:
-      found: records by arm and seed.
     """
     cells = [(arm, seed) for arm, rows in found.items() for seed in rows]
-    arms, seeds = list(found), sorted({seed for _, seed in cells})
-    effects = np.zeros((len(cells), len(arms) + len(seeds)))
-    for row, (arm, seed) in enumerate(cells):
-        effects[row, [arms.index(arm), len(arms) + seeds.index(seed)]] = 1
+    columns = [(0, arm) for arm in found] + [(1, seed) for seed in sorted({s for _, s in cells})]
+    effects = np.array([[cell[i] == value for i, value in columns] for cell in cells], float)
     losses = np.array([found[arm][seed]["loss"] for arm, seed in cells])
     fit, _, rank, _ = np.linalg.lstsq(effects, losses)
-    freedom = len(cells) - int(rank)
-    if freedom < 1:
-        return None
-    residuals = losses - effects @ fit
-    return Spread(math.sqrt(residuals @ residuals / freedom), freedom)
+    freedom, residuals = len(cells) - int(rank), losses - effects @ fit
+    return Spread(math.sqrt(residuals @ residuals / freedom), freedom) if freedom else None
 
 
 class Difference(NamedTuple):
@@ -191,13 +175,11 @@ class Difference(NamedTuple):
     @property
     def margin(self) -> float:
         """Half of the 95 % interval (Student's t)."""
-        return _quantile(0.975, self.freedom) * self.error
+        return float(stats.t.ppf(0.975, self.freedom)) * self.error
 
     @property
     def p(self) -> float:
         """The p value of a two-sided t test."""
-        from scipy import stats
-
         if not self.error:
             return 0.0 if self.value else 1.0
         return float(2 * stats.t.sf(abs(self.value) / self.error, self.freedom))
@@ -212,7 +194,7 @@ class Difference(NamedTuple):
         Args:
           margin: smaller differences count as none; in nats, chosen before the runs.
         """
-        if abs(self.value) + _quantile(0.95, self.freedom) * self.error < margin:
+        if abs(self.value) + stats.t.ppf(0.95, self.freedom) * self.error < margin:
             return "equivalent"
         if abs(self.value) <= self.margin:
             return "not resolved"
@@ -239,13 +221,6 @@ def difference(
     return Difference(statistics.fmean(pairs), deviation / math.sqrt(len(common)), freedom)
 
 
-def _quantile(probability: float, freedom: int) -> float:
-    """A quantile of Student's t distribution."""
-    from scipy import stats
-
-    return float(stats.t.ppf(probability, freedom))
-
-
 def holm(p_values: list[float]) -> list[float]:
     """P values corrected for the number of tests (Holm 1979); NaN counts as no test.
 
@@ -261,18 +236,14 @@ def holm(p_values: list[float]) -> list[float]:
 
 def write_csv(records: list[dict], path: Path) -> None:
     """Writes one line for each run: its results, and the settings in which runs differ."""
-    defaults = leaves(Config())
-    names = {name for record in records for name in record["settings"]} - {"seed"}
-    values = {
-        name: [record["settings"].get(name, defaults.get(name, "")) for record in records]
-        for name in sorted(names)
-    }
-    varied = {name: value for name, value in values.items() if len(set(map(str, value))) > 1}
+    settings = [leaves(Config()) | record["settings"] for record in records]
+    names = sorted({name for record in records for name in record["settings"]} - {"seed"})
+    varied = [name for name in names if len({str(one.get(name, "")) for one in settings}) > 1]
     columns = "run seed loss bits_per_byte drop_fraction tokens total_params active_params".split()
     columns += ["flops_per_token", "tokens_per_second", "device"]
     rows = [[*columns, *varied]]
-    for record, *settings in zip(records, *varied.values(), strict=True):
-        rows.append([*(record[name] for name in columns), *settings])
+    for record, own in zip(records, settings, strict=True):
+        rows.append([record[name] for name in columns] + [own.get(name, "") for name in varied])
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([map(_cell, row) for row in rows])
     files.replace(path, text.getvalue())

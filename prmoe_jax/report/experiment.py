@@ -1,15 +1,16 @@
 """`prmoe report experiments/NAME`: a report about a sweep's results.jsonl."""
 
 import math
-import statistics
 from collections import Counter
 from pathlib import Path
+from statistics import fmean
 
 from prmoe_jax import files
 from prmoe_jax.errors import UserError
 from prmoe_jax.report import figures, page
 from prmoe_jax.report.arms import (
     Difference,
+    Mean,
     arms,
     base_of,
     difference,
@@ -26,19 +27,10 @@ from prmoe_jax.sweep.definition import Constants, constants
 from prmoe_jax.sweep.records import RESULTS, check_one_text, complete, read
 from prmoe_jax.tables import aligned
 
-HEAD = (
-    "arm",
-    "seeds",
-    "tokens",
-    "validation loss",
-    "above {base}",
-    "parameters",
-    "active",
-    "FLOPs/token",
-    "dropped",
-    "tokens/s",
+SUMMARY = (
+    "{} runs in {} arms. Losses are nats a token on the whole validation split, ± half of a 95 % "
+    "interval (Student's t); differences are paired by seed."
 )
-
 EQUIVALENCE = (
     " An arm is equivalent to another if two one-sided t tests at 5 % place its difference within "
     "±{margin:g}, the margin that sweep.py states; else it is better or worse if the 95 % interval "
@@ -115,8 +107,8 @@ def report(folder: Path, base: str | None = None) -> dict:
     summary, apart = {}, {}
     for arm, by_seed in found.items():
         loss = mean([row["loss"] for row in by_seed.values()])
-        summary[arm] = {"seeds": len(by_seed), "tokens": _first(by_seed)["tokens"]}
-        summary[arm] |= {"loss": loss.value}
+        tokens = next(iter(by_seed.values()))["tokens"]
+        summary[arm] = {"seeds": len(by_seed), "tokens": tokens, "loss": loss.value}
         if len(by_seed) > 1:
             summary[arm]["margin"] = loss.margin
         other = base_of(arm, found, base)
@@ -133,36 +125,26 @@ def report(folder: Path, base: str | None = None) -> dict:
     worth = multipliers(found, predicted=stated.predicted) if stated.ladder else []
     for one in worth:
         summary[one.arm]["multiplier"] = str(one)
-
+    text = SUMMARY.format(len(records), len(found))
+    text += POOLED.format(pooled) if pooled else ""
+    text += EQUIVALENCE.format(margin=stated.margin) if stated.margin else ""
     parts = [
-        page.paragraph(
-            f"{len(records)} runs in {len(found)} arms. Losses are nats a token on the whole "
-            "validation split, ± half of a 95 % interval (Student's t); differences are paired by "
-            "seed."
-            + (POOLED.format(pooled) if pooled else "")
-            + (EQUIVALENCE.format(margin=stated.margin) if stated.margin else "")
-        ),
-        page.table(
-            [name.format(base=names[base]) for name in HEAD],
-            [_arm(arm, row, list(found[arm].values())) for arm, row in summary.items()],
-        ),
+        page.paragraph(text),
+        _arms(summary, found, names[base]),
         page.figures(_pictures(folder, found, names[base], apart, worth, stated)),
-        *_contrasts(contrasts),
-        *(_multipliers(worth, found, stated.predicted) if stated.ladder else []),
-        *_runs(records),
     ]
+    if contrasts:
+        rows = list(map(_contrast, contrasts))
+        parts += [page.heading("Comparisons"), page.paragraph(COMPARISONS), page.table(PAIR, rows)]
+    if stated.ladder:
+        parts += _multipliers(worth, found, stated.predicted)
+    parts += _runs(records)
     out = folder / "report.html"
     files.replace(out, page.page(folder.resolve().name, parts))
     result = {"page": str(out), "base": base, "model": names[base], "arms": summary}
-    return (
-        result
-        | ({"contrasts": contrasts} if contrasts else {})
-        | (pooled._asdict() if pooled else {})
-    )
-
-
-def _first(by_seed: dict[int, dict]) -> dict:
-    return next(iter(by_seed.values()))
+    if contrasts:
+        result["contrasts"] = contrasts
+    return result | (pooled._asdict() if pooled else {})
 
 
 def _compared(above: Difference, margin: float | None) -> dict:
@@ -171,29 +153,36 @@ def _compared(above: Difference, margin: float | None) -> dict:
     return found | ({"verdict": above.verdict(margin)} if margin else {})
 
 
-def _shown(row: dict, name: str, margin: str, sign: str = "") -> str:
-    """A number of a row with its margin; a missing one is left out."""
-    if name not in row:
+def _loss(row: dict) -> Mean:
+    return Mean(row["loss"], row.get("margin", math.nan))
+
+
+def _above(row: dict, sign: str = "") -> str:
+    """A difference with its margin; '' if there is none."""
+    if "difference" not in row:
         return ""
-    return f"{row[name]:{sign}.4f}" + (f" ± {row[margin]:.4f}" if margin in row else "")
+    return f"{row['difference']:{sign}.4f} ± {row['difference_margin']:.4f}"
 
 
-def _arm(arm: str, row: dict, records: list[dict]) -> list:
-    """The cells of an arm on the page."""
-    one = records[0]
-    apart = [_shown(row, "difference", "difference_margin"), row.get("verdict")]
-    return [
-        arm,
-        row["seeds"],
-        f"{row['tokens']:,}",
-        _shown(row, "loss", "margin"),
-        ", ".join(filter(None, apart)),
-        f"{one['total_params'] / 1e6:.2f} M",
-        f"{one['active_params'] / 1e6:.2f} M",
-        f"{one['flops_per_token'] / 1e6:.1f} M",
-        f"{statistics.fmean(record['drop_fraction'] for record in records):.1%}",
-        f"{statistics.fmean(record['tokens_per_second'] for record in records):,.0f}",
-    ]
+def _arms(summary: dict[str, dict], found: dict[str, dict[int, dict]], base: str) -> str:
+    rows = []
+    for arm, row in summary.items():
+        records = list(found[arm].values())
+        one = records[0]
+        cells = {
+            "arm": arm,
+            "seeds": row["seeds"],
+            "tokens": f"{row['tokens']:,}",
+            "validation loss": _loss(row),
+            f"above {base}": ", ".join(filter(None, [_above(row), row.get("verdict")])),
+            "parameters": f"{one['total_params'] / 1e6:.2f} M",
+            "active": f"{one['active_params'] / 1e6:.2f} M",
+            "FLOPs/token": f"{one['flops_per_token'] / 1e6:.1f} M",
+            "dropped": f"{fmean(record['drop_fraction'] for record in records):.1%}",
+            "tokens/s": f"{fmean(record['tokens_per_second'] for record in records):,.0f}",
+        }
+        rows.append(list(cells.values()))
+    return page.table(list(cells), rows)
 
 
 def _pictures(
@@ -221,8 +210,7 @@ def _pictures(
         figures.drops(dropping, folder / "drops")
         captions["drops"] = f"{when}: who is dropped in the evaluation."
     if apart:
-        shown = {arm: (above.value, above.margin) for arm, above in apart.items()}
-        figures.differences(shown, base, folder / "differences", stated.margin)
+        figures.differences(apart, base, folder / "differences", stated.margin)
         captions["differences"] = f"Differences from {base}, paired by seed."
         if stated.margin:
             captions["differences"] += f" Shaded: the margin of {stated.margin:g}."
@@ -238,42 +226,23 @@ def _pictures(
 
 
 def _contrast(row: dict) -> list[str]:
-    """The cells of a comparison."""
-    apart = _shown(row, "difference", "difference_margin")
-    return [
-        row["arm"],
-        row["base"],
-        apart,
-        f"{row['p']:.2g}" if apart else "",
-        row.get("verdict", ""),
-    ]
-
-
-def _contrasts(contrasts: list[dict]) -> list[str]:
-    """The part of the page about the pairs that sweep.py names."""
-    if not contrasts:
-        return []
-    return [
-        page.heading("Comparisons"),
-        page.paragraph(COMPARISONS),
-        page.table(PAIR, list(map(_contrast, contrasts))),
-    ]
+    p = f"{row['p']:.2g}" if "p" in row else ""
+    return [row["arm"], row["base"], _above(row), p, row.get("verdict", "")]
 
 
 def _multipliers(worth: list[Multiplier], found: dict, predicted: dict) -> list[str]:
-    """The part of the page about multipliers in FLOPs and in active parameters."""
     if not worth:
         return [page.paragraph("No MoE has two dense arms with as many tokens and a common seed.")]
     law = ["scaling law"] if predicted else []
     head = ["arm", "tokens", "D/N", "seeds", "multiplier", *law, "by active parameters", *law]
     rows = []
     for one, other in zip(worth, multipliers(found, "active_params", predicted), strict=True):
-        rows.append([one.arm, f"{one.tokens:,}", f"{one.tokens_per_parameter:.1f}"])
-        rows[-1].append(len(one.by_seed))
+        row = [one.arm, f"{one.tokens:,}", f"{one.tokens_per_parameter:.1f}", len(one.by_seed)]
         for each in one, other:
-            rows[-1].append(each)
+            row.append(each)
             if predicted:
-                rows[-1].append("" if math.isnan(each.law) else f"{each.law:.2f}")
+                row.append("" if math.isnan(each.law) else f"{each.law:.2f}")
+        rows.append(row)
     return [
         page.heading("Dense-equivalent multipliers"),
         page.paragraph(LADDER + (PREDICTED if predicted else "")),
@@ -284,17 +253,8 @@ def _multipliers(worth: list[Multiplier], found: dict, predicted: dict) -> list[
 
 
 def _runs(records: list[dict]) -> list[str]:
-    """The part of the page about the runs one by one."""
-    rows = [
-        [
-            row["run"],
-            f"{row['loss']:.4f}",
-            f"{row['bits_per_byte']:.4f}",
-            f"{row['tokens']:,}",
-            f"{row['tokens_per_second']:,.0f}",
-        ]
-        for row in records
-    ]
+    cells = "{run}", "{loss:.4f}", "{bits_per_byte:.4f}", "{tokens:,}", "{tokens_per_second:,.0f}"
+    rows = [[cell.format(**row) for cell in cells] for row in records]
     revisions = sorted({revision for row in records for revision in row["revisions"]})
     devices = sorted({f"{row['device']}, jax {row['versions'].get('jax', '?')}" for row in records})
     return [
@@ -313,25 +273,23 @@ def table(result: dict) -> str:
     """The result of `report` as text."""
     rows = result["arms"]
     columns = {
-        "seeds": lambda row: row["seeds"],
-        "tokens": lambda row: f"{row['tokens']:,}",
-        "loss": lambda row: _shown(row, "loss", "margin"),
-        f"above {result['model']}": lambda row: _shown(row, "difference", "difference_margin", "+"),
-        "verdict": lambda row: row.get("verdict", ""),
-        "multiplier": lambda row: row.get("multiplier", ""),
+        "arm": list(rows),
+        "seeds": [row["seeds"] for row in rows.values()],
+        "tokens": [f"{row['tokens']:,}" for row in rows.values()],
+        "loss": list(map(_loss, rows.values())),
+        f"above {result['model']}": [_above(row, "+") for row in rows.values()],
     }
-    if len({row["tokens"] for row in rows.values()}) == 1:
+    if len(set(columns["tokens"])) == 1:
         del columns["tokens"]
     for name in "verdict", "multiplier":
-        if not any(name in row for row in rows.values()):
-            del columns[name]
-    cells = [[arm, *(column(row) for column in columns.values())] for arm, row in rows.items()]
-    tables = [aligned(["arm", *columns], cells)]
+        if any(name in row for row in rows.values()):
+            columns[name] = [row.get(name, "") for row in rows.values()]
+    tables = [aligned(list(columns), zip(*columns.values(), strict=True))]
     if contrasts := [row for row in result.get("contrasts", ()) if "difference" in row]:
         tables.append(aligned(PAIR, list(map(_contrast, contrasts))))
     if "deviation" in result:
-        tables.append(
-            "all arms: a standard deviation of {deviation:.4f} nats, {freedom} degrees of "
-            "freedom".format(**result)
+        told = (
+            "all arms: a standard deviation of {deviation:.4f} nats, {freedom} degrees of freedom"
         )
+        tables.append(told.format(**result))
     return "\n\n".join(tables) + f"\n{result['page']}"

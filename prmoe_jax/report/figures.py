@@ -2,14 +2,15 @@
 
 import contextlib
 import io
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from prmoe_jax import files
 from prmoe_jax.errors import missing
-from prmoe_jax.report.arms import mean
+from prmoe_jax.report.arms import Difference, Mean, mean
 from prmoe_jax.report.multiplier import Multiplier
 
 # Colours that people with red-green colour blindness can tell apart (Okabe and Ito).
@@ -50,11 +51,8 @@ def figure(path: Path, height: float = 3.6, rows: int = 1) -> Iterator:
 
 def _style(number: int) -> dict[str, str]:
     """The colour and marker of an arm by its number; pairs repeat after 64 arms."""
-    again = number // len(COLOURS)
-    return {
-        "color": COLOURS[number % len(COLOURS)],
-        "marker": MARKS[(number + again) % len(MARKS)],
-    }
+    again, colour = divmod(number, len(COLOURS))
+    return {"color": COLOURS[colour], "marker": MARKS[(number + again) % len(MARKS)]}
 
 
 def _legend(axes) -> None:
@@ -63,11 +61,19 @@ def _legend(axes) -> None:
     if len(names) <= LEGEND:
         axes.legend(frameon=False)
         return
-    columns = 3
-    drawing = axes.figure
+    drawing, columns = axes.figure, 3
     drawing.set_figheight(drawing.get_figheight() + 0.2 * -(-len(names) // columns))
     place = {"loc": "outside lower center", "ncols": columns}
     drawing.legend(handles, names, frameon=False, fontsize=8, **place)
+
+
+def _logarithmic(axis, subs: Sequence[float], shown: Callable[[float, int], str]) -> None:
+    """Puts ticks at these multiples of the powers of 10, with the text `shown`."""
+    from matplotlib.ticker import LogLocator
+
+    axis.set_major_locator(LogLocator(subs=subs))
+    axis.set_major_formatter(shown)
+    axis.set_minor_formatter("")
 
 
 def label(name: str) -> str:
@@ -76,8 +82,7 @@ def label(name: str) -> str:
     Matplotlib sets text between dollar signs as mathematics, and leaves names that start with an
     underscore out of legends.
     """
-    name = name.replace("$", r"\$")
-    return f" {name}" if name.startswith("_") else name
+    return re.sub("^_", " _", name).replace("$", r"\$")
 
 
 def curves(arms: dict[str, dict[int, dict]], path: Path, by_flops: bool) -> bool:
@@ -94,28 +99,18 @@ def curves(arms: dict[str, dict[int, dict]], path: Path, by_flops: bool) -> bool
     any_partial = False
     with figure(path) as axes:
         for number, (arm, rows) in enumerate(arms.items()):
-            records = list(rows.values())
-            by_seed = [_evaluations(record) for record in records]
-            scale = records[0]["flops_per_token"] if by_flops else 1
+            scale = next(iter(rows.values()))["flops_per_token"] if by_flops else 1
             style = _style(number)
             colour = style["color"]
-
-            def points(whole: bool, by_seed=by_seed, scale=scale):
-                """x [points] and losses [seeds, points] of the evaluations that all seeds have."""
-                common = set.intersection(*(set(losses[whole]) for losses in by_seed))
-                tokens = sorted(common)
-                return np.array(tokens) * scale, np.array(
-                    [[losses[whole][t] for t in tokens] for losses in by_seed]
-                )
-
-            x, losses = points(whole=False)
+            partial, whole = zip(*map(_evaluations, rows.values()), strict=True)
+            x, losses = _common(partial, scale)
             if len(x):
                 any_partial = True
-                end, last = points(whole=True)
+                end, last = _common(whole, scale)
                 axes.vlines(end, last.min(0), last.max(0), color=colour)
                 axes.plot(end, last.mean(0), **style, **hollow)
             else:
-                x, losses = points(whole=True)
+                x, losses = _common(whole, scale)
             axes.plot(x, losses.mean(0), **style, markersize=4, label=label(arm))
             axes.fill_between(x, losses.min(0), losses.max(0), color=colour, alpha=0.2, linewidth=0)
         if any_partial:
@@ -136,11 +131,15 @@ def _evaluations(record: dict) -> tuple[dict[int, float], dict[int, float]]:
     return partial, whole
 
 
+def _common(by_seed: Sequence[dict[int, float]], scale: float) -> tuple[np.ndarray, np.ndarray]:
+    """x [points] and losses [seeds, points] of the evaluations that all seeds have."""
+    tokens = sorted(set.intersection(*map(set, by_seed)))
+    return np.array(tokens) * scale, np.array([[losses[t] for t in tokens] for losses in by_seed])
+
+
 def sizes(arms: dict[str, dict[int, dict]], path: Path) -> None:
     """Draws the last validation loss against all parameters and against the active ones."""
     with figure(path) as axes:
-        from matplotlib.ticker import LogLocator
-
         for number, (arm, rows) in enumerate(arms.items()):
             record = next(iter(rows.values()))
             loss = mean([row["loss"] for row in rows.values()])
@@ -150,14 +149,12 @@ def sizes(arms: dict[str, dict[int, dict]], path: Path) -> None:
             margin = np.nan_to_num(loss.margin)
             axes.errorbar(x[1], loss.value, yerr=margin, capsize=3, label=label(arm), **style)
         axes.set(xlabel="parameters, active to all", ylabel="validation loss, nats", xscale="log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
-        axes.xaxis.set_major_formatter(lambda size, _: f"{size / 1e6:g}M")
-        axes.xaxis.set_minor_formatter("")
+        _logarithmic(axes.xaxis, (1, 1.5, 2, 3, 5, 7), lambda size, _: f"{size / 1e6:g}M")
         _legend(axes)
 
 
 def differences(
-    found: dict[str, tuple[float, float]], base: str, path: Path, margin: float | None = None
+    found: Mapping[str, Difference | Mean], base: str, path: Path, margin: float | None = None
 ) -> None:
     """Draws each arm's difference from `base` with its 95 % interval.
 
@@ -166,8 +163,9 @@ def differences(
     with figure(path, 1.2 + 0.4 * len(found)) as axes:
         if margin:
             axes.axvspan(-margin, margin, color="grey", alpha=0.2, linewidth=0)
-        for number, (value, interval) in enumerate(found.values()):
-            axes.errorbar(value, number, xerr=interval, fmt="o", color=COLOURS[0], capsize=4)
+        for number, above in enumerate(found.values()):
+            style = {"fmt": "o", "color": COLOURS[0], "capsize": 4}
+            axes.errorbar(above.value, number, xerr=above.margin, **style)
         axes.axvline(0, color="black", linewidth=1)
         axes.set_yticks(range(len(found)), list(map(label, found)))
         axes.set_ylim(-0.6, len(found) - 0.4)
@@ -188,14 +186,12 @@ def multipliers(found: list[Multiplier], path: Path) -> None:
     for one in sorted(found, key=lambda one: (one.experts, one.tokens)):
         series.setdefault(one.model, []).append(one)
     with figure(path, 4.2) as axes:
-        from matplotlib.ticker import LogLocator
-
         beyond = False
         for number, (name, some) in enumerate(series.items()):
-            style = {"color": COLOURS[number % len(COLOURS)]}
+            style = {"color": _style(number)["color"]}
             x = [one.tokens_per_parameter for one in some]
             inside = [0 < one.value < np.inf for one in some]
-            y = [one.value if ok else np.nan for one, ok in zip(some, inside, strict=True)]
+            y = np.where(inside, [one.value for one in some], np.nan)
             axes.plot(x, y, marker="o", markersize=5, label=label(name), **style)
             for one, at, ok in zip(some, x, inside, strict=True):
                 if ok:
@@ -219,9 +215,7 @@ def multipliers(found: list[Multiplier], path: Path) -> None:
         axes.set(xlabel="tokens per active parameter, D/N", ylabel="dense-equivalent multiplier")
         axes.set(xscale="log", yscale="log")
         for axis in axes.xaxis, axes.yaxis:
-            axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
-            axis.set_major_formatter(lambda value, _: f"{value:g}")
-            axis.set_minor_formatter("")
+            _logarithmic(axis, (1, 2, 3, 5), lambda value, _: f"{value:g}")
         _legend(axes)
 
 
@@ -247,10 +241,10 @@ def lines(series: dict[str, tuple[list, list]], quantity: str, path: Path) -> No
     """Draws named series against the step; a series of one point is a mark."""
     with figure(path, 3.0) as axes:
         for number, (name, (x, y)) in enumerate(series.items()):
-            style = {"color": COLOURS[number % len(COLOURS)], "linewidth": 1.2}
-            if len(x) == 1:
-                style["marker"] = MARKS[number % len(MARKS)]
-            axes.plot(x, y, label=label(name), **style)
+            style = _style(number)
+            if len(x) > 1:
+                del style["marker"]
+            axes.plot(x, y, label=label(name), linewidth=1.2, **style)
         axes.set(xlabel="step", ylabel=quantity)
         if len(series) > 1:
             axes.legend(frameon=False, ncols=min(4, len(series)))
@@ -262,11 +256,11 @@ def heat(layers: dict[str, np.ndarray], steps: list[int], quantity: str, path: P
     The highest 1 % of the values share one colour.
     """
     with figure(path, 0.8 + 1.3 * len(layers), len(layers)) as axes:
-        axes = axes if isinstance(axes, list) else [axes]
+        axes = np.atleast_1d(axes)
         top = float(np.quantile(np.concatenate([v.ravel() for v in layers.values()]), 0.99))
+        width = (steps[-1] - steps[0]) / (len(steps) - 1) if len(steps) > 1 else 1
+        edges = [*steps, steps[-1] + width]
         for one, (layer, values_SxE) in zip(axes, layers.items(), strict=True):
-            width = (steps[-1] - steps[0]) / (len(steps) - 1) if len(steps) > 1 else 1
-            edges = [*steps, steps[-1] + width]
             experts = np.arange(values_SxE.shape[1] + 1) - 0.5
             mesh = one.pcolormesh(edges, experts, values_SxE.T, vmin=0, vmax=top, rasterized=True)
             one.grid(False)

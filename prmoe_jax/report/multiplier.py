@@ -6,9 +6,11 @@ parameters, or another field of a record. Between two dense models of the ladder
 as linear in log(compute); beyond its ends there is no multiplier. R: rungs, the dense models.
 """
 
+import bisect
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -111,12 +113,12 @@ def multipliers(
     first = {arm: next(iter(rows.values())) for arm, rows in arms.items()}
     # Not by active = total parameters: this also holds for a MoE whose tokens use every expert.
     dense = [arm for arm, record in first.items() if not record["settings"].get("model.experts")]
+    dense.sort(key=lambda rung: first[rung][unit])
     for arm, rows in arms.items():
         if arm in dense:
             continue
         ladder = [rung for rung in dense if first[rung]["tokens"] == first[arm]["tokens"]]
-        ladder.sort(key=lambda rung: first[rung][unit])
-        for one, other in itertools.combinations(ladder, 2):
+        for one, other in itertools.pairwise(ladder):
             if first[one][unit] == first[other][unit]:
                 raise UserError(
                     f"LADDER: the dense arms {one} and {other} have the same {unit}, "
@@ -138,13 +140,13 @@ def ratios(found: Sequence[Multiplier]) -> list[Ratio]:
     common seeds.
     """
     inside = [one for one in found if one.inside]
-    by_tokens = sorted(inside, key=lambda one: (one.model, one.tokens))
     plain = [one for one in inside if one.plain]
-    by_experts = sorted(plain, key=lambda one: (one.tokens, one.experts))
-    pairs = [(base, arm) for base, arm in itertools.pairwise(by_tokens) if base.model == arm.model]
-    pairs += [
-        (base, arm) for base, arm in itertools.pairwise(by_experts) if base.tokens == arm.tokens
-    ]
+    pairs = []
+    for some, same, by in (inside, "model", "tokens"), (plain, "tokens", "experts"):
+        ordered = sorted(some, key=attrgetter(same, by))
+        for base, arm in itertools.pairwise(ordered):
+            if getattr(base, same) == getattr(arm, same):
+                pairs.append((base, arm))
     grown = []
     for base, arm in pairs:
         common = base.by_seed.keys() & arm.by_seed.keys()
@@ -182,7 +184,7 @@ def _measure(
     return Multiplier(
         arm=arm,
         model=model,
-        experts=_mean_experts(record),
+        experts=_mean_experts(record["settings"]),
         tokens=record["tokens"],
         active_params=active,
         by_seed=by_seed,
@@ -196,14 +198,11 @@ def _measure(
     )
 
 
-def _mean_experts(record: dict) -> float:
+def _mean_experts(settings: dict) -> float:
     """The mean number of experts per layer; a dense layer counts as one."""
-    names = "layers", "placement", "experts"
-    given = {name: record["settings"].get(f"model.{name}") for name in names}
-    given = {name: value for name, value in given.items() if value is not None}
-    if "experts" in given:
-        given["experts"] = tuple(given["experts"])
-    counts = ModelConfig(**given).schedule.experts
+    names = "layers", "placement"
+    given = {n: value for n in names if (value := settings.get(f"model.{n}")) is not None}
+    counts = ModelConfig(**given, experts=tuple(settings["model.experts"])).schedule.experts
     return sum(max(1, count) for count in counts) / len(counts)
 
 
@@ -219,7 +218,7 @@ def _compute_of(params: float, sizes: list[int], compute: list[float]) -> float:
     """
     if math.isinf(params):
         return params
-    upper = next((i for i, size in enumerate(sizes) if i and size >= params), len(sizes) - 1)
+    upper = min(max(1, bisect.bisect_left(sizes, params)), len(sizes) - 1)
     (x0, y0), (x1, y1) = ((math.log(sizes[i]), math.log(compute[i])) for i in (upper - 1, upper))
     slope = (y1 - y0) / (x1 - x0) if x1 > x0 else 1.0
     return math.exp(y0 + slope * (math.log(params) - x0))

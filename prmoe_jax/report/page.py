@@ -2,6 +2,7 @@
 
 import base64
 import html
+from collections.abc import Iterable
 from pathlib import Path
 
 PAGE = """<!doctype html>
@@ -50,7 +51,7 @@ def paragraph(text: str) -> str:
     return f"<p>{html.escape(text)}</p>"
 
 
-def table(head: list[str], rows: list[list]) -> str:
+def table(head: Iterable, rows: Iterable[Iterable]) -> str:
     """A table whose cells are shown by `str`."""
 
     def line(cells, tag: str) -> str:

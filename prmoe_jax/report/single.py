@@ -19,6 +19,11 @@ BY_LAYER = {
     "router_entropy": "entropy of the router, nats",
     "residual_coefficient": "weight of the experts' branch",
 }
+# Maps of each layer's experts: the metric, its quantity and its caption.
+BY_EXPERT = (
+    ("expert_load", "× even load", "Choices of each expert, in shares of an even load."),
+    ("expert_drop_fraction", "dropped", "Share of each expert's choices that it dropped."),
+)
 
 
 def report(workdir: Path) -> dict:
@@ -35,26 +40,22 @@ def report(workdir: Path) -> dict:
     out = workdir / "report"
     with refusing(f"{out} cannot be written", OSError):
         out.mkdir(exist_ok=True)
-    steps = [line["step"] for line in trained]
+    pictures: dict[Path, str] = {}
 
     def drawn(name: str, caption: str, draw, *arguments) -> None:
         draw(*arguments, out / name)
         pictures[out / name] = caption
 
-    pictures: dict[Path, str] = {}
-    losses = {"training": (steps, [line["lm_loss"] for line in trained])}
+    losses = {"training": _series(trained, "lm_loss")}
     # Evaluations on a part of the split have fewer tokens, and get their own line.
     counts = sorted({line["eval/tokens"] for line in evaluated})
     whole = {line["eval/tokens"] for line in evaluated if line["step"] == config.total_steps}
     for count in counts:
         kind = ", whole split" if count in whole else f", {count:,} tokens"
         points = [line for line in evaluated if line["eval/tokens"] == count]
-        losses["validation" + (kind if len(counts) > 1 else "")] = (
-            [line["step"] for line in points],
-            [line["eval/loss"] for line in points],
-        )
+        losses["validation" + (kind if len(counts) > 1 else "")] = _series(points, "eval/loss")
     drawn("loss", "Cross-entropy.", figures.lines, losses, "nats a token")
-    speed = {"": (steps, [line["tokens_per_second"] for line in trained])}
+    speed = {"": _series(trained, "tokens_per_second")}
     drawn("speed", "Throughput.", figures.lines, speed, "tokens/s")
 
     layers = sorted({name.split("/")[1] for name in trained[-1] if name.startswith("layers/")})
@@ -63,13 +64,11 @@ def report(workdir: Path) -> dict:
         for layer in layers:
             key = f"layers/{layer}/{name}"
             # Lines that an older version logged may lack this metric.
-            having = [line for line in trained if isinstance(line.get(key), NUMBER)]
-            if having:
-                points = [line["step"] for line in having], [line[key] for line in having]
-                series[f"layer {layer}"] = points
+            if having := [line for line in trained if isinstance(line.get(key), NUMBER)]:
+                series[f"layer {layer}"] = _series(having, key)
         if series:
             drawn(name, f"{label.capitalize()}, by layer.", figures.lines, series, label)
-    for name, label in (("expert_load", "× even load"), ("expert_drop_fraction", "dropped")):
+    for name, label, caption in BY_EXPERT:
         keys = {layer: f"layers/{layer}/{name}" for layer in layers}
         having = [line for line in trained if all(key in line for key in keys.values())]
         maps = {}
@@ -79,30 +78,31 @@ def report(workdir: Path) -> dict:
                 values_SxE = np.array([line[key] for line in having], float)
                 maps[layer] = values_SxE * (values_SxE.shape[1] if name == "expert_load" else 1)
         if maps:
-            caption = {
-                "expert_load": "Choices of each expert, in shares of an even load.",
-                "expert_drop_fraction": "Share of each expert's choices that it dropped.",
-            }[name]
             drawn(name, caption, figures.heat, maps, [line["step"] for line in having], label)
 
     size = cost(config.model, config.moe)
-    rows = [["step", f"{step} of {config.total_steps}"]]
+    rows = {"step": f"{step} of {config.total_steps}"}
     if evaluated:
         last = evaluated[-1]
-        rows.append(["validation loss, nats a token", f"{last['eval/loss']:.4f}"])
-        rows.append(["tokens of the validation split", f"{last['eval/tokens']:,}"])
-        rows.append(["bits a byte", f"{last['eval/bits_per_byte']:.4f}"])
-        rows.append(["choices dropped", f"{last['eval/drop_fraction']:.1%}"])
-    rows.append(["parameters", f"{size.total_params:,}"])
-    rows.append(["active for a token", f"{size.active_params:,}"])
+        rows["validation loss, nats a token"] = f"{last['eval/loss']:.4f}"
+        rows["tokens of the validation split"] = f"{last['eval/tokens']:,}"
+        rows["bits a byte"] = f"{last['eval/bits_per_byte']:.4f}"
+        rows["choices dropped"] = f"{last['eval/drop_fraction']:.1%}"
+    rows["parameters"] = f"{size.total_params:,}"
+    rows["active for a token"] = f"{size.active_params:,}"
     parts = [
         page.paragraph(f"{config.model.schedule}, seed {config.seed}."),
-        page.table(["", ""], rows),
+        page.table(["", ""], rows.items()),
         page.figures(pictures),
         page.heading("Settings that differ from the defaults"),
-        page.table(["setting", "value"], [list(item) for item in changed(config).items()]),
+        page.table(["setting", "value"], changed(config).items()),
     ]
     path = out / "report.html"
     files.replace(path, page.page(str(workdir), parts))
     found = {"page": str(path), "step": step, "loss": trained[-1]["loss"]}
     return found | ({"validation_loss": evaluated[-1]["eval/loss"]} if evaluated else {})
+
+
+def _series(lines: list[dict], name: str) -> tuple[list, list]:
+    """The steps of lines, and their values of a metric."""
+    return [line["step"] for line in lines], [line[name] for line in lines]

@@ -9,13 +9,14 @@ import itertools
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from orbax.checkpoint import checkpoint_managers as preservation
 
 from prmoe_jax import files, stores
@@ -25,8 +26,8 @@ from prmoe_jax.errors import TrainingStopped, UserError, first_line, is_out_of_m
 from prmoe_jax.model.state import TrainState
 from prmoe_jax.model.transformer import Transformer, init_model
 from prmoe_jax.nn.parameters import from_named, named_leaves
-from prmoe_jax.parallel import sharding
 from prmoe_jax.parallel.axes import replicated
+from prmoe_jax.parallel.sharding import shardings
 from prmoe_jax.run.directory import CHECKPOINTS, TOKENIZER
 
 log = logging.getLogger(__name__)
@@ -55,76 +56,80 @@ def _quiet_orbax():
 class Checkpoints:
     """The checkpoints of one run.
 
-    It keeps the newest `keep` checkpoints, those whose step is a multiple of `keep_every`, and
-    those of `kept_steps`; it deletes others. Without `keep`, checkpoints can only be read.
+    It keeps the newest `keep` checkpoints, those whose step is a multiple of `keep_every`, and that
+    of `kept_step`; it deletes others. Without `keep`, checkpoints can only be read.
     """
 
     def __init__(
-        self,
-        workdir: Path,
-        keep: int | None = None,
-        keep_every: int = 0,
-        kept_steps: Sequence[int] = (),
+        self, workdir: Path, keep: int | None = None, keep_every=0, kept_step: int | None = None
     ):
-        self._local = stores.is_local(workdir)
+        self.workdir, self._local = workdir, stores.is_local(workdir)
         self._directory = (workdir.absolute() if self._local else workdir) / CHECKPOINTS
-        policies = [preservation.LatestN(keep), preservation.CustomSteps(kept_steps)]
+        kept = [] if kept_step is None else [kept_step]
+        policies = [preservation.LatestN(keep), preservation.CustomSteps(kept)]
         if keep_every:
             policies.append(preservation.EveryNSteps(keep_every))
         for path in self._directory.rglob("*") if self._local else ():
             files.refuse_pipe(path)  # Orbax would wait for it
-        with _quiet_orbax() if keep is None else contextlib.nullcontext():
+        advice = "delete the files _CHECKPOINT_METADATA in their folders, which only tell times"
+        unlisted = f"the checkpoints in {self._directory} cannot be listed"
+        with (
+            _quiet_orbax() if keep is None else contextlib.nullcontext(),
+            refusing(unlisted, _UNLISTED, fix=advice),
+        ):
             options = ocp.CheckpointManagerOptions(
                 preservation_policy=preservation.AnyPreservationPolicy(policies),
                 cleanup_tmp_directories=keep is not None,
                 read_only=keep is None,
             )
-            advice = "delete the files _CHECKPOINT_METADATA in their folders, which only tell times"
-            unlisted = f"the checkpoints in {self._directory} cannot be listed"
-            with refusing(unlisted, _UNLISTED, fix=advice):
-                self._manager = ocp.CheckpointManager(
-                    self._directory, options=options, item_names=("model", "optimizer", "data")
-                )
+            self._manager = ocp.CheckpointManager(
+                self._directory, options=options, item_names=("model", "optimizer", "data")
+            )
 
     def save(self, step: int, state: TrainState, data: dict) -> None:
-        """Starts writing a checkpoint; returns when the arrays may be overwritten.
-
-        Raises:
-          UserError: this checkpoint or the previous one could not be written.
-        """
+        """Starts writing a checkpoint; returns when the arrays may be overwritten."""
         self.wait()
         named = {"model": named_leaves(state.model), "optimizer": named_leaves(state.optimizer)}
-        if self._local:
-            self._check_room(named)
+        if self._local:  # Orbax would notice a full disk only after filling it
+            needed = sum(leaf.nbytes for leaf in jax.tree.leaves(named))
+            free = shutil.disk_usage(self._directory).free
+            with self._writing():
+                if free < needed:
+                    raise OSError(f"it needs {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free")
         arrays = {part: ocp.args.StandardSave(leaves) for part, leaves in named.items()}
-        if not self._save(step, named, arrays, data) and step != self.latest():
-            raise self._not_written(step)
+        self._save(step, named, arrays, data)
 
     def save_model(self, step: int, model: Transformer, data: dict) -> None:
         """Writes a checkpoint of a model alone, from which training cannot resume."""
         named = named_leaves(model)
         arrays = ocp.args.PyTreeSave(named, ocdbt_target_data_file_size=FILE_BYTES)
-        if not self._save(step, {"model": named}, {"model": arrays}, data):
-            raise self._not_written(step)
+        self._save(step, {"model": named}, {"model": arrays}, data)
         self.wait()
 
-    def _save(self, step: int, named: dict, arrays: dict, data: dict) -> bool:
+    def _save(self, step: int, named: dict, arrays: dict, data: dict) -> None:
         """Starts writing arrays and a data record, with the checksums of both."""
         sums = {part: checksums(named[part]) for part in named} | {"record": _digest(data)}
         record = ocp.args.JsonSave(data | {"checksums": sums})
         with self._writing():
-            return self._manager.save(step, args=ocp.args.Composite(**arrays, data=record))
+            saved = self._manager.save(step, args=ocp.args.Composite(**arrays, data=record))
+        if not saved:
+            raise UserError(f"checkpoint {step} was not written to {self._directory}")
 
-    def _not_written(self, step: int) -> UserError:
-        return UserError(f"checkpoint {step} was not written to {self._directory}")
-
-    def _check_room(self, named: dict[str, dict[str, jax.Array]]) -> None:
-        """Raises UserError if the disk is too full; Orbax would only notice after filling it."""
-        needed = sum(leaf.nbytes for leaves in named.values() for leaf in leaves.values())
-        free = shutil.disk_usage(self._directory).free
-        if free < needed:
-            error = OSError(f"it needs {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free")
-            raise self._cannot_write(error)
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turns any error of writing into one line about the checkpoint."""
+        try:
+            yield
+        except Exception as error:
+            cause = _first_cause(error)
+            if jax.process_count() > 1 and isinstance(cause, jax.errors.JaxRuntimeError):
+                # A process was lost: they all wait for each other until a checkpoint is complete.
+                raise jax.errors.JaxRuntimeError(str(cause)) from error
+            good = self.latest()
+            raise UserError(
+                f"a checkpoint could not be written to {self._directory}: {first_line(error)}; "
+                + (f"the last good one is step {good}" if good is not None else "there is none yet")
+            ) from error
 
     def wait(self) -> None:
         """Waits until every checkpoint is complete on disk."""
@@ -147,30 +152,20 @@ class Checkpoints:
     def restore(
         self, shapes: TrainState, mesh: Mesh, step: int | None = None
     ) -> tuple[int, TrainState, dict] | None:
-        """Restores a checkpoint: its step, state and data record.
+        """Restores a checkpoint onto a mesh: its step, state and data record.
 
         Without `step` it is the newest checkpoint that can be read. A damaged one is moved to the
         workdir's folder damaged-STEP with a warning, and the one before it is used; a run of
         several processes stops instead. A failure for another reason (memory, permissions, a
         network) moves nothing. Returns None if there is no checkpoint; `check_new` then tells
         whether damaged ones were moved away before.
-
-        Args:
-          shapes: the shapes of the state.
-          mesh: the mesh on which the arrays are placed.
-          step: the step of the checkpoint to restore; nothing is moved if it is damaged.
-
-        Raises:
-          UserError: the checkpoint of `step` is missing or can't be read. Without `step`: none of
-            the checkpoints can be read, or all hold a model alone.
-          TrainingStopped: a checkpoint was moved, and the run has several processes.
         """
         if step is not None:
             self._check_has(step)
             with self._refusing_damage(step):
                 return step, *self._read_state(step, shapes, mesh)
         steps = self.steps()[::-1]
-        if steps and all(self._is_model_alone(one) for one in steps):
+        if steps and self._is_model_alone(steps[0]):
             raise UserError(
                 f"checkpoint {steps[0]} in {self._directory} holds a model alone; train another "
                 "run that starts as it, by --config.init.workdir"
@@ -185,17 +180,30 @@ class Checkpoints:
         return None
 
     def _read_state(self, step: int, shapes: TrainState, mesh: Mesh) -> tuple[TrainState, dict]:
-        """Reads a checkpoint's state and data record; raises as `_read` does."""
-        parts = {"model": shapes.model, "optimizer": shapes.optimizer}
-        arguments = {part: _restore_arguments(tree, mesh) for part, tree in parts.items()}
-        record = self.record(step)
+        record = self._record(step)
         for name in sorted({"fingerprint", "iterator"} - record.keys()):
             raise Damaged(f"its data record has no {name}")
+        parts = {"model": shapes.model, "optimizer": shapes.optimizer}
+        number = jax.device_put(jnp.int32(step), replicated(mesh))
+        return TrainState(number, *self._read_arrays(step, mesh, record, parts)), _bare(record)
+
+    def _read_arrays(self, step: int, mesh: Mesh, record: dict, parts: dict) -> list:
+        """Reads trees of these shapes, whose numbers must have the checksums in `record`."""
+        shapes = {part: named_leaves(tree) for part, tree in parts.items()}
+
+        def placed(x, place):
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+
+        arguments = {
+            part: ocp.args.StandardRestore(jax.tree.map(placed, named, shardings(named, mesh)))
+            for part, named in shapes.items()
+        }
         items = self._read(step, **arguments)
-        _verify({part: items[part] for part in parts}, record)
-        model, optimizer = (from_named(items[part], tree) for part, tree in parts.items())
-        number = jax.device_put(jax.numpy.int32(step), replicated(mesh))
-        return TrainState(number, model, optimizer), _without_checksums(record)
+        for part in parts:
+            saved = record.get("checksums", {}).get(part)
+            if saved is not None and checksums(items[part]) != saved:  # old ones have none
+                raise Damaged(f"the numbers of its {part} are not those that were saved")
+        return [from_named(items[part], tree) for part, tree in parts.items()]
 
     def _check_has(self, step: int) -> None:
         if step not in self.steps():
@@ -217,84 +225,59 @@ class Checkpoints:
     def restore_model(
         self, config: Config, mesh: Mesh, step: int | None = None
     ) -> tuple[int, Transformer]:
-        """Restores a checkpoint's model without its optimizer; returns the step and the model.
-
-        Args:
-          config: the run's config.
-          mesh: the mesh on which the arrays are placed.
-          step: the checkpoint's step; the newest checkpoint by default.
-        """
+        """Restores the model of a checkpoint, by default the newest; returns its step, too."""
         if step is not None:
             self._check_has(step)
-        step = self.latest() if step is None else step
-        if step is None:
+        elif (step := self.latest()) is None:
             raise UserError(f"no checkpoint in {self._directory}; train the run first")
         shapes = jax.eval_shape(lambda: init_model(config))
-        fix = "restore a copy of it"
-        if step == max(steps := self.steps()) > min(steps) and self._has(step, "optimizer"):
-            fix = "resume the training, which falls back to the one before it"
-        with self._refusing_damage(step, fix):
-            record = self.record(step) if self._has(step, "data") else {}
-            items = self._read(step, model=_restore_arguments(shapes, mesh))
-            _verify({"model": items["model"]}, record)
-        self._check_tokenizer(step, record)
-        return step, from_named(items["model"], shapes)
+        with self._refusing_damage(step):
+            record = self._record(step)
+            (model,) = self._read_arrays(step, mesh, record, {"model": shapes})
+        path, expected = self.workdir / TOKENIZER, record.get("fingerprint", {}).get("tokenizer")
+        if expected and Tokenizer.load(path).fingerprint != expected:
+            raise UserError(
+                f"{path} is not the tokenizer of checkpoint {step}; restore a copy of the run's own"
+            )
+        return step, model
 
-    def record(self, step: int) -> dict:
-        """The data record that was saved beside a checkpoint's arrays.
-
-        Raises:
-          Damaged: the record cannot be read, or has changed since it was written for this step.
-        """
+    def _record(self, step: int) -> dict:
+        """The data record that was saved beside a checkpoint's arrays; empty if there is none."""
+        if not self._has(step, "data"):
+            return {}
         record = self._read(step, data=ocp.args.JsonRestore())["data"]
-        if not isinstance(record, dict):
-            raise Damaged("its data record is no object")
-        for name, kind in _RECORD.items():
-            if name in record and not isinstance(record[name], kind):
-                raise Damaged(f"{name} of its data record is {record[name]!r:.60}")
-        now = _digest(_without_checksums(record))
-        if record.get("checksums", {}).get("record", now) != now:
+        sums = isinstance(record, dict) and record.get("checksums", {})
+        now = isinstance(sums, dict) and _digest(record)
+        if not now or sums.get("record", now) != now:  # old ones have no digest
             raise Damaged("its data record is not as it was written")
+        # Grain's iterators count batches.
         if record.get("iterator", position := {"next_index": step}) != position:
             raise Damaged(f"its position in the data is {record['iterator']!r:.60}, not {position}")
         return record
 
-    def fingerprint(self, step: int) -> dict:
-        """The fingerprints of text and tokenizer in a checkpoint's data record; empty if none."""
+    def fingerprint(self) -> dict:
+        """The newest checkpoint's fingerprints of text and tokenizer; empty if there are none."""
+        step = self.latest()
         with self._refusing_damage(step):
-            return self.record(step).get("fingerprint", {}) if self._has(step, "data") else {}
+            return self._record(step).get("fingerprint", {})
 
-    def _refusing_damage(self, step: int, fix: str = ""):
+    def _refusing_damage(self, step: int):
         what = f"checkpoint {step} in {self._directory} cannot be read"
-        return refusing(what, Damaged, fix=fix)
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        """Turns any error of Orbax's writing into that of `_cannot_write`."""
-        try:
-            yield
-        except Exception as error:
-            raise self._cannot_write(error) from error
+        fix = "restore a copy of it, or resume its run, which goes back to an earlier one if it can"
+        return refusing(what, Damaged, fix)
 
     def _has(self, step: int, item: str) -> bool:
         return (self._directory / str(step) / item).is_dir()
 
     def _is_model_alone(self, step: int) -> bool:
         """Whether `save_model` wrote the checkpoint: without optimizer and position in the data."""
-        if self._has(step, "optimizer") or not self._has(step, "model"):
-            return False
-        try:
-            return not self._has(step, "data") or "iterator" not in self.record(step)
-        except Damaged:
-            return False
+        with contextlib.suppress(Damaged):
+            alone = self._has(step, "model") and not self._has(step, "optimizer")
+            return alone and "iterator" not in self._record(step)
+        return False
 
     def _read(self, step: int, **arguments) -> ocp.args.Composite:
-        """Reads items of a checkpoint.
-
-        Raises:
-          Damaged: the files are not as they were written.
-          UserError: the files cannot be read now.
-        """
+        """Reads items of a checkpoint; raises Damaged if the files are not as they were written."""
         for item in arguments:
             if not self._has(step, item):
                 raise Damaged(f"it has no {item}")
@@ -302,7 +285,7 @@ class Checkpoints:
             return self._manager.restore(step, args=ocp.args.Composite(**arguments))
         except Exception as error:  # truncated files can raise any exception
             cause = _first_cause(error)
-            if _is_damage(cause):
+            if isinstance(cause, _DAMAGE) or str(cause).startswith(_DAMAGE_CODES):
                 raise Damaged(first_line(cause)) from error
             if is_out_of_memory(cause):
                 raise cause from None
@@ -311,21 +294,17 @@ class Checkpoints:
                 f"({first_line(cause)}); it was left as it is: remove that cause, and start again"
             ) from error
 
-    def _check_tokenizer(self, step: int, record: dict) -> None:
-        path = self._directory.parent / TOKENIZER
-        expected = record.get("fingerprint", {}).get("tokenizer")
-        if expected and Tokenizer.load(path).fingerprint != expected:
-            raise UserError(
-                f"{path} is not the tokenizer of checkpoint {step}; restore a copy of the run's own"
-            )
-
     def _set_aside(self, step: int, damage: "Damaged") -> None:
         """Moves a damaged checkpoint out of the way."""
         log.warning("checkpoint %d cannot be read: %s", step, damage)
-        parent = self._directory.parent
+        source, parent = self._directory / str(step), self._directory.parent
         names = (f"damaged-{step}{f'-{n}' if n else ''}" for n in itertools.count())
         target = next(parent / name for name in names if not (parent / name).exists())
-        self._move(self._directory / str(step), target)
+        if self._local:
+            with contextlib.suppress(FileNotFoundError):  # another process was faster
+                source.rename(target)
+        else:
+            stores.client(source).move_folder(source, target, COMMITTED)
         if jax.process_count() > 1:
             raise TrainingStopped(
                 f"checkpoint {step} in {self._directory} is damaged ({damage}) and was moved to "
@@ -333,24 +312,6 @@ class Checkpoints:
             )
         log.warning("moved it to %s and go on with the checkpoint before it", target)
         self._manager.reload()
-
-    def _move(self, source: Path, target: Path) -> None:
-        if self._local:
-            with contextlib.suppress(FileNotFoundError):  # another process was faster
-                source.rename(target)
-            return
-        stores.client(source).move_folder(source, target, COMMITTED)
-
-    def _cannot_write(self, error: Exception) -> UserError | RuntimeError:
-        cause = _first_cause(error)
-        if jax.process_count() > 1 and isinstance(cause, jax.errors.JaxRuntimeError):
-            # A process was lost: they all wait for each other before a checkpoint is complete.
-            return jax.errors.JaxRuntimeError(str(cause))
-        good = self.latest()
-        return UserError(
-            f"a checkpoint could not be written to {self._directory}: {first_line(error)}; "
-            + (f"the last good one is step {good}" if good is not None else "there is none yet")
-        )
 
 
 class Damaged(Exception):
@@ -386,65 +347,25 @@ def _checksum(x: jax.Array) -> jax.Array:
     return (bits * (2 * position + 1)).sum(dtype=jnp.uint32)
 
 
-@jax.jit
-def _checksums(named: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    return jax.tree.map(_checksum, named)
+_checksums = jax.jit(partial(jax.tree.map, _checksum))  # of a dict of arrays
 
 
-def _verify(found: dict[str, dict[str, jax.Array]], record: dict) -> None:
-    """Raises Damaged if an array's checksum differs from the one that was saved with it."""
-    for part, named in found.items():
-        expected = record.get("checksums", {}).get(part)
-        if expected is None:  # an old checkpoint, without checksums
-            continue
-        if not isinstance(expected, dict):
-            raise Damaged(f"{part}: its checksums are {expected!r:.60}")
-        now = checksums(named)
-        changed = [name for name in now if now[name] != expected.get(name)]
-        if changed:
-            raise Damaged(f"{part}: the numbers of {changed[0]} are not those that were saved")
+def _digest(record: dict) -> str:
+    """A digest of a data record without its checksums, which changes if any value changes."""
+    return hashlib.sha256(json.dumps(_bare(record), sort_keys=True).encode()).hexdigest()
 
 
-# The types of a data record's fields. `iterator`, the position in the data, must equal the step:
-# Grain's iterators count batches.
-_RECORD = {
-    "fingerprint": dict,
-    "iterator": dict,
-    "teacher_step": (int, type(None)),
-    "productive_s": (int, float),
-    "checksums": dict,
-}
-
-
-def _digest(data: dict) -> str:
-    """A digest of a data record, which changes if any value changes."""
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
-
-
-def _without_checksums(record: dict) -> dict:
+def _bare(record: dict) -> dict:
     return {name: value for name, value in record.items() if name != "checksums"}
 
 
-# Errors that mean damaged files. Orbax raises Python's errors; Tensorstore's messages begin with a
-# code.
+# What means damaged files: errors of Python, which Orbax raises, and codes with which Tensorstore's
+# messages begin.
 _DAMAGE = FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError, RecursionError
 _DAMAGE_CODES = "DATA_LOSS", "OUT_OF_RANGE", "NOT_FOUND", "FAILED_PRECONDITION"
-
-
-def _is_damage(cause: BaseException) -> bool:
-    return isinstance(cause, _DAMAGE) or str(cause).startswith(_DAMAGE_CODES)
 
 
 def _first_cause(error: BaseException) -> BaseException:
     while error.__cause__ is not None:
         error = error.__cause__
     return error
-
-
-def _restore_arguments(shapes, mesh: Mesh) -> ocp.args.StandardRestore:
-    def place(name, leaf):
-        placed = NamedSharding(mesh, sharding.spec(name, leaf.shape, mesh))
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed)
-
-    named = named_leaves(shapes).items()
-    return ocp.args.StandardRestore({name: place(name, leaf) for name, leaf in named})

@@ -28,15 +28,11 @@ CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
 RECORDED_PACKAGES = (
     "prmoe_jax jax jaxlib flax optax orbax-checkpoint grain tensorflow-datasets tokenizers numpy"
-)
+).split()
 
 
 def record_environment(workdir: Path, devices: list) -> float:
-    """Adds a record of this start of the run to environment.json.
-
-    Returns:
-      When the run was started for the first time, in seconds since 1970.
-    """
+    """Adds this start of the run to environment.json; returns the time of the first start."""
     path = workdir / "environment.json"
     fix = "delete it (it only records how the run was started), or restore a copy"
     starts = files.read_json(path, list, fix) if path.exists() else []
@@ -60,7 +56,7 @@ def environment(devices: list) -> dict:
         "platform": platform.platform(),
         "device": device_name(devices[0]),
         "device_count": len(devices),
-        "versions": {name: installed_version(name) for name in RECORDED_PACKAGES.split()},
+        "versions": {name: installed_version(name) for name in RECORDED_PACKAGES},
     }
 
 
@@ -80,7 +76,7 @@ def versions() -> dict[str, str | None]:
     folder = Path(prmoe_jax.__file__).parent
     for file in sorted(folder.rglob("*.py")):
         code.update(f"{file.relative_to(folder)}\n".encode() + file.read_bytes())
-    found = {name: installed_version(name) for name in [*RECORDED_PACKAGES.split(), "prmoe_jax"]}
+    found = {name: installed_version(name) for name in RECORDED_PACKAGES}
     return found | {"prmoe_jax": f"{found['prmoe_jax']}, code {code.hexdigest()[:12]}"}
 
 
@@ -109,15 +105,6 @@ def check_outside_checkpoints(named: str, folder: Path) -> None:
                 f"{named}={folder} lies among the checkpoints of the run {place.parent}, which "
                 "holds nothing else; give another folder"
             )
-
-
-def check_step(workdir: Path, step: int, config: Config) -> None:
-    """Raises UserError if the step of a run's newest checkpoint is beyond the run's last step."""
-    if step > config.total_steps:
-        raise UserError(
-            f"{workdir}: the run has {config.total_steps} steps, and its newest checkpoint is of "
-            f"step {step}, so that it is another run's; remove it"
-        )
 
 
 def shared_settings(config: Config) -> dict:

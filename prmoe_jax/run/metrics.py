@@ -1,7 +1,11 @@
-"""Turns a step's sums into the metrics that people read, and writes them to files."""
+"""Turns a step's sums into metrics; writes them to files and to Weights & Biases."""
 
 import contextlib
+import dataclasses
+import hashlib
+import importlib.util
 import json
+import logging
 import math
 import os
 import platform
@@ -10,16 +14,18 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
 
 import jax
 import numpy as np
 
 from prmoe_jax import files, stores
 from prmoe_jax.config.schema import Config
-from prmoe_jax.errors import UserError, refusing
+from prmoe_jax.errors import UserError, first_line, refusing
+from prmoe_jax.moe.routing import RouterMetrics
 from prmoe_jax.run.directory import METRICS
 from prmoe_jax.tables import aligned
+
+log = logging.getLogger(__name__)
 
 # Dense bfloat16 peak of one device in FLOP/s, from the vendors' data sheets.
 PEAK_FLOPS = {
@@ -41,26 +47,11 @@ PEAK_FLOPS = {
 
 
 def summarise(sums, config: Config) -> dict:
-    """Turns the sums of a `loss.Sums` into means.
+    """Turns the sums of a `loss.Sums` into means, as plain numbers and lists.
 
-    It runs on the host; as a part of the compiled step it would be many small kernels. A choice is
-    one of a token's top-k assignments. If experts choose tokens, each token counts as one choice,
-    dropped if no expert took the token.
-
-    Returns:
-      Plain numbers and lists. For the whole model: lm_loss (nats per token), z_loss, aux_loss
-      (summed over MoE layers), drop_fraction (share of choices dropped for lack of capacity) and,
-      with a teacher, kd_loss (T² · KL in nats per token, without its weight).
-      For each MoE layer, with names that start with its number ('layers/03/'): aux_loss,
-      router_z_loss, drop_fraction, router_entropy (nats), and
-        expert_load: each expert's share of all choices, [E].
-        expert_drop_fraction: dropped share of each expert's choices, [E].
-        position_drop_fraction: dropped share by position in the routing group, in up to 16 parts.
-        unserved_fraction: share of tokens whose choices were all dropped.
-        exchange_rounds: only where experts are on several devices and nothing is dropped; above 1
-          if some buffer was too small for its rows (`execution.buffer_factor`).
-        residual_coefficient: mean weight of the experts beside the residual MLP (shared expert);
-          its means over tokens that an expert kept, and over the others, end in _kept and _dropped.
+    docs/quickstart.md describes the metrics. A choice is one of a token's top-k assignments. If
+    experts choose tokens, each token counts as one choice, dropped if no expert took the token.
+    It runs on the host; as a part of the compiled step it would be many small kernels.
     """
     sums = jax.device_get(sums)
     metrics = {
@@ -70,43 +61,43 @@ def summarise(sums, config: Config) -> dict:
     }
     if sums.kd_loss is not None:
         metrics["kd_loss"] = _share(sums.kd_loss, sums.tokens)
-    dropped = choices = 0
     moe_layers = [i for i, experts in enumerate(config.model.schedule.experts) if experts]
     for i, router in zip(moe_layers, sums.routers, strict=True):
-        aux_loss = _share(router.aux_loss, router.groups)
-        if router.prob_E is not None:
-            load_E = _share(router.assigned_E, router.assigned_E.sum())
-            aux_loss = len(load_E) * (load_E * _share(router.prob_E, router.tokens)).sum()
-        layer = {
-            "aux_loss": aux_loss,
-            "router_z_loss": _share(router.z_loss, router.tokens),
-            "drop_fraction": _share(router.dropped_S.sum(), router.choices_S.sum()),
-            "expert_load": _share(router.assigned_E, router.assigned_E.sum()),
-            "expert_drop_fraction": _share(router.dropped_E, router.assigned_E),
-            "position_drop_fraction": _share(
-                _in_parts(router.dropped_S), _in_parts(router.choices_S)
-            ),
-            "unserved_fraction": _share(router.unserved, router.tokens),
-            "router_entropy": _share(router.entropy, router.tokens),
-        }
-        if config.model.residual:
-            served = router.tokens - router.unserved
-            coefficient_served = router.coefficient - router.coefficient_unserved
-            layer |= {
-                "residual_coefficient": _share(router.coefficient, router.tokens),
-                "residual_coefficient_kept": _share(coefficient_served, served),
-                "residual_coefficient_dropped": _share(
-                    router.coefficient_unserved, router.unserved
-                ),
-            }
-        if router.rounds:
-            layer["exchange_rounds"] = _share(router.rounds, router.tokens)
+        layer = _of_router(router, config.model.residual)
         metrics |= {f"layers/{i:02d}/{name}": value for name, value in layer.items()}
         metrics["aux_loss"] += layer["aux_loss"]
-        dropped += router.dropped_S.sum()
-        choices += router.choices_S.sum()
+    dropped = sum(router.dropped_S.sum() for router in sums.routers)
+    choices = sum(router.choices_S.sum() for router in sums.routers)
     metrics["drop_fraction"] = _share(dropped, choices)
     return {name: value.tolist() for name, value in metrics.items()}
+
+
+def _of_router(router: RouterMetrics, residual: bool) -> dict[str, np.ndarray]:
+    """The metrics of one MoE layer."""
+    load_E = _share(router.assigned_E, router.assigned_E.sum())
+    aux_loss = _share(router.aux_loss, router.groups)
+    if router.prob_E is not None:
+        aux_loss = len(load_E) * (load_E * _share(router.prob_E, router.tokens)).sum()
+    by_place = _share(_in_parts(router.dropped_S), _in_parts(router.choices_S))
+    layer = {
+        "aux_loss": aux_loss,
+        "router_z_loss": _share(router.z_loss, router.tokens),
+        "drop_fraction": _share(router.dropped_S.sum(), router.choices_S.sum()),
+        "expert_load": load_E,
+        "expert_drop_fraction": _share(router.dropped_E, router.assigned_E),
+        "position_drop_fraction": by_place,
+        "unserved_fraction": _share(router.unserved, router.tokens),
+        "router_entropy": _share(router.entropy, router.tokens),
+    }
+    if residual:
+        whole, dropped = router.coefficient, router.coefficient_unserved
+        served = router.tokens - router.unserved
+        layer["residual_coefficient"] = _share(whole, router.tokens)
+        layer["residual_coefficient_kept"] = _share(whole - dropped, served)
+        layer["residual_coefficient_dropped"] = _share(dropped, router.unserved)
+    if router.rounds:
+        layer["exchange_rounds"] = _share(router.rounds, router.tokens)
+    return layer
 
 
 def _share(part, whole) -> np.ndarray:
@@ -153,12 +144,7 @@ class MetricsWriter:
         """Opens the files, and removes lines that an interrupted run logged after `resume_step`.
 
         The resumed run logs those steps again. On the same mesh, all values but those of speed are
-        equal to the last bit.
-
-        Args:
-          workdir: the run's folder.
-          resume_step: the step of the checkpoint with which the run goes on.
-          check: called before each write to an object store.
+        equal to the last bit. `check` is called before each write to an object store.
         """
         self._workdir, self._check = workdir, check
         self._cleanup, self._folder = contextlib.ExitStack(), workdir
@@ -167,24 +153,27 @@ class MetricsWriter:
             if not stores.is_local(workdir):
                 temporary = tempfile.TemporaryDirectory(prefix="prmoe-")
                 self._folder = Path(self._cleanup.enter_context(temporary))
-            content = "".join(json.dumps(m) + "\n" for m in kept)
             if kept or (self._folder / METRICS).exists():
-                files.replace(self._folder / METRICS, content)
+                write_metrics(self._folder, kept)
             (self._folder / "tensorboard").mkdir(exist_ok=True)
-            self._lines, self._events = map(self._open, (METRICS, _name_of_events(resume_step)))
+            parts = f"{time.time():.0f}", platform.node(), str(os.getpid()), str(resume_step + 1)
+            events = f"tensorboard/events.out.tfevents.{'.'.join(parts)}"
+            self._lines, self._events = (
+                open(self._folder / name, "ab", opener=stores.no_link) for name in (METRICS, events)
+            )
             self._append_event(0, file_version="brain.Event:2")
             # This event makes TensorBoard ignore older events of the steps that are repeated.
             self._append_event(resume_step + 1, session_log={"status": 1})
         self._changed, self._due = False, time.monotonic() + EVERY
 
-    def write(self, step: int, metrics: dict) -> None:
-        """Writes one line and flushes it; calls `sync` when it is time."""
+    def write(self, line: dict) -> None:
+        """Writes a line, which has the step, and flushes it; calls `sync` when it is time."""
+        numbers = {name: v for name, v in _numbers(line).items() if name != "step"}
+        values = [{"tag": name, "simple_value": value} for name, value in numbers.items()]
         with self._refusing():
-            self._lines.write((json.dumps({"step": step, **metrics}) + "\n").encode())
+            self._lines.write((json.dumps(line) + "\n").encode())
             self._lines.flush()
-            numbers = [(n, v) for n, v in metrics.items() if isinstance(v, (int, float))]
-            values = [{"tag": name, "simple_value": value} for name, value in numbers]
-            self._append_event(step, summary={"value": values})
+            self._append_event(line["step"], summary={"value": values})
         self._changed = True
         if time.monotonic() >= self._due:
             self.sync()
@@ -209,9 +198,6 @@ class MetricsWriter:
     def _refusing(self):
         return refusing(f"{self._workdir / METRICS} cannot be written", OSError)
 
-    def _open(self, name: str) -> BinaryIO:
-        return open(self._folder / name, "ab", opener=stores.no_link)
-
     def _append_event(self, step: int, **content) -> None:
         """Writes an event in TensorBoard's format: length and event, a checksum after each."""
         from tensorboardX.proto.event_pb2 import Event
@@ -223,10 +209,8 @@ class MetricsWriter:
         self._events.flush()
 
 
-def _name_of_events(resume_step: int) -> str:
-    """The name of a new file for TensorBoard."""
-    parts = f"{time.time():.0f}", platform.node(), str(os.getpid()), str(resume_step + 1)
-    return f"tensorboard/events.out.tfevents.{'.'.join(parts)}"
+def _numbers(line: dict) -> dict[str, float]:
+    return {name: value for name, value in line.items() if isinstance(value, (int, float))}
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -234,13 +218,17 @@ def read_metrics(path: Path) -> list[dict]:
     return files.read_json_lines(path, {"step": int}, _FIX)
 
 
+def write_metrics(workdir: Path, lines: list[dict]) -> None:
+    """Replaces a run's metrics.jsonl."""
+    files.replace(workdir / METRICS, "".join(json.dumps(line) + "\n" for line in lines))
+
+
 def finished(config: Config, workdir: Path) -> bool:
     """Whether a run's metrics have the evaluation after its last step, with a finite loss."""
-    lines = read_metrics(workdir / METRICS)
-    if not lines or lines[-1]["step"] != config.total_steps:
-        return False
-    loss = lines[-1].get("eval/loss", math.nan)
-    return not isinstance(loss, float) or math.isfinite(loss)
+    last = [{"step": -1}, *read_metrics(workdir / METRICS)][-1]
+    loss = last.get("eval/loss", math.nan)
+    finite = not isinstance(loss, float) or math.isfinite(loss)
+    return finite and last["step"] == config.total_steps
 
 
 # What `router_table` shows of each layer.
@@ -250,28 +238,28 @@ _ROUTER |= dict.fromkeys(("expert_load", "expert_drop_fraction", "position_drop_
 
 def router_table(metrics: dict) -> str:
     """A text table of the choices that each MoE layer drops, by expert and by position."""
-    layers = sorted({name.split("/")[1] for name in metrics if name.startswith("layers/")})
-    if not layers:
-        return ""
     head = "layer", "dropped", "unserved", "entropy", "fullest expert", "experts drop"
-    rows = []
-    for layer in layers:
-        value = of_layer(metrics, layer)
-        files.require(value, _ROUTER, f"metrics.jsonl: the last line's layer {layer}", _FIX)
-        load, by_expert = value["expert_load"], value["expert_drop_fraction"]
-        by_place = value["position_drop_fraction"]
-        rows.append(
-            (
-                layer,
-                f"{value['drop_fraction']:.1%}",
-                f"{value['unserved_fraction']:.1%}",
-                f"{value['router_entropy']:.3f}",
-                f"{max(load) * len(load):.2f}x even",
-                f"{min(by_expert):.1%} – {max(by_expert):.1%}",
-                f"{bars(by_place)} {by_place[0]:.1%} – {by_place[-1]:.1%}",
-            )
-        )
-    return aligned((*head, "first to last place in the group"), rows)
+    layers = sorted({name.split("/")[1] for name in metrics if name.startswith("layers/")})
+    rows = [_router_row(metrics, layer) for layer in layers]
+    return aligned((*head, "first to last place in the group"), rows) if rows else ""
+
+
+def _router_row(metrics: dict, layer: str) -> tuple[str, ...]:
+    value = of_layer(metrics, layer)
+    files.require(value, _ROUTER, f"metrics.jsonl: the last line's layer {layer}", _FIX)
+    load, by_expert = value["expert_load"], value["expert_drop_fraction"]
+    by_place = value["position_drop_fraction"]
+    top = max(*by_place, 1e-9)
+    bars = "".join("▁▂▃▄▅▆▇█"[round(7 * share / top)] for share in by_place)
+    return (
+        layer,
+        f"{value['drop_fraction']:.1%}",
+        f"{value['unserved_fraction']:.1%}",
+        f"{value['router_entropy']:.3f}",
+        f"{max(load) * len(load):.2f}x even",
+        f"{min(by_expert):.1%} – {max(by_expert):.1%}",
+        f"{bars} {by_place[0]:.1%} – {by_place[-1]:.1%}",
+    )
 
 
 def of_layer(metrics: dict, layer: str) -> dict:
@@ -280,11 +268,52 @@ def of_layer(metrics: dict, layer: str) -> dict:
     return {n.removeprefix(prefix): x for n, x in metrics.items() if n.startswith(prefix)}
 
 
-def bars(values: list[float]) -> str:
-    """A row of bars, whose heights are the values relative to the largest one."""
-    top = max(*values, 1e-9)
-    return "".join("▁▂▃▄▅▆▇█"[round(7 * value / top)] for value in values)
+def check_wandb(config: Config) -> None:
+    """Raises UserError if the config asks for Weights & Biases and its package is missing."""
+    if config.log.wandb and not importlib.util.find_spec("wandb"):
+        raise UserError(
+            f"log.wandb={config.log.wandb} needs a package; pip install 'prmoe_jax[wandb]'"
+        )
 
 
-def perplexity(nats_per_token: float) -> float:
-    return math.exp(min(nats_per_token, 700.0))
+class WandbRun:
+    """A run at Weights & Biases. A resumed run continues it; repeated steps appear there twice.
+
+    If Weights & Biases fails, training goes on without it; metrics.jsonl has everything.
+    """
+
+    def __init__(self, config: Config, workdir: Path, begun: float):
+        """Starts or continues the run of this folder that was first started at `begun`."""
+        import wandb
+
+        identity = hashlib.sha256(f"{os.fspath(workdir)} {begun}".encode()).hexdigest()[:12]
+        self._failures = wandb.errors.Error, OSError
+        advice = "run wandb login, or set WANDB_MODE=offline"
+        with refusing(f"log.wandb={config.log.wandb}", self._failures, fix=advice):
+            self._run = wandb.init(
+                project=config.log.wandb,
+                name=workdir.name,
+                id=identity,
+                resume="allow",
+                config=dataclasses.asdict(config),
+                settings=wandb.Settings(silent=True, console="off"),
+            )
+        # W&B's own counter never goes back, but a resumed run does.
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+
+    def write(self, line: dict) -> None:
+        """Sends the numbers of a line of metrics.jsonl."""
+        self._send(lambda run: run.log(_numbers(line)))
+
+    def close(self) -> None:
+        """Sends what is left."""
+        self._send(lambda run: run.finish())
+
+    def _send(self, act: Callable) -> None:
+        try:
+            if self._run:
+                act(self._run)
+        except self._failures as error:
+            log.warning("log.wandb: %s; no more is sent there", first_line(error))
+            self._run = None

@@ -24,15 +24,10 @@ def write_run(
     tokenizer: Tokenizer,
     text: dict[str, str] | None = None,
 ) -> None:
-    """Writes a run at step 0 atomically.
+    """Writes a run at step 0 atomically into a folder that `check_free` accepts.
 
-    Args:
-      option: the command's option that names the folder, for messages.
-      workdir: the folder, which `check_free` accepts.
-      config: the run's config.
-      model: the run's model.
-      tokenizer: the run's tokenizer.
-      text: the fingerprint of the text that the model was trained on, from `trained_text`.
+    `option` is the command's that names the folder, and `text`, from `trained_text`, the
+    fingerprint of what the model was trained on.
     """
 
     def build(folder: Path) -> None:
@@ -53,10 +48,9 @@ def check_free(option: str, folder: Path) -> None:
     workdirs.check_outside_checkpoints(f"--{option}", folder)
     if not stores.is_local(folder):
         files.check_free_in_store(folder, f"--{option}")
-        return
-    if folder.is_dir() and folder.samefile(Path.cwd()):
+    elif folder.is_dir() and folder.samefile(Path.cwd()):
         raise UserError(f"--{option}={folder} is the current folder; give one that is not there")
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    elif folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"--{option}={folder} exists; give another folder, or remove it")
 
 

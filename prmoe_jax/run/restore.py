@@ -34,9 +34,9 @@ def restore_run(
     Args:
       workdir: the run's folder.
       devices: the devices to use; all by default.
-      layout: the mesh. By default it is the run's mesh, or the suggested one if the run has none.
-        If that doesn't fit these devices, each device holds the whole model. A mesh need not suit
-        the run's batch size.
+      layout: the mesh; by default the run's, or the suggested one if the run has none. If that
+        doesn't fit these devices, each device holds the whole model. It need not suit the run's
+        batch size.
     """
     workdir = stores.as_path(workdir)
     config = _with_attention(load(workdir / workdirs.CONFIG))
@@ -58,62 +58,43 @@ def restore_run(
 def restore_model(
     workdir: Path, config: Config, mesh: Mesh, step: int | None = None
 ) -> tuple[int, Transformer]:
-    """Restores a run's model onto a given mesh, such as its student's.
+    """Restores a run's model onto a given mesh, such as its student's; returns its step and it.
 
-    Args:
-      workdir: the run's folder.
-      config: the run's config, adapted to the mesh.
-      mesh: the mesh on which the arrays are placed.
-      step: the checkpoint to read; the newest by default.
-
-    Returns:
-      The checkpoint's step, and the model.
+    `config` is the run's, adapted to the mesh. Without `step` it is the newest checkpoint.
     """
     config = _with_attention(config)
     check_backends(config, jax.default_backend(), mesh)
     with contextlib.closing(Checkpoints(workdir)) as checkpoints:
         found, model = checkpoints.restore_model(config, mesh, step)
-    if step is None:
-        workdirs.check_step(workdir, found, config)
     # Metrics may be large, so they are read only if the checkpoint is not the run's last one.
-    if step is None and found < config.total_steps and (last := max(found, _last_step(workdir))):
-        log.warning(
-            "%s: its newest checkpoint, that of step %d of %d, is used%s",
-            *(workdir, found, config.total_steps),
-            f"; the run came to step {last}" if last > found else "",
-        )
+    if step is None and found < config.total_steps:
+        last = [found]
+        with contextlib.suppress(UserError):  # the metrics need not be readable
+            last += [line["step"] for line in read_metrics(workdir / METRICS)[-1:]]
+        if any(last):
+            log.warning(
+                "%s: its newest checkpoint, that of step %d of %d, is used%s",
+                *(workdir, found, config.total_steps),
+                f"; the run came to step {max(last)}" if max(last) > found else "",
+            )
     return found, model
 
 
 def trained_text(workdir: Path) -> dict[str, str]:
     """{'corpus': fingerprint of the text that a run was trained on}; empty if not known."""
     with contextlib.closing(Checkpoints(workdir)) as checkpoints:
-        found = checkpoints.fingerprint(checkpoints.latest())
+        found = checkpoints.fingerprint()
     return {name: value for name, value in found.items() if name == "corpus"}
 
 
 def check_text(workdir: Path, config: Config, fingerprint: str) -> None:
-    """Checks that a run's text has not changed since its training.
-
-    Args:
-      workdir: the run's folder.
-      config: the run's config.
-      fingerprint: the present fingerprint of `config.data.corpus`.
-    """
+    """Checks that a run's text, which now has this fingerprint, is that of its training."""
     if trained_text(workdir).get("corpus", fingerprint) != fingerprint:
         raise UserError(
             f"data.corpus={config.data.corpus} is not the text that the run in {workdir} was "
             "trained on, so that its validation split may hold text of the training; restore the "
             "text, or evaluate the loss on one that the run has not seen, by --corpus"
         )
-
-
-def _last_step(workdir: Path) -> int:
-    """The last step in a run's metrics; 0 if there is none, or they are damaged."""
-    with contextlib.suppress(UserError):
-        if lines := read_metrics(workdir / METRICS):
-            return lines[-1]["step"]
-    return 0
 
 
 def _with_attention(config: Config) -> Config:

@@ -11,5 +11,4 @@ from prmoe_jax.stores.paths import (
     no_link,
     scheme,
     upload,
-    write,
 )

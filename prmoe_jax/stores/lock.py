@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -26,40 +26,40 @@ LOCK = ".lock"
 LEASE = 60.0
 
 
-class Lock:
-    """The lock of a folder on a disk, while it is held."""
-
-    def check(self) -> None:
-        """Call this before a write; it ends the process if another run has taken over the lock.
-
-        Raises:
-          OSError: the store with the lock fails.
-        """
-
-
 @contextlib.contextmanager
-def locked(folder: Path, option: str = "--workdir") -> Iterator[Lock]:
+def locked(folder: Path, option: str = "--workdir") -> Iterator[Callable[[], None]]:
     """Holds the lock of a folder; a local folder is created.
 
     Args:
       folder: the folder.
       option: names the folder in messages.
+
+    Yields:
+      A function to call before a write. It ends this process if another run has taken over the
+      lock, and raises OSError if the store with the lock fails.
     """
     if is_local(folder):
         with _kernel_lock(folder, option):
-            yield Lock()
+            yield lambda: None
     else:
-        with contextlib.closing(Lease(folder, option)) as lease:
-            yield lease
+        with contextlib.closing(_Lease(folder, option)) as lease:
+            yield lease.check
 
 
 def holder(folder: Path) -> str:
     """Who holds a folder's lock, such as 'process 17'; '' if nobody does."""
-    if is_local(folder):
-        return _process(folder / LOCK) if _is_locked(folder / LOCK) else ""
-    with refusing(f"{folder / LOCK} cannot be read", OSError):
-        found = _read(folder / LOCK)
-    return _owner(found.content) if found and found.age < LEASE else ""
+    path = folder / LOCK
+    if not is_local(folder):
+        with refusing(f"{path} cannot be read", OSError):
+            found = _read(path)
+        return _owner(found.content) if found and found.age < LEASE else ""
+    if path.exists():
+        with open(path, "rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return _process(path)
+    return ""
 
 
 def hold(path: Path, wait: bool = False) -> BinaryIO:
@@ -94,26 +94,13 @@ def _kernel_lock(folder: Path, option: str) -> BinaryIO:
         try:
             file = hold(folder / LOCK)
         except BlockingIOError:
-            raise _in_use(option, folder, _process(folder / LOCK)) from None
+            raise _in_use(f"{option}={folder}", option, _process(folder / LOCK)) from None
         file.truncate(0)
         file.write(str(os.getpid()).encode())
         return file
 
 
-def _is_locked(lock: Path) -> bool:
-    """Whether a process holds a lock file."""
-    if not lock.exists():
-        return False
-    with open(lock, "rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
-
-
 def _process(lock: Path) -> str:
-    """The process whose number is in a lock file."""
     with open(lock, "rb") as file:
         number = file.read(100).decode("ascii", "replace").strip()
     return f"process {number if number.isdecimal() else 'unknown'}"
@@ -134,7 +121,7 @@ def _check_links(folder: Path, option: str) -> None:
             )
 
 
-class Lease(Lock):
+class _Lease:
     """A lock in an object store: an object that a run writes only if no other run has written it.
 
     A thread renews the lease. If the run is killed, another one may take over the lease `LEASE`
@@ -143,58 +130,51 @@ class Lease(Lock):
     """
 
     def __init__(self, folder: Path, option: str):
-        self._folder, self._option = folder, option
+        self._named, self._path = f"{option}={folder}", folder / LOCK
         owner = f"process {os.getpid()} on {socket.gethostname()}\n{uuid.uuid4().hex}\n"
-        self._path, self._content = folder / LOCK, owner.encode()
-        self._renewing = threading.Lock()
-        self._released = threading.Event()
-        unusable, advice = f"{option}={folder} cannot be used", "create it, or correct its name"
+        self._content = owner.encode()
+        self._writing, self._released = threading.Lock(), threading.Event()
+        unusable, advice = f"{self._named} cannot be used", "create it, or correct its name"
         with refusing(unusable, OSError), refusing(unusable, FileNotFoundError, fix=advice):
             found = _read(self._path)
             if found and found.age < LEASE:
-                raise self._refused(found.content, found.age)
+                raise _in_use(self._named, option, _owner(found.content), LEASE - found.age)
             try:
                 self._write(found.generation if found else 0)
-            except FileExistsError:  # another run was faster
-                raise self._refused(b"which was faster") from None
+            except FileExistsError:
+                raise _in_use(self._named, option, "which was faster", LEASE) from None
         if found:
             log.warning("takes over the lock of %s, which was killed", _owner(found.content))
         threading.Thread(target=self._keep, daemon=True).start()
 
     def close(self) -> None:
         self._released.set()
-        with self._renewing:
+        with self._writing:
             try:
                 client(self._path).delete_if(self._path, self._generation)
             except OSError as error:  # the lease expires anyway
                 log.info("%s was not deleted: %s", self._path, reason(error))
 
     def check(self) -> None:
-        with self._renewing:
-            if time.time() > self._renewed + LEASE / 2:
-                self._renew()
+        """Renews the lease if it is time; ends this process if another run has taken it over."""
+        with self._writing:
+            if self._released.is_set() or time.time() < self._renewed + LEASE / 4:
+                return
+            try:
+                self._write(self._generation)
+            except (FileExistsError, FileNotFoundError):
+                # Any further write of this process could damage the other run's files.
+                end(
+                    f"{self._named}: another run has taken over the folder, since this one was "
+                    f"silent for {LEASE:.0f} s; it ends"
+                )
 
     def _keep(self) -> None:
-        """Renews the lease until it is released."""
-        while not self._released.wait(LEASE / 4):
-            with self._renewing:
-                if self._released.is_set():
-                    return
-                try:
-                    self._renew()
-                except OSError as error:  # if this lasts, the next write fails, too
-                    log.warning("%s was not renewed: %s", self._path, reason(error))
-
-    def _renew(self) -> None:
-        """Renews the lease, or ends this process if another run has taken it over."""
-        try:
-            self._write(self._generation)
-        except (FileExistsError, FileNotFoundError):
-            # Any further write of this process could damage the other run's files.
-            end(
-                f"{self._option}={self._folder}: another run has taken over the folder, since this "
-                f"one was silent for {LEASE:.0f} s; it ends"
-            )
+        while not self._released.wait(LEASE / 12):
+            try:
+                self.check()
+            except OSError as error:  # if this lasts, the next write fails, too
+                log.warning("%s was not renewed: %s", self._path, reason(error))
 
     def _write(self, generation: int) -> None:
         """Writes the lock object; FileExistsError if another run has written it."""
@@ -209,10 +189,6 @@ class Lease(Lock):
             self._generation = found.generation
         self._renewed = begun
 
-    def _refused(self, owner: bytes, age: float = 0.0) -> UserError:
-        left = f"; if it was killed, its lock ends in {LEASE - age:.0f} s"
-        return _in_use(self._option, self._folder, _owner(owner), left)
-
 
 def _read(path: Path):
     """A lock object as the store's `read` returns it; None if there is none."""
@@ -222,12 +198,11 @@ def _read(path: Path):
 
 
 def _owner(content: bytes) -> str:
-    """Who wrote a lock object."""
     return content.decode("ascii", "replace").partition("\n")[0][:100]
 
 
-def _in_use(option: str, folder: Path, who: str, more: str = "") -> UserError:
+def _in_use(named: str, option: str, who: str, left: float | None = None) -> UserError:
+    more = "" if left is None else f"; if it was killed, its lock ends in {left:.0f} s"
     return UserError(
-        f"{option}={folder} is in use by another run ({who}); wait for it, or give another "
-        f"{option}{more}"
+        f"{named} is in use by another run ({who}); wait for it, or give another {option}{more}"
     )

@@ -46,7 +46,8 @@ def as_path(text: str | os.PathLike) -> Path:
     """The path that a text names, local or in a store."""
     if not scheme(text):
         return Path(text)
-    return client(text).as_path(os.fspath(text))
+    client(text)  # epath then uses it
+    return epath.Path(os.fspath(text))
 
 
 def client(path: str | os.PathLike):
@@ -57,12 +58,7 @@ def client(path: str | os.PathLike):
 
 
 def expand(name: str, text: str | os.PathLike) -> Path:
-    """The path in a setting, local or in an object store, with `~` for the home directory.
-
-    Args:
-      name: the setting's name, for the error message.
-      text: the setting's value.
-    """
+    """The path in the setting `name`, local or in an object store; `~` is the home directory."""
     path = as_path(text)
     with refusing(f"{name}={text}", RuntimeError, fix="set HOME or give a path without ~"):
         return path.expanduser() if is_local(path) else path
@@ -81,11 +77,7 @@ def is_local(path: os.PathLike) -> bool:
 
 
 def no_link(path: str, flags: int) -> int:
-    """An `opener` for `open` that follows no link: it may lead to a file of another folder.
-
-    Raises:
-      OSError: the path is a link.
-    """
+    """An `opener` for `open` that refuses a link: it may lead to a file of another folder."""
     try:
         return os.open(path, flags | os.O_NOFOLLOW, 0o666)
     except OSError as error:
@@ -104,29 +96,12 @@ def check_reachable(folder: Path, named: str) -> None:
 
 
 def delete_folder(folder: Path) -> None:
-    """Deletes a folder with all that is in it.
-
-    Raises:
-      OSError: something cannot be deleted.
-    """
+    """Deletes a folder with all that is in it."""
     epath.Path(folder).rmtree()
 
 
-def write(path: Path, content: bytes) -> None:
-    """Writes an object of a store whole: readers see the old content or the new one.
-
-    Raises:
-      OSError: the store fails.
-    """
-    client(path).write(path, content)
-
-
 def upload(folder: Path, target: Path, last: str = "") -> None:
-    """Copies the files of a local folder to a folder in a store; the file named `last` comes last.
-
-    Raises:
-      OSError: a file cannot be read or written.
-    """
+    """Copies the files of a local folder to a folder in a store, that named `last` at the end."""
     found = [file for file in folder.rglob("*") if file.is_file()]
     for file in sorted(found, key=lambda file: (file == folder / last, file)):
         client(target).upload(file, target / file.relative_to(folder))

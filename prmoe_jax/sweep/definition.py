@@ -24,8 +24,6 @@ from prmoe_jax.errors import UserError, refusing, telling
 
 log = logging.getLogger(__name__)
 
-LONGEST_NAME = 255  # bytes, on every common file system
-
 
 class Run(NamedTuple):
     """A run of a sweep: its config, as if it started at step 0, and the name of its trunk."""
@@ -84,8 +82,8 @@ def constants(folder: Path) -> Constants:
         return Constants()
     found = _assigned(path)
     for name, value in found.items():
-        if not _is_good(name, value):
-            wanted = WANTED.get(name, "True or False")
+        is_good, wanted = RULES.get(name, (lambda value: isinstance(value, bool), "True or False"))
+        if not is_good(value):
             raise UserError(f"{path}: {name.upper()} is {value!r:.80}; it must be {wanted}")
     return Constants(**found)
 
@@ -101,21 +99,18 @@ def _assigned(path: Path) -> dict:
         tree = ast.parse(path.read_bytes(), str(path))
     plain: dict[ast.AST, object] = {}  # the values of plain assignments, by their targets
     for node in tree.body:
-        if isinstance(node, (ast.Assign, ast.AnnAssign)):
-            target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
-            with contextlib.suppress(ValueError, TypeError):  # {[1]: 2} is a TypeError
-                plain[target] = ast.literal_eval(node.value)
+        match node:
+            case ast.Assign([target], value) | ast.AnnAssign(target, _, value):
+                with contextlib.suppress(ValueError, TypeError):  # {[1]: 2} is a TypeError
+                    plain[target] = ast.literal_eval(value)
     found = {}
     for node in ast.walk(tree):
-        name = ""
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            name = node.id
-        elif isinstance(node, ast.alias):
-            name = node.asname or node.name
-        if name in NAMES and node in plain:
-            found[name.lower()] = plain[node]
-        elif wrong := _wrong(name):
-            raise UserError(f"{path}, line {node.lineno}: {wrong}")
+        match node:
+            case ast.Name(name, ast.Store()) | ast.alias(_, str(name)) | ast.alias(name):
+                if name in NAMES and node in plain:
+                    found[name.lower()] = plain[node]
+                elif wrong := _wrong(name):
+                    raise UserError(f"{path}, line {node.lineno}: {wrong}")
     return found
 
 
@@ -133,43 +128,40 @@ def _wrong(name: str) -> str:
     return f"{name} is no constant of a sweep; did you mean {close[0]}?" if close else ""
 
 
-# What a constant must be, other than True or False.
-WANTED = {
-    "margin": "nats above 0, such as 0.02",
-    "predicted": "arms and numbers above 0, such as {'E8/3M': 0.6}",
-    "law": "a text",
-    "varying": "settings, such as ('init.workdir',)",
-    "contrasts": "pairs of two arms, such as (('a', 'b'), ('c', 'b'))",
-}
-
-
-def _is_good(name: str, value) -> bool:
-    if name == "margin":
-        return _is_number(value)
-    if name == "predicted":
-        named = isinstance(value, dict) and all(isinstance(arm, str) for arm in value)
-        return named and all(map(_is_number, value.values()))
-    if name == "law":
-        return isinstance(value, str)
-    if name == "varying":
-        return isinstance(value, tuple) and set(map(str, value)) <= leaves(Config()).keys()
-    if name == "contrasts":
-        pairs = isinstance(value, tuple) and all(isinstance(pair, tuple) for pair in value)
-        two = pairs and all(list(map(type, pair)) == [str, str] for pair in value)
-        return two and all(arm != base for arm, base in value)
-    return isinstance(value, bool)
-
-
 def _is_number(value) -> bool:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and 0 < value < math.inf
+    return type(value) in (int, float) and 0 < value < math.inf
+
+
+def _are_numbers(value) -> bool:
+    named = isinstance(value, dict) and set(map(type, value)) <= {str}
+    return named and all(map(_is_number, value.values()))
+
+
+def _are_settings(value) -> bool:
+    return isinstance(value, tuple) and set(map(str, value)) <= leaves(Config()).keys()
+
+
+def _are_pairs(value) -> bool:
+    return isinstance(value, tuple) and all(
+        isinstance(pair, tuple) and list(map(type, pair)) == [str, str] and pair[0] != pair[1]
+        for pair in value
+    )
+
+
+# What a constant must be, other than True or False.
+RULES = {
+    "margin": (_is_number, "nats above 0, such as 0.02"),
+    "predicted": (_are_numbers, "arms and numbers above 0, such as {'E8/3M': 0.6}"),
+    "law": (lambda value: isinstance(value, str), "a text"),
+    "varying": (_are_settings, "settings, such as ('init.workdir',)"),
+    "contrasts": (_are_pairs, "pairs of two arms, such as (('a', 'b'), ('c', 'b'))"),
+}
 
 
 def _checked(path: Path, items) -> dict[str, Run]:
     if not isinstance(items, Iterable):
-        raise UserError(
-            f"{path}: runs() returns {type(items).__name__}; it must yield (name, settings)"
-        )
+        kind = type(items).__name__
+        raise UserError(f"{path}: runs() returns {kind}; it must yield (name, settings)")
     found: dict[str, Run] = {}
     named: dict[tuple, str] = {}  # the runs' names by their settings
     for item in items:  # one by one: the file may reuse one settings object
@@ -185,17 +177,13 @@ def _checked(path: Path, items) -> dict[str, Run]:
                 f"{path}: {name} goes on from {trunk!r:.80}, which is no run that comes before it"
             )
         with telling(f"{path}: {name}: "):
-            run = Run(resolve(settings), trunk)
+            config = resolve(settings)
             if trunk is not None:
-                other = found[trunk]
-                start = 0
-                if other.trunk is not None:
-                    start = branch(other.config, found[other.trunk].config, path).init.step
-                _check_trunk(run.config, trunk, other.config, start)
-            same = named.setdefault(tuple(leaves(run.config).items()), name)
-            if same != name:
-                log.warning("%s: %s has the settings of %s and is the same run", path, name, same)
-            found[name] = run
+                _check_trunk(config, trunk, found)
+        same = named.setdefault(tuple(leaves(config).items()), name)
+        if same != name:
+            log.warning("%s: %s has the settings of %s and is the same run", path, name, same)
+        found[name] = Run(config, trunk)
     if not found:
         raise UserError(f"{path}: runs() yields nothing")
     return found
@@ -203,14 +191,9 @@ def _checked(path: Path, items) -> dict[str, Run]:
 
 def _check_name(path: Path, name: str, found: Iterable[str]) -> None:
     """Checks that a run's folder is a new one, neither inside nor around another run's folder."""
-    parts = name.split("/")
-    if not re.fullmatch(r"[\w.+=-]+(/[\w.+=-]+)*", name) or ".." in name or "." in parts:
+    good = re.fullmatch(r"[\w.+=-]+(/[\w.+=-]+)*", name)
+    if not good or ".." in name or "." in name.split("/"):
         raise UserError(f"{path}: {name!r:.80} can't name a folder; use letters, digits, '-', '/'")
-    if (longest := max(len(part.encode()) for part in parts)) > LONGEST_NAME:
-        raise UserError(
-            f"{path}: the name {name:.40}… has {longest} bytes, a folder's has at most "
-            f"{LONGEST_NAME}; shorten it"
-        )
     if name in found:
         raise UserError(f"{path} yields {name!r} twice")
     for before in found:
@@ -223,26 +206,22 @@ def _check_name(path: Path, name: str, found: Iterable[str]) -> None:
 
 
 def branch(config: Config, trunk: Config, workdir: Path) -> Config:
-    """The config with which a branch is trained.
+    """The config with which a branch is trained, from its config as if it started at step 0.
 
     It starts from the trunk's checkpoint of the step at which the trunk's or the branch's learning
-    rate begins to decay, whichever comes first.
-
-    Args:
-      config: the branch's config, as if it started at step 0.
-      trunk: the trunk's config.
-      workdir: the trunk's folder.
+    rate begins to decay, whichever comes first. `workdir` is the trunk's folder.
     """
     starts = [start for start in (trunk.decay_start, config.decay_start) if start is not None]
     init = InitConfig(workdir=str(workdir), step=min(starts, default=0))
     return dataclasses.replace(config, init=init)
 
 
-def _check_trunk(config: Config, name: str, trunk: Config, start: int) -> None:
-    """Checks that a run can branch off a trunk, and that the trunk keeps the checkpoint for it.
-
-    `start` is the step at which the trunk itself branched off another run, or 0.
-    """
+def _check_trunk(config: Config, name: str, runs: dict[str, Run]) -> None:
+    """Checks that a run can branch off the run `name`, which keeps the checkpoint for it."""
+    trunk, before = runs[name]
+    start = 0  # where the trunk itself branched off
+    if before is not None:
+        start = branch(trunk, runs[before].config, Path(before)).init.step
     if config.decay_start is None:
         raise UserError(
             f"a run that goes on from {name} needs optimizer.schedule=wsd, not "

@@ -57,13 +57,10 @@ def share(needs: dict[str, list[str]], number: int, count: int) -> list[str]:
 def check_needed(work: Work, name: str, begins: Config | None) -> None:
     """Checks that the runs that a run needs, except its trunk, are finished as the sweep says.
 
-    Args:
-      work: the sweep.
-      name: the run.
-      begins: the config with which the run starts; None if it resumes from its own checkpoint.
+    `begins` is the config with which the run starts, or None if it resumes from its own checkpoint.
     """
     config, trunk = work.runs[name]
-    starts = _starts(config, begins) if begins else set()
+    starts = _starts(config, begins) if begins else []
     for other in work.needs[name]:
         if other == trunk:
             continue
@@ -99,11 +96,8 @@ def discard_checkpoints(work: Work, name: str) -> None:
     run can be added to the sweep.
     """
     config, workdir, done = work.runs[name].config, work.root / name, work.recorded()
-    starts = {
-        other: branch(run.config, config, workdir).init.step
-        for other, run in work.runs.items()
-        if run.trunk == name
-    }
+    branches = {other: run.config for other, run in work.runs.items() if run.trunk == name}
+    starts = {other: branch(one, config, workdir).init.step for other, one in branches.items()}
     needed = {step for other, step in starts.items() if other not in done}
     if config.decay_start not in starts.values():
         needed.add(config.decay_start or 0)
@@ -124,18 +118,16 @@ def _places(folders: list[str]) -> list[Path]:
     return [_place(expand("the folder of another run", folder)) for folder in folders if folder]
 
 
-def _starts(config: Config, given: Config) -> set[Path]:
+def _starts(config: Config, begins: Config) -> list[Path]:
     """The folders of the runs whose last checkpoint a run reads when it starts.
 
-    Args:
-      config: the run's config, as if it started at step 0.
-      given: the config with which it is trained, with another `init` if it is a branch.
+    `begins` is its config with another `init` if it is a branch.
     """
-    starts = []
-    if not given.init.step:
+    step, starts = begins.init.step, []
+    if not step:
         starts.append(config.init.workdir)
-    inherits = config.teacher.inherit and not given.init.step
-    learns = given.init.step < config.kd_steps and not config.teacher.cache
+    inherits = config.teacher.inherit and not step
+    learns = step < config.kd_steps and not config.teacher.cache
     if inherits or learns:
         starts.append(config.teacher.workdir)
-    return set(_places(starts))
+    return _places(starts)

@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
@@ -62,20 +61,14 @@ class SweepProgress:
     def _read(self, name: str) -> list[str]:
         workdir, config = self._runs[name]
         found: dict = {}  # the newest value by name
-        for line in _newest_first(workdir / METRICS):
-            found = line | found
-            if "tokens_per_second" in found:
-                break
         # There may be no line yet, or damage, which the run reports.
-        with contextlib.suppress(KeyError, TypeError, ValueError):
+        with contextlib.suppress(OSError, KeyError, TypeError, ValueError):
+            *lines, _ = (workdir / METRICS).read_bytes().split(b"\n")  # the last is being written
+            for line in reversed(lines):
+                found = dict(files.parse_json(line)) | found
+                if "tokens_per_second" in found:
+                    break
             loss = found.get("eval/loss", found.get("loss", 0))
             speed = found.get("tokens_per_second", 0)
             return [f"{found['step']}/{config.total_steps}", f"{loss:.4f}", f"{speed:,.0f}"]
         return []
-
-
-def _newest_first(path: Path) -> Iterator[dict]:
-    """Yields lines from the newest to a damaged one; omits a last line that is being written."""
-    with contextlib.suppress(OSError, TypeError, ValueError):
-        for line in reversed(path.read_bytes().split(b"\n")[:-1]):
-            yield dict(files.parse_json(line))

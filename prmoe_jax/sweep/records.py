@@ -1,14 +1,13 @@
 """Writes and checks results.jsonl, which has one line, a record, for each finished run."""
 
-import contextlib
 import json
 import statistics
-from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from prmoe_jax import files
 from prmoe_jax.config.loading import RESUMABLE, load
-from prmoe_jax.config.schema import Config, changed
+from prmoe_jax.config.schema import Config, InitConfig, changed
 from prmoe_jax.errors import UserError, refusing
 from prmoe_jax.model.sizes import cost
 from prmoe_jax.run.directory import CONFIG
@@ -21,6 +20,7 @@ from prmoe_jax.tables import aligned
 RESULTS = "results.jsonl"
 LOCK = ".results.lock"
 NUMBER = (int, float)
+TEXT = "data.", "model.vocab_size"  # the settings of a run's text
 LARGEST = 1e18  # numbers of a record must be smaller
 # The fields of a record that `prmoe sweep` and `prmoe report` show; `record` describes them.
 # Old records have no `layers` and no `evaluated_tokens`.
@@ -41,22 +41,12 @@ FIELDS = {
     "device": str,
 }
 FIX = "delete that line (prmoe sweep records its run again, from the run's folder if that is left)"
-# A record keeps at most this many points of the training loss.
-POINTS = 100
+POINTS = 100  # a record keeps at most so many points of the training loss
 # The fields from which a record is made: of steps and of evaluations in metrics.jsonl, and of
 # starts in environment.json.
-TRAINED = {
-    "tokens": int,
-    "loss": NUMBER,
-    "lm_loss": NUMBER,
-    "tokens_per_second": NUMBER,
-}
-EVALUATED = {
-    "eval/tokens": int,
-    "eval/loss": NUMBER,
-    "eval/bits_per_byte": NUMBER,
-    "eval/drop_fraction": NUMBER,
-}
+TRAINED = {"tokens": int, "loss": NUMBER, "lm_loss": NUMBER, "tokens_per_second": NUMBER}
+EVALUATED = {"eval/tokens": int, "eval/loss": NUMBER, "eval/bits_per_byte": NUMBER}
+EVALUATED |= {"eval/drop_fraction": NUMBER}
 START = {"git_revision": (str, type(None)), "versions": dict, "device": str}
 
 
@@ -80,6 +70,7 @@ def record(name: str, config: Config, workdir: Path) -> dict:
     last, a_step = evaluated[-1], config.tokens_per_step
     starts, branch_step = _starts(workdir)
     own = [line for line in trained if line["step"] > branch_step] or trained
+    every = -(-len(trained) // POINTS)
     layers: dict[str, dict] = {}
     for key, value in last.items():
         if key.startswith("eval/layers/"):
@@ -99,9 +90,7 @@ def record(name: str, config: Config, workdir: Path) -> dict:
         "layers": layers,
         "evaluations": [[line["step"] * a_step, line["eval/loss"]] for line in evaluated],
         "evaluated_tokens": [line["eval/tokens"] for line in evaluated],
-        "losses": [
-            [line["tokens"], line["lm_loss"]] for line in trained[:: -(-len(trained) // POINTS)]
-        ],
+        "losses": [[line["tokens"], line["lm_loss"]] for line in trained[::every]],
         "tokens_per_second": statistics.median(line["tokens_per_second"] for line in own),
         "revisions": sorted({start["git_revision"] or "unknown" for start in starts}),
         "versions": starts[-1]["versions"],
@@ -115,10 +104,10 @@ def logged(workdir: Path) -> tuple[list[dict], list[dict]]:
     lines = read_metrics(path)
     trained = [line for line in lines if "loss" in line]
     evaluated = [line for line in lines if "eval/loss" in line]
+    fix = "delete that line, or restore a copy of the file"
     for kind, some in (TRAINED, trained), (EVALUATED, evaluated):
         for line in some:
-            where = f"{path}: the line of step {line['step']}"
-            files.require(line, kind, where, "delete that line, or restore a copy of the file")
+            files.require(line, kind, f"{path}: the line of step {line['step']}", fix)
     return trained, evaluated
 
 
@@ -149,9 +138,9 @@ def complete(folder: Path, rows: list[dict]) -> list[dict]:
         files.require(row, FIELDS, where, FIX)
         layers, counts = row.get("layers", {}), row.get("evaluated_tokens")
         for name, good in {
-            "evaluations": row["evaluations"] and all(map(_is_pair, row["evaluations"])),
+            "evaluations": row["evaluations"] and _are_pairs(row["evaluations"]),
             "evaluated_tokens": counts is None or _are_numbers(counts, len(row["evaluations"])),
-            "losses": all(map(_is_pair, row["losses"])),
+            "losses": _are_pairs(row["losses"]),
             "layers": isinstance(layers, dict) and all(map(_is_layer, layers.values())),
             "versions": all(isinstance(v, (str, type(None))) for v in row["versions"].values()),
             "revisions": all(isinstance(revision, str) for revision in row["revisions"]),
@@ -168,11 +157,7 @@ def check_one_text(rows: list[dict]) -> None:
     for row in rows:
         if not row.get("evaluated_tokens"):
             continue
-        of_text = {
-            name: value
-            for name, value in row["settings"].items()
-            if name.startswith("data.") or name == "model.vocab_size"
-        }
+        of_text = {n: v for n, v in row["settings"].items() if n.startswith(TEXT)}
         other = counted.setdefault(json.dumps(of_text, sort_keys=True), row)
         ours, theirs = (one["evaluated_tokens"][-1] for one in (row, other))
         if ours != theirs:
@@ -196,10 +181,8 @@ def of_runs(rows: list[dict], runs: dict[str, Run]) -> list[dict]:
 def add(folder: Path, record: dict, order: list[str]) -> None:
     """Adds a record, which replaces an older one of the same run.
 
-    Args:
-      folder: the folder of results.jsonl, to which other processes may add at the same time.
-      record: from `record`.
-      order: names of runs; their records come first, in this order.
+    Other processes may add to the file at the same time. The records of the runs `order` come
+    first, in this order.
     """
     rank = {name: number for number, name in enumerate(order)}
     with locked(folder):
@@ -209,14 +192,11 @@ def add(folder: Path, record: dict, order: list[str]) -> None:
         files.replace(folder / RESULTS, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Waits for the lock of a folder's results, and holds it."""
+def locked(folder: Path) -> BinaryIO:
+    """Waits for the lock of a folder's results, and returns it; closing it frees it."""
     path = folder / LOCK
     with refusing(f"{path} cannot be written", OSError):
-        lock = hold(path, wait=True)
-    with lock:
-        yield
+        return hold(path, wait=True)
 
 
 def table(records: list[dict]) -> str:
@@ -236,29 +216,26 @@ def table(records: list[dict]) -> str:
 
 
 def _starts(workdir: Path) -> tuple[list[dict], int]:
-    """Reads a run's starts from its environment.json, oldest first.
+    """Reads a run's starts from its environment.json, and the step at which it left its trunk or 0.
 
-    Returns:
-      The starts, at least one ('unknown' if none is recorded), and the step at which the run left
-      its trunk (0 without a trunk). The trunk's starts come first, if its folder is still there.
+    The starts are at least one ('unknown' if none is recorded), oldest first. The trunk's come
+    before, if its folder is still there.
     """
     path = workdir / "environment.json"
     fix = "delete it (the record then says 'unknown'), or restore a copy"
     starts = files.read_json(path, list, fix) if path.exists() else []
     for start in starts:
         files.require(start, START, str(path), fix)
-    init = load(workdir / CONFIG).init if (workdir / CONFIG).exists() else None
-    before: list[dict] = []
-    if init and init.step and (trunk := expand("init.workdir", init.workdir)).is_dir():
-        before, _ = _starts(trunk)
-    unknown = {"git_revision": None, "versions": {}, "device": "unknown"}
-    return before + (starts or [unknown]), init.step if init else 0
+    starts = starts or [{"git_revision": None, "versions": {}, "device": "unknown"}]
+    init = load(workdir / CONFIG).init if (workdir / CONFIG).exists() else InitConfig()
+    if init.step and (trunk := expand("init.workdir", init.workdir)).is_dir():
+        starts = _starts(trunk)[0] + starts
+    return starts, init.step
 
 
 def _settings(config: Config) -> dict:
-    """Settings that differ from the defaults, without those that may change on resuming."""
-    settings = _lasting(changed(config))
-    return {n: list(v) if isinstance(v, tuple) else v for n, v in settings.items()}
+    """Settings that differ from the defaults, as JSON has them, but those that may change."""
+    return _lasting(json.loads(json.dumps(changed(config))))
 
 
 def _lasting(settings: dict) -> dict:
@@ -266,8 +243,8 @@ def _lasting(settings: dict) -> dict:
     return {name: v for name, v in settings.items() if not name.startswith(RESUMABLE)}
 
 
-def _is_pair(value) -> bool:
-    return _are_numbers(value, 2)
+def _are_pairs(values: list) -> bool:
+    return all(_are_numbers(value, 2) for value in values)
 
 
 def _is_layer(value) -> bool:
@@ -276,9 +253,8 @@ def _is_layer(value) -> bool:
 
 
 def _are_numbers(values, count: int | None = None) -> bool:
-    if not isinstance(values, list) or count not in (None, len(values)):
-        return False
-    return all(map(_fits, values))
+    of_length = isinstance(values, list) and count in (None, len(values))
+    return of_length and all(map(_fits, values))
 
 
 def _fits(value) -> bool:

@@ -117,9 +117,8 @@ def _done(work: Work, name: str, progress: SweepProgress) -> str:
     saved = load(workdir / workdirs.CONFIG) if begun else None
     over = begun and finished(config, workdir)
     # A run without a checkpoint starts again.
-    goes_on = over or any(
-        path.name.isdecimal() for path in (workdir / workdirs.CHECKPOINTS).glob("*")
-    )
+    kept = (workdir / workdirs.CHECKPOINTS).glob("*")
+    goes_on = over or any(path.name.isdecimal() for path in kept)
     given = config if trunk is None else branch(config, work.runs[trunk].config, root / trunk)
     if not (trunk is None or goes_on or has_checkpoint(root / trunk, given.init.step)):
         # The branch then trains the trunk's steps itself, see `training.branch`.
@@ -129,7 +128,8 @@ def _done(work: Work, name: str, progress: SweepProgress) -> str:
     check_needed(work, name, None if goes_on else given)
     if begun:
         asked = given
-        if trunk is not None and (saved.init == config.init or _ends(saved.init.workdir, trunk)):
+        of_trunk = f"/{saved.init.workdir}".endswith(f"/{trunk}")
+        if trunk is not None and (saved.init == config.init or of_trunk):
             # It began at step 0 or from its trunk, whose parent folder may have been renamed.
             asked = dataclasses.replace(given, init=saved.init)
         check_resume(saved, asked)
@@ -141,13 +141,7 @@ def _done(work: Work, name: str, progress: SweepProgress) -> str:
     return "finished"
 
 
-def _ends(folder: str, name: str) -> bool:
-    """Whether the end of a folder's path is this run's name."""
-    return f"/{folder}".endswith(f"/{name}")
-
-
 def _train(name: str, config: Config, workdir: Path, progress: SweepProgress) -> None:
-    """Trains or resumes one run in its own process."""
     workdir.mkdir(parents=True, exist_ok=True)
     settings, told = workdir / "sweep.json", workdir / "log.txt"
     save(config, settings)
@@ -190,9 +184,8 @@ def _appending(path: Path) -> Iterator[BinaryIO]:
         with open(path, "ab", opener=stores.no_link) as file:
             yield file
         return
-    before = path.read_bytes() if path.exists() else b""
     with tempfile.TemporaryFile() as file:
-        file.write(before)
+        file.write(path.read_bytes() if path.exists() else b"")
         file.flush()
         yield file
         file.seek(0)
@@ -209,9 +202,8 @@ def _wait_until_free(name: str, workdir: Path, progress: SweepProgress) -> bool:
         if time.monotonic() - begun > PATIENCE:
             raise UserError(f"{workdir} is in use by {process}; wait for it, or stop it")
         if not waiting:
-            progress.put(
-                name, f"waits up to {PATIENCE:.0f} s for {process}, which holds its folder"
-            )
+            told = f"waits up to {PATIENCE:.0f} s for {process}, which holds its folder"
+            progress.put(name, told)
             waiting = True
         time.sleep(0.1 if stores.is_local(workdir) else 1.0)
     return waiting

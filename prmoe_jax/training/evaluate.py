@@ -4,7 +4,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from prmoe_jax import stores
 from prmoe_jax.config.loading import load
 from prmoe_jax.config.schema import Config, TeacherConfig, group_rows
 from prmoe_jax.data.pipeline import (
-    Batch,
     Data,
     eval_batches,
     evaluated_windows,
@@ -26,13 +25,13 @@ from prmoe_jax.data.pipeline import (
 from prmoe_jax.distill.loss import Agreement, agreement, run_teacher
 from prmoe_jax.distill.teacher import cast_to_compute_dtype, restore_teacher
 from prmoe_jax.errors import UserError
+from prmoe_jax.model.batch import Batch
 from prmoe_jax.model.loss import Sums, forward
 from prmoe_jax.model.transformer import Transformer
 from prmoe_jax.parallel import processes
 from prmoe_jax.parallel.axes import local_rows, replicated, split_batch
-from prmoe_jax.run import directory as workdirs
-from prmoe_jax.run.directory import shared_settings
-from prmoe_jax.run.metrics import perplexity, summarise
+from prmoe_jax.run.directory import CONFIG, TOKENIZER, shared_settings
+from prmoe_jax.run.metrics import summarise
 from prmoe_jax.run.restore import check_text, restore_run
 
 
@@ -53,7 +52,7 @@ def evaluate_model(
     if not (data.validation.tokens and data.validation.text_bytes):
         raise UserError(
             f"the validation split of data.corpus={config.data.corpus} has no text "
-            f"({data.validation.described}); use a corpus with some in it"
+            f"({data.validation.tokens} tokens); use a corpus with some in it"
         )
     rows = _rows(config, mesh)
     limit = -(-limit * config.train.batch_size // rows)
@@ -64,7 +63,7 @@ def evaluate_model(
     tokens_per_byte = int(sums.tokens) / data.validation.bytes_of(windows)
     return {
         "loss": loss,
-        "perplexity": perplexity(loss),
+        "perplexity": math.exp(min(loss, 700.0)),
         "bits_per_byte": loss / math.log(2) * tokens_per_byte,
         "tokens": int(sums.tokens),
         **metrics,
@@ -89,14 +88,12 @@ def _summed(
     `limit` is the number of such batches, 0 for all. Sums over batches are int64 and float64 on
     the host: int32 overflows at 2.1 billion tokens, and float32 counts exactly only to 17 million.
     """
-    total = None
     batches = eval_batches(data.validation, rows, limit, local_rows(mesh, rows))
     parts = (measure(split_batch(batch, mesh, rows)) for batch in batches)
     # The next batch is dispatched before this one's sums are fetched.
-    for part, _ in itertools.pairwise(itertools.chain(parts, [None])):
-        part = jax.tree.map(_widened, jax.device_get(part))
-        total = part if total is None else jax.tree.map(np.add, total, part)
-    return total
+    pairs = itertools.pairwise(itertools.chain(parts, [None]))
+    fetched = (jax.tree.map(_widened, jax.device_get(part)) for part, _ in pairs)
+    return reduce(partial(jax.tree.map, np.add), fetched)
 
 
 def _widened(x: np.ndarray) -> np.ndarray:
@@ -117,40 +114,31 @@ def evaluate(workdir: Path, teacher: Path | None = None, corpus: str | None = No
       where both have the same argmax).
 
     Raises:
-      UserError: a folder holds no run or no checkpoint, the teacher has another vocabulary or
-        tokenizer, or the validation split can't be read or has no text.
+      UserError: a folder holds no run, the teacher has another vocabulary or tokenizer, or the
+        validation split can't be read or has no text.
     """
     workdir, teacher = stores.as_path(workdir), teacher and stores.as_path(teacher)
-    processes.agree(
-        "the run that is evaluated",
-        lambda: (
-            shared_settings(load(workdir / workdirs.CONFIG))
-            | {"--teacher": str(teacher), "--corpus": str(corpus)}
-        ),
-    )
+    options = {"--teacher": str(teacher), "--corpus": str(corpus)}
+    run = "the run that is evaluated"
+    processes.agree(run, lambda: shared_settings(load(workdir / CONFIG)) | options)
     config, step, model, mesh = restore_run(workdir)
     if corpus is not None:
         config = replace(config, data=replace(config.data, corpus=corpus))
-    data = load_data(
-        config.data, config.model.vocab_size, config.model.length, workdir / workdirs.TOKENIZER
-    )
+    data = load_data(config.data, config.model.vocab_size, config.model.length, workdir / TOKENIZER)
     processes.agree("the text", lambda: windows_fingerprint(data))
     if corpus is None:
         check_text(workdir, config, data.corpus_fingerprint)
     with jax.set_mesh(mesh):
-        measure = jax.jit(
-            partial(forward, execution=config.execution), out_shardings=replicated(mesh)
-        )
+        measure = partial(forward, execution=config.execution)
+        measure = jax.jit(measure, out_shardings=replicated(mesh))
         metrics = {"step": step} | evaluate_model(measure, model, config, data, mesh)
         if teacher:
             metrics |= _beside_teacher(model, config, teacher, data, mesh)
         return metrics
 
 
-def _beside_teacher(
-    model: Transformer, config: Config, workdir: Path, data: Data, mesh: Mesh
-) -> dict:
-    rows = _rows(config, mesh, load(workdir / workdirs.CONFIG))
+def _beside_teacher(model, config: Config, workdir: Path, data: Data, mesh: Mesh) -> dict:
+    rows = _rows(config, mesh, load(workdir / CONFIG))
     train = replace(config.train, batch_size=rows, accumulate=1)
     config = replace(config, train=train, teacher=TeacherConfig(workdir=str(workdir)))
     teacher = cast_to_compute_dtype(restore_teacher(config, mesh, data.tokenizer), mesh)
@@ -159,7 +147,7 @@ def _beside_teacher(
     def compare(model: Transformer, teacher_model: Transformer, batch: Batch) -> Agreement:
         output = run_teacher(teacher_model, batch, config, None)
         x_BxLxD, _ = model(batch.tokens_BxL, batch.segments_BxL, execution=config.execution)
-        return agreement(x_BxLxD, model.output_table(x_BxLxD.dtype), output, batch)
+        return agreement(x_BxLxD, model.unembedding(x_BxLxD.dtype), output, batch)
 
     sums = _summed(lambda batch: compare(model, teacher.model, batch), rows, data, mesh)
     return {

@@ -9,7 +9,7 @@ import optax
 from jax.sharding import Mesh
 
 from prmoe_jax.config.schema import Config, group_rows
-from prmoe_jax.distill.distiller import Distiller
+from prmoe_jax.distill.loss import Distiller
 from prmoe_jax.model.batch import Batch
 from prmoe_jax.model.loss import cross_entropy, forward, totals, training_loss
 from prmoe_jax.model.state import TrainState
@@ -61,20 +61,15 @@ def make_train_step(
         key = jax.random.fold_in(jax.random.key(config.seed + 1), state.step)
         rows = jnp.arange(config.train.batch_size)
         keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
-
-        rows_together = group_rows(config, distiller.teacher if distiller else None)
+        inputs, microbatches = (batch, keys_B), config.train.accumulate
+        rows_together = group_rows(config, distiller and distiller.teacher)
         balanced = config.moe.balance == "batch" and config.moe.aux_loss_weight
-        if balanced and config.train.accumulate > 1:
+        if balanced and microbatches > 1:
 
             def choices(batch_and_keys):
-                return [
-                    r.assigned_E
-                    for r in forward(
-                        state.model, *batch_and_keys, execution=config.execution
-                    ).routers
-                ]
+                sums = forward(state.model, *batch_and_keys, execution=config.execution)
+                return [router.assigned_E for router in sums.routers]
 
-            inputs, microbatches = (batch, keys_B), config.train.accumulate
             total = total._replace(assigned=add_up(choices, inputs, microbatches, rows_together))
 
         def loss(model, batch_and_keys):
@@ -87,8 +82,8 @@ def make_train_step(
 
         gradient, sums = add_up(
             partial(jax.grad(loss, has_aux=True), state.model),
-            (batch, keys_B),
-            config.train.accumulate,
+            inputs,
+            microbatches,
             rows_together,
             lambda sums: (sharding.constrain(sums[0]), sums[1]),
         )

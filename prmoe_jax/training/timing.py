@@ -10,7 +10,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -27,28 +27,20 @@ SLOW, REMEMBERED, NEEDED = 5.0, 100, 10
 
 
 class Clock:
-    """The speed of the steps since the last restart, and the goodput since the run began.
+    """The speed of the steps since the last restart, and the goodput since the run `begun`.
 
     Goodput is the share of wall time, over all restarts, that was spent in productive steps: not in
     compiling, evaluating, saving, waiting for machines, or steps that a restart repeats.
-
-    Attributes:
-      begun: when the run was started for the first time, in seconds since 1970.
-      productive: seconds spent in productive steps.
     """
 
     def __init__(self, begun: float, productive: float = 0.0):
-        # The first step is not timed, because it compiles.
-        self.start: float | None = None
+        self.start: float | None = None  # the first step is not timed, because it compiles
         self.tokens, self.wait = 0, 0.0
         self.begun, self.productive = begun, productive
         self.step_times: list[float] = []
         self.usual: deque[float] = deque(maxlen=REMEMBERED)
-        self.last = {
-            "tokens_per_second": 0.0,
-            "input_wait_fraction": 0.0,
-            "step_time_deviation": 0.0,
-        }
+        names = "tokens_per_second", "input_wait_fraction", "step_time_deviation"
+        self.last = dict.fromkeys(names, 0.0)
 
     def restart(self) -> None:
         self.start = self.step_ended = time.perf_counter()
@@ -81,46 +73,41 @@ class Clock:
     def rates(self) -> dict[str, float]:
         """Rates since the clock last started, or the previous rates if no step finished.
 
-        Returns:
-          tokens_per_second; input_wait_fraction; step_time_deviation, the standard deviation of
-          step times divided by their mean; goodput.
+        step_time_deviation is the standard deviation of step times divided by their mean.
         """
         if self.tokens:
-            seconds = time.perf_counter() - self.start
+            seconds, times = time.perf_counter() - self.start, self.step_times
             self.last = {
                 "tokens_per_second": self.tokens / seconds,
                 "input_wait_fraction": self.wait / seconds,
-                "step_time_deviation": statistics.pstdev(self.step_times)
-                / statistics.fmean(self.step_times),
+                "step_time_deviation": statistics.pstdev(times) / statistics.fmean(times),
             }
             self.restart()
         return self.last | {"goodput": self.productive / max(time.time() - self.begun, 1e-9)}
 
 
-class StallWatch:
-    """While this is active, prints all threads' stacks after some minutes without `alive()`.
+@contextlib.contextmanager
+def stall_watch(minutes: float) -> Iterator[Callable[[], None]]:
+    """Yields a function; after some minutes without a call to it, prints all threads' stacks.
 
     The stacks tell what a hanging run waits for. They are printed again after each such time, even
-    if a thread holds Python's global lock (GIL).
+    if a thread holds Python's global lock (GIL). Times above `threading.TIMEOUT_MAX`, such as inf,
+    print nothing.
     """
+    seconds = minutes * 60
+    if seconds >= threading.TIMEOUT_MAX:
+        yield lambda: None
+        return
 
-    def __init__(self, minutes: float):
-        """Takes the minutes; inf and other times above `threading.TIMEOUT_MAX` print nothing."""
-        self._seconds = minutes * 60
+    def alive() -> None:
+        file = processes.error_descriptor
+        faulthandler.dump_traceback_later(seconds, repeat=True, file=file)
 
-    def alive(self) -> None:
-        """Restarts the timer."""
-        if self._seconds < threading.TIMEOUT_MAX:
-            file = processes.error_descriptor
-            faulthandler.dump_traceback_later(self._seconds, repeat=True, file=file)
-
-    def __enter__(self) -> "StallWatch":
-        self.alive()
-        return self
-
-    def __exit__(self, *error) -> None:
-        if self._seconds < threading.TIMEOUT_MAX:
-            faulthandler.cancel_dump_traceback_later()
+    alive()
+    try:
+        yield alive
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 class Trace:
@@ -132,25 +119,23 @@ class Trace:
     def __init__(self, profile: tuple[int, int] | None, step: int, folder: Path):
         """Takes the steps to trace, and the last step done, which may be past them on resuming."""
         self.first, self.last = profile or (0, 0)
-        self.folder, self.running = folder, False
+        self.folder, self.local = folder, None
         if profile and step >= self.last:
             log.warning("--profile=%d:%d: those steps are done, nothing is traced", *profile)
 
     def before(self, step: int) -> None:
-        """Call this before a step is started."""
-        if self.first <= step <= self.last and not self.running:
-            local = stores.is_local(self.folder)
-            self.written = self.folder if local else Path(tempfile.mkdtemp(prefix="prmoe-"))
-            jax.profiler.start_trace(str(self.written))
-            self.running = True
+        if self.first <= step <= self.last and not self.local:
+            on_disk = stores.is_local(self.folder)
+            self.local = self.folder if on_disk else Path(tempfile.mkdtemp(prefix="prmoe-"))
+            jax.profiler.start_trace(str(self.local))
 
     def after(self, step: int, metrics: dict, stopping: bool) -> None:
-        """Call this after a step is dispatched; after the last traced step it writes the trace."""
-        if self.running and (step == self.last or stopping):
+        """After the last traced step, which may still be computed, this writes the trace."""
+        if self.local and (step == self.last or stopping):
             jax.block_until_ready(metrics)
             jax.profiler.stop_trace()
-            self.running = False
-            if self.written != self.folder:
-                stores.upload(self.written, self.folder)
-                shutil.rmtree(self.written)
+            if self.local != self.folder:
+                stores.upload(self.local, self.folder)
+                shutil.rmtree(self.local)
+            self.local = None
             log.info("profile written to %s", self.folder)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from configs import tiny
-from prmoe_jax.bench import decode, memory, moe, timing
-from prmoe_jax.bench.worker import peak_bytes
+from prmoe_jax.bench import decode, moe, timing, worker
+from prmoe_jax.bench.baselines import peak_bytes
 from prmoe_jax.cli import main
 from prmoe_jax.config.loading import resolve
 from prmoe_jax.errors import UserError
@@ -82,13 +82,13 @@ def test_short_programs_are_called_often_on_an_accelerator(platform, calls, monk
 
 def test_deepspeeds_layer_is_only_compared_with_on_a_cpu(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
-    assert moe._has_deepspeed()
-    monkeypatch.setattr(moe.jax, "default_backend", lambda: "gpu")
-    assert not moe._has_deepspeed()
+    assert worker.can_run("deepspeed")
+    monkeypatch.setattr(worker.jax, "default_backend", lambda: "gpu")
+    assert not worker.can_run("deepspeed")
 
 
 def test_too_few_tokens_for_deepspeeds_layer(monkeypatch):
-    monkeypatch.setattr(moe, "_has_deepspeed", lambda: True)
+    monkeypatch.setattr(moe, "can_run", lambda package: True)
     with pytest.raises(
         UserError, match="--sizes=4,1,1,1: DeepSpeed's layer, .* more than 4 tokens"
     ):
@@ -97,10 +97,10 @@ def test_too_few_tokens_for_deepspeeds_layer(monkeypatch):
 
 def test_the_room_on_an_accelerator_is_its_own(monkeypatch):
     device = SimpleNamespace(memory_stats=lambda: {"bytes_limit": 3 << 30})
-    monkeypatch.setattr(memory.jax, "local_devices", lambda: [device])
-    memory.check("--batch=8", 3 << 30)
+    monkeypatch.setattr(timing.jax, "local_devices", lambda: [device])
+    timing.check_memory("--batch=8", 3 << 30)
     with pytest.raises(UserError, match="--batch=8 needs 4 GiB or more, there are 3; use a"):
-        memory.check("--batch=8", 4 << 30)
+        timing.check_memory("--batch=8", 4 << 30)
 
 
 def test_table(capsys):
@@ -312,6 +312,19 @@ def test_step_beside_pytorch(text, baseline, capsys):
     assert rows[baseline]["median_s"] > 0 and rows[baseline]["peak_bytes"] > 10**7
 
 
+def test_an_unfinished_build_is_refused(tmp_path, monkeypatch, capsys):
+    """Torch would wait forever for the process that had begun it."""
+    lock = tmp_path / "py_cpu" / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    assert main(bench_step("2 layers, E=4, residual")) == 2
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"prmoe: {lock} is there, because a process compiles DeepSpeed's")
+    assert line.endswith("wait for that process, or delete the file if there is none")
+
+
 @pytest.mark.parametrize(
     ("setting", "reason"),
     [
@@ -332,7 +345,7 @@ def test_a_step_unlike_pytorchs_is_timed_alone(setting, reason, monkeypatch, cap
 def test_the_peak_memory_of_a_process_is_its_own():
     """Not that of the process that started it."""
     held = np.ones(2**26)  # 0.5 GB
-    code = "from prmoe_jax.bench.worker import peak_bytes; print(peak_bytes())"
+    code = "from prmoe_jax.bench.baselines import peak_bytes; print(peak_bytes())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
     assert 2**20 < int(done.stdout) < held.nbytes < peak_bytes()
 
@@ -340,7 +353,7 @@ def test_the_peak_memory_of_a_process_is_its_own():
 def test_the_memory_of_a_cache_of_shared_keys(monkeypatch):
     """Keys and values of 2 of 8 heads, in float32; and the largest model."""
     asked = []
-    monkeypatch.setattr(decode.memory, "check", lambda what, size: asked.append((what, size)))
+    monkeypatch.setattr(decode, "check_memory", lambda what, size: asked.append((what, size)))
     config = tiny.get_config("3 layers")
     config.model.d_model, config.model.heads, config.model.kv_heads = 64, 8, 2
     config.model.length = 4096

@@ -175,10 +175,10 @@ def test_a_kernel_that_returns_wrong_numbers(fault, monkeypatch):
             return fault(super().combine(y_ExRxD))
 
     monkeypatch.setitem(dispatch.BACKENDS, "gather", (Faulty, None))
-    chosen = {"dispatch einsum", "dispatch gather"}
+    chosen, every = {"dispatch einsum", "dispatch gather"}, kernels.cases
 
     def cases(devices):
-        for case in kernels._dispatches():
+        for case in every(devices):
             if case.name in chosen:
                 yield case._replace(dtypes=("float32",))
 
@@ -425,7 +425,7 @@ def test_memory_that_another_program_holds(
     monkeypatch.setattr(jax, "device_put", lambda x, device: x)
     monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", variable or "true")
     numbers = {}
-    (finding,) = environment._memory([device], numbers)
+    finding = environment._memory([device], numbers)
     assert finding.status == status
     assert numbers["device_memory_bytes"] == [gibibytes << 30]
     assert f"{gibibytes}.0 " in finding.line
@@ -468,12 +468,12 @@ def test_links_beside_the_data_sheet():
     devices = [SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3") for _ in range(8)]
     fast = {"all_to_all": 2e11, "all_reduce": 3e11}
     slowly = {"all_to_all": 2e10, "all_reduce": 2.4e10}
-    (inside,) = rates._judge_collectives("collectives", fast, [], devices[:4], 1)
+    inside = rates._judge_collectives("collectives", fast, [], devices[:4], 1)
     assert inside.status == OK
     assert inside.line.endswith("4 devices; one link has 450 GB/s by the data sheet")
-    (pcie,) = rates._judge_collectives("collectives", slowly, [], devices[:4], 1)
+    pcie = rates._judge_collectives("collectives", slowly, [], devices[:4], 1)
     assert pcie.status == FAIL and "nvidia-smi topo -m" in pcie.fix
-    (between,) = rates._judge_collectives("collectives of all hosts", slowly, [], devices, 2)
+    between = rates._judge_collectives("collectives of all hosts", slowly, [], devices, 2)
     assert between.status == OK and "one network has 50 GB/s" in between.line
 
 
@@ -555,7 +555,7 @@ def test_processes_that_find_something_are_named(monkeypatch):
 
 def test_a_slow_store_does_not_keep_the_run_from_being_made(tmp_path, monkeypatch):
     monkeypatch.setattr(trial, "FILE_BYTES", 1 << 16)
-    monkeypatch.setattr(trial, "slow", lambda rates, share: {0: 0.1})
+    monkeypatch.setattr(trial, "slow_processes", lambda *_: "process 0 1 B/s")
     monkeypatch.setattr(trial, "train", run_of(iter([WHOLE, WHOLE[2:]])))
     found = trial.check(tmp_path).findings
     assert [finding.status for finding in found] == [FAIL, FAIL, OK], table(found)

@@ -14,7 +14,7 @@ from configs import paper, tiny
 from prmoe_jax.cli import main, parse_config
 from prmoe_jax.cli.options import config_argument, local_path, path
 from prmoe_jax.cli.output import as_json
-from prmoe_jax.cli.train import profile_steps, run_name
+from prmoe_jax.cli.train import run_name
 from prmoe_jax.config.loading import save
 from prmoe_jax.model.sizes import cost
 
@@ -234,13 +234,6 @@ def test_a_config_string_may_be_an_architecture(capsys):
     architecture = f"--config={tiny.__file__}:9 layers, every 3, E=2+3+5, top 2"
     counts = json.loads(printed(capsys, "params", architecture, "--json"))
     assert counts["architecture"] == "9 layers, every 3, E=2+3+5, top 2"
-
-
-@pytest.mark.parametrize(
-    "text, steps", [(None, None), ("1:1", (1, 1)), ("2:7", (2, 7)), ("9:20", (9, 20))]
-)
-def test_profiled_steps(text, steps):
-    assert profile_steps(text) == steps
 
 
 def test_train_goes_where_it_is_told(monkeypatch, capsys):

@@ -16,10 +16,9 @@ from tests.support.faults import at_most
 
 VALUES = leaves(Config())
 DECLARED = declarations()
-LARGEST_OF = {name: d.most for name, d in DECLARED.items() if isinstance(d.most, int)}
 PATHS = [name for name, d in DECLARED.items() if d.path]
 WHOLE = [name for name, value in VALUES.items() if type(value) in (int, tuple)]
-FLOATS = [name for name, value in VALUES.items() if type(value) is float]
+LARGEST_OF = {name: DECLARED[name].most for name in WHOLE if DECLARED[name].most}
 
 
 def refused(build, *expected):
@@ -52,30 +51,6 @@ def test_each_of_several_numbers_has_a_largest_value():
     )
 
 
-@pytest.mark.parametrize("name", sorted(LARGEST_OF))
-def test_the_largest_values_are_settings(name):
-    assert name in WHOLE
-
-
-def test_the_tokens_of_a_step_are_counted_in_32_bits():
-    small = ["model.d_model=1", "model.heads=1", "model.d_ff=1", "model.vocab_size=257"]
-    refused(
-        lambda: tiny_config("train.batch_size=131072", "model.length=16384"),
-        "train.batch_size=131072 x model.length=16384 are 2147483648 tokens a step; use at most "
-        "131071 sequences",
-    )
-    tiny_config("train.batch_size=131071", "model.length=16384", *small)
-
-
-def test_steps_are_counted_in_32_bits():
-    few = ["train.batch_size=1", "model.length=2", "train.steps=0"]
-    assert tiny_config(*few, f"train.tokens={2**32 - 2}").total_steps == LARGEST
-    refused(
-        lambda: tiny_config(*few, f"train.tokens={2**32 - 1}"),
-        "train.tokens=4294967295 makes 2147483648 steps of 2 tokens; use at most 4294967294",
-    )
-
-
 @pytest.mark.parametrize(
     ("length", "group", "use"), [(2147483647, 5, 1), (2**30, 3 * 2**20, 2**21)]
 )
@@ -86,9 +61,9 @@ def test_a_divisor_of_a_long_context_is_found_at_once(length, group, use):
 
 @pytest.mark.parametrize("name", ["moe.capacity_factor", "moe.eval_capacity_factor"])
 def test_a_capacity_is_a_number_or_no_limit(name):
-    refused(lambda: tiny_config(f"{name}=1e10"), f"{name}=10000000000.0 is out of range; use inf")
+    refused(lambda: tiny_config(f"{name}=1e10"), f"{name}=10000000000.0 is out of range; use at")
     assert leaves(tiny_config(f"{name}=inf"))[name] == math.inf
-    refused(lambda: tiny_config(f"{name}=-inf"), "must be above 0")
+    refused(lambda: tiny_config(f"{name}=-inf"), "must be finite, or inf")
 
 
 def test_what_the_paper_and_every_other_value_of_the_tests_need_is_in_bounds():

@@ -186,14 +186,14 @@ def test_the_last_of_several_overrides_counts():
 
 # The rule, what breaks it, and what the message has to say.
 RULES = {
-    "seed": (["seed=-1"], "seed=-1 is out of range; use a value from 0 to 4294967294"),
-    "seed of 33 bits": (["seed=4294967295"], "seed=4294967295 is out of range"),
-    "vocabulary": (
-        ["model.vocab_size=1"],
-        "model.vocab_size=1 is out of range; use a value from 2 to 16777216",
+    "seed": (["seed=-1"], "seed=-1 is out of range; use 0 or more"),
+    "seed of 33 bits": (
+        ["seed=4294967295"],
+        "seed=4294967295 is out of range; use at mo",
     ),
+    "vocabulary": (["model.vocab_size=1"], "model.vocab_size=1 is out of range; use 2 or more"),
     "length": (["model.length=1"], "model.length=1 is out of range; use 2 or more"),
-    "layers": (["model.layers=0"], "model.layers=0 is out of range; use a value from 1 to 1000"),
+    "layers": (["model.layers=0"], "model.layers=0 is out of range; use 1 or more"),
     "d_model": (["model.d_model=0"], "model.d_model=0 is out of range"),
     "heads": (["model.heads=0"], "model.heads=0 is out of range"),
     "d_ff": (["model.d_ff=-4"], "model.d_ff=-4 is out of range"),
@@ -206,7 +206,7 @@ RULES = {
         ["model.experts=1,4,4", "model.top_k=2"],
         "model.top_k=2 exceeds the 1 experts of the smallest MoE layer",
     ),
-    "no expert": (["model.experts=4,0,8"], "model.experts=(4, 0, 8): every MoE layer needs at"),
+    "no expert": (["model.experts=4,0,8"], "model.experts=(4, 0, 8) is out of range; use 1"),
     "experts of layers": (
         ["model.experts=4,8"],
         "experts=4,8 has 2 entries, but placement 'every 2' makes 3 MoE layers of 6 layers; "
@@ -229,9 +229,9 @@ RULES = {
     "attention": (["execution.attention=flash"], "use one of auto, xla, blocks, cudnn, splash"),
     "empty choice": (["execution.attention="], "execution.attention='' is unknown"),
     "cudnn in float32": (["execution.attention=cudnn"], "needs model.dtype=bfloat16, not float32"),
-    "dropout 1": (["model.dropout=1"], "model.dropout=1.0 must be in [0, 1)"),
-    "dropout -1": (["model.dropout=-0.1"], "model.dropout=-0.1 must be in [0, 1)"),
-    "std": (["model.init_std=0"], "model.init_std=0.0 must be above 0"),
+    "dropout 1": (["model.dropout=1"], "model.dropout=1.0 is out of range; use less than 1"),
+    "dropout -1": (["model.dropout=-0.1"], "model.dropout=-0.1 is out of range; use 0 or more"),
+    "std": (["model.init_std=0"], "model.init_std=0.0 is out of range; use more than 0"),
     "exchange": (["execution.exchange=ring"], "use one of auto, flat, hierarchical, coordinated"),
     "init noise": (["init.noise=0.1"], "init.noise=0.1 has no effect without init.workdir"),
     "momentum": (
@@ -259,7 +259,10 @@ RULES = {
         ["optimizer.decay_fraction=0.1"],
         "it is for optimizer.schedule=wsd; leave it at 0.2",
     ),
-    "no decay": (["optimizer.decay_fraction=1", WSD], "decay_fraction=1.0 must be between 0 and 1"),
+    "no decay": (
+        ["optimizer.decay_fraction=1", WSD],
+        "fraction=1.0 is out of range; use less",
+    ),
     "long warm-up": (
         ["optimizer.warmup_tokens=1966081", WSD],
         "warmup_tokens=1966081 exceeds the 1966080 tokens before the decay of optimizer.schedule",
@@ -311,7 +314,7 @@ RULES = {
     ),
     "kd kind": ([TAUGHT, "kd.kind=l2"], "kd.kind='l2' is unknown; use one of forward, reverse"),
     "kd decay": ([TAUGHT, "kd.decay=cosine"], "'cosine' is unknown; use one of none, linear"),
-    "kd weight": ([TAUGHT, "kd.weight=0"], "kd.weight=0.0 must be above 0"),
+    "kd weight": ([TAUGHT, "kd.weight=0"], "kd.weight=0.0 is out of range; use more than 0"),
     "kd temperature": ([TAUGHT, "kd.temperature=-1"], "kd.temperature=-1.0 is out of range; use"),
     "kd top 0": ([TAUGHT, "kd.kind=top_k"], "kd.top_k=0 is out of range; use a value from 1 to"),
     "kd top k": ([TAUGHT, "kd.top_k=4"], "kd.top_k=4 has no effect with kd.kind=forward: it"),
@@ -320,16 +323,19 @@ RULES = {
         [TAUGHT, "kd.stop=70"],
         "kd.stop=70 is less than a step of 4,096 tokens; use a share of the run, such as 0.7",
     ),
-    "mesh 0": (["mesh.tensor=0"], "mesh.tensor=0 is out of range; use 1 or more, or -1 for the"),
-    "mesh -2": (["mesh.fsdp=-2"], "mesh.fsdp=-2 is out of range; use 1 or more, or -1 for the"),
+    "mesh 0": (["mesh.tensor=0"], "mesh.tensor=0 is out of range; use 1 or more, or -1 for all"),
+    "mesh -2": (["mesh.fsdp=-2"], "mesh.fsdp=-2 is out of range; use -1 or more"),
     "two rests": (["mesh.fsdp=-1"], "mesh.data and mesh.fsdp are both -1 (the rest); give all but"),
     "dispatch": (
         ["execution.dispatch=scatter"],
         "use one of auto, gather, einsum, ragged, blocked",
     ),
-    "capacity": (["moe.capacity_factor=0"], "moe.capacity_factor=0.0 must be above 0 (inf never"),
-    "capacity nan": (["moe.capacity_factor=nan"], "moe.capacity_factor=nan must be above 0"),
-    "eval capacity": (["moe.eval_capacity_factor=-1"], "moe.eval_capacity_factor=-1.0 must be"),
+    "capacity": (
+        ["moe.capacity_factor=0"],
+        "moe.capacity_factor=0.0 is out of range; use more than 0, or inf",
+    ),
+    "capacity nan": (["moe.capacity_factor=nan"], "moe.capacity_factor=nan must be finite, or"),
+    "eval capacity": (["moe.eval_capacity_factor=-1"], "moe.eval_capacity_factor=-1.0 is out of"),
     "min capacity": (["moe.min_capacity=-1"], "moe.min_capacity=-1 is out of range; use 0 or"),
     "aux weight": (["moe.aux_loss_weight=-1"], "moe.aux_loss_weight=-1.0 is out of range"),
     "random selection of all": (
@@ -397,7 +403,7 @@ RULES = {
     ),
     "theta 1": (
         ["model.positions=rotary", "model.rope_theta=1"],
-        "model.rope_theta=1.0 must be above 1, such as 10000; 0 is the family's",
+        "model.rope_theta=1.0 is out of range; use more than 1",
     ),
     "experts choose nearly all": (
         ["moe.router=expert_choice", "moe.capacity_factor=4"],
@@ -413,11 +419,11 @@ RULES = {
     ),
     "half a scaling": (
         ["model.positions=rotary", "model.rope_scaling=8,1"],
-        "model.rope_scaling=(8, 1) must be four numbers from 1, the second below the third, such",
+        "model.rope_scaling=(8, 1) must be four numbers, the second below the third, such as",
     ),
     "limits that cross": (
         ["model.positions=rotary", "model.rope_scaling=8,4,4,64"],
-        "model.rope_scaling=(8, 4, 4, 64) must be four numbers from 1, the second below the third",
+        "model.rope_scaling=(8, 4, 4, 64) must be four numbers, the second below the third",
     ),
     "window": (
         ["model.sliding_window=256"],
@@ -447,8 +453,8 @@ RULES = {
     "text field": (["data.text_field="], "data.text_field is empty"),
     "cache": (["data.cache_dir="], "data.cache_dir is empty"),
     "tokenizer": (["data.tokenizer="], "data.tokenizer is empty"),
-    "no validation": (["data.validation_fraction=0"], "must be between 0 and 1, exclusive"),
-    "all validation": (["data.validation_fraction=1"], "data.validation_fraction=1.0 must be"),
+    "no validation": (["data.validation_fraction=0"], "fraction=0.0 is out of range; use more"),
+    "all validation": (["data.validation_fraction=1"], "data.validation_fraction=1.0 is out of"),
     "bytes": (
         ["data.tokenizer=bytes", "model.vocab_size=256"],
         "model.vocab_size=256 is too small for data.tokenizer=bytes; use 384 or more",
@@ -462,43 +468,44 @@ RULES = {
     "neither": (["train.steps=0"], "train.steps=0 and train.tokens=0: exactly one must be above"),
     "steps": (["train.steps=-1"], "train.steps=-1 is out of range; use 0 or more"),
     "tokens": (["train.tokens=-1", "train.steps=0"], "train.tokens=-1 is out of range"),
-    "batch": (
-        ["train.batch_size=0"],
-        "train.batch_size=0 is out of range; use a value from 1 to 1048576",
-    ),
+    "batch": (["train.batch_size=0"], "train.batch_size=0 is out of range; use 1 or more"),
+    "large batch": (["train.batch_size=1048577"], "is out of range; use at most 1048576"),
     "microbatches": (["train.accumulate=0"], "train.accumulate=0 is out of range; use 1 or more"),
     "microbatches divide": (
         ["train.accumulate=6"],
         "train.batch_size=16 is not divisible by train.accumulate=6; use 2",
     ),
     "z_loss": (["train.z_loss=-1"], "train.z_loss=-1.0 is out of range"),
-    "rate": (["optimizer.learning_rate=0"], "optimizer.learning_rate=0.0 must be above 0"),
+    "rate": (["optimizer.learning_rate=0"], "learning_rate=0.0 is out of range; use more than 0"),
     "rate inf": (["optimizer.learning_rate=inf"], "optimizer.learning_rate=inf must be finite"),
     "rate nan": (["optimizer.learning_rate=nan"], "optimizer.learning_rate=nan must be finite"),
     "minimum": (
         ["optimizer.min_learning_rate=1"],
-        "optimizer.min_learning_rate=1.0 must be from 0 to learning_rate=0.001",
+        "optimizer.min_learning_rate=1.0 exceeds learning_rate=0.001; use at most that",
     ),
-    "minimum below 0": (["optimizer.min_learning_rate=-1"], "min_learning_rate=-1.0 must be from"),
+    "minimum below 0": (
+        ["optimizer.min_learning_rate=-1"],
+        "min_learning_rate=-1.0 is out of",
+    ),
     "warm-up": (["optimizer.warmup_tokens=-1"], "optimizer.warmup_tokens=-1 is out of range"),
     "decay": (["optimizer.decay_tokens=-1"], "optimizer.decay_tokens=-1 is out of range"),
     "decay after warm-up": (
         ["optimizer.decay_tokens=81920"],
         "optimizer.decay_tokens=81920 must be above warmup_tokens=81920",
     ),
-    "b1": (["optimizer.b1=1"], "optimizer.b1=1.0 is out of range; use a value from 0 to 0.99999"),
+    "b1": (["optimizer.b1=1"], "optimizer.b1=1.0 is out of range; use at most 0.99999"),
     "b2": (["optimizer.b2=-0.5"], "optimizer.b2=-0.5 is out of range"),
-    "eps": (["optimizer.eps=0"], "optimizer.eps=0.0 must be above 0"),
+    "eps": (["optimizer.eps=0"], "optimizer.eps=0.0 is out of range; use more than 0"),
     "weight decay": (["optimizer.weight_decay=-1"], "optimizer.weight_decay=-1.0 is out of range"),
     "weight decay inf": (["optimizer.weight_decay=inf"], "optimizer.weight_decay=inf must be fini"),
-    "clip": (["optimizer.clip_norm=0"], "optimizer.clip_norm=0.0 must be above 0"),
+    "clip": (["optimizer.clip_norm=0"], "clip_norm=0.0 is out of range; use more than 0, or inf"),
     "eval": (["eval.every=-1"], "eval.every=-1 is out of range"),
     "eval batches": (["eval.batches=-1"], "eval.batches=-1 is out of range"),
     "checkpoint": (["checkpoint.every=0"], "checkpoint.every=0 is out of range; use 1 or more"),
     "keep": (["checkpoint.keep=0"], "checkpoint.keep=0 is out of range"),
     "keep every": (
         ["checkpoint.every=20", "checkpoint.keep_every=50"],
-        "checkpoint.keep_every=50 is no multiple of checkpoint.every=20, so that hardly any check",
+        "checkpoint.keep_every=50 is no multiple of checkpoint.every=20, so that hardly any stay",
     ),
     "stall": (["log.stall_minutes=0"], "log.stall_minutes=0.0 is out of range; use 0.01 or more"),
     "log": (["log.every=0"], "log.every=0 is out of range"),

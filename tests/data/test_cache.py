@@ -375,8 +375,3 @@ def test_a_cache_in_an_unknown_home_directory(monkeypatch, tmp_path):
         assert str(error.value) == (
             f"{name}: Could not determine home directory; set HOME or give a path without ~"
         )
-
-
-def test_a_cache_whose_name_is_not_utf8():
-    with pytest.raises(UserError, match="is not UTF-8: .*; give another folder"):
-        cache.root(DataConfig(cache_dir=os.fsdecode(b"a\xff")))

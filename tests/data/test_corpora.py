@@ -192,7 +192,7 @@ def link(*arrows):
 ERRORS = {
     "missing path": ("nowhere", None, "'nowhere' does not exist; give 'sotu', 'tfds:NAME'"),
     "empty folder": ("{}", None, "no .txt, .jsonl, .jsonl.gz, .jsonl.zst file in the folder"),
-    "empty glob": ("{}/*.txt", None, "no file matches the glob"),
+    "empty glob": ("{}/*.txt", None, "does not exist; give 'sotu'"),
     "suffix": ("{}/*", write("a.csv", b"x"), "a.csv: unsupported kind of file; use .txt"),
     "not UTF-8": ("{}", write("a.txt", b"caf\xe9"), NOT_UTF8),
     "binary": ("{}", write("a.txt", b"a\0b"), "a.txt: not a text file"),

@@ -21,8 +21,8 @@ from prmoe_jax.config.schema import KdConfig, TeacherConfig
 from prmoe_jax.config.teacher import adapt_teacher, teacher_of
 from prmoe_jax.distill import loss as distill
 from prmoe_jax.distill import teacher as teachers
-from prmoe_jax.distill.distiller import Distiller
 from prmoe_jax.distill.loss import (
+    Distiller,
     TeacherOutput,
     agreement,
     divergence,
@@ -34,7 +34,7 @@ from prmoe_jax.errors import UserError
 from prmoe_jax.model import chunks
 from prmoe_jax.model.batch import Batch
 from prmoe_jax.model.loss import forward, totals, training_loss
-from prmoe_jax.model.transformer import dropless, init_model
+from prmoe_jax.model.transformer import Unembedding, dropless, init_model
 from prmoe_jax.nn.parameters import named_leaves
 from prmoe_jax.parallel.mesh import make_mesh
 from prmoe_jax.run.metrics import read_metrics, to_python
@@ -76,13 +76,12 @@ ALONE = 0.0, 0.0, 1.0  # the loss is the distance from the teacher
 
 
 def random_lesson(rows=3, length=11, vocabulary=37, masked=0.0, seed=0):
-    """Activations and output matrices of a student and a teacher, and a batch."""
+    """Activations and maps to logits of a student and a teacher, and a batch."""
     rng = np.random.default_rng(seed)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
-    lesson = TeacherOutput(draw(rows, length, 7), draw(vocabulary, 7))
-    return draw(rows, length, 6), draw(vocabulary, 6), lesson, batch_of(
-        rows, length, vocabulary, masked
-    )  # fmt: skip
+    lesson = TeacherOutput(draw(rows, length, 7), Unembedding(draw(vocabulary, 7)))
+    ours = draw(rows, length, 6), Unembedding(draw(vocabulary, 6))
+    return *ours, lesson, batch_of(rows, length, vocabulary, masked)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
@@ -91,12 +90,13 @@ def test_loss_and_gradients_equal_megatron_deepspeed(temperature, chunk, monkeyp
     """Without a mask; for whole sequences and for chunks that don't divide them."""
     monkeypatch.setattr(chunks, "CPU_CHUNK", chunk)
     golden = np.load(GOLDENS / "mos.npz")
-    lesson = TeacherOutput(jnp.asarray(golden["teacher_x"]), jnp.asarray(golden["teacher_table"]))
+    theirs = Unembedding(jnp.asarray(golden["teacher_table"]))
+    lesson = TeacherOutput(jnp.asarray(golden["teacher_x"]), theirs)
     batch = batch_of(*golden["x"].shape[:2], len(golden["table"]))
     kd = KdConfig(temperature=temperature)
 
     def loss(x_BxLxD, table_VxD):
-        sums = token_sums(x_BxLxD, table_VxD, lesson, batch, kd, ALONE)
+        sums = token_sums(x_BxLxD, Unembedding(table_VxD), lesson, batch, kd, ALONE)
         return sums["loss"] / batch.mask_BxL.size
 
     found, gradients = jax.value_and_grad(loss, (0, 1))(golden["x"], golden["table"])
@@ -108,9 +108,9 @@ def test_loss_and_gradients_equal_megatron_deepspeed(temperature, chunk, monkeyp
 def test_agreement_with_a_teacher(monkeypatch):
     """Sums by NumPy over targets that count; in chunks that don't divide the sequence."""
     monkeypatch.setattr(distill, "CHUNK", 4)
-    x_BxLxD, table_VxD, lesson, batch = random_lesson(masked=0.3)
-    found = agreement(x_BxLxD, table_VxD, lesson, batch)
-    ours, theirs = x_BxLxD @ table_VxD.T, lesson.x_BxLxD @ lesson.table_VxD.T
+    x_BxLxD, unembedding, lesson, batch = random_lesson(masked=0.3)
+    found = agreement(x_BxLxD, unembedding, lesson, batch)
+    ours, theirs = unembedding.logits(x_BxLxD), lesson.unembedding.logits(lesson.x_BxLxD)
     expected = np.zeros(4)
     for place in np.argwhere(batch.mask_BxL):
         ours_V, theirs_V = (np.asarray(logits[tuple(place)]) for logits in (ours, theirs))
@@ -183,7 +183,7 @@ def test_a_sure_student_still_learns_of_the_rest(confidence, vocabulary):
 def test_divergences_by_hand(kd):
     x, table, lesson, batch = random_lesson(masked=0.3)
     sums = token_sums(x, table, lesson, batch, kd, (1.0, 0.1, 0.5))
-    student, teacher = x @ table.T, lesson.x_BxLxD @ lesson.table_VxD.T
+    student, teacher = table.logits(x), lesson.unembedding.logits(lesson.x_BxLxD)
     places = np.argwhere(batch.mask_BxL)
     expected = sum(expected_divergence(teacher[b, i], student[b, i], kd) for b, i in places)
     np.testing.assert_allclose(sums["kd_loss"], expected, rtol=2e-5)
@@ -237,7 +237,7 @@ def test_chunks_save_memory(monkeypatch):
     """At GPT-2's vocabulary and the paper's context, forward and backward, as XLA compiles it."""
     jax.config.update("jax_disable_most_optimizations", False)
     x = jax.ShapeDtypeStruct((1, 2048, 64), jnp.float32)
-    table = jax.ShapeDtypeStruct((50_304, 64), jnp.float32)
+    table = Unembedding(jax.ShapeDtypeStruct((50_304, 64), jnp.float32))
     batch = batch_of(1, 2048, 50_304)
     temporaries = []
     for chunk in (chunks.CPU_CHUNK, 2048):
@@ -562,7 +562,7 @@ def test_a_damaged_cache(text, recorded_teacher, tmp_path, capsys):
     assert "can't be read (" in capsys.readouterr().err.splitlines()[-1]
     (folder / "meta.json").write_text("{}")
     assert main(command) == 2
-    assert "can't be read ('windows')" in capsys.readouterr().err.splitlines()[-1]
+    assert "can't be read (KeyError: 'windows')" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_cache_is_written_once(text, teacher, recorded_teacher, capsys):

@@ -364,7 +364,7 @@ def test_a_run_is_pruned_and_learns_from_what_it_was(text, tmp_path, capsys):
     [
         (["--keep=1"], "--keep=1.0 must be between 0 and 1, exclusive; 0.5 keeps half"),
         (["--keep=nan"], "--keep=nan must be between 0 and 1"),
-        (["--keep=0.5", "--batches=0"], "--batches=0 must be from 1 to"),
+        (["--keep=0.5", "--batches=0"], "--batches=0 must be 1 or more"),
     ],
 )
 def test_options_that_make_no_sense(options, message, tmp_path, capsys):

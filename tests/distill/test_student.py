@@ -264,7 +264,7 @@ def test_worth_is_that_of_the_whole_batch_whatever_its_microbatches():
         student = settings(
             "2 layers", teacher={"workdir": "any"}, train={"accumulate": microbatches}
         )
-        measure = jit(measure_importance(student, teacher)).lower(model, batch).compile()
+        measure = jit(partial(measure_importance, student, teacher)).lower(model, batch).compile()
         temporaries.append(measure.memory_analysis().temp_size_in_bytes)
         found.append(measure(model, batch))
 

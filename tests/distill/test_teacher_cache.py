@@ -14,7 +14,7 @@ import pytest
 
 from prmoe_jax.config.schema import TeacherConfig
 from prmoe_jax.data import cache
-from prmoe_jax.distill import teacher_cache
+from prmoe_jax.distill import teacher as teachers
 from prmoe_jax.errors import UserError
 from tests.support.faults import altered, file_size_limit
 from tests.support.paths import REPOSITORY
@@ -37,7 +37,7 @@ def copy(written, tmp_path):
 
 def refused(folder, data, *expected):
     with pytest.raises(UserError) as error:
-        teacher_cache.attach(data, config_of(folder))
+        teachers.attach_predictions(data, config_of(folder))
     message = str(error.value)
     assert message.startswith(f"teacher.cache={folder} can't be read (") and "\n" not in message
     assert message.endswith("); delete it, and write it again by prmoe teacher-cache")
@@ -48,17 +48,17 @@ def refused(folder, data, *expected):
 def test_what_was_recorded_comes_back(written):
     folder, data = written
     assert len(data.train) % 7 and len(data.train) > 14
-    taught = teacher_cache.attach(data, config_of(folder)).train.teacher_top_k
+    taught = teachers.attach_predictions(data, config_of(folder)).train.teacher_top_k
     tokens, log_p = (np.concatenate(part) for part in zip(*predictions_of(data), strict=True))
-    np.testing.assert_array_equal(taught.tokens_BxLxK.array, tokens[: len(data.train)])
-    np.testing.assert_array_equal(taught.log_p_BxLxK.array, log_p[: len(data.train)])
-    assert [part.array.dtype for part in taught] == [np.uint16, np.float32]
+    np.testing.assert_array_equal(taught.tokens_BxLxK, tokens[: len(data.train)])
+    np.testing.assert_array_equal(taught.log_p_BxLxK, log_p[: len(data.train)])
+    assert [part.dtype for part in taught] == [np.uint16, np.float32]
 
 
 def test_the_fingerprint_is_that_of_the_numbers(written, tmp_path):
     """A run that was taught by one folder goes on with another of the same content."""
     folder, data = written
-    known = teacher_cache.attach(data, config_of(folder)).teacher_cache_fingerprint
+    known = teachers.attach_predictions(data, config_of(folder)).teacher_cache_fingerprint
     assert write(tmp_path / "again", data)["fingerprint"] == known
     left, digest = len(data.train), hashlib.sha256()
     for tokens, log_p in predictions_of(data):
@@ -87,7 +87,7 @@ def test_a_copy_teaches_and_other_files_are_ignored(written, tmp_path):
     source, data = written
     folder = shutil.copytree(source, tmp_path / "lessons", copy_function=shutil.copyfile)
     (folder / "notes.txt").write_text("mine")
-    teacher_cache.attach(data, config_of(folder))
+    teachers.attach_predictions(data, config_of(folder))
     record = json.loads((folder / cache.DIGESTS).read_text())
     assert set(record) == {"tokens.npy", "log_p.npy", "meta.json"}
     for name, known in record.items():
@@ -136,7 +136,7 @@ def test_damage_is_found_without_digests(copy, name):
 def test_caches_from_before_are_sealed_by_their_first_use(copy):
     folder, data = copy
     (folder / cache.DIGESTS).unlink()
-    teacher_cache.attach(data, config_of(folder))
+    teachers.attach_predictions(data, config_of(folder))
     content = (folder / "log_p.npy").read_bytes()
     (folder / "log_p.npy").write_bytes(altered(content))
     refused(folder, data, "log_p.npy is not as it was written")
@@ -181,7 +181,7 @@ def test_another_teacher_than_the_one_named_is_told_of(written, caplog):
     for workdir, told in (("runs/a", 0), ("runs/b", 1)):
         config = config_of(folder)
         teacher = dataclasses.replace(config.teacher, workdir=workdir)
-        teacher_cache.attach(data, dataclasses.replace(config, teacher=teacher))
+        teachers.attach_predictions(data, dataclasses.replace(config, teacher=teacher))
         assert caplog.text.count("has the predictions of runs/a, not of runs/b") == told
 
 
@@ -195,7 +195,7 @@ def test_every_write_to_a_full_disk_is_one_line(written, tmp_path, size):
         write(tmp_path / "lessons", data)
     assert [path.name for path in tmp_path.iterdir()] == ["lessons.lock"]
     write(tmp_path / "lessons", data)
-    teacher_cache.attach(data, config_of(tmp_path / "lessons"))
+    teachers.attach_predictions(data, config_of(tmp_path / "lessons"))
 
 
 FULL = """
@@ -237,7 +237,7 @@ def test_a_folder_in_an_unknown_home_directory(written, monkeypatch):
     monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
     config = config_of("~/lessons")
     with pytest.raises(UserError, match="teacher.cache=~/lessons: Could not determine home direc"):
-        teacher_cache.attach(data, config)
+        teachers.attach_predictions(data, config)
     config = dataclasses.replace(config, teacher=TeacherConfig(cache="lessons"))
     with pytest.raises(UserError, match="teacher.cache=lessons can't be read"):
-        teacher_cache.attach(data, config)
+        teachers.attach_predictions(data, config)

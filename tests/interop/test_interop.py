@@ -241,7 +241,7 @@ HOSTILE = {
     ),
     "activation": (
         lambda folder: change(folder, activation_function="relu"),
-        "activation_function='relu', our dense model has 'gelu_new'",
+        "activation_function='relu', our model has 'gelu_new'",
     ),
     "kind": (lambda folder: change(folder, model_type="llama"), "model_type='llama' is not gpt2; "),
     "sizes": (lambda folder: change(folder, n_head=None), "config.json: no usable "),

@@ -3,16 +3,16 @@
 import numpy as np
 import pytest
 
-from prmoe_jax.interop import deepspeed, gpt2, hugging_face
+from prmoe_jax.interop import deepspeed, families
 from prmoe_jax.interop.mapping import Table, pieces
 from prmoe_jax.nn.parameters import declaration
 
 SIZES = {"V": 23, "L": 19, "D": 17, "H": 13, "J": 11, "K": 7, "F": 5, "E": 3, "2": 2, "3": 3}
 TABLES = {
-    "gpt2": gpt2.TABLE,
+    "gpt2": families.GPT2,
     "deepspeed": deepspeed.TABLE,
-    "llama": hugging_face.LLAMA,
-    "qwen2_moe": hugging_face.FAMILIES["qwen2_moe"].table,
+    "llama": families.LLAMA,
+    "qwen2_moe": families.QWEN2_MOE,
 }
 
 

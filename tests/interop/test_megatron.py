@@ -328,7 +328,7 @@ HOSTILE = {
     ),
     "an expert in two files": (
         lambda step: shutil.copy(step / EXPERT_FILE, step / EXPERT_FILE.replace("_4_", "_5_")),
-        f"layer_1_expert_5_mp_rank_00_model_states.pt holds '{PREFIX}3.mlp.deepspeed_moe.experts.",
+        "layer_1_expert_5_mp_rank_00_model_states.pt belongs to no expert of this model",
     ),
     **{
         other: (

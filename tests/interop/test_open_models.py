@@ -24,7 +24,8 @@ from prmoe_jax.config.schema import MeshConfig
 from prmoe_jax.data.tokenizer import train_bpe
 from prmoe_jax.errors import UserError
 from prmoe_jax.inference.decoder import Decoder
-from prmoe_jax.interop.hugging_face import FAMILIES, SIZES, check_exportable, read_config
+from prmoe_jax.interop.families import FAMILIES
+from prmoe_jax.interop.hugging_face import check_exportable, read_config
 from prmoe_jax.interop.mapping import spread_over
 from prmoe_jax.interop.tensors import Tensors
 from prmoe_jax.model.sizes import cost
@@ -247,11 +248,11 @@ WINDOWS = [
 
 def a_config(family, **theirs):
     """Settings of four layers as config.json has them; what is None is left out."""
-    sizes = {name: 8 for name in SIZES.values()} | {"num_hidden_layers": 4, "vocab_size": 290}
+    sizes = {"num_hidden_layers": 4, "vocab_size": 290, "hidden_size": 8, "intermediate_size": 8}
     sizes |= {"max_position_embeddings": 32, "model_type": family, "num_attention_heads": 2}
-    experts = {FAMILIES[family].experts: 3, FAMILIES[family].expert_width: 8}
+    experts = {FAMILIES[family].experts: 3, "moe_intermediate_size": 8}
     experts |= {"num_experts_per_tok": 2, "shared_expert_intermediate_size": 8}
-    return sizes | (experts if FAMILIES[family].has_experts else {}) | theirs
+    return sizes | (experts if FAMILIES[family].experts else {}) | theirs
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"gpt2"}))
@@ -260,6 +261,12 @@ def test_settings_that_a_class_ignores(family):
     theirs = a_config(family, clip_qkv=3.0)
     model = read_config(theirs, Path("config.json"), 1000).model
     assert (model.clip_qkv, model.residual) == (3.0 * (family == "olmoe"), family == "qwen2_moe")
+
+
+def test_a_head_of_no_width():
+    """A class that computes with `head_dim` can't have this one."""
+    with pytest.raises(UserError, match="no usable head_dim: it is 0, not a whole number of 1 or"):
+        read_config(a_config("llama", head_dim=0), Path("config.json"), 1000)
 
 
 @pytest.mark.parametrize(("length", "rows"), [(2048, 16), (4096, 16), (5000, 8), (131_072, 1)])
@@ -459,7 +466,6 @@ FOREIGN = {
     ),
     "no window": ({"sliding_window": 0}, "sliding_window=0, which OlmoeForCausalLM doesn't know"),
     "no keys": ({"num_key_value_heads": 0}, "no usable num_key_value_heads: it is 0"),
-    "no head": ({"head_dim": 0}, "no usable head_dim: it is 0, not a whole number of 1 or more"),
     "no expert width": ({"intermediate_size": 0}, "no usable intermediate_size: it is 0"),
     "dense layers": ({"mlp_only_layers": "all"}, "mlp_only_layers='all' is no list of layers"),
     "not a number": (

@@ -8,7 +8,7 @@ import pytest
 from prmoe_jax.model import chunks
 from prmoe_jax.model.batch import Batch
 from prmoe_jax.model.loss import cross_entropy, forward
-from prmoe_jax.model.transformer import init_model
+from prmoe_jax.model.transformer import Unembedding, init_model
 from tests.support.batches import make_batch
 from tests.support.configs import settings
 from tests.support.quick import jit
@@ -22,8 +22,8 @@ class Table:
     def __init__(self, table_VxD):
         self.table_VxD = table_VxD
 
-    def output_table(self, dtype):
-        return self.table_VxD.astype(dtype)
+    def unembedding(self, dtype):
+        return Unembedding(self.table_VxD.astype(dtype))
 
 
 def tokens():

@@ -19,7 +19,7 @@ from prmoe_jax.config import architecture
 from prmoe_jax.config.loading import resolve, save
 from prmoe_jax.config.schema import ExecutionConfig, MeshConfig, TeacherConfig
 from prmoe_jax.config.teacher import adapt_teacher
-from prmoe_jax.distill.distiller import Distiller
+from prmoe_jax.distill.loss import Distiller
 from prmoe_jax.errors import UserError
 from prmoe_jax.parallel.mesh import axis_sizes, check_fits, make_mesh
 from prmoe_jax.plan.chips import CHIPS, chip_count, chip_of, device_count, slice_shapes, unit

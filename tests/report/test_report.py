@@ -273,7 +273,7 @@ def test_names_are_shown_as_they_are(folder, drawn):
     figures.sizes(found, Path())
     figures.drops(found, Path())
     figures.lines({name: ([1, 2], [3.0, 4.0]) for name in names}, "nats", Path())
-    figures.differences(dict.fromkeys(names, (0.1, 0.2)), "$x_$", Path())
+    figures.differences(dict.fromkeys(names, Mean(0.1, 0.2)), "$x_$", Path())
     for axes in drawn:
         axes.figure.savefig(io.BytesIO())  # where bad mathematics raises
     *legends, ticks = drawn

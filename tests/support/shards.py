@@ -36,9 +36,8 @@ def write_ours(folder, train, validation=("held out",), per_shard=2):
             part = texts[first : first + per_shard]
             path = folder / f"{split}-{first:05}.tokens"
             write_array(path, encoded(part, before=True))
-            with path.open("rb") as file:
-                tokens = path.stat().st_size // 2
-                blocks = shards.block_digest(file, np.dtype("<u2"), tokens)
+            tokens = path.stat().st_size // 2
+            blocks = shards.Shard(path, np.dtype("<u2"), 0, tokens).digest()
             sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
             size = sum(len(text.encode()) for text in part)
             entry = {"name": path.name, "documents": len(part), "tokens": tokens, "bytes": size}
@@ -47,7 +46,7 @@ def write_ours(folder, train, validation=("held out",), per_shard=2):
             count: sum(entry[count] for entry in entries)
             for count in ("documents", "tokens", "bytes")
         } | {"shards": entries}
-    content = shards.index_content(tokenizer.fingerprint, 257, np.dtype("<u2"), splits, "")
+    content = shards.index_content(tokenizer.fingerprint, tokenizer.size, splits, "")
     (folder / "index.json").write_text(json.dumps(content))
 
 
@@ -65,7 +64,6 @@ class Stream:
 
     def __init__(self, tokens_T, starts_N):
         self.tokens_T, self.starts_N = np.asarray(tokens_T), np.asarray(starts_N, np.int64)
-        self.described = f"{len(self.starts_N)} documents and {len(self)} tokens"
 
     def __len__(self):
         return len(self.tokens_T)

@@ -4,7 +4,7 @@ import numpy as np
 
 from prmoe_jax.config.schema import Config, DataConfig, KdConfig, ModelConfig, TeacherConfig
 from prmoe_jax.data import pipeline
-from prmoe_jax.distill import teacher_cache
+from prmoe_jax.distill import teacher as teachers
 from prmoe_jax.model.batch import TopKLogProbs
 
 TOP_K = 3
@@ -39,4 +39,4 @@ def predictions_of(data, batch_size=7):
 def write(folder, data, predictions=None):
     predictions = predictions_of(data) if predictions is None else predictions
     described = {"workdir": "runs/a", "step": 5}
-    return teacher_cache.write(folder, data, config_of(folder), described, predictions)
+    return teachers.write_predictions(folder, data, config_of(folder), described, predictions)

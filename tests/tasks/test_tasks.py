@@ -95,7 +95,7 @@ def test_tasks_are_of_one_process(run, monkeypatch, capsys):
         "prmoe_jax.parallel.processes.initialize_distributed", contextlib.nullcontext
     )
     assert main(["eval", f"--workdir={run}", "--tasks=cloze", "--distributed"]) == 2
-    line = "prmoe: --tasks runs in one process; leave --distributed out"
+    line = "prmoe: --distributed is for the validation split; leave it or --tasks out"
     assert only_line(capsys.readouterr().err) == line
 
 

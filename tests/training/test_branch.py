@@ -110,9 +110,9 @@ def test_a_killed_branch(text, trunk, whole, tmp_path):
     [
         (31, {}, "checkpoint 31 is not in {trunk}/checkpoints, which holds 32, 40"),
         (40, {}, "init.step=40: the run in {trunk} decays from step 32 on, and its learning"),
-        (32, {"model.d_ff": 24}, "model.d_ff is 32 there, 24 here; a branch differs in its length"),
-        (32, {"seed": 7}, "the run in {trunk} has another config: seed is 0 there, 7 here"),
-        (32, {"optimizer.learning_rate": 1e-3}, "optimizer.learning_rate is 0.003 there, 0.001"),
+        (32, {"model.d_ff": 24}, "model.d_ff was 32, is 24; a branch differs in its length"),
+        (32, {"seed": 7}, "the run in {trunk} has another config: seed was 0, is 7"),
+        (32, {"optimizer.learning_rate": 1e-3}, "optimizer.learning_rate was 0.003, is 0.001"),
         (32, {"train.steps": 39}, "init.step=32 comes after the decay of this run starts, at ste"),
         (32, {"init.workdir": "nowhere"}, "no run in nowhere: config.json is missing; --config.i"),
     ],

@@ -7,8 +7,12 @@ import pytest
 from optax.contrib import _muon as reference
 
 from prmoe_jax.nn.parameters import named_leaves
-from prmoe_jax.training.muon import orthogonalize
-from prmoe_jax.training.optimizer import learning_rate, make_optimizer, optimizers
+from prmoe_jax.training.optimizer import (
+    learning_rate,
+    make_optimizer,
+    optimizers,
+    orthogonalize,
+)
 from prmoe_jax.training.step import init_state
 from tests.support.configs import settings
 from tests.support.quick import jit

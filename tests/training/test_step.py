@@ -351,7 +351,7 @@ def test_the_next_batch_runs_while_the_sums_of_the_one_before_are_fetched():
 def test_a_validation_split_without_text(stream):
     """No document, and one that is empty."""
     data = Data(None, None, Windows(Stream(stream, np.arange(len(stream) - 1)), 8, False), "")
-    with pytest.raises(UserError, match=rf"=sotu has no text \({len(stream) - 1} documents"):
+    with pytest.raises(UserError, match=rf"=sotu has no text \({len(stream) - 1} tokens"):
         evaluated(settings("2 layers"), data, run=None)
 
 

@@ -4,15 +4,16 @@ import json
 import math
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import pytest
 
 from prmoe_jax.cli import main
-from prmoe_jax.run.metrics import read_metrics
-from prmoe_jax.run.weights_and_biases import WandbRun
-from prmoe_jax.training.timing import Clock, StallWatch
+from prmoe_jax.config.schema import Config
+from prmoe_jax.run.metrics import WandbRun, read_metrics
+from prmoe_jax.training.timing import Clock, stall_watch
 from tests.support.extras import needs_extra
 from tests.support.runs import arguments, assert_same_run
 
@@ -70,14 +71,14 @@ def test_a_slow_step_is_told(monkeypatch):
 
 STALLED = """
 import sys, time
-from prmoe_jax.training.timing import StallWatch
+from prmoe_jax.training.timing import stall_watch
 
 def waits_for_ever():
     time.sleep(2.5)
 
-with StallWatch(1 / 60) as watch:
+with stall_watch(1 / 60) as alive:
     for _ in range(10):
-        watch.alive()
+        alive()
         time.sleep(0.1)
     print("before", file=sys.stderr, flush=True)
     waits_for_ever()
@@ -99,8 +100,8 @@ def test_stacks_of_a_run_that_hangs(several):
 def test_a_watch_without_end_leaves_others_alone(minutes, monkeypatch):
     for name in "dump_traceback_later", "cancel_dump_traceback_later":
         monkeypatch.setattr(f"faulthandler.{name}", pytest.fail)
-    with StallWatch(minutes) as watch:
-        watch.alive()
+    with stall_watch(minutes) as alive:
+        alive()
 
 
 def checkpoints(workdir):
@@ -168,12 +169,13 @@ def test_training_goes_on_without_wandb(monkeypatch, caplog):
         asked.append(1)
         raise ConnectionResetError(104, "Connection reset by peer")
 
-    package = SimpleNamespace(errors=SimpleNamespace(Error=RuntimeError))
+    begun = SimpleNamespace(log=fails, finish=fails, define_metric=lambda *_, **__: None)
+    package = SimpleNamespace(errors=SimpleNamespace(Error=RuntimeError), Settings=dict)
+    package.init = lambda **_: begun
     monkeypatch.setitem(sys.modules, "wandb", package)
-    run = WandbRun.__new__(WandbRun)
-    run._run = SimpleNamespace(log=fails, finish=fails)
-    run.write(1, {"loss": 5.0})
-    run.write(2, {"loss": 4.0})
+    run = WandbRun(Config(), Path("run"), 0.0)
+    run.write({"step": 1, "loss": 5.0})
+    run.write({"step": 2, "loss": 4.0})
     run.close()
     assert len(asked) == 1
     (line,) = caplog.messages

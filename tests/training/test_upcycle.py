@@ -20,8 +20,8 @@ from prmoe_jax.model.transformer import init_model
 from prmoe_jax.nn.parameters import named_leaves
 from prmoe_jax.parallel.mesh import make_mesh
 from prmoe_jax.run.checkpoint import Checkpoints
-from prmoe_jax.training import upcycle
-from prmoe_jax.training.upcycle import check_fits, upcycled
+from prmoe_jax.training import start
+from prmoe_jax.training.start import check_fits, upcycled
 from tests.support.batches import make_batch
 from tests.support.configs import settings
 from tests.support.models import layers_of
@@ -291,13 +291,19 @@ DAMAGED = {
     "list as config": (written("config.json", "[]"), "config must be a group of settings, not []"),
     "config is a folder": (
         in_place("config.json", Path.mkdir),
-        "config.json is not a regular file",
+        "config.json cannot be read: Is a directory",
     ),
-    "config is a pipe": (in_place("config.json", os.mkfifo), "config.json is not a regular file"),
-    "no tokenizer": (lambda run: (run / "tokenizer.json").unlink(), "tokenizer.json is missing"),
+    "config is a pipe": (
+        in_place("config.json", os.mkfifo),
+        "config.json: a pipe, a socket or a d",
+    ),
+    "no tokenizer": (
+        lambda run: (run / "tokenizer.json").unlink(),
+        "tokenizer.json: cannot be read: No such file",
+    ),
     "tokenizer is a pipe": (
         in_place("tokenizer.json", os.mkfifo),
-        "tokenizer.json is not a regula",
+        "tokenizer.json: a pipe, a socket or a device",
     ),
     "no checkpoints": (removed("checkpoints"), "no checkpoint in "),
     "empty step": (
@@ -320,7 +326,7 @@ def test_a_damaged_or_foreign_folder(name, dense, tmp_path, monkeypatch):
     mesh = make_mesh(target, jax.devices()[:1])
     damage(Path("copy"))
     with pytest.raises(UserError) as error:
-        upcycle.init_from_run(target, mesh, byte_tokenizer())
+        start.init_from_run(target, mesh, byte_tokenizer())
     line = str(error.value)
     assert message in line and "\n" not in line
     assert line.endswith("; --config.init.workdir names the run to start as")

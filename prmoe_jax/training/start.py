@@ -1,4 +1,8 @@
-"""Initialises a run from another run: the same model, or experts in place of dense MLPs.
+"""Where a run starts: at step 0, at its newest checkpoint, or as another run.
+
+A decay branch goes on from a checkpoint of a base run (`trunk`). With `optimizer.schedule=wsd` the
+learning rate does not depend on a run's length until it decays. A branch therefore equals, to the
+last bit, a run of the same length that started at step 0.
 
 Sparse upcycling (Komatsuzaki et al., arXiv 2212.05055) copies a layer's dense MLP to every expert,
 with optional noise, and to the residual MLP (shared expert). Routers and residual coefficients are
@@ -13,6 +17,7 @@ with top 2), and those of experts and residual MLP (`model.residual_mix` 'learne
 weighs its expert by the router's probability and starts with a higher loss.
 """
 
+import contextlib
 import dataclasses
 import logging
 from pathlib import Path
@@ -21,44 +26,120 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from prmoe_jax import files
-from prmoe_jax.config.loading import load
+from prmoe_jax.config.loading import check_branch, check_resume, load
 from prmoe_jax.config.schema import Config
 from prmoe_jax.config.validation import check_same_routing
+from prmoe_jax.data.pipeline import Data, fingerprint_changes
 from prmoe_jax.data.tokenizer import Tokenizer, check_same
 from prmoe_jax.errors import UserError, telling
 from prmoe_jax.model.layout import unstack_layers
+from prmoe_jax.model.state import TrainState
 from prmoe_jax.model.surgery import build, check_equal, compared
 from prmoe_jax.model.transformer import Transformer, init_model
 from prmoe_jax.nn.parameters import declaration, named_leaves
 from prmoe_jax.parallel.sharding import init_sharded
 from prmoe_jax.run import directory as workdirs
+from prmoe_jax.run.checkpoint import Checkpoints
+from prmoe_jax.run.metrics import METRICS, finished, read_metrics, write_metrics
 from prmoe_jax.run.restore import restore_model
 from prmoe_jax.stores import expand
+from prmoe_jax.training.step import init_state, sharded_state
 
 log = logging.getLogger(__name__)
 
 
-def init_from_run(config: Config, mesh: Mesh, tokenizer: Tokenizer) -> Transformer:
-    """The initial model of a run, from the run in `config.init.workdir`.
+def check_same_run(config: Config, workdir: Path, checkpoints: Checkpoints) -> bool:
+    """If the folder holds a run, checks its config; returns whether it is resumed."""
+    if checkpoints.latest() is not None:
+        check_resume(load(workdir / workdirs.CONFIG), config)
+        return True
+    checkpoints.check_new()
+    check_new_start(workdir, config)
+    if config.init.step:
+        with _reading_source():
+            source, trunk = _source_of(config)
+            check_branch(trunk, config, f"the run in {source}")
+    return False
 
-    Args:
-      config: the new run's config.
-      mesh: the new run's mesh.
-      tokenizer: the new run's tokenizer, which must equal the source run's.
 
-    Raises:
-      UserError: the folder holds no run, or its model doesn't fit.
+def check_new_start(workdir: Path, config: Config) -> None:
+    """Refuses to restart a run whose checkpoints are gone, which would delete its metrics.
+
+    A run that stopped before its second checkpoint was due may never have had one.
     """
-    with reading_source():
-        workdir, settings = source_of(config)
-        files.regular(workdir / workdirs.TOKENIZER)
-    check_fits(settings, config)
-    check_same(workdir / workdirs.TOKENIZER, tokenizer, f"the run in {workdir}")
-    settings = dataclasses.replace(settings, mesh=config.mesh)
-    with reading_source():
-        step, model = restore_model(workdir, settings, mesh)
-    log.info("starts as step %d of %s, %s", step, workdir, settings.model.schedule)
+    settings, lines = workdir / workdirs.CONFIG, read_metrics(workdir / METRICS)
+    if not (lines and settings.exists()):
+        return
+    saved, last = load(settings), lines[-1]["step"]
+    over = finished(saved, workdir)
+    if over or last - saved.init.step > 2 * saved.checkpoint.every > 0:
+        state = "is finished" if over else f"came to step {last}"
+        raise UserError(
+            f"the run in {workdir} {state}, and its checkpoints are gone; give another "
+            f"--workdir, or, to train it again from step 0, move its {METRICS} away"
+        )
+    if saved.init.step or config.init.step:
+        # A branch equals the run from step 0, so it may now start from another checkpoint.
+        saved = dataclasses.replace(saved, init=config.init)
+    check_resume(saved, config)
+    log.info("starts again: the run in %s has no checkpoint yet", workdir)
+
+
+def initial_state(
+    config: Config, mesh: Mesh, checkpoints: Checkpoints, data: Data, fingerprint: dict
+) -> tuple[int, TrainState, dict]:
+    """The step at which a run starts, its state and its data record.
+
+    They are from the run's newest checkpoint or, for a new branch, from its base run's. A run
+    without either starts at step 0 with the record {}.
+    """
+    shapes = jax.eval_shape(lambda: init_state(config))
+    found = checkpoints.restore(shapes, mesh)
+    how, fix = "resumed", "give another --workdir to start afresh"
+    if not found and config.init.step:
+        found = _from_trunk(config, shapes, mesh)
+        how = f"goes on from {config.init.workdir}"
+        fix = f"leave out init.step={found[0]}, which is of the run in {config.init.workdir}"
+    if not found:
+        state = sharded_state(config, mesh)
+        if config.init.workdir:
+            state = state._replace(model=init_from_run(config, mesh, data.tokenizer))
+        return 0, state, {}
+    step, _, record = found
+    if changes := fingerprint_changes(record["fingerprint"], fingerprint):
+        raise UserError(
+            f"the data changed since the checkpoint was written: {changes}; restore the data, or "
+            f"{fix}"
+        )
+    log.info("%s at step %d of %d", how, step, config.total_steps)
+    return found
+
+
+def _from_trunk(config: Config, shapes: TrainState, mesh: Mesh) -> tuple[int, TrainState, dict]:
+    trunk = expand("init.workdir", config.init.workdir)
+    with _reading_source(), contextlib.closing(Checkpoints(trunk)) as checkpoints:
+        step, state, record = checkpoints.restore(shapes, mesh, config.init.step)
+    record.pop("productive_s", None)  # the base run's; the branch's wall time starts now
+    return step, state, record
+
+
+def copy_metrics(config: Config, workdir: Path) -> None:
+    """Starts the branch's metrics.jsonl with the base run's lines up to `config.init.step`."""
+    with _reading_source():
+        lines = read_metrics(expand("init.workdir", config.init.workdir) / METRICS)
+    write_metrics(workdir, [line for line in lines if line["step"] <= config.init.step])
+
+
+def init_from_run(config: Config, mesh: Mesh, tokenizer: Tokenizer) -> Transformer:
+    """The initial model of a run, from the run in `config.init.workdir`."""
+    with _reading_source():
+        workdir, source = _source_of(config)
+        check_same(workdir / workdirs.TOKENIZER, tokenizer, f"the run in {workdir}")
+    check_fits(source, config)
+    source = dataclasses.replace(source, mesh=config.mesh)
+    with _reading_source():
+        step, model = restore_model(workdir, source, mesh)
+    log.info("starts as step %d of %s, %s", step, workdir, source.model.schedule)
 
     def start(model):
         return upcycled(model, init_model(config), jax.random.key(config.seed), config.init.noise)
@@ -66,20 +147,12 @@ def init_from_run(config: Config, mesh: Mesh, tokenizer: Tokenizer) -> Transform
     return init_sharded(start, mesh, model)
 
 
-def reading_source():
-    """Adds the setting that names the source run to errors about that run."""
+def _reading_source():
     return telling(fix="--config.init.workdir names the run to start as")
 
 
-def source_of(config: Config) -> tuple[Path, Config]:
-    """The folder `config.init.workdir`, and the config of the run in it.
-
-    Raises:
-      UserError: the folder holds no run.
-    """
+def _source_of(config: Config) -> tuple[Path, Config]:
     workdir = expand("init.workdir", config.init.workdir)
-    if (workdir / workdirs.CONFIG).exists():
-        files.regular(workdir / workdirs.CONFIG)
     return workdir, load(workdir / workdirs.CONFIG)
 
 
@@ -148,19 +221,15 @@ def _check_slices(d_ff: int, config: Config, experts: dict[int, int]) -> None:
 def upcycled(source: Transformer, fresh: Transformer, key: jax.Array, noise: float) -> Transformer:
     """`fresh` with parameters copied from `source`; call it under jit.
 
-    Args:
-      source: the source run's model.
-      fresh: the new run's model with its usual initialisation.
-      key: the random key of the noise.
-      noise: the noise's standard deviation, relative to the weight's; only new experts get noise.
+    `noise` is the standard deviation of the noise on new experts, relative to the weight's.
     """
     old, new = (unstack_layers(m.config, named_leaves(m)) for m in (source, fresh))
-    stacked_keys = {
+    stacked = {
         name: jax.random.split(jax.random.fold_in(key, number), len(leaf))
         for number, (name, leaf) in enumerate(named_leaves(fresh).items())
         if name.startswith("stages.")
     }
-    keys = unstack_layers(fresh.config, stacked_keys)
+    keys = unstack_layers(fresh.config, stacked)
     slices = source.config.d_ff // fresh.config.expert_width
 
     def part(name: str) -> jax.Array:
@@ -176,14 +245,12 @@ def upcycled(source: Transformer, fresh: Transformer, key: jax.Array, noise: flo
             return base
         if slices > 1:
             base = _slices(name, base, slices, len(like))
-        spread = noise * jnp.std(base)
-        return base + spread * jax.random.normal(keys[name], like.shape)
+        return base + noise * jnp.std(base) * jax.random.normal(keys[name], like.shape)
 
     return build(fresh, part)
 
 
 def _slices(name: str, base: jax.Array, slices: int, experts: int) -> jax.Array:
-    """Slices an MLP's weight or bias into one for each expert."""
     dims = declaration(name).dims[1:]
     if "F" not in dims:  # the output bias: routing weights average its copies
         return base

@@ -1,0 +1,206 @@
+"""Hugging Face's families: their tensors, their settings, and what differs between them.
+
+A family whose parts all exist is a row of `FAMILIES`, beside its row in `config/family.py`.
+"""
+
+from typing import Any, NamedTuple
+
+from prmoe_jax.interop.mapping import Table
+
+
+class Plain(NamedTuple):
+    """A setting of config.json that is one of ours, in the group `model`, by another name."""
+
+    ours: str
+    kind: type = int
+    low: float = 1
+    default: Any = None  # transformers', where config.json lacks it; None requires it
+    optional: bool = False  # whether null stands for our default, which is 0
+    words: tuple[str, ...] = ()  # our values for false and true
+
+
+class Family(NamedTuple):
+    """What differs between families."""
+
+    architecture: str
+    table: Table
+    knows: tuple[str, ...]  # names in config.json
+    fixed: dict[str, Any] = {"hidden_act": "silu"}  # settings with the values of our model
+    defaults: dict[str, Any] = {}  # transformers' where they aren't those of `PLAIN`
+    experts: str = ""  # the setting with the number of experts; "" for a dense family
+
+    def known(self, rows: dict[str, Plain]) -> dict[str, Plain]:
+        """The rows of `PLAIN` or `OF_EXPERTS` that the family has."""
+        return {name: row for name, row in rows.items() if name in self.knows}
+
+
+def _mlp(
+    ours: str, theirs: str, names=("gate_proj", "up_proj", "down_proj")
+) -> dict[str, tuple[str, str]]:
+    """The table's rows for an MLP, or for each expert."""
+    gate, up, down = (f"{theirs}.{name}.weight" for name in names)
+    return {
+        f"{ours}.w_gate": (gate, "F D"),
+        f"{ours}.w_in": (up, "F D"),
+        f"{ours}.w_out": (down, "D F"),
+    }
+
+
+def _moe(module: str, *names) -> Table:
+    """The table of a family whose MoE layers are modules of this name."""
+    router = {"mlp.w_router": (f"{module}.gate.weight", "E D")}
+    experts = _mlp("mlp.experts", module + ".experts.{}", *names)
+    return Table(LLAMA.parameters | router | experts, LLAMA.layer)
+
+
+GPT2 = Table(
+    prefix="transformer.",
+    layer="h.{}.",
+    parameters={
+        "tokens": ("wte.weight", "V D"),
+        "positions": ("wpe.weight", "L D"),
+        "norm.scale": ("ln_f.weight", "D"),
+        "norm.shift": ("ln_f.bias", "D"),
+        "norm_attention.scale": ("ln_1.weight", "D"),
+        "norm_attention.shift": ("ln_1.bias", "D"),
+        "attention.w_qkv": ("attn.c_attn.weight", "D 3HK"),
+        "attention.b_qkv": ("attn.c_attn.bias", "3HK"),
+        "attention.w_out": ("attn.c_proj.weight", "HK D"),
+        "attention.b_out": ("attn.c_proj.bias", "D"),
+        "norm_mlp.scale": ("ln_2.weight", "D"),
+        "norm_mlp.shift": ("ln_2.bias", "D"),
+        "mlp.w_in": ("mlp.c_fc.weight", "D F"),
+        "mlp.b_in": ("mlp.c_fc.bias", "F"),
+        "mlp.w_out": ("mlp.c_proj.weight", "F D"),
+        "mlp.b_out": ("mlp.c_proj.bias", "D"),
+    },
+)
+LLAMA = Table(
+    layer="model.layers.{}.",
+    parameters={
+        "tokens": ("model.embed_tokens.weight", "V D"),
+        "norm.scale": ("model.norm.weight", "D"),
+        "output": ("lm_head.weight", "V D"),
+        "norm_attention.scale": ("input_layernorm.weight", "D"),
+        "attention.w_qkv": ("self_attn.{}_proj.weight", "HK D"),
+        "attention.b_qkv": ("self_attn.{}_proj.bias", "HK"),
+        "attention.w_q": ("self_attn.q_proj.weight", "HK D"),
+        "attention.b_q": ("self_attn.q_proj.bias", "HK"),
+        "attention.w_kv": ("self_attn.{}_proj.weight", "JK D"),
+        "attention.b_kv": ("self_attn.{}_proj.bias", "JK"),
+        "attention.q_norm.scale": ("self_attn.q_norm.weight", "K"),
+        "attention.k_norm.scale": ("self_attn.k_norm.weight", "K"),
+        "attention.q_norm.by_head": ("self_attn.q_norm.weight", "HK"),
+        "attention.k_norm.by_head": ("self_attn.k_norm.weight", "JK"),
+        "attention.w_out": ("self_attn.o_proj.weight", "D HK"),
+        "norm_mlp.scale": ("post_attention_layernorm.weight", "D"),
+    }
+    | _mlp("mlp", "mlp"),
+)
+QWEN2_MOE = Table(
+    _moe("mlp").parameters
+    | _mlp("mlp.mlp", "mlp.shared_expert")
+    | {"mlp.w_shared": ("mlp.shared_expert_gate.weight", "1 D")},
+    LLAMA.layer,
+)
+
+_GPT2_PLAIN = {
+    "vocab_size": Plain("vocab_size"),
+    "n_positions": Plain("length"),
+    "n_layer": Plain("layers"),
+    "n_embd": Plain("d_model"),
+    "n_head": Plain("heads"),
+    "n_inner": Plain("d_ff", optional=True),
+}
+_LLAMA_PLAIN = {
+    "vocab_size": Plain("vocab_size"),
+    "max_position_embeddings": Plain("length"),
+    "num_hidden_layers": Plain("layers"),
+    "hidden_size": Plain("d_model"),
+    "num_attention_heads": Plain("heads"),
+    "intermediate_size": Plain("d_ff"),
+    "num_key_value_heads": Plain("kv_heads", optional=True),
+    "rms_norm_eps": Plain("norm_eps", float, 1e-30, 1e-6),
+    "rope_theta": Plain("rope_theta", float, 1, 10_000.0),
+    "tie_word_embeddings": Plain("output", bool, default=False, words=("untied", "tied")),
+}
+# Each family takes the rows that it knows. The other names in `Family.knows` are read and written
+# by code of their own.
+PLAIN = {
+    **_GPT2_PLAIN,
+    **_LLAMA_PLAIN,
+    "head_dim": Plain("head_dim", optional=True),
+    "clip_qkv": Plain("clip_qkv", float, 1e-30, optional=True),
+    "qkv_bias": Plain("biases", bool, default=True, words=("none", "qkv")),
+}
+# Those that only models with MoE layers have.
+OF_EXPERTS = {
+    "num_experts_per_tok": Plain("top_k"),
+    "moe_intermediate_size": Plain("expert_d_ff"),
+    "norm_topk_prob": Plain("normalize_top_k", bool, default=False, words=("never", "always")),
+    "shared_expert_intermediate_size": Plain("residual_d_ff", optional=True),
+}
+
+_LLAMA = tuple(_LLAMA_PLAIN)
+_MOE = *_LLAMA, "num_experts_per_tok"
+_QWEN = "sliding_window", "use_sliding_window"
+_QWEN_WINDOW = {"sliding_window": 4096}
+_QWEN_MOE = *_MOE, *_QWEN, "moe_intermediate_size", "norm_topk_prob", "mlp_only_layers"
+FAMILIES = {
+    "gpt2": Family(
+        "GPT2LMHeadModel",
+        GPT2,
+        tuple(_GPT2_PLAIN),
+        fixed={
+            "activation_function": "gelu_new",
+            "layer_norm_epsilon": 1e-5,
+            "scale_attn_weights": True,
+            "scale_attn_by_inverse_layer_idx": False,
+            "add_cross_attention": False,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "llama": Family("LlamaForCausalLM", LLAMA, (*_LLAMA, "head_dim")),
+    "qwen3": Family(
+        "Qwen3ForCausalLM",
+        LLAMA,
+        (*_LLAMA, *_QWEN, "layer_types", "head_dim"),
+        defaults=_QWEN_WINDOW,
+    ),
+    "olmoe": Family(
+        "OlmoeForCausalLM",
+        _moe("mlp"),
+        (*_MOE, "clip_qkv", "norm_topk_prob"),
+        defaults={"rms_norm_eps": 1e-5},
+        experts="num_experts",
+    ),
+    "mixtral": Family(
+        "MixtralForCausalLM",
+        _moe("block_sparse_moe", ("w1", "w3", "w2")),
+        (*_MOE, "head_dim", "sliding_window"),
+        defaults={"rms_norm_eps": 1e-5, "rope_theta": 1e6},
+        experts="num_local_experts",
+    ),
+    "qwen2_moe": Family(
+        "Qwen2MoeForCausalLM",
+        QWEN2_MOE,
+        (*_QWEN_MOE, "layer_types", "qkv_bias", "shared_expert_intermediate_size"),
+        defaults=_QWEN_WINDOW,
+        experts="num_experts",
+    ),
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM",
+        _moe("mlp"),
+        (*_QWEN_MOE, "head_dim"),
+        defaults=_QWEN_WINDOW,
+        experts="num_experts",
+    ),
+}
+# Settings that change the computation in some family, with the values that our model has.
+FIXED = {
+    "attention_bias": False,
+    "mlp_bias": False,
+    "pretraining_tp": 1,
+    "rope_type": "default",
+    "partial_rotary_factor": 1.0,
+}
