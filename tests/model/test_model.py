@@ -240,7 +240,7 @@ def test_bfloat16_on_a_cpu_in_training_and_evaluation(batch):
 
 
 def test_a_step_in_bfloat16_on_a_cpu_multiplies_only_bfloat16():
-    """But for the router's scores and small sums; every result is float32."""
+    """All products with weights and in attention do; every result is float32."""
     values = small("2 layers, E=3, residual", dtype="bfloat16", length=64, d_model=32)
     model = Transformer(values, MoeConfig(capacity_factor=math.inf), jax.random.key(0))
     tokens_BxL = jnp.ones((4, 64), jnp.int32)
@@ -255,8 +255,8 @@ def test_a_step_in_bfloat16_on_a_cpu_multiplies_only_bfloat16():
     assert len(products) > 20
     for first, kind, second, other, result in products:
         assert (kind, other, result) in {("bf16", "bf16", "f32"), ("f32", "f32", "f32")}
-        if kind == "f32":
-            assert "3" in (first.split("x") + second.split("x")) or "2" in first.split("x"), first
+        if kind == "f32":  # the router, the residual's coefficient, sums for the biases
+            assert min(map(int, f"{first}x{second}".split("x"))) <= 3
 
 
 @pytest.mark.parametrize(

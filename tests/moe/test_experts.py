@@ -86,9 +86,13 @@ def test_bfloat16_weights_of_float32_rows(kernel, gated):
             return _each_in_slots(weights, x_RxD, rows, expert_R, unrolled)
         return getattr(kernels, kernel)(weights, x_RxD, rows, expert_R)
 
+    @jit
+    def with_gradients(*arguments):
+        y_RxD, pull = jax.vjp(apply, *arguments)
+        return y_RxD, *pull(dy_RxD)
+
     def results(dtype):
-        y_RxD, pull = jax.vjp(jit(apply), experts.weights(dtype), x_RxD)
-        dweights, dx_RxD = pull(dy_RxD)
+        y_RxD, dweights, dx_RxD = with_gradients(experts.weights(dtype), x_RxD)
         assert y_RxD.dtype == dx_RxD.dtype == jnp.float32
         assert {dw.dtype for dw in jax.tree.leaves(dweights)} == {jnp.dtype(dtype)}
         return y_RxD, dx_RxD, dweights

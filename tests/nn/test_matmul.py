@@ -1,5 +1,7 @@
 """Matrix products with weights: of few rows, in fewer bits, and their derivatives."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -70,6 +72,15 @@ def test_derivatives_equal_those_of_tensordot(x_shape, w_shape, axes, dtype):
         np.testing.assert_allclose(got, wanted, atol=tolerance * np.abs(wanted).max())
 
 
+def _with_gradients(function, dy, *arguments):
+    @jit
+    def run(*arguments):
+        y, pull = jax.vjp(function, *arguments)
+        return y, pull(dy)
+
+    return run(*arguments)
+
+
 @pytest.mark.parametrize("axes", [1, 2])
 def test_bfloat16_weights_of_float32_rows(axes):
     """Factors are rounded once, and sums are exact in float32, in all three products."""
@@ -77,8 +88,7 @@ def test_bfloat16_weights_of_float32_rows(axes):
     x, w = rng.normal(size=(37, *(3, 5)[:axes])), rng.normal(size=(*(3, 5)[:axes], 11))
     dy = rng.normal(size=(37, 11))
     x, w, dy = (jnp.asarray(a, jnp.float32) for a in (x, w, dy))
-    y, pull = jax.vjp(jit(lambda x, w: matmul(x, w, axes)), x, w.astype(jnp.bfloat16))
-    dx, dw = pull(dy)
+    y, (dx, dw) = _with_gradients(partial(matmul, axes=axes), dy, x, w.astype(jnp.bfloat16))
     wide = [np.asarray(a.astype(jnp.bfloat16), np.float64) for a in (x, w, dy)]
     x64, w64, dy64 = wide[0].reshape(37, -1), wide[1].reshape(-1, 11), wide[2]
     assert (y.dtype, dx.dtype, dw.dtype) == (jnp.float32, jnp.float32, jnp.bfloat16)
@@ -94,8 +104,7 @@ def test_cpu_scores_have_derivatives_of_rounded_factors():
         jnp.asarray(rng.normal(size=shape), jnp.float32).astype(jnp.bfloat16)
         for shape in ((37, 5), (11, 5), (37, 11))
     )
-    y, pull = jax.vjp(jit(cpu_scores), x, table)
-    dx, dtable = pull(dy.astype(jnp.float32))
+    y, (dx, dtable) = _with_gradients(cpu_scores, dy.astype(jnp.float32), x, table)
     x64, table64, dy64 = (np.asarray(a, np.float64) for a in (x, table, dy))
     np.testing.assert_allclose(y, x64 @ table64.T, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(dx.astype(jnp.float32), dy64 @ table64, rtol=2**-7, atol=1e-4)
