@@ -1,3 +1,3 @@
 """Benchmarks that users can run: `prmoe bench`."""
 
-LOADS = "uniform", "zipf"  # how tokens choose experts in `prmoe bench moe`
+LOADS = "uniform", "zipf", "skewed"  # how tokens choose experts in `prmoe bench moe`

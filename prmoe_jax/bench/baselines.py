@@ -47,7 +47,7 @@ def deepspeed_layer(path: str, d_ff: int, keep_memory: bool):
     return run
 
 
-def torch_step(shape: dict, dtype: str, compiled: bool, threads: int):
+def torch_step(shape: dict, weights: str, autocast: bool, compiled: bool, threads: int):
     """One step of AdamW for a GPT as a PyTorch user would write it, always on the same tokens.
 
     It has fused attention (SDPA), tied embeddings, clipping, and DeepSpeed's MoE layer where the
@@ -55,7 +55,8 @@ def torch_step(shape: dict, dtype: str, compiled: bool, threads: int):
 
     Args:
       shape: settings from `step._torch_shape`.
-      dtype: dtype of the parameters.
+      weights: dtype of the parameters, and of AdamW's moments.
+      autocast: whether products run in bfloat16 by `torch.autocast`.
       compiled: whether to use torch.compile.
       threads: number of PyTorch's threads.
     """
@@ -117,7 +118,7 @@ def torch_step(shape: dict, dtype: str, compiled: bool, threads: int):
             loss = functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
             return loss + shape["aux_loss_weight"] * aux
 
-    model = GPT().to(getattr(torch, dtype))
+    model = GPT().to(getattr(torch, weights))
     rate = shape["learning_rate"]
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.1)
     run = torch.compile(model) if compiled else model
@@ -125,7 +126,8 @@ def torch_step(shape: dict, dtype: str, compiled: bool, threads: int):
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        loss = run(ids[:, :-1], ids[:, 1:])
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = run(ids[:, :-1], ids[:, 1:])
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), shape["clip_norm"])
         optimizer.step()

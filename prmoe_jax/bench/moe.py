@@ -23,6 +23,7 @@ from prmoe_jax.moe import dispatch
 from prmoe_jax.moe.layer import MoE
 from prmoe_jax.moe.routing import route
 from prmoe_jax.nn.mlp import MLP, MLPShape
+from prmoe_jax.nn.precision import Precision
 from prmoe_jax.tables import blocks
 
 log = logging.getLogger(__name__)
@@ -56,8 +57,8 @@ def bench_moe(sizes: list[Size], loads: list[str], dtype: str, repeats: int) -> 
     and `copy`, which reads and writes the experts' weights once. In float32 on CPUs, DeepSpeed's
     layer is another baseline, if it is installed. It runs in its own process, without random token
     selection, both with the default allocator and with `allocator.keep_freed_memory`, which
-    `prmoe bench moe` also calls. Weights are in `dtype`, to which the model casts them once per
-    step; the router is in float32.
+    `prmoe bench moe` also calls. Weights and activations have the dtypes that `Precision` gives a
+    training step for `model.dtype=dtype`; the router is in float32.
 
     Returns:
       One row for each implementation, size and load: backend, S, M, F, E, load, dtype, device, jax,
@@ -88,7 +89,7 @@ def _bench_one(size: Size, load: str, dtype: str, repeats: int) -> list[dict]:
     log.info("S=%d M=%d F=%d E=%d, %s load", *size, load)
     x_SxM, w_router_MxE = loaded_input(size, load)
     with contextlib.ExitStack() as stack:
-        layers = _our_layers(size, x_SxM, w_router_MxE, jnp.dtype(dtype))
+        layers = _our_layers(size, x_SxM, w_router_MxE, dtype)
         if dtype == "float32" and can_run("deepspeed"):
             path = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "input.npz"
             np.savez(path, x=x_SxM, w_router=w_router_MxE)
@@ -120,14 +121,16 @@ def _bench_one(size: Size, load: str, dtype: str, repeats: int) -> list[dict]:
 def loaded_input(size: Size, load: str) -> tuple[np.ndarray, np.ndarray]:
     """Makes tokens, and a router that sends them to the experts with a given load.
 
-    `uniform` draws each token's expert evenly; `zipf` draws expert n with probability ∝ 1/n.
+    `uniform` draws each token's expert evenly; `zipf` draws expert n with probability ∝ 1/n, and
+    `skewed` ∝ (E + ½ - n)², so that the first has almost 3 times an even share.
 
     Returns:
       x [S, M] and w_router [M, E], float32.
     """
     rng = np.random.default_rng(0)
     w_MxE = rng.normal(size=(size.M, size.E)).astype(np.float32) / size.M**0.5
-    share_E = np.ones(size.E) if load == "uniform" else 1 / np.arange(1, size.E + 1)
+    n_E = np.arange(1, size.E + 1)
+    share_E = {"uniform": n_E**0, "zipf": 1 / n_E, "skewed": (size.E + 0.5 - n_E) ** 2}[load]
     expert_S = rng.choice(size.E, size.S, p=share_E / share_E.sum())
     x_SxM = rng.normal(size=(size.S, size.M)).astype(np.float32) + 8 * w_MxE.T[expert_S]
     return x_SxM, w_MxE
@@ -142,12 +145,13 @@ class _NoExperts(NamedTuple):
         return x_ExRxD
 
 
-def _our_layers(size: Size, x_SxM, w_router_MxE, dtype) -> dict[str, Timed]:
+def _our_layers(size: Size, x_SxM, w_router_MxE, dtype: str) -> dict[str, Timed]:
     model = ModelConfig(
         layers=1, d_model=size.M, d_ff=size.F, heads=1, placement="every 1", experts=(size.E,)
     )
-    x_1xSxM = jnp.asarray(x_SxM, dtype)[None]
-    cotangent_1xSxM = jax.random.normal(jax.random.key(0), x_1xSxM.shape, dtype)
+    precision = Precision.of(dtype, ExecutionConfig(), jax.default_backend(), training=True)
+    x_1xSxM = jnp.asarray(x_SxM, precision.activations)[None]
+    cotangent_1xSxM = jax.random.normal(jax.random.key(0), x_1xSxM.shape, x_1xSxM.dtype)
     valid_1xS = jnp.ones((1, size.S), bool)
     slots = capacity(size.S, size.E, 1.0, 1, MoeConfig().min_capacity)
 
@@ -173,10 +177,10 @@ def _our_layers(size: Size, x_SxM, w_router_MxE, dtype) -> dict[str, Timed]:
     def moe_layer(moe: MoeConfig) -> MoE:
         layer = MoE(size.E, model, moe, key)
         layer.w_router[...] = jnp.asarray(w_router_MxE)
-        return cast({"mlp": layer}, dtype)["mlp"]
+        return cast({"mlp": layer}, precision.factors)["mlp"]
 
     key = jax.random.key(1)
-    mlp = cast({"mlp": MLP.drawn(MLPShape(size.M, size.F), key)}, dtype)["mlp"]
+    mlp = cast({"mlp": MLP.drawn(MLPShape(size.M, size.F), key)}, precision.factors)["mlp"]
     layers = {"dense": timed(lambda mlp, x_1xSxM: (mlp(x_1xSxM), 0.0), mlp)}
     layer = moe_layer(MoeConfig())
     _, metrics = layer(x_1xSxM, valid_1xS)

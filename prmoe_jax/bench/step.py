@@ -3,11 +3,12 @@
 Each implementation repeats the step on one batch of random tokens. Each row is one document, since
 PyTorch's model has no document mask. Both clip the gradient, apply AdamW, and keep the memory that
 they free (`allocator.keep_freed_memory`; PyTorch gains 10 to 30 % from it, measured on Zen 5). Only
-ours computes router statistics, and keeps float32 parameters if the compute dtype is bfloat16.
+ours computes router statistics.
 """
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import math
 import operator
@@ -33,6 +34,7 @@ from prmoe_jax.config.schema import Config
 from prmoe_jax.errors import UserError
 from prmoe_jax.model.batch import Batch
 from prmoe_jax.model.sizes import cost
+from prmoe_jax.nn.precision import Precision
 from prmoe_jax.parallel.axes import split_batch
 from prmoe_jax.parallel.mesh import make_mesh, with_mesh
 from prmoe_jax.tables import blocks
@@ -45,19 +47,21 @@ log = logging.getLogger(__name__)
 def bench_step(config: Config, repeats: int) -> list[dict]:
     """Times a training step of a config's model on one device.
 
-    On CPUs, if torch is installed, the baseline is a PyTorch model of the same sizes. A dense model
-    runs without and with torch.compile; an MoE model uses DeepSpeed's layer, if it is installed.
-    The baseline has AdamW, no microbatches and no dropout; it is left out if the config differs.
+    On CPUs, if torch is installed, the baseline is a PyTorch model of the same sizes, without and
+    with torch.compile; an MoE model uses DeepSpeed's layer, if it is installed. For
+    `model.dtype=bfloat16` it runs in float32, by `torch.autocast`, and with weights and moments in
+    bfloat16. It has AdamW, no microbatches and no dropout; it is left out if the config differs.
 
     Args:
       config: the experiment; its mesh and exchange are not used.
       repeats: number of timed steps.
 
     Returns:
-      One row for each implementation: backend, architecture, the sizes, dtype, optimizer,
-      accumulate, device, jax, median_s, min_s, max_s, tokens_per_s, peak_bytes (of our compiled
-      program, or of PyTorch's process) and share_of_peak. The peak is the FLOP/s of a square
-      matmul, 2048 wide on a CPU and 8192 elsewhere, measured in the same run.
+      One row for each implementation: backend, architecture, the sizes, dtype (of the factors of
+      its products), optimizer, accumulate, device, jax, median_s, min_s, max_s, tokens_per_s,
+      peak_bytes (of our compiled program, or of PyTorch's process) and share_of_peak. The peak is
+      the FLOP/s of a square matmul of that dtype with a float32 result, 2048 wide on a CPU and 8192
+      elsewhere, measured in the same run.
 
     Raises:
       UserError: `repeats` is below 1, the step can't fit into memory, or PyTorch would wait for
@@ -69,19 +73,30 @@ def bench_step(config: Config, repeats: int) -> list[dict]:
     bytes_each = STATE_BYTES[config.optimizer.kind] + 4  # 4 for the gradient in float32
     check_memory("--config", bytes_each * cost(model).total_params)
     width = 2048 if jax.default_backend() == "cpu" else 8192  # of the square matmul
+    product = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
+    ours = Precision.of(model.dtype, config.execution, jax.default_backend(), training=True)
+    baselines = _torch_baselines(config)
+    dtypes = {"prmoe_jax": ours.factors.name}
+    dtypes |= {name: products for name, (products, *_) in baselines.items()}
     if config.kd_steps:
         log.info("the step is timed without its teacher")
     with contextlib.ExitStack() as stack:
         steps = {"prmoe_jax": compiled_step(config)}
-        for name, (dtype, compiles) in _torch_baselines(config).items():
-            settings = {"dtype": dtype, "compiled": compiles, "threads": cores()}
-            theirs = worker("torch_step", shape=_torch_shape(config), **settings)
+        for name, (products, weights, compiles) in baselines.items():
+            theirs = worker(
+                "torch_step", shape=_torch_shape(config), weights=weights,
+                autocast=products != weights, compiled=compiles, threads=cores(),
+            )  # fmt: skip
             steps[name] = stack.enter_context(theirs)
-        x = jax.random.normal(jax.random.key(0), (width, width), model.dtype)
-        steps["product"] = compiled(jnp.matmul, (x, x))
+        for dtype in set(dtypes.values()):
+            x = jax.random.normal(jax.random.key(0), (width, width), dtype)
+            steps[dtype] = compiled(product, (x, x))
         log.info("%d steps of each of %s, interleaved", repeats, ", ".join(steps))
         times = interleaved(steps, repeats)
-        peak = 2 * width**3 / statistics.median(times.pop("product"))
+        peaks = {
+            dtype: 2 * width**3 / statistics.median(times.pop(dtype))
+            for dtype in set(dtypes.values())
+        }
         tokens = config.tokens_per_step
         flops = cost(model, config.moe).train_flops_per_token * tokens
         return [
@@ -93,20 +108,23 @@ def bench_step(config: Config, repeats: int) -> list[dict]:
                 "vocab_size": model.vocab_size,
                 "length": model.length,
                 "batch_size": config.train.batch_size,
-                "dtype": model.dtype,
+                "dtype": dtypes[name],
                 "optimizer": config.optimizer.kind,
                 "accumulate": config.train.accumulate,
                 **summary(seconds),
                 "tokens_per_s": tokens / statistics.median(seconds),
                 "peak_bytes": steps[name].peak_bytes(),
-                "share_of_peak": flops / statistics.median(seconds) / peak,
+                "share_of_peak": flops / statistics.median(seconds) / peaks[dtypes[name]],
             }
             for name, seconds in times.items()
         ]
 
 
-def _torch_baselines(config: Config) -> dict[str, tuple[str, bool]]:
-    """The PyTorch steps that can run here: the dtype of each, and whether it uses torch.compile."""
+def _torch_baselines(config: Config) -> dict[str, tuple[str, str, bool]]:
+    """The PyTorch steps that can run here.
+
+    Each has the dtype of its products, that of its weights, and whether it uses torch.compile.
+    """
     if not can_run("torch"):
         return {}
     needed = {"optimizer.kind": "adamw", "train.accumulate": 1, "model.dropout": 0.0}
@@ -117,14 +135,24 @@ def _torch_baselines(config: Config) -> dict[str, tuple[str, bool]]:
             return {}
     if not has_form(config.model, "the PyTorch model"):
         return {}
-    dtype = config.model.dtype
-    if not any(config.model.schedule.experts):
-        compiles = shutil.which(os.environ.get("CXX", "c++"))
-        return {"pytorch": (dtype, False)} | ({"torch.compile": (dtype, True)} if compiles else {})
-    if not can_run("deepspeed"):
-        return {}
-    check_no_build()
-    return {"pytorch + deepspeed": (dtype, False)}
+    layers = ""
+    if any(config.model.schedule.experts):
+        if not can_run("deepspeed"):
+            return {}
+        check_no_build()
+        layers = " + deepspeed"
+    forms = {"": ("float32", "float32")}
+    if config.model.dtype == "bfloat16":
+        forms[", autocast"] = ("bfloat16", "float32")
+        forms[", bfloat16 weights"] = ("bfloat16", "bfloat16")
+    compilers = {"pytorch": False}
+    if shutil.which(os.environ.get("CXX", "c++")):
+        compilers["torch.compile"] = True
+    return {
+        compiler + layers + form: (*dtypes, compiles)
+        for form, dtypes in forms.items()
+        for compiler, compiles in compilers.items()
+    }
 
 
 def _torch_shape(config: Config) -> dict:
@@ -171,9 +199,10 @@ def table(rows: list[dict]) -> str:
             for row in rows
         ],
         "{architecture}; d_model {d_model}, d_ff {d_ff}, vocabulary {vocab_size}, "
-        "{batch_size} x {length} tokens, accumulate {accumulate}, {optimizer}, {dtype}, {device}",
+        "{batch_size} x {length} tokens, accumulate {accumulate}, {optimizer}, {device}",
         {
             "backend": "{backend}",
+            "products": "{dtype}",
             "tokens/s": "{tokens_per_s:,.0f}",
             "median": "{median_s:.3f}s",
             "min": "{min_s:.3f}s",

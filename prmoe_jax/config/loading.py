@@ -125,7 +125,8 @@ def _renamed(settings: Mapping) -> Mapping:
     settings = {k: dict(v) if isinstance(v, Mapping) else v for k, v in settings.items()}
     for name, setting in declarations().items():
         (before, _, earlier), (now, _, key) = setting.formerly.partition("."), name.partition(".")
-        if isinstance(settings.get(before), dict) and earlier in settings[before]:
+        groups = settings.get(before), settings.get(now, {})  # `_build` refuses what is no mapping
+        if all(isinstance(group, dict) for group in groups) and earlier in settings[before]:
             value = settings[before].pop(earlier)
             if settings.setdefault(now, {}).get(key, value) not in (setting.default, value):
                 raise UserError(

@@ -183,7 +183,8 @@ class ModelConfig:
     )
     dtype: str = choice(
         "Data type of activations and matrix products; parameters and router are float32.",
-        bfloat16="",
+        bfloat16="on CPUs, activations and evaluation are float32, and products in training are "
+        "of execution.cpu_products",
         float32="on GPUs and TPUs products of it round their factors, except with "
         "JAX_DEFAULT_MATMUL_PRECISION=highest",
     )
@@ -394,6 +395,13 @@ class ExecutionConfig:
         least=1,
         formerly="moe.buffer_factor",
         only="model.experts",
+    )
+    cpu_products: str = choice(
+        "Factors of matrix products where a model is trained on a CPU; results are float32.",
+        only="model.dtype=bfloat16",
+        auto="'bfloat16' if the CPU has instructions for it (AVX512-BF16 or AMX), else 'float32'",
+        bfloat16="",
+        float32="",
     )
     compile_cache: str = setting(
         "auto",

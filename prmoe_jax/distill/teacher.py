@@ -45,8 +45,9 @@ from prmoe_jax.model.batch import Batch, TopKLogProbs
 from prmoe_jax.model.loss import forward
 from prmoe_jax.model.sizes import cost
 from prmoe_jax.model.transformer import Transformer, cast, init_model
+from prmoe_jax.nn.precision import Precision
 from prmoe_jax.parallel import sharding
-from prmoe_jax.parallel.axes import local_rows, replicated, split_batch
+from prmoe_jax.parallel.axes import local_rows, platform, replicated, split_batch
 from prmoe_jax.parallel.mesh import check_teacher_fits, training_mesh
 from prmoe_jax.parallel.microbatches import add_up
 from prmoe_jax.run.directory import METRICS, TOKENIZER, check_outside_checkpoints
@@ -92,10 +93,11 @@ def restore_teacher(
 
 def cast_to_compute_dtype(teacher: Teacher, mesh: Mesh) -> Teacher:
     """The teacher in its compute dtype, which does not change its predictions."""
-    places = sharding.shardings(teacher.model, mesh)
-    dtype = jnp.dtype(teacher.config.model.dtype)
+    places, config = sharding.shardings(teacher.model, mesh), teacher.config
+    with jax.set_mesh(mesh):
+        precision = Precision.of(config.model.dtype, config.execution, platform(), training=False)
     place = jax.jit(cast, static_argnums=1, out_shardings=places)
-    return teacher._replace(model=place(teacher.model, dtype))
+    return teacher._replace(model=place(teacher.model, precision.factors))
 
 
 def write_teacher_cache(config: Config, folder: Path) -> dict:

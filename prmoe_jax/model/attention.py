@@ -16,6 +16,7 @@ from prmoe_jax.nn.matmul import matmul
 from prmoe_jax.nn.mlp import add_bias
 from prmoe_jax.nn.norms import HeadsRMSNorm, RMSNorm
 from prmoe_jax.nn.parameters import normal
+from prmoe_jax.nn.quantized import to_dtype
 from prmoe_jax.parallel.axes import platform
 
 TPU_ROWS = 8  # rows of a tile
@@ -174,7 +175,10 @@ class Attention(nnx.Module):
             y = attend_to_cache(q, cache, position_BxL, window)
         else:
             implementation = resolve_attention(execution.attention, self.config, platform())
+            # Between products, activations may have more bits than weights (`nn/precision.py`).
+            q, k, v = (to_dtype(x, self.w_out[...].dtype) for x in (q, k, v))
             y = attend(q, k, v, segments_BxL, implementation, window)
+            y = y.astype(x_BxLxD.dtype)
         return add_bias(matmul(y, self.w_out[...], axes=2), self.b_out), cache
 
     def _project(self, x_BxLxD: jax.Array, decoding: bool) -> list[jax.Array]:

@@ -8,6 +8,7 @@ from prmoe_jax.config.schema import Config
 from prmoe_jax.model.attention_kernels import cudnn_refusal, resolve_attention
 from prmoe_jax.model.transformer import resolve_remat
 from prmoe_jax.moe import dispatch, exchange
+from prmoe_jax.nn.precision import resolve_products
 from prmoe_jax.parallel.axes import splits_experts
 
 log = logging.getLogger(__name__)
@@ -29,6 +30,11 @@ def check_backends(config: Config, platform: str, mesh: Mesh) -> None:
     backend = "/".join(used)  # with a capacity / dropless
     kept, _ = resolve_remat(execution.remat, config.model.layers, platform)
     log.info("attention: %s, MoE dispatch: %s, remat: %s (%s)", attention, backend, kept, platform)
+    if platform == "cpu" and config.model.dtype == "bfloat16":
+        products = resolve_products(execution.cpu_products)
+        lacks = products == "float32" and execution.cpu_products == "auto"
+        why = ": no AVX512-BF16 or AMX was found" if lacks else ""
+        log.info("products in training: of %s (execution.cpu_products)%s", products, why)
     if mesh.size > 1:
         sizes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
         way = exchange.resolve(execution.exchange, mesh) if splits_experts(mesh) else "none"

@@ -20,9 +20,11 @@ from prmoe_jax.model.attention_kernels import product
 from prmoe_jax.moe.layer import MoE
 from prmoe_jax.moe.routing import RouterMetrics, Routing
 from prmoe_jax.nn import remat
+from prmoe_jax.nn.matmul import cpu_scores
 from prmoe_jax.nn.mlp import MLP, MLPShape
 from prmoe_jax.nn.norms import norm
 from prmoe_jax.nn.parameters import declaration, map_named, normal
+from prmoe_jax.nn.precision import Precision
 from prmoe_jax.nn.quantized import QuantizedWeight
 from prmoe_jax.parallel import sharding
 from prmoe_jax.parallel.axes import platform
@@ -159,16 +161,17 @@ class Transformer(nnx.Module):
             capacity; None in evaluation.
           execution: which kernels compute it.
         """
-        x_BxLxD, position_BxL = self._embed(tokens_BxL, segments_BxL)
-        dtype, metrics = x_BxLxD.dtype, []
-        x_BxLxD = dropout(x_BxLxD, self.config.dropout, keys_B)
+        training = keys_B is not None
+        precision = Precision.of(self.config.dtype, execution, platform(), training)
+        x_BxLxD, position_BxL = self._embed(tokens_BxL, segments_BxL, precision.activations)
+        x_BxLxD, metrics = dropout(x_BxLxD, self.config.dropout, keys_B), []
         for i, stage in enumerate(self.stages):
             # A stage is cast once, not in every layer, so that forward and backward read half as
             # much. Experts with replicas are cast in their layer, to sum gradients in float32.
             counts = [b.mlp.experts.count for b in stage.blocks if isinstance(b.mlp, MoE)]
             replicas = any(sharding.expert_replicas(count) > 1 for count in counts)
             with jax.named_scope("cast"):
-                stage = cast(stage, dtype, apart="experts" if replicas else "")
+                stage = cast(stage, precision.factors, apart="experts" if replicas else "")
             keys_NxB = None
             if keys_B is not None:
                 repeats = jnp.arange(stage.repeats)
@@ -176,16 +179,16 @@ class Transformer(nnx.Module):
             x_BxLxD, by_cell = stage(x_BxLxD, segments_BxL, keys_NxB, position_BxL, execution)
             for n in range(stage.repeats):
                 metrics += [jax.tree.map(lambda x: x[n], m) for m in by_cell if m is not None]  # noqa: B023
-        return self.norm(x_BxLxD), metrics
+        return self.norm(x_BxLxD).astype(precision.factors), metrics
 
-    def _embed(self, tokens_BxL, segments_BxL) -> tuple[jax.Array, jax.Array]:
-        """The first layer's input in the compute dtype, and the positions [B, L]."""
+    def _embed(self, tokens_BxL, segments_BxL, dtype) -> tuple[jax.Array, jax.Array]:
+        """The first layer's input in a dtype, and the positions [B, L]."""
         position_BxL = positions(segments_BxL)
         with jax.named_scope("embedding"):
             x_BxLxD = sharding.embed("tokens", self.tokens[...], tokens_BxL)
             if self.positions is not None:
                 x_BxLxD += sharding.embed("positions", self.positions[...], position_BxL)
-        return x_BxLxD.astype(self.config.dtype), position_BxL
+        return x_BxLxD.astype(dtype), position_BxL
 
     def routing(self, tokens_BxL: jax.Array, segments_BxL: jax.Array) -> dict[int, Routing]:
         """The routing decision of each MoE layer in evaluation, by the layer's index.
@@ -207,9 +210,10 @@ class Transformer(nnx.Module):
 
     def _moe_inputs(self, tokens_BxL, segments_BxL) -> Iterator[tuple[int, MoE, jax.Array]]:
         """The index of each MoE layer, the layer, and its input in evaluation."""
-        x_BxLxD, position_BxL = self._embed(tokens_BxL, segments_BxL)
+        precision = Precision.of(self.config.dtype, AUTO, platform(), training=False)
+        x_BxLxD, position_BxL = self._embed(tokens_BxL, segments_BxL, precision.activations)
         for number, block in enumerate(unstacked_blocks(self)):
-            block = cast(block, x_BxLxD.dtype)
+            block = cast(block, precision.factors)
             if isinstance(block.mlp, MoE):
                 normed_BxLxD = block.norm_attention(x_BxLxD)
                 y_BxLxD, _ = block.attention(normed_BxLxD, segments_BxL, None, position_BxL)
@@ -226,7 +230,11 @@ class Transformer(nnx.Module):
         return sharding.all_gather_params(jax.tree.map(lambda x: x.astype(dtype), own))
 
 
-_scores = partial(product, "...D,VD->...V")
+def _scores(x_D: jax.Array, table_VxD: jax.Array) -> jax.Array:
+    if platform() == "cpu" and table_VxD.dtype == jnp.bfloat16:
+        x_RxD = x_D.reshape(-1, x_D.shape[-1])
+        return cpu_scores(x_RxD, table_VxD).reshape(*x_D.shape[:-1], -1)
+    return product("...D,VD->...V", x_D, table_VxD)
 
 
 @struct.dataclass

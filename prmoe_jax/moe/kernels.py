@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from prmoe_jax.nn import remat
+from prmoe_jax.nn.matmul import dot, sum_over_rows
 from prmoe_jax.nn.mlp import Hidden, MLPWeights, activate, add_bias
 
 # A function of the experts' weights, rows [R, D] sorted by expert, the number of rows of each
@@ -66,7 +67,8 @@ def ragged(weights: MLPWeights, x_RxD, rows_E, expert_R) -> jax.Array:
     def grouped(x_R, w_E):
         # The grouped product leaves rows of no expert undefined, in the derivative as well. The
         # masks before and after it ensure that these are never read.
-        y_R = jax.lax.ragged_dot(jnp.where(served_Rx1, x_R, 0), w_E, rows_E)
+        x_R = jnp.where(served_Rx1, x_R, 0)
+        y_R = jax.lax.ragged_dot(x_R.astype(w_E.dtype), w_E, rows_E).astype(x_R.dtype)
         return jnp.where(served_Rx1, y_R, 0)
 
     with jax.named_scope("experts"):
@@ -110,14 +112,14 @@ def batched_matmul(x_ExRxD: jax.Array, w_ExDxF: jax.Array) -> jax.Array:
     Its cost there is memory traffic for the weights and their gradients. Transposing the small
     activations lets the products read and write weights and gradients in storage order.
     """
-    return x_ExRxD @ w_ExDxF
+    return dot(x_ExRxD, w_ExDxF)
 
 
 def _batched_matmul_backward(residuals, dy_ExRxF):
     x_ExRxD, w_ExDxF = residuals
 
     def plain(x_ExRxD, w_ExDxF, dy_ExRxF):
-        return dy_ExRxF @ w_ExDxF.mT, x_ExRxD.mT @ dy_ExRxF
+        return dot(dy_ExRxF, w_ExDxF.mT), dot(x_ExRxD.mT, dy_ExRxF)
 
     def turned(x_ExRxD, w_ExDxF, dy_ExRxF):
         # The barriers keep XLA from fusing the transposition into the product.
@@ -125,13 +127,17 @@ def _batched_matmul_backward(residuals, dy_ExRxF):
         dx_ExDxR = barrier(jnp.einsum("EDF,ERF->EDR", w_ExDxF, dy_ExRxF))
         return dx_ExDxR.mT, barrier(x_ExRxD.mT) @ dy_ExRxF
 
+    if dy_ExRxF.dtype != w_ExDxF.dtype:
+        by_expert = jax.vmap(partial(sum_over_rows, dtype=w_ExDxF.dtype))
+        dw_ExDxF = by_expert(x_ExRxD, dy_ExRxF).astype(w_ExDxF.dtype)
+        return dot(dy_ExRxF, w_ExDxF.mT), dw_ExDxF
     rows, width_out = dy_ExRxF.shape[1:]
     few = 16 * rows <= width_out
     on_cpu = turned if few else plain
     return jax.lax.platform_dependent(x_ExRxD, w_ExDxF, dy_ExRxF, cpu=on_cpu, default=plain)
 
 
-batched_matmul.defvjp(lambda x, w: (x @ w, (x, w)), _batched_matmul_backward)
+batched_matmul.defvjp(lambda x, w: (dot(x, w), (x.astype(w.dtype), w)), _batched_matmul_backward)
 
 
 def _join(parts: list[jax.Array], axis: int) -> jax.Array:
@@ -150,21 +156,22 @@ def alike(fresh: jax.Array, x: jax.Array) -> jax.Array:
     return jax.lax.pcast(fresh, axes, to="varying") if axes else fresh
 
 
-def _gradients(weights: MLPWeights, x_RxD, kept: Hidden, dy_RxD, dot=jnp.matmul, dtype=None):
-    """Gradients of an MLP's rows and its weights; `dot` and `dtype` are used for the weights."""
+def _gradients(weights: MLPWeights, x_RxD, kept: Hidden, dy_RxD, dtype=None):
+    """Gradients of an MLP's rows, and of its weights in `dtype` (default: the rows' dtype)."""
+    multiply = partial(sum_over_rows, dtype=weights.w_in_DxF.dtype, result=dtype)
     h_RxF, through_activation = jax.vjp(activate, kept)  # recomputes h, fused into the product
-    (d,) = through_activation(dy_RxD @ weights.w_out_FxD.T)
-    dx_RxD, dw_gate = d.x_F @ weights.w_in_DxF.T, None
+    (d,) = through_activation(dot(dy_RxD, weights.w_out_FxD.T))
+    dx_RxD, dw_gate = dot(d.x_F, weights.w_in_DxF.T), None
     if weights.w_gate_DxF is not None:
-        dx_RxD += d.gate_F @ weights.w_gate_DxF.T
-        dw_gate = dot(x_RxD.T, d.gate_F)
+        dx_RxD += dot(d.gate_F, weights.w_gate_DxF.T)
+        dw_gate = multiply(x_RxD, d.gate_F)
 
     def summed(bias, dy):
         return None if bias is None else dy.sum(0, dtype=dtype)
 
     return dx_RxD, MLPWeights(
-        w_in_DxF=dot(x_RxD.T, d.x_F),
-        w_out_FxD=dot(h_RxF.T, dy_RxD),
+        w_in_DxF=multiply(x_RxD, d.x_F),
+        w_out_FxD=multiply(h_RxF, dy_RxD),
         b_in_F=summed(weights.b_in_F, d.x_F),
         b_out_D=summed(weights.b_out_D, dy_RxD),
         w_gate_DxF=dw_gate,
@@ -182,9 +189,9 @@ def _unrolled_forward(x_XxExRxD, weights):
     for e in range(experts):
         own = jax.tree.map(lambda w: w[e], weights)  # noqa: B023
         x_QxD = x_XxExRxD[:, e].reshape(-1, width)
-        kept = hidden(partial(jnp.matmul, x_QxD), own)
+        kept = hidden(partial(dot, x_QxD), own)
         # The bias is added after the reshape: else XLA doesn't fuse the write into the result.
-        y_QxD = activate(kept) @ own.w_out_FxD
+        y_QxD = dot(activate(kept), own.w_out_FxD)
         outputs.append(add_bias(y_QxD.reshape(devices, rows, width), own.b_out_D))
         saved.append((x_QxD, kept))
     return _join(outputs, 1), (saved, weights)
@@ -199,7 +206,8 @@ def _unrolled_backward(residuals, dy_XxExRxD):
         dx_QxD, gradient = _gradients(own, x_QxD, kept, dy_XxExRxD[:, e].reshape(-1, width))
         gradients.append(gradient)
         inputs.append(dx_QxD.reshape(devices, rows, width))
-    return _join(inputs, 1), jax.tree.map(lambda *parts: _join(list(parts), 0), *gradients)
+    joined = jax.tree.map(lambda *parts: _join(list(parts), 0), *gradients)
+    return _join(inputs, 1), jax.tree.map(lambda dw, w: dw.astype(w.dtype), joined, weights)
 
 
 _unrolled.defvjp(_unrolled_forward, _unrolled_backward)
@@ -275,20 +283,22 @@ _move_rows.defvjp(
 @jax.custom_vjp
 def _block_matmul(x_PxQxD: jax.Array, w_ExDxF: jax.Array, expert_P: jax.Array) -> jax.Array:
     """x[p] @ w[expert[p]], which copies the weights for each block."""
-    return x_PxQxD @ w_ExDxF[expert_P]
+    return dot(x_PxQxD, w_ExDxF[expert_P])
 
 
 def _block_matmul_backward(saved, dy_PxQxF):
     x_PxQxD, w_ExDxF, expert_P = saved
-    dw_PxDxF = x_PxQxD.mT @ dy_PxQxF
+    narrow = dy_PxQxF.astype(w_ExDxF.dtype)
+    dw_PxDxF = jnp.matmul(x_PxQxD.mT, narrow, preferred_element_type=dy_PxQxF.dtype)
     # This product sums in float32 and in a fixed order; a scatter on GPUs adds in any order.
     chosen_ExP = jax.nn.one_hot(expert_P, len(w_ExDxF), dtype=dw_PxDxF.dtype, axis=0)
     dw_ExDxF = jnp.tensordot(chosen_ExP, dw_PxDxF, 1, precision="highest")
-    return dy_PxQxF @ w_ExDxF[expert_P].mT, dw_ExDxF, None
+    return dot(dy_PxQxF, w_ExDxF[expert_P].mT), dw_ExDxF.astype(w_ExDxF.dtype), None
 
 
 _block_matmul.defvjp(
-    lambda x, w, expert: (_block_matmul(x, w, expert), (x, w, expert)), _block_matmul_backward
+    lambda x, w, expert: (_block_matmul(x, w, expert), (x.astype(w.dtype), w, expert)),
+    _block_matmul_backward,
 )
 
 
@@ -347,8 +357,8 @@ def _block_loop_forward(block: int, x_RxD, rows_E, weights):
         def multiply(i, carry):
             kept, y_QxD = carry
             place = start + i * block
-            fresh = hidden(partial(jnp.matmul, slice_rows(x_QxD, place, block)), own)
-            y = add_bias(activate(fresh) @ own.w_out_FxD, own.b_out_D)
+            fresh = hidden(partial(dot, slice_rows(x_QxD, place, block)), own)
+            y = add_bias(dot(activate(fresh), own.w_out_FxD), own.b_out_D)
             kept = jax.tree.map(lambda whole, part: write(whole, part, place, 0), kept, fresh)
             return kept, write(y_QxD, y, place, 0)
 
@@ -366,8 +376,6 @@ def _block_loop_forward(block: int, x_RxD, rows_E, weights):
 def _block_loop_backward(block: int, saved, dy_RxD):
     x_QxD, kept, rows_E, weights = saved
     dy_QxD = jnp.pad(dy_RxD, ((0, block), (0, 0)))
-    # Sums are float32: else every addition would be rounded to the compute dtype.
-    dot = partial(jnp.matmul, preferred_element_type=jnp.float32)
 
     def expert(dx_QxD, inputs):
         start, rows, own = inputs
@@ -378,13 +386,14 @@ def _block_loop_backward(block: int, saved, dy_RxD):
             x, dy = slice_rows(x_QxD, place, block), slice_rows(dy_QxD, place, block)
             dy = jnp.where((jnp.arange(block) < rows - i * block)[:, None], dy, 0)
             hidden = jax.tree.map(lambda whole: slice_rows(whole, place, block), kept)
-            dx, gradient = _gradients(own, x, hidden, dy, dot, jnp.float32)
+            # Sums are float32: else every addition would be rounded to the compute dtype.
+            dx, gradient = _gradients(own, x, hidden, dy, jnp.float32)
             dx_QxD = jax.lax.dynamic_update_slice_in_dim(dx_QxD, dx, place, 0)
             return dx_QxD, jax.tree.map(jnp.add, sums, gradient)
 
         zeros = jax.tree.map(lambda w: alike(jnp.zeros(w.shape), dy_QxD), own)
         dx_QxD, sums = jax.lax.fori_loop(0, -(-rows // block), multiply, (dx_QxD, zeros))
-        return dx_QxD, jax.tree.map(lambda total: total.astype(x_QxD.dtype), sums)
+        return dx_QxD, jax.tree.map(lambda total, w: total.astype(w.dtype), sums, own)
 
     starts_E = jnp.cumsum(rows_E) - rows_E
     dx_QxD, gradients = jax.lax.scan(expert, jnp.zeros_like(x_QxD), (starts_E, rows_E, weights))

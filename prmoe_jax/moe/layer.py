@@ -16,6 +16,8 @@ from prmoe_jax.moe.experts import Experts, Local
 from prmoe_jax.moe.routing import RouterMetrics, Routing, route
 from prmoe_jax.nn import remat
 from prmoe_jax.nn.mlp import MLP, MLPShape, broadcast
+from prmoe_jax.nn.precision import Precision
+from prmoe_jax.nn.quantized import narrowed
 from prmoe_jax.parallel import sharding
 from prmoe_jax.parallel.axes import batch_axes, expert_axes, platform, splits_experts
 
@@ -39,7 +41,7 @@ class MoE(nnx.Module):
             return nnx.Param(jax.random.uniform(key, dims, minval=-bound, maxval=bound))
 
         self.top_k, self.moe, self.residual_mix = model.top_k, moe, model.residual_mix
-        self.normalize = model.normalizes
+        self.normalize, self.dtype = model.normalizes, model.dtype
         self.w_router = uniform(keys[0], d_model, experts)
         tied = moe.expert_init == "tied"
         self.experts = Experts(experts, MLPShape.of(model, model.expert_width), keys[1], tied)
@@ -151,8 +153,10 @@ class MoE(nnx.Module):
 
         def local(parts, *inputs):
             parts = mark_varying(parts, axes)
-            held = parts["experts"], places["experts"], x_BxLxD.dtype
-            own = sharding.all_gather_experts(*held)
+            training = keys_B is not None
+            factors = Precision.of(self.dtype, execution, platform(), training).factors
+            own = sharding.all_gather_experts(parts["experts"], places["experts"], factors)
+            own = narrowed(own, factors)
             experts: Local | ExpertParallel = Local(own)
             if splits_experts(mesh):
                 experts = ExpertParallel(

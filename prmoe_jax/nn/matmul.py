@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from prmoe_jax.nn.quantized import QuantizedWeight, to_dtype
 
@@ -30,7 +31,10 @@ PARTS = 3
 
 
 def matmul(x: jax.Array, w: jax.Array | QuantizedWeight, axes: int = 1) -> jax.Array:
-    """Sums over the last `axes` axes of x and the first `axes` of w; the result has x's dtype."""
+    """Sums over the last `axes` axes of x and the first `axes` of w; the result has x's dtype.
+
+    Both factors have the dtype of fewer bits (see `precision.py`).
+    """
 
     def plain(x, w):
         return _tensordot(axes, x, to_dtype(w, x.dtype))
@@ -50,14 +54,41 @@ def matmul(x: jax.Array, w: jax.Array | QuantizedWeight, axes: int = 1) -> jax.A
     return jax.lax.platform_dependent(x, w, cpu=of_few, default=plain)
 
 
+def dot(x_RxD: jax.Array, w_DxF: jax.Array) -> jax.Array:
+    """x @ w with x in w's dtype; the result has the dtype that x has here."""
+    return jnp.matmul(x_RxD.astype(w_DxF.dtype), w_DxF, preferred_element_type=x_RxD.dtype)
+
+
+def sum_over_rows(x_RxD: jax.Array, dy_RxF: jax.Array, dtype, result=None) -> jax.Array:
+    """xᵀ @ dy with factors in `dtype`, as in the gradient of a weight.
+
+    Args:
+      x_RxD, dy_RxF: the weight's input and the gradient of its output.
+      dtype: the dtype of the factors.
+      result: the dtype of the result, by default dy's.
+    """
+    result = result or dy_RxF.dtype
+    x_DxR = x_RxD.astype(dtype).T
+    if dtype != result:
+        # On CPUs, XLA multiplies bfloat16 fast only if no factor is transposed in place.
+        x_DxR = with_layout_constraint(x_DxR, Layout((0, 1)))
+    return jnp.matmul(x_DxR, dy_RxF.astype(dtype), preferred_element_type=result)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _tensordot(axes: int, x: jax.Array, w: jax.Array) -> jax.Array:
-    return jnp.tensordot(x, w, axes)
+    return jnp.tensordot(x.astype(w.dtype), w, axes, preferred_element_type=x.dtype)
 
 
 def _tensordot_backward(axes: int, residuals, dy):
     x, w = residuals
     rows, outputs = tuple(range(x.ndim - axes)), tuple(range(axes, w.ndim))
+    if dy.dtype != w.dtype:
+        depth = math.prod(w.shape[:axes])
+        dy_RxF = dy.reshape(-1, w.size // depth)
+        dx_RxD = dot(dy_RxF, w.reshape(depth, -1).T)
+        dw_DxF = sum_over_rows(x.reshape(-1, depth), dy_RxF, w.dtype)
+        return dx_RxD.reshape(x.shape), dw_DxF.reshape(w.shape).astype(w.dtype)
 
     def plain(x, w, dy):
         dx = jnp.tensordot(dy, w, (tuple(range(len(rows), dy.ndim)), outputs))
@@ -79,7 +110,28 @@ def _tensordot_backward(axes: int, residuals, dy):
     return jax.lax.platform_dependent(x, w, dy, cpu=turned, default=plain)
 
 
-_tensordot.defvjp(lambda axes, x, w: (_tensordot(axes, x, w), (x, w)), _tensordot_backward)
+_tensordot.defvjp(
+    lambda axes, x, w: (_tensordot(axes, x, w), (x.astype(w.dtype), w)), _tensordot_backward
+)
+
+
+@jax.custom_vjp
+def cpu_scores(x_RxD: jax.Array, table_VxD: jax.Array) -> jax.Array:
+    """x @ tableᵀ in float32, with factors of the same dtype in its derivative, for CPUs.
+
+    JAX's derivative would multiply the float32 gradient of the result.
+    """
+    return scores(x_RxD, table_VxD)
+
+
+def _cpu_scores_backward(residuals, dy_RxV):
+    x_RxD, table_VxD = residuals
+    dx_RxD = dot(dy_RxV, table_VxD).astype(x_RxD.dtype)
+    dtable_VxD = sum_over_rows(dy_RxV, x_RxD, table_VxD.dtype, jnp.float32)
+    return dx_RxD, dtable_VxD.astype(table_VxD.dtype)
+
+
+cpu_scores.defvjp(lambda x, table: (cpu_scores(x, table), (x, table)), _cpu_scores_backward)
 
 
 def _has_few_rows_form(x: jax.Array, w: jax.Array | QuantizedWeight) -> bool:

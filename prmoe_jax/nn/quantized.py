@@ -47,6 +47,19 @@ def quantize(w: jax.Array, kind: str, contracted: tuple[int, ...]) -> QuantizedW
     return QuantizedWeight(jnp.round(w / scales).astype(jnp.int8), scales, contracted)
 
 
+def narrowed(tree, dtype):
+    """Casts the weights in a tree to a dtype, except those of fewer bits and quantized ones."""
+
+    def is_quantized(w) -> bool:
+        return isinstance(w, QuantizedWeight)
+
+    return jax.tree.map(
+        lambda w: w if is_quantized(w) else to_dtype(w, dtype), tree, is_leaf=is_quantized
+    )
+
+
 def to_dtype(w: jax.Array | QuantizedWeight, dtype) -> jax.Array:
-    """Casts or dequantizes a weight to the compute dtype."""
-    return w.dequantize(dtype) if isinstance(w, QuantizedWeight) else w.astype(dtype)
+    """Casts or dequantizes a weight to a dtype; one of fewer bits stays as it is."""
+    if isinstance(w, QuantizedWeight):
+        return w.dequantize(dtype)
+    return w.astype(min(w.dtype, jnp.dtype(dtype), key=lambda dtype: dtype.itemsize))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from configs import tiny
-from prmoe_jax.bench import decode, moe, timing, worker
+from prmoe_jax.bench import LOADS, decode, moe, timing, worker
 from prmoe_jax.bench.baselines import peak_bytes
 from prmoe_jax.cli import main
 from prmoe_jax.config.loading import resolve
@@ -45,8 +45,9 @@ def test_rows(capsys, monkeypatch):
     assert first["gather"]["bytes_moved"] == 3 * 2 * 4 * 8 * 16 * 4
 
 
-def test_weights_are_in_the_compute_dtype(capsys):
+def test_weights_are_in_the_compute_dtype(monkeypatch, capsys):
     """As the model casts them, once per step."""
+    monkeypatch.setattr("prmoe_jax.nn.precision.multiplies_bfloat16", lambda: True)
     sizes = ["--sizes=64,8,16,4", "--repeats=1", "--json"]
     assert main(["bench", "moe", *sizes, "--dtype=bfloat16"]) == 0
     rows = {row["backend"]: row for row in json.loads(capsys.readouterr().out)}
@@ -154,13 +155,17 @@ def test_decode(capsys, monkeypatch):
 DECODE = ["decode", f"--config={tiny.__file__}:2 layers, E=3", "--config.model.length=128"]
 
 
-@pytest.mark.parametrize("load", ["uniform", "zipf"])
+@pytest.mark.parametrize("load", LOADS)
 def test_loads(load):
     """The router sends its tokens where the load says, within sampling error."""
     size = moe.Size(S=4000, M=64, F=8, E=8)
     x_SxM, w_MxE = moe.loaded_input(size, load)
     share_E = np.bincount((x_SxM @ w_MxE).argmax(1), minlength=8) / size.S
-    expected_E = np.ones(8) if load == "uniform" else 1 / np.arange(1, 9)
+    expected_E = {
+        "uniform": np.ones(8),
+        "zipf": 1 / np.arange(1, 9),
+        "skewed": np.array((225, 169, 121, 81, 49, 25, 9, 1)),
+    }[load]
     np.testing.assert_allclose(share_E, expected_E / expected_E.sum(), atol=0.03)
 
 
@@ -306,10 +311,15 @@ def test_decoding_beside_transformers(capsys):
     [("2 layers", "pytorch"), ("2 layers, E=3, residual", "pytorch + deepspeed")],
 )
 def test_step_beside_pytorch(text, baseline, capsys):
-    assert main(bench_step(text, "--json")) == 0
+    assert main(bench_step(text, "--config.model.dtype=bfloat16", "--json")) == 0
     rows = {row["backend"]: row for row in json.loads(capsys.readouterr().out)}
-    assert {"prmoe_jax", baseline} <= rows.keys()
-    assert rows[baseline]["median_s"] > 0 and rows[baseline]["peak_bytes"] > 10**7
+    assert rows.keys() >= {"prmoe_jax"} | {
+        baseline + form for form in ("", ", autocast", ", bfloat16 weights")
+    }
+    assert rows[baseline]["dtype"] == "float32"
+    assert rows[f"{baseline}, autocast"]["dtype"] == "bfloat16"
+    for row in rows.values():
+        assert row["median_s"] > 0 and row["peak_bytes"] > 10**5 and row["share_of_peak"] > 0
 
 
 def test_an_unfinished_build_is_refused(tmp_path, monkeypatch, capsys):

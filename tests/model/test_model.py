@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -220,12 +222,41 @@ def test_remat_choice(remat, layers, platform, expected):
     assert resolve_remat(remat, layers, platform) == expected
 
 
-def test_bfloat16_is_close_to_float32(batch):
-    exact = build(small())
-    rough = build(small(dtype="bfloat16"))
-    a, b = logits(exact, *batch), logits(rough, *batch)
-    assert b.dtype == jnp.float32
-    assert 0 < np.abs(a - b).max() < 0.05 * np.abs(a).max()
+def test_bfloat16_on_a_cpu_in_training_and_evaluation(batch):
+    """Training is close to float32, or equal without such products; evaluation is equal."""
+    exact, rough = build(small()), build(small(dtype="bfloat16"))
+    keys_B = jax.random.split(jax.random.key(0), len(batch[0]))
+
+    def outputs(model, keys_B=None, products="auto"):
+        return model(*batch, keys_B, ExecutionConfig(cpu_products=products))[0]
+
+    np.testing.assert_array_equal(outputs(rough), outputs(exact))
+    expected = outputs(exact, keys_B)
+    np.testing.assert_array_equal(outputs(rough, keys_B, "float32"), expected)
+    ours = outputs(rough, keys_B, "bfloat16")
+    assert ours.dtype == jnp.bfloat16
+    error = np.abs(ours.astype(jnp.float32) - expected).max()
+    assert 0 < error < 0.05 * np.abs(expected).max()
+
+
+def test_a_step_in_bfloat16_on_a_cpu_multiplies_only_bfloat16():
+    """All products with weights and in attention do; every result is float32."""
+    values = small("2 layers, E=3, residual", dtype="bfloat16", length=64, d_model=32)
+    model = Transformer(values, MoeConfig(capacity_factor=math.inf), jax.random.key(0))
+    tokens_BxL = jnp.ones((4, 64), jnp.int32)
+    batch = Batch(tokens_BxL, tokens_BxL, tokens_BxL > 0, tokens_BxL)
+    keys_B = jax.random.split(jax.random.key(0), 4)
+    execution = ExecutionConfig(cpu_products="bfloat16")
+    step = jax.jit(jax.grad(lambda model: forward(model, batch, keys_B, None, execution).loss))
+    products = re.findall(
+        r"dot_general.*: \(tensor<([x\d]+)x(\w+)>, tensor<([x\d]+)x(\w+)>\) -> tensor<.*x(\w+)>",
+        step.lower(model).as_text(),
+    )
+    assert len(products) > 20
+    for first, kind, second, other, result in products:
+        assert (kind, other, result) in {("bf16", "bf16", "f32"), ("f32", "f32", "f32")}
+        if kind == "f32":  # the router, the residual's coefficient, sums for the biases
+            assert min(map(int, f"{first}x{second}".split("x"))) <= 3
 
 
 @pytest.mark.parametrize(
@@ -242,10 +273,14 @@ def test_gradients_in_bfloat16_are_summed_in_float32(text, changes):
     mask_BxL = segments_BxL.astype(bool)
     batch = Batch(tokens_BxL[:, :-1], tokens_BxL[:, 1:], mask_BxL, segments_BxL)
 
+    keys_B = jax.random.split(jax.random.key(0), 128)
+    execution = ExecutionConfig(cpu_products="bfloat16")
+
     def gradient(dtype):
         model = small(text, **{"length": 64, "d_model": 32, "init_std": 0.02} | changes)
         model = Transformer(dataclasses.replace(model, dtype=dtype), MoeConfig(), jax.random.key(0))
-        return named_leaves(jit(jax.grad(lambda model: forward(model, batch).loss))(model))
+        loss = lambda model: forward(model, batch, keys_B, None, execution).loss  # noqa: E731
+        return named_leaves(jit(jax.grad(loss))(model))
 
     exact, rounded = map(gradient, ("float32", "bfloat16"))
     for name, expected in exact.items():

@@ -62,6 +62,47 @@ def test_gradients_of_biases_are_summed_in_float32(kernel):
         assert np.abs(ours - expected).max() < 0.01 * np.abs(expected).max()
 
 
+def _each_in_slots(weights, x_RxD, rows_E, expert_R, apply):
+    """Rows sorted by expert through a function of rows [E, R, D], with a slot for every row."""
+    own_ExR = expert_R == jnp.arange(len(rows_E))[:, None]
+    y_ExRxD = apply(weights, jnp.where(own_ExR[..., None], x_RxD, 0))
+    return jnp.where(own_ExR[..., None], y_ExRxD, 0).sum(0)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("kernel", ["ragged", "padded", "blocked", "batched", "unrolled"])
+def test_bfloat16_weights_of_float32_rows(kernel, gated):
+    """Every kernel is near float32, and its results and the rows' gradients are float32."""
+    experts = Experts(3, MLPShape(6, 8, 0.3, 0.3, gated), jax.random.key(0))
+    rows = jnp.array((5, 30, 2))
+    expert_R = jnp.repeat(jnp.arange(4), jnp.array((5, 30, 2, 4)), total_repeat_length=41)
+    x_RxD, dy_RxD = jax.random.normal(jax.random.key(1), (2, 41, 6))
+
+    def apply(weights, x_RxD):
+        if kernel == "batched":
+            return _each_in_slots(weights, x_RxD, rows, expert_R, kernels.batched)
+        if kernel == "unrolled":
+            unrolled = lambda w, x: kernels.unrolled(w, x[None])[0]  # noqa: E731
+            return _each_in_slots(weights, x_RxD, rows, expert_R, unrolled)
+        return getattr(kernels, kernel)(weights, x_RxD, rows, expert_R)
+
+    @jit
+    def with_gradients(*arguments):
+        y_RxD, pull = jax.vjp(apply, *arguments)
+        return y_RxD, *pull(dy_RxD)
+
+    def results(dtype):
+        y_RxD, dweights, dx_RxD = with_gradients(experts.weights(dtype), x_RxD)
+        assert y_RxD.dtype == dx_RxD.dtype == jnp.float32
+        assert {dw.dtype for dw in jax.tree.leaves(dweights)} == {jnp.dtype(dtype)}
+        return y_RxD, dx_RxD, dweights
+
+    both = (jax.tree.leaves(results(dtype)) for dtype in ("bfloat16", "float32"))
+    for ours, exact in zip(*both, strict=True):
+        error = np.linalg.norm(ours.astype(jnp.float32) - exact) / np.linalg.norm(exact)
+        assert 0 < error < 0.02
+
+
 def test_gradients_of_biases_of_equally_many_rows_are_summed_in_float32():
     """The same of 32,768 rows for each expert, as a capacity has them."""
     experts = Experts(2, MLPShape(6, 8, 0.3, 0.3), jax.random.key(0))

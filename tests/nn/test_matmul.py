@@ -1,12 +1,15 @@
 """Matrix products with weights: of few rows, in fewer bits, and their derivatives."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prmoe_jax.nn.matmul import matmul, scores
+from prmoe_jax.nn.matmul import cpu_scores, matmul, scores
 from prmoe_jax.nn.quantized import QuantizedWeight, quantize
+from tests.support.quick import jit
 
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
@@ -67,6 +70,45 @@ def test_derivatives_equal_those_of_tensordot(x_shape, w_shape, axes, dtype):
         assert got.dtype == wanted.dtype
         got, wanted = (np.asarray(value, np.float32) for value in (got, wanted))
         np.testing.assert_allclose(got, wanted, atol=tolerance * np.abs(wanted).max())
+
+
+def _with_gradients(function, dy, *arguments):
+    @jit
+    def run(*arguments):
+        y, pull = jax.vjp(function, *arguments)
+        return y, pull(dy)
+
+    return run(*arguments)
+
+
+@pytest.mark.parametrize("axes", [1, 2])
+def test_bfloat16_weights_of_float32_rows(axes):
+    """Factors are rounded once, and sums are exact in float32, in all three products."""
+    rng = np.random.default_rng(0)
+    x, w = rng.normal(size=(37, *(3, 5)[:axes])), rng.normal(size=(*(3, 5)[:axes], 11))
+    dy = rng.normal(size=(37, 11))
+    x, w, dy = (jnp.asarray(a, jnp.float32) for a in (x, w, dy))
+    y, (dx, dw) = _with_gradients(partial(matmul, axes=axes), dy, x, w.astype(jnp.bfloat16))
+    wide = [np.asarray(a.astype(jnp.bfloat16), np.float64) for a in (x, w, dy)]
+    x64, w64, dy64 = wide[0].reshape(37, -1), wide[1].reshape(-1, 11), wide[2]
+    assert (y.dtype, dx.dtype, dw.dtype) == (jnp.float32, jnp.float32, jnp.bfloat16)
+    np.testing.assert_allclose(y, x64 @ w64, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(dx.reshape(37, -1), dy64 @ w64.T, rtol=1e-5, atol=1e-5)
+    dw = dw.reshape(-1, 11).astype(jnp.float32)
+    np.testing.assert_allclose(dw, x64.T @ dy64, rtol=2**-7, atol=1e-4)
+
+
+def test_cpu_scores_have_derivatives_of_rounded_factors():
+    rng = np.random.default_rng(0)
+    x, table, dy = (
+        jnp.asarray(rng.normal(size=shape), jnp.float32).astype(jnp.bfloat16)
+        for shape in ((37, 5), (11, 5), (37, 11))
+    )
+    y, (dx, dtable) = _with_gradients(cpu_scores, dy.astype(jnp.float32), x, table)
+    x64, table64, dy64 = (np.asarray(a, np.float64) for a in (x, table, dy))
+    np.testing.assert_allclose(y, x64 @ table64.T, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(dx.astype(jnp.float32), dy64 @ table64, rtol=2**-7, atol=1e-4)
+    np.testing.assert_allclose(dtable.astype(jnp.float32), dy64.T @ x64, rtol=2**-7, atol=1e-4)
 
 
 def test_int8_in_bfloat16_rounds_once():

@@ -1,6 +1,7 @@
 """The package's folders form floors: imports go down only, so that none is part of a circle."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +49,12 @@ def test_imports_go_down_only():
         for file in files:
             above = imports(file) - {room, *below}
             assert not above, f"{file.relative_to(PACKAGE)} imports {above}, which is not below it"
+
+
+def test_no_module_is_part_of_a_circle():
+    known = house.modules()
+    graph = {name: house.imported(file, known) - {name} for name, file in known.items()}
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError
 
 
 def test_every_floor_is_there_and_few_modules_are_at_the_top():

@@ -47,6 +47,7 @@ OTHER_VALUES = {
     "model.init_std": ("1", 1.0),
     "model.dtype": ("bfloat16", "bfloat16"),
     "execution.remat": ("dots", "dots"),
+    "execution.cpu_products": ("float32", "float32"),
     "execution.attention": ("xla", "xla"),
     "moe.router": ("expert_choice", "expert_choice"),
     "moe.scores": ("sigmoid", "sigmoid"),
