@@ -117,11 +117,12 @@ def _thread_failed(failed: threading.ExceptHookArgs) -> None:
 
 
 def _report_unraisable(unraisable) -> None:
-    """Prints Python's own report of an error in a callback, unless another error caused it.
+    """Prints Python's own report of an error in a callback, unless it follows from another error.
 
     When writing a checkpoint fails, each of Tensorstore's threads finds Orbax's event loop closed.
-    When reading a damaged one fails, Orbax abandons its other reads, which end with an error each.
-    When a user's code recurses too deeply, JAX's garbage collection callback fails in the same way.
+    When reading a damaged checkpoint fails, Orbax abandons its other reads, and each ends with an
+    error. When a user's code recurses too deeply, JAX's garbage collection callback gets a
+    RecursionError, too.
     """
     error = unraisable.exc_value
     echo = isinstance(error, RecursionError) or str(error) == "Event loop is closed"

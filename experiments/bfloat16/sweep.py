@@ -16,7 +16,11 @@ MULTIPLIER = runpy.run_path(str(ROOT / "experiments/multiplier/sweep.py"))
 SEEDS = 1, 2, 3
 MARGIN = 0.01  # nats a token
 MODELS = "demo", "dense_64", "E64"
-CONTRASTS = tuple((f"{model}_bfloat16", f"{model}_float32") for model in MODELS)
+CONTRASTS = (
+    ("demo_bfloat16", "demo_float32"),
+    ("dense_64_bfloat16", "dense_64_float32"),
+    ("E64_bfloat16", "E64_float32"),
+)
 KEEP_CHECKPOINTS = False
 
 

@@ -136,18 +136,23 @@ def torch_step(shape: dict, weights: str, autocast: bool, compiled: bool, thread
     return step
 
 
-def gpt2_decoding(shape: dict, dtype: str, threads: int):
-    """Greedy decoding by transformers' GPT-2; the function returns seconds after the first token.
+def decoding(settings: dict, experts: dict, dtype: str, threads: int):
+    """Greedy decoding by transformers; the function returns the seconds after the first token.
 
-    `shape` has GPT2Config's settings, and `dtype` is that of the parameters.
+    Args:
+      settings: the content of the model's `config.json`.
+      experts: `experts_implementation` of a model with experts; else empty.
+      dtype: dtype of the parameters.
+      threads: number of PyTorch's threads.
     """
     import torch
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(**shape)).eval()
-    model.to(getattr(torch, dtype))
+    config = AutoConfig.for_model(**settings)
+    kind = getattr(torch, dtype)
+    model = AutoModelForCausalLM.from_config(config, dtype=kind, **experts).eval()
 
     def run(batch: int, prompt: int, tokens: int) -> float:
         ids, times = torch.randint(0, model.config.vocab_size, (batch, prompt)), []

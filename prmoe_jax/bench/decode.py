@@ -18,14 +18,15 @@ import numpy as np
 from jax.sharding import Mesh
 
 from prmoe_jax.bench.timing import check_memory, interleaved
-from prmoe_jax.bench.worker import can_run, cores, has_form, worker
+from prmoe_jax.bench.worker import can_run, cores, worker
 from prmoe_jax.config.schema import Config, MeshConfig, ModelConfig, MoeConfig
 from prmoe_jax.config.validation import check_runs_without_limit
 from prmoe_jax.errors import UserError
 from prmoe_jax.inference.decoder import Decoder, decoder
 from prmoe_jax.inference.generate import STEPS, Sampling, decode, room, start
 from prmoe_jax.inference.restore import for_inference
-from prmoe_jax.interop.hugging_face import their_settings
+from prmoe_jax.interop.families import FAMILIES
+from prmoe_jax.interop.hugging_face import check_exportable, their_settings
 from prmoe_jax.model.sizes import cost
 from prmoe_jax.model.transformer import init_model
 from prmoe_jax.parallel.mesh import make_mesh, with_mesh
@@ -52,8 +53,9 @@ def bench_decode(
     """Times the config's model and its baselines; a turn is `generate.STEPS` tokens.
 
     The baselines are the dense base (the same model without experts), a dense model of the same
-    depth with `LARGER` times the active parameters, and GPT-2 of the library transformers with the
-    base's shape. The last one needs a CPU and the library. Our models compute in float32 on CPUs.
+    depth with `LARGER` times the active parameters, and the family's class of the library
+    transformers. It runs the model itself, with two implementations of its experts, or the base if
+    it has no such experts. It needs a CPU and the library. Our models compute in float32 on CPUs.
 
     Args:
       config: the experiment.
@@ -98,25 +100,31 @@ def bench_decode(
         for name, mesh in itertools.product(models, layouts)
     }
     _check_memory(config, list(models.values()), max(batches), prompt)
-    rows = []
+    rows, others = [], {}
+    if can_run("transformers", "torch"):
+        for own in (config, base):
+            their_models = _of_transformers(own)
+            others |= their_models
+            models |= dict.fromkeys(their_models, own)
     with contextlib.ExitStack() as stack:
         ours = {
-            (name, kind, mesh): _ours(*placed[name, mesh], kind)
-            for name, kind, mesh in itertools.product(models, weights, layouts)
+            (name, kind, mesh): _ours(*place, kind)
+            for kind in weights
+            for (name, mesh), place in placed.items()
         }
         theirs = {
-            ("transformers' GPT-2 as the base", dtype, "one device"): stack.enter_context(
-                worker("gpt2_decoding", shape=shape, dtype=dtype, threads=cores())
+            (name, dtype, "one device"): stack.enter_context(
+                worker("decoding", **settings, dtype=dtype, threads=cores())
             )
-            for shape in _transformers_shapes(base.model)
+            for name, settings in others.items()
             for dtype in ("float32", "bfloat16")
         }
         for batch in batches:
             log.info("batch %d", batch)
             turns = {name: _turn(*held, batch, prompt) for name, held in ours.items()}
-            turns |= {name: partial(gpt2, batch, prompt, STEPS) for name, gpt2 in theirs.items()}
+            turns |= {name: partial(other, batch, prompt, STEPS) for name, other in theirs.items()}
             for (name, kind, mesh), seconds in interleaved(turns, repeats).items():
-                size = cost(models.get(name, base).model)
+                size = cost(models[name].model)
                 ms = [value / STEPS * 1e3 for value in seconds]
                 rows.append(
                     {
@@ -137,11 +145,22 @@ def bench_decode(
     return rows
 
 
-def _transformers_shapes(model: ModelConfig) -> list[dict]:
-    """Settings that give transformers' GPT-2 the model's shape; none if it can't run here."""
-    if not has_form(model, "transformers' GPT-2") or not can_run("transformers", "torch"):
-        return []
-    return [their_settings(model, "gpt2") | {"bos_token_id": 0, "eos_token_id": 0}]
+def _of_transformers(config: Config) -> dict[str, dict]:
+    """The implementations of a model in transformers: arguments of `baselines.decoding` by name."""
+    family, experts = config.model.family, any(config.model.schedule.experts)
+    try:
+        check_exportable(config, family)
+    except UserError:
+        log.info("transformers has no %s of %s; it is left out", family, config.model.schedule)
+        return {}
+    settings = their_settings(config.model, family) | {"bos_token_id": 0, "eos_token_id": 0}
+    name = f"transformers' {FAMILIES[family].architecture}"
+    if not experts:
+        return {name: {"settings": settings, "experts": {}}}
+    return {
+        f"{name}, {kind}": {"settings": settings, "experts": {"experts_implementation": kind}}
+        for kind in ("eager", "grouped_mm")
+    }
 
 
 def dense(config: Config) -> Config:

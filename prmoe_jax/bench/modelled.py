@@ -44,7 +44,7 @@ def model_moe(sizes: list[Size], dtype: str, topology: str) -> list[dict]:
         raise UserError(f"--topology={topology}: a layer's exchange stays in a slice; name one")
     chip, devices = topology_devices(topology)
     for size in sizes:
-        # The weights of a chip's experts, and its tokens, in two bytes per number.
+        # At least this is on a device: its experts' weights and its tokens, two bytes per number.
         experts = size.E // math.gcd(len(devices), size.E)
         numbers = 2 * size.M * size.F * experts + size.S * size.M
         size.check(2 * numbers, chip.hbm_bytes)

@@ -29,9 +29,10 @@ from prmoe_jax.bench.timing import (
     program_bytes,
     summary,
 )
-from prmoe_jax.bench.worker import can_run, check_no_build, cores, has_form, worker
+from prmoe_jax.bench.worker import can_run, check_no_build, cores, worker
 from prmoe_jax.config.schema import Config
 from prmoe_jax.errors import UserError
+from prmoe_jax.interop.settings import check_gpt2_form
 from prmoe_jax.model.batch import Batch
 from prmoe_jax.model.sizes import cost
 from prmoe_jax.nn.precision import Precision
@@ -133,7 +134,10 @@ def _torch_baselines(config: Config) -> dict[str, tuple[str, str, bool]]:
         if asked != theirs:
             log.info("the PyTorch step has %s=%s, not %s; it is left out", name, theirs, asked)
             return {}
-    if not has_form(config.model, "the PyTorch model"):
+    try:
+        check_gpt2_form(config.model, "the PyTorch model to compare with")
+    except UserError as error:
+        log.info("%s; it is left out", error)
         return {}
     layers = ""
     if any(config.model.schedule.experts):

@@ -3,7 +3,6 @@
 import contextlib
 import importlib.util
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -13,11 +12,7 @@ from pathlib import Path
 import jax
 
 from prmoe_jax.bench.timing import Timed
-from prmoe_jax.config.schema import ModelConfig
 from prmoe_jax.errors import UserError
-from prmoe_jax.interop.settings import check_gpt2_form
-
-log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -51,16 +46,6 @@ def worker(name: str, **settings) -> Iterator[Timed]:
 def can_run(*packages: str) -> bool:
     """Whether packages are installed, and JAX runs on CPUs as the worker's process does."""
     return jax.default_backend() == "cpu" and all(map(importlib.util.find_spec, packages))
-
-
-def has_form(model: ModelConfig, what: str) -> bool:
-    """Whether another library's GPT-2 computes what the model does; if not, a line says why."""
-    try:
-        check_gpt2_form(model, f"{what} to compare with")
-    except UserError as error:
-        log.info("%s; it is left out", error)
-        return False
-    return True
 
 
 def check_no_build() -> None:

@@ -142,7 +142,10 @@ def _copy(device: jax.Device) -> tuple[Callable[[], jax.Array], float]:
 
 
 def _judge(every: dict, kind: str, device_kind: str) -> Finding:
-    """Fails if a rate is below `SLOW` of the median, or below `SHEET` of the data sheet."""
+    """Returns a failure if a rate is below `SLOW` times the median of all devices.
+
+    A rate below `SHEET` times the data sheet's rate is a failure, too.
+    """
     name, unit = KINDS[kind]
     rates = {device: found[kind] for device, found in every.items()}
     least, most = min(rates.values()), max(rates.values())

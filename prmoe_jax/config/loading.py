@@ -80,8 +80,9 @@ def _differences(before: Config, after: Config, free: tuple[str, ...]) -> str:
     return ", ".join(f"{k} was {old[k]!r}, is {new[k]!r}" for k in changed)
 
 
-# A decay branch (WSD schedule) continues its base run, here `trunk`, from a checkpoint before the
-# decay. It may also differ in these settings, which change nothing before the decay.
+# A decay branch (WSD schedule) continues its base run, `trunk`, from a checkpoint before the decay.
+# Only these settings may differ between the two: before the decay they change results by rounding
+# at most.
 BRANCHABLE = (
     *RESUMABLE, "init.", "train.steps", "train.tokens", "optimizer.decay_tokens",
     "optimizer.decay_fraction", "optimizer.min_learning_rate",

@@ -18,9 +18,10 @@ def teacher_of(config: Config) -> Config:
 
 
 def adapt_teacher(teacher: Config, student: Config) -> Config:
-    """Gives a teacher's config its student's mesh, execution and `teacher.capacity_factor`.
+    """Adapts a teacher's config: mesh and execution become the student's.
 
-    A factor of 0 keeps the teacher's own. Its routing groups must fit the student's batches.
+    `teacher.capacity_factor` replaces the teacher's evaluation capacity factor, unless it is 0.
+    The teacher's routing groups must fit the student's batches.
     """
     model, factor = student.model, student.teacher.capacity_factor
     require(

@@ -50,7 +50,9 @@ class ArrayWriter:
     def __exit__(self, error_type, error, traceback) -> None:
         with self._file:
             if error_type is None:
-                self._file.truncate()  # if rows are missing, `read_header` refuses the file
+                # Cuts off reserved space without rows, so that `read_header` refuses a file that
+                # lacks rows.
+                self._file.truncate()
 
 
 def open_array(path: pathlib.Path, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> np.ndarray:

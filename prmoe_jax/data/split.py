@@ -60,10 +60,11 @@ def selected(
 
 
 def select(work: Work, parts: Sequence[Chunk], run: Run) -> Selection:
-    """Finds the duplicates and the split of a text by the stages `digest` and `compare`.
+    """Finds a corpus's duplicates, by the stages `digest` and `compare`, and validation documents.
 
-    Ranking by digest keeps exact duplicates in one split, and makes the choice independent of file
-    names and order. Both splits get at least one document.
+    Unless the text has splits, documents with the smallest digests are for validation, at least
+    one and not all. The choice depends neither on file names nor on order, and equal documents are
+    in one split.
     """
     counts = run(digest, {f"digests-{chunk.number:05}": (chunk,) for chunk in parts})
     total, empty = (sum(count[name] for count in counts) for name in ("documents", "empty"))
@@ -99,8 +100,9 @@ def _held_out_count(different: int, total: int, empty: int, config: DataConfig) 
 def digest(work: Work, chunk: Chunk) -> None:
     """Writes the sorted digests of a chunk's distinct documents, without empty ones.
 
-    The file begins with a table of RANGES + 1 offsets, in digests. The indices of duplicates
-    within the chunk go into a second file, so that a digest occurs at most once per chunk.
+    The file begins with RANGES + 1 offsets, counted in digests: where each range begins, and the
+    end. Indices of duplicates within the chunk go into a second file; the first has each digest
+    once.
     """
     found, total = bytearray(), 0
     for total, text in enumerate(chunks.documents(chunk, work.config), 1):

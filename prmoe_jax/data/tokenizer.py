@@ -194,7 +194,7 @@ def load_given(config: DataConfig) -> Tokenizer:
 
 
 def check_same(path: pathlib.Path, tokenizer: Tokenizer, whose: str) -> None:
-    """Raises UserError unless `path` holds the same tokenizer; `whose` names its owner."""
+    """Raises UserError unless the file `path` holds `tokenizer`; `whose` says whose file it is."""
     if Tokenizer.load(path).fingerprint != tokenizer.fingerprint:
         raise UserError(f"{whose} has another tokenizer; use --config.data.tokenizer={path}")
 

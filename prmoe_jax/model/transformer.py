@@ -166,8 +166,9 @@ class Transformer(nnx.Module):
         x_BxLxD, position_BxL = self._embed(tokens_BxL, segments_BxL, precision.activations)
         x_BxLxD, metrics = dropout(x_BxLxD, self.config.dropout, keys_B), []
         for i, stage in enumerate(self.stages):
-            # A stage is cast once, not in every layer, so that forward and backward read half as
-            # much. Experts with replicas are cast in their layer, to sum gradients in float32.
+            # A stage is cast to the compute dtype once, not in every layer: with bfloat16, both
+            # passes then read half the bytes. Experts that several devices hold are an exception:
+            # the layer casts them, so that their gradients are summed over devices in float32.
             counts = [b.mlp.experts.count for b in stage.blocks if isinstance(b.mlp, MoE)]
             replicas = any(sharding.expert_replicas(count) > 1 for count in counts)
             with jax.named_scope("cast"):

@@ -392,11 +392,12 @@ def _block_loop_backward(block: int, saved, dy_RxD):
             return dx_QxD, jax.tree.map(jnp.add, sums, gradient)
 
         zeros = jax.tree.map(lambda w: alike(jnp.zeros(w.shape), dy_QxD), own)
-        dx_QxD, sums = jax.lax.fori_loop(0, -(-rows // block), multiply, (dx_QxD, zeros))
-        return dx_QxD, jax.tree.map(lambda total, w: total.astype(w.dtype), sums, own)
+        return jax.lax.fori_loop(0, -(-rows // block), multiply, (dx_QxD, zeros))
 
     starts_E = jnp.cumsum(rows_E) - rows_E
-    dx_QxD, gradients = jax.lax.scan(expert, jnp.zeros_like(x_QxD), (starts_E, rows_E, weights))
+    dx_QxD, sums = jax.lax.scan(expert, jnp.zeros_like(x_QxD), (starts_E, rows_E, weights))
+    # Cast after the loop: on CPUs, XLA writes bfloat16 slowly.
+    gradients = jax.tree.map(lambda total, w: total.astype(w.dtype), sums, weights)
     return dx_QxD[: len(dy_RxD)], None, gradients
 
 

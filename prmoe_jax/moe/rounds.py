@@ -45,7 +45,9 @@ class _Pieces(NamedTuple):
 
     rows: jax.Array  # number of rows
     start: jax.Array  # the first row's index at the sender
-    order: jax.Array  # its index at the receiver; with equal pieces, among the rows of the pair
+    # The first row's index among all rows for the receiver. If `piece` is set, it is the index
+    # among this sender's rows for the receiver.
+    order: jax.Array
 
 
 class _Transfer(NamedTuple):

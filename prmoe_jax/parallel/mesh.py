@@ -369,7 +369,10 @@ def check_batch(config: Config, devices: int, decode: bool = False) -> None:
 
 
 def check_teacher_fits(teacher: Config, student: Config, mesh: Mesh | AbstractMesh) -> None:
-    """Checks that a teacher fits its student's mesh, and its routing groups the student's batch."""
+    """Checks that a teacher fits its student's mesh.
+
+    The teacher's routing groups must fit the student's batch.
+    """
     shape = mesh.shape
     sizes = {"tensor": shape["tensor"], "expert_slice": shape["slice"]}
     model = replace(teacher.model, length=student.model.length)

@@ -170,8 +170,9 @@ def _modelled(
 ) -> tuple[dict[str, float], list[Collective]]:
     """The seconds of a compiled step by part of the model, and its collectives.
 
-    Attention kernels and collectives are parts of their own. `share` is the rows that the most
-    loaded device gets in one round of a ragged exchange, relative to an even share of all rows.
+    Attention kernels and collectives are parts of their own. `share` is load / rounds: a round's
+    rows of the most loaded device, divided by the rows that each device would get in all rounds at
+    even load. It scales ragged exchanges.
     """
     sent = collectives(program, dict(mesh.shape), *_network(chip, mesh))
     for place, collective in sent.items():

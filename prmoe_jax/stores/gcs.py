@@ -213,8 +213,8 @@ def _as_os_error(error: Exception, name: str) -> Exception:
     return error
 
 
-# fsspec, and through it epath, use `PatientGCS` for gs://. If TensorFlow is installed, epath would
-# use its file system instead.
+# For gs://, fsspec uses `PatientGCS`, and epath uses fsspec. Without this variable, epath would
+# prefer TensorFlow's file system where TensorFlow is installed.
 os.environ.setdefault("EPATH_USE_TF", "false")
 for _name in ("gcs", "gs"):
     fsspec.register_implementation(_name, PatientGCS, clobber=True)

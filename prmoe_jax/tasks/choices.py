@@ -59,7 +59,10 @@ def rows(name: str, path: Path) -> list[dict]:
 
 
 def asked(pattern: str, content: str, ideal: str) -> dict:
-    """Converts an example of `evals`: its choices are the answers' texts, not their letters."""
+    """Converts an example of the package `evals`, whose answer is a letter.
+
+    The choices of the result are the answers' texts.
+    """
     match = re.fullmatch(pattern, content, re.S)
     if not match:
         raise ValueError(f"{content[:60]!r} is not a question with its answers")

@@ -304,7 +304,8 @@ class Run:
     alive: Callable[[], None]  # tells `stall_watch` that the run goes on
     progress: tqdm
     trace: Trace
-    teacher: Teacher | None  # None without a running teacher, and after distillation
+    # None if no teacher's model runs (no teacher, or cached predictions), and after distillation.
+    teacher: Teacher | None
 
     def loop(
         self, step: int, state: TrainState, batches, interrupted: PreemptionGuard, evaluated: bool

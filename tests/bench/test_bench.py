@@ -277,8 +277,9 @@ def test_step(capsys, monkeypatch):
     assert main(bench_step("2 layers")) == 0
     head, columns, line = capsys.readouterr().out.splitlines()
     sizes = "d_model 16, d_ff 24, vocabulary 384, 4 x 32 tokens, accumulate 1"
-    assert head.startswith(f"2 layers; {sizes}, adamw, float32")
-    assert columns.split()[:2] == ["backend", "tokens/s"] and line.split()[0] == "prmoe_jax"
+    assert head.startswith(f"2 layers; {sizes}, adamw, ")
+    assert columns.split()[:3] == ["backend", "products", "tokens/s"]
+    assert line.split()[:2] == ["prmoe_jax", "float32"]
     assert main(bench_step("2 layers", "--repeats=0")) == 2
     assert "--repeats=0 must be 1 or more" in capsys.readouterr().err
 
@@ -302,7 +303,26 @@ def test_decoding_beside_transformers(capsys):
     base = next(row for row in rows if row["model"] == "dense base")
     assert theirs.keys() == {"float32", "bfloat16"}
     for row in theirs.values():
+        assert row["model"] == "transformers' GPT2LMHeadModel"
         assert row["params"] == base["params"] and row["ms_per_token"] > 0
+
+
+@needs_extra("interop", "transformers")
+def test_decoding_of_experts_beside_transformers(capsys):
+    settings = ["d_model=16", "heads=4", "d_ff=24", "vocab_size=300", "length=128"]
+    command = ["bench", "decode", f"--config={tiny.__file__}:2 layers, every 1, E=4, top 2"]
+    command += [f"--config.model.{setting}" for setting in (*settings, "family=olmoe")]
+    command += ["--config.moe.eval_capacity_factor=inf", "--config.data.tokenizer=bytes"]
+    assert main([*command, "--repeats=1", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    theirs = {(row["model"], row["weights"]): row for row in rows if "transf" in row["model"]}
+    assert set(theirs) == {
+        (f"transformers' OlmoeForCausalLM, {kind}", dtype)
+        for kind in ("eager", "grouped_mm")
+        for dtype in ("float32", "bfloat16")
+    }
+    ours = next(row for row in rows if row["model"] == "2 layers, every 1, E=4, top 2")
+    assert all(row["params"] == ours["params"] for row in theirs.values())
 
 
 @needs_extra("interop", "deepspeed")
