@@ -3,9 +3,10 @@
 A `Kernel` applies all experts of a device to rows that are sorted by expert.
 
 Axes: R rows, E experts of this device, X sending devices, P blocks of Q rows, N = P·Q slots.
-Outside `Blocks`, Q is the rows of one expert (`_unrolled`), or R and the padding (loops).
+Outside `Blocks`, Q is the rows or slots of one expert, or R and the padding (loops).
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -16,6 +17,9 @@ import jax.numpy as jnp
 from prmoe_jax.nn import remat
 from prmoe_jax.nn.matmul import dot, sum_over_rows
 from prmoe_jax.nn.mlp import Hidden, MLPWeights, activate, add_bias
+
+# On CPUs, the products of at most this many experts are compiled separately (measured on Zen 5).
+UNROLLED_ON_CPUS = 8
 
 # A function of the experts' weights, rows [R, D] sorted by expert, the number of rows of each
 # expert [E], and the expert of each row [R]; returns [R, D]. Rows at the end may belong to no
@@ -33,11 +37,15 @@ def hidden(multiply: Callable, weights: MLPWeights) -> Hidden:
 
 def batched(weights: MLPWeights, x_ExRxD: jax.Array) -> jax.Array:
     """Applies expert e to x[e], [E, R, D]."""
-    b_in_Ex1xF = None if weights.b_in_F is None else weights.b_in_F[:, None]
     with jax.named_scope("experts"):
-        multiply = partial(batched_matmul, x_ExRxD)
-        kept = hidden(multiply, weights._replace(b_in_F=b_in_Ex1xF))
-        y_ExRxD = batched_matmul(activate(kept), weights.w_out_FxD)
+        return _batched(weights, x_ExRxD)
+
+
+def _batched(weights: MLPWeights, x_ExRxD: jax.Array) -> jax.Array:
+    b_in_Ex1xF = None if weights.b_in_F is None else weights.b_in_F[:, None]
+    multiply = partial(batched_matmul, x_ExRxD)
+    kept = hidden(multiply, weights._replace(b_in_F=b_in_Ex1xF))
+    y_ExRxD = batched_matmul(activate(kept), weights.w_out_FxD)
     return y_ExRxD if weights.b_out_D is None else add_bias(y_ExRxD, weights.b_out_D[:, None])
 
 
@@ -98,11 +106,6 @@ def biases_of(b_ExF: jax.Array | None, expert_R: jax.Array) -> jax.Array | None:
         return None
     chosen_RxE = jax.nn.one_hot(expert_R, len(b_ExF), dtype=b_ExF.dtype)
     return jnp.matmul(chosen_RxE, b_ExF, precision="highest")
-
-
-def block_rows(rows: int, experts: int) -> int:
-    """Rows of a block in the loops for CPUs: about the mean per expert, from 16 to 256."""
-    return min(256, max(16, 1 << (rows // experts - 1).bit_length()))
 
 
 @jax.custom_vjp
@@ -221,7 +224,7 @@ class Blocks(NamedTuple):
 
     expert_P: jax.Array
     row_N: jax.Array  # the row in each of the N = P·Q slots; R in an empty slot
-    place_R: jax.Array  # the slot of each row; N for a row of no expert
+    place_R: jax.Array  # the slot of each row; N for a row in no block
 
     @classmethod
     def of(cls, rows_E: jax.Array, expert_R: jax.Array) -> "Blocks":
@@ -231,13 +234,22 @@ class Blocks(NamedTuple):
         block = min(1024, max(16, 1 << max(1, rows // (4 * experts)).bit_length() - 1))
         count = (rows + experts * (block - 1)) // block
         blocks_E = -(-rows_E // block)
-        shift_E = (jnp.cumsum(blocks_E) - blocks_E) * block - (jnp.cumsum(rows_E) - rows_E)
-        place_R = jnp.arange(rows) + shift_E.at[expert_R].get(mode="clip")
+        first_E = (jnp.cumsum(blocks_E) - blocks_E) * block
+        place_R = first_E.at[expert_R].get(mode="clip") + _index_in_run(rows_E, expert_R)
         place_R = jnp.where(expert_R < experts, place_R, count * block)
-        row_N = jnp.full(count * block, rows).at[place_R].set(jnp.arange(rows), mode="drop")
         ends_E, blocks_P = jnp.cumsum(blocks_E), jnp.arange(count)
         expert_P = jnp.searchsorted(ends_E, blocks_P, side="right", method="compare_all")
-        return cls(jnp.minimum(expert_P, experts - 1), row_N, place_R)
+        expert_P = jnp.minimum(expert_P, experts - 1)
+        return cls(expert_P, _inverse(place_R, count * block), place_R)
+
+    @classmethod
+    def of_slots(cls, slots: int, rows_E: jax.Array, expert_R: jax.Array) -> "Blocks":
+        """One block for each expert, with its first rows; its other rows have no place."""
+        experts = len(rows_E)
+        index_R = _index_in_run(rows_E, expert_R)
+        held_R = (expert_R < experts) & (index_R < slots)
+        place_R = jnp.where(held_R, expert_R * slots + index_R, experts * slots)
+        return cls(jnp.arange(experts), _inverse(place_R, experts * slots), place_R)
 
     def filled(self, x_RxD: jax.Array) -> jax.Array:
         """The rows in their blocks, [P, Q, D]; 0 in empty slots."""
@@ -245,7 +257,7 @@ class Blocks(NamedTuple):
         return x_NxD.reshape(len(self.expert_P), -1, x_RxD.shape[-1])
 
     def emptied(self, x_PxQxD: jax.Array) -> jax.Array:
-        """The rows sorted by expert again, [R, D]; 0 for rows of no expert."""
+        """The rows sorted by expert again, [R, D]; 0 for rows in no block."""
         return _move_rows(x_PxQxD.reshape(-1, x_PxQxD.shape[-1]), self.place_R, self.row_N)
 
     def matmul(self, x_PxQxD: jax.Array, w_ExDxF: jax.Array) -> jax.Array:
@@ -255,6 +267,18 @@ class Blocks(NamedTuple):
     def biases(self, b_ExF: jax.Array | None) -> jax.Array | None:
         """The bias of each block's expert, [P, 1, F]."""
         return None if b_ExF is None else biases_of(b_ExF, self.expert_P)[:, None]
+
+
+def _index_in_run(rows_E: jax.Array, expert_R: jax.Array) -> jax.Array:
+    """Each row's index among the rows of its expert, if rows are sorted by expert."""
+    starts_E = jnp.cumsum(rows_E) - rows_E
+    return jnp.arange(len(expert_R)) - starts_E.at[expert_R].get(mode="clip")
+
+
+def _inverse(place_R: jax.Array, slots: int) -> jax.Array:
+    """The row in each slot, R in an empty one."""
+    rows = len(place_R)
+    return jnp.full(slots, rows).at[place_R].set(jnp.arange(rows), mode="drop")
 
 
 def padded(weights: MLPWeights, x_RxD, rows_E, expert_R) -> jax.Array:
@@ -303,9 +327,68 @@ _block_matmul.defvjp(
 
 
 def blocked(weights: MLPWeights, x_RxD, rows_E, expert_R) -> jax.Array:
-    """A `Kernel` for CPUs: a loop over experts, and in it a loop over blocks of their rows."""
-    del expert_R
-    return _block_loop(block_rows(len(x_RxD), len(rows_E)), x_RxD, rows_E, weights)
+    """A `Kernel` for CPUs: slots as with a capacity, and a loop over blocks of the rows beyond.
+
+    An expert's slots hold an even share of the rows, and two standard deviations of evenly drawn
+    loads. The products of slots run as fast as those with a capacity.
+    """
+    with jax.named_scope("experts"):
+        return _blocked(x_RxD, weights, rows_E, expert_R)
+
+
+@jax.custom_vjp
+def _blocked(x_RxD, weights: MLPWeights, rows_E, expert_R) -> jax.Array:
+    return _blocked_forward(x_RxD, weights, rows_E, expert_R)[0]
+
+
+def _blocked_forward(x_RxD, weights, rows_E, expert_R):
+    share = len(x_RxD) / len(rows_E)
+    slots = min(len(x_RxD), 16 * math.ceil((share + 2 * share**0.5) / 16))
+    blocks = Blocks.of_slots(slots, rows_E, expert_R)
+
+    def multiply(weights, x_ExQxD):
+        if len(rows_E) <= UNROLLED_ON_CPUS:
+            return _unrolled(x_ExQxD[None], weights)[0]
+        return _batched(weights, x_ExQxD)
+
+    y_ExQxD, through_slots = jax.vjp(multiply, weights, blocks.filled(x_RxD))
+    apply = partial(_apply, weights)
+    y_RxD = _loop_over_blocks(apply, x_RxD, blocks.emptied(y_ExQxD), rows_E, slots)
+    return y_RxD, (x_RxD, weights, rows_E, blocks, through_slots)
+
+
+def _apply(weights: MLPWeights, e, x_RxD) -> jax.Array:
+    """Expert e's output."""
+    own = jax.tree.map(lambda w: w[e], weights)
+    return add_bias(dot(activate(hidden(partial(dot, x_RxD), own)), own.w_out_FxD), own.b_out_D)
+
+
+def _blocked_backward(saved, dy_RxD):
+    x_RxD, weights, rows_E, blocks, through_slots = saved
+    dweights, dx_ExQxD = through_slots(blocks.filled(dy_RxD))
+    slots = dx_ExQxD.shape[1]
+    block = _block_rows(len(x_RxD), len(rows_E))
+    dx_RxD = blocks.emptied(dx_ExQxD)
+    x_QxD, dy_QxD, dx_QxD = (_lengthened(a, block) for a in (x_RxD, dy_RxD, dx_RxD))
+
+    def step(carry, e, start, rows):
+        dx_QxD, sums = carry
+        own = jax.tree.map(lambda w: w[e], weights)
+        x = slice_rows(x_QxD, start, block)
+        dy = first_rows(slice_rows(dy_QxD, start, block), rows)
+        dx, gradient = _gradients(own, x, hidden(partial(dot, x), own), dy, jnp.float32)
+        sums = jax.tree.map(lambda total, part: total.at[e].add(part), sums, gradient)
+        return _write_rows(dx_QxD, dx, start, rows), sums
+
+    # Sums are float32: else every addition would be rounded to the compute dtype.
+    sums = jax.tree.map(lambda dw: dw.astype(jnp.float32), dweights)
+    dx_QxD, sums = _over_blocks(step, (dx_QxD, sums), block, rows_E, slots)
+    # Cast after the loop: on CPUs, XLA writes bfloat16 slowly.
+    gradients = jax.tree.map(lambda total, w: total.astype(w.dtype), sums, weights)
+    return dx_QxD[: len(x_RxD)], gradients, None, None
+
+
+_blocked.defvjp(_blocked_forward, _blocked_backward)
 
 
 def loop_over_blocks(apply: Callable, x_RxD: jax.Array, rows_E: jax.Array) -> jax.Array:
@@ -315,90 +398,56 @@ def loop_over_blocks(apply: Callable, x_RxD: jax.Array, rows_E: jax.Array) -> ja
       apply: applies expert e to rows, `apply(e, x_RxD)`.
       x_RxD, rows_E: as for a `Kernel`.
     """
-    block = block_rows(len(x_RxD), len(rows_E))
-    blocks_E = -(-rows_E // block)
-    ends_E, starts_E = jnp.cumsum(blocks_E), jnp.cumsum(rows_E) - rows_E
-    x_QxD = jnp.pad(x_RxD, ((0, block), (0, 0)))
-
-    def multiply(i, y_QxD):
-        e = jnp.searchsorted(ends_E, i, side="right")
-        start = starts_E[e] + (i - ends_E[e] + blocks_E[e]) * block
-        y = apply(e, slice_rows(x_QxD, start, block))
-        return jax.lax.dynamic_update_slice_in_dim(y_QxD, y, start, 0)
-
     with jax.named_scope("experts"):
-        # An expert's last block spills into the next expert's rows, which are written later.
-        y_QxD = jax.lax.fori_loop(0, ends_E[-1], multiply, jnp.zeros_like(x_QxD))
-    return first_rows(y_QxD[: len(x_RxD)], rows_E.sum())
+        return _loop_over_blocks(apply, x_RxD, jnp.zeros_like(x_RxD), rows_E)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _block_loop(block: int, x_RxD, rows_E, weights: MLPWeights):
-    return _block_loop_forward(block, x_RxD, rows_E, weights)[0]
+def _loop_over_blocks(apply: Callable, x_RxD, y_RxD, rows_E, skipped: int = 0) -> jax.Array:
+    """Writes results into y for the rows of each expert after its first `skipped`."""
+    block = _block_rows(len(x_RxD), len(rows_E))
+    x_QxD, y_QxD = _lengthened(x_RxD, block), _lengthened(y_RxD, block)
+
+    def step(y_QxD, e, start, rows):
+        return _write_rows(y_QxD, apply(e, slice_rows(x_QxD, start, block)), start, rows)
+
+    return _over_blocks(step, y_QxD, block, rows_E, skipped)[: len(x_RxD)]
+
+
+def _over_blocks(step: Callable, carry, block: int, rows_E, skipped: int):
+    """Calls `step(carry, e, start, rows)` for the blocks of each expert's rows after `skipped`."""
+    rest_E = jnp.maximum(rows_E - skipped, 0)
+    blocks_E = -(-rest_E // block)
+    ends_E, starts_E = jnp.cumsum(blocks_E), jnp.cumsum(rows_E) - rest_E
+
+    def body(i, carry):
+        e = jnp.searchsorted(ends_E, i, side="right")
+        done = (i - ends_E[e] + blocks_E[e]) * block
+        return step(carry, e, starts_E[e] + done, rest_E[e] - done)
+
+    return jax.lax.fori_loop(0, ends_E[-1], body, carry)
+
+
+def _block_rows(rows: int, experts: int) -> int:
+    """Rows of a block in the loops for CPUs: about the mean per expert, from 16 to 256."""
+    return min(256, max(16, 1 << (rows // experts - 1).bit_length()))
+
+
+def _lengthened(x_RxD: jax.Array, block: int) -> jax.Array:
+    """x with room for the last block's empty rows."""
+    return jnp.pad(x_RxD, ((0, block), (0, 0)))
 
 
 def slice_rows(x_RxD, start, rows: int):
     return jax.lax.dynamic_slice_in_dim(x_RxD, start, rows)
 
 
+def _write_rows(x_RxD, block_QxD, start, rows) -> jax.Array:
+    """x with the block's first `rows` rows from `start` on."""
+    old_QxD = slice_rows(x_RxD, start, len(block_QxD))
+    block_QxD = jnp.where((jnp.arange(len(block_QxD)) < rows)[:, None], block_QxD, old_QxD)
+    return jax.lax.dynamic_update_slice_in_dim(x_RxD, block_QxD, start, 0)
+
+
 def first_rows(x_RxD: jax.Array, count: jax.Array) -> jax.Array:
     """x with zeros after its first `count` rows."""
     return jnp.where((jnp.arange(len(x_RxD)) < count)[:, None], x_RxD, 0)
-
-
-def _block_loop_forward(block: int, x_RxD, rows_E, weights):
-    # An expert's last block spills into the next expert's rows, written later, or the padding.
-    x_QxD = jnp.pad(x_RxD, ((0, block), (0, 0)))
-    write = jax.lax.dynamic_update_slice_in_dim
-
-    def expert(carry, inputs):
-        start, rows, own = inputs
-
-        def multiply(i, carry):
-            kept, y_QxD = carry
-            place = start + i * block
-            fresh = hidden(partial(dot, slice_rows(x_QxD, place, block)), own)
-            y = add_bias(dot(activate(fresh), own.w_out_FxD), own.b_out_D)
-            kept = jax.tree.map(lambda whole, part: write(whole, part, place, 0), kept, fresh)
-            return kept, write(y_QxD, y, place, 0)
-
-        return jax.lax.fori_loop(0, -(-rows // block), multiply, carry), None
-
-    d_ff = weights.w_in_DxF.shape[-1]
-    empty_QxF = alike(jnp.zeros((len(x_QxD), d_ff), x_RxD.dtype), x_RxD)
-    empty = Hidden(empty_QxF, None if weights.w_gate_DxF is None else empty_QxF)
-    starts_E = jnp.cumsum(rows_E) - rows_E
-    runs = starts_E, rows_E, weights
-    (kept, y_QxD), _ = jax.lax.scan(expert, (empty, jnp.zeros_like(x_QxD)), runs)
-    return first_rows(y_QxD[: len(x_RxD)], rows_E.sum()), (x_QxD, kept, rows_E, weights)
-
-
-def _block_loop_backward(block: int, saved, dy_RxD):
-    x_QxD, kept, rows_E, weights = saved
-    dy_QxD = jnp.pad(dy_RxD, ((0, block), (0, 0)))
-
-    def expert(dx_QxD, inputs):
-        start, rows, own = inputs
-
-        def multiply(i, carry):
-            dx_QxD, sums = carry
-            place = start + i * block
-            x, dy = slice_rows(x_QxD, place, block), slice_rows(dy_QxD, place, block)
-            dy = jnp.where((jnp.arange(block) < rows - i * block)[:, None], dy, 0)
-            hidden = jax.tree.map(lambda whole: slice_rows(whole, place, block), kept)
-            # Sums are float32: else every addition would be rounded to the compute dtype.
-            dx, gradient = _gradients(own, x, hidden, dy, jnp.float32)
-            dx_QxD = jax.lax.dynamic_update_slice_in_dim(dx_QxD, dx, place, 0)
-            return dx_QxD, jax.tree.map(jnp.add, sums, gradient)
-
-        zeros = jax.tree.map(lambda w: alike(jnp.zeros(w.shape), dy_QxD), own)
-        return jax.lax.fori_loop(0, -(-rows // block), multiply, (dx_QxD, zeros))
-
-    starts_E = jnp.cumsum(rows_E) - rows_E
-    dx_QxD, sums = jax.lax.scan(expert, jnp.zeros_like(x_QxD), (starts_E, rows_E, weights))
-    # Cast after the loop: on CPUs, XLA writes bfloat16 slowly.
-    gradients = jax.tree.map(lambda total, w: total.astype(w.dtype), sums, weights)
-    return dx_QxD[: len(dy_RxD)], None, gradients
-
-
-_block_loop.defvjp(_block_loop_forward, _block_loop_backward)
