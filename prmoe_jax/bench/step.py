@@ -50,8 +50,8 @@ def bench_step(config: Config, repeats: int) -> list[dict]:
 
     On CPUs, if torch is installed, the baseline is a PyTorch model of the same sizes, without and
     with torch.compile; an MoE model uses DeepSpeed's layer, if it is installed. For
-    `model.dtype=bfloat16` it runs in float32, by `torch.autocast`, and with weights and moments in
-    bfloat16. It has AdamW, no microbatches and no dropout; it is left out if the config differs.
+    `model.dtype=bfloat16` ours is timed in float32, too, and PyTorch's in float32, by
+    `torch.autocast`, and with weights and moments in bfloat16. PyTorch's has AdamW, no microbatches and no dropout; it is left out if the config differs.
 
     Args:
       config: the experiment; its mesh and exchange are not used.
@@ -75,14 +75,17 @@ def bench_step(config: Config, repeats: int) -> list[dict]:
     check_memory("--config", bytes_each * cost(model).total_params)
     width = 2048 if jax.default_backend() == "cpu" else 8192  # of the square matmul
     product = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
-    ours = Precision.of(model.dtype, config.execution, jax.default_backend(), training=True)
+    ours = {"prmoe_jax": config}
+    if model.dtype != "float32":
+        whole = dataclasses.replace(model, dtype="float32")
+        ours["prmoe_jax, float32"] = dataclasses.replace(config, model=whole)
     baselines = _torch_baselines(config)
-    dtypes = {"prmoe_jax": ours.factors.name}
+    dtypes = {name: _factors(config) for name, config in ours.items()}
     dtypes |= {name: products for name, (products, *_) in baselines.items()}
     if config.kd_steps:
         log.info("the step is timed without its teacher")
     with contextlib.ExitStack() as stack:
-        steps = {"prmoe_jax": compiled_step(config)}
+        steps = {name: compiled_step(config) for name, config in ours.items()}
         for name, (products, weights, compiles) in baselines.items():
             theirs = worker(
                 "torch_step", shape=_torch_shape(config), weights=weights,
@@ -119,6 +122,12 @@ def bench_step(config: Config, repeats: int) -> list[dict]:
             }
             for name, seconds in times.items()
         ]
+
+
+def _factors(config: Config) -> str:
+    """The dtype of the factors of a step's products here."""
+    backend = jax.default_backend()
+    return Precision.of(config.model.dtype, config.execution, backend, training=True).factors.name
 
 
 def _torch_baselines(config: Config) -> dict[str, tuple[str, str, bool]]:

@@ -338,6 +338,7 @@ def test_step_beside_pytorch(text, baseline, capsys):
     }
     assert rows[baseline]["dtype"] == "float32"
     assert rows[f"{baseline}, autocast"]["dtype"] == "bfloat16"
+    assert rows.pop("prmoe_jax, float32")["dtype"] == "float32"
     assert rows.pop("prmoe_jax")["share_of_peak"] > 0
     for row in rows.values():
         assert row["median_s"] > 0 and row["peak_bytes"] > 10**7 and row["share_of_peak"] > 0
