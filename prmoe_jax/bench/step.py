@@ -51,7 +51,8 @@ def bench_step(config: Config, repeats: int) -> list[dict]:
     On CPUs, if torch is installed, the baseline is a PyTorch model of the same sizes, without and
     with torch.compile; an MoE model uses DeepSpeed's layer, if it is installed. For
     `model.dtype=bfloat16` ours is timed in float32, too, and PyTorch's in float32, by
-    `torch.autocast`, and with weights and moments in bfloat16. PyTorch's has AdamW, no microbatches and no dropout; it is left out if the config differs.
+    `torch.autocast`, and with weights and moments in bfloat16. PyTorch's step has AdamW, no
+    microbatches and no dropout; it is left out if the config differs.
 
     Args:
       config: the experiment; its mesh and exchange are not used.

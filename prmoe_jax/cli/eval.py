@@ -14,6 +14,8 @@ def add(verbs) -> None:
     corpus = "the text whose validation split it is (default: the run's)"
     sub.add_argument("--corpus", type=filled, help=corpus)
     sub.add_argument("--teacher", type=path, help="another run, to compare its predictions with")
+    worth = "also what each MoE layer is worth: the loss without its experts and with them permuted"
+    sub.add_argument("--worth", action="store_true", help=worth)
     sub.add_argument(
         "--tasks",
         help="instead, tasks of lm-evaluation-harness, or ours, which need no network: cloze, "
@@ -32,7 +34,7 @@ def run(options, rest) -> None:
             f"--limit={options.limit} is a number of examples, for --tasks: from 1 to {sys.maxsize}"
         )
     if tasks:
-        for name in ("teacher", "corpus", "distributed"):
+        for name in ("teacher", "corpus", "worth", "distributed"):
             if getattr(options, name):
                 raise UserError(f"--{name} is for the validation split; leave it or --tasks out")
         from prmoe_jax.tasks.harness import evaluate_tasks
@@ -44,6 +46,6 @@ def run(options, rest) -> None:
         return
     from prmoe_jax.training.evaluate import evaluate
 
-    metrics = evaluate(options.workdir, options.teacher, options.corpus)
+    metrics = evaluate(options.workdir, options.teacher, options.corpus, options.worth)
     if is_first_process():
         show(metrics, options.json)

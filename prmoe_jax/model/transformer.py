@@ -17,7 +17,7 @@ from prmoe_jax.config import architecture
 from prmoe_jax.config.schema import AUTO, Config, ExecutionConfig, ModelConfig, MoeConfig
 from prmoe_jax.model.attention import Attention, KVCache
 from prmoe_jax.model.attention_kernels import product
-from prmoe_jax.moe.layer import MoE
+from prmoe_jax.moe.layer import MoE, sum_of_squares
 from prmoe_jax.moe.routing import RouterMetrics, Routing
 from prmoe_jax.nn import remat
 from prmoe_jax.nn.matmul import cpu_scores
@@ -71,7 +71,9 @@ class Block(nnx.Module):
         if isinstance(self.mlp, MoE):
             # In decoding, `fsdp_experts` doesn't split the experts.
             split = cache is None
-            y_BxLxD, metrics = self.mlp(y_BxLxD, segments_BxL > 0, keys[1], split, execution)
+            valid_BxL = segments_BxL > 0
+            y_BxLxD, metrics = self.mlp(y_BxLxD, valid_BxL, keys[1], split, execution)
+            metrics = metrics._replace(stream_square=sum_of_squares(x_BxLxD, valid_BxL))
         else:
             with jax.named_scope("mlp"):
                 y_BxLxD = self.mlp(y_BxLxD)
@@ -275,6 +277,27 @@ def dropless(model: Transformer) -> Transformer:
             if isinstance(block.mlp, MoE):
                 moe = block.mlp.moe
                 block.mlp.moe = dataclasses.replace(moe, eval_capacity_factor=math.inf)
+    return model
+
+
+def with_experts(model: Transformer, layer: int, change: Callable) -> Transformer:
+    """A copy of the model whose experts of one layer are changed.
+
+    Args:
+      layer: the layer's index, among all layers.
+      change: maps each parameter of the experts, [E, …], to one of the same shape.
+    """
+    model, first = jax.tree.map(lambda x: x, model), 0
+    for stage in model.stages:
+        repeat, place = divmod(layer - first, len(stage.blocks))
+        if 0 <= repeat < stage.repeats:
+
+            def changed(x):
+                return jax.device_put(x.at[repeat].set(change(x[repeat])), x.sharding)  # noqa: B023
+
+            mlp = stage.blocks[place].mlp
+            mlp.experts = jax.tree.map(changed, mlp.experts)
+        first += stage.repeats * len(stage.blocks)
     return model
 
 

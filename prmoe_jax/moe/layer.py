@@ -74,7 +74,7 @@ class MoE(nnx.Module):
         """
         y_BxLxD, kept_BxL, metrics = self._spread(x_BxLxD, valid_BxL, keys_B, split, execution)
         if self.mlp is None:
-            return y_BxLxD, metrics
+            return y_BxLxD, metrics._replace(added_square=sum_of_squares(y_BxLxD, valid_BxL))
 
         with jax.named_scope("routing"):
             mix_BxLx2 = self._mix(x_BxLxD)
@@ -86,7 +86,9 @@ class MoE(nnx.Module):
         with jax.named_scope("mlp"):
             residual_BxLxD = remat.save_matmul(self.mlp(x_BxLxD))
         of_experts, of_mlp = (broadcast(mix_BxLx2[..., i, None], x_BxLxD) for i in (0, 1))
-        return y_BxLxD * of_experts + residual_BxLxD * of_mlp, metrics
+        y_BxLxD = y_BxLxD * of_experts
+        metrics = metrics._replace(added_square=sum_of_squares(y_BxLxD, valid_BxL))
+        return y_BxLxD + residual_BxLxD * of_mlp, metrics
 
     def decide(self, x_BxLxD: jax.Array, valid_BxL: jax.Array) -> Routing:
         """The routing decision for these activations in evaluation, on one device.
@@ -239,6 +241,11 @@ class MoE(nnx.Module):
             return jnp.stack([jnp.ones_like(shared_BxL), shared_BxL], -1)
         weight = {"sum": 1.0, "half": 0.5}[self.residual_mix]
         return jnp.full((*x_BxLxD.shape[:-1], 2), weight)
+
+
+def sum_of_squares(x_BxLxD: jax.Array, valid_BxL: jax.Array) -> jax.Array:
+    """The squared norms of the valid tokens, summed, in float32."""
+    return (jnp.square(x_BxLxD.astype(jnp.float32)).sum(-1) * valid_BxL).sum()
 
 
 def _norms_in_columns(first: int, y_RxD: jax.Array, expert_R: jax.Array) -> jax.Array:

@@ -32,6 +32,8 @@ class RouterMetrics(NamedTuple):
     tokens: jax.Array  # tokens that are not masked
     unserved: jax.Array  # tokens that no expert kept
     entropy: jax.Array  # of the router's distribution, in nats, summed over tokens
+    weight: jax.Array  # sum of the weights of a token's experts, summed over tokens
+    weight_square: jax.Array  # the square of this sum, summed over tokens
     assigned_E: jax.Array  # choices of each expert before capacity
     dropped_E: jax.Array  # choices of each expert that exceeded its capacity
     # In the next two, expert choice counts a token as one choice, dropped if no expert took it.
@@ -40,6 +42,10 @@ class RouterMetrics(NamedTuple):
     coefficient: jax.Array  # mixing weight of the experts' output, summed over tokens
     coefficient_unserved: jax.Array  # the same, summed over `unserved` tokens
     rounds: jax.Array  # rounds of the dropless exchange, times tokens
+    # Squared norms, summed over tokens: of what the experts add to the residual stream, and of the
+    # stream that they add it to.
+    added_square: jax.Array
+    stream_square: jax.Array
     prob_E: jax.Array | None = None  # probabilities, summed over tokens; only with `balance=batch`
 
 
@@ -279,14 +285,19 @@ def _metrics(routing: Routing, logits_GxSxE, valid_GxS, **decision) -> RouterMet
     log_z_GxS = jax.nn.logsumexp(logits_GxSxE, axis=-1)
     log_probs_GxSxE = logits_GxSxE - log_z_GxS[..., None]
     entropy_GxS = -(jnp.exp(log_probs_GxSxE) * log_probs_GxSxE).sum(-1)
+    weight_GxS = routing.weight_GxSxK.sum(-1)  # 0 for padding
     return RouterMetrics(
         z_loss=(jnp.square(log_z_GxS) * valid_GxS).sum(),
         groups=valid_GxS.any(-1).sum(),
         tokens=valid_GxS.sum(),
         unserved=(valid_GxS & ~routing.kept_GxSxK.any(-1)).sum(),
         entropy=(entropy_GxS * valid_GxS).sum(),
+        weight=weight_GxS.sum(),
+        weight_square=jnp.square(weight_GxS).sum(),
         coefficient=jnp.zeros(()),
         coefficient_unserved=jnp.zeros(()),
         rounds=jnp.zeros((), jnp.int32),
+        added_square=jnp.zeros(()),
+        stream_square=jnp.zeros(()),
         **decision,
     )

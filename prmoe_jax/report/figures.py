@@ -237,9 +237,16 @@ def _middles(parts: int) -> np.ndarray:
     return (np.arange(parts) + 0.5) / parts
 
 
-def lines(series: dict[str, tuple[list, list]], quantity: str, path: Path) -> None:
-    """Draws named series against the step; a series of one point is a mark."""
+def lines(
+    series: dict[str, tuple[list, list]], quantity: str, path: Path, level: float | None = None
+) -> None:
+    """Draws named series against the step, and a dashed line at `level`.
+
+    A series of one point is a mark.
+    """
     with figure(path, 3.0) as axes:
+        if level is not None:
+            axes.axhline(level, color="0.5", linestyle="--", linewidth=0.8)
         for number, (name, (x, y)) in enumerate(series.items()):
             style = _style(number)
             if len(x) > 1:

@@ -1,5 +1,8 @@
 """`prmoe report --workdir=DIR`: one run's losses, speed and routers; here S is steps."""
 
+from collections.abc import Callable
+from functools import partial
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -11,19 +14,35 @@ from prmoe_jax.errors import UserError, refusing
 from prmoe_jax.model.sizes import cost
 from prmoe_jax.report import figures, page
 from prmoe_jax.run import directory as workdirs
+from prmoe_jax.run.metrics import entropy_share, fullest, of_layer
 from prmoe_jax.sweep.records import NUMBER, logged
 
-# Metrics that are drawn against the step, with a line for each MoE layer.
+# What is drawn against the step, with a line for each MoE layer: its label, its value for a layer's
+# metrics, and the value of a uniform router or an even load, if there is one.
 BY_LAYER = {
-    "drop_fraction": "choices dropped, share",
-    "router_entropy": "entropy of the router, nats",
-    "residual_coefficient": "weight of the experts' branch",
+    "drop_fraction": ("choices dropped, share", itemgetter("drop_fraction"), None),
+    "router_entropy": ("entropy of the router / ln E", entropy_share, 1.0),
+    "fullest_expert": ("load of the fullest expert, × even", fullest, 1.0),
+    "router_weight": ("weight of a token's experts, mean", itemgetter("router_weight"), None),
+    "added_norm": (
+        "norm of the experts' output / of the residual stream",
+        itemgetter("added_norm"),
+        None,
+    ),
+    "residual_coefficient": (
+        "weight of the experts' branch",
+        itemgetter("residual_coefficient"),
+        None,
+    ),
 }
 # Maps of each layer's experts: the metric, its quantity and its caption.
 BY_EXPERT = (
     ("expert_load", "× even load", "Choices of each expert, in shares of an even load."),
     ("expert_drop_fraction", "dropped", "Share of each expert's choices that it dropped."),
 )
+
+
+ODD = (IndexError, TypeError, ValueError)  # what reading odd values of a metric raises
 
 
 def report(workdir: Path) -> dict:
@@ -59,22 +78,23 @@ def report(workdir: Path) -> dict:
     drawn("speed", "Throughput.", figures.lines, speed, "tokens/s")
 
     layers = sorted({name.split("/")[1] for name in trained[-1] if name.startswith("layers/")})
-    for name, label in BY_LAYER.items():
+    for name, (label, value, even) in BY_LAYER.items():
         series = {}
         for layer in layers:
-            key = f"layers/{layer}/{name}"
-            # Lines that an older version logged may lack this metric.
-            if having := [line for line in trained if isinstance(line.get(key), NUMBER)]:
-                series[f"layer {layer}"] = _series(having, key)
+            with refusing(f"{workdir}/metrics.jsonl is damaged: odd values of layer {layer}", ODD):
+                points = [(line["step"], _value(of_layer(line, layer), value)) for line in trained]
+            if points := [(step, y) for step, y in points if isinstance(y, NUMBER)]:
+                series[f"layer {layer}"] = tuple(map(list, zip(*points, strict=True)))
         if series:
-            drawn(name, f"{label.capitalize()}, by layer.", figures.lines, series, label)
+            caption = f"{label[0].upper()}{label[1:]}, by layer."
+            drawn(name, caption, partial(figures.lines, level=even), series, label)
     for name, label, caption in BY_EXPERT:
         keys = {layer: f"layers/{layer}/{name}" for layer in layers}
         having = [line for line in trained if all(key in line for key in keys.values())]
         maps = {}
         for layer, key in keys.items() if having else ():
             damaged = f"{workdir}/metrics.jsonl is damaged: odd values of {key}"
-            with refusing(damaged, (IndexError, TypeError, ValueError)):
+            with refusing(damaged, ODD):
                 values_SxE = np.array([line[key] for line in having], float)
                 maps[layer] = values_SxE * (values_SxE.shape[1] if name == "expert_load" else 1)
         if maps:
@@ -101,6 +121,14 @@ def report(workdir: Path) -> dict:
     files.replace(path, page.page(str(workdir), parts))
     found = {"page": str(path), "step": step, "loss": trained[-1]["loss"]}
     return found | ({"validation_loss": evaluated[-1]["eval/loss"]} if evaluated else {})
+
+
+def _value(layer: dict, value: Callable) -> float | None:
+    """A layer's value; None if an older version logged the line, without the metric."""
+    try:
+        return value(layer)
+    except KeyError:
+        return None
 
 
 def _series(lines: list[dict], name: str) -> tuple[list, list]:

@@ -78,6 +78,9 @@ def _of_router(router: RouterMetrics, residual: bool) -> dict[str, np.ndarray]:
     aux_loss = _share(router.aux_loss, router.groups)
     if router.prob_E is not None:
         aux_loss = len(load_E) * (load_E * _share(router.prob_E, router.tokens)).sum()
+    weight, weight_square = (
+        _share(total, router.tokens) for total in (router.weight, router.weight_square)
+    )
     by_place = _share(_in_parts(router.dropped_S), _in_parts(router.choices_S))
     layer = {
         "aux_loss": aux_loss,
@@ -88,6 +91,10 @@ def _of_router(router: RouterMetrics, residual: bool) -> dict[str, np.ndarray]:
         "position_drop_fraction": by_place,
         "unserved_fraction": _share(router.unserved, router.tokens),
         "router_entropy": _share(router.entropy, router.tokens),
+        "router_weight": weight,
+        "router_weight_std": np.sqrt(np.maximum(weight_square - weight**2, 0)),
+        "added_norm": np.sqrt(router.added_square / np.maximum(router.stream_square, 1e-30)),
+        "dead_experts": (router.assigned_E == 0).sum(),
     }
     if residual:
         whole, dropped = router.coefficient, router.coefficient_unserved
@@ -231,35 +238,89 @@ def finished(config: Config, workdir: Path) -> bool:
     return finite and last["step"] == config.total_steps
 
 
-# What `router_table` shows of each layer.
+# A router is called uniform from this share of the largest entropy on, ln E, and the experts'
+# output too small below this share of the residual stream.
+UNIFORM, VANISHING = 0.98, 0.01
+
+
+def entropy_share(layer: dict) -> float:
+    """The router's entropy divided by that of a uniform router, ln E; 0 for one expert."""
+    experts = len(layer["expert_load"])
+    return layer["router_entropy"] / math.log(experts) if experts > 1 else 0.0
+
+
+def fullest(layer: dict) -> float:
+    """The load of the fullest expert divided by an even share."""
+    return max(layer["expert_load"]) * len(layer["expert_load"])
+
+
+def ailing(metrics: dict) -> dict[str, str]:
+    """What is wrong with the routers of an evaluation, by layer."""
+    found = {}
+    for layer in _layers(metrics):
+        value = of_layer(metrics, layer)
+        if (share := entropy_share(value)) >= UNIFORM:
+            found[layer] = f"its router is nearly uniform: the entropy is {share:.1%} of ln E"
+        elif (added := value["added_norm"]) < VANISHING:
+            found[layer] = (
+                f"the norm of its experts' output is {added:.2%} of the residual stream's"
+            )
+    return found
+
+
+# What `router_table` reads of each layer.
 _ROUTER = dict.fromkeys(("drop_fraction", "unserved_fraction", "router_entropy"), (int, float))
 _ROUTER |= dict.fromkeys(("expert_load", "expert_drop_fraction", "position_drop_fraction"), list)
+# The columns of `router_table`, and those of choices that were dropped. A layer without a column's
+# metric has an empty field, and a column that no layer has is left out.
+_HEALTH = {
+    "of ln E": lambda of: f"{entropy_share(of):.3f}",
+    "fullest expert": lambda of: f"{fullest(of):.2f}x even",
+    "dead": lambda of: f"{of['dead_experts']} of {len(of['expert_load'])}",
+    "weight": lambda of: f"{of['router_weight']:.3f} ± {of['router_weight_std']:.3f}",
+    "norm / stream": lambda of: f"{of['added_norm']:.3f}",
+    "without experts": lambda of: f"{of['loss_without_experts']:+.4f} nats",
+    "permuted": lambda of: f"{of['loss_of_permuted_experts']:+.4f} nats",
+}
+_DROPS = {
+    "dropped": lambda of: f"{of['drop_fraction']:.1%}",
+    "unserved": lambda of: f"{of['unserved_fraction']:.1%}",
+    "experts drop": lambda of: "{:.1%} – {:.1%}".format(
+        min(of["expert_drop_fraction"]), max(of["expert_drop_fraction"])
+    ),
+    "first to last place in the group": lambda of: _bars(of["position_drop_fraction"]),
+}
 
 
 def router_table(metrics: dict) -> str:
-    """A text table of the choices that each MoE layer drops, by expert and by position."""
-    head = "layer", "dropped", "unserved", "entropy", "fullest expert", "experts drop"
-    layers = sorted({name.split("/")[1] for name in metrics if name.startswith("layers/")})
-    rows = [_router_row(metrics, layer) for layer in layers]
-    return aligned((*head, "first to last place in the group"), rows) if rows else ""
+    """A text table of each MoE layer's router and, if any are dropped, of its dropped choices."""
+    layers = {layer: of_layer(metrics, layer) for layer in _layers(metrics)}
+    for layer, of in layers.items():
+        files.require(of, _ROUTER, f"metrics.jsonl: the last line's layer {layer}", _FIX)
+    drops = any(of["drop_fraction"] or of["unserved_fraction"] for of in layers.values())
+    columns = {"layer": list(layers)}
+    for head, cell in (_HEALTH | (_DROPS if drops else {})).items():
+        cells = [_cell(cell, of) for of in layers.values()]
+        if any(cells):
+            columns[head] = cells
+    return aligned(tuple(columns), list(zip(*columns.values(), strict=True))) if layers else ""
 
 
-def _router_row(metrics: dict, layer: str) -> tuple[str, ...]:
-    value = of_layer(metrics, layer)
-    files.require(value, _ROUTER, f"metrics.jsonl: the last line's layer {layer}", _FIX)
-    load, by_expert = value["expert_load"], value["expert_drop_fraction"]
-    by_place = value["position_drop_fraction"]
+def _cell(cell: Callable[[dict], str], layer: dict) -> str:
+    try:
+        return cell(layer)
+    except KeyError:  # older lines, and evaluations without --worth
+        return ""
+
+
+def _bars(by_place: list[float]) -> str:
     top = max(*by_place, 1e-9)
     bars = "".join("▁▂▃▄▅▆▇█"[round(7 * share / top)] for share in by_place)
-    return (
-        layer,
-        f"{value['drop_fraction']:.1%}",
-        f"{value['unserved_fraction']:.1%}",
-        f"{value['router_entropy']:.3f}",
-        f"{max(load) * len(load):.2f}x even",
-        f"{min(by_expert):.1%} – {max(by_expert):.1%}",
-        f"{bars} {by_place[0]:.1%} – {by_place[-1]:.1%}",
-    )
+    return f"{bars} {by_place[0]:.1%} – {by_place[-1]:.1%}"
+
+
+def _layers(metrics: dict) -> list[str]:
+    return sorted({name.split("/")[1] for name in metrics if name.startswith("layers/")})
 
 
 def of_layer(metrics: dict, layer: str) -> dict:

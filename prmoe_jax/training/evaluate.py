@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -27,7 +28,7 @@ from prmoe_jax.distill.teacher import cast_to_compute_dtype, restore_teacher
 from prmoe_jax.errors import UserError
 from prmoe_jax.model.batch import Batch
 from prmoe_jax.model.loss import Sums, forward
-from prmoe_jax.model.transformer import Transformer
+from prmoe_jax.model.transformer import Transformer, with_experts
 from prmoe_jax.parallel import processes
 from prmoe_jax.parallel.axes import local_rows, replicated, split_batch
 from prmoe_jax.run.directory import CONFIG, TOKENIZER, shared_settings
@@ -100,18 +101,23 @@ def _widened(x: np.ndarray) -> np.ndarray:
     return x.astype(np.int64 if np.issubdtype(x.dtype, np.integer) else np.float64)
 
 
-def evaluate(workdir: Path, teacher: Path | None = None, corpus: str | None = None) -> dict:
+def evaluate(
+    workdir: Path, teacher: Path | None = None, corpus: str | None = None, worth: bool = False
+) -> dict:
     """Evaluates a run's newest checkpoint on a whole validation split; see `evaluate_model`.
 
     Args:
       workdir: the run's folder.
       teacher: the folder of a run to compare predictions with; it need not have taught this run.
       corpus: the text to evaluate on, as in `data.corpus`; None is the run's own.
+      worth: whether to measure what each MoE layer is worth, in two more evaluations for each.
 
     Returns:
       step and the results of `evaluate_model`. With a teacher also teacher/step, teacher/loss,
       teacher/kl (KL(teacher ‖ run), nats per token) and teacher/agreement (the share of tokens
-      where both have the same argmax).
+      where both have the same argmax). With `worth` also, for MoE layer N,
+      layers/N/loss_without_experts and layers/N/loss_of_permuted_experts: by how many nats the loss
+      grows if the layer's experts give 0, and if the router's choice e goes to expert e - 1.
 
     Raises:
       UserError: a folder holds no run, the teacher has another vocabulary or tokenizer, or the
@@ -132,9 +138,26 @@ def evaluate(workdir: Path, teacher: Path | None = None, corpus: str | None = No
         measure = partial(forward, execution=config.execution)
         measure = jax.jit(measure, out_shardings=replicated(mesh))
         metrics = {"step": step} | evaluate_model(measure, model, config, data, mesh)
+        if worth:
+            loss = partial(evaluate_model, measure, config=config, data=data, mesh=mesh)
+            metrics |= _worth(model, config, metrics["loss"], loss)
         if teacher:
             metrics |= _beside_teacher(model, config, teacher, data, mesh)
         return metrics
+
+
+def _worth(model: Transformer, config: Config, loss: float, evaluated: Callable) -> dict:
+    """What the loss grows by without each layer's experts, and with the experts permuted."""
+    changes = {
+        "loss_without_experts": jnp.zeros_like,
+        "loss_of_permuted_experts": partial(jnp.roll, shift=1, axis=0),
+    }
+    return {
+        f"layers/{layer:02d}/{name}": evaluated(with_experts(model, layer, change))["loss"] - loss
+        for layer, experts in enumerate(config.model.schedule.experts)
+        for name, change in changes.items()
+        if experts
+    }
 
 
 def _beside_teacher(model, config: Config, workdir: Path, data: Data, mesh: Mesh) -> dict:

@@ -44,6 +44,7 @@ from prmoe_jax.run.directory import METRICS, shared_settings
 from prmoe_jax.run.metrics import (
     MetricsWriter,
     WandbRun,
+    ailing,
     check_wandb,
     model_flops_utilisation,
     read_metrics,
@@ -319,6 +320,7 @@ class Run:
         self.eval_step = jax.jit(measure, out_shardings=replicated(self.mesh))
         self.flops_per_token = cost(config.model, config.moe).train_flops_per_token
         self.last_metrics: dict = {}
+        self.ailing: dict[str, int] = {}  # layer: evaluations in a row with an ailing router
         distilling = step < config.kd_steps
         distiller = None
         if distilling:
@@ -433,6 +435,11 @@ class Run:
         self.check_finite("the validation loss", metrics["loss"], step, step)
         self.write(step, {f"eval/{name}": value for name, value in metrics.items()})
         self.sync()
+        found = ailing(metrics)
+        self.ailing = {layer: self.ailing.get(layer, 0) + 1 for layer in found}
+        for layer, times in self.ailing.items():
+            if times == 2 and jax.process_index() == 0:
+                log.warning("layer %s in two evaluations: %s", layer, found[layer])
         line = f"validation loss {metrics['loss']:.4f}, perplexity {metrics['perplexity']:.1f}, "
         line += f"{metrics['bits_per_byte']:.4f} bits/byte, {metrics['drop_fraction']:.1%} dropped"
         self.say(step, line, stays=True)

@@ -20,10 +20,17 @@ from prmoe_jax.model.attention_kernels import attend, resolve_attention, splash
 from prmoe_jax.model.backends import check_backends
 from prmoe_jax.model.batch import Batch
 from prmoe_jax.model.loss import forward
-from prmoe_jax.model.transformer import Transformer, dropout, positions, resolve_remat
+from prmoe_jax.model.transformer import (
+    Transformer,
+    dropout,
+    positions,
+    resolve_remat,
+    with_experts,
+)
 from prmoe_jax.moe.layer import MoE
 from prmoe_jax.nn.parameters import named_leaves
 from prmoe_jax.parallel.mesh import make_mesh
+from tests.support.models import layers_of
 from tests.support.quick import jit
 
 SIZES: dict = {"vocab_size": 31, "length": 13, "layers": 3, "d_model": 10, "heads": 2, "d_ff": 11}
@@ -163,6 +170,19 @@ def test_padding_tokens_change_nothing(batch):
 def test_positions():
     segments = jnp.array([[1, 1, 1, 2, 2, 3, 0, 0], [1] * 8])
     assert positions(segments).tolist() == [[0, 1, 2, 0, 1, 0, 0, 1], list(range(8))]
+
+
+def test_experts_of_one_layer_are_changed():
+    """In a pyramid of three stages, one of them repeated: no other layer and no other parameter."""
+    schedule = {"layers": 8, "placement": "every 2", "experts": (2, 2, 3, 5)}
+    model = build(dataclasses.replace(SMALL, **schedule))
+    before = layers_of(model)
+    for layer in (1, 3, 5, 7):
+        after = layers_of(with_experts(model, layer, functools.partial(jnp.roll, shift=1, axis=0)))
+        for number, (old, new) in enumerate(zip(before, after, strict=True)):
+            for name, x in old.items():
+                own = number == layer and ".experts." in f".{name}"
+                np.testing.assert_array_equal(new[name], np.roll(x, 1, 0) if own else x)
 
 
 @pytest.mark.parametrize("remat", ["auto", "dots"])  # unrolled, and as a loop

@@ -123,6 +123,24 @@ def test_blocks_of_rows_are_runs(sizes):
         )
 
 
+@pytest.mark.parametrize("residual", [False, True])
+def test_what_reaches_the_experts_and_the_stream(residual):
+    """The weights of kept choices, and the norm of what the experts add; padding counts nowhere."""
+    moe = layer(dataclasses.replace(MODEL, top_k=2, residual=residual))
+    x_BxLxD, valid_BxL = inputs(2, 13)
+    moe.moe = dataclasses.replace(moe.moe, eval_capacity_factor=0.5)
+    y_BxLxD, metrics = moe(x_BxLxD, valid_BxL)
+    weight_BxL = moe.decide(x_BxLxD, valid_BxL).weight_GxSxK.sum(-1)
+    assert 0 < metrics.unserved < valid_BxL.sum() and not weight_BxL[~valid_BxL].any()
+    np.testing.assert_allclose(metrics.weight, weight_BxL.sum(), rtol=1e-6)
+    np.testing.assert_allclose(metrics.weight_square, (weight_BxL**2).sum(), rtol=1e-6)
+    without = jax.tree.map(lambda x: x, moe)
+    without.experts = jax.tree.map(jnp.zeros_like, moe.experts)
+    added_BxLxD = y_BxLxD - without(x_BxLxD, valid_BxL)[0]
+    squares_BxL = (added_BxLxD**2).sum(-1)
+    np.testing.assert_allclose(metrics.added_square, squares_BxL[valid_BxL].sum(), rtol=1e-4)
+
+
 @pytest.mark.parametrize(("factor", "taken"), [(1.5, 7), (0.5, 3)])  # of 13 tokens
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_expert_choice_by_hand(backend, factor, taken):

@@ -166,6 +166,7 @@ def test_report_of_a_run(text, tmp_path, capsys):
     html = Path(found["page"]).read_text()
     figures = {path.stem for path in (run / "report").glob("*.svg")}
     assert figures == {"loss", "speed", "drop_fraction", "router_entropy", "residual_coefficient",
+                       "fullest_expert", "router_weight", "added_norm",
                        "expert_load", "expert_drop_fraction"}  # fmt: skip
     assert html.count("<figure>") == len(figures)
     assert "<td>model.experts</td><td>(4, 8)</td>" in html

@@ -9,7 +9,7 @@ import pytest
 
 from prmoe_jax.model.loss import Sums
 from prmoe_jax.moe.routing import RouterMetrics
-from prmoe_jax.run.metrics import model_flops_utilisation, summarise
+from prmoe_jax.run.metrics import ailing, model_flops_utilisation, router_table, summarise
 from tests.support.configs import settings
 
 
@@ -17,6 +17,7 @@ def test_sums_by_hand():
     """20 tokens in 3 groups of up to 8, one choice each; no expert kept 5 of them."""
     router = RouterMetrics(
         aux_loss=6.0, z_loss=40.0, groups=3, tokens=20, unserved=5, entropy=10.0,
+        weight=8.0, weight_square=4.0, added_square=9.0, stream_square=900.0,
         assigned_E=np.array([12, 8, 0]), dropped_E=np.array([3, 2, 0]),
         choices_S=np.array([3, 3, 3, 3, 2, 2, 2, 2]), dropped_S=np.array([0, 0, 0, 1, 1, 0, 1, 2]),
         coefficient=8.0, coefficient_unserved=1.0, rounds=60,
@@ -32,6 +33,10 @@ def test_sums_by_hand():
         "position_drop_fraction": [0, 0, 0, 1 / 3, 1 / 2, 0, 1 / 2, 1],
         "unserved_fraction": 5 / 20,
         "router_entropy": 0.5,
+        "router_weight": 0.4,
+        "router_weight_std": 0.2,
+        "added_norm": 0.1,
+        "dead_experts": 1,
         "residual_coefficient": 8 / 20,
         "residual_coefficient_kept": 7 / 15,
         "residual_coefficient_dropped": 1 / 5,
@@ -48,13 +53,45 @@ def test_sums_by_hand():
 def test_the_load_of_a_whole_batch_by_hand():
     """E times the sum of load and probability: 2 · (0.75 · 0.6 + 0.25 · 0.4)."""
     router = RouterMetrics(
-        *(0.0, 0.0, 1, 4, 0, 0.0), np.array([3, 1]), np.zeros(2), np.array([1] * 4), np.zeros(4),
-        *(0.0, 0.0, 0), prob_E=np.array([2.4, 1.6]),
+        *(0.0, 0.0, 1, 4, 0, 0.0, 0.0, 0.0), np.array([3, 1]), np.zeros(2), np.array([1] * 4),
+        *(np.zeros(4), 0.0, 0.0, 0, 0.0, 0.0), prob_E=np.array([2.4, 1.6]),
     )  # fmt: skip
     sums = Sums(loss=0.0, lm_loss=0.0, z_loss=0.0, tokens=4, kd_loss=None, routers=[router])
     found = summarise(sums, settings("1 layers, every 1, E=2", moe={"balance": "batch"}))
     assert found["aux_loss"] == pytest.approx(2 * (0.75 * 0.6 + 0.25 * 0.4), rel=1e-6)
     assert "kd_loss" not in found and "layers/00/exchange_rounds" not in found
+
+
+def test_ailing_routers_by_hand():
+    """Of three layers: uniform over four experts, without effect, and well; one expert is no vice."""
+    layers = {
+        "01": {"router_entropy": 0.985 * math.log(4), "expert_load": [0.25] * 4, "added_norm": 0.5},
+        "03": {"router_entropy": 0.9, "expert_load": [0.25] * 4, "added_norm": 0.009},
+        "05": {"router_entropy": 0.97 * math.log(4), "expert_load": [1, 0, 0, 0], "added_norm": 0.5},
+        "07": {"router_entropy": 0.0, "expert_load": [1.0], "added_norm": 0.5},
+    }  # fmt: skip
+    metrics = {f"layers/{n}/{name}": x for n, layer in layers.items() for name, x in layer.items()}
+    found = ailing(metrics)
+    assert found.keys() == {"01", "03"}
+    assert "98.5% of ln E" in found["01"] and "0.90%" in found["03"]
+
+
+def test_columns_of_the_router_table():
+    """Columns of drops only if there are some, of worth only where it was measured."""
+    layer = {
+        "drop_fraction": 0.0, "unserved_fraction": 0.0, "router_entropy": math.log(2) / 2,
+        "expert_load": [0.75, 0.25], "expert_drop_fraction": [0.0, 0.0],
+        "position_drop_fraction": [0.0, 0.0],
+    }  # fmt: skip
+
+    def table(**more):
+        return router_table({f"layers/02/{name}": x for name, x in (layer | more).items()})
+
+    old = table()
+    assert old.split("\n")[-1].split() == ["02", "0.500", "1.50x", "even"]
+    assert "dropped" in table(drop_fraction=0.5) and "dropped" not in old
+    new = table(router_weight=0.5, router_weight_std=0.25, loss_without_experts=0.0625)
+    assert "0.500 ± 0.250" in new and "+0.0625 nats" in new and "permuted" not in new
 
 
 @pytest.mark.parametrize(("kind", "share"), [("TPU v5p", 0.25), ("cpu", None)])

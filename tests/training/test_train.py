@@ -246,12 +246,13 @@ def test_eval_and_generate(text, tmp_path, capsys):
         assert of["position_drop_fraction"][0] == 0  # an expert has room for the first
         assert of["unserved_fraction"] == pytest.approx(of["drop_fraction"])  # top 1
 
-    assert main(["eval", f"--workdir={workdir}"]) == 0
+    assert main(["eval", f"--workdir={workdir}", "--worth"]) == 0
     *_, head, first, second = capsys.readouterr().out.splitlines()
-    assert head.split()[:2] == ["layer", "dropped"]
+    assert {"layer", "dropped", "without", "permuted"} < set(head.split())
     for row, layer in ((first, "01"), (second, "03")):
-        dropped = f"{metrics[f'layers/{layer}/drop_fraction']:.1%}"
-        assert row.split()[:2] == [layer, dropped]
+        assert row.split()[0] == layer
+        assert f"{metrics[f'layers/{layer}/drop_fraction']:.1%}" in row.split()
+        assert row.count("nats") == 2 and "+0.0000" not in row
 
     command = ["generate", f"--workdir={workdir}", "--prompt=the ", "--tokens=20"]
     outputs = []
