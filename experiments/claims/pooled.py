@@ -6,16 +6,24 @@ A sweep of two seeds has few degrees of freedom, and its models were often train
 one commit, whose effect it then takes for that of the seed. Here all models are in one analysis,
 each run once, with one effect for each seed; a run that goes on from another one of its sweep is
 left out. Prints the residual standard deviations, a test whether one effect for each seed is
-enough, and each contrast with its 95 % interval and verdict, in nats a token.
+enough, and each contrast with its 95 % interval and verdict, in nats a token, twice: at equal
+tokens, and at equal compute: there the base has the loss that it would have with as many FLOPs for
+each token as the arm, if its dense-equivalent multiplier (experiments/multiplier) stayed the same.
+So an arm is better at equal compute if its multiplier is larger. The error of the ladder of dense
+models is left out, and a teacher's FLOPs don't count.
 """
 
 import math
+from collections import defaultdict
 from pathlib import Path
+from statistics import fmean
 from typing import NamedTuple
 
+import numpy as np
 from scipy import stats
 
 from prmoe_jax.report.arms import Difference, Spread, arms, difference, holm, spread
+from prmoe_jax.report.multiplier import equivalent_compute
 from prmoe_jax.sweep import records
 from prmoe_jax.sweep.definition import planned
 from prmoe_jax.tables import aligned
@@ -40,6 +48,8 @@ class Contrast(NamedTuple):
     apart: Difference
     p: float  # corrected for the sweep's contrasts
     verdict: str
+    at_equal_compute: Difference
+    verdict_at_equal_compute: str
 
 
 def main() -> None:
@@ -52,9 +62,15 @@ def main() -> None:
         f"{inside.freedom}; F({spreads['all'].freedom - inside.freedom}, {inside.freedom}) = "
         f"{ratio:.1f}, p = {p:.2g}\n"
     )
-    rows = [(*one[:3], shown(one.apart), f"{one.p:.3f}", one.verdict) for one in compared]
+    rows = [
+        (
+            *one[:3], shown(one.apart), f"{one.p:.3f}", one.verdict, shown(one.at_equal_compute),
+            one.verdict_at_equal_compute,
+        )
+        for one in compared
+    ]  # fmt: skip
     head = "sweep", "arm", "against", "above it", "p (Holm)", "verdict"
-    print(aligned(head, rows, texts=(0, 1, 2, 5)))
+    print(aligned((*head, "at equal compute", "verdict"), rows, texts=(0, 1, 2, 5, 7)))
 
 
 def shown(apart: Difference) -> str:
@@ -70,6 +86,7 @@ def contrasts() -> tuple[dict[str, Spread], list[Contrast]]:
     }
     spreads = {name: alone for name, runs in found.items() if (alone := spread(runs))}
     pooled = spread(dict(enumerate(model.rows for model in models())))
+    dense = ladder()
     compared = []
     for name, runs in found.items():
         constants = stated[name].constants
@@ -78,9 +95,39 @@ def contrasts() -> tuple[dict[str, Spread], list[Contrast]]:
         corrected = holm([apart.p if apart else math.nan for apart in differences])
         for (arm, base), apart, p in zip(pairs, differences, corrected, strict=True):
             if apart:
-                is_so = apart.verdict(constants.margin)
-                compared.append(Contrast(name, arm, base, apart, p, is_so))
+                equal = apart._replace(value=apart.value - gain(runs[base], runs[arm], dense))
+                verdicts = [one.verdict(constants.margin) for one in (apart, equal)]
+                compared.append(
+                    Contrast(name, arm, base, apart, p, verdicts[0], equal, verdicts[1])
+                )
     return spreads | {"all": pooled}, compared
+
+
+def ladder() -> list[tuple[float, float]]:
+    """FLOPs per token and mean loss of the dense models of experiments/multiplier, 11 M tokens."""
+    rows = [
+        row for row in records.read(HERE.parent / "multiplier") if row["run"].startswith("dense")
+    ]
+    losses = defaultdict(list)
+    for row in rows:
+        if row["run"].split("/")[1] == "11M":
+            losses[row["flops_per_token"]].append(row["loss"])
+    return sorted((flops, fmean(values)) for flops, values in losses.items())
+
+
+def gain(base: dict[int, dict], arm: dict[int, dict], dense: list[tuple[float, float]]) -> float:
+    """The change of the base's loss with the arm's FLOPs per token, at the base's multiplier."""
+    loss = fmean(row["loss"] for row in base.values())
+    per_token = [next(iter(rows.values()))["flops_per_token"] for rows in (base, arm)]
+    if per_token[0] == per_token[1]:
+        return 0.0
+    # A loss above the narrowest dense model's counts as this model's.
+    flops = max(equivalent_compute(loss, dense), dense[0][0])
+    before, after = (
+        math.exp(np.interp(math.log(flops * factor), *np.log(dense).T))
+        for factor in (1, per_token[1] / per_token[0])
+    )
+    return after - before
 
 
 def models() -> list[Model]:

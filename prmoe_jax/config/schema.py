@@ -164,7 +164,7 @@ class ModelConfig:
     residual_mix: str = of_family(
         "How the experts' output and that of the residual MLP are mixed.",
         only="model.residual=true",
-        learned="softmax of a linear map of the token, as in the paper",
+        learned="softmax of a linear map of the token, as in DeepSpeed's code",
         sum="",
         half="the mean",
         sigmoid="experts + σ(a linear map of the token) · MLP, as in Qwen2-MoE",
@@ -480,6 +480,12 @@ class OptimizerConfig:
     )
     learning_rate: float = setting(1e-3, "Highest learning rate, after warm-up.", above=0)
     min_learning_rate: float = setting(1e-4, "Learning rate at the end of the decay.")
+    router_rate: float = setting(
+        1.0,
+        "Learning rate of the routers, relative to that of others.",
+        above=0,
+        only="model.experts",
+    )
     schedule: str = choice(
         "The learning rate after warm-up.",
         cosine="it falls along half a cosine",

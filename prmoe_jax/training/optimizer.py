@@ -56,9 +56,19 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
             optax.scale_by_learning_rate(rate),
         )
         optimizer = optax.partition({"muon": matrices, "adamw": optimizer}, optimizers)
+    if settings.router_rate != 1:
+        slower = optax.stateless(lambda updates, _: _scaled_routers(updates, settings.router_rate))
+        optimizer = optax.chain(optimizer, slower)
     if math.isinf(settings.clip_norm):
         return optimizer
     return optax.chain(optax.clip_by_global_norm(settings.clip_norm), optimizer)
+
+
+def _scaled_routers(updates: optax.Updates, factor: float) -> optax.Updates:
+    def scaled(name: str, x: jax.Array) -> jax.Array:
+        return factor * x if name.split(".")[-1] == "w_router" else x
+
+    return map_named(scaled, updates)
 
 
 def learning_rate(config: Config):
