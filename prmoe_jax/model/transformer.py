@@ -295,8 +295,9 @@ def with_experts(model: Transformer, layer: int, change: Callable) -> Transforme
             def changed(x):
                 return jax.device_put(x.at[repeat].set(change(x[repeat])), x.sharding)  # noqa: B023
 
-            mlp = stage.blocks[place].mlp
-            mlp.experts = jax.tree.map(changed, mlp.experts)
+            moe = stage.blocks[place].mlp
+            assert isinstance(moe, MoE)
+            moe.experts = jax.tree.map(changed, moe.experts)
         first += stage.repeats * len(stage.blocks)
     return model
 

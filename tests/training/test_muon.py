@@ -136,3 +136,22 @@ def test_what_is_a_matrix(text, model):
     matrices = sum(size for name, size in sizes.items() if rows_and_columns(name))
     held = sum(leaf.size for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim)
     assert held == matrices + 2 * (sum(sizes.values()) - matrices)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_rate_of_routers(kind):
+    """The updates of routers are a quarter, and all others are the same."""
+
+    def updates(rate):
+        optimizer = {"kind": kind, "router_rate": rate}
+        config = settings("2 layers, E=3", optimizer=optimizer)
+        model = init_state(config).model
+        chain = make_optimizer(config)
+        return named_leaves(chain.update(model, chain.init(model), model)[0])
+
+    whole, slow = updates(1.0), updates(0.25)
+    routers = [name for name in whole if name.endswith("w_router")]
+    assert len(routers) == 1
+    for name, update in whole.items():
+        np.testing.assert_array_equal(slow[name], update * (0.25 if name in routers else 1))
+        assert np.abs(update).max() > 0 or name not in routers

@@ -252,7 +252,11 @@ def test_eval_and_generate(text, tmp_path, capsys):
     for row, layer in ((first, "01"), (second, "03")):
         assert row.split()[0] == layer
         assert f"{metrics[f'layers/{layer}/drop_fraction']:.1%}" in row.split()
-        assert row.count("nats") == 2 and "+0.0000" not in row
+        assert row.count("nats") == 2
+    assert main(["eval", f"--workdir={workdir}", "--worth", "--json"]) == 0
+    worth = of_layer(json.loads(capsys.readouterr().out), "03")
+    assert worth["loss_without_experts"] != worth["loss_of_permuted_experts"] != 0
+    assert worth["loss_without_experts"] != 0
 
     command = ["generate", f"--workdir={workdir}", "--prompt=the ", "--tokens=20"]
     outputs = []
