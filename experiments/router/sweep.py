@@ -24,7 +24,7 @@ ARMS = {
     "router_rate": {"optimizer.router_rate": 0.25},
     "z_loss": {"moe.z_loss_weight": 0.001},
     "weight": {"moe.aux_loss_weight": 0.001},
-    "later": {"model.placement": "layers 2,3,5,7", "model.experts": (64,) * 4},
+    "later": {"model.placement": "layers 2 3 5 7", "model.experts": (64,) * 4},
     "sigmoid": {"moe.scores": "sigmoid"},
     "top2_sampled": {"model.top_k": 2, "moe.second_expert_sampling": True},
 }
