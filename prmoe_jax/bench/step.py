@@ -50,7 +50,7 @@ def bench_step(config: Config, repeats: int) -> list[dict]:
 
     On CPUs, if torch is installed, the baseline is a PyTorch model of the same sizes, without and
     with torch.compile; an MoE model uses DeepSpeed's layer, if it is installed. For
-    `model.dtype=bfloat16` ours is timed in float32, too, and PyTorch's in float32, by
+    `model.dtype=bfloat16` ours is timed in float32, too (on CPUs), and PyTorch's in float32, by
     `torch.autocast`, and with weights and moments in bfloat16. PyTorch's step has AdamW, no
     microbatches and no dropout; it is left out if the config differs.
 
@@ -72,14 +72,14 @@ def bench_step(config: Config, repeats: int) -> list[dict]:
     if repeats < 1:
         raise UserError(f"--repeats={repeats} must be 1 or more")
     model = config.model
-    bytes_each = STATE_BYTES[config.optimizer.kind] + 4  # 4 for the gradient in float32
-    check_memory("--config", bytes_each * cost(model).total_params)
     width = 2048 if jax.default_backend() == "cpu" else 8192  # of the square matmul
     product = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
     ours = {"prmoe_jax": config}
-    if model.dtype != "float32":
+    if model.dtype != "float32" and jax.default_backend() == "cpu":
         whole = dataclasses.replace(model, dtype="float32")
         ours["prmoe_jax, float32"] = dataclasses.replace(config, model=whole)
+    bytes_each = STATE_BYTES[config.optimizer.kind] + 4  # 4 for the gradient in float32
+    check_memory("--config", len(ours) * bytes_each * cost(model).total_params)
     baselines = _torch_baselines(config)
     dtypes = {name: _factors(config) for name, config in ours.items()}
     dtypes |= {name: products for name, (products, *_) in baselines.items()}

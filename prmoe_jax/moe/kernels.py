@@ -37,15 +37,11 @@ def hidden(multiply: Callable, weights: MLPWeights) -> Hidden:
 
 def batched(weights: MLPWeights, x_ExRxD: jax.Array) -> jax.Array:
     """Applies expert e to x[e], [E, R, D]."""
-    with jax.named_scope("experts"):
-        return _batched(weights, x_ExRxD)
-
-
-def _batched(weights: MLPWeights, x_ExRxD: jax.Array) -> jax.Array:
     b_in_Ex1xF = None if weights.b_in_F is None else weights.b_in_F[:, None]
-    multiply = partial(batched_matmul, x_ExRxD)
-    kept = hidden(multiply, weights._replace(b_in_F=b_in_Ex1xF))
-    y_ExRxD = batched_matmul(activate(kept), weights.w_out_FxD)
+    with jax.named_scope("experts"):
+        multiply = partial(batched_matmul, x_ExRxD)
+        kept = hidden(multiply, weights._replace(b_in_F=b_in_Ex1xF))
+        y_ExRxD = batched_matmul(activate(kept), weights.w_out_FxD)
     return y_ExRxD if weights.b_out_D is None else add_bias(y_ExRxD, weights.b_out_D[:, None])
 
 
@@ -326,34 +322,29 @@ _block_matmul.defvjp(
 )
 
 
+@jax.custom_vjp
 def blocked(weights: MLPWeights, x_RxD, rows_E, expert_R) -> jax.Array:
     """A `Kernel` for CPUs: slots as with a capacity, and a loop over blocks of the rows beyond.
 
     An expert's slots hold an even share of the rows, and two standard deviations of evenly drawn
     loads. The products of slots run as fast as those with a capacity.
     """
-    with jax.named_scope("experts"):
-        return _blocked(x_RxD, weights, rows_E, expert_R)
+    return _blocked_forward(weights, x_RxD, rows_E, expert_R)[0]
 
 
-@jax.custom_vjp
-def _blocked(x_RxD, weights: MLPWeights, rows_E, expert_R) -> jax.Array:
-    return _blocked_forward(x_RxD, weights, rows_E, expert_R)[0]
-
-
-def _blocked_forward(x_RxD, weights, rows_E, expert_R):
+def _blocked_forward(weights, x_RxD, rows_E, expert_R):
     share = len(x_RxD) / len(rows_E)
     slots = min(len(x_RxD), 16 * math.ceil((share + 2 * share**0.5) / 16))
     blocks = Blocks.of_slots(slots, rows_E, expert_R)
 
     def multiply(weights, x_ExQxD):
         if len(rows_E) <= UNROLLED_ON_CPUS:
-            return _unrolled(x_ExQxD[None], weights)[0]
-        return _batched(weights, x_ExQxD)
+            return unrolled(weights, x_ExQxD[None])[0]
+        return batched(weights, x_ExQxD)
 
     y_ExQxD, through_slots = jax.vjp(multiply, weights, blocks.filled(x_RxD))
-    apply = partial(_apply, weights)
-    y_RxD = _loop_over_blocks(apply, x_RxD, blocks.emptied(y_ExQxD), rows_E, slots)
+    y_RxD = blocks.emptied(y_ExQxD)
+    y_RxD = loop_over_blocks(partial(_apply, weights), x_RxD, rows_E, y_RxD, slots)
     return y_RxD, (x_RxD, weights, rows_E, blocks, through_slots)
 
 
@@ -385,25 +376,24 @@ def _blocked_backward(saved, dy_RxD):
     dx_QxD, sums = _over_blocks(step, (dx_QxD, sums), block, rows_E, slots)
     # Cast after the loop: on CPUs, XLA writes bfloat16 slowly.
     gradients = jax.tree.map(lambda total, w: total.astype(w.dtype), sums, weights)
-    return dx_QxD[: len(x_RxD)], gradients, None, None
+    return gradients, dx_QxD[: len(x_RxD)], None, None
 
 
-_blocked.defvjp(_blocked_forward, _blocked_backward)
+blocked.defvjp(_blocked_forward, _blocked_backward)
 
 
-def loop_over_blocks(apply: Callable, x_RxD: jax.Array, rows_E: jax.Array) -> jax.Array:
+def loop_over_blocks(
+    apply: Callable, x_RxD: jax.Array, rows_E: jax.Array, y_RxD=None, skipped: int = 0
+) -> jax.Array:
     """Like a `Kernel`, in one loop over the blocks of all experts' rows; it has no derivative.
 
     Args:
       apply: applies expert e to rows, `apply(e, x_RxD)`.
       x_RxD, rows_E: as for a `Kernel`.
+      y_RxD: the results of rows that the loop leaves out; by default 0.
+      skipped: how many rows of each expert, its first ones, the loop leaves out.
     """
-    with jax.named_scope("experts"):
-        return _loop_over_blocks(apply, x_RxD, jnp.zeros_like(x_RxD), rows_E)
-
-
-def _loop_over_blocks(apply: Callable, x_RxD, y_RxD, rows_E, skipped: int = 0) -> jax.Array:
-    """Writes results into y for the rows of each expert after its first `skipped`."""
+    y_RxD = jnp.zeros_like(x_RxD) if y_RxD is None else y_RxD
     block = _block_rows(len(x_RxD), len(rows_E))
     x_QxD, y_QxD = _lengthened(x_RxD, block), _lengthened(y_RxD, block)
 
@@ -424,7 +414,8 @@ def _over_blocks(step: Callable, carry, block: int, rows_E, skipped: int):
         done = (i - ends_E[e] + blocks_E[e]) * block
         return step(carry, e, starts_E[e] + done, rest_E[e] - done)
 
-    return jax.lax.fori_loop(0, ends_E[-1], body, carry)
+    with jax.named_scope("experts"):
+        return jax.lax.fori_loop(0, ends_E[-1], body, carry)
 
 
 def _block_rows(rows: int, experts: int) -> int:

@@ -1,6 +1,5 @@
 """`prmoe report --workdir=DIR`: one run's losses, speed and routers; here S is steps."""
 
-from collections.abc import Callable
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
@@ -14,7 +13,7 @@ from prmoe_jax.errors import UserError, refusing
 from prmoe_jax.model.sizes import cost
 from prmoe_jax.report import figures, page
 from prmoe_jax.run import directory as workdirs
-from prmoe_jax.run.metrics import entropy_share, fullest, of_layer
+from prmoe_jax.run.metrics import entropy_share, fullest, of_layer, read
 from prmoe_jax.sweep.records import NUMBER, logged
 
 # What is drawn against the step, with a line for each MoE layer: its label, its value for a layer's
@@ -82,7 +81,7 @@ def report(workdir: Path) -> dict:
         series = {}
         for layer in layers:
             with refusing(f"{workdir}/metrics.jsonl is damaged: odd values of layer {layer}", ODD):
-                points = [(line["step"], _value(of_layer(line, layer), value)) for line in trained]
+                points = [(line["step"], read(value, of_layer(line, layer))) for line in trained]
             if points := [(step, y) for step, y in points if isinstance(y, NUMBER)]:
                 series[f"layer {layer}"] = tuple(map(list, zip(*points, strict=True)))
         if series:
@@ -121,14 +120,6 @@ def report(workdir: Path) -> dict:
     files.replace(path, page.page(str(workdir), parts))
     found = {"page": str(path), "step": step, "loss": trained[-1]["loss"]}
     return found | ({"validation_loss": evaluated[-1]["eval/loss"]} if evaluated else {})
-
-
-def _value(layer: dict, value: Callable) -> float | None:
-    """A layer's value; None if an older version logged the line, without the metric."""
-    try:
-        return value(layer)
-    except KeyError:
-        return None
 
 
 def _series(lines: list[dict], name: str) -> tuple[list, list]:

@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -26,6 +27,7 @@ from prmoe_jax.run.directory import METRICS
 from prmoe_jax.tables import aligned
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 # Dense bfloat16 peak of one device in FLOP/s, from the vendors' data sheets.
 PEAK_FLOPS = {
@@ -300,17 +302,18 @@ def router_table(metrics: dict) -> str:
     drops = any(of["drop_fraction"] or of["unserved_fraction"] for of in layers.values())
     columns = {"layer": list(layers)}
     for head, cell in (_HEALTH | (_DROPS if drops else {})).items():
-        cells = [_cell(cell, of) for of in layers.values()]
+        cells = [read(cell, of) or "" for of in layers.values()]
         if any(cells):
             columns[head] = cells
     return aligned(tuple(columns), list(zip(*columns.values(), strict=True))) if layers else ""
 
 
-def _cell(cell: Callable[[dict], str], layer: dict) -> str:
+def read(value: Callable[[dict], T], layer: dict) -> T | None:
+    """`value(layer)`; None if the layer's metrics lack what it reads, as in older lines."""
     try:
-        return cell(layer)
-    except KeyError:  # older lines, and evaluations without --worth
-        return ""
+        return value(layer)
+    except KeyError:
+        return None
 
 
 def _bars(by_place: list[float]) -> str:

@@ -438,8 +438,8 @@ class Run:
         found = ailing(metrics)
         self.ailing = {layer: self.ailing.get(layer, 0) + 1 for layer in found}
         for layer, times in self.ailing.items():
-            if times == 2 and jax.process_index() == 0:
-                log.warning("layer %s in two evaluations: %s", layer, found[layer])
+            if (times == 2 or step == self.config.total_steps) and jax.process_index() == 0:
+                log.warning("step %d: layer %s: %s", step, layer, found[layer])
         line = f"validation loss {metrics['loss']:.4f}, perplexity {metrics['perplexity']:.1f}, "
         line += f"{metrics['bits_per_byte']:.4f} bits/byte, {metrics['drop_fraction']:.1%} dropped"
         self.say(step, line, stays=True)

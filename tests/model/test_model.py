@@ -25,6 +25,7 @@ from prmoe_jax.model.transformer import (
     dropout,
     positions,
     resolve_remat,
+    unstacked_blocks,
     with_experts,
 )
 from prmoe_jax.moe.layer import MoE
@@ -183,6 +184,19 @@ def test_experts_of_one_layer_are_changed():
             for name, x in old.items():
                 own = number == layer and ".experts." in f".{name}"
                 np.testing.assert_array_equal(new[name], np.roll(x, 1, 0) if own else x)
+
+
+def test_the_norm_of_the_stream_that_experts_add_to(batch):
+    """That after attention and before the MLP; padding counts nowhere."""
+    tokens_BxL, segments_BxL = batch
+    segments_BxL = segments_BxL.at[:, -3:].set(0)
+    model = build(small("1 layers, every 1, E=2"))
+    (block,) = unstacked_blocks(model)
+    x_BxLxD = model.tokens[...][tokens_BxL] + model.positions[...][positions(segments_BxL)]
+    y_BxLxD, _ = block.attention(block.norm_attention(x_BxLxD), segments_BxL)
+    expected = (jnp.square(x_BxLxD + y_BxLxD).sum(-1)[segments_BxL > 0]).sum()
+    _, (router,) = jit(model)(tokens_BxL, segments_BxL)
+    np.testing.assert_allclose(router.stream_square, expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize("remat", ["auto", "dots"])  # unrolled, and as a loop

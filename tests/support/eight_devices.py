@@ -510,8 +510,8 @@ def kernels_of_check() -> None:
 def prefills() -> None:
     """Experts on eight devices get their own rows, not all, and multiply about as many in all.
 
-    The compiler counts a loop's body once. So further blocks of rows are not counted, but a second
-    round of the exchange is, which is not run.
+    Only the exchange's first round is compiled, since the compiler would count further ones whether
+    they are run or not. It counts a loop's body once, so that further blocks are not counted.
     """
     values = settings("2 layers, every 1, E=32", length=128)
     tokens = np.zeros((ROWS, 2 * PREFILL_CHUNK), np.int32)
@@ -529,12 +529,13 @@ def prefills() -> None:
                 length_B,
                 keys_B,
             )
-            with spied("of_few") as of_few:
+            first_round = mock.patch.object(jax.lax, "while_loop", lambda _, __, carry: carry)
+            with spied("of_few") as of_few, first_round:
                 program = prefill.lower(*inputs, 1).compile()
         assert not of_few.called
         work[count] = count * program.cost_analysis()["flops"]
     print(f"{work[8] / work[1]:.2f} times the work")
-    assert work[8] / 2 < 2 * work[1]
+    assert work[8] < 2 * work[1]
 
 
 def verbs(commands: str) -> None:

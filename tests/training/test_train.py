@@ -5,17 +5,21 @@ import random
 import signal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from prmoe_jax.cli import main
 from prmoe_jax.config.loading import load
 from prmoe_jax.errors import UserError
+from prmoe_jax.model.transformer import init_model, unstacked_blocks
 from prmoe_jax.run.checkpoint import Checkpoints
 from prmoe_jax.run.metrics import of_layer
 from prmoe_jax.tasks.score import Scorer
 from prmoe_jax.training import loop
+from prmoe_jax.training.evaluate import _worth
 from prmoe_jax.training.preemption import PreemptionGuard
+from tests.support.configs import settings
 from tests.support.runs import (
     arguments,
     assert_same_run,
@@ -147,6 +151,40 @@ def test_complete_run_is_left_alone(text, tmp_path, capsys):
     captured = capsys.readouterr()
     assert json.loads(captured.out) == first
     assert "the run is complete: step 3 of 3" in captured.err
+
+
+def test_a_router_that_ails_is_told(text, tmp_path, monkeypatch, capsys):
+    """By the second evaluation in a row that finds it, and by the last one."""
+    found = iter([{"01": "a"}, {}, {"01": "b"}, {"01": "c"}, {"01": "d"}, {"03": "e"}])
+    monkeypatch.setattr(loop, "ailing", lambda metrics: next(found))
+    every = {"train.steps": 6, "eval.every": 1, "eval.batches": 1}
+    assert main(arguments(text, tmp_path / "run", "dense", **every)) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if ": layer " in line]
+    assert told == ["step 4: layer 01: c", "step 6: layer 03: e"]
+
+
+def test_what_a_layer_is_worth():
+    """The sum of a layer's weights goes if its experts give 0, and stays if they are permuted."""
+    config = settings("4 layers, E=2+3")
+    model = init_model(config)
+
+    def measured(model):
+        experts = (block.mlp.experts for block in unstacked_blocks(model)[1::2])
+        of_first, of_second = (float(jnp.abs(one.w_out[...]).sum()) for one in experts)
+        return {"loss": of_first + 10 * of_second}
+
+    experts = (block.mlp.experts for block in unstacked_blocks(model)[1::2])
+    sums = [float(jnp.abs(one.w_out[...]).sum()) for one in experts]
+    found = _worth(model, config, measured(model)["loss"], measured)
+    assert found == pytest.approx(
+        {
+            "layers/01/loss_without_experts": -sums[0],
+            "layers/01/loss_of_permuted_experts": 0,
+            "layers/03/loss_without_experts": -10 * sums[1],
+            "layers/03/loss_of_permuted_experts": 0,
+        },
+        rel=1e-4, abs=1e-2,
+    )  # fmt: skip
 
 
 def test_longer_run_on_the_same_schedule(text, tmp_path):
