@@ -190,5 +190,5 @@ def _printable(text: str) -> str:
 def _text(value: object) -> str:
     try:
         return str(value)
-    except Exception:  # an exception of a user's file may fail even here
+    except Exception:  # a user's own exception class may fail in str()
         return f"{type(value).__name__} without a message"

@@ -40,7 +40,7 @@ def whole(path: Path, scratch: Path | None = None) -> Iterator[BinaryIO]:
 
     A crash, `kill -9` or a full disk at any moment leaves the old content or the new one. Until the
     end the file has a random hidden name in `scratch`, a folder on the same disk, by default that
-    of `path`. A link is replaced.
+    of `path`. A link is replaced, not followed.
     """
     temporary = (scratch or path.parent) / f".{secrets.token_hex(8)}{_TEMPORARY}"
     try:

@@ -241,7 +241,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MoeConfig:
-    """Routing of tokens (DeepSpeed's capacity routing) and the exchange between experts."""
+    """Routing of tokens (DeepSpeed's capacity routing), and how experts start."""
 
     router: str = choice(
         "Who chooses. Expert choice is not causal: whether a token is chosen depends on the "

@@ -2,8 +2,8 @@
 
 Layers are matched by kind, so that a pyramid shrinks as in the paper: eight of ten layers with 32
 experts stay, and both layers with 64. The experts with the highest load are kept, and the most
-important channels, heads and hidden units: by their weights (`magnitudes`), or by how the loss
-would change without them (`taylor`). Axis N here: repeats of a stage.
+important channels, heads and hidden units, judged by their weights (`magnitudes`) or by the change
+of the loss without them (`taylor`). In shapes, N counts the repeats of a stage.
 """
 
 from collections.abc import Sequence

@@ -122,7 +122,7 @@ class _Search:
         self.rest = 0.0
 
     def first(self, topology: str) -> dict | None:
-        """The first plan that fits a topology, or None; if the config has a mesh, only on that."""
+        """The first plan to fit a topology, or None; tries only the config's mesh if it has one."""
         devices, room = device_count(topology), chip_of(topology).hbm_bytes
         config = on_topology(self.config, topology)
         bytes_each = 2 if self.decode else STATE_BYTES[config.optimizer.kind]

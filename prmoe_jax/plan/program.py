@@ -244,7 +244,7 @@ def _flops(line: _Line, shapes: dict[str, str], window: int) -> int:
 
 
 def _bytes(line: _Line, shapes, inside: list[_Line], inner) -> int:
-    """Bytes of result and operands; of an array that is sliced or updated, only of that part."""
+    """Bytes of result and operands; of sliced or updated arrays, only the slice or update."""
     operands = [size(shapes.get(name, "")) for name in _operands(line)]
     if not inside:
         if line.opcode in SLICES:
