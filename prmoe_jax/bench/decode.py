@@ -226,7 +226,7 @@ def _turn(decoder: Decoder, mesh: Mesh, batch: int, prompt: int) -> Callable[[],
             jax.block_until_ready(state)
             begun = time.perf_counter()
             # -1 means no EOS, so that decoding never ends early.
-            jax.block_until_ready(decode(decoder, state, GREEDY, vocabulary, -1))
+            jax.block_until_ready(decode(decoder, state, GREEDY, vocabulary, ()))
             return time.perf_counter() - begun
 
     return turn

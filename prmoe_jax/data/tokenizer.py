@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 
 END_OF_TEXT = "<|endoftext|>"
 _EOS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")  # in order of preference
+# Our own field of an added token: a document ends with it. The library ignores the field.
+_ENDS = "ends_documents"
 # A BPE is trained on at most about this many characters. More would hardly change the merges, but
 # would need more memory and time.
 _TRAINING_CHARACTERS = 200_000_000
@@ -42,25 +44,35 @@ class Tokenizer:
       size: one more than the largest id.
       eos_id: the id that ends every document; no text is encoded as it.
       bos_id: the id that starts every document: the first id that the tokenizer.json adds before a
-        text (Llama's <s>), or else `eos_id`, as in GPT-2.
+        text (Llama's <s>), or else the first of `_EOS`, as in GPT-2, or else `eos_id`.
+      special_ids: the ids of the tokens beside those of the BPE, such as the markup of a chat.
       description: the content of the tokenizer.json.
       fingerprint: digest of the description.
     """
 
-    def __init__(self, description: str, name: str):
-        """Reads the content of a tokenizer.json; `name` is its name in messages."""
+    def __init__(self, description: str, name: str, ends: Sequence[int] = ()):
+        """Reads the content of a tokenizer.json; `name` is its name in messages.
+
+        A document ends with the first special token among the ids `ends`. If there is none, the
+        tokenizer.json decides: by a mark from such a call before, or else by the names in `_EOS`.
+        """
         with _calling(name, "not a tokenizer.json"):
             self._tokenizer = tokenizers.Tokenizer.from_str(description)
-        self._name, self.description = name, description
+        self._name = name
         if special := _undefined(described := json.loads(description)):
             raise UserError(f"{name}: not a tokenizer.json: it doesn't define {special!r:.60}")
         vocabulary = self._tokenizer.get_vocab()
-        eos = next((token for token in _EOS if token in vocabulary), None)
+        known = next((token for token in _EOS if token in vocabulary), None)
+        end, self.description = _end(described, ends), description
+        if end and end["content"] != known:
+            self.description = json.dumps(_marked(described, end["id"]))
+        eos = end["content"] if end else known
         if eos is None:
             raise UserError(f"{name}: has no end-of-text token (one of {', '.join(_EOS)})")
         self.size = max(vocabulary.values()) + 1
         self.eos_id = vocabulary[eos]
-        self.fingerprint = hashlib.sha256(description.encode()).hexdigest()[:24]
+        self.special_ids = {*_added(described), self.eos_id}
+        self.fingerprint = hashlib.sha256(self.description.encode()).hexdigest()[:24]
         self._splits_at_words = _splits_at_words(described)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -69,7 +81,8 @@ class Tokenizer:
         with _calling(name, "not a tokenizer.json"):
             with_special = self._tokenizer.encode("").ids
             without = self._tokenizer.encode("", add_special_tokens=False).ids
-        self.bos_id = with_special[0] if with_special[:1] != without[:1] else self.eos_id
+        starts = with_special[:1] != without[:1]
+        self.bos_id = with_special[0] if starts else vocabulary[known or eos]
         if self.bos_id >= self.size:
             raise UserError(
                 f"{name}: puts the id {self.bos_id} before a text, and has {self.size} ids"
@@ -84,15 +97,21 @@ class Tokenizer:
             )
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> "Tokenizer":
-        """Reads a tokenizer.json."""
+    def load(cls, path: str | os.PathLike, ends: Sequence[int] = ()) -> "Tokenizer":
+        """Reads a tokenizer.json; `ends` are as for the class."""
         file = expand("tokenizer", str(path))
         with sources.reading(file):
-            return cls(file.read_text(encoding="utf-8"), str(file))
+            return cls(file.read_text(encoding="utf-8"), str(file), ends)
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the tokenizer.json, for `load`."""
         files.replace(stores.as_path(path), self.description)
+
+    @property
+    def plain(self) -> str:
+        """The content of a tokenizer.json for other libraries, without our mark."""
+        described = json.loads(self.description)
+        return json.dumps(_marked(described, None)) if _end(described) else self.description
 
     def token(self, number: int) -> str:
         """The text of an id, as the vocabulary spells it."""
@@ -266,6 +285,27 @@ def _undefined(description: dict[str, Any]) -> str:
             if special and special not in part.get("special_tokens", {}):
                 return special
     return ""
+
+
+def _end(description: dict[str, Any], ends: Sequence[int] = ()) -> dict[str, Any] | None:
+    """The added token with which a document ends: the first of `ends`, or else the marked one."""
+    added = _added(description)
+    marked = (number for number, token in added.items() if token.get(_ENDS) is True)
+    return next((added[number] for number in (*ends, *marked) if number in added), None)
+
+
+def _marked(description: dict[str, Any], end: int | None) -> dict[str, Any]:
+    """The description with the mark at the added token `end` alone."""
+    added = []
+    for number, token in _added(description).items():
+        plain = {name: value for name, value in token.items() if name != _ENDS}
+        added.append(plain | {_ENDS: True} if number == end else plain)
+    return description | {"added_tokens": added}
+
+
+def _added(description: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """The added tokens of a tokenizer.json, by id."""
+    return {token["id"]: token for token in description.get("added_tokens") or ()}
 
 
 def _splits_at_words(description: dict[str, Any]) -> bool:

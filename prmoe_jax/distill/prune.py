@@ -29,6 +29,7 @@ from prmoe_jax.model.surgery import build, take
 from prmoe_jax.model.transformer import Transformer, init_model
 from prmoe_jax.nn.parameters import declaration, named_leaves
 from prmoe_jax.parallel.microbatches import add_up
+from prmoe_jax.run import released
 from prmoe_jax.run.directory import CONFIG, TOKENIZER
 from prmoe_jax.run.new import check_free, write_run
 from prmoe_jax.run.restore import restore_run, trained_text
@@ -335,7 +336,8 @@ def prune_run(
     if out is not None:
         log.info("%s", table(plan))
         smaller = pruned(config, model, kept, found["load"] if merge else None)
-        write_run("out", out, small, smaller, data.tokenizer, trained_text(workdir))
+        kept_files = released.read(workdir / released.FOLDER)
+        write_run("out", out, small, smaller, data.tokenizer, trained_text(workdir), kept_files)
     return plan
 
 

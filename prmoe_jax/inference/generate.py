@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import os.path
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +23,7 @@ from prmoe_jax.inference.restore import restore_for_inference
 from prmoe_jax.model.attention import KVCache
 from prmoe_jax.parallel.axes import batch_axes
 from prmoe_jax.run import directory as workdirs
+from prmoe_jax.run import released
 
 # Tokens of each prompt in a chunk of the prefill; decoding steps between two reads by the host.
 PREFILL_CHUNK = 64
@@ -69,8 +70,12 @@ class State(NamedTuple):
 class Generator:
     """Continues prompts; the model is compiled once for each shape."""
 
-    def __init__(self, decoder: Decoder, tokenizer: Tokenizer, mesh: Mesh):
+    def __init__(
+        self, decoder: Decoder, tokenizer: Tokenizer, mesh: Mesh, ends: Iterable[int] = ()
+    ):
+        """`ends` are ids at which a text ends, beside the tokenizer's EOS."""
         self.decoder, self.tokenizer, self.mesh = decoder, tokenizer, mesh
+        self.ends = tuple(sorted({tokenizer.eos_id, *ends}))
 
     @classmethod
     def restore(
@@ -92,7 +97,8 @@ class Generator:
         tokenizer = Tokenizer.load(workdir / workdirs.TOKENIZER)
         with jax.set_mesh(on):
             held = decoder(model, weights or model.config.dtype, on, execution)
-        return cls(held, tokenizer, on)
+        ends = released.ends(released.read(workdir / released.FOLDER), tokenizer)
+        return cls(held, tokenizer, on, ends)
 
     def __call__(
         self,
@@ -103,7 +109,9 @@ class Generator:
         stop: Sequence[str] = (),
         on_text: Callable[[int, str], None] | None = None,
     ) -> list[str]:
-        """Continues each prompt until EOS, a stop text, or `tokens` new tokens.
+        """Continues each prompt until an end mark, a stop text, or `tokens` new tokens.
+
+        End marks are EOS and, of a released model, the tokens that end its turn.
 
         A continuation depends only on its prompt and its seed: no token is dropped.
 
@@ -135,12 +143,12 @@ class Generator:
                 f"the prompt's {longest} tokens and --tokens={tokens} exceed the context of "
                 f"{length}; shorten the prompt{less}"
             )
-        written = [TextStream(self.tokenizer, stop, start[1:]) for start in starts]
+        written = [TextStream(self.tokenizer, stop, start[1:], self.ends) for start in starts]
         with jax.set_mesh(self.mesh):
             state = start(self.decoder, self.mesh, starts, seeds, tokens)
             seen = [len(start) for start in starts]
             while True:
-                ids = self.tokenizer.size, self.tokenizer.eos_id
+                ids = self.tokenizer.size, self.ends
                 state = decode(self.decoder, state, sampling, *ids)
                 lengths, come = np.asarray(state.length_B), np.asarray(state.tokens_BxT)
                 ended = np.array(state.stop_B)
@@ -174,11 +182,18 @@ class TextStream:
 
     A token's text can depend on the tokens before it, such as a space between words, or a character
     whose bytes are several tokens. So new tokens are decoded together with the tokens just before
-    them, and the first ones together with the prompt (`prompt`, without BOS).
+    them, and the first ones together with the prompt (`prompt`, without BOS). The text ends before
+    the first of the ids `ends`, by default EOS.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], prompt: Sequence[int] = ()):
-        self._tokenizer, self._stop = tokenizer, stop
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop: Sequence[str],
+        prompt: Sequence[int] = (),
+        ends: Sequence[int] = (),
+    ):
+        self._tokenizer, self._stop, self._ends = tokenizer, stop, ends or (tokenizer.eos_id,)
         self._before, self._ids = list(prompt), []  # tokens before the new ones; tokens to decode
         self._decoded = ""  # the text of all tokens that need not be decoded again
         self.text, self.ended = "", False
@@ -192,9 +207,9 @@ class TextStream:
         """
         if self.ended:
             return ""
-        end = self._tokenizer.eos_id
-        if end in ids:
-            ids, last = ids[: ids.index(end)], True
+        count = next((n for n, token in enumerate(ids) if token in self._ends), len(ids))
+        if count < len(ids):
+            ids, last = ids[:count], True
         self._ids += ids
         self._decode(last)
         text = self._decoded
@@ -311,9 +326,12 @@ def prefill(decoder: Decoder, tokens_BxT, length_B, stop_B, key_B, chunks: int) 
 
 @partial(jax.jit, static_argnums=(2, 3, 4), donate_argnums=1)
 def decode(
-    decoder: Decoder, state: State, sampling: Sampling, vocabulary: int, eos_id: int
+    decoder: Decoder, state: State, sampling: Sampling, vocabulary: int, ends: tuple[int, ...]
 ) -> State:
-    """Generates up to `STEPS` tokens; ids from `vocabulary` on are padding and never drawn."""
+    """Generates up to `STEPS` tokens; ids from `vocabulary` on are padding and never drawn.
+
+    A sequence stops after one of the ids `ends`.
+    """
     rows = jnp.arange(len(state.length_B))
 
     def unfinished(carry):
@@ -331,7 +349,8 @@ def decode(
         tokens_BxT = state.tokens_BxT.at[rows, position_B].set(token_B, mode="drop")
         x_Bx1xD, caches = decoder(token_B[:, None], active_B[:, None], state.caches, state.length_B)
         length_B = state.length_B + active_B
-        stop_B = jnp.where(active_B & (token_B == eos_id), length_B, state.stop_B)
+        ends_B = (token_B[:, None] == jnp.array(ends, jnp.int32)).any(1)
+        stop_B = jnp.where(active_B & ends_B, length_B, state.stop_B)
         return step + 1, State(tokens_BxT, length_B, stop_B, x_Bx1xD[:, 0], caches, state.key_B)
 
     return jax.lax.while_loop(unfinished, next_token, (0, state))[1]

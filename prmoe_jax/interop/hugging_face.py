@@ -1,9 +1,12 @@
 """Converts models of Hugging Face's transformers to ours, which compute the same, and back."""
 
+import dataclasses
 import json
 import logging
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,10 +29,12 @@ from prmoe_jax.interop.settings import (
 )
 from prmoe_jax.interop.tensors import Tensors, read_json, write_tensors
 from prmoe_jax.model.surgery import size
+from prmoe_jax.run import released
 
 log = logging.getLogger(__name__)
 
 MICROBATCH_TOKENS = 2**16  # the largest microbatch of an imported run
+MOST_LAYERS = 10_000  # layers or experts of a config.json without tensors that limit them
 # transformers' names of the numbers in `model.rope_scaling`, in order.
 SCALING = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
 # The output matrix. With tied embeddings, a file may hold it as a copy of the embedding.
@@ -214,17 +219,37 @@ def check_exportable(config: Config, family: str) -> None:
         )
 
 
+def with_context(config: Config, kept: Mapping[str, str], folder: Path) -> Config:
+    """The config with the context and window of the released model, if positions are the same.
+
+    Tuning with a shorter context doesn't shorten that of the model.
+    """
+    model = config.model
+    if released.CONFIG not in kept or model.positions != "rotary":
+        return config
+    path = folder / released.CONFIG
+    there = read_config(released.settings(kept, released.CONFIG), path, MOST_LAYERS).model
+    names = "rope_theta", "rope_scaling", "positions"
+    same = all(getattr(model, name) == getattr(there, name) for name in names)
+    window = there.window_in(model.length) == model.window_in(model.length)
+    if not same or not window or there.length <= model.length:
+        return config
+    model = dataclasses.replace(model, length=there.length, sliding_window=there.sliding_window)
+    return dataclasses.replace(config, model=model)
+
+
 def write_hugging_face(
     model: ModelConfig,
     family: str,
     leaves: dict[str, np.ndarray],
     tokenizer: Tokenizer,
+    kept: Mapping[str, str],
     folder: Path,
 ) -> None:
-    """Writes parameters, by our names, and settings in the format of a family's class.
+    """Writes parameters, by our names, settings and tokenizer in the format of a family's class.
 
-    No number is rounded. Tensors are bfloat16 if that represents all of them exactly and the family
-    is not GPT-2, else float32.
+    `kept` are the files of `released.read`, which are written, too. No number is rounded. Tensors
+    are bfloat16 if that represents all of them exactly and the family is not GPT-2, else float32.
     """
     tensors, dtype = their_tensors(model, FAMILIES[family].table, leaves), "float32"
     if family != "gpt2" and all(
@@ -233,25 +258,35 @@ def write_hugging_face(
         dtype = "bfloat16"
         tensors = {name: x.astype(jnp.bfloat16) for name, x in tensors.items()}
     write_tensors(tensors, folder)
-    settings = their_settings(model, family) | {
-        "dtype": dtype,
-        "torch_dtype": dtype,  # its name in transformers 4
-        "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": tokenizer.eos_id,
-        "pad_token_id": None,
-    }
-    # Without these, AutoTokenizer chooses a class by the model's type, which may split a text into
-    # words otherwise.
+    settings = their_settings(model, family) | _their_ids(tokenizer, kept)
+    settings |= {"dtype": dtype, "torch_dtype": dtype}  # the second for transformers 4
     tokenizer_settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": tokenizer.token(tokenizer.bos_id),
         "eos_token": tokenizer.token(tokenizer.eos_id),
         "model_max_length": model.length,
         "clean_up_tokenization_spaces": False,
-    }
-    files = {"config.json": settings, "tokenizer_config.json": tokenizer_settings}
-    for name, content in files.items():
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+    } | released.settings(kept, released.TOKENIZER)
+    # Otherwise AutoTokenizer chooses a class by the model's type or a program beside the model,
+    # which may split a text into words otherwise.
+    tokenizer_settings.pop("auto_map", None)
+    tokenizer_settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    written = {released.CONFIG: settings, released.TOKENIZER: tokenizer_settings}
+    texts = {name: json.dumps(content, indent=2) + "\n" for name, content in written.items()}
+    for name, text in ({"tokenizer.json": tokenizer.plain, **kept} | texts).items():
+        (folder / name).write_bytes(text.encode())
+
+
+def _their_ids(tokenizer: Tokenizer, kept: Mapping[str, str]) -> dict[str, Any]:
+    """The special ids in config.json: the released model's, or else the tokenizer's.
+
+    Ids that the tokenizer doesn't have as special tokens are not written.
+    """
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": None}
+    for name, value in released.settings(kept, released.CONFIG).items():
+        known = tokenizer.special_ids.issuperset(found := released.ids(value))
+        if name in ids and (found and known or value is None and name != "eos_token_id"):
+            ids[name] = value
+    return ids
 
 
 def their_settings(model: ModelConfig, family: str) -> dict:

@@ -21,6 +21,7 @@ from prmoe_jax.model.sizes import cost
 from prmoe_jax.model.transformer import init_model
 from prmoe_jax.nn.parameters import from_named, named_leaves
 from prmoe_jax.run import directory as workdirs
+from prmoe_jax.run import released
 from prmoe_jax.run.metrics import read_metrics
 from prmoe_jax.run.new import check_free, write_folder, write_run
 from prmoe_jax.run.restore import restore_run
@@ -51,9 +52,12 @@ def import_run(kind: str, source: Path, workdir: Path) -> dict:
     if gguf and kind != "deepspeed" and not any(source.glob("*.safetensors")):
         raise UserError(
             f"{gguf[0]} is in llama.cpp's format GGUF, which isn't read; give a folder with the "
-            "model's safetensors"
+            "model's safetensors, or convert the file as docs/interop.md says"
         )
-    tokenizer = _tokenizer(source, kind)
+    theirs = kind in ("hf", "gpt2")  # the other kinds hold such files as a run does
+    kept = released.read(source if theirs else source / released.FOLDER)
+    ends = released.end_ids(kept, released.CONFIG)
+    tokenizer = _tokenizer(source, kind, ends)
     config, leaves, summary = READERS[kind](source)
     log.info("%s: %s", source, summary)
     data = dataclasses.replace(config.data, tokenizer=str(workdir / workdirs.TOKENIZER))
@@ -64,9 +68,14 @@ def import_run(kind: str, source: Path, workdir: Path) -> dict:
             f"{config.model.vocab_size}; remove the added ones from its tokenizer.json, or enlarge "
             "the model by transformers' resize_token_embeddings"
         )
+    if ends and tokenizer.eos_id not in ends:
+        log.warning(
+            "%s: eos_token_id=%s is no special token of the tokenizer; documents end with %s",
+            *(source / released.CONFIG, shown(ends), tokenizer.token(tokenizer.eos_id)),
+        )
     shapes = jax.eval_shape(lambda: init_model(config))
     model = jax.tree.map(jax.numpy.asarray, from_named(leaves, shapes))
-    write_run("workdir", workdir, config, model, tokenizer)
+    write_run("workdir", workdir, config, model, tokenizer, kept=kept)
     size = sum(leaf.size for leaf in leaves.values())
     return {"workdir": str(workdir), "parameters": size, "vocab_size": config.model.vocab_size}
 
@@ -89,7 +98,9 @@ def export_run(kind: str, workdir: Path, out: Path) -> dict:
     check_free("out", out)
     config = load(workdir / workdirs.CONFIG)  # `restore_run` changes mesh and execution
     family = {"hf": config.model.family, "gpt2": "gpt2"}.get(kind)
+    kept = released.read(workdir / released.FOLDER)
     if family:
+        config = hugging_face.with_context(config, kept, workdir / released.FOLDER)
         hugging_face.check_exportable(config, family)
     if kind == "deepspeed":
         deepspeed.check_exportable(config)
@@ -100,14 +111,16 @@ def export_run(kind: str, workdir: Path, out: Path) -> dict:
 
     def build(folder: Path) -> None:
         if family:
-            hugging_face.write_hugging_face(config.model, family, leaves, tokenizer, folder)
-        elif kind == "deepspeed":
+            hugging_face.write_hugging_face(config.model, family, leaves, tokenizer, kept, folder)
+            return
+        if kind == "deepspeed":
             deepspeed.write_deepspeed(config, leaves, folder, step)
         else:
             write_tensors(leaves, folder)
             save(config, folder / workdirs.CONFIG)
             (folder / "README.md").write_text(_card(config, step, workdir))
         tokenizer.save(folder / "tokenizer.json")
+        released.write(kept, folder)
 
     write_folder("out", out, build, "latest" if kind == "deepspeed" else workdirs.CONFIG)
     size = sum(leaf.size for leaf in leaves.values())
@@ -140,9 +153,10 @@ READERS: Mapping[str, Callable[[Path], tuple[Config, Mapping, str]]] = {
 }
 
 
-def _tokenizer(source: Path, kind: str) -> Tokenizer:
+def _tokenizer(source: Path, kind: str, ends: list[int]) -> Tokenizer:
+    """The source's tokenizer; a document ends with the first special token among the ids `ends`."""
     if (source / "tokenizer.json").is_file():
-        return Tokenizer.load(source / "tokenizer.json")
+        return Tokenizer.load(source / "tokenizer.json", ends)
     settings = source / "config.json"
     if kind == "hf" and settings.is_file() and read_json(settings).get("model_type") != "gpt2":
         raise UserError(

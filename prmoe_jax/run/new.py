@@ -1,7 +1,7 @@
 """Makes a run's folder for an imported or a pruned model."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -13,6 +13,7 @@ from prmoe_jax.data.tokenizer import Tokenizer
 from prmoe_jax.errors import UserError, refusing
 from prmoe_jax.model.transformer import Transformer
 from prmoe_jax.run import directory as workdirs
+from prmoe_jax.run import released
 from prmoe_jax.run.checkpoint import Checkpoints
 
 
@@ -23,11 +24,12 @@ def write_run(
     model: Transformer,
     tokenizer: Tokenizer,
     text: dict[str, str] | None = None,
+    kept: Mapping[str, str] | None = None,
 ) -> None:
     """Writes a run at step 0 atomically into a folder that `check_free` accepts.
 
-    `option` is the command's that names the folder, and `text`, from `trained_text`, the
-    fingerprint of what the model was trained on.
+    `option` is the command's that names the folder, `text`, from `trained_text`, the fingerprint of
+    what the model was trained on, and `kept` the files of `released.read`.
     """
 
     def build(folder: Path) -> None:
@@ -35,6 +37,7 @@ def write_run(
             data = {"fingerprint": (text or {}) | {"tokenizer": tokenizer.fingerprint}}
             checkpoints.save_model(0, model, data)
         tokenizer.save(folder / workdirs.TOKENIZER)
+        released.write(kept or {}, folder)
         save(config, folder / workdirs.CONFIG)
 
     write_folder(option, workdir, build)

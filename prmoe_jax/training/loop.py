@@ -208,11 +208,14 @@ def _teacher(
 
 
 def _write_settings(config: Config, workdir: Path, data: Data, resuming: bool) -> None:
-    """Writes tokenizer and config and, for a new branch, the metrics of its base run."""
+    """Writes tokenizer and config and, for a new run, what it takes over from its source run."""
     data.tokenizer.save(workdir / workdirs.TOKENIZER)
     save(config, workdir / workdirs.CONFIG)
-    if config.init.step and not resuming:
+    if resuming:
+        return
+    if config.init.step:
         start.copy_metrics(config, workdir)
+    start.copy_released(config, workdir)
 
 
 def _last_metrics(workdir: Path, step: int) -> tuple[dict, bool]:

@@ -39,6 +39,7 @@ from prmoe_jax.model.transformer import Transformer, init_model
 from prmoe_jax.nn.parameters import declaration, named_leaves
 from prmoe_jax.parallel.sharding import init_sharded
 from prmoe_jax.run import directory as workdirs
+from prmoe_jax.run import released
 from prmoe_jax.run.checkpoint import Checkpoints
 from prmoe_jax.run.metrics import METRICS, finished, read_metrics, write_metrics
 from prmoe_jax.run.restore import restore_model
@@ -128,6 +129,13 @@ def copy_metrics(config: Config, workdir: Path) -> None:
     with _reading_source():
         lines = read_metrics(expand("init.workdir", config.init.workdir) / METRICS)
     write_metrics(workdir, [line for line in lines if line["step"] <= config.init.step])
+
+
+def copy_released(config: Config, workdir: Path) -> None:
+    """Copies the released model's files that the run to start as has kept."""
+    inherited = config.teacher.workdir if config.teacher.inherit else ""
+    if source := config.init.workdir or inherited:
+        released.write(released.read(expand("init.workdir", source) / released.FOLDER), workdir)
 
 
 def init_from_run(config: Config, mesh: Mesh, tokenizer: Tokenizer) -> Transformer:

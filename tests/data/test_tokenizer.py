@@ -117,6 +117,38 @@ def test_a_start_of_its_own():
     assert Tokenizer(inner.to_str(), "x before").bos_id == 256
 
 
+def test_an_end_that_config_json_names(tmp_path):
+    """The first special token among the ids, in every copy of the tokenizer, and in no text."""
+    inner = tokenizers.Tokenizer.from_str(byte_tokenizer().description)
+    inner.add_special_tokens(["<|im_end|>", "<|tool|>"])
+    unmarked = Tokenizer(inner.to_str(), "chat")
+    ended = Tokenizer(inner.to_str(), "chat", [-1, 65, 10**30, 257, 258])
+    assert (ended.eos_id, ended.bos_id, ended.special_ids) == (257, 256, {256, 257, 258})
+    assert 257 not in ended.encode("<|im_end|>")
+    ended.save(tmp_path / "tokenizer.json")
+    again = Tokenizer.load(tmp_path / "tokenizer.json")
+    assert (again.eos_id, again.fingerprint) == (257, ended.fingerprint)
+    assert ended.fingerprint != unmarked.fingerprint
+    tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))  # the library reads it, too
+    for copy in (unmarked.plain, ended.plain):
+        assert json.loads(copy) == json.loads(inner.to_str())
+    other = Tokenizer(ended.description, "chat", [258])  # one mark at a time
+    assert Tokenizer(other.description, "chat").eos_id == 258
+    # What the names decide anyway changes nothing, nor do ids of plain text.
+    for ends in ([256, 257], [65], []):
+        same = Tokenizer(inner.to_str(), "chat", ends)
+        assert (same.eos_id, same.description) == (256, inner.to_str())
+
+
+def test_an_end_of_another_name():
+    """No text is refused any more for want of a known name, if config.json has the id."""
+    description = byte_tokenizer().description.replace(END_OF_TEXT, "<|fin|>")
+    with pytest.raises(UserError, match="fin: has no end-of-text token"):
+        Tokenizer(description, "fin")
+    ended = Tokenizer(description, "fin", [256])
+    assert ended.eos_id == ended.bos_id == Tokenizer(ended.description, "again").eos_id == 256
+
+
 def test_one_text_has_one_encoding(by_kind):
     """Also with the tokenizer.json of a library that leaves merges out at random (BPE dropout)."""
     description = json.loads(by_kind("gpt2").description)

@@ -144,6 +144,23 @@ def test_a_text_begins_with_the_start_of_its_tokenizer():
     assert texts == [tokenizer.decode([likeliest[0]])]
 
 
+def test_a_text_ends_at_any_end_mark():
+    """At the first of three ids that the model draws, which its text leaves out."""
+    model, tokenizer = build("1 layers", init_std=0.3), byte_tokenizer()
+    drawn, decode = [], generate.decode
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generate, "decode", lambda *a: drawn.append(decode(*a)) or drawn[-1])
+        generator(model)(["a"], 24, Sampling(1.0))
+    ids = drawn[-1].tokens_BxT[0, 2 : drawn[-1].length_B[0]].tolist()
+    marks = set(ids[9:17:3])
+    first = next(n for n, token in enumerate(ids) if token in marks)
+    run = Generator(held(model), tokenizer, MESH, marks)
+    assert run.ends == tuple(sorted({*marks, tokenizer.eos_id}))
+    pieces = []
+    texts = run(["a"], 24, Sampling(1.0), on_text=lambda _, text: pieces.append(text))
+    assert texts == ["".join(pieces)] == [tokenizer.decode(ids[:first])]
+
+
 def test_a_text_does_not_depend_on_what_shares_its_batch():
     """Other prompts, of other lengths, that end sooner or later: the same to the last bit."""
     run = generator(build("5 layers, E=2+7, residual", init_std=0.1))
