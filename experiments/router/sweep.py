@@ -48,6 +48,7 @@ def get_config(arm: str, seed: int):
     config.update_from_flattened_dict(ARMS.get(arm, {}))
     config.seed = seed
     config.data.validation_fraction = 0.02
+    config.eval.documents = True
     return config
 
 

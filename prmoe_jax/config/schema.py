@@ -606,6 +606,9 @@ class EvalConfig:
 
     every: int = setting(0, "Steps between evaluations; 0 evaluates at the end only.")
     batches: int = setting(0, "Batches of each evaluation before the last; 0 is the whole split.")
+    documents: bool = setting(
+        False, "Whether the last evaluation also writes the loss of each document of the split."
+    )
 
 
 @dataclasses.dataclass(frozen=True)

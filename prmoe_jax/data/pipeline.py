@@ -58,6 +58,16 @@ class Windows:
         tokens = np.minimum(self.length, self.tokens - indices_N * self.length).sum()
         return float(self.text_bytes * (tokens / max(self.tokens, 1)))
 
+    def documents(self) -> np.ndarray:
+        """For each place of all windows, one after the other, the number of its document.
+
+        Documents count from 0. A document's end is its own, padding is the last document's, and a
+        place without a target is the document's that ends before it or begins at it.
+        """
+        tokens = self.stream.read(0, self.tokens)
+        padding = len(self) * self.length - len(tokens)
+        return np.pad(self.stream.documents(0, tokens), (0, padding), "edge")
+
     def __getitem__(self, index: int) -> Batch:
         """Window `index` as a Batch of arrays of shape L."""
         index = range(len(self))[operator.index(index)]
@@ -128,6 +138,13 @@ class Mixture:
         part_N = np.searchsorted(self.starts, indices_N, side="right") - 1
         parts = enumerate(zip(self.parts, self.starts, strict=False))
         return sum(part.bytes_of(indices_N[part_N == i] - start) for i, (part, start) in parts)
+
+    def documents(self) -> np.ndarray:
+        """As of `Windows`; documents of a later part count on from those of the part before."""
+        found: list[np.ndarray] = []
+        for part in filter(len, self.parts):
+            found.append(part.documents() + (found[-1][-1] + 1 if found else 0))
+        return np.concatenate(found)
 
     def __len__(self) -> int:
         return self.starts[-1]

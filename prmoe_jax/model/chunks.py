@@ -37,6 +37,14 @@ def cut(x_BxL: jax.Array, chunk: int) -> jax.Array:
     return x.reshape(x.shape[0], -1, chunk, *x.shape[2:]).swapaxes(0, 1)
 
 
+def each_token(function: Callable, *arrays_BxL: jax.Array) -> Any:
+    """Applies a function to chunks of tokens, [B, T, …]; joins its results for each token."""
+    batch, length = arrays_BxL[0].shape[:2]
+    parts = tuple(cut(x_BxL, chunk_length(batch, length)) for x_BxL in arrays_BxL)
+    found_CxBxT = jax.lax.map(lambda part: function(*part), parts)
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(batch, -1)[:, :length], found_CxBxT)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def weighted_sums(
     measure: ChunkMeasure,

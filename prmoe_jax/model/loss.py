@@ -1,14 +1,14 @@
 """The training loss and its parts, as sums that add up over the microbatches of a batch."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from prmoe_jax.config.schema import AUTO, Config, ExecutionConfig
 from prmoe_jax.model.batch import Batch
-from prmoe_jax.model.chunks import weighted_sums
+from prmoe_jax.model.chunks import each_token, weighted_sums
 from prmoe_jax.model.transformer import Transformer
 from prmoe_jax.moe.routing import RouterMetrics
 
@@ -22,6 +22,8 @@ class Sums(NamedTuple):
     z_loss: jax.Array  # log(Z)²
     routers: list[RouterMetrics]  # one per MoE layer
     kd_loss: jax.Array | None = None  # T² · KL from the teacher in nats; None without one
+    # Cross-entropy and mask of each target, both [B, L]; of `token_losses` alone.
+    targets: tuple[jax.Array, jax.Array] | None = None
 
 
 class Totals(NamedTuple):
@@ -44,19 +46,32 @@ def totals(batch: Batch, config: Config) -> Totals:
     )
 
 
-Measure = Callable[[Transformer, jax.Array, Batch], dict[str, jax.Array]]
+Measure = Callable[[Transformer, jax.Array, Batch], dict[str, Any]]
 
 
 def cross_entropy(z_weight: float = 0.0) -> Measure:
     """A measure of three fields of `Sums`; its `loss` is lm_loss + z_weight · z_loss."""
 
-    def measure(model: Transformer, x_BxLxD: jax.Array, batch: Batch) -> dict[str, jax.Array]:
+    def measure(model: Transformer, x_BxLxD: jax.Array, batch: Batch) -> dict[str, Any]:
         inputs, unembedding = (batch.targets_BxL, batch.mask_BxL), model.unembedding(x_BxLxD.dtype)
         with jax.named_scope("logits"):
             loss, sums = weighted_sums(_nats, x_BxLxD, unembedding, inputs, (), (1.0, z_weight))
         return {"loss": loss, "lm_loss": sums[0], "z_loss": sums[1]}
 
     return measure
+
+
+def token_losses(model: Transformer, x_BxLxD: jax.Array, batch: Batch) -> dict[str, Any]:
+    """A measure like `cross_entropy()` for evaluation, with the cross-entropy of each target."""
+    unembedding = model.unembedding(x_BxLxD.dtype)
+    with jax.named_scope("logits"):
+        found = each_token(
+            lambda x_BxTxD, targets_BxT: token_nats(unembedding.logits(x_BxTxD), targets_BxT),
+            *(x_BxLxD, batch.targets_BxL),
+        )
+    nats_BxL, z_loss_BxL = (x_BxL * batch.mask_BxL for x_BxL in found)
+    sums = {"loss": nats_BxL.sum(), "lm_loss": nats_BxL.sum(), "z_loss": z_loss_BxL.sum()}
+    return sums | {"targets": (nats_BxL, batch.mask_BxL)}
 
 
 def _nats(x_BxTxD, unembedding, inputs, _) -> tuple[jax.Array, ...]:

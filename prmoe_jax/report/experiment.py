@@ -20,6 +20,7 @@ from prmoe_jax.report.arms import (
     models,
     models_of,
     spread,
+    with_documents,
     write_csv,
 )
 from prmoe_jax.report.multiplier import Multiplier, multipliers, ratios
@@ -58,6 +59,12 @@ COMPARISONS = (
     "corrected for the number of pairs by Holm's method. Where p is 0.05 or more, a difference may "
     "be resolved only because so many were tested."
 )
+BOTH = "seeds and documents"
+RESAMPLED = (
+    " The interval of seeds and documents resamples both (a bootstrap of 2,000 draws, percentiles "
+    "2.5 and 97.5); the other interval takes the validation text as given. Verdicts and p are "
+    "those of the other interval."
+)
 GROWTH = "Multipliers of neighbours, one divided by the other, paired by seed."
 
 
@@ -81,7 +88,8 @@ def report(folder: Path, base: str | None = None) -> dict:
       baseline, difference and difference_margin, and with MARGIN a verdict; with LADDER, a MoE has
       its multiplier as text. CONTRASTS add contrasts, a list with arm, base, difference,
       difference_margin, p (two-sided t test, corrected for the number of pairs) and, with MARGIN,
-      verdict. POOLED adds deviation (in nats) and freedom (its degrees of freedom).
+      verdict; with_documents, an interval, where the records have documents.
+      POOLED adds deviation (in nats) and freedom (its degrees of freedom).
     """
     path = folder / RESULTS
     records = complete(folder, read(folder))
@@ -121,6 +129,8 @@ def report(folder: Path, base: str | None = None) -> dict:
     corrected = holm([one.p if one else math.nan for one in between])
     for (arm, other), above, p in zip(pairs, between, corrected, strict=True):
         row = _compared(above, stated.margin) | {"p": p} if above else {}
+        if above and (both := with_documents(found[arm], found[other], above)):
+            row["with_documents"] = both
         contrasts.append({"arm": arm, "base": other} | row)
     worth = multipliers(found, predicted=stated.predicted) if stated.ladder else []
     for one in worth:
@@ -134,8 +144,8 @@ def report(folder: Path, base: str | None = None) -> dict:
         page.figures(_pictures(folder, found, names[base], apart, worth, stated)),
     ]
     if contrasts:
-        rows = list(map(_contrast, contrasts))
-        parts += [page.heading("Comparisons"), page.paragraph(COMPARISONS), page.table(PAIR, rows)]
+        told = COMPARISONS + (RESAMPLED if _resampled(contrasts) else "")
+        parts += [page.heading("Comparisons"), page.paragraph(told), page.table(*_pairs(contrasts))]
     if stated.ladder:
         parts += _multipliers(worth, found, stated.predicted)
     parts += _runs(records)
@@ -225,9 +235,22 @@ def _pictures(
     return {folder / name: caption for name, caption in captions.items()}
 
 
-def _contrast(row: dict) -> list[str]:
-    p = f"{row['p']:.2g}" if "p" in row else ""
-    return [row["arm"], row["base"], _above(row), p, row.get("verdict", "")]
+def _resampled(contrasts: list[dict]) -> bool:
+    return any("with_documents" in row for row in contrasts)
+
+
+def _pairs(contrasts: list[dict]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the table of contrasts."""
+    rows = []
+    for row in contrasts:
+        p = f"{row['p']:.2g}" if "p" in row else ""
+        rows.append([row["arm"], row["base"], _above(row), p, row.get("verdict", "")])
+    if not _resampled(contrasts):
+        return PAIR, rows
+    for cells, row in zip(rows, contrasts, strict=True):
+        ends = row.get("with_documents")
+        cells.insert(3, f"{ends[0]:.4f} to {ends[1]:.4f}" if ends else "")
+    return [*PAIR[:3], BOTH, *PAIR[3:]], rows
 
 
 def _multipliers(worth: list[Multiplier], found: dict, predicted: dict) -> list[str]:
@@ -286,7 +309,7 @@ def table(result: dict) -> str:
             columns[name] = [row.get(name, "") for row in rows.values()]
     tables = [aligned(list(columns), zip(*columns.values(), strict=True))]
     if contrasts := [row for row in result.get("contrasts", ()) if "difference" in row]:
-        tables.append(aligned(PAIR, list(map(_contrast, contrasts))))
+        tables.append(aligned(*_pairs(contrasts)))
     if "deviation" in result:
         told = (
             "all arms: a standard deviation of {deviation:.4f} nats, {freedom} degrees of freedom"

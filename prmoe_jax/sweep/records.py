@@ -23,7 +23,7 @@ NUMBER = (int, float)
 TEXT = "data.", "model.vocab_size"  # the settings of a run's text
 LARGEST = 1e18  # numbers of a record must be smaller
 # The fields of a record that `prmoe sweep` and `prmoe report` show; `record` describes them.
-# Old records have no `layers` and no `evaluated_tokens`.
+# Old records have no `layers` and no `evaluated_tokens`; only some have `documents`.
 FIELDS = {
     "seed": int,
     "total_params": int,
@@ -61,6 +61,8 @@ def record(name: str, config: Config, workdir: Path) -> dict:
         layers: the last evaluation's statistics of each MoE layer, see `metrics.summarise`.
         evaluations, losses (of training): lists of [tokens, nats per token].
         evaluated_tokens: number of tokens of each evaluation.
+        documents: with `eval.documents`, of each validation document [nats, targets] at the end;
+          nats are rounded to 0.01, and the order is that of the split.
         tokens_per_second: median over steps, of a branch over its own ones.
         revisions: git revisions, of a branch also the trunk's, from which it continued.
     """
@@ -91,6 +93,7 @@ def record(name: str, config: Config, workdir: Path) -> dict:
         "evaluations": [[line["step"] * a_step, line["eval/loss"]] for line in evaluated],
         "evaluated_tokens": [line["eval/tokens"] for line in evaluated],
         "losses": [[line["tokens"], line["lm_loss"]] for line in trained[::every]],
+        **({"documents": last["eval/documents"]} if "eval/documents" in last else {}),
         "tokens_per_second": statistics.median(line["tokens_per_second"] for line in own),
         "revisions": sorted({start["git_revision"] or "unknown" for start in starts}),
         "versions": starts[-1]["versions"],
@@ -137,10 +140,13 @@ def complete(folder: Path, rows: list[dict]) -> list[dict]:
         where = f"{folder / RESULTS}: the record of {row['run']}"
         files.require(row, FIELDS, where, FIX)
         layers, counts = row.get("layers", {}), row.get("evaluated_tokens")
+        documents = row.get("documents")
         for name, good in {
             "evaluations": row["evaluations"] and _are_pairs(row["evaluations"]),
             "evaluated_tokens": counts is None or _are_numbers(counts, len(row["evaluations"])),
             "losses": _are_pairs(row["losses"]),
+            "documents": documents is None
+            or (isinstance(documents, list) and _are_pairs(documents)),
             "layers": isinstance(layers, dict) and all(map(_is_layer, layers.values())),
             "versions": all(isinstance(v, (str, type(None))) for v in row["versions"].values()),
             "revisions": all(isinstance(revision, str) for revision in row["revisions"]),

@@ -1,7 +1,7 @@
 """Log-probabilities of continuations, from which the scores of tasks are computed.
 
 A score depends only on its own text, not on the batch size, the order or other requests: no token
-is dropped, and padding affects nothing. Axis letters: C chunks of a sequence, T tokens of a chunk.
+is dropped, and padding affects nothing. Axis letter: T tokens of a chunk.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from prmoe_jax.config.schema import AUTO, ExecutionConfig
 from prmoe_jax.errors import UserError
 from prmoe_jax.inference.restore import restore_for_inference
-from prmoe_jax.model.chunks import chunk_length, cut
+from prmoe_jax.model.chunks import each_token
 from prmoe_jax.model.loss import token_nats
 from prmoe_jax.model.transformer import Transformer, dropless
 from prmoe_jax.parallel.axes import replicated, split_batch
@@ -99,13 +99,9 @@ def _score(execution: ExecutionConfig, model: Transformer, tokens_BxL, valid_BxL
     x_BxLxD, _ = model(tokens_BxL, valid_BxL, execution=execution)
     unembedding = model.unembedding(x_BxLxD.dtype)
 
-    def score(inputs):
-        x_BxTxD, targets_BxT = inputs
+    def score(x_BxTxD, targets_BxT):
         logits_BxTxV = unembedding.logits(x_BxTxD)
         nats_BxT, _ = token_nats(logits_BxTxV, targets_BxT)
         return -nats_BxT, targets_BxT == jnp.argmax(logits_BxTxV, axis=-1)
 
-    batch, length = targets_BxL.shape
-    chunk = chunk_length(batch, length)
-    found_CxBxT = jax.lax.map(score, (cut(x_BxLxD, chunk), cut(targets_BxL, chunk)))
-    return [x.swapaxes(0, 1).reshape(batch, -1)[:, :length] for x in found_CxBxT]
+    return each_token(score, x_BxLxD, targets_BxL)

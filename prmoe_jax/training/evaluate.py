@@ -43,12 +43,19 @@ def evaluate_model(
     data: Data,
     mesh: Mesh,
     limit: int = 0,
+    documents: bool = False,
 ) -> dict:
     """Measures a model on the validation split, or `limit` batches of it, deterministically.
 
+    Args:
+      documents: whether to add up the loss of each document, too; only on the whole split, and
+        `measure` then gives the loss of each target (`model.loss.token_losses`).
+
     Returns:
       loss (nats per token), perplexity, bits_per_byte (with the loss of EOS tokens), tokens,
-      drop_fraction, aux_loss and the per-layer statistics of `metrics.summarise`.
+      drop_fraction, aux_loss and the per-layer statistics of `metrics.summarise`. With `documents`
+      also documents: for each document, in the order of the split, [nats, targets]; the nats are
+      rounded to 0.01.
     """
     if not (data.validation.tokens and data.validation.text_bytes):
         raise UserError(
@@ -57,8 +64,25 @@ def evaluate_model(
         )
     rows = _rows(config, mesh)
     limit = -(-limit * config.train.batch_size // rows)
-    sums = _summed(lambda batch: measure(model, batch), rows, data, mesh, limit)
+    each_target: list = []  # nats and masks of every batch
+
+    def measured(batch: Batch) -> Sums:
+        sums = measure(model, batch)
+        if documents:
+            # The batch before is fetched while this one is computed.
+            each_target[-1:] = jax.device_get(each_target[-1:])
+            each_target.append(sums.targets)
+        return sums._replace(targets=None)
+
+    sums = _summed(measured, rows, data, mesh, limit)
     metrics = summarise(sums, config)
+    if documents:
+        document_T = data.validation.documents()
+        places = (np.concatenate(x).reshape(-1) for x in zip(*each_target, strict=True))
+        # Rows behind the last window are padding. NumPy adds up in float64.
+        nats_N, targets_N = (np.bincount(document_T, x_T[: len(document_T)]) for x_T in places)
+        pairs = zip(nats_N.tolist(), targets_N.tolist(), strict=True)
+        metrics["documents"] = [[round(nats, 2), int(count)] for nats, count in pairs]
     loss = metrics.pop("lm_loss")
     windows = evaluated_windows(data.validation, limit * rows)
     tokens_per_byte = int(sums.tokens) / data.validation.bytes_of(windows)

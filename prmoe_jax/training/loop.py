@@ -32,7 +32,7 @@ from prmoe_jax.distill.teacher import (
 )
 from prmoe_jax.errors import TrainingStopped, UserError
 from prmoe_jax.model.backends import check_backends
-from prmoe_jax.model.loss import forward
+from prmoe_jax.model.loss import forward, token_losses
 from prmoe_jax.model.sizes import cost
 from prmoe_jax.model.state import TrainState
 from prmoe_jax.parallel import processes
@@ -319,7 +319,8 @@ class Run:
         Returns the metrics that were written last.
         """
         config, total = self.config, self.config.total_steps
-        measure = partial(forward, execution=config.execution)
+        losses = token_losses if config.eval.documents else None
+        measure = partial(forward, measure=losses, execution=config.execution)
         self.eval_step = jax.jit(measure, out_shardings=replicated(self.mesh))
         self.flops_per_token = cost(config.model, config.moe).train_flops_per_token
         self.last_metrics: dict = {}
@@ -432,9 +433,11 @@ class Run:
 
     def evaluate(self, step: int, state: TrainState) -> None:
         """Evaluates on the whole validation split at the end, else on `eval.batches` batches."""
-        limit = 0 if step == self.config.total_steps else self.config.eval.batches
+        is_last = step == self.config.total_steps
+        limit = 0 if is_last else self.config.eval.batches
+        documents = is_last and self.config.eval.documents
         arguments = state.model, self.config, self.data, self.mesh
-        metrics = evaluate_model(self.eval_step, *arguments, limit)
+        metrics = evaluate_model(self.eval_step, *arguments, limit, documents)
         self.check_finite("the validation loss", metrics["loss"], step, step)
         self.write(step, {f"eval/{name}": value for name, value in metrics.items()})
         self.sync()

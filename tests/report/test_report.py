@@ -14,7 +14,15 @@ from matplotlib.image import imread
 from prmoe_jax.cli import main
 from prmoe_jax.config.loading import load, resolve, save
 from prmoe_jax.report import figures
-from prmoe_jax.report.arms import Mean, arms, difference, mean, spread, write_csv
+from prmoe_jax.report.arms import (
+    Mean,
+    arms,
+    difference,
+    mean,
+    spread,
+    with_documents,
+    write_csv,
+)
 from prmoe_jax.sweep.records import record as recorded
 from tests.support.faults import file_size_limit
 from tests.support.lines import only_line
@@ -111,6 +119,64 @@ def test_a_sweep_that_pools(folder, capsys):
         f"deviation is {pooled.deviation:.4f} nats (2 degrees"
         in (folder / "report.html").read_text()
     )
+
+
+def documented(nats_SxN, targets_N):
+    """Records by seed with these losses of documents."""
+    return {
+        seed: {"loss": sum(nats) / sum(targets_N),
+               "documents": [list(pair) for pair in zip(nats, targets_N, strict=True)]}
+        for seed, nats in enumerate(nats_SxN)
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("of_seed", "of_document"), [(0.01, 0.0), (0.003, 0.15), (0.0005, 0.15)])
+def test_an_interval_of_seeds_and_documents_holds_what_it_promises(of_seed, of_document):
+    """Near 95 % have the true difference, where the interval of seeds alone may have few."""
+    rng, trials, both, seeds_alone = np.random.default_rng(1), 300, 0, 0
+    for _ in range(trials):
+        targets = rng.integers(50, 500, 60)
+        each = rng.normal(0, of_seed, (3, 1)) + rng.normal(0, of_document, 60) + 0.02
+        base = documented(np.tile(3.0 * targets, (3, 1)), targets)
+        arm = documented((3.0 + each) * targets, targets)
+        apart = difference(arm, base)
+        low, high = with_documents(arm, base, apart)
+        both += low < 0.02 < high
+        seeds_alone += abs(apart.value - 0.02) < apart.margin
+    assert 0.90 < both / trials < 0.995
+    assert seeds_alone < both or not of_document
+
+
+def test_no_interval_without_the_same_documents():
+    one = documented([[30.0, 40.0], [31.0, 40.0]], [10, 20])
+    two = documented([[33.0, 40.0], [34.0, 40.0]], [10, 20])
+    apart = difference(two, one)
+    low, high = with_documents(two, one, apart)  # documents at 0.3 and 0.0, all seeds alike
+    assert (low, high) == pytest.approx((0.0, 0.3), abs=1e-9)
+    assert with_documents(two, one, apart) == (low, high)
+    other = documented([[33.0, 40.0], [34.0, 40.0]], [11, 19])
+    assert with_documents(other, one, apart) is None
+    del two[1]["documents"]
+    assert with_documents(two, one, apart) is None
+
+
+def test_a_sweep_with_documents(folder, capsys):
+    """Its comparisons have a column more; without documents they are as they were."""
+    (folder / "sweep.py").write_text('CONTRASTS = (("two", "one"),)')
+    assert main(["report", str(folder)]) == 0
+    assert "seeds and documents" not in capsys.readouterr().out
+    before = (folder / "report.html").read_text()
+    rows = list(map(json.loads, (folder / "results.jsonl").read_text().splitlines()))
+    for row in rows:
+        row["documents"] = [[10 * row["loss"], 10], [20 * row["loss"] + row["seed"], 20]]
+    (folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["report", str(folder)]) == 0
+    told = capsys.readouterr().out
+    assert re.search(r"^arm +base +arm - base +seeds and documents +p, Holm", told, re.M)
+    assert re.search(r"^two +one +-0.2000 ± 0.2484 +-0\.\d+ to -?0\.\d+ ", told, re.M)
+    after = (folder / "report.html").read_text()
+    assert "resamples both" in after and "resamples both" not in before
+    assert "seeds and documents" not in before
 
 
 def test_report_of_a_sweep(folder, capsys):

@@ -119,6 +119,7 @@ OTHER_VALUES = {
     "kd.decay": ("linear", "linear"),
     "eval.every": ("0", 0),
     "eval.batches": ("5", 5),
+    "eval.documents": ("true", True),
     "checkpoint.every": ("7", 7),
     "checkpoint.keep": ("1", 1),
     "checkpoint.keep_every": ("300", 300),

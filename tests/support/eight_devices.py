@@ -25,17 +25,18 @@ from prmoe_jax.cli import main  # noqa: E402
 from prmoe_jax.config import architecture  # noqa: E402
 from prmoe_jax.config.loading import resolve, save  # noqa: E402
 from prmoe_jax.config.schema import Config, DataConfig, MeshConfig  # noqa: E402
+from prmoe_jax.data.pipeline import load_data  # noqa: E402
 from prmoe_jax.inference.decoder import decoder  # noqa: E402
 from prmoe_jax.inference.generate import PREFILL_CHUNK, Generator, Sampling, prefill  # noqa: E402
 from prmoe_jax.model import chunks  # noqa: E402
 from prmoe_jax.model.batch import Batch  # noqa: E402
-from prmoe_jax.model.loss import forward, totals, training_loss  # noqa: E402
+from prmoe_jax.model.loss import forward, token_losses, totals, training_loss  # noqa: E402
 from prmoe_jax.model.transformer import init_model  # noqa: E402
 from prmoe_jax.moe import exchange, rounds  # noqa: E402
 from prmoe_jax.moe.layer import MoE  # noqa: E402
 from prmoe_jax.nn.parameters import named_leaves  # noqa: E402
 from prmoe_jax.parallel import sharding  # noqa: E402
-from prmoe_jax.parallel.axes import split_batch  # noqa: E402
+from prmoe_jax.parallel.axes import replicated, split_batch  # noqa: E402
 from prmoe_jax.parallel.mesh import make_mesh  # noqa: E402
 from prmoe_jax.plan.collectives import groups  # noqa: E402
 from prmoe_jax.plan.program import COLLECTIVES  # noqa: E402
@@ -434,11 +435,27 @@ def evaluates(folder: str) -> None:
         with mock.patch.object(evaluate, "restore_run", restore):
             return evaluate.evaluate(root / "run", root / "teacher")
 
+    def documents(**where):
+        config, _, model, mesh = restore_run(root / "run", **where)
+        text = load_data(
+            config.data, config.model.vocab_size, LENGTH, root / "run" / "tokenizer.json"
+        )
+        with jax.set_mesh(mesh):
+            measure = functools.partial(forward, measure=token_losses)
+            measure = jax.jit(measure, out_shardings=replicated(mesh))
+            found = evaluate.evaluate_model(measure, model, config, text, mesh, documents=True)
+            return found["documents"]
+
     alone, spread_out = evaluated(devices=jax.devices()[:1]), evaluated()
     assert alone.keys() == spread_out.keys()
     assert 0.05 < alone["drop_fraction"] < 0.95 and alone["teacher/kl"] > 0.01
     for name, value in alone.items():
         np.testing.assert_allclose(spread_out[name], value, rtol=1e-6, atol=1e-7, err_msg=name)
+    found = [documents(devices=jax.devices()[:1]), documents()]
+    assert len(found[0]) > 1
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-6, atol=0.011)
+    nats, count = np.sum(found[1], 0)
+    assert count == alone["tokens"] and abs(nats / count - alone["loss"]) < 1e-5
     print(f"equal over {alone['tokens']} tokens")
 
 

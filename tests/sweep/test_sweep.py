@@ -605,6 +605,24 @@ def test_a_record_of_settings_that_may_change_on_resuming(text, tmp_path):
     assert records.of_runs([other], runs) == []
 
 
+def test_a_record_of_documents(text, tmp_path):
+    """Those of the last evaluation; the setting is no other run, and other records have none."""
+    plain = finished_run(tmp_path, "plain", settings(text))
+    assert "documents" not in records.record("plain", resolve(settings(text)), plain)
+    given = settings(text, **{"eval.documents": True})
+    workdir = finished_run(tmp_path, "a", given)
+    metrics = workdir / "metrics.jsonl"
+    line = json.loads(metrics.read_text().splitlines()[-1])
+    more = {"step": 13, "eval/documents": [[100.25, 30], [4.0, 1]]}
+    metrics.write_text(f"{metrics.read_text()}{json.dumps(line | more)}\n")
+    row = records.record("a", resolve(given), workdir)
+    assert row["documents"] == [[100.25, 30], [4.0, 1]]
+    assert records.of_runs([row], {"a": Run(resolve(settings(text)))}) == [row]
+    assert records.complete(tmp_path, [row])
+    with pytest.raises(UserError, match=r"the record of a is damaged: documents is \[\[1.0\]\]"):
+        records.complete(tmp_path, [row | {"documents": [[1.0]]}])
+
+
 def recorded_settings(folder, given):
     """The settings in the record of such a run."""
     return records.record("run", resolve(given), finished_run(folder, "run", given))["settings"]

@@ -2,6 +2,7 @@
 
 import dataclasses
 from decimal import Decimal
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 
 from prmoe_jax.data.pipeline import Data, Mixture, Windows
 from prmoe_jax.errors import UserError
-from prmoe_jax.model.loss import Sums, forward, totals, training_loss
+from prmoe_jax.model.loss import Sums, forward, token_losses, totals, training_loss
 from prmoe_jax.model.transformer import dropless, init_model, positions, unstacked_blocks
 from prmoe_jax.nn.parameters import named_leaves
 from prmoe_jax.parallel.mesh import make_mesh
@@ -310,6 +311,42 @@ def test_bits_per_byte_of_a_part_of_the_split():
     assert found["bits_per_byte"] == pytest.approx(14 / bytes_read, rel=1e-6)
     whole = evaluated(values, mixed, run)
     assert whole["bits_per_byte"] == pytest.approx(4 * 14 / 5656, rel=1e-6)
+
+
+@pytest.mark.parametrize("across", [False, True])
+def test_the_loss_of_each_document_is_that_of_its_tokens(across):
+    """Documents of 11 tokens in windows of 8, token by token; a mixture; parts of a batch."""
+    values, model = settings("2 layers, E=3", batch_size=4), init_model(settings("2 layers, E=3"))
+    data = validation(5)
+    source = dataclasses.replace(data.validation, cross_document_attention=across)
+    other = Windows(Stream(np.arange(1, 16), [0, 3]), 8, across, text_bytes=14)
+    expected = []
+    for windows, starts in ((source, range(0, 36, 11)), (other, (0, 3))):
+        first = len(expected)
+        expected += [[0.0, 0] for _ in starts]
+        for i, window in enumerate(windows):
+            batch = jax.tree.map(lambda x: x[None], window)
+            x_BxLxD, _ = model(batch.tokens_BxL, batch.segments_BxL)
+            log_p = jax.nn.log_softmax(model.unembedding(x_BxLxD.dtype).logits(x_BxLxD))[0]
+            for place in np.flatnonzero(window.mask_BxL):
+                document = sum(start <= 8 * i + place for start in starts) - 1
+                expected[first + document][0] -= float(log_p[place, window.targets_BxL[place]])
+                expected[first + document][1] += 1
+    assert [count for _, count in expected] == [11, 11, 11, 3, 3, 11]
+    for windows, part in ((source, expected[:4]), (Mixture([source, other], [1, 1]), expected)):
+        data = dataclasses.replace(data, validation=windows)
+        mesh = make_mesh(values, jax.devices()[:1])
+        measure = jit(partial(forward, measure=token_losses))
+        found = evaluate_model(measure, model, values, data, mesh, documents=True)
+        np.testing.assert_allclose(found["documents"], part, rtol=0, atol=0.0051)
+        assert found["tokens"] == sum(count for _, count in part)
+        nats = sum(nats for nats, _ in part)
+        assert found["loss"] == pytest.approx(nats / found["tokens"], rel=1e-5)
+        usual = evaluate_model(jit(forward), model, values, data, mesh)
+        del found["documents"]
+        assert usual.keys() == found.keys()
+        for name, value in usual.items():
+            np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-7, err_msg=name)
 
 
 def test_sums_of_an_evaluation_have_64_bits():

@@ -14,7 +14,7 @@ from prmoe_jax.config.loading import load
 from prmoe_jax.errors import UserError
 from prmoe_jax.model.transformer import init_model, unstacked_blocks
 from prmoe_jax.run.checkpoint import Checkpoints
-from prmoe_jax.run.metrics import of_layer
+from prmoe_jax.run.metrics import of_layer, read_metrics
 from prmoe_jax.tasks.score import Scorer
 from prmoe_jax.training import loop
 from prmoe_jax.training.evaluate import _worth
@@ -214,6 +214,19 @@ def test_architectures_learn(text, tmp_path, name):
         if count:
             assert len(lines[0][f"layers/{layer:02d}/expert_load"]) == count
     assert "eval/bits_per_byte" in lines[-1]
+
+
+def test_the_last_evaluation_has_documents(text, tmp_path):
+    """Their sums are the loss of the whole split."""
+    more = {"eval.every": 2, "train.steps": 4, "eval.documents": True}
+    assert main(arguments(text, tmp_path / "run", "2 layers, E=2", **more)) == 0
+    before, last = (
+        line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "eval/loss" in line
+    )
+    assert "eval/documents" not in before
+    nats, tokens = np.sum(last["eval/documents"], axis=0)
+    assert len(last["eval/documents"]) > 1 and tokens == last["eval/tokens"]
+    assert nats / tokens == pytest.approx(last["eval/loss"], rel=1e-4)
 
 
 def test_a_step_is_saved_before_it_is_evaluated(text, tmp_path, monkeypatch):
