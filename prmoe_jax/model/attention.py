@@ -42,13 +42,13 @@ class KVCache(NamedTuple):
                 self.k_BxHxKxT.at[row_Bx1, :, :, position_BxQ].set(k_BxQxHxK),
                 self.v_BxHxTxK.at[row_Bx1, :, position_BxQ].set(v_BxQxHxK),
             )
-        # Indexing heads as well makes the compiler keep the keys of each head together.
-        row_Bx1x1, head_Hx1 = row_Bx1[..., None], jnp.arange(k_BxQxHxK.shape[2])[:, None]
-        position_Bx1xQ = position_BxQ[:, None]
-        k_BxHxQxK, v_BxHxQxK = k_BxQxHxK.swapaxes(1, 2), v_BxQxHxK.swapaxes(1, 2)
+        # Indexing heads as well makes the compiler keep the keys of each head together. Heads come
+        # first, as in the product that the new keys and values come from: it needs no copy.
+        head_Hx1x1 = jnp.arange(k_BxQxHxK.shape[2])[:, None, None]
+        k_HxBxQxK, v_HxBxQxK = (jnp.moveaxis(x, 2, 0) for x in (k_BxQxHxK, v_BxQxHxK))
         return KVCache(
-            self.k_BxHxKxT.at[row_Bx1x1, head_Hx1, :, position_Bx1xQ].set(k_BxHxQxK),
-            self.v_BxHxTxK.at[row_Bx1x1, head_Hx1, position_Bx1xQ].set(v_BxHxQxK),
+            self.k_BxHxKxT.at[row_Bx1, head_Hx1x1, :, position_BxQ].set(k_HxBxQxK),
+            self.v_BxHxTxK.at[row_Bx1, head_Hx1x1, position_BxQ].set(v_HxBxQxK),
         )
 
 
