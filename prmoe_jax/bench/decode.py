@@ -225,7 +225,7 @@ def _turn(decoder: Decoder, mesh: Mesh, batch: int, prompt: int) -> Callable[[],
             state = start(decoder, mesh, prompts, range(batch), STEPS)
             jax.block_until_ready(state)
             begun = time.perf_counter()
-            # -1 means no EOS, so that decoding never ends early.
+            # Without end marks, decoding never ends early.
             jax.block_until_ready(decode(decoder, state, GREEDY, vocabulary, ()))
             return time.perf_counter() - begun
 
