@@ -256,6 +256,44 @@ def test_eval_on_another_text(text, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["loss"] == losses[1]
 
 
+def test_eval_of_other_windows(text, tmp_path, capsys):
+    """A length has the loss of a run with that context; a batch size has the same loss."""
+    workdir = tmp_path / "run"
+    rotary = {"train.steps": 2, "model.positions": "rotary"}
+    assert main(arguments(text, workdir, "2 layers, E=3", **rotary)) == 0
+
+    def evaluated(*options, code=0):
+        capsys.readouterr()
+        assert main(["eval", f"--workdir={workdir}", "--json", *options]) == code
+        out, err = capsys.readouterr()
+        return err.splitlines()[-1] if code else json.loads(out)
+
+    whole, short = evaluated(), evaluated("--length=8")
+    assert short["loss"] != whole["loss"] and short["tokens"] == whole["tokens"]
+    for size in 1, 3, 1000:
+        assert evaluated(f"--batch-size={size}")["loss"] == pytest.approx(whole["loss"], rel=1e-6)
+    taught = [f"--teacher={workdir}", "--length=8", "--batch-size=3"]
+    found = evaluated(*taught)
+    assert found["teacher/loss"] == pytest.approx(short["loss"], rel=1e-6)
+    assert found["teacher/agreement"] == 1
+    line = evaluated("--length=33", code=2)
+    assert "--length=33 must be from 1 to the run's context of 32 tokens" in line
+    assert "--length=0 must be from 1" in evaluated("--length=0", code=2)
+    assert "--batch-size=0 must be 1 or more windows" in evaluated("--batch-size=0", code=2)
+    assert "--length is for the validation split" in evaluated(
+        "--tasks=cloze", "--length=0", code=2
+    )
+    settings = json.loads((workdir / "config.json").read_text())
+    settings["model"]["length"] = 8
+    (workdir / "config.json").write_text(json.dumps(settings))
+    assert evaluated() == short
+    settings["model"]["length"], settings["moe"]["group_size"] = 32, 16
+    (workdir / "config.json").write_text(json.dumps(settings))
+    line = evaluated("--length=12", code=2)
+    assert "--length=12: the run's moe.group_size=16 neither divides nor is a mult" in line
+    assert evaluated("--length=8")["tokens"] == whole["tokens"]
+
+
 def test_eval_and_generate(text, tmp_path, capsys):
     workdir = tmp_path / "run"
     settings = {"name": "4 layers, E=4+8, residual", "train.steps": 50}
