@@ -46,6 +46,7 @@ from prmoe_jax.run.metrics import (
     WandbRun,
     ailing,
     check_wandb,
+    loss_parts,
     model_flops_utilisation,
     read_metrics,
     to_python,
@@ -405,7 +406,9 @@ class Run:
         metrics = to_python(metrics, self.config)
         metrics["tokens"] = step * self.config.tokens_per_step
         metrics |= self.clock.rates()
-        line = f"loss {metrics['loss']:.4f}, {metrics['tokens_per_second']:,.0f} tokens/s"
+        parts = loss_parts(metrics, self.config).items()
+        line = f"loss {metrics['lm_loss']:.4f}" + "".join(f" + {x:.4f} {name}" for name, x in parts)
+        line += f", {metrics['tokens_per_second']:,.0f} tokens/s"
         utilisation = model_flops_utilisation(metrics["tokens_per_second"] * self.flops_per_token)
         if utilisation is not None:
             metrics["model_flops_utilisation"] = utilisation

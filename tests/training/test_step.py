@@ -17,7 +17,7 @@ from prmoe_jax.model.transformer import dropless, init_model, positions, unstack
 from prmoe_jax.nn.parameters import named_leaves
 from prmoe_jax.parallel.mesh import make_mesh
 from prmoe_jax.parallel.microbatches import add_up
-from prmoe_jax.run.metrics import to_python
+from prmoe_jax.run.metrics import loss_parts, to_python
 from prmoe_jax.training import evaluate
 from prmoe_jax.training.evaluate import evaluate_model
 from prmoe_jax.training.optimizer import decay_mask, learning_rate, make_optimizer
@@ -228,6 +228,21 @@ def test_cross_entropy_and_mask_by_hand():
     assert forward(model, other).lm_loss == sums.lm_loss
     total = totals(batch, values)
     np.testing.assert_allclose(training_loss(sums, total, values), nats.mean(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("balance", ["group", "batch"])
+def test_parts_of_the_loss_add_up(balance):
+    """What the log shows beside the language model's loss; a part without a weight is left out."""
+    weights = {"aux_loss_weight": 0.5, "z_loss_weight": 0.25, "balance": balance}
+    train = {"z_loss": 0.125, "accumulate": 2}
+    values = settings("4 layers, E=2+3, residual", moe=weights, train=train)
+    _, metrics = jit(make_train_step(values))(init_state(values), make_batch())
+    metrics = to_python(metrics, values)
+    parts = loss_parts(metrics, values)
+    assert list(parts) == ["balance", "router z-loss", "z-loss"] and min(parts.values()) > 0.01
+    assert metrics["lm_loss"] + sum(parts.values()) == pytest.approx(metrics["loss"], rel=1e-5)
+    plain = settings("4 layers, E=2+3, residual", moe={"aux_loss_weight": 0.0})
+    assert loss_parts(metrics, plain) == {}
 
 
 def test_evaluation_uses_its_own_capacity():

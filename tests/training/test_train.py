@@ -141,6 +141,9 @@ def test_a_run_says_what_its_settings_come_to(text, tmp_path, capsys):
     assert "capacity in evaluation" not in told
     assert "optimizer.warmup_tokens=64 is no more than a step of 256 tokens, so that" in told
     assert "the run ends at step 2, before its learning rate has fallen, at step 16" in told
+    last = logged(tmp_path / "run")[-2]
+    nats, balance = (f"{x:.4f}" for x in (last["lm_loss"], 0.01 * last["aux_loss"]))
+    assert f"step 2/2: loss {nats} + {balance} balance, " in told and last["step"] == 2
 
 
 def test_complete_run_is_left_alone(text, tmp_path, capsys):
