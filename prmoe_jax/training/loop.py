@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import datetime
 import logging
 import math
 import sys
@@ -319,7 +320,13 @@ class Run:
         config, total = self.config, self.config.total_steps
         measure = partial(forward, execution=config.execution)
         self.eval_step = jax.jit(measure, out_shardings=replicated(self.mesh))
-        self.flops_per_token = cost(config.model, config.moe).train_flops_per_token
+        size = cost(config.model, config.moe)
+        self.flops_per_token = size.train_flops_per_token
+        to_come = (total - step) * config.tokens_per_step
+        log.info(
+            f"{size.total_params:,} parameters, {size.active_params:,} of them active in a token; "
+            f"{to_come:,} tokens to come, in {total - step:,} steps"
+        )
         self.last_metrics: dict = {}
         self.ailing: dict[str, int] = {}  # layer: evaluations in a row with an ailing router
         distilling = step < config.kd_steps
@@ -401,6 +408,10 @@ class Run:
         if slow and jax.process_index() == 0:
             log.warning("step %d %s", step, slow)
         self.progress.update()
+        if seconds := self.clock.estimate(self.config.total_steps - step):
+            left = datetime.timedelta(seconds=round(seconds))
+            line = f"about {left} (hours:minutes:seconds) to the last step, without evaluations"
+            self.say(step, line, stays=True)
         if not self.due(self.config.log.every, step):
             return
         metrics = to_python(metrics, self.config)

@@ -12,6 +12,7 @@ import pytest
 from prmoe_jax.cli import main
 from prmoe_jax.config.loading import load
 from prmoe_jax.errors import UserError
+from prmoe_jax.model.sizes import cost
 from prmoe_jax.model.transformer import init_model, unstacked_blocks
 from prmoe_jax.run.checkpoint import Checkpoints
 from prmoe_jax.run.metrics import of_layer
@@ -144,6 +145,15 @@ def test_a_run_says_what_its_settings_come_to(text, tmp_path, capsys):
     last = logged(tmp_path / "run")[-2]
     nats, balance = (f"{x:.4f}" for x in (last["lm_loss"], 0.01 * last["aux_loss"]))
     assert f"step 2/2: loss {nats} + {balance} balance, " in told and last["step"] == 2
+    counted = cost(load(tmp_path / "run/config.json").model)
+    sizes = f"{counted.total_params:,} parameters, {counted.active_params:,} of them active"
+    assert f"{sizes} in a token; 512 tokens to come, in 2 steps" in told
+
+
+def test_the_time_to_come_is_told_once(text, tmp_path, capsys):
+    assert main(arguments(text, tmp_path / "run", "1 layers", **{"train.steps": 8})) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if "to the last step" in line]
+    assert len(told) == 1 and told[0].startswith("step 6/8: about 0:00:0")
 
 
 def test_complete_run_is_left_alone(text, tmp_path, capsys):
