@@ -17,6 +17,18 @@ def add(verbs) -> None:
     worth = "also what each MoE layer is worth: the loss without its experts and with them permuted"
     sub.add_argument("--worth", action="store_true", help=worth)
     sub.add_argument(
+        "--length",
+        type=int,
+        help="tokens of a window (default: the run's context); fewer leave each token less "
+        "context, which changes the loss",
+    )
+    sub.add_argument(
+        "--batch-size",
+        type=int,
+        help="windows at once, which changes memory and speed, not the loss (default: training's "
+        "microbatch, or fewer if the free memory asks for it)",
+    )
+    sub.add_argument(
         "--tasks",
         help="instead, tasks of lm-evaluation-harness, or ours, which need no network: cloze, "
         "wiki, logiqa_local, quartz_local, socialiqa_local",
@@ -34,8 +46,9 @@ def run(options, rest) -> None:
             f"--limit={options.limit} is a number of examples, for --tasks: from 1 to {sys.maxsize}"
         )
     if tasks:
-        for name in ("teacher", "corpus", "worth", "distributed"):
-            if getattr(options, name):
+        for name in ("teacher", "corpus", "worth", "length", "batch-size", "distributed"):
+            value = getattr(options, name.replace("-", "_"))
+            if value is not None and value is not False:
                 raise UserError(f"--{name} is for the validation split; leave it or --tasks out")
         from prmoe_jax.tasks.harness import evaluate_tasks
 
@@ -46,6 +59,13 @@ def run(options, rest) -> None:
         return
     from prmoe_jax.training.evaluate import evaluate
 
-    metrics = evaluate(options.workdir, options.teacher, options.corpus, options.worth)
+    metrics = evaluate(
+        options.workdir,
+        options.teacher,
+        options.corpus,
+        options.worth,
+        options.length,
+        options.batch_size,
+    )
     if is_first_process():
         show(metrics, options.json)

@@ -128,6 +128,21 @@ def to_python(metrics: dict, config: Config) -> dict:
     return {name: value.tolist() for name, value in metrics.items()} | summarise(sums, config)
 
 
+def loss_parts(metrics: dict, config: Config) -> dict[str, float]:
+    """What a step's loss has beside the language model's, weighted, by name, without zeros.
+
+    `metrics` are those of `to_python`. `lm_loss` and the parts add up to `loss`.
+    """
+    router_z = sum(x for name, x in metrics.items() if name.endswith("/router_z_loss"))
+    parts = {
+        "balance": config.moe.aux_loss_weight * metrics["aux_loss"],
+        "router z-loss": config.moe.z_loss_weight * router_z,
+        "z-loss": config.train.z_loss * metrics["z_loss"],
+        "distillation": metrics.get("kd_weight", 0.0) * metrics.get("kd_loss", 0.0),
+    }
+    return {name: value for name, value in parts.items() if value}
+
+
 def model_flops_utilisation(flops_per_second: float) -> float | None:
     """Model FLOPs as a share of the devices' peak; None if the peak is unknown."""
     peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)

@@ -68,7 +68,7 @@ class SweepProgress:
                 found = dict(files.parse_json(line)) | found
                 if "tokens_per_second" in found:
                     break
-            loss = found.get("eval/loss", found.get("loss", 0))
+            loss = found.get("eval/loss", found.get("lm_loss", found.get("loss", 0)))
             speed = found.get("tokens_per_second", 0)
             return [f"{found['step']}/{config.total_steps}", f"{loss:.4f}", f"{speed:,.0f}"]
         return []

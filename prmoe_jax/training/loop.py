@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import datetime
 import logging
 import math
 import sys
@@ -46,6 +47,7 @@ from prmoe_jax.run.metrics import (
     WandbRun,
     ailing,
     check_wandb,
+    loss_parts,
     model_flops_utilisation,
     read_metrics,
     to_python,
@@ -322,7 +324,13 @@ class Run:
         losses = token_losses if config.eval.documents else None
         measure = partial(forward, measure=losses, execution=config.execution)
         self.eval_step = jax.jit(measure, out_shardings=replicated(self.mesh))
-        self.flops_per_token = cost(config.model, config.moe).train_flops_per_token
+        size = cost(config.model, config.moe)
+        self.flops_per_token = size.train_flops_per_token
+        to_come = (total - step) * config.tokens_per_step
+        log.info(
+            f"{size.total_params:,} parameters, {size.active_params:,} of them active in a token; "
+            f"{to_come:,} tokens to come, in {total - step:,} steps"
+        )
         self.last_metrics: dict = {}
         self.ailing: dict[str, int] = {}  # layer: evaluations in a row with an ailing router
         distilling = step < config.kd_steps
@@ -404,12 +412,18 @@ class Run:
         if slow and jax.process_index() == 0:
             log.warning("step %d %s", step, slow)
         self.progress.update()
+        if seconds := self.clock.estimate(self.config.total_steps - step):
+            left = datetime.timedelta(seconds=round(seconds))
+            line = f"about {left} (hours:minutes:seconds) to the last step, without evaluations"
+            self.say(step, line, stays=True)
         if not self.due(self.config.log.every, step):
             return
         metrics = to_python(metrics, self.config)
         metrics["tokens"] = step * self.config.tokens_per_step
         metrics |= self.clock.rates()
-        line = f"loss {metrics['loss']:.4f}, {metrics['tokens_per_second']:,.0f} tokens/s"
+        parts = loss_parts(metrics, self.config).items()
+        line = f"loss {metrics['lm_loss']:.4f}" + "".join(f" + {x:.4f} {name}" for name, x in parts)
+        line += f", {metrics['tokens_per_second']:,.0f} tokens/s"
         utilisation = model_flops_utilisation(metrics["tokens_per_second"] * self.flops_per_token)
         if utilisation is not None:
             metrics["model_flops_utilisation"] = utilisation

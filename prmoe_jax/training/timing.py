@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 # A step is slow if it takes over SLOW times the median of the last REMEMBERED steps, of
 # which there must be at least NEEDED.
 SLOW, REMEMBERED, NEEDED = 5.0, 100, 10
+# The time to come is estimated after so many timed steps.
+ESTIMATED = 5
 
 
 class Clock:
@@ -39,6 +41,7 @@ class Clock:
         self.begun, self.productive = begun, productive
         self.step_times: list[float] = []
         self.usual: deque[float] = deque(maxlen=REMEMBERED)
+        self.estimated = False
         names = "tokens_per_second", "input_wait_fraction", "step_time_deviation"
         self.last = dict.fromkeys(names, 0.0)
 
@@ -69,6 +72,13 @@ class Clock:
         self.productive += took
         self.tokens += tokens
         return warning
+
+    def estimate(self, steps: int) -> float:
+        """The seconds that so many steps will take, once, after a few steps; 0 at other times."""
+        if self.estimated or len(self.usual) < ESTIMATED:
+            return 0.0
+        self.estimated = True
+        return steps * statistics.median(self.usual)
 
     def rates(self) -> dict[str, float]:
         """Rates since the clock last started, or the previous rates if no step finished.

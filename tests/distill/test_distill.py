@@ -37,7 +37,7 @@ from prmoe_jax.model.loss import forward, totals, training_loss
 from prmoe_jax.model.transformer import Unembedding, dropless, init_model
 from prmoe_jax.nn.parameters import named_leaves
 from prmoe_jax.parallel.mesh import make_mesh
-from prmoe_jax.run.metrics import read_metrics, to_python
+from prmoe_jax.run.metrics import loss_parts, read_metrics, to_python
 from prmoe_jax.run.restore import restore_run
 from prmoe_jax.training import loop as train
 from prmoe_jax.training.loop import Run
@@ -294,6 +294,9 @@ def test_a_step_adds_the_weighted_divergence(mode):
         parts += 0.25 * metrics["z_loss"]
         assert metrics["loss"] == pytest.approx(parts, rel=1e-5)
         assert metrics["kd_loss"] > 0.01
+        shown = loss_parts(metrics, values)
+        assert shown["distillation"] == pytest.approx(weight * metrics["kd_loss"])
+        assert sum(shown.values()) == pytest.approx(metrics["loss"] - metrics["lm_loss"], rel=1e-4)
     whole = dataclasses.replace(values, train=dataclasses.replace(values.train, accumulate=1))
     _, expected = jit(make_train_step(whole, Distiller(whole, taught_by)))(
         init_state(whole), make_batch(0), model

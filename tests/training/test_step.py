@@ -1,8 +1,10 @@
 """One update: accumulation changes nothing, AdamW against NumPy, schedule, decay rule, loss."""
 
 import dataclasses
+import math
 from decimal import Decimal
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,8 @@ from prmoe_jax.model.transformer import dropless, init_model, positions, unstack
 from prmoe_jax.nn.parameters import named_leaves
 from prmoe_jax.parallel.mesh import make_mesh
 from prmoe_jax.parallel.microbatches import add_up
-from prmoe_jax.run.metrics import to_python
+from prmoe_jax.run.metrics import loss_parts, to_python
+from prmoe_jax.training import evaluate
 from prmoe_jax.training.evaluate import evaluate_model
 from prmoe_jax.training.optimizer import decay_mask, learning_rate, make_optimizer
 from prmoe_jax.training.step import init_state, make_train_step
@@ -228,6 +231,21 @@ def test_cross_entropy_and_mask_by_hand():
     np.testing.assert_allclose(training_loss(sums, total, values), nats.mean(), rtol=1e-5)
 
 
+@pytest.mark.parametrize("balance", ["group", "batch"])
+def test_parts_of_the_loss_add_up(balance):
+    """What the log shows beside the language model's loss; a part without a weight is left out."""
+    weights = {"aux_loss_weight": 0.5, "z_loss_weight": 0.25, "balance": balance}
+    train = {"z_loss": 0.125, "accumulate": 2}
+    values = settings("4 layers, E=2+3, residual", moe=weights, train=train)
+    _, metrics = jit(make_train_step(values))(init_state(values), make_batch())
+    metrics = to_python(metrics, values)
+    parts = loss_parts(metrics, values)
+    assert list(parts) == ["balance", "router z-loss", "z-loss"] and min(parts.values()) > 0.01
+    assert metrics["lm_loss"] + sum(parts.values()) == pytest.approx(metrics["loss"], rel=1e-5)
+    plain = settings("4 layers, E=2+3, residual", moe={"aux_loss_weight": 0.0})
+    assert loss_parts(metrics, plain) == {}
+
+
 def test_evaluation_uses_its_own_capacity():
     values = settings("2 layers, E=3", moe={"capacity_factor": 0.3})
     batch, model = make_batch(), init_model(values)
@@ -291,6 +309,71 @@ def test_evaluation_in_portions_measures_the_same_with_less_memory(limit):
     assert whole["drop_fraction"] > 0.05
     for name, value in whole.items():
         np.testing.assert_allclose(parts[name], value, rtol=1e-6, atol=1e-7, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("text", "moe", "length"),
+    [
+        ("2 layers", {}, 13),
+        ("2 layers, E=3", {}, 64),  # padding decides the capacity
+        ("2 layers, E=3", {"eval_capacity_factor": math.inf}, 13),
+        ("2 layers, E=3", {"group_size": 8}, 16),
+        ("2 layers, E=3", {"group_size": 8, "eval_capacity_factor": math.inf}, 16),
+        ("2 layers, E=3", {"group_size": 64}, 64),
+        ("2 layers, E=3", {"group_size": 128}, 64),
+        ("2 layers, E=3", {"router": "expert_choice"}, 64),
+    ],
+)
+def test_windows_are_cut_to_a_short_text(text, moe, length, monkeypatch):
+    """A window of 64 and a text of 13 tokens: no metric differs from that of whole windows."""
+    values = settings(text, moe=moe, model={"length": 64}, batch_size=6)
+    stream = np.random.default_rng(0).integers(0, 384, 14).astype(np.uint16)
+    data = Data(None, None, Windows(Stream(stream, [0, 6]), 64, False, text_bytes=13), "")
+    shapes, found, model = [], [], init_model(values)
+    step = jit(forward)
+
+    def run(model, batch):
+        shapes.append(batch.tokens_BxL.shape)
+        return step(model, batch)
+
+    for cut in (evaluate._cut, lambda data, config: data):
+        monkeypatch.setattr(evaluate, "_cut", cut)
+        found.append(evaluated(values, data, run, model))
+    rows = max(1, moe.get("group_size", 0) // 64)  # as many windows as a group needs
+    assert shapes == [(rows, length), (rows, 64)]
+    short, whole = found
+    assert short.keys() == whole.keys() and short["tokens"] == 13
+    for name, value in whole.items():
+        if "position_drop" not in name:  # it has one place for each of a few tokens
+            np.testing.assert_allclose(short[name], value, rtol=1e-5, atol=1e-7, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("free", "fixed", "group", "tried", "rows"),
+    [
+        (1100, 0, 0, [11], 11),  # all windows, though training's batch has 16
+        (1099, 0, 0, [11, 10], 10),
+        (850, 500, 0, [11, 5, 4, 3], 3),
+        (850, 0, 16, [12, 8], 8),  # groups of two windows
+        (399, 0, 16, [12], 2),
+        (0, 0, 0, [11], 1),
+    ],
+)
+def test_portions_fit_the_free_memory(free, fixed, group, tried, rows, monkeypatch):
+    """By hand: a window needs 100 bytes, and three quarters of the free memory may be used."""
+    monkeypatch.setattr(evaluate, "free_bytes", lambda: -(-free * 4 // 3))
+    seen = []
+
+    def lower(batch):
+        seen.append(len(batch.tokens_BxL))
+        needed = SimpleNamespace(temp_size_in_bytes=100 * seen[-1] + fixed)
+        program = SimpleNamespace(memory_analysis=lambda: needed)
+        return SimpleNamespace(compile=lambda: program)
+
+    values = settings(batch_size=16, moe={"group_size": group})
+    mesh = make_mesh(values, jax.devices()[:1])
+    train = evaluate._fitting(lower, values, validation(11), mesh).train
+    assert (seen, train.batch_size, train.accumulate) == (tried, rows, 1)
 
 
 def test_bits_per_byte_of_a_part_of_the_split():

@@ -57,6 +57,17 @@ def test_rates_by_hand(monkeypatch):
     assert clock.rates()["step_time_deviation"] == pytest.approx(1 / 2)  # no step since
 
 
+def test_the_time_to_come(monkeypatch):
+    """It is told once, after five timed steps, by their median."""
+    now = Time(monkeypatch)
+    clock = Clock(begun=now.seconds)
+    steps(clock, now, 50.0, 2.0, 2.0, 9.0, 3.0)
+    assert clock.estimate(100) == 0
+    steps(clock, now, 3.0)
+    assert clock.estimate(100) == 300
+    assert clock.estimate(100) == 0
+
+
 def test_a_slow_step_is_told(monkeypatch):
     now = Time(monkeypatch)
     clock = Clock(begun=now.seconds)

@@ -12,6 +12,7 @@ import pytest
 from prmoe_jax.cli import main
 from prmoe_jax.config.loading import load
 from prmoe_jax.errors import UserError
+from prmoe_jax.model.sizes import cost
 from prmoe_jax.model.transformer import init_model, unstacked_blocks
 from prmoe_jax.run.checkpoint import Checkpoints
 from prmoe_jax.run.metrics import of_layer, read_metrics
@@ -141,6 +142,18 @@ def test_a_run_says_what_its_settings_come_to(text, tmp_path, capsys):
     assert "capacity in evaluation" not in told
     assert "optimizer.warmup_tokens=64 is no more than a step of 256 tokens, so that" in told
     assert "the run ends at step 2, before its learning rate has fallen, at step 16" in told
+    last = logged(tmp_path / "run")[-2]
+    nats, balance = (f"{x:.4f}" for x in (last["lm_loss"], 0.01 * last["aux_loss"]))
+    assert f"step 2/2: loss {nats} + {balance} balance, " in told and last["step"] == 2
+    counted = cost(load(tmp_path / "run/config.json").model)
+    sizes = f"{counted.total_params:,} parameters, {counted.active_params:,} of them active"
+    assert f"{sizes} in a token; 512 tokens to come, in 2 steps" in told
+
+
+def test_the_time_to_come_is_told_once(text, tmp_path, capsys):
+    assert main(arguments(text, tmp_path / "run", "1 layers", **{"train.steps": 8})) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if "to the last step" in line]
+    assert len(told) == 1 and told[0].startswith("step 6/8: about 0:00:0")
 
 
 def test_complete_run_is_left_alone(text, tmp_path, capsys):
@@ -267,6 +280,44 @@ def test_eval_on_another_text(text, tmp_path, capsys):
     assert f"data.corpus={other} is not the text that the run in {workdir} was trained on" in line
     assert main(["eval", f"--workdir={workdir}", "--json", f"--corpus={other}"]) == 0
     assert json.loads(capsys.readouterr().out)["loss"] == losses[1]
+
+
+def test_eval_of_other_windows(text, tmp_path, capsys):
+    """A length has the loss of a run with that context; a batch size has the same loss."""
+    workdir = tmp_path / "run"
+    rotary = {"train.steps": 2, "model.positions": "rotary"}
+    assert main(arguments(text, workdir, "2 layers, E=3", **rotary)) == 0
+
+    def evaluated(*options, code=0):
+        capsys.readouterr()
+        assert main(["eval", f"--workdir={workdir}", "--json", *options]) == code
+        out, err = capsys.readouterr()
+        return err.splitlines()[-1] if code else json.loads(out)
+
+    whole, short = evaluated(), evaluated("--length=8")
+    assert short["loss"] != whole["loss"] and short["tokens"] == whole["tokens"]
+    for size in 1, 3, 1000:
+        assert evaluated(f"--batch-size={size}")["loss"] == pytest.approx(whole["loss"], rel=1e-6)
+    taught = [f"--teacher={workdir}", "--length=8", "--batch-size=3"]
+    found = evaluated(*taught)
+    assert found["teacher/loss"] == pytest.approx(short["loss"], rel=1e-6)
+    assert found["teacher/agreement"] == 1
+    line = evaluated("--length=33", code=2)
+    assert "--length=33 must be from 1 to the run's context of 32 tokens" in line
+    assert "--length=0 must be from 1" in evaluated("--length=0", code=2)
+    assert "--batch-size=0 must be 1 or more windows" in evaluated("--batch-size=0", code=2)
+    assert "--length is for the validation split" in evaluated(
+        "--tasks=cloze", "--length=0", code=2
+    )
+    settings = json.loads((workdir / "config.json").read_text())
+    settings["model"]["length"] = 8
+    (workdir / "config.json").write_text(json.dumps(settings))
+    assert evaluated() == short
+    settings["model"]["length"], settings["moe"]["group_size"] = 32, 16
+    (workdir / "config.json").write_text(json.dumps(settings))
+    line = evaluated("--length=12", code=2)
+    assert "--length=12: the run's moe.group_size=16 neither divides nor is a mult" in line
+    assert evaluated("--length=8")["tokens"] == whole["tokens"]
 
 
 def test_eval_and_generate(text, tmp_path, capsys):
