@@ -686,6 +686,7 @@ def test_a_missing_config_means_no_run(tmp_path):
 FREE = {
     "eval.every",
     "eval.batches",
+    "eval.documents",
     "checkpoint.every",
     "checkpoint.keep",
     "checkpoint.keep_every",
