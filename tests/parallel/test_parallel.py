@@ -602,6 +602,7 @@ def slow(*values):
         slow("moe", ["replicas over and in slices", "experts over slices", "fsdp of experts"]),
         slow("pyramid, top 2", ["fsdp", "two stages"]),
         slow("dropless", ["expert, slice, tensor"]),
+        slow("bfloat16 products", ["data", "sliced"]),
         slow("today's parts", ["slices, expert, tensor"]),
         slow("muon", ["fsdp, expert, tensor", "fsdp of experts"]),
     ],

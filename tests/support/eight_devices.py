@@ -52,6 +52,7 @@ from tests.support.tokenizers import byte_tokenizer  # noqa: E402
 ROWS, LENGTH = 8, 16
 ARCHITECTURES = {
     "moe": ("2 layers, every 1, E=4", {}),
+    "bfloat16 products": ("4 layers, E=4+8, residual", {}),
     "pyramid, top 2": ("2 layers, every 1, E=4+8, top 2, residual", {}),
     "accumulate": ("4 layers, E=4+8, residual", {"batch_size": 4 * ROWS, "accumulate": 4}),
     "dropless": ("2 layers, every 1, E=4+8, top 2, residual", {}),
@@ -66,6 +67,7 @@ ARCHITECTURES = {
 }
 # Settings of the decoder: every one that differs from GPT-2's.
 MODEL = {
+    "bfloat16 products": {"dtype": "bfloat16"},
     "today's parts": {
         "family": "qwen2_moe", "kv_heads": 2, "head_dim": 10, "expert_d_ff": 20,
         "residual_d_ff": 24, "qk_norm": "whole", "clip_qkv": 0.5, "sliding_window": 5,
@@ -73,6 +75,8 @@ MODEL = {
     },
 }  # fmt: skip
 OPTIMIZER = {"muon": {"kind": "muon"}}
+# Sums in another order may round a factor of the next product to another bfloat16.
+TOLERANCE = {"bfloat16 products": 2e-2}
 DROPLESS = {"capacity_factor": math.inf, "eval_capacity_factor": math.inf, "overflow": "position"}
 MOE = {
     "dropless": DROPLESS | {"buffer_factor": 1.0},
@@ -121,6 +125,7 @@ def settings(text: str, train=(), moe=(), optimizer=(), **model) -> Config:
         "train": {"steps": 10, "batch_size": ROWS} | dict(train),
         # A first AdamW step is the gradient's sign unless epsilon matters.
         "optimizer": {"eps": 1e-2, "clip_norm": 0.1} | dict(optimizer),
+        "execution": {"cpu_products": "bfloat16"},
     }
     return resolve(values)
 
@@ -208,7 +213,8 @@ def step(name: str, *meshes: str) -> None:
         taken = sorted({int(router.rounds) / int(router.tokens) for router in sums.routers})
         routers = [router._replace(rounds=0 * router.rounds) for router in sums.routers]
         found[1]["sums"] = sums._replace(routers=routers)
-        print(f"{label}: equal within {compare(found, expected):.1e}, rounds {taken}", flush=True)
+        error = compare(found, expected, TOLERANCE.get(name, 1e-5))
+        print(f"{label}: equal within {error:.1e}, rounds {taken}", flush=True)
 
 
 def drops() -> None:

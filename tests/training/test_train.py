@@ -37,13 +37,15 @@ LONG = {
     "checkpoint.every": 40,
     "eval.every": 60,
     "model.dropout": 0.1,
+    "model.dtype": "bfloat16",
+    "execution.cpu_products": "bfloat16",
     "moe.overflow": "random",
 }
 
 
 @pytest.fixture(scope="module")
 def undisturbed(text, tmp_path_factory):
-    """A run of 400 steps, with all randomness on, that nothing interrupts."""
+    """A run of 400 steps, with all randomness on and products of bfloat16; nothing stops it."""
     workdir = tmp_path_factory.mktemp("undisturbed") / "run"
     assert main(arguments(text, workdir, **LONG)) == 0
     return workdir
