@@ -18,20 +18,24 @@ def add(verbs) -> None:
     budget.add_argument("--experts", type=_counts, help=experts)
     sub.add_argument(
         "--importance",
-        choices=("load", "activation", "loss"),
+        choices=("load", "activation", "ean", "reap", "man", "msan", "loss"),
         default="activation",
         help="what makes an expert important: its share of the choices, what it adds to the "
-        "tokens (default), or the loss without it, to first order",
+        "tokens (default), the size of its outputs (ean), the means of both over its tokens "
+        "(reap, man) or of the squared size (msan), or the loss without it, to first order",
     )
     sub.add_argument(
         "--shape",
-        choices=("pyramid", "uniform", "inverse"),
+        choices=("pyramid", "uniform", "inverse", "measured"),
         help="with --keep: more experts where they matter more (default), the same share in every "
-        "layer, or the pyramid's numbers in reverse order",
+        "layer, the pyramid's numbers in reverse order, or the numbers that change the predictions "
+        "least, measured layer by layer",
     )
     merge = "merge the experts that go into those that stay, instead of dropping them"
     sub.add_argument("--merge", action="store_true", help=merge)
     sub.add_argument("--corpus", type=filled, help="the text to measure on (default: the run's)")
+    scores = "a file for the importance: read if it exists, else written"
+    sub.add_argument("--scores", type=path, help=scores)
     sub.add_argument("--batches", type=int, default=16, help="batches of it (default: 16)")
 
 
@@ -60,6 +64,7 @@ def run(options, rest) -> None:
         options.merge,
         options.corpus,
         options.batches,
+        options.scores,
     )
     if options.json or options.out is None:  # else it was logged before the run was written
         emit(plan, options.json, table)

@@ -5,30 +5,29 @@ which can be distilled from the original one (MoS, paper section 4.2). N: repeat
 """
 
 import dataclasses
-import itertools
+import json
 import logging
 import math
-from collections.abc import Mapping
-from functools import partial, reduce
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from prmoe_jax import stores
+from prmoe_jax import files, stores
 from prmoe_jax.config.loading import load
-from prmoe_jax.config.schema import Config, ModelConfig, group_rows
-from prmoe_jax.data.pipeline import Data, load_data, train_iterator
+from prmoe_jax.config.schema import Config
+from prmoe_jax.data.pipeline import load_data
+from prmoe_jax.distill.budget import choose, ranked, unit
+from prmoe_jax.distill.importance import MICROBATCH_TOKENS, measure, prices
 from prmoe_jax.errors import UserError
 from prmoe_jax.model.layout import unstack_layers
-from prmoe_jax.model.loss import forward
 from prmoe_jax.model.sizes import cost
 from prmoe_jax.model.surgery import build, take
 from prmoe_jax.model.transformer import Transformer, init_model
 from prmoe_jax.nn.parameters import declaration, named_leaves
-from prmoe_jax.parallel.microbatches import add_up
 from prmoe_jax.run import released
 from prmoe_jax.run.directory import CONFIG, TOKENIZER
 from prmoe_jax.run.new import check_free, write_run
@@ -36,174 +35,6 @@ from prmoe_jax.run.restore import restore_run, trained_text
 from prmoe_jax.tables import aligned
 
 log = logging.getLogger(__name__)
-
-# load: the share of a layer's choices; activation: Σ ‖expert's output‖ · routing weight (REAP,
-# arXiv 2510.13999, takes the mean); loss: (Σ parameter · gradient)², to first order the squared
-# change of the loss without the expert.
-IMPORTANCES = "load", "activation", "loss"
-# The most tokens of a microbatch and, for a run without drops, of a window.
-MICROBATCH_TOKENS = 4096
-
-
-def measure(config: Config, model: Transformer, data: Data, batches: int) -> dict[str, dict]:
-    """The importance of every expert on the first batches of training text, on one device.
-
-    Returns:
-      For each kind of `IMPORTANCES`, the importance of every MoE layer's experts, [E], by layer
-      number. Each layer's loads add up to 1; the other kinds are comparable between layers.
-    """
-    layers = [i for i, experts in enumerate(config.model.schedule.experts) if experts]
-    microbatches = _microbatches(config, data.train.length)
-
-    @jax.jit
-    def found(model, batch):
-        tokens = jnp.maximum(batch.mask_BxL.sum(), 1)
-
-        def microbatch_sums(microbatch):
-            def loss(model):
-                sums = forward(model, microbatch, execution=config.execution)
-                return sums.loss / tokens, sums.routers
-
-            gradient, routers = jax.grad(loss, has_aux=True)(model)
-            return {
-                "load": {i: r.assigned_E for i, r in zip(layers, routers, strict=True)},
-                "activation": model.added_norms(microbatch.tokens_BxL, microbatch.segments_BxL),
-                "loss": _first_order(config.model, model, gradient),
-            }
-
-        sums = add_up(microbatch_sums, batch, microbatches, group_rows(config))
-        return sums | {"loss": jax.tree.map(jnp.square, sums["loss"])}
-
-    iterator = train_iterator(data.train, config.train.batch_size, config.seed)
-    parts = (
-        jax.device_get(found(model, batch._replace(teacher_top_k=None)))
-        for batch in itertools.islice(iterator, batches)
-    )
-    total = reduce(partial(jax.tree.map, np.add), parts)
-    shares = {i: load_E / max(load_E.sum(), 1) for i, load_E in total["load"].items()}
-    return total | {"load": shares}
-
-
-def _microbatches(config: Config, length: int) -> int:
-    """The fewest microbatches, from `train.accumulate` on, of at most `MICROBATCH_TOKENS` each.
-
-    If none are small enough, they are as small as routing groups allow.
-    """
-    together = group_rows(config)
-    most = config.train.batch_size // together
-    for microbatches in range(config.train.accumulate, most):
-        rows, rest = divmod(most, microbatches)
-        if not rest and rows * together * length <= MICROBATCH_TOKENS:
-            return microbatches
-    return most
-
-
-def _first_order(
-    config: ModelConfig, model: Transformer, gradient: Transformer
-) -> dict[int, jax.Array]:
-    """Σ weight · gradient over each expert's output weights, [E], for each MoE layer.
-
-    An expert's output is linear in these weights, so this is the derivative of the loss by a factor
-    on that output.
-    """
-    slopes = named_leaves(gradient)
-    products = {
-        name: (leaf * slopes[name]).sum(tuple(range(2, leaf.ndim)))  # [N, E]
-        for name, leaf in named_leaves(model).items()
-        if name.endswith(("experts.w_out", "experts.b_out"))
-    }
-    changes: dict[int, jax.Array] = {}
-    for name, change_E in unstack_layers(config, products).items():
-        number = int(name.split(".")[1])
-        changes[number] = changes.get(number, 0) + change_E
-    return changes
-
-
-def choose(
-    importance: Mapping[int, np.ndarray], budget: float | tuple[int, ...], shape: str, least: int
-) -> dict[int, np.ndarray]:
-    """The kept experts of each layer, ascending, by the layer's number, like the importance, [E].
-
-    `budget` is the share of all experts to keep, or the number in each MoE layer, or one for all.
-    For a share, `shape` is 'pyramid', 'uniform' (the same in every layer) or 'inverse' (the
-    pyramid's numbers in reverse order). A layer keeps at least `least` experts.
-    """
-    ranked = {layer: np.argsort(-of_E, kind="stable") for layer, of_E in importance.items()}
-    sizes = {layer: len(order) for layer, order in ranked.items()}
-    if isinstance(budget, tuple):
-        counts = _given(budget, sizes, least)
-    else:
-        counts = _shared(importance, ranked, budget, shape, least)
-    if counts == sizes:
-        given = f"--keep={budget}" if isinstance(budget, float) else "--experts"
-        raise UserError(f"{given} keeps all {sum(sizes.values())} experts; give less")
-    return {layer: np.sort(order[: counts[layer]]) for layer, order in ranked.items()}
-
-
-def _given(budget: tuple[int, ...], sizes: Mapping[int, int], least: int) -> dict[int, int]:
-    """The number of experts to keep in each layer, as a user gave it."""
-    if len(budget) not in (1, len(sizes)):
-        raise UserError(
-            f"--experts={','.join(map(str, budget))} has {len(budget)} numbers, and the run has "
-            f"{len(sizes)} MoE layers; give one for each, or one for all"
-        )
-    each = budget * len(sizes) if len(budget) == 1 else budget
-    counts = dict(zip(sizes, each, strict=True))
-    for layer, count in counts.items():
-        if not least <= count <= sizes[layer]:
-            raise UserError(
-                f"--experts: layer {layer} cannot keep {count}; give from {least} (model.top_k) to "
-                f"{sizes[layer]}, which it has"
-            )
-    return counts
-
-
-def _shared(importance, ranked, keep: float, shape: str, least: int) -> dict[int, int]:
-    """The number of experts to keep in each layer, for a share `keep` of all experts.
-
-    Experts are kept in units of a power of two, so that meshes can split them: the largest up to an
-    eighth of the smallest layer's experts. In a pyramid, the units beyond `least` are those that
-    matter most in all layers together.
-    """
-    sizes = {layer: len(values) for layer, values in importance.items()}
-    total, smallest = sum(sizes.values()), min(sizes.values())
-    unit = 1 << max(1, smallest // 8).bit_length() - 1
-    units = {layer: size // unit for layer, size in sizes.items()}
-    wanted = min(round(keep * total / unit), sum(units.values()))
-    first = -(-least // unit)
-    needed = first * len(sizes)
-    if needed * unit >= total or first > min(units.values()):
-        raise UserError(
-            f"--keep={keep}: each layer needs {first * unit} experts for model.top_k={least}, and "
-            f"the smallest has {smallest}; --keep has nothing to cut here"
-        )
-    if wanted < needed:
-        raise UserError(
-            f"--keep={keep} leaves {wanted * unit} experts for {len(sizes)} layers, and each needs "
-            f"{first * unit}; use {needed * unit / total:.3g} or more"
-        )
-    if shape == "uniform":
-        even = {layer: round(keep * size / unit) for layer, size in sizes.items()}
-        return {layer: unit * max(first, min(units[layer], n)) for layer, n in even.items()}
-
-    def worth(layer: int, number: int) -> float:
-        """The importance of a layer's unit of experts; number 0 is the best unit."""
-        experts = ranked[layer][number * unit : (number + 1) * unit]
-        return float(importance[layer][experts].sum())
-
-    counts = dict.fromkeys(sizes, first)
-    more = sorted((-worth(layer, n), layer) for layer in sizes for n in range(first, units[layer]))
-    for _, layer in more[: wanted - needed]:
-        counts[layer] += 1
-    if shape == "inverse":
-        counts = dict(zip(counts, reversed(counts.values()), strict=True))
-        for layer, count in counts.items():
-            if count * unit > sizes[layer]:
-                raise UserError(
-                    f"--shape=inverse gives layer {layer} {count * unit} experts, and it has "
-                    f"{sizes[layer]}; use --shape=uniform to compare with"
-                )
-    return {layer: count * unit for layer, count in counts.items()}
 
 
 def pruned_config(config: Config, kept: Mapping[int, np.ndarray]) -> Config:
@@ -282,6 +113,7 @@ def prune_run(
     merge: bool,
     corpus: str | None,
     batches: int,
+    scores: Path | None = None,
 ) -> dict:
     """`prmoe prune`: plans which experts of a run to keep, and writes the run with them.
 
@@ -289,14 +121,16 @@ def prune_run(
       workdir: the run's folder.
       out: the folder of the new run; None plans only.
       budget, shape: as in `choose`.
-      kind: one of `IMPORTANCES`.
+      kind: one that `measure` returns.
       merge: whether removed experts are merged into others instead of dropped.
       corpus, batches: the text to measure on, as in `data.corpus` (None is the run's own), and how
         many batches of it.
+      scores: a file for the importance, which is read if it exists, and else written.
 
     Returns:
       The plan: step, importance (the kind), architecture and total_params, each as [before, after],
-      and layers (for each MoE layer: layer, experts, kept, and the kept share of each importance).
+      and layers (for each MoE layer: layer, experts, kept, the kept share of each importance, and
+      with the shape 'measured' the prices).
     """
     if out is not None:
         check_free("out", out)
@@ -319,8 +153,14 @@ def prune_run(
     if math.isinf(config.moe.eval_capacity_factor):
         length = min(length, MICROBATCH_TOKENS)
     data = load_data(text, config.model.vocab_size, length, workdir / TOKENIZER)
-    found = measure(config, model, data, batches)
-    kept = choose(found[kind], budget, shape, config.model.top_k)
+    measured = {"step": step, "architecture": str(own.model.schedule), "corpus": text.corpus}
+    found = _scores(
+        scores, measured | {"batches": batches}, partial(measure, config, model, data, batches)
+    )
+    costs, least = {}, config.model.top_k
+    if shape == "measured":
+        costs = prices(config, model, data, ranked(found[kind]), unit(found[kind]), least)
+    kept = choose(found[kind], budget, shape, least, costs)
     small = pruned_config(own, kept)
     plan = {
         "step": step,
@@ -330,6 +170,7 @@ def prune_run(
         "layers": [
             {"layer": i, "experts": len(found["load"][i]), "kept": kept[i].tolist()}
             | {f"{n}_kept": float(of[i][kept[i]].sum() / of[i].sum()) for n, of in found.items()}
+            | ({"prices": costs[i].tolist()} if costs else {})
             for i in kept
         ],
     }
@@ -341,15 +182,40 @@ def prune_run(
     return plan
 
 
+def _scores(
+    path: Path | None, measured: dict, measure: Callable[[], dict]
+) -> dict[str, dict[int, np.ndarray]]:
+    """The importance in a file; without it, as measured, which is written to the file."""
+    if path is None or not path.exists():
+        found = measure()
+        if path is not None:
+            lists = jax.tree.map(lambda of_E: of_E.tolist(), found)
+            files.replace(path, json.dumps(measured | {"importance": lists}) + "\n")
+        return found
+    kept = files.read_json(path, fix="delete it, and it will be written")
+    files.require(kept, {"importance": dict}, str(path), "delete it, and it will be written")
+    for name, value in measured.items():
+        if kept.get(name) != value:
+            raise UserError(
+                f"--scores={path} has {name}={kept.get(name)!r}, and here it is {value!r}; give "
+                "another file, which will be written"
+            )
+    return {
+        kind: {int(layer): np.array(of_E) for layer, of_E in layers.items()}
+        for kind, layers in kept["importance"].items()
+    }
+
+
 def table(plan: dict) -> str:
     """A plan as text."""
+    kinds = dict.fromkeys(("load", "activation", "loss", plan["importance"]))
     rows = [
         (row["layer"], row["experts"], len(row["kept"]))
-        + tuple(f"{row[f'{kind}_kept']:.1%}" for kind in IMPORTANCES)
+        + tuple(f"{row[f'{kind}_kept']:.1%}" for kind in kinds)
         for row in plan["layers"]
     ]
     before, after = plan["total_params"]
-    head = ("layer", "experts", "kept", *(f"{kind} kept" for kind in IMPORTANCES))
+    head = ("layer", "experts", "kept", *(f"{kind} kept" for kind in kinds))
     return (
         aligned(head, rows)
         + f"\n{plan['architecture'][0]}: {before:,} parameters"

@@ -5,7 +5,7 @@ A module is a pytree of float32 parameters, so that plain jax.jit, jax.grad and 
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 import jax
@@ -17,7 +17,7 @@ from prmoe_jax.config import architecture
 from prmoe_jax.config.schema import AUTO, Config, ExecutionConfig, ModelConfig, MoeConfig
 from prmoe_jax.model.attention import Attention, KVCache
 from prmoe_jax.model.attention_kernels import product
-from prmoe_jax.moe.layer import MoE, sum_of_squares
+from prmoe_jax.moe.layer import ExpertSums, MoE, sum_of_squares
 from prmoe_jax.moe.routing import RouterMetrics, Routing
 from prmoe_jax.nn import remat
 from prmoe_jax.nn.matmul import cpu_scores
@@ -57,6 +57,7 @@ class Block(nnx.Module):
         cache=None,
         position_BxL=None,
         execution: ExecutionConfig = AUTO,
+        has_E=None,
     ) -> tuple[jax.Array, RouterMetrics | None, KVCache | None]:
         """Returns the activations, the router's statistics or None, and the extended `cache`."""
         keys = [None] * 3 if keys_B is None else [fold_in(keys_B, i) for i in range(3)]
@@ -72,7 +73,7 @@ class Block(nnx.Module):
             # In decoding, `fsdp_experts` doesn't split the experts.
             split = cache is None
             valid_BxL = segments_BxL > 0
-            y_BxLxD, metrics = self.mlp(y_BxLxD, valid_BxL, keys[1], split, execution)
+            y_BxLxD, metrics = self.mlp(y_BxLxD, valid_BxL, keys[1], split, execution, has_E)
             metrics = metrics._replace(stream_square=sum_of_squares(x_BxLxD, valid_BxL))
         else:
             with jax.named_scope("mlp"):
@@ -205,12 +206,30 @@ class Transformer(nnx.Module):
             for number, moe, x_BxLxD in self._moe_inputs(tokens_BxL, segments_BxL)
         }
 
-    def added_norms(self, tokens_BxL: jax.Array, segments_BxL: jax.Array) -> dict[int, jax.Array]:
-        """`MoE.added_norms` of each MoE layer, by the layer's index, on one device."""
+    def expert_sums(self, tokens_BxL: jax.Array, segments_BxL: jax.Array) -> dict[int, ExpertSums]:
+        """`MoE.expert_sums` of each MoE layer, by the layer's index, on one device."""
         return {
-            number: moe.added_norms(x_BxLxD, segments_BxL > 0)
+            number: moe.expert_sums(x_BxLxD, segments_BxL > 0)
             for number, moe, x_BxLxD in self._moe_inputs(tokens_BxL, segments_BxL)
         }
+
+    def with_fewer_experts(
+        self, tokens_BxL: jax.Array, segments_BxL: jax.Array, has: Mapping[int, jax.Array]
+    ) -> jax.Array:
+        """The final activations [B, L, D] in evaluation without some experts, on one device.
+
+        Args:
+          tokens_BxL, segments_BxL: as for a call.
+          has: by a layer's index, False for the experts that it is computed without, [E].
+        """
+        precision = Precision.of(self.config.dtype, AUTO, platform(), training=False)
+        x_BxLxD, position_BxL = self._embed(tokens_BxL, segments_BxL, precision.activations)
+        for number, block in enumerate(unstacked_blocks(self)):
+            block = cast(block, precision.factors)
+            x_BxLxD, _, _ = block(
+                x_BxLxD, segments_BxL, None, None, position_BxL, has_E=has.get(number)
+            )
+        return self.norm(x_BxLxD).astype(precision.factors)
 
     def _moe_inputs(self, tokens_BxL, segments_BxL) -> Iterator[tuple[int, MoE, jax.Array]]:
         """The index of each MoE layer, the layer, and its input in evaluation."""

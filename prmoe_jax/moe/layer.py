@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,21 @@ from prmoe_jax.nn.precision import Precision
 from prmoe_jax.nn.quantized import narrowed
 from prmoe_jax.parallel import sharding
 from prmoe_jax.parallel.axes import batch_axes, expert_axes, platform, splits_experts
+
+NEVER = -1e30  # a router's score of an expert that the layer doesn't have
+
+
+class ExpertSums(NamedTuple):
+    """Sums over the tokens that each expert keeps in evaluation, float32 [E].
+
+    The gate is the token's weight for the expert; with a residual MLP, times the experts' share of
+    the mix.
+    """
+
+    tokens: jax.Array
+    norm: jax.Array  # ‖output‖
+    norm_square: jax.Array  # ‖output‖²
+    added_norm: jax.Array  # gate · ‖output‖
 
 
 class MoE(nnx.Module):
@@ -62,6 +78,7 @@ class MoE(nnx.Module):
         keys_B: jax.Array | None = None,
         split: bool = False,
         execution: ExecutionConfig = AUTO,
+        has_E: jax.Array | None = None,
     ) -> tuple[jax.Array, RouterMetrics]:
         """Returns the layer's output, with x's shape and dtype, and the router's statistics.
 
@@ -71,8 +88,12 @@ class MoE(nnx.Module):
           keys_B: one key per sequence in training, None in evaluation.
           split: whether the devices of `fsdp_experts` hold parts of the experts.
           execution: how tokens are brought to their experts.
+          has_E: False for experts that the layer is computed without, on one device. The others
+            keep their capacity.
         """
-        y_BxLxD, kept_BxL, metrics = self._spread(x_BxLxD, valid_BxL, keys_B, split, execution)
+        y_BxLxD, kept_BxL, metrics = self._spread(
+            x_BxLxD, valid_BxL, keys_B, split, execution, has_E
+        )
         if self.mlp is None:
             return y_BxLxD, metrics._replace(added_square=sum_of_squares(y_BxLxD, valid_BxL))
 
@@ -106,11 +127,8 @@ class MoE(nnx.Module):
         x_GxSxD, valid_GxS = x_BxLxD.reshape(-1, tokens, width), valid_BxL.reshape(-1, tokens)
         return self._route(parts, x_GxSxD, valid_GxS, None)[0]
 
-    def added_norms(self, x_BxLxD: jax.Array, valid_BxL: jax.Array) -> jax.Array:
-        """The norm of each expert's contribution in evaluation, on one device: float32 [E].
-
-        It is the norm of the expert's output times its weight (and, with a residual MLP, times the
-        experts' mixing weight), summed over the tokens.
+    def expert_sums(self, x_BxLxD: jax.Array, valid_BxL: jax.Array) -> ExpertSums:
+        """What each expert does for the tokens in evaluation, on one device.
 
         Args:
           x_BxLxD, valid_BxL: as for a call.
@@ -122,10 +140,22 @@ class MoE(nnx.Module):
             norm_BxLxD, _, _ = self._routed(
                 parts, experts, "auto", x_BxLxD, valid_BxL, None, measure
             )
-            if self.mlp is not None:
-                norm_BxLxD = norm_BxLxD * self._mix(x_BxLxD)[..., :1]
-            norms.append(norm_BxLxD.astype(jnp.float32).sum((0, 1)))
-        return jnp.concatenate(norms)[: self.experts.count]
+            norms.append(norm_BxLxD.astype(jnp.float32).reshape(-1, norm_BxLxD.shape[-1]))
+        added_NxE = jnp.concatenate(norms, -1)[:, : self.experts.count]
+        routing = jax.tree.map(
+            lambda x: x.reshape(len(added_NxE), -1), self.decide(x_BxLxD, valid_BxL)
+        )
+        choice_NxKxE = jax.nn.one_hot(routing.expert_GxSxK, self.experts.count)
+        gate_NxE = jnp.einsum("NK,NKE->NE", routing.weight_GxSxK, choice_NxKxE)
+        norm_NxE = jnp.where(gate_NxE > 0, added_NxE / gate_NxE, 0)
+        if self.mlp is not None:
+            added_NxE *= self._mix(x_BxLxD)[..., 0].reshape(-1, 1)
+        return ExpertSums(
+            tokens=jnp.einsum("NK,NKE->E", routing.kept_GxSxK.astype(jnp.float32), choice_NxKxE),
+            norm=norm_NxE.sum(0),
+            norm_square=jnp.square(norm_NxE).sum(0),
+            added_norm=added_NxE.sum(0),
+        )
 
     def _capacity_factor(self, keys) -> float:
         """An expert's capacity divided by its even share of a group; inf drops nothing."""
@@ -138,12 +168,13 @@ class MoE(nnx.Module):
             return length  # nothing is dropped, so groups make no difference
         return tokens
 
-    def _spread(self, x_BxLxD, valid_BxL, keys_B, split, execution):
+    def _spread(self, x_BxLxD, valid_BxL, keys_B, split, execution, has_E):
         """Calls `_routed`; on a mesh, each device calls it for its own rows."""
         names = "w_router", "bias_router", "experts"
         parts = {name: getattr(self, name) for name in names}
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty:
+            parts["has_E"] = has_E
             return self._routed(
                 parts, Local(self.experts), execution.dispatch, x_BxLxD, valid_BxL, keys_B
             )
@@ -219,8 +250,12 @@ class MoE(nnx.Module):
         factor = self._capacity_factor(keys_G)
         slots = capacity(tokens, experts, factor, self.top_k, self.moe.min_capacity)
         bias_E = None if bias is None else jax.lax.stop_gradient(bias[...])
+        logits_GxSxE = dot32(x_GxSxD, w_router_DxE)
+        if (has_E := parts.get("has_E")) is not None:
+            logits_GxSxE = jnp.where(has_E, logits_GxSxE, NEVER)
+            bias_E = None if bias_E is None else jnp.where(has_E, bias_E, NEVER)
         routing, metrics = route(
-            dot32(x_GxSxD, w_router_DxE),
+            logits_GxSxE,
             valid_GxS,
             self.moe,
             top_k=self.top_k,

@@ -13,11 +13,14 @@ import pytest
 from prmoe_jax.cli import main
 from prmoe_jax.config.loading import load, save
 from prmoe_jax.config.schema import MeshConfig
-from prmoe_jax.distill.prune import _microbatches, choose, measure, pruned, pruned_config
+from prmoe_jax.distill.budget import choose, ranked
+from prmoe_jax.distill.importance import _microbatches, measure, prices
+from prmoe_jax.distill.prune import pruned, pruned_config
 from prmoe_jax.errors import UserError
 from prmoe_jax.model.layout import places
 from prmoe_jax.model.loss import forward
 from prmoe_jax.model.transformer import Transformer, init_model
+from prmoe_jax.moe.layer import ExpertSums
 from prmoe_jax.nn.parameters import named_leaves
 from prmoe_jax.run.restore import restore_run
 from tests.support.batches import make_batch
@@ -52,7 +55,7 @@ def measured(monkeypatch):
     values = settings(TEXT, moe=DROPLESS)
     model, batch = init_model(values), make_batch()
     monkeypatch.setattr(
-        "prmoe_jax.distill.prune.train_iterator", lambda text, *_: iter(text.batches)
+        "prmoe_jax.distill.importance.train_iterator", lambda text, *_: iter(text.batches)
     )
     return values, model, batch, measure(values, model, Batches([batch, make_batch(1)]), 2)
 
@@ -74,8 +77,8 @@ def scaled(model: Transformer, layer: int, expert: int, factor: float) -> Transf
     return with_leaves(model, scale)
 
 
-def norms_by_hand(model: Transformer, batch, layer: int) -> np.ndarray:
-    """The norm of each expert's output times its weight, summed token by token."""
+def sums_by_hand(model: Transformer, batch, layer: int) -> ExpertSums:
+    """Each expert's tokens, norms, squared norms, and norms times weights, token by token."""
     decisions = model.routing(batch.tokens_BxL, batch.segments_BxL)
     inputs = model._moe_inputs(batch.tokens_BxL, batch.segments_BxL)
     moe, x_BxLxD = next((moe, x) for number, moe, x in inputs if number == layer)
@@ -83,23 +86,25 @@ def norms_by_hand(model: Transformer, batch, layer: int) -> np.ndarray:
     if moe.mlp is not None:  # the share of the experts and of the MLP
         scores_NxP = x_BxLxD.reshape(-1, x_BxLxD.shape[-1]) @ moe.w_mix + moe.b_mix
         mix_NxP = np.exp(scores_NxP) / np.exp(scores_NxP).sum(-1, keepdims=True)
-    norms = np.zeros(moe.experts.count)
+    sums = np.zeros((4, moe.experts.count))
     routing = jax.tree.map(lambda x: x.reshape(-1, moe.top_k), decisions[layer])
     x_NxD = x_BxLxD.reshape(-1, x_BxLxD.shape[-1])
-    y_ExNxD = np.stack([moe.experts.expert(e)(x_NxD) for e in range(len(norms))])
+    y_ExNxD = np.stack([moe.experts.expert(e)(x_NxD) for e in range(moe.experts.count)])
     for token, k in itertools.product(range(len(x_NxD)), range(moe.top_k)):
         if routing.kept_GxSxK[token, k]:
             e = int(routing.expert_GxSxK[token, k])
             norm = np.linalg.norm(y_ExNxD[e, token])
-            norms[e] += mix_NxP[token, 0] * routing.weight_GxSxK[token, k] * norm
-    return norms
+            gate = mix_NxP[token, 0] * routing.weight_GxSxK[token, k]
+            sums[:, e] += 1, norm, norm**2, gate * norm
+    return ExpertSums(*sums)
 
 
 def test_more_experts_than_channels():
     model, batch = init_model(settings("2 layers, E=29, top 2", moe=DROPLESS)), make_batch()
-    found = jit(lambda model: model.added_norms(batch.tokens_BxL, batch.segments_BxL))(model)
-    np.testing.assert_allclose(found[1], norms_by_hand(model, batch, 1), rtol=1e-4)
-    assert found[1].shape == (29,) and (found[1] > 0).sum() > 12
+    found = jit(lambda model: model.expert_sums(batch.tokens_BxL, batch.segments_BxL))(model)[1]
+    for ours, expected in zip(found, sums_by_hand(model, batch, 1), strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-4)
+        assert ours.shape == (29,) and (ours > 0).sum() > 12
 
 
 def test_importance_is_what_it_says(measured):
@@ -107,13 +112,15 @@ def test_importance_is_what_it_says(measured):
     values, model, batch, found = measured
     batches = batch, make_batch(1)
     assert {kind: list(of) for kind, of in found.items()} == dict.fromkeys(found, [1, 3])
-    loads, norms = np.zeros(6), np.zeros(6)
-    for one in batches:
-        sums = forward(model, one)
-        loads += sums.routers[1].assigned_E
-        norms += norms_by_hand(model, one, 3)
+    loads = sum(forward(model, one).routers[1].assigned_E for one in batches)
     np.testing.assert_allclose(found["load"][3], loads / loads.sum(), rtol=1e-6)
-    np.testing.assert_allclose(found["activation"][3], norms, rtol=1e-4)
+    by_batch = [sums_by_hand(model, one, 3) for one in batches]
+    tokens, norms, squares, added = (sum(of) for of in zip(*by_batch, strict=True))
+    assert tokens.min() > 1 and np.ptp(tokens) > 1
+    expected = {"activation": added, "ean": norms}
+    expected |= {"reap": added / tokens, "man": norms / tokens, "msan": squares / tokens}
+    for kind, of_E in expected.items():
+        np.testing.assert_allclose(found[kind][3], of_E, rtol=1e-4, err_msg=kind)
 
     @jit
     def mean(model, batch):
@@ -150,7 +157,7 @@ def test_microbatches_by_hand(batch_size, length, accumulate, group_size, microb
 def test_portions_change_nothing(measured, monkeypatch):
     """Row by row, the importance is that of whole batches."""
     values, model, batch, found = measured
-    monkeypatch.setattr("prmoe_jax.distill.prune.MICROBATCH_TOKENS", batch.tokens_BxL.shape[1])
+    monkeypatch.setattr("prmoe_jax.distill.importance.MICROBATCH_TOKENS", batch.tokens_BxL.shape[1])
     rows = dataclasses.replace(values.train, batch_size=len(batch.tokens_BxL))
     values = dataclasses.replace(values, train=rows)
     assert _microbatches(values, batch.tokens_BxL.shape[1]) == len(batch.tokens_BxL) > 1
@@ -203,6 +210,54 @@ def test_choices_by_hand():
     lower = {0: np.ones(4), 1: 9 * np.ones(8)}
     with pytest.raises(UserError, match="--shape=inverse gives layer 0 8 experts, and it has 4"):
         choose(lower, 0.75, "inverse", 1)
+
+
+def test_prices_are_divergences_of_pruned_models(measured):
+    """KL(whole ‖ pruned), where a pruned model is built; also with a bias of routers."""
+    for moe in (DROPLESS, DROPLESS | {"scores": "sigmoid", "bias_update_rate": 0.01}):
+        values = settings(TEXT, moe=moe)
+        model, batch = init_model(values), make_batch()
+
+        def biases(named):
+            for name in filter(lambda name: "bias_router" in name, named):
+                named[name] = named[name] + jnp.arange(named[name].shape[-1])
+
+        model = with_leaves(model, biases)
+        order = {1: np.array([2, 0, 3, 1]), 3: np.array([5, 3, 1, 0, 2, 4])}
+        found = prices(values, model, Batches([batch]), order, step=2, least=2)
+        assert {layer: price.shape for layer, price in found.items()} == {1: (3,), 3: (4,)}
+        for layer, kept in ((1, 2), (3, 2), (3, 4)):
+            stay = {i: np.sort(of[: kept if i == layer else len(of)]) for i, of in order.items()}
+            small = pruned(values, model, stay)
+            logits = [run(m, batch.tokens_BxL, batch.segments_BxL)[1] for m in (model, small)]
+            log_p, log_q = (jax.nn.log_softmax(each) for each in logits)
+            kl_BxL = (jnp.exp(log_p) * (log_p - log_q)).sum(-1)
+            expected = (kl_BxL * batch.mask_BxL).sum() / batch.mask_BxL.sum()
+            price = found[layer][(len(order[layer]) - kept) // 2]
+            assert price == pytest.approx(float(expected), rel=1e-3) and price > 1e-5
+        assert found[1][0] == found[3][0] == 0 and np.isinf([found[1][2], found[3][3]]).all()
+
+
+def test_the_cheapest_numbers_by_hand():
+    """Against every other way to remove as many, with prices that are not convex."""
+    rng = np.random.default_rng(0)
+    importance = {layer: rng.random(size) for layer, size in ((0, 8), (2, 16), (3, 11))}
+    for keep in (0.3, 0.5, 0.9):
+        price = {i: np.r_[0, rng.random(len(of))] for i, of in importance.items()}
+        for of in price.values():
+            of[-2:] = np.inf  # at least two stay
+        kept = choose(importance, keep, "measured", 2, price)
+        counts = {i: len(experts) for i, experts in kept.items()}
+        assert sum(counts.values()) == round(keep * 35)
+        sizes = {i: len(of) for i, of in importance.items()}
+        every = [
+            sum(price[i][sizes[i] - n] for i, n in zip(sizes, way, strict=True))
+            for way in itertools.product(*(range(2, size + 1) for size in sizes.values()))
+            if sum(way) == round(keep * 35)
+        ]
+        assert sum(price[i][sizes[i] - n] for i, n in counts.items()) == pytest.approx(min(every))
+        for layer, experts in kept.items():
+            assert set(experts) == set(ranked(importance)[layer][: counts[layer]])
 
 
 def only(model, kept):
@@ -304,7 +359,7 @@ def test_merged_units_are_matched(family):
         np.testing.assert_allclose(merged[f"{stage}.{name}"][0, 0], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_run_is_pruned_and_learns_from_what_it_was(text, tmp_path, capsys):
+def test_a_run_is_pruned_and_learns_from_what_it_was(text, tmp_path, capsys, monkeypatch):
     """The plan, the run, its evaluation, and training with its teacher."""
     full, half = tmp_path / "full", tmp_path / "half"
     overrides = {"moe.capacity_factor": "inf", "moe.eval_capacity_factor": "inf"}
@@ -357,6 +412,20 @@ def test_a_run_is_pruned_and_learns_from_what_it_was(text, tmp_path, capsys):
     assert "--shape=uniform has no effect with --experts" in capsys.readouterr().err
     assert main([*prune, f"--out={half}"]) == 2
     assert f"--out={half} exists" in capsys.readouterr().err
+    # A file of scores serves any share and kind, without another look at the text.
+    scores = f"--scores={tmp_path}/scores.json"
+    assert main([*prune, scores]) == 0
+    assert json.loads(capsys.readouterr().out) == plan
+    with monkeypatch.context() as patch:
+        patch.setattr("prmoe_jax.distill.prune.measure", pytest.fail)
+        assert main([*prune, scores]) == 0
+        assert json.loads(capsys.readouterr().out) == plan
+        assert main([*prune, scores, "--batches=3"]) == 2
+        assert "has batches=2, and here it is 3; give another file" in capsys.readouterr().err
+        assert main([*prune, scores, "--shape=measured", "--importance=man"]) == 0
+    found = json.loads(capsys.readouterr().out)["layers"]
+    assert sum(len(row["kept"]) for row in found) == 6
+    assert [len(row["prices"]) for row in found] == [5, 9]
 
 
 @pytest.mark.parametrize(
