@@ -26,8 +26,10 @@ _QWEN3 = _QWEN | {"qk_norm": "head"}
 FAMILIES = {
     "gpt2": _GPT2,
     "llama": _LLAMA,
+    "mistral": _LLAMA | {"norm_eps": 1e-6},
     "olmoe": _LLAMA | {"qk_norm": "whole", "normalize_top_k": "never"},
     "mixtral": _LLAMA | {"rope_theta": 1e6, "normalize_top_k": "always"},
+    "qwen2": _QWEN | {"biases": "qkv"},
     "qwen2_moe": _QWEN | {"biases": "qkv", "residual_mix": "sigmoid", "normalize_top_k": "never"},
     "qwen3": _QWEN3,
     "qwen3_moe": _QWEN3 | {"normalize_top_k": "always"},

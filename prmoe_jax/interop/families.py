@@ -144,7 +144,7 @@ OF_EXPERTS = {
 _LLAMA = tuple(_LLAMA_PLAIN)
 _MOE = *_LLAMA, "num_experts_per_tok"
 _QWEN = "sliding_window", "use_sliding_window"
-_QWEN_WINDOW = {"sliding_window": 4096}
+_WINDOW = {"sliding_window": 4096}
 _QWEN_MOE = *_MOE, *_QWEN, "moe_intermediate_size", "norm_topk_prob", "mlp_only_layers"
 FAMILIES = {
     "gpt2": Family(
@@ -161,11 +161,23 @@ FAMILIES = {
         },
     ),
     "llama": Family("LlamaForCausalLM", LLAMA, (*_LLAMA, "head_dim")),
+    "qwen2": Family(
+        "Qwen2ForCausalLM",
+        LLAMA,
+        (*_LLAMA, *_QWEN, "layer_types", "head_dim"),
+        defaults=_WINDOW,
+    ),
     "qwen3": Family(
         "Qwen3ForCausalLM",
         LLAMA,
         (*_LLAMA, *_QWEN, "layer_types", "head_dim"),
-        defaults=_QWEN_WINDOW,
+        defaults=_WINDOW,
+    ),
+    "mistral": Family(
+        "MistralForCausalLM",
+        LLAMA,
+        (*_LLAMA, "head_dim", "sliding_window"),
+        defaults=_WINDOW,
     ),
     "olmoe": Family(
         "OlmoeForCausalLM",
@@ -185,14 +197,14 @@ FAMILIES = {
         "Qwen2MoeForCausalLM",
         QWEN2_MOE,
         (*_QWEN_MOE, "layer_types", "qkv_bias", "shared_expert_intermediate_size"),
-        defaults=_QWEN_WINDOW,
+        defaults=_WINDOW,
         experts="num_experts",
     ),
     "qwen3_moe": Family(
         "Qwen3MoeForCausalLM",
         _moe("mlp"),
         (*_QWEN_MOE, "head_dim"),
-        defaults=_QWEN_WINDOW,
+        defaults=_WINDOW,
         experts="num_experts",
     ),
 }

@@ -53,6 +53,11 @@ MODELS = {
     ),
     # Its three wavelengths are shorter than the limits, between them and longer.
     "llama3": ("llama", HEADS | {"rope_parameters": LLAMA3}),
+    "mistral": ("mistral", HEADS | {"head_dim": 10, "sliding_window": 5}),
+    "qwen2": (
+        "qwen2",
+        HEADS | {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 0},
+    ),
 }
 
 

@@ -38,9 +38,11 @@ from tests.support.extras import needs_extra
 from tests.support.lines import only_line
 from tests.support.paths import GOLDENS
 from tests.support.quick import forward, jit
+from tests.support.runs import tuned
 from tests.support.tokenizers import byte_tokenizer, started_tokenizer
 
-NAMES = "llama", "llama3", "qwen3", "olmoe", "mixtral", "qwen2_moe", "qwen3_moe"
+DENSE = "llama", "llama3", "qwen2", "qwen3", "mistral"
+NAMES = *DENSE, "olmoe", "mixtral", "qwen2_moe", "qwen3_moe"
 
 
 @pytest.fixture
@@ -181,6 +183,31 @@ def test_transformers_reads_what_is_written(name, source, tmp_path):
     np.testing.assert_allclose(found, golden["logits"], atol=2e-5)
 
 
+@needs_extra("interop", "transformers")
+@pytest.mark.parametrize("name", NAMES)
+def test_a_trained_model_is_transformers_too(name, source, tmp_path):
+    """After two steps, its class has the same tensors to the last bit, and the same logits."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    run, out = tmp_path / "run", tmp_path / "out"
+    assert imported(source(name), run) == 0
+    assert tuned(run, tmp_path / "tuned", tmp_path) == 0
+    assert exported(tmp_path / "tuned", out) == 0
+    ids_BxL = np.load(GOLDENS / "open" / name / "logits.npz")["ids"].astype(np.int32)
+    ours = forward(restore_run(tmp_path / "tuned")[2], ids_BxL, np.ones_like(ids_BxL))[1]
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        found = model(torch.tensor(ids_BxL)).logits.numpy()
+    np.testing.assert_allclose(found, ours, atol=2e-5)
+    assert np.abs(ours - np.load(GOLDENS / "open" / name / "logits.npz")["logits"]).max() > 1e-3
+    model.save_pretrained(tmp_path / "theirs")
+    before, after = (load_file(f / "model.safetensors") for f in (out, tmp_path / "theirs"))
+    assert before.keys() == after.keys()
+    for key, array in before.items():
+        np.testing.assert_array_equal(after[key], array, err_msg=key)
+
+
 def test_bfloat16_stays_bfloat16(source, tmp_path):
     folder = source("olmoe")
     change_tensors(
@@ -241,6 +268,16 @@ WINDOWS = [
     ("qwen3_moe", {"sliding_window": 5, "use_sliding_window": True}, [5] * 4),
     ("qwen3_moe", {"use_sliding_window": True, "max_position_embeddings": 8192}, [4096] * 4),
     ("qwen3_moe", {"use_sliding_window": True, "sliding_window": None}, [0] * 4),
+    ("qwen2", {"sliding_window": 5}, [0, 0, 0, 0]),
+    ("qwen2", {"sliding_window": 5, "use_sliding_window": True, "max_window_layers": 1},
+     [0, 5, 5, 5]),
+    ("qwen2", {"use_sliding_window": True, "max_window_layers": 0,
+               "max_position_embeddings": 8192}, [4096] * 4),
+    ("qwen2", {"sliding_window": 5, "use_sliding_window": False, "layer_types": [SLIDING] * 4},
+     [0] * 4),
+    ("mistral", {"sliding_window": 5}, [5] * 4),
+    ("mistral", {"max_position_embeddings": 8192}, [4096] * 4),
+    ("mistral", {"sliding_window": None, "max_position_embeddings": 8192}, [0] * 4),
     ("mixtral", {"sliding_window": 5}, [5] * 4),
     ("mixtral", {"sliding_window": None}, [0] * 4),
 ]  # fmt: skip
@@ -327,6 +364,8 @@ def test_kinds_of_attention_that_are_none(kinds):
 # of the chosen experts add up to 1.
 DEFAULTS = {
     "llama": (1e-6, 1e4, None),
+    "qwen2": (1e-6, 1e4, None),
+    "mistral": (1e-6, 1e4, None),
     "qwen3": (1e-6, 1e4, None),
     "olmoe": (1e-5, 1e4, "never"),
     "mixtral": (1e-5, 1e6, "always"),
@@ -554,6 +593,9 @@ UNKNOWN_THERE = {
     "this run is '2 layers, every 1, E=3': Qwen2MoeForCausalLM of transformers can only be '2 ": (
         EVERY, {"family": "qwen2_moe"}, {}
     ),
+    "model.biases=none, Qwen2ForCausalLM of transformers has qkv; use --kind=safetensors": (
+        "2 layers", {"family": "qwen2", "biases": "none"}, {}
+    ),
     "moe.bias_update_rate=0.1, OlmoeForCausalLM of transformers has 0.0": (
         EVERY, {"family": "olmoe"}, {"bias_update_rate": 0.1}
     ),
@@ -578,6 +620,8 @@ def test_what_a_class_does_not_express_is_named(message):
         ("3 layers, layers 0 2, E=3", {"family": "qwen3_moe", "kv_heads": 1, "head_dim": 8}),
         ("2 layers", {"family": "llama", "rope_theta": 5e5, "output": "tied"}),
         ("2 layers", {"family": "qwen3", "sliding_window": 3}),
+        ("2 layers", {"family": "qwen2", "sliding_window": 3, "head_dim": 8}),
+        ("2 layers", {"family": "mistral", "sliding_window": 3, "output": "tied"}),
         (f"{EVERY}, residual", {"family": "qwen2_moe", "sliding_window": 3}),
     ],
 )
@@ -596,3 +640,43 @@ def test_sizes_are_the_published_ones(name):
     assert counted.active_params == pytest.approx(published.active * 1e9, rel=5e-3)
     leaves = jax.tree.leaves(jax.eval_shape(lambda: init_model(config)))
     assert sum(math.prod(leaf.shape) for leaf in leaves) == counted.total_params
+
+
+# Settings of released models, and their published parameters in billions.
+RELEASED = {
+    "Qwen2.5-7B": (
+        {"model_type": "qwen2", "vocab_size": 152_064, "hidden_size": 3584}
+        | {"intermediate_size": 18_944, "num_hidden_layers": 28, "num_attention_heads": 28}
+        | {"num_key_value_heads": 4, "max_position_embeddings": 131_072, "sliding_window": 131_072}
+        | {"use_sliding_window": False, "max_window_layers": 28},
+        *(7.6156, 7.6156),
+    ),
+    "Mistral-7B": (
+        {"model_type": "mistral", "vocab_size": 32_000, "hidden_size": 4096}
+        | {"intermediate_size": 14_336, "num_hidden_layers": 32, "num_attention_heads": 32}
+        | {"num_key_value_heads": 8, "max_position_embeddings": 32_768, "sliding_window": 4096},
+        *(7.2417, 7.2417),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_sizes_of_a_released_config(name):
+    theirs, params, active = RELEASED[name]
+    config = read_config(theirs, Path("config.json"), 1000)
+    counted = cost(config.model, config.moe)
+    assert counted.total_params == pytest.approx(params * 1e9, rel=1e-3)
+    assert counted.active_params == pytest.approx(active * 1e9, rel=1e-3)
+
+
+@needs_extra("interop", "transformers")
+@pytest.mark.parametrize("name", RELEASED)
+def test_sizes_are_transformers_s(name):
+    """Buffers, such as a router's bias, are not counted there."""
+    import torch
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    theirs, params, _ = RELEASED[name]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[theirs["model_type"]](**theirs))
+    assert sum(x.numel() for x in model.parameters()) == pytest.approx(params * 1e9, rel=1e-4)
