@@ -755,7 +755,10 @@ def test_what_a_class_does_not_express_is_named(message):
             {"family": "dots1", "expert_d_ff": 20, "residual_d_ff": 60},
         ),
         ("4 layers, E=3, residual", {"family": "hy_v3", "expert_d_ff": 7}),
-        ("2 layers, E=3, residual", {"family": "glm4_moe", "biases": "none", "qk_norm": "head"}),
+        (
+            "2 layers, E=3, residual",
+            {"family": "glm4_moe", "head_dim": 8, "biases": "none", "qk_norm": "head"},
+        ),
         (f"{EVERY}, top 2", {"family": "minimax_m2", "head_dim": 8, "partial_rotary_factor": 1.0}),
     ],
 )
