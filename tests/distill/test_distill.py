@@ -703,7 +703,6 @@ TODAY = {
     "model.expert_d_ff": 12,
     "model.residual_d_ff": 20,
     "model.qk_norm": "whole",
-    "model.partial_rotary_factor": 0.7,
     "model.clip_qkv": 1.0,
     "model.sliding_window": 9,
     "model.normalize_top_k": "always",

@@ -69,7 +69,7 @@ MODEL = {
     "today's parts": {
         "family": "qwen2_moe", "kv_heads": 2, "head_dim": 10, "expert_d_ff": 20,
         "residual_d_ff": 24, "qk_norm": "whole", "clip_qkv": 0.5, "sliding_window": 5,
-        "normalize_top_k": "always", "partial_rotary_factor": 0.6,
+        "normalize_top_k": "always",
     },
 }  # fmt: skip
 OPTIMIZER = {"muon": {"kind": "muon"}}
