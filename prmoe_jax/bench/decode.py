@@ -153,7 +153,7 @@ def _of_transformers(config: Config) -> dict[str, dict]:
     except UserError:
         log.info("transformers has no %s of %s; it is left out", family, config.model.schedule)
         return {}
-    settings = their_settings(config.model, family) | {"bos_token_id": 0, "eos_token_id": 0}
+    settings = their_settings(config, family) | {"bos_token_id": 0, "eos_token_id": 0}
     name = f"transformers' {FAMILIES[family].architecture}"
     if not experts:
         return {name: {"settings": settings, "experts": {}}}

@@ -98,7 +98,7 @@ class ModelConfig:
     )
     family: str = choice(
         "Published models whose form the decoder has where settings below are 'auto', and where "
-        "`norm_eps` and `rope_theta` are 0.",
+        "`norm_eps`, `rope_theta` and `partial_rotary_factor` are 0.",
         **dict.fromkeys(FAMILIES, ""),
     )
     norm: str = of_family("Normalisation.", layernorm="", rmsnorm="without mean and shift")
@@ -120,6 +120,14 @@ class ModelConfig:
         "Longer wavelengths for a longer context, as in Llama 3.1: the factor, the low and the "
         "high frequency factor, and the length before, such as 8,1,4,8192; () is none.",
         least=1,
+        layer=True,
+        only="model.positions=rotary",
+    )
+    partial_rotary_factor: float = setting(
+        0.0,
+        "Share of each head's dimensions, the first ones, that rotary positions rotate; 0 is the "
+        "family's.",
+        most=1,
         layer=True,
         only="model.positions=rotary",
     )
@@ -203,6 +211,11 @@ class ModelConfig:
     @property
     def head_width(self) -> int:
         return self.head_dim or self.d_model // self.heads
+
+    @property
+    def rotary_width(self) -> int:
+        """Dimensions of a head that rotary positions rotate."""
+        return int(self.head_width * self.partial_rotary_factor)
 
     @property
     def key_heads(self) -> int:

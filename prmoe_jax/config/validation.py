@@ -112,6 +112,13 @@ def _check_model(model: ModelConfig) -> None:
         f"model.positions=rotary turns pairs of numbers, and a head has {model.head_width}; use an "
         f"even model.head_dim such as {model.head_width + 1}",
     )
+    turned, whole = model.rotary_width, model.head_width
+    require(
+        model.positions != "rotary" or (turned > 0 and turned % 2 == 0),
+        f"model.partial_rotary_factor={model.partial_rotary_factor} is {turned} of the {whole} "
+        "numbers of a head, and model.positions=rotary turns pairs of them; use a share that is an "
+        "even number of them",
+    )
     fewest = min(filter(None, model.schedule.experts), default=model.top_k)
     require(
         model.top_k <= fewest,

@@ -184,7 +184,7 @@ def files(config: Config, leaves: dict[str, np.ndarray]) -> dict[str, dict[str, 
 
 def check_exportable(config: Config) -> None:
     """Raises UserError unless DeepSpeed's layer can compute the run's model and torch is there."""
-    check_expressed(config, gpt2_shaped(config.model), "DeepSpeed's layer")
+    check_expressed(config, Config(model=gpt2_shaped(config.model)), "DeepSpeed's layer")
     factors = config.moe.capacity_factor, config.moe.eval_capacity_factor
     if math.isfinite(factors[0]) != math.isfinite(factors[1]):
         raise UserError(

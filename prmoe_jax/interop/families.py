@@ -9,7 +9,10 @@ from prmoe_jax.interop.mapping import Table
 
 
 class Plain(NamedTuple):
-    """A setting of config.json that is one of ours, in the group `model`, by another name."""
+    """A setting of config.json that is one of ours, in the group `model`, by another name.
+
+    Those of `OF_ROUTERS` are in the group `moe`.
+    """
 
     ours: str
     kind: type = int
@@ -17,6 +20,7 @@ class Plain(NamedTuple):
     default: Any = None  # transformers', where config.json lacks it; None requires it
     optional: bool = False  # whether null stands for our default, which is 0
     words: tuple[str, ...] = ()  # our values for false and true
+    times: str = ""  # our size of which theirs is the number, such as shared experts of one width
 
 
 class Family(NamedTuple):
@@ -28,6 +32,8 @@ class Family(NamedTuple):
     fixed: dict[str, Any] = {"hidden_act": "silu"}  # settings with the values of our model
     defaults: dict[str, Any] = {}  # transformers' where they aren't those of `PLAIN`
     experts: str = ""  # the setting with the number of experts; "" for a dense family
+    moe: dict[str, Any] = {}  # our settings in the group `moe`, where they aren't the defaults
+    predicts_more: bool = False  # whether files may have layers after the last one (MTP)
 
     def known(self, rows: dict[str, Plain]) -> dict[str, Plain]:
         """The rows of `PLAIN` or `OF_EXPERTS` that the family has."""
@@ -46,11 +52,15 @@ def _mlp(
     }
 
 
-def _moe(module: str, *names) -> Table:
+def _moe(module: str, *names, router="gate", bias="", shared="") -> Table:
     """The table of a family whose MoE layers are modules of this name."""
-    router = {"mlp.w_router": (f"{module}.gate.weight", "E D")}
-    experts = _mlp("mlp.experts", module + ".experts.{}", *names)
-    return Table(LLAMA.parameters | router | experts, LLAMA.layer)
+    rows = {"mlp.w_router": (f"{module}.{router}.weight", "E D")}
+    rows |= _mlp("mlp.experts", module + ".experts.{}", *names)
+    if bias:
+        rows["mlp.bias_router"] = f"{module}.{bias}", "E"
+    if shared:
+        rows |= _mlp("mlp.mlp", f"{module}.{shared}")
+    return Table(LLAMA.parameters | rows, LLAMA.layer)
 
 
 GPT2 = Table(
@@ -98,8 +108,7 @@ LLAMA = Table(
     | _mlp("mlp", "mlp"),
 )
 QWEN2_MOE = Table(
-    _moe("mlp").parameters
-    | _mlp("mlp.mlp", "mlp.shared_expert")
+    _moe("mlp", shared="shared_expert").parameters
     | {"mlp.w_shared": ("mlp.shared_expert_gate.weight", "1 D")},
     LLAMA.layer,
 )
@@ -132,6 +141,9 @@ PLAIN = {
     "head_dim": Plain("head_dim", optional=True),
     "clip_qkv": Plain("clip_qkv", float, 1e-30, optional=True),
     "qkv_bias": Plain("biases", bool, default=True, words=("none", "qkv")),
+    "attention_bias": Plain("biases", bool, default=False, words=("none", "qkv")),
+    "use_qk_norm": Plain("qk_norm", bool, default=False, words=("none", "head")),
+    "partial_rotary_factor": Plain("partial_rotary_factor", float, 1e-30, 1.0),
 }
 # Those that only models with MoE layers have.
 OF_EXPERTS = {
@@ -139,13 +151,27 @@ OF_EXPERTS = {
     "moe_intermediate_size": Plain("expert_d_ff"),
     "norm_topk_prob": Plain("normalize_top_k", bool, default=False, words=("never", "always")),
     "shared_expert_intermediate_size": Plain("residual_d_ff", optional=True),
+    "n_shared_experts": Plain("residual_d_ff", default=1, times="expert_d_ff"),
+    "num_shared_experts": Plain("residual_d_ff", default=1, times="expert_d_ff"),
+}
+OF_ROUTERS = {
+    "routed_scaling_factor": Plain("routed_scale", float, 1e-30, 1.0),
+    "router_scaling_factor": Plain("routed_scale", float, 1e-30, 1.0),
 }
 
 _LLAMA = tuple(_LLAMA_PLAIN)
 _MOE = *_LLAMA, "num_experts_per_tok"
 _QWEN = "sliding_window", "use_sliding_window"
-_QWEN_WINDOW = {"sliding_window": 4096}
+_WINDOW = {"sliding_window": 4096}
 _QWEN_MOE = *_MOE, *_QWEN, "moe_intermediate_size", "norm_topk_prob", "mlp_only_layers"
+_DEEPSEEK = (
+    *(*_MOE, "head_dim", "moe_intermediate_size", "norm_topk_prob", "n_shared_experts"),
+    *("first_k_dense_replace", "routed_scaling_factor"),
+)
+# A choice among all experts, not first among groups of them.
+_ONE_GROUP = {"hidden_act": "silu", "n_group": 1, "topk_group": 1}
+# The biases are kept nearly as they are in training, until a larger rate is asked for.
+_SIGMOID = {"scores": "sigmoid", "bias_update_rate": 1e-9}
 FAMILIES = {
     "gpt2": Family(
         "GPT2LMHeadModel",
@@ -161,11 +187,23 @@ FAMILIES = {
         },
     ),
     "llama": Family("LlamaForCausalLM", LLAMA, (*_LLAMA, "head_dim")),
+    "qwen2": Family(
+        "Qwen2ForCausalLM",
+        LLAMA,
+        (*_LLAMA, *_QWEN, "layer_types", "head_dim"),
+        defaults=_WINDOW,
+    ),
     "qwen3": Family(
         "Qwen3ForCausalLM",
         LLAMA,
         (*_LLAMA, *_QWEN, "layer_types", "head_dim"),
-        defaults=_QWEN_WINDOW,
+        defaults=_WINDOW,
+    ),
+    "mistral": Family(
+        "MistralForCausalLM",
+        LLAMA,
+        (*_LLAMA, "head_dim", "sliding_window"),
+        defaults=_WINDOW,
     ),
     "olmoe": Family(
         "OlmoeForCausalLM",
@@ -185,15 +223,54 @@ FAMILIES = {
         "Qwen2MoeForCausalLM",
         QWEN2_MOE,
         (*_QWEN_MOE, "layer_types", "qkv_bias", "shared_expert_intermediate_size"),
-        defaults=_QWEN_WINDOW,
+        defaults=_WINDOW,
         experts="num_experts",
     ),
     "qwen3_moe": Family(
         "Qwen3MoeForCausalLM",
         _moe("mlp"),
         (*_QWEN_MOE, "head_dim"),
-        defaults=_QWEN_WINDOW,
+        defaults=_WINDOW,
         experts="num_experts",
+    ),
+    "dots1": Family(
+        "Dots1ForCausalLM",
+        _moe("mlp", bias="gate.e_score_correction_bias", shared="shared_experts"),
+        (*_DEEPSEEK, "sliding_window", "layer_types"),
+        fixed=_ONE_GROUP,
+        defaults=_WINDOW | {"max_window_layers": 62},
+        experts="n_routed_experts",
+        moe=_SIGMOID,
+    ),
+    "hy_v3": Family(
+        "HYV3ForCausalLM",
+        _moe("mlp", router="router.gate", bias="expert_bias", shared="shared_mlp"),
+        (*_MOE, "head_dim", "moe_intermediate_size", "num_shared_experts")
+        + ("mlp_layer_types", "router_scaling_factor"),
+        defaults={"rms_norm_eps": 1e-5, "rope_theta": 11_158_840.0, "head_dim": 128}
+        | {"router_scaling_factor": 2.826, "first_k_dense_replace": 1},
+        experts="num_experts",
+        moe=_SIGMOID,
+        predicts_more=True,
+    ),
+    "glm4_moe": Family(
+        "Glm4MoeForCausalLM",
+        _moe("mlp", bias="gate.e_score_correction_bias", shared="shared_experts"),
+        (*_DEEPSEEK, "attention_bias", "use_qk_norm", "partial_rotary_factor"),
+        fixed=_ONE_GROUP,
+        defaults={"rms_norm_eps": 1e-5, "first_k_dense_replace": 1, "norm_topk_prob": True}
+        | {"partial_rotary_factor": 0.5},
+        experts="n_routed_experts",
+        moe=_SIGMOID,
+        predicts_more=True,
+    ),
+    "minimax_m2": Family(
+        "MiniMaxM2ForCausalLM",
+        _moe("block_sparse_moe", ("w1", "w3", "w2"), bias="e_score_correction_bias"),
+        (*_MOE, "head_dim", "partial_rotary_factor", "rotary_dim"),
+        defaults={"rope_theta": 5e6, "head_dim": 128},
+        experts="num_local_experts",
+        moe=_SIGMOID,
     ),
 }
 # Settings that change the computation in some family, with the values that our model has.

@@ -16,8 +16,16 @@ from ml_collections import ConfigDict
 from prmoe_jax.config.schema import Config, ModelConfig
 from prmoe_jax.data.tokenizer import Tokenizer
 from prmoe_jax.errors import UserError
-from prmoe_jax.interop.families import FAMILIES, FIXED, OF_EXPERTS, PLAIN, Family, Plain
-from prmoe_jax.interop.mapping import read_parameters, their_tensors
+from prmoe_jax.interop.families import (
+    FAMILIES,
+    FIXED,
+    OF_EXPERTS,
+    OF_ROUTERS,
+    PLAIN,
+    Family,
+    Plain,
+)
+from prmoe_jax.interop.mapping import Table, read_parameters, their_tensors
 from prmoe_jax.interop.settings import (
     LARGEST,
     check_expressed,
@@ -39,6 +47,8 @@ MOST_LAYERS = 10_000  # layers or experts of a config.json without tensors that 
 SCALING = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
 # The output matrix. With tied embeddings, a file may hold it as a copy of the embedding.
 HEAD = "lm_head.weight"
+# How many layers after the last one predict further tokens; transformers takes 1 as the default.
+PREDICTORS = "num_nextn_predict_layers"
 # Name endings of buffers in old files; buffers are no weights.
 BUFFERS = ".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias"
 
@@ -58,7 +68,8 @@ def read_hugging_face(
         raise UserError(f"{path}: model_type={shown(family)} is not {only}; use --kind=hf")
     tensors = Tensors(folder, BUFFERS)
     config = read_config({**theirs, "model_type": family}, path, len(tensors.shapes))
-    table, shapes = FAMILIES[config.model.family].table, dict(tensors.shapes)
+    names, shapes = FAMILIES[config.model.family], dict(tensors.shapes)
+    table = names.table
     if not any(name.startswith(table.prefix) for name in shapes):
         table = table._replace(prefix="")  # in files of the model without its head
     tokens = table.prefix + table.parameters["tokens"][0]
@@ -66,8 +77,25 @@ def read_hugging_face(
         if not np.array_equal(tensors.read(HEAD), tensors.read(tokens)):
             raise UserError(f"{path}: tie_word_embeddings=True, but {HEAD} is not {tokens}")
         del shapes[HEAD]
+    if names.predicts_more:
+        count = setting(theirs, PREDICTORS, int, path, 1, high=len(shapes))
+        _skip_predictors(shapes, table, config.model.layers, count, folder)
     leaves, summary = read_parameters(config, table, shapes, tensors.read, folder)
     return config, leaves, summary
+
+
+def _skip_predictors(shapes: dict, table: Table, layers: int, count: int, folder: Path) -> None:
+    """Removes the tensors of `count` layers after the model's, and tells of it."""
+    starts = tuple(table.prefix + table.layer.format(layers + n) for n in range(count))
+    skipped = [name for name in shapes if name.startswith(starts)]
+    if skipped:
+        log.warning(
+            "%s: %d tensors are skipped: the layers after the %d of the model predict further "
+            "tokens (MTP), and ours have no such layer",
+            *(folder, len(skipped), layers),
+        )
+    for name in skipped:
+        del shapes[name]
 
 
 def read_config(theirs: dict, path: Path, tensors: int) -> Config:
@@ -81,18 +109,20 @@ def read_config(theirs: dict, path: Path, tensors: int) -> Config:
     settings = import_settings()
     model, moe = settings.model, settings.moe
     model.family = family
-    theirs, model.rope_scaling = _with_rope(theirs, path)
+    theirs, model.rope_scaling = _with_rope(theirs, names, path)
     for name, value in (FIXED | names.fixed).items():
-        if differs(theirs.get(name, value) or False, value):  # null counts as false
+        given = theirs.get(name, value) or False  # null counts as false
+        if name not in names.knows and differs(given, value):
             raise UserError(f"{path}: {name}={shown(theirs[name])}, our model has {value!r}")
     model.update(_plain(PLAIN, theirs, names, path, tensors))
     if family == "gpt2" and theirs.get("n_inner") is None:
         model.d_ff = 4 * model.d_model
     model.sliding_window = _window(theirs, names, model, path)
     if names.experts:
-        _read_placement(theirs, names.experts, model, path, tensors)
+        _read_placement(theirs, names, model, path, tensors)
     if model.experts:
         model.update(_plain(OF_EXPERTS, theirs, names, path, tensors))
+        moe.update(names.moe | _plain(OF_ROUTERS, theirs, names, path, tensors))
         model.residual = model.residual_d_ff > 0
         moe.capacity_factor = moe.eval_capacity_factor = math.inf  # no token is dropped
     if family != "gpt2" and theirs.get("dtype", theirs.get("torch_dtype")) == "bfloat16":
@@ -109,16 +139,21 @@ def _plain(rows: dict[str, Plain], theirs: dict, names: Family, path: Path, laye
     """Our values of the settings in a table that the family knows, with at most `layers`."""
     ours = {}
     for name, row in names.known(rows).items():
-        if not row.optional or theirs.get(name) is not None:
-            default = names.defaults.get(name, row.default)
+        default = names.defaults.get(name, row.default)
+        if not row.optional or theirs.get(name, default) is not None:
             high = layers if row.ours == "layers" else LARGEST
             value = setting(theirs, name, row.kind, path, default, row.low, high)
+            value = value * ours[row.times] if row.times else value
             ours[row.ours] = row.words[value] if row.words else value
     return ours
 
 
-def _with_rope(theirs: dict, path: Path) -> tuple[dict, tuple[int, ...]]:
+def _with_rope(theirs: dict, names: Family, path: Path) -> tuple[dict, tuple[int, ...]]:
     """The settings with those of their group for RoPE, and Llama 3's scaling or ()."""
+    if "rotary_dim" in names.knows and theirs.get("rotary_dim") is not None:
+        width = setting(theirs, "head_dim", int, path, names.defaults["head_dim"], low=1)
+        share = setting(theirs, "rotary_dim", int, path, low=1) / width
+        theirs = {"partial_rotary_factor": share} | theirs
     name = "rope_scaling" if theirs.get("rope_scaling") else "rope_parameters"
     rope = theirs.get(name) or {}
     if not isinstance(rope, dict):
@@ -164,23 +199,33 @@ def _windowed(theirs: dict, family: str, layers: int, path: Path) -> list[bool]:
     """Whether each layer has the sliding window, as the family's class decides it."""
     if "layer_types" not in FAMILIES[family].knows:
         return [True] * layers
-    kinds = theirs.get("layer_types")
+    kinds = ["full_attention", "sliding_attention"]
+    if windowed := _of_kind(theirs, "layer_types", kinds, layers, path):
+        return windowed
+    first = setting(theirs, "max_window_layers", int, path, 28)
+    if family == "qwen2_moe":
+        return [i % 2 == 0 and i < first for i in range(layers)]
+    return [i >= first for i in range(layers)]
+
+
+def _of_kind(
+    theirs: dict, name: str, known: list[str], layers: int, path: Path
+) -> list[bool] | None:
+    """Whether each layer is of the second of two kinds; None if config.json doesn't say."""
+    kinds = theirs.get(name)
     if kinds is None:
-        first = setting(theirs, "max_window_layers", int, path, 28)
-        if family == "qwen2_moe":
-            return [i % 2 == 0 and i < first for i in range(layers)]
-        return [i >= first for i in range(layers)]
-    known = ["full_attention", "sliding_attention"]
+        return None
     if not isinstance(kinds, list) or len(kinds) != layers or any(k not in known for k in kinds):
         raise UserError(
-            f"{path}: layer_types={shown(kinds)} must be one of {', '.join(known)} for each of "
+            f"{path}: {name}={shown(kinds)} must be one of {', '.join(known)} for each of "
             f"{layers} layers"
         )
     return [kind == known[1] for kind in kinds]
 
 
-def _read_placement(theirs: dict, name: str, model: ConfigDict, path: Path, high: int) -> None:
+def _read_placement(theirs: dict, names: Family, model: ConfigDict, path: Path, high: int) -> None:
     """Reads the number of experts, and in which layers they are, if in any."""
+    name, first = names.experts, names.defaults.get("first_k_dense_replace", 0)
     either = name, "num_experts", "num_local_experts"  # transformers knows these two as one
     name = next((each for each in either if each in theirs), name)
     experts = setting(theirs, name, int, path, low=1, high=high)
@@ -188,7 +233,14 @@ def _read_placement(theirs: dict, name: str, model: ConfigDict, path: Path, high
     dense = theirs.get("mlp_only_layers") or []
     if not isinstance(dense, list) or any(type(n) is not int for n in dense):
         raise UserError(f"{path}: mlp_only_layers={shown(dense)} is no list of layers")
-    layers = [i for i in range(model.layers) if (i + 1) % step == 0 and i not in dense]
+    if "first_k_dense_replace" in names.knows:
+        first = setting(theirs, "first_k_dense_replace", int, path, first)
+    sparse = [i >= first for i in range(model.layers)]
+    if "mlp_layer_types" in names.knows:
+        kinds = ["dense", "sparse"]
+        sparse = _of_kind(theirs, "mlp_layer_types", kinds, model.layers, path) or sparse
+    rows = enumerate(sparse)
+    layers = [i for i, each in rows if each and (i + 1) % step == 0 and i not in dense]
     if layers:
         every = len(layers) == model.layers
         model.placement = "every 1" if every else "layers " + " ".join(map(str, layers))
@@ -205,10 +257,10 @@ def check_exportable(config: Config, family: str) -> None:
             f"this run is {model.schedule}, and {instead} has {has}; use --kind=safetensors"
         )
     # The settings that would be written must give the same architecture when they are read.
-    there = read_config(their_settings(model, family), Path("config.json"), LARGEST).model
-    if str(there.schedule) != str(model.schedule):
+    there = read_config(their_settings(config, family), Path("config.json"), LARGEST)
+    if str(there.model.schedule) != str(model.schedule):
         raise UserError(
-            f"this run is '{model.schedule}': {instead} can only be '{there.schedule}'; use "
+            f"this run is '{model.schedule}': {instead} can only be '{there.model.schedule}'; use "
             "--kind=safetensors"
         )
     check_expressed(config, there, instead)
@@ -229,7 +281,7 @@ def with_context(config: Config, kept: Mapping[str, str], folder: Path) -> Confi
         return config
     path = folder / released.CONFIG
     there = read_config(released.settings(kept, released.CONFIG), path, MOST_LAYERS).model
-    names = "rope_theta", "rope_scaling", "positions"
+    names = "rope_theta", "rope_scaling", "partial_rotary_factor", "positions"
     same = all(getattr(model, name) == getattr(there, name) for name in names)
     window = there.window_in(model.length) == model.window_in(model.length)
     if not same or not window or there.length <= model.length:
@@ -239,7 +291,7 @@ def with_context(config: Config, kept: Mapping[str, str], folder: Path) -> Confi
 
 
 def write_hugging_face(
-    model: ModelConfig,
+    config: Config,
     family: str,
     leaves: dict[str, np.ndarray],
     tokenizer: Tokenizer,
@@ -250,20 +302,24 @@ def write_hugging_face(
 
     `kept` are the files of `released.read`, which are written, too. No number is rounded. Tensors
     are bfloat16 if that represents all of them exactly and the family is not GPT-2, else float32.
+    The routers' biases are always float32, as in the classes that have some.
     """
-    tensors, dtype = their_tensors(model, FAMILIES[family].table, leaves), "float32"
+    table, dtype = FAMILIES[family].table, "float32"
+    tensors = their_tensors(config.model, table, leaves)
+    biases = tuple(row[0] for ours, row in table.parameters.items() if ours == "mlp.bias_router")
+    others = {name: x for name, x in tensors.items() if not name.endswith(biases)}
     if family != "gpt2" and all(
-        (x.astype(jnp.bfloat16).astype(np.float32) == x).all() for x in tensors.values()
+        (x.astype(jnp.bfloat16).astype(np.float32) == x).all() for x in others.values()
     ):
         dtype = "bfloat16"
-        tensors = {name: x.astype(jnp.bfloat16) for name, x in tensors.items()}
+        tensors |= {name: x.astype(jnp.bfloat16) for name, x in others.items()}
     write_tensors(tensors, folder)
-    settings = their_settings(model, family) | _their_ids(tokenizer, kept)
+    settings = their_settings(config, family) | _their_ids(tokenizer, kept)
     settings |= {"dtype": dtype, "torch_dtype": dtype}  # the second for transformers 4
     tokenizer_settings = {
         "bos_token": tokenizer.token(tokenizer.bos_id),
         "eos_token": tokenizer.token(tokenizer.eos_id),
-        "model_max_length": model.length,
+        "model_max_length": config.model.length,
         "clean_up_tokenization_spaces": False,
     } | released.settings(kept, released.TOKENIZER)
     # Otherwise AutoTokenizer chooses a class by the model's type or a program beside the model,
@@ -289,14 +345,16 @@ def _their_ids(tokenizer: Tokenizer, kept: Mapping[str, str]) -> dict[str, Any]:
     return ids
 
 
-def their_settings(model: ModelConfig, family: str) -> dict:
-    """A model's settings as in the family's config.json."""
-    names = FAMILIES[family]
+def their_settings(config: Config, family: str) -> dict:
+    """The settings of a run's model as in the family's config.json."""
+    model, names = config.model, FAMILIES[family]
     settings = names.fixed | {"architectures": [names.architecture], "model_type": family}
     experts = next(filter(None, model.schedule.experts), 0)
     rows = PLAIN | OF_EXPERTS if experts else PLAIN
     for name, row in names.known(rows).items():
         value = size(model, row.ours)
+        if row.times:  # rounded up; `check_exportable` finds a width that is no multiple
+            value = -(-value // size(model, row.times))
         if row.words:
             value = value == row.words[True]
         settings[name] = value or None if row.optional else value
@@ -313,13 +371,22 @@ def their_settings(model: ModelConfig, family: str) -> dict:
     if not experts:
         return settings
     settings[names.experts] = experts
+    dense = [i for i, count in enumerate(model.schedule.experts) if not count]
     if "moe_intermediate_size" not in names.knows:
         settings["intermediate_size"] = model.expert_width
     if "norm_topk_prob" in names.knows:
         settings["norm_topk_prob"] = model.normalizes
     if "mlp_only_layers" in names.knows:
-        dense = [i for i, count in enumerate(model.schedule.experts) if not count]
         settings |= {"decoder_sparse_step": 1, "mlp_only_layers": dense}
+    if "first_k_dense_replace" in names.knows:
+        settings["first_k_dense_replace"] = len(dense)
+    if "mlp_layer_types" in names.knows:
+        kinds = ["sparse" if count else "dense" for count in model.schedule.experts]
+        settings["mlp_layer_types"] = kinds
+    if names.predicts_more:
+        settings[PREDICTORS] = 0
+    for name, row in names.known(OF_ROUTERS).items():
+        settings[name] = getattr(config.moe, row.ours)
     return settings
 
 

@@ -111,7 +111,7 @@ def export_run(kind: str, workdir: Path, out: Path) -> dict:
 
     def build(folder: Path) -> None:
         if family:
-            hugging_face.write_hugging_face(config.model, family, leaves, tokenizer, kept, folder)
+            hugging_face.write_hugging_face(config, family, leaves, tokenizer, kept, folder)
             return
         if kind == "deepspeed":
             deepspeed.write_deepspeed(config, leaves, folder, step)

@@ -7,7 +7,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from prmoe_jax.config.loading import resolve
-from prmoe_jax.config.schema import Config, ModelConfig, MoeConfig, default_config
+from prmoe_jax.config.schema import Config, ModelConfig, default_config
 from prmoe_jax.errors import UserError, telling
 from prmoe_jax.model.surgery import OPEN_SIZES, check_equal, compared
 
@@ -70,20 +70,21 @@ def resolved(settings: Any, source: Any) -> Config:
         return resolve(settings, trained=True)
 
 
-def check_expressed(config: Config, there: ModelConfig, whose: str) -> None:
+def check_expressed(config: Config, there: Config, whose: str) -> None:
     """Raises UserError unless another library's model, `there`, computes the same as a run's.
 
     It has experts in the same layers, and the message calls it `whose`.
     """
     fix = "use --kind=safetensors"
-    model, pairs = config.model, compared(config.model, there, OPEN_SIZES)
+    model, theirs = config.model, there.model
+    pairs = compared(model, theirs, OPEN_SIZES)
     experts = any(model.schedule.experts)
-    if experts and model.normalizes != there.normalizes:
-        pairs["normalize_top_k"] = model.normalize_top_k, there.normalize_top_k
+    if experts and model.normalizes != theirs.normalizes:
+        pairs["normalize_top_k"] = model.normalize_top_k, theirs.normalize_top_k
     check_equal(pairs, whose, fix)
     for name in ("router", "scores", "routed_scale", "bias_update_rate") if experts else ():
-        value, only = getattr(config.moe, name), getattr(MoeConfig, name)
-        if value != only:
+        value, only = getattr(config.moe, name), getattr(there.moe, name)
+        if value != only and not (name == "bias_update_rate" and value and only):
             raise UserError(f"moe.{name}={value}, {whose} has {only}; {fix}")
 
 

@@ -1,6 +1,7 @@
 """Causal self-attention within documents, and the KV cache of decoding.
 
-N: query heads per key head, or projections in one weight. R: queries that share a key head. F: K/2.
+N: query heads per key head, or projections in one weight. R: queries that share a key head. F: the
+pairs of a head's dimensions that rotate, K/2 at most.
 """
 
 from typing import NamedTuple
@@ -96,8 +97,8 @@ def rotary_frequencies(model: ModelConfig) -> jax.Array:
     original length, keeps it if more than `high` fit, and interpolates between both (Llama 3.1,
     arXiv 2407.21783).
     """
-    half = model.head_width // 2
-    turns_F = model.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    pairs = model.rotary_width // 2
+    turns_F = model.rope_theta ** (-jnp.arange(pairs, dtype=jnp.float32) / pairs)
     if not model.rope_scaling:
         return turns_F
     factor, low, high, length = model.rope_scaling
@@ -109,12 +110,14 @@ def rotary_frequencies(model: ModelConfig) -> jax.Array:
 def rotate(x_BxLxHxK: jax.Array, position_BxL: jax.Array, turns_F: jax.Array) -> jax.Array:
     """Rotates pairs of a head's dimensions by angles that grow with the position (RoFormer).
 
-    Dimension i of the head's first half and dimension i of its second half are a pair.
+    Dimensions i and F + i are a pair. Dimensions from 2F on, if there are any, don't rotate.
     """
+    pairs = len(turns_F)
     angle_BxLx1xF = (position_BxL[..., None].astype(jnp.float32) * turns_F)[:, :, None]
     cos, sin = jnp.cos(angle_BxLx1xF), jnp.sin(angle_BxLx1xF)
-    first, second = jnp.split(x_BxLxHxK.astype(jnp.float32), 2, axis=-1)
-    turned = first * cos - second * sin, second * cos + first * sin
+    splits = pairs, 2 * pairs
+    first, second, rest = jnp.split(x_BxLxHxK.astype(jnp.float32), splits, axis=-1)
+    turned = first * cos - second * sin, second * cos + first * sin, rest
     return jnp.concatenate(turned, -1).astype(x_BxLxHxK.dtype)
 
 

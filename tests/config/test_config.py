@@ -119,6 +119,7 @@ COMPANIONS = {
     "model.top_k": ["model.residual=true"],
     "model.rope_theta": ["model.positions=rotary"],
     "model.rope_scaling": ["model.positions=rotary"],
+    "model.partial_rotary_factor": ["model.positions=rotary"],
     "moe.second_expert_sampling": ["model.top_k=2"],
     "train.tokens": ["train.steps=0"],
     "teacher.layers": ["teacher.workdir=runs/a", "teacher.inherit=true"],
@@ -417,6 +418,18 @@ RULES = {
     "scaled learned positions": (
         ["model.rope_scaling=8,1,4,64"],
         "model.rope_scaling=(8, 1, 4, 64) has no effect with model.positions=learned: it is for",
+    ),
+    "a share of learned positions": (
+        ["model.partial_rotary_factor=0.5"],
+        "model.partial_rotary_factor=0.5 has no effect with model.positions=learned: it is for",
+    ),
+    "more than a head": (
+        ["model.positions=rotary", "model.partial_rotary_factor=1.5"],
+        "model.partial_rotary_factor=1.5 is out of range; use at most 1",
+    ),
+    "half a pair": (
+        ["model.positions=rotary", "model.partial_rotary_factor=0.1"],
+        "model.partial_rotary_factor=0.1 is 3 of the 32 numbers of a head, and model.positions=",
     ),
     "half a scaling": (
         ["model.positions=rotary", "model.rope_scaling=8,1"],

@@ -22,6 +22,7 @@ SIZES = {
     "pad_token_id": None,
 }
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+SHARED = HEADS | {"num_hidden_layers": 3, "moe_intermediate_size": 12}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 8.0, "factor": 8.0, "low_freq_factor": 1.0} | {
     "high_freq_factor": 2.0, "original_max_position_embeddings": 16
 }  # fmt: skip
@@ -53,6 +54,34 @@ MODELS = {
     ),
     # Its three wavelengths are shorter than the limits, between them and longer.
     "llama3": ("llama", HEADS | {"rope_parameters": LLAMA3}),
+    "mistral": ("mistral", HEADS | {"head_dim": 10, "sliding_window": 5}),
+    "qwen2": (
+        "qwen2",
+        HEADS | {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 0},
+    ),
+    "dots1": (
+        "dots1",
+        SHARED
+        | {"n_routed_experts": 5, "num_experts_per_tok": 3, "n_shared_experts": 2}
+        | {"first_k_dense_replace": 1, "norm_topk_prob": True, "routed_scaling_factor": 2.5},
+    ),
+    "hy_v3": (
+        "hy_v3",
+        SHARED
+        | {"head_dim": 10, "num_experts": 4, "num_experts_per_tok": 2}
+        | {"mlp_layer_types": ["sparse", "dense", "sparse"]},
+    ),
+    # 6 of the 12 numbers of a head rotate.
+    "glm4_moe": (
+        "glm4_moe",
+        SHARED
+        | {"head_dim": 12, "attention_bias": True, "use_qk_norm": True, "n_routed_experts": 4}
+        | {"num_experts_per_tok": 2, "routed_scaling_factor": 1.5},
+    ),
+    "minimax_m2": (
+        "minimax_m2",
+        HEADS | {"head_dim": 10, "rotary_dim": 6, "num_local_experts": 5, "num_experts_per_tok": 3},
+    ),
 }
 
 
@@ -65,7 +94,8 @@ def main() -> None:
         settings = CONFIG_MAPPING[family](**(SIZES | changes))
         model = AutoModelForCausalLM.from_config(settings, attn_implementation="eager").eval()
         with torch.no_grad():
-            for parameter in model.parameters():  # biases and norms, too
+            biases = [x for name, x in model.named_buffers() if name.endswith("bias")]
+            for parameter in [*model.parameters(), *biases]:  # norms, too
                 values = 0.2 * rng.normal(size=parameter.shape) + (parameter.ndim == 1)
                 parameter.copy_(torch.tensor(values))
         model.save_pretrained(out / name)

@@ -38,9 +38,13 @@ from tests.support.extras import needs_extra
 from tests.support.lines import only_line
 from tests.support.paths import GOLDENS
 from tests.support.quick import forward, jit
+from tests.support.runs import tuned
 from tests.support.tokenizers import byte_tokenizer, started_tokenizer
 
-NAMES = "llama", "llama3", "qwen3", "olmoe", "mixtral", "qwen2_moe", "qwen3_moe"
+DENSE = "llama", "llama3", "qwen2", "qwen3", "mistral"
+# Those with an MLP beside the experts.
+SHARED = "qwen2_moe", "dots1", "hy_v3", "glm4_moe"
+NAMES = *DENSE, "olmoe", "mixtral", "qwen3_moe", "minimax_m2", *SHARED
 
 
 @pytest.fixture
@@ -181,11 +185,40 @@ def test_transformers_reads_what_is_written(name, source, tmp_path):
     np.testing.assert_allclose(found, golden["logits"], atol=2e-5)
 
 
-def test_bfloat16_stays_bfloat16(source, tmp_path):
-    folder = source("olmoe")
-    change_tensors(
-        folder, lambda t: t.update({n: x.astype(ml_dtypes.bfloat16) for n, x in t.items()})
-    )
+@needs_extra("interop", "transformers")
+@pytest.mark.parametrize("name", NAMES)
+def test_a_trained_model_is_transformers_too(name, source, tmp_path):
+    """After two steps, its class has the same tensors to the last bit, and the same logits."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    run, out = tmp_path / "run", tmp_path / "out"
+    assert imported(source(name), run) == 0
+    assert tuned(run, tmp_path / "tuned", tmp_path) == 0
+    assert exported(tmp_path / "tuned", out) == 0
+    ids_BxL = np.load(GOLDENS / "open" / name / "logits.npz")["ids"].astype(np.int32)
+    ours = forward(restore_run(tmp_path / "tuned")[2], ids_BxL, np.ones_like(ids_BxL))[1]
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        found = model(torch.tensor(ids_BxL)).logits.numpy()
+    np.testing.assert_allclose(found, ours, atol=2e-5)
+    assert np.abs(ours - np.load(GOLDENS / "open" / name / "logits.npz")["logits"]).max() > 1e-3
+    model.save_pretrained(tmp_path / "theirs")
+    before, after = (load_file(f / "model.safetensors") for f in (out, tmp_path / "theirs"))
+    assert before.keys() == after.keys()
+    for key, array in before.items():
+        np.testing.assert_array_equal(after[key], array, err_msg=key)
+
+
+@pytest.mark.parametrize("name", ["olmoe", "dots1"])
+def test_bfloat16_stays_bfloat16(name, source, tmp_path):
+    """The routers' biases are float32 in files, beside weights in bfloat16."""
+    folder = source(name)
+
+    def dtype(name):
+        return np.float32 if name.endswith("e_score_correction_bias") else ml_dtypes.bfloat16
+
+    change_tensors(folder, lambda t: t.update({n: x.astype(dtype(n)) for n, x in t.items()}))
     change(folder, dtype="bfloat16")
     assert imported(folder, tmp_path / "run") == 0
     assert load(tmp_path / "run/config.json").model.dtype == "bfloat16"
@@ -194,9 +227,30 @@ def test_bfloat16_stays_bfloat16(source, tmp_path):
     before, after = map(load_file, files)
     assert before.keys() == after.keys()
     for key, array in before.items():
-        assert after[key].dtype == array.dtype == ml_dtypes.bfloat16
+        assert after[key].dtype == array.dtype == dtype(key)
         np.testing.assert_array_equal(after[key], array)
     assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_layers_that_predict_further_tokens_are_skipped(source, tmp_path, capsys):
+    """One layer unless config.json says otherwise; a message tells of them."""
+    folder = source("hy_v3")
+
+    def add(tensors):
+        for name in ("eh_proj.weight", "mlp.router.gate.weight", "shared_head.norm.weight"):
+            tensors[f"model.layers.3.{name}"] = np.ones((2, 2), np.float32)
+
+    change_tensors(folder, add)
+    assert imported(folder, tmp_path / "run") == 0
+    line = "3 tensors are skipped: the layers after the 3 of the model predict further tokens (MTP)"
+    assert capsys.readouterr().err.count(line) == 1
+    assert exported(tmp_path / "run", tmp_path / "out") == 0
+    written = json.loads((tmp_path / "out/config.json").read_text())
+    assert written["num_nextn_predict_layers"] == 0
+    for count, message in ((0, "architecture doesn't: 'model.layers.3."), (10**9, "no usable num")):
+        change(folder, num_nextn_predict_layers=count)
+        assert imported(folder, tmp_path / "other") == 2
+        assert message in capsys.readouterr().err
 
 
 def test_several_files_and_a_head_that_repeats_the_embedding(source, tmp_path):
@@ -241,6 +295,18 @@ WINDOWS = [
     ("qwen3_moe", {"sliding_window": 5, "use_sliding_window": True}, [5] * 4),
     ("qwen3_moe", {"use_sliding_window": True, "max_position_embeddings": 8192}, [4096] * 4),
     ("qwen3_moe", {"use_sliding_window": True, "sliding_window": None}, [0] * 4),
+    ("qwen2", {"sliding_window": 5}, [0, 0, 0, 0]),
+    ("qwen2", {"sliding_window": 5, "use_sliding_window": True, "max_window_layers": 1},
+     [0, 5, 5, 5]),
+    ("qwen2", {"use_sliding_window": True, "max_window_layers": 0,
+               "max_position_embeddings": 8192}, [4096] * 4),
+    ("qwen2", {"sliding_window": 5, "use_sliding_window": False, "layer_types": [SLIDING] * 4},
+     [0] * 4),
+    ("mistral", {"sliding_window": 5}, [5] * 4),
+    ("mistral", {"max_position_embeddings": 8192}, [4096] * 4),
+    ("mistral", {"sliding_window": None, "max_position_embeddings": 8192}, [0] * 4),
+    ("dots1", {"sliding_window": 5}, [0] * 4),
+    ("dots1", {"sliding_window": 5, "max_window_layers": 0}, [5] * 4),
     ("mixtral", {"sliding_window": 5}, [5] * 4),
     ("mixtral", {"sliding_window": None}, [0] * 4),
 ]  # fmt: skip
@@ -260,7 +326,7 @@ def test_settings_that_a_class_ignores(family):
     """transformers keeps them in config.json, and its other classes compute without them."""
     theirs = a_config(family, clip_qkv=3.0)
     model = read_config(theirs, Path("config.json"), 1000).model
-    assert (model.clip_qkv, model.residual) == (3.0 * (family == "olmoe"), family == "qwen2_moe")
+    assert (model.clip_qkv, model.residual) == (3.0 * (family == "olmoe"), family in SHARED)
 
 
 def test_a_head_of_no_width():
@@ -323,25 +389,32 @@ def test_kinds_of_attention_that_are_none(kinds):
         read_config(a_config("qwen3", **theirs), Path("config.json"), 1000)
 
 
-# What each class takes where config.json says nothing: ε of the norms, θ, and whether the weights
-# of the chosen experts add up to 1.
+# What each class takes where config.json says nothing: ε of the norms, θ, whether the weights
+# of the chosen experts add up to 1, and their factor.
 DEFAULTS = {
-    "llama": (1e-6, 1e4, None),
-    "qwen3": (1e-6, 1e4, None),
-    "olmoe": (1e-5, 1e4, "never"),
-    "mixtral": (1e-5, 1e6, "always"),
-    "qwen2_moe": (1e-6, 1e4, "never"),
-    "qwen3_moe": (1e-6, 1e4, "never"),
+    "llama": (1e-6, 1e4, None, 1.0),
+    "qwen2": (1e-6, 1e4, None, 1.0),
+    "mistral": (1e-6, 1e4, None, 1.0),
+    "qwen3": (1e-6, 1e4, None, 1.0),
+    "olmoe": (1e-5, 1e4, "never", 1.0),
+    "mixtral": (1e-5, 1e6, "always", 1.0),
+    "qwen2_moe": (1e-6, 1e4, "never", 1.0),
+    "qwen3_moe": (1e-6, 1e4, "never", 1.0),
+    "dots1": (1e-6, 1e4, "never", 1.0),
+    "hy_v3": (1e-5, 11_158_840.0, "always", 2.826),
+    "glm4_moe": (1e-5, 1e4, "always", 1.0),
+    "minimax_m2": (1e-6, 5e6, "always", 1.0),
 }
 
 
 @pytest.mark.parametrize("family", DEFAULTS)
 def test_what_is_missing_is_the_class_s(family):
-    model = read_config(a_config(family), Path("config.json"), 1000).model
-    normalize = None
+    config = read_config(a_config(family), Path("config.json"), 1000)
+    model, normalize = config.model, None
     if any(model.schedule.experts):
         normalize = "always" if model.normalizes else "never"
-    assert (model.norm_eps, model.rope_theta, normalize) == DEFAULTS[family]
+    scale = config.moe.routed_scale
+    assert (model.norm_eps, model.rope_theta, normalize, scale) == DEFAULTS[family]
 
 
 @needs_extra("interop", "transformers")
@@ -350,9 +423,13 @@ def test_what_is_missing_is_transformers_s(family):
     from transformers import CONFIG_MAPPING
 
     config = CONFIG_MAPPING[family](**a_config(family))
-    normalize = getattr(config, "norm_topk_prob", family == "mixtral" or None)
+    normalize = getattr(
+        config, "norm_topk_prob", family in ("mixtral", "hy_v3", "minimax_m2") or None
+    )
     normalize = {True: "always", False: "never"}.get(normalize)
-    found = config.rms_norm_eps, config.rope_parameters["rope_theta"], normalize
+    names = "routed_scaling_factor", "router_scaling_factor"
+    scale = next((getattr(config, name) for name in names if hasattr(config, name)), 1.0)
+    found = config.rms_norm_eps, config.rope_parameters["rope_theta"], normalize, scale
     assert found == DEFAULTS[family]
 
 
@@ -464,6 +541,74 @@ FOREIGN = {
         {"rope_parameters": {"rope_theta": 0.0}},
         "no usable rope_theta: it is",
     ),
+    "groups": ({"n_group": 8}, "n_group=8, our model has 1", "dots1"),
+    "chosen groups": ({"topk_group": 2}, "topk_group=2, our model has 1", "dots1"),
+    "a factor of nothing": (
+        {"routed_scaling_factor": 0},
+        "no usable routed_scaling_factor: it is 0, not a number of 1e-30 or more",
+        "dots1",
+    ),
+    "no shared expert": (
+        {"n_shared_experts": 0},
+        "no usable n_shared_experts: it is 0, not a whole number of 1 or more",
+        "dots1",
+    ),
+    "a shared expert more": (
+        {"n_shared_experts": 3},
+        "mlp.shared_experts.gate_proj.weight has shape (24, 24), not (36, 24)",
+        "dots1",
+    ),
+    "too many shared experts": (
+        {"n_shared_experts": 2**62},
+        "model.residual_d_ff=55340232221128654848 is out of range; use at most 2147483647",
+        "dots1",
+    ),
+    "a dense layer more": (
+        {"first_k_dense_replace": 2},
+        "lacks model.layers.1.mlp.down_proj.weight",
+        "dots1",
+    ),
+    "half a dense layer": (
+        {"first_k_dense_replace": 0.5},
+        "no usable first_k_dense_replace: it is 0.5, not a whole number of 0 or more",
+        "dots1",
+    ),
+    "a window in the last layer": (
+        {"sliding_window": 5, "layer_types": None, "max_window_layers": 2},
+        "1 of 3 layers have a sliding window; ours are all alike",
+        "dots1",
+    ),
+    "layers of no kind": (
+        {"mlp_layer_types": ["sparse", "dense"]},
+        "mlp_layer_types=['sparse', 'dense'] must be one of dense, sparse for each of 3 layers",
+        "hy_v3",
+    ),
+    "biases of MLPs": ({"mlp_bias": True}, "mlp_bias=True, our model has False", "hy_v3"),
+    "a part of two heads": (
+        {"rope_parameters": {"partial_rotary_factor": 2.0}},
+        "model.partial_rotary_factor=2.0 is out of range; use at most 1",
+        "glm4_moe",
+    ),
+    "half a pair": (
+        {"rope_parameters": {"partial_rotary_factor": 0.3}},
+        "model.partial_rotary_factor=0.3 is 3 of the 12 numbers of a head, and model.positions=r",
+        "glm4_moe",
+    ),
+    "no part of a head": (
+        {"rope_parameters": None, "rotary_dim": 0},
+        "no usable rotary_dim: it is 0, not a whole number of 1 or more",
+        "minimax_m2",
+    ),
+    "another part": (
+        {"rope_parameters": None, "rotary_dim": 12},
+        "model.partial_rotary_factor=1.2 is out of range",
+        "minimax_m2",
+    ),
+    "biases that are words": (
+        {"attention_bias": "qkv"},
+        "no usable attention_bias: it is 'qkv', not true or false",
+        "glm4_moe",
+    ),
     "no window": ({"sliding_window": 0}, "sliding_window=0, which OlmoeForCausalLM doesn't know"),
     "no keys": ({"num_key_value_heads": 0}, "no usable num_key_value_heads: it is 0"),
     "no expert width": ({"intermediate_size": 0}, "no usable intermediate_size: it is 0"),
@@ -491,8 +636,8 @@ FOREIGN = {
 
 @pytest.mark.parametrize("case", FOREIGN)
 def test_foreign_and_damaged_files(case, source, tmp_path, capsys):
-    folder = source("olmoe")
-    prepare, message = FOREIGN[case]
+    prepare, message, name = (*FOREIGN[case], "olmoe")[:3]
+    folder = source(name)
     if callable(prepare):
         change_tensors(folder, prepare)
     else:
@@ -554,6 +699,29 @@ UNKNOWN_THERE = {
     "this run is '2 layers, every 1, E=3': Qwen2MoeForCausalLM of transformers can only be '2 ": (
         EVERY, {"family": "qwen2_moe"}, {}
     ),
+    "model.biases=none, Qwen2ForCausalLM of transformers has qkv; use --kind=safetensors": (
+        "2 layers", {"family": "qwen2", "biases": "none"}, {}
+    ),
+    "model.residual_d_ff=30, Dots1ForCausalLM of transformers has 40; use --kind=safetensors": (
+        f"{EVERY}, top 2, residual",
+        {"family": "dots1", "expert_d_ff": 20, "residual_d_ff": 30},
+        {"scores": "sigmoid", "bias_update_rate": 0.1},
+    ),
+    f"this run is '{EVERY}, top 2': Dots1ForCausalLM of transformers can only be '{EVERY}, t": (
+        f"{EVERY}, top 2", {"family": "dots1"}, {"scores": "sigmoid", "bias_update_rate": 0.1}
+    ),
+    "this run is '4 layers, E=3, residual': Dots1ForCausalLM of transformers can only be '4 ": (
+        "4 layers, E=3, residual", {"family": "dots1"}, {"scores": "sigmoid"}
+    ),
+    "moe.scores=softmax, HYV3ForCausalLM of transformers has sigmoid": (
+        f"{EVERY}, residual", {"family": "hy_v3"}, {}
+    ),
+    "moe.bias_update_rate=0.0, HYV3ForCausalLM of transformers has 1e-09": (
+        f"{EVERY}, residual", {"family": "hy_v3"}, {"scores": "sigmoid"}
+    ),
+    "model.partial_rotary_factor=0.5, LlamaForCausalLM of transformers has 1.0": (
+        "2 layers", {"family": "llama", "head_dim": 8, "partial_rotary_factor": 0.5}, {}
+    ),
     "moe.bias_update_rate=0.1, OlmoeForCausalLM of transformers has 0.0": (
         EVERY, {"family": "olmoe"}, {"bias_update_rate": 0.1}
     ),
@@ -578,11 +746,28 @@ def test_what_a_class_does_not_express_is_named(message):
         ("3 layers, layers 0 2, E=3", {"family": "qwen3_moe", "kv_heads": 1, "head_dim": 8}),
         ("2 layers", {"family": "llama", "rope_theta": 5e5, "output": "tied"}),
         ("2 layers", {"family": "qwen3", "sliding_window": 3}),
+        ("2 layers", {"family": "qwen2", "sliding_window": 3, "head_dim": 8}),
+        ("2 layers", {"family": "mistral", "sliding_window": 3, "output": "tied"}),
         (f"{EVERY}, residual", {"family": "qwen2_moe", "sliding_window": 3}),
+        (f"{EVERY}, top 2, residual", {"family": "dots1", "sliding_window": 3}),
+        (
+            "4 layers, layers 2 3, E=3, residual",
+            {"family": "dots1", "expert_d_ff": 20, "residual_d_ff": 60},
+        ),
+        ("4 layers, E=3, residual", {"family": "hy_v3", "expert_d_ff": 7}),
+        (
+            "2 layers, E=3, residual",
+            {"family": "glm4_moe", "head_dim": 8, "biases": "none", "qk_norm": "head"},
+        ),
+        (f"{EVERY}, top 2", {"family": "minimax_m2", "head_dim": 8, "partial_rotary_factor": 1.0}),
     ],
 )
 def test_what_a_class_expresses(text, model):
     moe = {"capacity_factor": math.inf, "eval_capacity_factor": math.inf} if "E" in text else {}
+    if model["family"] == "minimax_m2":
+        moe |= {"scores": "sigmoid", "bias_update_rate": 0.1}
+    if model["family"] in ("dots1", "hy_v3", "glm4_moe"):
+        moe |= {"scores": "sigmoid", "bias_update_rate": 0.1, "routed_scale": 1.5}
     config = settings(text, model=model, moe=moe)
     check_exportable(config, config.model.family)
 
@@ -596,3 +781,79 @@ def test_sizes_are_the_published_ones(name):
     assert counted.active_params == pytest.approx(published.active * 1e9, rel=5e-3)
     leaves = jax.tree.leaves(jax.eval_shape(lambda: init_model(config)))
     assert sum(math.prod(leaf.shape) for leaf in leaves) == counted.total_params
+
+
+# Settings of released models, and the parameters in billions: all, and those active for a token.
+RELEASED = {
+    "Qwen2.5-7B": (
+        {"model_type": "qwen2", "vocab_size": 152_064, "hidden_size": 3584}
+        | {"intermediate_size": 18_944, "num_hidden_layers": 28, "num_attention_heads": 28}
+        | {"num_key_value_heads": 4, "max_position_embeddings": 131_072, "sliding_window": 131_072}
+        | {"use_sliding_window": False, "max_window_layers": 28},
+        *(7.616, 7.616),
+    ),
+    "Mistral-7B": (
+        {"model_type": "mistral", "vocab_size": 32_000, "hidden_size": 4096}
+        | {"intermediate_size": 14_336, "num_hidden_layers": 32, "num_attention_heads": 32}
+        | {"num_key_value_heads": 8, "max_position_embeddings": 32_768, "sliding_window": 4096},
+        *(7.242, 7.242),
+    ),
+    "dots.llm1": (
+        {"model_type": "dots1", "vocab_size": 152_064, "hidden_size": 4096}
+        | {"intermediate_size": 10_944, "num_hidden_layers": 62, "num_attention_heads": 32}
+        | {"num_key_value_heads": 32, "max_position_embeddings": 32_768, "n_routed_experts": 128}
+        | {"moe_intermediate_size": 1408, "n_shared_experts": 2, "num_experts_per_tok": 6}
+        | {"first_k_dense_replace": 1, "norm_topk_prob": True, "routed_scaling_factor": 2.5},
+        *(142.774, 14.017),
+    ),
+    "Hy3": (
+        {"model_type": "hy_v3", "vocab_size": 120_832, "hidden_size": 4096}
+        | {"intermediate_size": 13_312, "num_hidden_layers": 80, "num_attention_heads": 64}
+        | {"num_key_value_heads": 8, "max_position_embeddings": 131_072, "num_experts": 192}
+        | {"moe_intermediate_size": 1536, "num_experts_per_tok": 8},
+        *(295.034, 20.676),
+    ),
+    "GLM-4.5-Air": (
+        {"model_type": "glm4_moe", "vocab_size": 151_552, "hidden_size": 4096, "head_dim": 128}
+        | {"intermediate_size": 10_944, "num_hidden_layers": 46, "num_attention_heads": 96}
+        | {"num_key_value_heads": 8, "max_position_embeddings": 131_072, "n_routed_experts": 128}
+        | {"moe_intermediate_size": 1408, "n_shared_experts": 1, "num_experts_per_tok": 8}
+        | {"attention_bias": True, "rope_theta": 1e6},
+        *(106.852, 13.424),
+    ),
+    "MiniMax-M2": (
+        {"model_type": "minimax_m2", "vocab_size": 200_064, "hidden_size": 3072, "head_dim": 128}
+        | {"intermediate_size": 1536, "num_hidden_layers": 62, "num_attention_heads": 48}
+        | {"num_key_value_heads": 8, "max_position_embeddings": 196_608, "rotary_dim": 64}
+        | {"num_local_experts": 256, "num_experts_per_tok": 8},
+        *(228.690, 11.031),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_sizes_of_a_released_config(name):
+    theirs, params, active = RELEASED[name]
+    config = read_config(theirs, Path("config.json"), 1000)
+    counted = cost(config.model, config.moe)
+    assert counted.total_params == pytest.approx(params * 1e9, rel=1e-3)
+    assert counted.active_params == pytest.approx(active * 1e9, rel=1e-3)
+
+
+@needs_extra("interop", "transformers")
+@pytest.mark.parametrize("name", RELEASED)
+def test_sizes_are_transformers_s(name):
+    """Buffers, such as a router's bias, are not counted there."""
+    import torch
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    theirs, params, active = RELEASED[name]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[theirs["model_type"]](**theirs))
+    sizes = {name: x.numel() for name, x in model.named_parameters()}
+    total, experts = sum(sizes.values()), sum(n for name, n in sizes.items() if ".experts." in name)
+    names = "num_experts", "num_local_experts", "n_routed_experts"
+    count = next((theirs[name] for name in names if name in theirs), 1)
+    idle = experts * (1 - theirs.get("num_experts_per_tok", 1) / count)
+    assert total == pytest.approx(params * 1e9, rel=1e-4)
+    assert total - idle == pytest.approx(active * 1e9, rel=1e-4)

@@ -18,6 +18,7 @@ from prmoe_jax.run import released
 from tests.support.extras import needs_extra
 from tests.support.lines import only_line
 from tests.support.paths import GOLDENS
+from tests.support.runs import tuned
 from tests.support.tokenizers import byte_tokenizer
 
 # Llama with scaled rotary positions, and a MoE with a window.
@@ -63,25 +64,6 @@ def imported(source, workdir, kind="hf"):
 
 def exported(workdir, out, kind="hf"):
     return main(["export", f"--kind={kind}", f"--workdir={workdir}", f"--out={out}"])
-
-
-def tuned(run, workdir, folder, **settings):
-    """Trains two steps from a run, with half of its context."""
-    (folder / "text").mkdir()
-    for i in range(20):
-        (folder / "text" / f"{i}.txt").write_text(f"Document {i} {'na ' * (20 + i)}")
-    values = {
-        "init.workdir": run,
-        "data.corpus": folder / "text",
-        "data.cache_dir": folder / "cache",
-        "model.length": 16,
-        "train.steps": 2,
-        "train.batch_size": 4,
-        "train.accumulate": 1,
-        "optimizer.warmup_tokens": 0,
-    } | settings
-    options = [f"--config.{name}={value}" for name, value in values.items()]
-    return main(["train", f"--config={run}/config.json", f"--workdir={workdir}", *options])
 
 
 def read(path):

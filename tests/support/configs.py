@@ -31,6 +31,7 @@ OTHER_VALUES = {
     "model.positions": ("rotary", "rotary"),
     "model.rope_theta": ("5e5", 5e5),
     "model.rope_scaling": ("8,1,4,64", (8, 1, 4, 64)),
+    "model.partial_rotary_factor": ("0.5", 0.5),
     "model.activation": ("swiglu", "swiglu"),
     "model.biases": ("qkv", "qkv"),
     "model.qk_norm": ("head", "head"),

@@ -47,6 +47,25 @@ def train_in(folder, command):
     return folder
 
 
+def tuned(run, workdir, folder, **settings):
+    """Trains two steps from a run, with half of its context."""
+    (folder / "text").mkdir()
+    for i in range(20):
+        (folder / "text" / f"{i}.txt").write_text(f"Document {i} {'na ' * (20 + i)}")
+    values = {
+        "init.workdir": run,
+        "data.corpus": folder / "text",
+        "data.cache_dir": folder / "cache",
+        "model.length": 16,
+        "train.steps": 2,
+        "train.batch_size": 4,
+        "train.accumulate": 1,
+        "optimizer.warmup_tokens": 0,
+    } | settings
+    options = [f"--config.{name}={value}" for name, value in values.items()]
+    return main(["train", f"--config={run}/config.json", f"--workdir={workdir}", *options])
+
+
 def arguments(text, workdir, name="prmoe", **overrides):
     folder, cache = text
     small = {
