@@ -194,7 +194,7 @@ def test_the_loss_with_weights_of_8_bits(run, corpus, theirs, tokenizer):
     decoder, score = Generator.restore(run, "int8").decoder, jit(nats)
     assert isinstance(decoder.tokens[...], QuantizedWeight)
     loss = np.mean([score(decoder, jnp.array([x[:-1]]), jnp.array(x[1:])) for x in texts])
-    assert 0 < abs(loss - mean_loss(theirs, texts)) < 0.02
+    assert 0 < abs(loss - mean_loss(theirs, texts)) < 0.003  # measured: 0.0008
 
 
 def nats(decoder, tokens_1xL, targets_L):
