@@ -3,7 +3,7 @@
 #   PYTHON=python3.13 make test     chooses the interpreter; .venv follows it
 #   make quick                      the tests of what git says has changed
 #   make test-slow                  the slowest tests: more meshes, lost processes, kills, notebooks that train
-#   make test-extras                the tests that need torch, lm-eval, gcsfs, Beam, W&B and a TPU's compiler (7.6 GB)
+#   make test-extras                the tests that need torch, lm-eval, gcsfs, Beam, W&B and a TPU's compiler (7.6 GB), and a model (0.5 GB)
 #   make docs                       the pages of docs/ as a site, in site/
 
 PYTHON ?= python3
@@ -35,7 +35,7 @@ test-slow: $(READY)
 	$(BIN)/pytest -n 2 --dist worksteal -m slow
 
 test-extras: $(EXTRAS)
-	.venv-extras/bin/pytest -n 2 --dist worksteal -m extra
+	.venv-extras/bin/pytest -n 2 --dist worksteal -m extra -rs
 
 # The package as its users install it: in an environment of its own, outside the checkout.
 test-wheel:

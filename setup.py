@@ -58,7 +58,8 @@ setup(
         "plot": ["matplotlib"],
         "text": ["datasketch", "resiliparse"],  # experiments/text/build.py
         "wandb": ["wandb"],
-        "interop": ["deepspeed", "torch", "transformers"],
+        # The last two read GGUF for experiments/smollm2/install.py.
+        "interop": ["deepspeed", "torch", "transformers", "accelerate", "gguf"],
         "dev": [
             "codespell",
             "gcp-storage-emulator",

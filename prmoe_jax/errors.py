@@ -72,6 +72,17 @@ def refusing(
 
 
 @contextlib.contextmanager
+def lacking_memory(fix: str) -> Iterator[None]:
+    """Turns running out of memory in the block into a UserError; `fix` ends the line."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) or not is_out_of_memory(error):
+            raise
+        raise UserError(f"out of memory ({first_line(error)}); {fix}") from error
+
+
+@contextlib.contextmanager
 def telling(before: str = "", fix: str = "") -> Iterator[None]:
     """Adds to a UserError: `before` says where it arose, `fix` what to do."""
     try:

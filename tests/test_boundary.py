@@ -152,6 +152,19 @@ def test_the_foreseen_is_one_line(error, code, line, monkeypatch, capsys):
     assert said.startswith("prmoe: ") and line in said
 
 
+def test_an_evaluation_without_memory_names_its_own_options(tmp_path, monkeypatch, capsys):
+    def fail(*given):
+        raise RuntimeError("RESOURCE_EXHAUSTED: 7 GiB")
+
+    monkeypatch.setattr("prmoe_jax.cli.check_run", lambda workdir: None)
+    monkeypatch.setattr("prmoe_jax.training.evaluate.evaluate", fail)
+    assert main(["eval", f"--workdir={tmp_path}"]) == 2
+    assert only_line(capsys.readouterr().err) == (
+        "prmoe: out of memory (RESOURCE_EXHAUSTED: 7 GiB); lower --batch-size, or --length, which "
+        "changes the loss"
+    )
+
+
 DRIVES = "a\x1b]0;b\x07c\x9b2Jd\u202ee\u2028é"
 SHOWN = r"a\x1b]0;b\x07c\x9b2Jd\u202ee"
 

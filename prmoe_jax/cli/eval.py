@@ -5,7 +5,7 @@ import sys
 from prmoe_jax import allocator
 from prmoe_jax.cli.options import add_distributed, filled, path, verb
 from prmoe_jax.cli.output import is_first_process, show
-from prmoe_jax.errors import UserError
+from prmoe_jax.errors import UserError, lacking_memory
 
 
 def add(verbs) -> None:
@@ -26,7 +26,8 @@ def add(verbs) -> None:
         "--batch-size",
         type=int,
         help="windows at once, which changes memory and speed, not the loss (default: training's "
-        "microbatch, or fewer if the free memory asks for it)",
+        "microbatch, or fewer if the free memory asks for it); of tasks, examples on each device "
+        "at once (default: 16)",
     )
     sub.add_argument(
         "--tasks",
@@ -45,18 +46,24 @@ def run(options, rest) -> None:
         raise UserError(
             f"--limit={options.limit} is a number of examples, for --tasks: from 1 to {sys.maxsize}"
         )
-    if tasks:
-        for name in ("teacher", "corpus", "worth", "length", "batch-size", "distributed"):
-            value = getattr(options, name.replace("-", "_"))
-            if value is not None and value is not False:
-                raise UserError(f"--{name} is for the validation split; leave it or --tasks out")
-        from prmoe_jax.tasks.harness import evaluate_tasks
-
-        shown = evaluate_tasks(options.workdir, tasks, options.limit)
-        if not options.json:
-            shown = {f"{task} {name}": x for task, of in shown.items() for name, x in of.items()}
-        show(shown, options.json)
+    if not tasks:
+        with lacking_memory("lower --batch-size, or --length, which changes the loss"):
+            _on_validation_split(options)
         return
+    for name in ("teacher", "corpus", "worth", "length", "distributed"):
+        value = getattr(options, name)
+        if value is not None and value is not False:
+            raise UserError(f"--{name} is for the validation split; leave it or --tasks out")
+    from prmoe_jax.tasks.harness import evaluate_tasks
+
+    with lacking_memory("lower --batch-size"):
+        shown = evaluate_tasks(options.workdir, tasks, options.limit, options.batch_size)
+    if not options.json:
+        shown = {f"{task} {name}": x for task, of in shown.items() for name, x in of.items()}
+    show(shown, options.json)
+
+
+def _on_validation_split(options) -> None:
     from prmoe_jax.training.evaluate import evaluate
 
     metrics = evaluate(

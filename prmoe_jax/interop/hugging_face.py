@@ -329,6 +329,7 @@ def write_hugging_face(
     written = {released.CONFIG: settings, released.TOKENIZER: tokenizer_settings}
     texts = {name: json.dumps(content, indent=2) + "\n" for name, content in written.items()}
     for name, text in ({"tokenizer.json": tokenizer.plain, **kept} | texts).items():
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(text.encode())
 
 

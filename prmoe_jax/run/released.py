@@ -16,13 +16,15 @@ from prmoe_jax.errors import UserError, refusing
 FOLDER = "hugging_face"
 CONFIG, GENERATION, TOKENIZER = "config.json", "generation_config.json", "tokenizer_config.json"
 FILES = CONFIG, GENERATION, TOKENIZER, "special_tokens_map.json", "chat_template.jinja"
+MORE = "additional_chat_templates"  # a folder of templates, named for their use
 LARGEST = 2**24  # bytes of one file
 
 
 def read(folder: Path) -> dict[str, str]:
-    """The text of each of `FILES` that a folder holds, by name."""
+    """The text of each of `FILES` and templates in `MORE` that a folder holds, by name."""
     kept = {}
-    for name in FILES:
+    more = sorted(f"{MORE}/{path.name}" for path in (folder / MORE).glob("*.jinja"))
+    for name in (*FILES, *more):
         path = folder / name
         with contextlib.ExitStack() as stack:
             stack.enter_context(refusing(f"{path} cannot be read", (OSError, ValueError)))
@@ -39,10 +41,11 @@ def read(folder: Path) -> dict[str, str]:
 
 def write(kept: Mapping[str, str], workdir: Path) -> None:
     """Writes the files into a run's folder."""
-    if kept and stores.is_local(workdir):
-        (workdir / FOLDER).mkdir(exist_ok=True)
     for name, text in kept.items():
-        files.replace(workdir / FOLDER / name, text)
+        path = workdir / FOLDER / name
+        if stores.is_local(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        files.replace(path, text)
 
 
 def settings(kept: Mapping[str, str], name: str) -> dict[str, Any]:

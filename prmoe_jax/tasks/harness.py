@@ -154,7 +154,10 @@ class PrmoeLM(TemplateLM):
 
 
 def evaluate_tasks(
-    workdir: Path, tasks: Sequence[str], limit: int | None = None
+    workdir: Path,
+    tasks: Sequence[str],
+    limit: int | None = None,
+    batch_size: int | None = None,
 ) -> dict[str, dict]:
     """Scores a run on local tasks or tasks of the harness.
 
@@ -162,6 +165,7 @@ def evaluate_tasks(
       workdir: the run's folder.
       tasks: names or patterns of names; those of `local.NAMES` need no network.
       limit: number of examples of each task; all by default.
+      batch_size: examples that a device scores at once, 16 by default.
 
     Returns:
       Task or group of tasks -> its metrics, and their standard errors, such as acc_stderr for acc.
@@ -186,7 +190,7 @@ def evaluate_tasks(
     evaluator.get_git_commit_hash = lambda: None  # git complains where there is no checkout
     os.environ["DISABLE_MULTIPROC"] = "1"  # JAX's threads don't survive the bootstrap's forks
     names = _largest(known, dict.fromkeys(names))
-    model = PrmoeLM(str(workdir))
+    model = PrmoeLM(str(workdir), batch_size)
     if "cloze" in tasks:  # the run must not have trained on its documents
         check_text(workdir, config, open_corpus(config.data).fingerprint)
     options = {"limit": limit, "bootstrap_iters": 100, "log_samples": False}

@@ -39,6 +39,7 @@ TEXTS = {
         | {"auto_map": {"AutoTokenizer": ["tokenization.Theirs", None]}}
     ),
     "special_tokens_map.json": '{"eos_token": "<|im_end|>"}',
+    "additional_chat_templates/tools.jinja": TEMPLATE.replace("é", "ß"),
 }
 
 
@@ -51,6 +52,7 @@ def chat_tokenizer():
 def released_model(folder, name):
     shutil.copytree(GOLDENS / "open" / name, folder)
     (folder / "tokenizer.json").write_text(chat_tokenizer())
+    (folder / "additional_chat_templates").mkdir()
     for file, text in TEXTS.items():
         (folder / file).write_bytes(text.encode())
     path = folder / "config.json"
@@ -71,7 +73,7 @@ def read(path):
 
 
 def check_export(out, source, length):
-    for name in ("chat_template.jinja", "generation_config.json", "special_tokens_map.json"):
+    for name in TEXTS.keys() - {"tokenizer_config.json"}:
         assert (out / name).read_bytes() == (source / name).read_bytes()
     config, theirs = read(out / "config.json"), read(source / "config.json")
     names = *IDS, "max_position_embeddings", "rope_parameters", "sliding_window"
@@ -255,6 +257,7 @@ def a_folder(path):
     [
         ("chat_template.jinja", too_large, "has more than 16,777,216 bytes"),
         ("chat_template.jinja", a_pipe, "is not a regular file"),
+        ("additional_chat_templates/tools.jinja", a_folder, "is not a regular file"),
         ("generation_config.json", a_folder, "is not a regular file"),
         ("chat_template.jinja", lambda path: path.write_bytes(b"\xff"), "cannot be read: "),
         ("tokenizer_config.json", lambda path: path.write_text("[]"), "it holds list, not dict"),

@@ -531,6 +531,11 @@ def test_a_cloze_in_one_command(tmp_path, monkeypatch, capfd):
     variance = trained["acc"] * (1 - trained["acc"]) / (trained["examples"] - 1)
     assert trained["acc_stderr"] == pytest.approx(math.sqrt(variance))
     assert untrained["acc_stderr"] == 0
+    command = ["eval", f"--workdir={run}", "--tasks=cloze", "--json"]
+    assert main([*command, "--batch-size=1"]) == 0
+    assert json.loads(capfd.readouterr().out.splitlines()[-1])["cloze"] == trained
+    assert main([*command, "--batch-size=0"]) == 2
+    assert "batch_size=0 must be a number above 0" in capfd.readouterr().err
     # Of another text, documents that the run has learnt may be held out.
     (folder / "30.txt").write_text("Another text. " * 40)
     assert main(["eval", f"--workdir={run}", "--tasks=cloze"]) == 2
