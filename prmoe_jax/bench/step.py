@@ -39,7 +39,7 @@ from prmoe_jax.nn.precision import Precision
 from prmoe_jax.parallel.axes import split_batch
 from prmoe_jax.parallel.mesh import make_mesh, with_mesh
 from prmoe_jax.tables import blocks
-from prmoe_jax.training.optimizer import STATE_BYTES
+from prmoe_jax.training.optimizer import least_state_bytes
 from prmoe_jax.training.step import compile_train_step, sharded_state
 
 log = logging.getLogger(__name__)
@@ -78,7 +78,8 @@ def bench_step(config: Config, repeats: int) -> list[dict]:
     if model.dtype != "float32" and jax.default_backend() == "cpu":
         whole = dataclasses.replace(model, dtype="float32")
         ours["prmoe_jax, float32"] = dataclasses.replace(config, model=whole)
-    bytes_each = STATE_BYTES[config.optimizer.kind] + 4  # 4 for the gradient in float32
+    # 4 for the gradient in float32, which frozen parameters lack.
+    bytes_each = least_state_bytes(config) + 4 * (not config.optimizer.trainable)
     check_memory("--config", len(ours) * bytes_each * cost(model).total_params)
     baselines = _torch_baselines(config)
     dtypes = {name: _factors(config) for name, config in ours.items()}
@@ -138,7 +139,12 @@ def _torch_baselines(config: Config) -> dict[str, tuple[str, str, bool]]:
     """
     if not can_run("torch"):
         return {}
-    needed = {"optimizer.kind": "adamw", "train.accumulate": 1, "model.dropout": 0.0}
+    needed = {
+        "optimizer.kind": "adamw",
+        "optimizer.trainable": "",
+        "train.accumulate": 1,
+        "model.dropout": 0.0,
+    }
     for name, theirs in needed.items():
         asked = operator.attrgetter(name)(config)
         if asked != theirs:

@@ -493,6 +493,12 @@ class OptimizerConfig:
     )
     learning_rate: float = setting(1e-3, "Highest learning rate, after warm-up.", above=0)
     min_learning_rate: float = setting(1e-4, "Learning rate at the end of the decay.")
+    trainable: str = setting(
+        "",
+        "The parameters that train: a regular expression that is found in their names, such as "
+        "'router', 'experts' or 'norm'; empty is all. The others keep the values with which they "
+        "start, and have neither gradients nor an optimizer's state.",
+    )
     router_rate: float = setting(
         1.0,
         "Learning rate of the routers, relative to that of others.",

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import operator
+import re
 
 from prmoe_jax import stores
 from prmoe_jax.config.schema import (
@@ -15,7 +16,7 @@ from prmoe_jax.config.schema import (
     group_rows,
     leaves,
 )
-from prmoe_jax.errors import UserError, telling
+from prmoe_jax.errors import UserError, refusing, telling
 
 
 def check_runs_without_limit(config: Config) -> None:
@@ -257,6 +258,9 @@ def _check_training(config: Config) -> None:
         f"train.batch_size={train.batch_size} is not divisible by train.accumulate="
         f"{train.accumulate}; use {math.gcd(train.batch_size, train.accumulate)}",
     )
+    pattern = optimizer.trainable
+    with refusing(f"optimizer.trainable={pattern} is no regular expression", re.error):
+        re.compile(pattern)
     require(
         optimizer.min_learning_rate <= optimizer.learning_rate,
         f"optimizer.min_learning_rate={optimizer.min_learning_rate} exceeds learning_rate="

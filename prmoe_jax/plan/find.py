@@ -20,7 +20,7 @@ from prmoe_jax.parallel.mesh import (
 )
 from prmoe_jax.plan.chips import CHIPS, chip_of, device_count, slice_shapes, split
 from prmoe_jax.plan.report import check_load, decoding, held_bytes, plan
-from prmoe_jax.training.optimizer import STATE_BYTES
+from prmoe_jax.training.optimizer import least_state_bytes
 
 log = logging.getLogger(__name__)
 
@@ -125,7 +125,7 @@ class _Search:
         """The first plan to fit a topology, or None; tries only the config's mesh if it has one."""
         devices, room = device_count(topology), chip_of(topology).hbm_bytes
         config = on_topology(self.config, topology)
-        bytes_each = 2 if self.decode else STATE_BYTES[config.optimizer.kind]
+        bytes_each = 2 if self.decode else least_state_bytes(config)
         state = bytes_each * cost(config.model).total_params
         if state > devices * room:
             return self._failed(topology, f"the model alone is {state / 2**30:,.0f} GiB")
@@ -181,8 +181,9 @@ class _Search:
             return math.inf
 
     def _state_of(self, held: dict[str, int]) -> int:
-        """Bytes of a step's arguments and, in training, of gradients of the parameters' size."""
-        return sum(held.values()) + (0 if self.decode else held["parameters"])
+        """Bytes of a step's arguments and, in training, of gradients, which frozen parts lack."""
+        gradients = 0 if self.decode else min(held["parameters"], held["optimizer"])
+        return sum(held.values()) + gradients
 
     def _failed(self, topology: str, reason: str) -> None:
         log.info("%s: %s", topology, reason)

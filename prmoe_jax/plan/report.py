@@ -86,8 +86,8 @@ def plan(
         modelled_step_s, tokens_per_s, and components: seconds by part of the model;
         collectives: runs, bytes, seconds and exposed_seconds, summed by kind, axes, asynchronous
           and network ('ici' or 'dcn' of TPUs, 'nvlink' or 'network' of GPUs);
-        in training: modelled_mfu, days and chip_hours of the run, and step_without_teacher_s if
-          the teacher stops before the run ends.
+        in training: modelled_mfu if all parameters train, days and chip_hours of the run, and
+          step_without_teacher_s if the teacher stops before the run ends.
       For a TPU7x, mesh and hbm_bytes_per_chip count devices, which are half chips.
 
     Raises:
@@ -157,8 +157,9 @@ def plan(
         alone_s = plan(alone, topology, load=load)["modelled_step_s"]
         whole_s += (config.total_steps - config.kd_steps) * (alone_s - step_s)
         result["step_without_teacher_s"] = alone_s
+    if not config.optimizer.trainable:  # the FLOPs are those of training all parameters
+        result["modelled_mfu"] = flops_per_s / chip.flops_per_s
     return result | {
-        "modelled_mfu": flops_per_s / chip.flops_per_s,
         "tokens_per_s": tokens_per_s,
         "days": whole_s / 86400,
         "chip_hours": whole_s / 3600 * (len(devices) // chip.devices),

@@ -36,6 +36,7 @@ from prmoe_jax.model.backends import check_backends
 from prmoe_jax.model.loss import forward, token_losses
 from prmoe_jax.model.sizes import cost
 from prmoe_jax.model.state import TrainState
+from prmoe_jax.model.transformer import init_model
 from prmoe_jax.parallel import processes
 from prmoe_jax.parallel.axes import local_rows, replicated, split_batch
 from prmoe_jax.parallel.mesh import training_mesh
@@ -56,6 +57,7 @@ from prmoe_jax.stores import expand
 from prmoe_jax.stores.lock import locked
 from prmoe_jax.training import start
 from prmoe_jax.training.evaluate import evaluate_model
+from prmoe_jax.training.optimizer import trained
 from prmoe_jax.training.preemption import PreemptionGuard
 from prmoe_jax.training.step import compile_train_step
 from prmoe_jax.training.timing import Clock, Trace, stall_watch
@@ -97,6 +99,7 @@ def train(
     placed, mesh = training_mesh(config)
     check_backends(placed, jax.default_backend(), mesh)
     _log_capacity(config)
+    _log_trained(config)
     _warn(config)
     first, batch_size = jax.process_index() == 0, config.train.batch_size
     with contextlib.ExitStack() as stack:
@@ -239,6 +242,16 @@ def _log_capacity(config: Config) -> None:
                 for n in counts
             )
             log.info("capacity in %s, of %d tokens: %s", when, tokens, ", ".join(each))
+
+
+def _log_trained(config: Config) -> None:
+    """Logs how many parameters train if not all of them do; refuses a pattern without a match."""
+    if pattern := config.optimizer.trainable:
+        model = jax.eval_shape(lambda: init_model(config))
+        total, count = (
+            sum(x.size for x in jax.tree.leaves(m)) for m in (model, trained(config, model))
+        )
+        log.info(f"{count:,} of {total:,} parameters train (optimizer.trainable={pattern})")
 
 
 def _warn(config: Config) -> None:
@@ -425,7 +438,8 @@ class Run:
         line = f"loss {metrics['lm_loss']:.4f}" + "".join(f" + {x:.4f} {name}" for name, x in parts)
         line += f", {metrics['tokens_per_second']:,.0f} tokens/s"
         utilisation = model_flops_utilisation(metrics["tokens_per_second"] * self.flops_per_token)
-        if utilisation is not None:
+        # The FLOPs are those of training all parameters.
+        if utilisation is not None and not self.config.optimizer.trainable:
             metrics["model_flops_utilisation"] = utilisation
             line += f", MFU {utilisation:.1%}"
         self.write(step, metrics)

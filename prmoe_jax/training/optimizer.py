@@ -6,13 +6,16 @@ section 2.2), so that AdamW's learning rate and weight decay suit them. N, M: ro
 """
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from prmoe_jax.config.schema import Config
-from prmoe_jax.nn.parameters import declaration, map_named
+from prmoe_jax.errors import UserError
+from prmoe_jax.model.transformer import Transformer
+from prmoe_jax.nn.parameters import declaration, map_named, named_leaves
 from prmoe_jax.parallel import sharding
 
 # Least bytes per parameter: its float32 value, and two moments with AdamW or one with Muon.
@@ -21,6 +24,37 @@ STATE_BYTES = {"adamw": 12, "muon": 8}
 # Steps and coefficients of Muon's iteration, and the root mean square of AdamW's updates (measured
 # in Moonlight, section 2.2).
 STEPS, COEFFICIENTS, RMS = 5, (3.4445, -4.7750, 2.0315), 0.2
+
+
+def least_state_bytes(config: Config) -> int:
+    """Least bytes per parameter of a training state; a frozen parameter is its value alone."""
+    return 4 if config.optimizer.trainable else STATE_BYTES[config.optimizer.kind]
+
+
+def trained(config: Config, model: Transformer) -> Transformer:
+    """The parameters that train; the others are None, which is no leaf of a tree.
+
+    Raises:
+      UserError: `optimizer.trainable` matches no parameter.
+    """
+    pattern = config.optimizer.trainable
+    part = map_named(lambda name, leaf: leaf if re.search(pattern, name) else None, model)
+    if not jax.tree.leaves(part):
+        names = list(named_leaves(model))
+        raise UserError(
+            f"optimizer.trainable={pattern} is found in the name of no parameter; some names are "
+            + ", ".join(names[:: len(names) // 5])
+        )
+    return part
+
+
+def with_frozen(part: Transformer, model: Transformer) -> Transformer:
+    """The whole model: the parameters of `part`, from `trained`, and otherwise those of `model`."""
+
+    def chosen(new, old):
+        return old if new is None else new
+
+    return jax.tree.map(chosen, part, model, is_leaf=lambda leaf: leaf is None)
 
 
 def decay_mask(params):

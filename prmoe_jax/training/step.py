@@ -18,7 +18,7 @@ from prmoe_jax.parallel import sharding
 from prmoe_jax.parallel.axes import replicated
 from prmoe_jax.parallel.microbatches import add_up
 from prmoe_jax.parallel.sharding import init_sharded
-from prmoe_jax.training.optimizer import learning_rate, make_optimizer
+from prmoe_jax.training.optimizer import learning_rate, make_optimizer, trained, with_frozen
 
 # By default a TPU's compiler leaves most of the vector memory unused. With half of it, the matrix
 # products of a step take 10 % less time. SparseCores run collectives beside other work: in a dense
@@ -37,7 +37,8 @@ COMPILER_OPTIONS = {
 def init_state(config: Config) -> TrainState:
     """The training state at step 0; call it under jit, or under eval_shape for its shapes."""
     model = init_model(config)
-    return TrainState(jnp.zeros((), jnp.int32), model, make_optimizer(config).init(model))
+    optimizer = make_optimizer(config).init(trained(config, model))
+    return TrainState(jnp.zeros((), jnp.int32), model, optimizer)
 
 
 def make_train_step(
@@ -72,16 +73,17 @@ def make_train_step(
 
             total = total._replace(assigned=add_up(choices, inputs, microbatches, rows_together))
 
-        def loss(model, batch_and_keys):
-            batch, keys_B = batch_and_keys
+        def loss(part, batch_and_keys):
+            model, (batch, keys_B) = with_frozen(part, state.model), batch_and_keys
             measure = cross_entropy(config.train.z_loss)
             if distiller:
                 measure = distiller.measure(teacher_model, keys_B, kd_weight)
             sums = forward(model, batch, keys_B, measure, config.execution)
             return training_loss(sums, total, config), sums
 
+        part = trained(config, state.model)
         gradient, sums = add_up(
-            partial(jax.grad(loss, has_aux=True), state.model),
+            partial(jax.grad(loss, has_aux=True), part),
             inputs,
             microbatches,
             rows_together,
@@ -89,10 +91,11 @@ def make_train_step(
         )
         gradient = sharding.constrain(gradient)
         with jax.named_scope("optimizer"):
-            updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.model)
-            model = optax.apply_updates(state.model, updates)
+            updates, optimizer_state = optimizer.update(gradient, state.optimizer, part)
+            model = with_frozen(optax.apply_updates(part, updates), state.model)
         if config.moe.bias_update_rate:
             update_router_bias(model, sums.routers, config.moe.bias_update_rate)
+            model = with_frozen(trained(config, model), state.model)
         metrics = {
             "loss": training_loss(sums, total, config),
             "grad_norm": optax.tree.norm(gradient),

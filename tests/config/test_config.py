@@ -512,6 +512,7 @@ RULES = {
     "eps": (["optimizer.eps=0"], "optimizer.eps=0.0 is out of range; use more than 0"),
     "weight decay": (["optimizer.weight_decay=-1"], "optimizer.weight_decay=-1.0 is out of range"),
     "weight decay inf": (["optimizer.weight_decay=inf"], "optimizer.weight_decay=inf must be fini"),
+    "trainable": (["optimizer.trainable=router("], "trainable=router( is no regular expression: "),
     "clip": (["optimizer.clip_norm=0"], "clip_norm=0.0 is out of range; use more than 0, or inf"),
     "eval": (["eval.every=-1"], "eval.every=-1 is out of range"),
     "eval batches": (["eval.batches=-1"], "eval.batches=-1 is out of range"),

@@ -599,12 +599,14 @@ def slow(*values):
         ("dropless", ["two stages"]),
         ("dropless, top 4", ["experts over slices"]),
         ("equal pieces", ["expert"]),
+        ("a part", ["fsdp of experts"]),
         slow("moe", ["replicas over and in slices", "experts over slices", "fsdp of experts"]),
         slow("pyramid, top 2", ["fsdp", "two stages"]),
         slow("dropless", ["expert, slice, tensor"]),
         slow("bfloat16 products", ["data", "sliced"]),
         slow("today's parts", ["slices, expert, tensor"]),
         slow("muon", ["fsdp, expert, tensor", "fsdp of experts"]),
+        slow("a part", ["fsdp", "expert, slice, tensor"]),
     ],
 )
 def test_a_step_on_a_mesh_equals_one_on_one_device(name, meshes, on_eight_devices):

@@ -89,6 +89,7 @@ OTHER_VALUES = {
     "train.z_loss": ("1e-4", 0.0001),
     "execution.compile_cache": ("programs", "programs"),
     "optimizer.kind": ("muon", "muon"),
+    "optimizer.trainable": ("router|^norm", "router|^norm"),
     "optimizer.router_rate": ("0.25", 0.25),
     "optimizer.momentum": ("0.9", 0.9),
     "optimizer.learning_rate": ("2e-3", 0.002),

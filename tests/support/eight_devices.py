@@ -60,6 +60,7 @@ ARCHITECTURES = {
     "one expert": ("2 layers, E=4", {}),
     "equal pieces": ("2 layers, E=16, top 2", {}),
     "muon": ("4 layers, E=4, residual", {}),
+    "a part": ("4 layers, E=4, residual", {}),
     "today's parts": (
         "2 layers, every 1, E=4+8, top 2, residual",
         {"batch_size": 2 * ROWS, "accumulate": 2},
@@ -74,7 +75,10 @@ MODEL = {
         "normalize_top_k": "always",
     },
 }  # fmt: skip
-OPTIMIZER = {"muon": {"kind": "muon"}}
+OPTIMIZER = {
+    "muon": {"kind": "muon"},
+    "a part": {"kind": "muon", "trainable": r"router|experts\.w_in|^norm"},
+}
 # Sums in another order may round a factor of the next product to another bfloat16.
 TOLERANCE = {"bfloat16 products": 2e-2}
 DROPLESS = {"capacity_factor": math.inf, "eval_capacity_factor": math.inf, "overflow": "position"}
