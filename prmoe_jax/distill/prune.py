@@ -20,6 +20,7 @@ from scipy.optimize import linear_sum_assignment
 from prmoe_jax import stores
 from prmoe_jax.config.loading import load
 from prmoe_jax.config.schema import Config, ModelConfig, group_rows
+from prmoe_jax.data import released
 from prmoe_jax.data.pipeline import Data, load_data, train_iterator
 from prmoe_jax.errors import UserError
 from prmoe_jax.model.layout import unstack_layers
@@ -29,7 +30,6 @@ from prmoe_jax.model.surgery import build, take
 from prmoe_jax.model.transformer import Transformer, init_model
 from prmoe_jax.nn.parameters import declaration, named_leaves
 from prmoe_jax.parallel.microbatches import add_up
-from prmoe_jax.run import released
 from prmoe_jax.run.directory import CONFIG, TOKENIZER
 from prmoe_jax.run.new import check_free, write_run
 from prmoe_jax.run.restore import restore_run, trained_text

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from prmoe_jax import stores
 from prmoe_jax.config.schema import MeshConfig
+from prmoe_jax.data import released
 from prmoe_jax.data.tokenizer import Tokenizer
 from prmoe_jax.errors import UserError, refusing
 from prmoe_jax.inference import WEIGHTS
@@ -23,7 +24,6 @@ from prmoe_jax.inference.restore import restore_for_inference
 from prmoe_jax.model.attention import KVCache
 from prmoe_jax.parallel.axes import batch_axes
 from prmoe_jax.run import directory as workdirs
-from prmoe_jax.run import released
 
 # Tokens of each prompt in a chunk of the prefill; decoding steps between two reads by the host.
 PREFILL_CHUNK = 64

@@ -29,6 +29,7 @@ from jax.sharding import Mesh
 from prmoe_jax.config.loading import check_branch, check_resume, load
 from prmoe_jax.config.schema import Config
 from prmoe_jax.config.validation import check_same_routing
+from prmoe_jax.data import released
 from prmoe_jax.data.pipeline import Data, fingerprint_changes
 from prmoe_jax.data.tokenizer import Tokenizer, check_same
 from prmoe_jax.errors import UserError, telling
@@ -39,7 +40,6 @@ from prmoe_jax.model.transformer import Transformer, init_model
 from prmoe_jax.nn.parameters import declaration, named_leaves
 from prmoe_jax.parallel.sharding import init_sharded
 from prmoe_jax.run import directory as workdirs
-from prmoe_jax.run import released
 from prmoe_jax.run.checkpoint import Checkpoints
 from prmoe_jax.run.metrics import METRICS, finished, read_metrics, write_metrics
 from prmoe_jax.run.restore import restore_model
