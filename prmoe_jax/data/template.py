@@ -45,7 +45,6 @@ class ChatTemplate:
 
     source: str
     texts: dict[str, str]
-    name: str  # in messages
 
     @property
     def fingerprint(self) -> str:
@@ -85,10 +84,10 @@ class ChatTemplate:
                 before, until = render(i, True), render(i + 1, False)
                 if not (until.startswith(before) and text.startswith(until)):
                     raise UserError(
-                        f"{chat.place}: {self.name} doesn't write message {i + 1}, an answer, "
-                        "right behind its generation prompt, or writes it in another way if other "
-                        "messages follow; the loss on answers needs a template that does neither, "
-                        f"such as a changed {released.TEMPLATE}"
+                        f"{chat.place}: the chat template doesn't write message {i + 1}, an "
+                        "answer, right behind its generation prompt, or writes it in another way "
+                        "if other messages follow; the loss on answers needs a template that does "
+                        f"neither, such as a changed {released.TEMPLATE}"
                     )
                 cuts += [len(before), len(until)]
         ids, counts = guard.encode(text, cuts)
@@ -100,7 +99,7 @@ class ChatTemplate:
         return Tokens(ids, loss, True, size)
 
     def _render(self, messages, tools, starts_answer: bool, day, place: str) -> str:
-        with refusing(f"{place}: {self.name} refuses it"):  # it is a program of others
+        with refusing(f"{place}: the chat template refuses it"):  # it is a program of others
             return _compiled(self.source).render(
                 **self.texts,
                 messages=messages,
@@ -130,14 +129,15 @@ def encode(chat: Chat, tokenizer: Tokenizer, template: ChatTemplate | None) -> T
 
 def find(tokenizer: Path) -> ChatTemplate | None:
     """The template beside a tokenizer.json, in a model's folder or a run's; None without one."""
-    for folder in (tokenizer.parent, tokenizer.parent / released.FOLDER):
+    folders = (tokenizer.parent, tokenizer.parent / released.FOLDER) if tokenizer.is_file() else ()
+    for folder in folders:
         names = released.TOKENIZER, released.SPECIAL, released.TEMPLATE
-        if template := of_files(released.read(folder, names), str(folder)):
-            return template
+        if found := of_files(released.read(folder, names)):
+            return found
     return None
 
 
-def of_files(kept: dict[str, str], folder: str) -> ChatTemplate | None:
+def of_files(kept: dict[str, str]) -> ChatTemplate | None:
     """The template in the files of a released model, as `released.read` gives them."""
     settings = released.settings(kept, released.TOKENIZER)
     source = settings.get("chat_template")
@@ -150,9 +150,9 @@ def of_files(kept: dict[str, str], folder: str) -> ChatTemplate | None:
     texts = {}
     for name, value in (settings | released.settings(kept, released.SPECIAL)).items():
         text = value.get("content") if isinstance(value, dict) else value
-        if name.endswith("_token") and isinstance(text, str):
+        if name.endswith("_token") and name in source and isinstance(text, str):
             texts[name] = text
-    return ChatTemplate(source, texts, f"the chat template in {folder}")
+    return ChatTemplate(source, texts)
 
 
 class _Generation(Extension):

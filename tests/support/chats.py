@@ -37,7 +37,7 @@ PHI3 = (
 
 
 def template(source=CHATML, **texts) -> ChatTemplate:
-    return ChatTemplate(source, texts, "the chat template")
+    return ChatTemplate(source, texts)
 
 
 def chat_tokenizer(*marks: str, ends=(END,)) -> Tokenizer:
