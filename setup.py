@@ -35,6 +35,7 @@ setup(
         "h5py",
         "importlib_resources",
         "jax>=0.10",
+        "jinja2",  # chat templates
         "ml-collections>=1.1",
         "numpy",
         "optax>=0.2.8",

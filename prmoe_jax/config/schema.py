@@ -441,7 +441,9 @@ class DataConfig:
         path="anywhere",
     )
     text_field: str = setting(
-        "text", "The field that holds the text, in .jsonl lines and TFDS examples."
+        "text",
+        "The field that holds the text, in .jsonl lines and TFDS examples; lines without it may"
+        " be chats.",
     )
     tokenizer: str = setting(
         "bpe",

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from prmoe_jax import files, stores
 from prmoe_jax.config.schema import DataConfig
 from prmoe_jax.data import cache, chunks, sources, split
+from prmoe_jax.data.chat import plain
 from prmoe_jax.data.chunks import Chunk
 from prmoe_jax.data.split import Selection
 from prmoe_jax.data.stages import in_this_process
@@ -53,28 +54,29 @@ class Corpus:
             threshold = bytes.fromhex(known["threshold"])
             if len(threshold) != split.RANK_BYTES:
                 raise ValueError(f"{_SPLIT} is not as it was written")
-            return Selection(threshold)
+            return Selection(threshold, chats=known.get("chats", 0))
 
     def _find_split(self, folder: pathlib.Path) -> None:
         with in_this_process(folder, self.config, len(self.chunks)) as (work, run):
-            threshold = split.select(work, self.chunks, run).threshold
-        (folder / _SPLIT).write_text(json.dumps({"threshold": threshold.hex()}))
+            found = split.select(work, self.chunks, run)
+        known = {"threshold": found.threshold.hex(), "chats": found.chats}
+        (folder / _SPLIT).write_text(json.dumps(known))
 
     @property
     def train(self) -> Iterator[str]:
-        """The training documents."""
+        """The training documents, as plain text."""
         return self._documents("train")
 
     @property
     def validation(self) -> Iterator[str]:
-        """The held-out documents."""
+        """The held-out documents, as plain text."""
         return self._documents("validation")
 
     def _documents(self, name: str) -> Iterator[str]:
         for chunk in self.chunks:
             if chunk.split in ("", name):
                 found = split.selected(chunk, self.config, self.selection)
-                yield from (text for part, text in found if part == name)
+                yield from (plain(text) for part, text in found if part == name)
 
 
 def open_corpus(config: DataConfig) -> Corpus:

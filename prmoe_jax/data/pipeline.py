@@ -18,13 +18,15 @@ import jax
 import numpy as np
 
 from prmoe_jax.config.schema import DataConfig
-from prmoe_jax.data import cache, streams
+from prmoe_jax.data import cache, shards, streams, template
 from prmoe_jax.data.corpora import TOKENS, open_corpus
 from prmoe_jax.data.streams import ShardStream
+from prmoe_jax.data.template import ChatTemplate
 from prmoe_jax.data.tokenizer import Tokenizer, check_fits, load_tokenizer
 from prmoe_jax.data.tokens import cached_tokens
 from prmoe_jax.errors import UserError
 from prmoe_jax.model.batch import Batch, TopKLogProbs
+from prmoe_jax.stores import expand
 
 _DTYPES = np.int32, np.int32, np.bool_, np.int32
 
@@ -72,34 +74,36 @@ class Windows:
         """Window `index` as a Batch of arrays of shape L."""
         index = range(len(self))[operator.index(index)]
         first = index * self.length
-        tokens = self.stream.read(first, first + self.length + 1)
-        real = len(tokens) - 1
+        tokens = self.stream.read(first, first + self.length + 1).astype(np.int64)
+        ids, real = tokens & shards.ID, len(tokens) - 1
         window = Batch(*(np.zeros(self.length, dtype) for dtype in _DTYPES))
-        window.tokens_BxL[:real] = tokens[:-1]
-        window.targets_BxL[:real] = tokens[1:]
-        window.mask_BxL[:real] = True
+        window.tokens_BxL[:real] = ids[:-1]
+        window.targets_BxL[:real] = ids[1:]
+        window.mask_BxL[:real] = tokens[:-1] < shards.SILENT
         window.segments_BxL[:real] = 1
         if not self.cross_document_attention:
             documents = self.stream.documents(first, tokens[:-1])
             window.segments_BxL[:real] += documents.astype(np.int32)
         if self.tokenizer:
-            self._start_documents(window)
+            self._start_documents(window, tokens[:-1])
         return _with_teacher(window, self.teacher_top_k, index)
 
-    def _start_documents(self, window: Batch) -> None:
+    def _start_documents(self, window: Batch, tokens: np.ndarray) -> None:
         """Makes each document begin with BOS, in place.
 
-        Where BOS already follows EOS, as in shards of other libraries, the EOS is masked instead.
+        If a document has a start of its own, the EOS before it is masked instead: after a chat
+        template, or where BOS already follows EOS, as in shards of other libraries.
         """
         start, end = self.tokenizer.bos_id, self.tokenizer.eos_id
-        if start == end:
-            return
-        ends_L = (window.tokens_BxL == end) & window.mask_BxL
-        both_L = ends_L & (window.targets_BxL == start)
-        window.tokens_BxL[ends_L & ~both_L] = start
-        window.mask_BxL[both_L] = False
+        begins_L, apart_L = np.zeros((2, self.length), bool)
+        begins_L[: len(tokens)] = shards.begins(tokens, end)
+        apart_L[: len(tokens)] = tokens & shards.APART != 0
+        if start != end:
+            apart_L |= begins_L & (window.targets_BxL == start)
+            window.tokens_BxL[begins_L & ~apart_L] = start
+        window.mask_BxL[apart_L] = False
         if not self.cross_document_attention:
-            window.segments_BxL[both_L] = 0
+            window.segments_BxL[apart_L] = 0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -171,6 +175,7 @@ class Data:
     validation: Windows | Mixture
     corpus_fingerprint: str
     teacher_cache_fingerprint: str | None = None  # identifies a teacher's recorded predictions
+    chat_template: ChatTemplate | None = None  # of text that has chats
 
 
 def load_data(
@@ -178,9 +183,10 @@ def load_data(
 ) -> Data:
     """Loads corpus, tokenizer and windows of `length` tokens, from the caches if possible.
 
-    `tokenizer_path` is the stored tokenizer of a run that is resumed or evaluated.
+    `tokenizer_path` is the stored tokenizer of a run that is resumed or evaluated. Chats are
+    encoded by the template beside the tokenizer.
     """
-    fingerprint = None  # then the streams identify the corpus
+    fingerprint, chat_template = None, None  # then the streams identify the corpus
     if config.corpus.startswith(TOKENS):
         tokenizer, sources = streams.open_sources(config, vocab_size, tokenizer_path)
     else:
@@ -191,7 +197,9 @@ def load_data(
         else:
             tokenizer = Tokenizer.load(tokenizer_path)
             check_fits(tokenizer, vocab_size)
-        sources = [cached_tokens(config, corpus, tokenizer)]
+        if corpus.selection.chats:
+            chat_template = template.find(tokenizer_path or expand("tokenizer", config.tokenizer))
+        sources = [cached_tokens(config, corpus, tokenizer, chat_template)]
 
     identity, splits = [], {}
     for name in ("train", "validation"):
@@ -209,7 +217,8 @@ def load_data(
         identity.append([[part.stream.fingerprint for part in found], weights])
         splits[name] = found[0] if len(found) == 1 else Mixture(found, shares)
     fingerprint = fingerprint or cache.fingerprint("tokens", identity)
-    return Data(tokenizer, splits["train"], splits["validation"], fingerprint)
+    found = tokenizer, splits["train"], splits["validation"], fingerprint
+    return Data(*found, chat_template=chat_template)
 
 
 def windows_fingerprint(data: Data) -> dict[str, str | int]:
@@ -223,6 +232,8 @@ def windows_fingerprint(data: Data) -> dict[str, str | int]:
     }
     if data.tokenizer.bos_id != data.tokenizer.eos_id:
         found["start_of_text"] = data.tokenizer.bos_id
+    if data.chat_template:
+        found["chat_template"] = data.chat_template.fingerprint
     return found
 
 

@@ -19,11 +19,17 @@ from prmoe_jax.errors import UserError, refusing
 
 INDEX, TOKENIZER = "index.json", "tokenizer.json"
 SUFFIX = ".tokens"  # of our shards
-_FORMAT = "prmoe_jax tokens 1"
+_FORMATS = "prmoe_jax tokens 1", "prmoe_jax tokens 2"  # without and with marks
 _DTYPES = "<u2", "<u4"
 SPLITS = "train", "validation"
 COUNTS = "documents", "tokens", "bytes"  # of a split, and of each of its shards
 _DIGESTS = "sha256", "blocks"
+# Marks: bits beside an id, in uint32, in shards of text that has chats. A token is an id without
+# marks, or with them.
+SILENT = 1 << 31  # the next token carries no loss
+INSIDE = 1 << 30  # an EOS that begins no document, such as the end of a turn
+APART = 1 << 29  # an EOS before a document that brings a start of its own
+ID = APART - 1
 _MOST = 1 << 62
 _FIX = "write the shards again by prmoe tokenize"
 # A shard is identified by its size and the digest of some evenly spaced blocks, which are its whole
@@ -44,6 +50,7 @@ class Shard:
     offset: int
     tokens: int
     ends: Sequence[int] = ()  # after the last token of some documents, from an .idx file
+    marked: bool = False  # whether there are marks beside the ids
 
     @functools.cached_property
     def ids_T(self) -> np.ndarray:
@@ -80,6 +87,7 @@ class Index:
     splits: dict[str, dict]  # documents, tokens, bytes and shards of train and validation
     fingerprint: str
     inputs: Any  # identifies the text and the settings of `prmoe tokenize`
+    marked: bool  # whether the shards have marks
 
     @classmethod
     def open(cls, folder: Path) -> "Index":
@@ -88,7 +96,8 @@ class Index:
         content = files.read_json(path, fix=_FIX)
         kinds = {"format": str, "tokenizer": str, "vocabulary": int, "dtype": str, "splits": dict}
         files.require(content, kinds | {"fingerprint": str}, str(path), _FIX)
-        for name, known in {"format": [_FORMAT], "dtype": _DTYPES}.items():
+        marked = content["format"] == _FORMATS[True]
+        for name, known in {"format": _FORMATS, "dtype": _DTYPES[marked:]}.items():
             if content[name] not in known:
                 found = f"{name} is {content[name]!r:.60}, not {' or '.join(known)}"
                 raise UserError(f"{path} is damaged: {found}; {_FIX}")
@@ -97,14 +106,15 @@ class Index:
             raise UserError(f"{path} is damaged: it is not as it was written; {_FIX}")
         return cls(
             *(folder, content["tokenizer"], np.dtype(content["dtype"])),
-            *(content["splits"], content["fingerprint"], content.get("inputs")),
+            *(content["splits"], content["fingerprint"], content.get("inputs"), marked),
         )
 
     def shards(self, split: Split) -> list[Shard]:
         """The shards of a split; checks the size and the block digest of each."""
         found = []
         for entry in self.splits[split]["shards"]:
-            shard = Shard(self.folder / entry["name"], self.dtype, 0, entry["tokens"])
+            path, size = self.folder / entry["name"], entry["tokens"]
+            shard = Shard(path, self.dtype, 0, size, marked=self.marked)
             with reading(shard.path):
                 size = shard.path.stat().st_size
             expected = shard.tokens * self.dtype.itemsize
@@ -165,18 +175,21 @@ def check_whole(paths: Iterable[Path]) -> None:
             )
 
 
-def index_content(tokenizer: str, vocabulary: int, splits: dict[str, dict], inputs: str) -> dict:
+def index_content(
+    tokenizer: str, vocabulary: int, splits: dict[str, dict], inputs: str, marked: bool = False
+) -> dict:
     """The content of an `index.json`, for a tokenizer's fingerprint and its size.
 
-    `inputs` identifies the text and the settings. A split has the numbers of its documents, tokens
+    `inputs` identifies the text and the settings; `marked` says whether the shards have marks. A
+    split has the numbers of its documents, tokens
     and bytes of text, and a list of shards in order. Each shard has a name, these three numbers,
     the SHA-256 of its file, and `blocks` (see `Shard.digest`).
     """
     content = {
-        "format": _FORMAT,
+        "format": _FORMATS[marked],
         "tokenizer": tokenizer,
         "vocabulary": vocabulary,
-        "dtype": smallest_dtype(vocabulary).str,
+        "dtype": smallest_dtype(vocabulary, marked).str,
         "inputs": inputs,
         "splits": splits,
     }
@@ -214,9 +227,26 @@ def open_array(path: Path, vocabulary: int) -> Shard:
     return Shard(path, dtype, 0, size // dtype.itemsize)
 
 
-def smallest_dtype(vocabulary: int) -> np.dtype:
-    """The dtype in which ids are stored: uint16 or uint32, little-endian."""
-    return np.dtype(_DTYPES[vocabulary > 1 << 16])
+def smallest_dtype(vocabulary: int, marked: bool = False) -> np.dtype:
+    """The little-endian dtype of stored ids: uint16 or, for more ids or for marks, uint32."""
+    return np.dtype(_DTYPES[marked or vocabulary > 1 << 16])
+
+
+def document(ids: Sequence[int], eos_id: int, loss: Sequence[bool], apart: bool) -> np.ndarray:
+    """A document with marks, after an EOS.
+
+    `loss` says for each id, and for the document's end behind them, whether it carries loss;
+    `apart`, whether the document brings a start of its own.
+    """
+    tokens = np.append(np.uint32(eos_id), np.asarray(ids, np.uint32))
+    tokens[1:][tokens[1:] == eos_id] |= INSIDE
+    tokens[0] |= APART * apart
+    return tokens | np.where(loss, np.uint32(0), np.uint32(SILENT))
+
+
+def begins(tokens_T: np.ndarray, eos_id: int) -> np.ndarray:
+    """Whether a document begins at each token, as bool."""
+    return tokens_T.astype(np.int64) & (ID | INSIDE) == eos_id
 
 
 def _open_npy(path: Path) -> Shard:
@@ -287,6 +317,7 @@ def check_ends(shards: Sequence[Shard], eos_id: int) -> None:
 
 def check_ids(shard: Shard, first: int, ids_T: np.ndarray, vocabulary: int) -> None:
     """Raises UserError if ids read at token `first` of a shard are not in the vocabulary."""
+    ids_T = ids_T & np.uint32(ID) if shard.marked else ids_T
     if not len(ids_T) or (0 <= ids_T.min() and ids_T.max() < vocabulary):
         return
     index = int(np.flatnonzero((ids_T < 0) | (ids_T >= vocabulary))[0])

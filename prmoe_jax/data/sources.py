@@ -16,6 +16,7 @@ import zlib
 from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator
 
+from prmoe_jax.data import chat
 from prmoe_jax.errors import UserError, missing, refusing
 from prmoe_jax.files import parse_json, refuse_pipe
 from prmoe_jax.stores import expand
@@ -90,7 +91,7 @@ def find_files(corpus: str, suffixes: tuple[str, ...] = SUFFIXES) -> list[pathli
 
 
 def read_documents(files: Iterable[pathlib.Path], text_field: str) -> Iterator[str]:
-    """Yields the documents of text files: a whole .txt file, or `text_field` of each JSON line."""
+    """Yields the documents of text files: a whole .txt file, or the text or chat of a JSON line."""
     for file in files:
         if file.suffix == ".jsonl":
             yield from json_lines(file, text_field)
@@ -213,19 +214,22 @@ def _zstd_lines(file: pathlib.Path) -> Iterator[bytes]:
 
 
 def _parse_line(line: bytes, text_field: str, place: str) -> str:
-    """The text of a JSON line; `place` names the line in messages."""
+    """The text or the chat of a JSON line; `place` names the line in messages."""
     with refusing(f"{place}: not a line of UTF-8 JSON", ValueError):
         example = parse_json(line.removeprefix(BOM_UTF8))
     if not isinstance(example, dict):
         raise UserError(f"{place}: not a JSON object but {type(example).__name__}")
-    if text_field not in example:
-        raise UserError(
-            f"{place}: no field {text_field!r}; it has {', '.join(example) or 'no field'}; "
-            "set --config.data.text_field"
-        )
-    text = example[text_field]
+    text = example.get(text_field)
+    if text_field not in example or (text_field == "messages" and isinstance(text, list)):
+        text = chat.parse(example, place)
+        if text is None:
+            raise UserError(
+                f"{place}: no field {text_field!r}; it has {', '.join(example) or 'no field'}; "
+                "set --config.data.text_field"
+            )
     if not isinstance(text, str):
         raise UserError(f"{place}: field {text_field!r} is not text but {type(text).__name__}")
     if _SURROGATE.search(text):
-        raise UserError(f"{place}: field {text_field!r} holds half of a surrogate pair")
+        named = "a message" if isinstance(text, chat.Chat) else f"field {text_field!r}"
+        raise UserError(f"{place}: {named} holds half of a surrogate pair")
     return text

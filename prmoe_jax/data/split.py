@@ -15,6 +15,7 @@ from etils import epath
 
 from prmoe_jax.config.schema import DataConfig
 from prmoe_jax.data import chunks
+from prmoe_jax.data.chat import Chat
 from prmoe_jax.data.chunks import Chunk
 from prmoe_jax.data.stages import Run, Work
 from prmoe_jax.errors import UserError
@@ -37,6 +38,7 @@ class Selection(NamedTuple):
     # The groups of ranges whose duplicates are dropped. If there are none, duplicates are kept,
     # and a dataset with its own splits keeps its empty documents too.
     groups: Sequence[tuple[int, int]] = ()
+    chats: int = 0  # the number of chats among the documents
 
 
 def rank(text: str) -> bytes:
@@ -67,7 +69,8 @@ def select(work: Work, parts: Sequence[Chunk], run: Run) -> Selection:
     in one split.
     """
     counts = run(digest, {f"digests-{chunk.number:05}": (chunk,) for chunk in parts})
-    total, empty = (sum(count[name] for count in counts) for name in ("documents", "empty"))
+    names = "documents", "empty", "chats"  # earlier versions knew no chats
+    total, empty, chats = (sum(count.get(name, 0) for count in counts) for name in names)
     # A power of two, so that each group has the same number of ranges.
     step = RANGES >> min((total // _COMPARED).bit_length(), RANGES.bit_length() - 1)
     groups = [(first, first + step) for first in range(0, RANGES, step)]
@@ -75,11 +78,11 @@ def select(work: Work, parts: Sequence[Chunk], run: Run) -> Selection:
     different = [count["different"] for count in counts]
     log.info("%d documents: %d empty, %d repeated", total, empty, total - empty - sum(different))
     if any(chunk.split for chunk in parts):
-        return Selection(b"", groups)
+        return Selection(b"", groups, chats)
     left = _held_out_count(sum(different), total, empty, work.config)
     for group, count in zip(groups, different, strict=True):
         if left <= count:
-            return Selection(_largest_of(work, group, left), groups)
+            return Selection(_largest_of(work, group, left), groups, chats)
         left -= count
     raise AssertionError("fewer digests than counted")
 
@@ -104,14 +107,15 @@ def digest(work: Work, chunk: Chunk) -> None:
     end. Indices of duplicates within the chunk go into a second file; the first has each digest
     once.
     """
-    found, total = bytearray(), 0
+    found, total, chats = bytearray(), 0, 0
     for total, text in enumerate(chunks.documents(chunk, work.config), 1):
+        chats += isinstance(text, Chat)
         if text.strip():
             found += rank(text) + (total - 1).to_bytes(4, "little")
     rows = np.frombuffer(found, _DIGEST)
     rows = rows[np.argsort(rows["digest"], kind="stable")]
     repeats = _repeats(rows)
-    counts = {"documents": total, "empty": total - len(rows)}
+    counts = {"documents": total, "empty": total - len(rows), "chats": chats}
     work.save(work.staging / f"again-{chunk.number:05}", rows["document"][repeats].tobytes())
     rows = rows[~repeats]
     name = f"digests-{chunk.number:05}"

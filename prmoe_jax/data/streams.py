@@ -66,7 +66,7 @@ class ShardStream:
         return self._before + (self._last - self._first) + self._behind
 
     def read(self, first: int, last: int) -> np.ndarray:
-        """Tokens [first, last) of the stream, fewer at its end."""
+        """Tokens [first, last) of the stream, with their marks; fewer at its end."""
         last = min(last, len(self))
         eos = np.array([self._eos_id])
         parts = [eos] if first < self._before else []
@@ -78,8 +78,8 @@ class ShardStream:
 
     def documents(self, first: int, tokens_T: np.ndarray) -> np.ndarray:
         """For each token that `read` returned: how many documents began after the first token."""
-        is_eos_T = tokens_T == self._eos_id
-        return np.cumsum(is_eos_T) - is_eos_T[:1]
+        begins_T = shards.begins(tokens_T, self._eos_id)
+        return np.cumsum(begins_T) - begins_T[:1]
 
     def _within(self, first: int, last: int) -> Iterator[np.ndarray]:
         """Tokens [first, last) of the shards, one array per shard."""

@@ -19,7 +19,8 @@ from etils import epath
 
 from prmoe_jax import errors, stores
 from prmoe_jax.config.schema import Config
-from prmoe_jax.data import cache, shards, split, tokenizer, tokens
+from prmoe_jax.data import cache, shards, split, template, tokenizer, tokens
+from prmoe_jax.data.chat import plain
 from prmoe_jax.data.chunks import Chunk, find_chunks
 from prmoe_jax.data.split import Selection
 from prmoe_jax.data.stages import Work
@@ -55,8 +56,12 @@ def tokenize(config: Config, out: str | os.PathLike, flags: Sequence[str] = ()) 
     folder = expand("--out", out)
     chunks, listed, times = find_chunks(config.data)
     given = None if config.data.tokenizer == "bpe" else tokenizer.load_given(config.data)
+    chat_template, also = None, []
     if given:
         tokenizer.check_fits(given, config.model.vocab_size)
+        chat_template = template.find(expand("data.tokenizer", config.data.tokenizer))
+    if chat_template:
+        also = [chat_template.fingerprint]  # identifies chats, and no text without them
     inputs = cache.fingerprint(
         *("tokenize 1", listed, config.data.text_field, config.data.validation_fraction),
         given.fingerprint if given else ["bpe", config.model.vocab_size],
@@ -65,7 +70,8 @@ def tokenize(config: Config, out: str | os.PathLike, flags: Sequence[str] = ()) 
     with locked(folder, "--out") as check_lock:
         index = folder / shards.INDEX
         if index.exists():
-            if shards.Index.open(folder).inputs != inputs:
+            found = shards.Index.open(folder)
+            if found.inputs != (cache.fingerprint(inputs, also) if found.marked else inputs):
                 raise UserError(f"{folder} has shards of other text or settings; give a new --out")
             if times and max(times) > epath.Path(index).stat().mtime:
                 log.warning(
@@ -75,12 +81,14 @@ def tokenize(config: Config, out: str | os.PathLike, flags: Sequence[str] = ()) 
                 )
             log.info("%s is complete", folder)
         else:
-            _begin(work, {"inputs": inputs, "times": times})
+            _begin(work, {"inputs": inputs, "times": times} | ({"template": also} if also else {}))
             if given:
-                tokens.save_tokenizer(work, given)
+                tokens.save_tokenizer(work, given, chat_template)
             run = functools.partial(_stage, work, options)
             selection = split.select(work, chunks, run)
             known = given or _trained(work, chunks, selection, config)
+            if selection.chats:
+                inputs = cache.fingerprint(inputs, also)
             content = tokens.write_shards(work, chunks, selection, known, inputs, run)
             check_lock()
             work.save(index, content)
@@ -99,10 +107,10 @@ def _trained(
     if (saved := work.folder / shards.TOKENIZER).exists():
         return Tokenizer.load(saved)
     kept = (split.kept(work, chunk, selection) for chunk in chunks)
-    documents = (text for chunk in kept for name, text in chunk if name == "train")
+    documents = (plain(text) for chunk in kept for name, text in chunk if name == "train")
     log.info("training a BPE of %d entries", config.model.vocab_size)
     trained = tokenizer.train_bpe(documents, config.model.vocab_size)
-    tokens.save_tokenizer(work, trained)
+    tokens.save_tokenizer(work, trained, None)
     return trained
 
 

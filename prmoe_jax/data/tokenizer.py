@@ -1,6 +1,7 @@
 """One class for four kinds of tokenizer: bpe, gpt2, bytes and any tokenizer.json."""
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -116,6 +117,25 @@ class Tokenizer:
     def token(self, number: int) -> str:
         """The text of an id, as the vocabulary spells it."""
         return self._tokenizer.id_to_token(number)
+
+    @functools.cached_property
+    def special(self) -> dict[str, dict[str, Any]]:
+        """The special tokens that no text is encoded as: their entries in tokenizer.json."""
+        described = json.loads(self.description)
+        known = {self.token(self.eos_id): {"id": self.eos_id}}
+        marks = (one for one in _added(described).values() if one["special"] and one["content"])
+        return known | {one["content"]: one for one in marks}
+
+    @functools.cached_property
+    def continuing(self) -> "Tokenizer":
+        """The tokenizer for text behind other tokens, where some put no space before a text."""
+        described = json.loads(self.description)
+        words = described.get("pre_tokenizer") or {}
+        parts = (words, *words.get("pretokenizers", ()))
+        firsts = [part for part in parts if part.get("prepend_scheme") == "first"]
+        for part in firsts:
+            part["prepend_scheme"] = "never"
+        return Tokenizer(json.dumps(described), self._name) if firsts else self
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without BOS or EOS."""

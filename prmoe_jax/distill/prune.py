@@ -19,6 +19,7 @@ from scipy.optimize import linear_sum_assignment
 from prmoe_jax import files, stores
 from prmoe_jax.config.loading import load
 from prmoe_jax.config.schema import Config
+from prmoe_jax.data import released
 from prmoe_jax.data.pipeline import load_data
 from prmoe_jax.distill.budget import choose, ranked, unit
 from prmoe_jax.distill.importance import MICROBATCH_TOKENS, measure, prices
@@ -28,7 +29,6 @@ from prmoe_jax.model.sizes import cost
 from prmoe_jax.model.surgery import build, take
 from prmoe_jax.model.transformer import Transformer, init_model
 from prmoe_jax.nn.parameters import declaration, named_leaves
-from prmoe_jax.run import released
 from prmoe_jax.run.directory import CONFIG, TOKENIZER
 from prmoe_jax.run.new import check_free, write_run
 from prmoe_jax.run.restore import restore_run, trained_text

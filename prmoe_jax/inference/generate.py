@@ -6,7 +6,7 @@ import os.path
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,8 @@ from jax.sharding import Mesh
 
 from prmoe_jax import stores
 from prmoe_jax.config.schema import MeshConfig
+from prmoe_jax.data import released, template
+from prmoe_jax.data.template import ChatTemplate
 from prmoe_jax.data.tokenizer import Tokenizer
 from prmoe_jax.errors import UserError, refusing
 from prmoe_jax.inference import WEIGHTS
@@ -23,7 +25,6 @@ from prmoe_jax.inference.restore import restore_for_inference
 from prmoe_jax.model.attention import KVCache
 from prmoe_jax.parallel.axes import batch_axes
 from prmoe_jax.run import directory as workdirs
-from prmoe_jax.run import released
 
 # Tokens of each prompt in a chunk of the prefill; decoding steps between two reads by the host.
 PREFILL_CHUNK = 64
@@ -71,10 +72,16 @@ class Generator:
     """Continues prompts; the model is compiled once for each shape."""
 
     def __init__(
-        self, decoder: Decoder, tokenizer: Tokenizer, mesh: Mesh, ends: Iterable[int] = ()
+        self,
+        decoder: Decoder,
+        tokenizer: Tokenizer,
+        mesh: Mesh,
+        ends: Iterable[int] = (),
+        chat_template: ChatTemplate | None = None,
     ):
         """`ends` are ids at which a text ends, beside the tokenizer's EOS."""
         self.decoder, self.tokenizer, self.mesh = decoder, tokenizer, mesh
+        self.chat_template = chat_template
         self.ends = tuple(sorted({tokenizer.eos_id, *ends}))
 
     @classmethod
@@ -97,12 +104,12 @@ class Generator:
         tokenizer = Tokenizer.load(workdir / workdirs.TOKENIZER)
         with jax.set_mesh(on):
             held = decoder(model, weights or model.config.dtype, on, execution)
-        ends = released.ends(released.read(workdir / released.FOLDER), tokenizer)
-        return cls(held, tokenizer, on, ends)
+        kept = released.read(workdir / released.FOLDER)
+        return cls(held, tokenizer, on, released.ends(kept, tokenizer), template.of_files(kept))
 
     def __call__(
         self,
-        prompts: Sequence[str | Sequence[int]],
+        prompts: Sequence[str | Sequence[int] | Sequence[dict]],
         tokens: int,
         sampling: Sampling = Sampling(),
         seeds: Sequence[int] | None = None,
@@ -116,7 +123,8 @@ class Generator:
         A continuation depends only on its prompt and its seed: no token is dropped.
 
         Args:
-          prompts: texts, or their token ids without the BOS token.
+          prompts: texts, or their token ids without the BOS token, or conversations: lists of
+            messages with `role` and `content`, to which the model answers.
           tokens: the largest number of new tokens for each prompt.
           sampling: how tokens are drawn.
           seeds: one for each prompt; all 0 by default.
@@ -134,7 +142,7 @@ class Generator:
             raise UserError(f"{len(seeds)} seeds for {len(prompts)} prompts; give one for each")
         if not len(prompts):
             return []
-        starts = [[self.tokenizer.bos_id, *self._ids(prompt)] for prompt in prompts]
+        starts = [self._start(prompt) for prompt in prompts]
         length = self.decoder.config.length
         longest = max(map(len, starts))
         if longest + tokens > length:
@@ -163,18 +171,30 @@ class Generator:
                     return [text.text for text in written]
                 state = state._replace(stop_B=jax.device_put(ended, state.stop_B.sharding))
 
-    def _ids(self, prompt: str | Sequence[int]) -> list[int]:
-        """A prompt's token ids; ids that the caller gave are checked."""
+    def _start(self, prompt: Any) -> list[int]:
+        """A prompt's token ids, from its start; ids that the caller gave are checked."""
         if isinstance(prompt, str):
             _check_text("--prompt", prompt)
-            return self.tokenizer.encode(prompt)
+            return [self.tokenizer.bos_id, *self.tokenizer.encode(prompt)]
+        if any(isinstance(message, dict) for message in prompt):
+            _check_text("--prompt", "".join(str(message.get("content")) for message in prompt))
+            return self._rendered(prompt)
         for token in prompt:
             if not 0 <= token < self.tokenizer.size:
                 raise UserError(
                     f"the prompt's token {token} is out of range; the tokenizer's are from 0 to "
                     f"{self.tokenizer.size - 1}"
                 )
-        return list(prompt)
+        return [self.tokenizer.bos_id, *prompt]
+
+    def _rendered(self, messages: Sequence[dict]) -> list[int]:
+        """The token ids of a conversation, by the run's chat template."""
+        if self.chat_template is None:
+            raise UserError(
+                "a conversation needs a chat template, and the run has none; put a "
+                f"{released.TEMPLATE} into its folder {released.FOLDER}"
+            )
+        return self.chat_template.prompt(messages, self.tokenizer)
 
 
 class TextStream:

@@ -14,6 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from prmoe_jax.config.schema import Config, ModelConfig
+from prmoe_jax.data import released
 from prmoe_jax.data.tokenizer import Tokenizer
 from prmoe_jax.errors import UserError
 from prmoe_jax.interop.families import (
@@ -37,7 +38,6 @@ from prmoe_jax.interop.settings import (
 )
 from prmoe_jax.interop.tensors import Tensors, read_json, write_tensors
 from prmoe_jax.model.surgery import size
-from prmoe_jax.run import released
 
 log = logging.getLogger(__name__)
 

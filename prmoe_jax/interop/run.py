@@ -11,6 +11,7 @@ import numpy as np
 
 from prmoe_jax.config.loading import load, save
 from prmoe_jax.config.schema import Config, ModelConfig
+from prmoe_jax.data import released
 from prmoe_jax.data.tokenizer import Tokenizer, from_vocabulary
 from prmoe_jax.errors import UserError
 from prmoe_jax.interop import deepspeed, hugging_face
@@ -21,7 +22,6 @@ from prmoe_jax.model.sizes import cost
 from prmoe_jax.model.transformer import init_model
 from prmoe_jax.nn.parameters import from_named, named_leaves
 from prmoe_jax.run import directory as workdirs
-from prmoe_jax.run import released
 from prmoe_jax.run.metrics import read_metrics
 from prmoe_jax.run.new import check_free, write_folder, write_run
 from prmoe_jax.run.restore import restore_run

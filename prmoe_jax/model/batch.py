@@ -15,7 +15,8 @@ class TopKLogProbs(NamedTuple):
 class Batch(NamedTuple):
     """Windows, as NumPy or JAX arrays; a single window has the same fields without the B axis.
 
-    tokens_BxL and targets_BxL are int32. mask_BxL is bool, False where there is no target.
+    tokens_BxL and targets_BxL are int32. mask_BxL is bool, False where there is no target, or one
+    that carries no loss, as in a chat outside the answers.
     segments_BxL is int32, 0 for padding and 1, 2, … for the documents of a window (all 1 with
     `data.cross_document_attention`). The target of a document's last token is EOS, in the same
     segment. The next input is the next document's BOS; many tokenizers use one id for both.

@@ -2,7 +2,7 @@
 
 config.json      the settings        environment.json  versions, devices, git revision
 tokenizer.json   the tokenizer       metrics.jsonl     one line for each logged step
-hugging_face/    files of the released model that the run comes from, as in released.py
+hugging_face/    files of the released model that the run comes from, as in data/released.py
 checkpoints/     model, optimizer, position in the data; tensorboard/; profile/
 """
 

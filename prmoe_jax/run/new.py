@@ -9,11 +9,11 @@ from safetensors import SafetensorError
 from prmoe_jax import files, stores
 from prmoe_jax.config.loading import save
 from prmoe_jax.config.schema import Config
+from prmoe_jax.data import released
 from prmoe_jax.data.tokenizer import Tokenizer
 from prmoe_jax.errors import UserError, refusing
 from prmoe_jax.model.transformer import Transformer
 from prmoe_jax.run import directory as workdirs
-from prmoe_jax.run import released
 from prmoe_jax.run.checkpoint import Checkpoints
 
 

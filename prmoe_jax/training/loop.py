@@ -220,7 +220,7 @@ def _write_settings(config: Config, workdir: Path, data: Data, resuming: bool) -
         return
     if config.init.step:
         start.copy_metrics(config, workdir)
-    start.copy_released(config, workdir)
+    start.copy_released(config, workdir, data.chat_template)
 
 
 def _last_metrics(workdir: Path, step: int) -> tuple[dict, bool]:

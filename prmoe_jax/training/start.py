@@ -29,7 +29,9 @@ from jax.sharding import Mesh
 from prmoe_jax.config.loading import check_branch, check_resume, load
 from prmoe_jax.config.schema import Config
 from prmoe_jax.config.validation import check_same_routing
+from prmoe_jax.data import released, template
 from prmoe_jax.data.pipeline import Data, fingerprint_changes
+from prmoe_jax.data.template import ChatTemplate
 from prmoe_jax.data.tokenizer import Tokenizer, check_same
 from prmoe_jax.errors import UserError, telling
 from prmoe_jax.model.layout import unstack_layers
@@ -39,7 +41,6 @@ from prmoe_jax.model.transformer import Transformer, init_model
 from prmoe_jax.nn.parameters import declaration, named_leaves
 from prmoe_jax.parallel.sharding import init_sharded
 from prmoe_jax.run import directory as workdirs
-from prmoe_jax.run import released
 from prmoe_jax.run.checkpoint import Checkpoints
 from prmoe_jax.run.metrics import METRICS, finished, read_metrics, write_metrics
 from prmoe_jax.run.restore import restore_model
@@ -131,11 +132,18 @@ def copy_metrics(config: Config, workdir: Path) -> None:
     write_metrics(workdir, [line for line in lines if line["step"] <= config.init.step])
 
 
-def copy_released(config: Config, workdir: Path) -> None:
-    """Copies the released model's files that the run to start as has kept."""
+def copy_released(config: Config, workdir: Path, chat_template: ChatTemplate | None) -> None:
+    """Copies the released model's files that the run to start as has kept.
+
+    `chat_template`, that of the data, is kept, too.
+    """
     inherited = config.teacher.workdir if config.teacher.inherit else ""
-    if source := config.init.workdir or inherited:
-        released.write(released.read(expand("init.workdir", source) / released.FOLDER), workdir)
+    source = config.init.workdir or inherited
+    kept = released.read(expand("init.workdir", source) / released.FOLDER) if source else {}
+    known = template.of_files(kept)
+    if chat_template and not (known and known.fingerprint == chat_template.fingerprint):
+        kept |= chat_template.files
+    released.write(kept, workdir)
 
 
 def init_from_run(config: Config, mesh: Mesh, tokenizer: Tokenizer) -> Transformer:

@@ -22,11 +22,12 @@ import pytest
 
 from prmoe_jax.cli import main
 from prmoe_jax.config.schema import DataConfig
-from prmoe_jax.data import chunks, pipeline, shards, sources, split, stages, tokens
+from prmoe_jax.data import chunks, pipeline, shards, sources, split, stages, template, tokens
 from prmoe_jax.data import tokenize as tokenize_module
 from prmoe_jax.data.chunks import Chunk, Piece
 from prmoe_jax.errors import UserError
 from prmoe_jax.stores.lock import locked
+from tests.support import chats
 from tests.support.extras import needs_extra
 from tests.support.faults import file_size_limit
 from tests.support.paths import REPOSITORY
@@ -236,6 +237,43 @@ def test_a_digest_that_ends_with_zeros_keeps_them(tmp_path, monkeypatch):
     split.compare(work, (0, 4096))
     found = [split._largest_of(work, (0, 4096), n) for n in (1, 2, 3)]
     assert found == [text.ljust(32, b"\0") for text in (b"a", b"ab", b"b")]
+
+
+@beam
+def test_chats_as_in_training(tmp_path, capsys):
+    """Windows, template and loss are those of the text itself, also in a mixture."""
+    chats.write_model(tmp_path / "model")
+    lines = [{"messages": chats.turns(f"{i}<|im_end|>", f"{i}!")} for i in range(30)]
+    lines += [{"prompt": str(i), "completion": f"{i}!"} for i in range(30)]
+    lines += [{"text": f"Text {i}"} for i in range(30)]
+    (tmp_path / "text").mkdir()
+    chats.write_lines(tmp_path / "text" / "a.jsonl", *lines, *lines[:9])
+    known = "model/tokenizer.json"
+    assert tokenize(*IN_PROCESS, tokenizer=known) == 0
+    chats.write_lines(tmp_path / "text" / "a.jsonl", *lines)
+    config = DataConfig(corpus="text", tokenizer=known, cache_dir="cache")
+    text = pipeline.load_data(config, 384, 13)
+    shard = pipeline.load_data(DataConfig(corpus="tokens:out", cache_dir="other"), 384, 13)
+    assert shard.validation.text_bytes == text.validation.text_bytes > 0
+    for name in ("train", "validation"):
+        for a, b in zip(getattr(shard, name), getattr(text, name), strict=True):
+            for field, other in zip(a[:4], b[:4], strict=True):
+                np.testing.assert_array_equal(field, other)
+    assert template.find(tmp_path / "out/tokenizer.json").source == chats.CHATML
+    # Beside shards of plain text: each part has its own marks, or none.
+    write_lines(tmp_path / "plain" / "a.jsonl", [f"Plain {i}" for i in range(90)])
+    assert tokenize(*IN_PROCESS, tokenizer=known, corpus="plain", out="plain_out") == 0
+    mixed = DataConfig(corpus="tokens:out*0.5,plain_out*0.5", cache_dir="other")
+    found, plain = pipeline.load_data(mixed, 384, 13).train.parts
+    targets = [sum(int(window.mask_BxL.sum()) for window in part) for part in (found, plain)]
+    assert targets == [sum(int(x.mask_BxL.sum()) for x in text.train), len(plain.stream) - 1]
+    # Another template makes other tokens of chats, and the same of plain text.
+    (tmp_path / "model/chat_template.jinja").write_text(" " + chats.CHATML)
+    chats.write_lines(tmp_path / "text" / "a.jsonl", *lines, *lines[:9])
+    assert tokenize(*IN_PROCESS, tokenizer=known, corpus="plain", out="plain_out") == 0
+    capsys.readouterr()
+    assert tokenize(*IN_PROCESS, tokenizer=known) == 2
+    assert "out has shards of other text or settings" in capsys.readouterr().err
 
 
 @beam

@@ -12,9 +12,9 @@ import tokenizers
 from prmoe_jax import Generator
 from prmoe_jax.cli import main
 from prmoe_jax.config.loading import load
+from prmoe_jax.data import released
 from prmoe_jax.data.tokenizer import Tokenizer
 from prmoe_jax.interop.hugging_face import with_context
-from prmoe_jax.run import released
 from tests.support.extras import needs_extra
 from tests.support.lines import only_line
 from tests.support.paths import GOLDENS

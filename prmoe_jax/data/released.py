@@ -1,11 +1,11 @@
 """What a run keeps of the released model that it comes from: files that say how to talk to it.
 
 They are exact copies of the model's own files, in the folder `hugging_face` of the run's folder. A
-chat template is text here: nothing runs it.
+chat template is text here; `template.py` runs it.
 """
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,21 @@ from prmoe_jax.errors import UserError, refusing
 
 FOLDER = "hugging_face"
 CONFIG, GENERATION, TOKENIZER = "config.json", "generation_config.json", "tokenizer_config.json"
-FILES = CONFIG, GENERATION, TOKENIZER, "special_tokens_map.json", "chat_template.jinja"
+SPECIAL, TEMPLATE = "special_tokens_map.json", "chat_template.jinja"
+FILES = CONFIG, GENERATION, TOKENIZER, SPECIAL, TEMPLATE
 MORE = "additional_chat_templates"  # a folder of templates, named for their use
 LARGEST = 2**24  # bytes of one file
 
 
-def read(folder: Path) -> dict[str, str]:
-    """The text of each of `FILES` and templates in `MORE` that a folder holds, by name."""
+def read(folder: Path, names: Sequence[str] | None = None) -> dict[str, str]:
+    """The text of each of these files that a folder holds, by name.
+
+    By default, these are `FILES` and the templates in `MORE`.
+    """
+    if names is None:
+        names = *FILES, *sorted(f"{MORE}/{path.name}" for path in (folder / MORE).glob("*.jinja"))
     kept = {}
-    more = sorted(f"{MORE}/{path.name}" for path in (folder / MORE).glob("*.jinja"))
-    for name in (*FILES, *more):
+    for name in names:
         path = folder / name
         with contextlib.ExitStack() as stack:
             stack.enter_context(refusing(f"{path} cannot be read", (OSError, ValueError)))
