@@ -51,7 +51,12 @@ def measure(config: Config, model: Transformer, data: Data, batches: int) -> dic
             gradient, routers = jax.grad(loss, has_aux=True)(model)
             return {
                 "load": {i: r.assigned_E for i, r in zip(layers, routers, strict=True)},
-                "experts": model.expert_sums(microbatch.tokens_BxL, microbatch.segments_BxL),
+                "experts": {
+                    number: moe.expert_sums(x_BxLxD, microbatch.segments_BxL > 0)
+                    for number, moe, x_BxLxD in model.moe_inputs(
+                        microbatch.tokens_BxL, microbatch.segments_BxL
+                    )
+                },
                 "loss": _first_order(config.model, model, gradient),
             }
 

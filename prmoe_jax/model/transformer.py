@@ -17,7 +17,7 @@ from prmoe_jax.config import architecture
 from prmoe_jax.config.schema import AUTO, Config, ExecutionConfig, ModelConfig, MoeConfig
 from prmoe_jax.model.attention import Attention, KVCache
 from prmoe_jax.model.attention_kernels import product
-from prmoe_jax.moe.layer import ExpertSums, MoE, sum_of_squares
+from prmoe_jax.moe.layer import MoE, sum_of_squares
 from prmoe_jax.moe.routing import RouterMetrics, Routing
 from prmoe_jax.nn import remat
 from prmoe_jax.nn.matmul import cpu_scores
@@ -203,14 +203,7 @@ class Transformer(nnx.Module):
         """
         return {
             number: moe.decide(x_BxLxD, segments_BxL > 0)
-            for number, moe, x_BxLxD in self._moe_inputs(tokens_BxL, segments_BxL)
-        }
-
-    def expert_sums(self, tokens_BxL: jax.Array, segments_BxL: jax.Array) -> dict[int, ExpertSums]:
-        """`MoE.expert_sums` of each MoE layer, by the layer's index, on one device."""
-        return {
-            number: moe.expert_sums(x_BxLxD, segments_BxL > 0)
-            for number, moe, x_BxLxD in self._moe_inputs(tokens_BxL, segments_BxL)
+            for number, moe, x_BxLxD in self.moe_inputs(tokens_BxL, segments_BxL)
         }
 
     def with_fewer_experts(
@@ -231,7 +224,7 @@ class Transformer(nnx.Module):
             )
         return self.norm(x_BxLxD).astype(precision.factors)
 
-    def _moe_inputs(self, tokens_BxL, segments_BxL) -> Iterator[tuple[int, MoE, jax.Array]]:
+    def moe_inputs(self, tokens_BxL, segments_BxL) -> Iterator[tuple[int, MoE, jax.Array]]:
         """The index of each MoE layer, the layer, and its input in evaluation."""
         precision = Precision.of(self.config.dtype, AUTO, platform(), training=False)
         x_BxLxD, position_BxL = self._embed(tokens_BxL, segments_BxL, precision.activations)
@@ -297,28 +290,6 @@ def dropless(model: Transformer) -> Transformer:
             if isinstance(block.mlp, MoE):
                 moe = block.mlp.moe
                 block.mlp.moe = dataclasses.replace(moe, eval_capacity_factor=math.inf)
-    return model
-
-
-def with_experts(model: Transformer, layer: int, change: Callable) -> Transformer:
-    """A copy of the model whose experts of one layer are changed.
-
-    Args:
-      layer: the layer's index, among all layers.
-      change: maps each parameter of the experts, [E, …], to one of the same shape.
-    """
-    model, first = jax.tree.map(lambda x: x, model), 0
-    for stage in model.stages:
-        repeat, place = divmod(layer - first, len(stage.blocks))
-        if 0 <= repeat < stage.repeats:
-
-            def changed(x):
-                return jax.device_put(x.at[repeat].set(change(x[repeat])), x.sharding)  # noqa: B023
-
-            moe = stage.blocks[place].mlp
-            assert isinstance(moe, MoE)
-            moe.experts = jax.tree.map(changed, moe.experts)
-        first += stage.repeats * len(stage.blocks)
     return model
 
 

@@ -30,7 +30,8 @@ from prmoe_jax.distill.teacher import cast_to_compute_dtype, restore_teacher
 from prmoe_jax.errors import UserError
 from prmoe_jax.model.batch import Batch
 from prmoe_jax.model.loss import Sums, forward
-from prmoe_jax.model.transformer import Transformer, with_experts
+from prmoe_jax.model.transformer import Transformer
+from prmoe_jax.moe.layer import MoE
 from prmoe_jax.parallel import processes
 from prmoe_jax.parallel.axes import local_rows, replicated, split_batch
 from prmoe_jax.parallel.memory import free_bytes
@@ -288,6 +289,28 @@ def _worth(model: Transformer, config: Config, loss: float, evaluated: Callable)
         for name, change in changes.items()
         if experts
     }
+
+
+def with_experts(model: Transformer, layer: int, change: Callable) -> Transformer:
+    """A copy of the model whose experts of one layer are changed.
+
+    Args:
+      layer: the layer's index, among all layers.
+      change: maps each parameter of the experts, [E, …], to one of the same shape.
+    """
+    model, first = jax.tree.map(lambda x: x, model), 0
+    for stage in model.stages:
+        repeat, place = divmod(layer - first, len(stage.blocks))
+        if 0 <= repeat < stage.repeats:
+
+            def changed(x):
+                return jax.device_put(x.at[repeat].set(change(x[repeat])), x.sharding)  # noqa: B023
+
+            moe = stage.blocks[place].mlp
+            assert isinstance(moe, MoE)
+            moe.experts = jax.tree.map(changed, moe.experts)
+        first += stage.repeats * len(stage.blocks)
+    return model
 
 
 def _beside_teacher(

@@ -80,7 +80,7 @@ def scaled(model: Transformer, layer: int, expert: int, factor: float) -> Transf
 def sums_by_hand(model: Transformer, batch, layer: int) -> ExpertSums:
     """Each expert's tokens, norms, squared norms, and norms times weights, token by token."""
     decisions = model.routing(batch.tokens_BxL, batch.segments_BxL)
-    inputs = model._moe_inputs(batch.tokens_BxL, batch.segments_BxL)
+    inputs = model.moe_inputs(batch.tokens_BxL, batch.segments_BxL)
     moe, x_BxLxD = next((moe, x) for number, moe, x in inputs if number == layer)
     mix_NxP = np.ones((x_BxLxD[..., 0].size, 1))
     if moe.mlp is not None:  # the share of the experts and of the MLP
@@ -101,7 +101,13 @@ def sums_by_hand(model: Transformer, batch, layer: int) -> ExpertSums:
 
 def test_more_experts_than_channels():
     model, batch = init_model(settings("2 layers, E=29, top 2", moe=DROPLESS)), make_batch()
-    found = jit(lambda model: model.expert_sums(batch.tokens_BxL, batch.segments_BxL))(model)[1]
+
+    @jit
+    def sums(model):
+        ((_, moe, x_BxLxD),) = model.moe_inputs(batch.tokens_BxL, batch.segments_BxL)
+        return moe.expert_sums(x_BxLxD, batch.segments_BxL > 0)
+
+    found = sums(model)
     for ours, expected in zip(found, sums_by_hand(model, batch, 1), strict=True):
         np.testing.assert_allclose(ours, expected, rtol=1e-4)
         assert ours.shape == (29,) and (ours > 0).sum() > 12

@@ -20,7 +20,6 @@ from prmoe_jax.cli import main
 from prmoe_jax.config.schema import DataConfig
 from prmoe_jax.data.corpora import open_corpus
 from prmoe_jax.errors import UserError
-from prmoe_jax.inference.generate import Sampling
 from prmoe_jax.nn.quantized import QuantizedWeight
 from tests.support.extras import needs_extra
 from tests.support.paths import REPOSITORY
@@ -29,7 +28,6 @@ from tests.support.quick import jit
 pytestmark = needs_extra("interop", "gguf")
 BOS, EOS = 0, 2  # <|endoftext|> begins a document, and <|im_end|> ends it, as config.json says
 PROMPTS = ["The capital of France is", "Water boils at 100"]
-GREEDY = Sampling(temperature=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -222,14 +220,15 @@ def test_an_export_is_the_source(source, run, folder, tokenizer):
     assert AutoTokenizer.from_pretrained(out).encode(text) == tokenizer.encode(text)
 
 
-def test_a_turn_of_a_chat(run, theirs, tokenizer):
+def test_a_turn_of_a_chat(run, theirs, tokenizer, capsys):
     """With the released template; the answer ends where the model ends it."""
     turn = [{"role": "user", "content": "What is the capital of France? Answer in one word."}]
     ids = tokenizer.apply_chat_template(turn, add_generation_prompt=True)["input_ids"]
-    generator = Generator.restore(run)
-    (text,) = generator([ids], 24, GREEDY)
-    found = continued(theirs, [BOS, *ids], 24)
-    assert text == tokenizer.decode(found, skip_special_tokens=True)
+    found = continued(theirs, ids, 24)
+    text = tokenizer.decode(found, skip_special_tokens=True)
+    command = ["generate", "--chat", f"--workdir={run}", "--temperature=0", "--tokens=24"]
+    (told,) = answer(capsys, [*command, f"--prompt={turn[0]['content']}"])
+    assert told["text"] == text
     assert "Paris" in text and found[-1] == EOS
 
 

@@ -26,11 +26,11 @@ from prmoe_jax.model.transformer import (
     positions,
     resolve_remat,
     unstacked_blocks,
-    with_experts,
 )
 from prmoe_jax.moe.layer import MoE
 from prmoe_jax.nn.parameters import named_leaves
 from prmoe_jax.parallel.mesh import make_mesh
+from prmoe_jax.training.evaluate import with_experts
 from tests.support.models import layers_of
 from tests.support.quick import jit
 
