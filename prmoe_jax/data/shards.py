@@ -181,9 +181,9 @@ def index_content(
     """The content of an `index.json`, for a tokenizer's fingerprint and its size.
 
     `inputs` identifies the text and the settings; `marked` says whether the shards have marks. A
-    split has the numbers of its documents, tokens
-    and bytes of text, and a list of shards in order. Each shard has a name, these three numbers,
-    the SHA-256 of its file, and `blocks` (see `Shard.digest`).
+    split has the numbers of its documents, tokens and bytes of text, and a list of shards in order.
+    Each shard has a name, these three numbers, the SHA-256 of its file, and `blocks` (see
+    `Shard.digest`).
     """
     content = {
         "format": _FORMATS[marked],
