@@ -50,13 +50,18 @@ class Batches:
 
 
 @pytest.fixture
-def measured(monkeypatch):
-    """A config, its model, a batch, and the importance on it."""
-    values = settings(TEXT, moe=DROPLESS)
-    model, batch = init_model(values), make_batch()
+def by_batches(monkeypatch):
+    """Training text is `Batches`."""
     monkeypatch.setattr(
         "prmoe_jax.distill.importance.train_iterator", lambda text, *_: iter(text.batches)
     )
+
+
+@pytest.fixture
+def measured(by_batches):
+    """A config, its model, a batch, and the importance on it."""
+    values = settings(TEXT, moe=DROPLESS)
+    model, batch = init_model(values), make_batch()
     return values, model, batch, measure(values, model, Batches([batch, make_batch(1)]), 2)
 
 
@@ -218,30 +223,30 @@ def test_choices_by_hand():
         choose(lower, 0.75, "inverse", 1)
 
 
-def test_prices_are_divergences_of_pruned_models(measured):
+def test_prices_are_divergences_of_pruned_models(by_batches):
     """KL(whole ‖ pruned), where a pruned model is built; also with a bias of routers."""
-    for moe in (DROPLESS, DROPLESS | {"scores": "sigmoid", "bias_update_rate": 0.01}):
-        values = settings(TEXT, moe=moe)
-        model, batch = init_model(values), make_batch()
+    moe = DROPLESS | {"scores": "sigmoid", "bias_update_rate": 0.01}
+    values = settings(TEXT, moe=moe)
+    model, batch = init_model(values), make_batch()
 
-        def biases(named):
-            for name in filter(lambda name: "bias_router" in name, named):
-                named[name] = named[name] + jnp.arange(named[name].shape[-1])
+    def biases(named):
+        for name in filter(lambda name: "bias_router" in name, named):
+            named[name] = named[name] + jnp.arange(named[name].shape[-1])
 
-        model = with_leaves(model, biases)
-        order = {1: np.array([2, 0, 3, 1]), 3: np.array([5, 3, 1, 0, 2, 4])}
-        found = prices(values, model, Batches([batch]), order, step=2, least=2)
-        assert {layer: price.shape for layer, price in found.items()} == {1: (3,), 3: (4,)}
-        for layer, kept in ((1, 2), (3, 2), (3, 4)):
-            stay = {i: np.sort(of[: kept if i == layer else len(of)]) for i, of in order.items()}
-            small = pruned(values, model, stay)
-            logits = [run(m, batch.tokens_BxL, batch.segments_BxL)[1] for m in (model, small)]
-            log_p, log_q = (jax.nn.log_softmax(each) for each in logits)
-            kl_BxL = (jnp.exp(log_p) * (log_p - log_q)).sum(-1)
-            expected = (kl_BxL * batch.mask_BxL).sum() / batch.mask_BxL.sum()
-            price = found[layer][(len(order[layer]) - kept) // 2]
-            assert price == pytest.approx(float(expected), rel=1e-3) and price > 1e-5
-        assert found[1][0] == found[3][0] == 0 and np.isinf([found[1][2], found[3][3]]).all()
+    model = with_leaves(model, biases)
+    order = {1: np.array([2, 0, 3, 1]), 3: np.array([5, 3, 1, 0, 2, 4])}
+    found = prices(values, model, Batches([batch]), order, step=2, least=2)
+    assert {layer: price.shape for layer, price in found.items()} == {1: (3,), 3: (4,)}
+    for layer, kept in ((1, 2), (3, 2), (3, 4)):
+        stay = {i: np.sort(of[: kept if i == layer else len(of)]) for i, of in order.items()}
+        small = pruned(values, model, stay)
+        logits = [run(m, batch.tokens_BxL, batch.segments_BxL)[1] for m in (model, small)]
+        log_p, log_q = (jax.nn.log_softmax(each) for each in logits)
+        kl_BxL = (jnp.exp(log_p) * (log_p - log_q)).sum(-1)
+        expected = (kl_BxL * batch.mask_BxL).sum() / batch.mask_BxL.sum()
+        price = found[layer][(len(order[layer]) - kept) // 2]
+        assert price == pytest.approx(float(expected), rel=1e-3) and price > 1e-5
+    assert found[1][0] == found[3][0] == 0 and np.isinf([found[1][2], found[3][3]]).all()
 
 
 def test_the_cheapest_numbers_by_hand():

@@ -129,8 +129,9 @@ def settings(text: str, train=(), moe=(), optimizer=(), **model) -> Config:
         "train": {"steps": 10, "batch_size": ROWS} | dict(train),
         # A first AdamW step is the gradient's sign unless epsilon matters.
         "optimizer": {"eps": 1e-2, "clip_norm": 0.1} | dict(optimizer),
-        "execution": {"cpu_products": "bfloat16"},
     }
+    if model.get("dtype") == "bfloat16":
+        values["execution"] = {"cpu_products": "bfloat16"}
     return resolve(values)
 
 
