@@ -442,8 +442,8 @@ class DataConfig:
     )
     text_field: str = setting(
         "text",
-        "The field that holds the text, in .jsonl lines and TFDS examples; lines without it may"
-        " be chats.",
+        "The field that holds the text, in .jsonl lines and TFDS examples; lines without it may be "
+        "chats.",
     )
     tokenizer: str = setting(
         "bpe",

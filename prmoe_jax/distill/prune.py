@@ -5,6 +5,7 @@ which can be distilled from the original one (MoS, paper section 4.2). N: repeat
 """
 
 import dataclasses
+import hashlib
 import json
 import logging
 import math
@@ -153,10 +154,8 @@ def prune_run(
     if math.isinf(config.moe.eval_capacity_factor):
         length = min(length, MICROBATCH_TOKENS)
     data = load_data(text, config.model.vocab_size, length, workdir / TOKENIZER)
-    measured = {"step": step, "architecture": str(own.model.schedule), "corpus": text.corpus}
-    found = _scores(
-        scores, measured | {"batches": batches}, partial(measure, config, model, data, batches)
-    )
+    measured = {"routers": _digest(model), "text": data.corpus_fingerprint, "batches": batches}
+    found = _scores(scores, measured, partial(measure, config, model, data, batches))
     costs, least = {}, config.model.top_k
     if shape == "measured":
         costs = prices(config, model, data, ranked(found[kind]), unit(found[kind]), least)
@@ -182,6 +181,15 @@ def prune_run(
     return plan
 
 
+def _digest(model: Transformer) -> str:
+    """Identifies a model by its routers, wherever its run lies."""
+    digest = hashlib.sha256()
+    for name, leaf in named_leaves(model).items():
+        if name.endswith("w_router"):
+            digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()
+
+
 def _scores(
     path: Path | None, measured: dict, measure: Callable[[], dict]
 ) -> dict[str, dict[int, np.ndarray]]:
@@ -197,8 +205,8 @@ def _scores(
     for name, value in measured.items():
         if kept.get(name) != value:
             raise UserError(
-                f"--scores={path} has {name}={kept.get(name)!r}, and here it is {value!r}; give "
-                "another file, which will be written"
+                f"--scores={path} is of other {name} ({kept.get(name)!r:.12}, here {value!r:.12}); "
+                "give another file, which will be written"
             )
     return {
         kind: {int(layer): np.array(of_E) for layer, of_E in layers.items()}

@@ -432,7 +432,14 @@ def test_a_run_is_pruned_and_learns_from_what_it_was(text, tmp_path, capsys, mon
         assert main([*prune, scores]) == 0
         assert json.loads(capsys.readouterr().out) == plan
         assert main([*prune, scores, "--batches=3"]) == 2
-        assert "has batches=2, and here it is 3; give another file" in capsys.readouterr().err
+        assert "is of other batches (2, here 3); give another file" in capsys.readouterr().err
+        # Another run of the same architecture and step.
+        twin = tmp_path / "twin"
+        assert main(arguments(text, twin, moe, **overrides | {"seed": 1})) == 0
+        capsys.readouterr()
+        other_run = [option.replace(f"={full}", f"={twin}") for option in prune]
+        assert main([*other_run, scores]) == 2
+        assert "is of other routers (" in capsys.readouterr().err
         assert main([*prune, scores, "--shape=measured", "--importance=man"]) == 0
     found = json.loads(capsys.readouterr().out)["layers"]
     assert sum(len(row["kept"]) for row in found) == 6
