@@ -14,7 +14,7 @@ from prmoe_jax.moe.experts import UnstackedExperts
 from prmoe_jax.moe.layer import MoE
 from prmoe_jax.nn.matmul import scores
 from prmoe_jax.nn.parameters import declaration, map_named
-from prmoe_jax.nn.quantized import QuantizedWeight, quantize
+from prmoe_jax.nn.quantized import InferenceWeight, quantize
 from prmoe_jax.parallel import sharding
 from prmoe_jax.parallel.axes import platform, splits_experts
 
@@ -80,10 +80,10 @@ class Decoder(nnx.Module):
             return Unembedding.of(self).logits(x_BxD, scores)
 
 
-def _held(name: str, leaf: jax.Array, weights: str, dtype: str) -> jax.Array | QuantizedWeight:
-    """Converts a large weight to the type `weights`, and biases and the like to `dtype`."""
+def _held(name: str, leaf: jax.Array, weights: str, dtype: str) -> jax.Array | InferenceWeight:
+    """Stores a large weight in the type `weights`, and casts biases and the like to `dtype`."""
     declared = declaration(name)
-    if declared.contracted and weights != "float32":
+    if declared.contracted and (weights != "float32" or platform() == "cpu"):
         dims = enumerate(declared.dims)
         summed = tuple(i - len(declared.dims) for i, dim in dims if dim in declared.contracted)
         return quantize(leaf, weights, summed)

@@ -25,7 +25,7 @@ from prmoe_jax.nn.mlp import MLP, MLPShape
 from prmoe_jax.nn.norms import norm
 from prmoe_jax.nn.parameters import declaration, map_named, normal
 from prmoe_jax.nn.precision import Precision
-from prmoe_jax.nn.quantized import QuantizedWeight
+from prmoe_jax.nn.quantized import InferenceWeight
 from prmoe_jax.parallel import sharding
 from prmoe_jax.parallel.axes import platform
 
@@ -257,7 +257,7 @@ def _scores(x_D: jax.Array, table_VxD: jax.Array) -> jax.Array:
 class Unembedding:
     """The map from final activations to logits; all that is done to logits is done here."""
 
-    output: jax.Array | QuantizedWeight  # [V, D], under its name in `PARAMETERS`
+    output: jax.Array | InferenceWeight  # [V, D], under its name in `PARAMETERS`
 
     @classmethod
     def of(cls, model) -> "Unembedding":

@@ -1,4 +1,4 @@
-"""Weights that inference stores in fewer bits than it computes with."""
+"""Weights as inference stores them, often in fewer bits than it computes with."""
 
 import dataclasses
 
@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class QuantizedWeight:
-    """A weight in bfloat16, or in int8 with a scale for each output.
+class InferenceWeight:
+    """A weight in float32, in bfloat16, or in int8 with a scale for each output.
 
     The contracted axes, which its product sums over, come last: CPUs then multiply few rows faster.
     """
@@ -18,7 +18,7 @@ class QuantizedWeight:
     scales: jax.Array | None  # float32, of size 1 along the contracted axes
     contracted: tuple[int, ...] = dataclasses.field(metadata={"static": True})  # original axes
 
-    def __getitem__(self, everything) -> "QuantizedWeight":
+    def __getitem__(self, everything) -> "InferenceWeight":
         """Lets `w[...]` work as on an nnx.Param."""
         return self
 
@@ -31,35 +31,35 @@ class QuantizedWeight:
         return jnp.moveaxis(wide, range(-len(self.contracted), 0), self.contracted)
 
 
-def quantize(w: jax.Array, kind: str, contracted: tuple[int, ...]) -> QuantizedWeight:
-    """Rounds a weight to fewer bits.
+def quantize(w: jax.Array, kind: str, contracted: tuple[int, ...]) -> InferenceWeight:
+    """Stores a weight for inference.
 
     Args:
       w: the weight, float32.
-      kind: 'bfloat16' or 'int8'.
+      kind: 'float32', 'bfloat16' or 'int8'.
       contracted: the axes that its product sums over, counted from the end (negative numbers).
     """
     last = tuple(range(-len(contracted), 0))
     w = jnp.moveaxis(w, contracted, last)
-    if kind == "bfloat16":
-        return QuantizedWeight(w.astype(jnp.bfloat16), None, contracted)
+    if kind != "int8":
+        return InferenceWeight(w.astype(kind), None, contracted)
     scales = jnp.maximum(jnp.abs(w).max(last, keepdims=True), 1e-30) / 127
-    return QuantizedWeight(jnp.round(w / scales).astype(jnp.int8), scales, contracted)
+    return InferenceWeight(jnp.round(w / scales).astype(jnp.int8), scales, contracted)
 
 
 def narrowed(tree, dtype):
     """Casts the weights in a tree to a dtype, except those of fewer bits and quantized ones."""
 
     def is_quantized(w) -> bool:
-        return isinstance(w, QuantizedWeight)
+        return isinstance(w, InferenceWeight)
 
     return jax.tree.map(
         lambda w: w if is_quantized(w) else to_dtype(w, dtype), tree, is_leaf=is_quantized
     )
 
 
-def to_dtype(w: jax.Array | QuantizedWeight, dtype) -> jax.Array:
+def to_dtype(w: jax.Array | InferenceWeight, dtype) -> jax.Array:
     """Casts or dequantizes a weight to a dtype; one of fewer bits stays as it is."""
-    if isinstance(w, QuantizedWeight):
+    if isinstance(w, InferenceWeight):
         return w.dequantize(dtype)
     return w.astype(min(w.dtype, jnp.dtype(dtype), key=lambda dtype: dtype.itemsize))

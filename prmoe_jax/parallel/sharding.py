@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from prmoe_jax.nn.parameters import declaration, map_named
-from prmoe_jax.nn.quantized import QuantizedWeight
+from prmoe_jax.nn.quantized import InferenceWeight
 from prmoe_jax.parallel.axes import batch_axes, crosses_slices, expert_axes
 
 
@@ -184,7 +184,7 @@ _gather.defvjp(
 
 
 def embed(
-    name: str, table_VxD: jax.Array | QuantizedWeight, ids_BxL: jax.Array, in_use: bool = False
+    name: str, table_VxD: jax.Array | InferenceWeight, ids_BxL: jax.Array, in_use: bool = False
 ) -> jax.Array:
     """table[ids], [B, L, D] in the table's dtype; float32 for a quantized table.
 
@@ -192,7 +192,7 @@ def embed(
     each device's part of the table. `name` and `in_use` are as in `spec`.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if isinstance(table_VxD, QuantizedWeight):
+    if isinstance(table_VxD, InferenceWeight):
         wide = embed(name, table_VxD.values, ids_BxL, in_use).astype(jnp.float32)
         scales = table_VxD.scales
         return wide if scales is None else wide * embed(name, scales, ids_BxL, in_use)

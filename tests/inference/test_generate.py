@@ -18,7 +18,7 @@ from prmoe_jax.inference import generate
 from prmoe_jax.inference.generate import Generator, Sampling, TextStream
 from prmoe_jax.moe.experts import Local
 from prmoe_jax.nn.parameters import named_leaves
-from prmoe_jax.nn.quantized import QuantizedWeight
+from prmoe_jax.nn.quantized import InferenceWeight
 from tests.support.models import build
 from tests.support.quick import forward, jit
 from tests.support.tokenizers import byte_tokenizer, started_tokenizer
@@ -390,4 +390,4 @@ def test_a_model_of_narrow_weights(kind):
     assert {name.removesuffix(".values").rpartition(".")[2] for name in few_bits} == {
         "tokens", "w_qkv", "w_out", "w_in"
     }  # fmt: skip
-    assert isinstance(narrow.tokens[...], QuantizedWeight)
+    assert isinstance(narrow.tokens[...], InferenceWeight)

@@ -20,7 +20,7 @@ from prmoe_jax.cli import main
 from prmoe_jax.config.schema import DataConfig
 from prmoe_jax.data.corpora import open_corpus
 from prmoe_jax.errors import UserError
-from prmoe_jax.nn.quantized import QuantizedWeight
+from prmoe_jax.nn.quantized import InferenceWeight
 from tests.support.extras import needs_extra
 from tests.support.paths import REPOSITORY
 from tests.support.quick import jit
@@ -190,7 +190,7 @@ def test_greedy_texts_are_those_of_transformers(run, theirs, tokenizer, capsys):
 def test_the_loss_with_weights_of_8_bits(run, corpus, theirs, tokenizer):
     texts = [ids[:100] for ids in documents(corpus, tokenizer)]
     decoder, score = Generator.restore(run, "int8").decoder, jit(nats)
-    assert isinstance(decoder.tokens[...], QuantizedWeight)
+    assert isinstance(decoder.tokens[...], InferenceWeight)
     loss = np.mean([score(decoder, jnp.array([x[:-1]]), jnp.array(x[1:])) for x in texts])
     assert 0 < abs(loss - mean_loss(theirs, texts)) < 0.003  # measured: 0.0008
 
