@@ -35,7 +35,7 @@ test-slow: $(READY)
 	$(BIN)/pytest -n 2 --dist worksteal -m slow
 
 test-extras: $(EXTRAS)
-	.venv-extras/bin/pytest -n 2 --dist worksteal -m extra -rs
+	XLA_FLAGS=--xla_backend_optimization_level=1 .venv-extras/bin/pytest -n 2 --dist worksteal -m extra -rs
 
 # The package as its users install it: in an environment of its own, outside the checkout.
 test-wheel:

@@ -30,11 +30,10 @@ QUICKLY = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 
 
 def start(faults, *arguments, devices=4, **environment):
-    flags = f"--xla_force_host_platform_device_count={devices}"
     return subprocess.Popen(
         [sys.executable, "-m", "tests.support.checked", ",".join(faults), *arguments],
         cwd=REPOSITORY,
-        env=os.environ | QUICKLY | {"XLA_FLAGS": flags} | environment,
+        env=os.environ | QUICKLY | {"JAX_NUM_CPU_DEVICES": str(devices)} | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -466,8 +466,7 @@ def test_a_teacher_spread_over_devices_teaches_the_same(text, teacher, student, 
     settings = TAUGHT | {"teacher.workdir": teacher, "mesh.expert": 4, "mesh.fsdp": 2}
     settings["train.steps"] = 12
     command = arguments(text, tmp_path / "run", LEARNER, **settings)
-    eight = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    code, _, err = finish(start(*command, **eight))
+    code, _, err = finish(start(*command, JAX_NUM_CPU_DEVICES="8"))
     assert code == 0, err
     ours, alone = logged(tmp_path / "run")[:6], logged(student)[:6]
     for name in ("loss", "kd_loss"):
@@ -741,7 +740,7 @@ def test_a_student_of_today_killed_and_on_eight_devices(text, tmp_path):
     spread = taught | {"mesh.expert": 4, "mesh.fsdp": 2, "eval.batches": 1}
     spread |= {"train.steps": 6, "kd.stop": 1.0}
     command = arguments(text, tmp_path / "spread", names[1], **spread)
-    code, _, err = finish(start(*command, XLA_FLAGS="--xla_force_host_platform_device_count=8"))
+    code, _, err = finish(start(*command, JAX_NUM_CPU_DEVICES="8"))
     assert code == 0, err
     for name in ("loss", "kd_loss"):
         ours, alone = ([x[name] for x in logged(tmp_path / f)[:6]] for f in ("spread", "whole"))

@@ -24,8 +24,8 @@ from tests.support.runs import arguments, finish, start, wait_for_lines
 
 # Much is compiled here, and little run.
 QUICKLY = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-FOUR_DEVICES = QUICKLY | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-EIGHT_DEVICES = QUICKLY | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+FOUR_DEVICES = QUICKLY | {"JAX_NUM_CPU_DEVICES": "4"}
+EIGHT_DEVICES = QUICKLY | {"JAX_NUM_CPU_DEVICES": "8"}
 SETTINGS = {
     "name": "2 layers, E=4, residual",
     "mesh.expert": 4,
