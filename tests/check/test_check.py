@@ -49,6 +49,7 @@ def found(record, name):
     ]
 
 
+@pytest.mark.slow
 def test_green_on_four_devices(tmp_path):
     """All kernels, rates and a run; what was not there before is not there afterwards."""
     process = start([], "--json", f"--workdir={tmp_path}/new/deeper")

@@ -370,6 +370,7 @@ def test_merged_units_are_matched(family):
         np.testing.assert_allclose(merged[f"{stage}.{name}"][0, 0], expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_is_pruned_and_learns_from_what_it_was(text, tmp_path, capsys, monkeypatch):
     """The plan, the run, its evaluation, and training with its teacher."""
     full, half = tmp_path / "full", tmp_path / "half"

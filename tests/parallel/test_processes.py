@@ -111,6 +111,7 @@ sys.exit(main(sys.argv[3:]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("caches", ["ab", "cc"])
 def test_who_prepares_the_text(caches, text, tmp_path):
     """Every process in a cache of its own at once; process 0 in a cache that they share."""
@@ -188,6 +189,7 @@ def test_a_lost_process_ends_the_other_and_one_process_resumes(text, tmp_path):
     assert "resumed at step" in err
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_stops_both_at_the_same_step(text, tmp_path):
     settings = SETTINGS | {"train.steps": 2000}
     processes = start_two(arguments(text, tmp_path / "run", **settings))

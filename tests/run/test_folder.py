@@ -359,6 +359,7 @@ def killed_at_each_operation(workdir, command, first, last, stride=1):
     return codes, done.stderr
 
 
+@pytest.mark.slow
 def test_killed_at_each_operation_on_a_file(text, tmp_path):
     """No start is ever refused, whatever the one before left half done."""
     settings = {"checkpoint.every": 3, "eval.every": 4}
