@@ -117,11 +117,31 @@ class ModelConfig:
     )
     rope_scaling: tuple[int, ...] = setting(
         (),
-        "Longer wavelengths for a longer context, as in Llama 3.1: the factor, the low and the "
-        "high frequency factor, and the length before, such as 8,1,4,8192; () is none.",
+        "Longer wavelengths for a longer context: their factor, two numbers of periods and the "
+        "length before, such as 8,1,4,8192; () is none. A wavelength is kept if more periods than "
+        "the second number fit into this length, and scaled if fewer than the first do.",
         least=1,
         layer=True,
         only="model.positions=rotary",
+    )
+    rope_type: str = choice(
+        "How `rope_scaling` scales what is between its two numbers of periods.",
+        only="model.rope_scaling",
+        layer=True,
+        llama3="by the number of periods, as Llama 3.1",
+        yarn="by the index of the wavelength; queries and keys are scaled, too (arXiv 2309.00071)",
+    )
+    rope_truncate: bool = setting(
+        True,
+        "Whether the indices between which YaRN changes its scale are whole numbers.",
+        layer=True,
+        only="model.rope_type=yarn",
+    )
+    rope_attention_factor: float = setting(
+        0.0,
+        "YaRN's factor of rotated queries and keys; 0 is 0.1 ln(factor of the wavelengths) + 1.",
+        layer=True,
+        only="model.rope_type=yarn",
     )
     partial_rotary_factor: float = setting(
         0.0,
@@ -216,6 +236,13 @@ class ModelConfig:
     def rotary_width(self) -> int:
         """Dimensions of a head that rotary positions rotate."""
         return int(self.head_width * self.partial_rotary_factor)
+
+    @property
+    def rotary_scale(self) -> float:
+        """Factor of rotated queries and keys (YaRN, section 3.4); 1 without YaRN."""
+        if not self.rope_scaling or self.rope_type != "yarn":
+            return 1.0
+        return self.rope_attention_factor or 0.1 * math.log(self.rope_scaling[0]) + 1
 
     @property
     def key_heads(self) -> int:

@@ -43,8 +43,17 @@ log = logging.getLogger(__name__)
 
 MICROBATCH_TOKENS = 2**16  # the largest microbatch of an imported run
 MOST_LAYERS = 10_000  # layers or experts of a config.json without tensors that limit them
-# transformers' names of the numbers in `model.rope_scaling`, in order.
-SCALING = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
+# For each `model.rope_type`, transformers' names and defaults of the numbers in
+# `model.rope_scaling`, in order.
+LENGTH_BEFORE = "original_max_position_embeddings"
+SCALING: dict[str, dict[str, int | None]] = {
+    "llama3": dict.fromkeys(["factor", "low_freq_factor", "high_freq_factor", LENGTH_BEFORE]),
+    "yarn": {"factor": None, "beta_slow": 1, "beta_fast": 32, LENGTH_BEFORE: None},
+}
+# Settings that positions and the reach of attention depend on.
+POSITIONS = {"positions", "rope_theta", "rope_scaling", "rope_type", "rope_truncate"} | {
+    "rope_attention_factor", "partial_rotary_factor", "sliding_window"
+}  # fmt: skip
 # The output matrix. With tied embeddings, a file may hold it as a copy of the embedding.
 HEAD = "lm_head.weight"
 # How many layers after the last one predict further tokens; transformers takes 1 as the default.
@@ -109,7 +118,8 @@ def read_config(theirs: dict, path: Path, tensors: int) -> Config:
     settings = import_settings()
     model, moe = settings.model, settings.moe
     model.family = family
-    theirs, model.rope_scaling = _with_rope(theirs, names, path)
+    theirs, scaling = _with_rope(theirs, names, path)
+    model.update(scaling)
     for name, value in (FIXED | names.fixed).items():
         given = theirs.get(name, value) or False  # null counts as false
         if name not in names.knows and differs(given, value):
@@ -148,8 +158,8 @@ def _plain(rows: dict[str, Plain], theirs: dict, names: Family, path: Path, laye
     return ours
 
 
-def _with_rope(theirs: dict, names: Family, path: Path) -> tuple[dict, tuple[int, ...]]:
-    """The settings with those of their group for RoPE, and Llama 3's scaling or ()."""
+def _with_rope(theirs: dict, names: Family, path: Path) -> tuple[dict, dict[str, Any]]:
+    """The settings with those of their group for RoPE, and ours for scaled wavelengths."""
     if "rotary_dim" in names.knows and theirs.get("rotary_dim") is not None:
         width = setting(theirs, "head_dim", int, path, names.defaults["head_dim"], low=1)
         share = setting(theirs, "rotary_dim", int, path, low=1) / width
@@ -159,15 +169,33 @@ def _with_rope(theirs: dict, names: Family, path: Path) -> tuple[dict, tuple[int
     if not isinstance(rope, dict):
         raise UserError(f"{path}: {name}={shown(rope)} is not a group of settings")
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "llama3":
-        return theirs | rope | {"rope_type": kind}, ()
+    if not isinstance(kind, str) or kind not in SCALING:
+        return theirs | rope | {"rope_type": kind}, {}
     scaling = []
-    for name in SCALING:
-        number = setting(rope, name, float, path, low=1)
+    for name, default in SCALING[kind].items():
+        if name == LENGTH_BEFORE:
+            default = theirs.get("max_position_embeddings")
+        number = setting(rope, name, float, path, default, low=1)
         if number % 1:
             raise UserError(f"{path}: {name}={number}, our model has only whole numbers")
         scaling.append(int(number))
-    return theirs | rope | {"rope_type": "default"}, tuple(scaling)
+    ours = {"rope_type": kind, "rope_scaling": tuple(scaling)}
+    if kind == "yarn":
+        ours["rope_truncate"] = setting(rope, "truncate", bool, path, True)
+        ours["rope_attention_factor"] = _attention_factor(rope, scaling[0], path)
+    return theirs | rope | {"rope_type": "default"}, ours
+
+
+def _attention_factor(rope: dict, factor: int, path: Path) -> float:
+    """YaRN's factor of queries and keys in config.json; 0 is the default of theirs and ours."""
+    name, parts = "attention_factor", ("mscale", "mscale_all_dim")
+    if rope.get(name) is not None:
+        return setting(rope, name, float, path, low=1e-30)
+    if not all(rope.get(part) for part in parts):
+        return 0.0
+    numbers = (setting(rope, part, float, path, low=1e-30) for part in parts)
+    above, below = (0.1 * number * math.log(factor) + 1 for number in numbers)
+    return above / below
 
 
 def _window(theirs: dict, names: Family, model: ConfigDict, path: Path) -> int:
@@ -281,10 +309,7 @@ def with_context(config: Config, kept: Mapping[str, str], folder: Path) -> Confi
         return config
     path = folder / released.CONFIG
     there = read_config(released.settings(kept, released.CONFIG), path, MOST_LAYERS).model
-    names = "rope_theta", "rope_scaling", "partial_rotary_factor", "positions"
-    same = all(getattr(model, name) == getattr(there, name) for name in names)
-    window = there.window_in(model.length) == model.window_in(model.length)
-    if not same or not window or there.length <= model.length:
+    if POSITIONS & model.differences(there).keys() or there.length <= model.length:
         return config
     model = dataclasses.replace(model, length=there.length, sliding_window=there.sliding_window)
     return dataclasses.replace(config, model=model)
@@ -395,5 +420,12 @@ def _their_rope(model: ModelConfig) -> dict:
     rope = {"rope_theta": model.rope_theta, "rope_type": "default"}
     if not model.rope_scaling:
         return {"rope_parameters": rope}
-    rope |= {"rope_type": "llama3"} | dict(zip(SCALING, model.rope_scaling, strict=True))
+    *numbers, length = model.rope_scaling
+    numbers = *map(float, numbers), length  # transformers warns of other types
+    rope |= dict(zip(SCALING[model.rope_type], numbers, strict=True))
+    rope["rope_type"] = model.rope_type
+    if model.rope_type == "yarn":
+        rope["truncate"] = model.rope_truncate
+        if model.rope_attention_factor:
+            rope["attention_factor"] = model.rope_attention_factor
     return {"rope_parameters": rope, "rope_scaling": rope}  # the second for transformers 4

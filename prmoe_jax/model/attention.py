@@ -4,6 +4,7 @@ N: query heads per key head, or projections in one weight. R: queries that share
 pairs of a head's dimensions that rotate, K/2 at most.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -94,27 +95,51 @@ def rotary_frequencies(model: ModelConfig) -> jax.Array:
     """The frequencies [F] of rotary positions, in radians per position.
 
     `model.rope_scaling` divides a frequency by its factor if fewer than `low` periods fit into the
-    original length, keeps it if more than `high` fit, and interpolates between both (Llama 3.1,
-    arXiv 2407.21783).
+    original length, and keeps it if more than `high` fit. Llama 3.1 (arXiv 2407.21783) interpolates
+    between both by the number of periods, YaRN by the index of the pair.
     """
     pairs = model.rotary_width // 2
     turns_F = model.rope_theta ** (-jnp.arange(pairs, dtype=jnp.float32) / pairs)
     if not model.rope_scaling:
         return turns_F
     factor, low, high, length = model.rope_scaling
-    waves_F = length * turns_F / (2 * jnp.pi)  # periods in the original length
-    kept_F = jnp.clip((waves_F - low) / (high - low), 0, 1)
+    if model.rope_type == "yarn":
+        kept_F = _yarn_kept(model)
+    else:
+        waves_F = length * turns_F / (2 * jnp.pi)  # periods in the original length
+        kept_F = jnp.clip((waves_F - low) / (high - low), 0, 1)
     return turns_F * (kept_F + (1 - kept_F) / factor)
 
 
-def rotate(x_BxLxHxK: jax.Array, position_BxL: jax.Array, turns_F: jax.Array) -> jax.Array:
+def _yarn_kept(model: ModelConfig) -> jax.Array:
+    """The share [F] of each frequency that YaRN keeps (arXiv 2309.00071, section 3.2).
+
+    It is 1 up to the pair of which `high` periods fit into the original length, 0 from the pair of
+    which `low` fit, and linear in the index between both.
+    """
+    _, low, high, length = model.rope_scaling
+    pairs, width = model.rotary_width // 2, model.rotary_width
+    first, last = (
+        pairs * math.log(length / (2 * math.pi * periods)) / math.log(model.rope_theta)
+        for periods in (high, low)
+    )
+    if model.rope_truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, width - 1)  # as transformers, not `pairs - 1`
+    return 1 - jnp.clip((jnp.arange(pairs) - first) / (last - first or 1e-3), 0, 1)
+
+
+def rotate(
+    x_BxLxHxK: jax.Array, position_BxL: jax.Array, turns_F: jax.Array, scale: float = 1.0
+) -> jax.Array:
     """Rotates pairs of a head's dimensions by angles that grow with the position (RoFormer).
 
-    Dimensions i and F + i are a pair. Dimensions from 2F on, if there are any, don't rotate.
+    Dimensions i and F + i are a pair, and multiplied by `scale`. Dimensions from 2F on, if there
+    are any, stay as they are.
     """
     pairs = len(turns_F)
     angle_BxLx1xF = (position_BxL[..., None].astype(jnp.float32) * turns_F)[:, :, None]
-    cos, sin = jnp.cos(angle_BxLx1xF), jnp.sin(angle_BxLx1xF)
+    cos, sin = jnp.cos(angle_BxLx1xF) * scale, jnp.sin(angle_BxLx1xF) * scale
     splits = pairs, 2 * pairs
     first, second, rest = jnp.split(x_BxLxHxK.astype(jnp.float32), splits, axis=-1)
     turned = first * cos - second * sin, second * cos + first * sin, rest
@@ -170,8 +195,8 @@ class Attention(nnx.Module):
         if clip := self.config.clip_qkv:
             q, k, v = (jnp.clip(x, -clip, clip) for x in (q, k, v))
         if self.config.positions == "rotary":
-            turns_F = rotary_frequencies(self.config)
-            q, k = (rotate(x, position_BxL, turns_F) for x in (q, k))
+            turns_F, scale = rotary_frequencies(self.config), self.config.rotary_scale
+            q, k = (rotate(x, position_BxL, turns_F, scale) for x in (q, k))
         if cache is not None:
             # Without the barrier, XLA also writes the new keys into a copy of the cache.
             cache = jax.lax.optimization_barrier(cache.extended(k, v, position_BxL))

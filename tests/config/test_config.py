@@ -113,12 +113,17 @@ def test_the_routing_group_is_a_sequence_unless_given():
 
 
 TAUGHT, WSD = "teacher.workdir=runs/a", "optimizer.schedule=wsd"
+SCALED = ["model.positions=rotary", "model.rope_scaling=8,1,4,64"]
+YARN = [*SCALED, "model.rope_type=yarn"]
 # What has to change with a setting for the whole to stay valid.
 COMPANIONS = {
     "execution.cpu_products": ["model.dtype=bfloat16"],
     "model.top_k": ["model.residual=true"],
     "model.rope_theta": ["model.positions=rotary"],
     "model.rope_scaling": ["model.positions=rotary"],
+    "model.rope_type": SCALED,
+    "model.rope_truncate": YARN,
+    "model.rope_attention_factor": YARN,
     "model.partial_rotary_factor": ["model.positions=rotary"],
     "moe.second_expert_sampling": ["model.top_k=2"],
     "train.tokens": ["train.steps=0"],
@@ -434,6 +439,14 @@ RULES = {
     "half a scaling": (
         ["model.positions=rotary", "model.rope_scaling=8,1"],
         "model.rope_scaling=(8, 1) must be four numbers, the second below the third, such as",
+    ),
+    "YaRN of nothing": (
+        ["model.positions=rotary", "model.rope_type=yarn"],
+        "model.rope_type=yarn has no effect without model.rope_scaling; leave it at llama3",
+    ),
+    "a factor of YaRN's": (
+        [*SCALED, "model.rope_attention_factor=1.5"],
+        "model.rope_attention_factor=1.5 has no effect with model.rope_type=llama3: it is for",
     ),
     "limits that cross": (
         ["model.positions=rotary", "model.rope_scaling=8,4,4,64"],

@@ -26,6 +26,9 @@ SHARED = HEADS | {"num_hidden_layers": 3, "moe_intermediate_size": 12}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 8.0, "factor": 8.0, "low_freq_factor": 1.0} | {
     "high_freq_factor": 2.0, "original_max_position_embeddings": 16
 }  # fmt: skip
+YARN = {"rope_type": "yarn", "rope_theta": 8.0, "factor": 4.0, "beta_fast": 2.0} | {
+    "beta_slow": 1.0, "truncate": False, "original_max_position_embeddings": 16
+}  # fmt: skip
 # A name, the family, and what differs from `SIZES`.
 MODELS = {
     "llama": ("llama", HEADS | {"rope_theta": 7000.0}),
@@ -82,6 +85,8 @@ MODELS = {
         "minimax_m2",
         HEADS | {"head_dim": 10, "rotary_dim": 6, "num_local_experts": 5, "num_experts_per_tok": 3},
     ),
+    # Of its five wavelengths one is kept, two are between the limits, and two are scaled.
+    "yarn": ("qwen3", HEADS | {"head_dim": 10, "rope_parameters": YARN}),
 }
 
 

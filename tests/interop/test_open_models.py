@@ -28,6 +28,7 @@ from prmoe_jax.interop.families import FAMILIES
 from prmoe_jax.interop.hugging_face import check_exportable, read_config
 from prmoe_jax.interop.mapping import spread_over
 from prmoe_jax.interop.tensors import Tensors
+from prmoe_jax.model.attention import rotary_frequencies
 from prmoe_jax.model.sizes import cost
 from prmoe_jax.model.transformer import init_model
 from prmoe_jax.nn.parameters import named_leaves
@@ -41,7 +42,7 @@ from tests.support.quick import forward, jit
 from tests.support.runs import tuned
 from tests.support.tokenizers import byte_tokenizer, started_tokenizer
 
-DENSE = "llama", "llama3", "qwen2", "qwen3", "mistral"
+DENSE = "llama", "llama3", "yarn", "qwen2", "qwen3", "mistral"
 # Those with an MLP beside the experts.
 SHARED = "qwen2_moe", "dots1", "hy_v3", "glm4_moe"
 NAMES = *DENSE, "olmoe", "mixtral", "qwen3_moe", "minimax_m2", *SHARED
@@ -183,6 +184,34 @@ def test_transformers_reads_what_is_written(name, source, tmp_path):
     with torch.inference_mode():
         found = model(torch.tensor(golden["ids"])).logits.numpy()
     np.testing.assert_allclose(found, golden["logits"], atol=2e-5)
+
+
+# Settings beside YaRN's factor of 16 and its length before, 64.
+YARNS = {
+    "its defaults": {},
+    "no whole indices": {"truncate": False},
+    "other limits": {"beta_fast": 8.0, "beta_slow": 2.0},
+    "a factor of queries and keys": {"attention_factor": 1.25},
+    "two scales": {"mscale": 0.707, "mscale_all_dim": 1.0},
+    "one scale": {"mscale": 0.707},
+    "all in one": {"beta_fast": 3.0, "beta_slow": 3.0, "rope_theta": 8.0},
+}
+
+
+@needs_extra("interop", "transformers")
+@pytest.mark.parametrize("name", YARNS)
+def test_yarn_is_that_of_transformers(name):
+    from transformers import Qwen3Config
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    theirs = json.loads((GOLDENS / "open/yarn/config.json").read_text())
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 16.0}
+    rope |= {"original_max_position_embeddings": 64} | YARNS[name]
+    theirs |= {"head_dim": 32, "max_position_embeddings": 1024, "rope_parameters": rope}
+    expected_F, scale = ROPE_INIT_FUNCTIONS["yarn"](Qwen3Config(**theirs), "cpu")
+    model = read_config(theirs, Path("config.json"), 10).model
+    np.testing.assert_allclose(rotary_frequencies(model), expected_F.numpy(), rtol=2e-6)
+    assert math.isclose(model.rotary_scale, scale, rel_tol=1e-12)
 
 
 @needs_extra("interop", "transformers")
@@ -495,8 +524,20 @@ FOREIGN = {
     "activation": ({"hidden_act": "relu"}, "hidden_act='relu', our model has 'silu'"),
     "biases": ({"attention_bias": True}, "attention_bias=True, our model has False"),
     "long context": (
+        {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}},
+        "rope_type='longrope', our model has 'default'",
+    ),
+    "contexts of no name": (
+        {"rope_parameters": {"rope_type": ["yarn"], "rope_theta": 1e4}},
+        "rope_type=['yarn'], our model has 'default'",
+    ),
+    "YaRN without a factor": (
         {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}},
-        "rope_type='yarn', our model has 'default'",
+        "no usable factor: it is None, not a number of 1 or more",
+    ),
+    "an attention factor of nothing": (
+        {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "attention_factor": 0.0}},
+        "no usable attention_factor: it is 0.0, not a number of 1e-30 or more",
     ),
     "part of a head": (
         {"rope_parameters": {"partial_rotary_factor": 0.5}},
@@ -516,8 +557,8 @@ FOREIGN = {
         "sliding_window=5, which OlmoeForCausalLM doesn't know; set it to null",
     ),
     "a scale beside none": (
-        {"rope_scaling": {"type": "yarn", "factor": 4.0}},  # as transformers, not rope_parameters
-        "rope_type='yarn', our model has 'default'",
+        {"rope_scaling": {"type": "yarn", "factor": 4.5}},  # as transformers, not rope_parameters
+        "factor=4.5, our model has only whole numbers",
     ),
     "experts": ({"num_experts": 10**9}, "no usable num_experts: it is 1000000000"),
     "no experts": ({"num_experts": None}, "no usable num_experts: it is None"),

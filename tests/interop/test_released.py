@@ -190,6 +190,7 @@ def test_a_run_without_these_files_is_exported_as_ever(tmp_path):
         ({"length": 64}, (64, 0)),  # trained with a longer context
         ({"length": 16, "rope_theta": 9.0}, (16, 0)),  # the positions are others
         ({"length": 16, "rope_scaling": ()}, (16, 0)),
+        ({"length": 16, "rope_type": "yarn"}, (16, 0)),
         ({"length": 16, "positions": "learned"}, (16, 0)),
         ({"length": 16, "sliding_window": 9}, (16, 9)),
     ],

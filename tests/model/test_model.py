@@ -15,7 +15,7 @@ from prmoe_jax.config.loading import resolve
 from prmoe_jax.config.schema import Config, ExecutionConfig, ModelConfig, MoeConfig
 from prmoe_jax.errors import UserError
 from prmoe_jax.model import attention_kernels
-from prmoe_jax.model.attention import KVCache, attend_to_cache
+from prmoe_jax.model.attention import KVCache, attend_to_cache, rotary_frequencies, rotate
 from prmoe_jax.model.attention_kernels import attend, resolve_attention, splash
 from prmoe_jax.model.backends import check_backends
 from prmoe_jax.model.batch import Batch
@@ -171,6 +171,33 @@ def test_padding_tokens_change_nothing(batch):
 def test_positions():
     segments = jnp.array([[1, 1, 1, 2, 2, 3, 0, 0], [1] * 8])
     assert positions(segments).tolist() == [[0, 1, 2, 0, 1, 0, 0, 1], list(range(8))]
+
+
+@pytest.mark.parametrize(
+    ("kind", "truncate", "expected_F"),
+    [
+        # 100, 10, 1 and 0.1 periods fit into the length before.
+        ("llama3", True, [1, 0.1, 0.002, 0.0002]),
+        ("yarn", True, [1, 0.06, 0.002, 0.0002]),  # half of 0.1, and half of a fifth of it
+        ("yarn", False, [1, 0.1, 0.002, 0.0002]),
+    ],
+)
+def test_frequencies_of_a_longer_context_by_hand(kind, truncate, expected_F):
+    model = ModelConfig(
+        **{"family": "llama", "d_model": 8, "heads": 1, "rope_scaling": (5, 1, 10, 628)},
+        **{"rope_type": kind, "rope_truncate": truncate},
+    )
+    np.testing.assert_allclose(rotary_frequencies(model), expected_F, rtol=1e-3)
+    assert math.isclose(model.rotary_scale, 1.16094 if kind == "yarn" else 1, rel_tol=1e-5)
+    assert dataclasses.replace(model, rope_scaling=()).rotary_scale == 1
+
+
+def test_only_what_rotates_is_scaled():
+    x_BxLxHxK = jax.random.normal(jax.random.key(0), (1, 5, 2, 7))
+    arguments = x_BxLxHxK, jnp.arange(5)[None], jnp.array([1.0, 0.1])
+    once, twice = rotate(*arguments), rotate(*arguments, scale=2.0)
+    np.testing.assert_allclose(twice[..., :4], 2 * once[..., :4], rtol=1e-6)
+    np.testing.assert_array_equal(twice[..., 4:], x_BxLxHxK[..., 4:])
 
 
 def test_experts_of_one_layer_are_changed():
