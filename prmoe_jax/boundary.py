@@ -17,7 +17,8 @@ from typing import NoReturn
 
 import prmoe_jax
 from prmoe_jax import files
-from prmoe_jax.errors import Failure, UserError, describe, on_failure, say, write
+from prmoe_jax.errors import UserError
+from prmoe_jax.errors.ending import Failure, describe, on_failure, say, write
 
 
 def prepare() -> None:

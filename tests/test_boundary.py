@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from configs import tiny
-from prmoe_jax import boundary, errors
+from prmoe_jax import boundary
 from prmoe_jax.cli import main
+from prmoe_jax.errors import UserError, ending
 from prmoe_jax.model import sizes
 from tests.support.lines import only_line
 from tests.support.paths import REPOSITORY
@@ -171,7 +172,7 @@ SHOWN = r"a\x1b]0;b\x07c\x9b2Jd\u202ee"
 
 def test_no_message_drives_the_terminal(tmp_path, monkeypatch, capsys):
     """In a line of the user's, in a defect's with its traceback, and in the log's."""
-    assert main(failing(monkeypatch, errors.UserError(DRIVES))) == 2
+    assert main(failing(monkeypatch, UserError(DRIVES))) == 2
     assert only_line(capsys.readouterr().err) == f"prmoe: {SHOWN} é"
     assert main(failing(monkeypatch, TypeError(DRIVES))) == 1  # conftest has tracebacks printed
     said = capsys.readouterr().err
@@ -218,8 +219,8 @@ def test_a_message_has_a_line_of_its_own_beside_a_progress_bar():
 def test_other_processes_are_told(monkeypatch, capsys):
     told = []
     monkeypatch.setattr(boundary, "on_failure", [told.append])
-    assert main(failing(monkeypatch, errors.UserError("one\ntwo"))) == 2
-    assert told == [errors.Failure("one two", 2, True)]
+    assert main(failing(monkeypatch, UserError("one\ntwo"))) == 2
+    assert told == [ending.Failure("one two", 2, True)]
 
 
 def test_a_failed_thread_is_one_line(monkeypatch, tmp_path, capsys):

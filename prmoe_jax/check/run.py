@@ -11,7 +11,7 @@ import jax
 from prmoe_jax.check import benchmarks, corpus, environment, kernels, rates, trial
 from prmoe_jax.check.findings import FAIL, OK, Finding, Part, table
 from prmoe_jax.config.schema import Config
-from prmoe_jax.errors import describe
+from prmoe_jax.errors.ending import describe
 from prmoe_jax.parallel import processes
 from prmoe_jax.run.directory import versions
 

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from prmoe_jax.errors import write
+from prmoe_jax.errors.ending import write
 
 
 def as_json(value) -> str:

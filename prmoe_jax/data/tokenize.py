@@ -17,7 +17,7 @@ from typing import Any
 
 from etils import epath
 
-from prmoe_jax import errors, stores
+from prmoe_jax import stores
 from prmoe_jax.config.schema import Config
 from prmoe_jax.data import cache, shards, split, template, tokenizer, tokens
 from prmoe_jax.data.chat import plain
@@ -26,6 +26,7 @@ from prmoe_jax.data.split import Selection
 from prmoe_jax.data.stages import Work
 from prmoe_jax.data.tokenizer import Tokenizer
 from prmoe_jax.errors import UserError, missing, refusing
+from prmoe_jax.errors.ending import describe, end
 from prmoe_jax.stores import expand
 from prmoe_jax.stores.lock import locked
 
@@ -176,7 +177,7 @@ def _perform(
         try:
             function(work, *arguments)
         except Exception as problem:
-            failure = errors.describe(problem)
+            failure = describe(problem)
             if not failure.foreseen:
                 raise
             work.save(error, failure.line.encode())
@@ -209,7 +210,7 @@ def _watching_workers() -> Iterator[None]:
     def failed(raised: threading.ExceptHookArgs) -> None:
         found = re.search(r"subprocess exited with return code -(\d+)", str(raised.exc_value))
         if found and int(found[1]) not in (signal.SIGINT, signal.SIGTERM):
-            errors.end(
+            end(
                 f"signal {found[1]} ended a worker process (9 is often for lack of memory); the "
                 "same command makes the rest, with fewer workers by -- --direct_num_workers=N"
             )

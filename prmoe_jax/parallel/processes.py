@@ -23,8 +23,9 @@ from typing import IO
 import jax
 from jax._src import distributed  # the store has no public name
 
-from prmoe_jax import errors, files, stores
-from prmoe_jax.errors import Failure, UserError, first_line, is_out_of_memory, refusing
+from prmoe_jax import files, stores
+from prmoe_jax.errors import UserError, first_line, is_out_of_memory, refusing
+from prmoe_jax.errors.ending import Failure, on_failure, say
 
 JOIN_SECONDS = 40  # within which all processes must have started
 HEARTBEAT_SECONDS = 20  # a process that was silent for so long is lost, and the others end
@@ -54,7 +55,7 @@ def initialize_distributed() -> Iterator[None]:
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             initialization_timeout=JOIN_SECONDS,
         )
-    errors.on_failure.append(_tell_others)
+    on_failure.append(_tell_others)
     watch = threading.Thread(target=_watch, daemon=True)
     watch.start()
     try:
@@ -298,7 +299,7 @@ def _end(line: str, code: int, others_must_read: bool = True) -> None:
     """Prints one line and ends this process without clean-up, which would wait for others."""
     if not _ending.acquire(blocking=False):
         time.sleep(60)
-    errors.say(f"process {_number()}: {line}")
+    say(f"process {_number()}: {line}")
     _leave(code, others_must_read)
 
 

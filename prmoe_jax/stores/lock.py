@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from prmoe_jax.errors import UserError, end, reason, refusing
+from prmoe_jax.errors import UserError, reason, refusing
+from prmoe_jax.errors.ending import end
 from prmoe_jax.stores.paths import client, is_local, no_link
 
 log = logging.getLogger(__name__)

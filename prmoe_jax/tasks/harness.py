@@ -11,7 +11,8 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from prmoe_jax.errors import UserError, describe, refusing, say
+from prmoe_jax.errors import UserError, refusing
+from prmoe_jax.errors.ending import describe, say
 
 try:
     from lm_eval import evaluator, utils

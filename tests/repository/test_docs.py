@@ -78,7 +78,7 @@ def test_the_checks_see_mistakes(tmp_path):
     page.write_text(f"# A page\n\n{links}\n{code}")
     assert broken_links(page, tmp_path) == ["no.md", "#no"]
     assert broken_links(page, tmp_path / "docs") == ["page.md", "#a-page", "no.md", "#no"]
-    text = "`prmoe_jax/train.py`, `prmoe_jax/errors.py`, `experiments/mine`, `configs/`, `docs/no/`"
+    text = "`prmoe_jax/train.py`, `prmoe_jax/files.py`, `experiments/mine`, `configs/`, `docs/no/`"
     assert missing_files(text) == ["prmoe_jax/train.py", "docs/no/"]
 
 

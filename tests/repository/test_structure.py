@@ -67,7 +67,7 @@ def test_a_reader_of_the_training_step_loads_no_text_and_no_stores():
     """Nor does a program that makes one."""
     needed = house.loaded("prmoe_jax.training.step")
     assert {file.parent.name for file in needed} <= {
-        *("prmoe_jax", "config", "nn", "parallel", "moe", "model", "distill", "training")
+        *("prmoe_jax", "errors", "config", "nn", "parallel", "moe", "model", "distill", "training")
     }
     assert house.lines(needed) <= 6000
     code = "import sys, prmoe_jax.training.step; print(*sys.modules)"

@@ -27,8 +27,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import prmoe_jax
-from prmoe_jax import boundary, errors
+from prmoe_jax import boundary
 from prmoe_jax.cli import output
+from prmoe_jax.errors import UserError, ending
 
 PACKAGE = str(Path(prmoe_jax.__file__).parent)
 
@@ -174,9 +175,9 @@ def _example(name: str, number: int, original: str, folder: Path, watch: "_Watch
 def _outcome(reader, original: str, told: bool) -> tuple[str, str]:
     try:
         value = reader.read()
-    except errors.UserError as error:
-        line = errors.describe(error).line
-        if len(line) > errors.LONGEST:
+    except UserError as error:
+        line = ending.describe(error).line
+        if len(line) > ending.LONGEST:
             return f"a line of {len(line)} characters {_place(error)}", f"{line[:300]}…"
         if not _is_plain(line):
             return f"a line with control characters {_place(error)}", repr(line)
@@ -275,7 +276,7 @@ class _Watch:
 
     def _logged(self, record: logging.LogRecord) -> None:
         line = record.getMessage()
-        if self._seen is not None and not (_is_plain(line) and len(line) <= errors.LONGEST):
+        if self._seen is not None and not (_is_plain(line) and len(line) <= ending.LONGEST):
             self._seen.append(f"logged at {record.filename}:{record.lineno} {line[:300]!r}")
 
 
