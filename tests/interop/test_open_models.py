@@ -194,7 +194,7 @@ YARNS = {
     "a factor of queries and keys": {"attention_factor": 1.25},
     "two scales": {"mscale": 0.707, "mscale_all_dim": 1.0},
     "one scale": {"mscale": 0.707},
-    "all in one": {"beta_fast": 3.0, "beta_slow": 3.0, "rope_theta": 8.0},
+    "no pair in between": {"beta_fast": 12.0, "beta_slow": 11.0},
 }
 
 
