@@ -121,6 +121,8 @@ def prices(
     def price(layer: int, kept: int) -> float:
         if kept < least:
             return math.inf
+        if kept == len(order[layer]):
+            return 0.0  # computed in two ways, the whole model may differ by rounding
         has = {i: np.ones(len(expert_E), bool) for i, expert_E in order.items()}
         has[layer][order[layer][kept:]] = False
         return float(divergence(model, batch, has))
