@@ -203,10 +203,10 @@ def _normal(seed: int, *shape: int) -> np.ndarray:
 
 def _all_experts(experts: Experts, x_TxD) -> jax.Array:
     """Every expert on every token, [E, T, D]."""
-    w_in, w_out, b_in, b_out, _ = experts.weights(jnp.float32)
-    x = jnp.einsum("TD,EDF->ETF", x_TxD, w_in) + b_in[:, None]
+    weights = experts.weights(jnp.float32)
+    x = jnp.einsum("TD,EDF->ETF", x_TxD, weights.w_in_DxF) + weights.b_in_F[:, None]
     h_ExTxF = 0.5 * x * (1 + jnp.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))  # GELU
-    return jnp.einsum("ETF,EFD->ETD", h_ExTxF, w_out) + b_out[:, None]
+    return jnp.einsum("ETF,EFD->ETD", h_ExTxF, weights.w_out_FxD) + weights.b_out_D[:, None]
 
 
 def _dispatch(name: str, slots: int, experts: Experts) -> Case:

@@ -11,13 +11,18 @@ _TERM = r"[1-9]\d*(x[1-9]\d{0,3})?"  # a term of 'E=…': EXPERTS or EXPERTSxLAY
 
 
 @dataclasses.dataclass(frozen=True)
+class Layer:
+    """What differs between a model's layers."""
+
+    experts: int  # 0 for a dense MLP
+    window: int  # tokens that a token attends to, itself included; 0 is all before it
+
+
+@dataclasses.dataclass(frozen=True)
 class Stage:
-    """`repeats` copies of a cell of consecutive layers; the model scans over the copies.
+    """`repeats` copies of a cell of consecutive layers; the model scans over the copies."""
 
-    `cell` holds the number of experts of each layer of the cell, 0 for a dense MLP.
-    """
-
-    cell: tuple[int, ...]
+    cell: tuple[Layer, ...]
     repeats: int
 
 
@@ -39,7 +44,7 @@ class Schedule:
         cls, layers: int, placement: str, experts: Sequence[int], top_k: int = 1, residual=False
     ) -> "Schedule":
         """Makes a schedule; `experts` has a count for each MoE layer, or one for all."""
-        indices = moe_layers(layers, placement)
+        indices = placed(layers, placement)
         given = f"experts={','.join(map(str, experts)) or '()'}"
         if not indices and (experts or placement != "none"):
             raise UserError(
@@ -62,7 +67,7 @@ class Schedule:
         """Reads '24 layers, E=32x10+64x2, residual'; the inverse of `str`.
 
         The parts are separated by commas: 'N layers'; a placement (default 'every 2'; see
-        `moe_layers`); 'E=128', or one term 'EXPERTSxLAYERS' per run of equal MoE layers;
+        `placed`); 'E=128', or one term 'EXPERTSxLAYERS' per run of equal MoE layers;
         'top 2'; 'residual'. Without an E the model is dense.
         """
         return cls.place(**parse_fields(text))
@@ -74,7 +79,8 @@ class Schedule:
             return layers
         runs = [(count, len(list(run))) for count, run in itertools.groupby(counts)]
         terms = [f"{count}x{repeats}" if repeats > 1 else str(count) for count, repeats in runs]
-        placement = self._placement()
+        indices = [i for i, count in enumerate(self.experts) if count]
+        placement = placement_of(indices, len(self.experts))
         parts = [
             layers,
             placement if placement != "every 2" else "",
@@ -84,38 +90,41 @@ class Schedule:
         ]
         return ", ".join(filter(None, parts))
 
-    def _placement(self) -> str:
-        layers = len(self.experts)
-        indices = tuple(i for i, count in enumerate(self.experts) if count)
-        names = [f"every {n}" for n in range(1, layers + 1)] + ["first half", "second half"]
-        matching = (name for name in names if moe_layers(layers, name) == indices)
-        return next(matching, "layers " + " ".join(map(str, indices)))
 
-    def stages(self) -> tuple[Stage, ...]:
-        """Cuts the layers into stages so that the fewest layers are compiled.
+def stages(layers: Sequence[Layer]) -> tuple[Stage, ...]:
+    """Cuts the layers into stages so that the fewest layers are compiled.
 
-        Compile time grows with the sum of the cell lengths. Dynamic programming over the end of
-        the first stage minimises this sum. Ties go to the fewest stages, then to the longest first
-        stage, so that a student of 21 layers has the same cells as its teacher of 24.
-        """
-        n = len(self.experts)
-        best: list[tuple[int, tuple[Stage, ...]]] = [(0, ())] * (n + 1)
-        for start in reversed(range(n)):
-            candidates = []
-            for period in range(1, n - start + 1):
-                cell, end = self.experts[start : start + period], start
-                while self.experts[end : end + period] == cell:
-                    end += period
-                    cost, rest = best[end]
-                    stage = Stage(cell, (end - start) // period)
-                    candidates.append((period + cost, len(rest), -end, (stage, *rest)))
-            cost, *_, stages = min(candidates, key=lambda c: c[:3])
-            best[start] = cost, stages
-        return best[0][1]
+    Compile time grows with the sum of the cell lengths. Dynamic programming over the end of the
+    first stage minimises this sum. Ties go to the fewest stages, then to the longest first stage,
+    so that a student of 21 layers has the same cells as its teacher of 24.
+    """
+    n = len(layers)
+    best: list[tuple[int, tuple[Stage, ...]]] = [(0, ())] * (n + 1)
+    for start in reversed(range(n)):
+        candidates = []
+        for period in range(1, n - start + 1):
+            cell, end = tuple(layers[start : start + period]), start
+            while tuple(layers[end : end + period]) == cell:
+                end += period
+                cost, rest = best[end]
+                stage = Stage(cell, (end - start) // period)
+                candidates.append((period + cost, len(rest), -end, (stage, *rest)))
+        cost, *_, found = min(candidates, key=lambda c: c[:3])
+        best[start] = cost, found
+    return best[0][1]
 
 
-def moe_layers(layers: int, placement: str) -> tuple[int, ...]:
-    """The 0-based indices of the MoE layers of a placement.
+def placement_of(indices: Sequence[int], layers: int) -> str:
+    """The placement with these layers, by its shortest name."""
+    if not indices:
+        return "none"
+    names = [f"every {n}" for n in range(1, layers + 1)] + ["first half", "second half"]
+    matching = (name for name in names if placed(layers, name) == tuple(indices))
+    return next(matching, "layers " + " ".join(map(str, indices)))
+
+
+def placed(layers: int, placement: str) -> tuple[int, ...]:
+    """The 0-based indices of the layers of a placement.
 
     Placements are 'none', 'every N' (the N-th, 2N-th, … layer), 'first half', 'second half'
     (every layer of that half), and 'layers 1 3 7'.
@@ -130,8 +139,8 @@ def moe_layers(layers: int, placement: str) -> tuple[int, ...]:
         case ["every", period] if period.isdecimal():
             if not 1 <= int(period) <= layers:
                 raise UserError(
-                    f"placement '{placement}' makes no MoE layer in {layers} layers; use 'every N' "
-                    f"with N from 1 to {layers}"
+                    f"placement '{placement}' names none of {layers} layers; use 'every N' with N "
+                    f"from 1 to {layers}"
                 )
             return tuple(range(int(period) - 1, layers, int(period)))
         case ["layers", *names] if names and all(map(str.isdecimal, names)):
@@ -187,7 +196,7 @@ def parse_fields(text: str) -> dict:
     experts = fields.setdefault("experts", ())
     if experts:
         placement = fields.setdefault("placement", "every 2")
-        if one_layer and (made := len(moe_layers(fields["layers"], placement))) > 1:
+        if one_layer and (made := len(placed(fields["layers"], placement))) > 1:
             raise UserError(
                 f"architecture '{text}': E={experts[0]}x1 is for one MoE layer, and placement "
                 f"'{placement}' makes {made}; write E={experts[0]} for all of them"

@@ -41,6 +41,8 @@ def _unused(config: Config, values: Mapping[str, object]) -> Iterator[Unused]:
         yield from _in_capacity(config)
     if config.model.sliding_window >= config.model.length:
         yield "model.sliding_window", f"with model.length={config.model.length}"
+    if not any(config.model.windows):
+        yield "model.sliding_window", f"with model.full_attention={config.model.full_attention}"
 
 
 def _holding(condition: str, values: Mapping[str, object]) -> str:

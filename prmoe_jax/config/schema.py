@@ -11,7 +11,7 @@ import operator
 
 from ml_collections import ConfigDict
 
-from prmoe_jax.config.architecture import Schedule
+from prmoe_jax.config.architecture import Layer, Schedule, Stage, placed, stages
 from prmoe_jax.config.family import FAMILIES
 from prmoe_jax.config.routers import ROUTERS, Router
 
@@ -152,10 +152,18 @@ class ModelConfig:
         only="model.positions=rotary",
     )
     activation: str = of_family(
-        "Hidden units of MLPs and experts.", gelu="", swiglu="silu(W_gate x) · (W_in x)"
+        "Hidden units of MLPs and experts.",
+        gelu="",
+        swiglu="silu(W_gate x) · (W_in x)",
+        clamped_swiglu="g · σ(1.702 g) · (u + 1), where g is W_gate x, at most 7, and u is W_in x, "
+        "clamped to ± 7; as in gpt-oss",
     )
     biases: str = of_family(
-        "Linear maps that have a bias.", all="", qkv="queries, keys and values", none=""
+        "Linear maps that have a bias.",
+        all="those of attention and of MLPs, except gates",
+        qkv="queries, keys and values",
+        every="gates and routers, too",
+        none="",
     )
     qk_norm: str = of_family(
         "RMSNorm of queries and keys, before rotary positions.",
@@ -169,6 +177,17 @@ class ModelConfig:
     )
     sliding_window: int = setting(
         0, "Tokens that a token attends to, itself included; 0 is all before it.", layer=True
+    )
+    full_attention: str = setting(
+        "none",
+        "Which layers have no sliding window, as in `placement`.",
+        layer=True,
+        only="model.sliding_window",
+    )
+    attention_sinks: str = of_family(
+        "What a head may attend to beside tokens.",
+        none="",
+        learned="a number for each head in the softmax's denominator, as in gpt-oss",
     )
     placement: str = setting(
         "none",
@@ -228,6 +247,18 @@ class ModelConfig:
         """The placement of the experts, layer by layer."""
         return Schedule.place(self.layers, self.placement, self.experts, self.top_k, self.residual)
 
+    @functools.cached_property
+    def windows(self) -> tuple[int, ...]:
+        """The sliding window of each layer, 0 for none."""
+        full = placed(self.layers, self.full_attention)
+        return tuple(0 if i in full else self.sliding_window for i in range(self.layers))
+
+    @functools.cached_property
+    def stages(self) -> tuple[Stage, ...]:
+        """The layers by their experts and windows, in stages."""
+        layers = zip(self.schedule.experts, self.windows, strict=True)
+        return stages([Layer(*layer) for layer in layers])
+
     @property
     def head_width(self) -> int:
         return self.head_dim or self.d_model // self.heads
@@ -253,6 +284,11 @@ class ModelConfig:
         return self.sliding_window if self.sliding_window < length else 0
 
     @property
+    def gated(self) -> bool:
+        """Whether MLPs and experts have a gate."""
+        return self.activation != "gelu"
+
+    @property
     def expert_width(self) -> int:
         return self.expert_d_ff or self.d_ff
 
@@ -265,6 +301,8 @@ class ModelConfig:
         names = [f.name for f in dataclasses.fields(self) if f.metadata["setting"].layer]
         pairs = {name: (getattr(self, name), getattr(other, name)) for name in names}
         pairs["sliding_window"] = self.window_in(self.length), other.window_in(self.length)
+        if not self.window_in(self.length):
+            del pairs["full_attention"]
         return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
     @property

@@ -6,6 +6,7 @@ import operator
 import re
 
 from prmoe_jax import stores
+from prmoe_jax.config.architecture import placed
 from prmoe_jax.config.schema import (
     LARGEST,
     Config,
@@ -102,6 +103,8 @@ def _check_model(model: ModelConfig) -> None:
         f"model.heads={model.heads} is not divisible by model.kv_heads={model.kv_heads}; use "
         f"kv_heads={math.gcd(model.heads, model.kv_heads)}",
     )
+    with telling("model.full_attention: "):
+        placed(model.layers, model.full_attention)
     scaling = model.rope_scaling
     require(
         not scaling or (len(scaling) == 4 and scaling[1] < scaling[2]),

@@ -54,11 +54,14 @@ class KVCache(NamedTuple):
         )
 
 
-def attend_to_cache(q_BxQxHxK, cache: KVCache, position_BxQ, window: int = 0) -> jax.Array:
+def attend_to_cache(
+    q_BxQxHxK, cache: KVCache, position_BxQ, window: int = 0, sinks_H: jax.Array | None = None
+) -> jax.Array:
     """softmax(q kᵀ / √K) v over the keys up to each query's position; [B, Q, H, K].
 
     With J key heads, fewer than H, the N = H / J query heads of a key head are rows of one product.
-    With a window, a query attends only to that many keys, its own included.
+    With a window, a query attends only to that many keys, its own included. Sinks are one more
+    score of each query, whose value is 0.
 
     On TPUs, a single query is repeated to at least eight rows, which the matrix unit multiplies in
     the time of one. A single row would go to the vector unit, which takes three times as long.
@@ -81,8 +84,16 @@ def attend_to_cache(q_BxQxHxK, cache: KVCache, position_BxQ, window: int = 0) ->
     if window:
         seen_BxRxT &= place_T > position_BxQ[..., None] - window
     score_BxJxRxT = jnp.where(seen_BxRxT[:, None], score_BxJxRxT, -jnp.inf)
-    weight_BxJxRxT = jnp.exp(score_BxJxRxT - score_BxJxRxT.max(-1, keepdims=True))
-    sum_BxRxJx1 = weight_BxJxRxT.sum(-1).swapaxes(1, 2)[..., None]
+    highest_BxJxRx1 = score_BxJxRxT.max(-1, keepdims=True)
+    if sinks_H is not None:
+        sinks_JxR = jnp.tile(sinks_H.reshape(key_heads, -1), (1, queries))
+        sinks_JxRx1 = jnp.repeat(sinks_JxR, copies, axis=1)[..., None]
+        highest_BxJxRx1 = jnp.maximum(highest_BxJxRx1, sinks_JxRx1)
+    weight_BxJxRxT = jnp.exp(score_BxJxRxT - highest_BxJxRx1)
+    sum_BxJxR = weight_BxJxRxT.sum(-1)
+    if sinks_H is not None:
+        sum_BxJxR += jnp.exp(sinks_JxRx1 - highest_BxJxRx1)[..., 0]
+    sum_BxRxJx1 = sum_BxJxR.swapaxes(1, 2)[..., None]
     weight_BxJxRxT = weight_BxJxRxT.astype(q_BxQxHxK.dtype)
     y_BxRxJxK = product("BJRT,BJTK->BRJK", weight_BxJxRxT, cache.v_BxHxTxK) / sum_BxRxJx1
     y_BxRxJxK = y_BxRxJxK[:, ::copies].astype(q_BxQxHxK.dtype)
@@ -147,13 +158,13 @@ def rotate(
 
 
 class Attention(nnx.Module):
-    """Multi-head or grouped-query attention, as the config says."""
+    """Multi-head or grouped-query attention, as the config says, with a layer's window."""
 
-    def __init__(self, model: ModelConfig, key: jax.Array):
+    def __init__(self, model: ModelConfig, window: int, key: jax.Array):
         key_in, key_out = jax.random.split(key)
         std = model.init_std
         heads, key_heads, width = model.heads, model.key_heads, model.head_width
-        self.config = model
+        self.config, self.window = model, window
 
         def maps(number: int, *shape: int) -> tuple[nnx.Param | None, nnx.Param | None]:
             """The weight of one or several projections, and their bias or None."""
@@ -168,8 +179,11 @@ class Attention(nnx.Module):
         self.w_q, self.b_q = maps(0, heads, width) if grouped else none
         self.w_kv, self.b_kv = maps(1, 2, key_heads, width) if grouped else none
         self.q_norm, self.k_norm = (_qk_norm(model, number) for number in (heads, key_heads))
+        sinks = model.attention_sinks == "learned"
+        self.sinks = nnx.Param(jnp.zeros(heads)) if sinks else None
         self.w_out = normal(key_out, (heads, width, model.d_model), model.output_std)
-        self.b_out = nnx.Param(jnp.zeros(model.d_model)) if model.biases == "all" else None
+        biased = model.biases in ("all", "every")
+        self.b_out = nnx.Param(jnp.zeros(model.d_model)) if biased else None
 
     def __call__(
         self,
@@ -189,7 +203,7 @@ class Attention(nnx.Module):
             also the tokens' indices in it.
         """
         q, k, v = self._project(x_BxLxD, decoding=cache is not None)
-        window = self.config.sliding_window
+        sinks_H = None if self.sinks is None else self.sinks[...]
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if clip := self.config.clip_qkv:
@@ -200,12 +214,12 @@ class Attention(nnx.Module):
         if cache is not None:
             # Without the barrier, XLA also writes the new keys into a copy of the cache.
             cache = jax.lax.optimization_barrier(cache.extended(k, v, position_BxL))
-            y = attend_to_cache(q, cache, position_BxL, window)
+            y = attend_to_cache(q, cache, position_BxL, self.window, sinks_H)
         else:
             implementation = resolve_attention(execution.attention, self.config, platform())
             # Between products, activations may have more bits than weights (`nn/precision.py`).
             q, k, v = (to_dtype(x, self.w_out[...].dtype) for x in (q, k, v))
-            y = attend(q, k, v, segments_BxL, implementation, window)
+            y = attend(q, k, v, segments_BxL, implementation, self.window, sinks_H)
             y = y.astype(x_BxLxD.dtype)
         return add_bias(matmul(y, self.w_out[...], axes=2), self.b_out), cache
 

@@ -26,12 +26,20 @@ LENGTH_MULTIPLE = {"splash": 128, "cudnn": 2}
 
 
 def attend(
-    q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segments_BxL, implementation: str, window: int = 0
+    q_BxLxHxK,
+    k_BxLxHxK,
+    v_BxLxHxK,
+    segments_BxL,
+    implementation: str,
+    window: int = 0,
+    sinks_H: jax.Array | None = None,
 ) -> jax.Array:
     """softmax(q kᵀ / √K) v over each token and the earlier ones of its segment; [B, L, H, K].
 
     Keys and values may have J heads, fewer than H, each for H / J neighbouring heads of queries.
-    With a window, a token attends to at most that many tokens, itself included.
+    With a window, a token attends to at most that many tokens, itself included. Sinks are one more
+    score of each query, whose value is 0 (StreamingLLM, arXiv 2309.17453, section 3.3); cuDNN has
+    none.
 
     Any L is allowed: sequences are padded at the end where the kernel needs it. No token attends to
     the padding.
@@ -43,14 +51,16 @@ def attend(
             jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
             for x in (q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segments_BxL)
         )
-        return attend(q, k, v, segments, implementation, window)[:, :length]
+        return attend(q, k, v, segments, implementation, window, sinks_H)[:, :length]
     if implementation in ("splash", "blocks"):
         sharing = q_BxLxHxK.shape[2] // k_BxLxHxK.shape[2]
         if sharing > 1:
             k_BxLxHxK, v_BxLxHxK = (jnp.repeat(x, sharing, 2) for x in (k_BxLxHxK, v_BxLxHxK))
         kernel = splash if implementation == "splash" else blocks
-        return kernel(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segments_BxL, window)
+        return kernel(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segments_BxL, window, sinks_H)
     same_Bx1xLxL = (segments_BxL[:, :, None] == segments_BxL[:, None, :])[:, None]
+    if sinks_H is not None:
+        return _with_sinks(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, same_Bx1xLxL, window, sinks_H)
     return jax.nn.dot_product_attention(  # type: ignore[call-overload]
         q_BxLxHxK,
         k_BxLxHxK,
@@ -62,14 +72,31 @@ def attend(
     )
 
 
-def blocks(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segments_BxL, window: int = 0) -> jax.Array:
+def _with_sinks(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, same_Bx1xLxL, window: int, sinks_H) -> jax.Array:
+    """XLA's attention to one more key and value of 0, whose scores are the sinks."""
+    length = same_Bx1xLxL.shape[-1]
+    before_LxL = jnp.arange(length)[:, None] - jnp.arange(length)
+    seen_LxL = (before_LxL >= 0) & (before_LxL < (window or length))
+    seen_Bx1xLxT = jnp.pad(same_Bx1xLxL & seen_LxL, [(0, 0)] * 3 + [(0, 1)], constant_values=True)
+    k_BxTxHxK, v_BxTxHxK = (
+        jnp.pad(x, [(0, 0), (0, 1), (0, 0), (0, 0)]) for x in (k_BxLxHxK, v_BxLxHxK)
+    )
+    sinks_1xHx1xT = jnp.pad(sinks_H[None, :, None, None], [(0, 0)] * 3 + [(length, 0)])
+    return jax.nn.dot_product_attention(
+        q_BxLxHxK, k_BxTxHxK, v_BxTxHxK, sinks_1xHx1xT, seen_Bx1xLxT, implementation="xla"
+    )
+
+
+def blocks(
+    q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segments_BxL, window: int = 0, sinks_H=None
+) -> jax.Array:
     """Causal attention by blocks of queries, for CPUs: a block reads only the keys up to its end.
 
     With a window, it also skips the keys before its first query's window. No scores are kept: the
     backward pass recomputes them by block, as in FlashAttention (arXiv 2205.14135).
     """
     heads_first = (x.swapaxes(1, 2) for x in (q_BxLxHxK, k_BxLxHxK, v_BxLxHxK))
-    return _blocks(window, *heads_first, segments_BxL).swapaxes(1, 2)
+    return _blocks(window, *heads_first, segments_BxL, sinks_H).swapaxes(1, 2)
 
 
 def _query_blocks(length: int, window: int) -> list[tuple[slice, slice]]:
@@ -97,28 +124,33 @@ def _scores(q_BxHxLxK, k_BxHxLxK, segments_BxL, rows: slice, keys: slice, window
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _blocks(window: int, q_BxHxLxK, k_BxHxLxK, v_BxHxLxK, segments_BxL):
-    return _blocks_forward(window, q_BxHxLxK, k_BxHxLxK, v_BxHxLxK, segments_BxL)[0]
+def _blocks(window: int, q_BxHxLxK, k_BxHxLxK, v_BxHxLxK, segments_BxL, sinks_H):
+    return _blocks_forward(window, q_BxHxLxK, k_BxHxLxK, v_BxHxLxK, segments_BxL, sinks_H)[0]
 
 
-def _blocks_forward(window: int, q_BxHxLxK, k_BxHxLxK, v_BxHxLxK, segments_BxL):
+def _blocks_forward(window: int, q_BxHxLxK, k_BxHxLxK, v_BxHxLxK, segments_BxL, sinks_H):
     outputs, log_sums = [], []
     for rows, keys in _query_blocks(q_BxHxLxK.shape[2], window):
         score_BxHxQxT = _scores(q_BxHxLxK, k_BxHxLxK, segments_BxL, rows, keys, window)
         highest_BxHxQx1 = score_BxHxQxT.max(-1, keepdims=True)
+        if sinks_H is not None:
+            highest_BxHxQx1 = jnp.maximum(highest_BxHxQx1, sinks_H[:, None, None])
         weight_BxHxQxT = jnp.exp(score_BxHxQxT - highest_BxHxQx1)
         sum_BxHxQx1 = weight_BxHxQxT.sum(-1, keepdims=True)
+        if sinks_H is not None:
+            sum_BxHxQx1 += jnp.exp(sinks_H[:, None, None] - highest_BxHxQx1)
         weight_BxHxQxT = weight_BxHxQxT.astype(v_BxHxLxK.dtype)
         y_BxHxQxK = product("BHQT,BHTK->BHQK", weight_BxHxQxT, v_BxHxLxK[:, :, keys])
         outputs.append((y_BxHxQxK / sum_BxHxQx1).astype(v_BxHxLxK.dtype))
         log_sums.append(highest_BxHxQx1 + jnp.log(sum_BxHxQx1))
     y_BxHxLxK = remat.save_matmul(jnp.concatenate(outputs, 2))
     log_sum_BxHxLx1 = remat.save_matmul(jnp.concatenate(log_sums, 2))
-    return y_BxHxLxK, (q_BxHxLxK, k_BxHxLxK, v_BxHxLxK, segments_BxL, y_BxHxLxK, log_sum_BxHxLx1)
+    given = q_BxHxLxK, k_BxHxLxK, v_BxHxLxK, segments_BxL, sinks_H
+    return y_BxHxLxK, (*given, y_BxHxLxK, log_sum_BxHxLx1)
 
 
 def _blocks_backward(window: int, kept, dy_BxHxLxK):
-    q_BxHxLxK, k_BxHxLxK, v_BxHxLxK, segments_BxL, y_BxHxLxK, log_sum_BxHxLx1 = kept
+    q_BxHxLxK, k_BxHxLxK, v_BxHxLxK, segments_BxL, sinks_H, y_BxHxLxK, log_sum_BxHxLx1 = kept
     scale = q_BxHxLxK.shape[-1] ** -0.5
     dtype = q_BxHxLxK.dtype
     mean_BxHxLx1 = product("BHLK,BHLK->BHL", y_BxHxLxK, dy_BxHxLxK)[..., None]
@@ -141,14 +173,24 @@ def _blocks_backward(window: int, kept, dy_BxHxLxK):
         dv_BxHxKxL = dv_BxHxKxL.at[..., keys].add(dv_BxHxKxT)
     dk_BxHxKxL, dv_BxHxKxL = barrier((dk_BxHxKxL, dv_BxHxKxL))
     gradients = jnp.concatenate(dq, 2), dk_BxHxKxL.mT, dv_BxHxKxL.mT
-    return *(x.astype(dtype) for x in gradients), None
+    dsinks_H = None
+    if sinks_H is not None:
+        weight_BxHxLx1 = jnp.exp(sinks_H[:, None, None] - log_sum_BxHxLx1)
+        dsinks_H = -(weight_BxHxLx1 * mean_BxHxLx1).sum((0, 2, 3))
+    return *(x.astype(dtype) for x in gradients), None, dsinks_H
 
 
 _blocks.defvjp(_blocks_forward, _blocks_backward)
 
 
 def splash(
-    q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segments_BxL, window: int = 0, interpret: bool = False
+    q_BxLxHxK,
+    k_BxLxHxK,
+    v_BxLxHxK,
+    segments_BxL,
+    window: int = 0,
+    sinks_H=None,
+    interpret: bool = False,
 ) -> jax.Array:
     """JAX's Splash kernel for TPUs; each device computes its own part of the batch and heads.
 
@@ -171,20 +213,23 @@ def splash(
         residual_checkpoint_name=remat.PRODUCT,
     )
 
-    def sequence(q_LxHxK, k_LxHxK, v_LxHxK, segments_L):
+    def sequence(q_LxHxK, k_LxHxK, v_LxHxK, segments_L, sinks_H):
         heads_first = (x.swapaxes(0, 1) for x in (q_LxHxK * width**-0.5, k_LxHxK, v_LxHxK))
         ids = splash_attention_kernel.SegmentIds(segments_L, segments_L)
-        return kernel(*heads_first, segment_ids=ids).swapaxes(0, 1)
+        return kernel(*heads_first, segment_ids=ids, sinks=sinks_H).swapaxes(0, 1)
 
-    batched = jax.vmap(sequence)
+    batched = jax.vmap(sequence, (0, 0, 0, 0, None))
     if not mesh.empty:
         # XLA can't partition a kernel, so shard_map does.
         rows = PartitionSpec(batch_axes(mesh))
         heads = PartitionSpec(batch_axes(mesh), None, "tensor")
         batched = jax.shard_map(
-            batched, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False
+            batched,
+            in_specs=(heads, heads, heads, rows, PartitionSpec("tensor")),
+            out_specs=heads,
+            check_vma=False,
         )
-    return batched(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segments_BxL)
+    return batched(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segments_BxL, sinks_H)
 
 
 def resolve_attention(name: str, model: ModelConfig, platform: str) -> str:
@@ -219,6 +264,8 @@ def cudnn_refusal(model: ModelConfig) -> str:
 
     JAX checks shapes and dtypes when it traces the kernel, so tracing the gradient is enough.
     """
+    if model.attention_sinks != "none":
+        return "it has no attention sinks"
     shape = 1, model.length, model.heads, model.head_width
     q_BxLxHxK = jax.ShapeDtypeStruct(shape, model.dtype)
     k_BxLxJxK = jax.ShapeDtypeStruct((*shape[:2], model.key_heads, shape[3]), model.dtype)

@@ -19,7 +19,7 @@ def places(model: ModelConfig) -> list[tuple[int, int, int]]:
     """The (stage, block in the cell, repeat) of each layer, first to last."""
     return [
         (s, block, repeat)
-        for s, stage in enumerate(model.schedule.stages())
+        for s, stage in enumerate(model.stages)
         for repeat in range(stage.repeats)
         for block in range(len(stage.cell))
     ]

@@ -55,16 +55,19 @@ def cost(model: ModelConfig, moe: MoeConfig | None = None) -> Cost:
     """
     d = model.d_model
     heads, pairs = model.heads * model.head_width, model.key_heads * model.head_width
-    biased = model.biases == "all"
+    every = model.biases == "every"
+    biased = every or model.biases == "all"
     norm = (2 if model.norm == "layernorm" else 1) * d
     attention = 2 * d * (heads + pairs)
-    flops = 2 * attention + 4 * (model.window_in(model.length) or model.length) * heads
+    flops = 2 * attention  # without scores and their sums of values
     attention += (heads + 2 * pairs) * (model.biases != "none") + d * biased
+    attention += model.heads * (model.attention_sinks == "learned")
     attention += {"none": 0, "head": 2 * model.head_width, "whole": heads + pairs}[model.qk_norm]
-    matrices = 3 if model.activation == "swiglu" else 2
+    matrices = 3 if model.gated else 2
 
     def mlp(width: int) -> int:
-        return matrices * d * width + (width + d) * biased
+        units = biased + (every and model.gated)  # biases of a hidden unit
+        return matrices * d * width + units * width + d * biased
 
     def visits(experts: int) -> float:
         """The mean number of experts per token."""
@@ -74,18 +77,20 @@ def cost(model: ModelConfig, moe: MoeConfig | None = None) -> Cost:
         factor, least = moe.capacity_factor, moe.min_capacity
         return experts * capacity(tokens, experts, factor, model.top_k, least) / tokens
 
-    def layer(experts: int) -> LayerCost:
+    def layer(experts: int, window: int) -> LayerCost:
+        seen = min(window or model.length, model.length)
         columns = experts  # of the router, and of the residual's mix
         width = 0 if experts else model.d_ff  # of the MLP that every token visits
         params = 2 * norm + attention
         if experts and moe is not None and moe.bias_update_rate > 0:
             params += experts
+        params += experts * every  # the router's biases
         if experts and model.residual:
             width = model.residual_width
             columns += {"learned": 2, "sigmoid": 1}.get(model.residual_mix, 0)
             params += 2 * (model.residual_mix == "learned")
         params += columns * d + (mlp(width) if width else 0)
-        shared_flops = flops + 2 * columns * d + 2 * matrices * d * width
+        shared_flops = flops + 4 * seen * heads + 2 * columns * d + 2 * matrices * d * width
         expert = mlp(model.expert_width)
         visited = min(visits(experts), experts) if experts else 0
         return LayerCost(
@@ -98,7 +103,7 @@ def cost(model: ModelConfig, moe: MoeConfig | None = None) -> Cost:
     positions = model.length if model.positions == "learned" else 0
     tables = 1 if model.output == "tied" else 2
     return Cost(
-        layers=tuple(layer(e) for e in model.schedule.experts),
+        layers=tuple(map(layer, model.schedule.experts, model.windows)),
         embedding_params=(tables * model.vocab_size + positions) * d + norm,
         logits_flops=2 * d * model.vocab_size,
     )

@@ -37,15 +37,17 @@ UNROLLED_LAYERS = 8
 class Block(nnx.Module):
     """One layer: x + attention(norm(x)), then x + feed_forward(norm(x))."""
 
-    def __init__(self, experts: int, model: ModelConfig, moe: MoeConfig, key: jax.Array):
+    def __init__(
+        self, layer: architecture.Layer, model: ModelConfig, moe: MoeConfig, key: jax.Array
+    ):
         key_attention, key_mlp = jax.random.split(key)
         self.dropout = model.dropout
         self.norm_attention = norm(model.norm, model.d_model, model.norm_eps)
-        self.attention = Attention(model, key_attention)
+        self.attention = Attention(model, layer.window, key_attention)
         self.norm_mlp = norm(model.norm, model.d_model, model.norm_eps)
         self.mlp: MoE | MLP
-        if experts:
-            self.mlp = MoE(experts, model, moe, key_mlp)
+        if layer.experts:
+            self.mlp = MoE(layer.experts, model, moe, key_mlp)
         else:
             self.mlp = MLP.drawn(MLPShape.of(model, model.d_ff), key_mlp)
 
@@ -89,8 +91,8 @@ class Stage(nnx.Module):
         keys = jax.random.split(key, len(stage.cell))
         self.blocks = nnx.List(
             [
-                jax.vmap(partial(Block, experts, model, moe))(jax.random.split(key, stage.repeats))
-                for experts, key in zip(stage.cell, keys, strict=True)
+                jax.vmap(partial(Block, layer, model, moe))(jax.random.split(key, stage.repeats))
+                for layer, key in zip(stage.cell, keys, strict=True)
             ]
         )
 
@@ -136,14 +138,13 @@ class Transformer(nnx.Module):
     """A decoder whose MLPs are dense or MoE as its placement schedule says."""
 
     def __init__(self, model: ModelConfig, moe: MoeConfig, key: jax.Array):
-        stages = model.schedule.stages()
-        keys = jax.random.split(key, 2 + len(stages))
+        keys = jax.random.split(key, 2 + len(model.stages))
         table, std = (model.vocab_size, model.d_model), model.init_std
         self.config = model
         self.tokens = normal(keys[0], table, std)
         learned, tied = model.positions == "learned", model.output == "tied"
         self.positions = normal(keys[1], (model.length, model.d_model), std) if learned else None
-        pairs = zip(stages, keys[2:], strict=True)
+        pairs = zip(model.stages, keys[2:], strict=True)
         self.stages = nnx.List([Stage(stage, model, moe, key) for stage, key in pairs])
         self.norm = norm(model.norm, model.d_model, model.norm_eps)
         self.output = None if tied else normal(jax.random.fold_in(keys[0], 1), table, std)

@@ -13,6 +13,7 @@ Axes: X devices that exchange, I experts on each, B buffer rows, N tokens, P dev
 the hidden units of the same experts.
 """
 
+import dataclasses
 import math
 from functools import partial
 from typing import NamedTuple
@@ -120,7 +121,7 @@ class ExpertParallel(NamedTuple):
         weights = self.experts.weights(x_NxD.dtype)
         if weights.b_out_D is not None:  # only one of the devices that split an expert adds it
             leads = sum(jax.lax.axis_index(name) for name in split) == 0
-            weights = weights._replace(b_out_D=jnp.where(leads, weights.b_out_D, 0))
+            weights = dataclasses.replace(weights, b_out_D=jnp.where(leads, weights.b_out_D, 0))
         x_NxD, weight_NxI = mark_varying((x_NxD, weight_NxI), split)
         y_NxD = kernels.of_all(weights, x_NxD, weight_NxI)
         if senders:
@@ -158,7 +159,7 @@ class ExpertParallel(NamedTuple):
         weights = experts.weights(x_BxD.dtype)
         if not split:
             return kernel(weights, x_BxD, rows_I, expert_B), jnp.int32(1)
-        apply = partial(kernel, weights._replace(b_out_D=None))
+        apply = partial(kernel, dataclasses.replace(weights, b_out_D=None))
         x_BxD = mark_varying(x_BxD, split)
         if others:
             gathered = (jax.lax.all_gather(a, others) for a in (x_BxD, rows_I, expert_B))
@@ -197,7 +198,9 @@ class ExpertParallel(NamedTuple):
         if others:
             x_IxRxD = jax.lax.all_gather(x_IxRxD, others, axis=1, tiled=True)
         # Each device has a part of the weights, so its gradient of the rows is a partial sum.
-        y_IxRxD = kernels.batched(weights._replace(b_out_D=None), mark_varying(x_IxRxD, split))
+        y_IxRxD = kernels.batched(
+            dataclasses.replace(weights, b_out_D=None), mark_varying(x_IxRxD, split)
+        )
         if others:
             y_IxRxD = jax.lax.psum_scatter(y_IxRxD, others, scatter_dimension=1, tiled=True)
         if alike:

@@ -32,13 +32,15 @@ class Experts(nnx.Module):
             w = std * jax.random.normal(key, (drawn, rows, columns))
             return nnx.Param(jnp.tile(w, (count // drawn, 1, 1)))
 
-        d_model, d_ff, std, std_out, gated, biases = shape
+        d_model, d_ff, std, std_out, gated, biases, gate_bias, clamped = shape
+        self.clamped = clamped
         self.w_in = matrices(key_in, d_model, d_ff, std)
         self.b_in = nnx.Param(jnp.zeros((count, d_ff))) if biases else None
         self.w_out = matrices(key_out, d_ff, d_model, std_out)
         self.b_out = nnx.Param(jnp.zeros((count, d_model))) if biases else None
         key_gate = jax.random.fold_in(key_in, 1)
         self.w_gate = matrices(key_gate, d_model, d_ff, std) if gated else None
+        self.b_gate = nnx.Param(jnp.zeros((count, d_ff))) if gate_bias else None
 
     @property
     def here(self) -> int:
@@ -51,14 +53,28 @@ class Experts(nnx.Module):
 
     def weights(self, dtype) -> MLPWeights:
         """All experts' weights in a compute dtype, with E as the first axis."""
-        held = self.w_in, self.w_out, self.b_in, self.b_out, self.w_gate
-        return MLPWeights(*(None if p is None else to_dtype(p[...], dtype) for p in held))
+
+        def cast(p):
+            return None if p is None else to_dtype(p[...], dtype)
+
+        return MLPWeights(
+            w_in_DxF=cast(self.w_in),
+            w_out_FxD=cast(self.w_out),
+            b_in_F=cast(self.b_in),
+            b_out_D=cast(self.b_out),
+            w_gate_DxF=cast(self.w_gate),
+            b_gate_F=cast(self.b_gate),
+            clamped=self.clamped,
+        )
 
     def expert(self, e) -> MLP:
         """Expert e as an MLP."""
-        held = self.w_in, self.b_in, self.w_out, self.b_out, self.w_gate
-        weights = [None if p is None else p[...] for p in held]
-        return MLP(*jax.tree.map(lambda w: w[e], weights))
+
+        def own(p):
+            return None if p is None else jax.tree.map(lambda w: w[e], p[...])
+
+        inner, outer = (own(self.w_in), own(self.b_in)), (own(self.w_out), own(self.b_out))
+        return MLP(*inner, *outer, own(self.w_gate), own(self.b_gate), self.clamped)
 
     def apply(self, e: jax.Array, x_RxD: jax.Array) -> jax.Array:
         """Applies expert e to all rows, and reads no other weights."""

@@ -27,22 +27,31 @@ UNROLLED_ON_CPUS = 8
 Kernel = Callable[[MLPWeights, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
-def hidden(multiply: Callable, weights: MLPWeights) -> Hidden:
-    """Hidden units before the activation; `multiply(w)` is the rows' product with w."""
-    x_F = remat.save_matmul(add_bias(multiply(weights.w_in_DxF), weights.b_in_F))
-    if weights.w_gate_DxF is None:
-        return Hidden(x_F)
-    return Hidden(x_F, remat.save_matmul(multiply(weights.w_gate_DxF)))
+def hidden(multiply: Callable, weights: MLPWeights, bias: Callable = lambda b: b) -> Hidden:
+    """Hidden units before the activation.
+
+    `multiply(w)` is the rows' product with w, and `bias(b)` is b as it is added to the product.
+    """
+
+    def part(w, b):
+        return remat.save_matmul(add_bias(multiply(w), bias(b)))
+
+    x_F, gate_F = part(weights.w_in_DxF, weights.b_in_F), None
+    if weights.w_gate_DxF is not None:
+        gate_F = part(weights.w_gate_DxF, weights.b_gate_F)
+    return Hidden(x_F, gate_F, weights.clamped)
 
 
 def batched(weights: MLPWeights, x_ExRxD: jax.Array) -> jax.Array:
     """Applies expert e to x[e], [E, R, D]."""
-    b_in_Ex1xF = None if weights.b_in_F is None else weights.b_in_F[:, None]
+
+    def bias(b_ExF):
+        return None if b_ExF is None else b_ExF[:, None]
+
     with jax.named_scope("experts"):
-        multiply = partial(batched_matmul, x_ExRxD)
-        kept = hidden(multiply, weights._replace(b_in_F=b_in_Ex1xF))
+        kept = hidden(partial(batched_matmul, x_ExRxD), weights, bias)
         y_ExRxD = batched_matmul(activate(kept), weights.w_out_FxD)
-    return y_ExRxD if weights.b_out_D is None else add_bias(y_ExRxD, weights.b_out_D[:, None])
+    return add_bias(y_ExRxD, bias(weights.b_out_D))
 
 
 def unrolled(weights: MLPWeights, x_XxExRxD: jax.Array) -> jax.Array:
@@ -76,8 +85,7 @@ def ragged(weights: MLPWeights, x_RxD, rows_E, expert_R) -> jax.Array:
         return jnp.where(served_Rx1, y_R, 0)
 
     with jax.named_scope("experts"):
-        b_in_RxF = biases_of(weights.b_in_F, expert_R)
-        kept = hidden(partial(grouped, x_RxD), weights._replace(b_in_F=b_in_RxF))
+        kept = hidden(partial(grouped, x_RxD), weights, lambda b: biases_of(b, expert_R))
         y_RxD = grouped(activate(kept), weights.w_out_FxD)
     return add_bias(y_RxD, biases_of(weights.b_out_D, expert_R))
 
@@ -158,22 +166,24 @@ def alike(fresh: jax.Array, x: jax.Array) -> jax.Array:
 def _gradients(weights: MLPWeights, x_RxD, kept: Hidden, dy_RxD, dtype=None):
     """Gradients of an MLP's rows, and of its weights in `dtype` (default: the rows' dtype)."""
     multiply = partial(sum_over_rows, dtype=weights.w_in_DxF.dtype, result=dtype)
-    h_RxF, through_activation = jax.vjp(activate, kept)  # recomputes h, fused into the product
-    (d,) = through_activation(dot(dy_RxD, weights.w_out_FxD.T))
-    dx_RxD, dw_gate = dot(d.x_F, weights.w_in_DxF.T), None
-    if weights.w_gate_DxF is not None:
-        dx_RxD += dot(d.gate_F, weights.w_gate_DxF.T)
-        dw_gate = multiply(x_RxD, d.gate_F)
 
     def summed(bias, dy):
         return None if bias is None else dy.sum(0, dtype=dtype)
 
+    h_RxF, through_activation = jax.vjp(activate, kept)  # recomputes h, fused into the product
+    (d,) = through_activation(dot(dy_RxD, weights.w_out_FxD.T))
+    dx_RxD, dw_gate, db_gate = dot(d.x_F, weights.w_in_DxF.T), None, None
+    if weights.w_gate_DxF is not None:
+        dx_RxD += dot(d.gate_F, weights.w_gate_DxF.T)
+        dw_gate, db_gate = multiply(x_RxD, d.gate_F), summed(weights.b_gate_F, d.gate_F)
     return dx_RxD, MLPWeights(
         w_in_DxF=multiply(x_RxD, d.x_F),
         w_out_FxD=multiply(h_RxF, dy_RxD),
         b_in_F=summed(weights.b_in_F, d.x_F),
         b_out_D=summed(weights.b_out_D, dy_RxD),
         w_gate_DxF=dw_gate,
+        b_gate_F=db_gate,
+        clamped=weights.clamped,
     )
 
 
@@ -281,9 +291,8 @@ def padded(weights: MLPWeights, x_RxD, rows_E, expert_R) -> jax.Array:
     """A `Kernel` for GPUs: pads each expert's rows to whole blocks and multiplies all at once."""
     blocks = Blocks.of(rows_E, expert_R)
     with jax.named_scope("experts"):
-        b_in_Px1xF = blocks.biases(weights.b_in_F)
         multiply = partial(blocks.matmul, blocks.filled(x_RxD))
-        kept = hidden(multiply, weights._replace(b_in_F=b_in_Px1xF))
+        kept = hidden(multiply, weights, blocks.biases)
         y_PxQxD = blocks.matmul(activate(kept), weights.w_out_FxD)
         return blocks.emptied(add_bias(y_PxQxD, blocks.biases(weights.b_out_D)))
 

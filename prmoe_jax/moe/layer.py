@@ -16,7 +16,7 @@ from prmoe_jax.moe.exchange import ExpertParallel, mark_varying
 from prmoe_jax.moe.experts import Experts, Local
 from prmoe_jax.moe.routing import RouterMetrics, Routing, route
 from prmoe_jax.nn import remat
-from prmoe_jax.nn.mlp import MLP, MLPShape, broadcast
+from prmoe_jax.nn.mlp import MLP, MLPShape, add_bias, broadcast
 from prmoe_jax.nn.precision import Precision
 from prmoe_jax.nn.quantized import narrowed
 from prmoe_jax.parallel import sharding
@@ -59,6 +59,8 @@ class MoE(nnx.Module):
         self.top_k, self.moe, self.residual_mix = model.top_k, moe, model.residual_mix
         self.normalize, self.dtype = model.normalizes, model.dtype
         self.w_router = uniform(keys[0], d_model, experts)
+        biased = model.biases == "every"
+        self.b_router = nnx.Param(jnp.zeros(experts)) if biased else None
         tied = moe.expert_init == "tied"
         self.experts = Experts(experts, MLPShape.of(model, model.expert_width), keys[1], tied)
         shape = MLPShape.of(model, model.residual_width)
@@ -123,9 +125,8 @@ class MoE(nnx.Module):
         """
         batch, length, width = x_BxLxD.shape
         tokens = self._group_size(batch, length, self.moe.eval_capacity_factor)
-        parts = {"w_router": self.w_router, "bias_router": self.bias_router}
         x_GxSxD, valid_GxS = x_BxLxD.reshape(-1, tokens, width), valid_BxL.reshape(-1, tokens)
-        return self._route(parts, x_GxSxD, valid_GxS, None)[0]
+        return self._route(self._router(), x_GxSxD, valid_GxS, None)[0]
 
     def expert_sums(self, x_BxLxD: jax.Array, valid_BxL: jax.Array) -> ExpertSums:
         """What each expert does for the tokens in evaluation, on one device.
@@ -133,8 +134,7 @@ class MoE(nnx.Module):
         Args:
           x_BxLxD, valid_BxL: as for a call.
         """
-        parts = {"w_router": self.w_router, "bias_router": self.bias_router}
-        experts, norms = Local(self.experts), []
+        parts, experts, norms = self._router(), Local(self.experts), []
         for first in range(0, self.experts.count, x_BxLxD.shape[-1]):
             measure = partial(_norms_in_columns, first)
             norm_BxLxD, _, _ = self._routed(
@@ -157,6 +157,10 @@ class MoE(nnx.Module):
             added_norm=added_NxE.sum(0),
         )
 
+    def _router(self) -> dict:
+        """The parameters that decide where tokens go."""
+        return {name: getattr(self, name) for name in ("w_router", "b_router", "bias_router")}
+
     def _capacity_factor(self, keys) -> float:
         """An expert's capacity divided by its even share of a group; inf drops nothing."""
         return self.moe.eval_capacity_factor if keys is None else self.moe.capacity_factor
@@ -170,8 +174,7 @@ class MoE(nnx.Module):
 
     def _spread(self, x_BxLxD, valid_BxL, keys_B, split, execution, has_E):
         """Calls `_routed`; on a mesh, each device calls it for its own rows."""
-        names = "w_router", "bias_router", "experts"
-        parts = {name: getattr(self, name) for name in names}
+        parts = self._router() | {"experts": self.experts}
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty:
             parts["has_E"] = has_E
@@ -250,7 +253,7 @@ class MoE(nnx.Module):
         factor = self._capacity_factor(keys_G)
         slots = capacity(tokens, experts, factor, self.top_k, self.moe.min_capacity)
         bias_E = None if bias is None else jax.lax.stop_gradient(bias[...])
-        logits_GxSxE = dot32(x_GxSxD, w_router_DxE)
+        logits_GxSxE = add_bias(dot32(x_GxSxD, w_router_DxE), parts["b_router"])
         if (has_E := parts.get("has_E")) is not None:
             logits_GxSxE = jnp.where(has_E, logits_GxSxE, NEVER)
             bias_E = None if bias_E is None else jnp.where(has_E, bias_E, NEVER)

@@ -100,7 +100,7 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
 
 def _scaled_routers(updates: optax.Updates, factor: float) -> optax.Updates:
     def scaled(name: str, x: jax.Array) -> jax.Array:
-        return factor * x if name.split(".")[-1] == "w_router" else x
+        return factor * x if name.split(".")[-1] in ("w_router", "b_router") else x
 
     return map_named(scaled, updates)
 

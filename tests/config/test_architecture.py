@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prmoe_jax.config.architecture import Schedule, Stage, moe_layers, parse_fields
+from prmoe_jax.config import architecture
+from prmoe_jax.config.architecture import Schedule, Stage, parse_fields, placed, placement_of
 from prmoe_jax.config.loading import resolve
 from prmoe_jax.config.schema import default_config
 from prmoe_jax.errors import UserError
@@ -56,7 +57,8 @@ def test_rows_of_the_paper(text, experts, top_k, residual):
     ],
 )
 def test_placements(layers, placement, indices):
-    assert list(moe_layers(layers, placement)) == indices
+    assert list(placed(layers, placement)) == indices
+    assert placed(layers, placement_of(indices, layers)) == tuple(indices)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +118,7 @@ ERRORS = {
         "E=8x1 is for one MoE layer, and placement 'every 2' makes 3",
     ),
     "too many counts": ("6 layers, E=4x3+8", "has 4 entries"),
-    "every 0": ("6 layers, every 0, E=8", "makes no MoE layer in 6 layers; use 'every N'"),
+    "every 0": ("6 layers, every 0, E=8", "names none of 6 layers; use 'every N'"),
     "every 7": ("6 layers, every 7, E=8", "with N from 1 to 6"),
     "every half": ("6 layers, every half, E=8", "placement 'every half' is unknown"),
     "third half": ("6 layers, second third, E=8", "use 'none', 'every 2', 'first half'"),
@@ -165,7 +167,9 @@ def test_a_placement_without_a_layer_is_refused_even_without_experts():
     ],
 )
 def test_stages(text, stages):
-    assert Schedule.parse(text).stages() == tuple(Stage(*stage) for stage in stages)
+    assert architecture.stages(Schedule.parse(text).experts) == tuple(
+        Stage(*stage) for stage in stages
+    )
 
 
 def cut(values):
@@ -185,7 +189,7 @@ def period(values):
 @settings(deadline=None)
 @given(st.lists(st.sampled_from([0, 2, 3]), min_size=1, max_size=10).map(tuple))
 def test_stages_are_the_layers_and_the_fewest_to_compile(experts):
-    stages = Schedule(experts).stages()
+    stages = architecture.stages(experts)
     assert sum((stage.cell * stage.repeats for stage in stages), ()) == experts
     compiled = sum(len(stage.cell) for stage in stages)
     best = min((sum(map(period, parts)), len(parts)) for parts in cut(experts))

@@ -119,6 +119,7 @@ YARN = [*SCALED, "model.rope_type=yarn"]
 COMPANIONS = {
     "execution.cpu_products": ["model.dtype=bfloat16"],
     "model.top_k": ["model.residual=true"],
+    "model.full_attention": ["model.sliding_window=16"],
     "model.rope_theta": ["model.positions=rotary"],
     "model.rope_scaling": ["model.positions=rotary"],
     "model.rope_type": SCALED,
@@ -455,6 +456,14 @@ RULES = {
     "window": (
         ["model.sliding_window=256"],
         "model.sliding_window=256 has no effect with model.length=256; leave it at 0",
+    ),
+    "window of no layer": (
+        ["model.sliding_window=16", "model.full_attention=every 1"],
+        "model.sliding_window=16 has no effect with model.full_attention=every 1; leave it at 0",
+    ),
+    "full attention of a layer that is not there": (
+        ["model.sliding_window=16", "model.full_attention=layers 9"],
+        "model.full_attention: placement 'layers 9' must name ascending layers from 0 to",
     ),
     "branch of nothing": (
         ["model.residual=false", "model.residual_d_ff=5"],

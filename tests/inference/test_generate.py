@@ -1,5 +1,6 @@
 """Generation: cached decoding is the whole forward, whoever shares a batch; weights of few bits."""
 
+import math
 import os.path
 
 import jax
@@ -17,7 +18,7 @@ from prmoe_jax.inference import decoder as decoders
 from prmoe_jax.inference import generate
 from prmoe_jax.inference.generate import Generator, Sampling, TextStream
 from prmoe_jax.moe.experts import Local
-from prmoe_jax.nn.parameters import named_leaves
+from prmoe_jax.nn.parameters import from_named, named_leaves
 from prmoe_jax.nn.quantized import InferenceWeight
 from tests.support.models import build
 from tests.support.quick import forward, jit
@@ -81,7 +82,32 @@ ARCHITECTURES = (
 )
 def test_decoding_equals_the_whole_forward_at_every_place(text, group_size):
     """Prompts of different lengths, padded, then one token at a time."""
-    model = build(text, {"group_size": group_size} if group_size else {}, length=16)
+    check_decoding(build(text, {"group_size": group_size} if group_size else {}, length=16))
+
+
+@pytest.mark.parametrize("text", ["5 layers", "5 layers, every 1, E=4, top 2"])
+def test_decoding_with_windows_in_some_layers_and_sinks(text):
+    """As above; without the window, without sinks and with a window everywhere it is another."""
+    form = {"family": "gpt_oss", "sliding_window": 4, "full_attention": "every 2", "length": 16}
+    drop_nothing = {"capacity_factor": math.inf, "eval_capacity_factor": math.inf}
+    found = []
+    for changes in (
+        {}, {"sliding_window": 0, "full_attention": "none"},
+        {"attention_sinks": "none"}, {"full_attention": "none"},
+    ):  # fmt: skip
+        model = build(text, drop_nothing, **form | changes)
+        names = named_leaves(model)
+        for n, (name, leaf) in enumerate(names.items()):
+            if name.endswith(("sinks", "b_gate", "b_router")):
+                names[name] = jax.random.normal(jax.random.key(n), leaf.shape)
+        model = from_named(names, model)
+        found.append(check_decoding(model))
+    for other in found[1:]:
+        assert np.abs(other - found[0]).max() > 0.01
+
+
+def check_decoding(model):
+    """Returns the final activations of the whole forward."""
     tokens_BxL = jax.random.randint(jax.random.key(1), (3, 16), 0, 384)
     expected_BxLxD, _ = forward(model, tokens_BxL, jnp.ones((3, 16), jnp.int32))
     length_B = jnp.array([5, 1, 3])
@@ -103,6 +129,7 @@ def test_decoding_equals_the_whole_forward_at_every_place(text, group_size):
     np.testing.assert_allclose(
         decoder.logits(x_Bx1xD[:, 0]), model.logits(x_Bx1xD)[:, 0], rtol=1e-5, atol=1e-5
     )
+    return expected_BxLxD
 
 
 @pytest.mark.parametrize("text", ["3 layers, E=3, top 2", "5 layers, E=2+7, residual"])

@@ -100,7 +100,7 @@ def numpy_forward(model, tokens_L):
         return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 
     x_LxD = p.tokens[...][tokens_L] + p.positions[...][: len(tokens_L)]
-    for stage, plan in zip(p.stages, config.schedule.stages(), strict=True):
+    for stage, plan in zip(p.stages, config.stages, strict=True):
         for n in range(plan.repeats):
             for stacked in stage.blocks:
                 block = jax.tree.map(lambda x: x[n], stacked)  # noqa: B023
@@ -234,7 +234,7 @@ def test_stages_equal_the_layers_one_by_one(batch, remat):
     x_BxLxD = model.tokens[...][tokens_BxL] + model.positions[...][positions(segments_BxL)]
     apply = jit(lambda block, x_BxLxD: block(x_BxLxD, segments_BxL))
     experts = []
-    for stage, plan in zip(model.stages, model.config.schedule.stages(), strict=True):
+    for stage, plan in zip(model.stages, model.config.stages, strict=True):
         for n in range(plan.repeats):
             for stacked in stage.blocks:
                 block = jax.tree.map(lambda x: x[n], stacked)  # noqa: B023
@@ -353,41 +353,54 @@ def test_gradients_in_bfloat16_are_summed_in_float32(text, changes):
 
 @pytest.mark.parametrize("length", [37, 193])  # one block of queries, or four, the last one short
 @pytest.mark.parametrize(
-    ("dtype", "heads", "window"),
-    [("float32", 3, 0), ("bfloat16", 3, 0), ("float32", 1, 67), ("float32", 3, 5)],
+    ("dtype", "heads", "window", "sinks"),
+    [
+        ("float32", 3, 0, False),
+        ("bfloat16", 3, 0, False),
+        ("float32", 1, 67, False),
+        ("float32", 3, 5, False),
+        ("float32", 1, 67, True),
+        ("bfloat16", 3, 0, True),
+    ],
 )
-def test_blocks_equal_xla(length, dtype, heads, window):
-    """Value and gradients, with documents that cross blocks, padding, shared keys and a window."""
+def test_blocks_equal_xla(length, dtype, heads, window, sinks):
+    """Value and gradients, with documents across blocks, padding, shared keys, window and sinks."""
     q, k, v, dy = jax.random.normal(jax.random.key(0), (4, 2, length, 3, 5), dtype)
+    sinks_H = jnp.array([0.5, 4.0, -2.0]) if sinks else None
     k, v = k[:, :, :heads], v[:, :, :heads]
     cut = length // 3
     segments = jnp.array([[1] * cut + [2] * (length - cut), [1] * (length - 9) + [0] * 9])
 
     def gradients(implementation):
-        def product(q, k, v):
-            y = attend(q, k, v, segments, implementation, window)
+        def product(q, k, v, sinks_H):
+            y = attend(q, k, v, segments, implementation, window, sinks_H)
             return (y * dy).astype(jnp.float32).sum(), y
 
-        (_, y), found = jax.value_and_grad(product, (0, 1, 2), has_aux=True)(q, k, v)
+        of = (0, 1, 2, 3) if sinks else (0, 1, 2)
+        (_, y), found = jax.value_and_grad(product, of, has_aux=True)(q, k, v, sinks_H)
         return y, *found
 
     tolerance = 2e-6 if dtype == "float32" else 0.03
     found = [jit(gradients, static_argnums=0)(name) for name in ("blocks", "xla")]
     for got, expected in zip(*found, strict=True):
-        assert got.dtype == expected.dtype == dtype
+        assert got.dtype == expected.dtype == (dtype if got.ndim > 1 else "float32")
         got, expected = (np.asarray(x, np.float32) for x in (got, expected))
         np.testing.assert_allclose(got, expected, atol=tolerance * np.abs(expected).max())
 
 
-@pytest.mark.parametrize(("window", "key_heads"), [(0, 4), (41, 4), (0, 2), (41, 1)])
-def test_splash_equals_xla(window, key_heads, monkeypatch):
-    """The TPU kernel, interpreted, with documents, padding, a window and shared keys."""
+@pytest.mark.parametrize(
+    ("window", "key_heads", "sinks"),
+    [(0, 4, None), (41, 4, None), (0, 2, None), (41, 1, None), (41, 2, [0.5, 4.0, -2.0, 1.0])],
+)
+def test_splash_equals_xla(window, key_heads, sinks, monkeypatch):
+    """The TPU kernel, interpreted, with documents, padding, a window, shared keys and sinks."""
+    sinks_H = None if sinks is None else jnp.array(sinks)
     q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 256, 4, 16))
     monkeypatch.setattr(attention_kernels, "splash", functools.partial(splash, interpret=True))
     k, v = k[:, :, :key_heads], v[:, :, :key_heads]
     segments = jnp.array([[1] * 100 + [2] * 156, [1] * 200 + [0] * 56])
-    got = attend(q, k, v, segments, "splash", window)
-    expected = attend(q, k, v, segments, "xla", window)
+    got = attend(q, k, v, segments, "splash", window, sinks_H)
+    expected = attend(q, k, v, segments, "xla", window, sinks_H)
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -400,8 +413,10 @@ def test_gradients_of_splash_equal_those_of_xla(monkeypatch):
     segments = jnp.array([[1] * 100 + [2] * 30, [1] * 90 + [0] * 40])
 
     def gradients(implementation):
-        loss = lambda q, k, v: (attend(q, k, v, segments, implementation, 41) * dy).sum()  # noqa: E731
-        return jax.grad(loss, (0, 1, 2))(q, k, v)
+        def loss(q, k, v, sinks_H):
+            return (attend(q, k, v, segments, implementation, 41, sinks_H) * dy).sum()
+
+        return jax.grad(loss, (0, 1, 2, 3))(q, k, v, jnp.array([0.5, 4.0, -2.0, 1.0]))
 
     for got, expected in zip(gradients("splash"), gradients("xla"), strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
@@ -474,6 +489,9 @@ def test_cudnn_on_older_and_newer_gpus(cudnn, monkeypatch):
     assert resolve_attention("auto", narrow, "gpu") == "xla"
 
 
+SINKS = {"dtype": "bfloat16", "d_model": 48, "attention_sinks": "learned"}
+
+
 @pytest.mark.parametrize(
     ("attention", "platform", "changes", "expected"),
     [
@@ -488,6 +506,8 @@ def test_cudnn_on_older_and_newer_gpus(cudnn, monkeypatch):
         ("splash", "cpu", {"length": 256}, "needs a tpu, this is a cpu"),
         ("splash", "tpu", {"length": 250}, "divisible by 128; use 256"),
         ("cudnn", "cpu", {}, "needs a gpu, this is a cpu"),
+        ("cudnn", "gpu", SINKS, "heads of 24: it has no attention sinks; use auto"),
+        ("auto", "gpu", SINKS, "xla"),
     ],
 )
 def test_attention_choice(attention, platform, changes, expected, cudnn):
@@ -580,8 +600,9 @@ def test_decoding_on_a_tpu_is_attention_as_elsewhere(queries, monkeypatch):
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
 @pytest.mark.parametrize("heads", [6, 2, 1])
 @pytest.mark.parametrize("queries", [1, 5])
-def test_attention_to_a_cache_by_hand(queries, heads, platform, monkeypatch):
-    """Heads of queries that share keys, and a window of four tokens."""
+@pytest.mark.parametrize("sinks", [False, True])
+def test_attention_to_a_cache_by_hand(sinks, queries, heads, platform, monkeypatch):
+    """Heads of queries that share keys, a window of four tokens, and sinks."""
     monkeypatch.setattr("prmoe_jax.model.attention.platform", lambda: platform)
     rng = np.random.default_rng(0)
     q_BxQxHxK = rng.normal(size=(2, queries, 6, 4)).astype(np.float32)
@@ -590,10 +611,13 @@ def test_attention_to_a_cache_by_hand(queries, heads, platform, monkeypatch):
         for shape in ((2, heads, 4, 11), (2, heads, 11, 4))
     )
     position_BxQ = np.array([[2], [5]]) + np.arange(queries)
-    y = attend_to_cache(q_BxQxHxK, KVCache(k_BxJxKxT, v_BxJxTxK), position_BxQ, window=4)
+    sinks_H = rng.normal(size=6).astype(np.float32) if sinks else None
+    cache = KVCache(k_BxJxKxT, v_BxJxTxK)
+    y = attend_to_cache(q_BxQxHxK, cache, position_BxQ, 4, sinks_H)
     for b, q, h in np.ndindex(2, queries, 6):
         last, j = position_BxQ[b, q], h // (6 // heads)
         seen = slice(max(0, last - 3), last + 1)
         weight = np.exp(q_BxQxHxK[b, q, h] @ k_BxJxKxT[b, j, :, seen] / 2)
-        expected = weight / weight.sum() @ v_BxJxTxK[b, j, seen]
+        total = weight.sum() + (np.exp(sinks_H[h]) if sinks else 0)
+        expected = weight / total @ v_BxJxTxK[b, j, seen]
         np.testing.assert_allclose(y[b, q, h], expected, rtol=1e-5, atol=1e-6)

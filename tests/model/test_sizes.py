@@ -75,6 +75,12 @@ def test_what_a_token_pays_for():
     # A bias for each expert, where biases balance the load.
     assert cost(model, MoeConfig(bias_update_rate=1e-3)).total_params == top1.total_params + 4
 
+    # Biases of every map: 5 + 5 + 3 in the MLP and 4 experts, 9 + 3 in attention, 4 in the router.
+    gated = {"family": "llama", "activation": "clamped_swiglu"}
+    every, none = variant(**gated, biases="every"), variant(**gated)
+    assert every.total_params == none.total_params + 5 * 13 + 2 * 12 + 4
+    assert every.train_flops_per_token == none.train_flops_per_token
+
     # The fixed branch is one more MLP, which every token visits, and a 2-way mix.
     residual, mix = variant(residual=True), 3 * 2 + 2
     assert residual.total_params == top1.total_params + mlp + mix

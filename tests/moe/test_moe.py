@@ -48,20 +48,27 @@ SITUATIONS = {
 
 
 @pytest.mark.parametrize(
-    ("situation", "dtype", "gated"),
+    ("situation", "dtype", "form"),
     [
-        *itertools.product(SITUATIONS, [jnp.float32], [False]),
-        ("prime sizes", jnp.bfloat16, False),
-        ("prime sizes", jnp.float32, True),
+        *itertools.product(SITUATIONS, [jnp.float32], ["biases"]),
+        ("prime sizes", jnp.bfloat16, "biases"),
+        ("prime sizes", jnp.float32, "gate"),
+        ("prime sizes", jnp.float32, "both"),
     ],
 )
-def test_backends_equal_the_oracle(situation, dtype, gated):
-    """Outputs and every gradient of every backend, padding included, with a gate or biases."""
+def test_backends_equal_the_oracle(situation, dtype, form):
+    """Outputs and every gradient of every backend, padding included, with a gate or biases.
+
+    With both, the gate is clamped, and some hidden units are beyond the limits.
+    """
     groups, tokens, experts_count, top_k, slots, preference = SITUATIONS[situation]
-    shape = MLPShape(7, 11, 0.5, 0.5, gated, biases=not gated)
+    shape = MLPShape(7, 11, 0.5, 0.5, form != "biases", biases=form != "gate")
+    if form == "both":
+        shape = shape._replace(std=3.0, gate_bias=True, clamped=True)
     experts = Experts(experts_count, shape, jax.random.key(0))
-    for i, bias in enumerate(() if gated else (experts.b_in, experts.b_out)):
-        bias[...] = jax.random.normal(jax.random.key(10 + i), bias.shape)
+    for i, bias in enumerate((experts.b_in, experts.b_out, experts.b_gate)):
+        if bias is not None:
+            bias[...] = jax.random.normal(jax.random.key(10 + i), bias.shape)
     x_GxSxD = jax.random.normal(jax.random.key(1), (groups, tokens, 7), dtype)
     share = 0.0 if situation == "no token" else 0.8
     valid_GxS = jax.random.bernoulli(jax.random.key(2), share, (groups, tokens))
@@ -261,6 +268,35 @@ def test_experts_by_hand():
             hidden = jax.nn.gelu(hidden, approximate=True)
             y_D = probs[e] * (hidden @ moe.experts.w_out[...][e] + moe.experts.b_out[...][e])
             np.testing.assert_allclose(y_BxLxD[b, t], y_D * valid_BxL[b, t], rtol=1e-4, atol=1e-5)
+
+
+def test_clamped_experts_and_the_routers_biases_by_hand():
+    """The formula of gpt-oss, token by token in NumPy, with biases of every map."""
+    model = dataclasses.replace(MODEL, activation="clamped_swiglu", biases="every", init_std=4.0)
+    moe = layer(model)
+    rng = np.random.default_rng(0)
+    held = moe.b_router, moe.experts.b_in, moe.experts.b_gate, moe.experts.b_out
+    for parameter in held:
+        parameter[...] = jnp.asarray(rng.normal(size=parameter.shape), jnp.float32)
+    x_BxLxD, valid_BxL = inputs(2, 5)
+    y_BxLxD, _ = routed(moe, x_BxLxD, valid_BxL, float("inf"))
+    names = "w_in", "b_in", "w_gate", "b_gate", "w_out", "b_out"
+    weights = {name: np.asarray(getattr(moe.experts, name)[...], np.float64) for name in names}
+    clamped = 0
+    for b in range(2):
+        for t in range(5):
+            x_D = np.asarray(x_BxLxD[b, t], np.float64)
+            logits_E = x_D @ np.asarray(moe.w_router[...]) + np.asarray(moe.b_router[...])
+            e = int(logits_E.argmax())
+            w = {name: x[e] for name, x in weights.items()}
+            gate_F, up_F = x_D @ w["w_gate"] + w["b_gate"], x_D @ w["w_in"] + w["b_in"]
+            clamped += (gate_F > 7).sum() + (abs(up_F) > 7).sum()
+            gate_F, up_F = np.minimum(gate_F, 7), np.clip(up_F, -7, 7)
+            hidden_F = gate_F / (1 + np.exp(-1.702 * gate_F)) * (up_F + 1)
+            probability = np.exp(logits_E[e]) / np.exp(logits_E).sum()
+            y_D = probability * (hidden_F @ w["w_out"] + w["b_out"]) * valid_BxL[b, t]
+            np.testing.assert_allclose(y_BxLxD[b, t], y_D, rtol=1e-4, atol=1e-4)
+    assert clamped > 10
 
 
 @pytest.mark.parametrize("kind", ["learned", "sum", "half", "sigmoid"])

@@ -72,7 +72,8 @@ MODEL = {
     "today's parts": {
         "family": "qwen2_moe", "kv_heads": 2, "head_dim": 10, "expert_d_ff": 20,
         "residual_d_ff": 24, "qk_norm": "whole", "clip_qkv": 0.5, "sliding_window": 5,
-        "normalize_top_k": "always",
+        "normalize_top_k": "always", "full_attention": "every 2", "attention_sinks": "learned",
+        "activation": "clamped_swiglu", "biases": "every",
     },
 }  # fmt: skip
 OPTIMIZER = {

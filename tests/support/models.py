@@ -22,7 +22,7 @@ def layers_of(model):
     named = named_leaves(model)
     places = [
         (f"stages.{s}.blocks.{b}.", n)
-        for s, stage in enumerate(model.config.schedule.stages())
+        for s, stage in enumerate(model.config.stages)
         for n in range(stage.repeats)
         for b in range(len(stage.cell))
     ]
