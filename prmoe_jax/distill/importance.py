@@ -14,7 +14,8 @@ import numpy as np
 
 from prmoe_jax.config.schema import Config, ModelConfig, group_rows
 from prmoe_jax.data.pipeline import Data, train_iterator
-from prmoe_jax.distill.loss import TeacherOutput, agreement
+from prmoe_jax.distill.loss import TeacherOutput
+from prmoe_jax.distill.predictions import agreement
 from prmoe_jax.model.layout import unstack_layers
 from prmoe_jax.model.loss import forward
 from prmoe_jax.model.transformer import Transformer

@@ -38,7 +38,8 @@ from prmoe_jax.data.pipeline import (
     windows_fingerprint,
 )
 from prmoe_jax.data.tokenizer import Tokenizer, check_same
-from prmoe_jax.distill.loss import record_top_k, run_teacher
+from prmoe_jax.distill.loss import run_teacher
+from prmoe_jax.distill.predictions import record_top_k
 from prmoe_jax.distill.student import magnitudes, prune, source_layers, taylor
 from prmoe_jax.errors import UserError, refusing, telling
 from prmoe_jax.model.batch import Batch, TopKLogProbs

@@ -25,7 +25,8 @@ from prmoe_jax.data.pipeline import (
     load_data,
     windows_fingerprint,
 )
-from prmoe_jax.distill.loss import Agreement, agreement, run_teacher
+from prmoe_jax.distill.loss import run_teacher
+from prmoe_jax.distill.predictions import Agreement, agreement
 from prmoe_jax.distill.teacher import cast_to_compute_dtype, restore_teacher
 from prmoe_jax.errors import UserError
 from prmoe_jax.model.batch import Batch

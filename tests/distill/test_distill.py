@@ -20,16 +20,16 @@ from prmoe_jax.config.loading import save
 from prmoe_jax.config.schema import KdConfig, TeacherConfig
 from prmoe_jax.config.teacher import adapt_teacher, teacher_of
 from prmoe_jax.distill import loss as distill
+from prmoe_jax.distill import predictions
 from prmoe_jax.distill import teacher as teachers
 from prmoe_jax.distill.loss import (
     Distiller,
     TeacherOutput,
-    agreement,
     divergence,
-    record_top_k,
     run_teacher,
     token_sums,
 )
+from prmoe_jax.distill.predictions import agreement, record_top_k
 from prmoe_jax.errors import UserError
 from prmoe_jax.model import chunks
 from prmoe_jax.model.batch import Batch
@@ -107,7 +107,7 @@ def test_loss_and_gradients_equal_megatron_deepspeed(temperature, chunk, monkeyp
 
 def test_agreement_with_a_teacher(monkeypatch):
     """Sums by NumPy over targets that count; in chunks that don't divide the sequence."""
-    monkeypatch.setattr(distill, "CHUNK", 4)
+    monkeypatch.setattr(predictions, "CHUNK", 4)
     x_BxLxD, unembedding, lesson, batch = random_lesson(masked=0.3)
     found = agreement(x_BxLxD, unembedding, lesson, batch)
     ours, theirs = unembedding.logits(x_BxLxD), lesson.unembedding.logits(lesson.x_BxLxD)
@@ -200,7 +200,7 @@ def test_recorded_predictions_teach_the_same(chunk, monkeypatch):
     x, table, lesson, batch = random_lesson(masked=0.3)
     settings = KdConfig(kind="top_k", top_k=9, temperature=1.5)
     whole = record_top_k(lesson, settings)
-    monkeypatch.setattr(distill, "CHUNK", chunk)
+    monkeypatch.setattr(predictions, "CHUNK", chunk)
     kept = record_top_k(lesson, settings)
     for a, b in zip(kept, whole, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6)

@@ -541,11 +541,12 @@ def test_every_leaf_is_declared():
     for family in ("qwen2_moe", "olmoe", "qwen3"):
         parts = {"family": family, "kv_heads": 2, "biases": "all", "positions": "learned"}
         everything.append(settings("8 layers, E=2x3+5, residual", model=parts))
+    everything.append(settings("8 layers, E=2x3+5, residual", model={"family": "gpt_oss"}))
     key = jax.random.key(0)
     state = jax.eval_shape(
         lambda: (
             [init_state(values) for values in everything],
-            UnstackedExperts(Experts(3, MLPShape(8, 16, gated=True), key)),
+            UnstackedExperts(Experts(3, MLPShape(8, 16, gated=True, gate_bias=True), key)),
         )
     )
     mesh = mesh_of(data=2, fsdp=2, expert_0=1, slice=1, tensor=2)
