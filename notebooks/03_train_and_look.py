@@ -31,7 +31,7 @@ from IPython.display import display
 
 from prmoe_jax import Generator, Sampling, architecture, default_config, resolve, train
 from prmoe_jax.data.tokenizer import Tokenizer
-from prmoe_jax.model.transformer import dropless
+from prmoe_jax.model.layerwise import dropless, routing
 from prmoe_jax.run.restore import restore_run
 
 STEPS = 200  # a taste, of 0.2 M tokens
@@ -88,7 +88,7 @@ for text in generator(["Fellow citizens", "The war"], 24, Sampling(0.8, top_k=40
 # %% [markdown]
 # ## Which experts like which tokens
 #
-# `model.routing` returns the decision of every MoE layer: each token's expert, its slot and its weight.
+# `routing` returns the decision of every MoE layer: each token's expert, its slot and its weight.
 
 # %%
 _, _, model, _ = restore_run(workdir)
@@ -104,8 +104,8 @@ words = [tokenizer.decode([i]) for i in ids]
 ids_1xL = jnp.array(ids)[None]
 segments_1xL = jnp.ones_like(ids_1xL)
 
-routing = jax.jit(lambda model: dropless(model).routing(ids_1xL, segments_1xL))(model)
-chosen = {number: np.asarray(layer.expert_GxSxK)[0, :, 0] for number, layer in routing.items()}
+decisions = jax.jit(lambda model: routing(dropless(model), ids_1xL, segments_1xL))(model)
+chosen = {number: np.asarray(layer.expert_GxSxK)[0, :, 0] for number, layer in decisions.items()}
 
 for number, experts_L in chosen.items():
     print(f"layer {number}")

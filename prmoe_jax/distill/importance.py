@@ -16,6 +16,7 @@ from prmoe_jax.config.schema import Config, ModelConfig, group_rows
 from prmoe_jax.data.pipeline import Data, train_iterator
 from prmoe_jax.distill.loss import TeacherOutput
 from prmoe_jax.distill.predictions import agreement
+from prmoe_jax.model.layerwise import moe_inputs, with_fewer_experts
 from prmoe_jax.model.layout import unstack_layers
 from prmoe_jax.model.loss import forward
 from prmoe_jax.model.transformer import Transformer
@@ -54,8 +55,8 @@ def measure(config: Config, model: Transformer, data: Data, batches: int) -> dic
                 "load": {i: r.assigned_E for i, r in zip(layers, routers, strict=True)},
                 "experts": {
                     number: moe.expert_sums(x_BxLxD, microbatch.segments_BxL > 0)
-                    for number, moe, x_BxLxD in model.moe_inputs(
-                        microbatch.tokens_BxL, microbatch.segments_BxL
+                    for number, moe, x_BxLxD in moe_inputs(
+                        model, microbatch.tokens_BxL, microbatch.segments_BxL
                     )
                 },
                 "loss": _first_order(config.model, model, gradient),
@@ -109,7 +110,7 @@ def prices(
         def microbatch_sums(microbatch):
             text = microbatch.tokens_BxL, microbatch.segments_BxL
             whole_BxLxD, _ = model(*text, execution=config.execution)
-            fewer_BxLxD = model.with_fewer_experts(*text, has)
+            fewer_BxLxD = with_fewer_experts(model, *text, has)
             unembedding = model.unembedding(whole_BxLxD.dtype)
             whole = TeacherOutput(whole_BxLxD, unembedding)
             return agreement(fewer_BxLxD, unembedding, whole, microbatch)

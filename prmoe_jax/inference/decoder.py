@@ -9,7 +9,8 @@ from jax.sharding import Mesh
 
 from prmoe_jax.config.schema import AUTO, ExecutionConfig
 from prmoe_jax.model.attention import KVCache
-from prmoe_jax.model.transformer import Transformer, Unembedding, dropless, unstacked_blocks
+from prmoe_jax.model.layerwise import dropless, unstacked_blocks
+from prmoe_jax.model.transformer import Transformer, Unembedding
 from prmoe_jax.moe.experts import UnstackedExperts
 from prmoe_jax.moe.layer import MoE
 from prmoe_jax.nn.matmul import scores

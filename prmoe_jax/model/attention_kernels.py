@@ -184,13 +184,7 @@ _blocks.defvjp(_blocks_forward, _blocks_backward)
 
 
 def splash(
-    q_BxLxHxK,
-    k_BxLxHxK,
-    v_BxLxHxK,
-    segments_BxL,
-    window: int = 0,
-    sinks_H=None,
-    interpret: bool = False,
+    q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segments_BxL, window=0, sinks_H=None, interpret=False
 ) -> jax.Array:
     """JAX's Splash kernel for TPUs; each device computes its own part of the batch and heads.
 

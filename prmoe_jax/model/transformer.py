@@ -3,9 +3,7 @@
 A module is a pytree of float32 parameters, so that plain jax.jit, jax.grad and scan accept it.
 """
 
-import dataclasses
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -18,7 +16,7 @@ from prmoe_jax.config.schema import AUTO, Config, ExecutionConfig, ModelConfig, 
 from prmoe_jax.model.attention import Attention, KVCache
 from prmoe_jax.model.attention_kernels import product
 from prmoe_jax.moe.layer import MoE, sum_of_squares
-from prmoe_jax.moe.routing import RouterMetrics, Routing
+from prmoe_jax.moe.routing import RouterMetrics
 from prmoe_jax.nn import remat
 from prmoe_jax.nn.matmul import cpu_scores
 from prmoe_jax.nn.mlp import MLP, MLPShape
@@ -168,7 +166,7 @@ class Transformer(nnx.Module):
         """
         training = keys_B is not None
         precision = Precision.of(self.config.dtype, execution, platform(), training)
-        x_BxLxD, position_BxL = self._embed(tokens_BxL, segments_BxL, precision.activations)
+        x_BxLxD, position_BxL = self.embed(tokens_BxL, segments_BxL, precision.activations)
         x_BxLxD, metrics = dropout(x_BxLxD, self.config.dropout, keys_B), []
         for i, stage in enumerate(self.stages):
             # A stage is cast to the compute dtype once, not in every layer: with bfloat16, both
@@ -187,7 +185,7 @@ class Transformer(nnx.Module):
                 metrics += [jax.tree.map(lambda x: x[n], m) for m in by_cell if m is not None]  # noqa: B023
         return self.norm(x_BxLxD).astype(precision.factors), metrics
 
-    def _embed(self, tokens_BxL, segments_BxL, dtype) -> tuple[jax.Array, jax.Array]:
+    def embed(self, tokens_BxL, segments_BxL, dtype) -> tuple[jax.Array, jax.Array]:
         """The first layer's input in a dtype, and the positions [B, L]."""
         position_BxL = positions(segments_BxL)
         with jax.named_scope("embedding"):
@@ -195,47 +193,6 @@ class Transformer(nnx.Module):
             if self.positions is not None:
                 x_BxLxD += sharding.embed("positions", self.positions[...], position_BxL)
         return x_BxLxD.astype(dtype), position_BxL
-
-    def routing(self, tokens_BxL: jax.Array, segments_BxL: jax.Array) -> dict[int, Routing]:
-        """The routing decision of each MoE layer in evaluation, by the layer's index.
-
-        It is for analysis, on one device. The arrays of a `Routing` are [G, S, K]; a group is one
-        sequence unless `moe.group_size` says otherwise.
-        """
-        return {
-            number: moe.decide(x_BxLxD, segments_BxL > 0)
-            for number, moe, x_BxLxD in self.moe_inputs(tokens_BxL, segments_BxL)
-        }
-
-    def with_fewer_experts(
-        self, tokens_BxL: jax.Array, segments_BxL: jax.Array, has: Mapping[int, jax.Array]
-    ) -> jax.Array:
-        """The final activations [B, L, D] in evaluation without some experts, on one device.
-
-        Args:
-          tokens_BxL, segments_BxL: as for a call.
-          has: by a layer's index, False for the experts that it is computed without, [E].
-        """
-        precision = Precision.of(self.config.dtype, AUTO, platform(), training=False)
-        x_BxLxD, position_BxL = self._embed(tokens_BxL, segments_BxL, precision.activations)
-        for number, block in enumerate(unstacked_blocks(self)):
-            block = cast(block, precision.factors)
-            x_BxLxD, _, _ = block(
-                x_BxLxD, segments_BxL, None, None, position_BxL, has_E=has.get(number)
-            )
-        return self.norm(x_BxLxD).astype(precision.factors)
-
-    def moe_inputs(self, tokens_BxL, segments_BxL) -> Iterator[tuple[int, MoE, jax.Array]]:
-        """The index of each MoE layer, the layer, and its input in evaluation."""
-        precision = Precision.of(self.config.dtype, AUTO, platform(), training=False)
-        x_BxLxD, position_BxL = self._embed(tokens_BxL, segments_BxL, precision.activations)
-        for number, block in enumerate(unstacked_blocks(self)):
-            block = cast(block, precision.factors)
-            if isinstance(block.mlp, MoE):
-                normed_BxLxD = block.norm_attention(x_BxLxD)
-                y_BxLxD, _ = block.attention(normed_BxLxD, segments_BxL, None, position_BxL)
-                yield number, block.mlp, block.norm_mlp(x_BxLxD + y_BxLxD)
-            x_BxLxD, _, _ = block(x_BxLxD, segments_BxL, None, None, position_BxL)
 
     def logits(self, x_BxLxD: jax.Array) -> jax.Array:
         """The next token's logits, float32 [B, L, V]."""
@@ -268,30 +225,6 @@ class Unembedding:
     def logits(self, x_D: jax.Array, scores: Callable = _scores) -> jax.Array:
         """Maps [..., D] to the next token's logits, float32 [..., V]; `scores` is x @ outputᵀ."""
         return scores(x_D, self.output)
-
-
-def unstacked_blocks(model: Transformer) -> list[Block]:
-    """A model's layers as single blocks, first to last."""
-    return [
-        jax.tree.map(lambda x: x[n], block)  # noqa: B023
-        for stage in model.stages
-        for n in range(stage.repeats)
-        for block in stage.blocks
-    ]
-
-
-def dropless(model: Transformer) -> Transformer:
-    """A copy of the model, with the same arrays, that drops no token in evaluation.
-
-    A sequence's result then does not depend on the rest of its batch.
-    """
-    model = jax.tree.map(lambda x: x, model)
-    for stage in model.stages:
-        for block in stage.blocks:
-            if isinstance(block.mlp, MoE):
-                moe = block.mlp.moe
-                block.mlp.moe = dataclasses.replace(moe, eval_capacity_factor=math.inf)
-    return model
 
 
 def update_router_bias(model: Transformer, routers: list[RouterMetrics], rate: float) -> None:

@@ -17,8 +17,9 @@ from prmoe_jax.config.schema import AUTO, ExecutionConfig
 from prmoe_jax.errors import UserError
 from prmoe_jax.inference.restore import restore_for_inference
 from prmoe_jax.model.chunks import each_token
+from prmoe_jax.model.layerwise import dropless
 from prmoe_jax.model.loss import token_nats
-from prmoe_jax.model.transformer import Transformer, dropless
+from prmoe_jax.model.transformer import Transformer
 from prmoe_jax.parallel.axes import replicated, split_batch
 
 # Lengths are rounded up to multiples of this, so that few shapes are compiled.

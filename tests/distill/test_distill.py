@@ -19,7 +19,6 @@ from prmoe_jax.cli import main
 from prmoe_jax.config.loading import save
 from prmoe_jax.config.schema import KdConfig, TeacherConfig
 from prmoe_jax.config.teacher import adapt_teacher, teacher_of
-from prmoe_jax.distill import loss as distill
 from prmoe_jax.distill import predictions
 from prmoe_jax.distill import teacher as teachers
 from prmoe_jax.distill.loss import (
@@ -33,8 +32,9 @@ from prmoe_jax.distill.predictions import agreement, record_top_k
 from prmoe_jax.errors import UserError
 from prmoe_jax.model import chunks
 from prmoe_jax.model.batch import Batch
+from prmoe_jax.model.layerwise import dropless
 from prmoe_jax.model.loss import forward, totals, training_loss
-from prmoe_jax.model.transformer import Unembedding, dropless, init_model
+from prmoe_jax.model.transformer import Unembedding, init_model
 from prmoe_jax.nn.parameters import named_leaves
 from prmoe_jax.parallel.mesh import make_mesh
 from prmoe_jax.run.metrics import loss_parts, read_metrics, to_python

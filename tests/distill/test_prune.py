@@ -17,6 +17,7 @@ from prmoe_jax.distill.budget import choose, ranked
 from prmoe_jax.distill.importance import _microbatches, measure, prices
 from prmoe_jax.distill.prune import pruned, pruned_config
 from prmoe_jax.errors import UserError
+from prmoe_jax.model.layerwise import moe_inputs, routing
 from prmoe_jax.model.layout import places
 from prmoe_jax.model.loss import forward
 from prmoe_jax.model.transformer import Transformer, init_model
@@ -84,22 +85,22 @@ def scaled(model: Transformer, layer: int, expert: int, factor: float) -> Transf
 
 def sums_by_hand(model: Transformer, batch, layer: int) -> ExpertSums:
     """Each expert's tokens, norms, squared norms, and norms times weights, token by token."""
-    decisions = model.routing(batch.tokens_BxL, batch.segments_BxL)
-    inputs = model.moe_inputs(batch.tokens_BxL, batch.segments_BxL)
+    decisions = routing(model, batch.tokens_BxL, batch.segments_BxL)
+    inputs = moe_inputs(model, batch.tokens_BxL, batch.segments_BxL)
     moe, x_BxLxD = next((moe, x) for number, moe, x in inputs if number == layer)
     mix_NxP = np.ones((x_BxLxD[..., 0].size, 1))
     if moe.mlp is not None:  # the share of the experts and of the MLP
         scores_NxP = x_BxLxD.reshape(-1, x_BxLxD.shape[-1]) @ moe.w_mix + moe.b_mix
         mix_NxP = np.exp(scores_NxP) / np.exp(scores_NxP).sum(-1, keepdims=True)
     sums = np.zeros((4, moe.experts.count))
-    routing = jax.tree.map(lambda x: x.reshape(-1, moe.top_k), decisions[layer])
+    chosen = jax.tree.map(lambda x: x.reshape(-1, moe.top_k), decisions[layer])
     x_NxD = x_BxLxD.reshape(-1, x_BxLxD.shape[-1])
     y_ExNxD = np.stack([moe.experts.expert(e)(x_NxD) for e in range(moe.experts.count)])
     for token, k in itertools.product(range(len(x_NxD)), range(moe.top_k)):
-        if routing.kept_GxSxK[token, k]:
-            e = int(routing.expert_GxSxK[token, k])
+        if chosen.kept_GxSxK[token, k]:
+            e = int(chosen.expert_GxSxK[token, k])
             norm = np.linalg.norm(y_ExNxD[e, token])
-            gate = mix_NxP[token, 0] * routing.weight_GxSxK[token, k]
+            gate = mix_NxP[token, 0] * chosen.weight_GxSxK[token, k]
             sums[:, e] += 1, norm, norm**2, gate * norm
     return ExpertSums(*sums)
 
@@ -109,7 +110,7 @@ def test_more_experts_than_channels():
 
     @jit
     def sums(model):
-        ((_, moe, x_BxLxD),) = model.moe_inputs(batch.tokens_BxL, batch.segments_BxL)
+        ((_, moe, x_BxLxD),) = moe_inputs(model, batch.tokens_BxL, batch.segments_BxL)
         return moe.expert_sums(x_BxLxD, batch.segments_BxL > 0)
 
     found = sums(model)

@@ -14,8 +14,9 @@ from prmoe_jax.config.validation import check_same_routing
 from prmoe_jax.distill.student import layer_map, magnitudes, prune, source_layers, taylor
 from prmoe_jax.distill.teacher import measure_importance
 from prmoe_jax.errors import UserError
+from prmoe_jax.model.layerwise import dropless
 from prmoe_jax.model.loss import forward
-from prmoe_jax.model.transformer import dropless, init_model
+from prmoe_jax.model.transformer import init_model
 from prmoe_jax.nn.parameters import named_leaves
 from tests.support.batches import make_batch
 from tests.support.configs import settings

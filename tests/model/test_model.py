@@ -19,14 +19,9 @@ from prmoe_jax.model.attention import KVCache, attend_to_cache, rotary_frequenci
 from prmoe_jax.model.attention_kernels import attend, resolve_attention, splash
 from prmoe_jax.model.backends import check_backends
 from prmoe_jax.model.batch import Batch
+from prmoe_jax.model.layerwise import unstacked_blocks
 from prmoe_jax.model.loss import forward
-from prmoe_jax.model.transformer import (
-    Transformer,
-    dropout,
-    positions,
-    resolve_remat,
-    unstacked_blocks,
-)
+from prmoe_jax.model.transformer import Transformer, dropout, positions, resolve_remat
 from prmoe_jax.moe.layer import MoE
 from prmoe_jax.nn.parameters import named_leaves
 from prmoe_jax.parallel.mesh import make_mesh

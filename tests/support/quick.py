@@ -6,7 +6,7 @@ import functools
 import jax
 
 from prmoe_jax.config.schema import ExecutionConfig
-from prmoe_jax.model.transformer import dropless
+from prmoe_jax.model.layerwise import dropless
 
 jit = functools.partial(
     jax.jit,

@@ -13,8 +13,9 @@ import pytest
 
 from prmoe_jax.data.pipeline import Data, Mixture, Windows
 from prmoe_jax.errors import UserError
+from prmoe_jax.model.layerwise import dropless, unstacked_blocks
 from prmoe_jax.model.loss import Sums, forward, token_losses, totals, training_loss
-from prmoe_jax.model.transformer import dropless, init_model, positions, unstacked_blocks
+from prmoe_jax.model.transformer import init_model, positions
 from prmoe_jax.nn.parameters import named_leaves
 from prmoe_jax.parallel.mesh import make_mesh
 from prmoe_jax.parallel.microbatches import add_up

@@ -12,8 +12,9 @@ import pytest
 from prmoe_jax.cli import main
 from prmoe_jax.config.loading import load
 from prmoe_jax.errors import UserError
+from prmoe_jax.model.layerwise import unstacked_blocks
 from prmoe_jax.model.sizes import cost
-from prmoe_jax.model.transformer import init_model, unstacked_blocks
+from prmoe_jax.model.transformer import init_model
 from prmoe_jax.run.checkpoint import Checkpoints
 from prmoe_jax.run.metrics import of_layer, read_metrics
 from prmoe_jax.tasks.score import Scorer
