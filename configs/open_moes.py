@@ -9,6 +9,7 @@ of 1,024, OLMoE's; no token is dropped.
 
 import dataclasses
 from math import inf
+from typing import Any
 
 from prmoe_jax.config import architecture
 from prmoe_jax.config.schema import default_config
@@ -17,7 +18,7 @@ from prmoe_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A released model; `params` and `active` are its published sizes, in billions."""
+    """A released model; `params` and `active` are its sizes in billions, with embeddings."""
 
     family: str
     architecture: str
@@ -32,8 +33,13 @@ class Model:
     expert_d_ff: int = 0
     residual_d_ff: int = 0
     normalize_top_k: str = "auto"
+    sliding_window: int = 0
+    full_attention: str = "none"
 
 
+_GPT_OSS: dict[str, Any] = {"kv_heads": 8, "head_dim": 64, "sliding_window": 128} | {
+    "full_attention": "every 2"
+}
 MODELS = {
     "olmoe_1b_7b": Model(
         "olmoe", "16 layers, every 1, E=64, top 8", 50_304, 2048, 1024, 16, 6.92, 1.28
@@ -58,6 +64,18 @@ MODELS = {
         kv_heads=4,
         head_dim=128,
         expert_d_ff=768,
+    ),
+    "gpt_oss_20b": Model(
+        "gpt_oss",
+        "24 layers, every 1, E=32, top 4",
+        *(201_088, 2880, 2880, 64, 20.91, 4.19),
+        **_GPT_OSS,
+    ),
+    "gpt_oss_120b": Model(
+        "gpt_oss",
+        "36 layers, every 1, E=128, top 4",
+        *(201_088, 2880, 2880, 64, 116.83, 5.71),
+        **_GPT_OSS,
     ),
 }
 

@@ -44,6 +44,7 @@ FAMILIES = {
     | {"norm_eps": 1e-6, "rope_theta": 5e6, "partial_rotary_factor": 0.5}
     | {"qk_norm": "whole", "normalize_top_k": "always"},
     "hy_v3": _LLAMA | _SHARED | {"rope_theta": 11_158_840.0, "qk_norm": "head"},
+    "ernie4_5_moe": _LLAMA | _SHARED | {"rope_theta": 500_000.0, "output": "tied"},
     "gpt_oss": _LLAMA
     | {"rope_theta": 150_000.0, "activation": "clamped_swiglu", "biases": "every"}
     | {"attention_sinks": "learned", "normalize_top_k": "always"},

@@ -301,7 +301,7 @@ class ModelConfig:
         names = [f.name for f in dataclasses.fields(self) if f.metadata["setting"].layer]
         pairs = {name: (getattr(self, name), getattr(other, name)) for name in names}
         pairs["sliding_window"] = self.window_in(self.length), other.window_in(self.length)
-        if not self.window_in(self.length):
+        if not self.window_in(self.length) or self.windows == other.windows:
             del pairs["full_attention"]
         return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 

@@ -107,6 +107,24 @@ LLAMA = Table(
     }
     | _mlp("mlp", "mlp"),
 )
+GPT_OSS = Table(
+    LLAMA.parameters
+    | {
+        "attention.b_out": ("self_attn.o_proj.bias", "D"),
+        "attention.sinks": ("self_attn.sinks", "H"),
+        "mlp.w_router": ("mlp.router.weight", "E D"),
+        "mlp.b_router": ("mlp.router.bias", "E"),
+        "mlp.experts.w_gate": ("mlp.experts.gate_up_proj", "E D F2", 0),
+        "mlp.experts.b_gate": ("mlp.experts.gate_up_proj_bias", "E F2", 0),
+        "mlp.experts.w_in": ("mlp.experts.gate_up_proj", "E D F2", 1),
+        "mlp.experts.b_in": ("mlp.experts.gate_up_proj_bias", "E F2", 1),
+        "mlp.experts.w_out": ("mlp.experts.down_proj", "E F D"),
+        "mlp.experts.b_out": ("mlp.experts.down_proj_bias", "E D"),
+    },
+    LLAMA.layer,
+)
+ERNIE = _moe("mlp", shared="shared_experts")._replace(alternating=("q_proj", "k_proj"))
+ERNIE.parameters["mlp.bias_router"] = "mlp.moe_statics.e_score_correction_bias", "1 E"
 QWEN2_MOE = Table(
     _moe("mlp", shared="shared_expert").parameters
     | {"mlp.w_shared": ("mlp.shared_expert_gate.weight", "1 D")},
@@ -151,8 +169,10 @@ OF_EXPERTS = {
     "moe_intermediate_size": Plain("expert_d_ff"),
     "norm_topk_prob": Plain("normalize_top_k", bool, default=False, words=("never", "always")),
     "shared_expert_intermediate_size": Plain("residual_d_ff", optional=True),
+    "moe_k": Plain("top_k", default=6),
     "n_shared_experts": Plain("residual_d_ff", default=1, times="expert_d_ff"),
     "num_shared_experts": Plain("residual_d_ff", default=1, times="expert_d_ff"),
+    "moe_num_shared_experts": Plain("residual_d_ff", low=0, default=2, times="expert_d_ff"),
 }
 OF_ROUTERS = {
     "routed_scaling_factor": Plain("routed_scale", float, 1e-30, 1.0),
@@ -170,6 +190,9 @@ _DEEPSEEK = (
 )
 # A choice among all experts, not first among groups of them.
 _ONE_GROUP = {"hidden_act": "silu", "n_group": 1, "topk_group": 1}
+_YARN = {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0} | {
+    "truncate": False, "original_max_position_embeddings": 4096
+}  # fmt: skip
 # The biases are kept nearly as they are in training, until a larger rate is asked for.
 _SIGMOID = {"scores": "sigmoid", "bias_update_rate": 1e-9}
 FAMILIES = {
@@ -271,6 +294,28 @@ FAMILIES = {
         defaults={"rope_theta": 5e6, "head_dim": 128},
         experts="num_local_experts",
         moe=_SIGMOID,
+    ),
+    "ernie4_5_moe": Family(
+        "Ernie4_5_MoeForCausalLM",
+        ERNIE,
+        (*_LLAMA, "head_dim", "moe_k", "moe_intermediate_size", "moe_num_shared_experts")
+        + ("moe_layer_start_index", "moe_layer_interval", "moe_layer_end_index"),
+        fixed={"hidden_act": "silu", "use_bias": False},
+        defaults={"rms_norm_eps": 1e-5, "rope_theta": 5e5, "tie_word_embeddings": True}
+        | {"first_k_dense_replace": 1},
+        experts="moe_num_experts",
+        moe={"bias_update_rate": 1e-9},
+        predicts_more=True,
+    ),
+    "gpt_oss": Family(
+        "GptOssForCausalLM",
+        GPT_OSS,
+        (*_MOE, "head_dim", "sliding_window", "layer_types"),
+        fixed={"hidden_act": "silu", "attention_bias": True}
+        | {"swiglu_alpha": 1.702, "swiglu_limit": 7.0},
+        defaults={"rms_norm_eps": 1e-5, "rope_theta": 150_000.0, "head_dim": 64}
+        | {"sliding_window": 128, "rope_parameters": _YARN},
+        experts="num_local_experts",
     ),
 }
 # Settings that change the computation in some family, with the values that our model has.

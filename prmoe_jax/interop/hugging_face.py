@@ -1,10 +1,11 @@
 """Converts models of Hugging Face's transformers to ours, which compute the same, and back."""
 
 import dataclasses
+import itertools
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from prmoe_jax.config.architecture import placement_of
 from prmoe_jax.config.schema import Config, ModelConfig
 from prmoe_jax.data import released
 from prmoe_jax.data.tokenizer import Tokenizer
@@ -52,8 +54,10 @@ SCALING: dict[str, dict[str, int | None]] = {
 }
 # Settings that positions and the reach of attention depend on.
 POSITIONS = {"positions", "rope_theta", "rope_scaling", "rope_type", "rope_truncate"} | {
-    "rope_attention_factor", "partial_rotary_factor", "sliding_window"
+    "rope_attention_factor", "partial_rotary_factor", "sliding_window", "full_attention"
 }  # fmt: skip
+# Kinds of attention without and with a sliding window.
+KINDS = "full_attention", "sliding_attention"
 # The output matrix. With tied embeddings, a file may hold it as a copy of the embedding.
 HEAD = "lm_head.weight"
 # How many layers after the last one predict further tokens; transformers takes 1 as the default.
@@ -95,7 +99,8 @@ def read_hugging_face(
 
 def _skip_predictors(shapes: dict, table: Table, layers: int, count: int, folder: Path) -> None:
     """Removes the tensors of `count` layers after the model's, and tells of it."""
-    starts = tuple(table.prefix + table.layer.format(layers + n) for n in range(count))
+    more = (table.layer.format(layers + n) for n in range(count))
+    starts = tuple(table.prefix + name for name in (*more, "model.mtp_"))
     skipped = [name for name in shapes if name.startswith(starts)]
     if skipped:
         log.warning(
@@ -127,7 +132,7 @@ def read_config(theirs: dict, path: Path, tensors: int) -> Config:
     model.update(_plain(PLAIN, theirs, names, path, tensors))
     if family == "gpt2" and theirs.get("n_inner") is None:
         model.d_ff = 4 * model.d_model
-    model.sliding_window = _window(theirs, names, model, path)
+    model.update(_windows(theirs, names, model, path))
     if names.experts:
         _read_placement(theirs, names, model, path, tensors)
     if model.experts:
@@ -165,7 +170,7 @@ def _with_rope(theirs: dict, names: Family, path: Path) -> tuple[dict, dict[str,
         share = setting(theirs, "rotary_dim", int, path, low=1) / width
         theirs = {"partial_rotary_factor": share} | theirs
     name = "rope_scaling" if theirs.get("rope_scaling") else "rope_parameters"
-    rope = theirs.get(name) or {}
+    rope = theirs.get(name) or names.defaults.get("rope_parameters", {})
     if not isinstance(rope, dict):
         raise UserError(f"{path}: {name}={shown(rope)} is not a group of settings")
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -198,38 +203,35 @@ def _attention_factor(rope: dict, factor: int, path: Path) -> float:
     return above / below
 
 
-def _window(theirs: dict, names: Family, model: ConfigDict, path: Path) -> int:
-    """The sliding window of all layers; 0 if there is none, or it covers the whole context."""
+def _windows(theirs: dict, names: Family, model: ConfigDict, path: Path) -> dict[str, Any]:
+    """Our settings of the sliding window; none if it covers the context or no layer has it."""
     name, switch = "sliding_window", "use_sliding_window"
     theirs = names.defaults | theirs
     if theirs.get(name) is None:
-        return 0
+        return {}
     if name not in names.knows:
         raise UserError(
             f"{path}: {name}={shown(theirs[name])}, which {names.architecture} doesn't know; set "
             "it to null"
         )
     if switch in names.knows and not setting(theirs, switch, bool, path, False):
-        return 0
+        return {}
     window = setting(theirs, name, int, path, low=1)
     windowed = _windowed(theirs, model.family, model.layers, path)
     if window >= model.length or not any(windowed):
-        return 0
-    if not all(windowed):
-        raise UserError(
-            f"{path}: {sum(windowed)} of {len(windowed)} layers have a sliding window; ours are "
-            "all alike"
-        )
-    return window
+        return {}
+    full = [i for i, each in enumerate(windowed) if not each]
+    return {"sliding_window": window, "full_attention": placement_of(full, model.layers)}
 
 
 def _windowed(theirs: dict, family: str, layers: int, path: Path) -> list[bool]:
     """Whether each layer has the sliding window, as the family's class decides it."""
     if "layer_types" not in FAMILIES[family].knows:
         return [True] * layers
-    kinds = ["full_attention", "sliding_attention"]
-    if windowed := _of_kind(theirs, "layer_types", kinds, layers, path):
+    if windowed := _of_kind(theirs, "layer_types", KINDS, layers, path):
         return windowed
+    if family == "gpt_oss":
+        return [i % 2 == 0 for i in range(layers)]
     first = setting(theirs, "max_window_layers", int, path, 28)
     if family == "qwen2_moe":
         return [i % 2 == 0 and i < first for i in range(layers)]
@@ -237,7 +239,7 @@ def _windowed(theirs: dict, family: str, layers: int, path: Path) -> list[bool]:
 
 
 def _of_kind(
-    theirs: dict, name: str, known: list[str], layers: int, path: Path
+    theirs: dict, name: str, known: Sequence[str], layers: int, path: Path
 ) -> list[bool] | None:
     """Whether each layer is of the second of two kinds; None if config.json doesn't say."""
     kinds = theirs.get(name)
@@ -256,6 +258,8 @@ def _read_placement(theirs: dict, names: Family, model: ConfigDict, path: Path, 
     name, first = names.experts, names.defaults.get("first_k_dense_replace", 0)
     either = name, "num_experts", "num_local_experts"  # transformers knows these two as one
     name = next((each for each in either if each in theirs), name)
+    if "{}" not in names.table.parameters["mlp.experts.w_out"][0]:
+        high = MOST_LAYERS  # one tensor holds all experts of a layer
     experts = setting(theirs, name, int, path, low=1, high=high)
     step = setting(theirs, "decoder_sparse_step", int, path, 1, low=1)
     dense = theirs.get("mlp_only_layers") or []
@@ -263,15 +267,19 @@ def _read_placement(theirs: dict, names: Family, model: ConfigDict, path: Path, 
         raise UserError(f"{path}: mlp_only_layers={shown(dense)} is no list of layers")
     if "first_k_dense_replace" in names.knows:
         first = setting(theirs, "first_k_dense_replace", int, path, first)
-    sparse = [i >= first for i in range(model.layers)]
+    last = -1
+    if "moe_layer_start_index" in names.knows:
+        first = setting(theirs, "moe_layer_start_index", int, path, first)
+        last = setting(theirs, "moe_layer_end_index", int, path, last, low=-1)
+        step = setting(theirs, "moe_layer_interval", int, path, 1, low=1)
+    sparse = [i >= first and (last < 0 or i <= last) for i in range(model.layers)]
     if "mlp_layer_types" in names.knows:
         kinds = ["dense", "sparse"]
         sparse = _of_kind(theirs, "mlp_layer_types", kinds, model.layers, path) or sparse
     rows = enumerate(sparse)
     layers = [i for i, each in rows if each and (i + 1) % step == 0 and i not in dense]
     if layers:
-        every = len(layers) == model.layers
-        model.placement = "every 1" if every else "layers " + " ".join(map(str, layers))
+        model.placement = placement_of(layers, model.layers)
         model.experts = (experts,)
 
 
@@ -311,7 +319,8 @@ def with_context(config: Config, kept: Mapping[str, str], folder: Path) -> Confi
     there = read_config(released.settings(kept, released.CONFIG), path, MOST_LAYERS).model
     if POSITIONS & model.differences(there).keys() or there.length <= model.length:
         return config
-    model = dataclasses.replace(model, length=there.length, sliding_window=there.sliding_window)
+    names = "length", "sliding_window", "full_attention"
+    model = dataclasses.replace(model, **{name: getattr(there, name) for name in names})
     return dataclasses.replace(config, model=model)
 
 
@@ -380,7 +389,7 @@ def their_settings(config: Config, family: str) -> dict:
     for name, row in names.known(rows).items():
         value = size(model, row.ours)
         if row.times:  # rounded up; `check_exportable` finds a width that is no multiple
-            value = -(-value // size(model, row.times))
+            value = -(-value // size(model, row.times)) if model.residual or row.low else 0
         if row.words:
             value = value == row.words[True]
         settings[name] = value or None if row.optional else value
@@ -392,8 +401,8 @@ def their_settings(config: Config, family: str) -> dict:
         settings["sliding_window"] = model.sliding_window or None
     if "use_sliding_window" in names.knows:
         settings |= {"use_sliding_window": model.sliding_window > 0, "max_window_layers": 0}
-    if "layer_types" in names.knows and model.sliding_window:
-        settings["layer_types"] = ["sliding_attention"] * model.layers
+    if "layer_types" in names.knows:
+        settings["layer_types"] = [KINDS[window > 0] for window in model.windows]
     if not experts:
         return settings
     settings[names.experts] = experts
@@ -406,6 +415,11 @@ def their_settings(config: Config, family: str) -> dict:
         settings |= {"decoder_sparse_step": 1, "mlp_only_layers": dense}
     if "first_k_dense_replace" in names.knows:
         settings["first_k_dense_replace"] = len(dense)
+    if "moe_layer_start_index" in names.knows:
+        places = [i for i, count in enumerate(model.schedule.experts) if count]
+        steps = {after - before for before, after in itertools.pairwise(places)} or {1}
+        settings |= {"moe_layer_start_index": places[0], "moe_layer_end_index": places[-1]}
+        settings["moe_layer_interval"] = min(steps)
     if "mlp_layer_types" in names.knows:
         kinds = ["sparse" if count else "dense" for count in model.schedule.experts]
         settings["mlp_layer_types"] = kinds

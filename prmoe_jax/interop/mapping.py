@@ -7,7 +7,11 @@ A table gives the name and the layout of their tensor for each of our parameters
 A layout has one word for each dimension of their tensor. The letters of a word are our dimensions,
 which that dimension merges: our w_q is "DHK" (see `nn.parameters.PARAMETERS`), and their tensor has
 H·K rows and D columns. If a layout lacks one of our dimensions, they have one tensor for each index
-of it. {} in their name is then an expert's number, or 'q', 'k' or 'v'.
+of it. {} in their name is then an expert's number, or 'q', 'k' or 'v'. If a layout has a 2 and our
+parameter doesn't, their tensor holds two of our parameters, and a third entry says whether this one
+is the first (0) or the second (1):
+
+    "experts.w_gate": ("mlp.experts.gate_up_proj", "E D F2", 0),
 """
 
 import dataclasses
@@ -36,39 +40,49 @@ LETTERS = {"3": "qkv", "2": "kv"}
 class Table(NamedTuple):
     """Another library's names and layouts."""
 
-    parameters: dict[str, tuple[str, str]]  # by our name, without 'layers.3.'
+    parameters: dict[str, tuple]  # by our name, without 'layers.3.'
     layer: str  # prefix of the names of a layer's tensors; {} is the layer's number
     prefix: str = ""  # prefix of all names
+    # Parts of the names of tensors where a head's dimensions 2i and 2i + 1 rotate together; ours
+    # are i and K/2 + i.
+    alternating: tuple[str, ...] = ()
 
 
 class Piece(NamedTuple):
-    """One of their tensors; it holds one of our parameters, or a part of one."""
+    """What one of their tensors and one of our parameters have in common."""
 
     name: str
     index: tuple  # the part's index in our array
     dims: dict[str, int]  # the part's dimensions in our order, and their sizes
     layout: str
+    number: int = 0  # the part's index in dimensions of their tensor that it doesn't have
+
+    @property
+    def whole(self) -> bool:
+        """Whether the part fills their tensor."""
+        return math.prod(self.shape) == math.prod(self.dims.values())
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of their tensor."""
-        words = self.layout.split()
-        return tuple(math.prod(self.dims.get(letter, 1) for letter in word) for word in words)
-
-    @property
-    def order(self) -> list[int]:
-        """Our dimensions' numbers in the order of their tensor."""
-        ours = list(self.dims)
-        return [ours.index(letter) for letter in self.layout if letter in ours]
+        return tuple(math.prod(map(self._size, word)) for word in self.layout.split())
 
     def to_theirs(self, part: np.ndarray) -> np.ndarray:
-        """Our part in their layout."""
-        return part.transpose(self.order).reshape(self.shape)
+        """Our part, which fills their tensor, in their layout; a view where NumPy has one."""
+        ours = list(self.dims)
+        order = [ours.index(letter) for letter in self.layout if letter in ours]
+        return part.reshape(list(self.dims.values())).transpose(order).reshape(self.shape)
 
-    def to_ours(self, tensor: np.ndarray) -> np.ndarray:
-        """Their tensor in our layout."""
-        sizes = list(self.dims.values())
-        return tensor.reshape([sizes[i] for i in self.order]).transpose(np.argsort(self.order))
+    def in_theirs(self, tensor: np.ndarray) -> np.ndarray:
+        """A view of our part, in our layout, within their contiguous tensor."""
+        letters = self.layout.replace(" ", "")
+        tensor = tensor.reshape([self._size(letter) for letter in letters])
+        shared = [letter for letter in letters if letter in self.dims]
+        index = tuple(slice(None) if letter in shared else self.number for letter in letters)
+        return tensor[index].transpose([shared.index(letter) for letter in self.dims])
+
+    def _size(self, letter: str) -> int:
+        return self.dims[letter] if letter in self.dims else int(letter)
 
 
 def pieces(table: Table, name: str, shape: tuple[int, ...]) -> list[Piece]:
@@ -77,19 +91,31 @@ def pieces(table: Table, name: str, shape: tuple[int, ...]) -> list[Piece]:
     if name.startswith("layers."):
         _, layer, own_name = name.split(".", 2)
         prefix += table.layer.format(layer)
-    theirs, layout = table.parameters[own_name]
+    theirs, layout, *number = table.parameters[own_name]
     dims = dict(zip(declaration(own_name).dims, shape, strict=True))
     spread = [letter for letter in dims if letter not in layout]
     if not spread:
-        return [Piece(prefix + theirs, (), dims, layout)]
-    (letter,) = spread
-    before = (slice(None),) * list(dims).index(letter)
-    labels = LETTERS.get(letter, range(dims[letter]))
-    del dims[letter]
+        found = [Piece(prefix + theirs, (), dims, layout, *number)]
+    else:
+        (letter,) = spread
+        before = (slice(None),) * list(dims).index(letter)
+        labels = LETTERS.get(letter, range(dims.pop(letter)))
+        found = [
+            Piece(prefix + theirs.format(label), (*before, number), dims, layout)
+            for number, label in enumerate(labels)
+        ]
+    pairs = [any(part in piece.name for part in table.alternating) for piece in found]
     return [
-        Piece(prefix + theirs.format(label), (*before, number), dims, layout)
-        for number, label in enumerate(labels)
+        _alternating(piece) if pair else piece for piece, pair in zip(found, pairs, strict=True)
     ]
+
+
+def _alternating(piece: Piece) -> Piece:
+    """The piece with K as two halves of P dimensions, which alternate in their tensor."""
+    dims = {}
+    for letter, size in piece.dims.items():
+        dims |= {"2": 2, "P": size // 2} if letter == "K" else {letter: size}
+    return piece._replace(dims=dims, layout=piece.layout.replace("K", "P2"))
 
 
 def read_parameters(
@@ -116,7 +142,8 @@ def read_parameters(
     def parameter(name: str) -> np.ndarray:
         array = np.empty(ours[name], np.float32)
         for piece in parts[name]:
-            array[piece.index] = piece.to_ours(read(piece.name))
+            part = piece.in_theirs(read(piece.name))
+            array[piece.index] = part.reshape(array[piece.index].shape)
         return array
 
     layout = spread_over(config.model, jax.device_count())
@@ -135,11 +162,16 @@ def their_tensors(
     model: ModelConfig, table: Table, leaves: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
     """Converts a model's parameters to another library's tensors by name."""
-    return {
-        piece.name: piece.to_theirs(array[piece.index])
-        for name, array in unstack_layers(model, leaves).items()
-        for piece in pieces(table, name, array.shape)
-    }
+    tensors: dict[str, np.ndarray] = {}
+    for name, array in unstack_layers(model, leaves).items():
+        for piece in pieces(table, name, array.shape):
+            part = array[piece.index]
+            if piece.whole:
+                tensors[piece.name] = piece.to_theirs(part)
+            else:
+                theirs = tensors.setdefault(piece.name, np.empty(piece.shape, part.dtype))
+                piece.in_theirs(theirs)[...] = part
+    return tensors
 
 
 def spread_over(model: ModelConfig, devices: int) -> MeshConfig:

@@ -14,8 +14,13 @@ from prmoe_jax.interop.settings import shown
 
 # Larger exports are split into files of about this size, as by default in Hugging Face.
 SHARD_BYTES = 5_000_000_000
-# Types that weights may be stored as. Numbers of 8 bits or fewer need scales, which aren't read.
+# Types that weights may be stored as. Of numbers with fewer bits only MXFP4 is read.
 DTYPES = "F16", "BF16", "F32", "F64"
+# Name endings of the two arrays of bytes that hold a weight in MXFP4, and what the bytes stand for
+# (OCP Microscaling Formats 1.0, section 5): 4 bits of a block for a number, 8 for a group's scale.
+MXFP4 = "_blocks", "_scales"
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+E8M0 = np.array([*(2.0 ** np.arange(-127, 128)), np.nan], np.float32)
 
 
 class Tensors:
@@ -35,21 +40,52 @@ class Tensors:
                 for name in file.keys():
                     if not name.endswith(ignored):
                         self._add(name, path, file)
+        for name in [name for name in self.shapes if name.endswith(MXFP4[0])]:
+            self._add_packed(name.removesuffix(MXFP4[0]))
 
     def _add(self, name: str, path: Path, file) -> None:
         if name in self.shapes:
             raise UserError(f"{path} holds {shown(name)}, as another file does")
         part = file.get_slice(name)
-        check_dtype(name, part.get_dtype(), DTYPES, path)
+        check_dtype(name, part.get_dtype(), ("U8",) if name.endswith(MXFP4) else DTYPES, path)
         self.shapes[name], self._files[name] = tuple(part.get_shape()), (path, file)
+
+    def _add_packed(self, name: str) -> None:
+        path, _ = self._files[name + MXFP4[0]]
+        blocks, scales = (self.shapes.pop(name + ending, ()) for ending in MXFP4)
+        if len(blocks) < 3 or blocks != (*scales, 16):
+            raise UserError(
+                f"{path}: {shown(name)} is no weight in MXFP4, whose blocks have the shape of its "
+                f"scales and 16 bytes for each: they are {shown(blocks)} and {shown(scales)}"
+            )
+        *experts, rows, groups, _ = blocks
+        self.shapes[name] = (*experts, 32 * groups, rows)
 
     def read(self, name: str) -> np.ndarray:
         """One array, float32."""
+        if name in self._files:
+            array = self._read(name, np.float32)
+        else:
+            array = unpacked(*(self._read(name + ending, np.uint8) for ending in MXFP4))
+            name += MXFP4[0]
+        check_finite(name, array, self._files[name][0])
+        return array
+
+    def _read(self, name: str, dtype: type) -> np.ndarray:
         path, file = self._files[name]
         with _reading(path), np.errstate(over="ignore"):
-            array = np.asarray(file.get_tensor(name), np.float32)
-        check_finite(name, array, path)
-        return array
+            return np.asarray(file.get_tensor(name), dtype)
+
+
+def unpacked(blocks_ExRxGx16: np.ndarray, scales_ExRxG: np.ndarray) -> np.ndarray:
+    """Weights [E, 32·G, R] from MXFP4, as gpt-oss stores them: R rows of G groups of 32 numbers.
+
+    A byte of the blocks holds two numbers, the first one in its lower bits.
+    """
+    bits = np.stack([blocks_ExRxGx16 & 15, blocks_ExRxGx16 >> 4], -1)
+    w_ExRxGx32 = E2M1[bits.reshape(*scales_ExRxG.shape, 32)]
+    w_ExRxGx32 *= E8M0[scales_ExRxG][..., None]
+    return w_ExRxGx32.reshape(*scales_ExRxG.shape[:-1], -1).swapaxes(-1, -2)
 
 
 def _reading(path: Path):

@@ -136,7 +136,8 @@ def plan(
     # Activations, gradients and the program's working memory.
     held["temporaries"] = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
     length = config.model.length
-    window = max(c.model.window_in(length) or length for c in (config, teacher) if c)
+    models = [c.model for c in (config, teacher) if c]
+    window = max(min(w or length, length) for model in models for w in model.windows)
     program = operations(compiled.as_text(), rounds, window)
     components, sent = _modelled(program, chip, mesh, load / rounds)
     step_s = sum(components.values())

@@ -87,6 +87,20 @@ MODELS = {
     ),
     # Of its five wavelengths one is kept, two are between the limits, and two are scaled.
     "yarn": ("qwen3", HEADS | {"head_dim": 10, "rope_parameters": YARN}),
+    # Two of its four layers have a window.
+    "gpt_oss": (
+        "gpt_oss",
+        HEADS
+        | {"head_dim": 10, "num_hidden_layers": 4, "sliding_window": 5, "rope_parameters": YARN}
+        | {"num_local_experts": 5, "num_experts_per_tok": 3},
+    ),
+    # A head's pairs alternate; experts in the second and fourth of five layers.
+    "ernie4_5_moe": (
+        "ernie4_5_moe",
+        HEADS
+        | {"num_hidden_layers": 5, "moe_intermediate_size": 12, "moe_k": 3, "moe_num_experts": 5}
+        | {"moe_layer_interval": 2},
+    ),
 }
 
 
@@ -99,9 +113,11 @@ def main() -> None:
         settings = CONFIG_MAPPING[family](**(SIZES | changes))
         model = AutoModelForCausalLM.from_config(settings, attn_implementation="eager").eval()
         with torch.no_grad():
-            biases = [x for name, x in model.named_buffers() if name.endswith("bias")]
-            for parameter in [*model.parameters(), *biases]:  # norms, too
+            biases = [(key, x) for key, x in model.named_buffers() if key.endswith("bias")]
+            for key, parameter in [*model.named_parameters(), *biases]:  # norms, too
                 values = 0.2 * rng.normal(size=parameter.shape) + (parameter.ndim == 1)
+                if family == "gpt_oss" and key.endswith("gate_up_proj"):
+                    values *= 10  # some of its gates and inputs reach their limit
                 parameter.copy_(torch.tensor(values))
         model.save_pretrained(out / name)
         (out / name / "generation_config.json").unlink(missing_ok=True)

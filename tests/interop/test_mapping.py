@@ -13,6 +13,7 @@ TABLES = {
     "deepspeed": deepspeed.TABLE,
     "llama": families.LLAMA,
     "qwen2_moe": families.QWEN2_MOE,
+    "gpt_oss": families.GPT_OSS,
 }
 
 
@@ -38,13 +39,29 @@ def test_layouts_by_hand():
     np.testing.assert_array_equal(parts[2].to_theirs(w_ExDxF[parts[2].index]), w_ExDxF[2].T)
 
 
+def test_two_parameters_in_one_tensor():
+    """Every second number of the last dimension is the other's."""
+    w_ExDxF = numbered("experts.w_in")
+    table = Table({"mlp.experts.w_in": ("both", "E D F2", 1)}, "")
+    (half,) = pieces(table, "layers.4.mlp.experts.w_in", w_ExDxF.shape)
+    assert half.shape == (3, 17, 2 * 5) and not half.whole
+    theirs = np.full(half.shape, -1)
+    half.in_theirs(theirs)[...] = w_ExDxF
+    np.testing.assert_array_equal(theirs[..., 1::2], w_ExDxF)
+    assert (theirs[..., ::2] == -1).all()
+
+
 @pytest.mark.parametrize("name", TABLES)
 def test_every_parameter_there_and_back(name):
     for ours in TABLES[name].parameters:
         array = numbered(ours)
         back = np.full_like(array, -1)
         for piece in pieces(TABLES[name], ours, array.shape):
-            theirs = piece.to_theirs(array[piece.index])
+            if piece.whole:
+                theirs = piece.to_theirs(array[piece.index])
+            else:
+                theirs = np.full(piece.shape, -1)
+                piece.in_theirs(theirs)[...] = array[piece.index]
             assert theirs.shape == piece.shape
-            back[piece.index] = piece.to_ours(theirs)
+            back[piece.index] = piece.in_theirs(theirs)
         np.testing.assert_array_equal(back, array, err_msg=ours)

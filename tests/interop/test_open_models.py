@@ -25,7 +25,7 @@ from prmoe_jax.data.tokenizer import train_bpe
 from prmoe_jax.errors import UserError
 from prmoe_jax.inference.decoder import Decoder
 from prmoe_jax.interop.families import FAMILIES
-from prmoe_jax.interop.hugging_face import check_exportable, read_config
+from prmoe_jax.interop.hugging_face import check_exportable, read_config, their_settings
 from prmoe_jax.interop.mapping import spread_over
 from prmoe_jax.interop.tensors import Tensors
 from prmoe_jax.model.attention import rotary_frequencies
@@ -44,8 +44,8 @@ from tests.support.tokenizers import byte_tokenizer, started_tokenizer
 
 DENSE = "llama", "llama3", "yarn", "qwen2", "qwen3", "mistral"
 # Those with an MLP beside the experts.
-SHARED = "qwen2_moe", "dots1", "hy_v3", "glm4_moe"
-NAMES = *DENSE, "olmoe", "mixtral", "qwen3_moe", "minimax_m2", *SHARED
+SHARED = "qwen2_moe", "dots1", "hy_v3", "glm4_moe", "ernie4_5_moe"
+NAMES = *DENSE, "olmoe", "mixtral", "qwen3_moe", "minimax_m2", *SHARED, "gpt_oss"
 
 
 @pytest.fixture
@@ -282,6 +282,15 @@ def test_layers_that_predict_further_tokens_are_skipped(source, tmp_path, capsys
         assert message in capsys.readouterr().err
 
 
+def test_ernies_layer_that_predicts_further_tokens(source, tmp_path, capsys):
+    folder, more = source("ernie4_5_moe"), "model.mtp_linear_proj.0.weight"
+    change_tensors(folder, lambda t: t.update({more: np.ones((2, 2), np.float32)}))
+    assert imported(folder, tmp_path / "run") == 0
+    assert (
+        capsys.readouterr().err.count("1 tensors are skipped: the layers after the 5 of the") == 1
+    )
+
+
 def test_several_files_and_a_head_that_repeats_the_embedding(source, tmp_path):
     folder = source("qwen3")
     tensors = load_file(folder / "model.safetensors")
@@ -338,6 +347,11 @@ WINDOWS = [
     ("dots1", {"sliding_window": 5, "max_window_layers": 0}, [5] * 4),
     ("mixtral", {"sliding_window": 5}, [5] * 4),
     ("mixtral", {"sliding_window": None}, [0] * 4),
+    ("gpt_oss", {"sliding_window": 5}, [5, 0, 5, 0]),
+    ("gpt_oss", {"max_position_embeddings": 8192}, [128, 0, 128, 0]),
+    ("gpt_oss", {"sliding_window": 5, "layer_types": [FULL, SLIDING, SLIDING, FULL]},
+     [0, 5, 5, 0]),
+    ("gpt_oss", {"sliding_window": 5, "layer_types": [FULL] * 4}, [0] * 4),
 ]  # fmt: skip
 
 
@@ -346,7 +360,7 @@ def a_config(family, **theirs):
     sizes = {"num_hidden_layers": 4, "vocab_size": 290, "hidden_size": 8, "intermediate_size": 8}
     sizes |= {"max_position_embeddings": 32, "model_type": family, "num_attention_heads": 2}
     experts = {FAMILIES[family].experts: 3, "moe_intermediate_size": 8}
-    experts |= {"num_experts_per_tok": 2, "shared_expert_intermediate_size": 8}
+    experts |= {"num_experts_per_tok": 2, "moe_k": 2, "shared_expert_intermediate_size": 8}
     return sizes | (experts if FAMILIES[family].experts else {}) | theirs
 
 
@@ -374,17 +388,11 @@ def test_a_portion_of_long_contexts_is_small(length, rows):
 
 @pytest.mark.parametrize(("family", "theirs", "windows"), WINDOWS)
 def test_windows_as_the_class_decides(family, theirs, windows):
-    """All layers alike, or an error that counts them."""
-
-    def read():
-        return read_config(a_config(family, **theirs), Path("config.json"), 1000).model
-
-    if len(set(windows)) == 1:
-        assert read().sliding_window == windows[0]
-    else:
-        count = sum(map(bool, windows))
-        with pytest.raises(UserError, match=f"config.json: {count} of 4 layers have a sliding win"):
-            read()
+    """And the settings that an export would write are read in the same way."""
+    config = read_config(a_config(family, **theirs), Path("config.json"), 1000)
+    assert list(config.model.windows) == windows
+    written = their_settings(config, family)
+    assert read_config(written, Path("config.json"), 1000).model.windows == config.model.windows
 
 
 @needs_extra("interop", "transformers")
@@ -433,6 +441,8 @@ DEFAULTS = {
     "hy_v3": (1e-5, 11_158_840.0, "always", 2.826),
     "glm4_moe": (1e-5, 1e4, "always", 1.0),
     "minimax_m2": (1e-6, 5e6, "always", 1.0),
+    "ernie4_5_moe": (1e-5, 5e5, "always", 1.0),
+    "gpt_oss": (1e-5, 150_000.0, "always", 1.0),
 }
 
 
@@ -452,9 +462,7 @@ def test_what_is_missing_is_transformers_s(family):
     from transformers import CONFIG_MAPPING
 
     config = CONFIG_MAPPING[family](**a_config(family))
-    normalize = getattr(
-        config, "norm_topk_prob", family in ("mixtral", "hy_v3", "minimax_m2") or None
-    )
+    normalize = getattr(config, "norm_topk_prob", None if family in (*DENSE, "olmoe") else True)
     normalize = {True: "always", False: "never"}.get(normalize)
     names = "routed_scaling_factor", "router_scaling_factor"
     scale = next((getattr(config, name) for name in names if hasattr(config, name)), 1.0)
@@ -503,7 +511,7 @@ def test_gpt2s_words_are_not_another_models(source, tmp_path, capsys):
     assert f"{folder} has no tokenizer.json; make it by AutoTokenizer.from_pretrained" in line
 
 
-@pytest.mark.parametrize("name", ["llama", "olmoe", "qwen2_moe", "qwen3_moe"])
+@pytest.mark.parametrize("name", ["llama", "olmoe", "qwen2_moe", "qwen3_moe", "gpt_oss"])
 def test_our_own_format_holds_every_family(name, source, tmp_path):
     """In, out by our names, in again: the same bits."""
     run, again = tmp_path / "run", tmp_path / "again"
@@ -614,11 +622,12 @@ FOREIGN = {
         "no usable first_k_dense_replace: it is 0.5, not a whole number of 0 or more",
         "dots1",
     ),
-    "a window in the last layer": (
-        {"sliding_window": 5, "layer_types": None, "max_window_layers": 2},
-        "1 of 3 layers have a sliding window; ours are all alike",
-        "dots1",
+    "another clamp": (
+        {"swiglu_limit": 6.0},
+        "swiglu_limit=6.0, our model has 7.0",
+        "gpt_oss",
     ),
+    "no biases": ({"attention_bias": False}, "attention_bias=False, our model has True", "gpt_oss"),
     "layers of no kind": (
         {"mlp_layer_types": ["sparse", "dense"]},
         "mlp_layer_types=['sparse', 'dense'] must be one of dense, sparse for each of 3 layers",
@@ -763,6 +772,12 @@ UNKNOWN_THERE = {
     "model.partial_rotary_factor=0.5, LlamaForCausalLM of transformers has 1.0": (
         "2 layers", {"family": "llama", "head_dim": 8, "partial_rotary_factor": 0.5}, {}
     ),
+    "model.full_attention=every 2, MistralForCausalLM of transformers has none": (
+        "4 layers", {"family": "mistral", "sliding_window": 3, "full_attention": "every 2"}, {}
+    ),
+    "model.attention_sinks=none, GptOssForCausalLM of transformers has learned": (
+        f"{EVERY}, top 2", {"family": "gpt_oss", "attention_sinks": "none"}, {}
+    ),
     "moe.bias_update_rate=0.1, OlmoeForCausalLM of transformers has 0.0": (
         EVERY, {"family": "olmoe"}, {"bias_update_rate": 0.1}
     ),
@@ -800,6 +815,12 @@ def test_what_a_class_does_not_express_is_named(message):
             "2 layers, E=3, residual",
             {"family": "glm4_moe", "head_dim": 8, "biases": "none", "qk_norm": "head"},
         ),
+        ("3 layers", {"family": "qwen3", "sliding_window": 3, "full_attention": "layers 0"}),
+        (
+            f"{EVERY}, top 2",
+            {"family": "gpt_oss", "sliding_window": 3, "full_attention": "every 2"},
+        ),
+        (f"{EVERY}, top 2", {"family": "gpt_oss", "head_dim": 10}),
         (f"{EVERY}, top 2", {"family": "minimax_m2", "head_dim": 8, "partial_rotary_factor": 1.0}),
     ],
 )
@@ -869,6 +890,28 @@ RELEASED = {
         | {"num_local_experts": 256, "num_experts_per_tok": 8},
         *(228.690, 11.031),
     ),
+    "ERNIE-4.5-21B-A3B": (
+        {"model_type": "ernie4_5_moe", "vocab_size": 103_424, "hidden_size": 2560}
+        | {"intermediate_size": 12_288, "num_hidden_layers": 28, "num_attention_heads": 20}
+        | {"num_key_value_heads": 4, "head_dim": 128, "max_position_embeddings": 131_072}
+        | {"moe_intermediate_size": 1536, "moe_k": 6, "moe_num_experts": 64}
+        | {"moe_num_shared_experts": 2, "moe_layer_start_index": 1},
+        *(21.8254, 3.3521),
+    ),
+    "gpt-oss-20b": (
+        {"model_type": "gpt_oss", "vocab_size": 201_088, "hidden_size": 2880, "head_dim": 64}
+        | {"intermediate_size": 2880, "num_hidden_layers": 24, "num_attention_heads": 64}
+        | {"num_key_value_heads": 8, "max_position_embeddings": 131_072, "sliding_window": 128}
+        | {"num_local_experts": 32, "num_experts_per_tok": 4},
+        *(20.9148, 4.1874),
+    ),
+    "gpt-oss-120b": (
+        {"model_type": "gpt_oss", "vocab_size": 201_088, "hidden_size": 2880, "head_dim": 64}
+        | {"intermediate_size": 2880, "num_hidden_layers": 36, "num_attention_heads": 64}
+        | {"num_key_value_heads": 8, "max_position_embeddings": 131_072, "sliding_window": 128}
+        | {"num_local_experts": 128, "num_experts_per_tok": 4},
+        *(116.829, 5.7120),
+    ),
 }
 
 
@@ -893,8 +936,8 @@ def test_sizes_are_transformers_s(name):
         model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[theirs["model_type"]](**theirs))
     sizes = {name: x.numel() for name, x in model.named_parameters()}
     total, experts = sum(sizes.values()), sum(n for name, n in sizes.items() if ".experts." in name)
-    names = "num_experts", "num_local_experts", "n_routed_experts"
+    names = "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"
     count = next((theirs[name] for name in names if name in theirs), 1)
-    idle = experts * (1 - theirs.get("num_experts_per_tok", 1) / count)
+    idle = experts * (1 - theirs.get("num_experts_per_tok", theirs.get("moe_k", 1)) / count)
     assert total == pytest.approx(params * 1e9, rel=1e-4)
     assert total - idle == pytest.approx(active * 1e9, rel=1e-4)

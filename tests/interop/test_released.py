@@ -21,8 +21,8 @@ from tests.support.paths import GOLDENS
 from tests.support.runs import tuned
 from tests.support.tokenizers import byte_tokenizer
 
-# Llama with scaled rotary positions, and a MoE with a window.
-CLASSES = ["llama3", "mixtral"]
+# Llama with scaled rotary positions, and MoEs with a window in all layers and in some.
+CLASSES = ["llama3", "mixtral", "gpt_oss"]
 START, END, TOOL = 257, 258, 259  # the ids of a chat's markup, after <|endoftext|>
 IDS = {"bos_token_id": START, "eos_token_id": [END, TOOL], "pad_token_id": TOOL}
 TEMPLATE = (
@@ -76,7 +76,7 @@ def check_export(out, source, length):
     for name in TEXTS.keys() - {"tokenizer_config.json"}:
         assert (out / name).read_bytes() == (source / name).read_bytes()
     config, theirs = read(out / "config.json"), read(source / "config.json")
-    names = *IDS, "max_position_embeddings", "rope_parameters", "sliding_window"
+    names = *IDS, "max_position_embeddings", "rope_parameters", "sliding_window", "layer_types"
     assert {n: config.get(n) for n in names} == {n: theirs.get(n) for n in names}
     assert config["max_position_embeddings"] == length
     settings, theirs = read(out / "tokenizer_config.json"), read(source / "tokenizer_config.json")
